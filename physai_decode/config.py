@@ -1,0 +1,184 @@
+"""
+The node's settings: frozen dataclasses, one per group, with their defaults and checks.
+
+Each default is written here and nowhere else. A field's metadata holds what a ROS parameter
+descriptor needs: a description, a range or choices, and whether it may change while the node runs.
+Nothing here knows ROS or torch.
+"""
+
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message gives its name, its value and what is allowed."""
+
+
+def _option(default, description, *, low=None, high=None, choices=(), dynamic=False):
+    """Declare one field; `low` and `high` are inclusive and in the unit of the field's name."""
+    return field(default=default, metadata={
+        'description': description, 'low': low, 'high': high,
+        'choices': tuple(choices), 'dynamic': dynamic})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to load."""
+
+    path: str = _option(
+        'builtin:tiny_planner',
+        'builtin:NAME for a model inside the package, a folder in Hugging Face layout, or a hub id')
+    revision: str = _option('', 'branch, tag or commit of a hub id; empty for its default branch')
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What runs the model, and where."""
+
+    name: str = _option(
+        'auto', 'what runs the model; auto takes native where it can run the model',
+        choices=('auto', 'native', 'transformers', 'exllamav2'))
+    device: str = _option('auto', 'auto, cpu, cuda or cuda:N; auto takes CUDA where there is one')
+    dtype: str = _option(
+        'auto', 'number format of activations and unquantised weights; auto takes bfloat16 on a '
+        'GPU that has it, float16 on an older GPU, float32 on a CPU',
+        choices=('auto', 'bfloat16', 'float16', 'float32'))
+    cuda_graph: bool = _option(True, 'capture the decode step in a CUDA graph and replay it')
+    max_context: int = _option(
+        4096, 'tokens of prompt and answer that the cache holds; a smaller limit of the model wins',
+        low=16, high=1048576)
+    cpu_threads: int = _option(
+        0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen, and when an answer ends."""
+
+    temperature: float = _option(
+        0.0, 'divides the logits; 0 always takes the likeliest token', low=0.0, high=10.0,
+        dynamic=True)
+    top_k: int = _option(
+        0, 'keep this many of the likeliest tokens; 0 keeps all', low=0, high=1000000,
+        dynamic=True)
+    top_p: float = _option(
+        1.0, 'keep the likeliest tokens whose probabilities reach this sum; 1 keeps all',
+        low=0.0, high=1.0, dynamic=True)
+    min_p: float = _option(
+        0.0, 'drop tokens less likely than this fraction of the likeliest; 0 keeps all',
+        low=0.0, high=1.0, dynamic=True)
+    repetition_penalty: float = _option(
+        1.0, 'makes tokens that were seen less likely; 1 leaves them alone', low=0.1, high=10.0,
+        dynamic=True)
+    seed: int = _option(
+        0, 'the same seed, prompt and settings give the same text', low=0, high=2**31 - 1,
+        dynamic=True)
+    max_new_tokens: int = _option(
+        256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
+    stop: tuple[str, ...] = _option(
+        (), 'texts that end an answer; they are not part of it', dynamic=True)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How a prompt becomes what the model reads."""
+
+    template: str = _option(
+        'auto', "auto puts the prompt into the model's chat template where it has one; off sends "
+        'it as it is', choices=('auto', 'off'))
+    system_prompt: str = _option('', "the conversation's first message; empty for none")
+    keep_history: bool = _option(
+        False, 'keep earlier prompts and answers in the context until ~/reset')
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """What happens to a prompt that comes while another is answered."""
+
+    size: int = _option(8, 'prompts that may wait; a further one is refused', low=1, high=10000)
+    policy: str = _option(
+        'reject', 'reject: a prompt waits for its turn and is refused when the queue is full; '
+        'preempt: a new prompt ends the running one and empties the queue',
+        choices=('reject', 'preempt'))
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """How late is too late, in milliseconds; 0 sets no deadline."""
+
+    ttft_ms: float = _option(
+        0.0, 'from the prompt received to the first token', low=0.0, high=1e9, dynamic=True)
+    token_ms: float = _option(
+        0.0, 'from one token to the next', low=0.0, high=1e9, dynamic=True)
+    request_ms: float = _option(
+        0.0, 'from the prompt received to the end of the answer', low=0.0, high=1e9, dynamic=True)
+    action: str = _option(
+        'report', 'report: a late request goes on; truncate: request_ms ends it and what was '
+        'said so far is delivered', choices=('report', 'truncate'), dynamic=True)
+    max_consecutive_misses: int = _option(
+        3, 'this many late tokens in a row are an ERROR', low=1, high=1000000, dynamic=True)
+
+
+@dataclass(frozen=True)
+class RooflineConfig:
+    """The memory bus's limit."""
+
+    peak_bandwidth_gb_s: float = _option(
+        0.0, 'peak bandwidth of the device memory in GB/s (1e9 bytes); 0 finds it out',
+        low=0.0, high=1e6)
+
+
+@dataclass(frozen=True)
+class DiagnosticsConfig:
+    """What `/diagnostics` says and how often."""
+
+    period_s: float = _option(1.0, 'time between two messages on /diagnostics', low=0.01, high=3600.0)
+    window_s: float = _option(
+        10.0, 'latency percentiles cover the tokens of this long', low=0.1, high=3600.0)
+    stall_timeout_s: float = _option(
+        5.0, 'no token for this long while generating is a stall', low=0.05, high=3600.0)
+    warn_r_floor: float = _option(
+        0.0, 'WARN when the median r_floor of the window is below this; 0 never', low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """All settings of the node; each group is the parameters' prefix."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    chat: ChatConfig = ChatConfig()
+    queue: QueueConfig = QueueConfig()
+    deadline: DeadlineConfig = DeadlineConfig()
+    roofline: RooflineConfig = RooflineConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    autostart: bool = _option(True, 'configure and activate by itself at start')
+
+
+def check(group: str, instance: Any) -> None:
+    """
+    Check every field of one group.
+
+    :param group: the group's name, for the message, such as ``sampling``.
+    :param instance: one of the dataclasses above.
+    :raises ConfigError: naming the first field that is wrong, its value and what is allowed.
+    """
+    for spec in fields(instance):
+        _check_field(f'{group}.{spec.name}', getattr(instance, spec.name), spec)
+
+
+def _check_field(name, value, spec):
+    kind = type(spec.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f'{name} is {value!r}: expected a {kind.__name__}')
+    low, high = spec.metadata['low'], spec.metadata['high']
+    if low is not None and not low <= value <= high:
+        raise ConfigError(f'{name} is {value!r}: allowed are {low} to {high}')
+    choices = spec.metadata['choices']
+    if choices and value not in choices:
+        raise ConfigError(f'{name} is {value!r}: allowed are {", ".join(choices)}')
