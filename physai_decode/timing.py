@@ -52,3 +52,31 @@ class RequestReport:
     max_consecutive_misses: int = 0
     worst_overrun_ms: float | None = None
     cancel_ms: float | None = None    # from the cancel asked for to the request ended
+
+
+@dataclass(frozen=True)
+class WindowReport:
+    """The tokens of the last ``window_s`` seconds, and counts since the recorder was made."""
+
+    window_s: float
+    count: int                        # tokens with an itl_ms in the window
+    itl_p50_ms: float | None
+    itl_p95_ms: float | None
+    itl_p99_ms: float | None
+    itl_max_ms: float | None
+    jitter_ms: float | None           # standard deviation of itl_ms
+    ttft_last_ms: float | None
+    ttft_deadline_ms: float | None    # None: no deadline
+    token_deadline_ms: float | None
+    request_deadline_ms: float | None
+    deadline_misses: int              # since activation
+    consecutive_misses: int           # late tokens in a row, up to now
+    miss_limit_reached: bool          # consecutive_misses >= deadline.max_consecutive_misses
+    worst_overrun_ms: float | None    # since activation
+    itl_max_activation_ms: float | None
+    context_tokens: int | None        # of the newest token in the window
+    kv_bytes: int | None              # at that context
+    floor_ms: float | None            # medians over the window
+    r_floor: float | None
+    bandwidth_gb_s: float | None
+    host_gap_ms: float | None
