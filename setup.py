@@ -1,0 +1,50 @@
+"""Builds and installs the package, by pip as well as by colcon."""
+
+from glob import glob
+
+from setuptools import find_packages
+from setuptools import setup
+
+package_name = 'physai_decode'
+
+setup(
+    name=package_name,
+    version='0.1.0',
+    packages=find_packages(include=[package_name, f'{package_name}.*']),
+    package_data={package_name: ['models/*/*']},
+    data_files=[
+        ('share/ament_index/resource_index/packages', [f'resource/{package_name}']),
+        (f'share/{package_name}', ['package.xml']),
+        (f'share/{package_name}/config', sorted(glob('config/*.yaml'))),
+        (f'share/{package_name}/launch', sorted(glob('launch/*.launch.py'))),
+    ],
+    python_requires='>=3.10',
+    install_requires=[
+        'huggingface_hub',
+        'jinja2>=3.1',
+        'numpy',
+        'safetensors',
+        'setuptools',
+        'torch>=2.5',
+        'transformers>=5',
+    ],
+    extras_require={
+        'bench': ['matplotlib'],
+        'nvml': ['nvidia-ml-py'],
+    },
+    zip_safe=False,
+    author='physai_decode developers',
+    author_email='physai_decode@example.org',
+    maintainer='physai_decode developers',
+    maintainer_email='physai_decode@example.org',
+    description=(
+        'A ROS 2 node that decodes with a language model for one user at a time and tells, token '
+        'by token, how near it came to the memory floor.'),
+    license='Apache-2.0',
+    entry_points={
+        'console_scripts': [
+            'decode_ask = physai_decode.ask:main',
+            'decode_node = physai_decode.node:main',
+        ],
+    },
+)
