@@ -1,14 +1,58 @@
 """
 How fast a decode step can be at best: the bytes it must read over the memory bus's peak.
 
-Pure functions of shapes. It knows nothing of engines, of torch or of ROS, and of no limit but the
-memory bus: an arithmetic-bound step (a long prefill, a large batch) has another floor.
+Pure functions of shapes, and where the peak comes from. It knows nothing of torch or ROS, and of
+no limit but the memory bus: a step bound by arithmetic (a long prefill) has another floor, and
+weights that fit into a processor's cache can be read faster than memory allows, so that a small
+model on a CPU can be above 1.
 """
 
+import os
+import re
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from physai_decode.engine import Footprint
+
+CONVENTIONS = ('read', 'checkpoint')
+
+# GB/s (1e9 bytes) by device name, the first match wins; each from the vendor's data sheet of
+# that name. A MIG slice has only a part of its GPU's bandwidth and is not looked up.
+_DATASHEETS = (
+    (r'\bB200\b', 8000.0, 'NVIDIA HGX B200 datasheet'),
+    (r'\bGH200 144G', 4900.0, 'NVIDIA GH200 Grace Hopper Superchip datasheet, HBM3e'),
+    (r'\bGH200 480GB\b', 4000.0, 'NVIDIA GH200 Grace Hopper Superchip datasheet, HBM3'),
+    (r'\bH200\b', 4800.0, 'NVIDIA H200 datasheet'),
+    (r'\bH100 NVL\b', 3900.0, 'NVIDIA H100 datasheet, NVL'),
+    (r'\bH100 PCIe\b', 2000.0, 'NVIDIA H100 PCIe product brief'),
+    (r'\bH100 (80GB HBM3|SXM)', 3350.0, 'NVIDIA H100 datasheet, SXM'),
+    (r'\bA100-SXM4-80GB\b', 2039.0, 'NVIDIA A100 datasheet, 80GB SXM'),
+    (r'\bA100 80GB PCIe\b', 1935.0, 'NVIDIA A100 datasheet, 80GB PCIe'),
+    (r'\bA100-(SXM4|PCIE)-40GB\b', 1555.0, 'NVIDIA A100 datasheet, 40GB'),
+    (r'\bA10G?\b', 600.0, 'NVIDIA A10 datasheet'),
+    (r'\bL40S\b', 864.0, 'NVIDIA L40S datasheet'),
+    (r'\bL40\b', 864.0, 'NVIDIA L40 datasheet'),
+    (r'\bL4\b', 300.0, 'NVIDIA L4 datasheet'),
+    (r'\bT4\b', 320.0, 'NVIDIA T4 datasheet'),
+    (r'\bRTX 6000 Ada\b', 960.0, 'NVIDIA RTX 6000 Ada Generation datasheet'),
+    (r'\bRTX A6000\b', 768.0, 'NVIDIA RTX A6000 datasheet'),
+    (r'\bRTX 5090\b(?! Laptop)', 1792.0, 'NVIDIA RTX Blackwell GPU architecture, RTX 5090'),
+    (r'\bRTX 4090\b(?! Laptop)', 1008.0, 'NVIDIA Ada GPU architecture, RTX 4090'),
+    (r'\bGB10\b|\bDGX Spark\b', 273.0, 'NVIDIA DGX Spark datasheet'),
+    (r'\b(AGX Thor|Thor T[45]000|T[45]000)\b', 273.0, 'NVIDIA Jetson Thor datasheet'),
+    (r'\bAGX Orin\b', 204.8, 'NVIDIA Jetson AGX Orin datasheet'),
+    (r'\bOrin NX\b', 102.4, 'NVIDIA Jetson Orin NX datasheet'),
+    (r'\bOrin Nano\b.*\bSuper\b.*\b4GB\b', 51.0, 'NVIDIA Jetson Orin Nano datasheet, 4GB Super'),
+    (r'\bOrin Nano\b.*\bSuper\b', 102.0, 'NVIDIA Jetson Orin Nano datasheet, 8GB Super'),
+    (r'\bOrin Nano\b.*\b4GB\b', 34.0, 'NVIDIA Jetson Orin Nano datasheet, 4GB'),
+    (r'\bOrin Nano\b', 68.0, 'NVIDIA Jetson Orin Nano datasheet, 8GB'),
+)
+
+# GPUs that share the board's memory. CUDA's memory clock is not that of the DRAM there.
+_INTEGRATED = re.compile(r'\b(Orin|Thor|GB10|Xavier|Tegra)\b', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -16,57 +60,160 @@ class Peak:
     """The memory's peak read bandwidth in bytes per second, None where unknown, and its source."""
 
     bytes_per_s: float | None
-    source: str                     # parameter, driver, datasheet: NAME, measured, unknown
+    source: str                     # parameter, driver, NAME datasheet, measured, unknown
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, element_bytes: int,
              sliding_window: int = 0) -> int:
-    """Give the bytes of keys and values that one step reads."""
-    raise NotImplementedError
+    """
+    Give the bytes of keys and values that one decode step reads.
+
+    :param context: tokens in the cache; no more than sliding_window of them count where that is
+        not 0.
+    """
+    if sliding_window:
+        context = min(context, sliding_window)
+    return 2 * layers * kv_heads * head_dim * context * element_bytes
 
 
 def floor_s(weight_bytes: int, kv_bytes: int, peak_bytes_per_s: float | None) -> float | None:
-    """Give the least time of one step in seconds, None where the peak is unknown."""
-    raise NotImplementedError
+    """Give the least time of one decode step in seconds, None where the peak is unknown."""
+    if not peak_bytes_per_s:
+        return None
+    return (weight_bytes + kv_bytes) / peak_bytes_per_s
 
 
 def r_floor(floor_s: float | None, observed_s: float | None) -> float | None:
-    """Give the floor over the observed time: 1 is the limit."""
-    raise NotImplementedError
+    """Give the floor over the observed time: 1 is the limit; None where either is not known."""
+    if floor_s is None or not observed_s:
+        return None
+    return floor_s / observed_s
 
 
 class Roofline:
     """The floor of one engine's decode step on one memory bus."""
 
     def __init__(self, footprint: Footprint, peak: Peak) -> None:
+        """
+        Keep what the floor is made of.
+
+        :param footprint: the engine's shapes and bytes.
+        :param peak: the memory bus.
+        """
         self.footprint = footprint
         self.peak = peak
 
     def kv_bytes(self, context: int) -> int:
-        """Give the bytes of keys and values read at this context."""
-        raise NotImplementedError
+        """Give the bytes of keys and values that a step at this context (tokens) reads."""
+        shape = self.footprint
+        return kv_bytes(shape.layers, shape.kv_heads, shape.head_dim, context,
+                        shape.kv_element_bytes, shape.sliding_window)
 
     def step_bytes(self, context: int, convention: str = 'read') -> int:
-        """Give all bytes of one step; the convention is read or checkpoint."""
-        raise NotImplementedError
+        """
+        Give all bytes that a step at this context (tokens) must read.
+
+        :param convention: read (what the step really reads) or checkpoint (all weights of the
+            checkpoint at their stored size).
+        """
+        if convention not in CONVENTIONS:
+            raise ValueError(f'convention is {convention!r}: allowed are {", ".join(CONVENTIONS)}')
+        weights = (self.footprint.read_weight_bytes if convention == 'read'
+                   else self.footprint.checkpoint_weight_bytes)
+        return weights + self.kv_bytes(context)
 
     def floor_s(self, context: int, convention: str = 'read') -> float | None:
-        """Give the least time of one step in seconds."""
-        raise NotImplementedError
+        """Give the least time in seconds of a step at this context, None where unknown."""
+        return floor_s(self.step_bytes(context, convention), 0, self.peak.bytes_per_s)
 
 
 def find_peak(parameter_gb_s: float, device_name: str,
               driver: Callable[[], tuple[float, int] | None] | None = None,
               measure: Callable[[], float] | None = None) -> Peak:
-    """Find the peak; driver gives (memory clock in kHz, bus width in bits), measure bytes/s."""
-    raise NotImplementedError
+    """
+    Find the memory's peak bandwidth: parameter, driver, data sheet, measurement, in this order.
+
+    The driver's figure is not used for a GPU that shares the board's memory (Jetson): there CUDA
+    gives the GPU's own clock for the memory's.
+
+    :param parameter_gb_s: what the user set, in GB/s; 0 for nothing.
+    :param device_name: as the device's driver gives it, such as ``NVIDIA L4``.
+    :param driver: gives the memory clock in kHz (of a bus that moves two words a clock) and the
+        bus width in bits, or None where the driver does not say.
+    :param measure: reads a large buffer, gives bytes per second. Less than the true peak, so
+        r_floor comes out too high.
+    """
+    if parameter_gb_s > 0:
+        return Peak(parameter_gb_s * 1e9, 'parameter')
+    if driver is not None and not _INTEGRATED.search(device_name):
+        clock_khz, width_bits = driver() or (0, 0)
+        if clock_khz and width_bits:
+            return Peak(2 * clock_khz * 1e3 * width_bits / 8, 'driver')
+    found = datasheet(device_name)
+    if found is None and _INTEGRATED.search(device_name):
+        found = datasheet(board_name())
+    if found is not None:
+        return found
+    rate = measure() if measure is not None else 0.0
+    return Peak(rate, 'measured') if rate > 0 else Peak(None, 'unknown')
 
 
-def datasheet_bytes_per_s(device_name: str) -> float | None:
-    """Look the device up in the table of datasheets."""
-    raise NotImplementedError
+def datasheet(device_name: str) -> Peak | None:
+    """Give the peak that a data sheet states for a device of this name, None where none does."""
+    if re.search(r'\bMIG\b', device_name):
+        return None
+    for pattern, gb_s, source in _DATASHEETS:
+        if re.search(pattern, device_name, re.IGNORECASE):
+            return Peak(gb_s * 1e9, source)
+    return None
 
 
-def measure_cpu_read_bandwidth(threads: int = 0) -> float:
-    """Read a large buffer and give the best rate in bytes per second."""
-    raise NotImplementedError
+def board_name(path: str = '/proc/device-tree/model') -> str:
+    """
+    Name the board, such as ``NVIDIA Jetson AGX Orin Developer Kit``; empty where it says nothing.
+
+    A Jetson's GPU is just called Orin on all of them. The two Orin Nano modules are told apart by
+    their memory, which the name does not say.
+    """
+    try:
+        name = Path(path).read_bytes().decode('utf-8', 'replace').strip('\0\n ')
+    except OSError:
+        return ''
+    memory_bytes = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return f'{name} 4GB' if 'Orin Nano' in name and memory_bytes < 6e9 else name
+
+
+def measure_cpu_read_bandwidth(threads: int = 0, repeats: int = 5) -> float:
+    """
+    Read a buffer much larger than the caches, and give the best rate in bytes per second.
+
+    :param threads: how many read at once, each its own part; 0 takes as many as there are cores
+        for this process.
+    """
+    import numpy
+
+    threads = threads or len(os.sched_getaffinity(0))
+    # Four times the last cache, at least 128 MiB; what is left in the cache from the last round
+    # is then overwritten before it is read again.
+    words = max(4 * _last_cache_bytes(), 128 << 20) // 8
+    parts = numpy.array_split(numpy.ones(words, numpy.uint64), threads)
+    best_s = float('inf')
+    for _ in range(repeats):
+        readers = [threading.Thread(target=numpy.bitwise_or.reduce, args=(part,))
+                   for part in parts]
+        begin_s = time.perf_counter()
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        best_s = min(best_s, time.perf_counter() - begin_s)
+    return 8 * words / best_s
+
+
+def _last_cache_bytes() -> int:
+    """Give the largest cache's size, 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for path in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'):
+        if size := re.fullmatch(r'(\d+)([KMG]?)', path.read_text().strip()):
+            sizes.append(int(size[1]) << {'': 0, 'K': 10, 'M': 20, 'G': 30}[size[2]])
+    return max(sizes)
