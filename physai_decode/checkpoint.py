@@ -1,0 +1,294 @@
+"""
+A model folder in Hugging Face layout: where it is, what it says of itself, where its tensors lie.
+
+It reads JSON and the headers of safetensors files and refuses, by name, what is missing, half
+copied or of another format. It knows neither torch nor the network's arithmetic, never opens a
+pickle and never runs code from a model folder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+import json
+import math
+from pathlib import Path
+import re
+import struct
+from typing import Any
+
+from physai_decode.engine import EngineError
+
+_MODELS = Path(__file__).parent / 'models'
+_ITEM_BITS = {
+    'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E4M3': 8, 'F8_E5M2': 8, 'F8_E8M0': 8, 'U16': 16, 'I16': 16,
+    'F16': 16, 'BF16': 16, 'U32': 32, 'I32': 32, 'F32': 32, 'U64': 64, 'I64': 64, 'F64': 64,
+    'C64': 64, 'F4': 4, 'F6_E2M3': 6, 'F6_E3M2': 6}
+_MAX_HEADER_BYTES = 100_000_000    # the safetensors format's own limit
+_FETCHED = ('*.json', '*.safetensors', '*.model', '*.txt', '*.jinja')
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file; ``start`` and ``stop`` are byte offsets in that file."""
+
+    dtype: str                # as safetensors says it: BF16, F32, I32, ...
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        """The stored size."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model folder holds."""
+
+    folder: Path
+    config: Mapping[str, Any]            # config.json
+    eos_token_ids: tuple[int, ...]       # ids that end an answer
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the config, where it is nested, else all of it."""
+        nested = self.config.get('text_config')
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's family: qwen2, llama, ..."""
+        return self.config['model_type']
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any]:
+        """How the weights are quantised; empty where they are not."""
+        return self.config.get('quantization_config') or {}
+
+    @property
+    def quantization(self) -> str:
+        """A name for the quantisation: none, gptq-int4-g128, bitsandbytes-nf4, ..."""
+        quantized = self.quantization_config
+        if not quantized:
+            return 'none'
+        method = str(quantized.get('quant_method', 'unknown'))
+        if method == 'bitsandbytes':
+            four_bit = quantized.get('load_in_4bit') or quantized.get('_load_in_4bit')
+            return f'{method}-{quantized.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
+        bits, group = quantized.get('bits'), quantized.get('group_size')
+        name = method if bits is None else f'{method}-int{bits}' if method != 'exl2' \
+            else f'{method}-{bits}bpw'
+        return f'{name}-g{group}' if isinstance(group, int) and group > 0 else name
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """All weights at their stored size."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+    @property
+    def context_limit(self) -> int | None:
+        """
+        Tokens of context that the model is made for; None where its config does not say.
+
+        YaRN stretches the limit that `max_position_embeddings` gives.
+        """
+        config = self.text_config
+        limit = next((config[key] for key in (
+            'max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length', 'n_ctx')
+            if isinstance(config.get(key), int)), None)
+        rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+        original = rope.get('original_max_position_embeddings')
+        if limit and original and rope.get('rope_type', rope.get('type')) == 'yarn':
+            limit = max(limit, int(rope['factor'] * original))
+        return limit
+
+
+def locate(path: str, revision: str = '') -> Path:
+    """
+    Find the folder of a model.
+
+    :param path: ``builtin:NAME``, a folder, or a hub id such as ``ORG/NAME``.
+    :param revision: branch, tag or commit of a hub id; empty for its default branch.
+    :returns: the folder; a hub id is fetched first where it is not in the local cache.
+    :raises EngineError: there is no such model, or it can't be fetched.
+    """
+    if path.startswith('builtin:'):
+        name = path[len('builtin:'):]
+        known = sorted(each.parent.name for each in _MODELS.glob('*/config.json'))
+        if name not in known:
+            raise EngineError(
+                f'model.path {path!r}: the package has no such model; it has '
+                f'{", ".join("builtin:" + each for each in known) or "none"}')
+        return _MODELS / name
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise EngineError(
+            f'model.path {path!r} is a file: give the folder that holds config.json')
+    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', path):
+        raise EngineError(
+            f'model.path {path!r}: no such folder; allowed are builtin:NAME, a folder in Hugging '
+            'Face layout, or a hub id ORG/NAME')
+    return _fetch(path, revision)
+
+
+def inspect(folder: Path) -> Checkpoint:
+    """
+    Read a model folder without loading it.
+
+    :param folder: a folder in Hugging Face layout.
+    :raises EngineError: it is missing, empty, half copied, not a model, or of a format that is
+        not read here; the message names the file and the way out.
+    """
+    if not folder.is_dir():
+        raise EngineError(f'{folder}: no such folder')
+    if not any(folder.iterdir()):
+        raise EngineError(f'{folder} is empty: copy or download the model into it')
+    config = _read_json(folder / 'config.json')
+    if not isinstance(config.get('model_type'), str):
+        raise EngineError(
+            f'{folder / "config.json"} names no model_type: it is not the config of a model in '
+            'Hugging Face layout')
+    tensors: dict[str, TensorEntry] = {}
+    for path, expected in _weight_files(folder).items():
+        header = _read_header(path)
+        lost = sorted(expected - header.keys())
+        if lost:
+            raise EngineError(
+                f'{path} lacks {len(lost)} tensors that the index lists in it, {lost[0]} for '
+                'one: the copy is not whole; copy or download the model again')
+        tensors.update(header)
+    return Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
+
+
+def _fetch(path, revision):
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise EngineError(
+            f'model.path {path!r} is no folder here; to fetch it from the hub install '
+            'huggingface_hub (pip install huggingface_hub)') from None
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(
+            path, revision=revision or None, allow_patterns=_FETCHED, ignore_patterns=['*/*']))
+    # The client raises its own errors, its HTTP library's and the system's alike.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(
+            f'model.path {path!r} is no folder here and could not be fetched from the hub '
+            f'({reason}); where there is a network, run "hf download {path} --local-dir FOLDER", '
+            'copy the folder to this machine and set model.path to it') from None
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise EngineError(
+            f'{path} is missing: {path.parent} is not a whole model folder in Hugging Face '
+            'layout; copy or download the model again') from None
+    except (OSError, ValueError) as error:
+        raise EngineError(f'{path} can not be read ({error}): copy or download it again') from None
+    if not isinstance(value, dict):
+        raise EngineError(f'{path} holds no JSON object: copy or download it again')
+    return value
+
+
+def _eos_token_ids(folder, config):
+    path = folder / 'generation_config.json'
+    generation = _read_json(path) if path.exists() else {}
+    nested = config.get('text_config') or {}
+    for source in (generation, config, nested):
+        ids = source.get('eos_token_id')
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
+
+
+def _weight_files(folder):
+    """Give each safetensors file with the names that the index expects in it."""
+    index = folder / 'model.safetensors.index.json'
+    single = folder / 'model.safetensors'
+    if index.exists() and not single.exists():
+        expected: dict[Path, set[str]] = {}
+        weight_map = _read_json(index).get('weight_map')
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise EngineError(f'{index} has no weight_map: copy or download it again')
+        for name, file in weight_map.items():
+            expected.setdefault(folder / Path(file).name, set()).add(name)
+        lost = sorted(path.name for path in expected if not path.exists())
+        if lost:
+            raise EngineError(
+                f'{folder} lacks {len(lost)} of the {len(expected)} weight files that '
+                f'{index.name} lists: {", ".join(lost)}; copy or download the model again')
+        return expected
+    paths = [single] if single.exists() else sorted(folder.glob('*.safetensors'))
+    if not paths:
+        _refuse_format(folder)
+    return {path: set() for path in paths}
+
+
+def _refuse_format(folder):
+    for pattern, kind in (
+            ('*.bin', 'pickle'), ('*.pt', 'pickle'), ('*.pth', 'pickle'), ('*.gguf', 'GGUF'),
+            ('*.h5', 'HDF5'), ('*.msgpack', 'Flax'), ('*.onnx', 'ONNX')):
+        found = sorted(folder.glob(pattern))
+        if not found:
+            continue
+        if kind == 'pickle':
+            raise EngineError(
+                f'{folder} has pickle weights only ({found[0].name}); a pickle can run code when '
+                'it is opened, so none is: convert it to safetensors')
+        raise EngineError(
+            f'{folder} has {kind} weights only ({found[0].name}), a format that is not read '
+            'here: get the model in safetensors format')
+    raise EngineError(
+        f'{folder} has no weights (no *.safetensors file): copy or download the model again')
+
+
+def _read_header(path):
+    """Read a safetensors header: 8 bytes of its length (little endian), then JSON, then data."""
+    again = 'copy or download it again'
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        prefix = file.read(8)
+        if prefix == b'version ':
+            raise EngineError(
+                f'{path} is a Git LFS pointer, not the weights: run "git lfs pull" in the folder')
+        if len(prefix) < 8:
+            raise EngineError(f'{path} is truncated to {size} bytes: {again}')
+        length = struct.unpack('<Q', prefix)[0]
+        if length > _MAX_HEADER_BYTES:
+            raise EngineError(f'{path} is not a safetensors file: {again}')
+        if 8 + length > size:
+            raise EngineError(
+                f'{path} is truncated: its header alone ends at byte {8 + length}, the file at '
+                f'byte {size}; {again}')
+        try:
+            header = json.loads(file.read(length))
+            header.pop('__metadata__', None)
+            entries = {
+                name: TensorEntry(
+                    entry['dtype'], tuple(entry['shape']), path,
+                    *(8 + length + offset for offset in entry['data_offsets']))
+                for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise EngineError(f'{path} has a broken safetensors header: {again}') from None
+    end = max((entry.stop for entry in entries.values()), default=8 + length)
+    if end != size:
+        problem = 'is truncated' if end > size else 'has bytes that belong to no tensor'
+        raise EngineError(
+            f'{path} {problem}: its tensors end at byte {end}, the file at byte {size}; {again}')
+    for name, entry in entries.items():
+        bits = _ITEM_BITS.get(entry.dtype)
+        if bits is not None and math.prod(entry.shape) * bits != entry.bytes * 8:
+            raise EngineError(
+                f'{path}: tensor {name} of shape {entry.shape} and type {entry.dtype} can not '
+                f'have {entry.bytes} bytes: {again}')
+    return entries

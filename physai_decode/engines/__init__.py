@@ -1,0 +1,68 @@
+"""
+Name to engine; an engine's module is imported only when it is chosen.
+
+Knows which engines there are and what each needs installed, nothing of how they work.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from physai_decode import checkpoint
+from physai_decode.config import DecodeConfig
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+
+_CLASSES = {
+    'native': 'NativeEngine', 'transformers': 'TransformersEngine', 'exllamav2': 'ExLlamaV2Engine'}
+_INSTALL = {
+    'torch': 'PyTorch (pip install torch; on a Jetson the wheel for its JetPack)',
+    'transformers': 'transformers (pip install transformers)',
+    'safetensors': 'safetensors (pip install safetensors)',
+    'triton': 'Triton (pip install triton)',
+    'exllamav2': 'ExLlamaV2 (pip install exllamav2; it also needs a CUDA toolkit)'}
+
+
+def build(config: DecodeConfig, progress: Callable[[str], None] = lambda text: None) -> Engine:
+    """
+    Load the model that the settings name into the engine that they name.
+
+    ``auto`` takes the native engine where it runs the model's architecture and quantisation, else
+    transformers; no other reason makes it change its choice.
+
+    :param progress: called with a line of text now and then while it loads, in this thread.
+    :raises EngineError: the model or the engine can't be had; nothing stays allocated.
+    """
+    progress(f'looking for {config.model.path}')
+    folder = checkpoint.locate(config.model.path, config.model.revision)
+    name = config.engine.name
+    if name == 'auto':
+        name = _choose(folder, progress)
+    if name not in _CLASSES:
+        raise EngineError(
+            f'engine.name is {name!r}: allowed are auto, {", ".join(_CLASSES)}')
+    return getattr(_load(name), _CLASSES[name])(folder, config.engine, progress)
+
+
+def _choose(folder, progress):
+    model = checkpoint.inspect(folder)
+    _load('native')
+    from physai_decode.engines.native import architecture
+    try:
+        architecture.parse(model.config)
+        if model.quantization_config.get('quant_method', 'gptq') != 'gptq':
+            raise EngineError(f'the native engine does not run {model.quantization} weights')
+    except EngineError as reason:
+        progress(f'engine transformers, because {reason}')
+        return 'transformers'
+    progress('engine native')
+    return 'native'
+
+
+def _load(name):
+    try:
+        return import_module(f'physai_decode.engines.{name}')
+    except ImportError as error:
+        missing = (error.name or '').partition('.')[0]
+        raise EngineError(
+            f'the engine {name} is not installed ({error}): install '
+            f'{_INSTALL.get(missing, missing or name)} or choose another engine.name') from None

@@ -1,0 +1,158 @@
+"""
+The device and number format an engine runs on, its memory and its clock.
+
+Shared by the engines that compute with torch. It knows nothing of models.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+import platform
+import re
+import time
+import traceback
+
+from physai_decode.config import EngineConfig
+from physai_decode.engine import EngineError
+import torch
+
+
+def select(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    """
+    Find the device and the number format that the settings ask for.
+
+    On a CPU, ``cpu_threads`` takes effect for the whole process.
+
+    :raises EngineError: this machine does not have it.
+    """
+    device = _device(config.device)
+    if device.type == 'cpu' and config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
+    return device, _dtype(config.dtype, device)
+
+
+def describe(device: torch.device) -> tuple[str, str]:
+    """Give the device's name and its UUID, which is empty where there is none."""
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        uuid = getattr(properties, 'uuid', '')
+        return properties.name, f'GPU-{uuid}' if uuid else ''
+    try:
+        found = re.search(
+            r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine() or 'CPU', ''
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Give the memory that can still be taken on the device; None where it is not known."""
+    # A GPU that shares the host's memory counts the page cache as used, though it can be had.
+    if device.type == 'cuda' and not torch.cuda.get_device_properties(device).is_integrated:
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r'^MemAvailable:\s*(\d+) kB', Path('/proc/meminfo').read_text(), re.M)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is a lack of memory, on the device or the host."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        isinstance(error, RuntimeError)
+        and re.search("can't allocate memory|out of memory", str(error)))
+
+
+@contextmanager
+def enough_memory(device: torch.device, needed_bytes: int) -> Iterator[None]:
+    """
+    Guard the construction of an engine against a lack of memory.
+
+    What the failed construction held is freed before the error leaves here.
+
+    :param needed_bytes: what the weights and the cache take at the least.
+    :raises EngineError: with the bytes needed and free.
+    """
+    free = free_bytes(device)
+    message = (
+        f'not enough memory on {device}: at least {needed_bytes / 1e9:.2f} GB are needed, '
+        + (f'{free / 1e9:.2f} GB are free' if free is not None else 'what is free is not known')
+        + '; use a smaller or quantised model or a smaller engine.max_context, or end what else '
+        'uses the device')
+    if free is not None and needed_bytes > free:
+        raise EngineError(message)
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        raise EngineError(message) from None
+
+
+class Stopwatch:
+    """Times the work between `start` and `stop` on a device: CUDA events, or the CPU's clock."""
+
+    def __init__(self, device: torch.device):
+        self._events = None
+        if device.type == 'cuda':
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._stamps = [0.0, 0.0]
+
+    def start(self) -> None:
+        """Begin; on CUDA in the current stream."""
+        self._mark(0)
+
+    def stop(self) -> None:
+        """End; on CUDA in the current stream, without waiting for it."""
+        self._mark(1)
+
+    def read_s(self) -> float:
+        """Give the seconds between the two, after waiting for the second."""
+        if self._events is None:
+            return self._stamps[1] - self._stamps[0]
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) * 1e-3
+
+    def _mark(self, index):
+        if self._events is None:
+            self._stamps[index] = time.perf_counter()
+        else:
+            self._events[index].record()
+
+
+def _device(name):
+    if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', name):
+        raise EngineError(f'engine.device is {name!r}: allowed are auto, cpu, cuda and cuda:N')
+    if name == 'cpu' or (name == 'auto' and not torch.cuda.is_available()):
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        reason = 'it finds no CUDA device: check the driver (nvidia-smi)' if torch.version.cuda \
+            else 'it is built without CUDA: install a build of PyTorch with CUDA'
+        raise EngineError(
+            f'engine.device is {name!r}, but PyTorch {torch.__version__} can not use it: '
+            f'{reason}, or set engine.device to cpu')
+    index = int(name[5:]) if ':' in name else 0
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise EngineError(
+            f'engine.device is {name!r}, but this machine has {count} CUDA '
+            f'device{"s" if count > 1 else ""}: allowed are cuda:0 to cuda:{count - 1}')
+    return torch.device('cuda', index)
+
+
+def _dtype(name, device):
+    has_bfloat16 = device.type == 'cpu' or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == 'auto':
+        if device.type == 'cpu':
+            return torch.float32
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if name not in ('bfloat16', 'float16', 'float32'):
+        raise EngineError(
+            f'engine.dtype is {name!r}: allowed are auto, bfloat16, float16 and float32')
+    if name == 'bfloat16' and not has_bfloat16:
+        raise EngineError(
+            f'engine.dtype is bfloat16, which {describe(device)[0]} does not have: set it to '
+            'float16 or auto')
+    return getattr(torch, name)

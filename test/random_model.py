@@ -1,0 +1,64 @@
+"""
+Small random models of each family, written as model folders by the transformers library.
+
+Every weight is drawn, biases and norms too, so that leaving one out shows in the logits.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+_SHAPE = {
+    'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2,
+    'num_attention_heads': 2, 'num_key_value_heads': 1, 'max_position_embeddings': 256,
+    'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': None, 'tie_word_embeddings': False}
+FAMILIES = {
+    'llama': {},
+    'llama_tied': {'tie_word_embeddings': True},
+    'llama_biases': {'attention_bias': True, 'mlp_bias': True},
+    'llama_scaled': {'rope_parameters': {
+        'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0, 'original_max_position_embeddings': 64}},
+    'mistral': {'sliding_window': None},
+    'mistral_window': {'sliding_window': 48},
+    'qwen2': {},
+    'qwen2_tied': {'tie_word_embeddings': True},
+    'qwen2_window': {
+        'use_sliding_window': True, 'sliding_window': 40, 'max_window_layers': 1},
+    'qwen2_yarn': {
+        'max_position_embeddings': 64, 'rope_parameters': {
+            'rope_type': 'yarn', 'rope_theta': 1000000.0, 'factor': 4.0,
+            'original_max_position_embeddings': 64}},
+    'qwen3': {'head_dim': 64},
+    'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True}}
+
+
+def save(folder: Path, family: str, seed: int, **overrides) -> Path:
+    """
+    Write a model folder.
+
+    :param family: a key of `FAMILIES`, or a model_type that the library has.
+    :param overrides: fields of the config.
+    :returns: the folder.
+    """
+    settings = {**_SHAPE, **FAMILIES.get(family, {}), **overrides}
+    config = transformers.AutoConfig.for_model(family.partition('_')[0], **settings)
+    return save_config(folder, config, seed)
+
+
+def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) -> Path:
+    """Write a model folder of this config; weights are drawn from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            drawn = torch.randn(weight.shape, generator=generator)
+            if weight.dim() < 2:
+                weight.copy_(drawn * 0.2 + (1.0 if 'norm' in name else 0.0))
+            else:
+                weight.copy_(drawn * 1.5 / weight.shape[-1] ** 0.5)
+    network.save_pretrained(folder)
+    return folder
