@@ -1,0 +1,142 @@
+"""
+GPTQ checkpoints: from the tensors that quantisers write to the form that the engine reads.
+
+4 bits; ``qweight`` int32 [K / 8, N], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N],
+``g_idx`` int32 [K]. The format ``gptq`` stores zeros less one, ``gptq_v2`` as they are. Frantar et
+al., arXiv 2210.17323.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from physai_decode.engine import EngineError
+from physai_decode.engines.native.linear import Int4
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """What the checkpoint's quantization_config says."""
+
+    group_size: int       # -1: one group a row
+    zeros_less_one: bool
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return f'gptq-int4-g{self.group_size}'
+
+
+def parse(quantization: Mapping[str, Any]) -> GptqFormat:
+    """
+    Read a quantization_config.
+
+    :raises EngineError: naming what the native engine does not run.
+    """
+    method = quantization.get('quant_method')
+    if method != 'gptq':
+        raise EngineError(f'the native engine does not run {method} checkpoints (it runs gptq); '
+                          'set engine.name to transformers')
+    bits = quantization.get('bits')
+    layout = quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
+    group_size = quantization.get('group_size', 128)
+    if bits != 4:
+        raise EngineError(f'the native engine does not run {bits}-bit GPTQ (it runs 4-bit); '
+                          'set engine.name to transformers')
+    if layout not in ('gptq', 'gptq_v2'):
+        raise EngineError(f'the native engine does not run the GPTQ format {layout!r} '
+                          '(it runs gptq and gptq_v2); set engine.name to transformers')
+    if group_size != -1 and group_size not in GROUP_SIZES and group_size % GROUP_SIZES[-1]:
+        raise EngineError(f'the native engine does not run GPTQ groups of {group_size} (it runs '
+                          '32, multiples of 64, and -1); set engine.name to transformers')
+    return GptqFormat(group_size, layout == 'gptq')
+
+
+def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None,
+           bias: Tensor | None, form: GptqFormat) -> Int4:
+    """
+    Repack one projection; the shapes are those of the module's docstring.
+
+    :raises EngineError: where the groups do not fit the shapes.
+    """
+    columns, rows = qweight.shape[0] * 8, qweight.shape[1]
+    groups = scales.shape[0]
+    size = columns if form.group_size == -1 else form.group_size
+    if groups != -(-columns // size):
+        raise EngineError(f'a GPTQ tensor has {groups} groups for {columns} columns, but the '
+                          f'config says groups of {size}: the checkpoint is inconsistent')
+    order = _order(g_idx, size, columns)
+    shifts = torch.arange(0, 32, 4, device=qweight.device, dtype=torch.int32)
+    nibbles = ((qweight.unsqueeze(1) >> shifts.view(1, 8, 1)) & 0xF).to(torch.uint8)
+    nibbles = nibbles.reshape(columns, rows)
+    if order is not None:
+        nibbles = nibbles[order.long()]
+    zeros = ((qzeros.unsqueeze(2) >> shifts) & 0xF).reshape(groups, rows)
+    if form.zeros_less_one:
+        zeros = (zeros + 1) & 0xF
+
+    kernel_group = size if size in GROUP_SIZES else next(
+        (g for g in reversed(GROUP_SIZES) if size % g == 0), 0)
+    if not kernel_group:
+        raise EngineError(f'GPTQ groups of {size} columns are no multiple of 32; '
+                          'set engine.name to transformers')
+    width = min(64, kernel_group)
+    block = 8 * width
+    blocks = -(-columns // block)
+    padded = torch.zeros(blocks * block, rows, dtype=torch.int32, device=qweight.device)
+    padded[:columns] = nibbles
+    packed = torch.zeros(rows, blocks, width, dtype=torch.int32, device=qweight.device)
+    for j, plane in enumerate(padded.t().reshape(rows, blocks, 8, width).unbind(2)):
+        packed |= plane << (4 * j)
+
+    def by_row(values):
+        wide = values.repeat_interleave(size // kernel_group, 0)[:blocks * block // kernel_group]
+        full = wide.new_zeros(blocks * block // kernel_group, rows)
+        full[:wide.shape[0]] = wide
+        return full.t().to(torch.float16).contiguous()
+
+    return Int4(
+        packed=packed.view(rows, -1), scales=by_row(scales),
+        zeros=None if bool((zeros == 8).all()) else by_row(zeros),
+        order=order, bias=bias, in_features=columns, group_size=kernel_group)
+
+
+def fuse(parts: list[Int4]) -> Int4 | None:
+    """Stack projections of one input; None where their column orders differ."""
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.order is None) != (first.order is None) or part.group_size != first.group_size:
+            return None
+        if part.order is not None and not torch.equal(part.order, first.order):
+            return None
+
+    def stack(tensors, missing):
+        if all(t is None for t in tensors):
+            return None
+        return torch.cat([missing(p) if t is None else t for p, t in zip(parts, tensors)])
+
+    return Int4(
+        packed=torch.cat([p.packed for p in parts]),
+        scales=torch.cat([p.scales for p in parts]),
+        zeros=stack([p.zeros for p in parts], lambda p: torch.full_like(p.scales, 8)),
+        order=first.order,
+        bias=stack([p.bias for p in parts], lambda p: p.scales.new_zeros(p.shape[0])),
+        in_features=first.in_features, group_size=first.group_size)
+
+
+def _order(g_idx, size, columns):
+    """Return the columns by group, int32 [K], or None where they are in order already."""
+    if g_idx is None:
+        return None
+    plain = torch.arange(columns, device=g_idx.device) // size
+    if torch.equal(g_idx.long(), plain):
+        return None
+    order = torch.argsort(g_idx.long(), stable=True)
+    if not torch.equal(g_idx.long()[order], plain):
+        raise EngineError(f'g_idx does not give groups of {size} columns: '
+                          'the GPTQ checkpoint is inconsistent')
+    return order.to(torch.int32)

@@ -1,0 +1,103 @@
+"""
+Steps on a CUDA device, launched ahead of the host: captured in a graph, or op by op.
+
+One step reads what the one before it wrote, so the host has nothing to say between them: it keeps
+a step or two in flight, and reads each token from pinned memory when the token's copy, on a stream
+of its own, has arrived. It waits for that copy's event, never for the device.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WARM_UP_STEPS = 3
+AHEAD = 2            # steps in flight
+
+
+@dataclass
+class _Slot:
+    """One step in flight."""
+
+    token: Tensor               # int64 [1], pinned
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    copied: torch.cuda.Event
+
+
+class Pipeline:
+    """
+    Runs one of several steps again and again, ``AHEAD`` of the host.
+
+    Driven from one thread at a time, on the device's default stream.
+    """
+
+    def __init__(self, steps: dict[str, Callable[[], None]], history: Tensor, capture: bool):
+        """
+        Warm the steps up and, where asked, capture each.
+
+        :param steps: by name; each writes its token to ``history`` int64 [places].
+        """
+        self._history = history
+        self._copies = torch.cuda.Stream(history.device)
+        self._free = deque(_Slot(
+            torch.zeros(1, dtype=torch.int64).pin_memory(),
+            torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True),
+            torch.cuda.Event()) for _ in range(AHEAD))
+        self._flying: deque[_Slot] = deque()
+        self._steps = dict(steps)
+        if capture:
+            self._capture()
+
+    def _capture(self):
+        side = torch.cuda.Stream(self._history.device)
+        pool = None
+        for name, step in self._steps.items():
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_STEPS):
+                    step()
+            side.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Both graphs share one pool: they never run at the same time.
+            with torch.cuda.graph(graph, pool=pool, stream=side):
+                step()
+            pool = graph.pool()
+            self._steps[name] = graph.replay
+
+    @property
+    def full(self) -> bool:
+        """Whether as many steps are in flight as may be."""
+        return not self._free
+
+    @property
+    def empty(self) -> bool:
+        """Whether no step is in flight."""
+        return not self._flying
+
+    def launch(self, name: str, place: int) -> None:
+        """Start a step whose token will stand at ``place`` of the history."""
+        slot = self._free.popleft()
+        stream = torch.cuda.current_stream()
+        slot.begin.record(stream)
+        self._steps[name]()
+        slot.end.record(stream)
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(slot.end)
+            slot.token.copy_(self._history[place:place + 1], non_blocking=True)
+            slot.copied.record(self._copies)
+        self._flying.append(slot)
+
+    def collect(self) -> tuple[int, float]:
+        """Wait for the oldest step's token; give its id and the step's time on the device in s."""
+        slot = self._flying.popleft()
+        self._free.append(slot)
+        slot.copied.synchronize()
+        return int(slot.token), slot.begin.elapsed_time(slot.end) * 1e-3
+
+    def drain(self) -> None:
+        """Forget the steps in flight, after their end."""
+        while self._flying:
+            self.collect()

@@ -1,0 +1,122 @@
+"""
+The operations of a decode step in torch: what runs on a CPU, and the twin of each kernel.
+
+All work on one token, read their inputs from tensors at fixed addresses and write their result in
+place, so that the same step can be captured. ``x`` is the residual stream, float32 [hidden].
+"""
+
+from dataclasses import dataclass
+import math
+
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What attention needs to know of a layer beside its cache."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int              # tokens seen back; 0: all
+    norm_eps: float
+    q_norm: Tensor | None    # [head_dim]
+    k_norm: Tensor | None    # [head_dim]
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Normalise over the last dimension, in float32; gives ``x``'s shape in ``gain``'s dtype."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (scaled * gain.float()).to(gain.dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [..., head_dim] by angles [..., head_dim / 2]; the halves are the pairs."""
+    low, high = heads.float().chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+class TorchOps:
+    """The step's operations in torch."""
+
+    name = 'torch'
+
+    def embed(self, table: Tensor, token: Tensor, x: Tensor) -> None:
+        """Write row ``token`` int64 [1] of ``table`` [vocab, hidden] to ``x``."""
+        x.copy_(table.index_select(0, token)[0])
+
+    def linear(self, x: Tensor, weight: Dense | Int4, out: Tensor, *,
+               gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
+        """Write (or add) the product of ``x`` [K], normalised where there is a gain, to ``out`` [N]."""
+        product = weight.apply(self._input(x, gain, eps))
+        if add:
+            out.add_(product)
+        else:
+            out.copy_(product)
+
+    def gated(self, x: Tensor, weight: Dense | Int4, out: Tensor, gain: Tensor,
+              eps: float) -> None:
+        """Write silu(gate) * up to ``out`` [N]; ``weight`` has gate's N rows, then up's."""
+        gate, up = weight.apply(self._input(x, gain, eps)).chunk(2)
+        torch.mul(F.silu(gate), up, out=out)
+
+    def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cos: Tensor,
+               sin: Tensor, layer: Attention, out: Tensor) -> None:
+        """
+        Attend from one token, after writing its key and value to the cache.
+
+        :param qkv: float32 [(heads + 2 * kv_heads) * head_dim].
+        :param keys: and ``values``, the layer's cache [kv_heads, max_context, head_dim].
+        :param position: int64 [1], the token's place, and the number of those before it.
+        :param cos: and ``sin``, float32 [max_context, head_dim / 2].
+        :param out: [heads * head_dim].
+        """
+        heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
+        q, k, v = qkv.view(-1, dim).split((heads, kv_heads, kv_heads))
+        if layer.q_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, layer.norm_eps), \
+                rms_norm(k, layer.k_norm, layer.norm_eps)
+        angles = cos.index_select(0, position), sin.index_select(0, position)
+        q = rotate(q, *angles).to(keys.dtype)
+        keys.index_copy_(1, position, rotate(k, *angles).to(keys.dtype).unsqueeze(1))
+        values.index_copy_(1, position, v.to(values.dtype).unsqueeze(1))
+        mask = None
+        if keys.device.type == 'cpu':
+            # The length is at hand on a CPU; a captured step can't know it and masks instead.
+            stop = int(position) + 1
+            start = max(0, stop - layer.window) if layer.window else 0
+            keys, values = keys[:, start:stop], values[:, start:stop]
+        else:
+            places = torch.arange(keys.shape[1], device=keys.device)
+            mask = places <= position
+            if layer.window:
+                mask &= places > position - layer.window
+            mask = mask.view(1, 1, -1)
+        grouped = q.view(kv_heads, heads // kv_heads, dim)
+        attended = F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=mask, scale=1 / math.sqrt(dim))
+        out.copy_(attended.reshape(-1))
+
+    def advance(self, logits: Tensor, token: Tensor, position: Tensor, history: Tensor) -> None:
+        """
+        Take the likeliest token and go to the next place.
+
+        :param logits: float32 [vocab].
+        :param token: int64 [1], and ``history`` int64 [max_context + 1] at the new position: out.
+        :param position: int64 [1]; one is added.
+        """
+        token.copy_(logits.argmax(0, keepdim=True))
+        position.add_(1)
+        history.index_copy_(0, position, token)
+
+    def tune(self, transformer: 'Transformer') -> None:
+        """Choose nothing: torch has its own heuristics."""
+
+    @staticmethod
+    def _input(x, gain, eps):
+        return x if gain is None else rms_norm(x, gain, eps)

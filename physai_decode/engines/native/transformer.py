@@ -1,0 +1,116 @@
+"""
+One transformer, from token ids to logits: large products for a prompt, one step for a token.
+
+The step is a straight line over tensors at fixed addresses: the token and its position are read on
+the device, and the host is not in the loop. So the same function runs on a CPU as it is, and on a
+GPU inside a captured graph.
+"""
+
+import math
+
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.ops import Attention
+from physai_decode.engines.native.ops import rms_norm
+from physai_decode.engines.native.ops import rotate
+from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.weights import Weights
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+import torch.nn.functional as F
+
+
+class Transformer:
+    """Weights, cache and the state of one conversation on one device."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, max_context: int,
+                 dtype: torch.dtype, device: torch.device, ops: TorchOps):
+        a = self.architecture = architecture
+        self.weights = weights
+        self.max_context = max_context
+        self.ops = ops
+        # The host writes these before a request; the step reads and advances them.
+        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+
+        shape = (a.layers, a.kv_heads, max_context, a.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        angles = torch.outer(
+            torch.arange(max_context, dtype=torch.float32),
+            torch.tensor(a.inverse_frequencies, dtype=torch.float32))
+        self.cos = (angles.cos() * a.rotary_scale).to(device)
+        self.sin = (angles.sin() * a.rotary_scale).to(device)
+        self.attention = [
+            Attention(a.heads, a.kv_heads, a.head_dim, window, a.norm_eps,
+                      layer.q_norm, layer.k_norm)
+            for window, layer in zip(a.windows, weights.layers)]
+
+        self.x = torch.zeros(a.hidden_size, dtype=torch.float32, device=device)
+        self.qkv = torch.zeros(a.q_size + 2 * a.kv_size, dtype=torch.float32, device=device)
+        self.attended = torch.zeros(a.q_size, dtype=dtype, device=device)
+        self.hidden = torch.zeros(a.intermediate_size, dtype=dtype, device=device)
+        self.logits = torch.zeros(a.vocab_size, dtype=torch.float32, device=device)
+
+    def step(self) -> None:
+        """Read ``token`` at ``position``; write the logits of the token after it to ``logits``."""
+        ops, eps, w = self.ops, self.architecture.norm_eps, self.weights
+        ops.embed(w.embedding, self.token, self.x)
+        for index, layer in enumerate(w.layers):
+            ops.linear(self.x, layer.qkv, self.qkv, gain=layer.input_norm, eps=eps)
+            ops.attend(self.qkv, self.keys[index], self.values[index], self.position, self.cos,
+                       self.sin, self.attention[index], self.attended)
+            ops.linear(self.attended, layer.out, self.x, add=True)
+            ops.gated(self.x, layer.gate_up, self.hidden, layer.mlp_norm, eps)
+            ops.linear(self.hidden, layer.down, self.x, add=True)
+        ops.linear(self.x, w.head, self.logits, gain=w.norm, eps=eps)
+
+    def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
+        """
+        Read a piece of a prompt and fill the cache with its keys and values.
+
+        :param ids: int64 [tokens]; those before place ``start`` are in the cache already.
+        :param every: give the logits of all the piece's places, not only of the last.
+        :returns: float32 [vocab], or [tokens, vocab].
+        """
+        a, w = self.architecture, self.weights
+        stop = start + ids.shape[0]
+        cos, sin = self.cos[start:stop].unsqueeze(1), self.sin[start:stop].unsqueeze(1)
+        x = F.embedding(ids, w.embedding).float()
+        for index, layer in enumerate(w.layers):
+            qkv = layer.qkv.apply(rms_norm(x, layer.input_norm, a.norm_eps))
+            q, k, v = qkv.view(-1, a.heads + 2 * a.kv_heads, a.head_dim).split(
+                (a.heads, a.kv_heads, a.kv_heads), 1)
+            if layer.q_norm is not None:
+                q = rms_norm(q, layer.q_norm, a.norm_eps)
+                k = rms_norm(k, layer.k_norm, a.norm_eps)
+            keys, values = self.keys[index], self.values[index]
+            keys[:, start:stop] = rotate(k, cos, sin).to(keys.dtype).transpose(0, 1)
+            values[:, start:stop] = v.transpose(0, 1)
+            q = rotate(q, cos, sin).to(keys.dtype).transpose(0, 1)
+            attended = _attend(q, keys[:, :stop], values[:, :stop], a.windows[index])
+            x += layer.out.apply(attended.transpose(0, 1).reshape(-1, a.q_size))
+            gate, up = layer.gate_up.apply(rms_norm(x, layer.mlp_norm, a.norm_eps)).chunk(2, -1)
+            x += layer.down.apply(F.silu(gate).mul_(up))
+        last = x if every else x[-1]
+        return w.head.apply(rms_norm(last, w.norm, a.norm_eps)).float()
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+    """Attend from the last q.shape[1] places [heads, tokens, dim] over [kv_heads, stop, dim]."""
+    tokens, stop = q.shape[1], keys.shape[1]
+    scale = 1 / math.sqrt(q.shape[2])
+    mask = None
+    causal = tokens == stop and not window
+    if not causal:
+        mask = causal_lower_right(tokens, stop)
+    if window or (mask is not None and q.device.type == 'cpu'):
+        # SDPA takes a window, and on a CPU an offset, only as a mask of its own.
+        places = torch.arange(stop, device=q.device)
+        own = places[stop - tokens:].unsqueeze(1)
+        mask = places <= own
+        if window:
+            mask &= places > own - window
+    return F.scaled_dot_product_attention(
+        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask, is_causal=causal,
+        scale=scale, enable_gqa=q.shape[0] != keys.shape[0])[0]

@@ -1,0 +1,246 @@
+"""
+A checkpoint's tensors, placed on the device in the form that the step reads.
+
+Query, key and value are fused, gate and up are fused, GPTQ is repacked. Tensors come one by one from
+safetensors files, or at random for a folder that only describes a shape. Knows nothing of positions
+or caches.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol
+
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import gptq
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
+from safetensors import safe_open
+import torch
+from torch import Tensor
+
+Linear = Dense | Int4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer; norms' gains are [hidden] and [head_dim], in the engine's dtype."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All of a model's weights; ``embedding`` is [vocab, hidden]."""
+
+    embedding: Tensor
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: Linear
+    dense_fallbacks: int      # fused projections kept dense, because their parts' orders differ
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one decode step reads: one row of the embedding, all the rest."""
+        row = self.embedding.shape[1] * self.embedding.element_size()
+        norms = [self.norm]
+        linears = [self.head]
+        for layer in self.layers:
+            norms += [layer.input_norm, layer.mlp_norm]
+            norms += [gain for gain in (layer.q_norm, layer.k_norm) if gain is not None]
+            linears += [layer.qkv, layer.out, layer.gate_up, layer.down]
+        return (row + sum(gain.numel() * gain.element_size() for gain in norms)
+                + sum(linear.read_bytes for linear in linears))
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a tensor of this name."""
+        ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Give a tensor on the device; integers as they are, floats in the stored dtype."""
+        ...
+
+
+class Files:
+    """Tensors from a checkpoint's safetensors files."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self._entries = checkpoint.tensors
+        self._device = device
+        self._open: dict[Any, Any] = {}
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a tensor of this name."""
+        return name in self._entries
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """
+        Give a tensor on the device.
+
+        :raises EngineError: it is not there, or has another shape than config.json implies.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete or of '
+                              'another architecture than its config.json says')
+        if entry.shape != shape:
+            raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
+                              f'{list(shape)}: they do not belong together')
+        if entry.path not in self._open:
+            self._open[entry.path] = safe_open(
+                entry.path, framework='pt', device=str(self._device))
+        return self._open[entry.path].get_tensor(name)
+
+
+class Random:
+    """Random tensors of the same names and shapes: to time a shape without its weights."""
+
+    def __init__(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device):
+        self._generator = torch.Generator(device).manual_seed(settings.get('seed', 0))
+        self._packed = settings.get('quantization') == 'gptq'
+        self._dtype = dtype
+        self._device = device
+
+    def has(self, name: str) -> bool:
+        """Tell whether the described checkpoint would have a tensor of this name."""
+        head = name.startswith(('lm_head', 'model.embed'))
+        return name.endswith('.qweight') and self._packed and not head
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Give a tensor: gains 1, other floats normal with deviation 0.02."""
+        kind = name.rsplit('.', 1)[-1]
+        if kind in ('qweight', 'qzeros'):
+            if kind == 'qzeros':
+                return torch.full(shape, 0x77777777, dtype=torch.int32, device=self._device)
+            return torch.randint(-2**31, 2**31, shape, dtype=torch.int32,
+                                 device=self._device, generator=self._generator)
+        if kind == 'scales':
+            noise = torch.rand(shape, device=self._device, generator=self._generator)
+            return ((0.9 + 0.2 * noise) * 0.02 / 4.61).half()   # uniform 4 bits deviate by 4.61
+        if name.endswith('norm.weight'):
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        values = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return values.normal_(0.0, 0.02, generator=self._generator)
+
+
+def load(architecture: Architecture, source: Source, quantization: Mapping[str, Any],
+         dtype: torch.dtype, progress: Callable[[str], None]) -> Weights:
+    """
+    Read and fuse all weights.
+
+    :param quantization: the checkpoint's quantization_config; empty where there is none.
+    :raises EngineError: a tensor is missing, has another shape, or a format that is not run.
+    """
+    return _Loader(architecture, source, quantization, dtype, progress).load()
+
+
+class _Loader:
+
+    def __init__(self, architecture, source, quantization, dtype, progress):
+        self._a = architecture
+        self._source = source
+        self._form = gptq.parse(quantization) if quantization else None
+        self._dtype = dtype
+        self._progress = progress
+        self._fallbacks = 0
+
+    def load(self):
+        a = self._a
+        embedding = self._float('model.embed_tokens.weight', (a.vocab_size, a.hidden_size))
+        layers = []
+        for index in range(a.layers):
+            self._progress(f'weights of layer {index + 1} of {a.layers}')
+            layers.append(self._layer(f'model.layers.{index}'))
+        head: Linear = Dense(embedding)
+        if not a.tied_head:
+            head = self._fused('', [('lm_head', a.vocab_size)], a.hidden_size, False)
+        norm = self._float('model.norm.weight', (a.hidden_size,))
+        return Weights(embedding, tuple(layers), norm, head, self._fallbacks)
+
+    def _layer(self, prefix):
+        a = self._a
+        attention, mlp = f'{prefix}.self_attn.', f'{prefix}.mlp.'
+        qk_norm = [self._float(f'{attention}{name}.weight', (a.head_dim,)) if a.qk_norm else None
+                   for name in ('q_norm', 'k_norm')]
+        return Layer(
+            input_norm=self._float(f'{prefix}.input_layernorm.weight', (a.hidden_size,)),
+            qkv=self._fused(attention, [('q_proj', a.q_size), ('k_proj', a.kv_size),
+                                        ('v_proj', a.kv_size)], a.hidden_size, a.qkv_bias),
+            q_norm=qk_norm[0],
+            k_norm=qk_norm[1],
+            out=self._fused(attention, [('o_proj', a.hidden_size)], a.q_size, a.out_bias),
+            mlp_norm=self._float(
+                f'{prefix}.post_attention_layernorm.weight', (a.hidden_size,)),
+            gate_up=self._fused(mlp, [('gate_proj', a.intermediate_size),
+                                      ('up_proj', a.intermediate_size)],
+                                a.hidden_size, a.mlp_bias),
+            down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
+                             a.mlp_bias))
+
+    def _fused(self, prefix, parts, columns, bias):
+        """Stack the named projections, each (name, rows), of one input."""
+        if self._form is None or not self._source.has(f'{prefix}{parts[0][0]}.qweight'):
+            return self._dense(prefix, parts, columns, bias)
+        packed = [self._int4(prefix + name, rows, columns, bias) for name, rows in parts]
+        fused = packed[0] if len(packed) == 1 else gptq.fuse(packed)
+        if fused is not None:
+            return fused
+        self._fallbacks += 1
+        dense = []
+        for part in packed:
+            weight = part.dequantise(slice(None), self._dtype)
+            if part.order is not None:
+                weight = torch.empty_like(weight).index_copy_(1, part.order.long(), weight)
+            dense.append(weight)
+        biases = torch.cat([p.bias for p in packed]) if packed[0].bias is not None else None
+        return Dense(torch.cat(dense), biases)
+
+    def _dense(self, prefix, parts, columns, bias):
+        if len(parts) == 1:
+            weight = self._float(f'{prefix}{parts[0][0]}.weight', (parts[0][1], columns))
+        else:
+            weight = None
+            start = 0
+            for name, rows in parts:
+                piece = self._float(f'{prefix}{name}.weight', (rows, columns))
+                if weight is None:
+                    total = sum(rows for _, rows in parts)
+                    weight = piece.new_empty(total, columns)
+                weight[start:start + rows] = piece
+                start += rows
+        biases = [self._float(f'{prefix}{name}.bias', (rows,)) for name, rows in parts] \
+            if bias else []
+        return Dense(weight, torch.cat(biases) if biases else None)
+
+    def _int4(self, name, rows, columns, bias):
+        size = columns if self._form.group_size == -1 else self._form.group_size
+        groups = -(-columns // size)
+        get = self._source.get
+        # Some writers leave g_idx out where it is plain, and some write a bias that is all zero.
+        order = get(f'{name}.g_idx', (columns,)) if self._source.has(f'{name}.g_idx') else None
+        with_bias = bias or self._source.has(f'{name}.bias')
+        return gptq.repack(
+            get(f'{name}.qweight', (columns // 8, rows)),
+            get(f'{name}.qzeros', (groups, rows // 8)),
+            get(f'{name}.scales', (groups, rows)), order,
+            self._float(f'{name}.bias', (rows,)) if with_bias else None, self._form)
+
+    def _float(self, name, shape):
+        tensor = self._source.get(name, shape)
+        if not tensor.is_floating_point():
+            raise EngineError(f'tensor {name} has dtype {tensor.dtype}: expected floats')
+        return tensor.to(self._dtype)
