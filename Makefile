@@ -1,0 +1,47 @@
+# make demo   install into .venv and watch the node answer one prompt
+# make test   the same environment plus the test tools; lint, types and all tests
+# make clean  remove .venv and what the tools left behind
+
+PYTHON ?= python3
+MACHINE ?= $(shell uname -m)
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+FAIL = fail() { echo "physai_decode: $$1" >&2; exit 1; };
+
+.PHONY: demo test lint clean supported
+
+demo: .venv/run.stamp
+	@.venv/bin/python tools/demo.py
+
+test: .venv/test.stamp
+	@status=0; $(MAKE) --no-print-directory lint || status=1; \
+	.venv/bin/python -m pytest || status=1; exit $$status
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+.venv/run.stamp: .venv/bin/pip requirements.txt constraints.txt setup.py setup.cfg | supported
+	@echo 'Installing into .venv; the first time this loads about 3 GB, most of it torch with CUDA.'
+	$(PIP) install -c constraints.txt setuptools -r requirements.txt
+	$(PIP) install -c constraints.txt --no-build-isolation --use-pep517 -e .
+	@touch $@
+
+.venv/test.stamp: .venv/run.stamp requirements-test.txt
+	$(PIP) install -c constraints.txt -r requirements-test.txt
+	@touch $@
+
+.venv/bin/pip: | supported
+	@$(FAIL) command -v '$(PYTHON)' >/dev/null || \
+	fail "there is no $(PYTHON): install python3, or name a Python by 'make PYTHON=...'."; \
+	'$(PYTHON)' -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
+	fail "this needs Python 3.10 to 3.14, not $$('$(PYTHON)' --version): name one by 'make PYTHON=...'."; \
+	'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
+	fail "$(PYTHON) can't make virtual environments: install the package python3-venv."
+	'$(PYTHON)' -m venv .venv
+
+supported:
+	@$(FAIL) [ '$(MACHINE)' = x86_64 ] || fail "there are no rclpy wheels for $(MACHINE): build with\
+	 colcon where a ROS 2 distribution is installed, as README.md says."
+
+clean:
+	rm -rf .venv build install log *.egg-info .pytest_cache .mypy_cache .ruff_cache
