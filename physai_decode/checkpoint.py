@@ -24,7 +24,7 @@ _ITEM_BITS = {
     'F16': 16, 'BF16': 16, 'U32': 32, 'I32': 32, 'F32': 32, 'U64': 64, 'I64': 64, 'F64': 64,
     'C64': 64, 'F4': 4, 'F6_E2M3': 6, 'F6_E3M2': 6}
 _MAX_HEADER_BYTES = 100_000_000    # the safetensors format's own limit
-_FETCHED = ('*.json', '*.safetensors', '*.model', '*.txt', '*.jinja')
+_FETCHED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def locate(path: str, revision: str = '') -> Path:
                 f'{", ".join("builtin:" + each for each in known) or "none"}')
         return _MODELS / name
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         return folder
-    if folder.exists():
+    if path and folder.exists():
         raise EngineError(
             f'model.path {path!r} is a file: give the folder that holds config.json')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', path):
@@ -146,6 +146,13 @@ def inspect(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise EngineError(f'{folder}: no such folder')
+    try:
+        return _inspect(folder)
+    except OSError as error:
+        raise EngineError(f'{folder} can not be read ({error}): mend its permissions') from None
+
+
+def _inspect(folder):
     if not any(folder.iterdir()):
         raise EngineError(f'{folder} is empty: copy or download the model into it')
     config = _read_json(folder / 'config.json')
@@ -193,8 +200,8 @@ def _read_json(path):
         raise EngineError(
             f'{path} is missing: {path.parent} is not a whole model folder in Hugging Face '
             'layout; copy or download the model again') from None
-    except (OSError, ValueError) as error:
-        raise EngineError(f'{path} can not be read ({error}): copy or download it again') from None
+    except ValueError as error:
+        raise EngineError(f'{path} is not JSON ({error}): copy or download it again') from None
     if not isinstance(value, dict):
         raise EngineError(f'{path} holds no JSON object: copy or download it again')
     return value

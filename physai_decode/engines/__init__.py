@@ -47,10 +47,11 @@ def _choose(folder, progress):
     model = checkpoint.inspect(folder)
     _load('native')
     from physai_decode.engines.native import architecture
+    from physai_decode.engines.native import gptq
     try:
         architecture.parse(model.config)
-        if model.quantization_config.get('quant_method', 'gptq') != 'gptq':
-            raise EngineError(f'the native engine does not run {model.quantization} weights')
+        if model.quantization_config:
+            gptq.parse(model.quantization_config)
     except EngineError as reason:
         progress(f'engine transformers, because {reason}')
         return 'transformers'

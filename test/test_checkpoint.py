@@ -1,0 +1,270 @@
+"""Model folders, whole and broken: each fault is named, with the way out."""
+
+import json
+import struct
+
+from physai_decode import checkpoint
+from physai_decode.engine import EngineError
+import pytest
+
+CONFIG = {'model_type': 'llama', 'max_position_embeddings': 64, 'eos_token_id': 2}
+TENSORS = {'a.weight': ('F32', (2, 3)), 'b.weight': ('BF16', (4,)), 'c.qweight': ('I32', ())}
+SIZES = {'F32': 4, 'BF16': 2, 'I32': 4}
+
+
+def write_safetensors(path, tensors):
+    """Write a file of zeros; `tensors` maps names to (dtype, shape)."""
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = SIZES[dtype]
+        for length in shape:
+            size *= length
+        header[name] = {
+            'dtype': dtype, 'shape': list(shape), 'data_offsets': [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack('<Q', len(text)) + text + bytes(offset))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Give a whole model folder."""
+    write_json(tmp_path / 'config.json', CONFIG)
+    write_safetensors(tmp_path / 'model.safetensors', TENSORS)
+    return tmp_path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Give a whole model folder of two weight files."""
+    write_json(tmp_path / 'config.json', CONFIG)
+    names = ('model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors')
+    write_safetensors(tmp_path / names[0], {'a.weight': ('F32', (2, 3))})
+    write_safetensors(tmp_path / names[1], {'b.weight': ('BF16', (4,))})
+    write_json(tmp_path / 'model.safetensors.index.json', {
+        'weight_map': {'a.weight': names[0], 'b.weight': names[1]}})
+    return tmp_path
+
+
+def refusal(folder):
+    """Give the message with which a folder is refused."""
+    with pytest.raises(EngineError) as caught:
+        checkpoint.inspect(folder)
+    return str(caught.value)
+
+
+def test_a_whole_folder(folder):
+    model = checkpoint.inspect(folder)
+    assert model.model_type == 'llama'
+    assert model.context_limit == 64
+    assert model.eos_token_ids == (2,)
+    assert model.quantization == 'none'
+    assert model.weight_bytes == 24 + 8 + 4
+    entry = model.tensors['b.weight']
+    assert (entry.dtype, entry.shape, entry.bytes) == ('BF16', (4,), 8)
+    assert entry.start == model.tensors['a.weight'].stop
+    assert model.tensors['c.qweight'].stop == (folder / 'model.safetensors').stat().st_size
+
+
+def test_tensors_lie_where_the_index_says(tmp_path):
+    torch = pytest.importorskip('torch')
+    safetensors = pytest.importorskip('safetensors.torch')
+    write_json(tmp_path / 'config.json', CONFIG)
+    values = {'x': torch.arange(6.0).view(2, 3), 'y': torch.arange(5, dtype=torch.int32)}
+    safetensors.save_file(values, tmp_path / 'model.safetensors')
+    for name, entry in checkpoint.inspect(tmp_path).tensors.items():
+        stored = entry.path.read_bytes()[entry.start:entry.stop]
+        assert stored == values[name].numpy().tobytes()
+        assert entry.shape == tuple(values[name].shape)
+
+
+def test_shards(shards):
+    model = checkpoint.inspect(shards)
+    assert set(model.tensors) == {'a.weight', 'b.weight'}
+    assert model.tensors['b.weight'].path.name == 'model-00002-of-00002.safetensors'
+
+
+def test_missing_folder(tmp_path):
+    assert 'no such folder' in refusal(tmp_path / 'gone')
+
+
+def test_empty_folder(tmp_path):
+    assert 'is empty' in refusal(tmp_path)
+
+
+def test_missing_config(folder):
+    (folder / 'config.json').unlink()
+    assert 'config.json is missing' in refusal(folder)
+
+
+@pytest.mark.parametrize('text', ['{"model_type": ', '[]', ''])
+def test_broken_config(folder, text):
+    (folder / 'config.json').write_text(text)
+    assert 'config.json' in refusal(folder)
+
+
+def test_config_of_something_else(folder):
+    write_json(folder / 'config.json', {'name': 'something'})
+    assert 'model_type' in refusal(folder)
+
+
+@pytest.mark.parametrize('kept', [0, 5, 60, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:kept])
+    message = refusal(folder)
+    assert 'truncated' in message and str(path) in message
+
+
+def test_trailing_bytes(folder):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes() + b'\0')
+    assert 'belong to no tensor' in refusal(folder)
+
+
+@pytest.mark.parametrize('content', [
+    b'\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01', struct.pack('<Q', 4) + b'abcd' + bytes(8),
+    struct.pack('<Q', 2) + b'[]', struct.pack('<Q', 8) + b'{"a": 1}'])
+def test_garbage_for_weights(folder, content):
+    (folder / 'model.safetensors').write_bytes(content)
+    assert 'model.safetensors' in refusal(folder)
+
+
+def test_a_size_that_does_not_fit_the_shape(folder):
+    text = json.dumps({'w': {'dtype': 'F32', 'shape': [3], 'data_offsets': [0, 8]}}).encode()
+    (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + bytes(8))
+    assert 'tensor w' in refusal(folder)
+
+
+def test_git_lfs_pointer(folder):
+    (folder / 'model.safetensors').write_text(
+        'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n')
+    assert 'git lfs pull' in refusal(folder)
+
+
+def test_missing_shard(shards):
+    (shards / 'model-00002-of-00002.safetensors').unlink()
+    assert 'model-00002-of-00002.safetensors' in refusal(shards)
+
+
+def test_a_shard_without_its_tensor(shards):
+    write_safetensors(
+        shards / 'model-00002-of-00002.safetensors', {'other.weight': ('BF16', (4,))})
+    assert 'b.weight' in refusal(shards)
+
+
+def test_an_index_can_not_reach_outside(shards):
+    write_json(shards / 'model.safetensors.index.json', {
+        'weight_map': {'a.weight': '../outside.safetensors'}})
+    write_safetensors(shards.parent / 'outside.safetensors', {'a.weight': ('F32', (2, 3))})
+    assert 'outside.safetensors' in refusal(shards)
+
+
+@pytest.mark.parametrize(('name', 'word'), [
+    ('pytorch_model.bin', 'safetensors'), ('consolidated.00.pth', 'pickle'),
+    ('model.gguf', 'GGUF'), ('notes.txt', 'no weights')])
+def test_other_formats(folder, name, word):
+    (folder / 'model.safetensors').rename(folder / name)
+    message = refusal(folder)
+    assert word in message
+
+
+def test_a_pickle_is_never_opened(folder):
+    (folder / 'model.safetensors').unlink()
+    trace = folder / 'it_ran'
+    payload = f"cbuiltins\neval\n(S'open({str(trace)!r}, \"w\")'\ntR."
+    (folder / 'pytorch_model.bin').write_bytes(payload.encode())
+    refusal(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(('generation', 'config', 'expected'), [
+    ({'eos_token_id': [5, 6]}, {'eos_token_id': 2}, (5, 6)),
+    ({}, {'eos_token_id': 2}, (2,)), ({}, {'eos_token_id': None}, ()),
+    ({}, {'text_config': {'eos_token_id': [7]}}, (7,))])
+def test_end_ids(folder, generation, config, expected):
+    write_json(folder / 'config.json', {'model_type': 'llama', **config})
+    write_json(folder / 'generation_config.json', generation)
+    assert checkpoint.inspect(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(('config', 'limit'), [
+    ({}, None), ({'n_positions': 1024}, 1024),
+    ({'text_config': {'max_position_embeddings': 32}}, 32),
+    ({'max_position_embeddings': 64, 'rope_scaling': {
+        'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64}}, 256),
+    ({'max_position_embeddings': 256, 'rope_parameters': {
+        'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64}}, 256),
+    ({'max_position_embeddings': 256, 'rope_scaling': {
+        'rope_type': 'llama3', 'factor': 8.0, 'original_max_position_embeddings': 64}}, 256)])
+def test_context_limit(folder, config, limit):
+    write_json(folder / 'config.json', {'model_type': 'llama', **config})
+    assert checkpoint.inspect(folder).context_limit == limit
+
+
+@pytest.mark.parametrize(('quantization', 'name'), [
+    ({'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, 'gptq-int4-g128'),
+    ({'quant_method': 'gptq', 'bits': 4, 'group_size': -1}, 'gptq-int4'),
+    ({'quant_method': 'awq', 'bits': 4, 'group_size': 64}, 'awq-int4-g64'),
+    ({'quant_method': 'exl2', 'bits': 4.25}, 'exl2-4.25bpw'),
+    ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
+     'bitsandbytes-nf4'),
+    ({'quant_method': 'bitsandbytes', 'load_in_8bit': True}, 'bitsandbytes-int8'),
+    ({'quant_method': 'fp8'}, 'fp8')])
+def test_quantization_names(folder, quantization, name):
+    write_json(folder / 'config.json', {**CONFIG, 'quantization_config': quantization})
+    assert checkpoint.inspect(folder).quantization == name
+
+
+def test_locate_a_folder(folder):
+    assert checkpoint.locate(str(folder)) == folder
+
+
+def test_locate_a_file(folder):
+    with pytest.raises(EngineError, match='is a file'):
+        checkpoint.locate(str(folder / 'config.json'))
+
+
+@pytest.mark.parametrize('path', ['/no/such/folder', './gone', 'gone', '~/gone/away', '', 'a/b/c'])
+def test_locate_nothing(path):
+    with pytest.raises(EngineError, match='no such folder'):
+        checkpoint.locate(path)
+
+
+@pytest.mark.parametrize('name', ['no_such_model', '..', '../models', ''])
+def test_locate_an_unknown_builtin(name):
+    with pytest.raises(EngineError, match='the package has no such model'):
+        checkpoint.locate(f'builtin:{name}')
+
+
+def test_a_hub_id_without_a_network(monkeypatch):
+    hub = pytest.importorskip('huggingface_hub')
+
+    def unreachable(*args, **kwargs):
+        raise OSError('network is unreachable')
+
+    monkeypatch.setattr(hub, 'snapshot_download', unreachable)
+    with pytest.raises(EngineError, match='hf download some-org/some-model --local-dir'):
+        checkpoint.locate('some-org/some-model')
+
+
+def test_only_data_is_fetched(monkeypatch, tmp_path):
+    hub = pytest.importorskip('huggingface_hub')
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, 'snapshot_download', download)
+    assert checkpoint.locate('some-org/some-model', 'v2') == tmp_path
+    assert (asked['name'], asked['revision']) == ('some-org/some-model', 'v2')
+    files = ['config.json', 'model.safetensors', 'tokenizer.model', 'chat_template.jinja',
+             'pytorch_model.bin', 'modeling_x.py', 'onnx/model.safetensors', 'model.gguf']
+    chosen = hub.utils.filter_repo_objects(
+        files, allow_patterns=asked['allow_patterns'], ignore_patterns=asked['ignore_patterns'])
+    assert list(chosen) == files[:4]
