@@ -1,0 +1,230 @@
+"""
+``decode_bench``: times engines on a model or on random weights of a named shape, without ROS.
+
+It measures each engine in a process of its own, prints tables and writes JSON, Markdown, plots
+and one HTML page. It judges speed only; whether an engine is right is the tests' business.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+import shlex
+import sys
+import time
+
+from physai_decode.benchmark import compare
+from physai_decode.benchmark import report
+from physai_decode.benchmark import suites
+from physai_decode.benchmark import synthetic
+from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.case import parse_engine
+from physai_decode.benchmark.case import Source
+from physai_decode.benchmark.runner import Runner
+from physai_decode.benchmark.table import Table
+from physai_decode.config import ConfigError
+from physai_decode.config import EngineConfig
+
+CONTEXTS = (2048, 4096, 8192, 16384)
+_EPILOG = """\
+An engine is NAME or NAME:setting=value,... with the settings of the parameter group engine, such
+as native:cuda_graph=false. `transformers` alone means eager, without a captured step.
+
+examples:
+  decode_bench --model builtin:tiny_planner --engines native transformers --contexts 128 512
+  decode_bench --synthetic qwen2.5-7b --engines native transformers --kernels
+  decode_bench --synthetic qwen2.5-7b --ab native:cuda_graph=false native --sessions 10
+  decode_bench --synthetic qwen2.5-7b --paper --out paper
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if something was measured, 1 if nothing was, 2 for a wrong argument."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.write_checkpoint:
+            return _write_checkpoint(options)
+        cases = _cases(options)
+    except (ConfigError, ValueError, OSError) as error:
+        print(f'decode_bench: {error}', file=sys.stderr)
+        return 2
+    out = options.out
+    runner = Runner(out, options.models or out / 'models', options.session_timeout_s,
+                    options.budget_s, lambda message: print(message, flush=True))
+    try:
+        results = runner.run(cases)
+    except KeyboardInterrupt:
+        print(f'broken off; the same command with --out {out} goes on from here', file=sys.stderr)
+        return 130
+    finally:
+        if not options.keep_checkpoints:
+            runner.forget_checkpoints()
+    tables = _tables(options, results)
+    print('\n' + '\n'.join(table.text() for table in tables))
+    argv = sys.argv[1:] if arguments is None else arguments
+    head = {'command': shlex.join(['decode_bench', *argv]),
+            'model': ', '.join(dict.fromkeys(str(case.source) for case in cases)),
+            'date': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}
+    report.write(out, head, tables, results, _plots(results, out))
+    print(f'written to {out}: results.json, report.md, report.html')
+    return 0 if report.cells(results) else 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog='decode_bench', description=__doc__.split('\n\n')[0].strip(), epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group('model')
+    model.add_argument('--model', default='', help='builtin:NAME, a folder or a hub id '
+                       '(default: builtin:tiny_planner)')
+    model.add_argument('--synthetic', default='', choices=['', *synthetic.SHAPES], metavar='SHAPE',
+                       help=f'random weights of a shape: {", ".join(synthetic.SHAPES)}')
+    model.add_argument('--quantization', nargs='+', default=['none'],
+                       choices=synthetic.QUANTIZATIONS, help='of the random weights')
+    model.add_argument('--seed', type=int, default=0, help='of the random weights')
+    model.add_argument('--write-checkpoint', type=Path, metavar='DIR',
+                       help='write the random weights as a folder with safetensors, and end')
+    model.add_argument('--shapes-only', action='store_true',
+                       help='with --write-checkpoint: no weights, the engine makes them')
+    what = parser.add_argument_group('what is measured')
+    mode = what.add_mutually_exclusive_group()
+    mode.add_argument('--engines', nargs='+', default=['native', 'transformers'],
+                      metavar='ENGINE')
+    mode.add_argument('--ab', nargs=2, metavar=('A', 'B'),
+                      help='compare two engines in fresh processes, in turn')
+    mode.add_argument('--paper', action='store_true',
+                      help=f'the protocol of {suites.PAPER} and its figures beside')
+    mode.add_argument('--targets', action='store_true',
+                      help='what the native engine has to reach on a fast GPU, in one run')
+    what.add_argument('--sessions', type=int, default=10, help='of each side of --ab')
+    what.add_argument('--contexts', nargs='+', type=int, default=None, metavar='TOKENS',
+                      help=f'default: {" ".join(map(str, CONTEXTS))}')
+    what.add_argument('--steps', type=int, default=30, help='measured steps a context')
+    what.add_argument('--warmup', type=int, default=5, help='steps before them')
+    what.add_argument('--kernels', action='store_true',
+                      help='also a table kernel by kernel (CUDA)')
+    how = parser.add_argument_group('how')
+    base = EngineConfig()
+    how.add_argument('--device', default=base.device)
+    how.add_argument('--dtype', default=base.dtype)
+    how.add_argument('--cpu-threads', type=int, default=base.cpu_threads)
+    how.add_argument('--peak-gb-s', type=float, default=0.0,
+                     help='peak bandwidth of the memory; 0 finds it out')
+    how.add_argument('--out', type=Path, default=Path('decode_bench_out'),
+                     help='folder of the results; what is there is not measured again')
+    how.add_argument('--models', type=Path, help='folder for random weights (default: OUT/models)')
+    how.add_argument('--keep-checkpoints', action='store_true',
+                     help='keep the random weights that were written')
+    how.add_argument('--session-timeout-s', type=float, default=3600.0)
+    how.add_argument('--budget-s', type=float, default=0.0,
+                     help='start nothing after this long and write what there is; 0: no limit')
+    return parser
+
+
+def _write_checkpoint(options):
+    if not options.synthetic:
+        raise ValueError('--write-checkpoint needs --synthetic SHAPE')
+    if len(options.quantization) > 1:
+        raise ValueError('--write-checkpoint takes one --quantization')
+    folder, shape = options.write_checkpoint, options.synthetic
+    if options.shapes_only:
+        synthetic.describe(folder, shape, options.quantization[0], options.seed)
+    else:
+        synthetic.write(folder, shape, options.quantization[0], options.seed,
+                        lambda message: print(message, flush=True))
+    print(f'random weights of {shape} in {folder}')
+    return 0
+
+
+def _cases(options):
+    """Turn the command line into cases; raise what is wrong with it."""
+    base = replace(EngineConfig(), device=options.device, dtype=options.dtype,
+                   cpu_threads=options.cpu_threads)
+    contexts = tuple(sorted(set(options.contexts or CONTEXTS)))
+    least = options.warmup + options.steps + 2
+    if options.steps < 1 or options.warmup < 0 or options.sessions < 1:
+        raise ValueError('--steps and --sessions are at least 1, --warmup at least 0')
+    if contexts[0] < least:
+        raise ValueError(f'--contexts {contexts[0]}: {options.warmup} warm-up and '
+                         f'{options.steps} measured steps need at least {least}')
+    if options.model and options.synthetic:
+        raise ValueError('--model and --synthetic exclude each other')
+    if options.quantization != ['none'] and not options.synthetic:
+        raise ValueError('--quantization is for --synthetic; a model folder says its own')
+    common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s}
+    if options.paper or options.targets:
+        if not options.synthetic:
+            raise ValueError('--paper and --targets need --synthetic SHAPE')
+        suite = suites.paper if options.paper else suites.targets
+        return suite(options.synthetic, contexts, base, steps=options.steps, **common)
+    names = options.ab or options.engines
+    engines = [_engine(name, base) for name in names]
+    common.update(steps=options.steps, kernels=options.kernels)
+    cases = []
+    for quantization in options.quantization:
+        source = _source(options, quantization, engines)
+        for name, engine in zip(names, engines, strict=True):
+            label = name if len(options.quantization) == 1 else f'{name} ({quantization})'
+            cases += suites.split_static(Case(label, engine, source, contexts, **common))
+    if not options.ab:
+        return cases
+    sides = {side: [case for case in cases if case.label == name]
+             for side, name in zip('AB', names, strict=True)}
+    if names[0] == names[1] or len(options.quantization) > 1:
+        raise ValueError('--ab compares two different engines on one quantisation')
+    return [replace(case, session=f'{number:02d} {side}')
+            for number, side in enumerate(compare.order(options.sessions), 1)
+            for case in sides[side]]
+
+
+def _engine(text, base):
+    eager = text.partition(':')[0] == 'transformers'
+    return parse_engine(text, replace(base, cuda_graph=False) if eager else base)
+
+
+def _source(options, quantization, engines):
+    if not options.synthetic:
+        return Source(path=options.model or 'builtin:tiny_planner')
+    # only the native engine makes packed weights from the shapes
+    written = quantization != 'none' and any(engine.name != 'native' for engine in engines)
+    written = written or any(engine.name == 'exllamav2' for engine in engines)
+    return Source(synthetic=options.synthetic, quantization=quantization, seed=options.seed,
+                  written=written or quantization in ('awq', 'nf4'))
+
+
+def _tables(options, results) -> list[Table]:
+    contexts = sorted(set(options.contexts or CONTEXTS))
+    done = [report.label(result) for result, _ in report.cells(results)]
+    tables = []
+    if options.ab:
+        tables.append(report.comparisons(results, *options.ab))
+    if options.targets:
+        tables.append(suites.target_table(results, contexts))
+    if options.paper:
+        tables += [suites.paper_table(results, contexts[0]),
+                   suites.quantized_table(results, contexts[0])]
+    reference = suites.EAGER if suites.EAGER in done else done[-1] if done else ''
+    tables += [report.steps(results, '' if options.ab else reference), report.parts(results),
+               report.floors(results), report.startup(results)]
+    for result, cell in report.cells(results):
+        if cell.get('kernels'):
+            tables.append(report.kernels(result, cell))
+    tables.append(report.machine(results))
+    tables = [table for table in tables if table.rows]
+    if options.synthetic:
+        tables[0].notes.append(report.RANDOM)
+    return tables
+
+
+def _plots(results, out):
+    try:
+        from physai_decode.benchmark import plots
+        return plots.draw(results, out)
+    except ImportError as error:
+        print(f'no plots: {error} (pip install matplotlib)', file=sys.stderr)
+        return []
+
+
+if __name__ == '__main__':
+    sys.exit(main())

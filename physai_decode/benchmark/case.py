@@ -1,0 +1,92 @@
+"""One thing to measure: an engine with its settings, on a model, over contexts."""
+
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import fields
+import hashlib
+import json
+import re
+from typing import Any
+
+from physai_decode.config import check
+from physai_decode.config import ConfigError
+from physai_decode.config import EngineConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model comes from: ``path``, or random weights of the shape ``synthetic``."""
+
+    path: str = ''                  # builtin:NAME, a folder or a hub id
+    synthetic: str = ''             # a name in synthetic.SHAPES
+    quantization: str = 'none'      # of the random weights
+    written: bool = False           # a folder with weights in it, which every library can read
+    seed: int = 0
+
+    def __str__(self):
+        if self.path:
+            return self.path
+        kind = 'bf16' if self.quantization == 'none' else self.quantization
+        return f'{self.synthetic}, random weights, {kind}'
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine to be measured in a process of its own; all of it is plain data."""
+
+    label: str
+    engine: EngineConfig
+    source: Source
+    contexts: tuple[int, ...]
+    steps: int = 30                 # measured ones, after `warmup`
+    warmup: int = 5
+    kernels: bool = False           # also a kernel table, on CUDA
+    peak_gb_s: float = 0.0          # 0: find out
+    requires: tuple[str, ...] = ()  # modules that this path needs beside torch and transformers
+    session: str = ''               # tells apart repeated sessions of an A/B
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the case as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> 'Case':
+        """Read what ``to_dict`` gave, also after JSON."""
+        return cls(**{**data, 'engine': EngineConfig(**data['engine']),
+                      'source': Source(**data['source']), 'contexts': tuple(data['contexts']),
+                      'requires': tuple(data['requires'])})
+
+    def key(self) -> str:
+        """Give a file name that tells this case from every other one."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        words = re.sub(r'[^a-zA-Z0-9.]+', '-', f'{self.session} {self.label}').strip('-').lower()
+        return f'{words}-{digest[:8]}'
+
+
+def parse_engine(text: str, base: EngineConfig) -> EngineConfig:
+    """
+    Read ``NAME`` or ``NAME:setting=value,...``, such as ``native:cuda_graph=false``.
+
+    :param base: the settings that the text does not give.
+    :raises ConfigError: an unknown engine or setting, or a value that is not allowed.
+    """
+    name, _, rest = text.partition(':')
+    settings = {**asdict(base), 'name': name}
+    kinds = {spec.name: type(spec.default) for spec in fields(EngineConfig)}
+    for setting in filter(None, rest.split(',')):
+        key, _, value = setting.partition('=')
+        if key == 'name' or key not in kinds:
+            raise ConfigError(f'{text}: no engine setting {key!r}; there are '
+                              f'{", ".join(sorted(set(kinds) - {"name"}))}')
+        settings[key] = _read(text, key, value, kinds[key])
+    config = EngineConfig(**settings)
+    check('engine', config)
+    return config
+
+
+def _read(text, key, value, kind):
+    try:
+        return {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        wanted = 'true or false' if kind is bool else f'a {kind.__name__}'
+        raise ConfigError(f'{text}: {key} is {value!r}: expected {wanted}') from None

@@ -1,0 +1,186 @@
+"""
+The report's pictures, drawn with matplotlib: times against context, floor, latencies, parts.
+
+Without matplotlib there are none, and the report says so.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from physai_decode.benchmark import report
+from physai_decode.benchmark.runner import Result
+
+# Okabe and Ito's colours, which most colour-blind readers can tell apart
+_COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F')
+_PARTS = (('floor', '#009E73'), ('kernels beyond the floor', '#E69F00'), ('host gap', '#D55E00'))
+
+
+def draw(results: Sequence[Result], out: Path) -> list[Path]:
+    """
+    Write the PNG files that the results give.
+
+    :return: their paths; empty where nothing was measured.
+    :raises ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    if not report.cells(results):
+        return []
+    pyplot.rcParams.update({'font.size': 10, 'axes.grid': True, 'grid.alpha': 0.3,
+                            'axes.spines.top': False, 'axes.spines.right': False})
+    names = list(dict.fromkeys(report.label(result) for result, _ in report.cells(results)))
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    paths = []
+    for name, make in (('step_time', _step_time), ('floor_fraction', _floor_fraction),
+                       ('latencies', _latencies), ('where_time_goes', _where)):
+        figure = make(pyplot, results, colours)
+        if figure is not None:
+            paths.append(out / f'{name}.png')
+            figure.savefig(paths[-1], dpi=130, bbox_inches='tight')
+            pyplot.close(figure)
+    return paths
+
+
+def _by_context(results, name):
+    """Give {context: cells of that label}, contexts in order."""
+    found: dict[int, list] = {}
+    for result, cell in report.cells(results):
+        if report.label(result) == name:
+            found.setdefault(cell['context'], []).append(cell)
+    return dict(sorted(found.items()))
+
+
+def _mean(values):
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _device(results):
+    return report.cells(results)[0][0]['footprint']['device_name']
+
+
+def _context_axis(axes, contexts):
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(contexts, [f'{context:,}' for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlabel('context [tokens]')
+    if len(contexts) == 1:
+        axes.set_xlim(contexts[0] / 1.5, contexts[0] * 1.5)
+
+
+def _step_time(pyplot, results, colours):
+    """Draw step time against context, and each kind of weights' floor below it."""
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    contexts, top, drawn = set(), 0.0, {}
+    for name, colour in colours.items():
+        by_context = _by_context(results, name)
+        contexts |= set(by_context)
+        times = [1e3 * _mean(c['itl_p50_s'] for c in found) for found in by_context.values()]
+        axes.plot(list(by_context), times, 'o-', color=colour, label=name)
+        top = max(top, *times)
+    for result, cell in report.cells(results):
+        if cell['floor_read_s'] is not None:
+            key = report.weights(result['footprint'])
+            drawn.setdefault(key, {})[cell['context']] = 1e3 * cell['floor_read_s']
+    for (key, points), style in zip(drawn.items(), ('--', ':', '-.', (0, (1, 1)), (0, (5, 5))),
+                                   strict=False):
+        points = dict(sorted(points.items()))
+        axes.plot(list(points), list(points.values()), linestyle=style, color='black',
+                  marker='_', label=f'floor (read), {key}')
+    _context_axis(axes, sorted(contexts))
+    axes.set_ylim(0, top * 1.08)
+    axes.set_ylabel('time of one step, median [ms]')
+    axes.set_title(f'Step time against context, batch 1, {_device(results)}')
+    axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def _floor_fraction(pyplot, results, colours):
+    """Draw how near each engine comes to the floor, in both conventions."""
+    rows = [(f'{name}, {context:,}', colour, _mean(c['r_read'] for c in found),
+             _mean(c['r_checkpoint'] for c in found))
+            for name, colour in colours.items()
+            for context, found in _by_context(results, name).items()]
+    rows = [row for row in rows if row[2] is not None]
+    if not rows:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
+    for place, (_, colour, read, checkpoint) in enumerate(reversed(rows)):
+        axes.barh(place, read, height=0.62, color=colour)
+        axes.plot([checkpoint], [place], 'D', color='black', markersize=5)
+        axes.annotate(f'{read:.3f}', (max(read, checkpoint), place), xytext=(8, 0),
+                      textcoords='offset points', va='center', fontsize=9)
+    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axes.axvline(1, color='black', linewidth=1)
+    axes.annotate('limit', (1, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3),
+                  textcoords='offset points', ha='center', fontsize=9)
+    axes.set_xlim(0, max(1.08, 1.12 * max(max(row[2], row[3]) for row in rows)))
+    axes.set_xlabel('floor / step time [1]: bar = bytes really read, diamond = checkpoint bytes')
+    axes.set_title(f'Fraction of the floor by engine and context, {_device(results)}', pad=18)
+    axes.grid(axis='y', visible=False)
+    return figure
+
+
+def _latencies(pyplot, results, colours):
+    """Draw the share of tokens that took at most this long, at the smallest context."""
+    context = min(cell['context'] for _, cell in report.cells(results))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    low, high = float('inf'), 0.0
+    for name, colour in colours.items():
+        found = _by_context(results, name).get(context, [])
+        times = sorted(1e3 * time for cell in found for time in cell['itl_s'])
+        if not times:
+            continue
+        shares = [100 * (i + 1) / len(times) for i in range(len(times))]
+        axes.step([times[0], *times], [0, *shares], where='post', color=colour,
+                  label=f'{name} ({len(times)} tokens)')
+        low, high = min(low, times[0]), max(high, times[-1])
+    if high > 4 * low:
+        from matplotlib.ticker import LogLocator
+        from matplotlib.ticker import NullFormatter
+        from matplotlib.ticker import ScalarFormatter
+        axes.set_xscale('log')
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for share in (50, 99):
+        axes.axhline(share, color='gray', linewidth=0.8, linestyle='--')
+        axes.annotate(f'p{share}', (1, share), xycoords=('axes fraction', 'data'),
+                      xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel('time from one token to the next [ms]')
+    axes.set_ylabel('tokens that took at most this long [%]')
+    axes.set_title(f'Token latencies at context {context:,}, {_device(results)}')
+    axes.legend(loc='upper left', bbox_to_anchor=(0, -0.14), frameon=False, ncols=2)
+    return figure
+
+
+def _where(pyplot, results, colours):
+    """Draw floor, kernels beyond it and host gap of each engine's step."""
+    rows = []
+    for name in colours:
+        for context, found in _by_context(results, name).items():
+            parts = [_mean(values) for values in zip(
+                *(report.split(cell) for cell in found), strict=True)]
+            if None not in parts:
+                rows.append((f'{name}, {context:,}', [1e3 * max(0.0, part) for part in parts]))
+    if not rows:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.42 * len(rows)))
+    for place, (_, parts) in enumerate(reversed(rows)):
+        left = 0.0
+        for part, (_, colour) in zip(parts, _PARTS, strict=True):
+            axes.barh(place, part, left=left, height=0.62, color=colour)
+            left += part
+        axes.annotate(f'{left:.2f} ms', (left, place), xytext=(5, 0),
+                      textcoords='offset points', va='center', fontsize=9)
+    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axes.set_xlim(0, 1.14 * max(sum(row[1]) for row in rows))
+    axes.set_xlabel('time of one step [ms]')
+    axes.set_title(f"Where a step's time goes, by engine and context, {_device(results)}")
+    axes.grid(axis='y', visible=False)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for _, colour in _PARTS]
+    axes.legend(handles, [name for name, _ in _PARTS], loc='upper center', frameon=False,
+                bbox_to_anchor=(0.4, -0.75 / (0.42 * len(rows) + 1)), ncols=3)
+    return figure

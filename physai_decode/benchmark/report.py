@@ -1,0 +1,259 @@
+"""
+From results to what is read: tables in a terminal, Markdown, JSON and one HTML page.
+
+Two floors are named everywhere: *read*, the bytes a step really reads, and *checkpoint*, all
+weights at their stored size, as arXiv 2605.30571 counts them.
+"""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+import json
+from pathlib import Path
+from typing import Any
+
+from physai_decode.benchmark.compare import compare
+from physai_decode.benchmark.compare import Comparison
+from physai_decode.benchmark.runner import Result
+from physai_decode.benchmark.table import Table
+
+FLOORS = ('The floor is the time that the bytes of one step need at the peak bandwidth: '
+          '"read" counts the bytes the step really reads, "ckpt" all weights of the checkpoint '
+          'at their stored size. 1 is the limit.')
+RANDOM = 'The weights are random: the times are those of the shape, the text is noise.'
+
+
+def label(result: Result) -> str:
+    """Give the case's label."""
+    return str(result['case']['label'])
+
+
+def cells(results: Sequence[Result]) -> list[tuple[Result, dict[str, Any]]]:
+    """Give every measured (result, context cell)."""
+    return [(result, cell) for result in results for cell in result['contexts']
+            if 'error' not in cell]
+
+
+def find(results: Sequence[Result], name: str, context: int) -> dict[str, Any] | None:
+    """Give the first measured cell of a label at a context."""
+    return next((cell for result, cell in cells(results)
+                 if label(result) == name and cell['context'] == context), None)
+
+
+def steps(results: Sequence[Result], reference: str = '') -> Table:
+    """Make the main table; ``reference`` is the label that the others are compared with."""
+    sessions = any(result['case']['session'] for result in results)
+    columns = ['engine', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device', 'host gap',
+               'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth', 'prefill ms']
+    table = Table('Step time', ['session', *columns] if sessions else columns, notes=[FLOORS])
+    if reference:
+        table.columns = [*table.columns, f'speed / {reference}']
+    for result in results:
+        first = next((cell for cell in result['contexts'] if 'error' not in cell), None)
+        lead = [result['case']['session'], label(result)] if sessions else [label(result)]
+        for cell in result['contexts']:
+            if 'error' in cell:
+                rest = [''] * (len(table.columns) - len(lead) - 2)
+                table.rows.append([*lead, str(cell['context']), 'n/a', *rest])
+                table.notes.append(f'{label(result)} at {cell["context"]}: {cell["error"]}')
+                continue
+            p50 = cell['itl_p50_s']
+            row = [*lead, str(cell['context']), ms(p50), ms(cell['itl_p95_s']),
+                   ms(cell['itl_p99_s']), number(cell['itl_p99_s'] / p50),
+                   ms(cell['device_p50_s']), ms(cell['host_gap_p50_s']), number(1 / p50, 1),
+                   number(cell['r_read'], 3), number(cell['r_checkpoint'], 3),
+                   number(p50 / first['itl_p50_s']), ms(cell['prefill_s'], 1)]
+            if reference:
+                base = find(results, reference, cell['context'])
+                row.append(number(base['itl_p50_s'] / p50) if base else 'n/a')
+            table.rows.append(row)
+        if result['status'] != 'done':
+            rest = [''] * (len(table.columns) - len(lead) - 2)
+            table.rows.append([*lead, '', result['status'], *rest])
+            table.notes.append(f'{" ".join(filter(None, lead))}: {result["error"]}')
+    table.notes.append("growth: the step against the same engine's at its first context. Times "
+                       'are of one token to the next as a reader of the stream sees them, after '
+                       'warm-up.')
+    return table
+
+
+def floors(results: Sequence[Result]) -> Table:
+    """Say what each engine's step must read, and over which peak."""
+    table = Table('What a step reads', [
+        'engine', 'weights', 'context', 'read GB', 'ckpt GB', 'KV GB', 'floor (read) ms',
+        'floor (ckpt) ms', 'peak GB/s', 'peak from'], notes=[FLOORS])
+    seen = set()
+    for result, cell in cells(results):
+        key = (label(result), cell['context'])
+        if key in seen:
+            continue
+        seen.add(key)
+        foot, peak = result['footprint'], result['peak']
+        table.rows.append([
+            label(result), weights(foot), str(cell['context']),
+            number(foot['read_weight_bytes'] / 1e9, 3),
+            number(foot['checkpoint_weight_bytes'] / 1e9, 3), number(cell['kv_bytes'] / 1e9, 4),
+            ms(cell['floor_read_s']), ms(cell['floor_checkpoint_s']),
+            number(peak['bytes_per_s'] and peak['bytes_per_s'] / 1e9, 1), peak['source']])
+    return table
+
+
+def parts(results: Sequence[Result]) -> Table:
+    """Show where a step's time goes: the floor, the rest of the device's time, the host."""
+    table = Table("Where a step's time goes", [
+        'engine', 'context', 'step ms', 'floor (read)', '%', 'device - floor', '%',
+        'host gap', '%'], notes=[
+            'device - floor: what the kernels take beyond the floor; host gap: what launching, '
+            "host work and waiting add to the device's time. Medians of each, so the sum may "
+            'differ from the step by a little.'])
+    for result, cell in cells(results):
+        told = [str(cell['context']), ms(cell['itl_p50_s'])]
+        for value in split(cell):
+            told += [ms(value), number(value and 100 * value / cell['itl_p50_s'], 1)]
+        table.rows.append([label(result), *told])
+    return table
+
+
+def split(cell: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """Give (floor, device beyond the floor, host gap) of a cell, in seconds, None if unknown."""
+    floor, device = cell['floor_read_s'], cell['device_p50_s']
+    beyond = device - floor if floor is not None and device is not None else None
+    return floor, beyond, cell['host_gap_p50_s']
+
+
+def startup(results: Sequence[Result]) -> Table:
+    """Show how long each process took to be ready, in parts, and what memory it took."""
+    done = [result for result in results if result['status'] == 'done']
+    names = list(dict.fromkeys(name for r in done for name in r['startup']['parts']))
+    table = Table('Start-up and memory', [
+        'engine', 'import s', 'build s', *(f'{name[:-2]} s' for name in names),
+        'to first tokens s', 'torch peak GB', 'device GB', 'resident GB'], notes=[
+            'build: from the settings to an engine that is loaded, warmed up and captured; its '
+            'parts as the engine gives them. In the order of the runs: an engine that comes '
+            'again finds its kernels cached.'])
+    for result in done:
+        told, memory = result['startup'], result['memory']
+        table.rows.append([
+            result['case']['session'] or label(result), number(told['import_s'], 1),
+            number(told['build_s'], 1), *(number(told['parts'].get(n), 1) for n in names),
+            number(told['first_tokens_s'], 1),
+            *(number(memory.get(name) and memory[name] / 1e9)
+              for name in ('torch_peak_bytes', 'device_used_bytes', 'resident_peak_bytes'))])
+    return table
+
+
+def kernels(result: Result, cell: dict[str, Any], most: int = 25) -> Table:
+    """Show a cell's kernels, longest first; a rest is summed up."""
+    table = Table(f'Kernels of {label(result)} at context {cell["context"]}', [
+        'kernel', 'grid', 'calls', 'µs a call', 'µs a step', '%'])
+    for row in cell['kernels'][:most]:
+        table.rows.append([row['name'][:70], row['grid'], f'{row["calls"]:g}',
+                           number(row['call_s'] * 1e6, 1), number(row['step_s'] * 1e6, 1),
+                           number(100 * row['share'], 1)])
+    rest = cell['kernels'][most:]
+    if rest:
+        table.rows.append([f'{len(rest)} more', '', '', '',
+                           number(sum(row['step_s'] for row in rest) * 1e6, 1),
+                           number(100 * sum(row['share'] for row in rest), 1)])
+    busy = sum(row['step_s'] for row in cell['kernels'])
+    table.notes.append(f'All kernels of a step: {busy * 1e3:.3f} ms; the step on the device '
+                       f'takes {ms(cell["device_p50_s"])} ms without the profiler.')
+    return table
+
+
+def comparisons(results: Sequence[Result], a: str, b: str) -> Table:
+    """Compare two labels at every context, over their sessions."""
+    table = Table(f'A/B: {a} against {b}', [
+        'context', 'A ms', 'B ms', 'A / B', '95 % low', '95 % high', 'CV A %', 'CV B %',
+        'sessions'], notes=[
+            f'A is {a}, B is {b}; A / B above 1: B is faster. Each session is a fresh process '
+            'and gives one median; the interval is a bootstrap over sessions.'])
+    for context in sorted({n for result in results for n in result['case']['contexts']}):
+        sides = medians(results, a, context), medians(results, b, context)
+        if not all(sides):
+            table.notes.append(f'{context}: nothing to compare, a side has no session')
+            continue
+        found: Comparison = compare(*sides)
+        table.rows.append([
+            str(context), ms(found.a_s), ms(found.b_s), number(found.ratio, 3),
+            number(found.low, 3), number(found.high, 3),
+            number(found.a_cv and 100 * found.a_cv), number(found.b_cv and 100 * found.b_cv),
+            f'{found.a_sessions} + {found.b_sessions}'])
+        table.notes.append(f'{context}: {found.verdict(a, b)}')
+    lost = [result for result in results if result['status'] != 'done']
+    for result in lost:
+        table.notes.append(f'lost: {result["case"]["session"]}: {result["error"]}')
+    return table
+
+
+def medians(results: Sequence[Result], name: str, context: int) -> list[float]:
+    """Give the median step of every session of a label at a context, in seconds."""
+    return [cell['itl_p50_s'] for result, cell in cells(results)
+            if label(result) == name and cell['context'] == context]
+
+
+def machine(results: Sequence[Result]) -> Table:
+    """Describe the machine, as the first session that came through saw it."""
+    table = Table('Machine', ['what', 'value'])
+    told = next((result['machine'] for result in results if result['status'] == 'done'), {})
+    for key, value in told.items():
+        if isinstance(value, dict):
+            value = ', '.join(f'{name} {what}' for name, what in value.items())
+        table.rows.append([key, str(value)])
+    return table
+
+
+def write(out: Path, head: dict[str, str], tables: Sequence[Table], results: Sequence[Result],
+          plots: Sequence[Path]) -> None:
+    """
+    Write ``results.json``, ``report.md`` and ``report.html`` into a folder.
+
+    :param head: what was run: command, model, date.
+    :param plots: PNG files in the same folder.
+    """
+    (out / 'results.json').write_text(json.dumps(
+        {**head, 'tables': [vars(table) for table in tables], 'results': list(results)},
+        indent=1) + '\n')
+    lines = ['# decode_bench', '', *(f'- {key}: `{value}`' for key, value in head.items()), '']
+    lines += [table.markdown() for table in tables]
+    lines += [f'![{plot.stem}]({plot.name})\n' for plot in plots]
+    (out / 'report.md').write_text('\n'.join(lines))
+    images = ''.join(
+        f'<img alt="{plot.stem}" src="data:image/png;base64,'
+        f'{base64.b64encode(plot.read_bytes()).decode()}">\n' for plot in plots)
+    told = ''.join(f'<li>{escape(key)}: <code>{escape(value)}</code></li>\n'
+                   for key, value in head.items())
+    (out / 'report.html').write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width"><title>decode_bench</title>\n'
+        f'<style>{_STYLE}</style></head>\n<body><h1>decode_bench</h1>\n<ul>{told}</ul>\n'
+        f'{tables[0].html() if tables else ""}{images}'
+        f'{"".join(table.html() for table in tables[1:])}</body></html>\n')
+
+
+def ms(seconds: float | None, digits: int = 3) -> str:
+    """Give seconds as milliseconds, n/a where unknown."""
+    return number(None if seconds is None else seconds * 1e3, digits)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Give a number with that many decimals, n/a where unknown."""
+    return 'n/a' if value is None else f'{value:.{digits}f}'
+
+
+def weights(footprint: dict[str, Any]) -> str:
+    """Give the format of the weights in a word or two."""
+    quantization = footprint['quantization']
+    return str(footprint['dtype'] if quantization == 'none' else quantization)
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.2rem; font-size: 1.15rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 13px }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
+  white-space: nowrap }
+.n { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100%; margin: 1rem 0 } code { font-size: 13px } p { color: #555; margin: .3rem 0 }
+"""

@@ -1,0 +1,155 @@
+"""
+Run cases one after another, each in a fresh process, and keep what each one gave in a file.
+
+A result that is already in the folder is not measured again, so a run that was broken off goes on
+where it stopped; a session that died is tried again by the next run.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+import importlib.util
+import json
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from physai_decode.benchmark import synthetic
+from physai_decode.benchmark.case import Case
+
+Result = dict[str, Any]
+_INSTALL = {'gptqmodel': 'pip install gptqmodel', 'bitsandbytes': 'pip install bitsandbytes',
+            'exllamav2': 'pip install exllamav2'}
+
+
+class Runner:
+    """
+    Runs cases and keeps their results under ``out/sessions``.
+
+    :param models: where folders with random weights are made.
+    :param session_timeout_s: a session that takes longer is ended; it counts as died.
+    :param budget_s: no session starts after this long, and none runs past it; 0 sets no limit.
+    """
+
+    def __init__(self, out: Path, models: Path, session_timeout_s: float = 3600.0,
+                 budget_s: float = 0.0, progress: Callable[[str], None] = print) -> None:
+        self.sessions = out / 'sessions'
+        self.sessions.mkdir(parents=True, exist_ok=True)
+        self.models = models
+        self.session_timeout_s = session_timeout_s
+        self.end_s = time.monotonic() + budget_s if budget_s else float('inf')
+        self.progress = progress
+
+    def run(self, cases: Sequence[Case]) -> list[Result]:
+        """Give one result a case, in their order; what can't run is a result that says why."""
+        results = []
+        for number, case in enumerate(cases, 1):
+            self.progress(f'[{number}/{len(cases)}] {case.session or case.label}: {case.source}, '
+                          f'contexts {" ".join(map(str, case.contexts))}')
+            results.append(self._one(case))
+            self.progress('  ' + _one_line(results[-1]))
+        return results
+
+    def _one(self, case):
+        path = self.sessions / f'{case.key()}.json'
+        if path.is_file():
+            kept = json.loads(path.read_text())
+            if kept['status'] == 'done':
+                self.progress(f'  already measured: {path.name}')
+                return kept
+        result = self._measure(case, path)
+        result['case'] = case.to_dict()
+        path.write_text(json.dumps(result))
+        return result
+
+    def _measure(self, case, path):
+        lacking = [name for name in case.requires if importlib.util.find_spec(name) is None]
+        if lacking:
+            how = ', '.join(_INSTALL.get(name, f'pip install {name}') for name in lacking)
+            return {'status': 'unavailable', 'contexts': [],
+                    'error': f'not installed: {", ".join(lacking)} ({how})'}
+        left_s = min(self.session_timeout_s, self.end_s - time.monotonic())
+        if left_s <= 0:
+            return {'status': 'unavailable', 'contexts': [],
+                    'error': 'not started: the time set by --budget-s is spent'}
+        try:
+            located = replace(case, source=replace(case.source, path=self._folder(case.source)))
+        except (OSError, ValueError) as error:
+            return {'status': 'unavailable', 'contexts': [], 'error': str(error)}
+        case_path, log_path = path.with_suffix('.case'), path.with_suffix('.log')
+        case_path.write_text(json.dumps(located.to_dict()))
+        path.unlink(missing_ok=True)
+        how = self._process(case_path, path, log_path, left_s)
+        case_path.unlink()
+        if how is None and path.is_file():
+            log_path.unlink()
+            return json.loads(path.read_text())
+        last = [line for line in log_path.read_text(errors='replace').splitlines() if line.strip()]
+        return {'status': 'died', 'contexts': [],
+                'error': f'the session {how or "wrote nothing"}; {log_path.name} ends: '
+                         f'{last[-1][:300] if last else "(empty)"}'}
+
+    def _process(self, case_path, result_path, log_path, timeout_s):
+        """Run the session; give None where it ended well, else how it ended."""
+        command = [sys.executable, '-m', 'physai_decode.benchmark.session',
+                   str(case_path), str(result_path)]
+        with log_path.open('w') as log, subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            reader = threading.Thread(target=self._forward, args=(process.stdout,))
+            reader.start()
+            try:
+                code = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return f'was ended after {timeout_s:.0f} s'
+            except BaseException:           # Ctrl-C: the session must not outlive its reader
+                process.kill()
+                raise
+            finally:
+                reader.join()
+        return None if code == 0 else f'ended with code {code}'
+
+    def _forward(self, lines):
+        for line in lines:
+            self.progress(f'  {line.rstrip()}')
+
+    def _folder(self, source):
+        """Give the model's path; a folder of random weights is made where it is not there."""
+        if source.path:
+            return source.path
+        kind = 'weights' if source.written else 'shapes'
+        folder = self.models / f'{source.synthetic}-{source.quantization}-{source.seed}-{kind}'
+        if not (folder / 'config.json').is_file():
+            if source.written:
+                self._write(source, folder)
+            else:
+                synthetic.describe(folder, source.synthetic, source.quantization, source.seed)
+        return str(folder)
+
+    def _write(self, source, folder):
+        """Write a checkpoint in a process of its own: it needs the device, and gives it back."""
+        synthetic.config(source.synthetic, source.quantization)
+        command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', source.synthetic,
+                   '--quantization', source.quantization, '--seed', str(source.seed),
+                   '--write-checkpoint', str(folder)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f'no checkpoint: {done.stdout.strip().splitlines()[-1]}')
+
+    def forget_checkpoints(self) -> None:
+        """Remove the folders of random weights that hold gigabytes."""
+        for folder in self.models.glob('*-weights'):
+            shutil.rmtree(folder)
+
+
+def _one_line(result):
+    if result['status'] != 'done':
+        return f'{result["status"]}: {result["error"]}'
+    said = [f'{cell["context"]}: ' + (f'{cell["itl_p50_s"] * 1e3:.3f} ms' if 'error' not in cell
+                                      else cell['error']) for cell in result['contexts']]
+    return ', '.join(said)

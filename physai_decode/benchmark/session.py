@@ -1,0 +1,229 @@
+"""
+Measure one case in a process of its own and write what was seen as JSON.
+
+Run as ``python -m physai_decode.benchmark.session CASE.json RESULT.json``. A fresh process starts
+with no kernels loaded, no memory in use and nothing tuned, so that cases can't colour each other
+and the start-up time is the one a node would see.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+from pathlib import Path
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+from physai_decode.benchmark.case import Case
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+from physai_decode.roofline import find_peak
+from physai_decode.roofline import measure_cpu_read_bandwidth
+from physai_decode.roofline import Peak
+from physai_decode.roofline import r_floor
+from physai_decode.roofline import Roofline
+from physai_decode.timing import percentile
+
+KERNEL_STEPS = 20
+
+
+def run(case: Case, started_s: float, progress=print) -> dict[str, Any]:
+    """
+    Build the case's engine, measure every context, and close it.
+
+    :param started_s: when the process began, by ``time.monotonic``.
+    :return: what the report is made of; ``status`` is ``done``, or ``unavailable`` with ``error``.
+    """
+    from physai_decode.benchmark import machine
+    notes: list[tuple[float, str]] = []
+
+    def note(message):
+        notes.append((time.monotonic() - started_s, str(message)))
+        progress(message)
+
+    cells: list[dict[str, Any]] = []
+    result = {'case': case.to_dict(), 'status': 'done', 'contexts': cells,
+              'date': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+    try:
+        engine, startup = _build(case, cells, note, started_s)
+    except EngineError as error:
+        return {**result, 'status': 'unavailable', 'error': str(error)}
+    try:
+        footprint = engine.footprint
+        peak = _find_peak(case, footprint)
+        result['footprint'] = {**vars(footprint), 'details': dict(footprint.details)}
+        result['peak'] = vars(peak)
+        for context in case.contexts[:len(case.contexts) - len(cells)]:
+            note(f'context {context}')
+            cells.append(_cell(engine, case, context, peak))
+            startup.setdefault('first_tokens_s', time.monotonic() - started_s)
+        cells.sort(key=lambda cell: cell['context'])
+        result['memory'] = machine.memory()
+        result['startup'] = {**startup, 'progress': notes}
+        result['machine'] = machine.describe()
+    finally:
+        engine.close()
+    return result
+
+
+def _build(case, cells, note, started_s):
+    """Build for the largest context that fits; those that do not become cells that say why."""
+    from physai_decode import engines
+    if case.engine.name != 'auto':
+        with contextlib.suppress(ImportError):      # `build` says what is missing
+            importlib.import_module(f'physai_decode.engines.{case.engine.name}')
+    import_s = time.monotonic() - started_s
+    for count in range(len(case.contexts), 0, -1):
+        largest = case.contexts[count - 1]
+        settings = {**vars(case.engine), 'max_context': max(16, largest)}
+        config = DecodeConfig(model=ModelConfig(path=case.source.path),
+                              engine=EngineConfig(**settings))
+        begun_s = time.monotonic()
+        try:
+            engine = engines.build(config, note)
+        except EngineError as error:
+            if count == 1 or not _out_of_memory(error):
+                raise
+            cells.append({'context': largest, 'error': str(error)})
+            note(f'context {largest} does not fit; trying the next smaller one')
+            gc.collect()
+            continue
+        parts = {key: float(value) for key, value in engine.footprint.details.items()
+                 if key.endswith('_s') and _is_number(value)}
+        return engine, {'import_s': import_s, 'build_s': time.monotonic() - begun_s,
+                        'parts': parts}
+    raise EngineError('no context given')
+
+
+def _out_of_memory(error):
+    """Tell whether a missing piece of memory is behind this error."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(
+                words in str(error).lower() for words in ('out of memory', 'not enough memory')):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_number(value):
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _cell(engine, case, context, peak):
+    """Measure one context; what goes wrong there is the cell's ``error``."""
+    limit = engine.footprint.max_context
+    if context > limit:
+        return {'context': context, 'error': f'the engine holds {limit} tokens of context'}
+    try:
+        cell = measure(engine, context, case.warmup, case.steps, peak)
+        if case.kernels:
+            from physai_decode.benchmark import kernels
+            prompt = random_prompt(engine, context - KERNEL_STEPS - 8, seed=context + 2)
+            cell['kernels'] = kernels.profile(engine, prompt, KERNEL_STEPS)
+        return cell
+    except (EngineError, RuntimeError, MemoryError, ValueError) as error:
+        return {'context': context, 'error': f'{type(error).__name__}: {error}'}
+
+
+def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -> dict[str, Any]:
+    """
+    Time the decode steps that end at ``context`` tokens, as a reader of ``stream`` sees them.
+
+    The prompt's ids are random and differ from call to call, so that no prefix is in the cache.
+
+    :raises ValueError: the context is too short for the steps.
+    """
+    prompt_tokens = context - warmup - steps - 1
+    if prompt_tokens < 1:
+        raise ValueError(f'a context of {context} tokens has no room for {warmup} + {steps} steps')
+    first_s = _stream(engine, random_prompt(engine, prompt_tokens, seed=context), 2)[0]
+    prompt = random_prompt(engine, prompt_tokens, seed=context + 1)
+    prefill_s, itl_s, device_s, cached = _stream(engine, prompt, warmup + steps + 1)
+    if len(itl_s) < warmup + steps:
+        raise EngineError(f'the engine ended after {len(itl_s)} of {warmup + steps} steps')
+    itl_s, device_s = itl_s[warmup:], device_s[warmup:]
+    line = Roofline(engine.footprint, peak)
+    middle = context - len(itl_s) // 2
+    cell: dict[str, Any] = {
+        'context': context, 'middle_context': middle, 'prompt_tokens': prompt_tokens,
+        'cached_tokens': cached, 'first_prefill_s': first_s, 'prefill_s': prefill_s,
+        'itl_s': itl_s, 'device_s': device_s,
+        'kv_bytes': line.kv_bytes(middle)}
+    cell.update({f'itl_p{q}_s': percentile(sorted(itl_s), q) for q in (50, 95, 99)})
+    cell['itl_max_s'] = max(itl_s)
+    known = [(wall, device) for wall, device in zip(itl_s, device_s, strict=True)
+             if device is not None]
+    cell['device_p50_s'] = statistics.median(d for _, d in known) if known else None
+    cell['host_gap_p50_s'] = statistics.median(w - d for w, d in known) if known else None
+    for convention in ('read', 'checkpoint'):
+        floor = line.floor_s(middle, convention)
+        cell[f'floor_{convention}_s'] = floor
+        cell[f'r_{convention}'] = r_floor(floor, cell['itl_p50_s'])
+    return cell
+
+
+def random_prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
+    """Give that many random ids of the engine's vocabulary."""
+    draw = random.Random(seed)
+    return [draw.randrange(engine.footprint.vocab_size) for _ in range(max(1, tokens))]
+
+
+def _stream(engine, prompt, tokens):
+    """Give (prefill, [time of each later token], [its device time], cached tokens), in seconds."""
+    itl_s, device_s = [], []
+    prefill_s = cached = None
+    gc.collect()
+    gc.disable()
+    try:
+        last_s = time.perf_counter()
+        for step in engine.stream(prompt, SamplingConfig(max_new_tokens=tokens)):
+            now_s = time.perf_counter()
+            if not step.token_ids:
+                continue
+            if prefill_s is None:
+                prefill_s, cached = now_s - last_s, step.cached_tokens
+            else:
+                share = len(step.token_ids)
+                itl_s += [(now_s - last_s) / share] * share
+                device_s += [None if step.device_s is None else step.device_s / share] * share
+            last_s = now_s
+    finally:
+        gc.enable()
+    return prefill_s, itl_s, device_s, cached
+
+
+def _find_peak(case, footprint):
+    """Find the peak in the order of the roofline; a CPU's can only be measured."""
+    measure = None
+    if footprint.device == 'cpu':
+        def measure():
+            return measure_cpu_read_bandwidth(case.engine.cpu_threads)
+    from physai_decode.benchmark import machine
+    return find_peak(case.peak_gb_s, footprint.device_name, machine.memory_bus, measure)
+
+
+def main() -> int:
+    """Read a case, measure it, write the result whole or not at all."""
+    case_path, result_path = map(Path, sys.argv[1:3])
+    started_s = time.monotonic()
+    case = Case.from_dict(json.loads(case_path.read_text()))
+    result = run(case, started_s, lambda message: print(message, flush=True))
+    part = result_path.with_suffix('.part')
+    part.write_text(json.dumps(result, default=str))
+    part.replace(result_path)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""
+Model folders with random weights, in the shapes of known models, for timing.
+
+A step's time does not depend on what the weights say, so a shape is enough to measure a machine.
+The folder either describes the weights (``physai_decode_random_weights`` in its ``config.json``,
+and a safetensors file whose header is whole and whose data is a hole that takes no space: the
+engine makes the weights on the device) or holds them (safetensors shards, in half precision or in
+the layouts of GPTQ, AWQ or bitsandbytes nf4, which other libraries read too). What such a model
+says is noise.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+import json
+import math
+from pathlib import Path
+import shutil
+import struct
+
+SHARD_BYTES = 4_500_000_000
+GROUP = 128                         # input rows that share one scale, GPTQ and AWQ
+NF4_BLOCK = 64                      # weights that share one absolute maximum
+STD = 0.02                          # of every random matrix; norms are 1
+QUANTIZATIONS = ('none', 'gptq', 'awq', 'nf4')
+
+_LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
+                'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
+_COMMON = {'hidden_act': 'silu', 'initializer_range': STD, 'attention_dropout': 0.0,
+           'tie_word_embeddings': False, 'use_cache': True}
+
+# Shapes as in the config.json that each model is published with.
+SHAPES = {
+    'qwen2.5-7b': {
+        'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'hidden_size': 3584,
+        'num_hidden_layers': 28, 'num_attention_heads': 28, 'num_key_value_heads': 4,
+        'intermediate_size': 18944, 'vocab_size': 152064, 'max_position_embeddings': 32768,
+        'rms_norm_eps': 1e-6, 'rope_theta': 1e6, 'use_sliding_window': False,
+        'bos_token_id': 151643, 'eos_token_id': 151645},
+    'llama-3.1-8b': {
+        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 4096,
+        'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
+        'intermediate_size': 14336, 'vocab_size': 128256, 'max_position_embeddings': 131072,
+        'rms_norm_eps': 1e-5, 'rope_theta': 5e5, 'rope_scaling': _LLAMA3_ROPE,
+        'attention_bias': False, 'mlp_bias': False,
+        'bos_token_id': 128000, 'eos_token_id': 128009},
+    'mistral-7b': {
+        'architectures': ['MistralForCausalLM'], 'model_type': 'mistral', 'hidden_size': 4096,
+        'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
+        'intermediate_size': 14336, 'vocab_size': 32768, 'max_position_embeddings': 32768,
+        'rms_norm_eps': 1e-5, 'rope_theta': 1e6, 'sliding_window': None,
+        'bos_token_id': 1, 'eos_token_id': 2},
+    'tiny': {
+        'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'hidden_size': 256,
+        'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+        'intermediate_size': 768, 'vocab_size': 1024, 'max_position_embeddings': 32768,
+        'rms_norm_eps': 1e-6, 'rope_theta': 1e6, 'use_sliding_window': False,
+        'bos_token_id': 0, 'eos_token_id': 1},
+}
+
+_QUANTIZATION_CONFIG = {
+    'gptq': {'quant_method': 'gptq', 'bits': 4, 'group_size': GROUP, 'desc_act': False,
+             'sym': True, 'checkpoint_format': 'gptq', 'lm_head': False},
+    'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': GROUP, 'zero_point': True,
+            'version': 'gemm', 'modules_to_not_convert': None},
+    'nf4': {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'load_in_8bit': False,
+            'bnb_4bit_quant_type': 'nf4', 'bnb_4bit_use_double_quant': False,
+            'bnb_4bit_compute_dtype': 'bfloat16', 'bnb_4bit_quant_storage': 'uint8'},
+}
+
+# The sixteen values of the nf4 data type: quantiles of a normal distribution, scaled to -1 to 1
+# (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E).
+_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+
+def config(shape: str, quantization: str = 'none') -> dict:
+    """
+    Give the ``config.json`` of a shape.
+
+    :raises ValueError: an unknown shape or quantisation; the message lists those there are.
+    """
+    for what, value, known in (('shape', shape, SHAPES),
+                               ('quantisation', quantization, QUANTIZATIONS)):
+        if value not in known:
+            raise ValueError(f'unknown {what} {value!r}: there are {", ".join(known)}')
+    half = 'float16' if quantization in ('gptq', 'awq') else 'bfloat16'
+    made = {**_COMMON, **SHAPES[shape], 'torch_dtype': half}
+    if quantization != 'none':
+        made['quantization_config'] = dict(_QUANTIZATION_CONFIG[quantization])
+    return made
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor: its name, its type as safetensors says it, its shape, and what is in it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    fill: str                       # ones normal words or the part of a quantised matrix
+
+    @property
+    def bytes(self) -> int:
+        """The stored size."""
+        return math.prod(self.shape) * {'U8': 1, 'F16': 2, 'BF16': 2}.get(self.dtype, 4)
+
+
+def specs(made: dict) -> Iterator[Spec]:
+    """Give every tensor that a folder with this ``config.json`` holds."""
+    half = {'float16': 'F16', 'bfloat16': 'BF16'}[made['torch_dtype']]
+    method = made.get('quantization_config', {}).get('quant_method', 'none')
+    hidden, inner = made['hidden_size'], made['intermediate_size']
+    kv_width = hidden // made['num_attention_heads'] * made['num_key_value_heads']
+    yield Spec('model.embed_tokens.weight', half, (made['vocab_size'], hidden), 'normal')
+    for index in range(made['num_hidden_layers']):
+        layer = f'model.layers.{index}'
+        yield Spec(f'{layer}.input_layernorm.weight', half, (hidden,), 'ones')
+        for name, width in (('q_proj', hidden), ('k_proj', kv_width), ('v_proj', kv_width)):
+            yield from _linear(f'{layer}.self_attn.{name}', width, hidden, half, method)
+            if made['model_type'] == 'qwen2':
+                yield Spec(f'{layer}.self_attn.{name}.bias', half, (width,), 'normal')
+        yield from _linear(f'{layer}.self_attn.o_proj', hidden, hidden, half, method)
+        yield Spec(f'{layer}.post_attention_layernorm.weight', half, (hidden,), 'ones')
+        yield from _linear(f'{layer}.mlp.gate_proj', inner, hidden, half, method)
+        yield from _linear(f'{layer}.mlp.up_proj', inner, hidden, half, method)
+        yield from _linear(f'{layer}.mlp.down_proj', hidden, inner, half, method)
+    yield Spec('model.norm.weight', half, (hidden,), 'ones')
+    yield Spec('lm_head.weight', half, (made['vocab_size'], hidden), 'normal')
+
+
+def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0) -> None:
+    """
+    Write a folder whose weights the engine makes on the device, from the shapes.
+
+    :param quantization: none or gptq.
+    :raises ValueError: an unknown shape, or a quantisation that needs real weights.
+    """
+    made = config(shape, quantization)
+    if quantization not in ('none', 'gptq'):
+        raise ValueError(f'{quantization} needs a folder with weights')
+    made['physai_decode_random_weights'] = {'seed': seed, 'quantization': quantization}
+    header: dict[str, object] = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    for spec in specs(made):
+        header[spec.name] = {'dtype': spec.dtype, 'shape': spec.shape,
+                             'data_offsets': (end, end + spec.bytes)}
+        end += spec.bytes
+    written = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / 'model.safetensors').open('wb') as file:
+        file.write(struct.pack('<Q', len(written)) + written)
+        file.truncate(file.tell() + end)
+    _finish(folder, made)
+
+
+def write(folder: Path, shape: str, quantization: str = 'none', seed: int = 0,
+          progress: Callable[[str], None] = lambda message: None) -> None:
+    """
+    Write a folder with random weights in safetensors shards.
+
+    ``config.json`` comes last: a folder that has one is complete.
+
+    :raises ValueError: an unknown shape or quantisation.
+    :raises OSError: too little space; the message gives needed and free bytes.
+    """
+    from safetensors.torch import save_file
+    import torch
+
+    made = config(shape, quantization)
+    folder.mkdir(parents=True, exist_ok=True)
+    total, free = sum(spec.bytes for spec in specs(made)), shutil.disk_usage(folder).free
+    if total > free:
+        raise OSError(f'{folder} needs {total / 1e9:.1f} GB for the random weights, '
+                      f'{free / 1e9:.1f} GB are free there')
+    generator = torch.Generator('cuda' if torch.cuda.is_available() else 'cpu').manual_seed(seed)
+    files: dict[str, str] = {}
+    for number, shard in enumerate(_shards(specs(made)), 1):
+        name = f'model-{number:05d}.safetensors'
+        progress(f'writing {name}, {sum(spec.bytes for spec in shard) / 1e9:.1f} GB of '
+                 f'{total / 1e9:.1f}')
+        save_file({spec.name: _make(spec, generator) for spec in shard}, folder / name,
+                  metadata={'format': 'pt'})
+        files.update({spec.name: name for spec in shard})
+    index = {'metadata': {'total_size': total}, 'weight_map': files}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1))
+    _finish(folder, made)
+
+
+def _linear(name, out, rows, half, method):
+    """Give the tensors of one matrix [out, rows] in the layout of its quantisation."""
+    groups = rows // GROUP
+    if method == 'gptq':
+        yield Spec(f'{name}.qweight', 'I32', (rows // 8, out), 'words')
+        yield Spec(f'{name}.qzeros', 'I32', (groups, out // 8), 'sevens')
+        yield Spec(f'{name}.scales', 'F16', (groups, out), 'scales')
+        yield Spec(f'{name}.g_idx', 'I32', (rows,), 'groups')
+    elif method == 'awq':
+        yield Spec(f'{name}.qweight', 'I32', (rows, out // 8), 'words')
+        yield Spec(f'{name}.qzeros', 'I32', (groups, out // 8), 'eights')
+        yield Spec(f'{name}.scales', 'F16', (groups, out), 'scales')
+    elif method == 'bitsandbytes':
+        yield Spec(f'{name}.weight', 'U8', (out * rows // 2, 1), 'bytes')
+        yield Spec(f'{name}.weight.absmax', 'F32', (out * rows // NF4_BLOCK,), 'absmax')
+        yield Spec(f'{name}.weight.quant_map', 'F32', (16,), 'nf4')
+        yield Spec(f'{name}.weight.quant_state.bitsandbytes__nf4', 'U8',
+                   (len(_nf4_state(out, rows)),), _nf4_state(out, rows))
+    else:
+        yield Spec(f'{name}.weight', half, (out, rows), 'normal')
+
+
+def _nf4_state(out, rows):
+    return json.dumps({'quant_type': 'nf4', 'blocksize': NF4_BLOCK, 'dtype': 'bfloat16',
+                       'shape': [out, rows]})
+
+
+def _shards(all_specs):
+    shard: list[Spec] = []
+    for spec in all_specs:
+        if shard and sum(each.bytes for each in shard) + spec.bytes > SHARD_BYTES:
+            yield shard
+            shard = []
+        shard.append(spec)
+    yield shard
+
+
+def _make(spec, generator):
+    """Make one tensor on the generator's device, give it on the CPU."""
+    import torch
+
+    dtype = {'U8': torch.uint8, 'I32': torch.int32, 'F32': torch.float32, 'F16': torch.float16,
+             'BF16': torch.bfloat16}[spec.dtype]
+    empty = torch.empty(spec.shape, dtype=dtype, device=generator.device)
+    if spec.fill == 'ones':
+        made = empty.fill_(1)
+    elif spec.fill == 'normal':
+        made = empty.normal_(0.0, STD, generator=generator)
+    elif spec.fill == 'words':          # eight uniform 4-bit values each
+        made = empty.random_(-2**31, None, generator=generator)
+    elif spec.fill == 'bytes':
+        made = empty.random_(0, 256, generator=generator)
+    elif spec.fill == 'sevens':         # zero point 8: the format gptq stores zero - 1
+        made = empty.fill_(0x77777777)
+    elif spec.fill == 'eights':
+        made = empty.fill_(0x88888888 - 2**32)
+    elif spec.fill == 'scales':         # uniform 4-bit values then deviate by about STD
+        made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / math.sqrt((16**2 - 1) / 12))
+    elif spec.fill == 'groups':
+        made = torch.arange(len(empty), dtype=dtype) // GROUP
+    elif spec.fill == 'nf4':
+        made = torch.tensor(_NF4)
+    elif spec.fill == 'absmax':         # as for the scales
+        spread = torch.tensor(_NF4).square().mean().sqrt().item()
+        made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / spread)
+    else:
+        made = torch.tensor(list(spec.fill.encode()), dtype=dtype)
+    return made.cpu()
+
+
+def _finish(folder, made):
+    """Write config.json, and the small model's tokenizer so that the node can load the folder."""
+    builtin = Path(__file__).parents[1] / 'models' / 'tiny_planner'
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+        if (builtin / name).is_file():
+            shutil.copyfile(builtin / name, folder / name)
+    (folder / 'config.json').write_text(json.dumps(made, indent=2) + '\n')

@@ -1,0 +1,57 @@
+"""A table that can be shown as aligned text, as Markdown and as HTML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from html import escape
+
+_MISSING = ('n/a', 'unavailable', 'died', 'not measured')
+
+
+@dataclass
+class Table:
+    """Rows of texts under a title; ``notes`` are the sentences below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Give aligned text; columns of numbers to the right."""
+        widths = [max(map(len, column)) for column in zip(
+            self.columns, *self.rows, strict=True)]
+        right = self._right()
+        lines = [self.title, '']
+        for row in (self.columns, ['-' * width for width in widths], *self.rows):
+            lines.append('  '.join(
+                value.rjust(width) if to_right else value.ljust(width)
+                for value, width, to_right in zip(
+                    row, widths, right, strict=True)).rstrip())
+        return '\n'.join([*lines, *self.notes, ''])
+
+    def markdown(self) -> str:
+        """Give the table as GitHub's Markdown."""
+        rule = ['---:' if to_right else '---' for to_right in self._right()]
+        lines = [f'## {self.title}', '']
+        for row in (self.columns, rule, *self.rows):
+            lines.append('| ' + ' | '.join(value.replace('|', r'\|') for value in row) + ' |')
+        return '\n'.join([*lines, '', *(f'{note}\n' for note in self.notes)])
+
+    def html(self) -> str:
+        """Give the table as HTML."""
+        kinds = [' class="n"' if to_right else '' for to_right in self._right()]
+
+        def row(values, tag):
+            cells = (f'<{tag}{kind}>{escape(value)}</{tag}>' for value, kind in zip(
+                values, kinds, strict=True))
+            return f'<tr>{"".join(cells)}</tr>'
+        body = '\n'.join(row(values, 'td') for values in self.rows)
+        notes = ''.join(f'<p>{escape(note)}</p>' for note in self.notes)
+        return (f'<h2>{escape(self.title)}</h2>\n<div class="scroll"><table>\n'
+                f'{row(self.columns, "th")}\n{body}\n</table></div>\n{notes}\n')
+
+    def _right(self):
+        """Tell which columns hold numbers, or words for a missing one, and nothing else."""
+        return [all(cell in _MISSING or not any(map(str.isalpha, cell)) for cell in column)
+                for column in zip(*self.rows, strict=True)] or [False] * len(self.columns)
