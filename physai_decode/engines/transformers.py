@@ -428,6 +428,8 @@ def _load(model, device, dtype):
                 f'{model.folder}: {model.model_type!r} is not a model that continues text: choose '
                 'a causal language model')
         kind = known[type(config)]
+        if 'physai_decode_random_weights' in model.config:
+            return _random(model, config, device, dtype)
         network, found = kind.from_pretrained(
             model.folder, config=config, dtype=dtype, use_safetensors=True,
             attn_implementation='sdpa' if kind._supports_sdpa else 'eager',
@@ -453,6 +455,18 @@ def _load(model, device, dtype):
     if not placed:
         network.to(device)
     return network.eval()
+
+
+def _random(model, config, device, dtype):
+    """Make weights at random on the device, for a folder that only describes their shapes."""
+    if model.quantization_config:
+        raise EngineError(
+            f'{model.folder} only describes {model.quantization} weights, which transformers can '
+            'not make at random: write them with decode_bench --write-checkpoint')
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(model.config['physai_decode_random_weights'].get('seed', 0))
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation='sdpa').eval()
 
 
 def _first_line(error):
