@@ -51,8 +51,9 @@ class Weights:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one decode step reads: one row of the embedding, all the rest."""
-        row = self.embedding.shape[1] * self.embedding.element_size()
+        """Bytes that one decode step reads: all, but of an embedding that is no head one row."""
+        tied = isinstance(self.head, Dense) and self.head.weight is self.embedding
+        row = 0 if tied else self.embedding.shape[1] * self.embedding.element_size()
         norms = [self.norm]
         linears = [self.head]
         for layer in self.layers:

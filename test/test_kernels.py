@@ -1,0 +1,174 @@
+"""Each kernel against its twin in torch; on a CPU in Triton's interpreter."""
+
+import os
+
+import pytest
+
+torch = pytest.importorskip('torch')
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+pytest.importorskip('triton')
+
+from physai_decode.engines.native import gptq
+from physai_decode.engines.native.kernels import TritonOps
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.ops import Attention
+from physai_decode.engines.native.ops import TorchOps
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+TWIN = TorchOps()
+EPS = 1e-6
+
+
+@pytest.fixture
+def make():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    return normal
+
+
+def assert_close(got, expected, relative=1e-5):
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    assert error < relative     # a NaN does not pass
+
+
+def packed(generator_seed, n, k, group_size, act_order=False, symmetric=True):
+    """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
+    generator = torch.Generator().manual_seed(generator_seed)
+    size = k if group_size == -1 else group_size
+    groups = -(-k // size)
+    q = torch.randint(0, 16, (k, n), generator=generator, dtype=torch.int32)
+    zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
+        0, 16, (groups, n), generator=generator)
+    scales = (torch.rand(groups, n, generator=generator) + 0.5).half()
+    g_idx = torch.arange(k) // size
+    if act_order:
+        g_idx = g_idx[torch.randperm(k, generator=generator)]
+    shifts = torch.arange(0, 32, 4)
+    qweight = (q.long().view(k // 8, 8, n) << shifts.view(1, 8, 1)).sum(1)
+    stored = ((zeros - 1) & 0xF).view(groups, n // 8, 8)
+    qzeros = (stored << shifts).sum(2)
+    dense = ((q - zeros[g_idx]).float() * scales.float()[g_idx]).t().contiguous()
+    wrapped = [torch.where(t >= 2**31, t - 2**32, t).int().to(DEVICE) for t in (qweight, qzeros)]
+    form = gptq.GptqFormat(group_size, zeros_less_one=True)
+    return gptq.repack(*wrapped, scales.to(DEVICE), g_idx.int().to(DEVICE), None, form), \
+        dense.to(DEVICE)
+
+
+def test_embed(make):
+    table, token = make(7, 200), torch.tensor([3], device=DEVICE)
+    x = torch.full((200,), float('nan'), device=DEVICE)
+    TritonOps(DEVICE).embed(table, token, x)
+    assert torch.equal(x, table[3])
+
+
+@pytest.mark.parametrize('n, k', [(1, 128), (7, 100), (33, 640), (64, 513)])
+@pytest.mark.parametrize('norm, add, bias', [
+    (False, False, False), (True, False, True), (False, True, False)])
+def test_dense(make, n, k, norm, add, bias):
+    weight = Dense(make(n, k), make(n) if bias else None)
+    x, gain = make(k), make(k) if norm else None
+    out = make(n)
+    expected = out.clone()
+    TWIN.linear(x, weight, expected, gain=gain, eps=EPS, add=add)
+    TritonOps(DEVICE).linear(x, weight, out, gain=gain, eps=EPS, add=add)
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_dense_half(make, dtype):
+    weight, x, gain = Dense(make(24, 512, dtype=dtype)), make(512), make(512, dtype=dtype)
+    out = make(24)
+    TritonOps(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
+    normed = x * torch.rsqrt(x.square().mean() + EPS) * gain.float()
+    assert_close(out, weight.weight.float() @ normed)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_gated(make, bias):
+    weight = Dense(make(2 * 21, 300), make(42) if bias else None)
+    x, gain, out = make(300), make(300), make(21)
+    expected = out.clone()
+    TWIN.gated(x, weight, expected, gain, EPS)
+    TritonOps(DEVICE).gated(x, weight, out, gain, EPS)
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize('group_size', [32, 64, 128, -1])
+@pytest.mark.parametrize('act_order, symmetric', [(False, True), (True, False)])
+@pytest.mark.parametrize('k', [256, 640])
+def test_int4(make, group_size, act_order, symmetric, k):
+    weight, dense = packed(1, 24, k, group_size, act_order, symmetric)
+    x, gain, out = make(k), make(k), make(24)
+    normed = x * torch.rsqrt(x.square().mean() + EPS) * gain
+    expected = dense @ normed
+    assert_close(weight.apply(normed), expected)
+    TritonOps(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
+    assert_close(out, expected, 1e-4)
+    start = out.clone()
+    TritonOps(DEVICE).linear(normed, weight, out, add=True)
+    assert_close(out, start + expected, 1e-4)
+
+
+
+def test_int4_gated(make):
+    weight, dense = packed(2, 48, 256, 128, symmetric=False)
+    x, gain, out = make(256), make(256), make(24)
+    expected = out.clone()
+    TWIN.gated(x, Dense(dense), expected, gain, EPS)
+    TritonOps(DEVICE).gated(x, weight, out, gain, EPS)
+    assert_close(out, expected, 1e-4)
+
+
+@pytest.mark.parametrize('dim', [64, 96, 128])
+@pytest.mark.parametrize('place', [0, 1, 31, 32, 33, 64, 127])
+def test_attend(make, dim, place):
+    check_attend(make, dim, place, heads=6, kv_heads=2)
+
+
+@pytest.mark.parametrize('window', [1, 20, 200])
+def test_attend_in_a_window(make, window):
+    check_attend(make, 64, 100, heads=4, kv_heads=4, window=window)
+
+
+def test_attend_with_normed_heads(make):
+    check_attend(make, 64, 77, heads=7, kv_heads=1, norm=True)
+
+
+def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False):
+    keys, values = make(kv_heads, 128, dim), make(kv_heads, 128, dim)
+    angles = make(128, dim // 2)
+    layer = Attention(heads, kv_heads, dim, window, EPS,
+                      make(dim) if norm else None, make(dim) if norm else None)
+    qkv = make((heads + 2 * kv_heads) * dim)
+    position = torch.tensor([place], device=DEVICE)
+    results = []
+    ops = TritonOps(DEVICE, splits=4)
+    for each in (TWIN, ops, ops):
+        cache = keys.clone(), values.clone()
+        out = torch.full((heads * dim,), float('nan'), device=DEVICE)
+        each.attend(qkv, *cache, position, angles.cos(), angles.sin(), layer, out)
+        results.append((out, *cache))
+    for got in results[1:]:
+        for one, expected in zip(got, results[0]):
+            assert_close(one, expected)
+
+
+@pytest.mark.parametrize('vocab, best', [(5, 4), (1000, 0), (5000, 4321)])
+def test_advance(make, vocab, best):
+    logits = make(vocab)
+    logits[best] = 100.0
+    if best + 1 < vocab:
+        logits[best + 1] = 100.0     # of equals the first
+    token, position = torch.zeros(1, dtype=torch.int64, device=DEVICE), \
+        torch.tensor([9], device=DEVICE)
+    history = torch.zeros(16, dtype=torch.int64, device=DEVICE)
+    ops = TritonOps(DEVICE)
+    for place in (10, 11):
+        ops.advance(logits, token, position, history)
+        assert token.item() == best
+        assert position.item() == place
+        assert history[place].item() == best
