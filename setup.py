@@ -44,6 +44,7 @@ setup(
     entry_points={
         'console_scripts': [
             'decode_ask = physai_decode.ask:main',
+            'decode_bench = physai_decode.bench:main',
             'decode_node = physai_decode.node:main',
         ],
     },

@@ -1,0 +1,94 @@
+"""The rule of who may import what, and that nothing is imported that the package does not name."""
+
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / 'physai_decode'
+CORE = ('config', 'engine', 'checkpoint', 'roofline', 'timing', 'text', 'worker', 'engines')
+ROS = ('parameters.py', 'messages.py', 'topics.py', 'node.py', 'ask.py', 'watch.py')
+ROS_LIBRARIES = {
+    'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'rcl_interfaces', 'rclpy',
+    'std_msgs', 'std_srvs'}
+HEAVY = ROS_LIBRARIES | {'torch', 'transformers', 'triton', 'tokenizers', 'safetensors'}
+# Where the name in an import statement is not the name that pip, or rosdep, knows.
+PIP_NAMES = {'pynvml': 'nvidia-ml-py', 'yaml': 'pyyaml'}
+ROSDEP_NAMES = {
+    'jinja2': 'python3-jinja2', 'matplotlib': 'python3-matplotlib', 'numpy': 'python3-numpy',
+    'pynvml': 'python3-pynvml', 'torch': 'python3-pytorch-pip',
+    'transformers': 'python3-transformers-pip', 'yaml': 'python3-yaml',
+    # These come with one of the above.
+    'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
+    'tokenizers': 'python3-transformers-pip', 'triton': 'python3-pytorch-pip'}
+OPTIONAL = {'exllamav2'}    # an engine that says itself what to install
+
+
+def imported(path: Path) -> set[str]:
+    """Give the top-level names that a file imports, wherever in the file."""
+    names = set()
+    for part in ast.walk(ast.parse(path.read_text())):
+        if isinstance(part, ast.Import):
+            names.update(alias.name for alias in part.names)
+        elif isinstance(part, ast.ImportFrom):
+            assert part.level == 0, f'{path}: a relative import'
+            names.add(part.module)
+    return {name.partition('.')[0] for name in names}
+
+
+def third_party() -> set[str]:
+    """Give all that the package imports and Python does not bring."""
+    names = set().union(*(imported(path) for path in PACKAGE.rglob('*.py')))
+    return names - set(sys.stdlib_module_names) - {'physai_decode'} - OPTIONAL
+
+
+def pip_names(requirements: Iterable[str]) -> set[str]:
+    """Give the packages that pip's requirements name, in pip's own spelling."""
+    found = (re.match(r'[A-Za-z][\w.-]*', requirement) for requirement in requirements)
+    return {re.sub(r'[-_.]+', '-', match[0]).lower() for match in found if match}
+
+
+@pytest.mark.parametrize('module', CORE)
+def test_core_imports_neither_ros_nor_torch(module):
+    """In a fresh interpreter, importing a core module loads none of the heavy libraries."""
+    command = (
+        f'import sys, physai_decode.{module}\n'
+        f'print(sorted({HEAVY!r} & set(sys.modules)))')
+    result = subprocess.run(
+        [sys.executable, '-c', command], capture_output=True, text=True, timeout=120)
+    assert result.stdout == '[]\n', result.stderr
+
+
+def test_only_the_ros_modules_import_ros():
+    """No other file of the package imports a ROS library, not even inside a function."""
+    for path in PACKAGE.rglob('*.py'):
+        found = imported(path) & ROS_LIBRARIES
+        assert not found or path.relative_to(PACKAGE).as_posix() in ROS, f'{path}: {found}'
+
+
+def test_pip_knows_every_import():
+    """Each library is in setup.py or requirements.txt, and pinned in constraints.txt."""
+    strings = {
+        part.value for part in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+    named = pip_names(strings) | pip_names((ROOT / 'requirements.txt').read_text().splitlines())
+    pinned = pip_names((ROOT / 'constraints.txt').read_text().splitlines())
+    for name in third_party():
+        wanted = PIP_NAMES.get(name, name.replace('_', '-'))
+        wanted = f'ros-{wanted}' if name in ROS_LIBRARIES else wanted
+        assert wanted in pinned
+        assert wanted in named | {'tokenizers', 'triton'}   # with transformers and torch
+
+
+def test_rosdep_knows_every_import():
+    """Each library stands for a key in package.xml."""
+    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    keys = {entry.text for entry in manifest.iter('exec_depend')}
+    wanted = {ROSDEP_NAMES.get(name, name) for name in third_party()}
+    assert wanted <= keys, wanted - keys

@@ -1,0 +1,144 @@
+"""The package as colcon builds and installs it, and the rules of the Makefile."""
+
+import importlib.util
+import os
+from pathlib import Path
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from xml.etree import ElementTree
+
+import physai_decode
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(
+    '.*', 'build', 'install', 'log', '*.egg-info', '__pycache__')
+COMMANDS = set(re.findall(r"'(\w+) = physai_decode\.\w+:main'", (ROOT / 'setup.py').read_text()))
+
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory):
+    """Build the package with colcon; gives the workspace's folder."""
+    pytest.importorskip('colcon_ros')
+    folder = tmp_path_factory.mktemp('workspace')
+    shutil.copytree(ROOT, folder / 'src' / 'physai_decode', ignore=LEFT_OUT)
+    result = subprocess.run(
+        [sys.executable, '-m', 'colcon', 'build'], cwd=folder, capture_output=True, text=True,
+        timeout=240)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope='module')
+def prefix(workspace):
+    """Give the folder that the package is installed in."""
+    return workspace / 'install' / 'physai_decode'
+
+
+def test_colcon_takes_it_for_a_ros_package(prefix):
+    """Only ros.ament_python writes this hook; a broken package.xml makes colcon fall back."""
+    assert (prefix / 'share/physai_decode/hook/ament_prefix_path.dsv').is_file()
+    assert (prefix / 'share/ament_index/resource_index/packages/physai_decode').is_file()
+
+
+def test_installed_files(prefix):
+    """The configs, the launch file and the manifest are in share, the model with the code."""
+    for name in ('config', 'launch'):
+        want = {path.name for path in (ROOT / name).iterdir() if path.suffix in ('.py', '.yaml')}
+        assert want == {path.name for path in (prefix / 'share/physai_decode' / name).iterdir()}
+        assert want
+    assert (prefix / 'share/physai_decode/package.xml').is_file()
+    models, = prefix.glob('lib/python*/site-packages/physai_decode/models')
+    source = ROOT / 'physai_decode' / 'models'
+    want = {path.relative_to(source) for path in source.rglob('*') if path.is_file()}
+    assert want == {path.relative_to(models) for path in models.rglob('*') if path.is_file()}
+    assert Path('tiny_planner/model.safetensors') in want
+    assert COMMANDS == {path.name for path in (prefix / 'lib/physai_decode').iterdir()}
+
+
+def test_installed_code_is_complete(prefix):
+    """Each module of the source is installed."""
+    installed, = prefix.glob('lib/python*/site-packages/physai_decode')
+    source = ROOT / 'physai_decode'
+    assert ({path.relative_to(source) for path in source.rglob('*.py')}
+            == {path.relative_to(installed) for path in installed.rglob('*.py')})
+
+
+def test_installed_node_runs(workspace, prefix):
+    """The installed decode_node becomes active with its installed config, and ends by SIGINT."""
+    rclpy = pytest.importorskip('rclpy')
+    from lifecycle_msgs.msg import State
+    from lifecycle_msgs.srv import GetState
+    config = prefix / 'share/physai_decode/config/decode.yaml'
+    node = prefix / 'lib/physai_decode/decode_node'
+    sourced = ['sh', '-c', '. install/setup.sh; exec "$@"', 'sh']
+    where = subprocess.run(
+        [*sourced, sys.executable, '-c', 'import physai_decode; print(physai_decode.__file__)'],
+        cwd=workspace, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert Path(where.strip()).is_relative_to(prefix)
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    asking = rclpy.create_node('asking', context=context)
+    executor = rclpy.executors.SingleThreadedExecutor(context=context)
+    executor.add_node(asking)
+    client = asking.create_client(GetState, '/installed/decode/get_state')
+    process = subprocess.Popen(
+        [*sourced, str(node), '--ros-args', '-r', '__ns:=/installed', '--params-file',
+         str(config)], cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        state, until_s = None, time.monotonic() + 120
+        while state != State.PRIMARY_STATE_ACTIVE and time.monotonic() < until_s:
+            assert process.poll() is None, process.stdout.read()
+            if client.wait_for_service(timeout_sec=1.0):
+                future = client.call_async(GetState.Request())
+                executor.spin_until_future_complete(future, timeout_sec=5.0)
+                state = future.result().current_state.id if future.done() else None
+        assert state == State.PRIMARY_STATE_ACTIVE
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+        process.wait()
+        executor.shutdown()
+        asking.destroy_node()
+        rclpy.shutdown(context=context)
+
+
+def test_versions_agree():
+    """The version stands in four files."""
+    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    changelog = (ROOT / 'CHANGELOG.rst').read_text()
+    setup = (ROOT / 'setup.py').read_text()
+    assert manifest.findtext('version') == physai_decode.__version__
+    assert re.search(r"version='([\d.]+)'", setup)[1] == physai_decode.__version__
+    assert re.search(r'^(\d+\.\d+\.\d+) ', changelog, re.MULTILINE)[1] == physai_decode.__version__
+
+
+def test_commands_exist():
+    """Each command's module is there."""
+    assert {'decode_node', 'decode_ask', 'decode_bench'} <= COMMANDS
+    for command in COMMANDS:
+        assert importlib.util.find_spec(f'physai_decode.{command.removeprefix("decode_")}')
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
+def test_a_machine_without_wheels_is_told(tmp_path):
+    """Where rclpy has no wheels, make says in one line what to do and installs nothing."""
+    for path in ROOT.glob('*'):
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    before = set(tmp_path.iterdir())
+    alone = {key: value for key, value in os.environ.items() if 'MAKE' not in key}
+    result = subprocess.run(
+        ['make', 'demo', 'MACHINE=aarch64'], cwd=tmp_path, env=alone, capture_output=True,
+        text=True, timeout=60)
+    assert result.returncode != 0
+    assert re.match(r'physai_decode: .*rclpy.*aarch64.*colcon.*\nmake: ', result.stderr)
+    assert result.stdout == ''
+    assert set(tmp_path.iterdir()) == before

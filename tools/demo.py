@@ -1,0 +1,154 @@
+"""
+`make demo`: start the node, ask it once, show the stream, the figures and a line of /diagnostics.
+
+It exits with 0 only where the answer was complete and the node ended cleanly. It stays on this
+machine: no other host sees its topics, and it takes a ROS domain of its own unless ROS_DOMAIN_ID
+names one.
+"""
+
+import os
+from pathlib import Path
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+import rclpy
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+PROMPT = 'Please take the red cup from the kitchen table to the desk, then close the blue box.'
+START_S = 180.0     # a first start compiles Python and reads torch from a cold disk
+ASK_S = 60.0
+END_S = 10.0
+
+
+class Diagnostics:
+    """The latest message on /diagnostics."""
+
+    def __init__(self) -> None:
+        self._node = rclpy.create_node('decode_demo')
+        self._node.create_subscription(DiagnosticArray, '/diagnostics', self._store, 10)
+        self._statuses = {}
+
+    def next(self) -> dict[str, dict[str, str]] | None:
+        """Wait up to 1 s for a message: each status with its values, None where none came."""
+        self._statuses = None
+        until_s = time.monotonic() + 1.0
+        while self._statuses is None and time.monotonic() < until_s:
+            rclpy.spin_once(self._node, timeout_sec=0.1)
+        return self._statuses
+
+    def close(self) -> None:
+        self._node.destroy_node()
+
+    def _store(self, array):
+        self._statuses = {
+            status.name: {pair.key: pair.value for pair in status.values}
+            for status in array.status}
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen:
+    """Show a command and start it, with its log in a file, out of the reach of Ctrl-C."""
+    print(f'$ {shown(arguments)}    # its log: {log.relative_to(ROOT)}', flush=True)
+    log.parent.mkdir(exist_ok=True)
+    with log.open('w') as file:
+        return subprocess.Popen(
+            arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def shown(arguments: list[str]) -> str:
+    """Write a command as one would type it in the repository's root."""
+    return shlex.join(arguments).replace(f'{ROOT}/', '')
+
+
+def wait_until_active(process: subprocess.Popen, diagnostics: Diagnostics) -> None:
+    """
+    Wait until the node's engine is idle.
+
+    :raises RuntimeError: it ended, failed, or took longer than START_S.
+    """
+    start_s = time.monotonic()
+    while time.monotonic() < start_s + START_S:
+        statuses = diagnostics.next()
+        if process.poll() is not None:
+            raise RuntimeError(f'the node ended with code {process.returncode}')
+        state = statuses and statuses['decode: engine']['state']
+        if state == 'idle':
+            print(f'  active after {time.monotonic() - start_s:.1f} s\n', flush=True)
+            return
+        if state == 'failed':
+            raise RuntimeError('the node could not load its model')
+    raise RuntimeError(f'the node was not active after {START_S:.0f} s')
+
+
+def ask() -> None:
+    """Send the prompt by decode_ask, which prints what comes back."""
+    command = [str(BIN / 'decode_ask'), PROMPT]
+    print(f'$ {shown(command)}', flush=True)
+    if subprocess.run(command, cwd=ROOT, timeout=ASK_S).returncode:
+        raise RuntimeError('there was no complete answer')
+
+
+def show_diagnostics(diagnostics: Diagnostics) -> None:
+    """Print the bandwidth line of the next message on /diagnostics."""
+    for _ in range(10):
+        if statuses := diagnostics.next():
+            values = statuses['decode: bandwidth']
+            figures = '  '.join(f'{key}={value}' for key, value in values.items())
+            print(f'\n/diagnostics, decode: bandwidth\n  {figures}', flush=True)
+            return
+    raise RuntimeError('nothing came on /diagnostics')
+
+
+def end(process: subprocess.Popen) -> None:
+    """
+    End the node as Ctrl-C does.
+
+    :raises RuntimeError: it did not end by itself, or not with code 0.
+    """
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise RuntimeError(f'the node did not end within {END_S:.0f} s of SIGINT') from None
+    if process.returncode:
+        raise RuntimeError(f'the node ended with code {process.returncode}')
+
+
+def main() -> int:
+    """Run the demo; returns the exit code."""
+    os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
+    os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
+    log = ROOT / 'log' / 'demo_node.log'
+    process = start(
+        [str(BIN / 'decode_node'), '--ros-args', '--params-file',
+         str(ROOT / 'config' / 'decode.yaml')], log)
+    rclpy.init()
+    diagnostics = Diagnostics()
+    try:
+        try:
+            wait_until_active(process, diagnostics)
+            ask()
+            show_diagnostics(diagnostics)
+        finally:
+            diagnostics.close()
+            rclpy.try_shutdown()
+            end(process)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        print(f'demo: {error}; the end of {log.relative_to(ROOT)}:', file=sys.stderr)
+        print(''.join(log.read_text().splitlines(keepends=True)[-20:]), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print('\nThe node ended with code 0.')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
