@@ -158,6 +158,10 @@ class DecodeConfig:
     autostart: bool = _option(True, 'configure and activate by itself at start')
 
 
+_KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a string',
+          tuple: 'a list of strings'}
+
+
 def check(group: str, instance: Any) -> None:
     """
     Check every field of one group.
@@ -174,8 +178,8 @@ def _check_field(name, value, spec):
     kind = type(spec.default)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f'{name} is {value!r}: expected a {kind.__name__}')
+    if type(value) is not kind or kind is tuple and not all(type(item) is str for item in value):
+        raise ConfigError(f'{name} is {value!r}: expected {_KINDS[kind]}')
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not low <= value <= high:
         raise ConfigError(f'{name} is {value!r}: allowed are {low} to {high}')

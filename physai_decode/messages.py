@@ -1,0 +1,178 @@
+"""
+Reports to ROS messages: which keys each status has, and how a value is written.
+
+Values are bare decimal numbers or words, keys never change between two messages of one kind, and
+what is not known is ``n/a``. It knows nothing of publishers, threads or clocks.
+"""
+
+from collections.abc import Mapping
+from math import isfinite
+from operator import attrgetter
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticStatus
+from diagnostic_msgs.msg import KeyValue
+
+from physai_decode.config import DiagnosticsConfig
+from physai_decode.engine import Footprint
+from physai_decode.roofline import Peak
+from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
+from physai_decode.timing import WindowReport
+
+OK = DiagnosticStatus.OK
+WARN = DiagnosticStatus.WARN
+ERROR = DiagnosticStatus.ERROR
+NOT_KNOWN = 'n/a'
+
+TOKEN_KEYS = (
+    'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
+    'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed')
+REQUEST_KEYS = (
+    'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens', 'queue_ms',
+    'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms',
+    'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses', 'max_consecutive_misses',
+    'worst_overrun_ms', 'cancel_ms')
+LATENCY_KEYS = (
+    'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
+    'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
+    'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms')
+BANDWIDTH_KEYS = (
+    'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
+    'peak_source', 'host_gap_ms')
+ENGINE_KEYS = (
+    'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
+    'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
+    'temperature_c', 'power_w', 'sm_clock_mhz', 'memory_clock_mhz', 'throttle_reasons',
+    'unknown_parameters')
+MODEL_KEYS = (
+    'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
+    'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
+    'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
+    'peak_bandwidth_gb_s', 'peak_source')
+FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
+
+
+def text_of(value: Any) -> str:
+    """
+    Write one value as it stands in a message.
+
+    :param value: a number, a word, a truth value (1 or 0) or None.
+    :returns: a decimal number of six significant digits without exponent, the word itself, or
+        ``n/a`` for None, an empty word and what is not finite.
+    """
+    if value is None or value == '':
+        return NOT_KNOWN
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        if 1e-4 <= value < 1e6:
+            return f'{value:.6g}'
+        return f'{value:.9f}'.rstrip('0').rstrip('.') if isfinite(value) else NOT_KNOWN
+    return str(int(value))
+
+
+def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *, message: str = '',
+           level: bytes = OK, hardware_id: str = '') -> DiagnosticStatus:
+    """
+    Build one status with all its keys.
+
+    :param values: a mapping, in which a missing key is not known, or a report with one attribute
+        for each key.
+    """
+    if isinstance(values, Mapping):
+        found = [values.get(key) for key in keys]
+    else:
+        found = [getattr(values, key) for key in keys]
+    return DiagnosticStatus(
+        level=level, name=name, message=message, hardware_id=hardware_id,
+        values=[KeyValue(key=key, value=text_of(value))
+                for key, value in zip(keys, found, strict=True)])
+
+
+class TokenMessage:
+    """The message of ``~/token_stats``, built once and filled again for each token."""
+
+    def __init__(self) -> None:
+        self._status = status('decode: token', TOKEN_KEYS, {})
+        self._values = list(self._status.values)
+        self._fields = attrgetter(*TOKEN_KEYS)
+        self.array = DiagnosticArray(status=[self._status])
+
+    def fill(self, report: TokenReport, first_id: int) -> DiagnosticArray:
+        """Put one token's report in; first_id is added to its request_id."""
+        self._status.message = report.text
+        self._status.level = WARN if report.deadline_missed else OK
+        for pair, value in zip(self._values, self._fields(report)):
+            pair.value = text_of(value)
+        if first_id:
+            self._values[0].value = str(report.request_id + first_id)
+        return self.array
+
+
+def request_status(report: RequestReport) -> DiagnosticStatus:
+    """Give the status of one request; its message is the finish reason and why."""
+    reason = report.finish_reason
+    return status(
+        'decode: request', REQUEST_KEYS, report,
+        message=f'{reason}: {report.message}' if report.message else reason,
+        level=ERROR if reason == 'error' else WARN if reason in FAILED else OK)
+
+
+def model_status(model: str, footprint: Footprint, peak: Peak,
+                 hardware_id: str) -> DiagnosticStatus:
+    """Give the status of ``~/model_info``: the model, the engine and the memory bus."""
+    values = {key: getattr(footprint, key, None) for key in MODEL_KEYS}
+    values.update(
+        model=model,
+        read_weight_gb=footprint.read_weight_bytes / 1e9,
+        checkpoint_weight_gb=footprint.checkpoint_weight_bytes / 1e9,
+        kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
+                            * footprint.kv_element_bytes),
+        peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source,
+        **{key: value for key, value in footprint.details.items() if key not in MODEL_KEYS})
+    details = tuple(key for key in footprint.details if key not in MODEL_KEYS)
+    return status('decode: model', MODEL_KEYS + details, values, hardware_id=hardware_id)
+
+
+def latency_status(window: WindowReport | None, settings: DiagnosticsConfig, late: bool,
+                   hardware_id: str) -> DiagnosticStatus:
+    """
+    Give `decode: latency`.
+
+    :param window: None where nothing runs.
+    :param late: a deadline was missed since the last message.
+    """
+    level, message = OK, ''
+    if window is None:
+        return status('decode: latency', LATENCY_KEYS, {'window_s': settings.window_s},
+                      message='not active', hardware_id=hardware_id)
+    if late or window.consecutive_misses:
+        level, message = WARN, f'{window.deadline_misses} deadlines missed since activation'
+    if window.miss_limit_reached:
+        level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
+    return status('decode: latency', LATENCY_KEYS, window, message=message, level=level,
+                  hardware_id=hardware_id)
+
+
+def bandwidth_status(window: WindowReport | None, footprint: Footprint | None, peak: Peak,
+                     settings: DiagnosticsConfig, hardware_id: str) -> DiagnosticStatus:
+    """Give `decode: bandwidth`; medians over the window, by the bytes that a step really reads."""
+    values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source}
+    level, message = OK, ''
+    if footprint is not None:
+        values['weight_gb'] = footprint.read_weight_bytes / 1e9
+    if window is not None:
+        values.update(
+            kv_gb=_giga(window.kv_bytes), floor_ms=window.floor_ms, r_floor=window.r_floor,
+            bandwidth_gb_s=window.bandwidth_gb_s, host_gap_ms=window.host_gap_ms)
+        if window.r_floor is not None and window.r_floor < settings.warn_r_floor:
+            level = WARN
+            message = f'r_floor {window.r_floor:.3f} is below {settings.warn_r_floor:g}'
+    return status('decode: bandwidth', BANDWIDTH_KEYS, values, message=message, level=level,
+                  hardware_id=hardware_id)
+
+
+def _giga(count: float | None) -> float | None:
+    return None if count is None else count / 1e9

@@ -1,0 +1,125 @@
+"""
+The settings' fields as ROS parameters: declared, checked as a whole, read back.
+
+A parameter is named after its group and field, such as ``sampling.top_p``. Those that can't change
+while the node runs can still be set while it is unconfigured. It does not apply anything.
+"""
+
+from collections.abc import Iterable
+from dataclasses import Field
+from dataclasses import fields
+from dataclasses import is_dataclass
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange
+from rcl_interfaces.msg import IntegerRange
+from rcl_interfaces.msg import ParameterDescriptor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from physai_decode.config import check
+from physai_decode.config import ConfigError
+from physai_decode.config import DecodeConfig
+
+TYPES = {
+    bool: Parameter.Type.BOOL, int: Parameter.Type.INTEGER, float: Parameter.Type.DOUBLE,
+    str: Parameter.Type.STRING, tuple: Parameter.Type.STRING_ARRAY}
+FIXED = 'can be set only while the node is unconfigured'
+
+
+def specs() -> dict[str, Field]:
+    """Map each parameter's name to its field."""
+    found = {}
+    for field in fields(DecodeConfig):
+        if is_dataclass(field.default):
+            found.update({f'{field.name}.{inner.name}': inner for inner in fields(field.default)})
+        else:
+            found[field.name] = field
+    return found
+
+
+def declare(node: Node) -> None:
+    """
+    Declare every parameter with its default or its value from the command line or a file.
+
+    :raises ConfigError: a given value is wrong; the message gives name, value and what is allowed.
+    """
+    given = node._parameter_overrides
+    merge(DecodeConfig(), given.values())
+    for name, field in specs().items():
+        if name in given:
+            given[name] = _typed(given[name], field)
+        node.declare_parameter(name, TYPES[type(field.default)], _descriptor(field))
+        if name not in given:
+            node.set_parameters([Parameter(name, TYPES[type(field.default)], field.default)])
+
+
+def read(node: Node) -> DecodeConfig:
+    """Give the settings as the parameters stand now."""
+    return merge(DecodeConfig(), node.get_parameters(list(specs())))
+
+
+def merge(config: DecodeConfig, parameters: Iterable[Parameter]) -> DecodeConfig:
+    """
+    Put parameters into settings; names that are no field's are left out.
+
+    :raises ConfigError: naming the first parameter that is wrong, its value and what is allowed.
+    """
+    known = specs()
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in parameters:
+        if parameter.name in known:
+            value = _typed(parameter, known[parameter.name]).value
+            group, _, name = parameter.name.rpartition('.')
+            groups.setdefault(group, {})[name] = tuple(value) if type(value) is list else value
+    top = groups.pop('', {})
+    if type(top.get('autostart', True)) is not bool:
+        raise ConfigError(f'autostart is {top["autostart"]!r}: expected true or false')
+    for group, values in groups.items():
+        top[group] = replace(getattr(config, group), **values)
+        check(group, top[group])
+    return replace(config, **top)
+
+
+def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Turn whole numbers given for a number with a fraction into such numbers."""
+    known = specs()
+    return [_typed(parameter, known[parameter.name]) if parameter.name in known else parameter
+            for parameter in parameters]
+
+
+def fixed(parameters: Iterable[Parameter]) -> list[str]:
+    """List the names that can't change while the node runs."""
+    known = specs()
+    return [parameter.name for parameter in parameters
+            if parameter.name in known and not known[parameter.name].metadata['dynamic']]
+
+
+def unknown(node: Node) -> dict[str, str]:
+    """Map each given name that nothing declared to the nearest that is there, or to ''."""
+    names = list(specs())
+    return {name: ''.join(get_close_matches(name, names, n=1))
+            for name in sorted(node._parameter_overrides) if not node.has_parameter(name)}
+
+
+def _typed(parameter: Parameter, field: Field) -> Parameter:
+    if type(field.default) is float and type(parameter.value) is int:
+        return Parameter(parameter.name, Parameter.Type.DOUBLE, float(parameter.value))
+    return parameter
+
+
+def _descriptor(field: Field) -> ParameterDescriptor:
+    meta = field.metadata
+    notes = [f'one of: {", ".join(meta["choices"])}'] if meta['choices'] else []
+    notes += [] if meta['dynamic'] else [FIXED]
+    descriptor = ParameterDescriptor(
+        description=meta['description'], additional_constraints='; '.join(notes))
+    if type(field.default) is float and meta['low'] is not None:
+        descriptor.floating_point_range = [
+            FloatingPointRange(from_value=float(meta['low']), to_value=float(meta['high']))]
+    if type(field.default) is int and meta['low'] is not None:
+        descriptor.integer_range = [
+            IntegerRange(from_value=int(meta['low']), to_value=int(meta['high']))]
+    return descriptor

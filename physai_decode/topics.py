@@ -1,0 +1,114 @@
+"""
+The node's publishers, and the sink of its worker: each report becomes its messages at once.
+
+Tokens are published straight from the decode thread; a slow subscriber never holds it up, because
+the queues are bounded and drop the oldest. It knows nothing of lifecycle states.
+"""
+
+from collections.abc import Callable
+import threading
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode import messages
+from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
+from rclpy.node import Node
+from rclpy.qos import QoSDurabilityPolicy
+from rclpy.qos import QoSPolicyKind
+from rclpy.qos import QoSProfile
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from std_msgs.msg import Float64
+from std_msgs.msg import String
+
+STREAM_DEPTH = 4096
+POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY,
+            QoSPolicyKind.DURABILITY)
+
+
+def stream_qos() -> QoSProfile:
+    """Give what a subscriber of the token topics asks for to get every token."""
+    return QoSProfile(depth=STREAM_DEPTH)
+
+
+def latched_qos() -> QoSProfile:
+    """Give what a subscriber of ~/model_info asks for to get the last message."""
+    return QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
+
+
+class Topics:
+    """
+    All topics that the node writes.
+
+    ``first_id`` is added to every request id, so that ids go on counting over activations.
+    """
+
+    def __init__(self, node: Node, finished: Callable[[RequestReport], None]) -> None:
+        """
+        Create the publishers.
+
+        :param finished: called with each request's report after it was published, from the
+            thread that ended the request.
+        """
+        def publisher(kind, topic, qos):
+            return node.create_publisher(
+                kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES))
+
+        self.first_id = 0
+        self._finished = finished
+        self._clock = node.get_clock()
+        self._simulated = False
+        self._tokens = publisher(String, '~/tokens', stream_qos())
+        self._token_stats = publisher(DiagnosticArray, '~/token_stats', stream_qos())
+        self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
+        self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
+        self._response = publisher(String, '~/response', QoSProfile(depth=10))
+        self._request_stats = publisher(DiagnosticArray, '~/request_stats', QoSProfile(depth=10))
+        self._model_info = publisher(DiagnosticArray, '~/model_info', latched_qos())
+        self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
+        self._text = String()                       # this and the next two: decode thread only
+        self._number = Float64()
+        self._token = messages.TokenMessage()
+        self._ending = threading.Lock()             # requests end in several threads
+
+    def token(self, report: TokenReport) -> None:
+        """Publish one token: the text first, then its figures."""
+        self._text.data = report.text
+        self._tokens.publish(self._text)
+        if report.index == 0:
+            self._simulated = self._clock.ros_time_is_active
+        array = self._token.fill(report, self.first_id)
+        # rclpy's Clock.now takes a tenth of the time that a token may cost.
+        now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
+        array.header.stamp.sec, array.header.stamp.nanosec = divmod(now_ns, 10**9)
+        self._token_stats.publish(array)
+        if report.itl_ms is not None:
+            self._number.data = report.itl_ms
+            self._itl_ms.publish(self._number)
+        if report.r_floor is not None:
+            self._number.data = report.r_floor
+            self._r_floor.publish(self._number)
+
+    def finished(self, report: RequestReport, text: str) -> None:
+        """Publish the end of a request: its text unless it was refused, and its figures."""
+        status = messages.request_status(report)
+        status.values[0].value = str(report.request_id + self.first_id)
+        with self._ending:
+            if report.finish_reason != 'rejected':
+                self._response.publish(String(data=text))
+            self._request_stats.publish(self._array([status]))
+        self._finished(report)
+
+    def model_info(self, status: DiagnosticStatus) -> None:
+        """Publish what is loaded; a later subscriber gets it too."""
+        self._model_info.publish(self._array([status]))
+
+    def diagnostics(self, statuses: list[DiagnosticStatus]) -> None:
+        """Publish on /diagnostics."""
+        self._diagnostics.publish(self._array(statuses))
+
+    def _array(self, statuses):
+        array = DiagnosticArray(status=statuses)
+        array.header.stamp = self._clock.now().to_msg()
+        return array
