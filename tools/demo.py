@@ -19,7 +19,7 @@ import rclpy
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PROMPT = 'Please take the red cup from the kitchen table to the desk, then close the blue box.'
+PROMPT = 'Bring me the red cup from the kitchen table, no, the blue one. Then close the box.'
 START_S = 180.0     # a first start compiles Python and reads torch from a cold disk
 ASK_S = 60.0
 END_S = 10.0
@@ -93,9 +93,10 @@ def ask() -> None:
 
 
 def show_diagnostics(diagnostics: Diagnostics) -> None:
-    """Print the bandwidth line of the next message on /diagnostics."""
+    """Print the bandwidth line of the next message on /diagnostics that knows of the answer."""
     for _ in range(10):
-        if statuses := diagnostics.next():
+        statuses = diagnostics.next()
+        if statuses and statuses['decode: engine']['tokens'] != '0':
             values = statuses['decode: bandwidth']
             figures = '  '.join(f'{key}={value}' for key, value in values.items())
             print(f'\n/diagnostics, decode: bandwidth\n  {figures}', flush=True)
