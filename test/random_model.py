@@ -4,6 +4,7 @@ Small random models of each family, written as model folders by the transformers
 Every weight is drawn, biases and norms too, so that leaving one out shows in the logits.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -62,3 +63,17 @@ def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) 
                 weight.copy_(drawn * 1.5 / weight.shape[-1] ** 0.5)
     network.save_pretrained(folder)
     return folder
+
+
+def write_as_before(folder: Path) -> None:
+    """Rewrite config.json as earlier versions of the library wrote it, as most folders have it."""
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    rope = config.pop('rope_parameters')
+    config['rope_theta'] = rope.pop('rope_theta')
+    config['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
+    if rope['rope_type'] == 'yarn':
+        rope['type'] = rope.pop('rope_type')
+    config.pop('layer_types', None)
+    config['torch_dtype'] = config.pop('dtype')
+    path.write_text(json.dumps(config))

@@ -3,9 +3,12 @@
 import json
 import struct
 
+import huggingface_hub
 from physai_decode import checkpoint
 from physai_decode.engine import EngineError
 import pytest
+from safetensors.torch import save_file
+import torch
 
 CONFIG = {'model_type': 'llama', 'max_position_embeddings': 64, 'eos_token_id': 2}
 TENSORS = {'a.weight': ('F32', (2, 3)), 'b.weight': ('BF16', (4,)), 'c.qweight': ('I32', ())}
@@ -71,11 +74,9 @@ def test_a_whole_folder(folder):
 
 
 def test_tensors_lie_where_the_index_says(tmp_path):
-    torch = pytest.importorskip('torch')
-    safetensors = pytest.importorskip('safetensors.torch')
     write_json(tmp_path / 'config.json', CONFIG)
     values = {'x': torch.arange(6.0).view(2, 3), 'y': torch.arange(5, dtype=torch.int32)}
-    safetensors.save_file(values, tmp_path / 'model.safetensors')
+    save_file(values, tmp_path / 'model.safetensors')
     for name, entry in checkpoint.inspect(tmp_path).tensors.items():
         stored = entry.path.read_bytes()[entry.start:entry.stop]
         assert stored == values[name].numpy().tobytes()
@@ -142,7 +143,7 @@ def test_a_size_that_does_not_fit_the_shape(folder):
 
 def test_git_lfs_pointer(folder):
     (folder / 'model.safetensors').write_text(
-        'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n')
+        'version https://git-lfs.githuggingface_hub.com/spec/v1\noid sha256:0\nsize 100\n')
     assert 'git lfs pull' in refusal(folder)
 
 
@@ -242,29 +243,27 @@ def test_locate_an_unknown_builtin(name):
 
 
 def test_a_hub_id_without_a_network(monkeypatch):
-    hub = pytest.importorskip('huggingface_hub')
 
     def unreachable(*args, **kwargs):
         raise OSError('network is unreachable')
 
-    monkeypatch.setattr(hub, 'snapshot_download', unreachable)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', unreachable)
     with pytest.raises(EngineError, match='hf download some-org/some-model --local-dir'):
         checkpoint.locate('some-org/some-model')
 
 
 def test_only_data_is_fetched(monkeypatch, tmp_path):
-    hub = pytest.importorskip('huggingface_hub')
     asked = {}
 
     def download(name, **options):
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, 'snapshot_download', download)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
     assert checkpoint.locate('some-org/some-model', 'v2') == tmp_path
     assert (asked['name'], asked['revision']) == ('some-org/some-model', 'v2')
     files = ['config.json', 'model.safetensors', 'tokenizer.model', 'chat_template.jinja',
              'pytorch_model.bin', 'modeling_x.py', 'onnx/model.safetensors', 'model.gguf']
-    chosen = hub.utils.filter_repo_objects(
+    chosen = huggingface_hub.utils.filter_repo_objects(
         files, allow_patterns=asked['allow_patterns'], ignore_patterns=asked['ignore_patterns'])
     assert list(chosen) == files[:4]

@@ -1,0 +1,129 @@
+"""The native engine against the transformers library's own model, and both against the contract."""
+
+import engine_contract
+from engine_contract import decode
+from physai_decode import checkpoint
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.transformers import TransformersEngine
+import pytest
+import random_model
+import torch
+
+ENGINES = {'native': NativeEngine, 'transformers': TransformersEngine}
+CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
+TOKENS = 64
+LENGTHS = (1, 23, 130, 191)      # of a context of 256
+RELATIVE = 1e-4
+
+
+@pytest.fixture(scope='module', params=ENGINES)
+def engine(request, tmp_path_factory):
+    """Give each engine on a small model, a quarter of whose ids end an answer."""
+    folder = random_model.save(
+        tmp_path_factory.mktemp('model'), 'qwen2', 0, eos_token_id=list(range(128)))
+    engine = ENGINES[request.param](folder, CPU, lambda text: None)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize('check', engine_contract.CHECKS, ids=lambda check: check.__name__)
+def test_contract(engine, check):
+    check(engine)
+
+
+@pytest.mark.parametrize('name', ENGINES)
+@pytest.mark.parametrize('family', random_model.FAMILIES)
+def test_footprint(name, family, tmp_path):
+    folder = random_model.save(tmp_path, family, 0)
+    engine = ENGINES[name](folder, EngineConfig(device='cpu', max_context=100), lambda text: None)
+    engine_contract.check_footprint(engine.footprint, checkpoint.inspect(folder))
+    assert engine.footprint.engine == name
+    assert engine.footprint.cuda_graph == 'unavailable'
+    assert engine.footprint.max_context == 100
+    engine.close()
+
+
+def reference_logits(engine, ids):
+    """Give the library's logits at every place [tokens, vocab], from one pass without a cache."""
+    with torch.inference_mode():
+        return engine._decoder.network(torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def assert_same_answer(ours, theirs, prompt, reference):
+    """Hold two greedy answers equal; they may part only where two tokens are as good as equal."""
+    assert len(ours) == len(theirs)
+    if ours == theirs:
+        return
+    place = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+    logits = reference_logits(reference, prompt + theirs[:place])[-1]
+    gap = (logits[theirs[place]] - logits[ours[place]]).abs() / logits.abs().max()
+    assert gap < 1e-5, f'they part at token {place} of {TOKENS}, by {gap:.1e} relative'
+
+
+def random_prompts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(512, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def assert_agreement(folder, seed):
+    native, reference = NativeEngine(folder, CPU, print), TransformersEngine(folder, CPU, print)
+    sampling = SamplingConfig(max_new_tokens=TOKENS)
+    prompts = random_prompts(seed)
+    for prompt in prompts:
+        theirs = decode(reference, prompt, sampling)
+        ours = decode(native, prompt, sampling)
+        assert len(ours) == TOKENS
+        assert_same_answer(ours, theirs, prompt, reference)
+        expected = reference_logits(reference, prompt)
+        difference = (native.prefill_logits(prompt) - expected).abs().max()
+        assert difference <= RELATIVE * expected.abs().max()
+    # With a prefix in the cache, as it is after a turn of a conversation, and cut back.
+    prompt = prompts[2]
+    for engine in (native, reference):
+        fresh = decode(engine, prompt, sampling)
+        for prefix in (prompt[:100], prompt[:100] + prompts[1], prompt + fresh[:9]):
+            engine_contract.forget(engine)
+            decode(engine, prefix, SamplingConfig(max_new_tokens=3))
+            assert_same_answer(decode(engine, prompt, sampling), fresh, prompt, reference)
+    native.close()
+    reference.close()
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+@pytest.mark.parametrize('family', random_model.FAMILIES)
+def test_agreement(family, seed, tmp_path):
+    assert_agreement(random_model.save(tmp_path, family, seed), seed)
+
+
+@pytest.mark.parametrize('family', [
+    'llama_scaled', 'mistral_window', 'qwen2_yarn', 'qwen2_window', 'qwen3'])
+def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
+    folder = random_model.save(tmp_path, family, 2)
+    random_model.write_as_before(folder)
+    assert_agreement(folder, 2)
+
+
+@pytest.mark.parametrize('length', [1, 254, 255])
+def test_agreement_at_the_end_of_the_context(length, tmp_path):
+    folder = random_model.save(tmp_path, 'qwen2', 3)
+    prompt = torch.randint(512, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+    native, reference = NativeEngine(folder, CPU, print), TransformersEngine(folder, CPU, print)
+    ours, theirs = (
+        decode(engine, prompt, SamplingConfig(max_new_tokens=1000))
+        for engine in (native, reference))
+    assert len(ours) == 256 - length
+    assert_same_answer(ours, theirs, prompt, reference)
+
+
+def test_reuse_is_reported_alike(tmp_path):
+    folder = random_model.save(tmp_path, 'llama', 4)
+    prompt = list(range(10, 60))
+    reported = []
+    for kind in ENGINES.values():
+        engine = kind(folder, CPU, print)
+        steps = [engine_contract.first_step(engine, ids) for ids in (
+            prompt, prompt, prompt[:20] + [7, 8, 9], prompt[:10], [3])]
+        reported.append([step.cached_tokens for step in steps])
+    assert reported == [[0, 49, 20, 9, 0]] * 2
