@@ -7,13 +7,13 @@ weights that fit into a processor's cache can be read faster than memory allows,
 model on a CPU can be above 1.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 import os
+from pathlib import Path
 import re
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from physai_decode.engine import Footprint
 

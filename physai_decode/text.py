@@ -9,11 +9,11 @@ all is encoded in one go, so that the ids are those that the model was trained o
 It works on a tokenizer that is passed in and knows nothing of engines.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 import re
 import secrets
-from collections.abc import Mapping
-from collections.abc import Sequence
 from typing import Any
 
 from physai_decode.config import ChatConfig

@@ -5,17 +5,17 @@ All times come from one monotonic clock, in seconds inside and milliseconds in r
 known is None, never 0. It reads no clock itself, and knows neither text nor engines.
 """
 
-import math
-import threading
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
+import math
+import threading
 from typing import NamedTuple
 
 from physai_decode.config import DeadlineConfig
-from physai_decode.roofline import Roofline
 from physai_decode.roofline import r_floor as roofline_ratio
+from physai_decode.roofline import Roofline
 
 
 @dataclass(frozen=True)

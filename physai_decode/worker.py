@@ -5,9 +5,6 @@ It drives an engine, turns ids into text and calls a sink. It knows nothing of R
 not what the sink does with what it gets.
 """
 
-import gc
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Generator
@@ -17,8 +14,11 @@ from contextlib import closing
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace
-from typing import Protocol
+import gc
+import threading
+import time
 from typing import cast
+from typing import Protocol
 
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig

@@ -1,0 +1,122 @@
+"""The floor against figures worked out by hand, and where the peak comes from."""
+
+from fake_engine import footprint
+import pytest
+
+from physai_decode import roofline
+from physai_decode.roofline import Peak
+from physai_decode.roofline import Roofline
+
+
+def test_floor_of_qwen_7b_on_an_h100():
+    # Qwen-2.5-7B in bf16: 28 layers, 4 heads of 128, 15.23 GB; one step at context 2048 took
+    # 16.97 ms, 0.27 of the floor (arXiv 2605.30571).
+    per_token = roofline.kv_bytes(28, 4, 128, 1, 2)
+    assert per_token == 56 * 1024
+    floor_s = roofline.floor_s(15_230_000_000, 2048 * per_token, 3350e9)
+    assert floor_s == pytest.approx(4.581e-3, rel=1e-3)
+    assert roofline.r_floor(floor_s, 16.97e-3) == pytest.approx(0.27, abs=0.001)
+
+
+def test_unknown_is_none():
+    assert roofline.floor_s(1000, 0, None) is None
+    assert roofline.floor_s(1000, 0, 0.0) is None
+    assert roofline.r_floor(None, 0.1) is None
+    assert roofline.r_floor(0.1, None) is None
+    assert roofline.r_floor(0.1, 0.0) is None
+
+
+def test_a_sliding_window_limits_the_context():
+    assert roofline.kv_bytes(2, 1, 2, 100, 4, sliding_window=10) == 320
+    assert roofline.kv_bytes(2, 1, 2, 5, 4, sliding_window=10) == 160
+    line = Roofline(footprint(sliding_window=10), Peak(1e6, 'parameter'))
+    assert line.kv_bytes(100) == 320
+
+
+def test_both_conventions():
+    line = Roofline(footprint(), Peak(1e6, 'parameter'))
+    assert line.step_bytes(10) == 1320
+    assert line.step_bytes(10, 'checkpoint') == 1820
+    assert line.floor_s(10) == pytest.approx(1.32e-3)
+    assert line.floor_s(10, 'checkpoint') == pytest.approx(1.82e-3)
+    with pytest.raises(ValueError, match="convention is 'paper'.*read, checkpoint"):
+        line.step_bytes(10, 'paper')
+
+
+def test_the_parameter_wins():
+    assert roofline.find_peak(123.0, 'NVIDIA L4', lambda: (1, 1), lambda: 1.0) == Peak(
+        123e9, 'parameter')
+
+
+@pytest.mark.parametrize('clock_khz, width_bits, gb_s', [
+    (6_251_000, 192, 300), (2_619_000, 5120, 3352), (9_001_000, 384, 864)])
+def test_then_the_driver(clock_khz, width_bits, gb_s):
+    peak = roofline.find_peak(0.0, 'NVIDIA L4', lambda: (clock_khz, width_bits), lambda: 1.0)
+    assert peak.source == 'driver'
+    assert peak.bytes_per_s == pytest.approx(gb_s * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize('driver', [None, lambda: None, lambda: (0, 192), lambda: (6_251_000, 0)])
+def test_then_the_data_sheet(driver):
+    assert roofline.find_peak(0.0, 'NVIDIA L4', driver, lambda: 1.0) == Peak(
+        300e9, 'NVIDIA L4 datasheet')
+
+
+def test_then_a_measurement_and_never_a_guess():
+    assert roofline.find_peak(0.0, 'AMD EPYC', None, lambda: 2e10) == Peak(2e10, 'measured')
+    assert roofline.find_peak(0.0, 'AMD EPYC', None, lambda: 0.0) == Peak(None, 'unknown')
+    assert roofline.find_peak(0.0, 'AMD EPYC') == Peak(None, 'unknown')
+
+
+@pytest.mark.parametrize('name, gb_s', [
+    ('NVIDIA L4', 300), ('NVIDIA L40S', 864), ('NVIDIA L40', 864), ('Tesla T4', 320),
+    ('NVIDIA A10', 600), ('NVIDIA A10G', 600),
+    ('NVIDIA A100-SXM4-80GB', 2039), ('NVIDIA A100 80GB PCIe', 1935),
+    ('NVIDIA A100-SXM4-40GB', 1555), ('NVIDIA A100-PCIE-40GB', 1555),
+    ('NVIDIA H100 80GB HBM3', 3350), ('NVIDIA H100 PCIe', 2000), ('NVIDIA H100 NVL', 3900),
+    ('NVIDIA H200', 4800), ('NVIDIA GH200 480GB', 4000), ('NVIDIA B200', 8000),
+    ('NVIDIA GeForce RTX 4090', 1008), ('NVIDIA GeForce RTX 5090', 1792),
+    ('NVIDIA RTX 6000 Ada Generation', 960), ('NVIDIA RTX A6000', 768), ('NVIDIA GB10', 273),
+    ('NVIDIA Jetson AGX Orin Developer Kit', 204.8), ('NVIDIA Orin NX Developer Kit', 102.4),
+    ('NVIDIA Orin Nano Developer Kit', 68),
+    ('NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super', 102),
+    ('NVIDIA Orin Nano Developer Kit 4GB', 34), ('NVIDIA Jetson AGX Thor Developer Kit', 273)])
+def test_data_sheets(name, gb_s):
+    assert roofline.datasheet(name).bytes_per_s == gb_s * 1e9
+
+
+@pytest.mark.parametrize('name', [
+    '', 'Orin', 'NVIDIA L400', 'NVIDIA A1000', 'NVIDIA GeForce RTX 4090 Laptop GPU',
+    'NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'NVIDIA A100-SXM4-80GB MIG 3g.40gb', 'Tesla T40',
+    'AMD EPYC', 'NVIDIA RTX A4000'])
+def test_no_data_sheet(name):
+    assert roofline.datasheet(name) is None
+
+
+def test_a_jetson_is_known_by_its_board(monkeypatch):
+    monkeypatch.setattr(roofline, 'board_name', lambda: 'NVIDIA Jetson AGX Orin Developer Kit')
+    # The driver of an Orin says 1300 MHz at 256 bits, which is not its memory.
+    assert roofline.find_peak(0.0, 'Orin', lambda: (1_300_000, 256)) == Peak(
+        204.8e9, 'NVIDIA Jetson AGX Orin datasheet')
+    assert roofline.find_peak(0.0, 'Some other GPU') == Peak(None, 'unknown')
+
+
+def test_the_board_name_is_read(tmp_path):
+    model = tmp_path / 'model'
+    model.write_bytes(b'NVIDIA Jetson AGX Orin Developer Kit\0')
+    assert roofline.board_name(str(model)) == 'NVIDIA Jetson AGX Orin Developer Kit'
+    assert roofline.board_name(str(tmp_path / 'none')) == ''
+
+
+def test_the_small_orin_nano_is_told_by_its_memory(tmp_path, monkeypatch):
+    model = tmp_path / 'model'
+    model.write_bytes(b'NVIDIA Orin Nano Developer Kit\0')
+    for gigabytes, gb_s in ((4, 34), (8, 68)):
+        monkeypatch.setattr(roofline.os, 'sysconf', lambda name, count=gigabytes: {
+            'SC_PHYS_PAGES': count * 10**9 // 4096, 'SC_PAGE_SIZE': 4096}[name])
+        assert roofline.datasheet(roofline.board_name(str(model))).bytes_per_s == gb_s * 1e9
+
+
+def test_the_cpu_is_measured():
+    rate = roofline.measure_cpu_read_bandwidth(threads=1, repeats=1)
+    assert 1e8 < rate < 1e13

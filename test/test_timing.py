@@ -1,0 +1,203 @@
+"""The recorder, fed with made-up times, against figures worked out by hand."""
+
+import random
+import statistics
+import threading
+
+from fake_engine import footprint
+import numpy
+import pytest
+
+from physai_decode.config import DeadlineConfig
+from physai_decode.roofline import Peak
+from physai_decode.roofline import Roofline
+from physai_decode.timing import deviation
+from physai_decode.timing import percentile
+from physai_decode.timing import Recorder
+
+
+def recorder(window_s=10.0, peak=1e6, **deadline):
+    return Recorder(window_s, DeadlineConfig(**deadline),
+                    Roofline(footprint(), Peak(peak, 'parameter')))
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 10, 101, 1000])
+def test_percentiles_are_numpys(count):
+    source = random.Random(count)
+    values = [source.expovariate(1.0) for _ in range(count)]
+    for percent in (0, 50, 95, 99, 100):
+        assert percentile(sorted(values), percent) == pytest.approx(
+            numpy.percentile(values, percent))
+    if count > 1:
+        assert deviation(values) == pytest.approx(statistics.pstdev(values))
+
+
+def test_nothing_is_none():
+    assert percentile([], 50) is None
+    assert deviation([]) is None
+    assert deviation([1.0]) is None
+
+
+def test_a_request():
+    request = recorder().request(7, received_s=100.0, taken_s=100.2)
+    request.prompt_tokens, request.cached_tokens = 10, 4
+    first = request.token(100.5, 65, 'A', device_s=0.25)
+    assert (first.request_id, first.index, first.token_id, first.text) == (7, 0, 65, 'A')
+    assert first.context_tokens == 10
+    assert first.device_ms == pytest.approx(250.0)
+    assert (first.itl_ms, first.host_gap_ms, first.publish_ms, first.floor_ms, first.r_floor,
+            first.bandwidth_gb_s) == (None,) * 6
+
+    second = request.token(100.51, 66, 'B', device_s=0.004, publish_s=0.0001)
+    # The step reads the keys of the prompt and of the token before: 1000 + 11 * 32 bytes.
+    assert second.context_tokens == 11
+    assert second.itl_ms == pytest.approx(10.0)
+    assert second.device_ms == pytest.approx(4.0)
+    assert second.host_gap_ms == pytest.approx(6.0)
+    assert second.publish_ms == pytest.approx(0.1)
+    assert second.floor_ms == pytest.approx(1.352)
+    assert second.r_floor == pytest.approx(0.1352)
+    assert second.bandwidth_gb_s == pytest.approx(1352 / 0.01 / 1e9)
+
+    request.token(100.53, 67, 'C')
+    report = request.finish(100.6, 'cancelled', 'why', cancel_s=100.55)
+    assert (report.request_id, report.finish_reason, report.message) == (7, 'cancelled', 'why')
+    assert (report.prompt_tokens, report.cached_tokens, report.output_tokens) == (10, 4, 3)
+    assert report.queue_ms == pytest.approx(200.0)
+    assert report.prefill_ms == pytest.approx(300.0)
+    assert report.ttft_ms == pytest.approx(500.0)
+    assert report.total_ms == pytest.approx(600.0)
+    assert report.itl_p50_ms == pytest.approx(15.0)
+    assert report.itl_max_ms == pytest.approx(20.0)
+    assert report.jitter_ms == pytest.approx(5.0)
+    assert report.tokens_per_s == pytest.approx(2 / 0.03)
+    assert report.r_floor_p50 == pytest.approx((0.1352 + 1.384 / 20) / 2)
+    assert report.cancel_ms == pytest.approx(50.0)
+    assert (report.deadline_misses, report.worst_overrun_ms) == (0, None)
+
+
+def test_a_request_without_tokens():
+    report = recorder().request(1, 0.0, 1.0).finish(3.0, 'error', 'broken')
+    assert report.queue_ms == pytest.approx(1000.0)
+    assert report.total_ms == pytest.approx(3000.0)
+    assert report.output_tokens == 0
+    assert (report.prefill_ms, report.ttft_ms, report.itl_p50_ms, report.jitter_ms,
+            report.tokens_per_s, report.r_floor_p50, report.cancel_ms,
+            report.prompt_tokens) == (None,) * 8
+
+
+def test_an_unknown_peak_gives_no_floor_but_a_bandwidth():
+    times = recorder(peak=None)
+    request = times.request(1, 0.0, 0.0)
+    request.token(0.1, 1, '')
+    report = request.token(0.2, 1, '')
+    assert (report.floor_ms, report.r_floor) == (None, None)
+    assert report.bandwidth_gb_s > 0
+    window = times.window(0.2)
+    assert (window.floor_ms, window.r_floor) == (None, None)
+    assert window.bandwidth_gb_s == report.bandwidth_gb_s
+
+
+def test_tokens_of_one_step_share_its_time():
+    request = recorder().request(1, 0.0, 0.0)
+    request.token(0.1, 1, '')
+    request.token(0.2, 1, '')
+    report = request.token(0.2, 1, '')
+    assert report.itl_ms == 0.0
+    assert (report.r_floor, report.bandwidth_gb_s) == (None, None)
+
+
+def test_the_window_forgets():
+    times = recorder(window_s=1.0)
+    request = times.request(1, 0.0, 0.0)
+    request.prompt_tokens = 5
+    for tick in range(31):
+        request.token(0.1 * tick, 1, '', device_s=0.06)
+    window = times.window(3.0)
+    assert window.window_s == 1.0
+    assert window.count == 11               # the tokens of 2.0 to 3.0 s
+    assert window.context_tokens == 35
+    assert window.kv_bytes == 35 * 32
+    assert window.itl_p50_ms == pytest.approx(100.0)
+    assert window.host_gap_ms == pytest.approx(40.0)
+    assert window.floor_ms == pytest.approx((1000 + 30 * 32) / 1e3)
+    assert window.ttft_last_ms == 0.0
+    later = times.window(60.0)
+    assert later.count == 0
+    assert (later.itl_p50_ms, later.itl_max_ms, later.jitter_ms, later.context_tokens,
+            later.kv_bytes, later.floor_ms, later.host_gap_ms) == (None,) * 7
+    assert later.itl_max_activation_ms == pytest.approx(100.0)
+
+
+def test_deadlines_of_tokens():
+    times = recorder(ttft_ms=100.0, token_ms=10.0, max_consecutive_misses=2)
+    request = times.request(1, 0.0, 0.0)
+    at_s, missed = 0.0, []
+    for wait_s in (0.15, 0.02, 0.005, 0.03, 0.011, 0.012, 0.009):
+        at_s += wait_s
+        missed.append(request.token(at_s, 1, '').deadline_missed)
+    assert missed == [True, True, False, True, True, True, False]
+    window = times.window(at_s)
+    assert (window.ttft_deadline_ms, window.token_deadline_ms,
+            window.request_deadline_ms) == (100.0, 10.0, None)
+    assert window.deadline_misses == 5
+    assert (window.consecutive_misses, window.miss_limit_reached) == (0, False)
+    assert window.worst_overrun_ms == pytest.approx(50.0)
+    report = request.finish(at_s, 'stop')
+    assert (report.deadline_misses, report.max_consecutive_misses) == (5, 3)
+    assert report.worst_overrun_ms == pytest.approx(50.0)
+
+
+def test_a_row_of_misses_reaches_its_limit_and_ages():
+    times = recorder(window_s=5.0, token_ms=10.0, max_consecutive_misses=2)
+    request = times.request(1, 0.0, 0.0)
+    for at_s in (0.1, 0.2):
+        request.token(at_s, 1, '')
+    assert not times.window(0.2).miss_limit_reached
+    request.token(0.3, 1, '')
+    assert times.window(0.3).consecutive_misses == 2
+    assert times.window(0.3).miss_limit_reached
+    assert times.window(6.0).consecutive_misses == 0
+    assert times.window(6.0).deadline_misses == 2
+
+
+def test_a_request_can_be_late():
+    times = recorder(request_ms=100.0)
+    assert times.request(1, 0.0, 0.0).finish(0.09, 'stop').deadline_misses == 0
+    report = times.request(2, 1.0, 1.0).finish(1.25, 'stop')
+    assert (report.deadline_misses, report.max_consecutive_misses) == (1, 0)
+    assert report.worst_overrun_ms == pytest.approx(150.0)
+    assert times.window(1.25).deadline_misses == 1
+    assert times.window(1.25).consecutive_misses == 0
+
+
+def test_a_deadline_changes_at_once():
+    times = recorder()
+    request = times.request(1, 0.0, 0.0)
+    request.token(0.1, 1, '')
+    assert not request.token(0.2, 1, '').deadline_missed
+    times.deadline = DeadlineConfig(token_ms=50.0)
+    assert request.token(0.3, 1, '').deadline_missed
+
+
+def test_the_window_is_read_while_tokens_come():
+    times = recorder(window_s=0.05)
+    request = times.request(1, 0.0, 0.0)
+    failures = []
+
+    def read():
+        try:
+            for tick in range(300):
+                window = times.window(tick * 0.01)
+                assert window.itl_max_ms is None or window.itl_p50_ms <= window.itl_max_ms
+        except BaseException as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for tick in range(3000):
+        request.token(tick * 0.001, 1, '')
+    reader.join(timeout=60)
+    assert not reader.is_alive()
+    assert failures == []
+    assert request.finish(3.0, 'stop').output_tokens == 3000
