@@ -284,9 +284,10 @@ class DecodeNode(LifecycleNodeMixin, Node):
             return
         for name in ('requests', 'refusals'):
             self._before[name] += 1
+        count = self._before['requests'] + (worker.requests if worker is not None else 0)
         self._topics.finished(RequestReport(
-            request_id=self._before['requests'] - self._topics.first_id, finish_reason='rejected',
-            message=f'the node is {self._state()}: activate it first'), '')
+            count - self._topics.first_id, 'rejected',
+            f'the node is {self._state()}: activate it first'), '')
 
     def _on_cancel(self, request, response):
         worker = self._worker
@@ -410,7 +411,7 @@ def spin(executor: MultiThreadedExecutor, stop: threading.Event) -> None:
         stop.set()
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None, load=load) -> int:
     """Run the node until SIGINT or SIGTERM; gives the process's exit code."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -418,7 +419,7 @@ def main(args: list[str] | None = None) -> int:
     # rclpy's own handlers would end the context before the last messages are out.
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     try:
-        node = DecodeNode()
+        node = DecodeNode(load)
     except ConfigError as error:
         rclpy.logging.get_logger('decode').fatal(str(error))
         rclpy.shutdown()
@@ -439,3 +440,7 @@ def main(args: list[str] | None = None) -> int:
     node.destroy_node()
     rclpy.shutdown()
     return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

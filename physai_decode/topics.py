@@ -41,7 +41,8 @@ class Topics:
     """
     All topics that the node writes.
 
-    ``first_id`` is added to every request id, so that ids go on counting over activations.
+    ``first_id`` is added to every request id, so that ids go on counting over activations. The
+    frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
     """
 
     def __init__(self, node: Node, finished: Callable[[RequestReport], None]) -> None:
@@ -70,6 +71,7 @@ class Topics:
         self._text = String()                       # this and the next two: decode thread only
         self._number = Float64()
         self._token = messages.TokenMessage()
+        self._token.array.header.frame_id = self._source = node.get_fully_qualified_name()
         self._ending = threading.Lock()             # requests end in several threads
 
     def token(self, report: TokenReport) -> None:
@@ -111,4 +113,5 @@ class Topics:
     def _array(self, statuses):
         array = DiagnosticArray(status=statuses)
         array.header.stamp = self._clock.now().to_msg()
+        array.header.frame_id = self._source
         return array

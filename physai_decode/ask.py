@@ -1,0 +1,171 @@
+"""
+Ask a running node: send a prompt, print the answer as it comes, then its figures.
+
+A std_msgs/String carries no sender, so the answer is told by its number: the node says on
+`/diagnostics` how many requests it has seen, and this command sends at once and takes the next.
+Where another client's prompt slips into these few milliseconds, that one's answer is shown.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.messages import NOT_KNOWN
+from physai_decode.topics import stream_qos
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
+from std_msgs.msg import String
+
+COMPLETE = ('stop', 'length')       # finish reasons that make the exit code 0
+
+
+class AskError(Exception):
+    """No answer; the message says why."""
+
+
+class Asker(Node):
+    """Sends one prompt and collects what belongs to it."""
+
+    def __init__(self, target: str, show) -> None:
+        """
+        Subscribe to all that a node tells of its requests.
+
+        :param target: the node's name, absolute or relative to the own namespace.
+        :param show: called with each piece of the answer.
+        """
+        super().__init__(f'decode_ask_{os.getpid()}')
+        self.prompt = self.create_publisher(String, f'{target}/prompt', QoSProfile(depth=10))
+        self.target = self.prompt.topic_name.removesuffix('/prompt')
+        self.create_subscription(
+            DiagnosticArray, f'{target}/token_stats', self._on_token, stream_qos())
+        self.create_subscription(
+            DiagnosticArray, f'{target}/request_stats', self._on_request, QoSProfile(depth=100))
+        # Last, because discovery tells the node of these in their order: once its diagnostics
+        # come, it knows the others too.
+        self.create_subscription(
+            DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
+        self._show = show
+        self.node: dict[str, str] = {}      # the node's engine status, once it came
+        self.id = 0                         # the request's, once sent
+        self.pieces: list[str] = []
+        self.stats: dict[str, str] = {}     # the request's figures, once it has ended
+        self.reason = ''
+
+    def send(self, text: str) -> None:
+        """Send the prompt; the node's next request is it."""
+        self.id = int(self.node['requests']) + 1
+        self.prompt.publish(String(data=text))
+
+    def _on_diagnostics(self, message):
+        if message.header.frame_id == self.target:
+            for status in message.status:
+                if status.name == 'decode: engine':
+                    self.node = {pair.key: pair.value for pair in status.values}
+
+    def _on_token(self, message):
+        status = message.status[0]
+        values = {pair.key: pair.value for pair in status.values}
+        if values['request_id'] == str(self.id):
+            if int(values['index']) != len(self.pieces):
+                raise AskError(f'token {len(self.pieces)} of request {self.id} was lost')
+            self.pieces.append(status.message)
+            self._show(status.message)
+
+    def _on_request(self, message):
+        status = message.status[0]
+        values = {pair.key: pair.value for pair in status.values}
+        if values['request_id'] == str(self.id):
+            self.stats, self.reason = values, status.message
+
+
+def ask(asker: Asker, text: str, timeout_s: float) -> None:
+    """
+    Send a prompt and wait for the end of its answer.
+
+    :raises AskError: the node is not there, or does not answer in time.
+    """
+    executor = SingleThreadedExecutor()
+    executor.add_node(asker)
+    end_s = time.monotonic() + timeout_s
+
+    def wait_until(done, problem):
+        while not done():
+            if time.monotonic() > end_s:
+                raise AskError(f'{problem} within {timeout_s:g} s')
+            executor.spin_once(timeout_sec=0.1)
+
+    wait_until(lambda: asker.prompt.get_subscription_count() and asker.node,
+               f'no node {asker.target} was seen on the topics')
+    wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
+    asker.send(text)
+    wait_until(lambda: asker.stats and len(asker.pieces) >= _number(asker.stats['output_tokens']),
+               f'no end of the answer came from {asker.target}')
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; gives its exit code: 0 for a complete answer, else 1."""
+    arguments = _parser().parse_args(remove_ros_args(args or sys.argv)[1:])
+    prompt = arguments.text.encode(errors='surrogateescape').decode(errors='replace')
+
+    def show(piece):
+        if not arguments.json:
+            print(piece, end='', flush=True)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    asker = Asker(arguments.node, show)
+    try:
+        ask(asker, prompt, arguments.timeout)
+        failure = '' if asker.stats['finish_reason'] in COMPLETE else asker.reason
+    except AskError as error:
+        failure = str(error)
+    except KeyboardInterrupt:
+        failure = 'interrupted'
+    finally:
+        asker.destroy_node()
+        rclpy.shutdown()
+    if arguments.json:
+        print(json.dumps({
+            'text': ''.join(asker.pieces), 'error': failure,
+            **{key: _number(value) for key, value in asker.stats.items()}}, ensure_ascii=False))
+    elif asker.stats:
+        print('\n' if asker.pieces else '', end='\n')
+        for key, value in asker.stats.items():
+            print(f'{key:24}{value}')
+    if failure:
+        print(f'decode_ask: {failure}', file=sys.stderr)
+    return 1 if failure else 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog='decode_ask', description=__doc__.split('\n\n')[0])
+    parser.add_argument('text', help='the prompt')
+    parser.add_argument('--json', action='store_true', help='print one JSON object at the end')
+    parser.add_argument('--node', default='decode', help="the node's name (%(default)s)")
+    parser.add_argument('--timeout', type=float, default=60.0, metavar='S',
+                        help='seconds to wait for the node and its whole answer (%(default)s)')
+    return parser
+
+
+def _number(value):
+    """Turn a value of a message into a number or None where it is one."""
+    if value == NOT_KNOWN:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value
+
+
+if __name__ == '__main__':
+    sys.exit(main())
