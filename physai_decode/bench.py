@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if not options.keep_checkpoints:
             runner.forget_checkpoints()
+    report.same_peak(results)
     tables = _tables(options, results)
     print('\n' + '\n'.join(table.text() for table in tables))
     argv = sys.argv[1:] if arguments is None else arguments
@@ -211,7 +212,7 @@ def _tables(options, results) -> list[Table]:
         if cell.get('kernels'):
             tables.append(report.kernels(result, cell))
     tables.append(report.machine(results))
-    tables = [table for table in tables if table.rows]
+    tables = [table for table in tables if table.rows or table is tables[0]]
     if options.synthetic:
         tables[0].notes.append(report.RANDOM)
     return tables

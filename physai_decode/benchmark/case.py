@@ -46,8 +46,8 @@ class Case:
     session: str = ''               # tells apart repeated sessions of an A/B
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the case as JSON can hold it."""
-        return asdict(self)
+        """Give the case as JSON holds it."""
+        return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> 'Case':

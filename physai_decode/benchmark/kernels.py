@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 import json
 from pathlib import Path
+import re
 import statistics
 import tempfile
 from typing import Any
@@ -47,26 +48,35 @@ def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str,
 
 def summarize(events: Iterable[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """
-    Group a trace's kernels and copies by name and grid.
+    Group a trace's kernels and copies by name and launch.
 
-    An engine that runs ahead of its reader puts a step more or less into the trace, so the calls
-    per step are rounded and the time per step is the median call's times their number.
+    A kernel may start while the one before still runs; it is charged only with what it adds: from
+    that one's end, or its own start, to its own end. So the rows add up to the time in which
+    anything ran. An engine that runs ahead of its reader puts a step more or less into the trace,
+    so the calls per step are rounded and the time per step is the median call's times their
+    number.
 
     :param events: ``traceEvents`` of a Chrome trace, times in microseconds.
     :return: one row a kernel, longest first: name, grid, calls and seconds per step, share.
     """
-    groups: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        if event.get('cat') in ('kernel', 'gpu_memcpy', 'gpu_memset') and 'dur' in event:
-            grid = 'x'.join(str(n) for n in event.get('args', {}).get('grid', ()))
-            groups.setdefault((event['name'], grid), []).append(event['dur'] * 1e-6)
+    ran = sorted((event for event in events if event.get('ph') == 'X' and event.get('cat') in (
+        'kernel', 'gpu_memcpy', 'gpu_memset')), key=lambda event: event['ts'])
+    groups: dict[tuple[str, ...], list[float]] = {}
+    end_us = float('-inf')
+    for event in ran:
+        last_us, end_us = end_us, max(end_us, event['ts'] + event['dur'])
+        # Two instances of one kernel differ in what they take of a multiprocessor.
+        launch = (str(event.get('args', {}).get(name, '')) for name in (
+            'grid', 'block', 'registers per thread', 'shared memory'))
+        groups.setdefault((event['name'], *launch), []).append(
+            1e-6 * (end_us - max(last_us, event['ts'])) if end_us > last_us else 0.0)
     rows = []
-    for (name, grid), times in groups.items():
+    for (name, grid, *_), times in groups.items():
         calls = len(times) / steps
         calls = round(calls) if calls >= 0.9 else round(calls, 2)
-        rows.append({'name': name, 'grid': grid, 'calls': calls,
-                     'call_s': statistics.median(times),
-                     'step_s': statistics.median(times) * calls})
+        call_s = statistics.median(times)
+        rows.append({'name': name, 'grid': re.sub(r', ', 'x', grid.strip('[]')), 'calls': calls,
+                     'call_s': call_s, 'step_s': call_s * calls})
     rows.sort(key=lambda row: -row['step_s'])
     whole = sum(row['step_s'] for row in rows)
-    return [{**row, 'share': row['step_s'] / whole} for row in rows]
+    return [{**row, 'share': row['step_s'] / whole if whole else None} for row in rows]

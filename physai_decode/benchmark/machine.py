@@ -65,7 +65,6 @@ def memory() -> dict[str, int]:
     torch = sys.modules.get('torch')
     if torch is not None and torch.cuda.is_initialized():
         told['torch_peak_bytes'] = torch.cuda.max_memory_allocated()
-        told['torch_reserved_bytes'] = torch.cuda.memory_reserved()
         with _Nvml(torch.cuda.get_device_properties(torch.cuda.current_device())) as nvml:
             if nvml:
                 told['device_used_bytes'] = nvml.used_bytes()

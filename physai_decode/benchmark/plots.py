@@ -83,8 +83,8 @@ def _step_time(pyplot, results, colours):
         if cell['floor_read_s'] is not None:
             key = report.weights(result['footprint'])
             drawn.setdefault(key, {})[cell['context']] = 1e3 * cell['floor_read_s']
-    for (key, points), style in zip(drawn.items(), ('--', ':', '-.', (0, (1, 1)), (0, (5, 5))),
-                                   strict=False):
+    styles = ('--', ':', '-.', (0, (1, 1)), (0, (5, 5)))
+    for (key, points), style in zip(drawn.items(), styles, strict=False):
         points = dict(sorted(points.items()))
         axes.plot(list(points), list(points.values()), linestyle=style, color='black',
                   marker='_', label=f'floor (read), {key}')
@@ -109,14 +109,15 @@ def _floor_fraction(pyplot, results, colours):
     for place, (_, colour, read, checkpoint) in enumerate(reversed(rows)):
         axes.barh(place, read, height=0.62, color=colour)
         axes.plot([checkpoint], [place], 'D', color='black', markersize=5)
-        axes.annotate(f'{read:.3f}', (max(read, checkpoint), place), xytext=(8, 0),
-                      textcoords='offset points', va='center', fontsize=9)
+        axes.annotate(f'{read:.3f}, {checkpoint:.3f}', (max(read, checkpoint), place),
+                      xytext=(8, 0), textcoords='offset points', va='center', fontsize=9)
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.axvline(1, color='black', linewidth=1)
     axes.annotate('limit', (1, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3),
                   textcoords='offset points', ha='center', fontsize=9)
     axes.set_xlim(0, max(1.08, 1.12 * max(max(row[2], row[3]) for row in rows)))
-    axes.set_xlabel('floor / step time [1]: bar = bytes really read, diamond = checkpoint bytes')
+    axes.set_xlabel('floor / step time [1]: bar and first figure = bytes really read, '
+                    'diamond and second = checkpoint')
     axes.set_title(f'Fraction of the floor by engine and context, {_device(results)}', pad=18)
     axes.grid(axis='y', visible=False)
     return figure
@@ -141,7 +142,7 @@ def _latencies(pyplot, results, colours):
         from matplotlib.ticker import NullFormatter
         from matplotlib.ticker import ScalarFormatter
         axes.set_xscale('log')
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
     for share in (50, 99):
@@ -182,5 +183,5 @@ def _where(pyplot, results, colours):
     axes.grid(axis='y', visible=False)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for _, colour in _PARTS]
     axes.legend(handles, [name for name, _ in _PARTS], loc='upper center', frameon=False,
-                bbox_to_anchor=(0.4, -0.75 / (0.42 * len(rows) + 1)), ncols=3)
+                bbox_to_anchor=(0.4, -0.6 / (0.32 * len(rows) + 1.2)), ncols=3)
     return figure

@@ -40,17 +40,36 @@ def find(results: Sequence[Result], name: str, context: int) -> dict[str, Any] |
                  if label(result) == name and cell['context'] == context), None)
 
 
+def same_peak(results: Sequence[Result]) -> None:
+    """
+    Use one peak where it was measured: the best that any session read, as it bounds all of them.
+
+    A measurement only ever falls short of the bus, and differs from session to session.
+    """
+    found = [r['peak']['bytes_per_s'] for r in results
+             if r['status'] == 'done' and r['peak']['source'] == 'measured']
+    for result in results:
+        if result['status'] != 'done' or result['peak']['source'] != 'measured':
+            continue
+        part = result['peak']['bytes_per_s'] / max(found)
+        result['peak']['bytes_per_s'] = max(found)
+        for _, cell in cells([result]):
+            for key in ('floor_read_s', 'floor_checkpoint_s', 'r_read', 'r_checkpoint'):
+                cell[key] *= part
+
+
 def steps(results: Sequence[Result], reference: str = '') -> Table:
     """Make the main table; ``reference`` is the label that the others are compared with."""
     sessions = any(result['case']['session'] for result in results)
-    columns = ['engine', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device', 'host gap',
+    columns = ['engine', 'graph', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device', 'host gap',
                'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth', 'prefill ms']
     table = Table('Step time', ['session', *columns] if sessions else columns, notes=[FLOORS])
     if reference:
         table.columns = [*table.columns, f'speed / {reference}']
     for result in results:
         first = next((cell for cell in result['contexts'] if 'error' not in cell), None)
-        lead = [result['case']['session'], label(result)] if sessions else [label(result)]
+        graph = result['footprint']['cuda_graph'] if result['status'] == 'done' else ''
+        lead = [*([result['case']['session']] if sessions else []), label(result), graph]
         for cell in result['contexts']:
             if 'error' in cell:
                 rest = [''] * (len(table.columns) - len(lead) - 2)
@@ -67,6 +86,8 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                 base = find(results, reference, cell['context'])
                 row.append(number(base['itl_p50_s'] / p50) if base else 'n/a')
             table.rows.append(row)
+            if 'kernels_error' in cell:
+                table.notes.append(f'{label(result)}: no kernel table: {cell["kernels_error"]}')
         if result['status'] != 'done':
             rest = [''] * (len(table.columns) - len(lead) - 2)
             table.rows.append([*lead, '', result['status'], *rest])
@@ -144,20 +165,22 @@ def startup(results: Sequence[Result]) -> Table:
 
 def kernels(result: Result, cell: dict[str, Any], most: int = 25) -> Table:
     """Show a cell's kernels, longest first; a rest is summed up."""
+    seen = cell['kernels']
     table = Table(f'Kernels of {label(result)} at context {cell["context"]}', [
         'kernel', 'grid', 'calls', 'µs a call', 'µs a step', '%'])
-    for row in cell['kernels'][:most]:
+    for row in seen[:most]:
         table.rows.append([row['name'][:70], row['grid'], f'{row["calls"]:g}',
                            number(row['call_s'] * 1e6, 1), number(row['step_s'] * 1e6, 1),
-                           number(100 * row['share'], 1)])
-    rest = cell['kernels'][most:]
+                           number(row['share'] and 100 * row['share'], 1)])
+    rest = seen[most:]
     if rest:
         table.rows.append([f'{len(rest)} more', '', '', '',
                            number(sum(row['step_s'] for row in rest) * 1e6, 1),
                            number(100 * sum(row['share'] for row in rest), 1)])
-    busy = sum(row['step_s'] for row in cell['kernels'])
+    busy = sum(row['step_s'] for row in seen)
     table.notes.append(f'All kernels of a step: {busy * 1e3:.3f} ms; the step on the device '
-                       f'takes {ms(cell["device_p50_s"])} ms without the profiler.')
+                       f'takes {ms(cell["device_p50_s"])} ms without the profiler. Where kernels '
+                       'overlap, each is charged with what it adds.')
     return table
 
 

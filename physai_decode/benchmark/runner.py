@@ -40,6 +40,7 @@ class Runner:
         self.sessions = out / 'sessions'
         self.sessions.mkdir(parents=True, exist_ok=True)
         self.models = models
+        self.written: list[Path] = []
         self.session_timeout_s = session_timeout_s
         self.end_s = time.monotonic() + budget_s if budget_s else float('inf')
         self.progress = progress
@@ -125,6 +126,7 @@ class Runner:
         folder = self.models / f'{source.synthetic}-{source.quantization}-{source.seed}-{kind}'
         if not (folder / 'config.json').is_file():
             if source.written:
+                self.written.append(folder)
                 self._write(source, folder)
             else:
                 synthetic.describe(folder, source.synthetic, source.quantization, source.seed)
@@ -142,9 +144,9 @@ class Runner:
             raise OSError(f'no checkpoint: {done.stdout.strip().splitlines()[-1]}')
 
     def forget_checkpoints(self) -> None:
-        """Remove the folders of random weights that hold gigabytes."""
-        for folder in self.models.glob('*-weights'):
-            shutil.rmtree(folder)
+        """Remove the gigabytes of random weights that this run wrote."""
+        for folder in self.written:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _one_line(result):

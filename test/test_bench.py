@@ -1,0 +1,597 @@
+"""``decode_bench``: what it measures, how it compares, what it writes, and how it goes on."""
+
+from html.parser import HTMLParser
+import json
+import math
+import subprocess
+import sys
+
+from physai_decode import bench
+from physai_decode import checkpoint
+from physai_decode.benchmark import compare
+from physai_decode.benchmark import kernels
+from physai_decode.benchmark import report
+from physai_decode.benchmark import runner as runner_module
+from physai_decode.benchmark import session
+from physai_decode.benchmark import suites
+from physai_decode.benchmark import synthetic
+from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.case import parse_engine
+from physai_decode.benchmark.case import Source
+from physai_decode.benchmark.runner import Runner
+from physai_decode.benchmark.table import Table
+from physai_decode.config import ConfigError
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engine import Footprint
+from physai_decode.engine import Step
+from physai_decode.roofline import Peak
+import pytest
+
+PEAK = Peak(1e9, 'parameter')
+
+
+class FakeEngine:
+    """Yields its step's number as device time in milliseconds, two prompt pieces first."""
+
+    def __init__(self, max_context=4096, last=10**9, batch=1):
+        self.footprint = Footprint(
+            engine='fake', model_type='qwen2', dtype='bfloat16', quantization='none', device='cpu',
+            device_name='Fake 1', device_uuid='', cuda_graph='off', max_context=max_context,
+            vocab_size=50, eos_token_ids=(1,), read_weight_bytes=2_000_000,
+            checkpoint_weight_bytes=3_000_000, layers=2, kv_heads=1, head_dim=64,
+            kv_element_bytes=2, details={'load_s': '1.5', 'tune_s': '2.5', 'kernels': 'fake'})
+        self.last = last
+        self.batch = batch
+        self.prompts = []
+        self.closed = False
+
+    def stream(self, prompt_ids, sampling):
+        self.prompts.append(list(prompt_ids))
+        yield Step(())
+        yield Step(())
+        yield Step((1,), 0.5, cached_tokens=3)
+        done = 1
+        while done < min(sampling.max_new_tokens, self.last):
+            step = tuple(range(min(self.batch, sampling.max_new_tokens - done)))
+            done += len(step)
+            yield Step(step, done * 1e-3)
+
+    def close(self):
+        self.closed = True
+
+
+def case(label='fake', contexts=(64, 128), **more):
+    given = {'engine': EngineConfig(name='native', cpu_threads=1), 'steps': 5, 'warmup': 2,
+             'source': Source(synthetic='tiny')}
+    return Case(label, contexts=contexts, **{**given, **more})
+
+
+def done(of, medians, contexts=(2048,)):
+    """Give a result as a session would write it, with these medians in seconds."""
+    engine = FakeEngine()
+    return {
+        'case': of.to_dict(), 'status': 'done', 'date': '', 'peak': vars(PEAK),
+        'footprint': {**vars(engine.footprint), 'details': {}, 'cuda_graph': 'captured'}, 'machine': {'cpu': 'Fake'},
+        'memory': {'resident_peak_bytes': 10**9},
+        'startup': {'import_s': 1.0, 'build_s': 2.0, 'parts': {'load_s': 1.5},
+                    'first_tokens_s': 4.0, 'progress': []},
+        'contexts': [{
+            'context': context, 'itl_s': [median] * 9, 'device_s': [median * 0.9] * 9,
+            'itl_p50_s': median, 'itl_p95_s': median, 'itl_p99_s': median * 1.02,
+            'itl_max_s': median, 'device_p50_s': median * 0.9, 'host_gap_p50_s': median * 0.1,
+            'prefill_s': 0.1, 'kv_bytes': 1000, 'floor_read_s': median / 2,
+            'floor_checkpoint_s': median * 0.75, 'r_read': 0.5, 'r_checkpoint': 0.75}
+            for context, median in zip(contexts, medians, strict=True)]}
+
+
+# --- one measurement ----------------------------------------------------------------------------
+
+def test_measure_leaves_out_warm_up_and_prompt_pieces():
+    engine = FakeEngine()
+    cell = session.measure(engine, 64, warmup=5, steps=30, peak=PEAK)
+    assert len(cell['itl_s']) == 30
+    # The token of the prefill is the first: 5 warm-up steps are tokens 2 to 6.
+    assert cell['device_s'] == [number * 1e-3 for number in range(7, 37)]
+    assert cell['cached_tokens'] == 3
+    assert cell['prompt_tokens'] == 64 - 5 - 30 - 1
+    assert cell['device_p50_s'] == pytest.approx(0.0215)
+
+
+def test_measure_uses_a_new_prompt_each_time():
+    engine = FakeEngine()
+    session.measure(engine, 64, 2, 5, PEAK)
+    session.measure(engine, 128, 2, 5, PEAK)
+    starts = {tuple(prompt[:8]) for prompt in engine.prompts}
+    assert len(starts) == len(engine.prompts) == 4
+    assert all(0 <= token < 50 for prompt in engine.prompts for token in prompt)
+
+
+def test_both_floors_are_of_the_middle_of_the_steps():
+    cell = session.measure(FakeEngine(), 1000, warmup=5, steps=30, peak=PEAK)
+    kv = 2 * 2 * 1 * 64 * 985 * 2
+    assert cell['kv_bytes'] == kv
+    assert cell['floor_read_s'] == pytest.approx((2_000_000 + kv) / 1e9)
+    assert cell['floor_checkpoint_s'] == pytest.approx((3_000_000 + kv) / 1e9)
+    assert cell['r_read'] == pytest.approx(cell['floor_read_s'] / cell['itl_p50_s'])
+
+
+def test_an_unknown_peak_gives_no_floor():
+    cell = session.measure(FakeEngine(), 64, 2, 5, Peak(None, 'unknown'))
+    assert cell['floor_read_s'] is None and cell['r_checkpoint'] is None
+
+
+def test_steps_of_several_tokens_count_each():
+    cell = session.measure(FakeEngine(batch=2), 64, 2, 6, PEAK)
+    assert len(cell['itl_s']) == 6
+
+
+def test_an_engine_that_ends_early_is_an_error():
+    with pytest.raises(EngineError, match='ended after 3 of 7'):
+        session.measure(FakeEngine(last=4), 64, 2, 5, PEAK)
+
+
+def test_a_context_too_short_for_the_steps_is_an_error():
+    with pytest.raises(ValueError, match='no room for 5 [+] 30'):
+        session.measure(FakeEngine(), 36, 5, 30, PEAK)
+
+
+# --- a session ----------------------------------------------------------------------------------
+
+def run_session(monkeypatch, build, of):
+    monkeypatch.setattr('physai_decode.engines.build', build)
+    monkeypatch.setattr(session, 'measure_cpu_read_bandwidth', lambda threads: 2e9)
+    return session.run(of, 0.0, lambda message: None)
+
+
+def test_a_session_says_all_that_the_report_needs(monkeypatch):
+    engine = FakeEngine()
+    result = run_session(monkeypatch, lambda config, progress: engine, case())
+    assert [cell['context'] for cell in result['contexts']] == [64, 128]
+    assert result['startup']['parts'] == {'load_s': 1.5, 'tune_s': 2.5}
+    assert result['peak'] == {'bytes_per_s': 2e9, 'source': 'measured'}
+    assert result['machine']['cpu_cores'] >= 1
+    assert engine.closed
+    json.dumps(result)
+
+
+def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
+    def build(config, progress):
+        if config.engine.max_context > 100:
+            raise EngineError('not enough memory on cuda:0: 20 GB are needed')
+        return FakeEngine(config.engine.max_context)
+    result = run_session(monkeypatch, build, case(contexts=(64, 128, 256)))
+    assert [cell['context'] for cell in result['contexts']] == [64, 128, 256]
+    assert [('error' in cell) for cell in result['contexts']] == [False, True, True]
+    assert '20 GB are needed' in result['contexts'][2]['error']
+
+
+def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
+    result = run_session(monkeypatch, lambda config, progress: FakeEngine(100), case())
+    assert result['contexts'][1]['error'] == 'the engine holds 100 tokens of context'
+
+
+def test_an_engine_that_can_not_be_had_is_unavailable(monkeypatch):
+    def build(config, progress):
+        raise EngineError('no CUDA device')
+    result = run_session(monkeypatch, build, case())
+    assert (result['status'], result['error']) == ('unavailable', 'no CUDA device')
+
+
+# --- cases --------------------------------------------------------------------------------------
+
+def test_engine_settings_are_read():
+    read = parse_engine('native:cuda_graph=false,dtype=float16', EngineConfig(max_context=77))
+    assert read == EngineConfig(name='native', cuda_graph=False, dtype='float16', max_context=77)
+
+
+@pytest.mark.parametrize(('text', 'said'), [
+    ('nativ', 'engine.name'), ('native:graph=true', "no engine setting 'graph'"),
+    ('native:cuda_graph=perhaps', 'expected true or false'),
+    ('native:cpu_threads=two', 'expected a int'), ('native:name=x', "no engine setting 'name'"),
+    ('native:cpu_threads=-1', 'engine.cpu_threads')])
+def test_wrong_engine_settings_are_named(text, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_engine(text, EngineConfig())
+
+
+def test_a_case_survives_json_and_has_its_own_key():
+    one = case(session='03 A', requires=('bitsandbytes',))
+    assert Case.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert one.key() != case(session='04 A', requires=('bitsandbytes',)).key()
+
+
+# --- A/B ----------------------------------------------------------------------------------------
+
+def test_sessions_go_in_turn():
+    assert ''.join(compare.order(4)) == 'ABBAABBA'
+
+
+def test_a_clear_difference_is_called():
+    found = compare.compare([14.8, 14.9, 14.7, 14.8, 15.0], [11.8, 11.7, 11.9, 11.75, 11.8])
+    assert found.ratio == pytest.approx(14.84 / 11.79)
+    assert 1.24 < found.low < found.ratio < found.high < 1.28
+    assert found.verdict('eager', 'graph') == f'graph is {found.ratio:.3f} times as fast as eager'
+    assert found == compare.compare(
+        [14.8, 14.9, 14.7, 14.8, 15.0], [11.8, 11.7, 11.9, 11.75, 11.8])
+
+
+def test_an_interval_that_holds_1_has_no_winner():
+    found = compare.compare([1.0, 1.2, 0.9, 1.1], [1.05, 0.95, 1.15, 1.0])
+    assert found.low < 1 < found.high
+    assert 'no winner called' in found.verdict('A', 'B')
+
+
+def test_the_slower_side_may_be_b():
+    assert 'old is 2.000 times as fast as new' in \
+        compare.compare([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]).verdict('old', 'new')
+
+
+def test_two_sessions_say_nothing():
+    found = compare.compare([2.0, 2.0], [1.0, 1.0])
+    assert found.low is None
+    assert 'at least 3 of each' in found.verdict('A', 'B')
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    import random
+    draw = random.Random(1)
+    hits = 0
+    for seed in range(60):
+        a, b = ([draw.gauss(mean, 0.2) for _ in range(10)] for mean in (12.0, 10.0))
+        found = compare.compare(a, b, seed)
+        hits += found.low <= 1.2 <= found.high
+    assert 48 <= hits <= 60
+
+
+def test_the_table_of_an_a_b_tells_lost_sessions():
+    results = [done(case('A1', (2048,), session='01 A'), [0.012])] * 3
+    results += [done(case('B1', (2048,), session='02 B'), [0.010])] * 3
+    results.append({'case': case('B1', (2048,), session='07 B').to_dict(), 'status': 'died',
+                    'error': 'the session ended with code -9', 'contexts': []})
+    shown = report.comparisons(results, 'A1', 'B1').text()
+    assert '1.200' in shown and 'B1 is 1.200 times as fast as A1' in shown
+    assert 'lost: 07 B: the session ended with code -9' in shown
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+def event(name, ts, dur, grid=(8, 1, 1), category='kernel'):
+    return {'ph': 'X', 'cat': category, 'name': name, 'ts': ts, 'dur': dur,
+            'args': {'grid': list(grid)}}
+
+
+def test_kernels_are_summed_by_name_and_grid():
+    events = [{'ph': 'X', 'cat': 'cuda_runtime', 'name': 'launch', 'ts': 0, 'dur': 500}]
+    for step in range(10):
+        at = 1000 * step
+        events += [event('matvec', at, 40), event('matvec', at + 50, 40),
+                   event('matvec', at + 100, 300, grid=(99, 1, 1)), event('norm', at + 400, 20)]
+    events.append(event('norm', 10000, 20))       # of the step ahead
+    rows = kernels.summarize(events, 10)
+    assert [(row['name'], row['grid'], row['calls']) for row in rows] == [
+        ('matvec', '99x1x1', 1), ('matvec', '8x1x1', 2), ('norm', '8x1x1', 1)]
+    assert [row['step_s'] for row in rows] == pytest.approx([300e-6, 80e-6, 20e-6])
+    assert sum(row['share'] for row in rows) == pytest.approx(1)
+
+
+def test_overlapping_kernels_are_charged_with_what_they_add():
+    rows = kernels.summarize([event('first', 0, 100), event('second', 60, 100),
+                              event('inside', 70, 10)], 1)
+    assert {row['name']: row['step_s'] for row in rows} == pytest.approx(
+        {'first': 100e-6, 'second': 60e-6, 'inside': 0.0})
+
+
+def test_a_cpu_has_no_kernel_table():
+    assert kernels.profile(FakeEngine(), [1], 5) == []
+
+
+# --- random weights -----------------------------------------------------------------------------
+
+def test_the_shape_of_qwen_has_the_papers_bytes():
+    made = synthetic.config('qwen2.5-7b')
+    total = sum(spec.bytes for spec in synthetic.specs(made))
+    assert total / 1e9 == pytest.approx(15.23, abs=0.005)
+    head_dim = made['hidden_size'] // made['num_attention_heads']
+    per_token = 2 * made['num_hidden_layers'] * made['num_key_value_heads'] * head_dim * 2
+    assert per_token == 56 * 1024
+
+
+@pytest.mark.parametrize('shape', synthetic.SHAPES)
+@pytest.mark.parametrize('quantization', ['none', 'gptq'])
+def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantization):
+    synthetic.describe(tmp_path, shape, quantization)
+    found = checkpoint.inspect(tmp_path)
+    assert found.quantization == {'none': 'none', 'gptq': 'gptq-int4-g128'}[quantization]
+    assert found.weight_bytes == sum(
+        spec.bytes for spec in synthetic.specs(synthetic.config(shape, quantization)))
+    assert (tmp_path / 'model.safetensors').stat().st_blocks * 512 < 1_000_000
+
+
+def test_unknown_shapes_and_formats_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown shape 'gpt-5'.*qwen2.5-7b"):
+        synthetic.config('gpt-5')
+    with pytest.raises(ValueError, match="unknown quantisation 'int3'"):
+        synthetic.config('tiny', 'int3')
+    with pytest.raises(ValueError, match='nf4 needs a folder with weights'):
+        synthetic.describe(tmp_path, 'tiny', 'nf4')
+
+
+def test_written_weights_have_the_same_spread_in_every_format(tmp_path):
+    torch = pytest.importorskip('torch')
+    from safetensors.torch import load_file
+    name = 'model.layers.1.mlp.down_proj'
+    spread = {}
+    for quantization in synthetic.QUANTIZATIONS:
+        folder = tmp_path / quantization
+        synthetic.write(folder, 'tiny', quantization, seed=3)
+        tensors = load_file(folder / 'model-00001.safetensors')
+        assert checkpoint.inspect(folder).weight_bytes == sum(
+            tensor.nbytes for tensor in tensors.values())
+        spread[quantization] = _float_weight(torch, tensors, name, quantization).std().item()
+    assert spread == pytest.approx(dict.fromkeys(spread, synthetic.STD), rel=0.05)
+
+
+def _float_weight(torch, tensors, name, quantization):
+    """Unpack one matrix with the formats' plain definitions, [in, out] or [out, in]."""
+    if quantization == 'none':
+        return tensors[f'{name}.weight'].float()
+    if quantization == 'nf4':
+        packed = tensors[f'{name}.weight'].flatten()
+        codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
+        values = tensors[f'{name}.weight.quant_map'][codes]
+        return values * tensors[f'{name}.weight.absmax'].repeat_interleave(64)
+    shifts = torch.arange(0, 32, 4)
+    words, zeros = tensors[f'{name}.qweight'], tensors[f'{name}.qzeros']
+    if quantization == 'gptq':        # eight rows a word, zero point stored minus 1
+        codes = (words[:, None, :] >> shifts[:, None] & 15).flatten(0, 1)
+    else:                             # eight columns a word
+        codes = (words[:, :, None] >> shifts & 15).flatten(1, 2)
+    points = (zeros[:, :, None] >> shifts & 15).flatten(1, 2) + (quantization == 'gptq')
+    scales = tensors[f'{name}.scales'].float()
+    group = torch.arange(codes.shape[0]) // 128
+    return (codes - points[group]) * scales[group]
+
+
+def test_written_weights_are_sharded_and_repeatable(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, 'SHARD_BYTES', 1_000_000)
+    for folder in ('one', 'two'):
+        synthetic.write(tmp_path / folder, 'tiny', seed=5)
+    files = sorted(path.name for path in (tmp_path / 'one').glob('*.safetensors'))
+    assert len(files) > 5
+    for name in files:
+        assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes()
+    index = json.loads((tmp_path / 'one' / 'model.safetensors.index.json').read_text())
+    assert set(index['weight_map']) == set(checkpoint.inspect(tmp_path / 'one').tensors)
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic.shutil, 'disk_usage', lambda folder: type('U', (), {'free': 1}))
+    with pytest.raises(OSError, match='needs 15.2 GB for the random weights, 0.0 GB are free'):
+        synthetic.write(tmp_path, 'qwen2.5-7b')
+    assert not list(tmp_path.glob('*.safetensors'))
+
+
+@pytest.mark.parametrize(('engine', 'quantization', 'written'), [
+    ('native', 'none', False), ('native', 'gptq', False), ('transformers', 'none', False),
+    ('native', 'gptq', True)])
+def test_engines_run_random_weights(tmp_path, engine, quantization, written):
+    pytest.importorskip('torch')
+    from physai_decode import engines
+    make = synthetic.write if written else synthetic.describe
+    make(tmp_path, 'tiny', quantization)
+    built = engines.build(DecodeConfig(
+        model=ModelConfig(path=str(tmp_path)),
+        engine=EngineConfig(name=engine, device='cpu', max_context=64, cpu_threads=1)))
+    try:
+        steps = list(built.stream([5, 6, 7], SamplingConfig(max_new_tokens=4)))
+        assert sum(len(step.token_ids) for step in steps) == 4
+        assert built.footprint.checkpoint_weight_bytes == sum(
+            spec.bytes for spec in synthetic.specs(synthetic.config('tiny', quantization)))
+    finally:
+        built.close()
+
+
+# --- running cases ------------------------------------------------------------------------------
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def runner(tmp_path, said):
+    return Runner(tmp_path / 'out', tmp_path / 'models', progress=said.append)
+
+
+def test_a_measured_case_is_not_measured_again(runner, said, monkeypatch):
+    started = []
+
+    def process(self, case_path, result_path, log_path, timeout_s):
+        started.append(case_path)
+        log_path.write_text('')
+        of = Case.from_dict(json.loads(case_path.read_text()))
+        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+    monkeypatch.setattr(Runner, '_process', process)
+    first = runner.run([case('one'), case('two')])
+    again = runner.run([case('one'), case('two'), case('three')])
+    assert len(started) == 3
+    assert again[:2] == first
+    assert any('already measured' in line for line in said)
+    assert first[0]['case'] == json.loads(json.dumps(case('one').to_dict()))
+
+
+def test_a_session_that_dies_costs_only_itself_and_is_tried_again(runner, monkeypatch):
+    fails = [True]
+
+    def process(self, case_path, result_path, log_path, timeout_s):
+        log_path.write_text('first line\nSegmentation fault\n\n')
+        if 'two' in case_path.name and fails:
+            return f'ended with code {-11}'
+        of = Case.from_dict(json.loads(case_path.read_text()))
+        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        return None
+    monkeypatch.setattr(Runner, '_process', process)
+    cases = [case('one'), case('two'), case('three')]
+    results = runner.run(cases)
+    assert [result['status'] for result in results] == ['done', 'died', 'done']
+    assert 'ended with code -11' in results[1]['error']
+    assert 'Segmentation fault' in results[1]['error']
+    shown = report.steps(results).text()
+    assert 'died' in shown and 'Segmentation fault' in shown
+    fails.clear()
+    assert [result['status'] for result in runner.run(cases)] == ['done'] * 3
+
+
+def test_a_real_session_that_takes_too_long_is_ended(tmp_path, said):
+    runner = Runner(tmp_path / 'out', tmp_path / 'models', session_timeout_s=0.05,
+                    progress=said.append)
+    result, = runner.run([case()])
+    assert result['status'] == 'died' and 'was ended after' in result['error']
+
+
+def test_what_is_not_installed_is_said_without_a_process(runner, monkeypatch):
+    monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
+    result, = runner.run([case(requires=('no_such_module',))])
+    assert result['status'] == 'unavailable'
+    assert 'not installed: no_such_module (pip install no_such_module)' in result['error']
+
+
+def test_nothing_starts_when_the_time_is_spent(tmp_path, said, monkeypatch):
+    monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
+    runner = Runner(tmp_path / 'out', tmp_path / 'models', budget_s=1e-9, progress=said.append)
+    result, = runner.run([case()])
+    assert 'not started' in result['error']
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+def test_tables_align_numbers_and_escape():
+    table = Table('T', ['name', 'ms'], [['a|b', '1.5'], ['<c>', 'n/a']], ['a note'])
+    assert table.text().splitlines()[4] == 'a|b   1.5'
+    assert '| a\\|b | 1.5 |' in table.markdown()
+    assert '<td>&lt;c&gt;</td>' in table.html() and '<td class="n">n/a</td>' in table.html()
+
+
+def test_a_measured_peak_is_the_best_of_all_sessions():
+    results = [done(case(), [0.01]), done(case(), [0.01])]
+    for result, rate in zip(results, (10e9, 20e9), strict=True):
+        result['peak'] = {'bytes_per_s': rate, 'source': 'measured'}
+    report.same_peak(results)
+    assert [result['peak']['bytes_per_s'] for result in results] == [20e9, 20e9]
+    assert [result['contexts'][0]['r_read'] for result in results] == [0.25, 0.5]
+
+
+def test_targets_are_judged():
+    cases = suites.targets('qwen2.5-7b', [2048, 16384], EngineConfig())
+    times = {suites.NATIVE: 0.004, suites.EAGER: 0.017, suites.GPTQ: 0.0021}
+    results = [done(each, [times.get(each.label, 0.005)] * len(each.contexts), each.contexts)
+               for each in cases]
+    rows = {row[0]: row[2:] for row in suites.target_table(results, [2048, 16384]).rows}
+    assert rows['native at 2048: checkpoint floor / step'] == ['0.750', 'yes']
+    assert rows['native at 2048: times as fast as transformers eager'] == ['4.250', 'yes']
+    assert rows['GPTQ native at 2048: times as fast as native'] == ['1.905', 'no']
+    assert rows['native, 1000 steps: p99 / p50 over 9 tokens'] == ['1.020', 'yes']
+    missing = suites.target_table(results[1:2], [2048, 16384]).rows
+    assert all(row[3] in ('not measured', '') for row in missing)
+
+
+def test_the_papers_protocol_has_all_paths_and_its_figures():
+    cases = suites.paper('qwen2.5-7b', [2048, 4096], EngineConfig(), steps=30)
+    assert [each.contexts for each in cases if each.label == suites.CAPTURED] == [(2048,), (4096,)]
+    results = [done(each, [0.010] * len(each.contexts), each.contexts) for each in cases[:-2]]
+    results[0]['contexts'][0]['itl_p50_s'] = 0.015
+    results += [{'case': each.to_dict(), 'status': 'unavailable', 'contexts': [],
+                 'error': 'not installed: exllamav2'} for each in cases[-2:]]
+    beside = {row[0]: row[1:] for row in suites.paper_table(results, 2048).rows}
+    assert beside['transformers eager: ms'] == ['16.97', '62.32', '15.000']
+    assert beside['transformers captured: times as fast as eager'] == ['1.259', '1.028', '1.500']
+    assert beside['GPTQ (ExLlamaV2): times as fast as transformers eager'] == ['', '3.59', 'n/a']
+    four = suites.quantized_table(results, 2048)
+    assert [row[0] for row in four.rows] == [
+        'nf4 (bitsandbytes)', 'AWQ (GPTQModel)', 'GPTQ (GPTQModel)', 'GPTQ (ExLlamaV2)',
+        'GPTQ native']
+    assert 'GPTQ (ExLlamaV2): not installed: exllamav2' in four.notes
+
+
+def test_the_saving_realised_is_time_saved_over_traffic_saved():
+    half = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
+    four = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.007])
+    half['footprint']['read_weight_bytes'] = 4_000_000
+    four['footprint']['read_weight_bytes'] = 1_000_000
+    row, = suites.quantized_table([half, four], 2048).rows
+    assert row[4:] == ['native', '75.0', '30.0', '40.0']
+
+
+# --- the command --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('arguments', 'wrong'), [
+    (['--contexts', '20'], '--contexts 20'), (['--engines', 'nativ'], 'engine.name'),
+    (['--quantization', 'gptq'], 'is for --synthetic'), (['--paper'], 'need --synthetic'),
+    (['--model', 'x', '--synthetic', 'tiny'], 'exclude each other'),
+    (['--ab', 'native', 'native'], 'two different engines'),
+    (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
+def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
+    assert bench.main([*arguments, '--out', str(tmp_path)]) == 2
+    assert wrong in capsys.readouterr().err
+
+
+class _Balanced(HTMLParser):
+    """Checks that every tag that is opened is closed, and collects the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+        self.images = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == 'img':
+            self.images.append(dict(attrs)['src'])
+        elif tag != 'meta':
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.timeout(280)
+def test_a_run_on_the_cpu_writes_the_whole_report(tmp_path, capsys):
+    pytest.importorskip('torch')
+    arguments = ['--synthetic', 'tiny', '--engines', 'native', 'transformers', 'exllamav2',
+                 '--contexts', '64', '128', '--steps', '8', '--device', 'cpu',
+                 '--cpu-threads', '1', '--out', str(tmp_path)]
+    assert bench.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert '[2/3] transformers: tiny, random weights, bf16' in shown
+    told = json.loads((tmp_path / 'results.json').read_text())
+    assert told['command'].startswith('decode_bench --synthetic tiny')
+    native, eager, missing = told['results']
+    assert missing['status'] == 'unavailable'
+    for result in (native, eager):
+        assert [len(cell['itl_s']) for cell in result['contexts']] == [8, 8]
+        assert all(cell['itl_p50_s'] > 0 and math.isfinite(cell['r_read'])
+                   for cell in result['contexts'])
+        assert result['machine']['packages']['torch']
+        assert result['startup']['first_tokens_s'] >= result['startup']['build_s']
+    markdown = (tmp_path / 'report.md').read_text()
+    assert 'random' in markdown and '| native | unavailable | 64 |' in markdown
+    page = _Balanced()
+    page.feed((tmp_path / 'report.html').read_text())
+    assert page.open == []
+    if '![' in markdown:                            # matplotlib is there
+        assert len(page.images) == 4
+        assert all(image.startswith('data:image/png;base64,') for image in page.images)
+    assert not list((tmp_path / 'models').glob('*-weights'))
+    assert bench.main(arguments) == 0
+    assert capsys.readouterr().out.count('already measured') == 2
+
+
+def test_the_command_loads_neither_torch_nor_rclpy():
+    done = subprocess.run(
+        [sys.executable, '-c', 'import sys, physai_decode.bench, physai_decode.benchmark.session\n'
+         'print([name for name in ("torch", "rclpy", "matplotlib") if name in sys.modules])'],
+        capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == '[]', done.stderr
