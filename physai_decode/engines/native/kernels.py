@@ -24,6 +24,13 @@ from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
+def _fetch(addresses):
+    """Bring the cache lines at ``addresses`` to the second-level cache, without waiting."""
+    tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l',
+                              [addresses.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _embed(table, token, x, hidden, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         gdc_launch_dependents()
@@ -59,15 +66,22 @@ def _silu(x):
 
 @triton.jit
 def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constexpr,
-           COLUMNS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-           ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+           COLUMNS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr,
+           GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
     """Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     # Rows past the end read the last row again: no mask in the loop.
-    row = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K + columns[None, :]
+    near = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K
+    row = weight + near + columns[None, :]
     if EARLY:
-        gdc_launch_dependents()
+        if EARLY == 1:
+            gdc_launch_dependents()
+        if AHEAD > 0:
+            lines = weight + near + (tl.arange(0, AHEAD // 64) * 64)[None, :]
+            _fetch(lines)
+            if GATED:
+                _fetch(lines + n.to(tl.int64) * K)
         gdc_wait()
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     more = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -95,6 +109,8 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
         sums += w.to(tl.float32) * v[None, :]
         if GATED:
             more += u.to(tl.float32) * v[None, :]
+    if EARLY == 2:
+        gdc_launch_dependents()
     square = tl.sum(squares)
     result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
     if GATED:
@@ -154,8 +170,8 @@ def _input(x, gain, order, column, K: tl.constexpr, WIDTH: tl.constexpr, NORM: t
 @triton.jit
 def _int4(x, packed, scales, zeros, order, bias, gain, out, n, eps, K: tl.constexpr,
           BLOCKS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-          STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-          BIAS: tl.constexpr, ZEROS: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
+          STAGES: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+          ADD: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
     """Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near = tl.minimum(rows, n - 1).to(tl.int64)
@@ -164,7 +180,14 @@ def _int4(x, packed, scales, zeros, order, bias, gain, out, n, eps, K: tl.conste
     per_group: tl.constexpr = GROUP // WIDTH          # nibbles that share a scale
     row = packed + near[:, None] * (BLOCKS * WIDTH) + words[None, :]
     if EARLY:
-        gdc_launch_dependents()
+        if EARLY == 1:
+            gdc_launch_dependents()
+        if AHEAD > 0:
+            lines = packed + near[:, None] * (BLOCKS * WIDTH) + (
+                tl.arange(0, AHEAD // 32) * 32)[None, :]
+            _fetch(lines)
+            if GATED:
+                _fetch(lines + n.to(tl.int64) * (BLOCKS * WIDTH))
         gdc_wait()
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     more = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -181,16 +204,15 @@ def _int4(x, packed, scales, zeros, order, bias, gain, out, n, eps, K: tl.conste
             plain = tl.zeros((WIDTH,), tl.float32)
             shifted = tl.zeros((WIDTH,), tl.float32)
             for i in tl.static_range(per_group):
-                number: tl.constexpr = part * per_group + i
-                v, v_squares = _input(x, gain, order, block * 8 * WIDTH + number * WIDTH, K,
-                                      WIDTH, NORM, ORDERED)
+                column = (block * 8 + part * per_group + i) * WIDTH
+                v, v_squares = _input(x, gain, order, column, K, WIDTH, NORM, ORDERED)
                 if NORM:
                     squares += v_squares
                 plain += v
-                shifted += v * _offset(number)
-                inner += _nibble(w, number) * v[None, :]
+                shifted += v * _offset(part * per_group + i)
+                inner += _nibble(w, part * per_group + i) * v[None, :]
                 if GATED:
-                    inner_more += _nibble(u, number) * v[None, :]
+                    inner_more += _nibble(u, part * per_group + i) * v[None, :]
             if ZEROS:
                 zero = tl.load(zeros + group).to(tl.float32)[:, None]
                 correction = shifted[None, :] + zero * plain[None, :]
@@ -205,6 +227,8 @@ def _int4(x, packed, scales, zeros, order, bias, gain, out, n, eps, K: tl.conste
                     correction = shifted[None, :] + zero * plain[None, :]
                 scale = tl.load(scales + second).to(tl.float32)[:, None]
                 more += (inner_more - correction) * scale
+    if EARLY == 2:
+        gdc_launch_dependents()
     square = tl.sum(squares)
     result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
     if GATED:
@@ -236,17 +260,16 @@ def _turned(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.c
 
 
 @triton.jit
-def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, out, part_sums, part_maxima,
-            part_totals, arrived, max_context, scale, eps, KV_HEADS: tl.constexpr,
-            GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-            SPLITS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr,
+def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, part_maxima,
+            part_totals, max_context, scale, eps, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+            PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
+            TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr,
             EARLY: tl.constexpr):
     """
     Attend over one share of the context for the queries of one key-value head.
 
-    The first share also takes the new token, and writes its key and value to the cache. The last
-    program to arrive joins all shares. ``PADDED`` and ``DIMS`` are GROUP and D rounded up to what
-    the matrix units take.
+    The first share also takes the new token, and writes its key and value to the cache. PADDED and
+    DIMS are GROUP and D rounded up to what the matrix units take.
     """
     kv_head = tl.program_id(0)
     share = tl.program_id(1)
@@ -257,19 +280,25 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, out, part_sum
     length = tl.cdiv(tl.cdiv(place - start, SPLITS), TOKENS) * TOKENS
     begin = start + share * length
     end = tl.minimum(place, begin + length)
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-
+    cache = kv_head.to(tl.int64) * max_context * D
     queries = tl.arange(0, PADDED)
     dims = tl.arange(0, DIMS)
+    if EARLY:
+        # The share's keys and values are older than this step.
+        first = tl.minimum(begin + tl.arange(0, TOKENS), max_context - 1)
+        lines = cache + first.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
+        _fetch(keys + lines)
+        _fetch(values + lines)
+        if EARLY == 1:
+            gdc_launch_dependents()
+        gdc_wait()
+
     angles = place * (D // 2)
     q_head = qkv + (kv_head * GROUP + queries)[:, None] * D
     q_inside = (queries < GROUP)[:, None] & (dims < D)[None, :]
     q = _turned(q_head, q_gain, cos + angles, sin + angles, dims[None, :], D, eps, q_inside, NORM)
     kind = keys.dtype.element_ty
     q = q.to(kind)
-    cache = kv_head.to(tl.int64) * max_context * D
 
     maxima = tl.full((PADDED,), float('-inf'), tl.float32)
     totals = tl.zeros((PADDED,), tl.float32)
@@ -300,25 +329,35 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, out, part_sum
         totals = totals * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision='ieee')
         maxima = highest
+    if EARLY == 2:
+        gdc_launch_dependents()
 
-    slot = (kv_head * SPLITS + share) * PADDED + queries
-    tl.store(part_maxima + slot, maxima)
-    tl.store(part_totals + slot, totals)
-    tl.store(part_sums + slot[:, None] * DIMS + dims[None, :], sums)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + kv_head, 1, sem='acq_rel') == SPLITS - 1:
-        tl.store(arrived + kv_head, 0)
-        shares = tl.arange(0, SPLITS)
-        for query in tl.range(0, GROUP):
-            slots = (kv_head * SPLITS + shares) * PADDED + query
-            tops = tl.load(part_maxima + slots, cache_modifier='.cg')
-            fades = tl.exp(tops - tl.max(tops, 0))
-            total = tl.sum(fades * tl.load(part_totals + slots, cache_modifier='.cg'), 0)
-            parts = tl.load(part_sums + slots[:, None] * DIMS + dims[None, :],
-                            cache_modifier='.cg')
-            result = tl.sum(parts * fades[:, None], 0) / total
-            tl.store(out + (kv_head * GROUP + query) * D + dims,
-                     result.to(out.dtype.element_ty), mask=dims < D)
+    # Laid out by query, so that each one's shares lie together.
+    slot = (kv_head * GROUP + queries) * SPLITS + share
+    tl.store(part_maxima + slot, maxima, mask=queries < GROUP)
+    tl.store(part_totals + slot, totals, mask=queries < GROUP)
+    tl.store(part_sums + slot[:, None] * DIMS + dims[None, :], sums,
+             mask=(queries < GROUP)[:, None])
+
+
+@triton.jit
+def _join(part_sums, part_maxima, part_totals, out, D: tl.constexpr, DIMS: tl.constexpr,
+          SPLITS: tl.constexpr, EARLY: tl.constexpr):
+    """Join the shares of one query head."""
+    if EARLY:
+        if EARLY == 1:
+            gdc_launch_dependents()
+        gdc_wait()
+    dims = tl.arange(0, DIMS)
+    slots = tl.program_id(0) * SPLITS + tl.arange(0, SPLITS)
+    maxima = tl.load(part_maxima + slots)
+    totals = tl.load(part_totals + slots)
+    sums = tl.load(part_sums + slots[:, None] * DIMS + dims[None, :])
+    fades = tl.exp(maxima - tl.max(maxima, 0))
+    result = tl.sum(sums * fades[:, None], 0) / tl.sum(totals * fades, 0)
+    if EARLY == 2:
+        gdc_launch_dependents()
+    tl.store(out + tl.program_id(0) * D + dims, result.to(out.dtype.element_ty), mask=dims < D)
 
 
 @triton.jit
@@ -371,6 +410,7 @@ class Choice:
     columns: int
     warps: int
     stages: int
+    ahead: int         # columns (int4: words) of each row fetched before the input is there
 
 
 class TritonOps(TorchOps):
@@ -381,13 +421,14 @@ class TritonOps(TorchOps):
     def __init__(self, device: torch.device, splits: int | None = None):
         """Take scratch memory; ``splits`` is how many programs share a head's context."""
         self._device = device
-        self._early = False
+        self._early = 0
         self._programs = 4
         if device.type == 'cuda':
             properties = torch.cuda.get_device_properties(device)
-            self._early = properties.major >= 9
+            self._early = 2 if properties.major >= 9 else 0
             self._programs = triton.next_power_of_2(properties.multi_processor_count)
         self._splits = splits
+        self._tokens = 64
         self._choices: dict[Shape, Choice] = {}
         self._attention: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
         self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
@@ -415,15 +456,17 @@ class TritonOps(TorchOps):
         padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
         splits = self._splits or max(1, triton.next_power_of_2(self._programs // kv_heads))
-        parts = self._parts(kv_heads, splits, padded, dims)
+        parts = self._parts(layer.heads, splits, dims)
         _attend[(kv_heads, splits)](
             qkv, keys, values, position, cos, sin,
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
-            out, *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
-            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
+            *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
+            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=self._tokens,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
             **self._launch(4))
+        _join[(layer.heads,)](*parts, out, D=dim, DIMS=dims, SPLITS=splits, EARLY=self._early,
+                              **self._launch(4))
 
     def advance(self, logits, token, position, history):
         """See `TorchOps.advance`."""
@@ -441,8 +484,8 @@ class TritonOps(TorchOps):
         choice = self._choices.get(shape) or _default(shape)
         bias = weight.bias
         common = {
-            'ROWS': choice.rows, 'STAGES': choice.stages, 'NORM': gain is not None,
-            'GATED': gated, 'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
+            'ROWS': choice.rows, 'STAGES': choice.stages, 'AHEAD': choice.ahead,
+            'NORM': gain is not None, 'GATED': gated, 'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
             **self._launch(choice.warps)}
         grid = (triton.cdiv(n, choice.rows),)
         # A pointer that is not used still has to be one.
@@ -459,16 +502,13 @@ class TritonOps(TorchOps):
             GROUP=weight.group_size, ZEROS=weight.zeros is not None,
             ORDERED=weight.order is not None, **common)
 
-    def _parts(self, *shape):
-        """Give scratch for the shares of attention; one for each shape, all layers use it."""
+    def _parts(self, heads, splits, dims):
+        """Give scratch for the shares of attention; all layers use the same."""
+        shape = heads, splits, dims
         if shape not in self._attention:
-            kv_heads, splits, padded, dims = shape
-            slots = kv_heads * splits * padded
-            self._attention[shape] = (
-                torch.empty(slots * dims, dtype=torch.float32, device=self._device),
-                torch.empty(slots, dtype=torch.float32, device=self._device),
-                torch.empty(slots, dtype=torch.float32, device=self._device),
-                torch.zeros(kv_heads, dtype=torch.int32, device=self._device))
+            self._attention[shape] = tuple(
+                torch.empty(heads * splits * width, dtype=torch.float32, device=self._device)
+                for width in (dims, 1, 1))
         return self._attention[shape]
 
     def _launch(self, warps):
@@ -487,4 +527,4 @@ class TritonOps(TorchOps):
 
 def _default(shape):
     columns = min(512, triton.next_power_of_2(shape.k))
-    return Choice(rows=4 if shape.gated else 8, columns=columns, warps=4, stages=1)
+    return Choice(rows=4 if shape.gated else 8, columns=columns, warps=4, stages=1, ahead=0)

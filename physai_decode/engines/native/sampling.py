@@ -27,7 +27,7 @@ class Sampler:
         # temperature, top_p, min_p, repetition_penalty
         self._floats = torch.ones(4, dtype=torch.float32, device=device)
         # top_k (vocab_size: all), seed
-        self._integers = torch.zeros(2, dtype=torch.int64, device=device)
+        self._integers = torch.tensor([vocab_size, 0], device=device)
         self._ranks = torch.arange(vocab_size, device=device)
 
     def begin(self, sampling: SamplingConfig, prompt_ids: Tensor) -> None:

@@ -6,6 +6,8 @@ the device, and the host is not in the loop. So the same function runs on a CPU 
 GPU inside a captured graph.
 """
 
+from collections.abc import Callable
+from functools import partial
 import math
 
 from physai_decode.engines.native.architecture import Architecture
@@ -64,6 +66,21 @@ class Transformer:
             ops.gated(self.x, layer.gate_up, self.hidden, layer.mlp_norm, eps)
             ops.linear(self.hidden, layer.down, self.x, add=True)
         ops.linear(self.x, w.head, self.logits, gain=w.norm, eps=eps)
+
+    def products(self) -> dict[str, list[Callable[[], None]]]:
+        """Give each kind of matrix-vector product of the step, one call a layer, to time it."""
+        ops, eps, w = self.ops, self.architecture.norm_eps, self.weights
+        calls = {
+            'qkv': [partial(ops.linear, self.x, layer.qkv, self.qkv, gain=layer.input_norm,
+                            eps=eps) for layer in w.layers],
+            'out': [partial(ops.linear, self.attended, layer.out, self.x, add=True)
+                    for layer in w.layers],
+            'gate_up': [partial(ops.gated, self.x, layer.gate_up, self.hidden, layer.mlp_norm,
+                                eps) for layer in w.layers],
+            'down': [partial(ops.linear, self.hidden, layer.down, self.x, add=True)
+                     for layer in w.layers],
+            'head': [partial(ops.linear, self.x, w.head, self.logits, gain=w.norm, eps=eps)]}
+        return calls
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
         """
