@@ -211,7 +211,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument('folder', type=Path, help='where the model goes; made if missing')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
-    parser.add_argument('--steps', type=int, default=8000)
+    parser.add_argument('--steps', type=int, default=6000)
     parser.add_argument('--minutes', type=float, default=60.0,
                         help='the run ends here if its steps are not done')
     parser.add_argument('--tokens', type=int, default=32768, help='tokens of a step')
