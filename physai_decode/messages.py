@@ -100,9 +100,9 @@ class TokenMessage:
         self._fields = attrgetter(*TOKEN_KEYS)
         self.array = DiagnosticArray(status=[self._status])
 
-    def fill(self, report: TokenReport, first_id: int) -> DiagnosticArray:
-        """Put one token's report in; first_id is added to its request_id."""
-        self._status.message = report.text
+    def fill(self, report: TokenReport, text: str, first_id: int) -> DiagnosticArray:
+        """Put one token's report and its text in; first_id is added to its request_id."""
+        self._status.message = text
         self._status.level = WARN if report.deadline_missed else OK
         for pair, value in zip(self._values, self._fields(report)):
             pair.value = text_of(value)

@@ -124,9 +124,8 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self.create_service(Trigger, '~/reset', self._on_reset)
         self.create_service(Trigger, '~/measure_gap', self._on_measure_gap)
         self._unknown = parameters.unknown(self)
-        for unknown, nearest in self._unknown.items():
-            hint = f'; did you mean {nearest}?' if nearest else ''
-            self.get_logger().warning(f'parameter {unknown} is unknown and has no effect{hint}')
+        for unknown in self._unknown:
+            self.get_logger().warning(parameters.unknown_text(unknown))
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             self._config.diagnostics.period_s, self._publish_diagnostics, clock=steady)
@@ -314,6 +313,9 @@ class DecodeNode(LifecycleNodeMixin, Node):
         """Check all parameters, then set and apply them all, or none and say why."""
         parameter_list = parameters.typed(parameter_list)
         try:
+            for parameter in parameter_list:
+                if not self.has_parameter(parameter.name):
+                    raise ConfigError(parameters.unknown_text(parameter.name))
             parameters.merge(self._config, parameter_list)
             self._refuse_fixed(parameter_list)
         except ConfigError as error:

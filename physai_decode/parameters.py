@@ -97,11 +97,16 @@ def fixed(parameters: Iterable[Parameter]) -> list[str]:
             if parameter.name in known and not known[parameter.name].metadata['dynamic']]
 
 
-def unknown(node: Node) -> dict[str, str]:
-    """Map each given name that nothing declared to the nearest that is there, or to ''."""
-    names = list(specs())
-    return {name: ''.join(get_close_matches(name, names, n=1))
-            for name in sorted(node._parameter_overrides) if not node.has_parameter(name)}
+def unknown(node: Node) -> list[str]:
+    """List the names given at start that nothing has declared."""
+    return sorted(name for name in node._parameter_overrides if not node.has_parameter(name))
+
+
+def unknown_text(name: str) -> str:
+    """Say that there is no parameter of this name, and which is nearest."""
+    nearest = get_close_matches(name, specs(), n=1)
+    return f'{name} is no parameter of this node' + (
+        f'; did you mean {nearest[0]}?' if nearest else '')
 
 
 def _typed(parameter: Parameter, field: Field) -> Parameter:

@@ -2,7 +2,8 @@
 The node's publishers, and the sink of its worker: each report becomes its messages at once.
 
 Tokens are published straight from the decode thread; a slow subscriber never holds it up, because
-the queues are bounded and drop the oldest. It knows nothing of lifecycle states.
+the queues are bounded and drop the oldest. rclpy ends a string at a NUL, so one in a text is sent
+as U+FFFD. It knows nothing of lifecycle states.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from std_msgs.msg import Float64
 from std_msgs.msg import String
 
 STREAM_DEPTH = 4096
+NUL = '\ufffd'
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY,
             QoSPolicyKind.DURABILITY)
 
@@ -76,11 +78,11 @@ class Topics:
 
     def token(self, report: TokenReport) -> None:
         """Publish one token: the text first, then its figures."""
-        self._text.data = report.text
+        self._text.data = text = report.text.replace('\0', NUL)
         self._tokens.publish(self._text)
         if report.index == 0:
             self._simulated = self._clock.ros_time_is_active
-        array = self._token.fill(report, self.first_id)
+        array = self._token.fill(report, text, self.first_id)
         # rclpy's Clock.now takes a tenth of the time that a token may cost.
         now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
         array.header.stamp.sec, array.header.stamp.nanosec = divmod(now_ns, 10**9)
@@ -98,7 +100,7 @@ class Topics:
         status.values[0].value = str(report.request_id + self.first_id)
         with self._ending:
             if report.finish_reason != 'rejected':
-                self._response.publish(String(data=text))
+                self._response.publish(String(data=text.replace('\0', NUL)))
             self._request_stats.publish(self._array([status]))
         self._finished(report)
 

@@ -1,0 +1,227 @@
+"""A node on a scripted engine, and a probe that hears and asks all there is."""
+
+from collections.abc import Iterator
+import threading
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.srv import ChangeState
+from lifecycle_msgs.srv import GetState
+from physai_decode.engine import Footprint
+from physai_decode.engine import Step
+from physai_decode.node import DecodeNode
+from physai_decode.node import Loaded
+from physai_decode.roofline import Peak
+from physai_decode.topics import latched_qos
+from physai_decode.topics import stream_qos
+from rcl_interfaces.srv import SetParameters
+from rcl_interfaces.srv import SetParametersAtomically
+from rclpy.executors import MultiThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
+from std_msgs.msg import Float64
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+
+PATIENCE_S = 30.0               # against hangs only
+CONTEXT = 256
+END = 0x110000                  # the id that ends an answer
+
+
+class Letters:
+    """A tokenizer of one token for each character; it stands for Text and its decoder."""
+
+    stopped = False
+    held = False
+
+    def encode(self, prompt, history=()):
+        """Give the code points of the conversation."""
+        return [ord(letter) for turn in history for letter in ''.join(turn)] + [
+            ord(letter) for letter in prompt]
+
+    def decoder(self, stop=()):
+        """Give a decoder that holds nothing back."""
+        return self
+
+    def push(self, token_id):
+        """Give the token's character."""
+        return chr(token_id)
+
+    def flush(self):
+        """Give nothing."""
+        return ''
+
+
+class EchoEngine:
+    """
+    Says the prompt again, in upper case, then ends.
+
+    A prompt that holds ``!`` raises there, one that holds ``?`` waits there for `answer`, and one
+    that holds code 1 brings a NUL.
+    """
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.step_s = step_s
+        self.answer = threading.Event()
+        self.closed = False
+        self.footprint = Footprint(
+            engine='echo', model_type='echo', dtype='float32', quantization='none', device='cpu',
+            device_name='Echo 1', device_uuid='', cuda_graph='unavailable', max_context=CONTEXT,
+            vocab_size=END + 1, eos_token_ids=(END,), read_weight_bytes=10**6,
+            checkpoint_weight_bytes=10**6, layers=1, kv_heads=1, head_dim=64,
+            kv_element_bytes=4)
+
+    def stream(self, prompt_ids, sampling) -> Iterator[Step]:
+        """Yield one token a step."""
+        for token_id in prompt_ids:
+            letter = chr(token_id)
+            time.sleep(self.step_s)
+            if letter == '!':
+                raise RuntimeError('the engine broke')
+            if letter == '?':
+                assert self.answer.wait(PATIENCE_S)
+            yield Step((ord(letter.upper()) if letter > '\x01' else 0,), device_s=1e-6)
+        yield Step((END,))
+
+    def close(self) -> None:
+        """Note that it was closed."""
+        self.closed = True
+
+
+class Loader:
+    """A load that can be told to wait, to fail, and which engine to give."""
+
+    def __init__(self) -> None:
+        self.engines: list[EchoEngine] = []
+        self.step_s = 0.0
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, config, progress) -> Loaded:
+        """Fail for the path ``bad``."""
+        progress('reading')
+        assert self.go.wait(PATIENCE_S)
+        progress('done')
+        if config.model.path == 'bad':
+            raise ValueError('bad is no model')
+        self.engines.append(EchoEngine(self.step_s))
+        return Loaded(self.engines[-1], Letters(), Peak(1e9, 'parameter'))
+
+
+class Rig:
+    """The node and the probe, each served by threads of its own."""
+
+    def __init__(self, **overrides) -> None:
+        self.loader = Loader()
+        overrides = {'autostart': False, 'diagnostics.period_s': 0.05, **overrides}
+        self.node = DecodeNode(self.loader, parameter_overrides=[
+            Parameter(name, value=value) for name, value in overrides.items()])
+        self.probe = Node('probe')
+        self.heard: dict[str, list] = {}
+        for topic, kind, qos in (
+                ('/decode/tokens', String, stream_qos()),
+                ('/decode/token_stats', DiagnosticArray, stream_qos()),
+                ('/decode/itl_ms', Float64, stream_qos()),
+                ('/decode/r_floor', Float64, stream_qos()),
+                ('/decode/response', String, QoSProfile(depth=100)),
+                ('/decode/request_stats', DiagnosticArray, QoSProfile(depth=100)),
+                ('/decode/model_info', DiagnosticArray, latched_qos()),
+                ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):
+            self.heard[topic.rpartition('/')[2]] = heard = []
+            self.probe.create_subscription(kind, topic, heard.append, qos)
+        self.prompt = self.probe.create_publisher(String, '/decode/prompt', 100)
+        self.clients = {
+            name: self.probe.create_client(kind, f'/decode/{name}') for name, kind in (
+                ('change_state', ChangeState), ('get_state', GetState), ('cancel', Trigger),
+                ('reset', Trigger), ('measure_gap', Trigger), ('set_parameters', SetParameters),
+                ('set_parameters_atomically', SetParametersAtomically))}
+        self.executors = [MultiThreadedExecutor(num_threads=2), SingleThreadedExecutor()]
+        self.threads = []
+        for executor, node in zip(self.executors, (self.node, self.probe), strict=True):
+            executor.add_node(node)
+            self.threads.append(threading.Thread(target=executor.spin))
+            self.threads[-1].start()
+        for client in self.clients.values():
+            assert client.wait_for_service(PATIENCE_S)
+        self.wait(lambda: self.heard['diagnostics'] and self.prompt.get_subscription_count())
+
+    def close(self) -> None:
+        """End all threads, then the nodes."""
+        for engine in self.loader.engines:
+            engine.answer.set()
+        self.loader.go.set()
+        assert self.node.close(PATIENCE_S)
+        for executor, thread in zip(self.executors, self.threads, strict=True):
+            executor.shutdown()
+            thread.join()
+        self.node.destroy_node()
+        self.probe.destroy_node()
+
+    def wait(self, done) -> None:
+        """Wait until something is so."""
+        end_s = time.monotonic() + PATIENCE_S
+        while not done():
+            assert time.monotonic() < end_s, 'waited too long'
+            time.sleep(0.005)
+
+    def call(self, name, request):
+        """Call a service and give its answer."""
+        return self.result(self.clients[name].call_async(request))
+
+    def result(self, future):
+        """Wait for the answer of a service."""
+        self.wait(future.done)
+        return future.result()
+
+    def begin(self, label):
+        """Ask for a transition; the answer comes later."""
+        request = ChangeState.Request()
+        request.transition.label = label
+        return self.clients['change_state'].call_async(request)
+
+    def change(self, *labels) -> bool:
+        """Go through transitions; True where all succeeded."""
+        return all([self.result(self.begin(label)).success for label in labels])
+
+    def state(self) -> str:
+        """Give the lifecycle state's label."""
+        return self.call('get_state', GetState.Request()).current_state.label
+
+    def trigger(self, name):
+        """Call cancel, reset or measure_gap."""
+        return self.call(name, Trigger.Request())
+
+    def set(self, service='set_parameters', **values):
+        """Set parameters; ``__`` in a name stands for the dot. Give (successful, reason)."""
+        kind = {'set_parameters': SetParameters,
+                'set_parameters_atomically': SetParametersAtomically}[service]
+        answer = self.call(service, kind.Request(parameters=[
+            Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
+            for name, value in values.items()]))
+        result = answer.results[0] if service == 'set_parameters' else answer.result
+        return result.successful, result.reason
+
+    def ask(self, text) -> dict[str, str]:
+        """Send a prompt and give the figures of the next request that ends."""
+        count = len(self.heard['request_stats'])
+        self.prompt.publish(String(data=text))
+        self.wait(lambda: len(self.heard['request_stats']) > count)
+        return self.requests()[count]
+
+    def requests(self) -> list[dict[str, str]]:
+        """Give the figures of all requests so far, with the status's message."""
+        return [self.values(array.status[0]) for array in self.heard['request_stats']]
+
+    def diagnostics(self, name) -> dict[str, str]:
+        """Give the next status of this name."""
+        count = len(self.heard['diagnostics'])
+        self.wait(lambda: len(self.heard['diagnostics']) > count)
+        return next(self.values(status) for status in self.heard['diagnostics'][-1].status
+                    if status.name == name)
+
+    def values(self, status) -> dict[str, str]:
+        """Give a status's values, and its message and level."""
+        return {**{pair.key: pair.value for pair in status.values},
+                'message': status.message, 'level': status.level}

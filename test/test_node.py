@@ -1,0 +1,395 @@
+"""The node from outside: lifecycle, topics, services, diagnostics, bad input, bad engines."""
+
+import gc
+
+from node_rig import CONTEXT
+from node_rig import Rig
+from physai_decode import messages
+from physai_decode.config import ConfigError
+import pytest
+import rclpy
+from rosgraph_msgs.msg import Clock
+from std_msgs.msg import String
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def make():
+    """Make rigs that end with the test."""
+    rigs = []
+
+    def build(**overrides):
+        rigs.append(Rig(**overrides))
+        return rigs[-1]
+
+    yield build
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make):
+    """Give a node that takes prompts."""
+    rig = make()
+    assert rig.change('configure', 'activate')
+    return rig
+
+
+def test_an_answer_from_prompt_to_figures(rig):
+    """Every topic of one request, in step and with all its keys."""
+    stats = rig.ask('hello')
+    rig.wait(lambda: len(rig.heard['token_stats']) == 5 and rig.heard['response'])
+    rig.wait(lambda: len(rig.heard['tokens']) == 5 and len(rig.heard['itl_ms']) == 4
+             and len(rig.heard['r_floor']) == 4)
+    assert [message.data for message in rig.heard['tokens']] == list('HELLO')
+    assert [message.data for message in rig.heard['response']] == ['HELLO']
+    tokens = [array.status[0] for array in rig.heard['token_stats']]
+    assert [status.message for status in tokens] == list('HELLO')
+    for index, status in enumerate(tokens):
+        assert status.name == 'decode: token'
+        assert tuple(pair.key for pair in status.values) == messages.TOKEN_KEYS
+        values = rig.values(status)
+        assert values['index'] == str(index)
+        assert values['token_id'] == str(ord('HELLO'[index]))
+        assert values['context_tokens'] == str(5 + index)
+    first, second = rig.values(tokens[0]), rig.values(tokens[1])
+    assert first['itl_ms'] == first['r_floor'] == first['publish_ms'] == 'n/a'
+    # One megabyte and six tokens of keys and values at 1 GB/s.
+    assert float(second['floor_ms']) == pytest.approx((1e6 + 6 * 2 * 64 * 4) / 1e9 * 1e3, rel=1e-4)
+    assert float(second['itl_ms']) == pytest.approx(rig.heard['itl_ms'][0].data, rel=1e-4)
+    assert float(second['r_floor']) == pytest.approx(rig.heard['r_floor'][0].data, rel=1e-4)
+    assert float(second['publish_ms']) > 0
+    assert stats['finish_reason'] == stats['message'] == 'stop'
+    assert (stats['prompt_tokens'], stats['output_tokens']) == ('5', '5')
+    status = rig.heard['request_stats'][0].status[0]
+    assert status.name == 'decode: request'
+    assert tuple(pair.key for pair in status.values) == messages.REQUEST_KEYS
+
+
+def test_model_info_is_there_for_the_late(rig):
+    """What is loaded is told to a subscriber that comes later, once."""
+    rig.wait(lambda: rig.heard['model_info'])
+    info = rig.values(rig.heard['model_info'][0].status[0])
+    assert info['engine'] == 'echo'
+    assert info['peak_bandwidth_gb_s'] == '1'
+    assert info['device_uuid'] == 'n/a'
+
+
+def test_every_state_can_follow_the_other(rig):
+    """Rounds through the lifecycle close each engine and keep counting requests."""
+    assert rig.ask('a')['request_id'] == '1'
+    assert rig.change('deactivate', 'activate')
+    assert rig.ask('b')['request_id'] == '2'
+    assert rig.change('deactivate', 'cleanup')
+    assert rig.loader.engines[0].closed
+    assert rig.change('configure', 'activate')
+    assert rig.ask('c')['request_id'] == '3'
+    assert rig.change('shutdown')
+    assert rig.loader.engines[1].closed
+    assert rig.state() == 'finalized'
+    assert rig.diagnostics('decode: engine')['requests'] == '3'
+
+
+def test_prompts_outside_of_active_are_refused(make):
+    """Before activation and after deactivation a prompt is answered by a refusal."""
+    rig = make()
+    assert 'inactive: activate' in rig.ask('a')['message']
+    assert rig.change('configure', 'activate')
+    assert rig.ask('b')['finish_reason'] == 'stop'
+    assert rig.change('deactivate')
+    refused = rig.ask('c')
+    assert refused['finish_reason'] == 'rejected'
+    assert [request['request_id'] for request in rig.requests()] == ['1', '2', '3']
+    assert len(rig.heard['response']) == 1
+    told = rig.diagnostics('decode: engine')
+    assert (told['requests'], told['refusals']) == ('3', '2')
+
+
+@pytest.mark.parametrize(('text', 'words'), [
+    ('', 'empty'), ('x' * CONTEXT, f'{CONTEXT} tokens')])
+def test_a_prompt_that_can_not_be_answered_is_refused(rig, text, words):
+    """The reason is in the request's figures, and the node goes on."""
+    refused = rig.ask(text)
+    assert refused['finish_reason'] == 'rejected'
+    assert words in refused['message']
+    assert refused['level'] == messages.WARN
+    assert rig.ask('on')['finish_reason'] == 'stop'
+
+
+@pytest.mark.parametrize('text', ['ж中🙂é', 'a\nb\tc"', '<|im_end|>', 'مرحبا'])
+def test_text_of_any_script_comes_through(rig, text):
+    """What is published is what the engine said."""
+    rig.ask(text)
+    rig.wait(lambda: rig.heard['response'] and len(rig.heard['tokens']) == len(text))
+    assert rig.heard['response'][0].data == ''.join(letter.upper() for letter in text)
+
+
+def test_a_nul_from_the_engine_does_not_cut_the_text(rig):
+    """A ROS string can't hold a NUL: it is sent as U+FFFD, and all else too."""
+    rig.ask('a\x01b')
+    rig.wait(lambda: rig.heard['response'] and len(rig.heard['tokens']) == 3)
+    assert rig.heard['response'][0].data == 'A\ufffdB'
+    assert [message.data for message in rig.heard['tokens']] == ['A', '\ufffd', 'B']
+    assert rig.values(rig.heard['token_stats'][1].status[0])['message'] == '\ufffd'
+
+
+def test_a_full_queue_refuses(make):
+    """One runs, one waits, the third is refused."""
+    rig = make(**{'queue.size': 1})
+    assert rig.change('configure', 'activate')
+    rig.prompt.publish(String(data='?'))
+    rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'generating')
+    rig.prompt.publish(String(data='b'))
+    rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
+    assert 'queue is full' in rig.ask('c')['message']
+    rig.loader.engines[0].answer.set()
+    rig.wait(lambda: len(rig.requests()) == 3)
+
+
+def test_preempt(make):
+    """A new prompt ends the running one."""
+    rig = make(**{'queue.policy': 'preempt'})
+    assert rig.change('configure', 'activate')
+    rig.loader.engines[0].step_s = 0.02
+    rig.prompt.publish(String(data='x' * 200))
+    rig.wait(lambda: rig.heard['tokens'])
+    rig.prompt.publish(String(data='b'))
+    rig.wait(lambda: len(rig.requests()) == 2)
+    assert [request['finish_reason'] for request in rig.requests()] == ['preempted', 'stop']
+
+
+def test_cancel_and_reset(rig):
+    """Cancel ends what runs and what waits; with nothing there it says so."""
+    assert rig.trigger('cancel').message == 'nothing running'
+    rig.loader.engines[0].step_s = 0.02
+    for text in ('x' * 200, 'b'):
+        rig.prompt.publish(String(data=text))
+    rig.wait(lambda: rig.heard['tokens'])
+    rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
+    assert rig.trigger('cancel').success
+    rig.wait(lambda: len(rig.requests()) == 2)
+    assert {request['finish_reason'] for request in rig.requests()} == {'cancelled'}
+    rig.wait(lambda: len(rig.heard['response']) == 2)
+    assert 'forgot 0 turns' in rig.trigger('reset').message
+    assert rig.change('deactivate')
+    assert rig.trigger('cancel').message == 'nothing running'
+    assert not rig.trigger('measure_gap').success
+
+
+def test_the_time_of_a_stamp_is_the_node_s(make):
+    """With use_sim_time the stamps are those of /clock."""
+    rig = make(use_sim_time=True)
+    publisher = rig.probe.create_publisher(Clock, '/clock', 10)
+    tick = Clock()
+    tick.clock.sec = 1234
+    rig.wait(lambda: publisher.publish(tick) or rig.node.get_clock().now().nanoseconds)
+    assert rig.change('configure', 'activate')
+    rig.ask('a')
+    rig.wait(lambda: rig.heard['token_stats'])
+    assert rig.heard['token_stats'][0].header.stamp.sec == 1234
+    assert rig.heard['request_stats'][0].header.stamp.sec == 1234
+
+
+def test_diagnostics_in_every_state(make):
+    """All keys in all states, and what is not known is not 0."""
+    rig = make()
+    names = {'decode: latency': messages.LATENCY_KEYS, 'decode: bandwidth': messages.BANDWIDTH_KEYS,
+             'decode: engine': messages.ENGINE_KEYS}
+
+    def state():
+        array = rig.heard['diagnostics'][-1]
+        assert [status.name for status in array.status] == list(names)
+        for status in array.status:
+            assert tuple(pair.key for pair in status.values) == names[status.name]
+        return rig.diagnostics('decode: engine')['state']
+
+    assert state() == 'inactive'
+    assert rig.diagnostics('decode: bandwidth')['weight_gb'] == 'n/a'
+    assert rig.diagnostics('decode: latency')['deadline_misses'] == 'n/a'
+    rig.loader.go.clear()
+    answer = rig.begin('configure')
+    rig.wait(lambda: state() == 'loading')
+    assert rig.diagnostics('decode: engine')['message'] == 'reading'
+    rig.loader.go.set()
+    assert rig.result(answer).success
+    assert state() == 'inactive'
+    assert rig.heard['diagnostics'][-1].status[0].hardware_id == 'Echo 1'
+    assert rig.diagnostics('decode: bandwidth')['weight_gb'] == '0.001'
+    assert rig.change('activate')
+    assert state() == 'idle'
+    told = rig.diagnostics('decode: latency')
+    assert (told['count'], told['itl_p50_ms']) == ('0', 'n/a')
+    rig.prompt.publish(String(data='ab?c'))
+    rig.wait(lambda: state() == 'generating')
+    rig.loader.engines[0].answer.set()
+    rig.wait(lambda: state() == 'idle')
+    assert rig.diagnostics('decode: latency')['count'] == '3'
+    assert float(rig.diagnostics('decode: bandwidth')['r_floor']) > 0
+    told = rig.diagnostics('decode: engine')
+    assert (told['requests'], told['tokens'], told['refusals']) == ('1', '4', '0')
+    assert float(told['memory_used_gb']) > 0
+    assert told['temperature_c'] == 'n/a'
+
+
+def test_loading_does_not_hold_up_the_rest(make):
+    """While a model loads, prompts, services and parameters are answered."""
+    rig = make()
+    rig.loader.go.clear()
+    answer = rig.begin('configure')
+    rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'loading')
+    assert not rig.change('configure')
+    assert not rig.change('cleanup')
+    assert 'loading' in rig.ask('a')['message']
+    assert rig.set(sampling__top_k=5) == (True, '')
+    successful, reason = rig.set(model__path='other')
+    assert not successful
+    assert 'unconfigured' in reason
+    assert rig.trigger('cancel').message == 'nothing running'
+    assert not answer.done()
+    rig.loader.go.set()
+    assert rig.result(answer).success
+    assert rig.change('activate')
+    assert rig.ask('a')['finish_reason'] == 'stop'
+
+
+def test_a_bad_model_can_be_mended(make):
+    """A load that fails leaves the node unconfigured, saying why, and ready for another."""
+    rig = make(**{'model.path': 'bad'})
+    assert not rig.change('configure')
+    assert rig.state() == 'unconfigured'
+    told = rig.diagnostics('decode: engine')
+    assert told['state'] == 'failed'
+    assert told['level'] == messages.ERROR
+    assert 'bad is no model' in told['message']
+    assert rig.set(model__path='good') == (True, '')
+    assert rig.change('configure', 'activate')
+    assert rig.diagnostics('decode: engine')['state'] == 'idle'
+    assert rig.ask('a')['finish_reason'] == 'stop'
+
+
+def test_an_engine_that_raises(rig):
+    """Its request ends with an error and the text so far; the node goes on and says so."""
+    failed = rig.ask('ab!c')
+    assert failed['finish_reason'] == 'error'
+    assert 'the engine broke' in failed['message']
+    assert failed['level'] == messages.ERROR
+    rig.wait(lambda: rig.heard['response'])
+    assert rig.heard['response'][0].data == 'AB'
+    told = rig.diagnostics('decode: engine')
+    assert (told['state'], told['level']) == ('failed', messages.ERROR)
+    assert 'the engine broke' in told['message']
+    assert rig.ask('on')['finish_reason'] == 'stop'
+    assert rig.diagnostics('decode: engine')['state'] == 'idle'
+
+
+def test_an_engine_that_hangs(make, monkeypatch):
+    """It is told as stalled, the node can be deactivated, and it recovers with the engine."""
+    monkeypatch.setattr('physai_decode.node.STOP_TIMEOUT_S', 0.2)
+    rig = make(**{'diagnostics.stall_timeout_s': 0.1})
+    assert rig.change('configure', 'activate')
+    rig.prompt.publish(String(data='a?b'))
+    rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'stalled')
+    assert rig.diagnostics('decode: engine')['level'] == messages.ERROR
+    assert rig.change('deactivate')
+    assert rig.requests()[0]['finish_reason'] == 'error'
+    assert not rig.change('activate')
+    assert not rig.change('cleanup')
+    assert rig.state() == 'inactive'
+    assert rig.ask('b')['finish_reason'] == 'rejected'
+    assert not rig.loader.engines[0].closed
+    rig.loader.engines[0].answer.set()
+    rig.wait(lambda: rig.change('activate'))
+    assert rig.ask('c')['finish_reason'] == 'stop'
+    assert [request['request_id'] for request in rig.requests()] == ['1', '2', '3']
+
+
+def test_deadlines_reach_diagnostics(make):
+    """Late tokens are a WARN, several in a row an ERROR, set while it runs."""
+    rig = make()
+    assert rig.change('configure', 'activate')
+    rig.loader.engines[0].step_s = 0.01
+    rig.prompt.publish(String(data='x' * 200))
+    rig.wait(lambda: rig.heard['tokens'])
+    assert rig.diagnostics('decode: latency')['level'] == messages.OK
+    assert rig.set(deadline__max_consecutive_misses=10**6) == (True, '')
+    assert rig.set(deadline__token_ms=0.001) == (True, '')
+    rig.wait(lambda: rig.diagnostics('decode: latency')['level'] == messages.WARN)
+    assert rig.set(deadline__max_consecutive_misses=1) == (True, '')
+    rig.wait(lambda: rig.diagnostics('decode: latency')['level'] == messages.ERROR)
+    assert any(array.status[0].level == messages.WARN for array in rig.heard['token_stats'])
+    assert rig.set(deadline__action='truncate', deadline__request_ms=1.0) == (True, '')
+    assert rig.set(deadline__request_ms=1.0) == (True, '')
+    rig.wait(lambda: rig.requests())
+    assert rig.requests()[0]['finish_reason'] == 'deadline'
+
+
+def test_a_set_is_checked_as_a_whole(rig):
+    """A bad parameter is refused with name, value and what is allowed; nothing is applied."""
+    successful, reason = rig.set('set_parameters_atomically',
+                                 sampling__temperature=0.5, sampling__top_p=1.5)
+    assert not successful
+    assert reason == 'sampling.top_p is 1.5: allowed are 0.0 to 1.0'
+    assert rig.node.get_parameter('sampling.temperature').value == 0.0
+    assert 'expected a number' in rig.set(sampling__temperature='warm')[1]
+    assert 'allowed are report, truncate' in rig.set(deadline__action='panic')[1]
+    assert 'did you mean sampling.temperature?' in rig.set(sampling__temprature=0.5)[1]
+    assert 'clean up first' in rig.set(engine__max_context=64)[1]
+    assert rig.set(engine__max_context=4096) == (True, '')       # as it is
+    assert rig.set(sampling__temperature=1) == (True, '')        # a whole number will do
+    assert rig.node.get_parameter('sampling.temperature').value == 1.0
+    assert rig.ask('on')['finish_reason'] == 'stop'
+
+
+def test_sampling_is_taken_from_the_next_request_on(rig):
+    """A new max_new_tokens cuts the next answer."""
+    assert rig.ask('hello')['output_tokens'] == '5'
+    assert rig.set(sampling__max_new_tokens=2) == (True, '')
+    stats = rig.ask('hello')
+    assert (stats['output_tokens'], stats['finish_reason']) == ('2', 'length')
+
+
+def test_history_and_reset(make):
+    """Kept turns are part of the next prompt until reset."""
+    rig = make(**{'chat.keep_history': True})
+    assert rig.change('configure', 'activate')
+    assert rig.ask('ab')['prompt_tokens'] == '2'
+    assert rig.ask('c')['prompt_tokens'] == '5'
+    assert rig.trigger('reset').success
+    assert rig.ask('c')['prompt_tokens'] == '1'
+
+
+def test_unknown_parameters_are_told(make):
+    """They are named in diagnostics."""
+    rig = make(**{'sampling.temprature': 0.5, 'nonsense': 1})
+    told = rig.diagnostics('decode: engine')
+    assert told['unknown_parameters'] == 'nonsense sampling.temprature'
+    assert told['level'] == messages.WARN
+
+
+def test_a_bad_parameter_at_start_is_an_error():
+    """The node does not come up with a setting that it would have to ignore."""
+    with pytest.raises(ConfigError, match='sampling.top_p is 7.0: allowed are 0.0 to 1.0'):
+        Rig(**{'sampling.top_p': 7.0})
+    gc.collect()                    # the half-made node goes now
+
+
+def test_qos_can_be_overridden(make):
+    """A publisher's QoS is a parameter."""
+    rig = make(**{'qos_overrides./decode/tokens.publisher.reliability': 'best_effort'})
+    infos = rig.probe.get_publishers_info_by_topic('/decode/tokens')
+    assert infos[0].qos_profile.reliability.name == 'BEST_EFFORT'
+    assert rig.diagnostics('decode: engine')['unknown_parameters'] == 'n/a'
+
+
+def test_autostart(make):
+    """The node configures and activates by itself."""
+    rig = make(autostart=True)
+    rig.wait(lambda: rig.state() == 'active')
+    assert rig.ask('a')['finish_reason'] == 'stop'
