@@ -1,11 +1,10 @@
 """The floor against figures worked out by hand, and where the peak comes from."""
 
 from fake_engine import footprint
-import pytest
-
 from physai_decode import roofline
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
+import pytest
 
 
 def test_floor_of_qwen_7b_on_an_h100():

@@ -6,14 +6,13 @@ import threading
 
 from fake_engine import footprint
 import numpy
-import pytest
-
 from physai_decode.config import DeadlineConfig
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 from physai_decode.timing import deviation
 from physai_decode.timing import percentile
 from physai_decode.timing import Recorder
+import pytest
 
 
 def recorder(window_s=10.0, peak=1e6, **deadline):

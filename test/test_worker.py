@@ -1,0 +1,653 @@
+"""The worker against engines that are told what to say and when."""
+
+from collections import Counter
+import gc
+import random
+import threading
+import time
+
+from fake_engine import CharacterText
+from fake_engine import EOS
+from fake_engine import FakeEngine
+from fake_engine import forever
+from fake_engine import Gate
+from fake_engine import say
+from physai_decode.config import ChatConfig
+from physai_decode.config import DeadlineConfig
+from physai_decode.config import DecodeConfig
+from physai_decode.config import DiagnosticsConfig
+from physai_decode.config import QueueConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engine import Step
+from physai_decode.roofline import Peak
+from physai_decode.text import TextError
+from physai_decode.worker import Worker
+import pytest
+
+TIMEOUT_S = 60
+
+
+class Sink:
+    """Keeps all reports, and lets a test wait for a request's end."""
+
+    def __init__(self):
+        self.tokens = []
+        self.ends = []
+        self.threads = {}
+        self._changed = threading.Condition()
+
+    def token(self, report):
+        with self._changed:
+            self.tokens.append(report)
+            self._changed.notify_all()
+
+    def finished(self, report, text):
+        with self._changed:
+            self.ends.append((report, text))
+            self.threads[report.request_id] = threading.current_thread()
+            self._changed.notify_all()
+
+    def end(self, request_id):
+        """Wait for a request's end, give its report and text."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: any(report.request_id == request_id for report, _ in self.ends),
+                TIMEOUT_S), f'request {request_id} did not end'
+            ends = [end for end in self.ends if end[0].request_id == request_id]
+        assert len(ends) == 1
+        report, text = ends[0]
+        pieces = [token for token in self.tokens if token.request_id == request_id]
+        assert ''.join(piece.text for piece in pieces) == text
+        assert [piece.index for piece in pieces] == list(range(len(pieces)))
+        assert report.output_tokens == len(pieces)
+        return report, text
+
+    def wait_tokens(self, count):
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.tokens) >= count, TIMEOUT_S)
+
+
+@pytest.fixture
+def make():
+    """Give a function that makes a started worker and its sink; stop all at the end."""
+    workers = []
+
+    def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True, **groups):
+        sink = sink or Sink()
+        worker = Worker(engine or FakeEngine(), text or CharacterText(), DecodeConfig(**groups),
+                        sink, clock=clock, peak=Peak(1e6, 'parameter'))
+        workers.append(worker)
+        if start:
+            worker.start()
+        return worker, sink
+
+    yield make
+    for worker in workers:
+        assert worker.stop(TIMEOUT_S)
+
+
+def wait_for(condition):
+    until_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.001)
+
+
+def test_an_answer(make):
+    worker, sink = make()
+    request_id = worker.submit('say hello')
+    assert request_id == 1
+    report, text = sink.end(request_id)
+    assert text == 'hello'
+    assert (report.finish_reason, report.message) == ('stop', '')
+    assert (report.prompt_tokens, report.cached_tokens, report.output_tokens) == (9, 0, 5)
+    assert report.ttft_ms == pytest.approx(report.queue_ms + report.prefill_ms)
+    assert report.total_ms >= report.ttft_ms
+    assert report.cancel_ms is None
+    assert [token.text for token in sink.tokens] == list('hello')
+    assert [token.context_tokens for token in sink.tokens] == [9, 10, 11, 12, 13]
+    assert [token.publish_ms is None for token in sink.tokens] == [True] + 4 * [False]
+    assert all(token.device_ms == pytest.approx(1.0) for token in sink.tokens)
+    assert sink.tokens[1].floor_ms == pytest.approx(1.32)
+    assert EOS not in [token.token_id for token in sink.tokens]
+    assert sink.threads[1].name == 'decode'
+    assert worker.window().count == 4
+    assert (worker.requests, worker.refusals, worker.tokens) == (1, 0, 5)
+    assert worker.last_token_s is not None
+    wait_for(lambda: worker.state == 'idle')
+
+
+def test_times_by_the_given_clock(make):
+    now = [100.0]
+
+    def steps(prompt_ids):
+        for wait_s in (0.5, 0.01, 0.02):
+            now[0] += wait_s
+            yield Step((ord('a'),), device_s=wait_s / 2, cached_tokens=1)
+
+    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+                        deadline=DeadlineConfig(token_ms=15.0))
+    report, text = sink.end(worker.submit('ab', received_s=99.75))
+    assert text == 'aaa'
+    assert report.queue_ms == pytest.approx(250.0)
+    assert report.prefill_ms == pytest.approx(500.0)
+    assert report.ttft_ms == pytest.approx(750.0)
+    assert report.total_ms == pytest.approx(780.0)
+    assert report.cached_tokens == 1
+    assert (report.deadline_misses, report.worst_overrun_ms) == (1, pytest.approx(5.0))
+    assert [token.deadline_missed for token in sink.tokens] == [False, False, True]
+    assert [token.publish_ms for token in sink.tokens] == [None, 0.0, 0.0]
+    assert sink.tokens[2].host_gap_ms == pytest.approx(10.0)
+    assert worker.window().itl_max_activation_ms == pytest.approx(20.0)
+
+
+def test_publish_ms_is_the_token_befores():
+    now = [0.0]
+
+    class SlowSink(Sink):
+        def token(self, report):
+            now[0] += 0.001 * (1 + report.index)
+            super().token(report)
+
+    sink = SlowSink()
+    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0])
+    worker.start()
+    sink.end(worker.submit('abc'))
+    assert worker.stop(TIMEOUT_S)
+    assert [token.publish_ms for token in sink.tokens] == [
+        None, pytest.approx(1.0), pytest.approx(2.0)]
+
+
+def test_length(make):
+    worker, sink = make(FakeEngine(lambda ids: forever()), sampling=SamplingConfig(max_new_tokens=5))
+    report, text = sink.end(worker.submit('go'))
+    assert (report.finish_reason, text) == ('length', 'xxxxx')
+    assert report.message == 'sampling.max_new_tokens is 5'
+
+
+def test_the_context_ends(make):
+    engine = FakeEngine(lambda ids: forever(), max_context=16)
+    worker, sink = make(engine)
+    report, text = sink.end(worker.submit('p' * 10))
+    assert (report.finish_reason, len(text)) == ('length', 6)
+    assert report.message == 'the context of 16 tokens is full'
+
+
+def test_several_tokens_a_step(make):
+    def steps(prompt_ids):
+        yield Step(())
+        yield Step((ord('a'), ord('b')), device_s=0.002)
+        yield Step((ord('c'), EOS, ord('d')), device_s=0.002)
+
+    worker, sink = make(FakeEngine(steps))
+    report, text = sink.end(worker.submit('go'))
+    assert (report.finish_reason, text) == ('stop', 'abc')
+    assert [token.device_ms for token in sink.tokens] == [2.0, None, 2.0]
+    assert sink.tokens[1].itl_ms == 0.0
+
+
+def test_a_stop_text_ends_the_answer(make):
+    engine = FakeEngine(lambda ids: say('one. two.'))
+    worker, sink = make(engine, sampling=SamplingConfig(stop=('.',)))
+    report, text = sink.end(worker.submit('count'))
+    assert (report.finish_reason, text) == ('stop', 'one')
+    assert report.output_tokens == 4
+    assert 'sampling.stop' in report.message
+    wait_for(lambda: engine.open == 0)
+
+
+@pytest.mark.parametrize('said, end, pieces', [
+    ('a^b', True, ['a', '', '^b']), ('a^', True, ['a', '^']), ('a^', False, ['a', '^']),
+    ('^^^', True, ['', '^', '^^'])])
+def test_text_that_is_held_back_is_delivered(make, said, end, pieces):
+    worker, sink = make(FakeEngine(lambda ids: say(said, end)))
+    _, text = sink.end(worker.submit('go'))
+    assert text == said
+    assert [token.text for token in sink.tokens] == pieces
+    assert [token.publish_ms is None for token in sink.tokens] == [True] + [False] * (
+        len(pieces) - 1)
+
+
+def test_held_back_text_is_delivered_before_an_error(make):
+    def steps(prompt_ids):
+        yield from say('ab^', end=False)
+        raise EngineError('the wire came off')
+
+    worker, sink = make(FakeEngine(steps))
+    report, text = sink.end(worker.submit('go'))
+    assert (report.finish_reason, text) == ('error', 'ab^')
+
+
+def test_an_empty_answer(make):
+    worker, sink = make(FakeEngine(lambda ids: say('')))
+    report, text = sink.end(worker.submit('go'))
+    assert (report.finish_reason, text, report.output_tokens) == ('stop', '', 0)
+    assert report.ttft_ms is None
+
+
+def test_an_empty_prompt_is_refused_at_once(make):
+    worker, sink = make()
+    request_id = worker.submit('')
+    assert sink.threads[request_id] is threading.current_thread()
+    report, text = sink.end(request_id)
+    assert (report.finish_reason, text) == ('rejected', '')
+    assert 'empty' in report.message
+    assert (worker.requests, worker.refusals) == (1, 1)
+
+
+def test_a_prompt_without_tokens_is_refused(make):
+    class Dumb(CharacterText):
+        def encode(self, prompt, history=()):
+            return []
+
+    worker, sink = make(text=Dumb())
+    report, _ = sink.end(worker.submit('x'))
+    assert report.finish_reason == 'rejected'
+
+
+def test_a_long_prompt_is_refused_with_its_figures(make):
+    engine = FakeEngine(max_context=16)
+    worker, sink = make(engine)
+    report, _ = sink.end(worker.submit('p' * 16))
+    assert report.finish_reason == 'rejected'
+    assert '16 tokens long' in report.message
+    assert 'context holds 16 tokens' in report.message
+    assert engine.prompts == []
+    assert worker.refusals == 1
+    assert sink.end(worker.submit('p' * 15))[0].finish_reason == 'length'
+
+
+def test_text_that_cannot_be_encoded_is_refused(make):
+    class Picky(CharacterText):
+        def encode(self, prompt, history=()):
+            raise TextError('not this one')
+
+    worker, sink = make(text=Picky())
+    report, _ = sink.end(worker.submit('x'))
+    assert (report.finish_reason, report.message) == ('rejected', 'not this one')
+    assert worker.state == 'idle'
+
+
+def test_a_full_queue_refuses(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))), queue=QueueConfig(size=2))
+    running = worker.submit('a')
+    assert gate.waiting.wait(TIMEOUT_S)
+    waiting = [worker.submit('b'), worker.submit('c')]
+    assert worker.queue_depth == 2
+    refused, _ = sink.end(worker.submit('d'))
+    assert refused.finish_reason == 'rejected'
+    assert 'queue is full with 2' in refused.message
+    gate.open(9)
+    for request_id in (running, *waiting):
+        assert sink.end(request_id)[1] == 'ok'
+    assert [report.request_id for report, _ in sink.ends] == [4, 1, 2, 3]
+
+
+def test_prompts_while_stopped_are_refused(make):
+    worker, sink = make(start=False)
+    report, _ = sink.end(worker.submit('early'))
+    assert report.finish_reason == 'rejected'
+    assert 'not active' in report.message
+    worker.start()
+    assert sink.end(worker.submit('go'))[1] == 'go'
+    assert worker.stop(TIMEOUT_S)
+    assert sink.end(worker.submit('late'))[0].finish_reason == 'rejected'
+    worker.start()
+    assert sink.end(worker.submit('again'))[1] == 'again'
+    assert worker.window().count == 4               # since this start
+
+
+def test_cancel_ends_all(make):
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(forever()))
+    worker, sink = make(engine)
+    assert worker.cancel() == 'nothing running'
+    running = worker.submit('a')
+    gate.open(3)
+    sink.wait_tokens(3)
+    waiting = [worker.submit('b'), worker.submit('c')]
+    assert worker.cancel() == 'cancelled request 1, removed 2 waiting'
+    for request_id in waiting:
+        report, text = sink.end(request_id)
+        assert (report.finish_reason, text) == ('cancelled', '')
+        assert report.queue_ms is not None
+        assert sink.threads[request_id] is threading.current_thread()
+    gate.open(1)                                    # within one step
+    report, text = sink.end(running)
+    assert (report.finish_reason, text) == ('cancelled', 'xxx')
+    assert report.cancel_ms >= 0.0
+    assert engine.open == 0
+    assert worker.queue_depth == 0
+
+
+def test_cancel_between_two_pieces_of_a_prompt(make):
+    gate = Gate()
+
+    def steps(prompt_ids):
+        while True:
+            yield Step(())
+
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(steps(ids))))
+    request_id = worker.submit('a long prompt')
+    gate.open(2)
+    assert gate.waiting.wait(TIMEOUT_S)
+    worker.cancel()
+    gate.open(2)
+    report, _ = sink.end(request_id)
+    assert (report.finish_reason, report.output_tokens, report.ttft_ms) == ('cancelled', 0, None)
+
+
+def test_a_new_prompt_preempts(make):
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(forever()))
+    worker, sink = make(engine, queue=QueueConfig(size=1, policy='preempt'))
+    first = worker.submit('a')
+    gate.open(2)
+    sink.wait_tokens(2)
+    second = worker.submit('b')
+    third = worker.submit('c')
+    report, _ = sink.end(second)
+    assert (report.finish_reason, report.message) == ('preempted', 'request 3 came')
+    assert sink.end(worker.submit(''))[0].finish_reason == 'rejected'   # and preempts nothing
+    gate.open(1)
+    report, text = sink.end(first)
+    assert (report.finish_reason, text) == ('preempted', 'xx')
+    assert report.message == 'request 2 came'
+    gate.open(1)
+    sink.wait_tokens(3)
+    worker.cancel()
+    gate.open(1)
+    assert sink.end(third)[0].finish_reason == 'cancelled'
+
+
+def test_an_engine_that_raises(make):
+    def steps(prompt_ids):
+        yield from say('so ', end=False)
+        if len(prompt_ids) == 3:
+            raise EngineError('the wire came off')
+        yield from say('good')
+
+    engine = FakeEngine(steps)
+    worker, sink = make(engine)
+    report, text = sink.end(worker.submit('bad'))
+    assert (report.finish_reason, text) == ('error', 'so ')
+    assert report.message == 'EngineError: the wire came off'
+    assert report.output_tokens == 3
+    assert worker.state == 'failed'
+    assert 'wire' in worker.last_error
+    report, text = sink.end(worker.submit('fine'))
+    assert (report.finish_reason, text) == ('stop', 'so good')
+    wait_for(lambda: worker.state == 'idle')
+    assert engine.open == 0
+
+
+def test_an_engine_that_refuses(make):
+    class Refusing(FakeEngine):
+        def stream(self, prompt_ids, sampling):
+            raise ValueError('token 5 is not in the vocabulary')
+
+    worker, sink = make(Refusing())
+    assert sink.end(worker.submit('x'))[0].message == (
+        'ValueError: token 5 is not in the vocabulary')
+
+
+def test_an_engine_that_hangs_and_comes_back(make):
+    now = [0.0]
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))), clock=lambda: now[0],
+                        diagnostics=DiagnosticsConfig(stall_timeout_s=2.0))
+    request_id = worker.submit('go')
+    gate.open(1)
+    sink.wait_tokens(1)
+    assert worker.state == 'generating'
+    now[0] = 1.9
+    assert worker.state == 'generating'
+    now[0] = 2.1
+    assert worker.state == 'stalled'
+    assert worker.last_token_s == 0.0
+    gate.open(1)
+    sink.wait_tokens(2)
+    assert worker.state == 'generating'
+    gate.open(2)
+    assert sink.end(request_id)[1] == 'abc'
+    assert sink.tokens[1].itl_ms == pytest.approx(2100.0)
+
+
+def test_stop_gives_up_an_engine_that_hangs(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))))
+    running, waiting = worker.submit('a'), worker.submit('b')
+    gate.open(1)
+    sink.wait_tokens(1)
+    assert not worker.stop(0.05)
+    report, text = sink.end(waiting)
+    assert report.finish_reason == 'cancelled'
+    assert 'did not come back within 0.05 s' in worker.last_error
+    with pytest.raises(RuntimeError, match='not come back'):
+        worker.start()
+    gate.open(9)
+    assert worker.stop(TIMEOUT_S)
+    reports = [report for report, _ in sink.ends if report.request_id == running]
+    assert [report.finish_reason for report in reports] == ['error']
+    assert len(sink.tokens) == 1                    # nothing after it was given up
+    worker.start()
+    gate.open(9)
+    assert sink.end(worker.submit('c'))[1] == 'abc'
+
+
+def test_deadline_truncates(make):
+    now = [0.0]
+
+    def steps(prompt_ids):
+        for step in forever():
+            now[0] += 0.04
+            yield step
+
+    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+                        deadline=DeadlineConfig(request_ms=100.0, action='truncate'))
+    report, text = sink.end(worker.submit('go'))
+    assert (report.finish_reason, text) == ('deadline', 'xxx')
+    assert report.total_ms == pytest.approx(120.0)
+    assert (report.deadline_misses, report.worst_overrun_ms) == (1, pytest.approx(20.0))
+    # One that is late before its turn is not begun.
+    report, text = sink.end(worker.submit('go', received_s=now[0] - 1.0))
+    assert (report.finish_reason, report.output_tokens) == ('deadline', 0)
+
+
+def test_deadline_reports(make):
+    now = [0.0]
+
+    def steps(prompt_ids):
+        for step in say('abc'):
+            now[0] += 0.04
+            yield step
+
+    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+                        deadline=DeadlineConfig(request_ms=100.0))
+    report, text = sink.end(worker.submit('go'))
+    assert (report.finish_reason, text, report.deadline_misses) == ('stop', 'abc', 1)
+
+
+def test_updates(make):
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(forever()))
+    worker, sink = make(engine, sampling=SamplingConfig(max_new_tokens=3))
+    first = worker.submit('a')
+    gate.open(1)
+    sink.wait_tokens(1)
+    worker.update(sampling=SamplingConfig(max_new_tokens=2, temperature=0.5),
+                  deadline=DeadlineConfig(token_ms=1e-6))
+    gate.open(4)
+    report, text = sink.end(first)
+    assert (text, report.deadline_misses) == ('xxx', 2)     # the deadline holds at once
+    assert sink.end(worker.submit('b'))[1] == 'xx'          # the sampling from the next on
+    assert [sampling.temperature for sampling in engine.samplings] == [0.0, 0.5]
+
+
+def test_without_history(make):
+    engine = FakeEngine()
+    worker, sink = make(engine)
+    for prompt in ('one', 'two'):
+        sink.end(worker.submit(prompt))
+    assert engine.prompts[1] == [ord(letter) for letter in 'two']
+
+
+def test_history(make):
+    engine = FakeEngine()
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True))
+    for prompt in ('one', 'two', 'p' * 64, 'three'):
+        sink.end(worker.submit(prompt))
+    asked = [''.join(map(chr, ids)) for ids in engine.prompts]
+    assert asked == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
+    assert worker.reset() == 'forgot 3 turns'
+    sink.end(worker.submit('four'))
+    assert ''.join(map(chr, engine.prompts[-1])) == 'four'
+
+
+def test_what_was_not_answered_is_not_remembered(make):
+    def steps(prompt_ids):
+        if prompt_ids[-1] == ord('!'):
+            raise EngineError('no')
+        yield from say('ok')
+
+    engine = FakeEngine(steps)
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True))
+    for prompt in ('a', 'b!', 'c'):
+        sink.end(worker.submit(prompt))
+    assert ''.join(map(chr, engine.prompts[-1])) == 'a\nok\nc'
+
+
+def test_a_reset_while_answering_forgets_that_turn_too(make):
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(say('ok')))
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True))
+    request_id = worker.submit('a')
+    assert gate.waiting.wait(TIMEOUT_S)
+    assert worker.reset() == 'forgot 0 turns'
+    gate.open(9)
+    sink.end(request_id)
+    sink.end(worker.submit('b'))
+    assert engine.prompts[-1] == [ord('b')]
+
+
+def test_the_oldest_turns_make_room(make):
+    engine = FakeEngine(lambda ids: say('ok'), max_context=24)
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True),
+                        sampling=SamplingConfig(max_new_tokens=8))
+    reports = [sink.end(worker.submit(prompt))[0] for prompt in ('aaaa', 'bbbb', 'cccc')]
+    assert [''.join(map(chr, ids)) for ids in engine.prompts] == [
+        'aaaa', 'aaaa\nok\nbbbb', 'bbbb\nok\ncccc']
+    assert [report.finish_reason for report in reports] == ['stop'] * 3
+    assert reports[1].message == ''
+    assert '16 tokens: its oldest 1 turn dropped' in reports[2].message
+
+
+def test_a_sink_that_raises(make):
+    class Leaky(Sink):
+        def token(self, report):
+            super().token(report)
+            if report.request_id == 1:
+                raise OSError('pipe')
+
+        def finished(self, report, text):
+            super().finished(report, text)
+            if report.request_id == 2:
+                raise OSError('burst pipe')
+
+    worker, sink = make(sink=Leaky())
+    report, text = sink.end(worker.submit('abc'))
+    assert (report.finish_reason, report.message, text) == ('error', 'OSError: pipe', 'a')
+    sink.end(worker.submit('abc'))
+    wait_for(lambda: worker.state == 'failed')
+    assert worker.last_error == 'OSError: burst pipe'
+    assert sink.end(worker.submit('abc'))[1] == 'abc'
+
+
+def test_no_collection_while_answering(make):
+    enabled, collections = [], []
+
+    class Watching(Sink):
+        def token(self, report):
+            enabled.append(gc.isenabled())
+            [[] for _ in range(5000)]               # would bring on a collection
+            super().token(report)
+
+    def watch(phase, info):
+        if phase == 'start' and threading.current_thread().name == 'decode':
+            collections.append(worker._running is not None)
+
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))), sink=Watching())
+    assert gc.isenabled()
+    gc.callbacks.append(watch)
+    try:
+        worker.submit('go')
+        gate.open(4)
+        sink.end(1)
+        wait_for(gc.isenabled)
+    finally:
+        gc.callbacks.remove(watch)
+    assert enabled == [False] * 3
+    assert collections == [False]                   # one, between the requests
+    assert worker.stop(TIMEOUT_S)
+
+
+def test_collection_stays_off_where_it_was_off(make):
+    gc.disable()
+    try:
+        worker, sink = make()
+        sink.end(worker.submit('go'))
+        assert worker.stop(TIMEOUT_S)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_lost_among_many(make):
+    source = random.Random(1)
+
+    def steps(prompt_ids):
+        if prompt_ids[-1] == ord('!'):
+            raise EngineError('no')
+        yield Step(())
+        yield from say('x' * source.randrange(20))
+
+    engine = FakeEngine(steps)
+    worker, sink = make(engine, queue=QueueConfig(size=3))
+    submitted = []
+
+    def ask(seed):
+        choice = random.Random(seed)
+        for _ in range(400):
+            submitted.append(worker.submit(choice.choice(['ask', 'ask', 'no!', '', 'p' * 99])))
+            if choice.random() < 0.1:
+                worker.cancel()
+            if choice.random() < 0.5:
+                time.sleep(0.0005)
+
+    askers = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join(timeout=TIMEOUT_S)
+    assert worker.stop(TIMEOUT_S)
+    assert sorted(submitted) == list(range(1, 1201))
+    for request_id in submitted:
+        sink.end(request_id)
+    assert len(sink.ends) == 1200
+    reasons = Counter(report.finish_reason for report, _ in sink.ends)
+    assert worker.requests == 1200
+    assert worker.refusals == reasons['rejected'] > 0
+    assert reasons['stop'] > 0 and reasons['error'] > 0 and reasons['cancelled'] > 0
+    assert worker.tokens == len(sink.tokens)
+    assert engine.open == 0
+    assert not engine.closed
+    assert worker.queue_depth == 0
+
+
+def test_start_twice(make):
+    worker, _ = make()
+    with pytest.raises(RuntimeError):
+        worker.start()
