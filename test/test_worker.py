@@ -160,7 +160,8 @@ def test_publish_ms_is_the_token_befores():
 
 
 def test_length(make):
-    worker, sink = make(FakeEngine(lambda ids: forever()), sampling=SamplingConfig(max_new_tokens=5))
+    engine = FakeEngine(lambda ids: forever())
+    worker, sink = make(engine, sampling=SamplingConfig(max_new_tokens=5))
     report, text = sink.end(worker.submit('go'))
     assert (report.finish_reason, text) == ('length', 'xxxxx')
     assert report.message == 'sampling.max_new_tokens is 5'
