@@ -75,7 +75,8 @@ def done(of, medians, contexts=(2048,)):
     engine = FakeEngine()
     return {
         'case': of.to_dict(), 'status': 'done', 'date': '', 'peak': vars(PEAK),
-        'footprint': {**vars(engine.footprint), 'details': {}, 'cuda_graph': 'captured'}, 'machine': {'cpu': 'Fake'},
+        'footprint': {**vars(engine.footprint), 'details': {}, 'cuda_graph': 'captured'},
+        'machine': {'cpu': 'Fake'},
         'memory': {'resident_peak_bytes': 10**9},
         'startup': {'import_s': 1.0, 'build_s': 2.0, 'parts': {'load_s': 1.5},
                     'first_tokens_s': 4.0, 'progress': []},

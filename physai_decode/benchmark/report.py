@@ -61,8 +61,9 @@ def same_peak(results: Sequence[Result]) -> None:
 def steps(results: Sequence[Result], reference: str = '') -> Table:
     """Make the main table; ``reference`` is the label that the others are compared with."""
     sessions = any(result['case']['session'] for result in results)
-    columns = ['engine', 'graph', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device', 'host gap',
-               'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth', 'prefill ms']
+    columns = ['engine', 'graph', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device',
+               'host gap', 'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth',
+               'prefill ms']
     table = Table('Step time', ['session', *columns] if sessions else columns, notes=[FLOORS])
     if reference:
         table.columns = [*table.columns, f'speed / {reference}']

@@ -22,8 +22,6 @@ from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
 
 Result = dict[str, Any]
-_INSTALL = {'gptqmodel': 'pip install gptqmodel', 'bitsandbytes': 'pip install bitsandbytes',
-            'exllamav2': 'pip install exllamav2'}
 
 
 class Runner:
@@ -70,9 +68,9 @@ class Runner:
     def _measure(self, case, path):
         lacking = [name for name in case.requires if importlib.util.find_spec(name) is None]
         if lacking:
-            how = ', '.join(_INSTALL.get(name, f'pip install {name}') for name in lacking)
             return {'status': 'unavailable', 'contexts': [],
-                    'error': f'not installed: {", ".join(lacking)} ({how})'}
+                    'error': f'not installed: {", ".join(lacking)} '
+                             f'(pip install {" ".join(lacking)})'}
         left_s = min(self.session_timeout_s, self.end_s - time.monotonic())
         if left_s <= 0:
             return {'status': 'unavailable', 'contexts': [],

@@ -26,9 +26,9 @@ GPTQ_LONG = 'GPTQ native, 1000 steps'
 
 # label, engine, quantization of the random weights, modules it needs
 _QUANTIZED = (
-    ('nf4 (bitsandbytes)', 'transformers', 'nf4', ('bitsandbytes',)),
-    ('AWQ (GPTQModel)', 'transformers', 'awq', ('gptqmodel',)),
-    ('GPTQ (GPTQModel)', 'transformers', 'gptq', ('gptqmodel',)),
+    ('nf4 (bitsandbytes)', 'transformers', 'nf4', ('bitsandbytes', 'accelerate')),
+    ('AWQ (GPTQModel)', 'transformers', 'awq', ('gptqmodel', 'accelerate')),
+    ('GPTQ (GPTQModel)', 'transformers', 'gptq', ('gptqmodel', 'optimum', 'accelerate')),
     ('GPTQ (ExLlamaV2)', 'exllamav2', 'gptq', ('exllamav2',)),
     (GPTQ, 'native', 'gptq', ()),
 )
@@ -192,7 +192,7 @@ def quantized_table(results: Sequence[Result], context: int) -> Table:
         read = result['footprint']['read_weight_bytes']
         row = [name, report.ms(cell['itl_p50_s']),
                report.number(eager and eager['itl_p50_s'] / cell['itl_p50_s']),
-               report.number(read / 1e9)]
+               report.number(read / 1e9, 3)]
         if base is None:
             table.rows.append([*row, base_name, 'n/a', 'n/a', 'n/a'])
             continue

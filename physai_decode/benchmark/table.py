@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from html import escape
+from textwrap import fill
 
 _MISSING = ('n/a', 'unavailable', 'died', 'not measured')
 
@@ -28,7 +29,7 @@ class Table:
                 value.rjust(width) if to_right else value.ljust(width)
                 for value, width, to_right in zip(
                     row, widths, right, strict=True)).rstrip())
-        return '\n'.join([*lines, *self.notes, ''])
+        return '\n'.join([*lines, *(fill(note, 99) for note in self.notes), ''])
 
     def markdown(self) -> str:
         """Give the table as GitHub's Markdown."""
