@@ -29,7 +29,7 @@ class ModelConfig:
 
     path: str = _option(
         'builtin:tiny_planner',
-        'builtin:NAME for a model inside the package, a folder in Hugging Face layout, or a hub id')
+        'builtin:NAME for a model in the package, a folder in Hugging Face layout, or a hub id')
     revision: str = _option('', 'branch, tag or commit of a hub id; empty for its default branch')
 
 
@@ -47,7 +47,7 @@ class EngineConfig:
         choices=('auto', 'bfloat16', 'float16', 'float32'))
     cuda_graph: bool = _option(True, 'capture the decode step in a CUDA graph and replay it')
     max_context: int = _option(
-        4096, 'tokens of prompt and answer that the cache holds; a smaller limit of the model wins',
+        4096, 'tokens of prompt and answer that the cache holds; a smaller one of the model wins',
         low=16, high=1048576)
     cpu_threads: int = _option(
         0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
@@ -134,13 +134,15 @@ class RooflineConfig:
 class DiagnosticsConfig:
     """What `/diagnostics` says and how often."""
 
-    period_s: float = _option(1.0, 'time between two messages on /diagnostics', low=0.01, high=3600.0)
+    period_s: float = _option(
+        1.0, 'time between two messages on /diagnostics', low=0.01, high=3600.0)
     window_s: float = _option(
         10.0, 'latency percentiles cover the tokens of this long', low=0.1, high=3600.0)
     stall_timeout_s: float = _option(
         5.0, 'no token for this long while generating is a stall', low=0.05, high=3600.0)
     warn_r_floor: float = _option(
-        0.0, 'WARN when the median r_floor of the window is below this; 0 never', low=0.0, high=1.0)
+        0.0, 'WARN when the median r_floor of the window is below this; 0 never',
+        low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
