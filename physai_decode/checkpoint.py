@@ -77,10 +77,12 @@ class Checkpoint:
         method = str(quantized.get('quant_method', 'unknown'))
         if method == 'bitsandbytes':
             four_bit = quantized.get('load_in_4bit') or quantized.get('_load_in_4bit')
-            return f'{method}-{quantized.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
+            kind = quantized.get('bnb_4bit_quant_type', 'fp4') if four_bit else 'int8'
+            return f'{method}-{kind}'
         bits, group = quantized.get('bits'), quantized.get('group_size')
-        name = method if bits is None else f'{method}-int{bits}' if method != 'exl2' \
-            else f'{method}-{bits}bpw'
+        name = method
+        if bits is not None:
+            name += f'-{bits}bpw' if method == 'exl2' else f'-int{bits}'
         return f'{name}-g{group}' if isinstance(group, int) and group > 0 else name
 
     @cached_property

@@ -11,10 +11,11 @@ import threading
 from physai_decode.config import SamplingConfig
 import pytest
 
+GREEDY = SamplingConfig(max_new_tokens=8)
 WARM = SamplingConfig(temperature=1.5, max_new_tokens=24)
 
 
-def decode(engine, prompt, sampling=SamplingConfig(max_new_tokens=8)):
+def decode(engine, prompt, sampling=GREEDY):
     """Give all ids of an answer."""
     return list(chain.from_iterable(step.token_ids for step in engine.stream(prompt, sampling)))
 

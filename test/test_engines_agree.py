@@ -1,4 +1,4 @@
-"""The native engine against the transformers library's own model, and both against the contract."""
+"""Native against the transformers library's own model, and both engines against the contract."""
 
 import engine_contract
 from engine_contract import decode

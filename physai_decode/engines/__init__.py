@@ -16,7 +16,7 @@ _CLASSES = {
     'native': 'NativeEngine', 'transformers': 'TransformersEngine', 'exllamav2': 'ExLlamaV2Engine'}
 _INSTALL = {
     'torch': 'PyTorch (pip install torch; on a Jetson the wheel for its JetPack)',
-    'transformers': 'transformers (pip install transformers)',
+    'transformers': 'transformers (pip install -U transformers)',
     'safetensors': 'safetensors (pip install safetensors)',
     'triton': 'Triton (pip install triton)',
     'exllamav2': 'ExLlamaV2 (pip install exllamav2; it also needs a CUDA toolkit)'}
@@ -63,7 +63,7 @@ def _load(name):
     try:
         return import_module(f'physai_decode.engines.{name}')
     except ImportError as error:
-        missing = (error.name or '').partition('.')[0]
+        missing = (error.name or '').partition('.')[0].replace('physai_decode', name)
         raise EngineError(
             f'the engine {name} is not installed ({error}): install '
-            f'{_INSTALL.get(missing, missing or name)} or choose another engine.name') from None
+            f'{_INSTALL.get(missing or name, missing)} or choose another engine.name') from None

@@ -2,17 +2,19 @@
 The transformers library's own model: the baseline, and the way for every other architecture.
 
 One step is the library's forward pass over its own cache, and its own logits processors choose the
-token. By default the cache grows and the host launches every kernel: the eager step of arXiv
-2605.30571. With ``cuda_graph`` on a GPU the cache is the library's static one, and the forward pass
-with the choice of the likeliest token is captured whole in one CUDA graph; a sampled token is
-chosen after it. Attention is PyTorch's scaled_dot_product_attention where the model has it. The
-engine knows nothing of how a model computes, and never runs code from a model folder.
+token. On a CPU, and on a GPU with ``cuda_graph`` off, the cache grows and the host launches every
+kernel: the eager step of arXiv 2605.30571. With ``cuda_graph`` on a GPU the cache is the library's
+static one, and the forward pass with the choice of the likeliest token is captured whole in one
+CUDA graph; a sampled token is chosen after it. Attention is PyTorch's scaled_dot_product_attention
+where the model has it. The engine knows nothing of how a model computes, and never runs code from a
+model folder.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import gc
+from importlib.util import find_spec
 import inspect
 from pathlib import Path
 import traceback
@@ -45,6 +47,10 @@ from transformers.utils import is_accelerate_available
 # A prompt goes in pieces of so many tokens, so that it can be cancelled between two of them.
 _PIECE_TOKENS = {'cpu': 256, 'cuda': 2048}
 _WARMUP_TOKENS = 8
+# What transformers calls for quantised weights.
+_LIBRARIES = {
+    'awq': ('gptqmodel', 'accelerate'), 'bitsandbytes': ('bitsandbytes', 'accelerate'),
+    'gptq': ('gptqmodel', 'optimum', 'accelerate')}
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
@@ -169,7 +175,7 @@ class Decoder:
         self.kv_shapes = [
             (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1],
              layer.keys.element_size())
-            for layer in self.cache.layers if isinstance(getattr(layer, 'keys', None), torch.Tensor)]
+            for layer in self.cache.layers if getattr(layer, 'keys', None) is not None]
         self.rewind([0])
 
     def pieces(self, ids: list[int]) -> list[list[int]]:
@@ -241,6 +247,7 @@ class CapturedDecoder(Decoder):
     """
 
     captured = True
+    _graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(self, network: torch.nn.Module, device: torch.device, limit: int):
         """Make the cache, warm up, capture, and hold the captured step against the uncaptured."""
@@ -258,7 +265,7 @@ class CapturedDecoder(Decoder):
 
     def step(self, token: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Decoder.step`; what it returns is overwritten by the next step."""
-        if getattr(self, '_graph', None) is None:
+        if self._graph is None:
             return super().step(token, number)
         return self._advance(lambda: self._replay(token), [number])
 
@@ -418,6 +425,12 @@ def _load(model, device, dtype):
             f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
             f'{transformers.__version__}{folder_code}: choose another model, or a version of '
             'transformers that has it')
+    method = model.quantization_config.get('quant_method')
+    missing = [name for name in _LIBRARIES.get(method, ()) if find_spec(name) is None]
+    if missing:
+        raise EngineError(
+            f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
+            f'pip install {" ".join(missing)}')
     placed = bool(model.quantization_config) or (
         device.type == 'cuda' and is_accelerate_available())
     try:
@@ -476,6 +489,7 @@ def _first_line(error):
 def _footprint(model, decoder, limit):
     network, device = decoder.network, decoder._device
     config = network.config.get_text_config(decoder=True)
+    # A layer that caches a compressed form has keys and values of different widths.
     heads, key_width, value_width, element_bytes = \
         decoder.kv_shapes[0] if decoder.kv_shapes else (0, 0, 0, network.dtype.itemsize)
     windows = {getattr(layer, 'sliding_window', 0)

@@ -1,0 +1,373 @@
+"""The transformers engine: other architectures, its caches, what it refuses and what it costs."""
+
+import gc
+import json
+import sys
+
+from engine_contract import CHECKS
+from engine_contract import decode
+from engine_contract import forget
+from physai_decode import checkpoint
+from physai_decode import engines
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines import device
+from physai_decode.engines import transformers as module
+from physai_decode.engines.transformers import TransformersEngine
+import pytest
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+import transformers
+
+CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
+_BASE = {
+    'vocab_size': 512, 'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 2,
+    'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 32,
+    'max_position_embeddings': 256, 'pad_token_id': None}
+_EXPERTS = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 32}
+ARCHITECTURES = {
+    'gpt2': {'vocab_size': 512, 'n_embd': 64, 'n_layer': 2, 'n_head': 2, 'n_positions': 256},
+    'bloom': {'vocab_size': 512, 'hidden_size': 64, 'n_layer': 2, 'n_head': 2},
+    'phi3': _BASE,
+    'gemma3_text': {**_BASE, 'num_hidden_layers': 6, 'sliding_window': 24},
+    'mixtral': {**_BASE, 'num_local_experts': 4, 'num_experts_per_tok': 2},
+    'qwen3_moe': {**_BASE, **_EXPERTS},
+    'mamba': {'vocab_size': 512, 'hidden_size': 64, 'num_hidden_layers': 2, 'state_size': 8},
+    'deepseek_v3': {
+        **_BASE, 'head_dim': 16, 'num_key_value_heads': 2, 'q_lora_rank': 32, 'kv_lora_rank': 32,
+        'qk_rope_head_dim': 16, 'qk_nope_head_dim': 16, 'v_head_dim': 16, 'n_routed_experts': 4,
+        'num_experts_per_tok': 2, 'moe_intermediate_size': 32, 'n_group': 1, 'topk_group': 1,
+        'first_k_dense_replace': 1},
+    'lfm2': {**_BASE, 'layer_types': ['conv', 'full_attention']}}
+
+
+def load(folder, config=CPU):
+    return TransformersEngine(folder, config, lambda text: None)
+
+
+def change_config(folder, **changes):
+    path = folder / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return random_model.save(tmp_path / 'model', 'llama', 0)
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_it_decodes_as_the_library_does(name, tmp_path):
+    config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
+    engine = load(random_model.save_config(tmp_path, config, 0))
+    prompt = list(range(3, 43))
+    answer = decode(engine, prompt, SamplingConfig(max_new_tokens=40))
+    network = engine._decoder.network
+    network.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    expected = network.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+    assert answer == expected[0, len(prompt):].tolist()
+    # With what was said in the cache, and with a part of it taken back.
+    assert decode(engine, prompt + answer[:20], SamplingConfig(max_new_tokens=20)) == answer[20:]
+    assert decode(engine, prompt + answer[:9], SamplingConfig(max_new_tokens=31)) == answer[9:]
+    engine.close()
+
+
+def test_long_prompts_come_in_pieces(folder, monkeypatch):
+    engine = load(folder)
+    prompt = list(range(10, 160))
+    expected = decode(engine, prompt)
+    monkeypatch.setitem(module._PIECE_TOKENS, 'cpu', 64)
+    forget(engine)
+    steps = list(engine.stream(prompt, SamplingConfig(max_new_tokens=8)))
+    assert [len(step.token_ids) for step in steps] == [0, 0] + [1] * 8
+    assert [step.token_ids[0] for step in steps[2:]] == expected
+    forget(engine)
+    stream = engine.stream(prompt, SamplingConfig())
+    assert next(stream).token_ids == ()
+    stream.close()
+    steps = list(engine.stream(prompt, SamplingConfig(max_new_tokens=8)))
+    assert steps[-1].cached_tokens == 64
+    assert [step.token_ids[0] for step in steps if step.token_ids] == expected
+
+
+def test_a_step_that_raises_leaves_nothing_in_the_cache(folder, monkeypatch):
+    engine = load(folder)
+    prompt = list(range(10, 40))
+    expected = decode(engine, prompt)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError('broken')
+
+    # The first layer has taken the token's keys and values, the second has not.
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder.network.model.layers[1], 'forward', fail)
+        with pytest.raises(RuntimeError, match='broken'):
+            decode(engine, prompt + [5])
+    steps = list(engine.stream(prompt, SamplingConfig(max_new_tokens=8)))
+    assert steps[0].cached_tokens == 0
+    assert [step.token_ids[0] for step in steps] == expected
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral_window', 'qwen2_window', 'qwen3'])
+def test_the_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
+    """What the graph captures, launched uncaptured: all but the capture itself."""
+    folder = random_model.save(tmp_path, family, 0)
+    reference = load(folder)
+    monkeypatch.setattr(module.CapturedDecoder, '_capture', lambda self: None)
+    monkeypatch.setattr(module, 'Decoder', module.CapturedDecoder)
+    engine = load(folder)
+    assert engine.footprint.cuda_graph == 'captured'
+    prompts = (list(range(3, 100)), list(range(3, 60)) + [7, 8, 9], [5])
+    for prompt in prompts:
+        sampling = SamplingConfig(max_new_tokens=60)
+        assert decode(engine, prompt, sampling) == decode(reference, prompt, sampling)
+    for check in CHECKS:
+        check(engine)
+
+
+def test_a_state_that_is_no_context_is_not_captured():
+    config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
+    with pytest.raises(EngineError, match='engine.cuda_graph to false'):
+        module.whole_cache(config, 64)
+
+
+def test_experts_that_are_not_asked_are_not_read(tmp_path):
+    config = transformers.AutoConfig.for_model('qwen3_moe', **ARCHITECTURES['qwen3_moe'])
+    folder = random_model.save_config(tmp_path, config, 0)
+    tensors = checkpoint.inspect(folder).tensors
+    experts = sum(entry.bytes for name, entry in tensors.items() if '.experts.' in name)
+    embedding = tensors['model.embed_tokens.weight']
+    assert experts > 0
+    assert load(folder).footprint.read_weight_bytes == \
+        sum(entry.bytes for entry in tensors.values()) - experts // 2 \
+        - embedding.bytes + embedding.bytes // embedding.shape[0]
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_number_formats(folder, dtype):
+    engine = load(folder, EngineConfig(device='cpu', dtype=dtype))
+    assert engine.footprint.dtype == dtype
+    assert engine.footprint.kv_element_bytes == (4 if dtype == 'float32' else 2)
+    assert len(decode(engine, [3, 4, 5])) == 8
+
+
+def alive():
+    gc.collect()
+    return sum(issubclass(type(each), torch.nn.Linear) for each in gc.get_objects())
+
+
+def test_close_frees(folder):
+    before = alive()
+    engine = load(folder)
+    decode(engine, [3, 4, 5])
+    assert alive() > before
+    engine.close()
+    engine.close()
+    assert alive() == before
+
+
+def settings(path, **engine):
+    return DecodeConfig(
+        model=ModelConfig(path=str(path)),
+        engine=EngineConfig(**{'device': 'cpu', 'name': 'transformers', **engine}))
+
+
+def refusal(path, **engine):
+    """Give the message with which an engine is refused."""
+    with pytest.raises(EngineError) as caught:
+        engines.build(settings(path, **engine))
+    return str(caught.value)
+
+
+def test_weights_that_the_file_lacks(folder):
+    tensors = load_file(folder / 'model.safetensors')
+    del tensors['model.layers.1.mlp.up_proj.weight']
+    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+    before = alive()
+    assert 'up_proj' in refusal(folder)
+    assert alive() == before
+    random_model.save(folder, 'llama', 0)
+    engines.build(settings(folder)).close()
+
+
+def test_weights_of_another_shape(folder):
+    change_config(folder, intermediate_size=128)
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize('name', ['transformers', 'native'])
+def test_truncated_weights(folder, name):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+    assert 'truncated' in refusal(folder, name=name)
+
+
+@pytest.mark.parametrize('name', ['auto', 'transformers'])
+def test_unknown_architectures(folder, name):
+    change_config(folder, model_type='never_heard_of')
+    message = refusal(folder, name=name)
+    assert 'never_heard_of' in message and 'choose another model' in message
+
+
+def test_models_that_do_not_continue_text(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert 'causal language model' in refusal(tmp_path)
+
+
+@pytest.mark.parametrize('model_type', ['llama', 'never_heard_of'])
+def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
+    trace = tmp_path / 'it_ran'
+    code = f'open({str(trace)!r}, "w")\n'
+    for name in ('modeling_own.py', 'configuration_own.py'):
+        (folder / name).write_text(code)
+    change_config(folder, model_type=model_type, auto_map={
+        'AutoConfig': 'configuration_own.OwnConfig',
+        'AutoModelForCausalLM': 'modeling_own.OwnForCausalLM'})
+    if model_type == 'llama':
+        engines.build(settings(folder)).close()
+    else:
+        assert 'never run' in refusal(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(('method', 'missing'), [
+    ('gptq', 'pip install gptqmodel optimum'), ('awq', 'pip install gptqmodel'),
+    ('bitsandbytes', 'pip install bitsandbytes')])
+def test_quantised_weights_without_their_library(folder, method, missing, monkeypatch):
+    monkeypatch.setattr(
+        module, 'find_spec', lambda name: None if name != 'accelerate' else 'there')
+    change_config(folder, quantization_config={
+        'quant_method': method, 'bits': 4, 'group_size': 128, 'load_in_4bit': True,
+        'bnb_4bit_quant_type': 'nf4'})
+    message = refusal(folder)
+    assert message.endswith(missing) and method in message
+
+
+def test_devices_that_are_not_there(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for name in ('cuda', 'cuda:0'):
+        assert 'set engine.device to cpu' in refusal(folder, device=name)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert 'this machine has 1 CUDA device' in refusal(folder, device='cuda:7')
+    for name in ('gpu', 'cuda:', 'cuda:x', 'tpu', ''):
+        assert 'allowed are auto, cpu, cuda and cuda:N' in refusal(folder, device=name)
+
+
+def test_a_number_format_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda which: (7, 5))
+    monkeypatch.setattr(device, 'describe', lambda which: ('an old GPU', ''))
+    with pytest.raises(EngineError, match='an old GPU does not have'):
+        device.select(EngineConfig(device='cuda', dtype='bfloat16'))
+    assert device.select(EngineConfig(device='cuda'))[1] == torch.float16
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda which: (8, 7))
+    assert device.select(EngineConfig(device='cuda'))[1] == torch.bfloat16
+    with pytest.raises(EngineError, match='engine.dtype'):
+        device.select(EngineConfig(device='cpu', dtype='int8'))
+
+
+def test_too_little_memory(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(device, 'free_bytes', lambda which: 1000)
+        assert 'not enough memory on cpu' in refusal(folder)
+
+    def exhaust(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaModel, 'forward', exhaust)
+        before = alive()
+        message = refusal(folder)
+        assert 'not enough memory on cpu' in message and 'are free' in message
+        assert alive() == before
+    engines.build(settings(folder)).close()
+
+
+def test_auto_goes_by_the_architecture(folder, tmp_path):
+    said = []
+    engine = engines.build(settings(folder, name='auto'), said.append)
+    assert engine.footprint.engine == 'native'
+    config = transformers.AutoConfig.for_model('gpt2', **ARCHITECTURES['gpt2'])
+    other = random_model.save_config(tmp_path / 'other', config, 0)
+    engine = engines.build(settings(other, name='auto'), said.append)
+    assert engine.footprint.engine == 'transformers'
+    assert any('engine transformers, because' in text and 'gpt2' in text for text in said)
+
+
+def test_native_refuses_what_it_does_not_run(tmp_path):
+    config = transformers.AutoConfig.for_model('gpt2', **ARCHITECTURES['gpt2'])
+    message = refusal(random_model.save_config(tmp_path, config, 0), name='native')
+    assert 'gpt2' in message and 'transformers' in message
+
+
+def test_an_engine_that_is_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    monkeypatch.delitem(sys.modules, 'physai_decode.engines.transformers')
+    assert 'pip install -U transformers' in refusal(folder)
+
+
+def test_exllamav2_that_is_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'exllamav2', None)
+    monkeypatch.delitem(sys.modules, 'physai_decode.engines.exllamav2', raising=False)
+    assert 'pip install exllamav2' in refusal(folder, name='exllamav2')
+
+
+def test_an_engine_that_does_not_exist(folder):
+    assert 'allowed are auto, native' in refusal(folder, name='vllm')
+
+
+def test_progress_is_told(folder):
+    said = []
+    engines.build(settings(folder), said.append).close()
+    assert any('loading' in text for text in said) and 'warming up' in said
+
+
+@on_gpu
+@pytest.mark.parametrize('family', random_model.FAMILIES)
+def test_the_captured_step_gives_the_same_tokens(family, tmp_path):
+    folder = random_model.save(tmp_path, family, 0, eos_token_id=list(range(128)))
+    captured, launched = (
+        load(folder, EngineConfig(device='cuda', dtype='float32', cuda_graph=graph))
+        for graph in (True, False))
+    assert captured.footprint.cuda_graph == 'captured'
+    assert launched.footprint.cuda_graph == 'off'
+    for prompt in (list(range(3, 100)), list(range(3, 60)) + [7, 8, 9], [5]):
+        sampling = SamplingConfig(max_new_tokens=60)
+        assert decode(captured, prompt, sampling) == decode(launched, prompt, sampling)
+    for check in CHECKS:
+        check(captured)
+        check(launched)
+    steps = list(captured.stream([3, 4, 5], SamplingConfig(max_new_tokens=8)))
+    assert all(step.device_s > 0 for step in steps)
+
+
+@on_gpu
+def test_close_frees_the_device(folder):
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    engine = load(folder, EngineConfig(device='cuda'))
+    decode(engine, [3, 4, 5])
+    assert torch.cuda.memory_allocated() > before
+    engine.close()
+    assert torch.cuda.memory_allocated() == before
+
+
+@on_gpu
+def test_what_can_not_be_captured_is_refused_by_name(tmp_path):
+    config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
+    folder = random_model.save_config(tmp_path, config, 0)
+    assert 'mamba' in refusal(folder, device='cuda')
+    assert len(decode(load(folder, EngineConfig(device='cuda', cuda_graph=False)), [3])) == 8
