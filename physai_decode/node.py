@@ -418,8 +418,12 @@ def main(args: list[str] | None = None, load=load) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    # rclpy's own handlers would end the context before the last messages are out.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        # rclpy's own handlers would end the context before the last messages are out.
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:       # a params file that is not there, a slip in an argument
+        print(f'decode_node: {error}', file=sys.stderr)
+        return 1
     try:
         node = DecodeNode(load)
     except ConfigError as error:

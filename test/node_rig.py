@@ -203,10 +203,14 @@ class Rig:
         result = answer.results[0] if service == 'set_parameters' else answer.result
         return result.successful, result.reason
 
+    def ask_later(self, text) -> None:
+        """Send a prompt."""
+        self.prompt.publish(String(data=text))
+
     def ask(self, text) -> dict[str, str]:
         """Send a prompt and give the figures of the next request that ends."""
         count = len(self.heard['request_stats'])
-        self.prompt.publish(String(data=text))
+        self.ask_later(text)
         self.wait(lambda: len(self.heard['request_stats']) > count)
         return self.requests()[count]
 

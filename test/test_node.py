@@ -9,7 +9,6 @@ from physai_decode.config import ConfigError
 import pytest
 import rclpy
 from rosgraph_msgs.msg import Clock
-from std_msgs.msg import String
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -144,9 +143,9 @@ def test_a_full_queue_refuses(make):
     """One runs, one waits, the third is refused."""
     rig = make(**{'queue.size': 1})
     assert rig.change('configure', 'activate')
-    rig.prompt.publish(String(data='?'))
+    rig.ask_later('?')
     rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'generating')
-    rig.prompt.publish(String(data='b'))
+    rig.ask_later('b')
     rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
     assert 'queue is full' in rig.ask('c')['message']
     rig.loader.engines[0].answer.set()
@@ -158,9 +157,9 @@ def test_preempt(make):
     rig = make(**{'queue.policy': 'preempt'})
     assert rig.change('configure', 'activate')
     rig.loader.engines[0].step_s = 0.02
-    rig.prompt.publish(String(data='x' * 200))
+    rig.ask_later('x' * 200)
     rig.wait(lambda: rig.heard['tokens'])
-    rig.prompt.publish(String(data='b'))
+    rig.ask_later('b')
     rig.wait(lambda: len(rig.requests()) == 2)
     assert [request['finish_reason'] for request in rig.requests()] == ['preempted', 'stop']
 
@@ -170,7 +169,7 @@ def test_cancel_and_reset(rig):
     assert rig.trigger('cancel').message == 'nothing running'
     rig.loader.engines[0].step_s = 0.02
     for text in ('x' * 200, 'b'):
-        rig.prompt.publish(String(data=text))
+        rig.ask_later(text)
     rig.wait(lambda: rig.heard['tokens'])
     rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
     assert rig.trigger('cancel').success
@@ -226,7 +225,7 @@ def test_diagnostics_in_every_state(make):
     assert state() == 'idle'
     told = rig.diagnostics('decode: latency')
     assert (told['count'], told['itl_p50_ms']) == ('0', 'n/a')
-    rig.prompt.publish(String(data='ab?c'))
+    rig.ask_later('ab?c')
     rig.wait(lambda: state() == 'generating')
     rig.loader.engines[0].answer.set()
     rig.wait(lambda: state() == 'idle')
@@ -294,7 +293,7 @@ def test_an_engine_that_hangs(make, monkeypatch):
     monkeypatch.setattr('physai_decode.node.STOP_TIMEOUT_S', 0.2)
     rig = make(**{'diagnostics.stall_timeout_s': 0.1})
     assert rig.change('configure', 'activate')
-    rig.prompt.publish(String(data='a?b'))
+    rig.ask_later('a?b')
     rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'stalled')
     assert rig.diagnostics('decode: engine')['level'] == messages.ERROR
     assert rig.change('deactivate')
@@ -315,7 +314,7 @@ def test_deadlines_reach_diagnostics(make):
     rig = make()
     assert rig.change('configure', 'activate')
     rig.loader.engines[0].step_s = 0.01
-    rig.prompt.publish(String(data='x' * 200))
+    rig.ask_later('x' * 200)
     rig.wait(lambda: rig.heard['tokens'])
     assert rig.diagnostics('decode: latency')['level'] == messages.OK
     assert rig.set(deadline__max_consecutive_misses=10**6) == (True, '')

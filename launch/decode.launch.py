@@ -1,0 +1,44 @@
+"""Start the decode node; it configures and activates by itself unless told otherwise."""
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument
+from launch.actions import OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode
+
+PACKAGE = 'physai_decode'
+ARGUMENTS = {
+    'params_file': ('', 'YAML file with parameters; empty takes the package\'s config/decode.yaml'),
+    'namespace': ('', 'namespace of the node'),
+    'name': ('decode', 'name of the node'),
+    'model': ('', 'model.path: builtin:NAME, a folder or a hub id; empty leaves it to the file'),
+    'engine': ('', 'engine.name: auto, native, transformers or exllamav2; empty leaves it to the '
+               'file'),
+    'autostart': ('true', 'configure and activate at start; false waits for lifecycle calls'),
+    'log_level': ('info', 'least severe messages that are logged: debug, info, warn, error'),
+}
+
+
+def start(context: LaunchContext) -> list[LifecycleNode]:
+    """Make the node once the arguments are known."""
+    given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    file = given['params_file'] or f'{get_package_share_directory(PACKAGE)}/config/decode.yaml'
+    overrides = {'autostart': given['autostart'].lower() in ('true', '1')}
+    for argument, parameter in (('model', 'model.path'), ('engine', 'engine.name')):
+        if given[argument]:
+            overrides[parameter] = given[argument]
+    # The node starts itself: launch_ros of Humble and Jazzy has no autostart for it.
+    return [LifecycleNode(
+        package=PACKAGE, executable='decode_node', name=given['name'],
+        namespace=given['namespace'], parameters=[file, overrides], output='screen',
+        arguments=['--ros-args', '--log-level', given['log_level']])]
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Describe the arguments and the node."""
+    return LaunchDescription([
+        *(DeclareLaunchArgument(name, default_value=default, description=description)
+          for name, (default, description) in ARGUMENTS.items()),
+        OpaqueFunction(function=start)])

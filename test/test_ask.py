@@ -1,0 +1,107 @@
+"""decode_ask: prints the answer and its figures, and says by its exit code how it went."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from node_rig import Rig
+import pytest
+import rclpy
+
+COMMAND = [sys.executable, '-m', 'physai_decode.ask', '--timeout', '30']
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give a node that takes prompts."""
+    rclpy.init()
+    rig = Rig()
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+def ask(*arguments):
+    """Run the command."""
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_it_prints_the_answer_and_its_figures(rig):
+    """Text first, then one line for each figure."""
+    done = ask('hello 🙂')
+    assert (done.returncode, done.stderr) == (0, '')
+    lines = done.stdout.splitlines()
+    assert lines[0] == 'HELLO 🙂'
+    figures = dict(line.split(maxsplit=1) for line in lines[2:])
+    assert figures['finish_reason'] == 'stop'
+    assert figures['output_tokens'] == '7'
+
+
+def test_json_is_one_object(rig):
+    """With numbers as numbers and what is not known as null."""
+    done = ask('hi', '--json')
+    told = json.loads(done.stdout)
+    assert (done.returncode, told['text'], told['error']) == (0, 'HI', '')
+    assert told['output_tokens'] == 2
+    assert told['cancel_ms'] is None
+    assert told['total_ms'] > 0
+
+
+def test_it_takes_its_own_answer_among_others(rig):
+    """While another request runs and one waits, it shows the third."""
+    rig.loader.engines[0].step_s = 0.02
+    for text in ('x' * 200, 'y' * 50):
+        rig.ask_later(text)
+    rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
+    try:
+        told = json.loads(ask('mine', '--json').stdout)
+    finally:
+        rig.loader.engines[0].step_s = 0.0
+    assert told['text'] == 'MINE'
+
+
+def test_a_refusal_is_an_error(rig):
+    """The reason is on stderr."""
+    done = ask('')
+    assert done.returncode == 1
+    assert 'the prompt is empty' in done.stderr
+
+
+def test_an_engine_s_error_is_an_error(rig):
+    """With the text so far."""
+    done = ask('ab!c')
+    assert done.returncode == 1
+    assert done.stdout.startswith('AB\n')
+    assert 'the engine broke' in done.stderr
+
+
+def test_no_node_in_time(rig):
+    """It says which node it waited for."""
+    done = ask('hello', '--node', 'nobody', '--timeout', '1')
+    assert done.returncode == 1
+    assert done.stderr == 'decode_ask: no node /nobody was seen on the topics within 1 s\n'
+
+
+def test_no_answer_in_time(rig):
+    """An engine that hangs does not hang the command."""
+    done = ask('a?', '--timeout', '5')
+    rig.loader.engines[0].answer.set()
+    assert done.returncode == 1
+    assert done.stdout.startswith('A')
+    assert 'no end of the answer came from /decode within 5 s' in done.stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_it_can_be_interrupted(rig, number):
+    """Without a traceback."""
+    process = subprocess.Popen(
+        [*COMMAND, 'hello', '--node', 'nobody'], stderr=subprocess.PIPE, text=True)
+    rig.wait(lambda: any(name.startswith('decode_ask') for name in rig.probe.get_node_names()))
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    assert process.wait(30) == 1
+    assert process.stderr.read() == 'decode_ask: interrupted\n'

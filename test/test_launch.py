@@ -1,0 +1,97 @@
+"""The launch file brings up a node that answers; runs wherever launch_pytest is installed."""
+
+import importlib.util
+import os
+from pathlib import Path
+import sys
+
+import pytest
+
+launch_pytest = pytest.importorskip('launch_pytest')
+
+from ament_index_python.packages import get_package_prefix      # noqa: E402
+from ament_index_python.packages import PackageNotFoundError    # noqa: E402
+from diagnostic_msgs.msg import DiagnosticArray                 # noqa: E402
+from launch import LaunchDescription                            # noqa: E402
+from launch.actions import DeclareLaunchArgument                # noqa: E402
+from launch.actions import IncludeLaunchDescription             # noqa: E402
+from launch.launch_description_sources import PythonLaunchDescriptionSource     # noqa: E402
+import rclpy                                                    # noqa: E402
+from std_msgs.msg import String                                 # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / 'launch' / 'decode.launch.py'
+
+
+@pytest.fixture(scope='module')
+def prefix(tmp_path_factory):
+    """Give ROS an install space of the package where it has none yet."""
+    try:
+        return get_package_prefix('physai_decode')
+    except (PackageNotFoundError, OSError):
+        pass
+    prefix = tmp_path_factory.mktemp('prefix')
+    for folder in ('share/ament_index/resource_index/packages', 'lib/physai_decode'):
+        (prefix / folder).mkdir(parents=True)
+    (prefix / 'share/ament_index/resource_index/packages/physai_decode').touch()
+    (prefix / 'share/physai_decode').symlink_to(ROOT)
+    script = prefix / 'lib/physai_decode/decode_node'
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m physai_decode.node "$@"\n')
+    script.chmod(0o755)
+    paths = [str(prefix), *filter(None, [os.environ.get('AMENT_PREFIX_PATH')])]
+    os.environ['AMENT_PREFIX_PATH'] = os.pathsep.join(paths)
+    return prefix
+
+
+@launch_pytest.fixture
+def decode(prefix):
+    """Launch the node under a name and namespace of its own."""
+    return LaunchDescription([
+        IncludeLaunchDescription(
+            PythonLaunchDescriptionSource(str(FILE)),
+            launch_arguments={'namespace': 'robot', 'name': 'brain', 'engine': 'native',
+                              'model': 'builtin:tiny_planner'}.items()),
+        launch_pytest.actions.ReadyToTest()])
+
+
+@pytest.mark.launch(fixture=decode)
+def test_the_launched_node_answers():
+    """It becomes active by itself, with the arguments' names and values, and answers a prompt."""
+    rclpy.init()
+    probe = rclpy.create_node('probe')
+    told, answers = {}, []
+
+    def on_diagnostics(message):
+        if message.header.frame_id == '/robot/brain':
+            told.update({pair.key: pair.value for pair in message.status[-1].values})
+
+    def wait(done):
+        for _ in range(1200):
+            if done():
+                return
+            rclpy.spin_once(probe, timeout_sec=0.1)
+        pytest.fail('waited too long')
+
+    try:
+        probe.create_subscription(DiagnosticArray, '/diagnostics', on_diagnostics, 10)
+        probe.create_subscription(String, '/robot/brain/response', answers.append, 10)
+        prompt = probe.create_publisher(String, '/robot/brain/prompt', 10)
+        wait(lambda: told.get('state') == 'idle' and prompt.get_subscription_count())
+        assert (told['engine'], told['model']) == ('native', 'builtin:tiny_planner')
+        prompt.publish(String(data='bring the red cup to the kitchen'))
+        wait(lambda: answers)
+        assert answers[0].data
+    finally:
+        probe.destroy_node()
+        rclpy.shutdown()
+
+
+def test_every_argument_is_described():
+    """`ros2 launch --show-args` has something to say of each."""
+    spec = importlib.util.spec_from_file_location('decode_launch', FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = [entity for entity in module.generate_launch_description().describe_sub_entities()
+                 if isinstance(entity, DeclareLaunchArgument)]
+    assert [argument.name for argument in arguments] == list(module.ARGUMENTS)
+    assert all(argument.description for argument in arguments)

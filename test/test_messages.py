@@ -1,0 +1,133 @@
+"""Reports to messages: keys, numbers, levels."""
+
+from dataclasses import replace
+
+from physai_decode import messages
+from physai_decode.config import DeadlineConfig
+from physai_decode.config import DiagnosticsConfig
+from physai_decode.engine import Footprint
+from physai_decode.roofline import Peak
+from physai_decode.roofline import Roofline
+from physai_decode.timing import Recorder
+from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
+import pytest
+
+FOOTPRINT = Footprint(
+    engine='native', model_type='qwen2', dtype='bfloat16', quantization='none', device='cuda:0',
+    device_name='NVIDIA L4', device_uuid='GPU-1', cuda_graph='captured', max_context=4096,
+    vocab_size=1000, eos_token_ids=(2,), read_weight_bytes=3 * 10**9,
+    checkpoint_weight_bytes=4 * 10**9, layers=2, kv_heads=4, head_dim=64, kv_element_bytes=2,
+    details={'kernels': 'triton', 'engine': 'other'})
+PEAK = Peak(300e9, 'datasheet')
+TOKEN = TokenReport(
+    request_id=3, index=1, token_id=17, text='a', context_tokens=40, itl_ms=12.3456789,
+    device_ms=None, host_gap_ms=-0.25, publish_ms=0.0000123, floor_ms=10.0, r_floor=0.81,
+    bandwidth_gb_s=243.0, deadline_missed=True)
+
+
+@pytest.mark.parametrize(('value', 'text'), [
+    (None, 'n/a'), ('', 'n/a'), ('word', 'word'), (0, '0'), (7, '7'), (10**12, '1000000000000'),
+    (True, '1'), (False, '0'), (0.0, '0'), (1.0, '1'), (12.3456789, '12.3457'), (-0.25, '-0.25'),
+    (0.0000123, '0.0000123'), (1e-12, '0'), (123456789.5, '123456789.5'),
+    (float('nan'), 'n/a'), (float('inf'), 'n/a'), (-float('inf'), 'n/a')])
+def test_values_are_bare_decimal_numbers(value, text):
+    """No exponent, no unit, no infinity."""
+    assert messages.text_of(value) == text
+
+
+def values(status):
+    """Give a status's values by key."""
+    return {pair.key: pair.value for pair in status.values}
+
+
+def test_a_token_s_message_is_filled_again_and_again():
+    """Keys stay, values change, nothing of the token before is left."""
+    token = messages.TokenMessage()
+    status = token.fill(TOKEN, 'a', 100).status[0]
+    assert status.name == 'decode: token'
+    assert tuple(pair.key for pair in status.values) == messages.TOKEN_KEYS
+    assert status.level == messages.WARN
+    assert values(status) == {
+        'request_id': '103', 'index': '1', 'token_id': '17', 'context_tokens': '40',
+        'itl_ms': '12.3457', 'device_ms': 'n/a', 'host_gap_ms': '-0.25',
+        'publish_ms': '0.0000123', 'floor_ms': '10', 'r_floor': '0.81', 'bandwidth_gb_s': '243',
+        'deadline_missed': '1'}
+    status = token.fill(replace(TOKEN, index=0, itl_ms=None, deadline_missed=False), '', 0).status[0]
+    assert (status.level, status.message) == (messages.OK, '')
+    assert (values(status)['itl_ms'], values(status)['request_id']) == ('n/a', '3')
+
+
+@pytest.mark.parametrize(('reason', 'level'), [
+    ('stop', messages.OK), ('length', messages.OK), ('cancelled', messages.OK),
+    ('preempted', messages.OK), ('deadline', messages.WARN), ('rejected', messages.WARN),
+    ('error', messages.ERROR)])
+def test_a_request_s_level_follows_its_end(reason, level):
+    """The message is the reason, and why."""
+    status = messages.request_status(RequestReport(7, reason, 'so it is'))
+    assert status.level == level
+    assert status.message == f'{reason}: so it is'
+    assert messages.request_status(RequestReport(7, reason, '')).message == reason
+    assert tuple(pair.key for pair in status.values) == messages.REQUEST_KEYS
+    assert values(status)['itl_p50_ms'] == 'n/a'
+    assert values(status)['output_tokens'] == '0'
+
+
+def test_model_info_has_the_engine_s_details_too():
+    """A detail never takes the place of a key."""
+    status = messages.model_status('builtin:x', FOOTPRINT, PEAK, 'NVIDIA L4 GPU-1')
+    assert tuple(pair.key for pair in status.values) == (*messages.MODEL_KEYS, 'kernels')
+    found = values(status)
+    assert found['engine'] == 'native'
+    assert found['kernels'] == 'triton'
+    assert found['kv_bytes_per_token'] == str(2 * 2 * 4 * 64 * 2)
+    assert (found['read_weight_gb'], found['checkpoint_weight_gb']) == ('3', '4')
+    assert (found['peak_bandwidth_gb_s'], found['peak_source']) == ('300', 'datasheet')
+
+
+@pytest.fixture
+def window():
+    """Give the window of a request with one late token, 20 ms apart at a floor of 10 ms."""
+    recorder = Recorder(10.0, DeadlineConfig(token_ms=15.0, max_consecutive_misses=3),
+                        Roofline(FOOTPRINT, PEAK))
+    request = recorder.request(1, 0.0, 0.0)
+    request.prompt_tokens = 5
+    for index, now_s in enumerate((1.0, 1.01, 1.03)):
+        request.token(now_s, index, 'a')
+    return recorder.window(1.03)
+
+
+def test_latency_tells_misses_by_its_level(window):
+    """A miss since the last message is a WARN, too many in a row an ERROR."""
+    settings = DiagnosticsConfig()
+
+    def level(window, late=False):
+        status = messages.latency_status(window, settings, late, 'x')
+        assert tuple(pair.key for pair in status.values) == messages.LATENCY_KEYS
+        assert status.hardware_id == 'x'
+        return status.level
+
+    assert values(messages.latency_status(window, settings, True, 'x'))['deadline_misses'] == '1'
+    assert level(None) == messages.OK
+    assert level(replace(window, consecutive_misses=0)) == messages.OK
+    assert level(replace(window, consecutive_misses=0), late=True) == messages.WARN
+    assert level(window) == messages.WARN
+    assert level(replace(window, miss_limit_reached=True)) == messages.ERROR
+
+
+def test_bandwidth_warns_below_the_limit(window):
+    """The floor's figures, and n/a where nothing is known."""
+    def status(window, footprint=FOOTPRINT, peak=PEAK, warn=0.0):
+        status = messages.bandwidth_status(
+            window, footprint, peak, DiagnosticsConfig(warn_r_floor=warn), 'x')
+        assert tuple(pair.key for pair in status.values) == messages.BANDWIDTH_KEYS
+        return status
+
+    found = values(status(window))
+    assert (found['weight_gb'], found['peak_bandwidth_gb_s']) == ('3', '300')
+    assert float(found['r_floor']) == pytest.approx(0.75, rel=1e-3)
+    assert status(window).level == messages.OK
+    assert status(window, warn=0.99).level == messages.WARN
+    nothing = values(status(None, None, Peak(None, 'unknown')))
+    assert nothing.pop('peak_source') == 'unknown'
+    assert set(nothing.values()) == {'n/a'}

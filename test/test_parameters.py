@@ -1,0 +1,121 @@
+"""The settings as ROS parameters: names, descriptors, values from files."""
+
+from pathlib import Path
+
+from physai_decode import parameters
+from physai_decode.config import ConfigError
+from physai_decode.config import DecodeConfig
+import pytest
+import rclpy
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+CONFIGS = sorted((Path(__file__).parents[1] / 'config').glob('*.yaml'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Make nodes whose parameters come from a file."""
+    nodes = []
+
+    def build(yaml='', path=None):
+        path = path or tmp_path / 'parameters.yaml'
+        if yaml:
+            path.write_text('/**:\n  ros__parameters:\n    ' + yaml.replace('\n', '\n    ') + '\n')
+        arguments = ['--ros-args', '--params-file', str(path)] if path.exists() else []
+        nodes.append(Node('decode', cli_args=arguments))
+        return nodes[-1]
+
+    yield build
+    for node in nodes:
+        node.destroy_node()
+
+
+def test_defaults_are_those_of_the_settings(make):
+    """Without a file, the parameters read back as the dataclass stands."""
+    node = make()
+    parameters.declare(node)
+    assert parameters.read(node) == DecodeConfig()
+    assert parameters.unknown(node) == []
+
+
+def test_every_parameter_is_described(make):
+    """Each has words, its type, and its range or choices; fixed ones say so."""
+    node = make()
+    parameters.declare(node)
+    for name, field in parameters.specs().items():
+        descriptor = node.describe_parameter(name)
+        assert descriptor.description
+        assert descriptor.type == parameters.TYPES[type(field.default)].value
+        if field.metadata['high'] is not None:
+            limits = [*descriptor.floating_point_range, *descriptor.integer_range]
+            assert limits[0].from_value == field.metadata['low']
+            assert limits[0].to_value == field.metadata['high']
+        for choice in field.metadata['choices']:
+            assert choice in descriptor.additional_constraints
+        assert ('unconfigured' in descriptor.additional_constraints) != field.metadata['dynamic']
+
+
+def test_values_come_from_a_file(make):
+    """Of every type; a whole number will do for one with a fraction."""
+    node = make('sampling:\n  temperature: 1\n  top_k: 40\n  stop: ["\\n", "user:"]\n'
+                'engine:\n  cuda_graph: false\nmodel.path: /models/a\nautostart: false')
+    parameters.declare(node)
+    config = parameters.read(node)
+    assert config.sampling.temperature == 1.0
+    assert type(config.sampling.temperature) is float
+    assert node.get_parameter('sampling.temperature').type_ == Parameter.Type.DOUBLE
+    assert config.sampling.top_k == 40
+    assert config.sampling.stop == ('\n', 'user:')
+    assert config.engine.cuda_graph is False
+    assert config.model.path == '/models/a'
+    assert config.autostart is False
+
+
+@pytest.mark.parametrize(('yaml', 'message'), [
+    ('sampling.top_p: 1.5', r'sampling\.top_p is 1\.5: allowed are 0\.0 to 1\.0'),
+    ('sampling.top_k: -1', r'sampling\.top_k is -1: allowed are 0 to 1000000'),
+    ('sampling.top_k: 2.5', r'sampling\.top_k is 2\.5: expected a whole number'),
+    ('sampling.top_p: high', r"sampling\.top_p is 'high': expected a number"),
+    ('sampling.top_p: .nan', r'sampling\.top_p is nan: allowed are 0\.0 to 1\.0'),
+    ('sampling.stop: "a"', r"sampling\.stop is 'a': expected a list of strings"),
+    ('sampling.stop: [1, 2]', r'sampling\.stop is .*: expected a list of strings'),
+    ('engine.name: fast', r"engine\.name is 'fast': allowed are auto, native"),
+    ('engine.cuda_graph: 1', r'engine\.cuda_graph is 1: expected true or false'),
+    ('autostart: 1', r'autostart is 1: expected true or false')])
+def test_a_wrong_value_is_named(make, yaml, message):
+    """The message has the name, the value and what is allowed."""
+    with pytest.raises(ConfigError, match=message):
+        parameters.declare(make(yaml))
+
+
+def test_an_unknown_name_is_found_and_the_nearest_named(make):
+    """A slip of the pen is told, not ignored; ROS's own parameters are known."""
+    node = make('sampling.temprature: 0.5\nuse_sim_time: false\nxyz: 1')
+    parameters.declare(node)
+    assert parameters.unknown(node) == ['sampling.temprature', 'xyz']
+    assert parameters.unknown_text('sampling.temprature').endswith(
+        'did you mean sampling.temperature?')
+    assert parameters.unknown_text('xyz') == 'xyz is no parameter of this node'
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_fit_the_settings(make, path):
+    """Every name in a config is known and every value allowed."""
+    node = make(path=path)
+    parameters.declare(node)
+    assert parameters.unknown(node) == []
+    assert parameters.read(node) != DecodeConfig() or path.stem == 'decode'
+
+
+def test_there_are_configs():
+    """The three of the README are among them."""
+    assert {'decode', 'l4', 'jetson_orin'} <= {path.stem for path in CONFIGS}
