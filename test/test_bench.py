@@ -29,6 +29,7 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engine import Step
 from physai_decode.roofline import Peak
+from physai_decode.roofline import Roofline
 import pytest
 
 PEAK = Peak(1e9, 'parameter')
@@ -284,6 +285,48 @@ def test_overlapping_kernels_are_charged_with_what_they_add():
                               event('inside', 70, 10)], 1)
     assert {row['name']: row['step_s'] for row in rows} == pytest.approx(
         {'first': 100e-6, 'second': 60e-6, 'inside': 0.0})
+
+
+def test_kernels_are_told_by_the_order_of_a_step():
+    reads = [('mul', 'qkv', 10), ('attend', 'attention', 5), ('mul', 'down', 20)] * 2
+    reads.append(('mul', 'head', 70))
+    events = []
+    for step in range(4):
+        for place, (name, _, size) in enumerate(reads):
+            at = 1000 * step + 100 * place
+            events += [event(name, at, size), event('small', at + 80, 1)]
+    rows = kernels.summarize(events[6:], 4, reads)          # begins within the first step
+    assert {row['operation']: (row['bytes'], round(row['call_s'] * 1e6)) for row in rows} == {
+        'qkv': (10, 10), 'attention': (5, 5), 'down': (20, 20), 'head': (70, 70), '': (None, 1)}
+    others = kernels.summarize(events, 4, [('mul', 'only', 10), ('attend', 'attention', 5)])
+    assert {row['operation'] for row in others} == {''}
+
+
+def test_the_native_engine_tells_what_its_kernels_read(tmp_path):
+    pytest.importorskip('torch')
+    from physai_decode import engines
+    synthetic.describe(tmp_path, 'tiny')
+    engine = engines.build(DecodeConfig(
+        model=ModelConfig(path=str(tmp_path)),
+        engine=EngineConfig(name='native', device='cpu', max_context=64, cpu_threads=1)))
+    try:
+        reads, foot = engine.reads(40), engine.footprint
+        cache = sum(size for _, operation, size in reads if operation == 'attention')
+        assert cache == Roofline(foot, PEAK).kv_bytes(40)
+        left = foot.read_weight_bytes - (sum(size for *_, size in reads) - cache)
+        hidden = synthetic.SHAPES['tiny']['hidden_size']
+        assert left == 4 * hidden * (1 + 2 * foot.layers + 1)       # a row, the norms' gains
+    finally:
+        engine.close()
+
+
+def test_a_kernel_table_has_rates():
+    result = done(case(contexts=(2048,)), [0.010])
+    cell = result['contexts'][0]
+    cell['kernels'] = kernels.summarize(
+        [event('mul', 1000 * step, 100) for step in range(3)], 3, [('mul', 'head', 60_000)])
+    assert report.kernels(result, cell).rows == [
+        ['head', 'mul', '8x1x1', '1', '0.06', '100.0', '100.0', '100.0', '1', '0.600']]
 
 
 def test_a_cpu_has_no_kernel_table():

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 import json
 from pathlib import Path
-import re
 import statistics
 import tempfile
 from typing import Any
@@ -18,11 +17,15 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 
 WARMUP = 5
+Read = tuple[str, str, int]         # start of a kernel's name, operation, bytes
 
 
 def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """
     Profile that many decode steps.
+
+    An engine that has ``reads(context)`` (the native one) tells which operation each kernel is
+    and what it reads.
 
     :return: as ``summarize``; empty where the engine does not run on CUDA.
     """
@@ -43,12 +46,14 @@ def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str,
         profiler.stop()
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())['traceEvents']
-    return summarize(events, steps)
+    tell = getattr(engine, 'reads', lambda context: [])
+    return summarize(events, steps, tell(len(prompt) + WARMUP + steps // 2))
 
 
-def summarize(events: Iterable[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+def summarize(events: Iterable[dict[str, Any]], steps: int,
+              reads: Sequence[Read] = ()) -> list[dict[str, Any]]:
     """
-    Group a trace's kernels and copies by name and launch.
+    Group a trace's kernels and copies by operation, or by name and launch.
 
     A kernel may start while the one before still runs; it is charged only with what it adds: from
     that one's end, or its own start, to its own end. So the rows add up to the time in which
@@ -57,26 +62,55 @@ def summarize(events: Iterable[dict[str, Any]], steps: int) -> list[dict[str, An
     number.
 
     :param events: ``traceEvents`` of a Chrome trace, times in microseconds.
-    :return: one row a kernel, longest first: name, grid, calls and seconds per step, share.
+    :param reads: (start of a kernel's name, operation, bytes), in the order of one step; used
+        only if the trace has the kernels in this order.
+    :return: one row a kernel, longest first: name, operation, grid, calls and seconds per step,
+        bytes a call (None where unknown), share.
     """
     ran = sorted((event for event in events if event.get('ph') == 'X' and event.get('cat') in (
         'kernel', 'gpu_memcpy', 'gpu_memset')), key=lambda event: event['ts'])
+    told = _told([event['name'] for event in ran], reads)
     groups: dict[tuple[str, ...], list[float]] = {}
+    read_bytes: dict[tuple[str, ...], list[int]] = {}
     end_us = float('-inf')
-    for event in ran:
+    for event, read in zip(ran, told, strict=True):
         last_us, end_us = end_us, max(end_us, event['ts'] + event['dur'])
         # Two instances of one kernel differ in what they take of a multiprocessor.
-        launch = (str(event.get('args', {}).get(name, '')) for name in (
+        grid, *launch = (str(event.get('args', {}).get(name, '')) for name in (
             'grid', 'block', 'registers per thread', 'shared memory'))
-        groups.setdefault((event['name'], *launch), []).append(
+        grid = grid.strip('[]').replace(', ', 'x')
+        operation = read[1] if read else ''
+        key = (event['name'], operation, grid, *launch)
+        groups.setdefault(key, []).append(
             1e-6 * (end_us - max(last_us, event['ts'])) if end_us > last_us else 0.0)
+        read_bytes.setdefault(key, []).extend([read[2]] if read else [])
     rows = []
-    for (name, grid, *_), times in groups.items():
+    for key, times in groups.items():
         calls = len(times) / steps
         calls = round(calls) if calls >= 0.9 else round(calls, 2)
         call_s = statistics.median(times)
-        rows.append({'name': name, 'grid': re.sub(r', ', 'x', grid.strip('[]')), 'calls': calls,
-                     'call_s': call_s, 'step_s': call_s * calls})
+        rows.append({
+            'name': key[0], 'operation': key[1], 'grid': key[2], 'calls': calls,
+            'call_s': call_s, 'step_s': call_s * calls,
+            'bytes': statistics.fmean(read_bytes[key]) if read_bytes[key] else None})
     rows.sort(key=lambda row: -row['step_s'])
     whole = sum(row['step_s'] for row in rows)
     return [{**row, 'share': row['step_s'] / whole if whole else None} for row in rows]
+
+
+def _told(names, reads):
+    """Give each kernel's entry of ``reads``, None for one that reads nothing to speak of."""
+    starts = tuple({read[0] for read in reads})
+    places = [place for place, name in enumerate(names) if starts and name.startswith(starts)]
+    found: list[Read | None] = [None] * len(names)
+
+    def fits(offset):
+        return all(names[place].startswith(reads[(offset + i) % len(reads)][0])
+                   for i, place in enumerate(places))
+
+    # The trace may begin within a step; the head's product, which comes once, tells where.
+    offset = next((offset for offset in range(len(reads)) if fits(offset)), None)
+    if offset is not None:
+        for i, place in enumerate(places):
+            found[place] = reads[(offset + i) % len(reads)]
+    return found

@@ -168,16 +168,21 @@ def kernels(result: Result, cell: dict[str, Any], most: int = 25) -> Table:
     """Show a cell's kernels, longest first; a rest is summed up."""
     seen = cell['kernels']
     table = Table(f'Kernels of {label(result)} at context {cell["context"]}', [
-        'kernel', 'grid', 'calls', 'µs a call', 'µs a step', '%'])
+        'operation', 'kernel', 'grid', 'calls', 'MB a call', 'µs a call', 'µs a step', '%',
+        'GB/s', 'of peak'])
+    peak = result['peak']['bytes_per_s']
     for row in seen[:most]:
-        table.rows.append([row['name'][:70], row['grid'], f'{row["calls"]:g}',
-                           number(row['call_s'] * 1e6, 1), number(row['step_s'] * 1e6, 1),
-                           number(row['share'] and 100 * row['share'], 1)])
+        rate = row['bytes'] / row['call_s'] if row['bytes'] and row['call_s'] else None
+        table.rows.append([
+            row['operation'], row['name'][:60], row['grid'], f'{row["calls"]:g}',
+            number(row['bytes'] and row['bytes'] / 1e6), number(row['call_s'] * 1e6, 1),
+            number(row['step_s'] * 1e6, 1), number(row['share'] and 100 * row['share'], 1),
+            number(rate and rate / 1e9, 0), number(rate and peak and rate / peak, 3)])
     rest = seen[most:]
     if rest:
-        table.rows.append([f'{len(rest)} more', '', '', '',
+        table.rows.append(['', f'{len(rest)} more', '', '', '', '',
                            number(sum(row['step_s'] for row in rest) * 1e6, 1),
-                           number(100 * sum(row['share'] for row in rest), 1)])
+                           number(100 * sum(row['share'] for row in rest), 1), '', ''])
     busy = sum(row['step_s'] for row in seen)
     table.notes.append(f'All kernels of a step: {busy * 1e3:.3f} ms; the step on the device '
                        f'takes {ms(cell["device_p50_s"])} ms without the profiler. Where kernels '

@@ -23,6 +23,7 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.graph import Pipeline
+from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.sampling import is_plain_greedy
 from physai_decode.engines.native.sampling import Sampler
@@ -116,6 +117,28 @@ class NativeEngine:
         self._cached = []
         with torch.inference_mode():
             return self._transformer.prefill(self._tensor(prompt_ids), 0, every=True)
+
+    def reads(self, context: int) -> list[tuple[str, str, int]]:
+        """
+        Give what one step reads, in the order of its kernels.
+
+        :returns: (start of the kernel's name, operation, bytes) for every kernel that reads
+            weights or the cache; kernels that read next to nothing are left out.
+        """
+        t = self._transformer
+        w = t.weights
+
+        def product(operation, weight):
+            return '_dense' if isinstance(weight, Dense) else '_int4', operation, weight.read_bytes
+
+        found = []
+        for layer, attention in zip(w.layers, t.attention, strict=True):
+            tokens = min(context, attention.window or context)
+            cache = 2 * self._shape.kv_size * tokens * t.keys.element_size()
+            found += [product('qkv', layer.qkv), ('_attend', 'attention', cache),
+                      product('out', layer.out), product('gate and up', layer.gate_up),
+                      product('down', layer.down)]
+        return [*found, product('head', w.head)]
 
     # From here on, ids[:start] and self._cached are what the cache holds; the thread is the one
     # that iterates.
