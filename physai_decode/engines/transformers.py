@@ -6,7 +6,7 @@ token. On a CPU, and on a GPU with ``cuda_graph`` off, the cache grows and the h
 kernel: the eager step of arXiv 2605.30571. With ``cuda_graph`` on a GPU the cache is the library's
 static one, and the forward pass with the choice of the likeliest token is captured whole in one
 CUDA graph; a sampled token is chosen after it. Attention is PyTorch's scaled_dot_product_attention
-where the model has it. The engine knows nothing of how a model computes, and never runs code from a
+where the model has it. The engine knows nothing of how a model computes and never runs code from a
 model folder.
 """
 

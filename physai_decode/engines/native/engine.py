@@ -156,7 +156,7 @@ class NativeEngine:
         token = self._first(ids, start, sampling)
         self._cached = list(ids)
         yield Step((token,), self._since(begun), cached_tokens)
-        limit = min(sampling.max_new_tokens - 1, self._max_context - len(ids))
+        limit = min(sampling.max_new_tokens - 1, self._max_context - len(ids) - 1)
         steps = self._step_ahead if self._pipeline else self._step_now
         name = 'greedy' if is_plain_greedy(sampling) else 'sampled'
         for token_id, device_s in steps(name, len(ids), limit):
