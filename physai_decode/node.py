@@ -422,7 +422,7 @@ def main(args: list[str] | None = None, load=load) -> int:
         # rclpy's own handlers would end the context before the last messages are out.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     except RuntimeError as error:       # a params file that is not there, a slip in an argument
-        print(f'decode_node: {error}', file=sys.stderr)
+        print(f'decode_node: {type(error).__name__}: {error}', file=sys.stderr)
         return 1
     try:
         node = DecodeNode(load)

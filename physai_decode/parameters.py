@@ -49,11 +49,11 @@ def declare(node: Node) -> None:
     given = node._parameter_overrides
     merge(DecodeConfig(), given.values())
     for name, field in specs().items():
-        if name in given:
-            given[name] = _typed(given[name], field)
-        node.declare_parameter(name, TYPES[type(field.default)], _descriptor(field))
-        if name not in given:
-            node.set_parameters([Parameter(name, TYPES[type(field.default)], field.default)])
+        kind = TYPES[type(field.default)]
+        value = Parameter(name, kind, field.default)
+        # Declared by type and set then: an empty list has no type that rclpy could infer.
+        node.declare_parameter(name, kind, _descriptor(field), ignore_override=True)
+        node.set_parameters([_typed(given.get(name, value), field)])
 
 
 def read(node: Node) -> DecodeConfig:
@@ -84,7 +84,12 @@ def merge(config: DecodeConfig, parameters: Iterable[Parameter]) -> DecodeConfig
 
 
 def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
-    """Turn whole numbers given for a number with a fraction into such numbers."""
+    """
+    Give parameters the types of their fields where nothing is lost by it.
+
+    A whole number will do for one with a fraction, and an empty list, which has no type in a file,
+    for a list of strings.
+    """
     known = specs()
     return [_typed(parameter, known[parameter.name]) if parameter.name in known else parameter
             for parameter in parameters]
@@ -112,6 +117,10 @@ def unknown_text(name: str) -> str:
 def _typed(parameter: Parameter, field: Field) -> Parameter:
     if type(field.default) is float and type(parameter.value) is int:
         return Parameter(parameter.name, Parameter.Type.DOUBLE, float(parameter.value))
+    given = parameter.type_
+    if type(field.default) is tuple and (given == Parameter.Type.NOT_SET or (
+            given.name.endswith('ARRAY') and not len(parameter.value))):
+        return Parameter(parameter.name, Parameter.Type.STRING_ARRAY, [])
     return parameter
 
 

@@ -80,6 +80,18 @@ def test_values_come_from_a_file(make):
     assert config.autostart is False
 
 
+@pytest.mark.parametrize('given', [
+    Parameter('sampling.stop'), Parameter('sampling.stop', Parameter.Type.BOOL_ARRAY, []),
+    Parameter('sampling.stop', Parameter.Type.STRING_ARRAY, [])])
+def test_an_empty_list_has_no_type_of_its_own(make, given):
+    """ROS's tools send it as one thing or another."""
+    assert parameters.merge(DecodeConfig(), [given]).sampling.stop == ()
+    node = make('sampling.stop: []')
+    parameters.declare(node)
+    assert parameters.read(node).sampling.stop == ()
+    assert node.set_parameters(parameters.typed([given]))[0].successful
+
+
 @pytest.mark.parametrize(('yaml', 'message'), [
     ('sampling.top_p: 1.5', r'sampling\.top_p is 1\.5: allowed are 0\.0 to 1\.0'),
     ('sampling.top_k: -1', r'sampling\.top_k is -1: allowed are 0 to 1000000'),
