@@ -70,7 +70,7 @@ class TransformersEngine:
         self._device, dtype = devices.select(config)
         _enter(self._device)
         model = checkpoint.inspect(folder)
-        dtype = _dtype(model, config, dtype)
+        dtype = _dtype(model, config, self._device, dtype)
         limit = min(config.max_context, model.context_limit or config.max_context)
         captured = config.cuda_graph and self._device.type == 'cuda'
         try:
@@ -280,7 +280,8 @@ class CapturedDecoder(Decoder):
                 self._forward(self._input)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads of the node may ask the device for its state meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             self._logits, self._likeliest = self._forward(self._input)
             self._input.copy_(self._likeliest.view(1, 1))
         self._graph = graph
@@ -395,15 +396,17 @@ def _enter(device):
         torch.cuda.set_device(device)
 
 
-def _dtype(model, config, dtype):
+def _dtype(model, config, device, dtype):
     method = model.quantization_config.get('quant_method')
-    if method not in ('awq', 'gptq') or dtype == torch.float16 or config.device == 'cpu':
+    if device.type == 'cpu' or method not in ('awq', 'gptq'):
         return dtype
     if config.dtype == 'auto':
         return torch.float16
-    raise EngineError(
-        f'engine.dtype is {config.dtype}, but the kernels for {method} weights compute in '
-        'float16: set it to float16 or auto')
+    if method == 'awq' and dtype != torch.float16:
+        raise EngineError(
+            f'engine.dtype is {config.dtype}, but transformers computes in float16 with AWQ '
+            'weights on a GPU: set it to float16 or auto')
+    return dtype
 
 
 def _needed_bytes(model: Checkpoint, dtype: torch.dtype) -> int:
