@@ -168,8 +168,8 @@ class Decoder:
         else:
             ready = text.rstrip(_UNKNOWN)
         # A tokenizer that falls back to bytes makes a whole run of them unknown while its last
-        # character is not complete, also characters that have been given out.
-        piece = ready[len(self._done):] if ready.startswith(self._done) else ''
+        # character is not complete; what was given out is then longer than what is ready.
+        piece = ready[len(self._done):]
         if complete and piece:
             self._window, self._open = self._window[self._open:], 0
             self._done = self._decode(self._window)
@@ -187,10 +187,7 @@ class Decoder:
         """Give what is still held back, at the end of the answer."""
         if self.stopped:
             return ''
-        text = self._decode(self._window)
-        if not text.startswith(self._done):
-            text = self._done + self._decode(self._window[self._open:])
-        piece = self._until_stop(text[len(self._done):]) if self.held else ''
+        piece = self._until_stop(self._decode(self._window)[len(self._done):])
         piece += '' if self.stopped else self._held
         self._window, self._open, self._done, self._held = [], 0, '', ''
         return piece

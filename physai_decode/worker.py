@@ -482,10 +482,8 @@ class _Answer:
         with worker._wake:
             worker._last_token_s = now_s
             worker._tokens += 1
+        self._release('')
         report = self._times.token(now_s, token_id, piece, device_s, self._publish_s)
-        if self._waiting is not None:
-            self._release('')
-            report = replace(report, publish_ms=self._publish_ms())
         if self._decoder.held:
             self._waiting = report
         else:
@@ -495,8 +493,7 @@ class _Answer:
         """Give the sink the token that waits, with the text that turned out to be its own."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._publish(replace(
-                waiting, text=waiting.text + tail, publish_ms=self._publish_ms()))
+            self._publish(replace(waiting, text=waiting.text + tail))
 
     def _publish(self, report: TokenReport) -> None:
         worker = self._worker
@@ -507,9 +504,6 @@ class _Answer:
         begin_s = worker._clock()
         worker._sink.token(report)
         self._publish_s = worker._clock() - begin_s
-
-    def _publish_ms(self) -> float | None:
-        return None if self._publish_s is None else 1e3 * self._publish_s
 
     def _is_late(self) -> bool:
         """Tell whether the request is to end because its time is over."""

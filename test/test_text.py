@@ -198,6 +198,14 @@ def test_a_unigram_model():
     assert tokenizer.eos_token_id not in text.encode('a </s> b')
 
 
+def test_the_unknown_stays_unknown():
+    backend = Tokenizer(models.WordLevel({'<unk>': 0, 'red': 1, 'cube': 2}, unk_token='<unk>'))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(['<unk>'])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token='<unk>')
+    assert Text(tokenizer, ChatConfig()).encode('red zebra <unk> cube') == [1, 0, 0, 2]
+
+
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     text = Text(tokenizer, ChatConfig())
     with pytest.raises(TextError, match='user text.*surrogate pair at character 2'):
@@ -270,6 +278,34 @@ def test_any_ids_at_all():
         assert ''.join(decoded(text, ids)) == whole(tokenizer, ids)
 
 
+def test_a_character_after_many_bad_bytes():
+    tokenizer = qwen_like()
+    text = Text(tokenizer, ChatConfig())
+    lone = text._encoder.encode('\u0080', add_special_tokens=False).ids[-1]
+    robot = tokenizer('🚀', add_special_tokens=False)['input_ids']
+    for count in range(30):
+        ids = [lone] * count + robot
+        assert ''.join(decoded(text, ids)) == whole(tokenizer, ids)
+
+
+def test_text_after_bad_bytes_is_not_lost():
+    tokenizer = llama_like()
+    text = Text(tokenizer, ChatConfig())
+    ids = tokenizer('a你', add_special_tokens=False)['input_ids']
+    for count in (1, 5, 20, 40):
+        bad = [tokenizer.convert_tokens_to_ids('<0xFF>')] * count
+        pieces = decoded(text, ids + bad + tokenizer('b', add_special_tokens=False)['input_ids'])
+        joined = ''.join(pieces)
+        assert joined.startswith('a你\ufffd')
+        assert joined.strip('\ufffd').endswith('b')
+
+
+def test_ids_without_text_are_no_beginning(tokenizer):
+    ids = [tokenizer.convert_tokens_to_ids('a'), 99999, 99998,
+           *tokenizer(' red', add_special_tokens=False)['input_ids']]
+    assert ''.join(decoded(Text(tokenizer, ChatConfig()), ids)) == whole(tokenizer, ids)
+
+
 def test_bytes_that_are_no_text_end():
     tokenizer = llama_like()
     text = Text(tokenizer, ChatConfig())
@@ -313,6 +349,7 @@ def test_the_work_for_a_token_does_not_grow():
     ('ababac', ['abac'], 'ab'),
     ('aaab', ['aab'], 'a'),
     ('stop', ['stop'], ''),
+    ('red cube', ['b', 'u'], 'red c'),
     ('one', ['', 'zzz'], 'one'),
     ('a🤖b', ['🤖'], 'a'),
     ('a\n\nb', ['\n\n'], 'a'),

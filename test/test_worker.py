@@ -323,6 +323,19 @@ def test_cancel_ends_all(make):
     assert worker.queue_depth == 0
 
 
+def test_cancel_at_the_last_token(make):
+    class Canceller(Sink):
+        def token(self, report):
+            super().token(report)
+            if report.index == 1:
+                assert worker.cancel() == 'cancelled request 1'
+
+    worker, sink = make(sink=Canceller(), sampling=SamplingConfig(max_new_tokens=2))
+    report, text = sink.end(worker.submit('abc'))
+    assert (report.finish_reason, text) == ('cancelled', 'ab')
+    assert report.cancel_ms is not None
+
+
 def test_cancel_between_two_pieces_of_a_prompt(make):
     gate = Gate()
 
@@ -537,12 +550,14 @@ def test_the_oldest_turns_make_room(make):
     engine = FakeEngine(lambda ids: say('ok'), max_context=24)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True),
                         sampling=SamplingConfig(max_new_tokens=8))
-    reports = [sink.end(worker.submit(prompt))[0] for prompt in ('aaaa', 'bbbb', 'cccc')]
+    reports = [sink.end(worker.submit(prompt))[0]
+               for prompt in ('aaaa', 'bbbb', 'cccc', 'dddd', 'd' * 14)]
     assert [''.join(map(chr, ids)) for ids in engine.prompts] == [
-        'aaaa', 'aaaa\nok\nbbbb', 'bbbb\nok\ncccc']
-    assert [report.finish_reason for report in reports] == ['stop'] * 3
-    assert reports[1].message == ''
-    assert '16 tokens: its oldest 1 turn dropped' in reports[2].message
+        'aaaa', 'aaaa\nok\nbbbb', 'bbbb\nok\ncccc', 'cccc\nok\ndddd', 'd' * 14]
+    assert [report.finish_reason for report in reports] == ['stop'] * 5
+    assert [report.message.partition(': ')[2] for report in reports] == [
+        '', '', *2 * ['its oldest 1 turn dropped'], 'its oldest 2 turns dropped']
+    assert '16 tokens' in reports[2].message
 
 
 def test_a_sink_that_raises(make):
