@@ -1,8 +1,10 @@
 """``decode_bench``: what it measures, how it compares, what it writes, and how it goes on."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 import json
 import math
+import random
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from physai_decode import bench
 from physai_decode import checkpoint
 from physai_decode.benchmark import compare
 from physai_decode.benchmark import kernels
+from physai_decode.benchmark import machine
 from physai_decode.benchmark import report
 from physai_decode.benchmark import runner as runner_module
 from physai_decode.benchmark import session
@@ -78,7 +81,7 @@ def done(of, medians, contexts=(2048,)):
         'case': of.to_dict(), 'status': 'done', 'date': '', 'peak': vars(PEAK),
         'footprint': {**vars(engine.footprint), 'details': {}, 'cuda_graph': 'captured'},
         'machine': {'cpu': 'Fake'},
-        'memory': {'resident_peak_bytes': 10**9},
+        'memory': {'resident_peak_gb': 1.0},
         'startup': {'import_s': 1.0, 'build_s': 2.0, 'parts': {'load_s': 1.5},
                     'first_tokens_s': 4.0, 'progress': []},
         'contexts': [{
@@ -145,7 +148,7 @@ def test_a_context_too_short_for_the_steps_is_an_error():
 
 def run_session(monkeypatch, build, of):
     monkeypatch.setattr('physai_decode.engines.build', build)
-    monkeypatch.setattr(session, 'measure_cpu_read_bandwidth', lambda threads: 2e9)
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e9)
     return session.run(of, 0.0, lambda message: None)
 
 
@@ -169,6 +172,32 @@ def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
     assert [cell['context'] for cell in result['contexts']] == [64, 128, 256]
     assert [('error' in cell) for cell in result['contexts']] == [False, True, True]
     assert '20 GB are needed' in result['contexts'][2]['error']
+
+
+def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
+    built = []
+
+    def build(config, progress):
+        built.append(FakeEngine())
+        built[-1].footprint = replace(built[-1].footprint, device='cuda:0')
+        return built[-1]
+    row = {'name': 'k'}
+    monkeypatch.setattr(session, 'find_engine_peak', lambda footprint, config: PEAK)
+    monkeypatch.setattr(machine, 'describe', lambda footprint: {})
+    monkeypatch.setattr(machine, 'memory', lambda footprint: {})
+    monkeypatch.setattr(kernels, 'prepare', lambda: built.append('profiler'))
+    monkeypatch.setattr(kernels, 'profile', lambda engine, prompt, steps: [row])
+    result = run_session(monkeypatch, build, case(kernels=True))
+    assert [cell['kernels'] for cell in result['contexts']] == [[row], [row]]
+    assert [type(each) for each in built] == [FakeEngine, str, FakeEngine]
+    assert built[0].closed and built[2].closed
+
+    def denied():
+        raise RuntimeError('CUPTI_ERROR_INSUFFICIENT_PRIVILEGES')
+    monkeypatch.setattr(kernels, 'prepare', denied)
+    result = run_session(monkeypatch, build, case(kernels=True))
+    assert result['contexts'][0]['itl_p50_s'] > 0
+    assert 'no kernel table: CUPTI_ERROR' in report.steps([result]).text()
 
 
 def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
@@ -238,8 +267,8 @@ def test_two_sessions_say_nothing():
     assert 'at least 3 of each' in found.verdict('A', 'B')
 
 
-def test_the_interval_covers_the_truth_about_95_times_in_100():
-    import random
+def test_the_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
+    monkeypatch.setattr(compare, 'RESAMPLES', 1000)
     draw = random.Random(1)
     hits = 0
     for seed in range(60):
@@ -327,10 +356,6 @@ def test_a_kernel_table_has_rates():
         [event('mul', 1000 * step, 100) for step in range(3)], 3, [('mul', 'head', 60_000)])
     assert report.kernels(result, cell).rows == [
         ['head', 'mul', '8x1x1', '1', '0.06', '100.0', '100.0', '100.0', '1', '0.600']]
-
-
-def test_a_cpu_has_no_kernel_table():
-    assert kernels.profile(FakeEngine(), [1], 5) == []
 
 
 # --- random weights -----------------------------------------------------------------------------
@@ -538,7 +563,7 @@ def test_targets_are_judged():
     assert rows['native at 2048: checkpoint floor / step'] == ['0.750', 'yes']
     assert rows['native at 2048: times as fast as transformers eager'] == ['4.250', 'yes']
     assert rows['GPTQ native at 2048: times as fast as native'] == ['1.905', 'no']
-    assert rows['native, 1000 steps: p99 / p50 over 9 tokens'] == ['1.020', 'yes']
+    assert rows['native, long run: p99 / p50 over 9 tokens'] == ['1.020', 'yes']
     missing = suites.target_table(results[1:2], [2048, 16384]).rows
     assert all(row[3] in ('not measured', '') for row in missing)
 

@@ -72,7 +72,8 @@ def _context_axis(axes, contexts):
 def _step_time(pyplot, results, colours):
     """Draw step time against context, and each kind of weights' floor below it."""
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    contexts, top, drawn = set(), 0.0, {}
+    contexts, top = set(), 0.0
+    drawn: dict[str, dict[int, float]] = {}
     for name, colour in colours.items():
         by_context = _by_context(results, name)
         contexts |= set(by_context)
@@ -87,7 +88,7 @@ def _step_time(pyplot, results, colours):
     for (key, points), style in zip(drawn.items(), styles, strict=False):
         points = dict(sorted(points.items()))
         axes.plot(list(points), list(points.values()), linestyle=style, color='black',
-                  marker='_', label=f'floor (read), {key}')
+                  marker='_', markersize=12, label=f'floor (read), {key}')
     _context_axis(axes, sorted(contexts))
     axes.set_ylim(0, top * 1.08)
     axes.set_ylabel('time of one step, median [ms]')
@@ -116,7 +117,7 @@ def _floor_fraction(pyplot, results, colours):
     axes.annotate('limit', (1, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3),
                   textcoords='offset points', ha='center', fontsize=9)
     axes.set_xlim(0, max(1.08, 1.12 * max(max(row[2], row[3]) for row in rows)))
-    axes.set_xlabel('floor / step time [1]: bar and first figure = bytes really read, '
+    axes.set_xlabel('floor / step time [1]: bar and first figure = bytes really read,\n'
                     'diamond and second = checkpoint')
     axes.set_title(f'Fraction of the floor by engine and context, {_device(results)}', pad=18)
     axes.grid(axis='y', visible=False)
@@ -140,10 +141,10 @@ def _latencies(pyplot, results, colours):
     if high > 4 * low:
         from matplotlib.ticker import LogLocator
         from matplotlib.ticker import NullFormatter
-        from matplotlib.ticker import ScalarFormatter
+        from matplotlib.ticker import StrMethodFormatter
         axes.set_xscale('log')
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axes.xaxis.set_minor_formatter(NullFormatter())
     for share in (50, 99):
         axes.axhline(share, color='gray', linewidth=0.8, linestyle='--')

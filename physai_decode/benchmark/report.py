@@ -82,7 +82,7 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                    ms(cell['itl_p99_s']), number(cell['itl_p99_s'] / p50),
                    ms(cell['device_p50_s']), ms(cell['host_gap_p50_s']), number(1 / p50, 1),
                    number(cell['r_read'], 3), number(cell['r_checkpoint'], 3),
-                   number(p50 / first['itl_p50_s']), ms(cell['prefill_s'], 1)]
+                   number(p50 / (first or cell)['itl_p50_s']), ms(cell['prefill_s'], 1)]
             if reference:
                 base = find(results, reference, cell['context'])
                 row.append(number(base['itl_p50_s'] / p50) if base else 'n/a')
@@ -159,8 +159,8 @@ def startup(results: Sequence[Result]) -> Table:
             result['case']['session'] or label(result), number(told['import_s'], 1),
             number(told['build_s'], 1), *(number(told['parts'].get(n), 1) for n in names),
             number(told['first_tokens_s'], 1),
-            *(number(memory.get(name) and memory[name] / 1e9)
-              for name in ('torch_peak_bytes', 'device_used_bytes', 'resident_peak_bytes'))])
+            *(number(memory.get(name))
+              for name in ('torch_peak_gb', 'device_used_gb', 'resident_peak_gb'))])
     return table
 
 
@@ -224,7 +224,8 @@ def medians(results: Sequence[Result], name: str, context: int) -> list[float]:
 def machine(results: Sequence[Result]) -> Table:
     """Describe the machine, as the first session that came through saw it."""
     table = Table('Machine', ['what', 'value'])
-    told = next((result['machine'] for result in results if result['status'] == 'done'), {})
+    told: dict[str, Any] = next(
+        (result['machine'] for result in results if result['status'] == 'done'), {})
     for key, value in told.items():
         if isinstance(value, dict):
             value = ', '.join(f'{name} {what}' for name, what in value.items())

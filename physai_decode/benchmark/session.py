@@ -17,18 +17,20 @@ import sys
 import time
 from typing import Any
 
+from physai_decode.benchmark import kernels
+from physai_decode.benchmark import machine
 from physai_decode.benchmark.case import Case
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
+from physai_decode.config import RooflineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
-from physai_decode.roofline import find_peak
-from physai_decode.roofline import measure_cpu_read_bandwidth
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
+from physai_decode.telemetry import find_engine_peak
 from physai_decode.timing import percentile
 
 KERNEL_STEPS = 20
@@ -41,7 +43,6 @@ def run(case: Case, started_s: float, progress=print) -> dict[str, Any]:
     :param started_s: when the process began, by ``time.monotonic``.
     :return: what the report is made of; ``status`` is ``done``, or ``unavailable`` with ``error``.
     """
-    from physai_decode.benchmark import machine
     notes: list[tuple[float, str]] = []
 
     def note(message):
@@ -57,7 +58,7 @@ def run(case: Case, started_s: float, progress=print) -> dict[str, Any]:
         return {**result, 'status': 'unavailable', 'error': str(error)}
     try:
         footprint = engine.footprint
-        peak = _find_peak(case, footprint)
+        peak = find_engine_peak(footprint, _settings(case, max(case.contexts)))
         result['footprint'] = {**vars(footprint), 'details': dict(footprint.details)}
         result['peak'] = vars(peak)
         for context in case.contexts[:len(case.contexts) - len(cells)]:
@@ -65,11 +66,14 @@ def run(case: Case, started_s: float, progress=print) -> dict[str, Any]:
             cells.append(_cell(engine, case, context, peak))
             startup.setdefault('first_tokens_s', time.monotonic() - started_s)
         cells.sort(key=lambda cell: cell['context'])
-        result['memory'] = machine.memory()
+        result['memory'] = machine.memory(footprint)
         result['startup'] = {**startup, 'progress': notes}
-        result['machine'] = machine.describe()
+        result['machine'] = machine.describe(footprint)
     finally:
         engine.close()
+    if case.kernels and footprint.device.startswith('cuda'):
+        note('kernel by kernel')
+        _profile(case, [cell for cell in cells if 'error' not in cell], note)
     return result
 
 
@@ -82,12 +86,9 @@ def _build(case, cells, note, started_s):
     import_s = time.monotonic() - started_s
     for count in range(len(case.contexts), 0, -1):
         largest = case.contexts[count - 1]
-        settings = {**vars(case.engine), 'max_context': max(16, largest)}
-        config = DecodeConfig(model=ModelConfig(path=case.source.path),
-                              engine=EngineConfig(**settings))
         begun_s = time.monotonic()
         try:
-            engine = engines.build(config, note)
+            engine = engines.build(_settings(case, largest), note)
         except EngineError as error:
             if count == 1 or not _out_of_memory(error):
                 raise
@@ -100,6 +101,13 @@ def _build(case, cells, note, started_s):
         return engine, {'import_s': import_s, 'build_s': time.monotonic() - begun_s,
                         'parts': parts}
     raise EngineError('no context given')
+
+
+def _settings(case, context):
+    return DecodeConfig(
+        model=ModelConfig(path=case.source.path),
+        engine=EngineConfig(**{**vars(case.engine), 'max_context': max(16, context)}),
+        roofline=RooflineConfig(peak_bandwidth_gb_s=case.peak_gb_s))
 
 
 def _out_of_memory(error):
@@ -126,17 +134,28 @@ def _cell(engine, case, context, peak):
     if context > limit:
         return {'context': context, 'error': f'the engine holds {limit} tokens of context'}
     try:
-        cell = measure(engine, context, case.warmup, case.steps, peak)
-        if case.kernels:
-            from physai_decode.benchmark import kernels
-            prompt = random_prompt(engine, context - KERNEL_STEPS - 8, seed=context + 2)
-            try:
-                cell['kernels'] = kernels.profile(engine, prompt, KERNEL_STEPS)
-            except RuntimeError as error:           # no CUPTI, or not allowed to use it
-                cell['kernels_error'] = str(error)
-        return cell
+        return measure(engine, context, case.warmup, case.steps, peak)
     except (EngineError, RuntimeError, MemoryError, ValueError) as error:
         return {'context': context, 'error': f'{type(error).__name__}: {error}'}
+
+
+def _profile(case, cells, note):
+    """Give each cell its kernels, from an engine of its own: a profiler would colour the times."""
+    if not cells:
+        return
+    from physai_decode import engines
+    gc.collect()
+    try:
+        kernels.prepare()
+        engine = engines.build(_settings(case, cells[-1]['context']), note)
+        try:
+            for cell in cells:
+                prompt = random_prompt(engine, cell['context'] - KERNEL_STEPS - 8, seed=0)
+                cell['kernels'] = kernels.profile(engine, prompt, KERNEL_STEPS)
+        finally:
+            engine.close()
+    except RuntimeError as error:                   # no CUPTI, or not allowed to use it
+        cells[0]['kernels_error'] = str(error)
 
 
 def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -> dict[str, Any]:
@@ -204,16 +223,6 @@ def _stream(engine, prompt, tokens):
     finally:
         gc.enable()
     return prefill_s, itl_s, device_s, cached
-
-
-def _find_peak(case, footprint):
-    """Find the peak in the order of the roofline; a CPU's can only be measured."""
-    measure = None
-    if footprint.device == 'cpu':
-        def measure():
-            return measure_cpu_read_bandwidth(case.engine.cpu_threads)
-    from physai_decode.benchmark import machine
-    return find_peak(case.peak_gb_s, footprint.device_name, machine.memory_bus, measure)
 
 
 def main() -> int:

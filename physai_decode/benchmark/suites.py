@@ -21,8 +21,8 @@ NATIVE = 'native'
 UNCAPTURED = 'native uncaptured'
 GPTQ = 'GPTQ native'
 GPTQ_UNCAPTURED = 'GPTQ native uncaptured'
-LONG = 'native, 1000 steps'
-GPTQ_LONG = 'GPTQ native, 1000 steps'
+LONG = 'native, long run'
+GPTQ_LONG = 'GPTQ native, long run'
 
 # label, engine, quantization of the random weights, modules it needs
 _QUANTIZED = (
@@ -148,8 +148,8 @@ def paper_table(results: Sequence[Result], context: int) -> Table:
                             result['footprint']['cuda_graph'] == 'captured'], CAPTURED, context)
 
     def over(cell):
-        known = eager and cell
-        return report.number(eager['itl_p50_s'] / cell['itl_p50_s'] if known else None, 3)
+        known = eager if cell else None
+        return report.number(known and known['itl_p50_s'] / cell['itl_p50_s'], 3)
     table.rows += [
         [f'{EAGER}: ms', '16.97', '62.32', _of(eager, 'itl_p50_s')],
         [f'{EAGER}: of the floor', '0.27', '0.81', _fraction(eager)],
@@ -191,7 +191,7 @@ def quantized_table(results: Sequence[Result], context: int) -> Table:
                      if report.label(r) == base_name and c['context'] == context), None)
         read = result['footprint']['read_weight_bytes']
         row = [name, report.ms(cell['itl_p50_s']),
-               report.number(eager and eager['itl_p50_s'] / cell['itl_p50_s']),
+               report.number(eager['itl_p50_s'] / cell['itl_p50_s'] if eager else None),
                report.number(read / 1e9, 3)]
         if base is None:
             table.rows.append([*row, base_name, 'n/a', 'n/a', 'n/a'])
