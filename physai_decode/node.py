@@ -101,10 +101,10 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self._load = load
         self._loaded: Loaded | None = None          # from configure to cleanup
         self._telemetry: Telemetry | None = None    # likewise
-        self._worker: Worker | None = None          # from activate until its thread has ended
-        self._active = False                        # prompts are taken
+        self._worker: Worker | None = None          # from activate until its thread ends
         self._config = DecodeConfig()               # what runs; the parameters may be newer
         self._transition = threading.Lock()         # held during a transition
+        self._counting = threading.Lock()           # held while a prompt gets its number
         self._before = dict.fromkeys(('requests', 'tokens', 'refusals'), 0)  # not this worker's
         self._loading = ''                          # how far a load is; empty: none
         self._failure = ''                          # why the last load failed
@@ -181,10 +181,10 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self._config = parameters.read(self)
         self._topics.first_id = self._before['requests']
         self._misses = 0
-        self._worker = Worker(self._loaded.engine, self._loaded.text, self._config, self._topics,
-                              peak=self._loaded.peak)
-        self._worker.start()
-        self._active = True
+        worker = Worker(self._loaded.engine, self._loaded.text, self._config, self._topics,
+                        peak=self._loaded.peak)
+        worker.start()
+        self._worker = worker
         self.get_logger().info(
             f'active: prompts are taken on {self.get_fully_qualified_name()}/prompt')
         return TransitionCallbackReturn.SUCCESS
@@ -252,7 +252,6 @@ class DecodeNode(LifecycleNodeMixin, Node):
 
     def _stop_worker(self, timeout_s):
         """Cancel everything; False where the engine does not come back from its step."""
-        self._active = False
         worker = self._worker
         if worker is None:
             return True
@@ -260,9 +259,10 @@ class DecodeNode(LifecycleNodeMixin, Node):
             self.get_logger().error(
                 'the engine has not come back from its last step: wait, or restart the process')
             return False
-        self._worker = None
-        for name in self._before:
-            self._before[name] += getattr(worker, name)
+        with self._counting:
+            self._worker = None
+            for name in self._before:
+                self._before[name] += getattr(worker, name)
         return True
 
     def _unload(self):
@@ -277,16 +277,15 @@ class DecodeNode(LifecycleNodeMixin, Node):
 
     def _on_prompt(self, message):
         received_s = time.monotonic()
-        worker = self._worker
-        if self._active and worker is not None:
-            worker.submit(message.data, received_s)
-            return
-        for name in ('requests', 'refusals'):
-            self._before[name] += 1
-        count = self._before['requests'] + (worker.requests if worker is not None else 0)
+        with self._counting:
+            if self._worker is not None:
+                self._worker.submit(message.data, received_s)
+                return
+            for name in ('requests', 'refusals'):
+                self._before[name] += 1
+            number = self._before['requests'] - self._topics.first_id
         self._topics.finished(RequestReport(
-            count - self._topics.first_id, 'rejected',
-            f'the node is {self._state()}: activate it first'), '')
+            number, 'rejected', f'the node is {self._state()}: activate it first'), '')
 
     def _on_cancel(self, request, response):
         worker = self._worker
