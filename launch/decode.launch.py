@@ -10,7 +10,7 @@ from launch_ros.actions import LifecycleNode
 
 PACKAGE = 'physai_decode'
 ARGUMENTS = {
-    'params_file': ('', 'YAML file with parameters; empty takes the package\'s config/decode.yaml'),
+    'params_file': ('', 'YAML file with parameters; empty takes config/decode.yaml'),
     'namespace': ('', 'namespace of the node'),
     'name': ('decode', 'name of the node'),
     'model': ('', 'model.path: builtin:NAME, a folder or a hub id; empty leaves it to the file'),

@@ -13,7 +13,6 @@ from typing import Any
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from diagnostic_msgs.msg import KeyValue
-
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak

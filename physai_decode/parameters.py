@@ -13,15 +13,14 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+from physai_decode.config import check
+from physai_decode.config import ConfigError
+from physai_decode.config import DecodeConfig
 from rcl_interfaces.msg import FloatingPointRange
 from rcl_interfaces.msg import IntegerRange
 from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-
-from physai_decode.config import check
-from physai_decode.config import ConfigError
-from physai_decode.config import DecodeConfig
 
 TYPES = {
     bool: Parameter.Type.BOOL, int: Parameter.Type.INTEGER, float: Parameter.Type.DOUBLE,

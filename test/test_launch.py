@@ -9,15 +9,15 @@ import pytest
 
 launch_pytest = pytest.importorskip('launch_pytest')
 
-from ament_index_python.packages import get_package_prefix      # noqa: E402
-from ament_index_python.packages import PackageNotFoundError    # noqa: E402
-from diagnostic_msgs.msg import DiagnosticArray                 # noqa: E402
-from launch import LaunchDescription                            # noqa: E402
-from launch.actions import DeclareLaunchArgument                # noqa: E402
-from launch.actions import IncludeLaunchDescription             # noqa: E402
-from launch.launch_description_sources import PythonLaunchDescriptionSource     # noqa: E402
-import rclpy                                                    # noqa: E402
-from std_msgs.msg import String                                 # noqa: E402
+from ament_index_python.packages import get_package_prefix
+from ament_index_python.packages import PackageNotFoundError
+from diagnostic_msgs.msg import DiagnosticArray
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+import rclpy
+from std_msgs.msg import String
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / 'launch' / 'decode.launch.py'
