@@ -81,7 +81,9 @@ class Text:
         Give the ids of a prompt in its conversation.
 
         Without a template, the system prompt, the turns and the prompt follow one another as they
-        are, after what the tokenizer puts before every text.
+        are, after what the tokenizer puts before every text. A template sees place-holders for
+        all texts: it can trim them, but not look into them (some drop what a model thought in
+        earlier turns; that stays).
 
         :param prompt: any text; special tokens in it are text.
         :param history: turns (prompt, answer) before it, the oldest first.
@@ -97,15 +99,22 @@ class Text:
             whole = ''.join(content for _, content in said)
             return list(self._encoder.encode(whole, add_special_tokens=True).ids)
         # Each content is a place-holder in the template, and takes its place after the template's
-        # own special tokens have been renamed.
+        # own special tokens have been renamed. Blanks around it, of a kind that no template
+        # writes, tell whether the template trims its contents.
         places = [f'\ue000{self._nonce}:{index}\ue000' for index in range(len(said))]
         whole = self._any_name.sub(lambda match: self._names[match[0]], self._render([
-            {'role': role, 'content': place} for (role, _), place in zip(said, places)]))
+            {'role': role, 'content': f'\u2003{place}\u2003'}
+            for (role, _), place in zip(said, places)]))
         if places[-1] not in whole:
             raise TextError("the model's chat template leaves out the prompt: "
                             'set chat.template to off')
-        whole = re.sub(f'\ue000{self._nonce}:(\\d+)\ue000',
-                       lambda match: said[int(match[1])][1], whole)
+
+        def content(place: re.Match[str]) -> str:
+            text = said[int(place[2])][1]
+            text = text if place[1] else text.lstrip()
+            return text if place[3] else text.rstrip()
+
+        whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', content, whole)
         return list(self._encoder.encode(whole, add_special_tokens=False).ids)
 
     def decoder(self, stop: Sequence[str] = ()) -> 'Decoder':

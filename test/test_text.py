@@ -123,6 +123,15 @@ def test_a_harmless_prompt_is_what_the_library_makes(tokenizer, prompt, history)
         messages(prompt, history), add_generation_prompt=True)['input_ids']
 
 
+@pytest.mark.parametrize('prompt', [' a  b \n', '\n', 'a', ' a', 'a\t'])
+def test_a_template_may_trim(prompt):
+    tokenizer = qwen_like()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|> {{ m['content'] | trim }} <|im_end|>{% endfor %}")
+    assert Text(tokenizer, ChatConfig()).encode(prompt, [(prompt, prompt)]) == (
+        tokenizer.apply_chat_template(messages(prompt, [(prompt, prompt)]))['input_ids'])
+
+
 def test_a_system_prompt_comes_first():
     tokenizer = qwen_like()
     text = Text(tokenizer, ChatConfig(system_prompt='You are a robot.'))
