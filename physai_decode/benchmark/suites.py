@@ -148,8 +148,8 @@ def paper_table(results: Sequence[Result], context: int) -> Table:
                             result['footprint']['cuda_graph'] == 'captured'], CAPTURED, context)
 
     def over(cell):
-        known = eager if cell else None
-        return report.number(known and known['itl_p50_s'] / cell['itl_p50_s'], 3)
+        return report.number(
+            eager['itl_p50_s'] / cell['itl_p50_s'] if eager and cell else None, 3)
     table.rows += [
         [f'{EAGER}: ms', '16.97', '62.32', _of(eager, 'itl_p50_s')],
         [f'{EAGER}: of the floor', '0.27', '0.81', _fraction(eager)],
