@@ -109,12 +109,12 @@ class Text:
             raise TextError("the model's chat template leaves out the prompt: "
                             'set chat.template to off')
 
-        def content(place: re.Match[str]) -> str:
+        def put(place: re.Match[str]) -> str:
             text = said[int(place[2])][1]
             text = text if place[1] else text.lstrip()
             return text if place[3] else text.rstrip()
 
-        whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', content, whole)
+        whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', put, whole)
         return list(self._encoder.encode(whole, add_special_tokens=False).ids)
 
     def decoder(self, stop: Sequence[str] = ()) -> 'Decoder':
