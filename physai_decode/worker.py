@@ -416,6 +416,8 @@ class _Answer:
             return 'deadline', 'deadline.request_ms had passed before its turn came'
         prompt_ids = self._encode()
         self._times.prompt_tokens = len(prompt_ids)
+        if self._request.end_reason:
+            return self._request.end_reason, self._request.end_message
         count = 0
         # Closing the generator is what cancels the engine, however this loop is left.
         with closing(cast('Generator[Step, None, None]',

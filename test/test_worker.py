@@ -336,6 +336,18 @@ def test_cancel_at_the_last_token(make):
     assert report.cancel_ms is not None
 
 
+def test_cancel_before_the_engine_begins(make):
+    class Canceller(CharacterText):
+        def encode(self, prompt, history=()):
+            worker.cancel()
+            return super().encode(prompt, history)
+
+    engine = FakeEngine()
+    worker, sink = make(engine, text=Canceller())
+    assert sink.end(worker.submit('abc'))[0].finish_reason == 'cancelled'
+    assert engine.prompts == []
+
+
 def test_cancel_between_two_pieces_of_a_prompt(make):
     gate = Gate()
 
