@@ -7,17 +7,14 @@ what is not known is ``n/a``. It knows nothing of publishers, threads or clocks.
 
 from collections.abc import Mapping
 from math import isfinite
-from operator import attrgetter
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from diagnostic_msgs.msg import KeyValue
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
 from physai_decode.timing import RequestReport
-from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 
 OK = DiagnosticStatus.OK
@@ -88,26 +85,6 @@ def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *,
         level=level, name=name, message=message, hardware_id=hardware_id,
         values=[KeyValue(key=key, value=text_of(value))
                 for key, value in zip(keys, found, strict=True)])
-
-
-class TokenMessage:
-    """The message of ``~/token_stats``, built once and filled again for each token."""
-
-    def __init__(self) -> None:
-        self._status = status('decode: token', TOKEN_KEYS, {})
-        self._values = list(self._status.values)
-        self._fields = attrgetter(*TOKEN_KEYS)
-        self.array = DiagnosticArray(status=[self._status])
-
-    def fill(self, report: TokenReport, text: str, first_id: int) -> DiagnosticArray:
-        """Put one token's report and its text in; first_id is added to its request_id."""
-        self._status.message = text
-        self._status.level = WARN if report.deadline_missed else OK
-        for pair, value in zip(self._values, self._fields(report)):
-            pair.value = text_of(value)
-        if first_id:
-            self._values[0].value = str(report.request_id + first_id)
-        return self.array
 
 
 def request_status(report: RequestReport) -> DiagnosticStatus:

@@ -12,10 +12,12 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode import cdr
 from physai_decode import messages
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.node import Node
+from rclpy.publisher import Publisher
 from rclpy.qos import QoSDurabilityPolicy
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos import QoSProfile
@@ -24,6 +26,7 @@ from std_msgs.msg import Float64
 from std_msgs.msg import String
 
 STREAM_DEPTH = 4096
+ASK_EVERY = 16                  # tokens
 NUL = '\ufffd'
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY,
             QoSPolicyKind.DURABILITY)
@@ -70,29 +73,33 @@ class Topics:
         self._request_stats = publisher(DiagnosticArray, '~/request_stats', QoSProfile(depth=10))
         self._model_info = publisher(DiagnosticArray, '~/model_info', latched_qos())
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
-        self._text = String()                       # this and the next two: decode thread only
-        self._number = Float64()
-        self._token = messages.TokenMessage()
-        self._token.array.header.frame_id = self._source = node.get_fully_qualified_name()
+        self._source = node.get_fully_qualified_name()
+        self._figures = cdr.TokenStats(self._source)
+        self._heard: list[bool] = []                # of the three below ~/tokens; decode thread
         self._ending = threading.Lock()             # requests end in several threads
 
     def token(self, report: TokenReport) -> None:
-        """Publish one token: the text first, then its figures."""
-        self._text.data = text = report.text.replace('\0', NUL)
-        self._tokens.publish(self._text)
-        if report.index == 0:
+        """
+        Publish one token: the text first, then its figures.
+
+        Figures that nobody hears are not even written. Who hears is asked now and then, as it
+        takes as long as publishing: one who comes in mid-answer may miss that many tokens.
+        """
+        text = report.text.replace('\0', NUL)
+        self._tokens.publish(cdr.string(text))
+        if report.index % ASK_EVERY == 0:
             self._simulated = self._clock.ros_time_is_active
-        array = self._token.fill(report, text, self.first_id)
-        # rclpy's Clock.now takes a tenth of the time that a token may cost.
-        now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
-        array.header.stamp.sec, array.header.stamp.nanosec = divmod(now_ns, 10**9)
-        self._token_stats.publish(array)
-        if report.itl_ms is not None:
-            self._number.data = report.itl_ms
-            self._itl_ms.publish(self._number)
-        if report.r_floor is not None:
-            self._number.data = report.r_floor
-            self._r_floor.publish(self._number)
+            self._heard = [_is_heard(publisher) for publisher in (
+                self._token_stats, self._itl_ms, self._r_floor)]
+        token_stats, itl_ms, r_floor = self._heard
+        if token_stats:
+            # rclpy's Clock.now takes a tenth of the time that a token may cost.
+            now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
+            self._token_stats.publish(self._figures.write(report, text, self.first_id, now_ns))
+        if itl_ms and report.itl_ms is not None:
+            self._itl_ms.publish(cdr.float64(report.itl_ms))
+        if r_floor and report.r_floor is not None:
+            self._r_floor.publish(cdr.float64(report.r_floor))
 
     def finished(self, report: RequestReport, text: str) -> None:
         """Publish the end of a request: its text unless it was refused, and its figures."""
@@ -117,3 +124,9 @@ class Topics:
         array.header.stamp = self._clock.now().to_msg()
         array.header.frame_id = self._source
         return array
+
+
+def _is_heard(publisher: Publisher) -> bool:
+    """Tell whether anybody gets what is published, or may get it later."""
+    return (publisher.get_subscription_count() > 0
+            or publisher.qos_profile.durability == QoSDurabilityPolicy.TRANSIENT_LOCAL)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode import cdr
 from physai_decode import messages
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DiagnosticsConfig
@@ -12,6 +14,10 @@ from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 import pytest
+from rclpy.serialization import deserialize_message
+from rclpy.serialization import serialize_message
+from std_msgs.msg import Float64
+from std_msgs.msg import String
 
 FOOTPRINT = Footprint(
     engine='native', model_type='qwen2', dtype='bfloat16', quantization='none', device='cuda:0',
@@ -41,21 +47,45 @@ def values(status):
     return {pair.key: pair.value for pair in status.values}
 
 
-def test_a_token_s_message_is_filled_again_and_again():
-    """Keys stay, values change, nothing of the token before is left."""
-    token = messages.TokenMessage()
-    status = token.fill(TOKEN, 'a', 100).status[0]
-    assert status.name == 'decode: token'
+def test_a_token_s_figures_read_back():
+    """Keys stay; the id goes on from the first of this activation."""
+    write = cdr.TokenStats('/decode').write
+    array = deserialize_message(write(TOKEN, 'a', 100, 5 * 10**9 + 7), DiagnosticArray)
+    assert (array.header.stamp.sec, array.header.stamp.nanosec) == (5, 7)
+    assert array.header.frame_id == '/decode'
+    status, = array.status
+    assert (status.name, status.hardware_id) == ('decode: token', '')
+    assert (status.level, status.message) == (messages.WARN, 'a')
     assert tuple(pair.key for pair in status.values) == messages.TOKEN_KEYS
-    assert status.level == messages.WARN
     assert values(status) == {
         'request_id': '103', 'index': '1', 'token_id': '17', 'context_tokens': '40',
         'itl_ms': '12.3457', 'device_ms': 'n/a', 'host_gap_ms': '-0.25',
         'publish_ms': '0.0000123', 'floor_ms': '10', 'r_floor': '0.81', 'bandwidth_gb_s': '243',
         'deadline_missed': '1'}
-    status = token.fill(replace(TOKEN, index=0, itl_ms=None, deadline_missed=False), '', 0).status[0]
+    report = replace(TOKEN, index=0, itl_ms=None, deadline_missed=False)
+    status, = deserialize_message(write(report, '', 0, 0), DiagnosticArray).status
     assert (status.level, status.message) == (messages.OK, '')
     assert (values(status)['itl_ms'], values(status)['request_id']) == ('n/a', '3')
+
+
+@pytest.mark.parametrize('text', ['', 'a', 'ab', 'abc', 'abcd', 'é', '🙂 ж中', 'x' * 70000])
+def test_cdr_is_what_rclpy_writes(text):
+    """At every length modulo the padding; bytes that only pad may differ."""
+    assert deserialize_message(cdr.string(text), String) == String(data=text)
+    report = replace(TOKEN, token_id=len(text))
+    written = cdr.TokenStats(text).write(report, text, 0, 10**18 + 1)
+    expected = DiagnosticArray(status=[messages.status(
+        'decode: token', messages.TOKEN_KEYS, report, message=text, level=messages.WARN)])
+    expected.header.frame_id = text
+    expected.header.stamp.sec, expected.header.stamp.nanosec = 10**9, 1
+    assert deserialize_message(written, DiagnosticArray) == expected
+    assert len(written) - len(serialize_message(expected)) in range(4)
+
+
+@pytest.mark.parametrize('value', [0.0, -1.5, 1e300, 3.14159])
+def test_numbers_in_cdr(value):
+    """As rclpy writes them."""
+    assert cdr.float64(value) == serialize_message(Float64(data=value))
 
 
 @pytest.mark.parametrize(('reason', 'level'), [

@@ -24,6 +24,7 @@ os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
 from diagnostic_msgs.msg import DiagnosticArray         # noqa: E402
 from physai_decode import node                          # noqa: E402
 from physai_decode.config import DecodeConfig           # noqa: E402
+from physai_decode.config import EngineConfig           # noqa: E402
 from physai_decode.timing import percentile             # noqa: E402
 from physai_decode.topics import stream_qos             # noqa: E402
 import rclpy                                            # noqa: E402
@@ -31,6 +32,7 @@ from std_msgs.msg import Float64                        # noqa: E402
 from std_msgs.msg import String                         # noqa: E402
 
 PATIENCE_S = 120.0
+THREADS = 1             # of the engine: the subscriber needs a core too
 PROMPTS = [f'please {verb} the {colour} {thing} to the {place}'
            for verb in ('bring', 'take') for colour in ('red', 'blue', 'green')
            for thing in ('cup', 'box', 'book') for place in ('kitchen', 'office')]
@@ -66,14 +68,15 @@ def serve(path: Path) -> int:
         engines.append(Timed(loaded.engine))
         return loaded._replace(engine=engines[0])
 
-    code = node.main(['decode_node', '--ros-args', '--log-level', 'warn'], load)
+    code = node.main(['decode_node', '--ros-args', '--log-level', 'warn',
+                      '-p', f'engine.cpu_threads:={THREADS}'], load)
     path.write_text(json.dumps(engines[0].known_s))
     return code
 
 
 def alone(path: Path) -> int:
     """Answer the prompts without the node; write the times between tokens."""
-    config = DecodeConfig()
+    config = DecodeConfig(engine=EngineConfig(cpu_threads=THREADS))
     engine, text, _ = node.load(config, lambda line: None)
     itl_s = []
     for prompt in PROMPTS:
