@@ -22,16 +22,15 @@ setup(
     install_requires=[
         'huggingface_hub',
         'jinja2>=3.1',
+        'matplotlib',
         'numpy',
+        'nvidia-ml-py',
+        'rich',
         'safetensors',
         'setuptools',
         'torch>=2.5',
         'transformers>=5',
     ],
-    extras_require={
-        'bench': ['matplotlib'],
-        'nvml': ['nvidia-ml-py'],
-    },
     zip_safe=False,
     author='physai_decode developers',
     author_email='physai_decode@example.org',
@@ -46,6 +45,7 @@ setup(
             'decode_ask = physai_decode.ask:main',
             'decode_bench = physai_decode.bench:main',
             'decode_node = physai_decode.node:main',
+            'decode_watch = physai_decode.watch:main',
         ],
     },
 )

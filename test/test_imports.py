@@ -22,7 +22,7 @@ HEAVY = ROS_LIBRARIES | {'torch', 'transformers', 'triton', 'tokenizers', 'safet
 PIP_NAMES = {'pynvml': 'nvidia-ml-py', 'yaml': 'pyyaml'}
 ROSDEP_NAMES = {
     'jinja2': 'python3-jinja2', 'matplotlib': 'python3-matplotlib', 'numpy': 'python3-numpy',
-    'pynvml': 'python3-pynvml', 'torch': 'python3-pytorch-pip',
+    'pynvml': 'python3-pynvml', 'rich': 'python3-rich', 'torch': 'python3-pytorch-pip',
     'transformers': 'python3-transformers-pip', 'yaml': 'python3-yaml',
     # These come with one of the above.
     'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
