@@ -1,0 +1,355 @@
+"""
+Watch a running node in the terminal: its state, its stream, its times and how near the limit.
+
+It only listens, on `/diagnostics`, `~/token_stats` and `~/request_stats`: it asks the node for
+nothing and computes no figure of its own. It keeps no history but the last tokens.
+"""
+
+import argparse
+from collections import deque
+import os
+import signal
+import sys
+import threading
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.messages import NOT_KNOWN
+from physai_decode.topics import stream_qos
+import rclpy
+from rclpy.exceptions import NameValidationException
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
+from rich.console import Console
+from rich.layout import Layout
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+REFRESH_S = 0.2
+SILENT_S = 3.0              # a node that says nothing for longer is gone, at a period of 1 s
+KEPT_TOKENS = 500
+KEPT_CHARACTERS = 10000
+BARS = '▁▂▃▄▅▆▇█'
+LEVELS = {DiagnosticStatus.OK: 'OK', DiagnosticStatus.WARN: 'WARN',
+          DiagnosticStatus.ERROR: 'ERROR', DiagnosticStatus.STALE: 'STALE'}
+STYLES = {DiagnosticStatus.OK: '', DiagnosticStatus.WARN: 'yellow'}
+STATE_STYLES = {'generating': 'green', 'idle': 'green', 'loading': 'yellow', 'inactive': 'yellow'}
+
+
+class WatchError(Exception):
+    """There is nothing to watch; the message says why."""
+
+
+class Watcher(Node):
+    """Hears one node; the first that speaks, where none was named."""
+
+    def __init__(self, name: str = '') -> None:
+        """
+        Listen for the node.
+
+        :param name: the node's name, absolute or relative to the own namespace; empty for any.
+        :raises NameValidationException: no node can have this name.
+        """
+        super().__init__(f'decode_watch_{os.getpid()}')
+        self.target = ''
+        self.heard_s: float | None = None       # when the last message came
+        self.period_s = 0.0                     # between the last two on /diagnostics
+        self.levels: dict[str, bytes] = {}      # by the status's name, less 'decode: '
+        self.notes: dict[str, str] = {}         # its message
+        self.values: dict[str, str] = {}        # of all three; no two have a key in common
+        self.hardware_id = NOT_KNOWN
+        self.last_request = ''                  # how the last one to end went
+        self._diagnosed_s: float | None = None
+        self._forget()
+        self.create_subscription(
+            DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
+        if name:
+            self._follow(name)
+
+    def names(self) -> list[str]:
+        """List the decode nodes that are there, by their topics."""
+        return sorted(
+            topic[:-len('/token_stats')] for topic, kinds in self.get_topic_names_and_types()
+            if topic.endswith('/token_stats') and 'diagnostic_msgs/msg/DiagnosticArray' in kinds
+            and self.count_publishers(topic))
+
+    def silent_s(self, now_s: float) -> float:
+        """Give for how long the node has said nothing; 0 while that is no longer than usual."""
+        if self.heard_s is None or now_s - self.heard_s < max(SILENT_S, 3 * self.period_s):
+            return 0.0
+        return now_s - self.heard_s
+
+    def _follow(self, name):
+        stream = self.create_subscription(
+            DiagnosticArray, f'{name}/token_stats', self._on_token, stream_qos())
+        self.target = stream.topic_name[:-len('/token_stats')]
+        self.create_subscription(
+            DiagnosticArray, f'{name}/request_stats', self._on_request, QoSProfile(depth=100))
+
+    def _forget(self):
+        self.request_id = ''
+        self.text = ''                          # of the newest request
+        self.itl_ms: deque[tuple[float, bool]] = deque(maxlen=KEPT_TOKENS)  # and whether late
+
+    def _on_diagnostics(self, message):
+        statuses = {status.name: status for status in message.status}
+        if 'decode: engine' not in statuses:
+            return                              # another driver's
+        if not self.target:
+            self._follow(message.header.frame_id)
+        if message.header.frame_id != self.target:
+            return
+        now_s, before = time.monotonic(), self.values.get('requests', '0')
+        if self._diagnosed_s is not None:
+            self.period_s = now_s - self._diagnosed_s
+        self.heard_s = self._diagnosed_s = now_s
+        for name, status in statuses.items():
+            self.levels[name.rpartition(' ')[2]] = status.level
+            self.notes[name.rpartition(' ')[2]] = printable(status.message)
+            self.values.update({pair.key: printable(pair.value) for pair in status.values})
+            self.hardware_id = printable(status.hardware_id)
+        if int(self.values['requests']) < int(before):
+            self._forget()                      # the node was started again
+
+    def _on_token(self, message):
+        self.heard_s = time.monotonic()
+        status = message.status[0]
+        values = {pair.key: pair.value for pair in status.values}
+        if values['request_id'] != self.request_id:
+            self.request_id, self.text = values['request_id'], ''
+        self.text = (self.text + printable(status.message))[-KEPT_CHARACTERS:]
+        if values['itl_ms'] != NOT_KNOWN:
+            self.itl_ms.append((float(values['itl_ms']), values['deadline_missed'] == '1'))
+
+    def _on_request(self, message):
+        status = message.status[0]
+        values = {pair.key: pair.value for pair in status.values}
+        self.last_request = printable(
+            f'{values["request_id"]}, {status.message}: {values["output_tokens"]} tokens, first '
+            f'after {number(values["ttft_ms"])} ms, then {number(values["tokens_per_s"])} per s')
+
+
+def printable(text: str) -> str:
+    """Put a mark in the place of each character that would control the terminal."""
+    return ''.join(
+        letter if letter == '\n' or ' ' <= letter < '\x7f' or letter >= '\xa0' else '\ufffd'
+        for letter in text)
+
+
+def number(value: str) -> str:
+    """Shorten a number to four digits for the eye; other words stay."""
+    try:
+        return f'{float(value):.4g}' if abs(float(value)) < 1e4 else f'{float(value):.0f}'
+    except ValueError:
+        return value
+
+
+def snapshot(watcher: Watcher) -> str:
+    """Give all that the node last said on /diagnostics: a line for each key, then its value."""
+    worst = max(watcher.levels.values())
+    note = '; '.join(watcher.notes[name] for name, level in watcher.levels.items()
+                     if level != DiagnosticStatus.OK)
+    lines = {'node': watcher.target, 'hardware_id': watcher.hardware_id,
+             'level': LEVELS[worst], 'message': note or NOT_KNOWN, **watcher.values}
+    return '\n'.join(f'{key:24}{value}'.replace('\n', ' ') for key, value in lines.items())
+
+
+def view(watcher: Watcher, width: int, now_s: float) -> Layout | Text:
+    """
+    Draw everything for a screen.
+
+    :param width: of the screen, in characters.
+    :param now_s: the monotonic clock.
+    """
+    if not watcher.values:
+        others = [name for name in watcher.names() if name != watcher.target]
+        return Text(f'waiting for {watcher.target or "a node"} on /diagnostics; Ctrl-C ends'
+                    + (f'; there is {" ".join(others)}' if others else ''))
+    figures = Table.grid(padding=(0, 2))
+    figures.add_column(style='bold', no_wrap=True, min_width=9)
+    figures.add_column(no_wrap=True, overflow='ellipsis')
+    rows = _rows(watcher, max(width - 12, 10))
+    for title, content in rows:
+        figures.add_row(title, Text(content) if isinstance(content, str) else content)
+    head = _head(watcher, now_s)
+    layout = Layout()
+    layout.split_column(
+        Layout(head, size=2),
+        Layout(Panel(_Tail(watcher.text), title=f'request {watcher.request_id or NOT_KNOWN}',
+                     title_align='left', border_style='dim'), minimum_size=3),
+        Layout(figures, size=len(rows)))
+    return layout
+
+
+class _Tail:
+    """The last lines of a text, as many as there is room for."""
+
+    def __init__(self, text):
+        self._text = Text(text)
+
+    def __rich_console__(self, console, options):
+        lines = self._text.wrap(console, options.max_width)
+        yield from lines[-(options.height or len(lines)):]
+
+
+def _head(watcher, now_s):
+    say = watcher.values
+    state, style = say['state'], STATE_STYLES.get(say['state'], 'bold red')
+    note = watcher.notes['engine']
+    if note and note != state:
+        state = f'{state}: {note}'
+    if silent_s := watcher.silent_s(now_s):
+        state, style = f'gone: nothing heard for {silent_s:.0f} s', 'bold red'
+    others = [name for name in watcher.names() if name != watcher.target]
+    head = Text(f'{watcher.target}  ', style='bold', no_wrap=True, overflow='ellipsis')
+    head.append(state, style=style)
+    if others:
+        head.append(f'   (also {" ".join(others)}: --node)', style='dim')
+    head.append(
+        f'\n{say["model"]}, {say["engine"]}, {say["dtype"]}, quantization {say["quantization"]}, '
+        f'{say["device"]}: {watcher.hardware_id}, CUDA graph {say["cuda_graph"]}',
+        style='not bold')
+    return head
+
+
+def _rows(watcher, width):
+    """Give the figures: titles and lines, `width` characters wide."""
+    say = {key: number(value) for key, value in watcher.values.items()}
+    late = STYLES.get(watcher.levels['latency'], 'bold red')
+    slow = STYLES.get(watcher.levels['bandwidth'], 'bold red')
+
+    def known(**units):
+        told = [f'{say[key]} {unit}' for key, unit in units.items() if say[key] != NOT_KNOWN]
+        return ', '.join(told) or NOT_KNOWN
+
+    return (
+        ('latency', f'p50 {say["itl_p50_ms"]}  p95 {say["itl_p95_ms"]}  p99 {say["itl_p99_ms"]}  '
+                    f'max {say["itl_max_ms"]}  jitter {say["jitter_ms"]} ms   {say["count"]} '
+                    f'tokens in {say["window_s"]} s'),
+        ('', _sparkline(watcher.itl_ms, width)),
+        ('deadline', Text(
+            known(token_deadline_ms='ms a token', ttft_deadline_ms='ms to the first',
+                  request_deadline_ms='ms a request').replace(NOT_KNOWN, 'none')
+            + f': {say["deadline_misses"]} missed, {say["consecutive_misses"]} in a row, worst '
+            f'{say["worst_overrun_ms"]} ms over', style=late)),
+        ('floor', _bar(say['r_floor'], width // 3).append(
+            f' {say["r_floor"]} of the limit: the floor is {say["floor_ms"]} ms', style=slow)),
+        ('bandwidth', f'{say["bandwidth_gb_s"]} of {say["peak_bandwidth_gb_s"]} GB/s '
+                      f'({say["peak_source"]})   weights {say["weight_gb"]} GB, keys and values '
+                      f'{say["kv_gb"]} GB'),
+        ('host gap', f'{say["host_gap_ms"]} ms'),
+        ('memory', known(memory_used_gb='GB used', memory_free_gb='GB free')),
+        ('device', known(temperature_c='°C', power_w='W', sm_clock_mhz='MHz',
+                         memory_clock_mhz='MHz of the memory',
+                         throttle_reasons='throttle reasons')),
+        ('queue', f'{say["queue_depth"]} of {say["queue_capacity"]}   {say["requests"]} requests, '
+                  f'{say["tokens"]} tokens, {say["refusals"]} refused'),
+        ('last', watcher.last_request or NOT_KNOWN))
+
+
+def _sparkline(samples, width):
+    """Draw the newest tokens' times, a column each, from 0 to the largest; late ones in red."""
+    samples = list(samples)[-width:]
+    largest = max((itl_ms for itl_ms, _ in samples), default=0.0) or 1.0
+    line = Text()
+    for itl_ms, late in samples:
+        height = round(itl_ms / largest * (len(BARS) - 1))
+        line.append(BARS[height], 'bold red' if late else 'cyan')
+    return line
+
+
+def _bar(ratio, width):
+    """Draw a ratio of 0 to 1; what is above 1 fills it, what is not known leaves it empty."""
+    full = 0 if ratio == NOT_KNOWN else round(min(float(ratio), 1.0) * width)
+    return Text('█' * full, style='green').append('░' * (width - full), style='dim')
+
+
+def _spin(executor, stop, seconds):
+    """Hear all that comes in this time."""
+    end_s = time.monotonic() + seconds
+    while not stop.is_set() and (left_s := end_s - time.monotonic()) > 0:
+        executor.spin_once(timeout_sec=left_s)
+
+
+def _once(watcher, executor, stop, timeout_s):
+    """
+    Wait for the node and print what it says.
+
+    :raises WatchError: it says nothing in time, or it is not clear which node is meant.
+    """
+    named = bool(watcher.target)
+    end_s = time.monotonic() + timeout_s
+    while not watcher.values:
+        left_s = end_s - time.monotonic()
+        if stop.is_set():
+            raise WatchError('interrupted')
+        if left_s <= 0:
+            names = ' '.join(watcher.names())
+            raise WatchError(
+                f'{watcher.target or "no node"} was not heard on /diagnostics within '
+                f'{timeout_s:g} s' + (f'; there is {names}' if names else ''))
+        _spin(executor, stop, min(0.05, left_s))
+    names = watcher.names()
+    if not named and len(names) > 1:
+        raise WatchError(f'there are several nodes: {" ".join(names)}; name one with --node')
+    print(snapshot(watcher))
+
+
+def _watch(watcher, executor, stop, console):
+    """Draw until told to stop."""
+    if not console.is_terminal:
+        raise WatchError('the output is no terminal; --once prints one snapshot')
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while not stop.is_set():
+            live.update(view(watcher, console.width, time.monotonic()), refresh=True)
+            _spin(executor, stop, REFRESH_S)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; gives its exit code."""
+    arguments = _parser().parse_args(remove_ros_args(args or sys.argv)[1:])
+    stop = threading.Event()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: stop.set())
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    executor, watcher = SingleThreadedExecutor(), None
+    try:
+        watcher = Watcher(arguments.node)
+        executor.add_node(watcher)
+        if arguments.once:
+            _once(watcher, executor, stop, arguments.timeout)
+        else:
+            _watch(watcher, executor, stop, Console())
+    except NameValidationException:
+        print(f'decode_watch: no node can be called {arguments.node!r}', file=sys.stderr)
+        return 1
+    except WatchError as error:
+        print(f'decode_watch: {error}', file=sys.stderr)
+        return 1
+    finally:
+        executor.shutdown()
+        if watcher is not None:
+            watcher.destroy_node()
+        rclpy.shutdown()
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog='decode_watch', description=__doc__.split('\n\n')[0])
+    parser.add_argument('--node', default='', metavar='NAME',
+                        help='the node to watch; by default the first that is heard')
+    parser.add_argument('--once', action='store_true',
+                        help='print one snapshot, a line for each key and its value, and end')
+    parser.add_argument('--timeout', type=float, default=10.0, metavar='S',
+                        help='seconds that --once waits for the node (%(default)s)')
+    return parser
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""decode_watch: what it shows in a terminal, what it prints for scripts, and how it ends."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+from node_rig import PATIENCE_S
+from node_rig import Rig
+from physai_decode import messages
+from physai_decode.watch import number
+from physai_decode.watch import printable
+import pytest
+import rclpy
+
+COMMAND = [sys.executable, '-m', 'physai_decode.watch']
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give a node that takes prompts."""
+    rclpy.init()
+    rig = Rig(**{
+        'deadline.token_ms': 5.0, 'deadline.max_consecutive_misses': 1000})
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+class Screen:
+    """The command in a terminal of its own."""
+
+    def __init__(self, *arguments) -> None:
+        self.text = ''
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, 'TERM': 'xterm-256color'})
+        os.close(slave)
+
+    def wait(self, pattern) -> str:
+        """Read on until the pattern has come; gives all that came until then, and drops it."""
+        end_s = time.monotonic() + PATIENCE_S
+        while True:
+            if found := re.search(pattern, self.text, re.DOTALL):
+                told, self.text = self.text[:found.end()], self.text[found.end():]
+                return told
+            assert time.monotonic() < end_s, f'no {pattern} in {self.text[-4000:]}'
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.text += os.read(self.master, 65536).decode(errors='replace')
+
+    def end(self, number) -> tuple[int, str]:
+        """Send a signal; gives the exit code and what is on stderr."""
+        os.kill(self.process.pid, number)
+        try:
+            while True:
+                self.text += os.read(self.master, 65536).decode(errors='replace')
+        except OSError:             # the other end is closed
+            os.close(self.master)
+        self.process.wait(PATIENCE_S)
+        return self.process.returncode, self.process.stderr.read()
+
+
+@pytest.fixture
+def screen():
+    """Start commands in terminals, and end those that still run."""
+    screens = []
+
+    def start(*arguments):
+        screens.append(Screen(*arguments))
+        return screens[-1]
+
+    yield start
+    for each in screens:
+        if each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
+        each.process.stderr.close()
+
+
+def once(*arguments):
+    """Run the command for one snapshot."""
+    return subprocess.run(
+        [*COMMAND, '--once', *arguments], capture_output=True, text=True, timeout=60)
+
+
+def followers(rig) -> int:
+    """Count who listens to the tokens: the probe, and each command."""
+    return rig.probe.count_subscribers('/decode/token_stats')
+
+
+def test_it_shows_the_stream_and_the_figures(rig, screen):
+    """Text, times, late tokens, floor and the last request; SIGINT ends it with 0."""
+    shown = screen()
+    shown.wait('/decode.*idle.*Echo 1')
+    rig.wait(lambda: followers(rig) == 2)
+    rig.loader.engines[0].step_s = 0.01
+    try:
+        rig.ask('hello world')
+    finally:
+        rig.loader.engines[0].step_s = 0.0
+    told = shown.wait('stop: 11 tokens')
+    assert 'HELLO WORLD' in told
+    told = shown.wait('11 tokens, 0 refused')
+    assert re.search(r'p50 \d', told)
+    assert '5 ms a token: 10 missed, 10 in a row' in told
+    assert re.search(r'[█░]\S* 0\.\d+ of the limit: the floor is 1\.0', told)
+    assert re.search(f'[{"▁▂▃▄▅▆▇█"}]', told)
+    code, stderr = shown.end(signal.SIGINT)
+    assert (code, stderr) == (0, '')
+    assert '\x1b[?1049l' in shown.text              # the terminal is as it was
+
+
+def test_a_text_cannot_control_the_terminal(rig, screen):
+    """Escape sequences from a model are shown as marks."""
+    shown = screen('--node', 'decode')
+    shown.wait('idle')
+    rig.wait(lambda: followers(rig) == 2)
+    rig.ask('a\x1b[2Jb\x07\x9bc')
+    assert 'A\ufffd[2JB\ufffd\ufffdC' in shown.wait(r'A[^\n]*C')
+    assert shown.end(signal.SIGTERM) == (0, '')
+
+
+def test_it_survives_the_node(screen):
+    """A node that comes, goes and comes again under the same name."""
+    shown = screen('--node', '/later')
+    shown.wait('waiting for /later')
+    for round_ in range(2):
+        speaker = rclpy.create_node('later')
+        publisher = speaker.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        array = DiagnosticArray(status=[
+            messages.status('decode: latency', messages.LATENCY_KEYS, {}),
+            messages.status('decode: bandwidth', messages.BANDWIDTH_KEYS, {}),
+            messages.status('decode: engine', messages.ENGINE_KEYS, {
+                'state': f'idle{round_}', 'requests': 5 - round_})])
+        array.header.frame_id = '/later'
+        end_s = time.monotonic() + PATIENCE_S
+        while f'idle{round_}' not in shown.text:
+            assert time.monotonic() < end_s
+            publisher.publish(array)
+            if select.select([shown.master], [], [], 0.1)[0]:
+                shown.text += os.read(shown.master, 65536).decode(errors='replace')
+        speaker.destroy_node()
+        shown.wait('gone: nothing heard for [0-9]+ s')
+    assert shown.end(signal.SIGINT) == (0, '')
+
+
+def test_a_snapshot_for_scripts(rig):
+    """A line for each key of /diagnostics, in the node's own words."""
+    rig.ask('hello')
+    done = once('--node', 'decode')
+    assert (done.returncode, done.stderr) == (0, '')
+    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    for keys in (messages.LATENCY_KEYS, messages.BANDWIDTH_KEYS, messages.ENGINE_KEYS):
+        assert set(keys) <= set(told)
+    assert told['node'] == '/decode'
+    assert told['hardware_id'] == 'Echo 1'
+    assert told['state'] == 'idle'
+    assert told['level'] in ('OK', 'WARN')
+    assert int(told['tokens']) >= 5
+
+
+def test_no_node_in_time(rig):
+    """It says whom it waited for and who is there."""
+    done = once('--node', 'nobody', '--timeout', '2')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == ('decode_watch: /nobody was not heard on /diagnostics within 2 s; '
+                           'there is /decode\n')
+
+
+def test_several_nodes_want_a_name(rig):
+    """Without one, nothing is guessed."""
+    other = rclpy.create_node('other')
+    other.create_publisher(DiagnosticArray, '/other/token_stats', 10)
+    try:
+        rig.wait(lambda: rig.probe.count_publishers('/other/token_stats'))
+        assert once('--node', '/decode').returncode == 0
+        done = once()
+        assert done.returncode == 1
+        assert done.stderr == ('decode_watch: there are several nodes: /decode /other; name one '
+                               'with --node\n')
+    finally:
+        other.destroy_node()
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--node', 'a b'], "no node can be called 'a b'"),
+    ([], 'the output is no terminal; --once prints one snapshot')])
+def test_what_cannot_be_watched(rig, arguments, message):
+    """A message and exit code 1, no traceback."""
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_numbers_for_the_eye():
+    """Four digits, and words as they are."""
+    assert [number(value) for value in ('3.14159265', '123456.7', '0.000012', 'n/a', 'none')] == [
+        '3.142', '123457', '1.2e-05', 'n/a', 'none']
+
+
+def test_printable():
+    """Line breaks and letters of any script pass, control characters do not."""
+    assert printable('a\n🙂\xe9\t\r\x1b\x7f\x80') == 'a\n🙂\xe9\ufffd\ufffd\ufffd\ufffd\ufffd'
