@@ -15,7 +15,7 @@ setup(
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{package_name}']),
         (f'share/{package_name}', ['package.xml']),
-        (f'share/{package_name}/config', sorted(glob('config/*.yaml'))),
+        (f'share/{package_name}/config', sorted(glob('config/*'))),
         (f'share/{package_name}/launch', sorted(glob('launch/*.launch.py'))),
     ],
     python_requires='>=3.10',
