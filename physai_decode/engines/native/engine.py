@@ -67,8 +67,7 @@ class NativeEngine:
             self._cached: list[int] = []
             self._pipeline = None
             if self._device.type == 'cuda':
-                progress('tuning the kernels')
-                ops.tune(self._transformer)
+                ops.tune(self._transformer, progress)
                 clock.end('tune_s')
                 progress('capturing the step' if config.cuda_graph else 'warming up')
                 self._pipeline = Pipeline(

@@ -84,23 +84,21 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     if not kernel_group:
         raise EngineError(f'GPTQ groups of {size} columns are no multiple of 32; '
                           'set engine.name to transformers')
-    width = min(64, kernel_group)
-    block = 8 * width
-    blocks = -(-columns // block)
-    padded = torch.zeros(blocks * block, rows, dtype=torch.int32, device=qweight.device)
+    blocks = -(-columns // (4 * kernel_group))
+    padded = torch.zeros(
+        blocks * 4 * kernel_group, rows, dtype=torch.int16, device=qweight.device)
     padded[:columns] = nibbles
-    packed = torch.zeros(rows, blocks, width, dtype=torch.int32, device=qweight.device)
-    for j, plane in enumerate(padded.t().reshape(rows, blocks, 8, width).unbind(2)):
-        packed |= plane << (4 * j)
+    planes = padded.t().reshape(rows, blocks, 4, kernel_group)
+    packed = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
 
     def by_row(values):
-        wide = values.repeat_interleave(size // kernel_group, 0)[:blocks * block // kernel_group]
-        full = wide.new_zeros(blocks * block // kernel_group, rows)
+        wide = values.repeat_interleave(size // kernel_group, 0)
+        full = wide.new_zeros(4 * blocks, rows)
         full[:wide.shape[0]] = wide
         return full.t().to(torch.float16).contiguous()
 
     return Int4(
-        packed=packed.view(rows, -1), scales=by_row(scales),
+        packed=packed.reshape(rows, -1).contiguous(), scales=by_row(scales),
         zeros=None if bool((zeros == 8).all()) else by_row(zeros),
         order=order, bias=bias, in_features=columns, group_size=kernel_group)
 

@@ -62,7 +62,9 @@ class Pipeline:
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Both graphs share one pool: they never run at the same time.
-            with torch.cuda.graph(graph, pool=pool, stream=side):
+            # Other threads may ask the device for its free memory meanwhile.
+            with torch.cuda.graph(
+                    graph, pool=pool, stream=side, capture_error_mode='thread_local'):
                 step()
             pool = graph.pool()
             self._steps[name] = graph.replay

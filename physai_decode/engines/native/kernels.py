@@ -8,13 +8,15 @@ each kernel is launched while the one before still runs, and fetches weights, wh
 nobody, before it waits for its input: "programmatic dependent launch", here ``EARLY``.
 """
 
+from dataclasses import astuple
 from dataclasses import dataclass
 import math
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
-from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.tuning import timed
+from physai_decode.engines.native.tuning import TuningCache
 import torch
 from torch import Tensor
 import triton
@@ -33,8 +35,8 @@ def _fetch(addresses):
 @triton.jit
 def _embed(table, token, x, hidden, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token).to(tl.int64)
     values = tl.load(table + row * hidden + columns, mask=columns < hidden)
@@ -66,22 +68,14 @@ def _silu(x):
 
 @triton.jit
 def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constexpr,
-           COLUMNS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr,
-           GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+           COLUMNS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+           ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
     """Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     # Rows past the end read the last row again: no mask in the loop.
-    near = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K
-    row = weight + near + columns[None, :]
+    row = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K + columns[None, :]
     if EARLY:
-        if EARLY == 1:
-            gdc_launch_dependents()
-        if AHEAD > 0:
-            lines = weight + near + (tl.arange(0, AHEAD // 64) * 64)[None, :]
-            _fetch(lines)
-            if GATED:
-                _fetch(lines + n.to(tl.int64) * K)
         gdc_wait()
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     more = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -109,125 +103,7 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
         sums += w.to(tl.float32) * v[None, :]
         if GATED:
             more += u.to(tl.float32) * v[None, :]
-    if EARLY == 2:
-        gdc_launch_dependents()
-    square = tl.sum(squares)
-    result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
-    if GATED:
-        up = _finish(tl.sum(more, 1), square, rows, n, K, eps, bias + n, NORM, BIAS)
-        result = _silu(result) * up
-    _store(out, rows, n, result, ADD)
-
-
-@triton.jit
-def _nibble(words, NUMBER: tl.constexpr):
-    """
-    Give nibble NUMBER of each word as a float, plus 128 or 2048.
-
-    Laid over the mantissa of such a float the nibble needs no conversion: one shift, one logic
-    operation. Even places end at bits 16 to 19 (over 128), odd ones too or at 12 to 15 (over 2048).
-    """
-    if NUMBER == 0:
-        bits = ((words << 16) & 0xF0000) | 0x43000000
-    elif NUMBER == 1:
-        bits = ((words << 8) & 0xF000) | 0x45000000
-    elif NUMBER == 2:
-        bits = ((words << 8) & 0xF0000) | 0x43000000
-    elif NUMBER == 3:
-        bits = (words & 0xF000) | 0x45000000
-    elif NUMBER == 4:
-        bits = (words & 0xF0000) | 0x43000000
-    elif NUMBER == 5:
-        bits = ((words >> 8) & 0xF000) | 0x45000000
-    elif NUMBER == 6:
-        bits = ((words >> 8) & 0xF0000) | 0x43000000
-    else:
-        bits = ((words >> 12) & 0xF0000) | 0x43000000
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _offset(NUMBER: tl.constexpr):
-    """What `_nibble` adds."""
-    return 2048.0 if NUMBER == 1 or NUMBER == 3 or NUMBER == 5 else 128.0
-
-
-@triton.jit
-def _input(x, gain, order, column, K: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
-           ORDERED: tl.constexpr):
-    """Load ``WIDTH`` inputs; gives them (times their gains), and their squares."""
-    columns = column + tl.arange(0, WIDTH)
-    inside = columns < K
-    if ORDERED:
-        columns = tl.load(order + columns, mask=inside, other=0)
-    v = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
-    squares = v * v
-    if NORM:
-        v *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
-    return v, squares
-
-
-@triton.jit
-def _int4(x, packed, scales, zeros, order, bias, gain, out, n, eps, K: tl.constexpr,
-          BLOCKS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-          STAGES: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-          ADD: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
-    """Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    near = tl.minimum(rows, n - 1).to(tl.int64)
-    words = tl.arange(0, WIDTH)
-    groups: tl.constexpr = BLOCKS * 8 * WIDTH // GROUP
-    per_group: tl.constexpr = GROUP // WIDTH          # nibbles that share a scale
-    row = packed + near[:, None] * (BLOCKS * WIDTH) + words[None, :]
     if EARLY:
-        if EARLY == 1:
-            gdc_launch_dependents()
-        if AHEAD > 0:
-            lines = packed + near[:, None] * (BLOCKS * WIDTH) + (
-                tl.arange(0, AHEAD // 32) * 32)[None, :]
-            _fetch(lines)
-            if GATED:
-                _fetch(lines + n.to(tl.int64) * (BLOCKS * WIDTH))
-        gdc_wait()
-    sums = tl.zeros((ROWS, WIDTH), tl.float32)
-    more = tl.zeros((ROWS, WIDTH), tl.float32)
-    squares = tl.zeros((WIDTH,), tl.float32)
-    for block in tl.range(0, BLOCKS, num_stages=STAGES):
-        w = tl.load(row + block * WIDTH, eviction_policy='evict_first')
-        if GATED:
-            u = tl.load(row + n.to(tl.int64) * (BLOCKS * WIDTH) + block * WIDTH,
-                        eviction_policy='evict_first')
-        for part in tl.static_range(8 // per_group):
-            group = near * groups + block * (8 // per_group) + part
-            inner = tl.zeros((ROWS, WIDTH), tl.float32)
-            inner_more = tl.zeros((ROWS, WIDTH), tl.float32)
-            plain = tl.zeros((WIDTH,), tl.float32)
-            shifted = tl.zeros((WIDTH,), tl.float32)
-            for i in tl.static_range(per_group):
-                column = (block * 8 + part * per_group + i) * WIDTH
-                v, v_squares = _input(x, gain, order, column, K, WIDTH, NORM, ORDERED)
-                if NORM:
-                    squares += v_squares
-                plain += v
-                shifted += v * _offset(part * per_group + i)
-                inner += _nibble(w, part * per_group + i) * v[None, :]
-                if GATED:
-                    inner_more += _nibble(u, part * per_group + i) * v[None, :]
-            if ZEROS:
-                zero = tl.load(zeros + group).to(tl.float32)[:, None]
-                correction = shifted[None, :] + zero * plain[None, :]
-            else:
-                correction = (shifted + 8.0 * plain)[None, :]
-            scale = tl.load(scales + group).to(tl.float32)[:, None]
-            sums += (inner - correction) * scale
-            if GATED:
-                second = group + n.to(tl.int64) * groups
-                if ZEROS:
-                    zero = tl.load(zeros + second).to(tl.float32)[:, None]
-                    correction = shifted[None, :] + zero * plain[None, :]
-                scale = tl.load(scales + second).to(tl.float32)[:, None]
-                more += (inner_more - correction) * scale
-    if EARLY == 2:
         gdc_launch_dependents()
     square = tl.sum(squares)
     result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
@@ -235,6 +111,118 @@ def _int4(x, packed, scales, zeros, order, bias, gain, out, n, eps, K: tl.conste
         up = _finish(tl.sum(more, 1), square, rows, n, K, eps, bias + n, NORM, BIAS)
         result = _silu(result) * up
     _store(out, rows, n, result, ADD)
+
+
+@triton.constexpr_function
+def _unpacking(number, bfloat16):
+    """
+    Give the assembly that turns nibble ``number`` of two int16 into two halves, less 8.
+
+    Laid over the mantissa of 128 (bfloat16) or 1024 (float16), a nibble needs no conversion: a
+    shift, one logic operation, and a multiply-add by 1 that takes the 128 and the 8 off again.
+    """
+    number, bfloat16 = int(number), bool(bfloat16)
+    kind, over, one, off = ('bf16x2', 0x4300, 0x3F80, 0xC308) if bfloat16 else \
+        ('f16x2', 0x6400, 0x3C00, 0xE408)
+    pair = 0x10001
+    return (f'{{ .reg .b32 t, one, off; mov.b32 one, {one * pair}; mov.b32 off, {off * pair}; '
+            f'shr.b32 t, $1, {4 * number}; lop3.b32 t, t, 0x000F000F, {over * pair}, 0xEA; '
+            f'fma.rn.{kind} $0, t, one, off; }}')
+
+
+@triton.jit
+def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Give nibble NUMBER of int16 ``words``, less 8, as KIND."""
+    if ASSEMBLY and KIND == tl.bfloat16:
+        return tl.inline_asm_elementwise(_unpacking(NUMBER, True), '=r,r', [words],
+                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif ASSEMBLY and KIND == tl.float16:
+        return tl.inline_asm_elementwise(_unpacking(NUMBER, False), '=r,r', [words],
+                                         dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return (((words.to(tl.int32) >> (4 * NUMBER)) & 0xF) - 8).to(KIND)
+
+
+@triton.jit
+def _grouped(words, v, scales, zeros, group, live, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
+             ASSEMBLY: tl.constexpr):
+    """Multiply one group of each row [SPLIT, ROWS, GROUP] by ``v`` [SPLIT, GROUP, 8]."""
+    weights = _nibble(words, NUMBER, v.dtype, ASSEMBLY)
+    inner = tl.dot(weights, v, input_precision='ieee')
+    if ZEROS:
+        zero = tl.load(zeros + group, mask=live, other=8.0).to(tl.float32)
+        inner += tl.sum(v.to(tl.float32), 1, keep_dims=True) * (8.0 - zero)[:, :, None]
+    return inner * tl.load(scales + group, mask=live, other=0.0).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.constexpr,
+          GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+          GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr,
+          ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
+
+    On the matrix units, which take no vector: ``x`` is one of eight columns, the others are 0. The
+    blocks are dealt out to SPLIT warps, whose sums are joined at the end.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    near = tl.minimum(rows, n - 1).to(tl.int64)[None, :]
+    places = tl.arange(0, GROUP)
+    eight = tl.arange(0, 8)[None, None, :]
+    row = packed + near[:, :, None] * (BLOCKS * GROUP) + places[None, None, :]
+    up = n.to(tl.int64)
+    if EARLY:
+        gdc_wait()
+    sums = tl.zeros((SPLIT, ROWS, 8), tl.float32)
+    more = tl.zeros((SPLIT, ROWS, 8), tl.float32)
+    for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
+        block = (first + tl.arange(0, SPLIT))[:, None]
+        live = block < BLOCKS
+        at = row + (block * GROUP)[:, :, None]
+        words = tl.load(at, mask=live[:, :, None], other=0, eviction_policy='evict_first')
+        if GATED:
+            words_up = tl.load(at + up * (BLOCKS * GROUP), mask=live[:, :, None], other=0,
+                               eviction_policy='evict_first')
+        for number in tl.static_range(4):
+            column = ((block * 4 + number) * GROUP)[:, :, None] + places[None, :, None]
+            v = tl.load(x + column + 0 * eight, mask=(column < K) & (eight == 0), other=0.0)
+            group = near * (4 * BLOCKS) + block * 4 + number
+            sums += _grouped(words, v, scales, zeros, group, live, number, ZEROS, ASSEMBLY)
+            if GATED:
+                more += _grouped(words_up, v, scales, zeros, group + up * (4 * BLOCKS), live,
+                                 number, ZEROS, ASSEMBLY)
+    if EARLY:
+        gdc_launch_dependents()
+    result = _finish(tl.sum(tl.sum(sums, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
+    if GATED:
+        second = _finish(tl.sum(tl.sum(more, 2), 0), 0.0, rows, n, K, 0.0, bias + n, False, BIAS)
+        result = _silu(result) * second
+    _store(out, rows, n, result, ADD)
+
+
+@triton.jit
+def _prepare(x, gain, order, out, eps, K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+             ORDERED: tl.constexpr, EARLY: tl.constexpr):
+    """Write ``x`` [K] normalised, in the order of a weight's columns; BLOCK of them a program."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < K
+    source = columns
+    if ORDERED:
+        source = tl.load(order + columns, mask=inside, other=0)
+    v = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for k in tl.static_range(0, K, BLOCK):
+            each = k + tl.arange(0, BLOCK)
+            w = tl.load(x + each, mask=each < K, other=0.0)
+            squares += w * w
+        v *= tl.load(gain + source, mask=inside, other=0.0).to(tl.float32)
+        v *= tl.rsqrt(tl.sum(squares) / K + eps)
+    tl.store(out + columns, v.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -289,8 +277,6 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         lines = cache + first.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
         _fetch(keys + lines)
         _fetch(values + lines)
-        if EARLY == 1:
-            gdc_launch_dependents()
         gdc_wait()
 
     angles = place * (D // 2)
@@ -329,7 +315,7 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         totals = totals * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision='ieee')
         maxima = highest
-    if EARLY == 2:
+    if EARLY:
         gdc_launch_dependents()
 
     # Laid out by query, so that each one's shares lie together.
@@ -345,8 +331,6 @@ def _join(part_sums, part_maxima, part_totals, out, D: tl.constexpr, DIMS: tl.co
           SPLITS: tl.constexpr, EARLY: tl.constexpr):
     """Join the shares of one query head."""
     if EARLY:
-        if EARLY == 1:
-            gdc_launch_dependents()
         gdc_wait()
     dims = tl.arange(0, DIMS)
     slots = tl.program_id(0) * SPLITS + tl.arange(0, SPLITS)
@@ -355,7 +339,7 @@ def _join(part_sums, part_maxima, part_totals, out, D: tl.constexpr, DIMS: tl.co
     sums = tl.load(part_sums + slots[:, None] * DIMS + dims[None, :])
     fades = tl.exp(maxima - tl.max(maxima, 0))
     result = tl.sum(sums * fades[:, None], 0) / tl.sum(totals * fades, 0)
-    if EARLY == 2:
+    if EARLY:
         gdc_launch_dependents()
     tl.store(out + tl.program_id(0) * D + dims, result.to(out.dtype.element_ty), mask=dims < D)
 
@@ -366,8 +350,8 @@ def _advance(logits, token, position, history, tops, places, arrived, vocab,
     """Find the greatest logit; the last program to arrive writes the token and moves on."""
     program = tl.program_id(0)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     best = tl.full((BLOCK,), float('-inf'), tl.float32)
     where = tl.zeros((BLOCK,), tl.int32)
     for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
@@ -404,13 +388,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a product's kernel is laid out; ``columns`` is for dense weights alone."""
+    """How a product's kernel is laid out; ``rows`` and ``columns`` are a tile of dense weights."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    ahead: int         # columns (int4: words) of each row fetched before the input is there
+
+
+# What was fast for one shape or another; see docs/performance.md.
+DENSE_CHOICES = tuple(Choice(*each) for each in (
+    (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
+    (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
+    (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
+INT4_ROWS = 16      # the least that the matrix units take
+INT4_CHOICES = tuple(Choice(INT4_ROWS, 0, warps, stages)
+                     for warps in (4, 1, 2, 8) for stages in (1, 2, 3))
 
 
 class TritonOps(TorchOps):
@@ -421,16 +414,15 @@ class TritonOps(TorchOps):
     def __init__(self, device: torch.device, splits: int | None = None):
         """Take scratch memory; ``splits`` is how many programs share a head's context."""
         self._device = device
-        self._early = 0
+        self._early = False
         self._programs = 4
         if device.type == 'cuda':
             properties = torch.cuda.get_device_properties(device)
-            self._early = 2 if properties.major >= 9 else 0
-            self._programs = triton.next_power_of_2(properties.multi_processor_count)
+            self._early = properties.major >= 9
+            self._programs = 2 ** int(math.log2(properties.multi_processor_count))
         self._splits = splits
-        self._tokens = 64
         self._choices: dict[Shape, Choice] = {}
-        self._attention: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
         self._places = torch.empty(self._programs, dtype=torch.int32, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
@@ -455,14 +447,15 @@ class TritonOps(TorchOps):
         group = layer.heads // layer.kv_heads
         padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
-        splits = self._splits or max(1, triton.next_power_of_2(self._programs // kv_heads))
-        parts = self._parts(layer.heads, splits, dims)
+        splits = self._splits or max(1, self._programs // triton.next_power_of_2(kv_heads))
+        parts = [self._take(f'attention {part}', layer.heads * splits * width, torch.float32)
+                 for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
         _attend[(kv_heads, splits)](
             qkv, keys, values, position, cos, sin,
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
             *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
-            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=self._tokens,
+            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=64,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
             **self._launch(4))
         _join[(layer.heads,)](*parts, out, D=dim, DIMS=dims, SPLITS=splits, EARLY=self._early,
@@ -475,41 +468,73 @@ class TritonOps(TorchOps):
             logits.shape[0], BLOCK=1024, PROGRAMS=self._programs, EARLY=self._early,
             **self._launch(4))
 
-    def tune(self, transformer):
-        """Find the fastest layout for each shape of product, or take it from the cache."""
+    def tune(self, transformer, progress):
+        """
+        Find the fastest layout for each shape of product, or take it from the cache.
+
+        Timed on the model's own weights, layer after layer, as in a step: one layer's alone would
+        stay in the chip's cache.
+        """
+        cache = TuningCache(f'{torch.cuda.get_device_name(self._device)}, {self.name}')
+        for name, products in transformer.products().items():
+            first = products[0]
+            shape = _shape(first.weight, first.gain, first.gated)
+            kept = cache.get(str(shape))
+            if kept is None:
+                progress(f'tuning the kernel for {name}')
+                kept = astuple(self._fastest(shape, products))
+                cache.put(str(shape), list(kept))
+            self._choices[shape] = Choice(*kept)
+
+    def _fastest(self, shape, products):
+        times = {}
+        for choice in INT4_CHOICES if shape.kind.startswith('int4') else DENSE_CHOICES:
+            self._choices[shape] = choice
+            try:
+                times[choice] = timed([product.run for product in products])
+            except triton.runtime.errors.OutOfResources:
+                continue     # this chip has too little shared memory for it
+        return min(times, key=times.__getitem__)
 
     def _product(self, x, weight, out, gain, eps, add, gated):
         n = out.shape[0]
-        shape = self._shape(weight, gain, gated)
+        shape = _shape(weight, gain, gated)
         choice = self._choices.get(shape) or _default(shape)
         bias = weight.bias
         common = {
-            'ROWS': choice.rows, 'STAGES': choice.stages, 'AHEAD': choice.ahead,
-            'NORM': gain is not None, 'GATED': gated, 'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
-            **self._launch(choice.warps)}
+            'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'ADD': add,
+            'BIAS': bias is not None, 'EARLY': self._early, **self._launch(choice.warps)}
         grid = (triton.cdiv(n, choice.rows),)
         # A pointer that is not used still has to be one.
-        bias, gain = x if bias is None else bias, x if gain is None else gain
+        bias = x if bias is None else bias
         if isinstance(weight, Dense):
-            _dense[grid](x, weight.weight, bias, gain, out, n, eps, K=shape.k,
-                         COLUMNS=choice.columns, **common)
+            _dense[grid](x, weight.weight, bias, x if gain is None else gain, out, n, eps,
+                         K=shape.k, COLUMNS=choice.columns, NORM=gain is not None, **common)
             return
+        if gain is not None or weight.order is not None:
+            x = self._prepared(x, weight, gain, eps)
         _int4[grid](
-            x, weight.packed, weight.scales,
-            x if weight.zeros is None else weight.zeros,
-            x if weight.order is None else weight.order, bias, gain, out, n, eps, K=shape.k,
-            BLOCKS=weight.packed.shape[1] // weight.width, WIDTH=weight.width,
-            GROUP=weight.group_size, ZEROS=weight.zeros is not None,
-            ORDERED=weight.order is not None, **common)
+            x, weight.packed, weight.scales, x if weight.zeros is None else weight.zeros, bias,
+            out, n, K=shape.k, BLOCKS=weight.packed.shape[1] // weight.group_size,
+            GROUP=weight.group_size, SPLIT=choice.warps, ZEROS=weight.zeros is not None,
+            ASSEMBLY=self._device.type == 'cuda', **common)
 
-    def _parts(self, heads, splits, dims):
-        """Give scratch for the shares of attention; all layers use the same."""
-        shape = heads, splits, dims
-        if shape not in self._attention:
-            self._attention[shape] = tuple(
-                torch.empty(heads * splits * width, dtype=torch.float32, device=self._device)
-                for width in (dims, 1, 1))
-        return self._attention[shape]
+    def _prepared(self, x, weight, gain, eps):
+        k = weight.in_features
+        dtype = x.dtype if gain is None else gain.dtype
+        out = self._take('prepared', k, dtype)
+        _prepare[(triton.cdiv(k, 1024),)](
+            x, x if gain is None else gain, x if weight.order is None else weight.order, out, eps,
+            K=k, BLOCK=1024, NORM=gain is not None, ORDERED=weight.order is not None,
+            EARLY=self._early, **self._launch(4))
+        return out
+
+    def _take(self, purpose, count, dtype):
+        """Give scratch memory; all layers use the same."""
+        key = purpose, count, dtype
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(count, dtype=dtype, device=self._device)
+        return self._scratch[key]
 
     def _launch(self, warps):
         options = {'num_warps': warps}
@@ -517,14 +542,13 @@ class TritonOps(TorchOps):
             options['launch_pdl'] = True
         return options
 
-    @staticmethod
-    def _shape(weight, gain, gated):
-        n, k = weight.shape
-        kind = f'int4-g{weight.group_size}' if isinstance(weight, Int4) else str(
-            weight.weight.dtype).removeprefix('torch.')
-        return Shape(n, k, kind, gated, gain is not None)
+
+def _shape(weight, gain, gated):
+    n, k = weight.shape
+    kind = f'int4-g{weight.group_size}' if isinstance(weight, Int4) else str(
+        weight.weight.dtype).removeprefix('torch.')
+    return Shape(n, k, kind, gated, gain is not None)
 
 
 def _default(shape):
-    columns = min(512, triton.next_power_of_2(shape.k))
-    return Choice(rows=4 if shape.gated else 8, columns=columns, warps=4, stages=1, ahead=0)
+    return INT4_CHOICES[0] if shape.kind.startswith('int4') else DENSE_CHOICES[0]

@@ -39,15 +39,15 @@ class Dense:
 @dataclass(frozen=True)
 class Int4:
     """
-    GPTQ weights, repacked for a kernel that reads rows from left to right.
+    GPTQ weights, repacked for the matrix units, a row from left to right.
 
     The columns are in the order of their groups (``order`` gives each one's place in the input) and
-    padded to whole blocks of ``8 * width``. In a block, nibble j of word i belongs to column
-    ``j * width + i``, so that eight loads of ``width`` neighbours of the input meet one load of
-    ``width`` words, and all of one nibble's columns share a group.
+    padded to whole blocks of four groups. In a block, nibble j of word i belongs to column
+    ``j * group_size + i``: one load of a group's words serves four groups, and all of one nibble's
+    columns share a scale.
 
-    ``packed`` int32 [N, blocks * width]; ``scales`` float16 [N, groups]; ``zeros`` float16
-    [N, groups], or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
+    ``packed`` int16 [N, blocks * group_size]; ``scales`` float16 [N, 4 * blocks]; ``zeros`` float16
+    [N, 4 * blocks], or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
     """
 
     packed: Tensor
@@ -57,11 +57,6 @@ class Int4:
     bias: Tensor | None
     in_features: int
     group_size: int
-
-    @property
-    def width(self) -> int:
-        """Words in a block."""
-        return min(64, self.group_size)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,9 +72,9 @@ class Int4:
         """Unpack some rows; gives [rows, K] with the columns in the order of their groups."""
         packed = self.packed[rows]
         count = packed.shape[0]
-        shifts = torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)
-        blocks = packed.view(count, -1, 1, self.width)
-        nibbles = (blocks >> shifts.view(1, 1, 8, 1)) & 0xF
+        shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16)
+        blocks = packed.view(count, -1, 1, self.group_size)
+        nibbles = (blocks >> shifts.view(1, 1, 4, 1)) & 0xF
         groups = nibbles.reshape(count, -1, self.group_size).float()
         zeros = 8.0 if self.zeros is None else self.zeros[rows].float().unsqueeze(-1)
         dense = (groups - zeros) * self.scales[rows].float().unsqueeze(-1)

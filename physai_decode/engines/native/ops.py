@@ -5,8 +5,10 @@ All work on one token, read their inputs from tensors at fixed addresses and wri
 place, so that the same step can be captured. ``x`` is the residual stream, float32 [hidden].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 import math
+from typing import Any
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
@@ -114,7 +116,7 @@ class TorchOps:
         position.add_(1)
         history.index_copy_(0, position, token)
 
-    def tune(self, transformer: 'Transformer') -> None:
+    def tune(self, transformer: Any, progress: Callable[[str], None]) -> None:
         """Choose nothing: torch has its own heuristics."""
 
     @staticmethod

@@ -7,6 +7,7 @@ GPU inside a captured graph.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 import math
 
@@ -15,11 +16,22 @@ from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.weights import Linear
 from physai_decode.engines.native.weights import Weights
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix-vector product of a step, and what its kernel depends on."""
+
+    weight: Linear
+    gain: Tensor | None
+    gated: bool
+    run: Callable[[], None]
 
 
 class Transformer:
@@ -67,20 +79,24 @@ class Transformer:
             ops.linear(self.hidden, layer.down, self.x, add=True)
         ops.linear(self.x, w.head, self.logits, gain=w.norm, eps=eps)
 
-    def products(self) -> dict[str, list[Callable[[], None]]]:
-        """Give each kind of matrix-vector product of the step, one call a layer, to time it."""
+    def products(self) -> dict[str, list[Product]]:
+        """Give each kind of matrix-vector product of the step, one a layer, to time it alone."""
         ops, eps, w = self.ops, self.architecture.norm_eps, self.weights
-        calls = {
-            'qkv': [partial(ops.linear, self.x, layer.qkv, self.qkv, gain=layer.input_norm,
-                            eps=eps) for layer in w.layers],
-            'out': [partial(ops.linear, self.attended, layer.out, self.x, add=True)
-                    for layer in w.layers],
-            'gate_up': [partial(ops.gated, self.x, layer.gate_up, self.hidden, layer.mlp_norm,
-                                eps) for layer in w.layers],
-            'down': [partial(ops.linear, self.hidden, layer.down, self.x, add=True)
-                     for layer in w.layers],
-            'head': [partial(ops.linear, self.x, w.head, self.logits, gain=w.norm, eps=eps)]}
-        return calls
+
+        def linear(x, weight, out, gain=None, add=False):
+            return Product(weight, gain, False, partial(
+                ops.linear, x, weight, out, gain=gain, eps=eps, add=add))
+
+        def gated(layer):
+            return Product(layer.gate_up, layer.mlp_norm, True, partial(
+                ops.gated, self.x, layer.gate_up, self.hidden, layer.mlp_norm, eps))
+
+        return {
+            'qkv': [linear(self.x, each.qkv, self.qkv, each.input_norm) for each in w.layers],
+            'out': [linear(self.attended, each.out, self.x, add=True) for each in w.layers],
+            'gate_up': [gated(each) for each in w.layers],
+            'down': [linear(self.hidden, each.down, self.x, add=True) for each in w.layers],
+            'head': [linear(self.x, w.head, self.logits, w.norm)]}
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
         """

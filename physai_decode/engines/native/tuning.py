@@ -1,0 +1,79 @@
+"""
+Which layout of a kernel is fastest on this device: timed once, kept in a file.
+
+Knows neither kernels nor models. The file is a cache: what can't be read is measured again, and
+what can't be written is measured at the next start.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import json
+import os
+from pathlib import Path
+from statistics import median
+
+import torch
+
+REPLAYS = 5
+
+
+def timed(calls: Sequence[Callable[[], None]]) -> float:
+    """
+    Time some launches one after the other, captured in a CUDA graph.
+
+    :returns: seconds for all of them, the median of some replays.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls[0]()      # compiles
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return median(times)
+
+
+class TuningCache:
+    """Choices by name, for one kind of device and compiler, in the user's cache folder."""
+
+    def __init__(self, owner: str, folder: Path | None = None):
+        """
+        Read the file.
+
+        :param owner: what the choices hold for, such as a device's name and a compiler's version.
+        :param folder: where the file lies; by default ``$XDG_CACHE_HOME/physai_decode``.
+        """
+        base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        self._path = (folder or Path(base) / 'physai_decode') / 'kernels.json'
+        self._owner = owner
+        try:
+            known = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        self._known = known if isinstance(known, dict) else {}
+
+    def get(self, name: str) -> list[int] | None:
+        """Give the numbers put under ``name``, or None."""
+        return self._known.get(self._owner, {}).get(name)
+
+    def put(self, name: str, numbers: list[int]) -> None:
+        """Keep some numbers under ``name``."""
+        self._known.setdefault(self._owner, {})[name] = numbers
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part = self._path.with_suffix(f'.{os.getpid()}')
+            part.write_text(json.dumps(self._known, indent=1))
+            part.replace(self._path)
+        except OSError:
+            pass
