@@ -199,7 +199,8 @@ def test_the_time_of_a_stamp_is_the_node_s(make):
 def test_diagnostics_in_every_state(make):
     """All keys in all states, and what is not known is not 0."""
     rig = make()
-    names = {'decode: latency': messages.LATENCY_KEYS, 'decode: bandwidth': messages.BANDWIDTH_KEYS,
+    names = {'decode: latency': messages.LATENCY_KEYS,
+             'decode: bandwidth': messages.BANDWIDTH_KEYS,
              'decode: engine': messages.ENGINE_KEYS}
 
     def state():

@@ -9,6 +9,7 @@ processes of one machine.
 """
 
 import argparse
+from itertools import accumulate
 import json
 import os
 from pathlib import Path
@@ -21,15 +22,16 @@ import time
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
 
-from diagnostic_msgs.msg import DiagnosticArray         # noqa: E402
-from physai_decode import node                          # noqa: E402
-from physai_decode.config import DecodeConfig           # noqa: E402
-from physai_decode.config import EngineConfig           # noqa: E402
-from physai_decode.timing import percentile             # noqa: E402
-from physai_decode.topics import stream_qos             # noqa: E402
-import rclpy                                            # noqa: E402
-from std_msgs.msg import Float64                        # noqa: E402
-from std_msgs.msg import String                         # noqa: E402
+from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode import node
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.messages import NOT_KNOWN
+from physai_decode.timing import percentile
+from physai_decode.topics import stream_qos
+import rclpy
+from std_msgs.msg import Float64
+from std_msgs.msg import String
 
 PATIENCE_S = 120.0
 THREADS = 1             # of the engine: the subscriber needs a core too
@@ -89,66 +91,83 @@ def alone(path: Path) -> int:
     return 0
 
 
-def through(folder: Path, topics: list[str]) -> dict[str, list[float]]:
-    """Answer the prompts through a node; give latency, publishing times and times between tokens."""
-    path = folder / 'known.json'
-    process = subprocess.Popen([sys.executable, __file__, '--serve', str(path)])
-    rclpy.init()
-    probe = rclpy.create_node('node_cost')
-    heard_s: list[float] = []
-    ends: list[DiagnosticArray] = []
-    publish_s: list[float] = []
-    answers = [0]
+class Probe:
+    """Asks the node, and notes when each token arrived."""
 
-    def on_token(message):
-        heard_s.append(time.monotonic())
+    def __init__(self, with_figures: bool) -> None:
+        self.node = rclpy.create_node('node_cost')
+        self.heard_s: list[float] = []
+        self.publish_s: list[float] = []
+        self.output_tokens: list[int] = []      # of each request
+        self.state = ''
+        self.node.create_subscription(
+            String, '/decode/tokens', lambda message: self.heard_s.append(time.monotonic()),
+            stream_qos())
+        if with_figures:
+            self.node.create_subscription(
+                DiagnosticArray, '/decode/token_stats', self._on_token_stats, stream_qos())
+            for topic in ('itl_ms', 'r_floor'):
+                self.node.create_subscription(
+                    Float64, f'/decode/{topic}', lambda message: None, stream_qos())
+        self.node.create_subscription(
+            DiagnosticArray, '/decode/request_stats', self._on_request_stats, 100)
+        self.node.create_subscription(DiagnosticArray, '/diagnostics', self._on_diagnostics, 10)
+        self.prompt = self.node.create_publisher(String, '/decode/prompt', 10)
 
-    def on_token_stats(message):
-        value = message.status[0].values[7].value
-        if value != 'n/a':
-            publish_s.append(float(value) / 1e3)
+    def ask_all(self) -> None:
+        """Send the prompts one after another, each when the answer before it has arrived."""
+        self.wait(lambda: self.state == 'idle' and self.prompt.get_subscription_count())
+        for count, text in enumerate(PROMPTS, 1):
+            self.prompt.publish(String(data=text))
+            self.wait(lambda: len(self.output_tokens) == count
+                      and len(self.heard_s) == sum(self.output_tokens))
 
-    def wait(done):
+    def wait(self, done) -> None:
+        """Serve callbacks until something is so."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             if time.monotonic() > end_s:
-                sys.exit('no answer from the node')
-            rclpy.spin_once(probe, timeout_sec=0.1)
+                sys.exit(f'no answer from the node ({self.state}) within {PATIENCE_S:g} s; tokens '
+                         f'of the answers so far {self.output_tokens}, heard {len(self.heard_s)}')
+            rclpy.spin_once(self.node, timeout_sec=0.1)
 
+    def _on_token_stats(self, message):
+        value = values(message)['publish_ms']
+        if value != NOT_KNOWN:
+            self.publish_s.append(float(value) / 1e3)
+
+    def _on_request_stats(self, message):
+        self.output_tokens.append(int(values(message)['output_tokens']))
+
+    def _on_diagnostics(self, message):
+        self.state = values(message, 2)['state']
+
+
+def values(message: DiagnosticArray, index: int = 0) -> dict[str, str]:
+    """Give the values of one status."""
+    return {pair.key: pair.value for pair in message.status[index].values}
+
+
+def through(folder: Path, with_figures: bool) -> dict[str, list[float]]:
+    """Answer the prompts through a node; give the latencies and the publishing times."""
+    path = folder / 'known.json'
+    process = subprocess.Popen([sys.executable, __file__, '--serve', str(path)])
+    rclpy.init()
+    probe = Probe(with_figures)
     try:
-        probe.create_subscription(String, '/decode/tokens', on_token, stream_qos())
-        if 'token_stats' in topics:
-            probe.create_subscription(
-                DiagnosticArray, '/decode/token_stats', on_token_stats, stream_qos())
-            for topic in ('itl_ms', 'r_floor'):
-                probe.create_subscription(
-                    Float64, f'/decode/{topic}', lambda message: None, stream_qos())
-        probe.create_subscription(DiagnosticArray, '/decode/request_stats', ends.append, 100)
-        states: list[str] = []
-        probe.create_subscription(
-            DiagnosticArray, '/diagnostics',
-            lambda message: states.append(message.status[2].values[0].value), 10)
-        prompt = probe.create_publisher(String, '/decode/prompt', 10)
-        wait(lambda: states and states[-1] == 'idle' and prompt.get_subscription_count())
-        for text in PROMPTS:
-            prompt.publish(String(data=text))
-            answers[0] += 1
-            wait(lambda: len(ends) == answers[0])
-            values = {pair.key: pair.value for pair in ends[-1].status[0].values}
-            answers.append(answers[-1] + int(values['output_tokens'])
-                           if len(answers) > 1 else int(values['output_tokens']))
-            wait(lambda: len(heard_s) == answers[-1])
+        probe.ask_all()
     finally:
         process.terminate()
         process.wait(30)
-        probe.destroy_node()
+        probe.node.destroy_node()
         rclpy.shutdown()
     known_s = json.loads(path.read_text())
-    starts = [0, *answers[1:]]
-    itl_s = [gap for begin, end in zip(starts, starts[1:])
-             for gap in differences(known_s[begin:end])]
-    return {'latency_s': [heard - known for heard, known in zip(heard_s, known_s, strict=True)],
-            'publish_s': publish_s, 'itl_s': itl_s}
+    ends = list(accumulate(probe.output_tokens))
+    return {
+        'latency_s': [heard - known for heard, known in zip(probe.heard_s, known_s, strict=True)],
+        'publish_s': probe.publish_s,
+        'itl_s': [gap for begin, end in zip([0, *ends], ends)
+                  for gap in differences(known_s[begin:end])]}
 
 
 def differences(times_s: list[float]) -> list[float]:
@@ -189,8 +208,8 @@ def main() -> int:
         alone_s = json.loads((folder / 'alone.json').read_text())
         rate = 1 / (sum(alone_s) / len(alone_s))
         print(f'engine alone               {rate:6.0f} tokens/s; between tokens {told(alone_s)}')
-        for label, topics in (('~/tokens', []), ('all four', ['token_stats'])):
-            found = through(folder, topics)
+        for label, with_figures in (('~/tokens', False), ('all four', True)):
+            found = through(folder, with_figures)
             mean_s = sum(found['itl_s']) / len(found['itl_s'])
             print(f'\nthrough the node, subscriber of {label}')
             print(f'  rate                     {1 / mean_s:6.0f} tokens/s, '

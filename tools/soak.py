@@ -20,14 +20,14 @@ import time
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
-from diagnostic_msgs.msg import DiagnosticArray         # noqa: E402
-from lifecycle_msgs.srv import ChangeState              # noqa: E402
-from physai_decode.topics import stream_qos             # noqa: E402
-from rcl_interfaces.srv import SetParameters            # noqa: E402
-import rclpy                                            # noqa: E402
-from rclpy.parameter import Parameter                   # noqa: E402
-from std_msgs.msg import String                         # noqa: E402
-from std_srvs.srv import Trigger                        # noqa: E402
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.srv import ChangeState
+from physai_decode.topics import stream_qos
+from rcl_interfaces.srv import SetParameters
+import rclpy
+from rclpy.parameter import Parameter
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
 
 BURST = 8               # prompts at once, below the depth of ~/prompt and ~/response
 QUEUE = 4               # of which this many may wait
