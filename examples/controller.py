@@ -1,0 +1,96 @@
+"""
+A controller that acts on a plan of the language model, and holds still where the plan is late.
+
+It asks the node once. Three things end the wait: the whole plan; a request that ended otherwise;
+or a deadline, be it some late tokens in a row or the time for the plan as a whole. It takes the
+node to be its own: a std_msgs/String does not say whose prompt an answer belongs to.
+"""
+
+import json
+import sys
+
+from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.topics import latched_qos
+import rclpy
+from rclpy.node import Node
+from rclpy.utilities import remove_ros_args
+from std_msgs.msg import Float64
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+
+LATE_IN_A_ROW = 3
+
+
+class Controller(Node):
+    """The plan's actions go out on ~/action, one message each, or else a single `hold`."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__('controller')
+        self.command, self.late, self.text = command, 0, None
+        self.finish_reason = self.outcome = self.deadline = None
+        self.token_ms = self.declare_parameter('token_ms', 100.0).value
+        self.plan_s = self.declare_parameter('plan_s', 10.0).value
+        self.action = self.create_publisher(String, '~/action', 100)
+        self.prompt = self.create_publisher(String, '/decode/prompt', 10)
+        self.cancel = self.create_client(Trigger, '/decode/cancel')
+        self.create_subscription(Float64, '/decode/itl_ms', self.on_token, 10)
+        self.create_subscription(String, '/decode/response', self.on_response, 10)
+        self.create_subscription(DiagnosticArray, '/decode/request_stats', self.on_stats, 10)
+        # The last to be made: when this one hears, the node knows of all the others.
+        self.create_subscription(
+            DiagnosticArray, '/decode/model_info', self.on_model, latched_qos())
+
+    def on_model(self, _):
+        if self.deadline is None:
+            self.deadline = self.create_timer(self.plan_s, lambda: self.hold('no plan in time'))
+            self.prompt.publish(String(data=self.command))
+
+    def on_token(self, itl_ms):
+        self.late = self.late + 1 if itl_ms.data > self.token_ms else 0
+        if self.late == LATE_IN_A_ROW:
+            self.hold(f'{self.late} tokens in a row were late')
+
+    def on_response(self, text):
+        self.text = text.data
+        self.act()
+
+    def on_stats(self, array):
+        values = {pair.key: pair.value for pair in array.status[0].values}
+        self.finish_reason = values['finish_reason']
+        if self.finish_reason != 'stop':
+            self.hold(array.status[0].message)
+        self.act()
+
+    def act(self):
+        if self.text is None or self.finish_reason is None or self.outcome:
+            return
+        try:
+            actions = [json.dumps(action) for action in json.loads(self.text)]
+        except (TypeError, ValueError):
+            return self.hold(f'no plan: {self.text}')
+        for action in actions:
+            self.action.publish(String(data=action))
+        self.outcome = 'done'
+
+    def hold(self, why):
+        if not self.outcome:
+            self.outcome = f'hold: {why}'
+            self.action.publish(String(data='hold'))
+            self.cancel.call_async(Trigger.Request())
+
+
+def main() -> int:
+    """Run until the plan is out or the robot holds; gives 0 for a plan, else 1."""
+    rclpy.init()
+    controller = Controller(' '.join(remove_ros_args(sys.argv)[1:]))
+    while not controller.outcome:
+        rclpy.spin_once(controller)
+    controller.get_logger().info(controller.outcome)
+    controller.action.wait_for_all_acked()
+    controller.destroy_node()
+    rclpy.shutdown()
+    return 0 if controller.outcome == 'done' else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

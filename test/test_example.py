@@ -1,0 +1,83 @@
+"""The example controller: it acts on a whole plan, and holds in every other case."""
+
+from pathlib import Path
+import subprocess
+import sys
+
+from node_rig import Rig
+import pytest
+import rclpy
+from std_msgs.msg import String
+
+EXAMPLE = Path(__file__).resolve().parent.parent / 'examples' / 'controller.py'
+PLAN = '[{"go": "kitchen"}, {"pick": "cup"}]'
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give a node that says each prompt again in upper case."""
+    rclpy.init()
+    rig = Rig()
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def control(rig):
+    """Run the controller; gives its exit code, its log and its actions."""
+    actions = []
+    heard = rig.probe.create_subscription(
+        String, '/controller/action', lambda message: actions.append(message.data), 100)
+
+    def run(command, **parameters):
+        arguments = [part for name, value in parameters.items()
+                     for part in ('-p', f'{name}:={value}')]
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLE), command, '--ros-args', *arguments],
+            capture_output=True, text=True, timeout=60)
+        rig.wait(lambda: actions)
+        return done.returncode, done.stdout + done.stderr, actions
+
+    yield run
+    rig.probe.destroy_subscription(heard)
+
+
+def test_a_plan_in_time(rig, control):
+    """Each action goes out, in the plan's order."""
+    code, log, actions = control(PLAN)
+    assert actions == ['{"GO": "KITCHEN"}', '{"PICK": "CUP"}']
+    assert code == 0, log
+
+
+def test_late_tokens(rig, control):
+    """Three in a row: it holds before the answer is complete, and the request is cancelled."""
+    rig.loader.engines[0].step_s = 0.02
+    count = len(rig.heard['request_stats'])
+    try:
+        code, log, actions = control('[' + ' ' * 200 + ']', token_ms=1.0)
+    finally:
+        rig.loader.engines[0].step_s = 0.0
+    assert (code, actions) == (1, ['hold'])
+    assert 'hold: 3 tokens in a row were late' in log
+    rig.wait(lambda: len(rig.heard['request_stats']) > count)
+    assert rig.requests()[-1]['finish_reason'] == 'cancelled'
+
+
+def test_no_plan_in_time(rig, control):
+    """An engine that hangs does not hang the robot."""
+    code, log, actions = control('[?', plan_s=0.5)
+    rig.loader.engines[0].answer.set()
+    assert (code, actions) == (1, ['hold'])
+    assert 'hold: no plan in time' in log
+
+
+@pytest.mark.parametrize(('command', 'reason'), [
+    ('', 'rejected: the prompt is empty'), ('[!', 'error: '), ('hello', 'no plan: HELLO'),
+    ('7', 'no plan: 7')])
+def test_no_plan_at_all(rig, control, command, reason):
+    """A refusal, an error, and an answer that is no list."""
+    code, log, actions = control(command)
+    assert (code, actions) == (1, ['hold'])
+    assert f'hold: {reason}' in log
