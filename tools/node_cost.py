@@ -100,6 +100,7 @@ class Probe:
         self.publish_s: list[float] = []
         self.output_tokens: list[int] = []      # of each request
         self.state = ''
+        self._sent = 0
         self.node.create_subscription(
             String, '/decode/tokens', lambda message: self.heard_s.append(time.monotonic()),
             stream_qos())
@@ -117,9 +118,10 @@ class Probe:
     def ask_all(self) -> None:
         """Send the prompts one after another, each when the answer before it has arrived."""
         self.wait(lambda: self.state == 'idle' and self.prompt.get_subscription_count())
-        for count, text in enumerate(PROMPTS, 1):
+        for text in PROMPTS:
+            self._sent += 1
             self.prompt.publish(String(data=text))
-            self.wait(lambda: len(self.output_tokens) == count
+            self.wait(lambda: len(self.output_tokens) == self._sent
                       and len(self.heard_s) == sum(self.output_tokens))
 
     def wait(self, done) -> None:
