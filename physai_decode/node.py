@@ -72,6 +72,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     :raises EngineError: it can't be had; the message says why and what to do.
     """
     folder = checkpoint.locate(config.model.path, config.model.revision)
+    checkpoint.inspect(folder)      # says more plainly than a tokenizer what is wrong with it
     text = Text(load_tokenizer(str(folder)), config.chat)
     engine = engines.build(config, progress)
     try:
