@@ -113,10 +113,10 @@ class Loader:
 class Rig:
     """The node and the probe, each served by threads of its own."""
 
-    def __init__(self, **overrides) -> None:
+    def __init__(self, load=None, **overrides) -> None:
         self.loader = Loader()
         overrides = {'autostart': False, 'diagnostics.period_s': 0.05, **overrides}
-        self.node = DecodeNode(self.loader, parameter_overrides=[
+        self.node = DecodeNode(load or self.loader, parameter_overrides=[
             Parameter(name, value=value) for name, value in overrides.items()])
         self.probe = Node('probe')
         self.heard: dict[str, list] = {}

@@ -1,0 +1,84 @@
+"""The node on the embedded model: a damaged copy is refused, the whole one answers."""
+
+import json
+from pathlib import Path
+import shutil
+
+from node_rig import Rig
+import physai_decode
+from physai_decode import node
+import pytest
+import rclpy
+
+MODEL = Path(physai_decode.__file__).parent / 'models' / 'tiny_planner'
+
+
+def cut(folder):
+    """Lose the second half of the weights."""
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def lose(name):
+    """Lose files."""
+    def damage(folder):
+        for path in folder.glob(name):
+            path.unlink()
+    return damage
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give a node that has loaded nothing yet."""
+    rclpy.init()
+    rig = Rig(node.load, **{'engine.cpu_threads': 1, 'roofline.peak_bandwidth_gb_s': 10.0})
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+@pytest.mark.parametrize(('damage', 'words'), [
+    (shutil.rmtree, 'no such folder'), (lose('*'), 'is empty'), (cut, 'truncated'),
+    (lose('model.safetensors'), 'no weights'), (lose('config.json'), 'config.json is missing'),
+    (lose('tokenizer*'), 'no tokenizer')], ids=['gone', 'empty', 'cut', 'no weights', 'no config',
+                                                'no tokenizer'])
+def test_a_damaged_model_is_refused_by_name(rig, tmp_path, damage, words):
+    """The node stays unconfigured, and says what is wrong."""
+    folder = tmp_path / 'model'
+    shutil.copytree(MODEL, folder)
+    damage(folder)
+    assert rig.set(model__path=str(folder)) == (True, '')
+    assert not rig.change('configure')
+    assert rig.state() == 'unconfigured'
+    told = rig.diagnostics('decode: engine')
+    assert told['state'] == 'failed'
+    assert words in told['message']
+    assert str(folder) in told['message']
+
+
+@pytest.mark.parametrize(('name', 'value', 'words'), [
+    ('engine__device', 'cuda:99', 'cuda:99'), ('engine__name', 'exllamav2', 'exllamav2')])
+def test_what_this_machine_does_not_have(rig, name, value, words):
+    """A device or an engine that is not there is named, with the way out."""
+    assert rig.set(model__path='builtin:tiny_planner') == (True, '')
+    assert rig.set(**{name: value}) == (True, '')
+    assert not rig.change('configure')
+    assert words in rig.diagnostics('decode: engine')['message']
+    assert rig.set(**{name: 'auto'}) == (True, '')
+
+
+def test_the_whole_model_answers(rig):
+    """After all that, it loads, plans, and tells how far from the floor it was."""
+    assert rig.set(model__path='builtin:tiny_planner') == (True, '')
+    assert rig.change('configure', 'activate')
+    begin = len(rig.heard['tokens'])
+    stats = rig.ask('please bring the red cup to the kitchen')
+    rig.wait(lambda: rig.heard['response']
+             and len(rig.heard['tokens']) - begin == int(stats['output_tokens']))
+    answer = rig.heard['response'][-1].data
+    assert answer == ''.join(message.data for message in rig.heard['tokens'][begin:])
+    assert isinstance(json.loads(answer), list)
+    assert stats['finish_reason'] == 'stop'
+    assert 0 < float(stats['r_floor_p50']) < 10
+    assert rig.ask('please bring the red cup to the office')['cached_tokens'] not in ('0', 'n/a')
+    assert rig.change('deactivate', 'cleanup')
