@@ -1,0 +1,155 @@
+"""
+Quantise the embedded model to 4 bits with GPTQModel: the checkpoints that the GPTQ tests read.
+
+It needs an environment of its own (pip install torch==2.13.0 gptqmodel==7.6.0) and no GPU. Each
+checkpoint is then held against the library's own dequantised weights and its own logits, and what
+was observed goes into the README.md beside it. The tokenizer stays with the embedded model.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from random import Random
+import shutil
+import sys
+import tempfile
+
+# The library's pool of threads starts none for the model where it sees fewer than 8 cores.
+os.cpu_count = lambda cores=os.cpu_count(): max(8, cores or 1)
+
+from evaluate_tiny_planner import FOLDER
+from evaluate_tiny_planner import messages
+from evaluate_tiny_planner import ROOT
+from planner_data import conversation
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(ROOT))
+
+DATA = ROOT / 'test' / 'data'
+CONVERSATIONS = 128
+SETTINGS = {
+    'tiny_planner_gptq': {
+        'bits': 4, 'group_size': 128, 'sym': True, 'desc_act': False, 'format': 'gptq'},
+    'tiny_planner_gptq_v2': {
+        'bits': 4, 'group_size': 32, 'sym': False, 'desc_act': True, 'format': 'gptq_v2'}}
+# What of the library's settings says how the tensors are to be read.
+KEPT = ('bits', 'group_size', 'sym', 'desc_act', 'format', 'checkpoint_format', 'quant_method',
+        'lm_head', 'pack_dtype')
+README = """\
+# {name}
+
+The embedded model `tiny_planner` quantised to 4 bits by GPTQModel {version}, for the tests:
+{settings}.
+
+    python tools/quantize_tiny_planner.py
+
+Calibrated on {count} conversations that `tools/planner_data.py` makes for training. Observed when it
+was made, native engine against GPTQModel's PyTorch kernel, on a CPU:
+
+- dequantised weights of all {linears} projections: largest difference {weights:.1e} (theirs, and so
+  both, rounded to float16; the largest weight is {largest:.2f});
+- logits of {tokens} tokens, ours in float32, theirs in float16: relative difference {logits:.1e}, the
+  same likeliest token at {agreed} of {tokens} places.
+
+Licence: Apache-2.0, as the model's.
+"""
+
+
+def calibration() -> list[str]:
+    """Draw conversations of the training side, as the model reads them."""
+    tokenizer, rng = AutoTokenizer.from_pretrained(FOLDER), Random('quantize')
+    texts = []
+    for _ in range(CONVERSATIONS):
+        drawn = conversation(rng)
+        turns = [next(drawn) for _ in range(3)]
+        chat = [*messages(*turns), {'role': 'assistant', 'content': turns[-1].answer}]
+        texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+    return texts
+
+
+def quantize(folder: Path, settings: dict, texts: list[str]) -> None:
+    """Write one quantised checkpoint."""
+    from gptqmodel import GPTQModel
+    from gptqmodel import QuantizeConfig
+
+    torch.manual_seed(0)
+    model = GPTQModel.load(str(FOLDER), QuantizeConfig(device='cpu', **settings))
+    model.quantize(texts, batch_size=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save(scratch)
+        shutil.copyfile(Path(scratch, 'model.safetensors'), folder / 'model.safetensors')
+        config = json.loads(Path(scratch, 'config.json').read_text())
+    said = config['quantization_config']
+    config['quantization_config'] = {
+        **{key: said[key] for key in KEPT if key in said},
+        'meta': {'quantizer': said['meta']['quantizer']}}
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    shutil.copyfile(FOLDER / 'generation_config.json', folder / 'generation_config.json')
+
+
+def compare(folder: Path, text: str) -> dict[str, float]:
+    """Hold the native engine against the library's kernel on one checkpoint."""
+    from gptqmodel import BACKEND
+    from gptqmodel import GPTQModel
+    from physai_decode.checkpoint import inspect
+    from physai_decode.config import EngineConfig
+    from physai_decode.engines.native import gptq
+    from physai_decode.engines.native.engine import NativeEngine
+    from safetensors import safe_open
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in (*folder.iterdir(), *FOLDER.glob('tokenizer*.json')):
+            shutil.copy(source, scratch)
+        library = GPTQModel.load(
+            scratch, backend=BACKEND.GPTQ_TORCH, device='cpu', dtype=torch.float16).model
+    form = gptq.parse(inspect(folder).quantization_config)
+    linears, worst, largest = 0, 0.0, 0.0
+    with safe_open(folder / 'model.safetensors', 'pt') as stored:
+        for name, module in library.named_modules():
+            if f'{name}.qweight' not in stored.keys():
+                continue
+            parts = [stored.get_tensor(f'{name}.{part}')
+                     for part in ('qweight', 'qzeros', 'scales', 'g_idx')]
+            ours = gptq.repack(*parts, None, form)
+            weight = ours.dequantise(slice(None), torch.float16)
+            if ours.order is not None:
+                weight = torch.empty_like(weight).index_copy_(1, ours.order.long(), weight)
+            theirs = module.dequantize_weight().t()
+            linears += 1
+            worst = max(worst, float((weight - theirs).abs().max()))
+            largest = max(largest, float(theirs.abs().max()))
+    ids = AutoTokenizer.from_pretrained(FOLDER)(text)['input_ids']
+    with torch.inference_mode():
+        theirs = library(torch.tensor([ids])).logits[0].float()
+    ours = NativeEngine(folder, EngineConfig(device='cpu')).prefill_logits(ids)
+    return {
+        'linears': linears, 'weights': worst, 'largest': largest, 'tokens': len(ids),
+        'logits': float((ours - theirs).norm() / theirs.norm()),
+        'agreed': int((ours.argmax(-1) == theirs.argmax(-1)).sum())}
+
+
+def main(arguments: list[str]) -> int:
+    """Make the checkpoints and say what was observed."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument('folder', type=Path, nargs='?', default=DATA)
+    args = parser.parse_args(arguments)
+
+    from gptqmodel import __version__
+
+    texts = calibration()
+    for name, settings in SETTINGS.items():
+        folder = args.folder / name
+        quantize(folder, settings, texts)
+        observed = compare(folder, texts[0])
+        (folder / 'README.md').write_text(README.format(
+            name=name, version=__version__, count=CONVERSATIONS,
+            settings=', '.join(f'{key} {value}' for key, value in settings.items()), **observed))
+        print(name, observed, flush=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
