@@ -1,0 +1,52 @@
+"""docs/interface.md says what the code says."""
+
+from importlib.util import module_from_spec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+TOOL = Path(__file__).resolve().parent.parent / 'tools' / 'make_interface_reference.py'
+
+
+@pytest.fixture
+def tool():
+    """Give the script as a module."""
+    spec = spec_from_file_location('make_interface_reference', TOOL)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current():
+    """Where this fails, run the script and commit the page."""
+    done = subprocess.run(
+        [sys.executable, str(TOOL), '--check'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stale_page_is_seen(tool, tmp_path, monkeypatch):
+    """A default that is not the code's any more."""
+    current = tool.PAGE.read_text()
+    monkeypatch.setattr(tool, 'PAGE', tmp_path / 'interface.md')
+    assert tool.main(['--check']) == 1
+    tool.PAGE.write_text(current.replace('`256`', '`255`'))
+    assert tool.main(['--check']) == 1
+    assert tool.main([]) == 0
+    assert tool.PAGE.read_text() == current
+
+
+def test_each_thing_has_its_sentence(tool):
+    """A key without one, and one without a key."""
+    with pytest.raises(SystemExit, match='itl_ms'):
+        tool.described(tool.KEYS, set(tool.KEYS) - {'itl_ms'})
+    with pytest.raises(SystemExit, match='another'):
+        tool.described(tool.KEYS, {*tool.KEYS, 'another'})
+
+
+def test_values_as_in_a_params_file(tool):
+    """No exponent, no rounding away."""
+    assert [tool.written(value) for value in (0.01, 1e9, 3.0, True, 7, '', ())] == [
+        '0.01', '1000000000.0', '3.0', 'true', '7', "''", '[]']

@@ -1,0 +1,265 @@
+"""
+Write docs/interface.md from the code: parameters, topics, services, keys.
+
+Names, types, defaults, ranges, qualities of service and keys are taken from a node that is made
+for it and loads nothing. Only the sentences are here; one that is missing, or that describes what
+is not there any more, is an error. `--check` writes nothing and says by its exit code whether the
+file is current.
+"""
+
+import os
+from pathlib import Path
+import sys
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
+
+from physai_decode import messages
+from physai_decode import parameters
+from physai_decode.node import DecodeNode
+import rclpy
+from rclpy.parameter import Parameter
+from std_srvs.srv import Trigger
+
+PAGE = ROOT / 'docs' / 'interface.md'
+
+TOPICS = {
+    '~/prompt': 'in: a prompt',
+    '~/tokens': 'a piece of text for each token; a character is never split, so a piece may be '
+                'empty',
+    '~/response': "the whole text, once, at a request's end; not for one that was refused",
+    '~/token_stats': 'for each token, in step with `~/tokens`: its figures',
+    '~/request_stats': 'for each request, also a refused one: its figures',
+    '~/model_info': 'what is loaded, when it has been loaded',
+    '~/itl_ms': 'the time since the token before, in milliseconds; none for the first token of a '
+                'request',
+    '~/r_floor': 'the floor over that time; 1 is the limit',
+    '/diagnostics': 'every `diagnostics.period_s`, in every state: the last three tables below',
+}
+SERVICES = {
+    '~/cancel': 'ends the running request and empties the queue',
+    '~/reset': 'forgets the conversation',
+    '~/measure_gap': "times the loaded model's step in both ways of running it; the message is "
+                     'the result, or why there is none',
+}
+KEYS = {
+    'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
+    'cached_tokens': 'tokens of the prompt whose keys and values were still there',
+    'cancel_ms': 'from the cancel asked for to the end of the request',
+    'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
+    'consecutive_misses': 'late tokens in a row, up to now',
+    'context_tokens': 'tokens whose keys and values the step read',
+    'count': 'tokens with a time in the window',
+    'cuda_graph': 'captured, off or unavailable',
+    'deadline_missed': '1 where this token was late, else 0',
+    'deadline_misses': 'first tokens, further tokens and requests that were late; on /diagnostics '
+                       'since activation',
+    'device': 'cpu or cuda:N',
+    'device_ms': "the step's time on the device; on a CPU the step's own time",
+    'device_name': "the device's name",
+    'device_uuid': "the device's identity",
+    'dtype': 'number format of activations and unquantised weights',
+    'engine': 'what runs the model; before it is loaded, the parameter',
+    'finish_reason': 'stop, length, deadline, cancelled, preempted, rejected or error',
+    'floor_ms': 'the least time that the memory bus allows for the step; on /diagnostics the '
+                'median of the window',
+    'head_dim': 'size of an attention head',
+    'host_gap_ms': 'itl_ms less device_ms; on /diagnostics the median of the window',
+    'index': '0 is the first token of the answer',
+    'itl_max_activation_ms': 'largest time from token to token since activation',
+    'itl_max_ms': 'largest time from token to token',
+    'itl_ms': 'time from the token before',
+    'itl_p50_ms': 'median time from token to token',
+    'itl_p95_ms': '95th percentile of it',
+    'itl_p99_ms': '99th percentile of it',
+    'jitter_ms': 'its standard deviation',
+    'kv_bytes_per_token': 'keys and values that a token adds to what a step reads',
+    'kv_gb': 'keys and values that a step reads at the newest context',
+    'kv_heads': 'heads of keys and values',
+    'layers': 'layers of the model',
+    'max_consecutive_misses': 'longest row of late tokens',
+    'max_context': 'tokens of prompt and answer that fit',
+    'memory_clock_mhz': 'clock of the memory',
+    'memory_free_gb': 'memory that is left on the device',
+    'memory_used_gb': "memory in use on the device; on a CPU the process's own",
+    'model': 'the parameter `model.path`',
+    'model_type': "as the checkpoint's config.json says",
+    'output_tokens': 'tokens of the answer',
+    'peak_bandwidth_gb_s': 'what the memory bus can do',
+    'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, unknown',
+    'power_w': 'power that the device draws',
+    'prefill_ms': 'from taken to first token known',
+    'prompt_tokens': 'tokens of the prompt, with template and history',
+    'publish_ms': 'what publishing the token before this one took',
+    'quantization': 'none, or the kind',
+    'queue_capacity': 'prompts that may wait',
+    'queue_depth': 'prompts that wait',
+    'queue_ms': 'from received to taken',
+    'r_floor': 'floor_ms over itl_ms; 1 is the limit; on /diagnostics the median of the window',
+    'r_floor_p50': 'median of r_floor',
+    'read_weight_gb': 'weights that one step really reads',
+    'refusals': 'requests refused so far',
+    'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
+    'request_id': 'counts from 1, over activations',
+    'requests': 'requests so far',
+    'sliding_window': 'tokens of context that a step reads at most; 0: all',
+    'sm_clock_mhz': 'clock of the processor',
+    'state': 'inactive, loading, idle, generating, stalled or failed',
+    'temperature_c': 'temperature of the device',
+    'throttle_reasons': 'why the clocks are held down, or none',
+    'token_deadline_ms': 'the parameter `deadline.token_ms`, where it sets one',
+    'token_id': 'its number in the vocabulary',
+    'tokens': 'tokens so far',
+    'tokens_per_s': 'tokens after the first, over their time',
+    'total_ms': 'from received to the end',
+    'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, where it sets one',
+    'ttft_last_ms': 'time to the first token of the last request',
+    'ttft_ms': 'time to the first token: queue_ms and prefill_ms',
+    'unknown_parameters': 'names given at start that are no parameter',
+    'vocab_size': 'size of the vocabulary',
+    'weight_gb': 'weights that one step really reads',
+    'window_s': 'how long the window looks back, in seconds',
+    'worst_overrun_ms': 'how late the latest was; on /diagnostics since activation',
+}
+STATUSES = (
+    ('~/token_stats', 'decode: token', messages.TOKEN_KEYS,
+     'Its message is the piece of text. WARN where the token was late.'),
+    ('~/request_stats', 'decode: request', messages.REQUEST_KEYS,
+     'Its message is the finish reason and, where there is more to say, why. WARN for '
+     f'{" and ".join(messages.FAILED)}, ERROR for error.'),
+    ('~/model_info', 'decode: model', messages.MODEL_KEYS,
+     'An engine may add keys of its own at the end.'),
+    ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,
+     'WARN where a deadline was missed since the message before, ERROR where '
+     '`deadline.max_consecutive_misses` tokens in a row were late.'),
+    ('/diagnostics', 'decode: bandwidth', messages.BANDWIDTH_KEYS,
+     'WARN where r_floor is below `diagnostics.warn_r_floor`.'),
+    ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
+     'ERROR where the state is stalled or failed; its message then says why. WARN where there are '
+     'unknown parameters.'),
+)
+
+
+def table(titles, rows) -> str:
+    """Give a Markdown table."""
+    lines = [titles, ['---'] * len(titles), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def message_type(kind) -> str:
+    """Name a message or service type as ROS does."""
+    return f'{kind.__module__.split(".")[0]}/{kind.__name__}'
+
+
+def quality(qos) -> str:
+    """Put a quality of service in words."""
+    kept = 'latched, ' if qos.durability.name == 'TRANSIENT_LOCAL' else ''
+    return f'{qos.reliability.name.lower().replace("_", " ")}, {kept}keep last {qos.depth}'
+
+
+def topics(node) -> list[list[str]]:
+    """Give a row for each topic of the node."""
+    private = node.get_fully_qualified_name() + '/'
+    ends = {end.topic_name.replace(private, '~/'): end
+            for end in (*node.publishers, *node.subscriptions)}
+    described(TOPICS, [name for name in ends if name.startswith('~/') or name == '/diagnostics'])
+    return [[f'`{name}`', message_type(ends[name].msg_type), quality(ends[name].qos_profile), text]
+            for name, text in TOPICS.items()]
+
+
+def services(node) -> list[list[str]]:
+    """Give a row for each service of the node's own."""
+    private = node.get_fully_qualified_name() + '/'
+    found = [service.srv_name.replace(private, '~/') for service in node.services
+             if service.srv_type is Trigger]
+    described(SERVICES, found)
+    return [[f'`{name}`', message_type(Trigger), text] for name, text in SERVICES.items()]
+
+
+def settings() -> list[list[str]]:
+    """Give a row for each parameter."""
+    rows = []
+    for name, field in parameters.specs().items():
+        meta = field.metadata
+        allowed = ', '.join(f'`{choice}`' for choice in meta.get('choices', ()))
+        if meta.get('low') is not None:
+            allowed = f'{written(meta["low"])} to {written(meta["high"])}'
+        rows.append([f'`{name}`', parameters.TYPES[type(field.default)].name.lower(),
+                     f'`{written(field.default)}`', allowed, 'yes' if meta['dynamic'] else '',
+                     meta['description']])
+    return rows
+
+
+def written(value) -> str:
+    """Write a value as in a params file."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        text = f'{value:.9f}'.rstrip('0')
+        return f'{text}0' if text.endswith('.') else text
+    return {'': "''", (): '[]'}.get(value, str(value))
+
+
+def described(texts, found) -> None:
+    """
+    Compare what is described with what is there.
+
+    :raises SystemExit: they differ.
+    """
+    if differ := set(texts) ^ set(found):
+        sys.exit(f'described or there, but not both: {", ".join(sorted(differ))}')
+
+
+def page() -> str:
+    """Give the whole page."""
+    described(KEYS, {key for _, _, keys, _ in STATUSES for key in keys})
+    rclpy.init()
+    node = DecodeNode(parameter_overrides=[Parameter('autostart', value=False)],
+                      use_global_arguments=False)
+    try:
+        topic_rows, service_rows = topics(node), services(node)
+    finally:
+        node.destroy_node()
+        rclpy.shutdown()
+    parts = [
+        '# Interface of `decode_node`',
+        'Made from the code by `tools/make_interface_reference.py`; change it there.',
+        "`~/` stands for the node's full name, `/decode` where it was not changed.",
+        '## Topics', table(('name', 'type', 'quality of service', 'what'), topic_rows),
+        "Each publisher's history, depth, reliability and durability can be set by the parameters "
+        '`qos_overrides.<topic>.publisher.<policy>` at start.',
+        '## Services', table(('name', 'type', 'what'), service_rows),
+        'It is a lifecycle node and has the services of one: `~/change_state`, `~/get_state` and '
+        'the others of lifecycle_msgs. `configure` loads the model and warms it up, `activate` '
+        'takes prompts, `deactivate` cancels what runs, `cleanup` frees the memory.',
+        '## Parameters',
+        table(('name', 'type', 'default', 'allowed', 'at any time', 'what'), settings()),
+        'Those without a yes can be set only while the node is unconfigured. A wrong value is '
+        'refused with the reason; a name in the params file that is none of these is told in the '
+        'log and on `/diagnostics`.',
+        '## Keys',
+        'A value is a bare decimal number or a word. The unit is the end of the key: `_ms` '
+        'milliseconds, `_s` seconds, `_gb` 1e9 bytes, `_c` degrees Celsius. What is not known is '
+        '`n/a`. The keys of a status are always the same, in the same order. The `frame_id` of '
+        "each header is the node's full name."]
+    for topic, name, keys, text in STATUSES:
+        parts += [f'### `{name}` on `{topic}`', text,
+                  table(('key', 'what'), [[f'`{key}`', KEYS[key]] for key in keys])]
+    return '\n\n'.join(parts) + '\n'
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with --check compare; gives the exit code."""
+    text = page()
+    if '--check' not in arguments:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        print(f'{PAGE.name} is not what the code says: run tools/make_interface_reference.py',
+              file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
