@@ -1,5 +1,5 @@
 """
-What a checkpoint's config.json says of the transformer, for the families that the native engine runs.
+What a checkpoint's config.json says of the transformer, for the families that this engine runs.
 
 Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped query attention, gated SiLU.
 Whatever else a config asks for is refused by name. Knows no tensors.
@@ -89,7 +89,8 @@ def parse(config: Mapping[str, Any]) -> Architecture:
             rotary_scale=rotary_scale)
     except KeyError as missing:
         raise EngineError(
-            f'config.json has no {missing}: the model folder is incomplete; download it again')
+            f'config.json has no {missing}: the model folder is incomplete; download it again'
+        ) from None
     if head_dim not in HEAD_DIMS:
         raise _unsupported(f'head_dim {head_dim} (it runs {", ".join(map(str, HEAD_DIMS))})')
     if heads % kv_heads:

@@ -112,7 +112,7 @@ class NativeEngine:
             torch.cuda.empty_cache()
 
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
-        """Give the logits of every place of a prompt, float32 [tokens, vocab]; empties the cache."""
+        """Give logits for each place of a prompt, float32 [tokens, vocab]; empties the cache."""
         self._cached = []
         with torch.inference_mode():
             return self._transformer.prefill(self._tensor(prompt_ids), 0, every=True)

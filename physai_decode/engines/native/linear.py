@@ -1,8 +1,8 @@
 """
 The two forms in which the engine keeps a projection: dense, and 4-bit integers in groups.
 
-Both have out_features rows and in_features columns, whatever they were fused from. ``apply`` is the
-large matrix product of the prefill and, on one row, the reference of the decode kernels.
+Both have out_features rows and in_features columns, whatever they were fused from. ``apply`` is
+the large matrix product of the prefill and, on one row, the reference of the decode kernels.
 """
 
 from dataclasses import dataclass
@@ -41,13 +41,14 @@ class Int4:
     """
     GPTQ weights, repacked for the matrix units, a row from left to right.
 
-    The columns are in the order of their groups (``order`` gives each one's place in the input) and
-    padded to whole blocks of four groups. In a block, nibble j of word i belongs to column
+    The columns are in the order of their groups (``order`` gives each one's place in the input)
+    and padded to whole blocks of four groups. In a block, nibble j of word i belongs to column
     ``j * group_size + i``: one load of a group's words serves four groups, and all of one nibble's
     columns share a scale.
 
-    ``packed`` int16 [N, blocks * group_size]; ``scales`` float16 [N, 4 * blocks]; ``zeros`` float16
-    [N, 4 * blocks], or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
+    ``packed`` int16 [N, blocks * group_size]; ``scales`` float16 [N, 4 * blocks]; ``zeros``
+    float16 [N, 4 * blocks], or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or
+    None.
     """
 
     packed: Tensor
@@ -81,7 +82,7 @@ class Int4:
         return dense.view(count, -1)[:, :self.in_features].to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, some rows at a time; gives [..., N]."""
+        """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
         if self.order is not None:
             x = x[..., self.order]
         rows_out, columns = self.shape

@@ -54,7 +54,7 @@ class TorchOps:
 
     def linear(self, x: Tensor, weight: Dense | Int4, out: Tensor, *,
                gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
-        """Write (or add) the product of ``x`` [K], normalised where there is a gain, to ``out`` [N]."""
+        """Write (or add) the product of ``x`` [K], normed if there is a gain, to ``out`` [N]."""
         product = weight.apply(self._input(x, gain, eps))
         if add:
             out.add_(product)

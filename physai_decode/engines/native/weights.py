@@ -1,9 +1,9 @@
 """
 A checkpoint's tensors, placed on the device in the form that the step reads.
 
-Query, key and value are fused, gate and up are fused, GPTQ is repacked. Tensors come one by one from
-safetensors files, or at random for a folder that only describes a shape. Knows nothing of positions
-or caches.
+Query, key and value are fused, gate and up are fused, GPTQ is repacked. Tensors come one by one
+from safetensors files, or at random for a folder that only describes a shape. Knows nothing of
+positions or caches.
 """
 
 from collections.abc import Callable
