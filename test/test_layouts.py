@@ -1,0 +1,215 @@
+"""The layouts in config/: every field that they name is read back out of a bag of a session."""
+
+import json
+from pathlib import Path
+import re
+import subprocess
+import sys
+import time
+from xml.etree import ElementTree
+
+from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.topics import latched_qos
+from physai_decode.topics import stream_qos
+import pytest
+import rclpy
+from std_msgs.msg import Float64
+from std_msgs.msg import String
+import yaml
+
+pytest.importorskip('rosbags')
+from rosbags.highlevel import AnyReader
+from rosbags.rosbag2 import StoragePlugin
+from rosbags.rosbag2 import Writer
+from rosbags.typesys import get_typestore
+from rosbags.typesys import Stores
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / 'config'
+PATIENCE_S = 120.0
+TOPICS = {
+    '/decode/prompt': (String, 10),
+    '/decode/tokens': (String, stream_qos()),
+    '/decode/token_stats': (DiagnosticArray, stream_qos()),
+    '/decode/itl_ms': (Float64, stream_qos()),
+    '/decode/r_floor': (Float64, stream_qos()),
+    '/decode/response': (String, 10),
+    '/decode/request_stats': (DiagnosticArray, 10),
+    '/decode/model_info': (DiagnosticArray, latched_qos()),
+    '/diagnostics': (DiagnosticArray, 10)}
+
+
+class Session:
+    """A node on the embedded model, all of whose topics are recorded as they come."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, int, bytes]] = []
+        self.node = rclpy.create_node('recorder')
+        self.prompt = self.node.create_publisher(String, '/decode/prompt', 10)
+        for topic, (kind, qos) in TOPICS.items():
+            self.node.create_subscription(
+                kind, topic,
+                lambda data, topic=topic: self.taken.append((topic, time.time_ns(), data)),
+                qos, raw=True)
+
+    def count(self, topic) -> int:
+        """Count the messages of one topic."""
+        return sum(taken[0] == topic for taken in self.taken)
+
+    def wait(self, done, process) -> None:
+        """Record until something is so."""
+        end_s = time.monotonic() + PATIENCE_S
+        while not done():
+            assert process.poll() is None, 'the node ended'
+            assert time.monotonic() < end_s, 'waited too long'
+            rclpy.spin_once(self.node, timeout_sec=0.1)
+
+    def run(self) -> None:
+        """Ask once, with a deadline that no token keeps, and wait for its diagnostics."""
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'physai_decode.node', '--ros-args', '--params-file',
+             str(CONFIG / 'decode.yaml'), '-p', 'deadline.token_ms:=0.001',
+             '-p', 'diagnostics.period_s:=0.2'], stdout=subprocess.DEVNULL)
+        try:
+            self.wait(lambda: self.taken and b'\0idle\0' in self.taken[-1][2], process)
+            self.prompt.publish(String(data='Bring me the red cup from the kitchen table.'))
+            self.wait(lambda: self.count('/decode/request_stats'), process)
+            count = self.count('/diagnostics')
+            self.wait(lambda: self.count('/diagnostics') > count + 1, process)
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_S)
+
+    def write(self, path) -> None:
+        """Write what was taken as a bag."""
+        types = get_typestore(Stores.ROS2_HUMBLE)
+        with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+            connections = {
+                topic: writer.add_connection(
+                    topic, f'{kind.__module__.split(".")[0]}/msg/{kind.__name__}', typestore=types)
+                for topic, (kind, _) in TOPICS.items()}
+            for topic, stamp_ns, data in self.taken:
+                writer.write(connections[topic], stamp_ns, data)
+
+
+@pytest.fixture(scope='module')
+def bag(tmp_path_factory):
+    """Give all messages of a session, by topic, as they are read back from a bag."""
+    path = tmp_path_factory.mktemp('bag') / 'session'
+    rclpy.init()
+    try:
+        session = Session()
+        session.run()
+        session.write(path)
+        session.node.destroy_node()
+    finally:
+        rclpy.shutdown()
+    messages = {topic: [] for topic in TOPICS}
+    with AnyReader([path]) as reader:
+        for connection, _, data in reader.messages():
+            messages[connection.topic].append(reader.deserialize(data, connection.msgtype))
+    for topic in TOPICS:
+        assert messages[topic], f'nothing came on {topic}'
+    return messages
+
+
+def numbers(values) -> list[float]:
+    """Give those values that are numbers, or texts that are wholly numbers."""
+    found = []
+    for value in values:
+        try:
+            found.append(float(value))
+        except ValueError:
+            pass
+    return found
+
+
+def series(bag) -> dict[str, list]:
+    """Give what PlotJuggler makes of the bag: each series by its name."""
+    found = {}
+    for topic, messages in bag.items():
+        for message in messages:
+            for status in getattr(message, 'status', ()):
+                parts = [topic, status.hardware_id, status.name]
+                for pair in status.values:
+                    name = '/'.join([part for part in parts if part] + [pair.key])
+                    found.setdefault(name, []).append(pair.value)
+            if hasattr(message, 'data'):
+                found.setdefault(f'{topic}/data', []).append(message.data)
+    return found
+
+
+STEP = re.compile(r'\.(\w+)|\[(:|\d+)\]|\{(\w+)==("[^"]*"|\d+)\}')
+
+
+def foxglove(bag, path) -> list:
+    """Give what a Foxglove message path stands for in the bag, over all its messages."""
+    topic = re.match(r'/[\w/]+', path)[0]
+    values, at = bag[topic], len(topic)
+    while at < len(path):
+        step = STEP.match(path, at)
+        assert step, f'{path} is no message path from {path[at:]!r} on'
+        field, index, key, wanted = step.groups()
+        if field:
+            values = [getattr(value, field) for value in values]
+        elif index == ':':
+            values = [inner for value in values for inner in value]
+        elif index:
+            values = [value[int(index)] for value in values]
+        else:
+            values = [value for value in values if getattr(value, key) == json.loads(wanted)]
+        at = step.end()
+    return values
+
+
+def test_plotjuggler(bag):
+    """Each curve has numbers, and the topics that it subscribes to bring all of them."""
+    layout = ElementTree.parse(CONFIG / 'plotjuggler_layout.xml').getroot()
+    curves = [curve.get('name') for curve in layout.iter('curve')]
+    found = series(bag)
+    assert len(curves) > 10
+    for curve in curves:
+        assert numbers(found.get(curve, ())), curve
+    topics = {topic.get('name') for topic in layout.iter('topic')}
+    assert topics == {'/'.join(curve.split('/')[:3]) for curve in curves}
+
+
+def test_foxglove(bag):
+    """Each plot's path has numbers, each other panel's topic is there, and all are laid out."""
+    layout = json.loads((CONFIG / 'foxglove_layout.json').read_text())
+    panels = layout['configById']
+    plotted = [path['value'] for panel in panels.values() for path in panel.get('paths', ())]
+    assert len(plotted) > 10
+    for path in plotted:
+        assert numbers(foxglove(bag, path)), path
+    for name, panel in panels.items():
+        if name.startswith('RawMessages!'):
+            assert foxglove(bag, panel['topicPath']), name
+    summary = panels['DiagnosticSummary!nodes']
+    assert foxglove(bag, summary['topicToRender'] + '.status[:].hardware_id')
+    publish = panels['Publish!prompt']
+    assert TOPICS[publish['topicName']][0] is String
+    assert publish['datatype'] == 'std_msgs/msg/String'
+    assert list(json.loads(publish['value'])) == ['data']
+
+    def shown(part):
+        return [part] if isinstance(part, str) else shown(part['first']) + shown(part['second'])
+
+    assert sorted(shown(layout['layout'])) == sorted(panels)
+
+
+def test_diagnostic_aggregator(bag):
+    """The analyzer takes each status, misses none that it expects, and waits long enough."""
+    settings = yaml.safe_load((CONFIG / 'diagnostic_aggregator.yaml').read_text())
+    analyzer = settings['analyzers']['ros__parameters']['decode']
+    names = {status.name for message in bag['/diagnostics'] for status in message.status}
+    assert names == set(analyzer['expected'])
+    assert all(name.startswith(tuple(analyzer['startswith'])) for name in names)
+    assert analyzer['timeout'] >= 2.0               # at a period of 1 s
+
+
+def test_recording():
+    """The pattern that the docs give to `ros2 bag record` takes all topics."""
+    line = re.search(r"ros2 bag record .*-e '([^']+)'", (ROOT / 'docs/operator.md').read_text())
+    for topic in TOPICS:
+        assert re.fullmatch(line[1], topic), topic
