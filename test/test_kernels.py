@@ -14,6 +14,7 @@ from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import TorchOps
+import random_gptq
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 TWIN = TorchOps()
@@ -35,27 +36,12 @@ def assert_close(got, expected, relative=1e-5):
     assert error < relative     # a NaN does not pass
 
 
-def packed(generator_seed, n, k, group_size, act_order=False, symmetric=True):
+def packed(seed, n, k, group_size, act_order=False, symmetric=True):
     """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
-    generator = torch.Generator().manual_seed(generator_seed)
-    size = k if group_size == -1 else group_size
-    groups = -(-k // size)
-    q = torch.randint(0, 16, (k, n), generator=generator, dtype=torch.int32)
-    zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
-        0, 16, (groups, n), generator=generator)
-    scales = (torch.rand(groups, n, generator=generator) + 0.5).half()
-    g_idx = torch.arange(k) // size
-    if act_order:
-        g_idx = g_idx[torch.randperm(k, generator=generator)]
-    shifts = torch.arange(0, 32, 4)
-    qweight = (q.long().view(k // 8, 8, n) << shifts.view(1, 8, 1)).sum(1)
-    stored = ((zeros - 1) & 0xF).view(groups, n // 8, 8)
-    qzeros = (stored << shifts).sum(2)
-    dense = ((q - zeros[g_idx]).float() * scales.float()[g_idx]).t().contiguous()
-    wrapped = [torch.where(t >= 2**31, t - 2**32, t).int().to(DEVICE) for t in (qweight, qzeros)]
+    stored, dense = random_gptq.tensors(seed, n, k, group_size, act_order, symmetric)
+    parts = [stored[part].to(DEVICE) for part in ('qweight', 'qzeros', 'scales', 'g_idx')]
     form = gptq.GptqFormat(group_size, zeros_less_one=True)
-    return gptq.repack(*wrapped, scales.to(DEVICE), g_idx.int().to(DEVICE), None, form), \
-        dense.to(DEVICE)
+    return gptq.repack(*parts, None, form), dense.to(DEVICE)
 
 
 def test_embed(make):

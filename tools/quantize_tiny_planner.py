@@ -15,8 +15,9 @@ import shutil
 import sys
 import tempfile
 
-# The library's pool of threads starts none for the model where it sees fewer than 8 cores.
-os.cpu_count = lambda cores=os.cpu_count(): max(8, cores or 1)
+# The library's pool of threads wants more cores than a small machine has.
+CORES = max(8, os.cpu_count() or 1)
+os.cpu_count = lambda: CORES
 
 from evaluate_tiny_planner import FOLDER
 from evaluate_tiny_planner import messages
@@ -45,13 +46,13 @@ The embedded model `tiny_planner` quantised to 4 bits by GPTQModel {version}, fo
 
     python tools/quantize_tiny_planner.py
 
-Calibrated on {count} conversations that `tools/planner_data.py` makes for training. Observed when it
-was made, native engine against GPTQModel's PyTorch kernel, on a CPU:
+Calibrated on {count} conversations that `tools/planner_data.py` makes for training. Observed when
+it was made, native engine against GPTQModel's PyTorch kernel, on a CPU:
 
-- dequantised weights of all {linears} projections: largest difference {weights:.1e} (theirs, and so
-  both, rounded to float16; the largest weight is {largest:.2f});
-- logits of {tokens} tokens, ours in float32, theirs in float16: relative difference {logits:.1e}, the
-  same likeliest token at {agreed} of {tokens} places.
+- dequantised weights of all {linears} projections: largest difference {weights:.1e}, both rounded to
+  float16; the largest weight is {largest:.2f};
+- logits of {tokens} tokens, ours in float32, theirs in float16: relative difference
+  {logits:.1e}, the same likeliest token at {agreed} of {tokens} places.
 
 Licence: Apache-2.0, as the model's.
 """

@@ -26,8 +26,8 @@ def build(config: DecodeConfig, progress: Callable[[str], None] = lambda text: N
     """
     Load the model that the settings name into the engine that they name.
 
-    ``auto`` takes the native engine where it runs the model's architecture and quantisation, else
-    transformers; no other reason makes it change its choice.
+    ``auto`` takes the native engine where it runs the model's architecture and quantisation,
+    exllamav2 for EXL2 weights, else transformers; no other reason makes it change its choice.
 
     :param progress: called with a line of text now and then while it loads, in this thread.
     :raises EngineError: the model or the engine can't be had; nothing stays allocated.
@@ -53,8 +53,10 @@ def _choose(folder, progress):
         if model.quantization_config:
             gptq.parse(model.quantization_config)
     except EngineError as reason:
-        progress(f'engine transformers, because {reason}')
-        return 'transformers'
+        exl2 = model.quantization_config.get('quant_method') == 'exl2'
+        name = 'exllamav2' if exl2 else 'transformers'
+        progress(f'engine {name}, because {reason}')
+        return name
     progress('engine native')
     return 'native'
 

@@ -39,8 +39,9 @@ def parse(quantization: Mapping[str, Any]) -> GptqFormat:
     """
     method = quantization.get('quant_method')
     if method != 'gptq':
+        other = 'exllamav2' if method == 'exl2' else 'transformers'
         raise EngineError(f'the native engine does not run {method} checkpoints (it runs gptq); '
-                          'set engine.name to transformers')
+                          f'set engine.name to {other}')
     bits = quantization.get('bits')
     layout = quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
     group_size = quantization.get('group_size', 128)

@@ -234,11 +234,14 @@ class _Loader:
         # Some writers leave g_idx out where it is plain, and some write a bias that is all zero.
         order = get(f'{name}.g_idx', (columns,)) if self._source.has(f'{name}.g_idx') else None
         with_bias = bias or self._source.has(f'{name}.bias')
-        return gptq.repack(
-            get(f'{name}.qweight', (columns // 8, rows)),
-            get(f'{name}.qzeros', (groups, rows // 8)),
-            get(f'{name}.scales', (groups, rows)), order,
-            self._float(f'{name}.bias', (rows,)) if with_bias else None, self._form)
+        parts = (get(f'{name}.qweight', (columns // 8, rows)),
+                 get(f'{name}.qzeros', (groups, rows // 8)),
+                 get(f'{name}.scales', (groups, rows)), order,
+                 self._float(f'{name}.bias', (rows,)) if with_bias else None)
+        try:
+            return gptq.repack(*parts, self._form)
+        except EngineError as error:
+            raise EngineError(f'{name}: {error}') from None
 
     def _float(self, name, shape):
         tensor = self._source.get(name, shape)

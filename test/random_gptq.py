@@ -1,0 +1,92 @@
+"""GPTQ tensors at random, as quantisers write them, with the dense weights that they stand for."""
+
+import json
+from pathlib import Path
+
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+from torch import Tensor
+
+SHIFTS = torch.arange(0, 32, 4)
+
+
+def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
+            symmetric: bool = True, layout: str = 'gptq') -> tuple[dict[str, Tensor], Tensor]:
+    """
+    Draw one projection of ``k`` inputs and ``n`` outputs.
+
+    :param group_size: inputs that share a scale; -1 for all.
+    :param layout: ``gptq`` stores zeros less one, ``gptq_v2`` as they are.
+    :returns: the stored tensors by the end of their names, and the dense float32 weight [n, k].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = k if group_size == -1 else group_size
+    groups = k // size
+    q = torch.randint(0, 16, (k, n), generator=generator)
+    zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
+        0, 16, (groups, n), generator=generator)
+    # Uniform 4-bit values deviate by 4.61.
+    scales = ((torch.rand(groups, n, generator=generator) + 0.5) * 1.5 / 4.61 / k**0.5).half()
+    g_idx = torch.arange(k) // size
+    if act_order:
+        g_idx = g_idx[torch.randperm(k, generator=generator)]
+    stored = (zeros - int(layout == 'gptq')) & 15
+    dense = ((q - zeros[g_idx]).float() * scales.float()[g_idx]).t().contiguous()
+    return {
+        'qweight': _words((q.view(k // 8, 8, n) << SHIFTS.view(1, 8, 1)).sum(1)),
+        'qzeros': _words((stored.view(groups, n // 8, 8) << SHIFTS).sum(2)),
+        'scales': scales, 'g_idx': g_idx.int()}, dense
+
+
+def dense(stored: dict[str, Tensor], layout: str) -> Tensor:
+    """Give the float32 weight [n, k] of stored tensors, one input after the other."""
+    qweight, qzeros, scales, g_idx = (
+        stored[part] for part in ('qweight', 'qzeros', 'scales', 'g_idx'))
+    columns = []
+    for column, group in enumerate(g_idx.tolist()):
+        q = (qweight[column // 8] >> 4 * (column % 8)) & 15
+        zero = ((qzeros[group].unsqueeze(1) >> SHIFTS) + int(layout == 'gptq')) & 15
+        columns.append(scales[group].float() * (q - zero.flatten()))
+    return torch.stack(columns, 1)
+
+
+def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool = False,
+         symmetric: bool = True, layout: str = 'gptq', one_order: bool = True, head: bool = False,
+         **overrides) -> dict[str, Tensor]:
+    """
+    Write a small random model whose every projection is GPTQ.
+
+    :param one_order: inputs that several projections share are in the same order for all of them,
+        as quantisers have it.
+    :param head: quantise the head too.
+    :returns: the state that it stands for, with dense weights, for the library's own model.
+    """
+    random_model.save(folder, family, seed, **overrides)
+    plain = load_file(folder / 'model.safetensors')
+    stored, state = {}, {}
+    for number, (name, weight) in enumerate(plain.items()):
+        state[name] = weight
+        if weight.dim() < 2 or 'embed' in name or ('lm_head' in name and not head):
+            stored[name] = weight
+            continue
+        parts, state[name] = tensors(
+            1000 * seed + number, *weight.shape, group_size, act_order, symmetric, layout)
+        if act_order and one_order:
+            same, _ = tensors(seed, 8, weight.shape[1], group_size, True)
+            parts['g_idx'] = same['g_idx']
+            state[name] = dense(parts, layout)
+        stored.update({f'{name[:-len("weight")]}{end}': part for end, part in parts.items()})
+    save_file(stored, folder / 'model.safetensors', metadata={'format': 'pt'})
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config['quantization_config'] = {
+        'quant_method': 'gptq', 'bits': 4, 'group_size': group_size, 'desc_act': act_order,
+        'sym': symmetric, 'checkpoint_format': layout, 'lm_head': head}
+    path.write_text(json.dumps(config))
+    return state
+
+
+def _words(values):
+    return torch.where(values >= 2**31, values - 2**32, values).int()

@@ -1,0 +1,222 @@
+"""GPTQ checkpoints in the native engine: a library's own, random ones of every form, bad ones."""
+
+import json
+from pathlib import Path
+import shutil
+import sys
+
+import pytest
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import evaluate_tiny_planner
+from physai_decode.checkpoint import inspect
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines import build
+from physai_decode.engines.native import NativeEngine
+import random_gptq
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+
+DATA = ROOT / 'test' / 'data'
+CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
+RELATIVE = 1e-5
+PROJECTIONS = 28
+
+
+def library_logits(folder, state, ids):
+    """Give the logits [tokens, vocab] of the library's own model with these float32 weights."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    lost, unknown = model.load_state_dict(state, strict=False)
+    assert not unknown and set(lost) <= {'lm_head.weight'}
+    model.tie_weights()
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def assert_close(got, expected):
+    assert (got - expected).norm() / expected.norm() < RELATIVE     # a NaN does not pass
+
+
+@pytest.fixture(scope='module', params=['tiny_planner_gptq', 'tiny_planner_gptq_v2'])
+def folder(request):
+    return DATA / request.param
+
+
+@pytest.fixture(scope='module')
+def engine(folder):
+    engine = NativeEngine(folder, CPU)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope='module')
+def prompts():
+    """Give prompts and expected answers, as ids, of held-out commands."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(evaluate_tiny_planner.FOLDER)
+    _, chats, answers = next(evaluate_tiny_planner.held_out_sets(seed=0, count=40))
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+             for chat in chats]
+    return [(tokenizer(text)['input_ids'],
+             tokenizer(answer)['input_ids'] + [tokenizer.eos_token_id])
+            for text, answer in zip(texts, answers, strict=True)]
+
+
+def test_a_library_s_checkpoint_by_the_plain_formula(folder, engine, prompts):
+    stored = load_file(folder / 'model.safetensors')
+    layout = json.loads((folder / 'config.json').read_text())[
+        'quantization_config']['checkpoint_format']
+    state = {}
+    for name in stored:
+        module, _, end = name.rpartition('.')
+        if end == 'weight':
+            state[name] = stored[name].float()
+        elif end == 'qweight':
+            parts = {part: stored[f'{module}.{part}']
+                     for part in ('qweight', 'qzeros', 'scales', 'g_idx')}
+            state[f'{module}.weight'] = random_gptq.dense(parts, layout)
+    assert sum(name.endswith('qweight') for name in stored) == PROJECTIONS
+    ids = [token for prompt, answer in prompts[:3] for token in prompt + answer]
+    assert_close(engine.prefill_logits(ids), library_logits(folder, state, ids))
+
+
+def test_a_library_s_checkpoint_answers_held_out_commands(engine, prompts):
+    right = 0
+    for prompt, answer in prompts:
+        # The likeliest token after each token of the right answer: what greedy decoding says.
+        likeliest = engine.prefill_logits(prompt + answer).argmax(-1)
+        right += likeliest[len(prompt) - 1:-1].tolist() == answer
+    print(f'{right} of {len(prompts)} held-out commands')
+    assert right >= 38      # observed: 40 of both checkpoints
+
+
+def test_a_library_s_checkpoint_streams(engine, prompts):
+    prompt, answer = min(prompts, key=lambda pair: len(pair[1]))
+    steps = engine.stream(prompt, SamplingConfig(max_new_tokens=len(answer)))
+    assert [token for step in steps for token in step.token_ids] == answer
+
+
+def test_footprint(folder, engine):
+    model = inspect(folder)
+    group_size = model.quantization_config['group_size']
+    assert engine.footprint.quantization == f'gptq-int4-g{group_size}'
+    assert engine.footprint.checkpoint_weight_bytes == model.weight_bytes
+    assert 'dense_fallbacks' not in engine.footprint.details
+
+
+def test_auto_takes_native(folder):
+    engine = build(DecodeConfig(model=ModelConfig(path=str(folder)),
+                                engine=EngineConfig(device='cpu', cpu_threads=1)))
+    assert engine.footprint.engine == 'native'
+    engine.close()
+
+
+IDS = [(3 + 7 * index) % 512 for index in range(40)]
+
+
+def check_random(folder, family, group_size, **form):
+    state = random_gptq.save(folder, family, 1, group_size, hidden_size=256,
+                             intermediate_size=384, num_attention_heads=4, **form)
+    engine = NativeEngine(folder, CPU)
+    logits = engine.prefill_logits(IDS)
+    expected = library_logits(folder, state, IDS)
+    assert_close(logits, expected)
+    # The step's own arithmetic, not only the prefill's.
+    steps = engine.stream(IDS, SamplingConfig(max_new_tokens=5))
+    answer = [token for step in steps for token in step.token_ids]
+    expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
+    assert answer == expected.argmax(-1).tolist()
+    engine.close()
+    return engine
+
+
+@pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('act_order', [False, True])
+@pytest.mark.parametrize('group_size', [32, 64, 128, -1])
+def test_every_form(tmp_path, group_size, act_order, symmetric, layout):
+    engine = check_random(tmp_path, 'llama', group_size, act_order=act_order,
+                          symmetric=symmetric, layout=layout)
+    assert 'dense_fallbacks' not in engine.footprint.details
+
+
+@pytest.mark.parametrize('family', ['llama_biases', 'mistral', 'qwen2', 'qwen2_tied', 'qwen3'])
+def test_every_family(tmp_path, family):
+    check_random(tmp_path, family, 64, act_order=True, symmetric=False)
+
+
+def test_a_quantised_head(tmp_path):
+    check_random(tmp_path, 'llama', 128, head=True)
+
+
+def test_orders_that_differ(tmp_path):
+    engine = check_random(tmp_path, 'llama', 64, act_order=True, one_order=False)
+    assert engine.footprint.details['dense_fallbacks'] == '4'   # QKV, gate and up, of 2 layers
+
+
+def test_without_g_idx(tmp_path):
+    state = random_gptq.save(tmp_path, 'llama', 2, 64)
+    change(tmp_path, drop='g_idx')
+    assert_close(NativeEngine(tmp_path, CPU).prefill_logits(IDS),
+                 library_logits(tmp_path, state, IDS))
+
+
+PROJECTION = 'model.layers.1.mlp.down_proj'
+
+
+def change(folder, drop='', replace=None, **quantization):
+    """Change a written checkpoint: tensors of one projection (drop: of all), its config."""
+    path = folder / 'model.safetensors'
+    tensors = load_file(path)
+    if drop:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(drop)}
+    for name, make in (replace or {}).items():
+        tensors[f'{PROJECTION}.{name}'] = make(tensors[f'{PROJECTION}.{name}'])
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path,
+              metadata={'format': 'pt'})
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config['quantization_config'].update(quantization)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'bits': 3}, ('3-bit', 'transformers')),
+    ({'bits': 8}, ('8-bit', 'transformers')),
+    ({'checkpoint_format': 'marlin'}, ("'marlin'", 'transformers')),
+    ({'group_size': 48}, ('groups of 48', 'transformers')),
+    ({'quant_method': 'exl2'}, ('exl2', 'exllamav2')),
+    ({'group_size': 32}, (PROJECTION.replace('1.mlp.down', '0.self_attn.q'), '[2, ', '[4, ')),
+    ({'replace': {'g_idx': lambda tensor: tensor * 0}}, (PROJECTION, 'g_idx', 'groups of 64')),
+    ({'replace': {'g_idx': lambda tensor: tensor + 1}}, (PROJECTION, 'g_idx', 'groups of 64')),
+    ({'replace': {'qzeros': lambda tensor: None}}, (f'{PROJECTION}.qzeros', 'no tensor')),
+    ({'replace': {'scales': lambda tensor: None}}, (f'{PROJECTION}.scales', 'no tensor')),
+    ({'replace': {'qweight': lambda tensor: tensor[:-1]}}, (f'{PROJECTION}.qweight', '[31, 128]')),
+    ({'replace': {'qzeros': lambda tensor: tensor[:, 1:].contiguous()}},
+     (f'{PROJECTION}.qzeros', '[4, 15]')),
+    ({'replace': {'g_idx': lambda tensor: tensor[:-1]}}, (f'{PROJECTION}.g_idx', '[255]'))])
+def test_refusals(tmp_path, changes, said):
+    random_gptq.save(tmp_path, 'llama', 2, 64)
+    change(tmp_path, **changes)
+    with pytest.raises(EngineError) as error:
+        NativeEngine(tmp_path, CPU)
+    for part in said:
+        assert part in str(error.value)
+
+
+def test_a_folder_half_copied(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(EngineError, match=r'truncated.*again'):
+        NativeEngine(tmp_path, CPU)
