@@ -1,0 +1,61 @@
+"""The pages in docs/: what they link to is there, and the floors in them are the roofline's."""
+
+import json
+from pathlib import Path
+import re
+import struct
+
+from physai_decode import roofline
+from physai_decode.benchmark import synthetic
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / 'docs').glob('*.md')) + [ROOT / 'README.md']
+ROW = re.compile(r'^\| ([\w ]+) \| ([\d.]+) \|' + r' ([\d.]+) \|' * 4 + '$', re.MULTILINE)
+LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 28, 4, 128, 3584       # Qwen-2.5-7B
+CONTEXTS = (2048, 16384)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links(page):
+    """No link leads to a file that is not there."""
+    for target in re.findall(r'\]\(([^)#:]+)\)', page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def step_bytes(folder) -> int:
+    """Count the weights that a step reads: all but the embedding, of which it is one row."""
+    header = {}
+    for path in folder.glob('*.safetensors'):
+        with path.open('rb') as file:
+            header.update(json.loads(file.read(struct.unpack('<Q', file.read(8))[0])))
+    sizes = {name: entry['data_offsets'][1] - entry['data_offsets'][0]
+             for name, entry in header.items() if name != '__metadata__'}
+    return sum(sizes.values()) - sizes['model.embed_tokens.weight'] + 2 * HIDDEN
+
+
+def test_floors(tmp_path):
+    """Each figure of the table in tuning.md, from the shape's own bytes."""
+    weights = []
+    for kind in ('none', 'gptq'):
+        synthetic.describe(tmp_path / kind, 'qwen2.5-7b', kind)
+        weights.append(step_bytes(tmp_path / kind))
+    rows = ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())
+    assert len(rows) >= 7
+    for machine, gb_s, *told in rows:
+        floors = [
+            roofline.floor_s(count, roofline.kv_bytes(LAYERS, KV_HEADS, HEAD_DIM, context, 2),
+                             float(gb_s) * 1e9)
+            for count in weights for context in CONTEXTS]
+        assert [f'{1e3 * floor_s:.2f}' for floor_s in floors] == told, machine
+
+
+@pytest.mark.parametrize(('machine', 'name'), [
+    ('H200', 'NVIDIA H200'), ('H100 SXM', 'NVIDIA H100 80GB HBM3'), ('L40S', 'NVIDIA L40S'),
+    ('L4', 'NVIDIA L4'), ('Jetson Thor', 'NVIDIA Jetson AGX Thor'),
+    ('Jetson AGX Orin', 'NVIDIA Jetson AGX Orin'), ('Jetson Orin NX', 'NVIDIA Jetson Orin NX')])
+def test_bandwidths(machine, name):
+    """Those of the table are those that the node takes from data sheets."""
+    rows = {row[0]: float(row[1])
+            for row in ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())}
+    assert rows[machine] * 1e9 == roofline.datasheet(name).bytes_per_s
