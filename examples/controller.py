@@ -12,6 +12,7 @@ import sys
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.topics import latched_qos
 import rclpy
+from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import Float64
@@ -86,7 +87,7 @@ def main() -> int:
     while not controller.outcome:
         rclpy.spin_once(controller)
     controller.get_logger().info(controller.outcome)
-    controller.action.wait_for_all_acked()
+    controller.action.wait_for_all_acked(Duration(seconds=1))
     controller.destroy_node()
     rclpy.shutdown()
     return 0 if controller.outcome == 'done' else 1
