@@ -111,11 +111,11 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self._failure = ''                          # why the last load failed
         self._leaving = False                       # the process ends
         self._misses = 0                            # deadline misses at the last /diagnostics
+        transitions = ReentrantCallbackGroup()
         Node.__init__(self, name, **arguments)
+        LifecycleNodeMixin.__init__(self, callback_group=transitions)
         parameters.declare(self)
         self._config = parameters.read(self)
-        transitions = ReentrantCallbackGroup()
-        LifecycleNodeMixin.__init__(self, callback_group=transitions)
         for service in self.services:
             if service.srv_type is ChangeState:
                 service.callback = self._guarded(service.callback)
@@ -147,6 +147,11 @@ class DecodeNode(LifecycleNodeMixin, Node):
             if self._state_machine.current_state[1] != 'finalized':
                 self.trigger_shutdown()
         return self._worker is None
+
+    def destroy_node(self) -> None:
+        """Leave ROS; others see it at once."""
+        super().destroy_node()
+        self._state_machine.destroy_when_not_in_use()   # which holds the node
 
     # Transitions. They run in one thread at a time, and `/diagnostics` in the other.
 
@@ -414,7 +419,7 @@ def spin(executor: MultiThreadedExecutor, stop: threading.Event) -> None:
 
 
 def main(args: list[str] | None = None, load=load) -> int:
-    """Run the node until SIGINT or SIGTERM; gives the process's exit code."""
+    """Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -435,17 +440,16 @@ def main(args: list[str] | None = None, load=load) -> int:
     thread = threading.Thread(target=spin, args=(executor, stop), name='executor')
     thread.start()
     stop.wait()
-    ended = node.close(EXIT_TIMEOUT_S)
-    if not ended:
-        # A thread hangs in a load or in a kernel, and nothing but this can end it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    executor.shutdown()
-    thread.join()
-    node.destroy_node()
-    rclpy.shutdown()
-    return 0
+    if node.close(EXIT_TIMEOUT_S):
+        executor.shutdown()
+        thread.join()
+        node.destroy_node()
+        rclpy.shutdown()
+    # Else a thread hangs in a load or a kernel, which nothing but this can end. And where all has
+    # ended well, Python would take up to two seconds to take torch apart, for nothing.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == '__main__':

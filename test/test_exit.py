@@ -52,10 +52,11 @@ def test_a_signal_ends_the_node(probe, request, state, number):
     heard = probe.create_subscription(
         DiagnosticArray, '/diagnostics',
         lambda message: states.append(message.status[2].values[0].value), 10)
-    prompt = probe.create_publisher(String, '/decode/prompt', 10)
+    name = f'decode_{state}_{number.name}'
+    prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
     process = subprocess.Popen(
         [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
-         '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state]],
+         '-r', f'__node:={name}', '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state]],
         stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(600):
@@ -73,6 +74,12 @@ def test_a_signal_ends_the_node(probe, request, state, number):
         probe.destroy_subscription(heard)
         probe.destroy_publisher(prompt)
     assert process.returncode == 0
+    if state not in ('loading', 'generating', 'stalled'):       # else a thread hangs in its step
+        for _ in range(100):
+            if name not in probe.get_node_names():
+                break
+            rclpy.spin_once(probe, timeout_sec=0.1)
+        assert name not in probe.get_node_names()
     assert [line for line in stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 

@@ -41,10 +41,11 @@ PROMPTS = [f'please {verb} the {colour} {thing} to the {place}'
 
 
 class Timed:
-    """An engine that notes when it knew each token."""
+    """An engine that notes when it knew each token, and writes that when it is closed."""
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine, path: Path) -> None:
         self._engine = engine
+        self._path = path
         self.footprint = engine.footprint
         self.known_s: list[float] = []
 
@@ -59,21 +60,17 @@ class Timed:
     def close(self) -> None:
         """Free the engine."""
         self._engine.close()
+        self._path.write_text(json.dumps(self.known_s))
 
 
 def serve(path: Path) -> int:
-    """Run the node until a signal, then write when its engine knew the tokens."""
-    engines = []
-
+    """Run the node until a signal; its engine writes when it knew the tokens."""
     def load(config, progress):
         loaded = node.load(config, progress)
-        engines.append(Timed(loaded.engine))
-        return loaded._replace(engine=engines[0])
+        return loaded._replace(engine=Timed(loaded.engine, path))
 
-    code = node.main(['decode_node', '--ros-args', '--log-level', 'warn',
+    return node.main(['decode_node', '--ros-args', '--log-level', 'warn',
                       '-p', f'engine.cpu_threads:={THREADS}'], load)
-    path.write_text(json.dumps(engines[0].known_s))
-    return code
 
 
 def alone(path: Path) -> int:
@@ -82,7 +79,7 @@ def alone(path: Path) -> int:
     engine, text, _ = node.load(config, lambda line: None)
     itl_s = []
     for prompt in PROMPTS:
-        timed = Timed(engine)
+        timed = Timed(engine, path)
         for step in timed.stream(text.encode(prompt), config.sampling):
             if set(step.token_ids) & set(engine.footprint.eos_token_ids):
                 break
