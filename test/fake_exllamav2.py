@@ -1,0 +1,159 @@
+"""
+A stand-in for the ExLlamaV2 library, in so far as the engine uses it; it computes on a CPU.
+
+Its model is the transformers library's, run over all ids each time, so that what the engine does
+with positions, masks and the cache shows in its logits. It knows nothing of quantised weights.
+"""
+
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+import json
+from pathlib import Path
+import sys
+from types import ModuleType
+from types import SimpleNamespace
+
+import torch
+
+
+class Library:
+    """The modules, and what a test may look at or set."""
+
+    def __init__(self, network):
+        """Make modules around a transformers network with the weights that a folder stands for."""
+        self.network = network
+        self.calls = []             # (tokens, position) of each forward pass
+        self.settings = []          # of each sampling
+        self.fail = None            # what loading a module raises
+        self.unloaded = 0
+        self.choose_device = None   # the engine's own way, where a test replaces it
+        library = self
+
+        class Config:
+            def __init__(self, folder):
+                read = json.loads(Path(folder, 'config.json').read_text())
+                self.model_dir = folder
+                for name in ('num_hidden_layers', 'num_key_value_heads', 'vocab_size'):
+                    setattr(self, name, read[name])
+                self.head_dim = read.get('head_dim') or \
+                    read['hidden_size'] // read['num_attention_heads']
+                self.rotary_embedding_base = 10000.0
+                self.scale_pos_emb, self.alt_rope_method = 1.0, None
+
+        class Module:
+            def __init__(self, key, **tensors):
+                self.key, self.device_idx = key, -1
+                vars(self).update(tensors)
+
+            def set_device_idx(self, index):
+                self.device_idx = index
+
+            def load(self):
+                if library.fail:
+                    raise library.fail
+
+        class Model:
+            def __init__(self, config):
+                half = {'dtype': torch.float16}
+                self.config = config
+                self.modules = [
+                    Module('model.embed_tokens', embedding=SimpleNamespace(
+                        weight=torch.zeros(config.vocab_size, 8, **half))),
+                    Module('packed', q_tensors={
+                        'qweight': torch.zeros(4, 8, dtype=torch.int32),
+                        'scales': torch.zeros(2, 8, **half),
+                        'g_idx': torch.zeros(32, dtype=torch.int32),
+                        'q_perm': torch.zeros(32, dtype=torch.short),
+                        'q_invperm': torch.zeros(32, dtype=torch.short)}),
+                    Module('model.norm', weight=torch.zeros(8, **half), bias=None),
+                    Module('lm_head', q_tensors=None, linear=torch.nn.Linear(
+                        8, 16, bias=False, **half))]
+                self.modules_dict = {module.key: module for module in self.modules}
+
+            def load(self, gpu_split, lazy):
+                assert lazy and gpu_split[-1] > 1000
+                for module in self.modules[1:]:
+                    module.set_device_idx(len(gpu_split) - 1)
+
+            def unload(self):
+                library.unloaded += 1
+
+            def forward_chunk(self, ids, cache, preprocess_only, last_id_only, attn_params):
+                assert last_id_only and self.modules[0].device_idx == 0
+                start, tokens = cache.current_seq_len, ids.shape[1]
+                assert tokens <= self.config.max_input_len
+                assert start + tokens <= self.config.max_seq_len
+                assert (attn_params.seq_len, attn_params.past_len) == (tokens, start)
+                library.calls.append((tokens, start))
+                mask = attn_params.block_diag_mask
+                if tokens > 1:
+                    causal = torch.ones(tokens, start + tokens).tril(start).bool()
+                    assert torch.equal(mask == 0, causal) and (mask[~causal] < -60000).all()
+                else:
+                    assert mask is None
+                cache.ids[start:start + tokens] = ids[0]
+                cache.current_seq_len += tokens
+                if preprocess_only:
+                    return {}
+                logits = library.network(cache.ids[None, :start + tokens]).logits[:, -1:]
+                padding = -logits.shape[-1] % 32
+                return {'logits': torch.nn.functional.pad(logits, (0, padding), value=-65504.)}
+
+        class Cache:
+            def __init__(self, model):
+                self.current_seq_len = 0
+                self.ids = torch.zeros(model.config.max_seq_len, dtype=torch.long)
+
+        class Params:
+            def __init__(self, batch_size, seq_len, past_len):
+                assert batch_size == 1
+                self.seq_len, self.past_len, self.block_diag_mask = seq_len, past_len, None
+
+        class Sampler:
+            @dataclass
+            class Settings:
+                temperature: float = 0.8
+                top_k: int = 50
+                top_p: float = 0.8
+                min_p: float = 0.0
+                token_repetition_penalty: float = 1.025
+
+            @staticmethod
+            def sample(logits, settings, sequence_ids, random, tokenizer):
+                library.settings.append(settings)
+                return (sample(logits[0, 0, :tokenizer.get_vocab_size()].clone(), settings,
+                               sequence_ids[0], random),)
+
+        self.modules = {
+            'exllamav2': {'__version__': '0.3.2', 'ExLlamaV2Config': Config, 'ExLlamaV2': Model,
+                          'ExLlamaV2Cache': Cache},
+            'exllamav2_ext': {},
+            'exllamav2.attn': {'has_flash_attn': False,
+                               'ExLlamaV2Attention': SimpleNamespace(Params=Params)},
+            'exllamav2.device': {'set_device_streams': lambda: None},
+            'exllamav2.generator': {'ExLlamaV2Sampler': Sampler}}
+
+    def install(self, monkeypatch) -> None:
+        """Put the modules where an import finds them."""
+        for name, content in self.modules.items():
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, name, module)
+
+
+def sample(logits, settings, seen, random):
+    """Choose as the library does; a top_p of 0 and a min_p of 1 mean that they are off."""
+    values = logits[seen]
+    penalty = settings.token_repetition_penalty
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    probabilities, order = (logits / settings.temperature).softmax(-1).sort(descending=True)
+    if settings.top_k:
+        probabilities[settings.top_k:] = 0
+    if 0 < settings.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before / probabilities.sum() > settings.top_p] = 0
+    if 0 < settings.min_p < 1:
+        probabilities[probabilities < settings.min_p * probabilities[0]] = 0
+    place = torch.searchsorted(probabilities.cumsum(-1), random * probabilities.sum() * 0.9998)
+    return order[place].view(1, 1)

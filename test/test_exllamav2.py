@@ -1,0 +1,324 @@
+"""The ExLlamaV2 engine: over a stand-in for the library anywhere, over the library on a GPU."""
+
+from importlib import import_module
+from importlib.util import find_spec
+import json
+import sys
+import time
+
+import engine_contract
+from engine_contract import decode
+import pytest
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+import fake_exllamav2
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+import random_gptq
+
+MODULE = 'physai_decode.engines.exllamav2'
+SHAPE = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4}
+CONFIG = EngineConfig(name='exllamav2', cpu_threads=1)
+ON_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec('exllamav2') is None,
+    reason='needs a CUDA device and ExLlamaV2')
+
+
+def save(folder, **options):
+    """Write a small GPTQ model; give it with the library's own network of its dense weights."""
+    form = {'group_size': 64, 'act_order': True, **options}
+    state = random_gptq.save(folder, 'llama', 1, eos_token_id=list(range(128)), **form, **SHAPE)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    network.load_state_dict(state)
+    return folder, network
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp('model'))
+
+
+@pytest.fixture(scope='module')
+def installed(saved):
+    """Give the engine's module over the stand-in, and the stand-in."""
+    with pytest.MonkeyPatch.context() as patch:
+        library = fake_exllamav2.Library(saved[1])
+        library.install(patch)
+        patch.delitem(sys.modules, MODULE, raising=False)
+        patch.setattr(torch.cuda, 'set_device', lambda device: None)
+        patch.setattr(torch.cuda, 'synchronize', lambda device: None)
+        module = import_module(MODULE)
+        library.choose_device = module._device
+        patch.setattr(module, '_device', lambda config: torch.device('cpu', 0))
+        patch.setattr(module, '_PIECE_TOKENS', 16)
+        yield module, library
+    sys.modules.pop(MODULE, None)
+
+
+@pytest.fixture(scope='module', params=['stand-in', pytest.param('library', marks=ON_GPU)])
+def engine(request, saved):
+    if request.param == 'stand-in':
+        module, _ = request.getfixturevalue('installed')
+    else:
+        module = import_module(MODULE)
+    engine = module.ExLlamaV2Engine(saved[0], CONFIG)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def fresh(installed, saved):
+    """Give a new engine over the stand-in, and the stand-in, which has seen nothing yet."""
+    module, library = installed
+    engine = module.ExLlamaV2Engine(saved[0], CONFIG)
+    library.calls.clear()
+    library.settings.clear()
+    yield engine, library
+    engine.close()
+
+
+@pytest.mark.parametrize('check', engine_contract.CHECKS, ids=lambda check: check.__name__)
+def test_contract(engine, check):
+    check(engine)
+
+
+def test_it_says_what_the_weights_say(engine, saved):
+    prompt = engine_contract.prompt_of(engine, 40)
+    with torch.inference_mode():
+        expected = saved[1].generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                                     eos_token_id=None, pad_token_id=0)[0, 40:].tolist()
+    assert decode(engine, prompt, SamplingConfig(max_new_tokens=12)) == expected
+
+
+def test_a_prompt_goes_in_pieces(fresh):
+    engine, library = fresh
+    stream = engine.stream(engine_contract.prompt_of(engine, 40), SamplingConfig())
+    assert [next(stream).token_ids for _ in range(2)] == [(), ()]
+    stream.close()
+    assert library.calls == [(16, 0), (16, 16)]
+    # What was read before the cancel is not read again.
+    step = engine_contract.first_step(engine, engine_contract.prompt_of(engine, 40))
+    assert step.cached_tokens == 32
+    assert library.calls[2:] == [(8, 32)]
+
+
+def test_one_step_ahead(fresh):
+    engine, library = fresh
+    stream = engine.stream([5, 6, 7], SamplingConfig(max_new_tokens=40))
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    assert library.calls == [(3, 0), (1, 3), (1, 4), (1, 5), (1, 6)]
+    # Only what the caller has seen counts as known, so the last of them is read again.
+    assert engine_contract.first_step(engine, [5, 6, 7, 0]).cached_tokens == 3
+
+
+def test_no_step_is_launched_in_vain(fresh):
+    engine, library = fresh
+    decode(engine, [5, 6, 7], SamplingConfig(max_new_tokens=9))
+    assert library.calls == [(3, 0), *((1, place) for place in range(3, 11))]
+
+
+@pytest.mark.parametrize('sampling, expected', [
+    ({'temperature': 0.7}, {'temperature': 0.7, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0}),
+    ({'temperature': 1.0, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.1},
+     {'temperature': 1.0, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.1}),
+    ({'temperature': 1.0, 'repetition_penalty': 1.3}, {'token_repetition_penalty': 1.3}),
+    ({'repetition_penalty': 1.3}, {'token_repetition_penalty': 1.3, 'top_k': 1}),
+    ({'temperature': 1.0, 'top_p': 0.0}, {'top_k': 1}),
+    ({'temperature': 1.0, 'min_p': 1.0}, {'top_k': 1})])
+def test_sampling_one_to_one(fresh, sampling, expected):
+    engine, library = fresh
+    decode(engine, [5, 6, 7], SamplingConfig(max_new_tokens=3, **sampling))
+    assert len(library.settings) == 3
+    for name, value in expected.items():
+        assert getattr(library.settings[-1], name) == value
+    if 'repetition_penalty' not in sampling:
+        assert library.settings[-1].token_repetition_penalty == 1.0
+
+
+def test_greedy_leaves_the_sampler_alone(fresh):
+    engine, library = fresh
+    decode(engine, [5, 6, 7])
+    assert not library.settings
+
+
+def test_footprint(installed, saved):
+    module, library = installed
+    engine = module.ExLlamaV2Engine(saved[0], EngineConfig(max_context=100, cuda_graph=False))
+    footprint = engine.footprint
+    # A row of the embedding, packed weights without what only served to make them, norm, head.
+    assert footprint.read_weight_bytes == 16 + (128 + 32 + 64) + 16 + 256
+    assert footprint.checkpoint_weight_bytes == sum(
+        path.stat().st_size for path in saved[0].glob('*.safetensors')) - header_bytes(saved[0])
+    assert footprint.engine == 'exllamav2' and footprint.dtype == 'float16'
+    assert footprint.quantization == 'gptq-int4-g64'
+    assert (footprint.layers, footprint.kv_heads, footprint.head_dim) == (2, 1, 64)
+    assert footprint.kv_element_bytes == 2 and footprint.max_context == 100
+    assert footprint.cuda_graph == 'off' and footprint.vocab_size == 512
+    engine.close()
+
+
+def header_bytes(folder):
+    return sum(8 + int.from_bytes(path.open('rb').read(8), 'little')
+               for path in folder.glob('*.safetensors'))
+
+
+def test_warmed_past_its_graphs(installed, saved):
+    module, library = installed
+    library.calls.clear()
+    module.ExLlamaV2Engine(saved[0], CONFIG).close()
+    assert sum(tokens == 1 for tokens, _ in library.calls) > 205
+
+
+def test_rotary_base_of_newer_configs(installed, tmp_path):
+    module, library = installed
+    engine = module.ExLlamaV2Engine(save(tmp_path, rope_parameters={
+        'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0, 'original_max_position_embeddings': 64})[0], CONFIG)
+    settings = engine._model.config
+    assert settings.rotary_embedding_base == 500000.0
+    assert settings.alt_rope_method == 'llama3' and settings.l3_rope_factor == 8.0
+    engine.close()
+
+
+def change(folder, quantization=None, **fields):
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config.update(fields)
+    config['quantization_config'].update(quantization or {})
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize('form, changes, said', [
+    ({}, {'model_type': 'gpt2'}, ("'gpt2'", 'llama', 'transformers')),
+    ({}, {'quantization': {'quant_method': 'awq'}}, ('awq', 'auto')),
+    ({}, {'quantization': {'bits': 8}}, ('8-bit', 'transformers')),
+    ({}, {'quantization': {'checkpoint_format': 'marlin'}}, ('marlin', 'transformers')),
+    ({}, {'quantization': {'group_size': 96}}, ('not of 96', 'transformers')),
+    ({}, {'quantization': {'group_size': 128}}, ('.g_idx', 'inconsistent')),
+    ({'symmetric': False}, {}, ('zero points of 0', 'native')),
+    ({'symmetric': False, 'layout': 'gptq_v2'}, {}, ('zero points of 0', 'native')),
+    ({}, {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, ('yarn', 'native')),
+    ({}, {'model_type': 'mistral', 'sliding_window': 48}, ('48', 'engine.max_context', 'native')),
+    ({}, {'physai_decode_random_weights': {}}, ('--write-checkpoint',))])
+def test_refusals(installed, tmp_path, form, changes, said):
+    save(tmp_path, **form)
+    change(tmp_path, **changes)
+    with pytest.raises(EngineError) as error:
+        installed[0].ExLlamaV2Engine(tmp_path, CONFIG)
+    for part in said:
+        assert part in str(error.value)
+
+
+def test_a_window_as_long_as_the_context(installed, tmp_path):
+    change(save(tmp_path)[0], model_type='mistral', sliding_window=256)
+    installed[0].ExLlamaV2Engine(tmp_path, CONFIG).close()
+
+
+@pytest.mark.parametrize('config, said', [
+    ({'dtype': 'bfloat16', 'device': 'cpu'}, ('bfloat16', 'float16 or auto')),
+    ({'device': 'cpu'}, ('NVIDIA GPU', 'native'))])
+def test_refused_settings(installed, config, said):
+    with pytest.raises(EngineError) as error:
+        installed[1].choose_device(EngineConfig(**config))
+    for part in said:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize('missing, said', [
+    ('nvcc', 'CUDA toolkit'), ('c++', 'apt install g++'), ('ninja', 'pip install ninja'),
+    ('Python.h', 'python3-dev')])
+def test_what_compiling_needs(installed, tmp_path, monkeypatch, missing, said):
+    module, _ = installed
+    home = tmp_path / 'cuda'
+    for path in (home / 'bin' / 'nvcc', tmp_path / 'include' / 'Python.h'):
+        path.parent.mkdir(parents=True)
+        if path.name != missing:
+            path.touch()
+    monkeypatch.setattr(module.cpp_extension, 'CUDA_HOME', str(home))
+    monkeypatch.setattr(module.cpp_extension, 'is_ninja_available', lambda: missing != 'ninja')
+    monkeypatch.setattr(module.shutil, 'which', lambda name: None if name == missing else name)
+    monkeypatch.setattr(module.sysconfig, 'get_path', lambda name: str(tmp_path / 'include'))
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(EngineError) as error:
+        module._check_tools()
+    assert missing in str(error.value) and said in str(error.value)
+    assert str(error.value).count('install') + str(error.value).count('toolkit') == 1
+    missing = ''
+    (home / 'bin' / 'nvcc').touch()
+    (tmp_path / 'include' / 'Python.h').touch()
+    module._check_tools()
+
+
+def importing(module, monkeypatch, act):
+    """Let the import of the library do something."""
+    monkeypatch.setattr(module, 'import_module', lambda name: act())
+
+
+def test_it_says_that_it_compiles(installed, monkeypatch):
+    module, _ = installed
+    said = []
+    monkeypatch.setattr(module, '_TICK_S', 0.01)
+    importing(module, monkeypatch, lambda: wait_for(lambda: len(said) > 1))
+    module._library(said.append)
+    assert "compiling ExLlamaV2's kernels, 0 s so far" in said
+
+
+def wait_for(condition):
+    until_s = time.monotonic() + 60.0
+    while not condition() and time.monotonic() < until_s:
+        time.sleep(0.005)
+
+
+def test_progress_that_raises_ends_the_load(installed, monkeypatch):
+    module, _ = installed
+    asked = []
+
+    def progress(text):
+        asked.append(text)
+        raise InterruptedError('the process ends')
+
+    monkeypatch.setattr(module, '_TICK_S', 0.01)
+    importing(module, monkeypatch, lambda: wait_for(lambda: asked))
+    with pytest.raises(InterruptedError):
+        module._library(progress)
+    assert len(asked) == 1
+
+
+def raising(error):
+    def act():
+        raise error
+    return act
+
+
+@pytest.mark.parametrize('error, said', [
+    (RuntimeError("Error building extension 'exllamav2_ext': [1/48] c++ -c\n"
+                  'x.h:10:10: fatal error: cusparse.h: No such file\n'), 'cusparse.h: No such'),
+    (OSError('CUDA_HOME environment variable is not set'), 'CUDA_HOME'),
+    (ModuleNotFoundError("No module named 'rich'", name='rich'), 'pip install rich')])
+def test_a_library_that_does_not_load(installed, monkeypatch, error, said):
+    module, _ = installed
+    importing(module, monkeypatch, raising(error))
+    with pytest.raises(EngineError) as raised:
+        module._library(lambda text: None)
+    assert said in str(raised.value) and 'engine.name' in str(raised.value)
+
+
+@pytest.mark.parametrize('error, said', [
+    (AssertionError('rope_scaling key has both'), 'rope_scaling key has both'),
+    (KeyError('architectures'), 'architectures'),
+    (RuntimeError('CUDA out of memory'), 'not enough memory')])
+def test_a_model_that_does_not_load(installed, saved, monkeypatch, error, said):
+    module, library = installed
+    unloaded = library.unloaded
+    monkeypatch.setattr(library, 'fail', error)
+    with pytest.raises(EngineError) as raised:
+        module.ExLlamaV2Engine(saved[0], CONFIG)
+    assert said in str(raised.value)
+    assert library.unloaded == unloaded + 1
