@@ -49,6 +49,9 @@ class NativeEngine:
         clock = _Parts()
         self._device, self._dtype = devices.select(config)
         checkpoint = inspect(folder)
+        if checkpoint.quantization_config and config.dtype == 'auto' and self._device.type == 'cuda':
+            # GPTQ's scales are float16, and its kernel has less to do in float16.
+            self._dtype = torch.float16
         self._shape = architecture.parse(checkpoint.config)
         self._max_context = min(config.max_context,
                                 checkpoint.context_limit or config.max_context)

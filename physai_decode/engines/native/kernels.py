@@ -118,16 +118,24 @@ def _unpacking(number, bfloat16):
     """
     Give the assembly that turns nibble ``number`` of two int16 into two halves, less 8.
 
-    Laid over the mantissa of 128 (bfloat16) or 1024 (float16), a nibble needs no conversion: a
-    shift, one logic operation, and a multiply-add by 1 that takes the 128 and the 8 off again.
+    Laid over the mantissa of 128 (bfloat16) or 1024 (float16), a nibble needs no conversion: one
+    logic operation, and a multiply-add that takes the 128 and the 8 off again. A float16 has room
+    for two nibbles, the upper one times 16, so that only every other one must be shifted.
     """
-    number, bfloat16 = int(number), bool(bfloat16)
-    kind, over, one, off = ('bf16x2', 0x4300, 0x3F80, 0xC308) if bfloat16 else \
-        ('f16x2', 0x6400, 0x3C00, 0xE408)
-    pair = 0x10001
-    return (f'{{ .reg .b32 t, one, off; mov.b32 one, {one * pair}; mov.b32 off, {off * pair}; '
-            f'shr.b32 t, $1, {4 * number}; lop3.b32 t, t, 0x000F000F, {over * pair}, 0xEA; '
-            f'fma.rn.{kind} $0, t, one, off; }}')
+    number = int(number)
+    upper = not bfloat16 and number % 2
+    shift = 8 * (number // 2) if not bfloat16 else 4 * number
+    kind, over = ('bf16x2', 0x4300) if bfloat16 else ('f16x2', 0x6400)
+    if bfloat16:
+        factor, offset = 0x3F80, 0xC308        # 1, -(128 + 8)
+    elif upper:
+        factor, offset = 0x2C00, 0xD480        # 1 / 16, -(1024 / 16 + 8)
+    else:
+        factor, offset = 0x3C00, 0xE408        # 1, -(1024 + 8)
+    mask, pair = 0xF0 if upper else 0xF, 0x10001
+    return (f'{{ .reg .b32 t, f, o; mov.b32 f, {factor * pair}; mov.b32 o, {offset * pair}; '
+            f'shr.b32 t, $1, {shift}; lop3.b32 t, t, {mask * pair}, {over * pair}, 0xEA; '
+            f'fma.rn.{kind} $0, t, f, o; }}')
 
 
 @triton.jit
@@ -147,8 +155,7 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
 def _grouped(words, v, scales, zeros, group, live, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """Multiply one group of each row [SPLIT, ROWS, GROUP] by ``v`` [SPLIT, GROUP, 8]."""
-    weights = _nibble(words, NUMBER, v.dtype, ASSEMBLY)
-    inner = tl.dot(weights, v, input_precision='ieee')
+    inner = tl.dot(_nibble(words, NUMBER, v.dtype, ASSEMBLY), v, input_precision='ieee')
     if ZEROS:
         zero = tl.load(zeros + group, mask=live, other=8.0).to(tl.float32)
         inner += tl.sum(v.to(tl.float32), 1, keep_dims=True) * (8.0 - zero)[:, :, None]
@@ -163,13 +170,12 @@ def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.co
     """
     Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
 
-    On the matrix units, which take no vector: ``x`` is one of eight columns, the others are 0. The
-    blocks are dealt out to SPLIT warps, whose sums are joined at the end.
+    On the matrix units, which take no vector: ``x`` stands in all of eight columns. The blocks are
+    dealt out to SPLIT warps, whose sums are joined at the end.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near = tl.minimum(rows, n - 1).to(tl.int64)[None, :]
     places = tl.arange(0, GROUP)
-    eight = tl.arange(0, 8)[None, None, :]
     row = packed + near[:, :, None] * (BLOCKS * GROUP) + places[None, None, :]
     up = n.to(tl.int64)
     if EARLY:
@@ -185,8 +191,9 @@ def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.co
             words_up = tl.load(at + up * (BLOCKS * GROUP), mask=live[:, :, None], other=0,
                                eviction_policy='evict_first')
         for number in tl.static_range(4):
-            column = ((block * 4 + number) * GROUP)[:, :, None] + places[None, :, None]
-            v = tl.load(x + column + 0 * eight, mask=(column < K) & (eight == 0), other=0.0)
+            column = (block * 4 + number) * GROUP + places[None, :]
+            v = tl.load(x + column, mask=column < K, other=0.0)
+            v = tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8))
             group = near * (4 * BLOCKS) + block * 4 + number
             sums += _grouped(words, v, scales, zeros, group, live, number, ZEROS, ASSEMBLY)
             if GATED:
@@ -194,9 +201,9 @@ def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.co
                                  number, ZEROS, ASSEMBLY)
     if EARLY:
         gdc_launch_dependents()
-    result = _finish(tl.sum(tl.sum(sums, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
+    result = _finish(tl.sum(tl.max(sums, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
-        second = _finish(tl.sum(tl.sum(more, 2), 0), 0.0, rows, n, K, 0.0, bias + n, False, BIAS)
+        second = _finish(tl.sum(tl.max(more, 2), 0), 0.0, rows, n, K, 0.0, bias + n, False, BIAS)
         result = _silu(result) * second
     _store(out, rows, n, result, ADD)
 
@@ -205,14 +212,14 @@ def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.co
 def _prepare(x, gain, order, out, eps, K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
              ORDERED: tl.constexpr, EARLY: tl.constexpr):
     """Write ``x`` [K] normalised, in the order of a weight's columns; BLOCK of them a program."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
     source = columns
     if ORDERED:
         source = tl.load(order + columns, mask=inside, other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     v = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         squares = tl.zeros((BLOCK,), tl.float32)
@@ -256,8 +263,8 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
     """
     Attend over one share of the context for the queries of one key-value head.
 
-    The first share also takes the new token, and writes its key and value to the cache. PADDED and
-    DIMS are GROUP and D rounded up to what the matrix units take.
+    The last share, often the shortest, also takes the new token, and writes its key and value to
+    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units take.
     """
     kv_head = tl.program_id(0)
     share = tl.program_id(1)
@@ -277,6 +284,7 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         lines = cache + first.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
         _fetch(keys + lines)
         _fetch(values + lines)
+        gdc_launch_dependents()
         gdc_wait()
 
     angles = place * (D // 2)
@@ -289,7 +297,7 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
     maxima = tl.full((PADDED,), float('-inf'), tl.float32)
     totals = tl.zeros((PADDED,), tl.float32)
     sums = tl.zeros((PADDED, DIMS), tl.float32)
-    if share == 0:
+    if share == SPLITS - 1:
         k_head = qkv + (KV_HEADS * GROUP + kv_head) * D
         k = _turned(k_head, k_gain, cos + angles, sin + angles, dims[None, :], D, eps,
                     (dims < D)[None, :], NORM).to(kind)
@@ -315,9 +323,6 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         totals = totals * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision='ieee')
         maxima = highest
-    if EARLY:
-        gdc_launch_dependents()
-
     # Laid out by query, so that each one's shares lie together.
     slot = (kv_head * GROUP + queries) * SPLITS + share
     tl.store(part_maxima + slot, maxima, mask=queries < GROUP)
@@ -339,8 +344,6 @@ def _join(part_sums, part_maxima, part_totals, out, D: tl.constexpr, DIMS: tl.co
     sums = tl.load(part_sums + slots[:, None] * DIMS + dims[None, :])
     fades = tl.exp(maxima - tl.max(maxima, 0))
     result = tl.sum(sums * fades[:, None], 0) / tl.sum(totals * fades, 0)
-    if EARLY:
-        gdc_launch_dependents()
     tl.store(out + tl.program_id(0) * D + dims, result.to(out.dtype.element_ty), mask=dims < D)
 
 
@@ -401,9 +404,8 @@ DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
     (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
     (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
-INT4_ROWS = 16      # the least that the matrix units take
-INT4_CHOICES = tuple(Choice(INT4_ROWS, 0, warps, stages)
-                     for warps in (4, 1, 2, 8) for stages in (1, 2, 3))
+INT4_CHOICES = tuple(Choice(16, 0, *each) for each in (   # the matrix units take 16 rows
+    (4, 2), (4, 3), (4, 4), (1, 2), (1, 3), (2, 2), (2, 3), (8, 2), (8, 3)))
 
 
 class TritonOps(TorchOps):
@@ -421,6 +423,8 @@ class TritonOps(TorchOps):
             self._early = properties.major >= 9
             self._programs = 2 ** int(math.log2(properties.multi_processor_count))
         self._splits = splits
+        self._tokens = 64
+        self._att_warps = 4
         self._choices: dict[Shape, Choice] = {}
         self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
@@ -455,9 +459,9 @@ class TritonOps(TorchOps):
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
             *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
-            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=64,
+            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=self._tokens,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
-            **self._launch(4))
+            **self._launch(self._att_warps))
         _join[(layer.heads,)](*parts, out, D=dim, DIMS=dims, SPLITS=splits, EARLY=self._early,
                               **self._launch(4))
 
@@ -521,8 +525,7 @@ class TritonOps(TorchOps):
 
     def _prepared(self, x, weight, gain, eps):
         k = weight.in_features
-        dtype = x.dtype if gain is None else gain.dtype
-        out = self._take('prepared', k, dtype)
+        out = self._take('prepared', k, x.dtype if gain is None else gain.dtype)
         _prepare[(triton.cdiv(k, 1024),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out, eps,
             K=k, BLOCK=1024, NORM=gain is not None, ORDERED=weight.order is not None,
