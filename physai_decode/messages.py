@@ -58,15 +58,13 @@ def text_of(value: Any) -> str:
     :returns: a decimal number of six significant digits without exponent, the word itself, or
         ``n/a`` for None, an empty word and what is not finite.
     """
-    if value is None or value == '':
-        return NOT_KNOWN
-    if isinstance(value, str):
-        return value
     if isinstance(value, float):
         if 1e-4 <= value < 1e6:
             return f'{value:.6g}'
         return f'{value:.9f}'.rstrip('0').rstrip('.') if isfinite(value) else NOT_KNOWN
-    return str(int(value))
+    if value is None or value == '':
+        return NOT_KNOWN
+    return value if isinstance(value, str) else str(int(value))
 
 
 def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *, message: str = '',
