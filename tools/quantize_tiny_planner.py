@@ -49,8 +49,8 @@ The embedded model `tiny_planner` quantised to 4 bits by GPTQModel {version}, fo
 Calibrated on {count} conversations that `tools/planner_data.py` makes for training. Observed when
 it was made, native engine against GPTQModel's PyTorch kernel, on a CPU:
 
-- dequantised weights of all {linears} projections: largest difference {weights:.1e}, both rounded to
-  float16; the largest weight is {largest:.2f};
+- dequantised weights of all {linears} projections: largest difference {weights:.1e}, both rounded
+  to float16; the largest weight is {largest:.2f};
 - logits of {tokens} tokens, ours in float32, theirs in float16: relative difference
   {logits:.1e}, the same likeliest token at {agreed} of {tokens} places.
 

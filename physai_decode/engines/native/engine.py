@@ -49,7 +49,8 @@ class NativeEngine:
         clock = _Parts()
         self._device, self._dtype = devices.select(config)
         checkpoint = inspect(folder)
-        if checkpoint.quantization_config and config.dtype == 'auto' and self._device.type == 'cuda':
+        if (checkpoint.quantization_config and config.dtype == 'auto'
+                and self._device.type == 'cuda'):
             # GPTQ's scales are float16, and its kernel has less to do in float16.
             self._dtype = torch.float16
         self._shape = architecture.parse(checkpoint.config)
