@@ -114,59 +114,95 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
 
 
 @triton.constexpr_function
-def _unpacking(number, bfloat16):
+def _over(number, kind):
     """
-    Give the assembly that turns nibble ``number`` of two int16 into two halves, less 8.
+    Tell how nibble ``number`` is laid over the mantissa of a half: (shift, mask, bits over, factor).
 
-    Laid over the mantissa of 128 (bfloat16) or 1024 (float16), a nibble needs no conversion: one
-    logic operation, and a multiply-add that takes the 128 and the 8 off again. A float16 has room
-    for two nibbles, the upper one times 16, so that only every other one must be shifted.
+    There it needs no conversion: it reads 128 (bfloat16) or 1024 (float16) and ``factor`` times
+    itself. A float16 has room for two nibbles, so that only every other one must be shifted.
     """
     number = int(number)
-    upper = not bfloat16 and number % 2
-    shift = 8 * (number // 2) if not bfloat16 else 4 * number
-    kind, over = ('bf16x2', 0x4300) if bfloat16 else ('f16x2', 0x6400)
-    if bfloat16:
-        factor, offset = 0x3F80, 0xC308        # 1, -(128 + 8)
-    elif upper:
-        factor, offset = 0x2C00, 0xD480        # 1 / 16, -(1024 / 16 + 8)
+    if str(kind) == 'bf16':
+        return 4 * number, 0xF, 0x4300, 1
+    return 8 * (number // 2), 0xF0 if number % 2 else 0xF, 0x6400, 16 if number % 2 else 1
+
+
+@triton.constexpr_function
+def _base(number, kind):
+    """Give what is to be subtracted once the nibble's factor is divided out."""
+    return (128 if str(kind) == 'bf16' else 1024) / _over(number, kind)[3]
+
+
+@triton.constexpr_function
+def _unpacking(number, kind, centred):
+    """Give the assembly that turns nibble ``number`` of two int16 into two halves, see `_over`."""
+    shift, mask, over, factor = _over(number, kind)
+    pair = 0x10001
+    lay = f'shr.b32 t, $1, {shift}; lop3.b32 t, t, {mask * pair}, {over * pair}, 0xEA;'
+    if not centred:
+        return f'{{ .reg .b32 t; {lay} mov.b32 $0, t; }}'
+    # ... and take 8 off: times 1 / factor, less the base and 8
+    if str(kind) == 'bf16':
+        name, one, off = 'bf16x2', 0x3F80, 0xC308
     else:
-        factor, offset = 0x3C00, 0xE408        # 1, -(1024 + 8)
-    mask, pair = 0xF0 if upper else 0xF, 0x10001
-    return (f'{{ .reg .b32 t, f, o; mov.b32 f, {factor * pair}; mov.b32 o, {offset * pair}; '
-            f'shr.b32 t, $1, {shift}; lop3.b32 t, t, {mask * pair}, {over * pair}, 0xEA; '
-            f'fma.rn.{kind} $0, t, f, o; }}')
+        name, one, off = ('f16x2', 0x2C00, 0xD480) if factor == 16 else ('f16x2', 0x3C00, 0xE408)
+    return (f'{{ .reg .b32 t, f, o; mov.b32 f, {one * pair}; mov.b32 o, {off * pair}; {lay} '
+            f'fma.rn.{name} $0, t, f, o; }}')
 
 
 @triton.jit
-def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give nibble NUMBER of int16 ``words``, less 8, as KIND."""
+def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, CENTRED: tl.constexpr,
+            ASSEMBLY: tl.constexpr):
+    """Give nibble NUMBER of int16 ``words`` as KIND: less 8, or as `_over` tells."""
     if ASSEMBLY and KIND == tl.bfloat16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, True), '=r,r', [words],
+        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'bf16', CENTRED), '=r,r', [words],
                                          dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ASSEMBLY and KIND == tl.float16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, False), '=r,r', [words],
+        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'fp16', CENTRED), '=r,r', [words],
                                          dtype=tl.float16, is_pure=True, pack=2)
     else:
-        return (((words.to(tl.int32) >> (4 * NUMBER)) & 0xF) - 8).to(KIND)
+        return (((words.to(tl.int32) >> (4 * NUMBER)) & 0xF) - (8 if CENTRED else 0)).to(KIND)
 
 
 @triton.jit
-def _grouped(words, v, scales, zeros, group, live, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
-             ASSEMBLY: tl.constexpr):
-    """Multiply one group of each row [SPLIT, ROWS, GROUP] by ``v`` [SPLIT, GROUP, 8]."""
-    inner = tl.dot(_nibble(words, NUMBER, v.dtype, ASSEMBLY), v, input_precision='ieee')
+def _grouped(words, v, total, scale, zeros, group, live, NUMBER: tl.constexpr,
+             ZEROS: tl.constexpr, CENTRED: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """
+    Multiply one group of each row [SPLIT, ROWS, GROUP] by ``v`` [SPLIT, GROUP, 8].
+
+    The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``: all of them, or
+    (CENTRED, where no sum is at hand) by how much they differ from 8.
+    """
+    inner = tl.dot(_nibble(words, NUMBER, v.dtype, CENTRED, ASSEMBLY), v, input_precision='ieee')
+    zero = 8.0
     if ZEROS:
-        zero = tl.load(zeros + group, mask=live, other=8.0).to(tl.float32)
-        inner += tl.sum(v.to(tl.float32), 1, keep_dims=True) * (8.0 - zero)[:, :, None]
-    return inner * tl.load(scales + group, mask=live, other=0.0).to(tl.float32)[:, :, None]
+        zero = tl.load(zeros + group, mask=live, other=8.0).to(tl.float32)[:, :, None]
+    if CENTRED:
+        if ZEROS:
+            inner += tl.sum(v.to(tl.float32), 1, keep_dims=True) * (8.0 - zero)
+    elif ASSEMBLY and v.dtype == tl.bfloat16:
+        inner -= total * (zero + _base(NUMBER, 'bf16'))
+    elif ASSEMBLY and v.dtype == tl.float16:
+        inner = inner * (1.0 / _over(NUMBER, 'fp16')[3]) - total * (zero + _base(NUMBER, 'fp16'))
+    else:
+        inner -= total * zero
+    return inner * scale.to(tl.float32)[:, :, None]
 
 
 @triton.jit
-def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.constexpr,
-          GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+def _scales(scales, near, block, BLOCKS: tl.constexpr):
+    """Load the scales of the four groups of some blocks: each float16 [SPLIT, ROWS]."""
+    at = scales + near * (4 * BLOCKS) + block * 4
+    live = block < BLOCKS
+    return (tl.load(at, mask=live, other=0.0), tl.load(at + 1, mask=live, other=0.0),
+            tl.load(at + 2, mask=live, other=0.0), tl.load(at + 3, mask=live, other=0.0))
+
+
+@triton.jit
+def _int4(x, totals, packed, scales, zeros, bias, out, n, K: tl.constexpr,
+          BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
           GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr,
-          ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          CENTRED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
 
@@ -178,27 +214,43 @@ def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.co
     places = tl.arange(0, GROUP)
     row = packed + near[:, :, None] * (BLOCKS * GROUP) + places[None, None, :]
     up = n.to(tl.int64)
+    # Two bytes are too few for the copies that run ahead: the scales are fetched a turn early.
+    dealt = tl.arange(0, SPLIT)[:, None]
+    scale = _scales(scales, near, dealt, BLOCKS)
+    scale_up = scale
+    if GATED:
+        scale_up = _scales(scales, near + up, dealt, BLOCKS)
     if EARLY:
         gdc_wait()
     sums = tl.zeros((SPLIT, ROWS, 8), tl.float32)
     more = tl.zeros((SPLIT, ROWS, 8), tl.float32)
     for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
-        block = (first + tl.arange(0, SPLIT))[:, None]
+        block = first + dealt
         live = block < BLOCKS
         at = row + (block * GROUP)[:, :, None]
         words = tl.load(at, mask=live[:, :, None], other=0, eviction_policy='evict_first')
+        next_scale = _scales(scales, near, block + SPLIT, BLOCKS)
         if GATED:
             words_up = tl.load(at + up * (BLOCKS * GROUP), mask=live[:, :, None], other=0,
                                eviction_policy='evict_first')
+            next_scale_up = _scales(scales, near + up, block + SPLIT, BLOCKS)
         for number in tl.static_range(4):
             column = (block * 4 + number) * GROUP + places[None, :]
             v = tl.load(x + column, mask=column < K, other=0.0)
             v = tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8))
+            total = 0.0
+            if not CENTRED:
+                total = tl.load(totals + block * 4 + number, mask=live, other=0.0)[:, :, None]
             group = near * (4 * BLOCKS) + block * 4 + number
-            sums += _grouped(words, v, scales, zeros, group, live, number, ZEROS, ASSEMBLY)
+            sums += _grouped(words, v, total, scale[number], zeros, group, live, number, ZEROS,
+                             CENTRED, ASSEMBLY)
             if GATED:
-                more += _grouped(words_up, v, scales, zeros, group + up * (4 * BLOCKS), live,
-                                 number, ZEROS, ASSEMBLY)
+                more += _grouped(words_up, v, total, scale_up[number], zeros,
+                                 group + up * (4 * BLOCKS), live, number, ZEROS, CENTRED,
+                                 ASSEMBLY)
+        scale = next_scale
+        if GATED:
+            scale_up = next_scale_up
     if EARLY:
         gdc_launch_dependents()
     result = _finish(tl.sum(tl.max(sums, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
@@ -209,9 +261,14 @@ def _int4(x, packed, scales, zeros, bias, out, n, K: tl.constexpr, BLOCKS: tl.co
 
 
 @triton.jit
-def _prepare(x, gain, order, out, eps, K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-             ORDERED: tl.constexpr, EARLY: tl.constexpr):
-    """Write ``x`` [K] normalised, in the order of a weight's columns; BLOCK of them a program."""
+def _prepare(x, gain, order, out, totals, eps, groups, K: tl.constexpr, GROUP: tl.constexpr,
+             BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr,
+             EARLY: tl.constexpr):
+    """
+    Write ``x`` [K] normalised, in the order of a weight's columns, and the sum of each group.
+
+    BLOCK columns a program.
+    """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
     source = columns
@@ -229,7 +286,11 @@ def _prepare(x, gain, order, out, eps, K: tl.constexpr, BLOCK: tl.constexpr, NOR
             squares += w * w
         v *= tl.load(gain + source, mask=inside, other=0.0).to(tl.float32)
         v *= tl.rsqrt(tl.sum(squares) / K + eps)
-    tl.store(out + columns, v.to(out.dtype.element_ty), mask=inside)
+    rounded = v.to(out.dtype.element_ty)
+    tl.store(out + columns, rounded, mask=inside)
+    group = tl.program_id(0) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // GROUP, GROUP)), 1)
+    tl.store(totals + group, sums, mask=group < groups)
 
 
 @triton.jit
@@ -405,7 +466,7 @@ DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
     (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
 INT4_CHOICES = tuple(Choice(16, 0, *each) for each in (   # the matrix units take 16 rows
-    (4, 2), (4, 3), (4, 4), (1, 2), (1, 3), (2, 2), (2, 3), (8, 2), (8, 3)))
+    (4, 2), (4, 3), (4, 4), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (8, 2), (8, 3)))
 
 
 class TritonOps(TorchOps):
@@ -423,8 +484,6 @@ class TritonOps(TorchOps):
             self._early = properties.major >= 9
             self._programs = 2 ** int(math.log2(properties.multi_processor_count))
         self._splits = splits
-        self._tokens = 64
-        self._att_warps = 4
         self._choices: dict[Shape, Choice] = {}
         self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
@@ -451,7 +510,7 @@ class TritonOps(TorchOps):
         group = layer.heads // layer.kv_heads
         padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
-        splits = self._splits or max(1, self._programs // triton.next_power_of_2(kv_heads))
+        splits = self._splits or max(1, 2 * self._programs // triton.next_power_of_2(kv_heads))
         parts = [self._take(f'attention {part}', layer.heads * splits * width, torch.float32)
                  for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
         _attend[(kv_heads, splits)](
@@ -459,9 +518,9 @@ class TritonOps(TorchOps):
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
             *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
-            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=self._tokens,
+            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
-            **self._launch(self._att_warps))
+            **self._launch(1))
         _join[(layer.heads,)](*parts, out, D=dim, DIMS=dims, SPLITS=splits, EARLY=self._early,
                               **self._launch(4))
 
@@ -515,22 +574,26 @@ class TritonOps(TorchOps):
             _dense[grid](x, weight.weight, bias, x if gain is None else gain, out, n, eps,
                          K=shape.k, COLUMNS=choice.columns, NORM=gain is not None, **common)
             return
-        if gain is not None or weight.order is not None:
-            x = self._prepared(x, weight, gain, eps)
+        blocks = weight.packed.shape[1] // weight.group_size
+        prepared = gain is not None or weight.order is not None
+        totals = x
+        if prepared:
+            x, totals = self._prepared(x, weight, gain, eps, 4 * blocks)
         _int4[grid](
-            x, weight.packed, weight.scales, x if weight.zeros is None else weight.zeros, bias,
-            out, n, K=shape.k, BLOCKS=weight.packed.shape[1] // weight.group_size,
-            GROUP=weight.group_size, SPLIT=choice.warps, ZEROS=weight.zeros is not None,
+            x, totals, weight.packed, weight.scales, x if weight.zeros is None else weight.zeros,
+            bias, out, n, K=shape.k, BLOCKS=blocks, GROUP=weight.group_size, SPLIT=choice.warps,
+            ZEROS=weight.zeros is not None, CENTRED=not prepared,
             ASSEMBLY=self._device.type == 'cuda', **common)
 
-    def _prepared(self, x, weight, gain, eps):
-        k = weight.in_features
+    def _prepared(self, x, weight, gain, eps, groups):
+        k, size = weight.in_features, weight.group_size
         out = self._take('prepared', k, x.dtype if gain is None else gain.dtype)
-        _prepare[(triton.cdiv(k, 1024),)](
-            x, x if gain is None else gain, x if weight.order is None else weight.order, out, eps,
-            K=k, BLOCK=1024, NORM=gain is not None, ORDERED=weight.order is not None,
-            EARLY=self._early, **self._launch(4))
-        return out
+        totals = self._take('group sums', groups, torch.float32)
+        _prepare[(triton.cdiv(groups * size, 1024),)](
+            x, x if gain is None else gain, x if weight.order is None else weight.order, out,
+            totals, eps, groups, K=k, GROUP=size, BLOCK=1024, NORM=gain is not None,
+            ORDERED=weight.order is not None, EARLY=self._early, **self._launch(4))
+        return out, totals
 
     def _take(self, purpose, count, dtype):
         """Give scratch memory; all layers use the same."""
