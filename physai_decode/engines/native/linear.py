@@ -33,7 +33,12 @@ class Dense:
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight; gives [..., N]."""
-        return F.linear(x, self.weight, self.bias)
+        if x.dim() > 1:
+            return F.linear(x, self.weight, self.bias)
+        # What F.linear makes of a vector is half as fast on a CPU.
+        if self.bias is None:
+            return torch.mv(self.weight, x)
+        return torch.addmv(self.bias, self.weight, x)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ class Attention:
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Normalise over the last dimension, in float32; gives ``x``'s shape in ``gain``'s dtype."""
     wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (scaled * gain.float()).to(gain.dtype)
+    squares = (wide * wide).sum(-1, keepdim=True)
+    scale = squares.mul_(1 / wide.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(gain).to(gain.dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,7 +56,13 @@ class TorchOps:
     def linear(self, x: Tensor, weight: Dense | Int4, out: Tensor, *,
                gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
         """Write (or add) the product of ``x`` [K], normed if there is a gain, to ``out`` [N]."""
-        product = weight.apply(self._input(x, gain, eps))
+        x = self._input(x, gain, eps)
+        if isinstance(weight, Dense) and weight.weight.dtype == out.dtype:
+            start = out if add else weight.bias
+            if start is not None and (not add or weight.bias is None):
+                torch.addmv(start, weight.weight, x, out=out)
+                return
+        product = weight.apply(x)
         if add:
             out.add_(product)
         else:
@@ -79,30 +86,34 @@ class TorchOps:
         :param out: [heads * head_dim].
         """
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
-        q, k, v = qkv.view(-1, dim).split((heads, kv_heads, kv_heads))
+        qk, v = qkv.view(-1, dim).split((heads + kv_heads, kv_heads))
         if layer.q_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, layer.norm_eps), \
-                rms_norm(k, layer.k_norm, layer.norm_eps)
-        angles = cos.index_select(0, position), sin.index_select(0, position)
-        q = rotate(q, *angles).to(keys.dtype)
-        keys.index_copy_(1, position, rotate(k, *angles).to(keys.dtype).unsqueeze(1))
-        values.index_copy_(1, position, v.to(values.dtype).unsqueeze(1))
+            qk = torch.cat((rms_norm(qk[:heads], layer.q_norm, layer.norm_eps),
+                            rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
+        place: slice | Tensor = position
         mask = None
         if keys.device.type == 'cpu':
-            # The length is at hand on a CPU; a captured step can't know it and masks instead.
+            # The place is at hand on a CPU; a captured step can't know it and masks instead.
             stop = int(position) + 1
-            start = max(0, stop - layer.window) if layer.window else 0
-            keys, values = keys[:, start:stop], values[:, start:stop]
+            place = slice(stop - 1, stop)
+            read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
         else:
+            read = slice(None)
             places = torch.arange(keys.shape[1], device=keys.device)
-            mask = places <= position
+            mask = places > position
             if layer.window:
-                mask &= places > position - layer.window
-            mask = mask.view(1, 1, -1)
-        grouped = q.view(kv_heads, heads // kv_heads, dim)
-        attended = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, scale=1 / math.sqrt(dim))
-        out.copy_(attended.reshape(-1))
+                mask |= places <= position - layer.window
+        qk = rotate(qk, cos[place], sin[place]).to(keys.dtype)
+        keys[:, place] = qk[heads:].view(kv_heads, 1, dim)
+        values[:, place] = v.to(values.dtype).view(kv_heads, 1, dim)
+        keys, values = keys[:, read], values[:, read]
+        # Grouped: the queries of one key-value head are the rows of one product.
+        scores = torch.bmm(qk[:heads].view(kv_heads, -1, dim) * (1 / math.sqrt(dim)),
+                           keys.transpose(1, 2))
+        if mask is not None:
+            scores = scores.masked_fill(mask, float('-inf'))
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+        out.copy_(torch.bmm(weights, values).view(-1))
 
     def advance(self, logits: Tensor, token: Tensor, position: Tensor, history: Tensor) -> None:
         """

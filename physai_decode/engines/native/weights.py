@@ -166,6 +166,8 @@ class _Loader:
         for index in range(a.layers):
             self._progress(f'weights of layer {index + 1} of {a.layers}')
             layers.append(self._layer(f'model.layers.{index}'))
+        if a.tied_head:
+            embedding = _laid_out(embedding)
         head: Linear = Dense(embedding)
         if not a.tied_head:
             head = self._fused('', [('lm_head', a.vocab_size)], a.hidden_size, False)
@@ -208,7 +210,7 @@ class _Loader:
                 weight = torch.empty_like(weight).index_copy_(1, part.order.long(), weight)
             dense.append(weight)
         biases = torch.cat([p.bias for p in packed]) if packed[0].bias is not None else None
-        return Dense(torch.cat(dense), biases)
+        return Dense(_laid_out(torch.cat(dense)), biases)
 
     def _dense(self, prefix, parts, columns, bias):
         if len(parts) == 1:
@@ -225,7 +227,7 @@ class _Loader:
                 start += rows
         biases = [self._float(f'{prefix}{name}.bias', (rows,)) for name, rows in parts] \
             if bias else []
-        return Dense(weight, torch.cat(biases) if biases else None)
+        return Dense(_laid_out(weight), torch.cat(biases) if biases else None)
 
     def _int4(self, name, rows, columns, bias):
         size = columns if self._form.group_size == -1 else self._form.group_size
@@ -248,3 +250,12 @@ class _Loader:
         if not tensor.is_floating_point():
             raise EngineError(f'tensor {name} has dtype {tensor.dtype}: expected floats')
         return tensor.to(self._dtype)
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """
+    Give ``weight`` [N, K] as this device's matrix-vector product reads it fastest.
+
+    On a CPU column by column: the library's product with a vector takes half the time then.
+    """
+    return weight.t().contiguous().t() if weight.device.type == 'cpu' else weight
