@@ -261,13 +261,24 @@ def importing(module, monkeypatch, act):
     monkeypatch.setattr(module, 'import_module', lambda name: act())
 
 
-def test_it_says_that_it_compiles(installed, monkeypatch):
+@pytest.mark.parametrize('locked', [False, True])
+def test_it_says_that_it_compiles(installed, tmp_path, monkeypatch, locked):
     module, _ = installed
     said = []
+    if locked:
+        (tmp_path / 'lock').touch()
+    monkeypatch.delitem(sys.modules, 'exllamav2_ext')
+    monkeypatch.setattr(module, '_check_tools', lambda: None)
+    monkeypatch.setattr(
+        module.cpp_extension, '_get_build_directory', lambda name, verbose: str(tmp_path))
     monkeypatch.setattr(module, '_TICK_S', 0.01)
     importing(module, monkeypatch, lambda: wait_for(lambda: len(said) > 1))
     module._library(said.append)
-    assert "compiling ExLlamaV2's kernels, 0 s so far" in said
+    if locked:
+        assert said[0].startswith('waiting for another process')
+        assert f'delete {tmp_path}/lock), 0 s so far' in said[0]
+    else:
+        assert said[0] == "compiling ExLlamaV2's kernels, 0 s so far"
 
 
 def wait_for(condition):

@@ -412,9 +412,15 @@ def _settings(library, model, config, limit):
 
 def _library(progress):
     """Import the library, which compiles its extension where that was not done yet."""
+    doing = "loading ExLlamaV2's kernels"
     if find_spec('exllamav2_ext') is None:
         _check_tools()
-    with _ticking(progress):
+        doing = "compiling ExLlamaV2's kernels"
+        lock = Path(cpp_extension._get_build_directory('exllamav2_ext', False), 'lock')
+        if lock.exists():
+            doing = ("waiting for another process that compiles ExLlamaV2's kernels (if there is "
+                     f'none, one was killed: delete {lock})')
+    with _ticking(progress, doing):
         try:
             import_module('exllamav2.generator')
             return import_module('exllamav2')
@@ -451,15 +457,14 @@ def _check_tools():
 
 
 @contextmanager
-def _ticking(progress):
+def _ticking(progress, doing):
     """Say now and then that it goes on; what `progress` raises ends the load."""
     done, raised, begun_s = threading.Event(), [], time.monotonic()
 
     def tick():
         while not done.wait(_TICK_S):
             try:
-                progress("compiling ExLlamaV2's kernels, "
-                         f'{time.monotonic() - begun_s:.0f} s so far')
+                progress(f'{doing}, {time.monotonic() - begun_s:.0f} s so far')
             except Exception as error:
                 raised.append(error)
                 return
