@@ -1,0 +1,88 @@
+"""
+Time ExLlamaV2's own generator against the engine's way, on one folder of GPTQ or EXL2 weights.
+
+The engine calls the library's forward pass and keeps the ids on the device; the library's dynamic
+generator is what its documentation proposes. Both decode greedily after the same ids, at the same
+context, on the same GPU, in this one process.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import median
+import sys
+import time
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engines.exllamav2 import ExLlamaV2Engine
+import torch
+
+WARM_UP = 220       # past the library's own graphs, which begin after 205 calls
+
+
+def by_engine(folder: Path, ids: list[int], steps: int, limit: int) -> list[float]:
+    """Give the seconds from each token to the next by the engine."""
+    engine = ExLlamaV2Engine(folder, EngineConfig(max_context=limit), print)
+    stamps = []
+    for step in engine.stream(ids, SamplingConfig(max_new_tokens=WARM_UP + steps)):
+        stamps += [time.perf_counter()] * len(step.token_ids)
+    engine.close()
+    return gaps(stamps, steps)
+
+
+def by_generator(folder: Path, ids: list[int], steps: int, limit: int) -> list[float]:
+    """Give the seconds from each token to the next by the library's dynamic generator."""
+    from exllamav2 import attn
+    from exllamav2 import ExLlamaV2
+    from exllamav2 import ExLlamaV2Cache
+    from exllamav2 import ExLlamaV2Config
+    from exllamav2 import ExLlamaV2Tokenizer
+    from exllamav2.generator import ExLlamaV2DynamicGenerator
+    from exllamav2.generator import ExLlamaV2DynamicJob
+    from exllamav2.generator import ExLlamaV2Sampler
+
+    config = ExLlamaV2Config(str(folder))
+    config.max_seq_len = limit
+    model = ExLlamaV2(config)
+    model.load()
+    generator = ExLlamaV2DynamicGenerator(
+        model=model, cache=ExLlamaV2Cache(model), tokenizer=ExLlamaV2Tokenizer(config),
+        paged=attn.has_flash_attn_with_paged)
+    generator.enqueue(ExLlamaV2DynamicJob(
+        input_ids=torch.tensor([ids]), max_new_tokens=WARM_UP + steps,
+        gen_settings=ExLlamaV2Sampler.Settings.greedy()))
+    stamps = []
+    while generator.num_remaining_jobs():
+        results = generator.iterate()
+        stamps += [time.perf_counter() for each in results if each['stage'] == 'streaming']
+    model.unload()
+    return gaps(stamps, steps)
+
+
+def gaps(stamps: list[float], steps: int) -> list[float]:
+    """Give the last so many differences."""
+    return [late - early for early, late in zip(stamps, stamps[1:])][-steps:]
+
+
+def main(arguments: list[str]) -> int:
+    """Print one line for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument('folder', type=Path, help='a model with its tokenizer')
+    parser.add_argument('--context', type=int, default=2048)
+    parser.add_argument('--steps', type=int, default=100)
+    args = parser.parse_args(arguments)
+    ids = [3 + index % 100 for index in range(args.context - WARM_UP)]
+    # The generator's cache is made of pages of 256 tokens.
+    limit = -(-(args.context + args.steps + 1) // 256) * 256
+    for name, way in (('engine, forward pass', by_engine), ('dynamic generator', by_generator)):
+        times = way(args.folder, ids, args.steps, limit)
+        print(f'{name}: {1e3 * median(times):.3f} ms a token, median of {len(times)}, at context '
+              f'{args.context}', flush=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
