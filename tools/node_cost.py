@@ -1,7 +1,7 @@
 """
 Measure what the node adds to each token.
 
-The embedded model answers the same prompts three times: the engine alone; through the node with a
+A model, the embedded one by default, answers the same prompts three times: the engine alone; through the node with a
 subscriber of ~/tokens in another process; and with a subscriber of all four topics of a token.
 Printed are the time from a token known to the engine until the subscriber has it, the time that
 publishing a token takes the decode thread, and the rates. Clocks are monotonic and shared by the
@@ -26,6 +26,8 @@ from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode import node
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import SamplingConfig
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.timing import percentile
 from physai_decode.topics import stream_qos
@@ -63,19 +65,27 @@ class Timed:
         self._path.write_text(json.dumps(self.known_s))
 
 
-def serve(path: Path) -> int:
+def config_of(arguments) -> DecodeConfig:
+    """Give the settings that the engine runs with, alone and in the node."""
+    return DecodeConfig(model=ModelConfig(path=arguments.model),
+                        engine=EngineConfig(cpu_threads=THREADS),
+                        sampling=SamplingConfig(max_new_tokens=arguments.tokens))
+
+
+def serve(path: Path, config: DecodeConfig) -> int:
     """Run the node until a signal; its engine writes when it knew the tokens."""
     def load(config, progress):
         loaded = node.load(config, progress)
         return loaded._replace(engine=Timed(loaded.engine, path))
 
     return node.main(['decode_node', '--ros-args', '--log-level', 'warn',
-                      '-p', f'engine.cpu_threads:={THREADS}'], load)
+                      '-p', f'model.path:={config.model.path}',
+                      '-p', f'engine.cpu_threads:={config.engine.cpu_threads}',
+                      '-p', f'sampling.max_new_tokens:={config.sampling.max_new_tokens}'], load)
 
 
-def alone(path: Path) -> int:
+def alone(path: Path, config: DecodeConfig) -> int:
     """Answer the prompts without the node; write the times between tokens."""
-    config = DecodeConfig(engine=EngineConfig(cpu_threads=THREADS))
     engine, text, _ = node.load(config, lambda line: None)
     itl_s = []
     for prompt in PROMPTS:
@@ -147,10 +157,10 @@ def values(message: DiagnosticArray, index: int = 0) -> dict[str, str]:
     return {pair.key: pair.value for pair in message.status[index].values}
 
 
-def through(folder: Path, with_figures: bool) -> dict[str, list[float]]:
+def through(folder: Path, with_figures: bool, own: list[str]) -> dict[str, list[float]]:
     """Answer the prompts through a node; give the latencies and the publishing times."""
     path = folder / 'known.json'
-    process = subprocess.Popen([sys.executable, __file__, '--serve', str(path)])
+    process = subprocess.Popen([sys.executable, __file__, '--serve', str(path), *own])
     rclpy.init()
     probe = Probe(with_figures)
     try:
@@ -194,21 +204,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--serve', type=Path, help=argparse.SUPPRESS)
     parser.add_argument('--alone', type=Path, help=argparse.SUPPRESS)
+    parser.add_argument('--model', default=ModelConfig.path, help='as the parameter model.path')
+    parser.add_argument('--tokens', type=int, default=SamplingConfig.max_new_tokens,
+                        help='tokens of an answer at most')
     arguments = parser.parse_args()
+    config = config_of(arguments)
     if arguments.serve:
-        return serve(arguments.serve)
+        return serve(arguments.serve, config)
     if arguments.alone:
-        return alone(arguments.alone)
+        return alone(arguments.alone, config)
+    own = ['--model', arguments.model, '--tokens', str(arguments.tokens)]
     print(f'{cpu()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}')
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run([sys.executable, __file__, '--alone', str(folder / 'alone.json')],
+        subprocess.run([sys.executable, __file__, '--alone', str(folder / 'alone.json'), *own],
                        check=True)
         alone_s = json.loads((folder / 'alone.json').read_text())
         rate = 1 / (sum(alone_s) / len(alone_s))
         print(f'engine alone               {rate:6.0f} tokens/s; between tokens {told(alone_s)}')
         for label, with_figures in (('~/tokens', False), ('all four', True)):
-            found = through(folder, with_figures)
+            found = through(folder, with_figures, own)
             mean_s = sum(found['itl_s']) / len(found['itl_s'])
             print(f'\nthrough the node, subscriber of {label}')
             print(f'  rate                     {1 / mean_s:6.0f} tokens/s, '
