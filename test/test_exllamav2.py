@@ -81,7 +81,8 @@ def test_contract(engine, check):
 
 def test_it_says_what_the_weights_say(engine, saved):
     prompt = engine_contract.prompt_of(engine, 40)
-    assert decode(engine, prompt, SamplingConfig(max_new_tokens=12)) == answer(saved[1], prompt, 12)
+    expected = answer(saved[1], prompt, 12)
+    assert decode(engine, prompt, SamplingConfig(max_new_tokens=12)) == expected
 
 
 def answer(network, prompt, count):
