@@ -1,0 +1,127 @@
+"""
+Check the native engine on a CUDA device against transformers in float32.
+
+Small random models of every family, and two layers of Qwen-2.5-7B's width; then GPTQ weights
+against their plain product. Printed are, for each: the relative error of the logits of a prompt
+and of a decode step, how far below the reference's best token a chosen one ever lay (0: the same
+tokens), whether the captured step gives the uncaptured one's tokens, and whether a seed repeats.
+The kernels run untuned: that changes their speed alone.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+import sys
+import tempfile
+
+from physai_decode.benchmark import synthetic
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engines.native import kernels
+from physai_decode.engines.native import NativeEngine
+import torch
+from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+LIMIT = 2e-2
+TOKENS = 64
+SMALL = {'hidden_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+         'num_key_value_heads': 2, 'head_dim': 64, 'intermediate_size': 512, 'vocab_size': 1024,
+         'max_position_embeddings': 512}
+WIDE = {'hidden_size': 3584, 'num_hidden_layers': 2, 'num_attention_heads': 28,
+        'num_key_value_heads': 4, 'intermediate_size': 18944, 'vocab_size': 152064,
+        'max_position_embeddings': 512}
+MODELS = {
+    'llama': ('llama', {**SMALL, 'attention_bias': True, 'mlp_bias': True}),
+    'mistral, window': ('mistral', {**SMALL, 'sliding_window': 50}),
+    'qwen2, tied': ('qwen2', {**SMALL, 'tie_word_embeddings': True}),
+    'qwen3': ('qwen3', SMALL),
+    'qwen2.5-7b, 2 layers': ('qwen2', WIDE)}
+
+
+def answers(engine, prompt):
+    """Give the greedy answer, the last step's logits, and two answers of one seed."""
+    def ids(**sampling):
+        return [i for step in engine.stream(prompt, SamplingConfig(
+            max_new_tokens=TOKENS, **sampling)) for i in step.token_ids]
+
+    greedy = ids()
+    logits = engine._transformer.logits.float().clone()
+    sampled = {'temperature': 0.8, 'top_k': 50, 'top_p': 0.9, 'seed': 7}
+    return greedy, logits, ids(**sampled), ids(**sampled)
+
+
+def error(got, expected):
+    """Give the relative error of one tensor."""
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def compare(name, folder, reference, dtype='auto'):
+    """Check one folder; ``reference`` gives float32 logits [tokens, vocab] of ids."""
+    prompt = torch.randint(0, 1000, (100,)).tolist()
+    found = {}
+    for graph in (True, False):
+        engine = NativeEngine(folder, EngineConfig(
+            device='cuda', dtype=dtype, max_context=256, cuda_graph=graph))
+        prefill = engine.prefill_logits(prompt)
+        found[graph] = answers(engine, prompt)
+        expected = reference(engine, prompt + found[graph][0][:-1])
+        kind = engine.footprint.dtype
+        engine.close()
+    greedy, logits, first, second = found[True]
+    errors = error(prefill, expected[:100]), error(logits, expected[-1])
+    picked = expected[99:]
+    below = max((row.max() - row[i]).item() / row.abs().max().item()
+                for row, i in zip(picked, greedy))
+    same, repeats = found[True][0] == found[False][0], first == second
+    good = max(errors) < LIMIT and below < LIMIT and same and repeats
+    print(f'{name:24} {kind:9} prompt {errors[0]:.1e}  step {errors[1]:.1e}  below the best '
+          f'{below:.1e}  captured = uncaptured {same}  seed repeats {repeats}  '
+          f'{"ok" if good else "WRONG"}', flush=True)
+    return good
+
+
+def dense(name, folder):
+    """Check a random model of one family against transformers."""
+    family, settings = MODELS[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) * 0.1
+        elif settings is not WIDE:
+            parameter.data *= 3
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    return compare(name, folder, lambda engine, ids: model(
+        torch.tensor([ids], device='cuda')).logits[0])
+
+
+def packed(folder, dtype):
+    """Check random GPTQ weights against the plain product of the same weights."""
+    shape = {**synthetic.SHAPES['qwen2.5-7b'], 'num_hidden_layers': 2}
+    synthetic.SHAPES['check'] = shape
+    synthetic.describe(folder, 'check', 'gptq')
+    return compare('GPTQ, 2 layers', folder,
+                   lambda engine, ids: engine.prefill_logits(ids), dtype)
+
+
+def main() -> int:
+    """Check everything; 1 where something is wrong."""
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    logging.set_verbosity_error()
+    kernels.TritonOps.tune = lambda self, transformer, progress: None
+    good = []
+    for name in MODELS:
+        with tempfile.TemporaryDirectory() as folder, \
+                contextlib.redirect_stderr(io.StringIO()):
+            good.append(dense(name, Path(folder)))
+    for dtype in ('float16', 'bfloat16'):
+        with tempfile.TemporaryDirectory() as folder:
+            good.append(packed(Path(folder) / 'model', dtype))
+    return not all(good)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
