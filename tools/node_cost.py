@@ -3,9 +3,9 @@ Measure what the node adds to each token.
 
 A model, the embedded one by default, answers the same prompts three times: the engine alone;
 through the node with a subscriber of ~/tokens in another process; and with a subscriber of all
-four topics of a token. Printed are the time from a token known to the engine until the subscriber has it, the time that
-publishing a token takes the decode thread, and the rates. Clocks are monotonic and shared by the
-processes of one machine.
+four topics of a token. Printed are the time from a token known to the engine until the subscriber
+has it, the time that publishing a token takes the decode thread, and the rates. Clocks are
+monotonic and shared by the processes of one machine.
 """
 
 import argparse

@@ -201,8 +201,9 @@ def _scales(scales, near, block, BLOCKS: tl.constexpr):
 @triton.jit
 def _int4(x, totals, packed, scales, zeros, bias, out, n, K: tl.constexpr,
           BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-          STAGES: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr,
-          CENTRED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          STAGES: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+          ZEROS: tl.constexpr, CENTRED: tl.constexpr, ASSEMBLY: tl.constexpr,
+          EARLY: tl.constexpr):
     """
     Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
 
