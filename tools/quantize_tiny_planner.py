@@ -139,9 +139,11 @@ def main(arguments: list[str]) -> int:
 
     from gptqmodel import __version__
 
-    texts = calibration()
+    texts, target = calibration(), args.folder.resolve()
+    # The library leaves its logs where it is run.
+    os.chdir(tempfile.mkdtemp())
     for name, settings in SETTINGS.items():
-        folder = args.folder / name
+        folder = target / name
         quantize(folder, settings, texts)
         observed = compare(folder, texts[0])
         (folder / 'README.md').write_text(README.format(
