@@ -54,6 +54,7 @@ from std_srvs.srv import Trigger
 
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
 EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
+EXIT_LIMIT_S = 1.8        # from a signal to the end of the process, whatever hangs
 NO_PEAK = Peak(None, 'unknown')
 
 
@@ -440,6 +441,10 @@ def main(args: list[str] | None = None, load=load) -> int:
     thread = threading.Thread(target=spin, args=(executor, stop), name='executor')
     thread.start()
     stop.wait()
+    # Whatever a driver does while its memory is freed, the process ends when it was told to.
+    last = threading.Timer(EXIT_LIMIT_S, os._exit, (0,))
+    last.daemon = True
+    last.start()
     if node.close(EXIT_TIMEOUT_S):
         executor.shutdown()
         thread.join()

@@ -116,7 +116,7 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
 @triton.constexpr_function
 def _over(number, kind):
     """
-    Tell how nibble ``number`` is laid over the mantissa of a half: (shift, mask, bits over, factor).
+    Give (shift, mask, bits over, factor): how nibble ``number`` is laid over a half's mantissa.
 
     There it needs no conversion: it reads 128 (bfloat16) or 1024 (float16) and ``factor`` times
     itself. A float16 has room for two nibbles, so that only every other one must be shifted.
