@@ -127,8 +127,11 @@ class Random:
         if kind in ('qweight', 'qzeros'):
             if kind == 'qzeros':
                 return torch.full(shape, 0x77777777, dtype=torch.int32, device=self._device)
-            return torch.randint(-2**31, 2**31, shape, dtype=torch.int32,
-                                 device=self._device, generator=self._generator)
+            words = torch.randint(-2**31, 2**31, shape, dtype=torch.int32,
+                                  device=self._device, generator=self._generator)
+            # A nibble of 0 becomes 8, the zero point: a mean other than 0 would add up.
+            empty = ~(words | words >> 1 | words >> 2 | words >> 3) & 0x11111111
+            return words | empty << 3
         if kind == 'scales':
             noise = torch.rand(shape, device=self._device, generator=self._generator)
             return ((0.9 + 0.2 * noise) * 0.02 / 4.61).half()   # uniform 4 bits deviate by 4.61

@@ -1,0 +1,77 @@
+"""
+Compile every kernel of the native engine for one compute capability; no GPU is needed.
+
+Run as ``python compile_kernels.py 90``: Triton's interpreter, which the other tests use, must not be
+chosen in the process.
+"""
+
+import sys
+
+from physai_decode.engines.native import kernels
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {
+    'table': '{half}', 'token': 'i64', 'position': 'i64', 'history': 'i64', 'weight': '{half}',
+    'bias': '{half}', 'gain': '{half}', 'q_gain': '{half}', 'k_gain': '{half}', 'keys': '{half}',
+    'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
+    'places': 'i32', 'arrived': 'i32'}      # all others are fp32
+NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'groups': 'i32', 'max_context': 'i32',
+           'eps': 'fp32', 'scale': 'fp32'}
+
+
+def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', **constants):
+    """Compile one kernel; ``half`` is bf16 or fp16."""
+    kinds = {**POINTERS, 'x': x, 'out': out}
+    signature, values, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = 'constexpr'
+            values[(index,)] = constants.pop(name)
+        elif name in NUMBERS:
+            signature[name] = NUMBERS[name]
+        else:
+            signature[name] = '*' + kinds.get(name, 'fp32').format(half=half)
+            attributes[(index,)] = [['tt.divisibility', 16]]
+    assert not constants, f'{kernel} has no {", ".join(constants)}'
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {'num_warps': warps, 'launch_pdl': capability >= 90}
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+
+
+def main():
+    """Compile all, in the forms that the engine launches."""
+    capability = int(sys.argv[1])
+    early = capability >= 90
+    for half in ('fp16', 'bf16') if capability >= 80 else ('fp16',):
+        def build(kernel, capability=capability, half=half, **constants):
+            return compiled(kernel, capability, half, EARLY=early, **constants)
+
+        build(kernels._embed, BLOCK=1024)
+        build(kernels._advance, BLOCK=1024, PROGRAMS=16)
+        build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8)
+        build(kernels._prepare, out=half, K=3584, GROUP=128, BLOCK=1024, NORM=True, ORDERED=True)
+        for norm in (True, False):
+            build(kernels._attend, warps=1, KV_HEADS=4, GROUP=7, PADDED=16, D=128, DIMS=128,
+                  SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
+        for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
+            build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
+                  ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages, NORM=gated,
+                  GATED=gated, ADD=not gated, BIAS=gated)
+        for gated, zeros in ((True, False), (False, True)):
+            choice = kernels.INT4_CHOICES[0]
+            made = build(
+                kernels._int4, warps=choice.warps, x=half, out=half if gated else 'fp32', K=3584,
+                BLOCKS=7, GROUP=128, ROWS=choice.rows, SPLIT=choice.warps, STAGES=choice.stages,
+                GATED=gated, ADD=not gated, BIAS=False, ZEROS=zeros, CENTRED=not gated,
+                ASSEMBLY=True)
+            # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
+            wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
+            assert all(word in made.asm['ptx'] for word in wanted)
+    print('compiled')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,19 @@
+"""Every kernel compiles for the oldest chip that is supported, a common one, and the newest seen."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip('triton')
+SCRIPT = Path(__file__).with_name('compile_kernels.py')
+
+
+@pytest.mark.parametrize('capability', [75, 80, 90])
+def test_kernels_compile(capability):
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    done = subprocess.run([sys.executable, str(SCRIPT), str(capability)], env=environment,
+                          capture_output=True, text=True, timeout=250)
+    assert done.stdout.splitlines()[-1:] == ['compiled'], done.stderr[-3000:]
