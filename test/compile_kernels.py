@@ -1,7 +1,7 @@
 """
 Compile every kernel of the native engine for one compute capability; no GPU is needed.
 
-Run as ``python compile_kernels.py 90``: Triton's interpreter, which the other tests use, must not be
+Run as ``python compile_kernels.py 90``: the interpreter, which the other tests use, must not be
 chosen in the process.
 """
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the oldest chip that is supported, a common one, and the newest seen."""
+"""Every kernel compiles for the oldest chip supported, a common one, and the newest seen."""
 
 import os
 from pathlib import Path

@@ -10,6 +10,7 @@ nobody, before it waits for its input: "programmatic dependent launch", here ``E
 
 from dataclasses import astuple
 from dataclasses import dataclass
+from dataclasses import fields
 import math
 
 from physai_decode.engines.native.linear import Dense
@@ -544,7 +545,7 @@ class TritonOps(TorchOps):
             first = products[0]
             shape = _shape(first.weight, first.gain, first.gated)
             kept = cache.get(str(shape))
-            if kept is None:
+            if kept is None or len(kept) != len(fields(Choice)):
                 progress(f'tuning the kernel for {name}')
                 kept = astuple(self._fastest(shape, products))
                 cache.put(str(shape), list(kept))

@@ -62,14 +62,16 @@ class TuningCache:
         except (OSError, ValueError):
             known = {}
         self._known = known if isinstance(known, dict) else {}
+        if not isinstance(self._known.setdefault(owner, {}), dict):
+            self._known[owner] = {}
 
     def get(self, name: str) -> list[int] | None:
         """Give the numbers put under ``name``, or None."""
-        return self._known.get(self._owner, {}).get(name)
+        return self._known[self._owner].get(name)
 
     def put(self, name: str, numbers: list[int]) -> None:
         """Keep some numbers under ``name``."""
-        self._known.setdefault(self._owner, {})[name] = numbers
+        self._known[self._owner][name] = numbers
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             part = self._path.with_suffix(f'.{os.getpid()}')

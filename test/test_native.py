@@ -1,0 +1,86 @@
+"""What only the native engine has: its memory check, prompts in pieces, the tuning cache."""
+
+import json
+import re
+
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines import device
+from physai_decode.engines.native import engine as native
+from physai_decode.engines.native.tuning import TuningCache
+import pytest
+import random_model
+
+CONFIG = EngineConfig(device='cpu', cpu_threads=1, max_context=128)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return random_model.save(
+        tmp_path_factory.mktemp('model'), 'qwen2', 0, max_position_embeddings=10**6)
+
+
+def ids(steps):
+    return [token_id for step in steps for token_id in step.token_ids]
+
+
+def test_too_little_memory_names_the_context_that_fits(folder, monkeypatch):
+    """By the same rule, that context then does fit."""
+    monkeypatch.setattr(device, 'free_bytes', lambda device: 20_000_000)
+    with pytest.raises(EngineError, match='are needed .* are free') as refused:
+        native.NativeEngine(folder, EngineConfig(device='cpu', max_context=128 * 1024))
+    fits = int(re.search(r'max_context (\d+) would fit', str(refused.value))[1])
+    monkeypatch.undo()
+    assert 16 <= fits < 128 * 1024
+    native.NativeEngine(folder, EngineConfig(device='cpu', max_context=fits)).close()
+
+
+def test_no_memory_for_the_weights(folder, monkeypatch):
+    monkeypatch.setattr(device, 'free_bytes', lambda device: 1000)
+    with pytest.raises(EngineError, match='smaller or a quantised model'):
+        native.NativeEngine(folder, CONFIG)
+
+
+def test_a_long_prompt_can_be_cancelled_between_its_pieces(folder, monkeypatch):
+    """What was read by then is not read again, and the answer is the same."""
+    prompt = [(7 * i) % 500 for i in range(60)]
+    sampling = SamplingConfig(max_new_tokens=10)
+    engine = native.NativeEngine(folder, CONFIG)
+    expected = ids(engine.stream(prompt, sampling))
+    engine.close()
+
+    monkeypatch.setattr(native, 'PIECE_TOKENS', 16)
+    engine = native.NativeEngine(folder, CONFIG)
+    stream = engine.stream(prompt, sampling)
+    assert [next(stream).token_ids for _ in range(2)] == [(), ()]
+    stream.close()
+    steps = list(engine.stream(prompt, sampling))
+    assert next(step for step in steps if step.token_ids).cached_tokens == 32
+    assert ids(steps) == expected
+    engine.close()
+
+
+def test_choices_are_kept(tmp_path):
+    """For their owner alone, and beside those of others."""
+    TuningCache('chip a', tmp_path).put('shape', [1, 2])
+    TuningCache('chip b', tmp_path).put('shape', [3])
+    assert TuningCache('chip a', tmp_path).get('shape') == [1, 2]
+    assert TuningCache('chip b', tmp_path).get('shape') == [3]
+    assert TuningCache('chip b', tmp_path).get('other') is None
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"chip": 3}', json.dumps({'chip': {}})])
+def test_a_broken_cache_is_no_cache(tmp_path, content):
+    (tmp_path / 'kernels.json').write_text(content)
+    cache = TuningCache('chip', tmp_path)
+    assert cache.get('shape') is None
+    cache.put('shape', [4])
+    assert TuningCache('chip', tmp_path).get('shape') == [4]
+
+
+def test_a_cache_that_can_not_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    cache = TuningCache('chip', tmp_path / 'file' / 'folder')
+    cache.put('shape', [4])
+    assert cache.get('shape') == [4]
