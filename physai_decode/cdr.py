@@ -51,16 +51,14 @@ class TokenStats:
         self._keys = [_text(key) for key in messages.TOKEN_KEYS]
         self._fields = attrgetter(*messages.TOKEN_KEYS)
 
-    def write(self, report: TokenReport, text: str, first_id: int, now_ns: int) -> bytes:
+    def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
         """
         Write one token's figures.
 
         :param text: the status's message; must hold no NUL.
-        :param first_id: added to the request's id.
         :param now_ns: the header's stamp, in nanoseconds.
         """
-        request_id, *values = self._fields(report)
-        values = [str(request_id + first_id), *map(messages.text_of, values)]
+        values = map(messages.text_of, self._fields(report))
         parts = [_stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,
                  self._levels[report.deadline_missed], _text(text), self._values]
         for key, value in zip(self._keys, values):

@@ -186,12 +186,12 @@ class DecodeNode(LifecycleNodeMixin, Node):
         if not self._stop_worker(0.0):
             return TransitionCallbackReturn.FAILURE
         self._config = parameters.read(self)
-        self._topics.first_id = self._before['requests']
         self._misses = 0
-        worker = Worker(self._loaded.engine, self._loaded.text, self._config, self._topics,
-                        peak=self._loaded.peak)
-        worker.start()
-        self._worker = worker
+        with self._counting:
+            worker = Worker(self._loaded.engine, self._loaded.text, self._config, self._topics,
+                            peak=self._loaded.peak, requests_before=self._before['requests'])
+            worker.start()
+            self._worker = worker
         self.get_logger().info(
             f'active: prompts are taken on {self.get_fully_qualified_name()}/prompt')
         return TransitionCallbackReturn.SUCCESS
@@ -290,9 +290,16 @@ class DecodeNode(LifecycleNodeMixin, Node):
                 return
             for name in ('requests', 'refusals'):
                 self._before[name] += 1
-            number = self._before['requests'] - self._topics.first_id
-        self._topics.finished(RequestReport(
-            number, 'rejected', f'the node is {self._state()}: activate it first'), '')
+            number = self._before['requests']
+        self._topics.finished(RequestReport(number, 'rejected', self._why_not()), '')
+
+    def _why_not(self):
+        """Say why no prompt is taken where there is no worker, and what to do."""
+        if self._loading:
+            return f'the node is loading ({self._loading}): send it again when it is active'
+        if self._failure:
+            return f'no model is loaded: {self._failure}; mend that, then configure and activate'
+        return f'the node is inactive: {"" if self._loaded else "configure and "}activate it first'
 
     def _on_cancel(self, request, response):
         worker = self._worker

@@ -117,7 +117,7 @@ class Recorder:
         self._ttft_last_ms: float | None = None
         self._misses = 0
         self._row = 0
-        self._last_token_s = -math.inf
+        self._last_due_s = -math.inf                # when the last token with a deadline came
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
 
@@ -132,8 +132,8 @@ class Recorder:
             samples = list(self._samples)
             ttft_last_ms, misses, row = self._ttft_last_ms, self._misses, self._row
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
-            if self._last_token_s < now_s - self._window_s:
-                row = 0                             # a row that nobody added to for so long
+            if self._is_old(now_s):
+                row = 0
         itl = sorted(sample.itl_ms for sample in samples)
         deadline = self.deadline
         context = samples[-1].context_tokens if samples else None
@@ -165,16 +165,22 @@ class Recorder:
              overrun_ms: float | None) -> None:
         """Add a token: its sample where it has one, how late it is, None without a deadline."""
         with self._lock:
-            self._last_token_s = now_s
             if sample is not None:
                 self._forget(now_s)
                 self._samples.append(sample)
                 self._itl_max_ms = _largest(self._itl_max_ms, sample.itl_ms)
             else:
                 self._ttft_last_ms = ttft_ms
+                if self._is_old(now_s):
+                    self._row = 0
             if overrun_ms is not None:
+                self._last_due_s = now_s
                 self._row = self._row + 1 if overrun_ms > 0 else 0
                 self._count(overrun_ms)
+
+    def _is_old(self, now_s: float) -> bool:
+        """Tell whether no token with a deadline came for a whole window: its row is over."""
+        return self._last_due_s < now_s - self._window_s
 
     def _add_request(self, overrun_ms: float) -> None:
         with self._lock:

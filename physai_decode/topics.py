@@ -46,8 +46,7 @@ class Topics:
     """
     All topics that the node writes.
 
-    ``first_id`` is added to every request id, so that ids go on counting over activations. The
-    frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
+    The frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
     """
 
     def __init__(self, node: Node, finished: Callable[[RequestReport], None]) -> None:
@@ -61,7 +60,6 @@ class Topics:
             return node.create_publisher(
                 kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES))
 
-        self.first_id = 0
         self._finished = finished
         self._clock = node.get_clock()
         self._simulated = False
@@ -97,8 +95,7 @@ class Topics:
         if token_stats:
             # rclpy's Clock.now takes a tenth of the time that a token may cost.
             now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
-            ready.append((self._token_stats,
-                          self._figures.write(report, text, self.first_id, now_ns)))
+            ready.append((self._token_stats, self._figures.write(report, text, now_ns)))
         if itl_ms and report.itl_ms is not None:
             ready.append((self._itl_ms, cdr.float64(report.itl_ms)))
         if r_floor and report.r_floor is not None:
@@ -109,7 +106,6 @@ class Topics:
     def finished(self, report: RequestReport, text: str) -> None:
         """Publish the end of a request: its text unless it was refused, and its figures."""
         status = messages.request_status(report)
-        status.values[0].value = str(report.request_id + self.first_id)
         with self._ending:
             if report.finish_reason != 'rejected':
                 self._response.publish(String(data=text.replace('\0', NUL)))

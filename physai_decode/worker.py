@@ -118,18 +118,20 @@ class Worker:
 
     def __init__(self, engine: Engine, text: TextCoder, config: DecodeConfig, sink: Sink,
                  clock: Callable[[], float] = time.monotonic,
-                 peak: Peak = Peak(None, 'unknown')) -> None:
+                 peak: Peak = Peak(None, 'unknown'), requests_before: int = 0) -> None:
         """
         Make a worker that is not running yet.
 
         :param engine: used by the worker's thread alone while that runs, and not closed.
         :param clock: monotonic, in seconds.
         :param peak: the memory bus that the tokens' floor is for.
+        :param requests_before: how many ids are taken already; the first is the next.
         """
         self._engine = engine
         self._text = text
         self._sink = sink
         self._clock = clock
+        self._requests_before = requests_before
         self._roofline = Roofline(engine.footprint, peak)
         self._queue_config = config.queue
         self._keep_history = config.chat.keep_history
@@ -174,7 +176,7 @@ class Worker:
 
     def submit(self, prompt: str, received_s: float | None = None) -> int:
         """
-        Queue a prompt and give its request id, counted from 1.
+        Queue a prompt and give its request id, counted from ``requests_before`` + 1.
 
         A prompt that can't be queued is refused through the sink before this returns. One that
         turns out too long is refused from the worker's thread, when its turn comes.
@@ -185,8 +187,8 @@ class Worker:
         removed: list[_Request] = []
         with self._wake:
             self._requests += 1
-            request = _Request(
-                self._requests, prompt, now_s if received_s is None else received_s)
+            request = _Request(self._requests_before + self._requests, prompt,
+                               now_s if received_s is None else received_s)
             refusal = self._refusal(prompt)
             if refusal:
                 self._refusals += 1

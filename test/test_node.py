@@ -99,12 +99,13 @@ def test_every_state_can_follow_the_other(rig):
 def test_prompts_outside_of_active_are_refused(make):
     """Before activation and after deactivation a prompt is answered by a refusal."""
     rig = make()
-    assert 'inactive: activate' in rig.ask('a')['message']
+    assert 'inactive: configure and activate' in rig.ask('a')['message']
     assert rig.change('configure', 'activate')
     assert rig.ask('b')['finish_reason'] == 'stop'
     assert rig.change('deactivate')
     refused = rig.ask('c')
     assert refused['finish_reason'] == 'rejected'
+    assert 'inactive: activate' in refused['message']
     assert [request['request_id'] for request in rig.requests()] == ['1', '2', '3']
     assert len(rig.heard['response']) == 1
     told = rig.diagnostics('decode: engine')
@@ -155,13 +156,16 @@ def test_a_full_queue_refuses(make):
 def test_preempt(make):
     """A new prompt ends the running one."""
     rig = make(**{'queue.policy': 'preempt'})
+    rig.ask('too early')
     assert rig.change('configure', 'activate')
     rig.loader.engines[0].step_s = 0.02
     rig.ask_later('x' * 200)
     rig.wait(lambda: rig.heard['tokens'])
     rig.ask_later('b')
-    rig.wait(lambda: len(rig.requests()) == 2)
-    assert [request['finish_reason'] for request in rig.requests()] == ['preempted', 'stop']
+    rig.wait(lambda: len(rig.requests()) == 3)
+    assert [request['finish_reason'] for request in rig.requests()] == [
+        'rejected', 'preempted', 'stop']
+    assert rig.requests()[1]['message'] == 'preempted: request 3 came'
 
 
 def test_cancel_and_reset(rig):
@@ -268,6 +272,7 @@ def test_a_bad_model_can_be_mended(make):
     assert told['state'] == 'failed'
     assert told['level'] == messages.ERROR
     assert 'bad is no model' in told['message']
+    assert 'bad is no model' in rig.ask('a')['message']
     assert rig.set(model__path='good') == (True, '')
     assert rig.change('configure', 'activate')
     assert rig.diagnostics('decode: engine')['state'] == 'idle'

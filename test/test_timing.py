@@ -158,6 +158,21 @@ def test_a_row_of_misses_reaches_its_limit_and_ages():
     assert times.window(0.3).miss_limit_reached
     assert times.window(6.0).consecutive_misses == 0
     assert times.window(6.0).deadline_misses == 2
+    request = times.request(2, 6.0, 6.0)
+    request.token(6.1, 1, '')
+    request.token(6.2, 1, '')
+    assert times.window(6.2).consecutive_misses == 1
+
+
+def test_a_row_of_misses_ages_though_tokens_come_without_a_deadline():
+    times = recorder(window_s=5.0, token_ms=10.0, max_consecutive_misses=2)
+    request = times.request(1, 0.0, 0.0)
+    for at_s in (0.1, 0.2, 0.3):
+        request.token(at_s, 1, '')
+    times.deadline = DeadlineConfig()
+    for at_s in (2.0, 4.0, 6.0):
+        request.token(at_s, 1, '')
+    assert times.window(6.0).consecutive_misses == 0
 
 
 def test_a_request_can_be_late():
