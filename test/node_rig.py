@@ -219,8 +219,8 @@ class Rig:
         return [self.values(array.status[0]) for array in self.heard['request_stats']]
 
     def diagnostics(self, name) -> dict[str, str]:
-        """Give the next status of this name."""
-        count = len(self.heard['diagnostics'])
+        """Give the next status of this name; one more message may be on its way already."""
+        count = len(self.heard['diagnostics']) + 1
         self.wait(lambda: len(self.heard['diagnostics']) > count)
         return next(self.values(status) for status in self.heard['diagnostics'][-1].status
                     if status.name == name)

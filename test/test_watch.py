@@ -172,9 +172,9 @@ def test_a_snapshot_for_scripts(rig):
 
 def test_no_node_in_time(rig):
     """It says whom it waited for and who is there."""
-    done = once('--node', 'nobody', '--timeout', '2')
+    done = once('--node', 'nobody', '--timeout', '6')
     assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr == ('decode_watch: /nobody was not heard on /diagnostics within 2 s; '
+    assert done.stderr == ('decode_watch: /nobody was not heard on /diagnostics within 6 s; '
                            'there is /decode\n')
 
 
