@@ -4,8 +4,9 @@ The operations of a decode step as Triton kernels; each one's twin is in ``ops``
 At batch 1 a step is bound by the reading of weights, so every kernel is made to keep the memory
 busy: each program owns a few output rows and streams them once; what stands around the product
 (norm, bias, SiLU, residual) happens in registers. Where the chip has it (compute capability 9.0),
-each kernel is launched while the one before still runs, and fetches weights, which depend on
-nobody, before it waits for its input: "programmatic dependent launch", here ``EARLY``.
+each kernel is launched while the one before ends, does what does not depend on it, and waits for
+its results: "programmatic dependent launch", here ``EARLY``. A kernel lets the next one start only
+after its own main loop, unless it is small: programs that come earlier crowd some processors.
 """
 
 from dataclasses import astuple
