@@ -12,6 +12,7 @@ It works on a tokenizer that is passed in and knows nothing of engines.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
+from pathlib import Path
 import re
 import secrets
 from typing import Any
@@ -40,7 +41,15 @@ def load_tokenizer(folder: str) -> Any:
             folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # The library raises whatever its parts raise: OSError, ValueError, bare Exception.
-        raise TextError(f'no tokenizer can be loaded from {folder}: {error}') from error
+        if 'trust_remote_code' in str(error):
+            reason = 'it is code in that folder, which is never run: choose another model'
+        elif not Path(folder, 'tokenizer.json').is_file():
+            reason = ('it has no tokenizer.json: copy or download the model again, or save it '
+                      'with its fast tokenizer')
+        else:
+            reason = (f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}; copy or '
+                      'download tokenizer.json and tokenizer_config.json again')
+        raise TextError(f'no tokenizer can be loaded from {folder}: {reason}') from error
 
 
 class Text:

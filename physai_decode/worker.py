@@ -231,7 +231,7 @@ class Worker:
         """
         with self._wake:
             self._accepting = False
-            removed = self._end_all('cancelled', 'the worker stops', self._clock())
+            removed = self._end_all('cancelled', 'the node stops answering', self._clock())
             self._wake.notify()
         self._report_removed(removed)
         if self._thread is None:

@@ -408,7 +408,7 @@ def test_load(tmp_path, tokenizer):
 def test_load_names_the_folder(tmp_path, content):
     if content is not None:
         (tmp_path / 'tokenizer.json').write_text(content)
-    with pytest.raises(TextError, match=f'tokenizer can be loaded from {tmp_path}'):
+    with pytest.raises(TextError, match=f'tokenizer can be loaded from {tmp_path}.* again'):
         load_tokenizer(str(tmp_path))
 
 
@@ -421,10 +421,8 @@ def test_load_runs_no_code(tmp_path):
     settings['auto_map'] = {'AutoTokenizer': ['code.Tokenizer', 'code.Tokenizer']}
     settings['tokenizer_class'] = 'Tokenizer'
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
-    try:
+    with pytest.raises(TextError, match=f'{tmp_path}: it is code in that folder'):
         load_tokenizer(str(tmp_path))
-    except TextError as error:
-        assert str(tmp_path) in str(error)
     assert not trap.exists()
 
 
