@@ -17,6 +17,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import stream_qos
 import rclpy
+from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
@@ -112,8 +113,10 @@ def ask(asker: Asker, text: str, timeout_s: float) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; gives its exit code: 0 for a complete answer, else 1."""
-    arguments = _parser().parse_args(remove_ros_args(args or sys.argv)[1:])
-    prompt = arguments.text.encode(errors='surrogateescape').decode(errors='replace')
+    # Bytes that are no UTF-8 would stop rclpy, which reads the arguments too.
+    args = [each.encode(errors='surrogateescape').decode(errors='replace')
+            for each in args or sys.argv]
+    arguments = _parser().parse_args(remove_ros_args(args)[1:])
 
     def show(piece):
         if not arguments.json:
@@ -121,9 +124,14 @@ def main(args: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    asker = Asker(arguments.node, show)
     try:
-        ask(asker, prompt, arguments.timeout)
+        asker = Asker(arguments.node, show)
+    except NameValidationException:
+        print(f'decode_ask: no node can be called {arguments.node!r}', file=sys.stderr)
+        rclpy.shutdown()
+        return 1
+    try:
+        ask(asker, arguments.text, arguments.timeout)
         failure = '' if asker.stats['finish_reason'] in COMPLETE else asker.reason
     except AskError as error:
         failure = str(error)

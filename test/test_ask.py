@@ -79,6 +79,20 @@ def test_an_engine_s_error_is_an_error(rig):
     assert 'the engine broke' in done.stderr
 
 
+def test_bytes_that_are_no_text(rig):
+    """They are sent as U+FFFD."""
+    done = ask(b'a\xffb')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('A\ufffdB\n')
+
+
+def test_no_node_has_such_a_name():
+    """It says so."""
+    done = ask('hello', '--node', 'a b')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == "decode_ask: no node can be called 'a b'\n"
+
+
 def test_no_node_in_time(rig):
     """It says which node it waited for."""
     done = ask('hello', '--node', 'nobody', '--timeout', '1')
