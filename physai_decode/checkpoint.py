@@ -17,6 +17,7 @@ import struct
 from typing import Any
 
 from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
 
 _MODELS = Path(__file__).parent / 'models'
 _ITEM_BITS = {
@@ -188,11 +189,10 @@ def _fetch(path, revision):
             path, revision=revision or None, allow_patterns=_FETCHED, ignore_patterns=['*/*']))
     # The client raises its own errors, its HTTP library's and the system's alike.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EngineError(
             f'model.path {path!r} is no folder here and could not be fetched from the hub '
-            f'({reason}); where there is a network, run "hf download {path} --local-dir FOLDER", '
-            'copy the folder to this machine and set model.path to it') from None
+            f'({first_line(error)}); where there is a network, run '
+            f'"hf download {path} --local-dir FOLDER", copy the folder to this machine and set model.path to it') from None
 
 
 def _read_json(path):

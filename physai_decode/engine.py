@@ -90,3 +90,27 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything on the device; the engine can't be used after that."""
         ...
+
+
+def checked_prompt(prompt_ids: Sequence[int], footprint: Footprint) -> list[int]:
+    """
+    Give a prompt's ids where an engine can decode after them.
+
+    :raises ValueError: as ``Engine.stream`` does.
+    """
+    prompt, limit, size = list(prompt_ids), footprint.max_context, footprint.vocab_size
+    if not prompt:
+        raise ValueError('the prompt has no tokens')
+    if len(prompt) >= limit:
+        raise ValueError(
+            f'the prompt has {len(prompt)} tokens: at most {limit - 1} leave room for an '
+            'answer; shorten it, or raise engine.max_context where the model allows more')
+    wrong = next((token for token in prompt if not 0 <= token < size), None)
+    if wrong is not None:
+        raise ValueError(f'token id {wrong} is outside the vocabulary of {size}')
+    return prompt
+
+
+def first_line(error: BaseException) -> str:
+    """Give what an exception says, of a long message the first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

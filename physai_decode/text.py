@@ -18,6 +18,7 @@ import secrets
 from typing import Any
 
 from physai_decode.config import ChatConfig
+from physai_decode.engine import first_line
 
 _UNKNOWN = '\ufffd'     # what a decoder gives for bytes that are no character, or not yet
 _WINDOW_TOKENS = 16     # a character, or what a tokenizer makes of bytes that are none, is shorter
@@ -47,7 +48,7 @@ def load_tokenizer(folder: str) -> Any:
             reason = ('it has no tokenizer.json: copy or download the model again, or save it '
                       'with its fast tokenizer')
         else:
-            reason = (f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}; copy or '
+            reason = (f'{type(error).__name__}: {first_line(error)}; copy or '
                       'download tokenizer.json and tokenizer_config.json again')
         raise TextError(f'no tokenizer can be loaded from {folder}: {reason}') from error
 

@@ -31,7 +31,9 @@ from physai_decode import checkpoint
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import checked_prompt
 from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
 from physai_decode.engine import Step
 from physai_decode.engines import device as devices
@@ -105,18 +107,7 @@ class ExLlamaV2Engine:
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
         """See `physai_decode.engine.Engine.stream`."""
-        prompt = list(prompt_ids)
-        limit, size = self.footprint.max_context, self.footprint.vocab_size
-        if not prompt:
-            raise ValueError('the prompt has no tokens')
-        if len(prompt) >= limit:
-            raise ValueError(
-                f'the prompt has {len(prompt)} tokens: at most {limit - 1} leave room for an '
-                'answer; shorten it, or raise engine.max_context where the model allows more')
-        wrong = next((token for token in prompt if not 0 <= token < size), None)
-        if wrong is not None:
-            raise ValueError(f'token id {wrong} is outside the vocabulary of {size}')
-        return self._steps(prompt, sampling)
+        return self._steps(checked_prompt(prompt_ids, self.footprint), sampling)
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
@@ -238,7 +229,7 @@ class ExLlamaV2Engine:
                 raise
             raise EngineError(
                 f'{model.folder} can not be loaded by ExLlamaV2 {library.__version__}: '
-                f'{_first_line(error)}') from None
+                f'{first_line(error)}') from None
         self._params = import_module('exllamav2.attn').ExLlamaV2Attention.Params
         self._piece = settings.max_input_len
         self._slots = [
@@ -389,7 +380,7 @@ def _settings(library, model, config, limit):
     except Exception as error:
         raise EngineError(
             f'{model.folder} can not be read by ExLlamaV2 {library.__version__}: '
-            f'{_first_line(error)}') from None
+            f'{first_line(error)}') from None
     settings.max_seq_len = limit
     settings.max_input_len = min(_PIECE_TOKENS, limit)
     settings.no_graphs = not config.cuda_graph
@@ -426,7 +417,7 @@ def _library(progress):
             return import_module('exllamav2')
         except ImportError as error:
             raise EngineError(
-                f'ExLlamaV2 can not be imported ({_first_line(error)}): install '
+                f'ExLlamaV2 can not be imported ({first_line(error)}): install '
                 f'{error.name or "it"} (pip install {error.name or "-U exllamav2"}), or choose '
                 'another engine.name') from None
         except (OSError, RuntimeError) as error:
@@ -483,8 +474,4 @@ def _ticking(progress, doing):
 def _compiler_s_word(error):
     lines = str(error).splitlines()
     return next((line.strip() for line in lines if 'error:' in line or 'fatal' in line),
-                _first_line(error))
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+                first_line(error))

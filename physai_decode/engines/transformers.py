@@ -23,7 +23,9 @@ from physai_decode import checkpoint
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import checked_prompt
 from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
 from physai_decode.engine import Step
 from physai_decode.engines import device as devices
@@ -88,18 +90,7 @@ class TransformersEngine:
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
         """See `physai_decode.engine.Engine.stream`."""
-        prompt = list(prompt_ids)
-        limit, size = self.footprint.max_context, self.footprint.vocab_size
-        if not prompt:
-            raise ValueError('the prompt has no tokens')
-        if len(prompt) >= limit:
-            raise ValueError(
-                f'the prompt has {len(prompt)} tokens: at most {limit - 1} leave room for an '
-                'answer; shorten it, or raise engine.max_context where the model allows more')
-        wrong = next((token for token in prompt if not 0 <= token < size), None)
-        if wrong is not None:
-            raise ValueError(f'token id {wrong} is outside the vocabulary of {size}')
-        return self._steps(prompt, sampling)
+        return self._steps(checked_prompt(prompt_ids, self.footprint), sampling)
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
@@ -455,14 +446,14 @@ def _load(model, device, dtype):
     except ImportError as error:
         raise EngineError(
             f'{model.folder}: {model.quantization} weights need a library that is not here: '
-            f'{_first_line(error)}') from None
+            f'{first_line(error)}') from None
     # The library raises whatever its many parts raise.
     except Exception as error:
         if devices.is_out_of_memory(error):
             raise
         raise EngineError(
             f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
-            f'{_first_line(error)}') from None
+            f'{first_line(error)}') from None
     lost = sorted(found['missing_keys'])
     if lost:
         raise EngineError(
@@ -483,10 +474,6 @@ def _random(model, config, device, dtype):
         torch.manual_seed(model.config['physai_decode_random_weights'].get('seed', 0))
         return transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation='sdpa').eval()
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _footprint(model, decoder, limit):
