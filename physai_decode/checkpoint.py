@@ -192,7 +192,8 @@ def _fetch(path, revision):
         raise EngineError(
             f'model.path {path!r} is no folder here and could not be fetched from the hub '
             f'({first_line(error)}); where there is a network, run '
-            f'"hf download {path} --local-dir FOLDER", copy the folder to this machine and set model.path to it') from None
+            f'"hf download {path} --local-dir FOLDER", copy the folder to this '
+            'machine and set model.path to it') from None
 
 
 def _read_json(path):
