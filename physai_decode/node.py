@@ -315,7 +315,10 @@ class DecodeNode(LifecycleNodeMixin, Node):
 
     def _on_measure_gap(self, request, response):
         response.success = False
-        response.message = 'measure_gap needs a CUDA device'
+        response.message = (
+            'the running node can not measure its gap yet; beside it, "decode_bench --model '
+            f'{self._config.model.path} --engines native native:cuda_graph=false" does, and needs '
+            'a CUDA device')
         return response
 
     def set_parameters(self, parameter_list: list[Parameter]) -> list[SetParametersResult]:

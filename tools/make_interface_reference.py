@@ -40,8 +40,8 @@ TOPICS = {
 SERVICES = {
     '~/cancel': 'ends the running request and empties the queue',
     '~/reset': 'forgets the conversation',
-    '~/measure_gap': "times the loaded model's step in both ways of running it; the message is "
-                     'the result, or why there is none',
+    '~/measure_gap': "the message is the command that times the loaded model's step in both ways "
+                     'of running it; the node does not do it itself yet',
 }
 KEYS = {
     'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
