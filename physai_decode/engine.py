@@ -46,7 +46,8 @@ class Footprint:
     kv_heads: int
     head_dim: int
     kv_element_bytes: int
-    sliding_window: int = 0         # tokens of context that a step reads at most; 0: all
+    sliding_window: int = 0         # tokens of context that a windowed layer reads; 0: all
+    windowed_layers: int | None = None  # layers that have the window; None: all
     details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info as they are
 
 

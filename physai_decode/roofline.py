@@ -106,8 +106,10 @@ class Roofline:
     def kv_bytes(self, context: int) -> int:
         """Give the bytes of keys and values that a step at this context (tokens) reads."""
         shape = self.footprint
-        return kv_bytes(shape.layers, shape.kv_heads, shape.head_dim, context,
-                        shape.kv_element_bytes, shape.sliding_window)
+        windowed = shape.layers if shape.windowed_layers is None else shape.windowed_layers
+        rest = shape.kv_heads, shape.head_dim, context, shape.kv_element_bytes
+        return (kv_bytes(windowed, *rest, shape.sliding_window)
+                + kv_bytes(shape.layers - windowed, *rest))
 
     def step_bytes(self, context: int, convention: str = 'read') -> int:
         """

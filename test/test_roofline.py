@@ -30,6 +30,8 @@ def test_a_sliding_window_limits_the_context():
     assert roofline.kv_bytes(2, 1, 2, 5, 4, sliding_window=10) == 160
     line = Roofline(footprint(sliding_window=10), Peak(1e6, 'parameter'))
     assert line.kv_bytes(100) == 320
+    one_of_two = Roofline(footprint(sliding_window=10, windowed_layers=1), Peak(1e6, 'parameter'))
+    assert one_of_two.kv_bytes(100) == 160 + 1600
 
 
 def test_both_conventions():

@@ -482,8 +482,8 @@ def _footprint(model, decoder, limit):
     # A layer that caches a compressed form has keys and values of different widths.
     heads, key_width, value_width, element_bytes = \
         decoder.kv_shapes[0] if decoder.kv_shapes else (0, 0, 0, network.dtype.itemsize)
-    windows = {getattr(layer, 'sliding_window', 0)
-               for layer in DynamicCache(config=network.config).layers}
+    windows = [window for layer in DynamicCache(config=network.config).layers
+               if (window := getattr(layer, 'sliding_window', 0))]
     name, uuid = devices.describe(device)
     graph = 'captured' if decoder.captured else 'off' if device.type == 'cuda' else 'unavailable'
     return Footprint(
@@ -495,7 +495,7 @@ def _footprint(model, decoder, limit):
         checkpoint_weight_bytes=model.weight_bytes, layers=len(decoder.kv_shapes),
         kv_heads=heads, head_dim=(key_width + value_width) // 2,
         kv_element_bytes=element_bytes,
-        sliding_window=windows.pop() if len(windows) == 1 else 0,
+        sliding_window=max(windows, default=0), windowed_layers=len(windows) or None,
         details={'attention': str(config._attn_implementation), 'torch': torch.__version__,
                  'transformers': transformers.__version__})
 

@@ -97,7 +97,8 @@ class NativeEngine:
             checkpoint_weight_bytes=checkpoint.weight_bytes,
             layers=self._shape.layers, kv_heads=self._shape.kv_heads,
             head_dim=self._shape.head_dim, kv_element_bytes=self._transformer.keys.element_size(),
-            sliding_window=max(self._shape.windows), details=details)
+            sliding_window=max(self._shape.windows),
+            windowed_layers=sum(map(bool, self._shape.windows)) or None, details=details)
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
         """Decode after ``prompt_ids``; see `physai_decode.engine.Engine.stream`."""
