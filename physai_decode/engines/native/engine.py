@@ -56,8 +56,9 @@ class NativeEngine:
         self._shape = architecture.parse(checkpoint.config)
         self._max_context = min(config.max_context,
                                 checkpoint.context_limit or config.max_context)
-        self._check_memory(checkpoint)
-        with torch.inference_mode():
+        needed_bytes = self._check_memory(checkpoint)
+        self._use_device()
+        with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             loaded = weights.load(
                 self._shape, self._source(checkpoint), checkpoint.quantization_config,
                 self._dtype, progress)
@@ -148,6 +149,7 @@ class NativeEngine:
     # that iterates.
 
     def _stream(self, ids, sampling):
+        self._use_device()
         start = next((i for i, (old, new) in enumerate(zip(self._cached, ids[:-1]))
                       if old != new), min(len(self._cached), len(ids) - 1))
         cached_tokens = start
@@ -244,8 +246,13 @@ class NativeEngine:
             return weights.Random(settings, self._dtype, self._device)
         return weights.Files(checkpoint, self._device)
 
-    def _check_memory(self, checkpoint: Checkpoint):
-        """Raise EngineError where weights, cache and working memory do not fit."""
+    def _use_device(self):
+        """Make a GPU the current one of this thread: kernels are launched there."""
+        if self._device.type == 'cuda':
+            torch.cuda.set_device(self._device)
+
+    def _check_memory(self, checkpoint: Checkpoint) -> int:
+        """Give the bytes needed; raise EngineError where they are not free."""
         a = self._shape
         element = torch.empty((), dtype=self._dtype).element_size()
         weight_bytes = sum(
@@ -256,7 +263,7 @@ class NativeEngine:
         needed = weight_bytes + work + per_token * self._max_context
         free = devices.free_bytes(self._device)
         if free is None or needed <= free:
-            return
+            return needed
         fits = (free - weight_bytes - work) // per_token
         advice = f'engine.max_context {fits} would fit' if fits >= 16 else \
             'not even a short context would fit: take a smaller or a quantised model'
