@@ -434,6 +434,8 @@ def main(args: list[str] | None = None, load=load) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    # Fast DDS then sends in a thread of its own: a slow network does not hold up the decode thread.
+    os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
     try:
         # rclpy's own handlers would end the context before the last messages are out.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
