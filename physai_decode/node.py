@@ -434,7 +434,7 @@ def main(args: list[str] | None = None, load=load) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    # Fast DDS then sends in a thread of its own: a slow network does not hold up the decode thread.
+    # Fast DDS sends in a thread of its own then: a slow network does not hold up decoding.
     os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
     try:
         # rclpy's own handlers would end the context before the last messages are out.
