@@ -16,6 +16,7 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import checked_prompt
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engine import Step
@@ -103,13 +104,7 @@ class NativeEngine:
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
         """Decode after ``prompt_ids``; see `physai_decode.engine.Engine.stream`."""
-        ids = [int(i) for i in prompt_ids]
-        if not 1 <= len(ids) < self._max_context:
-            raise ValueError(f'the prompt has {len(ids)} tokens: allowed are 1 to '
-                             f'{self._max_context - 1}')
-        if min(ids) < 0 or max(ids) >= self._shape.vocab_size:
-            raise ValueError(f'the prompt has an id outside 0 to {self._shape.vocab_size - 1}')
-        return self._stream(ids, sampling)
+        return self._stream(checked_prompt(prompt_ids, self.footprint), sampling)
 
     def close(self) -> None:
         """Free everything on the device."""
@@ -153,7 +148,8 @@ class NativeEngine:
         start = next((i for i, (old, new) in enumerate(zip(self._cached, ids[:-1]))
                       if old != new), min(len(self._cached), len(ids) - 1))
         cached_tokens = start
-        begun = self._mark()
+        watch = devices.Stopwatch(self._device)
+        watch.start()
         while len(ids) - start > PIECE_TOKENS:
             self._prefill(ids[start:start + PIECE_TOKENS], start)
             start += PIECE_TOKENS
@@ -161,7 +157,8 @@ class NativeEngine:
             yield Step(())
         token = self._first(ids, start, sampling)
         self._cached = list(ids)
-        yield Step((token,), self._since(begun), cached_tokens)
+        watch.stop()
+        yield Step((token,), watch.read_s(), cached_tokens)
         limit = min(sampling.max_new_tokens - 1, self._max_context - len(ids) - 1)
         steps = self._step_ahead if self._pipeline else self._step_now
         name = 'greedy' if is_plain_greedy(sampling) else 'sampled'
@@ -274,21 +271,6 @@ class NativeEngine:
 
     def _tensor(self, ids):
         return torch.tensor(ids, dtype=torch.int64).to(self._device)
-
-    def _mark(self):
-        if self._device.type == 'cpu':
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _since(self, begun):
-        if self._device.type == 'cpu':
-            return time.perf_counter() - begun
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return begun.elapsed_time(end) * 1e-3
 
 
 class _Parts:

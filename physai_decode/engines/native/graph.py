@@ -74,11 +74,6 @@ class Pipeline:
         """Whether as many steps are in flight as may be."""
         return not self._free
 
-    @property
-    def empty(self) -> bool:
-        """Whether no step is in flight."""
-        return not self._flying
-
     def launch(self, name: str, place: int) -> None:
         """Start a step whose token will stand at ``place`` of the history."""
         slot = self._free.popleft()
