@@ -85,6 +85,7 @@ class Library:
                 assert start + tokens <= self.config.max_seq_len
                 assert (attn_params.seq_len, attn_params.past_len) == (tokens, start)
                 library.calls.append((tokens, start))
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
                 mask = attn_params.block_diag_mask
                 if tokens > 1:
                     causal = torch.ones(tokens, start + tokens).tril(start).bool()

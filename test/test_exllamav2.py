@@ -140,6 +140,15 @@ def test_sampling_one_to_one(fresh, sampling, expected):
         assert library.settings[-1].token_repetition_penalty == 1.0
 
 
+def test_attention_elsewhere_keeps_its_choice(fresh):
+    engine, library = fresh
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    stream = engine.stream([5, 6, 7], SamplingConfig())     # the stand-in refuses cuDNN
+    next(stream)
+    assert library.calls and torch.backends.cuda.cudnn_sdp_enabled()
+    stream.close()
+
+
 def test_greedy_leaves_the_sampler_alone(fresh):
     engine, library = fresh
     decode(engine, [5, 6, 7])

@@ -39,6 +39,8 @@ from physai_decode.engine import Step
 from physai_decode.engines import device as devices
 from safetensors import safe_open
 import torch
+from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils import cpp_extension
 
 if find_spec('exllamav2') is None:
@@ -49,6 +51,9 @@ _PIECE_TOKENS = 2048      # of a prompt, read at a time; the library's own defau
 _GRAPH_CALLS = 205        # of a layer, before the library captures it (its MIN_GRAPH_INSTANCES)
 _AHEAD = 1                # steps that are launched before an id is read
 _TICK_S = 5.0
+# Without cuDNN, which PyTorch prefers on chips of 9.0 and 10.x: it makes a plan for each length of
+# the context, so at every step, which takes longer than the step.
+_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 class ExLlamaV2Engine:
@@ -95,7 +100,8 @@ class ExLlamaV2Engine:
                 kv_heads=settings.num_key_value_heads, head_dim=settings.head_dim,
                 kv_element_bytes=2, details={
                     'exllamav2': library.__version__, 'torch': torch.__version__,
-                    'attention': 'flash-attn' if attention.has_flash_attn else 'sdpa',
+                    'attention': 'flash-attn' if attention.has_flash_attn else
+                    'sdpa without cuDNN',
                     'graphs': "the library's own, around attention and of the feed-forward",
                     'import_s': f'{imported_s - begun_s:.3f}',
                     'load_s': f'{loaded_s - imported_s:.3f}',
@@ -193,9 +199,10 @@ class ExLlamaV2Engine:
             form.block_diag_mask = torch.full(
                 (tokens, past + tokens), float('-inf'), dtype=torch.float16,
                 device=self._device).triu_(past + 1)
-        return self._model.forward_chunk(
-            ids, self._cache, preprocess_only=not want, last_id_only=True, attn_params=form
-        ).get('logits')
+        with sdpa_kernel(list(_ATTENTION)):
+            return self._model.forward_chunk(
+                ids, self._cache, preprocess_only=not want, last_id_only=True, attn_params=form
+            ).get('logits')
 
     def _enter(self):
         # The current CUDA device and stream are each thread's own.
