@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 import shlex
+import signal
 import sys
 import time
 
@@ -34,7 +35,7 @@ examples:
   decode_bench --model builtin:tiny_planner --engines native transformers --contexts 128 512
   decode_bench --synthetic qwen2.5-7b --engines native transformers --kernels
   decode_bench --synthetic qwen2.5-7b --ab native:cuda_graph=false native --sessions 10
-  decode_bench --synthetic qwen2.5-7b --paper --out paper
+  decode_bench --paper --out paper
 """
 
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'decode_bench: {error}', file=sys.stderr)
         return 2
     out = options.out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # no session outlives its runner
     runner = Runner(out, options.models or out / 'models', options.session_timeout_s,
                     options.budget_s, lambda message: print(message, flush=True))
     try:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print('\n' + '\n'.join(table.text() for table in tables))
     argv = sys.argv[1:] if arguments is None else arguments
     head = {'command': shlex.join(['decode_bench', *argv]),
-            'model': ', '.join(dict.fromkeys(str(case.source) for case in cases)),
+            'model': '; '.join(dict.fromkeys(str(case.source) for case in cases)),
             'date': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}
     report.write(out, head, tables, results, _plots(results, out))
     print(f'written to {out}: results.json, report.md, report.html')
@@ -74,15 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog='decode_bench', description=__doc__.split('\n\n')[0].strip(), epilog=_EPILOG,
+        prog='decode_bench', description='Times engines on a model or on random weights of a '
+        'named shape, without ROS.', epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group('model')
     model.add_argument('--model', default='', help='builtin:NAME, a folder or a hub id '
                        '(default: builtin:tiny_planner)')
     model.add_argument('--synthetic', default='', choices=['', *synthetic.SHAPES], metavar='SHAPE',
-                       help=f'random weights of a shape: {", ".join(synthetic.SHAPES)}')
-    model.add_argument('--quantization', nargs='+', default=['none'],
-                       choices=synthetic.QUANTIZATIONS, help='of the random weights')
+                       help=f'random weights of a shape: {", ".join(synthetic.SHAPES)} '
+                       f'(default of --paper and --targets: {suites.SHAPE})')
+    model.add_argument('--quantization', nargs='+', default=['none'], metavar='FORMAT',
+                       choices=synthetic.QUANTIZATIONS,
+                       help=f'of the random weights: {", ".join(synthetic.QUANTIZATIONS)}')
     model.add_argument('--seed', type=int, default=0, help='of the random weights')
     model.add_argument('--write-checkpoint', type=Path, metavar='DIR',
                        help='write the random weights as a folder with safetensors, and end')
@@ -91,34 +96,40 @@ def _parser():
     what = parser.add_argument_group('what is measured')
     mode = what.add_mutually_exclusive_group()
     mode.add_argument('--engines', nargs='+', default=['native', 'transformers'],
-                      metavar='ENGINE')
+                      metavar='ENGINE', help='one after the other (default: native transformers)')
     mode.add_argument('--ab', nargs=2, metavar=('A', 'B'),
                       help='compare two engines in fresh processes, in turn')
     mode.add_argument('--paper', action='store_true',
                       help=f'the protocol of {suites.PAPER} and its figures beside')
     mode.add_argument('--targets', action='store_true',
                       help='what the native engine has to reach on a fast GPU, in one run')
-    what.add_argument('--sessions', type=int, default=10, help='of each side of --ab')
+    what.add_argument('--sessions', type=int, default=10, metavar='N',
+                      help='of each side of --ab (%(default)s)')
     what.add_argument('--contexts', nargs='+', type=int, default=None, metavar='TOKENS',
                       help=f'default: {" ".join(map(str, CONTEXTS))}')
-    what.add_argument('--steps', type=int, default=30, help='measured steps a context')
-    what.add_argument('--warmup', type=int, default=5, help='steps before them')
+    what.add_argument('--steps', type=int, default=30, metavar='N',
+                      help='measured steps a context (%(default)s)')
+    what.add_argument('--warmup', type=int, default=5, metavar='N',
+                      help='steps before them (%(default)s)')
     what.add_argument('--kernels', action='store_true',
                       help='also a table kernel by kernel (CUDA)')
     how = parser.add_argument_group('how')
     base = EngineConfig()
-    how.add_argument('--device', default=base.device)
-    how.add_argument('--dtype', default=base.dtype)
-    how.add_argument('--cpu-threads', type=int, default=base.cpu_threads)
-    how.add_argument('--peak-gb-s', type=float, default=0.0,
+    how.add_argument('--device', default=base.device, help='auto, cpu, cuda or cuda:N')
+    how.add_argument('--dtype', default=base.dtype, help='auto, bfloat16, float16 or float32')
+    how.add_argument('--cpu-threads', type=int, default=base.cpu_threads, metavar='N',
+                     help='on a CPU; 0: torch chooses')
+    how.add_argument('--peak-gb-s', type=float, default=0.0, metavar='GB_S',
                      help='peak bandwidth of the memory; 0 finds it out')
-    how.add_argument('--out', type=Path, default=Path('decode_bench_out'),
+    how.add_argument('--out', type=Path, default=Path('decode_bench_out'), metavar='DIR',
                      help='folder of the results; what is there is not measured again')
-    how.add_argument('--models', type=Path, help='folder for random weights (default: OUT/models)')
+    how.add_argument('--models', type=Path, metavar='DIR',
+                     help='folder for random weights (default: OUT/models)')
     how.add_argument('--keep-checkpoints', action='store_true',
                      help='keep the random weights that were written')
-    how.add_argument('--session-timeout-s', type=float, default=3600.0)
-    how.add_argument('--budget-s', type=float, default=0.0,
+    how.add_argument('--session-timeout-s', type=float, default=3600.0, metavar='S',
+                     help='a session that takes longer is ended (%(default)g)')
+    how.add_argument('--budget-s', type=float, default=0.0, metavar='S',
                      help='start nothing after this long and write what there is; 0: no limit')
     return parser
 
@@ -155,10 +166,11 @@ def _cases(options):
         raise ValueError('--quantization is for --synthetic; a model folder says its own')
     common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s}
     if options.paper or options.targets:
-        if not options.synthetic:
-            raise ValueError('--paper and --targets need --synthetic SHAPE')
+        if options.model:
+            raise ValueError('--paper and --targets are for --synthetic SHAPE, not for --model')
         suite = suites.paper if options.paper else suites.targets
-        return suite(options.synthetic, contexts, base, steps=options.steps, **common)
+        return suite(options.synthetic or suites.SHAPE, contexts, base, steps=options.steps,
+                     **common)
     names = options.ab or options.engines
     engines = [_engine(name, base) for name in names]
     common.update(steps=options.steps, kernels=options.kernels)
@@ -209,11 +221,11 @@ def _tables(options, results) -> list[Table]:
     tables += [report.steps(results, '' if options.ab else reference), report.parts(results),
                report.floors(results), report.startup(results)]
     for result, cell in report.cells(results):
-        if cell.get('kernels'):
+        if cell.get('kernels') and (options.kernels or options.targets):
             tables.append(report.kernels(result, cell))
-    tables.append(report.machine(results))
+    tables += [report.sessions(results), report.machine(results)]
     tables = [table for table in tables if table.rows or table is tables[0]]
-    if options.synthetic:
+    if any(result['case']['source']['synthetic'] for result in results):
         tables[0].notes.append(report.RANDOM)
     return tables
 

@@ -488,7 +488,7 @@ def test_a_measured_case_is_not_measured_again(runner, said, monkeypatch):
     first = runner.run([case('one'), case('two')])
     again = runner.run([case('one'), case('two'), case('three')])
     assert len(started) == 3
-    assert again[:2] == first
+    assert again[:2] == [{**result, 'kept': True} for result in first]
     assert any('already measured' in line for line in said)
     assert first[0]['case'] == json.loads(json.dumps(case('one').to_dict()))
 
@@ -511,8 +511,65 @@ def test_a_session_that_dies_costs_only_itself_and_is_tried_again(runner, monkey
     assert 'Segmentation fault' in results[1]['error']
     shown = report.steps(results).text()
     assert 'died' in shown and 'Segmentation fault' in shown
+    assert 'missing; the same command runs it again' in report.sessions(results).rows[0]
     fails.clear()
-    assert [result['status'] for result in runner.run(cases)] == ['done'] * 3
+    results = runner.run(cases)
+    assert [result['status'] for result in results] == ['done'] * 3
+    first, kept = report.sessions(results).rows
+    assert first[0] == 'two' and 'Segmentation fault' in first[1] and 'done' in first[2]
+    assert kept[0] == '2 of 3' and kept[2] == 'kept'
+    # A third run measures nothing and still knows what was lost.
+    assert report.sessions(runner.run(cases)).rows[0] == first
+
+
+def test_a_session_broken_off_with_its_run_is_told(runner, monkeypatch):
+    def process(self, case_path, result_path, log_path, timeout_s):
+        log_path.write_text('')
+        if not broken:
+            broken.append(case_path)
+            raise KeyboardInterrupt
+        of = Case.from_dict(json.loads(case_path.read_text()))
+        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+    broken = []
+    monkeypatch.setattr(Runner, '_process', process)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([case('one')])
+    row, = report.sessions(runner.run([case('one')])).rows
+    assert row[:2] == ['one', 'the session was broken off with its run']
+    assert not list(runner.sessions.glob('*.case'))
+
+
+def test_a_terminated_run_ends_its_session(tmp_path):
+    command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', 'tiny', '--engines',
+               'native', '--contexts', '64', '--device', 'cpu', '--out', str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as run:
+        line = next(line for line in run.stdout if 'looking for' in line)     # the session's own
+        run.terminate()
+        assert run.wait(30) == 130, line
+        assert 'goes on from here' in run.stderr.read()
+    path, = (tmp_path / 'sessions').glob('*.case')
+    assert not path.with_suffix('.json').exists()
+
+
+def test_each_context_of_a_case_that_can_not_run_has_its_cell():
+    of = case('big', (64, 128, 256))
+    result = {'case': of.to_dict(), 'status': 'unavailable', 'error': 'not enough memory',
+              'contexts': [{'context': 256, 'error': '20 GB are needed'}]}
+    table = report.steps([result])
+    assert [(row[2], row[3]) for row in table.rows] == [
+        ('256', 'n/a'), ('64', 'unavailable'), ('128', 'unavailable')]
+    assert table.notes[1:3] == ['big at 256: 20 GB are needed', 'big: not enough memory']
+
+
+def test_the_host_gap_is_the_time_without_a_kernel():
+    results = [done(case(contexts=(2048,)), [0.010])]
+    assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.004, 0.001])
+    results[0]['contexts'][0]['kernels'] = [{'step_s': 0.004}, {'step_s': 0.002}]
+    assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.001, 0.004])
+    results.append(done(case(contexts=(2048,), session='02 B'), [0.020]))     # not profiled
+    row, = report.parts(results).rows
+    assert row[2:4] == ['15.000', '7.500'] and row[-1] == 'as a whole'
 
 
 def test_a_real_session_that_takes_too_long_is_ended(tmp_path, said):
@@ -570,7 +627,8 @@ def test_targets_are_judged():
 
 def test_the_papers_protocol_has_all_paths_and_its_figures():
     cases = suites.paper('qwen2.5-7b', [2048, 4096], EngineConfig(), steps=30)
-    assert [each.contexts for each in cases if each.label == suites.CAPTURED] == [(2048,), (4096,)]
+    assert [(each.contexts, each.kernels) for each in cases if each.label == suites.CAPTURED] == [
+        ((2048,), True), ((4096,), False)]
     results = [done(each, [0.010] * len(each.contexts), each.contexts) for each in cases[:-2]]
     results[0]['contexts'][0]['itl_p50_s'] = 0.015
     results += [{'case': each.to_dict(), 'status': 'unavailable', 'contexts': [],
@@ -586,6 +644,24 @@ def test_the_papers_protocol_has_all_paths_and_its_figures():
     assert 'GPTQ (ExLlamaV2): not installed: exllamav2' in four.notes
 
 
+def test_the_papers_pictures_tell_all_paths_apart(tmp_path, monkeypatch):
+    plots = pytest.importorskip('physai_decode.benchmark.plots')
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    cases = suites.paper('qwen2.5-7b', [2048, 4096], EngineConfig(), steps=30)
+    results = [done(each, [0.002 * 1.5**number] * len(each.contexts), each.contexts)
+               for number, each in enumerate(cases)]
+    for result in results:
+        result['footprint']['device'] = 'cuda:0'
+    results[0]['contexts'][0]['kernels'] = [{'step_s': 0.001}]
+    assert len({plots._COLOURS[i] for i in range(len({each.label for each in cases}))}) == 8
+    drawn = []
+    monkeypatch.setattr(pyplot, 'close', drawn.append)
+    assert len(plots.draw(results, tmp_path)) == 4
+    assert drawn[0].axes[0].get_yscale() == 'log'
+    rows = [label.get_text() for label in drawn[3].axes[0].get_yticklabels()]
+    assert rows[-2:] == ['transformers eager, 4,096 *', 'transformers eager, 2,048']
+
+
 def test_the_saving_realised_is_time_saved_over_traffic_saved():
     half = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
     four = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.007])
@@ -599,7 +675,8 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
 
 @pytest.mark.parametrize(('arguments', 'wrong'), [
     (['--contexts', '20'], '--contexts 20'), (['--engines', 'nativ'], 'engine.name'),
-    (['--quantization', 'gptq'], 'is for --synthetic'), (['--paper'], 'need --synthetic'),
+    (['--quantization', 'gptq'], 'is for --synthetic'),
+    (['--paper', '--model', 'x'], 'for --synthetic SHAPE, not for --model'),
     (['--model', 'x', '--synthetic', 'tiny'], 'exclude each other'),
     (['--ab', 'native', 'native'], 'two different engines'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])

@@ -11,7 +11,7 @@ from physai_decode.benchmark import report
 from physai_decode.benchmark.runner import Result
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart
-_COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F')
+_COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F', '#8B4513')
 _PARTS = (('floor', '#009E73'), ('kernels beyond the floor', '#E69F00'), ('host gap', '#D55E00'))
 
 
@@ -44,16 +44,8 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
 
 def _by_context(results, name):
     """Give {context: cells of that label}, contexts in order."""
-    found: dict[int, list] = {}
-    for result, cell in report.cells(results):
-        if report.label(result) == name:
-            found.setdefault(cell['context'], []).append(cell)
-    return dict(sorted(found.items()))
-
-
-def _mean(values):
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return {context: found for (label, context), found in sorted(report.grouped(results).items())
+            if label == name}
 
 
 def _device(results):
@@ -69,28 +61,42 @@ def _context_axis(axes, contexts):
         axes.set_xlim(contexts[0] / 1.5, contexts[0] * 1.5)
 
 
+def _log_scale(axes, axis):
+    """Give an axis of milliseconds a logarithmic scale with plain numbers."""
+    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import StrMethodFormatter
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)('log')
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _step_time(pyplot, results, colours):
     """Draw step time against context, and each kind of weights' floor below it."""
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    contexts, top = set(), 0.0
+    contexts, shown = set(), []
     drawn: dict[str, dict[int, float]] = {}
     for name, colour in colours.items():
         by_context = _by_context(results, name)
         contexts |= set(by_context)
-        times = [1e3 * _mean(c['itl_p50_s'] for c in found) for found in by_context.values()]
+        times = [1e3 * report.mean(c['itl_p50_s'] for c in found) for found in by_context.values()]
         axes.plot(list(by_context), times, 'o-', color=colour, label=name)
-        top = max(top, *times)
+        shown += times
     for result, cell in report.cells(results):
         if cell['floor_read_s'] is not None:
             key = report.weights(result['footprint'])
             drawn.setdefault(key, {})[cell['context']] = 1e3 * cell['floor_read_s']
-    styles = ('--', ':', '-.', (0, (1, 1)), (0, (5, 5)))
-    for (key, points), style in zip(drawn.items(), styles, strict=False):
+    for (key, points), style in zip(drawn.items(), ('_--', 'x:', '+-.', '1--'), strict=False):
         points = dict(sorted(points.items()))
-        axes.plot(list(points), list(points.values()), linestyle=style, color='black',
-                  marker='_', markersize=12, label=f'floor (read), {key}')
+        axes.plot(list(points), list(points.values()), style, color='black', markersize=10,
+                  label=f'floor (read), {key}')
+        shown += points.values()
     _context_axis(axes, sorted(contexts))
-    axes.set_ylim(0, top * 1.08)
+    if max(shown) > 8 * min(shown):
+        _log_scale(axes, axes.yaxis)
+    else:
+        axes.set_ylim(0, max(shown) * 1.08)
     axes.set_ylabel('time of one step, median [ms]')
     axes.set_title(f'Step time against context, batch 1, {_device(results)}')
     axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -99,8 +105,8 @@ def _step_time(pyplot, results, colours):
 
 def _floor_fraction(pyplot, results, colours):
     """Draw how near each engine comes to the floor, in both conventions."""
-    rows = [(f'{name}, {context:,}', colour, _mean(c['r_read'] for c in found),
-             _mean(c['r_checkpoint'] for c in found))
+    rows = [(f'{name}, {context:,}', colour, report.mean(c['r_read'] for c in found),
+             report.mean(c['r_checkpoint'] for c in found))
             for name, colour in colours.items()
             for context, found in _by_context(results, name).items()]
     rows = [row for row in rows if row[2] is not None]
@@ -110,13 +116,14 @@ def _floor_fraction(pyplot, results, colours):
     for place, (_, colour, read, checkpoint) in enumerate(reversed(rows)):
         axes.barh(place, read, height=0.62, color=colour)
         axes.plot([checkpoint], [place], 'D', color='black', markersize=5)
-        axes.annotate(f'{read:.3f}, {checkpoint:.3f}', (max(read, checkpoint), place),
-                      xytext=(8, 0), textcoords='offset points', va='center', fontsize=9)
+        axes.annotate(f'{read:.3f}, {checkpoint:.3f}', (1, place), fontsize=9, va='center',
+                      xycoords=('axes fraction', 'data'), xytext=(6, 0),
+                      textcoords='offset points')
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.axvline(1, color='black', linewidth=1)
     axes.annotate('limit', (1, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3),
                   textcoords='offset points', ha='center', fontsize=9)
-    axes.set_xlim(0, max(1.08, 1.12 * max(max(row[2], row[3]) for row in rows)))
+    axes.set_xlim(0, 1.04 * max(1, *(max(row[2:]) for row in rows)))
     axes.set_xlabel('floor / step time [1]: bar and first figure = bytes really read,\n'
                     'diamond and second = checkpoint')
     axes.set_title(f'Fraction of the floor by engine and context, {_device(results)}', pad=18)
@@ -139,13 +146,7 @@ def _latencies(pyplot, results, colours):
                   label=f'{name} ({len(times)} tokens)')
         low, high = min(low, times[0]), max(high, times[-1])
     if high > 4 * low:
-        from matplotlib.ticker import LogLocator
-        from matplotlib.ticker import NullFormatter
-        from matplotlib.ticker import StrMethodFormatter
-        axes.set_xscale('log')
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_scale(axes, axes.xaxis)
     for share in (50, 99):
         axes.axhline(share, color='gray', linewidth=0.8, linestyle='--')
         axes.annotate(f'p{share}', (1, share), xycoords=('axes fraction', 'data'),
@@ -160,13 +161,16 @@ def _latencies(pyplot, results, colours):
 
 def _where(pyplot, results, colours):
     """Draw floor, kernels beyond it and host gap of each engine's step."""
-    rows = []
+    rows, starred = [], False
+    cuda = report.cells(results)[0][0]['footprint']['device'].startswith('cuda')
     for name in colours:
         for context, found in _by_context(results, name).items():
-            parts = [_mean(values) for values in zip(
-                *(report.split(cell) for cell in found), strict=True)]
+            parts = report.split(found)
             if None not in parts:
-                rows.append((f'{name}, {context:,}', [1e3 * max(0.0, part) for part in parts]))
+                star = ' *' if cuda and not report.profiled(found) else ''
+                starred = starred or bool(star)
+                rows.append((f'{name}, {context:,}{star}',
+                             [1e3 * max(0.0, part) for part in parts]))
     if not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.42 * len(rows)))
@@ -175,11 +179,13 @@ def _where(pyplot, results, colours):
         for part, (_, colour) in zip(parts, _PARTS, strict=True):
             axes.barh(place, part, left=left, height=0.62, color=colour)
             left += part
-        axes.annotate(f'{left:.2f} ms', (left, place), xytext=(5, 0),
+        told = ' + '.join(f'{part:.2f}' for part in parts)
+        axes.annotate(f'{told} = {left:.2f}', (left, place), xytext=(5, 0),
                       textcoords='offset points', va='center', fontsize=9)
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
-    axes.set_xlim(0, 1.14 * max(sum(row[1]) for row in rows))
-    axes.set_xlabel('time of one step [ms]')
+    axes.set_xlim(0, 1.5 * max(sum(row[1]) for row in rows))
+    axes.set_xlabel('time of one step [ms]' + (
+        '\n* kernels timed as a whole, with the pauses between them' if starred else ''))
     axes.set_title(f"Where a step's time goes, by engine and context, {_device(results)}")
     axes.grid(axis='y', visible=False)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for _, colour in _PARTS]

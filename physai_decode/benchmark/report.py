@@ -6,10 +6,12 @@ weights at their stored size, as arXiv 2605.30571 counts them.
 """
 
 import base64
+from collections.abc import Iterable
 from collections.abc import Sequence
 from html import escape
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from physai_decode.benchmark.compare import compare
@@ -38,6 +40,20 @@ def find(results: Sequence[Result], name: str, context: int) -> dict[str, Any] |
     """Give the first measured cell of a label at a context."""
     return next((cell for result, cell in cells(results)
                  if label(result) == name and cell['context'] == context), None)
+
+
+def grouped(results: Sequence[Result]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Give the measured cells of each (label, context), those of repeated sessions together."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result, cell in cells(results):
+        found.setdefault((label(result), cell['context']), []).append(cell)
+    return found
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Give the mean of those that are known, None where none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def same_peak(results: Sequence[Result]) -> None:
@@ -91,7 +107,9 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                 table.notes.append(f'{label(result)}: no kernel table: {cell["kernels_error"]}')
         if result['status'] != 'done':
             rest = [''] * (len(table.columns) - len(lead) - 2)
-            table.rows.append([*lead, '', result['status'], *rest])
+            told = {cell['context'] for cell in result['contexts']}
+            table.rows += [[*lead, str(context), result['status'], *rest]
+                           for context in result['case']['contexts'] if context not in told]
             table.notes.append(f'{" ".join(filter(None, lead))}: {result["error"]}')
     table.notes.append("growth: the step against the same engine's at its first context. Times "
                        'are of one token to the next as a reader of the stream sees them, after '
@@ -121,26 +139,61 @@ def floors(results: Sequence[Result]) -> Table:
 
 
 def parts(results: Sequence[Result]) -> Table:
-    """Show where a step's time goes: the floor, the rest of the device's time, the host."""
+    """Show where a step's time goes: the floor, the rest of the kernels' time, the host gap."""
     table = Table("Where a step's time goes", [
-        'engine', 'context', 'step ms', 'floor (read)', '%', 'device - floor', '%',
-        'host gap', '%'], notes=[
-            'device - floor: what the kernels take beyond the floor; host gap: what launching, '
-            "host work and waiting add to the device's time. Medians of each, so the sum may "
-            'differ from the step by a little.'])
-    for result, cell in cells(results):
-        told = [str(cell['context']), ms(cell['itl_p50_s'])]
-        for value in split(cell):
-            told += [ms(value), number(value and 100 * value / cell['itl_p50_s'], 1)]
-        table.rows.append([label(result), *told])
+        'engine', 'context', 'step ms', 'floor (read)', '%', 'kernels - floor', '%',
+        'host gap', '%', 'kernels timed'], notes=[
+            'kernels - floor: what the kernels take beyond the floor; host gap: the rest of the '
+            'step, in which no kernel runs: launching, host work and waiting, and in a captured '
+            'step the pauses between kernels. One by one: by the profiler (--kernels), over 20 '
+            'steps. As a whole: from the first kernel of a step to the end of the last, so that '
+            'the pauses count as kernels, most of which can be the host at work where it '
+            'launches each of them. Medians of each, so the sum may differ from the step by a '
+            'little.'])
+    for (name, context), found in grouped(results).items():
+        step = fmean(cell['itl_p50_s'] for cell in found)
+        told = [name, str(context), ms(step)]
+        for value in split(found):
+            told += [ms(value), number(value and 100 * value / step, 1)]
+        table.rows.append([*told, 'one by one' if profiled(found) else 'as a whole'])
     return table
 
 
-def split(cell: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """Give (floor, device beyond the floor, host gap) of a cell, in seconds, None if unknown."""
-    floor, device = cell['floor_read_s'], cell['device_p50_s']
-    beyond = device - floor if floor is not None and device is not None else None
-    return floor, beyond, cell['host_gap_p50_s']
+def profiled(found: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether all of these cells have their kernels' own times."""
+    return all(cell.get('kernels') for cell in found)
+
+
+def split(found: Sequence[dict[str, Any]]) -> list[float | None]:
+    """
+    Give [floor, kernels beyond the floor, host gap] of one (label, context), means in seconds.
+
+    A step that the host launches kernel by kernel waits for it between them, and device events
+    count that as the device's time: only the kernels' own times show it.
+    """
+    told = []
+    for cell in found:
+        floor, busy, gap = cell['floor_read_s'], cell['device_p50_s'], cell['host_gap_p50_s']
+        if profiled(found):
+            busy = sum(row['step_s'] for row in cell['kernels'])
+            gap = cell['itl_p50_s'] - busy
+        told.append((floor, None if None in (floor, busy) else busy - floor, gap))
+    return [mean(values) for values in zip(*told, strict=True)]
+
+
+def sessions(results: Sequence[Result]) -> Table:
+    """Tell which sessions were lost and what became of them, and which are of an earlier run."""
+    table = Table('Sessions lost and resumed', ['session', 'what happened', 'then'])
+    for result in results:
+        name = f'{result["case"]["session"]} {label(result)}'.strip()
+        again = f'run again {result.get("date", "")}: {result["status"]}'
+        table.rows += [[name, how, again] for how in result.get('lost', [])]
+        if result['status'] == 'died':
+            table.rows.append([name, result['error'], 'missing; the same command runs it again'])
+    if kept := [result['date'] for result in results if result.get('kept')]:
+        table.rows.append([f'{len(kept)} of {len(results)}',
+                           f'measured by an earlier run, {min(kept)} to {max(kept)}', 'kept'])
+    return table
 
 
 def startup(results: Sequence[Result]) -> Table:

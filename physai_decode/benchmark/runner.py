@@ -2,7 +2,8 @@
 Run cases one after another, each in a fresh process, and keep what each one gave in a file.
 
 A result that is already in the folder is not measured again, so a run that was broken off goes on
-where it stopped; a session that died is tried again by the next run.
+where it stopped; a session that died, or that was broken off with its run, is tried again by the
+next run, and its result keeps how it was lost.
 """
 
 from collections.abc import Callable
@@ -54,15 +55,19 @@ class Runner:
         return results
 
     def _one(self, case):
-        path = self.sessions / f'{case.key()}.json'
+        path, lost = self.sessions / f'{case.key()}.json', []
         if path.is_file():
             kept = json.loads(path.read_text())
             if kept['status'] == 'done':
                 self.progress(f'  already measured: {path.name}')
-                return kept
-        result = self._measure(case, path)
-        result['case'] = case.to_dict()
-        path.write_text(json.dumps(result))
+                return {**kept, 'kept': True}
+            lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')
+        elif path.with_suffix('.case').is_file():
+            lost = ['the session was broken off with its run']
+        result = {**self._measure(case, path), 'case': case.to_dict(), 'lost': lost}
+        part = path.with_suffix('.part')
+        part.write_text(json.dumps(result))
+        part.replace(path)                      # whole or not at all
         return result
 
     def _measure(self, case, path):
