@@ -292,8 +292,8 @@ def _once(watcher, executor, stop, timeout_s):
         if left_s <= 0:
             names = ' '.join(watcher.names())
             raise WatchError(
-                f'{watcher.target or "no node"} was not heard on /diagnostics within '
-                f'{timeout_s:g} s' + (f'; there is {names}' if names else ''))
+                f'{f"{watcher.target} was not" if named else "no node was"} heard on /diagnostics '
+                f'within {timeout_s:g} s' + (f'; there is {names}' if names else ''))
         _spin(executor, stop, min(0.05, left_s))
     names = watcher.names()
     if not named and len(names) > 1:

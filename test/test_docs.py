@@ -50,6 +50,28 @@ def test_floors(tmp_path):
         assert [f'{1e3 * floor_s:.2f}' for floor_s in floors] == told, machine
 
 
+PAPERS = {'14.828', '11.776', '1.259', '1.253', '1.267', '1.028'}
+
+
+def test_each_statement_of_the_tuning_guide_is_marked():
+    """It says of each whether it was measured, and by whom, or derived."""
+    told = (ROOT / 'docs' / 'tuning.md').read_text()
+    points = re.findall(r'^- (?:.+\n(?!- |\n))*.+', told, re.MULTILINE)
+    assert len(points) > 15
+    for point in points:
+        assert re.search(
+            r'\*(Measured by the paper|Measured\s+here|[Dd]erived)\.?\*', point), point
+
+
+def test_measured_figures():
+    """Times to the microsecond and ratios to a thousandth are the report's, or the paper's."""
+    report = (ROOT / 'docs' / 'h200' / 'report.md').read_text()
+    told = re.findall(r'(?<![\d.,])\d+\.\d{3}(?![\d,])', (ROOT / 'docs' / 'tuning.md').read_text())
+    assert told
+    for figure in told:
+        assert figure in PAPERS or f' {figure} ' in report, figure
+
+
 @pytest.mark.parametrize(('machine', 'name'), [
     ('H200', 'NVIDIA H200'), ('H100 SXM', 'NVIDIA H100 80GB HBM3'), ('L40S', 'NVIDIA L40S'),
     ('L4', 'NVIDIA L4'), ('Jetson Thor', 'NVIDIA Jetson AGX Thor'),
