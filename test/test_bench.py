@@ -146,10 +146,10 @@ def test_a_context_too_short_for_the_steps_is_an_error():
 
 # --- a session ----------------------------------------------------------------------------------
 
-def run_session(monkeypatch, build, of):
+def run_session(monkeypatch, build, of, keep=lambda result: None):
     monkeypatch.setattr('physai_decode.engines.build', build)
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e9)
-    return session.run(of, 0.0, lambda message: None)
+    return session.run(of, 0.0, lambda message: None, keep)
 
 
 def test_a_session_says_all_that_the_report_needs(monkeypatch):
@@ -187,8 +187,12 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
     monkeypatch.setattr(machine, 'memory', lambda footprint: {})
     monkeypatch.setattr(kernels, 'prepare', lambda: built.append('profiler'))
     monkeypatch.setattr(kernels, 'profile', lambda engine, prompt, steps: [row])
-    result = run_session(monkeypatch, build, case(kernels=True))
+    kept = []
+    result = run_session(monkeypatch, build, case(kernels=True),
+                         lambda result: kept.append(json.dumps(result)))
     assert [cell['kernels'] for cell in result['contexts']] == [[row], [row]]
+    assert [cell['itl_p50_s'] > 0 for cell in json.loads(kept[0])['contexts']] == [True, True]
+    assert 'kernels' not in json.loads(kept[0])['contexts'][0]
     assert [type(each) for each in built] == [FakeEngine, str, FakeEngine]
     assert built[0].closed and built[2].closed
 
@@ -197,7 +201,7 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
     monkeypatch.setattr(kernels, 'prepare', denied)
     result = run_session(monkeypatch, build, case(kernels=True))
     assert result['contexts'][0]['itl_p50_s'] > 0
-    assert 'no kernel table: CUPTI_ERROR' in report.steps([result]).text()
+    assert 'no kernel table: RuntimeError: CUPTI_ERROR' in report.steps([result]).text()
 
 
 def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
@@ -570,6 +574,19 @@ def test_the_host_gap_is_the_time_without_a_kernel():
     results.append(done(case(contexts=(2048,), session='02 B'), [0.020]))     # not profiled
     row, = report.parts(results).rows
     assert row[2:4] == ['15.000', '7.500'] and row[-1] == 'as a whole'
+
+
+def test_a_session_that_dies_while_it_times_kernels_keeps_what_it_measured(runner, monkeypatch):
+    def process(self, case_path, result_path, log_path, timeout_s):
+        log_path.write_text('')
+        of = Case.from_dict(json.loads(case_path.read_text()))
+        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        return 'was ended after 600 s'
+    monkeypatch.setattr(Runner, '_process', process)
+    result, = runner.run([case('one')])
+    assert result['status'] == 'done'
+    assert 'one: no kernel table: the session was ended after 600 s' in report.steps(
+        [result]).text()
 
 
 def test_a_real_session_that_takes_too_long_is_ended(tmp_path, said):

@@ -111,7 +111,9 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
             table.rows += [[*lead, str(context), result['status'], *rest]
                            for context in result['case']['contexts'] if context not in told]
             table.notes.append(f'{" ".join(filter(None, lead))}: {result["error"]}')
-    table.notes.append("growth: the step against the same engine's at its first context. Times "
+    table.notes.append('device: between two events, around the step; where the host launches each '
+                       'kernel its work is in it. '
+                       "growth: the step against the same engine's at its first context. Times "
                        'are of one token to the next as a reader of the stream sees them, after '
                        'warm-up.')
     return table

@@ -36,11 +36,14 @@ from physai_decode.timing import percentile
 KERNEL_STEPS = 20
 
 
-def run(case: Case, started_s: float, progress=print) -> dict[str, Any]:
+def run(case: Case, started_s: float, progress=print,
+        keep=lambda result: None) -> dict[str, Any]:
     """
     Build the case's engine, measure every context, and close it.
 
     :param started_s: when the process began, by ``time.monotonic``.
+    :param keep: gets the result before the kernels are timed, so that it outlives a profiler that
+        takes the process with it.
     :return: what the report is made of; ``status`` is ``done``, or ``unavailable`` with ``error``.
     """
     notes: list[tuple[float, str]] = []
@@ -72,6 +75,7 @@ def run(case: Case, started_s: float, progress=print) -> dict[str, Any]:
     finally:
         engine.close()
     if case.kernels and footprint.device.startswith('cuda'):
+        keep(result)
         note('kernel by kernel')
         _profile(case, [cell for cell in cells if 'error' not in cell], note)
     return result
@@ -154,8 +158,8 @@ def _profile(case, cells, note):
                 cell['kernels'] = kernels.profile(engine, prompt, KERNEL_STEPS)
         finally:
             engine.close()
-    except RuntimeError as error:                   # no CUPTI, or not allowed to use it
-        cells[0]['kernels_error'] = str(error)
+    except Exception as error:          # no CUPTI, not allowed to use it, a trace cut short, ...
+        cells[0]['kernels_error'] = f'{type(error).__name__}: {error}'
 
 
 def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -> dict[str, Any]:
@@ -230,10 +234,13 @@ def main() -> int:
     case_path, result_path = map(Path, sys.argv[1:3])
     started_s = time.monotonic()
     case = Case.from_dict(json.loads(case_path.read_text()))
-    result = run(case, started_s, lambda message: print(message, flush=True))
-    part = result_path.with_suffix('.part')
-    part.write_text(json.dumps(result, default=str))
-    part.replace(result_path)
+
+    def keep(result):
+        part = result_path.with_suffix('.part')
+        part.write_text(json.dumps(result, default=str))
+        part.replace(result_path)
+
+    keep(run(case, started_s, lambda message: print(message, flush=True), keep))
     return 0
 
 
