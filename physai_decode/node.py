@@ -1,9 +1,9 @@
 """
 The lifecycle node: it owns the worker and turns ROS calls into calls on it.
 
-Two threads serve its callbacks: one may be in a transition that loads a model, the other then goes
-on with prompts, services, parameters and `/diagnostics`. Tokens pass by neither: the worker's
-thread publishes them. It knows nothing of models or text.
+Three threads serve its callbacks: one may be in a transition that loads a model, one may wait for
+a measurement, and the third then goes on with prompts, services, parameters and `/diagnostics`.
+Tokens pass by them all: the worker's thread publishes them. It knows nothing of models or text.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,14 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState
 from physai_decode import checkpoint
 from physai_decode import engines
+from physai_decode import gap
 from physai_decode import messages
 from physai_decode import parameters
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
@@ -35,9 +37,11 @@ from physai_decode.text import Text
 from physai_decode.text import TextError
 from physai_decode.timing import RequestReport
 from physai_decode.topics import Topics
+from physai_decode.worker import Busy
 from physai_decode.worker import Worker
 from rcl_interfaces.msg import SetParametersResult
 import rclpy
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock
 from rclpy.clock import ClockType
@@ -54,6 +58,7 @@ from std_srvs.srv import Trigger
 
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
 EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
+GAP_TIMEOUT_S = 60.0            # a measurement that takes longer is given up
 EXIT_LIMIT_S = 1.8        # from a signal to the end of the process, whatever hangs
 NO_PEAK = Peak(None, 'unknown')
 
@@ -124,7 +129,9 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self.create_subscription(String, '~/prompt', self._on_prompt, QoSProfile(depth=10))
         self.create_service(Trigger, '~/cancel', self._on_cancel)
         self.create_service(Trigger, '~/reset', self._on_reset)
-        self.create_service(Trigger, '~/measure_gap', self._on_measure_gap)
+        # It waits for the worker; all else goes on meanwhile.
+        self.create_service(Trigger, '~/measure_gap', self._on_measure_gap,
+                            callback_group=MutuallyExclusiveCallbackGroup())
         self._unknown = parameters.unknown(self)
         for unknown in self._unknown:
             self.get_logger().warning(parameters.unknown_text(unknown))
@@ -154,7 +161,7 @@ class DecodeNode(LifecycleNodeMixin, Node):
         super().destroy_node()
         self._state_machine.destroy_when_not_in_use()   # which holds the node
 
-    # Transitions. They run in one thread at a time, and `/diagnostics` in the other.
+    # Transitions. They run in one thread at a time, and `/diagnostics` in another.
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model, warm it up and find the floor; a failure leaves nothing allocated."""
@@ -280,7 +287,7 @@ class DecodeNode(LifecycleNodeMixin, Node):
         if loaded is not None:
             loaded.engine.close()
 
-    # What others ask; none of it waits for the model
+    # What others ask; only measure_gap waits for the model
 
     def _on_prompt(self, message):
         received_s = time.monotonic()
@@ -314,11 +321,20 @@ class DecodeNode(LifecycleNodeMixin, Node):
         return response
 
     def _on_measure_gap(self, request, response):
-        response.success = False
-        response.message = (
-            'the running node can not measure its gap yet; beside it, "decode_bench --model '
-            f'{self._config.model.path} --engines native native:cuda_graph=false" does, and needs '
-            'a CUDA device')
+        loaded, worker = self._loaded, self._worker
+        try:
+            if worker is None or worker.occupied:
+                raise Busy(self._why_not() if worker is None else worker.occupied)
+            with gap.rival(loaded.engine, self._config, self.get_logger().info) as other:
+                response.message = str(worker.run(
+                    lambda engine, go_on: gap.measure(engine, other, loaded.peak, go_on),
+                    GAP_TIMEOUT_S))
+            response.success = True
+        except (Busy, EngineError) as error:
+            response.message = f'not measured: {error}'
+        except Exception as error:      # the device's memory is full, for one
+            response.message = f'not measured: {type(error).__name__}: {first_line(error)}'
+        self.get_logger().info(f'the gap: {response.message}')
         return response
 
     def set_parameters(self, parameter_list: list[Parameter]) -> list[SetParametersResult]:
@@ -448,7 +464,7 @@ def main(args: list[str] | None = None, load=load) -> int:
         rclpy.logging.get_logger('decode').fatal(str(error))
         rclpy.shutdown()
         return 1
-    executor = MultiThreadedExecutor(num_threads=2)
+    executor = MultiThreadedExecutor(num_threads=3)
     executor.add_node(node)
     thread = threading.Thread(target=spin, args=(executor, stop), name='executor')
     thread.start()

@@ -10,20 +10,25 @@ from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterator
 from collections.abc import Sequence
+from concurrent import futures
 from contextlib import closing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 import gc
 import threading
 import time
+from typing import Any
 from typing import cast
 from typing import Protocol
+from typing import TypeVar
 
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
 from physai_decode.engine import Step
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
@@ -33,6 +38,10 @@ from physai_decode.timing import RequestRecorder
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
+
+Result = TypeVar('Result')
+# A task gets the engine, and what to call after each step.
+Work = Callable[[Engine, Callable[[], None]], Result]
 
 
 class Sink(Protocol):
@@ -104,6 +113,19 @@ class _Request:
     finished: bool = False          # its end was reported, or is about to be
 
 
+@dataclass
+class _Task:
+    """What is run on the engine between two requests."""
+
+    work: Work[Any]
+    outcome: 'futures.Future[Any]' = field(default_factory=futures.Future)
+    end_message: str = ''           # why it is to end early; guarded by the worker's lock
+
+
+class Busy(RuntimeError):
+    """The engine is not free for a task; the message says why."""
+
+
 class _Refused(Exception):
     """A prompt that the model can't take; the message says why."""
 
@@ -113,7 +135,7 @@ class Worker:
     One engine, one thread, one queue.
 
     All methods and properties may be used from any thread, and none of them waits for the engine
-    but ``stop``.
+    but ``run`` and ``stop``.
     """
 
     def __init__(self, engine: Engine, text: TextCoder, config: DecodeConfig, sink: Sink,
@@ -146,7 +168,8 @@ class Worker:
         self._accepting = False
         self._queue: deque[_Request] = deque()
         self._running: _Request | None = None
-        self._sign_of_life_s = 0.0      # the running request's taking, or its last step
+        self._task: _Task | None = None     # waits for the thread, or is run by it
+        self._sign_of_life_s = 0.0      # what runs: when it was taken, or its last step
         self._history: list[tuple[str, str]] = []
         self._conversation = 0          # counts the resets: a turn of an older one is not kept
         self._last_token_s: float | None = None
@@ -221,6 +244,35 @@ class Worker:
             self._conversation += 1
         return f'forgot {turns} turn{"" if turns == 1 else "s"}'
 
+    def run(self, work: Work[Result], timeout_s: float) -> Result:
+        """
+        Run a task on the engine in the worker's thread, where nothing runs or waits.
+
+        Prompts that come meanwhile wait for their turn. The state is generating as long, or
+        stalled; nothing of it is recorded.
+
+        :param work: gets the engine, and a function to call after each step: a sign of life, which
+            raises where the task is to end.
+        :raises Busy: the engine is not free, or ``stop`` was called.
+        :raises EngineError: the task did not end in time. It ends with its next step then.
+        :return: what the task gives; what it raises is raised here.
+        """
+        task = _Task(work)
+        with self._wake:
+            if self.occupied:
+                raise Busy(self.occupied)
+            self._task = task
+            self._sign_of_life_s = self._clock()
+            self._wake.notify()
+        if not futures.wait([task.outcome], timeout_s).done:
+            with self._wake:
+                task.end_message = f'the engine did not come back within {timeout_s:g} s'
+            raise EngineError(task.end_message)
+        try:
+            return cast(Result, task.outcome.result())
+        finally:
+            del task                # else an error keeps itself, and what it holds of the device
+
     def stop(self, timeout_s: float) -> bool:
         """
         Cancel everything, refuse what comes, and wait for the thread to end.
@@ -232,6 +284,8 @@ class Worker:
         with self._wake:
             self._accepting = False
             removed = self._end_all('cancelled', 'the node stops answering', self._clock())
+            if self._task is not None:
+                self._task.end_message = 'the node stops answering'
             self._wake.notify()
         self._report_removed(removed)
         if self._thread is None:
@@ -266,13 +320,26 @@ class Worker:
         Tell the state: idle, generating, stalled or failed.
 
         Stalled: no token, nor a piece of a prompt, for ``diagnostics.stall_timeout_s``. Failed:
-        the last request ended with an error, and none runs.
+        the last request ended with an error, and none runs. A task of ``run`` is like a request.
         """
         with self._wake:
-            if self._running is None:
+            if self._running is None and self._task is None:
                 return 'failed' if self._failed else 'idle'
             silent_s = self._clock() - self._sign_of_life_s
             return 'stalled' if silent_s > self._stall_timeout_s else 'generating'
+
+    @property
+    def occupied(self) -> str:
+        """Say why no task can be run now; empty where one can."""
+        with self._wake:
+            if not self._accepting:
+                return 'the node is not active: activate it first'
+            if self._running is not None:
+                return (f'request {self._running.id} is {self.state}: call again when it has '
+                        'ended')
+            if self._task is not None or self._queue:
+                return 'the engine is about to be used: call again later'
+            return ''
 
     @property
     def last_error(self) -> str:
@@ -338,14 +405,19 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._queue and self._accepting:
+                while not self._queue and self._task is None and self._accepting:
                     self._wake.wait()
-                if not self._queue:
-                    return
-                request = self._queue.popleft()
-                self._running = request
                 self._sign_of_life_s = self._clock()
+                task = self._task
+                if task is None:
+                    if not self._queue:
+                        return
+                    request = self._queue.popleft()
+                    self._running = request
             with _COLLECTOR.paused(full=lambda: not self._queue):
+                if task is not None:
+                    self._perform(task)
+                    continue
                 try:
                     _Answer(self, request).give()
                 except Exception as error:
@@ -354,6 +426,26 @@ class Worker:
                     self._fail(_said(error))
                 with self._wake:
                     self._running = None
+
+    def _perform(self, task: _Task) -> None:
+        """Run a task; all that it raises is its caller's."""
+        def go_on() -> None:
+            with self._wake:
+                self._sign_of_life_s = self._clock()
+                if task.end_message:
+                    raise Busy(task.end_message)
+
+        try:
+            try:
+                go_on()
+                result = task.work(self._engine, go_on)
+            finally:
+                with self._wake:
+                    self._task = None
+        except BaseException as error:
+            task.outcome.set_exception(error)
+        else:
+            task.outcome.set_result(result)
 
     def _fail(self, message: str) -> None:
         with self._wake:

@@ -137,7 +137,7 @@ class Rig:
                 ('change_state', ChangeState), ('get_state', GetState), ('cancel', Trigger),
                 ('reset', Trigger), ('measure_gap', Trigger), ('set_parameters', SetParameters),
                 ('set_parameters_atomically', SetParametersAtomically))}
-        self.executors = [MultiThreadedExecutor(num_threads=2), SingleThreadedExecutor()]
+        self.executors = [MultiThreadedExecutor(num_threads=3), SingleThreadedExecutor()]
         self.threads = []
         for executor, node in zip(self.executors, (self.node, self.probe), strict=True):
             executor.add_node(node)

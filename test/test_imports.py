@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode'
-CORE = ('config', 'engine', 'checkpoint', 'roofline', 'timing', 'text', 'worker', 'engines')
+CORE = ('config', 'engine', 'checkpoint', 'roofline', 'timing', 'text', 'worker', 'gap', 'engines')
 ROS = ('parameters.py', 'messages.py', 'topics.py', 'node.py', 'ask.py', 'watch.py')
 ROS_LIBRARIES = {
     'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'rcl_interfaces', 'rclpy',

@@ -1,14 +1,24 @@
 """The node from outside: lifecycle, topics, services, diagnostics, bad input, bad engines."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 import gc
+import threading
 
 from node_rig import CONTEXT
+from node_rig import EchoEngine
+from node_rig import Letters
+from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode import messages
 from physai_decode.config import ConfigError
+from physai_decode.gap import TOKENS
+from physai_decode.node import Loaded
+from physai_decode.roofline import Peak
 import pytest
 import rclpy
 from rosgraph_msgs.msg import Clock
+from std_srvs.srv import Trigger
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -183,7 +193,119 @@ def test_cancel_and_reset(rig):
     assert 'forgot 0 turns' in rig.trigger('reset').message
     assert rig.change('deactivate')
     assert rig.trigger('cancel').message == 'nothing running'
-    assert not rig.trigger('measure_gap').success
+
+
+class TwoWays(EchoEngine):
+    """Has a graph; without it, it goes on when it is told to."""
+
+    cached_ids = (ord('a'),)
+    fails = False
+
+    def __init__(self):
+        super().__init__()
+        self.footprint = replace(self.footprint, cuda_graph='captured')
+        self.begun = threading.Event()
+        self.go = threading.Event()
+
+    @contextmanager
+    def trial(self, captured=None):
+        """Wait where the graph is not wanted."""
+        if not captured:
+            self.begun.set()
+            assert self.go.wait(PATIENCE_S)
+        if self.fails:
+            raise MemoryError('the device is full\nsee there')
+        yield
+
+    def stream(self, prompt_ids, sampling):
+        """Answer the measurement, or a prompt."""
+        if sampling.max_new_tokens == TOKENS:
+            prompt_ids = TOKENS * [ord('x')]
+        return super().stream(prompt_ids, sampling)
+
+
+@pytest.fixture
+def measured(make):
+    """Give an active node whose step can be measured, and its engine."""
+    engine = TwoWays()
+    rig = make(load=lambda config, progress: Loaded(engine, Letters(), Peak(1e9, 'parameter')))
+    assert rig.change('configure', 'activate')
+    yield rig, engine
+    engine.go.set()
+
+
+def test_measure_gap_holds_nothing_up(measured):
+    """Prompts wait for it, services and diagnostics do not; it is in none of the figures."""
+    rig, engine = measured
+    rig.ask('hello')
+    answer = rig.clients['measure_gap'].call_async(Trigger.Request())
+    assert engine.begun.wait(PATIENCE_S)
+    assert rig.diagnostics('decode: engine')['state'] == 'generating'
+    assert rig.trigger('cancel').message == 'nothing running'
+    assert rig.set(sampling__top_k=5) == (True, '')
+    rig.ask_later('on')
+    rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
+    assert not answer.done()
+    engine.go.set()
+    answer = rig.result(answer)
+    assert answer.success, answer.message
+    assert 'captured is ' in answer.message and 'floor 1.0' in answer.message
+    rig.wait(lambda: len(rig.requests()) == 2)
+    assert rig.requests()[1]['finish_reason'] == 'stop'
+    rig.wait(lambda: rig.diagnostics('decode: latency')['count'] == '5')     # 4 and 1
+    told = rig.diagnostics('decode: engine')
+    assert (told['state'], told['requests'], told['tokens']) == ('idle', '2', '7')
+    rig.wait(lambda: len(rig.heard['tokens']) == 7)
+
+
+def test_measure_gap_is_refused_while_generating(measured):
+    """The reason is in the answer, and the request goes on."""
+    rig, engine = measured
+    rig.ask_later('a?b')
+    rig.wait(lambda: rig.heard['tokens'])
+    answer = rig.trigger('measure_gap')
+    assert not answer.success
+    assert 'request 1 is generating' in answer.message
+    engine.answer.set()
+    rig.wait(lambda: rig.requests())
+    assert rig.requests()[0]['finish_reason'] == 'stop'
+
+
+def test_deactivate_ends_a_measurement(measured):
+    """It does not wait for its end, and the node can be used again."""
+    rig, engine = measured
+    answer = rig.clients['measure_gap'].call_async(Trigger.Request())
+    assert engine.begun.wait(PATIENCE_S)
+    deactivated = rig.begin('deactivate')
+    rig.wait(lambda: rig.state() == 'deactivating')
+    engine.go.set()
+    answer = rig.result(answer)
+    assert not answer.success
+    assert 'stops answering' in answer.message
+    assert rig.result(deactivated).success
+    assert 'inactive: activate it' in rig.trigger('measure_gap').message
+    assert rig.change('activate')
+    assert rig.trigger('measure_gap').success
+
+
+def test_a_measurement_that_fails(measured):
+    """The reason is in the answer, in one line, and the node is not failed."""
+    rig, engine = measured
+    engine.fails = True
+    answer = rig.trigger('measure_gap')
+    assert not answer.success
+    assert answer.message == 'not measured: MemoryError: the device is full'
+    assert rig.diagnostics('decode: engine')['state'] == 'idle'
+    assert rig.ask('on')['finish_reason'] == 'stop'
+
+
+def test_measure_gap_of_an_engine_that_can_not(rig):
+    """The answer has the command that can; without a model, what to do first."""
+    answer = rig.trigger('measure_gap')
+    assert not answer.success
+    assert 'decode_bench --model builtin:tiny_planner --engines echo' in answer.message
+    assert rig.change('deactivate', 'cleanup')
+    assert 'configure and activate it first' in rig.trigger('measure_gap').message
 
 
 def test_the_time_of_a_stamp_is_the_node_s(make):

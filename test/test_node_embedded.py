@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 import shutil
 
 from node_rig import Rig
@@ -81,4 +82,30 @@ def test_the_whole_model_answers(rig):
     assert stats['finish_reason'] == 'stop'
     assert 0 < float(stats['r_floor_p50']) < 10
     assert rig.ask('please bring the red cup to the office')['cached_tokens'] not in ('0', 'n/a')
+    assert rig.change('deactivate', 'cleanup')
+
+
+def test_the_gap_of_the_embedded_model(rig):
+    """Native beside transformers; the next answer, its cached prefix and the counts stay."""
+    def answer():
+        count = len(rig.heard['response'])
+        stats = rig.ask('please bring the red cup to the kitchen')
+        rig.wait(lambda: len(rig.heard['response']) > count)
+        return rig.heard['response'][-1].data, stats['cached_tokens'], stats['output_tokens']
+
+    def counts():
+        told = rig.diagnostics('decode: engine')
+        return told['state'], told['requests'], told['tokens'], told['refusals']
+
+    assert rig.change('configure', 'activate')
+    answer()
+    expected = answer()
+    before = counts()
+    result = rig.trigger('measure_gap')
+    assert result.success, result.message
+    assert re.match(r'native [\d.]+ ms, transformers [\d.]+ ms a token: native is [\d.]+ times as '
+                    r'fast; floor [\d.]+ ms \(r_floor [\d.]+ and [\d.]+\); float32 on cpu, '
+                    r'context \d+ tokens, medians of 30 steps after 5$', result.message)
+    assert counts() == before
+    assert answer() == expected
     assert rig.change('deactivate', 'cleanup')

@@ -22,6 +22,7 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import Step
 from physai_decode.roofline import Peak
 from physai_decode.text import TextError
+from physai_decode.worker import Busy
 from physai_decode.worker import Worker
 import pytest
 
@@ -673,6 +674,161 @@ def test_nothing_is_lost_among_many(make):
     assert engine.open == 0
     assert not engine.closed
     assert worker.queue_depth == 0
+
+
+def test_a_task_runs_in_the_workers_thread(make):
+    engine = FakeEngine()
+    worker, sink = make(engine)
+    sink.end(worker.submit('say hello'))
+    before, last_s = worker.window(), worker.last_token_s
+
+    def work(given, go_on):
+        assert given is engine
+        assert worker.state == 'generating'
+        assert not gc.isenabled()
+        for _ in given.stream([1, 2], SamplingConfig()):
+            go_on()
+        return threading.current_thread().name
+
+    assert worker.run(work, TIMEOUT_S) == 'decode'
+    assert worker.state == 'idle'
+    assert (worker.requests, worker.refusals, worker.tokens) == (1, 0, 5)
+    assert (worker.last_error, worker.last_token_s) == ('', last_s)
+    assert worker.window() == before
+    assert len(sink.ends) == 1
+
+
+def test_a_task_waits_for_no_request(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ab'))),
+                        diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
+    request_id = worker.submit('go')
+    assert gate.waiting.wait(TIMEOUT_S)
+    wait_for(lambda: worker.state == 'stalled')
+    with pytest.raises(Busy, match='request 1 is stalled'):
+        worker.run(lambda engine, go_on: None, TIMEOUT_S)
+    gate.open(3)
+    assert sink.end(request_id)[1] == 'ab'
+    assert worker.run(lambda engine, go_on: 7, TIMEOUT_S) == 7
+
+
+@pytest.mark.parametrize('start', [False, True])
+def test_a_task_needs_a_worker_that_runs(make, start):
+    worker, _ = make(start=start)
+    assert worker.stop(TIMEOUT_S)
+    with pytest.raises(Busy, match='not active'):
+        worker.run(lambda engine, go_on: None, TIMEOUT_S)
+
+
+class Task:
+    """A task in a thread of its own, that goes on when it is told to."""
+
+    def __init__(self, worker, timeout_s=TIMEOUT_S):
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.outcome = None
+        self._worker, self._timeout_s = worker, timeout_s
+        self._thread = threading.Thread(target=self._call)
+        self._thread.start()
+        assert self.begun.wait(TIMEOUT_S)
+
+    def _call(self):
+        try:
+            self.outcome = self._worker.run(self._work, self._timeout_s)
+        except Exception as error:
+            self.outcome = error
+
+    def _work(self, engine, go_on):
+        go_on()
+        self.begun.set()
+        assert self.go.wait(TIMEOUT_S)
+        go_on()
+        return 'done'
+
+    def end(self):
+        """Give what it gave, or raised."""
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive()
+        return self.outcome
+
+
+@pytest.mark.parametrize('policy', ['reject', 'preempt'])
+def test_prompts_during_a_task_are_answered_after_it(make, policy):
+    engine = FakeEngine()
+    worker, sink = make(engine, queue=QueueConfig(policy=policy))
+    task = Task(worker)
+    first, second = worker.submit('one'), worker.submit('two')
+    assert worker.queue_depth == (2 if policy == 'reject' else 1)
+    assert worker.state == 'generating'
+    assert engine.prompts == []
+    with pytest.raises(Busy, match='about to be used'):
+        worker.run(lambda engine, go_on: None, TIMEOUT_S)
+    task.go.set()
+    assert task.end() == 'done'
+    assert sink.end(second)[1] == 'two'
+    assert sink.end(first)[0].finish_reason == ('stop' if policy == 'reject' else 'preempted')
+
+
+def test_cancel_leaves_a_task_alone(make):
+    worker, sink = make()
+    task = Task(worker)
+    waiting = worker.submit('one')
+    assert worker.cancel() == 'removed 1 waiting'
+    assert sink.end(waiting)[0].finish_reason == 'cancelled'
+    task.go.set()
+    assert task.end() == 'done'
+
+
+@pytest.mark.parametrize('error', [EngineError('no'), KeyboardInterrupt(), StopIteration(3)])
+def test_what_a_task_raises_is_its_callers(make, error):
+    def work(engine, go_on):
+        raise error
+
+    worker, sink = make()
+    with pytest.raises(type(error)) as caught:
+        worker.run(work, TIMEOUT_S)
+    assert caught.value is error
+    assert (worker.state, worker.last_error) == ('idle', '')
+    assert sink.end(worker.submit('go'))[1] == 'go'
+
+
+def test_stop_ends_a_task_at_its_next_step(make):
+    worker, sink = make()
+    task = Task(worker)
+    waiting = worker.submit('one')
+    stopped = []
+    stopper = threading.Thread(target=lambda: stopped.append(worker.stop(TIMEOUT_S)))
+    stopper.start()
+    assert sink.end(waiting)[0].finish_reason == 'cancelled'
+    task.go.set()
+    stopper.join(TIMEOUT_S)
+    assert stopped == [True]
+    assert isinstance(task.end(), Busy)
+    assert 'stops answering' in str(task.outcome)
+    worker.start()
+    assert sink.end(worker.submit('go'))[1] == 'go'
+
+
+def test_stop_gives_up_a_task_that_hangs(make):
+    worker, _ = make(diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
+    task = Task(worker)
+    wait_for(lambda: worker.state == 'stalled')
+    assert not worker.stop(0.05)
+    with pytest.raises(RuntimeError, match='not come back'):
+        worker.start()
+    task.go.set()
+    assert isinstance(task.end(), Busy)
+    assert worker.stop(TIMEOUT_S)
+
+
+def test_a_task_that_takes_too_long_is_given_up(make):
+    worker, sink = make()
+    task = Task(worker, timeout_s=0.05)
+    assert isinstance(task.end(), EngineError)
+    assert 'did not come back within 0.05 s' in str(task.outcome)
+    assert worker.state == 'generating'
+    request_id = worker.submit('go')
+    task.go.set()
+    assert sink.end(request_id)[1] == 'go'
 
 
 def test_start_twice(make):

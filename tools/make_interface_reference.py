@@ -40,8 +40,10 @@ TOPICS = {
 SERVICES = {
     '~/cancel': 'ends the running request and empties the queue',
     '~/reset': 'forgets the conversation',
-    '~/measure_gap': "the message is the command that times the loaded model's step in both ways "
-                     'of running it; the node does not do it itself yet',
+    '~/measure_gap': "times the loaded model's step, where nothing runs or waits, in two ways: on "
+                     'a GPU with and without its CUDA graph, on a CPU natively and by '
+                     'transformers; the message is the result, or why there is none. Prompts '
+                     'wait meanwhile, the state is generating',
 }
 KEYS = {
     'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
@@ -105,7 +107,7 @@ KEYS = {
     'requests': 'requests so far',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
-    'state': 'inactive, loading, idle, generating, stalled or failed',
+    'state': 'inactive, loading, idle, generating (also in a measurement), stalled or failed',
     'temperature_c': 'temperature of the device',
     'throttle_reasons': 'why the clocks are held down, or none',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, where it sets one',

@@ -13,6 +13,7 @@ model folder.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 import gc
 from importlib.util import find_spec
 import inspect
@@ -99,6 +100,34 @@ class TransformersEngine:
         if self._device.type == 'cuda':
             torch.cuda.empty_cache()
 
+    @property
+    def cached_ids(self) -> list[int]:
+        """Give the ids whose keys and values are in the cache."""
+        return list(self._decoder.seen)
+
+    @contextmanager
+    def trial(self, captured: bool | None = None) -> Iterator[None]:
+        """
+        Let `stream` be tried inside ``with``; the cache then forgets what it brought.
+
+        :param captured: whether the step runs in its CUDA graph, or is launched kernel by kernel;
+            None as it was loaded.
+        :raises EngineError: it was never captured.
+        """
+        decoder, before = self._decoder, self.cached_ids
+        if captured is not None and not decoder.captured:
+            raise EngineError(
+                "transformers' step was loaded without a CUDA graph, which needs another cache: "
+                'clean up, set engine.cuda_graph to true and configure again')
+        graph = decoder._graph
+        if captured is False:
+            decoder._graph = None
+        try:
+            yield
+        finally:
+            decoder._graph = graph
+            decoder.rewind([*before, 0])
+
     def _steps(self, prompt, sampling):
         _enter(self._device)
         decoder, watch = self._decoder, devices.Stopwatch(self._device)
@@ -136,6 +165,7 @@ class Decoder:
     """
 
     captured = False
+    _graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(self, network: torch.nn.Module, device: torch.device, limit: int):
         """
@@ -238,7 +268,6 @@ class CapturedDecoder(Decoder):
     """
 
     captured = True
-    _graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(self, network: torch.nn.Module, device: torch.device, limit: int):
         """Make the cache, warm up, capture, and hold the captured step against the uncaptured."""

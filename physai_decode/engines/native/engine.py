@@ -8,6 +8,7 @@ need not be read again.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 import math
 from pathlib import Path
 import time
@@ -24,6 +25,7 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.graph import Pipeline
+from physai_decode.engines.native.graph import WARM_UP_STEPS
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.sampling import is_plain_greedy
@@ -112,6 +114,35 @@ class NativeEngine:
         if self._device.type == 'cuda':
             torch.cuda.empty_cache()
 
+    @property
+    def cached_ids(self) -> list[int]:
+        """Give the ids whose keys and values are in the cache."""
+        return list(self._cached)
+
+    @contextmanager
+    def trial(self, captured: bool | None = None) -> Iterator[None]:
+        """
+        Let `stream` be tried inside ``with``, greedily; the cache then forgets what it brought.
+
+        :param captured: whether the step runs in a CUDA graph, on CUDA; None as it was loaded.
+        """
+        before, own = self.cached_ids, self._pipeline
+        other = captured not in (None, self.footprint.cuda_graph == 'captured')
+        if other:
+            self._use_device()
+            with torch.inference_mode():
+                # Before it is captured the step is run a few times, behind what the cache holds.
+                del self._cached[self._max_context - WARM_UP_STEPS:]
+                self._transformer.position.fill_(len(self._cached))
+                self._pipeline = Pipeline({'greedy': self._greedy_step}, self._history, captured)
+        try:
+            yield
+        finally:
+            self._pipeline = own
+            del self._cached[_shared(self._cached, before):]
+            if other and captured:
+                torch.cuda.empty_cache()    # of the graph
+
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
         """Give logits for each place of a prompt, float32 [tokens, vocab]; empties the cache."""
         self._cached = []
@@ -145,9 +176,9 @@ class NativeEngine:
 
     def _stream(self, ids, sampling):
         self._use_device()
-        start = next((i for i, (old, new) in enumerate(zip(self._cached, ids[:-1]))
-                      if old != new), min(len(self._cached), len(ids) - 1))
+        start = _shared(self._cached, ids[:-1])
         cached_tokens = start
+        del self._cached[start:]
         watch = devices.Stopwatch(self._device)
         watch.start()
         while len(ids) - start > PIECE_TOKENS:
@@ -271,6 +302,12 @@ class NativeEngine:
 
     def _tensor(self, ids):
         return torch.tensor(ids, dtype=torch.int64).to(self._device)
+
+
+def _shared(old, new):
+    """Count the ids that two lists have in common at their beginning."""
+    return next((i for i, pair in enumerate(zip(old, new)) if pair[0] != pair[1]),
+                min(len(old), len(new)))
 
 
 class _Parts:

@@ -1,0 +1,178 @@
+"""
+The gap, measured in the running node: one model's decode step, timed in two ways of running it.
+
+On a GPU the step with and without its CUDA graph; on a CPU the native step beside that of the
+transformers library. It sees steps as a reader of ``Engine.stream`` does, and knows nothing of
+ROS, of torch, or of who else wants the engine.
+"""
+
+from collections.abc import Callable
+from collections.abc import Generator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import closing
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import replace
+from itertools import pairwise
+import shlex
+import statistics
+import time
+from typing import cast
+from typing import Protocol
+from typing import runtime_checkable
+
+from physai_decode import engines
+from physai_decode.config import DecodeConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+from physai_decode.engine import Step
+from physai_decode.roofline import Peak
+from physai_decode.roofline import r_floor
+from physai_decode.roofline import Roofline
+
+WARM_UP_STEPS = 5
+STEPS = 30
+TOKENS = 1 + WARM_UP_STEPS + STEPS      # the first one comes from the prompt
+RIVAL_LIMIT_BYTES = 10**9               # of weights that are loaded a second time on a CPU
+_RIVALS = {'native': 'transformers', 'transformers': 'native'}
+
+
+@runtime_checkable
+class Measurable(Engine, Protocol):
+    """An engine whose step can be timed in the running node."""
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """Give the ids whose keys and values are in the cache."""
+        ...
+
+    def trial(self, captured: bool | None = None) -> AbstractContextManager[None]:
+        """
+        Let ``stream`` be tried inside ``with``; the cache then forgets what it brought.
+
+        :param captured: whether the step runs in a CUDA graph, on a CUDA device; None as it does.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running the step, and the median of its time per token as the host sees it."""
+
+    name: str                       # captured and uncaptured, or native and transformers
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Two ways of running the same step, at the same context on the same device."""
+
+    first: Way
+    second: Way
+    floor_s: float | None           # None where the memory's peak is not known
+    context: int                    # tokens that the middle one of the steps read
+    model: str                      # which engine, number format and device
+
+    def __str__(self) -> str:
+        """Give the result in one line."""
+        ways = self.first, self.second
+        times = ', '.join(f'{way.name} {1e3 * way.step_s:.3f} ms' for way in ways)
+        ratio = self.second.step_s / self.first.step_s
+        floor = 'n/a' if self.floor_s is None else f'{1e3 * self.floor_s:.3f} ms'
+        parts = [r_floor(self.floor_s, way.step_s) for way in ways]
+        told = ' and '.join('n/a' if part is None else f'{part:.2f}' for part in parts)
+        return (f'{times} a token: {self.first.name} is {ratio:.2f} times as fast; floor {floor} '
+                f'(r_floor {told}); {self.model}, context {self.context} tokens, medians of '
+                f'{STEPS} steps after {WARM_UP_STEPS}')
+
+
+@contextmanager
+def rival(engine: Engine, config: DecodeConfig,
+          progress: Callable[[str], None] = lambda text: None) -> Iterator[Engine | None]:
+    """
+    Give what a loaded engine's step is to be compared with; it is closed at the end of ``with``.
+
+    The loaded engine is only looked at, so that it can go on answering while a rival loads.
+
+    :param config: what the engine was loaded from.
+    :returns: an engine on a CPU; None where the step is compared with itself, on a GPU.
+    :raises EngineError: there is no such comparison; the message says why and what to do.
+    """
+    shape = engine.footprint
+    if not isinstance(engine, Measurable):
+        raise EngineError(
+            f'the engine {shape.engine} can not be timed in the running node; without the node, '
+            + _command(config, shape.engine, f'{shape.engine}:cuda_graph=false'))
+    if shape.max_context <= TOKENS:
+        raise EngineError(
+            f'the context holds {shape.max_context} tokens: {TOKENS + 1} are needed; raise '
+            "engine.max_context if the model's own limit is higher")
+    if shape.cuda_graph != 'unavailable':
+        yield None
+        return
+    if shape.checkpoint_weight_bytes > RIVAL_LIMIT_BYTES:
+        raise EngineError(
+            f'the model has {shape.checkpoint_weight_bytes / 1e9:.2f} GB of weights, too much to '
+            'load beside itself; without the node, ' + _command(config, *_RIVALS))
+    name = _RIVALS[shape.engine]
+    try:
+        other = engines.build(
+            replace(config, engine=replace(config.engine, name=name)), progress)
+    except EngineError as error:
+        raise EngineError(f'there is no {name} step to compare with: {error}') from None
+    try:
+        yield other
+    finally:
+        other.close()
+
+
+def measure(engine: Measurable, other: Engine | None, peak: Peak,
+            go_on: Callable[[], None] = lambda: None) -> Gap:
+    """
+    Time the step in both ways, after what the engine's cache holds.
+
+    The steps' own keys and values come after those in the cache, which stay as they are; only of a
+    context so full that the steps have no room, the last ones are lost.
+
+    :param other: as `rival` gives it.
+    :param peak: the memory bus that the floor is for.
+    :param go_on: called after each step; what it raises ends the measurement.
+    :raises EngineError: the engine can't run its step in the other way.
+    """
+    shape = engine.footprint
+    # With one id more than is cached nothing of the cache is computed again; any id will do.
+    prompt = [*engine.cached_ids[:shape.max_context - TOKENS - 1], 0]
+    if other is None:
+        with engine.trial(captured=True):
+            first = Way('captured', _step_s(engine, prompt, go_on))
+        with engine.trial(captured=False):
+            second = Way('uncaptured', _step_s(engine, prompt, go_on))
+    else:
+        both = {each.footprint.engine: each for each in (engine, other)}
+        with engine.trial():
+            first, second = (Way(name, _step_s(both[name], prompt, go_on)) for name in _RIVALS)
+    context = len(prompt) + WARM_UP_STEPS + (STEPS + 1) // 2
+    form = shape.dtype if shape.quantization == 'none' else f'{shape.dtype} {shape.quantization}'
+    return Gap(first, second, Roofline(shape, peak).floor_s(context), context,
+               f'{form} on {shape.device}' if other else f'{shape.engine}, {form}')
+
+
+def _step_s(engine: Engine, prompt: list[int], go_on: Callable[[], None]) -> float:
+    """Give the median time from one token to the next, in seconds."""
+    stamps = []
+    with closing(cast('Generator[Step, None, None]', engine.stream(
+            prompt, SamplingConfig(max_new_tokens=TOKENS)))) as steps:
+        for step in steps:
+            if step.token_ids:
+                stamps.append(time.perf_counter())
+            go_on()
+    times = [after - before for before, after in pairwise(stamps)]
+    return statistics.median(times[WARM_UP_STEPS:])
+
+
+def _command(config: DecodeConfig, *names: str) -> str:
+    """Give the command that compares two engines in processes of their own."""
+    return (f'"decode_bench --model {shlex.quote(config.model.path)} --engines '
+            f'{" ".join(names)}" compares them')

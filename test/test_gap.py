@@ -1,0 +1,258 @@
+"""The gap: how it reads, what is refused, and that engines are afterwards as they were."""
+
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import replace
+import gc
+import sys
+
+from engine_contract import decode
+from engine_contract import first_step
+from engine_contract import prompt_of
+from fake_engine import FakeEngine
+from physai_decode import gap
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engine import Step
+from physai_decode.engines.native import engine as native
+from physai_decode.engines.native.graph import WARM_UP_STEPS
+from physai_decode.engines.transformers import TransformersEngine
+from physai_decode.roofline import Peak
+import pytest
+import random_model
+import torch
+
+PEAK = Peak(1e9, 'parameter')
+CONFIG = DecodeConfig(engine=EngineConfig(device='cpu', cpu_threads=1))
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
+
+class Fake(FakeEngine):
+    """An engine with a cache, and a graph that it can do without."""
+
+    def __init__(self, cached=(), **changes):
+        super().__init__(self._count, **{'cuda_graph': 'captured', 'max_context': 64, **changes})
+        self.cached_ids = list(cached)
+        self.way = True
+        self.ways = []
+
+    @contextmanager
+    def trial(self, captured=None):
+        """Remember what was asked."""
+        own, self.way = self.way, captured
+        yield
+        self.way = own
+
+    def _count(self, prompt_ids):
+        self.ways.append(self.way)
+        yield Step(())
+        for _ in range(gap.TOKENS):
+            yield Step((7,))
+
+
+def found(**changes):
+    return replace(gap.Gap(
+        gap.Way('captured', 3.651e-3), gap.Way('uncaptured', 8.378e-3), 2.97e-3, 2048,
+        'native, bfloat16'), **changes)
+
+
+def test_how_it_reads():
+    assert str(found()) == (
+        'captured 3.651 ms, uncaptured 8.378 ms a token: captured is 2.29 times as fast; '
+        'floor 2.970 ms (r_floor 0.81 and 0.35); native, bfloat16, context 2048 tokens, medians '
+        'of 30 steps after 5')
+    assert 'floor n/a (r_floor n/a and n/a); ' in str(found(floor_s=None))
+    assert 'captured is 0.50 times as fast' in str(found(second=gap.Way('uncaptured', 1.8255e-3)))
+
+
+@pytest.mark.parametrize(('cached', 'kept'), [(0, 0), (5, 5), (27, 27), (28, 27), (63, 27)])
+def test_both_ways_go_on_from_the_cache(cached, kept):
+    """As far as there is room; the floor is that of the middle step."""
+    engine = Fake(range(100, 100 + cached))
+    steps = []
+    result = gap.measure(engine, None, PEAK, lambda: steps.append(1))
+    assert engine.prompts == [[*range(100, 100 + kept), 0]] * 2
+    assert kept + 1 + gap.TOKENS <= engine.footprint.max_context
+    assert engine.ways == [True, False] and engine.way and not engine.open
+    assert result.context == kept + 1 + 20
+    assert result.floor_s == pytest.approx((1000 + 32 * result.context) / 1e9)
+    assert (result.first.name, result.second.name) == ('captured', 'uncaptured')
+    assert len(steps) == 2 * (gap.TOKENS + 1)
+
+
+def test_a_measurement_can_be_ended():
+    """What the caller raises ends the stream too."""
+    class Enough(Exception):
+        pass
+
+    def go_on():
+        raise Enough
+
+    engine = Fake()
+    with pytest.raises(Enough):
+        gap.measure(engine, None, PEAK, go_on)
+    assert engine.open == 0
+
+
+@pytest.mark.parametrize(('engine', 'words'), [
+    (FakeEngine(), '--model "?builtin:tiny_planner"? --engines fake fake:cuda_graph=false'),
+    (Fake(max_context=36), 'holds 36 tokens: 37 are needed'),
+    (Fake(cuda_graph='unavailable', checkpoint_weight_bytes=2 * 10**9, engine='native'),
+     '2.00 GB .* --engines native transformers')])
+def test_what_can_not_be_measured_is_refused(engine, words):
+    with pytest.raises(EngineError, match=words):
+        with gap.rival(engine, CONFIG):
+            pass
+
+
+def test_on_a_gpu_the_step_is_compared_with_itself():
+    with gap.rival(Fake(), CONFIG) as other:
+        assert other is None
+
+
+def test_a_rival_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    monkeypatch.delitem(sys.modules, 'physai_decode.engines.transformers')
+    with pytest.raises(EngineError, match='pip install -U transformers'):
+        with gap.rival(Fake(cuda_graph='unavailable', engine='native'), CONFIG):
+            pass
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return random_model.save(tmp_path_factory.mktemp('model'), 'qwen2', 0)
+
+
+ENGINES = {'native': native.NativeEngine, 'transformers': TransformersEngine}
+
+
+@pytest.mark.parametrize('name', ENGINES)
+def test_on_a_cpu_two_engines_are_compared(folder, name):
+    """Of the loaded one nothing is lost but what has no room."""
+    config = replace(CONFIG, model=ModelConfig(path=str(folder)))
+    engine = ENGINES[name](folder, config.engine, lambda text: None)
+    limit = engine.footprint.max_context
+    prompt = prompt_of(engine, 60)
+    expected = decode(engine, prompt + [5])
+    decode(engine, prompt)
+    cached = engine.cached_ids
+    assert cached[:60] == prompt
+    with gap.rival(engine, config) as other:
+        assert {engine.footprint.engine, other.footprint.engine} == set(ENGINES)
+        result = gap.measure(engine, other, PEAK)
+        assert (result.first.name, result.second.name) == tuple(ENGINES)
+        assert result.first.step_s > 0 and result.second.step_s > 0
+        assert engine.cached_ids == cached
+        step = first_step(engine, prompt + [5])
+        assert (step.cached_tokens, step.token_ids) == (60, (expected[0],))
+        assert decode(engine, prompt + [5]) == expected
+        full = prompt_of(engine, limit - 1)
+        answer = decode(engine, full)
+        result = gap.measure(engine, other, PEAK)
+        assert result.context == limit - gap.TOKENS + 20
+        assert decode(engine, full) == answer
+    engine.close()
+
+
+class Steps:
+    """Stands for the pipeline of a GPU: its steps run at once, on a CPU."""
+
+    made: list[bool] = []
+
+    def __init__(self, steps, history, capture):
+        self.made.append(capture)
+        self._steps, self._history = steps, history
+        self._flying = deque()
+        for _ in range(WARM_UP_STEPS if capture else 0):
+            steps['greedy']()
+
+    @property
+    def full(self):
+        """Whether as many steps are in flight as may be."""
+        return len(self._flying) == 2
+
+    def launch(self, name, place):
+        """Run a step."""
+        self._steps[name]()
+        self._flying.append((int(self._history[place]), 1e-3))
+
+    def collect(self):
+        """Give the oldest step's token."""
+        return self._flying.popleft()
+
+    def drain(self):
+        """Forget them."""
+        self._flying.clear()
+
+
+@pytest.mark.parametrize('graph', ['captured', 'off'])
+def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph):
+    """Also where capturing runs steps of its own, and where the context is full."""
+    monkeypatch.setattr(native, 'Pipeline', Steps)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+    monkeypatch.setattr(Steps, 'made', [])
+    engine = native.NativeEngine(folder, CONFIG.engine)
+    engine._pipeline = own = Steps(
+        {'greedy': engine._greedy_step, 'sampled': engine._sampled_step}, engine._history, False)
+    engine.footprint = replace(engine.footprint, cuda_graph=graph)
+    limit = engine.footprint.max_context
+    for length in (1, 60, limit - gap.TOKENS, limit - 2, limit - 1):
+        prompt = prompt_of(engine, length, start=4)     # without a 0
+        expected = decode(engine, prompt, SamplingConfig(max_new_tokens=limit))
+        keys = engine._transformer.keys.clone()
+        kept = min(len(engine.cached_ids), limit - gap.TOKENS - 1)
+        gap.measure(engine, None, PEAK)
+        assert engine._pipeline is own
+        assert torch.equal(engine._transformer.keys[:, :, :kept], keys[:, :, :kept])
+        assert engine.cached_ids == (prompt + expected)[:kept]
+        assert decode(engine, prompt, SamplingConfig(max_new_tokens=limit)) == expected
+    assert Steps.made == [False] + 5 * [graph == 'off']
+    engine.close()
+
+
+def test_a_transformers_step_that_was_not_captured(folder):
+    engine = TransformersEngine(folder, CONFIG.engine)
+    with pytest.raises(EngineError, match='engine.cuda_graph to true'):
+        gap.measure(engine, None, PEAK)
+    engine.close()
+
+
+@on_gpu
+@pytest.mark.parametrize(('name', 'graph'), [
+    ('native', True), ('native', False), ('transformers', True)])
+def test_on_a_gpu(folder, name, graph):
+    """Both ways are timed, and the next answer, the cache and the memory are as before."""
+    engine = ENGINES[name](folder, EngineConfig(device='cuda', cuda_graph=graph))
+    prompt = prompt_of(engine, 60)
+    sampled = SamplingConfig(temperature=0.8, seed=3, max_new_tokens=20)
+
+    def answers():
+        return decode(engine, prompt, sampled), decode(engine, prompt)
+
+    answers()
+    expected = answers()            # with all of the prompt but its last token in the cache
+    cached = engine.cached_ids
+    gap.measure(engine, None, PEAK)
+    assert engine.cached_ids == cached
+    assert answers() == expected
+    full = prompt_of(engine, engine.footprint.max_context - 1, start=5)
+    assert len(decode(engine, full)) == 1
+    gap.measure(engine, None, PEAK)
+    assert len(decode(engine, full)) == 1
+    answers()
+    assert answers() == expected
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    result = gap.measure(engine, None, PEAK)
+    assert (result.first.name, result.second.name) == ('captured', 'uncaptured')
+    assert result.first.step_s > 0 and result.second.step_s > 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+    assert first_step(engine, [*prompt, 5]).cached_tokens == 60
+    engine.close()
