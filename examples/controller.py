@@ -28,9 +28,11 @@ class Controller(Node):
     def __init__(self, command: str) -> None:
         super().__init__('controller')
         self.command, self.late, self.text = command, 0, None
-        self.finish_reason = self.outcome = self.deadline = None
+        self.finish_reason = self.outcome = None
+        self.asked = False
         self.token_ms = self.declare_parameter('token_ms', 100.0).value
-        self.plan_s = self.declare_parameter('plan_s', 10.0).value
+        plan_s = self.declare_parameter('plan_s', 10.0).value
+        self.create_timer(plan_s, lambda: self.hold('no plan in time'))
         self.action = self.create_publisher(String, '~/action', 100)
         self.prompt = self.create_publisher(String, '/decode/prompt', 10)
         self.cancel = self.create_client(Trigger, '/decode/cancel')
@@ -42,8 +44,8 @@ class Controller(Node):
             DiagnosticArray, '/decode/model_info', self.on_model, latched_qos())
 
     def on_model(self, _):
-        if self.deadline is None:
-            self.deadline = self.create_timer(self.plan_s, lambda: self.hold('no plan in time'))
+        if not self.asked:
+            self.asked = True
             self.prompt.publish(String(data=self.command))
 
     def on_token(self, itl_ms):

@@ -67,10 +67,20 @@ def test_late_tokens(rig, control):
 
 def test_no_plan_in_time(rig, control):
     """An engine that hangs does not hang the robot."""
-    code, log, actions = control('[?', plan_s=0.5)
+    code, log, actions = control('[?', plan_s=3.0)
     rig.loader.engines[0].answer.set()
     assert (code, actions) == (1, ['hold'])
     assert 'hold: no plan in time' in log
+
+
+def test_no_node():
+    """Where nobody answers at all, the robot is told to hold just as soon."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), PLAN, '--ros-args', '-p', 'plan_s:=0.5',
+         '-r', '/decode/model_info:=/nobody/model_info'],
+        capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'hold: no plan in time' in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(('command', 'reason'), [
