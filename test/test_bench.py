@@ -209,6 +209,13 @@ def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
     assert result['contexts'][1]['error'] == 'the engine holds 100 tokens of context'
 
 
+def test_an_eager_step_is_not_called_a_captured_one(monkeypatch):
+    engine = FakeEngine()                           # as on a CPU
+    result = run_session(monkeypatch, lambda config, progress: engine, case(captured=True))
+    assert (result['status'], result['error']) == ('unavailable', 'Fake 1 has no CUDA graphs')
+    assert engine.closed
+
+
 def test_an_engine_that_can_not_be_had_is_unavailable(monkeypatch):
     def build(config, progress):
         raise EngineError('no CUDA device')
@@ -656,8 +663,8 @@ def test_the_papers_protocol_has_all_paths_and_its_figures():
     assert beside['GPTQ (ExLlamaV2): times as fast as transformers eager'] == ['', '3.59', 'n/a']
     four = suites.quantized_table(results, 2048)
     assert [row[0] for row in four.rows] == [
-        'nf4 (bitsandbytes)', 'AWQ (GPTQModel)', 'GPTQ (GPTQModel)', 'GPTQ (ExLlamaV2)',
-        'GPTQ native']
+        'transformers eager', 'transformers captured', 'native', 'nf4 (bitsandbytes)',
+        'AWQ (GPTQModel)', 'GPTQ (GPTQModel)', 'GPTQ (ExLlamaV2)', 'GPTQ native']
     assert 'GPTQ (ExLlamaV2): not installed: exllamav2' in four.notes
 
 
@@ -681,10 +688,12 @@ def test_the_papers_pictures_tell_all_paths_apart(tmp_path, monkeypatch):
 
 def test_the_saving_realised_is_time_saved_over_traffic_saved():
     half = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
-    four = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.007])
+    four = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny', quantization='gptq'),
+                     (2048,)), [0.007])
     half['footprint']['read_weight_bytes'] = 4_000_000
     four['footprint']['read_weight_bytes'] = 1_000_000
-    row, = suites.quantized_table([half, four], 2048).rows
+    first, row = suites.quantized_table([half, four], 2048).rows
+    assert first[3:] == ['0.004', '', '', '', '']
     assert row[4:] == ['native', '75.0', '30.0', '40.0']
 
 

@@ -43,6 +43,7 @@ class Case:
     kernels: bool = False           # also a kernel table, on CUDA
     peak_gb_s: float = 0.0          # 0: find out
     requires: tuple[str, ...] = ()  # modules that this path needs beside torch and transformers
+    captured: bool = False          # unavailable where the step is not captured in a CUDA graph
     session: str = ''               # tells apart repeated sessions of an A/B
 
     def to_dict(self) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
             told = {cell['context'] for cell in result['contexts']}
             table.rows += [[*lead, str(context), result['status'], *rest]
                            for context in result['case']['contexts'] if context not in told]
-            table.notes.append(f'{" ".join(filter(None, lead))}: {result["error"]}')
+            note = f'{" ".join(filter(None, lead))}: {result["error"]}'
+            table.notes += [note] * (note not in table.notes)
     table.notes.append('device: between two events, around the step; where the host launches each '
                        'kernel its work is in it. '
                        "growth: the step against the same engine's at its first context. Times "

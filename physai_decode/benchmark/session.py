@@ -57,6 +57,9 @@ def run(case: Case, started_s: float, progress=print,
               'date': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     try:
         engine, startup = _build(case, cells, note, started_s)
+        if case.captured and engine.footprint.cuda_graph != 'captured':
+            engine.close()
+            raise EngineError(f'{engine.footprint.device_name} has no CUDA graphs')
     except EngineError as error:
         return {**result, 'status': 'unavailable', 'error': str(error)}
     try:

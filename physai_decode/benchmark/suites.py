@@ -62,7 +62,8 @@ def paper(shape: str, contexts: Sequence[int], base: EngineConfig, **common) -> 
     for label, name, graph in ((EAGER, 'transformers', False), (CAPTURED, 'transformers', True),
                                (NATIVE, 'native', True)):
         engine = replace(base, name=name, cuda_graph=graph)
-        cases += split_static(Case(label, engine, half, tuple(contexts), **common))
+        cases += split_static(Case(label, engine, half, tuple(contexts),
+                                   captured=label == CAPTURED, **common))
     for label, name, quantization, requires in _QUANTIZED:
         engine = replace(base, name=name, cuda_graph=name != 'transformers')
         source = Source(synthetic=shape, quantization=quantization, written=True)
@@ -148,9 +149,7 @@ def paper_table(results: Sequence[Result], context: int) -> Table:
         f"context {context}, one session each. The floor is the checkpoint's."])
     eager = report.find(results, EAGER, context)
     native = report.find(results, NATIVE, context)
-    # Where the device has no graphs, the engine runs the eager step, whatever the case is called.
-    captured = report.find([result for result in results if result['status'] == 'done' and
-                            result['footprint']['cuda_graph'] == 'captured'], CAPTURED, context)
+    captured = report.find(results, CAPTURED, context)
 
     def over(cell):
         return report.number(
@@ -176,29 +175,33 @@ def paper_table(results: Sequence[Result], context: int) -> Table:
 
 def quantized_table(results: Sequence[Result], context: int) -> Table:
     """Show how much of the saved weight traffic each four-bit path turns into saved time."""
-    table = Table('Four bits', ['path', 'ms', f'speed / {EAGER}', 'weights read GB',
-                                'compared with', 'traffic saved %', 'time saved %',
-                                'of the saving realised %'], notes=[
+    table = Table('Half precision and four bits', [
+        'path', 'ms', f'speed / {EAGER}', 'weights read GB', 'compared with', 'traffic saved %',
+        'time saved %', 'of the saving realised %'], notes=[
         'Traffic saved: weights read per step against the half-precision path named; time saved: '
         'of its step; realised: the one over the other, 100 % where time falls as traffic does.'])
     eager = report.find(results, EAGER, context)
     for result in results:
         name = report.label(result)
-        if name not in [row[0] for row in _QUANTIZED]:
+        if context not in result['case']['contexts']:
             continue
-        cell = next((c for c in result['contexts'] if 'error' not in c), None)
+        cell = report.find([result], name, context)
         if cell is None:
-            error = result.get('error') or result['contexts'][0]['error']
+            error = result.get('error') or next(
+                c['error'] for c in result['contexts'] if c['context'] == context)
             table.rows.append([name, 'n/a', *[''] * 6])
             table.notes.append(f'{name}: {error}')
             continue
-        base_name = NATIVE if name == GPTQ else EAGER
-        base = next(((r, c) for r, c in report.cells(results)
-                     if report.label(r) == base_name and c['context'] == context), None)
         read = result['footprint']['read_weight_bytes']
         row = [name, report.ms(cell['itl_p50_s']),
                report.number(eager['itl_p50_s'] / cell['itl_p50_s'] if eager else None),
                report.number(read / 1e9, 3)]
+        if result['case']['source']['quantization'] == 'none':
+            table.rows.append([*row, *[''] * 4])
+            continue
+        base_name = NATIVE if name == GPTQ else EAGER
+        base = next(((r, c) for r, c in report.cells(results)
+                     if report.label(r) == base_name and c['context'] == context), None)
         if base is None:
             table.rows.append([*row, base_name, 'n/a', 'n/a', 'n/a'])
             continue
