@@ -603,6 +603,21 @@ def test_a_real_session_that_takes_too_long_is_ended(tmp_path, said):
     assert result['status'] == 'died' and 'was ended after' in result['error']
 
 
+def test_a_real_session_that_is_killed_is_told_by_its_signal(runner, monkeypatch):
+    def kill():
+        process, = children
+        process.kill()
+    children, popen = [], subprocess.Popen
+
+    def start(*arguments, **more):
+        children.append(popen(*arguments, **more))
+        return children[-1]
+    monkeypatch.setattr(runner_module.subprocess, 'Popen', start)
+    runner.progress = lambda line: kill() if 'looking for' in line else None
+    result, = runner.run([case()])
+    assert result['status'] == 'died' and 'was ended by SIGKILL' in result['error']
+
+
 def test_what_is_not_installed_is_said_without_a_process(runner, monkeypatch):
     monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
     result, = runner.run([case(requires=('no_such_module',))])

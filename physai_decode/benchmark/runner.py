@@ -13,6 +13,7 @@ import importlib.util
 import json
 from pathlib import Path
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -119,6 +120,8 @@ class Runner:
                 raise
             finally:
                 reader.join()
+        if code < 0:
+            return f'was ended by {signal.Signals(-code).name}'
         return None if code == 0 else f'ended with code {code}'
 
     def _forward(self, lines):
