@@ -17,7 +17,7 @@ POINTERS = {
     'bias': '{half}', 'gain': '{half}', 'q_gain': '{half}', 'k_gain': '{half}', 'keys': '{half}',
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
     'places': 'i32', 'arrived': 'i32'}      # all others are fp32
-NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'groups': 'i32', 'max_context': 'i32',
+NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32'}
 
 
@@ -52,7 +52,7 @@ def main():
         build(kernels._embed, BLOCK=1024)
         build(kernels._advance, BLOCK=1024, PROGRAMS=16)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8)
-        build(kernels._prepare, out=half, K=3584, GROUP=128, BLOCK=1024, NORM=True, ORDERED=True)
+        build(kernels._prepare, out=half, K=3584, BLOCK=1024, NORM=True, ORDERED=True)
         for norm in (True, False):
             build(kernels._attend, warps=1, KV_HEADS=4, GROUP=7, PADDED=16, D=128, DIMS=128,
                   SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
@@ -65,8 +65,7 @@ def main():
             made = build(
                 kernels._int4, warps=choice.warps, x=half, out=half if gated else 'fp32', K=3584,
                 BLOCKS=7, GROUP=128, ROWS=choice.rows, SPLIT=choice.warps, STAGES=choice.stages,
-                GATED=gated, ADD=not gated, BIAS=False, ZEROS=zeros, CENTRED=not gated,
-                ASSEMBLY=True)
+                GATED=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
             # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
             wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
             assert all(word in made.asm['ptx'] for word in wanted)

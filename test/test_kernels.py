@@ -101,8 +101,8 @@ def test_int4(make, group_size, act_order, symmetric, k):
 
 
 def test_int4_gated(make):
-    weight, dense = packed(2, 48, 256, 128, symmetric=False)
-    x, gain, out = make(256), make(256), make(24)
+    weight, dense = packed(2, 64, 256, 128, symmetric=False)
+    x, gain, out = make(256), make(256), make(32)
     expected = out.clone()
     TWIN.gated(x, Dense(dense), expected, gain, EPS)
     TritonOps(DEVICE).gated(x, weight, out, gain, EPS)

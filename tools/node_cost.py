@@ -61,8 +61,8 @@ class Timed:
 
     def close(self) -> None:
         """Free the engine."""
-        self._engine.close()
         self._path.write_text(json.dumps(self.known_s))
+        self._engine.close()
 
 
 def config_of(arguments) -> DecodeConfig:

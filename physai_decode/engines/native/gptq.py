@@ -12,6 +12,7 @@ from typing import Any
 
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import TILE_ROWS
 import torch
 from torch import Tensor
 
@@ -85,28 +86,31 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     if not kernel_group:
         raise EngineError(f'GPTQ groups of {size} columns are no multiple of 32; '
                           'set engine.name to transformers')
-    blocks = -(-columns // (4 * kernel_group))
-    padded = torch.zeros(
-        blocks * 4 * kernel_group, rows, dtype=torch.int16, device=qweight.device)
-    padded[:columns] = nibbles
-    planes = padded.t().reshape(rows, blocks, 4, kernel_group)
-    packed = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
+    blocks, tiles = -(-columns // (4 * kernel_group)), -(-rows // TILE_ROWS)
 
-    def by_row(values):
-        wide = values.repeat_interleave(size // kernel_group, 0)
-        full = wide.new_zeros(4 * blocks, rows)
-        full[:wide.shape[0]] = wide
-        return full.t().to(torch.float16).contiguous()
+    def tiled(values, length):
+        """Pad [columns, rows], and give it as [tiles, 16, blocks, 4, length]."""
+        full = values.new_zeros(4 * length * blocks, TILE_ROWS * tiles)
+        full[:values.shape[0], :rows] = values
+        return full.t().view(tiles, TILE_ROWS, blocks, 4, length)
 
+    def by_group(values):
+        wide = values.repeat_interleave(size // kernel_group, 0).to(torch.float16)
+        return tiled(wide, 1).squeeze(4).transpose(1, 2).contiguous()
+
+    planes = tiled(nibbles.to(torch.int16), kernel_group).unbind(3)
+    packed = planes[0] | planes[1] << 4 | planes[2] << 8 | planes[3] << 12
     return Int4(
-        packed=packed.reshape(rows, -1).contiguous(), scales=by_row(scales),
-        zeros=None if bool((zeros == 8).all()) else by_row(zeros),
-        order=order, bias=bias, in_features=columns, group_size=kernel_group)
+        packed=packed.transpose(1, 2).contiguous(), scales=by_group(scales),
+        zeros=None if bool((zeros == 8).all()) else by_group(zeros),
+        order=order, bias=bias, out_features=rows, in_features=columns)
 
 
 def fuse(parts: list[Int4]) -> Int4 | None:
-    """Stack projections of one input; None where their column orders differ."""
+    """Stack projections of one input; None where their orders differ or a tile is not full."""
     first = parts[0]
+    if any(part.out_features % TILE_ROWS for part in parts):
+        return None
     for part in parts[1:]:
         if (part.order is None) != (first.order is None) or part.group_size != first.group_size:
             return None
@@ -123,8 +127,8 @@ def fuse(parts: list[Int4]) -> Int4 | None:
         scales=torch.cat([p.scales for p in parts]),
         zeros=stack([p.zeros for p in parts], lambda p: torch.full_like(p.scales, 8)),
         order=first.order,
-        bias=stack([p.bias for p in parts], lambda p: p.scales.new_zeros(p.shape[0])),
-        in_features=first.in_features, group_size=first.group_size)
+        bias=stack([p.bias for p in parts], lambda p: p.scales.new_zeros(p.out_features)),
+        out_features=sum(p.out_features for p in parts), in_features=first.in_features)
 
 
 def _order(g_idx, size, columns):

@@ -16,6 +16,7 @@ import math
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.tuning import timed
 from physai_decode.engines.native.tuning import TuningCache
@@ -136,139 +137,136 @@ def _base(number, kind):
 
 
 @triton.constexpr_function
-def _unpacking(number, kind, centred):
+def _unpacking(number, kind):
     """Give the assembly that turns nibble ``number`` of two int16 into two halves, see `_over`."""
-    shift, mask, over, factor = _over(number, kind)
+    shift, mask, over, _ = _over(number, kind)
     pair = 0x10001
-    lay = f'shr.b32 t, $1, {shift}; lop3.b32 t, t, {mask * pair}, {over * pair}, 0xEA;'
-    if not centred:
-        return f'{{ .reg .b32 t; {lay} mov.b32 $0, t; }}'
-    # ... and take 8 off: times 1 / factor, less the base and 8
-    if str(kind) == 'bf16':
-        name, one, off = 'bf16x2', 0x3F80, 0xC308
-    else:
-        name, one, off = ('f16x2', 0x2C00, 0xD480) if factor == 16 else ('f16x2', 0x3C00, 0xE408)
-    return (f'{{ .reg .b32 t, f, o; mov.b32 f, {one * pair}; mov.b32 o, {off * pair}; {lay} '
-            f'fma.rn.{name} $0, t, f, o; }}')
+    return (f'{{ .reg .b32 t; shr.b32 t, $1, {shift}; '
+            f'lop3.b32 $0, t, {mask * pair}, {over * pair}, 0xEA; }}')
 
 
 @triton.jit
-def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, CENTRED: tl.constexpr,
-            ASSEMBLY: tl.constexpr):
-    """Give nibble NUMBER of int16 ``words`` as KIND: less 8, or as `_over` tells."""
+def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Give nibble NUMBER of int16 ``words`` as KIND, with ASSEMBLY as `_over` tells."""
     if ASSEMBLY and KIND == tl.bfloat16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'bf16', CENTRED), '=r,r', [words],
+        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'bf16'), '=r,r', [words],
                                          dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ASSEMBLY and KIND == tl.float16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'fp16', CENTRED), '=r,r', [words],
+        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'fp16'), '=r,r', [words],
                                          dtype=tl.float16, is_pure=True, pack=2)
     else:
-        return (((words.to(tl.int32) >> (4 * NUMBER)) & 0xF) - (8 if CENTRED else 0)).to(KIND)
+        return ((words.to(tl.int32) >> (4 * NUMBER)) & 0xF).to(KIND)
 
 
 @triton.jit
-def _grouped(words, v, total, scale, zeros, group, live, NUMBER: tl.constexpr,
-             ZEROS: tl.constexpr, CENTRED: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _of(four, NUMBER: tl.constexpr):
+    """Give float16 NUMBER of the four in an int64, as float32."""
+    return (four >> (16 * NUMBER)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
+             ASSEMBLY: tl.constexpr):
     """
     Multiply one group of each row [SPLIT, ROWS, GROUP] by ``v`` [SPLIT, GROUP, 8].
 
-    The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``: all of them, or
-    (CENTRED, where no sum is at hand) by how much they differ from 8.
+    The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
     """
-    inner = tl.dot(_nibble(words, NUMBER, v.dtype, CENTRED, ASSEMBLY), v, input_precision='ieee')
+    inner = tl.dot(_nibble(words, NUMBER, v.dtype, ASSEMBLY), v, input_precision='ieee')
     zero = 8.0
     if ZEROS:
-        zero = tl.load(zeros + group, mask=live, other=8.0).to(tl.float32)[:, :, None]
-    if CENTRED:
-        if ZEROS:
-            inner += tl.sum(v.to(tl.float32), 1, keep_dims=True) * (8.0 - zero)
-    elif ASSEMBLY and v.dtype == tl.bfloat16:
+        zero = _of(zeros, NUMBER)[:, :, None]
+    if ASSEMBLY and v.dtype == tl.bfloat16:
         inner -= total * (zero + _base(NUMBER, 'bf16'))
     elif ASSEMBLY and v.dtype == tl.float16:
         inner = inner * (1.0 / _over(NUMBER, 'fp16')[3]) - total * (zero + _base(NUMBER, 'fp16'))
     else:
         inner -= total * zero
-    return inner * scale.to(tl.float32)[:, :, None]
+    return inner * _of(scales, NUMBER)[:, :, None]
 
 
 @triton.jit
-def _scales(scales, near, block, BLOCKS: tl.constexpr):
-    """Load the scales of the four groups of some blocks: each float16 [SPLIT, ROWS]."""
-    at = scales + near * (4 * BLOCKS) + block * 4
-    live = block < BLOCKS
-    return (tl.load(at, mask=live, other=0.0), tl.load(at + 1, mask=live, other=0.0),
-            tl.load(at + 2, mask=live, other=0.0), tl.load(at + 3, mask=live, other=0.0))
+def _tile(packed, scales, zeros, tile, block, live, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+          ROWS: tl.constexpr, ZEROS: tl.constexpr):
+    """Load a tile's words [SPLIT, ROWS, GROUP], four scales and zeros [SPLIT, ROWS] of a block."""
+    place = (tile * BLOCKS + block) * ROWS + tl.arange(0, ROWS)[None, :]
+    at = packed + place[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    words = tl.load(at, mask=live[:, :, None], other=0, eviction_policy='evict_first')
+    four = tl.load(scales + place, mask=live, other=0)
+    zero = four
+    if ZEROS:
+        zero = tl.load(zeros + place, mask=live, other=0)
+    return words, four, zero
 
 
 @triton.jit
-def _int4(x, totals, packed, scales, zeros, bias, out, n, K: tl.constexpr,
+def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr):
+    """Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1]."""
+    columns = column + tl.arange(0, GROUP)[None, :]
+    v = tl.load(x + columns, mask=columns < K, other=0.0)
+    sixteenth = column // 16 + tl.arange(0, GROUP // 16)[None, :]
+    parts = tl.load(sums + sixteenth, mask=sixteenth * 16 < K, other=0.0)
+    return v, tl.sum(parts, 1)[:, None, None]
+
+
+@triton.jit
+def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexpr,
           BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
           STAGES: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, CENTRED: tl.constexpr, ASSEMBLY: tl.constexpr,
-          EARLY: tl.constexpr):
+          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
-    Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
+    Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; a tile of ROWS rows a program.
 
     On the matrix units, which take no vector: ``x`` stands in all of eight columns. The blocks are
-    dealt out to SPLIT warps, whose sums are joined at the end.
+    dealt out to SPLIT warps, whose sums are joined at the end. ``sums`` are those of every 16 of
+    ``x``; gated, the ones of ``out`` are left likewise.
     """
+    tile = tl.program_id(0).to(tl.int64)
+    up = tile + n // ROWS
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    near = tl.minimum(rows, n - 1).to(tl.int64)[None, :]
-    places = tl.arange(0, GROUP)
-    row = packed + near[:, :, None] * (BLOCKS * GROUP) + places[None, None, :]
-    up = n.to(tl.int64)
-    # Two bytes are too few for the copies that run ahead: the scales are fetched a turn early.
-    dealt = tl.arange(0, SPLIT)[:, None]
-    scale = _scales(scales, near, dealt, BLOCKS)
-    scale_up = scale
-    if GATED:
-        scale_up = _scales(scales, near + up, dealt, BLOCKS)
+    # The scales of a block's four groups are read as one number, and the zeros: what is narrower
+    # than four bytes is not copied ahead.
+    scales = scales.to(tl.pointer_type(tl.int64))
+    zeros = zeros.to(tl.pointer_type(tl.int64))
     if EARLY:
         gdc_wait()
-    sums = tl.zeros((SPLIT, ROWS, 8), tl.float32)
+    result = tl.zeros((SPLIT, ROWS, 8), tl.float32)
     more = tl.zeros((SPLIT, ROWS, 8), tl.float32)
     for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
-        block = first + dealt
+        block = first + tl.arange(0, SPLIT)[:, None]
         live = block < BLOCKS
-        at = row + (block * GROUP)[:, :, None]
-        words = tl.load(at, mask=live[:, :, None], other=0, eviction_policy='evict_first')
-        next_scale = _scales(scales, near, block + SPLIT, BLOCKS)
+        words, four, zero = _tile(packed, scales, zeros, tile, block, live, BLOCKS, GROUP, ROWS,
+                                  ZEROS)
+        words_up, four_up, zero_up = words, four, zero
         if GATED:
-            words_up = tl.load(at + up * (BLOCKS * GROUP), mask=live[:, :, None], other=0,
-                               eviction_policy='evict_first')
-            next_scale_up = _scales(scales, near + up, block + SPLIT, BLOCKS)
+            words_up, four_up, zero_up = _tile(packed, scales, zeros, up, block, live, BLOCKS,
+                                               GROUP, ROWS, ZEROS)
+        column = block * (4 * GROUP)
+        inputs = (_input(x, sums, column, K, GROUP), _input(x, sums, column + GROUP, K, GROUP),
+                  _input(x, sums, column + 2 * GROUP, K, GROUP),
+                  _input(x, sums, column + 3 * GROUP, K, GROUP))
         for number in tl.static_range(4):
-            column = (block * 4 + number) * GROUP + places[None, :]
-            v = tl.load(x + column, mask=column < K, other=0.0)
+            v, total = inputs[number]
             v = tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8))
-            total = 0.0
-            if not CENTRED:
-                total = tl.load(totals + block * 4 + number, mask=live, other=0.0)[:, :, None]
-            group = near * (4 * BLOCKS) + block * 4 + number
-            sums += _grouped(words, v, total, scale[number], zeros, group, live, number, ZEROS,
-                             CENTRED, ASSEMBLY)
+            result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
             if GATED:
-                more += _grouped(words_up, v, total, scale_up[number], zeros,
-                                 group + up * (4 * BLOCKS), live, number, ZEROS, CENTRED,
-                                 ASSEMBLY)
-        scale = next_scale
-        if GATED:
-            scale_up = next_scale_up
+                more += _grouped(words_up, v, total, four_up, zero_up, number, ZEROS, ASSEMBLY)
     if EARLY:
         gdc_launch_dependents()
-    result = _finish(tl.sum(tl.max(sums, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
+    result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
         second = _finish(tl.sum(tl.max(more, 2), 0), 0.0, rows, n, K, 0.0, bias + n, False, BIAS)
-        result = _silu(result) * second
+        result = tl.where(rows < n, _silu(result) * second, 0.0)
+        rounded = result.to(out.dtype.element_ty).to(tl.float32)
+        tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
     _store(out, rows, n, result, ADD)
 
 
 @triton.jit
-def _prepare(x, gain, order, out, totals, eps, groups, K: tl.constexpr, GROUP: tl.constexpr,
-             BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr,
-             EARLY: tl.constexpr):
+def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, BLOCK: tl.constexpr,
+             NORM: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
     """
-    Write ``x`` [K] normalised, in the order of a weight's columns, and the sum of each group.
+    Write ``x`` [K] normalised, in the order of a weight's columns, and the sums of every 16.
 
     BLOCK columns a program.
     """
@@ -291,9 +289,9 @@ def _prepare(x, gain, order, out, totals, eps, groups, K: tl.constexpr, GROUP: t
         v *= tl.rsqrt(tl.sum(squares) / K + eps)
     rounded = v.to(out.dtype.element_ty)
     tl.store(out + columns, rounded, mask=inside)
-    group = tl.program_id(0) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-    sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // GROUP, GROUP)), 1)
-    tl.store(totals + group, sums, mask=group < groups)
+    sixteenths = tl.program_id(0) * (BLOCK // 16) + tl.arange(0, BLOCK // 16)
+    sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 16, 16)), 1)
+    tl.store(out_sums + sixteenths, sums, mask=sixteenths * 16 < K)
 
 
 @triton.jit
@@ -396,9 +394,9 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
 
 
 @triton.jit
-def _join(part_sums, part_maxima, part_totals, out, D: tl.constexpr, DIMS: tl.constexpr,
-          SPLITS: tl.constexpr, EARLY: tl.constexpr):
-    """Join the shares of one query head."""
+def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
+          DIMS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
+    """Join the shares of one query head; leave the sums of every 16 of ``out`` too."""
     if EARLY:
         gdc_wait()
     dims = tl.arange(0, DIMS)
@@ -408,7 +406,12 @@ def _join(part_sums, part_maxima, part_totals, out, D: tl.constexpr, DIMS: tl.co
     sums = tl.load(part_sums + slots[:, None] * DIMS + dims[None, :])
     fades = tl.exp(maxima - tl.max(maxima, 0))
     result = tl.sum(sums * fades[:, None], 0) / tl.sum(totals * fades, 0)
-    tl.store(out + tl.program_id(0) * D + dims, result.to(out.dtype.element_ty), mask=dims < D)
+    rounded = result.to(out.dtype.element_ty)
+    tl.store(out + tl.program_id(0) * D + dims, rounded, mask=dims < D)
+    sixteenths = tl.arange(0, DIMS // 16)
+    tl.store(out_sums + tl.program_id(0) * (D // 16) + sixteenths,
+             tl.sum(tl.reshape(rounded.to(tl.float32), (DIMS // 16, 16)), 1),
+             mask=sixteenths < D // 16)
 
 
 @triton.jit
@@ -455,7 +458,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a product's kernel is laid out; ``rows`` and ``columns`` are a tile of dense weights."""
+    """How a product's kernel is laid out; ``rows`` and ``columns`` are a tile of the weights."""
 
     rows: int
     columns: int
@@ -468,7 +471,7 @@ DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
     (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
     (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
-INT4_CHOICES = tuple(Choice(16, 0, *each) for each in (   # the matrix units take 16 rows
+INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
     (4, 2), (4, 3), (4, 4), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (8, 2), (8, 3)))
 
 
@@ -489,6 +492,7 @@ class TritonOps(TorchOps):
         self._splits = splits
         self._choices: dict[Shape, Choice] = {}
         self._scratch: dict[tuple[object, ...], Tensor] = {}
+        self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
         self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
         self._places = torch.empty(self._programs, dtype=torch.int32, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
@@ -524,8 +528,8 @@ class TritonOps(TorchOps):
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
             **self._launch(1))
-        _join[(layer.heads,)](*parts, out, D=dim, DIMS=dims, SPLITS=splits, EARLY=self._early,
-                              **self._launch(4))
+        _join[(layer.heads,)](*parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits,
+                              EARLY=self._early, **self._launch(4))
 
     def advance(self, logits, token, position, history):
         """See `TorchOps.advance`."""
@@ -574,29 +578,36 @@ class TritonOps(TorchOps):
         # A pointer that is not used still has to be one.
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
+            self._summed.pop(out.data_ptr(), None)
             _dense[grid](x, weight.weight, bias, x if gain is None else gain, out, n, eps,
                          K=shape.k, COLUMNS=choice.columns, NORM=gain is not None, **common)
             return
-        blocks = weight.packed.shape[1] // weight.group_size
-        prepared = gain is not None or weight.order is not None
-        totals = x
-        if prepared:
-            x, totals = self._prepared(x, weight, gain, eps, 4 * blocks)
+        if gain is not None or weight.order is not None or x.data_ptr() not in self._summed:
+            x = self._prepared(x, weight, gain, eps)
         _int4[grid](
-            x, totals, weight.packed, weight.scales, x if weight.zeros is None else weight.zeros,
-            bias, out, n, K=shape.k, BLOCKS=blocks, GROUP=weight.group_size, SPLIT=choice.warps,
-            ZEROS=weight.zeros is not None, CENTRED=not prepared,
-            ASSEMBLY=self._device.type == 'cuda', **common)
+            x, self._sums(x), weight.packed, weight.scales,
+            x if weight.zeros is None else weight.zeros, bias, out,
+            self._sums(out) if gated else x, n, K=shape.k,
+            BLOCKS=weight.packed.shape[1], GROUP=weight.group_size, SPLIT=choice.warps,
+            ZEROS=weight.zeros is not None, ASSEMBLY=self._device.type == 'cuda', **common)
 
-    def _prepared(self, x, weight, gain, eps, groups):
-        k, size = weight.in_features, weight.group_size
+    def _prepared(self, x, weight, gain, eps):
+        k = weight.in_features
         out = self._take('prepared', k, x.dtype if gain is None else gain.dtype)
-        totals = self._take('group sums', groups, torch.float32)
-        _prepare[(triton.cdiv(groups * size, 1024),)](
+        _prepare[(triton.cdiv(k, 1024),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out,
-            totals, eps, groups, K=k, GROUP=size, BLOCK=1024, NORM=gain is not None,
+            self._sums(out), eps, K=k, BLOCK=1024, NORM=gain is not None,
             ORDERED=weight.order is not None, EARLY=self._early, **self._launch(4))
-        return out, totals
+        return out
+
+    def _sums(self, vector):
+        """Give the place for the sums of every 16 of a vector that a kernel writes."""
+        key = vector.data_ptr()
+        if key not in self._summed:
+            # The vector is kept too, so that no other one gets its address.
+            self._summed[key] = vector, torch.empty(
+                triton.cdiv(vector.numel(), 16), dtype=torch.float32, device=self._device)
+        return self._summed[key][1]
 
     def _take(self, purpose, count, dtype):
         """Give scratch memory; all layers use the same."""

@@ -12,6 +12,7 @@ from torch import Tensor
 import torch.nn.functional as F
 
 DEQUANTISE_BYTES = 128 * 2**20   # dense weights that a prefill unpacks at a time
+TILE_ROWS = 16                   # what the matrix units take
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class Dense:
 @dataclass(frozen=True)
 class Int4:
     """
-    GPTQ weights, repacked for the matrix units, a row from left to right.
+    GPTQ weights, repacked for the matrix units, in tiles of 16 rows.
 
     The columns are in the order of their groups (``order`` gives each one's place in the input)
-    and padded to whole blocks of four groups. In a block, nibble j of word i belongs to column
-    ``j * group_size + i``: one load of a group's words serves four groups, and all of one nibble's
-    columns share a scale.
+    and padded to whole blocks of four groups; the rows are padded to whole tiles. What a program
+    reads, tile by tile and there block by block, lies in memory as it is read. In a block, nibble
+    j of word i belongs to column ``j * group_size + i``: one load of a group's words serves four
+    groups, and all of one nibble's columns share a scale.
 
-    ``packed`` int16 [N, blocks * group_size]; ``scales`` float16 [N, 4 * blocks]; ``zeros``
-    float16 [N, 4 * blocks], or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or
-    None.
+    ``packed`` int16 [tiles, blocks, 16, group_size]; ``scales`` float16 [tiles, blocks, 16, 4];
+    ``zeros`` likewise, or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
     """
 
     packed: Tensor
@@ -61,42 +62,49 @@ class Int4:
     zeros: Tensor | None
     order: Tensor | None
     bias: Tensor | None
+    out_features: int
     in_features: int
-    group_size: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.packed.shape[0], self.in_features
+        return self.out_features, self.in_features
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.packed.shape[3]
 
     @property
     def read_bytes(self) -> int:
         """Bytes that one product with a vector reads."""
         return _bytes(self.packed, self.scales, self.zeros, self.order, self.bias)
 
-    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Unpack some rows; gives [rows, K] with the columns in the order of their groups."""
-        packed = self.packed[rows]
-        count = packed.shape[0]
+    def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
+        """Unpack some tiles; gives [rows, K] with the columns in the order of their groups."""
+        packed = self.packed[tiles].transpose(1, 2).unsqueeze(3)    # [tiles, 16, blocks, 1, size]
         shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16)
-        blocks = packed.view(count, -1, 1, self.group_size)
-        nibbles = (blocks >> shifts.view(1, 1, 4, 1)) & 0xF
-        groups = nibbles.reshape(count, -1, self.group_size).float()
-        zeros = 8.0 if self.zeros is None else self.zeros[rows].float().unsqueeze(-1)
-        dense = (groups - zeros) * self.scales[rows].float().unsqueeze(-1)
-        return dense.view(count, -1)[:, :self.in_features].to(dtype)
+        nibbles = ((packed >> shifts.unsqueeze(1)) & 0xF).float()
+
+        def by_group(values):
+            return values[tiles].transpose(1, 2).unsqueeze(4).float()
+
+        zeros = 8.0 if self.zeros is None else by_group(self.zeros)
+        dense = nibbles.sub_(zeros).mul_(by_group(self.scales)).flatten(2).flatten(0, 1)
+        rows = self.out_features - (tiles.start or 0) * TILE_ROWS
+        return dense[:rows, :self.in_features].to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
         if self.order is not None:
             x = x[..., self.order]
-        rows_out, columns = self.shape
-        piece = max(1, DEQUANTISE_BYTES // (4 * columns))
-        out = x.new_empty(*x.shape[:-1], rows_out)
-        for start in range(0, rows_out, piece):
-            rows = slice(start, start + piece)
+        piece = max(1, DEQUANTISE_BYTES // (4 * TILE_ROWS * self.in_features))
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.packed.shape[0], piece):
+            rows = slice(TILE_ROWS * start, TILE_ROWS * (start + piece))
             bias = None if self.bias is None else self.bias[rows]
-            out[..., rows] = F.linear(x, self.dequantise(rows, x.dtype), bias)
+            weight = self.dequantise(slice(start, start + piece), x.dtype)
+            out[..., rows] = F.linear(x, weight, bias)
         return out
 
 

@@ -47,7 +47,7 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Linear
-    dense_fallbacks: int      # fused projections kept dense, because their parts' orders differ
+    dense_fallbacks: int      # fused projections kept dense: see `gptq.fuse`
 
     @property
     def read_bytes(self) -> int:
