@@ -24,6 +24,7 @@ class Library:
         self.network = network
         self.calls = []             # (tokens, position) of each forward pass
         self.settings = []          # of each sampling
+        self.copies = 0             # of keys or values for the heads of a group
         self.fail = None            # what loading a module raises
         self.unloaded = 0
         self.choose_device = None   # the engine's own way, where a test replaces it
@@ -52,6 +53,19 @@ class Library:
                 if library.fail:
                     raise library.fail
 
+        class Attention(Module):
+            scaling = 0.2
+
+            def _attn_torch(self, batch_size, q_len, q, k, v, attn_params, cfg, causal=True):
+                """As the library attends without flash-attn: a copy of the keys for each head."""
+                assert causal
+                library.copies += 2
+                k, v = (each.repeat_interleave(q.shape[2] // each.shape[2], 2).transpose(1, 2)
+                        for each in (k, v))
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    q.transpose(1, 2), k, v, attn_params.block_diag_mask, scale=self.scaling)
+                return out.transpose(1, 2).reshape(batch_size, q_len, -1)
+
         class Model:
             def __init__(self, config):
                 half = {'dtype': torch.float16}
@@ -59,6 +73,7 @@ class Library:
                 self.modules = [
                     Module('model.embed_tokens', embedding=SimpleNamespace(
                         weight=torch.zeros(config.vocab_size, 8, **half))),
+                    Attention('attention'),
                     Module('packed', q_tensors={
                         'qweight': torch.zeros(4, 8, dtype=torch.int32),
                         'scales': torch.zeros(2, 8, **half),

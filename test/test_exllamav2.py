@@ -4,6 +4,7 @@ from importlib import import_module
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import engine_contract
 from engine_contract import decode
@@ -52,6 +53,9 @@ def installed(saved):
         library.choose_device = module._device
         patch.setattr(module, '_device', lambda config: torch.device('cpu', 0))
         patch.setattr(module, '_PIECE_TOKENS', 16)
+        backends = module.devices.attention_backends
+        patch.setattr(
+            module.devices, 'attention_backends', lambda device: backends(torch.device('cuda')))
         yield module, library
     sys.modules.pop(MODULE, None)
 
@@ -149,6 +153,22 @@ def test_attention_elsewhere_keeps_its_choice(fresh):
     stream.close()
 
 
+@pytest.mark.parametrize('heads', [1, 2, 8])    # of keys and values
+@pytest.mark.parametrize('tokens', [1, 5])
+def test_a_step_attends_without_copies(fresh, heads, tokens):
+    engine, library = fresh
+    attention = engine._model.modules[1]
+    queries = torch.randn(1, tokens, 8, 64)
+    keys, values = torch.randn(2, 1, 20 + tokens, heads, 64)
+    form = SimpleNamespace(block_diag_mask=None if tokens == 1 else torch.full(
+        (tokens, 20 + tokens), float('-inf')).triu_(21))
+    case = (1, tokens, queries, keys, values, form, engine._model.config)
+    expected = type(attention)._attn_torch(attention, *case)
+    library.copies = 0
+    torch.testing.assert_close(attention._attn_torch(*case), expected)
+    assert library.copies == (0 if tokens == 1 else 2)
+
+
 def test_greedy_leaves_the_sampler_alone(fresh):
     engine, library = fresh
     decode(engine, [5, 6, 7])
@@ -168,6 +188,7 @@ def test_footprint(installed, saved):
     assert (footprint.layers, footprint.kv_heads, footprint.head_dim) == (2, 1, 64)
     assert footprint.kv_element_bytes == 2 and footprint.max_context == 100
     assert footprint.cuda_graph == 'off' and footprint.vocab_size == 512
+    assert footprint.details['attention'] == 'sdpa over query groups, without cuDNN'
     engine.close()
 
 

@@ -133,6 +133,25 @@ def test_the_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
         check(engine)
 
 
+@pytest.mark.parametrize('name', ['Decoder', 'CapturedDecoder'])
+def test_attention_over_new_lengths_goes_without_cudnn(folder, monkeypatch, name):
+    """A captured step has one length for ever, and keeps what PyTorch prefers."""
+    monkeypatch.setattr(module.CapturedDecoder, '_capture', lambda self: None)
+    monkeypatch.setattr(module, 'Decoder', getattr(module, name))
+    backends = module.devices.attention_backends
+    monkeypatch.setattr(
+        module.devices, 'attention_backends', lambda device: backends(torch.device('cuda')))
+    engine = load(folder)
+    seen = []
+    engine._decoder.network.register_forward_pre_hook(
+        lambda network, args: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    stream = engine.stream([5, 6, 7], SamplingConfig(max_new_tokens=3))
+    next(stream)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    list(stream)
+    assert seen == [False, *[name == 'CapturedDecoder'] * 2]
+
+
 def test_a_state_that_is_no_context_is_not_captured():
     config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
     with pytest.raises(EngineError, match='engine.cuda_graph to false'):

@@ -6,14 +6,16 @@ token. On a CPU, and on a GPU with ``cuda_graph`` off, the cache grows and the h
 kernel: the eager step of arXiv 2605.30571. With ``cuda_graph`` on a GPU the cache is the library's
 static one, and the forward pass with the choice of the likeliest token is captured whole in one
 CUDA graph; a sampled token is chosen after it. Attention is PyTorch's scaled_dot_product_attention
-where the model has it. The engine knows nothing of how a model computes and never runs code from a
-model folder.
+where the model has it, without cuDNN's, which would plan anew for each length; a captured step has
+one length for ever and takes what PyTorch prefers. The engine knows nothing of how a model
+computes and never runs code from a model folder.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
+from contextlib import nullcontext
 import gc
 from importlib.util import find_spec
 import inspect
@@ -235,7 +237,9 @@ class Decoder:
     @torch.inference_mode()
     def _forward(self, ids):
         cache = {self._cache_name: self.cache}
-        logits = self.network(input_ids=ids, **cache, **self._options).logits[:, -1].float()
+        one_length = self.captured and ids.shape[1] == 1
+        with nullcontext() if one_length else devices.attention_backends(self._device):
+            logits = self.network(input_ids=ids, **cache, **self._options).logits[:, -1].float()
         return logits, logits.argmax(-1)
 
     def _new_cache(self):

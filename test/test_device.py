@@ -1,0 +1,21 @@
+"""What the engines share of the device: the choice of attention."""
+
+from physai_decode.engines import device
+import pytest
+import torch
+
+
+@pytest.mark.parametrize('before', [True, False])
+@pytest.mark.parametrize('name', ['cuda', 'cpu'])
+def test_cudnn_attention_is_off_only_inside(name, before):
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    found = enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with pytest.raises(RuntimeError, match='broken'):
+            with device.attention_backends(torch.device(name)):
+                assert enabled() == (before and name == 'cpu')
+                raise RuntimeError('broken')
+        assert enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(found)
