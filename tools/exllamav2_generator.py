@@ -3,7 +3,7 @@ Time ExLlamaV2's own generator against the engine's way, on one folder of GPTQ o
 
 The engine calls the library's forward pass and keeps the ids on the device; the library's dynamic
 generator is what its documentation proposes. Both decode greedily after the same ids, at the same
-context, on the same GPU, in this one process.
+context, with the same attention, on the same GPU, in this one process.
 """
 
 import argparse
@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engines.device import attention_backends
+from physai_decode.engines.exllamav2 import attend_by_groups
 from physai_decode.engines.exllamav2 import ExLlamaV2Engine
 import torch
 
@@ -46,8 +48,10 @@ def by_generator(folder: Path, ids: list[int], steps: int, limit: int) -> list[f
 
     config = ExLlamaV2Config(str(folder))
     config.max_seq_len = limit
+    config.no_xformers = True
     model = ExLlamaV2(config)
     model.load()
+    attend_by_groups(model)
     generator = ExLlamaV2DynamicGenerator(
         model=model, cache=ExLlamaV2Cache(model), tokenizer=ExLlamaV2Tokenizer(config),
         paged=attn.has_flash_attn_with_paged)
@@ -55,9 +59,10 @@ def by_generator(folder: Path, ids: list[int], steps: int, limit: int) -> list[f
         input_ids=torch.tensor([ids]), max_new_tokens=WARM_UP + steps,
         gen_settings=ExLlamaV2Sampler.Settings.greedy()))
     stamps = []
-    while generator.num_remaining_jobs():
-        results = generator.iterate()
-        stamps += [time.perf_counter() for each in results if each['stage'] == 'streaming']
+    with attention_backends(torch.device('cuda')):
+        while generator.num_remaining_jobs():
+            generator.iterate()         # a piece of the prompt at first, then a token each
+            stamps.append(time.perf_counter())
     model.unload()
     return gaps(stamps, steps)
 
