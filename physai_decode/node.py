@@ -60,6 +60,7 @@ STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engi
 EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
 GAP_TIMEOUT_S = 60.0            # a measurement that takes longer is given up
 EXIT_LIMIT_S = 1.8        # from a signal to the end of the process, whatever hangs
+POLL_S = 0.2                    # how often the main thread looks whether the executor has ended
 NO_PEAK = Peak(None, 'unknown')
 
 
@@ -448,7 +449,11 @@ def spin(executor: MultiThreadedExecutor, stop: threading.Event) -> None:
 def main(args: list[str] | None = None, load=load) -> int:
     """Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = signal.SIGINT, signal.SIGTERM
+    # Blocked here, and so in every thread to come, and waited for below: a handler may be replaced
+    # by a library's. It is for threads that are older, as numpy's.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in signals:
         signal.signal(number, lambda *_: stop.set())
     # Fast DDS sends in a thread of its own then: a slow network does not hold up decoding.
     os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
@@ -468,7 +473,8 @@ def main(args: list[str] | None = None, load=load) -> int:
     executor.add_node(node)
     thread = threading.Thread(target=spin, args=(executor, stop), name='executor')
     thread.start()
-    stop.wait()
+    while not stop.is_set() and signal.sigtimedwait(signals, POLL_S) is None:
+        pass
     # Whatever a driver does while its memory is freed, the process ends when it was told to.
     last = threading.Timer(EXIT_LIMIT_S, os._exit, (0,))
     last.daemon = True

@@ -18,7 +18,7 @@ POINTERS = {
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
     'places': 'i32', 'arrived': 'i32'}      # all others are fp32
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
-           'eps': 'fp32', 'scale': 'fp32'}
+           'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32'}
 
 
 def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', **constants):
@@ -51,7 +51,9 @@ def main():
 
         build(kernels._embed, BLOCK=1024)
         build(kernels._advance, BLOCK=1024, PROGRAMS=16)
-        build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8)
+        build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
+        compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
+                 GROUP=128, ZEROS=True)
         build(kernels._prepare, out=half, K=3584, BLOCK=1024, NORM=True, ORDERED=True)
         for norm in (True, False):
             build(kernels._attend, warps=1, KV_HEADS=4, GROUP=7, PADDED=16, D=128, DIMS=128,
@@ -69,6 +71,13 @@ def main():
             # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
             wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
             assert all(word in made.asm['ptx'] for word in wanted)
+            if capability >= 80:
+                alone = build(
+                    kernels._int4, warps=1, x=half, out=half if gated else 'fp32', K=3584,
+                    BLOCKS=7, GROUP=128, ROWS=choice.rows, SPLIT=1, STAGES=1, GATED=gated,
+                    ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
+                # Every lane loads what it multiplies: shared memory has room for the sums alone.
+                assert alone.metadata.shared < 2048
     print('compiled')
 
 

@@ -671,15 +671,15 @@ def test_the_papers_protocol_has_all_paths_and_its_figures():
     results = [done(each, [0.010] * len(each.contexts), each.contexts) for each in cases[:-2]]
     results[0]['contexts'][0]['itl_p50_s'] = 0.015
     results += [{'case': each.to_dict(), 'status': 'unavailable', 'contexts': [],
-                 'error': 'not installed: exllamav2'} for each in cases[-2:]]
+                 'error': 'not installed: gptqmodel'} for each in cases[-2:]]
     beside = {row[0]: row[1:] for row in suites.paper_table(results, 2048).rows}
     assert beside['transformers eager: ms'] == ['16.97', '62.32', '15.000']
     assert beside['transformers captured: times as fast as eager'] == ['1.259', '1.028', '1.500']
-    assert beside['GPTQ (ExLlamaV2): times as fast as transformers eager'] == ['', '3.59', 'n/a']
+    assert beside['AWQ (GPTQModel): times as fast as transformers eager'] == ['', '1.38', 'n/a']
     four = suites.quantized_table(results, 2048)
     assert [row[0] for row in four.rows] == [
         'transformers eager', 'transformers captured', 'native', 'nf4 (bitsandbytes)',
-        'AWQ (GPTQModel)', 'GPTQ (GPTQModel)', 'GPTQ (ExLlamaV2)', 'GPTQ native']
+        'GPTQ native', 'GPTQ (ExLlamaV2)', 'GPTQ (GPTQModel)', 'AWQ (GPTQModel)']
     assert 'GPTQ (ExLlamaV2): not installed: exllamav2' in four.notes
 
 

@@ -11,6 +11,8 @@ import rclpy
 from std_msgs.msg import String
 
 SCRIPT = """
+import ctypes
+import signal
 import sys
 import time
 sys.path.insert(0, {folder!r})
@@ -20,6 +22,8 @@ from physai_decode.node import main
 class Slow(Loader):
     def __call__(self, config, progress):
         progress('reading')
+        for number in (signal.SIGINT, signal.SIGTERM):      # as a GPU's driver was seen to do
+            ctypes.CDLL(None).signal(number, ctypes.c_void_p(1))
         if config.model.path == 'slow':
             time.sleep(60)              # as a library that does not come back would
         return super().__call__(config, progress)

@@ -99,6 +99,30 @@ def test_int4(make, group_size, act_order, symmetric, k):
     assert_close(out, start + expected, 1e-4)
 
 
+@pytest.mark.parametrize('group_size, symmetric', [(32, True), (128, False)])
+def test_int4_of_many_tokens(make, group_size, symmetric):
+    weight, dense = packed(3, 40, 384, group_size, True, symmetric)
+    x = make(5, 384)
+    assert_close(TritonOps(DEVICE).apply(x, weight), x @ dense.t())
+    half = TritonOps(DEVICE).apply(x.half(), weight)
+    assert_close(half, x @ dense.t(), 2e-3)
+
+
+def test_int4_after_int4(make):
+    """What a kernel leaves beside its result is what the next one takes."""
+    gated, gated_dense = packed(2, 128, 256, 32)
+    down, down_dense = packed(4, 32, 64, 32)
+    x, gain, hidden, out = make(256), make(256), make(64), make(32)
+    expected = out.clone()
+    ops = TritonOps(DEVICE)
+    for _ in range(2):
+        ops.gated(x, gated, hidden, gain, EPS)
+        ops.linear(hidden, down, out, add=True)
+        TWIN.gated(x, Dense(gated_dense), hidden, gain, EPS)
+        TWIN.linear(hidden, Dense(down_dense), expected, add=True)
+        assert_close(out, expected, 1e-4)
+        x = make(256)
+
 
 def test_int4_gated(make):
     weight, dense = packed(2, 64, 256, 128, symmetric=False)

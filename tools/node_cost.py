@@ -43,7 +43,7 @@ PROMPTS = [f'please {verb} the {colour} {thing} to the {place}'
 
 
 class Timed:
-    """An engine that notes when it knew each token, and writes that when it is closed."""
+    """An engine that notes when it knew each token, and writes that after each answer."""
 
     def __init__(self, engine, path: Path) -> None:
         self._engine = engine
@@ -53,15 +53,17 @@ class Timed:
 
     def stream(self, prompt_ids, sampling):
         """Yield the engine's steps, each token's time noted."""
-        for step in self._engine.stream(prompt_ids, sampling):
-            now_s = time.monotonic()
-            self.known_s += [now_s for token_id in step.token_ids
-                             if token_id not in self.footprint.eos_token_ids]
-            yield step
+        try:
+            for step in self._engine.stream(prompt_ids, sampling):
+                now_s = time.monotonic()
+                self.known_s += [now_s for token_id in step.token_ids
+                                 if token_id not in self.footprint.eos_token_ids]
+                yield step
+        finally:
+            self._path.write_text(json.dumps(self.known_s))
 
     def close(self) -> None:
         """Free the engine."""
-        self._path.write_text(json.dumps(self.known_s))
         self._engine.close()
 
 
@@ -167,7 +169,12 @@ def through(folder: Path, with_figures: bool, own: list[str]) -> dict[str, list[
         probe.ask_all()
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            print('the node has not ended 30 s after SIGTERM')
+            process.kill()
+            process.wait()
         probe.node.destroy_node()
         rclpy.shutdown()
     known_s = json.loads(path.read_text())

@@ -28,10 +28,10 @@ GPTQ_LONG = 'GPTQ native, long run'
 # label, engine, quantization of the random weights, modules it needs
 _QUANTIZED = (
     ('nf4 (bitsandbytes)', 'transformers', 'nf4', ('bitsandbytes', 'accelerate')),
-    ('AWQ (GPTQModel)', 'transformers', 'awq', ('gptqmodel', 'accelerate')),
-    ('GPTQ (GPTQModel)', 'transformers', 'gptq', ('gptqmodel', 'optimum', 'accelerate')),
-    ('GPTQ (ExLlamaV2)', 'exllamav2', 'gptq', ('exllamav2',)),
     (GPTQ, 'native', 'gptq', ()),
+    ('GPTQ (ExLlamaV2)', 'exllamav2', 'gptq', ('exllamav2',)),
+    ('GPTQ (GPTQModel)', 'transformers', 'gptq', ('gptqmodel', 'optimum', 'accelerate')),
+    ('AWQ (GPTQModel)', 'transformers', 'awq', ('gptqmodel', 'accelerate')),
 )
 
 # Table rows of the paper, for Qwen-2.5-7B at context 2048: milliseconds on an L4

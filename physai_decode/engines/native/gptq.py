@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from physai_decode.engine import EngineError
+from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
 import torch
@@ -101,7 +102,7 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     planes = tiled(nibbles.to(torch.int16), kernel_group).unbind(3)
     packed = planes[0] | planes[1] << 4 | planes[2] << 8 | planes[3] << 12
     return Int4(
-        packed=packed.transpose(1, 2).contiguous(), scales=by_group(scales),
+        packed=fragments(packed.transpose(1, 2)), scales=by_group(scales),
         zeros=None if bool((zeros == 8).all()) else by_group(zeros),
         order=order, bias=bias, out_features=rows, in_features=columns)
 

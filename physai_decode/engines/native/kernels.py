@@ -168,11 +168,12 @@ def _of(four, NUMBER: tl.constexpr):
 def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """
-    Multiply one group of each row [SPLIT, ROWS, GROUP] by ``v`` [SPLIT, GROUP, 8].
+    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, 8]; gives [SPLIT, ROWS, 8].
 
     The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
     """
-    inner = tl.dot(_nibble(words, NUMBER, v.dtype, ASSEMBLY), v, input_precision='ieee')
+    weights = _matrix(_nibble(words, NUMBER, v.dtype, ASSEMBLY))
+    inner = tl.dot(weights, v, input_precision='ieee')
     zero = 8.0
     if ZEROS:
         zero = _of(zeros, NUMBER)[:, :, None]
@@ -186,27 +187,60 @@ def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.con
 
 
 @triton.jit
-def _tile(packed, scales, zeros, tile, block, live, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-          ROWS: tl.constexpr, ZEROS: tl.constexpr):
-    """Load a tile's words [SPLIT, ROWS, GROUP], four scales and zeros [SPLIT, ROWS] of a block."""
-    place = (tile * BLOCKS + block) * ROWS + tl.arange(0, ROWS)[None, :]
-    at = packed + place[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-    words = tl.load(at, mask=live[:, :, None], other=0, eviction_policy='evict_first')
-    four = tl.load(scales + place, mask=live, other=0)
+def _matrix(words):
+    """
+    Turn fragments [SPLIT, GROUP / 16, 256] to [SPLIT, 16, GROUP]; on the chip nothing moves.
+
+    The columns are in the order in which `_input` gives theirs.
+    """
+    SPLIT: tl.constexpr = words.shape[0]
+    parts = tl.reshape(words, (SPLIT, words.shape[1], 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(parts, (0, 5, 2, 1, 4, 3, 6)), (SPLIT, 16, 16 * words.shape[1]))
+
+
+@triton.jit
+def _tile(packed, scales, zeros, tile, block, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+          ZEROS: tl.constexpr):
+    """Load a tile's fragments of the blocks [SPLIT, 1], and their four scales and zeros a row."""
+    at = tile * BLOCKS + tl.minimum(block, BLOCKS - 1)      # past the end the last one again
+    words = tl.load(
+        packed + at[:, :, None] * (16 * GROUP) + tl.arange(0, GROUP // 16)[None, :, None] * 256
+        + tl.arange(0, 256)[None, None, :], eviction_policy='evict_first')
+    # Four float16 are read as one number.
+    rows = at * 16 + tl.arange(0, 16)[None, :]
+    four = tl.load(scales.to(tl.pointer_type(tl.int64)) + rows)
     zero = four
     if ZEROS:
-        zero = tl.load(zeros + place, mask=live, other=0)
+        zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + rows)
     return words, four, zero
 
 
 @triton.jit
-def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr):
-    """Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1]."""
-    columns = column + tl.arange(0, GROUP)[None, :]
-    v = tl.load(x + columns, mask=columns < K, other=0.0)
+def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.constexpr):
+    """
+    Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
+
+    On the matrix units, which take no vector, x stands in all of eight columns: [SPLIT, GROUP, 8],
+    in the words' order. COPIED it comes through shared memory, once; else every lane loads what it
+    multiplies, as the order of the dimensions has it.
+    """
+    SPLIT: tl.constexpr = column.shape[0]
     sixteenth = column // 16 + tl.arange(0, GROUP // 16)[None, :]
     parts = tl.load(sums + sixteenth, mask=sixteenth * 16 < K, other=0.0)
-    return v, tl.sum(parts, 1)[:, None, None]
+    total = tl.sum(parts, 1)[:, None, None]
+    if COPIED:
+        at = tl.arange(0, GROUP)[None, :]       # pair, operand, high, lane, low
+        columns = column + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4 + at // 8 % 2 * 2
+                            + at % 2)
+        v = tl.load(x + columns, mask=columns < K, other=0.0)
+        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8)), total
+    within = (tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, GROUP // 32)[None, :, None] * 32
+              + tl.arange(0, 8)[None, None, :])[:, None, None, :, :]
+    columns = tl.broadcast_to(column[None, None, :, :, None] + within,
+                              (4, 8, SPLIT, GROUP // 32, 8))
+    v = tl.load(x + columns, mask=columns < K, other=0.0)
+    v = tl.permute(tl.reshape(v, (4, 8, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
+    return tl.reshape(v, (SPLIT, GROUP, 8)), total
 
 
 @triton.jit
@@ -217,37 +251,31 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
     """
     Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; a tile of ROWS rows a program.
 
-    On the matrix units, which take no vector: ``x`` stands in all of eight columns. The blocks are
-    dealt out to SPLIT warps, whose sums are joined at the end. ``sums`` are those of every 16 of
-    ``x``; gated, the ones of ``out`` are left likewise.
+    The blocks are dealt out to SPLIT warps, whose sums are joined at the end. Words go straight to
+    registers, or, with more than one of STAGES, are copied ahead to shared memory. ``sums`` are
+    those of every 16 of ``x``; gated, the ones of ``out`` are left likewise.
     """
+    COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
-    up = tile + n // ROWS
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # The scales of a block's four groups are read as one number, and the zeros: what is narrower
-    # than four bytes is not copied ahead.
-    scales = scales.to(tl.pointer_type(tl.int64))
-    zeros = zeros.to(tl.pointer_type(tl.int64))
     if EARLY:
         gdc_wait()
     result = tl.zeros((SPLIT, ROWS, 8), tl.float32)
     more = tl.zeros((SPLIT, ROWS, 8), tl.float32)
     for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
         block = first + tl.arange(0, SPLIT)[:, None]
-        live = block < BLOCKS
-        words, four, zero = _tile(packed, scales, zeros, tile, block, live, BLOCKS, GROUP, ROWS,
-                                  ZEROS)
+        words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, ZEROS)
         words_up, four_up, zero_up = words, four, zero
         if GATED:
-            words_up, four_up, zero_up = _tile(packed, scales, zeros, up, block, live, BLOCKS,
-                                               GROUP, ROWS, ZEROS)
+            words_up, four_up, zero_up = _tile(
+                packed, scales, zeros, tile + n // ROWS, block, BLOCKS, GROUP, ZEROS)
         column = block * (4 * GROUP)
-        inputs = (_input(x, sums, column, K, GROUP), _input(x, sums, column + GROUP, K, GROUP),
-                  _input(x, sums, column + 2 * GROUP, K, GROUP),
-                  _input(x, sums, column + 3 * GROUP, K, GROUP))
+        inputs = (_input(x, sums, column, K, GROUP, COPIED),
+                  _input(x, sums, column + GROUP, K, GROUP, COPIED),
+                  _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED),
+                  _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED))
         for number in tl.static_range(4):
             v, total = inputs[number]
-            v = tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8))
             result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
             if GATED:
                 more += _grouped(words_up, v, total, four_up, zero_up, number, ZEROS, ASSEMBLY)
@@ -260,6 +288,28 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
     _store(out, rows, n, result, ADD)
+
+
+@triton.jit
+def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS: tl.constexpr,
+                GROUP: tl.constexpr, ZEROS: tl.constexpr):
+    """Write a block of a tile of an `Int4` to ``out`` [rows, K], row 0 being ``first`` tile's."""
+    tile = first + tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
+    words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, ZEROS)
+    parts = tl.reshape(words, (GROUP // 32, 2, 8, 4, 2, 2, 2))
+    words = tl.reshape(tl.permute(parts, (5, 2, 0, 3, 1, 4, 6)), (16, GROUP)).to(tl.int32)
+    row = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
+    for number in tl.static_range(4):
+        column = (tl.program_id(1) * 4 + number) * GROUP + tl.arange(0, GROUP)[None, :]
+        values = ((words >> (4 * number)) & 0xF).to(tl.float32)
+        if ZEROS:
+            values -= tl.reshape(_of(zero, number), (16, 1))
+        else:
+            values -= 8.0
+        values *= tl.reshape(_of(four, number), (16, 1))
+        tl.store(out + row.to(tl.int64) * K + column, values.to(out.dtype.element_ty),
+                 mask=(row < rows) & (column < K))
 
 
 @triton.jit
@@ -395,11 +445,11 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
 
 @triton.jit
 def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
-          DIMS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
-    """Join the shares of one query head; leave the sums of every 16 of ``out`` too."""
+          DIMS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Join BLOCK dimensions of one query head's shares; leave the sums of every 16 too."""
     if EARLY:
         gdc_wait()
-    dims = tl.arange(0, DIMS)
+    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slots = tl.program_id(0) * SPLITS + tl.arange(0, SPLITS)
     maxima = tl.load(part_maxima + slots)
     totals = tl.load(part_totals + slots)
@@ -407,11 +457,11 @@ def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
     fades = tl.exp(maxima - tl.max(maxima, 0))
     result = tl.sum(sums * fades[:, None], 0) / tl.sum(totals * fades, 0)
     rounded = result.to(out.dtype.element_ty)
-    tl.store(out + tl.program_id(0) * D + dims, rounded, mask=dims < D)
-    sixteenths = tl.arange(0, DIMS // 16)
-    tl.store(out_sums + tl.program_id(0) * (D // 16) + sixteenths,
-             tl.sum(tl.reshape(rounded.to(tl.float32), (DIMS // 16, 16)), 1),
-             mask=sixteenths < D // 16)
+    tl.store(out + tl.program_id(0) * D + dims, rounded)
+    sixteenths = (tl.program_id(0) * D + tl.program_id(1) * BLOCK) // 16 \
+        + tl.arange(0, BLOCK // 16)
+    tl.store(out_sums + sixteenths,
+             tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 16, 16)), 1))
 
 
 @triton.jit
@@ -472,7 +522,7 @@ DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
     (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
-    (4, 2), (4, 3), (4, 4), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (8, 2), (8, 3)))
+    (4, 3), (4, 2), (4, 1), (8, 1), (8, 3), (2, 3), (2, 4), (1, 2), (1, 3)))
 
 
 class TritonOps(TorchOps):
@@ -511,6 +561,10 @@ class TritonOps(TorchOps):
         """See `TorchOps.gated`."""
         self._product(x, weight, out, gain, eps, False, gated=True)
 
+    def apply(self, x, weight):
+        """See `TorchOps.apply`."""
+        return weight.apply(x, self._unpack) if isinstance(weight, Int4) else weight.apply(x)
+
     def attend(self, qkv, keys, values, position, cos, sin, layer, out):
         """See `TorchOps.attend`."""
         kv_heads, max_context, dim = keys.shape
@@ -528,8 +582,9 @@ class TritonOps(TorchOps):
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
             **self._launch(1))
-        _join[(layer.heads,)](*parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits,
-                              EARLY=self._early, **self._launch(4))
+        _join[(layer.heads, dim // 32)](
+            *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
+            EARLY=self._early, **self._launch(1))
 
     def advance(self, logits, token, position, history):
         """See `TorchOps.advance`."""
@@ -590,6 +645,18 @@ class TritonOps(TorchOps):
             self._sums(out) if gated else x, n, K=shape.k,
             BLOCKS=weight.packed.shape[1], GROUP=weight.group_size, SPLIT=choice.warps,
             ZEROS=weight.zeros is not None, ASSEMBLY=self._device.type == 'cuda', **common)
+
+    def _unpack(self, weight, tiles, dtype):
+        rows, columns = weight.shape
+        first, last = tiles.start, min(tiles.stop, weight.packed.shape[0])
+        out = torch.empty(min(rows, TILE_ROWS * last) - TILE_ROWS * first, columns, dtype=dtype,
+                          device=self._device)
+        _dequantise[(last - first, weight.packed.shape[1])](
+            weight.packed, weight.scales,
+            weight.scales if weight.zeros is None else weight.zeros, out, first, out.shape[0],
+            K=columns, BLOCKS=weight.packed.shape[1], GROUP=weight.group_size,
+            ZEROS=weight.zeros is not None, num_warps=1)
+        return out
 
     def _prepared(self, x, weight, gain, eps):
         k = weight.in_features

@@ -5,6 +5,7 @@ Both have out_features rows and in_features columns, whatever they were fused fr
 the large matrix product of the prefill and, on one row, the reference of the decode kernels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,12 @@ class Int4:
     GPTQ weights, repacked for the matrix units, in tiles of 16 rows.
 
     The columns are in the order of their groups (``order`` gives each one's place in the input)
-    and padded to whole blocks of four groups; the rows are padded to whole tiles. What a program
-    reads, tile by tile and there block by block, lies in memory as it is read. In a block, nibble
-    j of word i belongs to column ``j * group_size + i``: one load of a group's words serves four
-    groups, and all of one nibble's columns share a scale.
+    and padded to whole blocks of four groups; the rows are padded to whole tiles. In a block,
+    nibble j of word i belongs to column ``j * group_size + i``: one load of a group's words serves
+    four groups, and all of one nibble's columns share a scale. A tile's words of a block lie in
+    the order in which a warp holds them for the matrix units, see `fragments`.
 
-    ``packed`` int16 [tiles, blocks, 16, group_size]; ``scales`` float16 [tiles, blocks, 16, 4];
+    ``packed`` int16 [tiles, blocks, 16 * group_size]; ``scales`` float16 [tiles, blocks, 16, 4];
     ``zeros`` likewise, or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
     """
 
@@ -73,7 +74,7 @@ class Int4:
     @property
     def group_size(self) -> int:
         """Columns that share a scale."""
-        return self.packed.shape[3]
+        return self.packed.shape[2] // TILE_ROWS
 
     @property
     def read_bytes(self) -> int:
@@ -82,7 +83,7 @@ class Int4:
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
         """Unpack some tiles; gives [rows, K] with the columns in the order of their groups."""
-        packed = self.packed[tiles].transpose(1, 2).unsqueeze(3)    # [tiles, 16, blocks, 1, size]
+        packed = _rows(self.packed[tiles]).unsqueeze(3)     # [tiles, 16, blocks, 1, group_size]
         shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16)
         nibbles = ((packed >> shifts.unsqueeze(1)) & 0xF).float()
 
@@ -94,7 +95,8 @@ class Int4:
         rows = self.out_features - (tiles.start or 0) * TILE_ROWS
         return dense[:rows, :self.in_features].to(dtype)
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor,
+              dequantise: Callable[['Int4', slice, torch.dtype], Tensor] = dequantise) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
         if self.order is not None:
             x = x[..., self.order]
@@ -103,9 +105,30 @@ class Int4:
         for start in range(0, self.packed.shape[0], piece):
             rows = slice(TILE_ROWS * start, TILE_ROWS * (start + piece))
             bias = None if self.bias is None else self.bias[rows]
-            weight = self.dequantise(slice(start, start + piece), x.dtype)
+            weight = dequantise(self, slice(start, start + piece), x.dtype)
             out[..., rows] = F.linear(x, weight, bias)
         return out
+
+
+def fragments(words: Tensor) -> Tensor:
+    """
+    Order the words [..., 16, size] of a tile as a warp holds them; gives [..., 16 * size].
+
+    Two of the matrix units' operands of 16 rows and 16 columns (PTX ISA, mma.m16n8k16) take 32
+    columns: each of the 32 lanes has 8 words of either, which are its columns' in the input one
+    after the other. So a lane loads 16 bytes at a time, of the words and of the input.
+    """
+    lead = words.shape[:-2]
+    parts = words.unflatten(-1, (-1, 4, 2, 2, 2)).unflatten(-6, (2, 8))
+    # half, row | pair, lane, operand, high, low -> pair, operand, row, lane, high, half, low
+    order = [len(lead) + axis for axis in (2, 4, 1, 3, 5, 0, 6)]
+    return parts.permute(*range(len(lead)), *order).reshape(*lead, -1)
+
+
+def _rows(packed: Tensor) -> Tensor:
+    """Undo `fragments`: [tiles, blocks, 16 * size] to [tiles, 16, blocks, size]."""
+    parts = packed.unflatten(2, (-1, 2, 8, 4, 2, 2, 2)).permute(0, 7, 4, 1, 2, 5, 3, 6, 8)
+    return parts.reshape(packed.shape[0], TILE_ROWS, packed.shape[1], -1)
 
 
 def _bytes(*tensors: Tensor | None) -> int:

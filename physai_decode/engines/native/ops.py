@@ -75,6 +75,10 @@ class TorchOps:
         gate, up = weight.apply(self._input(x, gain, eps)).chunk(2)
         torch.mul(F.silu(gate), up, out=out)
 
+    def apply(self, x: Tensor, weight: Dense | Int4) -> Tensor:
+        """Multiply ``x`` [tokens, K], or [K], by ``weight`` in one large product; [tokens, N]."""
+        return weight.apply(x)
+
     def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cos: Tensor,
                sin: Tensor, layer: Attention, out: Tensor) -> None:
         """

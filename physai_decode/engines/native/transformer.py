@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 import math
 
+from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import rms_norm
@@ -106,12 +107,12 @@ class Transformer:
         :param every: give the logits of all the piece's places, not only of the last.
         :returns: float32 [vocab], or [tokens, vocab].
         """
-        a, w = self.architecture, self.weights
+        a, w, ops = self.architecture, self.weights, self.ops
         stop = start + ids.shape[0]
         cos, sin = self.cos[start:stop].unsqueeze(1), self.sin[start:stop].unsqueeze(1)
         x = F.embedding(ids, w.embedding).float()
         for index, layer in enumerate(w.layers):
-            qkv = layer.qkv.apply(rms_norm(x, layer.input_norm, a.norm_eps))
+            qkv = ops.apply(rms_norm(x, layer.input_norm, a.norm_eps), layer.qkv)
             q, k, v = qkv.view(-1, a.heads + 2 * a.kv_heads, a.head_dim).split(
                 (a.heads, a.kv_heads, a.kv_heads), 1)
             if layer.q_norm is not None:
@@ -122,11 +123,12 @@ class Transformer:
             values[:, start:stop] = v.transpose(0, 1)
             q = rotate(q, cos, sin).to(keys.dtype).transpose(0, 1)
             attended = _attend(q, keys[:, :stop], values[:, :stop], a.windows[index])
-            x += layer.out.apply(attended.transpose(0, 1).reshape(-1, a.q_size))
-            gate, up = layer.gate_up.apply(rms_norm(x, layer.mlp_norm, a.norm_eps)).chunk(2, -1)
-            x += layer.down.apply(F.silu(gate).mul_(up))
+            x += ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
+            normed = rms_norm(x, layer.mlp_norm, a.norm_eps)
+            gate, up = ops.apply(normed, layer.gate_up).chunk(2, -1)
+            x += ops.apply(F.silu(gate).mul_(up), layer.down)
         last = x if every else x[-1]
-        return w.head.apply(rms_norm(last, w.norm, a.norm_eps)).float()
+        return ops.apply(rms_norm(last, w.norm, a.norm_eps), w.head).float()
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
@@ -144,6 +146,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
         mask = places <= own
         if window:
             mask &= places > own - window
-    return F.scaled_dot_product_attention(
-        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask, is_causal=causal,
-        scale=scale, enable_gqa=q.shape[0] != keys.shape[0])[0]
+    with devices.attention_backends(q.device):
+        return F.scaled_dot_product_attention(
+            q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask,
+            is_causal=causal, scale=scale, enable_gqa=q.shape[0] != keys.shape[0])[0]
