@@ -62,12 +62,13 @@ def _context_axis(axes, contexts):
 
 
 def _log_scale(axes, axis):
-    """Give an axis of milliseconds a logarithmic scale with plain numbers."""
+    """Give an axis of milliseconds a logarithmic scale with plain numbers that have room."""
     from matplotlib.ticker import LogLocator
     from matplotlib.ticker import NullFormatter
     from matplotlib.ticker import StrMethodFormatter
     (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)('log')
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 50 * low else (1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter('{x:g}'))
     axis.set_minor_formatter(NullFormatter())
 

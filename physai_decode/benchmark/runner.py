@@ -40,7 +40,7 @@ class Runner:
         self.sessions = out / 'sessions'
         self.sessions.mkdir(parents=True, exist_ok=True)
         self.models = models
-        self.written: list[Path] = []
+        self.made: list[Path] = []
         self.session_timeout_s = session_timeout_s
         self.end_s = time.monotonic() + budget_s if budget_s else float('inf')
         self.progress = progress
@@ -135,8 +135,8 @@ class Runner:
         kind = 'weights' if source.written else 'shapes'
         folder = self.models / f'{source.synthetic}-{source.quantization}-{source.seed}-{kind}'
         if not (folder / 'config.json').is_file():
+            self.made.append(folder)
             if source.written:
-                self.written.append(folder)
                 self._write(source, folder)
             else:
                 synthetic.describe(folder, source.synthetic, source.quantization, source.seed)
@@ -154,8 +154,8 @@ class Runner:
             raise OSError(f'no checkpoint: {done.stdout.strip().splitlines()[-1]}')
 
     def forget_checkpoints(self) -> None:
-        """Remove the gigabytes of random weights that this run wrote."""
-        for folder in self.written:
+        """Remove the folders with random weights that this run made: they count gigabytes."""
+        for folder in self.made:
             shutil.rmtree(folder, ignore_errors=True)
 
 
