@@ -680,7 +680,7 @@ def test_the_papers_protocol_has_all_paths_and_its_figures():
     assert [row[0] for row in four.rows] == [
         'transformers eager', 'transformers captured', 'native', 'nf4 (bitsandbytes)',
         'GPTQ native', 'GPTQ (ExLlamaV2)', 'GPTQ (GPTQModel)', 'AWQ (GPTQModel)']
-    assert 'GPTQ (ExLlamaV2): not installed: exllamav2' in four.notes
+    assert 'AWQ (GPTQModel): not installed: gptqmodel' in four.notes
 
 
 def test_the_papers_pictures_tell_all_paths_apart(tmp_path, monkeypatch):
