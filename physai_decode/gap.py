@@ -73,7 +73,7 @@ class Gap:
     second: Way
     floor_s: float | None           # None where the memory's peak is not known
     context: int                    # tokens that the middle one of the steps read
-    model: str                      # which engine, number format and device
+    model: str                      # its number format, and the engine or the device
 
     def __str__(self) -> str:
         """Give the result in one line."""

@@ -59,7 +59,7 @@ from std_srvs.srv import Trigger
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
 EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
 GAP_TIMEOUT_S = 60.0            # a measurement that takes longer is given up
-EXIT_LIMIT_S = 1.8        # from a signal to the end of the process, whatever hangs
+EXIT_LIMIT_S = 1.8              # from a signal to the end of the process, whatever hangs
 POLL_S = 0.2                    # how often the main thread looks whether the executor has ended
 NO_PEAK = Peak(None, 'unknown')
 
@@ -451,7 +451,7 @@ def main(args: list[str] | None = None, load=load) -> int:
     stop = threading.Event()
     signals = signal.SIGINT, signal.SIGTERM
     # Blocked here, and so in every thread to come, and waited for below: a handler may be replaced
-    # by a library's. It is for threads that are older, as numpy's.
+    # by a library's. This handler is for threads that are older, as numpy's.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for number in signals:
         signal.signal(number, lambda *_: stop.set())

@@ -408,15 +408,14 @@ class Worker:
                 while not self._queue and self._task is None and self._accepting:
                     self._wake.wait()
                 self._sign_of_life_s = self._clock()
-                task = self._task
-                if task is None:
+                request = None
+                if self._task is None:
                     if not self._queue:
                         return
-                    request = self._queue.popleft()
-                    self._running = request
+                    request = self._running = self._queue.popleft()
             with _COLLECTOR.paused(full=lambda: not self._queue):
-                if task is not None:
-                    self._perform(task)
+                if request is None:
+                    self._perform()
                     continue
                 try:
                     _Answer(self, request).give()
@@ -427,18 +426,13 @@ class Worker:
                 with self._wake:
                     self._running = None
 
-    def _perform(self, task: _Task) -> None:
-        """Run a task; all that it raises is its caller's."""
-        def go_on() -> None:
-            with self._wake:
-                self._sign_of_life_s = self._clock()
-                if task.end_message:
-                    raise Busy(task.end_message)
-
+    def _perform(self) -> None:
+        """Run the task; all that it raises is its caller's."""
+        task = cast(_Task, self._task)
         try:
             try:
-                go_on()
-                result = task.work(self._engine, go_on)
+                self._go_on()
+                result = task.work(self._engine, self._go_on)
             finally:
                 with self._wake:
                     self._task = None
@@ -446,6 +440,16 @@ class Worker:
             task.outcome.set_exception(error)
         else:
             task.outcome.set_result(result)
+        finally:
+            del task                # else an error keeps itself, as in `run`
+
+    def _go_on(self) -> None:
+        """Take a sign of life of the task; raise Busy where it is to end."""
+        with self._wake:
+            self._sign_of_life_s = self._clock()
+            message = cast(_Task, self._task).end_message
+        if message:
+            raise Busy(message)
 
     def _fail(self, message: str) -> None:
         with self._wake:

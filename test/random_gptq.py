@@ -23,7 +23,7 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
     """
     generator = torch.Generator().manual_seed(seed)
     size = k if group_size == -1 else group_size
-    groups = k // size
+    groups = -(-k // size)
     q = torch.randint(0, 16, (k, n), generator=generator)
     zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
         0, 16, (groups, n), generator=generator)

@@ -125,8 +125,8 @@ IDS = [(3 + 7 * index) % 512 for index in range(40)]
 
 
 def check_random(folder, family, group_size, **form):
-    state = random_gptq.save(folder, family, 1, group_size, hidden_size=256,
-                             intermediate_size=384, num_attention_heads=4, **form)
+    form = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4, **form}
+    state = random_gptq.save(folder, family, 1, group_size, **form)
     engine = NativeEngine(folder, CPU)
     logits = engine.prefill_logits(IDS)
     expected = library_logits(folder, state, IDS)
@@ -162,6 +162,12 @@ def test_a_quantised_head(tmp_path):
 def test_orders_that_differ(tmp_path):
     engine = check_random(tmp_path, 'llama', 64, act_order=True, one_order=False)
     assert engine.footprint.details['dense_fallbacks'] == '4'   # QKV, gate and up, of 2 layers
+
+
+def test_rows_that_fill_no_tile(tmp_path):
+    """And inputs that fill no group."""
+    engine = check_random(tmp_path, 'llama', 64, symmetric=False, intermediate_size=392)
+    assert engine.footprint.details['dense_fallbacks'] == '2'   # gate and up, of 2 layers
 
 
 def test_without_g_idx(tmp_path):

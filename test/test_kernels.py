@@ -1,6 +1,9 @@
 """Each kernel against its twin in torch; on a CPU in Triton's interpreter."""
 
+from dataclasses import astuple
+from dataclasses import replace
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +13,13 @@ if not torch.cuda.is_available():
 pytest.importorskip('triton')
 
 from physai_decode.engines.native import gptq
+from physai_decode.engines.native import kernels
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.transformer import Product
+from physai_decode.engines.native.tuning import TuningCache
 import random_gptq
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -99,6 +105,20 @@ def test_int4(make, group_size, act_order, symmetric, k):
     assert_close(out, start + expected, 1e-4)
 
 
+@pytest.mark.parametrize('n, k, group_size, act_order', [
+    (40, 328, 32, True), (8, 136, 128, False), (24, 264, 256, True), (8, 1032, 1024, False)])
+def test_int4_of_odd_shapes(make, n, k, group_size, act_order):
+    """Neither tiles nor groups nor blocks are full."""
+    weight, dense = packed(6, n, k, group_size, act_order, symmetric=False)
+    weight = replace(weight, bias=make(n))
+    x, out = make(3, k), make(n)
+    expected = x @ dense.t() + weight.bias
+    assert_close(weight.apply(x), expected)
+    assert_close(TritonOps(DEVICE).apply(x, weight), expected)
+    TritonOps(DEVICE).linear(x[1], weight, out)
+    assert_close(out, expected[1], 1e-4)
+
+
 @pytest.mark.parametrize('group_size, symmetric', [(32, True), (128, False)])
 def test_int4_of_many_tokens(make, group_size, symmetric):
     weight, dense = packed(3, 40, 384, group_size, True, symmetric)
@@ -182,3 +202,20 @@ def test_advance(make, vocab, best):
         assert token.item() == best
         assert position.item() == place
         assert history[place].item() == best
+
+
+@pytest.mark.parametrize('kept', [[8, 512, 4], [3, 512, 4, 1], 5])
+def test_a_layout_that_is_no_choice_is_chosen_anew(make, monkeypatch, tmp_path, kept):
+    """As another version of the kernels may have left it; the choice made then is kept."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
+    monkeypatch.setattr(kernels, 'timed', lambda calls: 1e-3)
+    product = Product(Dense(make(8, 128)), None, False, lambda: None)
+    shape = str(kernels.Shape(8, 128, 'float32', False, False))
+    owner = f'chip, {TritonOps.name}'
+    TuningCache(owner).put(shape, kept)
+    transformer, said = SimpleNamespace(products=lambda: {'out': [product]}), []
+    for _ in range(2):
+        TritonOps(DEVICE).tune(transformer, said.append)
+        assert said == ['tuning the kernel for out']
+        assert TuningCache(owner).get(shape) == list(astuple(kernels.DENSE_CHOICES[0]))

@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 import time
+import weakref
 
 from fake_engine import CharacterText
 from fake_engine import EOS
@@ -789,6 +790,27 @@ def test_what_a_task_raises_is_its_callers(make, error):
     assert caught.value is error
     assert (worker.state, worker.last_error) == ('idle', '')
     assert sink.end(worker.submit('go'))[1] == 'go'
+
+
+def test_nothing_of_a_task_is_kept(make):
+    class Thing:
+        """Stands for the device's memory."""
+
+    def work(engine, go_on):
+        thing = Thing()
+        found.append(weakref.ref(thing))
+        go_on()
+        raise EngineError('no')
+
+    found = []
+    worker, _ = make()
+    gc.disable()
+    try:
+        with pytest.raises(EngineError):
+            worker.run(work, TIMEOUT_S)
+        wait_for(lambda: found[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_stop_ends_a_task_at_its_next_step(make):

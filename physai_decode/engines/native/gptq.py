@@ -92,7 +92,7 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     def tiled(values, length):
         """Pad [columns, rows], and give it as [tiles, 16, blocks, 4, length]."""
         full = values.new_zeros(4 * length * blocks, TILE_ROWS * tiles)
-        full[:values.shape[0], :rows] = values
+        full[:values.shape[0], :rows] = values[:full.shape[0]]  # the last group may be short
         return full.t().view(tiles, TILE_ROWS, blocks, 4, length)
 
     def by_group(values):

@@ -11,7 +11,6 @@ after its own main loop, unless it is small: programs that come earlier crowd so
 
 from dataclasses import astuple
 from dataclasses import dataclass
-from dataclasses import fields
 import math
 
 from physai_decode.engines.native.linear import Dense
@@ -508,7 +507,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a product's kernel is laid out; ``rows`` and ``columns`` are a tile of the weights."""
+    """
+    How a product's kernel is laid out; ``rows`` and ``columns`` are a tile of the weights.
+
+    An `Int4` has columns 0: its tiles are as wide as its blocks, one a warp.
+    """
 
     rows: int
     columns: int
@@ -605,15 +608,16 @@ class TritonOps(TorchOps):
             first = products[0]
             shape = _shape(first.weight, first.gain, first.gated)
             kept = cache.get(str(shape))
-            if kept is None or len(kept) != len(fields(Choice)):
+            choice = next((c for c in _choices(shape) if list(astuple(c)) == kept), None)
+            if choice is None:
                 progress(f'tuning the kernel for {name}')
-                kept = astuple(self._fastest(shape, products))
-                cache.put(str(shape), list(kept))
-            self._choices[shape] = Choice(*kept)
+                choice = self._fastest(shape, products)
+                cache.put(str(shape), list(astuple(choice)))
+            self._choices[shape] = choice
 
     def _fastest(self, shape, products):
         times = {}
-        for choice in INT4_CHOICES if shape.kind.startswith('int4') else DENSE_CHOICES:
+        for choice in _choices(shape):
             self._choices[shape] = choice
             try:
                 times[choice] = timed([product.run for product in products])
@@ -624,7 +628,7 @@ class TritonOps(TorchOps):
     def _product(self, x, weight, out, gain, eps, add, gated):
         n = out.shape[0]
         shape = _shape(weight, gain, gated)
-        choice = self._choices.get(shape) or _default(shape)
+        choice = self._choices.get(shape) or _choices(shape)[0]
         bias = weight.bias
         common = {
             'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'ADD': add,
@@ -697,5 +701,5 @@ def _shape(weight, gain, gated):
     return Shape(n, k, kind, gated, gain is not None)
 
 
-def _default(shape):
-    return INT4_CHOICES[0] if shape.kind.startswith('int4') else DENSE_CHOICES[0]
+def _choices(shape):
+    return INT4_CHOICES if shape.kind.startswith('int4') else DENSE_CHOICES

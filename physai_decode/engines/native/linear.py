@@ -97,7 +97,11 @@ class Int4:
 
     def apply(self, x: Tensor,
               dequantise: Callable[['Int4', slice, torch.dtype], Tensor] = dequantise) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
+        """
+        Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N].
+
+        :param dequantise: what unpacks a piece, as `dequantise` does.
+        """
         if self.order is not None:
             x = x[..., self.order]
         piece = max(1, DEQUANTISE_BYTES // (4 * TILE_ROWS * self.in_features))
