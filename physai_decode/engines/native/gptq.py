@@ -27,11 +27,6 @@ class GptqFormat:
     group_size: int       # -1: one group a row
     zeros_less_one: bool
 
-    @property
-    def name(self) -> str:
-        """How reports call it."""
-        return f'gptq-int4-g{self.group_size}'
-
 
 def parse(quantization: Mapping[str, Any]) -> GptqFormat:
     """
