@@ -140,6 +140,19 @@ def check_random(folder, family, group_size, **form):
     return engine
 
 
+def test_a_bias_that_only_one_part_has(tmp_path):
+    random_gptq.save(tmp_path, 'llama', 1, 64)
+    stored = load_file(tmp_path / 'model.safetensors')
+    plain = NativeEngine(tmp_path, CPU).prefill_logits(IDS)
+    name = 'model.layers.0.self_attn.k_proj.bias'
+    rows = stored['model.layers.0.self_attn.k_proj.scales'].shape[1]
+    for value, same in ((0.0, True), (0.5, False)):
+        stored[name] = torch.full((rows,), value, dtype=torch.float16)
+        save_file(stored, tmp_path / 'model.safetensors', {'format': 'pt'})
+        logits = NativeEngine(tmp_path, CPU).prefill_logits(IDS)
+        assert torch.equal(logits, plain) == same
+
+
 @pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('act_order', [False, True])

@@ -103,7 +103,11 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
 
 
 def fuse(parts: list[Int4]) -> Int4 | None:
-    """Stack projections of one input; None where their orders differ or a tile is not full."""
+    """
+    Stack projections of one input, all with a bias or none.
+
+    :returns: None where their orders differ, or a tile is not full.
+    """
     first = parts[0]
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
@@ -113,17 +117,15 @@ def fuse(parts: list[Int4]) -> Int4 | None:
         if part.order is not None and not torch.equal(part.order, first.order):
             return None
 
-    def stack(tensors, missing):
-        if all(t is None for t in tensors):
-            return None
-        return torch.cat([missing(p) if t is None else t for p, t in zip(parts, tensors)])
-
+    zeros = None
+    if any(p.zeros is not None for p in parts):
+        zeros = torch.cat([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
+                           for p in parts])
     return Int4(
         packed=torch.cat([p.packed for p in parts]),
         scales=torch.cat([p.scales for p in parts]),
-        zeros=stack([p.zeros for p in parts], lambda p: torch.full_like(p.scales, 8)),
-        order=first.order,
-        bias=stack([p.bias for p in parts], lambda p: p.scales.new_zeros(p.out_features)),
+        zeros=zeros, order=first.order,
+        bias=None if first.bias is None else torch.cat([p.bias for p in parts]),
         out_features=sum(p.out_features for p in parts), in_features=first.in_features)
 
 

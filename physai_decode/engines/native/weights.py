@@ -9,6 +9,7 @@ positions or caches.
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from typing import Protocol
 
@@ -202,6 +203,9 @@ class _Loader:
         if self._form is None or not self._source.has(f'{prefix}{parts[0][0]}.qweight'):
             return self._dense(prefix, parts, columns, bias)
         packed = [self._int4(prefix + name, rows, columns, bias) for name, rows in parts]
+        if any(p.bias is not None for p in packed):
+            packed = [p if p.bias is not None else replace(p, bias=torch.zeros(
+                p.out_features, dtype=self._dtype, device=p.packed.device)) for p in packed]
         fused = packed[0] if len(packed) == 1 else gptq.fuse(packed)
         if fused is not None:
             return fused
