@@ -2,7 +2,8 @@
 A stand-in for the ExLlamaV2 library, in so far as the engine uses it; it computes on a CPU.
 
 Its model is the transformers library's, run over all ids each time, so that what the engine does
-with positions, masks and the cache shows in its logits. It knows nothing of quantised weights.
+with positions, masks and the cache shows in its logits. On demand it disturbs them, as the
+library's sums in any order do. It knows nothing of quantised weights.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ class Library:
         self.copies = 0             # of keys or values for the heads of a group
         self.fail = None            # what loading a module raises
         self.unloaded = 0
+        self.noise = 0.0            # deviation of a logit, of the largest one's magnitude
         self.choose_device = None   # the engine's own way, where a test replaces it
+        generator = torch.Generator().manual_seed(0)
         library = self
 
         class Config:
@@ -39,6 +42,8 @@ class Library:
                 self.head_dim = read.get('head_dim') or \
                     read['hidden_size'] // read['num_attention_heads']
                 self.rotary_embedding_base = 10000.0
+                self.checkpoint_offset_qzeros = \
+                    read['quantization_config'].get('checkpoint_format') == 'gptq_v2'
                 self.scale_pos_emb, self.alt_rope_method = 1.0, None
 
         class Module:
@@ -112,6 +117,8 @@ class Library:
                 if preprocess_only:
                     return {}
                 logits = library.network(cache.ids[None, :start + tokens]).logits[:, -1:]
+                logits = logits + library.noise * logits.abs().max() * torch.randn(
+                    logits.shape, generator=generator)
                 padding = -logits.shape[-1] % 32
                 return {'logits': torch.nn.functional.pad(logits, (0, padding), value=-65504.)}
 
@@ -171,5 +178,6 @@ def sample(logits, settings, seen, random):
         probabilities[before / probabilities.sum() > settings.top_p] = 0
     if 0 < settings.min_p < 1:
         probabilities[probabilities < settings.min_p * probabilities[0]] = 0
-    place = torch.searchsorted(probabilities.cumsum(-1), random * probabilities.sum() * 0.9998)
-    return order[place].view(1, 1)
+    probabilities = torch.zeros_like(logits).scatter(0, order, probabilities)
+    total = probabilities.cumsum(-1)
+    return torch.searchsorted(total, random * total[-1] * 0.9998).view(1, 1)

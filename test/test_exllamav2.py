@@ -18,16 +18,35 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
 import random_gptq
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 MODULE = 'physai_decode.engines.exllamav2'
 SHAPE = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4}
 CONFIG = EngineConfig(name='exllamav2', cpu_threads=1)
 
 
-def save(folder, **options):
-    """Write a small GPTQ model; give it with the library's own network of its dense weights."""
+# A model whose answers, those of the contract, the library's rounding leaves alone: chosen such
+# that they bear NOISE. The library's order of sums was reckoned to move a logit by 4e-4 of the
+# largest one's magnitude; a plain random model's answer changes by that.
+DECISIVE = {'seed': 67, 'sharpness': 16.0}
+NOISE = 1e-3
+
+
+def save(folder, seed=1, sharpness=1.0, **options):
+    """
+    Write a small GPTQ model.
+
+    :param sharpness: what the logits are multiplied by.
+    :returns: the folder, and the transformers library's network of its dense weights.
+    """
     form = {'group_size': 64, 'act_order': True, **options}
-    state = random_gptq.save(folder, 'llama', 1, eos_token_id=list(range(128)), **form, **SHAPE)
+    state = random_gptq.save(
+        folder, 'llama', seed, eos_token_id=list(range(128)), **form, **SHAPE)
+    state['lm_head.weight'] = state['lm_head.weight'] * sharpness
+    path = folder / 'model.safetensors'
+    save_file({**load_file(path), 'lm_head.weight': state['lm_head.weight']}, path,
+              metadata={'format': 'pt'})
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -37,7 +56,7 @@ def save(folder, **options):
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    return save(tmp_path_factory.mktemp('model'))
+    return save(tmp_path_factory.mktemp('model'), **DECISIVE)
 
 
 @pytest.fixture(scope='module')
@@ -78,8 +97,10 @@ def fresh(installed, saved):
     engine.close()
 
 
+@pytest.mark.parametrize('noise', [0.0, NOISE])
 @pytest.mark.parametrize('check', engine_contract.CHECKS, ids=lambda check: check.__name__)
-def test_contract(engine, check):
+def test_contract(installed, engine, monkeypatch, check, noise):
+    monkeypatch.setattr(installed[1], 'noise', noise)
     check(engine)
 
 
@@ -95,6 +116,34 @@ def answer(network, prompt, count):
         return network.generate(
             torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None,
             pad_token_id=0)[0, len(prompt):].tolist()
+
+
+def below_the_best(network, prompt, ids):
+    """
+    Say how far an answer's ids ever lie below the likeliest that the network gives.
+
+    :returns: of the logits' largest magnitude at that place; 0 for the network's own answer.
+    """
+    with torch.inference_mode():
+        rows = network(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+    chosen = rows.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+    return ((rows.amax(1) - chosen) / rows.abs().amax(1)).max().item()
+
+
+@pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
+def test_other_zeros_lie_far_below_the_best(tmp_path, layout):
+    folder, network = save(tmp_path, group_size=32, layout=layout)
+    prompt = list(range(3, 43))
+    assert below_the_best(network, prompt, answer(network, prompt, 12)) == 0.0
+    other = 'gptq' if layout == 'gptq_v2' else 'gptq_v2'
+    stored = load_file(folder / 'model.safetensors')
+    for name in [name for name in stored if name.endswith('.qweight')]:
+        module = name.removesuffix('.qweight')
+        parts = {end: stored[f'{module}.{end}']
+                 for end in ('qweight', 'qzeros', 'scales', 'g_idx')}
+        network.get_submodule(module).weight.data = random_gptq.dense(parts, other)
+    ids = answer(network, prompt, 12)
+    assert below_the_best(save(tmp_path, group_size=32, layout=layout)[1], prompt, ids) > 0.2
 
 
 def test_a_prompt_goes_in_pieces(fresh):
@@ -212,6 +261,16 @@ def test_rotary_base_of_newer_configs(installed, tmp_path):
     settings = engine._model.config
     assert settings.rotary_embedding_base == 500000.0
     assert settings.alt_rope_method == 'llama3' and settings.l3_rope_factor == 8.0
+    engine.close()
+
+
+@pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
+@pytest.mark.parametrize('fields', [{}, {'checkpoint_format': None}])
+def test_the_layout_of_zeros(installed, tmp_path, layout, fields):
+    save(tmp_path, layout=layout)
+    change(tmp_path, quantization={'format': layout, **fields})
+    engine = installed[0].ExLlamaV2Engine(tmp_path, CONFIG)
+    assert engine._model.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
     engine.close()
 
 

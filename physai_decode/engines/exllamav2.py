@@ -5,8 +5,9 @@ One step is the library's forward pass over its own cache. The likeliest token i
 device and fed back there, one step ahead of the host; any other choice is made by the library's
 own sampler, on the host. Written against ExLlamaV2 0.3.2, the last version there is. Its extension
 is compiled at first use. Its kernels add with atomics: the same step need not give the same last
-bits twice. Where flash-attn is missing, a step attends by PyTorch's kernels in the engine's own
-way. The engine knows no text and reads no tokenizer.
+bits twice, so the same prompt and seed need not give the same answer where two tokens are almost
+equally likely. Where flash-attn is missing, a step attends by PyTorch's kernels in the engine's
+own way. The engine knows no text and reads no tokenizer.
 """
 
 from collections import deque
@@ -382,7 +383,7 @@ def _check(model: Checkpoint, limit: int) -> None:
 def _check_gptq(model, quantization):
     """Hold the tensors against what the library takes for granted."""
     bits, size = quantization.get('bits'), quantization.get('group_size', 128)
-    layout = quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
+    layout = _layout(quantization)
     if bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 runs 4-bit GPTQ of the formats gptq and gptq_v2, this is '
@@ -410,6 +411,10 @@ def _check_gptq(model, quantization):
                 'set engine.name to native')
 
 
+def _layout(quantization):
+    return quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
+
+
 def _settings(library, model, config, limit):
     """Give the library's own config for a folder."""
     try:
@@ -422,7 +427,9 @@ def _settings(library, model, config, limit):
     settings.max_input_len = min(_PIECE_TOKENS, limit)
     settings.no_graphs = not config.cuda_graph
     settings.no_xformers = True     # see attend_by_groups
-    # The library does not know where newer versions of transformers write this.
+    # The library does not know of quantizers that write "format" alone.
+    settings.checkpoint_offset_qzeros = _layout(model.quantization_config) == 'gptq_v2'
+    # Nor does it know where newer versions of transformers write this.
     rope = model.text_config.get('rope_parameters')
     if rope:
         settings.rotary_embedding_base = float(rope.get('rope_theta', 10000.0))
