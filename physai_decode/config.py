@@ -74,8 +74,7 @@ class SamplingConfig:
         dynamic=True)
     seed: int = _option(
         0, 'the same seed, prompt and settings give the same text (exllamav2: but for near-ties)',
-        low=0, high=2**31 - 1,
-        dynamic=True)
+        low=0, high=2**31 - 1, dynamic=True)
     max_new_tokens: int = _option(
         256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
