@@ -155,6 +155,11 @@ def inspect(folder: Path) -> Checkpoint:
         raise EngineError(f'{folder} can not be read ({error}): mend its permissions') from None
 
 
+def gptq_layout(quantization: Mapping[str, Any]) -> str:
+    """Give a quantization_config's GPTQ format: gptq, gptq_v2 or another's name."""
+    return quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
+
+
 def _inspect(folder):
     if not any(folder.iterdir()):
         raise EngineError(f'{folder} is empty: copy or download the model into it')

@@ -112,6 +112,12 @@ def checked_prompt(prompt_ids: Sequence[int], footprint: Footprint) -> list[int]
     return prompt
 
 
+def shared_prefix(old: Sequence[int], new: Sequence[int]) -> int:
+    """Count the ids that two sequences have in common at their beginning."""
+    return next((place for place, pair in enumerate(zip(old, new)) if pair[0] != pair[1]),
+                min(len(old), len(new)))
+
+
 def first_line(error: BaseException) -> str:
     """Give what an exception says, of a long message the first line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -66,9 +66,7 @@ class Runner:
         elif path.with_suffix('.case').is_file():
             lost = ['the session was broken off with its run']
         result = {**self._measure(case, path), 'case': case.to_dict(), 'lost': lost}
-        part = path.with_suffix('.part')
-        part.write_text(json.dumps(result))
-        part.replace(path)                      # whole or not at all
+        keep(result, path)
         return result
 
     def _measure(self, case, path):
@@ -157,6 +155,13 @@ class Runner:
         """Remove the folders with random weights that this run made: they count gigabytes."""
         for folder in self.made:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep(result: Result, path: Path) -> None:
+    """Write a result, whole or not at all."""
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(result, default=str))
+    part.replace(path)
 
 
 def _one_line(result):

@@ -20,6 +20,7 @@ from typing import Any
 from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
 from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.runner import keep
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
@@ -237,13 +238,9 @@ def main() -> int:
     case_path, result_path = map(Path, sys.argv[1:3])
     started_s = time.monotonic()
     case = Case.from_dict(json.loads(case_path.read_text()))
-
-    def keep(result):
-        part = result_path.with_suffix('.part')
-        part.write_text(json.dumps(result, default=str))
-        part.replace(result_path)
-
-    keep(run(case, started_s, lambda message: print(message, flush=True), keep))
+    result = run(case, started_s, lambda message: print(message, flush=True),
+                 lambda result: keep(result, result_path))
+    keep(result, result_path)
     return 0
 
 

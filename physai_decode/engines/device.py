@@ -111,6 +111,12 @@ def attention_backends(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+def use(device: torch.device) -> None:
+    """Make a CUDA device the current one of this thread: kernels are launched there."""
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+
+
 class Stopwatch:
     """Times the work between `start` and `stop` on a device: CUDA events, or the CPU's clock."""
 

@@ -39,6 +39,7 @@ from physai_decode.engine import checked_prompt
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
+from physai_decode.engine import shared_prefix
 from physai_decode.engine import Step
 from physai_decode.engines import device as devices
 from safetensors import safe_open
@@ -128,8 +129,7 @@ class ExLlamaV2Engine:
 
     def _steps(self, prompt, sampling):
         self._enter()
-        cached = next((place for place, (old, new) in enumerate(zip(self._seen, prompt[:-1]))
-                       if old != new), min(len(self._seen), len(prompt) - 1))
+        cached = shared_prefix(self._seen, prompt[:-1])
         self._rewind(cached)
         watch, start, prefill_s = devices.Stopwatch(self._device), cached, 0.0
         while len(prompt) - start > self._piece:
@@ -383,7 +383,7 @@ def _check(model: Checkpoint, limit: int) -> None:
 def _check_gptq(model, quantization):
     """Hold the tensors against what the library takes for granted."""
     bits, size = quantization.get('bits'), quantization.get('group_size', 128)
-    layout = _layout(quantization)
+    layout = checkpoint.gptq_layout(quantization)
     if bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 runs 4-bit GPTQ of the formats gptq and gptq_v2, this is '
@@ -411,10 +411,6 @@ def _check_gptq(model, quantization):
                 'set engine.name to native')
 
 
-def _layout(quantization):
-    return quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
-
-
 def _settings(library, model, config, limit):
     """Give the library's own config for a folder."""
     try:
@@ -428,7 +424,8 @@ def _settings(library, model, config, limit):
     settings.no_graphs = not config.cuda_graph
     settings.no_xformers = True     # see attend_by_groups
     # The library does not know of quantizers that write "format" alone.
-    settings.checkpoint_offset_qzeros = _layout(model.quantization_config) == 'gptq_v2'
+    layout = checkpoint.gptq_layout(model.quantization_config)
+    settings.checkpoint_offset_qzeros = layout == 'gptq_v2'
     # Nor does it know where newer versions of transformers write this.
     rope = model.text_config.get('rope_parameters')
     if rope:

@@ -30,6 +30,7 @@ from physai_decode.engine import checked_prompt
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
+from physai_decode.engine import shared_prefix
 from physai_decode.engine import Step
 from physai_decode.engines import device as devices
 import torch
@@ -73,7 +74,7 @@ class TransformersEngine:
         """
         self._decoder: Decoder | None = None
         self._device, dtype = devices.select(config)
-        _enter(self._device)
+        devices.use(self._device)
         model = checkpoint.inspect(folder)
         dtype = _dtype(model, config, self._device, dtype)
         limit = min(config.max_context, model.context_limit or config.max_context)
@@ -131,7 +132,7 @@ class TransformersEngine:
             decoder.rewind([*before, 0])
 
     def _steps(self, prompt, sampling):
-        _enter(self._device)
+        devices.use(self._device)
         decoder, watch = self._decoder, devices.Stopwatch(self._device)
         choose = Chooser(sampling, prompt, self.footprint.max_context, self._device)
         cached = decoder.rewind(prompt)
@@ -209,12 +210,7 @@ class Decoder:
     def rewind(self, prompt: list[int]) -> int:
         """Keep what the cache has in common with all of a prompt but its last token, at most."""
         seen, self.seen = self.seen, []
-        keep = 0
-        for old, new in zip(seen, prompt[:-1]):
-            if old != new:
-                break
-            keep += 1
-        keep = self._crop(len(seen), keep)
+        keep = self._crop(len(seen), shared_prefix(seen, prompt[:-1]))
         self.seen = seen[:keep]
         return keep
 
@@ -412,12 +408,6 @@ def whole_cache(config: transformers.PretrainedConfig, limit: int) -> Cache:
             f'{config.model_type}: its cache ({other}) can not be captured in a CUDA graph: set '
             'engine.cuda_graph to false')
     return Cache(layers=[StaticLayer(limit) for _ in layers])
-
-
-def _enter(device):
-    # The current CUDA device is each thread's own.
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
 
 
 def _dtype(model, config, device, dtype):

@@ -20,6 +20,7 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import checked_prompt
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
+from physai_decode.engine import shared_prefix
 from physai_decode.engine import Step
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import architecture
@@ -60,7 +61,7 @@ class NativeEngine:
         self._max_context = min(config.max_context,
                                 checkpoint.context_limit or config.max_context)
         needed_bytes = self._check_memory(checkpoint)
-        self._use_device()
+        devices.use(self._device)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             loaded = weights.load(
                 self._shape, self._source(checkpoint), checkpoint.quantization_config,
@@ -129,7 +130,7 @@ class NativeEngine:
         before, own = self.cached_ids, self._pipeline
         other = captured not in (None, self.footprint.cuda_graph == 'captured')
         if other:
-            self._use_device()
+            devices.use(self._device)
             with torch.inference_mode():
                 # Before it is captured the step is run a few times, behind what the cache holds.
                 del self._cached[self._max_context - WARM_UP_STEPS:]
@@ -139,7 +140,7 @@ class NativeEngine:
             yield
         finally:
             self._pipeline = own
-            del self._cached[_shared(self._cached, before):]
+            del self._cached[shared_prefix(self._cached, before):]
             if other and captured:
                 torch.cuda.empty_cache()    # of the graph
 
@@ -175,8 +176,8 @@ class NativeEngine:
     # that iterates.
 
     def _stream(self, ids, sampling):
-        self._use_device()
-        start = _shared(self._cached, ids[:-1])
+        devices.use(self._device)
+        start = shared_prefix(self._cached, ids[:-1])
         cached_tokens = start
         del self._cached[start:]
         watch = devices.Stopwatch(self._device)
@@ -274,11 +275,6 @@ class NativeEngine:
             return weights.Random(settings, self._dtype, self._device)
         return weights.Files(checkpoint, self._device)
 
-    def _use_device(self):
-        """Make a GPU the current one of this thread: kernels are launched there."""
-        if self._device.type == 'cuda':
-            torch.cuda.set_device(self._device)
-
     def _check_memory(self, checkpoint: Checkpoint) -> int:
         """Give the bytes needed; raise EngineError where they are not free."""
         a = self._shape
@@ -302,12 +298,6 @@ class NativeEngine:
 
     def _tensor(self, ids):
         return torch.tensor(ids, dtype=torch.int64).to(self._device)
-
-
-def _shared(old, new):
-    """Count the ids that two lists have in common at their beginning."""
-    return next((i for i, pair in enumerate(zip(old, new)) if pair[0] != pair[1]),
-                min(len(old), len(new)))
 
 
 class _Parts:

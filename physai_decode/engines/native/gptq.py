@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from physai_decode.checkpoint import gptq_layout
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
@@ -40,7 +41,7 @@ def parse(quantization: Mapping[str, Any]) -> GptqFormat:
         raise EngineError(f'the native engine does not run {method} checkpoints (it runs gptq); '
                           f'set engine.name to {other}')
     bits = quantization.get('bits')
-    layout = quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
+    layout = gptq_layout(quantization)
     group_size = quantization.get('group_size', 128)
     if bits != 4:
         raise EngineError(f'the native engine does not run {bits}-bit GPTQ (it runs 4-bit); '
