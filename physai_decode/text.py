@@ -179,6 +179,8 @@ class Decoder:
         """Take one token id and give the text that it completed, perhaps none."""
         if self.stopped or token_id in self._special_ids:
             return ''
+        if self._backend.id_to_token(token_id) is None:     # a model can have more ids than texts
+            return ''
         self._window.append(token_id)
         text = self._decode(self._window)
         complete = not text.endswith(_UNKNOWN)

@@ -315,6 +315,11 @@ def test_ids_without_text_are_no_beginning(tokenizer):
     assert ''.join(decoded(Text(tokenizer, ChatConfig()), ids)) == whole(tokenizer, ids)
 
 
+def test_an_id_that_the_tokenizer_does_not_know_holds_nothing_back(tokenizer):
+    decoder = Text(tokenizer, ChatConfig()).decoder()
+    assert [(decoder.push(id_), decoder.held) for id_ in (99999, 99998)] == [('', False)] * 2
+
+
 def test_bytes_that_are_no_text_end():
     tokenizer = llama_like()
     text = Text(tokenizer, ChatConfig())
@@ -334,6 +339,8 @@ def test_the_work_for_a_token_does_not_grow():
     longest = 0
 
     class Watched:
+        id_to_token = tokenizer.backend_tokenizer.id_to_token
+
         def decode(self, ids, skip_special_tokens):
             nonlocal longest
             longest = max(longest, len(ids))

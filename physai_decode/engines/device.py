@@ -6,6 +6,7 @@ Shared by the engines that compute with torch. It knows nothing of models.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 import platform
 import re
@@ -115,6 +116,16 @@ def use(device: torch.device) -> None:
     """Make a CUDA device the current one of this thread: kernels are launched there."""
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """
+    Give the one stream of this process to warm up and capture graphs on.
+
+    PyTorch keeps cuBLAS's workspace (32 MiB on Hopper chips) for each stream it was ever used on.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Stopwatch:

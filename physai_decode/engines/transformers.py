@@ -21,6 +21,7 @@ from importlib.util import find_spec
 import inspect
 from pathlib import Path
 import traceback
+from urllib.error import URLError
 
 from physai_decode import checkpoint
 from physai_decode.checkpoint import Checkpoint
@@ -293,7 +294,7 @@ class CapturedDecoder(Decoder):
     def _capture(self):
         self._input = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._set_length(1)
-        stream = torch.cuda.Stream(self._device)
+        stream = devices.capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -301,7 +302,7 @@ class CapturedDecoder(Decoder):
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the node may ask the device for its state meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             self._logits, self._likeliest = self._forward(self._input)
             self._input.copy_(self._likeliest.view(1, 1))
         self._graph = graph
@@ -474,9 +475,13 @@ def _load(model, device, dtype):
     except Exception as error:
         if devices.is_out_of_memory(error):
             raise
+        told = first_line(error)
+        if isinstance(error, URLError):
+            told += (' (a library wanted to download something: connect this machine for one '
+                     'start, or choose another engine.name)')
         raise EngineError(
             f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
-            f'{first_line(error)}') from None
+            f'{told}') from None
     lost = sorted(found['missing_keys'])
     if lost:
         raise EngineError(

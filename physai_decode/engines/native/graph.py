@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from physai_decode.engines import device as devices
 import torch
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Pipeline:
             self._capture()
 
     def _capture(self):
-        side = torch.cuda.Stream(self._history.device)
+        side = devices.capture_stream(self._history.device)
         pool = None
         for name, step in self._steps.items():
             side.wait_stream(torch.cuda.current_stream())
