@@ -63,21 +63,21 @@ def main():
                   ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages, NORM=gated,
                   GATED=gated, ADD=not gated, BIAS=gated)
         for gated, zeros in ((True, False), (False, True)):
-            choice = kernels.INT4_CHOICES[0]
-            made = build(
-                kernels._int4, warps=choice.warps, x=half, out=half if gated else 'fp32', K=3584,
-                BLOCKS=7, GROUP=128, ROWS=choice.rows, SPLIT=choice.warps, STAGES=choice.stages,
-                GATED=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
-            # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
-            wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
-            assert all(word in made.asm['ptx'] for word in wanted)
-            if capability >= 80:
-                alone = build(
-                    kernels._int4, warps=1, x=half, out=half if gated else 'fp32', K=3584,
-                    BLOCKS=7, GROUP=128, ROWS=choice.rows, SPLIT=1, STAGES=1, GATED=gated,
+            for warps, stages in ((4, 1), (4, 3), (1, 1)):
+                made = build(
+                    kernels._int4, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
+                    BLOCKS=7, GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages, GATED=gated,
                     ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
-                # Every lane loads what it multiplies: shared memory has room for the sums alone.
-                assert alone.metadata.shared < 2048
+                # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
+                wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
+                assert all(word in made.asm['ptx'] for word in wanted)
+                if capability >= 80 and stages == 1:
+                    # Every lane loads what it multiplies: shared memory has the sums alone.
+                    assert made.metadata.shared <= 2048 * warps
+                if early and (warps, stages) == (4, 1):
+                    # All words are asked for while the kernel before still runs.
+                    ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
+                    assert 'evict_first' in ahead and 'evict_first' not in after
     print('compiled')
 
 

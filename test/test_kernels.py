@@ -2,6 +2,7 @@
 
 from dataclasses import astuple
 from dataclasses import replace
+import json
 import os
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 torch = pytest.importorskip('torch')
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
-pytest.importorskip('triton')
+triton = pytest.importorskip('triton')
 
 from physai_decode.engines.native import gptq
 from physai_decode.engines.native import kernels
@@ -48,6 +49,14 @@ def packed(seed, n, k, group_size, act_order=False, symmetric=True):
     parts = [stored[part].to(DEVICE) for part in ('qweight', 'qzeros', 'scales', 'g_idx')]
     form = gptq.GptqFormat(group_size, zeros_less_one=True)
     return gptq.repack(*parts, None, form), dense.to(DEVICE)
+
+
+def gate_up(seed, n, k, group_size, bias=None, **kinds):
+    """Give gate and up fused, 2 n rows, and the dense weight [2 n, k] they stand for."""
+    parts = [packed(seed + at, n, k, group_size, **kinds) for at in range(2)]
+    weights = [replace(weight, bias=None if bias is None else bias[n * at:n * (at + 1)])
+               for at, (weight, _) in enumerate(parts)]
+    return gptq.fuse(weights, paired=True), torch.cat([dense for _, dense in parts])
 
 
 def test_embed(make):
@@ -119,6 +128,18 @@ def test_int4_of_odd_shapes(make, n, k, group_size, act_order):
     assert_close(out, expected[1], 1e-4)
 
 
+@pytest.mark.parametrize(
+    'choice', kernels.INT4_CHOICES, ids=lambda each: f'{each.warps}-{each.stages}')
+@pytest.mark.parametrize('k', [384, 1280])
+def test_int4_in_every_layout(make, choice, k):
+    """Of 3 or 10 blocks: a tile in registers or not, the warps' last pass full or not."""
+    weight, dense = packed(7, 24, k, 32, symmetric=False)
+    x, out, ops = make(k), make(24), TritonOps(DEVICE)
+    ops._choices[kernels.Shape(24, k, 'int4-g32', False, False)] = choice
+    ops.linear(x, weight, out)
+    assert_close(out, dense @ x, 1e-4)
+
+
 @pytest.mark.parametrize('group_size, symmetric', [(32, True), (128, False)])
 def test_int4_of_many_tokens(make, group_size, symmetric):
     weight, dense = packed(3, 40, 384, group_size, True, symmetric)
@@ -130,7 +151,7 @@ def test_int4_of_many_tokens(make, group_size, symmetric):
 
 def test_int4_after_int4(make):
     """What a kernel leaves beside its result is what the next one takes."""
-    gated, gated_dense = packed(2, 128, 256, 32)
+    gated, gated_dense = gate_up(2, 64, 256, 32)
     down, down_dense = packed(4, 32, 64, 32)
     x, gain, hidden, out = make(256), make(256), make(64), make(32)
     expected = out.clone()
@@ -144,11 +165,16 @@ def test_int4_after_int4(make):
         x = make(256)
 
 
-def test_int4_gated(make):
-    weight, dense = packed(2, 64, 256, 128, symmetric=False)
-    x, gain, out = make(256), make(256), make(32)
-    expected = out.clone()
-    TWIN.gated(x, Dense(dense), expected, gain, EPS)
+@pytest.mark.parametrize('group_size', [32, 64, 128])
+@pytest.mark.parametrize('bias', [False, True])
+def test_int4_gated(make, group_size, bias):
+    bias = make(64) if bias else None
+    weight, dense = gate_up(2, 32, 640, group_size, bias, symmetric=False)
+    x, gain, out = make(640), make(640), make(32)
+    expected, twin = out.clone(), out.clone()
+    TWIN.gated(x, Dense(dense, bias), expected, gain, EPS)
+    TWIN.gated(x, weight, twin, gain, EPS)
+    assert_close(twin, expected)
     TritonOps(DEVICE).gated(x, weight, out, gain, EPS)
     assert_close(out, expected, 1e-4)
 
@@ -209,13 +235,38 @@ def test_a_layout_that_is_no_choice_is_chosen_anew(make, monkeypatch, tmp_path, 
     """As another version of the kernels may have left it; the choice made then is kept."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
-    monkeypatch.setattr(kernels, 'timed', lambda calls: 1e-3)
-    product = Product(Dense(make(8, 128)), None, False, lambda: None)
+    monkeypatch.setattr(kernels, 'timed', lambda step: 1e-3)
     shape = str(kernels.Shape(8, 128, 'float32', False, False))
-    owner = f'chip, {TritonOps.name}'
+    transformer = SimpleNamespace(
+        products=lambda: [('out', Product(Dense(make(8, 128)), None))] * 2, step=lambda: None)
+    said = []
+    TritonOps(DEVICE).tune(transformer, said.append)
+    file, = tmp_path.glob('physai_decode/*.json')
+    owner, = json.loads(file.read_text())
+    assert owner.startswith(f'chip, {TritonOps.name}')
     TuningCache(owner).put(shape, kept)
-    transformer, said = SimpleNamespace(products=lambda: {'out': [product]}), []
     for _ in range(2):
         TritonOps(DEVICE).tune(transformer, said.append)
-        assert said == ['tuning the kernel for out']
+        assert said == ['tuning the kernel for out'] * 2
         assert TuningCache(owner).get(shape) == list(astuple(kernels.DENSE_CHOICES[0]))
+
+
+def test_the_layout_with_the_fastest_step_is_taken(make, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
+    weight, x, out = Dense(make(8, 1024)), make(1024), make(8)
+    ops = TritonOps(DEVICE)
+    ran = []
+
+    def timed(step):
+        step()
+        ran.append(ops._choices[kernels.Shape(8, 1024, 'float32', False, False)])
+        if len(ran) == 2:
+            raise triton.runtime.errors.OutOfResources(2, 1, 'shared memory')
+        return abs(len(ran) - 5.0)
+
+    monkeypatch.setattr(kernels, 'timed', timed)
+    ops.tune(SimpleNamespace(products=lambda: [('out', Product(weight, None))],
+                             step=lambda: ops.linear(x, weight, out)), lambda line: None)
+    assert ran == list(kernels.DENSE_CHOICES)
+    assert list(ops._choices.values()) == [ran[4]]

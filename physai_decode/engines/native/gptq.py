@@ -103,10 +103,11 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
         order=order, bias=bias, out_features=rows, in_features=columns)
 
 
-def fuse(parts: list[Int4]) -> Int4 | None:
+def fuse(parts: list[Int4], paired: bool = False) -> Int4 | None:
     """
     Stack projections of one input, all with a bias or none.
 
+    :param paired: the two are gate and up, whose rows share tiles, see `Int4`.
     :returns: None where their orders differ, or a tile is not full.
     """
     first = parts[0]
@@ -118,16 +119,33 @@ def fuse(parts: list[Int4]) -> Int4 | None:
         if part.order is not None and not torch.equal(part.order, first.order):
             return None
 
-    zeros = None
+    def joined(tensors, width):
+        return _in_turn(*tensors, width) if paired else torch.cat(tensors)
+
+    half = TILE_ROWS // 2
+    zeros = bias = None
     if any(p.zeros is not None for p in parts):
-        zeros = torch.cat([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
-                           for p in parts])
+        zeros = joined([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
+                        for p in parts], 4 * half)
+    if first.bias is not None:
+        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts], half).flatten()
     return Int4(
-        packed=torch.cat([p.packed for p in parts]),
-        scales=torch.cat([p.scales for p in parts]),
-        zeros=zeros, order=first.order,
-        bias=None if first.bias is None else torch.cat([p.bias for p in parts]),
-        out_features=sum(p.out_features for p in parts), in_features=first.in_features)
+        packed=joined([p.packed for p in parts], 2),    # `fragments`: half a tile, then low
+        scales=joined([p.scales for p in parts], 4 * half), zeros=zeros, order=first.order,
+        bias=bias, out_features=sum(p.out_features for p in parts),
+        in_features=first.in_features)
+
+
+def _in_turn(gate: Tensor, up: Tensor, width: int) -> Tensor:
+    """
+    Take half a tile of one and half a tile of the other in turn.
+
+    :param gate: and ``up``, [tiles, blocks, ...], in which the halves of a tile take turns every
+        ``width`` elements.
+    """
+    both = torch.stack([each.flatten(2).unflatten(2, (-1, 2, width)) for each in (gate, up)], 4)
+    # tile, block, place | half, part, low -> tile, half | block | place, part, low
+    return both.permute(0, 3, 1, 2, 4, 5).reshape(-1, *gate.shape[1:])
 
 
 def _order(g_idx, size, columns):

@@ -11,7 +11,9 @@ after its own main loop, unless it is small: programs that come earlier crowd so
 
 from dataclasses import astuple
 from dataclasses import dataclass
+from hashlib import sha256
 import math
+from pathlib import Path
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
@@ -199,18 +201,20 @@ def _matrix(words):
 
 @triton.jit
 def _tile(packed, scales, zeros, tile, block, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-          ZEROS: tl.constexpr):
+          SPLIT: tl.constexpr, ZEROS: tl.constexpr):
     """Load a tile's fragments of the blocks [SPLIT, 1], and their four scales and zeros a row."""
-    at = tile * BLOCKS + tl.minimum(block, BLOCKS - 1)      # past the end the last one again
+    at = tile * BLOCKS + block
+    inside = block < BLOCKS if BLOCKS % SPLIT else tl.full((SPLIT, 1), True, tl.int1)
     words = tl.load(
         packed + at[:, :, None] * (16 * GROUP) + tl.arange(0, GROUP // 16)[None, :, None] * 256
-        + tl.arange(0, 256)[None, None, :], eviction_policy='evict_first')
+        + tl.arange(0, 256)[None, None, :], mask=inside[:, :, None], other=0,
+        eviction_policy='evict_first')
     # Four float16 are read as one number.
     rows = at * 16 + tl.arange(0, 16)[None, :]
-    four = tl.load(scales.to(tl.pointer_type(tl.int64)) + rows)
+    four = tl.load(scales.to(tl.pointer_type(tl.int64)) + rows, mask=inside, other=0)
     zero = four
     if ZEROS:
-        zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + rows)
+        zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + rows, mask=inside, other=0)
     return words, four, zero
 
 
@@ -224,8 +228,8 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
     multiplies, as the order of the dimensions has it.
     """
     SPLIT: tl.constexpr = column.shape[0]
-    sixteenth = column // 16 + tl.arange(0, GROUP // 16)[None, :]
-    parts = tl.load(sums + sixteenth, mask=sixteenth * 16 < K, other=0.0)
+    eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
+    parts = tl.load(sums + eighth, mask=eighth * 8 < K, other=0.0)
     total = tl.sum(parts, 1)[:, None, None]
     if COPIED:
         at = tl.arange(0, GROUP)[None, :]       # pair, operand, high, lane, low
@@ -243,49 +247,68 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
 
 
 @triton.jit
+def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl.constexpr,
+           COPIED: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, 8]."""
+    column = block * (4 * GROUP)
+    inputs = (_input(x, sums, column, K, GROUP, COPIED),
+              _input(x, sums, column + GROUP, K, GROUP, COPIED),
+              _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED),
+              _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED))
+    for number in tl.static_range(4):
+        v, total = inputs[number]
+        result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
+    return result
+
+
+@triton.jit
 def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexpr,
           BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
           STAGES: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
           ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
-    Multiply an `Int4` [n, K] (gated: [2 n, K]) by ``x`` [K]; a tile of ROWS rows a program.
+    Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
     The blocks are dealt out to SPLIT warps, whose sums are joined at the end. Words go straight to
-    registers, or, with more than one of STAGES, are copied ahead to shared memory. ``sums`` are
-    those of every 16 of ``x``; gated, the ones of ``out`` are left likewise.
+    registers, or, with more than one of STAGES, are copied ahead to shared memory. Where registers
+    hold all of a tile's they are loaded while the kernel before still runs. ``sums`` are those of
+    every 8 of ``x``; gated, the one of the 8 of ``out`` is left likewise.
     """
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if EARLY:
-        gdc_wait()
+    block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, ROWS, 8), tl.float32)
-    more = tl.zeros((SPLIT, ROWS, 8), tl.float32)
-    for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
-        block = first + tl.arange(0, SPLIT)[:, None]
-        words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, ZEROS)
-        words_up, four_up, zero_up = words, four, zero
-        if GATED:
-            words_up, four_up, zero_up = _tile(
-                packed, scales, zeros, tile + n // ROWS, block, BLOCKS, GROUP, ZEROS)
-        column = block * (4 * GROUP)
-        inputs = (_input(x, sums, column, K, GROUP, COPIED),
-                  _input(x, sums, column + GROUP, K, GROUP, COPIED),
-                  _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED),
-                  _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED))
-        for number in tl.static_range(4):
-            v, total = inputs[number]
-            result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
-            if GATED:
-                more += _grouped(words_up, v, total, four_up, zero_up, number, ZEROS, ASSEMBLY)
+    if BLOCKS <= 2 * SPLIT and not COPIED:
+        words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, SPLIT,
+                                  ZEROS)
+        if BLOCKS > SPLIT:
+            more, more_four, more_zero = _tile(
+                packed, scales, zeros, tile, block + SPLIT, BLOCKS, GROUP, SPLIT, ZEROS)
+        if EARLY:
+            gdc_wait()
+        result = _block(result, x, sums, words, four, zero, block, K, GROUP, COPIED, ZEROS,
+                        ASSEMBLY)
+        if BLOCKS > SPLIT:
+            result = _block(result, x, sums, more, more_four, more_zero, block + SPLIT, K, GROUP,
+                            COPIED, ZEROS, ASSEMBLY)
+    else:
+        if EARLY:
+            gdc_wait()
+        for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
+            words, four, zero = _tile(
+                packed, scales, zeros, tile, first + block, BLOCKS, GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first + block, K, GROUP, COPIED,
+                            ZEROS, ASSEMBLY)
     if EARLY:
         gdc_launch_dependents()
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
-        second = _finish(tl.sum(tl.max(more, 2), 0), 0.0, rows, n, K, 0.0, bias + n, False, BIAS)
-        result = tl.where(rows < n, _silu(result) * second, 0.0)
+        gate, up = tl.split(tl.trans(tl.reshape(result, (2, ROWS // 2))))
+        result = _silu(gate) * up
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
+        rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     _store(out, rows, n, result, ADD)
 
 
@@ -295,7 +318,7 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
     """Write a block of a tile of an `Int4` to ``out`` [rows, K], row 0 being ``first`` tile's."""
     tile = first + tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
-    words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, ZEROS)
+    words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, 1, ZEROS)
     parts = tl.reshape(words, (GROUP // 32, 2, 8, 4, 2, 2, 2))
     words = tl.reshape(tl.permute(parts, (5, 2, 0, 3, 1, 4, 6)), (16, GROUP)).to(tl.int32)
     row = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
@@ -315,7 +338,7 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
 def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, BLOCK: tl.constexpr,
              NORM: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
     """
-    Write ``x`` [K] normalised, in the order of a weight's columns, and the sums of every 16.
+    Write ``x`` [K] normalised, in the order of a weight's columns, and the sums of every 8.
 
     BLOCK columns a program.
     """
@@ -338,9 +361,9 @@ def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, BLOCK: tl.cons
         v *= tl.rsqrt(tl.sum(squares) / K + eps)
     rounded = v.to(out.dtype.element_ty)
     tl.store(out + columns, rounded, mask=inside)
-    sixteenths = tl.program_id(0) * (BLOCK // 16) + tl.arange(0, BLOCK // 16)
-    sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 16, 16)), 1)
-    tl.store(out_sums + sixteenths, sums, mask=sixteenths * 16 < K)
+    eighths = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 8, 8)), 1)
+    tl.store(out_sums + eighths, sums, mask=eighths * 8 < K)
 
 
 @triton.jit
@@ -445,8 +468,9 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
 @triton.jit
 def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
           DIMS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Join BLOCK dimensions of one query head's shares; leave the sums of every 16 too."""
+    """Join BLOCK dimensions of one query head's shares; leave the sums of every 8 too."""
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slots = tl.program_id(0) * SPLITS + tl.arange(0, SPLITS)
@@ -457,10 +481,8 @@ def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
     result = tl.sum(sums * fades[:, None], 0) / tl.sum(totals * fades, 0)
     rounded = result.to(out.dtype.element_ty)
     tl.store(out + tl.program_id(0) * D + dims, rounded)
-    sixteenths = (tl.program_id(0) * D + tl.program_id(1) * BLOCK) // 16 \
-        + tl.arange(0, BLOCK // 16)
-    tl.store(out_sums + sixteenths,
-             tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 16, 16)), 1))
+    eighths = (tl.program_id(0) * D + tl.program_id(1) * BLOCK) // 8 + tl.arange(0, BLOCK // 8)
+    tl.store(out_sums + eighths, tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 8, 8)), 1))
 
 
 @triton.jit
@@ -519,13 +541,13 @@ class Choice:
     stages: int
 
 
-# What was fast for one shape or another; see docs/performance.md.
+# What was fast for one shape or another; see docs/performance.md. The first fits every chip.
 DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
     (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
     (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
-    (4, 3), (4, 2), (4, 1), (8, 1), (8, 3), (2, 3), (2, 4), (1, 2), (1, 3)))
+    (4, 1), (8, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3)))
 
 
 class TritonOps(TorchOps):
@@ -600,53 +622,55 @@ class TritonOps(TorchOps):
         """
         Find the fastest layout for each shape of product, or take it from the cache.
 
-        Timed on the model's own weights, layer after layer, as in a step: one layer's alone would
-        stay in the chip's cache.
+        Timed in whole steps: what a kernel does to those beside it shows only there.
         """
-        cache = TuningCache(f'{torch.cuda.get_device_name(self._device)}, {self.name}')
-        for name, products in transformer.products().items():
-            first = products[0]
-            shape = _shape(first.weight, first.gain, first.gated)
+        version = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+        cache = TuningCache(
+            f'{torch.cuda.get_device_name(self._device)}, {self.name}, kernels {version}')
+        for name, product in transformer.products():
+            shape = _shape(*product)
+            if shape in self._choices:
+                continue
             kept = cache.get(str(shape))
             choice = next((c for c in _choices(shape) if list(astuple(c)) == kept), None)
             if choice is None:
                 progress(f'tuning the kernel for {name}')
-                choice = self._fastest(shape, products)
+                choice = self._fastest(shape, transformer.step)
                 cache.put(str(shape), list(astuple(choice)))
             self._choices[shape] = choice
 
-    def _fastest(self, shape, products):
+    def _fastest(self, shape, step):
         times = {}
         for choice in _choices(shape):
             self._choices[shape] = choice
             try:
-                times[choice] = timed([product.run for product in products])
+                times[choice] = timed(step)
             except triton.runtime.errors.OutOfResources:
                 continue     # this chip has too little shared memory for it
         return min(times, key=times.__getitem__)
 
     def _product(self, x, weight, out, gain, eps, add, gated):
-        n = out.shape[0]
         shape = _shape(weight, gain, gated)
         choice = self._choices.get(shape) or _choices(shape)[0]
         bias = weight.bias
         common = {
             'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'ADD': add,
             'BIAS': bias is not None, 'EARLY': self._early, **self._launch(choice.warps)}
-        grid = (triton.cdiv(n, choice.rows),)
         # A pointer that is not used still has to be one.
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
             self._summed.pop(out.data_ptr(), None)
-            _dense[grid](x, weight.weight, bias, x if gain is None else gain, out, n, eps,
-                         K=shape.k, COLUMNS=choice.columns, NORM=gain is not None, **common)
+            n = out.shape[0]
+            _dense[(triton.cdiv(n, choice.rows),)](
+                x, weight.weight, bias, x if gain is None else gain, out, n, eps, K=shape.k,
+                COLUMNS=choice.columns, NORM=gain is not None, **common)
             return
         if gain is not None or weight.order is not None or x.data_ptr() not in self._summed:
             x = self._prepared(x, weight, gain, eps)
-        _int4[grid](
+        _int4[(weight.packed.shape[0],)](
             x, self._sums(x), weight.packed, weight.scales,
             x if weight.zeros is None else weight.zeros, bias, out,
-            self._sums(out) if gated else x, n, K=shape.k,
+            self._sums(out) if gated else x, shape.n, K=shape.k,
             BLOCKS=weight.packed.shape[1], GROUP=weight.group_size, SPLIT=choice.warps,
             ZEROS=weight.zeros is not None, ASSEMBLY=self._device.type == 'cuda', **common)
 
@@ -672,12 +696,12 @@ class TritonOps(TorchOps):
         return out
 
     def _sums(self, vector):
-        """Give the place for the sums of every 16 of a vector that a kernel writes."""
+        """Give the place for the sums of every 8 of a vector that a kernel writes."""
         key = vector.data_ptr()
         if key not in self._summed:
             # The vector is kept too, so that no other one gets its address.
             self._summed[key] = vector, torch.empty(
-                triton.cdiv(vector.numel(), 16), dtype=torch.float32, device=self._device)
+                triton.cdiv(vector.numel(), 8), dtype=torch.float32, device=self._device)
         return self._summed[key][1]
 
     def _take(self, purpose, count, dtype):

@@ -33,6 +33,11 @@ class Dense:
         """Bytes that one product with a vector reads."""
         return _bytes(self.weight, self.bias)
 
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Give gate's and up's part of a product [..., N] with both, fused."""
+        gate, up = product.chunk(2, -1)
+        return gate, up
+
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight; gives [..., N]."""
         if x.dim() > 1:
@@ -52,7 +57,8 @@ class Int4:
     and padded to whole blocks of four groups; the rows are padded to whole tiles. In a block,
     nibble j of word i belongs to column ``j * group_size + i``: one load of a group's words serves
     four groups, and all of one nibble's columns share a scale. A tile's words of a block lie in
-    the order in which a warp holds them for the matrix units, see `fragments`.
+    the order in which a warp holds them for the matrix units, see `fragments`. Where gate and up
+    are fused a tile has 8 rows of each, so that one program has both; so have product and bias.
 
     ``packed`` int16 [tiles, blocks, 16 * group_size]; ``scales`` float16 [tiles, blocks, 16, 4];
     ``zeros`` likewise, or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
@@ -80,6 +86,11 @@ class Int4:
     def read_bytes(self) -> int:
         """Bytes that one product with a vector reads."""
         return _bytes(self.packed, self.scales, self.zeros, self.order, self.bias)
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
+        return gate, up
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
         """Unpack some tiles; gives [rows, K] with the columns in the order of their groups."""

@@ -71,9 +71,9 @@ class TorchOps:
 
     def gated(self, x: Tensor, weight: Dense | Int4, out: Tensor, gain: Tensor,
               eps: float) -> None:
-        """Write silu(gate) * up to ``out`` [N]; ``weight`` has gate's N rows, then up's."""
-        gate, up = weight.apply(self._input(x, gain, eps)).chunk(2)
-        torch.mul(F.silu(gate), up, out=out)
+        """Write silu(gate) * up to ``out`` [N]; ``weight`` [2 N, K] has the rows of both."""
+        gate, up = weight.halves(weight.apply(self._input(x, gain, eps)))
+        torch.mul(F.silu(gate), up, out=out.view_as(gate))
 
     def apply(self, x: Tensor, weight: Dense | Int4) -> Tensor:
         """Multiply ``x`` [tokens, K], or [K], by ``weight`` in one large product; [tokens, N]."""

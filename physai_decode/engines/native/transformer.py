@@ -6,10 +6,9 @@ the device, and the host is not in the loop. So the same function runs on a CPU 
 GPU inside a captured graph.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 import math
+from typing import NamedTuple
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
@@ -25,14 +24,12 @@ from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
 
 
-@dataclass(frozen=True)
-class Product:
-    """One matrix-vector product of a step, and what its kernel depends on."""
+class Product(NamedTuple):
+    """What the kernel of one matrix-vector product of a step depends on."""
 
     weight: Linear
     gain: Tensor | None
-    gated: bool
-    run: Callable[[], None]
+    gated: bool = False
 
 
 class Transformer:
@@ -80,24 +77,14 @@ class Transformer:
             ops.linear(self.hidden, layer.down, self.x, add=True)
         ops.linear(self.x, w.head, self.logits, gain=w.norm, eps=eps)
 
-    def products(self) -> dict[str, list[Product]]:
-        """Give each kind of matrix-vector product of the step, one a layer, to time it alone."""
-        ops, eps, w = self.ops, self.architecture.norm_eps, self.weights
-
-        def linear(x, weight, out, gain=None, add=False):
-            return Product(weight, gain, False, partial(
-                ops.linear, x, weight, out, gain=gain, eps=eps, add=add))
-
-        def gated(layer):
-            return Product(layer.gate_up, layer.mlp_norm, True, partial(
-                ops.gated, self.x, layer.gate_up, self.hidden, layer.mlp_norm, eps))
-
-        return {
-            'qkv': [linear(self.x, each.qkv, self.qkv, each.input_norm) for each in w.layers],
-            'out': [linear(self.attended, each.out, self.x, add=True) for each in w.layers],
-            'gate_up': [gated(each) for each in w.layers],
-            'down': [linear(self.hidden, each.down, self.x, add=True) for each in w.layers],
-            'head': [linear(self.x, w.head, self.logits, w.norm)]}
+    def products(self) -> Iterator[tuple[str, Product]]:
+        """Give each matrix-vector product of the step with its name."""
+        for layer in self.weights.layers:
+            yield 'qkv', Product(layer.qkv, layer.input_norm)
+            yield 'out', Product(layer.out, None)
+            yield 'gate_up', Product(layer.gate_up, layer.mlp_norm, gated=True)
+            yield 'down', Product(layer.down, None)
+        yield 'head', Product(self.weights.head, self.weights.norm)
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
         """
@@ -125,8 +112,8 @@ class Transformer:
             attended = _attend(q, keys[:, :stop], values[:, :stop], a.windows[index])
             x += ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
             normed = rms_norm(x, layer.mlp_norm, a.norm_eps)
-            gate, up = ops.apply(normed, layer.gate_up).chunk(2, -1)
-            x += ops.apply(F.silu(gate).mul_(up), layer.down)
+            gate, up = layer.gate_up.halves(ops.apply(normed, layer.gate_up))
+            x += ops.apply(F.silu(gate).mul_(up).flatten(1), layer.down)
         last = x if every else x[-1]
         return ops.apply(rms_norm(last, w.norm, a.norm_eps), w.head).float()
 

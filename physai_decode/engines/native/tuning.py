@@ -6,7 +6,6 @@ what can't be written is measured at the next start.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
@@ -17,21 +16,20 @@ import torch
 REPLAYS = 5
 
 
-def timed(calls: Sequence[Callable[[], None]]) -> float:
+def timed(step: Callable[[], None]) -> float:
     """
-    Time some launches one after the other, captured in a CUDA graph.
+    Time a step, captured in a CUDA graph.
 
-    :returns: seconds for all of them, the median of some replays.
+    :returns: seconds, the median of some replays.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        calls[0]()      # compiles
+        step()      # compiles
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
-        for call in calls:
-            call()
+        step()
     graph.replay()
     times = []
     for _ in range(REPLAYS):
