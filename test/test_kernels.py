@@ -230,6 +230,12 @@ def test_advance(make, vocab, best):
         assert history[place].item() == best
 
 
+def stand_in(products, step=lambda: None):
+    """Give what `TritonOps.tune` asks of a transformer."""
+    return SimpleNamespace(products=lambda: products, step=step, max_context=1000,
+                           position=torch.zeros(1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize('kept', [[8, 512, 4], [3, 512, 4, 1], 5])
 def test_a_layout_that_is_no_choice_is_chosen_anew(make, monkeypatch, tmp_path, kept):
     """As another version of the kernels may have left it; the choice made then is kept."""
@@ -237,8 +243,7 @@ def test_a_layout_that_is_no_choice_is_chosen_anew(make, monkeypatch, tmp_path, 
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
     monkeypatch.setattr(kernels, 'timed', lambda step: 1e-3)
     shape = str(kernels.Shape(8, 128, 'float32', False, False))
-    transformer = SimpleNamespace(
-        products=lambda: [('out', Product(Dense(make(8, 128)), None))] * 2, step=lambda: None)
+    transformer = stand_in([('out', Product(Dense(make(8, 128)), None))] * 2)
     said = []
     TritonOps(DEVICE).tune(transformer, said.append)
     file, = tmp_path.glob('physai_decode/*.json')
@@ -259,6 +264,7 @@ def test_the_layout_with_the_fastest_step_is_taken(make, monkeypatch, tmp_path):
     ran = []
 
     def timed(step):
+        assert transformer.position.item() == 500
         step()
         ran.append(ops._choices[kernels.Shape(8, 1024, 'float32', False, False)])
         if len(ran) == 2:
@@ -266,7 +272,8 @@ def test_the_layout_with_the_fastest_step_is_taken(make, monkeypatch, tmp_path):
         return abs(len(ran) - 5.0)
 
     monkeypatch.setattr(kernels, 'timed', timed)
-    ops.tune(SimpleNamespace(products=lambda: [('out', Product(weight, None))],
-                             step=lambda: ops.linear(x, weight, out)), lambda line: None)
+    transformer = stand_in([('out', Product(weight, None))], lambda: ops.linear(x, weight, out))
+    ops.tune(transformer, lambda line: None)
     assert ran == list(kernels.DENSE_CHOICES)
     assert list(ops._choices.values()) == [ran[4]]
+    assert transformer.position.item() == 0
