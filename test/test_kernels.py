@@ -170,12 +170,31 @@ def test_int4_after_int4(make):
 def test_int4_gated(make, group_size, bias):
     bias = make(64) if bias else None
     weight, dense = gate_up(2, 32, 640, group_size, bias, symmetric=False)
+    check_gated(make, weight, dense, bias, TritonOps(DEVICE))
+
+
+@pytest.mark.parametrize('choice', [(4, 3), (1, 1)])
+def test_int4_gated_in_other_layouts(make, choice):
+    weight, dense = gate_up(2, 32, 640, 64)
+    ops = TritonOps(DEVICE)
+    ops._choices[kernels.Shape(64, 640, 'int4-g64', True, True)] = kernels.Choice(16, 0, *choice)
+    check_gated(make, weight, dense, None, ops)
+
+
+def test_gate_and_up_where_one_has_zeros(make):
+    gate, up = packed(2, 32, 640, 64), packed(3, 32, 640, 64, symmetric=False)
+    assert gate[0].zeros is None and up[0].zeros is not None
+    check_gated(make, gptq.fuse([gate[0], up[0]], paired=True), torch.cat([gate[1], up[1]]), None,
+                TritonOps(DEVICE))
+
+
+def check_gated(make, weight, dense, bias, ops):
     x, gain, out = make(640), make(640), make(32)
     expected, twin = out.clone(), out.clone()
     TWIN.gated(x, Dense(dense, bias), expected, gain, EPS)
     TWIN.gated(x, weight, twin, gain, EPS)
     assert_close(twin, expected)
-    TritonOps(DEVICE).gated(x, weight, out, gain, EPS)
+    ops.gated(x, weight, out, gain, EPS)
     assert_close(out, expected, 1e-4)
 
 
@@ -233,7 +252,7 @@ def test_advance(make, vocab, best):
 def stand_in(products, step=lambda: None):
     """Give what `TritonOps.tune` asks of a transformer."""
     return SimpleNamespace(products=lambda: products, step=step, max_context=1000,
-                           position=torch.zeros(1, dtype=torch.int64))
+                           position=torch.zeros(1, dtype=torch.int64), keys=torch.zeros(1))
 
 
 @pytest.mark.parametrize('kept', [[8, 512, 4], [3, 512, 4, 1], 5])

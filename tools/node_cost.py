@@ -4,8 +4,8 @@ Measure what the node adds to each token.
 A model, the embedded one by default, answers the same prompts three times: the engine alone;
 through the node with a subscriber of ~/tokens in another process; and with a subscriber of all
 four topics of a token. Printed are the time from a token known to the engine until the subscriber
-has it, the time that publishing a token takes the decode thread, and the rates. Clocks are
-monotonic and shared by the processes of one machine.
+has it, the time that publishing a token takes the decode thread, and the rates: the engine's, and
+the subscriber's. Clocks are monotonic and shared by the processes of one machine.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def values(message: DiagnosticArray, index: int = 0) -> dict[str, str]:
 
 
 def through(folder: Path, with_figures: bool, own: list[str]) -> dict[str, list[float]]:
-    """Answer the prompts through a node; give the latencies and the publishing times."""
+    """Answer the prompts through a node; give the latencies, times between tokens, publishing."""
     path = folder / 'known.json'
     process = subprocess.Popen([sys.executable, __file__, '--serve', str(path), *own])
     rclpy.init()
@@ -183,7 +183,7 @@ def through(folder: Path, with_figures: bool, own: list[str]) -> dict[str, list[
         'latency_s': [heard - known for heard, known in zip(probe.heard_s, known_s, strict=True)],
         'publish_s': probe.publish_s,
         'itl_s': [gap for begin, end in zip([0, *ends], ends)
-                  for gap in differences(known_s[begin:end])]}
+                  for gap in differences(probe.heard_s[begin:end])]}
 
 
 def differences(times_s: list[float]) -> list[float]:
@@ -235,7 +235,7 @@ def main() -> int:
             print(f'\nthrough the node, subscriber of {label}')
             print(f'  rate                     {1 / mean_s:6.0f} tokens/s, '
                   f'{100 / mean_s / rate:.1f} % of the engine alone')
-            print(f'  between tokens           {told(found["itl_s"])}')
+            print(f'  between tokens heard     {told(found["itl_s"])}')
             print(f'  engine to subscriber     {told(found["latency_s"])}')
             if found['publish_s']:
                 print(f'  publishing with figures  {told(found["publish_s"])}')

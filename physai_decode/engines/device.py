@@ -121,7 +121,7 @@ def use(device: torch.device) -> None:
 @cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """
-    Give the one stream of this process to warm up and capture graphs on.
+    Give the one stream of this process to warm up and capture graphs on, one at a time.
 
     PyTorch keeps cuBLAS's workspace (32 MiB on Hopper chips) for each stream it was ever used on.
     """

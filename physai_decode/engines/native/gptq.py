@@ -130,7 +130,8 @@ def fuse(parts: list[Int4], paired: bool = False) -> Int4 | None:
     if first.bias is not None:
         bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts], half).flatten()
     return Int4(
-        packed=joined([p.packed for p in parts], 2),    # `fragments`: half a tile, then low
+        # In `fragments` the halves of a tile take turns every two words.
+        packed=joined([p.packed for p in parts], 2),
         scales=joined([p.scales for p in parts], 4 * half), zeros=zeros, order=first.order,
         bias=bias, out_features=sum(p.out_features for p in parts),
         in_features=first.in_features)

@@ -271,8 +271,8 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
 
     The blocks are dealt out to SPLIT warps, whose sums are joined at the end. Words go straight to
     registers, or, with more than one of STAGES, are copied ahead to shared memory. Where registers
-    hold all of a tile's they are loaded while the kernel before still runs. ``sums`` are those of
-    every 8 of ``x``; gated, the one of the 8 of ``out`` is left likewise.
+    can hold all words of a tile, these are asked for while the kernel before still runs. ``sums``
+    are those of every 8 of ``x``; gated, the sum of a tile's 8 of ``out`` is left likewise.
     """
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
@@ -541,6 +541,7 @@ class Choice:
     stages: int
 
 
+TUNING_CONTEXT = 8192
 # What was fast for one shape or another; see docs/performance.md. The first fits every chip.
 DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
@@ -568,6 +569,7 @@ class TritonOps(TorchOps):
         self._choices: dict[Shape, Choice] = {}
         self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
+        self._current: set[int] = set()     # addresses of the vectors whose sums are up to date
         self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
         self._places = torch.empty(self._programs, dtype=torch.int32, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
@@ -622,13 +624,15 @@ class TritonOps(TorchOps):
         """
         Find the fastest layout for each shape of product, or take it from the cache.
 
-        Timed in whole steps, at half the context: what a kernel does to those beside it, such as
+        Timed in whole steps and behind a context: what a kernel does to those beside it, such as
         crowding attention's programs on few processors, shows only there.
         """
         version = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-        cache = TuningCache(
-            f'{torch.cuda.get_device_name(self._device)}, {self.name}, kernels {version}')
-        transformer.position.fill_(transformer.max_context // 2)
+        place = min(transformer.max_context, TUNING_CONTEXT) // 2
+        cache = TuningCache(', '.join((
+            torch.cuda.get_device_name(self._device), self.name, f'kernels {version}',
+            str(transformer.keys.dtype), f'at {place}')))
+        transformer.position.fill_(place)
         for name, product in transformer.products():
             shape = _shape(*product)
             if shape in self._choices:
@@ -662,13 +666,13 @@ class TritonOps(TorchOps):
         # A pointer that is not used still has to be one.
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
-            self._summed.pop(out.data_ptr(), None)
+            self._current.discard(out.data_ptr())
             n = out.shape[0]
             _dense[(triton.cdiv(n, choice.rows),)](
                 x, weight.weight, bias, x if gain is None else gain, out, n, eps, K=shape.k,
                 COLUMNS=choice.columns, NORM=gain is not None, **common)
             return
-        if gain is not None or weight.order is not None or x.data_ptr() not in self._summed:
+        if gain is not None or weight.order is not None or x.data_ptr() not in self._current:
             x = self._prepared(x, weight, gain, eps)
         _int4[(weight.packed.shape[0],)](
             x, self._sums(x), weight.packed, weight.scales,
@@ -701,8 +705,10 @@ class TritonOps(TorchOps):
     def _sums(self, vector):
         """Give the place for the sums of every 8 of a vector that a kernel writes."""
         key = vector.data_ptr()
+        self._current.add(key)
         if key not in self._summed:
-            # The vector is kept too, so that no other one gets its address.
+            # Never freed: a captured step has the addresses. The vector is kept too, so that no
+            # other one gets its address.
             self._summed[key] = vector, torch.empty(
                 triton.cdiv(vector.numel(), 8), dtype=torch.float32, device=self._device)
         return self._summed[key][1]

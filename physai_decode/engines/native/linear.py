@@ -34,7 +34,7 @@ class Dense:
         return _bytes(self.weight, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both, fused."""
+        """Give gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
         gate, up = product.chunk(2, -1)
         return gate, up
 
@@ -58,7 +58,7 @@ class Int4:
     nibble j of word i belongs to column ``j * group_size + i``: one load of a group's words serves
     four groups, and all of one nibble's columns share a scale. A tile's words of a block lie in
     the order in which a warp holds them for the matrix units, see `fragments`. Where gate and up
-    are fused a tile has 8 rows of each, so that one program has both; so have product and bias.
+    are fused a tile has 8 rows of each, so that one program has both; product and bias follow.
 
     ``packed`` int16 [tiles, blocks, 16 * group_size]; ``scales`` float16 [tiles, blocks, 16, 4];
     ``zeros`` likewise, or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.

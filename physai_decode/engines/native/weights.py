@@ -206,7 +206,8 @@ class _Loader:
         if any(p.bias is not None for p in packed):
             packed = [p if p.bias is not None else replace(p, bias=torch.zeros(
                 p.out_features, dtype=self._dtype, device=p.packed.device)) for p in packed]
-        fused = packed[0] if len(packed) == 1 else gptq.fuse(packed, parts[0][0] == 'gate_proj')
+        fused = packed[0] if len(packed) == 1 else gptq.fuse(
+            packed, paired=parts[0][0] == 'gate_proj')
         if fused is not None:
             return fused
         self._fallbacks += 1
