@@ -17,6 +17,7 @@ import fake_exllamav2
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
+import random_exl2
 import random_gptq
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -35,14 +36,18 @@ NOISE = 1e-3
 
 def save(folder, seed=1, sharpness=1.0, **options):
     """
-    Write a small GPTQ model.
+    Write a small GPTQ model, or an EXL2 one.
 
     :param sharpness: what the logits are multiplied by.
+    :param options: of `random_gptq.save`, or ``exl2``.
     :returns: the folder, and the transformers library's network of its dense weights.
     """
-    form = {'group_size': 64, 'act_order': True, **options}
-    state = random_gptq.save(
-        folder, 'llama', seed, eos_token_id=list(range(128)), **form, **SHAPE)
+    common = {'eos_token_id': list(range(128)), **SHAPE}
+    if options.pop('exl2', False):
+        state = random_exl2.save(folder, 'llama', seed, **common, **options)
+    else:
+        form = {'group_size': 64, 'act_order': True, **options}
+        state = random_gptq.save(folder, 'llama', seed, **common, **form)
     state['lm_head.weight'] = state['lm_head.weight'] * sharpness
     path = folder / 'model.safetensors'
     save_file({**load_file(path), 'lm_head.weight': state['lm_head.weight']}, path,
@@ -238,6 +243,17 @@ def test_footprint(installed, saved):
     assert footprint.kv_element_bytes == 2 and footprint.max_context == 100
     assert footprint.cuda_graph == 'off' and footprint.vocab_size == 512
     assert footprint.details['attention'] == 'sdpa over query groups, without cuDNN'
+    engine.close()
+
+
+def test_exl2(installed, tmp_path):
+    module, library = installed
+    folder, network = save(tmp_path, exl2=True)
+    engine = module.ExLlamaV2Engine(folder, CONFIG)
+    assert engine.footprint.quantization == 'exl2-4.5bpw'
+    assert engine.footprint.checkpoint_weight_bytes == sum(
+        path.stat().st_size for path in folder.glob('*.safetensors')) - header_bytes(folder)
+    assert decode(engine, [3, 4, 5], SamplingConfig(max_new_tokens=4))
     engine.close()
 
 

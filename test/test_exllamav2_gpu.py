@@ -27,7 +27,8 @@ from test_exllamav2 import DECISIVE
 from test_exllamav2 import save
 
 FORMS = [{'group_size': 64}, {'group_size': 128, 'act_order': False}, {'group_size': -1},
-         {'group_size': 32, 'layout': 'gptq_v2'}, {'group_size': 64, 'num_key_value_heads': 4}]
+         {'group_size': 32, 'layout': 'gptq_v2'}, {'group_size': 64, 'num_key_value_heads': 4},
+         {'exl2': True}]
 LIMIT = 2e-2
 
 

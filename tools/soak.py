@@ -32,7 +32,7 @@ from std_srvs.srv import Trigger
 BURST = 8               # prompts at once, below the depth of ~/prompt and ~/response
 QUEUE = 4               # of which this many may wait
 PATIENCE_S = 120.0      # against hangs
-FLAT = 0.05             # resident memory may grow by this fraction after the first tenth
+FLAT = 0.03             # resident memory may grow by this fraction after the first tenth
 VERBS = ('bring', 'fetch', 'take', 'put')
 THINGS = ('cup', 'box', 'bottle', 'book')
 

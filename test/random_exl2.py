@@ -1,0 +1,80 @@
+"""
+EXL2 tensors at random, as ExLlamaV2 writes them, with the dense weights that they stand for.
+
+Groups of 64 inputs, the first of 8 bits and the others of 4, so that no number lies in two words. A
+scale is the square of a number from 1 to 16, times the group's own; zeros lie in the middle.
+"""
+
+import json
+from pathlib import Path
+
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+from torch import Tensor
+
+GROUP = 64
+DEVIATIONS = {8: 73.9, 4: 4.61}     # of uniform values
+
+
+def tensors(seed: int, n: int, k: int, order: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """
+    Draw one projection of ``k`` inputs and ``n`` outputs, multiples of 64 and 8.
+
+    :param order: int64 [k], the input that each stored row belongs to.
+    :returns: the stored tensors by the end of their names, and the dense float32 weight [n, k].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bits = [8] + [4] * (k // GROUP - 1)
+    roots = torch.randint(1, 17, (len(bits), n), generator=generator)
+    # 123.5 is the root mean square of the squares of 1 to 16.
+    largest = torch.tensor([256 * 1.5 / 123.5 / DEVIATIONS[each] / k**0.5 for each in bits]).half()
+    scales = (roots * roots).half() * (largest / 256).unsqueeze(1)
+    words, rows, groups, first = [], [], [], 0
+    for each, scale in zip(bits, scales):
+        values = torch.randint(0, 2**each, (GROUP, n), generator=generator)
+        words.append(_words(values.t().reshape(n, -1, 32 // each), each).t())
+        rows.append((values - 2**(each - 1)).float() * scale.float())
+        groups += [each, first]
+        first += len(words[-1])
+    dense = torch.empty(n, k)
+    dense[:, order] = torch.cat(rows).t()
+    return {
+        'q_weight': torch.cat(words).contiguous(),
+        'q_scale': _words((roots - 1).reshape(len(bits), -1, 8), 4),
+        'q_scale_max': largest, 'q_groups': torch.tensor(groups, dtype=torch.int16),
+        'q_invperm': order.argsort().int()}, dense
+
+
+def save(folder: Path, family: str, seed: int, **overrides) -> dict[str, Tensor]:
+    """
+    Write a small random model whose every projection but the head is EXL2.
+
+    :returns: the state that it stands for, with dense weights, for the library's own model.
+    """
+    random_model.save(folder, family, seed, **overrides)
+    path = folder / 'model.safetensors'
+    stored, state = {}, {}
+    for number, (name, weight) in enumerate(load_file(path).items()):
+        stored[name] = state[name] = weight
+        if '_proj.weight' in name:
+            del stored[name]
+            n, k = weight.shape
+            # Projections of one input have one order, as the library has it.
+            order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+            parts, state[name] = tensors(1000 * seed + number, n, k, order)
+            stored.update({f'{name[:-len("weight")]}{end}': part for end, part in parts.items()})
+    save_file(stored, path, metadata={'format': 'pt'})
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config['quantization_config'] = {
+        'quant_method': 'exl2', 'version': '0.3.2', 'bits': 4.5, 'head_bits': 16}
+    path.write_text(json.dumps(config))
+    return state
+
+
+def _words(values, bits):
+    """Pack the last dimension of small numbers into an int32, the first lowest."""
+    whole = (values << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(whole >= 2**31, whole - 2**32, whole).int()
