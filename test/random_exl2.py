@@ -1,8 +1,8 @@
 """
 EXL2 tensors at random, as ExLlamaV2 writes them, with the dense weights that they stand for.
 
-Groups of 64 inputs, the first of 8 bits and the others of 4, so that no number lies in two words. A
-scale is the square of a number from 1 to 16, times the group's own; zeros lie in the middle.
+Groups of 64 inputs, the first of 8 bits and the others of 4, so that no number lies in two words.
+A scale is the square of a number from 1 to 16, times the group's own; zeros lie in the middle.
 """
 
 import json
