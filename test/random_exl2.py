@@ -8,6 +8,7 @@ A scale is the square of a number from 1 to 16, times the group's own; zeros lie
 import json
 from pathlib import Path
 
+from random_gptq import words
 import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -31,18 +32,18 @@ def tensors(seed: int, n: int, k: int, order: Tensor) -> tuple[dict[str, Tensor]
     # 123.5 is the root mean square of the squares of 1 to 16.
     largest = torch.tensor([256 * 1.5 / 123.5 / DEVIATIONS[each] / k**0.5 for each in bits]).half()
     scales = (roots * roots).half() * (largest / 256).unsqueeze(1)
-    words, rows, groups, first = [], [], [], 0
+    packed, rows, groups, first = [], [], [], 0
     for each, scale in zip(bits, scales):
         values = torch.randint(0, 2**each, (GROUP, n), generator=generator)
-        words.append(_words(values.t().reshape(n, -1, 32 // each), each).t())
+        packed.append(_pack(values.t().reshape(n, -1, 32 // each), each).t())
         rows.append((values - 2**(each - 1)).float() * scale.float())
         groups += [each, first]
-        first += len(words[-1])
+        first += len(packed[-1])
     dense = torch.empty(n, k)
     dense[:, order] = torch.cat(rows).t()
     return {
-        'q_weight': torch.cat(words).contiguous(),
-        'q_scale': _words((roots - 1).reshape(len(bits), -1, 8), 4),
+        'q_weight': torch.cat(packed).contiguous(),
+        'q_scale': _pack((roots - 1).reshape(len(bits), -1, 8), 4),
         'q_scale_max': largest, 'q_groups': torch.tensor(groups, dtype=torch.int16),
         'q_invperm': order.argsort().int()}, dense
 
@@ -74,7 +75,6 @@ def save(folder: Path, family: str, seed: int, **overrides) -> dict[str, Tensor]
     return state
 
 
-def _words(values, bits):
+def _pack(values, bits):
     """Pack the last dimension of small numbers into an int32, the first lowest."""
-    whole = (values << torch.arange(0, 32, bits)).sum(-1)
-    return torch.where(whole >= 2**31, whole - 2**32, whole).int()
+    return words((values << torch.arange(0, 32, bits)).sum(-1))

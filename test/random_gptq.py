@@ -35,8 +35,8 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
     stored = (zeros - int(layout == 'gptq')) & 15
     dense = ((q - zeros[g_idx]).float() * scales.float()[g_idx]).t().contiguous()
     return {
-        'qweight': _words((q.view(k // 8, 8, n) << SHIFTS.view(1, 8, 1)).sum(1)),
-        'qzeros': _words((stored.view(groups, n // 8, 8) << SHIFTS).sum(2)),
+        'qweight': words((q.view(k // 8, 8, n) << SHIFTS.view(1, 8, 1)).sum(1)),
+        'qzeros': words((stored.view(groups, n // 8, 8) << SHIFTS).sum(2)),
         'scales': scales, 'g_idx': g_idx.int()}, dense
 
 
@@ -88,5 +88,6 @@ def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool 
     return state
 
 
-def _words(values):
+def words(values: Tensor) -> Tensor:
+    """Give numbers of 32 bits without a sign as int32."""
     return torch.where(values >= 2**31, values - 2**32, values).int()

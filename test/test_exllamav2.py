@@ -235,8 +235,7 @@ def test_footprint(installed, saved):
     footprint = engine.footprint
     # A row of the embedding, packed weights without what only served to make them, norm, head.
     assert footprint.read_weight_bytes == 16 + (128 + 32 + 64) + 16 + 256
-    assert footprint.checkpoint_weight_bytes == sum(
-        path.stat().st_size for path in saved[0].glob('*.safetensors')) - header_bytes(saved[0])
+    assert footprint.checkpoint_weight_bytes == weight_bytes(saved[0])
     assert footprint.engine == 'exllamav2' and footprint.dtype == 'float16'
     assert footprint.quantization == 'gptq-int4-g64'
     assert (footprint.layers, footprint.kv_heads, footprint.head_dim) == (2, 1, 64)
@@ -251,14 +250,14 @@ def test_exl2(installed, tmp_path):
     folder, network = save(tmp_path, exl2=True)
     engine = module.ExLlamaV2Engine(folder, CONFIG)
     assert engine.footprint.quantization == 'exl2-4.5bpw'
-    assert engine.footprint.checkpoint_weight_bytes == sum(
-        path.stat().st_size for path in folder.glob('*.safetensors')) - header_bytes(folder)
+    assert engine.footprint.checkpoint_weight_bytes == weight_bytes(folder)
     assert decode(engine, [3, 4, 5], SamplingConfig(max_new_tokens=4))
     engine.close()
 
 
-def header_bytes(folder):
-    return sum(8 + int.from_bytes(path.open('rb').read(8), 'little')
+def weight_bytes(folder):
+    """Count the bytes of a folder's safetensors files without their headers."""
+    return sum(path.stat().st_size - 8 - int.from_bytes(path.open('rb').read(8), 'little')
                for path in folder.glob('*.safetensors'))
 
 

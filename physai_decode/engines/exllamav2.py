@@ -424,8 +424,8 @@ def _settings(library, model, config, limit):
     settings.no_graphs = not config.cuda_graph
     settings.no_xformers = True     # see attend_by_groups
     # The library does not know of quantizers that write "format" alone.
-    layout = checkpoint.gptq_layout(model.quantization_config)
-    settings.checkpoint_offset_qzeros = layout == 'gptq_v2'
+    settings.checkpoint_offset_qzeros = \
+        checkpoint.gptq_layout(model.quantization_config) == 'gptq_v2'
     # Nor does it know where newer versions of transformers write this.
     rope = model.text_config.get('rope_parameters')
     if rope:

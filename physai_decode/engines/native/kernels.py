@@ -541,7 +541,7 @@ class Choice:
     stages: int
 
 
-TUNING_CONTEXT = 8192
+TUNING_CONTEXT = 8192   # tokens; layouts are timed behind half as many, if there is room
 # What was fast for one shape or another; see docs/performance.md. The first fits every chip.
 DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
