@@ -4,6 +4,7 @@ The device and number format an engine runs on, its memory and its clock.
 Shared by the engines that compute with torch. It knows nothing of models.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,8 @@ import traceback
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
 import torch
+
+WARM_UP_STEPS = 3
 
 
 def select(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -118,14 +121,24 @@ def use(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-@cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
+def capture(step: Callable[[], None], device: torch.device,
+            pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
     """
-    Give the one stream of this process to warm up and capture graphs on, one at a time.
+    Run a step a few times, then capture it in a CUDA graph.
 
-    PyTorch keeps cuBLAS's workspace (32 MiB on Hopper chips) for each stream it was ever used on.
+    :param pool: the memory pool of a graph that never runs at the same time, to share.
     """
-    return torch.cuda.Stream(device)
+    stream = _capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_STEPS):
+            step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of the node may ask the device for its state meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
+        step()
+    return graph
 
 
 class Stopwatch:
@@ -157,6 +170,16 @@ class Stopwatch:
             self._stamps[index] = time.perf_counter()
         else:
             self._events[index].record()
+
+
+@cache
+def _capture_stream(device):
+    """
+    Give the one stream of this process to warm up and capture graphs on, one at a time.
+
+    PyTorch keeps cuBLAS's workspace (32 MiB on Hopper chips) for each stream it was ever used on.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _device(name):

@@ -294,18 +294,7 @@ class CapturedDecoder(Decoder):
     def _capture(self):
         self._input = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._set_length(1)
-        stream = devices.capture_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._forward(self._input)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the node may ask the device for its state meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
-            self._logits, self._likeliest = self._forward(self._input)
-            self._input.copy_(self._likeliest.view(1, 1))
-        self._graph = graph
+        self._graph = devices.capture(self._captured_step, self._device)
         # A host value baked into the graph would show at another position than the captured one.
         for position in (2, 6):
             token = torch.full((1,), position, device=self._device)
@@ -316,6 +305,10 @@ class CapturedDecoder(Decoder):
             if not torch.allclose(replayed, launched, rtol=0, atol=0.02 * launched.abs().max()):
                 raise RuntimeError(
                     f'replayed at position {position} it gives other logits than uncaptured')
+
+    def _captured_step(self):
+        self._logits, self._likeliest = self._forward(self._input)
+        self._input.copy_(self._likeliest.view(1, 1))
 
     @torch.inference_mode()
     def _replay(self, token):

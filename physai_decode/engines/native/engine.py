@@ -26,7 +26,6 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.graph import Pipeline
-from physai_decode.engines.native.graph import WARM_UP_STEPS
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.sampling import is_plain_greedy
@@ -133,7 +132,7 @@ class NativeEngine:
             devices.use(self._device)
             with torch.inference_mode():
                 # Before it is captured the step is run a few times, behind what the cache holds.
-                del self._cached[self._max_context - WARM_UP_STEPS:]
+                del self._cached[self._max_context - devices.WARM_UP_STEPS:]
                 self._transformer.position.fill_(len(self._cached))
                 self._pipeline = Pipeline({'greedy': self._greedy_step}, self._history, captured)
         try:

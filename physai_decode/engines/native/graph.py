@@ -14,7 +14,6 @@ from physai_decode.engines import device as devices
 import torch
 from torch import Tensor
 
-WARM_UP_STEPS = 3
 AHEAD = 2            # steps in flight
 
 
@@ -37,7 +36,7 @@ class Pipeline:
 
     def __init__(self, steps: dict[str, Callable[[], None]], history: Tensor, capture: bool):
         """
-        Warm the steps up and, where asked, capture each.
+        Take the steps and, where asked, capture each.
 
         :param steps: by name; each writes its token to ``history`` int64 [places].
         """
@@ -49,24 +48,9 @@ class Pipeline:
             torch.cuda.Event()) for _ in range(AHEAD))
         self._flying: deque[_Slot] = deque()
         self._steps = dict(steps)
-        if capture:
-            self._capture()
-
-    def _capture(self):
-        side = devices.capture_stream(self._history.device)
         pool = None
-        for name, step in self._steps.items():
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_STEPS):
-                    step()
-            side.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Both graphs share one pool: they never run at the same time.
-            # Other threads may ask the device for its free memory meanwhile.
-            with torch.cuda.graph(
-                    graph, pool=pool, stream=side, capture_error_mode='thread_local'):
-                step()
+        for name, step in steps.items() if capture else ():
+            graph = devices.capture(step, history.device, pool)
             pool = graph.pool()
             self._steps[name] = graph.replay
 

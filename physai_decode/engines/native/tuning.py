@@ -23,14 +23,7 @@ def timed(step: Callable[[], None]) -> float:
 
     :returns: seconds, the median of some replays.
     """
-    side = devices.capture_stream(torch.device('cuda', torch.cuda.current_device()))
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()      # compiles
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
-        step()
+    graph = devices.capture(step, torch.device('cuda', torch.cuda.current_device()))
     graph.replay()
     times = []
     for _ in range(REPLAYS):
