@@ -17,8 +17,8 @@ from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import Step
+from physai_decode.engines import device as devices
 from physai_decode.engines.native import engine as native
-from physai_decode.engines.native.graph import WARM_UP_STEPS
 from physai_decode.engines.transformers import TransformersEngine
 from physai_decode.roofline import Peak
 import pytest
@@ -166,7 +166,7 @@ class Steps:
         self.made.append(capture)
         self._steps, self._history = steps, history
         self._flying = deque()
-        for _ in range(WARM_UP_STEPS if capture else 0):
+        for _ in range(devices.WARM_UP_STEPS if capture else 0):
             steps['greedy']()
 
     @property
