@@ -24,7 +24,7 @@ from physai_decode.engines.native.tuning import TuningCache
 import random_gptq
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-TWIN = TorchOps()
+TWIN = TorchOps(on_host=False)
 EPS = 1e-6
 
 

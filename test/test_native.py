@@ -8,6 +8,7 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
 from physai_decode.engines import device
 from physai_decode.engines.native import engine as native
+from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.tuning import TuningCache
 import pytest
 import random_model
@@ -59,6 +60,20 @@ def test_a_long_prompt_can_be_cancelled_between_its_pieces(folder, monkeypatch):
     assert next(step for step in steps if step.token_ids).cached_tokens == 32
     assert ids(steps) == expected
     engine.close()
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'mistral_window'])
+def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
+    """What would be captured where Triton is missing says the same."""
+    folder = random_model.save(tmp_path, family, 0)
+    answers = []
+    for on_host in (True, False):
+        ops = TorchOps(on_host)
+        monkeypatch.setattr(native.NativeEngine, '_ops', lambda engine, ops=ops: (ops, 'torch'))
+        engine = native.NativeEngine(folder, CONFIG)
+        answers.append(ids(engine.stream(list(range(40)), SamplingConfig(max_new_tokens=60))))
+        engine.close()
+    assert answers[0] == answers[1]
 
 
 def test_choices_are_kept(tmp_path):

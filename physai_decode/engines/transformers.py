@@ -491,7 +491,9 @@ def _random(model, config, device, dtype):
         raise EngineError(
             f'{model.folder} only describes {model.quantization} weights, which transformers can '
             'not make at random: write them with decode_bench --write-checkpoint')
-    with torch.random.fork_rng(), torch.device(device):
+    # By default it would open every GPU of the machine.
+    used = [device] if device.type == 'cuda' else []
+    with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(model.config['physai_decode_random_weights'].get('seed', 0))
         return transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation='sdpa').eval()

@@ -260,11 +260,11 @@ class NativeEngine:
     def _ops(self):
         """Give the operations for this device, and what to call them."""
         if self._device.type == 'cpu':
-            return TorchOps(), 'torch'
+            return TorchOps(on_host=True), 'torch'
         try:
             from physai_decode.engines.native.kernels import TritonOps
         except ImportError as error:
-            return TorchOps(), f'torch (Triton is not there: {error})'
+            return TorchOps(on_host=False), f'torch (Triton is not there: {error})'
         ops = TritonOps(self._device)
         return ops, ops.name
 

@@ -558,6 +558,7 @@ class TritonOps(TorchOps):
 
     def __init__(self, device: torch.device, splits: int | None = None):
         """Take scratch memory; ``splits`` is how many programs share a head's context."""
+        super().__init__(on_host=False)
         self._device = device
         self._early = False
         self._programs = 4

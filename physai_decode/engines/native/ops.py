@@ -50,6 +50,10 @@ class TorchOps:
 
     name = 'torch'
 
+    def __init__(self, on_host: bool):
+        """Take whether the host may read tensors, as on a CPU; in a captured step it can't."""
+        self._on_host = on_host
+
     def embed(self, table: Tensor, token: Tensor, x: Tensor) -> None:
         """Write row ``token`` int64 [1] of ``table`` [vocab, hidden] to ``x``."""
         x.copy_(table.index_select(0, token)[0])
@@ -97,14 +101,13 @@ class TorchOps:
                             rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
         place: slice | Tensor = position
         mask = None
-        if keys.device.type == 'cpu':
-            # The place is at hand on a CPU; a captured step can't know it and masks instead.
+        if self._on_host:
             stop = int(position) + 1
             place = slice(stop - 1, stop)
             read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
-        else:
+        else:       # a captured step has one length for ever, and masks
             read = slice(None)
-            places = torch.arange(keys.shape[1], device=keys.device)
+            places = torch.arange(keys.shape[1], device=keys.device)[None]
             mask = places <= position
             if layer.window:
                 mask &= places > position - layer.window
@@ -133,12 +136,11 @@ class TorchOps:
     def tune(self, transformer: Any, progress: Callable[[str], None]) -> None:
         """Choose nothing: torch has its own heuristics."""
 
-    @staticmethod
-    def _input(x, gain, eps):
+    def _input(self, x, gain, eps):
         if gain is None:
             return x
-        if x.device.type == 'cpu':
-            # Half the operations of `rms_norm`, where the host may know the sum.
+        if self._on_host:
+            # Half the operations of `rms_norm`.
             scale = (float(x.dot(x)) / x.shape[0] + eps) ** -0.5
             return (x * gain).mul_(scale).to(gain.dtype)
         return rms_norm(x, gain, eps)
