@@ -41,12 +41,17 @@ def describe(device: torch.device) -> tuple[str, str]:
         properties = torch.cuda.get_device_properties(device)
         uuid = getattr(properties, 'uuid', '')
         return properties.name, f'GPU-{uuid}' if uuid else ''
+    return cpu_name(), ''
+
+
+def cpu_name() -> str:
+    """Give the processor's name, or its architecture's where it does not tell."""
     try:
         found = re.search(
-            r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+            r'^(?:model name|Model)\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
     except OSError:
         found = None
-    return found[1] if found else platform.processor() or platform.machine() or 'CPU', ''
+    return found[1] if found else platform.processor() or platform.machine() or 'CPU'
 
 
 def free_bytes(device: torch.device) -> int | None:
