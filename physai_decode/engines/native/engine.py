@@ -185,7 +185,7 @@ class NativeEngine:
             self._prefill(ids[start:start + PIECE_TOKENS], start)
             start += PIECE_TOKENS
             self._cached = ids[:start]
-            yield Step(())
+            yield Step((), None, cached_tokens)
         token = self._first(ids, start, sampling)
         self._cached = list(ids)
         watch.stop()

@@ -61,7 +61,7 @@ class Pipeline:
 
     def launch(self, name: str, place: int) -> None:
         """Start a step whose token will stand at ``place`` of the history."""
-        slot = self._free.popleft()
+        slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
         slot.begin.record(stream)
         self._steps[name]()
@@ -70,7 +70,7 @@ class Pipeline:
             self._copies.wait_event(slot.end)
             slot.token.copy_(self._history[place:place + 1], non_blocking=True)
             slot.copied.record(self._copies)
-        self._flying.append(slot)
+        self._flying.append(self._free.popleft())
 
     def collect(self) -> tuple[int, float]:
         """Wait for the oldest step's token; give its id and the step's time on the device in s."""
