@@ -69,7 +69,7 @@ def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
     answers = []
     for on_host in (True, False):
         ops = TorchOps(on_host)
-        monkeypatch.setattr(native.NativeEngine, '_ops', lambda engine, ops=ops: (ops, 'torch'))
+        monkeypatch.setattr(native.NativeEngine, '_ops', lambda *_, ops=ops: (ops, 'torch'))
         engine = native.NativeEngine(folder, CONFIG)
         answers.append(ids(engine.stream(list(range(40)), SamplingConfig(max_new_tokens=60))))
         engine.close()

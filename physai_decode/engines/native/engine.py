@@ -66,7 +66,7 @@ class NativeEngine:
                 self._shape, self._source(checkpoint), checkpoint.quantization_config,
                 self._dtype, progress)
             clock.end('load_s')
-            ops, kernels = self._ops()
+            ops, kernels = self._ops(progress)
             self._transformer = Transformer(
                 self._shape, loaded, self._max_context, self._dtype, self._device, ops)
             self._sampler = Sampler(self._shape.vocab_size, self._device)
@@ -257,14 +257,16 @@ class NativeEngine:
                 pass
         self._cached = []
 
-    def _ops(self):
+    def _ops(self, progress):
         """Give the operations for this device, and what to call them."""
         if self._device.type == 'cpu':
             return TorchOps(on_host=True), 'torch'
         try:
             from physai_decode.engines.native.kernels import TritonOps
         except ImportError as error:
-            return TorchOps(on_host=False), f'torch (Triton is not there: {error})'
+            progress(f"Triton is not there ({error}), so the step runs by PyTorch's operations, "
+                     'several times more slowly: pip install triton')
+            return TorchOps(on_host=False), 'torch'
         ops = TritonOps(self._device)
         return ops, ops.name
 
