@@ -573,6 +573,16 @@ def test_each_context_of_a_case_that_can_not_run_has_its_cell():
     assert table.notes[1:3] == ['big at 256: 20 GB are needed', 'big: not enough memory']
 
 
+def test_growth_is_told_over_all_results_of_an_engine():
+    static = case('static', (64, 128), engine=EngineConfig(name='transformers'))
+    results = [done(replace(each, session=session), [median], each.contexts)
+               for session, medians in (('01 A', (0.010, 0.012)), ('02 A', (0.020, 0.022)))
+               for each, median in zip(suites.split_static(static), medians, strict=True)]
+    table = report.steps(results)
+    column = table.columns.index('growth')
+    assert [row[column] for row in table.rows] == ['1.00', '1.20', '1.00', '1.10']
+
+
 def test_the_host_gap_is_the_time_without_a_kernel():
     results = [done(case(contexts=(2048,)), [0.010])]
     assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.004, 0.001])

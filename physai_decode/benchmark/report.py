@@ -83,8 +83,10 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
     table = Table('Step time', ['session', *columns] if sessions else columns, notes=[FLOORS])
     if reference:
         table.columns = [*table.columns, f'speed / {reference}']
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for result, cell in cells(results):
+        first.setdefault((label(result), result['case']['session']), cell)
     for result in results:
-        first = next((cell for cell in result['contexts'] if 'error' not in cell), None)
         graph = result['footprint']['cuda_graph'] if result['status'] == 'done' else ''
         lead = [*([result['case']['session']] if sessions else []), label(result), graph]
         for cell in result['contexts']:
@@ -98,7 +100,8 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                    ms(cell['itl_p99_s']), number(cell['itl_p99_s'] / p50),
                    ms(cell['device_p50_s']), ms(cell['host_gap_p50_s']), number(1 / p50, 1),
                    number(cell['r_read'], 3), number(cell['r_checkpoint'], 3),
-                   number(p50 / (first or cell)['itl_p50_s']), ms(cell['prefill_s'], 1)]
+                   number(p50 / first[label(result), result['case']['session']]['itl_p50_s']),
+                   ms(cell['prefill_s'], 1)]
             if reference:
                 base = find(results, reference, cell['context'])
                 row.append(number(base['itl_p50_s'] / p50) if base else 'n/a')
