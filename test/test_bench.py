@@ -448,6 +448,39 @@ def test_written_weights_are_sharded_and_repeatable(tmp_path, monkeypatch):
     assert set(index['weight_map']) == set(checkpoint.inspect(tmp_path / 'one').tensors)
 
 
+@pytest.mark.parametrize(('first', 'then'), [
+    (synthetic.describe, synthetic.write), (synthetic.write, synthetic.describe)])
+def test_a_folder_of_random_weights_can_be_made_anew(tmp_path, monkeypatch, first, then):
+    monkeypatch.setattr(synthetic, 'SHARD_BYTES', 1_000_000)
+    first(tmp_path / 'twice', 'tiny', seed=1)
+    then(tmp_path / 'twice', 'tiny', seed=2)
+    then(tmp_path / 'once', 'tiny', seed=2)
+    twice, once = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                   for name in ('twice', 'once'))
+    assert twice == once
+
+
+def test_a_folder_made_anew_has_no_config_until_it_is_complete(tmp_path, monkeypatch):
+    def lost(*_):
+        raise OSError('no space left')
+    synthetic.describe(tmp_path, 'tiny')
+    monkeypatch.setattr(synthetic, '_make', lost)
+    with pytest.raises(OSError, match='no space left'):
+        synthetic.write(tmp_path, 'tiny')
+    assert not (tmp_path / 'config.json').exists()
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model-00001-of-00002.safetensors'])
+@pytest.mark.parametrize('mode', [[], ['--shapes-only']])
+def test_a_folder_with_another_model_is_left_alone(tmp_path, capsys, name, mode):
+    (tmp_path / name).write_text('{}')
+    arguments = ['--synthetic', 'tiny', '--write-checkpoint', str(tmp_path), *mode]
+    assert bench.main(arguments) == 2
+    assert 'holds a model that is not of random weights' in capsys.readouterr().err
+    synthetic.forget(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.shutil, 'disk_usage', lambda folder: type('U', (), {'free': 1}))
     with pytest.raises(OSError, match='needs 15.2 GB for the random weights, 0.0 GB are free'):

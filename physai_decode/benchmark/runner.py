@@ -12,7 +12,6 @@ from dataclasses import replace
 import importlib.util
 import json
 from pathlib import Path
-import shutil
 import signal
 import subprocess
 import sys
@@ -148,13 +147,13 @@ class Runner:
                    '--write-checkpoint', str(folder)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            shutil.rmtree(folder, ignore_errors=True)
+            synthetic.forget(folder)
             raise OSError(f'no checkpoint: {done.stdout.strip().splitlines()[-1]}')
 
     def forget_checkpoints(self) -> None:
         """Remove the folders with random weights that this run made: they count gigabytes."""
         for folder in self.made:
-            shutil.rmtree(folder, ignore_errors=True)
+            synthetic.forget(folder)
 
 
 def keep(result: Result, path: Path) -> None:

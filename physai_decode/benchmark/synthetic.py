@@ -18,6 +18,7 @@ from pathlib import Path
 import shutil
 import struct
 
+MARK = 'random_weights.txt'         # in every folder made here, and first: what is there is ours
 SHARD_BYTES = 4_500_000_000
 GROUP = 128                         # input rows that share one scale, GPTQ and AWQ
 NF4_BLOCK = 64                      # weights that share one absolute maximum
@@ -136,7 +137,8 @@ def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0
     Write a folder whose weights the engine makes on the device, from the shapes.
 
     :param quantization: none or gptq.
-    :raises ValueError: an unknown shape, or a quantisation that needs real weights.
+    :raises ValueError: an unknown shape, a quantisation that needs real weights, or a folder with
+        a model that was not made here.
     """
     made = config(shape, quantization)
     if quantization not in ('none', 'gptq'):
@@ -149,7 +151,7 @@ def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0
                              'data_offsets': (end, end + spec.bytes)}
         end += spec.bytes
     written = json.dumps(header).encode()
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder)
     with (folder / 'model.safetensors').open('wb') as file:
         file.write(struct.pack('<Q', len(written)) + written)
         file.truncate(file.tell() + end)
@@ -163,14 +165,15 @@ def write(folder: Path, shape: str, quantization: str = 'none', seed: int = 0,
 
     ``config.json`` comes last: a folder that has one is complete.
 
-    :raises ValueError: an unknown shape or quantisation.
+    :raises ValueError: an unknown shape or quantisation, or a folder with a model that was not
+        made here.
     :raises OSError: too little space; the message gives needed and free bytes.
     """
     from safetensors.torch import save_file
     import torch
 
     made = config(shape, quantization)
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder)
     total, free = sum(spec.bytes for spec in specs(made)), shutil.disk_usage(folder).free
     if total > free:
         raise OSError(f'{folder} needs {total / 1e9:.1f} GB for the random weights, '
@@ -187,6 +190,26 @@ def write(folder: Path, shape: str, quantization: str = 'none', seed: int = 0,
     index = {'metadata': {'total_size': total}, 'weight_map': files}
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1))
     _finish(folder, made)
+
+
+def forget(folder: Path) -> None:
+    """Remove a folder that was made here, whole or not; leave any other one."""
+    if (folder / MARK).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(folder):
+    """Mark a folder and empty it of an older model, its config.json first."""
+    older = [path for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json')
+             for path in folder.glob(pattern)]
+    mark = folder / MARK
+    if older and not mark.is_file():
+        raise ValueError(f'{folder} holds a model that is not of random weights made here '
+                         f'({older[0].name}, and no {MARK}): name another folder, or empty it')
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text('Random weights for timing, made by decode_bench, which may overwrite them.\n')
+    for path in older:
+        path.unlink()
 
 
 def _linear(name, out, rows, half, method):
