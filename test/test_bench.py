@@ -566,21 +566,43 @@ def test_a_session_that_dies_costs_only_itself_and_is_tried_again(runner, monkey
     assert report.sessions(runner.run(cases)).rows[0] == first
 
 
-def test_a_session_broken_off_with_its_run_is_told(runner, monkeypatch):
+@pytest.mark.parametrize('measured', [False, True])
+def test_a_session_broken_off_with_its_run_is_told(runner, monkeypatch, measured):
     def process(self, case_path, result_path, log_path, timeout_s):
-        log_path.write_text('')
-        if not broken:
-            broken.append(case_path)
+        log_path.write_text('Segmentation fault')
+        end = ends.pop(0)
+        if measured or end == 'done':       # broken off: before kernels are timed
+            of = Case.from_dict(json.loads(case_path.read_text()))
+            result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        if end == 'broken':
             raise KeyboardInterrupt
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
-    broken = []
+    ends = ['broken', 'broken', 'done']
     monkeypatch.setattr(Runner, '_process', process)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            runner.run([case('one')])
+    rows = report.sessions(runner.run([case('one')])).rows
+    assert [row[:2] for row in rows] == [['one', 'the session was broken off with its run']] * 2
+    assert ends == []
+    assert [path.suffix for path in runner.sessions.iterdir()] == ['.json']
+
+
+def test_a_session_that_died_and_was_then_broken_off_is_told_of_both(runner, monkeypatch):
+    def process(self, case_path, result_path, log_path, timeout_s):
+        log_path.write_text('Segmentation fault')
+        end = ends.pop(0)
+        if end == 'broken':
+            raise KeyboardInterrupt
+        if end == 'done':
+            of = Case.from_dict(json.loads(case_path.read_text()))
+            result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+    ends = ['died', 'broken', 'done']
+    monkeypatch.setattr(Runner, '_process', process)
+    runner.run([case('one')])
     with pytest.raises(KeyboardInterrupt):
         runner.run([case('one')])
-    row, = report.sessions(runner.run([case('one')])).rows
-    assert row[:2] == ['one', 'the session was broken off with its run']
-    assert not list(runner.sessions.glob('*.case'))
+    died, broken = report.sessions(runner.run([case('one')])).rows
+    assert 'Segmentation fault' in died[1] and 'broken off' in broken[1]
 
 
 def test_a_terminated_run_ends_its_session(tmp_path):
@@ -592,8 +614,8 @@ def test_a_terminated_run_ends_its_session(tmp_path):
         run.terminate()
         assert run.wait(30) == 130, line
         assert 'goes on from here' in run.stderr.read()
-    path, = (tmp_path / 'sessions').glob('*.case')
-    assert not path.with_suffix('.json').exists()
+    path, = (tmp_path / 'sessions').glob('*.json')
+    assert 'broken off with its run' in json.loads(path.read_text())['error']
 
 
 def test_each_context_of_a_case_that_can_not_run_has_its_cell():

@@ -62,13 +62,13 @@ class Runner:
                 self.progress(f'  already measured: {path.name}')
                 return {**kept, 'kept': True}
             lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')
-        elif path.with_suffix('.case').is_file():
-            lost = ['the session was broken off with its run']
-        result = {**self._measure(case, path), 'case': case.to_dict(), 'lost': lost}
+        told = {'case': case.to_dict(), 'lost': lost}
+        result = {**self._measure(case, path, told), **told}
         keep(result, path)
         return result
 
-    def _measure(self, case, path):
+    def _measure(self, case, path, told):
+        """Give what a session wrote, or why there is nothing; until then, that it was lost."""
         lacking = [name for name in case.requires if importlib.util.find_spec(name) is None]
         if lacking:
             return {'status': 'unavailable', 'contexts': [],
@@ -82,13 +82,16 @@ class Runner:
             located = replace(case, source=replace(case.source, path=self._folder(case.source)))
         except (OSError, ValueError) as error:
             return {'status': 'unavailable', 'contexts': [], 'error': str(error)}
-        case_path, log_path = path.with_suffix('.case'), path.with_suffix('.log')
+        case_path, seen_path, log_path = map(path.with_suffix, ('.case', '.seen', '.log'))
         case_path.write_text(json.dumps(located.to_dict()))
-        path.unlink(missing_ok=True)
-        how = self._process(case_path, path, log_path, left_s)
+        seen_path.unlink(missing_ok=True)
+        keep({'status': 'died', 'contexts': [], **told,
+              'error': 'the session was broken off with its run'}, path)
+        how = self._process(case_path, seen_path, log_path, left_s)
         case_path.unlink()
-        if path.is_file():
-            result = json.loads(path.read_text())
+        if seen_path.is_file():
+            result = json.loads(seen_path.read_text())
+            seen_path.unlink()
             if how is None:
                 log_path.unlink()
             else:                   # all was measured; it was timing kernels one by one
