@@ -1,15 +1,19 @@
 """Native against the transformers library's own model, and both engines against the contract."""
 
+import json
+
 import engine_contract
 from engine_contract import decode
 from physai_decode import checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engines.native import architecture
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
 import random_model
 import torch
+import transformers
 
 ENGINES = {'native': NativeEngine, 'transformers': TransformersEngine}
 CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
@@ -103,6 +107,36 @@ def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
     folder = random_model.save(tmp_path, family, 2)
     random_model.write_as_before(folder)
     assert_agreement(folder, 2)
+
+
+@pytest.mark.parametrize('named', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
+@pytest.mark.parametrize('family', architecture.FAMILIES)
+def test_what_a_config_does_not_say(family, named, tmp_path):
+    """It is what the library takes for it."""
+    said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
+            'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
+    (tmp_path / 'config.json').write_text(json.dumps(said))
+    ours = architecture.parse(said)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device('meta'):
+        network = transformers.AutoModelForCausalLM.from_config(config)
+    shapes = {name.removeprefix('model.layers.0.'): tuple(weight.shape)
+              for name, weight in network.state_dict().items()}
+    assert shapes['self_attn.q_proj.weight'] == (ours.q_size, ours.hidden_size)
+    assert shapes['self_attn.k_proj.weight'] == (ours.kv_size, ours.hidden_size)
+    assert ('self_attn.q_proj.bias' in shapes) == ours.qkv_bias
+    assert ('self_attn.o_proj.bias' in shapes) == ours.out_bias
+    assert ('mlp.up_proj.bias' in shapes) == ours.mlp_bias
+    assert ('self_attn.q_norm.weight' in shapes) == ours.qk_norm
+    assert config.tie_word_embeddings == ours.tied_head
+    assert config.rms_norm_eps == ours.norm_eps
+    assert config.hidden_act == 'silu'
+    assert config.rope_parameters['rope_type'] == 'default'
+    assert config.rope_parameters['rope_theta'] == pytest.approx(
+        ours.inverse_frequencies[1] ** (-ours.head_dim / 2))
+    window = getattr(config, 'sliding_window', None) or 0
+    kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * ours.layers
+    assert ours.windows == tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
 
 
 @pytest.mark.parametrize('length', [1, 254, 255])

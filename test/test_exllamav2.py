@@ -1,5 +1,6 @@
 """The ExLlamaV2 engine over a stand-in for the library, without a GPU."""
 
+from dataclasses import replace
 from importlib import import_module
 import json
 import sys
@@ -316,6 +317,16 @@ def test_refusals(installed, tmp_path, form, changes, said):
         installed[0].ExLlamaV2Engine(tmp_path, CONFIG)
     for part in said:
         assert part in str(error.value)
+
+
+def test_a_window_that_is_not_named(installed, tmp_path):
+    """It has the transformers library's default."""
+    save(tmp_path)
+    change(tmp_path, model_type='mistral', max_position_embeddings=4097)
+    with pytest.raises(EngineError, match='window of 4096'):
+        installed[0].ExLlamaV2Engine(tmp_path, replace(CONFIG, max_context=8192))
+    change(tmp_path, sliding_window=None)
+    installed[0].ExLlamaV2Engine(tmp_path, replace(CONFIG, max_context=8192)).close()
 
 
 def test_a_window_as_long_as_the_context(installed, tmp_path):

@@ -12,8 +12,17 @@ from typing import Any
 
 from physai_decode.engine import EngineError
 
-FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 HEAD_DIMS = (64, 96, 128)
+# What the transformers library takes for a key that config.json does not have; null is a value.
+_DEFAULTS: dict[str, Any] = {
+    'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None,
+    'use_sliding_window': False, 'sliding_window': 4096, 'max_window_layers': 28}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    'llama': {},
+    'mistral': {'num_key_value_heads': 8},
+    'qwen2': {'num_key_value_heads': 32},
+    'qwen3': {'num_key_value_heads': 32, 'head_dim': 128}}
+FAMILIES = tuple(_FAMILY_DEFAULTS)
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,15 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     family = config.get('model_type')
     if family not in FAMILIES:
         raise _unsupported(f'model_type {family!r} (it runs {", ".join(FAMILIES)})')
-    hidden_act = config.get('hidden_act', 'silu')
-    if hidden_act != 'silu':
-        raise _unsupported(f'hidden_act {hidden_act!r} (it runs silu)')
+    config = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **config}
+    if config['hidden_act'] != 'silu':
+        raise _unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
     try:
         heads = config['num_attention_heads']
         hidden = config['hidden_size']
         layers = config['num_hidden_layers']
-        kv_heads = config.get('num_key_value_heads') or heads
-        head_dim = config.get('head_dim') or (128 if family == 'qwen3' else hidden // heads)
+        kv_heads = config['num_key_value_heads'] or heads
+        head_dim = config['head_dim'] or hidden // heads
         frequencies, rotary_scale = _rotary(config, head_dim)
         attention_bias = bool(config.get('attention_bias', False))
         architecture = Architecture(
@@ -78,7 +87,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=config.get('rms_norm_eps', 1e-6),
+            norm_eps=config['rms_norm_eps'],
             tied_head=bool(config.get('tie_word_embeddings', False)),
             qkv_bias=family == 'qwen2' or (family != 'mistral' and attention_bias),
             out_bias=family in ('llama', 'qwen3') and attention_bias,
@@ -105,14 +114,14 @@ def _unsupported(what: str) -> EngineError:
 
 
 def _windows(config, family, layers):
-    window = config.get('sliding_window')
+    window = config['sliding_window']
     if family == 'mistral':
         return (window or 0,) * layers
-    if family == 'llama' or not config.get('use_sliding_window') or not window:
+    if family == 'llama' or not config['use_sliding_window'] or not window:
         return (0,) * layers
     kinds = config.get('layer_types')
     if not kinds:
-        first = config.get('max_window_layers', 28)
+        first = config['max_window_layers']
         return tuple(window if i >= first else 0 for i in range(layers))
     return tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
 
