@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'decode_bench: {error}', file=sys.stderr)
         return 2
     out = options.out
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # no session outlives its runner
+    for number in (signal.SIGTERM, signal.SIGHUP):      # no session outlives its runner
+        if signal.getsignal(number) is not signal.SIG_IGN:              # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
     runner = Runner(out, options.models or out / 'models', options.session_timeout_s,
                     options.budget_s, lambda message: print(message, flush=True))
     try:

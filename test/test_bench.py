@@ -4,9 +4,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 import json
 import math
+import os
+from pathlib import Path
 import random
+import signal
 import subprocess
 import sys
+import time
 
 from physai_decode import bench
 from physai_decode import checkpoint
@@ -605,13 +609,56 @@ def test_a_session_that_died_and_was_then_broken_off_is_told_of_both(runner, mon
     assert 'Segmentation fault' in died[1] and 'broken off' in broken[1]
 
 
-def test_a_terminated_run_ends_its_session(tmp_path):
+_PARENT = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)'])
+Path(sys.argv[2]).with_suffix('.child').write_text(str(child.pid))
+print('started', flush=True)
+time.sleep(float(sys.argv[-1]))
+"""
+
+
+@pytest.mark.parametrize(('end', 'alone_s'), [('time-out', 120), ('Ctrl-C', 120), ('none', 0)])
+def test_what_a_session_started_ends_with_it(runner, monkeypatch, end, alone_s):
+    popen = subprocess.Popen
+    monkeypatch.setattr(runner_module.subprocess, 'Popen', lambda command, **more: popen(
+        [sys.executable, '-c', _PARENT, *command[-2:], str(alone_s)], **more))
+    begun_s = time.monotonic()
+    if end == 'Ctrl-C':
+        runner.progress = lambda line: os.kill(
+            os.getpid(), signal.SIGINT) if 'started' in line else None
+        with pytest.raises(KeyboardInterrupt):
+            runner.run([case()])
+    else:
+        runner.session_timeout_s = 2 if end == 'time-out' else 60
+        runner.run([case()])
+    assert time.monotonic() - begun_s < 60          # else it waited for the child
+    pid, = runner.sessions.glob('*.child')
+    for _ in range(300):
+        if _ended(int(pid.read_text())):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail('the child is still there')
+
+
+def _ended(pid):
+    """Tell whether a process is gone, or a zombie that nobody waits for."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] in 'ZX'
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize('by', [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_run_ends_its_session(tmp_path, by):
     command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', 'tiny', '--engines',
                'native', '--contexts', '64', '--device', 'cpu', '--out', str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as run:
         line = next(line for line in run.stdout if 'looking for' in line)     # the session's own
-        run.terminate()
+        run.send_signal(by)
         assert run.wait(30) == 130, line
         assert 'goes on from here' in run.stderr.read()
     path, = (tmp_path / 'sessions').glob('*.json')

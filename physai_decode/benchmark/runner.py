@@ -8,9 +8,11 @@ next run, and its result keeps how it was lost.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 from dataclasses import replace
 import importlib.util
 import json
+import os
 from pathlib import Path
 import signal
 import subprocess
@@ -107,18 +109,17 @@ class Runner:
         command = [sys.executable, '-m', 'physai_decode.benchmark.session',
                    str(case_path), str(result_path)]
         with log_path.open('w') as log, subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+                command, stdout=subprocess.PIPE, stderr=log, text=True,
+                start_new_session=True) as process:
             reader = threading.Thread(target=self._forward, args=(process.stdout,))
             reader.start()
             try:
                 code = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                process.kill()
                 return f'was ended after {timeout_s:.0f} s'
-            except BaseException:           # Ctrl-C: the session must not outlive its reader
-                process.kill()
-                raise
-            finally:
+            finally:                # also after Ctrl-C, of itself and of the compilers it started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 reader.join()
         if code < 0:
             return f'was ended by {signal.Signals(-code).name}'
