@@ -730,6 +730,17 @@ def test_a_real_session_that_is_killed_is_told_by_its_signal(runner, monkeypatch
     assert result['status'] == 'died' and 'was ended by SIGKILL' in result['error']
 
 
+@pytest.mark.parametrize('words', ['', 'writing model-00001.safetensors'])
+def test_a_checkpoint_writer_that_is_killed_is_told_by_its_signal(runner, monkeypatch, words):
+    run = subprocess.run
+    monkeypatch.setattr(runner_module.subprocess, 'run', lambda command, **more: run(
+        ['sh', '-c', f'echo "{words}"; kill -9 $$'], **more))
+    result, = runner.run([case(source=Source(synthetic='tiny', written=True))])
+    assert result['status'] == 'unavailable'
+    assert result['error'] == ('no checkpoint: its writer was ended by SIGKILL; its last line: '
+                               + (words or '(empty)'))
+
+
 def test_what_is_not_installed_is_said_without_a_process(runner, monkeypatch):
     monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
     result, = runner.run([case(requires=('no_such_module',))])

@@ -99,10 +99,9 @@ class Runner:
             else:                   # all was measured; it was timing kernels one by one
                 result['contexts'][0]['kernels_error'] = f'the session {how}; see {log_path.name}'
             return result
-        last = [line for line in log_path.read_text(errors='replace').splitlines() if line.strip()]
         return {'status': 'died', 'contexts': [],
                 'error': f'the session {how or "wrote nothing"}; {log_path.name} ends: '
-                         f'{last[-1][:300] if last else "(empty)"}'}
+                         f'{_last_line(log_path.read_text(errors="replace"))}'}
 
     def _process(self, case_path, result_path, log_path, timeout_s):
         """Run the session; give None where it ended well, else how it ended."""
@@ -121,9 +120,7 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 reader.join()
-        if code < 0:
-            return f'was ended by {signal.Signals(-code).name}'
-        return None if code == 0 else f'ended with code {code}'
+        return _how(code)
 
     def _forward(self, lines):
         for line in lines:
@@ -152,7 +149,8 @@ class Runner:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             synthetic.forget(folder)
-            raise OSError(f'no checkpoint: {done.stdout.strip().splitlines()[-1]}')
+            raise OSError(f'no checkpoint: its writer {_how(done.returncode)}; its last line: '
+                          f'{_last_line(done.stdout)}')
 
     def forget_checkpoints(self) -> None:
         """Remove the folders with random weights that this run made: they count gigabytes."""
@@ -165,6 +163,17 @@ def keep(result: Result, path: Path) -> None:
     part = path.with_suffix('.part')
     part.write_text(json.dumps(result, default=str))
     part.replace(path)
+
+
+def _how(code):
+    """Say how a process ended, None where it ended well."""
+    if code < 0:
+        return f'was ended by {signal.Signals(-code).name}'
+    return None if code == 0 else f'ended with code {code}'
+
+
+def _last_line(text):
+    return (text.strip().splitlines() or ['(empty)'])[-1][:300]
 
 
 def _one_line(result):
