@@ -167,6 +167,14 @@ def test_a_session_says_all_that_the_report_needs(monkeypatch):
     json.dumps(result)
 
 
+def test_the_machine_of_a_gpu_has_its_cpus_name(monkeypatch):
+    pytest.importorskip('torch')
+    monkeypatch.setattr('physai_decode.engines.device.cpu_name', lambda: 'Cortex')
+    monkeypatch.setattr(machine, '_gpu', lambda torch, footprint: {'name': 'Orin'})
+    told = machine.describe(replace(FakeEngine().footprint, device='cuda:0'))
+    assert told['cpu'] == 'Cortex' and told['gpu'] == {'name': 'Orin'}
+
+
 def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
     def build(config, progress):
         if config.engine.max_context > 100:

@@ -7,7 +7,6 @@ Torch is asked only where it is already loaded; what can't be found out is left 
 import contextlib
 from importlib import metadata
 import os
-from pathlib import Path
 import platform
 import resource
 import sys
@@ -27,7 +26,7 @@ def describe(footprint: Footprint) -> dict[str, Any]:
         'physai_decode': __version__,
         'python': platform.python_version(),
         'system': f'{platform.system()} {platform.release()} {platform.machine()}',
-        'cpu': footprint.device_name if footprint.device == 'cpu' else _cpu_name(),
+        'cpu': footprint.device_name,
         'cpu_cores': len(os.sched_getaffinity(0)),
         'memory_gb': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9, 1),
         'packages': {},
@@ -39,6 +38,8 @@ def describe(footprint: Footprint) -> dict[str, Any]:
     if torch is not None:
         told['torch_threads'] = torch.get_num_threads()
         if footprint.device.startswith('cuda'):
+            from physai_decode.engines.device import cpu_name
+            told['cpu'] = cpu_name()
             told['gpu'] = _gpu(torch, footprint)
     return told
 
@@ -82,15 +83,3 @@ def _driver():
     version = pynvml.nvmlSystemGetDriverVersion()
     pynvml.nvmlShutdown()
     return version.decode() if isinstance(version, bytes) else version
-
-
-def _cpu_name():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(':')
-        if name.strip() in ('model name', 'Model'):
-            return value.strip()
-    return platform.processor() or platform.machine()
