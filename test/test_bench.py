@@ -693,6 +693,15 @@ def test_growth_is_told_over_all_results_of_an_engine():
     assert [row[column] for row in table.rows] == ['1.00', '1.20', '1.00', '1.10']
 
 
+def test_an_engines_own_import_is_told_apart_from_its_processs():
+    result = done(case(contexts=(2048,)), [0.010])
+    result['startup']['parts'] = {'import_s': 0.4, 'load_s': 1.5}
+    table = report.startup([result])
+    assert len(set(table.columns)) == len(table.columns)
+    told = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (told['modules s'], told['import s']) == ('1.0', '0.4')
+
+
 def test_the_host_gap_is_the_time_without_a_kernel():
     results = [done(case(contexts=(2048,)), [0.010])]
     assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.004, 0.001])

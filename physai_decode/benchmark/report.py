@@ -207,8 +207,9 @@ def startup(results: Sequence[Result]) -> Table:
     done = [result for result in results if result['status'] == 'done']
     names = list(dict.fromkeys(name for r in done for name in r['startup']['parts']))
     table = Table('Start-up and memory', [
-        'engine', 'import s', 'build s', *(f'{name[:-2]} s' for name in names),
+        'engine', 'modules s', 'build s', *(f'{name[:-2]} s' for name in names),
         'to first tokens s', 'torch peak GB', 'device GB', 'resident GB'], notes=[
+            "modules: from the process's start until the engine's module is imported; "
             'build: from the settings to an engine that is loaded, warmed up and captured; its '
             'parts as the engine gives them. In the order of the runs: an engine that comes '
             'again finds its kernels cached.'])
