@@ -6,7 +6,9 @@ copied or of another format. It knows neither torch nor the network's arithmetic
 pickle and never runs code from a model folder.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 import json
@@ -99,14 +101,17 @@ class Checkpoint:
         YaRN stretches the limit that `max_position_embeddings` gives.
         """
         config = self.text_config
-        limit = next((config[key] for key in (
+        limit = next((positive(config, key) for key in (
             'max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length', 'n_ctx')
-            if isinstance(config.get(key), int)), None)
+            if config.get(key) is not None), None)
         rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-        original = rope.get('original_max_position_embeddings')
-        if limit and original and rope.get('rope_type', rope.get('type')) == 'yarn':
-            limit = max(limit, int(rope['factor'] * original))
-        return limit
+        yarn = rope.get('rope_type', rope.get('type')) == 'yarn' and rope.get(
+            'original_max_position_embeddings')
+        # A factor of null is the one between the two limits.
+        if not limit or not yarn or rope.get('factor', ...) is None:
+            return limit
+        return max(limit, int(positive(rope, 'factor', float) * positive(
+            rope, 'original_max_position_embeddings', float)))
 
 
 def locate(path: str, revision: str = '') -> Path:
@@ -155,6 +160,37 @@ def inspect(folder: Path) -> Checkpoint:
         raise EngineError(f'{folder} can not be read ({error}): mend its permissions') from None
 
 
+@contextmanager
+def parsing(path: Path | str) -> Iterator[None]:
+    """
+    Name the file whose content has not the form that the code inside ``with`` takes for granted.
+
+    :raises EngineError: for whatever nonsense in place of numbers, lists and objects raises.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:
+        what = error if isinstance(error, ValueError) else repr(error)
+        raise EngineError(
+            f'{path} is damaged ({what}): copy or download the model again') from error
+
+
+def positive(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
+    """
+    Give a positive number of a config.
+
+    :param kind: int, or float, which an int will do for.
+    :raises ValueError: naming the key; it is not there, or no such number.
+    """
+    if key not in config:
+        raise ValueError(f'there is no {key}')
+    value = config[key]
+    if type(value) not in (int, kind) or not 0 < value < math.inf:
+        raise ValueError(f'{key} is {value!r}, no positive {kind.__name__}')
+    return value
+
+
 def gptq_layout(quantization: Mapping[str, Any]) -> str:
     """Give a quantization_config's GPTQ format: gptq, gptq_v2 or another's name."""
     return quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
@@ -177,7 +213,10 @@ def _inspect(folder):
                 f'{path} lacks {len(lost)} tensors that the index lists in it, {lost[0]} for '
                 'one: the copy is not whole; copy or download the model again')
         tensors.update(header)
-    return Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
+    model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
+    with parsing(folder / 'config.json'):
+        _ = model.quantization, model.context_limit
+    return model
 
 
 def _fetch(path, revision):
@@ -203,24 +242,23 @@ def _fetch(path, revision):
 
 def _read_json(path):
     try:
-        value = json.loads(path.read_text(encoding='utf-8'))
+        with parsing(path):
+            value = json.loads(path.read_text(encoding='utf-8'))
+            if not isinstance(value, dict):
+                raise ValueError('it holds no JSON object')
+            return value
     except FileNotFoundError:
         raise EngineError(
             f'{path} is missing: {path.parent} is not a whole model folder in Hugging Face '
             'layout; copy or download the model again') from None
-    except ValueError as error:
-        raise EngineError(f'{path} is not JSON ({error}): copy or download it again') from None
-    if not isinstance(value, dict):
-        raise EngineError(f'{path} holds no JSON object: copy or download it again')
-    return value
 
 
 def _eos_token_ids(folder, config):
     path = folder / 'generation_config.json'
     generation = _read_json(path) if path.exists() else {}
-    nested = config.get('text_config') or {}
-    for source in (generation, config, nested):
-        ids = source.get('eos_token_id')
+    with parsing(folder / 'config.json'):
+        nested = (config.get('text_config') or {}).get('eos_token_id')
+    for ids in (generation.get('eos_token_id'), config.get('eos_token_id'), nested):
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
@@ -235,8 +273,9 @@ def _weight_files(folder):
         weight_map = _read_json(index).get('weight_map')
         if not isinstance(weight_map, dict) or not weight_map:
             raise EngineError(f'{index} has no weight_map: copy or download it again')
-        for name, file in weight_map.items():
-            expected.setdefault(folder / Path(file).name, set()).add(name)
+        with parsing(index):
+            for name, file in weight_map.items():
+                expected.setdefault(folder / Path(file).name, set()).add(name)
         lost = sorted(path.name for path in expected if not path.exists())
         if lost:
             raise EngineError(
@@ -285,17 +324,17 @@ def _read_header(path):
             raise EngineError(
                 f'{path} is truncated: its header alone ends at byte {8 + length}, the file at '
                 f'byte {size}; {again}')
-        try:
+        with parsing(path):
             header = json.loads(file.read(length))
             header.pop('__metadata__', None)
-            entries = {
-                name: TensorEntry(
-                    entry['dtype'], tuple(entry['shape']), path,
-                    *(8 + length + offset for offset in entry['data_offsets']))
-                for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise EngineError(f'{path} has a broken safetensors header: {again}') from None
-    end = max((entry.stop for entry in entries.values()), default=8 + length)
+            entries = {name: _entry(value, path, 8 + length) for name, value in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda each: (each[1].start, each[1].stop)):
+        if entry.start != end:
+            raise EngineError(
+                f'{path}: tensor {name} begins at byte {entry.start}, the one before it ends at '
+                f'byte {end}: {again}')
+        end = entry.stop
     if end != size:
         problem = 'is truncated' if end > size else 'has bytes that belong to no tensor'
         raise EngineError(
@@ -307,3 +346,11 @@ def _read_header(path):
                 f'{path}: tensor {name} of shape {entry.shape} and type {entry.dtype} can not '
                 f'have {entry.bytes} bytes: {again}')
     return entries
+
+
+def _entry(value, path, begin):
+    dtype, shape, (start, stop) = value['dtype'], tuple(value['shape']), value['data_offsets']
+    if not isinstance(dtype, str) or any(
+            type(number) is not int or number < 0 for number in (*shape, start, stop)):
+        raise ValueError(f'{value} describes no tensor')
+    return TensorEntry(dtype, shape, path, begin + start, begin + stop)

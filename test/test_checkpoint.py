@@ -165,6 +165,63 @@ def test_an_index_can_not_reach_outside(shards):
     assert 'outside.safetensors' in refusal(shards)
 
 
+YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
+
+
+@pytest.mark.parametrize(('fields', 'word'), [
+    ({'rope_scaling': 'yarn'}, 'str'), ({'rope_parameters': ['yarn']}, 'list'),
+    ({'rope_scaling': YARN}, 'factor'), ({'rope_scaling': {**YARN, 'factor': '4'}}, 'factor'),
+    ({'rope_scaling': {**YARN, 'factor': 4, 'original_max_position_embeddings': '64'}},
+     'original_max_position_embeddings'),
+    ({'max_position_embeddings': '64'}, 'max_position_embeddings'),
+    ({'max_position_embeddings': -1}, 'max_position_embeddings'),
+    ({'text_config': 'llama', 'eos_token_id': None}, 'str'),
+    ({'quantization_config': 'gptq'}, 'str')])
+def test_nonsense_in_a_config(folder, fields, word):
+    write_json(folder / 'config.json', {**CONFIG, **fields})
+    assert_damaged(folder, 'config.json', word)
+
+
+DEEP = '[' * 100_000
+
+
+@pytest.mark.parametrize('name', ['config.json', 'generation_config.json'])
+def test_a_nest_without_an_end(folder, name):
+    (folder / name).write_text('{"a": ' + DEEP)
+    assert_damaged(folder, name, 'RecursionError')
+
+
+def assert_damaged(folder, *said):
+    message = refusal(folder)
+    for part in (*said, 'again'):
+        assert part in message
+
+
+@pytest.mark.parametrize('file', [3, None, ['a']])
+def test_nonsense_in_an_index(shards, file):
+    write_json(shards / 'model.safetensors.index.json', {'weight_map': {'a.weight': file}})
+    assert_damaged(shards, 'model.safetensors.index.json')
+
+
+def tensor(begin, end, dtype='F32', shape=(2,)):
+    return {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
+
+
+@pytest.mark.parametrize('header', [
+    {'a': tensor(0, 8), 'b': tensor(0, 8), 'c': tensor(8, 16)},
+    {'a': tensor(0, 8), 'b': tensor(4, 12), 'c': tensor(8, 16)},
+    {'a': tensor(8, 16)},
+    {'a': tensor(-8, 0), 'b': tensor(0, 8), 'c': tensor(8, 16)},
+    {'a': tensor(0, 16, 'X', (-1,)), 'b': tensor(16, 8, 'X'), 'c': tensor(8, 16)},
+    {'a': tensor(0, 16, ['F32'])}, {'a': tensor(0, 16, 32)}, {'a': tensor(0, 16, shape='22')},
+    {'a': tensor(0, 16, 'X', '22')}, {'a': tensor(0, 16, shape=2)}, {'a': tensor('0', 16)},
+    {'a': tensor(0, 16, shape=(None,))}, DEEP], ids=lambda header: str(header)[:60])
+def test_nonsense_in_a_header(folder, header):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + bytes(16))
+    assert_damaged(folder, 'model.safetensors')
+
+
 @pytest.mark.parametrize(('name', 'word'), [
     ('pytorch_model.bin', 'safetensors'), ('consolidated.00.pth', 'pickle'),
     ('model.gguf', 'GGUF'), ('notes.txt', 'no weights')])
@@ -201,7 +258,9 @@ def test_end_ids(folder, generation, config, expected):
     ({'max_position_embeddings': 256, 'rope_parameters': {
         'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64}}, 256),
     ({'max_position_embeddings': 256, 'rope_scaling': {
-        'rope_type': 'llama3', 'factor': 8.0, 'original_max_position_embeddings': 64}}, 256)])
+        'rope_type': 'llama3', 'factor': 8.0, 'original_max_position_embeddings': 64}}, 256),
+    ({'max_position_embeddings': 256, 'rope_scaling': {
+        'type': 'yarn', 'factor': None, 'original_max_position_embeddings': 64}}, 256)])
 def test_context_limit(folder, config, limit):
     write_json(folder / 'config.json', {'model_type': 'llama', **config})
     assert checkpoint.inspect(folder).context_limit == limit

@@ -7,6 +7,7 @@ from engine_contract import decode
 from physai_decode import checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.transformers import TransformersEngine
@@ -137,6 +138,42 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     window = getattr(config, 'sliding_window', None) or 0
     kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * ours.layers
     assert ours.windows == tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
+
+
+YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 64}
+
+
+@pytest.mark.parametrize('fields', [
+    *({key: value} for value in (None, '64', 0, -1, 1.5, True, [64]) for key in (
+        'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
+        'num_attention_heads')),
+    *({key: value} for value in ('2', 0, 1.5, [2]) for key in ('num_key_value_heads', 'head_dim')),
+    *({'rms_norm_eps': value} for value in (None, '1e-6', 0, float('nan'))),
+    {'rope_theta': 'x'}, {'rope_theta': -1}, {'rope_scaling': 'linear'},
+    *({'rope_scaling': {'rope_type': 'linear', 'factor': value}}
+      for value in (None, 0, '2', float('inf'))),
+    {'rope_scaling': {'rope_type': 'linear'}}, {'rope_scaling': YARN},
+    {'rope_scaling': {**YARN, 'factor': 0}}, {'rope_scaling': {**YARN, 'factor': '4'}},
+    {'rope_scaling': {**YARN, 'factor': 4, 'attention_factor': 'x'}},
+    {'rope_scaling': {**YARN, 'factor': 4, 'beta_fast': 'x'}},
+    *({'rope_scaling': {**LLAMA3, key: value}} for value in (None, '1', 0)
+      for key in LLAMA3 if key != 'rope_type'),
+    {'use_sliding_window': True, 'sliding_window': '64'},
+    {'use_sliding_window': True, 'sliding_window': 0},
+    {'use_sliding_window': True, 'max_window_layers': 'x'},
+    {'use_sliding_window': True, 'layer_types': ['full_attention']},
+    {'use_sliding_window': True, 'layer_types': 2},
+    {'use_sliding_window': True, 'layer_types': ['full_attention', None]}], ids=str)
+def test_nonsense_in_a_config(fields):
+    config = {
+        'model_type': 'qwen2', 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256,
+        'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
+        'max_position_embeddings': 256}
+    architecture.parse(config)
+    with pytest.raises(EngineError, match=r'config\.json .*again'):
+        architecture.parse({**config, **fields})
 
 
 @pytest.mark.parametrize('length', [1, 254, 255])

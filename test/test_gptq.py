@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import shutil
+import struct
 import sys
 
 import pytest
@@ -214,6 +215,8 @@ def change(folder, drop='', replace=None, **quantization):
     ({'bits': 8}, ('8-bit', 'transformers')),
     ({'checkpoint_format': 'marlin'}, ("'marlin'", 'transformers')),
     ({'group_size': 48}, ('groups of 48', 'transformers')),
+    *(({'group_size': size}, ('config.json', 'group_size', repr(size), 'again'))
+      for size in (None, '32', 0, -32, 64.5)),
     ({'quant_method': 'exl2'}, ('exl2', 'exllamav2')),
     ({'group_size': 32}, (PROJECTION.replace('1.mlp.down', '0.self_attn.q'), '[2, ', '[4, ')),
     ({'replace': {'g_idx': lambda tensor: tensor * 0}}, (PROJECTION, 'g_idx', 'groups of 64')),
@@ -231,6 +234,23 @@ def test_refusals(tmp_path, changes, said):
         NativeEngine(tmp_path, CPU)
     for part in said:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize('field', ['__metadata__', 'dtype'])
+def test_a_header_that_the_library_refuses(folder, tmp_path, field):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'model.safetensors'
+    content = path.read_bytes()
+    end = 8 + struct.unpack('<Q', content[:8])[0]
+    header = json.loads(content[8:end])
+    if field == 'dtype':
+        header['model.norm.weight']['dtype'] = 'F17'
+    else:
+        header['__metadata__'] = {'format': 3}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack('<Q', len(text)) + text + content[end:])
+    with pytest.raises(EngineError, match=r'model\.safetensors is damaged.*again'):
+        NativeEngine(tmp_path, CPU)
 
 
 def test_a_folder_half_copied(folder, tmp_path):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import math
 from typing import Any
 
+from physai_decode.checkpoint import parsing
+from physai_decode.checkpoint import positive
 from physai_decode.engine import EngineError
 
 HEAD_DIMS = (64, 96, 128)
@@ -58,11 +60,12 @@ class Architecture:
         return self.kv_heads * self.head_dim
 
 
+@parsing('config.json')
 def parse(config: Mapping[str, Any]) -> Architecture:
     """
     Read a Hugging Face config.json.
 
-    :raises EngineError: naming what the native engine does not run.
+    :raises EngineError: naming what the native engine does not run, or is damaged.
     """
     family = config.get('model_type')
     if family not in FAMILIES:
@@ -70,42 +73,36 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     config = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **config}
     if config['hidden_act'] != 'silu':
         raise _unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
-    try:
-        heads = config['num_attention_heads']
-        hidden = config['hidden_size']
-        layers = config['num_hidden_layers']
-        kv_heads = config['num_key_value_heads'] or heads
-        head_dim = config['head_dim'] or hidden // heads
-        frequencies, rotary_scale = _rotary(config, head_dim)
-        attention_bias = bool(config.get('attention_bias', False))
-        architecture = Architecture(
-            model_type=family,
-            vocab_size=config['vocab_size'],
-            hidden_size=hidden,
-            intermediate_size=config['intermediate_size'],
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            norm_eps=config['rms_norm_eps'],
-            tied_head=bool(config.get('tie_word_embeddings', False)),
-            qkv_bias=family == 'qwen2' or (family != 'mistral' and attention_bias),
-            out_bias=family in ('llama', 'qwen3') and attention_bias,
-            mlp_bias=family == 'llama' and bool(config.get('mlp_bias', False)),
-            qk_norm=family == 'qwen3',
-            windows=_windows(config, family, layers),
-            inverse_frequencies=frequencies,
-            rotary_scale=rotary_scale)
-    except KeyError as missing:
-        raise EngineError(
-            f'config.json has no {missing}: the model folder is incomplete; download it again'
-        ) from None
+    heads, hidden, layers = (positive(config, key) for key in (
+        'num_attention_heads', 'hidden_size', 'num_hidden_layers'))
+    kv_heads = heads if config['num_key_value_heads'] is None else positive(
+        config, 'num_key_value_heads')
+    head_dim = hidden // heads if config['head_dim'] is None else positive(config, 'head_dim')
     if head_dim not in HEAD_DIMS:
         raise _unsupported(f'head_dim {head_dim} (it runs {", ".join(map(str, HEAD_DIMS))})')
     if heads % kv_heads:
         raise EngineError(f'config.json has {heads} heads and {kv_heads} key-value heads: '
                           'the first must be a multiple of the second')
-    return architecture
+    frequencies, rotary_scale = _rotary(config, head_dim)
+    attention_bias = bool(config.get('attention_bias', False))
+    return Architecture(
+        model_type=family,
+        vocab_size=positive(config, 'vocab_size'),
+        hidden_size=hidden,
+        intermediate_size=positive(config, 'intermediate_size'),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=positive(config, 'rms_norm_eps', float),
+        tied_head=bool(config.get('tie_word_embeddings', False)),
+        qkv_bias=family == 'qwen2' or (family != 'mistral' and attention_bias),
+        out_bias=family in ('llama', 'qwen3') and attention_bias,
+        mlp_bias=family == 'llama' and bool(config.get('mlp_bias', False)),
+        qk_norm=family == 'qwen3',
+        windows=_windows(config, family, layers),
+        inverse_frequencies=frequencies,
+        rotary_scale=rotary_scale)
 
 
 def _unsupported(what: str) -> EngineError:
@@ -114,30 +111,35 @@ def _unsupported(what: str) -> EngineError:
 
 
 def _windows(config, family, layers):
-    window = config['sliding_window']
-    if family == 'mistral':
-        return (window or 0,) * layers
-    if family == 'llama' or not config['use_sliding_window'] or not window:
+    slides = family == 'mistral' or (family != 'llama' and config['use_sliding_window'])
+    if not slides or config['sliding_window'] is None:
         return (0,) * layers
+    window = positive(config, 'sliding_window')
+    if family == 'mistral':
+        return (window,) * layers
     kinds = config.get('layer_types')
-    if not kinds:
+    if kinds is None:
         first = config['max_window_layers']
         return tuple(window if i >= first else 0 for i in range(layers))
-    return tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
+    if len(kinds) != layers:
+        raise ValueError(f'layer_types names {len(kinds)} of {layers} layers')
+    return tuple({'sliding_attention': window, 'full_attention': 0}[kind] for kind in kinds)
 
 
 def _rotary(config, head_dim):
     """Return (inverse frequencies [head_dim / 2], scale), Su et al. 2021 and its extensions."""
     rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
     kind = rope.get('rope_type') or rope.get('type') or 'default'
-    theta = rope.get('rope_theta') or config.get('rope_theta') or 10000.0
+    rope['rope_theta'] = rope.get('rope_theta') or config.get('rope_theta') or 10000.0
+    theta = positive(rope, 'rope_theta', float)
     if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
         raise _unsupported('partial rotary positions')
     inverse = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if kind == 'default':
         return tuple(inverse), 1.0
     if kind == 'linear':
-        return tuple(f / rope['factor'] for f in inverse), 1.0
+        factor = positive(rope, 'factor', float)
+        return tuple(f / factor for f in inverse), 1.0
     if kind == 'llama3':
         return tuple(_llama3(f, rope) for f in inverse), 1.0
     if kind == 'yarn':
@@ -147,20 +149,23 @@ def _rotary(config, head_dim):
 
 def _llama3(frequency, rope):
     """Slow waves are stretched, fast ones kept, those between blended (Llama 3.1's rule)."""
-    turns = rope['original_max_position_embeddings'] * frequency / (2 * math.pi)
-    low, high = rope['low_freq_factor'], rope['high_freq_factor']
+    original, low, high, factor = (positive(rope, key, float) for key in (
+        'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor', 'factor'))
+    turns = original * frequency / (2 * math.pi)
     if turns < low:
-        return frequency / rope['factor']
+        return frequency / factor
     if turns > high:
         return frequency
     blend = (turns - low) / (high - low)
-    return (1 - blend) * frequency / rope['factor'] + blend * frequency
+    return (1 - blend) * frequency / factor + blend * frequency
 
 
 def _yarn(inverse, theta, head_dim, rope, config):
     """YaRN (arXiv 2309.00071): a ramp over the dimensions, and a scale of cosine and sine."""
-    original = rope.get('original_max_position_embeddings') or config['max_position_embeddings']
-    factor = rope.get('factor') or config['max_position_embeddings'] / original
+    original = rope.get('original_max_position_embeddings') or positive(
+        config, 'max_position_embeddings')
+    factor = positive(config, 'max_position_embeddings') / original \
+        if rope.get('factor', ...) is None else positive(rope, 'factor', float)
 
     def dimension(turns):
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -184,4 +189,4 @@ def _yarn(inverse, theta, head_dim, rope, config):
     if scale is None:
         top, bottom = rope.get('mscale'), rope.get('mscale_all_dim')
         scale = magnitude(top) / magnitude(bottom) if top and bottom else magnitude(1.0)
-    return tuple(blended(i, f) for i, f in enumerate(inverse)), scale
+    return tuple(blended(i, f) for i, f in enumerate(inverse)), float(scale)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from physai_decode.checkpoint import gptq_layout
+from physai_decode.checkpoint import parsing
+from physai_decode.checkpoint import positive
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
@@ -29,11 +31,12 @@ class GptqFormat:
     zeros_less_one: bool
 
 
+@parsing('config.json')
 def parse(quantization: Mapping[str, Any]) -> GptqFormat:
     """
     Read a quantization_config.
 
-    :raises EngineError: naming what the native engine does not run.
+    :raises EngineError: naming what the native engine does not run, or is damaged.
     """
     method = quantization.get('quant_method')
     if method != 'gptq':
@@ -42,13 +45,16 @@ def parse(quantization: Mapping[str, Any]) -> GptqFormat:
                           f'set engine.name to {other}')
     bits = quantization.get('bits')
     layout = gptq_layout(quantization)
-    group_size = quantization.get('group_size', 128)
     if bits != 4:
         raise EngineError(f'the native engine does not run {bits}-bit GPTQ (it runs 4-bit); '
                           'set engine.name to transformers')
     if layout not in ('gptq', 'gptq_v2'):
         raise EngineError(f'the native engine does not run the GPTQ format {layout!r} '
                           '(it runs gptq and gptq_v2); set engine.name to transformers')
+    quantization = {'group_size': 128, **quantization}
+    group_size = quantization['group_size']
+    if group_size != -1:
+        positive(quantization, 'group_size')
     if group_size != -1 and group_size not in GROUP_SIZES and group_size % GROUP_SIZES[-1]:
         raise EngineError(f'the native engine does not run GPTQ groups of {group_size} (it runs '
                           '32, multiples of 64, and -1); set engine.name to transformers')

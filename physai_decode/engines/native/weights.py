@@ -20,6 +20,7 @@ from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from safetensors import safe_open
+from safetensors import SafetensorError
 import torch
 from torch import Tensor
 
@@ -93,7 +94,8 @@ class Files:
         """
         Give a tensor on the device.
 
-        :raises EngineError: it is not there, or has another shape than config.json implies.
+        :raises EngineError: it is not there, has another shape than config.json implies, or its
+            file is no safetensors file.
         """
         entry = self._entries.get(name)
         if entry is None:
@@ -103,8 +105,12 @@ class Files:
             raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
                               f'{list(shape)}: they do not belong together')
         if entry.path not in self._open:
-            self._open[entry.path] = safe_open(
-                entry.path, framework='pt', device=str(self._device))
+            try:
+                self._open[entry.path] = safe_open(
+                    entry.path, framework='pt', device=str(self._device))
+            except SafetensorError as error:
+                raise EngineError(f'{entry.path} is damaged ({error}): copy or download the model '
+                                  'again') from None
         return self._open[entry.path].get_tensor(name)
 
 
