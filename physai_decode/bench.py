@@ -164,6 +164,8 @@ def _cases(options):
                          f'{options.steps} measured steps need at least {least}')
     if options.model and options.synthetic:
         raise ValueError('--model and --synthetic exclude each other')
+    if options.quantization != ['none'] and (options.paper or options.targets):
+        raise ValueError('--quantization is not for --paper and --targets, which choose their own')
     if options.quantization != ['none'] and not options.synthetic:
         raise ValueError('--quantization is for --synthetic; a model folder says its own')
     common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s}
@@ -171,8 +173,8 @@ def _cases(options):
         if options.model:
             raise ValueError('--paper and --targets are for --synthetic SHAPE, not for --model')
         suite = suites.paper if options.paper else suites.targets
-        return suite(options.synthetic or suites.SHAPE, contexts, base, steps=options.steps,
-                     **common)
+        return suite(options.synthetic or suites.SHAPE, contexts, base, seed=options.seed,
+                     steps=options.steps, **common)
     names = options.ab or options.engines
     engines = [_engine(name, base) for name in names]
     common.update(steps=options.steps, kernels=options.kernels)

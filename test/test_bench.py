@@ -246,7 +246,8 @@ def test_engine_settings_are_read():
     ('nativ', 'engine.name'), ('native:graph=true', "no engine setting 'graph'"),
     ('native:cuda_graph=perhaps', 'expected true or false'),
     ('native:cpu_threads=two', 'expected a int'), ('native:name=x', "no engine setting 'name'"),
-    ('native:cpu_threads=-1', 'engine.cpu_threads')])
+    ('native:cpu_threads=-1', 'engine.cpu_threads'),
+    ('native:max_context=64', 'give it to --contexts')])
 def test_wrong_engine_settings_are_named(text, said):
     with pytest.raises(ConfigError, match=said):
         parse_engine(text, EngineConfig())
@@ -857,6 +858,8 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
 @pytest.mark.parametrize(('arguments', 'wrong'), [
     (['--contexts', '20'], '--contexts 20'), (['--engines', 'nativ'], 'engine.name'),
     (['--quantization', 'gptq'], 'is for --synthetic'),
+    (['--paper', '--synthetic', 'tiny', '--quantization', 'gptq'], 'which choose their own'),
+    (['--targets', '--quantization', 'nf4', 'gptq'], 'which choose their own'),
     (['--paper', '--model', 'x'], 'for --synthetic SHAPE, not for --model'),
     (['--model', 'x', '--synthetic', 'tiny'], 'exclude each other'),
     (['--ab', 'native', 'native'], 'two different engines'),
@@ -864,6 +867,16 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
 def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
     assert bench.main([*arguments, '--out', str(tmp_path)]) == 2
     assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('suite', ['--paper', '--targets'])
+def test_the_seed_is_that_of_all_random_weights(suite, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(Runner, 'run', lambda self, cases: seen.extend(cases) or [
+        done(each, [0.01] * len(each.contexts), each.contexts) for each in cases])
+    arguments = [suite, '--synthetic', 'tiny', '--seed', '7', '--out', str(tmp_path)]
+    assert bench.main(arguments) == 0
+    assert {each.source.seed for each in seen} == {7}
 
 
 class _Balanced(HTMLParser):

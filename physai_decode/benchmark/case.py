@@ -69,16 +69,20 @@ def parse_engine(text: str, base: EngineConfig) -> EngineConfig:
     Read ``NAME`` or ``NAME:setting=value,...``, such as ``native:cuda_graph=false``.
 
     :param base: the settings that the text does not give.
-    :raises ConfigError: an unknown engine or setting, or a value that is not allowed.
+    :raises ConfigError: an unknown engine or setting, a value that is not allowed, or a setting
+        that a measurement sets itself.
     """
     name, _, rest = text.partition(':')
     settings = {**asdict(base), 'name': name}
     kinds = {spec.name: type(spec.default) for spec in fields(EngineConfig)}
     for setting in filter(None, rest.split(',')):
         key, _, value = setting.partition('=')
+        if key == 'max_context':
+            raise ConfigError(f'{text}: max_context is the context that is measured: give it to '
+                              '--contexts')
         if key == 'name' or key not in kinds:
             raise ConfigError(f'{text}: no engine setting {key!r}; there are '
-                              f'{", ".join(sorted(set(kinds) - {"name"}))}')
+                              f'{", ".join(sorted(set(kinds) - {"name", "max_context"}))}')
         settings[key] = _read(text, key, value, kinds[key])
     config = EngineConfig(**settings)
     check('engine', config)

@@ -51,13 +51,16 @@ def split_static(case: Case) -> list[Case]:
     return [case]
 
 
-def paper(shape: str, contexts: Sequence[int], base: EngineConfig, **common) -> list[Case]:
+def paper(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0,
+          **common) -> list[Case]:
     """
     Give the paper's protocol: half precision over all contexts, four bits at the first.
 
     Kernels are timed one by one, for only so the host's part of an eager step can be told.
+
+    :param seed: of the random weights.
     """
-    half = Source(synthetic=shape)
+    half = Source(synthetic=shape, seed=seed)
     cases = []
     for label, name, graph in ((EAGER, 'transformers', False), (CAPTURED, 'transformers', True),
                                (NATIVE, 'native', True)):
@@ -66,15 +69,20 @@ def paper(shape: str, contexts: Sequence[int], base: EngineConfig, **common) -> 
                                    captured=label == CAPTURED, **common))
     for label, name, quantization, requires in _QUANTIZED:
         engine = replace(base, name=name, cuda_graph=name != 'transformers')
-        source = Source(synthetic=shape, quantization=quantization, written=True)
+        source = replace(half, quantization=quantization, written=True)
         cases.append(Case(label, engine, source, (contexts[0],), requires=requires, **common))
     return [replace(case, kernels=contexts[0] in case.contexts) for case in cases]
 
 
-def targets(shape: str, contexts: Sequence[int], base: EngineConfig, steps: int = 30,
-            **common) -> list[Case]:
-    """Give what shows whether the native engine is where it should be, the weightiest first."""
-    half, gptq = Source(synthetic=shape), Source(synthetic=shape, quantization='gptq')
+def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0,
+            steps: int = 30, **common) -> list[Case]:
+    """
+    Give what shows whether the native engine is where it should be, the weightiest first.
+
+    :param seed: of the random weights.
+    """
+    half = Source(synthetic=shape, seed=seed)
+    gptq = replace(half, quantization='gptq')
     first = tuple(contexts[:1])
     native = replace(base, name='native', cuda_graph=True)
     eager = replace(base, name='transformers', cuda_graph=False)
