@@ -23,6 +23,7 @@ from physai_decode.benchmark.case import parse_engine
 from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
+from physai_decode.config import check
 from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
 
@@ -47,15 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write_checkpoint:
             return _write_checkpoint(options)
         cases = _cases(options)
+        runner = _runner(options)
     except (ConfigError, ValueError, OSError) as error:
         print(f'decode_bench: {error}', file=sys.stderr)
         return 2
-    out = options.out
     for number in (signal.SIGTERM, signal.SIGHUP):      # no session outlives its runner
         if signal.getsignal(number) is not signal.SIG_IGN:              # as nohup sets it
             signal.signal(number, signal.default_int_handler)
-    runner = Runner(out, options.models or out / 'models', options.session_timeout_s,
-                    options.budget_s, lambda message: print(message, flush=True))
+    out = options.out
     try:
         results = runner.run(cases)
     except KeyboardInterrupt:
@@ -151,10 +151,24 @@ def _write_checkpoint(options):
     return 0
 
 
+def _runner(options):
+    out = options.out
+    try:
+        return Runner(out, options.models or out / 'models', options.session_timeout_s,
+                      options.budget_s, lambda message: print(message, flush=True))
+    except OSError as error:
+        raise ValueError(f'--out {out}: no folder can be made there: {error}') from None
+
+
 def _cases(options):
     """Turn the command line into cases; raise what is wrong with it."""
     base = replace(EngineConfig(), device=options.device, dtype=options.dtype,
                    cpu_threads=options.cpu_threads)
+    check('engine', base)
+    for name, least in (('peak_gb_s', 0), ('session_timeout_s', 1), ('budget_s', 0)):
+        value = getattr(options, name)
+        if not least <= value <= 1e6:
+            raise ValueError(f'--{name.replace("_", "-")} {value:g}: allowed are {least} to 1e6')
     contexts = tuple(sorted(set(options.contexts or CONTEXTS)))
     least = options.warmup + options.steps + 2
     if options.steps < 1 or options.warmup < 0 or options.sessions < 1:

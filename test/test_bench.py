@@ -805,6 +805,16 @@ def test_targets_are_judged():
     assert all(row[3] in ('not measured', '') for row in missing)
 
 
+@pytest.mark.parametrize(('context', 'warmup', 'steps'), [
+    (2048, 5, 1000), (1024, 30, 992), (1024, 5, 1000), (64, 40, 22)])
+def test_the_long_runs_of_the_targets_fit_their_context(context, warmup, steps):
+    for each in suites.targets('tiny', [context], EngineConfig(), steps=5, warmup=warmup):
+        if each.label in (suites.LONG, suites.GPTQ_LONG):
+            assert each.steps == steps
+        assert each.warmup == warmup
+        session.measure(FakeEngine(), each.contexts[0], each.warmup, each.steps, PEAK)
+
+
 def test_the_papers_protocol_has_all_paths_and_its_figures():
     cases = suites.paper('qwen2.5-7b', [2048, 4096], EngineConfig(), steps=30)
     assert [(each.contexts, each.kernels) for each in cases if each.label == suites.CAPTURED] == [
@@ -863,10 +873,24 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
     (['--paper', '--model', 'x'], 'for --synthetic SHAPE, not for --model'),
     (['--model', 'x', '--synthetic', 'tiny'], 'exclude each other'),
     (['--ab', 'native', 'native'], 'two different engines'),
+    *((['--peak-gb-s', value], f'--peak-gb-s {value}: allowed are 0 to')
+      for value in ('-5', 'nan', 'inf')),
+    *((['--session-timeout-s', value], f'--session-timeout-s {value}: allowed are 1 to')
+      for value in ('0', '-1', 'nan', 'inf')),
+    (['--budget-s', '-1'], '--budget-s -1: allowed are 0 to'),
+    (['--paper', '--cpu-threads', '-1'], 'engine.cpu_threads is -1'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
 def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
     assert bench.main([*arguments, '--out', str(tmp_path)]) == 2
     assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('out', ['file', 'file/below'])
+def test_a_folder_of_results_that_can_not_be_made_is_named(out, capsys, tmp_path):
+    (tmp_path / 'file').write_text('kept')
+    assert bench.main(['--out', str(tmp_path / out)]) == 2
+    assert f'--out {tmp_path / out}: no folder can be made' in capsys.readouterr().err
+    assert (tmp_path / 'file').read_text() == 'kept'
 
 
 @pytest.mark.parametrize('suite', ['--paper', '--targets'])

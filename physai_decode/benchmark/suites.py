@@ -75,7 +75,7 @@ def paper(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0
 
 
 def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0,
-            steps: int = 30, **common) -> list[Case]:
+            steps: int = 30, warmup: int = 5, **common) -> list[Case]:
     """
     Give what shows whether the native engine is where it should be, the weightiest first.
 
@@ -87,7 +87,8 @@ def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int =
     native = replace(base, name='native', cuda_graph=True)
     eager = replace(base, name='transformers', cuda_graph=False)
     bare = replace(native, cuda_graph=False)
-    long = 1000 if contexts[0] > 1010 else contexts[0] // 2
+    long = min(1000, contexts[0] - warmup - 2)          # a token is left for the prompt
+    common['warmup'] = warmup
     return [
         Case(NATIVE, native, half, tuple(contexts), steps=steps, kernels=True, **common),
         Case(EAGER, eager, half, tuple(contexts), steps=steps, **common),
