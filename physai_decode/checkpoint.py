@@ -131,10 +131,17 @@ def locate(path: str, revision: str = '') -> Path:
                 f'model.path {path!r}: the package has no such model; it has '
                 f'{", ".join("builtin:" + each for each in known) or "none"}')
         return _MODELS / name
-    folder = Path(path).expanduser()
-    if path and folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        is_folder, exists = path and folder.is_dir(), path and folder.exists()
+    # An unknown user's home, a name too long, a folder that may not be looked into.
+    except (OSError, RuntimeError) as error:
+        raise EngineError(
+            f'model.path {path!r} can not be looked for ({error}): give a folder that this user '
+            'can read') from None
+    if is_folder:
         return folder
-    if path and folder.exists():
+    if exists:
         raise EngineError(
             f'model.path {path!r} is a file: give the folder that holds config.json')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', path):
@@ -152,12 +159,14 @@ def inspect(folder: Path) -> Checkpoint:
     :raises EngineError: it is missing, empty, half copied, not a model, or of a format that is
         not read here; the message names the file and the way out.
     """
-    if not folder.is_dir():
-        raise EngineError(f'{folder}: no such folder')
     try:
+        if not folder.is_dir():
+            raise EngineError(f'{folder}: no such folder')
         return _inspect(folder)
     except OSError as error:
-        raise EngineError(f'{folder} can not be read ({error}): mend its permissions') from None
+        way_out = 'mend its permissions' if isinstance(error, PermissionError) else \
+            'copy or download the model again'
+        raise EngineError(f'{folder} can not be read ({error}): {way_out}') from None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Model folders, whole and broken: each fault is named, with the way out."""
 
 import json
+from pathlib import Path
 import struct
 
 import huggingface_hub
@@ -143,8 +144,31 @@ def test_a_size_that_does_not_fit_the_shape(folder):
 
 def test_git_lfs_pointer(folder):
     (folder / 'model.safetensors').write_text(
-        'version https://git-lfs.githuggingface_hub.com/spec/v1\noid sha256:0\nsize 100\n')
+        'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n')
     assert 'git lfs pull' in refusal(folder)
+
+
+def test_a_link_to_nothing(folder):
+    """A snapshot of a cache, copied without what its links point to."""
+    path = folder / 'model.safetensors'
+    path.unlink()
+    path.symlink_to('../../blobs/0')
+    assert_damaged(folder, str(path))
+
+
+def test_a_folder_for_weights(folder):
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors').mkdir()
+    assert_damaged(folder, 'model.safetensors')
+
+
+def test_what_may_not_be_read(folder, monkeypatch):
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(Path, 'read_text', refuse)
+    assert 'mend its permissions' in refusal(folder)
 
 
 def test_missing_shard(shards):
@@ -292,6 +316,12 @@ def test_locate_a_file(folder):
 @pytest.mark.parametrize('path', ['/no/such/folder', './gone', 'gone', '~/gone/away', '', 'a/b/c'])
 def test_locate_nothing(path):
     with pytest.raises(EngineError, match='no such folder'):
+        checkpoint.locate(path)
+
+
+@pytest.mark.parametrize('path', ['~no_such_user/model', '/' + 'a' * 300, 'a' * 5000])
+def test_locate_what_can_not_be(path):
+    with pytest.raises(EngineError, match=r'model\.path .*(give a|allowed are)'):
         checkpoint.locate(path)
 
 

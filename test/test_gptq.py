@@ -164,6 +164,11 @@ def test_every_form(tmp_path, group_size, act_order, symmetric, layout):
     assert 'dense_fallbacks' not in engine.footprint.details
 
 
+@pytest.mark.parametrize('group_size', [96, 160, 192, 256])
+def test_groups_of_several_of_the_kernels(tmp_path, group_size):
+    check_random(tmp_path, 'llama', group_size, act_order=True, symmetric=False)
+
+
 @pytest.mark.parametrize('family', ['llama_biases', 'mistral', 'qwen2', 'qwen2_tied', 'qwen3'])
 def test_every_family(tmp_path, family):
     check_random(tmp_path, family, 64, act_order=True, symmetric=False)
@@ -211,10 +216,11 @@ def change(folder, drop='', replace=None, **quantization):
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'bits': 3}, ('3-bit', 'transformers')),
-    ({'bits': 8}, ('8-bit', 'transformers')),
+    ({'bits': 3}, ('3 bits', 'transformers')),
+    ({'bits': 8}, ('8 bits', 'transformers')),
+    ({'bits': '4'}, ("'4' bits", 'runs 4', 'transformers')),
     ({'checkpoint_format': 'marlin'}, ("'marlin'", 'transformers')),
-    ({'group_size': 48}, ('groups of 48', 'transformers')),
+    ({'group_size': 48}, ('groups of 48', 'multiples of 32', 'transformers')),
     *(({'group_size': size}, ('config.json', 'group_size', repr(size), 'again'))
       for size in (None, '32', 0, -32, 64.5)),
     ({'quant_method': 'exl2'}, ('exl2', 'exllamav2')),

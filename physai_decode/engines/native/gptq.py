@@ -46,18 +46,16 @@ def parse(quantization: Mapping[str, Any]) -> GptqFormat:
     bits = quantization.get('bits')
     layout = gptq_layout(quantization)
     if bits != 4:
-        raise EngineError(f'the native engine does not run {bits}-bit GPTQ (it runs 4-bit); '
+        raise EngineError(f'the native engine does not run GPTQ of {bits!r} bits (it runs 4); '
                           'set engine.name to transformers')
     if layout not in ('gptq', 'gptq_v2'):
         raise EngineError(f'the native engine does not run the GPTQ format {layout!r} '
                           '(it runs gptq and gptq_v2); set engine.name to transformers')
     quantization = {'group_size': 128, **quantization}
     group_size = quantization['group_size']
-    if group_size != -1:
-        positive(quantization, 'group_size')
-    if group_size != -1 and group_size not in GROUP_SIZES and group_size % GROUP_SIZES[-1]:
+    if group_size != -1 and positive(quantization, 'group_size') % GROUP_SIZES[0]:
         raise EngineError(f'the native engine does not run GPTQ groups of {group_size} (it runs '
-                          '32, multiples of 64, and -1); set engine.name to transformers')
+                          'multiples of 32, and -1); set engine.name to transformers')
     return GptqFormat(group_size, layout == 'gptq')
 
 
@@ -84,8 +82,7 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     if form.zeros_less_one:
         zeros = (zeros + 1) & 0xF
 
-    kernel_group = size if size in GROUP_SIZES else next(
-        (g for g in reversed(GROUP_SIZES) if size % g == 0), 0)
+    kernel_group = next((g for g in reversed(GROUP_SIZES) if size % g == 0), 0)
     if not kernel_group:
         raise EngineError(f'GPTQ groups of {size} columns are no multiple of 32; '
                           'set engine.name to transformers')
