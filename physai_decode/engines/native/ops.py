@@ -99,26 +99,27 @@ class TorchOps:
         if layer.q_norm is not None:
             qk = torch.cat((rms_norm(qk[:heads], layer.q_norm, layer.norm_eps),
                             rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
-        place: slice | Tensor = position
-        mask = None
-        if self._on_host:
-            stop = int(position) + 1
-            place = slice(stop - 1, stop)
-            read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
-        else:       # a captured step has one length for ever, and masks
-            read = slice(None)
-            places = torch.arange(keys.shape[1], device=keys.device)[None]
-            mask = places <= position
-            if layer.window:
-                mask &= places > position - layer.window
+        stop = int(position) + 1 if self._on_host else None
+        place = slice(stop - 1, stop) if stop else position
         qk = rotate(qk, cos[place], sin[place]).to(keys.dtype)
         keys[:, place] = qk[heads:].view(kv_heads, 1, dim)
         values[:, place] = v.to(values.dtype).view(kv_heads, 1, dim)
-        keys, values = keys[:, read], values[:, read]
         # Grouped: the queries of one key-value head are the rows of one product.
-        attended = F.scaled_dot_product_attention(
-            qk[:heads].view(1, kv_heads, -1, dim), keys.unsqueeze(0), values.unsqueeze(0),
-            attn_mask=mask, scale=1 / math.sqrt(dim))
+        queries, scale = qk[:heads].view(kv_heads, -1, dim), 1 / math.sqrt(dim)
+        if stop:
+            read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
+            attended = F.scaled_dot_product_attention(
+                queries[None], keys[None, :, read], values[None, :, read], scale=scale)
+        else:
+            # A captured step has one length for ever, and masks. PyTorch's fused attention would
+            # leave each key-value head to one multiprocessor.
+            places = torch.arange(keys.shape[1], device=keys.device)
+            hidden = places > position
+            if layer.window:
+                hidden |= places <= position - layer.window
+            scores = (queries @ keys.transpose(1, 2)).float().mul_(scale)
+            weights = scores.masked_fill_(hidden, -math.inf).softmax(-1)
+            attended = weights.to(values.dtype) @ values
         out.copy_(attended.view(-1))
 
     def advance(self, logits: Tensor, token: Tensor, position: Tensor, history: Tensor) -> None:
