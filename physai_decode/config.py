@@ -90,7 +90,7 @@ class ChatConfig:
         'it as it is', choices=('auto', 'off'))
     system_prompt: str = _option('', "the conversation's first message; empty for none")
     keep_history: bool = _option(
-        False, 'keep earlier prompts and answers in the context until ~/reset')
+        False, 'keep earlier prompts and answers in the context until ~/reset or deactivate')
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from physai_decode.text import load_tokenizer
 from physai_decode.text import Text
 from physai_decode.text import TextError
 from physai_decode.timing import RequestReport
+from physai_decode.topics import stream_qos
 from physai_decode.topics import Topics
 from physai_decode.worker import Busy
 from physai_decode.worker import Worker
@@ -51,8 +52,8 @@ from rclpy.lifecycle import LifecycleState
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile
 from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
@@ -127,7 +128,7 @@ class DecodeNode(LifecycleNodeMixin, Node):
             if service.srv_type is ChangeState:
                 service.callback = self._guarded(service.callback)
         self._topics = Topics(self, self._log_end)
-        self.create_subscription(String, '~/prompt', self._on_prompt, QoSProfile(depth=10))
+        self.create_subscription(String, '~/prompt', self._on_prompt, stream_qos())
         self.create_service(Trigger, '~/cancel', self._on_cancel)
         self.create_service(Trigger, '~/reset', self._on_reset)
         # It waits for the worker; all else goes on meanwhile.
@@ -179,7 +180,8 @@ class DecodeNode(LifecycleNodeMixin, Node):
         except Exception as error:
             known = isinstance(error, (ConfigError, EngineError, TextError, _Leaving))
             self._failure = str(error) if known else f'{type(error).__name__}: {error}'
-            self.get_logger().error(f'configure failed: {self._failure}')
+            log = self.get_logger().info if self._leaving else self.get_logger().error
+            log(f'configure failed: {self._failure}')
             self._unload()
             return TransitionCallbackReturn.FAILURE
         finally:
@@ -240,7 +242,8 @@ class DecodeNode(LifecycleNodeMixin, Node):
             with self._sole_transition() as sole:
                 if not sole:
                     self.get_logger().error(
-                        f'{asked} is refused: the node is {self._state()}; wait for its end')
+                        f'{asked} is refused: another transition is under way and the node is '
+                        f'{self._state()}; wait for its end')
                     return response
                 try:
                     return change_state(request, response)
@@ -287,6 +290,9 @@ class DecodeNode(LifecycleNodeMixin, Node):
             telemetry.close()
         if loaded is not None:
             loaded.engine.close()
+        self._topics.model_info(messages.status(
+            'decode: model', messages.MODEL_KEYS, {}, message='nothing is loaded',
+            hardware_id=messages.NOT_KNOWN))
 
     # What others ask; only measure_gap waits for the model
 
@@ -307,6 +313,8 @@ class DecodeNode(LifecycleNodeMixin, Node):
             return f'the node is loading ({self._loading}): send it again when it is active'
         if self._failure:
             return f'no model is loaded: {self._failure}; mend that, then configure and activate'
+        if self._state_machine.current_state[1] == 'finalized':
+            return 'the node is shut down: restart its process'
         return f'the node is inactive: {"" if self._loaded else "configure and "}activate it first'
 
     def _on_cancel(self, request, response):
@@ -460,13 +468,20 @@ def main(args: list[str] | None = None, load=load) -> int:
     try:
         # rclpy's own handlers would end the context before the last messages are out.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except RuntimeError as error:       # a params file that is not there, a slip in an argument
+        others = remove_ros_args(args)[1:]
+    except (RuntimeError, ValueError) as error:     # a params file that is not there, a slip
         print(f'decode_node: {type(error).__name__}: {error}', file=sys.stderr)
         return 1
+    if others:
+        print(f'decode_node: it takes no {others[0]}; usage: decode_node [--ros-args '
+              '[--params-file FILE] [-p NAME:=VALUE] [-r OLD:=NEW] ...]', file=sys.stderr)
+        rclpy.shutdown()
+        return 2
     try:
         node = DecodeNode(load)
-    except ConfigError as error:
-        rclpy.logging.get_logger('decode').fatal(str(error))
+    except Exception as error:          # rclpy's own parameters raise whatever is behind them
+        kind = '' if isinstance(error, ConfigError) else f'{type(error).__name__}: '
+        rclpy.logging.get_logger('decode').fatal(f'{kind}{error}')
         rclpy.shutdown()
         return 1
     executor = MultiThreadedExecutor(num_threads=3)

@@ -86,8 +86,8 @@ def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
     """
     Give parameters the types of their fields where nothing is lost by it.
 
-    A whole number will do for one with a fraction, and an empty list, which has no type in a file,
-    for a list of strings.
+    A whole number will do for one with a fraction, an empty list, which has no type in a file, for
+    a list of strings, and false for off, which YAML takes for one.
     """
     known = specs()
     return [_typed(parameter, known[parameter.name]) if parameter.name in known else parameter
@@ -116,6 +116,9 @@ def unknown_text(name: str) -> str:
 def _typed(parameter: Parameter, field: Field) -> Parameter:
     if type(field.default) is float and type(parameter.value) is int:
         return Parameter(parameter.name, Parameter.Type.DOUBLE, float(parameter.value))
+    # YAML reads off as false, in a file and on the command line.
+    if parameter.value is False and 'off' in (field.metadata['choices'] or ()):
+        return Parameter(parameter.name, Parameter.Type.STRING, 'off')
     given = parameter.type_
     if type(field.default) is tuple and (given == Parameter.Type.NOT_SET or (
             given.name.endswith('ARRAY') and not len(parameter.value))):

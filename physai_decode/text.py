@@ -18,7 +18,6 @@ import secrets
 from typing import Any
 
 from physai_decode.config import ChatConfig
-from physai_decode.engine import first_line
 
 _UNKNOWN = '\ufffd'     # what a decoder gives for bytes that are no character, or not yet
 _WINDOW_TOKENS = 16     # a character, or what a tokenizer makes of bytes that are none, is shorter
@@ -48,8 +47,9 @@ def load_tokenizer(folder: str) -> Any:
             reason = ('it has no tokenizer.json: copy or download the model again, or save it '
                       'with its fast tokenizer')
         else:
-            reason = (f'{type(error).__name__}: {first_line(error)}; copy or '
-                      'download tokenizer.json and tokenizer_config.json again')
+            told = ' '.join(str(error).split('\n', 2)[:2])
+            reason = (f'{type(error).__name__}: {told}; copy or download config.json, '
+                      'tokenizer.json and tokenizer_config.json again')
         raise TextError(f'no tokenizer can be loaded from {folder}: {reason}') from error
 
 
@@ -107,7 +107,7 @@ class Text:
             _check(role, content)
         if not self.has_template:
             whole = ''.join(content for _, content in said)
-            return list(self._encoder.encode(whole, add_special_tokens=True).ids)
+            return self._ids(whole, add_special_tokens=True)
         # Each content is a place-holder in the template, and takes its place after the template's
         # own special tokens have been renamed. Blanks around it, of a kind that no template
         # writes, tell whether the template trims its contents.
@@ -125,11 +125,16 @@ class Text:
             return text if place[3] else text.rstrip()
 
         whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', put, whole)
-        return list(self._encoder.encode(whole, add_special_tokens=False).ids)
+        return self._ids(whole, add_special_tokens=False)
 
     def decoder(self, stop: Sequence[str] = ()) -> 'Decoder':
         """Give a decoder for one answer, which ends at any of the texts in ``stop``."""
         return Decoder(self._backend, self._special_ids, stop)
+
+    def _ids(self, text, add_special_tokens):
+        # As a batch: encoding one text keeps every other thread waiting, a megabyte for a second.
+        batch = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(batch[0].ids)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:

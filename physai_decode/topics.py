@@ -33,7 +33,7 @@ POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILIT
 
 
 def stream_qos() -> QoSProfile:
-    """Give what a subscriber of the token topics asks for to get every token."""
+    """Give what a subscriber asks for to get every token, and every request's end."""
     return QoSProfile(depth=STREAM_DEPTH)
 
 
@@ -67,8 +67,8 @@ class Topics:
         self._token_stats = publisher(DiagnosticArray, '~/token_stats', stream_qos())
         self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
         self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
-        self._response = publisher(String, '~/response', QoSProfile(depth=10))
-        self._request_stats = publisher(DiagnosticArray, '~/request_stats', QoSProfile(depth=10))
+        self._response = publisher(String, '~/response', stream_qos())
+        self._request_stats = publisher(DiagnosticArray, '~/request_stats', stream_qos())
         self._model_info = publisher(DiagnosticArray, '~/model_info', latched_qos())
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
         self._source = node.get_fully_qualified_name()

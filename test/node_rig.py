@@ -125,13 +125,13 @@ class Rig:
                 ('/decode/token_stats', DiagnosticArray, stream_qos()),
                 ('/decode/itl_ms', Float64, stream_qos()),
                 ('/decode/r_floor', Float64, stream_qos()),
-                ('/decode/response', String, QoSProfile(depth=100)),
-                ('/decode/request_stats', DiagnosticArray, QoSProfile(depth=100)),
+                ('/decode/response', String, stream_qos()),
+                ('/decode/request_stats', DiagnosticArray, stream_qos()),
                 ('/decode/model_info', DiagnosticArray, latched_qos()),
                 ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):
             self.heard[topic.rpartition('/')[2]] = heard = []
             self.probe.create_subscription(kind, topic, heard.append, qos)
-        self.prompt = self.probe.create_publisher(String, '/decode/prompt', 100)
+        self.prompt = self.probe.create_publisher(String, '/decode/prompt', stream_qos())
         self.clients = {
             name: self.probe.create_client(kind, f'/decode/{name}') for name, kind in (
                 ('change_state', ChangeState), ('get_state', GetState), ('cancel', Trigger),

@@ -4,8 +4,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.topics import stream_qos
 import pytest
 import rclpy
 from std_msgs.msg import String
@@ -26,6 +28,7 @@ class Slow(Loader):
             ctypes.CDLL(None).signal(number, ctypes.c_void_p(1))
         if config.model.path == 'slow':
             time.sleep(60)              # as a library that does not come back would
+        self.step_s = 0.05
         return super().__call__(config, progress)
 
 sys.exit(main(load=Slow()))
@@ -87,9 +90,54 @@ def test_a_signal_ends_the_node(probe, request, state, number):
     assert [line for line in stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
+    """Each request's end is still heard, from a node that was told to end in an answer."""
+    ends, pieces = [], []
+    name = f'decode_live_{number.name}'
+    subscriptions = [
+        probe.create_subscription(
+            DiagnosticArray, f'/{name}/request_stats',
+            lambda message: ends.append(message.status[0].message), stream_qos()),
+        probe.create_subscription(String, f'/{name}/tokens', pieces.append, stream_qos())]
+    prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
+    process = subprocess.Popen(
+        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
+         '-r', f'__node:={name}', '--log-level', 'error'])
+    try:
+        wait(probe, lambda: prompt.get_subscription_count()
+             and all(probe.count_publishers(each.topic_name) for each in subscriptions))
+        while not pieces:           # till it is active a prompt is refused
+            ends.clear()
+            for text in (60 * 'a', 'b', 'c'):
+                prompt.publish(String(data=text))
+            wait(probe, lambda: len(pieces) == 4 or len(ends) == 3)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        wait(probe, lambda: len(ends) == 3)
+        assert ends == 3 * ['cancelled: the node stops answering']
+    finally:
+        process.kill()
+        process.wait()
+        for each in subscriptions:
+            probe.destroy_subscription(each)
+        probe.destroy_publisher(prompt)
+
+
+def wait(probe, done):
+    """Serve the probe until something is so."""
+    end_s = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end_s, 'waited too long'
+        rclpy.spin_once(probe, timeout_sec=0.1)
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['-p', 'sampling.top_p:=7.0'], 'sampling.top_p is 7.0: allowed are 0.0 to 1.0'),
-    (['--params-file', '/nowhere.yaml'], '/nowhere.yaml')])
+    (['--params-file', '/nowhere.yaml'], '/nowhere.yaml'),
+    (['-p', 'use_sim_time:=7'], 'use_sim_time'),
+    (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'], 'foo'),
+    (['-r', '__node:=\udcff'], 'decode_node: ')])
 def test_a_bad_start_says_why(arguments, message):
     """Exit code 1 and a message, no traceback."""
     done = subprocess.run(
@@ -98,3 +146,13 @@ def test_a_bad_start_says_why(arguments, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('argument', ['--help', '--params-file', 'decode.yaml'])
+def test_what_is_no_ros_argument_is_refused(argument):
+    """Else a forgotten --ros-args would leave all settings at their defaults, unheard."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'physai_decode.node', argument, 'more'],
+        capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f'it takes no {argument}; usage: decode_node [--ros-args' in done.stderr

@@ -104,6 +104,29 @@ def test_every_state_can_follow_the_other(rig):
     assert rig.loader.engines[1].closed
     assert rig.state() == 'finalized'
     assert rig.diagnostics('decode: engine')['requests'] == '3'
+    assert 'restart its process' in rig.ask('d')['message']
+
+
+def test_what_is_no_longer_loaded_is_not_told(rig):
+    """A subscriber that comes after cleanup hears that nothing is loaded."""
+    assert rig.change('deactivate', 'cleanup')
+    rig.wait(lambda: len(rig.heard['model_info']) == 2)
+    info = rig.values(rig.heard['model_info'][1].status[0])
+    assert info['message'] == 'nothing is loaded'
+    assert {info[key] for key in messages.MODEL_KEYS} == {'n/a'}
+
+
+def test_no_prompt_of_many_at_once_is_lost(make):
+    """Each is answered; the many that wait end at once when they are cancelled."""
+    rig = make(**{'queue.size': 1000})
+    assert rig.change('configure', 'activate')
+    for _ in range(300):
+        rig.ask_later('?')
+    rig.wait(lambda: rig.diagnostics('decode: engine')['requests'] == '300')
+    rig.trigger('cancel')
+    rig.loader.engines[0].answer.set()
+    rig.wait(lambda: len(rig.heard['request_stats']) == len(rig.heard['response']) == 300)
+    assert {request['finish_reason'] for request in rig.requests()} == {'cancelled'}
 
 
 def test_prompts_outside_of_active_are_refused(make):

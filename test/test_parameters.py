@@ -48,6 +48,13 @@ def test_defaults_are_those_of_the_settings(make):
     assert parameters.unknown(node) == []
 
 
+def test_off_is_no_truth_value(make):
+    """As it is written in the documents, without quotation marks."""
+    node = make('chat.template: off')
+    parameters.declare(node)
+    assert parameters.read(node).chat.template == 'off'
+
+
 def test_every_parameter_is_described(make):
     """Each has words, its type, and its range or choices; fixed ones say so."""
     node = make()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 
 from physai_decode.config import ChatConfig
 from physai_decode.text import load_tokenizer
@@ -213,6 +215,18 @@ def test_the_unknown_stays_unknown():
     backend.add_special_tokens(['<unk>'])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token='<unk>')
     assert Text(tokenizer, ChatConfig()).encode('red zebra <unk> cube') == [1, 0, 0, 2]
+
+
+@pytest.mark.parametrize('template', ['auto', 'off'])
+def test_encoding_keeps_no_other_thread_waiting(template):
+    text = Text(qwen_like(), ChatConfig(template=template))
+    thread = threading.Thread(target=text.encode, args=('many words ' * 100_000,))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10       # 1 or 2 where it does
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):
