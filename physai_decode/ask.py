@@ -3,10 +3,12 @@ Ask a running node: send a prompt, print the answer as it comes, then its figure
 
 A std_msgs/String carries no sender, so the answer is told by its number: the node says on
 `/diagnostics` how many requests it has seen, and this command sends at once and takes the next.
-Where another client's prompt slips into these few milliseconds, that one's answer is shown.
+It hears `~/prompt` too: where another client's prompt comes within MOMENT_S of that, either could
+be the next, and no answer is shown.
 """
 
 import argparse
+from collections.abc import Callable
 import json
 import os
 import signal
@@ -26,6 +28,7 @@ from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
 COMPLETE = ('stop', 'length')       # finish reasons that make the exit code 0
+MOMENT_S = 0.1                      # by which what two processes hear may differ in its order
 
 
 class AskError(Exception):
@@ -35,16 +38,17 @@ class AskError(Exception):
 class Asker(Node):
     """Sends one prompt and collects what belongs to it."""
 
-    def __init__(self, target: str, show) -> None:
+    def __init__(self, target: str) -> None:
         """
-        Subscribe to all that a node tells of its requests.
+        Subscribe to all that a node is asked and tells of its requests.
 
         :param target: the node's name, absolute or relative to the own namespace.
-        :param show: called with each piece of the answer.
         """
         super().__init__(f'decode_ask_{os.getpid()}')
         self.prompt = self.create_publisher(String, f'{target}/prompt', QoSProfile(depth=10))
         self.target = self.prompt.topic_name.removesuffix('/prompt')
+        self.create_subscription(
+            String, f'{target}/prompt', self._on_prompt, QoSProfile(depth=100))
         self.create_subscription(
             DiagnosticArray, f'{target}/token_stats', self._on_token, stream_qos())
         self.create_subscription(
@@ -53,23 +57,47 @@ class Asker(Node):
         # come, it knows the others too.
         self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
-        self._show = show
+        self.show: Callable[[str], None] = lambda piece: None   # of the answer
         self.node: dict[str, str] = {}      # the node's engine status, once it came
+        self.heard_s = 0.0                  # and when that was
+        self.prompts: list[tuple[float, str]] = []  # when each was heard; own ones too
         self.id = 0                         # the request's, once sent
         self.pieces: list[str] = []
         self.stats: dict[str, str] = {}     # the request's figures, once it has ended
         self.reason = ''
 
+    def counted(self) -> bool:
+        """Tell whether the node has counted all prompts that were heard."""
+        return not self.prompts or self.prompts[-1][0] < self.heard_s - MOMENT_S
+
     def send(self, text: str) -> None:
         """Send the prompt; the node's next request is it."""
         self.id = int(self.node['requests']) + 1
+        self.prompts = []
         self.prompt.publish(String(data=text))
+
+    def sole(self, text: str) -> bool:
+        """
+        Tell whether it is sure that the next request is this prompt, which was sent.
+
+        :raises AskError: another came at the same moment.
+        """
+        if not self.prompts or time.monotonic() < self.prompts[0][0] + MOMENT_S:
+            return False
+        if [each[1] for each in self.prompts] == [text]:
+            return True
+        self.pieces, self.stats = [], {}    # anybody's
+        raise AskError('another client asked at the same moment: ask again')
+
+    def _on_prompt(self, message):
+        self.prompts.append((time.monotonic(), message.data))
 
     def _on_diagnostics(self, message):
         if message.header.frame_id == self.target:
             for status in message.status:
                 if status.name == 'decode: engine':
                     self.node = {pair.key: pair.value for pair in status.values}
+                    self.heard_s = time.monotonic()
 
     def _on_token(self, message):
         status = message.status[0]
@@ -78,7 +106,7 @@ class Asker(Node):
             if int(values['index']) != len(self.pieces):
                 raise AskError(f'token {len(self.pieces)} of request {self.id} was lost')
             self.pieces.append(status.message)
-            self._show(status.message)
+            self.show(status.message)
 
     def _on_request(self, message):
         status = message.status[0]
@@ -87,10 +115,11 @@ class Asker(Node):
             self.stats, self.reason = values, status.message
 
 
-def ask(asker: Asker, text: str, timeout_s: float) -> None:
+def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) -> None:
     """
     Send a prompt and wait for the end of its answer.
 
+    :param show: called with each piece of the answer.
     :raises AskError: the node is not there, or does not answer in time.
     """
     executor = SingleThreadedExecutor()
@@ -103,10 +132,15 @@ def ask(asker: Asker, text: str, timeout_s: float) -> None:
                 raise AskError(f'{problem} within {timeout_s:g} s')
             executor.spin_once(timeout_sec=0.1)
 
-    wait_until(lambda: asker.prompt.get_subscription_count() and asker.node,
+    # Its own subscription and the node's
+    wait_until(lambda: asker.prompt.get_subscription_count() > 1 and asker.node,
                f'no node {asker.target} was seen on the topics')
     wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
+    wait_until(asker.counted, f'there was no pause in what others ask {asker.target}')
     asker.send(text)
+    wait_until(lambda: asker.sole(text), f'the prompt did not go out to {asker.target}')
+    show(''.join(asker.pieces))
+    asker.show = show
     wait_until(lambda: asker.stats and len(asker.pieces) >= _number(asker.stats['output_tokens']),
                f'no end of the answer came from {asker.target}')
 
@@ -125,13 +159,13 @@ def main(args: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     try:
-        asker = Asker(arguments.node, show)
+        asker = Asker(arguments.node)
     except NameValidationException:
         print(f'decode_ask: no node can be called {arguments.node!r}', file=sys.stderr)
         rclpy.shutdown()
         return 1
     try:
-        ask(asker, arguments.text, arguments.timeout)
+        ask(asker, arguments.text, arguments.timeout, show)
         failure = '' if asker.stats['finish_reason'] in COMPLETE else asker.reason
     except AskError as error:
         failure = str(error)

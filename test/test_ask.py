@@ -64,6 +64,40 @@ def test_it_takes_its_own_answer_among_others(rig):
     assert told['text'] == 'MINE'
 
 
+@pytest.mark.parametrize('texts', [('first', 'second'), ('same', 'same')])
+def test_two_at_once(rig, texts):
+    """Neither shows the other's answer; one that can't tell them apart says so."""
+    rig.node._timer.cancel()        # both send on the same message on /diagnostics
+    try:
+        both = [subprocess.Popen([*COMMAND, text, '--json'], stdout=subprocess.PIPE, text=True)
+                for text in texts]
+        rig.wait(lambda: rig.probe.count_subscribers('/diagnostics') == 3)
+        time.sleep(1.0)             # till all know each other
+    finally:
+        rig.node._publish_diagnostics()
+        time.sleep(0.5)
+        rig.node._timer.reset()
+    told = [json.loads(each.communicate(timeout=60)[0]) for each in both]
+    assert [each.returncode for each in both] == [1, 1], told
+    assert [(each['text'], each['error']) for each in told] == 2 * [
+        ('', 'another client asked at the same moment: ask again')]
+
+
+def test_another_client_just_before(rig):
+    """It waits until the node has counted that one's prompt."""
+    rig.node._timer.cancel()
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, 'mine', '--json'], stdout=subprocess.PIPE, text=True)
+        rig.wait(lambda: rig.probe.count_subscribers('/diagnostics') == 2)
+        time.sleep(1.0)             # till all know each other
+        rig.ask('other')
+    finally:
+        rig.node._timer.reset()
+    told = json.loads(process.communicate(timeout=60)[0])
+    assert (process.returncode, told['text'], told['error']) == (0, 'MINE', '')
+
+
 def test_a_refusal_is_an_error(rig):
     """The reason is on stderr."""
     done = ask('')
