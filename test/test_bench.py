@@ -640,7 +640,7 @@ def test_what_a_session_started_ends_with_it(runner, monkeypatch, end, alone_s):
         with pytest.raises(KeyboardInterrupt):
             runner.run([case()])
     else:
-        runner.session_timeout_s = 2 if end == 'time-out' else 60
+        runner.session_timeout_s = 6 if end == 'time-out' else 60
         runner.run([case()])
     assert time.monotonic() - begun_s < 60          # else it waited for the child
     pid, = runner.sessions.glob('*.child')
