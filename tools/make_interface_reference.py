@@ -31,7 +31,7 @@ TOPICS = {
     '~/response': "the whole text, once, at a request's end; not for one that was refused",
     '~/token_stats': 'for each token, in step with `~/tokens`: its figures',
     '~/request_stats': 'for each request, also a refused one: its figures',
-    '~/model_info': 'what is loaded, when it has been loaded',
+    '~/model_info': 'what is loaded, when that changes; values are n/a where nothing is',
     '~/itl_ms': 'the time since the token before, in milliseconds; none for the first token of a '
                 'request',
     '~/r_floor': 'the floor over that time; 1 is the limit',

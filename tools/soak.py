@@ -29,7 +29,7 @@ from rclpy.parameter import Parameter
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-BURST = 8               # prompts at once, below the depth of ~/prompt and ~/response
+BURST = 64              # prompts at once
 QUEUE = 4               # of which this many may wait
 PATIENCE_S = 120.0      # against hangs
 FLAT = 0.03             # resident memory may grow by this fraction after the first tenth
@@ -53,10 +53,11 @@ class Probe:
         self._node.create_subscription(
             DiagnosticArray, '/decode/token_stats', self._on_token, stream_qos())
         self._node.create_subscription(
-            String, '/decode/response', lambda message: self.responses.append(message.data), 100)
+            String, '/decode/response', lambda message: self.responses.append(message.data),
+            stream_qos())
         self._node.create_subscription(
-            DiagnosticArray, '/decode/request_stats', self._on_request, 100)
-        self._prompt = self._node.create_publisher(String, '/decode/prompt', 100)
+            DiagnosticArray, '/decode/request_stats', self._on_request, stream_qos())
+        self._prompt = self._node.create_publisher(String, '/decode/prompt', stream_qos())
         self._clients = {
             name: self._node.create_client(kind, f'/decode/{name}') for name, kind in (
                 ('change_state', ChangeState), ('cancel', Trigger),
