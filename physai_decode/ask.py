@@ -29,6 +29,8 @@ from std_msgs.msg import String
 
 COMPLETE = ('stop', 'length')       # finish reasons that make the exit code 0
 MOMENT_S = 0.1                      # by which what two processes hear may differ in its order
+UNHEARD = (': wait longer (--timeout), or where the node has that topic remapped, remap it here '
+           'too (--ros-args -r /diagnostics:=...)')
 
 
 class AskError(Exception):
@@ -55,7 +57,7 @@ class Asker(Node):
             DiagnosticArray, f'{target}/request_stats', self._on_request, QoSProfile(depth=100))
         # Last, because discovery tells the node of these in their order: once its diagnostics
         # come, it knows the others too.
-        self.create_subscription(
+        self.diagnostics = self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
         self.show: Callable[[str], None] = lambda piece: None   # of the answer
         self.node: dict[str, str] = {}      # the node's engine status, once it came
@@ -126,15 +128,18 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
     executor.add_node(asker)
     end_s = time.monotonic() + timeout_s
 
-    def wait_until(done, problem):
+    def wait_until(done, problem, advice=''):
         while not done():
             if time.monotonic() > end_s:
-                raise AskError(f'{problem} within {timeout_s:g} s')
+                raise AskError(f'{problem} within {timeout_s:g} s{advice}')
             executor.spin_once(timeout_sec=0.1)
 
-    # Its own subscription and the node's
-    wait_until(lambda: asker.prompt.get_subscription_count() > 1 and asker.node,
+    # Two subscriptions: its own and the node's
+    wait_until(lambda: asker.count_publishers(f'{asker.target}/token_stats')
+               and asker.prompt.get_subscription_count() > 1,
                f'no node {asker.target} was seen on the topics')
+    wait_until(lambda: asker.node, f'{asker.target} is there, but was not heard on '
+               f'{asker.diagnostics.topic_name}', UNHEARD)
     wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
     wait_until(asker.counted, f'there was no pause in what others ask {asker.target}')
     asker.send(text)

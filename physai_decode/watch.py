@@ -15,6 +15,7 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.ask import UNHEARD
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import stream_qos
 import rclpy
@@ -67,7 +68,7 @@ class Watcher(Node):
         self.last_request = ''                  # how the last one to end went
         self._diagnosed_s: float | None = None
         self._forget()
-        self.create_subscription(
+        self.diagnostics = self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
         if name:
             self._follow(name)
@@ -169,7 +170,8 @@ def view(watcher: Watcher, width: int, now_s: float) -> Layout | Text:
     """
     if not watcher.values:
         others = [name for name in watcher.names() if name != watcher.target]
-        return Text(f'waiting for {watcher.target or "a node"} on /diagnostics; Ctrl-C ends'
+        return Text(f'waiting for {watcher.target or "a node"} on '
+                    f'{watcher.diagnostics.topic_name}; Ctrl-C ends'
                     + (f'; there is {" ".join(others)}' if others else ''))
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style='bold', no_wrap=True, min_width=9)
@@ -290,10 +292,12 @@ def _once(watcher, executor, stop, timeout_s):
         if stop.is_set():
             raise WatchError('interrupted')
         if left_s <= 0:
-            names = ' '.join(watcher.names())
+            names = watcher.names()
+            meant = not named or watcher.target in names
             raise WatchError(
-                f'{f"{watcher.target} was not" if named else "no node was"} heard on /diagnostics '
-                f'within {timeout_s:g} s' + (f'; there is {names}' if names else ''))
+                f'{f"{watcher.target} was not" if named else "no node was"} heard on '
+                f'{watcher.diagnostics.topic_name} within {timeout_s:g} s'
+                + (f'; there is {" ".join(names)}{UNHEARD if meant else ""}' if names else ''))
         _spin(executor, stop, min(0.05, left_s))
     names = watcher.names()
     if not named and len(names) > 1:

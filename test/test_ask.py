@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from diagnostic_msgs.msg import DiagnosticArray
 from node_rig import Rig
 import pytest
 import rclpy
@@ -78,9 +79,12 @@ def test_two_at_once(rig, texts):
         time.sleep(0.5)
         rig.node._timer.reset()
     told = [json.loads(each.communicate(timeout=60)[0]) for each in both]
-    assert [each.returncode for each in both] == [1, 1], told
-    assert [(each['text'], each['error']) for each in told] == 2 * [
-        ('', 'another client asked at the same moment: ask again')]
+    for text, each in zip(texts, told, strict=True):
+        assert (each['text'], each['error']) in (
+            (text.upper(), ''), ('', 'another client asked at the same moment: ask again'))
+    assert [each.returncode for each in both] == [int(bool(each['error'])) for each in told]
+    answered = [each['request_id'] for each in told if not each['error']]
+    assert len(set(answered)) == len(answered)
 
 
 def test_another_client_just_before(rig):
@@ -132,6 +136,26 @@ def test_no_node_in_time(rig):
     done = ask('hello', '--node', 'nobody', '--timeout', '1')
     assert done.returncode == 1
     assert done.stderr == 'decode_ask: no node /nobody was seen on the topics within 1 s\n'
+
+
+def test_a_node_that_is_not_heard(rig):
+    """Its topics are there, its diagnostics elsewhere: it says so, and how to listen there."""
+    elsewhere = ('--ros-args', '-r', '/diagnostics:=/arm/diagnostics')
+    done = ask('hello', '--timeout', '3', *elsewhere)
+    assert done.returncode == 1
+    assert done.stderr == (
+        'decode_ask: /decode is there, but was not heard on /arm/diagnostics within 3 s: wait '
+        'longer (--timeout), or where the node has that topic remapped, remap it here too '
+        '(--ros-args -r /diagnostics:=...)\n')
+    arm = rig.probe.create_publisher(DiagnosticArray, '/arm/diagnostics', 100)
+    relay = rig.probe.create_subscription(DiagnosticArray, '/diagnostics', arm.publish, 100)
+    try:
+        done = ask('hello', *elsewhere)
+    finally:
+        rig.probe.destroy_subscription(relay)
+        rig.probe.destroy_publisher(arm)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('HELLO\n')
 
 
 def test_no_answer_in_time(rig):

@@ -178,6 +178,17 @@ def test_no_node_in_time(rig):
                            'there is /decode\n')
 
 
+@pytest.mark.parametrize('named', [[], ['--node', '/decode']])
+def test_a_node_that_is_not_heard(rig, named):
+    """Its topics are there, its diagnostics elsewhere: it says how to listen there."""
+    done = once(*named, '--timeout', '3', '--ros-args', '-r', '/diagnostics:=/arm/diagnostics')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == (
+        f'decode_watch: {"/decode was not" if named else "no node was"} heard on '
+        '/arm/diagnostics within 3 s; there is /decode: wait longer (--timeout), or where the '
+        'node has that topic remapped, remap it here too (--ros-args -r /diagnostics:=...)\n')
+
+
 def test_several_nodes_want_a_name(rig):
     """Without one, nothing is guessed."""
     other = rclpy.create_node('other')
