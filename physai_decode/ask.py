@@ -155,14 +155,18 @@ def main(args: list[str] | None = None) -> int:
     # Bytes that are no UTF-8 would stop rclpy, which reads the arguments too.
     args = [each.encode(errors='surrogateescape').decode(errors='replace')
             for each in args or sys.argv]
-    arguments = _parser().parse_args(remove_ros_args(args)[1:])
+    try:
+        arguments = _parser().parse_args(remove_ros_args(args)[1:])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:       # a slip in the ROS arguments
+        print(f'decode_ask: {type(error).__name__}: {error}', file=sys.stderr)
+        return 1
 
     def show(piece):
         if not arguments.json:
             print(piece, end='', flush=True)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     try:
         asker = Asker(arguments.node)
     except NameValidationException:
@@ -176,20 +180,33 @@ def main(args: list[str] | None = None) -> int:
         failure = str(error)
     except KeyboardInterrupt:
         failure = 'interrupted'
+    except BrokenPipeError:
+        failure = drop_output()
     finally:
         asker.destroy_node()
         rclpy.shutdown()
-    if arguments.json:
-        print(json.dumps({
-            'text': ''.join(asker.pieces), 'error': failure,
-            **{key: _number(value) for key, value in asker.stats.items()}}, ensure_ascii=False))
-    elif asker.stats:
-        print('\n' if asker.pieces else '', end='\n')
-        for key, value in asker.stats.items():
-            print(f'{key:24}{value}')
+    try:
+        if arguments.json:
+            print(json.dumps({
+                'text': ''.join(asker.pieces), 'error': failure,
+                **{key: _number(value) for key, value in asker.stats.items()}},
+                ensure_ascii=False))
+        elif asker.stats:
+            print('\n' if asker.pieces else '', end='\n')
+            for key, value in asker.stats.items():
+                print(f'{key:24}{value}')
+        sys.stdout.flush()
+    except BrokenPipeError:
+        failure = drop_output()
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
     return 1 if failure else 0
+
+
+def drop_output() -> str:
+    """Send what is left of the output nowhere, as Python tries again at its end; gives why."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 'nobody reads the output'
 
 
 def _parser():

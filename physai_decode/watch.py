@@ -15,6 +15,7 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.ask import drop_output
 from physai_decode.ask import UNHEARD
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import stream_qos
@@ -302,7 +303,7 @@ def _once(watcher, executor, stop, timeout_s):
     names = watcher.names()
     if not named and len(names) > 1:
         raise WatchError(f'there are several nodes: {" ".join(names)}; name one with --node')
-    print(snapshot(watcher))
+    print(snapshot(watcher), flush=True)
 
 
 def _watch(watcher, executor, stop, console):
@@ -317,11 +318,15 @@ def _watch(watcher, executor, stop, console):
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; gives its exit code."""
-    arguments = _parser().parse_args(remove_ros_args(args or sys.argv)[1:])
     stop = threading.Event()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: stop.set())
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        arguments = _parser().parse_args(remove_ros_args(args or sys.argv)[1:])
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: stop.set())
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:       # a slip in the ROS arguments
+        print(f'decode_watch: {type(error).__name__}: {error}', file=sys.stderr)
+        return 1
     executor, watcher = SingleThreadedExecutor(), None
     try:
         watcher = Watcher(arguments.node)
@@ -335,6 +340,9 @@ def main(args: list[str] | None = None) -> int:
         return 1
     except WatchError as error:
         print(f'decode_watch: {error}', file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        print(f'decode_watch: {drop_output()}', file=sys.stderr)
         return 1
     finally:
         executor.shutdown()

@@ -167,6 +167,27 @@ def test_no_answer_in_time(rig):
     assert 'no end of the answer came from /decode within 5 s' in done.stderr
 
 
+@pytest.mark.parametrize('slip', [('-p', 'x:=['), ('-r', 'a'), ('--nope',)])
+def test_a_slip_in_the_ros_arguments(slip):
+    """A line that shows it, no traceback."""
+    done = ask('hello', '--ros-args', *slip)
+    assert done.returncode == 1
+    assert done.stderr.startswith('decode_ask: ')
+    assert slip[-1] in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('arguments', [['hello'], [''], ['hello', '--json']])
+def test_nobody_reads_the_output(rig, arguments):
+    """A line says so, be it of the answer, of the figures alone, or of the object."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, 'decode_ask: nobody reads the output\n')
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_it_can_be_interrupted(rig, number):
     """Without a traceback."""

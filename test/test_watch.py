@@ -215,6 +215,26 @@ def test_what_cannot_be_watched(rig, arguments, message):
     assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.parametrize('slip', [('-p', 'x:=['), ('-r', 'a'), ('--nope',)])
+def test_a_slip_in_the_ros_arguments(slip):
+    """A line that shows it, no traceback."""
+    done = once('--ros-args', *slip)
+    assert done.returncode == 1
+    assert done.stderr.startswith('decode_watch: ')
+    assert slip[-1] in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def test_nobody_reads_the_snapshot(rig):
+    """A line says so."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, '--once'], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, 'decode_watch: nobody reads the output\n')
+
+
 def test_numbers_for_the_eye():
     """Four digits, and words as they are."""
     assert [number(value) for value in ('3.14159265', '123456.7', '0.000012', 'n/a', 'none')] == [
