@@ -10,7 +10,9 @@ import json
 import sys
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import latched_qos
+from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
 from rclpy.duration import Duration
 from rclpy.node import Node
@@ -30,9 +32,8 @@ class Controller(Node):
         self.command, self.late, self.text = command, 0, None
         self.finish_reason = self.outcome = None
         self.asked = False
-        self.token_ms = self.declare_parameter('token_ms', 100.0).value
-        plan_s = self.declare_parameter('plan_s', 10.0).value
-        self.create_timer(plan_s, lambda: self.hold('no plan in time'))
+        self.token_ms = self.number('token_ms', 100.0)
+        self.create_timer(self.number('plan_s', 10.0), lambda: self.hold('no plan in time'))
         self.action = self.create_publisher(String, '~/action', 100)
         self.prompt = self.create_publisher(String, '/decode/prompt', 10)
         self.cancel = self.create_client(Trigger, '/decode/cancel')
@@ -43,8 +44,14 @@ class Controller(Node):
         self.create_subscription(
             DiagnosticArray, '/decode/model_info', self.on_model, latched_qos())
 
-    def on_model(self, _):
-        if not self.asked:
+    def number(self, name, default):
+        # Without dynamic typing, 50 would be refused where 50.0 is taken.
+        either = ParameterDescriptor(dynamic_typing=True)
+        return float(self.declare_parameter(name, default, either).value)
+
+    def on_model(self, array):
+        loaded = any(pair.value != NOT_KNOWN for pair in array.status[0].values)
+        if loaded and not self.asked:
             self.asked = True
             self.prompt.publish(String(data=self.command))
 

@@ -73,6 +73,25 @@ def test_no_plan_in_time(rig, control):
     assert 'hold: no plan in time' in log
 
 
+def test_a_limit_without_a_fraction(rig, control):
+    """A whole number will do."""
+    code, log, actions = control(PLAN, token_ms=1000, plan_s=20)
+    assert (code, len(actions)) == (0, 2), log
+
+
+def test_no_model(rig, control):
+    """A node that says that it has none any more is not asked."""
+    assert rig.change('deactivate', 'cleanup')
+    count = rig.diagnostics('decode: engine')['requests']
+    try:
+        code, log, actions = control(PLAN, plan_s=2.0)
+        assert (code, actions) == (1, ['hold'])
+        assert 'hold: no plan in time' in log
+        assert rig.diagnostics('decode: engine')['requests'] == count
+    finally:
+        assert rig.change('configure', 'activate')
+
+
 def test_no_node():
     """Where nobody answers at all, the robot is told to hold just as soon."""
     done = subprocess.run(
