@@ -2,16 +2,19 @@
 
 from pathlib import Path
 import re
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not Path(sys.executable).with_name('decode_node').exists(),
+    reason='the commands are not installed beside this Python')
 
 
-@pytest.mark.skipif(not Path(sys.executable).with_name('decode_node').exists(),
-                    reason='the commands are not installed beside this Python')
 def test_demo():
     """It shows the answer, its figures and a line of /diagnostics, and exits with 0."""
     result = subprocess.run(
@@ -23,3 +26,26 @@ def test_demo():
     assert float(re.search(r'^itl_p50_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
     assert float(re.search(r' r_floor=([\d.]+) ', result.stdout)[1]) > 0
     assert result.stdout.endswith('The node ended with code 0.\n')
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_takes_its_node_along(number):
+    """Ctrl-C, a kill and a terminal that closes end the node too, without a traceback."""
+    demo = subprocess.Popen(
+        [sys.executable, str(ROOT / 'tools' / 'demo.py')], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+    nodes = []
+    try:
+        for line in demo.stdout:
+            if 'active after' in line:
+                nodes = psutil.Process(demo.pid).children()     # and decode_ask, perhaps
+                break
+        demo.send_signal(number)
+        demo.send_signal(number)
+        told, errors = demo.communicate(timeout=60)
+        assert nodes and not any(each.is_running() for each in nodes)
+        assert (demo.returncode, errors) == (130, ''), told
+    finally:
+        for each in nodes:
+            if each.is_running():
+                each.kill()

@@ -13,9 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import FrameType
+from typing import NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray
 import rclpy
+from rclpy.signals import SignalHandlerOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -23,6 +26,7 @@ PROMPT = 'Bring me the red cup from the kitchen table, no, the blue one. Then cl
 START_S = 180.0     # a first start compiles Python and reads torch from a cold disk
 ASK_S = 60.0
 END_S = 10.0
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Diagnostics:
@@ -122,17 +126,26 @@ def end(process: subprocess.Popen) -> None:
         raise RuntimeError(f'the node ended with code {process.returncode}')
 
 
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Let the node be ended, whatever signal comes next: a terminal that closes sends several."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run the demo; returns the exit code."""
     os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
     log = ROOT / 'log' / 'demo_node.log'
-    process = start(
-        [str(BIN / 'decode_node'), '--ros-args', '--params-file',
-         str(ROOT / 'config' / 'decode.yaml')], log)
-    rclpy.init()
-    diagnostics = Diagnostics()
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     try:
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        diagnostics = Diagnostics()
+        process = start(
+            [str(BIN / 'decode_node'), '--ros-args', '--params-file',
+             str(ROOT / 'config' / 'decode.yaml')], log)
         try:
             wait_until_active(process, diagnostics)
             ask()
