@@ -7,6 +7,7 @@ from launch.actions import DeclareLaunchArgument
 from launch.actions import OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
+from launch_ros.parameter_descriptions import ParameterValue
 
 PACKAGE = 'physai_decode'
 ARGUMENTS = {
@@ -16,7 +17,8 @@ ARGUMENTS = {
     'model': ('', 'model.path: builtin:NAME, a folder or a hub id; empty leaves it to the file'),
     'engine': ('', 'engine.name: auto, native, transformers or exllamav2; empty leaves it to the '
                'file'),
-    'autostart': ('true', 'configure and activate at start; false waits for lifecycle calls'),
+    'autostart': ('', 'configure and activate at start; false waits for lifecycle calls; empty '
+                  'leaves it to the file'),
     'log_level': ('info', 'least severe messages that are logged: debug, info, warn, error'),
 }
 
@@ -25,14 +27,17 @@ def start(context: LaunchContext) -> list[LifecycleNode]:
     """Make the node once the arguments are known."""
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     file = given['params_file'] or f'{get_package_share_directory(PACKAGE)}/config/decode.yaml'
-    overrides = {'autostart': given['autostart'].lower() in ('true', '1')}
+    overrides = {}
+    if given['autostart']:              # by the rules of YAML; the node refuses what is no bool
+        overrides['autostart'] = ParameterValue(LaunchConfiguration('autostart'))
     for argument, parameter in (('model', 'model.path'), ('engine', 'engine.name')):
         if given[argument]:
             overrides[parameter] = given[argument]
     # The node starts itself: launch_ros of Humble and Jazzy has no autostart for it.
     return [LifecycleNode(
         package=PACKAGE, executable='decode_node', name=given['name'],
-        namespace=given['namespace'], parameters=[file, overrides], output='screen',
+        namespace=given['namespace'], output='screen',
+        parameters=[file, overrides] if overrides else [file],
         arguments=['--ros-args', '--log-level', given['log_level']])]
 
 

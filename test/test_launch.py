@@ -16,6 +16,7 @@ from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
+from rcl_interfaces.srv import GetParameters
 import rclpy
 from std_msgs.msg import String
 
@@ -84,6 +85,39 @@ def test_the_launched_node_answers():
     finally:
         probe.destroy_node()
         rclpy.shutdown()
+
+
+@launch_pytest.fixture
+def autostarts(prefix, tmp_path):
+    """Launch nodes on a file that says `autostart: false`, and arguments that say something."""
+    file = tmp_path / 'params.yaml'
+    file.write_text('/**: {ros__parameters: {autostart: false}}')
+    return LaunchDescription([
+        *(IncludeLaunchDescription(
+            PythonLaunchDescriptionSource(str(FILE)),
+            launch_arguments={'params_file': str(file), 'name': name, **given}.items())
+          for name, given in (('silent', {}), ('on', {'autostart': 'on'}),
+                              ('off', {'autostart': 'False'}))),
+        launch_pytest.actions.ReadyToTest()])
+
+
+@pytest.mark.launch(fixture=autostarts)
+def test_autostart():
+    """The file's value holds unless the argument gives one, in any of YAML's words."""
+    rclpy.init()
+    probe = rclpy.create_node('probe')
+    told = {}
+    try:
+        for name in ('silent', 'on', 'off'):
+            client = probe.create_client(GetParameters, f'/{name}/get_parameters')
+            assert client.wait_for_service(60.0)
+            answer = client.call_async(GetParameters.Request(names=['autostart']))
+            rclpy.spin_until_future_complete(probe, answer, timeout_sec=60.0)
+            told[name] = answer.result().values[0].bool_value
+    finally:
+        probe.destroy_node()
+        rclpy.shutdown()
+    assert told == {'silent': False, 'on': True, 'off': False}
 
 
 def test_every_argument_is_described():
