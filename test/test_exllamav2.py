@@ -309,6 +309,8 @@ def change(folder, quantization=None, **fields):
     ({'symmetric': False, 'layout': 'gptq_v2'}, {}, ('zero points of 0', 'native')),
     ({}, {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, ('yarn', 'native')),
     ({}, {'model_type': 'mistral', 'sliding_window': 48}, ('48', 'engine.max_context', 'native')),
+    ({}, {'quantization': {'group_size': None}}, ('config.json', 'damaged')),
+    ({}, {'model_type': 'mistral', 'sliding_window': '48'}, ('config.json', 'damaged')),
     ({}, {'physai_decode_random_weights': {}}, ('--write-checkpoint',))])
 def test_refusals(installed, tmp_path, form, changes, said):
     save(tmp_path, **form)

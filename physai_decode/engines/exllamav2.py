@@ -75,7 +75,8 @@ class ExLlamaV2Engine:
         self._device = _device(config)
         model = checkpoint.inspect(folder)
         limit = min(config.max_context, model.context_limit or config.max_context)
-        _check(model, limit)
+        with checkpoint.parsing(folder / 'config.json'):
+            _check(model, limit)
         begun_s = time.perf_counter()
         library = _library(progress)
         imported_s = time.perf_counter()
