@@ -12,7 +12,6 @@ import sys
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import latched_qos
-from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
 from rclpy.duration import Duration
 from rclpy.node import Node
@@ -29,11 +28,10 @@ class Controller(Node):
 
     def __init__(self, command: str) -> None:
         super().__init__('controller')
-        self.command, self.late, self.text = command, 0, None
-        self.finish_reason = self.outcome = None
-        self.asked = False
-        self.token_ms = self.number('token_ms', 100.0)
-        self.create_timer(self.number('plan_s', 10.0), lambda: self.hold('no plan in time'))
+        self.command, self.late, self.text, self.reason, self.outcome = command, 0, None, '', ''
+        self.token_ms = self.declare_parameter('token_ms', 100.0).value
+        plan_s = self.declare_parameter('plan_s', 10.0).value
+        self.create_timer(plan_s, lambda: self.end('hold: no plan in time'))
         self.action = self.create_publisher(String, '~/action', 100)
         self.prompt = self.create_publisher(String, '/decode/prompt', 10)
         self.cancel = self.create_client(Trigger, '/decode/cancel')
@@ -44,49 +42,40 @@ class Controller(Node):
         self.create_subscription(
             DiagnosticArray, '/decode/model_info', self.on_model, latched_qos())
 
-    def number(self, name, default):
-        # Without dynamic typing, 50 would be refused where 50.0 is taken.
-        either = ParameterDescriptor(dynamic_typing=True)
-        return float(self.declare_parameter(name, default, either).value)
-
-    def on_model(self, array):
-        loaded = any(pair.value != NOT_KNOWN for pair in array.status[0].values)
-        if loaded and not self.asked:
-            self.asked = True
+    def on_model(self, info):
+        if info.status[0].values[0].value != NOT_KNOWN and self.command is not None:
             self.prompt.publish(String(data=self.command))
+            self.command = None
 
     def on_token(self, itl_ms):
         self.late = self.late + 1 if itl_ms.data > self.token_ms else 0
         if self.late == LATE_IN_A_ROW:
-            self.hold(f'{self.late} tokens in a row were late')
+            self.end(f'hold: {self.late} tokens in a row were late')
 
     def on_response(self, text):
         self.text = text.data
         self.act()
 
-    def on_stats(self, array):
-        values = {pair.key: pair.value for pair in array.status[0].values}
-        self.finish_reason = values['finish_reason']
-        if self.finish_reason != 'stop':
-            self.hold(array.status[0].message)
+    def on_stats(self, stats):
+        self.reason = stats.status[0].message
         self.act()
 
     def act(self):
-        if self.text is None or self.finish_reason is None or self.outcome:
-            return
-        try:
-            actions = [json.dumps(action) for action in json.loads(self.text)]
-        except (TypeError, ValueError):
-            return self.hold(f'no plan: {self.text}')
-        for action in actions:
-            self.action.publish(String(data=action))
-        self.outcome = 'done'
+        if self.reason == 'stop' and self.text is not None:
+            try:
+                self.end('done', [json.dumps(action) for action in json.loads(self.text)])
+            except (TypeError, ValueError):
+                self.end(f'hold: no plan: {self.text}')
+        elif self.reason not in ('', 'stop'):
+            self.end(f'hold: {self.reason}')
 
-    def hold(self, why):
+    def end(self, outcome, actions=('hold',)):
         if not self.outcome:
-            self.outcome = f'hold: {why}'
-            self.action.publish(String(data='hold'))
-            self.cancel.call_async(Trigger.Request())
+            self.outcome = outcome
+            for action in actions:
+                self.action.publish(String(data=action))
+            if outcome != 'done':
+                self.cancel.call_async(Trigger.Request())
 
 
 def main() -> int:

@@ -73,12 +73,6 @@ def test_no_plan_in_time(rig, control):
     assert 'hold: no plan in time' in log
 
 
-def test_a_limit_without_a_fraction(rig, control):
-    """A whole number will do."""
-    code, log, actions = control(PLAN, token_ms=1000, plan_s=20)
-    assert (code, len(actions)) == (0, 2), log
-
-
 def test_no_model(rig, control):
     """A node that says that it has none any more is not asked."""
     assert rig.change('deactivate', 'cleanup')
