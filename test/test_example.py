@@ -78,7 +78,7 @@ def test_no_model(rig, control):
     assert rig.change('deactivate', 'cleanup')
     count = rig.diagnostics('decode: engine')['requests']
     try:
-        code, log, actions = control(PLAN, plan_s=2.0)
+        code, log, actions = control(PLAN, plan_s=5.0)
         assert (code, actions) == (1, ['hold'])
         assert 'hold: no plan in time' in log
         assert rig.diagnostics('decode: engine')['requests'] == count
