@@ -31,6 +31,7 @@ setup(
         'torch>=2.5',
         'transformers>=5',
     ],
+    extras_require={'test': ['pytest', 'pytest-timeout']},      # by this colcon knows pytest
     zip_safe=False,
     author='physai_decode developers',
     author_email='physai_decode@example.org',

@@ -10,8 +10,10 @@ import json
 import sys
 
 from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import KeyValue
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import latched_qos
+from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
 from rclpy.duration import Duration
 from rclpy.node import Node
@@ -29,9 +31,8 @@ class Controller(Node):
     def __init__(self, command: str) -> None:
         super().__init__('controller')
         self.command, self.late, self.text, self.reason, self.outcome = command, 0, None, '', ''
-        self.token_ms = self.declare_parameter('token_ms', 100.0).value
-        plan_s = self.declare_parameter('plan_s', 10.0).value
-        self.create_timer(plan_s, lambda: self.end('hold: no plan in time'))
+        self.token_ms = self.number('token_ms', 100.0)
+        self.create_timer(self.number('plan_s', 10.0), lambda: self.end('hold: no plan in time'))
         self.action = self.create_publisher(String, '~/action', 100)
         self.prompt = self.create_publisher(String, '/decode/prompt', 10)
         self.cancel = self.create_client(Trigger, '/decode/cancel')
@@ -41,6 +42,11 @@ class Controller(Node):
         # The last to be made: when this one hears, the node knows of all the others.
         self.create_subscription(
             DiagnosticArray, '/decode/model_info', self.on_model, latched_qos())
+
+    def number(self, name, default):
+        # Without dynamic typing, 50 would be refused where 50.0 is taken.
+        either = ParameterDescriptor(dynamic_typing=True)
+        return float(self.declare_parameter(name, default, either).value)
 
     def on_model(self, info):
         if info.status[0].values[0].value != NOT_KNOWN and self.command is not None:
@@ -57,7 +63,9 @@ class Controller(Node):
         self.act()
 
     def on_stats(self, stats):
-        self.reason = stats.status[0].message
+        status = stats.status[0]
+        stopped = KeyValue(key='finish_reason', value='stop') in status.values
+        self.reason = 'stop' if stopped else status.message
         self.act()
 
     def act(self):

@@ -3,8 +3,8 @@ Ask a running node: send a prompt, print the answer as it comes, then its figure
 
 A std_msgs/String carries no sender, so the answer is told by its number: the node says on
 `/diagnostics` how many requests it has seen, and this command sends at once and takes the next.
-It hears `~/prompt` too: where another client's prompt comes within MOMENT_S of that, either could
-be the next, and no answer is shown.
+Where the node then says that it has seen more than this one, either could be the next, and no
+answer is shown.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
 COMPLETE = ('stop', 'length')       # finish reasons that make the exit code 0
-MOMENT_S = 0.1                      # by which what two processes hear may differ in its order
+MOMENT_S = 0.1                      # by then the node has got what was sent
 UNHEARD = (': wait longer (--timeout), or where the node has that topic remapped, remap it here '
            'too (--ros-args -r /diagnostics:=...)')
 
@@ -42,19 +42,17 @@ class Asker(Node):
 
     def __init__(self, target: str) -> None:
         """
-        Subscribe to all that a node is asked and tells of its requests.
+        Subscribe to all that a node tells of its requests.
 
         :param target: the node's name, absolute or relative to the own namespace.
         """
         super().__init__(f'decode_ask_{os.getpid()}')
         self.prompt = self.create_publisher(String, f'{target}/prompt', QoSProfile(depth=10))
         self.target = self.prompt.topic_name.removesuffix('/prompt')
-        self.create_subscription(
-            String, f'{target}/prompt', self._on_prompt, QoSProfile(depth=100))
-        self.create_subscription(
+        self.token_stats = self.create_subscription(
             DiagnosticArray, f'{target}/token_stats', self._on_token, stream_qos())
         self.create_subscription(
-            DiagnosticArray, f'{target}/request_stats', self._on_request, QoSProfile(depth=100))
+            DiagnosticArray, f'{target}/request_stats', self._on_request, stream_qos())
         # Last, because discovery tells the node of these in their order: once its diagnostics
         # come, it knows the others too.
         self.diagnostics = self.create_subscription(
@@ -62,37 +60,31 @@ class Asker(Node):
         self.show: Callable[[str], None] = lambda piece: None   # of the answer
         self.node: dict[str, str] = {}      # the node's engine status, once it came
         self.heard_s = 0.0                  # and when that was
-        self.prompts: list[tuple[float, str]] = []  # when each was heard; own ones too
         self.id = 0                         # the request's, once sent
+        self.sent_s = 0.0
         self.pieces: list[str] = []
         self.stats: dict[str, str] = {}     # the request's figures, once it has ended
         self.reason = ''
 
-    def counted(self) -> bool:
-        """Tell whether the node has counted all prompts that were heard."""
-        return not self.prompts or self.prompts[-1][0] < self.heard_s - MOMENT_S
-
     def send(self, text: str) -> None:
         """Send the prompt; the node's next request is it."""
         self.id = int(self.node['requests']) + 1
-        self.prompts = []
+        self.sent_s = time.monotonic()
         self.prompt.publish(String(data=text))
 
-    def sole(self, text: str) -> bool:
+    def counted(self) -> bool:
         """
-        Tell whether it is sure that the next request is this prompt, which was sent.
+        Tell whether the node has said that it got this prompt.
 
-        :raises AskError: another came at the same moment.
+        :raises AskError: it got another at the same moment.
         """
-        if not self.prompts or time.monotonic() < self.prompts[0][0] + MOMENT_S:
+        count = int(self.node['requests'])
+        if self.heard_s < self.sent_s + MOMENT_S or count < self.id:
             return False
-        if [each[1] for each in self.prompts] == [text]:
-            return True
-        self.pieces, self.stats = [], {}    # anybody's
-        raise AskError('another client asked at the same moment: ask again')
-
-    def _on_prompt(self, message):
-        self.prompts.append((time.monotonic(), message.data))
+        if count > self.id:
+            self.pieces, self.stats = [], {}    # anybody's
+            raise AskError('another client asked at the same moment: ask again')
+        return True
 
     def _on_diagnostics(self, message):
         if message.header.frame_id == self.target:
@@ -134,16 +126,14 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
                 raise AskError(f'{problem} within {timeout_s:g} s{advice}')
             executor.spin_once(timeout_sec=0.1)
 
-    # Two subscriptions: its own and the node's
-    wait_until(lambda: asker.count_publishers(f'{asker.target}/token_stats')
-               and asker.prompt.get_subscription_count() > 1,
+    wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
+               and asker.prompt.get_subscription_count(),
                f'no node {asker.target} was seen on the topics')
     wait_until(lambda: asker.node, f'{asker.target} is there, but was not heard on '
                f'{asker.diagnostics.topic_name}', UNHEARD)
     wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
-    wait_until(asker.counted, f'there was no pause in what others ask {asker.target}')
     asker.send(text)
-    wait_until(lambda: asker.sole(text), f'the prompt did not go out to {asker.target}')
+    wait_until(asker.counted, f'{asker.target} did not say that it got the prompt')
     show(''.join(asker.pieces))
     asker.show = show
     wait_until(lambda: asker.stats and len(asker.pieces) >= _number(asker.stats['output_tokens']),
@@ -152,9 +142,7 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; gives its exit code: 0 for a complete answer, else 1."""
-    # Bytes that are no UTF-8 would stop rclpy, which reads the arguments too.
-    args = [each.encode(errors='surrogateescape').decode(errors='replace')
-            for each in args or sys.argv]
+    args = readable(args or sys.argv)
     try:
         arguments = _parser().parse_args(remove_ros_args(args)[1:])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -201,6 +189,11 @@ def main(args: list[str] | None = None) -> int:
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
     return 1 if failure else 0
+
+
+def readable(arguments: list[str]) -> list[str]:
+    """Put U+FFFD for bytes that are no UTF-8, which would stop rclpy."""
+    return [each.encode(errors='surrogateescape').decode(errors='replace') for each in arguments]
 
 
 def drop_output() -> str:

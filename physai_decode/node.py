@@ -202,6 +202,7 @@ class DecodeNode(LifecycleNodeMixin, Node):
                             peak=self._loaded.peak, requests_before=self._before['requests'])
             worker.start()
             self._worker = worker
+        self._update()              # with what was set while it started
         self.get_logger().info(
             f'active: prompts are taken on {self.get_fully_qualified_name()}/prompt')
         return TransitionCallbackReturn.SUCCESS
@@ -363,13 +364,18 @@ class DecodeNode(LifecycleNodeMixin, Node):
             self.get_logger().warning(f'parameter refused: {error}')
             return SetParametersResult(successful=False, reason=str(error))
         result = super().set_parameters_atomically(parameter_list)
+        if result.successful:
+            self._update()
+        return result
+
+    def _update(self):
+        """Give what runs the parameters that may change meanwhile."""
         worker = self._worker
-        if result.successful and worker is not None:
+        if worker is not None:
             config = parameters.read(self)
             self._config = replace(
                 self._config, sampling=config.sampling, deadline=config.deadline)
             worker.update(config.sampling, config.deadline)
-        return result
 
     def _refuse_fixed(self, parameter_list):
         if self._loaded is None and not self._loading:

@@ -121,8 +121,9 @@ class Recorder:
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
 
-    def request(self, request_id: int, received_s: float, taken_s: float) -> 'RequestRecorder':
-        """Begin a request that was received and is now taken, at these times in seconds."""
+    def request(self, request_id: int, received_s: float,
+                taken_s: float | None) -> 'RequestRecorder':
+        """Begin a request that was received and taken at these times in s; None: never taken."""
         return RequestRecorder(self, request_id, received_s, taken_s)
 
     def window(self, now_s: float) -> WindowReport:
@@ -201,7 +202,7 @@ class RequestRecorder:
     """
 
     def __init__(self, recorder: Recorder, request_id: int, received_s: float,
-                 taken_s: float) -> None:
+                 taken_s: float | None) -> None:
         """Begin; see ``Recorder.request``."""
         self._recorder = recorder
         self._id = request_id
@@ -281,14 +282,14 @@ class RequestRecorder:
             self._miss(total_ms - request_ms)
             self._recorder._add_request(total_ms - request_ms)
         itl = sorted(self._itl_ms)
-        first_s = self._first_s
+        first_s, taken_s = self._first_s, self._taken_s
         decode_ms = math.fsum(itl)
         return RequestReport(
             request_id=self._id, finish_reason=finish_reason, message=message,
             prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens,
             output_tokens=self._count,
-            queue_ms=1e3 * (self._taken_s - self._received_s),
-            prefill_ms=None if first_s is None else 1e3 * (first_s - self._taken_s),
+            queue_ms=None if taken_s is None else 1e3 * (taken_s - self._received_s),
+            prefill_ms=None if first_s is None or taken_s is None else 1e3 * (first_s - taken_s),
             ttft_ms=None if first_s is None else 1e3 * (first_s - self._received_s),
             total_ms=total_ms,
             itl_p50_ms=percentile(itl, 50), itl_p95_ms=percentile(itl, 95),

@@ -16,6 +16,7 @@ import time
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.ask import drop_output
+from physai_decode.ask import readable
 from physai_decode.ask import UNHEARD
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import stream_qos
@@ -319,8 +320,9 @@ def _watch(watcher, executor, stop, console):
 def main(args: list[str] | None = None) -> int:
     """Run the command; gives its exit code."""
     stop = threading.Event()
+    args = readable(args or sys.argv)
     try:
-        arguments = _parser().parse_args(remove_ros_args(args or sys.argv)[1:])
+        arguments = _parser().parse_args(remove_ros_args(args)[1:])
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda *_: stop.set())
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)

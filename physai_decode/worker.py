@@ -111,6 +111,7 @@ class _Request:
     end_message: str = ''
     end_asked_s: float | None = None
     finished: bool = False          # its end was reported, or is about to be
+    answer: '_Answer | None' = None     # once it is taken
 
 
 @dataclass
@@ -172,7 +173,6 @@ class Worker:
         self._sign_of_life_s = 0.0      # what runs: when it was taken, or its last step
         self._history: list[tuple[str, str]] = []
         self._conversation = 0          # counts the resets: a turn of an older one is not kept
-        self._last_token_s: float | None = None
         self._last_error = ''
         self._failed = False
         self._requests = 0
@@ -299,7 +299,7 @@ class Worker:
             lost, stuck.finished = not stuck.finished, True
         if lost:
             self._fail(f'the engine did not come back within {timeout_s:g} s')
-            self._sink.finished(RequestReport(stuck.id, 'error', self._last_error), '')
+            cast(_Answer, stuck.answer).end('error', self._last_error)
         return False
 
     def update(self, sampling: SamplingConfig | None = None,
@@ -366,11 +366,6 @@ class Worker:
         """Count the tokens so far."""
         return self._tokens
 
-    @property
-    def last_token_s(self) -> float | None:
-        """Give the clock's time of the last token, None before the first."""
-        return self._last_token_s
-
     def _refusal(self, prompt: str) -> str:
         """Say why a prompt can't be queued; empty where it can. With the lock held."""
         if not self._accepting:
@@ -396,7 +391,7 @@ class Worker:
         """Report the end of requests that never had their turn. From the caller's thread."""
         for request in removed:
             now_s = self._clock()
-            times = self._recorder.request(request.id, request.received_s, now_s)
+            times = self._recorder.request(request.id, request.received_s, None)
             self._sink.finished(times.finish(
                 now_s, request.end_reason, request.end_message, request.end_asked_s), '')
 
@@ -408,17 +403,18 @@ class Worker:
                 while not self._queue and self._task is None and self._accepting:
                     self._wake.wait()
                 self._sign_of_life_s = self._clock()
-                request = None
+                answer = None
                 if self._task is None:
                     if not self._queue:
                         return
-                    request = self._running = self._queue.popleft()
+                    self._running = self._queue.popleft()
+                    answer = self._running.answer = _Answer(self, self._running)
             with _COLLECTOR.paused(full=lambda: not self._queue):
-                if request is None:
+                if answer is None:
                     self._perform()
                     continue
                 try:
-                    _Answer(self, request).give()
+                    answer.give()
                 except Exception as error:
                     # Only the sink's own finished() can get here: the engine's and the text's
                     # errors have ended the request in give().
@@ -464,7 +460,6 @@ class _Answer:
         self._request = request
         self._sampling = worker._sampling
         self._conversation = worker._conversation
-        self._decoder = worker._text.decoder(self._sampling.stop)
         self._times: RequestRecorder = worker._recorder.request(
             request.id, request.received_s, worker._clock())
         self._pieces: list[str] = []
@@ -477,6 +472,7 @@ class _Answer:
         worker, request = self._worker, self._request
         failure = ''
         try:
+            self._decoder = worker._text.decoder(self._sampling.stop)
             try:
                 reason, message = self._decode()
             finally:
@@ -486,7 +482,6 @@ class _Answer:
         except Exception as error:
             # The top of the worker: whatever an engine raises ends its request and no more.
             reason, message, failure = 'error', _said(error), _said(error)
-        text = ''.join(self._pieces)
         with worker._wake:
             if request.finished:                    # stop() has given it up
                 return
@@ -501,10 +496,15 @@ class _Answer:
                 worker._last_error = failure or worker._last_error
             if (worker._keep_history and reason in ('stop', 'length')
                     and worker._conversation == self._conversation):
-                worker._history.append((request.prompt, text))
+                worker._history.append((request.prompt, ''.join(self._pieces)))
+        self.end(reason, message)
+
+    def end(self, reason: str, message: str) -> None:
+        """Report the end, once: from the worker's thread, or where that hangs from another."""
+        worker = self._worker
         worker._sink.finished(self._times.finish(
             worker._clock(), reason, '; '.join(filter(None, (message, self._note))),
-            request.end_asked_s), text)
+            self._request.end_asked_s), ''.join(self._pieces))
 
     def _decode(self) -> tuple[str, str]:
         """Drive the engine to the end of the answer; give the finish reason and its message."""
@@ -580,7 +580,6 @@ class _Answer:
         worker = self._worker
         piece = self._decoder.push(token_id)
         with worker._wake:
-            worker._last_token_s = now_s
             worker._tokens += 1
         self._release('')
         report = self._times.token(now_s, token_id, piece, device_s, self._publish_s)

@@ -1,10 +1,14 @@
 """The example controller: it acts on a whole plan, and holds in every other case."""
 
+import importlib
 from pathlib import Path
 import subprocess
 import sys
 
+from diagnostic_msgs.msg import DiagnosticArray
 from node_rig import Rig
+from physai_decode import messages
+from physai_decode.timing import RequestReport
 import pytest
 import rclpy
 from std_msgs.msg import String
@@ -71,6 +75,25 @@ def test_no_plan_in_time(rig, control):
     rig.loader.engines[0].answer.set()
     assert (code, actions) == (1, ['hold'])
     assert 'hold: no plan in time' in log
+
+
+def test_a_limit_without_a_fraction(rig, control):
+    """A whole number will do."""
+    code, log, actions = control(PLAN, token_ms=1000, plan_s=20)
+    assert (code, len(actions)) == (0, 2), log
+
+
+def test_a_plan_with_a_note(rig, monkeypatch):
+    """A finish reason that the node explains is the same reason."""
+    monkeypatch.setattr(sys, 'path', [str(EXAMPLE.parent), *sys.path])
+    controller = importlib.import_module('controller').Controller('')
+    try:
+        controller.on_response(String(data=PLAN))
+        report = RequestReport(1, 'stop', 'a text of sampling.stop was met')
+        controller.on_stats(DiagnosticArray(status=[messages.request_status(report)]))
+        assert controller.outcome == 'done'
+    finally:
+        controller.destroy_node()
 
 
 def test_no_model(rig, control):

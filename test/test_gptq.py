@@ -224,6 +224,9 @@ def change(folder, drop='', replace=None, **quantization):
     *(({'group_size': size}, ('config.json', 'group_size', repr(size), 'again'))
       for size in (None, '32', 0, -32, 64.5)),
     ({'quant_method': 'exl2'}, ('exl2', 'exllamav2')),
+    ({'dynamic': {'-:.*head': {}, '+:.*down.*': {'bits': 8}}}, ('+:.*down', 'transformers')),
+    ({'drop': '0.self_attn.q_proj.qweight'}, ('k_proj is GPTQ, and others', 'transformers')),
+    ({'drop': '0.self_attn.k_proj.qweight'}, ('q_proj is GPTQ, and others', 'transformers')),
     ({'group_size': 32}, (PROJECTION.replace('1.mlp.down', '0.self_attn.q'), '[2, ', '[4, ')),
     ({'replace': {'g_idx': lambda tensor: tensor * 0}}, (PROJECTION, 'g_idx', 'groups of 64')),
     ({'replace': {'g_idx': lambda tensor: tensor + 1}}, (PROJECTION, 'g_idx', 'groups of 64')),
@@ -240,6 +243,19 @@ def test_refusals(tmp_path, changes, said):
         NativeEngine(tmp_path, CPU)
     for part in said:
         assert part in str(error.value)
+
+
+def test_settings_in_a_file_of_their_own(tmp_path):
+    """As older writers have them; a rule for what was left dense is no matter."""
+    random_gptq.save(tmp_path, 'llama', 2, 64)
+    change(tmp_path, dynamic={'-:.*nothing': {}})
+    NativeEngine(tmp_path, CPU).close()
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    del config['quantization_config']
+    path.write_text(json.dumps(config))
+    with pytest.raises(EngineError, match='is GPTQ, but config.json has no quantization_config'):
+        NativeEngine(tmp_path, CPU)
 
 
 @pytest.mark.parametrize('field', ['__metadata__', 'dtype'])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import gc
 import threading
 
+from diagnostic_msgs.msg import DiagnosticArray
 from node_rig import CONTEXT
 from node_rig import EchoEngine
 from node_rig import Letters
@@ -15,6 +16,8 @@ from physai_decode.config import ConfigError
 from physai_decode.gap import TOKENS
 from physai_decode.node import Loaded
 from physai_decode.roofline import Peak
+from physai_decode.topics import latched_qos
+from physai_decode.worker import Worker
 import pytest
 import rclpy
 from rosgraph_msgs.msg import Clock
@@ -111,7 +114,12 @@ def test_what_is_no_longer_loaded_is_not_told(rig):
     """A subscriber that comes after cleanup hears that nothing is loaded."""
     assert rig.change('deactivate', 'cleanup')
     rig.wait(lambda: len(rig.heard['model_info']) == 2)
-    info = rig.values(rig.heard['model_info'][1].status[0])
+    late = []
+    subscription = rig.probe.create_subscription(
+        DiagnosticArray, '/decode/model_info', late.append, latched_qos())
+    rig.wait(lambda: late)
+    rig.probe.destroy_subscription(subscription)
+    info = rig.values(late[0].status[0])
     assert info['message'] == 'nothing is loaded'
     assert {info[key] for key in messages.MODEL_KEYS} == {'n/a'}
 
@@ -503,6 +511,20 @@ def test_sampling_is_taken_from_the_next_request_on(rig):
     assert rig.set(sampling__max_new_tokens=2) == (True, '')
     stats = rig.ask('hello')
     assert (stats['output_tokens'], stats['finish_reason']) == ('2', 'length')
+
+
+def test_what_is_set_during_a_transition_holds(make, monkeypatch):
+    """Also where the worker has begun to start with what was set before."""
+    rig = make()
+    start = Worker.start
+
+    def slow_start(worker):
+        assert rig.set(sampling__max_new_tokens=2)[0]
+        start(worker)
+
+    monkeypatch.setattr(Worker, 'start', slow_start)
+    assert rig.change('configure', 'activate')
+    assert rig.ask('abc')['output_tokens'] == '2'
 
 
 def test_history_and_reset(make):

@@ -179,6 +179,29 @@ def test_greedy_with_a_penalty_is_alike():
         seen.add(int(wanted))
 
 
+@pytest.mark.parametrize('sampling', [
+    SamplingConfig(repetition_penalty=1.1), replace(PLAIN, temperature=1e-38),
+    replace(PLAIN, temperature=5e-324)])
+def test_the_likeliest_of_equals_is_the_first(sampling):
+    """Without temperature whatever the seed; next to none is all but that."""
+    logits = random_logits(0)
+    logits[[5, 9, 12][:3 if sampling.temperature == 0 else 1]] = logits.max() + 20.0
+    for seed in range(20):
+        sampler = Sampler(VOCAB, CPU)
+        sampler.begin(replace(sampling, seed=seed), torch.tensor([0]))
+        assert native_draw(sampler, logits, seed) == 5
+
+
+def test_logits_that_are_no_numbers():
+    """Some id of the vocabulary comes out: on a GPU another one would take the process along."""
+    sampler = Sampler(VOCAB, CPU)
+    sampler.begin(PLAIN, torch.tensor(PROMPT))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for logits in (torch.full((VOCAB,), bad), random_logits(0).index_fill(
+                0, torch.tensor([3]), bad)):
+            assert 0 <= native_draw(sampler, logits, 0) < VOCAB
+
+
 def test_plain_greedy_takes_the_likeliest():
     assert is_plain_greedy(SamplingConfig(top_k=3, seed=9))
     logits = random_logits(0)

@@ -206,6 +206,7 @@ def test_several_nodes_want_a_name(rig):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--node', 'a b'], "no node can be called 'a b'"),
+    (['--node', b'\xff'], "no node can be called '\ufffd'"),
     ([], 'the output is no terminal; --once prints one snapshot')])
 def test_what_cannot_be_watched(rig, arguments, message):
     """A message and exit code 1, no traceback."""

@@ -116,7 +116,6 @@ def test_an_answer(make):
     assert sink.threads[1].name == 'decode'
     assert worker.window().count == 4
     assert (worker.requests, worker.refusals, worker.tokens) == (1, 0, 5)
-    assert worker.last_token_s is not None
     wait_for(lambda: worker.state == 'idle')
 
 
@@ -315,7 +314,7 @@ def test_cancel_ends_all(make):
     for request_id in waiting:
         report, text = sink.end(request_id)
         assert (report.finish_reason, text) == ('cancelled', '')
-        assert report.queue_ms is not None
+        assert report.queue_ms is None      # it was never taken
         assert sink.threads[request_id] is threading.current_thread()
     gate.open(1)                                    # within one step
     report, text = sink.end(running)
@@ -434,7 +433,6 @@ def test_an_engine_that_hangs_and_comes_back(make):
     assert worker.state == 'generating'
     now[0] = 2.1
     assert worker.state == 'stalled'
-    assert worker.last_token_s == 0.0
     gate.open(1)
     sink.wait_tokens(2)
     assert worker.state == 'generating'
@@ -457,12 +455,25 @@ def test_stop_gives_up_an_engine_that_hangs(make):
         worker.start()
     gate.open(9)
     assert worker.stop(TIMEOUT_S)
-    reports = [report for report, _ in sink.ends if report.request_id == running]
-    assert [report.finish_reason for report in reports] == ['error']
+    report, text = sink.end(running)                # with what it was until then
+    assert (report.finish_reason, report.output_tokens, text) == ('error', 1, 'a')
+    assert report.ttft_ms > 0
     assert len(sink.tokens) == 1                    # nothing after it was given up
     worker.start()
     gate.open(9)
     assert sink.end(worker.submit('c'))[1] == 'abc'
+
+
+def test_a_text_without_a_decoder(make):
+    """It ends the request, not the worker."""
+    text = CharacterText()
+    decoder, text.decoder = text.decoder, lambda stop: 1 / 0
+    worker, sink = make(text=text)
+    report, _ = sink.end(worker.submit('a'))
+    assert (report.finish_reason, report.message.partition(':')[0]) == (
+        'error', 'ZeroDivisionError')
+    text.decoder = decoder
+    assert sink.end(worker.submit('say hello'))[0].finish_reason == 'stop'
 
 
 def test_deadline_truncates(make):
@@ -681,7 +692,7 @@ def test_a_task_runs_in_the_workers_thread(make):
     engine = FakeEngine()
     worker, sink = make(engine)
     sink.end(worker.submit('say hello'))
-    before, last_s = worker.window(), worker.last_token_s
+    before = worker.window()
 
     def work(given, go_on):
         assert given is engine
@@ -694,7 +705,7 @@ def test_a_task_runs_in_the_workers_thread(make):
     assert worker.run(work, TIMEOUT_S) == 'decode'
     assert worker.state == 'idle'
     assert (worker.requests, worker.refusals, worker.tokens) == (1, 0, 5)
-    assert (worker.last_error, worker.last_token_s) == ('', last_s)
+    assert worker.last_error == ''
     assert worker.window() == before
     assert len(sink.ends) == 1
 

@@ -151,7 +151,7 @@ def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0
                              'data_offsets': (end, end + spec.bytes)}
         end += spec.bytes
     written = json.dumps(header).encode()
-    _begin(folder)
+    _begin(folder, 0)       # the weights are a hole in the file
     with (folder / 'model.safetensors').open('wb') as file:
         file.write(struct.pack('<Q', len(written)) + written)
         file.truncate(file.tell() + end)
@@ -173,11 +173,8 @@ def write(folder: Path, shape: str, quantization: str = 'none', seed: int = 0,
     import torch
 
     made = config(shape, quantization)
-    _begin(folder)
-    total, free = sum(spec.bytes for spec in specs(made)), shutil.disk_usage(folder).free
-    if total > free:
-        raise OSError(f'{folder} needs {total / 1e9:.1f} GB for the random weights, '
-                      f'{free / 1e9:.1f} GB are free there')
+    total = sum(spec.bytes for spec in specs(made))
+    _begin(folder, total)
     generator = torch.Generator('cuda' if torch.cuda.is_available() else 'cpu').manual_seed(seed)
     files: dict[str, str] = {}
     for number, shard in enumerate(_shards(specs(made)), 1):
@@ -198,7 +195,7 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _begin(folder):
+def _begin(folder, needed_bytes):
     """Mark a folder and empty it of an older model, its config.json first."""
     older = [path for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json')
              for path in folder.glob(pattern)]
@@ -207,6 +204,10 @@ def _begin(folder):
         raise ValueError(f'{folder} holds a model that is not of random weights made here '
                          f'({older[0].name}, and no {MARK}): name another folder, or empty it')
     folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free + sum(512 * path.stat().st_blocks for path in older)
+    if needed_bytes > free:
+        raise OSError(f'{folder} needs {needed_bytes / 1e9:.1f} GB for the random weights, '
+                      f'{free / 1e9:.1f} GB are free there')
     mark.write_text('Random weights for timing, made by decode_bench, which may overwrite them.\n')
     for path in older:
         path.unlink()

@@ -51,6 +51,11 @@ def parse(quantization: Mapping[str, Any]) -> GptqFormat:
     if layout not in ('gptq', 'gptq_v2'):
         raise EngineError(f'the native engine does not run the GPTQ format {layout!r} '
                           '(it runs gptq and gptq_v2); set engine.name to transformers')
+    # GPTQModel's settings for single modules; those that it left dense are seen by their tensors.
+    changed = [rule for rule in quantization.get('dynamic') or () if not rule.startswith('-:')]
+    if changed:
+        raise EngineError('the native engine does not run GPTQ whose modules differ in their '
+                          f'settings ({changed[0]}); set engine.name to transformers')
     quantization = {'group_size': 128, **quantization}
     group_size = quantization['group_size']
     if group_size != -1 and positive(quantization, 'group_size') % GROUP_SIZES[0]:

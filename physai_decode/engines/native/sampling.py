@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131      # 2**64 / golden ratio, odd, as a signed 64-bit integer
+COLDEST = 1e-30                     # a temperature; float32 can divide by it
 _MIX = (-4658895280553007687, -7723592293110705685)    # the multipliers of splitmix64
 
 
@@ -34,15 +35,14 @@ class Sampler:
         """
         Take the settings of a request; ``prompt_ids`` int64 [tokens] count as seen.
 
-        A temperature of 0 becomes a top-k of 1.
+        A temperature of 0 becomes a top-p of 0, which leaves the likeliest token alone.
         """
         greedy = sampling.temperature == 0
         self._floats.copy_(torch.tensor([
-            1.0 if greedy else sampling.temperature, sampling.top_p, sampling.min_p,
-            sampling.repetition_penalty]))
+            1.0 if greedy else max(sampling.temperature, COLDEST),
+            0.0 if greedy else sampling.top_p, sampling.min_p, sampling.repetition_penalty]))
         vocab = self._seen.shape[0]
-        top_k = 1 if greedy else min(sampling.top_k or vocab, vocab)
-        self._integers.copy_(torch.tensor([top_k, sampling.seed]))
+        self._integers.copy_(torch.tensor([min(sampling.top_k or vocab, vocab), sampling.seed]))
         self._seen.zero_()
         self._seen[prompt_ids] = True
 
@@ -53,6 +53,7 @@ class Sampler:
         target = _uniform(self._integers[1:2], position) * cumulative[-1:]
         # The greatest float below 1 can still round up to the sum: the last kept one then.
         place = torch.minimum((cumulative <= target).sum(0, keepdim=True), (kept > 0).sum() - 1)
+        place.clamp_(min=0)     # where logits are not numbers, none was kept
         torch.index_select(ids, 0, place, out=token)
         self._seen.index_fill_(0, token, True)
 
@@ -60,11 +61,12 @@ class Sampler:
         """Give (weights, ids), likeliest first, both [vocab]; dropped tokens have weight 0."""
         temperature, top_p, min_p, penalty = self._floats.unbind()
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        scores = torch.where(self._seen, penalised, logits) / temperature
-        scores, ids = scores.sort(descending=True)
+        scores = torch.where(self._seen, penalised, logits)
+        scores, ids = scores.sort(descending=True, stable=True)
         # Equals of the k-th stay, as in transformers.
         least = scores.index_select(0, self._integers[:1] - 1)
-        weights = torch.where(scores >= least, (scores - scores[:1]).exp(), 0.0)
+        weights = torch.where(
+            scores >= least, ((scores - scores[:1]) / temperature).exp(), 0.0)
         weights = weights / weights.sum()
         before = weights.cumsum(0) - weights
         keep = ((before < top_p) & (weights >= min_p * weights[:1])) | (self._ranks == 0)

@@ -206,8 +206,19 @@ class _Loader:
 
     def _fused(self, prefix, parts, columns, bias):
         """Stack the named projections, each (name, rows), of one input."""
-        if self._form is None or not self._source.has(f'{prefix}{parts[0][0]}.qweight'):
+        quantised = [name for name, _ in parts if self._source.has(f'{prefix}{name}.qweight')]
+        if not quantised:
             return self._dense(prefix, parts, columns, bias)
+        if self._form is None:
+            raise EngineError(
+                f'{prefix}{quantised[0]} is GPTQ, but config.json has no quantization_config: put '
+                'the content of quantize_config.json there, with "quant_method": "gptq", or '
+                'download a newer version of the model')
+        if len(quantised) < len(parts):
+            raise EngineError(
+                f'{prefix}{quantised[0]} is GPTQ, and others of '
+                f'{", ".join(name for name, _ in parts)} are not: the native engine runs these as '
+                'one; set engine.name to transformers')
         packed = [self._int4(prefix + name, rows, columns, bias) for name, rows in parts]
         if any(p.bias is not None for p in packed):
             packed = [p if p.bias is not None else replace(p, bias=torch.zeros(
