@@ -13,8 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import FrameType
-from typing import NoReturn
 
 from diagnostic_msgs.msg import DiagnosticArray
 import rclpy
@@ -27,6 +25,7 @@ START_S = 180.0     # a first start compiles Python and reads torch from a cold 
 ASK_S = 60.0
 END_S = 10.0
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+came = []           # signals
 
 
 class Diagnostics:
@@ -43,6 +42,7 @@ class Diagnostics:
         until_s = time.monotonic() + 1.0
         while self._statuses is None and time.monotonic() < until_s:
             rclpy.spin_once(self._node, timeout_sec=0.1)
+            go_on()
         return self._statuses
 
     def close(self) -> None:
@@ -92,7 +92,15 @@ def ask() -> None:
     """Send the prompt by decode_ask, which prints what comes back."""
     command = [str(BIN / 'decode_ask'), PROMPT]
     print(f'$ {shown(command)}', flush=True)
-    if subprocess.run(command, cwd=ROOT, timeout=ASK_S).returncode:
+    process = subprocess.Popen(command, cwd=ROOT)
+    until_s = time.monotonic() + ASK_S
+    try:
+        while process.poll() is None and time.monotonic() < until_s:
+            time.sleep(0.05)
+            go_on()
+    finally:
+        process.kill()
+    if process.wait():
         raise RuntimeError('there was no complete answer')
 
 
@@ -126,11 +134,14 @@ def end(process: subprocess.Popen) -> None:
         raise RuntimeError(f'the node ended with code {process.returncode}')
 
 
-def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Let the node be ended, whatever signal comes next: a terminal that closes sends several."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def go_on() -> None:
+    """
+    Raise KeyboardInterrupt if a signal came.
+
+    Only here: raised from the handler, it could come while a child starts, which is lost then.
+    """
+    if came:
+        raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -139,7 +150,7 @@ def main() -> int:
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
     log = ROOT / 'log' / 'demo_node.log'
     for number in SIGNALS:
-        signal.signal(number, interrupt)
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         diagnostics = Diagnostics()
@@ -154,7 +165,7 @@ def main() -> int:
             diagnostics.close()
             rclpy.try_shutdown()
             end(process)
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
+    except RuntimeError as error:
         print(f'demo: {error}; the end of {log.relative_to(ROOT)}:', file=sys.stderr)
         print(''.join(log.read_text().splitlines(keepends=True)[-20:]), file=sys.stderr)
         return 1
