@@ -3,8 +3,8 @@ Ask a running node: send a prompt, print the answer as it comes, then its figure
 
 A std_msgs/String carries no sender, so the answer is told by its number: the node says on
 `/diagnostics` how many requests it has seen, and this command sends at once and takes the next.
-Where the node then says that it has seen more than this one, either could be the next, and no
-answer is shown.
+It shows what comes from the next message there on, which says whether this one is all that was
+seen since; else either could be the next, and no answer is shown.
 """
 
 import argparse
