@@ -126,18 +126,22 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
                 raise AskError(f'{problem} within {timeout_s:g} s{advice}')
             executor.spin_once(timeout_sec=0.1)
 
-    wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
-               and asker.prompt.get_subscription_count(),
-               f'no node {asker.target} was seen on the topics')
-    wait_until(lambda: asker.node, f'{asker.target} is there, but was not heard on '
-               f'{asker.diagnostics.topic_name}', UNHEARD)
-    wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
-    asker.send(text)
-    wait_until(asker.counted, f'{asker.target} did not say that it got the prompt')
-    show(''.join(asker.pieces))
-    asker.show = show
-    wait_until(lambda: asker.stats and len(asker.pieces) >= _number(asker.stats['output_tokens']),
-               f'no end of the answer came from {asker.target}')
+    try:
+        wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
+                   and asker.prompt.get_subscription_count(),
+                   f'no node {asker.target} was seen on the topics')
+        wait_until(lambda: asker.node, f'{asker.target} is there, but was not heard on '
+                   f'{asker.diagnostics.topic_name}', UNHEARD)
+        wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
+        asker.send(text)
+        wait_until(asker.counted, f'{asker.target} did not say that it got the prompt')
+        show(''.join(asker.pieces))
+        asker.show = show
+        wait_until(lambda: asker.stats
+                   and len(asker.pieces) >= _number(asker.stats['output_tokens']),
+                   f'no end of the answer came from {asker.target}')
+    finally:
+        executor.shutdown()
 
 
 def main(args: list[str] | None = None) -> int:

@@ -54,9 +54,9 @@ class Telemetry:
 
     def close(self) -> None:
         """Let go of NVML."""
-        if self._nvml is not None:
-            self._nvml.nvmlShutdown()
-            self._nvml = None
+        nvml, self._nvml = self._nvml, None
+        if nvml is not None:
+            _ask(nvml, nvml.nvmlShutdown)
 
     def _open(self, uuid):
         try:
@@ -68,7 +68,7 @@ class Telemetry:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
             self._nvml = pynvml
         except pynvml.NVMLError:
-            pynvml.nvmlShutdown()
+            _ask(pynvml, pynvml.nvmlShutdown)
 
     def _memory(self, nvml, handle):
         """Give GB used and free."""
@@ -113,8 +113,9 @@ def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:
     A measurement, where it comes to that, takes about a second and, on a GPU, 256 MiB.
     """
     if not footprint.device.startswith('cuda'):
+        # Without its name, which may hold that of a GPU: an AMD A10 is no NVIDIA A10.
         return find_peak(
-            config.roofline.peak_bandwidth_gb_s, footprint.device_name,
+            config.roofline.peak_bandwidth_gb_s, '',
             measure=lambda: measure_cpu_read_bandwidth(config.engine.cpu_threads))
     return find_peak(
         config.roofline.peak_bandwidth_gb_s, footprint.device_name,

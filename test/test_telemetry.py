@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from physai_decode.config import DecodeConfig
 from physai_decode.config import RooflineConfig
 from physai_decode.engine import Footprint
+from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import KEYS
 from physai_decode.telemetry import Telemetry
@@ -64,6 +65,25 @@ def test_a_gpu_is_asked_by_its_uuid(nvml):
     telemetry.close()
     telemetry.close()
     assert nvml == ['init', 'shutdown']
+
+
+def test_nvml_that_fails_at_the_end(nvml, monkeypatch):
+    """It keeps nothing from being freed."""
+    def fail():
+        raise NVMLError
+
+    monkeypatch.setattr(sys.modules['pynvml'], 'nvmlShutdown', fail)
+    telemetry = Telemetry(GPU)
+    telemetry.close()
+    telemetry.close()
+    Telemetry(replace(GPU, device_uuid='GPU-2')).close()
+
+
+def test_a_processor_with_a_gpu_s_name(monkeypatch):
+    """It does not get that GPU's bandwidth."""
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e10)
+    footprint = replace(CPU, device_name='AMD A10-7850K Radeon R7, 12 Compute Cores 4C+8G')
+    assert find_engine_peak(footprint, DecodeConfig()) == Peak(2e10, 'measured')
 
 
 def test_a_gpu_that_nvml_does_not_know(nvml, monkeypatch):

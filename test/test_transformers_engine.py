@@ -46,7 +46,16 @@ ARCHITECTURES = {
         'qk_rope_head_dim': 16, 'qk_nope_head_dim': 16, 'v_head_dim': 16, 'n_routed_experts': 4,
         'num_experts_per_tok': 2, 'moe_intermediate_size': 32, 'n_group': 1, 'topk_group': 1,
         'first_k_dense_replace': 1},
-    'lfm2': {**_BASE, 'layer_types': ['conv', 'full_attention']}}
+    'lfm2': {**_BASE, 'layer_types': ['conv', 'full_attention']},
+    'bamba': {                          # it does not tell places from the cache
+        **_BASE, 'num_hidden_layers': 3, 'attn_layer_indices': [1], 'mamba_n_heads': 4,
+        'mamba_d_head': 32, 'mamba_d_state': 16, 'mamba_n_groups': 1, 'mamba_expand': 2},
+    'recurrent_gemma': {                # a state that is not in the cache
+        **_BASE, 'num_hidden_layers': 3, 'lru_width': 64, 'attention_window_size': 24},
+    'gpt_neo': {                        # a mask that wants a cache which grows
+        'vocab_size': 512, 'hidden_size': 64, 'num_layers': 2, 'num_heads': 2,
+        'attention_types': [[['global', 'local'], 1]], 'window_size': 24,
+        'max_position_embeddings': 256}}
 
 
 def load(folder, config=CPU):
@@ -157,6 +166,22 @@ def test_a_state_that_is_no_context_is_not_captured():
     config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
     with pytest.raises(EngineError, match='engine.cuda_graph to false'):
         module.whole_cache(config, 64)
+
+
+@pytest.mark.parametrize('name', ['bloom', 'gpt_neo', 'recurrent_gemma'])
+def test_what_goes_wrong_over_a_static_cache_is_refused(name, tmp_path, monkeypatch):
+    config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
+    monkeypatch.setattr(module.CapturedDecoder, '_capture', lambda self: None)
+    monkeypatch.setattr(module, 'Decoder', module.CapturedDecoder)
+    with pytest.raises(EngineError, match=f'^{name}: .*set engine.cuda_graph to false'):
+        load(random_model.save_config(tmp_path, config, 0))
+
+
+def test_layers_without_keys_count_as_none(tmp_path):
+    name = 'recurrent_gemma'
+    config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
+    footprint = load(random_model.save_config(tmp_path, config, 0)).footprint
+    assert (footprint.layers, footprint.windowed_layers) == (1, 1)
 
 
 def test_experts_that_are_not_asked_are_not_read(tmp_path):

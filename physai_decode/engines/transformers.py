@@ -20,6 +20,7 @@ import gc
 from importlib.util import find_spec
 import inspect
 from pathlib import Path
+import re
 import traceback
 from urllib.error import URLError
 
@@ -169,6 +170,7 @@ class Decoder:
     """
 
     captured = False
+    advice = 'choose another model, or another engine.name'
     _graph: torch.cuda.CUDAGraph | None = None
 
     def __init__(self, network: torch.nn.Module, device: torch.device, limit: int):
@@ -193,19 +195,41 @@ class Decoder:
         if 'logits_to_keep' in parameters:
             self._options['logits_to_keep'] = 1
         self.cache = self._new_cache()
-        token = self.feed([0] * min(_WARMUP_TOKENS, limit // 2))[1]
+        self.attends = all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+            for layer in self.cache.layers)
+        self._takes_positions = 'position_ids' in parameters
+        try:
+            self._warm_up()
+        # The library raises whatever its many models raise.
+        except Exception as error:
+            if devices.is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f'{network.config.model_type}: transformers {transformers.__version__} does not '
+                f'decode it token by token over this cache ({first_line(error)}): {self.advice}'
+            ) from None
+        self.rewind([0])
+
+    def _warm_up(self):
+        token = self.feed([0] * min(_WARMUP_TOKENS, self._limit // 2))[1]
         for _ in range(2):
             token = self.step(token, int(token))[1]
+        kept = [getattr(layer, 'keys', None) is not None for layer in self.cache.layers]
+        # A layer without keys has its state elsewhere.
+        self.attends = self.attends and all(kept)
         # Of each layer that has keys and values: heads, widths of a key and a value, bytes.
         self.kv_shapes = [
             (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1],
              layer.keys.element_size())
-            for layer in self.cache.layers if getattr(layer, 'keys', None) is not None]
-        self.rewind([0])
+            for layer, has in zip(self.cache.layers, kept) if has]
+        self.windows = [
+            window for layer, has in zip(DynamicCache(config=self.network.config).layers, kept)
+            if has and (window := getattr(layer, 'sliding_window', 0))]
 
     def pieces(self, ids: list[int]) -> list[list[int]]:
         """Cut a prompt; a state other than keys and values gets it in one piece."""
-        size = _PIECE_TOKENS[self._device.type] if self._holds_attention() else len(ids)
+        size = _PIECE_TOKENS[self._device.type] if self.attends else len(ids)
         return [ids[i:i + size] for i in range(0, len(ids), size)]
 
     def rewind(self, prompt: list[int]) -> int:
@@ -217,23 +241,27 @@ class Decoder:
 
     def feed(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a piece of a prompt."""
-        return self._advance(
-            lambda: self._forward(torch.tensor([ids], device=self._device)), ids)
+        return self._advance(lambda start: self._forward(
+            torch.tensor([ids], device=self._device), start), ids)
 
     def step(self, token: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one token [1], which is on the device and has this number."""
-        return self._advance(lambda: self._forward(token.view(1, 1)), [number])
+        return self._advance(lambda start: self._forward(token.view(1, 1), start), [number])
 
     def _advance(self, run, ids):
         seen, self.seen = self.seen, []
-        outcome = run()
+        outcome = run(len(seen))
         seen.extend(ids)
         self.seen = seen
         return outcome
 
     @torch.inference_mode()
-    def _forward(self, ids):
+    def _forward(self, ids, start=0):
         cache = {self._cache_name: self.cache}
+        if self._takes_positions and not self.attends:
+            # Where it keeps another state, some a model does not tell its place from the cache.
+            cache['position_ids'] = torch.arange(
+                start, start + ids.shape[1], device=self._device)[None]
         one_length = self.captured and ids.shape[1] == 1
         with nullcontext() if one_length else devices.attention_backends(self._device):
             logits = self.network(input_ids=ids, **cache, **self._options).logits[:, -1].float()
@@ -242,16 +270,12 @@ class Decoder:
     def _new_cache(self):
         return DynamicCache(config=self.network.config)
 
-    def _holds_attention(self):
-        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
-                   for layer in self.cache.layers)
-
     def _crop(self, length, keep):
         removed = length - keep
         # A full sliding window has dropped what an earlier position would read.
         slid = any(isinstance(layer, DynamicSlidingWindowLayer) and length >= layer.sliding_window
                    for layer in self.cache.layers)
-        if not keep or not self._holds_attention() or (removed and slid):
+        if not keep or not self.attends or (removed and slid):
             self.cache = self._new_cache()
             return 0
         if removed:
@@ -269,11 +293,13 @@ class CapturedDecoder(Decoder):
     """
 
     captured = True
+    advice = 'set engine.cuda_graph to false'
 
     def __init__(self, network: torch.nn.Module, device: torch.device, limit: int):
         """Make the cache, warm up, capture, and hold the captured step against the uncaptured."""
         super().__init__(network, device, limit)
         try:
+            self._compare()
             self._capture()
         except RuntimeError as error:
             if devices.is_out_of_memory(error):
@@ -288,7 +314,25 @@ class CapturedDecoder(Decoder):
         """See `Decoder.step`; what it returns is overwritten by the next step."""
         if self._graph is None:
             return super().step(token, number)
-        return self._advance(lambda: self._replay(token), [number])
+        return self._advance(lambda start: self._replay(token), [number])
+
+    def _compare(self):
+        """Hold the static cache against the dynamic one."""
+        if not self.attends:
+            raise RuntimeError('it keeps a state outside of the cache')
+        ids, answers = list(range(1, min(_WARMUP_TOKENS, self._limit // 2) + 1)), []
+        static = self.cache
+        for cache in (static, DynamicCache(config=self.network.config)):
+            self.cache, self.seen = cache, []
+            self.feed(ids)
+            token = torch.tensor(ids[:1], device=self._device)
+            answers.append(Decoder.step(self, token, ids[0])[0].clone())
+        self.cache = static
+        self._set_length(0)
+        whole, plain = answers
+        # Other kernels add in another order: a wrong mask shows all the same.
+        if not torch.allclose(whole, plain, rtol=0, atol=0.1 * plain.abs().max()):
+            raise RuntimeError('over a cache of one length it gives other logits')
 
     @torch.inference_mode()
     def _capture(self):
@@ -452,11 +496,12 @@ def _load(model, device, dtype):
                 f'{model.folder}: {model.model_type!r} is not a model that continues text: choose '
                 'a causal language model')
         kind = known[type(config)]
+        attention = 'sdpa' if kind._supports_sdpa else 'eager'
         if 'physai_decode_random_weights' in model.config:
-            return _random(model, config, device, dtype)
+            return _random(model, config, attention, device, dtype)
         network, found = kind.from_pretrained(
             model.folder, config=config, dtype=dtype, use_safetensors=True,
-            attn_implementation='sdpa' if kind._supports_sdpa else 'eager',
+            attn_implementation=attention,
             device_map={'': device} if placed else None, output_loading_info=True)
     except EngineError:
         raise
@@ -485,7 +530,7 @@ def _load(model, device, dtype):
     return network.eval()
 
 
-def _random(model, config, device, dtype):
+def _random(model, config, attention, device, dtype):
     """Make weights at random on the device, for a folder that only describes their shapes."""
     if model.quantization_config:
         raise EngineError(
@@ -496,7 +541,7 @@ def _random(model, config, device, dtype):
     with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(model.config['physai_decode_random_weights'].get('seed', 0))
         return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation='sdpa').eval()
+            config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def _footprint(model, decoder, limit):
@@ -505,8 +550,7 @@ def _footprint(model, decoder, limit):
     # A layer that caches a compressed form has keys and values of different widths.
     heads, key_width, value_width, element_bytes = \
         decoder.kv_shapes[0] if decoder.kv_shapes else (0, 0, 0, network.dtype.itemsize)
-    windows = [window for layer in DynamicCache(config=network.config).layers
-               if (window := getattr(layer, 'sliding_window', 0))]
+    windows = decoder.windows
     name, uuid = devices.describe(device)
     graph = 'captured' if decoder.captured else 'off' if device.type == 'cuda' else 'unavailable'
     return Footprint(
@@ -532,16 +576,26 @@ def _read_weight_bytes(network, config):
         if isinstance(module, torch.nn.Embedding)} - {read_whole}
     experts = next((getattr(config, name) for name in (
         'num_local_experts', 'num_experts', 'n_routed_experts') if getattr(config, name, 0)), 0)
-    asked = getattr(config, 'num_experts_per_tok', 0) or experts
-    # A tensor that two modules share has one address and is counted once.
-    weights = {tensor.data_ptr(): (name, tensor) for name, tensor in network.state_dict().items()
+    asked = next((getattr(config, name) for name in (
+        'num_experts_per_tok', 'top_k_experts') if getattr(config, name, 0)), experts)
+    # What sees or hears is not asked at a step. A tensor that two modules share has one address
+    # and is counted once.
+    weights = {tensor.data_ptr(): (name, tensor)
+               for part in (network.get_decoder() or network, network.get_output_embeddings())
+               if part is not None for name, tensor in part.state_dict().items()
                if isinstance(tensor, torch.Tensor)}
     total = 0
     for address, (name, tensor) in weights.items():
         size = tensor.numel() * tensor.element_size()
         if address in embeddings:
             size //= tensor.shape[0]
-        elif experts and '.experts.' in name:
+        elif experts and _is_of_experts(name, tensor, experts):
             size = size * asked // experts
         total += size
     return total
+
+
+def _is_of_experts(name, tensor, experts):
+    """Tell whether a tensor is one expert's, or all experts' in one."""
+    return bool(re.search(r'\.experts\.\d+\.', name)) or tensor.shape[:1] == (experts,) and (
+        tensor.dim() == 3 or (tensor.dim() == 2 and name.endswith('bias')))
