@@ -199,17 +199,22 @@ class Decoder:
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
             for layer in self.cache.layers)
         self._takes_positions = 'position_ids' in parameters
-        try:
-            self._warm_up()
         # The library raises whatever its many models raise.
-        except Exception as error:
+        with self._telling(Exception, f'transformers {transformers.__version__} does not decode '
+                           'it token by token over this cache'):
+            self._warm_up()
+        self.rewind([0])
+
+    @contextmanager
+    def _telling(self, kind, problem):
+        """Turn errors of a kind, but a lack of memory, into one that names model and way out."""
+        try:
+            yield
+        except kind as error:
             if devices.is_out_of_memory(error):
                 raise
-            raise EngineError(
-                f'{network.config.model_type}: transformers {transformers.__version__} does not '
-                f'decode it token by token over this cache ({first_line(error)}): {self.advice}'
-            ) from None
-        self.rewind([0])
+            raise EngineError(f'{self.network.config.model_type}: {problem} '
+                              f'({first_line(error)}): {self.advice}') from None
 
     def _warm_up(self):
         token = self.feed([0] * min(_WARMUP_TOKENS, self._limit // 2))[1]
@@ -298,16 +303,10 @@ class CapturedDecoder(Decoder):
     def __init__(self, network: torch.nn.Module, device: torch.device, limit: int):
         """Make the cache, warm up, capture, and hold the captured step against the uncaptured."""
         super().__init__(network, device, limit)
-        try:
+        with self._telling(
+                RuntimeError, "transformers' decode step can not be captured in a CUDA graph"):
             self._compare()
             self._capture()
-        except RuntimeError as error:
-            if devices.is_out_of_memory(error):
-                raise
-            raise EngineError(
-                f"{network.config.model_type}: transformers' decode step can not be captured in "
-                f'a CUDA graph ({str(error).splitlines()[0]}): set engine.cuda_graph to false'
-            ) from None
         self.rewind([0])
 
     def step(self, token: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,7 +327,6 @@ class CapturedDecoder(Decoder):
             token = torch.tensor(ids[:1], device=self._device)
             answers.append(Decoder.step(self, token, ids[0])[0].clone())
         self.cache = static
-        self._set_length(0)
         whole, plain = answers
         # Other kernels add in another order: a wrong mask shows all the same.
         if not torch.allclose(whole, plain, rtol=0, atol=0.1 * plain.abs().max()):
