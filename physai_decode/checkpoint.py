@@ -21,6 +21,8 @@ from typing import Any
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 
+# The transformers library's, where a config that has a window does not name it; null is none.
+SLIDING_WINDOW = 4096
 _MODELS = Path(__file__).parent / 'models'
 _ITEM_BITS = {
     'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E4M3': 8, 'F8_E5M2': 8, 'F8_E8M0': 8, 'U16': 16, 'I16': 16,
@@ -107,11 +109,10 @@ class Checkpoint:
         rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
         yarn = rope.get('rope_type', rope.get('type')) == 'yarn' and rope.get(
             'original_max_position_embeddings')
-        # A factor of null is the one between the two limits.
-        if not limit or not yarn or rope.get('factor', ...) is None:
+        if not limit or not yarn:
             return limit
-        return max(limit, int(positive(rope, 'factor', float) * positive(
-            rope, 'original_max_position_embeddings', float)))
+        original = positive(rope, 'original_max_position_embeddings', float)
+        return max(limit, int(yarn_factor(rope, config, original) * original))
 
 
 def locate(path: str, revision: str = '') -> Path:
@@ -198,6 +199,19 @@ def positive(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
     if type(value) not in (int, kind) or not 0 < value < math.inf:
         raise ValueError(f'{key} is {value!r}, no positive {kind.__name__}')
     return value
+
+
+def yarn_factor(rope: Mapping[str, Any], config: Mapping[str, Any], original: float) -> float:
+    """
+    Give by how much YaRN stretches a model's context; a factor of null says it by the two limits.
+
+    :param rope: the rotary parameters of ``config``.
+    :param original: tokens of context before that.
+    :raises ValueError: there is no factor, or it is no positive number.
+    """
+    if rope.get('factor', ...) is None:
+        return positive(config, 'max_position_embeddings') / original
+    return positive(rope, 'factor', float)
 
 
 def gptq_layout(quantization: Mapping[str, Any]) -> str:

@@ -371,8 +371,7 @@ def _check(model: Checkpoint, limit: int) -> None:
             f'{model.folder}: ExLlamaV2 does not scale rotary positions as its config.json asks '
             f'({kind}): set engine.name to native or transformers')
     slides = model.model_type == 'mistral' or config.get('use_sliding_window')
-    # The transformers library's default, where the key is not there; null is none.
-    window = config.get('sliding_window', 4096) if slides else None
+    window = config.get('sliding_window', checkpoint.SLIDING_WINDOW) if slides else None
     if window and window < limit:
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not slide the window of {window} tokens that its '

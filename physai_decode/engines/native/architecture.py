@@ -12,13 +12,15 @@ from typing import Any
 
 from physai_decode.checkpoint import parsing
 from physai_decode.checkpoint import positive
+from physai_decode.checkpoint import SLIDING_WINDOW
+from physai_decode.checkpoint import yarn_factor
 from physai_decode.engine import EngineError
 
 HEAD_DIMS = (64, 96, 128)
 # What the transformers library takes for a key that config.json does not have; null is a value.
 _DEFAULTS: dict[str, Any] = {
     'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None,
-    'use_sliding_window': False, 'sliding_window': 4096, 'max_window_layers': 28}
+    'use_sliding_window': False, 'sliding_window': SLIDING_WINDOW, 'max_window_layers': 28}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     'llama': {},
     'mistral': {'num_key_value_heads': 8},
@@ -164,8 +166,7 @@ def _yarn(inverse, theta, head_dim, rope, config):
     """YaRN (arXiv 2309.00071): a ramp over the dimensions, and a scale of cosine and sine."""
     original = rope.get('original_max_position_embeddings') or positive(
         config, 'max_position_embeddings')
-    factor = positive(config, 'max_position_embeddings') / original \
-        if rope.get('factor', ...) is None else positive(rope, 'factor', float)
+    factor = yarn_factor(rope, config, original)
 
     def dimension(turns):
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131      # 2**64 / golden ratio, odd, as a signed 64-bit integer
-COLDEST = 1e-30                     # a temperature; float32 can divide by it
 _MIX = (-4658895280553007687, -7723592293110705685)    # the multipliers of splitmix64
+COLDEST = 1e-30                     # a temperature; float32 can divide by it
 
 
 def is_plain_greedy(sampling: SamplingConfig) -> bool:
