@@ -146,14 +146,8 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; gives its exit code: 0 for a complete answer, else 1."""
-    args = readable(args or sys.argv)
-    try:
-        arguments = _parser().parse_args(remove_ros_args(args)[1:])
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except RuntimeError as error:       # a slip in the ROS arguments
-        print(f'decode_ask: {type(error).__name__}: {error}', file=sys.stderr)
-        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    arguments = begin(_parser(), args)
 
     def show(piece):
         if not arguments.json:
@@ -195,9 +189,22 @@ def main(args: list[str] | None = None) -> int:
     return 1 if failure else 0
 
 
-def readable(arguments: list[str]) -> list[str]:
-    """Put U+FFFD for bytes that are no UTF-8, which would stop rclpy."""
-    return [each.encode(errors='surrogateescape').decode(errors='replace') for each in arguments]
+def begin(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.Namespace:
+    """
+    Read a command's arguments and start rclpy, which leaves signals alone.
+
+    :raises SystemExit: what is wrong with them has been said.
+    """
+    # Bytes that are no UTF-8 would stop rclpy.
+    args = [each.encode(errors='surrogateescape').decode(errors='replace')
+            for each in args or sys.argv]
+    try:
+        arguments = parser.parse_args(remove_ros_args(args)[1:])
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:       # a slip in the ROS arguments
+        print(f'{parser.prog}: {type(error).__name__}: {error}', file=sys.stderr)
+        raise SystemExit(1) from None
+    return arguments
 
 
 def drop_output() -> str:

@@ -15,8 +15,8 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.ask import begin
 from physai_decode.ask import drop_output
-from physai_decode.ask import readable
 from physai_decode.ask import UNHEARD
 from physai_decode.messages import NOT_KNOWN
 from physai_decode.topics import stream_qos
@@ -25,8 +25,6 @@ from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
-from rclpy.signals import SignalHandlerOptions
-from rclpy.utilities import remove_ros_args
 from rich.console import Console
 from rich.layout import Layout
 from rich.live import Live
@@ -320,15 +318,9 @@ def _watch(watcher, executor, stop, console):
 def main(args: list[str] | None = None) -> int:
     """Run the command; gives its exit code."""
     stop = threading.Event()
-    args = readable(args or sys.argv)
-    try:
-        arguments = _parser().parse_args(remove_ros_args(args)[1:])
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda *_: stop.set())
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except RuntimeError as error:       # a slip in the ROS arguments
-        print(f'decode_watch: {type(error).__name__}: {error}', file=sys.stderr)
-        return 1
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: stop.set())
+    arguments = begin(_parser(), args)
     executor, watcher = SingleThreadedExecutor(), None
     try:
         watcher = Watcher(arguments.node)

@@ -93,14 +93,14 @@ def test_another_client_just_before(rig):
             [*COMMAND, 'mine', '--json'], stdout=subprocess.PIPE, text=True)
         rig.wait(lambda: rig.probe.count_subscribers('/diagnostics') == 2)
         time.sleep(1.0)             # till the node knows it
-        told = rig.node._engine_status
+        engine_status = rig.node._engine_status
+        status = engine_status(rig.node._worker, '')
         rig.node._engine_status = lambda *_: status
-        status = told(rig.node._worker, '')
         rig.ask('other')
         rig.node._publish_diagnostics()
         rig.wait(lambda: 'MINE' in [message.data for message in rig.heard['response']])
     finally:
-        rig.node._engine_status = told
+        rig.node._engine_status = engine_status
         rig.node._timer.reset()
     told = json.loads(process.communicate(timeout=60)[0])
     assert (process.returncode, told['text']) == (1, '')
