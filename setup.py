@@ -43,10 +43,10 @@ setup(
     license='Apache-2.0',
     entry_points={
         'console_scripts': [
-            'decode_ask = physai_decode.ask:main',
+            'decode_ask = physai_decode.ros.ask:main',
             'decode_bench = physai_decode.bench:main',
-            'decode_node = physai_decode.node:main',
-            'decode_watch = physai_decode.watch:main',
+            'decode_node = physai_decode.ros.node:main',
+            'decode_watch = physai_decode.ros.watch:main',
         ],
     },
 )

@@ -11,8 +11,8 @@ import sys
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import KeyValue
-from physai_decode.messages import NOT_KNOWN
-from physai_decode.topics import latched_qos
+from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.topics import latched_qos
 from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
 from rclpy.duration import Duration

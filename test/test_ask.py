@@ -12,7 +12,7 @@ from node_rig import Rig
 import pytest
 import rclpy
 
-COMMAND = [sys.executable, '-m', 'physai_decode.ask', '--timeout', '30']
+COMMAND = [sys.executable, '-m', 'physai_decode.ros.ask', '--timeout', '30']
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ import sys
 
 from diagnostic_msgs.msg import DiagnosticArray
 from node_rig import Rig
-from physai_decode import messages
+from physai_decode.ros import messages
 from physai_decode.timing import RequestReport
 import pytest
 import rclpy

@@ -9,8 +9,8 @@ import time
 from xml.etree import ElementTree
 
 from diagnostic_msgs.msg import DiagnosticArray
-from physai_decode.topics import latched_qos
-from physai_decode.topics import stream_qos
+from physai_decode.ros.topics import latched_qos
+from physai_decode.ros.topics import stream_qos
 import pytest
 import rclpy
 from std_msgs.msg import Float64
@@ -67,7 +67,7 @@ class Session:
     def run(self) -> None:
         """Ask once, with a deadline that no token keeps, and wait for its diagnostics."""
         process = subprocess.Popen(
-            [sys.executable, '-m', 'physai_decode.node', '--ros-args', '--params-file',
+            [sys.executable, '-m', 'physai_decode.ros.node', '--ros-args', '--params-file',
              str(CONFIG / 'decode.yaml'), '-p', 'deadline.token_ms:=0.001',
              '-p', 'diagnostics.period_s:=0.2'], stdout=subprocess.DEVNULL)
         try:

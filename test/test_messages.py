@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from diagnostic_msgs.msg import DiagnosticArray
-from physai_decode import cdr
-from physai_decode import messages
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
+from physai_decode.ros import cdr
+from physai_decode.ros import messages
 from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport

@@ -11,12 +11,12 @@ from node_rig import EchoEngine
 from node_rig import Letters
 from node_rig import PATIENCE_S
 from node_rig import Rig
-from physai_decode import messages
 from physai_decode.config import ConfigError
 from physai_decode.gap import TOKENS
-from physai_decode.node import Loaded
 from physai_decode.roofline import Peak
-from physai_decode.topics import latched_qos
+from physai_decode.ros import messages
+from physai_decode.ros.node import Loaded
+from physai_decode.ros.topics import latched_qos
 from physai_decode.worker import Worker
 import pytest
 import rclpy
@@ -449,7 +449,7 @@ def test_an_engine_that_raises(rig):
 
 def test_an_engine_that_hangs(make, monkeypatch):
     """It is told as stalled, the node can be deactivated, and it recovers with the engine."""
-    monkeypatch.setattr('physai_decode.node.STOP_TIMEOUT_S', 0.2)
+    monkeypatch.setattr('physai_decode.ros.node.STOP_TIMEOUT_S', 0.2)
     rig = make(**{'diagnostics.stall_timeout_s': 0.1})
     assert rig.change('configure', 'activate')
     rig.ask_later('a?b')

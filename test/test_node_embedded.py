@@ -7,7 +7,7 @@ import shutil
 
 from node_rig import Rig
 import physai_decode
-from physai_decode import node
+from physai_decode.ros import node
 import pytest
 import rclpy
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from physai_decode import parameters
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.ros import parameters
 import pytest
 import rclpy
 from rclpy.node import Node

@@ -15,13 +15,13 @@ import time
 from diagnostic_msgs.msg import DiagnosticArray
 from node_rig import PATIENCE_S
 from node_rig import Rig
-from physai_decode import messages
-from physai_decode.watch import number
-from physai_decode.watch import printable
+from physai_decode.ros import messages
+from physai_decode.ros.watch import number
+from physai_decode.ros.watch import printable
 import pytest
 import rclpy
 
-COMMAND = [sys.executable, '-m', 'physai_decode.watch']
+COMMAND = [sys.executable, '-m', 'physai_decode.ros.watch']
 
 
 @pytest.fixture(scope='module')

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
-from physai_decode import messages
-from physai_decode import parameters
-from physai_decode.node import DecodeNode
+from physai_decode.ros import messages
+from physai_decode.ros import parameters
+from physai_decode.ros.node import DecodeNode
 import rclpy
 from rclpy.parameter import Parameter
 from std_srvs.srv import Trigger

@@ -23,14 +23,14 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
 
 from diagnostic_msgs.msg import DiagnosticArray
-from physai_decode import node
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
-from physai_decode.messages import NOT_KNOWN
+from physai_decode.ros import node
+from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.topics import stream_qos
 from physai_decode.timing import percentile
-from physai_decode.topics import stream_qos
 import rclpy
 from std_msgs.msg import Float64
 from std_msgs.msg import String

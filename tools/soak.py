@@ -22,7 +22,7 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
-from physai_decode.topics import stream_qos
+from physai_decode.ros.topics import stream_qos
 from rcl_interfaces.srv import SetParameters
 import rclpy
 from rclpy.parameter import Parameter
@@ -174,7 +174,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
     node = subprocess.Popen(
-        [sys.executable, '-m', 'physai_decode.node', '--ros-args', '--log-level', 'fatal',
+        [sys.executable, '-m', 'physai_decode.ros.node', '--ros-args', '--log-level', 'fatal',
          '-p', 'autostart:=false', '-p', f'queue.size:={QUEUE}',
          '-p', f'sampling.max_new_tokens:={arguments.tokens}'])
     rclpy.init()

@@ -15,11 +15,11 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
-from physai_decode.ask import begin
-from physai_decode.ask import drop_output
-from physai_decode.ask import UNHEARD
-from physai_decode.messages import NOT_KNOWN
-from physai_decode.topics import stream_qos
+from physai_decode.ros.ask import begin
+from physai_decode.ros.ask import drop_output
+from physai_decode.ros.ask import UNHEARD
+from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor

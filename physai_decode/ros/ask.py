@@ -16,8 +16,8 @@ import sys
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
-from physai_decode.messages import NOT_KNOWN
-from physai_decode.topics import stream_qos
+from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor

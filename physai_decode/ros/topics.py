@@ -12,8 +12,8 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
-from physai_decode import cdr
-from physai_decode import messages
+from physai_decode.ros import cdr
+from physai_decode.ros import messages
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.node import Node

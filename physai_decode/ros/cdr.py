@@ -9,7 +9,7 @@ test reads them back with rclpy. All other messages go the usual way.
 from operator import attrgetter
 from struct import Struct
 
-from physai_decode import messages
+from physai_decode.ros import messages
 from physai_decode.timing import TokenReport
 
 _LITTLE_ENDIAN = b'\0\1\0\0'                # the encapsulation's four bytes, not counted below

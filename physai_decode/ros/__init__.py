@@ -1,0 +1,1 @@
+"""The ROS side: the lifecycle node, its topics and parameters, and the commands that listen."""
