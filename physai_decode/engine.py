@@ -1,15 +1,16 @@
 """
-What the node asks of an engine: token ids in, steps out.
+What an engine is: one model on one device, which feeds prompts, takes steps and chooses tokens.
 
-An engine knows nothing of text, queues, deadlines or ROS, so that engines can be compared token
-for token. A constructed engine is loaded, warmed up and captured: there is no half engine.
+An engine knows nothing of text, queues, deadlines, prefix reuse or ROS. ``DecodeLoop`` drives it,
+the same for every engine, so that engines can be compared token for token. A constructed engine
+is loaded, warmed up and captured: there is no half-loaded engine.
 """
 
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from typing import NamedTuple
 from typing import Protocol
 
 from physai_decode.config import SamplingConfig
@@ -51,40 +52,66 @@ class Footprint:
     details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info as they are
 
 
-@dataclass(frozen=True)
-class Step:
+class Choice(NamedTuple):
     """
-    What one turn of an engine brought.
+    One token that an engine chose.
 
-    ``token_ids`` is empty between two pieces of a long prompt: nothing is known yet, but the
-    caller can close the generator there. ``device_s`` is the step's time on the device in seconds
-    (on a CPU the step's own time), or None where it is not known; for the first token it is the
-    prefill's. ``cached_tokens`` is how many of the prompt's tokens were still in the cache.
+    ``token_id`` is `NO_TOKEN` where the logits are not numbers. ``device_s`` is the time on the
+    device in seconds (on a CPU the host's own), None where it is not known.
     """
 
-    token_ids: tuple[int, ...]
-    device_s: float | None = None
-    cached_tokens: int = 0
+    token_id: int
+    device_s: float | None
+
+
+NO_TOKEN = -1                       # a choice from logits that hold NaN or are infinite
 
 
 class Engine(Protocol):
     """
     One language model on one device, for one request at a time, driven from one thread.
 
-    ``stream`` yields at most ``sampling.max_new_tokens`` tokens and ends by itself only there or
-    where the context is full; ids in ``footprint.eos_token_ids`` are yielded like any other and it
-    is the caller who stops. Closing the generator cancels within one step and leaves the engine
-    ready for the next request.
+    Its cache holds the keys and values of the tokens that it was fed and of those that a step
+    has read. Where a method raises, the cache is in doubt until ``rewind(0)``.
     """
 
     footprint: Footprint
+    chunk_tokens: tuple[int, int]
+    """The fewest and the most prompt tokens of one ``feed``; a last chunk may be shorter."""
 
-    def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
+    def rewind(self, length: int) -> int:
         """
-        Decode after ``prompt_ids``.
+        Keep at most the first ``length`` tokens of the cache, and drop steps in flight.
 
-        :param prompt_ids: token ids, 1 to ``footprint.max_context - 1`` of them.
-        :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
+        :param length: 0 to the number of tokens in the cache.
+        :returns: how many are kept; 0 where the state can't be cut back.
+        """
+        ...
+
+    def feed(self, token_ids: Sequence[int]) -> float | None:
+        """
+        Run a chunk of a prompt after what the cache holds.
+
+        :param token_ids: ids of the vocabulary, for which the context has room.
+        :returns: the time on the device in seconds, None where it is not known.
+        """
+        ...
+
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+        """
+        Choose the token after the last one fed.
+
+        :param sampling: for this choice and all steps until the next ``rewind``.
+        :param prompt_ids: the whole prompt, for what depends on the tokens so far.
+        """
+        ...
+
+    def step(self, remaining: int) -> Choice:
+        """
+        Run the token that was chosen last, and choose the one after it.
+
+        :param remaining: further steps that will be asked for if nobody cancels; an engine may
+            have that many in flight already.
         """
         ...
 
@@ -97,7 +124,7 @@ def checked_prompt(prompt_ids: Sequence[int], footprint: Footprint) -> list[int]
     """
     Give a prompt's ids where an engine can decode after them.
 
-    :raises ValueError: as ``Engine.stream`` does.
+    :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
     """
     prompt, limit, size = list(prompt_ids), footprint.max_context, footprint.vocab_size
     if not prompt:

@@ -1,0 +1,154 @@
+"""
+The decode loop of all engines: from a prompt's ids to one token after the other.
+
+It reuses the prefix that the cache still holds, feeds the rest in chunks that take about the same
+time each, so that a cancel is heard between two of them, and ends where the context is full. It
+knows neither text nor deadlines: whoever iterates stops it.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+import time
+
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import checked_prompt
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+from physai_decode.engine import NO_TOKEN
+from physai_decode.engine import shared_prefix
+
+FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
+CHUNK_MS = 100.0
+LARGEST_GROWTH = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    What one turn of the loop brought.
+
+    ``token_ids`` is empty between two chunks of a prompt: nothing is known yet, but the caller
+    can close the iterator there. ``device_s`` is the step's time on the device in seconds (on a
+    CPU the host's own), None where it is not known; for the first token it is the prefill's.
+    ``cached_tokens`` is how many of the prompt's tokens were still in the cache.
+    """
+
+    token_ids: tuple[int, ...]
+    device_s: float | None = None
+    cached_tokens: int = 0
+
+
+class DecodeLoop:
+    """Drives one engine, and knows which ids its cache holds."""
+
+    def __init__(self, engine: Engine, chunk_ms: float = CHUNK_MS,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Take an engine with nothing in its cache.
+
+        :param chunk_ms: how long one chunk of a prompt may take, about; 0 feeds the largest
+            chunks that the engine takes.
+        :param clock: monotonic, in seconds.
+        """
+        self.engine = engine
+        self._clock = clock
+        self._cached: list[int] = []
+        least, most = engine.chunk_tokens
+        first = FIRST_CHUNK_TOKENS[engine.footprint.device.partition(':')[0]]
+        self._chunk = ChunkSize(least, most, first, chunk_ms)
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """The ids whose keys and values are in the cache."""
+        return list(self._cached)
+
+    def forget(self, length: int = 0) -> None:
+        """Keep at most the first ``length`` tokens of the cache."""
+        with self._in_doubt() as cached:
+            del cached[self.engine.rewind(min(length, len(cached))):]
+
+    def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
+        """
+        Decode after ``prompt_ids``, on the thread that iterates.
+
+        At most ``sampling.max_new_tokens`` tokens come; ids in ``footprint.eos_token_ids`` come
+        like any other, and it is the caller who stops. Closing the iterator cancels within one
+        step, or one chunk of the prompt.
+
+        :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
+        :raises EngineError: while iterating: the model's logits are not numbers.
+        """
+        return self._stream(checked_prompt(prompt_ids, self.engine.footprint), sampling)
+
+    def _stream(self, prompt: list[int], sampling: SamplingConfig) -> Iterator[Step]:
+        self.forget(shared_prefix(self._cached, prompt[:-1]))
+        reused = fed = len(self._cached)
+        prefill_s: float | None = 0.0
+        while fed < len(prompt):
+            chunk = prompt[fed:fed + self._chunk.tokens]
+            begin_s = self._clock()
+            with self._in_doubt() as cached:
+                device_s = self.engine.feed(chunk)
+                cached += chunk
+            self._chunk.learn(len(chunk), self._clock() - begin_s)
+            prefill_s = _sum(prefill_s, device_s)
+            fed += len(chunk)
+            if fed < len(prompt):
+                yield Step((), None, reused)
+        token_id, device_s = self.engine.first(sampling, prompt)
+        yield Step((self._number(token_id),), _sum(prefill_s, device_s), reused)
+        room = self.engine.footprint.max_context - len(prompt)
+        for remaining in reversed(range(min(sampling.max_new_tokens, room) - 1)):
+            with self._in_doubt() as cached:
+                following, device_s = self.engine.step(remaining)
+                cached.append(token_id)
+            token_id = following
+            yield Step((self._number(token_id),), device_s, reused)
+
+    @contextmanager
+    def _in_doubt(self) -> Iterator[list[int]]:
+        """Give the list of cached ids to change; where the engine raises, nothing is cached."""
+        cached, self._cached = self._cached, []
+        yield cached
+        self._cached = cached
+
+    def _number(self, token_id: int) -> int:
+        if token_id == NO_TOKEN:
+            shape = self.engine.footprint
+            raise EngineError(
+                f"the model's logits are not numbers (NaN or infinite) in {shape.dtype}: its "
+                'weights are damaged, or too large for this number format; copy or download the '
+                'model again, or set engine.dtype to float32 or bfloat16')
+        return token_id
+
+
+class ChunkSize:
+    """How many tokens of a prompt are fed at once, learned from how long they took."""
+
+    def __init__(self, least: int, most: int, first: int, chunk_ms: float) -> None:
+        """
+        Begin with a guess.
+
+        :param least: and ``most``: the engine's limits in tokens.
+        :param first: tokens of the first chunk.
+        :param chunk_ms: how long a chunk may take; 0: as long as it takes.
+        """
+        self._least, self._most = least, most
+        self._chunk_s = 1e-3 * chunk_ms
+        self.tokens = min(max(first, least), most) if chunk_ms else most
+
+    def learn(self, tokens: int, took_s: float) -> None:
+        """Take the time of a chunk; one that is shorter than allowed can only shrink the next."""
+        if not self._chunk_s or took_s <= 0:
+            return
+        if took_s > self._chunk_s or tokens >= self.tokens:
+            fitting = int(tokens * self._chunk_s / took_s)
+            self.tokens = max(self._least,
+                              min(fitting, LARGEST_GROWTH * self.tokens, self._most))
+
+
+def _sum(one_s: float | None, other_s: float | None) -> float | None:
+    return None if one_s is None or other_s is None else one_s + other_s
