@@ -196,11 +196,17 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is tuple and not all(type(item) is str for item in value):
-        raise ConfigError(f'{name} is {value!r}: expected {_KINDS[kind]}')
+        raise ConfigError(f'{name} is {shown(value)}: expected {_KINDS[kind]}')
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not low <= value <= high:
-        raise ConfigError(f'{name} is {value!r}: allowed are {low} to {high}')
+        raise ConfigError(f'{name} is {shown(value)}: allowed are {low} to {high}')
     choices = spec.metadata['choices']
     if choices and value not in choices:
-        raise ConfigError(f'{name} is {value!r}: allowed are {", ".join(choices)}')
+        raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
     return value
+
+
+def shown(value: Any) -> str:
+    """Give a value for a message, cut where it is long."""
+    text = repr(value[:80] if type(value) is str else value)
+    return text if len(text) <= 80 else f'{text[:77]}...'

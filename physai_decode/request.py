@@ -18,6 +18,7 @@ from physai_decode.config import check_value
 from physai_decode.config import ConfigError
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.config import shown
 
 MAX_ID_CHARACTERS = 128
 ROLES = ('system', 'user', 'assistant', 'tool')
@@ -119,7 +120,7 @@ def parse(text: str) -> Request | Cancel:
         raise RequestError(f'the request is no JSON: {error}') from None
     if not isinstance(value, dict):
         raise RequestError(
-            f'the request is {_shown(value)}: expected a JSON object such as {{"prompt": "..."}}')
+            f'the request is {shown(value)}: expected a JSON object such as {{"prompt": "..."}}')
     if 'cancel' not in value:
         return Request.from_json(value)
     client_id = _client_id(value)
@@ -133,16 +134,16 @@ def parse(text: str) -> Request | Cancel:
 def _client_id(value: Mapping[str, Any]) -> str:
     metadata = value.get('metadata', {})
     if not isinstance(metadata, Mapping):
-        raise RequestError(f'metadata is {_shown(metadata)}: expected an object')
+        raise RequestError(f'metadata is {shown(metadata)}: expected an object')
     named = {'id': value.get('id'), 'metadata.id': metadata.get('id')}
     found = {name: each for name, each in named.items() if each is not None}
     for name, each in found.items():
         if not (type(each) is str and each.isprintable() and 0 < len(each) <= MAX_ID_CHARACTERS):
-            raise RequestError(f'{name} is {_shown(each)}: expected a string of 1 to '
+            raise RequestError(f'{name} is {shown(each)}: expected a string of 1 to '
                                f'{MAX_ID_CHARACTERS} printable characters')
     if len(set(found.values())) > 1:
-        raise RequestError(f'id is {_shown(found["id"])}, but metadata.id is '
-                           f'{_shown(found["metadata.id"])}: give one of them')
+        raise RequestError(f'id is {shown(found["id"])}, but metadata.id is '
+                           f'{shown(found["metadata.id"])}: give one of them')
     return next(iter(found.values()), '')
 
 
@@ -151,18 +152,18 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     known = (*_OTHERS, *SAMPLING, *_IDLE)
     for name in value:
         if name not in known:
-            raise RequestError(f'{_shown(name)} is no field of a request: allowed are '
+            raise RequestError(f'{shown(name)} is no field of a request: allowed are '
                                f'{", ".join(known)}')
     for name, idle in _IDLE.items():
         if name in value and value[name] not in idle:
-            raise RequestError(f'{name} is {_shown(value[name])}: this version of the node does '
+            raise RequestError(f'{name} is {shown(value[name])}: this version of the node does '
                                'not support it; leave it out')
     if ('prompt' in value) == ('messages' in value):
         raise RequestError('expected either prompt, a string, or messages, a list: '
                            f'{"both were" if "prompt" in value else "neither was"} given')
     prompt = value.get('prompt', '')
     if type(prompt) is not str:
-        raise RequestError(f'prompt is {_shown(prompt)}: expected a string')
+        raise RequestError(f'prompt is {shown(prompt)}: expected a string')
     return {
         'prompt': prompt, 'messages': _messages(value['messages']) if 'messages' in value else (),
         'sampling': _options(value, SAMPLING),
@@ -173,7 +174,7 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
 def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = value.get(name, {})
     if not isinstance(found, Mapping):
-        raise RequestError(f'{name} is {_shown(found)}: expected an object')
+        raise RequestError(f'{name} is {shown(found)}: expected an object')
     return found
 
 
@@ -199,25 +200,25 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if type(value) is not list or not value:
-        raise RequestError(f'messages is {_shown(value)}: expected a list of one message or more')
+        raise RequestError(f'messages is {shown(value)}: expected a list of one message or more')
     return tuple(_message(each, f'messages[{index}]') for index, each in enumerate(value))
 
 
 def _message(value: Any, name: str) -> Message:
     if not isinstance(value, Mapping):
-        raise RequestError(f'{name} is {_shown(value)}: expected an object with role and content')
+        raise RequestError(f'{name} is {shown(value)}: expected an object with role and content')
     for key in value:
         if key not in Message._fields:
             raise RequestError(f'{name}.{key} is no field of a message: allowed are '
                                f'{", ".join(Message._fields)}')
     role, content = value.get('role'), value.get('content')
     if role not in ROLES:
-        raise RequestError(f'{name}.role is {_shown(role)}: allowed are {", ".join(ROLES)}')
+        raise RequestError(f'{name}.role is {shown(role)}: allowed are {", ".join(ROLES)}')
     if type(content) is list:
         content = ''.join(_part(each, f'{name}.content[{index}]')
                           for index, each in enumerate(content))
     if type(content) is not str:
-        raise RequestError(f'{name}.content is {_shown(content)}: expected a string')
+        raise RequestError(f'{name}.content is {shown(content)}: expected a string')
     return Message(role, content)
 
 
@@ -225,7 +226,7 @@ def _part(value: Any, name: str) -> str:
     """Read one part of a message's content; images will have their place here."""
     if not isinstance(value, Mapping) or value.get('type') != 'text' \
             or type(value.get('text')) is not str or len(value) != 2:
-        raise RequestError(f'{name} is {_shown(value)}: expected '
+        raise RequestError(f'{name} is {shown(value)}: expected '
                            '{"type": "text", "text": "..."}, for the node takes text only')
     return str(value['text'])
 
@@ -234,7 +235,7 @@ def _template_kwargs(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, each in value.items():
         if not name.isidentifier() or type(each) not in (bool, int, float, str):
             raise RequestError(
-                f'chat_template_kwargs.{name} is {_shown(each)}: expected true, false, a number '
+                f'chat_template_kwargs.{name} is {shown(each)}: expected true, false, a number '
                 'or a string, under the name of a variable of the chat template')
     return dict(value)
 
@@ -245,15 +246,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         twice = next(name for index, (name, _) in enumerate(pairs)
                      if name in dict(pairs[:index]))
-        raise RequestError(f'{_shown(twice)} is given twice: give it once')
+        raise RequestError(f'{shown(twice)} is given twice: give it once')
     return found
 
 
 def _no_number(text: str) -> NoReturn:
     raise RequestError(f'{text} is no number of JSON')
-
-
-def _shown(value: Any) -> str:
-    """Give a value for a message, cut where it is long."""
-    text = repr(value) if type(value) is not str else json.dumps(value)
-    return text if len(text) <= 80 else f'{text[:77]}...'
