@@ -25,9 +25,9 @@ from typing import runtime_checkable
 from physai_decode import engines
 from physai_decode.config import DecodeConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import Step
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
-from physai_decode.engine import Step
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
