@@ -101,7 +101,7 @@ def test_nobody_elses_plan(rig, control):
     stop, asked, before = threading.Event(), [], rig.node._host.counts['requests']
 
     def keep_asking():
-        while not stop.wait(0.002):
+        while not stop.wait(0.02):
             asked.append(rig.ask_later('[{"open": "door"}]'))
 
     other = threading.Thread(target=keep_asking)
