@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode'
-CORE = ('config', 'engine', 'checkpoint', 'roofline', 'timing', 'text', 'worker', 'gap', 'engines')
+CORE = ('config', 'engine', 'checkpoint', 'roofline', 'histogram', 'timing', 'collector', 'text',
+        'worker', 'gap', 'engines')
 ROS_LIBRARIES = {
     'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'rcl_interfaces', 'rclpy',
     'std_msgs', 'std_srvs'}

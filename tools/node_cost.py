@@ -28,10 +28,10 @@ from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.histogram import percentile
 from physai_decode.ros import process
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.topics import stream_qos
-from physai_decode.timing import percentile
 import rclpy
 from std_msgs.msg import Float64
 from std_msgs.msg import String
