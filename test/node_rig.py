@@ -117,6 +117,8 @@ class Rig:
                 ('/decode/itl_ms', Float64, stream_qos()),
                 ('/decode/r_floor', Float64, stream_qos()),
                 ('/decode/response', String, stream_qos()),
+                ('/decode/result', String, stream_qos()),
+                ('/decode/accepted', String, stream_qos()),
                 ('/decode/request_stats', DiagnosticArray, stream_qos()),
                 ('/decode/model_info', DiagnosticArray, latched_qos()),
                 ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):

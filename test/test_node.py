@@ -229,7 +229,6 @@ def test_cancel_and_reset(rig):
 class TwoWays(EchoEngine):
     """Has a graph; without it, it goes on when it is told to."""
 
-    cached_ids = (ord('a'),)
     fails = False
 
     def __init__(self):
@@ -248,11 +247,11 @@ class TwoWays(EchoEngine):
             raise MemoryError('the device is full\nsee there')
         yield
 
-    def stream(self, prompt_ids, sampling):
+    def _echo_upper(self, prompt_ids):
         """Answer the measurement, or a prompt."""
-        if sampling.max_new_tokens == TOKENS:
+        if self.samplings[-1].max_new_tokens == TOKENS:
             prompt_ids = TOKENS * [ord('x')]
-        return super().stream(prompt_ids, sampling)
+        return super()._echo_upper(prompt_ids)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ No door waits for the model but measure_gap, which has a callback group of its o
 
 import time
 
-from physai_decode.engine import described
 from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
 from physai_decode.host import Host
 from physai_decode.request import Cancel
 from physai_decode.request import parse
@@ -79,6 +79,6 @@ class Doors:
         except (Busy, EngineError) as error:
             response.message = f'not measured: {error}'
         except Exception as error:      # the device's memory is full, for one
-            response.message = f'not measured: {described(error)}'
+            response.message = f'not measured: {type(error).__name__}: {first_line(error)}'
         self._logger.info(f'the gap: {response.message}')
         return response
