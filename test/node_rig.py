@@ -9,9 +9,9 @@ from lifecycle_msgs.srv import ChangeState
 from lifecycle_msgs.srv import GetState
 from physai_decode.engine import Footprint
 from physai_decode.engine import Step
+from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros.node import DecodeNode
-from physai_decode.ros.node import Loaded
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from rcl_interfaces.srv import SetParameters

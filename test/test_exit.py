@@ -19,7 +19,7 @@ import sys
 import time
 sys.path.insert(0, {folder!r})
 from node_rig import Loader
-from physai_decode.ros.node import main
+from physai_decode.ros.process import main
 
 class Slow(Loader):
     def __call__(self, config, progress):

@@ -13,9 +13,9 @@ from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode.config import ConfigError
 from physai_decode.gap import TOKENS
+from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
-from physai_decode.ros.node import Loaded
 from physai_decode.ros.topics import latched_qos
 from physai_decode.worker import Worker
 import pytest

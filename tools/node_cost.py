@@ -23,11 +23,12 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode import host
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
-from physai_decode.ros import node
+from physai_decode.ros import process
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.topics import stream_qos
 from physai_decode.timing import percentile
@@ -77,10 +78,10 @@ def config_of(arguments) -> DecodeConfig:
 def serve(path: Path, config: DecodeConfig) -> int:
     """Run the node until a signal; its engine writes when it knew the tokens."""
     def load(config, progress):
-        loaded = node.load(config, progress)
+        loaded = host.load(config, progress)
         return loaded._replace(engine=Timed(loaded.engine, path))
 
-    return node.main(['decode_node', '--ros-args', '--log-level', 'warn',
+    return process.main(['decode_node', '--ros-args', '--log-level', 'warn',
                       '-p', f'model.path:={config.model.path}',
                       '-p', f'engine.cpu_threads:={config.engine.cpu_threads}',
                       '-p', f'sampling.max_new_tokens:={config.sampling.max_new_tokens}'], load)
@@ -88,7 +89,7 @@ def serve(path: Path, config: DecodeConfig) -> int:
 
 def alone(path: Path, config: DecodeConfig) -> int:
     """Answer the prompts without the node; write the times between tokens."""
-    engine, text, _ = node.load(config, lambda line: None)
+    engine, text, _ = host.load(config, lambda line: None)
     itl_s = []
     for prompt in PROMPTS:
         timed = Timed(engine, path)

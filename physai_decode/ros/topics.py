@@ -7,11 +7,14 @@ as U+FFFD. It knows nothing of lifecycle states.
 """
 
 from collections.abc import Callable
+import json
 import threading
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.request import Request
+from physai_decode.result import chat_completion
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
 from physai_decode.timing import RequestReport
@@ -49,10 +52,12 @@ class Topics:
     The frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
     """
 
-    def __init__(self, node: Node, finished: Callable[[RequestReport], None]) -> None:
+    def __init__(self, node: Node, model: Callable[[], str],
+                 finished: Callable[[RequestReport], None]) -> None:
         """
         Create the publishers.
 
+        :param model: gives the name of the model, for results.
         :param finished: called with each request's report after it was published, from the
             thread that ended the request.
         """
@@ -60,7 +65,7 @@ class Topics:
             return node.create_publisher(
                 kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES))
 
-        self._finished = finished
+        self._model, self._finished = model, finished
         self._clock = node.get_clock()
         self._simulated = False
         self._tokens = publisher(String, '~/tokens', stream_qos())
@@ -68,6 +73,8 @@ class Topics:
         self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
         self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
         self._response = publisher(String, '~/response', stream_qos())
+        self._result = publisher(String, '~/result', stream_qos())
+        self._accepted = publisher(String, '~/accepted', stream_qos())
         self._request_stats = publisher(DiagnosticArray, '~/request_stats', stream_qos())
         self._model_info = publisher(DiagnosticArray, '~/model_info', latched_qos())
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
@@ -103,13 +110,21 @@ class Topics:
         for publisher, data in ready:
             publisher.publish(data)
 
+    def accepted(self, number: int, request: Request) -> None:
+        """Echo a request that was queued, so that a bag has every one of them."""
+        self._accepted.publish(_json({
+            'request_id': number, 'id': request.client_id or None,
+            'stamp': self._clock.now().nanoseconds * 1e-9, 'request': request.to_json()}))
+
     def finished(self, report: RequestReport, text: str) -> None:
-        """Publish the end of a request: its text unless it was refused, and its figures."""
+        """Publish the end of a request: its text unless it was refused, figures and result."""
         status = messages.request_status(report)
+        result = _json(chat_completion(report, text, self._model()))
         with self._ending:
             if report.finish_reason != 'rejected':
                 self._response.publish(String(data=text.replace('\0', NUL)))
             self._request_stats.publish(self._array([status]))
+            self._result.publish(result)
         self._finished(report)
 
     def model_info(self, status: DiagnosticStatus) -> None:
@@ -125,6 +140,11 @@ class Topics:
         array.header.stamp = self._clock.now().to_msg()
         array.header.frame_id = self._source
         return array
+
+
+def _json(value: dict) -> String:
+    """Give a JSON object as a message; JSON itself escapes NUL and half surrogate pairs."""
+    return String(data=json.dumps(value))
 
 
 def _is_heard(publisher: Publisher) -> bool:
