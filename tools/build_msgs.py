@@ -40,7 +40,7 @@ def missing() -> list[str]:
 
 
 def remove_installed() -> None:
-    """Remove what an earlier build installed: a message that is gone must not be found any more."""
+    """Remove what an earlier build installed: its messages may be gone from the sources."""
     for pattern in INSTALLED:
         for path in PREFIX.glob(pattern):
             if path.is_dir():
@@ -55,7 +55,8 @@ def build() -> None:
 
     :raises subprocess.CalledProcessError: a step failed; the tool has said why.
     """
-    environment = {**os.environ, 'AMENT_PREFIX_PATH': str(PREFIX), 'CMAKE_PREFIX_PATH': str(PREFIX)}
+    environment = {
+        **os.environ, 'AMENT_PREFIX_PATH': str(PREFIX), 'CMAKE_PREFIX_PATH': str(PREFIX)}
     environment.pop('PYTHONPATH', None)         # of a ROS distribution that was sourced
     shutil.rmtree(BUILD, ignore_errors=True)
     for command in (
