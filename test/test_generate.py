@@ -393,6 +393,19 @@ def test_goals_hold_no_thread_of_the_executor(make):
 
 
 @needs_msgs
+def test_close_waits_for_results(make):
+    """What ends while the node leaves still gets its result made; rclpy sends it, if in time."""
+    rig = make()
+    rig.host.go.clear()
+    goals = [rig.client.send(prompt='x') for _ in range(5)]
+    wait(lambda: len(rig.host.submitted) == 5)
+    rig.host.go.set()
+    rig.server.close(PATIENCE_S)
+    assert not rig.server._goals and not rig.server._thread.is_alive()
+    assert all(goal.handle for goal in goals)
+
+
+@needs_msgs
 def test_what_is_not_set_keeps_the_parameters():
     """A goal with a prompt alone is a request with a prompt alone."""
     request = generate.read(Generate.Goal(prompt='x'), 1000)

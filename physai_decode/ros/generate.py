@@ -46,7 +46,8 @@ except ImportError as error:
 available = not unavailable
 
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
-CANCEL_POLL_S = 0.001
+POLL_S = 0.001
+LINGER_S = 0.05                 # until rclpy has sent a result that it was given
 SUCCEEDED = ('stop', 'length')  # finish reasons
 
 
@@ -72,7 +73,7 @@ class GenerateServer:
         self._source = node.get_fully_qualified_name()
         self._period_s = feedback_period_s
         self._lock = threading.Lock()
-        self._goals: dict[bytes, _Goal] = {}        # those without an end; guarded by _lock
+        self._goals: dict[bytes, _Goal] = {}        # those without a result; guarded by _lock
         self._work = threading.Event()              # there is something to send, or to close
         self._hurry = threading.Event()             # and it can't wait for the period's end
         self._closed = False
@@ -87,8 +88,20 @@ class GenerateServer:
         self._thread = threading.Thread(target=self._send, name='generate', daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Send nothing more and take no goals; before the node is destroyed."""
+    def close(self, timeout_s: float = 0.0) -> None:
+        """
+        Take no goals any more; before the node is destroyed.
+
+        :param timeout_s: how long to wait until each goal has its result. Their requests must have
+            ended, and the executor must run.
+        """
+        if self._closed:
+            return
+        if self._goals:
+            until_s = time.monotonic() + timeout_s
+            while self._goals and time.monotonic() < until_s:
+                time.sleep(POLL_S)
+            time.sleep(min(timeout_s, LINGER_S))
         self._closed = True
         self._wake(True)
         self._thread.join()
@@ -121,8 +134,11 @@ class GenerateServer:
             self._wake(True)
         return CancelResponse.ACCEPT
 
-    def _conclude(self, report: RequestReport, text: str, handle: ServerGoalHandle) -> Any:
+    def _conclude(self, goal: '_Goal', handle: ServerGoalHandle) -> Any:
         """Set the goal's last state and give its result."""
+        with self._lock:
+            del self._goals[goal.key]
+        report, text = goal.end
         if report.finish_reason in SUCCEEDED:
             handle.succeed()
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
@@ -149,11 +165,11 @@ class GenerateServer:
             self._work.clear()
             self._hurry.clear()
             with self._lock:
-                goals = list(self._goals.values())
+                goals = [goal for goal in self._goals.values() if not goal.concluding]
             # A list, for each goal must have its turn.
             if any([self._serve(goal) for goal in goals]):
                 self._work.set()
-                time.sleep(CANCEL_POLL_S)
+                time.sleep(POLL_S)
             else:
                 self._hurry.wait(self._period_s)
 
@@ -167,9 +183,8 @@ class GenerateServer:
         except RCLError as error:
             self._logger.warning(f'a goal has lost feedback: {error}')
         if end is not None:
-            with self._lock:
-                del self._goals[goal.key]
-            self._server.notify_execute(goal.handle, partial(self._conclude, *end))
+            goal.concluding = True
+            self._server.notify_execute(goal.handle, partial(self._conclude, goal))
             return False
         if goal.cancel and goal.handle.is_cancel_requested and goal.number is not None:
             goal.cancel = False
@@ -210,6 +225,7 @@ class _Goal:
         self.number: int | None = None      # the request_id, once it is known
         self.cancel = False                 # a cancel came and was not passed on yet
         self.end: tuple[RequestReport, str] | None = None
+        self.concluding = False             # the executor was asked to send the result
         self._tokens: deque[tuple[int, TokenReport]] = deque()
         self._wake = wake
 
