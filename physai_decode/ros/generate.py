@@ -139,13 +139,14 @@ class GenerateServer:
         with self._lock:
             del self._goals[goal.key]
         report, text = goal.end
+        message = result(report, text, self._host.config.model.path)
         if report.finish_reason in SUCCEEDED:
             handle.succeed()
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
             handle.canceled()
         else:
             handle.abort()
-        return result(report, text, self._host.config.model.path)
+        return message
 
     def _never(self, handle: ServerGoalHandle) -> None:
         raise AssertionError('goals are executed by _conclude')
