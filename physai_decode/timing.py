@@ -7,10 +7,13 @@ known is None, never 0. It reads no clock itself, and knows neither text nor eng
 
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 import math
 import threading
+from typing import Any
 from typing import NamedTuple
 
 from physai_decode.config import DeadlineConfig
@@ -35,6 +38,7 @@ class TokenReport:
     r_floor: float | None
     bandwidth_gb_s: float | None
     deadline_missed: bool
+    client_id: str = ''               # what the client called its request
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class RequestReport:
     max_consecutive_misses: int = 0
     worst_overrun_ms: float | None = None
     cancel_ms: float | None = None    # from the cancel asked for to the request ended
+    client_id: str = ''               # what the client called it
+    seed: int | None = None           # that its tokens were drawn with
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,11 @@ class Recorder:
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
 
-    def request(self, request_id: int, received_s: float,
-                taken_s: float | None) -> 'RequestRecorder':
+    def request(self, request_id: int, received_s: float, taken_s: float | None,
+                client_id: str = '',
+                deadline: Mapping[str, Any] | None = None) -> 'RequestRecorder':
         """Begin a request that was received and taken at these times in s; None: never taken."""
-        return RequestRecorder(self, request_id, received_s, taken_s)
+        return RequestRecorder(self, request_id, received_s, taken_s, client_id, deadline or {})
 
     def window(self, now_s: float) -> WindowReport:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
@@ -202,9 +209,11 @@ class RequestRecorder:
     """
 
     def __init__(self, recorder: Recorder, request_id: int, received_s: float,
-                 taken_s: float | None) -> None:
+                 taken_s: float | None, client_id: str, deadline: Mapping[str, Any]) -> None:
         """Begin; see ``Recorder.request``."""
         self._recorder = recorder
+        self._client_id, self._own = client_id, deadline
+        self.seed: int | None = None
         self._id = request_id
         self._received_s = received_s
         self._taken_s = taken_s
@@ -220,6 +229,11 @@ class RequestRecorder:
         self.prompt_tokens: int | None = None       # set by the owner when known
         self.cached_tokens: int | None = None
 
+    @property
+    def deadline(self) -> DeadlineConfig:
+        """The request's deadlines."""
+        return replace(self._recorder.deadline, **self._own)
+
     def token(self, now_s: float, token_id: int, text: str, device_s: float | None = None,
               publish_s: float | None = None) -> TokenReport:
         """
@@ -232,7 +246,7 @@ class RequestRecorder:
         :param publish_s: what publishing the token before it took, in seconds.
         """
         recorder, index = self._recorder, self._count
-        deadline = recorder.deadline
+        deadline = self.deadline
         context = (self.prompt_tokens or 0) + index
         device_ms = _to_ms(device_s)
         itl_ms = gap_ms = floor_ms = r_floor = bandwidth_gb_s = sample = ttft_ms = None
@@ -265,7 +279,8 @@ class RequestRecorder:
         recorder._add(now_s, sample, ttft_ms, overrun_ms)
         return TokenReport(
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
-            _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed)
+            _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed,
+            self._client_id)
 
     def finish(self, now_s: float, finish_reason: str, message: str = '',
                cancel_s: float | None = None) -> RequestReport:
@@ -276,7 +291,7 @@ class RequestRecorder:
         :param message: why, in words, where the reason alone does not say it.
         :param cancel_s: when its end was asked for, where it was.
         """
-        request_ms = self._recorder.deadline.request_ms
+        request_ms = self.deadline.request_ms
         total_ms = 1e3 * (now_s - self._received_s)
         if request_ms and total_ms > request_ms:
             self._miss(total_ms - request_ms)
@@ -299,7 +314,8 @@ class RequestRecorder:
             r_floor_p50=_median(self._r_floor),
             deadline_misses=self._misses, max_consecutive_misses=self._longest_row,
             worst_overrun_ms=self._worst_overrun_ms,
-            cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s))
+            cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s),
+            client_id=self._client_id, seed=self.seed)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

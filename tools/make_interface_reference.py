@@ -26,6 +26,10 @@ PAGE = ROOT / 'docs' / 'interface.md'
 
 TOPICS = {
     '~/prompt': 'in: a prompt',
+    '~/request': 'in: a request in JSON, see requests.md',
+    '~/result': "each request's end in JSON, also of a refused one, see requests.md",
+    '~/accepted': 'each request that was queued, in JSON: `request_id`, `id`, `stamp` (seconds), '
+                  '`request`',
     '~/tokens': 'a piece of text for each token; a character is never split, so a piece may be '
                 'empty',
     '~/response': "the whole text, once, at a request's end; not for one that was refused",
@@ -49,6 +53,7 @@ KEYS = {
     'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
     'cached_tokens': 'tokens of the prompt whose keys and values were still there',
     'cancel_ms': 'from the cancel asked for to the end of the request',
+    'client_id': 'what the client called the request',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
     'consecutive_misses': 'late tokens in a row, up to now',
     'context_tokens': 'tokens whose keys and values the step read',
@@ -105,6 +110,7 @@ KEYS = {
     'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
     'request_id': 'counts from 1, over activations',
     'requests': 'requests so far',
+    'seed': 'what the tokens were drawn with',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
     'state': 'inactive, loading, idle, generating (also in a measurement), stalled or failed',

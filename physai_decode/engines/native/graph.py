@@ -55,6 +55,11 @@ class Pipeline:
             self._steps[name] = graph.replay
 
     @property
+    def flying(self) -> int:
+        """Steps in flight."""
+        return len(self._flying)
+
+    @property
     def full(self) -> bool:
         """Whether as many steps are in flight as may be."""
         return not self._free
