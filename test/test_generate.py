@@ -72,7 +72,7 @@ class ScriptedHost:
         if request.text.startswith('rejected'):
             listener.finished(RequestReport(number, 'rejected', 'the queue is full'), '')
         else:
-            self._queue.append((number, request.text, listener))
+            self._queue.append((number, request, listener))
         return number
 
     def refuse(self, message, client_id='', listener=None) -> int:
@@ -101,7 +101,8 @@ class ScriptedHost:
             if not self._queue:
                 time.sleep(1e-4)
                 continue
-            number, text, listener = self._queue.popleft()
+            number, request, listener = self._queue.popleft()
+            text = request.text
             reason, said = (text.partition(':')[0] if ':' in text else 'stop'), ''
             for index, letter in enumerate(text):
                 time.sleep(self.step_s)
@@ -112,7 +113,8 @@ class ScriptedHost:
                 said += letter
                 listener.token(TokenReport(
                     number, index, ord(letter), letter, index, None if index == 0 else 2.5, 1.5,
-                    None, None, None, None if index == 0 else 0.5, None, index == 3))
+                    None, None, None, None if index == 0 else 0.5, None, index == 3,
+                    request.client_id))
             listener.finished(RequestReport(
                 number, reason, '', prompt_tokens=len(text), cached_tokens=0,
                 output_tokens=len(said), ttft_ms=4.5), said)

@@ -15,8 +15,8 @@ import math
 import threading
 import time
 from typing import Any
-from typing import TYPE_CHECKING
 
+from physai_decode.host import Host
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
@@ -31,9 +31,6 @@ from rclpy.action.server import RCLError
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
-
-if TYPE_CHECKING:
-    from physai_decode.host import Host
 
 try:
     # The names, not the packages: Python takes the source folder of this name for a package too.
@@ -54,7 +51,7 @@ SUCCEEDED = ('stop', 'length')  # finish reasons
 class GenerateServer:
     """The action server of one node."""
 
-    def __init__(self, node: Node, host: 'Host', feedback_period_s: float = FEEDBACK_PERIOD_S,
+    def __init__(self, node: Node, host: Host, feedback_period_s: float = FEEDBACK_PERIOD_S,
                  **arguments: Any) -> None:
         """
         Take goals from now on.
@@ -122,7 +119,6 @@ class GenerateServer:
         except RequestError as error:
             goal.number = self._host.refuse(str(error), error.client_id, goal)
             return
-        goal.client_id = request.client_id
         goal.number = self._host.submit(request, received_s, goal)
 
     def _cancel(self, handle: ServerGoalHandle) -> CancelResponse:
@@ -180,7 +176,7 @@ class GenerateServer:
         tokens = goal.take()
         try:
             if tokens:
-                goal.handle.publish_feedback(self._feedback(tokens, goal.client_id))
+                goal.handle.publish_feedback(self._feedback(tokens))
         except RCLError as error:
             self._logger.warning(f'a goal has lost feedback: {error}')
         if end is not None:
@@ -192,11 +188,11 @@ class GenerateServer:
             self._host.cancel(goal.number)
         return goal.cancel
 
-    def _feedback(self, tokens: list[tuple[int, TokenReport]], client_id: str) -> Any:
+    def _feedback(self, tokens: list[tuple[int, TokenReport]]) -> Any:
         simulated = self._clock.ros_time_is_active
         now_ns = self._clock.now().nanoseconds if simulated else 0
         return Generate.Feedback(tokens=[
-            token(report, now_ns if simulated else known_ns, self._source, client_id)
+            token(report, now_ns if simulated else known_ns, self._source)
             for known_ns, report in tokens])
 
 
@@ -222,7 +218,6 @@ class _Goal:
     def __init__(self, handle: ServerGoalHandle, wake: Callable[..., None]) -> None:
         self.handle = handle
         self.key = bytes(handle.goal_id.uuid)
-        self.client_id = ''
         self.number: int | None = None      # the request_id, once it is known
         self.cancel = False                 # a cancel came and was not passed on yet
         self.end: tuple[RequestReport, str] | None = None
@@ -287,7 +282,7 @@ def _set(message: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value != getattr(unset, name)}
 
 
-def token(report: TokenReport, known_ns: int, source: str, client_id: str = '') -> Any:
+def token(report: TokenReport, known_ns: int, source: str) -> Any:
     """
     Give the message of a token.
 
@@ -295,7 +290,7 @@ def token(report: TokenReport, known_ns: int, source: str, client_id: str = '') 
     :param source: the node's full name.
     """
     message = Token(
-        request_id=report.request_id, client_id=client_id, index=report.index,
+        request_id=report.request_id, client_id=report.client_id, index=report.index,
         token_id=report.token_id, text=_text(report.text), itl_ms=_number(report.itl_ms),
         device_ms=_number(report.device_ms), r_floor=_number(report.r_floor),
         deadline_missed=report.deadline_missed)
