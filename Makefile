@@ -1,4 +1,5 @@
 # make demo   install into .venv and watch the node answer one prompt
+# make msgs   build the action and messages of physai_decode_msgs into .venv; needs a C++ compiler
 # make test   the same environment plus the test tools; lint, types and all tests
 # make clean  remove .venv and what the tools left behind
 
@@ -7,12 +8,18 @@ MACHINE ?= $(shell uname -m)
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 FAIL = fail() { echo "physai_decode: $$1" >&2; exit 1; };
 
-.PHONY: demo test lint clean supported
+MSGS = $(wildcard physai_decode_msgs/* physai_decode_msgs/*/*) $(wildcard tools/build_msgs.*)
+
+.PHONY: demo msgs test lint clean supported
 
 demo: .venv/run.stamp
 	@.venv/bin/python tools/demo.py
 
+msgs: .venv/msgs.stamp
+
 test: .venv/test.stamp
+	@if .venv/bin/python tools/build_msgs.py --check; then $(MAKE) --no-print-directory msgs; \
+	else echo 'Going on without physai_decode_msgs: the tests that need it are skipped.'; fi
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	.venv/bin/python -m pytest || status=1; exit $$status
 
@@ -28,6 +35,12 @@ lint: .venv/test.stamp
 
 .venv/test.stamp: .venv/run.stamp requirements-test.txt
 	$(PIP) install -c constraints.txt -r requirements-test.txt
+	@touch $@
+
+.venv/msgs.stamp: .venv/run.stamp requirements-msgs.txt $(MSGS)
+	@.venv/bin/python tools/build_msgs.py --check
+	$(PIP) install -c constraints.txt -r requirements-msgs.txt
+	@.venv/bin/python tools/build_msgs.py
 	@touch $@
 
 .venv/bin/pip: | supported
