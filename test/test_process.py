@@ -1,6 +1,7 @@
 """The node's process from outside: its exit code, its launcher, its params files, Ctrl-C."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -138,19 +139,20 @@ def test_an_orphan_of_a_launch_ends(ears, start, told):
     heard = ears(name)
     launcher = start([sys.executable, '-c', LAUNCHER, told, *named(name)],
                      stdout=subprocess.PIPE)
-    node = int(launcher.stdout.readline())
+    node, ended = int(launcher.stdout.readline()), []
     try:
         heard.next()
         launcher.kill()
         launcher.wait()
         if told == 'told':
-            assert launcher.stdout.read() == ''         # to its end: nobody holds it open
+            ended, _, _ = select.select([launcher.stdout], [], [], PATIENCE_S)
+            assert ended and launcher.stdout.read() == ''       # nobody holds it open
         else:
             time.sleep(1.0)
             heard.next()
             os.kill(node, 0)
     finally:
-        if told != 'told':
+        if told != 'told' or not ended:
             os.kill(node, signal.SIGTERM)
         launcher.stdout.read()
 
