@@ -24,7 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from triton.language.extra.cuda import gdc_wait
 
 BLOCK = 1024            # ids that a program reads at a time
-BINS = tl.constexpr(4096)           # 256 for each doubling of the distance from the greatest
+SIDE = tl.constexpr(64)
+BINS = tl.constexpr(64 * 64)        # 256 for each doubling of the distance from the greatest
 NEAREST = tl.constexpr(119 << 8)    # the leading bits of 2**-8, below which all is one bin
 FEW = tl.constexpr(2048)            # scores at the border that stay in registers
 LEAST = tl.constexpr(-2**63)
@@ -32,7 +33,8 @@ UNIT = tl.constexpr(2.0**44)        # the greatest probability, as an integer
 # Where the floats of `Sampler` are.
 TEMPERATURE, REST, MIN_P, PENALTY_AT = (tl.constexpr(place) for place in range(4))
 # What `_bin` and `_border` leave in ``state``.
-FIRST, SECOND, LAST, COUNT, MASS, WHOLE, BORDER = (tl.constexpr(place) for place in range(7))
+FIRST, SECOND, LAST, COUNT, MASS, WHOLE, EQUALS, BORDER = (
+    tl.constexpr(place) for place in range(8))
 GOLDEN = tl.constexpr(twin.GOLDEN % 2**64)
 MIX_1, MIX_2 = (tl.constexpr(number % 2**64) for number in twin.MIX)
 MULTIPLY_1, MULTIPLY_2 = (tl.constexpr(number) for number in twin.MULTIPLIERS)
@@ -115,14 +117,33 @@ def _limit(mass, rest):
 
 
 @triton.jit
-def _bin(logits, seen, floats, integers, tops, counts, masses, state, arrived, vocab,
+def _least(tops, k, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
+    """Give the k-th of the programs' greatest logits: k or more are not less; -inf: unknown."""
+    programs = tl.arange(0, PADDED)
+    best = tl.load(tops + programs, mask=programs < PROGRAMS, other=float('-inf'))
+    greater = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1)
+    kth = tl.min(tl.where(greater < k, best, float('inf')), 0)
+    return tl.where(k > PROGRAMS, float('-inf'), kth)
+
+
+@triton.jit
+def _emptied(bins):
+    """Load all bins in their order, and set them to zero."""
+    places = bins + tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    values = tl.load(places, cache_modifier='.cg')
+    tl.store(places, tl.zeros_like(values))
+    return tl.reshape(tl.trans(values), (BINS,))
+
+
+@triton.jit
+def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, arrived, vocab,
          BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
          PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, EARLY: tl.constexpr):
     """
     Count the scores in bins, and sum their probabilities; find the bins where the borders lie.
 
     The k-th likeliest lies in bin LAST, top-p's border in one of the bins FIRST to SECOND: until
-    it is known which equals of bin LAST top-k keeps, the sum of all is known only nearly.
+    it is known which scores of bin LAST top-k keeps, the sum of all is known only nearly.
     """
     program = tl.program_id(0)
     if EARLY:
@@ -130,29 +151,32 @@ def _bin(logits, seen, floats, integers, tops, counts, masses, state, arrived, v
         gdc_launch_dependents()
     top = _greatest(tops, PROGRAMS, PADDED)
     coldness = _coldness(floats)
+    if TOP_K:
+        least = _least(tops, tl.load(integers), PROGRAMS, PADDED)
     for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
         ids = start + tl.arange(0, BLOCK)
         _, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
         live = scores > float('-inf')
         bins = _bin_of(top - scores)
+        # Neighbours are far apart in memory, whose parts each add one number at a time.
+        places = ((bins & (SIDE - 1)) * SIDE) + bins // SIDE
         if TOP_K:
-            tl.atomic_add(counts + bins, 1, mask=live, sem='relaxed')
+            live &= scores >= least
+            tl.atomic_add(counts + places, 1, mask=live, sem='relaxed')
         if TOP_P:
             mass = _mass(scores, top, coldness)
-            tl.atomic_add(masses + bins, mass, mask=live & (mass > 0), sem='relaxed')
+            tl.atomic_add(masses + places, mass, mask=live & (mass > 0), sem='relaxed')
     if _is_last(arrived, PROGRAMS):
+        tl.store(number, 0)
         bins = tl.arange(0, BINS)
-        first = bins.to(tl.int64) * 0
         last = BINS
         if TOP_K:
-            count = tl.load(counts + bins, cache_modifier='.cg')
-            tl.store(counts + bins, 0)
+            count = _emptied(counts)
             last = tl.sum((tl.cumsum(count, 0) < tl.load(integers)).to(tl.int32), 0)
             tl.store(state + COUNT, tl.sum(tl.where(bins < last, count, 0), 0).to(tl.int64))
         tl.store(state + LAST, last)
         if TOP_P:
-            mass = tl.load(masses + bins, cache_modifier='.cg')
-            tl.store(masses + bins, first)
+            mass = _emptied(masses)
             cumulative = tl.cumsum(mass, 0)
             rest = tl.load(floats + REST)
             surely = tl.sum(tl.where(bins < last, mass, 0), 0)
@@ -163,6 +187,7 @@ def _bin(logits, seen, floats, integers, tops, counts, masses, state, arrived, v
             tl.store(state + SECOND, second)
             tl.store(state + MASS, tl.sum(tl.where(bins < first, mass, 0), 0))
             tl.store(state + WHOLE, surely)
+            tl.store(state + EQUALS, at_most - surely)
 
 
 @triton.jit
@@ -198,16 +223,18 @@ def _beyond(order, mass, bins, logits, seen, floats, found, top, coldness, n, fi
 @triton.jit
 def _range(order, bins, logits, seen, floats, found, top, coldness, n, first, last, least,
            PENALTY: tl.constexpr):
-    """Give one less than the first and the last of bins ``first`` to ``last``, in their order."""
+    """Give, of bins ``first`` to ``last``, one less than the first, the last, and their number."""
     inside = (bins >= first) & (bins <= last) & (order >= least)
     low = tl.min(tl.where(inside, order, -LEAST - 1), 0)
     high = tl.max(tl.where(inside, order, LEAST), 0)
+    count = tl.sum(inside.to(tl.int32), 0)
     for start in tl.range(FEW, n, FEW):
         order, _, bins = _found(logits, seen, floats, found, top, coldness, start, n, PENALTY)
         inside = (bins >= first) & (bins <= last) & (order >= least)
         low = tl.minimum(low, tl.min(tl.where(inside, order, -LEAST - 1), 0))
         high = tl.maximum(high, tl.max(tl.where(inside, order, LEAST), 0))
-    return low - 1, high
+        count += tl.sum(inside.to(tl.int32), 0)
+    return low - 1, high, count
 
 
 @triton.jit
@@ -240,63 +267,59 @@ def _border(logits, seen, floats, integers, tops, state, found, number, arrived,
         if TOP_P:
             wanted |= (bins >= tl.load(state + FIRST)) & (bins <= tl.load(state + SECOND))
         wanted &= scores > float('-inf')
-        slots = tl.atomic_add(number + tl.zeros((BLOCK,), tl.int32), 1, mask=wanted,
-                              sem='relaxed')
-        tl.store(found + slots, ids, mask=wanted)
+        ones = wanted.to(tl.int32)
+        slot = tl.atomic_add(number, tl.sum(ones, 0), sem='relaxed')
+        tl.store(found + slot + tl.cumsum(ones, 0) - 1, ids, mask=wanted)
     if _is_last(arrived, PROGRAMS):
         coldness = _coldness(floats)
         n = tl.load(number, cache_modifier='.cg')
-        tl.store(number, 0)
         order, mass, bins = _found(logits, seen, floats, found, top, coldness, 0, n, PENALTY)
         border = tl.full((), LEAST, tl.int64)
-        everything = border
+        if TOP_P:
+            whole = tl.load(state + WHOLE)
         if TOP_K:
-            # Equals of the k-th all stay, so ids do not count here.
+            # The greatest `low` beyond which k or more lie; equals of the k-th are not told apart.
             k = tl.load(integers)
             above = tl.load(state + COUNT)
-            low, high = _range(order, bins, logits, seen, floats, found, top, coldness, n, last,
-                               last, everything, PENALTY)
+            low, high, some = _range(order, bins, logits, seen, floats, found, top, coldness, n,
+                                     last, last, border, PENALTY)
             low = ((low + 1) >> 32) - 1
             high >>= 32
-            below_low, _ = _beyond(order, mass, bins, logits, seen, floats, found, top, coldness,
-                                   n, last, last, everything, everything, PENALTY)
-            below_high = below_low * 0
-            while (high - low > 1) & (below_low - below_high > 1):
+            few = some * 0      # there are `some` beyond `low`, `few` beyond `high`
+            equals = tl.load(state + EQUALS)    # the sum beyond `low`
+            while (high - low > 1) & (some - few > 1):
                 middle = _middle(low, high)
-                count, _ = _beyond(order, mass, bins, logits, seen, floats, found, top, coldness,
-                                   n, last, last, everything, (middle << 32) | 0xffffffff,
-                                   PENALTY)
-                few = above + count < k
-                high = tl.where(few, middle, high)
-                below_high = tl.where(few, count, below_high)
-                low = tl.where(few, low, middle)
-                below_low = tl.where(few, below_low, count)
+                count, total = _beyond(order, mass, bins, logits, seen, floats, found, top,
+                                       coldness, n, last, last, border,
+                                       (middle << 32) | 0xffffffff, PENALTY)
+                enough = above + count >= k
+                low = tl.where(enough, middle, low)
+                some = tl.where(enough, count, some)
+                equals = tl.where(enough, total, equals)
+                high = tl.where(enough, high, middle)
+                few = tl.where(enough, few, count)
             if last < BINS:
                 border = (low + 1) << 32
+                if TOP_P:
+                    whole += equals
         if TOP_P:
+            # The greatest `low_p` beyond which too much lies for another one to be kept.
             first = tl.load(state + FIRST).to(tl.int32)
             second = tl.load(state + SECOND).to(tl.int32)
             above_p = tl.load(state + MASS)
-            whole = tl.load(state + WHOLE)
-            if TOP_K:
-                _, equals = _beyond(order, mass, bins, logits, seen, floats, found, top, coldness,
-                                    n, last, last, border, everything, PENALTY)
-                whole += equals
             limit = _limit(whole, tl.load(floats + REST))
-            low_p, high_p = _range(order, bins, logits, seen, floats, found, top, coldness, n,
-                                   first, second, border, PENALTY)
-            left_low, _ = _beyond(order, mass, bins, logits, seen, floats, found, top, coldness,
-                                  n, first, second, border, low_p, PENALTY)
-            left_high = left_low * 0
-            while left_low - left_high > 1:
+            low_p, high_p, some_p = _range(order, bins, logits, seen, floats, found, top,
+                                           coldness, n, first, second, border, PENALTY)
+            few_p = some_p * 0
+            while (high_p - low_p > 1) & (some_p - few_p > 1):
                 middle = _middle(low_p, high_p)
                 count, total = _beyond(order, mass, bins, logits, seen, floats, found, top,
                                        coldness, n, first, second, border, middle, PENALTY)
-                likely = above_p + total < limit
-                high_p = tl.where(likely, middle, high_p)
-                left_high = tl.where(likely, count, left_high)
-                low_p = tl.where(likely, low_p, middle)
-                left_low = tl.where(likely, left_low, count)
+                full = above_p + total >= limit
+                low_p = tl.where(full, middle, low_p)
+                some_p = tl.where(full, count, some_p)
+                high_p = tl.where(full, high_p, middle)
+                few_p = tl.where(full, few_p, count)
             border = tl.maximum(border, low_p + 1)
         tl.store(state + BORDER, border)
 
@@ -438,7 +461,7 @@ class TritonSampler(Sampler):
         if plan.truncates:
             stages = {**common, 'PADDED': self._padded, 'TOP_K': plan.top_k, 'TOP_P': plan.top_p}
             _bin[grid](*given, self._integers, self._tops, self._counts, self._masses,
-                       self._state, self._arrived, vocab, num_warps=8, **stages)
+                       self._state, self._number, self._arrived, vocab, num_warps=8, **stages)
             _border[grid](*given, self._integers, self._tops, self._state, self._found,
                           self._number, self._arrived, vocab, num_warps=8, **stages)
         _pick[grid](
