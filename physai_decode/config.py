@@ -153,6 +153,15 @@ class DiagnosticsConfig:
 
 
 @dataclass(frozen=True)
+class BondConfig:
+    """The bond to nav2's lifecycle manager."""
+
+    heartbeat_period_s: float = _option(
+        0.25, 'time between two heartbeats to the lifecycle manager of nav2 while the node is '
+        'active; 0 sends none; needs bondpy', low=0.0, high=3600.0)
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """All settings of the node; each group is the parameters' prefix."""
 
@@ -164,6 +173,7 @@ class DecodeConfig:
     deadline: DeadlineConfig = DeadlineConfig()
     roofline: RooflineConfig = RooflineConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    bond: BondConfig = BondConfig()
     autostart: bool = _option(True, 'configure and activate by itself at start')
 
 

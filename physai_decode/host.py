@@ -107,6 +107,10 @@ class Host:
         self.failure, self.loading = '', 'begin'
         try:
             self.config = config
+            if not config.model.path:
+                raise ConfigError(
+                    'model.path names no model: set it in the params file, or by -p '
+                    'model.path:=...; builtin:tiny_planner is the small model of the package')
             self.loaded = self._load(config, tell)
             self.telemetry = Telemetry(self.loaded.engine.footprint)
             return self.loaded

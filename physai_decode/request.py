@@ -112,12 +112,7 @@ def parse(text: str) -> Request | Cancel:
 
     :raises RequestError: it is no JSON object, or a field of it is wrong.
     """
-    try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f'the request is no JSON: {error}') from None
+    value = parse_value(text, 'the request')
     if not isinstance(value, dict):
         raise RequestError(
             f'the request is {shown(value)}: expected a JSON object such as {{"prompt": "..."}}')
@@ -129,6 +124,21 @@ def parse(text: str) -> Request | Cancel:
         raise RequestError('to cancel, send {"id": "...", "cancel": true} and nothing else',
                            client_id)
     return Cancel(client_id)
+
+
+def parse_value(text: str, name: str) -> Any:
+    """
+    Read JSON strictly: no field twice in an object, and no NaN or Infinity.
+
+    :param name: of what is read, for the message.
+    :raises RequestError: it is no JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f'{name} is no JSON: {error}') from None
 
 
 def _client_id(value: Mapping[str, Any]) -> str:

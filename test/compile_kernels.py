@@ -8,6 +8,7 @@ chosen in the process.
 import sys
 
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import sampling_kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -16,7 +17,8 @@ POINTERS = {
     'table': '{half}', 'token': 'i64', 'position': 'i64', 'history': 'i64', 'weight': '{half}',
     'bias': '{half}', 'gain': '{half}', 'q_gain': '{half}', 'k_gain': '{half}', 'keys': '{half}',
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
-    'places': 'i32', 'arrived': 'i32'}      # all others are fp32
+    'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
+    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32'}   # all others are fp32
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32'}
 
@@ -50,7 +52,6 @@ def main():
             return compiled(kernel, capability, half, EARLY=early, **constants)
 
         build(kernels._embed, BLOCK=1024)
-        build(kernels._advance, BLOCK=1024, PROGRAMS=16)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
                  GROUP=128, ZEROS=True)
@@ -78,7 +79,19 @@ def main():
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
+    choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
     print('compiled')
+
+
+def choose(capability, **layout):
+    """Compile what chooses the token, each kernel with all its stages and with the fewest."""
+    compiled(sampling_kernels._top, capability, 'fp16', **layout)
+    for few in (True, False):
+        for kernel in (sampling_kernels._bin, sampling_kernels._border):
+            compiled(kernel, capability, 'fp16', warps=8, **layout, PADDED=256, TOP_K=True,
+                     TOP_P=not few)
+        compiled(sampling_kernels._pick, capability, 'fp16', **layout, PADDED=256, DRAW=not few,
+                 TRUNCATED=not few, MINIMUM=not few)
 
 
 if __name__ == '__main__':

@@ -67,7 +67,7 @@ class Session:
     def run(self) -> None:
         """Ask once, with a deadline that no token keeps, and wait for its diagnostics."""
         process = subprocess.Popen(
-            [sys.executable, '-m', 'physai_decode.ros.node', '--ros-args', '--params-file',
+            [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--params-file',
              str(CONFIG / 'decode.yaml'), '-p', 'deadline.token_ms:=0.001',
              '-p', 'diagnostics.period_s:=0.2'], stdout=subprocess.DEVNULL)
         try:

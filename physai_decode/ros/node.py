@@ -7,6 +7,7 @@ Tokens pass by them all: the worker's thread publishes them.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 import threading
 import time
@@ -18,9 +19,13 @@ from physai_decode.host import Host
 from physai_decode.host import Load
 from physai_decode.host import load
 from physai_decode.ros import parameters
+from physai_decode.ros import params_files as files
+from physai_decode.ros.bond import Bond
+from physai_decode.ros.clocked_node import ClockedNode
 from physai_decode.ros.doors import Doors
 from physai_decode.ros.status import Status
 from physai_decode.ros.topics import Topics
+from physai_decode.ros.twins import Twins
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock
@@ -28,7 +33,6 @@ from rclpy.clock import ClockType
 from rclpy.lifecycle import LifecycleNodeMixin
 from rclpy.lifecycle import LifecycleState
 from rclpy.lifecycle import TransitionCallbackReturn
-from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
@@ -39,14 +43,17 @@ class _Leaving(Exception):
     """The process ends while a model loads."""
 
 
-class DecodeNode(LifecycleNodeMixin, Node):
+class DecodeNode(LifecycleNodeMixin, ClockedNode):
     """One language model on ROS topics; the README lists names and types."""
 
-    def __init__(self, load: Load = load, name: str = 'decode', **arguments) -> None:
+    def __init__(self, load: Load = load, name: str = 'decode', params_files: Sequence[str] = (),
+                 **arguments) -> None:
         """
         Declare everything; load nothing yet.
 
         :param load: gives an engine, its text and its memory's peak; may raise.
+        :param params_files: those of the command line. Where there are any, one of them has to
+            name the model: who forgets it, or names another node in it, gets no other model.
         :param arguments: for rclpy's Node.
         :raises ConfigError: a parameter given at start is wrong.
         """
@@ -54,9 +61,9 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self._transition = threading.Lock()         # held during a transition
         self._leaving = False                       # the process ends
         transitions = ReentrantCallbackGroup()
-        Node.__init__(self, name, **arguments)
+        ClockedNode.__init__(self, name, **arguments)
         LifecycleNodeMixin.__init__(self, callback_group=transitions)
-        parameters.declare(self)
+        parameters.declare(self, {'model.path': ''} if params_files else {})
         config = parameters.read(self)
         for service in self.services:
             if service.srv_type is ChangeState:
@@ -68,7 +75,13 @@ class DecodeNode(LifecycleNodeMixin, Node):
         unknown = parameters.unknown(self)
         for each in unknown:
             self.get_logger().warning(parameters.unknown_text(each))
-        self._status = Status(host, self._topics, unknown)
+        unheard = [f'the params file {file} holds nothing for {self.get_fully_qualified_name()}'
+                   for file in files.unheard(params_files, self.get_fully_qualified_name())]
+        for each in unheard:
+            self.get_logger().error(each)
+        self._bond = Bond(self)
+        self._status = Status(host, self._topics, unknown, unheard,
+                              Twins(self, self._topics.tokens))
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             config.diagnostics.period_s, self._status.publish, clock=steady)
@@ -121,11 +134,13 @@ class DecodeNode(LifecycleNodeMixin, Node):
             return TransitionCallbackReturn.FAILURE
         self._host.start(parameters.read(self))
         self._host.update(parameters.read(self))        # with what was set while it started
+        self._bond.form(self._host.config.bond.heartbeat_period_s)
         self.get_logger().info(f'active: prompts are taken on {self._doors.prompt.topic_name}')
         return TransitionCallbackReturn.SUCCESS
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Cancel what runs and take no more requests, even where the engine hangs."""
+        self._bond.end()
         self._stop(STOP_TIMEOUT_S)
         return TransitionCallbackReturn.SUCCESS
 
@@ -187,6 +202,7 @@ class DecodeNode(LifecycleNodeMixin, Node):
         self.get_logger().info(text)
 
     def _release(self):
+        self._bond.end()
         if self._stop(EXIT_TIMEOUT_S if self._leaving else STOP_TIMEOUT_S):
             self._unload()
 

@@ -7,34 +7,72 @@ import threading
 
 from physai_decode.config import ConfigError
 from physai_decode.host import load
+from physai_decode.ros import params_files
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.node import EXIT_TIMEOUT_S
+from physai_decode.ros.parent import Parent
 import rclpy
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 EXIT_LIMIT_S = 1.8              # from a signal to the end of the process, whatever hangs
-POLL_S = 0.2                    # how often the main thread looks whether the executor has ended
+POLL_S = 0.2                    # how often the main thread looks whether the launcher has ended
 
 
-def spin(executor: MultiThreadedExecutor, stop: threading.Event) -> None:
+class Ending:
+    """Why the process ends, once it does; any thread may say so."""
+
+    def __init__(self) -> None:
+        """Go on."""
+        self.code = 0
+        self._event = threading.Event()
+
+    def begin(self, code: int = 0) -> None:
+        """End the process with this exit code, or a worse one."""
+        self.code = max(self.code, code)
+        self._event.set()
+
+    def begun(self, timeout_s: float) -> bool:
+        """Tell, within this time, whether the process ends."""
+        return self._event.wait(timeout_s)
+
+
+def spin(executor: MultiThreadedExecutor, ending: Ending) -> None:
     """Serve callbacks until the executor is shut down; an error in one ends the process."""
     try:
         executor.spin()
-    finally:
-        stop.set()
+    except BaseException:
+        ending.begin(code=1)    # so that systemd restarts the node
+        raise
+    ending.begin()
+
+
+def await_signal(signals: tuple[signal.Signals, ...], ending: Ending) -> None:
+    """
+    End the process when a signal comes.
+
+    Not by sigtimedwait: stopped and continued (SIGSTOP, SIGCONT) after its deadline, CPython's
+    returns a signal that never came.
+    """
+    signal.sigwait(signals)
+    ending.begin()
 
 
 def main(args: list[str] | None = None, load=load) -> int:
-    """Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start."""
-    stop = threading.Event()
+    """
+    Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start.
+
+    The exit code is 0 for a signal or the end of the launcher, and 1 for an error in a callback.
+    """
+    ending, parent = Ending(), Parent()
+    args = sys.argv if args is None else args
     signals = signal.SIGINT, signal.SIGTERM
     # Blocked here, and so in every thread to come, and waited for below: a handler may be replaced
     # by a library's. This handler is for threads that are older, as numpy's.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for number in signals:
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: ending.begin())
     # Fast DDS sends in a thread of its own then: a slow network does not hold up decoding.
     os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
     try:
@@ -50,7 +88,7 @@ def main(args: list[str] | None = None, load=load) -> int:
         rclpy.shutdown()
         return 2
     try:
-        node = DecodeNode(load)
+        node = DecodeNode(load, params_files=params_files.given(args))
     except Exception as error:          # rclpy's own parameters raise whatever is behind them
         kind = '' if isinstance(error, ConfigError) else f'{type(error).__name__}: '
         rclpy.logging.get_logger('decode').fatal(f'{kind}{error}')
@@ -58,12 +96,16 @@ def main(args: list[str] | None = None, load=load) -> int:
         return 1
     executor = MultiThreadedExecutor(num_threads=3)
     executor.add_node(node)
-    thread = threading.Thread(target=spin, args=(executor, stop), name='executor')
+    thread = threading.Thread(target=spin, args=(executor, ending), name='executor')
     thread.start()
-    while not stop.is_set() and signal.sigtimedwait(signals, POLL_S) is None:
-        pass
+    threading.Thread(
+        target=await_signal, args=(signals, ending), name='signals', daemon=True).start()
+    while not ending.begun(POLL_S):
+        if parent.ended():
+            node.get_logger().warning('the process that launched this one has ended: ending too')
+            ending.begin()
     # Whatever a driver does while its memory is freed, the process ends when it was told to.
-    last = threading.Timer(EXIT_LIMIT_S, os._exit, (0,))
+    last = threading.Timer(EXIT_LIMIT_S, lambda: os._exit(ending.code))
     last.daemon = True
     last.start()
     if node.close(EXIT_TIMEOUT_S):
@@ -75,7 +117,7 @@ def main(args: list[str] | None = None, load=load) -> int:
     # ended well, Python would take up to two seconds to take torch apart, for nothing.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(ending.code)
 
 
 if __name__ == '__main__':

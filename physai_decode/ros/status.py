@@ -7,6 +7,7 @@ from physai_decode.host import Host
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
 from physai_decode.ros.topics import Topics
+from physai_decode.ros.twins import Twins
 
 NO_PEAK = Peak(None, 'unknown')
 
@@ -14,9 +15,16 @@ NO_PEAK = Peak(None, 'unknown')
 class Status:
     """Reads the host, and publishes."""
 
-    def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str]) -> None:
-        """Take whose status it is, and the parameters given at start that nothing declares."""
+    def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
+                 unheard: Sequence[str], twins: Twins) -> None:
+        """
+        Take whose status it is.
+
+        :param unknown_parameters: names given at start that nothing declares.
+        :param unheard: what is to be said of params files that hold nothing for this node.
+        """
         self._host, self._topics = host, topics
+        self._unheard, self._twins = unheard, twins
         self._unknown = ' '.join(unknown_parameters)
         self._misses = 0                        # deadline misses at the last publish
 
@@ -72,6 +80,10 @@ class Status:
         level, message = messages.OK, loading or state
         if self._unknown:
             level, message = messages.WARN, f'unknown parameters: {self._unknown}'
+        if self._unheard:
+            level, message = messages.WARN, '; '.join(self._unheard)
+        if twins := self._twins.look():
+            level, message = messages.ERROR, twins
         if state == 'stalled':
             level = messages.ERROR
             message = f'no token for more than {config.diagnostics.stall_timeout_s:g} s'

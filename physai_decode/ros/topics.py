@@ -9,7 +9,6 @@ as U+FFFD. It knows nothing of lifecycle states.
 from collections.abc import Callable
 import json
 import threading
-import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
@@ -17,14 +16,15 @@ from physai_decode.request import Request
 from physai_decode.result import chat_completion
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
+from physai_decode.ros.clocked_node import ClockedNode
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
-from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSDurabilityPolicy
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos import QoSProfile
 from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.time import Time
 from std_msgs.msg import Float64
 from std_msgs.msg import String
 
@@ -52,7 +52,7 @@ class Topics:
     The frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
     """
 
-    def __init__(self, node: Node, model: Callable[[], str],
+    def __init__(self, node: ClockedNode, model: Callable[[], str],
                  finished: Callable[[RequestReport], None]) -> None:
         """
         Create the publishers.
@@ -66,9 +66,8 @@ class Topics:
                 kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES))
 
         self._model, self._finished = model, finished
-        self._clock = node.get_clock()
-        self._simulated = False
-        self._tokens = publisher(String, '~/tokens', stream_qos())
+        self._now_ns = node.now_ns
+        self.tokens = publisher(String, '~/tokens', stream_qos())
         self._token_stats = publisher(DiagnosticArray, '~/token_stats', stream_qos())
         self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
         self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
@@ -92,17 +91,14 @@ class Topics:
         """
         text = report.text.replace('\0', NUL)
         if report.index % ASK_EVERY == 0:
-            self._simulated = self._clock.ros_time_is_active
             self._heard = [_is_heard(publisher) for publisher in (
                 self._token_stats, self._itl_ms, self._r_floor)]
         token_stats, itl_ms, r_floor = self._heard
         # All is written before any is sent: a subscriber's process is then woken once, not after
         # each, and waking it is what costs most.
-        ready = [(self._tokens, cdr.string(text))]
+        ready = [(self.tokens, cdr.string(text))]
         if token_stats:
-            # rclpy's Clock.now takes a tenth of the time that a token may cost.
-            now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
-            ready.append((self._token_stats, self._figures.write(report, text, now_ns)))
+            ready.append((self._token_stats, self._figures.write(report, text, self._now_ns())))
         if itl_ms and report.itl_ms is not None:
             ready.append((self._itl_ms, cdr.float64(report.itl_ms)))
         if r_floor and report.r_floor is not None:
@@ -114,7 +110,7 @@ class Topics:
         """Echo a request that was queued, so that a bag has every one of them."""
         self._accepted.publish(_json({
             'request_id': number, 'id': request.client_id or None,
-            'stamp': self._clock.now().nanoseconds * 1e-9, 'request': request.to_json()}))
+            'stamp': self._now_ns() * 1e-9, 'request': request.to_json()}))
 
     def finished(self, report: RequestReport, text: str) -> None:
         """Publish the end of a request: its text unless it was refused, figures and result."""
@@ -137,7 +133,7 @@ class Topics:
 
     def _array(self, statuses):
         array = DiagnosticArray(status=statuses)
-        array.header.stamp = self._clock.now().to_msg()
+        array.header.stamp = Time(nanoseconds=self._now_ns()).to_msg()
         array.header.frame_id = self.node_name
         return array
 

@@ -78,7 +78,8 @@ class Network:
                 device=self._device).triu_(past + 1)
         with devices.attention_backends(self._device):
             return self._model.forward_chunk(
-                ids, self._cache, last_id_only=True, attn_params=form).get('logits')
+                ids, self._cache, preprocess_only=False, last_id_only=True, attn_params=form
+            ).get('logits')
 
     def warm_up(self, limit: int, captured: bool) -> None:
         """Run steps until the library has captured its graphs, where it is to."""

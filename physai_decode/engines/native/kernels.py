@@ -19,6 +19,7 @@ from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.sampling_kernels import TritonSampler
 from physai_decode.engines.native.tuning import timed
 from physai_decode.engines.native.tuning import TuningCache
 import torch
@@ -485,37 +486,6 @@ def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
     tl.store(out_sums + eighths, tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 8, 8)), 1))
 
 
-@triton.jit
-def _advance(logits, token, position, history, tops, places, arrived, vocab,
-             BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, EARLY: tl.constexpr):
-    """Find the greatest logit; the last program to arrive writes the token and moves on."""
-    program = tl.program_id(0)
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-    best = tl.full((BLOCK,), float('-inf'), tl.float32)
-    where = tl.zeros((BLOCK,), tl.int32)
-    for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + ids, mask=ids < vocab, other=float('-inf'))
-        where = tl.where(values > best, ids, where)
-        best = tl.maximum(best, values)
-    top = tl.max(best, 0)
-    tl.store(tops + program, top)
-    tl.store(places + program, tl.min(tl.where(best == top, where, vocab), 0))
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem='acq_rel') == PROGRAMS - 1:
-        tl.store(arrived, 0)
-        programs = tl.arange(0, PROGRAMS)
-        all_tops = tl.load(tops + programs, cache_modifier='.cg')
-        all_places = tl.load(places + programs, cache_modifier='.cg')
-        winner = tl.min(tl.where(all_tops == tl.max(all_tops, 0), all_places, vocab), 0)
-        next_position = tl.load(position) + 1
-        tl.store(token, winner.to(tl.int64))
-        tl.store(position, next_position)
-        tl.store(history + next_position, winner.to(tl.int64))
-
-
 @dataclass(frozen=True)
 class Shape:
     """What a product's kernel is chosen by."""
@@ -561,19 +531,17 @@ class TritonOps(TorchOps):
         super().__init__(on_host=False)
         self._device = device
         self._early = False
-        self._programs = 4
+        self._processors = 4
         if device.type == 'cuda':
             properties = torch.cuda.get_device_properties(device)
             self._early = properties.major >= 9
-            self._programs = 2 ** int(math.log2(properties.multi_processor_count))
+            self._processors = properties.multi_processor_count
+        self._programs = 2 ** int(math.log2(self._processors))
         self._splits = splits
         self._choices: dict[Shape, Choice] = {}
         self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
         self._current: set[int] = set()     # addresses of the vectors whose sums are up to date
-        self._tops = torch.empty(self._programs, dtype=torch.float32, device=device)
-        self._places = torch.empty(self._programs, dtype=torch.int32, device=device)
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def embed(self, table, token, x):
         """See `TorchOps.embed`."""
@@ -614,12 +582,9 @@ class TritonOps(TorchOps):
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             EARLY=self._early, **self._launch(1))
 
-    def advance(self, logits, token, position, history):
-        """See `TorchOps.advance`."""
-        _advance[(self._programs,)](
-            logits, token, position, history, self._tops, self._places, self._arrived,
-            logits.shape[0], BLOCK=1024, PROGRAMS=self._programs, EARLY=self._early,
-            **self._launch(4))
+    def sampler(self, vocab_size, device):
+        """See `TorchOps.sampler`."""
+        return TritonSampler(vocab_size, device, self._processors, self._early)
 
     def tune(self, transformer, progress):
         """

@@ -12,6 +12,8 @@ from typing import Any
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.sampling import HostSampler
+from physai_decode.engines.native.sampling import Sampler
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -122,17 +124,9 @@ class TorchOps:
             attended = weights.to(values.dtype) @ values
         out.copy_(attended.view(-1))
 
-    def advance(self, logits: Tensor, token: Tensor, position: Tensor, history: Tensor) -> None:
-        """
-        Take the likeliest token and go to the next place.
-
-        :param logits: float32 [vocab].
-        :param token: int64 [1], and ``history`` int64 [max_context + 1] at the new position: out.
-        :param position: int64 [1]; one is added.
-        """
-        token.copy_(logits.argmax(0, keepdim=True))
-        position.add_(1)
-        history.index_copy_(0, position, token)
+    def sampler(self, vocab_size: int, device: torch.device) -> Sampler:
+        """Give what chooses the next token from the step's logits."""
+        return (HostSampler if self._on_host else Sampler)(vocab_size, device)
 
     def tune(self, transformer: Any, progress: Callable[[str], None]) -> None:
         """Choose nothing: torch has its own heuristics."""

@@ -1,87 +1,306 @@
 """
-How the next token is drawn from logits, on the device, with every setting in a tensor.
+How the next token is chosen from logits: a plan of the stages that a request needs.
 
-The settings can change without a new capture. The order is that of the transformers library:
-repetition penalty, temperature, top-k, top-p, min-p. The random number is a hash of the seed and
-the token's position, so the same seed gives the same text on every device.
+The stages and their order are those of the transformers library: repetition penalty, temperature,
+top-k, top-p, min-p; then one token is drawn from what they keep. They keep the same tokens, with
+two conventions at a border: of equal scores, top-p keeps those with the highest ids (the library
+leaves this to an unstable sort), and where a sum of probabilities meets top-p to within float32's
+rounding, one token more or less may be kept.
+
+A token is drawn by a race: each kept token gets an exponential waiting time with its probability
+as the rate, and the first to arrive wins. The waiting times are a hash of the seed, the token's
+place and its id alone, so that a place draws the same token however the step that computes it is
+run, on every device.
+
+Where logits hold a NaN or positive infinity, or nothing but negative infinity, `NO_TOKEN` goes to
+the history, which is what the host reads. The next step still gets an id of the vocabulary.
 """
 
+from dataclasses import astuple
+from dataclasses import dataclass
+from dataclasses import fields
+import math
+
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import NO_TOKEN
 import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131      # 2**64 / golden ratio, odd, as a signed 64-bit integer
-_MIX = (-4658895280553007687, -7723592293110705685)    # the multipliers of splitmix64
-COLDEST = 1e-30                     # a temperature; float32 can divide by it
+COLDEST = 1e-20                     # a temperature; logits divided by it still fit float32
+GOLDEN = -7046029254386353131       # 2**64 / golden ratio, odd, as a signed 64-bit integer
+MIX = (-4658895280553007687, -7723592293110685705)      # the multipliers of splitmix64
+MULTIPLIERS = (0x7feb352d, 0x846ca68b)                  # of lowbias32 (hash-prospector, Wellons)
+FEW = 4096                          # scores that a CPU sorts sooner than it divides them into bins
 
 
-def is_plain_greedy(sampling: SamplingConfig) -> bool:
-    """Tell whether the likeliest token is all that is asked for."""
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1
+@dataclass(frozen=True)
+class Plan:
+    """
+    The stages of one request; hashable, and the same for all values of the settings.
+
+    A captured step belongs to one plan: the values are in tensors, which it reads.
+    """
+
+    repetition_penalty: bool = False
+    temperature: bool = False       # draw by chance; without it the likeliest token is taken
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> 'Plan':
+        """Give the stages that these settings need."""
+        penalty = sampling.repetition_penalty != 1
+        if sampling.temperature == 0:
+            return cls(penalty)     # whatever the other stages drop, the likeliest stays
+        return cls(penalty, True, sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)
+
+    @property
+    def key(self) -> str:
+        """The plan in words, such as ``temperature+top_p``; ``greedy`` where it has no stage."""
+        return '+'.join(spec.name for spec, needed in zip(fields(self), astuple(self))
+                        if needed) or 'greedy'
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p looks for the border of what is kept."""
+        return self.top_k or self.top_p
+
+
+GREEDY = Plan()
 
 
 class Sampler:
-    """Draws tokens from logits float32 [vocab]; its state lies at fixed addresses."""
+    """
+    Chooses tokens by operations of one shape, as a captured step needs them.
+
+    It is also the reference of the kernels and of `HostSampler`.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        # temperature, top_p, min_p, repetition_penalty
+        # temperature, 1 - top_p, min_p, repetition_penalty
         self._floats = torch.ones(4, dtype=torch.float32, device=device)
-        # top_k (vocab_size: all), seed
+        # top_k, seed
         self._integers = torch.tensor([vocab_size, 0], device=device)
-        self._ranks = torch.arange(vocab_size, device=device)
+        self._ids = torch.arange(vocab_size, device=device)
+        self._mixed = mix(self._ids.int(), 0, 0)
 
-    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor) -> None:
+    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor) -> Plan:
         """
-        Take the settings of a request; ``prompt_ids`` int64 [tokens] count as seen.
+        Write a request's settings to where the step reads them.
 
-        A temperature of 0 becomes a top-p of 0, which leaves the likeliest token alone.
+        :param prompt_ids: int64 [tokens]; they count as seen.
         """
-        greedy = sampling.temperature == 0
-        self._floats.copy_(torch.tensor([
-            1.0 if greedy else max(sampling.temperature, COLDEST),
-            0.0 if greedy else sampling.top_p, sampling.min_p, sampling.repetition_penalty]))
-        vocab = self._seen.shape[0]
-        self._integers.copy_(torch.tensor([min(sampling.top_k or vocab, vocab), sampling.seed]))
-        self._seen.zero_()
-        self._seen[prompt_ids] = True
+        plan = Plan.of(sampling)
+        if plan.temperature:
+            self._floats.copy_(torch.tensor([
+                max(sampling.temperature, COLDEST), 1 - sampling.top_p, sampling.min_p,
+                sampling.repetition_penalty]))
+            self._integers.copy_(torch.tensor([
+                min(sampling.top_k, len(self._ids)), sampling.seed]))
+        elif plan.repetition_penalty:
+            self._floats[3] = sampling.repetition_penalty
+        if plan.repetition_penalty:
+            self._seen.zero_()
+            self._seen[prompt_ids] = True
+        return plan
 
-    def draw(self, logits: Tensor, position: Tensor, token: Tensor) -> None:
-        """Write the next id to ``token`` int64 [1]; ``position`` int64 [1] is its place."""
-        kept, ids = self.probabilities(logits)
-        cumulative = kept.cumsum(0)
-        target = _uniform(self._integers[1:2], position) * cumulative[-1:]
-        # The greatest float below 1 can still round up to the sum: the last kept one then.
-        place = torch.minimum((cumulative <= target).sum(0, keepdim=True), (kept > 0).sum() - 1)
-        place.clamp_(min=0)     # where logits are not numbers, none was kept
-        torch.index_select(ids, 0, place, out=token)
+    def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
+             history: Tensor) -> None:
+        """
+        Choose the token of the next place.
+
+        :param plan: what `begin` gave for the request.
+        :param logits: float32 [vocab]; they are left as they are.
+        :param position: int64 [1], the place before; one is added.
+        :param token: int64 [1]: out, always an id of the vocabulary.
+        :param history: int64 [max_context + 1]: out, at the new place the id, or `NO_TOKEN` where
+            the logits are not numbers.
+        """
+        position.add_(1)
+        if plan == GREEDY:
+            token.copy_(logits.argmax(0, keepdim=True))
+            best = logits.index_select(0, token)    # a NaN counts as the greatest
+        else:
+            best = logits.max().view(1)
+            ids, scores = self.kept(plan, logits)
+            if plan.temperature:
+                scores = self._raced(scores, self._mixed if ids is None else self._mixed[ids],
+                                     position)
+            place = scores.argmax(0, keepdim=True)
+            token.copy_(place if ids is None else ids[place])
+        if plan.repetition_penalty:
+            self._see(token)
+        history.index_copy_(0, position, torch.where(best.isfinite(), token, NO_TOKEN))
+
+    def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
+        """
+        Run the stages before the draw.
+
+        :returns: ids in ascending order, None where they are all of the vocabulary, and their
+            scores; a dropped token is missing, or its score is -inf.
+        """
+        temperature, rest, min_p, penalty = self._floats.unbind()
+        scores = logits
+        if plan.repetition_penalty:
+            scores = torch.where(self._seen, _penalised(scores, penalty), scores)
+        if plan.temperature:
+            scores = scores / temperature
+        if plan.truncates:
+            ranked, ids = scores.sort(stable=True)
+            if plan.top_k:
+                least = ranked.index_select(0, len(ranked) - self._integers[:1])
+                ranked = torch.where(ranked < least, -math.inf, ranked)
+            if plan.top_p:
+                cumulative = ranked.softmax(0).cumsum(0)
+                keep = (cumulative > rest) | (self._ids == len(ranked) - 1)
+                ranked = torch.where(keep, ranked, -math.inf)
+            scores = torch.empty_like(ranked).index_copy_(0, ids, ranked)
+        if plan.min_p:
+            scores = torch.where(_too_unlikely(scores, min_p), -math.inf, scores)
+        return None, scores
+
+    def _raced(self, scores, mixed, position):
+        """Divide probabilities by waiting times: the greatest quotient is the first to arrive."""
+        return scores.softmax(0) / waiting_times(mixed, keys(self._integers[1:], position))
+
+    def _see(self, token):
         self._seen.index_fill_(0, token, True)
 
-    def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (weights, ids), likeliest first, both [vocab]; dropped tokens have weight 0."""
-        temperature, top_p, min_p, penalty = self._floats.unbind()
-        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        scores = torch.where(self._seen, penalised, logits)
-        scores, ids = scores.sort(descending=True, stable=True)
-        # Equals of the k-th stay, as in transformers.
-        least = scores.index_select(0, self._integers[:1] - 1)
-        weights = torch.where(
-            scores >= least, ((scores - scores[:1]) / temperature).exp(), 0.0)
-        weights = weights / weights.sum()
-        before = weights.cumsum(0) - weights
-        keep = ((before < top_p) & (weights >= min_p * weights[:1])) | (self._ranks == 0)
-        return torch.where(keep, weights, 0.0), ids
+
+class HostSampler(Sampler):
+    """
+    Chooses tokens on a CPU, where the host may look at values and shapes may follow them.
+
+    Nothing sorts the vocabulary: top-k selects, and top-p sums probabilities in bins of similar
+    scores, and sorts the one bin in which the border lies.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        super().__init__(vocab_size, device)
+        self._sampling = SamplingConfig()
+        self._seen_ids = torch.empty(vocab_size, dtype=torch.int64)
+        self._seen_count = 0
+
+    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor) -> Plan:
+        """See `Sampler.begin`."""
+        self._sampling = sampling
+        plan = super().begin(sampling, prompt_ids)
+        if plan.repetition_penalty:
+            ids = prompt_ids.unique()
+            self._seen_count = len(ids)
+            self._seen_ids[:len(ids)] = ids
+        return plan
+
+    def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
+        """See `Sampler.kept`."""
+        sampling, scores, ids = self._sampling, logits, None
+        if plan.repetition_penalty:
+            seen = self._seen_ids[:self._seen_count]
+            scores = scores.index_copy(
+                0, seen, _penalised(scores[seen], sampling.repetition_penalty))
+        if plan.temperature and sampling.temperature != 1:
+            scores = scores / max(sampling.temperature, COLDEST)
+        if plan.top_k and sampling.top_k < len(scores):
+            ids = most_likely(scores, sampling.top_k)
+            scores = scores[ids]
+        if plan.top_p:
+            chosen = nucleus(scores, 1 - sampling.top_p)
+            ids, scores = chosen if ids is None else ids[chosen], scores[chosen]
+        if plan.min_p:
+            chosen = (~_too_unlikely(scores, sampling.min_p)).nonzero().view(-1)
+            ids, scores = chosen if ids is None else ids[chosen], scores[chosen]
+        return ids, scores
+
+    def _see(self, token):
+        if not self._seen[token]:
+            self._seen[token] = True
+            self._seen_ids[self._seen_count] = token
+            self._seen_count += 1
 
 
-def _uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """Hash two int64 [1] to a float32 [1] in [0, 1) (splitmix64, Steele et al. 2014)."""
-    bits = (seed << 32) + position * _GOLDEN
-    bits = (bits ^ _shift(bits, 30)) * _MIX[0]
-    bits = (bits ^ _shift(bits, 27)) * _MIX[1]
-    bits = bits ^ _shift(bits, 31)
-    return _shift(bits, 40).float() * 2.0**-24
+def most_likely(scores: Tensor, count: int) -> Tensor:
+    """Give the ids, ascending, of the ``count`` highest scores and the equals of the last."""
+    highest, ids = scores.topk(count + 1)
+    if highest[-1] < highest[-2]:
+        return ids[:-1].sort().values
+    return (scores >= highest[-2]).nonzero().view(-1)
 
 
-def _shift(bits: Tensor, count: int) -> Tensor:
+def nucleus(scores: Tensor, rest: float) -> Tensor:
+    """
+    Give the places, ascending, of the likeliest scores that top-p keeps, at least one.
+
+    :param scores: float32 [n].
+    :param rest: 1 - top_p: the least likely are dropped while their sum is not above it.
+    """
+    probabilities = scores.softmax(0)
+    border, below = None, 0.0
+    if len(scores) > FEW:
+        # The leading bits of a float's distance from the greatest score; less likely is higher.
+        bins = (scores.max() - scores).view(torch.int32) >> 15
+        sums = torch.bincount(bins, probabilities.double(), 2**16).flip(0).cumsum(0)
+        last = len(sums) - 1
+        # The first bin, from the least likely on, whose end is above `rest`.
+        place = min(int((sums.float() <= rest).sum()), last)
+        below = float(sums[place - 1]) if place else 0.0
+        border = (bins == last - place).nonzero().view(-1)
+        keep = bins < last - place
+    else:
+        keep = torch.zeros(len(scores), dtype=torch.bool)
+    part = scores if border is None else scores[border]
+    order = part.sort(stable=True).indices
+    if border is not None:
+        order = border[order]
+    cumulative = probabilities[order].cumsum(0, dtype=torch.float64).add_(below).float()
+    keep[order] = cumulative > rest
+    keep[order[-1:]] = True
+    return keep.nonzero().view(-1)
+
+
+def _penalised(scores, penalty):
+    return torch.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _too_unlikely(scores, min_p):
+    probabilities = scores.softmax(0)
+    return probabilities < min_p * probabilities.max()
+
+
+def keys(seed: Tensor, position: Tensor) -> Tensor:
+    """Hash two int64 [1] to two int32 (splitmix64, Steele et al. 2014)."""
+    bits = (seed << 32) + position * GOLDEN
+    bits = (bits ^ _shifted(bits, 30)) * MIX[0]
+    bits = (bits ^ _shifted(bits, 27)) * MIX[1]
+    return (bits ^ _shifted(bits, 31)).view(torch.int32)
+
+
+def mix(words: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
+    """Hash int32 words with two keys to new ones."""
+    words = words ^ first
+    words ^= _shifted(words, 16)
+    words *= MULTIPLIERS[0]
+    words ^= _shifted(words, 15)
+    words += second
+    words *= MULTIPLIERS[1] - 2**32
+    words ^= _shifted(words, 16)
+    return words
+
+
+def waiting_times(mixed: Tensor, pair: Tensor) -> Tensor:
+    """
+    Give exponential random numbers, float32 [n], of mean 1.
+
+    :param mixed: int32 [n], the ids, mixed once.
+    :param pair: int32 [2], of the seed and the place.
+    """
+    uniform = (mix(mixed, pair[:1], pair[1:]) & 0x7fffffff).float()
+    uniform.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_()
+
+
+def _shifted(words, count):
     """Shift right without the sign."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
+    width = 8 * words.element_size()
+    return (words >> count) & ((1 << (width - count)) - 1)

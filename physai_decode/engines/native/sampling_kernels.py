@@ -1,0 +1,471 @@
+"""
+The choice of a token as Triton kernels; their twin is `Sampler`.
+
+Without top-k, top-p and min-p one kernel does it all: it reads the logits once, as the choice of
+the likeliest does, and a draw is the same search for the greatest, of each score with a random
+number added. Top-k and top-p first need the border of what they keep. It is found without a sort:
+the scores are counted and their probabilities summed in bins of similar scores, and only those in
+the bin where the border lies are looked at one by one.
+
+Probabilities are summed as integers, whose sum does not depend on the order, so that the same
+logits give the same token each time. A probability counts to 2**-44 of the likeliest one's.
+
+The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
+"""
+
+from physai_decode.engines.native import sampling as twin
+from physai_decode.engines.native.sampling import Plan
+from physai_decode.engines.native.sampling import Sampler
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_wait
+
+BLOCK = 1024            # ids that a program reads at a time
+SIDE = tl.constexpr(64)
+BINS = tl.constexpr(64 * 64)        # 256 for each doubling of the distance from the greatest
+NEAREST = tl.constexpr(119 << 8)    # the leading bits of 2**-8, below which all is one bin
+FEW = tl.constexpr(2048)            # scores at the border that stay in registers
+LEAST = tl.constexpr(-2**63)
+UNIT = tl.constexpr(2.0**44)        # the greatest probability, as an integer
+# Where the floats of `Sampler` are.
+TEMPERATURE, REST, MIN_P, PENALTY_AT = (tl.constexpr(place) for place in range(4))
+# What `_bin` and `_border` leave in ``state``.
+FIRST, SECOND, LAST, COUNT, MASS, WHOLE, EQUALS, BORDER = (
+    tl.constexpr(place) for place in range(8))
+GOLDEN = tl.constexpr(twin.GOLDEN % 2**64)
+MIX_1, MIX_2 = (tl.constexpr(number % 2**64) for number in twin.MIX)
+MULTIPLY_1, MULTIPLY_2 = (tl.constexpr(number) for number in twin.MULTIPLIERS)
+
+
+@triton.jit
+def _logits(logits, seen, floats, ids, inside, PENALTY: tl.constexpr):
+    """Load logits as they are, and after the repetition penalty."""
+    raw = tl.load(logits + ids, mask=inside, other=float('-inf'))
+    scores = raw
+    if PENALTY:
+        penalty = tl.load(floats + PENALTY_AT)
+        old = tl.load(seen + ids, mask=inside, other=0) != 0
+        less = tl.where(raw < 0, raw * penalty, tl.div_rn(raw, penalty))
+        scores = tl.where(old, less, raw)
+    return raw, scores
+
+
+@triton.jit
+def _coldness(floats):
+    return tl.div_rn(1.0, tl.load(floats + TEMPERATURE))
+
+
+@triton.jit
+def _ordered(scores, ids):
+    """Give int64 in the order of scores, of equals in that of ids."""
+    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7fffffff
+    return (bits.to(tl.int64) << 32) | ids.to(tl.int64)
+
+
+@triton.jit
+def _bin_of(distances):
+    bits = distances.to(tl.int32, bitcast=True) >> 15
+    return tl.minimum(tl.maximum(bits - NEAREST, 0), BINS - 1)
+
+
+@triton.jit
+def _greatest(tops, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
+    programs = tl.arange(0, PADDED)
+    return tl.max(tl.load(tops + programs, mask=programs < PROGRAMS, other=float('-inf')), 0)
+
+
+@triton.jit
+def _is_last(arrived, PROGRAMS: tl.constexpr):
+    """Tell the program that arrives last, after which nobody writes any more."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem='acq_rel') == PROGRAMS - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+def _top(logits, seen, floats, tops, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+         PENALTY: tl.constexpr, EARLY: tl.constexpr):
+    """Write the greatest logit of each program's share."""
+    program = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    best = tl.full((BLOCK,), float('-inf'), tl.float32)
+    for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        _, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
+        best = tl.maximum(best, scores)
+    tl.store(tops + program, tl.max(best, 0))
+
+
+@triton.jit
+def _mass(scores, top, coldness):
+    """Give the probabilities as parts of the greatest one's, as integers."""
+    return (tl.exp(scores * coldness - top * coldness) * UNIT).to(tl.int64)
+
+
+@triton.jit
+def _limit(mass, rest):
+    """Give the sum of what is more likely below which top-p keeps a token; it keeps the first."""
+    return tl.maximum(mass - (rest.to(tl.float64) * mass.to(tl.float64)).to(tl.int64), 1)
+
+
+@triton.jit
+def _least(tops, k, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
+    """Give the k-th of the programs' greatest logits: k or more are not less; -inf: unknown."""
+    programs = tl.arange(0, PADDED)
+    best = tl.load(tops + programs, mask=programs < PROGRAMS, other=float('-inf'))
+    greater = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1)
+    kth = tl.min(tl.where(greater < k, best, float('inf')), 0)
+    return tl.where(k > PROGRAMS, float('-inf'), kth)
+
+
+@triton.jit
+def _emptied(bins):
+    """Load all bins in their order, and set them to zero."""
+    places = bins + tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    values = tl.load(places, cache_modifier='.cg')
+    tl.store(places, tl.zeros_like(values))
+    return tl.reshape(tl.trans(values), (BINS,))
+
+
+@triton.jit
+def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, arrived, vocab,
+         BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
+         PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Count the scores in bins, and sum their probabilities; find the bins where the borders lie.
+
+    The k-th likeliest lies in bin LAST, top-p's border in one of the bins FIRST to SECOND: until
+    it is known which scores of bin LAST top-k keeps, the sum of all is known only nearly.
+    """
+    program = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    top = _greatest(tops, PROGRAMS, PADDED)
+    coldness = _coldness(floats)
+    if TOP_K:
+        least = _least(tops, tl.load(integers), PROGRAMS, PADDED)
+    for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        _, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
+        live = scores > float('-inf')
+        bins = _bin_of(top - scores)
+        # Neighbours are far apart in memory, whose parts each add one number at a time.
+        places = ((bins & (SIDE - 1)) * SIDE) + bins // SIDE
+        if TOP_K:
+            live &= scores >= least
+            tl.atomic_add(counts + places, 1, mask=live, sem='relaxed')
+        if TOP_P:
+            mass = _mass(scores, top, coldness)
+            tl.atomic_add(masses + places, mass, mask=live & (mass > 0), sem='relaxed')
+    if _is_last(arrived, PROGRAMS):
+        tl.store(number, 0)
+        bins = tl.arange(0, BINS)
+        last = BINS
+        if TOP_K:
+            count = _emptied(counts)
+            last = tl.sum((tl.cumsum(count, 0) < tl.load(integers)).to(tl.int32), 0)
+            tl.store(state + COUNT, tl.sum(tl.where(bins < last, count, 0), 0).to(tl.int64))
+        tl.store(state + LAST, last)
+        if TOP_P:
+            mass = _emptied(masses)
+            cumulative = tl.cumsum(mass, 0)
+            rest = tl.load(floats + REST)
+            surely = tl.sum(tl.where(bins < last, mass, 0), 0)
+            at_most = tl.sum(tl.where(bins <= last, mass, 0), 0)
+            first = tl.sum((cumulative < _limit(surely, rest)).to(tl.int32), 0)
+            second = tl.sum((cumulative < _limit(at_most, rest)).to(tl.int32), 0)
+            tl.store(state + FIRST, first)
+            tl.store(state + SECOND, second)
+            tl.store(state + MASS, tl.sum(tl.where(bins < first, mass, 0), 0))
+            tl.store(state + WHOLE, surely)
+            tl.store(state + EQUALS, at_most - surely)
+
+
+@triton.jit
+def _found(logits, seen, floats, found, top, coldness, start, n, PENALTY: tl.constexpr):
+    """Load FEW of the scores at a border: their order, integer probabilities and bins."""
+    places = start + tl.arange(0, FEW)
+    inside = places < n
+    ids = tl.load(found + places, mask=inside, other=0, cache_modifier='.cg')
+    _, scores = _logits(logits, seen, floats, ids, inside, PENALTY)
+    bins = tl.where(inside, _bin_of(top - scores), -1)
+    return _ordered(scores * coldness, ids), _mass(scores, top, coldness), bins
+
+
+@triton.jit
+def _beyond(order, mass, bins, logits, seen, floats, found, top, coldness, n, first, last, least,
+            than, PENALTY: tl.constexpr):
+    """
+    Count and sum what lies beyond ``than``, of bins ``first`` to ``last`` and from ``least`` on.
+
+    ``order``, ``mass`` and ``bins`` are of the first FEW; if there are more, they are loaded.
+    """
+    inside = (bins >= first) & (bins <= last) & (order >= least) & (order > than)
+    count = tl.sum(inside.to(tl.int32), 0)
+    total = tl.sum(tl.where(inside, mass, 0), 0)
+    for start in tl.range(FEW, n, FEW):
+        order, mass, bins = _found(logits, seen, floats, found, top, coldness, start, n, PENALTY)
+        inside = (bins >= first) & (bins <= last) & (order >= least) & (order > than)
+        count += tl.sum(inside.to(tl.int32), 0)
+        total += tl.sum(tl.where(inside, mass, 0), 0)
+    return count, total
+
+
+@triton.jit
+def _range(order, bins, logits, seen, floats, found, top, coldness, n, first, last, least,
+           PENALTY: tl.constexpr):
+    """Give, of bins ``first`` to ``last``, one less than the first, the last, and their number."""
+    inside = (bins >= first) & (bins <= last) & (order >= least)
+    low = tl.min(tl.where(inside, order, -LEAST - 1), 0)
+    high = tl.max(tl.where(inside, order, LEAST), 0)
+    count = tl.sum(inside.to(tl.int32), 0)
+    for start in tl.range(FEW, n, FEW):
+        order, _, bins = _found(logits, seen, floats, found, top, coldness, start, n, PENALTY)
+        inside = (bins >= first) & (bins <= last) & (order >= least)
+        low = tl.minimum(low, tl.min(tl.where(inside, order, -LEAST - 1), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, order, LEAST), 0))
+        count += tl.sum(inside.to(tl.int32), 0)
+    return low - 1, high, count
+
+
+@triton.jit
+def _middle(low, high):
+    """Give the mean of two int64, rounded down; their sum might not fit."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def _border(logits, seen, floats, integers, tops, state, found, number, arrived, vocab,
+            BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
+            PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+            EARLY: tl.constexpr):
+    """
+    Collect the scores of the bins where the borders lie; the last program finds the borders.
+
+    It halves the range of a border until only one score is in it.
+    """
+    program = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    top = _greatest(tops, PROGRAMS, PADDED)
+    last = tl.load(state + LAST).to(tl.int32)
+    for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        _, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
+        bins = _bin_of(top - scores)
+        wanted = bins == last
+        if TOP_P:
+            wanted |= (bins >= tl.load(state + FIRST)) & (bins <= tl.load(state + SECOND))
+        wanted &= scores > float('-inf')
+        ones = wanted.to(tl.int32)
+        slot = tl.atomic_add(number, tl.sum(ones, 0), sem='relaxed')
+        tl.store(found + slot + tl.cumsum(ones, 0) - 1, ids, mask=wanted)
+    if _is_last(arrived, PROGRAMS):
+        coldness = _coldness(floats)
+        n = tl.load(number, cache_modifier='.cg')
+        order, mass, bins = _found(logits, seen, floats, found, top, coldness, 0, n, PENALTY)
+        border = tl.full((), LEAST, tl.int64)
+        if TOP_P:
+            whole = tl.load(state + WHOLE)
+        if TOP_K:
+            # The greatest `low` beyond which k or more lie; equals of the k-th are not told apart.
+            k = tl.load(integers)
+            above = tl.load(state + COUNT)
+            low, high, some = _range(order, bins, logits, seen, floats, found, top, coldness, n,
+                                     last, last, border, PENALTY)
+            low = ((low + 1) >> 32) - 1
+            high >>= 32
+            few = some * 0      # there are `some` beyond `low`, `few` beyond `high`
+            equals = tl.load(state + EQUALS)    # the sum beyond `low`
+            while (high - low > 1) & (some - few > 1):
+                middle = _middle(low, high)
+                count, total = _beyond(order, mass, bins, logits, seen, floats, found, top,
+                                       coldness, n, last, last, border,
+                                       (middle << 32) | 0xffffffff, PENALTY)
+                enough = above + count >= k
+                low = tl.where(enough, middle, low)
+                some = tl.where(enough, count, some)
+                equals = tl.where(enough, total, equals)
+                high = tl.where(enough, high, middle)
+                few = tl.where(enough, few, count)
+            if last < BINS:
+                border = (low + 1) << 32
+                if TOP_P:
+                    whole += equals
+        if TOP_P:
+            # The greatest `low_p` beyond which too much lies for another one to be kept.
+            first = tl.load(state + FIRST).to(tl.int32)
+            second = tl.load(state + SECOND).to(tl.int32)
+            above_p = tl.load(state + MASS)
+            limit = _limit(whole, tl.load(floats + REST))
+            low_p, high_p, some_p = _range(order, bins, logits, seen, floats, found, top,
+                                           coldness, n, first, second, border, PENALTY)
+            few_p = some_p * 0
+            while (high_p - low_p > 1) & (some_p - few_p > 1):
+                middle = _middle(low_p, high_p)
+                count, total = _beyond(order, mass, bins, logits, seen, floats, found, top,
+                                       coldness, n, first, second, border, middle, PENALTY)
+                full = above_p + total >= limit
+                low_p = tl.where(full, middle, low_p)
+                some_p = tl.where(full, count, some_p)
+                high_p = tl.where(full, high_p, middle)
+                few_p = tl.where(full, few_p, count)
+            border = tl.maximum(border, low_p + 1)
+        tl.store(state + BORDER, border)
+
+
+@triton.jit
+def _mixed(words, first, second):
+    """See `sampling.mix`; uint32."""
+    words ^= first
+    words ^= words >> 16
+    words *= MULTIPLY_1
+    words ^= words >> 15
+    words += second
+    words *= MULTIPLY_2
+    return words ^ (words >> 16)
+
+
+@triton.jit
+def _keys(seed, position):
+    """See `sampling.keys`; int64 scalars to two uint32."""
+    bits = (seed.to(tl.uint64) << 32) + position.to(tl.uint64) * GOLDEN
+    bits = (bits ^ (bits >> 30)) * MIX_1
+    bits = (bits ^ (bits >> 27)) * MIX_2
+    bits ^= bits >> 31
+    return bits.to(tl.uint32), (bits >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _head_start(ids, first, second):
+    """Give minus the logarithm of each id's waiting time, see `sampling.waiting_times`."""
+    words = _mixed(_mixed(ids.to(tl.uint32), 0, 0), first, second)
+    uniform = ((words & 0x7fffffff).to(tl.int32).to(tl.float32) + 0.5) * (2.0**-31)
+    uniform = tl.minimum(uniform, 1 - 2.0**-24)
+    # log(1 - u) of a small u would be of few digits.
+    near = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
+    return -tl.log(tl.where(uniform < 0.0078125, near, -tl.log(1.0 - uniform)))
+
+
+@triton.jit
+def _pick(logits, seen, floats, integers, tops, state, token, position, history, bests, places,
+          arrived, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
+          PENALTY: tl.constexpr, DRAW: tl.constexpr, TRUNCATED: tl.constexpr,
+          MINIMUM: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Find the greatest of the scores that are kept; the last program to arrive moves on.
+
+    A best of infinity tells of logits that are not numbers.
+    """
+    program = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    next_position = tl.load(position) + 1
+    if DRAW:
+        coldness = _coldness(floats)
+        first, second = _keys(tl.load(integers + 1), next_position)
+    if TRUNCATED:
+        border = tl.load(state + BORDER)
+    if MINIMUM:
+        top = _greatest(tops, PROGRAMS, PADDED) * coldness
+        min_p = tl.load(floats + MIN_P)
+    best = tl.full((BLOCK,), float('-inf'), tl.float32)
+    where = tl.zeros((BLOCK,), tl.int32)
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        raw, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
+        wrong |= tl.where(raw < float('inf'), 0, 1)     # a NaN is not
+        if DRAW:
+            scores *= coldness
+            values = scores + _head_start(ids, first, second)
+            if TRUNCATED:
+                values = tl.where(_ordered(scores, ids) >= border, values, float('-inf'))
+            if MINIMUM:
+                values = tl.where(tl.exp(scores - top) >= min_p, values, float('-inf'))
+        else:
+            values = scores
+        where = tl.where(values > best, ids, where)
+        best = tl.maximum(best, values)
+    highest = tl.max(best, 0)
+    place = tl.min(tl.where(best == highest, where, vocab), 0)
+    tl.store(bests + program, tl.where(tl.max(wrong, 0) > 0, float('inf'), highest))
+    tl.store(places + program, tl.minimum(place, vocab - 1))
+    if _is_last(arrived, PROGRAMS):
+        programs = tl.arange(0, PADDED)
+        inside = programs < PROGRAMS
+        all_bests = tl.load(bests + programs, mask=inside, other=float('-inf'),
+                            cache_modifier='.cg')
+        all_places = tl.load(places + programs, mask=inside, other=0, cache_modifier='.cg')
+        highest = tl.max(all_bests, 0)
+        candidates = tl.where((all_bests == highest) & inside, all_places, vocab)
+        winner = tl.minimum(tl.min(candidates, 0), vocab - 1).to(tl.int64)
+        number = (highest > float('-inf')) & (highest < float('inf'))
+        tl.store(token, winner)
+        tl.store(position, next_position)
+        tl.store(history + next_position, tl.where(number, winner, -1))
+        if PENALTY:
+            tl.store(seen + winner, 1)
+
+
+class TritonSampler(Sampler):
+    """Chooses tokens by kernels; same arguments and results as `Sampler`."""
+
+    def __init__(self, vocab_size: int, device: torch.device, processors: int = 4,
+                 early: bool = False):
+        """
+        Take scratch memory.
+
+        :param processors: of the device; about as many programs share the vocabulary.
+        :param early: launch each kernel while the one before ends.
+        """
+        super().__init__(vocab_size, device)
+        programs = min(triton.cdiv(vocab_size, BLOCK), 2 * processors)
+        self._layout = {'BLOCK': BLOCK, 'PROGRAMS': programs, 'EARLY': early}
+        self._padded = triton.next_power_of_2(programs)
+        self._options = {'launch_pdl': True} if early else {}
+
+        def scratch(count, dtype):
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        self._tops = scratch(programs, torch.float32)
+        self._bests = scratch(programs, torch.float32)
+        self._places = scratch(programs, torch.int32)
+        self._counts = scratch(BINS.value, torch.int32)
+        self._masses = scratch(BINS.value, torch.int64)
+        self._state = scratch(8, torch.int64)
+        self._found = scratch(vocab_size, torch.int32)
+        self._number = scratch(1, torch.int32)
+        self._arrived = scratch(1, torch.int32)
+
+    def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
+             history: Tensor) -> None:
+        """See `Sampler.draw`."""
+        vocab = logits.shape[0]
+        common = {**self._layout, **self._options, 'PENALTY': plan.repetition_penalty}
+        given = logits, self._seen.view(torch.uint8), self._floats
+        grid = (self._layout['PROGRAMS'],)
+        if plan.truncates or plan.min_p:
+            _top[grid](*given, self._tops, vocab, num_warps=4, **common)
+        if plan.truncates:
+            stages = {**common, 'PADDED': self._padded, 'TOP_K': plan.top_k, 'TOP_P': plan.top_p}
+            _bin[grid](*given, self._integers, self._tops, self._counts, self._masses,
+                       self._state, self._number, self._arrived, vocab, num_warps=8, **stages)
+            _border[grid](*given, self._integers, self._tops, self._state, self._found,
+                          self._number, self._arrived, vocab, num_warps=8, **stages)
+        _pick[grid](
+            *given, self._integers, self._tops, self._state, token, position, history,
+            self._bests, self._places, self._arrived, vocab, PADDED=self._padded,
+            DRAW=plan.temperature, TRUNCATED=plan.truncates, MINIMUM=plan.min_p, num_warps=4,
+            **common)
