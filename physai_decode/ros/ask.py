@@ -17,6 +17,7 @@ import uuid
 
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -71,7 +72,7 @@ class Asker(Node):
     def _on_diagnostics(self, message):
         if message.header.frame_id == self.target:
             for status in message.status:
-                if status.name.endswith(': engine'):
+                if status.name == status_name(self.target, 'engine'):
                     self.state = _values(status)['state']
 
     def _on_token(self, message):

@@ -38,14 +38,15 @@ def float64(value: float) -> bytes:
 class TokenStats:
     """Writes the diagnostic_msgs/DiagnosticArray of ``~/token_stats``."""
 
-    def __init__(self, frame_id: str) -> None:
+    def __init__(self, node: str) -> None:
         """
         Write what never changes.
 
-        :param frame_id: of the header.
+        :param node: the node's full name.
         """
-        self._frame_id = _text(frame_id) + _length(1)           # one status follows
-        self._levels = {late: level + b'\0\0\0' + _text('decode: token') for late, level in (
+        name = _text(messages.status_name(node, 'token'))
+        self._frame_id = _text(node) + _length(1)               # one status follows
+        self._levels = {late: level + b'\0\0\0' + name for late, level in (
             (False, messages.OK), (True, messages.WARN))}
         self._values = _text('') + _length(len(messages.TOKEN_KEYS))    # after the hardware_id
         self._keys = [_text(key) for key in messages.TOKEN_KEYS]

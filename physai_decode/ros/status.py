@@ -30,29 +30,29 @@ class Status:
 
     def model_info(self) -> None:
         """Publish what is loaded, for all who subscribe later too."""
-        loaded = self._host.loaded
+        loaded, node = self._host.loaded, self._topics.node_name
         if loaded is None:
             status = messages.status(
-                'decode: model', messages.MODEL_KEYS, {}, message='nothing is loaded',
-                hardware_id=messages.NOT_KNOWN)
+                messages.status_name(node, 'model'), messages.MODEL_KEYS, {},
+                message='nothing is loaded', hardware_id=messages.NOT_KNOWN)
         else:
             status = messages.model_status(
-                self._host.config.model.path, loaded.engine.footprint, loaded.peak,
+                node, self._host.config.model.path, loaded.engine.footprint, loaded.peak,
                 self._hardware_id())
         self._topics.model_info(status)
 
     def publish(self) -> None:
         """Publish the three statuses of `/diagnostics`."""
         settings, hardware_id = self._host.config.diagnostics, self._hardware_id()
-        loaded, worker = self._host.loaded, self._host.worker
+        loaded, worker, node = self._host.loaded, self._host.worker, self._topics.node_name
         window = worker.window() if worker is not None else None
         late = window is not None and window.deadline_misses > self._misses
         self._misses = window.deadline_misses if window is not None else 0
         self._topics.diagnostics([
-            messages.latency_status(window, settings, late, hardware_id),
+            messages.latency_status(node, window, settings, late, hardware_id),
             messages.bandwidth_status(
-                window, loaded and loaded.engine.footprint, loaded.peak if loaded else NO_PEAK,
-                settings, hardware_id),
+                node, window, loaded and loaded.engine.footprint,
+                loaded.peak if loaded else NO_PEAK, settings, hardware_id),
             self._engine_status(hardware_id)])
 
     def _hardware_id(self) -> str:
@@ -90,5 +90,6 @@ class Status:
         if state == 'failed':
             level = messages.ERROR
             message = worker.last_error if worker is not None else host.failure
-        return messages.status('decode: engine', messages.ENGINE_KEYS, values, message=message,
-                               level=level, hardware_id=hardware_id)
+        return messages.status(
+            messages.status_name(self._topics.node_name, 'engine'), messages.ENGINE_KEYS, values,
+            message=message, level=level, hardware_id=hardware_id)

@@ -77,8 +77,8 @@ class Topics:
         self._request_stats = publisher(DiagnosticArray, '~/request_stats', stream_qos())
         self._model_info = publisher(DiagnosticArray, '~/model_info', latched_qos())
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
-        self._source = node.get_fully_qualified_name()
-        self._figures = cdr.TokenStats(self._source)
+        self.node_name = node.get_fully_qualified_name()
+        self._figures = cdr.TokenStats(self.node_name)
         self._heard: list[bool] = []                # of the three below ~/tokens; decode thread
         self._ending = threading.Lock()             # requests end in several threads
 
@@ -114,7 +114,7 @@ class Topics:
 
     def finished(self, report: RequestReport, text: str) -> None:
         """Publish the end of a request: its text unless it was refused, figures and result."""
-        status = messages.request_status(report)
+        status = messages.request_status(self.node_name, report)
         result = _json(chat_completion(report, text, self._model()))
         with self._ending:
             if report.finish_reason != 'rejected':
@@ -134,7 +134,7 @@ class Topics:
     def _array(self, statuses):
         array = DiagnosticArray(status=statuses)
         array.header.stamp = Time(nanoseconds=self._now_ns()).to_msg()
-        array.header.frame_id = self._source
+        array.header.frame_id = self.node_name
         return array
 
 
