@@ -202,7 +202,7 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     :returns: the value in the field's type.
     :raises ConfigError: with the name, the value and what is allowed.
     """
-    kind = type(spec.default)
+    kind: Any = type(spec.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is tuple and not all(type(item) is str for item in value):

@@ -6,6 +6,7 @@ token that takes as long as all the rest of publishing it, so these three types 
 test reads them back with rclpy. All other messages go the usual way.
 """
 
+from math import nan
 from operator import attrgetter
 from struct import Struct
 
@@ -17,6 +18,9 @@ _PADDING = (b'\0\0\0\0', b'\0\0\0', b'\0\0', b'\0')     # a NUL, then up to a mu
 _length = Struct('<I').pack
 _float64 = Struct('<4sd').pack
 _stamp = Struct('<4siI').pack
+_request_id = Struct('<Q').pack
+_indices = Struct('<II').pack
+_figures = Struct('<ddd?').pack
 
 
 def _text(text: str) -> bytes:
@@ -33,6 +37,29 @@ def string(text: str) -> bytes:
 def float64(value: float) -> bytes:
     """Write a std_msgs/Float64."""
     return _float64(_LITTLE_ENDIAN, value)
+
+
+class StampedToken:
+    """Writes the physai_decode_msgs/Token of ``~/stamped_tokens``."""
+
+    def __init__(self, node: str) -> None:
+        """
+        Write what never changes.
+
+        :param node: the node's full name.
+        """
+        frame_id = _text(node)
+        self._frame_id = frame_id + b'\0' * (len(frame_id) & 4)     # numbers of 8 bytes follow
+
+    def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
+        """Write one token; see `TokenStats.write`."""
+        texts = b''.join((_text(report.client_id), _indices(report.index, report.token_id),
+                          _text(text)))
+        return b''.join((
+            _stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,
+            _request_id(report.request_id), texts, b'\0' * (len(texts) & 4),
+            _figures(*(nan if value is None else value for value in (
+                report.itl_ms, report.device_ms, report.r_floor)), report.deadline_missed)))
 
 
 class TokenStats:

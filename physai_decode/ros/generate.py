@@ -23,6 +23,9 @@ from physai_decode.request import RequestError
 from physai_decode.result import chat_completion
 from physai_decode.ros.topics import NUL
 from physai_decode.ros.topics import stream_qos
+from physai_decode.ros.typed import Generate
+from physai_decode.ros.typed import Token
+from physai_decode.ros.typed import unavailable
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.action import ActionServer
@@ -31,16 +34,6 @@ from rclpy.action.server import RCLError
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
-
-try:
-    # The names, not the packages: Python takes the source folder of this name for a package too.
-    from physai_decode_msgs.action import Generate
-    from physai_decode_msgs.msg import Token
-    unavailable = ''
-except ImportError as error:
-    unavailable = (f'physai_decode_msgs is not built ({error}): build it as the README says, by '
-                   '`make msgs` or with colcon')
-available = not unavailable
 
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
@@ -62,7 +55,7 @@ class GenerateServer:
             it from the goal's acceptance and has 900 s, later ones have 10 s from its end.
         :raises RuntimeError: physai_decode_msgs is not built.
         """
-        if not available:
+        if unavailable:
             raise RuntimeError(unavailable)
         self._host = host
         self._clock = node.get_clock()

@@ -15,6 +15,7 @@ from diagnostic_msgs.msg import KeyValue
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
+from physai_decode.ros.typed import unavailable
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
@@ -46,7 +47,8 @@ MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
-    'peak_bandwidth_gb_s', 'peak_source')
+    'peak_bandwidth_gb_s', 'peak_source', 'generate_action')
+GENERATE_ACTION = unavailable or 'available'
 FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
 
 
@@ -112,7 +114,7 @@ def model_status(node: str, model: str, footprint: Footprint, peak: Peak,
     """Give the status of ``~/model_info``: the model, the engine and the memory bus."""
     values = {key: getattr(footprint, key, None) for key in MODEL_KEYS}
     values.update(
-        model=model,
+        model=model, generate_action=GENERATE_ACTION,
         read_weight_gb=footprint.read_weight_bytes / 1e9,
         checkpoint_weight_gb=footprint.checkpoint_weight_bytes / 1e9,
         kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim

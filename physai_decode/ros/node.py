@@ -23,9 +23,11 @@ from physai_decode.ros import params_files as files
 from physai_decode.ros.bond import Bond
 from physai_decode.ros.clocked_node import ClockedNode
 from physai_decode.ros.doors import Doors
+from physai_decode.ros.generate import GenerateServer
 from physai_decode.ros.status import Status
 from physai_decode.ros.topics import Topics
 from physai_decode.ros.twins import Twins
+from physai_decode.ros.typed import unavailable
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock
@@ -37,6 +39,7 @@ from rclpy.parameter import Parameter
 
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
 EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
+GOALS_TIMEOUT_S = 0.2           # for the results of goals to go out
 
 
 class _Leaving(Exception):
@@ -72,6 +75,9 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         self._host = host = Host(self._topics, load)
         host.config = config
         self._doors = Doors(self, host)
+        self._generate = None if unavailable else GenerateServer(self, host)
+        if unavailable:
+            self.get_logger().info(f'there is no ~/generate: {unavailable}')
         unknown = parameters.unknown(self)
         for each in unknown:
             self.get_logger().warning(parameters.unknown_text(each))
@@ -101,6 +107,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                 return False
             if self._state_machine.current_state[1] != 'finalized':
                 self.trigger_shutdown()
+        if self._generate is not None:
+            self._generate.close(GOALS_TIMEOUT_S)
         return self._host.worker is None
 
     def destroy_node(self) -> None:

@@ -33,8 +33,9 @@ class Status:
         loaded, node = self._host.loaded, self._topics.node_name
         if loaded is None:
             status = messages.status(
-                messages.status_name(node, 'model'), messages.MODEL_KEYS, {},
-                message='nothing is loaded', hardware_id=messages.NOT_KNOWN)
+                messages.status_name(node, 'model'), messages.MODEL_KEYS,
+                {'generate_action': messages.GENERATE_ACTION}, message='nothing is loaded',
+                hardware_id=messages.NOT_KNOWN)
         else:
             status = messages.model_status(
                 node, self._host.config.model.path, loaded.engine.footprint, loaded.peak,

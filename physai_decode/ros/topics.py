@@ -17,6 +17,7 @@ from physai_decode.result import chat_completion
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
 from physai_decode.ros.clocked_node import ClockedNode
+from physai_decode.ros.typed import Token
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.publisher import Publisher
@@ -71,6 +72,7 @@ class Topics:
         self._token_stats = publisher(DiagnosticArray, '~/token_stats', stream_qos())
         self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
         self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
+        self._stamped_tokens = Token and publisher(Token, '~/stamped_tokens', stream_qos())
         self._response = publisher(String, '~/response', stream_qos())
         self._result = publisher(String, '~/result', stream_qos())
         self._accepted = publisher(String, '~/accepted', stream_qos())
@@ -79,7 +81,8 @@ class Topics:
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
         self.node_name = node.get_fully_qualified_name()
         self._figures = cdr.TokenStats(self.node_name)
-        self._heard: list[bool] = []                # of the three below ~/tokens; decode thread
+        self._stamped = cdr.StampedToken(self.node_name)
+        self._heard: list[bool] = []                # of those beside ~/tokens; decode thread
         self._ending = threading.Lock()             # requests end in several threads
 
     def token(self, report: TokenReport) -> None:
@@ -91,9 +94,9 @@ class Topics:
         """
         text = report.text.replace('\0', NUL)
         if report.index % ASK_EVERY == 0:
-            self._heard = [_is_heard(publisher) for publisher in (
-                self._token_stats, self._itl_ms, self._r_floor)]
-        token_stats, itl_ms, r_floor = self._heard
+            self._heard = [publisher is not None and _is_heard(publisher) for publisher in (
+                self._token_stats, self._itl_ms, self._r_floor, self._stamped_tokens)]
+        token_stats, itl_ms, r_floor, stamped = self._heard
         # All is written before any is sent: a subscriber's process is then woken once, not after
         # each, and waking it is what costs most.
         ready = [(self.tokens, cdr.string(text))]
@@ -103,6 +106,9 @@ class Topics:
             ready.append((self._itl_ms, cdr.float64(report.itl_ms)))
         if r_floor and report.r_floor is not None:
             ready.append((self._r_floor, cdr.float64(report.r_floor)))
+        if stamped:
+            ready.append((self._stamped_tokens,
+                          self._stamped.write(report, text, self._now_ns())))
         for publisher, data in ready:
             publisher.publish(data)
 
