@@ -171,12 +171,15 @@ class Steps:
 
     made: list[bool] = []
 
-    def __init__(self, steps, history, capture):
+    def __init__(self, step, history, capture):
         self.made.append(capture)
-        self._steps, self._history = steps, history
+        self._step, self._history, self._capture = step, history, capture
         self._flying = deque()
-        for _ in range(devices.WARM_UP_STEPS if capture else 0):
-            steps['greedy']()
+
+    def prepare(self, plan):
+        """Run the step a few times, as a capture does."""
+        for _ in range(devices.WARM_UP_STEPS if self._capture else 0):
+            self._step(plan)
 
     @property
     def flying(self):
@@ -188,9 +191,9 @@ class Steps:
         """Whether as many steps are in flight as may be."""
         return len(self._flying) == 2
 
-    def launch(self, name, place):
+    def launch(self, plan, place):
         """Run a step."""
-        self._steps[name]()
+        self._step(plan)
         self._flying.append((int(self._history[place]), 1e-3))
 
     def collect(self):
@@ -210,8 +213,7 @@ def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph)
     monkeypatch.setattr(Steps, 'made', [])
     loop = load(native.NativeEngine, folder, CONFIG.engine)
     engine = loop.engine
-    engine._pipeline = own = Steps(
-        {'greedy': engine._greedy_step, 'sampled': engine._sampled_step}, engine._history, False)
+    engine._pipeline = own = Steps(engine._run_step, engine._history, False)
     engine.footprint = replace(engine.footprint, cuda_graph=graph)
     limit = engine.footprint.max_context
     for length in (1, 60, limit - gap.TOKENS, limit - 2, limit - 1):

@@ -14,8 +14,7 @@ from physai_decode.engines.native import architecture
 from physai_decode.engines.native import start
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.graph import Pipeline
-from physai_decode.engines.native.sampling import is_plain_greedy
-from physai_decode.engines.native.sampling import Sampler
+from physai_decode.engines.native.sampling import Plan
 from physai_decode.engines.native.transformer import Transformer
 import torch
 
@@ -48,22 +47,20 @@ class NativeEngine:
                 dtype, progress)
             clock.end('load_s')
             ops = start.operations(self._device, progress)
+            # To capture a step is to run it a few times, behind whatever the cache holds.
+            places = limit + devices.WARM_UP_STEPS
             self._transformer = Transformer(
-                self._shape, loaded, limit, dtype, self._device, ops)
-            self._sampler = Sampler(self._shape.vocab_size, self._device)
-            self._history = torch.zeros(limit + 1, dtype=torch.int64, device=self._device)
+                self._shape, loaded, places, dtype, self._device, ops)
+            self._sampler = ops.sampler(self._shape.vocab_size, self._device)
+            self._history = torch.zeros(places + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)
             self._length = 0                    # tokens in the cache
             self._pipeline = None
             if self._device.type == 'cuda':
                 ops.tune(self._transformer, progress)
                 clock.end('tune_s')
-                progress('capturing the step' if config.cuda_graph else 'warming up')
-                self._pipeline = Pipeline(
-                    {'greedy': self._greedy_step, 'sampled': self._sampled_step},
-                    self._history, config.cuda_graph)
-                clock.end('capture_s')
-            progress('warming up')
+                self._pipeline = Pipeline(self._run_step, self._history, config.cuda_graph)
+            progress('warming up' + (' and capturing the step' if self._pipeline else ''))
             self._warm_up()
             clock.end('warm_up_s')
         details = {'kernels': ops.name, **clock.parts}
@@ -93,31 +90,25 @@ class NativeEngine:
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
         t = self._transformer
+        t.position.fill_(self._length)
+        if self._pipeline:
+            self._pipeline.prepare(Plan.of(sampling))
         self._watch.start()
-        t.position.fill_(len(prompt_ids))
-        self._plan = 'greedy' if is_plain_greedy(sampling) else 'sampled'
-        if self._plan == 'greedy':
-            t.token.copy_(self._logits.argmax(0, keepdim=True))
-        else:
-            self._sampler.begin(sampling, self._tensor(prompt_ids))
-            self._sampler.draw(self._logits, t.position, t.token)
-        self._watch.stop()
-        return Choice(int(t.token), self._watch.read_s())
+        t.position.fill_(self._length - 1)
+        self._plan = self._sampler.begin(sampling, self._tensor(prompt_ids))
+        return self._drawn(self._logits)
 
     @torch.inference_mode()
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
         pipeline = self._pipeline
+        self._length += 1
         if pipeline is None:
             self._watch.start()
-            self._greedy_step() if self._plan == 'greedy' else self._sampled_step()
-            token_id = int(self._transformer.token)
-            self._watch.stop()
-            self._length += 1
-            return Choice(token_id, self._watch.read_s())
+            self._transformer.step()
+            return self._drawn(self._transformer.logits)
         while pipeline.flying <= remaining and not pipeline.full:
-            pipeline.launch(self._plan, self._length + pipeline.flying + 1)
-        self._length += 1
+            pipeline.launch(self._plan, self._length + pipeline.flying)
         return Choice(*pipeline.collect())
 
     def close(self) -> None:
@@ -134,9 +125,7 @@ class NativeEngine:
         if other:
             devices.use(self._device)
             with torch.inference_mode():
-                # Before it is captured the step is run a few times, behind what the cache holds.
-                self._transformer.position.fill_(self._length)
-                self._pipeline = Pipeline({'greedy': self._greedy_step}, self._history, captured)
+                self._pipeline = Pipeline(self._run_step, self._history, captured)
         try:
             yield
         finally:
@@ -154,23 +143,23 @@ class NativeEngine:
         """See `Transformer.reads`."""
         return self._transformer.reads(context)
 
-    def _greedy_step(self):
+    def _run_step(self, plan):
         t = self._transformer
         t.step()
-        t.ops.advance(t.logits, t.token, t.position, self._history)
+        self._sampler.draw(plan, t.logits, t.position, t.token, self._history)
 
-    def _sampled_step(self):
+    def _drawn(self, logits):
         t = self._transformer
-        t.step()
-        t.position.add_(1)
-        self._sampler.draw(t.logits, t.position, t.token)
-        self._history.index_copy_(0, t.position, t.token)
+        self._sampler.draw(self._plan, logits, t.position, t.token, self._history)
+        token_id = int(self._history[self._length])
+        self._watch.stop()
+        return Choice(token_id, self._watch.read_s())
 
     def _warm_up(self):
-        for temperature in (0.0, 1.0):
+        for sampling in start.WARM_UP:
             self.rewind(0)
             self.feed([0, 0])
-            self.first(SamplingConfig(temperature=temperature), [0, 0])
+            self.first(sampling, [0, 0])
             for remaining in (2, 1, 0):
                 self.step(remaining)
         self.rewind(0)

@@ -5,6 +5,7 @@ import math
 import time
 
 from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
@@ -14,6 +15,9 @@ from physai_decode.engines.native.ops import TorchOps
 import torch
 
 WORK_BYTES = 2**30             # beside weights and cache, on a GPU
+# The settings whose steps are captured at start; others when they are first asked for.
+WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
+           SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
 
 
 def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOps:
