@@ -1,20 +1,35 @@
 # make demo   install into .venv and watch the node answer one prompt
+# make msgs   build the action and messages of physai_decode_msgs into .venv; needs a C++ compiler
 # make test   the same environment plus the test tools; lint, types and all tests
-# make clean  remove .venv and what the tools left behind
+# make test-jazzy   the node's tests on the Python client of ROS 2 Jazzy; the rest is .venv's
+# make clean  remove both environments and what the tools left behind
 
 PYTHON ?= python3
 MACHINE ?= $(shell uname -m)
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 FAIL = fail() { echo "physai_decode: $$1" >&2; exit 1; };
 
-.PHONY: demo test lint clean supported
+MSGS = $(wildcard physai_decode_msgs/* physai_decode_msgs/*/*) $(wildcard tools/build_msgs.*)
+JAZZY_PIP = .venv-jazzy/bin/python -m pip --disable-pip-version-check
+SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+NODE_TESTS = $(filter-out test/test_bench.py test/test_imports.py test/test_package.py, \
+	$(shell grep -l rclpy test/test_*.py))
+
+.PHONY: demo msgs test test-jazzy lint clean supported
 
 demo: .venv/run.stamp
 	@.venv/bin/python tools/demo.py
 
+msgs: .venv/msgs.stamp
+
 test: .venv/test.stamp
+	@if .venv/bin/python tools/build_msgs.py --check; then $(MAKE) --no-print-directory msgs; \
+	else echo 'Going on without physai_decode_msgs: the tests that need it are skipped.'; fi
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	.venv/bin/python -m pytest || status=1; exit $$status
+
+test-jazzy: .venv-jazzy/test.stamp
+	PYTHONPATH='$(CURDIR)' .venv-jazzy/bin/python -m pytest $(NODE_TESTS)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check
@@ -28,6 +43,19 @@ lint: .venv/test.stamp
 
 .venv/test.stamp: .venv/run.stamp requirements-test.txt
 	$(PIP) install -c constraints.txt -r requirements-test.txt
+	@touch $@
+
+.venv/msgs.stamp: .venv/run.stamp requirements-msgs.txt $(MSGS)
+	@.venv/bin/python tools/build_msgs.py --check
+	$(PIP) install -c constraints.txt -r requirements-msgs.txt
+	@.venv/bin/python tools/build_msgs.py
+	@touch $@
+
+# What it has of its own comes first on its path, and torch, pytest and the others from .venv.
+.venv-jazzy/test.stamp: .venv/test.stamp requirements-jazzy.txt constraints-jazzy.txt
+	.venv/bin/python -m venv --clear .venv-jazzy
+	$(JAZZY_PIP) install -c constraints-jazzy.txt -r requirements-jazzy.txt
+	.venv/bin/python $(SITE) > "$$(.venv-jazzy/bin/python $(SITE))/shared.pth"
 	@touch $@
 
 .venv/bin/pip: | supported
@@ -44,4 +72,4 @@ supported:
 	 colcon where a ROS 2 distribution is installed, as README.md says."
 
 clean:
-	rm -rf .venv build install log *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-jazzy build install log *.egg-info .pytest_cache .mypy_cache .ruff_cache

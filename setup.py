@@ -45,7 +45,7 @@ setup(
         'console_scripts': [
             'decode_ask = physai_decode.ros.ask:main',
             'decode_bench = physai_decode.bench:main',
-            'decode_node = physai_decode.ros.node:main',
+            'decode_node = physai_decode.ros.process:main',
             'decode_watch = physai_decode.ros.watch:main',
         ],
     },

@@ -1,5 +1,8 @@
 """Start the decode node; it configures and activates by itself unless told otherwise."""
 
+import os
+from pathlib import Path
+
 from ament_index_python.packages import get_package_share_directory
 from launch import LaunchContext
 from launch import LaunchDescription
@@ -26,7 +29,10 @@ ARGUMENTS = {
 def start(context: LaunchContext) -> list[LifecycleNode]:
     """Make the node once the arguments are known."""
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
-    file = given['params_file'] or f'{get_package_share_directory(PACKAGE)}/config/decode.yaml'
+    file = Path(given['params_file'] or
+                f'{get_package_share_directory(PACKAGE)}/config/decode.yaml').expanduser()
+    if not file.is_file():              # of which launch_ros only warns, and starts the node
+        raise FileNotFoundError(f'params_file: there is no file {file}')
     overrides = {}
     if given['autostart']:              # by the rules of YAML; the node refuses what is no bool
         overrides['autostart'] = ParameterValue(LaunchConfiguration('autostart'))
@@ -37,7 +43,9 @@ def start(context: LaunchContext) -> list[LifecycleNode]:
     return [LifecycleNode(
         package=PACKAGE, executable='decode_node', name=given['name'],
         namespace=given['namespace'], output='screen',
-        parameters=[file, overrides] if overrides else [file],
+        parameters=[str(file), overrides] if overrides else [str(file)],
+        # By this the node knows whose orphan it would be, and ends with this process.
+        additional_env={'PHYSAI_DECODE_LAUNCHER': str(os.getpid())},
         arguments=['--ros-args', '--log-level', given['log_level']])]
 
 

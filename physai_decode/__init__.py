@@ -1,3 +1,20 @@
 """A ROS 2 node for batch-1 decoding that reports how near each token came to the memory floor."""
 
+import os
+import sys
+
 __version__ = '0.1.0'
+
+_COMMAND = os.path.basename((getattr(sys, 'argv', None) or [''])[0])
+
+
+def _say_interrupted(kind, error, trace):
+    """Say in one line that Ctrl-C ended a command, also while it still imports its libraries."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f'{_COMMAND}: interrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if _COMMAND.startswith('decode_'):      # a command of this package, of which this is loaded first
+    sys.excepthook = _say_interrupted

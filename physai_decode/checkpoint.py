@@ -152,6 +152,11 @@ def locate(path: str, revision: str = '') -> Path:
     return _fetch(path, revision)
 
 
+def open(path: str, revision: str = '') -> Checkpoint:
+    """Find a model and read its folder; see `locate` and `inspect`."""
+    return inspect(locate(path, revision))
+
+
 def inspect(folder: Path) -> Checkpoint:
     """
     Read a model folder without loading it.

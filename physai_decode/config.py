@@ -7,6 +7,7 @@ Nothing here knows ROS or torch.
 """
 
 from dataclasses import dataclass
+from dataclasses import Field
 from dataclasses import field
 from dataclasses import fields
 from typing import Any
@@ -51,6 +52,10 @@ class EngineConfig:
         low=16, high=1048576)
     cpu_threads: int = _option(
         0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
+    prefill_chunk_ms: float = _option(
+        100.0, 'a prompt is read in chunks of about this time, and a cancel, a preemption or a '
+        'deadline is heard after each; 0 reads the largest chunks that the engine takes',
+        low=0.0, high=1e6)
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,13 @@ class ChatConfig:
 class QueueConfig:
     """What happens to a prompt that comes while another is answered."""
 
-    size: int = _option(8, 'prompts that may wait; a further one is refused', low=1, high=10000)
+    size: int = _option(8, 'requests that may wait; a further one is refused', low=1, high=10000)
     policy: str = _option(
-        'reject', 'reject: a prompt waits for its turn and is refused when the queue is full; '
-        'preempt: a new prompt ends the running one and empties the queue',
+        'reject', 'reject: a request waits for its turn and is refused when the queue is full; '
+        'preempt: a new request ends the running one and empties the queue',
         choices=('reject', 'preempt'))
+    max_request_bytes: int = _option(
+        1000000, 'a longer prompt or JSON request is refused unread', low=1, high=2**30)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,15 @@ class DiagnosticsConfig:
 
 
 @dataclass(frozen=True)
+class BondConfig:
+    """The bond to nav2's lifecycle manager."""
+
+    heartbeat_period_s: float = _option(
+        0.25, 'time between two heartbeats to the lifecycle manager of nav2 while the node is '
+        'active; 0 sends none; needs bondpy', low=0.0, high=3600.0)
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """All settings of the node; each group is the parameters' prefix."""
 
@@ -157,6 +173,7 @@ class DecodeConfig:
     deadline: DeadlineConfig = DeadlineConfig()
     roofline: RooflineConfig = RooflineConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    bond: BondConfig = BondConfig()
     autostart: bool = _option(True, 'configure and activate by itself at start')
 
 
@@ -173,18 +190,33 @@ def check(group: str, instance: Any) -> None:
     :raises ConfigError: naming the first field that is wrong, its value and what is allowed.
     """
     for spec in fields(instance):
-        _check_field(f'{group}.{spec.name}', getattr(instance, spec.name), spec)
+        check_value(f'{group}.{spec.name}', getattr(instance, spec.name), spec)
 
 
-def _check_field(name, value, spec):
-    kind = type(spec.default)
+def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
+    """
+    Check one value.
+
+    :param name: for the message.
+    :param spec: the field that it is for.
+    :returns: the value in the field's type.
+    :raises ConfigError: with the name, the value and what is allowed.
+    """
+    kind: Any = type(spec.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or kind is tuple and not all(type(item) is str for item in value):
-        raise ConfigError(f'{name} is {value!r}: expected {_KINDS[kind]}')
+        raise ConfigError(f'{name} is {shown(value)}: expected {_KINDS[kind]}')
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not low <= value <= high:
-        raise ConfigError(f'{name} is {value!r}: allowed are {low} to {high}')
+        raise ConfigError(f'{name} is {shown(value)}: allowed are {low} to {high}')
     choices = spec.metadata['choices']
     if choices and value not in choices:
-        raise ConfigError(f'{name} is {value!r}: allowed are {", ".join(choices)}')
+        raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
+    return value
+
+
+def shown(value: Any) -> str:
+    """Give a value for a message, cut where it is long."""
+    text = repr(value[:80] if type(value) is str else value)
+    return text if len(text) <= 80 else f'{text[:77]}...'

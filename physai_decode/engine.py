@@ -148,3 +148,8 @@ def shared_prefix(old: Sequence[int], new: Sequence[int]) -> int:
 def first_line(error: BaseException) -> str:
     """Give what an exception says, of a long message the first line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def described(error: BaseException) -> str:
+    """Give an exception in words: its type, and its message where it has one."""
+    return f'{type(error).__name__}: {error}' if str(error) else type(error).__name__

@@ -2,7 +2,7 @@
 The gap, measured in the running node: one model's decode step, timed in two ways of running it.
 
 On a GPU the step with and without its CUDA graph; on a CPU the native step beside that of the
-transformers library. It sees steps as a reader of ``Engine.stream`` does, and knows nothing of
+transformers library. It sees steps as a reader of ``DecodeLoop.stream`` does, and knows nothing of
 ROS, of torch, or of who else wants the engine.
 """
 
@@ -22,12 +22,14 @@ from typing import cast
 from typing import Protocol
 from typing import runtime_checkable
 
+from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode.config import DecodeConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.decode_loop import Step
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
-from physai_decode.engine import Step
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
@@ -43,16 +45,12 @@ _RIVALS = {'native': 'transformers', 'transformers': 'native'}
 class Measurable(Engine, Protocol):
     """An engine whose step can be timed in the running node."""
 
-    @property
-    def cached_ids(self) -> list[int]:
-        """Give the ids whose keys and values are in the cache."""
-        ...
-
     def trial(self, captured: bool | None = None) -> AbstractContextManager[None]:
         """
-        Let ``stream`` be tried inside ``with``; the cache then forgets what it brought.
+        Run the step in another way inside ``with``, greedily, behind what the cache holds.
 
         :param captured: whether the step runs in a CUDA graph, on a CUDA device; None as it does.
+        :raises EngineError: it can't run that way.
         """
         ...
 
@@ -118,8 +116,8 @@ def rival(engine: Engine, config: DecodeConfig,
             'load beside itself; without the node, ' + _command(config, *_RIVALS))
     name = _RIVALS[shape.engine]
     try:
-        other = engines.build(
-            replace(config, engine=replace(config.engine, name=name)), progress)
+        other = engines.build(checkpoint.open(config.model.path, config.model.revision),
+                              replace(config.engine, name=name), progress)
     except EngineError as error:
         raise EngineError(f'there is no {name} step to compare with: {error}') from None
     try:
@@ -128,7 +126,7 @@ def rival(engine: Engine, config: DecodeConfig,
         other.close()
 
 
-def measure(engine: Measurable, other: Engine | None, peak: Peak,
+def measure(loop: DecodeLoop, other: Engine | None, peak: Peak,
             go_on: Callable[[], None] = lambda: None) -> Gap:
     """
     Time the step in both ways, after what the engine's cache holds.
@@ -136,33 +134,40 @@ def measure(engine: Measurable, other: Engine | None, peak: Peak,
     The steps' own keys and values come after those in the cache, which stay as they are; only of a
     context so full that the steps have no room, the last ones are lost.
 
+    :param loop: of the loaded engine, which is `Measurable`.
     :param other: as `rival` gives it.
     :param peak: the memory bus that the floor is for.
     :param go_on: called after each step; what it raises ends the measurement.
     :raises EngineError: the engine can't run its step in the other way.
     """
+    engine = cast(Measurable, loop.engine)
     shape = engine.footprint
+    loop.forget(shape.max_context - TOKENS - 1)
+    before = loop.cached_ids
     # With one id more than is cached nothing of the cache is computed again; any id will do.
-    prompt = [*engine.cached_ids[:shape.max_context - TOKENS - 1], 0]
-    if other is None:
-        with engine.trial(captured=True):
-            first = Way('captured', _step_s(engine, prompt, go_on))
-        with engine.trial(captured=False):
-            second = Way('uncaptured', _step_s(engine, prompt, go_on))
-    else:
-        both = {each.footprint.engine: each for each in (engine, other)}
-        with engine.trial():
+    prompt = [*before, 0]
+    try:
+        if other is None:
+            with engine.trial(captured=True):
+                first = Way('captured', _step_s(loop, prompt, go_on))
+            with engine.trial(captured=False):
+                second = Way('uncaptured', _step_s(loop, prompt, go_on))
+        else:
+            both = {loop.engine.footprint.engine: loop,
+                    other.footprint.engine: DecodeLoop(other)}
             first, second = (Way(name, _step_s(both[name], prompt, go_on)) for name in _RIVALS)
+    finally:
+        loop.forget(len(before))
     context = len(prompt) + WARM_UP_STEPS + (STEPS + 1) // 2
     form = shape.dtype if shape.quantization == 'none' else f'{shape.dtype} {shape.quantization}'
     return Gap(first, second, Roofline(shape, peak).floor_s(context), context,
                f'{form} on {shape.device}' if other else f'{shape.engine}, {form}')
 
 
-def _step_s(engine: Engine, prompt: list[int], go_on: Callable[[], None]) -> float:
+def _step_s(loop: DecodeLoop, prompt: list[int], go_on: Callable[[], None]) -> float:
     """Give the median time from one token to the next, in seconds."""
     stamps = []
-    with closing(cast('Generator[Step, None, None]', engine.stream(
+    with closing(cast('Generator[Step, None, None]', loop.stream(
             prompt, SamplingConfig(max_new_tokens=TOKENS)))) as steps:
         for step in steps:
             if step.token_ids:

@@ -1,5 +1,5 @@
 """
-Text to token ids and back: chat template, encoding, incremental decoding.
+Text to token ids: chat template and encoding.
 
 What a user writes is text and nothing else: no prompt can yield a special token, so none can close
 its own turn. For that the encoder is a twin of the model's tokenizer in which all special tokens
@@ -11,16 +11,18 @@ It works on a tokenizer that is passed in and knows nothing of engines.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from inspect import signature
 import json
 from pathlib import Path
 import re
 import secrets
+from types import MappingProxyType
 from typing import Any
 
 from physai_decode.config import ChatConfig
-
-_UNKNOWN = '\ufffd'     # what a decoder gives for bytes that are no character, or not yet
-_WINDOW_TOKENS = 16     # a character, or what a tokenizer makes of bytes that are none, is shorter
+from physai_decode.conversation import Conversation
+from physai_decode.detokenizer import Detokenizer
+from physai_decode.request import Message
 
 
 class TextError(ValueError):
@@ -72,7 +74,6 @@ class Text:
                 'save the model with its fast tokenizer')
         added = backend.get_added_tokens_decoder()
         self._tokenizer = tokenizer
-        self._chat = chat
         self._backend = backend
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._nonce = secrets.token_hex(8)
@@ -84,155 +85,76 @@ class Text:
             re.escape(name) for name in sorted(self._names, key=len, reverse=True)) or r'(?!)')
         self._encoder = _renamed(backend, self._names)
         self.has_template = chat.template == 'auto' and bool(tokenizer.chat_template)
-        self.encode('')                 # a template that refuses its first message does so here
+        self._reserved = {'messages', *tokenizer.special_tokens_map,
+                          *signature(tokenizer.apply_chat_template).parameters}
+        # A template that refuses the conversation's beginning does so here.
+        self.encode(Conversation(chat.system_prompt).messages([], ''))
 
-    def encode(self, prompt: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def encode(self, messages: Sequence[Message],
+               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """
-        Give the ids of a prompt in its conversation.
+        Give the ids of a conversation, up to where the answer begins.
 
-        Without a template, the system prompt, the turns and the prompt follow one another as they
-        are, after what the tokenizer puts before every text. A template sees place-holders for
-        all texts: it can trim them, but not look into them (some drop what a model thought in
-        earlier turns; that stays).
+        Without a template the messages follow one another as they are, after what the tokenizer
+        puts before every text. A template sees place-holders for all texts: it can trim them, but
+        not look into them (some drop what a model thought in earlier turns; that stays).
 
-        :param prompt: any text; special tokens in it are text.
-        :param history: turns (prompt, answer) before it, the oldest first.
-        :raises TextError: half a surrogate pair in it, or a template that refuses it.
+        :param messages: any texts; special tokens in them are text.
+        :param chat_template_kwargs: further variables of the template.
+        :raises TextError: half a surrogate pair in a text, or a template that refuses it.
         """
-        system = self._chat.system_prompt
-        said = [*([('system', system)] if system else []),
-                *(one for turn in history for one in zip(('user', 'assistant'), turn)),
-                ('user', prompt)]
-        for role, content in said:
+        for role, content in messages:
             _check(role, content)
         if not self.has_template:
-            whole = ''.join(content for _, content in said)
+            if chat_template_kwargs:
+                raise TextError('chat_template_kwargs can not be used: there is no chat template')
+            whole = ''.join(content for _, content in messages)
             return self._ids(whole, add_special_tokens=True)
         # Each content is a place-holder in the template, and takes its place after the template's
         # own special tokens have been renamed. Blanks around it, of a kind that no template
         # writes, tell whether the template trims its contents.
-        places = [f'\ue000{self._nonce}:{index}\ue000' for index in range(len(said))]
+        places = [f'\ue000{self._nonce}:{index}\ue000' for index in range(len(messages))]
         whole = self._any_name.sub(lambda match: self._names[match[0]], self._render([
             {'role': role, 'content': f'\u2003{place}\u2003'}
-            for (role, _), place in zip(said, places)]))
+            for (role, _), place in zip(messages, places)], chat_template_kwargs))
         if places[-1] not in whole:
-            raise TextError("the model's chat template leaves out the prompt: "
+            raise TextError("the model's chat template leaves out the last message: "
                             'set chat.template to off')
 
         def put(place: re.Match[str]) -> str:
-            text = said[int(place[2])][1]
+            text = messages[int(place[2])].content
             text = text if place[1] else text.lstrip()
             return text if place[3] else text.rstrip()
 
         whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', put, whole)
         return self._ids(whole, add_special_tokens=False)
 
-    def decoder(self, stop: Sequence[str] = ()) -> 'Decoder':
-        """Give a decoder for one answer, which ends at any of the texts in ``stop``."""
-        return Decoder(self._backend, self._special_ids, stop)
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
+        return Detokenizer(self._backend, self._special_ids, stop)
 
     def _ids(self, text, add_special_tokens):
         # As a batch: encoding one text keeps every other thread waiting, a megabyte for a second.
         batch = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], kwargs: Mapping[str, Any]) -> str:
+        taken = sorted(kwargs.keys() & self._reserved)
+        special = next((name for name, value in kwargs.items()
+                        if type(value) is str and self._any_name.search(value)), None)
+        if taken or special:
+            raise TextError(f'chat_template_kwargs.{special or taken[0]} can not be set: it '
+                            + ('holds a special token' if special else 'is not a variable that '
+                               'belongs to the chat template'))
         try:
             return str(self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True))
+                messages, tokenize=False, add_generation_prompt=True, **kwargs))
         except Exception as error:
             # A template is a program of the model's maker, and may raise anything.
             roles = ', '.join(message['role'] for message in messages)
             raise TextError(
                 f"the model's chat template refuses a conversation of {roles}: {error}; leave "
                 'chat.system_prompt empty if that is why, or set chat.template to off') from error
-
-
-class Decoder:
-    """
-    One answer's ids to pieces of text, never splitting a character.
-
-    The pieces joined are what the tokenizer makes of all ids at once without special tokens, up to
-    the first stop text. (Of bytes that are no UTF-8 at all, a tokenizer that falls back to bytes
-    makes unknown characters by the run; there the number of these can differ.) The work for a
-    token does not grow with the answer.
-    """
-
-    def __init__(self, backend: Any, special_ids: frozenset[int], stop: Sequence[str]) -> None:
-        """
-        Begin an answer.
-
-        :param backend: what decodes, a ``tokenizers.Tokenizer``.
-        :param special_ids: ids that are no text.
-        :param stop: texts that end the answer and are not part of it; empty ones do nothing.
-        """
-        self.stopped = False            # a stop text was met; the pieces so far are the answer
-        self._backend = backend
-        self._special_ids = special_ids
-        self._stop = tuple(text for text in stop if text)
-        self._window: list[int] = []    # the last complete group of ids, then the open one
-        self._open = 0                  # where in the window the open group begins
-        self._done = ''                 # the part of the window's text that has been given out
-        self._held = ''                 # text that may be the beginning of a stop text
-
-    @property
-    def held(self) -> bool:
-        """Tell whether there is text that ``push`` or ``flush`` has yet to give."""
-        return bool(self._held) or len(self._window) > self._open
-
-    def push(self, token_id: int) -> str:
-        """Take one token id and give the text that it completed, perhaps none."""
-        if self.stopped or token_id in self._special_ids:
-            return ''
-        if self._backend.id_to_token(token_id) is None:     # a model can have more ids than texts
-            return ''
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        complete = not text.endswith(_UNKNOWN)
-        if complete or len(self._window) > _WINDOW_TOKENS:
-            ready = text if complete else text[:-1]
-        else:
-            ready = text.rstrip(_UNKNOWN)
-        # A tokenizer that falls back to bytes makes a whole run of them unknown while its last
-        # character is not complete; what was given out is then longer than what is ready.
-        piece = ready[len(self._done):]
-        if complete and piece:
-            self._window, self._open = self._window[self._open:], 0
-            self._done = self._decode(self._window)
-            self._open = len(self._window)
-        elif len(self._window) > _WINDOW_TOKENS:
-            rest = len(text) - len(ready)
-            self._window, self._open = self._window[-_WINDOW_TOKENS // 2:], 0
-            tail = self._decode(self._window)
-            self._done = tail[:len(tail) - rest]
-        else:
-            self._done += piece
-        return self._until_stop(piece)
-
-    def flush(self) -> str:
-        """Give what is still held back, at the end of the answer."""
-        if self.stopped:
-            return ''
-        piece = self._until_stop(self._decode(self._window)[len(self._done):])
-        piece += '' if self.stopped else self._held
-        self._window, self._open, self._done, self._held = [], 0, '', ''
-        return piece
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=False))
-
-    def _until_stop(self, piece: str) -> str:
-        """Give the text up to a stop text, but for an end that may be the beginning of one."""
-        if not self._stop:
-            return piece
-        text = self._held + piece
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ''
-            return text[:min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep]
 
 
 def _check(role: str, content: str) -> None:
@@ -242,14 +164,6 @@ def _check(role: str, content: str) -> None:
     except UnicodeEncodeError as error:
         raise TextError(f'the {role} text holds half a surrogate pair at character {error.start}, '
                         'which is no text: send valid UTF-8') from None
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Give the length of the longest end of text that is a beginning of stop, but not all."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 def _renamed(backend: Any, names: Mapping[str, str]) -> Any:

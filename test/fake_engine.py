@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import threading
+from types import MappingProxyType
+from typing import Any
 
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import Step
+from physai_decode.engine import Choice
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
-from physai_decode.engine import Step
+from physai_decode.request import Message
 
 EOS = 0
 
@@ -30,38 +35,56 @@ class FakeEngine:
 
     ``steps`` gives the steps of the answer to a prompt's ids; by default it says the prompt's last
     word, character by character, and the end. What is raised in there comes from the engine, and
-    what waits in there hangs it.
+    what waits in there hangs it. Where the script is over, only the end comes.
     """
 
     def __init__(self, steps: Callable[[list[int]], Iterator[Step]] | None = None,
-                 **changes) -> None:
+                 chunk_tokens: tuple[int, int] = (1, 1000), **changes) -> None:
         self.footprint = footprint(**changes)
+        self.chunk_tokens = chunk_tokens
         self.prompts: list[list[int]] = []
         self.samplings: list[SamplingConfig] = []
-        self.open = 0               # generators that began and have not ended
+        self.fed: list[int] = []    # what stands for the cache
         self.closed = False
         self._steps = steps or self._echo
+        self._script: Iterator[Choice] = iter(())
 
-    def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
-        """Decode after the prompt, as long as its script and its context allow."""
-        if not 0 < len(prompt_ids) < self.footprint.max_context:
-            raise ValueError(f'{len(prompt_ids)} prompt ids')
+    def rewind(self, length: int) -> int:
+        """Keep that much."""
+        del self.fed[length:]
+        return length
+
+    def feed(self, token_ids: Sequence[int]) -> float:
+        """Take a chunk."""
+        self.fed += token_ids
+        return 0.0
+
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+        """Begin the script."""
+        assert self.fed == list(prompt_ids)
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
-        self.open += 1
-        room = self.footprint.max_context - len(prompt_ids)
-        try:
-            for step in self._steps(list(prompt_ids)):
-                yield step
-                room -= len(step.token_ids)
-                if room <= 0:
-                    return
-        finally:
-            self.open -= 1
+        self._script = self._choices(list(prompt_ids))
+        return self._choose()
+
+    def step(self, remaining: int) -> Choice:
+        """Go on with it."""
+        self.fed.append(self._last)
+        return self._choose()
 
     def close(self) -> None:
         """Remember it."""
         self.closed = True
+
+    def _choose(self):
+        choice = next(self._script, Choice(EOS, None))
+        self._last = choice.token_id
+        return choice
+
+    def _choices(self, prompt_ids):
+        for step in self._steps(prompt_ids):
+            for token_id in step.token_ids:
+                yield Choice(token_id, step.device_s)
 
     @staticmethod
     def _echo(prompt_ids: list[int]) -> Iterator[Step]:
@@ -107,17 +130,17 @@ class Gate:
 class CharacterText:
     """Text in which each character is a token; turns end with a line break."""
 
-    def encode(self, prompt: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def encode(self, messages: Sequence[Message],
+               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """Give the characters of the whole conversation."""
-        turns = ''.join(f'{asked}\n{answer}\n' for asked, answer in history)
-        return [ord(character) for character in turns + prompt]
+        return [ord(character) for character in '\n'.join(each.content for each in messages)]
 
-    def decoder(self, stop: Sequence[str] = ()) -> 'CharacterDecoder':
-        """Give a decoder for one answer."""
-        return CharacterDecoder(stop)
+    def detokenizer(self, stop: Sequence[str] = ()) -> 'CharacterDetokenizer':
+        """Give a detokenizer for one answer."""
+        return CharacterDetokenizer(stop)
 
 
-class CharacterDecoder:
+class CharacterDetokenizer:
     """Holds a ``^`` back until the next character is known, as a half character would be."""
 
     def __init__(self, stop: Sequence[str]) -> None:

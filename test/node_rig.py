@@ -1,17 +1,16 @@
 """A node on a scripted engine, and a probe that hears and asks all there is."""
 
-from collections.abc import Iterator
 import threading
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from fake_engine import FakeEngine
 from lifecycle_msgs.srv import ChangeState
 from lifecycle_msgs.srv import GetState
-from physai_decode.engine import Footprint
-from physai_decode.engine import Step
+from physai_decode.decode_loop import Step
+from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros.node import DecodeNode
-from physai_decode.ros.node import Loaded
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from rcl_interfaces.srv import SetParameters
@@ -31,18 +30,17 @@ END = 0x110000                  # the id that ends an answer
 
 
 class Letters:
-    """A tokenizer of one token for each character; it stands for Text and its decoder."""
+    """A tokenizer of one token for each character; it stands for Text and its detokenizer."""
 
     stopped = False
     held = False
 
-    def encode(self, prompt, history=()):
+    def encode(self, messages, chat_template_kwargs=None):
         """Give the code points of the conversation."""
-        return [ord(letter) for turn in history for letter in ''.join(turn)] + [
-            ord(letter) for letter in prompt]
+        return [ord(letter) for message in messages for letter in message.content]
 
-    def decoder(self, stop=()):
-        """Give a decoder that holds nothing back."""
+    def detokenizer(self, stop=()):
+        """Give a detokenizer that holds nothing back."""
         return self
 
     def push(self, token_id):
@@ -54,7 +52,7 @@ class Letters:
         return ''
 
 
-class EchoEngine:
+class EchoEngine(FakeEngine):
     """
     Says the prompt again, in upper case, then ends.
 
@@ -63,18 +61,15 @@ class EchoEngine:
     """
 
     def __init__(self, step_s: float = 0.0) -> None:
+        super().__init__(
+            self._echo_upper, engine='echo', model_type='echo', device_name='Echo 1',
+            cuda_graph='unavailable', max_context=CONTEXT, vocab_size=END + 1,
+            eos_token_ids=(END,), read_weight_bytes=10**6, checkpoint_weight_bytes=10**6,
+            layers=1, head_dim=64)
         self.step_s = step_s
         self.answer = threading.Event()
-        self.closed = False
-        self.footprint = Footprint(
-            engine='echo', model_type='echo', dtype='float32', quantization='none', device='cpu',
-            device_name='Echo 1', device_uuid='', cuda_graph='unavailable', max_context=CONTEXT,
-            vocab_size=END + 1, eos_token_ids=(END,), read_weight_bytes=10**6,
-            checkpoint_weight_bytes=10**6, layers=1, kv_heads=1, head_dim=64,
-            kv_element_bytes=4)
 
-    def stream(self, prompt_ids, sampling) -> Iterator[Step]:
-        """Yield one token a step."""
+    def _echo_upper(self, prompt_ids):
         for token_id in prompt_ids:
             letter = chr(token_id)
             time.sleep(self.step_s)
@@ -84,10 +79,6 @@ class EchoEngine:
                 assert self.answer.wait(PATIENCE_S)
             yield Step((ord(letter.upper()) if letter > '\x01' else 0,), device_s=1e-6)
         yield Step((END,))
-
-    def close(self) -> None:
-        """Note that it was closed."""
-        self.closed = True
 
 
 class Loader:
@@ -126,6 +117,8 @@ class Rig:
                 ('/decode/itl_ms', Float64, stream_qos()),
                 ('/decode/r_floor', Float64, stream_qos()),
                 ('/decode/response', String, stream_qos()),
+                ('/decode/result', String, stream_qos()),
+                ('/decode/accepted', String, stream_qos()),
                 ('/decode/request_stats', DiagnosticArray, stream_qos()),
                 ('/decode/model_info', DiagnosticArray, latched_qos()),
                 ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):

@@ -65,46 +65,29 @@ def test_it_takes_its_own_answer_among_others(rig):
     assert told['text'] == 'MINE'
 
 
-@pytest.mark.parametrize('texts', [('first', 'second'), ('same', 'same')])
-def test_two_at_once(rig, texts):
-    """Both send on the same message on /diagnostics; neither can tell its answer, and says so."""
-    rig.node._timer.cancel()
-    try:
-        both = [subprocess.Popen([*COMMAND, text, '--json'], stdout=subprocess.PIPE, text=True)
-                for text in texts]
-        rig.wait(lambda: rig.probe.count_subscribers('/diagnostics') == 3)
-        time.sleep(1.0)             # till the node knows both
-        count = len(rig.heard['request_stats'])
-        rig.node._publish_diagnostics()
-        rig.wait(lambda: len(rig.heard['request_stats']) == count + 2)
-    finally:
-        rig.node._timer.reset()
-    for each in both:
-        told = json.loads(each.communicate(timeout=60)[0])
-        assert (each.returncode, told['text'], told['error']) == (
-            1, '', 'another client asked at the same moment: ask again')
+def test_many_at_once(rig):
+    """Each shows its own answer."""
+    texts = ['first', 'second', 'same', 'same']
+    asked = [subprocess.Popen([*COMMAND, text, '--json'], stdout=subprocess.PIPE, text=True)
+             for text in texts]
+    told = [json.loads(each.communicate(timeout=60)[0]) for each in asked]
+    assert [each['text'] for each in told] == [text.upper() for text in texts]
+    assert len({each['client_id'] for each in told}) == 4
 
 
-def test_another_client_just_before(rig):
-    """One that the node had not counted yet when it told of its requests."""
-    rig.node._timer.cancel()
-    try:
-        process = subprocess.Popen(
-            [*COMMAND, 'mine', '--json'], stdout=subprocess.PIPE, text=True)
-        rig.wait(lambda: rig.probe.count_subscribers('/diagnostics') == 2)
-        time.sleep(1.0)             # till the node knows it
-        engine_status = rig.node._engine_status
-        status = engine_status(rig.node._worker, '')
-        rig.node._engine_status = lambda *_: status
-        rig.ask('other')
-        rig.node._publish_diagnostics()
-        rig.wait(lambda: 'MINE' in [message.data for message in rig.heard['response']])
-    finally:
-        rig.node._engine_status = engine_status
-        rig.node._timer.reset()
-    told = json.loads(process.communicate(timeout=60)[0])
-    assert (process.returncode, told['text']) == (1, '')
-    assert told['error'] == 'another client asked at the same moment: ask again'
+def test_options_go_with_the_request(rig):
+    """One that is cut off has an exit code of its own."""
+    done = ask('hello', '--options', '{"max_tokens": 2}')
+    assert done.returncode == 3
+    assert done.stdout.startswith('HE\n')
+    assert 'length: sampling.max_new_tokens is 2' in done.stderr
+    done = ask('hello', '--options', '{"max_token": 2}')
+    assert (done.returncode, done.stdout.splitlines()[0]) == (1, '')
+    assert "'max_token' is no field of a request" in done.stderr
+    for wrong in ('{', '[1]'):
+        done = ask('hello', '--options', wrong)
+        assert (done.returncode, done.stdout) == (2, '')
+        assert 'is no JSON' in done.stderr
 
 
 def test_a_refusal_is_an_error(rig):

@@ -7,6 +7,10 @@ import struct
 
 from physai_decode import roofline
 from physai_decode.benchmark import synthetic
+from physai_decode.request import Cancel
+from physai_decode.request import parse
+from physai_decode.request import Request
+from physai_decode.request import RequestError
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +87,15 @@ def test_bandwidths(machine, name):
     rows = {row[0]: float(row[1])
             for row in ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())}
     assert rows[machine] * 1e9 == roofline.datasheet(name).bytes_per_s
+
+
+def test_the_requests_of_the_page_are_taken():
+    """Each JSON block of requests.md is one, and the table has each field of one."""
+    page = (ROOT / 'docs' / 'requests.md').read_text()
+    blocks = re.findall(r'```json\n(.+?)```', page, re.DOTALL)
+    assert [type(parse(block)) for block in blocks] == [Request, Cancel]
+    told = re.findall(r'`(\w+)`', ''.join(re.findall(r'^\| (`.+?) \|', page, re.MULTILINE)))
+    with pytest.raises(RequestError) as raised:
+        parse('{"nothing": 1}')
+    known = str(raised.value).partition('allowed are ')[2].split(', ')
+    assert sorted([*told, 'metadata']) == sorted(known)

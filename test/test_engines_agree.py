@@ -4,6 +4,7 @@ import json
 
 import engine_contract
 from engine_contract import decode
+from engine_contract import load
 from physai_decode import checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
@@ -24,25 +25,25 @@ RELATIVE = 1e-4
 
 
 @pytest.fixture(scope='module', params=ENGINES)
-def engine(request, tmp_path_factory):
+def loop(request, tmp_path_factory):
     """Give each engine on a small model, a quarter of whose ids end an answer."""
     folder = random_model.save(
         tmp_path_factory.mktemp('model'), 'qwen2', 0, eos_token_id=list(range(128)))
-    engine = ENGINES[request.param](folder, CPU, lambda text: None)
-    yield engine
-    engine.close()
+    loop = load(ENGINES[request.param], folder, CPU)
+    yield loop
+    loop.engine.close()
 
 
 @pytest.mark.parametrize('check', engine_contract.CHECKS, ids=lambda check: check.__name__)
-def test_contract(engine, check):
-    check(engine)
+def test_contract(loop, check):
+    check(loop)
 
 
 @pytest.mark.parametrize('name', ENGINES)
 @pytest.mark.parametrize('family', random_model.FAMILIES)
 def test_footprint(name, family, tmp_path):
     folder = random_model.save(tmp_path, family, 0)
-    engine = ENGINES[name](folder, EngineConfig(device='cpu', max_context=100), lambda text: None)
+    engine = load(ENGINES[name], folder, EngineConfig(device='cpu', max_context=100)).engine
     engine_contract.check_footprint(engine.footprint, checkpoint.inspect(folder))
     assert engine.footprint.engine == name
     assert engine.footprint.cuda_graph == 'unavailable'
@@ -50,10 +51,10 @@ def test_footprint(name, family, tmp_path):
     engine.close()
 
 
-def reference_logits(engine, ids):
+def reference_logits(loop, ids):
     """Give the library's logits at every place [tokens, vocab], from one pass without a cache."""
     with torch.inference_mode():
-        return engine._decoder.network(torch.tensor([ids]), use_cache=False).logits[0].float()
+        return loop.engine._cached.network(torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
 def assert_same_answer(ours, theirs, prompt, reference):
@@ -73,7 +74,7 @@ def random_prompts(seed):
 
 
 def assert_agreement(folder, seed):
-    native, reference = NativeEngine(folder, CPU, print), TransformersEngine(folder, CPU, print)
+    native, reference = (load(kind, folder, CPU) for kind in ENGINES.values())
     sampling = SamplingConfig(max_new_tokens=TOKENS)
     prompts = random_prompts(seed)
     for prompt in prompts:
@@ -82,18 +83,19 @@ def assert_agreement(folder, seed):
         assert len(ours) == TOKENS
         assert_same_answer(ours, theirs, prompt, reference)
         expected = reference_logits(reference, prompt)
-        difference = (native.prefill_logits(prompt) - expected).abs().max()
+        native.forget()
+        difference = (native.engine.prefill_logits(prompt) - expected).abs().max()
         assert difference <= RELATIVE * expected.abs().max()
     # With a prefix in the cache, as it is after a turn of a conversation, and cut back.
     prompt = prompts[2]
-    for engine in (native, reference):
-        fresh = decode(engine, prompt, sampling)
+    for loop in (native, reference):
+        fresh = decode(loop, prompt, sampling)
         for prefix in (prompt[:100], prompt[:100] + prompts[1], prompt + fresh[:9]):
-            engine_contract.forget(engine)
-            decode(engine, prefix, SamplingConfig(max_new_tokens=3))
-            assert_same_answer(decode(engine, prompt, sampling), fresh, prompt, reference)
-    native.close()
-    reference.close()
+            engine_contract.forget(loop)
+            decode(loop, prefix, SamplingConfig(max_new_tokens=3))
+            assert_same_answer(decode(loop, prompt, sampling), fresh, prompt, reference)
+    native.engine.close()
+    reference.engine.close()
 
 
 @pytest.mark.parametrize('seed', [0, 1])
@@ -180,10 +182,10 @@ def test_nonsense_in_a_config(fields):
 def test_agreement_at_the_end_of_the_context(length, tmp_path):
     folder = random_model.save(tmp_path, 'qwen2', 3)
     prompt = torch.randint(512, (length,), generator=torch.Generator().manual_seed(3)).tolist()
-    native, reference = NativeEngine(folder, CPU, print), TransformersEngine(folder, CPU, print)
+    native, reference = (load(kind, folder, CPU) for kind in ENGINES.values())
     ours, theirs = (
-        decode(engine, prompt, SamplingConfig(max_new_tokens=1000))
-        for engine in (native, reference))
+        decode(loop, prompt, SamplingConfig(max_new_tokens=1000))
+        for loop in (native, reference))
     assert len(ours) == 256 - length
     assert_same_answer(ours, theirs, prompt, reference)
 
@@ -193,8 +195,8 @@ def test_reuse_is_reported_alike(tmp_path):
     prompt = list(range(10, 60))
     reported = []
     for kind in ENGINES.values():
-        engine = kind(folder, CPU, print)
-        steps = [engine_contract.first_step(engine, ids) for ids in (
+        loop = load(kind, folder, CPU)
+        steps = [engine_contract.first_step(loop, ids) for ids in (
             prompt, prompt, prompt[:20] + [7, 8, 9], prompt[:10], [3])]
         reported.append([step.cached_tokens for step in steps])
     assert reported == [[0, 49, 20, 9, 0]] * 2

@@ -1,13 +1,14 @@
 """The example controller: it acts on a whole plan, and holds in every other case."""
 
 import importlib
+import json
 from pathlib import Path
 import subprocess
 import sys
+import threading
 
-from diagnostic_msgs.msg import DiagnosticArray
 from node_rig import Rig
-from physai_decode.ros import messages
+from physai_decode.result import chat_completion
 from physai_decode.timing import RequestReport
 import pytest
 import rclpy
@@ -87,13 +88,35 @@ def test_a_plan_with_a_note(rig, monkeypatch):
     """A finish reason that the node explains is the same reason."""
     monkeypatch.setattr(sys, 'path', [str(EXAMPLE.parent), *sys.path])
     controller = importlib.import_module('controller').Controller('')
+    report = RequestReport(1, 'stop', 'a text of sampling.stop was met', client_id=controller.id)
     try:
-        controller.on_response(String(data=PLAN))
-        report = RequestReport(1, 'stop', 'a text of sampling.stop was met')
-        controller.on_stats(DiagnosticArray(status=[messages.request_status(report)]))
+        controller.on_result(String(data=json.dumps(chat_completion(report, PLAN, 'echo'))))
         assert controller.outcome == 'done'
     finally:
         controller.destroy_node()
+
+
+def test_nobody_elses_plan(rig, control):
+    """While another client keeps asking, the robot acts on its own plan alone."""
+    stop, asked, before = threading.Event(), [], rig.node._host.counts['requests']
+
+    def keep_asking():
+        while not stop.wait(0.02):
+            asked.append(rig.ask_later('[{"open": "door"}]'))
+
+    other = threading.Thread(target=keep_asking)
+    other.start()
+    rig.loader.engines[0].step_s = 0.0005
+    try:
+        code, log, actions = control(PLAN, token_ms=1000.0, plan_s=30.0)
+    finally:
+        stop.set()
+        other.join()
+        rig.wait(lambda: rig.node._host.counts['requests'] > before + len(asked))
+        rig.loader.engines[0].step_s = 0.0
+    expected = ['{"GO": "KITCHEN"}', '{"PICK": "CUP"}'] if code == 0 else ['hold']
+    assert actions == expected
+    assert code == 0 or 'rejected: the queue is full' in log
 
 
 def test_no_model(rig, control):

@@ -19,7 +19,7 @@ import sys
 import time
 sys.path.insert(0, {folder!r})
 from node_rig import Loader
-from physai_decode.ros.node import main
+from physai_decode.ros.process import main
 
 class Slow(Loader):
     def __call__(self, config, progress):
@@ -141,7 +141,7 @@ def wait(probe, done):
 def test_a_bad_start_says_why(arguments, message):
     """Exit code 1 and a message, no traceback."""
     done = subprocess.run(
-        [sys.executable, '-m', 'physai_decode.ros.node', '--ros-args', *arguments],
+        [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', *arguments],
         capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert message in done.stderr
@@ -152,7 +152,7 @@ def test_a_bad_start_says_why(arguments, message):
 def test_what_is_no_ros_argument_is_refused(argument):
     """Else a forgotten --ros-args would leave all settings at their defaults, unheard."""
     done = subprocess.run(
-        [sys.executable, '-m', 'physai_decode.ros.node', argument, 'more'],
+        [sys.executable, '-m', 'physai_decode.ros.process', argument, 'more'],
         capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f'it takes no {argument}; usage: decode_node [--ros-args' in done.stderr

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import engine_contract
 from engine_contract import decode
+from engine_contract import load
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -18,6 +19,7 @@ import fake_exllamav2
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
+from physai_decode.engines import device as devices
 import random_exl2
 import random_gptq
 from safetensors.torch import load_file
@@ -71,49 +73,53 @@ def installed(saved):
     with pytest.MonkeyPatch.context() as patch:
         library = fake_exllamav2.Library(saved[1])
         library.install(patch)
-        patch.delitem(sys.modules, MODULE, raising=False)
+        for name in [name for name in sys.modules if name.startswith(MODULE)]:
+            patch.delitem(sys.modules, name)
         patch.setattr(torch.cuda, 'set_device', lambda device: None)
         patch.setattr(torch.cuda, 'synchronize', lambda device: None)
         module = import_module(MODULE)
-        library.choose_device = module._device
-        patch.setattr(module, '_device', lambda config: torch.device('cpu', 0))
-        patch.setattr(module, '_PIECE_TOKENS', 16)
-        backends = module.devices.attention_backends
+        checks = import_module(f'{MODULE}.checks')
+        library.choose_device = checks.device
+        patch.setattr(checks, 'device', lambda config: torch.device('cpu', 0))
+        patch.setattr(checks, 'CHUNK_TOKENS', 16)
+        patch.setattr(module.ExLlamaV2Engine, 'chunk_tokens', (1, 16))
+        backends = devices.attention_backends
         patch.setattr(
-            module.devices, 'attention_backends', lambda device: backends(torch.device('cuda')))
+            devices, 'attention_backends', lambda device: backends(torch.device('cuda')))
         yield module, library
-    sys.modules.pop(MODULE, None)
+    for name in [name for name in sys.modules if name.startswith(MODULE)]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope='module')
-def engine(installed, saved):
-    engine = installed[0].ExLlamaV2Engine(saved[0], CONFIG)
-    yield engine
-    engine.close()
+def loop(installed, saved):
+    loop = load(installed[0].ExLlamaV2Engine, saved[0], CONFIG)
+    yield loop
+    loop.engine.close()
 
 
 @pytest.fixture
 def fresh(installed, saved):
     """Give a new engine over the stand-in, and the stand-in, which has seen nothing yet."""
     module, library = installed
-    engine = module.ExLlamaV2Engine(saved[0], CONFIG)
+    loop = load(module.ExLlamaV2Engine, saved[0], CONFIG)
     library.calls.clear()
     library.settings.clear()
-    yield engine, library
-    engine.close()
+    yield loop, library
+    loop.engine.close()
 
 
 @pytest.mark.parametrize('noise', [0.0, NOISE])
 @pytest.mark.parametrize('check', engine_contract.CHECKS, ids=lambda check: check.__name__)
-def test_contract(installed, engine, monkeypatch, check, noise):
+def test_contract(installed, loop, monkeypatch, check, noise):
     monkeypatch.setattr(installed[1], 'noise', noise)
-    check(engine)
+    check(loop)
 
 
-def test_it_says_what_the_weights_say(engine, saved):
-    prompt = engine_contract.prompt_of(engine, 40)
+def test_it_says_what_the_weights_say(loop, saved):
+    prompt = engine_contract.prompt_of(loop, 40)
     expected = answer(saved[1], prompt, 12)
-    assert decode(engine, prompt, SamplingConfig(max_new_tokens=12)) == expected
+    assert decode(loop, prompt, SamplingConfig(max_new_tokens=12)) == expected
 
 
 def answer(network, prompt, count):
@@ -153,31 +159,31 @@ def test_other_zeros_lie_far_below_the_best(tmp_path, layout):
 
 
 def test_a_prompt_goes_in_pieces(fresh):
-    engine, library = fresh
-    stream = engine.stream(engine_contract.prompt_of(engine, 40), SamplingConfig())
+    loop, library = fresh
+    stream = loop.stream(engine_contract.prompt_of(loop, 40), SamplingConfig())
     assert [next(stream).token_ids for _ in range(2)] == [(), ()]
     stream.close()
     assert library.calls == [(16, 0), (16, 16)]
     # What was read before the cancel is not read again.
-    step = engine_contract.first_step(engine, engine_contract.prompt_of(engine, 40))
+    step = engine_contract.first_step(loop, engine_contract.prompt_of(loop, 40))
     assert step.cached_tokens == 32
     assert library.calls[2:] == [(8, 32)]
 
 
 def test_one_step_ahead(fresh):
-    engine, library = fresh
-    stream = engine.stream([5, 6, 7], SamplingConfig(max_new_tokens=40))
+    loop, library = fresh
+    stream = loop.stream([5, 6, 7], SamplingConfig(max_new_tokens=40))
     for _ in range(4):
         next(stream)
     stream.close()
     assert library.calls == [(3, 0), (1, 3), (1, 4), (1, 5), (1, 6)]
     # Only what the caller has seen counts as known, so the last of them is read again.
-    assert engine_contract.first_step(engine, [5, 6, 7, 0]).cached_tokens == 3
+    assert engine_contract.first_step(loop, [5, 6, 7, 0]).cached_tokens == 3
 
 
 def test_no_step_is_launched_in_vain(fresh):
-    engine, library = fresh
-    decode(engine, [5, 6, 7], SamplingConfig(max_new_tokens=9))
+    loop, library = fresh
+    decode(loop, [5, 6, 7], SamplingConfig(max_new_tokens=9))
     assert library.calls == [(3, 0), *((1, place) for place in range(3, 11))]
 
 
@@ -190,8 +196,8 @@ def test_no_step_is_launched_in_vain(fresh):
     ({'temperature': 1.0, 'top_p': 0.0}, {'top_k': 1}),
     ({'temperature': 1.0, 'min_p': 1.0}, {'top_k': 1})])
 def test_sampling_one_to_one(fresh, sampling, expected):
-    engine, library = fresh
-    decode(engine, [5, 6, 7], SamplingConfig(max_new_tokens=3, **sampling))
+    loop, library = fresh
+    decode(loop, [5, 6, 7], SamplingConfig(max_new_tokens=3, **sampling))
     assert len(library.settings) == 3
     for name, value in expected.items():
         assert getattr(library.settings[-1], name) == value
@@ -200,9 +206,9 @@ def test_sampling_one_to_one(fresh, sampling, expected):
 
 
 def test_attention_elsewhere_keeps_its_choice(fresh):
-    engine, library = fresh
+    loop, library = fresh
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    stream = engine.stream([5, 6, 7], SamplingConfig())     # the stand-in refuses cuDNN
+    stream = loop.stream([5, 6, 7], SamplingConfig())     # the stand-in refuses cuDNN
     next(stream)
     assert library.calls and torch.backends.cuda.cudnn_sdp_enabled()
     stream.close()
@@ -211,13 +217,13 @@ def test_attention_elsewhere_keeps_its_choice(fresh):
 @pytest.mark.parametrize('heads', [1, 2, 8])    # of keys and values
 @pytest.mark.parametrize('tokens', [1, 5])
 def test_a_step_attends_without_copies(fresh, heads, tokens):
-    engine, library = fresh
-    attention = engine._model.modules[1]
+    loop, library = fresh
+    attention = loop.engine._network._model.modules[1]
     queries = torch.randn(1, tokens, 8, 64)
     keys, values = torch.randn(2, 1, 20 + tokens, heads, 64)
     form = SimpleNamespace(block_diag_mask=None if tokens == 1 else torch.full(
         (tokens, 20 + tokens), float('-inf')).triu_(21))
-    case = (1, tokens, queries, keys, values, form, engine._model.config)
+    case = (1, tokens, queries, keys, values, form, loop.engine._network._model.config)
     expected = type(attention)._attn_torch(attention, *case)
     library.copies = 0
     torch.testing.assert_close(attention._attn_torch(*case), expected)
@@ -225,15 +231,15 @@ def test_a_step_attends_without_copies(fresh, heads, tokens):
 
 
 def test_greedy_leaves_the_sampler_alone(fresh):
-    engine, library = fresh
-    decode(engine, [5, 6, 7])
+    loop, library = fresh
+    decode(loop, [5, 6, 7])
     assert not library.settings
 
 
 def test_footprint(installed, saved):
     module, library = installed
-    engine = module.ExLlamaV2Engine(saved[0], EngineConfig(max_context=100, cuda_graph=False))
-    footprint = engine.footprint
+    loop = load(module.ExLlamaV2Engine, saved[0], EngineConfig(max_context=100, cuda_graph=False))
+    footprint = loop.engine.footprint
     # A row of the embedding, packed weights without what only served to make them, norm, head.
     assert footprint.read_weight_bytes == 16 + (128 + 32 + 64) + 16 + 256
     assert footprint.checkpoint_weight_bytes == weight_bytes(saved[0])
@@ -243,17 +249,17 @@ def test_footprint(installed, saved):
     assert footprint.kv_element_bytes == 2 and footprint.max_context == 100
     assert footprint.cuda_graph == 'off' and footprint.vocab_size == 512
     assert footprint.details['attention'] == 'sdpa over query groups, without cuDNN'
-    engine.close()
+    loop.engine.close()
 
 
 def test_exl2(installed, tmp_path):
     module, library = installed
     folder, network = save(tmp_path, exl2=True)
-    engine = module.ExLlamaV2Engine(folder, CONFIG)
-    assert engine.footprint.quantization == 'exl2-4.5bpw'
-    assert engine.footprint.checkpoint_weight_bytes == weight_bytes(folder)
-    assert decode(engine, [3, 4, 5], SamplingConfig(max_new_tokens=4))
-    engine.close()
+    loop = load(module.ExLlamaV2Engine, folder, CONFIG)
+    assert loop.engine.footprint.quantization == 'exl2-4.5bpw'
+    assert loop.engine.footprint.checkpoint_weight_bytes == weight_bytes(folder)
+    assert decode(loop, [3, 4, 5], SamplingConfig(max_new_tokens=4))
+    loop.engine.close()
 
 
 def weight_bytes(folder):
@@ -265,19 +271,19 @@ def weight_bytes(folder):
 def test_warmed_past_its_graphs(installed, saved):
     module, library = installed
     library.calls.clear()
-    module.ExLlamaV2Engine(saved[0], CONFIG).close()
+    load(module.ExLlamaV2Engine, saved[0], CONFIG).engine.close()
     assert sum(tokens == 1 for tokens, _ in library.calls) > 205
 
 
 def test_rotary_base_of_newer_configs(installed, tmp_path):
     module, library = installed
-    engine = module.ExLlamaV2Engine(save(tmp_path, rope_parameters={
+    loop = load(module.ExLlamaV2Engine, save(tmp_path, rope_parameters={
         'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
         'high_freq_factor': 4.0, 'original_max_position_embeddings': 64})[0], CONFIG)
-    settings = engine._model.config
+    settings = loop.engine._network._model.config
     assert settings.rotary_embedding_base == 500000.0
     assert settings.alt_rope_method == 'llama3' and settings.l3_rope_factor == 8.0
-    engine.close()
+    loop.engine.close()
 
 
 @pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
@@ -285,9 +291,9 @@ def test_rotary_base_of_newer_configs(installed, tmp_path):
 def test_the_layout_of_zeros(installed, tmp_path, layout, fields):
     save(tmp_path, layout=layout)
     change(tmp_path, quantization={'format': layout, **fields})
-    engine = installed[0].ExLlamaV2Engine(tmp_path, CONFIG)
-    assert engine._model.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
-    engine.close()
+    loop = load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG)
+    assert loop.engine._network._model.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
+    loop.engine.close()
 
 
 def change(folder, quantization=None, **fields):
@@ -316,7 +322,7 @@ def test_refusals(installed, tmp_path, form, changes, said):
     save(tmp_path, **form)
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
-        installed[0].ExLlamaV2Engine(tmp_path, CONFIG)
+        load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG)
     for part in said:
         assert part in str(error.value)
 
@@ -326,14 +332,14 @@ def test_a_window_that_is_not_named(installed, tmp_path):
     save(tmp_path)
     change(tmp_path, model_type='mistral', max_position_embeddings=4097)
     with pytest.raises(EngineError, match='window of 4096'):
-        installed[0].ExLlamaV2Engine(tmp_path, replace(CONFIG, max_context=8192))
+        load(installed[0].ExLlamaV2Engine, tmp_path, replace(CONFIG, max_context=8192))
     change(tmp_path, sliding_window=None)
-    installed[0].ExLlamaV2Engine(tmp_path, replace(CONFIG, max_context=8192)).close()
+    load(installed[0].ExLlamaV2Engine, tmp_path, replace(CONFIG, max_context=8192)).engine.close()
 
 
 def test_a_window_as_long_as_the_context(installed, tmp_path):
     change(save(tmp_path)[0], model_type='mistral', sliding_window=256)
-    installed[0].ExLlamaV2Engine(tmp_path, CONFIG).close()
+    load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
 
 
 @pytest.mark.parametrize('config, said', [
@@ -350,7 +356,7 @@ def test_refused_settings(installed, config, said):
     ('nvcc', 'CUDA toolkit'), ('c++', 'apt install g++'), ('ninja', 'pip install ninja'),
     ('Python.h', 'python3-dev')])
 def test_what_compiling_needs(installed, tmp_path, monkeypatch, missing, said):
-    module, _ = installed
+    module = sys.modules[f'{MODULE}.library']
     home = tmp_path / 'cuda'
     for path in (home / 'bin' / 'nvcc', tmp_path / 'include' / 'Python.h'):
         path.parent.mkdir(parents=True)
@@ -378,7 +384,7 @@ def importing(module, monkeypatch, act):
 
 @pytest.mark.parametrize('locked', [False, True])
 def test_it_says_that_it_compiles(installed, tmp_path, monkeypatch, locked):
-    module, _ = installed
+    module = sys.modules[f'{MODULE}.library']
     said = []
     if locked:
         (tmp_path / 'lock').touch()
@@ -388,7 +394,7 @@ def test_it_says_that_it_compiles(installed, tmp_path, monkeypatch, locked):
         module.cpp_extension, '_get_build_directory', lambda name, verbose: str(tmp_path))
     monkeypatch.setattr(module, '_TICK_S', 0.01)
     importing(module, monkeypatch, lambda: wait_for(lambda: len(said) > 1))
-    module._library(said.append)
+    module.library(said.append)
     if locked:
         assert said[0].startswith('waiting for another process')
         assert f'delete {tmp_path}/lock), 0 s so far' in said[0]
@@ -403,7 +409,7 @@ def wait_for(condition):
 
 
 def test_progress_that_raises_ends_the_load(installed, monkeypatch):
-    module, _ = installed
+    module = sys.modules[f'{MODULE}.library']
     asked = []
 
     def progress(text):
@@ -413,7 +419,7 @@ def test_progress_that_raises_ends_the_load(installed, monkeypatch):
     monkeypatch.setattr(module, '_TICK_S', 0.01)
     importing(module, monkeypatch, lambda: wait_for(lambda: asked))
     with pytest.raises(InterruptedError):
-        module._library(progress)
+        module.library(progress)
     assert len(asked) == 1
 
 
@@ -429,10 +435,10 @@ def raising(error):
     (OSError('CUDA_HOME environment variable is not set'), 'CUDA_HOME'),
     (ModuleNotFoundError("No module named 'rich'", name='rich'), 'pip install rich')])
 def test_a_library_that_does_not_load(installed, monkeypatch, error, said):
-    module, _ = installed
+    module = sys.modules[f'{MODULE}.library']
     importing(module, monkeypatch, raising(error))
     with pytest.raises(EngineError) as raised:
-        module._library(lambda text: None)
+        module.library(lambda text: None)
     assert said in str(raised.value) and 'engine.name' in str(raised.value)
 
 
@@ -445,6 +451,6 @@ def test_a_model_that_does_not_load(installed, saved, monkeypatch, error, said):
     unloaded = library.unloaded
     monkeypatch.setattr(library, 'fail', error)
     with pytest.raises(EngineError) as raised:
-        module.ExLlamaV2Engine(saved[0], CONFIG)
+        load(module.ExLlamaV2Engine, saved[0], CONFIG)
     assert said in str(raised.value)
     assert library.unloaded == unloaded + 1

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import engine_contract
 from engine_contract import decode
+from engine_contract import load
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -33,15 +34,15 @@ LIMIT = 2e-2
 
 
 @pytest.fixture(scope='module')
-def engine(tmp_path_factory):
-    engine = ExLlamaV2Engine(save(tmp_path_factory.mktemp('model'), **DECISIVE)[0], CONFIG)
-    yield engine
-    engine.close()
+def loop(tmp_path_factory):
+    loop = load(ExLlamaV2Engine, save(tmp_path_factory.mktemp('model'), **DECISIVE)[0], CONFIG)
+    yield loop
+    loop.engine.close()
 
 
 @pytest.mark.parametrize('check', engine_contract.CHECKS, ids=lambda check: check.__name__)
-def test_contract(engine, check):
-    check(engine)
+def test_contract(loop, check):
+    check(loop)
 
 
 @pytest.mark.parametrize('form', FORMS, ids=str)
@@ -57,17 +58,17 @@ def test_it_says_so_without_graphs(tmp_path):
 def hold(folder, form, length, config):
     """Hold an engine's answer against the float32 network, with the prompt read and kept."""
     _, network = save(folder, **form)
-    engine = ExLlamaV2Engine(folder, config)
-    prompt = engine_contract.prompt_of(engine, length)
+    loop = load(ExLlamaV2Engine, folder, config)
+    prompt = engine_contract.prompt_of(loop, length)
     for _ in range(2):
-        ids = decode(engine, prompt, SamplingConfig(max_new_tokens=12))
+        ids = decode(loop, prompt, SamplingConfig(max_new_tokens=12))
         assert len(ids) == 12
         assert below_the_best(network, prompt, ids) < LIMIT
-    engine.close()
+    loop.engine.close()
 
 
 def test_nothing_stays_allocated(tmp_path):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    ExLlamaV2Engine(save(tmp_path)[0], CONFIG).close()
+    load(ExLlamaV2Engine, save(tmp_path)[0], CONFIG).engine.close()
     assert torch.cuda.memory_allocated() - before < 2**20

@@ -8,6 +8,7 @@ import sys
 
 from engine_contract import decode
 from engine_contract import first_step
+from engine_contract import load
 from engine_contract import prompt_of
 from fake_engine import FakeEngine
 from physai_decode import gap
@@ -15,8 +16,9 @@ from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.decode_loop import Step
 from physai_decode.engine import EngineError
-from physai_decode.engine import Step
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import engine as native
 from physai_decode.engines.transformers import TransformersEngine
@@ -33,9 +35,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA 
 class Fake(FakeEngine):
     """An engine with a cache, and a graph that it can do without."""
 
-    def __init__(self, cached=(), **changes):
+    def __init__(self, **changes):
         super().__init__(self._count, **{'cuda_graph': 'captured', 'max_context': 64, **changes})
-        self.cached_ids = list(cached)
         self.way = True
         self.ways = []
 
@@ -48,7 +49,6 @@ class Fake(FakeEngine):
 
     def _count(self, prompt_ids):
         self.ways.append(self.way)
-        yield Step(())
         for _ in range(gap.TOKENS):
             yield Step((7,))
 
@@ -71,16 +71,21 @@ def test_how_it_reads():
 @pytest.mark.parametrize(('cached', 'kept'), [(0, 0), (5, 5), (27, 27), (28, 27), (63, 27)])
 def test_both_ways_go_on_from_the_cache(cached, kept):
     """As far as there is room; the floor is that of the middle step."""
-    engine = Fake(range(100, 100 + cached))
+    engine = Fake()
+    loop = DecodeLoop(engine)
+    if cached:
+        decode(loop, range(100, 100 + cached), SamplingConfig(max_new_tokens=1))
+    engine.prompts.clear(), engine.ways.clear()
     steps = []
-    result = gap.measure(engine, None, PEAK, lambda: steps.append(1))
+    result = gap.measure(loop, None, PEAK, lambda: steps.append(1))
+    assert loop.cached_ids == list(range(100, 100 + kept))
     assert engine.prompts == [[*range(100, 100 + kept), 0]] * 2
     assert kept + 1 + gap.TOKENS <= engine.footprint.max_context
-    assert engine.ways == [True, False] and engine.way and not engine.open
+    assert engine.ways == [True, False] and engine.way
     assert result.context == kept + 1 + 20
     assert result.floor_s == pytest.approx((1000 + 32 * result.context) / 1e9)
     assert (result.first.name, result.second.name) == ('captured', 'uncaptured')
-    assert len(steps) == 2 * (gap.TOKENS + 1)
+    assert len(steps) == 2 * gap.TOKENS
 
 
 def test_a_measurement_can_be_ended():
@@ -92,9 +97,10 @@ def test_a_measurement_can_be_ended():
         raise Enough
 
     engine = Fake()
+    loop = DecodeLoop(engine)
     with pytest.raises(Enough):
-        gap.measure(engine, None, PEAK, go_on)
-    assert engine.open == 0
+        gap.measure(loop, None, PEAK, go_on)
+    assert engine.way is True and loop.cached_ids == []
 
 
 @pytest.mark.parametrize(('engine', 'words'), [
@@ -115,7 +121,9 @@ def test_on_a_gpu_the_step_is_compared_with_itself():
 
 def test_a_rival_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    monkeypatch.delitem(sys.modules, 'physai_decode.engines.transformers')
+    for name in [name for name in sys.modules
+                 if name.startswith('physai_decode.engines.transformers')]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(EngineError, match='pip install -U transformers'):
         with gap.rival(Fake(cuda_graph='unavailable', engine='native'), CONFIG):
             pass
@@ -133,27 +141,28 @@ ENGINES = {'native': native.NativeEngine, 'transformers': TransformersEngine}
 def test_on_a_cpu_two_engines_are_compared(folder, name):
     """Of the loaded one nothing is lost but what has no room."""
     config = replace(CONFIG, model=ModelConfig(path=str(folder)))
-    engine = ENGINES[name](folder, config.engine, lambda text: None)
+    loop = load(ENGINES[name], folder, config.engine)
+    engine = loop.engine
     limit = engine.footprint.max_context
-    prompt = prompt_of(engine, 60)
-    expected = decode(engine, prompt + [5])
-    decode(engine, prompt)
-    cached = engine.cached_ids
+    prompt = prompt_of(loop, 60)
+    expected = decode(loop, prompt + [5])
+    decode(loop, prompt)
+    cached = loop.cached_ids
     assert cached[:60] == prompt
     with gap.rival(engine, config) as other:
         assert {engine.footprint.engine, other.footprint.engine} == set(ENGINES)
-        result = gap.measure(engine, other, PEAK)
+        result = gap.measure(loop, other, PEAK)
         assert (result.first.name, result.second.name) == tuple(ENGINES)
         assert result.first.step_s > 0 and result.second.step_s > 0
-        assert engine.cached_ids == cached
-        step = first_step(engine, prompt + [5])
+        assert loop.cached_ids == cached
+        step = first_step(loop, prompt + [5])
         assert (step.cached_tokens, step.token_ids) == (60, (expected[0],))
-        assert decode(engine, prompt + [5]) == expected
-        full = prompt_of(engine, limit - 1)
-        answer = decode(engine, full)
-        result = gap.measure(engine, other, PEAK)
+        assert decode(loop, prompt + [5]) == expected
+        full = prompt_of(loop, limit - 1)
+        answer = decode(loop, full)
+        result = gap.measure(loop, other, PEAK)
         assert result.context == limit - gap.TOKENS + 20
-        assert decode(engine, full) == answer
+        assert decode(loop, full) == answer
     engine.close()
 
 
@@ -162,21 +171,29 @@ class Steps:
 
     made: list[bool] = []
 
-    def __init__(self, steps, history, capture):
+    def __init__(self, step, history, capture):
         self.made.append(capture)
-        self._steps, self._history = steps, history
+        self._step, self._history, self._capture = step, history, capture
         self._flying = deque()
-        for _ in range(devices.WARM_UP_STEPS if capture else 0):
-            steps['greedy']()
+
+    def prepare(self, plan):
+        """Run the step a few times, as a capture does."""
+        for _ in range(devices.WARM_UP_STEPS if self._capture else 0):
+            self._step(plan)
+
+    @property
+    def flying(self):
+        """Steps in flight."""
+        return len(self._flying)
 
     @property
     def full(self):
         """Whether as many steps are in flight as may be."""
         return len(self._flying) == 2
 
-    def launch(self, name, place):
+    def launch(self, plan, place):
         """Run a step."""
-        self._steps[name]()
+        self._step(plan)
         self._flying.append((int(self._history[place]), 1e-3))
 
     def collect(self):
@@ -194,29 +211,30 @@ def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph)
     monkeypatch.setattr(native, 'Pipeline', Steps)
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     monkeypatch.setattr(Steps, 'made', [])
-    engine = native.NativeEngine(folder, CONFIG.engine)
-    engine._pipeline = own = Steps(
-        {'greedy': engine._greedy_step, 'sampled': engine._sampled_step}, engine._history, False)
+    loop = load(native.NativeEngine, folder, CONFIG.engine)
+    engine = loop.engine
+    engine._pipeline = own = Steps(engine._run_step, engine._history, False)
     engine.footprint = replace(engine.footprint, cuda_graph=graph)
     limit = engine.footprint.max_context
     for length in (1, 60, limit - gap.TOKENS, limit - 2, limit - 1):
-        prompt = prompt_of(engine, length, start=4)     # without a 0
-        expected = decode(engine, prompt, SamplingConfig(max_new_tokens=limit))
+        prompt = prompt_of(loop, length, start=4)     # without a 0
+        expected = decode(loop, prompt, SamplingConfig(max_new_tokens=limit))
         keys = engine._transformer.keys.clone()
-        kept = min(len(engine.cached_ids), limit - gap.TOKENS - 1)
-        gap.measure(engine, None, PEAK)
+        kept = min(len(loop.cached_ids), limit - gap.TOKENS - 1)
+        gap.measure(loop, None, PEAK)
         assert engine._pipeline is own
         assert torch.equal(engine._transformer.keys[:, :, :kept], keys[:, :, :kept])
-        assert engine.cached_ids == (prompt + expected)[:kept]
-        assert decode(engine, prompt, SamplingConfig(max_new_tokens=limit)) == expected
+        assert loop.cached_ids == (prompt + expected)[:kept]
+        assert decode(loop, prompt, SamplingConfig(max_new_tokens=limit)) == expected
     assert Steps.made == [False] + 5 * [graph == 'off']
     engine.close()
 
 
 def test_a_transformers_step_that_was_not_captured(folder):
-    engine = TransformersEngine(folder, CONFIG.engine)
+    loop = load(TransformersEngine, folder, CONFIG.engine)
+    engine = loop.engine
     with pytest.raises(EngineError, match='engine.cuda_graph to true'):
-        gap.measure(engine, None, PEAK)
+        gap.measure(loop, None, PEAK)
     engine.close()
 
 
@@ -225,34 +243,35 @@ def test_a_transformers_step_that_was_not_captured(folder):
     ('native', True), ('native', False), ('transformers', True)])
 def test_on_a_gpu(folder, name, graph):
     """Both ways are timed, and the next answer, the cache and the memory are as before."""
-    engine = ENGINES[name](folder, EngineConfig(device='cuda', cuda_graph=graph))
-    prompt = prompt_of(engine, 60)
+    loop = load(ENGINES[name], folder, EngineConfig(device='cuda', cuda_graph=graph))
+    engine = loop.engine
+    prompt = prompt_of(loop, 60)
     sampled = SamplingConfig(temperature=0.8, seed=3, max_new_tokens=20)
 
     def answers():
-        return decode(engine, prompt, sampled), decode(engine, prompt)
+        return decode(loop, prompt, sampled), decode(loop, prompt)
 
     answers()
     expected = answers()            # with all of the prompt but its last token in the cache
-    cached = engine.cached_ids
-    gap.measure(engine, None, PEAK)
-    assert engine.cached_ids == cached
+    cached = loop.cached_ids
+    gap.measure(loop, None, PEAK)
+    assert loop.cached_ids == cached
     assert answers() == expected
-    full = prompt_of(engine, engine.footprint.max_context - 1, start=5)
-    assert len(decode(engine, full)) == 1
-    gap.measure(engine, None, PEAK)
-    assert len(decode(engine, full)) == 1
+    full = prompt_of(loop, engine.footprint.max_context - 1, start=5)
+    assert len(decode(loop, full)) == 1
+    gap.measure(loop, None, PEAK)
+    assert len(decode(loop, full)) == 1
     answers()
     assert answers() == expected
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    result = gap.measure(engine, None, PEAK)
+    result = gap.measure(loop, None, PEAK)
     assert (result.first.name, result.second.name) == ('captured', 'uncaptured')
     assert result.first.step_s > 0 and result.second.step_s > 0
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before
-    assert first_step(engine, [*prompt, 5]).cached_tokens == 60
+    assert first_step(loop, [*prompt, 5]).cached_tokens == 60
     engine.close()

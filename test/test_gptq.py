@@ -14,12 +14,12 @@ transformers = pytest.importorskip('transformers')
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
+from engine_contract import load
 import evaluate_tiny_planner
 from physai_decode.checkpoint import inspect
-from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
-from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
 from physai_decode.engines.native import NativeEngine
@@ -56,7 +56,7 @@ def folder(request):
 
 @pytest.fixture(scope='module')
 def engine(folder):
-    engine = NativeEngine(folder, CPU)
+    engine = load(NativeEngine, folder, CPU).engine
     yield engine
     engine.close()
 
@@ -103,7 +103,7 @@ def test_a_library_s_checkpoint_answers_held_out_commands(engine, prompts):
 
 def test_a_library_s_checkpoint_streams(engine, prompts):
     prompt, answer = min(prompts, key=lambda pair: len(pair[1]))
-    steps = engine.stream(prompt, SamplingConfig(max_new_tokens=len(answer)))
+    steps = DecodeLoop(engine).stream(prompt, SamplingConfig(max_new_tokens=len(answer)))
     assert [token for step in steps for token in step.token_ids] == answer
 
 
@@ -116,8 +116,7 @@ def test_footprint(folder, engine):
 
 
 def test_auto_takes_native(folder):
-    engine = build(DecodeConfig(model=ModelConfig(path=str(folder)),
-                                engine=EngineConfig(device='cpu', cpu_threads=1)))
+    engine = build(inspect(folder), EngineConfig(device='cpu', cpu_threads=1))
     assert engine.footprint.engine == 'native'
     engine.close()
 
@@ -128,12 +127,12 @@ IDS = [(3 + 7 * index) % 512 for index in range(40)]
 def check_random(folder, family, group_size, **form):
     form = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4, **form}
     state = random_gptq.save(folder, family, 1, group_size, **form)
-    engine = NativeEngine(folder, CPU)
+    engine = load(NativeEngine, folder, CPU).engine
     logits = engine.prefill_logits(IDS)
     expected = library_logits(folder, state, IDS)
     assert_close(logits, expected)
     # The step's own arithmetic, not only the prefill's.
-    steps = engine.stream(IDS, SamplingConfig(max_new_tokens=5))
+    steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
     answer = [token for step in steps for token in step.token_ids]
     expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
     assert answer == expected.argmax(-1).tolist()
@@ -144,13 +143,13 @@ def check_random(folder, family, group_size, **form):
 def test_a_bias_that_only_one_part_has(tmp_path):
     random_gptq.save(tmp_path, 'llama', 1, 64)
     stored = load_file(tmp_path / 'model.safetensors')
-    plain = NativeEngine(tmp_path, CPU).prefill_logits(IDS)
+    plain = load(NativeEngine, tmp_path, CPU).engine.prefill_logits(IDS)
     name = 'model.layers.0.self_attn.k_proj.bias'
     rows = stored['model.layers.0.self_attn.k_proj.scales'].shape[1]
     for value, same in ((0.0, True), (0.5, False)):
         stored[name] = torch.full((rows,), value, dtype=torch.float16)
         save_file(stored, tmp_path / 'model.safetensors', {'format': 'pt'})
-        logits = NativeEngine(tmp_path, CPU).prefill_logits(IDS)
+        logits = load(NativeEngine, tmp_path, CPU).engine.prefill_logits(IDS)
         assert torch.equal(logits, plain) == same
 
 
@@ -192,7 +191,7 @@ def test_rows_that_fill_no_tile(tmp_path):
 def test_without_g_idx(tmp_path):
     state = random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, drop='g_idx')
-    assert_close(NativeEngine(tmp_path, CPU).prefill_logits(IDS),
+    assert_close(load(NativeEngine, tmp_path, CPU).engine.prefill_logits(IDS),
                  library_logits(tmp_path, state, IDS))
 
 
@@ -240,7 +239,7 @@ def test_refusals(tmp_path, changes, said):
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
-        NativeEngine(tmp_path, CPU)
+        load(NativeEngine, tmp_path, CPU)
     for part in said:
         assert part in str(error.value)
 
@@ -249,13 +248,13 @@ def test_settings_in_a_file_of_their_own(tmp_path):
     """As older writers have them; a rule for what was left dense is no matter."""
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, dynamic={'-:.*nothing': {}})
-    NativeEngine(tmp_path, CPU).close()
+    load(NativeEngine, tmp_path, CPU).engine.close()
     path = tmp_path / 'config.json'
     config = json.loads(path.read_text())
     del config['quantization_config']
     path.write_text(json.dumps(config))
     with pytest.raises(EngineError, match='is GPTQ, but config.json has no quantization_config'):
-        NativeEngine(tmp_path, CPU)
+        load(NativeEngine, tmp_path, CPU)
 
 
 @pytest.mark.parametrize('field', ['__metadata__', 'dtype'])
@@ -272,7 +271,7 @@ def test_a_header_that_the_library_refuses(folder, tmp_path, field):
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack('<Q', len(text)) + text + content[end:])
     with pytest.raises(EngineError, match=r'model\.safetensors is damaged.*again'):
-        NativeEngine(tmp_path, CPU)
+        load(NativeEngine, tmp_path, CPU)
 
 
 def test_a_folder_half_copied(folder, tmp_path):
@@ -280,4 +279,4 @@ def test_a_folder_half_copied(folder, tmp_path):
     path = tmp_path / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(EngineError, match=r'truncated.*again'):
-        NativeEngine(tmp_path, CPU)
+        load(NativeEngine, tmp_path, CPU)

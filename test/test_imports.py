@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode'
-CORE = ('config', 'engine', 'checkpoint', 'roofline', 'timing', 'text', 'worker', 'gap', 'engines')
+CORE = ('config', 'engine', 'checkpoint', 'roofline', 'histogram', 'timing', 'collector', 'text',
+        'worker', 'gap', 'engines')
 ROS_LIBRARIES = {
-    'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'rcl_interfaces', 'rclpy',
-    'std_msgs', 'std_srvs'}
+    'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'physai_decode_msgs',
+    'rcl_interfaces', 'rclpy', 'std_msgs', 'std_srvs'}
 HEAVY = ROS_LIBRARIES | {'torch', 'transformers', 'triton', 'tokenizers', 'safetensors'}
 # Where the name in an import statement is not the name that pip, or rosdep, knows.
 PIP_NAMES = {'pynvml': 'nvidia-ml-py', 'yaml': 'pyyaml'}
@@ -26,7 +27,8 @@ ROSDEP_NAMES = {
     # These come with one of the above.
     'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
     'tokenizers': 'python3-transformers-pip', 'triton': 'python3-pytorch-pip'}
-OPTIONAL = {'exllamav2'}    # an engine that says itself what to install
+# An engine, and the interfaces of an action, that say themselves what to install.
+OPTIONAL = {'exllamav2', 'physai_decode_msgs'}
 
 
 def imported(path: Path) -> set[str]:

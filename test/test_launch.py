@@ -37,7 +37,7 @@ def prefix(tmp_path_factory):
     (prefix / 'share/ament_index/resource_index/packages/physai_decode').touch()
     (prefix / 'share/physai_decode').symlink_to(ROOT)
     script = prefix / 'lib/physai_decode/decode_node'
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m physai_decode.ros.node "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m physai_decode.ros.process "$@"\n')
     script.chmod(0o755)
     paths = [str(prefix), *filter(None, [os.environ.get('AMENT_PREFIX_PATH')])]
     os.environ['AMENT_PREFIX_PATH'] = os.pathsep.join(paths)

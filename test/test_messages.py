@@ -42,6 +42,40 @@ def test_values_are_bare_decimal_numbers(value, text):
     assert messages.text_of(value) == text
 
 
+def test_keys():
+    """Each is a report's field, and what is new comes at the end: others count on the order."""
+    assert messages.TOKEN_KEYS == (
+        'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
+        'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed', 'client_id')
+    assert messages.REQUEST_KEYS == (
+        'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens',
+        'queue_ms', 'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms',
+        'itl_max_ms', 'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses',
+        'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed')
+    assert messages.LATENCY_KEYS == (
+        'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
+        'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
+        'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms')
+
+
+@pytest.mark.parametrize('node', ['decode', 'planner', 'arm/decode'])
+def test_a_status_is_named_for_its_node(node, window):
+    """Two nodes' statuses on one topic can be told apart, as with diagnostic_updater."""
+    array = deserialize_message(
+        cdr.TokenStats(f'/{node}').write(TOKEN, '', 0), DiagnosticArray)
+    settings = DiagnosticsConfig()
+    statuses = [
+        *array.status, messages.request_status(f'/{node}', RequestReport(7, 'stop', '')),
+        messages.model_status(f'/{node}', 'x', FOOTPRINT, PEAK, ''),
+        messages.latency_status(f'/{node}', window, settings, False, ''),
+        messages.latency_status(f'/{node}', None, settings, False, ''),
+        messages.bandwidth_status(f'/{node}', window, FOOTPRINT, PEAK, settings, '')]
+    assert array.header.frame_id == f'/{node}'
+    assert [status.name for status in statuses] == [
+        f'{node}: {task}' for task in ('token', 'request', 'model', 'latency', 'latency',
+                                       'bandwidth')]
+
+
 def values(status):
     """Give a status's values by key."""
     return {pair.key: pair.value for pair in status.values}
@@ -61,9 +95,10 @@ def test_a_token_s_figures_read_back():
         'request_id': '3', 'index': '1', 'token_id': '17', 'context_tokens': '40',
         'itl_ms': '12.3457', 'device_ms': 'n/a', 'host_gap_ms': '-0.25',
         'publish_ms': '0.0000123', 'floor_ms': '10', 'r_floor': '0.81', 'bandwidth_gb_s': '243',
-        'deadline_missed': '1'}
-    report = replace(TOKEN, index=0, itl_ms=None, deadline_missed=False)
+        'deadline_missed': '1', 'client_id': 'n/a'}
+    report = replace(TOKEN, index=0, itl_ms=None, deadline_missed=False, client_id='arm 7')
     status, = deserialize_message(write(report, '', 0), DiagnosticArray).status
+    assert values(status)['client_id'] == 'arm 7'
     assert (status.level, status.message) == (messages.OK, '')
     assert (values(status)['itl_ms'], values(status)['request_id']) == ('n/a', '3')
 
@@ -75,7 +110,7 @@ def test_cdr_is_what_rclpy_writes(text):
     report = replace(TOKEN, token_id=len(text))
     written = cdr.TokenStats(text).write(report, text, 10**18 + 1)
     expected = DiagnosticArray(status=[messages.status(
-        'decode: token', messages.TOKEN_KEYS, report, message=text, level=messages.WARN)])
+        f'{text}: token', messages.TOKEN_KEYS, report, message=text, level=messages.WARN)])
     expected.header.frame_id = text
     expected.header.stamp.sec, expected.header.stamp.nanosec = 10**9, 1
     assert deserialize_message(written, DiagnosticArray) == expected
@@ -94,10 +129,10 @@ def test_numbers_in_cdr(value):
     ('error', messages.ERROR)])
 def test_a_request_s_level_follows_its_end(reason, level):
     """The message is the reason, and why."""
-    status = messages.request_status(RequestReport(7, reason, 'so it is'))
+    status = messages.request_status('/decode', RequestReport(7, reason, 'so it is'))
     assert status.level == level
     assert status.message == f'{reason}: so it is'
-    assert messages.request_status(RequestReport(7, reason, '')).message == reason
+    assert messages.request_status('/decode', RequestReport(7, reason, '')).message == reason
     assert tuple(pair.key for pair in status.values) == messages.REQUEST_KEYS
     assert values(status)['itl_p50_ms'] == 'n/a'
     assert values(status)['output_tokens'] == '0'
@@ -105,7 +140,7 @@ def test_a_request_s_level_follows_its_end(reason, level):
 
 def test_model_info_has_the_engine_s_details_too():
     """A detail never takes the place of a key."""
-    status = messages.model_status('builtin:x', FOOTPRINT, PEAK, 'NVIDIA L4 GPU-1')
+    status = messages.model_status('/decode', 'builtin:x', FOOTPRINT, PEAK, 'NVIDIA L4 GPU-1')
     assert tuple(pair.key for pair in status.values) == (*messages.MODEL_KEYS, 'kernels')
     found = values(status)
     assert found['engine'] == 'native'
@@ -132,12 +167,13 @@ def test_latency_tells_misses_by_its_level(window):
     settings = DiagnosticsConfig()
 
     def level(window, late=False):
-        status = messages.latency_status(window, settings, late, 'x')
+        status = messages.latency_status('/decode', window, settings, late, 'x')
         assert tuple(pair.key for pair in status.values) == messages.LATENCY_KEYS
         assert status.hardware_id == 'x'
         return status.level
 
-    assert values(messages.latency_status(window, settings, True, 'x'))['deadline_misses'] == '1'
+    told = values(messages.latency_status('/decode', window, settings, True, 'x'))
+    assert told['deadline_misses'] == '1'
     assert level(None) == messages.OK
     assert level(replace(window, consecutive_misses=0)) == messages.OK
     assert level(replace(window, consecutive_misses=0), late=True) == messages.WARN
@@ -149,7 +185,7 @@ def test_bandwidth_warns_below_the_limit(window):
     """The floor's figures, and n/a where nothing is known."""
     def status(window, footprint=FOOTPRINT, peak=PEAK, warn=0.0):
         status = messages.bandwidth_status(
-            window, footprint, peak, DiagnosticsConfig(warn_r_floor=warn), 'x')
+            '/decode', window, footprint, peak, DiagnosticsConfig(warn_r_floor=warn), 'x')
         assert tuple(pair.key for pair in status.values) == messages.BANDWIDTH_KEYS
         return status
 

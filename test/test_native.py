@@ -3,11 +3,13 @@
 import json
 import re
 
+from engine_contract import load
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
 from physai_decode.engines import device
-from physai_decode.engines.native import engine as native
+from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import start
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.tuning import TuningCache
 import pytest
@@ -30,36 +32,36 @@ def test_too_little_memory_names_the_context_that_fits(folder, monkeypatch):
     """By the same rule, that context then does fit."""
     monkeypatch.setattr(device, 'free_bytes', lambda device: 20_000_000)
     with pytest.raises(EngineError, match='are needed .* are free') as refused:
-        native.NativeEngine(folder, EngineConfig(device='cpu', max_context=128 * 1024))
+        load(NativeEngine, folder, EngineConfig(device='cpu', max_context=128 * 1024))
     fits = int(re.search(r'max_context (\d+) would fit', str(refused.value))[1])
     monkeypatch.undo()
     assert 16 <= fits < 128 * 1024
-    native.NativeEngine(folder, EngineConfig(device='cpu', max_context=fits)).close()
+    load(NativeEngine, folder, EngineConfig(device='cpu', max_context=fits)).engine.close()
 
 
 def test_no_memory_for_the_weights(folder, monkeypatch):
     monkeypatch.setattr(device, 'free_bytes', lambda device: 1000)
     with pytest.raises(EngineError, match='smaller or a quantised model'):
-        native.NativeEngine(folder, CONFIG)
+        load(NativeEngine, folder, CONFIG)
 
 
-def test_a_long_prompt_can_be_cancelled_between_its_pieces(folder, monkeypatch):
-    """What was read by then is not read again, and the answer is the same."""
+def test_a_long_prompt_can_be_cancelled_between_its_chunks(folder, monkeypatch):
+    """What was fed by then is not fed again, and the answer is the same."""
     prompt = [(7 * i) % 500 for i in range(60)]
     sampling = SamplingConfig(max_new_tokens=10)
-    engine = native.NativeEngine(folder, CONFIG)
-    expected = ids(engine.stream(prompt, sampling))
-    engine.close()
+    loop = load(NativeEngine, folder, CONFIG)
+    expected = ids(loop.stream(prompt, sampling))
+    loop.engine.close()
 
-    monkeypatch.setattr(native, 'PIECE_TOKENS', 16)
-    engine = native.NativeEngine(folder, CONFIG)
-    stream = engine.stream(prompt, sampling)
+    monkeypatch.setattr(NativeEngine, 'chunk_tokens', (1, 16))
+    loop = load(NativeEngine, folder, CONFIG)
+    stream = loop.stream(prompt, sampling)
     assert [next(stream).token_ids for _ in range(2)] == [(), ()]
     stream.close()
-    steps = list(engine.stream(prompt, sampling))
-    assert [step.cached_tokens for step in steps[:2]] == [32, 32]     # a piece, the first token
+    steps = list(loop.stream(prompt, sampling))
+    assert [step.cached_tokens for step in steps[:2]] == [32, 32]     # a chunk, the first token
     assert ids(steps) == expected
-    engine.close()
+    loop.engine.close()
 
 
 @pytest.mark.parametrize('family', ['qwen3', 'mistral_window'])
@@ -69,10 +71,10 @@ def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
     answers = []
     for on_host in (True, False):
         ops = TorchOps(on_host)
-        monkeypatch.setattr(native.NativeEngine, '_ops', lambda *_, ops=ops: (ops, 'torch'))
-        engine = native.NativeEngine(folder, CONFIG)
-        answers.append(ids(engine.stream(list(range(40)), SamplingConfig(max_new_tokens=60))))
-        engine.close()
+        monkeypatch.setattr(start, 'operations', lambda *_, ops=ops: ops)
+        loop = load(NativeEngine, folder, CONFIG)
+        answers.append(ids(loop.stream(list(range(40)), SamplingConfig(max_new_tokens=60))))
+        loop.engine.close()
     assert answers[0] == answers[1]
 
 

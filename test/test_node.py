@@ -13,9 +13,9 @@ from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode.config import ConfigError
 from physai_decode.gap import TOKENS
+from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
-from physai_decode.ros.node import Loaded
 from physai_decode.ros.topics import latched_qos
 from physai_decode.worker import Worker
 import pytest
@@ -229,7 +229,6 @@ def test_cancel_and_reset(rig):
 class TwoWays(EchoEngine):
     """Has a graph; without it, it goes on when it is told to."""
 
-    cached_ids = (ord('a'),)
     fails = False
 
     def __init__(self):
@@ -248,11 +247,11 @@ class TwoWays(EchoEngine):
             raise MemoryError('the device is full\nsee there')
         yield
 
-    def stream(self, prompt_ids, sampling):
+    def _echo_upper(self, prompt_ids):
         """Answer the measurement, or a prompt."""
-        if sampling.max_new_tokens == TOKENS:
+        if self.samplings[-1].max_new_tokens == TOKENS:
             prompt_ids = TOKENS * [ord('x')]
-        return super().stream(prompt_ids, sampling)
+        return super()._echo_upper(prompt_ids)
 
 
 @pytest.fixture
@@ -351,6 +350,25 @@ def test_the_time_of_a_stamp_is_the_node_s(make):
     rig.wait(lambda: rig.heard['token_stats'])
     assert rig.heard['token_stats'][0].header.stamp.sec == 1234
     assert rig.heard['request_stats'][0].header.stamp.sec == 1234
+
+
+def test_a_clock_that_ticks_wakes_nobody(make):
+    """`/clock` is read when a stamp is wanted, and the newest counts."""
+    rig = make(use_sim_time=True)
+    publisher = rig.probe.create_publisher(Clock, '/clock', 10)
+    rig.wait(publisher.get_subscription_count)
+    taken, tick = [], Clock()
+    subscription, = (each for each in rig.node.subscriptions if each.topic_name == '/clock')
+    take = subscription.callback
+    subscription.callback = lambda message: taken.append(message) or take(message)
+    for sec in range(1, 50):
+        tick.clock.sec = sec
+        publisher.publish(tick)
+    rig.wait(lambda: rig.heard['diagnostics'][-1].header.stamp.sec == 49)
+    assert 1 <= len(taken) < 20     # once a message on /diagnostics
+    assert rig.set(use_sim_time=False) == (True, '')
+    rig.wait(lambda: rig.heard['diagnostics'][-1].header.stamp.sec > 10**9)
+    assert publisher.get_subscription_count() == 0
 
 
 def test_diagnostics_in_every_state(make):
@@ -558,6 +576,27 @@ def test_qos_can_be_overridden(make):
     infos = rig.probe.get_publishers_info_by_topic('/decode/tokens')
     assert infos[0].qos_profile.reliability.name == 'BEST_EFFORT'
     assert rig.diagnostics('decode: engine')['unknown_parameters'] == 'n/a'
+
+
+def test_a_subscription_s_qos_can_be_overridden(make):
+    """So that a client of another reliability is heard; the topic is named as it is remapped."""
+    rig = make(**{'qos_overrides./decode/prompt.subscription.depth': 7,
+                  'qos_overrides./decode/request.subscription.reliability': 'best_effort'})
+    for topic, reliability in (('prompt', 'RELIABLE'), ('request', 'BEST_EFFORT')):
+        infos = rig.probe.get_subscriptions_info_by_topic(f'/decode/{topic}')
+        assert infos[0].qos_profile.reliability.name == reliability
+    assert [end.qos_profile.depth for end in rig.node.subscriptions
+            if end.topic_name == '/decode/prompt'] == [7]
+    assert rig.diagnostics('decode: engine')['unknown_parameters'] == 'n/a'
+
+
+def test_a_flood_of_refusals_is_no_flood_of_log_lines(make, capfd):
+    """Each refusal is told on ~/request_stats; the log has one line a second."""
+    rig = make()
+    for _ in range(300):
+        rig.ask_later('a')
+    rig.wait(lambda: len(rig.heard['request_stats']) == 300)
+    assert 1 <= capfd.readouterr().err.count('a prompt is refused') < 30
 
 
 def test_autostart(make):

@@ -7,7 +7,7 @@ import shutil
 
 from node_rig import Rig
 import physai_decode
-from physai_decode.ros import node
+from physai_decode.host import load
 import pytest
 import rclpy
 
@@ -32,7 +32,7 @@ def lose(name):
 def rig():
     """Give a node that has loaded nothing yet."""
     rclpy.init()
-    rig = Rig(node.load, **{'engine.cpu_threads': 1, 'roofline.peak_bandwidth_gb_s': 10.0})
+    rig = Rig(load, **{'engine.cpu_threads': 1, 'roofline.peak_bandwidth_gb_s': 10.0})
     yield rig
     rig.close()
     rclpy.shutdown()

@@ -45,6 +45,12 @@ def test_colcon_takes_it_for_a_ros_package(prefix):
     assert (prefix / 'share/ament_index/resource_index/packages/physai_decode').is_file()
 
 
+def test_colcon_does_not_look_for_packages_in_it(workspace):
+    """The interface package in it is built only where --base-paths names it."""
+    assert [path.name for path in (workspace / 'install').iterdir() if path.is_dir()] == [
+        'physai_decode']
+
+
 def test_installed_files(prefix):
     """The configs, the launch file and the manifest are in share, the model with the code."""
     for name in ('config', 'launch'):

@@ -1,16 +1,12 @@
 """The recorder, fed with made-up times, against figures worked out by hand."""
 
-import random
-import statistics
+from dataclasses import replace
 import threading
 
 from fake_engine import footprint
-import numpy
 from physai_decode.config import DeadlineConfig
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
-from physai_decode.timing import deviation
-from physai_decode.timing import percentile
 from physai_decode.timing import Recorder
 import pytest
 
@@ -18,23 +14,6 @@ import pytest
 def recorder(window_s=10.0, peak=1e6, **deadline):
     return Recorder(window_s, DeadlineConfig(**deadline),
                     Roofline(footprint(), Peak(peak, 'parameter')))
-
-
-@pytest.mark.parametrize('count', [1, 2, 3, 10, 101, 1000])
-def test_percentiles_are_numpys(count):
-    source = random.Random(count)
-    values = [source.expovariate(1.0) for _ in range(count)]
-    for percent in (0, 50, 95, 99, 100):
-        assert percentile(sorted(values), percent) == pytest.approx(
-            numpy.percentile(values, percent))
-    if count > 1:
-        assert deviation(values) == pytest.approx(statistics.pstdev(values))
-
-
-def test_nothing_is_none():
-    assert percentile([], 50) is None
-    assert deviation([]) is None
-    assert deviation([1.0]) is None
 
 
 def test_a_request():
@@ -128,6 +107,26 @@ def test_the_window_forgets():
     assert later.itl_max_activation_ms == pytest.approx(100.0)
 
 
+def test_a_busy_window_within_half_a_percent():
+    times = recorder(window_s=10.0)
+    request = times.request(1, 0.0, 0.0)
+    for tick in range(20000):
+        request.token(0.001 * tick + 0.0004 * (tick % 2), 1, '', device_s=0.0001)
+    window = times.window(20.0)
+    assert 10000 <= window.count <= 10250
+    assert window.itl_p95_ms == pytest.approx(1.4, rel=0.0051)
+    assert window.itl_max_ms == pytest.approx(1.4)
+    assert window.jitter_ms == pytest.approx(0.4, rel=1e-3)
+    assert window.context_tokens == 19999
+    assert window.floor_ms == pytest.approx((1000 + 15000 * 32) / 1e3, rel=0.02)
+    assert window.bandwidth_gb_s == pytest.approx(window.r_floor * 1e6 / 1e9, rel=0.011)
+    report = request.finish(20.0, 'stop')
+    assert report.output_tokens == 20000
+    assert report.itl_p99_ms == pytest.approx(1.4, rel=0.0051)
+    assert report.tokens_per_s == pytest.approx(1000.0, rel=1e-4)
+    assert times.window(60.0).count == 0
+
+
 def test_deadlines_of_tokens():
     times = recorder(ttft_ms=100.0, token_ms=10.0, max_consecutive_misses=2)
     request = times.request(1, 0.0, 0.0)
@@ -192,6 +191,48 @@ def test_a_deadline_changes_at_once():
     assert not request.token(0.2, 1, '').deadline_missed
     times.deadline = DeadlineConfig(token_ms=50.0)
     assert request.token(0.3, 1, '').deadline_missed
+
+
+def test_a_report_says_whose_it_is():
+    request = recorder().request(3, 0.0, 0.0, client_id='arm-7')
+    request.seed = 42
+    assert request.token(0.1, 1, '').client_id == 'arm-7'
+    report = request.finish(0.2, 'stop')
+    assert (report.client_id, report.seed) == ('arm-7', 42)
+    request = recorder().request(4, 0.0, 0.0)
+    assert request.token(0.1, 1, '').client_id == ''
+    report = request.finish(0.2, 'stop')
+    assert (report.client_id, report.seed) == ('', None)
+
+
+def test_a_request_has_its_own_deadlines():
+    times = recorder(ttft_ms=1000.0, token_ms=100.0, request_ms=0.0)
+    request = times.request(1, 0.0, 0.0, deadline={'token_ms': 10.0, 'request_ms': 300.0,
+                                                   'action': 'truncate'})
+    other = times.request(2, 0.0, 0.0)
+    assert request.deadline == DeadlineConfig(
+        ttft_ms=1000.0, token_ms=10.0, request_ms=300.0, action='truncate')
+    assert other.deadline == times.deadline
+    assert not request.token(0.1, 1, '').deadline_missed
+    assert request.token(0.15, 1, '').deadline_missed
+    assert not other.token(0.1, 1, '').deadline_missed
+    assert not other.token(0.15, 1, '').deadline_missed
+    assert times.window(0.15).deadline_misses == 1
+    assert times.window(0.15).token_deadline_ms == 100.0        # the node's
+    report = request.finish(0.4, 'deadline')
+    assert (report.deadline_misses, report.worst_overrun_ms) == (2, pytest.approx(100.0))
+    assert other.finish(0.4, 'stop').deadline_misses == 0
+    assert times.window(0.4).deadline_misses == 2
+
+
+def test_what_a_request_does_not_override_changes_at_once():
+    times = recorder(token_ms=10.0)
+    request = times.request(1, 0.0, 0.0, deadline={'token_ms': 0.0})
+    assert request.deadline.action == 'report'
+    times.deadline = replace(times.deadline, token_ms=1.0, ttft_ms=50.0, action='truncate')
+    assert request.deadline == DeadlineConfig(ttft_ms=50.0, token_ms=0.0, action='truncate')
+    assert request.token(0.1, 1, '').deadline_missed
+    assert not request.token(9.0, 1, '').deadline_missed
 
 
 def test_the_window_is_read_while_tokens_come():

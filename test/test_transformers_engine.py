@@ -5,18 +5,20 @@ import json
 import sys
 from urllib.error import URLError
 
+import engine_contract
 from engine_contract import CHECKS
 from engine_contract import decode
 from engine_contract import forget
 from physai_decode import checkpoint
 from physai_decode import engines
-from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
-from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import device
-from physai_decode.engines import transformers as module
+from physai_decode.engines.transformers import caches
+from physai_decode.engines.transformers import engine as module
+from physai_decode.engines.transformers import network
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
 import random_model
@@ -59,7 +61,7 @@ ARCHITECTURES = {
 
 
 def load(folder, config=CPU):
-    return TransformersEngine(folder, config, lambda text: None)
+    return engine_contract.load(TransformersEngine, folder, config)
 
 
 def change_config(folder, **changes):
@@ -75,53 +77,53 @@ def folder(tmp_path):
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_it_decodes_as_the_library_does(name, tmp_path):
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
-    engine = load(random_model.save_config(tmp_path, config, 0))
+    loop = load(random_model.save_config(tmp_path, config, 0))
     prompt = list(range(3, 43))
-    answer = decode(engine, prompt, SamplingConfig(max_new_tokens=40))
-    network = engine._decoder.network
+    answer = decode(loop, prompt, SamplingConfig(max_new_tokens=40))
+    network = loop.engine._cached.network
     network.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     expected = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
     assert answer == expected[0, len(prompt):].tolist()
     # With what was said in the cache, and with a part of it taken back.
-    assert decode(engine, prompt + answer[:20], SamplingConfig(max_new_tokens=20)) == answer[20:]
-    assert decode(engine, prompt + answer[:9], SamplingConfig(max_new_tokens=31)) == answer[9:]
-    engine.close()
+    assert decode(loop, prompt + answer[:20], SamplingConfig(max_new_tokens=20)) == answer[20:]
+    assert decode(loop, prompt + answer[:9], SamplingConfig(max_new_tokens=31)) == answer[9:]
+    loop.engine.close()
 
 
 def test_long_prompts_come_in_pieces(folder, monkeypatch):
-    engine = load(folder)
+    loop = load(folder)
     prompt = list(range(10, 160))
-    expected = decode(engine, prompt)
-    monkeypatch.setitem(module._PIECE_TOKENS, 'cpu', 64)
-    forget(engine)
-    steps = list(engine.stream(prompt, SamplingConfig(max_new_tokens=8)))
+    expected = decode(loop, prompt)
+    loop.engine.chunk_tokens = (1, 64)
+    loop = DecodeLoop(loop.engine, chunk_ms=0.0)
+    steps = list(loop.stream(prompt, SamplingConfig(max_new_tokens=8)))
     assert [len(step.token_ids) for step in steps] == [0, 0] + [1] * 8
     assert [step.token_ids[0] for step in steps[2:]] == expected
-    forget(engine)
-    stream = engine.stream(prompt, SamplingConfig())
+    forget(loop)
+    stream = loop.stream(prompt, SamplingConfig())
     assert next(stream).token_ids == ()
     stream.close()
-    steps = list(engine.stream(prompt, SamplingConfig(max_new_tokens=8)))
+    steps = list(loop.stream(prompt, SamplingConfig(max_new_tokens=8)))
     assert steps[-1].cached_tokens == 64
     assert [step.token_ids[0] for step in steps if step.token_ids] == expected
 
 
 def test_a_step_that_raises_leaves_nothing_in_the_cache(folder, monkeypatch):
-    engine = load(folder)
+    loop = load(folder)
     prompt = list(range(10, 40))
-    expected = decode(engine, prompt)
+    expected = decode(loop, prompt)
 
     def fail(*args, **kwargs):
         raise RuntimeError('broken')
 
     # The first layer has taken the token's keys and values, the second has not.
     with monkeypatch.context() as patch:
-        patch.setattr(engine._decoder.network.model.layers[1], 'forward', fail)
+        patch.setattr(loop.engine._cached.network.model.layers[1], 'forward', fail)
         with pytest.raises(RuntimeError, match='broken'):
-            decode(engine, prompt + [5])
-    steps = list(engine.stream(prompt, SamplingConfig(max_new_tokens=8)))
+            decode(loop, prompt + [5])
+    steps = list(loop.stream(prompt, SamplingConfig(max_new_tokens=8)))
     assert steps[0].cached_tokens == 0
     assert [step.token_ids[0] for step in steps] == expected
 
@@ -131,48 +133,48 @@ def test_the_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
     """What the graph captures, launched uncaptured: all but the capture itself."""
     folder = random_model.save(tmp_path, family, 0)
     reference = load(folder)
-    monkeypatch.setattr(module.CapturedDecoder, '_capture', lambda self: None)
-    monkeypatch.setattr(module, 'Decoder', module.CapturedDecoder)
-    engine = load(folder)
-    assert engine.footprint.cuda_graph == 'captured'
+    monkeypatch.setattr(caches.CapturedNetwork, '_capture', lambda self: None)
+    monkeypatch.setattr(module, 'CachedNetwork', caches.CapturedNetwork)
+    loop = load(folder)
+    assert loop.engine.footprint.cuda_graph == 'captured'
     prompts = (list(range(3, 100)), list(range(3, 60)) + [7, 8, 9], [5])
     for prompt in prompts:
         sampling = SamplingConfig(max_new_tokens=60)
-        assert decode(engine, prompt, sampling) == decode(reference, prompt, sampling)
+        assert decode(loop, prompt, sampling) == decode(reference, prompt, sampling)
     for check in CHECKS:
-        check(engine)
+        check(loop)
 
 
-@pytest.mark.parametrize('name', ['Decoder', 'CapturedDecoder'])
+@pytest.mark.parametrize('name', ['CachedNetwork', 'CapturedNetwork'])
 def test_attention_over_new_lengths_goes_without_cudnn(folder, monkeypatch, name):
     """A captured step has one length for ever, and keeps what PyTorch prefers."""
-    monkeypatch.setattr(module.CapturedDecoder, '_capture', lambda self: None)
-    monkeypatch.setattr(module, 'Decoder', getattr(module, name))
-    backends = module.devices.attention_backends
+    monkeypatch.setattr(caches.CapturedNetwork, '_capture', lambda self: None)
+    monkeypatch.setattr(module, 'CachedNetwork', getattr(caches, name))
+    backends = device.attention_backends
     monkeypatch.setattr(
-        module.devices, 'attention_backends', lambda device: backends(torch.device('cuda')))
-    engine = load(folder)
+        device, 'attention_backends', lambda device: backends(torch.device('cuda')))
+    loop = load(folder)
     seen = []
-    engine._decoder.network.register_forward_pre_hook(
+    loop.engine._cached.network.register_forward_pre_hook(
         lambda network, args: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    stream = engine.stream([5, 6, 7], SamplingConfig(max_new_tokens=3))
+    stream = loop.stream([5, 6, 7], SamplingConfig(max_new_tokens=3))
     next(stream)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     list(stream)
-    assert seen == [False, *[name == 'CapturedDecoder'] * 2]
+    assert seen == [False, *[name == 'CapturedNetwork'] * 2]
 
 
 def test_a_state_that_is_no_context_is_not_captured():
     config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
     with pytest.raises(EngineError, match='engine.cuda_graph to false'):
-        module.whole_cache(config, 64)
+        caches.whole_cache(config, 64)
 
 
 @pytest.mark.parametrize('name', ['bloom', 'gpt_neo', 'recurrent_gemma'])
 def test_what_goes_wrong_over_a_static_cache_is_refused(name, tmp_path, monkeypatch):
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
-    monkeypatch.setattr(module.CapturedDecoder, '_capture', lambda self: None)
-    monkeypatch.setattr(module, 'Decoder', module.CapturedDecoder)
+    monkeypatch.setattr(caches.CapturedNetwork, '_capture', lambda self: None)
+    monkeypatch.setattr(module, 'CachedNetwork', caches.CapturedNetwork)
     with pytest.raises(EngineError, match=f'^{name}: .*set engine.cuda_graph to false'):
         load(random_model.save_config(tmp_path, config, 0))
 
@@ -180,7 +182,7 @@ def test_what_goes_wrong_over_a_static_cache_is_refused(name, tmp_path, monkeypa
 def test_layers_without_keys_count_as_none(tmp_path):
     name = 'recurrent_gemma'
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
-    footprint = load(random_model.save_config(tmp_path, config, 0)).footprint
+    footprint = load(random_model.save_config(tmp_path, config, 0)).engine.footprint
     assert (footprint.layers, footprint.windowed_layers) == (1, 1)
 
 
@@ -191,17 +193,17 @@ def test_experts_that_are_not_asked_are_not_read(tmp_path):
     experts = sum(entry.bytes for name, entry in tensors.items() if '.experts.' in name)
     embedding = tensors['model.embed_tokens.weight']
     assert experts > 0
-    assert load(folder).footprint.read_weight_bytes == \
+    assert load(folder).engine.footprint.read_weight_bytes == \
         sum(entry.bytes for entry in tensors.values()) - experts // 2 \
         - embedding.bytes + embedding.bytes // embedding.shape[0]
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
 def test_number_formats(folder, dtype):
-    engine = load(folder, EngineConfig(device='cpu', dtype=dtype))
-    assert engine.footprint.dtype == dtype
-    assert engine.footprint.kv_element_bytes == (4 if dtype == 'float32' else 2)
-    assert len(decode(engine, [3, 4, 5])) == 8
+    loop = load(folder, EngineConfig(device='cpu', dtype=dtype))
+    assert loop.engine.footprint.dtype == dtype
+    assert loop.engine.footprint.kv_element_bytes == (4 if dtype == 'float32' else 2)
+    assert len(decode(loop, [3, 4, 5])) == 8
 
 
 def alive():
@@ -211,24 +213,24 @@ def alive():
 
 def test_close_frees(folder):
     before = alive()
-    engine = load(folder)
-    decode(engine, [3, 4, 5])
+    loop = load(folder)
+    decode(loop, [3, 4, 5])
     assert alive() > before
-    engine.close()
-    engine.close()
+    loop.engine.close()
+    loop.engine.close()
     assert alive() == before
 
 
-def settings(path, **engine):
-    return DecodeConfig(
-        model=ModelConfig(path=str(path)),
-        engine=EngineConfig(**{'device': 'cpu', 'name': 'transformers', **engine}))
+def build(path, progress=lambda text: None, **engine):
+    """Build an engine from a folder, on the CPU."""
+    return engines.build(checkpoint.open(str(path)), EngineConfig(
+        **{'device': 'cpu', 'name': 'transformers', **engine}), progress)
 
 
 def refusal(path, **engine):
     """Give the message with which an engine is refused."""
     with pytest.raises(EngineError) as caught:
-        engines.build(settings(path, **engine))
+        build(path, **engine)
     return str(caught.value)
 
 
@@ -249,7 +251,7 @@ def test_weights_that_the_file_lacks(folder):
     assert 'up_proj' in refusal(folder)
     assert alive() == before
     random_model.save(folder, 'llama', 0)
-    engines.build(settings(folder)).close()
+    build(folder).close()
 
 
 def test_weights_of_another_shape(folder):
@@ -288,7 +290,7 @@ def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
         'AutoConfig': 'configuration_own.OwnConfig',
         'AutoModelForCausalLM': 'modeling_own.OwnForCausalLM'})
     if model_type == 'llama':
-        engines.build(settings(folder)).close()
+        build(folder).close()
     else:
         assert 'never run' in refusal(folder)
     assert not trace.exists()
@@ -299,7 +301,7 @@ def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
     ('bitsandbytes', 'pip install bitsandbytes')])
 def test_quantised_weights_without_their_library(folder, method, missing, monkeypatch):
     monkeypatch.setattr(
-        module, 'find_spec', lambda name: None if name != 'accelerate' else 'there')
+        network, 'find_spec', lambda name: None if name != 'accelerate' else 'there')
     change_config(folder, quantization_config={
         'quant_method': method, 'bits': 4, 'group_size': 128, 'load_in_4bit': True,
         'bnb_4bit_quant_type': 'nf4'})
@@ -346,16 +348,16 @@ def test_too_little_memory(folder, monkeypatch):
         message = refusal(folder)
         assert 'not enough memory on cpu' in message and 'are free' in message
         assert alive() == before
-    engines.build(settings(folder)).close()
+    build(folder).close()
 
 
 def test_auto_goes_by_the_architecture(folder, tmp_path):
     said = []
-    engine = engines.build(settings(folder, name='auto'), said.append)
+    engine = build(folder, said.append, name='auto')
     assert engine.footprint.engine == 'native'
     config = transformers.AutoConfig.for_model('gpt2', **ARCHITECTURES['gpt2'])
     other = random_model.save_config(tmp_path / 'other', config, 0)
-    engine = engines.build(settings(other, name='auto'), said.append)
+    engine = build(other, said.append, name='auto')
     assert engine.footprint.engine == 'transformers'
     assert any('engine transformers, because' in text and 'gpt2' in text for text in said)
 
@@ -368,7 +370,9 @@ def test_native_refuses_what_it_does_not_run(tmp_path):
 
 def test_an_engine_that_is_not_installed(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    monkeypatch.delitem(sys.modules, 'physai_decode.engines.transformers')
+    for name in [name for name in sys.modules
+                 if name.startswith('physai_decode.engines.transformers')]:
+        monkeypatch.delitem(sys.modules, name)
     assert 'pip install -U transformers' in refusal(folder)
 
 
@@ -384,7 +388,7 @@ def test_an_engine_that_does_not_exist(folder):
 
 def test_progress_is_told(folder):
     said = []
-    engines.build(settings(folder), said.append).close()
+    build(folder, said.append).close()
     assert any('loading' in text for text in said) and 'warming up' in said
 
 
@@ -395,8 +399,8 @@ def test_the_captured_step_gives_the_same_tokens(family, tmp_path):
     captured, launched = (
         load(folder, EngineConfig(device='cuda', dtype='float32', cuda_graph=graph))
         for graph in (True, False))
-    assert captured.footprint.cuda_graph == 'captured'
-    assert launched.footprint.cuda_graph == 'off'
+    assert captured.engine.footprint.cuda_graph == 'captured'
+    assert launched.engine.footprint.cuda_graph == 'off'
     for prompt in (list(range(3, 100)), list(range(3, 60)) + [7, 8, 9], [5]):
         sampling = SamplingConfig(max_new_tokens=60)
         assert decode(captured, prompt, sampling) == decode(launched, prompt, sampling)
@@ -410,10 +414,10 @@ def test_the_captured_step_gives_the_same_tokens(family, tmp_path):
 @on_gpu
 def test_close_frees_the_device(folder):
     def held_and_left():
-        engine = load(folder, EngineConfig(device='cuda'))
-        decode(engine, [3, 4, 5])
+        loop = load(folder, EngineConfig(device='cuda'))
+        decode(loop, [3, 4, 5])
         held = torch.cuda.memory_allocated()
-        engine.close()
+        loop.engine.close()
         return held, torch.cuda.memory_allocated()
 
     gc.collect()

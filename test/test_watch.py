@@ -131,19 +131,20 @@ def test_a_text_cannot_control_the_terminal(rig, screen):
     assert shown.end(signal.SIGTERM) == (0, '')
 
 
-def test_it_survives_the_node(screen):
-    """A node that comes, goes and comes again under the same name."""
-    shown = screen('--node', '/later')
-    shown.wait('waiting for /later')
+@pytest.mark.parametrize('name', ['/later', '/arm/decode'])
+def test_it_survives_the_node(screen, name):
+    """A node that comes, goes and comes again under the same name, whatever name that is."""
+    shown = screen('--node', name)
+    shown.wait(f'waiting for {name}')
     for round_ in range(2):
         speaker = rclpy.create_node('later')
         publisher = speaker.create_publisher(DiagnosticArray, '/diagnostics', 10)
         array = DiagnosticArray(status=[
-            messages.status('decode: latency', messages.LATENCY_KEYS, {}),
-            messages.status('decode: bandwidth', messages.BANDWIDTH_KEYS, {}),
-            messages.status('decode: engine', messages.ENGINE_KEYS, {
+            messages.status(f'{name[1:]}: latency', messages.LATENCY_KEYS, {}),
+            messages.status(f'{name[1:]}: bandwidth', messages.BANDWIDTH_KEYS, {}),
+            messages.status(f'{name[1:]}: engine', messages.ENGINE_KEYS, {
                 'state': f'idle{round_}', 'requests': 5 - round_})])
-        array.header.frame_id = '/later'
+        array.header.frame_id = name
         end_s = time.monotonic() + PATIENCE_S
         while f'idle{round_}' not in shown.text:
             assert time.monotonic() < end_s

@@ -83,16 +83,16 @@ class EngineAnswers:
 
     def __init__(self, folder, device, name):
         sys.path.insert(0, str(ROOT))
-        from physai_decode.config import DecodeConfig
+        from physai_decode import checkpoint
         from physai_decode.config import EngineConfig
-        from physai_decode.config import ModelConfig
         from physai_decode.config import SamplingConfig
+        from physai_decode.decode_loop import DecodeLoop
         from physai_decode.engines import build
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS)
-        self.engine = build(DecodeConfig(
-            model=ModelConfig(path=str(folder)), engine=EngineConfig(name=name, device=device)))
+        self.loop = DecodeLoop(build(
+            checkpoint.inspect(folder), EngineConfig(name=name, device=device)))
 
     def __call__(self, chats: list) -> list[str]:
         """Answer every chat."""
@@ -101,8 +101,8 @@ class EngineAnswers:
     def _answer(self, chat):
         text = self.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True)
-        ids, ends = [], self.engine.footprint.eos_token_ids
-        steps = self.engine.stream(self.tokenizer(text)['input_ids'], self.sampling)
+        ids, ends = [], self.loop.engine.footprint.eos_token_ids
+        steps = self.loop.stream(self.tokenizer(text)['input_ids'], self.sampling)
         try:
             for step in steps:
                 ids += step.token_ids

@@ -15,11 +15,13 @@ import time
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from physai_decode import checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engines.device import attention_backends
-from physai_decode.engines.exllamav2 import attend_by_groups
 from physai_decode.engines.exllamav2 import ExLlamaV2Engine
+from physai_decode.engines.exllamav2.attention import attend_by_groups
 import torch
 
 WARM_UP = 220       # past the library's own graphs, which begin after 205 calls
@@ -27,9 +29,10 @@ WARM_UP = 220       # past the library's own graphs, which begin after 205 calls
 
 def by_engine(folder: Path, ids: list[int], steps: int, limit: int) -> list[float]:
     """Give the seconds from each token to the next by the engine."""
-    engine = ExLlamaV2Engine(folder, EngineConfig(max_context=limit), print)
+    engine = ExLlamaV2Engine(
+        checkpoint.inspect(folder), EngineConfig(max_context=limit), print)
     stamps = []
-    for step in engine.stream(ids, SamplingConfig(max_new_tokens=WARM_UP + steps)):
+    for step in DecodeLoop(engine).stream(ids, SamplingConfig(max_new_tokens=WARM_UP + steps)):
         stamps += [time.perf_counter()] * len(step.token_ids)
     engine.close()
     return gaps(stamps, steps)

@@ -14,9 +14,11 @@ from pathlib import Path
 import sys
 import tempfile
 
+from physai_decode import checkpoint
 from physai_decode.benchmark import synthetic
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.native.ops import TorchOps
@@ -41,14 +43,14 @@ MODELS = {
     'qwen2.5-7b, 2 layers': ('qwen2', WIDE)}
 
 
-def answers(engine, prompt):
+def answers(loop, prompt):
     """Give the greedy answer, the last step's logits, and two answers of one seed."""
     def ids(**sampling):
-        return [i for step in engine.stream(prompt, SamplingConfig(
+        return [i for step in loop.stream(prompt, SamplingConfig(
             max_new_tokens=TOKENS, **sampling)) for i in step.token_ids]
 
     greedy = ids()
-    logits = engine._transformer.logits.float().clone()
+    logits = loop.engine._transformer.logits.float().clone()
     sampled = {'temperature': 0.8, 'top_k': 50, 'top_p': 0.9, 'seed': 7}
     return greedy, logits, ids(**sampled), ids(**sampled)
 
@@ -63,10 +65,10 @@ def compare(name, folder, reference, dtype='auto'):
     prompt = torch.randint(0, 1000, (100,)).tolist()
     found = {}
     for graph in (True, False):
-        engine = NativeEngine(folder, EngineConfig(
+        engine = NativeEngine(checkpoint.inspect(Path(folder)), EngineConfig(
             device='cuda', dtype=dtype, max_context=256, cuda_graph=graph))
         prefill = engine.prefill_logits(prompt)
-        found[graph] = answers(engine, prompt)
+        found[graph] = answers(DecodeLoop(engine), prompt)
         expected = reference(engine, prompt + found[graph][0][:-1])
         kind = engine.footprint.dtype
         engine.close()

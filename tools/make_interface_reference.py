@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
+from physai_decode import histogram
 from physai_decode.ros import messages
 from physai_decode.ros import parameters
 from physai_decode.ros.node import DecodeNode
@@ -26,6 +27,10 @@ PAGE = ROOT / 'docs' / 'interface.md'
 
 TOPICS = {
     '~/prompt': 'in: a prompt',
+    '~/request': 'in: a request in JSON, see requests.md',
+    '~/result': "each request's end in JSON, also of a refused one, see requests.md",
+    '~/accepted': 'each request that was queued, in JSON: `request_id`, `id`, `stamp` (seconds), '
+                  '`request`',
     '~/tokens': 'a piece of text for each token; a character is never split, so a piece may be '
                 'empty',
     '~/response': "the whole text, once, at a request's end; not for one that was refused",
@@ -50,6 +55,7 @@ KEYS = {
     'cached_tokens': 'tokens of the prompt whose keys and values were still there',
     'cancel_ms': 'from the cancel asked for to the end of the request',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
+    'client_id': 'what the client called the request',
     'consecutive_misses': 'late tokens in a row, up to now',
     'context_tokens': 'tokens whose keys and values the step read',
     'count': 'tokens with a time in the window',
@@ -105,6 +111,7 @@ KEYS = {
     'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
     'request_id': 'counts from 1, over activations',
     'requests': 'requests so far',
+    'seed': 'what the tokens were drawn with',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
     'state': 'inactive, loading, idle, generating (also in a measurement), stalled or failed',
@@ -244,7 +251,12 @@ def page() -> str:
         'A value is a bare decimal number or a word. The unit is the end of the key: `_ms` '
         'milliseconds, `_s` seconds, `_gb` 1e9 bytes, `_c` degrees Celsius. What is not known is '
         '`n/a`. The keys of a status are always the same, in the same order. The `frame_id` of '
-        "each header is the node's full name."]
+        "each header is the node's full name, and the name of each status begins with it, less "
+        'the leading slash: `arm/decode: token` for a node `/arm/decode`.',
+        'Medians and percentiles are exact for up to '
+        f'{histogram.EXACT_ROWS} tokens in the window and {histogram.EXACT_VALUES} in a request. '
+        'For more, they are within 0.5 %, and the window may begin up to '
+        f'1/{histogram.SLICES} of itself too early.']
     for topic, name, keys, text in STATUSES:
         parts += [f'### `{name}` on `{topic}`', text,
                   table(('key', 'what'), [[f'`{key}`', KEYS[key]] for key in keys])]

@@ -23,14 +23,17 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode import host
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
-from physai_decode.ros import node
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.histogram import percentile
+from physai_decode.request import Message
+from physai_decode.ros import process
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.topics import stream_qos
-from physai_decode.timing import percentile
 import rclpy
 from std_msgs.msg import Float64
 from std_msgs.msg import String
@@ -51,16 +54,31 @@ class Timed:
         self.footprint = engine.footprint
         self.known_s: list[float] = []
 
-    def stream(self, prompt_ids, sampling):
-        """Yield the engine's steps, each token's time noted."""
-        try:
-            for step in self._engine.stream(prompt_ids, sampling):
-                now_s = time.monotonic()
-                self.known_s += [now_s for token_id in step.token_ids
-                                 if token_id not in self.footprint.eos_token_ids]
-                yield step
-        finally:
+    def __getattr__(self, name):
+        """Give what else the engine has."""
+        return getattr(self._engine, name)
+
+    def rewind(self, length):
+        """Begin a request."""
+        self.known_s = []
+        return self._engine.rewind(length)
+
+    def first(self, sampling, prompt_ids):
+        """Choose the first token, and note its time."""
+        self._limit = sampling.max_new_tokens
+        return self._noted(self._engine.first(sampling, prompt_ids))
+
+    def step(self, remaining):
+        """Choose a further token, and note its time."""
+        return self._noted(self._engine.step(remaining))
+
+    def _noted(self, choice):
+        ended = choice.token_id in self.footprint.eos_token_ids
+        if not ended:
+            self.known_s.append(time.monotonic())
+        if ended or len(self.known_s) == self._limit:
             self._path.write_text(json.dumps(self.known_s))
+        return choice
 
     def close(self) -> None:
         """Free the engine."""
@@ -77,10 +95,10 @@ def config_of(arguments) -> DecodeConfig:
 def serve(path: Path, config: DecodeConfig) -> int:
     """Run the node until a signal; its engine writes when it knew the tokens."""
     def load(config, progress):
-        loaded = node.load(config, progress)
+        loaded = host.load(config, progress)
         return loaded._replace(engine=Timed(loaded.engine, path))
 
-    return node.main(['decode_node', '--ros-args', '--log-level', 'warn',
+    return process.main(['decode_node', '--ros-args', '--log-level', 'warn',
                       '-p', f'model.path:={config.model.path}',
                       '-p', f'engine.cpu_threads:={config.engine.cpu_threads}',
                       '-p', f'sampling.max_new_tokens:={config.sampling.max_new_tokens}'], load)
@@ -88,11 +106,12 @@ def serve(path: Path, config: DecodeConfig) -> int:
 
 def alone(path: Path, config: DecodeConfig) -> int:
     """Answer the prompts without the node; write the times between tokens."""
-    engine, text, _ = node.load(config, lambda line: None)
+    engine, text, _ = host.load(config, lambda line: None)
     itl_s = []
     for prompt in PROMPTS:
         timed = Timed(engine, path)
-        for step in timed.stream(text.encode(prompt), config.sampling):
+        asked = [Message('user', prompt)]
+        for step in DecodeLoop(timed).stream(text.encode(asked), config.sampling):
             if set(step.token_ids) & set(engine.footprint.eos_token_ids):
                 break
         itl_s += differences(timed.known_s)

@@ -124,7 +124,7 @@ def compare(folder: Path, text: str) -> dict[str, float]:
     ids = AutoTokenizer.from_pretrained(FOLDER)(text)['input_ids']
     with torch.inference_mode():
         theirs = library(torch.tensor([ids])).logits[0].float()
-    ours = NativeEngine(folder, EngineConfig(device='cpu')).prefill_logits(ids)
+    ours = NativeEngine(inspect(folder), EngineConfig(device='cpu')).prefill_logits(ids)
     return {
         'linears': linears, 'weights': worst, 'largest': largest, 'tokens': len(ids),
         'logits': float((ours - theirs).norm() / theirs.norm()),

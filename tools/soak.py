@@ -174,7 +174,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
     node = subprocess.Popen(
-        [sys.executable, '-m', 'physai_decode.ros.node', '--ros-args', '--log-level', 'fatal',
+        [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--log-level', 'fatal',
          '-p', 'autostart:=false', '-p', f'queue.size:={QUEUE}',
          '-p', f'sampling.max_new_tokens:={arguments.tokens}'])
     rclpy.init()

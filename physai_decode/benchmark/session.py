@@ -28,11 +28,11 @@ from physai_decode.config import RooflineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.histogram import percentile
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
 from physai_decode.telemetry import find_engine_peak
-from physai_decode.timing import percentile
 
 KERNEL_STEPS = 20
 

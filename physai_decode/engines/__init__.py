@@ -7,8 +7,8 @@ Knows which engines there are and what each needs installed, nothing of how they
 from collections.abc import Callable
 from importlib import import_module
 
-from physai_decode import checkpoint
-from physai_decode.config import DecodeConfig
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import EngineConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 
@@ -22,29 +22,27 @@ _INSTALL = {
     'exllamav2': 'ExLlamaV2 (pip install exllamav2; it also needs a CUDA toolkit)'}
 
 
-def build(config: DecodeConfig, progress: Callable[[str], None] = lambda text: None) -> Engine:
+def build(model: Checkpoint, config: EngineConfig,
+          progress: Callable[[str], None] = lambda text: None) -> Engine:
     """
-    Load the model that the settings name into the engine that they name.
+    Load a model into the engine that the settings name.
 
     ``auto`` takes the native engine where it runs the model's architecture and quantisation,
     exllamav2 for EXL2 weights, else transformers; no other reason makes it change its choice.
 
     :param progress: called with a line of text now and then while it loads, in this thread.
-    :raises EngineError: the model or the engine can't be had; nothing stays allocated.
+    :raises EngineError: the engine can't be had, or can't run the model; nothing stays allocated.
     """
-    progress(f'looking for {config.model.path}')
-    folder = checkpoint.locate(config.model.path, config.model.revision)
-    name = config.engine.name
+    name = config.name
     if name == 'auto':
-        name = _choose(folder, progress)
+        name = _choose(model, progress)
     if name not in _CLASSES:
         raise EngineError(
             f'engine.name is {name!r}: allowed are auto, {", ".join(_CLASSES)}')
-    return getattr(_load(name), _CLASSES[name])(folder, config.engine, progress)
+    return getattr(_load(name), _CLASSES[name])(model, config, progress)
 
 
-def _choose(folder, progress):
-    model = checkpoint.inspect(folder)
+def _choose(model, progress):
     _load('native')
     from physai_decode.engines.native import architecture
     from physai_decode.engines.native import gptq

@@ -1,10 +1,8 @@
 """
-Ask a running node: send a prompt, print the answer as it comes, then its figures.
+Ask a running node: send a request, print the answer as it comes, then its figures.
 
-A std_msgs/String carries no sender, so the answer is told by its number: the node says on
-`/diagnostics` how many requests it has seen, and this command sends at once and takes the next.
-It shows what comes from the next message there on, which says whether this one is all that was
-seen since; else either could be the next, and no answer is shown.
+The request has an id of its own, and only what bears that id is shown. The exit code is 0 for a
+complete answer, 3 for one that was cut off at a length limit, else 1.
 """
 
 import argparse
@@ -14,9 +12,12 @@ import os
 import signal
 import sys
 import time
+from typing import Any
+import uuid
 
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -27,8 +28,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
-COMPLETE = ('stop', 'length')       # finish reasons that make the exit code 0
-MOMENT_S = 0.1                      # by then the node has got what was sent
+EXIT_CODES = {'stop': 0, 'length': 3}       # by finish reason; 1 for any other
 UNHEARD = (': wait longer (--timeout), or where the node has that topic remapped, remap it here '
            'too (--ros-args -r /diagnostics:=...)')
 
@@ -38,7 +38,7 @@ class AskError(Exception):
 
 
 class Asker(Node):
-    """Sends one prompt and collects what belongs to it."""
+    """Sends one request and collects what belongs to it."""
 
     def __init__(self, target: str) -> None:
         """
@@ -47,8 +47,9 @@ class Asker(Node):
         :param target: the node's name, absolute or relative to the own namespace.
         """
         super().__init__(f'decode_ask_{os.getpid()}')
-        self.prompt = self.create_publisher(String, f'{target}/prompt', QoSProfile(depth=10))
-        self.target = self.prompt.topic_name.removesuffix('/prompt')
+        self.id = str(uuid.uuid4())
+        self.request = self.create_publisher(String, f'{target}/request', QoSProfile(depth=10))
+        self.target = self.request.topic_name.removesuffix('/request')
         self.token_stats = self.create_subscription(
             DiagnosticArray, f'{target}/token_stats', self._on_token, stream_qos())
         self.create_subscription(
@@ -58,61 +59,44 @@ class Asker(Node):
         self.diagnostics = self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
         self.show: Callable[[str], None] = lambda piece: None   # of the answer
-        self.node: dict[str, str] = {}      # the node's engine status, once it came
-        self.heard_s = 0.0                  # and when that was
-        self.id = 0                         # the request's, once sent
-        self.sent_s = 0.0
+        self.state = ''                     # the node's, once its diagnostics came
         self.pieces: list[str] = []
         self.stats: dict[str, str] = {}     # the request's figures, once it has ended
         self.reason = ''
 
-    def send(self, text: str) -> None:
-        """Send the prompt; the node's next request is it."""
-        self.id = int(self.node['requests']) + 1
-        self.sent_s = time.monotonic()
-        self.prompt.publish(String(data=text))
-
-    def counted(self) -> bool:
-        """
-        Tell whether the node has said that it got this prompt.
-
-        :raises AskError: it got another at the same moment.
-        """
-        count = int(self.node['requests'])
-        if self.heard_s < self.sent_s + MOMENT_S or count < self.id:
-            return False
-        if count > self.id:
-            self.pieces, self.stats = [], {}    # anybody's
-            raise AskError('another client asked at the same moment: ask again')
-        return True
+    def send(self, text: str, options: dict[str, Any]) -> None:
+        """Send a prompt, and further fields of the request."""
+        self.request.publish(String(data=json.dumps(
+            {**options, 'id': self.id, 'prompt': text})))
 
     def _on_diagnostics(self, message):
         if message.header.frame_id == self.target:
             for status in message.status:
-                if status.name == 'decode: engine':
-                    self.node = {pair.key: pair.value for pair in status.values}
-                    self.heard_s = time.monotonic()
+                if status.name == status_name(self.target, 'engine'):
+                    self.state = _values(status)['state']
 
     def _on_token(self, message):
         status = message.status[0]
-        values = {pair.key: pair.value for pair in status.values}
-        if values['request_id'] == str(self.id):
+        values = _values(status)
+        if values['client_id'] == self.id:
             if int(values['index']) != len(self.pieces):
-                raise AskError(f'token {len(self.pieces)} of request {self.id} was lost')
+                raise AskError(f'token {len(self.pieces)} of the answer was lost')
             self.pieces.append(status.message)
             self.show(status.message)
 
     def _on_request(self, message):
         status = message.status[0]
-        values = {pair.key: pair.value for pair in status.values}
-        if values['request_id'] == str(self.id):
+        values = _values(status)
+        if values['client_id'] == self.id:
             self.stats, self.reason = values, status.message
 
 
-def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) -> None:
+def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
+        options: dict[str, Any] | None = None) -> None:
     """
     Send a prompt and wait for the end of its answer.
 
+    :param options: further fields of the request, such as ``{'temperature': 0.7}``.
     :param show: called with each piece of the answer.
     :raises AskError: the node is not there, or does not answer in time.
     """
@@ -128,15 +112,13 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
 
     try:
         wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
-                   and asker.prompt.get_subscription_count(),
+                   and asker.request.get_subscription_count(),
                    f'no node {asker.target} was seen on the topics')
-        wait_until(lambda: asker.node, f'{asker.target} is there, but was not heard on '
+        wait_until(lambda: asker.state, f'{asker.target} is there, but was not heard on '
                    f'{asker.diagnostics.topic_name}', UNHEARD)
-        wait_until(lambda: asker.node['state'] != 'loading', f'{asker.target} was not ready')
-        asker.send(text)
-        wait_until(asker.counted, f'{asker.target} did not say that it got the prompt')
-        show(''.join(asker.pieces))
+        wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')
         asker.show = show
+        asker.send(text, options or {})
         wait_until(lambda: asker.stats
                    and len(asker.pieces) >= _number(asker.stats['output_tokens']),
                    f'no end of the answer came from {asker.target}')
@@ -145,7 +127,7 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None]) 
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; gives its exit code: 0 for a complete answer, else 1."""
+    """Run the command; gives its exit code, see above."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = begin(_parser(), args)
 
@@ -153,6 +135,7 @@ def main(args: list[str] | None = None) -> int:
         if not arguments.json:
             print(piece, end='', flush=True)
 
+    code = 1
     try:
         asker = Asker(arguments.node)
     except NameValidationException:
@@ -160,8 +143,9 @@ def main(args: list[str] | None = None) -> int:
         rclpy.shutdown()
         return 1
     try:
-        ask(asker, arguments.text, arguments.timeout, show)
-        failure = '' if asker.stats['finish_reason'] in COMPLETE else asker.reason
+        ask(asker, arguments.text, arguments.timeout, show, arguments.options)
+        code = EXIT_CODES.get(asker.stats['finish_reason'], 1)
+        failure = asker.reason if code else ''
     except AskError as error:
         failure = str(error)
     except KeyboardInterrupt:
@@ -183,10 +167,10 @@ def main(args: list[str] | None = None) -> int:
                 print(f'{key:24}{value}')
         sys.stdout.flush()
     except BrokenPipeError:
-        failure = drop_output()
+        code, failure = 1, drop_output()
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
-    return 1 if failure else 0
+    return code
 
 
 def begin(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.Namespace:
@@ -216,11 +200,27 @@ def drop_output() -> str:
 def _parser():
     parser = argparse.ArgumentParser(prog='decode_ask', description=__doc__.split('\n\n')[0])
     parser.add_argument('text', help='the prompt')
+    parser.add_argument('--options', type=_object, default={}, metavar='JSON',
+                        help='further fields of the request, such as \'{"temperature": 0.7}\'')
     parser.add_argument('--json', action='store_true', help='print one JSON object at the end')
     parser.add_argument('--node', default='decode', help="the node's name (%(default)s)")
     parser.add_argument('--timeout', type=float, default=60.0, metavar='S',
                         help='seconds to wait for the node and its whole answer (%(default)s)')
     return parser
+
+
+def _object(text):
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON: {error}') from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object')
+    return value
+
+
+def _values(status):
+    return {pair.key: pair.value for pair in status.values}
 
 
 def _number(value):

@@ -6,6 +6,7 @@ token that takes as long as all the rest of publishing it, so these three types 
 test reads them back with rclpy. All other messages go the usual way.
 """
 
+from math import nan
 from operator import attrgetter
 from struct import Struct
 
@@ -17,6 +18,9 @@ _PADDING = (b'\0\0\0\0', b'\0\0\0', b'\0\0', b'\0')     # a NUL, then up to a mu
 _length = Struct('<I').pack
 _float64 = Struct('<4sd').pack
 _stamp = Struct('<4siI').pack
+_request_id = Struct('<Q').pack
+_indices = Struct('<II').pack
+_figures = Struct('<ddd?').pack
 
 
 def _text(text: str) -> bytes:
@@ -35,17 +39,41 @@ def float64(value: float) -> bytes:
     return _float64(_LITTLE_ENDIAN, value)
 
 
-class TokenStats:
-    """Writes the diagnostic_msgs/DiagnosticArray of ``~/token_stats``."""
+class StampedToken:
+    """Writes the physai_decode_msgs/Token of ``~/stamped_tokens``."""
 
-    def __init__(self, frame_id: str) -> None:
+    def __init__(self, node: str) -> None:
         """
         Write what never changes.
 
-        :param frame_id: of the header.
+        :param node: the node's full name.
         """
-        self._frame_id = _text(frame_id) + _length(1)           # one status follows
-        self._levels = {late: level + b'\0\0\0' + _text('decode: token') for late, level in (
+        frame_id = _text(node)
+        self._frame_id = frame_id + b'\0' * (len(frame_id) & 4)     # numbers of 8 bytes follow
+
+    def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
+        """Write one token; see `TokenStats.write`."""
+        texts = b''.join((_text(report.client_id), _indices(report.index, report.token_id),
+                          _text(text)))
+        return b''.join((
+            _stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,
+            _request_id(report.request_id), texts, b'\0' * (len(texts) & 4),
+            _figures(*(nan if value is None else value for value in (
+                report.itl_ms, report.device_ms, report.r_floor)), report.deadline_missed)))
+
+
+class TokenStats:
+    """Writes the diagnostic_msgs/DiagnosticArray of ``~/token_stats``."""
+
+    def __init__(self, node: str) -> None:
+        """
+        Write what never changes.
+
+        :param node: the node's full name.
+        """
+        name = _text(messages.status_name(node, 'token'))
+        self._frame_id = _text(node) + _length(1)               # one status follows
+        self._levels = {late: level + b'\0\0\0' + name for late, level in (
             (False, messages.OK), (True, messages.WARN))}
         self._values = _text('') + _length(len(messages.TOKEN_KEYS))    # after the hardware_id
         self._keys = [_text(key) for key in messages.TOKEN_KEYS]

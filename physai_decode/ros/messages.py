@@ -6,6 +6,7 @@ what is not known is ``n/a``. It knows nothing of publishers, threads or clocks.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from math import isfinite
 from typing import Any
 
@@ -14,7 +15,9 @@ from diagnostic_msgs.msg import KeyValue
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
+from physai_decode.ros.typed import unavailable
 from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 
 OK = DiagnosticStatus.OK
@@ -22,21 +25,19 @@ WARN = DiagnosticStatus.WARN
 ERROR = DiagnosticStatus.ERROR
 NOT_KNOWN = 'n/a'
 
-TOKEN_KEYS = (
-    'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
-    'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed')
-REQUEST_KEYS = (
-    'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens', 'queue_ms',
-    'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms',
-    'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses', 'max_consecutive_misses',
-    'worst_overrun_ms', 'cancel_ms')
-LATENCY_KEYS = (
-    'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
-    'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
-    'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms')
+
+def _keys(report: type, *others: str) -> tuple[str, ...]:
+    """Give the fields of a report in their order, but for those that are no key."""
+    return tuple(field.name for field in fields(report) if field.name not in others)
+
+
+TOKEN_KEYS = _keys(TokenReport, 'text')
+REQUEST_KEYS = _keys(RequestReport, 'message')
 BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
     'peak_source', 'host_gap_ms')
+LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
+                     *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
@@ -46,7 +47,8 @@ MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
-    'peak_bandwidth_gb_s', 'peak_source')
+    'peak_bandwidth_gb_s', 'peak_source', 'generate_action')
+GENERATE_ACTION = unavailable or 'available'
 FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
 
 
@@ -67,6 +69,15 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else str(int(value))
 
 
+def status_name(node: str, task: str) -> str:
+    """
+    Name a status as diagnostic_updater does: the node, then what it is about.
+
+    :param node: the node's full name; its leading slash is left out.
+    """
+    return f'{node.removeprefix("/")}: {task}'
+
+
 def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *, message: str = '',
            level: bytes = OK, hardware_id: str = '') -> DiagnosticStatus:
     """
@@ -85,21 +96,25 @@ def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *,
                 for key, value in zip(keys, found, strict=True)])
 
 
-def request_status(report: RequestReport) -> DiagnosticStatus:
-    """Give the status of one request; its message is the finish reason and why."""
+def request_status(node: str, report: RequestReport) -> DiagnosticStatus:
+    """
+    Give the status of one request; its message is the finish reason and why.
+
+    :param node: the node's full name, here and below.
+    """
     reason = report.finish_reason
     return status(
-        'decode: request', REQUEST_KEYS, report,
+        status_name(node, 'request'), REQUEST_KEYS, report,
         message=f'{reason}: {report.message}' if report.message else reason,
         level=ERROR if reason == 'error' else WARN if reason in FAILED else OK)
 
 
-def model_status(model: str, footprint: Footprint, peak: Peak,
+def model_status(node: str, model: str, footprint: Footprint, peak: Peak,
                  hardware_id: str) -> DiagnosticStatus:
     """Give the status of ``~/model_info``: the model, the engine and the memory bus."""
     values = {key: getattr(footprint, key, None) for key in MODEL_KEYS}
     values.update(
-        model=model,
+        model=model, generate_action=GENERATE_ACTION,
         read_weight_gb=footprint.read_weight_bytes / 1e9,
         checkpoint_weight_gb=footprint.checkpoint_weight_bytes / 1e9,
         kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
@@ -107,32 +122,34 @@ def model_status(model: str, footprint: Footprint, peak: Peak,
         peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source,
         **{key: value for key, value in footprint.details.items() if key not in MODEL_KEYS})
     details = tuple(key for key in footprint.details if key not in MODEL_KEYS)
-    return status('decode: model', MODEL_KEYS + details, values, hardware_id=hardware_id)
+    return status(status_name(node, 'model'), MODEL_KEYS + details, values,
+                  hardware_id=hardware_id)
 
 
-def latency_status(window: WindowReport | None, settings: DiagnosticsConfig, late: bool,
-                   hardware_id: str) -> DiagnosticStatus:
+def latency_status(node: str, window: WindowReport | None, settings: DiagnosticsConfig,
+                   late: bool, hardware_id: str) -> DiagnosticStatus:
     """
-    Give `decode: latency`.
+    Give the status `latency`.
 
     :param window: None where nothing runs.
     :param late: a deadline was missed since the last message.
     """
-    level, message = OK, ''
+    name, level, message = status_name(node, 'latency'), OK, ''
     if window is None:
-        return status('decode: latency', LATENCY_KEYS, {'window_s': settings.window_s},
+        return status(name, LATENCY_KEYS, {'window_s': settings.window_s},
                       message='not active', hardware_id=hardware_id)
     if late or window.consecutive_misses:
         level, message = WARN, f'{window.deadline_misses} deadlines missed since activation'
     if window.miss_limit_reached:
         level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
-    return status('decode: latency', LATENCY_KEYS, window, message=message, level=level,
+    return status(name, LATENCY_KEYS, window, message=message, level=level,
                   hardware_id=hardware_id)
 
 
-def bandwidth_status(window: WindowReport | None, footprint: Footprint | None, peak: Peak,
-                     settings: DiagnosticsConfig, hardware_id: str) -> DiagnosticStatus:
-    """Give `decode: bandwidth`; medians over the window, by the bytes that a step really reads."""
+def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprint | None,
+                     peak: Peak, settings: DiagnosticsConfig,
+                     hardware_id: str) -> DiagnosticStatus:
+    """Give the status `bandwidth`: medians over the window, by the bytes that a step reads."""
     values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source}
     level, message = OK, ''
     if footprint is not None:
@@ -144,8 +161,8 @@ def bandwidth_status(window: WindowReport | None, footprint: Footprint | None, p
         if window.r_floor is not None and window.r_floor < settings.warn_r_floor:
             level = WARN
             message = f'r_floor {window.r_floor:.3f} is below {settings.warn_r_floor:g}'
-    return status('decode: bandwidth', BANDWIDTH_KEYS, values, message=message, level=level,
-                  hardware_id=hardware_id)
+    return status(status_name(node, 'bandwidth'), BANDWIDTH_KEYS, values, message=message,
+                  level=level, hardware_id=hardware_id)
 
 
 def _giga(count: float | None) -> float | None:

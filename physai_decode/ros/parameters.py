@@ -6,11 +6,13 @@ while the node runs can still be set while it is unconfigured. It does not apply
 """
 
 from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import Field
 from dataclasses import fields
 from dataclasses import is_dataclass
 from dataclasses import replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 from physai_decode.config import check
@@ -39,17 +41,18 @@ def specs() -> dict[str, Field]:
     return found
 
 
-def declare(node: Node) -> None:
+def declare(node: Node, instead: Mapping[str, Any] = MappingProxyType({})) -> None:
     """
     Declare every parameter with its default or its value from the command line or a file.
 
+    :param instead: defaults that differ from the settings', by the parameters' names.
     :raises ConfigError: a given value is wrong; the message gives name, value and what is allowed.
     """
     given = node._parameter_overrides
     merge(DecodeConfig(), given.values())
     for name, field in specs().items():
         kind = TYPES[type(field.default)]
-        value = Parameter(name, kind, field.default)
+        value = Parameter(name, kind, instead.get(name, field.default))
         # Declared by type and set then: an empty list has no type that rclpy could infer.
         node.declare_parameter(name, kind, _descriptor(field), ignore_override=True)
         node.set_parameters([_typed(given.get(name, value), field)])

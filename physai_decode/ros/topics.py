@@ -7,21 +7,25 @@ as U+FFFD. It knows nothing of lifecycle states.
 """
 
 from collections.abc import Callable
+import json
 import threading
-import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.request import Request
+from physai_decode.result import chat_completion
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
+from physai_decode.ros.clocked_node import ClockedNode
+from physai_decode.ros.typed import Token
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
-from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSDurabilityPolicy
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos import QoSProfile
 from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.time import Time
 from std_msgs.msg import Float64
 from std_msgs.msg import String
 
@@ -49,10 +53,12 @@ class Topics:
     The frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
     """
 
-    def __init__(self, node: Node, finished: Callable[[RequestReport], None]) -> None:
+    def __init__(self, node: ClockedNode, model: Callable[[], str],
+                 finished: Callable[[RequestReport], None]) -> None:
         """
         Create the publishers.
 
+        :param model: gives the name of the model, for results.
         :param finished: called with each request's report after it was published, from the
             thread that ended the request.
         """
@@ -60,20 +66,23 @@ class Topics:
             return node.create_publisher(
                 kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES))
 
-        self._finished = finished
-        self._clock = node.get_clock()
-        self._simulated = False
-        self._tokens = publisher(String, '~/tokens', stream_qos())
+        self._model, self._finished = model, finished
+        self._now_ns = node.now_ns
+        self.tokens = publisher(String, '~/tokens', stream_qos())
         self._token_stats = publisher(DiagnosticArray, '~/token_stats', stream_qos())
         self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
         self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
+        self._stamped_tokens = Token and publisher(Token, '~/stamped_tokens', stream_qos())
         self._response = publisher(String, '~/response', stream_qos())
+        self._result = publisher(String, '~/result', stream_qos())
+        self._accepted = publisher(String, '~/accepted', stream_qos())
         self._request_stats = publisher(DiagnosticArray, '~/request_stats', stream_qos())
         self._model_info = publisher(DiagnosticArray, '~/model_info', latched_qos())
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
-        self._source = node.get_fully_qualified_name()
-        self._figures = cdr.TokenStats(self._source)
-        self._heard: list[bool] = []                # of the three below ~/tokens; decode thread
+        self.node_name = node.get_fully_qualified_name()
+        self._figures = cdr.TokenStats(self.node_name)
+        self._stamped = cdr.StampedToken(self.node_name)
+        self._heard: list[bool] = []                # of those beside ~/tokens; decode thread
         self._ending = threading.Lock()             # requests end in several threads
 
     def token(self, report: TokenReport) -> None:
@@ -85,31 +94,39 @@ class Topics:
         """
         text = report.text.replace('\0', NUL)
         if report.index % ASK_EVERY == 0:
-            self._simulated = self._clock.ros_time_is_active
-            self._heard = [_is_heard(publisher) for publisher in (
-                self._token_stats, self._itl_ms, self._r_floor)]
-        token_stats, itl_ms, r_floor = self._heard
+            self._heard = [publisher is not None and _is_heard(publisher) for publisher in (
+                self._token_stats, self._itl_ms, self._r_floor, self._stamped_tokens)]
+        token_stats, itl_ms, r_floor, stamped = self._heard
         # All is written before any is sent: a subscriber's process is then woken once, not after
         # each, and waking it is what costs most.
-        ready = [(self._tokens, cdr.string(text))]
+        ready = [(self.tokens, cdr.string(text))]
         if token_stats:
-            # rclpy's Clock.now takes a tenth of the time that a token may cost.
-            now_ns = self._clock.now().nanoseconds if self._simulated else time.time_ns()
-            ready.append((self._token_stats, self._figures.write(report, text, now_ns)))
+            ready.append((self._token_stats, self._figures.write(report, text, self._now_ns())))
         if itl_ms and report.itl_ms is not None:
             ready.append((self._itl_ms, cdr.float64(report.itl_ms)))
         if r_floor and report.r_floor is not None:
             ready.append((self._r_floor, cdr.float64(report.r_floor)))
+        if stamped:
+            ready.append((self._stamped_tokens,
+                          self._stamped.write(report, text, self._now_ns())))
         for publisher, data in ready:
             publisher.publish(data)
 
+    def accepted(self, number: int, request: Request) -> None:
+        """Echo a request that was queued, so that a bag has every one of them."""
+        self._accepted.publish(_json({
+            'request_id': number, 'id': request.client_id or None,
+            'stamp': self._now_ns() * 1e-9, 'request': request.to_json()}))
+
     def finished(self, report: RequestReport, text: str) -> None:
-        """Publish the end of a request: its text unless it was refused, and its figures."""
-        status = messages.request_status(report)
+        """Publish the end of a request: its text unless it was refused, figures and result."""
+        status = messages.request_status(self.node_name, report)
+        result = _json(chat_completion(report, text, self._model()))
         with self._ending:
             if report.finish_reason != 'rejected':
                 self._response.publish(String(data=text.replace('\0', NUL)))
             self._request_stats.publish(self._array([status]))
+            self._result.publish(result)
         self._finished(report)
 
     def model_info(self, status: DiagnosticStatus) -> None:
@@ -122,9 +139,14 @@ class Topics:
 
     def _array(self, statuses):
         array = DiagnosticArray(status=statuses)
-        array.header.stamp = self._clock.now().to_msg()
-        array.header.frame_id = self._source
+        array.header.stamp = Time(nanoseconds=self._now_ns()).to_msg()
+        array.header.frame_id = self.node_name
         return array
+
+
+def _json(value: dict) -> String:
+    """Give a JSON object as a message; JSON itself escapes NUL and half surrogate pairs."""
+    return String(data=json.dumps(value))
 
 
 def _is_heard(publisher: Publisher) -> bool:

@@ -19,6 +19,7 @@ from physai_decode.ros.ask import begin
 from physai_decode.ros.ask import drop_output
 from physai_decode.ros.ask import UNHEARD
 from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -61,7 +62,7 @@ class Watcher(Node):
         self.target = ''
         self.heard_s: float | None = None       # when the last message came
         self.period_s = 0.0                     # between the last two on /diagnostics
-        self.levels: dict[str, bytes] = {}      # by the status's name, less 'decode: '
+        self.levels: dict[str, bytes] = {}      # by the status's name, less the node's
         self.notes: dict[str, str] = {}         # its message
         self.values: dict[str, str] = {}        # of all three; no two have a key in common
         self.hardware_id = NOT_KNOWN
@@ -100,7 +101,7 @@ class Watcher(Node):
 
     def _on_diagnostics(self, message):
         statuses = {status.name: status for status in message.status}
-        if 'decode: engine' not in statuses:
+        if status_name(message.header.frame_id, 'engine') not in statuses:
             return                              # another driver's
         if not self.target:
             self._follow(message.header.frame_id)

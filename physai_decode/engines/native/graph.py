@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from physai_decode.engines import device as devices
+from physai_decode.engines.native.sampling import Plan
 import torch
 from torch import Tensor
 
@@ -29,42 +30,51 @@ class _Slot:
 
 class Pipeline:
     """
-    Runs one of several steps again and again, ``AHEAD`` of the host.
+    Runs a step of one plan again and again, ``AHEAD`` of the host.
 
     Driven from one thread at a time, on the device's default stream.
     """
 
-    def __init__(self, steps: dict[str, Callable[[], None]], history: Tensor, capture: bool):
+    def __init__(self, step: Callable[[Plan], None], history: Tensor, capture: bool):
         """
-        Take the steps and, where asked, capture each.
+        Take the step.
 
-        :param steps: by name; each writes its token to ``history`` int64 [places].
+        :param step: takes a plan; writes its token to ``history`` int64 [places].
+        :param capture: whether it runs in a CUDA graph, one for each plan.
         """
-        self._history = history
+        self._step, self._history, self._capture = step, history, capture
         self._copies = torch.cuda.Stream(history.device)
         self._free = deque(_Slot(
             torch.zeros(1, dtype=torch.int64).pin_memory(),
             torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True),
             torch.cuda.Event()) for _ in range(AHEAD))
         self._flying: deque[_Slot] = deque()
-        self._steps = dict(steps)
-        pool = None
-        for name, step in steps.items() if capture else ():
-            graph = devices.capture(step, history.device, pool)
-            pool = graph.pool()
-            self._steps[name] = graph.replay
+        self._graphs: dict[Plan, torch.cuda.CUDAGraph] = {}
+
+    def prepare(self, plan: Plan) -> None:
+        """Capture the step of a plan, where that was not done; runs it a few times before."""
+        if not self._capture or plan in self._graphs:
+            return
+        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        self._graphs[plan] = devices.capture(
+            lambda: self._step(plan), self._history.device, pool)
+
+    @property
+    def flying(self) -> int:
+        """Steps in flight."""
+        return len(self._flying)
 
     @property
     def full(self) -> bool:
         """Whether as many steps are in flight as may be."""
         return not self._free
 
-    def launch(self, name: str, place: int) -> None:
-        """Start a step whose token will stand at ``place`` of the history."""
+    def launch(self, plan: Plan, place: int) -> None:
+        """Start a step that was prepared; its token will stand at ``place`` of the history."""
         slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
         slot.begin.record(stream)
-        self._steps[name]()
+        self._graphs[plan].replay() if self._capture else self._step(plan)
         slot.end.record(stream)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(slot.end)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
@@ -85,6 +86,28 @@ class Transformer:
             yield 'gate_up', Product(layer.gate_up, layer.mlp_norm, gated=True)
             yield 'down', Product(layer.down, None)
         yield 'head', Product(self.weights.head, self.weights.norm)
+
+    def reads(self, context: int) -> list[tuple[str, str, int]]:
+        """
+        Give what one step reads, in the order of its kernels.
+
+        :param context: tokens that the step attends to.
+        :returns: (start of the kernel's name, operation, bytes) for every kernel that reads
+            weights or the cache; kernels that read next to nothing are left out.
+        """
+        w = self.weights
+
+        def product(operation, weight):
+            return '_dense' if isinstance(weight, Dense) else '_int4', operation, weight.read_bytes
+
+        found = []
+        for layer, attention in zip(w.layers, self.attention, strict=True):
+            tokens = min(context, attention.window or context)
+            cache = 2 * self.architecture.kv_size * tokens * self.keys.element_size()
+            found += [product('qkv', layer.qkv), ('_attend', 'attention', cache),
+                      product('out', layer.out), product('gate and up', layer.gate_up),
+                      product('down', layer.down)]
+        return [*found, product('head', w.head)]
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
         """

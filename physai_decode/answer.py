@@ -1,0 +1,228 @@
+"""
+The answer to one request, on the decode thread: prompt to ids, ids to text, tokens to listeners.
+
+It ends at an end token, a stop text, a limit, a deadline, or where somebody asks for it. It knows
+nothing of the queue, nor of who listens.
+"""
+
+from collections.abc import Callable
+from collections.abc import Generator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+from typing import cast
+from typing import NamedTuple
+from typing import Protocol
+
+from physai_decode.config import SamplingConfig
+from physai_decode.conversation import Conversation
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.decode_loop import Step
+from physai_decode.request import Message
+from physai_decode.request_queue import Ticket
+from physai_decode.timing import RequestRecorder
+from physai_decode.timing import TokenReport
+
+
+class Detokenizer(Protocol):
+    """What turns one answer's ids into text; see ``physai_decode.detokenizer.Detokenizer``."""
+
+    stopped: bool
+
+    @property
+    def held(self) -> bool:
+        """Tell whether text is held back."""
+        ...
+
+    def push(self, token_id: int) -> str:
+        """Take a token, give the text that it completed."""
+        ...
+
+    def flush(self) -> str:
+        """Give the text that is held back."""
+        ...
+
+
+class TextCoder(Protocol):
+    """What turns messages into ids; see ``physai_decode.text.Text``."""
+
+    def encode(self, messages: Sequence[Message],
+               chat_template_kwargs: Mapping[str, Any] = ...) -> list[int]:
+        """Give the ids of a conversation."""
+        ...
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Give what turns the ids of one answer into text."""
+        ...
+
+
+class Refused(Exception):
+    """The model can't take this prompt; the message says why."""
+
+
+class Ended(Exception):
+    """Somebody asked for the end before there was a token."""
+
+
+class End(NamedTuple):
+    """Why an answer ended: a finish reason, and words where it does not say it all."""
+
+    reason: str
+    message: str
+
+
+class Answer:
+    """One answer, from the ticket taken to its last token."""
+
+    def __init__(self, ticket: Ticket, loop: DecodeLoop, text: TextCoder,
+                 conversation: Conversation, sampling: SamplingConfig, times: RequestRecorder,
+                 emit: Callable[[TokenReport], None], alive: Callable[[], None],
+                 clock: Callable[[], float]) -> None:
+        """
+        Take what the answer needs.
+
+        :param sampling: of this request.
+        :param times: records its tokens.
+        :param emit: gets each token's report.
+        :param alive: is called for each sign of life of the engine.
+        """
+        self._ticket, self._loop, self._text = ticket, loop, text
+        self._conversation, self._sampling, self.times = conversation, sampling, times
+        self._emit, self._alive, self._clock = emit, alive, clock
+        self._pieces: list[str] = []
+        self._waiting: TokenReport | None = None    # its text is not known to the end
+        self._publish_s: float | None = None
+        self.note = ''                              # for the report, beside why it ended
+
+    @property
+    def text(self) -> str:
+        """All that was given out so far."""
+        return ''.join(self._pieces)
+
+    def give(self) -> End:
+        """
+        Answer.
+
+        :raises Refused: the prompt is too long, or empty.
+        :raises TextError: the prompt can't be encoded.
+        """
+        self._detokenizer = self._text.detokenizer(self._sampling.stop)
+        try:
+            return self._decode()
+        except Ended:
+            return End('cancelled', '')             # the ticket knows better
+        finally:
+            self._release(self._detokenizer.flush())
+
+    def _decode(self) -> End:
+        if self._is_late():
+            return End('deadline', 'deadline.request_ms had passed before its turn came')
+        footprint, limit = self._loop.engine.footprint, self._sampling.max_new_tokens
+        prompt_ids = self._encode()
+        self.times.prompt_tokens = len(prompt_ids)
+        count = 0
+        # Closing the generator is what cancels the engine, however this loop is left.
+        with closing(cast('Generator[Step, None, None]',
+                          self._loop.stream(prompt_ids, self._sampling))) as steps:
+            for step in steps:
+                now_s = self._clock()
+                self._alive()
+                self._check_end()
+                if not count:
+                    self.times.cached_tokens = step.cached_tokens
+                device_s = step.device_s
+                for token_id in step.token_ids:
+                    if token_id in footprint.eos_token_ids:
+                        return End('stop', '')
+                    self._token(now_s, token_id, device_s)
+                    device_s = None                 # a step's time goes to its first token
+                    count += 1
+                    if self._detokenizer.stopped:
+                        return End('stop', 'a text of sampling.stop was met')
+                    if count == limit:
+                        return End('length', f'sampling.max_new_tokens is {count}')
+                if self._is_late():
+                    return End('deadline', 'deadline.request_ms has passed')
+        return End('length', f'the context of {footprint.max_context} tokens is full')
+
+    def _encode(self) -> list[int]:
+        """Give the prompt's ids, with as much of the conversation as leaves room."""
+        request, turn = self._ticket.request, self._ticket.turn
+        context = self._loop.engine.footprint.max_context
+        if turn is None:
+            return self._ids(request.messages)
+        turns = self._conversation.before(turn)
+        if not turns:
+            return self._ids(self._conversation.messages([], turn.prompt))
+        if len(turn.prompt) >= context:             # it may be too long all by itself
+            self._ids(self._conversation.messages([], turn.prompt))
+        room = context - min(self._sampling.max_new_tokens, context // 2)
+        known = len(turns)
+        prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt), check=False)
+        if len(prompt_ids) <= room:
+            return prompt_ids
+        # Down to half: to drop a turn each time would change the beginning, and with it lose all
+        # that is cached, at every request.
+        while turns and len(prompt_ids) > room // 2:
+            dropped, turns = turns[:len(turns) // 2 or 1], turns[len(turns) // 2 or 1:]
+            self._conversation.drop(dropped)
+            self._alive()
+            prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt), check=False)
+        count = known - len(turns)
+        self.note = (f'the conversation no longer fits {room} tokens: its oldest {count} '
+                     f'turn{"" if count == 1 else "s"} dropped')
+        return self._checked(prompt_ids)
+
+    def _ids(self, messages: Sequence[Message], check: bool = True) -> list[int]:
+        self._check_end()
+        prompt_ids = self._text.encode(messages, self._ticket.request.chat_template_kwargs)
+        self._check_end()
+        return self._checked(prompt_ids) if check else prompt_ids
+
+    def _checked(self, prompt_ids: list[int]) -> list[int]:
+        context = self._loop.engine.footprint.max_context
+        if not prompt_ids:
+            raise Refused('the prompt holds no token: send some text')
+        if len(prompt_ids) >= context:
+            raise Refused(
+                f'the prompt is {len(prompt_ids)} tokens long with its chat template, and the '
+                f'context holds {context} tokens, one of them for the answer: shorten the prompt, '
+                "or raise engine.max_context if the model's own limit is higher")
+        return prompt_ids
+
+    def _check_end(self) -> None:
+        if self._ticket.end_reason:
+            raise Ended
+
+    def _token(self, now_s: float, token_id: int, device_s: float | None) -> None:
+        """Record a token, and give it out unless its text is still open."""
+        piece = self._detokenizer.push(token_id)
+        self._release('')
+        report = self.times.token(now_s, token_id, piece, device_s, self._publish_s)
+        if self._detokenizer.held:
+            self._waiting = report
+        else:
+            self._give_out(report)
+
+    def _release(self, tail: str) -> None:
+        """Give out the token that waits, with the text that turned out to be its own."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._give_out(replace(waiting, text=waiting.text + tail))
+
+    def _give_out(self, report: TokenReport) -> None:
+        if self._ticket.finished:                   # the worker has given it up
+            return
+        self._pieces.append(report.text)
+        begin_s = self._clock()
+        self._emit(report)
+        self._publish_s = self._clock() - begin_s
+
+    def _is_late(self) -> bool:
+        """Tell whether the request is to end because its time is over."""
+        deadline = self.times.deadline
+        spent_ms = 1e3 * (self._clock() - self._ticket.received_s)
+        return (deadline.action == 'truncate' and deadline.request_ms > 0
+                and spent_ms > deadline.request_ms)

@@ -1,0 +1,145 @@
+"""
+ExLlamaV2: that library's kernels for GPTQ and EXL2 weights, on an NVIDIA GPU in float16.
+
+One step is the library's forward pass over its own cache. The likeliest token is chosen on the
+device and fed back there, one step ahead of the host; any other choice is made by the library's
+own sampler, on the host. Written against ExLlamaV2 0.3.2, the last version there is. Its extension
+is compiled at first use. Its kernels add with atomics: the same step need not give the same last
+bits twice, so the same prompt and seed need not give the same answer where two tokens are almost
+equally likely. The engine knows no text and reads no tokenizer.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence
+import gc
+from importlib import import_module
+import time
+import traceback
+
+from physai_decode import checkpoint
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import Choice
+from physai_decode.engine import Footprint
+from physai_decode.engine import NO_TOKEN
+from physai_decode.engines import device as devices
+from physai_decode.engines.exllamav2 import checks
+from physai_decode.engines.exllamav2.library import library
+from physai_decode.engines.exllamav2.network import Network
+from physai_decode.engines.exllamav2.sampling import Chooser
+import torch
+
+_AHEAD = 1                # steps that are launched before an id is read
+
+
+class ExLlamaV2Engine:
+    """See `physai_decode.engine.Engine`."""
+
+    footprint: Footprint
+    chunk_tokens = (1, checks.CHUNK_TOKENS)
+
+    def __init__(self, model: Checkpoint, config: EngineConfig,
+                 progress: Callable[[str], None] = lambda text: None):
+        """
+        Compile the library's extension where that was not done yet, load, and warm up.
+
+        :param progress: while the extension is compiled it is called from another thread.
+        :raises EngineError: the library or the model can't be had on this device; nothing stays
+            allocated.
+        """
+        self._network: Network | None = None
+        self._device = checks.device(config)
+        limit = min(config.max_context, model.context_limit or config.max_context)
+        with checkpoint.parsing(model.folder / 'config.json'):
+            checks.check(model, limit)
+        begun_s = time.perf_counter()
+        exllamav2 = library(progress)
+        imported_s = time.perf_counter()
+        try:
+            settings = checks.settings(exllamav2, model, config, limit)
+            kv_bytes = 4 * settings.num_hidden_layers * settings.num_key_value_heads \
+                * settings.head_dim * limit
+            with devices.enough_memory(self._device, model.weight_bytes + kv_bytes):
+                self._network = Network(exllamav2, settings, model, self._device, progress)
+                loaded_s = time.perf_counter()
+                progress('warming up')
+                self._network.warm_up(limit, config.cuda_graph)
+            self._slots = [
+                (devices.Stopwatch(self._device),
+                 torch.empty((1, 1), dtype=torch.long, pin_memory=self._device.type == 'cuda'))
+                for _ in range(_AHEAD + 1)]
+            self._watch = devices.Stopwatch(self._device)
+            self._flying: deque = deque()           # slots of steps in flight
+            self.footprint = self._network.footprint(model, limit, config.cuda_graph, {
+                'import_s': f'{imported_s - begun_s:.3f}',
+                'load_s': f'{loaded_s - imported_s:.3f}',
+                'warm_up_s': f'{time.perf_counter() - loaded_s:.3f}'})
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            self.close()
+            raise
+
+    def rewind(self, length: int) -> int:
+        """See `physai_decode.engine.Engine.rewind`."""
+        # The library computes in a stream of its own, and CUDA's current device and stream are
+        # each thread's own.
+        torch.cuda.set_device(self._device)
+        import_module('exllamav2.device').set_device_streams()
+        self._flying.clear()
+        self._network.rewind(length)
+        return length
+
+    def feed(self, token_ids: Sequence[int]) -> float:
+        """See `physai_decode.engine.Engine.feed`."""
+        self._watch.start()
+        self._logits = self._network.feed(list(token_ids))
+        self._watch.stop()
+        return self._watch.read_s()
+
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+        """See `physai_decode.engine.Engine.first`."""
+        self._choose = None
+        if sampling.temperature or sampling.repetition_penalty != 1.0:
+            self._choose = Chooser(sampling, prompt_ids, self.footprint.max_context,
+                                   self.footprint.vocab_size)
+            self._number = self._choose(self._logits)
+            return Choice(self._number, 0.0)
+        self._token, shown = _likeliest(self._logits)
+        return Choice(int(shown), 0.0)
+
+    def step(self, remaining: int) -> Choice:
+        """See `physai_decode.engine.Engine.step`."""
+        if self._choose is not None:
+            self._watch.start()
+            logits = self._network.feed([self._number])
+            self._watch.stop()
+            self._number = self._choose(logits)
+            return Choice(self._number, self._watch.read_s())
+        while len(self._flying) <= min(_AHEAD, remaining):
+            watch, landing = slot = self._slots[0]
+            self._slots.append(self._slots.pop(0))
+            watch.start()
+            self._token, shown = _likeliest(self._network.forward(self._token))
+            landing.copy_(shown, non_blocking=True)
+            watch.stop()
+            self._flying.append(slot)
+        watch, landing = self._flying.popleft()
+        device_s = watch.read_s()                   # waits for the copy
+        return Choice(int(landing), device_s)
+
+    def close(self) -> None:
+        """See `physai_decode.engine.Engine.close`."""
+        if self._network is not None:
+            self._network.close()
+        self._network = self._logits = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def _likeliest(logits):
+    """Give the likeliest token [1, 1] of logits [1, 1, vocab], and what to show for it."""
+    best, token = logits.max(-1)                    # NaN is the largest of all
+    return token, torch.where(best.isfinite(), token, NO_TOKEN)

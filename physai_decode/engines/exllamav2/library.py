@@ -1,0 +1,96 @@
+"""Importing the library, which compiles its extension where that was not done yet."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+import os
+from pathlib import Path
+import shutil
+import sysconfig
+import threading
+import time
+from typing import Any
+
+from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
+import torch
+from torch.utils import cpp_extension
+
+_TICK_S = 5.0
+
+
+def library(progress: Callable[[str], None]) -> Any:
+    """Import the library, which compiles its extension where that was not done yet."""
+    doing = "loading ExLlamaV2's kernels"
+    if find_spec('exllamav2_ext') is None:
+        _check_tools()
+        doing = "compiling ExLlamaV2's kernels"
+        lock = Path(cpp_extension._get_build_directory('exllamav2_ext', False), 'lock')
+        if lock.exists():
+            doing = ("waiting for another process that compiles ExLlamaV2's kernels (if there is "
+                     f'none, one was killed: delete {lock})')
+    with _ticking(progress, doing):
+        try:
+            import_module('exllamav2.generator')
+            return import_module('exllamav2')
+        except ImportError as error:
+            raise EngineError(
+                f'ExLlamaV2 can not be imported ({first_line(error)}): install '
+                f'{error.name or "it"} (pip install {error.name or "-U exllamav2"}), or choose '
+                'another engine.name') from None
+        except (OSError, RuntimeError) as error:
+            raise EngineError(
+                f"ExLlamaV2's extension could not be compiled for PyTorch {torch.__version__} "
+                f'with CUDA {torch.version.cuda}: {_compiler_error(error)}; choose another '
+                'engine.name, or install a build of ExLlamaV2 for them') from None
+
+
+def _check_tools():
+    """Raise EngineError naming what compiling an extension of PyTorch needs and is not there."""
+    home = cpp_extension.CUDA_HOME
+    compiler = os.environ.get('CXX', 'c++')
+    missing = []
+    if not home or not Path(home, 'bin', 'nvcc').exists():
+        missing.append(f"nvcc (NVIDIA's CUDA toolkit {torch.version.cuda}; set CUDA_HOME where it "
+                       'is not in the usual place)')
+    if not shutil.which(compiler):
+        missing.append(f'{compiler} (apt install g++)')
+    if not cpp_extension.is_ninja_available():
+        missing.append('ninja (pip install ninja)')
+    if not Path(sysconfig.get_path('include'), 'Python.h').exists():
+        missing.append('Python.h (apt install python3-dev)')
+    if missing:
+        raise EngineError(
+            "ExLlamaV2's extension is compiled at first use, and what that needs is missing: "
+            f'{"; ".join(missing)}; or choose another engine.name')
+
+
+@contextmanager
+def _ticking(progress, doing):
+    """Say now and then that it goes on; what `progress` raises ends the load."""
+    done, raised, begun_s = threading.Event(), [], time.monotonic()
+
+    def tick():
+        while not done.wait(_TICK_S):
+            try:
+                progress(f'{doing}, {time.monotonic() - begun_s:.0f} s so far')
+            except Exception as error:
+                raised.append(error)
+                return
+
+    thread = threading.Thread(target=tick, name='exllamav2 progress', daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+def _compiler_error(error):
+    lines = str(error).splitlines()
+    return next((line.strip() for line in lines if 'error:' in line or 'fatal' in line),
+                first_line(error))

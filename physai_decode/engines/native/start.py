@@ -1,0 +1,100 @@
+"""What the native engine needs to start: room, a source of weights, operations and a clock."""
+
+from collections.abc import Callable
+import math
+import time
+
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import EngineError
+from physai_decode.engine import Footprint
+from physai_decode.engines import device as devices
+from physai_decode.engines.native import weights
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.ops import TorchOps
+import torch
+
+WORK_BYTES = 2**30             # beside weights and cache, on a GPU
+# The settings whose steps are captured at start; others when they are first asked for.
+WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
+           SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
+
+
+def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOps:
+    """Give the operations for this device."""
+    if device.type == 'cpu':
+        return TorchOps(on_host=True)
+    try:
+        from physai_decode.engines.native.kernels import TritonOps
+    except ImportError as error:
+        progress(f"Triton is not there ({error}), so the step runs by PyTorch's operations, "
+                 'several times more slowly: pip install triton')
+        return TorchOps(on_host=False)
+    return TritonOps(device)
+
+
+def source(checkpoint: Checkpoint, dtype: torch.dtype,
+           device: torch.device) -> weights.Random | weights.Files:
+    """Give where the weights come from: the folder's files, or a description of random ones."""
+    settings = checkpoint.config.get('physai_decode_random_weights')
+    if settings is not None:
+        return weights.Random(settings, dtype, device)
+    return weights.Files(checkpoint, device)
+
+
+def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
+                 dtype: torch.dtype, device: torch.device) -> int:
+    """
+    Give the bytes needed.
+
+    :param max_context: tokens that the cache holds.
+    :raises EngineError: they are not free; the message says what would fit.
+    """
+    weight_bytes = sum(
+        entry.bytes if entry.dtype.startswith('I') else
+        dtype.itemsize * math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    per_token = 2 * shape.layers * shape.kv_size * dtype.itemsize
+    work = WORK_BYTES if device.type == 'cuda' else 0
+    needed = weight_bytes + work + per_token * max_context
+    free = devices.free_bytes(device)
+    if free is None or needed <= free:
+        return needed
+    fits = (free - weight_bytes - work) // per_token
+    advice = f'engine.max_context {fits} would fit' if fits >= 16 else \
+        'not even a short context would fit: take a smaller or a quantised model'
+    raise EngineError(
+        f'not enough memory on {device}: {needed / 1e9:.2f} GB are needed (weights '
+        f'{weight_bytes / 1e9:.2f}, cache {per_token * max_context / 1e9:.2f}, work '
+        f'{work / 1e9:.2f}), {free / 1e9:.2f} GB are free; {advice}')
+
+
+def footprint(checkpoint: Checkpoint, shape: Architecture, loaded: weights.Weights,
+              max_context: int, dtype: torch.dtype, device: torch.device, captured: bool,
+              details: dict[str, str]) -> Footprint:
+    """Tell what was loaded, and what one of its steps reads."""
+    name, uuid = devices.describe(device)
+    return Footprint(
+        engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
+        quantization=checkpoint.quantization, device=str(device), device_name=name,
+        device_uuid=uuid, cuda_graph='unavailable' if device.type == 'cpu' else
+        'captured' if captured else 'off', max_context=max_context, vocab_size=shape.vocab_size,
+        eos_token_ids=checkpoint.eos_token_ids, read_weight_bytes=loaded.read_bytes,
+        checkpoint_weight_bytes=checkpoint.weight_bytes, layers=shape.layers,
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
+        sliding_window=max(shape.windows),
+        windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
+
+
+class PartTimes:
+    """How long each part of the start took, in seconds."""
+
+    def __init__(self) -> None:
+        """Begin the first part."""
+        self._last = time.perf_counter()
+        self.parts: dict[str, str] = {}
+
+    def end(self, part: str) -> None:
+        """End a part, and begin the next."""
+        now = time.perf_counter()
+        self.parts[part] = f'{now - self._last:.3f}'
+        self._last = now

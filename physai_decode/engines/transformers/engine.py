@@ -1,0 +1,119 @@
+"""
+The transformers library's own model: the baseline, and the way for every other architecture.
+
+One step is the library's forward pass over its own cache, and its own logits processors choose the
+token. The engine knows nothing of how a model computes and never runs code from a model folder.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import nullcontext
+import gc
+import traceback
+
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import Choice
+from physai_decode.engine import EngineError
+from physai_decode.engine import Footprint
+from physai_decode.engine import NO_TOKEN
+from physai_decode.engines import device as devices
+from physai_decode.engines.transformers import network
+from physai_decode.engines.transformers.caches import CachedNetwork
+from physai_decode.engines.transformers.caches import CapturedNetwork
+from physai_decode.engines.transformers.footprint import footprint
+from physai_decode.engines.transformers.sampling import Chooser
+import torch
+
+CHUNK_TOKENS = 2048
+
+
+class TransformersEngine:
+    """See `physai_decode.engine.Engine`."""
+
+    footprint: Footprint
+
+    def __init__(self, model: Checkpoint, config: EngineConfig,
+                 progress: Callable[[str], None] = lambda text: None):
+        """
+        Load, warm up and, with ``cuda_graph`` on a GPU, capture.
+
+        :raises EngineError: the model can't be had on this device; nothing stays allocated.
+        """
+        self._cached: CachedNetwork | None = None
+        self._device, dtype = devices.select(config)
+        devices.use(self._device)
+        dtype = network.number_format(model, config, self._device, dtype)
+        limit = min(config.max_context, model.context_limit or config.max_context)
+        captured = config.cuda_graph and self._device.type == 'cuda'
+        try:
+            with devices.enough_memory(self._device, network.needed_bytes(model, dtype)):
+                progress(f'loading {model.weight_bytes / 1e9:.2f} GB of weights to {self._device}')
+                loaded = network.load(model, self._device, dtype)
+                progress('warming up' + (' and capturing the step' if captured else ''))
+                self._cached = (CapturedNetwork if captured else CachedNetwork)(
+                    loaded, self._device, limit)
+                self.footprint = footprint(model, self._cached, limit)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            self.close()
+            raise
+        self._watch = devices.Stopwatch(self._device)
+        # A state other than keys and values gets a prompt in one piece.
+        self.chunk_tokens = (1, CHUNK_TOKENS) if self._cached.attends else (limit, limit)
+
+    def rewind(self, length: int) -> int:
+        """See `physai_decode.engine.Engine.rewind`."""
+        devices.use(self._device)
+        return self._cached.rewind(length)
+
+    def feed(self, token_ids: Sequence[int]) -> float:
+        """See `physai_decode.engine.Engine.feed`."""
+        self._watch.start()
+        self._outcome = self._cached.feed(list(token_ids))
+        self._watch.stop()
+        return self._watch.read_s()
+
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+        """See `physai_decode.engine.Engine.first`."""
+        self._choose = Chooser(sampling, prompt_ids, self.footprint.max_context, self._device)
+        self._watch.start()
+        return self._chosen()
+
+    def step(self, remaining: int) -> Choice:
+        """See `physai_decode.engine.Engine.step`."""
+        self._watch.start()
+        self._outcome = self._cached.step(self._token)
+        return self._chosen()
+
+    def close(self) -> None:
+        """See `physai_decode.engine.Engine.close`."""
+        self._cached = self._outcome = None
+        gc.collect()
+        if self._device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def trial(self, captured: bool | None = None) -> Iterator[None]:
+        """See `physai_decode.gap.Measurable.trial`."""
+        if captured is not None and not self._cached.captured:
+            raise EngineError(
+                "transformers' step was loaded without a CUDA graph, which needs another cache: "
+                'clean up, set engine.cuda_graph to true and configure again')
+        with self._cached.uncaptured() if captured is False else nullcontext():
+            yield
+
+    @torch.inference_mode()
+    def _chosen(self):
+        """Choose from the last outcome; the token stays on the device, the host gets its id."""
+        logits, likeliest = self._outcome
+        self._token = self._choose(logits, likeliest)
+        # NaN is the largest to argmax, and so is infinity; where all are masked, the largest is
+        # minus infinity.
+        known = logits.gather(-1, likeliest.view(1, 1)).view(1).isfinite()
+        shown = torch.where(known, self._token, NO_TOKEN)
+        self._watch.stop()
+        return Choice(int(shown), self._watch.read_s())

@@ -1,0 +1,123 @@
+"""From a model folder to a network of the transformers library on one device."""
+
+from importlib.util import find_spec
+from urllib.error import URLError
+
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import EngineConfig
+from physai_decode.engine import EngineError
+from physai_decode.engine import first_line
+from physai_decode.engines import device as devices
+import torch
+import transformers
+from transformers.utils import is_accelerate_available
+
+# What transformers calls for quantised weights.
+_LIBRARIES = {
+    'awq': ('gptqmodel', 'accelerate'), 'bitsandbytes': ('bitsandbytes', 'accelerate'),
+    'gptq': ('gptqmodel', 'optimum', 'accelerate')}
+_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+
+
+def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
+                  dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype for a model's weights, where ``dtype`` is the device's."""
+    method = model.quantization_config.get('quant_method')
+    if device.type == 'cpu' or method not in ('awq', 'gptq'):
+        return dtype
+    if config.dtype == 'auto':
+        return torch.float16
+    if method == 'awq' and dtype != torch.float16:
+        raise EngineError(
+            f'engine.dtype is {config.dtype}, but transformers computes in float16 with AWQ '
+            'weights on a GPU: set it to float16 or auto')
+    return dtype
+
+
+def needed_bytes(model: Checkpoint, dtype: torch.dtype) -> int:
+    """Give what the weights take on the device."""
+    if model.quantization_config:
+        return model.weight_bytes
+    return sum(
+        entry.bytes if entry.dtype not in _FLOATS
+        else entry.bytes * dtype.itemsize // {'F64': 8, 'F32': 4}.get(entry.dtype, 2)
+        for entry in model.tensors.values())
+
+
+def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """
+    Load a network; no code from the model's folder is run.
+
+    :raises EngineError: it can't be had; the message says why and what to do.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if model.model_type not in transformers.CONFIG_MAPPING:
+        folder_code = ' (the folder brings its own code, which is never run)' \
+            if 'auto_map' in model.config else ''
+        raise EngineError(
+            f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
+            f'{transformers.__version__}{folder_code}: choose another model, or a version of '
+            'transformers that has it')
+    method = model.quantization_config.get('quant_method')
+    missing = [name for name in _LIBRARIES.get(method, ()) if find_spec(name) is None]
+    if missing:
+        raise EngineError(
+            f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
+            f'pip install {" ".join(missing)}')
+    placed = bool(model.quantization_config) or (
+        device.type == 'cuda' and is_accelerate_available())
+    try:
+        config = transformers.AutoConfig.from_pretrained(model.folder, trust_remote_code=False)
+        known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if config.is_encoder_decoder or type(config) not in known:
+            raise EngineError(
+                f'{model.folder}: {model.model_type!r} is not a model that continues text: choose '
+                'a causal language model')
+        kind = known[type(config)]
+        attention = 'sdpa' if kind._supports_sdpa else 'eager'
+        if 'physai_decode_random_weights' in model.config:
+            return _random(model, config, attention, device, dtype)
+        network, found = kind.from_pretrained(
+            model.folder, config=config, dtype=dtype, use_safetensors=True,
+            attn_implementation=attention,
+            device_map={'': device} if placed else None, output_loading_info=True)
+    except EngineError:
+        raise
+    except ImportError as error:
+        raise EngineError(
+            f'{model.folder}: {model.quantization} weights need a library that is not here: '
+            f'{first_line(error)}') from None
+    # The library raises whatever its many parts raise.
+    except Exception as error:
+        if devices.is_out_of_memory(error):
+            raise
+        told = first_line(error)
+        if isinstance(error, URLError):
+            told += (' (a library wanted to download something: connect this machine for one '
+                     'start, or choose another engine.name)')
+        raise EngineError(
+            f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
+            f'{told}') from None
+    lost = sorted(found['missing_keys'])
+    if lost:
+        raise EngineError(
+            f'{model.folder} lacks {len(lost)} of the weights that its config.json asks for, '
+            f'{lost[0]} for one: copy or download the model again')
+    if not placed:
+        network.to(device)
+    return network.eval()
+
+
+def _random(model, config, attention, device, dtype):
+    """Make weights at random on the device, for a folder that only describes their shapes."""
+    if model.quantization_config:
+        raise EngineError(
+            f'{model.folder} only describes {model.quantization} weights, which transformers can '
+            'not make at random: write them with decode_bench --write-checkpoint')
+    # By default it would open every GPU of the machine.
+    used = [device] if device.type == 'cuda' else []
+    with torch.random.fork_rng(devices=used), torch.device(device):
+        torch.manual_seed(model.config['physai_decode_random_weights'].get('seed', 0))
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention).eval()

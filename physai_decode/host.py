@@ -1,0 +1,235 @@
+"""
+One model from load to unload, and the one place where every door hands in its requests.
+
+A host takes a request in any state: where no model is loaded or started, the request is refused
+with the reason. It knows nothing of ROS or torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+import threading
+from typing import NamedTuple
+
+from physai_decode import checkpoint
+from physai_decode import engines
+from physai_decode import gap
+from physai_decode.config import ConfigError
+from physai_decode.config import DecodeConfig
+from physai_decode.engine import described
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+from physai_decode.request import Request
+from physai_decode.request_queue import Listener
+from physai_decode.roofline import Peak
+from physai_decode.telemetry import find_engine_peak
+from physai_decode.telemetry import Telemetry
+from physai_decode.text import load_tokenizer
+from physai_decode.text import Text
+from physai_decode.text import TextError
+from physai_decode.timing import RequestReport
+from physai_decode.worker import Busy
+from physai_decode.worker import Sink
+from physai_decode.worker import Worker
+
+GAP_TIMEOUT_S = 60.0            # a measurement that takes longer is given up
+COUNTS = ('requests', 'tokens', 'refusals')
+
+
+class Loaded(NamedTuple):
+    """What a load brings."""
+
+    engine: Engine
+    text: Text
+    peak: Peak
+
+
+Load = Callable[[DecodeConfig, Callable[[str], None]], Loaded]
+
+
+def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
+    """
+    Load the model that the settings name, all of it or nothing.
+
+    :param progress: called with a line of text now and then.
+    :raises EngineError: it can't be had; the message says why and what to do.
+    :raises TextError: its tokenizer can't.
+    """
+    progress(f'looking for {config.model.path}')
+    model = checkpoint.open(config.model.path, config.model.revision)
+    text = Text(load_tokenizer(str(model.folder)), config.chat)
+    engine = engines.build(model, config.engine, progress)
+    try:
+        progress('finding the peak bandwidth of the memory')
+        return Loaded(engine, text, find_engine_peak(engine.footprint, config))
+    except BaseException:
+        engine.close()
+        raise
+
+
+class Host:
+    """
+    Loads, starts, stops and unloads one model.
+
+    ``load``, ``start``, ``stop`` and ``unload`` are called one at a time, in any thread;
+    everything else may be used from any thread meanwhile.
+    """
+
+    def __init__(self, sink: Sink, load: Load = load) -> None:
+        """
+        Have nothing loaded.
+
+        :param sink: hears of every request, also of those that are refused here.
+        """
+        self._sink, self._load = sink, load
+        self.config = DecodeConfig()                # what runs
+        self.loaded: Loaded | None = None
+        self.telemetry: Telemetry | None = None     # likewise
+        self.worker: Worker | None = None           # from start until its thread has ended
+        self.loading = ''                           # how far a load is; empty: none
+        self.failure = ''                           # why the last load failed
+        self.closed = False                         # no model will be loaded any more
+        self._numbers = count(1)                    # of requests, also of those refused here
+        self._counting = threading.Lock()           # held while a request is counted
+        self._before = dict.fromkeys(COUNTS, 0)     # not of this worker
+
+    def load(self, config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
+        """
+        Load the model that the settings name.
+
+        :param progress: gets each step of it; what it raises ends the load.
+        :raises Exception: whatever ended it, and then nothing is loaded.
+        """
+        def tell(text: str) -> None:
+            self.loading = text
+            progress(text)
+
+        self.failure, self.loading = '', 'begin'
+        try:
+            self.config = config
+            if not config.model.path:
+                raise ConfigError(
+                    'model.path names no model: set it in the params file, or by -p '
+                    'model.path:=...; builtin:tiny_planner is the small model of the package')
+            self.loaded = self._load(config, tell)
+            self.telemetry = Telemetry(self.loaded.engine.footprint)
+            return self.loaded
+        except BaseException as error:
+            known = isinstance(error, (ConfigError, EngineError, TextError))
+            self.failure = str(error) if known else described(error)
+            raise
+        finally:
+            self.loading = ''
+
+    def unload(self) -> None:
+        """Free everything on the device."""
+        loaded, telemetry = self.loaded, self.telemetry
+        self.loaded = self.telemetry = None
+        if telemetry is not None:
+            telemetry.close()
+        if loaded is not None:
+            loaded.engine.close()
+
+    def start(self, config: DecodeConfig) -> None:
+        """Take requests from now on."""
+        assert self.loaded is not None
+        self.config = config
+        with self._counting:
+            worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
+                            peak=self.loaded.peak, numbers=self._numbers)
+            worker.start()
+            self.worker = worker
+
+    def stop(self, timeout_s: float) -> bool:
+        """Cancel everything; False where the engine does not come back from its step in time."""
+        worker = self.worker
+        if worker is None:
+            return True
+        if not worker.stop(timeout_s):
+            return False
+        with self._counting:
+            self.worker = None
+            for name in COUNTS:
+                self._before[name] += getattr(worker, name)
+        return True
+
+    def update(self, config: DecodeConfig) -> None:
+        """Take over what may change while it runs: sampling and deadlines."""
+        self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline)
+        worker = self.worker
+        if worker is not None:
+            worker.update(config.sampling, config.deadline)
+
+    def submit(self, request: Request, received_s: float | None = None,
+               listener: Listener | None = None) -> int:
+        """Queue a request, or refuse it, and give its number; see `Worker.submit`."""
+        with self._counting:
+            worker = self.worker
+            if worker is not None:
+                return worker.submit(request, received_s, listener)
+        return self.refuse(self.why_not(), request.client_id, listener)
+
+    def refuse(self, message: str, client_id: str = '', listener: Listener | None = None) -> int:
+        """Refuse what came, such as one that is no request, and give its number."""
+        with self._counting:
+            for name in ('requests', 'refusals'):
+                self._before[name] += 1
+            number = next(self._numbers)
+        report = RequestReport(number, 'rejected', message, client_id=client_id)
+        self._sink.finished(report, '')
+        if listener is not None:
+            listener.finished(report, '')
+        return number
+
+    def cancel(self, number: int | None = None, client_id: str = '') -> str:
+        """End requests and say what was done; see `Worker.cancel`."""
+        worker = self.worker
+        return 'nothing running' if worker is None else worker.cancel(number, client_id)
+
+    def reset(self) -> str:
+        """Forget the conversation and say what was forgotten."""
+        worker = self.worker
+        return 'nothing to forget' if worker is None else worker.reset()
+
+    def measure_gap(self, progress: Callable[[str], None]) -> gap.Gap:
+        """
+        Time the decode step in two ways, between two requests.
+
+        :raises Busy: the engine is not free.
+        :raises EngineError: there is nothing to compare with, or it did not end in time.
+        """
+        loaded, worker = self.loaded, self.worker
+        if loaded is None or worker is None:
+            raise Busy(self.why_not())
+        if worker.occupied:
+            raise Busy(worker.occupied)
+        with gap.rival(loaded.engine, self.config, progress) as other:
+            return worker.run(lambda loop, go_on: gap.measure(loop, other, loaded.peak, go_on),
+                              GAP_TIMEOUT_S)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests, tokens and refusals since the process began."""
+        worker = self.worker
+        return {name: before + (0 if worker is None else getattr(worker, name))
+                for name, before in self._before.items()}
+
+    @property
+    def state(self) -> str:
+        """Tell the state: loading, inactive, failed, or the worker's."""
+        worker = self.worker
+        if self.loading:
+            return 'loading'
+        if worker is not None:
+            return worker.state
+        return 'failed' if self.failure else 'inactive'
+
+    def why_not(self) -> str:
+        """Say why no request is taken where there is no worker, and what to do."""
+        if self.loading:
+            return f'the node is loading ({self.loading}): send it again when it is active'
+        if self.failure:
+            return f'no model is loaded: {self.failure}; mend that, then configure and activate'
+        if self.closed:
+            return 'the node is shut down: restart its process'
+        return f'the node is inactive: {"" if self.loaded else "configure and "}activate it first'

@@ -1,0 +1,264 @@
+"""
+One request, the same from every door to the engine: identity, prompt or messages, and options.
+
+The field names of its JSON form are those of OpenAI's chat completions, and vLLM's where OpenAI
+has none. It knows neither ROS nor torch, nor who sends it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+import json
+from typing import Any
+from typing import NamedTuple
+from typing import NoReturn
+
+from physai_decode.config import check_value
+from physai_decode.config import ConfigError
+from physai_decode.config import DeadlineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.config import shown
+
+MAX_ID_CHARACTERS = 128
+ROLES = ('system', 'user', 'assistant', 'tool')
+# JSON name: field of the settings that the option replaces for one request.
+SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
+            for spec in fields(SamplingConfig)}
+DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
+            if spec.name != 'max_consecutive_misses'}
+# Known, but not done yet: only a value that asks for nothing is taken.
+_IDLE = {'response_format': ({'type': 'text'},), 'structured_outputs': ({},),
+         'tools': ([],), 'tool_choice': ('none', 'auto')}
+_OTHERS = ('id', 'metadata', 'prompt', 'messages', 'chat_template_kwargs', 'deadline')
+
+
+class RequestError(ValueError):
+    """A request is wrong; the message names the field, its value and what is allowed."""
+
+    def __init__(self, message: str, client_id: str = '') -> None:
+        """Keep the client's id, where it could be read, so that the refusal can name it."""
+        super().__init__(message)
+        self.client_id = client_id
+
+
+class Message(NamedTuple):
+    """One message of a conversation."""
+
+    role: str                       # one of ROLES
+    content: str
+
+
+class Cancel(NamedTuple):
+    """What ends the requests of this client id."""
+
+    client_id: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What a client asks for.
+
+    A request has a ``prompt``, which is a turn of the node's own conversation, or ``messages``,
+    the client's own conversation. Options that are absent keep the node's parameter.
+    """
+
+    prompt: str = ''
+    client_id: str = ''             # the client's own name for it, empty where it gave none
+    messages: tuple[Message, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)   # by SamplingConfig's fields
+    deadline: Mapping[str, Any] = field(default_factory=dict)   # by DeadlineConfig's fields
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> 'Request':
+        """
+        Read the JSON form.
+
+        :param value: the object, already parsed.
+        :raises RequestError: naming the first field that is wrong, its value and what is allowed.
+        """
+        value = {name: each for name, each in value.items() if each is not None}
+        client_id = _client_id(value)
+        try:
+            return cls(client_id=client_id, **_read(value))
+        except (ConfigError, RequestError) as error:
+            raise RequestError(str(error), client_id) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the JSON form, which `from_json` reads."""
+        value: dict[str, Any] = {'id': self.client_id} if self.client_id else {}
+        if self.messages:
+            value['messages'] = [message._asdict() for message in self.messages]
+        else:
+            value['prompt'] = self.prompt
+        value.update({name: self.sampling[spec.name] for name, spec in SAMPLING.items()
+                      if spec.name in self.sampling})
+        for name in ('deadline', 'chat_template_kwargs'):
+            if getattr(self, name):
+                value[name] = dict(getattr(self, name))
+        return value
+
+    @property
+    def text(self) -> str:
+        """Everything the client wrote, in one string; its length bounds the request's."""
+        return self.prompt or '\n'.join(message.content for message in self.messages)
+
+
+def parse(text: str) -> Request | Cancel:
+    """
+    Read what came on ``~/request``: a request, or ``{"id": ..., "cancel": true}``.
+
+    :raises RequestError: it is no JSON object, or a field of it is wrong.
+    """
+    value = parse_value(text, 'the request')
+    if not isinstance(value, dict):
+        raise RequestError(
+            f'the request is {shown(value)}: expected a JSON object such as {{"prompt": "..."}}')
+    if 'cancel' not in value:
+        return Request.from_json(value)
+    client_id = _client_id(value)
+    others = sorted(value.keys() - {'id', 'metadata', 'cancel'})
+    if value['cancel'] is not True or not client_id or others:
+        raise RequestError('to cancel, send {"id": "...", "cancel": true} and nothing else',
+                           client_id)
+    return Cancel(client_id)
+
+
+def parse_value(text: str, name: str) -> Any:
+    """
+    Read JSON strictly: no field twice in an object, and no NaN or Infinity.
+
+    :param name: of what is read, for the message.
+    :raises RequestError: it is no JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f'{name} is no JSON: {error}') from None
+
+
+def _client_id(value: Mapping[str, Any]) -> str:
+    metadata = value.get('metadata', {})
+    if not isinstance(metadata, Mapping):
+        raise RequestError(f'metadata is {shown(metadata)}: expected an object')
+    named = {'id': value.get('id'), 'metadata.id': metadata.get('id')}
+    found = {name: each for name, each in named.items() if each is not None}
+    for name, each in found.items():
+        if not (type(each) is str and each.isprintable() and 0 < len(each) <= MAX_ID_CHARACTERS):
+            raise RequestError(f'{name} is {shown(each)}: expected a string of 1 to '
+                               f'{MAX_ID_CHARACTERS} printable characters')
+    if len(set(found.values())) > 1:
+        raise RequestError(f'id is {shown(found["id"])}, but metadata.id is '
+                           f'{shown(found["metadata.id"])}: give one of them')
+    return next(iter(found.values()), '')
+
+
+def _read(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the arguments of `Request` but for its id."""
+    known = (*_OTHERS, *SAMPLING, *_IDLE)
+    for name in value:
+        if name not in known:
+            raise RequestError(f'{shown(name)} is no field of a request: allowed are '
+                               f'{", ".join(known)}')
+    for name, idle in _IDLE.items():
+        if name in value and value[name] not in idle:
+            raise RequestError(f'{name} is {shown(value[name])}: this version of the node does '
+                               'not support it; leave it out')
+    if ('prompt' in value) == ('messages' in value):
+        raise RequestError('expected either prompt, a string, or messages, a list: '
+                           f'{"both were" if "prompt" in value else "neither was"} given')
+    prompt = value.get('prompt', '')
+    if type(prompt) is not str:
+        raise RequestError(f'prompt is {shown(prompt)}: expected a string')
+    return {
+        'prompt': prompt, 'messages': _messages(value['messages']) if 'messages' in value else (),
+        'sampling': _options(value, SAMPLING),
+        'deadline': _options(_mapping(value, 'deadline'), DEADLINE, 'deadline.'),
+        'chat_template_kwargs': _template_kwargs(_mapping(value, 'chat_template_kwargs'))}
+
+
+def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = value.get(name, {})
+    if not isinstance(found, Mapping):
+        raise RequestError(f'{name} is {shown(found)}: expected an object')
+    return found
+
+
+def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
+             prefix: str = '') -> dict[str, Any]:
+    """Give the options among ``value`` by the names of their settings."""
+    if prefix:
+        for name in value:
+            if name not in specs:
+                raise RequestError(f'{prefix}{name} is no field of a request: allowed are '
+                                   f'{", ".join(prefix + each for each in specs)}')
+    found = {}
+    for name, spec in specs.items():
+        given = value.get(name)
+        if given is None:
+            continue
+        if type(spec.default) is tuple:             # OpenAI takes one text for a list of one
+            given = (given,) if type(given) is str else \
+                tuple(given) if type(given) is list else given
+        found[spec.name] = check_value(prefix + name, given, spec)
+    return found
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if type(value) is not list or not value:
+        raise RequestError(f'messages is {shown(value)}: expected a list of one message or more')
+    return tuple(_message(each, f'messages[{index}]') for index, each in enumerate(value))
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise RequestError(f'{name} is {shown(value)}: expected an object with role and content')
+    for key in value:
+        if key not in Message._fields:
+            raise RequestError(f'{name}.{key} is no field of a message: allowed are '
+                               f'{", ".join(Message._fields)}')
+    role, content = value.get('role'), value.get('content')
+    if role not in ROLES:
+        raise RequestError(f'{name}.role is {shown(role)}: allowed are {", ".join(ROLES)}')
+    if type(content) is list:
+        content = ''.join(_part(each, f'{name}.content[{index}]')
+                          for index, each in enumerate(content))
+    if type(content) is not str:
+        raise RequestError(f'{name}.content is {shown(content)}: expected a string')
+    return Message(role, content)
+
+
+def _part(value: Any, name: str) -> str:
+    """Read one part of a message's content; images will have their place here."""
+    if not isinstance(value, Mapping) or value.get('type') != 'text' \
+            or type(value.get('text')) is not str or len(value) != 2:
+        raise RequestError(f'{name} is {shown(value)}: expected '
+                           '{"type": "text", "text": "..."}, for the node takes text only')
+    return str(value['text'])
+
+
+def _template_kwargs(value: Mapping[str, Any]) -> dict[str, Any]:
+    for name, each in value.items():
+        if not name.isidentifier() or type(each) not in (bool, int, float, str):
+            raise RequestError(
+                f'chat_template_kwargs.{name} is {shown(each)}: expected true, false, a number '
+                'or a string, under the name of a variable of the chat template')
+    return dict(value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; one that names a field twice would lose a value in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for index, (name, _) in enumerate(pairs)
+                     if name in dict(pairs[:index]))
+        raise RequestError(f'{shown(twice)} is given twice: give it once')
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise RequestError(f'{text} is no number of JSON')

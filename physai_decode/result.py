@@ -1,0 +1,41 @@
+"""
+The end of a request as a JSON object, in the shape of OpenAI's ``chat.completion``.
+
+What OpenAI has no name for stands under ``physai``: this node's finish reason and its message,
+and every figure of the request.
+"""
+
+from dataclasses import asdict
+import time
+from typing import Any
+
+from physai_decode.timing import RequestReport
+
+# OpenAI knows these two of our finish reasons; every other end is null there.
+_FINISH_REASONS = {'stop': 'stop', 'length': 'length'}
+
+
+def chat_completion(report: RequestReport, text: str, model: str,
+                    created_s: float | None = None) -> dict[str, Any]:
+    """
+    Give the result of a request, also of a refused one.
+
+    :param text: all that was answered, empty for a refused request.
+    :param model: the model's name: what ``model.path`` says.
+    :param created_s: Unix time; None for now.
+    """
+    figures = asdict(report)
+    prompt, output = report.prompt_tokens or 0, report.output_tokens
+    return {
+        'id': figures.pop('client_id') or None, 'object': 'chat.completion',
+        'created': int(time.time() if created_s is None else created_s), 'model': model,
+        'choices': [{
+            'index': 0,
+            'message': {'role': 'assistant', 'content': text, 'reasoning_content': None,
+                        'tool_calls': []},
+            'finish_reason': _FINISH_REASONS.get(report.finish_reason)}],
+        'usage': {
+            'prompt_tokens': prompt, 'completion_tokens': output,
+            'total_tokens': prompt + output,
+            'prompt_tokens_details': {'cached_tokens': report.cached_tokens or 0}},
+        'physai': figures}

@@ -1,0 +1,96 @@
+"""What the node says of itself: `/diagnostics`, in every state, and ``~/model_info``."""
+
+from collections.abc import Sequence
+
+from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.host import Host
+from physai_decode.roofline import Peak
+from physai_decode.ros import messages
+from physai_decode.ros.topics import Topics
+from physai_decode.ros.twins import Twins
+
+NO_PEAK = Peak(None, 'unknown')
+
+
+class Status:
+    """Reads the host, and publishes."""
+
+    def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
+                 unheard: Sequence[str], twins: Twins) -> None:
+        """
+        Take whose status it is.
+
+        :param unknown_parameters: names given at start that nothing declares.
+        :param unheard: what is to be said of params files that hold nothing for this node.
+        """
+        self._host, self._topics = host, topics
+        self._unheard, self._twins = unheard, twins
+        self._unknown = ' '.join(unknown_parameters)
+        self._misses = 0                        # deadline misses at the last publish
+
+    def model_info(self) -> None:
+        """Publish what is loaded, for all who subscribe later too."""
+        loaded, node = self._host.loaded, self._topics.node_name
+        if loaded is None:
+            status = messages.status(
+                messages.status_name(node, 'model'), messages.MODEL_KEYS,
+                {'generate_action': messages.GENERATE_ACTION}, message='nothing is loaded',
+                hardware_id=messages.NOT_KNOWN)
+        else:
+            status = messages.model_status(
+                node, self._host.config.model.path, loaded.engine.footprint, loaded.peak,
+                self._hardware_id())
+        self._topics.model_info(status)
+
+    def publish(self) -> None:
+        """Publish the three statuses of `/diagnostics`."""
+        settings, hardware_id = self._host.config.diagnostics, self._hardware_id()
+        loaded, worker, node = self._host.loaded, self._host.worker, self._topics.node_name
+        window = worker.window() if worker is not None else None
+        late = window is not None and window.deadline_misses > self._misses
+        self._misses = window.deadline_misses if window is not None else 0
+        self._topics.diagnostics([
+            messages.latency_status(node, window, settings, late, hardware_id),
+            messages.bandwidth_status(
+                node, window, loaded and loaded.engine.footprint,
+                loaded.peak if loaded else NO_PEAK, settings, hardware_id),
+            self._engine_status(hardware_id)])
+
+    def _hardware_id(self) -> str:
+        loaded = self._host.loaded
+        if loaded is None:
+            return messages.NOT_KNOWN
+        footprint = loaded.engine.footprint
+        return f'{footprint.device_name} {footprint.device_uuid}'.strip()
+
+    def _engine_status(self, hardware_id: str) -> DiagnosticStatus:
+        host = self._host
+        config, worker, state = host.config, host.worker, host.state
+        loaded, telemetry, loading = host.loaded, host.telemetry, host.loading
+        values = {
+            'state': state, 'engine': config.engine.name, 'model': config.model.path,
+            'queue_depth': worker.queue_depth if worker is not None else 0,
+            'queue_capacity': config.queue.size, 'unknown_parameters': self._unknown,
+            **host.counts}
+        if loaded is not None:
+            values.update({
+                name: getattr(loaded.engine.footprint, name)
+                for name in ('engine', 'dtype', 'quantization', 'device', 'cuda_graph')})
+        if telemetry is not None:
+            values.update(telemetry.read())
+        level, message = messages.OK, loading or state
+        if self._unknown:
+            level, message = messages.WARN, f'unknown parameters: {self._unknown}'
+        if self._unheard:
+            level, message = messages.WARN, '; '.join(self._unheard)
+        if twins := self._twins.look():
+            level, message = messages.ERROR, twins
+        if state == 'stalled':
+            level = messages.ERROR
+            message = f'no token for more than {config.diagnostics.stall_timeout_s:g} s'
+        if state == 'failed':
+            level = messages.ERROR
+            message = worker.last_error if worker is not None else host.failure
+        return messages.status(
+            messages.status_name(self._topics.node_name, 'engine'), messages.ENGINE_KEYS, values,
+            message=message, level=level, hardware_id=hardware_id)

@@ -1,0 +1,104 @@
+"""Four clients at once, through ``~/request``: each gets exactly its own results."""
+
+import json
+import random
+import threading
+
+from node_rig import PATIENCE_S
+from node_rig import Rig
+from physai_decode.ros.topics import stream_qos
+import pytest
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from std_msgs.msg import String
+
+CLIENTS = 4
+REQUESTS = 500
+OUTSTANDING = 3                 # of each client
+
+
+@pytest.fixture(params=['reject', 'preempt'])
+def rig(request):
+    """Give an active node of either queue policy."""
+    rclpy.init()
+    rig = Rig(**{'queue.policy': request.param, 'queue.size': CLIENTS * OUTSTANDING})
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+class Client:
+    """Asks, cancels some of it, and keeps every result on the topic."""
+
+    def __init__(self, rig, name):
+        self.name = name
+        self.results = {}
+        self.asked = {}
+        self._random = random.Random(name)
+        self._room = threading.Semaphore(OUTSTANDING)
+        self.node = Node(f'client_{name}')
+        self._request = self.node.create_publisher(String, '/decode/request', stream_qos())
+        self.node.create_subscription(String, '/decode/result', self._on_result, stream_qos())
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self.node)
+        self._spin = threading.Thread(target=self._executor.spin)
+        self._spin.start()
+
+    def is_known(self):
+        """Tell whether the node hears it."""
+        return self._request.get_subscription_count() > 0
+
+    def _on_result(self, message):
+        result = json.loads(message.data)
+        if result['id'] in self.asked:
+            self.results.setdefault(result['id'], []).append(result)
+            self._room.release()
+
+    def ask_all(self):
+        """Send all requests, a few at a time."""
+        for index in range(REQUESTS):
+            assert self._room.acquire(timeout=PATIENCE_S)
+            id_ = f'{self.name}-{index}'
+            self.asked[id_] = f'{self.name}{self._random.randrange(10**self._random.randrange(9))}'
+            self._send(id=id_, prompt=self.asked[id_])
+            if self._random.random() < 0.1:
+                self._send(id=self._random.choice(list(self.asked)[-3:]), cancel=True)
+
+    def _send(self, **fields):
+        self._request.publish(String(data=json.dumps(fields)))
+
+    def close(self):
+        """End the thread, then the node."""
+        self._executor.shutdown()
+        self._spin.join()
+        self.node.destroy_node()
+
+
+def test_each_client_gets_its_own(rig):
+    clients = [Client(rig, name) for name in 'abcd']
+    try:
+        rig.wait(lambda: all(client.is_known() for client in clients)
+                 and rig.node._topics._result.get_subscription_count() == CLIENTS + 1)
+        threads = [threading.Thread(target=client.ask_all) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rig.wait(lambda: all(len(client.results) == REQUESTS for client in clients))
+    finally:
+        for client in clients:
+            client.close()
+    ends = {'stop': 0, 'cancelled': 0, 'preempted': 0}
+    for client in clients:
+        for id_, text in client.asked.items():
+            (result,) = client.results[id_]
+            reason, said = result['physai']['finish_reason'], \
+                result['choices'][0]['message']['content']
+            ends[reason] += 1
+            assert text.upper().startswith(said)
+            assert (said == text.upper()) or reason != 'stop'
+    assert ends['stop'] and ends['cancelled']
+    preempting = rig.node.get_parameter('queue.policy').value == 'preempt'
+    assert bool(ends['preempted']) == preempting

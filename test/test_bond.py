@@ -1,0 +1,80 @@
+"""The bond to nav2's lifecycle manager, over a stand-in for bondpy."""
+
+from node_rig import Rig
+import pytest
+import rclpy
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+class Heartbeat:
+    """As bondpy's Bond is called; keeps what happens to it."""
+
+    made = []
+
+    def __init__(self, node, topic, bond_id, on_broken=None, on_formed=None):
+        self.said = [topic, bond_id]
+        self.made.append(self)
+
+    def set_heartbeat_period(self, seconds):
+        """Keep it."""
+        self.said.append(seconds)
+
+    def set_heartbeat_timeout(self, seconds):
+        """Keep it."""
+        self.said.append(seconds)
+
+    def start(self):
+        """Keep that."""
+        self.said.append('start')
+
+    def shutdown(self):
+        """Keep that."""
+        self.said.append('shutdown')
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Make rigs on a machine that has bondpy."""
+    monkeypatch.setattr('physai_decode.ros.bond.Heartbeat', Heartbeat)
+    monkeypatch.setattr(Heartbeat, 'made', [])
+    rigs = []
+
+    def build(**overrides):
+        rigs.append(Rig(**overrides))
+        return rigs[-1]
+
+    yield build
+    for rig in rigs:
+        rig.close()
+
+
+def test_a_bond_from_activation_to_deactivation(make):
+    """On the topic and by the name that nav2 takes; a new one for each activation."""
+    rig = make(**{'bond.heartbeat_period_s': 0.5})
+    assert rig.change('configure')
+    assert Heartbeat.made == []
+    assert rig.change('activate')
+    assert [each.said for each in Heartbeat.made] == [['bond', 'decode', 0.5, 4.0, 'start']]
+    assert rig.change('deactivate')
+    assert Heartbeat.made[0].said[-1] == 'shutdown'
+    assert rig.change('activate', 'shutdown')
+    assert [each.said[-1] for each in Heartbeat.made] == 2 * ['shutdown']
+
+
+def test_no_bond_where_it_is_off(make):
+    """A period of 0 sends none."""
+    assert make(**{'bond.heartbeat_period_s': 0.0}).change('configure', 'activate', 'deactivate')
+    assert Heartbeat.made == []
+
+
+def test_no_bond_without_bondpy(make, monkeypatch):
+    """The node is active all the same."""
+    monkeypatch.setattr('physai_decode.ros.bond.Heartbeat', None)
+    assert make().change('configure', 'activate', 'deactivate')

@@ -1,0 +1,122 @@
+"""Garbage while answers follow one another without a gap, and collections at the right moment."""
+
+import gc
+
+from physai_decode import collector
+from physai_decode.collector import Collector
+import pytest
+
+
+class Clock:
+    """A clock that goes only where the test moves it."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    """Give a clock, and a garbage collector that is on."""
+    assert gc.isenabled()
+    yield Clock()
+    assert gc.isenabled()
+
+
+@pytest.fixture
+def collections(monkeypatch):
+    """Note the generation of each collection."""
+    noted = []
+    monkeypatch.setattr(gc, 'collect', lambda generation=2: noted.append(generation))
+    return noted
+
+
+class Cycle:
+    """Only a collection frees it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def cycles() -> int:
+    """Count those that are there."""
+    return sum(type(each) is Cycle for each in gc.get_objects())
+
+
+@pytest.mark.parametrize('step_s', [0.012, 0.0])
+def test_garbage_is_bounded_while_the_queue_never_empties(clock, step_s, monkeypatch):
+    """What outlives the collection after its own request is garbage later, and goes too."""
+    monkeypatch.setattr(collector, 'FULL_EVERY_OBJECTS', 3000)
+    paused = Collector(clock).paused
+    kept, most = [], 0
+    for index in range(3000):
+        with paused(full=lambda: False):
+            kept = [*kept, Cycle(), Cycle()][-4:]       # for two requests
+            clock.now_s += step_s
+        if index % 100 == 99:
+            most = max(most, cycles())
+    assert most < 3000
+
+
+def test_collection_waits_for_the_end_of_all_answers(clock, collections):
+    """One for all workers."""
+    paused = Collector(clock).paused
+    with paused(full=lambda: True):
+        with paused(full=lambda: True):
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        assert collections == []
+    assert collections == [2]
+    with paused(full=lambda: False):
+        pass
+    assert collections == [2, 0]
+
+
+def test_answers_that_overlap_without_end(clock, collections):
+    """Now and then the end of one of them is enough."""
+    paused = Collector(clock).paused
+    with paused(full=lambda: False):
+        for _ in range(10):
+            with paused(full=lambda: False):
+                clock.now_s += collector.OVERLAP_S / 3 + 0.01
+            assert not gc.isenabled()
+        assert len(collections) == 3
+    assert len(collections) == 4
+
+
+def test_a_slow_collection_is_seldom_made(clock, monkeypatch):
+    """It takes at most its share of the time."""
+    took_s = 0.0
+
+    def collect(generation=2):
+        nonlocal took_s
+        took_s += 0.5 if generation == 2 else 0.0
+        clock.now_s += 0.5 if generation == 2 else 0.0
+
+    monkeypatch.setattr(gc, 'collect', collect)
+    paused, begin_s = Collector(clock).paused, clock.now_s
+    for _ in range(30000):
+        with paused(full=lambda: False):
+            clock.now_s += 0.02
+    assert 0 < took_s <= collector.FULL_SHARE * (clock.now_s - begin_s) + 0.5
+
+
+def test_it_stays_off_where_it_was_off(clock, collections):
+    """Who turned it off has a reason."""
+    gc.disable()
+    try:
+        with Collector(clock).paused(full=lambda: True):
+            pass
+        assert not gc.isenabled()
+        assert collections == []
+    finally:
+        gc.enable()
+
+
+def test_an_error_ends_the_pause(clock):
+    """Collection goes on."""
+    with pytest.raises(ValueError), Collector(clock).paused(full=lambda: True):
+        raise ValueError
+    assert gc.isenabled()

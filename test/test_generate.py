@@ -1,0 +1,487 @@
+"""The action ~/generate on a scripted host: goals, feedback, cancel, and every kind of end."""
+
+from collections import deque
+from itertools import count
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+
+from action_msgs.msg import GoalStatus
+from physai_decode.config import DecodeConfig
+from physai_decode.request import RequestError
+from physai_decode.ros import generate
+from physai_decode.ros.topics import stream_qos
+from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
+import pytest
+import rclpy
+from rclpy.action import ActionClient
+from rclpy.executors import MultiThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from std_srvs.srv import Trigger
+
+PATIENCE_S = 30.0               # against hangs only
+STEP_S = 0.002
+GOALS = 200
+needs_msgs = pytest.mark.skipif(bool(generate.unavailable), reason=generate.unavailable)
+if not generate.unavailable:
+    from physai_decode_msgs.action import Generate
+    from physai_decode_msgs.msg import Deadline
+    from physai_decode_msgs.msg import Sampling
+
+
+def wait(done) -> None:
+    """Wait until something is so."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end_s, 'waited too long'
+        time.sleep(0.001)
+
+
+class ScriptedHost:
+    """
+    Says each prompt again, a token for each character, in a thread of its own.
+
+    A prompt such as ``deadline: abc`` ends with that finish reason, ``rejected: abc`` before
+    ``submit`` returns.
+    """
+
+    def __init__(self, step_s: float = STEP_S) -> None:
+        self.config = DecodeConfig()
+        self.step_s = step_s
+        self.go = threading.Event()             # a step waits for it
+        self.go.set()
+        self.submitted: list = []               # requests
+        self.refused: list[tuple[str, str]] = []
+        self.cancelled: list[int] = []
+        self._numbers = count(1)
+        self._queue: deque = deque()
+        self._thread = threading.Thread(target=self._decode, daemon=True)
+        self._closed = False
+        self._thread.start()
+
+    def submit(self, request, received_s=None, listener=None) -> int:
+        """Queue a request."""
+        assert abs(time.monotonic() - received_s) < PATIENCE_S
+        number = next(self._numbers)
+        self.submitted.append(request)
+        if request.text.startswith('rejected'):
+            listener.finished(RequestReport(number, 'rejected', 'the queue is full'), '')
+        else:
+            self._queue.append((number, request, listener))
+        return number
+
+    def refuse(self, message, client_id='', listener=None) -> int:
+        """Refuse what is no request."""
+        number = next(self._numbers)
+        self.refused.append((message, client_id))
+        listener.finished(RequestReport(number, 'rejected', message), '')
+        return number
+
+    def cancel(self, number=None) -> str:
+        """Note who is to end."""
+        self.cancelled.append(number)
+        for waiting in [each for each in self._queue if each[0] == number]:
+            self._queue.remove(waiting)
+            waiting[2].finished(RequestReport(number, 'cancelled', ''), '')
+        return ''
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        self.go.set()
+        self._thread.join()
+
+    def _decode(self) -> None:
+        while not self._closed:
+            if not self._queue:
+                time.sleep(1e-4)
+                continue
+            number, request, listener = self._queue.popleft()
+            text = request.text
+            reason, said = (text.partition(':')[0] if ':' in text else 'stop'), ''
+            for index, letter in enumerate(text):
+                time.sleep(self.step_s)
+                assert self.go.wait(PATIENCE_S)
+                if number in self.cancelled:
+                    reason = 'cancelled'
+                    break
+                said += letter
+                listener.token(TokenReport(
+                    number, index, ord(letter), letter, index, None if index == 0 else 2.5, 1.5,
+                    None, None, None, None if index == 0 else 0.5, None, index == 3,
+                    request.client_id))
+            listener.finished(RequestReport(
+                number, reason, '', prompt_tokens=len(text), cached_tokens=0,
+                output_tokens=len(said), ttft_ms=4.5), said)
+
+
+class Goal:
+    """What a client knows of one goal."""
+
+    def __init__(self) -> None:
+        self.batches: list[list] = []           # of tokens
+        self.handle = None
+        self.result = None
+        self.status = GoalStatus.STATUS_UNKNOWN
+
+    @property
+    def text(self) -> str:
+        """All feedback, joined."""
+        return ''.join(token.text for batch in self.batches for token in batch)
+
+
+class Client:
+    """An action client as any node has it."""
+
+    def __init__(self, name: str) -> None:
+        self.node = Node(name)
+        # rclpy's own depth of 10 holds the answers to all clients.
+        self.client = ActionClient(
+            self.node, Generate, '/decode/generate', goal_service_qos_profile=stream_qos(),
+            result_service_qos_profile=stream_qos(), feedback_sub_qos_profile=stream_qos())
+        self.sent: dict[bytes, list] = {}       # the tokens of all goals, of all clients
+        self.node.create_subscription(
+            Generate.Impl.FeedbackMessage, '/decode/generate/_action/feedback', self._hear,
+            stream_qos())
+        self.trigger = self.node.create_client(Trigger, '/decode/ping')
+        self.executor = SingleThreadedExecutor()
+        self.executor.add_node(self.node)
+        self.thread = threading.Thread(target=self.executor.spin)
+        self.thread.start()
+        wait(self.client.server_is_ready)
+
+    def _hear(self, message):
+        self.sent.setdefault(bytes(message.goal_id.uuid), []).extend(message.feedback.tokens)
+
+    def send(self, **fields) -> Goal:
+        """Send a goal and ask for its result."""
+        goal = Goal()
+
+        def accepted(future):
+            goal.handle = future.result()
+            assert goal.handle.accepted
+            goal.handle.get_result_async().add_done_callback(ended)
+
+        def ended(future):
+            goal.result, goal.status = future.result().result, future.result().status
+
+        def send():
+            self.client.send_goal_async(
+                Generate.Goal(**fields),
+                lambda message: goal.batches.append(list(message.feedback.tokens))
+            ).add_done_callback(accepted)
+
+        self.executor.create_task(send)
+        return goal
+
+    def ask(self, **fields) -> Goal:
+        """Send a goal and wait for its end."""
+        goal = self.send(**fields)
+        wait(lambda: goal.result)
+        return goal
+
+    def cancel(self, goal: Goal) -> None:
+        """Cancel a goal that was accepted."""
+        wait(lambda: goal.handle)
+        self.executor.create_task(goal.handle.cancel_goal_async)
+
+    def close(self) -> None:
+        """End the thread, then the node."""
+        self.executor.shutdown()
+        self.thread.join()
+        self.client.destroy()
+        self.node.destroy_node()
+
+
+class Rig:
+    """A node with the action server, and clients."""
+
+    def __init__(self, step_s: float = STEP_S, threads: int = 3, **arguments) -> None:
+        self.host = ScriptedHost(step_s)
+        self.node = Node('decode')
+        self.server = generate.GenerateServer(self.node, self.host, **arguments)
+        self.node.create_service(Trigger, '~/ping', lambda request, response: response)
+        self.executor = MultiThreadedExecutor(num_threads=threads) if threads > 1 \
+            else SingleThreadedExecutor()
+        self.executor.add_node(self.node)
+        self.thread = threading.Thread(target=self.executor.spin)
+        self.thread.start()
+        self.clients = [Client(f'client_{index}') for index in range(2)]
+        self.client = self.clients[0]
+        wait(lambda: self.node.count_subscribers('/decode/generate/_action/feedback') == 4)
+
+    def close(self) -> None:
+        """End all."""
+        for client in self.clients:
+            client.close()
+        self.host.close()
+        self.executor.shutdown()
+        self.thread.join()
+        self.server.close()
+        self.node.destroy_node()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def make():
+    """Make rigs that end with the test."""
+    rigs = []
+
+    def build(**arguments):
+        rigs.append(Rig(**arguments))
+        return rigs[-1]
+
+    yield build
+    for rig in rigs:
+        rig.close()
+
+
+@needs_msgs
+def test_an_answer_from_goal_to_result(make):
+    """Tokens come as feedback with their figures, and the result has text, figures and JSON."""
+    rig = make()
+    before_s = time.time()
+    goal = rig.client.ask(id='mine', prompt='hello')
+    assert goal.status == GoalStatus.STATUS_SUCCEEDED
+    wait(lambda: goal.text == 'hello')
+    tokens = [token for batch in goal.batches for token in batch]
+    assert [token.index for token in tokens] == [0, 1, 2, 3, 4]
+    assert [token.token_id for token in tokens] == [ord(letter) for letter in 'hello']
+    assert {token.client_id for token in tokens} == {'mine'}
+    assert {token.request_id for token in tokens} == {1}
+    assert {token.header.frame_id for token in tokens} == {'/decode'}
+    stamps = [token.header.stamp.sec + 1e-9 * token.header.stamp.nanosec for token in tokens]
+    assert before_s < stamps[0] < stamps[1] < stamps[-1] < time.time()
+    assert math.isnan(tokens[0].itl_ms) and math.isnan(tokens[0].r_floor)
+    assert (tokens[1].itl_ms, tokens[1].device_ms, tokens[1].r_floor) == (2.5, 1.5, 0.5)
+    assert [token.deadline_missed for token in tokens] == [False, False, False, True, False]
+
+    result = goal.result
+    assert (result.text, result.finish_reason, result.message) == ('hello', 'stop', '')
+    assert (result.request_id, result.prompt_tokens, result.output_tokens) == (1, 5, 5)
+    assert result.ttft_ms == 4.5 and math.isnan(result.total_ms)
+    completion = json.loads(result.result_json)
+    assert completion['choices'][0]['message']['content'] == 'hello'
+    assert completion['physai']['ttft_ms'] == 4.5
+
+
+@needs_msgs
+@pytest.mark.parametrize(('reason', 'status'), [
+    ('stop', 'SUCCEEDED'), ('length', 'SUCCEEDED'), ('deadline', 'ABORTED'),
+    ('preempted', 'ABORTED'), ('cancelled', 'ABORTED'), ('error', 'ABORTED'),
+    ('rejected', 'ABORTED')])
+def test_ends(make, reason, status):
+    """An end is a success, or the goal is aborted with the reason; cancelled here is by others."""
+    goal = make().client.ask(prompt=f'{reason}: x')
+    assert goal.result.finish_reason == reason
+    assert goal.status == getattr(GoalStatus, f'STATUS_{status}')
+    assert goal.result.text == ('' if reason == 'rejected' else f'{reason}: x')
+    assert goal.result.message == ('the queue is full' if reason == 'rejected' else '')
+
+
+@needs_msgs
+def test_a_goal_that_is_no_request_is_refused_with_the_reason(make):
+    """It is accepted, for a rejection could not say why, and counted by the host as refused."""
+    rig = make()
+    goal = rig.client.ask(id='mine', prompt='x', sampling=Sampling(temperature=-0.5))
+    assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_ABORTED, 'rejected')
+    assert goal.result.message == 'temperature is -0.5: allowed are 0.0 to 10.0'
+    assert goal.result.prompt_tokens == -1
+    assert rig.host.refused == [(goal.result.message, 'mine')] and not rig.host.submitted
+
+
+@needs_msgs
+def test_a_running_goal_is_cancelled_within_one_step(make):
+    """The request ends with its next step, and the goal reads CANCELED with the text so far."""
+    rig = make(step_s=0.05)
+    goal = rig.client.send(prompt='a' * 1000)
+    wait(lambda: goal.batches)
+    rig.client.cancel(goal)
+    begin_s = time.monotonic()
+    wait(lambda: goal.result)
+    assert time.monotonic() - begin_s < 1.0     # two steps and a busy machine, not 50 s
+    assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_CANCELED, 'cancelled')
+    assert 0 < len(goal.result.text) < 100
+    assert rig.host.cancelled == [1]
+
+
+@needs_msgs
+def test_a_waiting_goal_is_cancelled_alone(make):
+    """The goal before it and the one behind it are answered."""
+    rig = make()
+    rig.host.go.clear()
+    goals = [rig.client.send(prompt=prompt) for prompt in ('one', 'two', 'three')]
+    wait(lambda: len(rig.host.submitted) == 3)
+    rig.client.cancel(goals[1])
+    wait(lambda: goals[1].result)
+    rig.host.go.set()
+    wait(lambda: all(goal.result for goal in goals))
+    assert [goal.result.text for goal in goals] == ['one', '', 'three']
+    assert [goal.status for goal in goals] == [
+        GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_SUCCEEDED]
+
+
+@needs_msgs
+def test_cancels_at_any_moment(make):
+    """A cancel at the worst moments ends in one of the two right states, never in none."""
+    rig = make(step_s=0.0)
+    states = set()
+    for number in range(50):
+        goal = rig.client.send(prompt='x' * (1 + number % 10))
+        wait(lambda goal=goal: goal.handle)
+        time.sleep(number * 1e-4)
+        rig.client.cancel(goal)
+        wait(lambda goal=goal: goal.result)
+        states.add((goal.status, goal.result.finish_reason))
+    assert states <= {(GoalStatus.STATUS_SUCCEEDED, 'stop'),
+                      (GoalStatus.STATUS_CANCELED, 'cancelled')}
+    assert not rig.server._goals
+
+
+@needs_msgs
+def test_two_clients_and_many_goals(make):
+    """
+    Each gets its own answers, all feedback in order and in batches, and nothing is kept.
+
+    What is on the topic is complete. rclpy's client drops what it has not handled when a result
+    comes, which happens where the machine is busy.
+    """
+    rig = make(step_s=0.0003, result_timeout=2)
+    complete = 0
+    for _ in range(GOALS // 20):
+        goals = []
+        for number in range(10):
+            for name, client in enumerate(rig.clients):
+                goals.append(client.send(prompt=f'client {name} goal {number} ' + 'x' * 20))
+        wait(lambda goals=goals: all(goal.result for goal in goals))
+        for index, goal in enumerate(goals):
+            want = f'client {index % 2} goal {index // 2} ' + 'x' * 20
+            assert (goal.result.text, goal.status) == (want, GoalStatus.STATUS_SUCCEEDED)
+            sent = rig.clients[index % 2].sent.pop(bytes(goal.handle.goal_id.uuid))
+            assert ''.join(token.text for token in sent) == want
+            assert [token.index for token in sent] == list(range(len(want)))
+            assert want.startswith(goal.text)
+            assert len(goal.batches) < len(want) / 2
+            complete += goal.text == want
+    assert len(rig.host.submitted) == GOALS
+    assert complete > GOALS / 2
+    wait(lambda: not rig.server._goals)
+    wait(lambda: not rig.server._server._goal_handles)      # rclpy's own: they have expired
+
+
+@needs_msgs
+def test_goals_hold_no_thread_of_the_executor(make):
+    """With one thread and goals that wait for the model, other calls are answered."""
+    rig = make(threads=1)
+    rig.host.go.clear()
+    goals = [rig.client.send(prompt='x') for _ in range(5)]
+    wait(lambda: len(rig.host.submitted) == 5)
+    ping = rig.client.trigger.call_async(Trigger.Request())
+    wait(ping.done)
+    rig.host.go.set()
+    wait(lambda: all(goal.result for goal in goals))
+
+
+@needs_msgs
+def test_close_waits_for_results(make):
+    """What ends while the node leaves still gets its result made; rclpy sends it, if in time."""
+    rig = make()
+    rig.host.go.clear()
+    goals = [rig.client.send(prompt='x') for _ in range(5)]
+    wait(lambda: len(rig.host.submitted) == 5)
+    rig.host.go.set()
+    rig.server.close(PATIENCE_S)
+    assert not rig.server._goals and not rig.server._thread.is_alive()
+    assert all(goal.handle for goal in goals)
+
+
+@needs_msgs
+def test_what_is_not_set_keeps_the_parameters():
+    """A goal with a prompt alone is a request with a prompt alone."""
+    request = generate.read(Generate.Goal(prompt='x'), 1000)
+    assert request.to_json() == {'prompt': 'x'}
+
+
+@needs_msgs
+def test_every_field_reaches_the_request():
+    """Typed fields and JSON make one request, zeros are values."""
+    sampling = {'temperature': 0.0, 'top_k': 0, 'top_p': 0.5, 'min_p': 0.0,
+                'repetition_penalty': 1.5, 'seed': 0, 'max_tokens': 9, 'stop': ['end', 'END']}
+    deadline = {'ttft_ms': 0.0, 'token_ms': 20.0, 'request_ms': 3e3, 'action': Deadline.TRUNCATE}
+    messages = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}]
+    options = {'chat_template_kwargs': {'enable_thinking': False}}
+    assert set(sampling) == set(Sampling.get_fields_and_field_types())
+    assert set(deadline) == set(Deadline.get_fields_and_field_types())
+    goal = Generate.Goal(
+        id='mine', messages_json=json.dumps(messages), options_json=json.dumps(options),
+        sampling=Sampling(**sampling), deadline=Deadline(**deadline))
+    wanted = {'id': 'mine', 'messages': messages, **sampling, 'deadline': deadline, **options}
+    assert json.loads(json.dumps(generate.read(goal, 1000).to_json())) == wanted
+
+
+def sampled(**values):
+    """Give a goal with sampling options."""
+    return Generate.Goal(prompt='x', sampling=Sampling(**values))
+
+
+@needs_msgs
+@pytest.mark.parametrize(('goal', 'message'), [
+    (lambda: Generate.Goal(), 'either prompt, a string, or messages'),
+    (lambda: Generate.Goal(prompt='x', messages_json='[]'), 'both were given'),
+    (lambda: Generate.Goal(messages_json='[}'), 'messages_json is no JSON'),
+    (lambda: Generate.Goal(messages_json='{}'), 'messages is {}'),
+    (lambda: Generate.Goal(prompt='x', options_json='[]'), 'options_json is no JSON object'),
+    (lambda: Generate.Goal(prompt='x', options_json='{"a": 1, "a": 2}'), 'given twice'),
+    (lambda: Generate.Goal(prompt='x', options_json='{"prompt": "y"}'),
+     'prompt is given in a field of the goal and in options_json'),
+    (lambda: Generate.Goal(prompt='x', options_json='{"cancel": true}'), 'is no field'),
+    (lambda: Generate.Goal(prompt='x', id='\n'), 'id is '),
+    (lambda: sampled(temperature=math.nan), 'temperature is nan'),
+    (lambda: sampled(max_tokens=0), 'max_tokens is 0'),
+    (lambda: Generate.Goal(prompt='x', deadline=Deadline(action='no')), 'deadline.action is'),
+    (lambda: Generate.Goal(prompt='x' * 1001), 'more than 1000 bytes')])
+def test_a_wrong_goal_says_what_is_wrong(goal, message):
+    """Also one whose fields are all right by themselves."""
+    with pytest.raises(RequestError, match=message):
+        generate.read(goal(), 1000)
+
+
+@needs_msgs
+def test_results_have_every_figure_of_a_request():
+    """A result has a field for each figure of a report, None is NaN or -1, a NUL is no end."""
+    report = RequestReport(1, 'rejected', 'a\0b')
+    result = generate.result(report, 'c\0d', 'model')
+    assert (result.message, result.text) == ('a\ufffdb', 'c\ufffdd')
+    for name in RequestReport.__dataclass_fields__:
+        if name != 'client_id' and getattr(report, name) is None:
+            value = getattr(result, name)
+            assert value == -1 or math.isnan(value), name
+
+
+def test_without_the_package():
+    """Where it is not built the module can be imported, and says what to do."""
+    command = (
+        'import sys\n'
+        'sys.modules["physai_decode_msgs"] = None\n'
+        'from physai_decode.ros import generate\n'
+        'print(not generate.unavailable, generate.unavailable)\n'
+        'try:\n'
+        '    generate.GenerateServer(None, None)\n'
+        'except RuntimeError as error:\n'
+        '    print(str(error) == generate.unavailable)')
+    result = subprocess.run(
+        [sys.executable, '-c', command], capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith('False physai_decode_msgs is not built'), result.stderr
+    assert 'make msgs' in result.stdout and result.stdout.endswith('True\n')

@@ -1,0 +1,192 @@
+"""The interface package: its files, by themselves and beside the code, and its types, if built."""
+
+import ast
+import fnmatch
+import math
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import physai_decode
+from physai_decode.config import DeadlineConfig
+from physai_decode.request import DEADLINE
+from physai_decode.request import SAMPLING
+from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / 'physai_decode_msgs'
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.glob('*/*'))
+REASONS = {'stop', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error'}
+FIELD = re.compile(r'^(?P<kind>[\w/]+(\[\])?) +(?P<name>\w+)( +(?P<default>[^ =#]+))? *(#.*)?$')
+CONSTANT = re.compile(r'^string +[A-Z_]+ *= *"(\w+)"')
+
+try:
+    from physai_decode_msgs.action import Generate
+    from physai_decode_msgs.msg import Deadline
+    from physai_decode_msgs.msg import Sampling
+    from physai_decode_msgs.msg import Token
+    from rclpy.serialization import deserialize_message
+    from rclpy.serialization import serialize_message
+    why_not = ''
+except ImportError as error:
+    why_not = f'physai_decode_msgs is not built: make msgs ({error})'
+built = pytest.mark.skipif(bool(why_not), reason=why_not)
+
+
+def parts(name: str) -> list[list[str]]:
+    """Give the lines of an interface file, for an action those of goal, result and feedback."""
+    return [part.splitlines() for part in (PACKAGE / name).read_text().split('---\n')]
+
+
+def fields(lines: list[str]) -> dict[str, tuple[str, str]]:
+    """Give each field's type and default."""
+    found = (FIELD.match(line) for line in lines)
+    return {match['name']: (match['kind'], match['default'] or '') for match in found if match}
+
+
+def constants(lines: list[str]) -> set[str]:
+    """Give the values of all constants."""
+    return {match[1] for match in map(CONSTANT.match, lines) if match}
+
+
+GOAL, RESULT, FEEDBACK = parts('action/Generate.action')
+
+
+def test_cmake_builds_every_file_and_the_manifest_names_what_it_finds():
+    """A file that CMakeLists.txt does not name would be missing without an error."""
+    cmake = (PACKAGE / 'CMakeLists.txt').read_text()
+    assert re.findall(r'"(\w+/\w+\.\w+)"', cmake) == [str(name) for name in FILES]
+    manifest = ElementTree.parse(PACKAGE / 'package.xml').getroot()
+    named = {entry.text for entry in manifest if entry.tag.endswith('depend')}
+    assert set(re.findall(r'find_package\((\w+)', cmake)) <= named
+    others = {kind.partition('/')[0] for name in FILES for lines in parts(name)
+              for kind, _ in fields(lines).values() if '/' in kind}
+    assert others == {'std_msgs'} <= set(re.findall(r'DEPENDENCIES ([\w ]+)', cmake)) & named
+    assert re.search(r'project\((\w+)\)', cmake)[1] == manifest.findtext('name') == PACKAGE.name
+    assert manifest.findtext('member_of_group') == 'rosidl_interface_packages'
+    assert manifest.findtext('version') == physai_decode.__version__
+
+
+@pytest.mark.parametrize('name', FILES, ids=str)
+def test_every_line_is_understood_and_every_field_explained(name):
+    """A comment stands behind a field or above it and those that follow without a gap."""
+    for lines in parts(name):
+        explained = False
+        for line in lines:
+            if not line:
+                explained = False
+            elif line.startswith('#'):
+                explained = True
+            else:
+                assert FIELD.match(line) or CONSTANT.match(line), line
+                assert explained or '#' in line, line
+            assert len(line) < 100
+
+
+def test_a_goal_has_every_option_of_a_request():
+    """Sampling and deadline bear the names of the JSON form; what is left out means not set."""
+    sampling, = map(fields, parts('msg/Sampling.msg'))
+    deadline, = map(fields, parts('msg/Deadline.msg'))
+    assert set(sampling) == set(SAMPLING)
+    assert set(deadline) == set(DEADLINE)
+    for kind, default in [*sampling.values(), *deadline.values()]:
+        assert default == {'float64': '-1.0', 'int64': '-1'}.get(kind, '')
+    for spec in [*SAMPLING.values(), *DEADLINE.values()]:
+        assert spec.metadata['low'] is None or spec.metadata['low'] >= 0    # so -1 is free
+    assert constants(parts('msg/Deadline.msg')[0]) == set(
+        DeadlineConfig.__dataclass_fields__['action'].metadata['choices'])
+    assert set(fields(GOAL)) == {
+        'id', 'prompt', 'messages_json', 'sampling', 'deadline', 'options_json'}
+
+
+def test_a_result_has_every_figure_of_a_request():
+    """And the finish reasons as constants."""
+    result = fields(RESULT)
+    assert set(result) == (set(RequestReport.__dataclass_fields__) - {'client_id'}) | {
+        'text', 'result_json'}
+    assert constants(RESULT) == REASONS
+    assert {name for name, (kind, _) in result.items() if kind == 'float64'} >= {
+        name for name in result if name.endswith('_ms')}
+
+
+def test_a_token_has_figures_of_a_token():
+    """Under the names of ~/token_stats; feedback is a batch of them."""
+    token, = map(fields, parts('msg/Token.msg'))
+    assert set(token) - set(TokenReport.__dataclass_fields__) == {'header'}
+    assert {'header', 'request_id', 'client_id', 'index', 'text', 'itl_ms', 'r_floor'} < set(token)
+    assert fields(FEEDBACK) == {'tokens': ('Token[]', '')}
+
+
+def test_setup_leaves_the_package_alone():
+    """The Python package of this repository is physai_decode alone."""
+    tree = ast.parse((ROOT / 'setup.py').read_text())
+    call, = (part for part in ast.walk(tree)
+             if isinstance(part, ast.Call) and getattr(part.func, 'id', '') == 'find_packages')
+    patterns = eval(ast.unparse(call.keywords[0].value), {'package_name': 'physai_decode'})
+    assert not any(fnmatch.fnmatch(PACKAGE.name, pattern) for pattern in patterns)
+    assert not list(PACKAGE.rglob('*.py'))
+
+
+def test_build_tools_are_pinned():
+    """So that `make msgs` installs the versions that belong to the other wheels."""
+    pinned = {line.partition('==')[0]
+              for line in (ROOT / 'constraints.txt').read_text().splitlines()}
+    for line in (ROOT / 'requirements-msgs.txt').read_text().splitlines():
+        assert line.startswith('#') or line in pinned, line
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason='not in a virtual environment')
+def test_a_machine_without_compiler_is_told(tmp_path):
+    """`make test` asks this first, and goes on without the package."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('CC', 'CXX')}
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'build_msgs.py', '--check'], text=True,
+        env={**environment, 'PATH': str(tmp_path)}, capture_output=True, timeout=60)
+    assert result.returncode == 1
+    assert "'apt install cmake gcc g++" in result.stderr and result.stderr.count('\n') == 1
+
+
+@built
+def test_built_from_these_files():
+    """What is installed is not an older build; if this fails, make msgs."""
+    share = next(parent / 'share' / PACKAGE.name
+                 for parent in Path(sys.modules[Generate.__module__].__file__).parents
+                 if (parent / 'share' / PACKAGE.name).is_dir())
+    for name in FILES:
+        assert (share / name).read_text() == (PACKAGE / name).read_text(), name
+
+
+@built
+def test_defaults():
+    """A goal that is made from nothing has nothing set."""
+    goal = Generate.Goal()
+    assert goal.sampling.temperature == goal.sampling.top_p == -1.0
+    assert goal.sampling.top_k == goal.sampling.max_tokens == -1
+    assert goal.deadline == Deadline(ttft_ms=-1.0, token_ms=-1.0, request_ms=-1.0, action='')
+    assert Deadline.TRUNCATE == 'truncate'
+    assert Generate.Result().prompt_tokens == -1
+    assert Generate.Result.CANCELLED == 'cancelled'
+
+
+@built
+@pytest.mark.parametrize('message', [
+    lambda: Generate.Goal(id='mine', prompt='p', sampling=Sampling(stop=['a', 'ü'], seed=2**31),
+                          options_json='{}'),
+    lambda: Generate.Result(text='ü', finish_reason='stop', request_id=2**40, itl_p50_ms=2.5),
+    lambda: Generate.Feedback(tokens=[Token(index=1, text='ü', r_floor=0.5), Token(index=2)])])
+def test_round_trip(message):
+    """Each comes through DDS's form as it was."""
+    message = message()
+    assert deserialize_message(serialize_message(message), type(message)) == message
+
+
+@built
+def test_what_is_not_known_is_nan():
+    """NaN comes through as NaN."""
+    token = deserialize_message(serialize_message(Token(itl_ms=math.nan)), Token)
+    assert math.isnan(token.itl_ms)

@@ -1,0 +1,114 @@
+"""The node's typed interfaces: ~/generate and ~/stamped_tokens."""
+
+import math
+
+from node_rig import Rig
+from physai_decode.ros import cdr
+from physai_decode.ros import messages
+from physai_decode.ros.topics import stream_qos
+from physai_decode.ros.typed import Generate
+from physai_decode.ros.typed import Token
+from physai_decode.ros.typed import unavailable
+from physai_decode.timing import TokenReport
+import pytest
+import rclpy
+from rclpy.action import ActionClient
+from rclpy.serialization import deserialize_message
+
+pytestmark = pytest.mark.skipif(bool(unavailable), reason=unavailable)
+SUCCEEDED, CANCELED, ABORTED = 4, 5, 6      # of action_msgs/GoalStatus
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give an active node, a client of its action, and what ~/stamped_tokens said."""
+    rclpy.init()
+    rig = Rig()
+    rig.stamped = []
+    rig.probe.create_subscription(
+        Token, '/decode/stamped_tokens', rig.stamped.append, stream_qos())
+    rig.action = ActionClient(rig.probe, Generate, '/decode/generate')
+    assert rig.change('configure', 'activate')
+    assert rig.action.wait_for_server(30)
+    yield rig
+    rig.action.destroy()
+    rig.close()
+    rclpy.shutdown()
+
+
+def begin(rig, feedback=None, **fields):
+    """Send a goal; gives its handle once it is accepted."""
+    return rig.result(rig.action.send_goal_async(
+        Generate.Goal(**fields), feedback_callback=feedback))
+
+
+def test_a_goal_is_a_request(rig):
+    before, pieces = len(rig.heard['result']), []
+    handle = begin(rig, lambda message: pieces.extend(message.feedback.tokens),
+                   id='mine', prompt='hello')
+    assert handle.accepted
+    answer = rig.result(handle.get_result_async())
+    assert (answer.status, answer.result.text, answer.result.finish_reason) == (
+        SUCCEEDED, 'HELLO', 'stop')
+    assert ''.join(token.text for token in pieces) == 'HELLO'
+    assert [token.index for token in pieces] == list(range(5))
+    rig.wait(lambda: len(rig.heard['result']) > before)     # the topics tell of it too
+    assert rig.requests()[-1]['client_id'] == 'mine'
+
+
+def test_a_goal_is_cancelled_within_a_step(rig):
+    rig.loader.engines[0].step_s = 0.02
+    try:
+        before = len(rig.heard['tokens'])
+        handle = begin(rig, prompt='x' * 200)
+        rig.wait(lambda: len(rig.heard['tokens']) > before)
+        rig.result(handle.cancel_goal_async())
+        answer = rig.result(handle.get_result_async())
+    finally:
+        rig.loader.engines[0].step_s = 0.0
+    assert (answer.status, answer.result.finish_reason) == (CANCELED, 'cancelled')
+    assert answer.result.text == 'X' * len(answer.result.text) != ''
+
+
+@pytest.mark.parametrize(('fields', 'told'), [
+    ({'prompt': ''}, 'neither was given'), ({'prompt': 'a' * 300}, '300 tokens long'),
+    ({'prompt': 'a', 'options_json': '{"top": 1}'}, "'top' is no field"),
+    ({'prompt': 'a', 'messages_json': '[]'}, 'both')])
+def test_a_goal_is_refused_as_a_prompt_is(rig, fields, told):
+    answer = rig.result(begin(rig, **fields).get_result_async())
+    assert (answer.status, answer.result.finish_reason) == (ABORTED, 'rejected')
+    assert told in answer.result.message
+
+
+def test_stamped_tokens(rig):
+    rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
+    rig.ask('x' * 20)               # by then the node has asked who listens
+    rig.stamped.clear()
+    begin(rig, id='mine', prompt='abc')
+    rig.wait(lambda: len(rig.stamped) == 3)
+    assert ''.join(token.text for token in rig.stamped) == 'ABC'
+    assert {token.client_id for token in rig.stamped} == {'mine'}
+    assert [token.index for token in rig.stamped] == [0, 1, 2]
+    assert math.isnan(rig.stamped[0].itl_ms) and rig.stamped[1].itl_ms > 0
+    assert rig.stamped[0].header.frame_id == '/decode'
+    assert rig.stamped[0].header.stamp.sec > 1.7e9
+
+
+@pytest.mark.parametrize('node', ['/d', '/decode', '/robot/decode_7'])
+@pytest.mark.parametrize('client_id', ['', 'a', 'ab', 'abc', 'abcd', 'abcdefgh'])
+@pytest.mark.parametrize('text', ['', 'x', 'äöü', '🙂 '])
+def test_a_stamped_token_as_rclpy_reads_it(node, client_id, text):
+    report = TokenReport(7, 3, 12, text, 40, 2.5, None, None, None, 1.0, 0.4, 3.0, True,
+                         client_id=client_id)
+    data = cdr.StampedToken(node).write(report, text, 1_700_000_000_123_456_789)
+    token = deserialize_message(data, Token)
+    assert (token.header.stamp.sec, token.header.stamp.nanosec) == (1_700_000_000, 123_456_789)
+    assert (token.header.frame_id, token.request_id, token.client_id) == (node, 7, client_id)
+    assert (token.index, token.token_id, token.text) == (3, 12, text)
+    assert (token.itl_ms, token.r_floor, token.deadline_missed) == (2.5, 0.4, True)
+    assert math.isnan(token.device_ms)
+
+
+def test_model_info_tells_of_the_action(rig):
+    info = rig.values(rig.heard['model_info'][-1].status[0])
+    assert info['generate_action'] == messages.GENERATE_ACTION == 'available'

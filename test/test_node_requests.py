@@ -1,0 +1,139 @@
+"""The node's doors for requests: ~/prompt and ~/request in, ~/accepted and ~/result out."""
+
+import json
+
+from node_rig import Rig
+from physai_decode.request import parse
+from physai_decode.request import Request
+from physai_decode.ros.topics import stream_qos
+import pytest
+import rclpy
+from std_msgs.msg import String
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give a node that takes requests."""
+    rclpy.init()
+    rig = Rig(**{'queue.max_request_bytes': 5000})
+    rig.request = rig.probe.create_publisher(String, '/decode/request', stream_qos())
+    rig.wait(rig.request.get_subscription_count)
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def active(rig):
+    """Give it active, with nothing heard."""
+    assert rig.change('configure', 'activate')
+    for heard in rig.heard.values():
+        heard.clear()
+    yield rig
+    assert rig.change('deactivate', 'cleanup')
+
+
+def send(rig, value):
+    """Send what may be a request, and give the result of the next one that ends."""
+    count = len(rig.heard['result'])
+    rig.request.publish(String(data=value if type(value) is str else json.dumps(value)))
+    rig.wait(lambda: len(rig.heard['result']) > count)
+    return json.loads(rig.heard['result'][count].data)
+
+
+def test_a_result_is_a_chat_completion(active):
+    result = send(active, {'id': 'mine', 'prompt': 'hello', 'seed': 7})
+    assert (result['id'], result['object']) == ('mine', 'chat.completion')
+    assert result['model'] == 'builtin:tiny_planner'
+    assert result['created'] > 1.7e9
+    (choice,) = result['choices']
+    assert choice == {'index': 0, 'finish_reason': 'stop', 'message': {
+        'role': 'assistant', 'content': 'HELLO', 'reasoning_content': None, 'tool_calls': []}}
+    assert result['usage'] == {
+        'prompt_tokens': 5, 'completion_tokens': 5, 'total_tokens': 10,
+        'prompt_tokens_details': {'cached_tokens': 0}}
+    figures = result['physai']
+    assert (figures['finish_reason'], figures['seed'], figures['request_id']) == ('stop', 7, 1)
+    assert figures['total_ms'] >= figures['ttft_ms'] > 0
+    assert figures['cancel_ms'] is None
+
+
+def test_statuses_bear_the_clients_id(active):
+    send(active, {'id': 'mine', 'prompt': 'ab'})
+    active.ask('cd')
+    active.wait(lambda: len(active.heard['token_stats']) == 4)
+    assert [active.values(array.status[0])['client_id']
+            for array in active.heard['token_stats']] == ['mine', 'mine', 'n/a', 'n/a']
+    assert [each['client_id'] for each in active.requests()] == ['mine', 'n/a']
+
+
+def test_a_prompt_has_a_result_too(active):
+    active.ask('hello')
+    active.wait(lambda: active.heard['result'])
+    result = json.loads(active.heard['result'][0].data)
+    assert (result['id'], result['choices'][0]['message']['content']) == (None, 'HELLO')
+
+
+@pytest.mark.parametrize(('value', 'id_', 'told'), [
+    ('hello', None, 'the request is no JSON'),
+    ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', "temperature is 'hot'"),
+    ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is no field of a request"),
+    ({'id': 'x'}, 'x', 'neither was given'),
+    ({'prompt': 'a' * 6000}, None, 'the request has more than 5000 bytes'),
+    ({'id': 'x', 'prompt': ''}, 'x', 'the prompt is empty'),
+    ({'id': 'x', 'prompt': 'a' * 300}, 'x', '300 tokens long'),
+    ({'id': 'x', 'prompt': 'a!'}, 'x', 'the engine broke')])
+def test_a_wrong_request_has_a_result_that_says_why(active, value, id_, told):
+    result = send(active, value)
+    assert result['id'] == id_
+    assert result['choices'][0]['finish_reason'] is None
+    assert told in result['physai']['message']
+    assert send(active, {'id': 'x', 'prompt': 'ok'})['choices'][0]['message']['content'] == 'OK'
+    assert len(active.heard['result']) == 2
+
+
+def test_an_inactive_node_refuses_with_the_id(rig):
+    result = send(rig, {'id': 'x', 'prompt': 'a'})
+    assert (result['id'], result['physai']['finish_reason']) == ('x', 'rejected')
+    assert 'the node is inactive' in result['physai']['message']
+
+
+def test_numbers_go_on_over_refusals_and_activations(active):
+    before = send(active, {'prompt': 'a'})['physai']['request_id']
+    assert send(active, 'nonsense')['physai']['request_id'] == before + 1
+    assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 2
+    assert active.change('deactivate')
+    assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 3
+    assert active.change('activate')
+    assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 4
+
+
+def test_cancel_by_id(active):
+    active.loader.engines[-1].step_s = 0.01
+    for name in ('running', 'waiting'):
+        active.request.publish(String(data=json.dumps({'id': name, 'prompt': 'x' * 200})))
+    active.wait(lambda: active.heard['tokens'])
+    ended = send(active, {'id': 'waiting', 'cancel': True})
+    assert (ended['id'], ended['physai']['finish_reason']) == ('waiting', 'cancelled')
+    ended = send(active, {'id': 'running', 'cancel': True})
+    assert (ended['id'], ended['physai']['finish_reason']) == ('running', 'cancelled')
+    assert ended['physai']['cancel_ms'] < 1000
+    assert len(active.heard['result']) == 2
+
+
+def test_what_is_accepted_is_repeated(active):
+    asked = {'id': 'mine', 'messages': [{'role': 'user', 'content': 'a\0b'}], 'temperature': 0.5}
+    send(active, asked)
+    active.ask('plain')
+    send(active, {'prompt': ''})
+    active.wait(lambda: len(active.heard['accepted']) == 2)
+    first, second = (json.loads(message.data) for message in active.heard['accepted'])
+    assert (first['id'], first['request']) == ('mine', asked)
+    assert second['id'] is None
+    assert parse(json.dumps(second['request'])) == Request('plain')
+    assert second['request_id'] == first['request_id'] + 1
+    assert second['stamp'] >= first['stamp'] > 1.7e9
+
+
+def test_nul_and_half_surrogates_in_a_result(active):
+    assert send(active, {'prompt': 'a\x01'})['choices'][0]['message']['content'] == 'A\0'

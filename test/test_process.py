@@ -1,0 +1,223 @@
+"""The node's process from outside: its exit code, its launcher, its params files, Ctrl-C."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticStatus
+import pytest
+import rclpy
+
+PATIENCE_S = 60.0               # against hangs only
+NODE = [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '-p',
+        'diagnostics.period_s:=0.05']
+BROKEN = """
+from physai_decode.ros import process
+
+class Broken(process.DecodeNode):
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.create_timer(0.01, self.fail)
+
+    def fail(self):
+        raise ZeroDivisionError('a slip in a callback')
+
+process.DecodeNode = Broken
+process.main()
+"""
+LAUNCHER = """
+import os, subprocess, sys, time
+if sys.argv[1] == 'told':
+    os.environ['PHYSAI_DECODE_LAUNCHER'] = str(os.getpid())
+print(subprocess.Popen(sys.argv[2:]).pid, flush=True)
+time.sleep(60)
+"""
+COMMAND = """
+import sys
+from physai_decode.{module} import main
+sys.exit(main())
+"""
+INTERRUPTING = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+class Ears:
+    """What the node of a name says on /diagnostics."""
+
+    def __init__(self, name: str) -> None:
+        self.node = rclpy.create_node('ears')
+        self.name, self.heard = f'/{name}', []
+        self.node.create_subscription(DiagnosticArray, '/diagnostics', self._on, 10)
+
+    def _on(self, message):
+        if message.header.frame_id == self.name:
+            self.heard.append(message.status[-1])
+
+    def next(self) -> DiagnosticStatus:
+        """Wait for the next engine status."""
+        self.heard.clear()
+        end_s = time.monotonic() + PATIENCE_S
+        while not self.heard:
+            assert time.monotonic() < end_s, f'{self.name} was not heard'
+            rclpy.spin_once(self.node, timeout_sec=0.1)
+        return self.heard[-1]
+
+
+@pytest.fixture
+def ears():
+    """Give ears for a node's name."""
+    rclpy.init()
+    made = []
+
+    def make(name):
+        made.append(Ears(name))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.node.destroy_node()
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def start():
+    """Start processes that end with the test."""
+    processes = []
+
+    def begin(command, **options):
+        processes.append(subprocess.Popen(command, text=True, **options))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def named(name, *arguments):
+    """Give the command that starts the node under a name, to load nothing."""
+    return [*NODE, '-r', f'__node:={name}', '-p', 'autostart:=false', *arguments]
+
+
+def test_an_error_in_a_callback_is_no_clean_end():
+    """By its exit code systemd, or a launch file, knows to start the node again."""
+    done = subprocess.run(
+        [sys.executable, '-c', BROKEN, '--ros-args', '-p', 'autostart:=false'],
+        capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 1
+    assert 'a slip in a callback' in done.stderr
+
+
+def test_stopping_and_continuing_does_not_end_it(ears, start):
+    """SIGSTOP and SIGCONT, as a debugger's or a job control's, longer apart than any poll."""
+    heard = ears('stopped')
+    process = start(named('stopped'))
+    heard.next()
+    for _ in range(3):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    assert process.poll() is None
+    heard.next()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the platform has no pidfd')
+@pytest.mark.parametrize('told', ['told', 'by hand'])
+def test_an_orphan_of_a_launch_ends(ears, start, told):
+    """One that was started by hand goes on when its shell is gone."""
+    name = f'orphan_{told.replace(" ", "_")}'
+    heard = ears(name)
+    launcher = start([sys.executable, '-c', LAUNCHER, told, *named(name)],
+                     stdout=subprocess.PIPE)
+    node, ended = int(launcher.stdout.readline()), []
+    try:
+        heard.next()
+        launcher.kill()
+        launcher.wait()
+        if told == 'told':
+            ended, _, _ = select.select([launcher.stdout], [], [], PATIENCE_S)
+            assert ended and launcher.stdout.read() == ''       # nobody holds it open
+        else:
+            time.sleep(1.0)
+            heard.next()
+            os.kill(node, 0)
+    finally:
+        if told != 'told' or not ended:
+            os.kill(node, signal.SIGTERM)
+        launcher.stdout.read()
+
+
+def test_a_launcher_that_is_gone_at_the_start(start):
+    """The node ends at once, not never."""
+    gone = start([sys.executable, '-c', 'pass'])
+    gone.wait()
+    process = start(named('late'), env={**os.environ, 'PHYSAI_DECODE_LAUNCHER': str(gone.pid)},
+                    stderr=subprocess.PIPE)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert 'the process that launched this one has ended' in stderr
+
+
+def test_a_params_file_for_another_node_is_told(ears, start, tmp_path):
+    """In the log and on /diagnostics; and the node does not take the toy model instead."""
+    file = tmp_path / 'params.yaml'
+    file.write_text('/robot/decode: {ros__parameters: {model: {path: /models/a}}}')
+    heard = ears('other')
+    process = start([*NODE, '-r', '__node:=other', '--params-file', str(file), '-p',
+                     'diagnostics.period_s:=0.05'], stderr=subprocess.PIPE)
+    message = f'the params file {file} holds nothing for /other'
+    status = heard.next()
+    while 'failed' not in {pair.value for pair in status.values}:
+        assert status.level == DiagnosticStatus.WARN
+        assert status.message == message
+        status = heard.next()
+    assert 'model.path names no model' in status.message
+    assert status.level == DiagnosticStatus.ERROR
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert [line for line in stderr.splitlines() if message in line and '[ERROR]' in line]
+    assert 'configure failed: model.path names no model' in stderr
+
+
+@pytest.mark.parametrize(('content', 'path'), [
+    ('/**: {ros__parameters: {sampling.top_k: 3}}', ''),
+    ('plain: {ros__parameters: {model.path: /models/a}}', '/models/a'), (None, 'builtin:')])
+def test_the_default_model_is_for_a_start_without_a_file(ears, start, tmp_path, content, path):
+    """A file that names no model leaves the parameter empty; it can be set, then configured."""
+    file = tmp_path / 'params.yaml'
+    file.write_text(content or '')
+    heard = ears('plain')
+    start(named('plain', *(['--params-file', str(file)] if content else [])))
+    status = heard.next()
+    told = {pair.key: pair.value for pair in status.values}['model']
+    assert told.startswith(path) if path else told in ('', 'n/a')
+    assert status.level == DiagnosticStatus.OK
+
+
+@pytest.mark.parametrize(('module', 'library'), [
+    ('ros.process', 'rclpy'), ('ros.ask', 'rclpy'), ('ros.watch', 'rclpy'),
+    ('bench', 'physai_decode.benchmark')])
+def test_ctrl_c_during_imports_is_one_line(tmp_path, module, library):
+    """However early it comes, after Python's own start; the exit status says SIGINT."""
+    command = tmp_path / f'decode_{module.rpartition(".")[2]}'
+    command.write_text(COMMAND.format(module=module))
+    hook = 'import importlib.abc, sys\nclass Hook(importlib.abc.MetaPathFinder):\n'
+    hook += f'    def find_spec(self, name, *_):\n        if name == {library!r}:\n'
+    hook += ''.join(f'            {line}\n' for line in INTERRUPTING.strip().splitlines())
+    (tmp_path / 'sitecustomize.py').write_text(hook + 'sys.meta_path.insert(0, Hook())\n')
+    paths = [str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])]
+    done = subprocess.run(
+        [sys.executable, str(command)], capture_output=True, text=True, timeout=PATIENCE_S,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+    assert done.stderr == f'{command.name}: interrupted\n'
+    assert done.returncode == -signal.SIGINT

@@ -1,0 +1,149 @@
+"""Requests in JSON: what is taken, and how each wrong field is named."""
+
+import json
+import re
+
+from physai_decode.request import Cancel
+from physai_decode.request import Message
+from physai_decode.request import parse
+from physai_decode.request import Request
+from physai_decode.request import RequestError
+import pytest
+
+FULL = {
+    'id': 'mine', 'messages': [
+        {'role': 'system', 'content': 'You are a robot.'}, {'role': 'user', 'content': 'go'},
+        {'role': 'assistant', 'content': 'gone'}, {'role': 'tool', 'content': '7'},
+        {'role': 'user', 'content': [{'type': 'text', 'text': 'come '},
+                                     {'type': 'text', 'text': 'back'}]}],
+    'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0, 'repetition_penalty': 1.1,
+    'seed': 7, 'max_tokens': 12, 'stop': ['a', 'b'],
+    'chat_template_kwargs': {'enable_thinking': False},
+    'deadline': {'ttft_ms': 100, 'token_ms': 20.5, 'request_ms': 1000, 'action': 'truncate'}}
+
+
+def read(**fields):
+    """Read a request with these fields, and a prompt where it has none."""
+    return parse(json.dumps(fields if 'messages' in fields else {'prompt': 'go', **fields}))
+
+
+def test_every_field():
+    asked = parse(json.dumps(FULL))
+    assert asked.client_id == 'mine'
+    assert [message.role for message in asked.messages] == [
+        'system', 'user', 'assistant', 'tool', 'user']
+    assert asked.messages[-1] == Message('user', 'come back')
+    assert asked.sampling == {
+        'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.0, 'repetition_penalty': 1.1,
+        'seed': 7, 'max_new_tokens': 12, 'stop': ('a', 'b')}
+    assert asked.deadline == {
+        'ttft_ms': 100.0, 'token_ms': 20.5, 'request_ms': 1000.0, 'action': 'truncate'}
+    assert asked.chat_template_kwargs == {'enable_thinking': False}
+
+
+@pytest.mark.parametrize('value', [FULL, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}])
+def test_it_can_be_written_and_read_again(value):
+    asked = parse(json.dumps(value))
+    assert parse(json.dumps(asked.to_json())) == asked
+
+
+def test_a_prompt_alone_keeps_every_parameter():
+    assert read() == Request('go')
+
+
+def test_null_is_absent():
+    assert read(temperature=None, stop=None, id=None) == Request('go')
+
+
+def test_one_stop_text_is_a_list_of_one():
+    assert read(stop='END').sampling == {'stop': ('END',)}
+
+
+def test_the_id_may_be_in_the_metadata():
+    assert read(metadata={'id': 'x', 'other': 1}).client_id == 'x'
+    assert read(metadata={'id': 'x'}, id='x').client_id == 'x'
+
+
+def test_what_asks_for_nothing_is_taken():
+    assert read(response_format={'type': 'text'}, tools=[], tool_choice='none') == Request('go')
+
+
+def test_cancel():
+    assert parse('{"id": "x", "cancel": true}') == Cancel('x')
+
+
+@pytest.mark.parametrize(('fields', 'told'), [
+    ({'temprature': 1}, "'temprature' is no field of a request: allowed are id, metadata,"),
+    ({'temperature': 'hot'}, "temperature is 'hot': expected a number"),
+    ({'temperature': True}, 'temperature is True: expected a number'),
+    ({'temperature': -1}, 'temperature is -1.0: allowed are 0.0 to 10.0'),
+    ({'temperature': 11}, 'temperature is 11.0: allowed are 0.0 to 10.0'),
+    ({'top_k': 1.5}, 'top_k is 1.5: expected a whole number'),
+    ({'max_tokens': 0}, 'max_tokens is 0: allowed are 1 to'),
+    ({'max_new_tokens': 5}, "'max_new_tokens' is no field of a request"),
+    ({'stop': [1]}, 'stop is (1,): expected a list of strings'),
+    ({'stop': {}}, 'stop is {}: expected a list of strings'),
+    ({'prompt': 7}, 'prompt is 7: expected a string'),
+    ({'prompt': None}, 'either prompt, a string, or messages, a list: neither was given'),
+    ({'messages': [], 'prompt': 'go'}, 'either prompt, a string, or messages, a list: both'),
+    ({'messages': []}, 'messages is []: expected a list of one message or more'),
+    ({'messages': 'go'}, "messages is 'go': expected a list"),
+    ({'messages': ['go']}, "messages[0] is 'go': expected an object"),
+    ({'messages': [{'role': 'robot', 'content': ''}]}, "messages[0].role is 'robot'"),
+    ({'messages': [{'role': 'user'}]}, 'messages[0].content is None: expected a string'),
+    ({'messages': [{'role': 'user', 'content': 'x', 'name': 'y'}]},
+     'messages[0].name is no field of a message'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}]},
+     'messages[0].content[0] is'),
+    ({'deadline': 5}, 'deadline is 5: expected an object'),
+    ({'deadline': {'ms': 5}}, 'deadline.ms is no field of a request: allowed are deadline.ttft'),
+    ({'deadline': {'action': 'shout'}}, "deadline.action is 'shout': allowed are report, trunc"),
+    ({'deadline': {'token_ms': -1}}, 'deadline.token_ms is -1.0: allowed are 0.0 to'),
+    ({'chat_template_kwargs': []}, 'chat_template_kwargs is []: expected an object'),
+    ({'chat_template_kwargs': {'a': [1]}}, 'chat_template_kwargs.a is [1]: expected true'),
+    ({'chat_template_kwargs': {'a b': 1}}, 'chat_template_kwargs.a b is 1: expected'),
+    ({'response_format': {'type': 'json_object'}}, 'response_format is'),
+    ({'structured_outputs': {'regex': 'a'}}, 'structured_outputs is'),
+    ({'tools': [{}]}, 'tools is [{}]: this version of the node does not support it'),
+    ({'tool_choice': 'required'}, "tool_choice is 'required'"),
+    ({'cancel': True}, 'to cancel, send'), ({'cancel': False}, 'to cancel, send')])
+def test_a_wrong_field_is_named(fields, told):
+    with pytest.raises(RequestError, match=re.escape(told)) as raised:
+        read(id='mine', **fields)
+    assert raised.value.client_id == 'mine'
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize('value', ['', 'x' * 129, 7, ['x'], 'a\nb', 'a\0', '\ud800', True])
+@pytest.mark.parametrize('place', ['id', 'metadata.id'])
+def test_a_wrong_id(value, place):
+    with pytest.raises(RequestError, match=f'^{re.escape(place)} is .*128 printable') as raised:
+        read(**({'id': value} if place == 'id' else {'metadata': {'id': value}}))
+    assert raised.value.client_id == ''
+
+
+def test_two_ids():
+    with pytest.raises(RequestError, match="id is 'a', but metadata.id is 'b'"):
+        read(id='a', metadata={'id': 'b'})
+    with pytest.raises(RequestError, match='metadata is 7'):
+        read(metadata=7)
+
+
+@pytest.mark.parametrize('text', [
+    '', 'hello', '{', '[1]', '"x"', '7', 'null', '{"prompt": NaN}', '{"prompt": "a"} x',
+    '[' * 100_000, '{"a":' * 100_000, '{"temperature": 1e999, "prompt": "a"}',
+    '{"prompt": "a", "prompt": "b"}', '{"seed": 1' + '0' * 5000 + ', "prompt": "a"}'])
+def test_what_is_no_request(text):
+    with pytest.raises(RequestError):
+        parse(text)
+
+
+def test_a_field_given_twice_is_named():
+    with pytest.raises(RequestError, match="'prompt' is given twice"):
+        parse('{"prompt": "a", "prompt": "b"}')
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(RequestError) as raised:
+        read(temperature='x' * 10_000)
+    assert len(str(raised.value)) < 400

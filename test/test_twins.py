@@ -1,0 +1,68 @@
+"""A node that finds another of its name, or another publisher on its tokens, says so."""
+
+from contextlib import contextmanager
+
+from node_rig import Rig
+from physai_decode.ros import messages
+import pytest
+import rclpy
+from rclpy.node import Node
+from std_msgs.msg import String
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def rig(monkeypatch):
+    """Give a node that looks at the graph at every message on /diagnostics."""
+    monkeypatch.setattr('physai_decode.ros.twins.LOOK_EVERY_S', 0.0)
+    rig = Rig()
+    yield rig
+    rig.close()
+
+
+@contextmanager
+def other(name):
+    """Have one more node."""
+    node = Node(name)
+    try:
+        yield node
+    finally:
+        node.destroy_node()
+
+
+def engine(rig, level):
+    """Wait for an engine status of this level; gives its message."""
+    told = {}
+
+    def found():
+        told.update(rig.diagnostics('decode: engine'))
+        return told['level'] == level
+
+    rig.wait(found)
+    return told['message']
+
+
+def test_a_second_node_of_the_name(rig, capfd):
+    """It is an ERROR as long as it is there, and logged once."""
+    assert engine(rig, messages.OK) == 'inactive'
+    with other('decode'):
+        assert engine(rig, messages.ERROR).startswith('2 nodes are called /decode: ')
+    assert engine(rig, messages.OK) == 'inactive'
+    log = capfd.readouterr().err
+    assert log.count('2 nodes are called /decode: ') == 1
+    assert log.count('no other node passes for this one any more') == 1
+
+
+def test_a_second_publisher_of_tokens(rig):
+    """Whose it is, is told."""
+    with other('impostor') as node:
+        node.create_publisher(String, '/decode/tokens', 10)
+        assert engine(rig, messages.ERROR) == (
+            '2 publishers are on /decode/tokens, of /decode, /impostor: streams mix there')

@@ -1,0 +1,244 @@
+"""What one request asks for: its own options, conversation, identity and end."""
+
+import threading
+
+from fake_engine import CharacterText
+from fake_engine import FakeEngine
+from fake_engine import forever
+from fake_engine import Gate
+from fake_engine import say
+from physai_decode.config import ChatConfig
+from physai_decode.config import DeadlineConfig
+from physai_decode.config import QueueConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.request import Message
+from physai_decode.request import Request
+import pytest
+from worker_rig import making
+from worker_rig import Sink
+from worker_rig import TIMEOUT_S
+
+
+def texts(engine):
+    """Give the prompts that an engine got, as text."""
+    return [''.join(map(chr, ids)) for ids in engine.prompts]
+
+
+@pytest.fixture
+def make():
+    """Give a function that makes a started worker and its sink; stop all at the end."""
+    with making() as make:
+        yield make
+
+
+def test_each_request_has_its_own_sampling(make):
+    engine = FakeEngine()
+    worker, sink = make(engine, sampling=SamplingConfig(temperature=0.5, max_new_tokens=4))
+    for options in ({}, {'temperature': 0.9, 'max_new_tokens': 2}, {'stop': ('c',)}, {}):
+        sink.end(worker.submit(Request('abcdef', sampling=options)))
+    assert [(each.temperature, each.max_new_tokens) for each in engine.samplings] == [
+        (0.5, 4), (0.9, 2), (0.5, 4), (0.5, 4)]
+    assert [text for _, text in sink.ends] == ['abcd', 'ab', 'ab', 'abcd']
+
+
+def test_each_request_has_its_own_deadline(make):
+    now = [0.0]
+
+    def steps(prompt_ids):
+        for step in forever():
+            now[0] += 0.04
+            yield step
+
+    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+                        deadline=DeadlineConfig(request_ms=100.0, action='truncate'))
+    for options, count in (({}, 3), ({'request_ms': 200.0}, 6), ({'action': 'report'}, 9)):
+        report, text = sink.end(worker.submit(Request(
+            'go', deadline=options, sampling={'max_new_tokens': 9})))
+        assert len(text) == count
+        assert report.deadline_misses == 1
+
+
+def test_a_fresh_seed_for_each_request(make):
+    engine = FakeEngine()
+    worker, sink = make(engine, sampling=SamplingConfig(seed=-1))
+    reports = [sink.end(worker.submit(Request('go')))[0] for _ in range(8)]
+    fixed, _ = sink.end(worker.submit(Request('go', sampling={'seed': 5})))
+    used = [each.seed for each in engine.samplings]
+    assert [report.seed for report in [*reports, fixed]] == used
+    assert used[-1] == 5
+    assert len(set(used)) == 9
+    assert all(0 <= seed < 2**31 for seed in used)
+
+
+def test_messages_are_the_clients_own_conversation(make):
+    engine = FakeEngine()
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True, system_prompt='sys'))
+    sink.end(worker.submit(Request('one')))
+    sink.end(worker.submit(Request(messages=(Message('user', 'x'), Message('user', 'y')))))
+    sink.end(worker.submit(Request('two')))
+    assert texts(engine) == ['sys\none', 'x\ny', 'sys\none\none\ntwo']
+
+
+def test_the_template_gets_the_requests_variables(make):
+    class Noting(CharacterText):
+        def encode(self, messages, chat_template_kwargs=None):
+            given.append(chat_template_kwargs)
+            return super().encode(messages)
+
+    given = []
+    worker, sink = make(text=Noting())
+    sink.end(worker.submit(Request('go', chat_template_kwargs={'a': 1})))
+    assert given == [{'a': 1}]
+
+
+def test_reports_bear_the_clients_id(make):
+    worker, sink = make()
+    sink.end(worker.submit(Request('abc', client_id='mine')))
+    sink.end(worker.submit(Request('', client_id='mine')))
+    sink.end(worker.submit(Request('abc')))
+    assert [report.client_id for report, _ in sink.ends] == ['mine', 'mine', '']
+    assert [report.client_id for report in sink.tokens] == 3 * ['mine'] + 3 * ['']
+    assert {number: asked.client_id for number, asked in sink.asked.items()} == {1: 'mine', 3: ''}
+
+
+def test_an_id_is_one_requests_until_that_ends(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
+    running = worker.submit(Request('a', client_id='x'))
+    waiting = worker.submit(Request('a', client_id='y'))
+    for taken in 'xy':
+        report, _ = sink.end(worker.submit(Request('b', client_id=taken)))
+        assert report.finish_reason == 'rejected'
+        assert f"id '{taken}' is taken by a request that has not ended" in report.message
+    gate.open(9)
+    for number in (running, waiting):
+        assert sink.end(number)[0].finish_reason == 'stop'
+    assert sink.end(worker.submit(Request('a', client_id='x')))[0].finish_reason == 'stop'
+
+
+def test_cancel_by_the_clients_id(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
+    numbers = {name: worker.submit(Request('a', client_id=name)) for name in 'abc'}
+    assert gate.waiting.wait(TIMEOUT_S)
+    assert worker.cancel(client_id='nobody') == 'nothing running'
+    assert worker.cancel(client_id='b') == 'removed 1 waiting'
+    assert sink.end(numbers['b'])[0].finish_reason == 'cancelled'
+    assert worker.cancel(client_id='a') == 'cancelled request 1'
+    gate.open(9)
+    assert sink.end(numbers['a'])[0].finish_reason == 'cancelled'
+    assert sink.end(numbers['c'])[0].finish_reason == 'stop'
+
+
+def test_cancel_by_number(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
+    first, second = worker.submit(Request('a')), worker.submit(Request('b'))
+    worker.cancel(second)
+    gate.open(9)
+    assert sink.end(first)[0].finish_reason == 'stop'
+    assert sink.end(second)[0].finish_reason == 'cancelled'
+
+
+def test_a_listener_hears_of_its_request_alone(make):
+    worker, sink = make()
+    mine = Sink()
+    worker.submit(Request('other'))
+    number = worker.submit(Request('mine'), listener=mine)
+    refused = worker.submit(Request(''), listener=mine)
+    assert mine.end(refused)[0].finish_reason == 'rejected'
+    assert mine.end(number)[1] == 'mine'
+    assert {report.request_id for report in mine.tokens} == {number}
+    sink.end(number)
+
+
+def test_a_correction_stands_after_what_it_corrects(make):
+    """A running request and one that waits, both preempted, are still in the conversation."""
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=400)
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True),
+                        queue=QueueConfig(policy='preempt'))
+    first = worker.submit(Request('Bring me the red cup'))
+    gate.open(1)
+    sink.wait_tokens(1)
+    second = worker.submit(Request('No, the blue one'))
+    third = worker.submit(Request('No, the green one'))
+    gate.open(9)
+    assert [sink.end(number)[0].finish_reason for number in (first, second, third)] == [
+        'preempted', 'preempted', 'stop']
+    assert texts(engine)[-1] == (
+        'Bring me the red cup\no\nNo, the blue one\n\nNo, the green one')
+
+
+def test_a_cancelled_turn_is_not_in_the_conversation(make):
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(say('ok')))
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True))
+    first, second = worker.submit(Request('a')), worker.submit(Request('b'))
+    worker.cancel()
+    gate.open(9)
+    sink.end(first), sink.end(second)
+    sink.end(worker.submit(Request('c')))
+    assert texts(engine)[-1] == 'c'
+
+
+def test_a_full_conversation_loses_its_cache_now_and_then_only(make):
+    """Each request that only adds to the one before it finds that in the cache."""
+    engine = FakeEngine(lambda ids: say('ok'), max_context=200)
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True),
+                        sampling=SamplingConfig(max_new_tokens=20))
+    reports = [sink.end(worker.submit(Request(f'{index:06}')))[0] for index in range(100)]
+    lost = [report for report in reports[1:] if report.cached_tokens < 6]
+    assert 0 < len(lost) < 15           # and not each one from the twentieth on
+    assert all('turns dropped' in report.message for report in lost)
+
+
+def test_a_long_prompt_does_not_cost_the_conversation(make):
+    engine = FakeEngine(max_context=64)
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True))
+    sink.end(worker.submit(Request('one')))
+    assert sink.end(worker.submit(Request('p' * 64)))[0].finish_reason == 'rejected'
+    sink.end(worker.submit(Request('two')))
+    assert texts(engine)[-1] == 'one\none\ntwo'
+
+
+@pytest.mark.parametrize(('text', 'refused'), [
+    ('x' * 1000, False), ('x' * 1001, True), ('ä' * 500, False), ('ä' * 501, True),
+    ('\ud800' * 2000, True)])
+def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
+    class Unread(CharacterText):
+        def encode(self, messages, chat_template_kwargs=None):
+            read.append(1)
+            return super().encode(messages)
+
+    read = []
+    worker, sink = make(FakeEngine(max_context=5000), text=Unread(),
+                        queue=QueueConfig(max_request_bytes=1000))
+    for request in (Request(text), Request(messages=(Message('user', text),))):
+        report, _ = sink.end(worker.submit(request))
+        assert ('more than 1000 bytes' in report.message) == refused
+    assert bool(read) != refused
+
+
+def test_cancel_is_heard_between_two_encodings(make):
+    class Slow(CharacterText):
+        def encode(self, messages, chat_template_kwargs=None):
+            if len(messages) > 1:
+                begun.set()
+                assert go.wait(TIMEOUT_S)
+                encoded.append(len(messages))
+            return super().encode(messages)
+
+    begun, go, encoded = threading.Event(), threading.Event(), []
+    worker, sink = make(FakeEngine(lambda ids: say('x' * 30), max_context=200), text=Slow(),
+                        chat=ChatConfig(keep_history=True))
+    go.set()
+    for index in range(5):
+        sink.end(worker.submit(Request(f'{index}')))
+    encoded.clear(), begun.clear(), go.clear()
+    number = worker.submit(Request('p' * 100))
+    assert begun.wait(TIMEOUT_S)
+    worker.cancel(number)
+    go.set()
+    assert sink.end(number)[0].finish_reason == 'cancelled'
+    assert len(encoded) == 1

@@ -1,0 +1,83 @@
+"""A worker on a scripted engine, and a sink that keeps all reports."""
+
+from contextlib import contextmanager
+import threading
+import time
+
+from fake_engine import CharacterText
+from fake_engine import FakeEngine
+from physai_decode.config import DecodeConfig
+from physai_decode.roofline import Peak
+from physai_decode.worker import Worker
+
+TIMEOUT_S = 60
+
+
+class Sink:
+    """Keeps all reports, and lets a test wait for a request's end."""
+
+    def __init__(self):
+        self.asked = {}
+        self.tokens = []
+        self.ends = []
+        self.threads = {}
+        self._changed = threading.Condition()
+
+    def accepted(self, number, request):
+        self.asked[number] = request
+
+    def token(self, report):
+        with self._changed:
+            self.tokens.append(report)
+            self._changed.notify_all()
+
+    def finished(self, report, text):
+        with self._changed:
+            self.ends.append((report, text))
+            self.threads[report.request_id] = threading.current_thread()
+            self._changed.notify_all()
+
+    def end(self, request_id):
+        """Wait for a request's end, give its report and text."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: any(report.request_id == request_id for report, _ in self.ends),
+                TIMEOUT_S), f'request {request_id} did not end'
+            ends = [end for end in self.ends if end[0].request_id == request_id]
+        assert len(ends) == 1
+        report, text = ends[0]
+        pieces = [token for token in self.tokens if token.request_id == request_id]
+        assert ''.join(piece.text for piece in pieces) == text
+        assert [piece.index for piece in pieces] == list(range(len(pieces)))
+        assert report.output_tokens == len(pieces)
+        return report, text
+
+    def wait_tokens(self, count):
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.tokens) >= count, TIMEOUT_S)
+
+
+@contextmanager
+def making():
+    """Give a function that makes a started worker and its sink; stop all at the end."""
+    workers = []
+
+    def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True, **groups):
+        sink = sink or Sink()
+        worker = Worker(engine or FakeEngine(), text or CharacterText(), DecodeConfig(**groups),
+                        sink, clock=clock, peak=Peak(1e6, 'parameter'))
+        workers.append(worker)
+        if start:
+            worker.start()
+        return worker, sink
+
+    yield make
+    for worker in workers:
+        assert worker.stop(TIMEOUT_S)
+
+
+def wait_for(condition):
+    until_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.001)
