@@ -232,23 +232,6 @@ def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False):
             assert_close(one, expected)
 
 
-@pytest.mark.parametrize('vocab, best', [(5, 4), (1000, 0), (5000, 4321)])
-def test_advance(make, vocab, best):
-    logits = make(vocab)
-    logits[best] = 100.0
-    if best + 1 < vocab:
-        logits[best + 1] = 100.0     # of equals the first
-    token, position = torch.zeros(1, dtype=torch.int64, device=DEVICE), \
-        torch.tensor([9], device=DEVICE)
-    history = torch.zeros(16, dtype=torch.int64, device=DEVICE)
-    ops = TritonOps(DEVICE)
-    for place in (10, 11):
-        ops.advance(logits, token, position, history)
-        assert token.item() == best
-        assert position.item() == place
-        assert history[place].item() == best
-
-
 def stand_in(products, step=lambda: None):
     """Give what `TritonOps.tune` asks of a transformer."""
     return SimpleNamespace(products=lambda: products, step=step, max_context=1000,

@@ -1,13 +1,25 @@
-"""How both engines draw a token, against the probabilities that the transformers library gives."""
+"""How both engines choose a token, against what the transformers library keeps and draws from."""
 
 from dataclasses import replace
+from itertools import product
+import math
+import os
+
+import pytest
+
+torch = pytest.importorskip('torch')
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 from physai_decode.config import SamplingConfig
-from physai_decode.engines.native.sampling import is_plain_greedy
+from physai_decode.engine import NO_TOKEN
+from physai_decode.engines.native import sampling as native
+from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.sampling import GREEDY
+from physai_decode.engines.native.sampling import HostSampler
+from physai_decode.engines.native.sampling import Plan
 from physai_decode.engines.native.sampling import Sampler
 from physai_decode.engines.transformers import Chooser
-import pytest
-import torch
 import transformers
 
 VOCAB = 50
@@ -31,8 +43,28 @@ SETTINGS = {
                           repetition_penalty=1.3)}
 
 
-def random_logits(seed):
-    return 2.0 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+def random_logits(seed, vocab=VOCAB):
+    return 2.0 * torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def peaked(logits):
+    return logits.index_add(0, torch.arange(5), 10.0 + torch.arange(5.0))
+
+
+def masked(logits):
+    return logits.where(torch.arange(len(logits)) % 3 > 0, -math.inf)
+
+
+SHAPES = {
+    'as they come': lambda logits: logits, 'peaked': peaked, 'masked': masked,
+    'nearly equal': lambda logits: 1e-3 * logits, 'far apart': lambda logits: 50.0 * logits,
+    'ties': torch.round, 'all equal': torch.zeros_like}
+WITH_TIES = ('ties', 'all equal')
+GRID = [
+    SamplingConfig(0.7, top_k, top_p, min_p, penalty)
+    for top_k, top_p, min_p, penalty in product(
+        (0, 1, 7, 1000), (1.0, 0.9, 0.35, 0.0, 1e-4, 0.9999), (0.0, 0.1, 1.0), (1.0, 1.3))
+] + [SamplingConfig(temperature, 0, 0.8, 0.02) for temperature in (1e-38, 1e-3, 1.0, 10.0)]
 
 
 @pytest.fixture(scope='module')
@@ -44,9 +76,9 @@ def network():
 
 
 @pytest.fixture
-def expected(network):
-    """Give the function that computes what the library's `generate` would sample from."""
-    def probabilities(logits, sampling, seen):
+def library(network):
+    """Give the function that computes the scores which the library's `generate` samples from."""
+    def scores(logits, sampling, seen):
         generation = transformers.GenerationConfig(
             do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
             top_p=sampling.top_p, min_p=sampling.min_p or None,
@@ -54,8 +86,8 @@ def expected(network):
         processors = network._get_logits_processor(
             generation, input_ids_seq_length=len(seen), encoder_input_ids=None,
             prefix_allowed_tokens_fn=None, logits_processor=[], device='cpu')
-        return processors(torch.tensor([seen]), logits[None]).softmax(-1)[0]
-    return probabilities
+        return processors(torch.tensor([seen]), logits[None])[0]
+    return scores
 
 
 def assert_drawn_from(counts, probabilities):
@@ -77,78 +109,276 @@ def count(tokens):
     return torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
 
 
+class State:
+    """What `Sampler.draw` works on: a token, its place, and a history."""
+
+    def __init__(self, place=4, device=CPU):
+        self.position = torch.tensor([place], device=device)
+        self.token = torch.full((1,), -7, device=device)
+        self.history = torch.full((place + 64,), -7, device=device)
+
+    def draw(self, sampler, plan, logits):
+        """Give the id that the host reads, and see that the device goes on with one of its own."""
+        place, before, history = int(self.position) + 1, logits.clone(), self.history.clone()
+        sampler.draw(plan, logits, self.position, self.token, self.history)
+        assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+        assert int(self.position) == place
+        assert 0 <= int(self.token) < len(logits)
+        chosen = int(self.history[place])
+        assert chosen in (int(self.token), NO_TOKEN)
+        history[place] = chosen
+        assert torch.equal(self.history, history)
+        return chosen
+
+
+def begun(kind, sampling, vocab=VOCAB, prompt=PROMPT, device=CPU):
+    """Give a sampler that has taken a request's settings, and its plan."""
+    sampler = kind(vocab, device)
+    return sampler, sampler.begin(sampling, torch.tensor(prompt, device=device))
+
+
+def native_draw(sampler, plan, logits, place):
+    return State(place - 1).draw(sampler, plan, logits)
+
+
+@pytest.fixture(params=['fixed', 'host', 'kernels'])
+def kind(request):
+    """Give each way to choose on this machine."""
+    if request.param != 'kernels':
+        return {'fixed': Sampler, 'host': HostSampler}[request.param]
+    pytest.importorskip('triton')
+    from physai_decode.engines.native.sampling_kernels import TritonSampler
+    if torch.cuda.is_available():
+        return lambda vocab, device: OnDevice(TritonSampler(vocab, torch.device('cuda'), 16, True))
+    return TritonSampler
+
+
+class OnDevice:
+    """A sampler on a GPU for tests that know a CPU alone."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def begin(self, sampling, prompt_ids):
+        """See `Sampler.begin`."""
+        return self.sampler.begin(sampling, prompt_ids.cuda())
+
+    def draw(self, plan, logits, *outputs):
+        """See `Sampler.draw`."""
+        moved = [each.cuda() for each in outputs]
+        self.sampler.draw(plan, logits.cuda(), *moved)
+        for output, each in zip(outputs, moved):
+            output.copy_(each)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('sampling, key', [
+    (SamplingConfig(), 'greedy'),
+    (SamplingConfig(top_k=3, top_p=0.5, min_p=0.1, seed=9), 'greedy'),
+    (SamplingConfig(repetition_penalty=1.1, top_k=3), 'repetition_penalty'),
+    (PLAIN, 'temperature'),
+    (replace(PLAIN, top_k=4, min_p=0.1), 'temperature+top_k+min_p'),
+    (SETTINGS['all'], 'repetition_penalty+temperature+top_k+top_p+min_p')])
+def test_a_plan_has_the_stages_that_are_needed(sampling, key):
+    plan = Plan.of(sampling)
+    assert plan.key == key
+    assert (plan == GREEDY) == (key == 'greedy')
+    assert {plan: 1}[Plan.of(replace(sampling, seed=5))] == 1
+
+
+def test_what_draws_on_a_cpu_is_what_may_look_at_values():
+    assert type(TorchOps(on_host=True).sampler(VOCAB, CPU)) is HostSampler
+    assert type(TorchOps(on_host=False).sampler(VOCAB, CPU)) is Sampler
+
+
+# --- what is kept -------------------------------------------------------------------------------
+
+def spread(ids, scores, vocab):
+    """Give scores [vocab], -inf where an id was dropped."""
+    if ids is None:
+        return scores
+    assert torch.equal(ids, ids.unique())
+    return torch.full((vocab,), -math.inf).index_copy_(0, ids, scores)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('vocab', [VOCAB, 5000])
+@pytest.mark.parametrize('sampler_kind', [Sampler, HostSampler])
+def test_the_same_tokens_are_kept_as_by_the_library(sampler_kind, vocab, shape, library):
+    """Bit for bit the same scores; which of equals at top-p's border stay is another matter."""
+    assert VOCAB < native.FEW < 5000      # whether scores are put into bins
+    for seed, sampling in enumerate(GRID):
+        logits = SHAPES[shape](random_logits(seed, vocab))
+        sampler, plan = begun(sampler_kind, sampling, vocab)
+        wanted = library(logits, replace(sampling, temperature=max(
+            sampling.temperature, native.COLDEST)), PROMPT)
+        got = spread(*sampler.kept(plan, logits), vocab)
+        if shape in WITH_TIES:
+            got, wanted = got.sort().values, wanted.sort().values
+        assert torch.equal(got, wanted), (shape, sampling)
+
+
+def test_of_equals_at_the_border_the_highest_ids_are_kept():
+    for vocab in (8, 8192):
+        for sampler_kind in (Sampler, HostSampler):
+            sampler, plan = begun(sampler_kind, replace(PLAIN, top_p=0.5), vocab, [1])
+            got = spread(*sampler.kept(plan, torch.zeros(vocab)), vocab)
+            assert torch.equal(got == 0, torch.arange(vocab) >= vocab // 2)
+            sampler, plan = begun(sampler_kind, replace(PLAIN, top_k=3), vocab, [1])
+            assert (spread(*sampler.kept(plan, torch.zeros(vocab)), vocab) == 0).all()
+
+
+@pytest.mark.parametrize('vocab', [51, 2501])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_kernels_keep_and_draw_what_their_twin_does(shape, vocab):
+    """With more scores at a border than stay in registers, too."""
+    kernels = pytest.importorskip('physai_decode.engines.native.sampling_kernels')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    assert 51 < kernels.FEW.value < 2501
+    for seed, sampling in enumerate(GRID[list(SHAPES).index(shape)::5]):
+        sampling = replace(sampling, seed=seed)
+        logits = SHAPES[shape](random_logits(seed, vocab)).to(device)
+        twin, plan = begun(Sampler, sampling, vocab, PROMPT, device)
+        sampler, _ = begun(kernels.TritonSampler, sampling, vocab, PROMPT, device)
+        wanted = twin.kept(plan, logits)[1] > -math.inf
+        one, other = State(device=device), State(device=device)
+        assert one.draw(twin, plan, logits) == other.draw(sampler, plan, logits), sampling
+        border = int(sampler._state[-1])
+        for _ in range(2):
+            assert one.draw(twin, plan, logits) == other.draw(sampler, plan, logits), sampling
+        sampler.begin(sampling, torch.tensor(PROMPT, device=device))
+        got = left_by_kernels(sampler, plan, logits, border)
+        assert torch.equal(got, wanted), sampling
+
+
+def left_by_kernels(sampler, plan, logits, border):
+    """Tell which ids kernels keep that found ``border``."""
+    scores = sampler.kept(Plan(plan.repetition_penalty), logits)[1] * (1 / sampler._floats[0])
+    keep = scores > -math.inf
+    if plan.truncates:
+        # As `_ordered`; the id counts only among equals.
+        bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+        bits = (bits ^ ((bits >> 31) & 0x7fffffff)).long()
+        keep &= (bits << 32) + torch.arange(len(bits), device=bits.device) >= border
+    if plan.min_p:
+        keep &= (scores - scores.max()).exp() >= sampler._floats[2]
+    return keep
+
+
 @pytest.mark.parametrize('name', SETTINGS)
-def test_native_probabilities(name, expected):
+def test_native_probabilities(name, library):
     sampling = SETTINGS[name]
-    sampler = Sampler(VOCAB, CPU)
     for seed in range(20):
         logits = random_logits(seed)
-        sampler.begin(sampling, torch.tensor(PROMPT))
-        weights, ids = sampler.probabilities(logits)
-        ours = torch.zeros(VOCAB).index_copy_(0, ids, weights / weights.sum())
-        assert torch.allclose(ours, expected(logits, sampling, PROMPT), atol=1e-6)
+        sampler, plan = begun(HostSampler, sampling)
+        ours = spread(*sampler.kept(plan, logits), VOCAB).softmax(0)
+        wanted = library(logits, sampling, PROMPT).softmax(0)
+        assert torch.allclose(ours, wanted, atol=1e-6)
 
 
-def native_draw(sampler, logits, position):
-    token = torch.zeros(1, dtype=torch.int64)
-    sampler.draw(logits, torch.tensor([position]), token)
-    return int(token)
-
+# --- what is drawn ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', [
     'plain', 'cool', 'hot', 'top_k', 'top_p', 'top_p_of_nothing', 'min_p'])
-def test_native_draws(name, expected):
+def test_native_draws(name, library):
     sampling, logits = SETTINGS[name], random_logits(0)
-    sampler = Sampler(VOCAB, CPU)
-    sampler.begin(sampling, torch.tensor(PROMPT))
-    tokens = [native_draw(sampler, logits, position) for position in range(DRAWS)]
-    assert_drawn_from(count(tokens), expected(logits, sampling, PROMPT).double())
+    sampler, plan = begun(HostSampler, sampling)
+    tokens = [native_draw(sampler, plan, logits, place) for place in range(1, DRAWS + 1)]
+    assert_drawn_from(count(tokens), library(logits, sampling, PROMPT).softmax(0).double())
 
 
-def test_native_draws_over_seeds(expected):
+def test_native_draws_over_seeds(library):
     logits = random_logits(1)
-    sampler = Sampler(VOCAB, CPU)
+    sampler = HostSampler(VOCAB, CPU)
     tokens = []
     for seed in range(DRAWS):
-        sampler.begin(replace(PLAIN, seed=seed), torch.tensor(PROMPT))
-        tokens.append(native_draw(sampler, logits, len(PROMPT)))
-    assert_drawn_from(count(tokens), expected(logits, PLAIN, PROMPT).double())
+        plan = sampler.begin(replace(PLAIN, seed=seed), torch.tensor(PROMPT))
+        tokens.append(native_draw(sampler, plan, logits, len(PROMPT)))
+    assert_drawn_from(count(tokens), library(logits, PLAIN, PROMPT).softmax(0).double())
 
 
 def test_native_draws_are_independent():
     logits = torch.zeros(VOCAB)
-    sampler = Sampler(VOCAB, CPU)
-    sampler.begin(PLAIN, torch.tensor(PROMPT))
-    tokens = torch.tensor([native_draw(sampler, logits, place) for place in range(2 * DRAWS)])
+    sampler, plan = begun(HostSampler, PLAIN)
+    tokens = torch.tensor([
+        native_draw(sampler, plan, logits, place) for place in range(1, 2 * DRAWS + 1)])
     # Neighbours as one of the pairs of 5 * 5 equal classes.
     classes = tokens // (VOCAB // 5)
     pairs = torch.bincount(classes[0::2] * 5 + classes[1::2], minlength=25).double()
     assert_drawn_from(pairs, torch.full((25,), 1 / 25, dtype=torch.float64))
 
 
-def test_native_penalises_its_own_tokens(expected):
+def test_waiting_times_are_exponential():
+    """Over ids, places and seeds, down to the shortest, which decide."""
+    ids = native.mix(torch.arange(100_000, dtype=torch.int32), 0, 0)
+    for seed, place in ((0, 1), (0, 2), (1, 1), (2**31 - 1, 10**6)):
+        times = native.waiting_times(
+            ids, native.keys(torch.tensor([seed]), torch.tensor([place]))).double()
+        assert times.min() > 0
+        assert abs(times.mean() - 1) < 5 / math.sqrt(len(ids))
+        # -log(1 - u) is uniform in u: as many in each of 100 classes, within 6 deviations.
+        uniform = -torch.expm1(-times)
+        for values in (uniform, (uniform * 1000) % 1.0):
+            counted = torch.histc(values.float(), 100, 0.0, 1.0)
+            assert (counted - 1000).abs().max() < 6 * math.sqrt(1000)
+
+
+def test_hashes_are_those_of_their_authors():
+    """By whole numbers of any length."""
+    def splitmix64(bits):
+        bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94d049bb133111eb % 2**64
+        return bits ^ bits >> 31
+
+    def lowbias32(word):
+        word = (word ^ word >> 16) * 0x7feb352d % 2**32
+        word = (word ^ word >> 15) * 0x846ca68b % 2**32
+        return word ^ word >> 16
+
+    for seed, place in ((0, 0), (1, 2), (2**31 - 1, 10**6)):
+        pair = native.keys(torch.tensor([seed]), torch.tensor([place])).tolist()
+        wanted = splitmix64(((seed << 32) + place * 0x9e3779b97f4a7c15) % 2**64)
+        assert [key % 2**32 for key in pair] == [wanted % 2**32, wanted >> 32]
+    words = [0, 1, 5, 2**31 - 1, -1, -2**31]
+    mixed = native.mix(torch.tensor(words, dtype=torch.int32), 0, 0).tolist()
+    assert [word % 2**32 for word in mixed] == [lowbias32(word % 2**32) for word in words]
+
+
+def test_native_penalises_its_own_tokens(library):
     sampling = replace(PLAIN, repetition_penalty=1.8)
-    sampler = Sampler(VOCAB, CPU)
-    sampler.begin(sampling, torch.tensor(PROMPT))
-    seen = list(PROMPT)
-    for place in range(10):
-        seen.append(native_draw(sampler, random_logits(place), len(seen)))
-    weights, ids = sampler.probabilities(random_logits(99))
-    ours = torch.zeros(VOCAB).index_copy_(0, ids, weights / weights.sum())
-    assert torch.allclose(ours, expected(random_logits(99), sampling, seen), atol=1e-6)
+    for sampler_kind in (Sampler, HostSampler):
+        sampler, plan = begun(sampler_kind, sampling)
+        seen, state = list(PROMPT), State()
+        for place in range(10):
+            seen.append(state.draw(sampler, plan, random_logits(place)))
+        ours = spread(*sampler.kept(plan, random_logits(99)), VOCAB)
+        assert torch.equal(ours, library(random_logits(99), sampling, seen))
 
 
-def test_native_is_repeatable():
+def test_native_is_repeatable(kind):
     answers = []
     for seed in (5, 5, 6):
-        sampler = Sampler(VOCAB, CPU)
-        sampler.begin(replace(PLAIN, seed=seed), torch.tensor(PROMPT))
-        answers.append([native_draw(sampler, random_logits(0), place) for place in range(50)])
+        sampler, plan = begun(kind, replace(PLAIN, seed=seed))
+        answers.append([native_draw(sampler, plan, random_logits(0), place)
+                        for place in range(1, 50)])
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.parametrize('name', ['plain', 'top_k', 'top_p', 'min_p'])
+def test_a_place_draws_the_same_token_whatever_was_drawn_before(kind, name):
+    """As a step that reads several guesses at once needs it."""
+    sampler, plan = begun(kind, replace(SETTINGS[name], seed=3))
+    forwards = [native_draw(sampler, plan, random_logits(place), place) for place in range(1, 20)]
+    backwards = [native_draw(sampler, plan, random_logits(place), place)
+                 for place in reversed(range(1, 20))]
+    other, plan = begun(HostSampler, replace(SETTINGS[name], seed=3))
+    elsewhere = [native_draw(other, plan, random_logits(place), place) for place in range(1, 20)]
+    assert forwards == backwards[::-1] == elsewhere
+
+
 @pytest.mark.parametrize('name', SETTINGS)
-def test_transformers_draws(name, expected):
+def test_transformers_draws(name, library):
     sampling, logits = SETTINGS[name], random_logits(0)
     tokens = []
     if sampling.repetition_penalty == 1.0:
@@ -159,51 +389,61 @@ def test_transformers_draws(name, expected):
             choose = Chooser(replace(sampling, seed=seed), PROMPT, len(PROMPT) + 1, CPU)
             tokens.append(int(choose(logits[None], logits.argmax().view(1))))
     assert torch.equal(logits, random_logits(0))
-    assert_drawn_from(count(tokens), expected(logits, sampling, PROMPT).double())
+    assert_drawn_from(count(tokens), library(logits, sampling, PROMPT).softmax(0).double())
 
 
-def test_greedy_with_a_penalty_is_alike():
+def test_greedy_with_a_penalty_is_alike(kind):
     sampling = SamplingConfig(repetition_penalty=3.0)
-    assert not is_plain_greedy(sampling)
     choose = Chooser(sampling, PROMPT, 100, CPU)
-    sampler = Sampler(VOCAB, CPU)
-    sampler.begin(sampling, torch.tensor(PROMPT))
-    seen = set(PROMPT)
+    sampler, plan = begun(kind, sampling)
+    assert plan != GREEDY
+    seen, state = set(PROMPT), State()
     for place in range(60):
         logits = random_logits(place % 3)
         wanted = torch.tensor([
             (x / 3.0 if x > 0 else x * 3.0) if i in seen else x
             for i, x in enumerate(logits.tolist())]).argmax()
         assert int(choose(logits[None], logits.argmax().view(1))) == wanted
-        assert native_draw(sampler, logits, place) == wanted
+        assert state.draw(sampler, plan, logits) == wanted
         seen.add(int(wanted))
 
 
 @pytest.mark.parametrize('sampling', [
-    SamplingConfig(repetition_penalty=1.1), replace(PLAIN, temperature=1e-38),
+    SamplingConfig(), SamplingConfig(repetition_penalty=1.1), replace(PLAIN, temperature=1e-38),
     replace(PLAIN, temperature=5e-324)])
-def test_the_likeliest_of_equals_is_the_first(sampling):
+def test_the_likeliest_of_equals_is_the_first(kind, sampling):
     """Without temperature whatever the seed; next to none is all but that."""
     logits = random_logits(0)
     logits[[5, 9, 12][:3 if sampling.temperature == 0 else 1]] = logits.max() + 20.0
-    for seed in range(20):
-        sampler = Sampler(VOCAB, CPU)
-        sampler.begin(replace(sampling, seed=seed), torch.tensor([0]))
-        assert native_draw(sampler, logits, seed) == 5
+    for seed in range(1, 20):
+        sampler, plan = begun(kind, replace(sampling, seed=seed), VOCAB, [0])
+        assert native_draw(sampler, plan, logits, seed) == 5
 
 
-def test_logits_that_are_no_numbers():
-    """Some id of the vocabulary comes out: on a GPU another one would take the process along."""
-    sampler = Sampler(VOCAB, CPU)
-    sampler.begin(PLAIN, torch.tensor(PROMPT))
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        for logits in (torch.full((VOCAB,), bad), random_logits(0).index_fill(
-                0, torch.tensor([3]), bad)):
-            assert 0 <= native_draw(sampler, logits, 0) < VOCAB
-
-
-def test_plain_greedy_takes_the_likeliest():
-    assert is_plain_greedy(SamplingConfig(top_k=3, seed=9))
-    logits = random_logits(0)
+@pytest.mark.parametrize('vocab, best', [(5, 4), (1000, 0), (5000, 4321)])
+def test_greedy_takes_the_likeliest(kind, vocab, best):
+    logits = random_logits(0, vocab)
+    logits[best] = 100.0
+    if best + 1 < vocab:
+        logits[best + 1] = 100.0     # of equals the first
+    sampler, plan = begun(kind, SamplingConfig(top_k=3, seed=9), vocab, [1])
+    assert plan == GREEDY
+    state = State()
+    for _ in range(2):
+        assert state.draw(sampler, plan, logits) == best
     choose = Chooser(SamplingConfig(top_k=3, seed=9), PROMPT, 100, CPU)
     assert int(choose(logits[None], logits.argmax().view(1))) == logits.argmax()
+
+
+@pytest.mark.parametrize('name', ['greedy', 'penalty', 'plain', 'top_k', 'top_p', 'min_p', 'all'])
+def test_logits_that_are_no_numbers(kind, name):
+    """The host reads so; the device gets an id of the vocabulary, see `State.draw`."""
+    sampling = SETTINGS.get(name, SamplingConfig())
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        sampler, plan = begun(kind, sampling)
+        whole, one = torch.full((VOCAB,), bad), random_logits(0).index_fill(
+            0, torch.tensor([VOCAB - 1]), bad)
+        assert native_draw(sampler, plan, whole, 9) == NO_TOKEN
+        masked_out = bad == -torch.inf      # one token that may not be chosen is legitimate
+        assert (native_draw(sampler, plan, one, 9) == NO_TOKEN) != masked_out
+        assert native_draw(sampler, plan, random_logits(1), 10) != NO_TOKEN

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 COLDEST = 1e-20                     # a temperature; logits divided by it still fit float32
-GOLDEN = -7046029254386353131       # 2**64 / golden ratio, odd, as a signed 64-bit integer
-MIX = (-4658895280553007687, -7723592293110685705)      # the multipliers of splitmix64
+# The odd multipliers of splitmix64, as signed integers; the first is 2**64 / golden ratio.
+GOLDEN, *MIX = (number - 2**64 for number in (
+    0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb))
 MULTIPLIERS = (0x7feb352d, 0x846ca68b)                  # of lowbias32 (hash-prospector, Wellons)
 FEW = 4096                          # scores that a CPU sorts sooner than it divides them into bins
 
@@ -192,6 +193,16 @@ class HostSampler(Sampler):
             self._seen_count = len(ids)
             self._seen_ids[:len(ids)] = ids
         return plan
+
+    def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
+             history: Tensor) -> None:
+        """See `Sampler.draw`."""
+        if plan == GREEDY or logits.max().isfinite():
+            super().draw(plan, logits, position, token, history)
+            return
+        position.add_(1)
+        token.zero_()
+        history.index_fill_(0, position, NO_TOKEN)
 
     def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """See `Sampler.kept`."""

@@ -118,12 +118,17 @@ def _limit(mass, rest):
 
 @triton.jit
 def _least(tops, k, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
-    """Give the k-th of the programs' greatest logits: k or more are not less; -inf: unknown."""
+    """Give a logit below which the k likeliest do not lie, from the programs' greatest logits."""
     programs = tl.arange(0, PADDED)
     best = tl.load(tops + programs, mask=programs < PROGRAMS, other=float('-inf'))
-    greater = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1)
-    kth = tl.min(tl.where(greater < k, best, float('inf')), 0)
-    return tl.where(k > PROGRAMS, float('-inf'), kth)
+    high = tl.max(best, 0)
+    low = tl.min(tl.where(programs < PROGRAMS, best, high), 0)
+    for _ in tl.static_range(8):
+        middle = 0.5 * low + 0.5 * high
+        enough = tl.sum((best >= middle).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return tl.where(k > PROGRAMS, float('-inf'), low)
 
 
 @triton.jit
