@@ -19,7 +19,7 @@ from physai_decode.engines.native.sampling import GREEDY
 from physai_decode.engines.native.sampling import HostSampler
 from physai_decode.engines.native.sampling import Plan
 from physai_decode.engines.native.sampling import Sampler
-from physai_decode.engines.transformers import Chooser
+from physai_decode.engines.transformers.sampling import Chooser
 import transformers
 
 VOCAB = 50
