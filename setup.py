@@ -25,6 +25,7 @@ setup(
         'matplotlib',
         'numpy',
         'nvidia-ml-py',
+        'pyyaml',
         'rich',
         'safetensors',
         'setuptools',

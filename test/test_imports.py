@@ -28,7 +28,7 @@ ROSDEP_NAMES = {
     'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
     'tokenizers': 'python3-transformers-pip', 'triton': 'python3-pytorch-pip'}
 # An engine, and the interfaces of an action, that say themselves what to install.
-OPTIONAL = {'exllamav2', 'physai_decode_msgs'}
+OPTIONAL = {'bondpy', 'exllamav2', 'physai_decode_msgs'}
 
 
 def imported(path: Path) -> set[str]:
@@ -92,5 +92,6 @@ def test_rosdep_knows_every_import():
     manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
     keys = {entry.text for entry in manifest.iter('exec_depend')}
     launch = imported(ROOT / 'launch' / 'decode.launch.py')
-    wanted = {ROSDEP_NAMES.get(name, name) for name in third_party() | launch}
+    wanted = {ROSDEP_NAMES.get(name, name)
+              for name in (third_party() | launch) - set(sys.stdlib_module_names)}
     assert wanted <= keys, wanted - keys

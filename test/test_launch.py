@@ -3,7 +3,10 @@
 import importlib.util
 import os
 from pathlib import Path
+import re
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,6 +17,7 @@ from ament_index_python.packages import PackageNotFoundError
 from diagnostic_msgs.msg import DiagnosticArray
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument
+from launch.actions import GroupAction
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from rcl_interfaces.srv import GetParameters
@@ -118,6 +122,100 @@ def test_autostart():
         probe.destroy_node()
         rclpy.shutdown()
     assert told == {'silent': False, 'on': True, 'off': False}
+
+
+@launch_pytest.fixture
+def nested(prefix, tmp_path):
+    """Include the file as nav2's bringup would: its arguments have names that are also ours."""
+    file = tmp_path / 'nav2_params.yaml'
+    file.write_text('/amcl: {ros__parameters: {alpha1: 0.2}}')
+
+    def decode(name):
+        return IncludeLaunchDescription(
+            PythonLaunchDescriptionSource(str(FILE)), launch_arguments={'name': name}.items())
+
+    return LaunchDescription([
+        DeclareLaunchArgument('params_file', default_value=str(file)),
+        DeclareLaunchArgument('namespace', default_value='nav'),
+        DeclareLaunchArgument('autostart', default_value='false'),
+        decode('leaky'),
+        GroupAction([decode('scoped')], scoped=True, forwarding=False,
+                    launch_configurations={'autostart': 'false'}),
+        launch_pytest.actions.ReadyToTest()])
+
+
+@pytest.mark.launch(fixture=nested)
+def test_arguments_of_a_parent():
+    """They reach an included file, which says what it can't use; a scoped group keeps them out."""
+    rclpy.init()
+    probe = rclpy.create_node('probe')
+    told = {}
+    try:
+        probe.create_subscription(
+            DiagnosticArray, '/diagnostics',
+            lambda message: told.update({message.header.frame_id: message.status[-1]}), 10)
+        for _ in range(600):
+            rclpy.spin_once(probe, timeout_sec=0.1)
+            if set(told) == {'/nav/leaky', '/scoped'}:
+                break
+        models = {name: {pair.key: pair.value for pair in status.values}['model']
+                  for name, status in told.items()}
+        assert models == {'/nav/leaky': 'n/a', '/scoped': 'builtin:tiny_planner'}
+        assert 'nav2_params.yaml holds nothing for /nav/leaky' in told['/nav/leaky'].message
+        assert told['/scoped'].message == 'inactive'
+    finally:
+        probe.destroy_node()
+        rclpy.shutdown()
+
+
+LAUNCH = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+
+service = LaunchService()
+service.include_launch_description(LaunchDescription([IncludeLaunchDescription(
+    PythonLaunchDescriptionSource(sys.argv[1]),
+    launch_arguments=[each.split(':=') for each in sys.argv[2:]])]))
+sys.exit(service.run())
+"""
+
+
+def launched(*arguments):
+    """Launch the file in a process of its own."""
+    return subprocess.Popen([sys.executable, '-c', LAUNCH, str(FILE), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_params_file_that_is_not_there(prefix):
+    """Nothing is started: a robot must not come up on the default model."""
+    process = launched('params_file:=/nope.yaml')
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'params_file: there is no file /nope.yaml' in output
+    assert 'process started' not in output
+
+
+def test_an_orphan_of_ros2_launch_ends(prefix):
+    """Also where launch had no time to end the node."""
+    process = launched('name:=orphan', 'autostart:=false')
+    try:
+        for line in process.stdout:
+            if found := re.search(r'process started with pid \[(\d+)\]', line):
+                break
+        node = Path('/proc', found[1], 'stat')
+        time.sleep(3.0)         # or less: it also ends where launch was gone when it began
+        assert node.exists()
+        process.kill()
+        process.wait()
+        end_s = time.monotonic() + 30
+        while node.exists() and node.read_text().rpartition(')')[2].split()[0] != 'Z':
+            assert time.monotonic() < end_s, 'the node lives'
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_every_argument_is_described():

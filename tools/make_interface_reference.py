@@ -42,6 +42,13 @@ TOPICS = {
     '~/r_floor': 'the floor over that time; 1 is the limit',
     '/diagnostics': 'every `diagnostics.period_s`, in every state: the last three tables below',
 }
+# What is there only where physai_decode_msgs is built.
+TYPED = [
+    ('`~/generate`', 'action physai_decode_msgs/Generate',
+     'a request as a goal; its tokens in batches as feedback; its end as the result. A request '
+     'that is refused is a goal that is accepted and then aborted, for only a result can say why'),
+    ('`~/stamped_tokens`', 'physai_decode_msgs/Token',
+     'for each token, in step with `~/tokens`: stamp, ids, text and figures in one message')]
 SERVICES = {
     '~/cancel': 'ends the running request and empties the queue',
     '~/reset': 'forgets the conversation',
@@ -72,6 +79,7 @@ KEYS = {
     'finish_reason': 'stop, length, deadline, cancelled, preempted, rejected or error',
     'floor_ms': 'the least time that the memory bus allows for the step; on /diagnostics the '
                 'median of the window',
+    'generate_action': 'available, or why there is no `~/generate`',
     'head_dim': 'size of an attention head',
     'host_gap_ms': 'itl_ms less device_ms; on /diagnostics the median of the window',
     'index': '0 is the first token of the answer',
@@ -172,6 +180,7 @@ def topics(node) -> list[list[str]]:
     private = node.get_fully_qualified_name() + '/'
     ends = {end.topic_name.replace(private, '~/'): end
             for end in (*node.publishers, *node.subscriptions)}
+    ends.pop('~/stamped_tokens', None)      # see TYPED
     described(TOPICS, [name for name in ends if name.startswith('~/') or name == '/diagnostics'])
     return [[f'`{name}`', message_type(ends[name].msg_type), quality(ends[name].qos_profile), text]
             for name, text in TOPICS.items()]
@@ -236,8 +245,10 @@ def page() -> str:
         'Made from the code by `tools/make_interface_reference.py`; change it there.',
         "`~/` stands for the node's full name, `/decode` where it was not changed.",
         '## Topics', table(('name', 'type', 'quality of service', 'what'), topic_rows),
-        "Each publisher's history, depth, reliability and durability can be set by the parameters "
-        '`qos_overrides.<topic>.publisher.<policy>` at start.',
+        'History, depth, reliability and durability of each can be set by the parameters '
+        '`qos_overrides.<topic>.publisher.<policy>` and `.subscription.<policy>` at start.',
+        'Where the package `physai_decode_msgs` is built (`make msgs` or colcon), there are also:',
+        table(('name', 'type', 'what'), TYPED),
         '## Services', table(('name', 'type', 'what'), service_rows),
         'It is a lifecycle node and has the services of one: `~/change_state`, `~/get_state` and '
         'the others of lifecycle_msgs. `configure` loads the model and warms it up, `activate` '
