@@ -30,9 +30,7 @@ from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
 from physai_decode.config import ConfigError
-from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
-from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
@@ -178,13 +176,14 @@ def test_a_context_too_short_for_the_steps_is_an_error():
 
 def run_session(monkeypatch, build, of, keep=lambda result: None):
     monkeypatch.setattr('physai_decode.engines.build', build)
+    monkeypatch.setattr(checkpoint, 'open', lambda path: None)
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e9)
     return session.run(of, 0.0, lambda message: None, keep)
 
 
 def test_a_session_says_all_that_the_report_needs(monkeypatch):
     engine = FakeEngine()
-    result = run_session(monkeypatch, lambda config, progress: engine, case())
+    result = run_session(monkeypatch, lambda model, config, progress: engine, case())
     assert [cell['context'] for cell in result['contexts']] == [64, 128]
     assert result['startup']['parts'] == {'load_s': 1.5, 'tune_s': 2.5}
     assert result['peak'] == {'bytes_per_s': 2e9, 'source': 'measured'}
@@ -202,10 +201,10 @@ def test_the_machine_of_a_gpu_has_its_cpus_name(monkeypatch):
 
 
 def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
-    def build(config, progress):
-        if config.engine.max_context > 100:
+    def build(model, config, progress):
+        if config.max_context > 100:
             raise EngineError('not enough memory on cuda:0: 20 GB are needed')
-        return FakeEngine(config.engine.max_context)
+        return FakeEngine(config.max_context)
     result = run_session(monkeypatch, build, case(contexts=(64, 128, 256)))
     assert [cell['context'] for cell in result['contexts']] == [64, 128, 256]
     assert [('error' in cell) for cell in result['contexts']] == [False, True, True]
@@ -215,7 +214,7 @@ def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
 def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
     built = []
 
-    def build(config, progress):
+    def build(model, config, progress):
         built.append(FakeEngine())
         built[-1].footprint = replace(built[-1].footprint, device='cuda:0')
         return built[-1]
@@ -243,19 +242,19 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
 
 
 def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
-    result = run_session(monkeypatch, lambda config, progress: FakeEngine(100), case())
+    result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(100), case())
     assert result['contexts'][1]['error'] == 'the engine holds 100 tokens of context'
 
 
 def test_an_eager_step_is_not_called_a_captured_one(monkeypatch):
     engine = FakeEngine()                           # as on a CPU
-    result = run_session(monkeypatch, lambda config, progress: engine, case(captured=True))
+    result = run_session(monkeypatch, lambda model, config, progress: engine, case(captured=True))
     assert (result['status'], result['error']) == ('unavailable', 'Fake 1 has no CUDA graphs')
     assert engine.closed
 
 
 def test_an_engine_that_can_not_be_had_is_unavailable(monkeypatch):
-    def build(config, progress):
+    def build(model, config, progress):
         raise EngineError('no CUDA device')
     result = run_session(monkeypatch, build, case())
     assert (result['status'], result['error']) == ('unavailable', 'no CUDA device')
@@ -263,7 +262,7 @@ def test_an_engine_that_can_not_be_had_is_unavailable(monkeypatch):
 
 def test_samplings_are_told_beside_the_greedy_one(monkeypatch):
     of = case(samplings=('temperature=0.8,top_p=0.9',))
-    result = run_session(monkeypatch, lambda config, progress: FakeEngine(), of)
+    result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(), of)
     cell = result['contexts'][0]
     for row, median in zip(cell['samplings'], (0.002, 0.0021), strict=True):
         row['itl_p50_s'] = median
@@ -415,9 +414,8 @@ def test_the_native_engine_tells_what_its_kernels_read(tmp_path):
     pytest.importorskip('torch')
     from physai_decode import engines
     synthetic.describe(tmp_path, 'tiny')
-    engine = engines.build(DecodeConfig(
-        model=ModelConfig(path=str(tmp_path)),
-        engine=EngineConfig(name='native', device='cpu', max_context=64, cpu_threads=1)))
+    engine = engines.build(checkpoint.open(str(tmp_path)), EngineConfig(
+        name='native', device='cpu', max_context=64, cpu_threads=1))
     try:
         reads, foot = engine.reads(40), engine.footprint
         cache = sum(size for _, operation, size in reads if operation == 'attention')
@@ -565,9 +563,8 @@ def test_engines_run_random_weights(tmp_path, engine, quantization, written):
     from physai_decode import engines
     make = synthetic.write if written else synthetic.describe
     make(tmp_path, 'tiny', quantization)
-    built = engines.build(DecodeConfig(
-        model=ModelConfig(path=str(tmp_path)),
-        engine=EngineConfig(name=engine, device='cpu', max_context=64, cpu_threads=1)))
+    built = engines.build(checkpoint.open(str(tmp_path)), EngineConfig(
+        name=engine, device='cpu', max_context=64, cpu_threads=1))
     try:
         steps = list(DecodeLoop(built).stream([5, 6, 7], SamplingConfig(max_new_tokens=4)))
         assert sum(len(step.token_ids) for step in steps) == 4

@@ -19,6 +19,7 @@ import sys
 import time
 from typing import Any
 
+from physai_decode import checkpoint
 from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
 from physai_decode.benchmark.case import Case
@@ -93,7 +94,6 @@ def run(case: Case, started_s: float, progress=print,
 
 def _build(case, cells, note, started_s):
     """Build for the largest context that fits; those that do not become cells that say why."""
-    from physai_decode import engines
     if case.engine.name != 'auto':
         with contextlib.suppress(ImportError):      # `build` says what is missing
             importlib.import_module(f'physai_decode.engines.{case.engine.name}')
@@ -102,7 +102,7 @@ def _build(case, cells, note, started_s):
         largest = case.contexts[count - 1]
         begun_s = time.monotonic()
         try:
-            engine = engines.build(_settings(case, largest), note)
+            engine = _engine(case, largest, note)
         except EngineError as error:
             if count == 1 or not _out_of_memory(error):
                 raise
@@ -115,6 +115,13 @@ def _build(case, cells, note, started_s):
         return engine, {'import_s': import_s, 'build_s': time.monotonic() - begun_s,
                         'parts': parts}
     raise EngineError('no context given')
+
+
+def _engine(case, context, note):
+    from physai_decode import engines
+    note(f'looking for {case.source.path}')
+    return engines.build(
+        checkpoint.open(case.source.path), _settings(case, context).engine, note)
 
 
 def _settings(case, context):
@@ -161,11 +168,10 @@ def _profile(case, cells, note):
     """Give each cell its kernels, from an engine of its own: a profiler would colour the times."""
     if not cells:
         return
-    from physai_decode import engines
     gc.collect()
     try:
         kernels.prepare()
-        engine = engines.build(_settings(case, cells[-1]['context']), note)
+        engine = _engine(case, cells[-1]['context'], note)
         try:
             for cell in cells:
                 prompt = random_prompt(engine, cell['context'] - KERNEL_STEPS - 8, seed=0)
