@@ -20,6 +20,7 @@ from physai_decode.benchmark import suites
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import parse_engine
+from physai_decode.benchmark.case import parse_sampling
 from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
@@ -35,6 +36,7 @@ as native:cuda_graph=false. `transformers` alone means eager, without a captured
 examples:
   decode_bench --model builtin:tiny_planner --engines native transformers --contexts 128 512
   decode_bench --synthetic qwen2.5-7b --engines native transformers --kernels
+  decode_bench --sampling temperature=0.8 temperature=0.8,top_p=0.9,top_k=40
   decode_bench --synthetic qwen2.5-7b --ab native:cuda_graph=false native --sessions 10
   decode_bench --paper --out paper
 """
@@ -113,6 +115,9 @@ def _parser():
                       help='measured steps a context (%(default)s)')
     what.add_argument('--warmup', type=int, default=5, metavar='N',
                       help='steps before them (%(default)s)')
+    what.add_argument('--sampling', nargs='+', action='extend', default=[], metavar='SETTINGS',
+                      help='also compare the step under these with the greedy one: greedy, or '
+                      'setting=value,... of the parameter group sampling')
     what.add_argument('--kernels', action='store_true',
                       help='also a table kernel by kernel (CUDA)')
     how = parser.add_argument_group('how')
@@ -182,7 +187,10 @@ def _cases(options):
         raise ValueError('--quantization is not for --paper and --targets, which choose their own')
     if options.quantization != ['none'] and not options.synthetic:
         raise ValueError('--quantization is for --synthetic; a model folder says its own')
-    common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s}
+    for text in options.sampling:
+        parse_sampling(text)
+    common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s,
+              'samplings': tuple(options.sampling)}
     if options.paper or options.targets:
         if options.model:
             raise ValueError('--paper and --targets are for --synthetic SHAPE, not for --model')
@@ -236,8 +244,8 @@ def _tables(options, results) -> list[Table]:
         tables += [suites.paper_table(results, contexts[0]),
                    suites.quantized_table(results, contexts[0])]
     reference = suites.EAGER if suites.EAGER in done else done[-1] if done else ''
-    tables += [report.steps(results, '' if options.ab else reference), report.parts(results),
-               report.floors(results), report.startup(results)]
+    tables += [report.steps(results, '' if options.ab else reference), report.samplings(results),
+               report.parts(results), report.floors(results), report.startup(results)]
     for result, cell in report.cells(results):
         if cell.get('kernels') and (options.kernels or options.targets):
             tables.append(report.kernels(result, cell))

@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,17 +25,18 @@ from physai_decode.benchmark import suites
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import parse_engine
+from physai_decode.benchmark.case import parse_sampling
 from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
 from physai_decode.config import ConfigError
-from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
-from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.decode_loop import Step
+from physai_decode.engine import Choice
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
-from physai_decode.engine import Step
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 import pytest
@@ -43,30 +45,36 @@ PEAK = Peak(1e9, 'parameter')
 
 
 class FakeEngine:
-    """Yields its step's number as device time in milliseconds, two prompt pieces first."""
+    """Gives its token's number as device time in milliseconds; takes prompts in small chunks."""
 
-    def __init__(self, max_context=4096, last=10**9, batch=1):
+    chunk_tokens = (1, 10)
+
+    def __init__(self, max_context=4096):
         self.footprint = Footprint(
             engine='fake', model_type='qwen2', dtype='bfloat16', quantization='none', device='cpu',
             device_name='Fake 1', device_uuid='', cuda_graph='off', max_context=max_context,
             vocab_size=50, eos_token_ids=(1,), read_weight_bytes=2_000_000,
             checkpoint_weight_bytes=3_000_000, layers=2, kv_heads=1, head_dim=64,
             kv_element_bytes=2, details={'load_s': '1.5', 'tune_s': '2.5', 'kernels': 'fake'})
-        self.last = last
-        self.batch = batch
         self.prompts = []
+        self.samplings = []
         self.closed = False
 
-    def stream(self, prompt_ids, sampling):
+    def rewind(self, length):
+        return length
+
+    def feed(self, token_ids):
+        return 0.25
+
+    def first(self, sampling, prompt_ids):
         self.prompts.append(list(prompt_ids))
-        yield Step(())
-        yield Step(())
-        yield Step((1,), 0.5, cached_tokens=3)
-        done = 1
-        while done < min(sampling.max_new_tokens, self.last):
-            step = tuple(range(min(self.batch, sampling.max_new_tokens - done)))
-            done += len(step)
-            yield Step(step, done * 1e-3)
+        self.samplings.append(sampling)
+        self.tokens = 1
+        return Choice(1, 0.5)
+
+    def step(self, remaining):
+        self.tokens += 1
+        return Choice(2, self.tokens * 1e-3)
 
     def close(self):
         self.closed = True
@@ -105,7 +113,7 @@ def test_measure_leaves_out_warm_up_and_prompt_pieces():
     assert len(cell['itl_s']) == 30
     # The token of the prefill is the first: 5 warm-up steps are tokens 2 to 6.
     assert cell['device_s'] == [number * 1e-3 for number in range(7, 37)]
-    assert cell['cached_tokens'] == 3
+    assert cell['cached_tokens'] == 0
     assert cell['prompt_tokens'] == 64 - 5 - 30 - 1
     assert cell['device_p50_s'] == pytest.approx(0.0215)
 
@@ -134,13 +142,29 @@ def test_an_unknown_peak_gives_no_floor():
 
 
 def test_steps_of_several_tokens_count_each():
-    cell = session.measure(FakeEngine(batch=2), 64, 2, 6, PEAK)
-    assert len(cell['itl_s']) == 6
+    class Loop:
+        def stream(self, prompt_ids, sampling):
+            yield Step(())
+            yield Step((1,), 0.5, cached_tokens=3)
+            for _ in range(sampling.max_new_tokens // 2):
+                yield Step((1, 2), 0.004)
+    _, itl_s, device_s, cached = session._stream(Loop(), [5], 6)
+    assert len(itl_s) == 6 and device_s == [0.002] * 6 and cached == 3
+
+
+def test_samplings_take_turns_behind_one_prompt():
+    engine = FakeEngine()
+    rows = session.compare_samplings(engine, 64, 2, 5, ('temperature=0.8', 'greedy', 'top_k=3'))
+    assert [row['sampling'] for row in rows] == ['greedy', 'temperature=0.8', 'top_k=3']
+    assert all(len(row['itl_s']) == 5 * session.SAMPLING_ROUNDS for row in rows)
+    assert len(set(map(tuple, engine.prompts))) == 1
+    told = [(each.temperature, each.top_k, each.max_new_tokens) for each in engine.samplings]
+    assert told == [(0.0, 0, 8), (0.8, 0, 8), (0.0, 3, 8)] * session.SAMPLING_ROUNDS
 
 
 def test_an_engine_that_ends_early_is_an_error():
     with pytest.raises(EngineError, match='ended after 3 of 7'):
-        session.measure(FakeEngine(last=4), 64, 2, 5, PEAK)
+        session.measure(FakeEngine(max_context=60), 64, 2, 5, PEAK)
 
 
 def test_a_context_too_short_for_the_steps_is_an_error():
@@ -152,13 +176,14 @@ def test_a_context_too_short_for_the_steps_is_an_error():
 
 def run_session(monkeypatch, build, of, keep=lambda result: None):
     monkeypatch.setattr('physai_decode.engines.build', build)
+    monkeypatch.setattr(checkpoint, 'open', lambda path: None)
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e9)
     return session.run(of, 0.0, lambda message: None, keep)
 
 
 def test_a_session_says_all_that_the_report_needs(monkeypatch):
     engine = FakeEngine()
-    result = run_session(monkeypatch, lambda config, progress: engine, case())
+    result = run_session(monkeypatch, lambda model, config, progress: engine, case())
     assert [cell['context'] for cell in result['contexts']] == [64, 128]
     assert result['startup']['parts'] == {'load_s': 1.5, 'tune_s': 2.5}
     assert result['peak'] == {'bytes_per_s': 2e9, 'source': 'measured'}
@@ -176,10 +201,10 @@ def test_the_machine_of_a_gpu_has_its_cpus_name(monkeypatch):
 
 
 def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
-    def build(config, progress):
-        if config.engine.max_context > 100:
+    def build(model, config, progress):
+        if config.max_context > 100:
             raise EngineError('not enough memory on cuda:0: 20 GB are needed')
-        return FakeEngine(config.engine.max_context)
+        return FakeEngine(config.max_context)
     result = run_session(monkeypatch, build, case(contexts=(64, 128, 256)))
     assert [cell['context'] for cell in result['contexts']] == [64, 128, 256]
     assert [('error' in cell) for cell in result['contexts']] == [False, True, True]
@@ -189,7 +214,7 @@ def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
 def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
     built = []
 
-    def build(config, progress):
+    def build(model, config, progress):
         built.append(FakeEngine())
         built[-1].footprint = replace(built[-1].footprint, device='cuda:0')
         return built[-1]
@@ -217,25 +242,55 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
 
 
 def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
-    result = run_session(monkeypatch, lambda config, progress: FakeEngine(100), case())
+    result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(100), case())
     assert result['contexts'][1]['error'] == 'the engine holds 100 tokens of context'
 
 
 def test_an_eager_step_is_not_called_a_captured_one(monkeypatch):
     engine = FakeEngine()                           # as on a CPU
-    result = run_session(monkeypatch, lambda config, progress: engine, case(captured=True))
+    result = run_session(monkeypatch, lambda model, config, progress: engine, case(captured=True))
     assert (result['status'], result['error']) == ('unavailable', 'Fake 1 has no CUDA graphs')
     assert engine.closed
 
 
 def test_an_engine_that_can_not_be_had_is_unavailable(monkeypatch):
-    def build(config, progress):
+    def build(model, config, progress):
         raise EngineError('no CUDA device')
     result = run_session(monkeypatch, build, case())
     assert (result['status'], result['error']) == ('unavailable', 'no CUDA device')
 
 
+def test_samplings_are_told_beside_the_greedy_one(monkeypatch):
+    of = case(samplings=('temperature=0.8,top_p=0.9',))
+    result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(), of)
+    cell = result['contexts'][0]
+    for row, median in zip(cell['samplings'], (0.002, 0.0021), strict=True):
+        row['itl_p50_s'] = median
+    table = report.samplings([result])
+    assert table.rows[:2] == [
+        ['fake', '64', 'greedy', '2.000', '0.0', '1.000'],
+        ['fake', '64', 'temperature=0.8,top_p=0.9', '2.100', '100.0', '1.050']]
+    assert report.samplings([done(case(), [0.001, 0.002], (64, 128))]).rows == []
+
+
 # --- cases --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text, sampling', [
+    ('greedy', SamplingConfig()), ('top_k=40', SamplingConfig(top_k=40)),
+    ('temperature=0.8,top_p=0.9,seed=3', SamplingConfig(temperature=0.8, top_p=0.9, seed=3))])
+def test_samplings_are_read(text, sampling):
+    assert parse_sampling(text) == sampling
+
+
+@pytest.mark.parametrize('text, said', [
+    ('cold', "no sampling setting 'cold'; there are min_p, repetition_penalty, seed, temp"),
+    ('max_new_tokens=9', "no sampling setting 'max_new_tokens'"),
+    ('temperature', "temperature is '': expected a float"),
+    ('top_p=2', 'sampling.top_p is 2.0: allowed are 0.0 to 1.0')])
+def test_wrong_samplings_are_told(text, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse_sampling(text)
+
 
 def test_engine_settings_are_read():
     read = parse_engine('native:cuda_graph=false,dtype=float16', EngineConfig(max_context=77))
@@ -359,9 +414,8 @@ def test_the_native_engine_tells_what_its_kernels_read(tmp_path):
     pytest.importorskip('torch')
     from physai_decode import engines
     synthetic.describe(tmp_path, 'tiny')
-    engine = engines.build(DecodeConfig(
-        model=ModelConfig(path=str(tmp_path)),
-        engine=EngineConfig(name='native', device='cpu', max_context=64, cpu_threads=1)))
+    engine = engines.build(checkpoint.open(str(tmp_path)), EngineConfig(
+        name='native', device='cpu', max_context=64, cpu_threads=1))
     try:
         reads, foot = engine.reads(40), engine.footprint
         cache = sum(size for _, operation, size in reads if operation == 'attention')
@@ -509,11 +563,10 @@ def test_engines_run_random_weights(tmp_path, engine, quantization, written):
     from physai_decode import engines
     make = synthetic.write if written else synthetic.describe
     make(tmp_path, 'tiny', quantization)
-    built = engines.build(DecodeConfig(
-        model=ModelConfig(path=str(tmp_path)),
-        engine=EngineConfig(name=engine, device='cpu', max_context=64, cpu_threads=1)))
+    built = engines.build(checkpoint.open(str(tmp_path)), EngineConfig(
+        name=engine, device='cpu', max_context=64, cpu_threads=1))
     try:
-        steps = list(built.stream([5, 6, 7], SamplingConfig(max_new_tokens=4)))
+        steps = list(DecodeLoop(built).stream([5, 6, 7], SamplingConfig(max_new_tokens=4)))
         assert sum(len(step.token_ids) for step in steps) == 4
         assert built.footprint.checkpoint_weight_bytes == sum(
             spec.bytes for spec in synthetic.specs(synthetic.config('tiny', quantization)))

@@ -236,7 +236,8 @@ def test_kernels_keep_and_draw_what_their_twin_does(shape, vocab):
     kernels = pytest.importorskip('physai_decode.engines.sampling_kernels')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     assert 51 < kernels.FEW.value < 2501
-    for seed, sampling in enumerate(GRID[list(SHAPES).index(shape)::5]):
+    every = 11 if vocab == 51 else 23
+    for seed, sampling in enumerate(GRID[list(SHAPES).index(shape)::every]):
         sampling = replace(sampling, seed=seed)
         logits = SHAPES[shape](random_logits(seed, vocab)).to(device)
         twin, plan = begun(Sampler, sampling, vocab, PROMPT, device)
@@ -433,6 +434,7 @@ def test_greedy_takes_the_likeliest(kind, vocab, best):
         assert state.draw(sampler, plan, logits) == best
 
 
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')       # of the interpreter
 @pytest.mark.parametrize('name', ['greedy', 'penalty', 'plain', 'top_k', 'top_p', 'min_p', 'all'])
 def test_logits_that_are_no_numbers(kind, name):
     """The host reads so; the device gets an id of the vocabulary, see `State.draw`."""

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import fields
+from dataclasses import replace
 import hashlib
 import json
 import re
@@ -11,6 +12,9 @@ from typing import Any
 from physai_decode.config import check
 from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+
+GREEDY = 'greedy'                   # a sampling without settings
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Case:
     kernels: bool = False           # also a kernel table, on CUDA
     peak_gb_s: float = 0.0          # 0: find out
     requires: tuple[str, ...] = ()  # modules that this path needs beside torch and transformers
+    samplings: tuple[str, ...] = ()  # also time the step under these, as `parse_sampling` reads
     captured: bool = False          # unavailable where the step is not captured in a CUDA graph
     session: str = ''               # tells apart repeated sessions of an A/B
 
@@ -55,7 +60,8 @@ class Case:
         """Read what ``to_dict`` gave, also after JSON."""
         return cls(**{**data, 'engine': EngineConfig(**data['engine']),
                       'source': Source(**data['source']), 'contexts': tuple(data['contexts']),
-                      'requires': tuple(data['requires'])})
+                      'requires': tuple(data['requires']),
+                      'samplings': tuple(data['samplings'])})
 
     def key(self) -> str:
         """Give a file name that tells this case from every other one."""
@@ -73,20 +79,40 @@ def parse_engine(text: str, base: EngineConfig) -> EngineConfig:
         that a measurement sets itself.
     """
     name, _, rest = text.partition(':')
-    settings = {**asdict(base), 'name': name}
-    kinds = {spec.name: type(spec.default) for spec in fields(EngineConfig)}
-    for setting in filter(None, rest.split(',')):
-        key, _, value = setting.partition('=')
-        if key == 'max_context':
-            raise ConfigError(f'{text}: max_context is the context that is measured: give it to '
-                              '--contexts')
-        if key == 'name' or key not in kinds:
-            raise ConfigError(f'{text}: no engine setting {key!r}; there are '
-                              f'{", ".join(sorted(set(kinds) - {"name", "max_context"}))}')
-        settings[key] = _read(text, key, value, kinds[key])
-    config = EngineConfig(**settings)
+    if re.search(r'(^|,)max_context=', rest):
+        raise ConfigError(f'{text}: max_context is the context that is measured: give it to '
+                          '--contexts')
+    config = replace(base, name=name, **_settings(
+        text, rest, 'engine', EngineConfig, {'name', 'max_context'}))
     check('engine', config)
     return config
+
+
+def parse_sampling(text: str) -> SamplingConfig:
+    """
+    Read ``greedy`` or ``setting=value,...``, such as ``temperature=0.8,top_p=0.9``.
+
+    :raises ConfigError: an unknown setting, a value that is not allowed, or a setting that a
+        measurement sets itself.
+    """
+    rest = '' if text == GREEDY else text
+    config = SamplingConfig(**_settings(
+        text, rest, 'sampling', SamplingConfig, {'max_new_tokens', 'stop'}))
+    check('sampling', config)
+    return config
+
+
+def _settings(text, pairs, group, config, own):
+    """Read ``setting=value,...``; ``own`` are the settings that a measurement sets itself."""
+    kinds = {spec.name: type(spec.default) for spec in fields(config) if spec.name not in own}
+    settings = {}
+    for setting in filter(None, pairs.split(',')):
+        key, _, value = setting.partition('=')
+        if key not in kinds:
+            raise ConfigError(f'{text}: no {group} setting {key!r}; there are '
+                              f'{", ".join(sorted(kinds))}')
+        settings[key] = _read(text, key, value, kinds[key])
+    return settings
 
 
 def _read(text, key, value, kind):

@@ -14,6 +14,7 @@ import tempfile
 from typing import Any
 
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import Engine
 
 WARMUP = 5
@@ -42,7 +43,8 @@ def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str,
     from torch.profiler import ProfilerActivity
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / 'trace.json'
-        stream = engine.stream(prompt, SamplingConfig(max_new_tokens=WARMUP + steps + 1))
+        stream = DecodeLoop(engine).stream(
+            prompt, SamplingConfig(max_new_tokens=WARMUP + steps + 1))
         profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
         tokens = 0
         for step in stream:

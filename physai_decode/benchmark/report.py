@@ -187,6 +187,23 @@ def split(found: Sequence[dict[str, Any]]) -> list[float | None]:
     return [mean(values) for values in zip(*told, strict=True)]
 
 
+def samplings(results: Sequence[Result]) -> Table:
+    """Set the step under each sampling beside the greedy one."""
+    table = Table('Sampling', ['engine', 'context', 'sampling', 'p50 ms', '- greedy µs',
+                               '/ greedy'], notes=[
+        'Steps in one process, the samplings in turn, behind the same prompt; medians.'])
+    for (name, context), found in grouped(results).items():
+        told = [cell['samplings'] for cell in found if cell.get('samplings')]
+        # The same samplings in each session; greedy is the first of them.
+        for same in zip(*told):
+            step = fmean(each['itl_p50_s'] for each in same)
+            greedy = fmean(each[0]['itl_p50_s'] for each in told)
+            table.rows.append([
+                name, str(context), same[0]['sampling'], ms(step),
+                number(1e6 * (step - greedy), 1), number(step / greedy, 3)])
+    return table
+
+
 def sessions(results: Sequence[Result]) -> Table:
     """Tell which sessions were lost and what became of them, and which are of an earlier run."""
     table = Table('Sessions lost and resumed', ['session', 'what happened', 'then'])

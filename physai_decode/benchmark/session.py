@@ -6,7 +6,9 @@ with no kernels loaded, no memory in use and nothing tuned, so that cases can't 
 and the start-up time is the one a node would see.
 """
 
+from collections.abc import Sequence
 import contextlib
+from dataclasses import replace
 import gc
 import importlib
 import json
@@ -17,15 +19,19 @@ import sys
 import time
 from typing import Any
 
+from physai_decode import checkpoint
 from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
 from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.case import GREEDY
+from physai_decode.benchmark.case import parse_sampling
 from physai_decode.benchmark.runner import keep
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import RooflineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.histogram import percentile
@@ -35,6 +41,7 @@ from physai_decode.roofline import Roofline
 from physai_decode.telemetry import find_engine_peak
 
 KERNEL_STEPS = 20
+SAMPLING_ROUNDS = 5
 
 
 def run(case: Case, started_s: float, progress=print,
@@ -87,7 +94,6 @@ def run(case: Case, started_s: float, progress=print,
 
 def _build(case, cells, note, started_s):
     """Build for the largest context that fits; those that do not become cells that say why."""
-    from physai_decode import engines
     if case.engine.name != 'auto':
         with contextlib.suppress(ImportError):      # `build` says what is missing
             importlib.import_module(f'physai_decode.engines.{case.engine.name}')
@@ -96,7 +102,7 @@ def _build(case, cells, note, started_s):
         largest = case.contexts[count - 1]
         begun_s = time.monotonic()
         try:
-            engine = engines.build(_settings(case, largest), note)
+            engine = _engine(case, largest, note)
         except EngineError as error:
             if count == 1 or not _out_of_memory(error):
                 raise
@@ -109,6 +115,13 @@ def _build(case, cells, note, started_s):
         return engine, {'import_s': import_s, 'build_s': time.monotonic() - begun_s,
                         'parts': parts}
     raise EngineError('no context given')
+
+
+def _engine(case, context, note):
+    from physai_decode import engines
+    note(f'looking for {case.source.path}')
+    return engines.build(
+        checkpoint.open(case.source.path), _settings(case, context).engine, note)
 
 
 def _settings(case, context):
@@ -142,7 +155,11 @@ def _cell(engine, case, context, peak):
     if context > limit:
         return {'context': context, 'error': f'the engine holds {limit} tokens of context'}
     try:
-        return measure(engine, context, case.warmup, case.steps, peak)
+        cell = measure(engine, context, case.warmup, case.steps, peak)
+        if case.samplings:
+            cell['samplings'] = compare_samplings(
+                engine, context, case.warmup, case.steps, case.samplings)
+        return cell
     except (EngineError, RuntimeError, MemoryError, ValueError) as error:
         return {'context': context, 'error': f'{type(error).__name__}: {error}'}
 
@@ -151,11 +168,10 @@ def _profile(case, cells, note):
     """Give each cell its kernels, from an engine of its own: a profiler would colour the times."""
     if not cells:
         return
-    from physai_decode import engines
     gc.collect()
     try:
         kernels.prepare()
-        engine = engines.build(_settings(case, cells[-1]['context']), note)
+        engine = _engine(case, cells[-1]['context'], note)
         try:
             for cell in cells:
                 prompt = random_prompt(engine, cell['context'] - KERNEL_STEPS - 8, seed=0)
@@ -168,7 +184,7 @@ def _profile(case, cells, note):
 
 def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -> dict[str, Any]:
     """
-    Time the decode steps that end at ``context`` tokens, as a reader of ``stream`` sees them.
+    Time the decode steps that end at ``context`` tokens, as a reader of the decode loop sees them.
 
     The prompt's ids are random and differ from call to call, so that no prefix is in the cache.
 
@@ -177,9 +193,10 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
     prompt_tokens = context - warmup - steps - 1
     if prompt_tokens < 1:
         raise ValueError(f'a context of {context} tokens has no room for {warmup} + {steps} steps')
-    first_s = _stream(engine, random_prompt(engine, prompt_tokens, seed=context), 2)[0]
+    loop = DecodeLoop(engine)
+    first_s = _stream(loop, random_prompt(engine, prompt_tokens, seed=context), 2)[0]
     prompt = random_prompt(engine, prompt_tokens, seed=context + 1)
-    prefill_s, itl_s, device_s, cached = _stream(engine, prompt, warmup + steps + 1)
+    prefill_s, itl_s, device_s, cached = _stream(loop, prompt, warmup + steps + 1)
     if len(itl_s) < warmup + steps:
         raise EngineError(f'the engine ended after {len(itl_s)} of {warmup + steps} steps')
     itl_s, device_s = itl_s[warmup:], device_s[warmup:]
@@ -203,21 +220,42 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
     return cell
 
 
+def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
+                      samplings: Sequence[str]) -> list[dict[str, Any]]:
+    """
+    Time the same steps under several samplings, in turn, so that a drift meets all alike.
+
+    :param samplings: as `parse_sampling` reads; `GREEDY` comes first in any case.
+    :return: for each its text, its steps' times in seconds and their median.
+    """
+    texts = list(dict.fromkeys([GREEDY, *samplings]))
+    loop = DecodeLoop(engine)
+    prompt = random_prompt(engine, context - warmup - steps - 1, seed=context + 2)
+    itl_s: dict[str, list[float]] = {text: [] for text in texts}
+    for _ in range(SAMPLING_ROUNDS):
+        for text in texts:
+            itl_s[text] += _stream(
+                loop, prompt, warmup + steps + 1, parse_sampling(text))[1][warmup:]
+    return [{'sampling': text, 'itl_s': times, 'itl_p50_s': statistics.median(times)}
+            for text, times in itl_s.items()]
+
+
 def random_prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
     """Give that many random ids of the engine's vocabulary."""
     draw = random.Random(seed)
     return [draw.randrange(engine.footprint.vocab_size) for _ in range(max(1, tokens))]
 
 
-def _stream(engine, prompt, tokens):
+def _stream(loop, prompt, tokens, sampling=None):
     """Give (prefill, [time of each later token], [its device time], cached tokens), in seconds."""
+    sampling = replace(sampling or SamplingConfig(), max_new_tokens=tokens)
     itl_s, device_s = [], []
     prefill_s = cached = None
     gc.collect()
     gc.disable()
     try:
         last_s = time.perf_counter()
-        for step in engine.stream(prompt, SamplingConfig(max_new_tokens=tokens)):
+        for step in loop.stream(prompt, sampling):
             now_s = time.perf_counter()
             if not step.token_ids:
                 continue
