@@ -7,8 +7,8 @@ chosen in the process.
 
 import sys
 
+from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import kernels
-from physai_decode.engines.native import sampling_kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -6,7 +6,6 @@ with positions, masks and the cache shows in its logits. On demand it disturbs t
 library's sums in any order do. It knows nothing of quantised weights.
 """
 
-from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 import json
 from pathlib import Path
@@ -24,7 +23,6 @@ class Library:
         """Make modules around a transformers network with the weights that a folder stands for."""
         self.network = network
         self.calls = []             # (tokens, position) of each forward pass
-        self.settings = []          # of each sampling
         self.copies = 0             # of keys or values for the heads of a group
         self.fail = None            # what loading a module raises
         self.unloaded = 0
@@ -132,21 +130,6 @@ class Library:
                 assert batch_size == 1
                 self.seq_len, self.past_len, self.block_diag_mask = seq_len, past_len, None
 
-        class Sampler:
-            @dataclass
-            class Settings:
-                temperature: float = 0.8
-                top_k: int = 50
-                top_p: float = 0.8
-                min_p: float = 0.0
-                token_repetition_penalty: float = 1.025
-
-            @staticmethod
-            def sample(logits, settings, sequence_ids, random, tokenizer):
-                library.settings.append(settings)
-                return (sample(logits[0, 0, :tokenizer.get_vocab_size()].clone(), settings,
-                               sequence_ids[0], random),)
-
         self.modules = {
             'exllamav2': {'__version__': '0.3.2', 'ExLlamaV2Config': Config, 'ExLlamaV2': Model,
                           'ExLlamaV2Cache': Cache},
@@ -154,7 +137,7 @@ class Library:
             'exllamav2.attn': {'has_flash_attn': False,
                                'ExLlamaV2Attention': SimpleNamespace(Params=Params)},
             'exllamav2.device': {'set_device_streams': lambda: None},
-            'exllamav2.generator': {'ExLlamaV2Sampler': Sampler}}
+            'exllamav2.generator': {}}
 
     def install(self, monkeypatch) -> None:
         """Put the modules where an import finds them."""
@@ -163,21 +146,3 @@ class Library:
             module.__spec__ = ModuleSpec(name, None)
             vars(module).update(content)
             monkeypatch.setitem(sys.modules, name, module)
-
-
-def sample(logits, settings, seen, random):
-    """Choose as the library does; a top_p of 0 and a min_p of 1 mean that they are off."""
-    values = logits[seen]
-    penalty = settings.token_repetition_penalty
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    probabilities, order = (logits / settings.temperature).softmax(-1).sort(descending=True)
-    if settings.top_k:
-        probabilities[settings.top_k:] = 0
-    if 0 < settings.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities[before / probabilities.sum() > settings.top_p] = 0
-    if 0 < settings.min_p < 1:
-        probabilities[probabilities < settings.min_p * probabilities[0]] = 0
-    probabilities = torch.zeros_like(logits).scatter(0, order, probabilities)
-    total = probabilities.cumsum(-1)
-    return torch.searchsorted(total, random * total[-1] * 0.9998).view(1, 1)

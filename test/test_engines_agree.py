@@ -1,6 +1,7 @@
 """Native against the transformers library's own model, and both engines against the contract."""
 
 import json
+import math
 
 import engine_contract
 from engine_contract import decode
@@ -14,6 +15,8 @@ from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
 import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 import torch
 import transformers
 
@@ -200,3 +203,26 @@ def test_reuse_is_reported_alike(tmp_path):
             prompt, prompt, prompt[:20] + [7, 8, 9], prompt[:10], [3])]
         reported.append([step.cached_tokens for step in steps])
     assert reported == [[0, 49, 20, 9, 0]] * 2
+
+
+@pytest.mark.parametrize('name', ENGINES)
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('sampling', [
+    SamplingConfig(), SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
+    SamplingConfig(repetition_penalty=1.2)], ids=['greedy', 'drawn', 'all', 'penalty'])
+def test_weights_that_are_not_numbers_are_an_error(name, value, sampling, tmp_path):
+    """Once one row of the head is not; the engine goes on once they are again."""
+    folder = random_model.save(tmp_path, 'llama', 0)
+    path = folder / 'model.safetensors'
+    good = load_file(path)
+    bad = {key: tensor.clone() for key, tensor in good.items()}
+    bad['lm_head.weight'][7] = value
+    save_file(bad, path, metadata={'format': 'pt'})
+    loop = load(ENGINES[name], folder, CPU)
+    for _ in range(2):
+        with pytest.raises(EngineError, match='logits are not numbers'):
+            decode(loop, [3, 4, 5], sampling)
+    loop.engine.close()
+    save_file(good, path, metadata={'format': 'pt'})
+    assert decode(load(ENGINES[name], folder, CPU), [3, 4, 5], sampling)

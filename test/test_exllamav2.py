@@ -104,7 +104,6 @@ def fresh(installed, saved):
     module, library = installed
     loop = load(module.ExLlamaV2Engine, saved[0], CONFIG)
     library.calls.clear()
-    library.settings.clear()
     yield loop, library
     loop.engine.close()
 
@@ -187,24 +186,6 @@ def test_no_step_is_launched_in_vain(fresh):
     assert library.calls == [(3, 0), *((1, place) for place in range(3, 11))]
 
 
-@pytest.mark.parametrize('sampling, expected', [
-    ({'temperature': 0.7}, {'temperature': 0.7, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0}),
-    ({'temperature': 1.0, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.1},
-     {'temperature': 1.0, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.1}),
-    ({'temperature': 1.0, 'repetition_penalty': 1.3}, {'token_repetition_penalty': 1.3}),
-    ({'repetition_penalty': 1.3}, {'token_repetition_penalty': 1.3, 'top_k': 1}),
-    ({'temperature': 1.0, 'top_p': 0.0}, {'top_k': 1}),
-    ({'temperature': 1.0, 'min_p': 1.0}, {'top_k': 1})])
-def test_sampling_one_to_one(fresh, sampling, expected):
-    loop, library = fresh
-    decode(loop, [5, 6, 7], SamplingConfig(max_new_tokens=3, **sampling))
-    assert len(library.settings) == 3
-    for name, value in expected.items():
-        assert getattr(library.settings[-1], name) == value
-    if 'repetition_penalty' not in sampling:
-        assert library.settings[-1].token_repetition_penalty == 1.0
-
-
 def test_attention_elsewhere_keeps_its_choice(fresh):
     loop, library = fresh
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -228,12 +209,6 @@ def test_a_step_attends_without_copies(fresh, heads, tokens):
     library.copies = 0
     torch.testing.assert_close(attention._attn_torch(*case), expected)
     assert library.copies == (0 if tokens == 1 else 2)
-
-
-def test_greedy_leaves_the_sampler_alone(fresh):
-    loop, library = fresh
-    decode(loop, [5, 6, 7])
-    assert not library.settings
 
 
 def test_footprint(installed, saved):

@@ -1,5 +1,6 @@
-"""The layouts in config/: every field that they name is read back out of a bag of a session."""
+"""A bag of a session has every field that the layouts in config/ name, and its requests."""
 
+import importlib.util
 import json
 from pathlib import Path
 import re
@@ -9,6 +10,8 @@ import time
 from xml.etree import ElementTree
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.request import parse
+from physai_decode.request import Request
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 import pytest
@@ -29,6 +32,7 @@ CONFIG = ROOT / 'config'
 PATIENCE_S = 120.0
 TOPICS = {
     '/decode/prompt': (String, 10),
+    '/decode/accepted': (String, stream_qos()),
     '/decode/tokens': (String, stream_qos()),
     '/decode/token_stats': (DiagnosticArray, stream_qos()),
     '/decode/itl_ms': (Float64, stream_qos()),
@@ -111,6 +115,23 @@ def bag(tmp_path_factory):
     for topic in TOPICS:
         assert messages[topic], f'nothing came on {topic}'
     return messages
+
+
+def test_a_session_can_be_replayed(bag):
+    """The example makes the same request of what was accepted."""
+    spec = importlib.util.spec_from_file_location('replay', ROOT / 'examples' / 'replay.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rclpy.init()
+    replay = module.Replay()
+    try:
+        sent = []
+        replay.request.publish = sent.append
+        replay.on_accepted(bag['/decode/accepted'][0])
+    finally:
+        replay.destroy_node()
+        rclpy.shutdown()
+    assert [parse(message.data) for message in sent] == [Request(bag['/decode/prompt'][0].data)]
 
 
 def numbers(values) -> list[float]:

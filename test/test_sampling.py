@@ -13,13 +13,13 @@ if not torch.cuda.is_available():
 
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import NO_TOKEN
-from physai_decode.engines.native import sampling as native
+from physai_decode.engines import sampling as native
 from physai_decode.engines.native.ops import TorchOps
-from physai_decode.engines.native.sampling import GREEDY
-from physai_decode.engines.native.sampling import HostSampler
-from physai_decode.engines.native.sampling import Plan
-from physai_decode.engines.native.sampling import Sampler
-from physai_decode.engines.transformers.sampling import Chooser
+from physai_decode.engines.sampling import Drawer
+from physai_decode.engines.sampling import GREEDY
+from physai_decode.engines.sampling import HostSampler
+from physai_decode.engines.sampling import Plan
+from physai_decode.engines.sampling import Sampler
 import transformers
 
 VOCAB = 50
@@ -147,7 +147,7 @@ def kind(request):
     if request.param != 'kernels':
         return {'fixed': Sampler, 'host': HostSampler}[request.param]
     pytest.importorskip('triton')
-    from physai_decode.engines.native.sampling_kernels import TritonSampler
+    from physai_decode.engines.sampling_kernels import TritonSampler
     if torch.cuda.is_available():
         return lambda vocab, device: OnDevice(TritonSampler(vocab, torch.device('cuda'), 16, True))
     return TritonSampler
@@ -233,7 +233,7 @@ def test_of_equals_at_the_border_the_highest_ids_are_kept():
 @pytest.mark.parametrize('shape', SHAPES)
 def test_kernels_keep_and_draw_what_their_twin_does(shape, vocab):
     """With more scores at a border than stay in registers, too."""
-    kernels = pytest.importorskip('physai_decode.engines.native.sampling_kernels')
+    kernels = pytest.importorskip('physai_decode.engines.sampling_kernels')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     assert 51 < kernels.FEW.value < 2501
     every = 11 if vocab == 51 else 23
@@ -380,23 +380,24 @@ def test_a_place_draws_the_same_token_whatever_was_drawn_before(kind, name):
 
 
 @pytest.mark.parametrize('name', SETTINGS)
-def test_transformers_draws(name, library):
-    sampling, logits = SETTINGS[name], random_logits(0)
-    tokens = []
+def test_a_drawer_draws(name, library):
+    """What the engines without a captured draw use."""
+    sampling, logits, tokens = SETTINGS[name], random_logits(0), []
+    drawer = Drawer(VOCAB, DRAWS + len(PROMPT), CPU)
     if sampling.repetition_penalty == 1.0:
-        choose = Chooser(sampling, PROMPT, DRAWS + len(PROMPT), CPU)
-        tokens = [int(choose(logits[None], logits.argmax().view(1))) for _ in range(DRAWS)]
-    else:       # what was chosen counts as seen, so each draw is a request's first
+        drawer.begin(sampling, PROMPT)
+        tokens = [int(drawer.draw(logits, len(PROMPT) + index)) for index in range(DRAWS)]
+    else:       # what was drawn counts as seen, so each draw is a request's first
         for seed in range(DRAWS):
-            choose = Chooser(replace(sampling, seed=seed), PROMPT, len(PROMPT) + 1, CPU)
-            tokens.append(int(choose(logits[None], logits.argmax().view(1))))
+            drawer.begin(replace(sampling, seed=seed), PROMPT)
+            tokens.append(int(drawer.draw(logits, len(PROMPT))))
+            assert int(drawer.token) == tokens[-1]
     assert torch.equal(logits, random_logits(0))
     assert_drawn_from(count(tokens), library(logits, sampling, PROMPT).softmax(0).double())
 
 
 def test_greedy_with_a_penalty_is_alike(kind):
     sampling = SamplingConfig(repetition_penalty=3.0)
-    choose = Chooser(sampling, PROMPT, 100, CPU)
     sampler, plan = begun(kind, sampling)
     assert plan != GREEDY
     seen, state = set(PROMPT), State()
@@ -405,7 +406,6 @@ def test_greedy_with_a_penalty_is_alike(kind):
         wanted = torch.tensor([
             (x / 3.0 if x > 0 else x * 3.0) if i in seen else x
             for i, x in enumerate(logits.tolist())]).argmax()
-        assert int(choose(logits[None], logits.argmax().view(1))) == wanted
         assert state.draw(sampler, plan, logits) == wanted
         seen.add(int(wanted))
 
@@ -433,8 +433,6 @@ def test_greedy_takes_the_likeliest(kind, vocab, best):
     state = State()
     for _ in range(2):
         assert state.draw(sampler, plan, logits) == best
-    choose = Chooser(SamplingConfig(top_k=3, seed=9), PROMPT, 100, CPU)
-    assert int(choose(logits[None], logits.argmax().view(1))) == logits.argmax()
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')       # of the interpreter

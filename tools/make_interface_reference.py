@@ -153,8 +153,9 @@ STATUSES = (
     ('/diagnostics', 'decode: bandwidth', messages.BANDWIDTH_KEYS,
      'WARN where r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
-     'ERROR where the state is stalled or failed; its message then says why. WARN where there are '
-     'unknown parameters.'),
+     'ERROR where the state is stalled or failed, or where another node has the same name or '
+     'publishes on `~/tokens`. WARN where there are unknown parameters, or a params file that '
+     'holds nothing for this node. Its message says which.'),
 )
 
 

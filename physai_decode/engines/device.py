@@ -19,6 +19,7 @@ from physai_decode.engine import EngineError
 import torch
 
 WARM_UP_STEPS = 3
+_OWN_THREADS = torch.get_num_threads()      # before anybody set it
 
 
 def select(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -30,8 +31,8 @@ def select(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     :raises EngineError: this machine does not have it.
     """
     device = _device(config.device)
-    if device.type == 'cpu' and config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
+    if device.type == 'cpu':
+        torch.set_num_threads(config.cpu_threads or _OWN_THREADS)
     return device, _dtype(config.dtype, device)
 
 

@@ -1,12 +1,11 @@
 """
 ExLlamaV2: that library's kernels for GPTQ and EXL2 weights, on an NVIDIA GPU in float16.
 
-One step is the library's forward pass over its own cache. The likeliest token is chosen on the
-device and fed back there, one step ahead of the host; any other choice is made by the library's
-own sampler, on the host. Written against ExLlamaV2 0.3.2, the last version there is. Its extension
-is compiled at first use. Its kernels add with atomics: the same step need not give the same last
-bits twice, so the same prompt and seed need not give the same answer where two tokens are almost
-equally likely. The engine knows no text and reads no tokenizer.
+One step is the library's forward pass over its own cache. A token is drawn on the device as in all
+engines and fed back there, one step ahead of the host. Written against ExLlamaV2 0.3.2, the last
+version there is. Its extension is compiled at first use. Its kernels add with atomics: the same
+step need not give the same last bits twice, so the same prompt and seed need not give the same
+answer where two tokens are almost equally likely. The engine knows no text and reads no tokenizer.
 """
 
 from collections import deque
@@ -23,12 +22,11 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
 from physai_decode.engine import Footprint
-from physai_decode.engine import NO_TOKEN
 from physai_decode.engines import device as devices
 from physai_decode.engines.exllamav2 import checks
 from physai_decode.engines.exllamav2.library import library
 from physai_decode.engines.exllamav2.network import Network
-from physai_decode.engines.exllamav2.sampling import Chooser
+from physai_decode.engines.sampling import Drawer
 import torch
 
 _AHEAD = 1                # steps that are launched before an id is read
@@ -68,10 +66,12 @@ class ExLlamaV2Engine:
                 self._network.warm_up(limit, config.cuda_graph)
             self._slots = [
                 (devices.Stopwatch(self._device),
-                 torch.empty((1, 1), dtype=torch.long, pin_memory=self._device.type == 'cuda'))
+                 torch.empty(1, dtype=torch.long, pin_memory=self._device.type == 'cuda'))
                 for _ in range(_AHEAD + 1)]
             self._watch = devices.Stopwatch(self._device)
             self._flying: deque = deque()           # slots of steps in flight
+            self._length = 0                        # tokens in the cache, with those in flight
+            self._drawer = Drawer(settings.vocab_size, limit, self._device)
             self.footprint = self._network.footprint(model, limit, config.cuda_graph, {
                 'import_s': f'{imported_s - begun_s:.3f}',
                 'load_s': f'{loaded_s - imported_s:.3f}',
@@ -89,6 +89,7 @@ class ExLlamaV2Engine:
         import_module('exllamav2.device').set_device_streams()
         self._flying.clear()
         self._network.rewind(length)
+        self._length = length
         return length
 
     def feed(self, token_ids: Sequence[int]) -> float:
@@ -96,33 +97,23 @@ class ExLlamaV2Engine:
         self._watch.start()
         self._logits = self._network.feed(list(token_ids))
         self._watch.stop()
+        self._length += len(token_ids)
         return self._watch.read_s()
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
-        self._choose = None
-        if sampling.temperature or sampling.repetition_penalty != 1.0:
-            self._choose = Chooser(sampling, prompt_ids, self.footprint.max_context,
-                                   self.footprint.vocab_size)
-            self._number = self._choose(self._logits)
-            return Choice(self._number, 0.0)
-        self._token, shown = _likeliest(self._logits)
-        return Choice(int(shown), 0.0)
+        self._drawer.begin(sampling, prompt_ids)
+        return Choice(int(self._drawn()), 0.0)
 
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
-        if self._choose is not None:
-            self._watch.start()
-            logits = self._network.feed([self._number])
-            self._watch.stop()
-            self._number = self._choose(logits)
-            return Choice(self._number, self._watch.read_s())
         while len(self._flying) <= min(_AHEAD, remaining):
             watch, landing = slot = self._slots[0]
             self._slots.append(self._slots.pop(0))
             watch.start()
-            self._token, shown = _likeliest(self._network.forward(self._token))
-            landing.copy_(shown, non_blocking=True)
+            self._logits = self._network.forward(self._drawer.token.view(1, 1))
+            self._length += 1
+            landing.copy_(self._drawn(), non_blocking=True)
             watch.stop()
             self._flying.append(slot)
         watch, landing = self._flying.popleft()
@@ -133,13 +124,10 @@ class ExLlamaV2Engine:
         """See `physai_decode.engine.Engine.close`."""
         if self._network is not None:
             self._network.close()
-        self._network = self._logits = None
+        self._network = self._drawer = self._logits = None
         gc.collect()
         torch.cuda.empty_cache()
 
-
-@torch.inference_mode()
-def _likeliest(logits):
-    """Give the likeliest token [1, 1] of logits [1, 1, vocab], and what to show for it."""
-    best, token = logits.max(-1)                    # NaN is the largest of all
-    return token, torch.where(best.isfinite(), token, NO_TOKEN)
+    def _drawn(self):
+        return self._drawer.draw(
+            self._logits[0, 0, :self.footprint.vocab_size], self._length)

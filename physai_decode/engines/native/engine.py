@@ -14,8 +14,8 @@ from physai_decode.engines.native import architecture
 from physai_decode.engines.native import start
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.graph import Pipeline
-from physai_decode.engines.native.sampling import Plan
 from physai_decode.engines.native.transformer import Transformer
+from physai_decode.engines.sampling import Plan
 import torch
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from physai_decode.engines import device as devices
-from physai_decode.engines.native.sampling import Plan
+from physai_decode.engines.sampling import Plan
 import torch
 from torch import Tensor
 

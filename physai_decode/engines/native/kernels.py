@@ -19,9 +19,9 @@ from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.ops import TorchOps
-from physai_decode.engines.native.sampling_kernels import TritonSampler
 from physai_decode.engines.native.tuning import timed
 from physai_decode.engines.native.tuning import TuningCache
+from physai_decode.engines.sampling_kernels import TritonSampler
 import torch
 from torch import Tensor
 import triton

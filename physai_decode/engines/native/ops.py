@@ -12,8 +12,8 @@ from typing import Any
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
-from physai_decode.engines.native.sampling import HostSampler
-from physai_decode.engines.native.sampling import Sampler
+from physai_decode.engines.sampling import HostSampler
+from physai_decode.engines.sampling import Sampler
 import torch
 from torch import Tensor
 import torch.nn.functional as F

@@ -3,7 +3,7 @@ A network of the transformers library with one of the library's caches, eager or
 
 Eager, on a CPU and on a GPU with ``cuda_graph`` off, the cache grows and the host launches every
 kernel: the eager step of arXiv 2605.30571. Captured, the cache is the library's static one, and
-the forward pass with the choice of the likeliest token is one CUDA graph. Attention is PyTorch's
+the forward pass is one CUDA graph. Attention is PyTorch's
 scaled_dot_product_attention where the model has it, without cuDNN's, which would plan anew for
 each length; a captured step has one length for ever and takes what PyTorch prefers.
 """
@@ -33,8 +33,7 @@ class CachedNetwork:
     """
     A network and the library's dynamic cache; the host launches every kernel.
 
-    What runs the network returns the float32 logits [1, vocab] after its last token and the
-    likeliest token [1].
+    What runs the network returns the float32 logits [vocab] after its last token.
     """
 
     captured = False
@@ -85,9 +84,10 @@ class CachedNetwork:
                               f'({first_line(error)}): {self.advice}') from None
 
     def _warm_up(self):
-        token = self.feed([0] * min(_WARMUP_TOKENS, self._limit // 2))[1]
+        logits = self.feed([0] * min(_WARMUP_TOKENS, self._limit // 2))
+        self.vocab_size = len(logits)
         for _ in range(2):
-            token = self.step(token)[1]
+            logits = self.step(logits.argmax(0, keepdim=True))
         kept = [getattr(layer, 'keys', None) is not None for layer in self.cache.layers]
         # A layer without keys has its state elsewhere.
         self.attends = self.attends and all(kept)
@@ -105,17 +105,17 @@ class CachedNetwork:
         self.length = self._crop(self.length, length)
         return self.length
 
-    def feed(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def feed(self, ids: list[int]) -> torch.Tensor:
         """Run a chunk of a prompt."""
-        outcome = self._forward(torch.tensor([ids], device=self.device), self.length)
+        logits = self._forward(torch.tensor([ids], device=self.device), self.length)
         self.length += len(ids)
-        return outcome
+        return logits
 
-    def step(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, token: torch.Tensor) -> torch.Tensor:
         """Run one token [1], which is on the device."""
-        outcome = self._step(token)
+        logits = self._step(token)
         self.length += 1
-        return outcome
+        return logits
 
     @contextmanager
     def uncaptured(self) -> Iterator[None]:
@@ -138,8 +138,8 @@ class CachedNetwork:
                 start, start + ids.shape[1], device=self.device)[None]
         one_length = self.captured and ids.shape[1] == 1
         with nullcontext() if one_length else devices.attention_backends(self.device):
-            logits = self.network(input_ids=ids, **cache, **self._options).logits[:, -1].float()
-        return logits, logits.argmax(-1)
+            logits = self.network(input_ids=ids, **cache, **self._options).logits
+        return logits[0, -1].float()
 
     def _new_cache(self):
         return DynamicCache(config=self.network.config)
@@ -192,7 +192,7 @@ class CapturedNetwork(CachedNetwork):
             self.cache, self.length = cache, 0
             self.feed(ids)
             token = torch.tensor(ids[:1], device=self.device)
-            answers.append(CachedNetwork.step(self, token)[0].clone())
+            answers.append(CachedNetwork.step(self, token).clone())
         self.cache = static
         whole, plain = answers
         # Other kernels add in another order: a wrong mask shows all the same.
@@ -208,23 +208,21 @@ class CapturedNetwork(CachedNetwork):
         for position in (2, 6):
             token = torch.full((1,), position, device=self.device)
             self._set_length(position)
-            replayed = self._replay(token)[0].clone()
+            replayed = self._replay(token).clone()
             self._set_length(position)
-            launched = self._forward(token.view(1, 1))[0]
+            launched = self._forward(token.view(1, 1))
             if not torch.allclose(replayed, launched, rtol=0, atol=0.02 * launched.abs().max()):
                 raise RuntimeError(
                     f'replayed at position {position} it gives other logits than uncaptured')
 
     def _captured_step(self):
-        self._logits, self._likeliest = self._forward(self._input)
-        self._input.copy_(self._likeliest.view(1, 1))
+        self._logits = self._forward(self._input)
 
     @torch.inference_mode()
     def _replay(self, token):
-        if token is not self._likeliest:
-            self._input.copy_(token.view(1, 1))
+        self._input.copy_(token.view(1, 1))
         self._graph.replay()
-        return self._logits, self._likeliest
+        return self._logits
 
     def _new_cache(self):
         return whole_cache(self.network.config, self._limit)

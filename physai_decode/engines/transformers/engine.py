@@ -1,8 +1,8 @@
 """
 The transformers library's own model: the baseline, and the way for every other architecture.
 
-One step is the library's forward pass over its own cache, and its own logits processors choose the
-token. The engine knows nothing of how a model computes and never runs code from a model folder.
+One step is the library's forward pass over its own cache; a token is drawn as in all engines. The
+engine knows nothing of how a model computes and never runs code from a model folder.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,12 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
-from physai_decode.engine import NO_TOKEN
 from physai_decode.engines import device as devices
+from physai_decode.engines.sampling import Drawer
 from physai_decode.engines.transformers import network
 from physai_decode.engines.transformers.caches import CachedNetwork
 from physai_decode.engines.transformers.caches import CapturedNetwork
 from physai_decode.engines.transformers.footprint import footprint
-from physai_decode.engines.transformers.sampling import Chooser
 import torch
 
 CHUNK_TOKENS = 2048
@@ -57,6 +56,7 @@ class TransformersEngine:
                 self._cached = (CapturedNetwork if captured else CachedNetwork)(
                     loaded, self._device, limit)
                 self.footprint = footprint(model, self._cached, limit)
+                self._drawer = Drawer(self._cached.vocab_size, limit, self._device)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self.close()
@@ -73,25 +73,25 @@ class TransformersEngine:
     def feed(self, token_ids: Sequence[int]) -> float:
         """See `physai_decode.engine.Engine.feed`."""
         self._watch.start()
-        self._outcome = self._cached.feed(list(token_ids))
+        self._logits = self._cached.feed(list(token_ids))
         self._watch.stop()
         return self._watch.read_s()
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
-        self._choose = Chooser(sampling, prompt_ids, self.footprint.max_context, self._device)
+        self._drawer.begin(sampling, prompt_ids)
         self._watch.start()
         return self._chosen()
 
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
         self._watch.start()
-        self._outcome = self._cached.step(self._token)
+        self._logits = self._cached.step(self._drawer.token)
         return self._chosen()
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        self._cached = self._outcome = None
+        self._cached = self._drawer = self._logits = None
         gc.collect()
         if self._device.type == 'cuda':
             torch.cuda.empty_cache()
@@ -106,14 +106,7 @@ class TransformersEngine:
         with self._cached.uncaptured() if captured is False else nullcontext():
             yield
 
-    @torch.inference_mode()
     def _chosen(self):
-        """Choose from the last outcome; the token stays on the device, the host gets its id."""
-        logits, likeliest = self._outcome
-        self._token = self._choose(logits, likeliest)
-        # NaN is the largest to argmax, and so is infinity; where all are masked, the largest is
-        # minus infinity.
-        known = logits.gather(-1, likeliest.view(1, 1)).view(1).isfinite()
-        shown = torch.where(known, self._token, NO_TOKEN)
+        shown = self._drawer.draw(self._logits, self._cached.length)
         self._watch.stop()
         return Choice(int(shown), self._watch.read_s())

@@ -238,6 +238,48 @@ class HostSampler(Sampler):
         return ids, scores
 
 
+class Drawer:
+    """One request's draws, for an engine whose step is not captured with its draw."""
+
+    def __init__(self, vocab_size: int, max_context: int, device: torch.device):
+        """Take what chooses fastest on the device."""
+        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._history = torch.zeros(max_context + 1, dtype=torch.int64, device=device)
+        self._sampler = _fastest(vocab_size, device)
+        self._plan = GREEDY
+
+    @torch.inference_mode()
+    def begin(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> None:
+        """Take a request's settings, and the tokens that count as seen."""
+        self._position.fill_(len(prompt_ids) - 1)
+        self._plan = self._sampler.begin(
+            sampling, torch.tensor(prompt_ids, device=self.token.device))
+
+    @torch.inference_mode()
+    def draw(self, logits: Tensor, place: int) -> Tensor:
+        """
+        Choose a token, which is ``token`` then.
+
+        :param logits: float [vocab].
+        :param place: the token's, counted by the host.
+        :returns: int64 [1] on the device: the id, or `NO_TOKEN`.
+        """
+        self._sampler.draw(self._plan, logits.float(), self._position, self.token, self._history)
+        return self._history[place:place + 1]
+
+
+def _fastest(vocab_size: int, device: torch.device) -> Sampler:
+    if device.type == 'cpu':
+        return HostSampler(vocab_size, device)
+    try:
+        from physai_decode.engines.sampling_kernels import TritonSampler
+    except ImportError:
+        return Sampler(vocab_size, device)
+    return TritonSampler(
+        vocab_size, device, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def most_likely(scores: Tensor, count: int) -> Tensor:
     """Give the ids, ascending, of the ``count`` highest scores and the equals of the last."""
     highest, ids = scores.topk(count + 1)

@@ -13,9 +13,9 @@ logits give the same token each time. A probability counts to 2**-44 of the like
 The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
 """
 
-from physai_decode.engines.native import sampling as twin
-from physai_decode.engines.native.sampling import Plan
-from physai_decode.engines.native.sampling import Sampler
+from physai_decode.engines import sampling as twin
+from physai_decode.engines.sampling import Plan
+from physai_decode.engines.sampling import Sampler
 import torch
 from torch import Tensor
 import triton

@@ -1,0 +1,199 @@
+"""The decode loop: what it reuses, how it cuts a prompt, and what is left after an error."""
+
+from engine_contract import CHECKS
+from engine_contract import decode
+from fake_engine import FakeEngine
+from fake_engine import forever
+from fake_engine import say
+from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import ChunkSize
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.decode_loop import Step
+from physai_decode.engine import EngineError
+from physai_decode.engine import NO_TOKEN
+import pytest
+
+ONE = SamplingConfig(max_new_tokens=1)
+
+
+class Timed(FakeEngine):
+    """Takes a time by its own clock for each prompt token, and notes its chunks."""
+
+    def __init__(self, token_s=0.0, fails_at=None, **options):
+        super().__init__(lambda ids: forever(), max_context=10_000, **options)
+        self.token_s, self.now_s, self.chunks, self.fails_at = token_s, 0.0, [], fails_at
+
+    def feed(self, token_ids):
+        """Take the time of a chunk."""
+        self.chunks.append(len(token_ids))
+        self.now_s += len(token_ids) * self.token_s
+        if len(self.chunks) == self.fails_at:
+            raise RuntimeError('broken')
+        return super().feed(token_ids)
+
+
+def loop_of(engine, chunk_ms=100.0):
+    return DecodeLoop(engine, chunk_ms, clock=lambda: engine.now_s)
+
+
+def feed(loop, tokens, start=0):
+    """Feed a prompt that shares nothing with another start's; give its steps."""
+    return list(loop.stream([start + 1000 + index for index in range(tokens)], ONE))
+
+
+class Repeatable(FakeEngine):
+    """Says what depends on the prompt, the seed and the place alone."""
+
+    def __init__(self):
+        super().__init__(self._words, vocab_size=200, eos_token_ids=tuple(range(50)))
+
+    def _words(self, ids):
+        sampling = self.samplings[-1]
+        one = (not sampling.temperature or sampling.top_k == 1 or not sampling.top_p
+               or sampling.min_p == 1)
+        seed = 0 if one else sampling.seed + 1
+        while True:
+            ids = [*ids, hash((*ids, seed)) % 200]
+            yield Step((ids[-1],), 0.001)
+
+
+@pytest.mark.parametrize('check', CHECKS, ids=lambda check: check.__name__)
+def test_contract(check):
+    """The fake engine is held to what the others are."""
+    check(DecodeLoop(Repeatable()))
+
+
+def test_chunks_grow_to_the_time_they_may_take():
+    engine = Timed(token_s=2.0**-10)
+    loop = loop_of(engine, chunk_ms=125.0)
+    feed(loop, 600)
+    assert engine.chunks == [32, 128, 128, 128, 128, 56]
+    engine.chunks.clear()
+    feed(loop, 250, start=5000)             # it was learned for good
+    assert engine.chunks == [128, 122]
+
+
+def test_chunks_grow_no_faster_than_fourfold():
+    engine = Timed(token_s=1e-6)
+    feed(loop_of(engine), 1000)
+    assert engine.chunks == [32, 128, 512, 328]
+
+
+def test_a_slow_device_gets_small_chunks():
+    """Half a second a token: the first chunk is late, the others are as short as may be."""
+    engine = Timed(token_s=0.5)
+    feed(loop_of(engine), 36)
+    assert engine.chunks == [32, 1, 1, 1, 1]
+
+
+def test_an_engines_limits_hold():
+    engine = Timed(token_s=1e-6, chunk_tokens=(16, 64))
+    feed(loop_of(engine), 200)
+    assert engine.chunks == [32, 64, 64, 40]
+    engine = Timed(token_s=1.0, chunk_tokens=(16, 64))
+    feed(loop_of(engine), 60)
+    assert engine.chunks == [32, 16, 12]
+
+
+def test_a_prompt_in_one_piece():
+    """Where the state can not be fed in chunks, and where no time is set."""
+    engine = Timed(token_s=1.0, chunk_tokens=(10_000, 10_000))
+    feed(loop_of(engine), 500)
+    assert engine.chunks == [500]
+    engine = Timed(token_s=1.0, chunk_tokens=(1, 400))
+    feed(loop_of(engine, chunk_ms=0.0), 500)
+    assert engine.chunks == [400, 100]
+
+
+def test_a_short_chunk_teaches_no_growth():
+    size = ChunkSize(1, 1000, 100, 100.0)
+    size.learn(10, 0.0001)
+    assert size.tokens == 100
+    size.learn(10, 1.0)                     # but that it is slow
+    assert size.tokens == 1
+    size.learn(1, 0.0)                      # a clock that did not move
+    assert size.tokens == 1
+
+
+def test_a_step_between_two_chunks_brings_no_token():
+    steps = feed(loop_of(Timed(token_s=0.001)), 150)
+    assert [len(step.token_ids) for step in steps] == [0, 0, 1]
+
+
+def test_what_is_cached_is_not_fed_again():
+    engine = Timed()
+    loop = loop_of(engine)
+    feed(loop, 30)
+    steps = feed(loop, 40)
+    assert engine.chunks == [30, 10]
+    assert steps[-1].cached_tokens == 30
+    assert feed(loop, 40)[-1].cached_tokens == 39       # the last is fed for its logits
+    assert loop.cached_ids == [1000 + index for index in range(40)]
+
+
+def test_a_cancel_between_two_chunks_keeps_what_was_fed():
+    engine = Timed(token_s=0.001)
+    loop = loop_of(engine)
+    stream = loop.stream(range(1000, 1150), ONE)
+    next(stream)
+    stream.close()
+    assert len(loop.cached_ids) == 32
+    assert feed(loop, 150)[-1].cached_tokens == 32
+
+
+@pytest.mark.parametrize('fails_at', [1, 2])
+def test_a_chunk_that_fails_leaves_nothing_cached(fails_at):
+    engine = Timed(token_s=0.001, fails_at=fails_at)
+    loop = loop_of(engine)
+    with pytest.raises(RuntimeError, match='broken'):
+        feed(loop, 150)
+    assert loop.cached_ids == []
+    steps = feed(loop, 150)
+    assert steps[-1].cached_tokens == 0
+    assert engine.fed == [1000 + index for index in range(150)]
+
+
+def test_a_step_that_fails_leaves_nothing_cached():
+    def steps(ids):
+        yield from say('ab', end=False)
+        raise RuntimeError('broken')
+
+    engine = FakeEngine(steps)
+    loop = DecodeLoop(engine)
+    with pytest.raises(RuntimeError, match='broken'):
+        decode(loop, [1, 2, 3])
+    assert loop.cached_ids == []
+
+
+@pytest.mark.parametrize('place', [0, 2])
+def test_logits_that_are_not_numbers_are_an_error(place):
+    """Whether the first token's or a later one's."""
+    engine = FakeEngine(lambda ids: [*say('abc'[:place], end=False), Step((NO_TOKEN,))])
+    loop = DecodeLoop(engine)
+    stream = loop.stream([1, 2, 3], SamplingConfig())
+    assert [next(stream).token_ids for _ in range(place)] == [(97,), (98,)][:place]
+    with pytest.raises(EngineError, match=r'logits are not numbers .* in float32.*engine\.dtype'):
+        next(stream)
+
+
+def test_forget():
+    loop = loop_of(Timed())
+    feed(loop, 30)
+    loop.forget(12)
+    assert loop.cached_ids == [1000 + index for index in range(12)]
+    loop.forget(100)
+    assert len(loop.cached_ids) == 12
+    loop.forget()
+    assert loop.cached_ids == []
+
+
+def test_a_state_that_can_not_be_cut_back():
+    class Whole(Timed):
+        def rewind(self, length):
+            return length if length == len(self.fed) else super().rewind(0)
+
+    engine = Whole()
+    loop = loop_of(engine)
+    feed(loop, 30)
+    assert feed(loop, 20)[-1].cached_tokens == 0
+    assert engine.chunks == [30, 20]
