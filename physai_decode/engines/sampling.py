@@ -126,14 +126,14 @@ class Sampler:
             best = logits.index_select(0, token)    # a NaN counts as the greatest
         else:
             best = logits.max().view(1)
-            ids, scores = self.kept(plan, logits)
+            _, scores = self.kept(plan, logits)
             if plan.temperature:
-                scores = self._raced(scores, self._mixed if ids is None else self._mixed[ids],
-                                     position)
-            place = scores.argmax(0, keepdim=True)
-            token.copy_(place if ids is None else ids[place])
+                # The greatest quotient is the first to arrive.
+                scores = scores.softmax(0) / waiting_times(
+                    self._mixed, *keys(self._integers[1:], position))
+            token.copy_(scores.argmax(0, keepdim=True))
         if plan.repetition_penalty:
-            self._see(token)
+            self._seen.index_fill_(0, token, True)
         history.index_copy_(0, position, torch.where(best.isfinite(), token, NO_TOKEN))
 
     def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -163,13 +163,6 @@ class Sampler:
             scores = torch.where(_too_unlikely(scores, min_p), -math.inf, scores)
         return None, scores
 
-    def _raced(self, scores, mixed, position):
-        """Divide probabilities by waiting times: the greatest quotient is the first to arrive."""
-        return scores.softmax(0) / waiting_times(mixed, keys(self._integers[1:], position))
-
-    def _see(self, token):
-        self._seen.index_fill_(0, token, True)
-
 
 class HostSampler(Sampler):
     """
@@ -198,12 +191,31 @@ class HostSampler(Sampler):
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
         """See `Sampler.draw`."""
-        if plan == GREEDY or logits.max().isfinite():
-            super().draw(plan, logits, position, token, history)
-            return
-        position.add_(1)
-        token.zero_()
-        history.index_fill_(0, position, NO_TOKEN)
+        place = int(position) + 1
+        chosen = 0
+        if plan == GREEDY:
+            chosen = int(logits.argmax())
+            best = float(logits[chosen])            # a NaN counts as the greatest
+        else:
+            best = float(logits.max())
+            if math.isfinite(best):
+                chosen = self._chosen(plan, logits, place)
+        position.fill_(place)
+        token.fill_(chosen)
+        history[place] = chosen if math.isfinite(best) else NO_TOKEN
+        if plan.repetition_penalty and not self._seen[chosen]:
+            self._seen[chosen] = True
+            self._seen_ids[self._seen_count] = chosen
+            self._seen_count += 1
+
+    def _chosen(self, plan, logits, place):
+        ids, scores = self.kept(plan, logits)
+        if plan.temperature:
+            mixed = self._mixed if ids is None else self._mixed[ids]
+            scores = scores.softmax(0).div_(
+                waiting_times(mixed, *host_keys(self._sampling.seed, place)))
+        chosen = int(scores.argmax())
+        return chosen if ids is None else int(ids[chosen])
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
@@ -237,12 +249,6 @@ class HostSampler(Sampler):
             chosen = (~_too_unlikely(scores, sampling.min_p)).nonzero().view(-1)
             ids, scores = chosen if ids is None else ids[chosen], scores[chosen]
         return ids, scores
-
-    def _see(self, token):
-        if not self._seen[token]:
-            self._seen[token] = True
-            self._seen_ids[self._seen_count] = token
-            self._seen_count += 1
 
 
 class Drawer:
@@ -335,12 +341,22 @@ def _too_unlikely(scores, min_p):
     return probabilities < min_p * probabilities.max()
 
 
-def keys(seed: Tensor, position: Tensor) -> Tensor:
-    """Hash two int64 [1] to two int32 (splitmix64, Steele et al. 2014)."""
+def keys(seed: Tensor, position: Tensor) -> Sequence[Tensor]:
+    """Hash two int64 [1] to two int32 [1] (splitmix64, Steele et al. 2014)."""
     bits = (seed << 32) + position * GOLDEN
     bits = (bits ^ _shifted(bits, 30)) * MIX[0]
     bits = (bits ^ _shifted(bits, 27)) * MIX[1]
-    return (bits ^ _shifted(bits, 31)).view(torch.int32)
+    return (bits ^ _shifted(bits, 31)).view(torch.int32).split(1)
+
+
+def host_keys(seed: int, place: int) -> tuple[int, int]:
+    """Do as `keys`, with the host's numbers."""
+    bits = (seed << 32) + place * GOLDEN & 2**64 - 1
+    bits = (bits ^ bits >> 30) * MIX[0] & 2**64 - 1
+    bits = (bits ^ bits >> 27) * MIX[1] & 2**64 - 1
+    bits ^= bits >> 31
+    first, second = bits & 2**32 - 1, bits >> 32
+    return first - (first >> 31 << 32), second - (second >> 31 << 32)
 
 
 def mix(words: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
@@ -355,14 +371,14 @@ def mix(words: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
     return words
 
 
-def waiting_times(mixed: Tensor, pair: Tensor) -> Tensor:
+def waiting_times(mixed: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
     """
     Give exponential random numbers, float32 [n], of mean 1.
 
     :param mixed: int32 [n], the ids, mixed once.
-    :param pair: int32 [2], of the seed and the place.
+    :param first: and ``second``, the keys of the seed and the place.
     """
-    uniform = (mix(mixed, pair[:1], pair[1:]) & 0x7fffffff).float()
+    uniform = (mix(mixed, first, second) & 0x7fffffff).float()
     uniform.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()
 
