@@ -22,7 +22,7 @@ from physai_decode.engine import shared_prefix
 
 FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
 CHUNK_MS = 100.0
-LARGEST_GROWTH = 4
+LARGEST_CHANGE = 4          # from one chunk to the next: one that was late by chance is no rule
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ class ChunkSize:
             return
         if took_s > self._chunk_s or tokens >= self.tokens:
             fitting = int(tokens * self._chunk_s / took_s)
+            fitting = max(fitting, self.tokens // LARGEST_CHANGE)
             self.tokens = max(self._least,
-                              min(fitting, LARGEST_GROWTH * self.tokens, self._most))
+                              min(fitting, LARGEST_CHANGE * self.tokens, self._most))
 
 
 def _sum(one_s: float | None, other_s: float | None) -> float | None:

@@ -217,19 +217,6 @@ class HostSampler(Sampler):
         chosen = int(scores.argmax())
         return chosen if ids is None else int(ids[chosen])
 
-    def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor) -> None:
-        """See `Sampler.draw`."""
-        if plan != GREEDY:
-            super().draw(plan, logits, position, token, history)
-            return
-        # A small model's step is short enough for each operation to count.
-        position.add_(1)
-        token.copy_(logits.argmax(0, keepdim=True))
-        history.index_copy_(0, position, token)
-        if not math.isfinite(logits.index_select(0, token).item()):
-            history.index_fill_(0, position, NO_TOKEN)
-
     def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """See `Sampler.kept`."""
         sampling, scores, ids = self._sampling, logits, None
