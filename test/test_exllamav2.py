@@ -195,6 +195,27 @@ def test_attention_elsewhere_keeps_its_choice(fresh):
     stream.close()
 
 
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+@pytest.mark.parametrize('sampling', [
+    SamplingConfig(), SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2)],
+    ids=['greedy', 'drawn', 'all'])
+def test_weights_that_are_not_numbers_are_an_error(fresh, sampling, value):
+    """Once one row of the head is not; the engine goes on once they are again."""
+    loop, library = fresh
+    head = library.network.lm_head.weight
+    expected, good = decode(loop, [5, 6, 7]), head.detach().clone()
+    with torch.no_grad():
+        try:
+            head[7] = value
+            for prompt in ([5, 6, 7], [8, 9]):
+                with pytest.raises(EngineError, match='logits are not numbers .* in float16'):
+                    decode(loop, prompt, sampling)
+        finally:
+            head.copy_(good)
+    assert decode(loop, [5, 6, 7]) == expected
+
+
 @pytest.mark.parametrize('heads', [1, 2, 8])    # of keys and values
 @pytest.mark.parametrize('tokens', [1, 5])
 def test_a_step_attends_without_copies(fresh, heads, tokens):

@@ -209,7 +209,6 @@ class Steps:
 def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph):
     """Also where capturing runs steps of its own, and where the context is full."""
     monkeypatch.setattr(native, 'Pipeline', Steps)
-    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     monkeypatch.setattr(Steps, 'made', [])
     loop = load(native.NativeEngine, folder, CONFIG.engine)
     engine = loop.engine

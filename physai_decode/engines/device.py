@@ -127,6 +127,12 @@ def use(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def give_back(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to a CUDA device."""
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+
+
 def capture(step: Callable[[], None], device: torch.device,
             pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
     """

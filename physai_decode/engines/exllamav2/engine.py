@@ -126,7 +126,7 @@ class ExLlamaV2Engine:
             self._network.close()
         self._network = self._drawer = self._logits = None
         gc.collect()
-        torch.cuda.empty_cache()
+        devices.give_back(self._device)
 
     def _drawn(self):
         return self._drawer.draw(

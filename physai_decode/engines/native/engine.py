@@ -33,25 +33,20 @@ class NativeEngine:
             or does not fit in memory.
         """
         clock = start.PartTimes()
-        self._device, dtype = devices.select(config)
-        if model.quantization_config and config.dtype == 'auto' and self._device.type == 'cuda':
-            # GPTQ's scales are float16, and its kernel has less to do in float16.
-            dtype = torch.float16
-        self._shape = architecture.parse(model.config)
+        self._device, dtype = start.select(model, config)
+        shape = architecture.parse(model.config)
         limit = min(config.max_context, model.context_limit or config.max_context)
-        needed_bytes = start.check_memory(model, self._shape, limit, dtype, self._device)
+        needed_bytes = start.check_memory(model, shape, limit, dtype, self._device)
         devices.use(self._device)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
-            loaded = weights.load(
-                self._shape, start.source(model, dtype, self._device), model.quantization_config,
-                dtype, progress)
+            loaded = weights.load(shape, start.source(model, dtype, self._device),
+                                  model.quantization_config, dtype, progress)
             clock.end('load_s')
             ops = start.operations(self._device, progress)
             # To capture a step is to run it a few times, behind whatever the cache holds.
             places = limit + devices.WARM_UP_STEPS
-            self._transformer = Transformer(
-                self._shape, loaded, places, dtype, self._device, ops)
-            self._sampler = ops.sampler(self._shape.vocab_size, self._device)
+            self._transformer = Transformer(shape, loaded, places, dtype, self._device, ops)
+            self._sampler = ops.sampler(shape.vocab_size, self._device)
             self._history = torch.zeros(places + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)
             self._length = 0                    # tokens in the cache
@@ -61,13 +56,11 @@ class NativeEngine:
                 clock.end('tune_s')
                 self._pipeline = Pipeline(self._run_step, self._history, config.cuda_graph)
             progress('warming up' + (' and capturing the step' if self._pipeline else ''))
-            self._warm_up()
+            start.warm_up(self)
             clock.end('warm_up_s')
-        details = {'kernels': ops.name, **clock.parts}
-        if loaded.dense_fallbacks:
-            details['dense_fallbacks'] = str(loaded.dense_fallbacks)
         self.footprint = start.footprint(
-            model, self._shape, loaded, limit, dtype, self._device, config.cuda_graph, details)
+            model, shape, loaded, limit, dtype, self._device, config.cuda_graph,
+            {'kernels': ops.name, **clock.parts})
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
@@ -114,15 +107,13 @@ class NativeEngine:
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
         self._pipeline = self._transformer = self._sampler = self._history = self._logits = None
-        if self._device.type == 'cuda':
-            torch.cuda.empty_cache()
+        devices.give_back(self._device)
 
     @contextmanager
     def trial(self, captured: bool | None = None) -> Iterator[None]:
         """See `physai_decode.gap.Measurable.trial`; a trial's steps are greedy."""
         own = self._pipeline
-        other = captured not in (None, self.footprint.cuda_graph == 'captured')
-        if other:
+        if captured not in (None, self.footprint.cuda_graph == 'captured'):
             devices.use(self._device)
             with torch.inference_mode():
                 self._pipeline = Pipeline(self._run_step, self._history, captured)
@@ -130,8 +121,7 @@ class NativeEngine:
             yield
         finally:
             self._pipeline = own
-            if other and captured:
-                torch.cuda.empty_cache()    # of the graph
+            devices.give_back(self._device)     # what a graph took
 
     @torch.inference_mode()
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
@@ -154,15 +144,6 @@ class NativeEngine:
         token_id = int(self._history[self._length])
         self._watch.stop()
         return Choice(token_id, self._watch.read_s())
-
-    def _warm_up(self):
-        for sampling in start.WARM_UP:
-            self.rewind(0)
-            self.feed([0, 0])
-            self.first(sampling, [0, 0])
-            for remaining in (2, 1, 0):
-                self.step(remaining)
-        self.rewind(0)
 
     def _tensor(self, ids):
         return torch.tensor(ids, dtype=torch.int64).to(self._device)

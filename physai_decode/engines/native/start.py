@@ -5,7 +5,9 @@ import math
 import time
 
 from physai_decode.checkpoint import Checkpoint
+from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
@@ -18,6 +20,15 @@ WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
 WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
            SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
+
+
+def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    """Find the device and the number format that the settings ask for with this model."""
+    device, dtype = devices.select(config)
+    if checkpoint.quantization_config and config.dtype == 'auto' and device.type == 'cuda':
+        # GPTQ's scales are float16, and its kernel has less to do in float16.
+        dtype = torch.float16
+    return device, dtype
 
 
 def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOps:
@@ -73,6 +84,8 @@ def footprint(checkpoint: Checkpoint, shape: Architecture, loaded: weights.Weigh
               details: dict[str, str]) -> Footprint:
     """Tell what was loaded, and what one of its steps reads."""
     name, uuid = devices.describe(device)
+    if loaded.dense_fallbacks:
+        details = {**details, 'dense_fallbacks': str(loaded.dense_fallbacks)}
     return Footprint(
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
         quantization=checkpoint.quantization, device=str(device), device_name=name,
@@ -83,6 +96,17 @@ def footprint(checkpoint: Checkpoint, shape: Architecture, loaded: weights.Weigh
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
         windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a prompt and a few steps under each of `WARM_UP`."""
+    for sampling in WARM_UP:
+        engine.rewind(0)
+        engine.feed([0, 0])
+        engine.first(sampling, [0, 0])
+        for remaining in (2, 1, 0):
+            engine.step(remaining)
+    engine.rewind(0)
 
 
 class PartTimes:

@@ -25,7 +25,6 @@ from physai_decode.engines.transformers import network
 from physai_decode.engines.transformers.caches import CachedNetwork
 from physai_decode.engines.transformers.caches import CapturedNetwork
 from physai_decode.engines.transformers.footprint import footprint
-import torch
 
 CHUNK_TOKENS = 2048
 
@@ -93,8 +92,7 @@ class TransformersEngine:
         """See `physai_decode.engine.Engine.close`."""
         self._cached = self._drawer = self._logits = None
         gc.collect()
-        if self._device.type == 'cuda':
-            torch.cuda.empty_cache()
+        devices.give_back(self._device)
 
     @contextmanager
     def trial(self, captured: bool | None = None) -> Iterator[None]:
