@@ -239,6 +239,7 @@ def page() -> str:
     try:
         topic_rows, service_rows = topics(node), services(node)
     finally:
+        node.close(1.0)
         node.destroy_node()
         rclpy.shutdown()
     parts = [
