@@ -40,7 +40,7 @@ class NativeEngine:
         devices.use(self._device)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             loaded = weights.load(shape, start.source(model, dtype, self._device),
-                                  model.quantization_config, dtype, progress)
+                                  model.quantized, dtype, progress)
             clock.end('load_s')
             ops = start.operations(self._device, progress)
             # To capture a step is to run it a few times, behind whatever the cache holds.

@@ -25,7 +25,7 @@ WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """Find the device and the number format that the settings ask for with this model."""
     device, dtype = devices.select(config)
-    if checkpoint.quantization_config and config.dtype == 'auto' and device.type == 'cuda':
+    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda':
         # GPTQ's scales are float16, and its kernel has less to do in float16.
         dtype = torch.float16
     return device, dtype
