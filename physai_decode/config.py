@@ -53,8 +53,9 @@ class EngineConfig:
     cpu_threads: int = _option(
         0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
     prefill_chunk_ms: float = _option(
-        100.0, 'a prompt is read in chunks of about this time, and a cancel, a preemption or a '
-        'deadline is heard after each; 0 reads the largest chunks that the engine takes',
+        100.0, 'a prompt is read in chunks of about this time, but of no fewer than 32 tokens; a '
+        'cancel, a preemption or a deadline is heard after each. 0 reads the largest chunks that '
+        'the engine takes',
         low=0.0, high=1e6)
 
 
