@@ -5,10 +5,12 @@ Run as ``python compile_kernels.py 90``: the interpreter, which the other tests 
 chosen in the process.
 """
 
+import re
 import sys
 
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import prefill_kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,14 +20,17 @@ POINTERS = {
     'bias': '{half}', 'gain': '{half}', 'q_gain': '{half}', 'k_gain': '{half}', 'keys': '{half}',
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
-    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32'}   # all others are fp32
+    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
+    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
-           'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32'}
+           'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
+           'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
+MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as an engine's are
 
 
-def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', **constants):
+def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', **constants):
     """Compile one kernel; ``half`` is bf16 or fp16."""
-    kinds = {**POINTERS, 'x': x, 'out': out}
+    kinds = {**POINTERS, 'x': x, 'out': out, 'parts': parts}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -34,6 +39,8 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', **constant
             values[(index,)] = constants.pop(name)
         elif name in NUMBERS:
             signature[name] = NUMBERS[name]
+            if kernel.fn.__module__ == prefill_kernels.__name__ and name in MULTIPLES:
+                attributes[(index,)] = [['tt.divisibility', 16]]
         else:
             signature[name] = '*' + kinds.get(name, 'fp32').format(half=half)
             attributes[(index,)] = [['tt.divisibility', 16]]
@@ -79,19 +86,9 @@ def main():
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
-    choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
-    print('compiled')
-
-
-def choose(capability, **layout):
-    """Compile what chooses the token, each kernel with all its stages and with the fewest."""
-    compiled(sampling_kernels._top, capability, 'fp16', **layout)
-    for few in (True, False):
-        for kernel in (sampling_kernels._bin, sampling_kernels._border):
-            compiled(kernel, capability, 'fp16', warps=8, **layout, PADDED=256, TOP_K=True,
-                     TOP_P=not few)
-        compiled(sampling_kernels._pick, capability, 'fp16', **layout, PADDED=256, DRAW=not few,
-                 TRUNCATED=not few, MINIMUM=not few)
+    'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
+    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
+    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
 
 
 if __name__ == '__main__':
