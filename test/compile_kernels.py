@@ -86,9 +86,56 @@ def main():
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
-    'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
-    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
-    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
+        if capability >= 80:
+            prefills(build, half, capability)
+    choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
+    print('compiled')
+
+
+def prefills(build, half, capability):
+    """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
+    own = prefill_kernels
+    matrix = 'wgmma.mma_async' if capability >= 90 else 'mma.sync'
+    build(own._embed, out=half, K=3584, BLOCK=4096, PLACED=True)
+    build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, PLACED=False)
+    build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, PLACED=True)
+    build(own._reorder, x=half, out=half, K=3584, BLOCK=1024, PLACED=True)
+    build(own._silu_up, parts=half, out=half, N=9472, BLOCK=2048, PARTS=1, BIAS=True, PAIRED=True,
+          PLACED=True)
+    build(own._last, BLOCK=512, PARTS=2, BIAS=True)
+    build(own._join, out=half, HEADS=28, ROWS=4, D=128, DIMS=128, SPLITS=4, PLACED=True)
+    for first, norm in ((0, True), (28, False)):
+        build(own._rotate, HEADS=28, KV_HEADS=4, FIRST=first, ROWS=8, D=128, DIMS=64, PARTS=2,
+              BIAS=True, NORM=norm)
+    for tile, splits, window in (((64, 64, 4, 2), 4, 0), ((128, 64, 8, 3), 1, 512)):
+        rows, columns, warps, stages = tile
+        made = build(own._attend, warps=warps, out=half, HEADS=28, GROUP=7, D=128, DIMS=128,
+                     M=rows, N=columns, SPLITS=splits, WINDOW=window, STAGES=stages,
+                     PLACED=splits == 1)
+        assert matrix in made.asm['ptx']
+    for gated in (False, True):
+        common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'BIAS': gated}
+        made = build(own._dense, ROWS=64, COLUMNS=64, TOKENS=32, STAGES=4, PAIRED=gated,
+                     PLACED=False, **common)
+        assert matrix in made.asm['ptx']
+        made = build(own._int4, GROUP=128, TILES=4, PAIRS=1, TOKENS=32, STAGES=4, EXACT=gated,
+                     ZEROS=not gated, PLACED=gated, ASSEMBLY=True, **common)
+        assert all(word in made.asm['ptx'] for word in ('lop3.b32', matrix))
+        # The next step overwrites the weights' registers: no product may be in flight then.
+        assert not re.search(r'wgmma.wait_group.sync.aligned [^0]', made.asm['ptx'])
+    compiled(own._unpack, capability, half, out=half, GROUP=128, TILES=4, ZEROS=True,
+             ASSEMBLY=True)
+
+
+def choose(capability, **layout):
+    """Compile what chooses the token, each kernel with all its stages and with the fewest."""
+    compiled(sampling_kernels._top, capability, 'fp16', **layout)
+    for few in (True, False):
+        for kernel in (sampling_kernels._bin, sampling_kernels._border):
+            compiled(kernel, capability, 'fp16', warps=8, **layout, PADDED=256, TOP_K=True,
+                     TOP_P=not few)
+        compiled(sampling_kernels._pick, capability, 'fp16', **layout, PADDED=256, DRAW=not few,
+                 TRUNCATED=not few, MINIMUM=not few)
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ def load(folder, dtype=torch.float32):
     checkpoint = inspect(folder)
     shape = architecture.parse(checkpoint.config)
     loaded = weights.load(shape, weights.Files(checkpoint, DEVICE),
-                          checkpoint.quantization_config, dtype, lambda message: None)
+                          checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
             for ops in (TritonOps(DEVICE, splits=2), TorchOps(on_host=False))]
 

@@ -78,7 +78,7 @@ def _check(name):
             random_model.save(path, family, 0, **settings)
         found = inspect(path)
         shape = architecture.parse(found.config)
-        loaded = [weights.load(shape, weights.Files(found, device), found.quantization_config,
+        loaded = [weights.load(shape, weights.Files(found, device), found.quantized,
                                each, lambda message: None) for each in (dtype, torch.float32)]
     own, half, full = (
         Transformer(shape, loaded[at], CONTEXT, each, device, ops) for at, each, ops in (

@@ -146,6 +146,12 @@ class Prefill:
                    for layer in transformer.weights.layers for weight in _of(layer)
                    if isinstance(weight, Int4))
 
+    @property
+    def details(self) -> dict[str, str]:
+        """What there is to tell of it: the sizes of its chunks, and its memory."""
+        return {'prefill': 'captured', 'prefill_sizes': ' '.join(map(str, self.sizes)),
+                'prefill_gb': f'{(self.buffer_bytes + self.graph_bytes) / 1e9:.3f}'}
+
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int] | Tensor, start: int) -> Tensor:
         """

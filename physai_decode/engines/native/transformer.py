@@ -150,11 +150,15 @@ class EagerPrefill:
         self._transformer = transformer
         self._logits = transformer.logits
 
+    @property
+    def details(self) -> dict[str, str]:
+        """What there is to tell of it."""
+        return {'prefill': 'torch'}
+
     def feed(self, ids: Sequence[int], start: int) -> None:
         """Fill the cache with the keys and values of ids whose first is at place ``start``."""
-        device = self._transformer.token.device
         self._logits = self._transformer.prefill(
-            torch.tensor(ids, dtype=torch.int64).to(device), start)
+            torch.tensor(ids, device=self._transformer.token.device), start)
 
     def logits(self) -> Tensor:
         """Give the logits after the last token fed; float32 [vocab]."""
