@@ -338,6 +338,12 @@ def test_a_window_as_long_as_the_context(installed, tmp_path):
     load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
 
 
+def test_a_window_that_no_layer_has(installed, tmp_path):
+    """As Qwen2's configs have it: by default the first 28 layers see everything."""
+    change(save(tmp_path)[0], model_type='qwen2', sliding_window=48, use_sliding_window=True)
+    load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
+
+
 @pytest.mark.parametrize('config, said', [
     ({'dtype': 'bfloat16', 'device': 'cpu'}, ('bfloat16', 'float16 or auto')),
     ({'device': 'cpu'}, ('NVIDIA GPU', 'native'))])

@@ -48,10 +48,10 @@ def _choose(model, progress):
     from physai_decode.engines.native import gptq
     try:
         architecture.parse(model.config)
-        if model.quantization_config:
-            gptq.parse(model.quantization_config)
+        if model.quantized:
+            gptq.parse(model.quantized)
     except EngineError as reason:
-        exl2 = model.quantization_config.get('quant_method') == 'exl2'
+        exl2 = model.quantized and model.quantized.method == 'exl2'
         name = 'exllamav2' if exl2 else 'transformers'
         progress(f'engine {name}, because {reason}')
         return name

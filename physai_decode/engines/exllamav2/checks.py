@@ -3,12 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
-from physai_decode import checkpoint
 from physai_decode.checkpoint import Checkpoint
+from physai_decode.checkpoint import parsing
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
+from physai_decode.model_config import positive
+from physai_decode.model_config import Rope
+from physai_decode.model_config import windows
 from safetensors import safe_open
 import torch
 
@@ -34,8 +37,8 @@ def device(config: EngineConfig) -> torch.device:
 
 def check(model: Checkpoint, limit: int) -> None:
     """Refuse by name what the library would not run, or run wrongly."""
-    config, quantization = model.text_config, model.quantization_config
-    method = quantization.get('quant_method')
+    config, quantized = model.text_config, model.quantized
+    method = quantized and quantized.method
     if model.model_type not in _FAMILIES:
         raise EngineError(
             f'{model.folder}: the exllamav2 engine does not run {model.model_type!r} (it runs '
@@ -48,27 +51,24 @@ def check(model: Checkpoint, limit: int) -> None:
         raise EngineError(
             f'{model.folder} only describes its weights, which ExLlamaV2 can not make at random: '
             'write them with decode_bench --write-checkpoint')
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    kind = rope.get('rope_type', rope.get('type', 'default'))
+    kind = Rope(config).kind
     if kind not in ('default', 'linear', 'llama3'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not scale rotary positions as its config.json asks '
             f'({kind}): set engine.name to native or transformers')
-    slides = model.model_type == 'mistral' or config.get('use_sliding_window')
-    window = config.get('sliding_window', checkpoint.SLIDING_WINDOW) if slides else None
-    if window and window < limit:
+    window = max(windows(config, positive(config, 'num_hidden_layers')))
+    if 0 < window < limit:
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not slide the window of {window} tokens that its '
             f'config.json asks for: set engine.max_context to {window} or less, or engine.name to '
             'native')
     if method == 'gptq':
-        _check_gptq(model, quantization)
+        _check_gptq(model, quantized)
 
 
-def _check_gptq(model, quantization):
+def _check_gptq(model, quantized):
     """Hold the tensors against what the library takes for granted."""
-    bits, size = quantization.get('bits'), quantization.get('group_size', 128)
-    layout = checkpoint.gptq_layout(quantization)
+    bits, size, layout = quantized.bits, quantized.group_size, quantized.layout
     if bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 runs 4-bit GPTQ of the formats gptq and gptq_v2, this is '
@@ -109,20 +109,17 @@ def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) 
     made.no_graphs = not config.cuda_graph
     made.no_xformers = True     # see attend_by_groups
     # The library does not know of quantizers that write "format" alone.
-    made.checkpoint_offset_qzeros = \
-        checkpoint.gptq_layout(model.quantization_config) == 'gptq_v2'
+    made.checkpoint_offset_qzeros = model.quantized.layout == 'gptq_v2'
     # Nor does it know where newer versions of transformers write this.
-    rope = model.text_config.get('rope_parameters')
-    if rope:
-        made.rotary_embedding_base = float(rope.get('rope_theta', 10000.0))
-        kind = rope.get('rope_type', 'default')
-        if kind == 'linear':
-            made.scale_pos_emb = float(rope['factor'])
-        elif kind == 'llama3':
-            made.alt_rope_method = kind
-            made.l3_rope_factor = rope['factor']
-            made.l3_rope_low_freq_factor = rope['low_freq_factor']
-            made.l3_rope_high_freq_factor = rope['high_freq_factor']
-            made.l3_rope_original_max_position_embeddings = \
-                rope['original_max_position_embeddings']
+    rope = Rope(model.text_config)
+    with parsing(model.folder / 'config.json'):
+        made.rotary_embedding_base = float(rope.theta)
+        if rope.kind == 'linear':
+            made.scale_pos_emb = float(rope.factor)
+        elif rope.kind == 'llama3':
+            made.alt_rope_method = rope.kind
+            made.l3_rope_factor = rope.factor
+            made.l3_rope_low_freq_factor = rope.low_freq_factor
+            made.l3_rope_high_freq_factor = rope.high_freq_factor
+            made.l3_rope_original_max_position_embeddings = rope.original_context
     return made

@@ -11,16 +11,15 @@ import math
 from typing import Any
 
 from physai_decode.checkpoint import parsing
-from physai_decode.checkpoint import positive
-from physai_decode.checkpoint import SLIDING_WINDOW
-from physai_decode.checkpoint import yarn_factor
 from physai_decode.engine import EngineError
+from physai_decode.model_config import positive
+from physai_decode.model_config import Rope
+from physai_decode.model_config import windows
 
 HEAD_DIMS = (64, 96, 128)
 # What the transformers library takes for a key that config.json does not have; null is a value.
 _DEFAULTS: dict[str, Any] = {
-    'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None,
-    'use_sliding_window': False, 'sliding_window': SLIDING_WINDOW, 'max_window_layers': 28}
+    'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     'llama': {},
     'mistral': {'num_key_value_heads': 8},
@@ -85,7 +84,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     if heads % kv_heads:
         raise EngineError(f'config.json has {heads} heads and {kv_heads} key-value heads: '
                           'the first must be a multiple of the second')
-    frequencies, rotary_scale = _rotary(config, head_dim)
+    frequencies, rotary_scale = _rotary(Rope(config), head_dim)
     attention_bias = bool(config.get('attention_bias', False))
     return Architecture(
         model_type=family,
@@ -102,7 +101,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         out_bias=family in ('llama', 'qwen3') and attention_bias,
         mlp_bias=family == 'llama' and bool(config.get('mlp_bias', False)),
         qk_norm=family == 'qwen3',
-        windows=_windows(config, family, layers),
+        windows=windows(config, layers),
         inverse_frequencies=frequencies,
         rotary_scale=rotary_scale)
 
@@ -112,68 +111,44 @@ def _unsupported(what: str) -> EngineError:
                        'set engine.name to transformers, which runs every architecture it knows')
 
 
-def _windows(config, family, layers):
-    slides = family == 'mistral' or (family != 'llama' and config['use_sliding_window'])
-    if not slides or config['sliding_window'] is None:
-        return (0,) * layers
-    window = positive(config, 'sliding_window')
-    if family == 'mistral':
-        return (window,) * layers
-    kinds = config.get('layer_types')
-    if kinds is None:
-        first = config['max_window_layers']
-        return tuple(window if i >= first else 0 for i in range(layers))
-    if len(kinds) != layers:
-        raise ValueError(f'layer_types names {len(kinds)} of {layers} layers')
-    return tuple({'sliding_attention': window, 'full_attention': 0}[kind] for kind in kinds)
-
-
-def _rotary(config, head_dim):
+def _rotary(rope, head_dim):
     """Return (inverse frequencies [head_dim / 2], scale), Su et al. 2021 and its extensions."""
-    rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
-    kind = rope.get('rope_type') or rope.get('type') or 'default'
-    rope['rope_theta'] = rope.get('rope_theta') or config.get('rope_theta') or 10000.0
-    theta = positive(rope, 'rope_theta', float)
-    if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
+    if rope.partial:
         raise _unsupported('partial rotary positions')
-    inverse = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    if kind == 'default':
+    inverse = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if rope.kind == 'default':
         return tuple(inverse), 1.0
-    if kind == 'linear':
-        factor = positive(rope, 'factor', float)
-        return tuple(f / factor for f in inverse), 1.0
-    if kind == 'llama3':
+    if rope.kind == 'linear':
+        return tuple(f / rope.factor for f in inverse), 1.0
+    if rope.kind == 'llama3':
         return tuple(_llama3(f, rope) for f in inverse), 1.0
-    if kind == 'yarn':
-        return _yarn(inverse, theta, head_dim, rope, config)
-    raise _unsupported(f'rope type {kind!r} (it runs default, linear, llama3, yarn)')
+    if rope.kind == 'yarn':
+        return _yarn(inverse, rope, head_dim), rope.attention_factor
+    raise _unsupported(f'rope type {rope.kind!r} (it runs default, linear, llama3, yarn)')
 
 
 def _llama3(frequency, rope):
     """Slow waves are stretched, fast ones kept, those between blended (Llama 3.1's rule)."""
-    original, low, high, factor = (positive(rope, key, float) for key in (
-        'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor', 'factor'))
-    turns = original * frequency / (2 * math.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    stretched = frequency / rope.factor
+    turns = rope.original_context * frequency / (2 * math.pi)
     if turns < low:
-        return frequency / factor
+        return stretched
     if turns > high:
         return frequency
     blend = (turns - low) / (high - low)
-    return (1 - blend) * frequency / factor + blend * frequency
+    return (1 - blend) * stretched + blend * frequency
 
 
-def _yarn(inverse, theta, head_dim, rope, config):
-    """YaRN (arXiv 2309.00071): a ramp over the dimensions, and a scale of cosine and sine."""
-    original = rope.get('original_max_position_embeddings') or positive(
-        config, 'max_position_embeddings')
-    factor = yarn_factor(rope, config, original)
+def _yarn(inverse, rope, head_dim):
+    """YaRN (arXiv 2309.00071): a ramp over the dimensions."""
+    theta, factor, original = rope.theta, rope.factor, rope.original_context
 
     def dimension(turns):
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = dimension(rope.get('beta_fast') or 32)
-    high = dimension(rope.get('beta_slow') or 1)
-    if rope.get('truncate', True):
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
@@ -183,11 +158,4 @@ def _yarn(inverse, theta, head_dim, rope, config):
         stretch = min(max((i - low) / (high - low), 0.0), 1.0)
         return frequency / factor * stretch + frequency * (1 - stretch)
 
-    def magnitude(weight):
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    scale = rope.get('attention_factor')
-    if scale is None:
-        top, bottom = rope.get('mscale'), rope.get('mscale_all_dim')
-        scale = magnitude(top) / magnitude(bottom) if top and bottom else magnitude(1.0)
-    return tuple(blended(i, f) for i, f in enumerate(inverse)), float(scale)
+    return tuple(blended(i, f) for i, f in enumerate(inverse))

@@ -40,7 +40,7 @@ class NativeEngine:
         devices.use(self._device)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             loaded = weights.load(shape, start.source(model, dtype, self._device),
-                                  model.quantization_config, dtype, progress)
+                                  model.quantized, dtype, progress)
             clock.end('load_s')
             ops = start.operations(self._device, progress)
             # To capture a step is to run it a few times, behind whatever the cache holds.
@@ -55,12 +55,14 @@ class NativeEngine:
                 ops.tune(self._transformer, progress)
                 clock.end('tune_s')
                 self._pipeline = Pipeline(self._run_step, self._history, config.cuda_graph)
+            self._prefill = start.prefill(self._transformer, config.cuda_graph, progress)
+            clock.end('prefill_s')
             progress('warming up' + (' and capturing the step' if self._pipeline else ''))
             start.warm_up(self)
             clock.end('warm_up_s')
         self.footprint = start.footprint(
             model, shape, loaded, limit, dtype, self._device, config.cuda_graph,
-            {'kernels': ops.name, **clock.parts})
+            {'kernels': ops.name, **self._prefill.details, **clock.parts})
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
@@ -74,7 +76,7 @@ class NativeEngine:
     def feed(self, token_ids: Sequence[int]) -> float:
         """See `physai_decode.engine.Engine.feed`."""
         self._watch.start()
-        self._logits = self._transformer.prefill(self._tensor(token_ids), self._length)
+        self._prefill.feed(token_ids, self._length)
         self._watch.stop()
         self._length += len(token_ids)
         return self._watch.read_s()
@@ -83,19 +85,20 @@ class NativeEngine:
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
         t = self._transformer
-        t.position.fill_(self._length)
-        if self._pipeline:
-            self._pipeline.prepare(Plan.of(sampling))
         self._watch.start()
+        logits = self._prefill.logits()
+        if self._pipeline:
+            t.position.fill_(self._length)
+            self._pipeline.prepare(Plan.of(sampling))
         t.position.fill_(self._length - 1)
-        self._plan = self._sampler.begin(sampling, self._tensor(prompt_ids))
-        return self._drawn(self._logits)
+        prompt = torch.tensor(prompt_ids, device=self._device)
+        self._plan = self._sampler.begin(sampling, prompt)
+        return self._drawn(logits)
 
     @torch.inference_mode()
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
-        pipeline = self._pipeline
-        self._length += 1
+        pipeline, self._length = self._pipeline, self._length + 1
         if pipeline is None:
             self._watch.start()
             self._transformer.step()
@@ -106,7 +109,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        self._pipeline = self._transformer = self._sampler = self._history = self._logits = None
+        self._pipeline = self._prefill = self._transformer = self._sampler = self._history = None
         devices.give_back(self._device)
 
     @contextmanager
@@ -127,7 +130,8 @@ class NativeEngine:
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
         """Give logits for each place of a prompt, float32 [tokens, vocab]; empties the cache."""
         self.rewind(0)
-        return self._transformer.prefill(self._tensor(prompt_ids), 0, every=True)
+        ids = torch.tensor(prompt_ids, device=self._device)
+        return self._transformer.prefill(ids, 0, every=True)
 
     def reads(self, context: int) -> list[tuple[str, str, int]]:
         """See `Transformer.reads`."""
@@ -144,6 +148,3 @@ class NativeEngine:
         token_id = int(self._history[self._length])
         self._watch.stop()
         return Choice(token_id, self._watch.read_s())
-
-    def _tensor(self, ids):
-        return torch.tensor(ids, dtype=torch.int64).to(self._device)

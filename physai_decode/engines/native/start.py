@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import math
 import time
+from typing import TYPE_CHECKING
 
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
@@ -14,7 +15,12 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.transformer import EagerPrefill
+from physai_decode.engines.native.transformer import Transformer
 import torch
+
+if TYPE_CHECKING:
+    from physai_decode.engines.native.prefill import Prefill
 
 WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
@@ -25,7 +31,7 @@ WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """Find the device and the number format that the settings ask for with this model."""
     device, dtype = devices.select(config)
-    if checkpoint.quantization_config and config.dtype == 'auto' and device.type == 'cuda':
+    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda':
         # GPTQ's scales are float16, and its kernel has less to do in float16.
         dtype = torch.float16
     return device, dtype
@@ -42,6 +48,16 @@ def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOp
                  'several times more slowly: pip install triton')
         return TorchOps(on_host=False)
     return TritonOps(device)
+
+
+def prefill(transformer: Transformer, capture: bool,
+            progress: Callable[[str], None]) -> 'Prefill | EagerPrefill':
+    """Give what feeds prompts: chunks captured in CUDA graphs where they can be."""
+    if capture and transformer.ops.name.startswith('triton'):
+        from physai_decode.engines.native.prefill import Prefill
+        if Prefill.runs(transformer):
+            return Prefill(transformer, progress=progress)
+    return EagerPrefill(transformer)
 
 
 def source(checkpoint: Checkpoint, dtype: torch.dtype,

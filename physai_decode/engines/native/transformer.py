@@ -7,6 +7,7 @@ GPU inside a captured graph.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
@@ -139,6 +140,29 @@ class Transformer:
             x += ops.apply(F.silu(gate).mul_(up).flatten(1), layer.down)
         last = x if every else x[-1]
         return ops.apply(rms_norm(last, w.norm, a.norm_eps), w.head).float()
+
+
+class EagerPrefill:
+    """Feeds prompts by `Transformer.prefill`: on a CPU, and where `Prefill` does not run."""
+
+    def __init__(self, transformer: Transformer):
+        """Take whose prompts they are."""
+        self._transformer = transformer
+        self._logits = transformer.logits
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What there is to tell of it."""
+        return {'prefill': 'torch'}
+
+    def feed(self, ids: Sequence[int], start: int) -> None:
+        """Fill the cache with the keys and values of ids whose first is at place ``start``."""
+        self._logits = self._transformer.prefill(
+            torch.tensor(ids, device=self._transformer.token.device), start)
+
+    def logits(self) -> Tensor:
+        """Give the logits after the last token fed; float32 [vocab]."""
+        return self._logits
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
