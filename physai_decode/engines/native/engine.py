@@ -49,8 +49,7 @@ class NativeEngine:
             self._sampler = ops.sampler(shape.vocab_size, self._device)
             self._history = torch.zeros(places + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)
-            self._length = 0                    # tokens in the cache
-            self._pipeline = None
+            self._length, self._pipeline = 0, None      # tokens in the cache
             if self._device.type == 'cuda':
                 ops.tune(self._transformer, progress)
                 clock.end('tune_s')
