@@ -145,6 +145,11 @@ def parse_value(text: str, name: str) -> Any:
         raise RequestError(f'{name} is no JSON: {error}') from None
 
 
+def is_client_id(value: Any) -> bool:
+    """Tell whether a client may call its request so."""
+    return type(value) is str and value.isprintable() and 0 < len(value) <= MAX_ID_CHARACTERS
+
+
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is null, which is as good as absent."""
     return {name: each for name, each in value.items() if each is not None}
@@ -157,7 +162,7 @@ def _client_id(value: Mapping[str, Any]) -> str:
     named = {'id': value.get('id'), 'metadata.id': metadata.get('id')}
     found = {name: each for name, each in named.items() if each is not None}
     for name, each in found.items():
-        if not (type(each) is str and each.isprintable() and 0 < len(each) <= MAX_ID_CHARACTERS):
+        if not is_client_id(each):
             raise RequestError(f'{name} is {shown(each)}: expected a string of 1 to '
                                f'{MAX_ID_CHARACTERS} printable characters')
     if len(set(found.values())) > 1:
