@@ -206,9 +206,8 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     :raises ConfigError: with the name, the value and what is allowed.
     """
     kind: Any = type(spec.default)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or kind is tuple and not all(type(item) is str for item in value):
+    taken = (int, float) if kind is float else (kind,)
+    if type(value) not in taken or kind is tuple and not all(type(item) is str for item in value):
         raise ConfigError(f'{name} is {shown(value)}: expected {_KINDS[kind]}')
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not low <= value <= high:
@@ -216,7 +215,7 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     choices = spec.metadata['choices']
     if choices and value not in choices:
         raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
-    return value
+    return float(value) if kind is float else value     # not before: a whole one may be too large
 
 
 def shown(value: Any) -> str:

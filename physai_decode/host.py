@@ -21,6 +21,7 @@ from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
+from physai_decode.request_queue import tell_end
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
@@ -176,9 +177,7 @@ class Host:
                 self._before[name] += 1
             number = next(self._numbers)
         report = RequestReport(number, 'rejected', message, client_id=client_id)
-        self._sink.finished(report, '')
-        if listener is not None:
-            listener.finished(report, '')
+        tell_end((self._sink, listener), report, '')
         return number
 
     def cancel(self, number: int | None = None, client_id: str = '') -> str:

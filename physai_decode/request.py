@@ -5,12 +5,14 @@ The field names of its JSON form are those of OpenAI's chat completions, and vLL
 has none. It knows neither ROS nor torch, nor who sends it.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
 import json
+from math import isfinite
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -80,7 +82,7 @@ class Request:
         :param value: the object, already parsed.
         :raises RequestError: naming the first field that is wrong, its value and what is allowed.
         """
-        value = {name: each for name, each in value.items() if each is not None}
+        value = _given(value)
         client_id = _client_id(value)
         try:
             return cls(client_id=client_id, **_read(value))
@@ -115,6 +117,7 @@ def parse(text: str) -> Request | Cancel:
     if not isinstance(value, dict):
         raise RequestError(
             f'the request is {shown(value)}: expected a JSON object such as {{"prompt": "..."}}')
+    value = _given(value)
     if 'cancel' not in value:
         return Request.from_json(value)
     client_id = _client_id(value)
@@ -127,17 +130,28 @@ def parse(text: str) -> Request | Cancel:
 
 def parse_value(text: str, name: str) -> Any:
     """
-    Read JSON strictly: no field twice in an object, and no NaN or Infinity.
+    Read JSON strictly: no field twice in an object, and no number that is not finite.
 
     :param name: of what is read, for the message.
     :raises RequestError: it is no JSON.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_object, parse_float=_float,
+                          parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f'{name} is no JSON: {error}') from None
+
+
+def is_client_id(value: Any) -> bool:
+    """Tell whether a client may call its request so."""
+    return type(value) is str and value.isprintable() and 0 < len(value) <= MAX_ID_CHARACTERS
+
+
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is null, which is as good as absent."""
+    return {name: each for name, each in value.items() if each is not None}
 
 
 def _client_id(value: Mapping[str, Any]) -> str:
@@ -145,7 +159,7 @@ def _client_id(value: Mapping[str, Any]) -> str:
     named = {'id': value.get('id'), 'metadata.id': metadata.get('id')}
     found = {name: each for name, each in named.items() if each is not None}
     for name, each in found.items():
-        if not (type(each) is str and each.isprintable() and 0 < len(each) <= MAX_ID_CHARACTERS):
+        if not is_client_id(each):
             raise RequestError(f'{name} is {shown(each)}: expected a string of 1 to '
                                f'{MAX_ID_CHARACTERS} printable characters')
     if len(set(found.values())) > 1:
@@ -184,7 +198,7 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
     if prefix:
         for name in value:
             if name not in specs:
-                raise RequestError(f'{prefix}{name} is no field of a request: allowed are '
+                raise RequestError(f'{shown(prefix + name)} is no field of a request: allowed are '
                                    f'{", ".join(prefix + each for each in specs)}')
     found = {}
     for name, spec in specs.items():
@@ -215,7 +229,7 @@ def _message(value: Any, name: str) -> Message:
         raise RequestError(f'{name} is {shown(value)}: expected an object with role and content')
     for key in value:
         if key not in Message._fields:
-            raise RequestError(f'{name}.{key} is no field of a message: allowed are '
+            raise RequestError(f'{shown(f"{name}.{key}")} is no field of a message: allowed are '
                                f'{", ".join(Message._fields)}')
     role, content = value.get('role'), value.get('content')
     if role not in ROLES:
@@ -245,8 +259,8 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
     for name, each in _mapping(value, 'chat_template_kwargs').items():
         if not name.isidentifier() or type(each) not in (bool, int, float, str):
             raise RequestError(
-                f'chat_template_kwargs.{name} is {shown(each)}: expected true, false, a number '
-                'or a string, under the name of a variable of the chat template')
+                f'{shown("chat_template_kwargs." + name)} is {shown(each)}: expected true, '
+                'false, a number or a string, under the name of a variable of the chat template')
     return dict(value)
 
 
@@ -260,10 +274,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object; one that names a field twice would lose a value in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for index, (name, _) in enumerate(pairs)
-                     if name in dict(pairs[:index]))
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise RequestError(f'{shown(twice)} is given twice: give it once')
     return found
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise RequestError(f'{shown(text)} is too large for a number')
+    return value
 
 
 def _no_number(text: str) -> NoReturn:

@@ -5,6 +5,8 @@ It holds no lock: the worker's is held wherever a queue, or what changes of a ti
 """
 
 from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +40,14 @@ class Listener(Protocol):
     def finished(self, report: RequestReport, text: str) -> None:
         """Take the end of one request; text is all its tokens' pieces joined."""
         ...
+
+
+def tell_end(listeners: Iterable[Listener | None], report: RequestReport, text: str) -> None:
+    """Report the end of one request to all of these, also where one raises; then raise that."""
+    with ExitStack() as rest:
+        for listener in reversed([*listeners]):     # the last one in is the first one called
+            if listener is not None:
+                rest.callback(listener.finished, report, text)
 
 
 @dataclass(eq=False)
@@ -108,6 +118,7 @@ class RequestQueue:
         """Ask for the end of these; give those that waited, which wait no more."""
         for ticket in tickets:
             ticket.ask_end(reason, message, now_s)
-        removed = [each for each in self._tickets if each in tickets]
-        self._tickets = deque(each for each in self._tickets if each not in tickets)
+        ended = set(tickets)
+        removed = [each for each in self._tickets if each in ended]
+        self._tickets = deque(each for each in self._tickets if each not in ended)
         return removed

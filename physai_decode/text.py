@@ -86,7 +86,7 @@ class Text:
         self._encoder = _renamed(backend, self._names)
         self.has_template = chat.template == 'auto' and bool(tokenizer.chat_template)
         self._reserved = {'messages', *tokenizer.special_tokens_map,
-                          *signature(tokenizer.apply_chat_template).parameters}
+                          *signature(type(tokenizer).apply_chat_template).parameters}
         # A template that refuses the conversation's beginning does so here.
         self.encode(Conversation(chat.system_prompt).messages([], ''))
 
@@ -146,6 +146,9 @@ class Text:
             raise TextError(f'chat_template_kwargs.{special or taken[0]} can not be set: it '
                             + ('holds a special token' if special else 'is not a variable that '
                                'belongs to the chat template'))
+        for name, value in kwargs.items():
+            if type(value) is str:
+                _check(f'chat_template_kwargs.{name}', value)
         try:
             return str(self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **kwargs))
@@ -157,12 +160,12 @@ class Text:
                 'chat.system_prompt empty if that is why, or set chat.template to off') from error
 
 
-def _check(role: str, content: str) -> None:
+def _check(name: str, content: str) -> None:
     """Refuse what is no text."""
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise TextError(f'the {role} text holds half a surrogate pair at character {error.start}, '
+        raise TextError(f'the {name} text holds half a surrogate pair at character {error.start}, '
                         'which is no text: send valid UTF-8') from None
 
 

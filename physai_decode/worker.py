@@ -8,6 +8,7 @@ nothing of ROS or torch, and not what the listeners do with what they get.
 from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
@@ -37,6 +38,7 @@ from physai_decode.engine import EngineError
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import RequestQueue
+from physai_decode.request_queue import tell_end
 from physai_decode.request_queue import Ticket
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
@@ -46,7 +48,7 @@ from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 
-KEPT = ('stop', 'length', 'preempted')      # ends whose turn stays in the conversation
+KEPT = ('stop', 'length', 'deadline', 'preempted')  # ends whose turn stays in the conversation
 SEEDS = 2**31                               # a fresh seed is below
 
 Result = TypeVar('Result')
@@ -164,18 +166,20 @@ class Worker:
                 self._refusals += 1
             else:
                 if self._queue.preempts:
-                    removed = self._queue.end(self._queue.unfinished(), 'preempted',
-                                              f'request {ticket.number} came', now_s)
+                    removed = self._end(self._queue.unfinished(), 'preempted',
+                                        f'request {ticket.number} came')
                 if not request.messages:
                     ticket.turn = self._conversation.open(request.prompt)
                 self._queue.add(ticket)
                 self._wake.notify()
-        if refusal:
-            self._tell_end(ticket, RequestReport(
-                ticket.number, 'rejected', refusal, client_id=request.client_id), '')
-        else:
-            self._sink.accepted(ticket.number, request)
-        self._report_removed(removed)
+        try:
+            if refusal:
+                self._tell_end(ticket, RequestReport(
+                    ticket.number, 'rejected', refusal, client_id=request.client_id), '')
+            else:
+                self._sink.accepted(ticket.number, request)
+        finally:
+            self._report_removed(removed)
         return ticket.number
 
     def cancel(self, number: int | None = None, client_id: str = '') -> str:
@@ -191,7 +195,7 @@ class Worker:
             tickets = [each for each in self._queue.unfinished()
                        if number in (None, each.number)
                        and client_id in ('', each.request.client_id)]
-            removed = self._queue.end(tickets, 'cancelled', '', self._clock())
+            removed = self._end(tickets, 'cancelled', '')
         self._report_removed(removed)
         done = [f'cancelled request {running.number}'] \
             if running is not None and running in tickets else []
@@ -243,8 +247,7 @@ class Worker:
         """
         with self._wake:
             self._accepting = False
-            removed = self._queue.end(self._queue.unfinished(), 'cancelled',
-                                      'the node stops answering', self._clock())
+            removed = self._end(self._queue.unfinished(), 'cancelled', 'the node stops answering')
             if self._task is not None:
                 self._task.end_message = 'the node stops answering'
             self._wake.notify()
@@ -338,23 +341,32 @@ class Worker:
         return (f'the prompt has more than {limit} bytes: shorten it, or raise '
                 'queue.max_request_bytes')
 
+    def _end(self, tickets: list[Ticket], reason: str, message: str) -> list[Ticket]:
+        """Ask for the end of these; give those that waited, to be reported. Needs the lock."""
+        removed = self._queue.end(tickets, reason, message, self._clock())
+        for ticket in removed:
+            self._close_turn(ticket, ticket.end_reason, '')
+        return removed
+
+    def _close_turn(self, ticket: Ticket, reason: str, answer: str) -> None:
+        """End a request's turn of the conversation. Needs the lock: the next one reads it."""
+        if ticket.turn is not None:
+            self._conversation.close(ticket.turn, answer if reason in KEPT else None)
+
     def _report_removed(self, removed: list[Ticket]) -> None:
         """Report the end of requests that never had their turn. From the caller's thread."""
-        for ticket in removed:
-            now_s = self._clock()
-            request = ticket.request
-            if ticket.turn is not None:
-                self._conversation.close(
-                    ticket.turn, '' if ticket.end_reason in KEPT else None)
-            times = self._recorder.request(ticket.number, ticket.received_s, None,
-                                           request.client_id, request.deadline)
-            self._tell_end(ticket, times.finish(
-                now_s, ticket.end_reason, ticket.end_message, ticket.end_asked_s), '')
+        with ExitStack() as rest:                   # all of them, also where a listener raises
+            for ticket in reversed(removed):
+                rest.callback(self._report_one_removed, ticket)
+
+    def _report_one_removed(self, ticket: Ticket) -> None:
+        times = self._recorder.request(ticket.number, ticket.received_s, None,
+                                       ticket.request.client_id, ticket.request.deadline)
+        self._tell_end(ticket, times.finish(
+            self._clock(), ticket.end_reason, ticket.end_message, ticket.end_asked_s), '')
 
     def _tell_end(self, ticket: Ticket, report: RequestReport, text: str) -> None:
-        self._sink.finished(report, text)
-        if ticket.listener is not None:
-            ticket.listener.finished(report, text)
+        tell_end((self._sink, ticket.listener), report, text)
 
     # What follows runs in the worker's thread.
 
@@ -424,9 +436,7 @@ class Worker:
             else:
                 self._failed = bool(failure)
                 self._last_error = failure or self._last_error
-            if ticket.turn is not None:
-                self._conversation.close(
-                    ticket.turn, answer.text if end.reason in KEPT else None)
+            self._close_turn(ticket, end.reason, answer.text)
         self._report_end(ticket, answer, end)
 
     def _report_end(self, ticket: Ticket, answer: Answer, end: End) -> None:

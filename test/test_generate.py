@@ -451,11 +451,24 @@ def sampled(**values):
     (lambda: sampled(temperature=math.nan), 'temperature is nan'),
     (lambda: sampled(max_tokens=0), 'max_tokens is 0'),
     (lambda: Generate.Goal(prompt='x', deadline=Deadline(action='no')), 'deadline.action is'),
-    (lambda: Generate.Goal(prompt='x' * 1001), 'more than 1000 bytes')])
+    (lambda: Generate.Goal(prompt='x' * 1001), 'more than 1000 bytes'),
+    (lambda: Generate.Goal(prompt='x', id='x' * 1001), 'more than 1000 bytes'),
+    (lambda: sampled(stop=['x' * 99] * 11), 'more than 1000 bytes')])
 def test_a_wrong_goal_says_what_is_wrong(goal, message):
     """Also one whose fields are all right by themselves."""
     with pytest.raises(RequestError, match=message):
         generate.read(goal(), 1000)
+
+
+@needs_msgs
+@pytest.mark.parametrize('fields', [
+    {'prompt': 'x' * 1001}, {'messages_json': '[}'}, {'options_json': '[]'}, {'prompt': ''}])
+@pytest.mark.parametrize(('given', 'known'), [('mine', 'mine'), ('a\nb', ''), ('x' * 129, '')])
+def test_a_wrong_goal_is_refused_under_its_id(fields, given, known):
+    """Where the id is one: it goes to ~/result and to statuses as it is."""
+    with pytest.raises(RequestError) as raised:
+        generate.read(Generate.Goal(id=given, **fields), 1000)
+    assert raised.value.client_id == known
 
 
 @needs_msgs

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 from physai_decode.request import Cancel
 from physai_decode.request import Message
@@ -52,7 +53,8 @@ def test_a_prompt_alone_keeps_every_parameter():
 
 
 def test_null_is_absent():
-    assert read(temperature=None, stop=None, id=None) == Request('go')
+    assert read(temperature=None, stop=None, id=None, cancel=None) == Request('go')
+    assert parse('{"id": "x", "metadata": null, "prompt": null, "cancel": true}') == Cancel('x')
 
 
 def test_one_stop_text_is_a_list_of_one():
@@ -76,8 +78,9 @@ def test_cancel():
     ({'temprature': 1}, "'temprature' is no field of a request: allowed are id, metadata,"),
     ({'temperature': 'hot'}, "temperature is 'hot': expected a number"),
     ({'temperature': True}, 'temperature is True: expected a number'),
-    ({'temperature': -1}, 'temperature is -1.0: allowed are 0.0 to 10.0'),
-    ({'temperature': 11}, 'temperature is 11.0: allowed are 0.0 to 10.0'),
+    ({'temperature': -1}, 'temperature is -1: allowed are 0.0 to 10.0'),
+    ({'temperature': 11}, 'temperature is 11: allowed are 0.0 to 10.0'),
+    ({'temperature': 10**400}, 'temperature is 1000'), ({'top_k': 10**400}, 'top_k is 1000'),
     ({'top_k': 1.5}, 'top_k is 1.5: expected a whole number'),
     ({'max_tokens': 0}, 'max_tokens is 0: allowed are 1 to'),
     ({'max_new_tokens': 5}, "'max_new_tokens' is no field of a request"),
@@ -92,16 +95,22 @@ def test_cancel():
     ({'messages': [{'role': 'robot', 'content': ''}]}, "messages[0].role is 'robot'"),
     ({'messages': [{'role': 'user'}]}, 'messages[0].content is None: expected a string'),
     ({'messages': [{'role': 'user', 'content': 'x', 'name': 'y'}]},
-     'messages[0].name is no field of a message'),
+     "'messages[0].name' is no field of a message"),
+    ({'messages': [{'role': 'user', 'content': 'x', '\ud800': 'y'}]},
+     r"'messages[0].\ud800' is no field of a message"),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}]},
      'messages[0].content[0] is'),
     ({'deadline': 5}, 'deadline is 5: expected an object'),
-    ({'deadline': {'ms': 5}}, 'deadline.ms is no field of a request: allowed are deadline.ttft'),
+    ({'deadline': {'ms': 5}}, "'deadline.ms' is no field of a request: allowed are deadline.ttft"),
+    ({'deadline': {'\ud800': 5}}, r"'deadline.\ud800' is no field of a request"),
+    ({'deadline': {'x' * 9999: 5}}, "'deadline.xxx"),
+    ({'deadline': {'token_ms': 10**400}}, 'deadline.token_ms is 1000'),
     ({'deadline': {'action': 'shout'}}, "deadline.action is 'shout': allowed are report, trunc"),
-    ({'deadline': {'token_ms': -1}}, 'deadline.token_ms is -1.0: allowed are 0.0 to'),
+    ({'deadline': {'token_ms': -1}}, 'deadline.token_ms is -1: allowed are 0.0 to'),
     ({'chat_template_kwargs': []}, 'chat_template_kwargs is []: expected an object'),
-    ({'chat_template_kwargs': {'a': [1]}}, 'chat_template_kwargs.a is [1]: expected true'),
-    ({'chat_template_kwargs': {'a b': 1}}, 'chat_template_kwargs.a b is 1: expected'),
+    ({'chat_template_kwargs': {'a': [1]}}, "'chat_template_kwargs.a' is [1]: expected true"),
+    ({'chat_template_kwargs': {'a b': 1}}, "'chat_template_kwargs.a b' is 1: expected"),
+    ({'chat_template_kwargs': {'\0\ud800': 1}}, r"'chat_template_kwargs.\x00\ud800' is 1"),
     ({'response_format': {'type': 'json_object'}}, 'response_format is'),
     ({'structured_outputs': {'regex': 'a'}}, 'structured_outputs is'),
     ({'tools': [{}]}, 'tools is [{}]: this version of the node does not support it'),
@@ -112,6 +121,7 @@ def test_a_wrong_field_is_named(fields, told):
         read(id='mine', **fields)
     assert raised.value.client_id == 'mine'
     assert len(str(raised.value)) < 400
+    str(raised.value).encode()              # else it could not be sent
 
 
 @pytest.mark.parametrize('value', ['', 'x' * 129, 7, ['x'], 'a\nb', 'a\0', '\ud800', True])
@@ -132,6 +142,7 @@ def test_two_ids():
 @pytest.mark.parametrize('text', [
     '', 'hello', '{', '[1]', '"x"', '7', 'null', '{"prompt": NaN}', '{"prompt": "a"} x',
     '[' * 100_000, '{"a":' * 100_000, '{"temperature": 1e999, "prompt": "a"}',
+    '{"prompt": "a", "chat_template_kwargs": {"x": -1e999}}',
     '{"prompt": "a", "prompt": "b"}', '{"seed": 1' + '0' * 5000 + ', "prompt": "a"}'])
 def test_what_is_no_request(text):
     with pytest.raises(RequestError):
@@ -141,6 +152,14 @@ def test_what_is_no_request(text):
 def test_a_field_given_twice_is_named():
     with pytest.raises(RequestError, match="'prompt' is given twice"):
         parse('{"prompt": "a", "prompt": "b"}')
+
+
+def test_a_field_given_twice_is_found_at_once():
+    many = ','.join(f'"{index}":0' for index in range(30_000))
+    begin_s = time.monotonic()
+    with pytest.raises(RequestError, match="'7' is given twice"):
+        parse(f'{{{many},"7":0}}')
+    assert time.monotonic() - begin_s < 5       # 47 s where each field looks through all before it
 
 
 def test_a_long_value_is_cut():

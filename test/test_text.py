@@ -482,6 +482,8 @@ def test_a_template_gets_its_own_switches():
     ({'chat_template': '{{ 1 }}'}, 'chat_template can not be set'),
     ({'tokenize': True}, 'tokenize can not be set'),
     ({'messages': 'x'}, 'messages can not be set'),
+    ({'self': 'x'}, 'self can not be set'),
+    ({'name': 'a\ud83e'}, 'chat_template_kwargs.name text holds half a surrogate pair'),
     ({'eos_token': 'x'}, 'eos_token can not be set'),
     ({'name': 'a<|im_end|>'}, 'name can not be set: it holds a special token')])
 def test_what_a_template_is_not_given(kwargs, problem):

@@ -17,6 +17,7 @@ import pytest
 from worker_rig import making
 from worker_rig import Sink
 from worker_rig import TIMEOUT_S
+from worker_rig import wait_for
 
 
 def texts(engine):
@@ -171,6 +172,75 @@ def test_a_correction_stands_after_what_it_corrects(make):
         'preempted', 'preempted', 'stop']
     assert texts(engine)[-1] == (
         'Bring me the red cup\no\nNo, the blue one\n\nNo, the green one')
+
+
+def test_what_was_preempted_while_it_waited_is_read_at_once(make):
+    """The correction's turn may come before the end of what it preempted is reported."""
+    class Late(Sink):
+        def accepted(self, number, request):
+            if number == 3:
+                gate.open(9)
+                wait_for(lambda: len(engine.prompts) == 2)
+            super().accepted(number, request)
+
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(say('ok')))
+    worker, sink = make(engine, sink=Late(), chat=ChatConfig(keep_history=True),
+                        queue=QueueConfig(policy='preempt'))
+    for text in 'abc':
+        worker.submit(Request(text))
+        assert gate.waiting.wait(TIMEOUT_S)
+    assert sink.end(3)[0].finish_reason == 'stop'
+    assert texts(engine)[-1] == 'a\n\nb\n\nc'
+
+
+def test_a_late_answer_stays_in_the_conversation(make):
+    """What was said until the deadline was heard, as what was said until a limit."""
+    now = [0.0]
+
+    def steps(prompt_ids):
+        for step in say('abcd'):
+            now[0] += 0.04
+            yield step
+
+    engine = FakeEngine(steps)
+    worker, sink = make(engine, clock=lambda: now[0], chat=ChatConfig(keep_history=True))
+    sink.end(worker.submit(Request('one', sampling={'max_new_tokens': 1})))
+    report, _ = sink.end(worker.submit(Request(
+        'two', deadline={'request_ms': 100.0, 'action': 'truncate'})))
+    assert report.finish_reason == 'deadline'
+    sink.end(worker.submit(Request('go on')))
+    assert texts(engine)[-1] == 'one\na\ntwo\nabc\ngo on'
+
+
+def test_a_listener_that_raises_costs_no_other_its_end(make):
+    class Broken(Sink):
+        def finished(self, report, text):
+            super().finished(report, text)
+            raise ValueError('broken')
+
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
+    numbers = [worker.submit(Request('a'), listener=Broken() if index % 2 else None)
+               for index in range(6)]
+    with pytest.raises(ValueError, match='broken'):
+        worker.cancel()
+    gate.open(9)
+    for number in numbers:
+        assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
+def test_a_listener_hears_of_the_end_where_the_sink_raises(make):
+    class Broken(Sink):
+        def finished(self, report, text):
+            raise ValueError('broken')
+
+    mine = Sink()
+    worker, _ = make(sink=Broken())
+    assert mine.end(worker.submit(Request('a'), listener=mine))[1] == 'a'
+    with pytest.raises(ValueError, match='broken'):
+        worker.submit(Request(''), listener=mine)
+    assert mine.end(2)[0].finish_reason == 'rejected'
 
 
 def test_a_cancelled_turn_is_not_in_the_conversation(make):

@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from physai_decode.host import Host
+from physai_decode.request import is_client_id
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
@@ -241,13 +242,16 @@ def read(goal: Any, max_bytes: int) -> Request:
     :param max_bytes: what its texts may have in all.
     :raises RequestError: naming the field that is wrong, its value and what is allowed.
     """
-    if len(goal.prompt) + len(goal.messages_json) + len(goal.options_json) > max_bytes:
+    client_id = goal.id if is_client_id(goal.id) else ''
+    texts = goal.id, goal.prompt, goal.messages_json, goal.options_json, *goal.sampling.stop
+    if sum(map(len, texts)) > max_bytes:
         raise RequestError(f'the goal has more than {max_bytes} bytes: shorten it, or raise '
-                           'queue.max_request_bytes', goal.id)
+                           'queue.max_request_bytes', client_id)
     try:
-        return Request.from_json(_fields(goal))
+        fields = _fields(goal)
     except RequestError as error:
-        raise RequestError(str(error), error.client_id or goal.id) from None
+        raise RequestError(str(error), client_id) from None
+    return Request.from_json(fields)
 
 
 def _fields(goal: Any) -> dict[str, Any]:
