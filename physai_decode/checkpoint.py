@@ -18,11 +18,12 @@ import re
 import struct
 from typing import Any
 
+from physai_decode import model_config
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
+from physai_decode.model_config import Quantization
+from physai_decode.model_config import Rope
 
-# The transformers library's, where a config that has a window does not name it; null is none.
-SLIDING_WINDOW = 4096
 _MODELS = Path(__file__).parent / 'models'
 _ITEM_BITS = {
     'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E4M3': 8, 'F8_E5M2': 8, 'F8_E8M0': 8, 'U16': 16, 'I16': 16,
@@ -68,51 +69,34 @@ class Checkpoint:
         """The architecture's family: qwen2, llama, ..."""
         return self.config['model_type']
 
-    @property
-    def quantization_config(self) -> Mapping[str, Any]:
-        """How the weights are quantised; empty where they are not."""
-        return self.config.get('quantization_config') or {}
+    @cached_property
+    def rope(self) -> Rope:
+        """The rotary positions."""
+        return model_config.read_rope(self.text_config)
 
-    @property
-    def quantization(self) -> str:
-        """A name for the quantisation: none, gptq-int4-g128, bitsandbytes-nf4, ..."""
-        quantized = self.quantization_config
-        if not quantized:
-            return 'none'
-        method = str(quantized.get('quant_method', 'unknown'))
-        if method == 'bitsandbytes':
-            four_bit = quantized.get('load_in_4bit') or quantized.get('_load_in_4bit')
-            kind = quantized.get('bnb_4bit_quant_type', 'fp4') if four_bit else 'int8'
-            return f'{method}-{kind}'
-        bits, group = quantized.get('bits'), quantized.get('group_size')
-        name = method
-        if bits is not None:
-            name += f'-{bits}bpw' if method == 'exl2' else f'-int{bits}'
-        return f'{name}-g{group}' if isinstance(group, int) and group > 0 else name
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that each layer of a Llama, Mistral or Qwen sees back; 0: all."""
+        return model_config.read_windows(self.text_config)
+
+    @cached_property
+    def quantized(self) -> Quantization:
+        """How the weights are quantised."""
+        return model_config.read_quantization(self.config)
+
+    @cached_property
+    def context_limit(self) -> int | None:
+        """Tokens of context that the model is made for; None where its config does not say."""
+        return model_config.read_context_limit(self.text_config, self.rope)
 
     @cached_property
     def weight_bytes(self) -> int:
         """All weights at their stored size."""
         return sum(entry.bytes for entry in self.tensors.values())
 
-    @property
-    def context_limit(self) -> int | None:
-        """
-        Tokens of context that the model is made for; None where its config does not say.
-
-        YaRN stretches the limit that `max_position_embeddings` gives.
-        """
-        config = self.text_config
-        limit = next((positive(config, key) for key in (
-            'max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length', 'n_ctx')
-            if config.get(key) is not None), None)
-        rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-        yarn = rope.get('rope_type', rope.get('type')) == 'yarn' and rope.get(
-            'original_max_position_embeddings')
-        if not limit or not yarn:
-            return limit
-        original = positive(rope, 'original_max_position_embeddings', float)
-        return max(limit, int(yarn_factor(rope, config, original) * original))
+    def max_context(self, wanted: int) -> int:
+        """Give the tokens of context that an engine makes room for, of those wanted."""
+        return min(wanted, self.context_limit or wanted)
 
 
 def locate(path: str, revision: str = '') -> Path:
@@ -191,39 +175,6 @@ def parsing(path: Path | str) -> Iterator[None]:
             f'{path} is damaged ({what}): copy or download the model again') from error
 
 
-def positive(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
-    """
-    Give a positive number of a config.
-
-    :param kind: int, or float, which an int will do for.
-    :raises ValueError: naming the key; it is not there, or no such number.
-    """
-    if key not in config:
-        raise ValueError(f'there is no {key}')
-    value = config[key]
-    if type(value) not in (int, kind) or not 0 < value < math.inf:
-        raise ValueError(f'{key} is {value!r}, no positive {kind.__name__}')
-    return value
-
-
-def yarn_factor(rope: Mapping[str, Any], config: Mapping[str, Any], original: float) -> float:
-    """
-    Give by how much YaRN stretches a model's context; a factor of null says it by the two limits.
-
-    :param rope: the rotary parameters of ``config``.
-    :param original: tokens of context before that.
-    :raises ValueError: there is no factor, or it is no positive number.
-    """
-    if rope.get('factor', ...) is None:
-        return positive(config, 'max_position_embeddings') / original
-    return positive(rope, 'factor', float)
-
-
-def gptq_layout(quantization: Mapping[str, Any]) -> str:
-    """Give a quantization_config's GPTQ format: gptq, gptq_v2 or another's name."""
-    return quantization.get('checkpoint_format') or quantization.get('format') or 'gptq'
-
-
 def _inspect(folder):
     if not any(folder.iterdir()):
         raise EngineError(f'{folder} is empty: copy or download the model into it')
@@ -243,7 +194,7 @@ def _inspect(folder):
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
-        _ = model.quantization, model.context_limit
+        _ = model.quantized, model.context_limit
     return model
 
 

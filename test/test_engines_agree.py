@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import engine_contract
 from engine_contract import decode
@@ -115,6 +116,11 @@ def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
     assert_agreement(folder, 2)
 
 
+def parse(config):
+    """Read what a folder's config.json would say."""
+    return architecture.parse(checkpoint.Checkpoint(Path(), config, (), {}))
+
+
 @pytest.mark.parametrize('named', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
 @pytest.mark.parametrize('family', architecture.FAMILIES)
 def test_what_a_config_does_not_say(family, named, tmp_path):
@@ -122,7 +128,7 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
             'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
     (tmp_path / 'config.json').write_text(json.dumps(said))
-    ours = architecture.parse(said)
+    ours = parse(said)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device('meta'):
         network = transformers.AutoModelForCausalLM.from_config(config)
@@ -176,9 +182,9 @@ def test_nonsense_in_a_config(fields):
         'model_type': 'qwen2', 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256,
         'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
         'max_position_embeddings': 256}
-    architecture.parse(config)
+    parse(config)
     with pytest.raises(EngineError, match=r'config\.json .*again'):
-        architecture.parse({**config, **fields})
+        parse({**config, **fields})
 
 
 @pytest.mark.parametrize('length', [1, 254, 255])

@@ -288,7 +288,7 @@ def change(folder, quantization=None, **fields):
     ({}, {'quantization': {'group_size': 128}}, ('.g_idx', 'inconsistent')),
     ({'symmetric': False}, {}, ('zero points of 0', 'native')),
     ({'symmetric': False, 'layout': 'gptq_v2'}, {}, ('zero points of 0', 'native')),
-    ({}, {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, ('yarn', 'native')),
+    ({}, {'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0}}, ('yarn', 'native')),
     ({}, {'model_type': 'mistral', 'sliding_window': 48}, ('48', 'engine.max_context', 'native')),
     ({}, {'quantization': {'group_size': None}}, ('config.json', 'damaged')),
     ({}, {'model_type': 'mistral', 'sliding_window': '48'}, ('config.json', 'damaged')),

@@ -109,8 +109,7 @@ def test_a_library_s_checkpoint_streams(engine, prompts):
 
 def test_footprint(folder, engine):
     model = inspect(folder)
-    group_size = model.quantization_config['group_size']
-    assert engine.footprint.quantization == f'gptq-int4-g{group_size}'
+    assert engine.footprint.quantization == f'gptq-int4-g{model.quantized.group_size}'
     assert engine.footprint.checkpoint_weight_bytes == model.weight_bytes
     assert 'dense_fallbacks' not in engine.footprint.details
 

@@ -47,12 +47,10 @@ def _choose(model, progress):
     from physai_decode.engines.native import architecture
     from physai_decode.engines.native import gptq
     try:
-        architecture.parse(model.config)
-        if model.quantization_config:
-            gptq.parse(model.quantization_config)
+        architecture.parse(model)
+        gptq.check(model.quantized)
     except EngineError as reason:
-        exl2 = model.quantization_config.get('quant_method') == 'exl2'
-        name = 'exllamav2' if exl2 else 'transformers'
+        name = 'exllamav2' if model.quantized.method == 'exl2' else 'transformers'
         progress(f'engine {name}, because {reason}')
         return name
     progress('engine native')

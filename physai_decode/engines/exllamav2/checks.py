@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from physai_decode import checkpoint
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
@@ -34,45 +33,40 @@ def device(config: EngineConfig) -> torch.device:
 
 def check(model: Checkpoint, limit: int) -> None:
     """Refuse by name what the library would not run, or run wrongly."""
-    config, quantization = model.text_config, model.quantization_config
-    method = quantization.get('quant_method')
+    quantized, rope = model.quantized, model.rope
     if model.model_type not in _FAMILIES:
         raise EngineError(
             f'{model.folder}: the exllamav2 engine does not run {model.model_type!r} (it runs '
             f'{", ".join(_FAMILIES)}): set engine.name to transformers')
-    if method not in ('gptq', 'exl2'):
+    if quantized.method not in ('gptq', 'exl2'):
         raise EngineError(
-            f'{model.folder}: the exllamav2 engine runs weights quantised to gptq or exl2, these '
-            f'are quantised to {method or "nothing"}: set engine.name to auto')
+            f'{model.folder}: the exllamav2 engine runs weights quantised to gptq or exl2; the '
+            f'quantisation of these is {quantized.method}: set engine.name to auto')
     if 'physai_decode_random_weights' in model.config:
         raise EngineError(
             f'{model.folder} only describes its weights, which ExLlamaV2 can not make at random: '
             'write them with decode_bench --write-checkpoint')
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    if kind not in ('default', 'linear', 'llama3'):
+    if rope.kind not in ('default', 'linear', 'llama3'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not scale rotary positions as its config.json asks '
-            f'({kind}): set engine.name to native or transformers')
-    slides = model.model_type == 'mistral' or config.get('use_sliding_window')
-    window = config.get('sliding_window', checkpoint.SLIDING_WINDOW) if slides else None
-    if window and window < limit:
+            f'({rope.kind}): set engine.name to native or transformers')
+    window = max(model.windows)
+    if 0 < window < limit:
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not slide the window of {window} tokens that its '
             f'config.json asks for: set engine.max_context to {window} or less, or engine.name to '
             'native')
-    if method == 'gptq':
-        _check_gptq(model, quantization)
+    if quantized.method == 'gptq':
+        _check_gptq(model, quantized)
 
 
-def _check_gptq(model, quantization):
+def _check_gptq(model, quantized):
     """Hold the tensors against what the library takes for granted."""
-    bits, size = quantization.get('bits'), quantization.get('group_size', 128)
-    layout = checkpoint.gptq_layout(quantization)
-    if bits != 4 or layout not in ('gptq', 'gptq_v2'):
+    size, layout = quantized.group_size, quantized.layout
+    if quantized.bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 runs 4-bit GPTQ of the formats gptq and gptq_v2, this is '
-            f'{bits}-bit {layout}: set engine.name to transformers')
+            f'{quantized.bits}-bit {layout}: set engine.name to transformers')
     if size != -1 and (size < 32 or size & (size - 1)):
         raise EngineError(f'{model.folder}: ExLlamaV2 runs GPTQ groups of a power of two from 32 '
                           f'on, or -1, not of {size}: set engine.name to transformers')
@@ -109,20 +103,16 @@ def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) 
     made.no_graphs = not config.cuda_graph
     made.no_xformers = True     # see attend_by_groups
     # The library does not know of quantizers that write "format" alone.
-    made.checkpoint_offset_qzeros = \
-        checkpoint.gptq_layout(model.quantization_config) == 'gptq_v2'
+    made.checkpoint_offset_qzeros = model.quantized.layout == 'gptq_v2'
     # Nor does it know where newer versions of transformers write this.
-    rope = model.text_config.get('rope_parameters')
-    if rope:
-        made.rotary_embedding_base = float(rope.get('rope_theta', 10000.0))
-        kind = rope.get('rope_type', 'default')
-        if kind == 'linear':
-            made.scale_pos_emb = float(rope['factor'])
-        elif kind == 'llama3':
-            made.alt_rope_method = kind
-            made.l3_rope_factor = rope['factor']
-            made.l3_rope_low_freq_factor = rope['low_freq_factor']
-            made.l3_rope_high_freq_factor = rope['high_freq_factor']
-            made.l3_rope_original_max_position_embeddings = \
-                rope['original_max_position_embeddings']
+    rope = model.rope
+    made.rotary_embedding_base = float(rope.theta)
+    if rope.kind == 'linear':
+        made.scale_pos_emb = float(rope.factor)
+    elif rope.kind == 'llama3':
+        made.alt_rope_method = rope.kind
+        made.l3_rope_factor = rope.factor
+        made.l3_rope_low_freq_factor = rope.low
+        made.l3_rope_high_freq_factor = rope.high
+        made.l3_rope_original_max_position_embeddings = rope.original
     return made

@@ -49,7 +49,7 @@ class ExLlamaV2Engine:
         """
         self._network: Network | None = None
         self._device = checks.device(config)
-        limit = min(config.max_context, model.context_limit or config.max_context)
+        limit = model.max_context(config.max_context)
         with checkpoint.parsing(model.folder / 'config.json'):
             checks.check(model, limit)
         begun_s = time.perf_counter()

@@ -99,7 +99,7 @@ class Network:
         name, uuid = devices.describe(self._device)
         return Footprint(
             engine='exllamav2', model_type=model.model_type, dtype='float16',
-            quantization=model.quantization, device=str(self._device), device_name=name,
+            quantization=str(model.quantized), device=str(self._device), device_name=name,
             device_uuid=uuid, cuda_graph='captured' if captured else 'off',
             max_context=limit, vocab_size=settings.vocab_size,
             eos_token_ids=model.eos_token_ids, read_weight_bytes=self._read_weight_bytes(),

@@ -34,16 +34,16 @@ class NativeEngine:
         """
         clock = start.PartTimes()
         self._device, dtype = devices.select(config)
-        if model.quantization_config and config.dtype == 'auto' and self._device.type == 'cuda':
-            # GPTQ's scales are float16, and its kernel has less to do in float16.
+        # GPTQ's scales are float16, and its kernel has less to do in float16.
+        if (model.quantized.method, config.dtype, self._device.type) == ('gptq', 'auto', 'cuda'):
             dtype = torch.float16
-        self._shape = architecture.parse(model.config)
-        limit = min(config.max_context, model.context_limit or config.max_context)
+        self._shape = architecture.parse(model)
+        limit = model.max_context(config.max_context)
         needed_bytes = start.check_memory(model, self._shape, limit, dtype, self._device)
         devices.use(self._device)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             loaded = weights.load(
-                self._shape, start.source(model, dtype, self._device), model.quantization_config,
+                self._shape, start.source(model, dtype, self._device), model.quantized,
                 dtype, progress)
             clock.end('load_s')
             ops = start.operations(self._device, progress)

@@ -6,66 +6,43 @@ GPTQ checkpoints: from the tensors that quantisers write to the form that the en
 al., arXiv 2210.17323.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from physai_decode.checkpoint import gptq_layout
-from physai_decode.checkpoint import parsing
-from physai_decode.checkpoint import positive
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
+from physai_decode.model_config import Quantization
 import torch
 from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)
 
 
-@dataclass(frozen=True)
-class GptqFormat:
-    """What the checkpoint's quantization_config says."""
-
-    group_size: int       # -1: one group a row
-    zeros_less_one: bool
-
-
-@parsing('config.json')
-def parse(quantization: Mapping[str, Any]) -> GptqFormat:
+def check(quantized: Quantization) -> None:
     """
-    Read a quantization_config.
+    Take weights that are not quantised, or that `repack` reads.
 
-    :raises EngineError: naming what the native engine does not run, or is damaged.
+    :raises EngineError: naming what the native engine does not run.
     """
-    method = quantization.get('quant_method')
+    method, size = quantized.method, quantized.group_size
+    if method == 'none':
+        return
+    what, name = '', 'exllamav2' if method == 'exl2' else 'transformers'
     if method != 'gptq':
-        other = 'exllamav2' if method == 'exl2' else 'transformers'
-        raise EngineError(f'the native engine does not run {method} checkpoints (it runs gptq); '
-                          f'set engine.name to {other}')
-    bits = quantization.get('bits')
-    layout = gptq_layout(quantization)
-    if bits != 4:
-        raise EngineError(f'the native engine does not run GPTQ of {bits!r} bits (it runs 4); '
-                          'set engine.name to transformers')
-    if layout not in ('gptq', 'gptq_v2'):
-        raise EngineError(f'the native engine does not run the GPTQ format {layout!r} '
-                          '(it runs gptq and gptq_v2); set engine.name to transformers')
-    # GPTQModel's settings for single modules; those that it left dense are seen by their tensors.
-    changed = [rule for rule in quantization.get('dynamic') or () if not rule.startswith('-:')]
-    if changed:
-        raise EngineError('the native engine does not run GPTQ whose modules differ in their '
-                          f'settings ({changed[0]}); set engine.name to transformers')
-    quantization = {'group_size': 128, **quantization}
-    group_size = quantization['group_size']
-    if group_size != -1 and positive(quantization, 'group_size') % GROUP_SIZES[0]:
-        raise EngineError(f'the native engine does not run GPTQ groups of {group_size} (it runs '
-                          'multiples of 32, and -1); set engine.name to transformers')
-    return GptqFormat(group_size, layout == 'gptq')
+        what = f'{method} checkpoints (it runs gptq)'
+    elif quantized.bits != 4:
+        what = f'GPTQ of {quantized.bits!r} bits (it runs 4)'
+    elif quantized.layout not in ('gptq', 'gptq_v2'):
+        what = f'the GPTQ format {quantized.layout!r} (it runs gptq and gptq_v2)'
+    elif quantized.changed:
+        what = f'GPTQ whose modules differ in their settings ({quantized.changed[0]})'
+    elif size != -1 and size % GROUP_SIZES[0]:
+        what = f'GPTQ groups of {size} (it runs multiples of 32, and -1)'
+    if what:
+        raise EngineError(f'the native engine does not run {what}; set engine.name to {name}')
 
 
 def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None,
-           bias: Tensor | None, form: GptqFormat) -> Int4:
+           bias: Tensor | None, form: Quantization) -> Int4:
     """
     Repack one projection; the shapes are those of the module's docstring.
 
@@ -84,7 +61,7 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     if order is not None:
         nibbles = nibbles[order.long()]
     zeros = ((qzeros.unsqueeze(2) >> shifts) & 0xF).reshape(groups, rows)
-    if form.zeros_less_one:
+    if form.layout == 'gptq':
         zeros = (zeros + 1) & 0xF
 
     kernel_group = next((g for g in reversed(GROUP_SIZES) if size % g == 0), 0)

@@ -75,7 +75,7 @@ def footprint(checkpoint: Checkpoint, shape: Architecture, loaded: weights.Weigh
     name, uuid = devices.describe(device)
     return Footprint(
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
-        quantization=checkpoint.quantization, device=str(device), device_name=name,
+        quantization=str(checkpoint.quantized), device=str(device), device_name=name,
         device_uuid=uuid, cuda_graph='unavailable' if device.type == 'cpu' else
         'captured' if captured else 'off', max_context=max_context, vocab_size=shape.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids, read_weight_bytes=loaded.read_bytes,

@@ -19,6 +19,7 @@ from physai_decode.engines.native import gptq
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
+from physai_decode.model_config import Quantization
 from safetensors import safe_open
 from safetensors import SafetensorError
 import torch
@@ -148,23 +149,24 @@ class Random:
         return values.normal_(0.0, 0.02, generator=self._generator)
 
 
-def load(architecture: Architecture, source: Source, quantization: Mapping[str, Any],
+def load(architecture: Architecture, source: Source, quantized: Quantization,
          dtype: torch.dtype, progress: Callable[[str], None]) -> Weights:
     """
     Read and fuse all weights.
 
-    :param quantization: the checkpoint's quantization_config; empty where there is none.
+    :param quantized: how the checkpoint is.
     :raises EngineError: a tensor is missing, has another shape, or a format that is not run.
     """
-    return _Loader(architecture, source, quantization, dtype, progress).load()
+    return _Loader(architecture, source, quantized, dtype, progress).load()
 
 
 class _Loader:
 
-    def __init__(self, architecture, source, quantization, dtype, progress):
+    def __init__(self, architecture, source, quantized, dtype, progress):
         self._a = architecture
         self._source = source
-        self._form = gptq.parse(quantization) if quantization else None
+        gptq.check(quantized)
+        self._form = quantized
         self._dtype = dtype
         self._progress = progress
         self._fallbacks = 0
@@ -209,7 +211,7 @@ class _Loader:
         quantised = [name for name, _ in parts if self._source.has(f'{prefix}{name}.qweight')]
         if not quantised:
             return self._dense(prefix, parts, columns, bias)
-        if self._form is None:
+        if self._form.method == 'none':
             raise EngineError(
                 f'{prefix}{quantised[0]} is GPTQ, but config.json has no quantization_config: put '
                 'the content of quantize_config.json there, with "quant_method": "gptq", or '

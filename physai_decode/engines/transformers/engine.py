@@ -46,7 +46,7 @@ class TransformersEngine:
         self._device, dtype = devices.select(config)
         devices.use(self._device)
         dtype = network.number_format(model, config, self._device, dtype)
-        limit = min(config.max_context, model.context_limit or config.max_context)
+        limit = model.max_context(config.max_context)
         captured = config.cuda_graph and self._device.type == 'cuda'
         try:
             with devices.enough_memory(self._device, network.needed_bytes(model, dtype)):
