@@ -12,7 +12,6 @@ from physai_decode.engine import Choice
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import start
-from physai_decode.engines.native import weights
 from physai_decode.engines.native.graph import Pipeline
 from physai_decode.engines.native.transformer import Transformer
 from physai_decode.engines.sampling import Plan
@@ -23,6 +22,8 @@ class NativeEngine:
     """The transformer of this package on one device; see `physai_decode.engine.Engine`."""
 
     chunk_tokens = (1, 2048)
+    transformer: Transformer | None     # None once closed
+    pipeline: Pipeline | None           # of the steps in flight; None on a CPU
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
                  progress: Callable[[str], None] = lambda message: None):
@@ -34,46 +35,30 @@ class NativeEngine:
         """
         clock = start.PartTimes()
         self._device, dtype = devices.select(config)
-        # GPTQ's scales are float16, and its kernel has less to do in float16.
-        if (model.quantized.method, config.dtype, self._device.type) == ('gptq', 'auto', 'cuda'):
-            dtype = torch.float16
-        self._shape = architecture.parse(model)
+        dtype = start.number_format(model, config, self._device, dtype)
+        shape = architecture.parse(model)
         limit = model.max_context(config.max_context)
-        needed_bytes = start.check_memory(model, self._shape, limit, dtype, self._device)
+        needed_bytes = start.check_memory(model, shape, limit, dtype, self._device)
         devices.use(self._device)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
-            loaded = weights.load(
-                self._shape, start.source(model, dtype, self._device), model.quantized,
-                dtype, progress)
-            clock.end('load_s')
-            ops = start.operations(self._device, progress)
             # To capture a step is to run it a few times, behind whatever the cache holds.
-            places = limit + devices.WARM_UP_STEPS
-            self._transformer = Transformer(
-                self._shape, loaded, places, dtype, self._device, ops)
-            self._sampler = ops.sampler(self._shape.vocab_size, self._device)
-            self._history = torch.zeros(places + 1, dtype=torch.int64, device=self._device)
+            self.transformer = t = start.transformer(
+                model, shape, limit + devices.WARM_UP_STEPS, dtype, self._device, progress, clock)
+            self._sampler = t.ops.sampler(shape.vocab_size, self._device)
+            self._history = torch.zeros(t.max_context + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)
             self._length = 0                    # tokens in the cache
-            self._pipeline = None
-            if self._device.type == 'cuda':
-                ops.tune(self._transformer, progress)
-                clock.end('tune_s')
-                self._pipeline = Pipeline(self._run_step, self._history, config.cuda_graph)
-            progress('warming up' + (' and capturing the step' if self._pipeline else ''))
-            self._warm_up()
+            self.pipeline = self.piped(config.cuda_graph) if self._device.type == 'cuda' else None
+            progress('warming up' + (' and capturing the step' if self.pipeline else ''))
+            start.warm_up(self)
             clock.end('warm_up_s')
-        details = {'kernels': ops.name, **clock.parts}
-        if loaded.dense_fallbacks:
-            details['dense_fallbacks'] = str(loaded.dense_fallbacks)
-        self.footprint = start.footprint(
-            model, self._shape, loaded, limit, dtype, self._device, config.cuda_graph, details)
+        self.footprint = start.footprint(model, t, limit, config.cuda_graph, clock.parts)
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
         devices.use(self._device)
-        if self._pipeline:
-            self._pipeline.drain()
+        if self.pipeline:
+            self.pipeline.drain()
         self._length = length
         return length
 
@@ -81,7 +66,7 @@ class NativeEngine:
     def feed(self, token_ids: Sequence[int]) -> float:
         """See `physai_decode.engine.Engine.feed`."""
         self._watch.start()
-        self._logits = self._transformer.prefill(self._tensor(token_ids), self._length)
+        self._logits = self.transformer.prefill(self._tensor(token_ids), self._length)
         self._watch.stop()
         self._length += len(token_ids)
         return self._watch.read_s()
@@ -89,10 +74,10 @@ class NativeEngine:
     @torch.inference_mode()
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
-        t = self._transformer
+        t = self.transformer
         t.position.fill_(self._length)
-        if self._pipeline:
-            self._pipeline.prepare(Plan.of(sampling))
+        if self.pipeline:
+            self.pipeline.prepare(Plan.of(sampling))
         self._watch.start()
         t.position.fill_(self._length - 1)
         self._plan = self._sampler.begin(sampling, self._tensor(prompt_ids))
@@ -101,68 +86,63 @@ class NativeEngine:
     @torch.inference_mode()
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
-        pipeline = self._pipeline
+        pipeline = self.pipeline
         self._length += 1
         if pipeline is None:
             self._watch.start()
-            self._transformer.step()
-            return self._drawn(self._transformer.logits)
+            self.transformer.step()
+            return self._drawn(self.transformer.logits)
         while pipeline.flying <= remaining and not pipeline.full:
             pipeline.launch(self._plan, self._length + pipeline.flying)
         return Choice(*pipeline.collect())
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        self._pipeline = self._transformer = self._sampler = self._history = self._logits = None
+        self.pipeline = self.transformer = self._sampler = self._history = self._logits = None
         if self._device.type == 'cuda':
             torch.cuda.empty_cache()
 
     @contextmanager
     def trial(self, captured: bool | None = None) -> Iterator[None]:
         """See `physai_decode.gap.Measurable.trial`; a trial's steps are greedy."""
-        own = self._pipeline
+        own = self.pipeline
         other = captured not in (None, self.footprint.cuda_graph == 'captured')
         if other:
-            devices.use(self._device)
-            with torch.inference_mode():
-                self._pipeline = Pipeline(self._run_step, self._history, captured)
+            self.pipeline = self.piped(bool(captured))
         try:
             yield
         finally:
-            self._pipeline = own
+            self.pipeline = own
             if other and captured:
                 torch.cuda.empty_cache()    # of the graph
 
     @torch.inference_mode()
+    def piped(self, captured: bool) -> Pipeline:
+        """Give a pipeline of this engine's step."""
+        devices.use(self._device)
+        return Pipeline(self._run_step, self._history, captured)
+
+    @torch.inference_mode()
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
-        """Give logits for each place of a prompt, float32 [tokens, vocab]; empties the cache."""
+        """See `physai_decode.engine.Comparable.prefill_logits`."""
         self.rewind(0)
-        return self._transformer.prefill(self._tensor(prompt_ids), 0, every=True)
+        return self.transformer.prefill(self._tensor(prompt_ids), 0, every=True)
 
     def reads(self, context: int) -> list[tuple[str, str, int]]:
-        """See `Transformer.reads`."""
-        return self._transformer.reads(context)
+        """See `physai_decode.benchmark.kernels.Itemized.reads`."""
+        return self.transformer.reads(context)
 
     def _run_step(self, plan):
-        t = self._transformer
+        t = self.transformer
         t.step()
         self._sampler.draw(plan, t.logits, t.position, t.token, self._history)
 
     def _drawn(self, logits):
-        t = self._transformer
+        t = self.transformer
         self._sampler.draw(self._plan, logits, t.position, t.token, self._history)
         token_id = int(self._history[self._length])
         self._watch.stop()
         return Choice(token_id, self._watch.read_s())
-
-    def _warm_up(self):
-        for sampling in start.WARM_UP:
-            self.rewind(0)
-            self.feed([0, 0])
-            self.first(sampling, [0, 0])
-            for remaining in (2, 1, 0):
-                self.step(remaining)
-        self.rewind(0)
 
     def _tensor(self, ids):
         return torch.tensor(ids, dtype=torch.int64).to(self._device)
