@@ -5,6 +5,7 @@ The field names of its JSON form are those of OpenAI's chat completions, and vLL
 has none. It knows neither ROS nor torch, nor who sends it.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -30,7 +31,6 @@ DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
 # Known, but not done yet: only a value that asks for nothing is taken.
 _IDLE = {'response_format': ({'type': 'text'},), 'structured_outputs': ({},),
          'tools': ([],), 'tool_choice': ('none', 'auto')}
-_OTHERS = ('id', 'metadata', 'prompt', 'messages', 'chat_template_kwargs', 'deadline')
 
 
 class RequestError(ValueError):
@@ -95,10 +95,8 @@ class Request:
             value['prompt'] = self.prompt
         value.update({name: self.sampling[spec.name] for name, spec in SAMPLING.items()
                       if spec.name in self.sampling})
-        for name in ('deadline', 'chat_template_kwargs'):
-            if getattr(self, name):
-                value[name] = dict(getattr(self, name))
-        return value
+        return value | {name: dict(getattr(self, name)) for name in _READ
+                        if name not in ('prompt', 'messages') and getattr(self, name)}
 
     @property
     def text(self) -> str:
@@ -142,9 +140,7 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def _client_id(value: Mapping[str, Any]) -> str:
-    metadata = value.get('metadata', {})
-    if not isinstance(metadata, Mapping):
-        raise RequestError(f'metadata is {shown(metadata)}: expected an object')
+    metadata = _mapping(value.get('metadata', {}), 'metadata')
     named = {'id': value.get('id'), 'metadata.id': metadata.get('id')}
     found = {name: each for name, each in named.items() if each is not None}
     for name, each in found.items():
@@ -159,7 +155,7 @@ def _client_id(value: Mapping[str, Any]) -> str:
 
 def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     """Give the arguments of `Request` but for its id."""
-    known = (*_OTHERS, *SAMPLING, *_IDLE)
+    known = ('id', 'metadata', *_READ, *SAMPLING, *_IDLE)
     for name in value:
         if name not in known:
             raise RequestError(f'{shown(name)} is no field of a request: allowed are '
@@ -171,21 +167,14 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     if ('prompt' in value) == ('messages' in value):
         raise RequestError('expected either prompt, a string, or messages, a list: '
                            f'{"both were" if "prompt" in value else "neither was"} given')
-    prompt = value.get('prompt', '')
-    if type(prompt) is not str:
-        raise RequestError(f'prompt is {shown(prompt)}: expected a string')
-    return {
-        'prompt': prompt, 'messages': _messages(value['messages']) if 'messages' in value else (),
-        'sampling': _options(value, SAMPLING),
-        'deadline': _options(_mapping(value, 'deadline'), DEADLINE, 'deadline.'),
-        'chat_template_kwargs': _template_kwargs(_mapping(value, 'chat_template_kwargs'))}
+    return {'sampling': _options(value, SAMPLING),
+            **{name: read(value[name]) for name, read in _READ.items() if name in value}}
 
 
-def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = value.get(name, {})
-    if not isinstance(found, Mapping):
-        raise RequestError(f'{name} is {shown(found)}: expected an object')
-    return found
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RequestError(f'{name} is {shown(value)}: expected an object')
+    return value
 
 
 def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
@@ -206,6 +195,12 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
                 tuple(given) if type(given) is list else given
         found[spec.name] = check_value(prefix + name, given, spec)
     return found
+
+
+def _prompt(value: Any) -> str:
+    if type(value) is not str:
+        raise RequestError(f'prompt is {shown(value)}: expected a string')
+    return value
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -241,13 +236,23 @@ def _part(value: Any, name: str) -> str:
     return str(value['text'])
 
 
-def _template_kwargs(value: Mapping[str, Any]) -> dict[str, Any]:
-    for name, each in value.items():
+def _deadline(value: Any) -> dict[str, Any]:
+    return _options(_mapping(value, 'deadline'), DEADLINE, 'deadline.')
+
+
+def _template_kwargs(value: Any) -> dict[str, Any]:
+    for name, each in _mapping(value, 'chat_template_kwargs').items():
         if not name.isidentifier() or type(each) not in (bool, int, float, str):
             raise RequestError(
                 f'chat_template_kwargs.{name} is {shown(each)}: expected true, false, a number '
                 'or a string, under the name of a variable of the chat template')
     return dict(value)
+
+
+# JSON name, which is the field's in `Request`: what reads it, with the message of what is wrong.
+_READ: dict[str, Callable[[Any], Any]] = {
+    'prompt': _prompt, 'messages': _messages, 'chat_template_kwargs': _template_kwargs,
+    'deadline': _deadline}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
