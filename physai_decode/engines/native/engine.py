@@ -13,7 +13,6 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import start
 from physai_decode.engines.native.graph import Pipeline
-from physai_decode.engines.native.transformer import Transformer
 from physai_decode.engines.sampling import Plan
 import torch
 
@@ -22,8 +21,7 @@ class NativeEngine:
     """The transformer of this package on one device; see `physai_decode.engine.Engine`."""
 
     chunk_tokens = (1, 2048)
-    transformer: Transformer | None     # None once closed
-    pipeline: Pipeline | None           # of the steps in flight; None on a CPU
+    pipeline: Pipeline | None = None        # of the steps in flight; none on a CPU
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
                  progress: Callable[[str], None] = lambda message: None):
@@ -48,7 +46,8 @@ class NativeEngine:
             self._history = torch.zeros(t.max_context + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)
             self._length = 0                    # tokens in the cache
-            self.pipeline = self.piped(config.cuda_graph) if self._device.type == 'cuda' else None
+            if self._device.type == 'cuda':
+                self.pipeline = self.piped(config.cuda_graph)
             progress('warming up' + (' and capturing the step' if self.pipeline else ''))
             start.warm_up(self)
             clock.end('warm_up_s')
@@ -98,7 +97,8 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        self.pipeline = self.transformer = self._sampler = self._history = self._logits = None
+        for name in ('pipeline', 'transformer', '_sampler', '_history', '_logits'):
+            vars(self).pop(name, None)
         if self._device.type == 'cuda':
             torch.cuda.empty_cache()
 
