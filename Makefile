@@ -51,11 +51,13 @@ lint: .venv/test.stamp
 	@.venv/bin/python tools/build_msgs.py
 	@touch $@
 
-# What it has of its own comes first on its path, and torch, pytest and the others from .venv.
+# What it has of its own comes first on its path; torch, pytest and the others come from .venv, but
+# physai_decode_msgs, which is built for the other distribution there.
 .venv-jazzy/test.stamp: .venv/test.stamp requirements-jazzy.txt constraints-jazzy.txt
 	.venv/bin/python -m venv --clear .venv-jazzy
 	$(JAZZY_PIP) install -c constraints-jazzy.txt -r requirements-jazzy.txt
-	.venv/bin/python $(SITE) > "$$(.venv-jazzy/bin/python $(SITE))/shared.pth"
+	(.venv/bin/python $(SITE); echo 'import sys; sys.modules["physai_decode_msgs"] = None') \
+	> "$$(.venv-jazzy/bin/python $(SITE))/shared.pth"
 	@touch $@
 
 .venv/bin/pip: | supported

@@ -22,7 +22,6 @@ from physai_decode import model_config
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.model_config import Quantization
-from physai_decode.model_config import Rope
 
 _MODELS = Path(__file__).parent / 'models'
 _ITEM_BITS = {
@@ -69,34 +68,26 @@ class Checkpoint:
         """The architecture's family: qwen2, llama, ..."""
         return self.config['model_type']
 
-    @cached_property
-    def rope(self) -> Rope:
-        """The rotary positions."""
-        return model_config.read_rope(self.text_config)
+    @property
+    def quantized(self) -> Quantization | None:
+        """How the weights are quantised; None where they are not."""
+        return model_config.quantization(self.config)
 
-    @cached_property
-    def windows(self) -> tuple[int, ...]:
-        """Tokens that each layer of a Llama, Mistral or Qwen sees back; 0: all."""
-        return model_config.read_windows(self.text_config)
-
-    @cached_property
-    def quantized(self) -> Quantization:
-        """How the weights are quantised."""
-        return model_config.read_quantization(self.config)
-
-    @cached_property
-    def context_limit(self) -> int | None:
-        """Tokens of context that the model is made for; None where its config does not say."""
-        return model_config.read_context_limit(self.text_config, self.rope)
+    @property
+    def quantization(self) -> str:
+        """A name for that: none, gptq-int4-g128, bitsandbytes-nf4, ..."""
+        found = self.quantized
+        return 'none' if found is None else found.name
 
     @cached_property
     def weight_bytes(self) -> int:
         """All weights at their stored size."""
         return sum(entry.bytes for entry in self.tensors.values())
 
-    def max_context(self, wanted: int) -> int:
-        """Give the tokens of context that an engine makes room for, of those wanted."""
-        return min(wanted, self.context_limit or wanted)
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens of context that the model is made for; None where its config does not say."""
+        return model_config.context_limit(self.text_config)
 
 
 def locate(path: str, revision: str = '') -> Path:
@@ -194,7 +185,7 @@ def _inspect(folder):
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
-        _ = model.quantized, model.context_limit
+        _ = model.quantization, model.context_limit
     return model
 
 

@@ -53,8 +53,9 @@ class EngineConfig:
     cpu_threads: int = _option(
         0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
     prefill_chunk_ms: float = _option(
-        100.0, 'a prompt is read in chunks of about this time, and a cancel, a preemption or a '
-        'deadline is heard after each; 0 reads the largest chunks that the engine takes',
+        100.0, 'a prompt is read in chunks of about this time, but of no fewer than 32 tokens; a '
+        'cancel, a preemption or a deadline is heard after each. 0 reads the largest chunks that '
+        'the engine takes',
         low=0.0, high=1e6)
 
 
@@ -78,10 +79,10 @@ class SamplingConfig:
         1.0, 'makes tokens that were seen less likely; 1 leaves them alone', low=0.1, high=10.0,
         dynamic=True)
     seed: int = _option(
-        0, 'the same seed, prompt and settings give the same text; where another part of the '
-        'prompt was cached, or it was read in other chunks, near-ties may fall otherwise '
-        '(exllamav2: always). -1 takes a fresh seed for each request', low=-1, high=2**31 - 1,
-        dynamic=True)
+        0, "the same seed, prompt and settings give the same text, where the prompt's keys and "
+        'values were computed in the same way: in other chunks, or by decode steps as an earlier '
+        'answer, they differ in the last bits, and near-ties may fall otherwise (exllamav2: '
+        'always). -1 takes a fresh seed for each request', low=-1, high=2**31 - 1, dynamic=True)
     max_new_tokens: int = _option(
         256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(

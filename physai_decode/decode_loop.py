@@ -21,6 +21,8 @@ from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import shared_prefix
 
 FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
+# A chunk reads all weights once, however short it is: fewer tokens would hardly be fed sooner.
+LEAST_CHUNK_TOKENS = 32
 CHUNK_MS = 100.0
 LARGEST_CHANGE = 4          # from one chunk to the next: one that was late by chance is no rule
 
@@ -136,9 +138,9 @@ class ChunkSize:
         :param first: tokens of the first chunk.
         :param chunk_ms: how long a chunk may take; 0: as long as it takes.
         """
-        self._least, self._most = least, most
+        self._least, self._most = min(max(least, LEAST_CHUNK_TOKENS), most), most
         self._chunk_s = 1e-3 * chunk_ms
-        self.tokens = min(max(first, least), most) if chunk_ms else most
+        self.tokens = min(max(first, self._least), most) if chunk_ms else most
 
     def learn(self, tokens: int, took_s: float) -> None:
         """Take the time of a chunk; one that is shorter than allowed can only shrink the next."""

@@ -1,59 +1,21 @@
 """
-What a config.json says of rotary positions, sliding windows and quantisation.
+What a config.json says of rotary positions, sliding windows, context and quantised weights.
 
-Every number is read and checked here, once; an engine refuses what it does not run. The functions
-raise what nonsense in place of numbers, lists and objects raises, see `checkpoint.parsing`.
+The one place that knows the keys which versions of the transformers library and quantisers write,
+and what is meant where they are missing. It knows no files, no torch, and not what an engine runs;
+each number is checked when it is asked for, so that what nobody uses may be anything.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import replace
 import math
 from typing import Any
 
-_ROPE_NUMBERS = {
-    'linear': ('factor',),
-    'llama3': ('factor', 'original_max_position_embeddings', 'low_freq_factor',
-               'high_freq_factor'),
-    'yarn': ('factor', 'original_max_position_embeddings', 'beta_slow', 'beta_fast')}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """
-    Rotary positions.
-
-    llama3 and yarn divide a wave's frequency by ``factor`` where it turns at most ``low`` times in
-    the ``original`` context, keep it from ``high`` turns on, and blend in between.
-    """
-
-    kind: str                   # default, linear, llama3, yarn, or another kind's name
-    theta: float                # base of the frequencies
-    partial: bool               # only a part of each head is rotated
-    factor: float = 1.0
-    original: float = 0.0       # tokens
-    low: float = 0.0
-    high: float = 0.0
-    whole: bool = True          # yarn blends from a whole dimension to a whole dimension
-    scale: float = 1.0          # multiplies cosine and sine
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are quantised; its text is a name such as gptq-int4-g128."""
-
-    method: str                 # none, gptq, awq, exl2, bitsandbytes, ...
-    bits: Any = None            # as the config says it
-    group_size: int = 0         # -1: one group a row; 0: the config names none
-    layout: str = ''            # gptq's format: gptq, gptq_v2 or another's name
-    changed: tuple[str, ...] = ()   # gptq's patterns of modules with settings of their own
-
-    def __str__(self) -> str:
-        """Give the name."""
-        bits = f'{self.bits}bpw' if self.method == 'exl2' else \
-            f'int{self.bits}' if isinstance(self.bits, int) else self.bits
-        group = f'g{self.group_size}' if self.group_size > 0 else ''
-        return '-'.join(str(part) for part in (self.method, bits, group) if part)
+# The transformers library's, where a config that has a window does not name it; null is none.
+SLIDING_WINDOW = 4096
+FIRST_WINDOW_LAYER = 28
+ROPE_THETA = 10000.0
+GPTQ_GROUP_SIZE = 128
 
 
 def positive(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
@@ -71,48 +33,105 @@ def positive(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
     return value
 
 
-def read_rope(config: Mapping[str, Any]) -> Rope:
-    """Read rotary positions, where newer or where older versions of transformers write them."""
-    said = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    kind = said.get('rope_type') or said.get('type') or 'default'
-    given = {'rope_theta': config.get('rope_theta') or 10000.0,
-             'partial_rotary_factor': config.get('partial_rotary_factor') or 1.0}
-    if kind == 'yarn':
-        given |= {'original_max_position_embeddings': config.get('max_position_embeddings'),
-                  'beta_slow': 1, 'beta_fast': 32}
-    given |= {key: value for key, value in said.items() if value is not None}
-    if kind == 'yarn' and said.get('factor', ...) is None:      # the two limits say it
-        given['factor'] = positive(config, 'max_position_embeddings') \
-            / positive(given, 'original_max_position_embeddings', float)
-    numbers = [positive(given, key, float) for key in _ROPE_NUMBERS.get(kind, ())]
-    rope = Rope(kind, positive(given, 'rope_theta', float), given['partial_rotary_factor'] != 1.0,
-                *numbers)
-    if kind != 'yarn':
-        return rope
+class Rope:
+    """
+    Rotary positions (Su et al. 2021) and their extensions.
 
-    def magnitude(weight):
-        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    Each number is a property, which raises ValueError where the config has no such number. Those
+    that belong to another kind than the config's are not to be asked for.
+    """
 
-    top, bottom = given.get('mscale'), given.get('mscale_all_dim')
-    scale = given.get('attention_factor') or (
-        magnitude(top) / magnitude(bottom) if top and bottom else magnitude(1.0))
-    return replace(rope, whole=bool(given.get('truncate', True)), scale=float(scale))
+    def __init__(self, config: Mapping[str, Any]):
+        """Take a language model's config."""
+        self._config = config
+        self._rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+        self.kind: str = self._rope.get('rope_type') or self._rope.get('type') or 'default'
+
+    @property
+    def theta(self) -> float:
+        """The base of the frequencies."""
+        theta = self._rope.get('rope_theta') or self._config.get('rope_theta') or ROPE_THETA
+        return positive({'rope_theta': theta}, 'rope_theta', float)
+
+    @property
+    def partial(self) -> bool:
+        """Whether a part of each head is left as it is."""
+        return self._rope.get('partial_rotary_factor', self._config.get(
+            'partial_rotary_factor', 1.0)) != 1.0
+
+    @property
+    def factor(self) -> float:
+        """By how much the context is stretched; of yarn null says it by the two limits."""
+        if self.kind == 'yarn' and self._rope.get('factor', ...) is None:
+            return positive(self._config, 'max_position_embeddings') / self.original_context
+        return positive(self._rope, 'factor', float)
+
+    @property
+    def original_context(self) -> float:
+        """Tokens of context before that."""
+        key = 'original_max_position_embeddings'
+        if self.kind == 'yarn' and not self._rope.get(key):
+            return positive(self._config, 'max_position_embeddings')
+        return positive(self._rope, key, float)
+
+    @property
+    def stretched_context(self) -> int:
+        """Tokens of context after that, where yarn names those before; else 0."""
+        named = self.kind == 'yarn' and self._rope.get('original_max_position_embeddings')
+        return int(self.factor * self.original_context) if named else 0
+
+    @property
+    def low_freq_factor(self) -> float:
+        """Of llama3: waves of fewer turns in the original context are stretched."""
+        return positive(self._rope, 'low_freq_factor', float)
+
+    @property
+    def high_freq_factor(self) -> float:
+        """Of llama3: waves of more turns in the original context are kept."""
+        return positive(self._rope, 'high_freq_factor', float)
+
+    @property
+    def beta_fast(self) -> float:
+        """Of yarn: turns in the original context from which on a wave is kept."""
+        return self._or('beta_fast', 32.0)
+
+    @property
+    def beta_slow(self) -> float:
+        """Of yarn: turns in the original context up to which a wave is stretched."""
+        return self._or('beta_slow', 1.0)
+
+    @property
+    def truncate(self) -> bool:
+        """Of yarn: whether the two are rounded to whole dimensions."""
+        return bool(self._rope.get('truncate', True))
+
+    @property
+    def attention_factor(self) -> float:
+        """Of yarn: what cosine and sine are multiplied by."""
+        if self._rope.get('attention_factor') is not None:
+            return positive(self._rope, 'attention_factor', float)
+        if self._rope.get('mscale') and self._rope.get('mscale_all_dim'):
+            return self._magnitude(positive(self._rope, 'mscale', float)) / self._magnitude(
+                positive(self._rope, 'mscale_all_dim', float))
+        return self._magnitude(1.0)
+
+    def _magnitude(self, weight):
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def _or(self, key, default):
+        return positive(self._rope, key, float) if self._rope.get(key) else default
 
 
-def read_context_limit(config: Mapping[str, Any], rope: Rope) -> int | None:
-    """Give the tokens that the model is made for, None where it isn't said; YaRN stretches it."""
-    limit = next((positive(config, key) for key in (
-        'max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length', 'n_ctx')
-        if config.get(key) is not None), None)
-    return max(limit, int(rope.factor * rope.original)) if limit and rope.kind == 'yarn' else limit
+def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """
+    Give for each layer how many tokens it sees back; 0: all.
 
-
-def read_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Give the tokens that each layer of a Llama, Mistral or Qwen sees back; 0: all."""
-    family, layers = config.get('model_type'), positive(config, 'num_hidden_layers')
+    :param config: of a llama, mistral, qwen2 or qwen3.
+    :raises ValueError: the config contradicts itself, or has no such numbers.
+    """
+    family = config['model_type']
     slides = family == 'mistral' or (family != 'llama' and config.get('use_sliding_window'))
-    # The transformers library's defaults; null is no window.
-    config = {'sliding_window': 4096, 'max_window_layers': 28, **config}
+    config = {'sliding_window': SLIDING_WINDOW, 'max_window_layers': FIRST_WINDOW_LAYER, **config}
     if not slides or config['sliding_window'] is None:
         return (0,) * layers
     window = positive(config, 'sliding_window')
@@ -121,25 +140,71 @@ def read_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     kinds = config.get('layer_types')
     if kinds is None:
         first = config['max_window_layers']
-        return tuple(window if layer >= first else 0 for layer in range(layers))
+        return tuple(window if index >= first else 0 for index in range(layers))
     if len(kinds) != layers:
         raise ValueError(f'layer_types names {len(kinds)} of {layers} layers')
     return tuple({'sliding_attention': window, 'full_attention': 0}[kind] for kind in kinds)
 
 
-def read_quantization(config: Mapping[str, Any]) -> Quantization:
-    """Read how the weights are quantised."""
-    said = config.get('quantization_config') or {'quant_method': 'none'}
-    method, bits = str(said.get('quant_method', 'unknown')), said.get('bits')
+def context_limit(config: Mapping[str, Any]) -> int | None:
+    """
+    Give the tokens of context that a model is made for; None where its config does not say.
+
+    YaRN stretches the limit that ``max_position_embeddings`` gives.
+
+    :raises ValueError: a key that says it has no positive number.
+    """
+    rope = Rope(config)
+    limit = next((positive(config, key) for key in (
+        'max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length', 'n_ctx')
+        if config.get(key) is not None), None)
+    return limit and max(limit, rope.stretched_context)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's weights are quantised; what an engine runs of it, the engine decides."""
+
+    name: str                   # gptq-int4-g128, bitsandbytes-nf4, ...
+    method: str                 # gptq, awq, exl2, ...
+    bits: Any                   # as it is written; None where it is not
+    group_size: int | None      # columns that share a scale; -1: all
+    layout: str                 # of gptq: gptq, gptq_v2, or another's name
+    changed: tuple[str, ...]    # of gptq: rules for modules whose settings differ
+
+
+def quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """
+    Read how weights are quantised.
+
+    :param config: all of config.json.
+    :returns: None where they are not.
+    :raises ValueError: GPTQ's group size is no positive number, and not -1.
+    """
+    found = config.get('quantization_config')
+    if not found:
+        return None
+    method = str(found.get('quant_method', 'unknown'))
+    bits, size = found.get('bits'), found.get('group_size')
+    if method == 'gptq':
+        found = {'group_size': GPTQ_GROUP_SIZE, **found}
+        size = found['group_size']
+        if size != -1:
+            positive(found, 'group_size')
+    # GPTQModel's settings for single modules; those that it left dense are seen by their tensors.
+    rules = found.get('dynamic') or () if method == 'gptq' else ()
+    return Quantization(
+        name=_quantization_name(found, method, bits, size), method=method, bits=bits,
+        group_size=size if isinstance(size, int) else None,
+        layout=found.get('checkpoint_format') or found.get('format') or 'gptq',
+        changed=tuple(rule for rule in rules if not rule.startswith('-:')))
+
+
+def _quantization_name(found, method, bits, size):
     if method == 'bitsandbytes':
-        four_bit = said.get('load_in_4bit') or said.get('_load_in_4bit')
-        bits = said.get('bnb_4bit_quant_type', 'fp4') if four_bit else 'int8'
-    if method != 'gptq':
-        size = said.get('group_size')
-        return Quantization(method, bits, size if isinstance(size, int) else 0)
-    said = {'group_size': 128, **said}
-    size = -1 if said['group_size'] == -1 else positive(said, 'group_size')
-    layout = said.get('checkpoint_format') or said.get('format') or 'gptq'
-    # GPTQModel's rules for single modules; those left dense are seen by their tensors.
-    changed = [rule for rule in said.get('dynamic') or () if not rule.startswith('-:')]
-    return Quantization(method, bits, size, layout, tuple(changed))
+        four_bit = found.get('load_in_4bit') or found.get('_load_in_4bit')
+        return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
+    name = method
+    if bits is not None:
+        name += f'-{bits}bpw' if method == 'exl2' else f'-int{bits}'
+    return f'{name}-g{size}' if isinstance(size, int) and size > 0 else name

@@ -5,10 +5,12 @@ Run as ``python compile_kernels.py 90``: the interpreter, which the other tests 
 chosen in the process.
 """
 
+import re
 import sys
 
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import prefill_kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,14 +20,17 @@ POINTERS = {
     'bias': '{half}', 'gain': '{half}', 'q_gain': '{half}', 'k_gain': '{half}', 'keys': '{half}',
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
-    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32'}   # all others are fp32
+    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
+    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
-           'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32'}
+           'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
+           'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
+MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as an engine's are
 
 
-def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', **constants):
+def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', **constants):
     """Compile one kernel; ``half`` is bf16 or fp16."""
-    kinds = {**POINTERS, 'x': x, 'out': out}
+    kinds = {**POINTERS, 'x': x, 'out': out, 'parts': parts}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -34,6 +39,8 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', **constant
             values[(index,)] = constants.pop(name)
         elif name in NUMBERS:
             signature[name] = NUMBERS[name]
+            if kernel.fn.__module__ == prefill_kernels.__name__ and name in MULTIPLES:
+                attributes[(index,)] = [['tt.divisibility', 16]]
         else:
             signature[name] = '*' + kinds.get(name, 'fp32').format(half=half)
             attributes[(index,)] = [['tt.divisibility', 16]]
@@ -79,8 +86,45 @@ def main():
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
+        if capability >= 80:
+            prefills(build, half, capability)
     choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
     print('compiled')
+
+
+def prefills(build, half, capability):
+    """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
+    own = prefill_kernels
+    matrix = 'wgmma.mma_async' if capability >= 90 else 'mma.sync'
+    build(own._embed, out=half, K=3584, BLOCK=4096, PLACED=True)
+    build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, PLACED=False)
+    build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, PLACED=True)
+    build(own._reorder, x=half, out=half, K=3584, BLOCK=1024, PLACED=True)
+    build(own._silu_up, parts=half, out=half, N=9472, BLOCK=2048, PARTS=1, BIAS=True, PAIRED=True,
+          PLACED=True)
+    build(own._last, BLOCK=512, PARTS=2, BIAS=True)
+    build(own._join, out=half, HEADS=28, ROWS=4, D=128, DIMS=128, SPLITS=4, PLACED=True)
+    for first, norm in ((0, True), (28, False)):
+        build(own._rotate, HEADS=28, KV_HEADS=4, FIRST=first, ROWS=8, D=128, DIMS=64, PARTS=2,
+              BIAS=True, NORM=norm)
+    for tile, splits, window in (((64, 64, 4, 2), 4, 0), ((128, 64, 8, 3), 1, 512)):
+        rows, columns, warps, stages = tile
+        made = build(own._attend, warps=warps, out=half, HEADS=28, GROUP=7, D=128, DIMS=128,
+                     M=rows, N=columns, SPLITS=splits, WINDOW=window, STAGES=stages,
+                     PLACED=splits == 1)
+        assert matrix in made.asm['ptx']
+    for gated in (False, True):
+        common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'BIAS': gated}
+        made = build(own._dense, ROWS=64, COLUMNS=64, TOKENS=32, STAGES=4, PAIRED=gated,
+                     PLACED=False, **common)
+        assert matrix in made.asm['ptx']
+        made = build(own._int4, GROUP=128, TILES=4, PAIRS=1, TOKENS=32, STAGES=4, EXACT=gated,
+                     ZEROS=not gated, PLACED=gated, ASSEMBLY=True, **common)
+        assert all(word in made.asm['ptx'] for word in ('lop3.b32', matrix))
+        # The next step overwrites the weights' registers: no product may be in flight then.
+        assert not re.search(r'wgmma.wait_group.sync.aligned [^0]', made.asm['ptx'])
+    compiled(own._unpack, capability, half, out=half, GROUP=128, TILES=4, ZEROS=True,
+             ASSEMBLY=True)
 
 
 def choose(capability, **layout):

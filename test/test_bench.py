@@ -452,7 +452,7 @@ def test_the_shape_of_qwen_has_the_papers_bytes():
 def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantization):
     synthetic.describe(tmp_path, shape, quantization)
     found = checkpoint.inspect(tmp_path)
-    assert str(found.quantized) == {'none': 'none', 'gptq': 'gptq-int4-g128'}[quantization]
+    assert found.quantization == {'none': 'none', 'gptq': 'gptq-int4-g128'}[quantization]
     assert found.weight_bytes == sum(
         spec.bytes for spec in synthetic.specs(synthetic.config(shape, quantization)))
     assert (tmp_path / 'model.safetensors').stat().st_blocks * 512 < 1_000_000

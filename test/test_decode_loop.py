@@ -80,19 +80,28 @@ def test_chunks_grow_no_faster_than_fourfold():
 
 
 def test_a_slow_device_gets_small_chunks():
-    """Half a second a token: soon the chunks are as short as may be."""
-    engine = Timed(token_s=0.5)
-    feed(loop_of(engine), 45)
-    assert engine.chunks == [32, 8, 2, 1, 1, 1]
+    """But none so small that reading the weights is most of its time."""
+    engine = Timed(token_s=2.0**-10)
+    loop = loop_of(engine, chunk_ms=500.0)
+    feed(loop, 1000)
+    engine.token_s, engine.chunks = 2.0**-8, []
+    feed(loop, 700, start=5000)
+    assert engine.chunks == [512, 128, 60]
+    engine.token_s, engine.chunks = 0.5, []
+    feed(loop, 200, start=9000)
+    assert engine.chunks == [128, 32, 32, 8]
 
 
 def test_an_engines_limits_hold():
     engine = Timed(token_s=1e-6, chunk_tokens=(16, 64))
     feed(loop_of(engine), 200)
     assert engine.chunks == [32, 64, 64, 40]
-    engine = Timed(token_s=1.0, chunk_tokens=(16, 64))
+    engine = Timed(token_s=1.0, chunk_tokens=(48, 64))
     feed(loop_of(engine), 60)
-    assert engine.chunks == [32, 16, 12]
+    assert engine.chunks == [48, 12]
+    engine = Timed(token_s=1.0, chunk_tokens=(1, 16))
+    feed(loop_of(engine), 40)
+    assert engine.chunks == [16, 16, 8]
 
 
 def test_a_prompt_in_one_piece():
@@ -110,9 +119,9 @@ def test_a_short_chunk_teaches_no_growth():
     size.learn(10, 0.0001)
     assert size.tokens == 100
     size.learn(10, 1.0)                     # but that it is slow
-    assert size.tokens == 25
-    size.learn(25, 0.0)                     # a clock that did not move
-    assert size.tokens == 25
+    assert size.tokens == 32
+    size.learn(32, 0.0)                     # a clock that did not move
+    assert size.tokens == 32
 
 
 def test_a_step_between_two_chunks_brings_no_token():

@@ -1,5 +1,6 @@
-"""The pages in docs/: what they link to is there, and the floors in them are the roofline's."""
+"""The pages: their links and code, and what they say of layers, floors, figures and requests."""
 
+import ast
 import json
 from pathlib import Path
 import re
@@ -12,6 +13,7 @@ from physai_decode.request import parse
 from physai_decode.request import Request
 from physai_decode.request import RequestError
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / 'docs').glob('*.md')) + [ROOT / 'README.md']
@@ -25,6 +27,31 @@ def test_links(page):
     """No link leads to a file that is not there."""
     for target in re.findall(r'\]\(([^)#:]+)\)', page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_code(page):
+    """Blocks of Python compile, and those of JSON and YAML are read."""
+    readers = {'python': ast.parse, 'json': json.loads, 'yaml': yaml.safe_load, 'text': str}
+    for language, block in re.findall(r'^```(\w*)\n(.+?)^```', page.read_text(), re.M | re.S):
+        assert readers[language](block), block
+
+
+def test_layers():
+    """Each file has its layer in architecture.md, and imports from no layer above it."""
+    package = ROOT / 'physai_decode'
+    page = (ROOT / 'docs' / 'architecture.md').read_text()
+    rows = re.findall(r'^\| \w+ \| (`.+?) \|', page.partition('## One prompt')[0], re.M)
+    layers = {name.removesuffix('.py').rstrip('/'): height for height, row in enumerate(rows)
+              for name in re.findall(r'`([\w./]+)`', row)}
+    paths = {path.stem if path.parent == package else path.relative_to(package).parts[0]
+             for path in package.rglob('*.py')}
+    assert paths - {'__init__', 'bench', 'benchmark'} == set(layers)
+    for path in package.rglob('*.py'):
+        own = layers.get(path.relative_to(package).with_suffix('').parts[0], -1)
+        found = re.findall(r'^ *from physai_decode(?:\.| import )(\w+)', path.read_text(), re.M)
+        for name in found:
+            assert own <= layers.get(name, -1), f'{path} imports {name}'
 
 
 def step_bytes(folder) -> int:

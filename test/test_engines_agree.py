@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import engine_contract
 from engine_contract import decode
@@ -55,13 +54,19 @@ def test_footprint(name, family, tmp_path):
     engine.close()
 
 
+def reference_logits(loop, ids):
+    """Give the library's logits at every place [tokens, vocab], from one pass without a cache."""
+    with torch.inference_mode():
+        return loop.engine._cached.network(torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
 def assert_same_answer(ours, theirs, prompt, reference):
     """Hold two greedy answers equal; they may part only where two tokens are as good as equal."""
     assert len(ours) == len(theirs)
     if ours == theirs:
         return
     place = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
-    logits = reference.engine.prefill_logits(prompt + theirs[:place])[-1]
+    logits = reference_logits(reference, prompt + theirs[:place])[-1]
     gap = (logits[theirs[place]] - logits[ours[place]]).abs() / logits.abs().max()
     assert gap < 1e-5, f'they part at token {place} of {TOKENS}, by {gap:.1e} relative'
 
@@ -80,7 +85,7 @@ def assert_agreement(folder, seed):
         ours = decode(native, prompt, sampling)
         assert len(ours) == TOKENS
         assert_same_answer(ours, theirs, prompt, reference)
-        expected = reference.engine.prefill_logits(prompt)
+        expected = reference_logits(reference, prompt)
         native.forget()
         difference = (native.engine.prefill_logits(prompt) - expected).abs().max()
         assert difference <= RELATIVE * expected.abs().max()
@@ -110,11 +115,6 @@ def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
     assert_agreement(folder, 2)
 
 
-def parse(config):
-    """Read what a folder's config.json would say."""
-    return architecture.parse(checkpoint.Checkpoint(Path(), config, (), {}))
-
-
 @pytest.mark.parametrize('named', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
 @pytest.mark.parametrize('family', architecture.FAMILIES)
 def test_what_a_config_does_not_say(family, named, tmp_path):
@@ -122,7 +122,7 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
             'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
     (tmp_path / 'config.json').write_text(json.dumps(said))
-    ours = parse(said)
+    ours = architecture.parse(said)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device('meta'):
         network = transformers.AutoModelForCausalLM.from_config(config)
@@ -176,9 +176,9 @@ def test_nonsense_in_a_config(fields):
         'model_type': 'qwen2', 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256,
         'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
         'max_position_embeddings': 256}
-    parse(config)
+    architecture.parse(config)
     with pytest.raises(EngineError, match=r'config\.json .*again'):
-        parse({**config, **fields})
+        architecture.parse({**config, **fields})
 
 
 @pytest.mark.parametrize('length', [1, 254, 255])

@@ -195,16 +195,37 @@ def test_attention_elsewhere_keeps_its_choice(fresh):
     stream.close()
 
 
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+@pytest.mark.parametrize('sampling', [
+    SamplingConfig(), SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2)],
+    ids=['greedy', 'drawn', 'all'])
+def test_weights_that_are_not_numbers_are_an_error(fresh, sampling, value):
+    """Once one row of the head is not; the engine goes on once they are again."""
+    loop, library = fresh
+    head = library.network.lm_head.weight
+    expected, good = decode(loop, [5, 6, 7]), head.detach().clone()
+    with torch.no_grad():
+        try:
+            head[7] = value
+            for prompt in ([5, 6, 7], [8, 9]):
+                with pytest.raises(EngineError, match='logits are not numbers .* in float16'):
+                    decode(loop, prompt, sampling)
+        finally:
+            head.copy_(good)
+    assert decode(loop, [5, 6, 7]) == expected
+
+
 @pytest.mark.parametrize('heads', [1, 2, 8])    # of keys and values
 @pytest.mark.parametrize('tokens', [1, 5])
 def test_a_step_attends_without_copies(fresh, heads, tokens):
     loop, library = fresh
-    attention = loop.engine.network.loaded.modules[1]
+    attention = loop.engine._network._model.modules[1]
     queries = torch.randn(1, tokens, 8, 64)
     keys, values = torch.randn(2, 1, 20 + tokens, heads, 64)
     form = SimpleNamespace(block_diag_mask=None if tokens == 1 else torch.full(
         (tokens, 20 + tokens), float('-inf')).triu_(21))
-    case = (1, tokens, queries, keys, values, form, loop.engine.network.loaded.config)
+    case = (1, tokens, queries, keys, values, form, loop.engine._network._model.config)
     expected = type(attention)._attn_torch(attention, *case)
     library.copies = 0
     torch.testing.assert_close(attention._attn_torch(*case), expected)
@@ -255,7 +276,7 @@ def test_rotary_base_of_newer_configs(installed, tmp_path):
     loop = load(module.ExLlamaV2Engine, save(tmp_path, rope_parameters={
         'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
         'high_freq_factor': 4.0, 'original_max_position_embeddings': 64})[0], CONFIG)
-    settings = loop.engine.network.loaded.config
+    settings = loop.engine._network._model.config
     assert settings.rotary_embedding_base == 500000.0
     assert settings.alt_rope_method == 'llama3' and settings.l3_rope_factor == 8.0
     loop.engine.close()
@@ -267,7 +288,7 @@ def test_the_layout_of_zeros(installed, tmp_path, layout, fields):
     save(tmp_path, layout=layout)
     change(tmp_path, quantization={'format': layout, **fields})
     loop = load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG)
-    assert loop.engine.network.loaded.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
+    assert loop.engine._network._model.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
     loop.engine.close()
 
 
@@ -288,7 +309,7 @@ def change(folder, quantization=None, **fields):
     ({}, {'quantization': {'group_size': 128}}, ('.g_idx', 'inconsistent')),
     ({'symmetric': False}, {}, ('zero points of 0', 'native')),
     ({'symmetric': False, 'layout': 'gptq_v2'}, {}, ('zero points of 0', 'native')),
-    ({}, {'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0}}, ('yarn', 'native')),
+    ({}, {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, ('yarn', 'native')),
     ({}, {'model_type': 'mistral', 'sliding_window': 48}, ('48', 'engine.max_context', 'native')),
     ({}, {'quantization': {'group_size': None}}, ('config.json', 'damaged')),
     ({}, {'model_type': 'mistral', 'sliding_window': '48'}, ('config.json', 'damaged')),
@@ -314,6 +335,12 @@ def test_a_window_that_is_not_named(installed, tmp_path):
 
 def test_a_window_as_long_as_the_context(installed, tmp_path):
     change(save(tmp_path)[0], model_type='mistral', sliding_window=256)
+    load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
+
+
+def test_a_window_that_no_layer_has(installed, tmp_path):
+    """As Qwen2's configs have it: by default the first 28 layers see everything."""
+    change(save(tmp_path)[0], model_type='qwen2', sliding_window=48, use_sliding_window=True)
     load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
 
 

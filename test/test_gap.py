@@ -209,21 +209,20 @@ class Steps:
 def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph):
     """Also where capturing runs steps of its own, and where the context is full."""
     monkeypatch.setattr(native, 'Pipeline', Steps)
-    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     monkeypatch.setattr(Steps, 'made', [])
     loop = load(native.NativeEngine, folder, CONFIG.engine)
     engine = loop.engine
-    engine.pipeline = own = engine.piped(False)
+    engine._pipeline = own = Steps(engine._run_step, engine._history, False)
     engine.footprint = replace(engine.footprint, cuda_graph=graph)
     limit = engine.footprint.max_context
     for length in (1, 60, limit - gap.TOKENS, limit - 2, limit - 1):
         prompt = prompt_of(loop, length, start=4)     # without a 0
         expected = decode(loop, prompt, SamplingConfig(max_new_tokens=limit))
-        keys = engine.transformer.keys.clone()
+        keys = engine._transformer.keys.clone()
         kept = min(len(loop.cached_ids), limit - gap.TOKENS - 1)
         gap.measure(loop, None, PEAK)
-        assert engine.pipeline is own
-        assert torch.equal(engine.transformer.keys[:, :, :kept], keys[:, :, :kept])
+        assert engine._pipeline is own
+        assert torch.equal(engine._transformer.keys[:, :, :kept], keys[:, :, :kept])
         assert loop.cached_ids == (prompt + expected)[:kept]
         assert decode(loop, prompt, SamplingConfig(max_new_tokens=limit)) == expected
     assert Steps.made == [False] + 5 * [graph == 'off']

@@ -109,7 +109,8 @@ def test_a_library_s_checkpoint_streams(engine, prompts):
 
 def test_footprint(folder, engine):
     model = inspect(folder)
-    assert engine.footprint.quantization == f'gptq-int4-g{model.quantized.group_size}'
+    group_size = model.quantized.group_size
+    assert engine.footprint.quantization == f'gptq-int4-g{group_size}'
     assert engine.footprint.checkpoint_weight_bytes == model.weight_bytes
     assert 'dense_fallbacks' not in engine.footprint.details
 

@@ -21,7 +21,6 @@ from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.transformer import Product
 from physai_decode.engines.native.tuning import TuningCache
-from physai_decode.model_config import Quantization
 import random_gptq
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -48,7 +47,7 @@ def packed(seed, n, k, group_size, act_order=False, symmetric=True):
     """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, act_order, symmetric)
     parts = [stored[part].to(DEVICE) for part in ('qweight', 'qzeros', 'scales', 'g_idx')]
-    form = Quantization('gptq', 4, group_size, 'gptq')
+    form = gptq.GptqFormat(group_size, zeros_less_one=True)
     return gptq.repack(*parts, None, form), dense.to(DEVICE)
 
 

@@ -107,7 +107,7 @@ def named(name, *arguments):
 
 
 def test_an_error_in_a_callback_is_no_clean_end():
-    """By its exit code systemd, or a launch file, knows to start the node again."""
+    """By its exit code systemd knows to start the node again."""
     done = subprocess.run(
         [sys.executable, '-c', BROKEN, '--ros-args', '-p', 'autostart:=false'],
         capture_output=True, text=True, timeout=PATIENCE_S)

@@ -1,6 +1,7 @@
 """A node that finds another of its name, or another publisher on its tokens, says so."""
 
 from contextlib import contextmanager
+import time
 
 from node_rig import Rig
 from physai_decode.ros import messages
@@ -22,6 +23,7 @@ def ros():
 def rig(monkeypatch):
     """Give a node that looks at the graph at every message on /diagnostics."""
     monkeypatch.setattr('physai_decode.ros.twins.LOOK_EVERY_S', 0.0)
+    monkeypatch.setattr('physai_decode.ros.twins.DISCOVERY_S', 0.0)
     rig = Rig()
     yield rig
     rig.close()
@@ -58,6 +60,21 @@ def test_a_second_node_of_the_name(rig, capfd):
     log = capfd.readouterr().err
     assert log.count('2 nodes are called /decode: ') == 1
     assert log.count('no other node passes for this one any more') == 1
+
+
+def test_one_that_was_there_before_may_be_a_ghost(monkeypatch):
+    """The predecessor of a node that was started again is no twin, unless it stays."""
+    monkeypatch.setattr('physai_decode.ros.twins.LOOK_EVERY_S', 0.0)
+    monkeypatch.setattr('physai_decode.ros.twins.GHOST_S', 1.0)
+    with other('decode'):
+        rig = Rig()
+        try:
+            assert rig.diagnostics('decode: engine')['message'] == 'inactive'
+            begun_s = time.monotonic()
+            assert engine(rig, messages.ERROR).startswith('2 nodes are called /decode: ')
+            assert time.monotonic() - begun_s > 0.5
+        finally:
+            rig.close()
 
 
 def test_a_second_publisher_of_tokens(rig):

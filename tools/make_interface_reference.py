@@ -54,7 +54,7 @@ SERVICES = {
     '~/reset': 'forgets the conversation',
     '~/measure_gap': "times the loaded model's step, where nothing runs or waits, in two ways: on "
                      'a GPU with and without its CUDA graph, on a CPU natively and by '
-                     'transformers; the message is the result, or why there is none. Prompts '
+                     'transformers; the message is the result, or why there is none. Requests '
                      'wait meanwhile, the state is generating',
 }
 KEYS = {
@@ -109,8 +109,8 @@ KEYS = {
     'prompt_tokens': 'tokens of the prompt, with template and history',
     'publish_ms': 'what publishing the token before this one took',
     'quantization': 'none, or the kind',
-    'queue_capacity': 'prompts that may wait',
-    'queue_depth': 'prompts that wait',
+    'queue_capacity': 'requests that may wait',
+    'queue_depth': 'requests that wait',
     'queue_ms': 'from received to taken',
     'r_floor': 'floor_ms over itl_ms; 1 is the limit; on /diagnostics the median of the window',
     'r_floor_p50': 'median of r_floor',
@@ -239,6 +239,7 @@ def page() -> str:
     try:
         topic_rows, service_rows = topics(node), services(node)
     finally:
+        node.close(1.0)
         node.destroy_node()
         rclpy.shutdown()
     parts = [

@@ -58,14 +58,9 @@ class Timed:
         """Give what else the engine has."""
         return getattr(self._engine, name)
 
-    def rewind(self, length):
-        """Begin a request."""
-        self.known_s = []
-        return self._engine.rewind(length)
-
     def first(self, sampling, prompt_ids):
         """Choose the first token, and note its time."""
-        self._limit = sampling.max_new_tokens
+        self._end = len(self.known_s) + sampling.max_new_tokens
         return self._noted(self._engine.first(sampling, prompt_ids))
 
     def step(self, remaining):
@@ -76,7 +71,7 @@ class Timed:
         ended = choice.token_id in self.footprint.eos_token_ids
         if not ended:
             self.known_s.append(time.monotonic())
-        if ended or len(self.known_s) == self._limit:
+        if ended or len(self.known_s) == self._end:
             self._path.write_text(json.dumps(self.known_s))
         return choice
 

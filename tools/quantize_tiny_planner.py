@@ -105,7 +105,7 @@ def compare(folder: Path, text: str) -> dict[str, float]:
             shutil.copy(source, scratch)
         library = GPTQModel.load(
             scratch, backend=BACKEND.GPTQ_TORCH, device='cpu', dtype=torch.float16).model
-    form = inspect(folder).quantized
+    form = gptq.parse(inspect(folder).quantized)
     linears, worst, largest = 0, 0.0, 0.0
     with safe_open(folder / 'model.safetensors', 'pt') as stored:
         for name, module in library.named_modules():

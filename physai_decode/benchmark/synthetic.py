@@ -30,6 +30,19 @@ _LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
 _COMMON = {'hidden_act': 'silu', 'initializer_range': STD, 'attention_dropout': 0.0,
            'tie_word_embeddings': False, 'use_cache': True}
 
+# What the smaller Qwen2.5 and the Qwen3 have in common.
+_QWEN2 = {
+    'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'num_key_value_heads': 2,
+    'vocab_size': 151936, 'max_position_embeddings': 32768, 'rms_norm_eps': 1e-6,
+    'rope_theta': 1e6, 'use_sliding_window': False, 'tie_word_embeddings': True,
+    'bos_token_id': 151643, 'eos_token_id': 151645}
+_QWEN3 = {
+    'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'num_hidden_layers': 36,
+    'num_attention_heads': 32, 'num_key_value_heads': 8, 'head_dim': 128, 'vocab_size': 151936,
+    'max_position_embeddings': 40960, 'rms_norm_eps': 1e-6, 'rope_theta': 1e6,
+    'attention_bias': False, 'use_sliding_window': False, 'tie_word_embeddings': False,
+    'bos_token_id': 151643, 'eos_token_id': 151645}
+
 # Shapes as in the config.json that each model is published with.
 SHAPES = {
     'qwen2.5-7b': {
@@ -45,6 +58,23 @@ SHAPES = {
         'rms_norm_eps': 1e-5, 'rope_theta': 5e5, 'rope_scaling': _LLAMA3_ROPE,
         'attention_bias': False, 'mlp_bias': False,
         'bos_token_id': 128000, 'eos_token_id': 128009},
+    'llama-3.2-1b': {
+        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 2048,
+        'num_hidden_layers': 16, 'num_attention_heads': 32, 'num_key_value_heads': 8,
+        'head_dim': 64, 'intermediate_size': 8192, 'vocab_size': 128256,
+        'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5, 'rope_theta': 5e5,
+        'rope_scaling': {**_LLAMA3_ROPE, 'factor': 32.0}, 'attention_bias': False,
+        'mlp_bias': False, 'tie_word_embeddings': True,
+        'bos_token_id': 128000, 'eos_token_id': 128001},
+    'qwen2.5-0.5b': {**_QWEN2, 'hidden_size': 896, 'num_hidden_layers': 24,
+                     'num_attention_heads': 14, 'intermediate_size': 4864},
+    'qwen2.5-1.5b': {**_QWEN2, 'hidden_size': 1536, 'num_hidden_layers': 28,
+                     'num_attention_heads': 12, 'intermediate_size': 8960},
+    'qwen2.5-3b': {**_QWEN2, 'hidden_size': 2048, 'num_hidden_layers': 36,
+                   'num_attention_heads': 16, 'intermediate_size': 11008},
+    'qwen3-4b': {**_QWEN3, 'hidden_size': 2560, 'intermediate_size': 9728,
+                 'tie_word_embeddings': True},
+    'qwen3-8b': {**_QWEN3, 'hidden_size': 4096, 'intermediate_size': 12288},
     'mistral-7b': {
         'architectures': ['MistralForCausalLM'], 'model_type': 'mistral', 'hidden_size': 4096,
         'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
@@ -114,22 +144,27 @@ def specs(made: dict) -> Iterator[Spec]:
     half = {'float16': 'F16', 'bfloat16': 'BF16'}[made['torch_dtype']]
     method = made.get('quantization_config', {}).get('quant_method', 'none')
     hidden, inner = made['hidden_size'], made['intermediate_size']
-    kv_width = hidden // made['num_attention_heads'] * made['num_key_value_heads']
+    head = made.get('head_dim') or hidden // made['num_attention_heads']
+    q_width, kv_width = (head * made[f'num_{kind}_heads'] for kind in ('attention', 'key_value'))
     yield Spec('model.embed_tokens.weight', half, (made['vocab_size'], hidden), 'normal')
     for index in range(made['num_hidden_layers']):
         layer = f'model.layers.{index}'
         yield Spec(f'{layer}.input_layernorm.weight', half, (hidden,), 'ones')
-        for name, width in (('q_proj', hidden), ('k_proj', kv_width), ('v_proj', kv_width)):
+        for name, width in (('q_proj', q_width), ('k_proj', kv_width), ('v_proj', kv_width)):
             yield from _linear(f'{layer}.self_attn.{name}', width, hidden, half, method)
             if made['model_type'] == 'qwen2':
                 yield Spec(f'{layer}.self_attn.{name}.bias', half, (width,), 'normal')
-        yield from _linear(f'{layer}.self_attn.o_proj', hidden, hidden, half, method)
+        if made['model_type'] == 'qwen3':
+            for name in ('q_norm', 'k_norm'):
+                yield Spec(f'{layer}.self_attn.{name}.weight', half, (head,), 'ones')
+        yield from _linear(f'{layer}.self_attn.o_proj', hidden, q_width, half, method)
         yield Spec(f'{layer}.post_attention_layernorm.weight', half, (hidden,), 'ones')
         yield from _linear(f'{layer}.mlp.gate_proj', inner, hidden, half, method)
         yield from _linear(f'{layer}.mlp.up_proj', inner, hidden, half, method)
         yield from _linear(f'{layer}.mlp.down_proj', hidden, inner, half, method)
     yield Spec('model.norm.weight', half, (hidden,), 'ones')
-    yield Spec('lm_head.weight', half, (made['vocab_size'], hidden), 'normal')
+    if not made['tie_word_embeddings']:
+        yield Spec('lm_head.weight', half, (made['vocab_size'], hidden), 'normal')
 
 
 def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0) -> None:

@@ -47,10 +47,12 @@ def _choose(model, progress):
     from physai_decode.engines.native import architecture
     from physai_decode.engines.native import gptq
     try:
-        architecture.parse(model)
-        gptq.check(model.quantized)
+        architecture.parse(model.config)
+        if model.quantized:
+            gptq.parse(model.quantized)
     except EngineError as reason:
-        name = 'exllamav2' if model.quantized.method == 'exl2' else 'transformers'
+        exl2 = model.quantized and model.quantized.method == 'exl2'
+        name = 'exllamav2' if exl2 else 'transformers'
         progress(f'engine {name}, because {reason}')
         return name
     progress('engine native')

@@ -13,7 +13,6 @@ import platform
 import re
 import time
 import traceback
-from typing import Any
 
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
@@ -128,8 +127,14 @@ def use(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def give_back(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to a CUDA device."""
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+
+
 def capture(step: Callable[[], None], device: torch.device,
-            pool: Any = None) -> torch.cuda.CUDAGraph:
+            pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
     """
     Run a step a few times, then capture it in a CUDA graph.
 

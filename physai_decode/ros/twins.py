@@ -7,6 +7,8 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 
 LOOK_EVERY_S = 1.0
+DISCOVERY_S = 3.0       # after this, who was there before this node has been seen
+GHOST_S = 30.0          # a node that was killed is still in the graph for 20 s, under Fast DDS
 
 
 class Twins:
@@ -14,13 +16,18 @@ class Twins:
     Looks at the ROS graph now and then.
 
     Two nodes of one name answer each prompt twice and each other's services; two publishers on
-    one topic mix their streams. Neither can be prevented in ROS, so it is told.
+    one topic mix their streams. Neither can be prevented in ROS, so it is told. Who comes later
+    than this node is told at once; who was there before could be the ghost of this node's killed
+    predecessor, and is told where it stays.
     """
 
     def __init__(self, node: Node, tokens: Publisher) -> None:
         """Look at nothing yet."""
         self._node, self._tokens = node, tokens
+        self._begun_s = time.monotonic()
         self._looked_s = float('-inf')
+        self._since_s: float | None = None      # when others were there first
+        self._was_alone = False                 # once discovery was through
         self._told = ''
 
     def look(self) -> str:
@@ -28,13 +35,23 @@ class Twins:
         now_s = time.monotonic()
         if now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
-            told, before = self._find(), self._told
+            told, before = self._sure(self._find(), now_s), self._told
             self._told = told
             if told and told != before:
                 self._node.get_logger().error(told)
             elif before and not told:
                 self._node.get_logger().info('no other node passes for this one any more')
         return self._told
+
+    def _sure(self, found, now_s):
+        """Give what was found unless it may be a ghost."""
+        if not found:
+            self._since_s = None
+            self._was_alone = self._was_alone or now_s - self._begun_s >= DISCOVERY_S
+        elif self._since_s is None:
+            self._since_s = now_s
+        sure = found and (self._was_alone or now_s - self._since_s >= GHOST_S)
+        return found if sure else ''
 
     def _find(self):
         node, found = self._node, []

@@ -4,10 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 from physai_decode.checkpoint import Checkpoint
+from physai_decode.checkpoint import parsing
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
+from physai_decode.model_config import positive
+from physai_decode.model_config import Rope
+from physai_decode.model_config import windows
 from safetensors import safe_open
 import torch
 
@@ -33,40 +37,42 @@ def device(config: EngineConfig) -> torch.device:
 
 def check(model: Checkpoint, limit: int) -> None:
     """Refuse by name what the library would not run, or run wrongly."""
-    quantized, rope = model.quantized, model.rope
+    config, quantized = model.text_config, model.quantized
+    method = quantized and quantized.method
     if model.model_type not in _FAMILIES:
         raise EngineError(
             f'{model.folder}: the exllamav2 engine does not run {model.model_type!r} (it runs '
             f'{", ".join(_FAMILIES)}): set engine.name to transformers')
-    if quantized.method not in ('gptq', 'exl2'):
+    if method not in ('gptq', 'exl2'):
         raise EngineError(
-            f'{model.folder}: the exllamav2 engine runs weights quantised to gptq or exl2; the '
-            f'quantisation of these is {quantized.method}: set engine.name to auto')
+            f'{model.folder}: the exllamav2 engine runs weights quantised to gptq or exl2, these '
+            f'are quantised to {method or "nothing"}: set engine.name to auto')
     if 'physai_decode_random_weights' in model.config:
         raise EngineError(
             f'{model.folder} only describes its weights, which ExLlamaV2 can not make at random: '
             'write them with decode_bench --write-checkpoint')
-    if rope.kind not in ('default', 'linear', 'llama3'):
+    kind = Rope(config).kind
+    if kind not in ('default', 'linear', 'llama3'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not scale rotary positions as its config.json asks '
-            f'({rope.kind}): set engine.name to native or transformers')
-    window = max(model.windows)
+            f'({kind}): set engine.name to native or transformers')
+    window = max(windows(config, positive(config, 'num_hidden_layers')))
     if 0 < window < limit:
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not slide the window of {window} tokens that its '
             f'config.json asks for: set engine.max_context to {window} or less, or engine.name to '
             'native')
-    if quantized.method == 'gptq':
+    if method == 'gptq':
         _check_gptq(model, quantized)
 
 
 def _check_gptq(model, quantized):
     """Hold the tensors against what the library takes for granted."""
-    size, layout = quantized.group_size, quantized.layout
-    if quantized.bits != 4 or layout not in ('gptq', 'gptq_v2'):
+    bits, size, layout = quantized.bits, quantized.group_size, quantized.layout
+    if bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 runs 4-bit GPTQ of the formats gptq and gptq_v2, this is '
-            f'{quantized.bits}-bit {layout}: set engine.name to transformers')
+            f'{bits}-bit {layout}: set engine.name to transformers')
     if size != -1 and (size < 32 or size & (size - 1)):
         raise EngineError(f'{model.folder}: ExLlamaV2 runs GPTQ groups of a power of two from 32 '
                           f'on, or -1, not of {size}: set engine.name to transformers')
@@ -105,14 +111,15 @@ def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) 
     # The library does not know of quantizers that write "format" alone.
     made.checkpoint_offset_qzeros = model.quantized.layout == 'gptq_v2'
     # Nor does it know where newer versions of transformers write this.
-    rope = model.rope
-    made.rotary_embedding_base = float(rope.theta)
-    if rope.kind == 'linear':
-        made.scale_pos_emb = float(rope.factor)
-    elif rope.kind == 'llama3':
-        made.alt_rope_method = rope.kind
-        made.l3_rope_factor = rope.factor
-        made.l3_rope_low_freq_factor = rope.low
-        made.l3_rope_high_freq_factor = rope.high
-        made.l3_rope_original_max_position_embeddings = rope.original
+    rope = Rope(model.text_config)
+    with parsing(model.folder / 'config.json'):
+        made.rotary_embedding_base = float(rope.theta)
+        if rope.kind == 'linear':
+            made.scale_pos_emb = float(rope.factor)
+        elif rope.kind == 'llama3':
+            made.alt_rope_method = rope.kind
+            made.l3_rope_factor = rope.factor
+            made.l3_rope_low_freq_factor = rope.low_freq_factor
+            made.l3_rope_high_freq_factor = rope.high_freq_factor
+            made.l3_rope_original_max_position_embeddings = rope.original_context
     return made

@@ -5,14 +5,16 @@ Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped query attent
 Whatever else a config asks for is refused by name. Knows no tensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 import math
 from typing import Any
 
-from physai_decode.checkpoint import Checkpoint
 from physai_decode.checkpoint import parsing
 from physai_decode.engine import EngineError
 from physai_decode.model_config import positive
+from physai_decode.model_config import Rope
+from physai_decode.model_config import windows
 
 HEAD_DIMS = (64, 96, 128)
 # What the transformers library takes for a key that config.json does not have; null is a value.
@@ -24,7 +26,6 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     'qwen2': {'num_key_value_heads': 32},
     'qwen3': {'num_key_value_heads': 32, 'head_dim': 128}}
 FAMILIES = tuple(_FAMILY_DEFAULTS)
-ROPE_KINDS = ('default', 'linear', 'llama3', 'yarn')
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,16 @@ class Architecture:
 
 
 @parsing('config.json')
-def parse(model: Checkpoint) -> Architecture:
+def parse(config: Mapping[str, Any]) -> Architecture:
     """
-    Read a checkpoint's config.json.
+    Read a Hugging Face config.json.
 
     :raises EngineError: naming what the native engine does not run, or is damaged.
     """
-    family = model.model_type
+    family = config.get('model_type')
     if family not in FAMILIES:
         raise _unsupported(f'model_type {family!r} (it runs {", ".join(FAMILIES)})')
-    config = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **model.config}
+    config = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **config}
     if config['hidden_act'] != 'silu':
         raise _unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
     heads, hidden, layers = (positive(config, key) for key in (
@@ -83,6 +84,7 @@ def parse(model: Checkpoint) -> Architecture:
     if heads % kv_heads:
         raise EngineError(f'config.json has {heads} heads and {kv_heads} key-value heads: '
                           'the first must be a multiple of the second')
+    frequencies, rotary_scale = _rotary(Rope(config), head_dim)
     attention_bias = bool(config.get('attention_bias', False))
     return Architecture(
         model_type=family,
@@ -99,9 +101,9 @@ def parse(model: Checkpoint) -> Architecture:
         out_bias=family in ('llama', 'qwen3') and attention_bias,
         mlp_bias=family == 'llama' and bool(config.get('mlp_bias', False)),
         qk_norm=family == 'qwen3',
-        windows=model.windows,
-        inverse_frequencies=_rotary(model.rope, head_dim),
-        rotary_scale=model.rope.scale)
+        windows=windows(config, layers),
+        inverse_frequencies=frequencies,
+        rotary_scale=rotary_scale)
 
 
 def _unsupported(what: str) -> EngineError:
@@ -110,37 +112,50 @@ def _unsupported(what: str) -> EngineError:
 
 
 def _rotary(rope, head_dim):
-    """Give the inverse frequencies [head_dim / 2], Su et al. 2021 and its extensions."""
+    """Return (inverse frequencies [head_dim / 2], scale), Su et al. 2021 and its extensions."""
     if rope.partial:
         raise _unsupported('partial rotary positions')
-    if rope.kind not in ROPE_KINDS:
-        raise _unsupported(f'rope type {rope.kind!r} (it runs {", ".join(ROPE_KINDS)})')
-    waves = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    kept = [0.0] * len(waves)
+    inverse = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if rope.kind == 'default':
+        return tuple(inverse), 1.0
+    if rope.kind == 'linear':
+        return tuple(f / rope.factor for f in inverse), 1.0
     if rope.kind == 'llama3':
-        kept = [_ramp(rope.original * wave / (2 * math.pi), rope.low, rope.high)
-                for wave in waves]
-    elif rope.kind == 'yarn':
-        kept = _yarn(rope, head_dim)
-    return tuple(wave * part + wave / rope.factor * (1 - part)
-                 for wave, part in zip(waves, kept))
+        return tuple(_llama3(f, rope) for f in inverse), 1.0
+    if rope.kind == 'yarn':
+        return _yarn(inverse, rope, head_dim), rope.attention_factor
+    raise _unsupported(f'rope type {rope.kind!r} (it runs default, linear, llama3, yarn)')
 
 
-def _ramp(value, low, high):
-    """Rise from 0 at ``low`` to 1 at ``high``."""
-    return min(max((value - low) / (high - low), 0.0), 1.0)
+def _llama3(frequency, rope):
+    """Slow waves are stretched, fast ones kept, those between blended (Llama 3.1's rule)."""
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    stretched = frequency / rope.factor
+    turns = rope.original_context * frequency / (2 * math.pi)
+    if turns < low:
+        return stretched
+    if turns > high:
+        return frequency
+    blend = (turns - low) / (high - low)
+    return (1 - blend) * stretched + blend * frequency
 
 
-def _yarn(rope, head_dim):
-    """Give how much of each wave YaRN keeps (arXiv 2309.00071): a ramp over the dimensions."""
+def _yarn(inverse, rope, head_dim):
+    """YaRN (arXiv 2309.00071): a ramp over the dimensions."""
+    theta, factor, original = rope.theta, rope.factor, rope.original_context
+
     def dimension(turns):
-        return head_dim * math.log(rope.original / (turns * 2 * math.pi)) / (
-            2 * math.log(rope.theta))
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    fast, slow = dimension(rope.high), dimension(rope.low)
-    if rope.whole:
-        fast, slow = math.floor(fast), math.ceil(slow)
-    fast, slow = max(fast, 0), min(slow, head_dim - 1)
-    if fast == slow:
-        slow += 0.001
-    return [1 - _ramp(i, fast, slow) for i in range(head_dim // 2)]
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+
+    def blended(i, frequency):
+        stretch = min(max((i - low) / (high - low), 0.0), 1.0)
+        return frequency / factor * stretch + frequency * (1 - stretch)
+
+    return tuple(blended(i, f) for i, f in enumerate(inverse))

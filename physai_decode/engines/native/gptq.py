@@ -6,6 +6,8 @@ GPTQ checkpoints: from the tensors that quantisers write to the form that the en
 al., arXiv 2210.17323.
 """
 
+from dataclasses import dataclass
+
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
@@ -17,32 +19,42 @@ from torch import Tensor
 GROUP_SIZES = (32, 64, 128)
 
 
-def check(quantized: Quantization) -> None:
+@dataclass(frozen=True)
+class GptqFormat:
+    """What of the checkpoint's quantisation its tensors do not show."""
+
+    group_size: int       # -1: one group a row
+    zeros_less_one: bool
+
+
+def parse(quantized: Quantization) -> GptqFormat:
     """
-    Take weights that are not quantised, or that `repack` reads.
+    Take what a checkpoint says of its quantisation.
 
     :raises EngineError: naming what the native engine does not run.
     """
-    method, size = quantized.method, quantized.group_size
-    if method == 'none':
-        return
-    what, name = '', 'exllamav2' if method == 'exl2' else 'transformers'
-    if method != 'gptq':
-        what = f'{method} checkpoints (it runs gptq)'
-    elif quantized.bits != 4:
-        what = f'GPTQ of {quantized.bits!r} bits (it runs 4)'
-    elif quantized.layout not in ('gptq', 'gptq_v2'):
-        what = f'the GPTQ format {quantized.layout!r} (it runs gptq and gptq_v2)'
-    elif quantized.changed:
-        what = f'GPTQ whose modules differ in their settings ({quantized.changed[0]})'
-    elif size != -1 and size % GROUP_SIZES[0]:
-        what = f'GPTQ groups of {size} (it runs multiples of 32, and -1)'
-    if what:
-        raise EngineError(f'the native engine does not run {what}; set engine.name to {name}')
+    if quantized.method != 'gptq':
+        other = 'exllamav2' if quantized.method == 'exl2' else 'transformers'
+        raise EngineError(f'the native engine does not run {quantized.method} checkpoints (it '
+                          f'runs gptq); set engine.name to {other}')
+    if quantized.bits != 4:
+        raise EngineError(f'the native engine does not run GPTQ of {quantized.bits!r} bits (it '
+                          'runs 4); set engine.name to transformers')
+    if quantized.layout not in ('gptq', 'gptq_v2'):
+        raise EngineError(f'the native engine does not run the GPTQ format {quantized.layout!r} '
+                          '(it runs gptq and gptq_v2); set engine.name to transformers')
+    if quantized.changed:
+        raise EngineError('the native engine does not run GPTQ whose modules differ in their '
+                          f'settings ({quantized.changed[0]}); set engine.name to transformers')
+    size = quantized.group_size
+    if size != -1 and size % GROUP_SIZES[0]:
+        raise EngineError(f'the native engine does not run GPTQ groups of {size} (it runs '
+                          'multiples of 32, and -1); set engine.name to transformers')
+    return GptqFormat(size, quantized.layout == 'gptq')
 
 
 def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None,
-           bias: Tensor | None, form: Quantization) -> Int4:
+           bias: Tensor | None, form: GptqFormat) -> Int4:
     """
     Repack one projection; the shapes are those of the module's docstring.
 
@@ -61,7 +73,7 @@ def repack(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None
     if order is not None:
         nibbles = nibbles[order.long()]
     zeros = ((qzeros.unsqueeze(2) >> shifts) & 0xF).reshape(groups, rows)
-    if form.layout == 'gptq':
+    if form.zeros_less_one:
         zeros = (zeros + 1) & 0xF
 
     kernel_group = next((g for g in reversed(GROUP_SIZES) if size % g == 0), 0)
@@ -99,14 +111,13 @@ def fuse(parts: list[Int4], paired: bool = False) -> Int4 | None:
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
     for part in parts[1:]:
-        orders = [each for each in (part.order, first.order) if each is not None]
-        if len(orders) == 1 or part.group_size != first.group_size:
+        if (part.order is None) != (first.order is None) or part.group_size != first.group_size:
             return None
-        if orders and not torch.equal(*orders):
+        if part.order is not None and not torch.equal(part.order, first.order):
             return None
 
     def joined(tensors, width):
-        return _in_turn(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
+        return _in_turn(*tensors, width) if paired else torch.cat(tensors)
 
     half = TILE_ROWS // 2
     zeros = bias = None
@@ -114,8 +125,7 @@ def fuse(parts: list[Int4], paired: bool = False) -> Int4 | None:
         zeros = joined([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
                         for p in parts], 4 * half)
     if first.bias is not None:
-        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts if p.bias is not None],
-                      half).flatten()
+        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts], half).flatten()
     return Int4(
         # In `fragments` the halves of a tile take turns every two words.
         packed=joined([p.packed for p in parts], 2),

@@ -26,7 +26,7 @@ class Dense:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.weight.shape[0], self.weight.shape[1]
+        return tuple(self.weight.shape)
 
     @property
     def read_bytes(self) -> int:

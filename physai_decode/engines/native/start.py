@@ -1,9 +1,9 @@
 """What the native engine needs to start: room, a source of weights, operations and a clock."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
 import math
 import time
+from typing import TYPE_CHECKING
 
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
@@ -15,8 +15,12 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 import torch
+
+if TYPE_CHECKING:
+    from physai_decode.engines.native.prefill import Prefill
 
 WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
@@ -24,27 +28,13 @@ WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
            SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
 
 
-class PartTimes:
-    """How long each part of the start took, in seconds."""
-
-    def __init__(self) -> None:
-        """Begin the first part."""
-        self._last = time.perf_counter()
-        self.parts: dict[str, str] = {}
-
-    def end(self, part: str) -> None:
-        """End a part, and begin the next."""
-        now = time.perf_counter()
-        self.parts[part] = f'{now - self._last:.3f}'
-        self._last = now
-
-
-def number_format(checkpoint: Checkpoint, config: EngineConfig, device: torch.device,
-                  dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype for a model's weights and cache, where ``dtype`` is the device's."""
-    # GPTQ's scales are float16, and its kernel has less to do in float16.
-    packed = checkpoint.quantized.method == 'gptq'
-    return torch.float16 if packed and config.dtype == 'auto' and device.type == 'cuda' else dtype
+def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    """Find the device and the number format that the settings ask for with this model."""
+    device, dtype = devices.select(config)
+    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda':
+        # GPTQ's scales are float16, and its kernel has less to do in float16.
+        dtype = torch.float16
+    return device, dtype
 
 
 def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOps:
@@ -58,6 +48,16 @@ def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOp
                  'several times more slowly: pip install triton')
         return TorchOps(on_host=False)
     return TritonOps(device)
+
+
+def prefill(transformer: Transformer, capture: bool,
+            progress: Callable[[str], None]) -> 'Prefill | EagerPrefill':
+    """Give what feeds prompts: chunks captured in CUDA graphs where they can be."""
+    if capture and transformer.ops.name.startswith('triton'):
+        from physai_decode.engines.native.prefill import Prefill
+        if Prefill.runs(transformer):
+            return Prefill(transformer, progress=progress)
+    return EagerPrefill(transformer)
 
 
 def source(checkpoint: Checkpoint, dtype: torch.dtype,
@@ -95,36 +95,16 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
         f'{work / 1e9:.2f}), {free / 1e9:.2f} GB are free; {advice}')
 
 
-def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype: torch.dtype,
-                device: torch.device, progress: Callable[[str], None],
-                clock: PartTimes) -> Transformer:
-    """
-    Load the weights, and tune the step on a GPU.
-
-    :param places: tokens that the cache holds.
-    """
-    loaded = weights.load(
-        shape, source(checkpoint, dtype, device), checkpoint.quantized, dtype, progress)
-    clock.end('load_s')
-    made = Transformer(shape, loaded, places, dtype, device, operations(device, progress))
-    if device.type == 'cuda':
-        made.ops.tune(made, progress)
-        clock.end('tune_s')
-    return made
-
-
-def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int, captured: bool,
-              times: Mapping[str, str]) -> Footprint:
+def footprint(checkpoint: Checkpoint, shape: Architecture, loaded: weights.Weights,
+              max_context: int, dtype: torch.dtype, device: torch.device, captured: bool,
+              details: dict[str, str]) -> Footprint:
     """Tell what was loaded, and what one of its steps reads."""
-    shape, loaded, dtype = transformer.architecture, transformer.weights, transformer.keys.dtype
-    device = transformer.keys.device
     name, uuid = devices.describe(device)
-    details = {'kernels': transformer.ops.name, **times}
     if loaded.dense_fallbacks:
-        details['dense_fallbacks'] = str(loaded.dense_fallbacks)
+        details = {**details, 'dense_fallbacks': str(loaded.dense_fallbacks)}
     return Footprint(
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
-        quantization=str(checkpoint.quantized), device=str(device), device_name=name,
+        quantization=checkpoint.quantization, device=str(device), device_name=name,
         device_uuid=uuid, cuda_graph='unavailable' if device.type == 'cpu' else
         'captured' if captured else 'off', max_context=max_context, vocab_size=shape.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids, read_weight_bytes=loaded.read_bytes,
@@ -135,7 +115,7 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
 
 
 def warm_up(engine: Engine) -> None:
-    """Answer once with each of the settings in `WARM_UP`; the cache is empty after that."""
+    """Run a prompt and a few steps under each of `WARM_UP`."""
     for sampling in WARM_UP:
         engine.rewind(0)
         engine.feed([0, 0])
@@ -143,3 +123,18 @@ def warm_up(engine: Engine) -> None:
         for remaining in (2, 1, 0):
             engine.step(remaining)
     engine.rewind(0)
+
+
+class PartTimes:
+    """How long each part of the start took, in seconds."""
+
+    def __init__(self) -> None:
+        """Begin the first part."""
+        self._last = time.perf_counter()
+        self.parts: dict[str, str] = {}
+
+    def end(self, part: str) -> None:
+        """End a part, and begin the next."""
+        now = time.perf_counter()
+        self.parts[part] = f'{now - self._last:.3f}'
+        self._last = now

@@ -7,6 +7,7 @@ GPU inside a captured graph.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
@@ -125,7 +126,7 @@ class Transformer:
             qkv = ops.apply(rms_norm(x, layer.input_norm, a.norm_eps), layer.qkv)
             q, k, v = qkv.view(-1, a.heads + 2 * a.kv_heads, a.head_dim).split(
                 (a.heads, a.kv_heads, a.kv_heads), 1)
-            if layer.q_norm is not None and layer.k_norm is not None:
+            if layer.q_norm is not None:
                 q = rms_norm(q, layer.q_norm, a.norm_eps)
                 k = rms_norm(k, layer.k_norm, a.norm_eps)
             keys, values = self.keys[index], self.values[index]
@@ -141,11 +142,34 @@ class Transformer:
         return ops.apply(rms_norm(last, w.norm, a.norm_eps), w.head).float()
 
 
+class EagerPrefill:
+    """Feeds prompts by `Transformer.prefill`: on a CPU, and where `Prefill` does not run."""
+
+    def __init__(self, transformer: Transformer):
+        """Take whose prompts they are."""
+        self._transformer = transformer
+        self._logits = transformer.logits
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What there is to tell of it."""
+        return {'prefill': 'torch'}
+
+    def feed(self, ids: Sequence[int], start: int) -> None:
+        """Fill the cache with the keys and values of ids whose first is at place ``start``."""
+        self._logits = self._transformer.prefill(
+            torch.tensor(ids, device=self._transformer.token.device), start)
+
+    def logits(self) -> Tensor:
+        """Give the logits after the last token fed; float32 [vocab]."""
+        return self._logits
+
+
 def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
     """Attend from the last q.shape[1] places [heads, tokens, dim] over [kv_heads, stop, dim]."""
     tokens, stop = q.shape[1], keys.shape[1]
     scale = 1 / math.sqrt(q.shape[2])
-    mask: Tensor | None = None
+    mask = None
     causal = tokens == stop and not window
     if not causal:
         mask = causal_lower_right(tokens, stop)

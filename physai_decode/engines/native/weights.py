@@ -149,12 +149,12 @@ class Random:
         return values.normal_(0.0, 0.02, generator=self._generator)
 
 
-def load(architecture: Architecture, source: Source, quantized: Quantization,
+def load(architecture: Architecture, source: Source, quantized: Quantization | None,
          dtype: torch.dtype, progress: Callable[[str], None]) -> Weights:
     """
     Read and fuse all weights.
 
-    :param quantized: how the checkpoint is.
+    :param quantized: as the checkpoint says it.
     :raises EngineError: a tensor is missing, has another shape, or a format that is not run.
     """
     return _Loader(architecture, source, quantized, dtype, progress).load()
@@ -165,8 +165,7 @@ class _Loader:
     def __init__(self, architecture, source, quantized, dtype, progress):
         self._a = architecture
         self._source = source
-        gptq.check(quantized)
-        self._form = quantized
+        self._form = gptq.parse(quantized) if quantized else None
         self._dtype = dtype
         self._progress = progress
         self._fallbacks = 0
@@ -211,7 +210,7 @@ class _Loader:
         quantised = [name for name, _ in parts if self._source.has(f'{prefix}{name}.qweight')]
         if not quantised:
             return self._dense(prefix, parts, columns, bias)
-        if self._form.method == 'none':
+        if self._form is None:
             raise EngineError(
                 f'{prefix}{quantised[0]} is GPTQ, but config.json has no quantization_config: put '
                 'the content of quantize_config.json there, with "quant_method": "gptq", or '

@@ -22,7 +22,7 @@ def footprint(model: Checkpoint, cached: CachedNetwork, limit: int) -> Footprint
     graph = 'captured' if cached.captured else 'off' if device.type == 'cuda' else 'unavailable'
     return Footprint(
         engine='transformers', model_type=model.model_type,
-        dtype=str(network.dtype).partition('.')[2], quantization=str(model.quantized),
+        dtype=str(network.dtype).partition('.')[2], quantization=model.quantization,
         device=str(device), device_name=name, device_uuid=uuid, cuda_graph=graph,
         max_context=limit, vocab_size=config.vocab_size, eos_token_ids=model.eos_token_ids,
         read_weight_bytes=_read_weight_bytes(network, config),

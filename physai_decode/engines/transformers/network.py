@@ -22,7 +22,7 @@ _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
                   dtype: torch.dtype) -> torch.dtype:
     """Give the dtype for a model's weights, where ``dtype`` is the device's."""
-    method = model.quantized.method
+    method = model.quantized and model.quantized.method
     if device.type == 'cpu' or method not in ('awq', 'gptq'):
         return dtype
     if config.dtype == 'auto':
@@ -36,7 +36,7 @@ def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
 
 def needed_bytes(model: Checkpoint, dtype: torch.dtype) -> int:
     """Give what the weights take on the device."""
-    if model.quantized.method != 'none':
+    if model.quantized:
         return model.weight_bytes
     return sum(
         entry.bytes if entry.dtype not in _FLOATS
@@ -59,13 +59,13 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
             f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
             f'{transformers.__version__}{folder_code}: choose another model, or a version of '
             'transformers that has it')
-    method = model.quantized.method
+    method = model.quantized and model.quantized.method
     missing = [name for name in _LIBRARIES.get(method, ()) if find_spec(name) is None]
     if missing:
         raise EngineError(
-            f'{model.folder}: transformers needs more libraries for {model.quantized} weights: '
+            f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
             f'pip install {" ".join(missing)}')
-    placed = model.quantized.method != 'none' or (
+    placed = bool(model.quantized) or (
         device.type == 'cuda' and is_accelerate_available())
     try:
         config = transformers.AutoConfig.from_pretrained(model.folder, trust_remote_code=False)
@@ -86,7 +86,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
         raise
     except ImportError as error:
         raise EngineError(
-            f'{model.folder}: {model.quantized} weights need a library that is not here: '
+            f'{model.folder}: {model.quantization} weights need a library that is not here: '
             f'{first_line(error)}') from None
     # The library raises whatever its many parts raise.
     except Exception as error:
@@ -111,9 +111,9 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
 
 def _random(model, config, attention, device, dtype):
     """Make weights at random on the device, for a folder that only describes their shapes."""
-    if model.quantized.method != 'none':
+    if model.quantized:
         raise EngineError(
-            f'{model.folder} only describes {model.quantized} weights, which transformers can '
+            f'{model.folder} only describes {model.quantization} weights, which transformers can '
             'not make at random: write them with decode_bench --write-checkpoint')
     # By default it would open every GPU of the machine.
     used = [device] if device.type == 'cuda' else []

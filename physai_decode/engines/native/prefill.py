@@ -1,0 +1,590 @@
+"""
+Prompts in captured chunks: each padded to one of a few sizes, one CUDA graph for each size.
+
+A chunk's place and length are read on the device, so a size's graph serves every place of a
+context. A graph ends with the last layer's keys and values; what only the last token needs (the
+rest of that layer, and the head) is the decode step's own kernels, in a graph of its own.
+`Transformer.prefill` does the same uncaptured, in torch: what runs where this does not, and the
+reference of its tests.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+import math
+
+from physai_decode.engines import device as devices
+from physai_decode.engines.native import prefill_kernels as kernels
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import TILE_ROWS
+from physai_decode.engines.native.transformer import Transformer
+from physai_decode.engines.native.weights import Linear
+import torch
+from torch import Tensor
+import triton
+
+SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)     # tokens of a captured chunk
+UPLOADS = 4                             # chunks whose ids may be under way to the device
+UNPACKED_BYTES = 32 * 2**20             # of an int4 weight, for the library, at a time
+UNPACKED_ROWS = 1792                    # at least; fewer leave processors idle
+SLOTS = 2                               # for what is unpacked while the library multiplies
+REST = 0.5                              # of the processors, see `_full_turns`
+ROW_WARPS = 16                          # of a program that reads a row, where rows are few
+ROTATED = 4                             # heads that a program turns, where tokens are few
+SPLITS = 8                             # shares of a context at the most
+NEAR = 512                              # places that attention reads without sharing them out
+UNPACKING = 4                           # tiles of 16 rows, and warps, of a program that unpacks
+CAPABILITY = (8, 0)                     # from which on Triton uses the matrix units
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    How a product is computed: by a kernel of `prefill_kernels`, or without rows by the library.
+
+    ``rows`` and ``columns`` are a tile of the weights; of an `Int4` the columns are those of each
+    of four groups. ``tokens`` are those of a tile, ``splits`` the programs that share the columns.
+    """
+
+    rows: int = 0
+    columns: int = 0
+    tokens: int = 0
+    warps: int = 0
+    stages: int = 0
+    splits: int = 1
+
+
+LIBRARY = Choice()
+
+
+class Prefill:
+    """Feeds chunks of prompts to a transformer, captured where ``capture`` says so."""
+
+    def __init__(self, transformer: Transformer, sizes: Sequence[int] = SIZES,
+                 capture: bool = True, choices: dict[object, Choice] | None = None,
+                 progress: Callable[[str], None] = lambda message: None):
+        """
+        Take the buffers, which all sizes share, and capture.
+
+        :param sizes: tokens of a chunk, powers of 2 from 16 on; those above the context are left
+            out but one.
+        :param capture: on CUDA always but in tests: `_tail` begins with a kernel that starts early
+            and relies on what was written two kernels before.
+        :param choices: how to compute products, by `key`; what is not there is chosen by rule.
+        """
+        t = self._t = transformer
+        a = t.architecture
+        device, dtype = t.keys.device, t.keys.dtype
+        enough = next((size for size in sizes if size >= t.max_context), sizes[-1])
+        self.sizes = tuple(size for size in sizes if size <= enough)
+        self._choices = dict(choices or {})
+        self._cuda = device.type == 'cuda'
+        self._early, self._processors, self._shared = False, 4, 2**30
+        if self._cuda:
+            properties = torch.cuda.get_device_properties(device)
+            self._early = properties.major >= 9
+            self._processors = properties.multi_processor_count
+            self._shared = properties.shared_memory_per_block_optin
+        largest = self.sizes[-1]
+        self._inputs = torch.zeros(2 + largest, dtype=torch.int64, device=device)
+        self._start, self._count, self._ids = self._inputs.split((1, 1, largest))
+        self._inputs[1] = 1
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._logits = torch.zeros_like(t.logits)
+
+        def rows(width, kind=dtype):
+            return torch.zeros(largest * width, dtype=kind, device=device)
+
+        layers = t.weights.layers
+        self._x = rows(a.hidden_size, torch.float32)
+        self._normed = rows(a.hidden_size)
+        self._q, self._attended = rows(a.q_size), rows(a.q_size)
+        self._hidden = rows(a.intermediate_size)
+        ordered = max((weight.in_features for layer in layers for weight in _of(layer)
+                       if _is_ordered(weight)), default=0)
+        self._ordered = rows(ordered)
+        self._parts = torch.zeros(self._most_parts(), dtype=torch.float32, device=device)
+        unpacked = self._most_unpacked()
+        self._slots = [torch.zeros(unpacked, dtype=dtype, device=device)
+                       for _ in range(SLOTS if unpacked else 0)]
+        self._side = torch.cuda.Stream(device) if self._cuda and unpacked else None
+        self._turn = 0
+        self._begun, self._free = None, {}
+        split_rows = max((size * self._splits(size) for size in self.sizes
+                          if self._splits(size) > 1), default=0) * a.heads
+        self._shares = [torch.zeros(split_rows * width, dtype=torch.float32, device=device)
+                        for width in (a.head_dim, 1, 1)]
+        self.buffer_bytes = sum(
+            tensor.numel() * tensor.element_size() for tensor in (
+                self._inputs, self._logits, self._x, self._normed, self._q, self._attended,
+                self._hidden, self._ordered, self._parts, *self._slots, *self._shares))
+        self.graph_bytes = 0
+        self._uploads = [
+            (torch.zeros(2 + largest, dtype=torch.int64).pin_memory(), torch.cuda.Event())
+            for _ in range(UPLOADS)] if self._cuda else []
+        # By size, and by whether attention's reading is not shared out: the context is short.
+        self._run = {(size, near): partial(self._chunk, size, near) for size in self.sizes
+                     for near in (False, True) if not near or self._splits(size) > 1}
+        self._finish = self._tail
+        if capture:
+            self._capture(progress)
+
+    @staticmethod
+    def runs(transformer: Transformer) -> bool:
+        """Tell whether this transformer's chunks can be captured; else `Transformer.prefill`."""
+        keys = transformer.keys
+        if keys.device.type != 'cuda' or keys.dtype == torch.float32:
+            return False
+        if torch.cuda.get_device_capability(keys.device) < CAPABILITY:
+            return False
+        if not transformer.ops.name.startswith('triton'):
+            return False
+        return all(weight.in_features % 32 == 0 and weight.out_features % TILE_ROWS == 0
+                   for layer in transformer.weights.layers for weight in _of(layer)
+                   if isinstance(weight, Int4))
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What there is to tell of it: the sizes of its chunks, and its memory."""
+        return {'prefill': 'captured', 'prefill_sizes': ' '.join(map(str, self.sizes)),
+                'prefill_gb': f'{(self.buffer_bytes + self.graph_bytes) / 1e9:.3f}'}
+
+    @torch.inference_mode()
+    def __call__(self, ids: Sequence[int] | Tensor, start: int) -> Tensor:
+        """
+        Read a piece of a prompt; see `Transformer.prefill`.
+
+        :returns: float32 [vocab], the same tensor each time.
+        """
+        self.feed(ids, start)
+        return self.logits()
+
+    @torch.inference_mode()
+    def feed(self, ids: Sequence[int] | Tensor, start: int) -> None:
+        """
+        Fill the cache with the keys and values of a piece of a prompt, without waiting for it.
+
+        :param ids: of any number of tokens, for which the cache has room behind ``start``.
+        """
+        if isinstance(ids, Tensor) and ids.device.type == 'cpu':
+            ids = ids.tolist()
+        count = len(ids)
+        if not count or start + count > self._t.max_context:
+            raise ValueError(f'{count} tokens do not fit behind {start} of '
+                             f'{self._t.max_context}')
+        done = 0
+        while done < count:
+            piece = ids[done:done + self.sizes[-1]]
+            self._upload(piece, start + done)
+            size = next(size for size in self.sizes if size >= len(piece))
+            near = start + done + size <= NEAR and (size, True) in self._run
+            self._run[size, near]()
+            done += len(piece)
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        """Give the logits after the last token fed; float32 [vocab], the same tensor each time."""
+        self._finish()
+        return self._logits
+
+    def _upload(self, ids, start):
+        count = len(ids)
+        if isinstance(ids, Tensor):
+            self._inputs[0], self._inputs[1] = start, count
+            self._ids[:count] = ids
+            return
+        if not self._uploads:
+            self._inputs[:2 + count] = torch.tensor([start, count, *ids])
+            return
+        host, copied = upload = self._uploads.pop(0)
+        self._uploads.append(upload)
+        copied.synchronize()
+        host[:2 + count] = torch.tensor([start, count, *ids])
+        self._inputs[:2 + count].copy_(host[:2 + count], non_blocking=True)
+        copied.record()
+
+    def _capture(self, progress):
+        device = self._inputs.device
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+        progress('capturing prompts')
+        head = devices.capture(self._tail, device)
+        graphs = {name: devices.capture(step, device, head.pool())
+                  for name, step in self._run.items()}
+        self._finish = head.replay
+        self._run = {name: graph.replay for name, graph in graphs.items()}
+        self.graph_bytes = free - torch.cuda.mem_get_info(device)[0]
+
+    # What follows runs while it is captured: no size or place of a prompt but the padded.
+
+    def _chunk(self, tokens, near):
+        """Run all layers, the last one up to its keys and values."""
+        if self._side:
+            self._begun, self._free = _now(), {}
+        t, a = self._t, self._t.architecture
+        eps, layers = a.norm_eps, t.weights.layers
+        x, normed = self._x, self._normed
+        width = {'K': a.hidden_size, 'BLOCK': triton.next_power_of_2(a.hidden_size)}
+        launch = self._launch(self._row_warps(tokens))
+        kernels._embed[(tokens,)](
+            t.weights.embedding, self._ids, x, layers[0].input_norm, normed, eps,
+            PLACED=self._is_placed(layers[0].qkv, tokens), **width, **launch)
+        for index, layer in enumerate(layers):
+            last = index == len(layers) - 1
+            parts, count = self._product(normed, layer.qkv, tokens)
+            self._rotated(index, parts, count, tokens, last)
+            if last:
+                break
+            self._attend(index, tokens, near, self._is_placed(layer.out, tokens))
+            parts, count = self._product(self._attended, layer.out, tokens)
+            self._add(layer.out, parts, count, tokens, layer.mlp_norm,
+                      self._is_placed(layer.gate_up, tokens, True))
+            self._gated(normed, layer, tokens)
+            parts, count = self._product(self._hidden, layer.down, tokens)
+            after = layers[index + 1]
+            self._add(layer.down, parts, count, tokens, after.input_norm,
+                      self._is_placed(after.qkv, tokens))
+        size = max(a.hidden_size, layer.qkv.shape[0])
+        bias = layer.qkv.bias
+        kernels._last[(triton.cdiv(size, 512),)](
+            x, parts, x if bias is None else bias, self._start, self._count, t.x, t.qkv,
+            self._place, tokens * layer.qkv.shape[0], a.hidden_size, layer.qkv.shape[0],
+            BLOCK=512, PARTS=count, BIAS=bias is not None, **self._launch(4))
+
+    def _tail(self):
+        """Run the last token through the rest of the last layer and the head: see `step`."""
+        t, eps, layer = self._t, self._t.architecture.norm_eps, self._t.weights.layers[-1]
+        ops = t.ops
+        ops.attend(t.qkv, t.keys[-1], t.values[-1], self._place, t.cos, t.sin, t.attention[-1],
+                   t.attended)
+        ops.linear(t.attended, layer.out, t.x, add=True)
+        ops.gated(t.x, layer.gate_up, t.hidden, layer.mlp_norm, eps)
+        ops.linear(t.hidden, layer.down, t.x, add=True)
+        ops.linear(t.x, t.weights.head, self._logits, gain=t.weights.norm, eps=eps)
+
+    def _product(self, x, weight, tokens):
+        """Multiply; gives the shares [splits, tokens, n], to which the bias is still to come."""
+        n, k = weight.shape
+        x = self._in_order(x, weight, tokens)
+        choice = self._choice(weight, tokens, False)
+        if not choice.rows:
+            out = self._parts.view(x.dtype)[:tokens * n].view(tokens, n)
+            for weights, rows in self._pieces(weight):
+                torch.mm(x[:tokens * k].view(tokens, k), weights.t(), out=out[:, rows])
+            return out, 1
+        self._by_kernel(x, weight, tokens, choice, self._parts)
+        return self._parts, choice.splits
+
+    def _gated(self, x, layer, tokens):
+        """Write silu(gate) * up to ``_hidden``."""
+        weight, placed = layer.gate_up, self._is_placed(layer.down, tokens)
+        x = self._in_order(x, weight, tokens, True)
+        choice = self._choice(weight, tokens, True)
+        n, k = weight.shape
+        if choice.rows:
+            full, splits = self._full_turns(weight, tokens, choice)
+            self._by_kernel(x, weight, tokens, choice, self._hidden, slice(0, full), placed=placed,
+                            gated=True)
+            if full < n:
+                rest = replace(choice, splits=splits)
+                self._by_kernel(x, weight, tokens, rest, self._parts, slice(full, n), paired=True)
+                self._silu_up(self._parts, splits, tokens, weight, slice(full, n), True, placed)
+            return
+        for weights, rows in self._pieces(weight):
+            count = rows.stop - rows.start
+            out = self._parts.view(x.dtype)[:tokens * count].view(tokens, count)
+            torch.mm(x[:tokens * k].view(tokens, k), weights.t(), out=out)
+            self._silu_up(out, 1, tokens, weight, rows, isinstance(weight, Int4), placed)
+
+    def _silu_up(self, parts, splits, tokens, weight, rows, paired, placed):
+        width, bias = (rows.stop - rows.start) // 2, weight.bias
+        kernels._silu_up[(tokens, triton.cdiv(width, 1024))](
+            parts, parts if bias is None else bias, self._hidden, rows.start // 2, width,
+            tokens * 2 * width, N=weight.shape[0] // 2, BLOCK=1024, PARTS=splits,
+            BIAS=bias is not None, PAIRED=paired, PLACED=placed, **self._launch(4))
+
+    def _full_turns(self, weight, tokens, choice):
+        """
+        Give the rows of gate and up that are computed in turns in which all processors have work.
+
+        And the shares in which the columns of the rest are dealt out: a few tiles more would keep
+        few processors busy for a whole turn.
+        """
+        n, k = weight.shape
+        blocks = tokens // choice.tokens
+        tiles = triton.cdiv(n, choice.rows)
+        full = tiles * blocks // self._processors * self._processors // blocks
+        rest = (tiles - full) * blocks
+        steps = k // ((4 if isinstance(weight, Int4) else 1) * choice.columns)
+        if (tokens < 128 or not full or not rest or rest > REST * self._processors
+                or (isinstance(weight, Dense) and weight.bias is not None)):
+            return n, 1
+        return full * choice.rows, max(1, min(8, steps // 2, self._processors // rest))
+
+    def _pieces(self, weight):
+        """
+        Give the rows of a weight dense, piece by piece, each with which rows it has.
+
+        An `Int4` is unpacked on a stream of its own, as far ahead as there are slots for: while
+        the kernels of the chunk compute, the memory has time.
+        """
+        if isinstance(weight, Dense):
+            yield weight.weight, slice(0, weight.shape[0])
+            return
+        n, k = weight.shape
+        most = self._unpacked_rows(weight)
+        for first in range(0, n, most):
+            rows = slice(first, min(n, first + most))
+            self._turn = (self._turn + 1) % len(self._slots)
+            count = rows.stop - first
+            part = self._slots[self._turn][:count * k].view(count, k)
+            if not self._side:
+                self._unpack(weight, part, rows)
+                yield part, rows
+                continue
+            self._side.wait_event(self._free.get(self._turn, self._begun))
+            with torch.cuda.stream(self._side):
+                self._unpack(weight, part, rows)
+                ready = _now()
+            torch.cuda.current_stream().wait_event(ready)
+            yield part, rows
+            self._free[self._turn] = _now()
+
+    def _unpack(self, weight, part, rows):
+        blocks = weight.packed.shape[1]
+        kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
+            weight.packed, weight.scales,
+            weight.scales if weight.zeros is None else weight.zeros, part,
+            rows.start // TILE_ROWS, *part.shape, blocks, GROUP=weight.group_size,
+            TILES=UNPACKING, ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda,
+            num_warps=UNPACKING)
+
+    def _by_kernel(self, x, weight, tokens, choice, out, rows=None, gated=False, paired=False,
+                   placed=False):
+        """Multiply by some rows of a weight, all where none are told."""
+        n, k = weight.shape
+        rows = rows or slice(0, n)
+        bias = weight.bias if gated else None
+        width = n // 2 if gated else rows.stop - rows.start
+        common = {
+            'TOKENS': choice.tokens, 'STAGES': choice.stages, 'GATED': gated,
+            'BIAS': bias is not None, 'PLACED': placed, **self._launch(choice.warps)}
+        bias = x if bias is None else bias
+        grid = (triton.cdiv(rows.stop - rows.start, choice.rows) * (tokens // choice.tokens),
+                1 if gated else choice.splits)
+        if isinstance(weight, Dense):
+            kernels._dense[grid](
+                x, weight.weight, bias, out, rows.start, n, k, tokens, width, ROWS=choice.rows,
+                COLUMNS=choice.columns, PAIRED=gated or paired, **common)
+            return
+        group = weight.group_size
+        kernels._int4[grid](
+            x, weight.packed, weight.scales,
+            weight.scales if weight.zeros is None else weight.zeros, bias, out, rows.start, n, k,
+            weight.packed.shape[1], tokens, width, GROUP=group, TILES=choice.rows // TILE_ROWS,
+            PAIRS=choice.columns // 32, EXACT=k % (4 * group) == 0,
+            ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda, **common)
+
+    def _is_placed(self, weight, tokens, gated=False):
+        """Tell whether a product wants its input placed, and not first in an order of its own."""
+        return (isinstance(weight, Int4) and weight.order is None
+                and self._choice(weight, tokens, gated).rows > 0)
+
+    def _in_order(self, x, weight, tokens, gated=False):
+        """Bring the input into the order of an `Int4`'s columns, where it has one."""
+        if not _is_ordered(weight):
+            return x
+        k = weight.in_features
+        kernels._reorder[(tokens, triton.cdiv(k, 1024))](
+            x, weight.order, self._ordered, K=k, BLOCK=1024,
+            PLACED=self._choice(weight, tokens, gated).rows > 0, **self._launch(4))
+        return self._ordered
+
+    def _add(self, weight, parts, count, tokens, gain, placed):
+        a = self._t.architecture
+        bias = weight.bias
+        kernels._add[(tokens,)](
+            self._x, parts, parts if bias is None else bias, gain, self._normed,
+            tokens * a.hidden_size, a.norm_eps, K=a.hidden_size,
+            BLOCK=triton.next_power_of_2(a.hidden_size), PARTS=count, BIAS=bias is not None,
+            PLACED=placed, **self._launch(self._row_warps(tokens)))
+
+    def _row_warps(self, tokens):
+        """Give the warps of a program that reads a whole row: more where there are few rows."""
+        width = triton.next_power_of_2(self._t.architecture.hidden_size)
+        return max(1, min(ROW_WARPS if tokens <= 128 else 8, width // 256))
+
+    def _rotated(self, index, parts, count, tokens, last):
+        t, a = self._t, self._t.architecture
+        bias, attention = t.weights.layers[index].qkv.bias, t.attention[index]
+        normed = attention.q_norm is not None
+        first = a.heads if last else 0
+        rows = min(ROTATED if tokens <= 128 else 8,
+                   triton.next_power_of_2(a.heads + 2 * a.kv_heads - first))
+        kernels._rotate[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads - first, rows))](
+            parts, parts if bias is None else bias, t.keys[index], t.values[index], self._q,
+            self._start, self._count, t.cos, t.sin,
+            attention.q_norm if normed else parts, attention.k_norm if normed else parts,
+            tokens * (a.q_size + 2 * a.kv_size), t.max_context, a.norm_eps, HEADS=a.heads,
+            KV_HEADS=a.kv_heads, FIRST=first, ROWS=rows, D=a.head_dim,
+            DIMS=triton.next_power_of_2(a.head_dim // 2), PARTS=count,
+            BIAS=bias is not None, NORM=normed, **self._launch(2))
+
+    def _attend(self, index, tokens, near, placed):
+        t, a = self._t, self._t.architecture
+        group, dims = a.heads // a.kv_heads, triton.next_power_of_2(a.head_dim)
+        splits = 1 if near else self._splits(tokens)
+        rows, columns, warps, stages = self._tile(tokens)
+        kernels._attend[(triton.cdiv(tokens * group, rows), a.kv_heads, splits)](
+            self._q, t.keys[index], t.values[index], self._start, self._count, self._attended,
+            *self._shares, t.max_context, tokens, math.log2(math.e) / math.sqrt(a.head_dim),
+            HEADS=a.heads, GROUP=group, D=a.head_dim, DIMS=dims, M=rows, N=columns,
+            SPLITS=splits, WINDOW=a.windows[index], STAGES=stages, PLACED=placed,
+            **self._launch(warps))
+        if splits > 1:
+            kernels._join[(tokens, triton.cdiv(a.heads, 4))](
+                *self._shares, self._count, self._attended, tokens, HEADS=a.heads, ROWS=4,
+                D=a.head_dim, DIMS=dims, SPLITS=splits, PLACED=placed, **self._launch(1))
+
+    def _is_large(self, tokens):
+        """Tell whether attention has enough rows for tiles of 128, and the chip room for them."""
+        a = self._t.architecture
+        programs = triton.cdiv(tokens * (a.heads // a.kv_heads), 128) * a.kv_heads
+        return programs >= self._processors and self._shared >= 150_000
+
+    def _tile(self, tokens):
+        """Give attention's tile of queries and of keys, its warps and stages."""
+        return (128, 64, 8, 3) if self._is_large(tokens) else (64, 64, 4, 2)
+
+    def _splits(self, tokens):
+        """Give how many programs share what a tile of queries sees."""
+        a = self._t.architecture
+        if self._is_large(tokens):
+            return 1
+        programs = triton.cdiv(tokens * (a.heads // a.kv_heads), 64) * a.kv_heads
+        return max(1, min(SPLITS, 2 ** int(math.log2(max(1, 2 * self._processors // programs)))))
+
+    def _launch(self, warps):
+        options = {'num_warps': warps, 'EARLY': self._early}
+        if self._early:
+            options['launch_pdl'] = True
+        return options
+
+    def _choice(self, weight, tokens, gated):
+        found = self._choices.get(key(weight, tokens, gated))
+        if found is None:
+            found = rule(weight, tokens, gated, self._processors, self._shared)
+        return found
+
+    def _most_parts(self):
+        """Give the float32 numbers that the largest product takes."""
+        most = 0
+        element = self._t.keys.element_size()
+        for layer in self._t.weights.layers:
+            for weight in _of(layer):
+                gated = weight is layer.gate_up
+                for tokens in self.sizes:
+                    choice = self._choice(weight, tokens, gated)
+                    rows = weight.shape[0]
+                    if choice.rows:
+                        splits = choice.splits
+                        if gated:
+                            full, splits = self._full_turns(weight, tokens, choice)
+                            rows -= full
+                        most = max(most, tokens * rows * splits)
+                        continue
+                    if gated and isinstance(weight, Int4):
+                        rows = min(rows, self._unpacked_rows(weight))
+                    most = max(most, triton.cdiv(tokens * rows * element, 4))
+        return most
+
+    def _most_unpacked(self):
+        """Give the weights that the largest piece of an `Int4` for the library has."""
+        return max((self._unpacked_rows(weight) * weight.in_features
+                    for layer in self._t.weights.layers for weight in _of(layer)
+                    if isinstance(weight, Int4) and any(
+                        not self._choice(weight, tokens, weight is layer.gate_up).rows
+                        for tokens in self.sizes)), default=0)
+
+    def _unpacked_rows(self, weight):
+        """Give how many rows of an `Int4` are unpacked at a time: even pieces of whole tiles."""
+        n, k = weight.shape
+        most = max(UNPACKED_ROWS, UNPACKED_BYTES // (k * self._t.keys.element_size()))
+        pieces = triton.cdiv(n, most)
+        return triton.cdiv(triton.cdiv(n, pieces), 128) * 128
+
+
+def _now():
+    """Mark the present end of the current stream."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def key(weight: Linear, tokens: int, gated: bool) -> object:
+    """Give what a product's choice depends on."""
+    kind = f'int4-g{weight.group_size}' if isinstance(weight, Int4) else 'dense'
+    return (*weight.shape, kind, gated, tokens)
+
+
+def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int) -> Choice:
+    """
+    Choose how to compute a product, by what was fast on an H100; see docs/performance.md.
+
+    :param processors: the chip's, and ``shared`` the bytes of shared memory that a program may
+        have.
+    """
+    n, k = weight.shape
+    packed = isinstance(weight, Int4)
+    if not packed and (tokens > 128 or not gated and (
+            tokens == 64 and n > k or tokens == 128 and n >= k)):
+        return LIBRARY
+    wide = min(tokens, 128)
+    if packed:
+        layouts, programs = _int4_layouts(n, k, tokens, gated)
+    else:
+        layouts, programs = _DENSE[gated + (gated and tokens >= 64)], 1
+    for rows, columns, warps, stages in layouts:
+        if packed:
+            fits = weight.group_size % columns == 0
+            step = 4 * columns * (rows // 2 + 2 * wide) + 8 * rows
+        else:
+            fits = k % columns == 0
+            step = 2 * columns * (rows + wide)
+        if fits and step * stages <= shared:
+            steps = k // ((4 if packed else 1) * columns)
+            tiles = triton.cdiv(n, rows) * (tokens // wide)
+            splits = 1 if gated else min(9, steps // 2, round(programs * processors / tiles))
+            return Choice(rows, columns, wide, warps, stages, max(1, splits))
+    return LIBRARY
+
+
+# Rows, columns, warps, stages: the first that fits is taken. Dense: not gated, gated, gated of 64
+# tokens and more.
+_DENSE = (((64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
+          ((64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
+          ((128, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)))
+
+
+def _int4_layouts(n, k, tokens, gated):
+    """Give the layouts of an `Int4`'s product, and how many programs a processor should have."""
+    if tokens > (512 if gated else 256) or (tokens == 256 and n > k and not gated):
+        return (), 1        # unpacked, the library is faster
+    small = (64, 32, 4, 4), (64, 32, 4, 3), (64, 32, 4, 2)
+    if tokens >= 256:
+        return ((256, 32, 8, 3) if gated else (128, 32, 8, 4), (128, 32, 8, 2), *small), 1
+    if gated and tokens >= 64:
+        return ((128, 32, 8, 4), (128, 32, 8, 2), *small), 1
+    return ((128, 32, 4, 4), *small), 1 if tokens == 128 and k <= n else 2
+
+
+def _of(layer):
+    return layer.qkv, layer.out, layer.gate_up, layer.down
+
+
+def _is_ordered(weight):
+    return isinstance(weight, Int4) and weight.order is not None
+

@@ -1,0 +1,561 @@
+"""
+The operations of a prefill as Triton kernels, for a chunk of a fixed, padded number of tokens.
+
+Where the chunk starts and how many of its tokens are real is read on the device, so a captured
+chunk serves every place of a context. The products are made for few rows: weights are the long
+side of the matrix units' tiles, tokens the short one, and each weight is read once. Where the
+output alone has too few tiles to keep the memory busy, the columns are shared out too (splits)
+and whatever reads the product adds the shares: ``parts`` are [splits, tokens, n] everywhere.
+
+Products with an `Int4` take their input in the order of its words, see `_placed`.
+"""
+
+from physai_decode.engines.native.kernels import _base
+from physai_decode.engines.native.kernels import _nibble
+from physai_decode.engines.native.kernels import _of
+from physai_decode.engines.native.kernels import _over
+from physai_decode.engines.native.kernels import _silu
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_wait
+
+LOWEST = tl.constexpr(-1e30)        # below every score; unlike -inf it can be subtracted
+
+
+@triton.jit
+def _placed(columns):
+    """
+    Give where an `Int4`'s product wants each column of its input; see `linear.fragments`.
+
+    Within 32 columns, lane * 8 + operand * 4 + high * 2 + low goes to
+    operand * 16 + high * 8 + lane * 2 + low: where the matrix units take it from.
+    """
+    return (columns // 32 * 32 + columns // 4 % 2 * 16 + columns // 2 % 2 * 8
+            + columns // 8 % 4 * 2 + columns % 2)
+
+
+@triton.jit
+def _column(places):
+    """Undo `_placed`."""
+    return (places // 32 * 32 + places // 2 % 4 * 8 + places // 16 * 4 % 8
+            + places // 8 % 2 * 2 + places % 2)
+
+
+@triton.jit
+def _summed(parts, at, inside, stride, bias, columns, PARTS: tl.constexpr, BIAS: tl.constexpr):
+    """Add the shares of a product at ``at``, and its bias."""
+    total = tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * stride + at, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _embed(table, ids, x, gain, out, eps, K: tl.constexpr, BLOCK: tl.constexpr,
+           PLACED: tl.constexpr, EARLY: tl.constexpr):
+    """Write a token's embedding to ``x`` [tokens, K], and normalised to ``out``; one a program."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    token = tl.load(ids + row)
+    v = tl.load(table + token * K + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + row * K + columns, v, mask=inside)
+    _normed(v, gain, out + row * K, columns, inside, eps, K, PLACED)
+
+
+@triton.jit
+def _add(x, parts, bias, gain, out, stride, eps, K: tl.constexpr, BLOCK: tl.constexpr,
+         PARTS: tl.constexpr, BIAS: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr):
+    """Add a product to ``x`` [tokens, K], and write it normalised to ``out``; a row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    v = tl.load(x + row * K + columns, mask=inside, other=0.0)
+    v += _summed(parts, row * K + columns, inside, stride, bias, columns, PARTS, BIAS)
+    tl.store(x + row * K + columns, v, mask=inside)
+    _normed(v, gain, out + row * K, columns, inside, eps, K, PLACED)
+
+
+@triton.jit
+def _normed(v, gain, out, columns, inside, eps, K: tl.constexpr, PLACED: tl.constexpr):
+    v *= tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+    v *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    if PLACED:
+        columns = _placed(columns)
+    tl.store(out + columns, v.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _reorder(x, order, out, K: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.constexpr,
+             EARLY: tl.constexpr):
+    """Bring ``x`` [tokens, K] into the order of an `Int4`'s columns."""
+    row = tl.program_id(0).to(tl.int64) * K
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < K
+    columns = places
+    if PLACED:
+        columns = _column(places)
+    source = tl.load(order + columns, mask=inside, other=0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    tl.store(out + row + places, tl.load(x + row + source, mask=inside), mask=inside)
+
+
+@triton.jit
+def _silu_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.constexpr,
+             PARTS: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, PLACED: tl.constexpr,
+             EARLY: tl.constexpr):
+    """
+    Write silu(gate) * up to columns of ``out`` [tokens, N], from ``first`` on.
+
+    ``parts`` is [splits, tokens, 2 * width]. PAIRED, gate and up take turns every 8 columns, as in
+    an `Int4`; else ``width`` is N.
+    """
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    gate_at, further = columns, N
+    if PAIRED:
+        gate_at = columns // 8 * 16 + columns % 8
+        further = 8
+    at = tl.program_id(0).to(tl.int64) * 2 * width + gate_at
+    column = 2 * first + gate_at
+    gate = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
+    up = _summed(parts, at + further, inside, stride, bias, column + further, PARTS, BIAS)
+    columns += first
+    if PLACED:
+        columns = _placed(columns)
+    tl.store(out + tl.program_id(0).to(tl.int64) * N + columns,
+             (_silu(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _share(steps):
+    """Give the first and the end of this program's share of the steps."""
+    each = tl.cdiv(steps, tl.num_programs(1))
+    begin = tl.program_id(1) * each
+    return begin, tl.minimum(steps, begin + each)
+
+
+@triton.jit
+def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
+           COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+           PAIRED: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PLACED: tl.constexpr,
+           EARLY: tl.constexpr):
+    """
+    Multiply ``x`` [tokens, k] by rows of ``weight`` [n, k], from ``first`` on.
+
+    ``k`` is a multiple of COLUMNS. ``out`` is [splits, tokens, width]. PAIRED, 8 rows of the first
+    half (the gate) and 8 of the second (up) take turns; GATED, ``out`` is silu(gate) * up, with
+    ``bias`` added before.
+    """
+    # The programs that share a tile of weights come one after the other.
+    block = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
+    at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
+    begin, end = _share(k // COLUMNS)
+    rows = first + block * ROWS + tl.arange(0, ROWS)
+    # Rows past the end read the last row again: no mask in the loop.
+    source = tl.minimum(rows, n - 1)
+    if PAIRED:
+        source = tl.minimum(rows // 16 * 8 + rows % 8, n // 2 - 1) + rows // 8 % 2 * (n // 2)
+    columns = tl.arange(0, COLUMNS)
+    row = weight + source.to(tl.int64)[:, None] * k + columns[None, :]
+    column = x + at[None, :] * k + columns[:, None]
+    result = tl.zeros((ROWS, TOKENS), tl.float32)
+    if EARLY:
+        gdc_wait()
+    for step in tl.range(begin, end, num_stages=STAGES):
+        w = tl.load(row + step * COLUMNS)
+        v = tl.load(column + step * COLUMNS)
+        result = tl.dot(w, v, result, input_precision='ieee')
+    if EARLY:
+        gdc_launch_dependents()
+    if BIAS:
+        result += tl.load(bias + source).to(tl.float32)[:, None]
+    _store(out, result, block, at, n - first, tokens, width, GATED, PLACED)
+
+
+@triton.jit
+def _gated(result):
+    """Give silu(gate) * up of a tile [rows, tokens] in which they take turns every 8 rows."""
+    TILES: tl.constexpr = result.shape[0] // 16
+    TOKENS: tl.constexpr = result.shape[1]
+    result = tl.permute(tl.reshape(result, (TILES, 2, 8, TOKENS)), (0, 2, 3, 1))
+    gate, up = tl.split(result)
+    return tl.reshape(_silu(gate) * up, (8 * TILES, TOKENS))
+
+
+@triton.jit
+def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, PLACED: tl.constexpr):
+    """Write tile ``block`` [rows, tokens] of n rows to ``out`` [splits, tokens, width]."""
+    if GATED:
+        result = _gated(result)
+        n = n // 2
+    rows = block * result.shape[0] + tl.arange(0, result.shape[0])
+    inside = rows < n
+    if PLACED:
+        rows = _placed(rows)
+    place = out + (tl.program_id(1) * tokens + at).to(tl.int64)[:, None] * width + rows[None, :]
+    tl.store(place, tl.trans(result).to(out.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit
+def _weights(words, four, zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
+             ASSEMBLY: tl.constexpr):
+    """
+    Unpack nibble NUMBER of words [2 * PAIRS, TILES, 256] to [16 * TILES, 32 * PAIRS] of KIND.
+
+    On the chip nothing moves: a lane's words are what it holds for the matrix units.
+    """
+    PARTS: tl.constexpr = words.shape[0]
+    TILES: tl.constexpr = words.shape[1]
+    w = _nibble(words, NUMBER, KIND, ASSEMBLY)
+    w = tl.reshape(w, (PARTS, TILES, 8, 4, 2, 2, 2))
+    w = tl.reshape(tl.permute(w, (1, 5, 2, 0, 4, 3, 6)), (16 * TILES, 16 * PARTS))
+    w = _whole(w, NUMBER, KIND, ASSEMBLY) - _point(zero, NUMBER, KIND, ZEROS, ASSEMBLY)[:, None]
+    return w * _of(four, NUMBER).to(KIND)[:, None]
+
+
+@triton.jit
+def _whole(w, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Divide the factor out of what `_nibble` gave: small whole numbers, so nothing is rounded."""
+    if ASSEMBLY and KIND == tl.float16:
+        factor: tl.constexpr = 1.0 / _over(NUMBER, 'fp16')[3]
+        if factor != 1.0:
+            w *= tl.full((1,), factor, KIND)
+    return w
+
+
+@triton.jit
+def _point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
+           ASSEMBLY: tl.constexpr):
+    """Give what stands for 0 in what `_whole` gives; exact too."""
+    point = tl.full(zero.shape, 8.0, tl.float32)
+    if ZEROS:
+        point = _of(zero, NUMBER)
+    if ASSEMBLY and KIND == tl.bfloat16:
+        point += _base(NUMBER, 'bf16')
+    elif ASSEMBLY and KIND == tl.float16:
+        point += _base(NUMBER, 'fp16')
+    return point.to(KIND)
+
+
+@triton.jit
+def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, width,
+          GROUP: tl.constexpr,
+          TILES: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+          EXACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr,
+          PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Multiply ``x`` [tokens, k], placed, by rows of an `Int4` [n, k]; else as `_dense`.
+
+    A step takes the words of 32 * PAIRS columns of each of a block's four groups. EXACT, all
+    blocks are full.
+    """
+    STEPS: tl.constexpr = GROUP // (32 * PAIRS)
+    turn = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
+    last = tl.cdiv(n, 16) - 1
+    tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
+    at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
+    begin, end = _share(blocks * STEPS)
+    columns = tl.arange(0, 32 * PAIRS)
+    word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
+            + tl.arange(0, 2 * PAIRS)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
+    each = tl.arange(0, 16 * TILES)
+    tile = tl.minimum(first // 16 + turn * TILES + each // 16, last).to(tl.int64)
+    row = tile * blocks * 16 + each % 16
+    result = tl.zeros((16 * TILES, TOKENS), tl.float32)
+    if EARLY:
+        gdc_wait()
+    for step in tl.range(begin, end, num_stages=STAGES):
+        words = tl.load(word + step * (512 * PAIRS))
+        # Four float16 are read as one number.
+        block = step // STEPS
+        four = tl.load(scales.to(tl.pointer_type(tl.int64)) + row + block * 16)
+        zero = four
+        if ZEROS:
+            zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + row + block * 16)
+        # One product a group: of wider ones Triton would leave a half in flight, whose weights'
+        # registers the next step then overwrites.
+        for number in tl.static_range(4):
+            column = (block * 4 + number) * GROUP + step % STEPS * (32 * PAIRS) + columns
+            if EXACT:
+                v = tl.load(x + at[None, :] * k + column[:, None])
+            else:
+                v = tl.load(x + at[None, :] * k + column[:, None], mask=(column < k)[:, None],
+                            other=0.0)
+            w = _weights(words, four, zero, number, v.dtype, ZEROS, ASSEMBLY)
+            result = tl.dot(w, v, result, input_precision='ieee')
+    if EARLY:
+        gdc_launch_dependents()
+    if BIAS:
+        own = first + turn * (16 * TILES) + each
+        result += tl.load(bias + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
+    _store(out, result, turn, at, n - first, tokens, width, GATED, PLACED)
+
+
+@triton.jit
+def _unpack(packed, scales, zeros, out, first, rows, k, blocks, GROUP: tl.constexpr,
+            TILES: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """
+    Write a block of some tiles to ``out`` [rows, k], from tile ``first`` on; TILES warps.
+
+    A lane's words of a row are 8 columns that follow one another: nothing moves here either.
+    """
+    PAIRS: tl.constexpr = GROUP // 32
+    KIND: tl.constexpr = out.dtype.element_ty
+    block = tl.program_id(1)
+    last = tl.cdiv(rows, 16) - 1
+    local = tl.minimum(tl.program_id(0) * TILES + tl.arange(0, TILES), last)
+    words = tl.load(packed + ((first + local).to(tl.int64)[None, :, None] * blocks + block)
+                    * (16 * GROUP) + tl.arange(0, 2 * PAIRS)[:, None, None] * 256
+                    + tl.arange(0, 256)[None, None, :])
+    half, each = tl.arange(0, 2)[:, None], tl.arange(0, 8 * TILES)[None, :]
+    own = (tl.program_id(0) * TILES + each // 8) * 16 + half * 8 + each % 8
+    at = (first + tl.minimum(own // 16, last)).to(tl.int64) * blocks + block
+    four = tl.load(scales.to(tl.pointer_type(tl.int64)) + at * 16 + own % 16)
+    zero = four
+    if ZEROS:
+        zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + at * 16 + own % 16)
+    column = tl.arange(0, PAIRS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    for number in tl.static_range(4):
+        w = tl.reshape(_nibble(words, number, KIND, ASSEMBLY), (PAIRS, 2, TILES, 8, 4, 2, 2, 2))
+        # pair, operand, tile, row, lane, high, half, low
+        w = tl.reshape(tl.permute(w, (0, 6, 2, 3, 4, 1, 5, 7)), (PAIRS, 2, 8 * TILES, 32))
+        w = (_whole(w, number, KIND, ASSEMBLY)
+             - _point(zero, number, KIND, ZEROS, ASSEMBLY)[None, :, :, None])
+        w *= _of(four, number).to(KIND)[None, :, :, None]
+        columns = ((block * 4 + number) * GROUP + column)[:, None, None, :]
+        tl.store(out + own.to(tl.int64)[None, :, :, None] * k + columns, w,
+                 mask=(own < rows)[None, :, :, None] & (columns < k))
+
+
+@triton.jit
+def _turned(parts, at, stride, bias, column, gain, cos, sin, dims, eps, inside, D: tl.constexpr,
+            PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr):
+    """Give both halves of heads at ``at`` of a product, normalised and turned by the angles."""
+    half: tl.constexpr = D // 2
+    low = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
+    high = _summed(parts, at + half, inside, stride, bias, column + half, PARTS, BIAS)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + eps)[:, None]
+        low *= scale * tl.load(gain + dims, mask=dims < half, other=0.0).to(tl.float32)
+        high *= scale * tl.load(gain + half + dims, mask=dims < half, other=0.0).to(tl.float32)
+    c = tl.load(cos + dims, mask=dims < half, other=0.0)
+    s = tl.load(sin + dims, mask=dims < half, other=0.0)
+    return low * c - high * s, high * c + low * s
+
+
+@triton.jit
+def _put(out, low, high, inside, D: tl.constexpr):
+    tl.store(out, low.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + D // 2, high.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain, stride,
+            max_context, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST: tl.constexpr,
+            ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr,
+            BIAS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Turn ROWS heads of a token; queries go to ``q`` [tokens, HEADS * D], the rest to the cache.
+
+    ``parts`` is [splits, tokens, (HEADS + 2 * KV_HEADS) * D]; heads before FIRST are left out.
+    A padded token's key and value are not written. DIMS is half a head, rounded up.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    begin = FIRST + tl.program_id(1) * ROWS
+    heads = begin + tl.arange(0, ROWS)[:, None]
+    dims = tl.arange(0, DIMS)[None, :]
+    place = tl.minimum(tl.load(start) + row, max_context - 1)
+    real = row < tl.load(count)
+    cos += place * (D // 2)
+    sin += place * (D // 2)
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    column = heads * D + dims
+    at = row.to(tl.int64) * (ALL * D) + column
+    known = dims < D // 2
+    if begin < HEADS:
+        inside = known & (heads < HEADS)
+        low, high = _turned(parts, at, stride, bias, column, q_gain, cos, sin, dims, eps, inside,
+                            D, PARTS, BIAS, NORM)
+        _put(q + row.to(tl.int64) * (HEADS * D) + column, low, high, inside, D)
+    cache = (heads - HEADS).to(tl.int64) * max_context * D + place * D + dims
+    if (begin + ROWS > HEADS) & (begin < HEADS + KV_HEADS):
+        inside = known & (heads >= HEADS) & (heads < HEADS + KV_HEADS)
+        low, high = _turned(parts, at, stride, bias, column, k_gain, cos, sin, dims, eps, inside,
+                            D, PARTS, BIAS, NORM)
+        _put(keys + cache, low, high, inside & real, D)
+    if begin + ROWS > HEADS + KV_HEADS:
+        inside = known & (heads >= HEADS + KV_HEADS) & (heads < ALL)
+        low = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
+        high = _summed(parts, at + D // 2, inside, stride, bias, column + D // 2, PARTS, BIAS)
+        cache -= KV_HEADS * max_context.to(tl.int64) * D
+        _put(values + cache, low, high, inside & real, D)
+
+
+@triton.jit
+def _scan(q, sums, totals, maxima, keys, values, begin, end, place, scale, D: tl.constexpr,
+          DIMS: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+          STAGES: tl.constexpr):
+    """Attend from q [M, DIMS] at ``place`` [M] over the cache from ``begin`` to ``end``."""
+    dims = tl.arange(0, DIMS)
+    for token in tl.range(begin, end, N, num_stages=STAGES):
+        tokens = token + tl.arange(0, N)
+        at = tokens.to(tl.int64)[:, None] * D + dims[None, :]
+        if MASKED or D < DIMS:
+            live = (tokens < end)[:, None] & (dims < D)[None, :]
+            k = tl.load(keys + at, mask=live, other=0.0)
+            v = tl.load(values + at, mask=live, other=0.0)
+        else:
+            k = tl.load(keys + at)
+            v = tl.load(values + at)
+        scores = tl.dot(q, tl.trans(k), input_precision='ieee') * scale
+        if MASKED:
+            seen = (tokens[None, :] <= place[:, None]) & (tokens < end)[None, :]
+            if WINDOW > 0:
+                seen &= tokens[None, :] > place[:, None] - WINDOW
+            scores = tl.where(seen, scores, float('-inf'))
+        highest = tl.maximum(maxima, tl.max(scores, 1))
+        weights = tl.exp2(scores - highest[:, None])
+        fade = tl.exp2(maxima - highest)
+        totals = totals * fade + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision='ieee')
+        maxima = highest
+    return sums, totals, maxima
+
+
+@triton.jit
+def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_totals, max_context,
+            tokens, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+            DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+            WINDOW: tl.constexpr, STAGES: tl.constexpr, PLACED: tl.constexpr,
+            EARLY: tl.constexpr):
+    """
+    Attend from M of the queries of one key-value head, over one share of what they see.
+
+    ``q`` and ``out`` are [tokens, HEADS * D]; a row of the tile is one of the GROUP queries of one
+    token. With several SPLITS a share's sums are left for `_join`. ``scale`` is for powers of 2.
+    """
+    if EARLY:
+        gdc_wait()
+    block = tl.num_programs(0) - 1 - tl.program_id(0)      # the longest come first
+    kv_head = tl.program_id(1)
+    share = tl.program_id(2)
+    first = tl.load(start).to(tl.int32)
+    real = tl.load(count).to(tl.int32)
+    rows = block * M + tl.arange(0, M)
+    token = rows // GROUP
+    head = kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, DIMS)
+    inside = (token < tokens)[:, None] & (dims < D)[None, :]
+    at = token.to(tl.int64) * HEADS + head
+    place = first + token
+    low = block * M // GROUP
+    high = tl.minimum((block * M + M - 1) // GROUP, real - 1)
+    if low < real:
+        stop = first + high + 1
+        since = 0
+        if WINDOW > 0:
+            since = tl.maximum(0, first + low + 1 - WINDOW)
+        length = tl.cdiv(tl.cdiv(stop - since, SPLITS), N) * N
+        begin = since + share * length
+        end = tl.minimum(stop, begin + length)
+        values_q = tl.load(q + at[:, None] * D + dims[None, :], mask=inside, other=0.0)
+        maxima = tl.full((M,), LOWEST, tl.float32)
+        totals = tl.zeros((M,), tl.float32)
+        sums = tl.zeros((M, DIMS), tl.float32)
+        cache = kv_head.to(tl.int64) * max_context * D
+        # What every row sees needs no mask.
+        clear = begin
+        if WINDOW == 0:
+            clear += tl.maximum(0, tl.minimum(end, first + low + 1) - begin) // N * N
+            sums, totals, maxima = _scan(
+                values_q, sums, totals, maxima, keys + cache, values + cache, begin, clear, place,
+                scale, D, DIMS, N, WINDOW, False, STAGES)
+        sums, totals, maxima = _scan(
+            values_q, sums, totals, maxima, keys + cache, values + cache, clear, end, place,
+            scale, D, DIMS, N, WINDOW, True, STAGES)
+        if EARLY:
+            gdc_launch_dependents()
+        if SPLITS == 1:
+            result = sums / tl.where(totals == 0, 1.0, totals)[:, None]
+            column = (head * D)[:, None] + dims[None, :]
+            if PLACED:
+                column = _placed(column)
+            tl.store(out + token.to(tl.int64)[:, None] * (HEADS * D) + column,
+                     result.to(out.dtype.element_ty), mask=inside)
+        else:
+            slot = share.to(tl.int64) * tokens * HEADS + at
+            tl.store(part_maxima + slot, maxima, mask=token < tokens)
+            tl.store(part_totals + slot, totals, mask=token < tokens)
+            seen = inside & (end > begin)
+            tl.store(part_sums + slot[:, None] * D + dims[None, :], sums, mask=seen)
+
+
+@triton.jit
+def _join(part_sums, part_maxima, part_totals, count, out, tokens, HEADS: tl.constexpr,
+          ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
+          PLACED: tl.constexpr, EARLY: tl.constexpr):
+    """Join the shares of ROWS heads of a token."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    if row < tl.load(count):
+        heads = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        dims = tl.arange(0, DIMS)
+        known = heads < HEADS
+        slot = row.to(tl.int64) * HEADS + heads
+        further = tokens.to(tl.int64) * HEADS
+        shares = tl.arange(0, SPLITS)[:, None] * further + slot[None, :]
+        maxima = tl.load(part_maxima + shares, mask=known[None, :], other=LOWEST)
+        totals = tl.load(part_totals + shares, mask=known[None, :], other=0.0)
+        highest = tl.max(maxima, 0)
+        totals = tl.sum(totals * tl.exp2(maxima - highest[None, :]), 0)
+        sums = tl.zeros((ROWS, DIMS), tl.float32)
+        for share in tl.static_range(SPLITS):
+            at = share * further + slot
+            # A share without tokens has written no sums.
+            seen = known & (tl.load(part_totals + at, mask=known, other=0.0) > 0)
+            part = tl.load(part_sums + at[:, None] * D + dims[None, :],
+                           mask=seen[:, None] & (dims < D)[None, :], other=0.0)
+            maximum = tl.load(part_maxima + at, mask=known, other=LOWEST)
+            sums += part * tl.exp2(maximum - highest)[:, None]
+        column = (heads * D)[:, None] + dims[None, :]
+        if PLACED:
+            column = _placed(column)
+        result = sums / tl.where(totals == 0, 1.0, totals)[:, None]
+        tl.store(out + row.to(tl.int64) * (HEADS * D) + column, result.to(out.dtype.element_ty),
+                 mask=known[:, None] & (dims < D)[None, :])
+
+
+@triton.jit
+def _last(x, parts, bias, start, count, row_x, row_qkv, place, stride, hidden, n,
+          BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+    """Copy the last real token's ``x``, query, key and value, and its place."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.load(count) - 1
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + row * hidden + columns, mask=columns < hidden, other=0.0)
+    tl.store(row_x + columns, v, mask=columns < hidden)
+    v = _summed(parts, row * n + columns, columns < n, stride, bias, columns, PARTS, BIAS)
+    tl.store(row_qkv + columns, v, mask=columns < n)
+    tl.store(place, tl.load(start) + row)

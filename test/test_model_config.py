@@ -1,0 +1,108 @@
+"""What config.json says of positions, windows and quantised weights, in old and new spellings."""
+
+from physai_decode import model_config
+from physai_decode.model_config import Rope
+import pytest
+
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 8192}
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64}
+
+
+@pytest.mark.parametrize(('config', 'kind', 'theta'), [
+    ({}, 'default', 1e4), ({'rope_theta': 5e5}, 'default', 5e5),
+    ({'rope_theta': 5e5, 'rope_scaling': None}, 'default', 5e5),
+    ({'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 2}}, 'linear', 5e5),
+    ({'rope_theta': 5e5, 'rope_scaling': LLAMA3}, 'llama3', 5e5),
+    ({'rope_parameters': {**LLAMA3, 'rope_theta': 5e5}}, 'llama3', 5e5),
+    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, 'default', 5e5)])
+def test_rope_in_each_spelling(config, kind, theta):
+    rope = Rope(config)
+    assert (rope.kind, rope.theta, rope.partial) == (kind, theta, False)
+
+
+def test_numbers_of_llama3():
+    rope = Rope({'rope_scaling': LLAMA3, 'max_position_embeddings': 131072})
+    assert (rope.factor, rope.original_context) == (8, 8192)
+    assert (rope.low_freq_factor, rope.high_freq_factor) == (1.0, 4.0)
+    assert rope.stretched_context == 0      # the limit is written stretched
+
+
+@pytest.mark.parametrize(('fields', 'factor', 'original', 'stretched'), [
+    ({}, 4.0, 64, 256), ({'factor': None}, 2.0, 64, 128),
+    ({'original_max_position_embeddings': None}, 4.0, 128, 0)])
+def test_numbers_of_yarn(fields, factor, original, stretched):
+    rope = Rope({'rope_scaling': {**YARN, **fields}, 'max_position_embeddings': 128})
+    assert (rope.factor, rope.original_context) == (factor, original)
+    assert rope.stretched_context == stretched
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (32.0, 1.0, True)
+
+
+@pytest.mark.parametrize(('fields', 'scale'), [
+    ({}, 1.1386294), ({'attention_factor': 0.5}, 0.5), ({'factor': 0.5}, 1.0),
+    ({'mscale': 1.0, 'mscale_all_dim': 1.0}, 1.0), ({'mscale': 1.0}, 1.1386294),
+    ({'mscale': 2.0, 'mscale_all_dim': 1.0}, 1.1217515)])
+def test_yarns_scale(fields, scale):
+    assert Rope({'rope_scaling': {**YARN, **fields}}).attention_factor == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(('rope', 'name'), [
+    ({'rope_theta': 'x'}, 'rope_theta'),
+    ({'rope_type': 'linear'}, 'factor'), ({'rope_type': 'linear', 'factor': None}, 'factor'),
+    ({**LLAMA3, 'low_freq_factor': '1'}, 'low_freq_factor'),
+    ({**LLAMA3, 'high_freq_factor': 0}, 'high_freq_factor'),
+    ({**LLAMA3, 'original_max_position_embeddings': None}, 'original_max_position_embeddings'),
+    ({**YARN, 'beta_fast': 'x'}, 'beta_fast'), ({**YARN, 'beta_slow': -1}, 'beta_slow'),
+    ({**YARN, 'attention_factor': 'x'}, 'attention_factor'),
+    ({**YARN, 'mscale': 'x', 'mscale_all_dim': 1.0}, 'mscale')])
+def test_a_wrong_number_is_named(rope, name):
+    """When it is asked for; the others can be read."""
+    asked = {'original_max_position_embeddings': 'original_context', 'rope_theta': 'theta',
+             'mscale': 'attention_factor'}.get(name, name)
+    said = Rope({'rope_scaling': rope})
+    assert said.kind
+    with pytest.raises(ValueError, match=name):
+        getattr(said, asked)
+
+
+@pytest.mark.parametrize(('config', 'expected'), [
+    ({'model_type': 'llama', 'use_sliding_window': True, 'sliding_window': 8}, (0, 0, 0)),
+    ({'model_type': 'mistral'}, (4096,) * 3),
+    ({'model_type': 'mistral', 'sliding_window': None}, (0, 0, 0)),
+    ({'model_type': 'qwen2', 'sliding_window': 8}, (0, 0, 0)),
+    ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True}, (0, 0, 0)),
+    ({'model_type': 'qwen3', 'sliding_window': 8, 'use_sliding_window': True,
+      'max_window_layers': 1}, (0, 8, 8)),
+    ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
+      'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']}, (8, 0, 8))])
+def test_windows(config, expected):
+    assert model_config.windows(config, 3) == expected
+
+
+def test_no_quantisation():
+    assert model_config.quantization({}) is None
+    assert model_config.quantization({'quantization_config': None}) is None
+
+
+def test_gptq_as_quantizers_leave_things_out():
+    found = model_config.quantization({'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
+    assert found == model_config.Quantization(
+        'gptq-int4-g128', 'gptq', 4, 128, 'gptq', ())
+
+
+@pytest.mark.parametrize(('fields', 'layout'), [
+    ({'checkpoint_format': 'gptq_v2'}, 'gptq_v2'), ({'format': 'gptq_v2'}, 'gptq_v2'),
+    ({'checkpoint_format': None, 'format': 'marlin'}, 'marlin')])
+def test_layout(fields, layout):
+    config = {'quantization_config': {'quant_method': 'gptq', 'bits': 4, **fields}}
+    assert model_config.quantization(config).layout == layout
+
+
+@pytest.mark.parametrize('size', [None, '32', 0, -32, 64.5])
+def test_a_wrong_group_size_is_named(size):
+    with pytest.raises(ValueError, match='group_size'):
+        model_config.quantization({'quantization_config': {
+            'quant_method': 'gptq', 'bits': 4, 'group_size': size}})
+    # Other methods' are theirs to read.
+    model_config.quantization({'quantization_config': {
+        'quant_method': 'awq', 'bits': 4, 'group_size': size}})

@@ -1,0 +1,139 @@
+"""Prompts in padded chunks against `Transformer.prefill`; on a CPU in Triton's interpreter."""
+
+import os
+
+import pytest
+
+torch = pytest.importorskip('torch')
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+pytest.importorskip('triton')
+pytest.importorskip('transformers')
+
+from physai_decode.checkpoint import inspect
+from physai_decode.engines.native import architecture
+from physai_decode.engines.native import prefill
+from physai_decode.engines.native import weights
+from physai_decode.engines.native.kernels import TritonOps
+from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.prefill import Choice
+from physai_decode.engines.native.prefill import Prefill
+from physai_decode.engines.native.transformer import Transformer
+import random_gptq
+import random_model
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+CONTEXT = 96
+LIMIT = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Keep dense weights by rows, as on a GPU; take 40 places for a short context."""
+    monkeypatch.setattr(weights, '_laid_out', lambda weight: weight)
+    monkeypatch.setattr(prefill, 'NEAR', 40)
+
+
+def load(folder, dtype=torch.float32):
+    """Give two transformers of the same weights: what is checked, and its reference."""
+    checkpoint = inspect(folder)
+    shape = architecture.parse(checkpoint.config)
+    loaded = weights.load(shape, weights.Files(checkpoint, DEVICE),
+                          checkpoint.quantized, dtype, lambda message: None)
+    return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
+            for ops in (TritonOps(DEVICE, splits=2), TorchOps(on_host=False))]
+
+
+def error(got, expected):
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
+    """Feed a prompt in chunks of these lengths to both; compare the logits and the caches."""
+    own, reference = load(folder, dtype)
+    for each in (own, reference):       # what was never written has to stay as it is
+        each.keys.fill_(3.0)
+        each.values.fill_(3.0)
+    fed = Prefill(own, (16, 32), **{'capture': DEVICE.type == 'cuda', **options})
+    ids = torch.randint(0, own.architecture.vocab_size, (sum(chunks),),
+                        generator=torch.Generator().manual_seed(len(chunks)))
+    start = 0
+    for count in chunks:
+        piece = ids[start:start + count]
+        got = fed(piece, start)
+        expected = reference.prefill(piece.to(DEVICE), start)
+        start += count
+    assert error(got, expected) < limit
+    for cache in ('keys', 'values'):
+        assert error(getattr(own, cache), getattr(reference, cache)) < limit
+        assert (getattr(own, cache)[:, :, start:] == 3.0).all()
+    return fed
+
+
+@pytest.mark.parametrize('family', [
+    'llama_tied', 'llama_biases', 'mistral_window', 'qwen2_window', 'qwen3'])
+def test_families(tmp_path, family):
+    check(random_model.save(tmp_path, family, 0), (7, 16, 30))
+
+
+@pytest.mark.parametrize('library, form', [
+    (False, {'group_size': 32}), (False, {'group_size': 128, 'symmetric': False}),
+    (True, {'group_size': 64, 'symmetric': False}), (True, {'group_size': 64, 'act_order': True}),
+    (False, {'group_size': 32, 'act_order': True, 'symmetric': False, 'one_order': False})])
+def test_gptq(tmp_path, form, library, monkeypatch):
+    if library:
+        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+        monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
+        monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
+    folder = tmp_path / 'model'
+    random_gptq.save(folder, 'qwen2', 0, **form)
+    check(folder, (7, 30), 2e-5)
+
+
+def test_heads_of_96_and_three_queries_a_key(tmp_path):
+    folder = random_model.save(tmp_path, 'qwen3', 1, head_dim=96, num_attention_heads=6,
+                               num_key_value_heads=2)
+    check(folder, (20, 3, 32, 17))
+
+
+def test_a_single_token_and_a_full_context(tmp_path):
+    check(random_model.save(tmp_path, 'qwen2', 2), (1, 32, 32, 31))
+
+
+def test_more_tokens_than_the_largest_chunk(tmp_path):
+    check(random_model.save(tmp_path, 'qwen2', 3), (70, 5))
+
+
+def test_shares(tmp_path, monkeypatch):
+    """Attention without shares, products with and without, tiles that are not full."""
+    monkeypatch.setattr(Prefill, '_splits', lambda self, tokens: 1)
+    for choice in (Choice(64, 32, 16, 4, 2, 3), Choice(128, 64, 16, 4, 2, 1)):
+        monkeypatch.setattr(prefill, 'rule', lambda *_, choice=choice: choice)
+        check(random_model.save(tmp_path / str(choice.rows), 'llama_biases', 3), (40,))
+
+
+def test_what_does_not_fit(tmp_path):
+    own, _ = load(random_model.save(tmp_path, 'qwen2', 3))
+    fed = Prefill(own, (16,), capture=False)
+    with pytest.raises(ValueError, match='97 tokens do not fit behind 0 of 96'):
+        fed([0] * 97, 0)
+
+
+def test_sizes_above_the_context_are_left_out(tmp_path):
+    own, _ = load(random_model.save(tmp_path, 'qwen2', 3))
+    fed = Prefill(own, (16, 64, 128, 256), capture=False)
+    assert fed.sizes == (16, 64, 128)
+    assert fed.buffer_bytes > 0 and fed.graph_bytes == 0
+
+
+@pytest.mark.parametrize('form', [None, {'group_size': 32, 'symmetric': False}])
+def test_the_last_tiles_of_gate_and_up_by_shares(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(prefill, 'REST', 1)
+    folder = tmp_path / 'model'
+    if form:
+        random_gptq.save(folder, 'qwen2', 0, **form, intermediate_size=288)
+    else:
+        random_model.save(folder, 'qwen2', 0, intermediate_size=288)
+    choices = {16: Choice(64, 32, 16, 4, 2, 1), 32: Choice(128, 32, 16, 4, 2, 1)}
+    monkeypatch.setattr(prefill, 'rule', lambda weight, tokens, *_: choices[tokens])
+    check(folder, (9, 20), 2e-5)

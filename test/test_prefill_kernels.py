@@ -1,0 +1,166 @@
+"""The kernels of captured prompts, one by one; on a CPU in Triton's interpreter."""
+
+from dataclasses import replace
+import math
+import os
+
+import pytest
+
+torch = pytest.importorskip('torch')
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+triton = pytest.importorskip('triton')
+
+from physai_decode.engines.native import gptq
+from physai_decode.engines.native import prefill_kernels as kernels
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.prefill import Choice
+from physai_decode.engines.native.prefill import key
+from physai_decode.engines.native.prefill import LIBRARY
+from physai_decode.engines.native.prefill import rule
+import random_gptq
+import torch.nn.functional as F
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device('cuda' if CUDA else 'cpu')
+H100 = 132, 232448
+L4 = 58, 101376
+
+
+@pytest.fixture
+def make():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return normal
+
+
+def assert_close(got, expected, relative=1e-5):
+    assert (got - expected).norm() / expected.norm() < relative     # a NaN does not pass
+
+
+def nothing(*shape):
+    return torch.full(shape, float('nan'), device=DEVICE)
+
+
+def packed(seed, n, k, group_size, symmetric=True):
+    """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
+    stored, dense = random_gptq.tensors(seed, n, k, group_size, False, symmetric)
+    parts = [stored[part].to(DEVICE) for part in ('qweight', 'qzeros', 'scales')]
+    return gptq.repack(*parts, None, None, gptq.GptqFormat(group_size, True)), dense.to(DEVICE)
+
+
+def placed(x):
+    """Give a product's input [tokens, k] in the order of an `Int4`'s words."""
+    parts = x.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 4, 2, 5)
+    return parts.reshape(x.shape).contiguous()      # operand, high, lane, low
+
+
+@pytest.mark.parametrize('n, splits', [(40, 1), (64, 3), (130, 2)])
+def test_dense(make, n, splits):
+    x, weight, out = make(32, 160), make(n, 160), nothing(splits, 32, n)
+    kernels._dense[(2 * triton.cdiv(n, 32), splits)](
+        x, weight, x, out, 0, n, 160, 32, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
+        PAIRED=False, GATED=False, BIAS=False, PLACED=False, EARLY=False)
+    assert_close(out.sum(0), x @ weight.t())
+
+
+@pytest.mark.parametrize('n', [8, 40])
+def test_dense_gated(make, n):
+    x, weight, bias, out = make(16, 64), make(2 * n, 64), make(2 * n), nothing(16, n)
+    kernels._dense[(triton.cdiv(2 * n, 32), 1)](
+        x, weight, bias, out, 0, 2 * n, 64, 16, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
+        PAIRED=True, GATED=True, BIAS=True, PLACED=False, EARLY=False)
+    gate, up = F.linear(x, weight, bias).chunk(2, 1)
+    assert_close(out, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize('group, pairs, k, splits, symmetric', [
+    (32, 1, 256, 1, True), (64, 2, 320, 2, False), (128, 1, 640, 3, False),
+    (128, 4, 512, 1, True)])
+def test_int4(make, group, pairs, k, splits, symmetric):
+    weight, dense = packed(1, 48, k, group, symmetric)
+    x, out = make(16, k), nothing(splits, 16, 48)
+    kernels._int4[(2, splits)](
+        placed(x), weight.packed, weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros, x, out, 0, 48, k,
+        weight.packed.shape[1], 16, 48, GROUP=group, TILES=2, PAIRS=pairs, TOKENS=16, STAGES=2,
+        EXACT=k % (4 * group) == 0, GATED=False, BIAS=False, ZEROS=not symmetric, PLACED=False,
+        ASSEMBLY=CUDA, EARLY=False)
+    assert_close(out.sum(0), x @ dense.t())
+
+
+def test_int4_gated_for_int4(make):
+    parts = [packed(seed, 64, 128, 32) for seed in (1, 2)]
+    bias = make(128)
+    weight = gptq.fuse([replace(part, bias=bias[64 * at:64 * at + 64])
+                        for at, (part, _) in enumerate(parts)], paired=True)
+    x, out = make(16, 128), nothing(16, 64)
+    kernels._int4[(4, 1)](
+        placed(x), weight.packed, weight.scales, weight.scales, weight.bias, out, 0, 128, 128, 1,
+        16, 64, GROUP=32, TILES=2, PAIRS=1, TOKENS=16, STAGES=2, EXACT=True, GATED=True, BIAS=True,
+        ZEROS=False, PLACED=True, ASSEMBLY=CUDA, EARLY=False)
+    gate, up = (F.linear(x, dense, bias[64 * at:64 * at + 64])
+                for at, (_, dense) in enumerate(parts))
+    assert_close(out, placed(F.silu(gate) * up))
+
+
+@pytest.mark.parametrize('group, symmetric', [(32, True), (64, False), (128, False)])
+def test_unpack(group, symmetric):
+    """Some tiles of a weight whose last block is not full."""
+    weight, dense = packed(3, 80, 352, group, symmetric)
+    out = nothing(48, 352)
+    kernels._unpack[(2, weight.packed.shape[1])](
+        weight.packed, weight.scales, weight.scales if symmetric else weight.zeros, out, 2, 48,
+        352, weight.packed.shape[1], GROUP=group, TILES=2, ZEROS=not symmetric, ASSEMBLY=CUDA,
+        num_warps=2)
+    assert_close(out, dense[32:], 1e-6)
+
+
+@pytest.mark.parametrize('start, count, window', [
+    (0, 16, 0), (0, 5, 0), (37, 16, 0), (50, 9, 20), (80, 16, 3), (3, 1, 0)])
+@pytest.mark.parametrize('splits', [1, 4])
+def test_attention(make, start, count, window, splits):
+    heads, kv_heads, dim, context, tokens = 6, 2, 96, 96, 16
+    q = make(tokens, heads * dim)
+    keys, values = make(kv_heads, context, dim), make(kv_heads, context, dim)
+    at, real = (torch.tensor([number], device=DEVICE) for number in (start, count))
+    out = nothing(tokens, heads * dim)
+    shares = [nothing(splits * tokens * heads * width) for width in (dim, 1, 1)]
+    kernels._attend[(2, kv_heads, splits)](
+        q, keys, values, at, real, out, *shares, context, tokens,
+        math.log2(math.e) / math.sqrt(dim), HEADS=heads, GROUP=3, D=dim, DIMS=128, M=32, N=16,
+        SPLITS=splits, WINDOW=window, STAGES=2, PLACED=False, EARLY=False)
+    if splits > 1:
+        kernels._join[(tokens, 2)](
+            *shares, real, out, tokens, HEADS=heads, ROWS=4, D=dim, DIMS=128, SPLITS=splits,
+            PLACED=False, EARLY=False)
+    places = torch.arange(context, device=DEVICE)
+    own = start + torch.arange(count, device=DEVICE).unsqueeze(1)
+    mask = places <= own
+    if window:
+        mask &= places > own - window
+    expected = F.scaled_dot_product_attention(
+        q[:count].view(count, heads, dim).transpose(0, 1)[None], keys[None], values[None],
+        attn_mask=mask, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+    assert_close(out[:count], expected)
+
+
+@pytest.mark.parametrize('chip', [H100, L4])
+@pytest.mark.parametrize('tokens', [16, 64, 128, 512, 2048])
+@pytest.mark.parametrize('gated', [False, True])
+def test_choices_fit_the_chip(chip, tokens, gated):
+    for weight in (Dense(torch.empty(4608, 3584, device='meta')), packed(1, 64, 1024, 32)[0]):
+        choice = rule(weight, tokens, gated, *chip)
+        assert isinstance(choice, Choice)
+        if choice == LIBRARY:
+            assert tokens > 32
+            continue
+        wide = 1 if isinstance(weight, Dense) else 4
+        room = choice.columns * wide * (2 * choice.tokens + 2 * choice.rows // wide)
+        assert choice.stages * room <= chip[1]
+        assert not gated or choice.splits == 1
+        assert tokens % choice.tokens == 0
+    assert key(weight, tokens, gated) != key(weight, tokens, not gated)

@@ -1,0 +1,39 @@
+"""The code in the README runs as it stands beside a node, and prints the answer."""
+
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+from node_rig import Rig
+from physai_decode.ros.typed import unavailable
+import pytest
+import rclpy
+
+PAGE = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
+BEGINNING, *DOORS = re.findall(r'```python\n(.+?)```', PAGE, re.DOTALL)
+ANSWERS = ['stop BRING ME THE RED CUP.\n', 'stop BRING ME THE RED CUP.\n',
+           'BRING ME THE RED CUP.\n']
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give an active node, which says each prompt again in upper case."""
+    rclpy.init()
+    rig = Rig()
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+@pytest.mark.parametrize(('door', 'answer'), zip(DOORS, ANSWERS, strict=True),
+                         ids=['request', 'generate', 'prompt'])
+def test_each_door(rig, door, answer):
+    """In a process of its own, as a reader would try it."""
+    if 'physai_decode_msgs' in door and unavailable:
+        pytest.skip(unavailable)
+    result = subprocess.run(
+        [sys.executable, '-c', f'{BEGINNING}\n{door}'], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(answer)
