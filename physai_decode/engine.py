@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
@@ -117,6 +118,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything on the device; the engine can't be used after that."""
+        ...
+
+
+class Comparable(Engine, Protocol):
+    """An engine whose arithmetic can be compared with another's, place by place."""
+
+    def prefill_logits(self, prompt_ids: Sequence[int]) -> Any:
+        """Give logits for each place of a prompt, a float32 tensor [tokens, vocab]; rewinds."""
         ...
 
 

@@ -168,7 +168,7 @@ class Quantization:
     name: str                   # gptq-int4-g128, bitsandbytes-nf4, ...
     method: str                 # gptq, awq, exl2, ...
     bits: Any                   # as it is written; None where it is not
-    group_size: int | None      # columns that share a scale; -1: all
+    group_size: int             # columns that share a scale; -1: all; 0: none is named
     layout: str                 # of gptq: gptq, gptq_v2, or another's name
     changed: tuple[str, ...]    # of gptq: rules for modules whose settings differ
 
@@ -195,7 +195,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
     rules = found.get('dynamic') or () if method == 'gptq' else ()
     return Quantization(
         name=_quantization_name(found, method, bits, size), method=method, bits=bits,
-        group_size=size if isinstance(size, int) else None,
+        group_size=size if isinstance(size, int) else 0,
         layout=found.get('checkpoint_format') or found.get('format') or 'gptq',
         changed=tuple(rule for rule in rules if not rule.startswith('-:')))
 

@@ -54,19 +54,13 @@ def test_footprint(name, family, tmp_path):
     engine.close()
 
 
-def reference_logits(loop, ids):
-    """Give the library's logits at every place [tokens, vocab], from one pass without a cache."""
-    with torch.inference_mode():
-        return loop.engine._cached.network(torch.tensor([ids]), use_cache=False).logits[0].float()
-
-
 def assert_same_answer(ours, theirs, prompt, reference):
     """Hold two greedy answers equal; they may part only where two tokens are as good as equal."""
     assert len(ours) == len(theirs)
     if ours == theirs:
         return
     place = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
-    logits = reference_logits(reference, prompt + theirs[:place])[-1]
+    logits = reference.engine.prefill_logits(prompt + theirs[:place])[-1]
     gap = (logits[theirs[place]] - logits[ours[place]]).abs() / logits.abs().max()
     assert gap < 1e-5, f'they part at token {place} of {TOKENS}, by {gap:.1e} relative'
 
@@ -85,7 +79,7 @@ def assert_agreement(folder, seed):
         ours = decode(native, prompt, sampling)
         assert len(ours) == TOKENS
         assert_same_answer(ours, theirs, prompt, reference)
-        expected = reference_logits(reference, prompt)
+        expected = reference.engine.prefill_logits(prompt)
         native.forget()
         difference = (native.engine.prefill_logits(prompt) - expected).abs().max()
         assert difference <= RELATIVE * expected.abs().max()

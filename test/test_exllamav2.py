@@ -220,12 +220,12 @@ def test_weights_that_are_not_numbers_are_an_error(fresh, sampling, value):
 @pytest.mark.parametrize('tokens', [1, 5])
 def test_a_step_attends_without_copies(fresh, heads, tokens):
     loop, library = fresh
-    attention = loop.engine._network._model.modules[1]
+    attention = loop.engine.network.loaded.modules[1]
     queries = torch.randn(1, tokens, 8, 64)
     keys, values = torch.randn(2, 1, 20 + tokens, heads, 64)
     form = SimpleNamespace(block_diag_mask=None if tokens == 1 else torch.full(
         (tokens, 20 + tokens), float('-inf')).triu_(21))
-    case = (1, tokens, queries, keys, values, form, loop.engine._network._model.config)
+    case = (1, tokens, queries, keys, values, form, loop.engine.network.loaded.config)
     expected = type(attention)._attn_torch(attention, *case)
     library.copies = 0
     torch.testing.assert_close(attention._attn_torch(*case), expected)
@@ -276,7 +276,7 @@ def test_rotary_base_of_newer_configs(installed, tmp_path):
     loop = load(module.ExLlamaV2Engine, save(tmp_path, rope_parameters={
         'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
         'high_freq_factor': 4.0, 'original_max_position_embeddings': 64})[0], CONFIG)
-    settings = loop.engine._network._model.config
+    settings = loop.engine.network.loaded.config
     assert settings.rotary_embedding_base == 500000.0
     assert settings.alt_rope_method == 'llama3' and settings.l3_rope_factor == 8.0
     loop.engine.close()
@@ -288,7 +288,7 @@ def test_the_layout_of_zeros(installed, tmp_path, layout, fields):
     save(tmp_path, layout=layout)
     change(tmp_path, quantization={'format': layout, **fields})
     loop = load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG)
-    assert loop.engine._network._model.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
+    assert loop.engine.network.loaded.config.checkpoint_offset_qzeros == (layout == 'gptq_v2')
     loop.engine.close()
 
 

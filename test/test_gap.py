@@ -212,17 +212,17 @@ def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph)
     monkeypatch.setattr(Steps, 'made', [])
     loop = load(native.NativeEngine, folder, CONFIG.engine)
     engine = loop.engine
-    engine._pipeline = own = Steps(engine._run_step, engine._history, False)
+    engine.pipeline = own = engine.piped(False)
     engine.footprint = replace(engine.footprint, cuda_graph=graph)
     limit = engine.footprint.max_context
     for length in (1, 60, limit - gap.TOKENS, limit - 2, limit - 1):
         prompt = prompt_of(loop, length, start=4)     # without a 0
         expected = decode(loop, prompt, SamplingConfig(max_new_tokens=limit))
-        keys = engine._transformer.keys.clone()
+        keys = engine.transformer.keys.clone()
         kept = min(len(loop.cached_ids), limit - gap.TOKENS - 1)
         gap.measure(loop, None, PEAK)
-        assert engine._pipeline is own
-        assert torch.equal(engine._transformer.keys[:, :, :kept], keys[:, :, :kept])
+        assert engine.pipeline is own
+        assert torch.equal(engine.transformer.keys[:, :, :kept], keys[:, :, :kept])
         assert loop.cached_ids == (prompt + expected)[:kept]
         assert decode(loop, prompt, SamplingConfig(max_new_tokens=limit)) == expected
     assert Steps.made == [False] + 5 * [graph == 'off']

@@ -80,7 +80,7 @@ def test_it_decodes_as_the_library_does(name, tmp_path):
     loop = load(random_model.save_config(tmp_path, config, 0))
     prompt = list(range(3, 43))
     answer = decode(loop, prompt, SamplingConfig(max_new_tokens=40))
-    network = loop.engine._cached.network
+    network = loop.engine.cached.network
     network.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     expected = network.generate(
@@ -120,7 +120,7 @@ def test_a_step_that_raises_leaves_nothing_in_the_cache(folder, monkeypatch):
 
     # The first layer has taken the token's keys and values, the second has not.
     with monkeypatch.context() as patch:
-        patch.setattr(loop.engine._cached.network.model.layers[1], 'forward', fail)
+        patch.setattr(loop.engine.cached.network.model.layers[1], 'forward', fail)
         with pytest.raises(RuntimeError, match='broken'):
             decode(loop, prompt + [5])
     steps = list(loop.stream(prompt, SamplingConfig(max_new_tokens=8)))
@@ -155,7 +155,7 @@ def test_attention_over_new_lengths_goes_without_cudnn(folder, monkeypatch, name
         device, 'attention_backends', lambda device: backends(torch.device('cuda')))
     loop = load(folder)
     seen = []
-    loop.engine._cached.network.register_forward_pre_hook(
+    loop.engine.cached.network.register_forward_pre_hook(
         lambda network, args: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
     stream = loop.stream([5, 6, 7], SamplingConfig(max_new_tokens=3))
     next(stream)

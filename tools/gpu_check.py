@@ -50,7 +50,7 @@ def answers(loop, prompt):
             max_new_tokens=TOKENS, **sampling)) for i in step.token_ids]
 
     greedy = ids()
-    logits = loop.engine._transformer.logits.float().clone()
+    logits = loop.engine.transformer.logits.float().clone()
     sampled = {'temperature': 0.8, 'top_k': 50, 'top_p': 0.9, 'seed': 7}
     return greedy, logits, ids(**sampled), ids(**sampled)
 
@@ -104,7 +104,7 @@ def dense(name, folder):
 def packed(folder, dtype):
     """Check random GPTQ weights against PyTorch's products of what they unpack to."""
     def reference(engine, ids):
-        transformer = engine._transformer
+        transformer = engine.transformer
         own, transformer.ops = transformer.ops, TorchOps(on_host=False)
         logits = engine.prefill_logits(ids)
         transformer.ops = own

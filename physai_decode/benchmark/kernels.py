@@ -12,6 +12,8 @@ from pathlib import Path
 import statistics
 import tempfile
 from typing import Any
+from typing import Protocol
+from typing import runtime_checkable
 
 from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
@@ -19,6 +21,20 @@ from physai_decode.engine import Engine
 
 WARMUP = 5
 Read = tuple[str, str, int]         # start of a kernel's name, operation, bytes
+
+
+@runtime_checkable
+class Itemized(Engine, Protocol):
+    """An engine that tells which operation each kernel is, and what it reads."""
+
+    def reads(self, context: int) -> list[Read]:
+        """
+        Give what one step reads, in the order of its kernels.
+
+        :param context: tokens that the step attends to.
+        :returns: all kernels that read weights or the cache, but those that read next to nothing.
+        """
+        ...
 
 
 def prepare() -> None:
@@ -32,9 +48,6 @@ def prepare() -> None:
 def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """
     Profile that many decode steps.
-
-    An engine that has ``reads(context)`` (the native one) tells which operation each kernel is
-    and what it reads.
 
     :param engine: one on CUDA, built after ``prepare``.
     :return: as ``summarize``.
@@ -55,8 +68,8 @@ def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str,
         profiler.stop()
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())['traceEvents']
-    tell = getattr(engine, 'reads', None)
-    return summarize(events, steps, tell(len(prompt) + WARMUP + steps // 2) if tell else ())
+    context = len(prompt) + WARMUP + steps // 2
+    return summarize(events, steps, engine.reads(context) if isinstance(engine, Itemized) else ())
 
 
 def summarize(events: Iterable[dict[str, Any]], steps: int,

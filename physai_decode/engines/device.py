@@ -13,6 +13,7 @@ import platform
 import re
 import time
 import traceback
+from typing import Any
 
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
@@ -134,7 +135,7 @@ def give_back(device: torch.device) -> None:
 
 
 def capture(step: Callable[[], None], device: torch.device,
-            pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+            pool: Any = None) -> torch.cuda.CUDAGraph:
     """
     Run a step a few times, then capture it in a CUDA graph.
 

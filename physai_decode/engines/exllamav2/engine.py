@@ -47,7 +47,7 @@ class ExLlamaV2Engine:
         :raises EngineError: the library or the model can't be had on this device; nothing stays
             allocated.
         """
-        self._network: Network | None = None
+        self.network: Network | None = None
         self._device = checks.device(config)
         limit = min(config.max_context, model.context_limit or config.max_context)
         with checkpoint.parsing(model.folder / 'config.json'):
@@ -60,10 +60,10 @@ class ExLlamaV2Engine:
             kv_bytes = 4 * settings.num_hidden_layers * settings.num_key_value_heads \
                 * settings.head_dim * limit
             with devices.enough_memory(self._device, model.weight_bytes + kv_bytes):
-                self._network = Network(exllamav2, settings, model, self._device, progress)
+                self.network = Network(exllamav2, settings, model, self._device, progress)
                 loaded_s = time.perf_counter()
                 progress('warming up')
-                self._network.warm_up(limit, config.cuda_graph)
+                self.network.warm_up(limit, config.cuda_graph)
             self._slots = [
                 (devices.Stopwatch(self._device),
                  torch.empty(1, dtype=torch.long, pin_memory=self._device.type == 'cuda'))
@@ -72,7 +72,7 @@ class ExLlamaV2Engine:
             self._flying: deque = deque()           # slots of steps in flight
             self._length = 0                        # tokens in the cache, with those in flight
             self._drawer = Drawer(settings.vocab_size, limit, self._device)
-            self.footprint = self._network.footprint(model, limit, config.cuda_graph, {
+            self.footprint = self.network.footprint(model, limit, config.cuda_graph, {
                 'import_s': f'{imported_s - begun_s:.3f}',
                 'load_s': f'{loaded_s - imported_s:.3f}',
                 'warm_up_s': f'{time.perf_counter() - loaded_s:.3f}'})
@@ -88,14 +88,14 @@ class ExLlamaV2Engine:
         torch.cuda.set_device(self._device)
         import_module('exllamav2.device').set_device_streams()
         self._flying.clear()
-        self._network.rewind(length)
+        self.network.rewind(length)
         self._length = length
         return length
 
     def feed(self, token_ids: Sequence[int]) -> float:
         """See `physai_decode.engine.Engine.feed`."""
         self._watch.start()
-        self._logits = self._network.feed(list(token_ids))
+        self._logits = self.network.feed(list(token_ids))
         self._watch.stop()
         self._length += len(token_ids)
         return self._watch.read_s()
@@ -111,7 +111,7 @@ class ExLlamaV2Engine:
             watch, landing = slot = self._slots[0]
             self._slots.append(self._slots.pop(0))
             watch.start()
-            self._logits = self._network.forward(self._drawer.token.view(1, 1))
+            self._logits = self.network.forward(self._drawer.token.view(1, 1))
             self._length += 1
             landing.copy_(self._drawn(), non_blocking=True)
             watch.stop()
@@ -122,9 +122,9 @@ class ExLlamaV2Engine:
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        if self._network is not None:
-            self._network.close()
-        self._network = self._drawer = self._logits = None
+        if self.network is not None:
+            self.network.close()
+        self.network = self._drawer = self._logits = None
         gc.collect()
         devices.give_back(self._device)
 

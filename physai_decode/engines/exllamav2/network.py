@@ -26,10 +26,10 @@ class Network:
         :raises EngineError: the library can't.
         """
         self._library, self._settings, self._device = library, settings, device
-        self._model = None
+        self.loaded = None
         torch.cuda.set_device(device)
         try:
-            self._model = network = library.ExLlamaV2(settings)
+            self.loaded = network = library.ExLlamaV2(settings)
             index = device.index
             # Nothing fits in the devices before this one, everything in this one.
             with torch.inference_mode():
@@ -77,7 +77,7 @@ class Network:
                 (tokens, past + tokens), float('-inf'), dtype=torch.float16,
                 device=self._device).triu_(past + 1)
         with devices.attention_backends(self._device):
-            return self._model.forward_chunk(
+            return self.loaded.forward_chunk(
                 ids, self._cache, preprocess_only=False, last_id_only=True, attn_params=form
             ).get('logits')
 
@@ -114,12 +114,12 @@ class Network:
 
     def close(self) -> None:
         """Free everything."""
-        if self._model is not None:
-            self._model.unload()
-        self._model = self._cache = None
+        if self.loaded is not None:
+            self.loaded.unload()
+        self.loaded = self._cache = None
 
     def _read_weight_bytes(self):
-        embedding, *others = self._model.modules_dict.values()
+        embedding, *others = self.loaded.modules_dict.values()
         row = embedding.embedding.weight[0]
         total = row.numel() * row.element_size()
         for module in others:

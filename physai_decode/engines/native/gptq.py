@@ -111,13 +111,14 @@ def fuse(parts: list[Int4], paired: bool = False) -> Int4 | None:
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
     for part in parts[1:]:
-        if (part.order is None) != (first.order is None) or part.group_size != first.group_size:
+        orders = [each for each in (part.order, first.order) if each is not None]
+        if len(orders) == 1 or part.group_size != first.group_size:
             return None
-        if part.order is not None and not torch.equal(part.order, first.order):
+        if orders and not torch.equal(*orders):
             return None
 
     def joined(tensors, width):
-        return _in_turn(*tensors, width) if paired else torch.cat(tensors)
+        return _in_turn(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
 
     half = TILE_ROWS // 2
     zeros = bias = None
@@ -125,7 +126,8 @@ def fuse(parts: list[Int4], paired: bool = False) -> Int4 | None:
         zeros = joined([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
                         for p in parts], 4 * half)
     if first.bias is not None:
-        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts], half).flatten()
+        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts if p.bias is not None],
+                      half).flatten()
     return Int4(
         # In `fragments` the halves of a tile take turns every two words.
         packed=joined([p.packed for p in parts], 2),

@@ -26,7 +26,7 @@ class Dense:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return tuple(self.weight.shape)
+        return self.weight.shape[0], self.weight.shape[1]
 
     @property
     def read_bytes(self) -> int:

@@ -98,7 +98,7 @@ class TorchOps:
         """
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
         qk, v = qkv.view(-1, dim).split((heads + kv_heads, kv_heads))
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             qk = torch.cat((rms_norm(qk[:heads], layer.q_norm, layer.norm_eps),
                             rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
         stop = int(position) + 1 if self._on_host else None

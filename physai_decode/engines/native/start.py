@@ -1,6 +1,7 @@
 """What the native engine needs to start: room, a source of weights, operations and a clock."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import math
 import time
 from typing import TYPE_CHECKING
@@ -26,6 +27,21 @@ WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
 WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
            SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
+
+
+class PartTimes:
+    """How long each part of the start took, in seconds."""
+
+    def __init__(self) -> None:
+        """Begin the first part."""
+        self._last = time.perf_counter()
+        self.parts: dict[str, str] = {}
+
+    def end(self, part: str) -> None:
+        """End a part, and begin the next."""
+        now = time.perf_counter()
+        self.parts[part] = f'{now - self._last:.3f}'
+        self._last = now
 
 
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -95,13 +111,33 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
         f'{work / 1e9:.2f}), {free / 1e9:.2f} GB are free; {advice}')
 
 
-def footprint(checkpoint: Checkpoint, shape: Architecture, loaded: weights.Weights,
-              max_context: int, dtype: torch.dtype, device: torch.device, captured: bool,
-              details: dict[str, str]) -> Footprint:
+def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype: torch.dtype,
+                device: torch.device, progress: Callable[[str], None],
+                clock: PartTimes) -> Transformer:
+    """
+    Load the weights, and tune the step on a GPU.
+
+    :param places: tokens that the cache holds.
+    """
+    loaded = weights.load(
+        shape, source(checkpoint, dtype, device), checkpoint.quantized, dtype, progress)
+    clock.end('load_s')
+    made = Transformer(shape, loaded, places, dtype, device, operations(device, progress))
+    if device.type == 'cuda':
+        made.ops.tune(made, progress)
+        clock.end('tune_s')
+    return made
+
+
+def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int, captured: bool,
+              details: Mapping[str, str]) -> Footprint:
     """Tell what was loaded, and what one of its steps reads."""
+    shape, loaded = transformer.architecture, transformer.weights
+    dtype, device = transformer.keys.dtype, transformer.keys.device
     name, uuid = devices.describe(device)
+    details = {'kernels': transformer.ops.name, **details}
     if loaded.dense_fallbacks:
-        details = {**details, 'dense_fallbacks': str(loaded.dense_fallbacks)}
+        details['dense_fallbacks'] = str(loaded.dense_fallbacks)
     return Footprint(
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
         quantization=checkpoint.quantization, device=str(device), device_name=name,
@@ -123,18 +159,3 @@ def warm_up(engine: Engine) -> None:
         for remaining in (2, 1, 0):
             engine.step(remaining)
     engine.rewind(0)
-
-
-class PartTimes:
-    """How long each part of the start took, in seconds."""
-
-    def __init__(self) -> None:
-        """Begin the first part."""
-        self._last = time.perf_counter()
-        self.parts: dict[str, str] = {}
-
-    def end(self, part: str) -> None:
-        """End a part, and begin the next."""
-        now = time.perf_counter()
-        self.parts[part] = f'{now - self._last:.3f}'
-        self._last = now

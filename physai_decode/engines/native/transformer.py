@@ -126,7 +126,7 @@ class Transformer:
             qkv = ops.apply(rms_norm(x, layer.input_norm, a.norm_eps), layer.qkv)
             q, k, v = qkv.view(-1, a.heads + 2 * a.kv_heads, a.head_dim).split(
                 (a.heads, a.kv_heads, a.kv_heads), 1)
-            if layer.q_norm is not None:
+            if layer.q_norm is not None and layer.k_norm is not None:
                 q = rms_norm(q, layer.q_norm, a.norm_eps)
                 k = rms_norm(k, layer.k_norm, a.norm_eps)
             keys, values = self.keys[index], self.values[index]
@@ -169,7 +169,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
     """Attend from the last q.shape[1] places [heads, tokens, dim] over [kv_heads, stop, dim]."""
     tokens, stop = q.shape[1], keys.shape[1]
     scale = 1 / math.sqrt(q.shape[2])
-    mask = None
+    mask: Tensor | None = None
     causal = tokens == stop and not window
     if not causal:
         mask = causal_lower_right(tokens, stop)

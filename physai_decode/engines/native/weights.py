@@ -220,7 +220,8 @@ class _Loader:
                 f'{prefix}{quantised[0]} is GPTQ, and others of '
                 f'{", ".join(name for name, _ in parts)} are not: the native engine runs these as '
                 'one; set engine.name to transformers')
-        packed = [self._int4(prefix + name, rows, columns, bias) for name, rows in parts]
+        packed = [self._int4(self._form, prefix + name, rows, columns, bias)
+                  for name, rows in parts]
         if any(p.bias is not None for p in packed):
             packed = [p if p.bias is not None else replace(p, bias=torch.zeros(
                 p.out_features, dtype=self._dtype, device=p.packed.device)) for p in packed]
@@ -255,8 +256,8 @@ class _Loader:
             if bias else []
         return Dense(_laid_out(weight), torch.cat(biases) if biases else None)
 
-    def _int4(self, name, rows, columns, bias):
-        size = columns if self._form.group_size == -1 else self._form.group_size
+    def _int4(self, form, name, rows, columns, bias):
+        size = columns if form.group_size == -1 else form.group_size
         groups = -(-columns // size)
         get = self._source.get
         # Some writers leave g_idx out where it is plain, and some write a bias that is all zero.
@@ -267,7 +268,7 @@ class _Loader:
                  get(f'{name}.scales', (groups, rows)), order,
                  self._float(f'{name}.bias', (rows,)) if with_bias else None)
         try:
-            return gptq.repack(*parts, self._form)
+            return gptq.repack(*parts, form)
         except EngineError as error:
             raise EngineError(f'{name}: {error}') from None
 

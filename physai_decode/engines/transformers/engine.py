@@ -25,6 +25,7 @@ from physai_decode.engines.transformers import network
 from physai_decode.engines.transformers.caches import CachedNetwork
 from physai_decode.engines.transformers.caches import CapturedNetwork
 from physai_decode.engines.transformers.footprint import footprint
+import torch
 
 CHUNK_TOKENS = 2048
 
@@ -41,7 +42,7 @@ class TransformersEngine:
 
         :raises EngineError: the model can't be had on this device; nothing stays allocated.
         """
-        self._cached: CachedNetwork | None = None
+        self.cached: CachedNetwork | None = None
         self._device, dtype = devices.select(config)
         devices.use(self._device)
         dtype = network.number_format(model, config, self._device, dtype)
@@ -52,27 +53,27 @@ class TransformersEngine:
                 progress(f'loading {model.weight_bytes / 1e9:.2f} GB of weights to {self._device}')
                 loaded = network.load(model, self._device, dtype)
                 progress('warming up' + (' and capturing the step' if captured else ''))
-                self._cached = (CapturedNetwork if captured else CachedNetwork)(
+                self.cached = (CapturedNetwork if captured else CachedNetwork)(
                     loaded, self._device, limit)
-                self.footprint = footprint(model, self._cached, limit)
-                self._drawer = Drawer(self._cached.vocab_size, limit, self._device)
+                self.footprint = footprint(model, self.cached, limit)
+                self._drawer = Drawer(self.cached.vocab_size, limit, self._device)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self.close()
             raise
         self._watch = devices.Stopwatch(self._device)
         # A state other than keys and values gets a prompt in one piece.
-        self.chunk_tokens = (1, CHUNK_TOKENS) if self._cached.attends else (limit, limit)
+        self.chunk_tokens = (1, CHUNK_TOKENS) if self.cached.attends else (limit, limit)
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
         devices.use(self._device)
-        return self._cached.rewind(length)
+        return self.cached.rewind(length)
 
     def feed(self, token_ids: Sequence[int]) -> float:
         """See `physai_decode.engine.Engine.feed`."""
         self._watch.start()
-        self._logits = self._cached.feed(list(token_ids))
+        self._logits = self.cached.feed(list(token_ids))
         self._watch.stop()
         return self._watch.read_s()
 
@@ -85,26 +86,32 @@ class TransformersEngine:
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
         self._watch.start()
-        self._logits = self._cached.step(self._drawer.token)
+        self._logits = self.cached.step(self._drawer.token)
         return self._chosen()
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        self._cached = self._drawer = self._logits = None
+        self.cached = self._drawer = self._logits = None
         gc.collect()
         devices.give_back(self._device)
 
     @contextmanager
     def trial(self, captured: bool | None = None) -> Iterator[None]:
         """See `physai_decode.gap.Measurable.trial`."""
-        if captured is not None and not self._cached.captured:
+        if captured is not None and not self.cached.captured:
             raise EngineError(
                 "transformers' step was loaded without a CUDA graph, which needs another cache: "
                 'clean up, set engine.cuda_graph to true and configure again')
-        with self._cached.uncaptured() if captured is False else nullcontext():
+        with self.cached.uncaptured() if captured is False else nullcontext():
             yield
 
+    @torch.inference_mode()
+    def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
+        """See `physai_decode.engine.Comparable.prefill_logits`; leaves the cache as it is."""
+        ids = torch.tensor([prompt_ids], device=self._device)
+        return self.cached.network(ids, use_cache=False).logits[0].float()
+
     def _chosen(self):
-        shown = self._drawer.draw(self._logits, self._cached.length)
+        shown = self._drawer.draw(self._logits, self.cached.length)
         self._watch.stop()
         return Choice(int(shown), self._watch.read_s())
