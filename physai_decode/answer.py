@@ -20,6 +20,7 @@ from physai_decode.config import SamplingConfig
 from physai_decode.conversation import Conversation
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
+from physai_decode.request import JSON_NAMES
 from physai_decode.request import Message
 from physai_decode.request_queue import Ticket
 from physai_decode.timing import RequestRecorder
@@ -140,12 +141,17 @@ class Answer:
                     device_s = None                 # a step's time goes to its first token
                     count += 1
                     if self._detokenizer.stopped:
-                        return End('stop', 'a text of sampling.stop was met')
+                        return End('stop', f'a text of {self._named("stop")} was met')
                     if count == limit:
-                        return End('length', f'sampling.max_new_tokens is {count}')
+                        return End('length', f'{self._named("max_new_tokens")} is {count}')
                 if self._is_late():
                     return End('deadline', 'deadline.request_ms has passed')
         return End('length', f'the context of {footprint.max_context} tokens is full')
+
+    def _named(self, setting: str) -> str:
+        """Name a setting where it came from: the request's own field, or the node's parameter."""
+        own = setting in self._ticket.request.sampling
+        return JSON_NAMES[setting] if own else f'sampling.{setting}'
 
     def _encode(self) -> list[int]:
         """Give the prompt's ids, with as much of the conversation as leaves room."""

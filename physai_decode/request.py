@@ -28,6 +28,7 @@ SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
             for spec in fields(SamplingConfig)}
 DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
             if spec.name != 'max_consecutive_misses'}
+JSON_NAMES = {spec.name: name for name, spec in SAMPLING.items()}
 # Known, but not done yet: only a value that asks for nothing is taken.
 _IDLE = {'response_format': ({'type': 'text'},), 'structured_outputs': ({},),
          'tools': ([],), 'tool_choice': ('none', 'auto')}

@@ -80,7 +80,7 @@ def test_options_go_with_the_request(rig):
     done = ask('hello', '--options', '{"max_tokens": 2}')
     assert done.returncode == 3
     assert done.stdout.startswith('HE\n')
-    assert 'length: sampling.max_new_tokens is 2' in done.stderr
+    assert 'length: max_tokens is 2' in done.stderr
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout.splitlines()[0]) == (1, '')
     assert "'max_token' is no field of a request" in done.stderr

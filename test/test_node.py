@@ -597,7 +597,7 @@ def test_a_flood_of_refusals_is_no_flood_of_log_lines(make, capfd):
     for _ in range(300):
         rig.ask_later('a')
     rig.wait(lambda: len(rig.heard['request_stats']) == 300)
-    assert 1 <= capfd.readouterr().err.count('a prompt is refused') < 30
+    assert 1 <= capfd.readouterr().err.count('a request is refused') < 30
 
 
 def test_autostart(make):

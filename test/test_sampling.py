@@ -1,5 +1,6 @@
 """How both engines choose a token, against what the transformers library keeps and draws from."""
 
+from dataclasses import dataclass
 from dataclasses import replace
 from itertools import product
 import math
@@ -448,3 +449,24 @@ def test_logits_that_are_no_numbers(kind, name):
         masked_out = bad == -torch.inf      # one token that may not be chosen is legitimate
         assert (native_draw(sampler, plan, one, 9) == NO_TOKEN) != masked_out
         assert native_draw(sampler, plan, random_logits(1), 10) != NO_TOKEN
+
+
+def test_a_stage_without_a_kernel_is_its_twins():
+    """So a further sampling parameter is a field and a stage; a kernel can come later."""
+    pytest.importorskip('triton')
+    from physai_decode.engines.sampling_kernels import TritonSampler
+
+    @dataclass(frozen=True)
+    class Longer(Plan):
+        even: bool = False
+
+    class Even(TritonSampler):
+        def kept(self, plan, logits):
+            ids, scores = super().kept(plan, logits)
+            return ids, scores.where(torch.arange(VOCAB) % 2 == 0, -math.inf)
+
+    sampler = Even(VOCAB, CPU)
+    logits = random_logits(0)
+    logits[[3, 8]] = torch.tensor([90.0, 80.0])
+    sampler.begin(PLAIN, torch.tensor(PROMPT))
+    assert native_draw(sampler, Longer(temperature=True, even=True), logits, 9) == 8

@@ -39,6 +39,9 @@ def test_each_request_has_its_own_sampling(make):
     assert [(each.temperature, each.max_new_tokens) for each in engine.samplings] == [
         (0.5, 4), (0.9, 2), (0.5, 4), (0.5, 4)]
     assert [text for _, text in sink.ends] == ['abcd', 'ab', 'ab', 'abcd']
+    assert [report.message for report, _ in sink.ends] == [     # by the name it was set by
+        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a text of stop was met',
+        'sampling.max_new_tokens is 4']
 
 
 def test_each_request_has_its_own_deadline(make):

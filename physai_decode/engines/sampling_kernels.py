@@ -13,6 +13,8 @@ logits give the same token each time. A probability counts to 2**-44 of the like
 The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
 """
 
+from dataclasses import fields
+
 from physai_decode.engines import sampling as twin
 from physai_decode.engines.sampling import Plan
 from physai_decode.engines.sampling import Sampler
@@ -424,6 +426,9 @@ def _pick(logits, seen, floats, integers, tops, state, token, position, history,
             tl.store(seen + winner, 1)
 
 
+STAGES = ('repetition_penalty', 'temperature', 'top_k', 'top_p', 'min_p')     # with kernels
+
+
 class TritonSampler(Sampler):
     """Chooses tokens by kernels; same arguments and results as `Sampler`."""
 
@@ -456,7 +461,10 @@ class TritonSampler(Sampler):
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
-        """See `Sampler.draw`."""
+        """See `Sampler.draw`; a stage that has no kernel is the twin's, slower but the same."""
+        if any(getattr(plan, spec.name) and spec.name not in STAGES for spec in fields(plan)):
+            super().draw(plan, logits, position, token, history)
+            return
         vocab = logits.shape[0]
         common = {**self._layout, **self._options, 'PENALTY': plan.repetition_penalty}
         given = logits, self._seen.view(torch.uint8), self._floats

@@ -38,7 +38,7 @@ class Doors:
                 qos_overriding_options=QoSOverridingOptions(POLICIES))
 
         self.prompt = subscribe('~/prompt', self._on_prompt)
-        subscribe('~/request', self._on_request)
+        self.request = subscribe('~/request', self._on_request)
         node.create_service(Trigger, '~/cancel', self._on_cancel)
         node.create_service(Trigger, '~/reset', self._on_reset)
         node.create_service(Trigger, '~/measure_gap', self._on_measure_gap,

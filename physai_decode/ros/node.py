@@ -143,7 +143,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         self._host.start(parameters.read(self))
         self._host.update(parameters.read(self))        # with what was set while it started
         self._bond.form(self._host.config.bond.heartbeat_period_s)
-        self.get_logger().info(f'active: prompts are taken on {self._doors.prompt.topic_name}')
+        self.get_logger().info(f'active: takes {self._doors.prompt.topic_name} and '
+                               f'{self._doors.request.topic_name}')
         return TransitionCallbackReturn.SUCCESS
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -264,7 +265,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
 
     def _log_end(self, report):
         if report.finish_reason == 'rejected':
-            self.get_logger().warning(f'a prompt is refused: {report.message}',
+            self.get_logger().warning(f'a request is refused: {report.message}',
                                       throttle_duration_sec=1.0)
         elif report.finish_reason == 'error':
             self.get_logger().error(f'a request failed: {report.message}')
