@@ -13,6 +13,7 @@ from dataclasses import field
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
+from typing import runtime_checkable
 
 from physai_decode.config import SamplingConfig
 
@@ -121,6 +122,7 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
 class Comparable(Engine, Protocol):
     """An engine whose arithmetic can be compared with another's, place by place."""
 

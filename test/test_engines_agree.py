@@ -9,6 +9,7 @@ from engine_contract import load
 from physai_decode import checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import Comparable
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import NativeEngine
@@ -48,6 +49,7 @@ def test_footprint(name, family, tmp_path):
     folder = random_model.save(tmp_path, family, 0)
     engine = load(ENGINES[name], folder, EngineConfig(device='cpu', max_context=100)).engine
     engine_contract.check_footprint(engine.footprint, checkpoint.inspect(folder))
+    assert isinstance(engine, Comparable)
     assert engine.footprint.engine == name
     assert engine.footprint.cuda_graph == 'unavailable'
     assert engine.footprint.max_context == 100
