@@ -78,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.cells(results) else 1
 
 
+def _folder(text):
+    """Take a folder; a shell expands no ``~`` within ``--out=~/results``."""
+    return Path(text).expanduser()
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog='decode_bench', description='Times engines on a model or on random weights of a '
@@ -93,7 +98,7 @@ def _parser():
                        choices=synthetic.QUANTIZATIONS,
                        help=f'of the random weights: {", ".join(synthetic.QUANTIZATIONS)}')
     model.add_argument('--seed', type=int, default=0, help='of the random weights')
-    model.add_argument('--write-checkpoint', type=Path, metavar='DIR',
+    model.add_argument('--write-checkpoint', type=_folder, metavar='DIR',
                        help='write the random weights as a folder with safetensors, and end')
     model.add_argument('--shapes-only', action='store_true',
                        help='with --write-checkpoint: no weights, the engine makes them')
@@ -128,9 +133,9 @@ def _parser():
                      help='on a CPU; 0: torch chooses')
     how.add_argument('--peak-gb-s', type=float, default=0.0, metavar='GB_S',
                      help='peak bandwidth of the memory; 0 finds it out')
-    how.add_argument('--out', type=Path, default=Path('decode_bench_out'), metavar='DIR',
+    how.add_argument('--out', type=_folder, default=Path('decode_bench_out'), metavar='DIR',
                      help='folder of the results; what is there is not measured again')
-    how.add_argument('--models', type=Path, metavar='DIR',
+    how.add_argument('--models', type=_folder, metavar='DIR',
                      help='folder for random weights (default: OUT/models)')
     how.add_argument('--keep-checkpoints', action='store_true',
                      help='keep the random weights that were written')

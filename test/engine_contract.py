@@ -180,6 +180,37 @@ def check_device_times(loop):
         assert None not in times
 
 
+def check_the_protocol(loop):
+    """Hold what the decode loop does not show: the cache is cut as asked, and no further."""
+    engine, prompt = loop.engine, prompt_of(loop, 10)
+    loop.forget()
+    least, most = engine.chunk_tokens
+    assert 1 <= least <= most
+    for chunk in (prompt[:6], prompt[6:]) if least == 1 else (prompt,):
+        engine.feed(chunk)
+    first = engine.first(GREEDY, prompt).token_id
+    # A caller may cancel however many steps were announced.
+    second = engine.step(5).token_id
+    assert engine.rewind(len(prompt)) in (0, len(prompt))
+    assert engine.rewind(0) == 0
+    engine.feed([*prompt, first])
+    assert engine.first(GREEDY, [*prompt, first]).token_id == second
+    ids = [first, second, *(engine.step(remaining).token_id for remaining in (1, 0))]
+    assert engine.rewind(0) == 0
+    assert decode(loop, prompt, SamplingConfig(max_new_tokens=4)) == ids
+
+
+def check_the_chunks_of_a_prompt(loop):
+    """Hold that an answer does not depend on the chunks of its prompt."""
+    prompt = prompt_of(loop, 50)
+    answers = []
+    for chunk_ms in (0.0, 1e-6):
+        loop.forget()
+        answers.append(decode(DecodeLoop(loop.engine, chunk_ms), prompt))
+        loop.engine.rewind(0)
+    assert answers[0] == answers[1]
+
+
 def check_another_thread(loop):
     prompt = prompt_of(loop, 10)
     answers = [decode(loop, prompt)]

@@ -938,6 +938,16 @@ def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
     assert wrong in capsys.readouterr().err
 
 
+def test_a_home_in_a_path_is_expanded(monkeypatch, tmp_path):
+    """A shell leaves the ~ within an argument of the form --out=~/results alone."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    options = bench._parser().parse_args(
+        ['--out=~/results', '--models=~/models', '--write-checkpoint=~/one'])
+    assert options.out == tmp_path / 'results'
+    assert options.models == tmp_path / 'models'
+    assert options.write_checkpoint == tmp_path / 'one'
+
+
 @pytest.mark.parametrize('out', ['file', 'file/below'])
 def test_a_folder_of_results_that_can_not_be_made_is_named(out, capsys, tmp_path):
     (tmp_path / 'file').write_text('kept')

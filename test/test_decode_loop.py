@@ -2,6 +2,7 @@
 
 from engine_contract import CHECKS
 from engine_contract import decode
+from engine_contract import first_step
 from fake_engine import FakeEngine
 from fake_engine import forever
 from fake_engine import say
@@ -162,16 +163,57 @@ def test_a_chunk_that_fails_leaves_nothing_cached(fails_at):
     assert engine.fed == [1000 + index for index in range(150)]
 
 
-def test_a_step_that_fails_leaves_nothing_cached():
+@pytest.mark.parametrize('said', ['', 'ab'])
+def test_a_token_that_fails_leaves_nothing_cached(said):
+    """The first of an answer, or a later one."""
     def steps(ids):
-        yield from say('ab', end=False)
-        raise RuntimeError('broken')
+        yield from say(said, end=False)
+        if len(ids) == 3:
+            raise RuntimeError('broken')
+        yield from say('good')
 
-    engine = FakeEngine(steps)
-    loop = DecodeLoop(engine)
+    loop = DecodeLoop(FakeEngine(steps))
     with pytest.raises(RuntimeError, match='broken'):
         decode(loop, [1, 2, 3])
     assert loop.cached_ids == []
+    assert first_step(loop, [1, 2, 3, 4]).cached_tokens == 0
+
+
+def test_a_rewind_that_fails_leaves_nothing_cached():
+    engine = FakeEngine()
+    loop = DecodeLoop(engine)
+    decode(loop, [1, 2, 3])
+    engine.rewind = lambda length: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.forget(1)
+    assert loop.cached_ids == []
+
+
+@pytest.mark.parametrize(('length', 'limit', 'count'), [
+    (10, 3, 3), (10, 1, 1), (13, 99, 3), (15, 99, 1)])
+def test_it_ends_at_the_limit_and_where_the_context_is_full(length, limit, count):
+    """And announces no step beyond."""
+    asked = []
+
+    class Listening(FakeEngine):
+        def step(self, remaining):
+            asked.append(remaining)
+            return super().step(remaining)
+
+    loop = DecodeLoop(Listening(lambda ids: forever(), max_context=16))
+    prompt = list(range(1, length + 1))
+    assert len(decode(loop, prompt, SamplingConfig(max_new_tokens=limit))) == count
+    assert asked == list(reversed(range(count - 1)))
+
+
+def test_a_time_that_is_not_known_makes_none_of_the_sum():
+    class Untimed(FakeEngine):
+        def feed(self, token_ids):
+            super().feed(token_ids)
+
+    steps = list(DecodeLoop(Untimed(lambda ids: say('ab'))).stream(
+        [1, 2], SamplingConfig(max_new_tokens=2)))
+    assert [step.device_s for step in steps] == [None, 0.001]
 
 
 @pytest.mark.parametrize('place', [0, 2])
