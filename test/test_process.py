@@ -9,6 +9,7 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.ros.typed import unavailable
 import pytest
 import rclpy
 
@@ -35,6 +36,25 @@ if sys.argv[1] == 'told':
     os.environ['PHYSAI_DECODE_LAUNCHER'] = str(os.getpid())
 print(subprocess.Popen(sys.argv[2:]).pid, flush=True)
 time.sleep(60)
+"""
+CLIENT = """
+from physai_decode.ros.topics import stream_qos
+from physai_decode.ros.typed import Generate
+import rclpy
+from rclpy.action import ActionClient
+
+def wait(future):
+    rclpy.spin_until_future_complete(node, future)
+    return future.result()
+
+rclpy.init()
+node = rclpy.create_node('client')
+action = ActionClient(node, Generate, '/besieged/generate', goal_service_qos_profile=stream_qos(),
+                      result_service_qos_profile=stream_qos())
+action.wait_for_server()
+goals = [action.send_goal_async(Generate.Goal(prompt='x')) for _ in range(50)]
+results = [wait(wait(goal).get_result_async()).result for goal in goals]
+assert {result.finish_reason for result in results} == {'rejected'}
 """
 COMMAND = """
 import sys
@@ -127,6 +147,18 @@ def test_stopping_and_continuing_does_not_end_it(ears, start):
         time.sleep(0.3)
     assert process.poll() is None
     heard.next()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.skipif(bool(unavailable), reason=unavailable)
+def test_many_goals_at_once_do_not_end_it(ears, start):
+    """Their statuses come faster than they are sent, for `decode_node` sends in another thread."""
+    heard = ears('besieged')
+    process = start(named('besieged', '--log-level', 'fatal'))
+    heard.next()
+    clients = [start([sys.executable, '-c', CLIENT]) for _ in range(4)]
+    assert [client.wait(PATIENCE_S) for client in clients] == 4 * [0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
 

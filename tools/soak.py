@@ -1,15 +1,21 @@
 """
 Run the node for long, and count what could get lost.
 
-A node of its own process goes through lifecycle rounds, then answers requests in bursts, with
-cancels, refusals and, in the second half, preemptions among them. Every prompt must have exactly
-one ~/request_stats, every accepted one exactly one ~/response, ~/tokens joined must be ~/response,
-and the node's resident memory must stay flat. Prints what it saw; exit code 1 where any of it does
-not hold.
+A node of its own process, on the embedded engine, goes through lifecycle rounds; then four
+clients, each a process too, send requests at once through ``~/prompt``, ``~/request`` and, where
+it is built, ``~/generate``: right ones, twins of an id, wrong and oversize ones, with cancels by
+id, by goal and by service, transitions in between and, in the second half, preemptions. Every
+request must have exactly one result, under its own id and the next free number, every accepted one
+exactly one ~/accepted; tokens joined must be the text; the node's memory, threads and file
+descriptors must stay flat. Prints a table; exit code 1 where any of it does not hold.
 """
 
 import argparse
 from collections import Counter
+from collections import defaultdict
+import json
+import multiprocessing
+from multiprocessing.connection import Connection
 import os
 from pathlib import Path
 import random
@@ -17,73 +23,202 @@ import re
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
 from physai_decode.ros.topics import stream_qos
+from physai_decode.ros.typed import Generate
 from rcl_interfaces.srv import SetParameters
 import rclpy
+from rclpy.action import ActionClient
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-BURST = 64              # prompts at once
-QUEUE = 4               # of which this many may wait
+CLIENTS = 4
+BURST = 16              # requests of a client at once, at most
+QUEUE = 8               # of which this many may wait
+MAX_BYTES = 20_000      # of a request
 PATIENCE_S = 120.0      # against hangs
 FLAT = 0.03             # resident memory may grow by this fraction after the first tenth
+SPARE = 3               # threads that the node's executor may start later
 VERBS = ('bring', 'fetch', 'take', 'put')
 THINGS = ('cup', 'box', 'bottle', 'book')
+STATUS = {'stop': 4, 'length': 4, 'cancelled': 5}       # of a goal; any other end: 6
+DOORS = ('~/prompt', '~/request', '~/generate')
+
+
+class Sent(NamedTuple):
+    """What a client sent, and, of a goal, what it got."""
+
+    door: str
+    id: str | None              # that the result is to bear
+    wrong: bool                 # it must be refused
+    goal: tuple[int, int, str, str] | None = None   # status, request_id, finish reason, text
+
+
+class Client:
+    """Sends bursts; a process of its own."""
+
+    def __init__(self, name: str, pipe: Connection, seed: int) -> None:
+        self._name, self._pipe, self._count = name, pipe, 0
+        self._random = random.Random(f'{seed} {name}')
+        rclpy.init()
+        self._node = rclpy.create_node(f'client_{name}')
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self._node)
+        self._prompt = self._node.create_publisher(String, '/decode/prompt', stream_qos())
+        self._request = self._node.create_publisher(String, '/decode/request', stream_qos())
+        self._action = Generate and ActionClient(
+            self._node, Generate, '/decode/generate', goal_service_qos_profile=stream_qos(),
+            result_service_qos_profile=stream_qos(), cancel_service_qos_profile=stream_qos())
+        self._wait(lambda: self._prompt.get_subscription_count()
+                   and self._request.get_subscription_count()
+                   and (not Generate or self._action.server_is_ready()))
+        pipe.send(None)
+
+    def serve(self) -> None:
+        """Send a burst of each size that comes, and tell what was sent, until 0 comes."""
+        while size := self._pipe.recv():
+            sent = [self._send_one() for _ in range(size)]
+            goals = {index: self._result(future) for index, (_, future) in enumerate(sent)
+                     if future is not None}
+            self._pipe.send([each._replace(goal=goals.get(index))
+                             for index, (each, _) in enumerate(sent)])
+        rclpy.shutdown()
+
+    def _wait(self, done) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not done():
+            if time.monotonic() > end_s:
+                sys.exit(f'client {self._name}: no answer within {PATIENCE_S:g} s')
+            self._executor.spin_once(0.1)
+
+    def _result(self, future):
+        """Wait for a goal's result."""
+        self._wait(future.done)
+        later = future.result().get_result_async()
+        self._wait(later.done)
+        answer = later.result()
+        result = answer.result
+        return answer.status, result.request_id, result.finish_reason, result.text
+
+    def _send_one(self):
+        """Send one request; give what it was, and the future of its goal's handle."""
+        chance = self._random
+        door = chance.choice(DOORS if Generate else DOORS[:2])
+        text = f'{chance.choice(VERBS)} the {chance.choice(THINGS)} {chance.randrange(1000)}'
+        if chance.random() < 0.5:
+            time.sleep(0.01 * chance.random())
+        if door == '~/prompt':
+            text = chance.choice(('', 'x' * (MAX_BYTES + 1))) if chance.random() < 0.05 else text
+            self._prompt.publish(String(data=text))
+            return Sent(door, None, len(text) > MAX_BYTES or not text), None
+        if chance.random() > 0.05:              # else a twin of the one before
+            self._count += 1
+        id_ = f'{self._name}-{self._count}'
+        fields = {'id': id_, 'prompt': text} if chance.random() < 0.7 else {
+            'id': id_, 'messages': [{'role': 'user', 'content': text}]}
+        fields.update(chance.choice((
+            {}, {}, {'temperature': 0.8, 'seed': -1}, {'max_tokens': 3}, {'stop': ['"', 'x']},
+            {'deadline': {'request_ms': 5.0, 'action': 'truncate'}})))
+        wrong = chance.random() < 0.1
+        if wrong:
+            fields.update(chance.choice((
+                {'temperature': 10**400}, {'top': 1}, {'deadline': {'\ud800': 1}}, {'seed': 1.5},
+                {'prompt': '', 'messages': None}, {'messages': []}, {'id': '\n'},
+                {'chat_template_kwargs': {'a': [1]}}, {'stop': ['x' * MAX_BYTES]})))
+        elif chance.random() < 0.02:            # too long for the model, if it has its turn
+            fields.update(messages=[{'role': 'user', 'content': 'x' * (MAX_BYTES - 1000)}])
+            fields.pop('prompt', None)
+        known = None if fields['id'] == '\n' or len(json.dumps(fields)) > MAX_BYTES else id_
+        if door == '~/request':
+            data = json.dumps(fields)
+            if chance.random() < 0.03:
+                data, known, wrong = data[:-1], None, True
+            self._request.publish(String(data=data))
+            if chance.random() < 0.15:
+                back = chance.randrange(3)
+                self._request.publish(String(data=json.dumps({
+                    'id': f'{self._name}-{max(self._count - back, 1)}', 'cancel': True})))
+            return Sent(door, known, wrong), None
+        typed = {'id': fields.pop('id'), 'prompt': fields.pop('prompt', '')}
+        if 'messages' in fields:
+            typed['messages_json'] = json.dumps(fields.pop('messages'))
+        future = self._action.send_goal_async(
+            Generate.Goal(**typed, options_json=json.dumps(fields) if fields else ''))
+        if chance.random() < 0.15:
+            future.add_done_callback(lambda done: done.result().cancel_goal_async())
+        known = None if typed['id'] == '\n' else id_
+        return Sent(door, known, wrong), future
 
 
 class Probe:
     """Talks to the node and keeps what it says until it is counted."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, pid: int, clients: list[Connection]) -> None:
+        self._process, self._clients = Path(f'/proc/{pid}'), clients
         self._node = rclpy.create_node('soak')
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self._node)
+        self.last = 0                           # number of the last request
+        self.sent, self.reasons = Counter(), Counter()      # by door; by finish reason
         self.tokens: list[str] = []
         self.responses: list[str] = []
-        self.pieces: dict[str, str] = {}
-        self.ends: list[dict[str, str]] = []
-        self._node.create_subscription(
-            String, '/decode/tokens', lambda message: self.tokens.append(message.data),
-            stream_qos())
-        self._node.create_subscription(
-            DiagnosticArray, '/decode/token_stats', self._on_token, stream_qos())
-        self._node.create_subscription(
-            String, '/decode/response', lambda message: self.responses.append(message.data),
-            stream_qos())
-        self._node.create_subscription(
-            DiagnosticArray, '/decode/request_stats', self._on_request, stream_qos())
-        self._prompt = self._node.create_publisher(String, '/decode/prompt', stream_qos())
-        self._clients = {
+        self.pieces: dict[int, list[str]] = defaultdict(list)
+        self.stats: list[dict[str, str]] = []
+        self.accepted: list[dict] = []
+        self.results: list[dict] = []
+
+        def subscribe(kind, topic, callback):
+            self._node.create_subscription(kind, f'/decode/{topic}', callback, stream_qos())
+
+        subscribe(String, 'tokens', lambda message: self.tokens.append(message.data))
+        subscribe(DiagnosticArray, 'token_stats', self._on_token)
+        subscribe(String, 'response', lambda message: self.responses.append(message.data))
+        subscribe(DiagnosticArray, 'request_stats',
+                  lambda message: self.stats.append(_values(message)))
+        subscribe(String, 'accepted', lambda message: self.accepted.append(_read(message)))
+        subscribe(String, 'result', lambda message: self.results.append(_read(message)))
+        self._services = {
             name: self._node.create_client(kind, f'/decode/{name}') for name, kind in (
                 ('change_state', ChangeState), ('cancel', Trigger),
                 ('set_parameters', SetParameters))}
-        for client in self._clients.values():
-            if not client.wait_for_service(PATIENCE_S):
+        for service in self._services.values():
+            if not service.wait_for_service(PATIENCE_S):
                 sys.exit('the node did not come up')
-        self.wait(self._prompt.get_subscription_count)
+        self.wait(lambda: all(self._node.count_publishers(f'/decode/{topic}') for topic in (
+            'tokens', 'token_stats', 'response', 'request_stats', 'accepted', 'result')))
+        for client in clients:
+            self.hear(client)
 
     def wait(self, done) -> None:
         """Serve callbacks until something is so."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             if time.monotonic() > end_s:
-                sys.exit(f'no answer from the node within {PATIENCE_S:g} s; so far: {self.ends}')
-            rclpy.spin_once(self._node, timeout_sec=0.1)
+                sys.exit(f'no answer from the node within {PATIENCE_S:g} s; since the last burst '
+                         f'{len(self.results)} results, {len(self.accepted)} accepted')
+            self._executor.spin_once(0.02)
+
+    def hear(self, client: Connection):
+        """Wait for what a client says."""
+        self.wait(client.poll)
+        return client.recv()
 
     def serve(self, seconds: float) -> None:
         """Serve callbacks for a while."""
         end_s = time.monotonic() + seconds
         while (left_s := end_s - time.monotonic()) > 0:
-            rclpy.spin_once(self._node, timeout_sec=left_s)
+            self._executor.spin_once(left_s)
 
     def call(self, name, request):
         """Call a service of the node."""
-        future = self._clients[name].call_async(request)
+        future = self._services[name].call_async(request)
         self.wait(future.done)
         return future.result()
 
@@ -104,56 +239,112 @@ class Probe:
             if not result.successful:
                 sys.exit(result.reason)
 
-    def send(self, text: str) -> None:
-        """Send a prompt."""
-        self._prompt.publish(String(data=text))
-
     def cancel(self) -> None:
         """Cancel what runs and waits."""
         self.call('cancel', Trigger.Request())
 
-    def resident_mb(self) -> float:
-        """Give the node's resident memory."""
-        text = Path(f'/proc/{self._pid}/status').read_text()
-        return int(re.search(r'VmRSS:\s*(\d+) kB', text)[1]) / 1e3
+    def burst(self, sizes: list[int], meanwhile=lambda: None) -> list[str]:
+        """Have each client send so many requests; give what was wrong."""
+        asked = [client for client, size in zip(self._clients, sizes, strict=True) if size]
+        for client, size in zip(self._clients, sizes, strict=True):
+            if size:
+                client.send(size)
+        meanwhile()
+        sent = [each for client in asked for each in self.hear(client)]
+        self.wait(lambda: len(self.results) >= len(sent))
+        texts = [result['choices'][0]['message']['content'] for result in self.results]
+        heard = [result for result in self.results if result['physai']['total_ms'] is not None]
+        output = sum(result['usage']['completion_tokens'] for result in self.results)
+        self.wait(lambda: len(self.stats) >= len(sent) and len(self.accepted) >= len(heard)
+                  and len(self.tokens) >= output
+                  and sum(map(len, self.pieces.values())) >= output
+                  and sum(map(len, self.responses)) >= sum(map(len, texts)))
+        self.serve(0.0)
+        wrong = self._check(sent)
+        self.last += len(sent)
+        self.sent.update(each.door for each in sent)
+        self.reasons.update(result['physai']['finish_reason'] for result in self.results)
+        for kept in (self.tokens, self.responses, self.pieces, self.stats, self.accepted,
+                     self.results):
+            kept.clear()
+        return wrong
+
+    def _check(self, sent: list[Sent]) -> list[str]:
+        wrong = []
+
+        def equal(what, one, other):
+            if one != other:
+                wrong.append(f'{what}: {one} and {other}')
+
+        results = {result['physai']['request_id']: result for result in self.results}
+        reasons = {number: result['physai']['finish_reason'] for number, result in results.items()}
+        texts = {number: result['choices'][0]['message']['content']
+                 for number, result in results.items()}
+        equal('numbers', sorted(result['physai']['request_id'] for result in self.results),
+              [*range(self.last + 1, self.last + 1 + len(sent))])
+        equal('ids', Counter(result['id'] for result in self.results),
+              Counter(each.id for each in sent))
+        equal('request_stats', sorted(
+            (int(each['request_id']), each['client_id'], each['finish_reason'])
+            for each in self.stats), sorted(
+                (number, result['id'] or 'n/a', reasons[number])
+                for number, result in results.items()))
+        equal('accepted', sorted((each['request_id'], each['id'] or '') for each in self.accepted),
+              sorted((number, result['id'] or '') for number, result in results.items()
+                     if result['physai']['total_ms'] is not None))
+        equal('tokens', ''.join(self.tokens), ''.join(self.responses))
+        equal('responses', sorted(self.responses), sorted(
+            text for number, text in texts.items() if reasons[number] != 'rejected'))
+        for number, text in texts.items():
+            pieces = self.pieces.get(number, [])
+            equal(f'pieces of {number}', (len(pieces), ''.join(pieces)),
+                  (results[number]['usage']['completion_tokens'], text))
+        refused = Counter(result['id'] for number, result in results.items()
+                          if reasons[number] == 'rejected')
+        for id_, count in Counter(each.id for each in sent if each.wrong).items():
+            if refused[id_] < count:
+                wrong.append(f'{count} wrong requests of id {id_}, {refused[id_]} refused')
+        for each in sent:
+            if each.goal is not None:
+                status, number, reason, text = each.goal
+                equal(f'goal {each.id}', each.goal, (
+                    # What others cancelled was not cancelled by the goal's client.
+                    status if (status, reason) == (6, 'cancelled') else STATUS.get(reason, 6),
+                    number, reasons.get(number), texts.get(number)))
+                equal(f'id of goal {number}', results[number]['id'], each.id)
+        return wrong
+
+    def figures(self) -> tuple[float, int, int]:
+        """Give the node's resident memory in MB, its threads and its file descriptors."""
+        text = (self._process / 'status').read_text()
+        return (int(re.search(r'VmRSS:\s*(\d+) kB', text)[1]) / 1e3,
+                int(re.search(r'Threads:\s*(\d+)', text)[1]),
+                len(os.listdir(self._process / 'fd')))
 
     def close(self) -> None:
-        """Leave ROS."""
+        """Leave ROS, and have the clients leave."""
+        for client in self._clients:
+            client.send(0)
         self._node.destroy_node()
 
     def _on_token(self, message):
-        status = message.status[0]
-        self.pieces[status.values[0].value] = self.pieces.get(
-            status.values[0].value, '') + status.message
-
-    def _on_request(self, message):
-        self.ends.append({pair.key: pair.value for pair in message.status[0].values})
+        values = _values(message)
+        self.pieces[int(values['request_id'])].append(message.status[0].message)
 
 
-def burst(probe: Probe, chance: random.Random, count: int, cancels: bool) -> list[str]:
-    """Send prompts at once, perhaps cancel, wait for all to end; give what was wrong."""
-    for _ in range(count):
-        probe.send('' if chance.random() < 0.03 else
-                   f'{chance.choice(VERBS)} the {chance.choice(THINGS)} {chance.randrange(1000)}')
-    if cancels and chance.random() < 0.3:
-        probe.serve(chance.random() * 0.05)
-        probe.cancel()
-    probe.wait(lambda: len(probe.ends) >= count)
-    accepted = [end for end in probe.ends if end['finish_reason'] != 'rejected']
-    probe.wait(lambda: len(probe.responses) >= len(accepted)
-               and len(probe.tokens) >= sum(int(end['output_tokens']) for end in accepted)
-               and sum(map(len, probe.pieces.values())) >= sum(map(len, probe.responses)))
-    wrong = []
-    if len({end['request_id'] for end in probe.ends}) != count:
-        wrong.append(f'{count} prompts, ends of {[end["request_id"] for end in probe.ends]}')
-    if len(probe.responses) != len(accepted):
-        wrong.append(f'{len(accepted)} accepted, {len(probe.responses)} responses')
-    if ''.join(probe.tokens) != ''.join(probe.responses):
-        wrong.append(f'tokens {probe.tokens} are not responses {probe.responses}')
-    for end, response in zip(accepted, probe.responses):
-        if probe.pieces.get(end['request_id'], '') != response:
-            wrong.append(f'pieces of request {end["request_id"]} are not {response!r}')
-    return wrong
+def _values(message) -> dict[str, str]:
+    return {pair.key: pair.value for pair in message.status[0].values}
+
+
+def _read(message) -> dict:
+    def refuse(text):
+        raise ValueError(f'{text} is no JSON')
+    return json.loads(message.data, parse_constant=refuse)
+
+
+def client(name: str, pipe: Connection, seed: int) -> None:
+    """Be a client."""
+    Client(name, pipe, seed).serve()
 
 
 def grown(history: list[float]) -> float:
@@ -167,8 +358,8 @@ def grown(history: list[float]) -> float:
 def main() -> int:
     """Run both parts and print what came of them."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('--rounds', type=int, default=300, help='lifecycle rounds (%(default)s)')
-    parser.add_argument('--requests', type=int, default=5000, help='requests (%(default)s)')
+    parser.add_argument('--rounds', type=int, default=100, help='lifecycle rounds (%(default)s)')
+    parser.add_argument('--requests', type=int, default=10000, help='requests (%(default)s)')
     parser.add_argument('--tokens', type=int, default=16, help='tokens an answer (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of what is sent (%(default)s)')
     arguments = parser.parse_args()
@@ -176,11 +367,20 @@ def main() -> int:
     node = subprocess.Popen(
         [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--log-level', 'fatal',
          '-p', 'autostart:=false', '-p', f'queue.size:={QUEUE}',
+         '-p', f'queue.max_request_bytes:={MAX_BYTES}',
          '-p', f'sampling.max_new_tokens:={arguments.tokens}'])
+    processes, pipes = [], []
+    spawn = multiprocessing.get_context('spawn')
+    for name in 'abcdefgh'[:CLIENTS]:
+        mine, its = spawn.Pipe()
+        pipes.append(mine)
+        processes.append(spawn.Process(target=client, args=(name, its, arguments.seed)))
+        processes[-1].daemon = True
+        processes[-1].start()
     rclpy.init()
     failures = []
     try:
-        probe = Probe(node.pid)
+        probe = Probe(node.pid, pipes)
         failures += rounds(probe, arguments.rounds)
         failures += requests(probe, arguments.requests, random.Random(arguments.seed))
         probe.close()
@@ -190,60 +390,70 @@ def main() -> int:
         rclpy.shutdown()
     if code:
         failures.append(f'the node ended with {code}')
-    for failure in failures:
-        print('FAILED:', failure)
+    for failure in failures[:20]:
+        print('FAILED:', failure[:2000])
     print('all well' if not failures else f'{len(failures)} failures')
     return 1 if failures else 0
 
 
 def rounds(probe: Probe, count: int) -> list[str]:
-    """Go through the lifecycle, with one request a round."""
-    memory, wrong, begin_s = [], [], time.monotonic()
-    for index in range(count):
+    """Go through the lifecycle, with one request a client and round."""
+    history, wrong, begin_s = [], [], time.monotonic()
+    for _ in range(count):
         probe.change('configure', 'activate')
-        wrong += burst(probe, random.Random(index), 1, cancels=False)
-        forget(probe)
+        wrong += probe.burst([1] * CLIENTS)
         probe.change('deactivate', 'cleanup')
-        memory.append(probe.resident_mb())
-    if count:
-        wrong += told(f'{count} lifecycle rounds', memory, begin_s)
-    return wrong
+        history.append(probe.figures())
+    return wrong + told(f'{count} lifecycle rounds', history, begin_s)
 
 
 def requests(probe: Probe, count: int, chance: random.Random) -> list[str]:
     """Send bursts under both policies."""
-    memory, wrong, begin_s, reasons, sent = [], [], time.monotonic(), Counter(), 0
+    history, wrong, begin_s, first = [], [], time.monotonic(), probe.last
+
+    def meanwhile():
+        """Do to the node what befalls it while it answers."""
+        what = chance.random()
+        probe.serve(0.1 * chance.random())
+        if what < 0.1:
+            probe.cancel()
+        elif what < 0.13:
+            probe.change('deactivate')
+            probe.serve(0.05 * chance.random())
+            probe.change('activate')
+        elif what < 0.2:
+            probe.set(sampling__temperature=chance.choice((0.0, 0.7)),
+                      deadline__token_ms=chance.choice((0.0, 1.0)))
+
     for policy, share in (('reject', count // 2), ('preempt', count)):
         probe.set(queue__policy=policy)
         probe.change('configure', 'activate')
-        while sent < share:
-            size = min(chance.randint(1, BURST), share - sent)
-            wrong += burst(probe, chance, size, cancels=True)
-            reasons.update(end['finish_reason'] for end in probe.ends)
-            sent += size
-            forget(probe)
-            memory.append(probe.resident_mb())
+        while (left := share - (probe.last - first)) > 0:
+            sizes = [min(chance.randint(1, BURST), left // CLIENTS) for _ in range(CLIENTS)]
+            wrong += probe.burst(sizes if any(sizes) else [left, *[0] * (CLIENTS - 1)], meanwhile)
+            history.append(probe.figures())
         probe.change('deactivate', 'cleanup')
-    if count:
-        print(f'{sent} requests: ' + ', '.join(f'{n} {reason}' for reason, n in
-                                               reasons.most_common()))
-        wrong += told(f'{count} requests', memory, begin_s)
+    for counts in (probe.sent, probe.reasons):
+        print(', '.join(f'{number} {name}' for name, number in counts.most_common()))
+    return wrong + told(f'{count} requests', history, begin_s)
+
+
+def told(what: str, history: list[tuple[float, int, int]], begin_s: float) -> list[str]:
+    """Print what a part took of the machine; give what is not flat."""
+    if not history:
+        return []
+    print(f'{what} in {time.monotonic() - begin_s:.0f} s')
+    print(f'  {"of the node":<24} {"first":>8} {"a tenth":>8} {"last":>8}')
+    tenth, wrong = max(len(history) // 10, 1), []
+    for index, name in enumerate(('resident memory, MB', 'threads', 'file descriptors')):
+        values = [each[index] for each in history]
+        print(f'  {name:<24} {values[0]:8.0f} {values[tenth - 1]:8.0f} {values[-1]:8.0f}')
+        if index == 0 and grown(values) > FLAT:
+            wrong.append(f'{what}: {name} grew by {100 * grown(values):.1f} % after a tenth')
+        if index > 0 and max(values[-tenth:]) > max(values[:2 * tenth]) + SPARE:
+            wrong.append(f'{what}: {name} grew to {values[-1]}')
+    sys.stdout.flush()
     return wrong
-
-
-def told(what: str, memory: list[float], begin_s: float) -> list[str]:
-    """Print a part's time and memory; give what is wrong with the memory."""
-    growth = grown(memory)
-    print(f'{what} in {time.monotonic() - begin_s:.0f} s; resident memory of the node '
-          f'{memory[0]:.0f} MB at first, {memory[len(memory) // 10]:.0f} MB after a tenth, '
-          f'{memory[-1]:.0f} MB at the end ({100 * growth:+.1f} % since)', flush=True)
-    return [f'{what}: memory grew by {100 * growth:.1f} %'] if growth > FLAT else []
-
-
-def forget(probe: Probe) -> None:
-    """Begin to count anew."""
-    for kept in (probe.tokens, probe.responses, probe.pieces, probe.ends):
-        kept.clear()
 
 
 if __name__ == '__main__':

@@ -35,9 +35,12 @@ from rclpy.action.server import RCLError
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
+from rclpy.qos import QoSDurabilityPolicy
+from rclpy.qos import QoSProfile
 
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
+STATUS_DEPTH = 10               # a status tells of all goals, so the last one is enough
 LINGER_S = 0.05                 # until rclpy has sent a result that it was given
 SUCCEEDED = ('stop', 'length')  # finish reasons
 
@@ -68,13 +71,17 @@ class GenerateServer:
         self._work = threading.Event()              # there is something to send, or to close
         self._hurry = threading.Event()             # and it can't wait for the period's end
         self._closed = False
-        # rclpy's own depth of 10 would lose goals that come at once, and feedback.
+        # rclpy's own depth of 10 would lose goals that come at once, and feedback. With its depth
+        # of 1 for the status, Fast DDS that sends in a thread of its own was seen to refuse one
+        # that comes right after another, where several processes listen; rclpy raises then.
         self._server = _Server(
             node, Generate, '~/generate', self._never,
             callback_group=MutuallyExclusiveCallbackGroup(),
             handle_accepted_callback=self._begin, cancel_callback=self._cancel,
             goal_service_qos_profile=stream_qos(), result_service_qos_profile=stream_qos(),
             cancel_service_qos_profile=stream_qos(), feedback_pub_qos_profile=stream_qos(),
+            status_pub_qos_profile=QoSProfile(
+                depth=STATUS_DEPTH, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL),
             **arguments)
         self._thread = threading.Thread(target=self._send, name='generate', daemon=True)
         self._thread.start()
