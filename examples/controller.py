@@ -22,6 +22,7 @@ from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
 LATE_IN_A_ROW = 3
+ROUND_S, PATIENCE_S = 0.02, 1.0         # to look for a subscriber of ~/action
 
 
 class Controller(Node):
@@ -30,9 +31,11 @@ class Controller(Node):
     def __init__(self, command: str) -> None:
         super().__init__('controller')
         self.id, self.command, self.late, self.outcome = str(uuid.uuid4()), command, 0, ''
+        self.has_model, self.rounds = False, 0
         self.token_ms = self.number('token_ms', 100.0)
         self.create_timer(self.number('plan_s', 10.0), lambda: self.end('hold: no plan in time'))
         self.action = self.create_publisher(String, '~/action', 100)
+        self.create_timer(ROUND_S, self.ask)
         self.request = self.create_publisher(String, '/decode/request', 10)
         self.create_subscription(
             DiagnosticArray, '/decode/token_stats', self.on_token, stream_qos())
@@ -47,7 +50,13 @@ class Controller(Node):
         return float(self.declare_parameter(name, default, either).value)
 
     def on_model(self, info):
-        if info.status[0].values[0].value != NOT_KNOWN and self.command is not None:
+        self.has_model = info.status[0].values[0].value != NOT_KNOWN
+
+    def ask(self):
+        # An action that is sent before its subscriber was found would be lost.
+        self.rounds += 1
+        heard = self.action.get_subscription_count() or self.rounds > PATIENCE_S / ROUND_S
+        if self.has_model and heard and self.command is not None:
             self.send(prompt=self.command)
             self.command = None
 
