@@ -62,14 +62,17 @@ def main():
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
                  GROUP=128, ZEROS=True)
-        build(kernels._prepare, out=half, K=3584, BLOCK=1024, NORM=True, ORDERED=True)
+        build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
         for norm in (True, False):
-            build(kernels._attend, warps=1, KV_HEADS=4, GROUP=7, PADDED=16, D=128, DIMS=128,
-                  SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
+            build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=128,
+                  DIMS=128, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
         for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
-            build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
-                  ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages, NORM=gated,
-                  GATED=gated, ADD=not gated, BIAS=gated)
+            made = build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
+                         ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages,
+                         NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+            if early:
+                ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
+                assert 'evict_first' in ahead
         for gated, zeros in ((True, False), (False, True)):
             for warps, stages in ((4, 1), (4, 3), (1, 1)):
                 made = build(

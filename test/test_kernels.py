@@ -234,7 +234,7 @@ def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False):
 
 def stand_in(products, step=lambda: None):
     """Give what `TritonOps.tune` asks of a transformer."""
-    return SimpleNamespace(products=lambda: products, step=step, max_context=1000,
+    return SimpleNamespace(products=lambda: products, attention=[], step=step, max_context=1000,
                            position=torch.zeros(1, dtype=torch.int64), keys=torch.zeros(1))
 
 

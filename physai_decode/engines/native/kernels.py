@@ -72,6 +72,39 @@ def _silu(x):
 
 
 @triton.jit
+def _weights(row, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load a tile of a dense weight, from column ``k`` on."""
+    if K % COLUMNS == 0:
+        return tl.load(row + k, eviction_policy='evict_first')
+    else:
+        return tl.load(row + k, mask=(k + columns < K)[None, :], other=0.0,
+                       eviction_policy='evict_first')
+
+
+@triton.jit
+def _vector(x, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load a tile's part of a vector [K] as float32."""
+    if K % COLUMNS == 0:
+        return tl.load(x + k + columns).to(tl.float32)
+    else:
+        return tl.load(x + k + columns, mask=k + columns < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
+                COLUMNS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):
+    """Add the products of a tile with ``x`` from column ``k`` on, and the squares of ``x``."""
+    v = _vector(x, columns, k, K, COLUMNS)
+    if NORM:
+        squares += v * v
+        v *= _vector(gain, columns, k, K, COLUMNS)
+    sums += w.to(tl.float32) * v[None, :]
+    if GATED:
+        more += u.to(tl.float32) * v[None, :]
+    return sums, more, squares
+
+
+@triton.jit
 def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constexpr,
            COLUMNS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
            ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
@@ -80,34 +113,28 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
     columns = tl.arange(0, COLUMNS)
     # Rows past the end read the last row again: no mask in the loop.
     row = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K + columns[None, :]
-    if EARLY:
-        gdc_wait()
+    up_row = row
+    if GATED:
+        up_row += n.to(tl.int64) * K
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     more = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
-    for k in tl.range(0, K, COLUMNS, num_stages=STAGES):
-        if K % COLUMNS == 0:
-            w = tl.load(row + k, eviction_policy='evict_first')
-            if GATED:
-                u = tl.load(row + n.to(tl.int64) * K + k, eviction_policy='evict_first')
-            v = tl.load(x + k + columns).to(tl.float32)
-            if NORM:
-                g = tl.load(gain + k + columns).to(tl.float32)
-        else:
-            inside = k + columns < K
-            w = tl.load(row + k, mask=inside[None, :], other=0.0, eviction_policy='evict_first')
-            if GATED:
-                u = tl.load(row + n.to(tl.int64) * K + k, mask=inside[None, :], other=0.0,
-                            eviction_policy='evict_first')
-            v = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
-            if NORM:
-                g = tl.load(gain + k + columns, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares += v * v
-            v *= g
-        sums += w.to(tl.float32) * v[None, :]
+    # The first tile is requested while the kernel before still runs.
+    w = _weights(row, columns, 0, K, COLUMNS)
+    u = w
+    if GATED:
+        u = _weights(up_row, columns, 0, K, COLUMNS)
+    if EARLY:
+        gdc_wait()
+    sums, more, squares = _multiplied(
+        sums, more, squares, w, u, x, gain, columns, 0, K, COLUMNS, NORM, GATED)
+    for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
+        w = _weights(row, columns, k, K, COLUMNS)
+        u = w
         if GATED:
-            more += u.to(tl.float32) * v[None, :]
+            u = _weights(up_row, columns, k, K, COLUMNS)
+        sums, more, squares = _multiplied(
+            sums, more, squares, w, u, x, gain, columns, k, K, COLUMNS, NORM, GATED)
     if EARLY:
         gdc_launch_dependents()
     square = tl.sum(squares)
@@ -336,30 +363,28 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
 
 
 @triton.jit
-def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, BLOCK: tl.constexpr,
-             NORM: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
+def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.constexpr,
+             BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
     """
     Write ``x`` [K] normalised, in the order of a weight's columns, and the sums of every 8.
 
-    BLOCK columns a program.
+    BLOCK columns a program; WIDE is K rounded up to a power of two.
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
     source = columns
     if ORDERED:
         source = tl.load(order + columns, mask=inside, other=0)
+    if NORM:
+        scale = tl.load(gain + source, mask=inside, other=0.0).to(tl.float32)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     v = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        squares = tl.zeros((BLOCK,), tl.float32)
-        for k in tl.static_range(0, K, BLOCK):
-            each = k + tl.arange(0, BLOCK)
-            w = tl.load(x + each, mask=each < K, other=0.0)
-            squares += w * w
-        v *= tl.load(gain + source, mask=inside, other=0.0).to(tl.float32)
-        v *= tl.rsqrt(tl.sum(squares) / K + eps)
+        every = tl.arange(0, WIDE)
+        whole = tl.load(x + every, mask=every < K, other=0.0)
+        v *= scale * tl.rsqrt(tl.sum(whole * whole) / K + eps)
     rounded = v.to(out.dtype.element_ty)
     tl.store(out + columns, rounded, mask=inside)
     eighths = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
@@ -515,10 +540,22 @@ TUNING_CONTEXT = 8192   # tokens; layouts are timed behind half as many, if ther
 # What was fast for one shape or another; see docs/performance.md. The first fits every chip.
 DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
-    (8, 256, 2, 1), (8, 256, 2, 4), (8, 256, 2, 6), (8, 256, 4, 1), (8, 512, 2, 1),
-    (8, 512, 4, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 256, 8, 1)))
+    (8, 256, 2, 4), (8, 256, 4, 1), (8, 512, 2, 1), (16, 256, 8, 1), (4, 1024, 4, 1),
+    (2, 1024, 4, 1), (1, 2048, 4, 1), (2, 2048, 4, 1), (2, 2048, 8, 1), (4, 2048, 4, 1),
+    (4, 2048, 8, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
-    (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3)))
+    (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How attention is laid out: programs for each of 128 processors or so, warps a program."""
+
+    programs: int
+    warps: int
+
+
+SHARING_CHOICES = tuple(Sharing(*each) for each in ((2, 1), (4, 1), (1, 4), (2, 4), (2, 2)))
 
 
 class TritonOps(TorchOps):
@@ -539,6 +576,7 @@ class TritonOps(TorchOps):
         self._programs = 2 ** int(math.log2(self._processors))
         self._splits = splits
         self._choices: dict[Shape, Choice] = {}
+        self._sharings: dict[tuple[int, ...], Sharing] = {}     # by the attention's shape
         self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
         self._current: set[int] = set()     # addresses of the vectors whose sums are up to date
@@ -567,7 +605,9 @@ class TritonOps(TorchOps):
         group = layer.heads // layer.kv_heads
         padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
-        splits = self._splits or max(1, 2 * self._programs // triton.next_power_of_2(kv_heads))
+        sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
+        splits = self._splits or max(
+            1, sharing.programs * self._programs // triton.next_power_of_2(kv_heads))
         parts = [self._take(f'attention {part}', layer.heads * splits * width, torch.float32)
                  for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
         _attend[(kv_heads, splits)](
@@ -577,7 +617,7 @@ class TritonOps(TorchOps):
             *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
-            **self._launch(1))
+            **self._launch(sharing.warps))
         _join[(layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             EARLY=self._early, **self._launch(1))
@@ -600,27 +640,31 @@ class TritonOps(TorchOps):
             str(transformer.keys.dtype), f'at {place}')))
         transformer.position.fill_(place)
         for name, product in transformer.products():
-            shape = _shape(*product)
-            if shape in self._choices:
-                continue
-            kept = cache.get(str(shape))
-            choice = next((c for c in _choices(shape) if list(astuple(c)) == kept), None)
-            if choice is None:
-                progress(f'tuning the kernel for {name}')
-                choice = self._fastest(shape, transformer.step)
-                cache.put(str(shape), list(astuple(choice)))
-            self._choices[shape] = choice
+            self._tune(name, _shape(*product), self._choices, _choices(_shape(*product)), cache,
+                       transformer.step, progress)
+        for layer in transformer.attention:
+            self._tune('attention', _heads(layer), self._sharings, SHARING_CHOICES, cache,
+                       transformer.step, progress)
         transformer.position.zero_()
 
-    def _fastest(self, shape, step):
-        times = {}
-        for choice in _choices(shape):
-            self._choices[shape] = choice
-            try:
-                times[choice] = timed(step)
-            except triton.runtime.errors.OutOfResources:
-                continue     # this chip has too little shared memory for it
-        return min(times, key=times.__getitem__)
+    def _tune(self, name, shape, chosen, choices, cache, step, progress):
+        """Choose one kernel's layout, where that is not done."""
+        if shape in chosen:
+            return
+        kept = cache.get(str(shape))
+        choice = next((each for each in choices if list(astuple(each)) == kept), None)
+        if choice is None:
+            progress(f'tuning the kernel for {name}')
+            times = {}
+            for each in choices:
+                chosen[shape] = each
+                try:
+                    times[each] = timed(step)
+                except triton.runtime.errors.OutOfResources:
+                    continue     # this chip has too little shared memory for it
+            choice = min(times, key=times.__getitem__)
+            cache.put(str(shape), list(astuple(choice)))
+        chosen[shape] = choice
 
     def _product(self, x, weight, out, gain, eps, add, gated):
         shape = _shape(weight, gain, gated)
@@ -662,10 +706,11 @@ class TritonOps(TorchOps):
     def _prepared(self, x, weight, gain, eps):
         k = weight.in_features
         out = self._take('prepared', k, x.dtype if gain is None else gain.dtype)
-        _prepare[(triton.cdiv(k, 1024),)](
+        _prepare[(triton.cdiv(k, 512),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out,
-            self._sums(out), eps, K=k, BLOCK=1024, NORM=gain is not None,
-            ORDERED=weight.order is not None, EARLY=self._early, **self._launch(4))
+            self._sums(out), eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
+            NORM=gain is not None, ORDERED=weight.order is not None, EARLY=self._early,
+            **self._launch(8))
         return out
 
     def _sums(self, vector):
@@ -698,6 +743,11 @@ def _shape(weight, gain, gated):
     kind = f'int4-g{weight.group_size}' if isinstance(weight, Int4) else str(
         weight.weight.dtype).removeprefix('torch.')
     return Shape(n, k, kind, gated, gain is not None)
+
+
+def _heads(layer):
+    """Give what attention's layout is chosen by."""
+    return layer.heads, layer.kv_heads, layer.head_dim, layer.window
 
 
 def _choices(shape):
