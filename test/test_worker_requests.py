@@ -293,6 +293,21 @@ def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
     assert bool(read) != refused
 
 
+def test_cancel_is_heard_while_a_prompt_is_encoded(make):
+    class Endless(CharacterText):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+            begun.set()
+            while True:
+                go_on()
+
+    begun = threading.Event()
+    worker, sink = make(text=Endless())
+    number = worker.submit(Request('a'))
+    assert begun.wait(TIMEOUT_S)
+    worker.cancel(number)
+    assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
 def test_cancel_is_heard_between_two_encodings(make):
     class Slow(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, go_on=None):
