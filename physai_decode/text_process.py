@@ -72,8 +72,8 @@ class TextProcess:
         """
         from tokenizers import Tokenizer
 
-        size = sum(path.stat().st_size
-                   for path in {path for name in FILES for path in Path(folder).glob(name)})
+        files = {path for name in FILES for path in Path(folder).glob(name)}
+        size = sum(path.stat().st_size for path in files if path.is_file())
         if size > MAX_FILE_BYTES:
             raise TextError(
                 f"no tokenizer can be loaded from {folder}: its tokenizer's files hold "

@@ -116,6 +116,7 @@ def test_a_decoder_with_a_regular_expression_is_refused(make):
 
 
 def test_files_that_are_too_large_are_refused_unread(make, folder):
+    (folder / 'vocab.txt').symlink_to('nowhere')
     (folder / 'vocab.json').touch()
     os.truncate(folder / 'vocab.json', 200_000_000)
     with pytest.raises(TextError, match=f'{folder}.* hold 200 MB, and 100 MB are allowed'):
