@@ -47,11 +47,11 @@ class Detokenizer(Protocol):
 
 
 class TextCoder(Protocol):
-    """What turns messages into ids; see ``physai_decode.text.Text``."""
+    """What turns messages into ids; see ``physai_decode.text_process.TextProcess``."""
 
-    def encode(self, messages: Sequence[Message],
-               chat_template_kwargs: Mapping[str, Any] = ...) -> list[int]:
-        """Give the ids of a conversation."""
+    def encode(self, messages: Sequence[Message], chat_template_kwargs: Mapping[str, Any] = ...,
+               go_on: Callable[[], None] = ...) -> list[int]:
+        """Give the ids of a conversation; what ``go_on`` raises ends that."""
         ...
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
@@ -183,7 +183,8 @@ class Answer:
 
     def _ids(self, messages: Sequence[Message], check: bool = True) -> list[int]:
         self._check_end()
-        prompt_ids = self._text.encode(messages, self._ticket.request.chat_template_kwargs)
+        prompt_ids = self._text.encode(
+            messages, self._ticket.request.chat_template_kwargs, self._check_end)
         self._check_end()
         return self._checked(prompt_ids) if check else prompt_ids
 

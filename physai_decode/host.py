@@ -6,6 +6,7 @@ with the reason. It knows nothing of ROS or torch.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 import threading
@@ -25,9 +26,8 @@ from physai_decode.request_queue import tell_end
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
-from physai_decode.text import load_tokenizer
-from physai_decode.text import Text
 from physai_decode.text import TextError
+from physai_decode.text_process import TextProcess
 from physai_decode.timing import RequestReport
 from physai_decode.worker import Busy
 from physai_decode.worker import Sink
@@ -41,7 +41,7 @@ class Loaded(NamedTuple):
     """What a load brings."""
 
     engine: Engine
-    text: Text
+    text: TextProcess
     peak: Peak
 
 
@@ -58,14 +58,15 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """
     progress(f'looking for {config.model.path}')
     model = checkpoint.open(config.model.path, config.model.revision)
-    text = Text(load_tokenizer(str(model.folder)), config.chat)
-    engine = engines.build(model, config.engine, progress)
-    try:
+    with ExitStack() as undo:
+        text = TextProcess(str(model.folder), config.chat)
+        undo.callback(text.close)
+        engine = engines.build(model, config.engine, progress)
+        undo.callback(engine.close)
         progress('finding the peak bandwidth of the memory')
-        return Loaded(engine, text, find_engine_peak(engine.footprint, config))
-    except BaseException:
-        engine.close()
-        raise
+        loaded = Loaded(engine, text, find_engine_peak(engine.footprint, config))
+        undo.pop_all()
+        return loaded
 
 
 class Host:
@@ -130,6 +131,7 @@ class Host:
             telemetry.close()
         if loaded is not None:
             loaded.engine.close()
+            loaded.text.close()
 
     def start(self, config: DecodeConfig) -> None:
         """Take requests from now on."""

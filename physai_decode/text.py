@@ -6,7 +6,8 @@ its own turn. For that the encoder is a twin of the model's tokenizer in which a
 have secret names; the chat template's own are renamed before the user's text is put into it, and
 all is encoded in one go, so that the ids are those that the model was trained on.
 
-It works on a tokenizer that is passed in and knows nothing of engines.
+It works on a tokenizer that is passed in and knows nothing of engines. What a model's files make
+it do has no limits here: `TextProcess` sets them.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:
         # The library raises whatever its parts raise: OSError, ValueError, bare Exception.
         if 'trust_remote_code' in str(error):
@@ -74,8 +77,8 @@ class Text:
                 'save the model with its fast tokenizer')
         added = backend.get_added_tokens_decoder()
         self._tokenizer = tokenizer
-        self._backend = backend
-        self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self.backend = backend
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._nonce = secrets.token_hex(8)
         # Runs of blanks keep their names: they are in many vocabularies, and are what they say.
         self._names = {token.content: f'\ue001{self._nonce}:{id_}\ue001'
@@ -131,7 +134,7 @@ class Text:
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
-        return Detokenizer(self._backend, self._special_ids, stop)
+        return Detokenizer(self.backend, self.special_ids, stop)
 
     def _ids(self, text, add_special_tokens):
         # As a batch: encoding one text keeps every other thread waiting, a megabyte for a second.
@@ -152,6 +155,8 @@ class Text:
         try:
             return str(self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **kwargs))
+        except MemoryError:
+            raise
         except Exception as error:
             # A template is a program of the model's maker, and may raise anything.
             roles = ', '.join(message['role'] for message in messages)
@@ -190,6 +195,8 @@ def _renamed(backend: Any, names: Mapping[str, str]) -> Any:
         model['unk_token'] = names[model['unk_token']]
     try:
         copy = Tokenizer.from_str(json.dumps(state))
+    except MemoryError:
+        raise
     except Exception as error:          # the library raises nothing narrower
         raise TextError(f'the tokenizer builds its special tokens from others: {error}') from error
     for name, secret in names.items():

@@ -131,7 +131,8 @@ class CharacterText:
     """Text in which each character is a token; turns end with a line break."""
 
     def encode(self, messages: Sequence[Message],
-               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+               go_on: Callable[[], None] = lambda: None) -> list[int]:
         """Give the characters of the whole conversation."""
         return [ord(character) for character in '\n'.join(each.content for each in messages)]
 

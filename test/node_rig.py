@@ -35,13 +35,16 @@ class Letters:
     stopped = False
     held = False
 
-    def encode(self, messages, chat_template_kwargs=None):
+    def encode(self, messages, chat_template_kwargs=None, go_on=None):
         """Give the code points of the conversation."""
         return [ord(letter) for message in messages for letter in message.content]
 
     def detokenizer(self, stop=()):
         """Give a detokenizer that holds nothing back."""
         return self
+
+    def close(self):
+        """Have nothing to close."""
 
     def push(self, token_id):
         """Give the token's character."""

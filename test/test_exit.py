@@ -1,6 +1,8 @@
-"""SIGINT and SIGTERM in each state: exit code 0, and nothing on stderr but log lines."""
+"""SIGINT and SIGTERM: exit code 0 and only log lines on stderr, or SIGKILL where Python hangs."""
 
+import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -33,6 +35,18 @@ class Slow(Loader):
 
 sys.exit(main(load=Slow()))
 """
+HANGING = """
+import ctypes
+import sys
+from physai_decode.ros.process import main
+
+def load(config, progress):
+    print('hanging', flush=True)
+    {hang}
+
+sys.exit(main(load=load))
+"""
+NUMPY_THREADS = {**os.environ, 'OMP_NUM_THREADS': '2'}      # they could take the signals
 LOG_LINE = re.compile(r'\[(INFO|WARN|ERROR)\] \[[\d.]+\] \[[\w.]+\]: ')
 PARAMETERS = {
     'inactive': ['-p', 'autostart:=false'], 'loading': ['-p', 'model.path:=slow'],
@@ -64,7 +78,7 @@ def test_a_signal_ends_the_node(probe, request, state, number):
     process = subprocess.Popen(
         [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
          '-r', f'__node:={name}', '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state]],
-        stderr=subprocess.PIPE, text=True)
+        stderr=subprocess.PIPE, text=True, env=NUMPY_THREADS)
     try:
         for _ in range(600):
             rclpy.spin_once(probe, timeout_sec=0.1)
@@ -122,6 +136,36 @@ def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
         for each in subscriptions:
             probe.destroy_subscription(each)
         probe.destroy_publisher(prompt)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('hang', ['9 ** 9 ** 9', 'ctypes.PyDLL(None).pause()'])
+def test_a_signal_ends_a_process_in_which_python_hangs(number, hang):
+    """Native code that keeps the interpreter's lock, and would for ever."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', HANGING.format(hang=hang), '--ros-args'],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=NUMPY_THREADS)
+    try:
+        assert process.stdout.readline() == 'hanging\n'
+        process.send_signal(number)
+        assert process.wait(60) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_watchdog_ends_with_its_process():
+    """Killed, a process can't tell it anything."""
+    script = ('from physai_decode.ros import watchdog\n'
+              'print(watchdog.start().pid, flush=True)\nimport time; time.sleep(60)')
+    process = subprocess.Popen(
+        [sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
+    watchdog = os.pidfd_open(int(process.stdout.readline()))
+    process.kill()
+    process.communicate()
+    ended, _, _ = select.select([watchdog], [], [], 60)
+    os.close(watchdog)
+    assert ended
 
 
 def wait(probe, done):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode'
 CORE = ('answer', 'checkpoint', 'collector', 'config', 'conversation', 'decode_loop',
         'detokenizer', 'engine', 'engines', 'gap', 'histogram', 'host', 'model_config', 'request',
-        'request_queue', 'result', 'roofline', 'telemetry', 'text', 'timing', 'worker')
+        'request_queue', 'result', 'roofline', 'telemetry', 'text', 'text_process',
+        'timing', 'worker')
 ROS_LIBRARIES = {
     'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'physai_decode_msgs',
     'rcl_interfaces', 'rclpy', 'std_msgs', 'std_srvs'}

@@ -186,7 +186,7 @@ def test_an_empty_prompt_is_refused_at_once(make):
 
 def test_a_prompt_without_tokens_is_refused(make):
     class Dumb(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
             return []
 
     worker, sink = make(text=Dumb())
@@ -208,7 +208,7 @@ def test_a_long_prompt_is_refused_with_its_figures(make):
 
 def test_text_that_cannot_be_encoded_is_refused(make):
     class Picky(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
             raise TextError('not this one')
 
     worker, sink = make(text=Picky())
@@ -284,7 +284,7 @@ def test_cancel_at_the_last_token(make):
 
 def test_cancel_before_the_engine_begins(make):
     class Canceller(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
             worker.cancel()
             return super().encode(messages)
 

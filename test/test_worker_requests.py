@@ -85,7 +85,7 @@ def test_messages_are_the_clients_own_conversation(make):
 
 def test_the_template_gets_the_requests_variables(make):
     class Noting(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
             given.append(chat_template_kwargs)
             return super().encode(messages)
 
@@ -280,7 +280,7 @@ def test_a_long_prompt_does_not_cost_the_conversation(make):
     ('\ud800' * 2000, True)])
 def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
     class Unread(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
             read.append(1)
             return super().encode(messages)
 
@@ -293,9 +293,24 @@ def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
     assert bool(read) != refused
 
 
+def test_cancel_is_heard_while_a_prompt_is_encoded(make):
+    class Endless(CharacterText):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+            begun.set()
+            while True:
+                go_on()
+
+    begun = threading.Event()
+    worker, sink = make(text=Endless())
+    number = worker.submit(Request('a'))
+    assert begun.wait(TIMEOUT_S)
+    worker.cancel(number)
+    assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
 def test_cancel_is_heard_between_two_encodings(make):
     class Slow(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
             if len(messages) > 1:
                 begun.set()
                 assert go.wait(TIMEOUT_S)

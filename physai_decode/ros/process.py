@@ -8,6 +8,7 @@ import threading
 from physai_decode.config import ConfigError
 from physai_decode.host import load
 from physai_decode.ros import params_files
+from physai_decode.ros import watchdog
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.node import EXIT_TIMEOUT_S
 from physai_decode.ros.parent import Parent
@@ -16,8 +17,8 @@ from rclpy.executors import MultiThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
-EXIT_LIMIT_S = 1.8              # from a signal to the end of the process, whatever hangs
-POLL_S = 0.2                    # how often the main thread looks whether the launcher has ended
+EXIT_LIMIT_S = 1.5              # from a signal seen to the end of the process, whatever hangs
+POLL_S = 0.1                    # how often the main thread looks for signals and the launcher
 
 
 class Ending:
@@ -48,17 +49,6 @@ def spin(executor: MultiThreadedExecutor, ending: Ending) -> None:
     ending.begin()
 
 
-def await_signal(signals: tuple[signal.Signals, ...], ending: Ending) -> None:
-    """
-    End the process when a signal comes.
-
-    Not by sigtimedwait: stopped and continued (SIGSTOP, SIGCONT) after its deadline, CPython's
-    returns a signal that never came.
-    """
-    signal.sigwait(signals)
-    ending.begin()
-
-
 def main(args: list[str] | None = None, load=load) -> int:
     """
     Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start.
@@ -68,11 +58,13 @@ def main(args: list[str] | None = None, load=load) -> int:
     ending, parent = Ending(), Parent()
     args = sys.argv if args is None else args
     signals = signal.SIGINT, signal.SIGTERM
-    # Blocked here, and so in every thread to come, and waited for below: a handler may be replaced
-    # by a library's. This handler is for threads that are older, as numpy's.
+    # Blocked here, and so in every thread to come, and looked for below: a handler may be replaced
+    # by a library's. They stay pending, for the watchdog to see. This handler is for threads that
+    # are older.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for number in signals:
         signal.signal(number, lambda *_: ending.begin())
+    watchdog.start()
     # Fast DDS sends in a thread of its own then: a slow network does not hold up decoding.
     os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
     try:
@@ -98,9 +90,9 @@ def main(args: list[str] | None = None, load=load) -> int:
     executor.add_node(node)
     thread = threading.Thread(target=spin, args=(executor, ending), name='executor')
     thread.start()
-    threading.Thread(
-        target=await_signal, args=(signals, ending), name='signals', daemon=True).start()
     while not ending.begun(POLL_S):
+        if signal.sigpending().intersection(signals):
+            ending.begin()
         if parent.ended():
             node.get_logger().warning('the process that launched this one has ended: ending too')
             ending.begin()

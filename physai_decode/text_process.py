@@ -1,0 +1,258 @@
+"""
+`Text` in a process of its own, where the files of a model can do no harm.
+
+A chat template is a program, and a tokenizer's rules are little less: either may run for ever,
+fill the memory, or keep the interpreter's lock. So they are loaded and run by a child process, of
+which the kernel limits the CPU time and the memory. The parent gets the tokenizer back for
+decoding when the child has tried it.
+"""
+
+from array import array
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+import fcntl
+import json
+from math import ceil
+from multiprocessing.connection import Connection
+import os
+from pathlib import Path
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import MappingProxyType
+from typing import Any
+
+from physai_decode.config import ChatConfig
+from physai_decode.detokenizer import Detokenizer
+from physai_decode.engine import described
+from physai_decode.request import Message
+from physai_decode.text import load_tokenizer
+from physai_decode.text import Text
+from physai_decode.text import TextError
+
+FILES = ('tokenizer*', 'vocab*', 'merges*', '*tokens*.json', '*.model', '*.tiktoken', '*.jinja')
+MAX_FILE_BYTES = 100_000_000
+# The tokenizer of a vocabulary of 262144, in a file of 22 MB, takes 0.64 GB, and 8 s on a server.
+LOAD_CPU_S, LOAD_CPU_S_PER_BYTE = 20.0, 2e-6
+MEMORY_BYTES, MEMORY_PER_FILE_BYTE = 1 << 29, 40
+# A prompt of 1 MB takes 0.2 GB, and 1 s.
+PROMPT_CPU_S, PROMPT_CPU_S_PER_BYTE = 5.0, 1e-5
+MEMORY_PER_PROMPT_BYTE = 500
+POLL_S = 0.05                   # how often a cancel is looked for
+_START = ('import sys; sys.path = [*filter(None, sys.path)]; '     # not what is in the folder
+          'from physai_decode.text_process import serve; serve()')
+_ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'OMP_NUM_THREADS': '1'}
+_BLAMED = "the model's tokenizer or chat template"
+_ADVICE = 'choose another model, or set chat.template to off if the template is why'
+_DONE, _REFUSED = b'+', b'-'
+
+
+class TextProcess:
+    """
+    What turns prompts into ids, and ids into text, for the tokenizer of one model.
+
+    The child ends with this process, however that ends, and with ``close``. One that had to be
+    ended for a limit or a cancel is replaced: the next prompt waits for that, for about a second.
+    """
+
+    def __init__(self, folder: str, chat: ChatConfig) -> None:
+        """
+        Load the tokenizer and try the chat template.
+
+        :param folder: a folder in Hugging Face layout. Nothing is fetched.
+        :param chat: which template to use, and the system prompt.
+        :raises TextError: naming the folder and what is wrong with it; also where it takes too
+            much time or memory.
+        """
+        from tokenizers import Tokenizer
+
+        files = {path for name in FILES for path in Path(folder).glob(name)}
+        size = sum(path.stat().st_size for path in files if path.is_file())
+        if size > MAX_FILE_BYTES:
+            raise TextError(
+                f"no tokenizer can be loaded from {folder}: its tokenizer's files hold "
+                f'{size / 1e6:.0f} MB, and {MAX_FILE_BYTES / 1e6:.0f} MB are allowed: '
+                'choose another model')
+        self._cpu_s = LOAD_CPU_S + LOAD_CPU_S_PER_BYTE * size
+        self._memory = MEMORY_BYTES + MEMORY_PER_FILE_BYTE * size
+        self._arguments = json.dumps([folder, asdict(chat), self._cpu_s, self._memory])
+        self._start()
+        state = json.loads(self._loaded(lambda: None))
+        self._backend = Tokenizer.from_str(state['backend'])
+        self._special_ids = frozenset(state['special_ids'])
+
+    def encode(self, messages: Sequence[Message],
+               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+               go_on: Callable[[], None] = lambda: None) -> list[int]:
+        """
+        Give the ids of a conversation, up to where the answer begins; see `Text.encode`.
+
+        One thread at a time may call this.
+
+        :param go_on: is called now and then; what it raises ends the work, and is raised here.
+        :raises TextError: half a surrogate pair in a text, a template that refuses it, or a limit.
+        """
+        request = json.dumps([messages, dict(chat_template_kwargs)]).encode()
+        memory, cpu_s = _prompt_limits(self._memory, len(request))
+        if self._process.poll() is not None:        # it was killed
+            self.close()
+            self._start()
+        try:
+            if not self._ready:
+                self._loaded(go_on)
+            ids = array('I', self._reply(
+                'the prompt can not be encoded', memory, cpu_s, go_on, request))
+        finally:
+            if self._process.returncode is not None:
+                self._start()
+        return ids.tolist()
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
+        return Detokenizer(self._backend, self._special_ids, stop)
+
+    def close(self) -> None:
+        """End the child."""
+        self._process.kill()
+        self._process.communicate()
+        self._connection.close()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._ready, self._connection = False, Connection(ours.detach())
+        path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+        # Its standard input is a leash; in a session of its own, Ctrl-C is not for it.
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, '-c', _START, str(theirs.fileno()), self._arguments],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], start_new_session=True,
+                env={**os.environ, **_ONE_THREAD, 'PYTHONPATH': path})
+
+    def _loaded(self, go_on: Callable[[], None]) -> bytes:
+        """Wait for the child's own; it has ended where this raises."""
+        folder = json.loads(self._arguments)[0]
+        try:
+            state = self._reply(f'no tokenizer can be loaded from {folder}', self._memory,
+                                self._cpu_s, go_on)
+        except BaseException:
+            self.close()
+            raise
+        self._ready = True
+        return state
+
+    def _reply(self, what: str, memory: int, cpu_s: float, go_on: Callable[[], None],
+               request: bytes = b'') -> bytes:
+        """Wait for the child's answer; it has ended where this raises anything but a refusal."""
+        try:
+            if request:
+                self._connection.send_bytes(request)
+            while not self._connection.poll(POLL_S):
+                go_on()
+            reply = self._connection.recv_bytes()
+        except BaseException as error:
+            if not isinstance(error, (EOFError, OSError)):
+                self.close()
+                raise
+            code = self._process.wait()
+            self.close()
+            told = (f'takes more than {cpu_s:.0f} s of CPU time' if code == -signal.SIGXCPU
+                    else f'takes more than {memory / 1e6:.0f} MB of memory' if code < 0
+                    else f'ended its process with exit code {code}')
+            raise TextError(f'{what}: {_BLAMED} {told}: {_ADVICE}') from error
+        if reply[:1] == _REFUSED:
+            raise TextError(reply[1:].decode())
+        return reply[1:]
+
+
+def _prompt_limits(memory: int, size: int) -> tuple[int, float]:
+    """Give the memory in bytes and the CPU time in seconds that a request of a size may take."""
+    return memory + MEMORY_PER_PROMPT_BYTE * size, PROMPT_CPU_S + PROMPT_CPU_S_PER_BYTE * size
+
+
+def serve() -> None:
+    """Be the child: load, then encode whatever comes, till the parent ends."""
+    _end_with_parent()
+    connection = Connection(int(sys.argv[1]))
+    folder, chat, cpu_s, memory = json.loads(sys.argv[2])
+    # Without torch, transformers takes 1 s and 70 MB to import, and not 3 s and 400 MB.
+    sys.modules['torch'] = None         # type: ignore[assignment]
+    texts: list[Text] = []
+
+    def load() -> bytes:
+        _limit(memory, cpu_s)
+        texts.append(Text(load_tokenizer(folder), ChatConfig(**chat)))
+        return _tried(texts[0])
+
+    def encode() -> bytes:
+        _limit(*_prompt_limits(memory, len(request)))
+        messages, kwargs = json.loads(request)
+        messages = [Message(*message) for message in messages]
+        return array('I', texts[0].encode(messages, kwargs)).tobytes()
+
+    loaded = _outcome(load)
+    connection.send_bytes(loaded)
+    while loaded[:1] == _DONE:
+        request = connection.recv_bytes()
+        connection.send_bytes(_outcome(encode))
+
+
+def _outcome(work: Callable[[], bytes]) -> bytes:
+    """Do some work; give what it gives, or why it can't be done."""
+    try:
+        return _DONE + work()
+    except TextError as error:
+        reason = str(error)
+    except MemoryError:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        reason = f'{_BLAMED} takes more than {limit / 1e6:.0f} MB of memory: {_ADVICE}'
+    except BaseException as error:      # such as a panic of the tokenizers library
+        reason = f"the model's tokenizer can't be used: {described(error)}"
+    return _REFUSED + reason.encode(errors='backslashreplace')
+
+
+def _tried(text: Text) -> bytes:
+    """Try what the parent will do with a tokenizer, and give it."""
+    from tokenizers import Tokenizer
+
+    state = text.backend.to_str()
+    if '"Regex"' in json.dumps(json.loads(state)['decoder']):
+        raise TextError("the tokenizer's decoder has a regular expression, which may take for "
+                        'ever: choose another model')
+    backend = Tokenizer.from_str(state)
+    backend.decode_batch([[id_] for id_ in range(backend.get_vocab_size())])
+    return json.dumps({'backend': state, 'special_ids': sorted(text.special_ids)}).encode()
+
+
+def _limit(memory: int, cpu_s: float) -> None:
+    """Let this process use so much memory in all, in bytes, and so much more CPU time."""
+    for kind, limit in ((resource.RLIMIT_AS, memory),
+                        (resource.RLIMIT_CPU, ceil(time.process_time() + cpu_s))):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def _end_with_parent() -> None:
+    """
+    Let the kernel end this process when its standard input is closed, whatever it does then.
+
+    A signal for that is asked for by ``O_ASYNC``. Unlike ``PR_SET_PDEATHSIG``, it does not come
+    when the thread ends that started the child.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ending = {signal.SIGIO, signal.SIGXCPU}
+    for number in ending:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    leash = select.poll()
+    leash.register(0, 0)
+    if leash.poll(0):                   # it was closed before
+        sys.exit(1)
