@@ -112,6 +112,9 @@ class QueueConfig:
         choices=('reject', 'preempt'))
     max_request_bytes: int = _option(
         1000000, 'a longer prompt or JSON request is refused unread', low=1, high=2**30)
+    max_waiting_bytes: int = _option(
+        16000000, 'bytes that the texts of waiting requests may have in all; a request that goes '
+        'beyond is refused, unless none waits', low=1, high=2**30)
 
 
 @dataclass(frozen=True)

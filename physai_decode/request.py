@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from functools import cached_property
 import json
 from math import isfinite
 from typing import Any
@@ -105,6 +106,11 @@ class Request:
     def text(self) -> str:
         """Everything the client wrote, in one string; its length bounds the request's."""
         return self.prompt or '\n'.join(message.content for message in self.messages)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of `text` in UTF-8."""
+        return len(self.text.encode(errors='surrogatepass'))
 
 
 def parse(text: str) -> Request | Cancel:

@@ -332,11 +332,8 @@ class Worker:
 
     def _oversize(self, request: Request) -> str:
         """Say that a request is too long to be looked at; empty where it is not."""
-        # UTF-8 has at least one byte for a character, and at most four.
-        size, limit = len(request.text), self._max_request_bytes
-        if size <= limit < 4 * size:
-            size = len(request.text.encode(errors='surrogatepass'))
-        if size <= limit:
+        limit = self._max_request_bytes
+        if len(request.text) <= limit and request.size <= limit:
             return ''
         return (f'the prompt has more than {limit} bytes: shorten it, or raise '
                 'queue.max_request_bytes')
