@@ -27,7 +27,7 @@ from physai_decode.config import shown
 MAX_ID_CHARACTERS = 128
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS = 64
-MAX_TEMPLATE_CHARACTERS = 4096      # of a text among them
+MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text among them
 MAX_TEMPLATE_NUMBER = 2**53         # either side of 0
 ROLES = ('system', 'user', 'assistant', 'tool')
 # JSON name: field of the settings that the option replaces for one request.
@@ -276,8 +276,9 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
             raise RequestError(
                 f'{shown("chat_template_kwargs." + name)} is {shown(each)}: expected true, '
                 'false, a number or a string, under the name of a variable of the chat template')
-        if type(each) is str and len(each) > MAX_TEMPLATE_CHARACTERS:
-            raise RequestError(f'{shown("chat_template_kwargs." + name)} has {len(each)} '
+        longest = max(len(name), len(each) if type(each) is str else 0)
+        if longest > MAX_TEMPLATE_CHARACTERS:
+            raise RequestError(f'{shown("chat_template_kwargs." + name)} has {longest} '
                                f'characters: allowed are {MAX_TEMPLATE_CHARACTERS}')
         if type(each) in (int, float) and abs(each) > MAX_TEMPLATE_NUMBER:
             raise RequestError(f'{shown("chat_template_kwargs." + name)} is {shown(each)}: '

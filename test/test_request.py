@@ -120,6 +120,7 @@ def test_cancel():
      'chat_template_kwargs has 65 variables: allowed are 64'),
     ({'chat_template_kwargs': {'a': 'x' * 4097}},
      "'chat_template_kwargs.a' has 4097 characters: allowed are 4096"),
+    ({'chat_template_kwargs': {'x' * 4097: 1}}, 'has 4097 characters: allowed are 4096'),
     ({'chat_template_kwargs': {'a': 2**53 + 1}},
      "'chat_template_kwargs.a' is 9007199254740993: allowed are -9007199254740992 to 900"),
     ({'chat_template_kwargs': {'a': -1e300}}, "'chat_template_kwargs.a' is -1e+300: allowed"),
