@@ -14,6 +14,7 @@ from typing import NamedTuple
 from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import gap
+from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.engine import described
@@ -130,6 +131,8 @@ class Host:
             telemetry.close()
         if loaded is not None:
             loaded.engine.close()
+            del loaded
+            give_back()
 
     def start(self, config: DecodeConfig) -> None:
         """Take requests from now on."""

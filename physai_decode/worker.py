@@ -27,6 +27,7 @@ from physai_decode.answer import End
 from physai_decode.answer import Refused
 from physai_decode.answer import TextCoder
 from physai_decode.collector import COLLECTOR
+from physai_decode.collector import give_back
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig
 from physai_decode.config import SamplingConfig
@@ -139,6 +140,7 @@ class Worker:
         # What is loaded by now is here to stay: no collection need look at it again.
         gc.collect()
         gc.freeze()
+        give_back()
         self._thread = threading.Thread(target=self._run, name='decode', daemon=True)
         self._thread.start()
 
