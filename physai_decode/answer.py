@@ -18,6 +18,7 @@ from typing import Protocol
 
 from physai_decode.config import SamplingConfig
 from physai_decode.conversation import Conversation
+from physai_decode.conversation import Turn
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
 from physai_decode.request import JSON_NAMES
@@ -25,6 +26,9 @@ from physai_decode.request import Message
 from physai_decode.request_queue import Ticket
 from physai_decode.timing import RequestRecorder
 from physai_decode.timing import TokenReport
+
+PIECE = 32768           # characters of a text that are looked at in one go: some 0.03 s
+SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
 
 class Detokenizer(Protocol):
@@ -54,6 +58,10 @@ class TextCoder(Protocol):
         """Give the ids of a conversation; what ``go_on`` raises ends that."""
         ...
 
+    def count(self, text: str) -> int:
+        """Count the tokens of a text by itself."""
+        ...
+
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Give what turns the ids of one answer into text."""
         ...
@@ -63,15 +71,24 @@ class Refused(Exception):
     """The model can't take this prompt; the message says why."""
 
 
-class Ended(Exception):
-    """Somebody asked for the end before there was a token."""
-
-
 class End(NamedTuple):
     """Why an answer ended: a finish reason, and words where it does not say it all."""
 
     reason: str
     message: str
+
+
+class Ended(Exception):
+    """The answer is to end before there was a token."""
+
+    def __init__(self, end: End) -> None:
+        """Keep why."""
+        super().__init__(*end)
+        self.end = end
+
+
+ASKED = End('cancelled', '')        # the ticket knows better
+LATE = End('deadline', 'deadline.request_ms has passed')
 
 
 class Answer:
@@ -112,8 +129,8 @@ class Answer:
         self._detokenizer = self._text.detokenizer(self._sampling.stop)
         try:
             return self._decode()
-        except Ended:
-            return End('cancelled', '')             # the ticket knows better
+        except Ended as ended:
+            return ended.end
         finally:
             self._release(self._detokenizer.flush())
 
@@ -145,7 +162,7 @@ class Answer:
                     if count == limit:
                         return End('length', f'{self._named("max_new_tokens")} is {count}')
                 if self._is_late():
-                    return End('deadline', 'deadline.request_ms has passed')
+                    return LATE
         return End('length', f'the context of {footprint.max_context} tokens is full')
 
     def _named(self, setting: str) -> str:
@@ -157,36 +174,73 @@ class Answer:
         """Give the prompt's ids, with as much of the conversation as leaves room."""
         request, turn = self._ticket.request, self._ticket.turn
         context = self._loop.engine.footprint.max_context
+        self._check_end()
+        if len(request.text) > PIECE and self._count(request.text) > self._far_too_long:
+            raise Refused(f'the prompt is more than {self._far_too_long} tokens long, and the '
+                          f'context holds {context} tokens: {SHORTEN}')
         if turn is None:
-            return self._ids(request.messages)
-        turns = self._conversation.before(turn)
-        if not turns:
-            return self._ids(self._conversation.messages([], turn.prompt))
-        if len(turn.prompt) >= context:             # it may be too long all by itself
-            self._ids(self._conversation.messages([], turn.prompt))
+            return self._checked(self._ids(request.messages))
+        known, lost = self._conversation.before(turn)
+        if len(turn.prompt) >= context or not known:    # it may be too long all by itself
+            prompt_ids = self._checked(self._ids(self._conversation.messages([], turn.prompt)))
         room = context - min(self._sampling.max_new_tokens, context // 2)
-        known = len(turns)
-        prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt), check=False)
-        if len(prompt_ids) <= room:
-            return prompt_ids
+        turns = self._newest(known, room)
+        if known:
+            prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt))
         # Down to half: to drop a turn each time would change the beginning, and with it lose all
         # that is cached, at every request.
-        while turns and len(prompt_ids) > room // 2:
-            dropped, turns = turns[:len(turns) // 2 or 1], turns[len(turns) // 2 or 1:]
-            self._conversation.drop(dropped)
-            self._alive()
-            prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt), check=False)
-        count = known - len(turns)
-        self.note = (f'the conversation no longer fits {room} tokens: its oldest {count} '
-                     f'turn{"" if count == 1 else "s"} dropped')
-        return self._checked(prompt_ids)
+        if len(prompt_ids) > room or len(turns) < len(known):
+            while turns and len(prompt_ids) > room // 2:
+                turns = turns[len(turns) // 2 or 1:]
+                prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt))
+        self._checked(prompt_ids)
+        dropped = known[:len(known) - len(turns)]
+        self._conversation.drop(dropped)
+        if count := lost + len(dropped):
+            self.note = (f'the conversation no longer fits {room} tokens: its oldest {count} '
+                         f'turn{"" if count == 1 else "s"} dropped')
+        return prompt_ids
 
-    def _ids(self, messages: Sequence[Message], check: bool = True) -> list[int]:
-        self._check_end()
+    def _newest(self, turns: list[Turn], room: int) -> list[Turn]:
+        """Give the newest turns that may fit; the others need not be encoded to be dropped."""
+        if sum(len(each.prompt) + len(each.answer or '') for each in turns) <= PIECE:
+            return turns
+        for place in reversed(range(len(turns))):
+            each = turns[place]
+            if each.tokens is None:
+                each.tokens = self._count(f'{each.prompt}\n{each.answer}')
+            room -= each.tokens
+            if room < 0:
+                return turns[place + 1:]
+        return turns
+
+    def _count(self, text: str) -> int:
+        """Count a text's tokens, about, and no further than what is far too long."""
+        text, count = text.strip(), 0               # a chat template may do that too
+        for begin in range(0, len(text), PIECE):
+            count += self._text.count(text[begin:begin + PIECE])
+            self._look_up()
+            if count > self._far_too_long:
+                break
+        return count
+
+    @property
+    def _far_too_long(self) -> int:
+        """More tokens than this can't become few enough by encoding them in one go."""
+        return self._loop.engine.footprint.max_context * 9 // 8
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
         prompt_ids = self._text.encode(
-            messages, self._ticket.request.chat_template_kwargs, self._check_end)
+            messages, self._ticket.request.chat_template_kwargs, self._look_up)
+        self._look_up()
+        return prompt_ids
+
+    def _look_up(self) -> None:
+        """While and after texts are encoded: give a sign of life, and end where that is due."""
+        self._alive()
         self._check_end()
-        return self._checked(prompt_ids) if check else prompt_ids
+        if self._is_late():
+            raise Ended(LATE)
 
     def _checked(self, prompt_ids: list[int]) -> list[int]:
         context = self._loop.engine.footprint.max_context
@@ -195,13 +249,12 @@ class Answer:
         if len(prompt_ids) >= context:
             raise Refused(
                 f'the prompt is {len(prompt_ids)} tokens long with its chat template, and the '
-                f'context holds {context} tokens, one of them for the answer: shorten the prompt, '
-                "or raise engine.max_context if the model's own limit is higher")
+                f'context holds {context} tokens, one of them for the answer: {SHORTEN}')
         return prompt_ids
 
     def _check_end(self) -> None:
         if self._ticket.end_reason:
-            raise Ended
+            raise Ended(ASKED)
 
     def _token(self, now_s: float, token_id: int, device_s: float | None) -> None:
         """Record a token, and give it out unless its text is still open."""

@@ -1,8 +1,13 @@
-"""The garbage collector, kept out of answers, and garbage kept small all the same."""
+"""
+The garbage collector, kept out of answers, and garbage kept small all the same.
+
+And memory that was freed, given back to the system.
+"""
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
+import ctypes
 import gc
 import threading
 import time
@@ -72,3 +77,16 @@ class Collector:
 
 
 COLLECTOR = Collector()
+
+
+def give_back() -> None:
+    """
+    Give memory that was freed back to the system.
+
+    glibc keeps it, for each thread that has allocated: after 15 loads of the embedded model in
+    three threads by turns, 35 MB. This takes some milliseconds, and does nothing where the C
+    library is another.
+    """
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+        trim(0)

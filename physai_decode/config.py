@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dataclasses import Field
 from dataclasses import field
 from dataclasses import fields
+import reprlib
 from typing import Any
 
 
@@ -17,11 +18,17 @@ class ConfigError(ValueError):
     """A setting is wrong; the message gives its name, its value and what is allowed."""
 
 
-def _option(default, description, *, low=None, high=None, choices=(), dynamic=False):
-    """Declare one field; `low` and `high` are inclusive and in the unit of the field's name."""
+def _option(default, description, *, low=None, high=None, choices=(), dynamic=False,
+            characters=4096, texts=64):
+    """
+    Declare one field.
+
+    `low` and `high` are inclusive and in the unit of the field's name. A text may have so many
+    `characters`, and a list so many `texts`.
+    """
     return field(default=default, metadata={
-        'description': description, 'low': low, 'high': high,
-        'choices': tuple(choices), 'dynamic': dynamic})
+        'description': description, 'low': low, 'high': high, 'choices': tuple(choices),
+        'dynamic': dynamic, 'characters': characters, 'texts': texts})
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class SamplingConfig:
     max_new_tokens: int = _option(
         256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
-        (), 'texts that end an answer; they are not part of it', dynamic=True)
+        (), 'texts that end an answer; they are not part of it', dynamic=True, characters=256)
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ class ChatConfig:
     template: str = _option(
         'auto', "auto puts the prompt into the model's chat template where it has one; off sends "
         'it as it is', choices=('auto', 'off'))
-    system_prompt: str = _option('', "the conversation's first message; empty for none")
+    system_prompt: str = _option(
+        '', "the conversation's first message; empty for none", characters=1_000_000)
     keep_history: bool = _option(
         False, 'keep earlier prompts and answers in the context until ~/reset or deactivate')
 
@@ -112,6 +120,9 @@ class QueueConfig:
         choices=('reject', 'preempt'))
     max_request_bytes: int = _option(
         1000000, 'a longer prompt or JSON request is refused unread', low=1, high=2**30)
+    max_waiting_bytes: int = _option(
+        16000000, 'bytes that the texts of waiting requests may have in all; a request that goes '
+        'beyond is refused, unless none waits', low=1, high=2**30)
 
 
 @dataclass(frozen=True)
@@ -212,6 +223,13 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not low <= value <= high:
         raise ConfigError(f'{name} is {shown(value)}: allowed are {low} to {high}')
+    characters, texts = spec.metadata['characters'], spec.metadata['texts']
+    if kind is tuple and len(value) > texts:
+        raise ConfigError(f'{name} has {len(value)} texts: allowed are {texts}')
+    for text in value if kind is tuple else (value,) if kind is str else ():
+        if len(text) > characters:
+            raise ConfigError(f'{name} is {shown(value)}, a text of {len(text)} characters: '
+                              f'allowed are {characters}')
     choices = spec.metadata['choices']
     if choices and value not in choices:
         raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
@@ -219,6 +237,10 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
 
 
 def shown(value: Any) -> str:
-    """Give a value for a message, cut where it is long."""
-    text = repr(value[:80] if type(value) is str else value)
+    """Give a value for a message, cut where it is long; in short time, whatever it holds."""
+    text = repr(value[:80]) if type(value) is str else _SHORT.repr(value)
     return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlong = _SHORT.maxother = _SHORT.maxstring = 80

@@ -10,6 +10,9 @@ import threading
 
 from physai_decode.request import Message
 
+MAX_CHARACTERS = 16_000_000     # of the ended turns; no context holds as many
+TURN_CHARACTERS = 1000          # that a turn counts for beside its texts
+
 
 @dataclass(eq=False)
 class Turn:
@@ -17,6 +20,12 @@ class Turn:
 
     prompt: str
     answer: str | None = None
+    tokens: int | None = None       # of both, about, once somebody has counted them
+
+    @property
+    def characters(self) -> int:
+        """What it counts for in the conversation's bound."""
+        return TURN_CHARACTERS + len(self.prompt) + len(self.answer or '')
 
 
 class Conversation:
@@ -33,6 +42,7 @@ class Conversation:
         self._keep = keep
         self._lock = threading.Lock()
         self._turns: list[Turn] = []
+        self._lost = 0                  # turns that are gone and nobody was told of
 
     def open(self, prompt: str) -> Turn:
         """Add a turn that has no answer yet."""
@@ -43,19 +53,40 @@ class Conversation:
         return turn
 
     def close(self, turn: Turn, answer: str | None) -> None:
-        """End a turn with its answer; None takes it out of the conversation."""
-        turn.answer = answer
-        if answer is None:
-            with self._lock:
-                self._turns = [each for each in self._turns if each is not turn]
+        """
+        End a turn with its answer; None takes it out of the conversation.
 
-    def before(self, turn: Turn) -> list[Turn]:
-        """Give the ended turns that stand before a turn; none if that was forgotten."""
+        Turns that were preempted while they waited were never measured by the model. So that they
+        can't fill the memory, the oldest ended turns go beyond `MAX_CHARACTERS`.
+        """
+        turn.answer = answer
         with self._lock:
+            if answer is None:
+                self._turns = [each for each in self._turns if each is not turn]
+                return
+            ended = [each for each in self._turns if each.answer is not None]
+            surplus = sum(each.characters for each in ended) - MAX_CHARACTERS
+            gone: set[Turn] = set()
+            while surplus > 0:
+                oldest = ended[len(gone)]
+                surplus -= oldest.characters
+                gone.add(oldest)
+            if gone:
+                self._turns = [each for each in self._turns if each not in gone]
+                self._lost += len(gone)
+
+    def before(self, turn: Turn) -> tuple[list[Turn], int]:
+        """
+        Give the ended turns that stand before a turn; none if that was forgotten.
+
+        :returns: also how many have gone since the last call, as `close` says.
+        """
+        with self._lock:
+            lost, self._lost = self._lost, 0
             if turn not in self._turns:
-                return []
+                return [], lost
             place = self._turns.index(turn)
-            return [each for each in self._turns[:place] if each.answer is not None]
+            return [each for each in self._turns[:place] if each.answer is not None], lost
 
     def messages(self, turns: list[Turn], prompt: str) -> list[Message]:
         """Give what the model is to read for a prompt after these turns."""
@@ -66,11 +97,12 @@ class Conversation:
 
     def drop(self, turns: list[Turn]) -> None:
         """Take turns out."""
+        gone = set(turns)
         with self._lock:
-            self._turns = [each for each in self._turns if each not in turns]
+            self._turns = [each for each in self._turns if each not in gone]
 
     def forget(self) -> int:
         """Take all turns out, also open ones; give how many had ended."""
         with self._lock:
-            turns, self._turns = self._turns, []
+            turns, self._turns, self._lost = self._turns, [], 0
         return sum(turn.answer is not None for turn in turns)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import gap
+from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.engine import described
@@ -132,6 +133,8 @@ class Host:
         if loaded is not None:
             loaded.engine.close()
             loaded.text.close()
+            del loaded
+            give_back()
 
     def start(self, config: DecodeConfig) -> None:
         """Take requests from now on."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from functools import cached_property
 import json
 from math import isfinite
 from typing import Any
@@ -24,6 +25,10 @@ from physai_decode.config import SamplingConfig
 from physai_decode.config import shown
 
 MAX_ID_CHARACTERS = 128
+MAX_MESSAGES = 4096
+MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text among them
+MAX_TEMPLATE_NUMBER = 2**53         # either side of 0
 ROLES = ('system', 'user', 'assistant', 'tool')
 # JSON name: field of the settings that the option replaces for one request.
 SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
@@ -105,6 +110,11 @@ class Request:
     def text(self) -> str:
         """Everything the client wrote, in one string; its length bounds the request's."""
         return self.prompt or '\n'.join(message.content for message in self.messages)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of `text` in UTF-8."""
+        return len(self.text.encode(errors='surrogatepass'))
 
 
 def parse(text: str) -> Request | Cancel:
@@ -221,6 +231,8 @@ def _prompt(value: Any) -> str:
 def _messages(value: Any) -> tuple[Message, ...]:
     if type(value) is not list or not value:
         raise RequestError(f'messages is {shown(value)}: expected a list of one message or more')
+    if len(value) > MAX_MESSAGES:
+        raise RequestError(f'messages has {len(value)} messages: allowed are {MAX_MESSAGES}')
     return tuple(_message(each, f'messages[{index}]') for index, each in enumerate(value))
 
 
@@ -256,11 +268,21 @@ def _deadline(value: Any) -> dict[str, Any]:
 
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
-    for name, each in _mapping(value, 'chat_template_kwargs').items():
+    if len(_mapping(value, 'chat_template_kwargs')) > MAX_TEMPLATE_KWARGS:
+        raise RequestError(f'chat_template_kwargs has {len(value)} variables: allowed are '
+                           f'{MAX_TEMPLATE_KWARGS}')
+    for name, each in value.items():
         if not name.isidentifier() or type(each) not in (bool, int, float, str):
             raise RequestError(
                 f'{shown("chat_template_kwargs." + name)} is {shown(each)}: expected true, '
                 'false, a number or a string, under the name of a variable of the chat template')
+        longest = max(len(name), len(each) if type(each) is str else 0)
+        if longest > MAX_TEMPLATE_CHARACTERS:
+            raise RequestError(f'{shown("chat_template_kwargs." + name)} has {longest} '
+                               f'characters: allowed are {MAX_TEMPLATE_CHARACTERS}')
+        if type(each) in (int, float) and abs(each) > MAX_TEMPLATE_NUMBER:
+            raise RequestError(f'{shown("chat_template_kwargs." + name)} is {shown(each)}: '
+                               f'allowed are {-MAX_TEMPLATE_NUMBER} to {MAX_TEMPLATE_NUMBER}')
     return dict(value)
 
 

@@ -95,9 +95,15 @@ class RequestQueue:
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):
             return (f'id {request.client_id!r} is taken by a request that has not ended: give '
                     'each request an id of its own')
-        if not self.preempts and len(self) >= self._config.size:
+        if self.preempts or not self:
+            return ''
+        if len(self) >= self._config.size:
             return (f'the queue is full with {len(self)} waiting requests: send it again later, '
                     'or raise queue.size')
+        size = sum(ticket.request.size for ticket in self._tickets)
+        if size + request.size > self._config.max_waiting_bytes:
+            return (f'the queue is full with {size} bytes, and the request has {request.size}: '
+                    'send it again later, or raise queue.max_waiting_bytes')
         return ''
 
     def add(self, ticket: Ticket) -> None:

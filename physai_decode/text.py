@@ -132,6 +132,10 @@ class Text:
         whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', put, whole)
         return self._ids(whole, add_special_tokens=False)
 
+    def count(self, text: str) -> int:
+        """Count the tokens of a text by itself; what is no text counts too."""
+        return len(self._ids(text.encode(errors='replace').decode(), add_special_tokens=False))
+
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
         return Detokenizer(self.backend, self.special_ids, stop)

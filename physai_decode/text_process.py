@@ -98,20 +98,11 @@ class TextProcess:
         :param go_on: is called now and then; what it raises ends the work, and is raised here.
         :raises TextError: half a surrogate pair in a text, a template that refuses it, or a limit.
         """
-        request = json.dumps([messages, dict(chat_template_kwargs)]).encode()
-        memory, cpu_s = _prompt_limits(self._memory, len(request))
-        if self._process.poll() is not None:        # it was killed
-            self.close()
-            self._start()
-        try:
-            if not self._ready:
-                self._loaded(go_on)
-            ids = array('I', self._reply(
-                'the prompt can not be encoded', memory, cpu_s, go_on, request))
-        finally:
-            if self._process.returncode is not None:
-                self._start()
-        return ids.tolist()
+        return self._asked([messages, dict(chat_template_kwargs)], go_on).tolist()
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text by itself; see `encode`."""
+        return self._asked(text, lambda: None)[0]
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
@@ -122,6 +113,22 @@ class TextProcess:
         self._process.kill()
         self._process.communicate()
         self._connection.close()
+
+    def _asked(self, question: list[Any] | str, go_on: Callable[[], None]) -> 'array[int]':
+        """Have the child encode a conversation, or count a text's tokens."""
+        request = json.dumps(question).encode()
+        memory, cpu_s = _prompt_limits(self._memory, len(request))
+        if self._process.poll() is not None:        # it was killed
+            self.close()
+            self._start()
+        try:
+            if not self._ready:
+                self._loaded(go_on)
+            return array('I', self._reply(
+                'the prompt can not be encoded', memory, cpu_s, go_on, request))
+        finally:
+            if self._process.returncode is not None:
+                self._start()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -192,7 +199,10 @@ def serve() -> None:
 
     def encode() -> bytes:
         _limit(*_prompt_limits(memory, len(request)))
-        messages, kwargs = json.loads(request)
+        question = json.loads(request)
+        if isinstance(question, str):
+            return array('I', [texts[0].count(question)]).tobytes()
+        messages, kwargs = question
         messages = [Message(*message) for message in messages]
         return array('I', texts[0].encode(messages, kwargs)).tobytes()
 

@@ -27,6 +27,7 @@ from physai_decode.answer import End
 from physai_decode.answer import Refused
 from physai_decode.answer import TextCoder
 from physai_decode.collector import COLLECTOR
+from physai_decode.collector import give_back
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig
 from physai_decode.config import SamplingConfig
@@ -139,6 +140,7 @@ class Worker:
         # What is loaded by now is here to stay: no collection need look at it again.
         gc.collect()
         gc.freeze()
+        give_back()
         self._thread = threading.Thread(target=self._run, name='decode', daemon=True)
         self._thread.start()
 
@@ -332,11 +334,8 @@ class Worker:
 
     def _oversize(self, request: Request) -> str:
         """Say that a request is too long to be looked at; empty where it is not."""
-        # UTF-8 has at least one byte for a character, and at most four.
-        size, limit = len(request.text), self._max_request_bytes
-        if size <= limit < 4 * size:
-            size = len(request.text.encode(errors='surrogatepass'))
-        if size <= limit:
+        limit = self._max_request_bytes
+        if len(request.text) <= limit and request.size <= limit:
             return ''
         return (f'the prompt has more than {limit} bytes: shorten it, or raise '
                 'queue.max_request_bytes')

@@ -136,6 +136,10 @@ class CharacterText:
         """Give the characters of the whole conversation."""
         return [ord(character) for character in '\n'.join(each.content for each in messages)]
 
+    def count(self, text: str) -> int:
+        """Count the characters."""
+        return len(text)
+
     def detokenizer(self, stop: Sequence[str] = ()) -> 'CharacterDetokenizer':
         """Give a detokenizer for one answer."""
         return CharacterDetokenizer(stop)

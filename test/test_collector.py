@@ -1,6 +1,7 @@
 """Garbage while answers follow one another without a gap, and collections at the right moment."""
 
 import gc
+from types import SimpleNamespace
 
 from physai_decode import collector
 from physai_decode.collector import Collector
@@ -120,3 +121,11 @@ def test_an_error_ends_the_pause(clock):
     with pytest.raises(ValueError), Collector(clock).paused(full=lambda: True):
         raise ValueError
     assert gc.isenabled()
+
+
+def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch):
+    asked = []
+    for library in (SimpleNamespace(malloc_trim=asked.append), SimpleNamespace()):
+        monkeypatch.setattr(collector.ctypes, 'CDLL', lambda name, library=library: library)
+        collector.give_back()
+    assert asked == [0]

@@ -19,6 +19,7 @@ from physai_decode.timing import TokenReport
 import pytest
 import rclpy
 from rclpy.action import ActionClient
+from rclpy.action.server import ServerGoalHandle
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -289,6 +290,22 @@ def test_ends(make, reason, status):
     assert goal.status == getattr(GoalStatus, f'STATUS_{status}')
     assert goal.result.text == ('' if reason == 'rejected' else f'{reason}: x')
     assert goal.result.message == ('the queue is full' if reason == 'rejected' else '')
+
+
+@needs_msgs
+@pytest.mark.parametrize(('prompt', 'status'), [
+    ('abc', GoalStatus.STATUS_SUCCEEDED), ('deadline: a', GoalStatus.STATUS_ABORTED)])
+def test_a_status_that_can_not_be_sent_costs_no_result(make, monkeypatch, prompt, status):
+    """As on a machine too busy to send: rclpy raises after it has changed the goal's state."""
+    changed = ServerGoalHandle._update_state
+
+    def change(handle, event):
+        changed(handle, event)
+        raise generate.RCLError('cannot publish data')
+
+    monkeypatch.setattr(ServerGoalHandle, '_update_state', change)
+    goal = make().clients[0].ask(prompt=prompt)
+    assert (goal.status, goal.result.text) == (status, prompt)
 
 
 @needs_msgs

@@ -108,6 +108,11 @@ def test_an_empty_list_has_no_type_of_its_own(make, given):
     ('sampling.top_p: .nan', r'sampling\.top_p is nan: allowed are 0\.0 to 1\.0'),
     ('sampling.stop: "a"', r"sampling\.stop is 'a': expected a list of strings"),
     ('sampling.stop: [1, 2]', r'sampling\.stop is .*: expected a list of strings'),
+    (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'sampling\.stop has 65 texts: allowed are 64'),
+    (f'sampling.stop: [{"a" * 257}]', r'sampling\.stop is .* 257 characters: allowed are 256'),
+    (f'model.path: {"a" * 4097}', r'model\.path is .* 4097 characters: allowed are 4096'),
+    ('queue.size: 1000000000', r'queue\.size is 1000000000: allowed are 1 to 10000'),
+    ('deadline.request_ms: 1.0e+308', r'deadline\.request_ms is 1e\+308: allowed are 0\.0 to'),
     ('engine.name: fast', r"engine\.name is 'fast': allowed are auto, native"),
     ('engine.cuda_graph: 1', r'engine\.cuda_graph is 1: expected true or false'),
     ('autostart: 1', r'autostart is 1: expected true or false')])

@@ -17,8 +17,10 @@ from physai_decode.engine import NO_TOKEN
 from physai_decode.engines import sampling as native
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.sampling import Drawer
+from physai_decode.engines.sampling import FEW
 from physai_decode.engines.sampling import GREEDY
 from physai_decode.engines.sampling import HostSampler
+from physai_decode.engines.sampling import most_likely
 from physai_decode.engines.sampling import Plan
 from physai_decode.engines.sampling import Sampler
 import transformers
@@ -470,3 +472,11 @@ def test_a_stage_without_a_kernel_is_its_twins():
     logits[[3, 8]] = torch.tensor([90.0, 80.0])
     sampler.begin(PLAIN, torch.tensor(PROMPT))
     assert native_draw(sampler, Longer(temperature=True, even=True), logits, 9) == 8
+
+
+@pytest.mark.parametrize('count', [1, 7, FEW, FEW + 1, 9000, 9999])
+def test_however_many_are_kept_they_are_the_likeliest_and_the_equals_of_the_last(count):
+    scores = torch.randn(10000, generator=torch.Generator().manual_seed(3)).mul(50).round()
+    least = sorted(scores.tolist())[-count]
+    assert most_likely(scores, count).tolist() == [
+        id_ for id_, score in enumerate(scores.tolist()) if score >= least]

@@ -7,6 +7,7 @@ from fake_engine import FakeEngine
 from fake_engine import forever
 from fake_engine import Gate
 from fake_engine import say
+from physai_decode.answer import PIECE
 from physai_decode.config import ChatConfig
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import QueueConfig
@@ -330,3 +331,137 @@ def test_cancel_is_heard_between_two_encodings(make):
     go.set()
     assert sink.end(number)[0].finish_reason == 'cancelled'
     assert len(encoded) == 1
+
+
+class Counted(CharacterText):
+    """Notes what is counted and what is encoded, and calls ``meanwhile`` while it counts."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.counted, self.encoded, self.meanwhile = [], [], meanwhile
+
+    def count(self, text):
+        self.counted.append(len(text))
+        self.meanwhile()
+        return super().count(text)
+
+    def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        ids = super().encode(messages)
+        self.encoded.append(len(ids))
+        return ids
+
+
+@pytest.mark.parametrize('make_request', [
+    Request, lambda text: Request(messages=(Message('user', text[::2]),) * 2)])
+def test_a_prompt_that_is_far_too_long_is_never_encoded_as_a_whole(make, make_request):
+    text = Counted()
+    worker, sink = make(FakeEngine(max_context=40000), text=text)
+    report, _ = sink.end(worker.submit(make_request('p' * 900000)))
+    assert report.finish_reason == 'rejected'
+    assert 'more than 45000 tokens long, and the context holds 40000' in report.message
+    assert (text.counted, text.encoded) == ([PIECE, PIECE], [])
+
+
+def test_a_long_prompt_that_fits_is_answered(make):
+    text = Counted()
+    worker, sink = make(FakeEngine(max_context=100000), text=text)
+    assert sink.end(worker.submit(Request('p ' * 40000 + 'yes')))[1] == 'yes'
+    assert sink.end(worker.submit(Request('p' * 100001)))[0].message.startswith(
+        'the prompt is 100001 tokens long')
+
+
+@pytest.mark.parametrize('reason', ['cancelled', 'deadline'])
+def test_an_end_is_heard_between_the_pieces_of_a_prompt(make, reason):
+    now = [0.0]
+
+    def meanwhile():
+        if reason == 'cancelled':
+            worker.cancel()
+        now[0] += 1.0
+
+    text = Counted(meanwhile)
+    worker, sink = make(FakeEngine(max_context=200000), text=text, clock=lambda: now[0])
+    report, _ = sink.end(worker.submit(Request(
+        'p' * 150000, deadline={'request_ms': 900.0, 'action': 'truncate'})))
+    assert (report.finish_reason, report.output_tokens) == (reason, 0)
+    assert (text.counted, text.encoded) == ([PIECE], [])
+
+
+def test_turns_that_can_not_fit_are_dropped_unread(make):
+    """Preempted while they waited, they were never measured."""
+    gate, text = Gate(), Counted()
+    engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=60000)
+    worker, sink = make(engine, text=text, chat=ChatConfig(keep_history=True),
+                        queue=QueueConfig(policy='preempt'))
+    worker.submit(Request('first'))
+    assert gate.waiting.wait(TIMEOUT_S)
+    for _ in range(30):
+        worker.submit(Request('q' * 40000))
+    number = worker.submit(Request('last'))
+    gate.open(9)
+    report, _ = sink.end(number)
+    assert report.finish_reason == 'stop'
+    assert report.message == (
+        'the conversation no longer fits 59744 tokens: its oldest 31 turns dropped')
+    assert len(text.counted) == 4               # two turns, two pieces each
+    assert max(text.encoded) < 60000
+    sink.end(worker.submit(Request('again')))
+    assert len(text.counted) == 4
+
+
+def test_a_turn_is_counted_once(make):
+    text = Counted()
+    worker, sink = make(FakeEngine(max_context=90000), text=text,
+                        chat=ChatConfig(keep_history=True))
+    for _ in range(3):
+        sink.end(worker.submit(Request('q' * 20000 + ' so')))
+    assert text.counted == [20006, 20006]       # once they are long together, each turn by itself
+    assert text.encoded == [20003, 40010, 60017]
+
+
+def test_a_refused_prompt_costs_no_turn(make):
+    """It is too long with what stands around it, but not by itself."""
+    class Framed(CharacterText):
+        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+            return [1] * 5 + super().encode(messages)
+
+    engine = FakeEngine(lambda ids: say('ok'), max_context=64)
+    worker, sink = make(engine, text=Framed(), chat=ChatConfig(keep_history=True))
+    sink.end(worker.submit(Request('one')))
+    assert sink.end(worker.submit(Request('p' * 60)))[0].finish_reason == 'rejected'
+    sink.end(worker.submit(Request('two')))
+    assert texts(engine)[-1] == '\1\1\1\1\1one\nok\ntwo'
+
+
+def test_the_texts_that_wait_are_bounded_in_all(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok')), max_context=200),
+                        queue=QueueConfig(size=100, max_waiting_bytes=100))
+    numbers = [worker.submit(Request('a'))]
+    assert gate.waiting.wait(TIMEOUT_S)
+    numbers.append(worker.submit(Request('b' * 150)))     # none waits
+    report, _ = sink.end(worker.submit(Request('c')))
+    assert report.message.startswith('the queue is full with 150 bytes, and the request has 1:')
+    worker.cancel(numbers[1])
+    for text in ('ä' * 40, 'd' * 20, 'e'):
+        numbers.append(worker.submit(Request(text)))
+    assert 'queue.max_waiting_bytes' in sink.end(numbers.pop())[0].message
+    gate.open(99)
+    assert [sink.end(number)[0].finish_reason for number in numbers] == [
+        'stop', 'cancelled', 'stop', 'stop']
+
+
+def test_the_conversation_is_bounded_in_all(make, monkeypatch):
+    monkeypatch.setattr('physai_decode.conversation.MAX_CHARACTERS', 3500)
+    gate = Gate()
+    engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=4000)
+    worker, sink = make(engine, chat=ChatConfig(keep_history=True),
+                        queue=QueueConfig(policy='preempt'))
+    worker.submit(Request('a'))
+    assert gate.waiting.wait(TIMEOUT_S)
+    for index in range(1000):
+        worker.submit(Request(f'{index}'))
+    number = worker.submit(Request('last'))
+    gate.open(9)
+    report, _ = sink.end(number)
+    assert texts(engine)[-1] == '997\n\n998\n\n999\n\nlast'
+    assert 'its oldest 998 turns dropped' in report.message

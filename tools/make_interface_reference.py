@@ -201,8 +201,9 @@ def settings() -> list[list[str]]:
     rows = []
     for name, field in parameters.specs().items():
         meta = field.metadata
-        allowed = ', '.join(f'`{choice}`' for choice in meta.get('choices', ()))
-        if meta.get('low') is not None:
+        allowed = (', '.join(f'`{choice}`' for choice in meta['choices'])
+                   or parameters.length(field))
+        if meta['low'] is not None:
             allowed = f'{written(meta["low"])} to {written(meta["high"])}'
         rows.append([f'`{name}`', parameters.TYPES[type(field.default)].name.lower(),
                      f'`{written(field.default)}`', allowed, 'yes' if meta['dynamic'] else '',

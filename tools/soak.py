@@ -4,7 +4,8 @@ Run the node for long, and count what could get lost.
 A node of its own process, on the embedded engine, goes through lifecycle rounds; then four
 clients, each a process too, send requests at once through ``~/prompt``, ``~/request`` and, where
 it is built, ``~/generate``: right ones, twins of an id, wrong and oversize ones, with cancels by
-id, by goal and by service, transitions in between and, in the second half, preemptions. Every
+id, by goal and by service, transitions in between, stops of the whole process (SIGSTOP) and, in
+the second half, preemptions. Every
 request must have exactly one result, under its own id and the next free number, every accepted one
 exactly one ~/accepted; tokens joined must be the text; the node's memory, threads and file
 descriptors must stay flat. Prints a table; exit code 1 where any of it does not hold.
@@ -20,6 +21,7 @@ import os
 from pathlib import Path
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +52,9 @@ VERBS = ('bring', 'fetch', 'take', 'put')
 THINGS = ('cup', 'box', 'bottle', 'book')
 STATUS = {'stop': 4, 'length': 4, 'cancelled': 5}       # of a goal; any other end: 6
 DOORS = ('~/prompt', '~/request', '~/generate')
+# Each status of the action tells of all goals of the last seconds: to read it is most of what a
+# client does, and grows with the square of their rate.
+SHARES = (2, 2, 1)
 
 
 class Sent(NamedTuple):
@@ -110,7 +115,7 @@ class Client:
     def _send_one(self):
         """Send one request; give what it was, and the future of its goal's handle."""
         chance = self._random
-        door = chance.choice(DOORS if Generate else DOORS[:2])
+        door, = chance.choices(DOORS, SHARES if Generate else (1, 1, 0))
         text = f'{chance.choice(VERBS)} the {chance.choice(THINGS)} {chance.randrange(1000)}'
         if chance.random() < 0.5:
             time.sleep(0.01 * chance.random())
@@ -161,12 +166,13 @@ class Probe:
     """Talks to the node and keeps what it says until it is counted."""
 
     def __init__(self, pid: int, clients: list[Connection]) -> None:
-        self._process, self._clients = Path(f'/proc/{pid}'), clients
+        self.pid, self._process, self._clients = pid, Path(f'/proc/{pid}'), clients
         self._node = rclpy.create_node('soak')
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._node)
         self.last = 0                           # number of the last request
         self.sent, self.reasons = Counter(), Counter()      # by door; by finish reason
+        self.done = Counter()                   # to the node, by what it was
         self.tokens: list[str] = []
         self.responses: list[str] = []
         self.pieces: dict[int, list[str]] = defaultdict(list)
@@ -243,6 +249,14 @@ class Probe:
         """Cancel what runs and waits."""
         self.call('cancel', Trigger.Request())
 
+    def stop(self, seconds: float) -> None:
+        """Stop the node's process and let it go on after a while."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            self.serve(seconds)
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
     def burst(self, sizes: list[int], meanwhile=lambda: None) -> list[str]:
         """Have each client send so many requests; give what was wrong."""
         asked = [client for client, size in zip(self._clients, sizes, strict=True) if size]
@@ -311,7 +325,7 @@ class Probe:
                     # What others cancelled was not cancelled by the goal's client.
                     status if (status, reason) == (6, 'cancelled') else STATUS.get(reason, 6),
                     number, reasons.get(number), texts.get(number)))
-                equal(f'id of goal {number}', results[number]['id'], each.id)
+                equal(f'id of goal {number}', results.get(number, {}).get('id'), each.id)
         return wrong
 
     def figures(self) -> tuple[float, int, int]:
@@ -330,6 +344,30 @@ class Probe:
     def _on_token(self, message):
         values = _values(message)
         self.pieces[int(values['request_id'])].append(message.status[0].message)
+
+
+class Begun:
+    """When a part began; as text, what it has taken since."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._begin = self._now()
+
+    def __str__(self) -> str:
+        took_s, node_s, soak_s = (
+            now - before for now, before in zip(self._now(), self._begin, strict=True))
+        return (f'{took_s:.0f} s; of the processor, the node took {node_s:.0f} s and the soak '
+                f'{soak_s:.0f} s')
+
+    def _now(self) -> tuple[float, float, float]:
+        others = [os.getpid(), *(each.pid for each in multiprocessing.active_children())]
+        return time.monotonic(), processor_s(self._probe.pid), sum(map(processor_s, others))
+
+
+def processor_s(pid: int) -> float:
+    """Give the processor time that a process has taken, in seconds."""
+    fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
 def _values(message) -> dict[str, str]:
@@ -398,18 +436,18 @@ def main() -> int:
 
 def rounds(probe: Probe, count: int) -> list[str]:
     """Go through the lifecycle, with one request a client and round."""
-    history, wrong, begin_s = [], [], time.monotonic()
+    history, wrong, begun = [], [], Begun(probe)
     for _ in range(count):
         probe.change('configure', 'activate')
         wrong += probe.burst([1] * CLIENTS)
         probe.change('deactivate', 'cleanup')
         history.append(probe.figures())
-    return wrong + told(f'{count} lifecycle rounds', history, begin_s)
+    return wrong + told(f'{count} lifecycle rounds', history, begun)
 
 
 def requests(probe: Probe, count: int, chance: random.Random) -> list[str]:
     """Send bursts under both policies."""
-    history, wrong, begin_s, first = [], [], time.monotonic(), probe.last
+    history, wrong, begun, first = [], [], Begun(probe), probe.last
 
     def meanwhile():
         """Do to the node what befalls it while it answers."""
@@ -417,13 +455,18 @@ def requests(probe: Probe, count: int, chance: random.Random) -> list[str]:
         probe.serve(0.1 * chance.random())
         if what < 0.1:
             probe.cancel()
+            probe.done['cancels'] += 1
         elif what < 0.13:
+            probe.done['transitions'] += 2
             probe.change('deactivate')
             probe.serve(0.05 * chance.random())
             probe.change('activate')
         elif what < 0.2:
             probe.set(sampling__temperature=chance.choice((0.0, 0.7)),
                       deadline__token_ms=chance.choice((0.0, 1.0)))
+        elif what < 0.22:
+            probe.stop(chance.uniform(0.3, 2.0))
+            probe.done['stops'] += 1
 
     for policy, share in (('reject', count // 2), ('preempt', count)):
         probe.set(queue__policy=policy)
@@ -433,16 +476,16 @@ def requests(probe: Probe, count: int, chance: random.Random) -> list[str]:
             wrong += probe.burst(sizes if any(sizes) else [left, *[0] * (CLIENTS - 1)], meanwhile)
             history.append(probe.figures())
         probe.change('deactivate', 'cleanup')
-    for counts in (probe.sent, probe.reasons):
+    for counts in (probe.sent, probe.reasons, probe.done):
         print(', '.join(f'{number} {name}' for name, number in counts.most_common()))
-    return wrong + told(f'{count} requests', history, begin_s)
+    return wrong + told(f'{count} requests', history, begun)
 
 
-def told(what: str, history: list[tuple[float, int, int]], begin_s: float) -> list[str]:
+def told(what: str, history: list[tuple[float, int, int]], begun: Begun) -> list[str]:
     """Print what a part took of the machine; give what is not flat."""
     if not history:
         return []
-    print(f'{what} in {time.monotonic() - begin_s:.0f} s')
+    print(f'{what} in {begun}')
     print(f'  {"of the node":<24} {"first":>8} {"a tenth":>8} {"last":>8}')
     tenth, wrong = max(len(history) // 10, 1), []
     for index, name in enumerate(('resident memory, MB', 'threads', 'file descriptors')):

@@ -40,7 +40,7 @@ from rclpy.qos import QoSProfile
 
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
-STATUS_DEPTH = 10               # a status tells of all goals, so the last one is enough
+STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
 LINGER_S = 0.05                 # until rclpy has sent a result that it was given
 SUCCEEDED = ('stop', 'length')  # finish reasons
 
@@ -72,8 +72,8 @@ class GenerateServer:
         self._hurry = threading.Event()             # and it can't wait for the period's end
         self._closed = False
         # rclpy's own depth of 10 would lose goals that come at once, and feedback. With its depth
-        # of 1 for the status, Fast DDS that sends in a thread of its own was seen to refuse one
-        # that comes right after another, where several processes listen; rclpy raises then.
+        # of 1 for the status, and with 10 on a busy machine, Fast DDS that sends in a thread of
+        # its own was seen to refuse one that comes right after others; rclpy raises then.
         self._server = _Server(
             node, Generate, '~/generate', self._never,
             callback_group=MutuallyExclusiveCallbackGroup(),
@@ -114,7 +114,7 @@ class GenerateServer:
         goal = _Goal(handle, self._wake)
         with self._lock:
             self._goals[goal.key] = goal
-        handle.execute()            # its state only: see _Server
+        self._set(handle, handle.execute)           # its state only: see _Server
         try:
             request = read(handle.request, self._host.config.queue.max_request_bytes)
         except RequestError as error:
@@ -138,12 +138,21 @@ class GenerateServer:
         report, text = goal.end
         message = result(report, text, self._host.config.model.path)
         if report.finish_reason in SUCCEEDED:
-            handle.succeed()
+            self._set(handle, handle.succeed)
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
-            handle.canceled()
+            self._set(handle, handle.canceled)
         else:
-            handle.abort()
+            self._set(handle, handle.abort)
         return message
+
+    def _set(self, handle: ServerGoalHandle, change: Callable[[], None]) -> None:
+        """Change a goal's state. That others can't be told of it costs the goal nothing."""
+        try:
+            change()
+        except RCLError as error:
+            self._logger.warning(f'the status of a goal was not sent: {error}')
+            if not handle.is_active:
+                self._server.notify_goal_done()     # rclpy has not come to that
 
     def _never(self, handle: ServerGoalHandle) -> None:
         raise AssertionError('goals are executed by _conclude')

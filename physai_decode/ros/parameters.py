@@ -104,6 +104,13 @@ def fixed(parameters: Iterable[Parameter]) -> list[str]:
             if parameter.name in known and not known[parameter.name].metadata['dynamic']]
 
 
+def length(field: Field) -> str:
+    """Say how long a value may be; empty where it is no text."""
+    characters, texts = field.metadata['characters'], field.metadata['texts']
+    return {str: f'up to {characters} characters',
+            tuple: f'up to {texts} texts of {characters} characters'}.get(type(field.default), '')
+
+
 def unknown(node: Node) -> list[str]:
     """List the names given at start that nothing has declared."""
     return sorted(name for name in node._parameter_overrides if not node.has_parameter(name))
@@ -131,7 +138,8 @@ def _typed(parameter: Parameter, field: Field) -> Parameter:
 
 def _descriptor(field: Field) -> ParameterDescriptor:
     meta = field.metadata
-    notes = [f'one of: {", ".join(meta["choices"])}'] if meta['choices'] else []
+    notes = [f'one of: {", ".join(meta["choices"])}'] if meta['choices'] else \
+        [length(field)] if length(field) else []
     notes += [] if meta['dynamic'] else [FIXED]
     descriptor = ParameterDescriptor(
         description=meta['description'], additional_constraints='; '.join(notes))
