@@ -16,10 +16,10 @@ import rclpy
 PATIENCE_S = 60.0               # against hangs only
 NODE = [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '-p',
         'diagnostics.period_s:=0.05']
-BROKEN = """
+FAILING = """
 from physai_decode.ros import process
 
-class Broken(process.DecodeNode):
+class Failing(process.DecodeNode):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         self.create_timer(0.01, self.fail)
@@ -27,7 +27,17 @@ class Broken(process.DecodeNode):
     def fail(self):
         raise ZeroDivisionError('a slip in a callback')
 
-process.DecodeNode = Broken
+process.DecodeNode = Failing
+process.main()
+"""
+BROKEN = """
+from physai_decode.ros import process
+
+class Broken(process.Executor):
+    def wait_for_ready_callbacks(self, **options):
+        raise RuntimeError('no wait set')
+
+process.Executor = Broken
 process.main()
 """
 LAUNCHER = """
@@ -89,6 +99,10 @@ class Ears:
             rclpy.spin_once(self.node, timeout_sec=0.1)
         return self.heard[-1]
 
+    def value(self, key) -> str:
+        """Give a value of the next engine status."""
+        return {pair.key: pair.value for pair in self.next().values}[key]
+
 
 @pytest.fixture
 def ears():
@@ -126,13 +140,26 @@ def named(name, *arguments):
     return [*NODE, '-r', f'__node:={name}', '-p', 'autostart:=false', *arguments]
 
 
-def test_an_error_in_a_callback_is_no_clean_end():
+def test_an_error_in_a_callback_is_no_end(ears, start):
+    """It is logged and counted, and the other callbacks are served."""
+    heard = ears('slipping')
+    process = start([sys.executable, '-c', FAILING, *named('slipping')[3:]],
+                    stderr=subprocess.PIPE)
+    while int(heard.value('callback_errors')) < 3:
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert 'a slip in a callback' in stderr
+
+
+def test_a_broken_executor_is_no_clean_end():
     """By its exit code systemd knows to start the node again."""
     done = subprocess.run(
         [sys.executable, '-c', BROKEN, '--ros-args', '-p', 'autostart:=false'],
         capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
-    assert 'a slip in a callback' in done.stderr
+    assert 'no wait set' in done.stderr
 
 
 def test_stopping_and_continuing_does_not_end_it(ears, start):

@@ -10,6 +10,7 @@ from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.subscription import Subscription
 from rclpy.time_source import CLOCK_TOPIC
+from rosgraph_msgs.msg import Clock
 
 
 class Unserved(CallbackGroup):
@@ -66,7 +67,7 @@ class ClockedNode(Node):
         """
         Give the time by the node's clock, in nanoseconds, in any thread.
 
-        A message of `/clock` that can't be used, such as one of negative time, is left out.
+        A message of `/clock` that no stamp can hold is left out.
         """
         ticks = self._clock_ticks
         if ticks is None:
@@ -76,9 +77,23 @@ class ClockedNode(Node):
                 with ticks.handle:
                     taken = ticks.handle.take_message(ticks.msg_type, False)
                 if taken is not None:
-                    ticks.callback(taken[0])
+                    ticks.callback(_checked(taken[0]))
             except InvalidHandle:       # destroyed: use_sim_time was just set to false
                 pass
             except Exception as error:
                 self.faults.note(CLOCK_TOPIC, error)
         return self.get_clock().now().nanoseconds
+
+
+def _checked(message: Clock) -> Clock:
+    """
+    Give a message of `/clock` that a stamp can hold.
+
+    rclpy refuses negative times when they come, but those after the year 2038 only in each stamp.
+
+    :raises ValueError: it is no time; the message says why.
+    """
+    if message.clock.sec < 0 or message.clock.nanosec >= 10**9:
+        raise ValueError(f'{message.clock.sec} s and {message.clock.nanosec} ns: expected 0 s or '
+                         'more and less than 10^9 ns')
+    return message
