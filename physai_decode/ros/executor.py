@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import threading
+import time
 from typing import Any
 
 import rclpy.executors
@@ -11,6 +12,7 @@ from rclpy.executors import TimeoutException
 from rclpy.task import Task
 
 LAST_FAILURE = 10               # waits for work that fail one after the other
+POLL_S = 0.001
 
 
 class Executor(rclpy.executors.Executor):
@@ -88,6 +90,21 @@ class Executor(rclpy.executors.Executor):
         error = task.exception()
         if error is not None and not self._is_shutdown:
             self._note(_name(entity), error)
+
+    def settle(self, timeout_s: float) -> bool:
+        """
+        Wait until no callback runs or is about to, while others serve; False after the timeout.
+
+        What callbacks have asked for by `create_task`, such as rclpy's answer to who waits for a
+        goal's result, is done then.
+        """
+        end_s = time.monotonic() + timeout_s
+        while time.monotonic() < end_s:
+            with self._tasks_lock:
+                if all(task.done() for task, _, _ in self._tasks):
+                    return True
+            time.sleep(POLL_S)
+        return False
 
     def _make_handler(self, entity, node, take, *execute):
         """

@@ -23,6 +23,7 @@ from physai_decode.ros import params_files as files
 from physai_decode.ros.bond import Bond
 from physai_decode.ros.clocked_node import ClockedNode
 from physai_decode.ros.doors import Doors
+from physai_decode.ros.flush import Flush
 from physai_decode.ros.generate import GenerateServer
 from physai_decode.ros.status import Status
 from physai_decode.ros.topics import Topics
@@ -102,7 +103,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
 
     def close(self, timeout_s: float) -> bool:
         """
-        End what runs and free everything, before the node is destroyed.
+        End what runs and free everything, before the node is flushed and destroyed.
 
         :returns: False where a load or the engine did not end in time: then only the end of the
             process ends it.
@@ -114,11 +115,21 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             if self._state_machine.current_state[1] != 'finalized':
                 self.trigger_shutdown()
         if self._generate is not None:
-            self._generate.close(GOALS_TIMEOUT_S)
+            self._generate.finish(GOALS_TIMEOUT_S)
         return self._host.worker is None
+
+    def flush(self, timeout_s: float) -> bool:
+        """
+        Wait until what was published has left the process, and has come.
+
+        :returns: False where it did not in time.
+        """
+        return Flush(self, self._topics.all).wait(timeout_s)
 
     def destroy_node(self) -> None:
         """Leave ROS; others see it at once."""
+        if self._generate is not None:
+            self._generate.close()
         super().destroy_node()
         self._state_machine.destroy_when_not_in_use()   # which holds the node
 

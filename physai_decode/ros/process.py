@@ -18,6 +18,8 @@ from rclpy.utilities import remove_ros_args
 
 EXIT_LIMIT_S = 1.8              # from a signal to the end of the process, whatever hangs
 THREADS = 3                     # of the executor; node.py says what they are for
+SETTLE_S = 0.1                  # for the callbacks that give goals their results
+FLUSH_S = 0.5                   # for the last messages to be sent and heard
 POLL_S = 0.2                    # how often the main thread looks whether the launcher has ended
 
 
@@ -109,7 +111,10 @@ def main(args: list[str] | None = None, load=load) -> int:
     last = threading.Timer(EXIT_LIMIT_S, lambda: os._exit(ending.code))
     last.daemon = True
     last.start()
-    if node.close(EXIT_TIMEOUT_S):
+    closed = node.close(EXIT_TIMEOUT_S)
+    executor.settle(SETTLE_S)
+    node.flush(FLUSH_S)
+    if closed:
         executor.shutdown()
         thread.join()
         node.destroy_node()
