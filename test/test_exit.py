@@ -124,6 +124,15 @@ def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
         probe.destroy_publisher(prompt)
 
 
+def test_no_end_is_lost_at_the_end(request):
+    """Of requests and goals, on busy cores; as many runs as a test may take."""
+    tool = request.path.parent.parent / 'tools' / 'ends.py'
+    done = subprocess.run(
+        [sys.executable, str(tool), '--runs', '4', '--busy', '2', '--limit', '60'],
+        capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def wait(probe, done):
     """Serve the probe until something is so."""
     end_s = time.monotonic() + 60

@@ -65,7 +65,8 @@ def written(data, *, length=None):
 
 RAW = [b'', b'\0', b'\0\1\0\0', b'\0\7\0\0' + b'\xff' * 40, written(b'\xff\xfe\0'), written(b''),
        written(b'no end'), written(b'a\0b\0'), written(b'\xed\xa0\x80\0'),
-       written(b'a', length=2**32 - 1), written(b'{"id": "\xff"}\0'), written(b'{' * 10_000 + b'\0')]
+       written(b'a', length=2**32 - 1), written(b'{"id": "\xff"}\0'),
+       written(b'{' * 10_000 + b'\0')]
 
 
 @pytest.fixture(scope='module', autouse=True)

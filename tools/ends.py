@@ -4,8 +4,9 @@ End the node amid requests, again and again, and count the ends that nobody hear
 Each run starts a node on a scripted engine, sends it 8 requests, among them goals where
 `~/generate` is built, and ends it by SIGTERM once it has said some tokens. Each request's end must
 come on `~/result`, `~/request_stats` and `~/response`, each goal must get its result, and the
-process must be gone within ``--limit`` seconds, with exit code 0. ``--busy`` processes keep the cores from it
-meanwhile. Prints a line for each run that lost something; exit code 1 where one did.
+process must be gone within ``--limit`` seconds, with exit code 0. ``--busy`` processes keep the
+cores from it meanwhile. Prints a line for each run in which something was wrong; exit code 1 where
+one was.
 """
 
 import argparse

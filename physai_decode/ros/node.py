@@ -41,7 +41,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
-EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
+EXIT_TIMEOUT_S = 0.8            # the same at the end of the process
 GOALS_TIMEOUT_S = 0.2           # for the results of goals to go out
 
 

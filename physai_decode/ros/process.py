@@ -16,10 +16,10 @@ import rclpy
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
-EXIT_LIMIT_S = 1.8              # from a signal to the end of the process, whatever hangs
+EXIT_LIMIT_S = 1.6              # from a signal to the end of the process, whatever hangs
 THREADS = 3                     # of the executor; node.py says what they are for
 SETTLE_S = 0.1                  # for the callbacks that give goals their results
-FLUSH_S = 0.5                   # for the last messages to be sent and heard
+FLUSH_S = 0.4                   # for the last messages to be sent and heard
 POLL_S = 0.2                    # how often the main thread looks whether the launcher has ended
 
 
