@@ -44,13 +44,14 @@ class Flush:
         self._last.publish(Empty())
         if not self._until(end_s, self._take):
             return False
-        end_s = min(end_s, time.monotonic() + ACKNOWLEDGED_S)
         try:
-            return all([publisher.wait_for_all_acked(
-                Duration(seconds=max(end_s - time.monotonic(), 0.0)))
-                for publisher in self._publishers])
+            return self._until(min(end_s, time.monotonic() + ACKNOWLEDGED_S), self._acknowledged)
         except RuntimeError:            # a middleware that can't tell
             return False
+
+    def _acknowledged(self):
+        # Asked again and again: rclpy would hold the interpreter's lock while it waits.
+        return all(each.wait_for_all_acked(Duration()) for each in self._publishers)
 
     def _take(self):
         with self._heard.handle:
