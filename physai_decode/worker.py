@@ -50,6 +50,7 @@ from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # ends whose turn stays in the conversation
+PARTS = 10                      # of a wait: of them a stopped process (SIGSTOP) loses one, not all
 SEEDS = 2**31                               # a fresh seed is below
 
 Result = TypeVar('Result')
@@ -256,7 +257,8 @@ class Worker:
         self._report_removed(removed)
         if self._thread is None:
             return True
-        self._thread.join(timeout_s)
+        for _ in range(PARTS):
+            self._thread.join(timeout_s / PARTS)
         gc.unfreeze()
         with self._wake:
             stuck, answer = self._queue.running, self._answer

@@ -10,12 +10,12 @@ from lifecycle_msgs.srv import GetState
 from physai_decode.decode_loop import Step
 from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
+from physai_decode.ros.executor import Executor
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
-from rclpy.executors import MultiThreadedExecutor
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -133,7 +133,7 @@ class Rig:
                 ('change_state', ChangeState), ('get_state', GetState), ('cancel', Trigger),
                 ('reset', Trigger), ('measure_gap', Trigger), ('set_parameters', SetParameters),
                 ('set_parameters_atomically', SetParametersAtomically))}
-        self.executors = [MultiThreadedExecutor(num_threads=3), SingleThreadedExecutor()]
+        self.executors = [Executor(3, self.node.faults.note), SingleThreadedExecutor()]
         self.threads = []
         for executor, node in zip(self.executors, (self.node, self.probe), strict=True):
             executor.add_node(node)

@@ -121,8 +121,9 @@ def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
     try:
         wait(probe, lambda: prompt.get_subscription_count()
              and all(probe.count_publishers(each.topic_name) for each in subscriptions))
-        while not pieces:           # till it is active a prompt is refused
+        while len(pieces) < 4:      # till it is active a prompt is refused
             ends.clear()
+            pieces.clear()
             for text in (60 * 'a', 'b', 'c'):
                 prompt.publish(String(data=text))
             wait(probe, lambda: len(pieces) == 4 or len(ends) == 3)
@@ -166,6 +167,15 @@ def test_the_watchdog_ends_with_its_process():
     ended, _, _ = select.select([watchdog], [], [], 60)
     os.close(watchdog)
     assert ended
+
+
+def test_no_end_is_lost_at_the_end(request):
+    """Of requests and goals, on busy cores; as many runs as a test may take."""
+    tool = request.path.parent.parent / 'tools' / 'ends.py'
+    done = subprocess.run(
+        [sys.executable, str(tool), '--runs', '4', '--busy', '2', '--limit', '60'],
+        capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def wait(probe, done):

@@ -412,14 +412,15 @@ def test_goals_hold_no_thread_of_the_executor(make):
 
 
 @needs_msgs
-def test_close_waits_for_results(make):
-    """What ends while the node leaves still gets its result made; rclpy sends it, if in time."""
+def test_what_ends_while_the_node_leaves_gets_its_result(make):
+    """Before the server closes."""
     rig = make()
     rig.host.go.clear()
     goals = [rig.client.send(prompt='x') for _ in range(5)]
     wait(lambda: len(rig.host.submitted) == 5)
     rig.host.go.set()
-    rig.server.close(PATIENCE_S)
+    rig.server.finish(PATIENCE_S)
+    rig.server.close()
     assert not rig.server._goals and not rig.server._thread.is_alive()
     assert all(goal.handle for goal in goals)
 

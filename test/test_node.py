@@ -17,6 +17,7 @@ from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
 from physai_decode.ros.topics import latched_qos
+from physai_decode.ros.topics import stream_qos
 from physai_decode.worker import Worker
 import pytest
 import rclpy
@@ -123,6 +124,16 @@ def test_what_is_no_longer_loaded_is_not_told(rig):
     assert info['message'] == 'nothing is loaded'
     assert info.pop('generate_action') == messages.GENERATE_ACTION     # of this machine
     assert {info[key] for key in messages.MODEL_KEYS if key != 'generate_action'} == {'n/a'}
+
+
+@pytest.mark.parametrize('name', ['cancel', 'reset', 'measure_gap'])
+def test_no_call_of_many_at_once_is_lost(rig, name):
+    """Each is answered, however many come before the first is served."""
+    client = rig.probe.create_client(Trigger, f'/decode/{name}', qos_profile=stream_qos())
+    assert client.wait_for_service(PATIENCE_S)
+    answers = [client.call_async(Trigger.Request()) for _ in range(200)]
+    rig.wait(lambda: all(answer.done() for answer in answers))
+    assert rig.ask('hi')['finish_reason'] == 'stop'
 
 
 def test_no_prompt_of_many_at_once_is_lost(make):

@@ -9,17 +9,21 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from lifecycle_msgs.srv import ChangeState
+from physai_decode.ros.node import STOP_TIMEOUT_S
+from physai_decode.ros.topics import stream_qos
 from physai_decode.ros.typed import unavailable
 import pytest
 import rclpy
+from std_msgs.msg import String
 
 PATIENCE_S = 60.0               # against hangs only
 NODE = [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '-p',
         'diagnostics.period_s:=0.05']
-BROKEN = """
+FAILING = """
 from physai_decode.ros import process
 
-class Broken(process.DecodeNode):
+class Failing(process.DecodeNode):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         self.create_timer(0.01, self.fail)
@@ -27,8 +31,27 @@ class Broken(process.DecodeNode):
     def fail(self):
         raise ZeroDivisionError('a slip in a callback')
 
-process.DecodeNode = Broken
+process.DecodeNode = Failing
 process.main()
+"""
+BROKEN = """
+from physai_decode.ros import process
+
+class Broken(process.Executor):
+    def wait_for_ready_callbacks(self, **options):
+        raise RuntimeError('no wait set')
+
+process.Executor = Broken
+process.main()
+"""
+SLOW = """
+import sys
+sys.path.insert(0, {folder!r})
+from node_rig import Loader
+from physai_decode.ros.process import main
+loader = Loader()
+loader.step_s = {step_s}
+sys.exit(main(load=loader))
 """
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -89,6 +112,18 @@ class Ears:
             rclpy.spin_once(self.node, timeout_sec=0.1)
         return self.heard[-1]
 
+    def value(self, key) -> str:
+        """Give a value of the next engine status."""
+        return {pair.key: pair.value for pair in self.next().values}[key]
+
+
+    def until(self, done) -> None:
+        """Wait until something is so."""
+        end_s = time.monotonic() + PATIENCE_S
+        while not done():
+            assert time.monotonic() < end_s, 'waited too long'
+            rclpy.spin_once(self.node, timeout_sec=0.1)
+
 
 @pytest.fixture
 def ears():
@@ -126,13 +161,44 @@ def named(name, *arguments):
     return [*NODE, '-r', f'__node:={name}', '-p', 'autostart:=false', *arguments]
 
 
-def test_an_error_in_a_callback_is_no_clean_end():
+def slow(request, name, step_s, *arguments):
+    """Give the command that starts an active node of so many seconds a token."""
+    script = SLOW.format(folder=str(request.path.parent), step_s=step_s)
+    return [sys.executable, '-c', script, '--ros-args', '-r', f'__node:={name}', '-p',
+            'diagnostics.period_s:=0.05', *arguments]
+
+
+def talk(node, name):
+    """Give the figures of tokens and requests as they will come, and a publisher of prompts."""
+    lists = []
+    for topic in ('token_stats', 'request_stats'):
+        lists.append([])
+        node.create_subscription(
+            DiagnosticArray, f'/{name}/{topic}', lambda message, heard=lists[-1]: heard.append(
+                {pair.key: pair.value for pair in message.status[0].values}), stream_qos())
+    return *lists, node.create_publisher(String, f'/{name}/prompt', stream_qos())
+
+
+def test_an_error_in_a_callback_is_no_end(ears, start):
+    """It is logged and counted, and the other callbacks are served."""
+    heard = ears('slipping')
+    process = start([sys.executable, '-c', FAILING, *named('slipping')[3:]],
+                    stderr=subprocess.PIPE)
+    while int(heard.value('callback_errors')) < 3:
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert 'a slip in a callback' in stderr
+
+
+def test_a_broken_executor_is_no_clean_end():
     """By its exit code systemd knows to start the node again."""
     done = subprocess.run(
         [sys.executable, '-c', BROKEN, '--ros-args', '-p', 'autostart:=false'],
         capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
-    assert 'a slip in a callback' in done.stderr
+    assert 'no wait set' in done.stderr
 
 
 def test_stopping_and_continuing_does_not_end_it(ears, start):
@@ -149,6 +215,55 @@ def test_stopping_and_continuing_does_not_end_it(ears, start):
     heard.next()
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_stop_amid_an_answer_is_told_as_it_was(ears, start, request):
+    """The token that spans it shows its time, and the node that stood still is well after it."""
+    heard = ears('paused')
+    tokens, ends, prompt = talk(heard.node, 'paused')
+    process = start(slow(request, 'paused', 0.05, '-p', 'deadline.token_ms:=1900.0', '-p',
+                         'diagnostics.stall_timeout_s:=1.0'))
+    heard.until(lambda: prompt.get_subscription_count() and heard.value('state') == 'idle')
+    prompt.publish(String(data=40 * 'a'))
+    heard.until(lambda: len(tokens) > 5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGCONT)
+    heard.until(lambda: ends and len(tokens) == 40)
+    assert ends[0]['finish_reason'] == 'stop'
+    assert [token['index'] for token in tokens] == [str(index) for index in range(40)]
+    longest = max(tokens[1:], key=lambda token: float(token['itl_ms']))
+    assert float(longest['itl_ms']) > 1990
+    assert longest['deadline_missed'] == '1'
+    assert ends[0]['itl_max_ms'] == longest['itl_ms']
+    assert float(ends[0]['total_ms']) > 1990 and int(ends[0]['deadline_misses']) >= 1
+    heard.until(lambda: heard.value('state') == 'idle')
+    prompt.publish(String(data='b'))
+    heard.until(lambda: len(ends) == 2)
+    assert ends[1]['finish_reason'] == 'stop'
+
+
+def test_a_stop_while_it_deactivates_is_no_hung_engine(ears, start, request):
+    """Though it is longer than an engine may take to come back."""
+    heard = ears('parked')
+    tokens, ends, prompt = talk(heard.node, 'parked')
+    process = start(slow(request, 'parked', 1.0))
+    change = heard.node.create_client(ChangeState, '/parked/change_state')
+    heard.until(lambda: prompt.get_subscription_count() and change.service_is_ready()
+                and heard.value('state') == 'idle')
+    prompt.publish(String(data=100 * 'a'))
+    heard.until(lambda: tokens)
+    asked = ChangeState.Request()
+    asked.transition.label = 'deactivate'
+    done = change.call_async(asked)
+    rclpy.spin_once(heard.node, timeout_sec=0.2)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(STOP_TIMEOUT_S + 1.0)
+    process.send_signal(signal.SIGCONT)
+    heard.until(lambda: done.done() and ends)
+    assert done.result().success
+    assert ends[0]['finish_reason'] == 'cancelled'
+    assert heard.value('state') == 'inactive'
 
 
 @pytest.mark.skipif(bool(unavailable), reason=unavailable)

@@ -61,6 +61,8 @@ KEYS = {
     'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
     'cached_tokens': 'tokens of the prompt whose keys and values were still there',
     'cancel_ms': 'from the cancel asked for to the end of the request',
+    'callback_errors': 'errors in callbacks since the process began, such as messages that could '
+                       'not be read; each is in the log',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
     'client_id': 'what the client called the request',
     'consecutive_misses': 'late tokens in a row, up to now',

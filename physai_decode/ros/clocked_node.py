@@ -4,7 +4,9 @@ import threading
 import time
 from typing import Any
 
+from physai_decode.ros.faults import Faults
 from rclpy.callback_groups import CallbackGroup
+from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.subscription import Subscription
 from rclpy.time_source import CLOCK_TOPIC
@@ -37,6 +39,15 @@ class ClockedNode(Node):
     _clock_ticks: Subscription | None = None
     _taking = threading.Lock()
 
+    def __init__(self, name: str, **arguments: Any) -> None:
+        """
+        Make the node; its faults are counted from here on.
+
+        :param arguments: for rclpy's Node.
+        """
+        super().__init__(name, **arguments)
+        self.faults = Faults(self.get_logger())
+
     def create_subscription(self, msg_type, topic, callback, qos_profile, **options):
         """Subscribe, as rclpy's time source does to `/clock` where use_sim_time is set."""
         if topic != CLOCK_TOPIC:
@@ -52,7 +63,11 @@ class ClockedNode(Node):
         return super().destroy_subscription(subscription)
 
     def now_ns(self) -> int:
-        """Give the time by the node's clock, in nanoseconds, in any thread."""
+        """
+        Give the time by the node's clock, in nanoseconds, in any thread.
+
+        A message of `/clock` that no stamp can hold is left out.
+        """
         ticks = self._clock_ticks
         if ticks is None:
             return time.time_ns()       # the same; rclpy's takes a tenth of a token's time
@@ -60,8 +75,24 @@ class ClockedNode(Node):
             try:
                 with ticks.handle:
                     taken = ticks.handle.take_message(ticks.msg_type, False)
-            except RuntimeError:        # destroyed: use_sim_time was just set to false
-                taken = None
-            if taken is not None:
-                ticks.callback(taken[0])
+                if taken is not None:
+                    ticks.callback(_checked(taken[0]))
+            except InvalidHandle:       # destroyed: use_sim_time was just set to false
+                pass
+            except Exception as error:
+                self.faults.note(CLOCK_TOPIC, error)
         return self.get_clock().now().nanoseconds
+
+
+def _checked(message: Any) -> Any:
+    """
+    Give a message of `/clock` that a stamp can hold.
+
+    rclpy refuses negative times when they come, but those after the year 2038 only in each stamp.
+
+    :raises ValueError: it is no time; the message says why.
+    """
+    if message.clock.sec < 0 or message.clock.nanosec >= 10**9:
+        raise ValueError(f'{message.clock.sec} s and {message.clock.nanosec} ns: expected 0 s or '
+                         'more and less than 10^9 ns')
+    return message

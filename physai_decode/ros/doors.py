@@ -39,10 +39,12 @@ class Doors:
 
         self.prompt = subscribe('~/prompt', self._on_prompt)
         self.request = subscribe('~/request', self._on_request)
-        node.create_service(Trigger, '~/cancel', self._on_cancel)
-        node.create_service(Trigger, '~/reset', self._on_reset)
-        node.create_service(Trigger, '~/measure_gap', self._on_measure_gap,
-                            callback_group=MutuallyExclusiveCallbackGroup())
+        # Of calls at once, rclpy's own depth keeps the last 10 alone.
+        for name, callback, group in (
+                ('~/cancel', self._on_cancel, None), ('~/reset', self._on_reset, None),
+                ('~/measure_gap', self._on_measure_gap, MutuallyExclusiveCallbackGroup())):
+            node.create_service(Trigger, name, callback, qos_profile=stream_qos(),
+                                callback_group=group)
 
     def _on_prompt(self, message):
         self._host.submit(Request(message.data), time.monotonic())

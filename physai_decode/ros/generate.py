@@ -41,7 +41,6 @@ from rclpy.qos import QoSProfile
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
 STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
-LINGER_S = 0.05                 # until rclpy has sent a result that it was given
 SUCCEEDED = ('stop', 'length')  # finish reasons
 
 
@@ -86,20 +85,20 @@ class GenerateServer:
         self._thread = threading.Thread(target=self._send, name='generate', daemon=True)
         self._thread.start()
 
-    def close(self, timeout_s: float = 0.0) -> None:
+    def finish(self, timeout_s: float) -> None:
         """
-        Take no goals any more; before the node is destroyed.
+        Wait until each goal has its result, at most so long.
 
-        :param timeout_s: how long to wait until each goal has its result. Their requests must have
-            ended, and the executor must run.
+        Their requests must have ended, and the executor must run.
         """
+        until_s = time.monotonic() + timeout_s
+        while self._goals and time.monotonic() < until_s:
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Take no goals any more; before the node is destroyed."""
         if self._closed:
             return
-        if self._goals:
-            until_s = time.monotonic() + timeout_s
-            while self._goals and time.monotonic() < until_s:
-                time.sleep(POLL_S)
-            time.sleep(min(timeout_s, LINGER_S))
         self._closed = True
         self._wake(True)
         self._thread.join()

@@ -23,12 +23,15 @@ from physai_decode.ros import params_files as files
 from physai_decode.ros.bond import Bond
 from physai_decode.ros.clocked_node import ClockedNode
 from physai_decode.ros.doors import Doors
+from physai_decode.ros.flush import Flush
 from physai_decode.ros.generate import GenerateServer
 from physai_decode.ros.status import Status
 from physai_decode.ros.topics import Topics
 from physai_decode.ros.twins import Twins
 from physai_decode.ros.typed import unavailable
 from rcl_interfaces.msg import SetParametersResult
+from rcl_interfaces.srv import SetParameters
+from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock
 from rclpy.clock import ClockType
@@ -38,7 +41,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
 STOP_TIMEOUT_S = 5.0            # a decode step that takes longer is a hung engine
-EXIT_TIMEOUT_S = 1.0            # the same at the end of the process
+EXIT_TIMEOUT_S = 0.8            # the same at the end of the process
 GOALS_TIMEOUT_S = 0.2           # for the results of goals to go out
 
 
@@ -71,6 +74,10 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         for service in self.services:
             if service.srv_type is ChangeState:
                 service.callback = self._guarded(service.callback)
+            elif service.srv_type is SetParameters:
+                service.callback = self._on_set_parameters
+            elif service.srv_type is SetParametersAtomically:
+                service.callback = self._on_set_parameters_atomically
         self._topics = Topics(self, lambda: self._host.config.model.path, self._log_end)
         self._host = host = Host(self._topics, load)
         host.config = config
@@ -87,7 +94,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             self.get_logger().error(each)
         self._bond = Bond(self)
         self._status = Status(host, self._topics, unknown, unheard,
-                              Twins(self, self._topics.tokens))
+                              Twins(self, self._topics.tokens), self.faults)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             config.diagnostics.period_s, self._status.publish, clock=steady)
@@ -96,7 +103,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
 
     def close(self, timeout_s: float) -> bool:
         """
-        End what runs and free everything, before the node is destroyed.
+        End what runs and free everything, before the node is flushed and destroyed.
 
         :returns: False where a load or the engine did not end in time: then only the end of the
             process ends it.
@@ -108,11 +115,21 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             if self._state_machine.current_state[1] != 'finalized':
                 self.trigger_shutdown()
         if self._generate is not None:
-            self._generate.close(GOALS_TIMEOUT_S)
+            self._generate.finish(GOALS_TIMEOUT_S)
         return self._host.worker is None
+
+    def flush(self, timeout_s: float) -> bool:
+        """
+        Wait until what was published has left the process, and has come.
+
+        :returns: False where it did not in time.
+        """
+        return Flush(self, self._topics.all).wait(timeout_s)
 
     def destroy_node(self) -> None:
         """Leave ROS; others see it at once."""
+        if self._generate is not None:
+            self._generate.close()
         super().destroy_node()
         self._state_machine.destroy_when_not_in_use()   # which holds the node
 
@@ -229,6 +246,21 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
 
     # Parameters
 
+    def _on_set_parameters(self, request, response):
+        response.results = [self._set(message) for message in request.parameters]
+        return response
+
+    def _on_set_parameters_atomically(self, request, response):
+        response.result = self._set(*request.parameters)
+        return response
+
+    def _set(self, *messages):
+        """Set parameters as a call has them; rclpy's own raises where a value has no type."""
+        try:
+            return self.set_parameters_atomically(parameters.from_messages(messages))
+        except ConfigError as error:
+            return self._refused(error)
+
     def set_parameters(self, parameter_list: list[Parameter]) -> list[SetParametersResult]:
         """Set parameters one by one; see `set_parameters_atomically`."""
         return [self.set_parameters_atomically([parameter]) for parameter in parameter_list]
@@ -244,12 +276,15 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                              parameter_list)
             self._refuse_fixed(parameter_list)
         except ConfigError as error:
-            self.get_logger().warning(f'parameter refused: {error}')
-            return SetParametersResult(successful=False, reason=str(error))
+            return self._refused(error)
         result = super().set_parameters_atomically(parameter_list)
         if result.successful and self._host is not None and self._host.worker is not None:
             self._host.update(parameters.read(self))
         return result
+
+    def _refused(self, error):
+        self.get_logger().warning(f'parameter refused: {error}')
+        return SetParametersResult(successful=False, reason=str(error))
 
     def _refuse_fixed(self, parameter_list):
         host = self._host

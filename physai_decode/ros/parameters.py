@@ -20,6 +20,7 @@ from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from rcl_interfaces.msg import FloatingPointRange
 from rcl_interfaces.msg import IntegerRange
+from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -95,6 +96,23 @@ def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
     known = specs()
     return [_typed(parameter, known[parameter.name]) if parameter.name in known else parameter
             for parameter in parameters]
+
+
+def from_messages(messages: Iterable[ParameterMessage]) -> list[Parameter]:
+    """
+    Read the parameters of a call.
+
+    :raises ConfigError: the type of a value is none of a parameter.
+    """
+    read = []
+    for message in messages:
+        try:
+            read.append(Parameter.from_parameter_msg(message))
+        except ValueError:
+            raise ConfigError(
+                f'{message.name} has a value of type {message.value.type}: the types are those '
+                'of rcl_interfaces/msg/ParameterType, 0 to 9') from None
+    return read
 
 
 def fixed(parameters: Iterable[Parameter]) -> list[str]:

@@ -9,16 +9,19 @@ from physai_decode.config import ConfigError
 from physai_decode.host import load
 from physai_decode.ros import params_files
 from physai_decode.ros import watchdog
+from physai_decode.ros.executor import Executor
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.node import EXIT_TIMEOUT_S
 from physai_decode.ros.parent import Parent
 import rclpy
-from rclpy.executors import MultiThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 EXIT_LIMIT_S = 1.5              # from a signal seen to the end of the process, whatever hangs
 POLL_S = 0.1                    # how often the main thread looks for signals and the launcher
+THREADS = 3                     # of the executor; node.py says what they are for
+SETTLE_S = 0.1                  # for the callbacks that give goals their results
+FLUSH_S = 0.4                   # for the last messages to be sent and heard
 
 
 class Ending:
@@ -39,8 +42,8 @@ class Ending:
         return self._event.wait(timeout_s)
 
 
-def spin(executor: MultiThreadedExecutor, ending: Ending) -> None:
-    """Serve callbacks until the executor is shut down; an error in one ends the process."""
+def spin(executor: Executor, ending: Ending) -> None:
+    """Serve callbacks until the executor is shut down; where it can't, the process ends."""
     try:
         executor.spin()
     except BaseException:
@@ -53,7 +56,7 @@ def main(args: list[str] | None = None, load=load) -> int:
     """
     Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start.
 
-    The exit code is 0 for a signal or the end of the launcher, and 1 for an error in a callback.
+    The exit code is 0 for a signal or the end of the launcher, and 1 where the executor is broken.
     """
     ending, parent = Ending(), Parent()
     args = sys.argv if args is None else args
@@ -86,7 +89,7 @@ def main(args: list[str] | None = None, load=load) -> int:
         rclpy.logging.get_logger('decode').fatal(f'{kind}{error}')
         rclpy.shutdown()
         return 1
-    executor = MultiThreadedExecutor(num_threads=3)
+    executor = Executor(THREADS, node.faults.note)
     executor.add_node(node)
     thread = threading.Thread(target=spin, args=(executor, ending), name='executor')
     thread.start()
@@ -100,7 +103,10 @@ def main(args: list[str] | None = None, load=load) -> int:
     last = threading.Timer(EXIT_LIMIT_S, lambda: os._exit(ending.code))
     last.daemon = True
     last.start()
-    if node.close(EXIT_TIMEOUT_S):
+    closed = node.close(EXIT_TIMEOUT_S)
+    executor.settle(SETTLE_S)
+    node.flush(FLUSH_S)
+    if closed:
         executor.shutdown()
         thread.join()
         node.destroy_node()

@@ -6,6 +6,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.host import Host
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
+from physai_decode.ros.faults import Faults
 from physai_decode.ros.topics import Topics
 from physai_decode.ros.twins import Twins
 
@@ -16,7 +17,7 @@ class Status:
     """Reads the host, and publishes."""
 
     def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
-                 unheard: Sequence[str], twins: Twins) -> None:
+                 unheard: Sequence[str], twins: Twins, faults: Faults) -> None:
         """
         Take whose status it is.
 
@@ -24,7 +25,7 @@ class Status:
         :param unheard: what is to be said of params files that hold nothing for this node.
         """
         self._host, self._topics = host, topics
-        self._unheard, self._twins = unheard, twins
+        self._unheard, self._twins, self._faults = unheard, twins, faults
         self._unknown = ' '.join(unknown_parameters)
         self._misses = 0                        # deadline misses at the last publish
 
@@ -71,6 +72,7 @@ class Status:
             'state': state, 'engine': config.engine.name, 'model': config.model.path,
             'queue_depth': worker.queue_depth if worker is not None else 0,
             'queue_capacity': config.queue.size, 'unknown_parameters': self._unknown,
+            'callback_errors': self._faults.count,
             **host.counts}
         if loaded is not None:
             values.update({

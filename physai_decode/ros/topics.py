@@ -63,9 +63,11 @@ class Topics:
             thread that ended the request.
         """
         def publisher(kind, topic, qos):
-            return node.create_publisher(
-                kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES))
+            self.all.append(node.create_publisher(
+                kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES)))
+            return self.all[-1]
 
+        self.all: list[Publisher] = []
         self._model, self._finished = model, finished
         self._now_ns = node.now_ns
         self.tokens = publisher(String, '~/tokens', stream_qos())

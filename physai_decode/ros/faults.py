@@ -1,0 +1,36 @@
+"""Errors that the node goes on after: each is logged and counted."""
+
+import threading
+
+from physai_decode.engine import described
+from rclpy.impl.rcutils_logger import RcutilsLogger
+
+LOG_EVERY_S = 1.0               # a flood of them must not become a flood in the log
+
+
+class Faults:
+    """What went wrong in callbacks; most often a message or a call that was malformed."""
+
+    def __init__(self, logger: RcutilsLogger) -> None:
+        """Begin with none."""
+        self.count = 0
+        self._logger = logger
+        self._lock = threading.Lock()
+
+    def note(self, where: str, error: BaseException) -> None:
+        """
+        Count an error and log it, with the line of code that raised it; from any thread.
+
+        :param where: what it went wrong in, such as a topic.
+        """
+        with self._lock:
+            self.count += 1
+            count = self.count
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        line = '' if trace is None else \
+            f' ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})'
+        self._logger.error(
+            f'{where} failed, the node goes on: {described(error)}{line}; callback_errors: '
+            f'{count}', throttle_duration_sec=LOG_EVERY_S)

@@ -1,0 +1,184 @@
+"""Whatever a participant sends, through each door of the node: it answers the next prompt."""
+
+from functools import reduce
+from importlib import import_module
+import math
+import struct
+
+from builtin_interfaces.msg import Time
+from node_rig import PATIENCE_S
+from node_rig import Rig
+from physai_decode.ros.topics import stream_qos
+from physai_decode.ros.typed import Generate
+from physai_decode.ros.typed import unavailable
+import pytest
+from rcl_interfaces.msg import Parameter
+from rcl_interfaces.msg import ParameterValue
+from rcl_interfaces.srv import GetParameters
+import rclpy
+from rosgraph_msgs.msg import Clock
+from rosidl_parser import definition
+from std_msgs.msg import String
+
+VARIANTS = 4
+TEXTS = ('\0', 'x' * 100_000, 'a\0b\uffff\u2028', '')
+NUMBERS = (math.nan, math.inf, -1e308, 5e-324)
+LENGTHS = (30, 1, 3, 0)      # not many long texts, and not many of many
+ACTION = {'send_goal': 'SendGoalService', 'get_result': 'GetResultService',
+          'cancel_goal': 'CancelGoalService'}
+
+
+def extreme(kind, variant):
+    """Give a message or request with all its fields at an extreme."""
+    message = kind()
+    for name, slot in zip(message.get_fields_and_field_types(), message.SLOT_TYPES, strict=True):
+        setattr(message, name, value(slot, variant))
+    return message
+
+
+def value(slot, variant):
+    """Give an extreme of a field's type."""
+    if isinstance(slot, definition.NamespacedType):
+        module = import_module('.'.join(slot.namespaces))
+        return extreme(reduce(getattr, slot.name.split('_'), module), variant)  # Generate_Goal
+    if isinstance(slot, definition.AbstractNestedType):
+        length = slot.size if isinstance(slot, definition.Array) else LENGTHS[variant]
+        return [value(slot.value_type, variant)] * length
+    if isinstance(slot, definition.AbstractString):
+        return TEXTS[variant]
+    if slot.typename == 'boolean':
+        return variant % 2 == 0
+    if slot.typename == 'octet':
+        return b'\xff'
+    if slot.typename in ('double', 'float'):
+        return NUMBERS[variant]
+    bits = int(slot.typename.lstrip('uint'))
+    if slot.typename.startswith('u'):
+        return 0 if variant % 2 else 2**bits - 1
+    return -2**(bits - 1) if variant % 2 else 2**(bits - 1) - 1
+
+
+def written(data, *, length=None):
+    """Write a std_msgs/String of any bytes."""
+    return b'\0\1\0\0' + struct.pack('<I', len(data) if length is None else length) + data
+
+
+RAW = [b'', b'\0', b'\0\1\0\0', b'\0\7\0\0' + b'\xff' * 40, written(b'\xff\xfe\0'), written(b''),
+       written(b'no end'), written(b'a\0b\0'), written(b'\xed\xa0\x80\0'),
+       written(b'a', length=2**32 - 1), written(b'{"id": "\xff"}\0'),
+       written(b'{' * 10_000 + b'\0')]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@pytest.fixture(scope='module')
+def rig(ros):
+    """Give an active node under simulated time."""
+    rig = Rig(use_sim_time=True)
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+
+
+def call(rig, kind, name, request):
+    """Call a service, have its answer, and then that of a prompt."""
+    client = rig.probe.create_client(kind, name)
+    assert client.wait_for_service(PATIENCE_S)
+    answer = rig.result(client.call_async(request))
+    rig.probe.destroy_client(client)
+    assert rig.ask('hi')['finish_reason'] == 'stop', name
+    return answer
+
+
+@pytest.mark.parametrize('variant', range(VARIANTS))
+def test_every_service_answers(rig, variant):
+    """With all fields of the request at an extreme."""
+    services = [(each.srv_type, each.handle.name) for each in rig.node.services]
+    assert len(services) >= 14
+    for kind, name in services:
+        call(rig, kind, name, extreme(kind.Request, variant))
+    assert rig.state() == 'active'
+
+
+@pytest.mark.parametrize('service', ['set_parameters', 'set_parameters_atomically'])
+@pytest.mark.parametrize('kind', [10, 42, 255])
+def test_a_value_of_no_type_is_refused(rig, service, kind):
+    """In the answer to the call, not by its end."""
+    client = rig.clients[service]
+    answer = call(rig, client.srv_type, f'/decode/{service}', client.srv_type.Request(
+        parameters=[Parameter(name='sampling.top_k', value=ParameterValue(type=kind))]))
+    result = answer.results[0] if service == 'set_parameters' else answer.result
+    assert not result.successful
+    assert f'sampling.top_k has a value of type {kind}' in result.reason
+
+
+@pytest.mark.parametrize('variant', range(VARIANTS))
+def test_a_parameter_of_each_type(rig, variant):
+    """With extreme values; what does not fit is refused, and all calls are answered."""
+    values = []
+    for kind in range(10):
+        values.append(extreme(ParameterValue, variant))
+        values[-1].type = kind
+    names = [name for name in rig.node._parameters if name != 'use_sim_time'
+             and not name.startswith(('sampling', 'deadline'))]
+    for service in ('set_parameters', 'set_parameters_atomically'):
+        client = rig.clients[service]
+        call(rig, client.srv_type, f'/decode/{service}', client.srv_type.Request(
+            parameters=[Parameter(name=name, value=each) for name in names for each in values]))
+
+
+def test_very_many_and_very_long(rig):
+    """It takes its time, and no more."""
+    call(rig, GetParameters, '/decode/get_parameters', GetParameters.Request(names=['a'] * 50_000))
+    client = rig.clients['set_parameters_atomically']
+    answer = call(rig, client.srv_type, '/decode/set_parameters_atomically',
+                  client.srv_type.Request(parameters=[Parameter(name='sampling.stop')] * 5000))
+    assert answer.result.successful
+    assert 'more than 1000000 bytes' in rig.ask('x' * 20_000_000)['message']
+    assert rig.ask('hi')['finish_reason'] == 'stop'
+
+
+@pytest.mark.parametrize('data', RAW, ids=range(len(RAW)))
+def test_bytes_that_are_no_message(rig, data):
+    """On both topics that take requests."""
+    for topic in ('prompt', 'request'):
+        publisher = rig.probe.create_publisher(String, f'/decode/{topic}', stream_qos())
+        rig.wait(publisher.get_subscription_count)
+        publisher.publish(data)
+        rig.probe.destroy_publisher(publisher)
+        assert 'stop' in {rig.ask('hi')['finish_reason'], rig.ask('hi')['finish_reason']}
+
+
+@pytest.mark.parametrize('time', [
+    Time(sec=-1), Time(sec=-2**31, nanosec=2**32 - 1), Time(sec=2**31 - 1, nanosec=2**32 - 1),
+    Time(nanosec=10**9)], ids=str)
+def test_a_clock_that_no_stamp_can_hold(rig, time):
+    """It is counted and left out; tokens and diagnostics go on under the time before."""
+    publisher = rig.probe.create_publisher(Clock, '/clock', 10)
+    rig.wait(publisher.get_subscription_count)
+    publisher.publish(Clock(clock=Time(sec=7)))
+    rig.wait(lambda: rig.heard['diagnostics'][-1].header.stamp.sec == 7)
+    before = int(rig.diagnostics('decode: engine')['callback_errors'])
+    publisher.publish(Clock(clock=time))
+    rig.wait(lambda: int(rig.diagnostics('decode: engine')['callback_errors']) > before)
+    assert rig.ask('hi')['finish_reason'] == 'stop'
+    assert rig.heard['diagnostics'][-1].header.stamp.sec == 7
+    for data in (b'', b'\0\1\0\0', b'\0\1\0\0\1'):
+        publisher.publish(data)
+    assert rig.ask('hi')['finish_reason'] == 'stop'
+    rig.probe.destroy_publisher(publisher)
+
+
+@pytest.mark.skipif(bool(unavailable), reason=unavailable)
+@pytest.mark.parametrize('variant', range(VARIANTS))
+def test_goals_and_goal_ids_from_nowhere(rig, variant):
+    """The three services of the action, which a client of it calls unseen."""
+    for name in ('get_result', 'cancel_goal', 'send_goal', 'send_goal', 'get_result'):
+        kind = getattr(Generate.Impl, ACTION[name])
+        call(rig, kind, f'/decode/generate/_action/{name}', extreme(kind.Request, variant))
