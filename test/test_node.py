@@ -524,6 +524,37 @@ def test_a_set_is_checked_as_a_whole(rig):
     assert rig.ask('on')['finish_reason'] == 'stop'
 
 
+def test_a_locked_model_stays(make):
+    """Nothing that decides what is loaded can be set, in any state, nor can the lock itself."""
+    rig = make(**{'model.locked': True, 'model.path': 'mine'})
+    refused = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
+               'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
+               'chat.template': 'off'}
+    for transition in ('configure', 'activate', 'deactivate', 'cleanup'):
+        for name, value in refused.items():
+            before = rig.node.get_parameter(name).value
+            for service in ('set_parameters', 'set_parameters_atomically'):
+                done, reason = rig.set(service, **{name: value})
+                assert not done
+                assert reason == (
+                    f'{name} can not be set to {value!r} while the node runs: model.locked is '
+                    'true; change it in the params file and start the node again')
+            assert rig.node.get_parameter(name).value == before
+        assert rig.set('set_parameters_atomically', model__locked=False, model__path='bad')[1]
+        assert rig.set(model__path='mine', sampling__top_k=3) == (True, '')
+        assert rig.change(transition)
+    assert rig.set(queue__size=3) == (True, '')         # which decides nothing of it
+
+
+def test_a_model_can_be_locked_while_unconfigured(make):
+    """Then it stays so."""
+    rig = make()
+    assert rig.set(model__path='mine') == (True, '')
+    assert rig.set(model__locked=True) == (True, '')
+    assert 'model.locked is true' in rig.set(model__locked=False)[1]
+    assert 'model.locked is true' in rig.set(model__path='bad')[1]
+
+
 def test_sampling_is_taken_from_the_next_request_on(rig):
     """A new max_new_tokens cuts the next answer."""
     assert rig.ask('hello')['output_tokens'] == '5'

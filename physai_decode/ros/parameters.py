@@ -28,6 +28,7 @@ TYPES = {
     bool: Parameter.Type.BOOL, int: Parameter.Type.INTEGER, float: Parameter.Type.DOUBLE,
     str: Parameter.Type.STRING, tuple: Parameter.Type.STRING_ARRAY}
 FIXED = 'can be set only while the node is unconfigured'
+LOAD_GROUPS = ('model', 'engine', 'chat')       # what a load reads
 
 
 def specs() -> dict[str, Field]:
@@ -102,6 +103,11 @@ def fixed(parameters: Iterable[Parameter]) -> list[str]:
     known = specs()
     return [parameter.name for parameter in parameters
             if parameter.name in known and not known[parameter.name].metadata['dynamic']]
+
+
+def decides_load(name: str) -> bool:
+    """Tell whether a parameter is of those that decide what is loaded."""
+    return name.partition('.')[0] in LOAD_GROUPS
 
 
 def unknown(node: Node) -> list[str]:
