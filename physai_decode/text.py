@@ -25,7 +25,6 @@ from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.request import Message
 
-
 SANDBOX = (3, 1, 6)             # the first jinja2 from whose sandbox no way out is published
 
 
