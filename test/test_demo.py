@@ -42,7 +42,7 @@ def test_it_takes_its_node_along(number):
                 break
         demo.send_signal(number)
         demo.send_signal(number)
-        told, errors = demo.communicate(timeout=60)
+        told, errors = demo.communicate(timeout=120)
         assert nodes and not any(each.is_running() for each in nodes)
         assert (demo.returncode, errors) == (130, ''), told
     finally:
