@@ -29,7 +29,7 @@ def workspace(tmp_path_factory):
     shutil.copytree(ROOT, folder / 'src' / 'physai_decode', ignore=LEFT_OUT)
     result = subprocess.run(
         [sys.executable, '-m', 'colcon', 'build'], cwd=folder, capture_output=True, text=True,
-        timeout=240)
+        timeout=600)
     assert result.returncode == 0, result.stderr
     return folder
 
