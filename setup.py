@@ -21,7 +21,7 @@ setup(
     python_requires='>=3.10',
     install_requires=[
         'huggingface_hub',
-        'jinja2>=3.1',
+        'jinja2>=3.1.6',
         'matplotlib',
         'numpy',
         'nvidia-ml-py',

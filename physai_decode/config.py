@@ -39,6 +39,9 @@ class ModelConfig:
         'builtin:tiny_planner',
         'builtin:NAME for a model in the package, a folder in Hugging Face layout, or a hub id')
     revision: str = _option('', 'branch, tag or commit of a hub id; empty for its default branch')
+    locked: bool = _option(
+        False, 'true keeps model, engine and chat as they were at start, itself too: only a '
+        'params file and a restart change them')
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ it do has no limits here: `TextProcess` sets them.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from importlib.metadata import version
 from inspect import signature
 import json
 from pathlib import Path
@@ -24,6 +25,8 @@ from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.request import Message
+
+SANDBOX = (3, 1, 6)             # the first jinja2 from whose sandbox no way out is published
 
 
 class TextError(ValueError):
@@ -67,8 +70,8 @@ class Text:
 
         :param tokenizer: of the transformers library, a fast one (made of tokenizers' parts).
         :param chat: which template to use, and the system prompt.
-        :raises TextError: the tokenizer is not a fast one, or its template refuses the
-            conversation that ``chat`` makes.
+        :raises TextError: the tokenizer is not a fast one, its template refuses the conversation
+            that ``chat`` makes, or the installed jinja2 can't confine it.
         """
         backend = getattr(tokenizer, 'backend_tokenizer', None)
         if backend is None:
@@ -88,6 +91,8 @@ class Text:
             re.escape(name) for name in sorted(self._names, key=len, reverse=True)) or r'(?!)')
         self._encoder = _renamed(backend, self._names)
         self.has_template = chat.template == 'auto' and bool(tokenizer.chat_template)
+        if self.has_template:
+            _check_sandbox()
         self._reserved = {'messages', *tokenizer.special_tokens_map,
                           *signature(type(tokenizer).apply_chat_template).parameters}
         # A template that refuses the conversation's beginning does so here.
@@ -167,6 +172,16 @@ class Text:
             raise TextError(
                 f"the model's chat template refuses a conversation of {roles}: {error}; leave "
                 'chat.system_prompt empty if that is why, or set chat.template to off') from error
+
+
+def _check_sandbox() -> None:
+    """Refuse every template where jinja2's sandbox has a published escape."""
+    installed = version('jinja2')
+    if tuple(map(int, re.findall(r'\d+', installed)[:3])) < SANDBOX:
+        wanted = '.'.join(map(str, SANDBOX))
+        raise TextError(
+            f'jinja2 {installed} is installed, from whose sandbox a chat template can break out: '
+            f"pip install 'jinja2>={wanted}', or set chat.template to off")
 
 
 def _check(name: str, content: str) -> None:

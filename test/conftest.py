@@ -1,9 +1,29 @@
 """Each test process has a ROS domain of its own, on the loopback only."""
 
 from glob import glob
+from itertools import chain
 import os
+import socket
 
-os.environ['ROS_DOMAIN_ID'] = str(1 + os.getpid() % 100)
+
+def claim_domain() -> tuple[int, socket.socket]:
+    """
+    Give a domain that no other test process has, and the socket that holds it to the end.
+
+    :raises RuntimeError: all are taken.
+    """
+    held, first = socket.socket(socket.AF_UNIX), os.getpid() % 100
+    for domain in chain(range(1 + first, 101), range(1, 1 + first)):
+        try:
+            held.bind(f'\0physai_decode/test/domain/{domain}')      # a name, not a file
+        except OSError:
+            continue
+        return domain, held
+    raise RuntimeError('100 test processes run at once: wait for one to end')
+
+
+domain, held = claim_domain()
+os.environ['ROS_DOMAIN_ID'] = str(domain)
 os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
 os.environ.pop('ROS_LOCALHOST_ONLY', None)      # of which later distributions warn
 if os.environ.get('ROS_DISTRO') == 'humble':    # the same there

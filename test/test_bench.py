@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 from physai_decode import bench
 from physai_decode import checkpoint
@@ -40,6 +39,7 @@ from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 import pytest
+from worker_rig import wait_for
 
 PEAK = Peak(1e9, 'parameter')
 
@@ -674,35 +674,29 @@ def test_a_session_that_died_and_was_then_broken_off_is_told_of_both(runner, mon
 _PARENT = """
 import subprocess, sys, time
 from pathlib import Path
-child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)'])
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(2000)'])
 Path(sys.argv[2]).with_suffix('.child').write_text(str(child.pid))
 print('started', flush=True)
 time.sleep(float(sys.argv[-1]))
 """
 
 
-@pytest.mark.parametrize(('end', 'alone_s'), [('time-out', 120), ('Ctrl-C', 120), ('none', 0)])
+@pytest.mark.parametrize(('end', 'alone_s'), [('time-out', 2000), ('Ctrl-C', 2000), ('none', 0)])
 def test_what_a_session_started_ends_with_it(runner, monkeypatch, end, alone_s):
     popen = subprocess.Popen
     monkeypatch.setattr(runner_module.subprocess, 'Popen', lambda command, **more: popen(
         [sys.executable, '-c', _PARENT, *command[-2:], str(alone_s)], **more))
-    begun_s = time.monotonic()
     if end == 'Ctrl-C':
         runner.progress = lambda line: os.kill(
             os.getpid(), signal.SIGINT) if 'started' in line else None
         with pytest.raises(KeyboardInterrupt):
             runner.run([case()])
     else:
-        runner.session_timeout_s = 6 if end == 'time-out' else 60
-        runner.run([case()])
-    assert time.monotonic() - begun_s < 60          # else it waited for the child
+        if end == 'time-out':
+            runner.session_timeout_s = 10       # in which it starts its child
+        runner.run([case()])        # waiting for the child would take longer than a test may
     pid, = runner.sessions.glob('*.child')
-    for _ in range(300):
-        if _ended(int(pid.read_text())):
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail('the child is still there')
+    wait_for(lambda: _ended(int(pid.read_text())))
 
 
 def _ended(pid):
@@ -721,7 +715,7 @@ def test_a_terminated_run_ends_its_session(tmp_path, by):
                           text=True) as run:
         line = next(line for line in run.stdout if 'looking for' in line)     # the session's own
         run.send_signal(by)
-        assert run.wait(30) == 130, line
+        assert run.wait(120) == 130, line
         assert 'goes on from here' in run.stderr.read()
     path, = (tmp_path / 'sessions').glob('*.json')
     assert 'broken off with its run' in json.loads(path.read_text())['error']
@@ -984,7 +978,6 @@ class _Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.timeout(280)
 def test_a_run_on_the_cpu_writes_the_whole_report(tmp_path, capsys):
     pytest.importorskip('torch')
     arguments = ['--synthetic', 'tiny', '--engines', 'native', 'transformers', 'exllamav2',
@@ -1020,5 +1013,5 @@ def test_the_command_loads_neither_torch_nor_rclpy():
     done = subprocess.run(
         [sys.executable, '-c', 'import sys, physai_decode.bench, physai_decode.benchmark.session\n'
          'print([name for name in ("torch", "rclpy", "matplotlib") if name in sys.modules])'],
-        capture_output=True, text=True, timeout=60)
+        capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == '[]', done.stderr

@@ -19,7 +19,7 @@ def test_demo():
     """It shows the answer, its figures and a line of /diagnostics, and exits with 0."""
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'demo.py')], capture_output=True, text=True,
-        timeout=240)
+        timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ''
     assert int(re.search(r'^output_tokens +(\d+)$', result.stdout, re.MULTILINE)[1]) > 1
@@ -42,7 +42,7 @@ def test_it_takes_its_node_along(number):
                 break
         demo.send_signal(number)
         demo.send_signal(number)
-        told, errors = demo.communicate(timeout=60)
+        told, errors = demo.communicate(timeout=120)
         assert nodes and not any(each.is_running() for each in nodes)
         assert (demo.returncode, errors) == (130, ''), told
     finally:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import re
 import struct
+from xml.etree import ElementTree
 
 from physai_decode import roofline
 from physai_decode.benchmark import synthetic
@@ -24,17 +25,31 @@ CONTEXTS = (2048, 16384)
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_links(page):
-    """No link leads to a file that is not there."""
-    for target in re.findall(r'\]\(([^)#:]+)\)', page.read_text()):
-        assert (page.parent / target).exists(), target
+    """No link leads to a file or a heading that is not there."""
+    for target, heading in re.findall(r'\]\(([^)#:]+)(?:#([^)]+))?\)', page.read_text()):
+        path = page.parent / target
+        assert path.exists(), target
+        if heading:
+            told = re.findall(r'^#+ (.+)', path.read_text(), re.MULTILINE)
+            assert heading in [each.lower().replace(' ', '-') for each in told], heading
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_code(page):
-    """Blocks of Python compile, and those of JSON and YAML are read."""
-    readers = {'python': ast.parse, 'json': json.loads, 'yaml': yaml.safe_load, 'text': str}
+    """Blocks of Python compile, and those of JSON, YAML and XML are read."""
+    readers = {'python': ast.parse, 'json': json.loads, 'yaml': yaml.safe_load, 'text': str,
+               'xml': lambda block: ElementTree.fromstring(f'<all>{block}</all>').tag}
     for language, block in re.findall(r'^```(\w*)\n(.+?)^```', page.read_text(), re.M | re.S):
         assert readers[language](block), block
+
+
+def test_promises():
+    """Each test and tool that reliability.md names is there."""
+    page = (ROOT / 'docs' / 'reliability.md').read_text()
+    names = re.findall(r'`(test_\w+\.py|tools/\w+\.py)`', page)
+    assert len(names) > 15
+    for name in names:
+        assert (ROOT / ('test' if name.startswith('test_') else '') / name).exists(), name
 
 
 def test_layers():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode.result import chat_completion
 from physai_decode.timing import RequestReport
@@ -36,13 +37,14 @@ def control(rig):
     heard = rig.probe.create_subscription(
         String, '/controller/action', lambda message: actions.append(message.data), 100)
 
-    def run(command, **parameters):
+    def run(command, count=1, **parameters):
+        parameters = {'token_ms': 1e5, 'plan_s': PATIENCE_S, **parameters}
         arguments = [part for name, value in parameters.items()
                      for part in ('-p', f'{name}:={value}')]
         done = subprocess.run(
             [sys.executable, str(EXAMPLE), command, '--ros-args', *arguments],
-            capture_output=True, text=True, timeout=60)
-        rig.wait(lambda: actions)
+            capture_output=True, text=True, timeout=2 * PATIENCE_S)
+        rig.wait(lambda: len(actions) >= count)
         return done.returncode, done.stdout + done.stderr, actions
 
     yield run
@@ -51,23 +53,27 @@ def control(rig):
 
 def test_a_plan_in_time(rig, control):
     """Each action goes out, in the plan's order."""
-    code, log, actions = control(PLAN)
+    code, log, actions = control(PLAN, count=2)
     assert actions == ['{"GO": "KITCHEN"}', '{"PICK": "CUP"}']
     assert code == 0, log
 
 
 def test_late_tokens(rig, control):
     """Three in a row: it holds before the answer is complete, and the request is cancelled."""
-    rig.loader.engines[0].step_s = 0.02
-    count = len(rig.heard['request_stats'])
+    engine, count = rig.loader.engines[0], len(rig.requests())
+    rig.cancels.clear()
+    engine.step_s = 0.02
     try:
-        code, log, actions = control('[' + ' ' * 200 + ']', token_ms=1.0)
+        code, log, actions = control('[' + ' ' * 20 + '?]', token_ms=1.0)
+        rig.wait(lambda: rig.cancels)
     finally:
-        rig.loader.engines[0].step_s = 0.0
+        engine.step_s = 0.0
+        engine.answer.set()
     assert (code, actions) == (1, ['hold'])
     assert 'hold: 3 tokens in a row were late' in log
-    rig.wait(lambda: len(rig.heard['request_stats']) > count)
+    rig.wait(lambda: len(rig.requests()) > count)
     assert rig.requests()[-1]['finish_reason'] == 'cancelled'
+    engine.answer.clear()
 
 
 def test_no_plan_in_time(rig, control):
@@ -80,7 +86,7 @@ def test_no_plan_in_time(rig, control):
 
 def test_a_limit_without_a_fraction(rig, control):
     """A whole number will do."""
-    code, log, actions = control(PLAN, token_ms=1000, plan_s=20)
+    code, log, actions = control(PLAN, count=2, token_ms=100000, plan_s=100)
     assert (code, len(actions)) == (0, 2), log
 
 
@@ -108,13 +114,14 @@ def test_nobody_elses_plan(rig, control):
     other.start()
     rig.loader.engines[0].step_s = 0.0005
     try:
-        code, log, actions = control(PLAN, token_ms=1000.0, plan_s=30.0)
+        code, log, actions = control(PLAN)
     finally:
         stop.set()
         other.join()
         rig.wait(lambda: rig.node._host.counts['requests'] > before + len(asked))
         rig.loader.engines[0].step_s = 0.0
     expected = ['{"GO": "KITCHEN"}', '{"PICK": "CUP"}'] if code == 0 else ['hold']
+    rig.wait(lambda: len(actions) >= len(expected))
     assert actions == expected
     assert code == 0 or 'rejected: the queue is full' in log
 
@@ -137,7 +144,7 @@ def test_no_node():
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), PLAN, '--ros-args', '-p', 'plan_s:=0.5',
          '-r', '/decode/model_info:=/nobody/model_info'],
-        capture_output=True, text=True, timeout=60)
+        capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert 'hold: no plan in time' in done.stdout + done.stderr
 

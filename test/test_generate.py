@@ -25,7 +25,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from std_srvs.srv import Trigger
 
-PATIENCE_S = 30.0               # against hangs only
+PATIENCE_S = 120.0              # against hangs only
 STEP_S = 0.002
 GOALS = 200
 needs_msgs = pytest.mark.skipif(bool(generate.unavailable), reason=generate.unavailable)
@@ -132,7 +132,7 @@ class Goal:
 
     @property
     def text(self) -> str:
-        """All feedback, joined."""
+        """All feedback that rclpy handed on, joined."""
         return ''.join(token.text for batch in self.batches for token in batch)
 
 
@@ -185,6 +185,16 @@ class Client:
         goal = self.send(**fields)
         wait(lambda: goal.result)
         return goal
+
+    def tokens(self, goal: Goal, count: int) -> list:
+        """
+        Give all tokens of a goal that has ended, as they were on the topic.
+
+        rclpy's own client drops the feedback that it has not handled when a result comes.
+        """
+        key = bytes(goal.handle.goal_id.uuid)
+        wait(lambda: len(self.sent.get(key, [])) >= count)
+        return self.sent.pop(key)
 
     def cancel(self, goal: Goal) -> None:
         """Cancel a goal that was accepted."""
@@ -256,8 +266,8 @@ def test_an_answer_from_goal_to_result(make):
     before_s = time.time()
     goal = rig.client.ask(id='mine', prompt='hello')
     assert goal.status == GoalStatus.STATUS_SUCCEEDED
-    wait(lambda: goal.text == 'hello')
-    tokens = [token for batch in goal.batches for token in batch]
+    tokens = rig.client.tokens(goal, 5)
+    assert ''.join(token.text for token in tokens) == 'hello'
     assert [token.index for token in tokens] == [0, 1, 2, 3, 4]
     assert [token.token_id for token in tokens] == [ord(letter) for letter in 'hello']
     assert {token.client_id for token in tokens} == {'mine'}
@@ -325,12 +335,13 @@ def test_a_running_goal_is_cancelled_within_one_step(make):
     rig = make(step_s=0.05)
     goal = rig.client.send(prompt='a' * 1000)
     wait(lambda: goal.batches)
+    rig.host.go.clear()
     rig.client.cancel(goal)
-    begin_s = time.monotonic()
+    wait(lambda: rig.host.cancelled == [1])     # while the model is in a step
+    rig.host.go.set()
     wait(lambda: goal.result)
-    assert time.monotonic() - begin_s < 1.0     # two steps and a busy machine, not 50 s
     assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_CANCELED, 'cancelled')
-    assert 0 < len(goal.result.text) < 100
+    assert goal.result.text == 'a' * len(goal.result.text) != ''
     assert rig.host.cancelled == [1]
 
 
@@ -369,14 +380,8 @@ def test_cancels_at_any_moment(make):
 
 @needs_msgs
 def test_two_clients_and_many_goals(make):
-    """
-    Each gets its own answers, all feedback in order and in batches, and nothing is kept.
-
-    What is on the topic is complete. rclpy's client drops what it has not handled when a result
-    comes, which happens where the machine is busy.
-    """
+    """Each gets its own answers, all feedback in order, and nothing is kept."""
     rig = make(step_s=0.0003, result_timeout=2)
-    complete = 0
     for _ in range(GOALS // 20):
         goals = []
         for number in range(10):
@@ -386,16 +391,22 @@ def test_two_clients_and_many_goals(make):
         for index, goal in enumerate(goals):
             want = f'client {index % 2} goal {index // 2} ' + 'x' * 20
             assert (goal.result.text, goal.status) == (want, GoalStatus.STATUS_SUCCEEDED)
-            sent = rig.clients[index % 2].sent.pop(bytes(goal.handle.goal_id.uuid))
+            sent = rig.clients[index % 2].tokens(goal, len(want))
             assert ''.join(token.text for token in sent) == want
             assert [token.index for token in sent] == list(range(len(want)))
             assert want.startswith(goal.text)
-            assert len(goal.batches) < len(want) / 2
-            complete += goal.text == want
     assert len(rig.host.submitted) == GOALS
-    assert complete > GOALS / 2
     wait(lambda: not rig.server._goals)
     wait(lambda: not rig.server._server._goal_handles)      # rclpy's own: they have expired
+
+
+@needs_msgs
+def test_feedback_comes_in_batches(make):
+    """What comes within the period is one message; the end waits for no period."""
+    rig = make(step_s=0.0, feedback_period_s=PATIENCE_S)
+    goal = rig.client.ask(prompt='x' * 1000)
+    assert [token.index for token in rig.client.tokens(goal, 1000)] == list(range(1000))
+    assert len(goal.batches) <= 3
 
 
 @needs_msgs

@@ -26,6 +26,15 @@ from std_msgs.msg import String
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / 'launch' / 'decode.launch.py'
+PATIENCE_S = 120.0              # against hangs only
+
+
+def spin(node, done):
+    """Serve a node's callbacks until something is so."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end_s, 'waited too long'
+        rclpy.spin_once(node, timeout_sec=0.1)
 
 
 @pytest.fixture(scope='module')
@@ -70,21 +79,14 @@ def test_the_launched_node_answers():
         if message.header.frame_id == '/robot/brain':
             told.update({pair.key: pair.value for pair in message.status[-1].values})
 
-    def wait(done):
-        for _ in range(1200):
-            if done():
-                return
-            rclpy.spin_once(probe, timeout_sec=0.1)
-        pytest.fail('waited too long')
-
     try:
         probe.create_subscription(DiagnosticArray, '/diagnostics', on_diagnostics, 10)
         probe.create_subscription(String, '/robot/brain/response', answers.append, 10)
         prompt = probe.create_publisher(String, '/robot/brain/prompt', 10)
-        wait(lambda: told.get('state') == 'idle' and prompt.get_subscription_count())
+        spin(probe, lambda: told.get('state') == 'idle' and prompt.get_subscription_count())
         assert (told['engine'], told['model']) == ('native', 'builtin:tiny_planner')
         prompt.publish(String(data='bring the red cup to the kitchen'))
-        wait(lambda: answers)
+        spin(probe, lambda: answers)
         assert answers[0].data
     finally:
         probe.destroy_node()
@@ -114,9 +116,9 @@ def test_autostart():
     try:
         for name in ('silent', 'on', 'off'):
             client = probe.create_client(GetParameters, f'/{name}/get_parameters')
-            assert client.wait_for_service(60.0)
+            assert client.wait_for_service(PATIENCE_S)
             answer = client.call_async(GetParameters.Request(names=['autostart']))
-            rclpy.spin_until_future_complete(probe, answer, timeout_sec=60.0)
+            spin(probe, answer.done)
             told[name] = answer.result().values[0].bool_value
     finally:
         probe.destroy_node()
@@ -154,10 +156,7 @@ def test_arguments_of_a_parent():
         probe.create_subscription(
             DiagnosticArray, '/diagnostics',
             lambda message: told.update({message.header.frame_id: message.status[-1]}), 10)
-        for _ in range(600):
-            rclpy.spin_once(probe, timeout_sec=0.1)
-            if set(told) == {'/nav/leaky', '/scoped'}:
-                break
+        spin(probe, lambda: set(told) == {'/nav/leaky', '/scoped'})
         models = {name: {pair.key: pair.value for pair in status.values}['model']
                   for name, status in told.items()}
         assert models == {'/nav/leaky': 'n/a', '/scoped': 'builtin:tiny_planner'}
@@ -191,7 +190,7 @@ def launched(*arguments):
 def test_a_params_file_that_is_not_there(prefix):
     """Nothing is started: a robot must not come up on the default model."""
     process = launched('params_file:=/nope.yaml')
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert 'params_file: there is no file /nope.yaml' in output
     assert 'process started' not in output
@@ -209,7 +208,7 @@ def test_an_orphan_of_ros2_launch_ends(prefix):
         assert node.exists()
         process.kill()
         process.wait()
-        end_s = time.monotonic() + 30
+        end_s = time.monotonic() + PATIENCE_S
         while node.exists() and node.read_text().rpartition(')')[2].split()[0] != 'Z':
             assert time.monotonic() < end_s, 'the node lives'
             time.sleep(0.05)

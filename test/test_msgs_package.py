@@ -152,7 +152,7 @@ def test_a_machine_without_compiler_is_told(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ('CC', 'CXX')}
     result = subprocess.run(
         [sys.executable, ROOT / 'tools' / 'build_msgs.py', '--check'], text=True,
-        env={**environment, 'PATH': str(tmp_path)}, capture_output=True, timeout=60)
+        env={**environment, 'PATH': str(tmp_path)}, capture_output=True, timeout=120)
     assert result.returncode == 1
     assert "'apt install cmake gcc g++" in result.stderr and result.stderr.count('\n') == 1
 

@@ -29,7 +29,7 @@ def workspace(tmp_path_factory):
     shutil.copytree(ROOT, folder / 'src' / 'physai_decode', ignore=LEFT_OUT)
     result = subprocess.run(
         [sys.executable, '-m', 'colcon', 'build'], cwd=folder, capture_output=True, text=True,
-        timeout=240)
+        timeout=600)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -85,7 +85,7 @@ def test_installed_node_runs(workspace, prefix):
     sourced = ['sh', '-c', '. install/setup.sh; exec "$@"', 'sh']
     where = subprocess.run(
         [*sourced, sys.executable, '-c', 'import physai_decode; print(physai_decode.__file__)'],
-        cwd=workspace, capture_output=True, text=True, timeout=60, check=True).stdout
+        cwd=workspace, capture_output=True, text=True, timeout=120, check=True).stdout
     assert Path(where.strip()).is_relative_to(prefix)
 
     context = rclpy.Context()
@@ -107,7 +107,7 @@ def test_installed_node_runs(workspace, prefix):
                 state = future.result().current_state.id if future.done() else None
         assert state == State.PRIMARY_STATE_ACTIVE
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     finally:
         process.kill()
@@ -144,7 +144,7 @@ def test_a_machine_without_wheels_is_told(tmp_path):
     alone = {key: value for key, value in os.environ.items() if 'MAKE' not in key}
     result = subprocess.run(
         ['make', 'demo', 'MACHINE=aarch64'], cwd=tmp_path, env=alone, capture_output=True,
-        text=True, timeout=60)
+        text=True, timeout=120)
     assert result.returncode != 0
     assert re.match(r'physai_decode: .*rclpy.*aarch64.*colcon.*\nmake: ', result.stderr)
     assert result.stdout == ''

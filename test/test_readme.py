@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode.ros.typed import unavailable
 import pytest
@@ -34,6 +35,7 @@ def test_each_door(rig, door, answer):
     if 'physai_decode_msgs' in door and unavailable:
         pytest.skip(unavailable)
     result = subprocess.run(
-        [sys.executable, '-c', f'{BEGINNING}\n{door}'], capture_output=True, text=True, timeout=60)
+        [sys.executable, '-c', f'{BEGINNING}\n{door}'], capture_output=True, text=True,
+        timeout=PATIENCE_S)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(answer)

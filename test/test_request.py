@@ -169,10 +169,10 @@ def test_a_field_given_twice_is_named():
 
 def test_a_field_given_twice_is_found_at_once():
     many = ','.join(f'"{index}":0' for index in range(30_000))
-    begin_s = time.monotonic()
+    begin_s = time.thread_time()        # of this thread alone, however busy the machine is
     with pytest.raises(RequestError, match="'7' is given twice"):
         parse(f'{{{many},"7":0}}')
-    assert time.monotonic() - begin_s < 5       # 47 s where each field looks through all before it
+    assert time.thread_time() - begin_s < 5     # 47 s where each field looks through all before it
 
 
 def test_a_long_value_is_cut():

@@ -1,6 +1,7 @@
 """The worker against engines that are told what to say and when."""
 
 from collections import Counter
+from concurrent import futures
 import gc
 from itertools import count
 import random
@@ -683,8 +684,8 @@ def test_a_task_needs_a_worker_that_runs(make, start):
 class Task:
     """A task in a thread of its own, that goes on when it is told to."""
 
-    def __init__(self, worker, timeout_s=TIMEOUT_S):
-        self.begun, self.go = threading.Event(), threading.Event()
+    def __init__(self, worker, timeout_s=TIMEOUT_S, begun=None):
+        self.begun, self.go = begun or threading.Event(), threading.Event()
         self.outcome = None
         self._worker, self._timeout_s = worker, timeout_s
         self._thread = threading.Thread(target=self._call)
@@ -801,9 +802,12 @@ def test_stop_gives_up_a_task_that_hangs(make):
     assert worker.stop(TIMEOUT_S)
 
 
-def test_a_task_that_takes_too_long_is_given_up(make):
+def test_a_task_that_takes_too_long_is_given_up(make, monkeypatch):
     worker, sink = make()
-    task = Task(worker, timeout_s=0.05)
+    begun, wait = threading.Event(), futures.wait
+    monkeypatch.setattr(futures, 'wait', lambda outcomes, timeout_s: (      # from its begin on
+        begun.wait(TIMEOUT_S), wait(outcomes, timeout_s))[1])
+    task = Task(worker, 0.05, begun)
     assert isinstance(task.end(), EngineError)
     assert 'did not come back within 0.05 s' in str(task.outcome)
     assert worker.state == 'generating'

@@ -15,6 +15,7 @@ import time
 from lifecycle_msgs.srv import ChangeState
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.config import shown
 from physai_decode.host import Host
 from physai_decode.host import Load
 from physai_decode.host import load
@@ -288,14 +289,22 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
 
     def _refuse_fixed(self, parameter_list):
         host = self._host
-        if host is None or (host.loaded is None and not host.loading):
+        if host is None:                # these are the values of the start
             return
+        locked = self.get_parameter('model.locked').value
+        runs = host.loaded is not None or bool(host.loading)
         fixed = parameters.fixed(parameter_list)
         for parameter in parameter_list:
-            value = parameter.value
-            if parameter.name in fixed and value != self.get_parameter(parameter.name).value:
+            name, value = parameter.name, parameter.value
+            if name not in fixed or value == self.get_parameter(name).value:
+                continue
+            if locked and parameters.decides_load(name):
                 raise ConfigError(
-                    f'{parameter.name} can not be set to {value!r} now: it {parameters.FIXED} '
+                    f'{name} can not be set to {shown(value)} while the node runs: model.locked '
+                    'is true; change it in the params file and start the node again')
+            if runs:
+                raise ConfigError(
+                    f'{name} can not be set to {value!r} now: it {parameters.FIXED} '
                     f'(now: {host.state}); deactivate and clean up first')
 
     def _log_end(self, report):

@@ -29,6 +29,7 @@ TYPES = {
     bool: Parameter.Type.BOOL, int: Parameter.Type.INTEGER, float: Parameter.Type.DOUBLE,
     str: Parameter.Type.STRING, tuple: Parameter.Type.STRING_ARRAY}
 FIXED = 'can be set only while the node is unconfigured'
+LOAD_GROUPS = ('model', 'engine', 'chat')       # what a load reads
 
 
 def specs() -> dict[str, Field]:
@@ -127,6 +128,11 @@ def length(field: Field) -> str:
     characters, texts = field.metadata['characters'], field.metadata['texts']
     return {str: f'up to {characters} characters',
             tuple: f'up to {texts} texts of {characters} characters'}.get(type(field.default), '')
+
+
+def decides_load(name: str) -> bool:
+    """Tell whether a parameter is of those that decide what is loaded."""
+    return name.partition('.')[0] in LOAD_GROUPS
 
 
 def unknown(node: Node) -> list[str]:

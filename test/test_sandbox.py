@@ -1,0 +1,49 @@
+"""The jinja2 that confines a chat template: what is asked for, and what an older one leads to."""
+
+from pathlib import Path
+import re
+from xml.etree import ElementTree
+
+from physai_decode import text
+from physai_decode.config import ChatConfig
+from physai_decode.text import load_tokenizer
+from physai_decode.text import Text
+from physai_decode.text import TextError
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WANTED = '.'.join(map(str, text.SANDBOX))
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    """Give the embedded model's, which has a template."""
+    return load_tokenizer(str(ROOT / 'physai_decode' / 'models' / 'tiny_planner'))
+
+
+@pytest.mark.parametrize('version', ['3.0.3', '3.1.2', '3.1.5', '2.11'])
+def test_an_older_one_is_refused(tokenizer, monkeypatch, version):
+    """Those of Ubuntu 22.04 and 24.04 are among them; without a template each will do."""
+    monkeypatch.setattr(text, 'version', lambda name: version)
+    with pytest.raises(TextError, match=f'jinja2 {version} is .*>=3.1.6.*chat.template to off'):
+        Text(tokenizer, ChatConfig())
+    assert not Text(tokenizer, ChatConfig(template='off')).has_template
+
+
+@pytest.mark.parametrize('version', ['3.1.6', '3.1.10', '3.2', '4.0.0'])
+def test_a_newer_one_will_do(tokenizer, monkeypatch, version):
+    """Its numbers are compared as numbers."""
+    monkeypatch.setattr(text, 'version', lambda name: version)
+    assert Text(tokenizer, ChatConfig()).has_template
+
+
+def test_all_requirements_agree():
+    """Each file that asks for jinja2 asks for what a template is refused without."""
+    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    asked, = (each for each in manifest.iter('exec_depend') if each.text == 'python3-jinja2')
+    assert asked.get('version_gte') == WANTED
+    pinned = re.search(r'^jinja2==(.+)$', (ROOT / 'constraints.txt').read_text(), re.MULTILINE)[1]
+    assert tuple(map(int, pinned.split('.'))) >= text.SANDBOX
+    for name in ('setup.py', 'README.md'):
+        told = re.findall(r"'jinja2>=([\d.]+)'", (ROOT / name).read_text())
+        assert set(told) == {WANTED}, name

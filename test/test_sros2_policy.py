@@ -1,0 +1,124 @@
+"""The policy for SROS2, against what the nodes that it names really publish, hear and serve."""
+
+from importlib.util import module_from_spec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from xml.etree import ElementTree
+
+from physai_decode.ros.ask import Asker
+from physai_decode.ros.bond import Heartbeat
+from physai_decode.ros.node import DecodeNode
+from physai_decode.ros.typed import unavailable
+from physai_decode.ros.watch import Watcher
+import pytest
+import rclpy
+from rclpy.parameter import Parameter
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICY = ElementTree.parse(ROOT / 'config' / 'sros2_policy.xml').getroot()
+PROFILES = {enclave.get('path'): enclave.findall('profiles/profile')
+            for enclave in POLICY.findall('enclaves/enclave')}
+# The schema's: what each list may hold, and which rights there are on it.
+LISTS = {'topics': ('topic', 'publish', 'subscribe'), 'services': ('service', 'request', 'reply'),
+         'actions': ('action', 'call', 'execute')}
+# What an action is made of: the server's side.
+ACTION = {'publish': ('feedback', 'status'), 'reply': ('send_goal', 'cancel_goal', 'get_result')}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Keep one context for all tests, in simulated time."""
+    rclpy.init(args=['--ros-args', '-p', 'use_sim_time:=true'])
+    yield
+    rclpy.shutdown()
+
+
+@pytest.fixture
+def made(enclave):
+    """Make the node that an enclave is for."""
+    if enclave == '/decode':
+        node = DecodeNode(parameter_overrides=[Parameter('autostart', value=False)])
+    elif enclave == '/controller':
+        spec = spec_from_file_location('controller', ROOT / 'examples' / 'controller.py')
+        example = module_from_spec(spec)
+        spec.loader.exec_module(example)
+        node = example.Controller('go')
+    else:
+        node = {'/decode_ask': Asker, '/decode_watch': Watcher}[enclave]('decode')
+    yield node
+    if enclave == '/decode':
+        assert node.close(30.0)
+    node.destroy_node()
+
+
+def rights(profile) -> set[tuple[str, str]]:
+    """Give the rights of a profile, each with its name; an action's are those of its parts."""
+    found = set()
+    for group in profile:
+        for right in group.keys():
+            names = [each.text for each in group]
+            if right == 'execute':
+                found |= {(part_right, f'{name}/_action/{part}') for name in names
+                          for part_right, parts in ACTION.items() for part in parts}
+            else:
+                found |= {(right, name) for name in names}
+    return found
+
+
+def used(node) -> set[tuple[str, str]]:
+    """Give the rights that a node uses, as the ROS graph tells; its own names begin with ~."""
+    own, found = node.get_fully_qualified_name() + '/', set()
+    for right, ask in (('publish', node.get_publisher_names_and_types_by_node),
+                       ('subscribe', node.get_subscriber_names_and_types_by_node),
+                       ('reply', node.get_service_names_and_types_by_node),
+                       ('request', node.get_client_names_and_types_by_node)):
+        names = [name for name, _ in ask(node.get_name(), node.get_namespace())]
+        found |= {(right, name.replace(own, '~/')) for name in names}
+    return found
+
+
+def optional(name: str) -> bool:
+    """Tell whether a name is there only with another package, or in a later distribution."""
+    return (name == '/bond' and Heartbeat is None
+            or bool(unavailable) and name.startswith(('~/generate/', '~/stamped_tokens'))
+            or name == '~/get_type_description')
+
+
+@pytest.mark.parametrize('enclave', PROFILES)
+def test_rights(made, enclave):
+    """Each node may do what it does, and no more."""
+    profile, = PROFILES[enclave]
+    name = profile.get('node')
+    assert profile.get('ns') == made.get_namespace()
+    assert made.get_name() == name or (
+        name.endswith('_*') and made.get_name().removeprefix(name[:-1]).isdecimal())
+    uses, may = used(made), rights(profile)
+    assert uses - may == set()
+    assert {right for right in may - uses if not optional(right[1])} == set()
+
+
+def test_form():
+    """It has the elements and attributes that sros2's schema of version 0.2.0 knows."""
+    assert (POLICY.tag, POLICY.attrib) == ('policy', {'version': '0.2.0'})
+    assert [each.tag for each in POLICY] == ['enclaves']
+    for enclave in POLICY[0]:
+        assert (enclave.tag, *enclave.attrib) == ('enclave', 'path')
+        assert enclave.get('path').startswith('/')
+        assert [(each.tag, each.attrib) for each in enclave] == [('profiles', {})]
+        for profile in enclave[0]:
+            assert (profile.tag, set(profile.attrib)) == ('profile', {'ns', 'node'})
+            for group in profile:
+                item, *known = LISTS[group.tag]
+                assert set(group.attrib) <= set(known)
+                assert set(group.attrib.values()) == {'ALLOW'}
+                assert {(each.tag, *each.attrib) for each in group} == {(item,)}
+                names = [each.text for each in group]
+                assert len(set(names)) == len(names)
+                assert all(name.startswith(('/', '~/')) for name in names)
+
+
+def test_nothing_is_open_to_all():
+    """A wildcard stands only in a node's own name, for its process's number."""
+    text = ''.join(name.text for profiles in PROFILES.values() for profile in profiles
+                   for group in profile for name in group)
+    assert '*' not in text
