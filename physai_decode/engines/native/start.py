@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 import time
 from typing import TYPE_CHECKING
@@ -79,9 +80,8 @@ def prefill(transformer: Transformer, capture: bool,
 def source(checkpoint: Checkpoint, dtype: torch.dtype,
            device: torch.device) -> weights.Random | weights.Files:
     """Give where the weights come from: the folder's files, or a description of random ones."""
-    settings = checkpoint.config.get('physai_decode_random_weights')
-    if settings is not None:
-        return weights.Random(settings, dtype, device)
+    if checkpoint.random_weights is not None:
+        return weights.Random(checkpoint, checkpoint.random_weights, dtype, device)
     return weights.Files(checkpoint, device)
 
 
@@ -150,12 +150,12 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine, prompt: Sequence[int]) -> None:
     """Run a prompt and a few steps under each of `WARM_UP`."""
     for sampling in WARM_UP:
         engine.rewind(0)
-        engine.feed([0, 0])
-        engine.first(sampling, [0, 0])
+        engine.feed(prompt)
+        engine.first(sampling, prompt)
         for remaining in (2, 1, 0):
             engine.step(remaining)
     engine.rewind(0)
