@@ -266,7 +266,10 @@ class _Loader:
     def _float(self, name, shape):
         tensor = self._source.get(name, shape)
         if not tensor.is_floating_point():
-            raise EngineError(f'tensor {name} has dtype {tensor.dtype}: expected floats')
+            raise EngineError(
+                f'tensor {name} holds whole numbers ({tensor.dtype}) where config.json implies '
+                'others: they are quantised in a way that it does not name; download a newer '
+                'version of the model')
         return tensor.to(self._dtype)
 
 

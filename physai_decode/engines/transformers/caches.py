@@ -62,14 +62,14 @@ class CachedNetwork:
         self._options = {'use_cache': True}
         if 'logits_to_keep' in parameters:
             self._options['logits_to_keep'] = 1
-        self.cache = self._new_cache()
-        self.attends = all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
-            for layer in self.cache.layers)
         self._takes_positions = 'position_ids' in parameters
         # The library raises whatever its many models raise.
         with self._explaining(Exception, f'transformers {transformers.__version__} does not '
                               'decode it token by token over this cache'):
+            self.cache = self._new_cache()
+            self.attends = all(
+                type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+                for layer in self.cache.layers)
             last = self._warm_up()
         logits.check(last, network.dtype)
         self.rewind(0)
@@ -80,7 +80,7 @@ class CachedNetwork:
         try:
             yield
         except kind as error:
-            if devices.is_out_of_memory(error):
+            if isinstance(error, EngineError) or devices.is_out_of_memory(error):
                 raise
             raise EngineError(f'{self.network.config.model_type}: {problem} '
                               f'({first_line(error)}): {self.advice}') from None

@@ -1,6 +1,7 @@
 """From a model folder to a network of the transformers library on one device."""
 
 from importlib.util import find_spec
+import math
 from urllib.error import URLError
 
 from physai_decode.checkpoint import Checkpoint
@@ -121,9 +122,9 @@ def _check_floats(model, network):
         entry = model.tensors.get(name)
         if entry and weight.is_floating_point() and entry.dtype not in _FLOATS:
             raise EngineError(
-                f'{model.folder}: {name} is stored as {entry.dtype}, and config.json has no '
-                'quantization_config that says how to read it: download a newer version of the '
-                'model')
+                f'tensor {name} holds whole numbers ({entry.dtype}) where config.json implies '
+                'others: they are quantised in a way that it does not name; download a newer '
+                'version of the model')
 
 
 def _random(model, config, attention, device, dtype):
@@ -132,9 +133,19 @@ def _random(model, config, attention, device, dtype):
         raise EngineError(
             f'{model.folder} only describes {model.quantization} weights, which transformers can '
             'not make at random: write them with decode_bench --write-checkpoint')
+    def made():
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention)
+
+    with torch.device('meta'):
+        numbers = sum(weight.numel() for weight in made().parameters())
+    described = sum(math.prod(entry.shape) for entry in model.tensors.values())
+    if numbers > described:
+        raise EngineError(
+            f'{model.folder} describes weights of {described} numbers, config.json implies '
+            f'{numbers}: they do not belong together')
     # By default it would open every GPU of the machine.
     used = [device] if device.type == 'cuda' else []
     with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(model.random_weights.get('seed', 0))
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention).eval()
+        return made().eval()
