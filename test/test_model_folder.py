@@ -131,3 +131,38 @@ def test_random_weights_of_another_shape(engine, tmp_path):
     load(ENGINES[engine], folder, CPU).engine.close()
     path.write_text(json.dumps({**config, 'vocab_size': 2**24, 'hidden_size': 2**20}))
     assert 'belong together' in refusal(ENGINES[engine], folder)
+
+
+def add(folder, **tensors):
+    """Put further tensors into a folder; their names have __ for dots."""
+    path = folder / 'model.safetensors'
+    named = {name.replace('__', '.'): tensor for name, tensor in tensors.items()}
+    save_file({**load_file(path), **named}, path)
+
+
+@pytest.mark.parametrize('tensors', [
+    {'lm_head__weight': torch.ones(512, 128)},
+    {'model__layers__0__mlp__down_proj__weight_scale': torch.ones(1)},
+    {'model__layers__1__self_attn__o_proj__bias': torch.ones(128)},
+    {'model__layers__2__input_layernorm__weight': torch.ones(128)}], ids=lambda each: [*each][0])
+def test_a_tensor_that_would_change_the_answer(tmp_path, tensors):
+    folder = random_model.save(tmp_path, 'llama_tied', 0)
+    add(folder, **tensors)
+    assert next(iter(tensors)).replace('__', '.') in refusal(NativeEngine, folder)
+
+
+def test_tensors_that_change_nothing_are_listed(tmp_path):
+    folder = random_model.save(tmp_path, 'llama_tied', 0)
+    plain = load(NativeEngine, folder, CPU)
+    expected = decode(plain, PROMPT)
+    assert 'unused_tensors' not in plain.engine.footprint.details
+    add(folder, lm_head__weight=load_file(
+        folder / 'model.safetensors')['model.embed_tokens.weight'].clone(),
+        model__layers__0__self_attn__q_proj__bias=torch.zeros(128),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(32),
+        visual__weight=torch.ones(3))
+    loop = load(NativeEngine, folder, CPU)
+    assert decode(loop, PROMPT) == expected
+    assert loop.engine.footprint.details['unused_tensors'] == (
+        'lm_head.weight, model.layers.0.self_attn.q_proj.bias, '
+        'model.layers.0.self_attn.rotary_emb.inv_freq, visual.weight')

@@ -50,6 +50,7 @@ class Weights:
     norm: Tensor
     head: Linear
     dense_fallbacks: int      # fused projections kept dense: see `gptq.fuse`
+    unused: tuple[str, ...] = ()    # names of tensors that the network does not have
 
     @property
     def read_bytes(self) -> int:
@@ -84,6 +85,7 @@ class Files:
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self._entries = checkpoint.tensors
         self._device = device
+        self.used: set[str] = set()
 
     def has(self, name: str) -> bool:
         """Tell whether there is a tensor of this name."""
@@ -96,6 +98,7 @@ class Files:
         :raises EngineError: it is not there, has another shape than config.json implies, or its
             file can't be read.
         """
+        self.used.add(name)
         return stored.read(_entry(self._entries, name, shape)).to(self._device)
 
 
