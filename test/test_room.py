@@ -9,21 +9,22 @@ import pytest
 
 
 def test_here_is_room():
-    room.check()
+    room.check_shared_memory()
+    room.check_address_space()
 
 
 def test_full_shared_memory(monkeypatch):
     monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
     with pytest.raises(SystemExit, match=r'/dev/shm has 4096 bytes free.*--shm-size'):
-        room.check()
+        room.check_shared_memory()
 
 
 def test_no_shared_memory(monkeypatch):
     monkeypatch.setattr(room, 'SHARED_MEMORY', '/no/such/folder')
-    room.check()
+    room.check_shared_memory()
 
 
 def test_a_small_address_space(monkeypatch):
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (10**9, resource.RLIM_INFINITY))
     with pytest.raises(SystemExit, match=r'limited to 1000000000 bytes.*ulimit -v unlimited'):
-        room.check()
+        room.check_address_space()

@@ -29,8 +29,9 @@ def read(entry: TensorEntry) -> Tensor:
         none of PyTorch's.
     """
     if entry.dtype not in _DTYPES:
-        raise EngineError(f'{entry.path} has tensors of type {entry.dtype}, which PyTorch does '
-                          'not have: choose another format of the model')
+        raise EngineError(
+            f'{entry.path} has tensors of type {entry.dtype}, which PyTorch {torch.__version__} '
+            'does not have: choose another format of the model, or copy or download it again')
     content = torch.empty(entry.bytes, dtype=torch.uint8)
     try:
         with regular_file.opened(entry.path) as file:

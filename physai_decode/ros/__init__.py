@@ -2,4 +2,4 @@
 
 from physai_decode.ros import room
 
-room.check()
+room.check_shared_memory()

@@ -8,6 +8,7 @@ import threading
 from physai_decode.config import ConfigError
 from physai_decode.host import load
 from physai_decode.ros import params_files
+from physai_decode.ros import room
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.node import EXIT_TIMEOUT_S
 from physai_decode.ros.parent import Parent
@@ -63,8 +64,11 @@ def main(args: list[str] | None = None, load=load) -> int:
     """
     Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start.
 
+    Raises SystemExit where there is no room to start.
+
     The exit code is 0 for a signal or the end of the launcher, and 1 for an error in a callback.
     """
+    room.check_address_space()
     ending, parent = Ending(), Parent()
     args = sys.argv if args is None else args
     signals = signal.SIGINT, signal.SIGTERM

@@ -10,15 +10,16 @@ import resource
 SHARED_MEMORY = '/dev/shm'
 # rclpy takes 8 kB; Fast DDS about 650 kB, but says so and goes on without where that is not free.
 SHARED_MEMORY_BYTES = 2**16
-# Mapped, not used: by PyTorch's libraries, and by each thread for its stack and its heap.
-ADDRESS_SPACE_BYTES = 4 * 2**30
+# 2.5 GB with the smallest model: PyTorch's libraries, and each thread's stack and heap. Most of it
+# is mapped and never used.
+ADDRESS_SPACE_BYTES = 3 * 2**30
 
 
-def check() -> None:
+def check_shared_memory() -> None:
     """
-    Look whether there is room to start.
+    Look whether ROS can start.
 
-    :raises SystemExit: there is not; the message says what to do.
+    :raises SystemExit: it can't; the message says what to do.
     """
     try:
         found = os.statvfs(SHARED_MEMORY)
@@ -31,6 +32,14 @@ def check() -> None:
                 f'{SHARED_MEMORY} has {free} bytes free, and ROS needs {SHARED_MEMORY_BYTES} to '
                 'start: delete what ended processes left there, or make it larger (mount -o '
                 f'remount,size=64m {SHARED_MEMORY}; of a container --shm-size=64m)')
+
+
+def check_address_space() -> None:
+    """
+    Look whether PyTorch can start.
+
+    :raises SystemExit: it can't; the message says what to do.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_BYTES:
         raise SystemExit(
