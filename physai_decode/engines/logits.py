@@ -1,7 +1,5 @@
 """What is wrong with a model shows in its logits: they are looked at once, when it is loaded."""
 
-from collections.abc import Sequence
-
 from physai_decode.engine import EngineError
 from physai_decode.engine import not_numbers
 import torch
@@ -10,13 +8,13 @@ from torch import Tensor
 _WARM_UP_TOKENS = 8
 
 
-def warm_up_ids(vocab_size: int, max_context: int) -> Sequence[int]:
+def warm_up_ids(vocab_size: int, max_context: int) -> list[int]:
     """
     Give the prompt to look at: ids that differ, as one alone may be padding without a meaning.
 
     :param max_context: tokens; half of them are left for steps.
     """
-    return range(min(_WARM_UP_TOKENS, vocab_size, max(1, max_context // 2)))
+    return list(range(min(_WARM_UP_TOKENS, vocab_size, max(1, max_context // 2))))
 
 
 def check(logits: Tensor, dtype: torch.dtype) -> None:

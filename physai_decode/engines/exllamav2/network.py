@@ -86,7 +86,7 @@ class Network:
         """Run steps until the library has captured its graphs, where it is to."""
         import_module('exllamav2.device').set_device_streams()
         vocab_size = self._settings.vocab_size
-        last = self.feed([*logits.warm_up_ids(vocab_size, limit)])[0, 0, :vocab_size]
+        last = self.feed(logits.warm_up_ids(vocab_size, limit))[0, 0, :vocab_size]
         logits.check(last.float(), torch.float16)
         self.rewind(0)
         self.feed([0] * min(64, self._settings.max_input_len, limit - 1))

@@ -87,7 +87,7 @@ class CachedNetwork:
 
     def _warm_up(self):
         size = self.network.config.get_text_config(decoder=True).vocab_size
-        last = self.feed([*logits.warm_up_ids(size, self._limit)])
+        last = self.feed(logits.warm_up_ids(size, self._limit))
         self.vocab_size = len(last)
         for _ in range(2):
             last = self.step(last.argmax(0, keepdim=True))
