@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 import json
 import math
+import os
 from pathlib import Path
 import re
 import struct
 from typing import Any
 
 from physai_decode import model_config
+from physai_decode import regular_file
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.model_config import Quantization
@@ -29,6 +32,13 @@ _ITEM_BITS = {
     'F16': 16, 'BF16': 16, 'U32': 32, 'I32': 32, 'F32': 32, 'U64': 64, 'I64': 64, 'F64': 64,
     'C64': 64, 'F4': 4, 'F6_E2M3': 6, 'F6_E3M2': 6}
 _MAX_HEADER_BYTES = 100_000_000    # the safetensors format's own limit
+# The most bytes of a file by its name, several times what the largest models have; others than
+# these are weights, or read by nobody.
+_MOST_BYTES = {
+    'config.json': 2**24, '*_config.json': 2**24, 'special_tokens_map.json': 2**24,
+    'added_tokens.json': 2**24, '*.index.json': 2**26, '*.jinja': 2**22,
+    'chat_template.json': 2**22, 'tokenizer.json': 2**28, 'vocab.json': 2**28,
+    'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28, '*.tiktoken': 2**28}
 _FETCHED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -60,8 +70,7 @@ class Checkpoint:
     @property
     def text_config(self) -> Mapping[str, Any]:
         """The language model's part of the config, where it is nested, else all of it."""
-        nested = self.config.get('text_config')
-        return nested if isinstance(nested, dict) else self.config
+        return model_config.part(self.config, 'text_config') or self.config
 
     @property
     def model_type(self) -> str:
@@ -83,6 +92,11 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """All weights at their stored size."""
         return sum(entry.bytes for entry in self.tensors.values())
+
+    @property
+    def random_weights(self) -> Mapping[str, Any] | None:
+        """How to make the weights, where the folder only describes them."""
+        return model_config.random_weights(self.config)
 
     @property
     def context_limit(self) -> int | None:
@@ -167,8 +181,7 @@ def parsing(path: Path | str) -> Iterator[None]:
 
 
 def _inspect(folder):
-    if not any(folder.iterdir()):
-        raise EngineError(f'{folder} is empty: copy or download the model into it')
+    _check_files(folder)
     config = _read_json(folder / 'config.json')
     if not isinstance(config.get('model_type'), str):
         raise EngineError(
@@ -185,8 +198,26 @@ def _inspect(folder):
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
-        _ = model.quantization, model.context_limit
+        model_config.check(config)
+        model_config.check(model.text_config)
+        _ = model.quantization, model.context_limit, model.random_weights
     return model
+
+
+def _check_files(folder):
+    """Look at every file, as libraries read some of them by themselves."""
+    files = [*folder.iterdir(), *(folder / 'additional_chat_templates').glob('*')]
+    if not files:
+        raise EngineError(f'{folder} is empty: copy or download the model into it')
+    for path in files:
+        # A link to nothing is as good as no file; who needs it misses it.
+        if path.exists() and not path.is_dir():
+            regular_file.check(path, _most_bytes(path))
+
+
+def _most_bytes(path):
+    return next((most for pattern, most in _MOST_BYTES.items() if fnmatch(path.name, pattern)),
+                None)
 
 
 def _fetch(path, revision):
@@ -213,7 +244,7 @@ def _fetch(path, revision):
 def _read_json(path):
     try:
         with parsing(path):
-            value = json.loads(path.read_text(encoding='utf-8'))
+            value = json.loads(regular_file.read(path, _most_bytes(path)).decode())
             if not isinstance(value, dict):
                 raise ValueError('it holds no JSON object')
             return value
@@ -225,13 +256,14 @@ def _read_json(path):
 
 def _eos_token_ids(folder, config):
     path = folder / 'generation_config.json'
-    generation = _read_json(path) if path.exists() else {}
-    with parsing(folder / 'config.json'):
-        nested = (config.get('text_config') or {}).get('eos_token_id')
-    for ids in (generation.get('eos_token_id'), config.get('eos_token_id'), nested):
+    if path.exists():
+        with parsing(path):
+            ids = model_config.end_ids(_read_json(path))
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    return ()
+            return ids
+    with parsing(folder / 'config.json'):
+        return model_config.end_ids(config) or model_config.end_ids(
+            model_config.part(config, 'text_config')) or ()
 
 
 def _weight_files(folder):
@@ -279,8 +311,8 @@ def _refuse_format(folder):
 def _read_header(path):
     """Read a safetensors header: 8 bytes of its length (little endian), then JSON, then data."""
     again = 'copy or download it again'
-    size = path.stat().st_size
-    with path.open('rb') as file:
+    with regular_file.opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if prefix == b'version ':
             raise EngineError(

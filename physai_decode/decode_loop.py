@@ -16,8 +16,8 @@ import time
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import checked_prompt
 from physai_decode.engine import Engine
-from physai_decode.engine import EngineError
 from physai_decode.engine import NO_TOKEN
+from physai_decode.engine import not_numbers
 from physai_decode.engine import shared_prefix
 
 FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
@@ -120,11 +120,7 @@ class DecodeLoop:
 
     def _number(self, token_id: int) -> int:
         if token_id == NO_TOKEN:
-            shape = self.engine.footprint
-            raise EngineError(
-                f"the model's logits are not numbers (NaN or infinite) in {shape.dtype}: its "
-                'weights are damaged, or too large for this number format; copy or download the '
-                'model again, or set engine.dtype to float32 or bfloat16')
+            raise not_numbers(self.engine.footprint.dtype)
         return token_id
 
 

@@ -69,6 +69,14 @@ class Choice(NamedTuple):
 NO_TOKEN = -1                       # a choice from logits that hold NaN or are infinite
 
 
+def not_numbers(dtype: str) -> EngineError:
+    """Give the error for logits that hold NaN or are infinite; ``dtype`` as in `Footprint`."""
+    return EngineError(
+        f"the model's logits are not numbers (NaN or infinite) in {dtype}: its weights are "
+        'damaged, or too large for this number format; copy or download the model again, or set '
+        'engine.dtype to float32 or bfloat16')
+
+
 class Engine(Protocol):
     """
     One language model on one device, for one request at a time, driven from one thread.

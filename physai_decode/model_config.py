@@ -2,13 +2,15 @@
 What a config.json says of rotary positions, sliding windows, context and quantised weights.
 
 The one place that knows the keys which versions of the transformers library and quantisers write,
-and what is meant where they are missing. It knows no files, no torch, and not what an engine runs;
-each number is checked when it is asked for, so that what nobody uses may be anything.
+what is meant where they are missing, and what a number may be. It knows no files and no torch, and
+not what an engine runs. `check` looks at the sizes by which every engine allocates; another number
+is checked when it is asked for, so that what nobody uses may be anything.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 import math
+from reprlib import repr
 from typing import Any
 
 # The transformers library's, where a config that has a window does not name it; null is none.
@@ -17,20 +19,96 @@ FIRST_WINDOW_LAYER = 28
 ROPE_THETA = 10000.0
 GPTQ_GROUP_SIZE = 128
 
+# Of each number the range: the least for a count, what it must exceed for a float, and the most,
+# several times what the largest models have.
+_LAYERS, _HEADS, _WIDTH, _VOCAB, _CONTEXT = (
+    (1, 10**4), (1, 2**14), (1, 2**20), (1, 2**24), (16, 2**40))
+SIZES = {
+    'num_hidden_layers': _LAYERS, 'n_layer': _LAYERS, 'n_layers': _LAYERS, 'num_layers': _LAYERS,
+    'num_attention_heads': _HEADS, 'num_key_value_heads': _HEADS, 'n_head': _HEADS,
+    'n_heads': _HEADS, 'hidden_size': _WIDTH, 'head_dim': _WIDTH, 'n_embd': _WIDTH,
+    'd_model': _WIDTH, 'vocab_size': _VOCAB, 'max_position_embeddings': _CONTEXT,
+    'n_positions': _CONTEXT, 'max_seq_len': _CONTEXT, 'seq_length': _CONTEXT, 'n_ctx': _CONTEXT}
+_RANGES: dict[str, tuple[float, float]] = {
+    **SIZES, 'intermediate_size': (1, 2**22), 'sliding_window': (1, 2**40),
+    'max_window_layers': (0, 10**4), 'group_size': (1, 2**20), 'rms_norm_eps': (0, 1),
+    'rope_theta': (1, 1e30), 'factor': (0, 1e6), 'original_max_position_embeddings': (0, 2**40),
+    'low_freq_factor': (0, 1e6), 'high_freq_factor': (0, 1e6), 'beta_fast': (0, 1e6),
+    'beta_slow': (0, 1e6), 'attention_factor': (0, 1e6), 'mscale': (0, 1e6),
+    'mscale_all_dim': (0, 1e6)}
 
-def positive(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
+
+def check(config: Mapping[str, Any]) -> None:
     """
-    Give a positive number of a config.
+    Hold the sizes of a model against what one can have.
+
+    A list has a number for each layer, and null leaves it to the family: both are for the engine
+    to judge.
+
+    :raises ValueError: naming the key.
+    """
+    for key in (*SIZES, 'rms_norm_eps'):
+        if not isinstance(config.get(key), (list, type(None))):
+            number(config, key, int if key in SIZES else float)
+
+
+def number(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
+    """
+    Give a number of a config.
 
     :param kind: int, or float, which an int will do for.
-    :raises ValueError: naming the key; it is not there, or no such number.
+    :raises ValueError: naming the key; it is not there, or no number of its range.
     """
     if key not in config:
         raise ValueError(f'there is no {key}')
-    value = config[key]
-    if type(value) not in (int, kind) or not 0 < value < math.inf:
-        raise ValueError(f'{key} is {value!r}, no positive {kind.__name__}')
+    value, (least, most) = config[key], _RANGES[key]
+    if kind is int and (type(value) is not int or not least <= value <= most):
+        raise ValueError(f'{key} is {repr(value)}, not a whole number from {least} to {most}')
+    if kind is float and (type(value) not in (int, float) or not least < value <= most):
+        raise ValueError(f'{key} is {repr(value)}, not a number above {least:g}, up to {most:g}')
     return value
+
+
+def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """
+    Give an object of a config; empty where it is missing or null.
+
+    :raises ValueError: naming the key; it is something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, (dict, type(None))):
+        raise ValueError(f'{key} is {repr(value)}, not an object')
+    return value or {}
+
+
+def end_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """
+    Give the ids that end an answer; None where the config does not say.
+
+    :raises ValueError: they are no whole numbers.
+    """
+    value = config.get('eos_token_id')
+    if value is None:
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if any(type(each) is not int for each in ids):
+        raise ValueError(f'eos_token_id is {repr(value)}, no whole number and no list of them')
+    return tuple(ids)
+
+
+def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """
+    Give how weights are made at random, for a folder that only describes them; else None.
+
+    :raises ValueError: it is no object, or its seed no number of 63 bits.
+    """
+    key = 'physai_decode_random_weights'
+    if config.get(key) is None:
+        return None
+    seed = part(config, key).get('seed', 0)
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f'{key} has the seed {repr(seed)}, not a number from 0 to 2**63 - 1')
+    return part(config, key)
 
 
 class Rope:
@@ -44,14 +122,14 @@ class Rope:
     def __init__(self, config: Mapping[str, Any]):
         """Take a language model's config."""
         self._config = config
-        self._rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+        self._rope = part(config, 'rope_parameters') or part(config, 'rope_scaling')
         self.kind: str = self._rope.get('rope_type') or self._rope.get('type') or 'default'
 
     @property
     def theta(self) -> float:
         """The base of the frequencies."""
         theta = self._rope.get('rope_theta') or self._config.get('rope_theta') or ROPE_THETA
-        return positive({'rope_theta': theta}, 'rope_theta', float)
+        return number({'rope_theta': theta}, 'rope_theta', float)
 
     @property
     def partial(self) -> bool:
@@ -63,16 +141,16 @@ class Rope:
     def factor(self) -> float:
         """By how much the context is stretched; of yarn null says it by the two limits."""
         if self.kind == 'yarn' and self._rope.get('factor', ...) is None:
-            return positive(self._config, 'max_position_embeddings') / self.original_context
-        return positive(self._rope, 'factor', float)
+            return number(self._config, 'max_position_embeddings') / self.original_context
+        return number(self._rope, 'factor', float)
 
     @property
     def original_context(self) -> float:
         """Tokens of context before that."""
         key = 'original_max_position_embeddings'
         if self.kind == 'yarn' and not self._rope.get(key):
-            return positive(self._config, 'max_position_embeddings')
-        return positive(self._rope, key, float)
+            return number(self._config, 'max_position_embeddings')
+        return number(self._rope, key, float)
 
     @property
     def stretched_context(self) -> int:
@@ -83,12 +161,12 @@ class Rope:
     @property
     def low_freq_factor(self) -> float:
         """Of llama3: waves of fewer turns in the original context are stretched."""
-        return positive(self._rope, 'low_freq_factor', float)
+        return number(self._rope, 'low_freq_factor', float)
 
     @property
     def high_freq_factor(self) -> float:
         """Of llama3: waves of more turns in the original context are kept."""
-        return positive(self._rope, 'high_freq_factor', float)
+        return number(self._rope, 'high_freq_factor', float)
 
     @property
     def beta_fast(self) -> float:
@@ -109,17 +187,17 @@ class Rope:
     def attention_factor(self) -> float:
         """Of yarn: what cosine and sine are multiplied by."""
         if self._rope.get('attention_factor') is not None:
-            return positive(self._rope, 'attention_factor', float)
+            return number(self._rope, 'attention_factor', float)
         if self._rope.get('mscale') and self._rope.get('mscale_all_dim'):
-            return self._magnitude(positive(self._rope, 'mscale', float)) / self._magnitude(
-                positive(self._rope, 'mscale_all_dim', float))
+            return self._magnitude(number(self._rope, 'mscale', float)) / self._magnitude(
+                number(self._rope, 'mscale_all_dim', float))
         return self._magnitude(1.0)
 
     def _magnitude(self, weight):
         return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def _or(self, key, default):
-        return positive(self._rope, key, float) if self._rope.get(key) else default
+        return number(self._rope, key, float) if self._rope.get(key) else default
 
 
 def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -134,16 +212,20 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     config = {'sliding_window': SLIDING_WINDOW, 'max_window_layers': FIRST_WINDOW_LAYER, **config}
     if not slides or config['sliding_window'] is None:
         return (0,) * layers
-    window = positive(config, 'sliding_window')
+    window = number(config, 'sliding_window')
     if family == 'mistral':
         return (window,) * layers
     kinds = config.get('layer_types')
     if kinds is None:
-        first = config['max_window_layers']
+        first = number(config, 'max_window_layers')
         return tuple(window if index >= first else 0 for index in range(layers))
-    if len(kinds) != layers:
-        raise ValueError(f'layer_types names {len(kinds)} of {layers} layers')
-    return tuple({'sliding_attention': window, 'full_attention': 0}[kind] for kind in kinds)
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ValueError(f'layer_types is {repr(kinds)}, not a list for {layers} layers')
+    known = {'sliding_attention': window, 'full_attention': 0}
+    other = next((kind for kind in kinds if type(kind) is not str or kind not in known), None)
+    if other is not None:
+        raise ValueError(f'layer_types has {repr(other)}, none of {", ".join(known)}')
+    return tuple(known[kind] for kind in kinds)
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
@@ -152,10 +234,10 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
 
     YaRN stretches the limit that ``max_position_embeddings`` gives.
 
-    :raises ValueError: a key that says it has no positive number.
+    :raises ValueError: a key that says it has no number of its range.
     """
     rope = Rope(config)
-    limit = next((positive(config, key) for key in (
+    limit = next((number(config, key) for key in (
         'max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length', 'n_ctx')
         if config.get(key) is not None), None)
     return limit and max(limit, rope.stretched_context)
@@ -179,9 +261,9 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
 
     :param config: all of config.json.
     :returns: None where they are not.
-    :raises ValueError: GPTQ's group size is no positive number, and not -1.
+    :raises ValueError: it is no object, or GPTQ's group size is neither -1 nor a whole number.
     """
-    found = config.get('quantization_config')
+    found = part(config, 'quantization_config')
     if not found:
         return None
     method = str(found.get('quant_method', 'unknown'))
@@ -190,13 +272,13 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
         found = {'group_size': GPTQ_GROUP_SIZE, **found}
         size = found['group_size']
         if size != -1:
-            positive(found, 'group_size')
+            number(found, 'group_size')
     # GPTQModel's settings for single modules; those that it left dense are seen by their tensors.
-    rules = found.get('dynamic') or () if method == 'gptq' else ()
+    rules = part(found, 'dynamic') if method == 'gptq' else {}
     return Quantization(
         name=_quantization_name(found, method, bits, size), method=method, bits=bits,
         group_size=size if isinstance(size, int) else 0,
-        layout=found.get('checkpoint_format') or found.get('format') or 'gptq',
+        layout=str(found.get('checkpoint_format') or found.get('format') or 'gptq'),
         changed=tuple(rule for rule in rules if not rule.startswith('-:')))
 
 

@@ -1,7 +1,7 @@
 """Model folders, whole and broken: each fault is named, with the way out."""
 
 import json
-from pathlib import Path
+import os
 import struct
 
 import huggingface_hub
@@ -167,8 +167,55 @@ def test_what_may_not_be_read(folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, 'Permission denied')
 
-    monkeypatch.setattr(Path, 'read_text', refuse)
+    monkeypatch.setattr(os, 'open', refuse)
     assert 'mend its permissions' in refusal(folder)
+
+
+@pytest.fixture(params=['FIFO', 'device'])
+def endless(request, folder):
+    """Give what puts something that never ends a read in a file's place, and its kind."""
+    def put(name):
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if request.param == 'FIFO':
+            os.mkfifo(path)
+        else:
+            path.symlink_to('/dev/zero')
+        return f'{path} is a {request.param}'
+    return put
+
+
+@pytest.mark.parametrize('name', [
+    'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
+    'tokenizer_config.json', 'chat_template.jinja', 'vocab.txt', 'merges.txt', 'anything'])
+def test_what_is_no_regular_file_is_named(folder, endless, name):
+    """It is not waited for, nor read: also what only a library would open."""
+    said = endless(name)
+    assert said in refusal(folder)
+
+
+def test_a_further_template_that_never_ends(folder, endless):
+    (folder / 'additional_chat_templates').mkdir()
+    said = endless('additional_chat_templates/tools.jinja')
+    assert said in refusal(folder)
+
+
+@pytest.mark.parametrize('name', [
+    'config.json', 'generation_config.json', 'model.safetensors.index.json', 'tokenizer.json',
+    'tokenizer_config.json', 'chat_template.jinja', 'vocab.txt', 'tokenizer.model'])
+def test_a_file_too_large_for_its_kind(folder, name):
+    with (folder / name).open('wb') as file:
+        file.truncate(2**30)
+    message = refusal(folder)
+    assert str(folder / name) in message and '1073741824 bytes' in message
+
+
+def test_a_snapshot_of_a_cache(folder, tmp_path_factory):
+    """Its files are links."""
+    snapshot = tmp_path_factory.mktemp('snapshot')
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert checkpoint.inspect(snapshot).tensors.keys() == TENSORS.keys()
 
 
 def test_missing_shard(shards):
@@ -193,14 +240,21 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
 
 
 @pytest.mark.parametrize(('fields', 'word'), [
-    ({'rope_scaling': 'yarn'}, 'str'), ({'rope_parameters': ['yarn']}, 'list'),
+    ({'rope_scaling': 'yarn'}, 'rope_scaling'), ({'rope_parameters': ['yarn']}, 'rope_parameters'),
     ({'rope_scaling': YARN}, 'factor'), ({'rope_scaling': {**YARN, 'factor': '4'}}, 'factor'),
     ({'rope_scaling': {**YARN, 'factor': 4, 'original_max_position_embeddings': '64'}},
      'original_max_position_embeddings'),
     ({'max_position_embeddings': '64'}, 'max_position_embeddings'),
     ({'max_position_embeddings': -1}, 'max_position_embeddings'),
-    ({'text_config': 'llama', 'eos_token_id': None}, 'str'),
-    ({'quantization_config': 'gptq'}, 'str')])
+    ({'text_config': 'llama', 'eos_token_id': None}, 'text_config'),
+    ({'text_config': {'num_hidden_layers': 10**9}}, 'num_hidden_layers is 1000000000'),
+    ({'num_attention_heads': 0}, 'num_attention_heads is 0'), ({'n_layer': 1e308}, 'n_layer'),
+    ({'hidden_size': '64'}, 'hidden_size'), ({'head_dim': True}, 'head_dim'),
+    ({'rms_norm_eps': 1e308}, 'rms_norm_eps'), ({'rms_norm_eps': float('nan')}, 'rms_norm_eps'),
+    ({'eos_token_id': 'end'}, 'eos_token_id'), ({'eos_token_id': [[2]]}, 'eos_token_id'),
+    ({'physai_decode_random_weights': [0]}, 'physai_decode_random_weights'),
+    ({'physai_decode_random_weights': {'seed': '0'}}, 'seed'),
+    ({'quantization_config': 'gptq'}, 'quantization_config')])
 def test_nonsense_in_a_config(folder, fields, word):
     write_json(folder / 'config.json', {**CONFIG, **fields})
     assert_damaged(folder, 'config.json', word)

@@ -1,5 +1,9 @@
 """What the engines share of the device: the choice of attention."""
 
+from pathlib import Path
+import re
+import resource
+
 from physai_decode.config import EngineConfig
 from physai_decode.engines import device
 import pytest
@@ -30,3 +34,12 @@ def test_no_number_of_threads_is_torchs_own():
             assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_address_space_bounds_what_is_free(monkeypatch):
+    free = device.free_bytes(torch.device('cpu'))
+    taken = int(re.search(r'VmSize:\s*(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (taken + 10**9, -1))
+    assert device.free_bytes(torch.device('cpu')) <= min(free, 2 * 10**9)
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (1, 1))
+    assert device.free_bytes(torch.device('cpu')) == 0

@@ -1,6 +1,7 @@
 """What only the native engine has: its memory check, prompts in pieces, the tuning cache."""
 
 import json
+import os
 import re
 
 from engine_contract import load
@@ -87,9 +88,18 @@ def test_choices_are_kept(tmp_path):
     assert TuningCache('chip b', tmp_path).get('other') is None
 
 
-@pytest.mark.parametrize('content', ['', '[]', '{"chip": 3}', json.dumps({'chip': {}})])
+@pytest.mark.parametrize('content', [
+    '', '[]', '{"chip": 3}', json.dumps({'chip': {}}), '[' * 100_000], ids=lambda text: text[:9])
 def test_a_broken_cache_is_no_cache(tmp_path, content):
     (tmp_path / 'kernels.json').write_text(content)
+    cache = TuningCache('chip', tmp_path)
+    assert cache.get('shape') is None
+    cache.put('shape', [4])
+    assert TuningCache('chip', tmp_path).get('shape') == [4]
+
+
+def test_a_cache_that_never_ends_is_no_cache(tmp_path):
+    os.mkfifo(tmp_path / 'kernels.json')
     cache = TuningCache('chip', tmp_path)
     assert cache.get('shape') is None
     cache.put('shape', [4])

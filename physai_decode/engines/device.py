@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 import platform
 import re
+import resource
 import time
 import traceback
 from typing import Any
@@ -57,15 +58,29 @@ def cpu_name() -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Give the memory that can still be taken on the device; None where it is not known."""
+    """
+    Give the memory that can still be taken on the device; None where it is not known.
+
+    Of the host it is no more than what a limit of the address space (ulimit -v) leaves.
+    """
     # A GPU that shares the host's memory counts the page cache as used, though it can be had.
     if device.type == 'cuda' and not torch.cuda.get_device_properties(device).is_integrated:
         return torch.cuda.mem_get_info(device)[0]
+    available = _kilobytes('/proc/meminfo', 'MemAvailable')
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = _kilobytes('/proc/self/status', 'VmSize')
+    rooms = [] if available is None else [available * 1024]
+    if limit != resource.RLIM_INFINITY and taken is not None:
+        rooms.append(max(0, limit - taken * 1024))
+    return min(rooms, default=None)
+
+
+def _kilobytes(path: str, name: str) -> int | None:
     try:
-        found = re.search(r'^MemAvailable:\s*(\d+) kB', Path('/proc/meminfo').read_text(), re.M)
+        found = re.search(rf'^{name}:\s*(\d+) kB', Path(path).read_text(), re.M)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(found[1]) if found else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import threading
 from physai_decode.config import ConfigError
 from physai_decode.host import load
 from physai_decode.ros import params_files
+from physai_decode.ros import room
 from physai_decode.ros import watchdog
 from physai_decode.ros.executor import Executor
 from physai_decode.ros.node import DecodeNode
@@ -57,7 +58,10 @@ def main(args: list[str] | None = None, load=load) -> int:
     Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start.
 
     The exit code is 0 for a signal or the end of the launcher, and 1 where the executor is broken.
+
+    :raises SystemExit: there is no room to start.
     """
+    room.check_address_space()
     ending, parent = Ending(), Parent()
     args = sys.argv if args is None else args
     signals = signal.SIGINT, signal.SIGTERM

@@ -9,10 +9,10 @@ from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
-from physai_decode.model_config import positive
+from physai_decode.engines import stored
+from physai_decode.model_config import number
 from physai_decode.model_config import Rope
 from physai_decode.model_config import windows
-from safetensors import safe_open
 import torch
 
 CHUNK_TOKENS = 2048       # of a prompt, read at a time; the library's own default
@@ -47,7 +47,7 @@ def check(model: Checkpoint, limit: int) -> None:
         raise EngineError(
             f'{model.folder}: the exllamav2 engine runs weights quantised to gptq or exl2, these '
             f'are quantised to {method or "nothing"}: set engine.name to auto')
-    if 'physai_decode_random_weights' in model.config:
+    if model.random_weights is not None:
         raise EngineError(
             f'{model.folder} only describes its weights, which ExLlamaV2 can not make at random: '
             'write them with decode_bench --write-checkpoint')
@@ -56,7 +56,7 @@ def check(model: Checkpoint, limit: int) -> None:
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not scale rotary positions as its config.json asks '
             f'({kind}): set engine.name to native or transformers')
-    window = max(windows(config, positive(config, 'num_hidden_layers')))
+    window = max(windows(config, number(config, 'num_hidden_layers')))
     if 0 < window < limit:
         raise EngineError(
             f'{model.folder}: ExLlamaV2 does not slide the window of {window} tokens that its '
@@ -82,8 +82,7 @@ def _check_gptq(model, quantized):
         module, _, end = name.rpartition('.')
         if end not in ('g_idx', 'qzeros'):
             continue
-        with safe_open(entry.path, 'pt') as file:
-            tensor = file.get_tensor(name)
+        tensor = stored.read(entry)
         if end == 'g_idx':
             width = len(tensor) if size == -1 else size
             plain = torch.arange(len(tensor)) // width

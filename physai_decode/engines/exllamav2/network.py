@@ -9,6 +9,7 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
+from physai_decode.engines import logits
 from physai_decode.engines.exllamav2.attention import attend_by_groups
 import torch
 
@@ -84,6 +85,10 @@ class Network:
     def warm_up(self, limit: int, captured: bool) -> None:
         """Run steps until the library has captured its graphs, where it is to."""
         import_module('exllamav2.device').set_device_streams()
+        vocab_size = self._settings.vocab_size
+        last = self.feed(logits.warm_up_ids(vocab_size, limit))[0, 0, :vocab_size]
+        logits.check(last.float(), torch.float16)
+        self.rewind(0)
         self.feed([0] * min(64, self._settings.max_input_len, limit - 1))
         token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         for _ in range(_GRAPH_CALLS + 3 if captured else 8):

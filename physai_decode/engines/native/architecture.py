@@ -12,7 +12,7 @@ from typing import Any
 
 from physai_decode.checkpoint import parsing
 from physai_decode.engine import EngineError
-from physai_decode.model_config import positive
+from physai_decode.model_config import number
 from physai_decode.model_config import Rope
 from physai_decode.model_config import windows
 
@@ -74,11 +74,11 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     config = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **config}
     if config['hidden_act'] != 'silu':
         raise _unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
-    heads, hidden, layers = (positive(config, key) for key in (
+    heads, hidden, layers = (number(config, key) for key in (
         'num_attention_heads', 'hidden_size', 'num_hidden_layers'))
-    kv_heads = heads if config['num_key_value_heads'] is None else positive(
+    kv_heads = heads if config['num_key_value_heads'] is None else number(
         config, 'num_key_value_heads')
-    head_dim = hidden // heads if config['head_dim'] is None else positive(config, 'head_dim')
+    head_dim = hidden // heads if config['head_dim'] is None else number(config, 'head_dim')
     if head_dim not in HEAD_DIMS:
         raise _unsupported(f'head_dim {head_dim} (it runs {", ".join(map(str, HEAD_DIMS))})')
     if heads % kv_heads:
@@ -88,14 +88,14 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     attention_bias = bool(config.get('attention_bias', False))
     return Architecture(
         model_type=family,
-        vocab_size=positive(config, 'vocab_size'),
+        vocab_size=number(config, 'vocab_size'),
         hidden_size=hidden,
-        intermediate_size=positive(config, 'intermediate_size'),
+        intermediate_size=number(config, 'intermediate_size'),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=positive(config, 'rms_norm_eps', float),
+        norm_eps=number(config, 'rms_norm_eps', float),
         tied_head=bool(config.get('tie_word_embeddings', False)),
         qkv_bias=family == 'qwen2' or (family != 'mistral' and attention_bias),
         out_bias=family in ('llama', 'qwen3') and attention_bias,

@@ -10,6 +10,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
 from physai_decode.engines import device as devices
+from physai_decode.engines import logits
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import start
 from physai_decode.engines.native.graph import Pipeline
@@ -50,7 +51,8 @@ class NativeEngine:
             self._prefill = start.prefill(t, config.cuda_graph, progress)
             clock.end('prefill_s')
             progress('warming up' + (' and capturing the step' if self.pipeline else ''))
-            start.warm_up(self)
+            start.warm_up(self, logits.warm_up_ids(shape.vocab_size, limit))
+            logits.check(t.logits, dtype)
             clock.end('warm_up_s')
         self.footprint = start.footprint(
             model, t, limit, config.cuda_graph, {**self._prefill.details, **clock.parts})
@@ -77,14 +79,14 @@ class NativeEngine:
         """See `physai_decode.engine.Engine.first`."""
         t = self.transformer
         self._watch.start()
-        logits = self._prefill.logits()
+        last = self._prefill.logits()
         if self.pipeline:
             t.position.fill_(self._length)
             self.pipeline.prepare(Plan.of(sampling))
         t.position.fill_(self._length - 1)
         prompt = torch.tensor(prompt_ids, device=self._device)
         self._plan = self._sampler.begin(sampling, prompt)
-        return self._drawn(logits)
+        return self._drawn(last)
 
     @torch.inference_mode()
     def step(self, remaining: int) -> Choice:
@@ -138,9 +140,9 @@ class NativeEngine:
         t.step()
         self._sampler.draw(plan, t.logits, t.position, t.token, self._history)
 
-    def _drawn(self, logits):
+    def _drawn(self, last):
         t = self.transformer
-        self._sampler.draw(self._plan, logits, t.position, t.token, self._history)
+        self._sampler.draw(self._plan, last, t.position, t.token, self._history)
         token_id = int(self._history[self._length])
         self._watch.stop()
         return Choice(token_id, self._watch.read_s())

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 import math
 import time
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
+from physai_decode.engines.native import leftover
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import TorchOps
@@ -23,6 +26,7 @@ import torch
 if TYPE_CHECKING:
     from physai_decode.engines.native.prefill import Prefill
 
+UNUSED = 8                     # tensors that are named; of more the number
 WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
 WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
@@ -79,9 +83,8 @@ def prefill(transformer: Transformer, capture: bool,
 def source(checkpoint: Checkpoint, dtype: torch.dtype,
            device: torch.device) -> weights.Random | weights.Files:
     """Give where the weights come from: the folder's files, or a description of random ones."""
-    settings = checkpoint.config.get('physai_decode_random_weights')
-    if settings is not None:
-        return weights.Random(settings, dtype, device)
+    if checkpoint.random_weights is not None:
+        return weights.Random(checkpoint, checkpoint.random_weights, dtype, device)
     return weights.Files(checkpoint, device)
 
 
@@ -119,10 +122,12 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
 
     :param places: tokens that the cache holds.
     """
-    loaded = weights.load(
-        shape, source(checkpoint, dtype, device), checkpoint.quantized, dtype, progress)
+    files = source(checkpoint, dtype, device)
+    loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress)
+    unused = leftover.check(checkpoint, files.used) if isinstance(files, weights.Files) else ()
     clock.end('load_s')
-    made = Transformer(shape, loaded, places, dtype, device, operations(device, progress))
+    made = Transformer(
+        shape, replace(loaded, unused=unused), places, dtype, device, operations(device, progress))
     if device.type == 'cuda':
         made.ops.tune(made, progress)
         clock.end('tune_s')
@@ -138,6 +143,9 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
     details = {'kernels': transformer.ops.name, **details}
     if loaded.dense_fallbacks:
         details['dense_fallbacks'] = str(loaded.dense_fallbacks)
+    if loaded.unused:
+        more = f' and {len(loaded.unused) - UNUSED} more' if len(loaded.unused) > UNUSED else ''
+        details['unused_tensors'] = ', '.join(loaded.unused[:UNUSED]) + more
     return Footprint(
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
         quantization=checkpoint.quantization, device=str(device), device_name=name,
@@ -150,12 +158,12 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine, prompt: Sequence[int]) -> None:
     """Run a prompt and a few steps under each of `WARM_UP`."""
     for sampling in WARM_UP:
         engine.rewind(0)
-        engine.feed([0, 0])
-        engine.first(sampling, [0, 0])
+        engine.feed(prompt)
+        engine.first(sampling, prompt)
         for remaining in (2, 1, 0):
             engine.step(remaining)
     engine.rewind(0)

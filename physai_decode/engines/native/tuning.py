@@ -11,10 +11,13 @@ import os
 from pathlib import Path
 from statistics import median
 
+from physai_decode import regular_file
+from physai_decode.engine import EngineError
 from physai_decode.engines import device as devices
 import torch
 
 REPLAYS = 10
+_MOST_BYTES = 2**24              # of the file; a choice takes about a hundred
 
 
 def timed(step: Callable[[], None]) -> float:
@@ -50,8 +53,8 @@ class TuningCache:
         self._path = (folder or Path(base) / 'physai_decode') / 'kernels.json'
         self._owner = owner
         try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            known = json.loads(regular_file.read(self._path, _MOST_BYTES))
+        except (EngineError, OSError, RecursionError, ValueError):
             known = {}
         self._known = known if isinstance(known, dict) else {}
         if not isinstance(self._known.setdefault(owner, {}), dict):

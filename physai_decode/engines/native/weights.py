@@ -15,13 +15,12 @@ from typing import Protocol
 
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.engine import EngineError
+from physai_decode.engines import stored
 from physai_decode.engines.native import gptq
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.model_config import Quantization
-from safetensors import safe_open
-from safetensors import SafetensorError
 import torch
 from torch import Tensor
 
@@ -51,6 +50,7 @@ class Weights:
     norm: Tensor
     head: Linear
     dense_fallbacks: int      # fused projections kept dense: see `gptq.fuse`
+    unused: tuple[str, ...] = ()    # names of tensors that the network does not have
 
     @property
     def read_bytes(self) -> int:
@@ -85,7 +85,7 @@ class Files:
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self._entries = checkpoint.tensors
         self._device = device
-        self._open: dict[Any, Any] = {}
+        self.used: set[str] = set()
 
     def has(self, name: str) -> bool:
         """Tell whether there is a tensor of this name."""
@@ -96,29 +96,18 @@ class Files:
         Give a tensor on the device.
 
         :raises EngineError: it is not there, has another shape than config.json implies, or its
-            file is no safetensors file.
+            file can't be read.
         """
-        entry = self._entries.get(name)
-        if entry is None:
-            raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete or of '
-                              'another architecture than its config.json says')
-        if entry.shape != shape:
-            raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
-                              f'{list(shape)}: they do not belong together')
-        if entry.path not in self._open:
-            try:
-                self._open[entry.path] = safe_open(
-                    entry.path, framework='pt', device=str(self._device))
-            except SafetensorError as error:
-                raise EngineError(f'{entry.path} is damaged ({error}): copy or download the model '
-                                  'again') from None
-        return self._open[entry.path].get_tensor(name)
+        self.used.add(name)
+        return stored.read(_entry(self._entries, name, shape)).to(self._device)
 
 
 class Random:
     """Random tensors of the same names and shapes: to time a shape without its weights."""
 
-    def __init__(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device):
+    def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: torch.dtype,
+                 device: torch.device):
+        self._entries = checkpoint.tensors
         self._generator = torch.Generator(device).manual_seed(settings.get('seed', 0))
         self._packed = settings.get('quantization') == 'gptq'
         self._dtype = dtype
@@ -130,7 +119,12 @@ class Random:
         return name.endswith('.qweight') and self._packed and not head
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Give a tensor: gains 1, other floats normal with deviation 0.02."""
+        """
+        Give a tensor: gains 1, other floats normal with deviation 0.02.
+
+        :raises EngineError: it is not described, or with another shape than config.json implies.
+        """
+        _entry(self._entries, name, shape)
         kind = name.rsplit('.', 1)[-1]
         if kind in ('qweight', 'qzeros'):
             if kind == 'qzeros':
@@ -275,8 +269,23 @@ class _Loader:
     def _float(self, name, shape):
         tensor = self._source.get(name, shape)
         if not tensor.is_floating_point():
-            raise EngineError(f'tensor {name} has dtype {tensor.dtype}: expected floats')
+            raise EngineError(
+                f'tensor {name} holds whole numbers ({tensor.dtype}) where config.json implies '
+                'others: they are quantised in a way that it does not name; download a newer '
+                'version of the model')
         return tensor.to(self._dtype)
+
+
+def _entry(entries, name, shape):
+    """Find a tensor among those of the folder."""
+    entry = entries.get(name)
+    if entry is None:
+        raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete or of '
+                          'another architecture than its config.json says')
+    if entry.shape != shape:
+        raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
+                          f'{list(shape)}: they do not belong together')
+    return entry
 
 
 def _laid_out(weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import inspect
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
+from physai_decode.engines import logits
 import torch
 import transformers
 from transformers.cache_utils import Cache
@@ -61,15 +62,16 @@ class CachedNetwork:
         self._options = {'use_cache': True}
         if 'logits_to_keep' in parameters:
             self._options['logits_to_keep'] = 1
-        self.cache = self._new_cache()
-        self.attends = all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
-            for layer in self.cache.layers)
         self._takes_positions = 'position_ids' in parameters
         # The library raises whatever its many models raise.
         with self._explaining(Exception, f'transformers {transformers.__version__} does not '
                               'decode it token by token over this cache'):
-            self._warm_up()
+            self.cache = self._new_cache()
+            self.attends = all(
+                type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+                for layer in self.cache.layers)
+            last = self._warm_up()
+        logits.check(last, network.dtype)
         self.rewind(0)
 
     @contextmanager
@@ -78,16 +80,17 @@ class CachedNetwork:
         try:
             yield
         except kind as error:
-            if devices.is_out_of_memory(error):
+            if isinstance(error, EngineError) or devices.is_out_of_memory(error):
                 raise
             raise EngineError(f'{self.network.config.model_type}: {problem} '
                               f'({first_line(error)}): {self.advice}') from None
 
     def _warm_up(self):
-        logits = self.feed([0] * min(_WARMUP_TOKENS, self._limit // 2))
-        self.vocab_size = len(logits)
+        size = self.network.config.get_text_config(decoder=True).vocab_size
+        last = self.feed(logits.warm_up_ids(size, self._limit))
+        self.vocab_size = len(last)
         for _ in range(2):
-            logits = self.step(logits.argmax(0, keepdim=True))
+            last = self.step(last.argmax(0, keepdim=True))
         kept = [getattr(layer, 'keys', None) is not None for layer in self.cache.layers]
         # A layer without keys has its state elsewhere.
         self.attends = self.attends and all(kept)
@@ -99,6 +102,7 @@ class CachedNetwork:
         self.windows = [
             window for layer, has in zip(DynamicCache(config=self.network.config).layers, kept)
             if has and (window := getattr(layer, 'sliding_window', 0))]
+        return last
 
     def rewind(self, length: int) -> int:
         """Keep at most the first ``length`` tokens; give how many are kept."""
@@ -107,15 +111,15 @@ class CachedNetwork:
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Run a chunk of a prompt."""
-        logits = self._forward(torch.tensor([ids], device=self.device), self.length)
+        last = self._forward(torch.tensor([ids], device=self.device), self.length)
         self.length += len(ids)
-        return logits
+        return last
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Run one token [1], which is on the device."""
-        logits = self._step(token)
+        last = self._step(token)
         self.length += 1
-        return logits
+        return last
 
     @contextmanager
     def uncaptured(self) -> Iterator[None]:
@@ -138,8 +142,8 @@ class CachedNetwork:
                 start, start + ids.shape[1], device=self.device)[None]
         one_length = self.captured and ids.shape[1] == 1
         with nullcontext() if one_length else devices.attention_backends(self.device):
-            logits = self.network(input_ids=ids, **cache, **self._options).logits
-        return logits[0, -1].float()
+            found = self.network(input_ids=ids, **cache, **self._options)
+        return found.logits[0, -1].float()
 
     def _new_cache(self):
         return DynamicCache(config=self.network.config)

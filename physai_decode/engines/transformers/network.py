@@ -1,6 +1,7 @@
 """From a model folder to a network of the transformers library on one device."""
 
 from importlib.util import find_spec
+import math
 from urllib.error import URLError
 
 from physai_decode.checkpoint import Checkpoint
@@ -8,6 +9,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
+from physai_decode.engines import stored
 import torch
 import transformers
 from transformers.utils import is_accelerate_available
@@ -76,10 +78,13 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
                 'a causal language model')
         kind = known[type(config)]
         attention = 'sdpa' if kind._supports_sdpa else 'eager'
-        if 'physai_decode_random_weights' in model.config:
+        if model.random_weights is not None:
             return _random(model, config, attention, device, dtype)
+        # What reads quantised weights wants the folder.
+        folder, weights = (model.folder, None) if model.quantized else (None, {
+            name: stored.Lazy(entry) for name, entry in model.tensors.items()})
         network, found = kind.from_pretrained(
-            model.folder, config=config, dtype=dtype, use_safetensors=True,
+            folder, config=config, state_dict=weights, dtype=dtype, use_safetensors=True,
             attn_implementation=attention,
             device_map={'': device} if placed else None, output_loading_info=True)
     except EngineError:
@@ -104,9 +109,22 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
         raise EngineError(
             f'{model.folder} lacks {len(lost)} of the weights that its config.json asks for, '
             f'{lost[0]} for one: copy or download the model again')
+    if not model.quantized:
+        _check_floats(model, network)
     if not placed:
         network.to(device)
     return network.eval()
+
+
+def _check_floats(model, network):
+    """Refuse whole numbers where the network has others: a quantisation that nobody names."""
+    for name, weight in network.named_parameters():
+        entry = model.tensors.get(name)
+        if entry and weight.is_floating_point() and entry.dtype not in _FLOATS:
+            raise EngineError(
+                f'tensor {name} holds whole numbers ({entry.dtype}) where config.json implies '
+                'others: they are quantised in a way that it does not name; download a newer '
+                'version of the model')
 
 
 def _random(model, config, attention, device, dtype):
@@ -115,9 +133,19 @@ def _random(model, config, attention, device, dtype):
         raise EngineError(
             f'{model.folder} only describes {model.quantization} weights, which transformers can '
             'not make at random: write them with decode_bench --write-checkpoint')
+    def made():
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention)
+
+    with torch.device('meta'):
+        numbers = sum(weight.numel() for weight in made().parameters())
+    described = sum(math.prod(entry.shape) for entry in model.tensors.values())
+    if numbers > described:
+        raise EngineError(
+            f'{model.folder} describes weights of {described} numbers, config.json implies '
+            f'{numbers}: they do not belong together')
     # By default it would open every GPU of the machine.
     used = [device] if device.type == 'cuda' else []
     with torch.random.fork_rng(devices=used), torch.device(device):
-        torch.manual_seed(model.config['physai_decode_random_weights'].get('seed', 0))
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention).eval()
+        torch.manual_seed(model.random_weights.get('seed', 0))
+        return made().eval()

@@ -1,0 +1,35 @@
+"""What is wrong with a model shows in its logits: they are looked at once, when it is loaded."""
+
+from physai_decode.engine import EngineError
+from physai_decode.engine import not_numbers
+import torch
+from torch import Tensor
+
+_WARM_UP_TOKENS = 8
+
+
+def warm_up_ids(vocab_size: int, max_context: int) -> list[int]:
+    """
+    Give the prompt to look at: ids that differ, as one alone may be padding without a meaning.
+
+    :param max_context: tokens; half of them are left for steps.
+    """
+    return list(range(min(_WARM_UP_TOKENS, vocab_size, max(1, max_context // 2))))
+
+
+def check(logits: Tensor, dtype: torch.dtype) -> None:
+    """
+    Hold that a token can be chosen.
+
+    :param logits: float [vocab], after the warm-up's prompt.
+    :param dtype: in which they were computed.
+    :raises EngineError: they are not numbers, or all the same.
+    """
+    least, most = (float(each) for each in logits.aminmax())
+    if not torch.tensor(most).isfinite():
+        raise not_numbers(str(dtype).removeprefix('torch.'))
+    if least == most:
+        raise EngineError(
+            f"the model's logits are all {most:g}, whatever the prompt: its weights are all zero "
+            'or damaged, or config.json does not belong to them (rms_norm_eps, for one); copy or '
+            'download the model again')

@@ -1,0 +1,66 @@
+"""
+Tensors of safetensors files, read into memory.
+
+Nothing is mapped: the process that reads a mapping of a file that somebody truncates is killed
+(SIGBUS), however long after the load.
+"""
+
+from physai_decode import regular_file
+from physai_decode.checkpoint import TensorEntry
+from physai_decode.engine import EngineError
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    'BOOL': torch.bool, 'U8': torch.uint8, 'I8': torch.int8, 'F8_E4M3': torch.float8_e4m3fn,
+    'F8_E5M2': torch.float8_e5m2, 'U16': torch.uint16, 'I16': torch.int16, 'F16': torch.float16,
+    'BF16': torch.bfloat16, 'U32': torch.uint32, 'I32': torch.int32, 'F32': torch.float32,
+    'U64': torch.uint64, 'I64': torch.int64, 'F64': torch.float64, 'C64': torch.complex64}
+if hasattr(torch, 'float8_e8m0fnu'):        # PyTorch 2.7
+    _DTYPES['F8_E8M0'] = torch.float8_e8m0fnu
+
+
+def read(entry: TensorEntry) -> Tensor:
+    """
+    Read one tensor.
+
+    :returns: a tensor of its own memory on the CPU, of the stored type and shape.
+    :raises EngineError: the file is not the one that was looked at, can't be read, or its type is
+        none of PyTorch's.
+    """
+    if entry.dtype not in _DTYPES:
+        raise EngineError(
+            f'{entry.path} has tensors of type {entry.dtype}, which PyTorch {torch.__version__} '
+            'does not have: choose another format of the model, or copy or download it again')
+    content = torch.empty(entry.bytes, dtype=torch.uint8)
+    try:
+        with regular_file.opened(entry.path) as file:
+            file.seek(entry.start)
+            count = file.readinto(memoryview(content.numpy()))
+    except OSError as error:
+        raise EngineError(f'{entry.path} can not be read ({error}): copy or download the model '
+                          'again') from None
+    if count < entry.bytes:
+        raise EngineError(f'{entry.path} was truncated while it was read: copy or download the '
+                          'model again')
+    return content.view(_DTYPES[entry.dtype]).view(entry.shape)
+
+
+class Lazy:
+    """A tensor that is read when it is indexed with ``...``, as safetensors' slices are."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        """Read nothing yet."""
+        self._entry = entry
+
+    def get_dtype(self) -> str:
+        """Give the stored type, as safetensors says it."""
+        return self._entry.dtype
+
+    def get_shape(self) -> list[int]:
+        """Give the shape."""
+        return list(self._entry.shape)
+
+    def __getitem__(self, index: object) -> Tensor:
+        """Read the tensor, and give the part that is asked for."""
+        return read(self._entry)[index]

@@ -1,0 +1,168 @@
+"""What a model folder holds can not hang, kill or exhaust an engine: it answers, or is refused."""
+
+import json
+import math
+from pathlib import Path
+
+from engine_contract import decode
+from engine_contract import load
+from physai_decode.checkpoint import inspect
+from physai_decode.config import EngineConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.transformers import TransformersEngine
+import pytest
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+
+ENGINES = {'native': NativeEngine, 'transformers': TransformersEngine}
+CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=64)
+PROMPT = [3, 1, 4, 1, 5]
+MISSING = object()
+# Of each type one or two.
+VALUES = ('x', None, 0, 10**400, 1e308, [[1]], {'a': 1}, MISSING)
+
+
+@pytest.fixture(params=ENGINES)
+def kind(request):
+    return ENGINES[request.param]
+
+
+def changed(folder, change):
+    """Rewrite the tensors of a folder: ``change`` gives each one's new content."""
+    path = folder / 'model.safetensors'
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def refusal(kind, folder):
+    with pytest.raises(EngineError) as refused:
+        load(kind, folder, CPU)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_weights_that_change_while_it_runs(kind, tmp_path, dtype):
+    """Nothing of a file is mapped: to read what is no longer there would end the process."""
+    folder = random_model.save(tmp_path, 'llama', 0)
+    changed(folder, lambda tensor: tensor.to(dtype))
+    loop = load(kind, folder, CPU)
+    expected = decode(loop, PROMPT)
+    assert str(folder) not in Path('/proc/self/maps').read_text()
+    with (folder / 'model.safetensors').open('r+b') as file:
+        file.truncate(0)
+    loop.forget()
+    assert decode(loop, PROMPT) == expected
+    loop.engine.close()
+
+
+def test_weights_that_change_while_they_are_read(kind, tmp_path):
+    model = inspect(random_model.save(tmp_path, 'llama', 0))
+    with (tmp_path / 'model.safetensors').open('r+b') as file:
+        file.truncate(model.tensors['model.norm.weight'].start)
+    with pytest.raises(EngineError, match=r'model\.safetensors was truncated while it was read'):
+        kind(model, CPU)
+
+
+def test_weights_whose_place_a_device_takes(kind, tmp_path):
+    model = inspect(random_model.save(tmp_path, 'llama', 0))
+    (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / 'model.safetensors').symlink_to('/dev/zero')
+    with pytest.raises(EngineError, match=r'model\.safetensors is a device'):
+        kind(model, CPU)
+
+
+@pytest.mark.parametrize(('change', 'said'), [
+    (torch.zeros_like, 'are all 0, whatever'), (lambda tensor: tensor * math.nan, 'not numbers'),
+    (lambda tensor: tensor * math.inf, 'not numbers')], ids=['zero', 'NaN', 'infinite'])
+def test_weights_without_meaning(kind, tmp_path, change, said):
+    folder = random_model.save(tmp_path, 'qwen2', 0)
+    changed(folder, change)
+    assert said in refusal(kind, folder)
+
+
+def test_whole_numbers_for_weights(kind, tmp_path):
+    folder = random_model.save(tmp_path, 'qwen2', 0)
+    changed(folder, lambda tensor: (tensor * 100).to(torch.int8))
+    message = refusal(kind, folder)
+    assert 'embed_tokens.weight' in message and 'quantised' in message
+
+
+def test_padding_is_no_fault(kind, tmp_path):
+    """The first id's embedding is often all zero."""
+    folder = random_model.save(tmp_path, 'llama', 0)
+    path = folder / 'model.safetensors'
+    tensors = load_file(path)
+    tensors['model.embed_tokens.weight'][0] = 0
+    save_file(tensors, path)
+    load(kind, folder, CPU).engine.close()
+
+
+def test_nonsense_in_config_json(kind, tmp_path):
+    """Whatever a key says, the engine answers or says in one line why it does not."""
+    folder = random_model.save(tmp_path, 'qwen2_window', 0)
+    path = folder / 'config.json'
+    whole = json.loads(path.read_text())
+    keys = ['hidden_size', 'num_hidden_layers', 'rope_parameters', 'sliding_window']
+    for key in keys if kind is TransformersEngine else [*whole, 'physai_decode_random_weights']:
+        for value in VALUES:
+            config = {**whole, key: value}
+            if value is MISSING:
+                del config[key]
+            path.write_text(json.dumps(config))
+            try:
+                loop = load(kind, folder, CPU)
+            except EngineError as error:
+                assert '\n' not in str(error)
+                assert len(str(error)) < 600
+            else:
+                assert len(decode(loop, PROMPT)) == 8
+                loop.engine.close()
+
+
+@pytest.mark.parametrize('engine', ENGINES)
+def test_random_weights_of_another_shape(engine, tmp_path):
+    """A folder that describes its weights is held to that: no other size is allocated."""
+    folder = random_model.save(tmp_path, 'llama', 0)
+    path = folder / 'config.json'
+    config = {**json.loads(path.read_text()), 'physai_decode_random_weights': {}}
+    path.write_text(json.dumps(config))
+    load(ENGINES[engine], folder, CPU).engine.close()
+    path.write_text(json.dumps({**config, 'vocab_size': 2**24, 'hidden_size': 2**20}))
+    assert 'belong together' in refusal(ENGINES[engine], folder)
+
+
+def add(folder, **tensors):
+    """Put further tensors into a folder; their names have __ for dots."""
+    path = folder / 'model.safetensors'
+    named = {name.replace('__', '.'): tensor for name, tensor in tensors.items()}
+    save_file({**load_file(path), **named}, path)
+
+
+@pytest.mark.parametrize('tensors', [
+    {'lm_head__weight': torch.ones(512, 128)},
+    {'model__layers__0__mlp__down_proj__weight_scale': torch.ones(1)},
+    {'model__layers__1__self_attn__o_proj__bias': torch.ones(128)},
+    {'model__layers__2__input_layernorm__weight': torch.ones(128)}], ids=lambda each: [*each][0])
+def test_a_tensor_that_would_change_the_answer(tmp_path, tensors):
+    folder = random_model.save(tmp_path, 'llama_tied', 0)
+    add(folder, **tensors)
+    assert next(iter(tensors)).replace('__', '.') in refusal(NativeEngine, folder)
+
+
+def test_tensors_that_change_nothing_are_listed(tmp_path):
+    folder = random_model.save(tmp_path, 'llama_tied', 0)
+    plain = load(NativeEngine, folder, CPU)
+    expected = decode(plain, PROMPT)
+    assert 'unused_tensors' not in plain.engine.footprint.details
+    add(folder, lm_head__weight=load_file(
+        folder / 'model.safetensors')['model.embed_tokens.weight'].clone(),
+        model__layers__0__self_attn__q_proj__bias=torch.zeros(128),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(32),
+        visual__weight=torch.ones(3))
+    loop = load(NativeEngine, folder, CPU)
+    assert decode(loop, PROMPT) == expected
+    assert loop.engine.footprint.details['unused_tensors'] == (
+        'lm_head.weight, model.layers.0.self_attn.q_proj.bias, '
+        'model.layers.0.self_attn.rotary_emb.inv_freq, visual.weight')
