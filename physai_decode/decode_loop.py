@@ -120,6 +120,7 @@ class DecodeLoop:
 
     def _number(self, token_id: int) -> int:
         if token_id == NO_TOKEN:
+            self._cached = []       # of one token, what is no number spreads to others
             raise not_numbers(self.engine.footprint.dtype)
         return token_id
 

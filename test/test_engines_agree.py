@@ -218,5 +218,5 @@ def test_weights_that_are_not_numbers_are_an_error(name, value, sampling, tmp_pa
     for _ in range(2):
         with pytest.raises(EngineError, match='logits are not numbers'):
             decode(loop, [3, 100, 5], sampling)
-    assert decode(loop, [3, 4, 5], sampling)
+    assert len(decode(loop, [3, 4, 5])) == 8
     loop.engine.close()
