@@ -65,6 +65,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         :raises ConfigError: a parameter given at start is wrong.
         """
         self._host: Host | None = None
+        self._generate: GenerateServer | None = None    # rclpy destroys half a node too
         self._transition = threading.Lock()         # held during a transition
         self._leaving = False                       # the process ends
         transitions = ReentrantCallbackGroup()
