@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from physai_decode.config import ConfigError
 from physai_decode.host import load
@@ -19,10 +20,10 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 EXIT_LIMIT_S = 1.5              # from a signal seen to the end of the process, whatever hangs
+FLUSH_S = 0.4                   # of it, for the last messages to be sent and heard
+SPARE_S = 0.1                   # of it, for taking the node down
 POLL_S = 0.1                    # how often the main thread looks for signals and the launcher
 THREADS = 3                     # of the executor; node.py says what they are for
-SETTLE_S = 0.1                  # for the callbacks that give goals their results
-FLUSH_S = 0.4                   # for the last messages to be sent and heard
 
 
 class Ending:
@@ -107,9 +108,10 @@ def main(args: list[str] | None = None, load=load) -> int:
     last = threading.Timer(EXIT_LIMIT_S, lambda: os._exit(ending.code))
     last.daemon = True
     last.start()
+    end_s = time.monotonic() + EXIT_LIMIT_S - SPARE_S
     closed = node.close(EXIT_TIMEOUT_S)
-    executor.settle(SETTLE_S)
-    node.flush(FLUSH_S)
+    executor.settle(end_s - FLUSH_S - time.monotonic())     # goals get their results in callbacks
+    node.flush(end_s - time.monotonic())
     if closed:
         executor.shutdown()
         thread.join()
