@@ -73,6 +73,12 @@ class Checkpoint:
         return model_config.part(self.config, 'text_config') or self.config
 
     @property
+    def vocab_size(self) -> int | None:
+        """Ids that the model has; None where its config does not say."""
+        size = self.text_config.get('vocab_size')
+        return size if type(size) is int else None
+
+    @property
     def model_type(self) -> str:
         """The architecture's family: qwen2, llama, ..."""
         return self.config['model_type']
@@ -255,15 +261,15 @@ def _read_json(path):
 
 
 def _eos_token_ids(folder, config):
-    path = folder / 'generation_config.json'
+    """Give all end tokens that any of the files names: one of them may be out of date."""
+    path, found = folder / 'generation_config.json', []
     if path.exists():
         with parsing(path):
-            ids = model_config.end_ids(_read_json(path))
-        if ids is not None:
-            return ids
+            found += model_config.end_ids(_read_json(path))
     with parsing(folder / 'config.json'):
-        return model_config.end_ids(config) or model_config.end_ids(
-            model_config.part(config, 'text_config')) or ()
+        found += model_config.end_ids(config)
+        found += model_config.end_ids(model_config.part(config, 'text_config'))
+    return tuple(dict.fromkeys(found))
 
 
 def _weight_files(folder):

@@ -27,9 +27,9 @@ from physai_decode.request_queue import tell_end
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
-from physai_decode.text import TextError
 from physai_decode.text_process import TextProcess
 from physai_decode.timing import RequestReport
+from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Sink
 from physai_decode.worker import Worker
@@ -60,8 +60,10 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     progress(f'looking for {config.model.path}')
     model = checkpoint.open(config.model.path, config.model.revision)
     with ExitStack() as undo:
-        text = TextProcess(str(model.folder), config.chat)
+        text = TextProcess(
+            str(model.folder), config.chat, model.vocab_size, model.eos_token_ids)
         undo.callback(text.close)
+        model = replace(model, eos_token_ids=text.end_ids)
         engine = engines.build(model, config.engine, progress)
         undo.callback(engine.close)
         progress('finding the peak bandwidth of the memory')

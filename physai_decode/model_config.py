@@ -81,18 +81,16 @@ def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def end_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
-    Give the ids that end an answer; None where the config does not say.
+    Give the ids that end an answer; none where the config does not say.
 
-    :raises ValueError: they are no whole numbers.
+    :raises ValueError: they are no ids.
     """
     value = config.get('eos_token_id')
-    if value is None:
-        return None
-    ids = value if isinstance(value, list) else [value]
-    if any(type(each) is not int for each in ids):
-        raise ValueError(f'eos_token_id is {repr(value)}, no whole number and no list of them')
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(each) is not int or each < 0 for each in ids):
+        raise ValueError(f'eos_token_id is {repr(value)}, no id of a token and no list of them')
     return tuple(ids)
 
 

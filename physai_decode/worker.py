@@ -43,11 +43,11 @@ from physai_decode.request_queue import tell_end
 from physai_decode.request_queue import Ticket
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
-from physai_decode.text import TextError
 from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
+from physai_decode.tokenizer_files import TextError
 
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # ends whose turn stays in the conversation
 PARTS = 10                      # of a wait: of them a stopped process (SIGSTOP) loses one, not all
