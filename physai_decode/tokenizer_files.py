@@ -7,15 +7,17 @@ file, or is half of a copy, is refused. It knows no prompts.
 """
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 SAMPLE = 'Hello, world! What is 12 + 3?'    # holds letters, blanks, digits and signs
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
           'mask_token')
 _LISTS = ('additional_special_tokens', 'extra_special_tokens')
-_LIBRARIES = ('sentencepiece', 'tiktoken', 'protobuf')
 _AGAIN = 'copy or download the model again'
 
 
@@ -78,8 +80,12 @@ def _converted(folder):
     """Have the library make a tokenizer of older files."""
     from transformers import AutoTokenizer
 
-    missing = ('it has no tokenizer.json: copy or download the model again, or save it with its '
-               'fast tokenizer')
+    for model in sorted((*folder.glob('*.model'), *folder.glob('*.tiktoken'))):
+        lacking = [name for name in _libraries(model) if not _installed(name)]
+        if lacking:
+            raise TextError(
+                f'it has {model.name} and no tokenizer.json, and what converts that is missing: '
+                f'pip install {" ".join(lacking)}, or save the model with its fast tokenizer')
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False)
@@ -88,15 +94,8 @@ def _converted(folder):
     except Exception as error:
         if 'trust_remote_code' in str(error):
             raise _own_code() from error
-        models = sorted(each.name for kind in ('model', 'tiktoken')
-                        for each in folder.glob(f'*.{kind}'))
-        wanted = [name for name in _LIBRARIES if name in str(error).lower()]
-        if models and wanted:
-            raise TextError(
-                f'it has {models[0]} and no tokenizer.json, and to convert that the library '
-                f'{" or ".join(wanted)} is missing: pip install {" ".join(wanted)}, or save the '
-                'model with its fast tokenizer') from error
-        raise TextError(missing) from error
+        raise TextError('it has no tokenizer.json: copy or download the model again, or save it '
+                        'with its fast tokenizer') from error
     names = dict(getattr(tokenizer, 'vocab_files_names', {}))
     names.pop('tokenizer_file', None)
     lost = sorted(name for name in names.values() if not (folder / name).is_file())
@@ -105,6 +104,20 @@ def _converted(folder):
                         f'of: {_AGAIN}')
     tokenizer.chat_template = _templates(folder, {'chat_template': tokenizer.chat_template})
     return tokenizer
+
+
+def _libraries(path):
+    """Name what reads a file of another format: lines of base64 and a number, or a protobuf."""
+    with path.open('rb') as file:
+        lines = re.fullmatch(rb'[\w+/=]+ \d+\s*', file.readline(1000))
+    return ('tiktoken',) if lines else ('sentencepiece', 'protobuf')
+
+
+def _installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def _own_code():
