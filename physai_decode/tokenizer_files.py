@@ -14,6 +14,8 @@ from pathlib import Path
 import re
 from typing import Any
 
+from physai_decode.engine import first_line
+
 SAMPLE = 'Hello, world! What is 12 + 3?'    # holds letters, blanks, digits and signs
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
           'mask_token')
@@ -94,8 +96,9 @@ def _converted(folder):
     except Exception as error:
         if 'trust_remote_code' in str(error):
             raise _own_code() from error
-        raise TextError('it has no tokenizer.json: copy or download the model again, or save it '
-                        'with its fast tokenizer') from error
+        raise TextError(
+            f'it has no tokenizer.json, and of its other files none can be made '
+            f'({first_line(error)}): {_AGAIN}, or save it with its fast tokenizer') from error
     names = dict(getattr(tokenizer, 'vocab_files_names', {}))
     names.pop('tokenizer_file', None)
     lost = sorted(name for name in names.values() if not (folder / name).is_file())

@@ -322,7 +322,7 @@ def test_a_pickle_is_never_opened(folder):
     ({'eos_token_id': [5, 6]}, {'eos_token_id': 2}, (5, 6, 2)),
     ({'eos_token_id': [5, 6]}, {'eos_token_id': 6, 'text_config': {'eos_token_id': 7}}, (5, 6, 7)),
     ({}, {'eos_token_id': 2}, (2,)), ({}, {'eos_token_id': None}, ()),
-    ({}, {'text_config': {'eos_token_id': [7]}}, (7,))])
+    ({}, {'text_config': {'eos_token_id': [7]}}, (7,)), ({}, {'eos_token_id': 0}, (0,))])
 def test_end_ids(folder, generation, config, expected):
     write_json(folder / 'config.json', {'model_type': 'llama', **config})
     write_json(folder / 'generation_config.json', generation)

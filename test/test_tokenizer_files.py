@@ -114,7 +114,7 @@ def test_half_of_two_files(folder):
     (folder / 'vocab.json').write_text(json.dumps(state['vocab']))
     (folder / 'config.json').write_text('{"model_type": "qwen2"}')
     assert 'copy or download the model again' in refusal(folder)
-    (folder / 'merges.txt').write_text('#\n' + ''.join(
+    (folder / 'merges.txt').write_text('#version: 0.2\n' + ''.join(
         f'{left} {right}\n' for left, right in state['merges']))
     made = Text(load_tokenizer(str(folder)), ChatConfig())
     assert made.encode([Message('user', SAID)])
