@@ -72,6 +72,15 @@ class Checkpoint:
         """The language model's part of the config, where it is nested, else all of it."""
         return model_config.part(self.config, 'text_config') or self.config
 
+    @cached_property
+    def sampling(self) -> Mapping[str, Any]:
+        """How its makers draw tokens, by the names of `SamplingConfig`, as far as they say it."""
+        path = self.folder / 'generation_config.json'
+        if not path.exists():
+            return {}
+        with parsing(path):
+            return model_config.sampling(_read_json(path))
+
     @property
     def vocab_size(self) -> int | None:
         """Ids that the model has; None where its config does not say."""
@@ -207,6 +216,7 @@ def _inspect(folder):
         model_config.check(config)
         model_config.check(model.text_config)
         _ = model.quantization, model.context_limit, model.random_weights
+    _ = model.sampling
     return model
 
 
@@ -262,7 +272,8 @@ def _read_json(path):
 
 def _eos_token_ids(folder, config):
     """Give all end tokens that any of the files names: one of them may be out of date."""
-    path, found = folder / 'generation_config.json', []
+    path = folder / 'generation_config.json'
+    found: list[int] = []
     if path.exists():
         with parsing(path):
             found += model_config.end_ids(_read_json(path))

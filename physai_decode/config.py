@@ -97,6 +97,10 @@ class SamplingConfig:
         256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
         (), 'texts that end an answer; they are not part of it', dynamic=True, characters=256)
+    from_checkpoint: bool = _option(
+        False, "true takes temperature, top_k, top_p, min_p and repetition_penalty from the "
+        "model's generation_config.json, as far as it has them; a request's own still win",
+        dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,9 @@ class ChatConfig:
     """How a prompt becomes what the model reads."""
 
     template: str = _option(
-        'auto', "auto puts the prompt into the model's chat template where it has one; off sends "
-        'it as it is', choices=('auto', 'off'))
+        'auto', "auto puts the prompt into the model's chat template where it has one, the "
+        'default one of several; off sends it as it is; else the name of one of its templates',
+        characters=256)
     system_prompt: str = _option(
         '', "the conversation's first message; empty for none", characters=1_000_000)
     keep_history: bool = _option(

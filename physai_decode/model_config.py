@@ -9,9 +9,13 @@ is checked when it is asked for, so that what nobody uses may be anything.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields
 import math
 from reprlib import repr
 from typing import Any
+
+from physai_decode.config import check_value
+from physai_decode.config import SamplingConfig
 
 # The transformers library's, where a config that has a window does not name it; null is none.
 SLIDING_WINDOW = 4096
@@ -92,6 +96,21 @@ def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     if any(type(each) is not int or each < 0 for each in ids):
         raise ValueError(f'eos_token_id is {repr(value)}, no id of a token and no list of them')
     return tuple(ids)
+
+
+def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Give what a generation_config.json says of sampling, by the names of the node's settings.
+
+    Its temperature and the like are for ``do_sample`` alone, without which it is greedy.
+
+    :raises ValueError: one of them is no number that the setting can have.
+    """
+    names = ('repetition_penalty', *(
+        ('temperature', 'top_k', 'top_p', 'min_p') if config.get('do_sample') else ()))
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    return {spec.name: check_value(spec.name, given[spec.name], spec)
+            for spec in fields(SamplingConfig) if spec.name in given}
 
 
 def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

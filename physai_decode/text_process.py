@@ -9,6 +9,7 @@ decoding when the child has tried it.
 
 from array import array
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -115,6 +116,10 @@ class TextProcess:
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
         return Detokenizer(self._backend, self._special_ids, stop)
+
+    def named(self, ids: Iterable[int]) -> list[str]:
+        """Give the names of tokens; of one that the tokenizer does not know, its id."""
+        return [self._backend.id_to_token(id_) or str(id_) for id_ in ids]
 
     def close(self) -> None:
         """End the child."""

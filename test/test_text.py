@@ -208,7 +208,8 @@ THINKS = {
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if mode == '/no_think' %}<think>\n\n</think>\n{% endif %}{% endif %}")}
 SAYS = ['Bring it.', '<think>\nA cup?\n</think>\n\n Yes. ', '<think>\n\n</think>\n\nYes',
-        '</think>', 'no <think> at </think> all </think>\nYes\n', '<think>cut off', ' /no_think', '/think go ',
+        '</think>', 'no <think> at </think> all </think>\nYes\n', '<think>cut off',
+        ' /no_think', '/think go ',
         '<tool_call>\n{"a": 1}\n</tool_call>', '<table>a</table>', 'a user /no_thinks', '\n\n', '']
 
 

@@ -1,6 +1,5 @@
 """From a model folder to a network of the transformers library on one device."""
 
-from importlib.util import find_spec
 import math
 from urllib.error import URLError
 
@@ -10,15 +9,12 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
+from physai_decode.engines import libraries
 from physai_decode.engines import stored
 import torch
 import transformers
 from transformers.utils import is_accelerate_available
 
-# What transformers calls for quantised weights.
-_LIBRARIES = {
-    'awq': ('gptqmodel', 'accelerate'), 'bitsandbytes': ('bitsandbytes', 'accelerate'),
-    'gptq': ('gptqmodel', 'optimum', 'accelerate')}
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
@@ -62,8 +58,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
             f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
             f'{transformers.__version__}{folder_code}: choose another model, or a version of '
             'transformers that has it')
-    method = model.quantized and model.quantized.method
-    missing = [name for name in _LIBRARIES.get(method, ()) if find_spec(name) is None]
+    missing = libraries.missing(model.quantized.method) if model.quantized else ()
     if missing:
         raise EngineError(
             f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
