@@ -210,7 +210,8 @@ def settings() -> list[list[str]]:
     rows = []
     for name, field in parameters.specs().items():
         meta = field.metadata
-        allowed = (', '.join(f'`{choice}`' for choice in meta['choices'])
+        choices = [f'`{choice}`' for choice in meta['choices']]
+        allowed = (', '.join([*choices, *filter(None, [meta['others']])])
                    or parameters.length(field))
         if meta['low'] is not None:
             allowed = f'{written(meta["low"])} to {written(meta["high"])}'
