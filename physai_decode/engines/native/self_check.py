@@ -1,10 +1,11 @@
 """
-Whether the loaded engine computes what its weights say: its cache against plain arithmetic.
+Whether the loaded engine computes what its weights say, held against plain arithmetic.
 
 A prompt is fed and two tokens are stepped as for any request, by the kernels that were tuned and
 captured. Then float32 products of the same weights compute the keys and values of the same tokens
-in the first two layers, which all that the first layer does goes into. Further layers run the same
-code; the head, and how weights were read, are not looked at.
+in the first two layers, which all that the first layer does goes into, and the logits of what the
+last layer left to the head. Further layers run the same code; how weights were read is not looked
+at.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ ROUNDINGS = 16                  # and other formats, in units of their own preci
 
 def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> None:
     """
-    Hold what the engine has in its cache after a prompt and two steps against plain arithmetic.
+    Hold what the engine has after a prompt and two steps against plain arithmetic.
 
     :raises EngineError: they differ by more than rounding does.
     """
@@ -44,15 +45,23 @@ def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> No
         got = torch.cat((t.keys[index, :, :len(ids)], t.values[index, :, :len(ids)])).float()
         for what, places in (('a prompt', slice(len(prompt))),
                              ('a decode step', slice(len(prompt), None))):
-            wanted = expected[:, places]
-            difference = float((got[:, places] - wanted).norm() / wanted.norm())
-            if not difference <= limit:         # NaN neither
-                raise EngineError(
-                    f'the native engine computes {what} wrongly on {t.keys.device}: its keys and '
-                    f'values in layer {index + 1} differ by {difference:.2g} of their size from '
-                    f'those in float32, and {limit:.2g} is rounding; set engine.name to '
-                    'transformers, and report it with the versions of torch and triton')
+            _hold(what, f'keys and values in layer {index + 1}', got[:, places],
+                  expected[:, places], limit)
+    normed = _normed(t.x.unsqueeze(0), t.weights.norm, t.architecture.norm_eps)
+    logits = _product(normed, t.weights.head)[0]
+    known = logits.isfinite()       # a row that holds no numbers ends its request, not the load
+    _hold('a decode step', 'logits', t.logits[known], logits[known], limit)
     engine.rewind(0)
+
+
+def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) -> None:
+    """Refuse a difference beyond ``limit``, relative to what is wanted."""
+    difference = float((got - wanted).norm() / wanted.norm())
+    if not difference <= limit:         # NaN neither
+        raise EngineError(
+            f'the native engine computes {what} wrongly on {got.device}: its {of_what} differ by '
+            f'{difference:.2g} of their size from those in float32, and {limit:.2g} is rounding; '
+            'set engine.name to transformers, and report it with the versions of torch and triton')
 
 
 def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
