@@ -72,6 +72,21 @@ class Checkpoint:
         """The language model's part of the config, where it is nested, else all of it."""
         return model_config.part(self.config, 'text_config') or self.config
 
+    @cached_property
+    def sampling(self) -> Mapping[str, Any]:
+        """How its makers draw tokens, by the names of `SamplingConfig`, as far as they say it."""
+        path = self.folder / 'generation_config.json'
+        if not path.exists():
+            return {}
+        with parsing(path):
+            return model_config.sampling(_read_json(path))
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Ids that the model has; None where its config does not say."""
+        size = self.text_config.get('vocab_size')
+        return size if type(size) is int else None
+
     @property
     def model_type(self) -> str:
         """The architecture's family: qwen2, llama, ..."""
@@ -201,6 +216,7 @@ def _inspect(folder):
         model_config.check(config)
         model_config.check(model.text_config)
         _ = model.quantization, model.context_limit, model.random_weights
+    _ = model.sampling
     return model
 
 
@@ -255,15 +271,16 @@ def _read_json(path):
 
 
 def _eos_token_ids(folder, config):
+    """Give all end tokens that any of the files names: one of them may be out of date."""
     path = folder / 'generation_config.json'
+    found: list[int] = []
     if path.exists():
         with parsing(path):
-            ids = model_config.end_ids(_read_json(path))
-        if ids is not None:
-            return ids
+            found += model_config.end_ids(_read_json(path))
     with parsing(folder / 'config.json'):
-        return model_config.end_ids(config) or model_config.end_ids(
-            model_config.part(config, 'text_config')) or ()
+        found += model_config.end_ids(config)
+        found += model_config.end_ids(model_config.part(config, 'text_config'))
+    return tuple(dict.fromkeys(found))
 
 
 def _weight_files(folder):

@@ -18,17 +18,17 @@ class ConfigError(ValueError):
     """A setting is wrong; the message gives its name, its value and what is allowed."""
 
 
-def _option(default, description, *, low=None, high=None, choices=(), dynamic=False,
+def _option(default, description, *, low=None, high=None, choices=(), others='', dynamic=False,
             characters=4096, texts=64):
     """
     Declare one field.
 
     `low` and `high` are inclusive and in the unit of the field's name. A text may have so many
-    `characters`, and a list so many `texts`.
+    `characters`, and a list so many `texts`. `others` says what else is allowed than `choices`.
     """
     return field(default=default, metadata={
         'description': description, 'low': low, 'high': high, 'choices': tuple(choices),
-        'dynamic': dynamic, 'characters': characters, 'texts': texts})
+        'others': others, 'dynamic': dynamic, 'characters': characters, 'texts': texts})
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class SamplingConfig:
         256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
         (), 'texts that end an answer; they are not part of it', dynamic=True, characters=256)
+    from_checkpoint: bool = _option(
+        False, "true takes temperature, top_k, top_p, min_p and repetition_penalty from the "
+        "model's generation_config.json, as far as it has them; a request's own still win",
+        dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,9 @@ class ChatConfig:
     """How a prompt becomes what the model reads."""
 
     template: str = _option(
-        'auto', "auto puts the prompt into the model's chat template where it has one; off sends "
-        'it as it is', choices=('auto', 'off'))
+        'auto', "auto puts the prompt into the model's chat template where it has one, the "
+        'default one of several; off sends it as it is', choices=('auto', 'off'),
+        others="the name of one of the model's templates", characters=256)
     system_prompt: str = _option(
         '', "the conversation's first message; empty for none", characters=1_000_000)
     keep_history: bool = _option(
@@ -234,7 +239,7 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
             raise ConfigError(f'{name} is {shown(value)}, a text of {len(text)} characters: '
                               f'allowed are {characters}')
     choices = spec.metadata['choices']
-    if choices and value not in choices:
+    if choices and value not in choices and not spec.metadata['others']:
         raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
     return float(value) if kind is float else value     # not before: a whole one may be too large
 

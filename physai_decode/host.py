@@ -6,15 +6,19 @@ with the reason. It knows nothing of ROS or torch.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 import threading
+from types import MappingProxyType
+from typing import Any
 from typing import NamedTuple
 
 from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import gap
+from physai_decode.checkpoint import Checkpoint
 from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
@@ -27,9 +31,9 @@ from physai_decode.request_queue import tell_end
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
-from physai_decode.text import TextError
 from physai_decode.text_process import TextProcess
 from physai_decode.timing import RequestReport
+from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Sink
 from physai_decode.worker import Worker
@@ -44,6 +48,8 @@ class Loaded(NamedTuple):
     engine: Engine
     text: TextProcess
     peak: Peak
+    facts: Mapping[str, str] = MappingProxyType({})     # of ~/model_info, beside the engine's
+    sampling: Mapping[str, Any] = MappingProxyType({})  # what its makers draw tokens with
 
 
 Load = Callable[[DecodeConfig, Callable[[str], None]], Loaded]
@@ -60,14 +66,29 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     progress(f'looking for {config.model.path}')
     model = checkpoint.open(config.model.path, config.model.revision)
     with ExitStack() as undo:
-        text = TextProcess(str(model.folder), config.chat)
+        text = TextProcess(
+            str(model.folder), config.chat, model.vocab_size, model.eos_token_ids)
         undo.callback(text.close)
+        model = replace(model, eos_token_ids=text.end_ids)
+        facts = _facts(model, text, config)
+        progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
         engine = engines.build(model, config.engine, progress)
         undo.callback(engine.close)
         progress('finding the peak bandwidth of the memory')
-        loaded = Loaded(engine, text, find_engine_peak(engine.footprint, config))
+        loaded = Loaded(engine, text, find_engine_peak(engine.footprint, config), facts,
+                        model.sampling)
         undo.pop_all()
         return loaded
+
+
+def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[str, str]:
+    """Say what was decided by the folder, and could have been decided otherwise."""
+    ends = text.named(model.eos_token_ids)
+    offered = ' '.join(f'{name}={value}' for name, value in model.sampling.items()) or 'none'
+    return {'engine_reason': engines.choose(model, config.engine).reason,
+            'chat_template': text.template,
+            'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
+            'checkpoint_sampling': offered}
 
 
 class Host:
@@ -142,7 +163,8 @@ class Host:
         self.config = config
         with self._counting:
             worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
-                            peak=self.loaded.peak, numbers=self._numbers)
+                            peak=self.loaded.peak, numbers=self._numbers,
+                            checkpoint_sampling=self.loaded.sampling)
             worker.start()
             self.worker = worker
 

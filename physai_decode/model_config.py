@@ -9,9 +9,13 @@ is checked when it is asked for, so that what nobody uses may be anything.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields
 import math
 from reprlib import repr
 from typing import Any
+
+from physai_decode.config import check_value
+from physai_decode.config import SamplingConfig
 
 # The transformers library's, where a config that has a window does not name it; null is none.
 SLIDING_WINDOW = 4096
@@ -81,19 +85,32 @@ def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def end_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
-    Give the ids that end an answer; None where the config does not say.
+    Give the ids that end an answer; none where the config does not say.
 
-    :raises ValueError: they are no whole numbers.
+    :raises ValueError: they are no ids.
     """
     value = config.get('eos_token_id')
-    if value is None:
-        return None
-    ids = value if isinstance(value, list) else [value]
-    if any(type(each) is not int for each in ids):
-        raise ValueError(f'eos_token_id is {repr(value)}, no whole number and no list of them')
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(each) is not int or each < 0 for each in ids):
+        raise ValueError(f'eos_token_id is {repr(value)}, no id of a token and no list of them')
     return tuple(ids)
+
+
+def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Give what a generation_config.json says of sampling, by the names of the node's settings.
+
+    Its temperature and the like are for ``do_sample`` alone, without which it is greedy.
+
+    :raises ValueError: one of them is no number that the setting can have.
+    """
+    names = ('repetition_penalty', *(
+        ('temperature', 'top_k', 'top_p', 'min_p') if config.get('do_sample') else ()))
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    return {spec.name: check_value(spec.name, given[spec.name], spec)
+            for spec in fields(SamplingConfig) if spec.name in given}
 
 
 def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -32,7 +32,7 @@ MAX_TEMPLATE_NUMBER = 2**53         # either side of 0
 ROLES = ('system', 'user', 'assistant', 'tool')
 # JSON name: field of the settings that the option replaces for one request.
 SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
-            for spec in fields(SamplingConfig)}
+            for spec in fields(SamplingConfig) if spec.name != 'from_checkpoint'}
 DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
             if spec.name != 'max_consecutive_misses'}
 JSON_NAMES = {spec.name: name for name, spec in SAMPLING.items()}

@@ -1,21 +1,23 @@
 """
 Text to token ids: chat template and encoding.
 
-What a user writes is text and nothing else: no prompt can yield a special token, so none can close
-its own turn. For that the encoder is a twin of the model's tokenizer in which all special tokens
-have secret names; the chat template's own are renamed before the user's text is put into it, and
-all is encoded in one go, so that the ids are those that the model was trained on.
+What a user writes is text and nothing else: no prompt can yield a special token, nor another by
+which the model or its template ends a turn or begins one, so none can close its own turn. For that
+the encoder is a twin of the model's tokenizer in which all these have secret names; the chat
+template's own are renamed before the user's text is put into it, and all is encoded in one go, so
+that the ids are those that the model was trained on. Other added tokens, such as `<tool_call>`,
+are encoded wherever they stand, as the library does.
 
 It works on a tokenizer that is passed in and knows nothing of engines. What a model's files make
 it do has no limits here: `TextProcess` sets them.
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from importlib.metadata import version
 from inspect import signature
 import json
-from pathlib import Path
 import re
 import secrets
 from types import MappingProxyType
@@ -25,78 +27,67 @@ from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.request import Message
+from physai_decode.tokenizer_files import TextError
 
 SANDBOX = (3, 1, 6)             # the first jinja2 from whose sandbox no way out is published
-
-
-class TextError(ValueError):
-    """A prompt can't be encoded, or a tokenizer can't be had; the message says why."""
-
-
-def load_tokenizer(folder: str) -> Any:
-    """
-    Load the tokenizer of a model.
-
-    :param folder: a folder in Hugging Face layout. No code from it is run, and nothing is fetched.
-    :raises TextError: naming the folder and what is wrong with it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # The library raises whatever its parts raise: OSError, ValueError, bare Exception.
-        if 'trust_remote_code' in str(error):
-            reason = 'it is code in that folder, which is never run: choose another model'
-        elif not Path(folder, 'tokenizer.json').is_file():
-            reason = ('it has no tokenizer.json: copy or download the model again, or save it '
-                      'with its fast tokenizer')
-        else:
-            told = ' '.join(str(error).split('\n', 2)[:2])
-            reason = (f'{type(error).__name__}: {told}; copy or download config.json, '
-                      'tokenizer.json and tokenizer_config.json again')
-        raise TextError(f'no tokenizer can be loaded from {folder}: {reason}') from error
+_BLANKS = ' \t\n\r\u2581'
 
 
 class Text:
     """What turns prompts into ids, and ids into text, for one tokenizer."""
 
-    def __init__(self, tokenizer: Any, chat: ChatConfig) -> None:
+    def __init__(self, tokenizer: Any, chat: ChatConfig, vocab_size: int | None = None,
+                 end_ids: Iterable[int] = ()) -> None:
         """
         Prepare the tokenizer.
 
         :param tokenizer: of the transformers library, a fast one (made of tokenizers' parts).
         :param chat: which template to use, and the system prompt.
-        :raises TextError: the tokenizer is not a fast one, its template refuses the conversation
-            that ``chat`` makes, or the installed jinja2 can't confine it.
+        :param vocab_size: ids that the model has; None where that is not known.
+        :param end_ids: ids that end an answer of the model, by its config.
+        :raises TextError: the tokenizer is not a fast one or not the model's, there is no such
+            template, it refuses the conversation that ``chat`` makes, or the installed jinja2
+            can't confine it.
         """
         backend = getattr(tokenizer, 'backend_tokenizer', None)
         if backend is None:
             raise TextError(
                 f'the tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json: '
                 'save the model with its fast tokenizer')
-        added = backend.get_added_tokens_decoder()
         self._tokenizer = tokenizer
         self.backend = backend
-        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
-        self._nonce = secrets.token_hex(8)
-        # Runs of blanks keep their names: they are in many vocabularies, and are what they say.
-        self._names = {token.content: f'\ue001{self._nonce}:{id_}\ue001'
-                       for id_, token in added.items() if token.content.strip(' \t\n\r\u2581')}
-        # The longest name first, as the tokenizer itself matches.
-        self._any_name = re.compile('|'.join(
-            re.escape(name) for name in sorted(self._names, key=len, reverse=True)) or r'(?!)')
-        self._encoder = _renamed(backend, self._names)
-        self.has_template = chat.template == 'auto' and bool(tokenizer.chat_template)
-        if self.has_template:
+        self.template, self._source = _template(tokenizer, chat.template)
+        if self._source:
             _check_sandbox()
         self._reserved = {'messages', *tokenizer.special_tokens_map,
                           *signature(type(tokenizer).apply_chat_template).parameters}
+        self._nonce = secrets.token_hex(8)
+        added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
+        # Runs of blanks keep their names: they are in many vocabularies, and are what they say.
+        names = {name: id_ for id_, name in added.items() if name.strip(_BLANKS)}
+        named = {each for each in tokenizer.special_tokens_map.values() if isinstance(each, str)}
+        self.special_ids = frozenset(
+            id_ for id_, token in backend.get_added_tokens_decoder().items()
+            if token.special or token.content in named)
+        self._any_name, self._words = _any(names), _any(())
+        own_ends = self._find_end_ids(tokenizer.eos_token_id)
+        secret_ids = {*self.special_ids, *own_ends, *end_ids, *self._turn_ids(names)}
+        self._names = {name: f'\ue001{self._nonce}:{id_}\ue001'
+                       for name, id_ in names.items() if id_ in secret_ids}
+        self._any_name = _any(self._names)
+        self._words = _any(_words(self._source, self._names))
+        self._encoder = _renamed(backend, self._names)
+        # What ends an answer: by the config, the tokenizer and the template, without plain text.
+        ends = dict.fromkeys((*end_ids, *own_ends))
+        self.end_ids = tuple(id_ for id_ in ends if id_ in added) or tuple(ends)
         # A template that refuses the conversation's beginning does so here.
-        self.encode(Conversation(chat.system_prompt).messages([], ''))
+        ids = self.encode(Conversation(chat.system_prompt).messages([], '?'))
+        _check_ids(backend, ids, vocab_size)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, and it is used."""
+        return bool(self._source)
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
@@ -104,37 +95,42 @@ class Text:
         Give the ids of a conversation, up to where the answer begins.
 
         Without a template the messages follow one another as they are, after what the tokenizer
-        puts before every text. A template sees place-holders for all texts: it can trim them, but
-        not look into them (some drop what a model thought in earlier turns; that stays).
+        puts before every text. A template sees place-holders for all texts, but for blanks at
+        their ends and for the words that it has in its own source: it can trim a text, look for a
+        switch in it, or cut it where a thought ends.
 
         :param messages: any texts; special tokens in them are text.
         :param chat_template_kwargs: further variables of the template.
-        :raises TextError: half a surrogate pair in a text, or a template that refuses it.
+        :raises TextError: half a surrogate pair in a text, or a template that refuses it or leaves
+            it out.
         """
         for role, content in messages:
             _check(role, content)
-        if not self.has_template:
+        if not self._source:
             if chat_template_kwargs:
                 raise TextError('chat_template_kwargs can not be used: there is no chat template')
             whole = ''.join(content for _, content in messages)
             return self._ids(whole, add_special_tokens=True)
-        # Each content is a place-holder in the template, and takes its place after the template's
-        # own special tokens have been renamed. Blanks around it, of a kind that no template
-        # writes, tell whether the template trims its contents.
-        places = [f'\ue000{self._nonce}:{index}\ue000' for index in range(len(messages))]
-        whole = self._any_name.sub(lambda match: self._names[match[0]], self._render([
-            {'role': role, 'content': f'\u2003{place}\u2003'}
-            for (role, _), place in zip(messages, places)], chat_template_kwargs))
-        if places[-1] not in whole:
-            raise TextError("the model's chat template leaves out the last message: "
-                            'set chat.template to off')
-
-        def put(place: re.Match[str]) -> str:
-            text = messages[int(place[2])].content
-            text = text if place[1] else text.lstrip()
-            return text if place[3] else text.rstrip()
-
-        whole = re.sub(f'(\u2003?)\ue000{self._nonce}:(\\d+)\ue000(\u2003?)', put, whole)
+        self._check_kwargs(chat_template_kwargs)
+        texts: list[str] = []
+        shown, begins = [], []
+        for role, content in messages:
+            begins.append(len(texts))
+            shown.append({'role': role, 'content': self._shown(content, texts)})
+        begins.append(len(texts))
+        whole = self._render(shown, chat_template_kwargs)
+        # The template's own special tokens are renamed, then each text takes its place.
+        whole = self._any_name.sub(lambda match: self._names[match[0]], whole)
+        place = re.compile(f'\ue000{self._nonce}:(\\d+)\ue000')
+        there = {int(index) for index in place.findall(whole)}
+        for number, (role, _) in enumerate(messages):
+            places = range(begins[number], begins[number + 1])
+            if role != 'assistant' and places and there.isdisjoint(places):
+                raise TextError(
+                    f"the model's chat template leaves out the {_which(number, messages)}: " + (
+                        'leave chat.system_prompt empty, or ' if role == 'system' else '')
+                    + 'set chat.template to off')
+        whole = place.sub(lambda match: texts[int(match[1])], whole)
         return self._ids(whole, add_special_tokens=False)
 
     def count(self, text: str) -> int:
@@ -150,7 +146,28 @@ class Text:
         batch = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
 
-    def _render(self, messages: list[dict[str, str]], kwargs: Mapping[str, Any]) -> str:
+    def _shown(self, content: str, texts: list[str]) -> str:
+        """
+        Give what the template sees of a text.
+
+        :param texts: gets what the place-holders stand for.
+        """
+        def hidden(text: str) -> str:
+            core = text.strip()
+            if not core:
+                return text
+            texts.append(core)
+            begin = text.index(core)
+            place = f'\ue000{self._nonce}:{len(texts) - 1}\ue000'
+            return f'{text[:begin]}{place}{text[begin + len(core):]}'
+
+        parts, end = [], 0
+        for word in self._words.finditer(content):
+            parts += [hidden(content[end:word.start()]), word[0]]
+            end = word.end()
+        return ''.join([*parts, hidden(content[end:])])
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         taken = sorted(kwargs.keys() & self._reserved)
         special = next((name for name, value in kwargs.items()
                         if type(value) is str and self._any_name.search(value)), None)
@@ -161,9 +178,13 @@ class Text:
         for name, value in kwargs.items():
             if type(value) is str:
                 _check(f'chat_template_kwargs.{name}', value)
+
+    def _render(self, messages: list[dict[str, str]], kwargs: Mapping[str, Any],
+                answer: bool = True) -> str:
         try:
             return str(self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **kwargs))
+                messages, chat_template=self._source, tokenize=False,
+                add_generation_prompt=answer, **kwargs))
         except MemoryError:
             raise
         except Exception as error:
@@ -172,6 +193,129 @@ class Text:
             raise TextError(
                 f"the model's chat template refuses a conversation of {roles}: {error}; leave "
                 'chat.system_prompt empty if that is why, or set chat.template to off') from error
+
+    def _trial(self, *roles: str, answer: bool) -> str:
+        """Give what the template makes of one-letter texts; empty where it refuses them."""
+        try:
+            return self._render([{'role': role, 'content': f'\ue000{index}'}
+                                 for index, role in enumerate(roles)], {}, answer)
+        except TextError:
+            return ''
+
+    def _find_end_ids(self, eos_id: int | None) -> tuple[int, ...]:
+        """Give the tokenizer's own end token, and what the template ends an answer with."""
+        ends = [] if eos_id is None else [eos_id]
+        if self._source:
+            said = self._trial('user', 'assistant', answer=False) or \
+                self._trial('user', 'assistant', 'user', answer=False)
+            after = said.partition('\ue0001')[2].lstrip()
+            if match := self._any_name.match(after):
+                ends.append(self.backend.token_to_id(match[0]))
+        return tuple(dict.fromkeys(ends))
+
+    def _turn_ids(self, names: Mapping[str, int]) -> set[int]:
+        """Give the added tokens that the template writes, but for markup, which comes in pairs."""
+        if not self._source:
+            return set()
+        said = self._trial('user', 'assistant', 'user', answer=True) or \
+            self._trial('user', answer=True)
+        return {names[name] for name in self._any_name.findall(said)
+                if _other_of_pair(name) not in names}
+
+
+def _template(tokenizer: Any, asked: str) -> tuple[str, str]:
+    """Give the name and the source of the chat template; the source of none is empty."""
+    known = tokenizer.chat_template or {}
+    if isinstance(known, str):
+        known = {'default': known}
+    if asked == 'off':
+        return 'off', ''
+    if asked == 'auto' and not known:
+        return 'none', ''
+    name = 'default' if asked == 'auto' else asked
+    if name not in known:
+        raise TextError(
+            f'chat.template is {asked}, but of that name the model has no chat template: it has '
+            f'{", ".join(sorted(known)) or "none"}; set chat.template to one of its names, or to '
+            'off')
+    source = known[name]
+    for key, token in getattr(tokenizer, 'absent_tokens', {}).items():
+        if key in source:
+            raise TextError(
+                f'the chat template asks for {key}, which tokenizer_config.json has as {token!r}, '
+                'a token that tokenizer.json lacks: copy or download the model again, or set '
+                'chat.template to off')
+    return name, source
+
+
+def _any(names: Iterable[str]) -> 're.Pattern[str]':
+    """Give what matches any of these, the longest first, as a tokenizer does; of none, nothing."""
+    return re.compile('|'.join(
+        re.escape(name) for name in sorted(names, key=len, reverse=True)) or r'(?!)')
+
+
+def _words(source: str, names: Iterable[str]) -> set[str]:
+    """
+    Give the texts in a template's source, which it may look for in what it is given.
+
+    No part of them can be a part of a secret token, whatever stands beside them.
+    """
+    if not source:
+        return set()
+    from jinja2 import Environment
+
+    words = {_unescaped(token[1:-1]) for _, kind, token in Environment().lex(source)
+             if kind == 'string'}
+    return {word for word in words if len(word.strip()) > 1
+            and not any(_overlap(word, name) for name in names)}
+
+
+def _unescaped(token: str) -> str:
+    """Read a string as jinja2 does."""
+    try:
+        return token.encode('ascii', 'backslashreplace').decode('unicode-escape')
+    except UnicodeDecodeError:
+        return ''                       # the template itself will be refused for it
+
+
+def _overlap(word: str, name: str) -> bool:
+    """Tell whether a part of one text can be a part of the other, at its place."""
+    return word in name or name in word or any(
+        word.endswith(name[:length]) or word.startswith(name[-length:])
+        for length in range(1, min(len(word), len(name))))
+
+
+def _other_of_pair(name: str) -> str:
+    """Give the closing tag of an opening one, and the other way round; else nothing."""
+    match = re.fullmatch(r'<(/?)(\w+)>', name)
+    return f'<{"" if match[1] else "/"}{match[2]}>' if match else ''
+
+
+def _which(number: int, messages: Sequence[Message]) -> str:
+    return 'last message' if number == len(messages) - 1 else \
+        f'{messages[number].role} message'
+
+
+def _check_ids(backend: Any, ids: Sequence[int], vocab_size: int | None) -> None:
+    """Hold the tokens of a first prompt, and all that are no added ones, against the model's."""
+    if vocab_size is None:
+        return
+    beyond = next((id_ for id_ in ids if id_ >= vocab_size), None)
+    if beyond is not None:
+        raise TextError(
+            f'the chat template writes {backend.id_to_token(beyond)!r}, token {beyond}, but the '
+            f"model has {vocab_size}: the tokenizer's files and config.json do not belong "
+            'together; copy or download the model again')
+    added = backend.get_added_tokens_decoder().keys()
+    last = max(backend.get_vocab(with_added_tokens=True).values())
+    words = backend.get_vocab_size()
+    while last in added:
+        last -= 1
+    if last >= vocab_size or words < vocab_size // 2:
+        raise TextError(
+            f'the tokenizer has {words} tokens, up to {last} but for added ones, and the model '
+            f'{vocab_size}: tokenizer.json and config.json do not belong together; copy or '
+            'download the model again')
 
 
 def _check_sandbox() -> None:

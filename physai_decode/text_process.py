@@ -9,6 +9,7 @@ decoding when the child has tried it.
 
 from array import array
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,11 +33,12 @@ from physai_decode.config import ChatConfig
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.engine import described
 from physai_decode.request import Message
-from physai_decode.text import load_tokenizer
 from physai_decode.text import Text
-from physai_decode.text import TextError
+from physai_decode.tokenizer_files import load_tokenizer
+from physai_decode.tokenizer_files import TextError
 
-FILES = ('tokenizer*', 'vocab*', 'merges*', '*tokens*.json', '*.model', '*.tiktoken', '*.jinja')
+FILES = ('tokenizer*', 'vocab*', 'merges*', '*tokens*.json', '*.model', '*.tiktoken', '*.jinja',
+         'chat_template.json', 'additional_chat_templates/*.jinja')
 MAX_FILE_BYTES = 100_000_000
 # The tokenizer of a vocabulary of 262144, in a file of 22 MB, takes 0.64 GB, and 8 s on a server.
 LOAD_CPU_S, LOAD_CPU_S_PER_BYTE = 20.0, 2e-6
@@ -61,12 +63,15 @@ class TextProcess:
     ended for a limit or a cancel is replaced: the next prompt waits for that, for about a second.
     """
 
-    def __init__(self, folder: str, chat: ChatConfig) -> None:
+    def __init__(self, folder: str, chat: ChatConfig, vocab_size: int | None = None,
+                 end_ids: Sequence[int] = ()) -> None:
         """
         Load the tokenizer and try the chat template.
 
         :param folder: a folder in Hugging Face layout. Nothing is fetched.
         :param chat: which template to use, and the system prompt.
+        :param vocab_size: ids that the model has; None where that is not known.
+        :param end_ids: ids that end an answer of the model, by its config.
         :raises TextError: naming the folder and what is wrong with it; also where it takes too
             much time or memory.
         """
@@ -81,11 +86,15 @@ class TextProcess:
                 'choose another model')
         self._cpu_s = LOAD_CPU_S + LOAD_CPU_S_PER_BYTE * size
         self._memory = MEMORY_BYTES + MEMORY_PER_FILE_BYTE * size
-        self._arguments = json.dumps([folder, asdict(chat), self._cpu_s, self._memory])
+        self._arguments = json.dumps(
+            [folder, asdict(chat), vocab_size, [*end_ids], self._cpu_s, self._memory])
         self._start()
         state = json.loads(self._loaded(lambda: None))
         self._backend = Tokenizer.from_str(state['backend'])
         self._special_ids = frozenset(state['special_ids'])
+        self.template: str = state['template']          # its name; none, or off
+        # What ends an answer: by the config, the tokenizer and the template, without words.
+        self.end_ids: tuple[int, ...] = tuple(state['end_ids'])
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
@@ -107,6 +116,10 @@ class TextProcess:
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
         return Detokenizer(self._backend, self._special_ids, stop)
+
+    def named(self, ids: Iterable[int]) -> list[str]:
+        """Give the names of tokens; of one that the tokenizer does not know, its id."""
+        return [self._backend.id_to_token(id_) or str(id_) for id_ in ids]
 
     def close(self) -> None:
         """End the child."""
@@ -187,14 +200,14 @@ def serve() -> None:
     """Be the child: load, then encode whatever comes, till the parent ends."""
     _end_with_parent()
     connection = Connection(int(sys.argv[1]))
-    folder, chat, cpu_s, memory = json.loads(sys.argv[2])
+    folder, chat, vocab_size, end_ids, cpu_s, memory = json.loads(sys.argv[2])
     # Without torch, transformers takes 1 s and 70 MB to import, and not 3 s and 400 MB.
     sys.modules['torch'] = None         # type: ignore[assignment]
     texts: list[Text] = []
 
     def load() -> bytes:
         _limit(memory, cpu_s)
-        texts.append(Text(load_tokenizer(folder), ChatConfig(**chat)))
+        texts.append(Text(load_tokenizer(folder), ChatConfig(**chat), vocab_size, end_ids))
         return _tried(texts[0])
 
     def encode() -> bytes:
@@ -237,7 +250,8 @@ def _tried(text: Text) -> bytes:
                         'ever: choose another model')
     backend = Tokenizer.from_str(state)
     backend.decode_batch([[id_] for id_ in range(backend.get_vocab_size())])
-    return json.dumps({'backend': state, 'special_ids': sorted(text.special_ids)}).encode()
+    return json.dumps({'backend': state, 'special_ids': sorted(text.special_ids),
+                       'template': text.template, 'end_ids': text.end_ids}).encode()
 
 
 def _limit(memory: int, cpu_s: float) -> None:

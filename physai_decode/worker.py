@@ -7,6 +7,7 @@ nothing of ROS or torch, and not what the listeners do with what they get.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent import futures
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from itertools import count
 import secrets
 import threading
 import time
+from types import MappingProxyType
 from typing import Any
 from typing import cast
 from typing import Protocol
@@ -43,11 +45,11 @@ from physai_decode.request_queue import tell_end
 from physai_decode.request_queue import Ticket
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
-from physai_decode.text import TextError
 from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
+from physai_decode.tokenizer_files import TextError
 
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # ends whose turn stays in the conversation
 PARTS = 10                      # of a wait: of them a stopped process (SIGSTOP) loses one, not all
@@ -90,7 +92,8 @@ class Worker:
     def __init__(self, engine: Engine, text: TextCoder, config: DecodeConfig, sink: Sink,
                  clock: Callable[[], float] = time.monotonic,
                  peak: Peak = Peak(None, 'unknown'),
-                 numbers: Iterator[int] | None = None) -> None:
+                 numbers: Iterator[int] | None = None,
+                 checkpoint_sampling: Mapping[str, Any] = MappingProxyType({})) -> None:
         """
         Make a worker that is not running yet.
 
@@ -98,6 +101,7 @@ class Worker:
         :param clock: monotonic, in seconds.
         :param peak: the memory bus that the tokens' floor is for.
         :param numbers: gives each request its number, also in several threads; None: from 1 on.
+        :param checkpoint_sampling: settings that ``sampling.from_checkpoint`` takes.
         """
         self._loop = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock)
         self._text = text
@@ -109,6 +113,7 @@ class Worker:
         self._window_s = config.diagnostics.window_s
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
         self._sampling = config.sampling
+        self._checkpoint_sampling = checkpoint_sampling
         self._recorder = Recorder(self._window_s, config.deadline, self._roofline)
         self._conversation = Conversation(config.chat.system_prompt, config.chat.keep_history)
         self._thread: threading.Thread | None = None
@@ -398,7 +403,9 @@ class Worker:
 
     def _begin(self, ticket: Ticket) -> Answer:
         request, listener = ticket.request, ticket.listener
-        sampling = replace(self._sampling, **request.sampling)
+        own = self._sampling
+        taken = self._checkpoint_sampling if own.from_checkpoint else {}
+        sampling = replace(own, **{**taken, **request.sampling})
         if sampling.seed < 0:
             sampling = replace(sampling, seed=secrets.randbelow(SEEDS))
         times = self._recorder.request(ticket.number, ticket.received_s, self._clock(),

@@ -319,13 +319,40 @@ def test_a_pickle_is_never_opened(folder):
 
 
 @pytest.mark.parametrize(('generation', 'config', 'expected'), [
-    ({'eos_token_id': [5, 6]}, {'eos_token_id': 2}, (5, 6)),
+    ({'eos_token_id': [5, 6]}, {'eos_token_id': 2}, (5, 6, 2)),
+    ({'eos_token_id': [5, 6]}, {'eos_token_id': 6, 'text_config': {'eos_token_id': 7}}, (5, 6, 7)),
     ({}, {'eos_token_id': 2}, (2,)), ({}, {'eos_token_id': None}, ()),
-    ({}, {'text_config': {'eos_token_id': [7]}}, (7,))])
+    ({}, {'text_config': {'eos_token_id': [7]}}, (7,)), ({}, {'eos_token_id': 0}, (0,))])
 def test_end_ids(folder, generation, config, expected):
     write_json(folder / 'config.json', {'model_type': 'llama', **config})
     write_json(folder / 'generation_config.json', generation)
     assert checkpoint.inspect(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(('generation', 'expected'), [
+    ({}, {}), ({'temperature': 0.6, 'top_p': 0.9, 'top_k': 50}, {}),
+    ({'do_sample': True, 'temperature': 0.6, 'top_k': 20, 'top_p': None, 'typical_p': 0.3},
+     {'temperature': 0.6, 'top_k': 20}),
+    ({'do_sample': True, 'temperature': 1, 'min_p': 0.1, 'top_p': 0.9, 'repetition_penalty': 1.1},
+     {'temperature': 1.0, 'min_p': 0.1, 'top_p': 0.9, 'repetition_penalty': 1.1}),
+    ({'repetition_penalty': 1.1, 'temperature': 0.6}, {'repetition_penalty': 1.1})])
+def test_sampling_of_its_makers(folder, generation, expected):
+    write_json(folder / 'generation_config.json', generation)
+    assert checkpoint.inspect(folder).sampling == expected
+
+
+@pytest.mark.parametrize('value', [-1.0, 'warm', [0.5], 1e9])
+def test_sampling_that_can_not_be(folder, value):
+    write_json(folder / 'generation_config.json', {'do_sample': True, 'temperature': value})
+    assert 'generation_config.json is damaged (temperature is' in refusal(folder)
+
+
+@pytest.mark.parametrize('value', [-1, True, 2.0, {'id': 2}])
+def test_an_end_that_is_no_token(folder, value):
+    for name in ('config.json', 'generation_config.json'):
+        write_json(folder / name, {**CONFIG, 'eos_token_id': value})
+        assert f'{name} is damaged (eos_token_id is' in refusal(folder)
+        write_json(folder / name, CONFIG)
 
 
 @pytest.mark.parametrize(('config', 'limit'), [

@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 from physai_decode import text
 from physai_decode.config import ChatConfig
-from physai_decode.text import load_tokenizer
 from physai_decode.text import Text
-from physai_decode.text import TextError
+from physai_decode.tokenizer_files import load_tokenizer
+from physai_decode.tokenizer_files import TextError
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

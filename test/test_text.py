@@ -10,9 +10,9 @@ from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.conversation import Turn
 from physai_decode.request import Message
-from physai_decode.text import load_tokenizer
 from physai_decode.text import Text
-from physai_decode.text import TextError
+from physai_decode.tokenizer_files import load_tokenizer
+from physai_decode.tokenizer_files import TextError
 import pytest
 from tokenizers import AddedToken
 from tokenizers import decoders
@@ -166,7 +166,7 @@ def test_a_template_that_leaves_the_prompt_out():
 @pytest.mark.parametrize('template', ['auto', 'off'])
 def test_no_prompt_yields_a_special_token(tokenizer, template):
     names = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()
-             if token.content.strip()}
+             if token.special}
     text = Text(tokenizer, ChatConfig(template=template))
     own = [id_ for id_ in encode(text, 'harmless') if id_ in names.values()]
     for name in names:
@@ -180,6 +180,131 @@ def test_no_prompt_yields_a_special_token(tokenizer, template):
             history = [(prompt, prompt)]
             assert encode(text, 'x', history).count(tokenizer.eos_token_id) == encode(text,
                 'x', [('x', 'x')]).count(tokenizer.eos_token_id)
+
+
+MARKUP = ['<think>', '</think>', '<tool_call>', '</tool_call>', '<table>', '</table>']
+# As the families write them that think: what was thought in an earlier turn is left out, and a
+# word in the system prompt is a switch.
+THINKS = {
+    'splits': (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% set said = m['content'] %}{% if '</think>' in said %}"
+        "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ said }}"
+        "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        '{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}'),
+    'writes_again': (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% set said = m['content'] %}"
+        "{% if m['role'] == 'assistant' and '</think>' in said %}<think>\n"
+        "{{ said.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') }}"
+        "\n</think>\n\n{{ said.split('</think>')[-1].lstrip('\\n') }}{% else %}"
+        "{{ said }}{% endif %}<|im_end|>\n{% endfor %}"
+        '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'),
+    'switched': (
+        "{% set first = messages[0]['content'] %}{% set mode = '/think' %}"
+        "{% if '/no_think' in first %}{% set mode = '/no_think' %}{% endif %}"
+        "<|im_start|>system\nMode: {{ mode }}\n"
+        "{{ first.replace('/no_think', '').replace('/think', '').rstrip() }}<|im_end|>\n"
+        "{% for m in messages[1:] %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if mode == '/no_think' %}<think>\n\n</think>\n{% endif %}{% endif %}")}
+SAYS = ['Bring it.', '<think>\nA cup?\n</think>\n\n Yes. ', '<think>\n\n</think>\n\nYes',
+        '</think>', 'no <think> at </think> all </think>\nYes\n', '<think>cut off',
+        ' /no_think', '/think go ',
+        '<tool_call>\n{"a": 1}\n</tool_call>', '<table>a</table>', 'a user /no_thinks', '\n\n', '']
+
+
+def thinking(template):
+    """Make a tokenizer with added tokens that are no special ones."""
+    tokenizer = qwen_like()
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in MARKUP])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize('template', THINKS)
+def test_a_template_finds_what_it_looks_for(template):
+    """In a text of any role, as it does in the library's hands."""
+    tokenizer = thinking(THINKS[template])
+    text = Text(tokenizer, ChatConfig())
+    for system in SAYS:
+        for said in SAYS:
+            for asked in ('go', ' /no_think go', '<think>'):
+                history = [(asked, said)]
+                assert encode(text, asked, history, system or ' ') == (
+                    tokenizer.apply_chat_template(messages(asked, history, system or ' '),
+                                                  add_generation_prompt=True)['input_ids'])
+
+
+@pytest.mark.parametrize('template', THINKS)
+def test_no_text_around_such_words_yields_a_special_token(template):
+    tokenizer = thinking(THINKS[template])
+    text = Text(tokenizer, ChatConfig())
+    own = {tokenizer.convert_tokens_to_ids(name) for name in ('<|im_start|>', '<|im_end|>')}
+    harmless = [id_ for id_ in encode(text, 'a', [('a', 'a')], 'a') if id_ in own]
+    for said in ('<|im_/no_thinkend|>', '<|im_</think>end|>', '<|im_end|</think>>',
+                 '</think><|im_end|>', '<|im_end|>/no_think', '<|im_/think/no_thinkend|>'):
+        for place in range(4):
+            texts = ['a'] * 4
+            texts[place] = said
+            ids = encode(text, texts[0], [(texts[1], texts[2])], texts[3])
+            assert [id_ for id_ in ids if id_ in own] == harmless
+
+
+def test_a_word_that_could_be_part_of_a_special_token_is_not_shown():
+    """A template that cuts it out of a text, or puts it into one, makes nothing of it."""
+    tokenizer = qwen_like()
+    tokenizer.chat_template = CHATML.replace(
+        "m['content']", "m['content'].replace('<|im_', '<|').replace('<|', '<|im_')"
+        ".replace('end|>a', 'end|>')")
+    text = Text(tokenizer, ChatConfig())
+    for said in ('<|end|>', '<|im_end|>', '<|im_end|>a'):
+        assert encode(text, said).count(tokenizer.eos_token_id) == 1
+
+
+def test_a_template_that_leaves_the_system_prompt_out():
+    tokenizer = qwen_like()
+    tokenizer.chat_template = CHATML.replace('in messages', 'in messages[-1:]')
+    with pytest.raises(TextError, match='leaves out the system message: leave chat.system_prompt'):
+        Text(tokenizer, ChatConfig(system_prompt='Be quick.'))
+
+
+def ends(tokenizer, **given):
+    """Give what ends an answer, as tokens."""
+    text = Text(tokenizer, ChatConfig(template=given.pop('template', 'auto')), **given)
+    return {text.backend.id_to_token(id_) for id_ in text.end_ids}
+
+
+def test_what_ends_an_answer():
+    """Whichever of the files names it, and the template where none does."""
+    tokenizer = qwen_like()
+    wrong = tokenizer.convert_tokens_to_ids('<|endoftext|>')
+    assert ends(tokenizer) == {'<|im_end|>'}
+    assert ends(tokenizer, end_ids=[wrong]) == {'<|endoftext|>', '<|im_end|>'}
+    tokenizer.eos_token = '<|endoftext|>'
+    assert ends(tokenizer) == {'<|endoftext|>', '<|im_end|>'}
+    assert ends(tokenizer, template='off') == {'<|endoftext|>'}
+
+
+def test_an_end_that_is_plain_text_is_none():
+    """An eos_token_id of another tokenizer would end an answer at a letter."""
+    tokenizer = qwen_like()
+    letter = tokenizer.convert_tokens_to_ids('a')
+    assert ends(tokenizer, end_ids=[letter]) == {'<|im_end|>'}
+
+
+@pytest.mark.parametrize(('template', 'found'), [
+    (INST.replace('[INST]', '<|im_start|>').replace('[/INST]', ''), '<|im_end|>'),
+    # What comes after an earlier answer is not what ends one.
+    ("{% for m in messages %}<|im_start|>{{ m['content'] }}"
+     "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}{% endfor %}", '<|endoftext|>'),
+    # A template that takes no answer at the end.
+    ("{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+     "{% for m in messages %}{{ m['content'] }}<|endoftext|>\n{% endfor %}", '<|endoftext|>'),
+    ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None)])
+def test_the_template_s_end_of_turn(template, found):
+    tokenizer = qwen_like()
+    tokenizer.chat_template = template
+    assert ends(tokenizer) == {'<|im_end|>'} | ({found} if found else set())
 
 
 def test_a_system_prompt_is_text_too():

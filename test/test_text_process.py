@@ -13,10 +13,10 @@ from physai_decode import checkpoint
 from physai_decode import text_process
 from physai_decode.config import ChatConfig
 from physai_decode.request import Message
-from physai_decode.text import load_tokenizer
 from physai_decode.text import Text
-from physai_decode.text import TextError
 from physai_decode.text_process import TextProcess
+from physai_decode.tokenizer_files import load_tokenizer
+from physai_decode.tokenizer_files import TextError
 import pytest
 
 ASKED = [Message('user', 'Bring me the red cup.')]

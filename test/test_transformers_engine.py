@@ -16,9 +16,9 @@ from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import device
+from physai_decode.engines import libraries
 from physai_decode.engines.transformers import caches
 from physai_decode.engines.transformers import engine as module
-from physai_decode.engines.transformers import network
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
 import random_model
@@ -298,15 +298,25 @@ def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
 
 @pytest.mark.parametrize(('method', 'missing'), [
     ('gptq', 'pip install gptqmodel optimum'), ('awq', 'pip install gptqmodel'),
-    ('bitsandbytes', 'pip install bitsandbytes')])
+    ('bitsandbytes', 'pip install bitsandbytes'),
+    ('compressed-tensors', 'pip install compressed-tensors'), ('torchao', 'pip install torchao')])
 def test_quantised_weights_without_their_library(folder, method, missing, monkeypatch):
     monkeypatch.setattr(
-        network, 'find_spec', lambda name: None if name != 'accelerate' else 'there')
+        libraries, 'find_spec', lambda name: None if name != 'accelerate' else 'there')
     change_config(folder, quantization_config={
         'quant_method': method, 'bits': 4, 'group_size': 128, 'load_in_4bit': True,
         'bnb_4bit_quant_type': 'nf4'})
     message = refusal(folder)
     assert message.endswith(missing) and method in message
+
+
+@pytest.mark.parametrize('method', ['fp8', 'mxfp4', 'gptq', 'bitnet'])
+def test_accelerate_is_named_where_it_is_missing(folder, method, monkeypatch):
+    monkeypatch.setattr(
+        libraries, 'find_spec', lambda name: None if name == 'accelerate' else 'there')
+    change_config(folder, quantization_config={'quant_method': method})
+    assert refusal(folder).endswith(f'for {method} weights: pip install accelerate') or (
+        method == 'gptq')
 
 
 def test_devices_that_are_not_there(folder, monkeypatch):

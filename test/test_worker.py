@@ -25,7 +25,7 @@ from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
 from physai_decode.engine import EngineError
 from physai_decode.request import Request
-from physai_decode.text import TextError
+from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Worker
 import pytest

@@ -1,5 +1,6 @@
 """What one request asks for: its own options, conversation, identity and end."""
 
+from dataclasses import replace
 import threading
 
 from fake_engine import CharacterText
@@ -73,6 +74,20 @@ def test_a_fresh_seed_for_each_request(make):
     assert used[-1] == 5
     assert len(set(used)) == 9
     assert all(0 <= seed < 2**31 for seed in used)
+
+
+def test_sampling_from_the_checkpoint(make):
+    """The model's own values take the place of the node's, where asked for; a request's win."""
+    engine = FakeEngine()
+    node = SamplingConfig(temperature=0.1, top_k=7)
+    worker, sink = make(engine, sampling=node, checkpoint={'temperature': 0.6, 'top_p': 0.9})
+    asked = Request('go'), Request('go', sampling={'temperature': 0.0})
+    for taken in (False, True):
+        worker.update(sampling=replace(node, from_checkpoint=taken))
+        for each in asked:
+            sink.end(worker.submit(each))
+    assert [(each.temperature, each.top_p, each.top_k) for each in engine.samplings] == [
+        (0.1, 1.0, 7), (0.0, 1.0, 7), (0.6, 0.9, 7), (0.0, 0.9, 7)]
 
 
 def test_messages_are_the_clients_own_conversation(make):

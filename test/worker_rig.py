@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 import threading
 import time
+from types import MappingProxyType
 
 from fake_engine import CharacterText
 from fake_engine import FakeEngine
@@ -62,10 +63,12 @@ def making():
     """Give a function that makes a started worker and its sink; stop all at the end."""
     workers = []
 
-    def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True, **groups):
+    def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True,
+             checkpoint=MappingProxyType({}), **groups):
         sink = sink or Sink()
         worker = Worker(engine or FakeEngine(), text or CharacterText(), DecodeConfig(**groups),
-                        sink, clock=clock, peak=Peak(1e6, 'parameter'))
+                        sink, clock=clock, peak=Peak(1e6, 'parameter'),
+                        checkpoint_sampling=checkpoint)
         workers.append(worker)
         if start:
             worker.start()

@@ -63,6 +63,10 @@ KEYS = {
     'cancel_ms': 'from the cancel asked for to the end of the request',
     'callback_errors': 'errors in callbacks since the process began, such as messages that could '
                        'not be read; each is in the log',
+    'chat_template': "the name of the chat template in use: default, one of the model's own "
+                     'names, none where it has none, or off',
+    'checkpoint_sampling': 'what generation_config.json sets of `sampling`; it is taken only '
+                           'with `sampling.from_checkpoint`',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
     'client_id': 'what the client called the request',
     'consecutive_misses': 'late tokens in a row, up to now',
@@ -77,6 +81,9 @@ KEYS = {
     'device_name': "the device's name",
     'device_uuid': "the device's identity",
     'dtype': 'number format of activations and unquantised weights',
+    'end_tokens': 'tokens that end an answer: those of the config, generation config, '
+                  'tokenizer and chat template',
+    'engine_reason': 'why that engine runs it',
     'engine': 'what runs the model; before it is loaded, the parameter',
     'finish_reason': 'stop, length, deadline, cancelled, preempted, rejected or error',
     'floor_ms': 'the least time that the memory bus allows for the step; on /diagnostics the '
@@ -203,7 +210,8 @@ def settings() -> list[list[str]]:
     rows = []
     for name, field in parameters.specs().items():
         meta = field.metadata
-        allowed = (', '.join(f'`{choice}`' for choice in meta['choices'])
+        choices = [f'`{choice}`' for choice in meta['choices']]
+        allowed = (', '.join([*choices, *filter(None, [meta['others']])])
                    or parameters.length(field))
         if meta['low'] is not None:
             allowed = f'{written(meta["low"])} to {written(meta["high"])}'

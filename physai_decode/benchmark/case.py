@@ -97,7 +97,7 @@ def parse_sampling(text: str) -> SamplingConfig:
     """
     rest = '' if text == GREEDY else text
     config = SamplingConfig(**_settings(
-        text, rest, 'sampling', SamplingConfig, {'max_new_tokens', 'stop'}))
+        text, rest, 'sampling', SamplingConfig, {'max_new_tokens', 'stop', 'from_checkpoint'}))
     check('sampling', config)
     return config
 

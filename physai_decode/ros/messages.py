@@ -8,6 +8,7 @@ what is not known is ``n/a``. It knows nothing of publishers, threads or clocks.
 from collections.abc import Mapping
 from dataclasses import fields
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus
@@ -47,7 +48,8 @@ MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
-    'peak_bandwidth_gb_s', 'peak_source', 'generate_action')
+    'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
+    'end_tokens', 'checkpoint_sampling')
 GENERATE_ACTION = unavailable or 'available'
 FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
 
@@ -109,9 +111,13 @@ def request_status(node: str, report: RequestReport) -> DiagnosticStatus:
         level=ERROR if reason == 'error' else WARN if reason in FAILED else OK)
 
 
-def model_status(node: str, model: str, footprint: Footprint, peak: Peak,
-                 hardware_id: str) -> DiagnosticStatus:
-    """Give the status of ``~/model_info``: the model, the engine and the memory bus."""
+def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardware_id: str,
+                 facts: Mapping[str, str] = MappingProxyType({})) -> DiagnosticStatus:
+    """
+    Give the status of ``~/model_info``: the model, the engine and the memory bus.
+
+    :param facts: values of further keys.
+    """
     values = {key: getattr(footprint, key, None) for key in MODEL_KEYS}
     values.update(
         model=model, generate_action=GENERATE_ACTION,
@@ -119,7 +125,7 @@ def model_status(node: str, model: str, footprint: Footprint, peak: Peak,
         checkpoint_weight_gb=footprint.checkpoint_weight_bytes / 1e9,
         kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
                             * footprint.kv_element_bytes),
-        peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source,
+        peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source, **facts,
         **{key: value for key, value in footprint.details.items() if key not in MODEL_KEYS})
     details = tuple(key for key in footprint.details if key not in MODEL_KEYS)
     return status(status_name(node, 'model'), MODEL_KEYS + details, values,

@@ -162,8 +162,8 @@ def _typed(parameter: Parameter, field: Field) -> Parameter:
 
 def _descriptor(field: Field) -> ParameterDescriptor:
     meta = field.metadata
-    notes = [f'one of: {", ".join(meta["choices"])}'] if meta['choices'] else \
-        [length(field)] if length(field) else []
+    choices = ', '.join(filter(None, (*meta['choices'], meta['others'])))
+    notes = [f'one of: {choices}'] if choices else [length(field)] if length(field) else []
     notes += [] if meta['dynamic'] else [FIXED]
     descriptor = ParameterDescriptor(
         description=meta['description'], additional_constraints='; '.join(notes))

@@ -40,7 +40,7 @@ class Status:
         else:
             status = messages.model_status(
                 node, self._host.config.model.path, loaded.engine.footprint, loaded.peak,
-                self._hardware_id())
+                self._hardware_id(), loaded.facts)
         self._topics.model_info(status)
 
     def publish(self) -> None:

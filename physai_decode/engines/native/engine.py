@@ -12,6 +12,7 @@ from physai_decode.engine import Choice
 from physai_decode.engines import device as devices
 from physai_decode.engines import logits
 from physai_decode.engines.native import architecture
+from physai_decode.engines.native import self_check
 from physai_decode.engines.native import start
 from physai_decode.engines.native.graph import Pipeline
 from physai_decode.engines.sampling import Plan
@@ -51,8 +52,10 @@ class NativeEngine:
             self._prefill = start.prefill(t, config.cuda_graph, progress)
             clock.end('prefill_s')
             progress('warming up' + (' and capturing the step' if self.pipeline else ''))
-            start.warm_up(self, logits.warm_up_ids(shape.vocab_size, limit))
+            prompt = logits.warm_up_ids(shape.vocab_size, limit)
+            start.warm_up(self, prompt)
             logits.check(t.logits, dtype)
+            self_check.check(self, t, prompt)
             clock.end('warm_up_s')
         self.footprint = start.footprint(
             model, t, limit, config.cuda_graph, {**self._prefill.details, **clock.parts})

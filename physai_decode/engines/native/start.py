@@ -15,7 +15,7 @@ from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
-from physai_decode.engines.native import leftover
+from physai_decode.engines import leftover
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import TorchOps
@@ -124,7 +124,9 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     """
     files = source(checkpoint, dtype, device)
     loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress)
-    unused = leftover.check(checkpoint, files.used) if isinstance(files, weights.Files) else ()
+    unused = tuple(sorted(checkpoint.tensors.keys() - files.used)) \
+        if isinstance(files, weights.Files) else ()
+    leftover.check(checkpoint, unused)
     clock.end('load_s')
     made = Transformer(
         shape, replace(loaded, unused=unused), places, dtype, device, operations(device, progress))

@@ -1,6 +1,5 @@
 """From a model folder to a network of the transformers library on one device."""
 
-from importlib.util import find_spec
 import math
 from urllib.error import URLError
 
@@ -9,15 +8,13 @@ from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
+from physai_decode.engines import leftover
+from physai_decode.engines import libraries
 from physai_decode.engines import stored
 import torch
 import transformers
 from transformers.utils import is_accelerate_available
 
-# What transformers calls for quantised weights.
-_LIBRARIES = {
-    'awq': ('gptqmodel', 'accelerate'), 'bitsandbytes': ('bitsandbytes', 'accelerate'),
-    'gptq': ('gptqmodel', 'optimum', 'accelerate')}
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
@@ -61,8 +58,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
             f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
             f'{transformers.__version__}{folder_code}: choose another model, or a version of '
             'transformers that has it')
-    method = model.quantized and model.quantized.method
-    missing = [name for name in _LIBRARIES.get(method, ()) if find_spec(name) is None]
+    missing = libraries.missing(model.quantized.method) if model.quantized else ()
     if missing:
         raise EngineError(
             f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
@@ -111,6 +107,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
             f'{lost[0]} for one: copy or download the model again')
     if not model.quantized:
         _check_floats(model, network)
+        _check_all_used(model, network, found['unexpected_keys'])
     if not placed:
         network.to(device)
     return network.eval()
@@ -125,6 +122,20 @@ def _check_floats(model, network):
                 f'tensor {name} holds whole numbers ({entry.dtype}) where config.json implies '
                 'others: they are quantised in a way that it does not name; download a newer '
                 'version of the model')
+
+
+def _check_all_used(model, network, left):
+    """Refuse weights that the network has no place for, or one place where they are two."""
+    leftover.check(model, model.tensors.keys() & left,
+                   (*leftover.PREFIXES, f'{network.base_model_prefix}.'))
+    head = network.get_output_embeddings()
+    if head is None or not network.config.get_text_config(decoder=True).tie_word_embeddings:
+        return
+    # Newer versions of the library leave them apart where the files have two.
+    ends = [id(each.weight) for each in (network.get_input_embeddings(), head)]
+    leftover.check_same(model, [
+        name for name, weight in network.named_parameters(remove_duplicate=False)
+        if id(weight) in ends])
 
 
 def _random(model, config, attention, device, dtype):

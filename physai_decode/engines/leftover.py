@@ -1,0 +1,62 @@
+"""
+Tensors of a checkpoint that the engine did not read: harmless, or a model other than it computes.
+
+Harmless is what other parts of a model bring (a vision tower, a draft head), and what says nothing
+new: frequencies, biases of zero, a head that is the embedding. Knows no network.
+"""
+
+from collections.abc import Iterable
+
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.engine import EngineError
+from physai_decode.engines import stored
+
+PREFIXES = ('model.', 'lm_head.')
+_DERIVED = ('.rotary_emb.inv_freq', '.rotary_emb.cos_cached', '.rotary_emb.sin_cached')
+
+
+def check(checkpoint: Checkpoint, left: Iterable[str],
+          prefixes: tuple[str, ...] = PREFIXES) -> None:
+    """
+    Look at the tensors that were not read.
+
+    :param left: their names.
+    :param prefixes: how the names of the network's own begin.
+    :raises EngineError: one of them belongs to the network, and changes what it computes.
+    """
+    for name in sorted(left):
+        if name.startswith(prefixes) and not _is_harmless(checkpoint, name):
+            raise EngineError(
+                f'{checkpoint.folder}: the tensor {name} belongs to the network, but nothing in '
+                'config.json says so, and without it the model would answer wrongly: copy or '
+                'download the model again')
+
+
+def check_same(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """
+    Look at tensors that the network has as one, such as an embedding and the head tied to it.
+
+    :param names: of those; some may not be in the checkpoint.
+    :raises EngineError: two of them differ.
+    """
+    stored_twice = [name for name in names if name in checkpoint.tensors]
+    for name in stored_twice[1:]:
+        if not _equal(checkpoint, name, stored_twice[0]):
+            raise EngineError(
+                f'{checkpoint.folder}: config.json has {name} and {stored_twice[0]} as one (by '
+                'tie_word_embeddings), but they differ: copy or download the model again')
+
+
+def _is_harmless(checkpoint, name):
+    entry = checkpoint.tensors[name]
+    if name.endswith(_DERIVED):
+        return True
+    if name.endswith('.bias'):
+        return not stored.read(entry).any()
+    return name == 'lm_head.weight' and _equal(checkpoint, name, 'model.embed_tokens.weight')
+
+
+def _equal(checkpoint, name, other):
+    one, two = checkpoint.tensors[name], checkpoint.tensors.get(other)
+    return two is not None and (one.dtype, one.shape) == (two.dtype, two.shape) and \
+        stored.read(one).equal(stored.read(two))

@@ -1,0 +1,42 @@
+"""
+What transformers calls for quantised weights, by method; and what of that is not installed.
+
+It imports none of them. What is not listed needs accelerate alone, or is named by transformers.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
+from importlib.util import find_spec
+
+# For each method its modules, as pip calls them where that differs.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    'aqlm': ('aqlm',), 'auto-round': ('auto_round',), 'awq': ('gptqmodel',),
+    'bitsandbytes': ('bitsandbytes',), 'compressed-tensors': ('compressed_tensors',),
+    'eetq': ('eetq',), 'fbgemm_fp8': ('fbgemm_gpu',), 'gptq': ('gptqmodel', 'optimum'),
+    'hqq': ('hqq',), 'quark': ('quark',), 'spqr': ('spqr_quant',), 'torchao': ('torchao',),
+    'vptq': ('vptq',)}
+_PIP = {'auto_round': 'auto-round', 'awq': 'autoawq', 'compressed_tensors': 'compressed-tensors',
+        'fbgemm_gpu': 'fbgemm-gpu', 'quark': 'amd-quark', 'spqr_quant': 'spqr-quant'}
+
+
+def missing(method: str) -> tuple[str, ...]:
+    """
+    Name what is not installed, as pip calls it.
+
+    :param method: of a quantisation, as config.json says it.
+    """
+    needed = _NEEDED.get(method, ())
+    if method == 'awq' and _major('transformers') < 5:
+        needed = ('awq',)
+    if method == 'eetq' and _major('transformers') >= 5:
+        needed = ('kernels',)
+    return tuple(_PIP.get(name, name) for name in (*needed, 'accelerate')
+                 if find_spec(name) is None)
+
+
+def _major(name):
+    try:
+        return int(version(name).partition('.')[0])
+    except PackageNotFoundError:
+        return 0

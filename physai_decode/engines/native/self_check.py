@@ -1,0 +1,120 @@
+"""
+Whether the loaded engine computes what its weights say, held against plain arithmetic.
+
+A prompt is fed and two tokens are stepped as for any request, by the kernels that were tuned and
+captured. Then float32 products of the same weights compute the keys and values of the same tokens
+in the first two layers, which all that the first layer does goes into, and the logits of what the
+last layer left to the head. Further layers run the same code; how weights were read is not looked
+at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+import math
+
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.transformer import Transformer
+from physai_decode.engines.native.weights import Layer
+from physai_decode.engines.native.weights import Linear
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+LAYERS = 2
+PIECE = 4096                    # rows of a weight that are float32 at a time
+LEAST = 1e-3                    # relative difference that float32 may have
+ROUNDINGS = 16                  # and other formats, in units of their own precision
+
+
+def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> None:
+    """
+    Hold what the engine has after a prompt and two steps against plain arithmetic.
+
+    :raises EngineError: they differ by more than rounding does.
+    """
+    t, greedy = transformer, SamplingConfig()
+    engine.rewind(0)
+    engine.feed(prompt)
+    ids = [*prompt, engine.first(greedy, prompt).token_id, engine.step(1).token_id]
+    engine.step(0)                  # runs the second
+    limit = max(LEAST, ROUNDINGS * torch.finfo(t.keys.dtype).eps)
+    for index, expected in enumerate(_keys_and_values(t, ids)):
+        got = torch.cat((t.keys[index, :, :len(ids)], t.values[index, :, :len(ids)])).float()
+        for what, places in (('a prompt', slice(len(prompt))),
+                             ('a decode step', slice(len(prompt), None))):
+            _hold(what, f'keys and values in layer {index + 1}', got[:, places],
+                  expected[:, places], limit)
+    normed = _normed(t.x.unsqueeze(0), t.weights.norm, t.architecture.norm_eps)
+    logits = _product(normed, t.weights.head)[0]
+    known = logits.isfinite()       # a row that holds no numbers ends its request, not the load
+    _hold('a decode step', 'logits', t.logits[known], logits[known], limit)
+    engine.rewind(0)
+
+
+def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) -> None:
+    """Refuse a difference beyond ``limit``, relative to what is wanted."""
+    difference = float((got - wanted).norm() / wanted.norm())
+    if not difference <= limit:         # NaN neither
+        raise EngineError(
+            f'the native engine computes {what} wrongly on {got.device}: its {of_what} differ by '
+            f'{difference:.2g} of their size from those in float32, and {limit:.2g} is rounding; '
+            'set engine.name to transformers, and report it with the versions of torch and triton')
+
+
+def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
+    """Give for each of the first layers float32 [2 * kv_heads, tokens, head_dim]."""
+    a, tokens = t.architecture, len(ids)
+    turns = torch.complex(t.cos[:tokens], t.sin[:tokens])
+    x = t.weights.embedding[torch.tensor(ids, device=t.keys.device)].float()
+    found = []
+    for layer, window in zip(t.weights.layers[:LAYERS], a.windows):
+        heads = _product(_normed(x, layer.input_norm, a.norm_eps), layer.qkv).view(
+            tokens, -1, a.head_dim).transpose(0, 1)
+        q, k, v = heads.split((a.heads, a.kv_heads, a.kv_heads))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = _normed(q, layer.q_norm, a.norm_eps)
+            k = _normed(k, layer.k_norm, a.norm_eps)
+        q, k = _turned(q, turns), _turned(k, turns)
+        found.append(torch.cat((k, v)))
+        if len(found) < LAYERS:
+            x = x + _product(_attended(q, k, v, window), layer.out)
+            x = x + _mlp(_normed(x, layer.mlp_norm, a.norm_eps), layer)
+    return found
+
+
+def _normed(x, gain, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain.float()
+
+
+def _turned(heads: Tensor, turns: Tensor) -> Tensor:
+    """Turn pairs of [heads, tokens, dim], which are the halves, as complex numbers."""
+    turned = torch.complex(*heads.contiguous().chunk(2, -1)) * turns
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend over whole [heads, tokens, dim]; gives [tokens, heads * dim]."""
+    shared = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+    back = torch.arange(q.shape[1], device=q.device)
+    back = back.unsqueeze(1) - back
+    hidden = (back < 0) | (back >= window) if window else back < 0
+    scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).masked_fill(hidden, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def _mlp(x: Tensor, layer: Layer) -> Tensor:
+    gate, up = layer.gate_up.halves(_product(x, layer.gate_up))
+    return _product((F.silu(gate) * up).flatten(1), layer.down)
+
+
+def _product(x: Tensor, weight: Linear) -> Tensor:
+    """Multiply float32 [tokens, K] by a weight in float32, in pieces; gives [tokens, N]."""
+    if isinstance(weight, Dense):
+        product = torch.cat([x @ rows.float().t() for rows in weight.weight.split(PIECE)], -1)
+    else:
+        product = replace(weight, bias=None).apply(x)
+    return product if weight.bias is None else product + weight.bias.float()

@@ -1,0 +1,200 @@
+"""
+The tokenizer of a model folder: what tokenizer.json says, and no other.
+
+The class that tokenizer_config.json names can build another tokenizer of the same file, so the
+file itself is loaded; the others give special tokens and the chat template. What contradicts the
+file, or is half of a copy, is refused. It knows no prompts.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
+import json
+from pathlib import Path
+import re
+from typing import Any
+
+from physai_decode.engine import first_line
+
+SAMPLE = 'Hello, world! What is 12 + 3?'    # holds letters, blanks, digits and signs
+_NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
+          'mask_token')
+_LISTS = ('additional_special_tokens', 'extra_special_tokens')
+_AGAIN = 'copy or download the model again'
+
+
+class TextError(ValueError):
+    """A prompt can't be encoded, or a tokenizer can't be had; the message says why."""
+
+
+def load_tokenizer(folder: str) -> Any:
+    """
+    Load the tokenizer of a model.
+
+    :param folder: a folder in Hugging Face layout. No code from it is run, and nothing is fetched.
+    :returns: a fast tokenizer of the transformers library.
+    :raises TextError: naming the folder and what is wrong with it.
+    """
+    path = Path(folder)
+    try:
+        whole = (path / 'tokenizer.json').is_file()
+        tokenizer = _from_file(path) if whole else _converted(path)
+        _check_sample(tokenizer)
+        return tokenizer
+    except MemoryError:
+        raise
+    except TextError as error:
+        reason = str(error)
+    # The libraries raise whatever their parts raise: OSError, ValueError, bare Exception.
+    except Exception as error:
+        told = ' '.join(str(error).split('\n', 2)[:2])
+        reason = (f'{type(error).__name__}: {told}; copy or download config.json, '
+                  'tokenizer.json and tokenizer_config.json again')
+    raise TextError(f'no tokenizer can be loaded from {folder}: {reason}')
+
+
+def _from_file(folder):
+    """Take the tokenizer from its file; from the config only special tokens and the template."""
+    from tokenizers import Tokenizer
+    import transformers
+
+    config = _read(folder / 'tokenizer_config.json')
+    own_class = 'AutoTokenizer' in (config.get('auto_map') or {})
+    if own_class and not hasattr(transformers, str(config.get('tokenizer_class'))):
+        raise _own_code()
+    backend = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    _add(backend, config.get('added_tokens_decoder') or {})
+    named = {**_read(folder / 'special_tokens_map.json'), **{
+        key: value for key, value in config.items() if value is not None}}
+    special = {key: _content(named[key], key) for key in _NAMED if named.get(key)}
+    further = [_content(token, key) for key in _LISTS for token in _listed(named.get(key))]
+    # A named token is special, whatever the file has it for; one that it lacks stays text.
+    backend.add_special_tokens([name for name in dict.fromkeys((*special.values(), *further))
+                                if backend.token_to_id(name) is not None])
+    known = {key: name for key, name in special.items() if backend.token_to_id(name) is not None}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **known)
+    tokenizer.chat_template = _templates(folder, config)
+    tokenizer.absent_tokens = {key: name for key, name in special.items() if key not in known}
+    return tokenizer
+
+
+def _converted(folder):
+    """Have the library make a tokenizer of older files."""
+    from transformers import AutoTokenizer
+
+    for model in sorted((*folder.glob('*.model'), *folder.glob('*.tiktoken'))):
+        lacking = [name for name in _libraries(model) if not _installed(name)]
+        if lacking:
+            raise TextError(
+                f'it has {model.name} and no tokenizer.json, and what converts that is missing: '
+                f'pip install {" ".join(lacking)}, or save the model with its fast tokenizer')
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if 'trust_remote_code' in str(error):
+            raise _own_code() from error
+        raise TextError(
+            f'it has no tokenizer.json, and of its other files none can be made '
+            f'({first_line(error)}): {_AGAIN}, or save it with its fast tokenizer') from error
+    names = dict(getattr(tokenizer, 'vocab_files_names', {}))
+    names.pop('tokenizer_file', None)
+    lost = sorted(name for name in names.values() if not (folder / name).is_file())
+    if lost and not (folder / 'tekken.json').is_file():
+        raise TextError(f'it has no tokenizer.json, and no {" and no ".join(lost)} to make one '
+                        f'of: {_AGAIN}')
+    tokenizer.chat_template = _templates(folder, {'chat_template': tokenizer.chat_template})
+    return tokenizer
+
+
+def _libraries(path):
+    """Name what reads a file of another format: lines of base64 and a number, or a protobuf."""
+    with path.open('rb') as file:
+        lines = re.fullmatch(rb'[\w+/=]+ \d+\s*', file.readline(1000))
+    return ('tiktoken',) if lines else ('sentencepiece', 'protobuf')
+
+
+def _installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def _own_code():
+    return TextError('it is code in that folder, which is never run: choose another model')
+
+
+def _check_sample(tokenizer):
+    """Refuse a vocabulary of next to nothing, which any text would be lost in."""
+    backend = getattr(tokenizer, 'backend_tokenizer', None)
+    if backend is None:
+        return                          # it is refused for that
+    ids = backend.encode(SAMPLE, add_special_tokens=False).ids
+    unknown = tokenizer.unk_token_id
+    if all(id_ == unknown for id_ in ids):
+        raise TextError(
+            f'of its {backend.get_vocab_size()} tokens none is text (it has nothing for '
+            f'{SAMPLE!r}): {_AGAIN}')
+
+
+def _add(backend, listed):
+    """Add tokens that the config has and the file lacks; hold the ids of all against the file."""
+    from tokenizers import AddedToken
+
+    for id_, token in sorted((int(id_), token) for id_, token in listed.items()):
+        name = token['content']
+        if backend.token_to_id(name) is None:
+            backend.add_tokens([AddedToken(**{
+                key: value for key, value in token.items() if key != '__type'})])
+        if backend.token_to_id(name) != id_:
+            raise TextError(
+                f'tokenizer_config.json gives {name!r} the id {id_}, tokenizer.json gives it '
+                f'{backend.token_to_id(name)}: {_AGAIN}')
+
+
+def _listed(value):
+    return value.values() if isinstance(value, dict) else value or ()
+
+
+def _content(token, key):
+    name = token.get('content') if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise TextError(f'tokenizer_config.json has {name!r} as {key}, which is no text: {_AGAIN}')
+    return name
+
+
+def _templates(folder, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """Give the chat template, or all by name where there are several."""
+    found: dict[str, str] = {}
+    told = config.get('chat_template') or _read(folder / 'chat_template.json').get('chat_template')
+    if isinstance(told, list):
+        found = {each['name']: each['template'] for each in told}
+    elif isinstance(told, dict):
+        found = told
+    elif told:
+        found = {'default': told}
+    single = folder / 'chat_template.jinja'
+    more = sorted((folder / 'additional_chat_templates').glob('*.jinja'))
+    if single.is_file():
+        found = {'default': single.read_text(encoding='utf-8')}
+    found |= {each.stem: each.read_text(encoding='utf-8') for each in more}
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise TextError(f'its chat template {name!r} is {template!r}, no text: {_AGAIN}')
+    return found['default'] if found.keys() == {'default'} else found or None
+
+
+def _read(path):
+    """Give a file's object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise TextError(f'{path.name} is damaged ({error}): {_AGAIN}') from error
+    if not isinstance(value, dict):
+        raise TextError(f'{path.name} is damaged (it holds no JSON object): {_AGAIN}')
+    return value

@@ -1,0 +1,103 @@
+"""Which engine `auto` takes, and what it says of that."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from physai_decode import engines
+from physai_decode.config import ChatConfig
+from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import RooflineConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines import libraries
+from physai_decode.host import load
+import pytest
+import random_model
+
+CPU = EngineConfig(device='cpu', cpu_threads=1)
+GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Give a small model of a family that native runs."""
+    from physai_decode.checkpoint import inspect
+
+    return inspect(random_model.save(tmp_path, 'llama', 0))
+
+
+def chosen(model, monkeypatch, installed=(), **changes):
+    """Choose for a folder with changes to its config, with these libraries installed."""
+    monkeypatch.setattr(libraries, 'find_spec', lambda name: name in installed or None)
+    return engines.choose(replace(model, config={**model.config, **changes}), CPU)
+
+
+def test_the_fastest_that_can_run_it(model, monkeypatch):
+    everything = ('gptqmodel', 'optimum', 'accelerate')
+    assert chosen(model, monkeypatch) == (
+        'native', 'it runs llama with unquantised weights')
+    name, reason = chosen(model, monkeypatch, quantization_config=GPTQ)
+    assert name == 'native'
+    assert reason.endswith('pip install gptqmodel optimum accelerate')
+    name, reason = chosen(model, monkeypatch, everything, quantization_config=GPTQ)
+    assert name == 'transformers'
+    assert 'GPTQModel' in reason
+    # What is installed for one format says nothing of another.
+    assert chosen(model, monkeypatch, everything)[0] == 'native'
+
+
+@pytest.mark.parametrize(('changes', 'name', 'word'), [
+    ({'model_type': 'gemma2'}, 'transformers', 'gemma2'),
+    ({'hidden_act': 'gelu'}, 'transformers', 'gelu'),
+    ({'quantization_config': {**GPTQ, 'bits': 8}}, 'transformers', '8 bits'),
+    ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, 'transformers', 'awq'),
+    ({'quantization_config': {'quant_method': 'exl2', 'bits': 4.0}}, 'exllamav2', 'exl2')])
+def test_what_native_does_not_run(model, monkeypatch, changes, name, word):
+    found = chosen(model, monkeypatch, **changes)
+    assert found.name == name
+    assert word in found.reason
+
+
+def test_a_name_that_is_given_is_kept(model):
+    assert engines.choose(model, replace(CPU, name='transformers')) == (
+        'transformers', 'engine.name says so')
+    with pytest.raises(EngineError, match="engine.name is 'fast': allowed are auto, native"):
+        engines.choose(model, replace(CPU, name='fast'))
+
+
+def settings(**changes):
+    return replace(DecodeConfig(
+        model=ModelConfig(path='builtin:tiny_planner'), engine=CPU,
+        roofline=RooflineConfig(peak_bandwidth_gb_s=10.0)), **changes)
+
+
+@pytest.mark.parametrize(('template', 'told'), [('auto', 'default'), ('off', 'off')])
+def test_what_a_load_decided_is_told(template, told):
+    said = []
+    loaded = load(settings(chat=ChatConfig(template=template)), said.append)
+    assert loaded.facts == {
+        'engine_reason': 'it runs llama with unquantised weights', 'chat_template': told,
+        'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none'}
+    assert any('end_tokens: <|im_end|>' in line for line in said)
+    loaded.engine.close()
+    loaded.text.close()
+
+
+def test_an_end_that_only_the_template_names(tmp_path):
+    """The config ends an answer elsewhere: the model would go on into a turn of the user."""
+    import json
+    import shutil
+
+    source = Path(engines.__file__).parents[1] / 'models' / 'tiny_planner'
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    for name, change in (('config.json', {'eos_token_id': 0}),
+                         ('generation_config.json', {'eos_token_id': 0}),
+                         ('tokenizer_config.json', {'eos_token': '<|endoftext|>'})):
+        path = tmp_path / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    loaded = load(settings(model=ModelConfig(path=str(tmp_path))), lambda text: None)
+    assert loaded.facts['end_tokens'] == '<|endoftext|> <|im_end|>'
+    assert loaded.engine.footprint.eos_token_ids == (0, 2)
+    loaded.engine.close()
+    loaded.text.close()

@@ -1,0 +1,99 @@
+"""The engine's cache against float32 products of its weights, when it is loaded."""
+
+from dataclasses import replace
+
+from physai_decode.checkpoint import inspect
+from physai_decode.config import EngineConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import self_check
+from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.transformer import EagerPrefill
+import pytest
+import random_gptq
+import random_model
+import torch
+
+CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=64)
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def differences(engine):
+    """Give by how much of their size keys and values differ from the plain ones."""
+    t = engine.transformer
+    with torch.inference_mode():
+        engine.rewind(0)
+        engine.feed(PROMPT)
+        return [float((torch.cat((t.keys[index, :, :8], t.values[index, :, :8])).float()
+                       - expected).norm() / expected.norm())
+                for index, expected in enumerate(self_check._keys_and_values(t, PROMPT))]
+
+
+@pytest.mark.parametrize('family', random_model.FAMILIES)
+def test_it_agrees(tmp_path, family):
+    found = differences(NativeEngine(inspect(random_model.save(tmp_path, family, 0)), CPU))
+    assert len(found) == 2
+    assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_it_agrees_in_other_formats(tmp_path, dtype):
+    model = inspect(random_model.save(tmp_path, 'qwen2', 0))
+    limit = self_check.ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps
+    assert max(differences(NativeEngine(model, replace(CPU, dtype=dtype)))) < limit / 4
+
+
+@pytest.mark.parametrize('act_order', [False, True])
+def test_it_agrees_on_gptq(tmp_path, act_order):
+    random_gptq.save(tmp_path, 'qwen2', 0, 32, act_order)
+    assert max(differences(NativeEngine(inspect(tmp_path), CPU))) < 1e-4
+
+
+def wrong_norm(monkeypatch):
+    monkeypatch.setattr(TorchOps, '_input', lambda self, x, gain, eps: x)
+
+
+def wrong_gate(monkeypatch):
+    gated = TorchOps.gated
+    monkeypatch.setattr(TorchOps, 'gated', lambda self, x, weight, out, gain, eps: (
+        gated(self, x, weight, out, gain, eps), out.neg_()))
+
+
+def wrong_position(monkeypatch):
+    attend = TorchOps.attend
+    monkeypatch.setattr(
+        TorchOps, 'attend', lambda self, qkv, keys, values, position, cos, sin, layer, out:
+        attend(self, qkv, keys, values, position, cos.roll(1, 0), sin.roll(1, 0), layer, out))
+
+
+def wrong_head(monkeypatch):
+    linear = TorchOps.linear
+
+    def product(self, x, weight, out, **options):
+        linear(self, x, weight, out, **options)
+        if weight.shape[0] == 512:          # the head alone has as many rows
+            out.copy_(out.roll(1))
+
+    monkeypatch.setattr(TorchOps, 'linear', product)
+
+
+@pytest.mark.parametrize('spoil', [wrong_norm, wrong_gate, wrong_position, wrong_head])
+def test_a_step_that_computes_something_else_does_not_load(tmp_path, monkeypatch, spoil):
+    model = inspect(random_model.save(tmp_path, 'llama', 0))
+    spoil(monkeypatch)
+    with pytest.raises(EngineError, match='computes a decode step wrongly.*engine.name to trans'):
+        NativeEngine(model, CPU)
+
+
+def test_a_prompt_that_is_read_wrongly_does_not_load(tmp_path, monkeypatch):
+    model = inspect(random_model.save(tmp_path, 'llama', 0))
+    feed = EagerPrefill.feed
+    monkeypatch.setattr(EagerPrefill, 'feed', lambda self, ids, start: feed(
+        self, ids[::-1], start))
+    with pytest.raises(EngineError, match='computes a prompt wrongly'):
+        NativeEngine(model, CPU)
+
+
+def test_a_model_of_one_layer(tmp_path):
+    model = inspect(random_model.save(tmp_path, 'llama', 0, num_hidden_layers=1))
+    assert len(differences(NativeEngine(model, CPU))) == 1
