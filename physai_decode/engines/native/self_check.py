@@ -56,11 +56,12 @@ def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> No
 
 def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) -> None:
     """Refuse a difference beyond ``limit``, relative to what is wanted."""
-    difference = float((got - wanted).norm() / wanted.norm())
-    if not difference <= limit:         # NaN neither
+    difference, size = float((got - wanted).norm()), float(wanted.norm())
+    if not difference <= limit * size:          # NaN neither
+        share = difference / size if size else math.inf
         raise EngineError(
             f'the native engine computes {what} wrongly on {got.device}: its {of_what} differ by '
-            f'{difference:.2g} of their size from those in float32, and {limit:.2g} is rounding; '
+            f'{share:.2g} of their size from those in float32, and {limit:.2g} is rounding; '
             'set engine.name to transformers, and report it with the versions of torch and triton')
 
 
