@@ -269,7 +269,7 @@ class Quantization:
     bits: Any                   # as it is written; None where it is not
     group_size: int             # columns that share a scale; -1: all; 0: none is named
     layout: str                 # of gptq: gptq, gptq_v2, or another's name
-    changed: tuple[str, ...]    # of gptq: rules for modules whose settings differ
+    settings: Mapping[str, Any]     # all that the config says of it
 
 
 def quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -290,13 +290,20 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
         size = found['group_size']
         if size != -1:
             number(found, 'group_size')
-    # GPTQModel's settings for single modules; those that it left dense are seen by their tensors.
-    rules = part(found, 'dynamic') if method == 'gptq' else {}
+    if method == 'compressed-tensors':
+        bits, size = _shared(found, 'num_bits'), _shared(found, 'group_size')
     return Quantization(
         name=_quantization_name(found, method, bits, size), method=method, bits=bits,
         group_size=size if isinstance(size, int) else 0,
         layout=str(found.get('checkpoint_format') or found.get('format') or 'gptq'),
-        changed=tuple(rule for rule in rules if not rule.startswith('-:')))
+        settings=found)
+
+
+def _shared(found, key):
+    """Give a setting of weights that all of compressed-tensors' groups share, else None."""
+    groups = part(found, 'config_groups')
+    values = [part(part(groups, name), 'weights').get(key) for name in groups]
+    return values[0] if values and values.count(values[0]) == len(values) else None
 
 
 def _quantization_name(found, method, bits, size):

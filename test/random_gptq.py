@@ -1,8 +1,11 @@
 """GPTQ tensors at random, as quantisers write them, with the dense weights that they stand for."""
 
+from collections.abc import Mapping
 import json
 from pathlib import Path
 
+from physai_decode.engines.native.linear import Int4
+import random_formats
 import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -38,6 +41,13 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
         'qweight': words((q.view(k // 8, 8, n) << SHIFTS.view(1, 8, 1)).sum(1)),
         'qzeros': words((stored.view(groups, n // 8, 8) << SHIFTS).sum(2)),
         'scales': scales, 'g_idx': g_idx.int()}, dense
+
+
+def read(stored: Mapping[str, Tensor], n: int, k: int, group_size: int,
+         device: torch.device | None = None) -> Int4:
+    """Give stored tensors [n, k] as the engine keeps them."""
+    return random_formats.read({
+        'quant_method': 'gptq', 'bits': 4, 'group_size': group_size}, stored, n, k, device)
 
 
 def dense(stored: dict[str, Tensor], layout: str) -> Tensor:

@@ -188,6 +188,25 @@ def test_rows_that_fill_no_tile(tmp_path):
     assert engine.footprint.details['dense_fallbacks'] == '2'   # gate and up, of 2 layers
 
 
+def test_rules_for_modules(tmp_path):
+    """GPTQModel's: single modules of another group size, or dense."""
+    state = random_gptq.save(tmp_path, 'llama', 2, 64)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    other, dense = random_gptq.tensors(5, 128, 256, 32)
+    for end, tensor in other.items():
+        tensors[f'{PROJECTION}.{end}'] = tensor
+    state[f'{PROJECTION}.weight'] = dense
+    name = 'model.layers.0.self_attn.o_proj'
+    for end in other:
+        del tensors[f'{name}.{end}']
+    tensors[f'{name}.weight'] = state[f'{name}.weight']
+    save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
+    change(tmp_path, dynamic={'-:.*0.self_attn.o_proj': {},
+                              r'.*1\.mlp\.down.*': {'group_size': 32}})
+    assert_close(load(NativeEngine, tmp_path, CPU).engine.prefill_logits(IDS),
+                 library_logits(tmp_path, state, IDS))
+
+
 def test_without_g_idx(tmp_path):
     state = random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, drop='g_idx')
@@ -223,9 +242,10 @@ def change(folder, drop='', replace=None, **quantization):
     *(({'group_size': size}, ('config.json', 'group_size', repr(size), 'again'))
       for size in (None, '32', 0, -32, 64.5)),
     ({'quant_method': 'exl2'}, ('exl2', 'exllamav2')),
-    ({'dynamic': {'-:.*head': {}, '+:.*down.*': {'bits': 8}}}, ('+:.*down', 'transformers')),
-    ({'drop': '0.self_attn.q_proj.qweight'}, ('k_proj is GPTQ, and others', 'transformers')),
-    ({'drop': '0.self_attn.k_proj.qweight'}, ('q_proj is GPTQ, and others', 'transformers')),
+    ({'dynamic': {'-:.*head': {}, '+:.*down.*': {'bits': 3}}}, ('3 bits', 'transformers')),
+    ({'dynamic': {'+:.*down.*': 3}}, ('quantization_config', 'damaged')),
+    ({'drop': '0.self_attn.q_proj.qweight'}, ('q_proj.weight', 'no tensor')),
+    ({'drop': '0.self_attn.k_proj.qweight'}, ('k_proj.weight', 'no tensor')),
     ({'group_size': 32}, (PROJECTION.replace('1.mlp.down', '0.self_attn.q'), '[2, ', '[4, ')),
     ({'replace': {'g_idx': lambda tensor: tensor * 0}}, (PROJECTION, 'g_idx', 'groups of 64')),
     ({'replace': {'g_idx': lambda tensor: tensor + 1}}, (PROJECTION, 'g_idx', 'groups of 64')),
@@ -253,7 +273,7 @@ def test_settings_in_a_file_of_their_own(tmp_path):
     config = json.loads(path.read_text())
     del config['quantization_config']
     path.write_text(json.dumps(config))
-    with pytest.raises(EngineError, match='is GPTQ, but config.json has no quantization_config'):
+    with pytest.raises(EngineError, match='quantised, but config.json has no quantization_conf'):
         load(NativeEngine, tmp_path, CPU)
 
 

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 triton = pytest.importorskip('triton')
 
-from physai_decode.engines.native import gptq
+from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
@@ -46,9 +46,7 @@ def assert_close(got, expected, relative=1e-5):
 def packed(seed, n, k, group_size, act_order=False, symmetric=True):
     """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, act_order, symmetric)
-    parts = [stored[part].to(DEVICE) for part in ('qweight', 'qzeros', 'scales', 'g_idx')]
-    form = gptq.GptqFormat(group_size, zeros_less_one=True)
-    return gptq.repack(*parts, None, form), dense.to(DEVICE)
+    return random_gptq.read(stored, n, k, group_size, device=DEVICE), dense.to(DEVICE)
 
 
 def gate_up(seed, n, k, group_size, bias=None, **kinds):
@@ -56,7 +54,7 @@ def gate_up(seed, n, k, group_size, bias=None, **kinds):
     parts = [packed(seed + at, n, k, group_size, **kinds) for at in range(2)]
     weights = [replace(weight, bias=None if bias is None else bias[n * at:n * (at + 1)])
                for at, (weight, _) in enumerate(parts)]
-    return gptq.fuse(weights, paired=True), torch.cat([dense for _, dense in parts])
+    return fusion.fuse(weights, paired=True), torch.cat([dense for _, dense in parts])
 
 
 def test_embed(make):
@@ -184,8 +182,8 @@ def test_int4_gated_in_other_layouts(make, choice):
 def test_gate_and_up_where_one_has_zeros(make):
     gate, up = packed(2, 32, 640, 64), packed(3, 32, 640, 64, symmetric=False)
     assert gate[0].zeros is None and up[0].zeros is not None
-    check_gated(make, gptq.fuse([gate[0], up[0]], paired=True), torch.cat([gate[1], up[1]]), None,
-                TritonOps(DEVICE))
+    weight = fusion.fuse([gate[0], up[0]], paired=True)
+    check_gated(make, weight, torch.cat([gate[1], up[1]]), None, TritonOps(DEVICE))
 
 
 def check_gated(make, weight, dense, bias, ops):

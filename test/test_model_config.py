@@ -87,7 +87,8 @@ def test_no_quantisation():
 def test_gptq_as_quantizers_leave_things_out():
     found = model_config.quantization({'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
     assert found == model_config.Quantization(
-        'gptq-int4-g128', 'gptq', 4, 128, 'gptq', ())
+        'gptq-int4-g128', 'gptq', 4, 128, 'gptq',
+        {'quant_method': 'gptq', 'bits': 4, 'group_size': 128})
 
 
 @pytest.mark.parametrize(('fields', 'layout'), [

@@ -13,6 +13,7 @@ pytest.importorskip('transformers')
 from physai_decode.checkpoint import inspect
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import prefill
+from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.ops import TorchOps
@@ -38,7 +39,7 @@ def load(folder, dtype=torch.float32):
     """Give two transformers of the same weights: what is checked, and its reference."""
     checkpoint = inspect(folder)
     shape = architecture.parse(checkpoint.config)
-    loaded = weights.load(shape, weights.Files(checkpoint, DEVICE),
+    loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
                           checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
             for ops in (TritonOps(DEVICE, splits=2), TorchOps(on_host=False))]

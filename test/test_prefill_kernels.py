@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 triton = pytest.importorskip('triton')
 
-from physai_decode.engines.native import gptq
+from physai_decode.engines.native import fusion
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.prefill import Choice
@@ -48,8 +48,7 @@ def nothing(*shape):
 def packed(seed, n, k, group_size, symmetric=True):
     """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, False, symmetric)
-    parts = [stored[part].to(DEVICE) for part in ('qweight', 'qzeros', 'scales')]
-    return gptq.repack(*parts, None, None, gptq.GptqFormat(group_size, True)), dense.to(DEVICE)
+    return random_gptq.read(stored, n, k, group_size, device=DEVICE), dense.to(DEVICE)
 
 
 def placed(x):
@@ -95,7 +94,7 @@ def test_int4(make, group, pairs, k, splits, symmetric):
 def test_int4_gated_for_int4(make):
     parts = [packed(seed, 64, 128, 32) for seed in (1, 2)]
     bias = make(128)
-    weight = gptq.fuse([replace(part, bias=bias[64 * at:64 * at + 64])
+    weight = fusion.fuse([replace(part, bias=bias[64 * at:64 * at + 64])
                         for at, (part, _) in enumerate(parts)], paired=True)
     x, out = make(16, 128), nothing(16, 64)
     kernels._int4[(4, 1)](

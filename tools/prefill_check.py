@@ -58,6 +58,7 @@ def check(name: str) -> tuple[bool, str]:
 def _check(name):
     from physai_decode.checkpoint import inspect
     from physai_decode.engines.native import architecture
+    from physai_decode.engines.native import source
     from physai_decode.engines.native import weights
     from physai_decode.engines.native.kernels import TritonOps
     from physai_decode.engines.native.ops import TorchOps
@@ -78,7 +79,7 @@ def _check(name):
             random_model.save(path, family, 0, **settings)
         found = inspect(path)
         shape = architecture.parse(found.config)
-        loaded = [weights.load(shape, weights.Files(found, device), found.quantized,
+        loaded = [weights.load(shape, source.Files(found, device), found.quantized,
                                each, lambda message: None) for each in (dtype, torch.float32)]
     own, half, full = (
         Transformer(shape, loaded[at], CONTEXT, each, device, ops) for at, each, ops in (

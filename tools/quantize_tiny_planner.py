@@ -96,31 +96,27 @@ def compare(folder: Path, text: str) -> dict[str, float]:
     from gptqmodel import GPTQModel
     from physai_decode.checkpoint import inspect
     from physai_decode.config import EngineConfig
-    from physai_decode.engines.native import gptq
+    from physai_decode.engines.native import formats
+    from physai_decode.engines.native import fusion
+    from physai_decode.engines.native import source
     from physai_decode.engines.native.engine import NativeEngine
-    from safetensors import safe_open
 
     with tempfile.TemporaryDirectory() as scratch:
-        for source in (*folder.iterdir(), *FOLDER.glob('tokenizer*.json')):
-            shutil.copy(source, scratch)
+        for file in (*folder.iterdir(), *FOLDER.glob('tokenizer*.json')):
+            shutil.copy(file, scratch)
         library = GPTQModel.load(
             scratch, backend=BACKEND.GPTQ_TORCH, device='cpu', dtype=torch.float16).model
-    form = gptq.parse(inspect(folder).quantized)
+    found = inspect(folder)
+    form, stored = formats.parse(found.quantized), source.Files(found, torch.device('cpu'))
     linears, worst, largest = 0, 0.0, 0.0
-    with safe_open(folder / 'model.safetensors', 'pt') as stored:
-        for name, module in library.named_modules():
-            if f'{name}.qweight' not in stored.keys():
-                continue
-            parts = [stored.get_tensor(f'{name}.{part}')
-                     for part in ('qweight', 'qzeros', 'scales', 'g_idx')]
-            ours = gptq.repack(*parts, None, form)
-            weight = ours.dequantise(slice(None), torch.float16)
-            if ours.order is not None:
-                weight = torch.empty_like(weight).index_copy_(1, ours.order.long(), weight)
-            theirs = module.dequantize_weight().t()
-            linears += 1
-            worst = max(worst, float((weight - theirs).abs().max()))
-            largest = max(largest, float(theirs.abs().max()))
+    for name, module in library.named_modules():
+        if not form.holds(stored, name):
+            continue
+        theirs = module.dequantize_weight().t()
+        weight = fusion.densified(form.read(stored, name, *theirs.shape), torch.float16)
+        linears += 1
+        worst = max(worst, float((weight - theirs).abs().max()))
+        largest = max(largest, float(theirs.abs().max()))
     ids = AutoTokenizer.from_pretrained(FOLDER)(text)['input_ids']
     with torch.inference_mode():
         theirs = library(torch.tensor([ids])).logits[0].float()

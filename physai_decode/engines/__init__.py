@@ -67,12 +67,12 @@ def _choose(model, config):
     _load('native')
     from physai_decode.engines import device
     from physai_decode.engines.native import architecture
-    from physai_decode.engines.native import gptq
+    from physai_decode.engines.native import formats
     quantized = model.quantized
     try:
         architecture.parse(model.config)
         if quantized:
-            gptq.parse(quantized)
+            formats.parse(quantized)
     except EngineError as reason:
         exl2 = quantized and quantized.method == 'exl2'
         return Chosen('exllamav2' if exl2 else 'transformers', str(reason))

@@ -51,7 +51,7 @@ class Dense:
 @dataclass(frozen=True)
 class Int4:
     """
-    GPTQ weights, repacked for the matrix units, in tiles of 16 rows.
+    Integers of 4 bits in groups, repacked for the matrix units, in tiles of 16 rows.
 
     The columns are in the order of their groups (``order`` gives each one's place in the input)
     and padded to whole blocks of four groups; the rows are padded to whole tiles. In a block,
@@ -123,6 +123,9 @@ class Int4:
             weight = dequantise(self, slice(start, start + piece), x.dtype)
             out[..., rows] = F.linear(x, weight, bias)
         return out
+
+
+Linear = Dense | Int4
 
 
 def fragments(words: Tensor) -> Tensor:

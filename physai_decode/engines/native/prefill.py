@@ -19,9 +19,9 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.transformer import Transformer
-from physai_decode.engines.native.weights import Linear
 import torch
 from torch import Tensor
 import triton

@@ -16,6 +16,8 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
+from physai_decode.engines.native import formats
+from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import TorchOps
@@ -26,6 +28,7 @@ import torch
 if TYPE_CHECKING:
     from physai_decode.engines.native.prefill import Prefill
 
+_FLOATS = ('F16', 'BF16', 'F32', 'F64')      # which are kept in the engine's own
 UNUSED = 8                     # tensors that are named; of more the number
 WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
@@ -52,8 +55,7 @@ def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, 
     """Find the device and the number format that the settings ask for with this model."""
     device, dtype = devices.select(config)
     if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda':
-        # GPTQ's scales are float16, and its kernel has less to do in float16.
-        dtype = torch.float16
+        dtype = formats.parse(checkpoint.quantized).dtype or dtype
     return device, dtype
 
 
@@ -80,12 +82,12 @@ def prefill(transformer: Transformer, capture: bool,
     return EagerPrefill(transformer)
 
 
-def source(checkpoint: Checkpoint, dtype: torch.dtype,
-           device: torch.device) -> weights.Random | weights.Files:
+def tensors(checkpoint: Checkpoint, dtype: torch.dtype,
+            device: torch.device) -> source.Random | source.Files:
     """Give where the weights come from: the folder's files, or a description of random ones."""
     if checkpoint.random_weights is not None:
-        return weights.Random(checkpoint, checkpoint.random_weights, dtype, device)
-    return weights.Files(checkpoint, device)
+        return source.Random(checkpoint, checkpoint.random_weights, dtype, device)
+    return source.Files(checkpoint, device)
 
 
 def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
@@ -97,8 +99,8 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
     :raises EngineError: they are not free; the message says what would fit.
     """
     weight_bytes = sum(
-        entry.bytes if entry.dtype.startswith('I') else
-        dtype.itemsize * math.prod(entry.shape) for entry in checkpoint.tensors.values())
+        dtype.itemsize * math.prod(entry.shape) if entry.dtype in _FLOATS else entry.bytes
+        for entry in checkpoint.tensors.values())
     per_token = 2 * shape.layers * shape.kv_size * dtype.itemsize
     work = WORK_BYTES if device.type == 'cuda' else 0
     needed = weight_bytes + work + per_token * max_context
@@ -122,10 +124,10 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
 
     :param places: tokens that the cache holds.
     """
-    files = source(checkpoint, dtype, device)
+    files = tensors(checkpoint, dtype, device)
     loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress)
     unused = tuple(sorted(checkpoint.tensors.keys() - files.used)) \
-        if isinstance(files, weights.Files) else ()
+        if isinstance(files, source.Files) else ()
     leftover.check(checkpoint, unused)
     clock.end('load_s')
     made = Transformer(

@@ -14,11 +14,11 @@ from typing import NamedTuple
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
 from physai_decode.engines.native.ops import TorchOps
-from physai_decode.engines.native.weights import Linear
 from physai_decode.engines.native.weights import Weights
 import torch
 from torch import Tensor

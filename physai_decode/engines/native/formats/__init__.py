@@ -1,0 +1,61 @@
+"""
+The formats of quantised weights: one file each, and here which there are.
+
+A format is made from what config.json says of it, and refuses by name what is not run; it then
+turns the tensors of one module after the other into the form that the kernels read.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from physai_decode.checkpoint import parsing
+from physai_decode.engine import EngineError
+from physai_decode.engines.native.formats.awq import Awq
+from physai_decode.engines.native.formats.compressed_tensors import CompressedTensors
+from physai_decode.engines.native.formats.gptq import Gptq
+from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.source import Source
+from physai_decode.model_config import Quantization
+import torch
+
+
+class Format(Protocol):
+    """How the quantised modules of one checkpoint are stored."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The number format in which its kernels have least to do; None: the model's own."""
+        ...
+
+    def holds(self, source: Source, module: str) -> bool:
+        """Tell whether a module is quantised; others have a weight like any other model's."""
+        ...
+
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+        """
+        Read a quantised module, without its bias.
+
+        :param rows: numbers that it gives.
+        :param columns: numbers that it takes.
+        :raises EngineError: a tensor is missing, or they do not belong together.
+        """
+        ...
+
+
+# By quant_method. A format raises EngineError where it does not run what is asked for.
+_FORMATS: dict[str, Callable[[Quantization], Format]] = {
+    'gptq': Gptq, 'awq': Awq, 'compressed-tensors': CompressedTensors}
+
+
+def parse(quantized: Quantization) -> Format:
+    """
+    Give the format that a checkpoint says it has.
+
+    :raises EngineError: naming what the native engine does not run, and the engine that may.
+    """
+    if quantized.method not in _FORMATS:
+        other = 'exllamav2' if quantized.method == 'exl2' else 'transformers'
+        raise EngineError(f'the native engine does not run {quantized.method} checkpoints (it '
+                          f'runs {", ".join(_FORMATS)}); set engine.name to {other}')
+    with parsing('quantization_config in config.json'):
+        return _FORMATS[quantized.method](quantized)

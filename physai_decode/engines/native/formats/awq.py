@@ -1,0 +1,61 @@
+"""
+AWQ checkpoints in the layout "gemm", as AutoAWQ and GPTQModel write them.
+
+``qweight`` int32 [K, N / 8], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N]. The eight
+numbers of a word are those of the columns `ORDER` from its first one on. Lin et al., arXiv
+2306.00978.
+"""
+
+from physai_decode.engines.native import packing
+from physai_decode.engines.native.formats.refusal import check_group
+from physai_decode.engines.native.formats.refusal import refusal
+from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.source import Source
+from physai_decode.model_config import Quantization
+import torch
+from torch import Tensor
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Awq:
+    """AWQ of 4 bits."""
+
+    dtype = torch.float16       # its scales', and the kernel has less to do in it
+
+    def __init__(self, quantized: Quantization) -> None:
+        """
+        Take what a checkpoint says of its quantisation.
+
+        :raises EngineError: naming what the native engine does not run.
+        """
+        settings = quantized.settings
+        # AutoAWQ's own file, quant_config.json, has other names than config.json.
+        bits = settings.get('bits', settings.get('w_bit', 4))
+        self._size = settings.get('group_size', settings.get('q_group_size', 128))
+        layout = settings.get('version') or settings.get('checkpoint_format') \
+            or settings.get('format') or 'gemm'
+        if bits != 4:
+            raise refusal(f'AWQ of {bits!r} bits', '4')
+        if str(layout).lower() != 'gemm':
+            raise refusal(f'the AWQ version {layout!r}', 'gemm')
+        check_group('AWQ', self._size)
+
+    def holds(self, source: Source, module: str) -> bool:
+        """See `Format`."""
+        return source.entry(f'{module}.qweight') is not None
+
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Int4:
+        """See `Format`."""
+        size = columns if self._size == -1 else self._size
+        groups = -(-columns // size)
+        return packing.pack(
+            _numbers(source.get(f'{module}.qweight', (columns, rows // 8))),
+            source.get(f'{module}.scales', (groups, rows)),
+            _numbers(source.get(f'{module}.qzeros', (groups, rows // 8))), size)
+
+
+def _numbers(words: Tensor) -> Tensor:
+    """Split words [M, N / 8] into numbers [M, N]."""
+    places = [ORDER.index(column) for column in range(8)]
+    return packing.unpack(words, 4, 1).unflatten(1, (-1, 8))[..., places].flatten(1)

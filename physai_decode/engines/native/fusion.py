@@ -1,0 +1,82 @@
+"""
+Projections of one input stacked to one, so that a step reads them in one pass.
+
+Where their forms differ, or do not fit together, nothing is stacked: what can't be had in one
+form is for the caller to make dense.
+"""
+
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import TILE_ROWS
+import torch
+from torch import Tensor
+
+
+def fuse(parts: list[Linear], paired: bool = False) -> Linear | None:
+    """
+    Stack projections of one input, all with a bias or none.
+
+    :param paired: the two are gate and up.
+    :returns: None where they do not fit together.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    int4 = [part for part in parts if isinstance(part, Int4)]
+    return _int4(int4, paired) if len(int4) == len(parts) else None
+
+
+def densified(part: Linear, dtype: torch.dtype) -> Tensor:
+    """Give the weight [N, K] of a projection dense, its columns as they are in the input."""
+    if isinstance(part, Dense):
+        return part.weight
+    weight = part.dequantise(slice(None), dtype)
+    if part.order is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, part.order.long(), weight)
+
+
+def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
+    """Stack; where ``paired``, gate's and up's rows share tiles, see `Int4`."""
+    first = parts[0]
+    if any(part.out_features % TILE_ROWS for part in parts):
+        return None
+    if not _same_order(parts) or any(part.group_size != first.group_size for part in parts):
+        return None
+
+    def joined(tensors, width):
+        return _in_turn(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
+
+    half = TILE_ROWS // 2
+    zeros = bias = None
+    if any(p.zeros is not None for p in parts):
+        zeros = joined([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
+                        for p in parts], 4 * half)
+    if first.bias is not None:
+        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts if p.bias is not None],
+                      half).flatten()
+    return Int4(
+        # In `fragments` the halves of a tile take turns every two words.
+        packed=joined([p.packed for p in parts], 2),
+        scales=joined([p.scales for p in parts], 4 * half), zeros=zeros, order=first.order,
+        bias=bias, out_features=sum(p.out_features for p in parts),
+        in_features=first.in_features)
+
+
+def _same_order(parts):
+    orders = [part.order for part in parts]
+    return all(order is None for order in orders) or all(
+        order is not None and orders[0] is not None and torch.equal(order, orders[0])
+        for order in orders)
+
+
+def _in_turn(gate: Tensor, up: Tensor, width: int) -> Tensor:
+    """
+    Take half a tile of one and half a tile of the other in turn.
+
+    :param gate: and ``up``, [tiles, blocks, ...], in which the halves of a tile take turns every
+        ``width`` elements.
+    """
+    both = torch.stack([each.flatten(2).unflatten(2, (-1, 2, width)) for each in (gate, up)], 4)
+    # tile, block, place | half, part, low -> tile, half | block | place, part, low
+    return both.permute(0, 3, 1, 2, 4, 5).reshape(-1, *gate.shape[1:])

@@ -1,0 +1,92 @@
+"""
+Integers of four bits, as formats of checkpoints have them, repacked for the matrix units.
+
+Knows no format: what comes in are plain numbers, one an element.
+"""
+
+from physai_decode.engine import EngineError
+from physai_decode.engines.native.linear import fragments
+from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import TILE_ROWS
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128)     # that the kernels have; any multiple of 32 is split into these
+ROUNDING = 1e-3                 # of scales in float16, which have half a unit in 2^11
+
+
+def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
+         g_idx: Tensor | None = None) -> Int4:
+    """
+    Repack one projection of N rows and K columns; a weight is scale * (nibble - zero).
+
+    :param nibbles: uint8 [K, N], from 0 to 15.
+    :param scales: float [groups, N].
+    :param zeros: integers [groups, N]; None where all are 8.
+    :param size: columns of a group.
+    :param g_idx: each column's group, int [K]; None where they are in turn.
+    :raises EngineError: the groups do not fit the shapes, or the scales no float16.
+    """
+    columns, rows = nibbles.shape
+    order = group_order(g_idx, size, columns)
+    if order is not None:
+        nibbles = nibbles[order.long()]
+    kernel_group = next((g for g in reversed(GROUP_SIZES) if size % g == 0), 0)
+    if not kernel_group:
+        raise EngineError(f'its groups of {size} columns are no multiple of 32; '
+                          'set engine.name to transformers')
+    half = scales.half()
+    if not (half.float() - scales.float()).norm() <= ROUNDING * scales.float().norm():
+        raise EngineError(f'its scales, {scales.abs().min():g} to {scales.abs().max():g}, are not '
+                          'in the range of float16; set engine.name to transformers')
+    blocks, tiles = -(-columns // (4 * kernel_group)), -(-rows // TILE_ROWS)
+
+    def tiled(values, length):
+        """Pad [columns, rows], and give it as [tiles, 16, blocks, 4, length]."""
+        full = values.new_zeros(4 * length * blocks, TILE_ROWS * tiles)
+        full[:values.shape[0], :rows] = values[:full.shape[0]]  # the last group may be short
+        return full.t().view(tiles, TILE_ROWS, blocks, 4, length)
+
+    def by_group(values):
+        wide = values.repeat_interleave(size // kernel_group, 0).to(torch.float16)
+        return tiled(wide, 1).squeeze(4).transpose(1, 2).contiguous()
+
+    planes = tiled(nibbles.to(torch.int16), kernel_group).unbind(3)
+    packed = planes[0] | planes[1] << 4 | planes[2] << 8 | planes[3] << 12
+    return Int4(
+        packed=fragments(packed.transpose(1, 2)), scales=by_group(half),
+        zeros=None if zeros is None or bool((zeros == 8).all()) else by_group(zeros),
+        order=order, bias=None, out_features=rows, in_features=columns)
+
+
+def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
+    """
+    Split int32 ``words`` of two dimensions, in which the lowest bits come first; gives uint8.
+
+    :param bits: of a number, 4 or 8.
+    :param dim: along which a word's numbers lie.
+    """
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    last = words.unsqueeze(2) if dim == 1 else words.t().unsqueeze(2)
+    numbers = (last >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(1)
+    return numbers if dim == 1 else numbers.t()
+
+
+def group_order(g_idx: Tensor | None, size: int, columns: int) -> Tensor | None:
+    """
+    Give the columns by group, int32 [K], or None where they are in order already.
+
+    :param g_idx: each column's group, int [K].
+    :param size: columns of a group.
+    :raises EngineError: the groups are of other sizes.
+    """
+    if g_idx is None:
+        return None
+    plain = torch.arange(columns, device=g_idx.device) // size
+    if torch.equal(g_idx.long(), plain):
+        return None
+    order = torch.argsort(g_idx.long(), stable=True)
+    if not torch.equal(g_idx.long()[order], plain):
+        raise EngineError(f'g_idx does not give groups of {size} columns: '
+                          'the checkpoint is inconsistent')
+    return order.to(torch.int32)

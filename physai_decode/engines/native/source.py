@@ -1,0 +1,105 @@
+"""
+Where a network's tensors come from: a checkpoint's files, or a generator.
+
+Tensors come one by one, by their names in the checkpoint. Knows no format of quantised weights.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from typing import Protocol
+
+from physai_decode.checkpoint import Checkpoint
+from physai_decode.checkpoint import TensorEntry
+from physai_decode.engine import EngineError
+from physai_decode.engines import stored
+import torch
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def entry(self, name: str) -> TensorEntry | None:
+        """Give the type and shape of a tensor; None where there is none of this name."""
+        ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Give a tensor on the device; integers as they are, floats in the stored dtype."""
+        ...
+
+
+class Files:
+    """Tensors from a checkpoint's safetensors files."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self._entries = checkpoint.tensors
+        self._device = device
+        self.used: set[str] = set()
+
+    def entry(self, name: str) -> TensorEntry | None:
+        """Give the type and shape of a tensor; None where there is none of this name."""
+        return self._entries.get(name)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """
+        Give a tensor on the device.
+
+        :raises EngineError: it is not there, has another shape than config.json implies, or its
+            file can't be read.
+        """
+        self.used.add(name)
+        return stored.read(_checked(self._entries, name, shape)).to(self._device)
+
+
+class Random:
+    """Random tensors of the same names and shapes: to time a shape without its weights."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: torch.dtype,
+                 device: torch.device):
+        # Each column's group is plain: without it a format takes the columns in turn.
+        self._entries = {name: entry for name, entry in checkpoint.tensors.items()
+                         if not name.endswith('g_idx')}
+        self._generator = torch.Generator(device).manual_seed(settings.get('seed', 0))
+        self._zero = 0x77777777 if settings.get('quantization') == 'gptq' else 0x88888888 - 2**32
+        self._dtype = dtype
+        self._device = device
+
+    def entry(self, name: str) -> TensorEntry | None:
+        """Give the type and shape of a tensor; None where none is described."""
+        return self._entries.get(name)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """
+        Give a tensor: gains 1, other floats normal with deviation 0.02.
+
+        :raises EngineError: it is not described, or with another shape than config.json implies.
+        """
+        _checked(self._entries, name, shape)
+        kind = name.rsplit('.', 1)[-1]
+        if kind == 'qzeros':
+            return torch.full(shape, self._zero, dtype=torch.int32, device=self._device)
+        if kind in ('qweight', 'weight_packed'):
+            words = torch.randint(-2**31, 2**31, shape, dtype=torch.int32,
+                                  device=self._device, generator=self._generator)
+            # A nibble of 0 becomes 8, the zero point: a mean other than 0 would add up.
+            empty = ~(words | words >> 1 | words >> 2 | words >> 3) & 0x11111111
+            return words | empty << 3
+        if 'scale' in kind:
+            noise = torch.rand(shape, device=self._device, generator=self._generator)
+            return ((0.9 + 0.2 * noise) * 0.02 / 4.61).half()   # uniform 4 bits deviate by 4.61
+        if name.endswith('norm.weight'):
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        values = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return values.normal_(0.0, 0.02, generator=self._generator)
+
+
+def _checked(entries, name, shape):
+    """Find a tensor among those of the folder."""
+    entry = entries.get(name)
+    if entry is None:
+        raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete or of '
+                          'another architecture than its config.json says')
+    if entry.shape != shape:
+        raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
+                          f'{list(shape)}: they do not belong together')
+    return entry

@@ -1,0 +1,166 @@
+"""
+Quantised tensors at random, as each format stores them, with the weights that they stand for.
+
+The weights are the definition of the format written out in float64: a test holds what an engine
+makes of the tensors against them.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import json
+from pathlib import Path
+from typing import Any
+
+from physai_decode.checkpoint import TensorEntry
+from physai_decode.engines.native import formats
+from physai_decode.model_config import quantization
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+from torch import Tensor
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)      # the columns of a word's numbers, the lowest bits first
+# From a generator and the shape [n, k]: the tensors by the ends of their names, and the float64
+# weight.
+Draw = Callable[[torch.Generator, int, int], tuple[dict[str, Tensor], Tensor]]
+
+
+class Stored:
+    """The tensors of one module, as a source of weights."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device | None):
+        """Take them by the ends of their names."""
+        self._tensors, self._device = tensors, device
+
+    def entry(self, name: str) -> TensorEntry | None:
+        """See `Source`."""
+        tensor = self._tensors.get(name.removeprefix('module.'))
+        kinds = {torch.int8: 'I8', torch.float8_e4m3fn: 'F8_E4M3', torch.uint8: 'U8'}
+        return None if tensor is None else TensorEntry(
+            kinds.get(tensor.dtype, 'other'), tuple(tensor.shape), Path(), 0, 0)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `Source`."""
+        tensor = self._tensors[name.removeprefix('module.')]
+        assert tuple(tensor.shape) == shape
+        return tensor.to(self._device)
+
+
+def read(config: Mapping[str, Any], stored: Mapping[str, Tensor], n: int, k: int,
+         device: torch.device | None = None) -> Any:
+    """Give a module's tensors as the engine keeps them."""
+    quantized = quantization({'quantization_config': config})
+    assert quantized is not None
+    return formats.parse(quantized).read(Stored(stored, device), 'module', n, k)
+
+
+def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
+    """Give the config and the tensors of AWQ, layout gemm."""
+    def draw(generator, n, k):
+        groups = 1 if group_size == -1 else k // group_size
+        q = torch.randint(0, 16, (k, n), generator=generator)
+        zeros = torch.randint(0, 16, (groups, n), generator=generator)
+        scales = _scales(generator, (groups, n), k, 4.61).half()
+
+        def packed(numbers):
+            words = torch.zeros(len(numbers), n // 8, dtype=torch.int64)
+            for place, column in enumerate(AWQ_ORDER):
+                words |= numbers[:, column::8] << 4 * place
+            return _words(words)
+
+        by_row = torch.arange(k) // (k // groups)
+        return ({'qweight': packed(q), 'qzeros': packed(zeros), 'scales': scales},
+                ((q - zeros[by_row]) * scales.double()[by_row]).t())
+
+    return {'quant_method': 'awq', 'bits': 4, 'group_size': group_size, 'zero_point': True,
+            'version': 'gemm', 'modules_to_not_convert': None}, draw
+
+
+def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool = False,
+           dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Any], Draw]:
+    """
+    Give the config and the tensors of compressed-tensors, layout pack-quantized.
+
+    :param group_size: -1 for a scale a row.
+    """
+    least, each = -2 ** (bits - 1), 32 // bits
+
+    def draw(generator, n, k):
+        groups = 1 if group_size == -1 else k // group_size
+        q = torch.randint(least, -least, (n, k), generator=generator)
+        zeros = torch.zeros(n, groups, dtype=torch.int64)
+        if not symmetric:
+            zeros = torch.randint(least, -least, (n, groups), generator=generator)
+        scales = _scales(generator, (n, groups), k, 2 ** bits / 12**0.5).to(dtype)
+        g_idx = torch.arange(k) // (k // groups)
+        if act_order:
+            # One order for all modules of a width, as quantisers of shared inputs have it.
+            g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
+
+        def in_words(numbers):
+            words = torch.zeros(len(numbers), -(-numbers.shape[1] // each), dtype=torch.int64)
+            for column in range(numbers.shape[1]):
+                words[:, column // each] |= (numbers[:, column] - least) << bits * (column % each)
+            return _words(words)
+
+        stored = {'weight_packed': in_words(q), 'weight_scale': scales,
+                  'weight_shape': torch.tensor([n, k])}
+        if not symmetric:
+            stored['weight_zero_point'] = in_words(zeros.t()).t().contiguous()
+        if act_order:
+            stored['weight_g_idx'] = g_idx.int()
+        return stored, (q - zeros[:, g_idx]) * scales.double()[:, g_idx]
+
+    return compressed('pack-quantized', num_bits=bits, type='int', symmetric=symmetric,
+                      strategy='channel' if group_size == -1 else 'group',
+                      group_size=None if group_size == -1 else group_size,
+                      actorder='group' if act_order else None), draw
+
+
+def compressed(layout: str, activations: dict[str, Any] | None = None,
+               **weights: Any) -> dict[str, Any]:
+    """Give a config of compressed-tensors, with one group of all modules but the head."""
+    group = {'targets': ['Linear'], 'weights': weights, 'input_activations': activations,
+             'output_activations': None}
+    return {'quant_method': 'compressed-tensors', 'format': layout, 'ignore': ['lm_head'],
+            'config_groups': {'group_0': group}, 'kv_cache_scheme': None,
+            'quantization_status': 'compressed'}
+
+
+def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int = 1,
+         dense: tuple[str, ...] = ('lm_head',), other: Mapping[str, Draw] | None = None,
+         **overrides: Any) -> dict[str, Tensor]:
+    """
+    Write a small random model whose projections are quantised.
+
+    :param dense: parts of the names of those that are not.
+    :param other: what draws projections whose names have a part.
+    :returns: the float32 state that it stands for, for the library's own model.
+    """
+    random_model.save(folder, family, seed, **overrides)
+    generator = torch.Generator().manual_seed(seed)
+    stored, state = {}, {}
+    for name, weight in load_file(folder / 'model.safetensors').items():
+        if weight.dim() < 2 or any(part in name for part in ('embed', *dense)):
+            stored[name] = state[name] = weight
+            continue
+        draw = next((each for part, each in (other or {}).items() if part in name), form[1])
+        tensors, exact = draw(generator, *weight.shape)
+        stored.update({f'{name.removesuffix("weight")}{end}': tensor
+                       for end, tensor in tensors.items()})
+        state[name] = exact.float()
+    save_file(stored, folder / 'model.safetensors', metadata={'format': 'pt'})
+    path = folder / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'quantization_config': form[0]}))
+    return state
+
+
+def _scales(generator, shape, k, deviation):
+    """Draw scales for numbers that deviate so much, of weights that keep an input's size."""
+    return (torch.rand(*shape, generator=generator) + 0.5) * 1.5 / deviation / k**0.5
+
+
+def _words(values: Tensor) -> Tensor:
+    """Give numbers of 32 bits without a sign as int32."""
+    return torch.where(values >= 2**31, values - 2**32, values).int()
