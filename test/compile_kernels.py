@@ -11,6 +11,7 @@ import sys
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import prefill_kernels
+from physai_decode.engines.native import scaled_kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,9 +29,11 @@ NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
 MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as an engine's are
 
 
-def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', **constants):
+def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', values=None,
+             scales='fp16', zeros='fp16', **constants):
     """Compile one kernel; ``half`` is bf16 or fp16."""
-    kinds = {**POINTERS, 'x': x, 'out': out, 'parts': parts}
+    kinds = {**POINTERS, 'x': x, 'out': out, 'parts': parts, 'scales': scales, 'zeros': zeros,
+             'values': values or POINTERS['values']}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -89,10 +92,27 @@ def main():
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
+        scaled(build, half, capability, early)
         if capability >= 80:
             prefills(build, half, capability)
     choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
     print('compiled')
+
+
+def scaled(build, half, capability, early):
+    """Compile the kernels of weights of 8 bits, with scales by row and by group."""
+    for gated, by_row in ((True, True), (False, False)):
+        choice = kernels.DENSE_CHOICES[0 if gated else 2]
+        made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
+                     warps=choice.warps, out=half if gated else 'fp32', K=3584,
+                     GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
+                     STAGES=choice.stages, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
+                     NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+        if early:
+            ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
+            assert 'evict_first' in ahead
+    compiled(scaled_kernels._widen, capability, half, values='i8', scales='fp32', zeros='fp32',
+             out=half, K=3584, GROUP=128, GROUPS=28, BLOCK=1024, FLOAT=True, ZEROS=False)
 
 
 def prefills(build, half, capability):

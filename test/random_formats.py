@@ -118,6 +118,79 @@ def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool =
                       actorder='group' if act_order else None), draw
 
 
+def int8(group_size: int, symmetric: bool = True, act: dict[str, Any] | None = None,
+         strategy: str = '') -> tuple[dict[str, Any], Draw]:
+    """Give the config and the tensors of compressed-tensors, layout int-quantized."""
+    strategy = strategy or ('channel' if group_size == -1 else 'group')
+
+    def draw(generator, n, k):
+        groups = 1 if group_size == -1 else k // group_size
+        high = 1 if strategy == 'tensor' else n
+        q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = _scales(generator, (high, groups), k, 74).bfloat16()
+        zeros = torch.randint(-99, 99, (high, groups), generator=generator, dtype=torch.int8)
+        if symmetric:
+            zeros.zero_()
+        by_column = torch.arange(k) // (k // groups)
+        exact = (q.double() - zeros.double()[:, by_column]) * scales.double()[:, by_column]
+        stored = {'weight': q, 'weight_scale': scales[0] if strategy == 'tensor' else scales}
+        return stored if symmetric else {**stored, 'weight_zero_point': zeros}, exact
+
+    return compressed('int-quantized', act, num_bits=8, type='int', symmetric=symmetric,
+                      strategy=strategy,
+                      group_size=None if group_size == -1 else group_size), draw
+
+
+def float8(strategy: str, method: str = 'compressed-tensors') -> tuple[dict[str, Any], Draw]:
+    """
+    Give the config and the tensors of floats of 8 bits.
+
+    :param strategy: tensor, channel or block (of 128 x 128).
+    :param method: compressed-tensors or fp8.
+    """
+    def draw(generator, n, k):
+        values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+        shape = {'tensor': (), 'channel': (n, 1), 'block': (-(-n // 128), -(-k // 128))}[strategy]
+        scales = _scales(generator, shape, k, 1)
+        scales = scales if method == 'fp8' else scales.bfloat16()
+        wide = scales.double()
+        if strategy == 'block':
+            wide = wide.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+        stored = {'weight': values, 'input_scale': torch.ones(())}
+        end = 'weight_scale_inv' if (method, strategy) == ('fp8', 'block') else 'weight_scale'
+        return {**stored, end: scales}, values.double() * wide
+
+    if method == 'fp8':
+        return {'quant_method': 'fp8', 'activation_scheme': 'dynamic', **(
+            {'weight_block_size': [128, 128], 'fmt': 'e4m3'} if strategy == 'block' else {})}, draw
+    return compressed('float-quantized', {'num_bits': 8, 'type': 'float'}, num_bits=8,
+                      type='float', strategy=strategy, **(
+                          {'block_structure': [128, 128]} if strategy == 'block' else {})), draw
+
+
+def gptq8(group_size: int, symmetric: bool = True,
+          act_order: bool = False) -> tuple[dict[str, Any], Draw]:
+    """Give the config and the tensors of GPTQ of 8 bits, zeros less one."""
+    def draw(generator, n, k):
+        groups = 1 if group_size == -1 else k // group_size
+        q = torch.randint(0, 256, (k, n), generator=generator)
+        zeros = torch.full((groups, n), 128)
+        if not symmetric:
+            zeros = torch.randint(1, 256, (groups, n), generator=generator)
+        scales = _scales(generator, (groups, n), k, 74).half()
+        g_idx = torch.arange(k) // (k // groups)
+        if act_order:
+            g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
+        shifts = torch.arange(0, 32, 8)
+        return {'qweight': _words((q.unflatten(0, (-1, 4)) << shifts[:, None]).sum(1)),
+                'qzeros': _words(((zeros - 1).unflatten(1, (-1, 4)) << shifts).sum(2)),
+                'scales': scales, 'g_idx': g_idx.int()}, (
+                    (q - zeros[g_idx]) * scales.double()[g_idx]).t()
+
+    return {'quant_method': 'gptq', 'bits': 8, 'group_size': group_size, 'sym': symmetric,
+            'desc_act': act_order, 'checkpoint_format': 'gptq'}, draw
+
+
 def compressed(layout: str, activations: dict[str, Any] | None = None,
                **weights: Any) -> dict[str, Any]:
     """Give a config of compressed-tensors, with one group of all modules but the head."""
@@ -158,7 +231,7 @@ def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int
 
 def _scales(generator, shape, k, deviation):
     """Draw scales for numbers that deviate so much, of weights that keep an input's size."""
-    return (torch.rand(*shape, generator=generator) + 0.5) * 1.5 / deviation / k**0.5
+    return (torch.rand(shape, generator=generator) + 0.5) * 1.5 / deviation / k**0.5
 
 
 def _words(values: Tensor) -> Tensor:

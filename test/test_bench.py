@@ -448,11 +448,14 @@ def test_the_shape_of_qwen_has_the_papers_bytes():
 
 
 @pytest.mark.parametrize('shape', synthetic.SHAPES)
-@pytest.mark.parametrize('quantization', ['none', 'gptq'])
+@pytest.mark.parametrize('quantization', synthetic.DESCRIBED)
 def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantization):
     synthetic.describe(tmp_path, shape, quantization)
     found = checkpoint.inspect(tmp_path)
-    assert found.quantization == {'none': 'none', 'gptq': 'gptq-int4-g128'}[quantization]
+    assert found.quantization == {
+        'none': 'none', 'gptq': 'gptq-int4-g128', 'awq': 'awq-int4-g128', 'fp8': 'fp8',
+        'w4a16': 'compressed-tensors-int4-g128',
+        'w8a16': 'compressed-tensors-int8'}[quantization]
     assert found.weight_bytes == sum(
         spec.bytes for spec in synthetic.specs(synthetic.config(shape, quantization)))
     assert (tmp_path / 'model.safetensors').stat().st_blocks * 512 < 1_000_000
@@ -492,6 +495,14 @@ def _float_weight(torch, tensors, name, quantization):
         values = tensors[f'{name}.weight.quant_map'][codes]
         return values * tensors[f'{name}.weight.absmax'].repeat_interleave(64)
     shifts = torch.arange(0, 32, 4)
+    if quantization == 'w4a16':
+        codes = (tensors[f'{name}.weight_packed'][:, :, None] >> shifts & 15).flatten(1, 2) - 8
+        return codes * tensors[f'{name}.weight_scale'].float().repeat_interleave(128, 1)
+    if quantization == 'w8a16':
+        return tensors[f'{name}.weight'] * tensors[f'{name}.weight_scale'].float()
+    if quantization == 'fp8':
+        scales = tensors[f'{name}.weight_scale_inv'].repeat_interleave(128, 0)
+        return tensors[f'{name}.weight'].float() * scales.repeat_interleave(128, 1)
     words, zeros = tensors[f'{name}.qweight'], tensors[f'{name}.qzeros']
     if quantization == 'gptq':        # eight rows a word, zero point stored minus 1
         codes = (words[:, None, :] >> shifts[:, None] & 15).flatten(0, 1)

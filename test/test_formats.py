@@ -31,6 +31,23 @@ FORMS = {
     'packed4-zeros-rows': random_formats.packed(4, -1, symmetric=False),
     'packed4-order': random_formats.packed(4, 32, symmetric=False, act_order=True),
     'packed4-half': random_formats.packed(4, 128, dtype=torch.float16)}
+EIGHT = {
+    'packed8-g128': random_formats.packed(8, 128),
+    'packed8-zeros': random_formats.packed(8, 64, symmetric=False),
+    'packed8-rows': random_formats.packed(8, -1),
+    'packed8-order': random_formats.packed(8, 32, act_order=True),
+    'int8-rows': random_formats.int8(-1),
+    'int8-rows-zeros': random_formats.int8(-1, symmetric=False),
+    'int8-tensor': random_formats.int8(-1, strategy='tensor'),
+    'int8-g128': random_formats.int8(128),
+    'w8a8': random_formats.int8(-1, act={'num_bits': 8, 'type': 'int', 'dynamic': True}),
+    **{f'float8-{kind}': random_formats.float8(kind) for kind in ('tensor', 'channel', 'block')},
+    'fp8-block': random_formats.float8('block', 'fp8'),
+    'fp8-tensor': random_formats.float8('tensor', 'fp8'),
+    'gptq8-g128': random_formats.gptq8(128),
+    'gptq8-rows': random_formats.gptq8(-1),
+    'gptq8-zeros-order': random_formats.gptq8(32, symmetric=False, act_order=True)}
+FORMS.update(EIGHT)
 NAMES = {'awq-g64': 'awq-int4-g64', 'packed4-g128': 'compressed-tensors-int4-g128',
          'packed4-g-1': 'compressed-tensors-int4'}
 
@@ -52,15 +69,16 @@ def test_every_form(tmp_path, name):
     state = random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
     footprint = check(tmp_path, state)
     assert footprint.quantization == NAMES.get(name, footprint.quantization)
-    assert footprint.details.keys().isdisjoint({'dense_fallbacks', 'unused_tensors'})
+    assert 'dense_fallbacks' not in footprint.details
+    assert 'input_scale' in footprint.details.get('unused_tensors', 'input_scale')
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros'])
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block'])
 def test_biases_and_a_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order'])
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel'])
 def test_modules_that_are_left_dense(tmp_path, name):
     """A whole one stays as it is; one of several that are run as one makes these dense."""
     state = random_formats.save(tmp_path, 'llama', FORMS[name],
@@ -118,8 +136,8 @@ def weights(**changed):
        (f'groups of {size!r}', 'multiples of 32')) for size in (48, '64', None, 0, True)),
     ('awq-g64', {'config': lambda it: it.update(group_size=128)}, ('q_proj', '[2, ', '[1, ')),
     ('awq-g64', {'replace': {'qzeros': lambda it: None}}, (f'{MODULE}.qzeros', 'no tensor')),
-    ('packed4-g64', {'config': weights(num_bits=3)}, ('int of 3 bits', 'int of 4')),
-    ('packed4-g64', {'config': weights(type='float')}, ('float of 4 bits', 'int of 4')),
+    ('packed4-g64', {'config': weights(num_bits=3)}, ('int of 3 bits', 'int of 4 and 8')),
+    ('packed4-g64', {'config': weights(type='float')}, ('float of 4 bits', 'int of 4 and 8')),
     ('packed4-g64', {'config': weights(group_size=16)}, ('groups of 16', 'multiples of 32')),
     ('packed4-g64', {'config': weights(group_size=32)}, ('q_proj', 'groups of 64', '32')),
     ('packed4-g64', {'config': weights(strategy='token')}, ("'token'", 'group, channel')),
@@ -135,6 +153,15 @@ def weights(**changed):
     ('packed4-g64', {'replace': {'weight_scale': lambda it: it[:, :0].contiguous()}},
      (MODULE, 'weight_scale')),
     ('packed4-g64', {'replace': {'weight_scale': lambda it: it * 1e-8}}, (MODULE, 'float16')),
+    ('fp8-block', {'config': lambda it: it.update(fmt='e5m2')}, ("'e5m2'", 'runs e4m3')),
+    ('fp8-block', {'config': lambda it: it.update(weight_block_size=[128, 48])}, ('of 48',)),
+    ('fp8-block', {'config': lambda it: it.update(weight_block_size=[128, 64])},
+     ('weight_scale_inv', '[1, 1]', '[1, 2]')),
+    ('fp8-tensor', {'replace': {'weight_scale': lambda it: None}}, (MODULE, 'no tensor')),
+    ('fp8-tensor', {'replace': {'weight_scale': lambda it: torch.ones(3)}}, (MODULE, '[3]')),
+    ('fp8-tensor', {'replace': {'weight': lambda it: (it.view(torch.int8) | 0x7F).view(it.dtype)}},
+     (MODULE, 'not numbers')),
+    ('float8-channel', {'config': weights(num_bits=4)}, ('float of 4 bits', 'float of 8')),
     ('packed4-order', {'replace': {'weight_g_idx': lambda it: it * 0}}, (MODULE, 'g_idx'))])
 def test_refusals(tmp_path, name, changes, said):
     random_formats.save(tmp_path, 'llama', FORMS[name])

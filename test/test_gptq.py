@@ -235,8 +235,8 @@ def change(folder, drop='', replace=None, **quantization):
 
 @pytest.mark.parametrize('changes, said', [
     ({'bits': 3}, ('3 bits', 'transformers')),
-    ({'bits': 8}, ('8 bits', 'transformers')),
-    ({'bits': '4'}, ("'4' bits", 'runs 4', 'transformers')),
+    ({'bits': 8}, ('q_proj.qweight', '[16, ', '[32, ')),
+    ({'bits': '4'}, ("'4' bits", 'runs 4 and 8', 'transformers')),
     ({'checkpoint_format': 'marlin'}, ("'marlin'", 'transformers')),
     ({'group_size': 48}, ('groups of 48', 'multiples of 32', 'transformers')),
     *(({'group_size': size}, ('config.json', 'group_size', repr(size), 'again'))

@@ -1,7 +1,7 @@
 """
 Check the native engine on a CUDA device against transformers in float32.
 
-Small random models of every family, and two layers of Qwen-2.5-7B's width; then GPTQ weights
+Small random models of every family, and two layers of Qwen-2.5-7B's width; then quantised weights
 against PyTorch's products of what they unpack to. Printed are, for each: the relative error of
 the logits of a prompt and of a decode step, how far below the reference's best token a chosen one
 ever lay (0: the same tokens), whether the captured step gives the uncaptured one's tokens, and
@@ -101,8 +101,8 @@ def dense(name, folder):
         torch.tensor([ids], device='cuda')).logits[0])
 
 
-def packed(folder, dtype):
-    """Check random GPTQ weights against PyTorch's products of what they unpack to."""
+def packed(folder, quantization, dtype):
+    """Check random quantised weights against PyTorch's products of what they unpack to."""
     def reference(engine, ids):
         transformer = engine.transformer
         own, transformer.ops = transformer.ops, TorchOps(on_host=False)
@@ -112,8 +112,8 @@ def packed(folder, dtype):
 
     shape = {**synthetic.SHAPES['qwen2.5-7b'], 'num_hidden_layers': 2}
     synthetic.SHAPES['check'] = shape
-    synthetic.describe(folder, 'check', 'gptq')
-    return compare('GPTQ, 2 layers', folder, reference, dtype)
+    synthetic.describe(folder, 'check', quantization)
+    return compare(f'{quantization}, 2 layers', folder, reference, dtype)
 
 
 def main() -> int:
@@ -127,9 +127,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder, \
                 contextlib.redirect_stderr(io.StringIO()):
             good.append(dense(name, Path(folder)))
-    for dtype in ('float16', 'bfloat16'):
-        with tempfile.TemporaryDirectory() as folder:
-            good.append(packed(Path(folder) / 'model', dtype))
+    for quantization in synthetic.DESCRIBED[1:]:
+        for dtype in ('float16', 'bfloat16'):
+            with tempfile.TemporaryDirectory() as folder:
+                good.append(packed(Path(folder) / 'model', quantization, dtype))
     return not all(good)
 
 

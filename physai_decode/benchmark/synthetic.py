@@ -23,7 +23,8 @@ SHARD_BYTES = 4_500_000_000
 GROUP = 128                         # input rows that share one scale, GPTQ and AWQ
 NF4_BLOCK = 64                      # weights that share one absolute maximum
 STD = 0.02                          # of every random matrix; norms are 1
-QUANTIZATIONS = ('none', 'gptq', 'awq', 'nf4')
+DESCRIBED = ('none', 'gptq', 'awq', 'w4a16', 'w8a16', 'fp8')     # that the native engine runs
+QUANTIZATIONS = (*DESCRIBED, 'nf4')
 
 _LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
                 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
@@ -89,11 +90,25 @@ SHAPES = {
         'bos_token_id': 0, 'eos_token_id': 1},
 }
 
+
+def _compressed(layout, bits, group_size):
+    """Give what a config says of compressed-tensors with symmetric integers."""
+    weights = {'num_bits': bits, 'type': 'int', 'symmetric': True, 'group_size': group_size,
+               'strategy': 'group' if group_size else 'channel'}
+    return {'quant_method': 'compressed-tensors', 'format': layout, 'ignore': ['lm_head'],
+            'quantization_status': 'compressed',
+            'config_groups': {'group_0': {'targets': ['Linear'], 'weights': weights}}}
+
+
 _QUANTIZATION_CONFIG = {
     'gptq': {'quant_method': 'gptq', 'bits': 4, 'group_size': GROUP, 'desc_act': False,
              'sym': True, 'checkpoint_format': 'gptq', 'lm_head': False},
     'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': GROUP, 'zero_point': True,
             'version': 'gemm', 'modules_to_not_convert': None},
+    'w4a16': _compressed('pack-quantized', 4, GROUP),
+    'w8a16': _compressed('int-quantized', 8, None),
+    'fp8': {'quant_method': 'fp8', 'activation_scheme': 'dynamic', 'fmt': 'e4m3',
+            'weight_block_size': [GROUP, GROUP]},
     'nf4': {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'load_in_8bit': False,
             'bnb_4bit_quant_type': 'nf4', 'bnb_4bit_use_double_quant': False,
             'bnb_4bit_compute_dtype': 'bfloat16', 'bnb_4bit_quant_storage': 'uint8'},
@@ -117,11 +132,14 @@ def config(shape: str, quantization: str = 'none') -> dict:
                                ('quantisation', quantization, QUANTIZATIONS)):
         if value not in known:
             raise ValueError(f'unknown {what} {value!r}: there are {", ".join(known)}')
-    half = 'float16' if quantization in ('gptq', 'awq') else 'bfloat16'
+    half = 'float16' if quantization in ('gptq', 'awq', 'w4a16') else 'bfloat16'
     made = {**_COMMON, **SHAPES[shape], 'torch_dtype': half}
     if quantization != 'none':
         made['quantization_config'] = dict(_QUANTIZATION_CONFIG[quantization])
     return made
+
+
+_ITEM_BYTES = {'U8': 1, 'I8': 1, 'F8_E4M3': 1, 'F16': 2, 'BF16': 2, 'I64': 8}
 
 
 @dataclass(frozen=True)
@@ -136,13 +154,14 @@ class Spec:
     @property
     def bytes(self) -> int:
         """The stored size."""
-        return math.prod(self.shape) * {'U8': 1, 'F16': 2, 'BF16': 2}.get(self.dtype, 4)
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
 
 
 def specs(made: dict) -> Iterator[Spec]:
     """Give every tensor that a folder with this ``config.json`` holds."""
     half = {'float16': 'F16', 'bfloat16': 'BF16'}[made['torch_dtype']]
-    method = made.get('quantization_config', {}).get('quant_method', 'none')
+    quantized = made.get('quantization_config', {})
+    method = quantized.get('format') or quantized.get('quant_method', 'none')
     hidden, inner = made['hidden_size'], made['intermediate_size']
     head = made.get('head_dim') or hidden // made['num_attention_heads']
     q_width, kv_width = (head * made[f'num_{kind}_heads'] for kind in ('attention', 'key_value'))
@@ -171,12 +190,12 @@ def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0
     """
     Write a folder whose weights the engine makes on the device, from the shapes.
 
-    :param quantization: none or gptq.
+    :param quantization: of `DESCRIBED`.
     :raises ValueError: an unknown shape, a quantisation that needs real weights, or a folder with
         a model that was not made here.
     """
     made = config(shape, quantization)
-    if quantization not in ('none', 'gptq'):
+    if quantization not in DESCRIBED:
         raise ValueError(f'{quantization} needs a folder with weights')
     made['physai_decode_random_weights'] = {'seed': seed, 'quantization': quantization}
     header: dict[str, object] = {'__metadata__': {'format': 'pt'}}
@@ -260,6 +279,17 @@ def _linear(name, out, rows, half, method):
         yield Spec(f'{name}.qweight', 'I32', (rows, out // 8), 'words')
         yield Spec(f'{name}.qzeros', 'I32', (groups, out // 8), 'eights')
         yield Spec(f'{name}.scales', 'F16', (groups, out), 'scales')
+    elif method == 'pack-quantized':
+        yield Spec(f'{name}.weight_packed', 'I32', (out, rows // 8), 'words')
+        yield Spec(f'{name}.weight_scale', 'BF16', (out, groups), 'scales')
+        yield Spec(f'{name}.weight_shape', 'I64', (2,), f'shape {out} {rows}')
+    elif method == 'int-quantized':
+        yield Spec(f'{name}.weight', 'I8', (out, rows), 'int8')
+        yield Spec(f'{name}.weight_scale', 'BF16', (out, 1), 'scales of int8')
+    elif method == 'fp8':
+        blocks = -(-out // GROUP), -(-rows // GROUP)
+        yield Spec(f'{name}.weight', 'F8_E4M3', (out, rows), 'float8')
+        yield Spec(f'{name}.weight_scale_inv', 'F32', blocks, 'scales of float8')
     elif method == 'bitsandbytes':
         yield Spec(f'{name}.weight', 'U8', (out * rows // 2, 1), 'bytes')
         yield Spec(f'{name}.weight.absmax', 'F32', (out * rows // NF4_BLOCK,), 'absmax')
@@ -289,7 +319,8 @@ def _make(spec, generator):
     """Make one tensor on the generator's device, give it on the CPU."""
     import torch
 
-    dtype = {'U8': torch.uint8, 'I32': torch.int32, 'F32': torch.float32, 'F16': torch.float16,
+    dtype = {'U8': torch.uint8, 'I8': torch.int8, 'F8_E4M3': torch.float8_e4m3fn,
+             'I64': torch.int64, 'I32': torch.int32, 'F32': torch.float32, 'F16': torch.float16,
              'BF16': torch.bfloat16}[spec.dtype]
     empty = torch.empty(spec.shape, dtype=dtype, device=generator.device)
     if spec.fill == 'ones':
@@ -306,6 +337,16 @@ def _make(spec, generator):
         made = empty.fill_(0x88888888 - 2**32)
     elif spec.fill == 'scales':         # uniform 4-bit values then deviate by about STD
         made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / math.sqrt((16**2 - 1) / 12))
+    elif spec.fill == 'int8':
+        made = empty.random_(-127, 128, generator=generator)
+    elif spec.fill == 'float8':
+        made = torch.randn(spec.shape, device=generator.device, generator=generator).to(dtype)
+    elif spec.fill == 'scales of int8':
+        made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / math.sqrt((255**2 - 1) / 12))
+    elif spec.fill == 'scales of float8':
+        made = empty.uniform_(0.9, 1.1, generator=generator) * STD
+    elif spec.fill.startswith('shape'):
+        made = torch.tensor([int(number) for number in spec.fill.split()[1:]])
     elif spec.fill == 'groups':
         made = torch.arange(len(empty), dtype=dtype) // GROUP
     elif spec.fill == 'nf4':

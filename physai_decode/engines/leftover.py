@@ -13,6 +13,9 @@ from physai_decode.engines import stored
 
 PREFIXES = ('model.', 'lm_head.')
 _DERIVED = ('.rotary_emb.inv_freq', '.rotary_emb.cos_cached', '.rotary_emb.sin_cached')
+# How activations and the cache are quantised, which are kept in half precision instead.
+_ACTIVATIONS = ('.input_scale', '.input_zero_point', '.output_scale', '.output_zero_point',
+                '.k_scale', '.v_scale')
 
 
 def check(checkpoint: Checkpoint, left: Iterable[str],
@@ -49,7 +52,7 @@ def check_same(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 def _is_harmless(checkpoint, name):
     entry = checkpoint.tensors[name]
-    if name.endswith(_DERIVED):
+    if name.endswith(_DERIVED + _ACTIVATIONS):
         return True
     if name.endswith('.bias'):
         return not stored.read(entry).any()

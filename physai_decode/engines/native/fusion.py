@@ -5,9 +5,12 @@ Where their forms differ, or do not fit together, nothing is stacked: what can't
 form is for the caller to make dense.
 """
 
+from dataclasses import replace
+
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import TILE_ROWS
 import torch
 from torch import Tensor
@@ -23,7 +26,10 @@ def fuse(parts: list[Linear], paired: bool = False) -> Linear | None:
     if len(parts) == 1:
         return parts[0]
     int4 = [part for part in parts if isinstance(part, Int4)]
-    return _int4(int4, paired) if len(int4) == len(parts) else None
+    if len(int4) == len(parts):
+        return _int4(int4, paired)
+    scaled = [part for part in parts if isinstance(part, Scaled)]
+    return _scaled(scaled, paired) if len(scaled) == len(parts) else None
 
 
 def densified(part: Linear, dtype: torch.dtype) -> Tensor:
@@ -61,6 +67,30 @@ def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
         scales=joined([p.scales for p in parts], 4 * half), zeros=zeros, order=first.order,
         bias=bias, out_features=sum(p.out_features for p in parts),
         in_features=first.in_features)
+
+
+def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
+    """Stack; where ``paired``, 8 rows of gate and of up take turns."""
+    first, half = parts[0], TILE_ROWS // 2
+    if (not _same_order(parts) or len({part.kind for part in parts}) > 1
+            or paired and any(part.shape[0] % half for part in parts)):
+        return None
+
+    def joined(tensors):
+        if not paired:
+            return torch.cat(tensors)
+        return torch.stack([each.unflatten(0, (-1, half)) for each in tensors], 1).flatten(0, 2)
+
+    zeros = bias = None
+    if any(part.zeros is not None for part in parts):
+        zeros = joined([torch.zeros_like(part.scales) if part.zeros is None else part.zeros
+                        for part in parts])
+    if first.bias is not None:
+        bias = joined([part.bias for part in parts if part.bias is not None])
+    # Floats of 8 bits are joined as bits: not every operation takes them.
+    values = joined([part.values.view(torch.int8) for part in parts]).view(first.values.dtype)
+    return replace(first, values=values, scales=joined([part.scales for part in parts]),
+                   zeros=zeros, bias=bias)
 
 
 def _same_order(parts):

@@ -740,9 +740,7 @@ class TritonOps(TorchOps):
 
 def _shape(weight, gain, gated):
     n, k = weight.shape
-    kind = f'int4-g{weight.group_size}' if isinstance(weight, Int4) else str(
-        weight.weight.dtype).removeprefix('torch.')
-    return Shape(n, k, kind, gated, gain is not None)
+    return Shape(n, k, weight.kind, gated, gain is not None)
 
 
 def _heads(layer):

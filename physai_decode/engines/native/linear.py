@@ -1,7 +1,7 @@
 """
-The two forms in which the engine keeps a projection: dense, and 4-bit integers in groups.
+The forms in which the engine keeps a projection: dense, 4-bit integers in groups, 8 bits scaled.
 
-Both have out_features rows and in_features columns, whatever they were fused from. ``apply`` is
+All have out_features rows and in_features columns, whatever they were fused from. ``apply`` is
 the large matrix product of the prefill and, on one row, the reference of the decode kernels.
 """
 
@@ -27,6 +27,11 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """What of the form a kernel's speed depends on."""
+        return str(self.weight.dtype).removeprefix('torch.')
 
     @property
     def read_bytes(self) -> int:
@@ -83,6 +88,11 @@ class Int4:
         return self.packed.shape[2] // TILE_ROWS
 
     @property
+    def kind(self) -> str:
+        """What of the form a kernel's speed depends on."""
+        return f'int4-g{self.group_size}'
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that one product with a vector reads."""
         return _bytes(self.packed, self.scales, self.zeros, self.order, self.bias)
@@ -125,7 +135,80 @@ class Int4:
         return out
 
 
-Linear = Dense | Int4
+@dataclass(frozen=True)
+class Scaled:
+    """
+    Weights of 8 bits, with a scale for each row and group of columns.
+
+    The columns are in the order of their groups (``order`` gives each one's place in the input).
+    Where gate and up are fused 8 rows of each take turns, as in an `Int4`.
+
+    ``values`` int8 or float8_e4m3fn [N, K]; ``scales`` float32 [N, groups]; ``zeros`` float32
+    likewise, or None where all are 0; ``order`` int32 [K] or None; ``bias`` [N] or None.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+    group_size: int         # columns that share a scale: 32, 64, 128, or all
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.values.shape[1]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are floats."""
+        return self.values.is_floating_point()
+
+    @property
+    def kind(self) -> str:
+        """What of the form a kernel's speed depends on."""
+        return f'{"float8" if self.is_float else "int8"}-g{self.group_size}'
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one product with a vector reads."""
+        return _bytes(self.values, self.scales, self.zeros, self.order, self.bias)
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
+        return gate, up
+
+    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Give some rows dense, [rows, K], with the columns in the order of their groups."""
+        def by_column(values):
+            return values[rows].repeat_interleave(self.group_size, 1)[:, :self.in_features]
+
+        dense = self.values[rows].float()
+        if self.zeros is not None:
+            dense.sub_(by_column(self.zeros))
+        return dense.mul_(by_column(self.scales)).to(dtype)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
+        if self.order is not None:
+            x = x[..., self.order]
+        rows, columns = self.shape
+        piece = max(1, DEQUANTISE_BYTES // (4 * columns))
+        out = x.new_empty(*x.shape[:-1], rows)
+        for start in range(0, rows, piece):
+            some = slice(start, start + piece)
+            bias = None if self.bias is None else self.bias[some]
+            out[..., some] = F.linear(x, self.dequantise(some, x.dtype), bias)
+        return out
+
+
+Linear = Dense | Int4 | Scaled
 
 
 def fragments(words: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from physai_decode.engines.native.linear import Dense
-from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.sampling import HostSampler
 from physai_decode.engines.sampling import Sampler
 import torch
@@ -60,7 +60,7 @@ class TorchOps:
         """Write row ``token`` int64 [1] of ``table`` [vocab, hidden] to ``x``."""
         x.copy_(table.index_select(0, token)[0])
 
-    def linear(self, x: Tensor, weight: Dense | Int4, out: Tensor, *,
+    def linear(self, x: Tensor, weight: Linear, out: Tensor, *,
                gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
         """Write (or add) the product of ``x`` [K], normed if there is a gain, to ``out`` [N]."""
         x = self._input(x, gain, eps)
@@ -75,13 +75,13 @@ class TorchOps:
         else:
             out.copy_(product)
 
-    def gated(self, x: Tensor, weight: Dense | Int4, out: Tensor, gain: Tensor,
+    def gated(self, x: Tensor, weight: Linear, out: Tensor, gain: Tensor,
               eps: float) -> None:
         """Write silu(gate) * up to ``out`` [N]; ``weight`` [2 N, K] has the rows of both."""
         gate, up = weight.halves(weight.apply(self._input(x, gain, eps)))
         torch.mul(F.silu(gate), up, out=out.view_as(gate))
 
-    def apply(self, x: Tensor, weight: Dense | Int4) -> Tensor:
+    def apply(self, x: Tensor, weight: Linear) -> Tensor:
         """Multiply ``x`` [tokens, K], or [K], by ``weight`` in one large product; [tokens, N]."""
         return weight.apply(x)
 

@@ -1,5 +1,5 @@
 """
-Integers of four bits, as formats of checkpoints have them, repacked for the matrix units.
+Numbers of 4 and 8 bits, as formats of checkpoints have them, in the form that the engine reads.
 
 Knows no format: what comes in are plain numbers, one an element.
 """
@@ -7,6 +7,7 @@ Knows no format: what comes in are plain numbers, one an element.
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import TILE_ROWS
 import torch
 from torch import Tensor
@@ -31,10 +32,7 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     order = group_order(g_idx, size, columns)
     if order is not None:
         nibbles = nibbles[order.long()]
-    kernel_group = next((g for g in reversed(GROUP_SIZES) if size % g == 0), 0)
-    if not kernel_group:
-        raise EngineError(f'its groups of {size} columns are no multiple of 32; '
-                          'set engine.name to transformers')
+    kernel_group = _kernel_group(size)
     half = scales.half()
     if not (half.float() - scales.float()).norm() <= ROUNDING * scales.float().norm():
         raise EngineError(f'its scales, {scales.abs().min():g} to {scales.abs().max():g}, are not '
@@ -59,6 +57,48 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
         order=order, bias=None, out_features=rows, in_features=columns)
 
 
+def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
+          g_idx: Tensor | None = None) -> Scaled:
+    """
+    Take one projection of 8 bits; a weight is scale * (value - zero).
+
+    :param values: int8 or float8_e4m3fn [N, K].
+    :param scales: float [N, groups].
+    :param zeros: integers [N, groups]; None where all are 0.
+    :param size: columns of a group.
+    :param g_idx: each column's group, int [K]; None where they are in turn.
+    :raises EngineError: the groups do not fit the shapes, or a value is no number.
+    """
+    columns = values.shape[1]
+    if values.is_floating_point() and bool((values.view(torch.int8) & 0x7F == 0x7F).any()):
+        raise EngineError('it has weights that are not numbers: download the model again')
+    order = group_order(g_idx, size, columns)
+    if order is not None:
+        values = values.view(torch.int8)[:, order.long()].view(values.dtype)
+    if zeros is not None and not bool(zeros.any()):
+        zeros = None
+    if scales.shape[1] == 1 and zeros is None:
+        kernel_group = columns
+    else:
+        kernel_group = _kernel_group(size)
+        times = -(-columns // kernel_group) if scales.shape[1] == 1 else size // kernel_group
+        scales = scales.repeat_interleave(times, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(times, 1).float().contiguous()
+    groups = -(-columns // kernel_group)        # the last of the checkpoint's may be short
+    return Scaled(
+        values.contiguous(), scales[:, :groups].float().contiguous(),
+        None if zeros is None else zeros[:, :groups].contiguous(), order, None, kernel_group)
+
+
+def _kernel_group(size):
+    """Give the largest of the kernels' groups into which one of the checkpoint is split."""
+    for group in reversed(GROUP_SIZES):
+        if size % group == 0:
+            return group
+    raise EngineError(f'its groups of {size} columns are no multiple of 32; '
+                      'set engine.name to transformers')
+
+
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     """
     Split int32 ``words`` of two dimensions, in which the lowest bits come first; gives uint8.
@@ -70,6 +110,11 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     last = words.unsqueeze(2) if dim == 1 else words.t().unsqueeze(2)
     numbers = (last >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(1)
     return numbers if dim == 1 else numbers.t()
+
+
+def signed(values: Tensor) -> Tensor:
+    """Give uint8 less 128, as int8."""
+    return (values ^ 0x80).view(torch.int8)
 
 
 def group_order(g_idx: Tensor | None, size: int, columns: int) -> Tensor | None:

@@ -17,9 +17,11 @@ import math
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import prefill_kernels as kernels
+from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.transformer import Transformer
 import torch
@@ -297,7 +299,8 @@ class Prefill:
             count = rows.stop - rows.start
             out = self._parts.view(x.dtype)[:tokens * count].view(tokens, count)
             torch.mm(x[:tokens * k].view(tokens, k), weights.t(), out=out)
-            self._silu_up(out, 1, tokens, weight, rows, isinstance(weight, Int4), placed)
+            self._silu_up(out, 1, tokens, weight, rows, not isinstance(weight, Dense),
+                          placed)
 
     def _silu_up(self, parts, splits, tokens, weight, rows, paired, placed):
         width, bias = (rows.stop - rows.start) // 2, weight.bias
@@ -328,8 +331,8 @@ class Prefill:
         """
         Give the rows of a weight dense, piece by piece, each with which rows it has.
 
-        An `Int4` is unpacked on a stream of its own, as far ahead as there are slots for: while
-        the kernels of the chunk compute, the memory has time.
+        Another weight is unpacked on a stream of its own, as far ahead as there are slots for:
+        while the kernels of the chunk compute, the memory has time.
         """
         if isinstance(weight, Dense):
             yield weight.weight, slice(0, weight.shape[0])
@@ -354,6 +357,9 @@ class Prefill:
             self._free[self._turn] = _now()
 
     def _unpack(self, weight, part, rows):
+        if isinstance(weight, Scaled):
+            scaled_kernels.widen(weight, rows, part)
+            return
         blocks = weight.packed.shape[1]
         kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
             weight.packed, weight.scales,
@@ -394,7 +400,7 @@ class Prefill:
                 and self._choice(weight, tokens, gated).rows > 0)
 
     def _in_order(self, x, weight, tokens, gated=False):
-        """Bring the input into the order of an `Int4`'s columns, where it has one."""
+        """Bring the input into the order of a weight's columns, where it has one."""
         if not _is_ordered(weight):
             return x
         k = weight.in_features
@@ -496,21 +502,21 @@ class Prefill:
                             rows -= full
                         most = max(most, tokens * rows * splits)
                         continue
-                    if gated and isinstance(weight, Int4):
+                    if gated and not isinstance(weight, Dense):
                         rows = min(rows, self._unpacked_rows(weight))
                     most = max(most, triton.cdiv(tokens * rows * element, 4))
         return most
 
     def _most_unpacked(self):
-        """Give the weights that the largest piece of an `Int4` for the library has."""
+        """Give the weights that the largest piece has that is unpacked for the library."""
         return max((self._unpacked_rows(weight) * weight.in_features
                     for layer in self._t.weights.layers for weight in _of(layer)
-                    if isinstance(weight, Int4) and any(
+                    if not isinstance(weight, Dense) and any(
                         not self._choice(weight, tokens, weight is layer.gate_up).rows
                         for tokens in self.sizes)), default=0)
 
     def _unpacked_rows(self, weight):
-        """Give how many rows of an `Int4` are unpacked at a time: even pieces of whole tiles."""
+        """Give how many rows of a weight are unpacked at a time: even pieces of whole tiles."""
         n, k = weight.shape
         most = max(UNPACKED_ROWS, UNPACKED_BYTES // (k * self._t.keys.element_size()))
         pieces = triton.cdiv(n, most)
@@ -526,7 +532,7 @@ def _now():
 
 def key(weight: Linear, tokens: int, gated: bool) -> object:
     """Give what a product's choice depends on."""
-    kind = f'int4-g{weight.group_size}' if isinstance(weight, Int4) else 'dense'
+    kind = 'dense' if isinstance(weight, Dense) else weight.kind
     return (*weight.shape, kind, gated, tokens)
 
 
@@ -539,6 +545,8 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
     """
     n, k = weight.shape
     packed = isinstance(weight, Int4)
+    if isinstance(weight, Scaled):
+        return LIBRARY
     if not packed and (tokens > 128 or not gated and (
             tokens == 64 and n > k or tokens == 128 and n >= k)):
         return LIBRARY
@@ -586,5 +594,5 @@ def _of(layer):
 
 
 def _is_ordered(weight):
-    return isinstance(weight, Int4) and weight.order is not None
+    return not isinstance(weight, Dense) and weight.order is not None
 

@@ -15,6 +15,9 @@ from physai_decode.engines import stored
 import torch
 from torch import Tensor
 
+# How far random numbers deviate that are stored as such a type; I32 has uniform nibbles.
+_DEVIATION = {'I32': 4.61, 'I8': 73.6, 'F8_E4M3': 1.0}
+
 
 class Source(Protocol):
     """Where tensors come from."""
@@ -74,23 +77,35 @@ class Random:
 
         :raises EngineError: it is not described, or with another shape than config.json implies.
         """
-        _checked(self._entries, name, shape)
+        entry = _checked(self._entries, name, shape)
         kind = name.rsplit('.', 1)[-1]
         if kind == 'qzeros':
             return torch.full(shape, self._zero, dtype=torch.int32, device=self._device)
-        if kind in ('qweight', 'weight_packed'):
-            words = torch.randint(-2**31, 2**31, shape, dtype=torch.int32,
-                                  device=self._device, generator=self._generator)
+        if entry.dtype == 'I32':
+            words = self._integers(-2**31, 2**31, shape, torch.int32)
             # A nibble of 0 becomes 8, the zero point: a mean other than 0 would add up.
             empty = ~(words | words >> 1 | words >> 2 | words >> 3) & 0x11111111
             return words | empty << 3
-        if 'scale' in kind:
+        if entry.dtype == 'I8':
+            return self._integers(-127, 128, shape, torch.int8)
+        if entry.dtype == 'F8_E4M3':
+            return torch.empty(shape, dtype=torch.float16, device=self._device).normal_(
+                generator=self._generator).to(torch.float8_e4m3fn)
+        if kind == 'weight_shape':
+            rows, words = self._entries[f'{name.removesuffix("shape")}packed'].shape
+            return torch.tensor([rows, 8 * words])
+        if kind in ('scales', 'weight_scale', 'weight_scale_inv'):
             noise = torch.rand(shape, device=self._device, generator=self._generator)
-            return ((0.9 + 0.2 * noise) * 0.02 / 4.61).half()   # uniform 4 bits deviate by 4.61
+            weight = self._entries.get(f'{name.removesuffix(kind)}weight')
+            return (0.9 + 0.2 * noise) * 0.02 / _DEVIATION[weight.dtype if weight else 'I32']
         if name.endswith('norm.weight'):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         values = torch.empty(shape, dtype=self._dtype, device=self._device)
         return values.normal_(0.0, 0.02, generator=self._generator)
+
+    def _integers(self, least, end, shape, dtype):
+        return torch.randint(least, end, shape, dtype=dtype, device=self._device,
+                             generator=self._generator)
 
 
 def _checked(entries, name, shape):

@@ -5,13 +5,18 @@ Read are weights alone: activations stay in half precision, whatever the config 
 Bits, groups and zero points of a module show in its tensors. Of ``pack-quantized``:
 ``weight_packed`` int32 [N, K / 8], numbers from 0 on; ``weight_scale`` [N, groups];
 ``weight_zero_point`` int32 [N / 8, groups], likewise; ``weight_g_idx`` int32 [K];
-``weight_shape`` [2].
+``weight_shape`` [2]. Of ``int-quantized``: ``weight`` and ``weight_zero_point`` int8, else the
+same. Of ``float-quantized``: ``weight`` float8_e4m3fn, ``weight_scale`` of a tensor, of rows or of
+blocks.
 """
 
 from typing import Any
 
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
+from physai_decode.engines.native.formats.fp8 import FLOAT8
+from physai_decode.engines.native.formats.fp8 import of_blocks
+from physai_decode.engines.native.formats.fp8 import of_rows
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
 from physai_decode.engines.native.linear import Linear
@@ -22,7 +27,10 @@ import torch
 
 _NAME = 'compressed-tensors'
 # By a layout's name what its weights are: type, bits, strategies.
-_RUN = {'pack-quantized': ('int', (4,), ('group', 'channel'))}
+_RUN = {
+    'pack-quantized': ('int', (4, 8), ('group', 'channel')),
+    'int-quantized': ('int', (8,), ('group', 'channel', 'tensor')),
+    'float-quantized': ('float', (8,), ('channel', 'tensor', 'block'))}
 
 
 class CompressedTensors:
@@ -46,29 +54,69 @@ class CompressedTensors:
         every = [_check(settings, part(groups, name)) for name in groups]
         self.dtype = torch.float16 if any(bits == 4 for bits, _ in every) else None
         self._sizes = [size for _, size in every]
+        self._blocks = [part(part(groups, name), 'weights')['block_structure'] for name in groups
+                        if part(part(groups, name), 'weights').get('strategy') == 'block']
 
     def holds(self, source: Source, module: str) -> bool:
         """See `Format`."""
-        return source.entry(f'{module}.weight_packed') is not None
+        plain = source.entry(f'{module}.weight')
+        return (source.entry(f'{module}.weight_packed') is not None
+                or plain is not None and plain.dtype in ('I8', FLOAT8))
 
     def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
         """See `Format`."""
+        if source.entry(f'{module}.weight_packed') is None:
+            return self._eight(source, module, rows, columns)
         shape = source.get(f'{module}.weight_shape', (2,)).tolist()
         if shape != [rows, columns]:
             raise EngineError(f'weight_shape is {shape}, config.json implies {[rows, columns]}: '
                               'they do not belong together')
         groups, size = self._groups(source, module, columns)
         scales = source.get(f'{module}.weight_scale', (rows, groups)).t()
+        packed = source.entry(f'{module}.weight_packed')
+        bits = 8 if packed and packed.shape[-1] == -(-columns // 4) else 4
+        each = 32 // bits
         values = packing.unpack(
-            source.get(f'{module}.weight_packed', (rows, -(-columns // 8))), 4, 1)
+            source.get(f'{module}.weight_packed', (rows, -(-columns // each))), bits, 1)
         zeros = None
         if source.entry(f'{module}.weight_zero_point') is not None:
-            stored = source.get(f'{module}.weight_zero_point', (-(-rows // 8), groups))
-            zeros = packing.unpack(stored, 4, 0)[:rows].t()
+            stored = source.get(f'{module}.weight_zero_point', (-(-rows // each), groups))
+            zeros = packing.unpack(stored, bits, 0)[:rows].t()
         g_idx = None
         if source.entry(f'{module}.weight_g_idx') is not None:
             g_idx = source.get(f'{module}.weight_g_idx', (columns,))
-        return packing.pack(values[:, :columns].t(), scales, zeros, size, g_idx)
+        values = values[:, :columns]
+        if bits == 4:
+            return packing.pack(values.t(), scales, zeros, size, g_idx)
+        return packing.scale(packing.signed(values), scales.t(), None if zeros is None else
+                             packing.signed(zeros.t()), size, g_idx)
+
+    def _eight(self, source, module, rows, columns):
+        values = source.get(f'{module}.weight', (rows, columns))
+        name = f'{module}.weight_scale'
+        entry = source.entry(name)
+        if entry is None or len(entry.shape) < 2 or entry.shape[1] == 1 and \
+                entry.shape[0] in (1, rows):
+            scales, size = of_rows(source, name, rows), columns
+        elif values.is_floating_point():
+            fits = (block for block in self._blocks
+                    if entry.shape == (-(-rows // block[0]), -(-columns // block[1])))
+            high, size = next(fits, self._blocks[0] if self._blocks else (1, columns))
+            scales = of_blocks(source, name, rows, columns, high, size)
+        else:
+            groups, size = self._groups(source, module, columns)
+            scales = source.get(name, (rows, groups))
+        zeros, zero_name = None, f'{module}.weight_zero_point'
+        zero = source.entry(zero_name)
+        if zero is not None:
+            if values.is_floating_point():
+                if source.get(zero_name, zero.shape).float().any():
+                    raise EngineError('its floats have zero points: download the model again')
+            elif scales.shape[1] == 1:
+                zeros = of_rows(source, zero_name, rows)
+            else:
+                zeros = source.get(zero_name, tuple(scales.shape))
+        return packing.scale(values, scales, zeros, size)
 
     def _groups(self, source, module, columns):
         """Give how many groups of columns a module has, and of how many columns."""
@@ -95,6 +143,8 @@ def _check(settings, group):
     if weights.get('strategy') not in strategies:
         raise refusal(f'{_NAME} {layout} weights by {weights.get("strategy")!r}',
                       ', '.join(strategies))
+    if weights['strategy'] == 'block':
+        check_group(_NAME, weights['block_structure'][1])
     if weights['strategy'] == 'group':
         check_group(_NAME, weights.get('group_size'))
     return weights['num_bits'], weights['group_size'] if weights['strategy'] == 'group' else -1

@@ -2,26 +2,24 @@
 GPTQ checkpoints, as AutoGPTQ and GPTQModel write them.
 
 Of 4 bits: ``qweight`` int32 [K / 8, N], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N],
-``g_idx`` int32 [K]. The format ``gptq`` stores zeros less one, ``gptq_v2`` as they are. Frantar et
-al., arXiv 2210.17323.
+``g_idx`` int32 [K]. Of 8 bits a word has 4 numbers instead of 8. The format ``gptq`` stores zeros
+less one, ``gptq_v2`` as they are. Frantar et al., arXiv 2210.17323.
 """
 
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
-from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import part
 from physai_decode.model_config import Quantization
 import torch
 
-BITS = (4,)
+BITS = (4, 8)
 
 
 class Gptq:
     """GPTQ with one setting for all modules, or with rules for some of them."""
-
-    dtype = torch.float16       # its scales', and the kernel has less to do in it
 
     def __init__(self, quantized: Quantization) -> None:
         """
@@ -41,13 +39,15 @@ class Gptq:
             if bits not in BITS:
                 raise refusal(f'GPTQ of {bits!r} bits', ' and '.join(map(str, BITS)))
             check_group('GPTQ', size)
+        # The scales of 4 bits are float16, and the kernel has less to do in it.
+        self.dtype = torch.float16 if quantized.bits == 4 else None
         self._zeros_less_one = quantized.layout == 'gptq'
 
     def holds(self, source: Source, module: str) -> bool:
         """See `Format`."""
         return source.entry(f'{module}.qweight') is not None
 
-    def read(self, source: Source, module: str, rows: int, columns: int) -> Int4:
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
         """See `Format`."""
         bits, size = self._setting(source, module, columns)
         groups = -(-columns // size)
@@ -62,7 +62,10 @@ class Gptq:
         if self._zeros_less_one:
             zeros = (zeros + 1) & (1 << bits) - 1
         scales = source.get(f'{module}.scales', (groups, rows))
-        return packing.pack(values, scales, zeros, size, g_idx)
+        if bits == 4:
+            return packing.pack(values, scales, zeros, size, g_idx)
+        return packing.scale(
+            packing.signed(values.t()), scales.t(), packing.signed(zeros.t()), size, g_idx)
 
     def _setting(self, source, module, columns):
         """Give the bits and the group size of a module: those that its tensors have."""

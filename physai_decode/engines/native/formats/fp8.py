@@ -1,0 +1,81 @@
+"""
+Floats of 8 bits as the method fp8 has them: by blocks, as Qwen and DeepSeek publish, or AutoFP8's.
+
+``weight`` float8_e4m3fn [N, K]; by blocks ``weight_scale_inv`` [N / block, K / block], by which a
+weight is multiplied, for all its name; else ``weight_scale`` of the whole tensor or of its rows.
+Activations stay in half precision, whatever the config says of them.
+"""
+
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import packing
+from physai_decode.engines.native.formats.refusal import check_group
+from physai_decode.engines.native.formats.refusal import refusal
+from physai_decode.engines.native.linear import Scaled
+from physai_decode.engines.native.source import Source
+from physai_decode.model_config import Quantization
+from torch import Tensor
+
+FLOAT8 = 'F8_E4M3'
+
+
+class Fp8:
+    """Floats E4M3, in blocks or not."""
+
+    dtype = None
+
+    def __init__(self, quantized: Quantization) -> None:
+        """
+        Take what a checkpoint says of its quantisation.
+
+        :raises EngineError: naming what the native engine does not run.
+        """
+        kind = quantized.settings.get('fmt', 'e4m3')
+        if str(kind).lower() not in ('e4m3', 'float8_e4m3fn'):
+            raise refusal(f'fp8 of the kind {kind!r}', 'e4m3')
+        self._block = quantized.settings.get('weight_block_size')
+        if self._block is not None:
+            if len(self._block) != 2 or type(self._block[0]) is not int or self._block[0] < 1:
+                raise refusal(f'fp8 in blocks of {self._block!r}', 'rows and columns')
+            check_group('fp8', self._block[1])
+
+    def holds(self, source: Source, module: str) -> bool:
+        """See `Format`."""
+        entry = source.entry(f'{module}.weight')
+        return entry is not None and entry.dtype == FLOAT8
+
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Scaled:
+        """See `Format`."""
+        values = source.get(f'{module}.weight', (rows, columns))
+        if self._block is None:
+            scales = of_rows(source, f'{module}.weight_scale', rows)
+            return packing.scale(values, scales, None, columns)
+        high, wide = self._block
+        wide = columns if wide == -1 else wide
+        return packing.scale(
+            values, of_blocks(source, f'{module}.weight_scale_inv', rows, columns, high, wide),
+            None, wide)
+
+
+def of_rows(source: Source, name: str, rows: int) -> Tensor:
+    """
+    Read scales of a whole tensor, or of each row; gives [rows, 1].
+
+    :raises EngineError: they are not there, or of another shape.
+    """
+    entry = source.entry(name)
+    shape = entry.shape if entry else (rows, 1)
+    if shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        raise EngineError(f'tensor {name} has shape {list(shape)}, but {[rows, 1]} or one number '
+                          'is what config.json implies: they do not belong together')
+    return source.get(name, shape).reshape(-1, 1).expand(rows, 1)
+
+
+def of_blocks(source: Source, name: str, rows: int, columns: int, high: int,
+              wide: int) -> Tensor:
+    """
+    Read scales of blocks of ``high`` rows and ``wide`` columns; gives [rows, groups].
+
+    :raises EngineError: they are not there, or of another shape.
+    """
+    scales = source.get(name, (-(-rows // high), -(-columns // wide)))
+    return scales.repeat_interleave(high, 0)[:rows]

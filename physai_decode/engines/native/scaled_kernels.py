@@ -1,0 +1,201 @@
+"""
+Kernels for weights of 8 bits, see `Scaled`: a decode step's product, and the weights made dense.
+
+As in ``kernels``, each program owns a few rows and streams them once, and asks for its first tile
+while the kernel before still runs. The bits of a float of 8 bits are moved to where a float16 has
+them, which then is 256 times too small: no instruction that older chips lack.
+"""
+
+from physai_decode.engines.native import kernels
+from physai_decode.engines.native.kernels import TritonOps
+from physai_decode.engines.native.linear import Scaled
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_wait
+
+_finish, _silu, _store = kernels._finish, kernels._silu, kernels._store
+BLOCK = 1024        # columns that a program makes dense
+
+
+@triton.jit
+def _numbers(values, FLOAT: tl.constexpr):
+    """Turn int8 to float32; bits of a FLOAT to what they mean, divided by 256."""
+    if FLOAT:
+        # Seven places up; bit 14 would be the sign once more.
+        bits = (values.to(tl.int16) << 7) & -16512
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def _loaded(values, scales, zeros, part, columns, k, K: tl.constexpr, GROUP: tl.constexpr,
+            COLUMNS: tl.constexpr, ZEROS: tl.constexpr, BY_ROW: tl.constexpr):
+    """Load a tile [ROWS, PARTS, LENGTH] from column ``k`` on, and its groups' scales and zeros."""
+    if K % COLUMNS == 0:
+        tile = tl.load(values + k, eviction_policy='evict_first')
+    else:
+        tile = tl.load(values + k, mask=(k + columns < K)[None, :, :], other=0,
+                       eviction_policy='evict_first')
+    scale = tile
+    zero = tile
+    if not BY_ROW:
+        inside = (k + part * GROUP < K)[None, :]
+        scale = tl.load(scales + k // GROUP, mask=inside, other=0.0)
+        zero = scale
+        if ZEROS:
+            zero = tl.load(zeros + k // GROUP, mask=inside, other=0.0)
+    return tile, scale, zero
+
+
+@triton.jit
+def _scaled(tile, scale, zero, v, FLOAT: tl.constexpr, ZEROS: tl.constexpr, BY_ROW: tl.constexpr):
+    """Multiply a tile by ``v`` [PARTS, LENGTH]; scales of whole rows are left for the end."""
+    numbers = _numbers(tile, FLOAT)
+    if BY_ROW:
+        return numbers * v[None, :, :]
+    else:
+        if ZEROS:
+            numbers -= zero[:, :, None]
+        return numbers * v[None, :, :] * scale[:, :, None]
+
+
+@triton.jit
+def _input(x, gain, squares, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr,
+           NORM: tl.constexpr):
+    """Load a tile's part of ``x`` [K], times the gain, and add its squares."""
+    inside = k + columns < K
+    v = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        squares += v * v
+        v *= tl.load(gain + k + columns, mask=inside, other=0.0).to(tl.float32)
+    return v, squares
+
+
+@triton.jit
+def _whole(sums, scales, rows, FLOAT: tl.constexpr, BY_ROW: tl.constexpr):
+    """Sum up the products of the rows, and scale what is not yet."""
+    result = tl.sum(tl.sum(sums, 2), 1)
+    if BY_ROW:
+        result *= tl.load(scales + rows)
+    if FLOAT:
+        result *= 256.0
+    return result
+
+
+@triton.jit
+def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr,
+              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              STAGES: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr,
+              BY_ROW: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+              BIAS: tl.constexpr, EARLY: tl.constexpr):
+    """Multiply a `Scaled` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
+    LENGTH: tl.constexpr = COLUMNS if BY_ROW else GROUP
+    GROUPS: tl.constexpr = 1 if BY_ROW else (K + GROUP - 1) // GROUP
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, COLUMNS // LENGTH)
+    columns = part[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
+    # Rows past the end read the last row again: no mask in the loop.
+    own = tl.minimum(rows, n - 1)
+    up = own
+    if GATED:
+        own = own // 8 * 16 + own % 8
+        up = own + 8
+    place = own.to(tl.int64)[:, None, None] * K + columns[None, :, :]
+    up_place = up.to(tl.int64)[:, None, None] * K + columns[None, :, :]
+    group = own[:, None] * GROUPS + part[None, :]
+    up_group = up[:, None] * GROUPS + part[None, :]
+    sums = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH), tl.float32)
+    more = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH), tl.float32)
+    squares = tl.zeros((COLUMNS // LENGTH, LENGTH), tl.float32)
+    tile, scale, zero = _loaded(values + place, scales + group, zeros + group, part, columns, 0, K,
+                                GROUP, COLUMNS, ZEROS, BY_ROW)
+    up_tile, up_scale, up_zero = tile, scale, zero
+    if GATED:
+        up_tile, up_scale, up_zero = _loaded(
+            values + up_place, scales + up_group, zeros + up_group, part, columns, 0, K, GROUP,
+            COLUMNS, ZEROS, BY_ROW)
+    if EARLY:
+        gdc_wait()
+    v, squares = _input(x, gain, squares, columns, 0, K, COLUMNS, NORM)
+    sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW)
+    if GATED:
+        more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW)
+    for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
+        tile, scale, zero = _loaded(values + place, scales + group, zeros + group, part, columns,
+                                    k, K, GROUP, COLUMNS, ZEROS, BY_ROW)
+        v, squares = _input(x, gain, squares, columns, k, K, COLUMNS, NORM)
+        sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW)
+        if GATED:
+            up_tile, up_scale, up_zero = _loaded(
+                values + up_place, scales + up_group, zeros + up_group, part, columns, k, K, GROUP,
+                COLUMNS, ZEROS, BY_ROW)
+            more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW)
+    if EARLY:
+        gdc_launch_dependents()
+    square = tl.sum(tl.sum(squares, 1), 0)
+    sums = _whole(sums, scales, own, FLOAT, BY_ROW)
+    result = _finish(sums, square, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
+    if GATED:
+        more = _whole(more, scales, up, FLOAT, BY_ROW)
+        result = _silu(result) * _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
+    _store(out, rows, n, result, ADD)
+
+
+@triton.jit
+def _widen(values, scales, zeros, out, first, K: tl.constexpr, GROUP: tl.constexpr,
+           GROUPS: tl.constexpr, BLOCK: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr):
+    """Write BLOCK columns of a row of a `Scaled` to ``out`` [rows, K], row 0 being ``first``."""
+    row = (first + tl.program_id(0)).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < K
+    numbers = _numbers(tl.load(values + row * K + columns, mask=inside, other=0), FLOAT)
+    if FLOAT:
+        numbers *= 256.0
+    group = row * GROUPS + columns // GROUP
+    if ZEROS:
+        numbers -= tl.load(zeros + group, mask=inside, other=0.0)
+    numbers *= tl.load(scales + group, mask=inside, other=0.0)
+    tl.store(out + tl.program_id(0).to(tl.int64) * K + columns,
+             numbers.to(out.dtype.element_ty), mask=inside)
+
+
+def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
+    """Write some rows of a weight dense to ``out`` [rows, K], columns by group."""
+    k = weight.in_features
+    _widen[(rows.stop - rows.start, triton.cdiv(k, BLOCK))](
+        *_pointers(weight), out, rows.start, K=k, GROUP=weight.group_size,
+        GROUPS=weight.scales.shape[1], BLOCK=BLOCK, FLOAT=weight.is_float,
+        ZEROS=weight.zeros is not None, num_warps=4)
+
+
+class ScaledOps(TritonOps):
+    """The step's operations as kernels, on weights of 8 bits too."""
+
+    def _product(self, x, weight, out, gain, eps, add, gated):
+        if not isinstance(weight, Scaled):
+            super()._product(x, weight, out, gain, eps, add, gated)
+            return
+        shape = kernels._shape(weight, gain, gated)
+        choice = self._choices.get(shape) or kernels._choices(shape)[0]
+        if weight.order is not None:
+            x, gain = self._prepared(x, weight, gain, eps), None
+        self._current.discard(out.data_ptr())
+        n, bias = out.shape[0], weight.bias
+        _multiply[(triton.cdiv(n, choice.rows),)](
+            x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
+            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows,
+            COLUMNS=choice.columns, STAGES=choice.stages, FLOAT=weight.is_float,
+            ZEROS=weight.zeros is not None,
+            BY_ROW=weight.scales.shape[1] == 1 and weight.zeros is None, NORM=gain is not None,
+            GATED=gated, ADD=add, BIAS=bias is not None, EARLY=self._early,
+            **self._launch(choice.warps))
+
+
+def _pointers(weight):
+    """Give values, scales and zeros; a pointer that is not used still has to be one."""
+    return (weight.values.view(torch.int8), weight.scales,
+            weight.scales if weight.zeros is None else weight.zeros)
