@@ -15,11 +15,12 @@ from physai_decode.engines.native import architecture
 from physai_decode.engines.native import prefill
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
-from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Choice
 from physai_decode.engines.native.prefill import Prefill
+from physai_decode.engines.native.scaled_kernels import ScaledOps
 from physai_decode.engines.native.transformer import Transformer
+import random_formats
 import random_gptq
 import random_model
 
@@ -42,7 +43,7 @@ def load(folder, dtype=torch.float32):
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
                           checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
-            for ops in (TritonOps(DEVICE, splits=2), TorchOps(on_host=False))]
+            for ops in (ScaledOps(DEVICE, splits=2), TorchOps(on_host=False))]
 
 
 def error(got, expected):
@@ -89,6 +90,16 @@ def test_gptq(tmp_path, form, library, monkeypatch):
     folder = tmp_path / 'model'
     random_gptq.save(folder, 'qwen2', 0, **form)
     check(folder, (7, 30), 2e-5)
+
+
+@pytest.mark.parametrize('form', [
+    random_formats.int8(-1, symmetric=False), random_formats.float8('block'),
+    random_formats.packed(8, 32, act_order=True)])
+def test_8_bits(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
+    monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
+    random_formats.save(tmp_path / 'model', 'qwen2', form)
+    check(tmp_path / 'model', (7, 30), 2e-5)
 
 
 def test_heads_of_96_and_three_queries_a_key(tmp_path):
