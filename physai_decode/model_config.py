@@ -312,5 +312,6 @@ def _quantization_name(found, method, bits, size):
         return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
     name = method
     if bits is not None:
-        name += f'-{bits}bpw' if method == 'exl2' else f'-int{bits}'
+        kind = _shared(found, 'type') or '' if method == 'compressed-tensors' else 'int'
+        name += f'-{bits}bpw' if method == 'exl2' else f'-{kind}{bits}'
     return f'{name}-g{size}' if isinstance(size, int) and size > 0 else name

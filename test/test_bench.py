@@ -568,7 +568,9 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
 
 @pytest.mark.parametrize(('engine', 'quantization', 'written'), [
     ('native', 'none', False), ('native', 'gptq', False), ('transformers', 'none', False),
-    ('native', 'gptq', True)])
+    ('native', 'gptq', True),
+    *(('native', kind, written) for kind in ('awq', 'w4a16', 'w8a16', 'fp8')
+      for written in (False, True))])
 def test_engines_run_random_weights(tmp_path, engine, quantization, written):
     pytest.importorskip('torch')
     from physai_decode import engines

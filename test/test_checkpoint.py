@@ -379,6 +379,13 @@ def test_context_limit(folder, config, limit):
     ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
      'bitsandbytes-nf4'),
     ({'quant_method': 'bitsandbytes', 'load_in_8bit': True}, 'bitsandbytes-int8'),
+    *(({'quant_method': 'compressed-tensors', 'config_groups': {
+        name: {'weights': {'num_bits': bits, 'type': kind, 'group_size': size}}
+        for name, (kind, bits, size) in groups.items()}}, f'compressed-tensors{told}')
+      for groups, told in (
+          ({'0': ('int', 4, 128)}, '-int4-g128'), ({'0': ('float', 8, None)}, '-float8'),
+          ({'0': ('int', 4, 128), '1': ('int', 4, 32)}, '-int4'),
+          ({'0': ('int', 4, 128), '1': ('int', 8, 128)}, '-g128'))),
     ({'quant_method': 'fp8'}, 'fp8')])
 def test_quantization_names(folder, quantization, name):
     write_json(folder / 'config.json', {**CONFIG, 'quantization_config': quantization})
