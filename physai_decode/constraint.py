@@ -25,6 +25,7 @@ from physai_decode.request import RequestError
 from physai_decode.text import TextError
 
 MAX_BYTES = 262_144             # of a schema or a grammar
+KEPT = 8                        # constraints that are kept compiled
 # Between two parts of JSON; without a bound, a model can go on with blanks for ever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
 # Keywords of JSON Schema: those that every answer keeps, and those that ask for nothing.
@@ -63,6 +64,7 @@ class Vocabulary:
             raise ConstraintError(
                 f'an answer can not be constrained: {error}: pip install llguidance') from error
         self._library, self._size, self._end_ids = llguidance, size, tuple(end_ids)
+        self._kept: dict[str, Constraint] = {}      # the one used last comes last
         least = max(tokenizer.get_vocab().values(), default=0) + 1      # it may have more ids
         try:
             self._tokenizer = llguidance.LLTokenizer(
@@ -75,13 +77,20 @@ class Vocabulary:
 
     def constraint(self, form: Form) -> 'Constraint':
         """
-        Compile a constraint, for one answer.
+        Give a constraint, before all tokens, for one answer at a time.
+
+        The last `KEPT` are not compiled again: their masks come sooner, too.
 
         :raises ConstraintError: it can't be kept, or is too large; the message names the field.
         """
         matcher = self._library.LLMatcher
         try:
-            compiled = matcher(self._tokenizer, self._grammar(form), log_level=0)
+            grammar = self._grammar(form)
+            constraint = self._kept.pop(grammar, None)
+            if constraint is not None and constraint.reset():
+                self._kept[grammar] = constraint
+                return constraint
+            compiled = matcher(self._tokenizer, grammar, log_level=0)
         except ConstraintError:
             raise
         except Exception as error:          # of the library's parsers, written in Python and Rust
@@ -89,7 +98,10 @@ class Vocabulary:
         reason = compiled.get_error() or '; '.join(compiled.get_grammar_warnings())
         if reason:
             raise ConstraintError(f'{form.name} can not be used: {" ".join(reason.split())}')
-        return Constraint(compiled, self._size, self._end_ids)
+        self._kept[grammar] = constraint = Constraint(compiled, self._size, self._end_ids)
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return constraint
 
     def _grammar(self, form: Form) -> str:
         """Give what the library compiles."""
@@ -170,11 +182,10 @@ class Constraint:
         if count and not self._matcher.rollback(count):
             raise self._error()
 
-    def reset(self) -> None:
-        """Take all tokens back."""
+    def reset(self) -> bool:
+        """Take all tokens back; False where the library's limits were met, for good."""
         self._end_taken = False
-        if not self._matcher.reset():
-            raise self._error()
+        return bool(self._matcher.reset())
 
     def _error(self) -> ConstraintError:
         reason = ' '.join(self._matcher.get_error().split())

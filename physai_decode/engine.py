@@ -100,8 +100,8 @@ class Constraint(Protocol):
         """Take the last ``count`` tokens back."""
         ...
 
-    def reset(self) -> None:
-        """Take all tokens back."""
+    def reset(self) -> bool:
+        """Take all tokens back; False where it can be used no more."""
         ...
 
 

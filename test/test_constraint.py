@@ -261,6 +261,27 @@ def test_an_end_token_that_is_text_ends_nothing_before(tokenizer):
         constraint.mask()
 
 
+def test_a_constraint_is_compiled_once(vocabulary, tokenizer):
+    form = Form('regex', 'a{3}', 'it')
+    constraint = vocabulary.constraint(form)
+    a = tokenizer.token_to_id('a')
+    constraint.accept(a)
+    assert vocabulary.constraint(form) is constraint
+    for _ in range(3):
+        assert not constraint.ended
+        constraint.accept(a)
+    assert constraint.ended
+    vocabulary.constraint(form)
+    with pytest.raises(ConstraintError):
+        constraint.accept(tokenizer.token_to_id('b'))
+    again = vocabulary.constraint(form)         # what has failed is not used again
+    again.accept(a)
+    assert again is not constraint
+    for count in range(9):
+        vocabulary.constraint(Form('regex', f'b{{{count + 1}}}', 'it'))
+    assert vocabulary.constraint(form) is not again
+
+
 def plain(prompt):
     yield from forever('"')
 
