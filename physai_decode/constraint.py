@@ -32,8 +32,8 @@ WHITESPACE = r'[ \t\n\r]{1,32}'
 ENFORCED = frozenset((
     '$ref', 'additionalItems', 'additionalProperties', 'allOf', 'anyOf', 'const', 'enum',
     'exclusiveMaximum', 'exclusiveMinimum', 'format', 'items', 'maxItems', 'maxLength',
-    'maxProperties', 'maximum', 'minItems', 'minLength', 'minProperties', 'minimum', 'multipleOf',
-    'oneOf', 'pattern', 'patternProperties', 'prefixItems', 'properties', 'required', 'type'))
+    'maxProperties', 'maximum', 'minItems', 'minLength', 'minimum', 'multipleOf', 'oneOf',
+    'pattern', 'patternProperties', 'prefixItems', 'properties', 'required', 'type'))
 ANNOTATIONS = frozenset((
     '$comment', '$defs', '$id', '$schema', 'default', 'definitions', 'deprecated', 'description',
     'examples', 'readOnly', 'title', 'writeOnly'))

@@ -1,9 +1,11 @@
 """Answers that have to have a form have it, on models that would say anything."""
 
+from contextlib import nullcontext
 from itertools import product
 import json
 from pathlib import Path
 import re
+from unittest.mock import MagicMock
 
 from fake_engine import byte_tokenizer
 from fake_engine import FakeEngine
@@ -24,6 +26,7 @@ from physai_decode.request import Request
 import pytest
 import random_model
 from tokenizers import Tokenizer
+import torch
 from worker_rig import making
 
 TOKENIZER = Path(checkpoint.__file__).parent / 'models' / 'tiny_planner' / 'tokenizer.json'
@@ -199,12 +202,51 @@ def test_other_forms(kind, content, pattern, sampling, folder, vocabulary, token
     loop.engine.close()
 
 
+class Event:
+    """What stands for an event of a device that computes at once."""
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
+def test_a_pipeline_draws_with_the_mask_of_its_own_place(
+        sampling, folder, vocabulary, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: MagicMock())
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+    loop = loop_of(NativeEngine, folder)
+    form = Form('json_schema', {'type': 'object'}, 'it')
+
+    def answers():
+        loop.forget()
+        free = [step.token_ids for step in loop.stream([5, 6, 7], sampling)]
+        return answered(loop, vocabulary, tokenizer, form, sampling), free
+
+    expected = answers()
+    loop.engine.pipeline = loop.engine.piped(False)
+    assert answers() == expected
+    loop.engine.close()
+
+
 @pytest.mark.parametrize(('kind', 'content', 'words'), [
     ('json_schema', {'not': {}}, "the keyword 'not', which is not enforced"),
     ('json_schema', {'properties': {'a': {'items': {'uniqueItems': True}}}},
      "it.properties.a.items has the keyword 'uniqueItems'"),
     ('json_schema', {'anyOf': [{'type': 'null'}, {'contains': {}}]}, r'anyOf\[1\] has'),
     ('json_schema', {'x-guidance': {'lenient': True}}, 'x-guidance'),
+    ('json_schema', {'type': 'object', 'minProperties': 2}, 'minProperties'),
     ('json_schema', {'minLenght': 3}, 'minLenght'),
     ('json_schema', {'type': 'text'}, 'text'),
     ('json_schema', {'type': 'string', 'format': 'phone'}, 'phone'),
