@@ -22,6 +22,7 @@ setup(
     install_requires=[
         'huggingface_hub',
         'jinja2>=3.1.6',
+        'llguidance>=1.9',
         'matplotlib',
         'numpy',
         'nvidia-ml-py',

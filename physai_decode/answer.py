@@ -17,10 +17,14 @@ from typing import NamedTuple
 from typing import Protocol
 
 from physai_decode.config import SamplingConfig
+from physai_decode.constraint import Constraint
+from physai_decode.constraint import ConstraintError
+from physai_decode.constraint import Vocabulary
 from physai_decode.conversation import Conversation
 from physai_decode.conversation import Turn
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
+from physai_decode.request import Form
 from physai_decode.request import JSON_NAMES
 from physai_decode.request import Message
 from physai_decode.request_queue import Ticket
@@ -66,6 +70,10 @@ class TextCoder(Protocol):
         """Give what turns the ids of one answer into text."""
         ...
 
+    def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
+        """Give what compiles constraints."""
+        ...
+
 
 class Refused(Exception):
     """The model can't take this prompt; the message says why."""
@@ -97,7 +105,7 @@ class Answer:
     def __init__(self, ticket: Ticket, loop: DecodeLoop, text: TextCoder,
                  conversation: Conversation, sampling: SamplingConfig, times: RequestRecorder,
                  emit: Callable[[TokenReport], None], alive: Callable[[], None],
-                 clock: Callable[[], float]) -> None:
+                 clock: Callable[[], float], form: Form | None = None) -> None:
         """
         Take what the answer needs.
 
@@ -105,10 +113,12 @@ class Answer:
         :param times: records its tokens.
         :param emit: gets each token's report.
         :param alive: is called for each sign of life of the engine.
+        :param form: what the answer has to look like, None for anything.
         """
         self._ticket, self._loop, self._text = ticket, loop, text
         self._conversation, self._sampling, self.times = conversation, sampling, times
         self._emit, self._alive, self._clock = emit, alive, clock
+        self._form = form
         self._pieces: list[str] = []
         self._waiting: TokenReport | None = None    # its text is not known to the end
         self._publish_s: float | None = None
@@ -123,7 +133,7 @@ class Answer:
         """
         Answer.
 
-        :raises Refused: the prompt is too long, or empty.
+        :raises Refused: the prompt is too long, or empty, or the answer's form can't be kept.
         :raises TextError: the prompt can't be encoded.
         """
         self._detokenizer = self._text.detokenizer(self._sampling.stop)
@@ -131,6 +141,10 @@ class Answer:
             return self._decode()
         except Ended as ended:
             return ended.end
+        except ConstraintError as error:
+            if not self._pieces:
+                raise
+            return End('error', str(error))
         finally:
             self._release(self._detokenizer.flush())
 
@@ -138,12 +152,13 @@ class Answer:
         if self._is_late():
             return End('deadline', 'deadline.request_ms had passed before its turn came')
         footprint, limit = self._loop.engine.footprint, self._sampling.max_new_tokens
+        constraint = self._constraint()
         prompt_ids = self._encode()
         self.times.prompt_tokens = len(prompt_ids)
         count = 0
         # Closing the generator is what cancels the engine, however this loop is left.
         with closing(cast('Generator[Step, None, None]',
-                          self._loop.stream(prompt_ids, self._sampling))) as steps:
+                          self._loop.stream(prompt_ids, self._sampling, constraint))) as steps:
             for step in steps:
                 now_s = self._clock()
                 self._alive()
@@ -154,16 +169,31 @@ class Answer:
                 for token_id in step.token_ids:
                     if token_id in footprint.eos_token_ids:
                         return End('stop', '')
-                    self._token(now_s, token_id, device_s)
+                    self._token(now_s, token_id, device_s, step.mask_s)
                     device_s = None                 # a step's time goes to its first token
                     count += 1
                     if self._detokenizer.stopped:
                         return End('stop', f'a text of {self._named("stop")} was met')
+                    if constraint is not None and constraint.ended:
+                        return End('stop', '')
                     if count == limit:
                         return End('length', f'{self._named("max_new_tokens")} is {count}')
                 if self._is_late():
                     return LATE
         return End('length', f'the context of {footprint.max_context} tokens is full')
+
+    def _constraint(self) -> Constraint | None:
+        """Compile what the answer has to look like."""
+        if self._form is None:
+            return None
+        if self._sampling.stop:
+            raise Refused(f'{self._named("stop")} can not be used with {self._form.name}, which '
+                          'says itself where the answer ends: set "stop" to [] in the request')
+        footprint = self._loop.engine.footprint
+        constraint = self._text.vocabulary(
+            footprint.vocab_size, footprint.eos_token_ids).constraint(self._form)
+        self._look_up()
+        return constraint
 
     def _named(self, setting: str) -> str:
         """Name a setting where it came from: the request's own field, or the node's parameter."""
@@ -256,11 +286,13 @@ class Answer:
         if self._ticket.end_reason:
             raise Ended(ASKED)
 
-    def _token(self, now_s: float, token_id: int, device_s: float | None) -> None:
+    def _token(self, now_s: float, token_id: int, device_s: float | None,
+               mask_s: float | None) -> None:
         """Record a token, and give it out unless its text is still open."""
         piece = self._detokenizer.push(token_id)
         self._release('')
-        report = self.times.token(now_s, token_id, piece, device_s, self._publish_s)
+        report = self.times.token(
+            now_s, token_id, piece, device_s, self._publish_s, mask_s)
         if self._detokenizer.held:
             self._waiting = report
         else:

@@ -118,6 +118,19 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class ConstraintConfig:
+    """What an answer has to look like where its request does not say it; at most one is set."""
+
+    schema_file: str = _option(
+        '', 'a file with a JSON Schema that every answer fulfils, unless its request has a '
+        'response_format or structured_outputs of its own; empty for none')
+    regex: str = _option('', 'likewise: a regular expression that the whole answer matches')
+    choice: tuple[str, ...] = _option((), 'likewise: the texts of which the answer is one')
+    grammar_file: str = _option(
+        '', 'likewise: a file with a grammar of the answer, in GBNF or the Lark form')
+
+
+@dataclass(frozen=True)
 class QueueConfig:
     """What happens to a prompt that comes while another is answered."""
 
@@ -191,6 +204,7 @@ class DecodeConfig:
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
     chat: ChatConfig = ChatConfig()
+    constraint: ConstraintConfig = ConstraintConfig()
     queue: QueueConfig = QueueConfig()
     deadline: DeadlineConfig = DeadlineConfig()
     roofline: RooflineConfig = RooflineConfig()

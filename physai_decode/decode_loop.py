@@ -15,6 +15,7 @@ import time
 
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import checked_prompt
+from physai_decode.engine import Constraint
 from physai_decode.engine import Engine
 from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import not_numbers
@@ -35,12 +36,14 @@ class Step:
     ``token_ids`` is empty between two chunks of a prompt: nothing is known yet, but the caller
     can close the iterator there. ``device_s`` is the step's time on the device in seconds (on a
     CPU the host's own), None where it is not known; for the first token it is the prefill's.
-    ``cached_tokens`` is how many of the prompt's tokens were still in the cache.
+    ``cached_tokens`` is how many of the prompt's tokens were still in the cache. ``mask_s`` is
+    what the constraint's mask took on the host, None where there is no constraint.
     """
 
     token_ids: tuple[int, ...]
     device_s: float | None = None
     cached_tokens: int = 0
+    mask_s: float | None = None
 
 
 class DecodeLoop:
@@ -72,7 +75,8 @@ class DecodeLoop:
         with self._in_doubt() as cached:
             del cached[self.engine.rewind(min(length, len(cached))):]
 
-    def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Iterator[Step]:
+    def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig,
+               constraint: Constraint | None = None) -> Iterator[Step]:
         """
         Decode after ``prompt_ids``, on the thread that iterates.
 
@@ -80,12 +84,16 @@ class DecodeLoop:
         like any other, and it is the caller who stops. Closing the iterator cancels within one
         step, or one chunk of the prompt.
 
+        :param constraint: a fresh one, which is told each token; where it has ended, so does the
+            iterator.
         :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
         :raises EngineError: while iterating: the model's logits are not numbers.
         """
-        return self._stream(checked_prompt(prompt_ids, self.engine.footprint), sampling)
+        prompt = checked_prompt(prompt_ids, self.engine.footprint)
+        return self._stream(prompt, sampling, constraint)
 
-    def _stream(self, prompt: list[int], sampling: SamplingConfig) -> Iterator[Step]:
+    def _stream(self, prompt: list[int], sampling: SamplingConfig,
+                constraint: Constraint | None) -> Iterator[Step]:
         self.forget(shared_prefix(self._cached, prompt[:-1]))
         reused = fed = len(self._cached)
         prefill_s: float | None = 0.0
@@ -101,15 +109,17 @@ class DecodeLoop:
             if fed < len(prompt):
                 yield Step((), None, reused)
         with self._in_doubt():
-            token_id, device_s = self.engine.first(sampling, prompt)
-        yield Step((self._number(token_id),), _sum(prefill_s, device_s), reused)
+            token_id, device_s = self.engine.first(sampling, prompt, constraint)
+        yield self._told(token_id, _sum(prefill_s, device_s), reused, constraint)
         room = self.engine.footprint.max_context - len(prompt)
         for remaining in reversed(range(min(sampling.max_new_tokens, room) - 1)):
+            if constraint is not None and constraint.ended:
+                return
             cached, self._cached = self._cached, []     # as `_in_doubt`, at half the cost
             following, device_s = self.engine.step(remaining)
             cached.append(token_id)
             self._cached, token_id = cached, following
-            yield Step((self._number(token_id),), device_s, reused)
+            yield self._told(token_id, device_s, reused, constraint)
 
     @contextmanager
     def _in_doubt(self) -> Iterator[list[int]]:
@@ -118,11 +128,16 @@ class DecodeLoop:
         yield cached
         self._cached = cached
 
-    def _number(self, token_id: int) -> int:
+    def _told(self, token_id: int, device_s: float | None, reused: int,
+              constraint: Constraint | None) -> Step:
+        """Give the step that brought a token, after the constraint was told."""
         if token_id == NO_TOKEN:
             self._cached = []       # of one token, what is no number spreads to others
             raise not_numbers(self.engine.footprint.dtype)
-        return token_id
+        if constraint is None:
+            return Step((token_id,), device_s, reused)
+        constraint.accept(token_id)
+        return Step((token_id,), device_s, reused, constraint.mask_s)
 
 
 class ChunkSize:

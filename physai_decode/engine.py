@@ -77,6 +77,34 @@ def not_numbers(dtype: str) -> EngineError:
         'engine.dtype to float32 or bfloat16')
 
 
+class Constraint(Protocol):
+    """What one answer has to look like; see ``physai_decode.constraint.Constraint``."""
+
+    mask_s: float
+    """What the last ``mask`` took on the host, in seconds."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and nothing can follow but an end token."""
+        ...
+
+    def mask(self) -> bytearray:
+        """Tell which tokens may come next: bit ``id % 8`` of byte ``id // 8``."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was chosen."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Take the last ``count`` tokens back."""
+        ...
+
+    def reset(self) -> bool:
+        """Take all tokens back; False where it can be used no more."""
+        ...
+
+
 class Engine(Protocol):
     """
     One language model on one device, for one request at a time, driven from one thread.
@@ -107,12 +135,15 @@ class Engine(Protocol):
         """
         ...
 
-    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
+              constraint: Constraint | None = None) -> Choice:
         """
         Choose the token after the last one fed.
 
         :param sampling: for this choice and all steps until the next ``rewind``.
         :param prompt_ids: the whole prompt, for what depends on the tokens so far.
+        :param constraint: is asked for its mask before this choice and that of each step, when
+            the caller has told it the token before; then no step may be in flight between two.
         """
         ...
 

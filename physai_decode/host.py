@@ -22,9 +22,11 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.constraint import configured
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import tell_end
@@ -50,6 +52,7 @@ class Loaded(NamedTuple):
     peak: Peak
     facts: Mapping[str, str] = MappingProxyType({})     # of ~/model_info, beside the engine's
     sampling: Mapping[str, Any] = MappingProxyType({})  # what its makers draw tokens with
+    form: Form | None = None        # what every answer has to look like
 
 
 Load = Callable[[DecodeConfig, Callable[[str], None]], Loaded]
@@ -61,7 +64,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
 
     :param progress: called with a line of text now and then.
     :raises EngineError: it can't be had; the message says why and what to do.
-    :raises TextError: its tokenizer can't.
+    :raises TextError: its tokenizer can't, or what every answer has to look like can't be kept.
     """
     progress(f'looking for {config.model.path}')
     model = checkpoint.open(config.model.path, config.model.revision)
@@ -75,8 +78,13 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         engine = engines.build(model, config.engine, progress)
         undo.callback(engine.close)
         progress('finding the peak bandwidth of the memory')
-        loaded = Loaded(engine, text, find_engine_peak(engine.footprint, config), facts,
-                        model.sampling)
+        peak = find_engine_peak(engine.footprint, config)
+        form = configured(config.constraint)
+        if form is not None:
+            progress(f'compiling {form.name}')
+            shape = engine.footprint
+            text.vocabulary(shape.vocab_size, shape.eos_token_ids).constraint(form)
+        loaded = Loaded(engine, text, peak, facts, model.sampling, form)
         undo.pop_all()
         return loaded
 
@@ -164,7 +172,7 @@ class Host:
         with self._counting:
             worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
                             peak=self.loaded.peak, numbers=self._numbers,
-                            checkpoint_sampling=self.loaded.sampling)
+                            checkpoint_sampling=self.loaded.sampling, form=self.loaded.form)
             worker.start()
             self.worker = worker
 

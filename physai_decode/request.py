@@ -37,8 +37,10 @@ DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
             if spec.name != 'max_consecutive_misses'}
 JSON_NAMES = {spec.name: name for name, spec in SAMPLING.items()}
 # Known, but not done yet: only a value that asks for nothing is taken.
-_IDLE = {'response_format': ({'type': 'text'},), 'structured_outputs': ({},),
-         'tools': ([],), 'tool_choice': ('none', 'auto')}
+_IDLE: dict[str, tuple[Any, ...]] = {'tools': ([],), 'tool_choice': ('none', 'auto')}
+# Fields of a response_format's json_schema that are read; strict changes nothing: it always is.
+_SCHEMA_FIELDS = {'name': str, 'description': str, 'schema': dict, 'strict': bool}
+_STRUCTURES = {'regex': str, 'choice': list, 'grammar': str}
 
 
 class RequestError(ValueError):
@@ -55,6 +57,14 @@ class Message(NamedTuple):
 
     role: str                       # one of ROLES
     content: str
+
+
+class Form(NamedTuple):
+    """What an answer has to look like."""
+
+    kind: str                       # json_schema, regex, choice, grammar
+    content: Any                    # the schema, the texts to choose from, or a text
+    name: str                       # of the field or the parameter that has it, for messages
 
 
 class Cancel(NamedTuple):
@@ -78,6 +88,8 @@ class Request:
     sampling: Mapping[str, Any] = field(default_factory=dict)   # by SamplingConfig's fields
     deadline: Mapping[str, Any] = field(default_factory=dict)   # by DeadlineConfig's fields
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    response_format: Mapping[str, Any] = field(default_factory=dict)
+    structured_outputs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> 'Request':
@@ -105,6 +117,23 @@ class Request:
                       if spec.name in self.sampling})
         return value | {name: dict(getattr(self, name)) for name in _READ
                         if name not in ('prompt', 'messages') and getattr(self, name)}
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the request asks for text that has no form, whatever the node's parameters."""
+        return self.response_format.get('type') == 'text' and not self.structured_outputs
+
+    @property
+    def form(self) -> Form | None:
+        """What the request itself asks of its answer, None where it asks for nothing."""
+        for kind, content in self.structured_outputs.items():
+            return Form(kind, content, f'structured_outputs.{kind}')
+        if self.response_format.get('type') == 'json_object':
+            return Form('json_schema', {'type': 'object'}, 'response_format')
+        if self.response_format.get('type') == 'json_schema':
+            return Form('json_schema', self.response_format['json_schema']['schema'],
+                        'response_format.json_schema.schema')
+        return None
 
     @property
     def text(self) -> str:
@@ -192,6 +221,9 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     if ('prompt' in value) == ('messages' in value):
         raise RequestError('expected either prompt, a string, or messages, a list: '
                            f'{"both were" if "prompt" in value else "neither was"} given')
+    if value.get('structured_outputs') and \
+            value.get('response_format', _TEXT) != _TEXT:
+        raise RequestError('response_format and structured_outputs were both given: give one')
     return {'sampling': _options(value, SAMPLING),
             **{name: read(value[name]) for name, read in _READ.items() if name in value}}
 
@@ -286,10 +318,52 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _response_format(value: Any) -> dict[str, Any]:
+    kind = _mapping(value, 'response_format').get('type')
+    if kind not in ('text', 'json_object', 'json_schema'):
+        raise RequestError(f'response_format.type is {shown(kind)}: allowed are text, '
+                           'json_object, json_schema')
+    found = _typed(value, 'response_format',
+                   {'type': str} | ({'json_schema': dict} if kind == 'json_schema' else {}))
+    if kind == 'json_schema':
+        inner = _typed(found.get('json_schema', {}), 'response_format.json_schema', _SCHEMA_FIELDS)
+        if 'schema' not in inner:
+            raise RequestError('response_format.json_schema.schema is missing: give the schema')
+        found['json_schema'] = inner
+    return found
+
+
+def _structured_outputs(value: Any) -> dict[str, Any]:
+    found = _typed(_mapping(value, 'structured_outputs'), 'structured_outputs', _STRUCTURES)
+    if len(found) > 1:
+        raise RequestError(f'structured_outputs has {" and ".join(found)}: give one of them')
+    choice = found.get('choice')
+    if choice is not None and not (choice and all(type(each) is str and each for each in choice)):
+        raise RequestError(f'structured_outputs.choice is {shown(choice)}: expected a list of one '
+                           'text or more, none of them empty')
+    return found
+
+
+def _typed(value: Mapping[str, Any], name: str, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Give the fields of an object, each of its kind; what is null is absent."""
+    value = _given(value)
+    for key, each in value.items():
+        if key not in kinds:
+            raise RequestError(f'{shown(f"{name}.{key}")} is no field of a request: allowed are '
+                               f'{", ".join(f"{name}.{kind}" for kind in kinds)}')
+        if type(each) is not kinds[key]:
+            raise RequestError(f'{name}.{key} is {shown(each)}: expected {_KINDS[kinds[key]]}')
+    return value
+
+
+_KINDS: dict[type, str] = {str: 'a string', dict: 'an object', list: 'a list of strings',
+                           bool: 'true or false'}
+_TEXT = {'type': 'text'}
 # JSON name, which is the field's in `Request`: what reads it, with the message of what is wrong.
 _READ: dict[str, Callable[[Any], Any]] = {
     'prompt': _prompt, 'messages': _messages, 'chat_template_kwargs': _template_kwargs,
-    'deadline': _deadline}
+    'deadline': _deadline, 'response_format': _response_format,
+    'structured_outputs': _structured_outputs}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

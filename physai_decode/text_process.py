@@ -30,6 +30,7 @@ from types import MappingProxyType
 from typing import Any
 
 from physai_decode.config import ChatConfig
+from physai_decode.constraint import Vocabulary
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.engine import described
 from physai_decode.request import Message
@@ -95,6 +96,7 @@ class TextProcess:
         self.template: str = state['template']          # its name; none, or off
         # What ends an answer: by the config, the tokenizer and the template, without words.
         self.end_ids: tuple[int, ...] = tuple(state['end_ids'])
+        self._vocabulary: Vocabulary | None = None
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
@@ -120,6 +122,18 @@ class TextProcess:
     def named(self, ids: Iterable[int]) -> list[str]:
         """Give the names of tokens; of one that the tokenizer does not know, its id."""
         return [self._backend.id_to_token(id_) or str(id_) for id_ in ids]
+
+    def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
+        """
+        Give what compiles constraints for this model; made at the first call, in a second.
+
+        :param size: ids that the model has.
+        :param end_ids: ids that end an answer.
+        :raises ConstraintError: the tokenizer is of a kind that can't be constrained.
+        """
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self._backend, size, end_ids)
+        return self._vocabulary
 
     def close(self) -> None:
         """End the child."""

@@ -42,6 +42,7 @@ class TokenReport:
     bandwidth_gb_s: float | None
     deadline_missed: bool
     client_id: str = ''               # what the client called its request
+    mask_ms: float | None = None      # what the constraint's mask took; None: no constraint
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class RequestRecorder:
         return own
 
     def token(self, now_s: float, token_id: int, text: str, device_s: float | None = None,
-              publish_s: float | None = None) -> TokenReport:
+              publish_s: float | None = None, mask_s: float | None = None) -> TokenReport:
         """
         Record one token.
 
@@ -265,6 +266,7 @@ class RequestRecorder:
         :param text: the piece of text that it completed.
         :param device_s: its step's time on the device, in seconds.
         :param publish_s: what publishing the token before it took, in seconds.
+        :param mask_s: what the constraint's mask took on the host, in seconds.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
@@ -303,7 +305,8 @@ class RequestRecorder:
             recorder._add_due(now_s, overrun_ms)
         return TokenReport(
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
-            _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id)
+            _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
+            _to_ms(mask_s))
 
     def finish(self, now_s: float, finish_reason: str, message: str = '',
                cancel_s: float | None = None) -> RequestReport:

@@ -38,6 +38,7 @@ from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import RequestQueue
@@ -93,7 +94,8 @@ class Worker:
                  clock: Callable[[], float] = time.monotonic,
                  peak: Peak = Peak(None, 'unknown'),
                  numbers: Iterator[int] | None = None,
-                 checkpoint_sampling: Mapping[str, Any] = MappingProxyType({})) -> None:
+                 checkpoint_sampling: Mapping[str, Any] = MappingProxyType({}),
+                 form: Form | None = None) -> None:
         """
         Make a worker that is not running yet.
 
@@ -102,6 +104,7 @@ class Worker:
         :param peak: the memory bus that the tokens' floor is for.
         :param numbers: gives each request its number, also in several threads; None: from 1 on.
         :param checkpoint_sampling: settings that ``sampling.from_checkpoint`` takes.
+        :param form: what an answer has to look like whose request does not say it.
         """
         self._loop = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock)
         self._text = text
@@ -114,6 +117,7 @@ class Worker:
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
         self._sampling = config.sampling
         self._checkpoint_sampling = checkpoint_sampling
+        self._form = form
         self._recorder = Recorder(self._window_s, config.deadline, self._roofline)
         self._conversation = Conversation(config.chat.system_prompt, config.chat.keep_history)
         self._thread: threading.Thread | None = None
@@ -419,7 +423,8 @@ class Worker:
                 listener.token(report)
 
         return Answer(ticket, self._loop, self._text, self._conversation, sampling, times, emit,
-                      self._live, self._clock)
+                      self._live, self._clock,
+                      None if request.is_free else request.form or self._form)
 
     def _give(self, ticket: Ticket, answer: Answer) -> None:
         """Answer, and report the end."""

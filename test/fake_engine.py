@@ -9,11 +9,17 @@ from types import MappingProxyType
 from typing import Any
 
 from physai_decode.config import SamplingConfig
+from physai_decode.constraint import Vocabulary
 from physai_decode.decode_loop import Step
 from physai_decode.engine import Choice
+from physai_decode.engine import Constraint
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.request import Message
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 EOS = 0
 
@@ -59,12 +65,14 @@ class FakeEngine:
         self.fed += token_ids
         return 0.0
 
-    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
-        """Begin the script."""
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
+              constraint: Constraint | None = None) -> Choice:
+        """Begin the script; what a constraint does not allow gives way to the next id allowed."""
         assert self.fed == list(prompt_ids)
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
         self._script = self._choices(list(prompt_ids))
+        self._constraint = constraint
         return self._choose()
 
     def step(self, remaining: int) -> Choice:
@@ -78,6 +86,8 @@ class FakeEngine:
 
     def _choose(self):
         choice = next(self._script, Choice(EOS, None))
+        if self._constraint is not None:
+            choice = choice._replace(token_id=_allowed(self._constraint.mask(), choice.token_id))
         self._last = choice.token_id
         return choice
 
@@ -90,6 +100,12 @@ class FakeEngine:
     def _echo(prompt_ids: list[int]) -> Iterator[Step]:
         words = ''.join(map(chr, prompt_ids)).split()
         yield from say(words[-1] if words else '')
+
+
+def _allowed(mask: bytearray, token_id: int) -> int:
+    """Give the first id from this one on that a mask allows, going round."""
+    ids = [id_ for id_ in range(8 * len(mask)) if mask[id_ // 8] >> id_ % 8 & 1]
+    return min(ids, key=lambda id_: (id_ - token_id) % (8 * len(mask)))
 
 
 def say(text: str, end: bool = True) -> Iterator[Step]:
@@ -143,6 +159,21 @@ class CharacterText:
     def detokenizer(self, stop: Sequence[str] = ()) -> 'CharacterDetokenizer':
         """Give a detokenizer for one answer."""
         return CharacterDetokenizer(stop)
+
+    def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
+        """Give what compiles constraints for characters below 128."""
+        return Vocabulary(byte_tokenizer(), size, end_ids)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Give a tokenizer of 256 tokens, each the byte of its id."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))          # what stands for a byte that is no character
+    vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return tokenizer
 
 
 class CharacterDetokenizer:

@@ -66,7 +66,7 @@ class FakeEngine:
     def feed(self, token_ids):
         return 0.25
 
-    def first(self, sampling, prompt_ids):
+    def first(self, sampling, prompt_ids, constraint=None):
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
         self.tokens = 1

@@ -85,6 +85,24 @@ def test_the_whole_model_answers(rig):
     assert rig.change('deactivate', 'cleanup')
 
 
+def test_answers_have_the_form_of_the_parameters(rig, tmp_path):
+    """A schema that can't be kept fails the load by name; one that can holds for each prompt."""
+    file = tmp_path / 'schema.json'
+    file.write_text('{"uniqueItems": true}')
+    assert rig.set(constraint__schema_file=str(file)) == (True, '')
+    assert not rig.change('configure')
+    told = rig.diagnostics('decode: engine')['message']
+    assert 'constraint.schema_file' in told and 'uniqueItems' in told
+    file.write_text('{"const": {"answer": 42}}')
+    assert rig.change('configure', 'activate')
+    count = len(rig.heard['response'])
+    assert rig.ask('please bring the red cup to the kitchen')['finish_reason'] == 'stop'
+    rig.wait(lambda: len(rig.heard['response']) > count)
+    assert json.loads(rig.heard['response'][-1].data) == {'answer': 42}
+    assert rig.change('deactivate', 'cleanup')
+    assert rig.set(constraint__schema_file='') == (True, '')
+
+
 def test_the_gap_of_the_embedded_model(rig):
     """Native beside transformers; the next answer, its cached prefix and the counts stay."""
     def answer():

@@ -67,7 +67,7 @@ def test_the_id_may_be_in_the_metadata():
 
 
 def test_what_asks_for_nothing_is_taken():
-    assert read(response_format={'type': 'text'}, tools=[], tool_choice='none') == Request('go')
+    assert read(structured_outputs={}, tools=[], tool_choice='none') == Request('go')
 
 
 def test_cancel():
@@ -124,8 +124,19 @@ def test_cancel():
     ({'chat_template_kwargs': {'a': 2**53 + 1}},
      "'chat_template_kwargs.a' is 9007199254740993: allowed are -9007199254740992 to 900"),
     ({'chat_template_kwargs': {'a': -1e300}}, "'chat_template_kwargs.a' is -1e+300: allowed"),
-    ({'response_format': {'type': 'json_object'}}, 'response_format is'),
-    ({'structured_outputs': {'regex': 'a'}}, 'structured_outputs is'),
+    ({'response_format': 'json_object'}, 'response_format is'),
+    ({'response_format': {'type': 'xml'}}, "response_format.type is 'xml'"),
+    ({'response_format': {'type': 'json_object', 'schema': {}}}, 'response_format.schema'),
+    ({'response_format': {'type': 'json_schema'}}, 'response_format.json_schema.schema is'),
+    ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': []}}},
+     'response_format.json_schema.schema is'),
+    ({'structured_outputs': {'regex': 7}}, 'structured_outputs.regex is'),
+    ({'structured_outputs': {'regexp': 'a'}}, 'structured_outputs.regexp'),
+    ({'structured_outputs': {'choice': []}}, 'structured_outputs.choice is'),
+    ({'structured_outputs': {'choice': ['a', 1]}}, 'structured_outputs.choice is'),
+    ({'structured_outputs': {'regex': 'a', 'grammar': 'b'}}, 'regex and grammar'),
+    ({'structured_outputs': {'regex': 'a'}, 'response_format': {'type': 'json_object'}},
+     'were both given'),
     ({'tools': [{}]}, 'tools is [{}]: this version of the node does not support it'),
     ({'tool_choice': 'required'}, "tool_choice is 'required'"),
     ({'cancel': True}, 'to cancel, send'), ({'cancel': False}, 'to cancel, send')])

@@ -162,9 +162,13 @@ class OnDevice:
     def __init__(self, sampler):
         self.sampler = sampler
 
-    def begin(self, sampling, prompt_ids):
+    def begin(self, sampling, prompt_ids, constrained=False):
         """See `Sampler.begin`."""
-        return self.sampler.begin(sampling, prompt_ids.cuda())
+        return self.sampler.begin(sampling, prompt_ids.cuda(), constrained)
+
+    def restrict(self, mask):
+        """See `Sampler.restrict`."""
+        self.sampler.restrict(mask)
 
     def draw(self, plan, logits, *outputs):
         """See `Sampler.draw`."""
@@ -451,6 +455,28 @@ def test_logits_that_are_no_numbers(kind, name):
         masked_out = bad == -torch.inf      # one token that may not be chosen is legitimate
         assert (native_draw(sampler, plan, one, 9) == NO_TOKEN) != masked_out
         assert native_draw(sampler, plan, random_logits(1), 10) != NO_TOKEN
+
+
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')       # of the interpreter
+@pytest.mark.parametrize('name', ['greedy', 'penalty', 'all'])
+def test_a_mask_comes_before_all_other_stages(kind, name):
+    sampling = SETTINGS.get(name, SamplingConfig())
+    free, plan = begun(kind, sampling)
+    sampler, _ = begun(kind, sampling)
+    masked = sampler.begin(sampling, torch.tensor(PROMPT), True)
+    assert 'mask' in masked.key and 'mask' not in plan.key
+    for place in range(9, 13):
+        logits = random_logits(place)
+        allowed = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(place))[:7]
+        bits = bytearray((VOCAB + 7) // 8)
+        for id_ in allowed.tolist():
+            bits[id_ // 8] |= 1 << id_ % 8
+        alone = torch.full((VOCAB,), -math.inf).index_copy(0, allowed, logits[allowed])
+        sampler.restrict(bits)
+        token = native_draw(sampler, masked, logits, place)
+        assert token == native_draw(free, plan, alone, place) and token in allowed
+    logits[0 if 0 not in allowed else VOCAB - 1] = math.nan     # of damaged weights, not of a mask
+    assert native_draw(sampler, masked, logits, 13) == NO_TOKEN
 
 
 def test_a_stage_without_a_kernel_is_its_twins():

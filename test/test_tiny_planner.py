@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 import sys
 
+import jsonschema
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,13 @@ def test_folder_is_complete_and_small():
     assert names == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors',
                      'tokenizer.json', 'tokenizer_config.json'}
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8e6
+
+
+def test_every_plan_fulfils_the_schema_that_is_shipped():
+    schema = json.loads((ROOT / 'config' / 'plan.schema.json').read_text())
+    judge = jsonschema.Draft202012Validator(schema)
+    for turn in drawn(False, 500) + drawn(True, 500):
+        judge.validate(json.loads(turn.answer))
 
 
 def test_shape_fits_the_kernels():

@@ -64,11 +64,11 @@ def making():
     workers = []
 
     def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True,
-             checkpoint=MappingProxyType({}), **groups):
+             checkpoint=MappingProxyType({}), form=None, **groups):
         sink = sink or Sink()
         worker = Worker(engine or FakeEngine(), text or CharacterText(), DecodeConfig(**groups),
                         sink, clock=clock, peak=Peak(1e6, 'parameter'),
-                        checkpoint_sampling=checkpoint)
+                        checkpoint_sampling=checkpoint, form=form)
         workers.append(worker)
         if start:
             worker.start()

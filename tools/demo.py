@@ -156,7 +156,8 @@ def main() -> int:
         diagnostics = Diagnostics()
         process = start(
             [str(BIN / 'decode_node'), '--ros-args', '--params-file',
-             str(ROOT / 'config' / 'decode.yaml')], log)
+             str(ROOT / 'config' / 'decode.yaml'),
+             '-p', f'constraint.schema_file:={ROOT / "config" / "plan.schema.json"}'], log)
         try:
             wait_until_active(process, diagnostics)
             ask()

@@ -104,6 +104,7 @@ KEYS = {
     'kv_heads': 'heads of keys and values',
     'layers': 'layers of the model',
     'max_consecutive_misses': 'longest row of late tokens',
+    'mask_ms': "what the mask of the answer's constraint took on the host, see requests.md",
     'max_context': 'tokens of prompt and answer that fit',
     'memory_clock_mhz': 'clock of the memory',
     'memory_free_gb': 'memory that is left on the device',

@@ -58,10 +58,10 @@ class Timed:
         """Give what else the engine has."""
         return getattr(self._engine, name)
 
-    def first(self, sampling, prompt_ids):
+    def first(self, sampling, prompt_ids, constraint=None):
         """Choose the first token, and note its time."""
         self._end = len(self.known_s) + sampling.max_new_tokens
-        return self._noted(self._engine.first(sampling, prompt_ids))
+        return self._noted(self._engine.first(sampling, prompt_ids, constraint))
 
     def step(self, remaining):
         """Choose a further token, and note its time."""

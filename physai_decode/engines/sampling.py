@@ -1,11 +1,12 @@
 """
 How the next token is chosen from logits: a plan of the stages that a request needs.
 
-The stages and their order are those of the transformers library: repetition penalty, temperature,
-top-k, top-p, min-p; then one token is drawn from what they keep. They keep the same tokens, with
-two conventions at a border: of equal scores, top-p keeps those with the highest ids (the library
-leaves this to an unstable sort), and where a sum of probabilities meets top-p to within float32's
-rounding, one token more or less may be kept.
+Before all comes the mask of a constraint, where there is one. The stages after it and their order
+are those of the transformers library: repetition penalty, temperature, top-k, top-p, min-p; then
+one token is drawn from what they keep. They keep the same tokens, with two conventions at a
+border: of equal scores, top-p keeps those with the highest ids (the library leaves this to an
+unstable sort), and where a sum of probabilities meets top-p to within float32's rounding, one
+token more or less may be kept.
 
 A token is drawn by a race: each kept token gets an exponential waiting time with its probability
 as the rate, and the first to arrive wins. The waiting times are a hash of the seed, the token's
@@ -20,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from dataclasses import dataclass
 from dataclasses import fields
+from dataclasses import replace
 import math
 
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import Constraint
 from physai_decode.engine import NO_TOKEN
 import torch
 from torch import Tensor
@@ -48,14 +51,16 @@ class Plan:
     top_k: bool = False
     top_p: bool = False
     min_p: bool = False
+    mask: bool = False              # before all others: a constraint allows some tokens only
 
     @classmethod
-    def of(cls, sampling: SamplingConfig) -> 'Plan':
+    def of(cls, sampling: SamplingConfig, constrained: bool = False) -> 'Plan':
         """Give the stages that these settings need."""
         penalty = sampling.repetition_penalty != 1
-        if sampling.temperature == 0:
-            return cls(penalty)     # whatever the other stages drop, the likeliest stays
-        return cls(penalty, True, sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)
+        if sampling.temperature == 0:       # whatever the other stages drop, the likeliest stays
+            return cls(penalty, mask=constrained)
+        return cls(penalty, True, sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0,
+                   constrained)
 
     @property
     def key(self) -> str:
@@ -87,14 +92,22 @@ class Sampler:
         self._integers = torch.tensor([vocab_size, 0], device=device)
         self._ids = torch.arange(vocab_size, device=device)
         self._mixed = mix(self._ids.int(), 0, 0)
+        # A bit for each id, and what each value of a byte adds to the logits of its eight ids.
+        self._mask = torch.full(((vocab_size + 7) // 8,), 255, dtype=torch.uint8, device=device)
+        self._staged = torch.zeros_like(
+            self._mask, device='cpu', pin_memory=device.type == 'cuda')
+        bits = torch.arange(256).view(-1, 1) >> torch.arange(8) & 1
+        self._biases = torch.where(bits.bool(), 0.0, -math.inf).to(device)
 
-    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor) -> Plan:
+    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
+              constrained: bool = False) -> Plan:
         """
         Write a request's settings to where the step reads them.
 
         :param prompt_ids: int64 [tokens]; they count as seen.
+        :param constrained: whether `restrict` is called before each draw.
         """
-        plan = Plan.of(sampling)
+        plan = Plan.of(sampling, constrained)
         if plan.temperature:
             self._floats.copy_(torch.tensor([
                 max(sampling.temperature, COLDEST), 1 - sampling.top_p, sampling.min_p,
@@ -107,6 +120,22 @@ class Sampler:
             self._seen.zero_()
             self._seen[prompt_ids] = True
         return plan
+
+    def restrict(self, mask: bytearray) -> None:
+        """
+        Write which tokens the next draw may choose, when the draw before has ended.
+
+        :param mask: as `physai_decode.engine.Constraint.mask` gives it.
+        """
+        self._staged.copy_(torch.frombuffer(mask, dtype=torch.uint8))
+        self._mask.copy_(self._staged, non_blocking=True)
+
+    def masked(self, plan: Plan, logits: Tensor) -> tuple[Plan, Tensor]:
+        """Run the stage of the mask, where there is one; give the stages that are left."""
+        if not plan.mask:
+            return plan, logits
+        bias = self._biases.index_select(0, self._mask.int()).view(-1)[:len(logits)]
+        return replace(plan, mask=False), logits + bias     # what is no number stays none
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
@@ -121,6 +150,7 @@ class Sampler:
             the logits are not numbers.
         """
         position.add_(1)
+        plan, logits = self.masked(plan, logits)
         if plan == GREEDY:
             token.copy_(logits.argmax(0, keepdim=True))
             best = logits.index_select(0, token)    # a NaN counts as the greatest
@@ -178,10 +208,11 @@ class HostSampler(Sampler):
         self._seen_ids = torch.empty(vocab_size, dtype=torch.int64)
         self._seen_count = 0
 
-    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor) -> Plan:
+    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
+              constrained: bool = False) -> Plan:
         """See `Sampler.begin`."""
         self._sampling = sampling
-        plan = super().begin(sampling, prompt_ids)
+        plan = super().begin(sampling, prompt_ids, constrained)
         if plan.repetition_penalty:
             ids = prompt_ids.unique()
             self._seen_count = len(ids)
@@ -193,6 +224,7 @@ class HostSampler(Sampler):
         """See `Sampler.draw`."""
         place = int(position) + 1
         chosen = 0
+        plan, logits = self.masked(plan, logits)
         if plan == GREEDY:
             chosen = int(logits.argmax())
             best = float(logits[chosen])            # a NaN counts as the greatest
@@ -248,13 +280,16 @@ class Drawer:
         self._history = torch.zeros(max_context + 1, dtype=torch.int64, device=device)
         self._sampler = _fastest(vocab_size, device)
         self._plan = GREEDY
+        self._constraint: Constraint | None = None
 
     @torch.inference_mode()
-    def begin(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> None:
-        """Take a request's settings, and the tokens that count as seen."""
+    def begin(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
+              constraint: Constraint | None = None) -> None:
+        """Take a request's settings, the tokens that count as seen, and what tells the mask."""
         self._position.fill_(len(prompt_ids) - 1)
+        self._constraint = constraint
         self._plan = self._sampler.begin(
-            sampling, torch.tensor(prompt_ids, device=self.token.device))
+            sampling, torch.tensor(prompt_ids, device=self.token.device), constraint is not None)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, place: int) -> Tensor:
@@ -265,6 +300,8 @@ class Drawer:
         :param place: the token's, counted by the host.
         :returns: int64 [1] on the device: the id, or `NO_TOKEN`.
         """
+        if self._constraint is not None:
+            self._sampler.restrict(self._constraint.mask())
         self._sampler.draw(self._plan, logits.float(), self._position, self.token, self._history)
         return self._history[place:place + 1]
 

@@ -462,6 +462,7 @@ class TritonSampler(Sampler):
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
         """See `Sampler.draw`; a stage that has no kernel is the twin's, slower but the same."""
+        plan, logits = self.masked(plan, logits)
         if any(getattr(plan, spec.name) and spec.name not in STAGES for spec in fields(plan)):
             super().draw(plan, logits, position, token, history)
             return

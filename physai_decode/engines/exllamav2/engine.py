@@ -21,6 +21,7 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
+from physai_decode.engine import Constraint
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
 from physai_decode.engines.exllamav2 import checks
@@ -100,14 +101,17 @@ class ExLlamaV2Engine:
         self._length += len(token_ids)
         return self._watch.read_s()
 
-    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
+              constraint: Constraint | None = None) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
-        self._drawer.begin(sampling, prompt_ids)
+        self._drawer.begin(sampling, prompt_ids, constraint)
+        # A mask depends on the token before, which the host has to know.
+        self._ahead = _AHEAD if constraint is None else 0
         return Choice(int(self._drawn()), 0.0)
 
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
-        while len(self._flying) <= min(_AHEAD, remaining):
+        while len(self._flying) <= min(self._ahead, remaining):
             watch, landing = slot = self._slots[0]
             self._slots.append(self._slots.pop(0))
             watch.start()

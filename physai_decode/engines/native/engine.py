@@ -9,6 +9,7 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
+from physai_decode.engine import Constraint
 from physai_decode.engines import device as devices
 from physai_decode.engines import logits
 from physai_decode.engines.native import architecture
@@ -78,17 +79,19 @@ class NativeEngine:
         return self._watch.read_s()
 
     @torch.inference_mode()
-    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
+              constraint: Constraint | None = None) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
         t = self.transformer
         self._watch.start()
         last = self._prefill.logits()
         if self.pipeline:
             t.position.fill_(self._length)
-            self.pipeline.prepare(Plan.of(sampling))
+            self.pipeline.prepare(Plan.of(sampling, constraint is not None))
         t.position.fill_(self._length - 1)
         prompt = torch.tensor(prompt_ids, device=self._device)
-        self._plan = self._sampler.begin(sampling, prompt)
+        self._plan = self._sampler.begin(sampling, prompt, constraint is not None)
+        self._constraint = constraint
         return self._drawn(last)
 
     @torch.inference_mode()
@@ -99,8 +102,9 @@ class NativeEngine:
             self._watch.start()
             self.transformer.step()
             return self._drawn(self.transformer.logits)
-        while pipeline.flying <= remaining and not pipeline.full:
-            pipeline.launch(self._plan, self._length + pipeline.flying)
+        ahead = remaining if self._constraint is None else 0
+        while pipeline.flying <= ahead and not pipeline.full:
+            pipeline.launch(self._plan, self._length + pipeline.flying, self._restrict)
         return Choice(*pipeline.collect())
 
     def close(self) -> None:
@@ -125,7 +129,7 @@ class NativeEngine:
     def piped(self, captured: bool) -> Pipeline:
         """Give a pipeline of this engine's step."""
         devices.use(self._device)
-        return Pipeline(self._run_step, self._history, captured)
+        return Pipeline(self.transformer.step, self._draw, self._history, captured)
 
     @torch.inference_mode()
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
@@ -138,13 +142,18 @@ class NativeEngine:
         """See `physai_decode.benchmark.kernels.Itemized.reads`."""
         return self.transformer.reads(context)
 
-    def _run_step(self, plan):
+    def _draw(self, plan):
         t = self.transformer
-        t.step()
         self._sampler.draw(plan, t.logits, t.position, t.token, self._history)
+
+    def _restrict(self):
+        """Have the constraint say what the next draw may choose, while the device computes."""
+        if self._constraint is not None:
+            self._sampler.restrict(self._constraint.mask())
 
     def _drawn(self, last):
         t = self.transformer
+        self._restrict()
         self._sampler.draw(self._plan, last, t.position, t.token, self._history)
         token_id = int(self._history[self._length])
         self._watch.stop()

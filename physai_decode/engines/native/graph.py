@@ -4,11 +4,16 @@ Steps on a CUDA device, launched ahead of the host: captured in a graph, or op b
 One step reads what the one before it wrote, so the host has nothing to say between them: it keeps
 a step or two in flight, and reads each token from pinned memory when the token's copy, on a stream
 of its own, has arrived. It waits for that copy's event, never for the device.
+
+A draw that needs a mask from the host is a part of its own, after the forward pass: the host makes
+the mask while that runs. The mask follows from the token before, so one such step is in flight.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.sampling import Plan
@@ -28,6 +33,13 @@ class _Slot:
     copied: torch.cuda.Event
 
 
+class _Part(NamedTuple):
+    """What is launched in one go."""
+
+    forward: bool               # whether it begins with the forward pass
+    plan: Plan | None           # of the draw that it ends with, None where it has none
+
+
 class Pipeline:
     """
     Runs a step of one plan again and again, ``AHEAD`` of the host.
@@ -35,29 +47,31 @@ class Pipeline:
     Driven from one thread at a time, on the device's default stream.
     """
 
-    def __init__(self, step: Callable[[Plan], None], history: Tensor, capture: bool):
+    def __init__(self, forward: Callable[[], None], draw: Callable[[Plan], None], history: Tensor,
+                 capture: bool):
         """
-        Take the step.
+        Take the two halves of a step.
 
-        :param step: takes a plan; writes its token to ``history`` int64 [places].
-        :param capture: whether it runs in a CUDA graph, one for each plan.
+        :param forward: computes logits.
+        :param draw: takes a plan; writes its token to ``history`` int64 [places].
+        :param capture: whether they run in a CUDA graph, one for each plan.
         """
-        self._step, self._history, self._capture = step, history, capture
+        self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._copies = torch.cuda.Stream(history.device)
         self._free = deque(_Slot(
             torch.zeros(1, dtype=torch.int64).pin_memory(),
             torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True),
             torch.cuda.Event()) for _ in range(AHEAD))
         self._flying: deque[_Slot] = deque()
-        self._graphs: dict[Plan, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[_Part, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, plan: Plan) -> None:
         """Capture the step of a plan, where that was not done; runs it a few times before."""
-        if not self._capture or plan in self._graphs:
-            return
-        pool = next((graph.pool() for graph in self._graphs.values()), None)
-        self._graphs[plan] = devices.capture(
-            lambda: self._step(plan), self._history.device, pool)
+        for part in _parts(plan):
+            if self._capture and part not in self._graphs:
+                pool = next((graph.pool() for graph in self._graphs.values()), None)
+                self._graphs[part] = devices.capture(
+                    partial(self._run, part), self._history.device, pool)
 
     @property
     def flying(self) -> int:
@@ -69,12 +83,19 @@ class Pipeline:
         """Whether as many steps are in flight as may be."""
         return not self._free
 
-    def launch(self, plan: Plan, place: int) -> None:
-        """Start a step that was prepared; its token will stand at ``place`` of the history."""
+    def launch(self, plan: Plan, place: int, restrict: Callable[[], None] | None = None) -> None:
+        """
+        Start a step that was prepared; its token will stand at ``place`` of the history.
+
+        :param restrict: of a plan with a mask: writes it, while the forward pass runs.
+        """
         slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
         slot.begin.record(stream)
-        self._graphs[plan].replay() if self._capture else self._step(plan)
+        for part in _parts(plan):
+            if not part.forward and restrict is not None:
+                restrict()
+            self._graphs[part].replay() if self._capture else self._run(part)
         slot.end.record(stream)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(slot.end)
@@ -93,3 +114,14 @@ class Pipeline:
         """Forget the steps in flight, after their end."""
         while self._flying:
             self.collect()
+
+    def _run(self, part: _Part) -> None:
+        if part.forward:
+            self._forward()
+        if part.plan is not None:
+            self._draw(part.plan)
+
+
+def _parts(plan: Plan) -> tuple[_Part, ...]:
+    """Give what a step of a plan is launched in."""
+    return (_Part(True, None), _Part(False, plan)) if plan.mask else (_Part(True, plan),)

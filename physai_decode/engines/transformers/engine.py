@@ -17,6 +17,7 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
+from physai_decode.engine import Constraint
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
@@ -77,9 +78,10 @@ class TransformersEngine:
         self._watch.stop()
         return self._watch.read_s()
 
-    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int]) -> Choice:
+    def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
+              constraint: Constraint | None = None) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
-        self._drawer.begin(sampling, prompt_ids)
+        self._drawer.begin(sampling, prompt_ids, constraint)
         self._watch.start()
         return self._chosen()
 

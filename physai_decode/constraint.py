@@ -1,0 +1,263 @@
+"""
+What an answer has to look like: a grammar, which tells before each token which ones may come.
+
+A JSON Schema, a regular expression, a list of choices or a grammar is compiled for the model's own
+tokens by the llguidance library, which bounds its own time and memory. The library's mask is made
+on the host, while the model computes. It knows nothing of engines: they get bits.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+from pathlib import Path
+import time
+from typing import Any
+
+from physai_decode import regular_file
+from physai_decode.config import ConstraintConfig
+from physai_decode.config import shown
+from physai_decode.engine import described
+from physai_decode.engine import EngineError
+from physai_decode.request import Form
+from physai_decode.request import parse_value
+from physai_decode.request import RequestError
+from physai_decode.text import TextError
+
+MAX_BYTES = 262_144             # of a schema or a grammar
+KEPT = 8                        # constraints that are kept compiled
+# Between two parts of JSON; without a bound, a model can go on with blanks for ever.
+WHITESPACE = r'[ \t\n\r]{1,32}'
+# Keywords of JSON Schema: those that every answer keeps, and those that ask for nothing.
+ENFORCED = frozenset((
+    '$ref', 'additionalItems', 'additionalProperties', 'allOf', 'anyOf', 'const', 'enum',
+    'exclusiveMaximum', 'exclusiveMinimum', 'format', 'items', 'maxItems', 'maxLength',
+    'maxProperties', 'maximum', 'minItems', 'minLength', 'minimum', 'multipleOf', 'oneOf',
+    'pattern', 'patternProperties', 'prefixItems', 'properties', 'required', 'type'))
+ANNOTATIONS = frozenset((
+    '$comment', '$defs', '$id', '$schema', 'default', 'definitions', 'deprecated', 'description',
+    'examples', 'readOnly', 'title', 'writeOnly'))
+_BY_NAME = '$defs', 'definitions', 'patternProperties', 'properties'
+_LISTS = 'allOf', 'anyOf', 'items', 'oneOf', 'prefixItems'
+_SINGLE = 'additionalItems', 'additionalProperties', 'items'
+
+
+class ConstraintError(TextError):
+    """What an answer has to look like can't be kept; the message says why."""
+
+
+class Vocabulary:
+    """The tokens of one model, for which constraints are compiled."""
+
+    def __init__(self, tokenizer: Any, size: int, end_ids: Sequence[int]) -> None:
+        """
+        Read the tokens, which takes a second for 150 000 of them.
+
+        :param tokenizer: the model's, a ``tokenizers.Tokenizer``.
+        :param size: ids that the model has; those above the tokenizer's own are never allowed.
+        :param end_ids: ids that end an answer.
+        :raises ConstraintError: llguidance is not installed, or can't read the tokenizer.
+        """
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ConstraintError(
+                f'an answer can not be constrained: {error}: pip install llguidance') from error
+        self._library, self._size, self._end_ids = llguidance, size, tuple(end_ids)
+        self._kept: dict[str, Constraint] = {}      # the one used last comes last
+        least = max(tokenizer.get_vocab().values(), default=0) + 1      # it may have more ids
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                tokenizer.to_str(), n_vocab=max(size, least), eos_token=list(end_ids) or None)
+        except Exception as error:          # the library raises nothing narrower
+            raise ConstraintError(
+                "an answer can not be constrained: llguidance can't read the model's tokenizer: "
+                f'{described(error)}; leave the constraint out, or choose another model'
+            ) from error
+
+    def constraint(self, form: Form) -> 'Constraint':
+        """
+        Give a constraint, before all tokens, for one answer at a time.
+
+        The last `KEPT` are not compiled again: their masks come sooner, too.
+
+        :raises ConstraintError: it can't be kept, or is too large; the message names the field.
+        """
+        matcher = self._library.LLMatcher
+        try:
+            grammar = self._grammar(form)
+            constraint = self._kept.pop(grammar, None)
+            if constraint is not None and constraint.reset():
+                self._kept[grammar] = constraint
+                return constraint
+            compiled = matcher(self._tokenizer, grammar, log_level=0)
+        except ConstraintError:
+            raise
+        except Exception as error:          # of the library's parsers, written in Python and Rust
+            raise ConstraintError(f'{form.name} can not be used: {error}') from error
+        reason = compiled.get_error() or '; '.join(compiled.get_grammar_warnings())
+        if reason:
+            raise ConstraintError(f'{form.name} can not be used: {" ".join(reason.split())}')
+        self._kept[grammar] = constraint = Constraint(compiled, self._size, self._end_ids)
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return constraint
+
+    def _grammar(self, form: Form) -> str:
+        """Give what the library compiles."""
+        content = form.content if form.kind in ('regex', 'grammar') else json.dumps(form.content)
+        if len(content) > MAX_BYTES:
+            raise ConstraintError(
+                f'{form.name} has {len(content)} bytes: allowed are {MAX_BYTES}')
+        matcher = self._library.LLMatcher
+        if form.kind == 'json_schema':
+            check_schema(form.content, form.name)
+            return str(matcher.grammar_from_json_schema(content, overrides={
+                'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}))
+        if form.kind == 'regex':
+            return str(matcher.grammar_from_regex(content))
+        return str(self._library.grammar_from(form.kind, content))
+
+
+class Constraint:
+    """
+    One answer's constraint; see `physai_decode.engine.Constraint`.
+
+    It stands after the tokens that it accepted, at first before all.
+    """
+
+    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int]) -> None:
+        """Take what `Vocabulary.constraint` compiled."""
+        self._matcher, self._bytes = matcher, (size + 7) // 8
+        self._ends = [(id_, id_ >> 3, 1 << (id_ & 7)) for id_ in end_ids]
+        self._end_taken = False
+        self.mask_s = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and nothing can follow but an end token."""
+        return self._end_taken or self.complete and bool(self._matcher.is_stopped())
+
+    def mask(self) -> bytearray:
+        """
+        Tell which tokens may come next: bit ``id % 8`` of byte ``id // 8``.
+
+        An end token may come where the constraint is complete, and nowhere else.
+
+        :raises ConstraintError: no token may come, or the library's limits were met.
+        """
+        begin_s = time.perf_counter()
+        bits = bytearray(self._matcher.compute_bitmask())[:self._bytes]
+        complete = self.complete
+        for _, place, bit in self._ends:
+            bits[place] = bits[place] | bit if complete else bits[place] & ~bit
+        self.mask_s = time.perf_counter() - begin_s
+        if self._matcher.is_error():
+            raise self._error()
+        if bits.count(0) == len(bits):
+            raise ConstraintError('the constraint can not be kept any further: no token of the '
+                                  "model's vocabulary begins what has to follow")
+        return bits
+
+    def accept(self, token_id: int) -> None:
+        """
+        Take the token that was chosen.
+
+        :raises ConstraintError: it was not allowed.
+        """
+        if any(token_id == id_ for id_, _, _ in self._ends) and self.complete:
+            self._end_taken = True
+        elif not self._matcher.consume_token(token_id):
+            raise self._error()
+
+    def rollback(self, count: int) -> None:
+        """Take the last ``count`` tokens back."""
+        if count and self._end_taken:
+            self._end_taken, count = False, count - 1
+        if count and not self._matcher.rollback(count):
+            raise self._error()
+
+    def reset(self) -> bool:
+        """Take all tokens back; False where the library's limits were met, for good."""
+        self._end_taken = False
+        return bool(self._matcher.reset())
+
+    def _error(self) -> ConstraintError:
+        reason = ' '.join(self._matcher.get_error().split())
+        return ConstraintError(f'the constraint can not be kept any further: {reason}')
+
+
+def configured(config: ConstraintConfig) -> Form | None:
+    """
+    Give what the parameters ask of every answer, None where they ask for nothing.
+
+    :raises ConstraintError: more than one is set, or a file can't be read.
+    """
+    given = {name: value for name, value in vars(config).items() if value}
+    if len(given) > 1:
+        raise ConstraintError(f'{" and ".join(f"constraint.{name}" for name in given)} are set: '
+                              'set one of them')
+    for name, value in given.items():
+        kind, is_file = name.removesuffix('_file'), name.endswith('_file')
+        name = f'constraint.{name}'
+        if is_file:
+            value = _read(name, value)
+        if kind == 'schema':
+            return Form('json_schema', _parsed(name, value), name)
+        return Form(kind, list(value) if kind == 'choice' else value, name)
+    return None
+
+
+def check_schema(schema: Any, name: str) -> None:
+    """
+    Refuse a JSON Schema that asks for what is not enforced.
+
+    :param name: where the schema stands, for the message.
+    :raises ConstraintError: naming the keyword and its place.
+    """
+    if not isinstance(schema, Mapping):
+        raise ConstraintError(f'{name} is {shown(schema)}: expected an object')
+    found = [(schema, name)]
+    while found:
+        each, place = found.pop()
+        for keyword in each:
+            if keyword not in ENFORCED | ANNOTATIONS:
+                raise ConstraintError(
+                    f'{place} has the keyword {shown(keyword)}, which is not enforced: leave it '
+                    f'out; enforced are {", ".join(sorted(ENFORCED))}')
+        found += _parts(each, place)
+
+
+def _parts(schema: Mapping[str, Any], place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Give the schemas directly in a schema, and where they stand."""
+    for keyword, value in schema.items():
+        parts: list[tuple[str, Any]] = []
+        if keyword in _BY_NAME and isinstance(value, Mapping):
+            parts = [(f'{place}.{keyword}.{name}', part) for name, part in value.items()]
+        elif keyword in _LISTS and isinstance(value, list):
+            parts = [(f'{place}.{keyword}[{index}]', part) for index, part in enumerate(value)]
+        elif keyword in _SINGLE:
+            parts = [(f'{place}.{keyword}', value)]
+        for name, part in parts:
+            if isinstance(part, Mapping):
+                yield part, name
+
+
+def _read(name: str, path: str) -> str:
+    try:
+        return regular_file.read(Path(path), MAX_BYTES).decode()
+    except (OSError, EngineError, UnicodeDecodeError) as error:
+        raise ConstraintError(
+            f'{name} is {shown(path)}, which can not be read: {error}') from error
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return parse_value(text, name)
+    except RequestError as error:
+        raise ConstraintError(f'{name}: {error}') from error

@@ -1,0 +1,381 @@
+"""Answers that have to have a form have it, on models that would say anything."""
+
+from contextlib import nullcontext
+from itertools import product
+import json
+from pathlib import Path
+import re
+from unittest.mock import MagicMock
+
+from fake_engine import byte_tokenizer
+from fake_engine import FakeEngine
+from fake_engine import forever
+import jsonschema
+from physai_decode import checkpoint
+from physai_decode.config import ConstraintConfig
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.constraint import configured
+from physai_decode.constraint import ConstraintError
+from physai_decode.constraint import Vocabulary
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.engines.native.engine import NativeEngine
+from physai_decode.engines.transformers.engine import TransformersEngine
+from physai_decode.request import Form
+from physai_decode.request import Request
+import pytest
+import random_model
+from tokenizers import Tokenizer
+import torch
+from worker_rig import making
+
+TOKENIZER = Path(checkpoint.__file__).parent / 'models' / 'tiny_planner' / 'tokenizer.json'
+END = 2
+TOKENS = 120
+GREEDY = SamplingConfig(max_new_tokens=TOKENS)
+SAMPLED = SamplingConfig(max_new_tokens=TOKENS, temperature=1.0, top_p=0.95, seed=3)
+
+
+def array(items, most=3, **others):
+    return {'type': 'array', 'items': items, 'maxItems': most, **others}
+
+
+def record(properties, required=None, **others):
+    return {'type': 'object', 'properties': properties, 'additionalProperties': False,
+            'required': sorted(properties) if required is None else required, **others}
+
+
+WORD = {'type': 'string', 'pattern': '^[a-z]{1,8}$'}
+# No larger than the answers that a model without sense gives in 120 tokens.
+SIMPLE = [
+    {'type': 'boolean'}, {'type': 'null'}, {'type': ['boolean', 'null']},
+    *({'type': 'integer', 'minimum': low, 'maximum': high} for low, high in (
+        (0, 0), (0, 1), (0, 9), (3, 17), (-5, 5), (-100, -90), (95, 105), (0, 255), (-1, 1000),
+        (998, 1003))),
+    *({'type': 'integer', 'exclusiveMinimum': low, 'exclusiveMaximum': high} for low, high in (
+        (0, 2), (-1, 10), (99, 1000), (-12, -9))),
+    *({'type': 'number', 'minimum': low, 'maximum': high} for low, high in (
+        (0, 1), (-1, 1), (0.5, 0.75), (-2.5, 10), (99.5, 100.5), (0, 1000))),
+    *({'type': 'number', 'exclusiveMinimum': low, 'exclusiveMaximum': high}
+      for low, high in ((0, 1), (-0.5, 0.5), (9, 11))),
+    *({'type': 'integer', 'minimum': 0, 'maximum': 100, 'multipleOf': step}
+      for step in (2, 3, 5, 10, 25)),
+    *({'enum': texts} for texts in (
+        ['a'], ['go', 'pick', 'place'], ['go', 'good', 'goodbye'], [1, 2, 3], [1, 'one', None],
+        [True, False], ['a"b', 'c\\d', 'e\nf'], ['ä', 'ö€', '😀'], [[1, 2], {'a': 1}],
+        [1.5, -2.25], ['', ' ', '  '])),
+    *({'const': value} for value in (
+        0, -7, 1.5, True, None, 'x', 'two words', [], {}, [1, 'a', None], {'a': {'b': [1]}},
+        'ünïcödé', 'a/b\\c"d')),
+    *({'type': 'string', 'minLength': low, 'maxLength': high} for low, high in (
+        (0, 0), (0, 3), (1, 1), (2, 5), (4, 4), (0, 10), (5, 8))),
+    *({'type': 'string', 'pattern': pattern} for pattern in (
+        '^a$', '^[0-9]{3}$', '^[a-z]{2,4}-[0-9]{1,3}$', '^(go|pick|place)$', '^[A-F0-9]{4}$',
+        '^x?y?z$', '^(ab){1,3}$', '^[^a-z"]{2,3}$', r'^\d{2}:\d{2}$', r'^\w{1,4}$', '^$',
+        r'^[+-]?[0-9]{1,3}\.[0-9]{2}$', '^(a|b(c|d)){2}$', r'^"[a-c]"$', r'^\\[a-c]$',
+        '^[äöü]{1,2}$', '^.{2}$')),
+    *({'type': 'string', 'format': form} for form in (
+        'date', 'time', 'date-time', 'duration', 'uuid', 'ipv4', 'email'))]
+PARTS = [{'type': 'boolean'}, {'enum': ['go', 'pick']}, {'type': 'integer', 'minimum': -3,
+         'maximum': 12}, WORD, {'const': None}]
+NESTED = [
+    *(array(each, 2) for each in PARTS),
+    *(array(each, most, minItems=least) for each, (least, most) in product(
+        PARTS[:3], ((0, 0), (1, 1), (2, 3), (3, 3), (1, 4)))),
+    *(record({'a': one, 'b': other}) for one, other in product(PARTS, PARTS)),
+    *(record({'a': one, 'b': other}, []) for one, other in zip(PARTS, PARTS[1:])),
+    *(record({'a': one, 'b': other}, ['b']) for one, other in zip(PARTS, PARTS[1:])),
+    *({'anyOf': [one, other]} for one, other in zip(PARTS, PARTS[2:])),
+    *({'anyOf': [record({'kind': {'const': 'a'}, 'x': one}),
+                 record({'kind': {'const': 'b'}, 'y': one})]} for one in PARTS),
+    *({'oneOf': [record({'kind': {'const': 'a'}, 'x': one}),
+                 record({'kind': {'const': 'b'}, 'x': one})]} for one in PARTS),
+    *({'type': 'array', 'prefixItems': [one, other], 'items': False, 'minItems': 2}
+      for one, other in zip(PARTS, PARTS[1:])),
+    *({'type': 'array', 'prefixItems': [one], 'items': one, 'maxItems': 3} for one in PARTS[:3]),
+    *(record({'a': record({'b': record({'c': each})})}) for each in PARTS),
+    *(record({'list': array(record({'x': each}), 2)}) for each in PARTS),
+    *(array(array(each, 2), 2) for each in PARTS),
+    *({'$ref': '#/$defs/it', '$defs': {'it': each}} for each in PARTS),
+    *(record({'a': {'$ref': '#/$defs/it'}, 'b': array({'$ref': '#/$defs/it'}, 2)},
+             **{'$defs': {'it': each}}) for each in PARTS),
+    *(record({'a': {'$ref': '#/definitions/it'}}, definitions={'it': each}) for each in PARTS),
+    *({'allOf': [{'type': 'integer', 'minimum': low}, {'maximum': low + 4}]} for low in (0, 7)),
+    {'allOf': [record({'a': WORD}, additionalProperties=True), record({'a': {'maxLength': 3}})]},
+    {'$ref': '#/$defs/node', '$defs': {'node': record(
+        {'name': WORD, 'next': {'anyOf': [{'type': 'null'}, {'$ref': '#/$defs/node'}]}})}},
+    {'$ref': '#/$defs/tree', '$defs': {'tree': array({'$ref': '#/$defs/tree'}, 2)}},
+    {'type': 'object', 'patternProperties': {'^[a-c]{1,2}$': {'type': 'boolean'}},
+     'additionalProperties': False, 'maxProperties': 2},
+    {'type': 'object', 'additionalProperties': {'type': 'integer', 'maximum': 9, 'minimum': 0},
+     'maxProperties': 1},
+    {'type': 'object', 'properties': {'a': {'const': 1}}, 'required': ['a', 'b'],
+     'additionalProperties': {'enum': [1, 2]}, 'maxProperties': 2},
+    record({'a b': WORD, 'ä"': {'type': 'null'}, '': {'const': 0}}),
+    {'title': 'told', 'description': 'nothing', '$schema': jsonschema.Draft202012Validator
+     .META_SCHEMA['$id'], 'default': 1, 'examples': [1], **PARTS[0]},
+    {'type': 'object', 'maxProperties': 0}, {'enum': [[], {}]}]
+SCHEMAS = SIMPLE + NESTED
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return Tokenizer.from_file(str(TOKENIZER))
+
+
+@pytest.fixture(scope='module')
+def vocabulary(tokenizer):
+    return Vocabulary(tokenizer, 1030, (END,))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Give a model with random weights, and with ids that its tokenizer does not have."""
+    return random_model.save(tmp_path_factory.mktemp('model'), 'llama', 5, vocab_size=1030)
+
+
+def loop_of(kind, folder):
+    return DecodeLoop(kind(checkpoint.inspect(folder), EngineConfig(device='cpu', dtype='float32'),
+                           lambda text: None))
+
+
+def answered(loop, vocabulary, tokenizer, form, sampling, prompt=(5, 6, 7)):
+    """Give an answer's text, and whether it ended by itself."""
+    constraint = vocabulary.constraint(form)
+    ids = [id_ for step in loop.stream(prompt, sampling, constraint) for id_ in step.token_ids
+           if id_ != END]
+    return tokenizer.decode(ids, skip_special_tokens=False), constraint.ended
+
+
+def judge(schema, text):
+    jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+def test_the_table_is_large():
+    assert len(SCHEMAS) >= 200
+
+
+@pytest.mark.parametrize('kind', [NativeEngine, TransformersEngine])
+def test_every_answer_that_ends_fulfils_its_schema(kind, folder, vocabulary, tokenizer):
+    loop = loop_of(kind, folder)
+    ends = 0
+    asked = SCHEMAS if kind is NativeEngine else SCHEMAS[::15]
+    for index, schema in enumerate(asked):
+        for sampling in (GREEDY, SAMPLED):
+            text, ended = answered(loop, vocabulary, tokenizer, Form('json_schema', schema, 'it'),
+                                   sampling, (5, 6, 7 + index))
+            if ended:
+                judge(schema, text)
+            ends += ended
+    loop.engine.close()
+    assert ends > 0.9 * 2 * len(asked)
+
+
+def test_the_fake_engine_is_kept_in_form_too():
+    vocabulary, ends = Vocabulary(byte_tokenizer(), 256, (0,)), 0
+    for index, schema in enumerate(SCHEMAS):
+        engine = FakeEngine(lambda prompt: forever(chr(33 + prompt[0])), vocab_size=256,
+                            max_context=512)
+        text, ended = answered(DecodeLoop(engine), vocabulary, byte_tokenizer(),
+                               Form('json_schema', schema, 'it'), GREEDY, (index % 90,))
+        text = text.removesuffix('\0')
+        if ended:
+            judge(schema, text)
+        ends += ended
+    assert ends > len(SCHEMAS) / 2
+
+
+@pytest.mark.parametrize(('kind', 'content', 'pattern'), [
+    ('regex', '[0-9]{3}-[a-z]{2}', '[0-9]{3}-[a-z]{2}'),
+    ('choice', ['yes', 'no', 'may"be', 'yesterday'], 'yes|no|may"be|yesterday'),
+    ('grammar', 'root ::= "go " room ("," room)? \nroom ::= "kitchen" | "hall"',
+     'go (kitchen|hall)(,(kitchen|hall))?'),
+    ('grammar', 'start: "a"~2..4 /b+/ "c"', 'a{2,4}b+c')])
+@pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
+def test_other_forms(kind, content, pattern, sampling, folder, vocabulary, tokenizer):
+    loop = loop_of(NativeEngine, folder)
+    for first in range(5):
+        text, ended = answered(loop, vocabulary, tokenizer, Form(kind, content, 'it'), sampling,
+                               (first,))
+        assert not ended or re.fullmatch(pattern, text)
+        assert ended or 'b' in text
+    loop.engine.close()
+
+
+class Event:
+    """What stands for an event of a device that computes at once."""
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
+def test_a_pipeline_draws_with_the_mask_of_its_own_place(
+        sampling, folder, vocabulary, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: MagicMock())
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+    loop = loop_of(NativeEngine, folder)
+    form = Form('json_schema', {'type': 'object'}, 'it')
+
+    def answers():
+        loop.forget()
+        free = [step.token_ids for step in loop.stream([5, 6, 7], sampling)]
+        return answered(loop, vocabulary, tokenizer, form, sampling), free
+
+    expected = answers()
+    loop.engine.pipeline = loop.engine.piped(False)
+    assert answers() == expected
+    loop.engine.close()
+
+
+@pytest.mark.parametrize(('kind', 'content', 'words'), [
+    ('json_schema', {'not': {}}, "the keyword 'not', which is not enforced"),
+    ('json_schema', {'properties': {'a': {'items': {'uniqueItems': True}}}},
+     "it.properties.a.items has the keyword 'uniqueItems'"),
+    ('json_schema', {'anyOf': [{'type': 'null'}, {'contains': {}}]}, r'anyOf\[1\] has'),
+    ('json_schema', {'x-guidance': {'lenient': True}}, 'x-guidance'),
+    ('json_schema', {'type': 'object', 'minProperties': 2}, 'minProperties'),
+    ('json_schema', {'minLenght': 3}, 'minLenght'),
+    ('json_schema', {'type': 'text'}, 'text'),
+    ('json_schema', {'type': 'string', 'format': 'phone'}, 'phone'),
+    ('json_schema', {'type': 'integer', 'minimum': 3, 'maximum': 2}, 'minimum'),
+    ('json_schema', {'type': 'integer', 'minimum': 10**400}, 'can not be used'),
+    ('json_schema', {'$ref': 'http://example.org/it.json'}, 'example.org'),
+    ('json_schema', {'type': 'string', 'pattern': '(?=a)b'}, 'look'),
+    ('json_schema', {'oneOf': [{'type': 'string'}, {'maxLength': 3}]}, 'oneOf'),
+    ('json_schema', {'enum': ['x' * 300_000]}, 'allowed are 262144'),
+    ('json_schema', {'allOf': [{'anyOf': [record({f'{a}{b}': WORD}) for b in range(9)]}
+                               for a in range(9)]}, 'can not be used'),
+    ('json_schema', {'type': 'integer', 'multipleOf': 10**9 + 7}, 'fuel'),
+    ('regex', '(a', 'can not be used'),
+    ('regex', r'(a)\1', 'backreferences'),
+    ('grammar', 'root ::= (', 'can not be used'),
+    ('grammar', 'start: ' + '(' * 5000 + '"a"' + ')' * 5000, 'nested'),
+    ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not')])
+def test_what_can_not_be_kept_is_refused(kind, content, words, vocabulary):
+    with pytest.raises(ConstraintError, match=words):
+        vocabulary.constraint(Form(kind, content, 'it'))
+
+
+def test_an_end_is_allowed_where_the_answer_is_complete_and_nowhere_else(vocabulary, tokenizer):
+    constraint = vocabulary.constraint(Form('regex', 'ab?', 'it'))
+
+    def may_end():
+        return bool(constraint.mask()[END // 8] >> END % 8 & 1)
+
+    a, b = (tokenizer.token_to_id(text) for text in 'ab')
+    assert not may_end() and not constraint.complete
+    constraint.accept(a)
+    assert may_end() and constraint.complete and not constraint.ended
+    constraint.accept(END)
+    assert constraint.ended
+    constraint.rollback(1)
+    assert not constraint.ended and may_end()
+    constraint.accept(b)
+    assert constraint.ended
+    constraint.rollback(2)
+    assert not may_end()
+    constraint.accept(a)
+    constraint.reset()
+    assert not may_end()
+    with pytest.raises(ConstraintError):
+        constraint.accept(b)
+
+
+def test_an_end_token_that_is_text_ends_nothing_before(tokenizer):
+    """Where the end is a token of the text, it is an end alone."""
+    a = tokenizer.token_to_id('a')
+    constraint = Vocabulary(tokenizer, 1024, (a,)).constraint(Form('regex', 'ba', 'it'))
+    constraint.accept(tokenizer.token_to_id('b'))
+    with pytest.raises(ConstraintError, match='no token'):
+        constraint.mask()
+
+
+def test_a_constraint_is_compiled_once(vocabulary, tokenizer):
+    form = Form('regex', 'a{3}', 'it')
+    constraint = vocabulary.constraint(form)
+    a = tokenizer.token_to_id('a')
+    constraint.accept(a)
+    assert vocabulary.constraint(form) is constraint
+    for _ in range(3):
+        assert not constraint.ended
+        constraint.accept(a)
+    assert constraint.ended
+    vocabulary.constraint(form)
+    with pytest.raises(ConstraintError):
+        constraint.accept(tokenizer.token_to_id('b'))
+    again = vocabulary.constraint(form)         # what has failed is not used again
+    again.accept(a)
+    assert again is not constraint
+    for count in range(9):
+        vocabulary.constraint(Form('regex', f'b{{{count + 1}}}', 'it'))
+    assert vocabulary.constraint(form) is not again
+
+
+def plain(prompt):
+    yield from forever('"')
+
+
+def test_the_worker_keeps_the_form():
+    with making() as make:
+        worker, sink = make(FakeEngine(plain, vocab_size=128))
+        number = worker.submit(Request('go', structured_outputs={'choice': ['go', 'stop']}))
+        report, text = sink.end(number)
+        assert (report.finish_reason, text) == ('stop', 'go')
+        assert all(token.mask_ms > 0 for token in sink.tokens)
+        number = worker.submit(Request('go', sampling={'max_new_tokens': 4}))
+        assert sink.end(number)[1] == '""""'
+        assert sink.tokens[-1].mask_ms is None
+        number = worker.submit(Request(
+            'go', structured_outputs={'regex': '"{40}'}, sampling={'max_new_tokens': 4}))
+        assert sink.end(number)[0].finish_reason == 'length'
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'not': {}}}}},
+     'response_format.json_schema.schema has the keyword'),
+    ({'structured_outputs': {'regex': '('}}, 'structured_outputs.regex can not be used'),
+    ({'structured_outputs': {'regex': 'a'}, 'sampling': {'stop': ('x',)}}, 'stop can not be used'),
+])
+def test_the_worker_refuses_and_goes_on(options, words):
+    with making() as make:
+        worker, sink = make(FakeEngine(vocab_size=128))
+        report, text = sink.end(worker.submit(Request('go', **options)))
+        assert report.finish_reason == 'rejected' and words in report.message and not text
+        assert sink.end(worker.submit(Request('go')))[1] == 'go'
+        assert worker.state == 'idle' and not worker.last_error
+
+
+def test_the_parameters_hold_where_a_request_says_nothing(tmp_path):
+    file = tmp_path / 'answer.json'
+    file.write_text('{"enum": [1, 22]}')
+    assert configured(ConstraintConfig()) is None
+    assert configured(ConstraintConfig(choice=('a', 'b'))).content == ['a', 'b']
+    form = configured(ConstraintConfig(schema_file=str(file)))
+    assert form == ('json_schema', {'enum': [1, 22]}, 'constraint.schema_file')
+    with pytest.raises(ConstraintError, match=r'constraint\.regex and constraint\.choice'):
+        configured(ConstraintConfig(regex='a', choice=('a',)))
+    for content in ('{', '{"a": 1, "a": 2}'):
+        file.write_text(content)
+        with pytest.raises(ConstraintError, match=r'constraint\.schema_file'):
+            configured(ConstraintConfig(schema_file=str(file)))
+    for path in ('/dev/zero', str(tmp_path), str(tmp_path / 'none')):
+        with pytest.raises(ConstraintError, match=r'constraint\.grammar_file'):
+            configured(ConstraintConfig(grammar_file=path))
+    with making() as make:
+        worker, sink = make(FakeEngine(plain, vocab_size=128), form=form)
+        assert sink.end(worker.submit(Request('go')))[1] in ('1', '22')
+        free = Request('go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
+        assert sink.end(worker.submit(free))[1] == '""'
