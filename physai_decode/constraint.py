@@ -24,7 +24,7 @@ from physai_decode.request import parse_value
 from physai_decode.request import RequestError
 from physai_decode.text import TextError
 
-MAX_BYTES = 262_144             # of a schema or a grammar
+MAX_BYTES = 65_536              # of a schema or a grammar
 KEPT = 8                        # constraints that are kept compiled
 # Between two parts of JSON; without a bound, a model can go on with blanks for ever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
