@@ -50,8 +50,11 @@ def test_the_fastest_that_can_run_it(model, monkeypatch):
 @pytest.mark.parametrize(('changes', 'name', 'word'), [
     ({'model_type': 'gemma2'}, 'transformers', 'gemma2'),
     ({'hidden_act': 'gelu'}, 'transformers', 'gelu'),
-    ({'quantization_config': {**GPTQ, 'bits': 8}}, 'transformers', '8 bits'),
-    ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, 'transformers', 'awq'),
+    ({'quantization_config': {**GPTQ, 'bits': 3}}, 'transformers', '3 bits'),
+    ({'quantization_config': {'quant_method': 'awq', 'bits': 4, 'version': 'gemv'}},
+     'transformers', 'gemv'),
+    ({'quantization_config': {'quant_method': 'awq', 'bits': 4, 'zero_point': False}},
+     'transformers', 'zero points'),
     ({'quantization_config': {'quant_method': 'exl2', 'bits': 4.0}}, 'exllamav2', 'exl2')])
 def test_what_native_does_not_run(model, monkeypatch, changes, name, word):
     found = chosen(model, monkeypatch, **changes)

@@ -171,15 +171,19 @@ class Steps:
 
     made: list[bool] = []
 
-    def __init__(self, step, history, capture):
+    def __init__(self, forward, draw, history, capture):
         self.made.append(capture)
-        self._step, self._history, self._capture = step, history, capture
+        self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._flying = deque()
 
     def prepare(self, plan):
         """Run the step a few times, as a capture does."""
         for _ in range(devices.WARM_UP_STEPS if self._capture else 0):
             self._step(plan)
+
+    def _step(self, plan):
+        self._forward()
+        self._draw(plan)
 
     @property
     def flying(self):
@@ -191,7 +195,7 @@ class Steps:
         """Whether as many steps are in flight as may be."""
         return len(self._flying) == 2
 
-    def launch(self, plan, place):
+    def launch(self, plan, place, restrict):
         """Run a step."""
         self._step(plan)
         self._flying.append((int(self._history[place]), 1e-3))

@@ -39,6 +39,8 @@ class Awq:
             raise refusal(f'AWQ of {bits!r} bits', '4')
         if str(layout).lower() != 'gemm':
             raise refusal(f'the AWQ version {layout!r}', 'gemm')
+        if not settings.get('zero_point', True):
+            raise refusal('AWQ without zero points', 'those with')
         check_group('AWQ', self._size)
 
     def holds(self, source: Source, module: str) -> bool:
