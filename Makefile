@@ -26,7 +26,7 @@ test: .venv/test.stamp
 	@if .venv/bin/python tools/build_msgs.py --check; then $(MAKE) --no-print-directory msgs; \
 	else echo 'Going on without physai_decode_msgs: the tests that need it are skipped.'; fi
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
-	.venv/bin/python -m pytest || status=1; exit $$status
+	.venv/bin/python -m pytest -n 2 --dist loadfile || status=1; exit $$status
 
 test-jazzy: .venv-jazzy/test.stamp
 	PYTHONPATH='$(CURDIR)' .venv-jazzy/bin/python -m pytest $(NODE_TESTS)
