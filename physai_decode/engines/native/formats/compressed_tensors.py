@@ -31,6 +31,7 @@ _RUN = {
     'pack-quantized': ('int', (4, 8), ('group', 'channel')),
     'int-quantized': ('int', (8,), ('group', 'channel', 'tensor')),
     'float-quantized': ('float', (8,), ('channel', 'tensor', 'block'))}
+_STORED = {'int-quantized': 'I8', 'float-quantized': FLOAT8}
 
 
 class CompressedTensors:
@@ -54,6 +55,7 @@ class CompressedTensors:
         every = [_check(settings, part(groups, name)) for name in groups]
         self.dtype = torch.float16 if any(bits == 4 for bits, _ in every) else None
         self._sizes = [size for _, size in every]
+        self._stored = {_STORED.get(_layout(settings, part(groups, name))) for name in groups}
         self._blocks = [part(part(groups, name), 'weights')['block_structure'] for name in groups
                         if part(part(groups, name), 'weights').get('strategy') == 'block']
 
@@ -92,6 +94,10 @@ class CompressedTensors:
                              packing.signed(zeros.t()), size, g_idx)
 
     def _eight(self, source, module, rows, columns):
+        stored = source.entry(f'{module}.weight').dtype
+        if stored not in self._stored:
+            raise EngineError(f'its weight is stored as {stored}, which config.json does not say: '
+                              'they do not belong together')
         values = source.get(f'{module}.weight', (rows, columns))
         name = f'{module}.weight_scale'
         entry = source.entry(name)
@@ -129,9 +135,13 @@ class CompressedTensors:
         return groups, size
 
 
+def _layout(settings, group):
+    return group.get('format') or settings.get('format')
+
+
 def _check(settings, group):
     """Hold one of the config's groups against what is run; gives its bits and group size."""
-    layout = group.get('format') or settings.get('format')
+    layout = _layout(settings, group)
     if layout not in _RUN:
         raise refusal(f'the {_NAME} format {layout!r}', ', '.join(_RUN))
     kind, bits, strategies = _RUN[layout]
