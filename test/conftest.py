@@ -3,6 +3,7 @@
 from glob import glob
 from itertools import chain
 import os
+import signal
 import socket
 
 
@@ -29,5 +30,8 @@ os.environ.pop('ROS_LOCALHOST_ONLY', None)      # of which later distributions w
 if os.environ.get('ROS_DISTRO') == 'humble':    # the same there
     os.environ['ROS_LOCALHOST_ONLY'] = '1'
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# A shell's background job ignores Ctrl-C, and hands that on to the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
