@@ -24,10 +24,12 @@ from physai_decode.conversation import Conversation
 from physai_decode.conversation import Turn
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
+from physai_decode.items import Items
 from physai_decode.request import Form
 from physai_decode.request import JSON_NAMES
 from physai_decode.request import Message
 from physai_decode.request_queue import Ticket
+from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestRecorder
 from physai_decode.timing import TokenReport
 
@@ -104,21 +106,27 @@ class Answer:
 
     def __init__(self, ticket: Ticket, loop: DecodeLoop, text: TextCoder,
                  conversation: Conversation, sampling: SamplingConfig, times: RequestRecorder,
-                 emit: Callable[[TokenReport], None], alive: Callable[[], None],
-                 clock: Callable[[], float], form: Form | None = None) -> None:
+                 emit: Callable[[TokenReport], None], emit_item: Callable[[ItemReport], None],
+                 alive: Callable[[], None], clock: Callable[[], float],
+                 form: Form | None = None) -> None:
         """
         Take what the answer needs.
 
         :param sampling: of this request.
         :param times: records its tokens.
         :param emit: gets each token's report.
+        :param emit_item: gets each element's, of an answer that is JSON.
         :param alive: is called for each sign of life of the engine.
         :param form: what the answer has to look like, None for anything.
         """
         self._ticket, self._loop, self._text = ticket, loop, text
         self._conversation, self._sampling, self.times = conversation, sampling, times
-        self._emit, self._alive, self._clock = emit, alive, clock
+        self._emit, self._emit_item = emit, emit_item
+        self._alive, self._clock = alive, clock
         self._form = form
+        self._items: Items | None = None
+        if form is not None and form.kind == 'json_schema':
+            self._items, times.items = Items(), 0
         self._pieces: list[str] = []
         self._waiting: TokenReport | None = None    # its text is not known to the end
         self._publish_s: float | None = None
@@ -310,6 +318,9 @@ class Answer:
         self._pieces.append(report.text)
         begin_s = self._clock()
         self._emit(report)
+        if self._items is not None:
+            for item in self._items.feed(report.text):
+                self._emit_item(self.times.item(self._clock(), *item))
         self._publish_s = self._clock() - begin_s
 
     def _is_late(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Protocol
 from physai_decode.config import QueueConfig
 from physai_decode.conversation import Turn
 from physai_decode.request import Request
+from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 
@@ -21,11 +22,11 @@ class Listener(Protocol):
     """
     Where the reports of one request, or of all, go.
 
-    ``token`` is called from the decode thread only. ``finished`` is called exactly once for each
-    request: from the decode thread, or, for a request that leaves without its turn (refused,
+    ``token`` and ``item`` are called from the decode thread only. ``finished`` is called exactly
+    once for each request: from the decode thread, or, for a request that leaves without its turn (refused,
     cancelled, stopped or preempted while it waits), from the thread that made that call, before
     the call returns. So ``finished`` must be callable from several threads at once. An exception
-    from either ends the request that it was called for.
+    from any of them ends the request that it was called for.
     """
 
     def token(self, report: TokenReport) -> None:
@@ -34,6 +35,14 @@ class Listener(Protocol):
 
         A token whose text is not complete, or may be the beginning of a stop text, comes together
         with the next one or with the end of the answer: the text may belong to it after all.
+        """
+        ...
+
+    def item(self, report: ItemReport) -> None:
+        """
+        Take one element of an answer that is JSON by its form, after the token that completed it.
+
+        Nothing is taken back, also where the answer is then cut off.
         """
         ...
 

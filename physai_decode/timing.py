@@ -8,6 +8,7 @@ known is None, never 0. It reads no clock itself, and knows neither text nor eng
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
+import json
 import math
 import threading
 from typing import Any
@@ -46,6 +47,25 @@ class TokenReport:
 
 
 @dataclass(frozen=True)
+class ItemReport:
+    """One element of an array of an answer; ``~/item`` has its JSON form."""
+
+    request_id: int
+    client_id: str                    # what the client called its request
+    index: int                        # 0 is the first element of its array
+    path: str                         # of the array, as a JSON Pointer; empty: the answer itself
+    t_ms: float                       # from the request received to the element known
+    value: str                        # its JSON, as the model wrote it
+
+    def to_json(self) -> str:
+        """Give the JSON form; the value stands in it as it was written."""
+        head = json.dumps({
+            'request_id': self.request_id, 'id': self.client_id or None, 'index': self.index,
+            'path': self.path, 't_ms': round(self.t_ms, 3)})
+        return f'{head[:-1]}, "value": {self.value}}}'
+
+
+@dataclass(frozen=True)
 class RequestReport:
     """One request, also one that was refused; the keys of ``~/request_stats``."""
 
@@ -72,6 +92,8 @@ class RequestReport:
     cancel_ms: float | None = None    # from the cancel asked for to the request ended
     client_id: str = ''               # what the client called it
     seed: int | None = None           # that its tokens were drawn with
+    items: int | None = None          # elements that were given; None: the answer is no JSON
+    first_item_ms: float | None = None      # from received to the first of them
 
 
 @dataclass(frozen=True)
@@ -243,6 +265,8 @@ class RequestRecorder:
         self.prompt_tokens: int | None = None       # set by the owner when known
         self.cached_tokens: int | None = None
         self.seed: int | None = None
+        self.items: int | None = None               # likewise, where the answer is JSON: 0
+        self._first_item_ms: float | None = None
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
@@ -308,6 +332,19 @@ class RequestRecorder:
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
             _to_ms(mask_s))
 
+    def item(self, now_s: float, path: str, index: int, value: str) -> ItemReport:
+        """
+        Record one element of the answer.
+
+        :param now_s: when it was complete.
+        :param path: and the following: see `ItemReport`.
+        """
+        t_ms = 1e3 * (now_s - self._received_s)
+        if self._first_item_ms is None:
+            self._first_item_ms = t_ms
+        self.items = (self.items or 0) + 1
+        return ItemReport(self._id, self._client_id, index, path, t_ms, value)
+
     def finish(self, now_s: float, finish_reason: str, message: str = '',
                cancel_s: float | None = None) -> RequestReport:
         """
@@ -341,7 +378,8 @@ class RequestRecorder:
             deadline_misses=self._misses, max_consecutive_misses=self._longest_row,
             worst_overrun_ms=self._worst_overrun_ms,
             cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s),
-            client_id=self._client_id, seed=self.seed)
+            client_id=self._client_id, seed=self.seed, items=self.items,
+            first_item_ms=self._first_item_ms)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

@@ -46,6 +46,7 @@ from physai_decode.request_queue import tell_end
 from physai_decode.request_queue import Ticket
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
+from physai_decode.timing import ItemReport
 from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
@@ -422,8 +423,13 @@ class Worker:
             if listener is not None:
                 listener.token(report)
 
+        def emit_item(report: ItemReport) -> None:
+            self._sink.item(report)
+            if listener is not None:
+                listener.item(report)
+
         return Answer(ticket, self._loop, self._text, self._conversation, sampling, times, emit,
-                      self._live, self._clock,
+                      emit_item, self._live, self._clock,
                       None if request.is_free else request.form or self._form)
 
     def _give(self, ticket: Ticket, answer: Answer) -> None:

@@ -2,9 +2,19 @@
 
 import json
 
+from fake_engine import FakeEngine
+from fake_engine import say
 from physai_decode.items import Item
 from physai_decode.items import Items
+from physai_decode.request import Form
+from physai_decode.request import Request
+from physai_decode.timing import ItemReport
 import pytest
+from worker_rig import making
+from worker_rig import Sink
+
+PLAN = '{"plan": [{"go": "a^b"}, 12, "x"]}'
+FORM = Form('json_schema', {'type': 'object'}, 'it')
 
 
 def given(*pieces) -> list[Item]:
@@ -79,3 +89,64 @@ def test_nesting_has_no_limit():
     """It counts, and calls nothing within itself."""
     deep = '[' * 100_000 + ']' * 100_000
     assert [item.text for item in given(f'[{deep}]')] == [deep]
+
+
+def broken(text):
+    """Say a text, then fail."""
+    yield from say(text, end=False)
+    raise RuntimeError('the engine broke')
+
+
+def test_the_worker_gives_each_element_after_its_token():
+    """To the sink and to the request's own listener; the end counts them."""
+    with making() as make:
+        worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128), form=FORM)
+        mine = Sink()
+        report, text = sink.end(worker.submit(Request('go', client_id='me'), listener=mine))
+        assert (report.finish_reason, text) == ('stop', PLAN)
+        mine.end(report.request_id)
+        found = [item for _, item in sink.items]
+        assert [item for _, item in mine.items] == found
+        assert [(item.path, item.index, item.value) for item in found] == [
+            ('/plan', 0, '{"go": "a^b"}'), ('/plan', 1, '12'), ('/plan', 2, '"x"')]
+        assert [text[:tokens][-1] for tokens, _ in sink.items] == ['}', ',', '"']
+        assert {(item.request_id, item.client_id) for item in found} == {(1, 'me')}
+        times = [report.ttft_ms, *(item.t_ms for item in found), report.total_ms]
+        assert times == sorted(times)
+        assert (report.items, report.first_item_ms) == (3, found[0].t_ms)
+
+
+@pytest.mark.parametrize(('options', 'items'), [
+    ({'response_format': {'type': 'json_object'}}, 3),
+    ({'response_format': {'type': 'text'}}, None),
+    ({'structured_outputs': {'choice': [PLAN, 'no']}}, None)])
+def test_only_what_is_json_by_its_form_has_elements(options, items):
+    """Of any other answer the end says that there could be none."""
+    with making() as make:
+        worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128))
+        report, text = sink.end(worker.submit(Request('go', **options)))
+        assert (report.finish_reason, text) == ('stop', PLAN)
+        assert (report.items, len(sink.items)) == (items, items or 0)
+        assert (report.first_item_ms is None) == (items is None)
+
+
+@pytest.mark.parametrize(('said', 'limit', 'reason'), [
+    (lambda text: broken(text[:-7]), 99, 'error'), (say, len(PLAN) - 7, 'length')])
+def test_what_was_given_before_a_fault_stays_given(said, limit, reason):
+    """Twelve is not complete: it might have become a hundred and twenty."""
+    with making() as make:
+        worker, sink = make(FakeEngine(lambda ids: said(PLAN), vocab_size=128), form=FORM)
+        report, text = sink.end(worker.submit(
+            Request('go', sampling={'max_new_tokens': limit})))
+        assert (report.finish_reason, text[-2:], report.items) == (reason, '12', 1)
+        assert [item.value for _, item in sink.items] == ['{"go": "a^b"}']
+        report, _ = sink.end(worker.submit(Request('go', sampling={'max_new_tokens': 2})))
+        assert (report.items, report.first_item_ms) == (0, None)
+
+
+def test_the_json_form_has_the_value_as_it_was_written():
+    """And no id where the client gave none."""
+    text = ItemReport(7, '', 0, '/plan', 12.34567, '{"n": 1.00, "s": "\\u0000ä"}').to_json()
+    assert text == ('{"request_id": 7, "id": null, "index": 0, "path": "/plan", "t_ms": 12.346, '
+                    '"value": {"n": 1.00, "s": "\\u0000ä"}}')
+    assert json.loads(text)['value'] == {'n': 1.0, 's': '\0ä'}

@@ -52,7 +52,8 @@ def test_keys():
         'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens',
         'queue_ms', 'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms',
         'itl_max_ms', 'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses',
-        'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed')
+        'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed', 'items',
+        'first_item_ms')
     assert messages.LATENCY_KEYS == (
         'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
         'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',

@@ -121,11 +121,11 @@ def test_a_result_has_every_figure_of_a_request():
 
 
 def test_a_token_has_figures_of_a_token():
-    """Under the names of ~/token_stats; feedback is a batch of them."""
+    """Under the names of ~/token_stats; feedback is a batch of them, and of elements."""
     token, = map(fields, parts('msg/Token.msg'))
     assert set(token) - set(TokenReport.__dataclass_fields__) == {'header'}
     assert {'header', 'request_id', 'client_id', 'index', 'text', 'itl_ms', 'r_floor'} < set(token)
-    assert fields(FEEDBACK) == {'tokens': ('Token[]', '')}
+    assert fields(FEEDBACK) == {'tokens': ('Token[]', ''), 'items_json': ('string[]', '')}
 
 
 def test_setup_leaves_the_package_alone():
@@ -175,7 +175,7 @@ def test_defaults():
     assert goal.sampling.top_k == goal.sampling.max_tokens == -1
     assert goal.deadline == Deadline(ttft_ms=-1.0, token_ms=-1.0, request_ms=-1.0, action='')
     assert Deadline.TRUNCATE == 'truncate'
-    assert Generate.Result().prompt_tokens == -1
+    assert Generate.Result().prompt_tokens == Generate.Result().items == -1
     assert Generate.Result.CANCELLED == 'cancelled'
 
 
@@ -184,7 +184,8 @@ def test_defaults():
     lambda: Generate.Goal(id='mine', prompt='p', sampling=Sampling(stop=['a', 'ü'], seed=2**31),
                           options_json='{}'),
     lambda: Generate.Result(text='ü', finish_reason='stop', request_id=2**40, itl_p50_ms=2.5),
-    lambda: Generate.Feedback(tokens=[Token(index=1, text='ü', r_floor=0.5), Token(index=2)])])
+    lambda: Generate.Feedback(tokens=[Token(index=1, text='ü', r_floor=0.5), Token(index=2)],
+                              items_json=['{}', '"ü"'])])
 def test_round_trip(message):
     """Each comes through DDS's form as it was."""
     message = message()

@@ -20,6 +20,7 @@ class Sink:
     def __init__(self):
         self.asked = {}
         self.tokens = []
+        self.items = []
         self.ends = []
         self.threads = {}
         self._changed = threading.Condition()
@@ -30,6 +31,11 @@ class Sink:
     def token(self, report):
         with self._changed:
             self.tokens.append(report)
+            self._changed.notify_all()
+
+    def item(self, report):
+        with self._changed:
+            self.items.append((len(self.tokens), report))
             self._changed.notify_all()
 
     def finished(self, report, text):

@@ -29,6 +29,8 @@ TOPICS = {
     '~/prompt': 'in: a prompt',
     '~/request': 'in: a request in JSON, see requests.md',
     '~/result': "each request's end in JSON, also of a refused one, see requests.md",
+    '~/item': "each element of a JSON answer's array as soon as it is complete, in JSON: "
+              '`request_id`, `id`, `index`, `path` of the array, `t_ms`, `value`; see requests.md',
     '~/accepted': 'each request that was queued, in JSON: `request_id`, `id`, `stamp` (seconds), '
                   '`request`',
     '~/tokens': 'a piece of text for each token; a character is never split, so a piece may be '
@@ -86,12 +88,14 @@ KEYS = {
     'engine_reason': 'why that engine runs it',
     'engine': 'what runs the model; before it is loaded, the parameter',
     'finish_reason': 'stop, length, deadline, cancelled, preempted, rejected or error',
+    'first_item_ms': 'from received to the first element on `~/item`',
     'floor_ms': 'the least time that the memory bus allows for the step; on /diagnostics the '
                 'median of the window',
     'generate_action': 'available, or why there is no `~/generate`',
     'head_dim': 'size of an attention head',
     'host_gap_ms': 'itl_ms less device_ms; on /diagnostics the median of the window',
     'index': '0 is the first token of the answer',
+    'items': 'elements on `~/item`; n/a where the answer is not JSON by its form',
     'itl_max_activation_ms': 'largest time from token to token since activation',
     'itl_max_ms': 'largest time from token to token',
     'itl_ms': 'time from the token before',

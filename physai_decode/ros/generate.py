@@ -27,6 +27,7 @@ from physai_decode.ros.topics import stream_qos
 from physai_decode.ros.typed import Generate
 from physai_decode.ros.typed import Token
 from physai_decode.ros.typed import unavailable
+from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.action import ActionServer
@@ -182,10 +183,11 @@ class GenerateServer:
     def _serve(self, goal: '_Goal') -> bool:
         """Send what is new of a goal; True where it needs another look at once."""
         end = goal.end              # before the tokens: all of them are there, then
+        items = goal.take_items()   # likewise: the tokens that they are made of are there
         tokens = goal.take()
         try:
-            if tokens:
-                goal.handle.publish_feedback(self._feedback(tokens))
+            if tokens or items:
+                goal.handle.publish_feedback(self._feedback(tokens, items))
         except RCLError as error:
             self._logger.warning(f'a goal has lost feedback: {error}')
         if end is not None:
@@ -197,10 +199,10 @@ class GenerateServer:
             self._host.cancel(goal.number)
         return goal.cancel
 
-    def _feedback(self, tokens: list[tuple[int, TokenReport]]) -> Any:
+    def _feedback(self, tokens: list[tuple[int, TokenReport]], items: list[str]) -> Any:
         simulated = self._clock.ros_time_is_active
         now_ns = self._clock.now().nanoseconds if simulated else 0
-        return Generate.Feedback(tokens=[
+        return Generate.Feedback(items_json=items, tokens=[
             token(report, now_ns if simulated else known_ns, self._source)
             for known_ns, report in tokens])
 
@@ -232,12 +234,18 @@ class _Goal:
         self.end: tuple[RequestReport, str] | None = None
         self.concluding = False             # the executor was asked to send the result
         self._tokens: deque[tuple[int, TokenReport]] = deque()
+        self._items: deque[str] = deque()
         self._wake = wake
 
     def token(self, report: TokenReport) -> None:
         """Keep a token for the next batch; in the decode thread, so no more than that."""
         self._tokens.append((time.time_ns(), report))
         self._wake()
+
+    def item(self, report: ItemReport) -> None:
+        """Keep an element's JSON form; it waits for no further token."""
+        self._items.append(report.to_json())
+        self._wake(True)
 
     def finished(self, report: RequestReport, text: str) -> None:
         """Take the end; from any thread."""
@@ -247,6 +255,10 @@ class _Goal:
     def take(self) -> list[tuple[int, TokenReport]]:
         """Give the tokens since the last call, with the time of each in ns since the epoch."""
         return [self._tokens.popleft() for _ in range(len(self._tokens))]
+
+    def take_items(self) -> list[str]:
+        """Give the elements since the last call."""
+        return [self._items.popleft() for _ in range(len(self._items))]
 
 
 def read(goal: Any, max_bytes: int) -> Request:

@@ -18,6 +18,7 @@ from physai_decode.ros import cdr
 from physai_decode.ros import messages
 from physai_decode.ros.clocked_node import ClockedNode
 from physai_decode.ros.typed import Token
+from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.publisher import Publisher
@@ -76,6 +77,7 @@ class Topics:
         self._r_floor = publisher(Float64, '~/r_floor', stream_qos())
         self._stamped_tokens = Token and publisher(Token, '~/stamped_tokens', stream_qos())
         self._response = publisher(String, '~/response', stream_qos())
+        self._item = publisher(String, '~/item', stream_qos())
         self._result = publisher(String, '~/result', stream_qos())
         self._accepted = publisher(String, '~/accepted', stream_qos())
         self._request_stats = publisher(DiagnosticArray, '~/request_stats', stream_qos())
@@ -113,6 +115,10 @@ class Topics:
                           self._stamped.write(report, text, self._now_ns())))
         for publisher, data in ready:
             publisher.publish(data)
+
+    def item(self, report: ItemReport) -> None:
+        """Publish one element of an answer that is JSON."""
+        self._item.publish(String(data=report.to_json()))
 
     def accepted(self, number: int, request: Request) -> None:
         """Echo a request that was queued, so that a bag has every one of them."""

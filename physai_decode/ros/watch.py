@@ -132,9 +132,12 @@ class Watcher(Node):
     def _on_request(self, message):
         status = message.status[0]
         values = {pair.key: pair.value for pair in status.values}
+        items = '' if values['first_item_ms'] == NOT_KNOWN else (
+            f'; {values["items"]} items, first after {number(values["first_item_ms"])} ms')
         self.last_request = printable(
             f'{values["request_id"]}, {status.message}: {values["output_tokens"]} tokens, first '
-            f'after {number(values["ttft_ms"])} ms, then {number(values["tokens_per_s"])} per s')
+            f'after {number(values["ttft_ms"])} ms, then {number(values["tokens_per_s"])} per s'
+            f'{items}')
 
 
 def printable(text: str) -> str:
