@@ -1,12 +1,14 @@
 """
-A controller that acts on a plan of the language model, and holds still where the plan is late.
+A controller that acts on a plan of the language model while it is being written.
 
-It asks the node once, under an id of its own, and takes nothing that does not bear this id. Three
-things end the wait: the whole plan; a request that ended otherwise; or a deadline, be it some late
-tokens in a row or the time for the plan as a whole.
+It asks the node once, under an id of its own, for a JSON array of actions, and takes nothing that
+does not bear this id. Each action goes out as soon as it is complete. Whether there is a next one
+is never known: an error, a cancel or a limit can end the plan after each, and late tokens or an
+action that does not come in time end the wait for it. Then the robot holds.
 """
 
 import json
+from pathlib import Path
 import sys
 import uuid
 
@@ -23,22 +25,28 @@ from std_msgs.msg import String
 
 LATE_IN_A_ROW = 3
 ROUND_S, PATIENCE_S = 0.02, 1.0         # to look for a subscriber of ~/action
+SCHEMA = Path(__file__).resolve().parent.parent / 'config' / 'plan.schema.json'
 
 
 class Controller(Node):
-    """The plan's actions go out on ~/action, one message each, or else a single `hold`."""
+    """The plan's actions go out on ~/action, one message each; `hold` where no more will come."""
 
     def __init__(self, command: str) -> None:
         super().__init__('controller')
         self.id, self.command, self.late, self.outcome = str(uuid.uuid4()), command, 0, ''
+        self.acted, self.planned = 0, None      # actions so far, and in all once that is known
         self.has_model, self.rounds = False, 0
         self.token_ms = self.number('token_ms', 100.0)
         self.create_timer(self.number('plan_s', 10.0), lambda: self.end('hold: no plan in time'))
+        self.next = self.create_timer(
+            self.number('item_s', 5.0), lambda: self.end('hold: no next action in time'))
+        self.next.cancel()                      # until the request is sent
         self.action = self.create_publisher(String, '~/action', 100)
         self.create_timer(ROUND_S, self.ask)
         self.request = self.create_publisher(String, '/decode/request', 10)
         self.create_subscription(
             DiagnosticArray, '/decode/token_stats', self.on_token, stream_qos())
+        self.create_subscription(String, '/decode/item', self.on_item, stream_qos())
         self.create_subscription(String, '/decode/result', self.on_result, stream_qos())
         # The last to be made: when this one hears, the node knows of all the others.
         self.create_subscription(
@@ -57,8 +65,10 @@ class Controller(Node):
         self.rounds += 1
         heard = self.action.get_subscription_count() or self.rounds > PATIENCE_S / ROUND_S
         if self.has_model and heard and self.command is not None:
-            self.send(prompt=self.command)
+            self.send(prompt=self.command, response_format={
+                'type': 'json_schema', 'json_schema': {'schema': json.loads(SCHEMA.read_text())}})
             self.command = None
+            self.next.reset()
 
     def on_token(self, stats):
         values = {pair.key: pair.value for pair in stats.status[0].values}
@@ -67,26 +77,37 @@ class Controller(Node):
             if self.late == LATE_IN_A_ROW:
                 self.end(f'hold: {self.late} tokens in a row were late')
 
+    def on_item(self, message):
+        item = json.loads(message.data)
+        if item['id'] != self.id or self.outcome:
+            return
+        if item['index'] != self.acted:
+            self.end(f'hold: action {self.acted} was lost')
+            return
+        self.action.publish(String(data=json.dumps(item['value'])))
+        self.acted += 1
+        self.next.reset()
+        self.end_if_complete()
+
     def on_result(self, message):
         result = json.loads(message.data)
-        if result['id'] != self.id:
-            return
-        choice, physai = result['choices'][0], result['physai']
-        text = choice['message']['content']
-        if choice['finish_reason'] != 'stop':
-            self.end(f'hold: {physai["finish_reason"]}: {physai["message"]}')
-            return
-        try:
-            self.end('done', [json.dumps(action) for action in json.loads(text)])
-        except (TypeError, ValueError):
-            self.end(f'hold: no plan: {text}')
+        if result['id'] == self.id:
+            physai = result['physai']
+            if physai['finish_reason'] == 'stop':
+                self.planned = physai['items']
+                self.end_if_complete()          # or the last actions are still on their way
+            else:
+                self.end(f'hold: {physai["finish_reason"]}: {physai["message"]}')
 
-    def end(self, outcome, actions=('hold',)):
+    def end_if_complete(self):
+        if self.acted == self.planned:
+            self.end('done')
+
+    def end(self, outcome):
         if not self.outcome:
             self.outcome = outcome
-            for action in actions:
-                self.action.publish(String(data=action))
             if outcome != 'done':
+                self.action.publish(String(data='hold'))
                 self.send(cancel=True)
 
     def send(self, **fields):
@@ -94,7 +115,7 @@ class Controller(Node):
 
 
 def main() -> int:
-    """Run until the plan is out or the robot holds; gives 0 for a plan, else 1."""
+    """Run until the plan is out or the robot holds; gives 0 for a whole plan, else 1."""
     rclpy.init()
     controller = Controller(' '.join(remove_ros_args(sys.argv)[1:]))
     while not controller.outcome:

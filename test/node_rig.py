@@ -4,9 +4,11 @@ import threading
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from fake_engine import byte_tokenizer
 from fake_engine import FakeEngine
 from lifecycle_msgs.srv import ChangeState
 from lifecycle_msgs.srv import GetState
+from physai_decode.constraint import Vocabulary
 from physai_decode.decode_loop import Step
 from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
@@ -43,6 +45,10 @@ class Letters:
         """Give a detokenizer that holds nothing back."""
         return self
 
+    def vocabulary(self, size, end_ids):
+        """Give what compiles constraints for characters below 128."""
+        return Vocabulary(byte_tokenizer(), size, end_ids)
+
     def close(self):
         """Have nothing to close."""
 
@@ -63,14 +69,19 @@ class EchoEngine(FakeEngine):
     that holds code 1 brings a NUL.
     """
 
-    def __init__(self, step_s: float = 0.0) -> None:
+    def __init__(self, step_s: float = 0.0, end: int = END) -> None:
         super().__init__(
             self._echo_upper, engine='echo', model_type='echo', device_name='Echo 1',
-            cuda_graph='unavailable', max_context=CONTEXT, vocab_size=END + 1,
-            eos_token_ids=(END,), read_weight_bytes=10**6, checkpoint_weight_bytes=10**6,
+            cuda_graph='unavailable', max_context=CONTEXT, vocab_size=end + 1,
+            eos_token_ids=(end,), read_weight_bytes=10**6, checkpoint_weight_bytes=10**6,
             layers=1, head_dim=64)
         self.step_s = step_s
         self.answer = threading.Event()
+
+    @staticmethod
+    def said(letter):
+        """Give what it says for a letter of the prompt."""
+        return letter.upper()
 
     def _echo_upper(self, prompt_ids):
         for token_id in prompt_ids:
@@ -80,8 +91,8 @@ class EchoEngine(FakeEngine):
                 raise RuntimeError('the engine broke')
             if letter == '?':
                 assert self.answer.wait(PATIENCE_S)
-            yield Step((ord(letter.upper()) if letter > '\x01' else 0,), device_s=1e-6)
-        yield Step((END,))
+            yield Step((ord(self.said(letter)) if letter > '\x01' else 0,), device_s=1e-6)
+        yield Step(self.footprint.eos_token_ids)
 
 
 class Loader:
@@ -89,6 +100,7 @@ class Loader:
 
     def __init__(self) -> None:
         self.engines: list[EchoEngine] = []
+        self.kind: type[EchoEngine] = EchoEngine
         self.step_s = 0.0
         self.go = threading.Event()
         self.go.set()
@@ -100,7 +112,7 @@ class Loader:
         progress('done')
         if config.model.path == 'bad':
             raise ValueError('bad is no model')
-        self.engines.append(EchoEngine(self.step_s))
+        self.engines.append(self.kind(self.step_s))
         return Loaded(self.engines[-1], Letters(), Peak(1e9, 'parameter'))
 
 
@@ -127,6 +139,7 @@ class Rig:
                 ('/decode/response', String, stream_qos()),
                 ('/decode/result', String, stream_qos()),
                 ('/decode/accepted', String, stream_qos()),
+                ('/decode/item', String, stream_qos()),
                 ('/decode/request_stats', DiagnosticArray, stream_qos()),
                 ('/decode/model_info', DiagnosticArray, latched_qos()),
                 ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):

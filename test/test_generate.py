@@ -14,6 +14,7 @@ from physai_decode.config import DecodeConfig
 from physai_decode.request import RequestError
 from physai_decode.ros import generate
 from physai_decode.ros.topics import stream_qos
+from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 import pytest
@@ -48,7 +49,7 @@ class ScriptedHost:
     Says each prompt again, a token for each character, in a thread of its own.
 
     A prompt such as ``deadline: abc`` ends with that finish reason, ``rejected: abc`` before
-    ``submit`` returns.
+    ``submit`` returns. A ``*`` is an element too, behind which it waits for `go`.
     """
 
     def __init__(self, step_s: float = STEP_S) -> None:
@@ -116,6 +117,9 @@ class ScriptedHost:
                     number, index, ord(letter), letter, index, None if index == 0 else 2.5, 1.5,
                     None, None, None, None if index == 0 else 0.5, None, index == 3,
                     request.client_id))
+                if letter == '*':
+                    self.go.clear()
+                    listener.item(ItemReport(number, request.client_id, index, '', 1.5, '"ü"'))
             listener.finished(RequestReport(
                 number, reason, '', prompt_tokens=len(text), cached_tokens=0,
                 output_tokens=len(said), ttft_ms=4.5), said)
@@ -126,6 +130,7 @@ class Goal:
 
     def __init__(self) -> None:
         self.batches: list[list] = []           # of tokens
+        self.items: list[dict] = []
         self.handle = None
         self.result = None
         self.status = GoalStatus.STATUS_UNKNOWN
@@ -171,11 +176,13 @@ class Client:
         def ended(future):
             goal.result, goal.status = future.result().result, future.result().status
 
+        def heard(message):
+            goal.batches.append(list(message.feedback.tokens))
+            goal.items += map(json.loads, message.feedback.items_json)
+
         def send():
             self.client.send_goal_async(
-                Generate.Goal(**fields),
-                lambda message: goal.batches.append(list(message.feedback.tokens))
-            ).add_done_callback(accepted)
+                Generate.Goal(**fields), heard).add_done_callback(accepted)
 
         self.executor.create_task(send)
         return goal
@@ -407,6 +414,21 @@ def test_feedback_comes_in_batches(make):
     goal = rig.client.ask(prompt='x' * 1000)
     assert [token.index for token in rig.client.tokens(goal, 1000)] == list(range(1000))
     assert len(goal.batches) <= 3
+
+
+@needs_msgs
+def test_an_element_waits_for_no_period(make):
+    """It is in the feedback at once, with the token that completed it at the latest."""
+    rig = make(step_s=0.0, feedback_period_s=PATIENCE_S)
+    goal = rig.client.send(id='mine', prompt='a*bc*d')
+    for count, said in ((1, 'a*'), (2, 'a*bc*')):
+        wait(lambda count=count: len(goal.items) == count)
+        assert goal.text == said
+        rig.host.go.set()
+    wait(lambda: goal.result)
+    assert goal.items[1] == {
+        'request_id': 1, 'id': 'mine', 'index': 4, 'path': '', 't_ms': 1.5, 'value': 'ü'}
+    assert goal.result.text == 'a*bc*d'
 
 
 @needs_msgs

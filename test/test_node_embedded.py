@@ -93,12 +93,19 @@ def test_answers_have_the_form_of_the_parameters(rig, tmp_path):
     assert not rig.change('configure')
     told = rig.diagnostics('decode: engine')['message']
     assert 'constraint.schema_file' in told and 'uniqueItems' in told
-    file.write_text('{"const": {"answer": 42}}')
+    file.write_text('{"const": {"answer": [42, "x"]}}')
     assert rig.change('configure', 'activate')
     count = len(rig.heard['response'])
     assert rig.ask('please bring the red cup to the kitchen')['finish_reason'] == 'stop'
     rig.wait(lambda: len(rig.heard['response']) > count)
-    assert json.loads(rig.heard['response'][-1].data) == {'answer': 42}
+    assert json.loads(rig.heard['response'][-1].data) == {'answer': [42, 'x']}
+    rig.wait(lambda: len(rig.heard['item']) == 2)
+    items = [json.loads(message.data) for message in rig.heard['item']]
+    assert [(item['path'], item['index'], item['value']) for item in items] == [
+        ('/answer', 0, 42), ('/answer', 1, 'x')]
+    figures = rig.requests()[-1]
+    assert figures['items'] == '2'
+    assert float(figures['first_item_ms']) == pytest.approx(items[0]['t_ms'], rel=1e-3)
     assert rig.change('deactivate', 'cleanup')
     assert rig.set(constraint__schema_file='') == (True, '')
 
