@@ -132,7 +132,7 @@ class Watcher(Node):
     def _on_request(self, message):
         status = message.status[0]
         values = {pair.key: pair.value for pair in status.values}
-        items = '' if values['first_item_ms'] == NOT_KNOWN else (
+        items = '' if values.get('first_item_ms', NOT_KNOWN) == NOT_KNOWN else (
             f'; {values["items"]} items, first after {number(values["first_item_ms"])} ms')
         self.last_request = printable(
             f'{values["request_id"]}, {status.message}: {values["output_tokens"]} tokens, first '
