@@ -23,6 +23,7 @@ def test_demo():
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ''
     assert int(re.search(r'^output_tokens +(\d+)$', result.stdout, re.MULTILINE)[1]) > 1
+    assert float(re.search(r'^first_item_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
     assert float(re.search(r'^itl_p50_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
     assert float(re.search(r' r_floor=([\d.]+) ', result.stdout)[1]) > 0
     assert result.stdout.endswith('The node ended with code 0.\n')

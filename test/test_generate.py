@@ -421,8 +421,8 @@ def test_an_element_waits_for_no_period(make):
     """It is in the feedback at once, with the token that completed it at the latest."""
     rig = make(step_s=0.0, feedback_period_s=PATIENCE_S)
     goal = rig.client.send(id='mine', prompt='a*bc*d')
-    for count, said in ((1, 'a*'), (2, 'a*bc*')):
-        wait(lambda count=count: len(goal.items) == count)
+    for number, said in ((1, 'a*'), (2, 'a*bc*')):
+        wait(lambda number=number: len(goal.items) == number)
         assert goal.text == said
         rig.host.go.set()
     wait(lambda: goal.result)

@@ -1,10 +1,11 @@
 """
 Time one plan, free and constrained: to the first token, to the first action, to the whole.
 
-The engine answers alone, in this process, then through each door of a node in another process. All
-times are a client's own, from before it asks. A free answer is not published element by element, so
-its client finds the first action in the tokens. Another command is asked for before each, so that
-only what all prompts begin with is in the cache. Printed are medians, as a Markdown table.
+The engine answers alone, in this process, then through each door of a node in another process.
+All times are a client's own, from before it asks. A free answer is not published element by
+element, so its client finds the first action in the tokens. Another command is asked for before
+each, so that only what all prompts begin with is in the cache. Printed are medians, as a Markdown
+table.
 """
 
 import argparse
@@ -73,8 +74,8 @@ class Alone:
         """Answer a prompt."""
         shape = self._engine.footprint
         plan, items, masks_ms = Plan(form), Items(), []
-        constraint = self._text.vocabulary(shape.vocab_size, shape.eos_token_ids).constraint(
-            self._form) if form == 'constrained' else None
+        vocabulary = self._text.vocabulary(shape.vocab_size, shape.eos_token_ids)
+        constraint = vocabulary.constraint(self._form) if form == 'constrained' else None
         decoder = self._text.detokenizer()
         for step in self._loop.stream(
                 self._text.encode([Message('user', prompt)]),
@@ -106,8 +107,8 @@ class Door:
         self._options = {'free': {'type': 'text'}, 'constrained': {
             'type': 'json_schema', 'json_schema': {'schema': form.content}}}
         self._process = subprocess.Popen([
-            sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--log-level', 'error',
-            '-p', f'model.path:={config.model.path}',
+            sys.executable, '-m', 'physai_decode.ros.process',
+            '--ros-args', '--log-level', 'error', '-p', f'model.path:={config.model.path}',
             '-p', f'engine.cpu_threads:={config.engine.cpu_threads}'])
         rclpy.init()
         self.node = rclpy.create_node('plan_times')
