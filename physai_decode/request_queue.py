@@ -25,8 +25,8 @@ class Listener(Protocol):
     ``token`` and ``item`` are called from the decode thread only. ``finished`` is called exactly
     once for each request: from the decode thread, or, for a request that leaves without its turn
     (refused, cancelled, stopped or preempted while it waits), from the thread that made that call,
-    before the call returns. So ``finished`` must be callable from several threads at once. An exception
-    from any of them ends the request that it was called for.
+    before the call returns. So ``finished`` must be callable from several threads at once. An
+    exception from any of them ends the request that it was called for.
     """
 
     def token(self, report: TokenReport) -> None:

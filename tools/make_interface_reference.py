@@ -47,8 +47,8 @@ TOPICS = {
 # What is there only where physai_decode_msgs is built.
 TYPED = [
     ('`~/generate`', 'action physai_decode_msgs/Generate',
-     'a request as a goal; its tokens in batches as feedback, and with them, at once, the elements '
-     'of a JSON answer, each as on `~/item`; its end as the result. A request '
+     'a request as a goal; its tokens in batches as feedback, and at once the elements of a JSON '
+     'answer, each as on `~/item`; its end as the result. A request '
      'that is refused is a goal that is accepted and then aborted, for only a result can say why'),
     ('`~/stamped_tokens`', 'physai_decode_msgs/Token',
      'for each token, in step with `~/tokens`: stamp, ids, text and figures in one message')]
