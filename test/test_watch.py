@@ -18,6 +18,8 @@ from node_rig import Rig
 from physai_decode.ros import messages
 from physai_decode.ros.watch import number
 from physai_decode.ros.watch import printable
+from physai_decode.ros.watch import Watcher
+from physai_decode.timing import RequestReport
 import pytest
 import rclpy
 
@@ -179,6 +181,20 @@ def test_a_snapshot_for_scripts(rig):
     assert told['state'] == 'idle'
     assert told['level'] in ('OK', 'WARN')
     assert int(told['tokens']) >= 5
+
+
+def test_the_elements_of_an_answer(rig):
+    """Where there were some: how many, and when the first came."""
+    watcher = Watcher('/arm/decode')
+    try:
+        for items, first_ms, told in ((5, 20.5, '; 5 items, first after 20.5 ms'), (0, None, '')):
+            report = RequestReport(7, 'stop', '', items=items, first_item_ms=first_ms)
+            watcher._on_request(DiagnosticArray(
+                status=[messages.request_status('/arm/decode', report)]))
+            assert watcher.last_request == (
+                f'7, stop: 0 tokens, first after n/a ms, then n/a per s{told}')
+    finally:
+        watcher.destroy_node()
 
 
 def test_no_node_in_time(rig):
