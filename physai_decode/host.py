@@ -22,6 +22,7 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
 from physai_decode.constraint import configured
 from physai_decode.engine import described
 from physai_decode.engine import Engine
@@ -75,7 +76,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
-        engine = engines.build(model, config.engine, progress)
+        engine = engines.build(model, _beside(config), progress)
         undo.callback(engine.close)
         progress('finding the peak bandwidth of the memory')
         peak = find_engine_peak(engine.footprint, config)
@@ -87,6 +88,13 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         loaded = Loaded(engine, text, peak, facts, model.sampling, form)
         undo.pop_all()
         return loaded
+
+
+def _beside(config: DecodeConfig) -> EngineConfig:
+    """Give the engine's settings, with no more threads than the decode thread has cores."""
+    cores = len(config.realtime.cpu_affinity)
+    engine = config.engine
+    return replace(engine, cpu_threads=cores) if cores and not engine.cpu_threads else engine
 
 
 def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[str, str]:

@@ -38,6 +38,8 @@ from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.realtime import InForce
+from physai_decode.realtime import Placement
 from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
@@ -121,6 +123,8 @@ class Worker:
         self._recorder = Recorder(self._window_s, config.deadline, self._roofline)
         self._conversation = Conversation(config.chat.system_prompt, config.chat.keep_history)
         self._thread: threading.Thread | None = None
+        self._realtime = config.realtime
+        self._placement: Placement | None = None    # of the thread
 
         self._wake = threading.Condition()
         # All below is guarded by _wake's lock.
@@ -152,7 +156,10 @@ class Worker:
         gc.freeze()
         give_back()
         self._thread = threading.Thread(target=self._run, name='decode', daemon=True)
-        self._thread.start()
+        with self._wake:                            # it takes nothing before it has its place
+            self._thread.start()
+            assert self._thread.native_id is not None
+            self._placement = Placement(self._thread.native_id, self._realtime)
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:
@@ -269,6 +276,8 @@ class Worker:
         for _ in range(PARTS):
             self._thread.join(timeout_s / PARTS)
         gc.unfreeze()
+        if self._placement is not None and not self._thread.is_alive():
+            self._placement.end()
         with self._wake:
             stuck, answer = self._queue.running, self._answer
             if stuck is None or answer is None or not self._thread.is_alive():
@@ -317,6 +326,11 @@ class Worker:
             if self._task is not None or self._queue:
                 return 'the engine is about to be used: call again later'
             return ''
+
+    @property
+    def in_force(self) -> InForce | None:
+        """Tell how the thread is scheduled, as the kernel says; None before `start`."""
+        return None if self._placement is None else self._placement.in_force()
 
     @property
     def last_error(self) -> str:

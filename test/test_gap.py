@@ -171,7 +171,7 @@ class Steps:
 
     made: list[bool] = []
 
-    def __init__(self, forward, draw, history, capture):
+    def __init__(self, forward, draw, history, capture, ahead, priority):
         self.made.append(capture)
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._flying = deque()

@@ -76,6 +76,7 @@ KEYS = {
     'deadline_missed': '1 where this token was late, else 0',
     'deadline_misses': 'first tokens, further tokens and requests that were late; on /diagnostics '
                        'since activation',
+    'decode_cores': 'cores that the decode thread may use, as the kernel says',
     'device': 'cpu or cuda:N',
     'device_ms': "the step's time on the device; on a CPU the step's own time",
     'device_name': "the device's name",
@@ -107,6 +108,7 @@ KEYS = {
     'mask_ms': "what the mask of the answer's constraint took on the host, see requests.md",
     'max_context': 'tokens of prompt and answer that fit',
     'memory_clock_mhz': 'clock of the memory',
+    'memory_locked': "1 where the process's memory is locked against paging, else 0",
     'memory_free_gb': 'memory that is left on the device',
     'memory_used_gb': "memory in use on the device; on a CPU the process's own",
     'model': 'the parameter `model.path`',
@@ -125,10 +127,14 @@ KEYS = {
     'r_floor': 'floor_ms over itl_ms; 1 is the limit; on /diagnostics the median of the window',
     'r_floor_p50': 'median of r_floor',
     'read_weight_gb': 'weights that one step really reads',
+    'realtime_refused': 'what the parameters `realtime` ask for and the system does not permit, '
+                        'and how to permit it',
     'refusals': 'requests refused so far',
     'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
     'request_id': 'counts from 1, over activations',
     'requests': 'requests so far',
+    'scheduling': "the decode thread's scheduling class as the kernel says: other, or fifo and "
+                  'its priority',
     'seed': 'what the tokens were drawn with',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
@@ -164,8 +170,9 @@ STATUSES = (
      'WARN where r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
      'ERROR where the state is stalled or failed, or where another node has the same name or '
-     'publishes on `~/tokens`. WARN where there are unknown parameters, or a params file that '
-     'holds nothing for this node. Its message says which.'),
+     'publishes on `~/tokens`. WARN where there are unknown parameters, a params file that '
+     'holds nothing for this node, or a setting of `realtime` that is not permitted. Its message '
+     'says which.'),
 )
 
 
@@ -214,9 +221,9 @@ def settings() -> list[list[str]]:
         choices = [f'`{choice}`' for choice in meta['choices']]
         allowed = (', '.join([*choices, *filter(None, [meta['others']])])
                    or parameters.length(field))
-        if meta['low'] is not None:
+        if meta['low'] is not None and not allowed:
             allowed = f'{written(meta["low"])} to {written(meta["high"])}'
-        rows.append([f'`{name}`', parameters.TYPES[type(field.default)].name.lower(),
+        rows.append([f'`{name}`', parameters.kind(field).name.lower(),
                      f'`{written(field.default)}`', allowed, 'yes' if meta['dynamic'] else '',
                      meta['description']])
     return rows

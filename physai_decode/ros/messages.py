@@ -43,7 +43,8 @@ ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
     'temperature_c', 'power_w', 'sm_clock_mhz', 'memory_clock_mhz', 'throttle_reasons',
-    'unknown_parameters', 'callback_errors')
+    'unknown_parameters', 'callback_errors', 'scheduling', 'decode_cores', 'memory_locked',
+    'realtime_refused')
 MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',

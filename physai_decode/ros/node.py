@@ -161,6 +161,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             return TransitionCallbackReturn.FAILURE
         self._host.start(parameters.read(self))
         self._host.update(parameters.read(self))        # with what was set while it started
+        if refused := self._host.worker.in_force.realtime_refused:
+            self.get_logger().warning(refused)
         self._bond.form(self._host.config.bond.heartbeat_period_s)
         self.get_logger().info(f'active: takes {self._doors.prompt.topic_name} and '
                                f'{self._doors.request.topic_name}')

@@ -80,7 +80,12 @@ class Status:
                 for name in ('engine', 'dtype', 'quantization', 'device', 'cuda_graph')})
         if telemetry is not None:
             values.update(telemetry.read())
+        in_force = worker.in_force if worker is not None else None
         level, message = messages.OK, loading or state
+        if in_force is not None:
+            values.update(vars(in_force))
+            if in_force.realtime_refused:
+                level, message = messages.WARN, in_force.realtime_refused
         if self._unknown:
             level, message = messages.WARN, f'unknown parameters: {self._unknown}'
         if self._unheard:
