@@ -175,6 +175,15 @@ class DeadlineConfig:
 
 
 @dataclass(frozen=True)
+class PaceConfig:
+    """How fast an answer comes at most."""
+
+    tokens_per_s: float = _option(
+        0.0, 'steps start on a schedule of so many tokens per second, and the device rests '
+        'between them; 0: as fast as they can', low=0.0, high=1e6, dynamic=True)
+
+
+@dataclass(frozen=True)
 class RealtimeConfig:
     """How the decode thread stands among the other threads of the machine."""
 
@@ -232,6 +241,7 @@ class DecodeConfig:
     constraint: ConstraintConfig = ConstraintConfig()
     queue: QueueConfig = QueueConfig()
     deadline: DeadlineConfig = DeadlineConfig()
+    pace: PaceConfig = PaceConfig()
     realtime: RealtimeConfig = RealtimeConfig()
     roofline: RooflineConfig = RooflineConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()

@@ -198,11 +198,12 @@ class Host:
         return True
 
     def update(self, config: DecodeConfig) -> None:
-        """Take over what may change while it runs: sampling and deadlines."""
-        self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline)
+        """Take over what may change while it runs: sampling, deadlines and pace."""
+        self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline,
+                              pace=config.pace)
         worker = self.worker
         if worker is not None:
-            worker.update(config.sampling, config.deadline)
+            worker.update(config.sampling, config.deadline, config.pace)
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:

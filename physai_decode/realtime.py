@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 import re
 import resource
+import sys
 
 from physai_decode.config import RealtimeConfig
 
@@ -20,6 +21,10 @@ POLICIES = {os.SCHED_OTHER: 'other', os.SCHED_FIFO: 'fifo', os.SCHED_RR: 'rr',
 _RESET_ON_FORK = 0x40000000
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4       # of sys/mman.h, but on PowerPC and Alpha
 _CAP_IPC_LOCK = 14
+# Who wants the interpreter's lock waits so long before its holder is asked for it; 5 ms by
+# default. Without a real-time class a shorter time costs more than it brings: who was asked then
+# waits for a core, and the lock with it.
+SWITCH_S = 1e-4
 _TASKS = '/proc/self/task'
 _PERMIT = ('permit it by "USER - {limit}" in /etc/security/limits.conf and a new login, by {unit} '
            'in a systemd unit, or by docker run --ulimit {docker} or --cap-add {capability}')
@@ -53,6 +58,7 @@ class Placement:
         self._before = os.sched_getaffinity(0)
         self._others: set[int] = set()          # cores of all other threads; empty: as before
         self._locked = False
+        self._switch_s = sys.getswitchinterval()
         self._refused = [text for text in (
             self._lock() if config.lock_memory else '',
             self._pin(set(config.cpu_affinity)) if config.cpu_affinity else '',
@@ -77,6 +83,7 @@ class Placement:
 
     def end(self) -> None:
         """Undo what concerns other threads; to be called when the thread has ended."""
+        sys.setswitchinterval(self._switch_s)
         if self._others:
             _move(self._before, {self._thread_id}, self._others)
             self._others = set()
@@ -91,6 +98,7 @@ class Placement:
             limit = resource.getrlimit(resource.RLIMIT_RTPRIO)[0]
             return (f'realtime.priority {priority} is not in force ({error.strerror}; the limit '
                     f'rtprio is {limit}): {PERMIT_PRIORITY}')
+        sys.setswitchinterval(SWITCH_S)
         return ''
 
     def _pin(self, cores: set[int]) -> str:

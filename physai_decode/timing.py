@@ -21,7 +21,7 @@ from physai_decode.roofline import r_floor as floor_ratio
 from physai_decode.roofline import Roofline
 
 # What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
-WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s')
+WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms')
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TokenReport:
     token_id: int
     text: str                         # the piece this token completed; may be empty
     context_tokens: int               # tokens of keys and values that the step read
-    itl_ms: float | None              # None for the first token
+    itl_ms: float | None              # less wait_ms; None for the first token
     device_ms: float | None
     host_gap_ms: float | None
     publish_ms: float | None          # what the token before this one took to publish
@@ -43,6 +43,7 @@ class TokenReport:
     deadline_missed: bool
     client_id: str = ''               # what the client called its request
     mask_ms: float | None = None      # what the constraint's mask took; None: no constraint
+    wait_ms: float | None = None      # for which its step was held back; None: it was not paced
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class RequestReport:
     cancel_ms: float | None = None    # from the cancel asked for to the request ended
     client_id: str = ''               # what the client called it
     seed: int | None = None           # that its tokens were drawn with
+    paced: bool = False               # steps were held back; times of tokens are without that
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class WindowReport:
     r_floor: float | None
     bandwidth_gb_s: float | None
     host_gap_ms: float | None
+    wait_ms: float | None             # None: no token of the window was paced
+    paced: bool                       # the newest token in the window
 
 
 class Recorder:
@@ -129,6 +133,7 @@ class Recorder:
         self._tokens = SlidingWindow(window_s, len(WINDOW_FIGURES))
         # Guarded by _lock, as all below.
         self._context_tokens = 0                    # of the newest token in the window
+        self._paced = False                         # likewise
         self._ttft_last_ms: float | None = None
         self._misses = 0
         self._row = 0
@@ -153,7 +158,7 @@ class Recorder:
     def window(self, now_s: float) -> WindowReport:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:
-            context = self._context_tokens
+            context, paced = self._context_tokens, self._paced
             ttft_last_ms, misses, row = self._ttft_last_ms, self._misses, self._row
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
             if self._is_old(now_s):
@@ -174,6 +179,7 @@ class Recorder:
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
             kv_bytes=roofline.kv_bytes(context) if roofline is not None else None,
+            paced=paced and bool(itl.ordered),
             **{name: percentile(each.ordered, 50)
                for name, each in zip(WINDOW_FIGURES[1:], others, strict=True)})
 
@@ -189,7 +195,7 @@ class Recorder:
         """Add a further token, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
-            self._context_tokens = context_tokens
+            self._context_tokens, self._paced = context_tokens, figures[-1] is not None
             self._itl_max_ms = _largest(self._itl_max_ms, itl_ms)
 
     def _add_due(self, now_s: float, overrun_ms: float) -> None:
@@ -243,6 +249,7 @@ class RequestRecorder:
         self.prompt_tokens: int | None = None       # set by the owner when known
         self.cached_tokens: int | None = None
         self.seed: int | None = None
+        self.paced = False
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
@@ -257,7 +264,8 @@ class RequestRecorder:
         return own
 
     def token(self, now_s: float, token_id: int, text: str, device_s: float | None = None,
-              publish_s: float | None = None, mask_s: float | None = None) -> TokenReport:
+              publish_s: float | None = None, mask_s: float | None = None,
+              waited_s: float | None = None) -> TokenReport:
         """
         Record one token.
 
@@ -267,6 +275,8 @@ class RequestRecorder:
         :param device_s: its step's time on the device, in seconds.
         :param publish_s: what publishing the token before it took, in seconds.
         :param mask_s: what the constraint's mask took on the host, in seconds.
+        :param waited_s: for how long its step was held back, in seconds, which counts as no time
+            of the token; None where it is not paced.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
@@ -279,7 +289,7 @@ class RequestRecorder:
             overrun_ms = ttft_ms - deadline.ttft_ms if deadline.ttft_ms else None
             recorder._add_first(now_s, ttft_ms)
         else:
-            itl_s = now_s - self._last_s
+            itl_s = now_s - self._last_s - (waited_s or 0.0)
             itl_ms = 1e3 * itl_s
             overrun_ms = itl_ms - deadline.token_ms if deadline.token_ms else None
             if device_ms is not None:
@@ -291,7 +301,7 @@ class RequestRecorder:
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
             recorder._add_further(now_s, context, itl_ms, (
-                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s))
+                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, _to_ms(waited_s)))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:
                 self._r_floor.add(r_floor)
@@ -306,7 +316,7 @@ class RequestRecorder:
         return TokenReport(
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
-            _to_ms(mask_s))
+            _to_ms(mask_s), _to_ms(waited_s))
 
     def finish(self, now_s: float, finish_reason: str, message: str = '',
                cancel_s: float | None = None) -> RequestReport:
@@ -341,7 +351,7 @@ class RequestRecorder:
             deadline_misses=self._misses, max_consecutive_misses=self._longest_row,
             worst_overrun_ms=self._worst_overrun_ms,
             cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s),
-            client_id=self._client_id, seed=self.seed)
+            client_id=self._client_id, seed=self.seed, paced=self.paced)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

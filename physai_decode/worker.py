@@ -32,6 +32,7 @@ from physai_decode.collector import COLLECTOR
 from physai_decode.collector import give_back
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig
+from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.conversation import Conversation
 from physai_decode.decode_loop import DecodeLoop
@@ -118,6 +119,7 @@ class Worker:
         self._window_s = config.diagnostics.window_s
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
         self._sampling = config.sampling
+        self._pace = config.pace
         self._checkpoint_sampling = checkpoint_sampling
         self._form = form
         self._recorder = Recorder(self._window_s, config.deadline, self._roofline)
@@ -289,8 +291,10 @@ class Worker:
         return False
 
     def update(self, sampling: SamplingConfig | None = None,
-               deadline: DeadlineConfig | None = None) -> None:
-        """Take new settings: sampling from the next request on, deadlines at once."""
+               deadline: DeadlineConfig | None = None, pace: PaceConfig | None = None) -> None:
+        """Take new settings: sampling and pace from the next request on, deadlines at once."""
+        if pace is not None:
+            self._pace = pace
         if sampling is not None:
             self._sampling = sampling
         if deadline is not None:
@@ -438,7 +442,8 @@ class Worker:
 
         return Answer(ticket, self._loop, self._text, self._conversation, sampling, times, emit,
                       self._live, self._clock,
-                      None if request.is_free else request.form or self._form)
+                      None if request.is_free else request.form or self._form,
+                      replace(self._pace, **request.pace).tokens_per_s)
 
     def _give(self, ticket: Ticket, answer: Answer) -> None:
         """Answer, and report the end."""
@@ -490,14 +495,14 @@ class Worker:
 
     def _go_on(self) -> None:
         """Take a sign of life of the task; raise Busy where it is to end."""
-        self._live()
+        self._live(self._clock())
         with self._wake:
             message = cast(_Task, self._task).end_message
         if message:
             raise Busy(message)
 
-    def _live(self) -> None:
-        self._sign_of_life_s = self._clock()
+    def _live(self, now_s: float) -> None:
+        self._sign_of_life_s = now_s
 
     def _fail(self, message: str) -> None:
         with self._wake:

@@ -47,16 +47,18 @@ def test_keys():
     assert messages.TOKEN_KEYS == (
         'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
         'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed', 'client_id',
-        'mask_ms')
+        'mask_ms', 'wait_ms')
     assert messages.REQUEST_KEYS == (
         'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens',
         'queue_ms', 'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms',
         'itl_max_ms', 'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses',
-        'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed')
+        'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed',
+        'paced')
     assert messages.LATENCY_KEYS == (
         'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
         'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
-        'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms')
+        'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms',
+        'wait_ms', 'paced')
 
 
 @pytest.mark.parametrize('node', ['decode', 'planner', 'arm/decode'])

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 import os
 import resource
+import sys
 import threading
 
 from physai_decode import realtime
@@ -61,7 +62,12 @@ def test_without_settings_nothing_changes():
 def test_the_class_is_read_back():
     """The thread has it, and no other."""
     with waiting() as thread, waiting() as other:
-        told = Placement(thread.native_id, RealtimeConfig(priority=1)).in_force()
+        before_s = sys.getswitchinterval()
+        placement = Placement(thread.native_id, RealtimeConfig(priority=1))
+        told = placement.in_force()
+        assert sys.getswitchinterval() == pytest.approx(realtime.SWITCH_S)
+        placement.end()
+        assert sys.getswitchinterval() == before_s
         assert told.scheduling == 'fifo 1' and not told.realtime_refused
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
         assert os.sched_getscheduler(other.native_id) == os.SCHED_OTHER

@@ -124,7 +124,7 @@ def test_the_context_ends(make):
 
 def test_several_tokens_a_step(make, monkeypatch):
     class Passes(DecodeLoop):
-        def stream(self, prompt_ids, sampling, constraint=None):
+        def stream(self, prompt_ids, sampling, constraint=None, ahead=True):
             yield Step(())
             yield Step((ord('a'), ord('b')), device_s=0.002)
             yield Step((ord('c'), EOS, ord('d')), device_s=0.002)

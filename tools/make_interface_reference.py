@@ -95,7 +95,7 @@ KEYS = {
     'index': '0 is the first token of the answer',
     'itl_max_activation_ms': 'largest time from token to token since activation',
     'itl_max_ms': 'largest time from token to token',
-    'itl_ms': 'time from the token before',
+    'itl_ms': 'time from the token before, less wait_ms',
     'itl_p50_ms': 'median time from token to token',
     'itl_p95_ms': '95th percentile of it',
     'itl_p99_ms': '99th percentile of it',
@@ -114,6 +114,8 @@ KEYS = {
     'model': 'the parameter `model.path`',
     'model_type': "as the checkpoint's config.json says",
     'output_tokens': 'tokens of the answer',
+    'paced': '1 where steps are held back by `pace.tokens_per_s`, else 0; on /diagnostics of the '
+             'newest token. All times from token to token are without that',
     'peak_bandwidth_gb_s': 'what the memory bus can do',
     'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, unknown',
     'power_w': 'power that the device draws',
@@ -151,6 +153,8 @@ KEYS = {
     'ttft_ms': 'time to the first token: queue_ms and prefill_ms',
     'unknown_parameters': 'names given at start that are no parameter',
     'vocab_size': 'size of the vocabulary',
+    'wait_ms': 'for how long the step was held back by `pace.tokens_per_s`; on /diagnostics the '
+               'median of the window',
     'weight_gb': 'weights that one step really reads',
     'window_s': 'how long the window looks back, in seconds',
     'worst_overrun_ms': 'how late the latest was; on /diagnostics since activation',
