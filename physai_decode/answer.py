@@ -130,6 +130,7 @@ class Answer:
         self._pieces: list[str] = []
         self._waiting: TokenReport | None = None    # its text is not known to the end
         self._publish_s: float | None = None
+        self.energy_j: float | None = None          # of the device, when this began
         self.note = ''                              # for the report, beside why it ended
 
     @property

@@ -178,9 +178,11 @@ class Host:
         assert self.loaded is not None
         self.config = config
         with self._counting:
+            telemetry = self.telemetry
             worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
                             peak=self.loaded.peak, numbers=self._numbers,
-                            checkpoint_sampling=self.loaded.sampling, form=self.loaded.form)
+                            checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
+                            energy_j=telemetry.energy_j if telemetry else lambda: None)
             worker.start()
             self.worker = worker
 

@@ -90,6 +90,11 @@ def r_floor(floor_s: float | None, observed_s: float | None) -> float | None:
     return floor_s / observed_s
 
 
+def is_integrated(device_name: str) -> bool:
+    """Tell whether a GPU of this name shares the board's memory, as a Jetson's does."""
+    return bool(_INTEGRATED.search(device_name))
+
+
 class Roofline:
     """The floor of one engine's decode step on one memory bus."""
 

@@ -74,6 +74,9 @@ class RequestReport:
     client_id: str = ''               # what the client called it
     seed: int | None = None           # that its tokens were drawn with
     paced: bool = False               # steps were held back; times of tokens are without that
+    energy_j: float | None = None     # that the device took, for all programs on it
+    j_per_token: float | None = None  # the prompt's part too
+    power_w: float | None = None      # its mean, since the request's turn came
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,7 @@ class RequestRecorder:
         self.cached_tokens: int | None = None
         self.seed: int | None = None
         self.paced = False
+        self.energy_j: float | None = None
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
@@ -334,6 +338,8 @@ class RequestRecorder:
             self._recorder._add_request(total_ms - request_ms)
         itl = self._itl_ms.summary()
         first_s, last_s, taken_s = self._first_s, self._last_s, self._taken_s
+        energy_j = self.energy_j
+        busy_s = 0.0 if taken_s is None else now_s - taken_s
         decode_s = 0.0 if first_s is None or last_s is None else last_s - first_s
         return RequestReport(
             request_id=self._id, finish_reason=finish_reason, message=message,
@@ -351,7 +357,10 @@ class RequestRecorder:
             deadline_misses=self._misses, max_consecutive_misses=self._longest_row,
             worst_overrun_ms=self._worst_overrun_ms,
             cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s),
-            client_id=self._client_id, seed=self.seed, paced=self.paced)
+            client_id=self._client_id, seed=self.seed, paced=self.paced,
+            energy_j=energy_j,
+            j_per_token=None if energy_j is None or not self._count else energy_j / self._count,
+            power_w=None if energy_j is None or not busy_s else energy_j / busy_s)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

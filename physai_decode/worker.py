@@ -98,7 +98,8 @@ class Worker:
                  peak: Peak = Peak(None, 'unknown'),
                  numbers: Iterator[int] | None = None,
                  checkpoint_sampling: Mapping[str, Any] = MappingProxyType({}),
-                 form: Form | None = None) -> None:
+                 form: Form | None = None,
+                 energy_j: Callable[[], float | None] = lambda: None) -> None:
         """
         Make a worker that is not running yet.
 
@@ -108,7 +109,11 @@ class Worker:
         :param numbers: gives each request its number, also in several threads; None: from 1 on.
         :param checkpoint_sampling: settings that ``sampling.from_checkpoint`` takes.
         :param form: what an answer has to look like whose request does not say it.
+        :param energy_j: gives the energy that the device has taken up to now, in joules.
         """
+        self._device_energy_j = energy_j
+        self._energy_j: float | None = None         # of all answers
+        self._energy_tokens = 0                     # theirs
         self._loop = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock)
         self._text = text
         self._sink = sink
@@ -332,6 +337,17 @@ class Worker:
             return ''
 
     @property
+    def energy_j(self) -> float | None:
+        """Give the energy that the device took for all answers; None where it does not tell."""
+        return self._energy_j
+
+    @property
+    def j_per_token(self) -> float | None:
+        """Give that for each of their tokens."""
+        energy_j, tokens = self._energy_j, self._energy_tokens
+        return None if energy_j is None or not tokens else energy_j / tokens
+
+    @property
     def in_force(self) -> InForce | None:
         """Tell how the thread is scheduled, as the kernel says; None before `start`."""
         return None if self._placement is None else self._placement.in_force()
@@ -448,6 +464,7 @@ class Worker:
     def _give(self, ticket: Ticket, answer: Answer) -> None:
         """Answer, and report the end."""
         failure = ''
+        answer.energy_j = self._device_energy_j()
         try:
             end = answer.give()
         except (Refused, TextError) as error:
@@ -473,8 +490,13 @@ class Worker:
 
     def _report_end(self, ticket: Ticket, answer: Answer, end: End) -> None:
         message = '; '.join(filter(None, (end.message, answer.note)))
-        self._tell_end(ticket, answer.times.finish(
-            self._clock(), end.reason, message, ticket.end_asked_s), answer.text)
+        if answer.energy_j is not None and (after_j := self._device_energy_j()) is not None:
+            answer.times.energy_j = after_j - answer.energy_j
+        report = answer.times.finish(self._clock(), end.reason, message, ticket.end_asked_s)
+        if report.energy_j is not None:
+            self._energy_j = (self._energy_j or 0.0) + report.energy_j
+            self._energy_tokens += report.output_tokens
+        self._tell_end(ticket, report, answer.text)
 
     def _perform(self) -> None:
         """Run the task; all that it raises is its caller's."""

@@ -172,6 +172,27 @@ def test_a_context_too_short_for_the_steps_is_an_error():
         session.measure(FakeEngine(), 36, 5, 30, PEAK)
 
 
+def test_energy_is_that_of_decode_steps():
+    """Nothing where the device does not tell it; a table only where one does."""
+    now, taken = [0.0], [100.0]
+
+    def energy_j():
+        return taken[0]
+
+    def clock():
+        now[0], taken[0] = now[0] + 0.5, taken[0] + 50.0
+        return now[0]
+
+    assert session.energy(FakeEngine(), 64, 8, lambda: None) == {}
+    told = session.energy(FakeEngine(), 64, 8, energy_j, clock)
+    assert told['power_w'] == pytest.approx(100.0)
+    steps = 7 * 3                               # three answers fit into 2 s of this clock
+    assert told['j_per_token'] == pytest.approx(200.0 / steps)
+    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, **told}, {'context': 128}]}]
+    row, = report.energy(results).rows
+    assert row[:2] == ['a', '64'] and row[4] == '100.0'
+
+
 # --- a session ----------------------------------------------------------------------------------
 
 def run_session(monkeypatch, build, of, keep=lambda result: None):

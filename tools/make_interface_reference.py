@@ -84,6 +84,8 @@ KEYS = {
     'dtype': 'number format of activations and unquantised weights',
     'end_tokens': 'tokens that end an answer: those of the config, generation config, '
                   'tokenizer and chat template',
+    'energy_j': 'energy in joules that the device took for the answer, for all programs on it; of '
+                'a Jetson the whole board; on /diagnostics of all answers since activation',
     'engine_reason': 'why that engine runs it',
     'engine': 'what runs the model; before it is loaded, the parameter',
     'finish_reason': 'stop, length, deadline, cancelled, preempted, rejected or error',
@@ -99,6 +101,7 @@ KEYS = {
     'itl_p50_ms': 'median time from token to token',
     'itl_p95_ms': '95th percentile of it',
     'itl_p99_ms': '99th percentile of it',
+    'j_per_token': 'energy_j over the tokens of the answer',
     'jitter_ms': 'its standard deviation',
     'kv_bytes_per_token': 'keys and values that a token adds to what a step reads',
     'kv_gb': 'keys and values that a step reads at the newest context',
@@ -118,7 +121,8 @@ KEYS = {
              'newest token. All times from token to token are without that',
     'peak_bandwidth_gb_s': 'what the memory bus can do',
     'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, unknown',
-    'power_w': 'power that the device draws',
+    'power_mode': "the Jetson's power mode, by jetson-stats",
+    'power_w': 'power that the device draws; in ~/request_stats its mean over the answer',
     'prefill_ms': 'from taken to first token known',
     'prompt_tokens': 'tokens of the prompt, with template and history',
     'publish_ms': 'what publishing the token before this one took',

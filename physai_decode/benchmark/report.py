@@ -187,6 +187,18 @@ def split(found: Sequence[dict[str, Any]]) -> list[float | None]:
     return [mean(values) for values in zip(*told, strict=True)]
 
 
+def energy(results: Sequence[Result]) -> Table:
+    """Show what a token takes in energy, where the device tells it."""
+    table = Table('Energy', ['engine', 'context', 'J a token', 'tokens / J', 'W'], notes=[
+        'What the whole device took during decode steps, on a Jetson the whole board.'])
+    for (name, context), found in grouped(results).items():
+        taken = mean(cell.get('j_per_token') for cell in found)
+        if taken:
+            table.rows.append([name, str(context), number(taken, 3), number(1 / taken, 2),
+                               number(mean(cell.get('power_w') for cell in found), 1)])
+    return table
+
+
 def samplings(results: Sequence[Result]) -> Table:
     """Set the step under each sampling beside the greedy one."""
     table = Table('Sampling', ['engine', 'context', 'sampling', 'p50 ms', '- greedy µs',

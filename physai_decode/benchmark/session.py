@@ -6,6 +6,7 @@ with no kernels loaded, no memory in use and nothing tuned, so that cases can't 
 and the start-up time is the one a node would see.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 from dataclasses import replace
@@ -39,9 +40,11 @@ from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
 from physai_decode.telemetry import find_engine_peak
+from physai_decode.telemetry import Telemetry
 
 KERNEL_STEPS = 20
 SAMPLING_ROUNDS = 5
+ENERGY_S = 2.0                  # of steps: the counters of a device move some times a second
 
 
 def run(case: Case, started_s: float, progress=print,
@@ -159,6 +162,7 @@ def _cell(engine, case, context, peak):
         if case.samplings:
             cell['samplings'] = compare_samplings(
                 engine, context, case.warmup, case.steps, case.samplings)
+        cell.update(_energy(engine, case, context))
         return cell
     except (EngineError, RuntimeError, MemoryError, ValueError) as error:
         return {'context': context, 'error': f'{type(error).__name__}: {error}'}
@@ -218,6 +222,37 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
         cell[f'floor_{convention}_s'] = floor
         cell[f'r_{convention}'] = r_floor(floor, cell['itl_p50_s'])
     return cell
+
+
+def _energy(engine, case, context):
+    """Give what a token takes in joules, and the mean power; nothing where it is not told."""
+    telemetry = Telemetry(engine.footprint)
+    try:
+        return energy(engine, context, case.warmup + case.steps + 1, telemetry.energy_j)
+    finally:
+        telemetry.close()
+
+
+def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], float | None],
+           clock: Callable[[], float] = time.monotonic) -> dict[str, float]:
+    """
+    Take the energy of decode steps, for `ENERGY_S`.
+
+    :param tokens: of each answer, the last of them at the context.
+    :param energy_j: what the device has taken up to now, in joules; None: it does not tell.
+    :param clock: monotonic, in seconds.
+    :return: ``j_per_token`` and ``power_w``; empty where the device does not tell.
+    """
+    if energy_j() is None:
+        return {}
+    loop, count = DecodeLoop(engine), 0
+    prompt = random_prompt(engine, context - tokens, seed=context + 3)
+    _stream(loop, prompt, 2)                    # from here on the prompt is cached
+    begin_s, begin_j = clock(), energy_j()
+    while (spent_s := clock() - begin_s) < ENERGY_S:
+        count += len(_stream(loop, prompt, tokens)[1])
+    spent_j = energy_j() - begin_j
+    return {'j_per_token': spent_j / count, 'power_w': spent_j / spent_s}
 
 
 def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,

@@ -44,7 +44,7 @@ ENGINE_KEYS = (
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
     'temperature_c', 'power_w', 'sm_clock_mhz', 'memory_clock_mhz', 'throttle_reasons',
     'unknown_parameters', 'callback_errors', 'scheduling', 'decode_cores', 'memory_locked',
-    'realtime_refused')
+    'realtime_refused', 'power_mode', 'energy_j', 'j_per_token')
 MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',

@@ -80,6 +80,8 @@ class Status:
                 for name in ('engine', 'dtype', 'quantization', 'device', 'cuda_graph')})
         if telemetry is not None:
             values.update(telemetry.read())
+        if worker is not None:
+            values.update(energy_j=worker.energy_j, j_per_token=worker.j_per_token)
         in_force = worker.in_force if worker is not None else None
         level, message = messages.OK, loading or state
         if in_force is not None:
