@@ -250,8 +250,8 @@ def _tables(options, results) -> list[Table]:
                    suites.quantized_table(results, contexts[0])]
     reference = suites.EAGER if suites.EAGER in done else done[-1] if done else ''
     tables += [report.steps(results, '' if options.ab else reference), report.samplings(results),
-               report.parts(results), report.energy(results), report.floors(results),
-               report.startup(results)]
+               report.parts(results), report.verdicts(results), report.energy(results),
+               report.floors(results), report.startup(results)]
     for result, cell in report.cells(results):
         if cell.get('kernels') and (options.kernels or options.targets):
             tables.append(report.kernels(result, cell))

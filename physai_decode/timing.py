@@ -23,6 +23,8 @@ from physai_decode.roofline import Roofline
 # What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
 WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms')
 
+BEST_COUNT = 30                 # tokens that a window has to have to be the best
+
 
 @dataclass(frozen=True)
 class TokenReport:
@@ -107,6 +109,7 @@ class WindowReport:
     host_gap_ms: float | None
     wait_ms: float | None             # None: no token of the window was paced
     paced: bool                       # the newest token in the window
+    best_r_floor: float | None        # the best of all windows that were asked for
 
 
 class Recorder:
@@ -143,6 +146,7 @@ class Recorder:
         self._last_due_s = -math.inf                # when the last token with a deadline came
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
+        self._best_r_floor: float | None = None
 
     def request(self, request_id: int, received_s: float, taken_s: float | None,
                 client_id: str = '',
@@ -167,6 +171,8 @@ class Recorder:
             if self._is_old(now_s):
                 row = 0
         itl, *others = self._tokens.read(now_s)
+        medians = {name: percentile(each.ordered, 50)
+                   for name, each in zip(WINDOW_FIGURES[1:], others, strict=True)}
         deadline = self.deadline
         roofline = self._roofline if itl.ordered else None
         return WindowReport(
@@ -183,8 +189,14 @@ class Recorder:
             context_tokens=context if itl.ordered else None,
             kv_bytes=roofline.kv_bytes(context) if roofline is not None else None,
             paced=paced and bool(itl.ordered),
-            **{name: percentile(each.ordered, 50)
-               for name, each in zip(WINDOW_FIGURES[1:], others, strict=True)})
+            best_r_floor=self._best(medians['r_floor'], len(itl.ordered)), **medians)
+
+    def _best(self, r_floor: float | None, count: int) -> float | None:
+        """Take a window's share of the floor, and give the best so far."""
+        with self._lock:
+            if r_floor is not None and count >= BEST_COUNT:
+                self._best_r_floor = _largest(self._best_r_floor, r_floor)
+            return self._best_r_floor
 
     def _add_first(self, now_s: float, ttft_ms: float) -> None:
         """Add a request's first token."""

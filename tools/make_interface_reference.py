@@ -156,6 +156,8 @@ KEYS = {
     'ttft_last_ms': 'time to the first token of the last request',
     'ttft_ms': 'time to the first token: queue_ms and prefill_ms',
     'unknown_parameters': 'names given at start that are no parameter',
+    'verdict': 'what holds a step of the window back most (bytes, kernels, host, clocks, a '
+               'neighbour, pacing), by how much, and which setting answers it; see tuning.md',
     'vocab_size': 'size of the vocabulary',
     'wait_ms': 'for how long the step was held back by `pace.tokens_per_s`; on /diagnostics the '
                'median of the window',

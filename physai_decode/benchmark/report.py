@@ -18,6 +18,8 @@ from physai_decode.benchmark.compare import compare
 from physai_decode.benchmark.compare import Comparison
 from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.table import Table
+from physai_decode.verdict import Figures
+from physai_decode.verdict import judge
 
 FLOORS = ('The floor is the time that the bytes of one step need at the peak bandwidth: '
           '"read" counts the bytes the step really reads, "ckpt" all weights of the checkpoint '
@@ -162,6 +164,22 @@ def parts(results: Sequence[Result]) -> Table:
         for value in split(found):
             told += [ms(value), number(value and 100 * value / step, 1)]
         table.rows.append([*told, 'one by one' if profiled(found) else 'as a whole'])
+    return table
+
+
+def verdicts(results: Sequence[Result]) -> Table:
+    """Say what holds each step back most."""
+    table = Table('What holds the step back', ['engine', 'context', 'verdict'])
+    graphs = {label(result): result['footprint']['cuda_graph'] for result, _ in cells(results)}
+    for (name, context), found in grouped(results).items():
+        times = [mean(cell[key] for cell in found) for key in (
+            'itl_p50_s', 'device_p50_s', 'floor_read_s', 'itl_p99_s')]
+        itl_ms, device_ms, floor_ms, p99_ms = (each and 1e3 * each for each in times)
+        verdict = judge(Figures(itl_ms, device_ms, floor_ms, p99_ms,
+                                sum(len(cell['itl_s']) for cell in found),
+                                cuda_graph=graphs[name]))
+        if verdict is not None:
+            table.rows.append([name, str(context), str(verdict)])
     return table
 
 

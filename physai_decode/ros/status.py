@@ -1,6 +1,8 @@
 """What the node says of itself: `/diagnostics`, in every state, and ``~/model_info``."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.host import Host
@@ -50,12 +52,15 @@ class Status:
         window = worker.window() if worker is not None else None
         late = window is not None and window.deadline_misses > self._misses
         self._misses = window.deadline_misses if window is not None else 0
+        telemetry = self._host.telemetry
+        device = telemetry.read() if telemetry is not None else {}
         self._topics.diagnostics([
             messages.latency_status(node, window, settings, late, hardware_id),
             messages.bandwidth_status(
                 node, window, loaded and loaded.engine.footprint,
-                loaded.peak if loaded else NO_PEAK, settings, hardware_id),
-            self._engine_status(hardware_id)])
+                loaded.peak if loaded else NO_PEAK, settings, hardware_id,
+                device.get('throttle_reasons')),
+            self._engine_status(hardware_id, device)])
 
     def _hardware_id(self) -> str:
         loaded = self._host.loaded
@@ -64,10 +69,10 @@ class Status:
         footprint = loaded.engine.footprint
         return f'{footprint.device_name} {footprint.device_uuid}'.strip()
 
-    def _engine_status(self, hardware_id: str) -> DiagnosticStatus:
+    def _engine_status(self, hardware_id: str, device: Mapping[str, Any]) -> DiagnosticStatus:
         host = self._host
         config, worker, state = host.config, host.worker, host.state
-        loaded, telemetry, loading = host.loaded, host.telemetry, host.loading
+        loaded, loading = host.loaded, host.loading
         values = {
             'state': state, 'engine': config.engine.name, 'model': config.model.path,
             'queue_depth': worker.queue_depth if worker is not None else 0,
@@ -78,8 +83,7 @@ class Status:
             values.update({
                 name: getattr(loaded.engine.footprint, name)
                 for name in ('engine', 'dtype', 'quantization', 'device', 'cuda_graph')})
-        if telemetry is not None:
-            values.update(telemetry.read())
+        values.update(device)
         if worker is not None:
             values.update(energy_j=worker.energy_j, j_per_token=worker.j_per_token)
         in_force = worker.in_force if worker is not None else None
