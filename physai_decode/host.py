@@ -31,11 +31,15 @@ from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import tell_end
+from physai_decode.roofline import at_clock
+from physai_decode.roofline import beaten
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
+from physai_decode.timing import BEST_COUNT
 from physai_decode.timing import RequestReport
+from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Sink
@@ -125,6 +129,7 @@ class Host:
         self.config = DecodeConfig()                # what runs
         self.loaded: Loaded | None = None
         self.telemetry: Telemetry | None = None     # likewise
+        self.peak: Peak | None = None               # of what is loaded, as it was found last
         self.worker: Worker | None = None           # from start until its thread has ended
         self.loading = ''                           # how far a load is; empty: none
         self.failure = ''                           # why the last load failed
@@ -152,6 +157,7 @@ class Host:
                     'model.path names no model: set it in the params file, or by -p '
                     'model.path:=...; builtin:tiny_planner is the small model of the package')
             self.loaded = self._load(config, tell)
+            self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.engine.footprint)
             return self.loaded
         except BaseException as error:
@@ -164,7 +170,7 @@ class Host:
     def unload(self) -> None:
         """Free everything on the device."""
         loaded, telemetry = self.loaded, self.telemetry
-        self.loaded = self.telemetry = None
+        self.loaded = self.telemetry = self.peak = None
         if telemetry is not None:
             telemetry.close()
         if loaded is not None:
@@ -180,7 +186,7 @@ class Host:
         with self._counting:
             telemetry = self.telemetry
             worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
-                            peak=self.loaded.peak, numbers=self._numbers,
+                            peak=self.peak or self.loaded.peak, numbers=self._numbers,
                             checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
                             energy_j=telemetry.energy_j if telemetry else lambda: None)
             worker.start()
@@ -206,6 +212,26 @@ class Host:
         worker = self.worker
         if worker is not None:
             worker.update(config.sampling, config.deadline, config.pace)
+
+    def follow_peak(self, window: WindowReport) -> str:
+        """
+        Find the peak again where steps have beaten it, or where a Jetson's memory clock changed.
+
+        :return: what is to be said of it; empty for nothing.
+        """
+        loaded, worker, peak, telemetry = self.loaded, self.worker, self.peak, self.telemetry
+        if loaded is None or worker is None or peak is None or window.count < BEST_COUNT:
+            return ''
+        if telemetry is not None and (part := telemetry.memory_clock_part) is not None:
+            worker.peak = at_clock(peak, part)
+        found = beaten(worker.peak, window.bandwidth_gb_s)
+        if found is None:
+            return ''
+        before, self.peak, worker.peak = worker.peak, found, found
+        return (f'the floor is found again: {window.count} steps read at '
+                f'{window.bandwidth_gb_s:.4g} GB/s, more than the peak of '
+                f'{(before.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({before.source}); if that is a '
+                'parameter, correct roofline.peak_bandwidth_gb_s')
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:
@@ -249,7 +275,7 @@ class Host:
         if worker.occupied:
             raise Busy(worker.occupied)
         with gap.rival(loaded.engine, self.config, progress) as other:
-            return worker.run(lambda loop, go_on: gap.measure(loop, other, loaded.peak, go_on),
+            return worker.run(lambda loop, go_on: gap.measure(loop, other, worker.peak, go_on),
                               GAP_TIMEOUT_S)
 
     @property

@@ -40,6 +40,12 @@ class Jetson:
                 return None
             return self._energy_j + self._power_w * (self._clock() - self._since_s)
 
+    @property
+    def memory_clock_part(self) -> float | None:
+        """Give the memory clock in force over the highest, None where the board does not tell."""
+        now, most = (_told(self._board, 'memory', 'EMC', key) for key in ('cur', 'max'))
+        return now / most if now and most else None
+
     def read(self) -> dict[str, float | str | None]:
         """Give what the board told last, by the keys of `telemetry.KEYS`; None where nothing."""
         board = self._board

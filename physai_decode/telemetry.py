@@ -7,6 +7,7 @@ system has left. What can't be found out is None. It knows nothing of ROS.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 import re
 import sys
@@ -16,7 +17,9 @@ from physai_decode.config import DecodeConfig
 from physai_decode.engine import Footprint
 from physai_decode.jetson import Jetson
 from physai_decode.roofline import find_peak
+from physai_decode.roofline import fits_cache
 from physai_decode.roofline import is_integrated
+from physai_decode.roofline import last_cache_bytes
 from physai_decode.roofline import measure_cpu_read_bandwidth
 from physai_decode.roofline import Peak
 
@@ -72,6 +75,12 @@ class Telemetry:
         if taken_mj is not None:
             return float(taken_mj) / 1e3
         return None if board is None else board.energy_j
+
+    @property
+    def memory_clock_part(self) -> float | None:
+        """Give the memory clock in force over the highest, of a Jetson; None where not known."""
+        board = self._board
+        return None if board is None else board.memory_clock_part
 
     def close(self) -> None:
         """Let go of NVML, and of the board."""
@@ -145,9 +154,11 @@ def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:
     """
     if not footprint.device.startswith('cuda'):
         # Without its name, which may hold that of a GPU: an AMD A10 is no NVIDIA A10.
-        return find_peak(
-            config.roofline.peak_bandwidth_gb_s, '',
-            measure=lambda: measure_cpu_read_bandwidth(config.engine.cpu_threads))
+        # All cores read: what the bus can do does not depend on how many threads decode.
+        peak = find_peak(config.roofline.peak_bandwidth_gb_s, '',
+                         measure=measure_cpu_read_bandwidth)
+        return peak if peak.source == 'parameter' else replace(
+            peak, no_floor=fits_cache(footprint.read_weight_bytes, last_cache_bytes()))
     return find_peak(
         config.roofline.peak_bandwidth_gb_s, footprint.device_name,
         driver=lambda: _memory_bus(footprint.device),

@@ -313,7 +313,7 @@ class RequestRecorder:
             roofline = recorder._roofline
             if roofline is not None and itl_s > 0:
                 step_bytes = roofline.step_bytes(context)
-                floor_s = least_s(step_bytes, 0, roofline.peak.bytes_per_s)
+                floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
             recorder._add_further(now_s, context, itl_ms, (

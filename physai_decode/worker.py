@@ -337,6 +337,15 @@ class Worker:
             return ''
 
     @property
+    def peak(self) -> Peak:
+        """The memory bus that the tokens' floor is for; may be replaced at any time."""
+        return self._roofline.peak
+
+    @peak.setter
+    def peak(self, peak: Peak) -> None:
+        self._roofline.peak = peak
+
+    @property
     def energy_j(self) -> float | None:
         """Give the energy that the device took for all answers; None where it does not tell."""
         return self._energy_j

@@ -83,9 +83,21 @@ def test_nvml_that_fails_at_the_end(nvml, monkeypatch):
 
 def test_a_processor_with_a_gpu_s_name(monkeypatch):
     """It does not get that GPU's bandwidth."""
-    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e10)
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
     footprint = replace(CPU, device_name='AMD A10-7850K Radeon R7, 12 Compute Cores 4C+8G')
-    assert find_engine_peak(footprint, DecodeConfig()) == Peak(2e10, 'measured')
+    peak = find_engine_peak(footprint, DecodeConfig())
+    assert (peak.bytes_per_s, peak.source) == (2e10, 'measured')
+
+
+def test_weights_that_fit_the_cache_have_no_floor(monkeypatch):
+    """Unless the parameter says what the floor is made with."""
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
+    monkeypatch.setattr('physai_decode.telemetry.last_cache_bytes', lambda: 32 << 20)
+    assert 'fit the last-level cache' in find_engine_peak(CPU, DecodeConfig()).no_floor
+    large = replace(CPU, read_weight_bytes=10**9)
+    assert find_engine_peak(large, DecodeConfig()) == Peak(2e10, 'measured')
+    config = DecodeConfig(roofline=RooflineConfig(peak_bandwidth_gb_s=5.0))
+    assert find_engine_peak(CPU, config) == Peak(5e9, 'parameter')
 
 
 def test_a_gpu_that_nvml_does_not_know(nvml, monkeypatch):
@@ -185,7 +197,11 @@ def test_a_jetson_tells_by_jetson_stats(monkeypatch):
         'memory_clock_mhz': 3199.0, 'power_mode': 'MAXN'}
     board.memory, board.temperature, board.gpu, board.nvpmodel = {}, None, {}, None
     assert {key for key, value in telemetry.read().items() if value is not None} == {'power_w'}
+    assert telemetry.memory_clock_part is None
+    board.memory = {'EMC': {'cur': 1600000, 'max': 3200000}}
+    assert telemetry.memory_clock_part == 0.5
     telemetry.close()
+    assert telemetry.memory_clock_part is None
     assert board.closed and not board.observers
 
 

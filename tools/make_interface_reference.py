@@ -116,11 +116,13 @@ KEYS = {
     'memory_used_gb': "memory in use on the device; on a CPU the process's own",
     'model': 'the parameter `model.path`',
     'model_type': "as the checkpoint's config.json says",
+    'no_floor': 'why the memory bus is no floor of a step, such as weights that fit a cache',
     'output_tokens': 'tokens of the answer',
     'paced': '1 where steps are held back by `pace.tokens_per_s`, else 0; on /diagnostics of the '
              'newest token. All times from token to token are without that',
     'peak_bandwidth_gb_s': 'what the memory bus can do',
-    'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, unknown',
+    'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, '
+                   'observed in steps (which beat the one before), unknown',
     'power_mode': "the Jetson's power mode, by jetson-stats",
     'power_w': 'power that the device draws; in ~/request_stats its mean over the answer',
     'prefill_ms': 'from taken to first token known',

@@ -73,7 +73,8 @@ def same_peak(results: Sequence[Result]) -> None:
         result['peak']['bytes_per_s'] = max(found)
         for _, cell in cells([result]):
             for key in ('floor_read_s', 'floor_checkpoint_s', 'r_read', 'r_checkpoint'):
-                cell[key] *= part
+                if cell[key] is not None:           # weights in a cache have no floor by the bus
+                    cell[key] *= part
 
 
 def steps(results: Sequence[Result], reference: str = '') -> Table:

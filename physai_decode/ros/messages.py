@@ -38,7 +38,7 @@ TOKEN_KEYS = _keys(TokenReport, 'text')
 REQUEST_KEYS = _keys(RequestReport, 'message')
 BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
-    'peak_source', 'host_gap_ms', 'verdict')
+    'peak_source', 'host_gap_ms', 'verdict', 'no_floor')
 LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
                      'best_r_floor', *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
@@ -157,14 +157,16 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
 
 def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprint | None,
                      peak: Peak, settings: DiagnosticsConfig, hardware_id: str,
-                     throttle_reasons: str | None = None) -> DiagnosticStatus:
+                     throttle_reasons: str | None = None, note: str = '') -> DiagnosticStatus:
     """
     Give the status `bandwidth`: medians over the window, by the bytes that a step reads.
 
     :param throttle_reasons: why the device's clocks are held down.
+    :param note: of a peak that steps have beaten.
     """
-    values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source}
-    level, message = OK, ''
+    values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source,
+              'no_floor': peak.no_floor}
+    level, message = (WARN, note) if note else (OK, '')
     if footprint is not None:
         values['weight_gb'] = footprint.read_weight_bytes / 1e9
     if window is not None:

@@ -96,7 +96,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             self.get_logger().error(each)
         self._bond = Bond(self)
         self._status = Status(host, self._topics, unknown, unheard,
-                              Twins(self, self._topics.tokens), self.faults)
+                              Twins(self, self._topics.tokens), self.faults,
+                              self.get_logger().warning)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             config.diagnostics.period_s, self._status.publish, clock=steady)

@@ -1,5 +1,6 @@
 """What the node says of itself: `/diagnostics`, in every state, and ``~/model_info``."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +20,17 @@ class Status:
     """Reads the host, and publishes."""
 
     def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
-                 unheard: Sequence[str], twins: Twins, faults: Faults) -> None:
+                 unheard: Sequence[str], twins: Twins, faults: Faults,
+                 warn: Callable[[str], object]) -> None:
         """
         Take whose status it is.
 
         :param unknown_parameters: names given at start that nothing declares.
         :param unheard: what is to be said of params files that hold nothing for this node.
+        :param warn: puts a warning into the log.
         """
         self._host, self._topics = host, topics
+        self._warn = warn
         self._unheard, self._twins, self._faults = unheard, twins, faults
         self._unknown = ' '.join(unknown_parameters)
         self._misses = 0                        # deadline misses at the last publish
@@ -52,14 +56,17 @@ class Status:
         window = worker.window() if worker is not None else None
         late = window is not None and window.deadline_misses > self._misses
         self._misses = window.deadline_misses if window is not None else 0
+        note = self._host.follow_peak(window) if window is not None else ''
+        if note:
+            self._warn(note)
         telemetry = self._host.telemetry
         device = telemetry.read() if telemetry is not None else {}
         self._topics.diagnostics([
             messages.latency_status(node, window, settings, late, hardware_id),
             messages.bandwidth_status(
                 node, window, loaded and loaded.engine.footprint,
-                loaded.peak if loaded else NO_PEAK, settings, hardware_id,
-                device.get('throttle_reasons')),
+                (worker.peak if worker else self._host.peak) or NO_PEAK, settings, hardware_id,
+                device.get('throttle_reasons'), note),
             self._engine_status(hardware_id, device)])
 
     def _hardware_id(self) -> str:
