@@ -18,6 +18,7 @@ from physai_decode.benchmark.compare import compare
 from physai_decode.benchmark.compare import Comparison
 from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.table import Table
+from physai_decode.histogram import percentile
 from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
 
@@ -181,6 +182,27 @@ def verdicts(results: Sequence[Result]) -> Table:
                                 cuda_graph=graphs[name]))
         if verdict is not None:
             table.rows.append([name, str(context), str(verdict)])
+    return table
+
+
+def beside(results: Sequence[Result]) -> Table:
+    """Set the step and its neighbour, each alone, beside both together."""
+    table = Table('Beside a neighbour', [
+        'engine', 'context', 'neighbour', '', 'p50 ms', 'p99', 'p99.9', 'worst', 'tokens/s',
+        'neighbour p50 ms', 'neighbour p99'], notes=[
+            'In turn, in one process, behind the same prompt. cpu: a busy loop on each core; gpu: '
+            'a network of convolutions like ResNet-50, by itself and beside the steps.'])
+    for (name, context), found in grouped(results).items():
+        told = [cell['beside'] for cell in found if cell.get('beside')]
+        for same in zip(*told):
+            for how in ('alone', 'beside'):
+                times = sorted(itl_s for each in same for itl_s in each[how])
+                other = sorted(s for each in same for s in each[f'neighbour_{how}'])
+                table.rows.append([
+                    name, str(context), same[0]['neighbour'], how,
+                    *(ms(percentile(times, q)) for q in (50, 99, 99.9)), ms(times[-1]),
+                    number(len(times) / sum(times), 1),
+                    *(ms(percentile(other, q)) for q in (50, 99))])
     return table
 
 
