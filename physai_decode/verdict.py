@@ -3,7 +3,8 @@ What holds a decode step back, by how much, and which setting answers it: one li
 
 A step's time is taken apart into what the bytes need, what the kernels take beyond that and what
 the host adds; where there is no floor, the bytes are in the kernels' part. Beside these stand what
-other programs add to the slowest steps, and the pace. The largest part is the verdict. Pure functions; they know nothing of who measured.
+other programs add to the slowest steps, and the pace. The largest part is the verdict. Pure
+functions; they know nothing of who measured.
 """
 
 from dataclasses import dataclass
