@@ -25,6 +25,7 @@ from physai_decode.conversation import Turn
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
 from physai_decode.items import Items
+from physai_decode.pace import Pace
 from physai_decode.request import Form
 from physai_decode.request import JSON_NAMES
 from physai_decode.request import Message
@@ -33,6 +34,7 @@ from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestRecorder
 from physai_decode.timing import TokenReport
 
+LOOK_UP_S = 0.02        # how often a deadline is looked for while a paced step waits
 PIECE = 32768           # characters of a text that are looked at in one go: some 0.03 s
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
@@ -89,7 +91,7 @@ class End(NamedTuple):
 
 
 class Ended(Exception):
-    """The answer is to end before there was a token."""
+    """The answer is to end now, and not at its next token."""
 
     def __init__(self, end: End) -> None:
         """Keep why."""
@@ -107,8 +109,8 @@ class Answer:
     def __init__(self, ticket: Ticket, loop: DecodeLoop, text: TextCoder,
                  conversation: Conversation, sampling: SamplingConfig, times: RequestRecorder,
                  emit: Callable[[TokenReport], None], emit_item: Callable[[ItemReport], None],
-                 alive: Callable[[], None], clock: Callable[[], float],
-                 form: Form | None = None) -> None:
+                 alive: Callable[[float], None], clock: Callable[[], float],
+                 form: Form | None = None, tokens_per_s: float = 0.0) -> None:
         """
         Take what the answer needs.
 
@@ -116,8 +118,10 @@ class Answer:
         :param times: records its tokens.
         :param emit: gets each token's report.
         :param emit_item: gets each element's, of an answer that is JSON.
-        :param alive: is called for each sign of life of the engine.
+        :param alive: is called for each sign of life of the engine, with the time by which the
+            next one is to come at the earliest.
         :param form: what the answer has to look like, None for anything.
+        :param tokens_per_s: how fast it comes at most; 0: as fast as it can.
         """
         self._ticket, self._loop, self._text = ticket, loop, text
         self._conversation, self._sampling, self.times = conversation, sampling, times
@@ -127,9 +131,13 @@ class Answer:
         self._items: Items | None = None
         if form is not None and form.kind == 'json_schema':
             self._items, times.items = Items(), 0
+        self._tokens_per_s = tokens_per_s
+        times.paced = tokens_per_s > 0
+        self._waited_s: float | None = None         # before the step that runs
         self._pieces: list[str] = []
         self._waiting: TokenReport | None = None    # its text is not known to the end
         self._publish_s: float | None = None
+        self.energy_j: float | None = None          # of the device, when this began
         self.note = ''                              # for the report, beside why it ended
 
     @property
@@ -163,13 +171,14 @@ class Answer:
         constraint = self._constraint()
         prompt_ids = self._encode()
         self.times.prompt_tokens = len(prompt_ids)
-        count = 0
+        count, paced, pace = 0, self.times.paced, None
         # Closing the generator is what cancels the engine, however this loop is left.
         with closing(cast('Generator[Step, None, None]',
-                          self._loop.stream(prompt_ids, self._sampling, constraint))) as steps:
+                          self._loop.stream(prompt_ids, self._sampling, constraint,
+                                            ahead=not paced))) as steps:
             for step in steps:
                 now_s = self._clock()
-                self._alive()
+                self._alive(now_s)
                 self._check_end()
                 if not count:
                     self.times.cached_tokens = step.cached_tokens
@@ -188,7 +197,21 @@ class Answer:
                         return End('length', f'{self._named("max_new_tokens")} is {count}')
                 if self._is_late():
                     return LATE
+                if paced and step.token_ids:
+                    pace = pace or Pace(self._tokens_per_s, now_s)
+                    self._wait(pace.due_s(self._clock(), len(step.token_ids)))
         return End('length', f'the context of {footprint.max_context} tokens is full')
+
+    def _wait(self, due_s: float) -> None:
+        """Wait until the next step is to start, and end where that is due before."""
+        begin_s = self._clock()
+        self._alive(due_s)
+        while (left_s := due_s - self._clock()) > 0:
+            self._ticket.ending.wait(min(left_s, LOOK_UP_S))
+            self._check_end()
+            if self._is_late():
+                raise Ended(LATE)
+        self._waited_s = self._clock() - begin_s
 
     def _constraint(self) -> Constraint | None:
         """Compile what the answer has to look like."""
@@ -275,7 +298,7 @@ class Answer:
 
     def _look_up(self) -> None:
         """While and after texts are encoded: give a sign of life, and end where that is due."""
-        self._alive()
+        self._alive(self._clock())
         self._check_end()
         if self._is_late():
             raise Ended(LATE)
@@ -300,7 +323,8 @@ class Answer:
         piece = self._detokenizer.push(token_id)
         self._release('')
         report = self.times.token(
-            now_s, token_id, piece, device_s, self._publish_s, mask_s)
+            now_s, token_id, piece, device_s, self._publish_s, mask_s, self._waited_s)
+        self._waited_s = None if self._waited_s is None else 0.0
         if self._detokenizer.held:
             self._waiting = report
         else:

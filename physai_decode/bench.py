@@ -15,6 +15,7 @@ import sys
 import time
 
 from physai_decode.benchmark import compare
+from physai_decode.benchmark import neighbour
 from physai_decode.benchmark import report
 from physai_decode.benchmark import suites
 from physai_decode.benchmark import synthetic
@@ -123,6 +124,9 @@ def _parser():
     what.add_argument('--sampling', nargs='+', action='extend', default=[], metavar='SETTINGS',
                       help='also compare the step under these with the greedy one: greedy, or '
                       'setting=value,... of the parameter group sampling')
+    what.add_argument('--beside', nargs='+', default=[], metavar='NEIGHBOUR',
+                      help='also time the step beside a neighbour: cpu, a busy loop on each core, '
+                      'or gpu[:hz,batch], a network of convolutions in a process of its own')
     what.add_argument('--kernels', action='store_true',
                       help='also a table kernel by kernel (CUDA)')
     how = parser.add_argument_group('how')
@@ -194,8 +198,10 @@ def _cases(options):
         raise ValueError('--quantization is for --synthetic; a model folder says its own')
     for text in options.sampling:
         parse_sampling(text)
+    for text in options.beside:
+        neighbour.parse(text)
     common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s,
-              'samplings': tuple(options.sampling)}
+              'samplings': tuple(options.sampling), 'beside': tuple(options.beside)}
     if options.paper or options.targets:
         if options.model:
             raise ValueError('--paper and --targets are for --synthetic SHAPE, not for --model')
@@ -250,7 +256,9 @@ def _tables(options, results) -> list[Table]:
                    suites.quantized_table(results, contexts[0])]
     reference = suites.EAGER if suites.EAGER in done else done[-1] if done else ''
     tables += [report.steps(results, '' if options.ab else reference), report.samplings(results),
-               report.parts(results), report.floors(results), report.startup(results)]
+               report.beside(results), report.parts(results), report.verdicts(results),
+               report.energy(results),
+               report.floors(results), report.startup(results)]
     for result, cell in report.cells(results):
         if cell.get('kernels') and (options.kernels or options.targets):
             tables.append(report.kernels(result, cell))

@@ -19,16 +19,18 @@ class ConfigError(ValueError):
 
 
 def _option(default, description, *, low=None, high=None, choices=(), others='', dynamic=False,
-            characters=4096, texts=64):
+            characters=4096, texts=64, items=str):
     """
     Declare one field.
 
     `low` and `high` are inclusive and in the unit of the field's name. A text may have so many
-    `characters`, and a list so many `texts`. `others` says what else is allowed than `choices`.
+    `characters`, and a list so many `texts`, or numbers where `items` says int. `others` says what
+    else is allowed than `choices`.
     """
     return field(default=default, metadata={
         'description': description, 'low': low, 'high': high, 'choices': tuple(choices),
-        'others': others, 'dynamic': dynamic, 'characters': characters, 'texts': texts})
+        'others': others, 'dynamic': dynamic, 'characters': characters, 'texts': texts,
+        'items': items})
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class EngineConfig:
         low=16, high=1048576)
     cpu_threads: int = _option(
         0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
+    steps_ahead: int = _option(
+        0, 'steps that native keeps in flight on a GPU; a cancel waits for them. 0 takes 2, and '
+        'more, up to 8, while the host comes too late for those', low=0, high=8)
+    stream_priority: int = _option(
+        0, "priority of native's kernels over those of other streams of the node's process on a "
+        'GPU: 0 is the lowest, -1 and below go first', low=-5, high=0)
+    gpu_share_percent: int = _option(
+        0, "most of the GPU's multiprocessors that the process takes, in percent; in force only "
+        'where the daemon of MPS runs. 0 sets no limit', low=0, high=100)
     prefill_chunk_ms: float = _option(
         100.0, 'a prompt is read in chunks of about this time, but of no fewer than 32 tokens; a '
         'cancel, a preemption or a deadline is heard after each. 0 reads the largest chunks that '
@@ -164,6 +175,29 @@ class DeadlineConfig:
 
 
 @dataclass(frozen=True)
+class PaceConfig:
+    """How fast an answer comes at most."""
+
+    tokens_per_s: float = _option(
+        0.0, 'steps start on a schedule of so many tokens per second, and the device rests '
+        'between them; 0: as fast as they can', low=0.0, high=1e6, dynamic=True)
+
+
+@dataclass(frozen=True)
+class RealtimeConfig:
+    """How the decode thread stands among the other threads of the machine."""
+
+    priority: int = _option(
+        0, 'SCHED_FIFO with this priority for the decode thread; 0 leaves it to the ordinary '
+        'scheduler', low=0, high=99)
+    cpu_affinity: tuple[int, ...] = _option(
+        (), 'cores of the decode thread and of what computes for it; all other threads of the '
+        'node take the other cores. Empty: all threads take all', low=0, high=4095, items=int)
+    lock_memory: bool = _option(
+        False, "keep the process's memory from being paged out (mlockall)")
+
+
+@dataclass(frozen=True)
 class RooflineConfig:
     """The memory bus's limit."""
 
@@ -207,14 +241,18 @@ class DecodeConfig:
     constraint: ConstraintConfig = ConstraintConfig()
     queue: QueueConfig = QueueConfig()
     deadline: DeadlineConfig = DeadlineConfig()
+    pace: PaceConfig = PaceConfig()
+    realtime: RealtimeConfig = RealtimeConfig()
     roofline: RooflineConfig = RooflineConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     bond: BondConfig = BondConfig()
     autostart: bool = _option(True, 'configure and activate by itself at start')
 
 
-_KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a string',
-          tuple: 'a list of strings'}
+_KINDS: dict[type, str] = {
+    bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a string'}
+_LISTS = {str: 'a list of strings', int: 'a list of whole numbers'}
+_ITEMS = {str: 'texts', int: 'numbers'}
 
 
 def check(group: str, instance: Any) -> None:
@@ -238,18 +276,21 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     :returns: the value in the field's type.
     :raises ConfigError: with the name, the value and what is allowed.
     """
-    kind: Any = type(spec.default)
-    taken = (int, float) if kind is float else (kind,)
-    if type(value) not in taken or kind is tuple and not all(type(item) is str for item in value):
-        raise ConfigError(f'{name} is {shown(value)}: expected {_KINDS[kind]}')
+    kind, items = type(spec.default), spec.metadata['items']
+    taken: Any = (int, float) if kind is float else (kind,)
+    if type(value) not in taken or \
+            kind is tuple and not all(type(item) is items for item in value):
+        raise ConfigError(f'{name} is {shown(value)}: expected '
+                          f'{_LISTS[items] if kind is tuple else _KINDS[kind]}')
+    each = value if kind is tuple else (value,)
     low, high = spec.metadata['low'], spec.metadata['high']
-    if low is not None and not low <= value <= high:
+    if low is not None and not all(low <= item <= high for item in each):
         raise ConfigError(f'{name} is {shown(value)}: allowed are {low} to {high}')
-    characters, texts = spec.metadata['characters'], spec.metadata['texts']
-    if kind is tuple and len(value) > texts:
-        raise ConfigError(f'{name} has {len(value)} texts: allowed are {texts}')
-    for text in value if kind is tuple else (value,) if kind is str else ():
-        if len(text) > characters:
+    characters, most = spec.metadata['characters'], spec.metadata['texts']
+    if kind is tuple and len(value) > most:
+        raise ConfigError(f'{name} has {len(value)} {_ITEMS[items]}: allowed are {most}')
+    for text in each:
+        if type(text) is str and len(text) > characters:
             raise ConfigError(f'{name} is {shown(value)}, a text of {len(text)} characters: '
                               f'allowed are {characters}')
     choices = spec.metadata['choices']

@@ -76,7 +76,7 @@ class DecodeLoop:
             del cached[self.engine.rewind(min(length, len(cached))):]
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig,
-               constraint: Constraint | None = None) -> Iterator[Step]:
+               constraint: Constraint | None = None, ahead: bool = True) -> Iterator[Step]:
         """
         Decode after ``prompt_ids``, on the thread that iterates.
 
@@ -86,14 +86,15 @@ class DecodeLoop:
 
         :param constraint: a fresh one, which is told each token; where it has ended, so does the
             iterator.
+        :param ahead: whether the engine may start steps before they are asked for.
         :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
         :raises EngineError: while iterating: the model's logits are not numbers.
         """
         prompt = checked_prompt(prompt_ids, self.engine.footprint)
-        return self._stream(prompt, sampling, constraint)
+        return self._stream(prompt, sampling, constraint, ahead)
 
     def _stream(self, prompt: list[int], sampling: SamplingConfig,
-                constraint: Constraint | None) -> Iterator[Step]:
+                constraint: Constraint | None, ahead: bool) -> Iterator[Step]:
         self.forget(shared_prefix(self._cached, prompt[:-1]))
         reused = fed = len(self._cached)
         prefill_s: float | None = 0.0
@@ -116,7 +117,7 @@ class DecodeLoop:
             if constraint is not None and constraint.ended:
                 return
             cached, self._cached = self._cached, []     # as `_in_doubt`, at half the cost
-            following, device_s = self.engine.step(remaining)
+            following, device_s = self.engine.step(remaining if ahead else 0)
             cached.append(token_id)
             self._cached, token_id = cached, following
             yield self._told(token_id, device_s, reused, constraint)

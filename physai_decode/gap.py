@@ -33,6 +33,8 @@ from physai_decode.engine import EngineError
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
+from physai_decode.verdict import Figures
+from physai_decode.verdict import judge
 
 WARM_UP_STEPS = 5
 STEPS = 30
@@ -61,6 +63,7 @@ class Way:
 
     name: str                       # captured and uncaptured, or native and transformers
     step_s: float
+    device_s: float | None = None   # of it, between two events on the device
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,16 @@ class Gap:
         ratio = self.second.step_s / self.first.step_s
         floor = 'n/a' if self.floor_s is None else f'{1e3 * self.floor_s:.3f} ms'
         parts = [r_floor(self.floor_s, way.step_s) for way in ways]
+        graph = {'captured': 'captured', 'uncaptured': 'off'}.get(self.first.name, 'unavailable')
+        device_s, floor_s = self.first.device_s, self.floor_s
+        verdict = judge(Figures(
+            1e3 * self.first.step_s, None if device_s is None else 1e3 * device_s,
+            None if floor_s is None else 1e3 * floor_s, cuda_graph=graph))
         told = ' and '.join('n/a' if part is None else f'{part:.2f}' for part in parts)
         return (f'{times} a token: {self.first.name} is {ratio:.2f} times as fast; floor {floor} '
                 f'(r_floor {told}); {self.model}, context {self.context} tokens, medians of '
-                f'{STEPS} steps after {WARM_UP_STEPS}')
+                f'{STEPS} steps after {WARM_UP_STEPS}'
+                + (f'; what holds {self.first.name} back: {verdict}' if verdict else ''))
 
 
 @contextmanager
@@ -149,13 +158,13 @@ def measure(loop: DecodeLoop, other: Engine | None, peak: Peak,
     try:
         if other is None:
             with engine.trial(captured=True):
-                first = Way('captured', _step_s(loop, prompt, go_on))
+                first = Way('captured', *_step_s(loop, prompt, go_on))
             with engine.trial(captured=False):
-                second = Way('uncaptured', _step_s(loop, prompt, go_on))
+                second = Way('uncaptured', *_step_s(loop, prompt, go_on))
         else:
             both = {loop.engine.footprint.engine: loop,
                     other.footprint.engine: DecodeLoop(other)}
-            first, second = (Way(name, _step_s(both[name], prompt, go_on)) for name in _RIVALS)
+            first, second = (Way(name, *_step_s(both[name], prompt, go_on)) for name in _RIVALS)
     finally:
         loop.forget(len(before))
     context = len(prompt) + WARM_UP_STEPS + (STEPS + 1) // 2
@@ -164,17 +173,21 @@ def measure(loop: DecodeLoop, other: Engine | None, peak: Peak,
                f'{form} on {shape.device}' if other else f'{shape.engine}, {form}')
 
 
-def _step_s(loop: DecodeLoop, prompt: list[int], go_on: Callable[[], None]) -> float:
-    """Give the median time from one token to the next, in seconds."""
-    stamps = []
+def _step_s(loop: DecodeLoop, prompt: list[int],
+            go_on: Callable[[], None]) -> tuple[float, float | None]:
+    """Give the median time from one token to the next and that on the device, in seconds."""
+    stamps, device_s = [], []
     with closing(cast('Generator[Step, None, None]', loop.stream(
             prompt, SamplingConfig(max_new_tokens=TOKENS)))) as steps:
         for step in steps:
             if step.token_ids:
                 stamps.append(time.perf_counter())
+                device_s.append(step.device_s)
             go_on()
     times = [after - before for before, after in pairwise(stamps)]
-    return statistics.median(times[WARM_UP_STEPS:])
+    known = [each for each in device_s[1 + WARM_UP_STEPS:] if each is not None]
+    return (statistics.median(times[WARM_UP_STEPS:]),
+            statistics.median(known) if known else None)
 
 
 def _command(config: DecodeConfig, *names: str) -> str:

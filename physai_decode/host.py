@@ -22,6 +22,7 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
 from physai_decode.constraint import configured
 from physai_decode.engine import described
 from physai_decode.engine import Engine
@@ -30,11 +31,15 @@ from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import tell_end
+from physai_decode.roofline import at_clock
+from physai_decode.roofline import beaten
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
+from physai_decode.timing import BEST_COUNT
 from physai_decode.timing import RequestReport
+from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Sink
@@ -75,7 +80,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
-        engine = engines.build(model, config.engine, progress)
+        engine = engines.build(model, _beside(config), progress)
         undo.callback(engine.close)
         progress('finding the peak bandwidth of the memory')
         peak = find_engine_peak(engine.footprint, config)
@@ -87,6 +92,13 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         loaded = Loaded(engine, text, peak, facts, model.sampling, form)
         undo.pop_all()
         return loaded
+
+
+def _beside(config: DecodeConfig) -> EngineConfig:
+    """Give the engine's settings, with no more threads than the decode thread has cores."""
+    cores = len(config.realtime.cpu_affinity)
+    engine = config.engine
+    return replace(engine, cpu_threads=cores) if cores and not engine.cpu_threads else engine
 
 
 def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[str, str]:
@@ -117,6 +129,7 @@ class Host:
         self.config = DecodeConfig()                # what runs
         self.loaded: Loaded | None = None
         self.telemetry: Telemetry | None = None     # likewise
+        self.peak: Peak | None = None               # of what is loaded, as it was found last
         self.worker: Worker | None = None           # from start until its thread has ended
         self.loading = ''                           # how far a load is; empty: none
         self.failure = ''                           # why the last load failed
@@ -144,6 +157,7 @@ class Host:
                     'model.path names no model: set it in the params file, or by -p '
                     'model.path:=...; builtin:tiny_planner is the small model of the package')
             self.loaded = self._load(config, tell)
+            self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.engine.footprint)
             return self.loaded
         except BaseException as error:
@@ -156,7 +170,7 @@ class Host:
     def unload(self) -> None:
         """Free everything on the device."""
         loaded, telemetry = self.loaded, self.telemetry
-        self.loaded = self.telemetry = None
+        self.loaded = self.telemetry = self.peak = None
         if telemetry is not None:
             telemetry.close()
         if loaded is not None:
@@ -170,9 +184,11 @@ class Host:
         assert self.loaded is not None
         self.config = config
         with self._counting:
+            telemetry = self.telemetry
             worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
-                            peak=self.loaded.peak, numbers=self._numbers,
-                            checkpoint_sampling=self.loaded.sampling, form=self.loaded.form)
+                            peak=self.peak or self.loaded.peak, numbers=self._numbers,
+                            checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
+                            energy_j=telemetry.energy_j if telemetry else lambda: None)
             worker.start()
             self.worker = worker
 
@@ -190,11 +206,32 @@ class Host:
         return True
 
     def update(self, config: DecodeConfig) -> None:
-        """Take over what may change while it runs: sampling and deadlines."""
-        self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline)
+        """Take over what may change while it runs: sampling, deadlines and pace."""
+        self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline,
+                              pace=config.pace)
         worker = self.worker
         if worker is not None:
-            worker.update(config.sampling, config.deadline)
+            worker.update(config.sampling, config.deadline, config.pace)
+
+    def follow_peak(self, window: WindowReport) -> str:
+        """
+        Find the peak again where steps have beaten it, or where a Jetson's memory clock changed.
+
+        :return: what is to be said of it; empty for nothing.
+        """
+        loaded, worker, peak, telemetry = self.loaded, self.worker, self.peak, self.telemetry
+        if loaded is None or worker is None or peak is None or window.count < BEST_COUNT:
+            return ''
+        if telemetry is not None and (part := telemetry.memory_clock_part) is not None:
+            worker.peak = at_clock(peak, part)
+        found = beaten(worker.peak, window.bandwidth_gb_s)
+        if found is None:
+            return ''
+        before, self.peak, worker.peak = worker.peak, found, found
+        return (f'the floor is found again: {window.count} steps read at '
+                f'{window.bandwidth_gb_s:.4g} GB/s, more than the peak of '
+                f'{(before.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({before.source}); if that is a '
+                'parameter, correct roofline.peak_bandwidth_gb_s')
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:
@@ -238,7 +275,7 @@ class Host:
         if worker.occupied:
             raise Busy(worker.occupied)
         with gap.rival(loaded.engine, self.config, progress) as other:
-            return worker.run(lambda loop, go_on: gap.measure(loop, other, loaded.peak, go_on),
+            return worker.run(lambda loop, go_on: gap.measure(loop, other, worker.peak, go_on),
                               GAP_TIMEOUT_S)
 
     @property

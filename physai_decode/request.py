@@ -21,6 +21,7 @@ from typing import NoReturn
 from physai_decode.config import check_value
 from physai_decode.config import ConfigError
 from physai_decode.config import DeadlineConfig
+from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.config import shown
 
@@ -35,6 +36,7 @@ SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
             for spec in fields(SamplingConfig) if spec.name != 'from_checkpoint'}
 DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
             if spec.name != 'max_consecutive_misses'}
+PACE = {spec.name: spec for spec in fields(PaceConfig)}
 JSON_NAMES = {spec.name: name for name, spec in SAMPLING.items()}
 # Known, but not done yet: only a value that asks for nothing is taken.
 _IDLE: dict[str, tuple[Any, ...]] = {'tools': ([],), 'tool_choice': ('none', 'auto')}
@@ -87,6 +89,7 @@ class Request:
     messages: tuple[Message, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)   # by SamplingConfig's fields
     deadline: Mapping[str, Any] = field(default_factory=dict)   # by DeadlineConfig's fields
+    pace: Mapping[str, Any] = field(default_factory=dict)       # by PaceConfig's fields
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_format: Mapping[str, Any] = field(default_factory=dict)
     structured_outputs: Mapping[str, Any] = field(default_factory=dict)
@@ -299,6 +302,10 @@ def _deadline(value: Any) -> dict[str, Any]:
     return _options(_mapping(value, 'deadline'), DEADLINE, 'deadline.')
 
 
+def _pace(value: Any) -> dict[str, Any]:
+    return _options(_mapping(value, 'pace'), PACE, 'pace.')
+
+
 def _template_kwargs(value: Any) -> dict[str, Any]:
     if len(_mapping(value, 'chat_template_kwargs')) > MAX_TEMPLATE_KWARGS:
         raise RequestError(f'chat_template_kwargs has {len(value)} variables: allowed are '
@@ -362,7 +369,7 @@ _TEXT = {'type': 'text'}
 # JSON name, which is the field's in `Request`: what reads it, with the message of what is wrong.
 _READ: dict[str, Callable[[Any], Any]] = {
     'prompt': _prompt, 'messages': _messages, 'chat_template_kwargs': _template_kwargs,
-    'deadline': _deadline, 'response_format': _response_format,
+    'deadline': _deadline, 'pace': _pace, 'response_format': _response_format,
     'structured_outputs': _structured_outputs}
 
 

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from dataclasses import field
+import threading
 from typing import Protocol
 
 from physai_decode.config import QueueConfig
@@ -71,12 +73,14 @@ class Ticket:
     end_reason: str = ''            # cancelled or preempted, once that was asked for
     end_message: str = ''
     end_asked_s: float | None = None
+    ending: threading.Event = field(default_factory=threading.Event)    # its end was asked for
     finished: bool = False          # its end was reported, or is about to be
 
     def ask_end(self, reason: str, message: str, now_s: float) -> None:
         """Ask for its end; the first to ask says why."""
         if not self.end_reason:
             self.end_reason, self.end_message, self.end_asked_s = reason, message, now_s
+            self.ending.set()
 
 
 class RequestQueue:

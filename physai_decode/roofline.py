@@ -9,6 +9,7 @@ model on a CPU can be above 1.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 import os
 from pathlib import Path
 import re
@@ -18,6 +19,8 @@ import time
 from physai_decode.engine import Footprint
 
 CONVENTIONS = ('read', 'checkpoint')
+TRIES_A_TURN = 5
+REST_S = 0.1
 
 # GB/s (1e9 bytes) by device name, the first match wins; each from the vendor's data sheet of
 # that name. A MIG slice has only a part of its GPU's bandwidth and is not looked up.
@@ -54,13 +57,22 @@ _DATASHEETS = (
 # GPUs that share the board's memory. CUDA's memory clock is not that of the DRAM there.
 _INTEGRATED = re.compile(r'\b(Orin|Thor|GB10|Xavier|Tegra)\b', re.IGNORECASE)
 
+_SLICE = re.compile(r'\bMIG\b')
+BEATEN = 1.03                   # times the peak: more is no error of measurement
+
 
 @dataclass(frozen=True)
 class Peak:
     """The memory's peak read bandwidth in bytes per second, None where unknown, and its source."""
 
     bytes_per_s: float | None
-    source: str                     # parameter, driver, NAME datasheet, measured, unknown
+    source: str     # parameter, driver, NAME datasheet, measured, observed in steps, unknown
+    no_floor: str = ''              # why it is no floor of a step; empty where it is
+
+    @property
+    def floor_bytes_per_s(self) -> float | None:
+        """What a step's floor is made with, None where it has none."""
+        return None if self.no_floor else self.bytes_per_s
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, element_bytes: int,
@@ -88,6 +100,11 @@ def r_floor(floor_s: float | None, observed_s: float | None) -> float | None:
     if floor_s is None or not observed_s:
         return None
     return floor_s / observed_s
+
+
+def is_integrated(device_name: str) -> bool:
+    """Tell whether a GPU of this name shares the board's memory, as a Jetson's does."""
+    return bool(_INTEGRATED.search(device_name))
 
 
 class Roofline:
@@ -126,7 +143,7 @@ class Roofline:
 
     def floor_s(self, context: int, convention: str = 'read') -> float | None:
         """Give the least time in seconds of a step at this context, None where unknown."""
-        return floor_s(self.step_bytes(context, convention), 0, self.peak.bytes_per_s)
+        return floor_s(self.step_bytes(context, convention), 0, self.peak.floor_bytes_per_s)
 
 
 def find_peak(parameter_gb_s: float, device_name: str,
@@ -136,7 +153,7 @@ def find_peak(parameter_gb_s: float, device_name: str,
     Find the memory's peak bandwidth: parameter, driver, data sheet, measurement, in this order.
 
     The driver's figure is not used for a GPU that shares the board's memory (Jetson): there CUDA
-    gives the GPU's own clock for the memory's.
+    gives the GPU's own clock for the memory's. Nor for a slice of a GPU (MIG), which has a part.
 
     :param parameter_gb_s: what the user set, in GB/s; 0 for nothing.
     :param device_name: as the device's driver gives it, such as ``NVIDIA L4``.
@@ -147,7 +164,8 @@ def find_peak(parameter_gb_s: float, device_name: str,
     """
     if parameter_gb_s > 0:
         return Peak(parameter_gb_s * 1e9, 'parameter')
-    if driver is not None and not _INTEGRATED.search(device_name):
+    whole = not (is_integrated(device_name) or _SLICE.search(device_name))
+    if driver is not None and whole:
         clock_khz, width_bits = driver() or (0, 0)
         if clock_khz and width_bits:
             return Peak(2 * clock_khz * 1e3 * width_bits / 8, 'driver')
@@ -162,7 +180,7 @@ def find_peak(parameter_gb_s: float, device_name: str,
 
 def datasheet(device_name: str) -> Peak | None:
     """Give the peak that a data sheet states for a device of this name, None where none does."""
-    if re.search(r'\bMIG\b', device_name):
+    if _SLICE.search(device_name):
         return None
     for pattern, gb_s, source in _DATASHEETS:
         if re.search(pattern, device_name, re.IGNORECASE):
@@ -185,22 +203,60 @@ def board_name(path: str = '/proc/device-tree/model') -> str:
     return f'{name} 4GB' if 'Orin Nano' in name and memory_bytes < 6e9 else name
 
 
-def measure_cpu_read_bandwidth(threads: int = 0, repeats: int = 5) -> float:
+def beaten(peak: Peak, bandwidth_gb_s: float | None) -> Peak | None:
+    """
+    Give the peak that takes the place of one that steps have beaten, None where they have not.
+
+    :param bandwidth_gb_s: the median of many steps.
+    """
+    known = peak.floor_bytes_per_s
+    if known is None or bandwidth_gb_s is None or bandwidth_gb_s * 1e9 <= BEATEN * known:
+        return None
+    return Peak(bandwidth_gb_s * 1e9, 'observed in steps')
+
+
+def at_clock(peak: Peak, part: float | None) -> Peak:
+    """
+    Give a data sheet's peak at the memory clock in force; the sheet's own is the most.
+
+    :param part: of the highest memory clock, None where it is not known.
+    """
+    if peak.bytes_per_s is None or part is None or not peak.source.endswith('datasheet'):
+        return peak
+    part = min(part, 1.0)
+    return replace(peak, bytes_per_s=part * peak.bytes_per_s)
+
+
+def fits_cache(weight_bytes: int, cache_bytes: int | None) -> str:
+    """
+    Say that weights stay in a processor's cache, so that the bus is no floor; else empty.
+
+    :param cache_bytes: as `last_cache_bytes` gives it.
+    """
+    if cache_bytes is None or weight_bytes > cache_bytes:
+        return ''
+    return (f'the weights that a step reads ({weight_bytes / 1e6:.1f} MB) fit the last-level '
+            f'cache ({cache_bytes / 1e6:.1f} MB), which is faster than the bus')
+
+
+def measure_cpu_read_bandwidth(threads: int = 0, tries: int = 20) -> float:
     """
     Read a buffer much larger than the caches, and give the best rate in bytes per second.
 
     :param threads: how many read at once, each its own part; 0 takes as many as there are cores
         for this process.
+    :param tries: reads of the whole buffer, with a rest after some: another program that is busy
+        now and then meets some of them only.
     """
     import numpy
 
     threads = threads or len(os.sched_getaffinity(0))
     # Four times the last cache, at least 128 MiB; what is left in the cache from the last round
     # is then overwritten before it is read again.
-    words = max(4 * _last_cache_bytes(), 128 << 20) // 8
+    words = max(4 * (last_cache_bytes() or 0), 128 << 20) // 8
     parts = numpy.array_split(numpy.ones(words, numpy.uint64), threads)
     best_s = float('inf')
-    for _ in range(repeats):
+    for turn in range(1, tries + 1):
         readers = [threading.Thread(target=numpy.bitwise_or.reduce, args=(part,))
                    for part in parts]
         begin_s = time.perf_counter()
@@ -209,13 +265,22 @@ def measure_cpu_read_bandwidth(threads: int = 0, repeats: int = 5) -> float:
         for reader in readers:
             reader.join()
         best_s = min(best_s, time.perf_counter() - begin_s)
+        if turn % TRIES_A_TURN == 0 and turn < tries:
+            time.sleep(REST_S)
     return 8 * words / best_s
 
 
-def _last_cache_bytes() -> int:
-    """Give the largest cache's size, 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    for path in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'):
-        if size := re.fullmatch(r'(\d+)([KMG]?)', path.read_text().strip()):
-            sizes.append(int(size[1]) << {'': 0, 'K': 10, 'M': 20, 'G': 30}[size[2]])
-    return max(sizes)
+def last_cache_bytes(cpus: str = '/sys/devices/system/cpu') -> int | None:
+    """Give the bytes of all last-level caches together, None where the system does not say."""
+    caches: dict[tuple[int, str], int] = {}
+    for folder in Path(cpus).glob('cpu[0-9]*/cache/index*'):
+        try:
+            level, size, cores = ((folder / name).read_text().strip()
+                                  for name in ('level', 'size', 'shared_cpu_list'))
+        except OSError:
+            continue
+        if found := re.fullmatch(r'(\d+)([KMG]?)', size):
+            unit = {'': 0, 'K': 10, 'M': 20, 'G': 30}[found[2]]
+            caches[int(level), cores] = int(found[1]) << unit
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or None

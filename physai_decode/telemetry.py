@@ -1,12 +1,13 @@
 """
 What a device says of itself while the node runs: memory, temperature, power, clocks, throttling.
 
-A GPU is asked through NVML where that is installed, by UUID; else only torch's view of its memory
-is known. On a CPU it is the process's own memory and what the system has left. What can't be found
-out is None. It knows nothing of ROS.
+A GPU is asked through NVML where that is installed, by UUID, and a Jetson through jetson-stats;
+else only torch's view of its memory is known. On a CPU it is the process's own memory and what the
+system has left. What can't be found out is None. It knows nothing of ROS.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 import re
 import sys
@@ -14,12 +15,16 @@ from typing import Any
 
 from physai_decode.config import DecodeConfig
 from physai_decode.engine import Footprint
+from physai_decode.jetson import Jetson
 from physai_decode.roofline import find_peak
+from physai_decode.roofline import fits_cache
+from physai_decode.roofline import is_integrated
+from physai_decode.roofline import last_cache_bytes
 from physai_decode.roofline import measure_cpu_read_bandwidth
 from physai_decode.roofline import Peak
 
 KEYS = ('memory_used_gb', 'memory_free_gb', 'temperature_c', 'power_w', 'sm_clock_mhz',
-        'memory_clock_mhz', 'throttle_reasons')
+        'memory_clock_mhz', 'throttle_reasons', 'power_mode')
 
 
 class Telemetry:
@@ -30,14 +35,19 @@ class Telemetry:
         self._device = footprint.device
         self._nvml: Any = None
         self._handle: Any = None
+        self._board: Jetson | None = None
         if self._cuda and footprint.device_uuid:
             self._open(footprint.device_uuid)
+        if self._cuda and is_integrated(footprint.device_name):
+            self._open_board()
 
     def read(self) -> dict[str, float | str | None]:
         """Ask the device now; takes about a millisecond. The keys are always all of `KEYS`."""
         told: dict[str, float | str | None] = dict.fromkeys(KEYS)
         nvml, handle = self._nvml, self._handle     # close may be called from another thread
         told['memory_used_gb'], told['memory_free_gb'] = self._memory(nvml, handle)
+        if self._board is not None:
+            told.update(self._board.read())
         if nvml is None:
             return told
         for key, question in (
@@ -49,11 +59,34 @@ class Telemetry:
                 ('memory_clock_mhz',
                  lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
                 ('throttle_reasons', lambda: _throttle_reasons(nvml, handle))):
-            told[key] = _ask(nvml, question)
+            if (answer := _ask(nvml, question)) is not None:
+                told[key] = answer
         return told
 
+    def energy_j(self) -> float | None:
+        """
+        Give the energy that the device has taken up to now, from a beginning of its own.
+
+        It is that of all programs on it, of a Jetson the whole board's. None: it does not tell.
+        """
+        nvml, handle, board = self._nvml, self._handle, self._board
+        taken_mj = None if nvml is None else _ask(
+            nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+        if taken_mj is not None:
+            return float(taken_mj) / 1e3
+        return None if board is None else board.energy_j
+
+    @property
+    def memory_clock_part(self) -> float | None:
+        """Give the memory clock in force over the highest, of a Jetson; None where not known."""
+        board = self._board
+        return None if board is None else board.memory_clock_part
+
     def close(self) -> None:
-        """Let go of NVML."""
+        """Let go of NVML, and of the board."""
+        board, self._board = self._board, None
+        if board is not None:
+            board.close()
         nvml, self._nvml = self._nvml, None
         if nvml is not None:
             _ask(nvml, nvml.nvmlShutdown)
@@ -69,6 +102,13 @@ class Telemetry:
             self._nvml = pynvml
         except pynvml.NVMLError:
             _ask(pynvml, pynvml.nvmlShutdown)
+
+    def _open_board(self):
+        try:
+            from jtop import jtop
+            self._board = Jetson(jtop)
+        except Exception:               # not installed, or its service does not run
+            return
 
     def _memory(self, nvml, handle):
         """Give GB used and free."""
@@ -114,9 +154,11 @@ def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:
     """
     if not footprint.device.startswith('cuda'):
         # Without its name, which may hold that of a GPU: an AMD A10 is no NVIDIA A10.
-        return find_peak(
-            config.roofline.peak_bandwidth_gb_s, '',
-            measure=lambda: measure_cpu_read_bandwidth(config.engine.cpu_threads))
+        # All cores read: what the bus can do does not depend on how many threads decode.
+        peak = find_peak(config.roofline.peak_bandwidth_gb_s, '',
+                         measure=measure_cpu_read_bandwidth)
+        return peak if peak.source == 'parameter' else replace(
+            peak, no_floor=fits_cache(footprint.read_weight_bytes, last_cache_bytes()))
     return find_peak(
         config.roofline.peak_bandwidth_gb_s, footprint.device_name,
         driver=lambda: _memory_bus(footprint.device),

@@ -33,6 +33,7 @@ from physai_decode.config import ChatConfig
 from physai_decode.constraint import Vocabulary
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.engine import described
+from physai_decode.realtime import follow
 from physai_decode.request import Message
 from physai_decode.text import Text
 from physai_decode.tokenizer_files import load_tokenizer
@@ -213,6 +214,7 @@ def _prompt_limits(memory: int, size: int) -> tuple[int, float]:
 def serve() -> None:
     """Be the child: load, then encode whatever comes, till the parent ends."""
     _end_with_parent()
+    follow(os.getppid())                # and not the thread that started this process
     connection = Connection(int(sys.argv[1]))
     folder, chat, vocab_size, end_ids, cpu_s, memory = json.loads(sys.argv[2])
     # Without torch, transformers takes 1 s and 70 MB to import, and not 3 s and 400 MB.

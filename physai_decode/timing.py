@@ -22,7 +22,9 @@ from physai_decode.roofline import r_floor as floor_ratio
 from physai_decode.roofline import Roofline
 
 # What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
-WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s')
+WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms')
+
+BEST_COUNT = 30                 # tokens that a window has to have to be the best
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TokenReport:
     token_id: int
     text: str                         # the piece this token completed; may be empty
     context_tokens: int               # tokens of keys and values that the step read
-    itl_ms: float | None              # None for the first token
+    itl_ms: float | None              # less wait_ms; None for the first token
     device_ms: float | None
     host_gap_ms: float | None
     publish_ms: float | None          # what the token before this one took to publish
@@ -44,6 +46,7 @@ class TokenReport:
     deadline_missed: bool
     client_id: str = ''               # what the client called its request
     mask_ms: float | None = None      # what the constraint's mask took; None: no constraint
+    wait_ms: float | None = None      # for which its step was held back; None: it was not paced
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class RequestReport:
     seed: int | None = None           # that its tokens were drawn with
     items: int | None = None          # elements that were given; None: the answer is no JSON
     first_item_ms: float | None = None      # from received to the first of them
+    paced: bool = False               # steps were held back; times of tokens are without that
+    energy_j: float | None = None     # that the device took, for all programs on it
+    j_per_token: float | None = None  # the prompt's part too
+    power_w: float | None = None      # its mean, since the request's turn came
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,9 @@ class WindowReport:
     r_floor: float | None
     bandwidth_gb_s: float | None
     host_gap_ms: float | None
+    wait_ms: float | None             # None: no token of the window was paced
+    paced: bool                       # the newest token in the window
+    best_r_floor: float | None        # the best of all windows that were asked for
 
 
 class Recorder:
@@ -151,12 +161,14 @@ class Recorder:
         self._tokens = SlidingWindow(window_s, len(WINDOW_FIGURES))
         # Guarded by _lock, as all below.
         self._context_tokens = 0                    # of the newest token in the window
+        self._paced = False                         # likewise
         self._ttft_last_ms: float | None = None
         self._misses = 0
         self._row = 0
         self._last_due_s = -math.inf                # when the last token with a deadline came
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
+        self._best_r_floor: float | None = None
 
     def request(self, request_id: int, received_s: float, taken_s: float | None,
                 client_id: str = '',
@@ -175,12 +187,14 @@ class Recorder:
     def window(self, now_s: float) -> WindowReport:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:
-            context = self._context_tokens
+            context, paced = self._context_tokens, self._paced
             ttft_last_ms, misses, row = self._ttft_last_ms, self._misses, self._row
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
             if self._is_old(now_s):
                 row = 0
         itl, *others = self._tokens.read(now_s)
+        medians = {name: percentile(each.ordered, 50)
+                   for name, each in zip(WINDOW_FIGURES[1:], others, strict=True)}
         deadline = self.deadline
         roofline = self._roofline if itl.ordered else None
         return WindowReport(
@@ -196,8 +210,15 @@ class Recorder:
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
             kv_bytes=roofline.kv_bytes(context) if roofline is not None else None,
-            **{name: percentile(each.ordered, 50)
-               for name, each in zip(WINDOW_FIGURES[1:], others, strict=True)})
+            paced=paced and bool(itl.ordered),
+            best_r_floor=self._best(medians['r_floor'], len(itl.ordered)), **medians)
+
+    def _best(self, r_floor: float | None, count: int) -> float | None:
+        """Take a window's share of the floor, and give the best so far."""
+        with self._lock:
+            if r_floor is not None and count >= BEST_COUNT:
+                self._best_r_floor = _largest(self._best_r_floor, r_floor)
+            return self._best_r_floor
 
     def _add_first(self, now_s: float, ttft_ms: float) -> None:
         """Add a request's first token."""
@@ -211,7 +232,7 @@ class Recorder:
         """Add a further token, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
-            self._context_tokens = context_tokens
+            self._context_tokens, self._paced = context_tokens, figures[-1] is not None
             self._itl_max_ms = _largest(self._itl_max_ms, itl_ms)
 
     def _add_due(self, now_s: float, overrun_ms: float) -> None:
@@ -267,6 +288,8 @@ class RequestRecorder:
         self.seed: int | None = None
         self.items: int | None = None               # likewise, where the answer is JSON: 0
         self._first_item_ms: float | None = None
+        self.paced = False
+        self.energy_j: float | None = None
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
@@ -281,7 +304,8 @@ class RequestRecorder:
         return own
 
     def token(self, now_s: float, token_id: int, text: str, device_s: float | None = None,
-              publish_s: float | None = None, mask_s: float | None = None) -> TokenReport:
+              publish_s: float | None = None, mask_s: float | None = None,
+              waited_s: float | None = None) -> TokenReport:
         """
         Record one token.
 
@@ -291,6 +315,8 @@ class RequestRecorder:
         :param device_s: its step's time on the device, in seconds.
         :param publish_s: what publishing the token before it took, in seconds.
         :param mask_s: what the constraint's mask took on the host, in seconds.
+        :param waited_s: for how long its step was held back, in seconds, which counts as no time
+            of the token; None where it is not paced.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
@@ -303,7 +329,7 @@ class RequestRecorder:
             overrun_ms = ttft_ms - deadline.ttft_ms if deadline.ttft_ms else None
             recorder._add_first(now_s, ttft_ms)
         else:
-            itl_s = now_s - self._last_s
+            itl_s = now_s - self._last_s - (waited_s or 0.0)
             itl_ms = 1e3 * itl_s
             overrun_ms = itl_ms - deadline.token_ms if deadline.token_ms else None
             if device_ms is not None:
@@ -311,11 +337,11 @@ class RequestRecorder:
             roofline = recorder._roofline
             if roofline is not None and itl_s > 0:
                 step_bytes = roofline.step_bytes(context)
-                floor_s = least_s(step_bytes, 0, roofline.peak.bytes_per_s)
+                floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
             recorder._add_further(now_s, context, itl_ms, (
-                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s))
+                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, _to_ms(waited_s)))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:
                 self._r_floor.add(r_floor)
@@ -330,7 +356,7 @@ class RequestRecorder:
         return TokenReport(
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
-            _to_ms(mask_s))
+            _to_ms(mask_s), _to_ms(waited_s))
 
     def item(self, now_s: float, path: str, index: int, value: str) -> ItemReport:
         """
@@ -361,6 +387,8 @@ class RequestRecorder:
             self._recorder._add_request(total_ms - request_ms)
         itl = self._itl_ms.summary()
         first_s, last_s, taken_s = self._first_s, self._last_s, self._taken_s
+        energy_j = self.energy_j
+        busy_s = 0.0 if taken_s is None else now_s - taken_s
         decode_s = 0.0 if first_s is None or last_s is None else last_s - first_s
         return RequestReport(
             request_id=self._id, finish_reason=finish_reason, message=message,
@@ -379,7 +407,9 @@ class RequestRecorder:
             worst_overrun_ms=self._worst_overrun_ms,
             cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s),
             client_id=self._client_id, seed=self.seed, items=self.items,
-            first_item_ms=self._first_item_ms)
+            first_item_ms=self._first_item_ms, paced=self.paced, energy_j=energy_j,
+            j_per_token=None if energy_j is None or not self._count else energy_j / self._count,
+            power_w=None if energy_j is None or not busy_s else energy_j / busy_s)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

@@ -32,12 +32,15 @@ from physai_decode.collector import COLLECTOR
 from physai_decode.collector import give_back
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig
+from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.conversation import Conversation
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.realtime import InForce
+from physai_decode.realtime import Placement
 from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
@@ -96,7 +99,8 @@ class Worker:
                  peak: Peak = Peak(None, 'unknown'),
                  numbers: Iterator[int] | None = None,
                  checkpoint_sampling: Mapping[str, Any] = MappingProxyType({}),
-                 form: Form | None = None) -> None:
+                 form: Form | None = None,
+                 energy_j: Callable[[], float | None] = lambda: None) -> None:
         """
         Make a worker that is not running yet.
 
@@ -106,7 +110,11 @@ class Worker:
         :param numbers: gives each request its number, also in several threads; None: from 1 on.
         :param checkpoint_sampling: settings that ``sampling.from_checkpoint`` takes.
         :param form: what an answer has to look like whose request does not say it.
+        :param energy_j: gives the energy that the device has taken up to now, in joules.
         """
+        self._device_energy_j = energy_j
+        self._energy_j: float | None = None         # of all answers
+        self._energy_tokens = 0                     # theirs
         self._loop = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock)
         self._text = text
         self._sink = sink
@@ -117,11 +125,14 @@ class Worker:
         self._window_s = config.diagnostics.window_s
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
         self._sampling = config.sampling
+        self._pace = config.pace
         self._checkpoint_sampling = checkpoint_sampling
         self._form = form
         self._recorder = Recorder(self._window_s, config.deadline, self._roofline)
         self._conversation = Conversation(config.chat.system_prompt, config.chat.keep_history)
         self._thread: threading.Thread | None = None
+        self._realtime = config.realtime
+        self._placement: Placement | None = None    # of the thread
 
         self._wake = threading.Condition()
         # All below is guarded by _wake's lock.
@@ -153,7 +164,10 @@ class Worker:
         gc.freeze()
         give_back()
         self._thread = threading.Thread(target=self._run, name='decode', daemon=True)
-        self._thread.start()
+        with self._wake:                            # it takes nothing before it has its place
+            self._thread.start()
+            assert self._thread.native_id is not None
+            self._placement = Placement(self._thread.native_id, self._realtime)
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:
@@ -270,6 +284,8 @@ class Worker:
         for _ in range(PARTS):
             self._thread.join(timeout_s / PARTS)
         gc.unfreeze()
+        if self._placement is not None and not self._thread.is_alive():
+            self._placement.end()
         with self._wake:
             stuck, answer = self._queue.running, self._answer
             if stuck is None or answer is None or not self._thread.is_alive():
@@ -281,8 +297,10 @@ class Worker:
         return False
 
     def update(self, sampling: SamplingConfig | None = None,
-               deadline: DeadlineConfig | None = None) -> None:
-        """Take new settings: sampling from the next request on, deadlines at once."""
+               deadline: DeadlineConfig | None = None, pace: PaceConfig | None = None) -> None:
+        """Take new settings: sampling and pace from the next request on, deadlines at once."""
+        if pace is not None:
+            self._pace = pace
         if sampling is not None:
             self._sampling = sampling
         if deadline is not None:
@@ -318,6 +336,31 @@ class Worker:
             if self._task is not None or self._queue:
                 return 'the engine is about to be used: call again later'
             return ''
+
+    @property
+    def peak(self) -> Peak:
+        """The memory bus that the tokens' floor is for; may be replaced at any time."""
+        return self._roofline.peak
+
+    @peak.setter
+    def peak(self, peak: Peak) -> None:
+        self._roofline.peak = peak
+
+    @property
+    def energy_j(self) -> float | None:
+        """Give the energy that the device took for all answers; None where it does not tell."""
+        return self._energy_j
+
+    @property
+    def j_per_token(self) -> float | None:
+        """Give that for each of their tokens."""
+        energy_j, tokens = self._energy_j, self._energy_tokens
+        return None if energy_j is None or not tokens else energy_j / tokens
+
+    @property
+    def in_force(self) -> InForce | None:
+        """Tell how the thread is scheduled, as the kernel says; None before `start`."""
+        return None if self._placement is None else self._placement.in_force()
 
     @property
     def last_error(self) -> str:
@@ -430,11 +473,13 @@ class Worker:
 
         return Answer(ticket, self._loop, self._text, self._conversation, sampling, times, emit,
                       emit_item, self._live, self._clock,
-                      None if request.is_free else request.form or self._form)
+                      None if request.is_free else request.form or self._form,
+                      replace(self._pace, **request.pace).tokens_per_s)
 
     def _give(self, ticket: Ticket, answer: Answer) -> None:
         """Answer, and report the end."""
         failure = ''
+        answer.energy_j = self._device_energy_j()
         try:
             end = answer.give()
         except (Refused, TextError) as error:
@@ -460,8 +505,13 @@ class Worker:
 
     def _report_end(self, ticket: Ticket, answer: Answer, end: End) -> None:
         message = '; '.join(filter(None, (end.message, answer.note)))
-        self._tell_end(ticket, answer.times.finish(
-            self._clock(), end.reason, message, ticket.end_asked_s), answer.text)
+        if answer.energy_j is not None and (after_j := self._device_energy_j()) is not None:
+            answer.times.energy_j = after_j - answer.energy_j
+        report = answer.times.finish(self._clock(), end.reason, message, ticket.end_asked_s)
+        if report.energy_j is not None:
+            self._energy_j = (self._energy_j or 0.0) + report.energy_j
+            self._energy_tokens += report.output_tokens
+        self._tell_end(ticket, report, answer.text)
 
     def _perform(self) -> None:
         """Run the task; all that it raises is its caller's."""
@@ -482,14 +532,14 @@ class Worker:
 
     def _go_on(self) -> None:
         """Take a sign of life of the task; raise Busy where it is to end."""
-        self._live()
+        self._live(self._clock())
         with self._wake:
             message = cast(_Task, self._task).end_message
         if message:
             raise Busy(message)
 
-    def _live(self) -> None:
-        self._sign_of_life_s = self._clock()
+    def _live(self, now_s: float) -> None:
+        self._sign_of_life_s = now_s
 
     def _fail(self, message: str) -> None:
         with self._wake:

@@ -1,5 +1,6 @@
 """``decode_bench``: what it measures, how it compares, what it writes, and how it goes on."""
 
+import contextlib
 from dataclasses import replace
 from html.parser import HTMLParser
 import json
@@ -17,6 +18,8 @@ from physai_decode import checkpoint
 from physai_decode.benchmark import compare
 from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
+from physai_decode.benchmark import neighbour
+from physai_decode.benchmark import plots
 from physai_decode.benchmark import report
 from physai_decode.benchmark import runner as runner_module
 from physai_decode.benchmark import session
@@ -172,12 +175,100 @@ def test_a_context_too_short_for_the_steps_is_an_error():
         session.measure(FakeEngine(), 36, 5, 30, PEAK)
 
 
+def test_energy_is_that_of_decode_steps():
+    """Nothing where the device does not tell it; a table only where one does."""
+    now, taken = [0.0], [100.0]
+
+    def energy_j():
+        return taken[0]
+
+    def clock():
+        now[0], taken[0] = now[0] + 0.5, taken[0] + 50.0
+        return now[0]
+
+    assert session.energy(FakeEngine(), 64, 8, lambda: None) == {}
+    told = session.energy(FakeEngine(), 64, 8, energy_j, clock)
+    assert told['power_w'] == pytest.approx(100.0)
+    steps = 7 * 3                               # three answers fit into 2 s of this clock
+    assert told['j_per_token'] == pytest.approx(200.0 / steps)
+    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, **told}, {'context': 128}]}]
+    row, = report.energy(results).rows
+    assert row[:2] == ['a', '64'] and row[4] == '100.0'
+
+
+@pytest.mark.parametrize(('text', 'kind'), [
+    ('cpu', neighbour.Kind('cpu')), ('gpu', neighbour.Kind('gpu', 30.0, 1)),
+    ('gpu:60', neighbour.Kind('gpu', 60.0, 1)), ('gpu:10,4', neighbour.Kind('gpu', 10.0, 4))])
+def test_a_neighbour_is_read(text, kind):
+    assert neighbour.parse(text) == kind
+
+
+@pytest.mark.parametrize('text', [
+    '', 'tpu', 'cpu:3', 'gpu:x', 'gpu:0', 'gpu:-1', 'gpu:nan', 'gpu:1,0', 'gpu:1,inf',
+    'gpu:1,2,3'])
+def test_a_wrong_neighbour_is_refused(text):
+    with pytest.raises(ConfigError, match=f'--beside {text}: expected cpu, or gpu'):
+        neighbour.parse(text)
+
+
+def test_a_neighbour_ends_with_its_context(monkeypatch):
+    started = []
+    popen = neighbour.subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
+    with neighbour.running(neighbour.Kind('cpu')) as other:
+        assert len(started) == len(neighbour.os.sched_getaffinity(0))
+        assert all(process.poll() is None for process in started)
+        assert other.listen(0.0) == []
+    assert all(process.poll() is not None for process in started)
+
+
+def test_a_neighbour_that_can_not_run_is_told(monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    with pytest.raises(RuntimeError, match='the neighbour on the GPU does not run'):
+        with neighbour.running(neighbour.Kind('gpu')):
+            pass
+
+
+def test_the_step_beside_a_neighbour(monkeypatch, tmp_path):
+    """Alone and beside in turn; the table has both, and the neighbour's own times."""
+    class Other:
+        def listen(self, seconds):
+            return [0.002 if seconds else 0.004]
+
+    @contextlib.contextmanager
+    def running(kind):
+        yield Other()
+
+    monkeypatch.setattr(neighbour, 'running', running)
+    monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
+    told = session.beside(FakeEngine(), 64, 2, 'gpu:30,1')
+    assert len(told['alone']) >= 40 and len(told['beside']) >= 40
+    told.update(alone=[0.001] * 999 + [0.002], beside=[0.002] * 1000)
+    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, 'beside': [told]}]}]
+    alone, beside = report.beside(results).rows
+    assert alone == ['a', '64', 'gpu:30,1', 'alone', '1.000', '1.000', '1.001', '2.000', '999.0',
+                     '2.000', '2.000']
+    assert beside[3:5] == ['beside', '2.000'] and beside[-1] == '4.000'
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    figure = plots._beside(pyplot, results, {'a': 'black'})
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        'a, 64, alone', 'a, 64, beside gpu:30,1']
+    pyplot.close(figure)
+    nothing = [{'case': {'label': 'a'}, 'contexts': []}]
+    assert plots._beside(pyplot, nothing, {'a': 'black'}) is None
+
+
 # --- a session ----------------------------------------------------------------------------------
 
 def run_session(monkeypatch, build, of, keep=lambda result: None):
     monkeypatch.setattr('physai_decode.engines.build', build)
     monkeypatch.setattr(checkpoint, 'open', lambda path: None)
-    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e9)
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e9)
     return session.run(of, 0.0, lambda message: None, keep)
 
 
@@ -186,7 +277,7 @@ def test_a_session_says_all_that_the_report_needs(monkeypatch):
     result = run_session(monkeypatch, lambda model, config, progress: engine, case())
     assert [cell['context'] for cell in result['contexts']] == [64, 128]
     assert result['startup']['parts'] == {'load_s': 1.5, 'tune_s': 2.5}
-    assert result['peak'] == {'bytes_per_s': 2e9, 'source': 'measured'}
+    assert (result['peak']['bytes_per_s'], result['peak']['source']) == (2e9, 'measured')
     assert result['machine']['cpu_cores'] >= 1
     assert engine.closed
     json.dumps(result)
@@ -995,7 +1086,7 @@ def test_a_run_on_the_cpu_writes_the_whole_report(tmp_path, capsys):
     pytest.importorskip('torch')
     arguments = ['--synthetic', 'tiny', '--engines', 'native', 'transformers', 'exllamav2',
                  '--contexts', '64', '128', '--steps', '8', '--device', 'cpu',
-                 '--cpu-threads', '1', '--out', str(tmp_path)]
+                 '--cpu-threads', '1', '--peak-gb-s', '10', '--out', str(tmp_path)]
     assert bench.main(arguments) == 0
     shown = capsys.readouterr().out
     assert '[2/3] transformers: tiny, random weights, bf16' in shown

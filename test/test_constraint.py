@@ -217,12 +217,15 @@ class Event:
     def elapsed_time(self, end):
         return 1.0
 
+    def query(self):
+        return True
+
 
 @pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
 def test_a_pipeline_draws_with_the_mask_of_its_own_place(
         sampling, folder, vocabulary, tokenizer, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: MagicMock())
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)

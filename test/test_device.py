@@ -1,10 +1,12 @@
-"""What the engines share of the device: the choice of attention."""
+"""What the engines share of the device: attention, threads, memory, and its part."""
 
+import os
 from pathlib import Path
 import re
 import resource
 
 from physai_decode.config import EngineConfig
+from physai_decode.engine import EngineError
 from physai_decode.engines import device
 import pytest
 import torch
@@ -34,6 +36,23 @@ def test_no_number_of_threads_is_torchs_own():
             assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_share_of_the_gpu_is_set_before_its_first_use(monkeypatch, tmp_path):
+    """It is in force only where the daemon of MPS runs, and can't be changed later."""
+    monkeypatch.setenv('CUDA_MPS_PIPE_DIRECTORY', str(tmp_path))
+    monkeypatch.delenv(device._SHARE, raising=False)
+    config = EngineConfig(device='cpu', gpu_share_percent=40)
+    assert device.share(EngineConfig()) == {}
+    device.select(config)
+    assert os.environ[device._SHARE] == '40'
+    assert f'no daemon of MPS listens in {tmp_path}' in device.share(config)['gpu_share']
+    (tmp_path / 'control').touch()
+    assert device.share(config) == {'gpu_share': '40 %'}
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    device.select(config)
+    with pytest.raises(EngineError, match='gpu_share_percent 30 comes too late'):
+        device.select(EngineConfig(device='cpu', gpu_share_percent=30))
 
 
 def test_the_address_space_bounds_what_is_free(monkeypatch):

@@ -164,7 +164,8 @@ def weights(**changed):
     ('fp8-tensor', {'replace': {'weight': lambda it: it.view(torch.int8)}}, (MODULE,)),
     ('float8-channel', {'replace': {'weight': lambda it: it.view(torch.int8)}},
      (MODULE, 'stored as I8')),
-    ('int8-rows', {'replace': {'weight': lambda it: it.clamp(-100, 100).view(torch.float8_e4m3fn)}},
+    ('int8-rows',
+     {'replace': {'weight': lambda it: it.clamp(-100, 100).view(torch.float8_e4m3fn)}},
      (MODULE, 'stored as F8_E4M3')),
     ('float8-channel', {'config': weights(num_bits=4)}, ('float of 4 bits', 'float of 8')),
     ('packed4-order', {'replace': {'weight_g_idx': lambda it: it * 0}}, (MODULE, 'g_idx'))])

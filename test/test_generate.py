@@ -33,6 +33,7 @@ needs_msgs = pytest.mark.skipif(bool(generate.unavailable), reason=generate.unav
 if not generate.unavailable:
     from physai_decode_msgs.action import Generate
     from physai_decode_msgs.msg import Deadline
+    from physai_decode_msgs.msg import Pace
     from physai_decode_msgs.msg import Sampling
 
 
@@ -473,12 +474,16 @@ def test_every_field_reaches_the_request():
     deadline = {'ttft_ms': 0.0, 'token_ms': 20.0, 'request_ms': 3e3, 'action': Deadline.TRUNCATE}
     messages = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}]
     options = {'chat_template_kwargs': {'enable_thinking': False}}
+    pace = {'tokens_per_s': 0.0}
+    assert set(pace) == set(Pace.get_fields_and_field_types())
     assert set(sampling) == set(Sampling.get_fields_and_field_types())
     assert set(deadline) == set(Deadline.get_fields_and_field_types())
     goal = Generate.Goal(
         id='mine', messages_json=json.dumps(messages), options_json=json.dumps(options),
-        sampling=Sampling(**sampling), deadline=Deadline(**deadline))
-    wanted = {'id': 'mine', 'messages': messages, **sampling, 'deadline': deadline, **options}
+        sampling=Sampling(**sampling), deadline=Deadline(**deadline),
+        pace=Pace(**pace))
+    wanted = {'id': 'mine', 'messages': messages, **sampling, 'deadline': deadline, 'pace': pace,
+              **options}
     assert json.loads(json.dumps(generate.read(goal, 1000).to_json())) == wanted
 
 

@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode'
 CORE = ('answer', 'checkpoint', 'collector', 'config', 'constraint', 'conversation', 'decode_loop',
-        'detokenizer', 'engine', 'engines', 'gap', 'histogram', 'host', 'model_config', 'request',
-        'request_queue', 'result', 'roofline', 'telemetry', 'text', 'text_process', 'timing',
-        'worker')
+        'detokenizer', 'engine', 'engines', 'gap', 'histogram', 'host', 'jetson', 'model_config',
+        'pace', 'realtime', 'request', 'request_queue', 'result', 'roofline', 'telemetry', 'text',
+        'text_process', 'timing', 'verdict', 'worker')
 ROS_LIBRARIES = {
     'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'physai_decode_msgs',
     'rcl_interfaces', 'rclpy', 'std_msgs', 'std_srvs'}
@@ -29,8 +29,9 @@ ROSDEP_NAMES = {
     # These come with one of the above.
     'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
     'tokenizers': 'python3-transformers-pip', 'triton': 'python3-pytorch-pip'}
-# An engine, and the interfaces of an action, that say themselves what to install.
-OPTIONAL = {'bondpy', 'exllamav2', 'physai_decode_msgs'}
+# An engine, and the interfaces of an action, that say themselves what to install, and figures that
+# are n/a without.
+OPTIONAL = {'bondpy', 'exllamav2', 'jtop', 'physai_decode_msgs'}
 
 
 def imported(path: Path) -> set[str]:

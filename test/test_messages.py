@@ -47,17 +47,18 @@ def test_keys():
     assert messages.TOKEN_KEYS == (
         'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
         'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed', 'client_id',
-        'mask_ms')
+        'mask_ms', 'wait_ms')
     assert messages.REQUEST_KEYS == (
         'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens',
         'queue_ms', 'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms',
         'itl_max_ms', 'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses',
         'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed', 'items',
-        'first_item_ms')
+        'first_item_ms', 'paced', 'energy_j', 'j_per_token', 'power_w')
     assert messages.LATENCY_KEYS == (
         'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
         'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
-        'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms')
+        'deadline_misses', 'consecutive_misses', 'worst_overrun_ms', 'itl_max_activation_ms',
+        'wait_ms', 'paced')
 
 
 @pytest.mark.parametrize('node', ['decode', 'planner', 'arm/decode'])
@@ -97,7 +98,7 @@ def test_a_token_s_figures_read_back():
         'request_id': '3', 'index': '1', 'token_id': '17', 'context_tokens': '40',
         'itl_ms': '12.3457', 'device_ms': 'n/a', 'host_gap_ms': '-0.25',
         'publish_ms': '0.0000123', 'floor_ms': '10', 'r_floor': '0.81', 'bandwidth_gb_s': '243',
-        'deadline_missed': '1', 'client_id': 'n/a', 'mask_ms': 'n/a'}
+        'deadline_missed': '1', 'client_id': 'n/a', 'mask_ms': 'n/a', 'wait_ms': 'n/a'}
     report = replace(TOKEN, index=0, itl_ms=None, deadline_missed=False, client_id='arm 7')
     status, = deserialize_message(write(report, '', 0), DiagnosticArray).status
     assert values(status)['client_id'] == 'arm 7'

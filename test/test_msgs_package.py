@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import physai_decode
 from physai_decode.config import DeadlineConfig
 from physai_decode.request import DEADLINE
+from physai_decode.request import PACE
 from physai_decode.request import SAMPLING
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
@@ -97,8 +98,10 @@ def test_a_goal_has_every_option_of_a_request():
     sampling, = map(fields, parts('msg/Sampling.msg'))
     deadline, = map(fields, parts('msg/Deadline.msg'))
     assert set(sampling) <= set(SAMPLING)
+    pace, = map(fields, parts('msg/Pace.msg'))
     assert set(deadline) == set(DEADLINE)
-    for given, specs in ((sampling, SAMPLING), (deadline, DEADLINE)):
+    assert set(pace) == set(PACE)
+    for given, specs in ((sampling, SAMPLING), (deadline, DEADLINE), (pace, PACE)):
         for name, (kind, default) in given.items():
             if kind in ('float64', 'int64'):    # a value that can not be asked for
                 assert float(default) < specs[name].metadata['low']
@@ -107,7 +110,8 @@ def test_a_goal_has_every_option_of_a_request():
     assert constants(parts('msg/Deadline.msg')[0]) == set(
         DeadlineConfig.__dataclass_fields__['action'].metadata['choices'])
     assert set(fields(GOAL)) == {
-        'id', 'prompt', 'messages_json', 'sampling', 'deadline', 'options_json'}
+        'id', 'prompt', 'messages_json', 'sampling', 'deadline', 'pace',
+        'options_json'}
 
 
 def test_a_result_has_every_figure_of_a_request():

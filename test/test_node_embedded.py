@@ -130,7 +130,8 @@ def test_the_gap_of_the_embedded_model(rig):
     assert result.success, result.message
     assert re.match(r'native [\d.]+ ms, transformers [\d.]+ ms a token: native is [\d.]+ times as '
                     r'fast; floor [\d.]+ ms \(r_floor [\d.]+ and [\d.]+\); float32 on cpu, '
-                    r'context \d+ tokens, medians of 30 steps after 5$', result.message)
+                    r'context \d+ tokens, medians of 30 steps after 5; what holds native back: ',
+                    result.message)
     assert counts() == before
     assert answer() == expected
     assert rig.change('deactivate', 'cleanup')

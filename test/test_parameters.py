@@ -62,9 +62,13 @@ def test_every_parameter_is_described(make):
     for name, field in parameters.specs().items():
         descriptor = node.describe_parameter(name)
         assert descriptor.description
-        assert descriptor.type == parameters.TYPES[type(field.default)].value
+        assert descriptor.type == parameters.kind(field).value
         if field.metadata['high'] is not None:
             limits = [*descriptor.floating_point_range, *descriptor.integer_range]
+            if type(field.default) is tuple:        # ROS has no range for the numbers of a list
+                bounds = f'{field.metadata["low"]} to {field.metadata["high"]}'
+                assert bounds in descriptor.additional_constraints
+                continue
             assert limits[0].from_value == field.metadata['low']
             assert limits[0].to_value == field.metadata['high']
         for choice in field.metadata['choices']:
@@ -75,7 +79,8 @@ def test_every_parameter_is_described(make):
 def test_values_come_from_a_file(make):
     """Of every type; a whole number will do for one with a fraction."""
     node = make('sampling:\n  temperature: 1\n  top_k: 40\n  stop: ["\\n", "user:"]\n'
-                'engine:\n  cuda_graph: false\nmodel.path: /models/a\nautostart: false')
+                'engine:\n  cuda_graph: false\nmodel.path: /models/a\nautostart: false\n'
+                'realtime.cpu_affinity: [2, 3]')
     parameters.declare(node)
     config = parameters.read(node)
     assert config.sampling.temperature == 1.0
@@ -83,6 +88,7 @@ def test_values_come_from_a_file(make):
     assert node.get_parameter('sampling.temperature').type_ == Parameter.Type.DOUBLE
     assert config.sampling.top_k == 40
     assert config.sampling.stop == ('\n', 'user:')
+    assert config.realtime.cpu_affinity == (2, 3)
     assert config.engine.cuda_graph is False
     assert config.model.path == '/models/a'
     assert config.autostart is False
@@ -111,6 +117,9 @@ def test_an_empty_list_has_no_type_of_its_own(make, given):
     (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'sampling\.stop has 65 texts: allowed are 64'),
     (f'sampling.stop: [{"a" * 257}]', r'sampling\.stop is .* 257 characters: allowed are 256'),
     (f'model.path: {"a" * 4097}', r'model\.path is .* 4097 characters: allowed are 4096'),
+    ('realtime.cpu_affinity: [a]', r'realtime\.cpu_affinity is .*: expected a list of whole num'),
+    ('realtime.cpu_affinity: [1, -1]', r'realtime\.cpu_affinity is .*: allowed are 0 to 4095'),
+    (f'realtime.cpu_affinity: {[1] * 65}', r'cpu_affinity has 65 numbers: allowed are 64'),
     ('queue.size: 1000000000', r'queue\.size is 1000000000: allowed are 1 to 10000'),
     ('deadline.request_ms: 1.0e+308', r'deadline\.request_ms is 1e\+308: allowed are 0\.0 to'),
     ('engine.name: fast', r"engine\.name is 'fast': allowed are auto, native"),

@@ -119,5 +119,56 @@ def test_the_small_orin_nano_is_told_by_its_memory(tmp_path, monkeypatch):
 
 
 def test_the_cpu_is_measured():
-    rate = roofline.measure_cpu_read_bandwidth(threads=1, repeats=1)
+    rate = roofline.measure_cpu_read_bandwidth(threads=1, tries=1)
     assert 1e8 < rate < 1e13
+
+
+def test_a_beaten_peak_is_found_again():
+    """By more than what a measurement may err."""
+    peak = roofline.Peak(100e9, 'measured')
+    assert roofline.beaten(peak, 102.9) is roofline.beaten(peak, None) is None
+    assert roofline.beaten(peak, 104.0) == roofline.Peak(104e9, 'observed in steps')
+    assert roofline.beaten(roofline.Peak(100e9, 'measured', 'in the cache'), 400.0) is None
+    assert roofline.beaten(roofline.Peak(None, 'unknown'), 400.0) is None
+
+
+def test_a_data_sheet_follows_the_memory_clock():
+    """Never beyond itself; what was measured or set stays."""
+    sheet = roofline.datasheet('NVIDIA Jetson AGX Orin')
+    assert roofline.at_clock(sheet, 0.5).bytes_per_s == 102.4e9
+    assert roofline.at_clock(sheet, 1.5) == roofline.at_clock(sheet, None) == sheet
+    peak = roofline.Peak(100e9, 'parameter')
+    assert roofline.at_clock(peak, 0.5) == peak
+
+
+def test_a_slice_of_a_gpu_is_measured():
+    """The driver gives the whole GPU's clock and bus."""
+    assert roofline.find_peak(
+        0.0, 'NVIDIA H100 80GB HBM3 MIG 1g.10gb', lambda: (2_619_000, 5120), lambda: 4e11
+    ) == roofline.Peak(4e11, 'measured')
+
+
+def cache(folder, cpu, index, level, size, cores):
+    path = folder / f'cpu{cpu}' / 'cache' / f'index{index}'
+    path.mkdir(parents=True)
+    for name, text in (('level', level), ('size', size), ('shared_cpu_list', cores)):
+        (path / name).write_text(f'{text}\n')
+
+
+def test_the_last_caches_count_once_each(tmp_path):
+    """Two sockets of two cores; those of a lower level do not count."""
+    for cpu in range(4):
+        cache(tmp_path, cpu, 0, 1, '32K', str(cpu))
+        cache(tmp_path, cpu, 3, 3, '32M', '0-1' if cpu < 2 else '2-3')
+    assert roofline.last_cache_bytes(str(tmp_path)) == 64 << 20
+    assert roofline.last_cache_bytes(str(tmp_path / 'none')) is None
+
+
+def test_weights_in_a_cache_have_no_floor():
+    """The bus is not what they come over."""
+    why = roofline.fits_cache(12_070_000, 32 << 20)
+    assert 'the weights that a step reads (12.1 MB) fit the last-level cache (33.6 MB)' in why
+    assert roofline.fits_cache(12_070_000, 8 << 20) == roofline.fits_cache(12, None) == ''
+    line = roofline.Roofline(footprint(), roofline.Peak(1e9, 'measured', why))
+    assert line.floor_s(10) is None
+    assert roofline.Roofline(footprint(), roofline.Peak(1e9, 'measured')).floor_s(10) > 0

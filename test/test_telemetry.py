@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from physai_decode.config import DecodeConfig
 from physai_decode.config import RooflineConfig
 from physai_decode.engine import Footprint
+from physai_decode.jetson import Jetson
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import KEYS
@@ -45,6 +46,7 @@ def nvml(monkeypatch):
         nvmlClocksThrottleReasonHwPowerBrakeSlowdown=128,
         nvmlInit=lambda: calls.append('init'), nvmlShutdown=lambda: calls.append('shutdown'),
         nvmlDeviceGetHandleByUUID=by_uuid, nvmlDeviceGetPowerUsage=refuse,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 123456,
         nvmlDeviceGetTemperature=lambda handle, sensor: 51,
         nvmlDeviceGetClockInfo=lambda handle, clock: {1: 2040, 2: 6251}[clock],
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 4 | 32 | 1,
@@ -60,7 +62,7 @@ def test_a_gpu_is_asked_by_its_uuid(nvml):
     assert told == {
         'memory_used_gb': 6.0, 'memory_free_gb': 18.0, 'temperature_c': 51, 'power_w': None,
         'sm_clock_mhz': 2040, 'memory_clock_mhz': 6251,
-        'throttle_reasons': 'sw_power_cap sw_thermal'}
+        'throttle_reasons': 'sw_power_cap sw_thermal', 'power_mode': None}
     assert tuple(told) == KEYS
     telemetry.close()
     telemetry.close()
@@ -81,9 +83,21 @@ def test_nvml_that_fails_at_the_end(nvml, monkeypatch):
 
 def test_a_processor_with_a_gpu_s_name(monkeypatch):
     """It does not get that GPU's bandwidth."""
-    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda threads: 2e10)
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
     footprint = replace(CPU, device_name='AMD A10-7850K Radeon R7, 12 Compute Cores 4C+8G')
-    assert find_engine_peak(footprint, DecodeConfig()) == Peak(2e10, 'measured')
+    peak = find_engine_peak(footprint, DecodeConfig())
+    assert (peak.bytes_per_s, peak.source) == (2e10, 'measured')
+
+
+def test_weights_that_fit_the_cache_have_no_floor(monkeypatch):
+    """Unless the parameter says what the floor is made with."""
+    monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
+    monkeypatch.setattr('physai_decode.telemetry.last_cache_bytes', lambda: 32 << 20)
+    assert 'fit the last-level cache' in find_engine_peak(CPU, DecodeConfig()).no_floor
+    large = replace(CPU, read_weight_bytes=10**9)
+    assert find_engine_peak(large, DecodeConfig()) == Peak(2e10, 'measured')
+    config = DecodeConfig(roofline=RooflineConfig(peak_bandwidth_gb_s=5.0))
+    assert find_engine_peak(CPU, config) == Peak(5e9, 'parameter')
 
 
 def test_a_gpu_that_nvml_does_not_know(nvml, monkeypatch):
@@ -127,3 +141,95 @@ def test_the_driver_tells_a_gpu_s_peak(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', torch)
     peak = find_engine_peak(GPU, DecodeConfig())
     assert (peak.bytes_per_s, peak.source) == (2 * 6251e6 * 24, 'driver')
+
+
+def test_a_gpu_tells_its_energy(nvml, monkeypatch):
+    """In millijoules; one that does not is none, as is a CPU."""
+    telemetry = Telemetry(GPU)
+    assert telemetry.energy_j() == pytest.approx(123.456)
+    monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption',
+                        sys.modules['pynvml'].nvmlDeviceGetPowerUsage)
+    assert telemetry.energy_j() is None
+    telemetry.close()
+    assert telemetry.energy_j() is None
+    assert Telemetry(CPU).energy_j() is None
+
+
+class Board:
+    """What stands for jetson-stats 4 on an AGX Orin."""
+
+    def __init__(self, interval):
+        self.observers = []
+        self.closed = False
+        self.power = {'rail': {'VDD_GPU_SOC': {'power': 9000}}, 'tot': {'power': 20000}}
+        self.temperature = {'cpu': {'temp': 48.0}, 'gpu': {'temp': 51.5, 'online': True}}
+        self.memory = {'EMC': {'cur': 3199000, 'max': 3199000}}
+        self.gpu = {'ga10b': {'freq': {'cur': 1300500}, 'status': {'load': 99.0}}}
+        self.nvpmodel = SimpleNamespace(name='MAXN')
+
+    def attach(self, observer):
+        self.observers.append(observer)
+
+    def detach(self, observer):
+        self.observers.remove(observer)
+
+    def start(self):
+        """Connect."""
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_jetson_tells_by_jetson_stats(monkeypatch):
+    """NVML is not there; what a board does not tell is None."""
+    monkeypatch.setitem(sys.modules, 'pynvml', None)
+    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=Board))
+    monkeypatch.delitem(sys.modules, 'torch', raising=False)
+    telemetry = Telemetry(replace(GPU, device_name='Orin'))
+    board = telemetry._board._board
+    assert telemetry.energy_j() is None
+    board.observers[0](board)
+    assert telemetry.energy_j() >= 0
+    told = telemetry.read()
+    assert tuple(told) == KEYS
+    assert {key: value for key, value in told.items() if value is not None} == {
+        'temperature_c': 51.5, 'power_w': 20.0, 'sm_clock_mhz': 1300.5,
+        'memory_clock_mhz': 3199.0, 'power_mode': 'MAXN'}
+    board.memory, board.temperature, board.gpu, board.nvpmodel = {}, None, {}, None
+    assert {key for key, value in telemetry.read().items() if value is not None} == {'power_w'}
+    assert telemetry.memory_clock_part is None
+    board.memory = {'EMC': {'cur': 1600000, 'max': 3200000}}
+    assert telemetry.memory_clock_part == 0.5
+    telemetry.close()
+    assert telemetry.memory_clock_part is None
+    assert board.closed and not board.observers
+
+
+def test_a_board_s_energy_is_its_power_over_time():
+    """Which counts as unchanged until the next time it is told."""
+    now = [100.0]
+    jetson = Jetson(Board, clock=lambda: now[0])
+    board = jetson._board
+    now[0] = 101.0
+    board.observers[0](board)           # 20 W from now on
+    now[0] = 103.0
+    assert jetson.energy_j == pytest.approx(40.0)
+    board.power['tot']['power'] = 5000
+    board.observers[0](board)
+    assert jetson.energy_j == pytest.approx(40.0)
+    now[0] = 104.0
+    assert jetson.energy_j == pytest.approx(45.0)
+
+
+def test_a_jetson_without_jetson_stats(monkeypatch):
+    """Or whose service does not run: nothing is known, and nothing fails."""
+    def refuse(interval):
+        raise OSError('the service is not active')
+
+    for module in (None, SimpleNamespace(jtop=refuse)):
+        monkeypatch.setitem(sys.modules, 'pynvml', None)
+        monkeypatch.setitem(sys.modules, 'jtop', module)
+        monkeypatch.delitem(sys.modules, 'torch', raising=False)
+        telemetry = Telemetry(replace(GPU, device_name='Orin'))
+        assert set(telemetry.read().values()) == {None}
+        assert telemetry.energy_j() is None

@@ -124,7 +124,7 @@ def test_the_context_ends(make):
 
 def test_several_tokens_a_step(make, monkeypatch):
     class Passes(DecodeLoop):
-        def stream(self, prompt_ids, sampling, constraint=None):
+        def stream(self, prompt_ids, sampling, constraint=None, ahead=True):
             yield Step(())
             yield Step((ord('a'), ord('b')), device_s=0.002)
             yield Step((ord('c'), EOS, ord('d')), device_s=0.002)
@@ -820,3 +820,27 @@ def test_start_twice(make):
     worker, _ = make()
     with pytest.raises(RuntimeError):
         worker.start()
+
+
+def test_energy_is_that_of_each_answer():
+    """Read when its turn comes and at its end; a refused request has none."""
+    taken_j = iter((100.0, 112.0, 200.0, 203.0))
+    now = [0.0]
+
+    class SlowSink(Sink):
+        def token(self, report):
+            now[0] += 1.0
+            super().token(report)
+
+    sink = SlowSink()
+    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0],
+                    energy_j=lambda: next(taken_j))
+    assert worker.energy_j is worker.j_per_token is None
+    worker.start()
+    report, _ = sink.end(worker.submit(Request('abc')))
+    assert (report.energy_j, report.j_per_token, report.power_w) == (12.0, 4.0, 4.0)
+    report, _ = sink.end(worker.submit(Request('d')))
+    assert (report.energy_j, report.j_per_token, report.power_w) == (3.0, 3.0, 3.0)
+    assert (worker.energy_j, worker.j_per_token) == (15.0, 3.75)
+    assert sink.end(worker.submit(Request('')))[0].energy_j is None
+    assert worker.stop(TIMEOUT_S)

@@ -79,6 +79,7 @@ KEYS = {
     'deadline_missed': '1 where this token was late, else 0',
     'deadline_misses': 'first tokens, further tokens and requests that were late; on /diagnostics '
                        'since activation',
+    'decode_cores': 'cores that the decode thread may use, as the kernel says',
     'device': 'cpu or cuda:N',
     'device_ms': "the step's time on the device; on a CPU the step's own time",
     'device_name': "the device's name",
@@ -86,6 +87,8 @@ KEYS = {
     'dtype': 'number format of activations and unquantised weights',
     'end_tokens': 'tokens that end an answer: those of the config, generation config, '
                   'tokenizer and chat template',
+    'energy_j': 'energy in joules that the device took for the answer, for all programs on it; of '
+                'a Jetson the whole board; on /diagnostics of all answers since activation',
     'engine_reason': 'why that engine runs it',
     'engine': 'what runs the model; before it is loaded, the parameter',
     'finish_reason': 'stop, length, deadline, cancelled, preempted, rejected or error',
@@ -99,10 +102,11 @@ KEYS = {
     'items': 'elements on `~/item`; n/a where the answer is not JSON by its form',
     'itl_max_activation_ms': 'largest time from token to token since activation',
     'itl_max_ms': 'largest time from token to token',
-    'itl_ms': 'time from the token before',
+    'itl_ms': 'time from the token before, less wait_ms',
     'itl_p50_ms': 'median time from token to token',
     'itl_p95_ms': '95th percentile of it',
     'itl_p99_ms': '99th percentile of it',
+    'j_per_token': 'energy_j over the tokens of the answer',
     'jitter_ms': 'its standard deviation',
     'kv_bytes_per_token': 'keys and values that a token adds to what a step reads',
     'kv_gb': 'keys and values that a step reads at the newest context',
@@ -112,14 +116,20 @@ KEYS = {
     'mask_ms': "what the mask of the answer's constraint took on the host, see requests.md",
     'max_context': 'tokens of prompt and answer that fit',
     'memory_clock_mhz': 'clock of the memory',
+    'memory_locked': "1 where the process's memory is locked against paging, else 0",
     'memory_free_gb': 'memory that is left on the device',
     'memory_used_gb': "memory in use on the device; on a CPU the process's own",
     'model': 'the parameter `model.path`',
     'model_type': "as the checkpoint's config.json says",
+    'no_floor': 'why the memory bus is no floor of a step, such as weights that fit a cache',
     'output_tokens': 'tokens of the answer',
+    'paced': '1 where steps are held back by `pace.tokens_per_s`, else 0; on /diagnostics of the '
+             'newest token. All times from token to token are without that',
     'peak_bandwidth_gb_s': 'what the memory bus can do',
-    'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, unknown',
-    'power_w': 'power that the device draws',
+    'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, '
+                   'observed in steps (which beat the one before), unknown',
+    'power_mode': "the Jetson's power mode, by jetson-stats",
+    'power_w': 'power that the device draws; in ~/request_stats its mean over the answer',
     'prefill_ms': 'from taken to first token known',
     'prompt_tokens': 'tokens of the prompt, with template and history',
     'publish_ms': 'what publishing the token before this one took',
@@ -130,10 +140,14 @@ KEYS = {
     'r_floor': 'floor_ms over itl_ms; 1 is the limit; on /diagnostics the median of the window',
     'r_floor_p50': 'median of r_floor',
     'read_weight_gb': 'weights that one step really reads',
+    'realtime_refused': 'what the parameters `realtime` ask for and the system does not permit, '
+                        'and how to permit it',
     'refusals': 'requests refused so far',
     'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
     'request_id': 'counts from 1, over activations',
     'requests': 'requests so far',
+    'scheduling': "the decode thread's scheduling class as the kernel says: other, or fifo and "
+                  'its priority',
     'seed': 'what the tokens were drawn with',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
@@ -149,7 +163,11 @@ KEYS = {
     'ttft_last_ms': 'time to the first token of the last request',
     'ttft_ms': 'time to the first token: queue_ms and prefill_ms',
     'unknown_parameters': 'names given at start that are no parameter',
+    'verdict': 'what holds a step of the window back most (bytes, kernels, host, clocks, a '
+               'neighbour, pacing), by how much, and which setting answers it; see tuning.md',
     'vocab_size': 'size of the vocabulary',
+    'wait_ms': 'for how long the step was held back by `pace.tokens_per_s`; on /diagnostics the '
+               'median of the window',
     'weight_gb': 'weights that one step really reads',
     'window_s': 'how long the window looks back, in seconds',
     'worst_overrun_ms': 'how late the latest was; on /diagnostics since activation',
@@ -169,8 +187,9 @@ STATUSES = (
      'WARN where r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
      'ERROR where the state is stalled or failed, or where another node has the same name or '
-     'publishes on `~/tokens`. WARN where there are unknown parameters, or a params file that '
-     'holds nothing for this node. Its message says which.'),
+     'publishes on `~/tokens`. WARN where there are unknown parameters, a params file that '
+     'holds nothing for this node, or a setting of `realtime` that is not permitted. Its message '
+     'says which.'),
 )
 
 
@@ -219,9 +238,9 @@ def settings() -> list[list[str]]:
         choices = [f'`{choice}`' for choice in meta['choices']]
         allowed = (', '.join([*choices, *filter(None, [meta['others']])])
                    or parameters.length(field))
-        if meta['low'] is not None:
+        if meta['low'] is not None and not allowed:
             allowed = f'{written(meta["low"])} to {written(meta["high"])}'
-        rows.append([f'`{name}`', parameters.TYPES[type(field.default)].name.lower(),
+        rows.append([f'`{name}`', parameters.kind(field).name.lower(),
                      f'`{written(field.default)}`', allowed, 'yes' if meta['dynamic'] else '',
                      meta['description']])
     return rows

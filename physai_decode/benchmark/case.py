@@ -49,6 +49,7 @@ class Case:
     requires: tuple[str, ...] = ()  # modules that this path needs beside torch and transformers
     samplings: tuple[str, ...] = ()  # also time the step under these, as `parse_sampling` reads
     captured: bool = False          # unavailable where the step is not captured in a CUDA graph
+    beside: tuple[str, ...] = ()    # also time the step beside these, as `neighbour.parse` reads
     session: str = ''               # tells apart repeated sessions of an A/B
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Case:
         return cls(**{**data, 'engine': EngineConfig(**data['engine']),
                       'source': Source(**data['source']), 'contexts': tuple(data['contexts']),
                       'requires': tuple(data['requires']),
-                      'samplings': tuple(data['samplings'])})
+                      'samplings': tuple(data['samplings']), 'beside': tuple(data['beside'])})
 
     def key(self) -> str:
         """Give a file name that tells this case from every other one."""

@@ -33,13 +33,37 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     paths = []
     for name, make in (('step_time', _step_time), ('floor_fraction', _floor_fraction),
-                       ('latencies', _latencies), ('where_time_goes', _where)):
+                       ('latencies', _latencies), ('where_time_goes', _where),
+                       ('beside', _beside)):
         figure = make(pyplot, results, colours)
         if figure is not None:
             paths.append(out / f'{name}.png')
             figure.savefig(paths[-1], dpi=130, bbox_inches='tight')
             pyplot.close(figure)
     return paths
+
+
+def _beside(pyplot, results, colours):
+    """Draw which part of the steps takes longer than what, alone and beside each neighbour."""
+    rows = [(f'{name}, {context:,}', colours[name], told)
+            for (name, context), found in report.grouped(results).items()
+            for cell in found for told in cell.get('beside', ())]
+    if not rows:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, colour, told in rows:
+        for how, style, label in (('alone', '-', 'alone'),
+                                  ('beside', '--', f'beside {told["neighbour"]}')):
+            times = sorted((1e3 * itl_s for itl_s in told[how]), reverse=True)
+            parts = [(1 + place) / len(times) for place in range(len(times))]
+            axes.step(times, parts, style, color=colour, label=f'{name}, {label}')
+    axes.set_yscale('log')
+    _log_scale(axes, axes.xaxis)
+    axes.set_xlabel('time of one step [ms]')
+    axes.set_ylabel('part of the steps that take at least so long')
+    axes.set_title('Step time beside a neighbour')
+    axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
 
 
 def _by_context(results, name):

@@ -18,6 +18,9 @@ from physai_decode.benchmark.compare import compare
 from physai_decode.benchmark.compare import Comparison
 from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.table import Table
+from physai_decode.histogram import percentile
+from physai_decode.verdict import Figures
+from physai_decode.verdict import judge
 
 FLOORS = ('The floor is the time that the bytes of one step need at the peak bandwidth: '
           '"read" counts the bytes the step really reads, "ckpt" all weights of the checkpoint '
@@ -71,7 +74,8 @@ def same_peak(results: Sequence[Result]) -> None:
         result['peak']['bytes_per_s'] = max(found)
         for _, cell in cells([result]):
             for key in ('floor_read_s', 'floor_checkpoint_s', 'r_read', 'r_checkpoint'):
-                cell[key] *= part
+                if cell[key] is not None:           # weights in a cache have no floor by the bus
+                    cell[key] *= part
 
 
 def steps(results: Sequence[Result], reference: str = '') -> Table:
@@ -165,6 +169,43 @@ def parts(results: Sequence[Result]) -> Table:
     return table
 
 
+def verdicts(results: Sequence[Result]) -> Table:
+    """Say what holds each step back most."""
+    table = Table('What holds the step back', ['engine', 'context', 'verdict'])
+    graphs = {label(result): result['footprint']['cuda_graph'] for result, _ in cells(results)}
+    for (name, context), found in grouped(results).items():
+        times = [mean(cell[key] for cell in found) for key in (
+            'itl_p50_s', 'device_p50_s', 'floor_read_s', 'itl_p99_s')]
+        itl_ms, device_ms, floor_ms, p99_ms = (each and 1e3 * each for each in times)
+        verdict = judge(Figures(itl_ms, device_ms, floor_ms, p99_ms,
+                                sum(len(cell['itl_s']) for cell in found),
+                                cuda_graph=graphs[name]))
+        if verdict is not None:
+            table.rows.append([name, str(context), str(verdict)])
+    return table
+
+
+def beside(results: Sequence[Result]) -> Table:
+    """Set the step and its neighbour, each alone, beside both together."""
+    table = Table('Beside a neighbour', [
+        'engine', 'context', 'neighbour', '', 'p50 ms', 'p99', 'p99.9', 'worst', 'tokens/s',
+        'neighbour p50 ms', 'neighbour p99'], notes=[
+            'In turn, in one process, behind the same prompt. cpu: a busy loop on each core; gpu: '
+            'a network of convolutions like ResNet-50, by itself and beside the steps.'])
+    for (name, context), found in grouped(results).items():
+        told = [cell['beside'] for cell in found if cell.get('beside')]
+        for same in zip(*told):
+            for how in ('alone', 'beside'):
+                times = sorted(itl_s for each in same for itl_s in each[how])
+                other = sorted(s for each in same for s in each[f'neighbour_{how}'])
+                table.rows.append([
+                    name, str(context), same[0]['neighbour'], how,
+                    *(ms(percentile(times, q)) for q in (50, 99, 99.9)), ms(times[-1]),
+                    number(len(times) / sum(times), 1),
+                    *(ms(percentile(other, q)) for q in (50, 99))])
+    return table
+
+
 def profiled(found: Sequence[dict[str, Any]]) -> bool:
     """Tell whether all of these cells have their kernels' own times."""
     return all(cell.get('kernels') for cell in found)
@@ -185,6 +226,18 @@ def split(found: Sequence[dict[str, Any]]) -> list[float | None]:
             gap = cell['itl_p50_s'] - busy
         told.append((floor, None if None in (floor, busy) else busy - floor, gap))
     return [mean(values) for values in zip(*told, strict=True)]
+
+
+def energy(results: Sequence[Result]) -> Table:
+    """Show what a token takes in energy, where the device tells it."""
+    table = Table('Energy', ['engine', 'context', 'J a token', 'tokens / J', 'W'], notes=[
+        'What the whole device took during decode steps, on a Jetson the whole board.'])
+    for (name, context), found in grouped(results).items():
+        taken = mean(cell.get('j_per_token') for cell in found)
+        if taken:
+            table.rows.append([name, str(context), number(taken, 3), number(1 / taken, 2),
+                               number(mean(cell.get('power_w') for cell in found), 1)])
+    return table
 
 
 def samplings(results: Sequence[Result]) -> Table:

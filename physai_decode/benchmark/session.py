@@ -6,6 +6,7 @@ with no kernels loaded, no memory in use and nothing tuned, so that cases can't 
 and the start-up time is the one a node would see.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 from dataclasses import replace
@@ -22,6 +23,7 @@ from typing import Any
 from physai_decode import checkpoint
 from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
+from physai_decode.benchmark import neighbour
 from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import GREEDY
 from physai_decode.benchmark.case import parse_sampling
@@ -39,9 +41,13 @@ from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
 from physai_decode.telemetry import find_engine_peak
+from physai_decode.telemetry import Telemetry
 
 KERNEL_STEPS = 20
 SAMPLING_ROUNDS = 5
+BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
+BESIDE_S = 1.0                  # for which a neighbour is listened to by itself
+ENERGY_S = 2.0                  # of steps: the counters of a device move some times a second
 
 
 def run(case: Case, started_s: float, progress=print,
@@ -159,6 +165,9 @@ def _cell(engine, case, context, peak):
         if case.samplings:
             cell['samplings'] = compare_samplings(
                 engine, context, case.warmup, case.steps, case.samplings)
+        cell.update(_energy(engine, case, context))
+        if case.beside:
+            cell['beside'] = [beside(engine, context, case.warmup, text) for text in case.beside]
         return cell
     except (EngineError, RuntimeError, MemoryError, ValueError) as error:
         return {'context': context, 'error': f'{type(error).__name__}: {error}'}
@@ -220,6 +229,37 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
     return cell
 
 
+def _energy(engine, case, context):
+    """Give what a token takes in joules, and the mean power; nothing where it is not told."""
+    telemetry = Telemetry(engine.footprint)
+    try:
+        return energy(engine, context, case.warmup + case.steps + 1, telemetry.energy_j)
+    finally:
+        telemetry.close()
+
+
+def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], float | None],
+           clock: Callable[[], float] = time.monotonic) -> dict[str, float]:
+    """
+    Take the energy of decode steps, for `ENERGY_S`.
+
+    :param tokens: of each answer, the last of them at the context.
+    :param energy_j: what the device has taken up to now, in joules; None: it does not tell.
+    :param clock: monotonic, in seconds.
+    :return: ``j_per_token`` and ``power_w``; empty where the device does not tell.
+    """
+    if energy_j() is None:
+        return {}
+    loop, count = DecodeLoop(engine), 0
+    prompt = random_prompt(engine, context - tokens, seed=context + 3)
+    _stream(loop, prompt, 2)                    # from here on the prompt is cached
+    begin_s, begin_j = clock(), energy_j()
+    while (spent_s := clock() - begin_s) < ENERGY_S:
+        count += len(_stream(loop, prompt, tokens)[1])
+    spent_j = energy_j() - begin_j
+    return {'j_per_token': spent_j / count, 'power_w': spent_j / spent_s}
+
+
 def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
                       samplings: Sequence[str]) -> list[dict[str, Any]]:
     """
@@ -238,6 +278,36 @@ def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
                 loop, prompt, warmup + steps + 1, parse_sampling(text))[1][warmup:]
     return [{'sampling': text, 'itl_s': times, 'itl_p50_s': statistics.median(times)}
             for text, times in itl_s.items()]
+
+
+def beside(engine: Engine, context: int, warmup: int, text: str) -> dict[str, Any]:
+    """
+    Time the steps alone and beside a neighbour, in turn, and the neighbour alone and beside them.
+
+    :param text: the neighbour, as `neighbour.parse` reads.
+    :return: its text, and ``alone`` and ``beside`` with the steps' times in seconds, and with the
+        neighbour's where it has any.
+    """
+    kind = neighbour.parse(text)
+    loop, tokens = DecodeLoop(engine), min(BESIDE_TOKENS, context - 2)
+    prompt = random_prompt(engine, context - tokens, seed=context + 4)
+
+    def steps(count):
+        times: list[float] = []
+        while len(times) < count:
+            times += _stream(loop, prompt, tokens)[1][min(warmup, tokens // 2):]
+        return times
+
+    steps(1)
+    told: dict[str, Any] = {'neighbour': text, 'alone': [], 'beside': [],
+                            'neighbour_alone': [], 'neighbour_beside': []}
+    for _ in range(BESIDE_ROUNDS):
+        told['alone'] += steps(BESIDE_STEPS)
+        with neighbour.running(kind) as other:
+            told['neighbour_alone'] += other.listen(BESIDE_S)
+            told['beside'] += steps(BESIDE_STEPS)
+            told['neighbour_beside'] += other.listen(0.0)
+    return told
 
 
 def random_prompt(engine: Engine, tokens: int, seed: int) -> list[int]:

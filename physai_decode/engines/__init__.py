@@ -60,7 +60,12 @@ def build(model: Checkpoint, config: EngineConfig,
     """
     name, reason = choose(model, config)
     progress(f'engine {name}, because {reason}')
-    return getattr(_load(name), _CLASSES[name])(model, config, progress)
+    engine: Engine = getattr(_load(name), _CLASSES[name])(model, config, progress)
+    if engine.footprint.device.startswith('cuda'):
+        from physai_decode.engines import device
+        engine.footprint = replace(engine.footprint, details={
+            **engine.footprint.details, **device.share(config)})
+    return engine
 
 
 def _choose(model, config):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+import os
 from pathlib import Path
 import platform
 import re
@@ -21,6 +22,7 @@ from physai_decode.engine import EngineError
 import torch
 
 WARM_UP_STEPS = 3
+_SHARE = 'CUDA_MPS_ACTIVE_THREAD_PERCENTAGE'
 _OWN_THREADS = torch.get_num_threads()      # before anybody set it
 
 
@@ -28,10 +30,12 @@ def select(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """
     Find the device and the number format that the settings ask for.
 
-    On a CPU, ``cpu_threads`` takes effect for the whole process.
+    On a CPU, ``cpu_threads`` takes effect for the whole process, and on a GPU
+    ``gpu_share_percent`` does, which has to be set before the process first uses the GPU.
 
-    :raises EngineError: this machine does not have it.
+    :raises EngineError: this machine does not have it, or it is too late for the share.
     """
+    _limit_share(config.gpu_share_percent)
     device = _device(config.device)
     if device.type == 'cpu':
         torch.set_num_threads(config.cpu_threads or _OWN_THREADS)
@@ -137,10 +141,46 @@ def attention_backends(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def use(device: torch.device) -> None:
-    """Make a CUDA device the current one of this thread: kernels are launched there."""
+def use(device: torch.device, stream: 'torch.cuda.Stream | None' = None) -> None:
+    """
+    Make a CUDA device the current one of this thread: kernels are launched there.
+
+    :param stream: where; None: the device's default stream.
+    """
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(stream or torch.cuda.default_stream(device))
+
+
+def stream(device: torch.device, priority: int) -> 'torch.cuda.Stream | None':
+    """Give a stream of its own for a priority below 0, else None: the default one has 0."""
+    if device.type != 'cuda' or not priority:
+        return None
+    return torch.cuda.Stream(device, priority=priority)
+
+
+def share(config: EngineConfig) -> dict[str, str]:
+    """Tell what limits the part of the GPU that this process takes; nothing without a limit."""
+    if not config.gpu_share_percent:
+        return {}
+    if mps_pipe().exists():
+        return {'gpu_share': f'{config.gpu_share_percent} %'}
+    return {'gpu_share': f'not in force: no daemon of MPS listens in {mps_pipe().parent}; start '
+                         'one with "nvidia-cuda-mps-control -d", then this process again'}
+
+
+def mps_pipe() -> Path:
+    """Give where the daemon of MPS listens, if it runs."""
+    return Path(os.environ.get('CUDA_MPS_PIPE_DIRECTORY') or '/tmp/nvidia-mps') / 'control'
+
+
+def _limit_share(percent: int) -> None:
+    if percent and torch.cuda.is_initialized() and os.environ.get(_SHARE) != str(percent):
+        raise EngineError(
+            f'engine.gpu_share_percent {percent} comes too late: this process already uses the '
+            'GPU; set it in the params file and start the process again')
+    if percent:
+        os.environ[_SHARE] = str(percent)
 
 
 def give_back(device: torch.device) -> None:

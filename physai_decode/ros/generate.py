@@ -284,7 +284,8 @@ def read(goal: Any, max_bytes: int) -> Request:
 def _fields(goal: Any) -> dict[str, Any]:
     """Give the JSON form of a goal's request."""
     fields = {name: value for name, value in (
-        ('id', goal.id), ('prompt', goal.prompt), ('deadline', _set(goal.deadline))) if value}
+        ('id', goal.id), ('prompt', goal.prompt), ('deadline', _set(goal.deadline)),
+        ('pace', _set(goal.pace))) if value}
     fields.update(_set(goal.sampling))
     if goal.messages_json:
         fields['messages'] = parse_value(goal.messages_json, 'messages_json')

@@ -20,6 +20,8 @@ from physai_decode.ros.typed import unavailable
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
+from physai_decode.verdict import Figures
+from physai_decode.verdict import judge
 
 OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
@@ -36,14 +38,15 @@ TOKEN_KEYS = _keys(TokenReport, 'text')
 REQUEST_KEYS = _keys(RequestReport, 'message')
 BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
-    'peak_source', 'host_gap_ms')
+    'peak_source', 'host_gap_ms', 'verdict', 'no_floor')
 LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
-                     *BANDWIDTH_KEYS)
+                     'best_r_floor', *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
     'temperature_c', 'power_w', 'sm_clock_mhz', 'memory_clock_mhz', 'throttle_reasons',
-    'unknown_parameters', 'callback_errors')
+    'unknown_parameters', 'callback_errors', 'scheduling', 'decode_cores', 'memory_locked',
+    'realtime_refused', 'power_mode', 'energy_j', 'j_per_token')
 MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
@@ -153,22 +156,40 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
 
 
 def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprint | None,
-                     peak: Peak, settings: DiagnosticsConfig,
-                     hardware_id: str) -> DiagnosticStatus:
-    """Give the status `bandwidth`: medians over the window, by the bytes that a step reads."""
-    values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source}
-    level, message = OK, ''
+                     peak: Peak, settings: DiagnosticsConfig, hardware_id: str,
+                     throttle_reasons: str | None = None, note: str = '') -> DiagnosticStatus:
+    """
+    Give the status `bandwidth`: medians over the window, by the bytes that a step reads.
+
+    :param throttle_reasons: why the device's clocks are held down.
+    :param note: of a peak that steps have beaten.
+    """
+    values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source,
+              'no_floor': peak.no_floor}
+    level, message = (WARN, note) if note else (OK, '')
     if footprint is not None:
         values['weight_gb'] = footprint.read_weight_bytes / 1e9
     if window is not None:
         values.update(
             kv_gb=_giga(window.kv_bytes), floor_ms=window.floor_ms, r_floor=window.r_floor,
-            bandwidth_gb_s=window.bandwidth_gb_s, host_gap_ms=window.host_gap_ms)
+            bandwidth_gb_s=window.bandwidth_gb_s, host_gap_ms=window.host_gap_ms,
+            verdict=str(judge(_seen(window, footprint, throttle_reasons)) or ''))
         if window.r_floor is not None and window.r_floor < settings.warn_r_floor:
             level = WARN
             message = f'r_floor {window.r_floor:.3f} is below {settings.warn_r_floor:g}'
     return status(status_name(node, 'bandwidth'), BANDWIDTH_KEYS, values, message=message,
                   level=level, hardware_id=hardware_id)
+
+
+def _seen(window: WindowReport, footprint: Footprint | None,
+          throttle_reasons: str | None) -> Figures:
+    """Give what a verdict is made of."""
+    itl_ms, gap_ms = window.itl_p50_ms, window.host_gap_ms
+    return Figures(
+        itl_ms, None if itl_ms is None or gap_ms is None else itl_ms - gap_ms, window.floor_ms,
+        window.itl_p99_ms, window.count, window.wait_ms,
+        footprint.cuda_graph if footprint else 'unavailable', throttle_reasons,
+        window.best_r_floor)
 
 
 def _giga(count: float | None) -> float | None:

@@ -96,7 +96,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             self.get_logger().error(each)
         self._bond = Bond(self)
         self._status = Status(host, self._topics, unknown, unheard,
-                              Twins(self, self._topics.tokens), self.faults)
+                              Twins(self, self._topics.tokens), self.faults,
+                              self.get_logger().warning)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             config.diagnostics.period_s, self._status.publish, clock=steady)
@@ -161,6 +162,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             return TransitionCallbackReturn.FAILURE
         self._host.start(parameters.read(self))
         self._host.update(parameters.read(self))        # with what was set while it started
+        if refused := self._host.worker.in_force.realtime_refused:
+            self.get_logger().warning(refused)
         self._bond.form(self._host.config.bond.heartbeat_period_s)
         self.get_logger().info(f'active: takes {self._doors.prompt.topic_name} and '
                                f'{self._doors.request.topic_name}')

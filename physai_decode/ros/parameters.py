@@ -5,6 +5,7 @@ A parameter is named after its group and field, such as ``sampling.top_p``. Thos
 while the node runs can still be set while it is unconfigured. It does not apply anything.
 """
 
+from array import array
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import Field
@@ -27,7 +28,8 @@ from rclpy.parameter import Parameter
 
 TYPES = {
     bool: Parameter.Type.BOOL, int: Parameter.Type.INTEGER, float: Parameter.Type.DOUBLE,
-    str: Parameter.Type.STRING, tuple: Parameter.Type.STRING_ARRAY}
+    str: Parameter.Type.STRING}
+LISTS = {str: Parameter.Type.STRING_ARRAY, int: Parameter.Type.INTEGER_ARRAY}
 FIXED = 'can be set only while the node is unconfigured'
 LOAD_GROUPS = ('model', 'engine', 'chat')       # what a load reads
 
@@ -43,6 +45,12 @@ def specs() -> dict[str, Field]:
     return found
 
 
+def kind(field: Field) -> Parameter.Type:
+    """Give the type of a field's parameter."""
+    found = type(field.default)
+    return LISTS[field.metadata['items']] if found is tuple else TYPES[found]
+
+
 def declare(node: Node, instead: Mapping[str, Any] = MappingProxyType({})) -> None:
     """
     Declare every parameter with its default or its value from the command line or a file.
@@ -53,10 +61,9 @@ def declare(node: Node, instead: Mapping[str, Any] = MappingProxyType({})) -> No
     given = node._parameter_overrides
     merge(DecodeConfig(), given.values())
     for name, field in specs().items():
-        kind = TYPES[type(field.default)]
-        value = Parameter(name, kind, instead.get(name, field.default))
+        value = Parameter(name, kind(field), instead.get(name, field.default))
         # Declared by type and set then: an empty list has no type that rclpy could infer.
-        node.declare_parameter(name, kind, _descriptor(field), ignore_override=True)
+        node.declare_parameter(name, kind(field), _descriptor(field), ignore_override=True)
         node.set_parameters([_typed(given.get(name, value), field)])
 
 
@@ -77,7 +84,8 @@ def merge(config: DecodeConfig, parameters: Iterable[Parameter]) -> DecodeConfig
         if parameter.name in known:
             value = _typed(parameter, known[parameter.name]).value
             group, _, name = parameter.name.rpartition('.')
-            groups.setdefault(group, {})[name] = tuple(value) if type(value) is list else value
+            groups.setdefault(group, {})[name] = \
+                tuple(value) if type(value) in (list, array) else value
     top = groups.pop('', {})
     if type(top.get('autostart', True)) is not bool:
         raise ConfigError(f'autostart is {top["autostart"]!r}: expected true or false')
@@ -92,7 +100,7 @@ def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
     Give parameters the types of their fields where nothing is lost by it.
 
     A whole number will do for one with a fraction, an empty list, which has no type in a file, for
-    a list of strings, and false for off, which YAML takes for one.
+    a list of any kind, and false for off, which YAML takes for one.
     """
     known = specs()
     return [_typed(parameter, known[parameter.name]) if parameter.name in known else parameter
@@ -125,9 +133,12 @@ def fixed(parameters: Iterable[Parameter]) -> list[str]:
 
 def length(field: Field) -> str:
     """Say how long a value may be; empty where it is no text."""
-    characters, texts = field.metadata['characters'], field.metadata['texts']
-    return {str: f'up to {characters} characters',
-            tuple: f'up to {texts} texts of {characters} characters'}.get(type(field.default), '')
+    meta = field.metadata
+    characters, texts = meta['characters'], meta['texts']
+    if type(field.default) is tuple:
+        return f'up to {texts} numbers of {meta["low"]} to {meta["high"]}' \
+            if meta['items'] is int else f'up to {texts} texts of {characters} characters'
+    return f'up to {characters} characters' if type(field.default) is str else ''
 
 
 def decides_load(name: str) -> bool:
@@ -156,7 +167,7 @@ def _typed(parameter: Parameter, field: Field) -> Parameter:
     given = parameter.type_
     if type(field.default) is tuple and (given == Parameter.Type.NOT_SET or (
             given.name.endswith('ARRAY') and not len(parameter.value))):
-        return Parameter(parameter.name, Parameter.Type.STRING_ARRAY, [])
+        return Parameter(parameter.name, kind(field), [])
     return parameter
 
 

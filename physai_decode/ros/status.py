@@ -1,6 +1,9 @@
 """What the node says of itself: `/diagnostics`, in every state, and ``~/model_info``."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.host import Host
@@ -17,14 +20,17 @@ class Status:
     """Reads the host, and publishes."""
 
     def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
-                 unheard: Sequence[str], twins: Twins, faults: Faults) -> None:
+                 unheard: Sequence[str], twins: Twins, faults: Faults,
+                 warn: Callable[[str], object]) -> None:
         """
         Take whose status it is.
 
         :param unknown_parameters: names given at start that nothing declares.
         :param unheard: what is to be said of params files that hold nothing for this node.
+        :param warn: puts a warning into the log.
         """
         self._host, self._topics = host, topics
+        self._warn = warn
         self._unheard, self._twins, self._faults = unheard, twins, faults
         self._unknown = ' '.join(unknown_parameters)
         self._misses = 0                        # deadline misses at the last publish
@@ -50,12 +56,18 @@ class Status:
         window = worker.window() if worker is not None else None
         late = window is not None and window.deadline_misses > self._misses
         self._misses = window.deadline_misses if window is not None else 0
+        note = self._host.follow_peak(window) if window is not None else ''
+        if note:
+            self._warn(note)
+        telemetry = self._host.telemetry
+        device = telemetry.read() if telemetry is not None else {}
         self._topics.diagnostics([
             messages.latency_status(node, window, settings, late, hardware_id),
             messages.bandwidth_status(
                 node, window, loaded and loaded.engine.footprint,
-                loaded.peak if loaded else NO_PEAK, settings, hardware_id),
-            self._engine_status(hardware_id)])
+                (worker.peak if worker else self._host.peak) or NO_PEAK, settings, hardware_id,
+                device.get('throttle_reasons'), note),
+            self._engine_status(hardware_id, device)])
 
     def _hardware_id(self) -> str:
         loaded = self._host.loaded
@@ -64,10 +76,10 @@ class Status:
         footprint = loaded.engine.footprint
         return f'{footprint.device_name} {footprint.device_uuid}'.strip()
 
-    def _engine_status(self, hardware_id: str) -> DiagnosticStatus:
+    def _engine_status(self, hardware_id: str, device: Mapping[str, Any]) -> DiagnosticStatus:
         host = self._host
         config, worker, state = host.config, host.worker, host.state
-        loaded, telemetry, loading = host.loaded, host.telemetry, host.loading
+        loaded, loading = host.loaded, host.loading
         values = {
             'state': state, 'engine': config.engine.name, 'model': config.model.path,
             'queue_depth': worker.queue_depth if worker is not None else 0,
@@ -78,9 +90,15 @@ class Status:
             values.update({
                 name: getattr(loaded.engine.footprint, name)
                 for name in ('engine', 'dtype', 'quantization', 'device', 'cuda_graph')})
-        if telemetry is not None:
-            values.update(telemetry.read())
+        values.update(device)
+        if worker is not None:
+            values.update(energy_j=worker.energy_j, j_per_token=worker.j_per_token)
+        in_force = worker.in_force if worker is not None else None
         level, message = messages.OK, loading or state
+        if in_force is not None:
+            values.update(vars(in_force))
+            if in_force.realtime_refused:
+                level, message = messages.WARN, in_force.realtime_refused
         if self._unknown:
             level, message = messages.WARN, f'unknown parameters: {self._unknown}'
         if self._unheard:

@@ -250,6 +250,7 @@ def _rows(watcher, width):
                       f'({say["peak_source"]})   weights {say["weight_gb"]} GB, keys and values '
                       f'{say["kv_gb"]} GB'),
         ('host gap', f'{say["host_gap_ms"]} ms'),
+        ('verdict', watcher.values.get('verdict', NOT_KNOWN)),
         ('memory', known(memory_used_gb='GB used', memory_free_gb='GB free')),
         ('device', known(temperature_c='°C', power_w='W', sm_clock_mhz='MHz',
                          memory_clock_mhz='MHz of the memory',

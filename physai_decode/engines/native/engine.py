@@ -39,7 +39,9 @@ class NativeEngine:
         shape = architecture.parse(model.config)
         limit = min(config.max_context, model.context_limit or config.max_context)
         needed_bytes = start.check_memory(model, shape, limit, dtype, self._device)
-        devices.use(self._device)
+        self._ahead, self._priority = config.steps_ahead, config.stream_priority
+        self._stream = devices.stream(self._device, self._priority)
+        devices.use(self._device, self._stream)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             # To capture a step is to run it a few times, behind whatever the cache holds.
             self.transformer = t = start.transformer(
@@ -58,12 +60,14 @@ class NativeEngine:
             logits.check(t.logits, dtype)
             self_check.check(self, t, prompt)
             clock.end('warm_up_s')
+        stream = {'stream_priority': str(self._priority)} if self.pipeline else {}
         self.footprint = start.footprint(
-            model, t, limit, config.cuda_graph, {**self._prefill.details, **clock.parts})
+            model, t, limit, config.cuda_graph,
+            {**stream, **self._prefill.details, **clock.parts})
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
-        devices.use(self._device)
+        devices.use(self._device, self._stream)
         if self.pipeline:
             self.pipeline.drain()
         self._length = length
@@ -128,8 +132,9 @@ class NativeEngine:
     @torch.inference_mode()
     def piped(self, captured: bool) -> Pipeline:
         """Give a pipeline of this engine's step."""
-        devices.use(self._device)
-        return Pipeline(self.transformer.step, self._draw, self._history, captured)
+        devices.use(self._device, self._stream)
+        return Pipeline(self.transformer.step, self._draw, self._history, captured, self._ahead,
+                        self._priority)
 
     @torch.inference_mode()
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:

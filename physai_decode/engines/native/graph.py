@@ -2,7 +2,7 @@
 Steps on a CUDA device, launched ahead of the host: captured in a graph, or op by op.
 
 One step reads what the one before it wrote, so the host has nothing to say between them: it keeps
-a step or two in flight, and reads each token from pinned memory when the token's copy, on a stream
+a few steps in flight, and reads each token from pinned memory when the token's copy, on a stream
 of its own, has arrived. It waits for that copy's event, never for the device.
 
 A draw that needs a mask from the host is a part of its own, after the forward pass: the host makes
@@ -20,7 +20,9 @@ from physai_decode.engines.sampling import Plan
 import torch
 from torch import Tensor
 
-AHEAD = 2            # steps in flight
+AHEAD = 2            # steps in flight,
+MOST_AHEAD = 8       # and at most, where the host comes late
+CALM_STEPS = 256     # without a late one, after which there is one less
 
 
 @dataclass
@@ -40,28 +42,54 @@ class _Part(NamedTuple):
     plan: Plan | None           # of the draw that it ends with, None where it has none
 
 
+class Depth:
+    """How many steps are kept in flight."""
+
+    def __init__(self, fixed: int = 0) -> None:
+        """
+        Begin with a few.
+
+        :param fixed: so many for ever; 0 follows the host.
+        """
+        self.steps = fixed or AHEAD
+        self.most = fixed or MOST_AHEAD
+        self._least = self.steps
+        self._calm = 0              # steps since the last late one
+
+    def learn(self, late: bool) -> None:
+        """Take whether the host came so late that the device had nothing left to do."""
+        self._calm = 0 if late else self._calm + 1
+        if late and self.steps < self.most:
+            self.steps += 1
+        elif self._calm >= CALM_STEPS and self.steps > self._least:
+            self.steps, self._calm = self.steps - 1, 0
+
+
 class Pipeline:
     """
-    Runs a step of one plan again and again, ``AHEAD`` of the host.
+    Runs a step of one plan again and again, ahead of the host.
 
-    Driven from one thread at a time, on the device's default stream.
+    Driven from one thread at a time, on that thread's current stream.
     """
 
     def __init__(self, forward: Callable[[], None], draw: Callable[[Plan], None], history: Tensor,
-                 capture: bool):
+                 capture: bool, ahead: int = 0, priority: int = 0):
         """
         Take the two halves of a step.
 
         :param forward: computes logits.
         :param draw: takes a plan; writes its token to ``history`` int64 [places].
         :param capture: whether they run in a CUDA graph, one for each plan.
+        :param ahead: steps in flight; 0: `AHEAD`, and more while the host comes late.
+        :param priority: of the copies' stream; below 0 goes first.
         """
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
-        self._copies = torch.cuda.Stream(history.device)
+        self._depth = Depth(ahead)
+        self._copies = torch.cuda.Stream(history.device, priority=priority)
         self._free = deque(_Slot(
             torch.zeros(1, dtype=torch.int64).pin_memory(),
             torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True),
-            torch.cuda.Event()) for _ in range(AHEAD))
+            torch.cuda.Event()) for _ in range(self._depth.most))
         self._flying: deque[_Slot] = deque()
         self._graphs: dict[_Part, torch.cuda.CUDAGraph] = {}
 
@@ -81,7 +109,7 @@ class Pipeline:
     @property
     def full(self) -> bool:
         """Whether as many steps are in flight as may be."""
-        return not self._free
+        return len(self._flying) >= self._depth.steps
 
     def launch(self, plan: Plan, place: int, restrict: Callable[[], None] | None = None) -> None:
         """
@@ -105,6 +133,8 @@ class Pipeline:
 
     def collect(self) -> tuple[int, float]:
         """Wait for the oldest step's token; give its id and the step's time on the device in s."""
+        # Where even the newest step has ended, the device waits for the host.
+        self._depth.learn(self.full and self._flying[-1].copied.query())
         slot = self._flying.popleft()
         self._free.append(slot)
         slot.copied.synchronize()

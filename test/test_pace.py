@@ -1,0 +1,165 @@
+"""Paced answers: their schedule, the times of their tokens, and what is heard in a wait."""
+
+from fake_engine import FakeEngine
+from fake_engine import footprint
+from fake_engine import forever
+from physai_decode.config import DeadlineConfig
+from physai_decode.config import DiagnosticsConfig
+from physai_decode.config import PaceConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.engine import Choice
+from physai_decode.pace import Pace
+from physai_decode.request import parse
+from physai_decode.request import Request
+from physai_decode.request import RequestError
+from physai_decode.roofline import Peak
+from physai_decode.roofline import Roofline
+from physai_decode.timing import Recorder
+import pytest
+from worker_rig import making
+from worker_rig import wait_for
+
+
+@pytest.fixture
+def make():
+    """Make workers that are stopped at the end."""
+    with making() as made:
+        yield made
+
+
+def test_the_schedule_does_not_drift():
+    """However late each step was asked for."""
+    pace = Pace(10.0, start_s=100.0)
+    due = [pace.due_s(100.0 + 0.1 * turn + late_s)
+           for turn, late_s in enumerate((0.01, 0.05, 0.02, 0.09, 0.0))]
+    assert due == pytest.approx([100.1, 100.2, 100.3, 100.4, 100.5])
+
+
+def test_a_step_that_takes_longer_than_its_turn_is_not_waited_for():
+    """And those after it catch up one turn, not more."""
+    pace = Pace(10.0, start_s=0.0)
+    assert pace.due_s(0.15) == pytest.approx(0.1)       # over: at once
+    assert pace.due_s(0.16) == pytest.approx(0.2)       # on the same schedule
+    assert pace.due_s(5.0) == pytest.approx(4.9)        # the rest is given up
+    assert pace.due_s(5.01) == pytest.approx(5.0)
+    assert pace.due_s(5.02) == pytest.approx(5.1)
+
+
+def test_a_step_of_several_tokens_has_as_many_turns():
+    pace = Pace(10.0, start_s=0.0)
+    assert pace.due_s(0.0, tokens=3) == pytest.approx(0.3)
+    assert pace.due_s(0.3, tokens=1) == pytest.approx(0.4)
+
+
+def test_a_paced_token_has_the_time_of_its_step():
+    """Not that of its wait, which is a figure of its own; the rate is that of the stream."""
+    recorder = Recorder(10.0, DeadlineConfig(token_ms=50.0),
+                        Roofline(footprint(), Peak(1e6, 'parameter')))
+    request = recorder.request(1, 0.0, 0.0)
+    request.prompt_tokens, request.paced = 10, True
+    request.token(1.0, 65, 'A')
+    token = request.token(1.1, 66, 'B', device_s=0.008, waited_s=0.09)
+    assert token.itl_ms == pytest.approx(10.0)
+    assert token.wait_ms == pytest.approx(90.0)
+    assert token.host_gap_ms == pytest.approx(2.0)
+    assert token.r_floor == pytest.approx(0.1352)
+    assert not token.deadline_missed
+    window = recorder.window(1.1)
+    assert window.paced and window.wait_ms == pytest.approx(90.0)
+    report = request.finish(1.1, 'stop')
+    assert report.paced and report.itl_p50_ms == pytest.approx(10.0)
+    assert report.tokens_per_s == pytest.approx(10.0)
+    assert not recorder.window(100.0).paced
+
+
+def test_an_answer_comes_at_its_pace(make):
+    """The node's, or the request's own."""
+    worker, sink = make(pace=PaceConfig(tokens_per_s=100.0))
+    report, text = sink.end(worker.submit(Request('abcd')))
+    assert text == 'abcd' and report.paced
+    assert report.tokens_per_s <= 101.0
+    assert [token.wait_ms is None for token in sink.tokens] == [True, False, False, False]
+    report, _ = sink.end(worker.submit(Request('abcd', pace={'tokens_per_s': 0.0})))
+    assert not report.paced
+    worker.update(pace=PaceConfig())
+    report, _ = sink.end(worker.submit(Request('abcd')))
+    assert not report.paced
+
+
+def test_no_step_is_started_ahead_of_its_time():
+    """A paced answer asks the engine for nothing but the step that is due."""
+    asked = []
+
+    class Noting(FakeEngine):
+        def step(self, remaining):
+            asked.append(remaining)
+            return super().step(remaining)
+
+    for ahead in (True, False):
+        loop = DecodeLoop(Noting(lambda ids: forever()))
+        list(loop.stream([65], SamplingConfig(max_new_tokens=4), ahead=ahead))
+    assert asked == [2, 1, 0] + [0, 0, 0]
+
+
+def test_a_cancel_is_heard_while_a_step_waits(make):
+    """Though the next token would come in minutes; the node is not taken for stalled."""
+    worker, sink = make(FakeEngine(lambda ids: forever()), pace=PaceConfig(tokens_per_s=0.001),
+                        diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
+    number = worker.submit(Request('go'))
+    sink.wait_tokens(1)
+    wait_for(lambda: worker._sign_of_life_s > worker._clock() + 60)     # it waits
+    assert worker.state == 'generating'
+    worker.cancel(number)
+    report, text = sink.end(number)
+    assert (report.finish_reason, text) == ('cancelled', 'x')
+
+
+def test_a_deadline_is_heard_while_a_step_waits(make):
+    worker, sink = make(FakeEngine(lambda ids: forever()), pace=PaceConfig(tokens_per_s=0.001),
+                        deadline=DeadlineConfig(request_ms=50.0, action='truncate'))
+    report, _ = sink.end(worker.submit(Request('go')))
+    assert report.finish_reason == 'deadline'
+
+
+def test_the_node_stops_while_a_step_waits(make):
+    worker, sink = make(FakeEngine(lambda ids: forever()), pace=PaceConfig(tokens_per_s=0.001))
+    number = worker.submit(Request('go'))
+    sink.wait_tokens(1)
+    assert worker.stop(60.0)
+    assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
+def test_the_json_form():
+    """It is read, written, and refused by name."""
+    request = parse('{"prompt": "x", "pace": {"tokens_per_s": 8}}')
+    assert request.pace == {'tokens_per_s': 8.0}
+    assert request.to_json() == {'prompt': 'x', 'pace': {'tokens_per_s': 8.0}}
+    with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: allowed are 0\.0 to'):
+        parse('{"prompt": "x", "pace": {"tokens_per_s": -1}}')
+    with pytest.raises(RequestError, match=r"'pace\.hz' is no field"):
+        parse('{"prompt": "x", "pace": {"hz": 8}}')
+
+
+def test_a_paced_pipeline_has_one_step_in_flight(monkeypatch):
+    """The captured step of a GPU rests too: it is launched when it is asked for."""
+    from physai_decode.engines.native.engine import NativeEngine
+
+    launched = []
+
+    class Pipeline:
+        flying, full = 0, False
+
+        def launch(self, plan, place, restrict):
+            launched.append(place)
+            self.flying += 1
+
+        def collect(self):
+            self.flying -= 1
+            return Choice(7, 1e-3)
+
+    engine = object.__new__(NativeEngine)
+    engine.pipeline, engine._length, engine._plan, engine._constraint = Pipeline(), 4, None, None
+    for step in range(3):
+        engine.step(0)
+        assert engine.pipeline.flying == 0 and launched == list(range(5, 6 + step))

@@ -1,0 +1,72 @@
+"""What holds a step back, in situations that were recorded and in some that are made up."""
+
+from dataclasses import replace
+
+from physai_decode.verdict import Figures
+from physai_decode.verdict import judge
+import pytest
+
+# Recorded: medians of docs/h200, docs/h100 and docs/performance.md, and of an L4 in the_gap.md.
+NATIVE = Figures(3.590, device_ms=3.575, floor_ms=2.97, cuda_graph='captured')
+EAGER = Figures(18.305, device_ms=18.249, floor_ms=2.97, cuda_graph='off')
+GPTQ = Figures(1.751, device_ms=1.74, floor_ms=0.96, cuda_graph='captured')
+CAPTURED = Figures(11.776, device_ms=11.7, floor_ms=4.58, cuda_graph='captured')
+L4 = Figures(58.7, device_ms=58.5, floor_ms=47.53, cuda_graph='captured')
+CPU = Figures(3.1, device_ms=2.8, cuda_graph='unavailable')         # the embedded model
+BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two busy loops
+
+
+@pytest.mark.parametrize(('seen', 'cause', 'part_ms', 'answer'), [
+    (NATIVE, 'bytes', 2.97, 'fewer bytes'),
+    (L4, 'bytes', 47.53, 'fewer bytes'),
+    (GPTQ, 'bytes', 0.96, 'fewer bytes'),
+    (EAGER, 'host', 18.305 - 2.97, 'engine.cuda_graph: true'),
+    (CAPTURED, 'kernels', 11.7 - 4.58, 'engine.name: native with Triton'),
+    (CPU, 'kernels', 2.8, 'engine.cpu_threads'),
+    (BUSY, 'a neighbour', 10.47, 'realtime.priority and realtime.cpu_affinity'),
+    (replace(NATIVE, itl_ms=9.0), 'host', 9.0 - 3.575, 'engine.steps_ahead'),
+    (replace(CPU, itl_ms=9.0), 'host', 6.2, 'realtime.priority'),
+    (replace(CAPTURED, throttle_reasons='sw_power_cap'), 'clocks', 7.12, 'cooling'),
+    (replace(CAPTURED, throttle_reasons='none'), 'kernels', 7.12, 'native'),
+    (replace(NATIVE, wait_ms=96.4), 'pacing', 96.4, '279 tokens per s'),
+    (replace(NATIVE, wait_ms=0.0), 'bytes', 2.97, 'fewer bytes'),
+    (replace(NATIVE, itl_p99_ms=12.0, count=1000), 'a neighbour', 8.41, 'engine.stream_priority'),
+    (replace(NATIVE, itl_p99_ms=12.0, count=30), 'bytes', 2.97, 'fewer bytes'),
+    (Figures(12.0, 11.9, 2.97, best_r_floor=0.83, cuda_graph='captured'), 'a neighbour',
+     12 - 2.97 / 0.83, 'share by MPS'),
+    (Figures(12.0, 11.9, 2.97, best_r_floor=0.26, cuda_graph='captured'), 'kernels', 8.93,
+     'native'),
+    (Figures(60.0, 11.9, 2.97, best_r_floor=0.83, cuda_graph='captured'), 'a neighbour',
+     60 - 2.97 / 0.83, 'share by MPS')])
+def test_the_largest_part_is_the_verdict(seen, cause, part_ms, answer):
+    verdict = judge(seen)
+    assert verdict.cause == cause
+    assert verdict.part_ms == pytest.approx(part_ms)
+    assert answer in verdict.answer
+
+
+def test_it_is_one_line():
+    """Cause, part, share and answer."""
+    assert str(judge(CAPTURED)) == (
+        'kernels: 7.12 of 11.8 ms (60 %); another engine answers it, such as engine.name: native '
+        'with Triton')
+    assert str(judge(BUSY)).startswith('a neighbour: 10.5 of 16 ms (65 %); realtime.priority')
+
+
+@pytest.mark.parametrize('seen', [
+    Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9)])
+def test_too_little_is_no_verdict(seen):
+    """Nothing is guessed."""
+    assert judge(seen) is None
+
+
+def test_every_cause_has_an_answer():
+    """Whatever is known of a step."""
+    for cuda_graph in ('captured', 'off', 'unavailable'):
+        for device_ms in (None, 0.0, 5.0, 20.0):
+            for floor_ms in (None, 1.0, 20.0):
+                for throttled in (None, 'none', 'hw_thermal'):
+                    for best in (None, 0.9):
+                        for p99_ms in (None, 100.0):
+                            judge(Figures(10.0, device_ms, floor_ms, p99_ms, 1000, None,
+                                          cuda_graph, throttled, best))
