@@ -79,27 +79,23 @@ def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
     if not _same_order(parts) or not _stackable(parts, paired):
         return None
 
-    def joined(tensors):
-        return _by_rows(tensors, paired)
-
     zeros = bias = None
     if any(part.zeros is not None for part in parts):
-        zeros = joined([torch.zeros_like(part.scales) if part.zeros is None else part.zeros
-                        for part in parts])
+        zeros = _by_rows([torch.zeros_like(part.scales) if part.zeros is None else part.zeros
+                          for part in parts], paired)
     if first.bias is not None:
-        bias = joined([part.bias for part in parts if part.bias is not None])
+        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
     # Floats of 8 bits are joined as bits: not every operation takes them.
-    values = joined([part.values.view(torch.int8) for part in parts]).view(first.values.dtype)
-    return replace(first, values=values, scales=joined([part.scales for part in parts]),
-                   zeros=zeros, bias=bias)
+    values = _by_rows([part.values.view(torch.int8) for part in parts], paired)
+    return replace(first, values=values.view(first.values.dtype),
+                   scales=_by_rows([part.scales for part in parts], paired), zeros=zeros, bias=bias)
 
 
 def _coded(parts: list[Coded], paired: bool) -> Coded | None:
     """Stack; where ``paired``, 8 rows of gate and of up take turns."""
     first = parts[0]
-    if (not _stackable(parts, paired)
-            or any(part.scales.dtype != first.scales.dtype for part in parts)
-            or any(not torch.equal(part.table, first.table) for part in parts)):
+    if not _stackable(parts, paired) or any(
+            not torch.equal(part.table, first.table) for part in parts):
         return None
     bias = None
     if first.bias is not None:

@@ -235,7 +235,7 @@ class Coded:
     @property
     def kind(self) -> str:
         """What of the form a kernel's speed depends on."""
-        return f'coded-g{self.group_size}-{8 * self.scales.element_size()}'
+        return f'coded-g{self.group_size}-{str(self.scales.dtype).removeprefix("torch.")}'
 
     @property
     def read_bytes(self) -> int:
