@@ -1,9 +1,9 @@
 """
 Kernels for codes of 4 bits, see `Coded`: a decode step's product, and the weights made dense.
 
-As in ``scaled_kernels``, each program owns a few rows and streams them once, and asks for its first
-tile while the kernel before still runs. The table has 64 bytes: a code's number comes from the
-first-level cache.
+As in ``scaled_kernels``, each program owns a few rows and streams them once, and asks for its
+first tile while the kernel before still runs. The table has 64 bytes: a code's number comes from
+the first-level cache.
 """
 
 from physai_decode.engines.native import kernels
@@ -142,8 +142,8 @@ def _widen(codes, scales, factors, table, out, first, K: tl.constexpr, GROUP: tl
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
     place = columns // 32 * 16 + columns % 16
-    packed = tl.load(codes + row * ((K + 31) // 32 * 16) + place, mask=inside, other=0).to(tl.int32)
-    numbers = tl.load(table + (packed >> (columns // 16 % 2 * 4) & 0xF))
+    packed = tl.load(codes + row * ((K + 31) // 32 * 16) + place, mask=inside, other=0)
+    numbers = tl.load(table + (packed.to(tl.int32) >> (columns // 16 % 2 * 4) & 0xF))
     group = row * ((K + GROUP - 1) // GROUP) + columns // GROUP
     scale = _scale(tl.load(scales + group, mask=inside, other=0)) * tl.load(factors + row)
     tl.store(out + tl.program_id(0).to(tl.int64) * K + columns,

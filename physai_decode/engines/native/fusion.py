@@ -88,7 +88,8 @@ def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
     # Floats of 8 bits are joined as bits: not every operation takes them.
     values = _by_rows([part.values.view(torch.int8) for part in parts], paired)
     return replace(first, values=values.view(first.values.dtype),
-                   scales=_by_rows([part.scales for part in parts], paired), zeros=zeros, bias=bias)
+                   scales=_by_rows([part.scales for part in parts], paired), zeros=zeros,
+                   bias=bias)
 
 
 def _coded(parts: list[Coded], paired: bool) -> Coded | None:

@@ -12,9 +12,9 @@ after its own main loop, unless it is small: programs that come earlier crowd so
 from dataclasses import astuple
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import getfile
 import math
 from pathlib import Path
-import sys
 
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
@@ -655,10 +655,9 @@ class TritonOps(TorchOps):
 
     @classmethod
     def _version(cls):
-        """Name the kernels by what is in their files: those of the class and of what it adds to."""
-        files = [sys.modules[each.__module__].__file__ for each in cls.__mro__
-                 if issubclass(each, TritonOps)]
-        return sha256(b''.join(Path(file).read_bytes() for file in files)).hexdigest()[:8]
+        """Name the kernels by what is in their files: the class's, and those of its bases."""
+        files = (Path(getfile(each)) for each in cls.__mro__ if issubclass(each, TritonOps))
+        return sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]
 
     def _tune(self, name, shape, chosen, choices, cache, step, progress):
         """Choose one kernel's layout, where that is not done."""

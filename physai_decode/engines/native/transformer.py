@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
 
-
 # How the name of each form's kernel of a step begins.
 _KERNELS = {Dense: '_dense', Int4: '_int4', Scaled: '_multiply', Coded: '_coded'}
 

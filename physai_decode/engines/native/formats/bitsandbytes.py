@@ -35,6 +35,7 @@ TABLES = {
     'fp4': (*_FP4, *(-number for number in _FP4))}
 _STATE = 'weight.quant_state.bitsandbytes__'
 _ROWS = 0               # as weight_format says it: plain rows
+_MOST = 1e30              # of an offset
 
 
 class BitsAndBytes:
@@ -54,7 +55,7 @@ class BitsAndBytes:
         if four == eight:
             raise refusal('bitsandbytes with ' + ('both' if four else 'none') +
                           ' of load_in_4bit and load_in_8bit', 'those with one')
-        self._kind = None
+        self._kind = ''
         if four:
             self._kind = settings.get('bnb_4bit_quant_type', 'fp4')
             if self._kind not in TABLES:
@@ -70,7 +71,7 @@ class BitsAndBytes:
 
     def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
         """See `Format`."""
-        return self._eight(source, module, rows, columns) if self._kind is None else \
+        return self._eight(source, module, rows, columns) if not self._kind else \
             self._four(source, module, rows, columns)
 
     def _eight(self, source, module, rows, columns):
@@ -88,8 +89,9 @@ class BitsAndBytes:
     def _four(self, source, module, rows, columns):
         state = self._state(source, module)
         if state.get('shape') != [rows, columns]:
-            raise EngineError(f'its quant_state says the shape {state.get("shape")!r}, config.json '
-                              f'implies {[rows, columns]}: they do not belong together')
+            raise EngineError(f'its quant_state says the shape {state.get("shape")!r}, '
+                              f'config.json implies {[rows, columns]}: they do not belong '
+                              'together')
         block = _whole(state, 'blocksize')
         size = math.gcd(block, columns)
         if size % (CODE_COLUMNS // 2):
@@ -121,7 +123,7 @@ class BitsAndBytes:
         entry = source.entry(name)
         state = source.get(name, entry.shape if entry and len(entry.shape) == 1 else (0,))
         with parsing(f'tensor {name}'):
-            found = json.loads(bytes(state.cpu().tolist()))
+            found = json.loads(state.cpu().numpy().tobytes())
             if not isinstance(found, dict):
                 raise ValueError('it holds no JSON object')
         if found.get('quant_type', self._kind) != self._kind:
@@ -146,7 +148,7 @@ def _nested(source, module, state, places) -> Tensor:
         raise EngineError(f'{module}.weight.absmax is stored as {places.dtype}, but there is a '
                           f'{module}.weight.nested_absmax: download the model again')
     block, offset = _whole(state, 'nested_blocksize'), state.get('nested_offset')
-    if type(offset) not in (int, float):
+    if type(offset) not in (int, float) or not abs(offset) < _MOST:
         raise EngineError(f'its quant_state has the nested_offset {offset!r}: download the model '
                           'again')
     scales = source.get(f'{module}.weight.nested_absmax', (-(-len(places) // block),)).float()

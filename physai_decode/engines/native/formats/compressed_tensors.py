@@ -105,7 +105,7 @@ class CompressedTensors:
             if fits:
                 return self._groups[min(fits)[1]]
         raise EngineError('it is stored quantised, but quantization_config in config.json has it '
-                          'in ignore, or in no group\'s targets: they do not belong together')
+                          'in ignore, or no group has it in targets: they do not belong together')
 
 
 def _packed(source, module, rows, columns, group):
@@ -123,7 +123,7 @@ def _packed(source, module, rows, columns, group):
     if _is_whole(source, module):
         scales, size = of_rows(source, f'{module}.weight_scale', rows), columns
         if zero is not None:
-            zeros = of_rows(source, name, rows) + least
+            zeros = of_rows(source, name, rows).int() + least
     else:
         groups, size = _columns(source, module, columns, group)
         scales = source.get(f'{module}.weight_scale', (rows, groups))
@@ -225,7 +225,8 @@ def _group(settings, found):
                       f'{kind} of {" and ".join(map(str, bits))}')
     if strategy not in strategies:
         raise refusal(f'{_NAME} {layout} weights by {strategy!r}', ', '.join(strategies))
-    size, block = -1, None
+    size: Any = -1
+    block = None
     if strategy in ('group', 'tensor_group'):
         size = weights.get('group_size')
         own = fp4.GROUP.get(layout.partition('-')[0])

@@ -30,7 +30,7 @@ class ModelOpt:
 
         :raises EngineError: naming what the native engine does not run.
         """
-        self._kind = quantized.settings.get('quant_algo')
+        self._kind = quantized.settings.get('quant_algo') or ''
         if self._kind not in _STORED:
             raise refusal(f'modelopt with the quant_algo {self._kind!r}', ', '.join(_STORED))
 
