@@ -127,7 +127,7 @@ def coded(build, half, capability, early):
                      ROWS=choice.rows, COLUMNS=choice.columns, NORM=gated, GATED=gated,
                      ADD=not gated, BIAS=gated)
         # A lane loads 16 bytes of codes at a time.
-        assert 'ld.global.L1::evict_first.v4.b32' in made.asm['ptx']
+        assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
