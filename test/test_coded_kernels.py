@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip('triton')
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.coded_kernels import CodedOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import TorchOps
@@ -131,3 +133,12 @@ def test_every_scale_of_8_bits(make):
         coded_kernels.widen(weight, slice(0, len(numbers)), out)
         for got in (out, weight.dequantise(slice(None), torch.float32)):
             assert torch.equal(got, exact.float()[:, None].expand(-1, 32))
+
+
+@pytest.mark.parametrize('file', [kernels, scaled_kernels, coded_kernels])
+def test_tuned_layouts_hold_for_these_kernels(monkeypatch, file):
+    """A change of any of the step's kernels is another version."""
+    before, read = CodedOps._version(), Path.read_bytes
+    monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path) + (
+        b'#' if path == Path(file.__file__) else b''))
+    assert CodedOps._version() != before

@@ -84,8 +84,8 @@ def test_every_form(tmp_path, name):
     assert 'input_' in footprint.details.get('unused_tensors', 'input_')
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block', 'nf4-double',
-                                  'nvfp4'])
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',
+                                  'nf4-double', 'nvfp4'])
 def test_biases_and_a_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
 

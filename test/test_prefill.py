@@ -11,11 +11,11 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from physai_decode.checkpoint import inspect
-from physai_decode.engines.native.coded_kernels import CodedOps
 from physai_decode.engines.native import architecture
 from physai_decode.engines.native import prefill
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
+from physai_decode.engines.native.coded_kernels import CodedOps
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Choice
 from physai_decode.engines.native.prefill import Prefill
