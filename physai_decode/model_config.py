@@ -310,6 +310,8 @@ def _quantization_name(found, method, bits, size):
     if method == 'bitsandbytes':
         four_bit = found.get('load_in_4bit') or found.get('_load_in_4bit')
         return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
+    if method == 'modelopt':
+        return f'{method}-{str(found.get("quant_algo", "unknown")).lower()}'
     name = method
     if bits is not None:
         kind = _shared(found, 'type') or '' if method == 'compressed-tensors' else 'int'

@@ -9,6 +9,7 @@ import re
 import sys
 
 from physai_decode.engines import sampling_kernels
+from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import prefill_kernels
 from physai_decode.engines.native import scaled_kernels
@@ -30,10 +31,11 @@ MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as a
 
 
 def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', values=None,
-             scales='fp16', zeros='fp16', **constants):
+             scales='fp16', zeros='fp16', codes='u8', table=None, **constants):
     """Compile one kernel; ``half`` is bf16 or fp16."""
     kinds = {**POINTERS, 'x': x, 'out': out, 'parts': parts, 'scales': scales, 'zeros': zeros,
-             'values': values or POINTERS['values']}
+             'values': values or POINTERS['values'], 'codes': codes,
+             'table': table or POINTERS['table']}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -93,6 +95,7 @@ def main():
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
         scaled(build, half, capability, early)
+        coded(build, half, capability, early)
         if capability >= 80:
             prefills(build, half, capability)
     choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
@@ -113,6 +116,23 @@ def scaled(build, half, capability, early):
             assert 'evict_first' in ahead
     compiled(scaled_kernels._widen, capability, half, values='i8', scales='fp32', zeros='fp32',
              out=half, K=3584, GROUP=128, GROUPS=28, BLOCK=1024, FLOAT=True, ZEROS=False)
+
+
+def coded(build, half, capability, early):
+    """Compile the kernels of codes of 4 bits, with scales of every type."""
+    for gated, scales, group in ((True, 'fp32', 64), (False, 'i8', 16), (True, 'u8', 32)):
+        choice = kernels.CODED_CHOICES[0]
+        made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
+                     warps=choice.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
+                     ROWS=choice.rows, COLUMNS=choice.columns, NORM=gated, GATED=gated,
+                     ADD=not gated, BIAS=gated)
+        # A lane loads 16 bytes of codes at a time.
+        assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
+        if early:
+            ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
+            assert 'evict_first' in ahead
+    compiled(coded_kernels._widen, capability, half, codes='u8', table='fp32', scales='i8',
+             out=half, K=3584, GROUP=16, BLOCK=1024)
 
 
 def prefills(build, half, capability):

@@ -8,6 +8,7 @@ makes of the tensors against them.
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,23 @@ def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
 
 
 def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool = False,
-           dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Any], Draw]:
+           dtype: torch.dtype = torch.bfloat16, strategy: str = '') -> tuple[dict[str, Any], Draw]:
     """
     Give the config and the tensors of compressed-tensors, layout pack-quantized.
 
-    :param group_size: -1 for a scale a row.
+    :param group_size: -1 for a scale a row, or, by the strategy tensor, for one of all.
     """
+    strategy = strategy or ('channel' if group_size == -1 else 'group')
     least, each = -2 ** (bits - 1), 32 // bits
 
     def draw(generator, n, k):
         groups = 1 if group_size == -1 else k // group_size
         q = torch.randint(least, -least, (n, k), generator=generator)
-        zeros = torch.zeros(n, groups, dtype=torch.int64)
+        high = 1 if strategy == 'tensor' else n
+        zeros = torch.zeros(high, groups, dtype=torch.int64)
         if not symmetric:
-            zeros = torch.randint(least, -least, (n, groups), generator=generator)
-        scales = _scales(generator, (n, groups), k, 2 ** bits / 12**0.5).to(dtype)
+            zeros = torch.randint(least, -least, (high, groups), generator=generator)
+        scales = _scales(generator, (high, groups), k, 2 ** bits / 12**0.5).to(dtype)
         g_idx = torch.arange(k) // (k // groups)
         if act_order:
             # One order for all modules of a width, as quantisers of shared inputs have it.
@@ -106,14 +109,17 @@ def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool =
 
         stored = {'weight_packed': in_words(q), 'weight_scale': scales,
                   'weight_shape': torch.tensor([n, k])}
+        if strategy == 'tensor':
+            stored['weight_scale'] = scales[0]
         if not symmetric:
-            stored['weight_zero_point'] = in_words(zeros.t()).t().contiguous()
+            stored['weight_zero_point'] = zeros[0].to(torch.int8) if strategy == 'tensor' else \
+                in_words(zeros.t()).t().contiguous()
         if act_order:
             stored['weight_g_idx'] = g_idx.int()
         return stored, (q - zeros[:, g_idx]) * scales.double()[:, g_idx]
 
     return compressed('pack-quantized', num_bits=bits, type='int', symmetric=symmetric,
-                      strategy='channel' if group_size == -1 else 'group',
+                      strategy=strategy,
                       group_size=None if group_size == -1 else group_size,
                       actorder='group' if act_order else None), draw
 
@@ -146,13 +152,13 @@ def float8(strategy: str, method: str = 'compressed-tensors') -> tuple[dict[str,
     Give the config and the tensors of floats of 8 bits.
 
     :param strategy: tensor, channel or block (of 128 x 128).
-    :param method: compressed-tensors or fp8.
+    :param method: compressed-tensors, fp8 or modelopt.
     """
     def draw(generator, n, k):
         values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
         shape = {'tensor': (), 'channel': (n, 1), 'block': (-(-n // 128), -(-k // 128))}[strategy]
         scales = _scales(generator, shape, k, 1)
-        scales = scales if method == 'fp8' else scales.bfloat16()
+        scales = scales.bfloat16() if method == 'compressed-tensors' else scales
         wide = scales.double()
         if strategy == 'block':
             wide = wide.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
@@ -160,6 +166,8 @@ def float8(strategy: str, method: str = 'compressed-tensors') -> tuple[dict[str,
         end = 'weight_scale_inv' if (method, strategy) == ('fp8', 'block') else 'weight_scale'
         return {**stored, end: scales}, values.double() * wide
 
+    if method == 'modelopt':
+        return {'quant_method': 'modelopt', 'quant_algo': 'FP8', 'ignore': ['lm_head']}, draw
     if method == 'fp8':
         return {'quant_method': 'fp8', 'activation_scheme': 'dynamic', **(
             {'weight_block_size': [128, 128], 'fmt': 'e4m3'} if strategy == 'block' else {})}, draw
@@ -189,6 +197,103 @@ def gptq8(group_size: int, symmetric: bool = True,
 
     return {'quant_method': 'gptq', 'bits': 8, 'group_size': group_size, 'sym': symmetric,
             'desc_act': act_order, 'checkpoint_format': 'gptq'}, draw
+
+
+# The numbers of each kind of 4 bits, by code.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
+FP4 = torch.tensor([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]).double()
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0]).double()
+TABLES = {'nf4': NF4, 'fp4': torch.cat((FP4, -FP4))}
+
+
+def bitsandbytes(kind: str, block: int = 64, double: bool = False,
+                 storage: torch.dtype = torch.uint8) -> tuple[dict[str, Any], Draw]:
+    """
+    Give the config and the tensors of bitsandbytes.
+
+    :param kind: nf4, fp4 or int8.
+    :param block: weights of a scale, of 4 bits.
+    :param double: whether the scales are quantised too.
+    :param storage: as what the codes are stored.
+    """
+    def eight(generator, n, k):
+        q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+        scales = _scales(generator, (n,), k, 74 / 127)
+        return ({'weight': q, 'SCB': scales, 'weight_format': torch.zeros((), dtype=torch.uint8)},
+                q.double() * scales.double()[:, None] / 127)
+
+    def four(generator, n, k):
+        codes = torch.randint(0, 16, (n * k,), generator=generator, dtype=torch.uint8)
+        blocks = -(-n * k // block)
+        scales = _scales(generator, (blocks,), k, 0.5)
+        state = {'quant_type': kind, 'blocksize': block, 'dtype': 'bfloat16', 'shape': [n, k]}
+        stored = {'weight.absmax': scales}
+        wide = scales.double()
+        if double:
+            places = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+            table = torch.linspace(-1, 1, 256)
+            nested = _scales(generator, (-(-blocks // 256),), k, 2)
+            state.update(nested_blocksize=256, nested_dtype='float32',
+                         nested_offset=scales.mean().item())
+            wide = (table.double()[places.long()]
+                    * nested.double()[torch.arange(blocks) // 256] + state['nested_offset'])
+            stored = {'weight.absmax': places, 'weight.nested_absmax': nested,
+                      'weight.nested_quant_map': table}
+        packed = codes[::2] << 4 | codes[1::2]
+        exact = TABLES[kind][codes.long()] * wide[torch.arange(n * k) // block]
+        return {'weight': packed.view(storage)[:, None], 'weight.quant_map': TABLES[kind].float(),
+                f'weight.quant_state.bitsandbytes__{kind}': torch.tensor(
+                    list(json.dumps(state).encode()), dtype=torch.uint8),
+                **stored}, exact.view(n, k)
+
+    config = {'quant_method': 'bitsandbytes', 'load_in_8bit': kind == 'int8',
+              'load_in_4bit': kind != 'int8', 'llm_int8_skip_modules': ['lm_head']}
+    if kind == 'int8':
+        return config, eight
+    return {**config, 'bnb_4bit_quant_type': kind, 'bnb_4bit_use_double_quant': double}, four
+
+
+def float4(layout: str) -> tuple[dict[str, Any], Draw]:
+    """
+    Give the config and the tensors of floats of 4 bits.
+
+    :param layout: nvfp4 and mxfp4 of compressed-tensors, or modelopt, which has NVFP4.
+    """
+    size = 32 if layout == 'mxfp4' else 16
+
+    def draw(generator, n, k):
+        codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+        stored = {'weight' if layout == 'modelopt' else 'weight_packed':
+                  codes[:, ::2] | codes[:, 1::2] << 4}
+        shape = n, -(-k // size)
+        if layout == 'mxfp4':
+            # Of weights that keep an input's size.
+            middle = 126 - round(math.log2(k) / 2)
+            scales = torch.randint(middle - 2, middle + 1, shape, generator=generator,
+                                   dtype=torch.uint8)
+            wide = 2.0 ** (scales.double() - 127)
+        else:
+            scales = (torch.rand(shape, generator=generator) * 400 + 1).to(torch.float8_e4m3fn)
+            common = (torch.rand((), generator=generator) + 0.5) * 1.5 / 3 / 200 / k**0.5
+            if layout == 'modelopt':
+                stored.update(weight_scale_2=common, input_scale=torch.ones(()))
+            else:
+                common = (1 / common).reshape(1)
+                stored.update(weight_global_scale=common, input_global_scale=torch.ones(1))
+            wide = scales.double() * (common.double() if layout == 'modelopt' else
+                                      1 / common.double())
+        stored['weight_scale'] = scales
+        return stored, E2M1[codes.long()] * wide.repeat_interleave(size, 1)[:, :k]
+
+    if layout == 'modelopt':
+        return {'quant_method': 'modelopt', 'quant_algo': 'NVFP4', 'ignore': ['lm_head']}, draw
+    return compressed(f'{layout}-pack-quantized', num_bits=4, type='float', symmetric=True,
+                      strategy='group' if layout == 'mxfp4' else 'tensor_group',
+                      group_size=size), draw
 
 
 def compressed(layout: str, activations: dict[str, Any] | None = None,
@@ -224,8 +329,10 @@ def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int
                        for end, tensor in tensors.items()})
         state[name] = exact.float()
     save_file(stored, folder / 'model.safetensors', metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'quantization_config': form[0]}))
+    path, config = folder / 'config.json', dict(form[0])
+    if 'ignore' in config:
+        config['ignore'] = [f're:.*{part}' for part in dense]
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'quantization_config': config}))
     return state
 
 

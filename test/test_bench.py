@@ -546,7 +546,8 @@ def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantiz
     assert found.quantization == {
         'none': 'none', 'gptq': 'gptq-int4-g128', 'awq': 'awq-int4-g128', 'fp8': 'fp8',
         'w4a16': 'compressed-tensors-int4-g128',
-        'w8a16': 'compressed-tensors-int8'}[quantization]
+        'w8a16': 'compressed-tensors-int8',
+        'nvfp4': 'compressed-tensors-float4-g16'}[quantization]
     assert found.weight_bytes == sum(
         spec.bytes for spec in synthetic.specs(synthetic.config(shape, quantization)))
     assert (tmp_path / 'model.safetensors').stat().st_blocks * 512 < 1_000_000
@@ -591,6 +592,12 @@ def _float_weight(torch, tensors, name, quantization):
         return codes * tensors[f'{name}.weight_scale'].float().repeat_interleave(128, 1)
     if quantization == 'w8a16':
         return tensors[f'{name}.weight'] * tensors[f'{name}.weight_scale'].float()
+    if quantization == 'nvfp4':
+        packed = tensors[f'{name}.weight_packed']
+        codes = torch.stack([packed & 15, packed >> 4], 2).flatten(1).long()
+        table = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6])
+        scales = tensors[f'{name}.weight_scale'].float() / tensors[f'{name}.weight_global_scale']
+        return torch.cat((table, -table))[codes] * scales.repeat_interleave(16, 1)
     if quantization == 'fp8':
         scales = tensors[f'{name}.weight_scale_inv'].repeat_interleave(128, 0)
         return tensors[f'{name}.weight'].float() * scales.repeat_interleave(128, 1)

@@ -47,6 +47,16 @@ def test_the_fastest_that_can_run_it(model, monkeypatch):
     assert chosen(model, monkeypatch, everything)[0] == 'native'
 
 
+@pytest.mark.parametrize('quantization', [
+    {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
+    {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}])
+@pytest.mark.parametrize('installed', [(), ('bitsandbytes', 'accelerate')])
+def test_four_bits_without_their_library(model, monkeypatch, quantization, installed):
+    found = chosen(model, monkeypatch, installed, quantization_config=quantization)
+    assert found.name == 'native'
+    assert found.reason.endswith('4 weights')
+
+
 @pytest.mark.parametrize(('changes', 'name', 'word'), [
     ({'model_type': 'gemma2'}, 'transformers', 'gemma2'),
     ({'hidden_act': 'gelu'}, 'transformers', 'gelu'),

@@ -30,11 +30,13 @@ FORMS = {
     'packed4-zeros': random_formats.packed(4, 64, symmetric=False),
     'packed4-zeros-rows': random_formats.packed(4, -1, symmetric=False),
     'packed4-order': random_formats.packed(4, 32, symmetric=False, act_order=True),
+    'packed4-tensor': random_formats.packed(4, -1, symmetric=False, strategy='tensor'),
     'packed4-half': random_formats.packed(4, 128, dtype=torch.float16)}
 EIGHT = {
     'packed8-g128': random_formats.packed(8, 128),
     'packed8-zeros': random_formats.packed(8, 64, symmetric=False),
     'packed8-rows': random_formats.packed(8, -1),
+    'packed8-tensor': random_formats.packed(8, -1, symmetric=False, strategy='tensor'),
     'packed8-order': random_formats.packed(8, 32, act_order=True),
     'int8-rows': random_formats.int8(-1),
     'int8-rows-zeros': random_formats.int8(-1, symmetric=False),
@@ -47,9 +49,18 @@ EIGHT = {
     'gptq8-g128': random_formats.gptq8(128),
     'gptq8-rows': random_formats.gptq8(-1),
     'gptq8-zeros-order': random_formats.gptq8(32, symmetric=False, act_order=True)}
+FOUR = {
+    'nf4': random_formats.bitsandbytes('nf4'), 'fp4': random_formats.bitsandbytes('fp4'),
+    'nf4-double': random_formats.bitsandbytes('nf4', double=True),
+    'nf4-blocks': random_formats.bitsandbytes('nf4', block=4096, storage=torch.bfloat16),
+    'bnb-int8': random_formats.bitsandbytes('int8'),
+    **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')},
+    'modelopt-fp8': random_formats.float8('tensor', 'modelopt')}
 FORMS.update(EIGHT)
+FORMS.update(FOUR)
 NAMES = {'awq-g64': 'awq-int4-g64', 'packed4-g128': 'compressed-tensors-int4-g128',
-         'packed4-g-1': 'compressed-tensors-int4'}
+         'packed4-g-1': 'compressed-tensors-int4', 'nf4': 'bitsandbytes-nf4',
+         'nvfp4': 'compressed-tensors-float4-g16', 'modelopt': 'modelopt-nvfp4'}
 
 
 def check(folder, state):
@@ -70,15 +81,16 @@ def test_every_form(tmp_path, name):
     footprint = check(tmp_path, state)
     assert footprint.quantization == NAMES.get(name, footprint.quantization)
     assert 'dense_fallbacks' not in footprint.details
-    assert 'input_scale' in footprint.details.get('unused_tensors', 'input_scale')
+    assert 'input_' in footprint.details.get('unused_tensors', 'input_')
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block'])
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',
+                                  'nf4-double', 'nvfp4'])
 def test_biases_and_a_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel'])
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel', 'nf4', 'mxfp4'])
 def test_modules_that_are_left_dense(tmp_path, name):
     """A whole one stays as it is; one of several that are run as one makes these dense."""
     state = random_formats.save(tmp_path, 'llama', FORMS[name],
@@ -90,7 +102,8 @@ def test_groups_of_several_sizes(tmp_path):
     """As a config with several groups says it; one size for what is run as one, or not."""
     form, other = random_formats.packed(4, 32), random_formats.packed(4, 128)
     groups = form[0]['config_groups']
-    groups['group_1'] = other[0]['config_groups']['group_0']
+    groups['group_1'] = {**other[0]['config_groups']['group_0'], 'targets': [
+        're:.*down_proj', 'model.layers.0.self_attn.v_proj']}
     state = random_formats.save(tmp_path, 'llama', form, **WIDE,
                                 other={'down_proj': other[1], '0.self_attn.v': other[1]})
     footprint = check(tmp_path, state)
@@ -98,12 +111,49 @@ def test_groups_of_several_sizes(tmp_path):
     assert footprint.quantization == 'compressed-tensors-int4'
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-g64'])
+@pytest.mark.parametrize('changed', [
+    lambda it: it['config_groups']['group_0'].update(targets=['re:.*self_attn.*']),
+    lambda it: it['config_groups']['group_0'].update(targets=['model.layers.1.mlp.up_proj']),
+    lambda it: it.update(ignore=['lm_head', 'model.layers.0.mlp.gate_proj'])])
+def test_no_group_has_a_quantised_module(tmp_path, changed):
+    random_formats.save(tmp_path, 'llama', FORMS['packed4-g64'])
+    change(tmp_path, changed)
+    with pytest.raises(EngineError, match='layers.0.* stored quantised, but .*ignore.*targets'):
+        load(NativeEngine, tmp_path, CPU)
+
+
+def test_blocks_that_run_on_in_the_next_row(tmp_path):
+    """Rows of 144 columns in blocks of 64: a group has 16 columns, of one block."""
+    check(tmp_path, random_formats.save(
+        tmp_path, 'llama', FORMS['nf4-double'], hidden_size=144, intermediate_size=48,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=64))
+
+
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-g64', 'nf4', 'nvfp4'])
 def test_auto_takes_native(tmp_path, name):
     random_formats.save(tmp_path, 'llama', FORMS[name])
     engine = build(inspect(tmp_path), EngineConfig(device='cpu', cpu_threads=1))
     assert engine.footprint.engine == 'native'
     engine.close()
+
+
+STATE = 'weight.quant_state.bitsandbytes__nf4'
+
+
+def said_so(content):
+    """Give the bytes of a quant_state."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda it: torch.tensor(list(text), dtype=torch.uint8)
+
+
+def state(**changed):
+    """Change what a quant_state says."""
+    return lambda it: said_so({**json.loads(bytes(it.tolist())), **changed})(it)
+
+
+def filled(number):
+    """Give a tensor of one number."""
+    return lambda it: torch.full_like(it.float(), number).to(it.dtype)
 
 
 MODULE = 'model.layers.1.mlp.down_proj'
@@ -164,11 +214,63 @@ def weights(**changed):
     ('fp8-tensor', {'replace': {'weight': lambda it: it.view(torch.int8)}}, (MODULE,)),
     ('float8-channel', {'replace': {'weight': lambda it: it.view(torch.int8)}},
      (MODULE, 'stored as I8')),
-    ('int8-rows',
-     {'replace': {'weight': lambda it: it.clamp(-100, 100).view(torch.float8_e4m3fn)}},
+    ('int8-rows', {'replace': {'weight': lambda it: it.clamp(-9, 9).view(torch.float8_e4m3fn)}},
      (MODULE, 'stored as F8_E4M3')),
     ('float8-channel', {'config': weights(num_bits=4)}, ('float of 4 bits', 'float of 8')),
-    ('packed4-order', {'replace': {'weight_g_idx': lambda it: it * 0}}, (MODULE, 'g_idx'))])
+    ('packed4-order', {'replace': {'weight_g_idx': lambda it: it * 0}}, (MODULE, 'g_idx')),
+    *(('packed4-g64', {'config': lambda it, bad=bad: it.update(ignore=bad)}, ('ignore', 'damaged'))
+      for bad in (3, ['re:('], [7])),
+    ('nvfp4', {'config': weights(group_size=32)}, ('groups of 32', 'runs 16')),
+    ('nvfp4', {'config': weights(strategy='group')}, ("'group'", 'tensor_group')),
+    ('nvfp4', {'config': weights(num_bits=8)}, ('float of 8 bits', 'float of 4')),
+    ('mxfp4', {'config': weights(group_size=16)}, ('groups of 16', 'runs 32')),
+    *(('nvfp4', {'replace': {'weight_global_scale': filled(number)}},
+       (MODULE, 'weight_global_scale', 'above 0')) for number in (0.0, -1.0, float('nan'))),
+    ('nvfp4', {'replace': {'weight_global_scale': lambda it: None}}, (MODULE, 'no tensor')),
+    ('nvfp4', {'replace': {'weight_global_scale': lambda it: it.repeat(3)}}, (MODULE, '[3]')),
+    ('nvfp4', {'replace': {'weight_scale': lambda it: it.float()}}, (MODULE, 'float32')),
+    ('nvfp4', {'replace': {'weight_scale': filled(float('nan'))}}, (MODULE, 'not numbers')),
+    ('nvfp4', {'replace': {'weight_packed': lambda it: it.view(torch.int8)}}, (MODULE, 'int8')),
+    ('nvfp4', {'replace': {'weight_packed': lambda it: it[:, ::2].contiguous()}},
+     (MODULE, 'weight_packed', '[128, 64]')),
+    ('mxfp4', {'replace': {'weight_scale': filled(255)}}, (MODULE, 'not numbers')),
+    ('mxfp4', {'replace': {'weight_scale': lambda it: it.float()}}, (MODULE, 'float32')),
+    ('modelopt', {'config': lambda it: it.update(quant_algo='W4A8_AWQ')}, ("'W4A8_AWQ'", 'NVFP4')),
+    ('modelopt', {'replace': {'weight_scale_2': lambda it: None}}, (MODULE, 'no tensor')),
+    ('modelopt-fp8', {'replace': {'weight_scale': lambda it: None}}, (MODULE, 'no tensor')),
+    ('modelopt-fp8', {'replace': {'weight': lambda it: it.view(torch.int8)}}, (MODULE,)),
+    ('nf4', {'config': lambda it: it.update(bnb_4bit_quant_type='int4')}, ("'int4'", 'nf4, fp4')),
+    ('nf4', {'config': lambda it: it.update(bnb_4bit_quant_type='fp4')}, ('q_proj', '__fp4')),
+    ('nf4', {'config': lambda it: it.update(load_in_8bit=True)}, ('both', 'with one')),
+    ('nf4', {'config': lambda it: it.update(load_in_4bit=False)}, ('none', 'with one')),
+    *(('nf4', {'replace': {STATE: said_so(content)}}, (MODULE, STATE, 'damaged')) for content in (
+        b'', b'\xff\x00', b'{', b'[' * 9000, b'[]', b'3', b'"' + b'9' * 99)),
+    *(('nf4', {'replace': {STATE: state(**{key: bad})}}, (MODULE, key)) for key, bad in (
+        ('blocksize', 0), ('blocksize', 64.0), ('blocksize', True), ('blocksize', None),
+        ('blocksize', 1 << 70), ('shape', [1, 2]), ('shape', None), ('shape', 'no'))),
+    ('nf4', {'replace': {STATE: state(quant_type='fp4')}}, (MODULE, "'fp4'")),
+    ('nf4', {'replace': {STATE: state(blocksize=128)}}, (MODULE, 'absmax', '[512]')),
+    ('nf4', {'replace': {STATE: lambda it: it.float()}}, (MODULE, 'damaged')),
+    ('nf4', {'replace': {STATE: lambda it: None}}, (MODULE, 'no tensor')),
+    ('nf4', {'replace': {STATE: state(blocksize=8)}}, (MODULE, 'blocks of 8')),
+    ('nf4', {'replace': {'weight.absmax': lambda it: None}}, (MODULE, 'no tensor')),
+    ('nf4', {'replace': {'weight.absmax': filled(float('inf'))}}, (MODULE, 'not numbers')),
+    ('nf4', {'replace': {'weight.absmax': lambda it: it.to(torch.uint8)}}, (MODULE, 'nested')),
+    ('nf4', {'replace': {'weight.quant_map': filled(0.0)}}, (MODULE, 'not that of nf4')),
+    ('nf4', {'replace': {'weight.quant_map': lambda it: it[:9].clone()}}, (MODULE, '[9]')),
+    ('nf4', {'replace': {'weight': lambda it: it[9:].clone()}}, (MODULE, 'bytes')),
+    *(('nf4-double', {'replace': {STATE: state(**{key: bad})}}, (MODULE, key)) for key, bad in (
+        ('nested_blocksize', 0), ('nested_blocksize', '256'), ('nested_offset', None),
+        ('nested_offset', float('nan')), ('nested_offset', 10**400))),
+    ('nf4-double', {'replace': {'weight.absmax': lambda it: it.float()}}, (MODULE, 'nested')),
+    ('nf4-double', {'replace': {'weight.nested_absmax': filled(float('nan'))}},
+     (MODULE, 'not numbers')),
+    ('nf4-double', {'replace': {'weight.nested_quant_map': lambda it: it[1:].clone()}},
+     (MODULE, '[255]')),
+    ('bnb-int8', {'replace': {'SCB': filled(float('nan'))}}, (MODULE, 'not numbers')),
+    ('bnb-int8', {'replace': {'SCB': lambda it: None}}, (MODULE, 'no tensor')),
+    ('bnb-int8', {'replace': {'weight': lambda it: it.view(torch.uint8)}}, (MODULE, 'uint8')),
+    ('bnb-int8', {'replace': {'weight_format': filled(2)}}, (MODULE, 'plain rows'))])
 def test_refusals(tmp_path, name, changes, said):
     random_formats.save(tmp_path, 'llama', FORMS[name])
     change(tmp_path, **changes)

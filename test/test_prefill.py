@@ -15,10 +15,10 @@ from physai_decode.engines.native import architecture
 from physai_decode.engines.native import prefill
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
+from physai_decode.engines.native.coded_kernels import CodedOps
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Choice
 from physai_decode.engines.native.prefill import Prefill
-from physai_decode.engines.native.scaled_kernels import ScaledOps
 from physai_decode.engines.native.transformer import Transformer
 import random_formats
 import random_gptq
@@ -43,7 +43,7 @@ def load(folder, dtype=torch.float32):
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
                           checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
-            for ops in (ScaledOps(DEVICE, splits=2), TorchOps(on_host=False))]
+            for ops in (CodedOps(DEVICE, splits=2), TorchOps(on_host=False))]
 
 
 def error(got, expected):
@@ -94,7 +94,8 @@ def test_gptq(tmp_path, form, library, monkeypatch):
 
 @pytest.mark.parametrize('form', [
     random_formats.int8(-1, symmetric=False), random_formats.float8('block'),
-    random_formats.packed(8, 32, act_order=True)])
+    random_formats.packed(8, 32, act_order=True), random_formats.bitsandbytes('nf4', double=True),
+    random_formats.float4('nvfp4')])
 def test_8_bits(tmp_path, form, monkeypatch):
     monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
     monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)

@@ -21,9 +21,10 @@ import struct
 MARK = 'random_weights.txt'         # in every folder made here, and first: what is there is ours
 SHARD_BYTES = 4_500_000_000
 GROUP = 128                         # input rows that share one scale, GPTQ and AWQ
+NVFP4_GROUP = 16                    # input rows that share one scale
 NF4_BLOCK = 64                      # weights that share one absolute maximum
 STD = 0.02                          # of every random matrix; norms are 1
-DESCRIBED = ('none', 'gptq', 'awq', 'w4a16', 'w8a16', 'fp8')     # that the native engine runs
+DESCRIBED = ('none', 'gptq', 'awq', 'w4a16', 'w8a16', 'fp8', 'nvfp4')   # made on the device
 QUANTIZATIONS = (*DESCRIBED, 'nf4')
 
 _LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
@@ -91,10 +92,10 @@ SHAPES = {
 }
 
 
-def _compressed(layout, bits, group_size):
-    """Give what a config says of compressed-tensors with symmetric integers."""
-    weights = {'num_bits': bits, 'type': 'int', 'symmetric': True, 'group_size': group_size,
-               'strategy': 'group' if group_size else 'channel'}
+def _compressed(layout, bits, group_size, kind='int', strategy=''):
+    """Give what a config says of compressed-tensors with symmetric numbers."""
+    weights = {'num_bits': bits, 'type': kind, 'symmetric': True, 'group_size': group_size,
+               'strategy': strategy or ('group' if group_size else 'channel')}
     return {'quant_method': 'compressed-tensors', 'format': layout, 'ignore': ['lm_head'],
             'quantization_status': 'compressed',
             'config_groups': {'group_0': {'targets': ['Linear'], 'weights': weights}}}
@@ -109,6 +110,7 @@ _QUANTIZATION_CONFIG = {
     'w8a16': _compressed('int-quantized', 8, None),
     'fp8': {'quant_method': 'fp8', 'activation_scheme': 'dynamic', 'fmt': 'e4m3',
             'weight_block_size': [GROUP, GROUP]},
+    'nvfp4': _compressed('nvfp4-pack-quantized', 4, NVFP4_GROUP, 'float', 'tensor_group'),
     'nf4': {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'load_in_8bit': False,
             'bnb_4bit_quant_type': 'nf4', 'bnb_4bit_use_double_quant': False,
             'bnb_4bit_compute_dtype': 'bfloat16', 'bnb_4bit_quant_storage': 'uint8'},
@@ -286,6 +288,10 @@ def _linear(name, out, rows, half, method):
     elif method == 'int-quantized':
         yield Spec(f'{name}.weight', 'I8', (out, rows), 'int8')
         yield Spec(f'{name}.weight_scale', 'BF16', (out, 1), 'scales of int8')
+    elif method == 'nvfp4-pack-quantized':
+        yield Spec(f'{name}.weight_packed', 'U8', (out, rows // 2), 'bytes')
+        yield Spec(f'{name}.weight_scale', 'F8_E4M3', (out, rows // NVFP4_GROUP), 'scales of fp4')
+        yield Spec(f'{name}.weight_global_scale', 'F32', (1,), 'scale of scales')
     elif method == 'fp8':
         blocks = -(-out // GROUP), -(-rows // GROUP)
         yield Spec(f'{name}.weight', 'F8_E4M3', (out, rows), 'float8')
@@ -345,6 +351,11 @@ def _make(spec, generator):
         made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / math.sqrt((255**2 - 1) / 12))
     elif spec.fill == 'scales of float8':
         made = empty.uniform_(0.9, 1.1, generator=generator) * STD
+    elif spec.fill == 'scales of fp4':
+        made = torch.empty(spec.shape, device=empty.device).uniform_(
+            230, 282, generator=generator).to(dtype)
+    elif spec.fill == 'scale of scales':    # 2.93: the deviation of the numbers E2M1
+        made = empty.fill_(256 * 2.93 / STD)
     elif spec.fill.startswith('shape'):
         made = torch.tensor([int(number) for number in spec.fill.split()[1:]])
     elif spec.fill == 'groups':

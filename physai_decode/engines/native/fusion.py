@@ -7,6 +7,7 @@ form is for the caller to make dense.
 
 from dataclasses import replace
 
+from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
@@ -29,7 +30,10 @@ def fuse(parts: list[Linear], paired: bool = False) -> Linear | None:
     if len(int4) == len(parts):
         return _int4(int4, paired)
     scaled = [part for part in parts if isinstance(part, Scaled)]
-    return _scaled(scaled, paired) if len(scaled) == len(parts) else None
+    if len(scaled) == len(parts):
+        return _scaled(scaled, paired)
+    coded = [part for part in parts if isinstance(part, Coded)]
+    return _coded(coded, paired) if len(coded) == len(parts) else None
 
 
 def densified(part: Linear, dtype: torch.dtype) -> Tensor:
@@ -71,26 +75,49 @@ def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
 
 def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
     """Stack; where ``paired``, 8 rows of gate and of up take turns."""
-    first, half = parts[0], TILE_ROWS // 2
-    if (not _same_order(parts) or len({part.kind for part in parts}) > 1
-            or paired and any(part.shape[0] % half for part in parts)):
+    first = parts[0]
+    if not _same_order(parts) or not _stackable(parts, paired):
         return None
-
-    def joined(tensors):
-        if not paired:
-            return torch.cat(tensors)
-        return torch.stack([each.unflatten(0, (-1, half)) for each in tensors], 1).flatten(0, 2)
 
     zeros = bias = None
     if any(part.zeros is not None for part in parts):
-        zeros = joined([torch.zeros_like(part.scales) if part.zeros is None else part.zeros
-                        for part in parts])
+        zeros = _by_rows([torch.zeros_like(part.scales) if part.zeros is None else part.zeros
+                          for part in parts], paired)
     if first.bias is not None:
-        bias = joined([part.bias for part in parts if part.bias is not None])
+        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
     # Floats of 8 bits are joined as bits: not every operation takes them.
-    values = joined([part.values.view(torch.int8) for part in parts]).view(first.values.dtype)
-    return replace(first, values=values, scales=joined([part.scales for part in parts]),
-                   zeros=zeros, bias=bias)
+    values = _by_rows([part.values.view(torch.int8) for part in parts], paired)
+    return replace(first, values=values.view(first.values.dtype),
+                   scales=_by_rows([part.scales for part in parts], paired), zeros=zeros,
+                   bias=bias)
+
+
+def _coded(parts: list[Coded], paired: bool) -> Coded | None:
+    """Stack; where ``paired``, 8 rows of gate and of up take turns."""
+    first = parts[0]
+    if not _stackable(parts, paired) or any(
+            not torch.equal(part.table, first.table) for part in parts):
+        return None
+    bias = None
+    if first.bias is not None:
+        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
+    scales = _by_rows([part.scales.view(torch.uint8) for part in parts], paired)
+    return replace(first, codes=_by_rows([part.codes for part in parts], paired),
+                   scales=scales.view(first.scales.dtype),
+                   factors=_by_rows([part.factors for part in parts], paired), bias=bias)
+
+
+def _stackable(parts, paired):
+    return len({part.kind for part in parts}) == 1 and not (
+        paired and any(part.shape[0] % (TILE_ROWS // 2) for part in parts))
+
+
+def _by_rows(tensors, paired):
+    """Stack [N, ...]; where ``paired``, 8 rows of one and 8 of the other take turns."""
+    if not paired:
+        return torch.cat(tensors)
+    return torch.stack([each.unflatten(0, (-1, TILE_ROWS // 2)) for each in tensors],
+                       1).flatten(0, 2)
 
 
 def _same_order(parts):

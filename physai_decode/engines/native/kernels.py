@@ -12,6 +12,7 @@ after its own main loop, unless it is small: programs that come earlier crowd so
 from dataclasses import astuple
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import getfile
 import math
 from pathlib import Path
 
@@ -517,7 +518,7 @@ class Shape:
 
     n: int
     k: int
-    kind: str          # the weight's dtype, or int4-gGROUP
+    kind: str          # as the weight calls it
     gated: bool
     normed: bool
 
@@ -543,6 +544,11 @@ DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 256, 2, 4), (8, 256, 4, 1), (8, 512, 2, 1), (16, 256, 8, 1), (4, 1024, 4, 1),
     (2, 1024, 4, 1), (1, 2048, 4, 1), (2, 2048, 4, 1), (2, 2048, 8, 1), (4, 2048, 4, 1),
     (4, 2048, 8, 1)))
+# Of codes the columns are whole blocks of 32; one stage, as places in a table are no use ahead.
+CODED_CHOICES = tuple(Choice(*each) for each in (
+    (8, 512, 4, 1), (4, 512, 2, 1), (4, 1024, 2, 1), (4, 1024, 4, 1), (8, 1024, 4, 1),
+    (2, 2048, 4, 1), (4, 2048, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (2, 1024, 2, 1),
+    (1, 2048, 2, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
 
@@ -633,7 +639,7 @@ class TritonOps(TorchOps):
         Timed in whole steps and behind a context: what a kernel does to those beside it, such as
         crowding attention's programs on few processors, shows only there.
         """
-        version = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+        version = self._version()
         place = min(transformer.max_context, TUNING_CONTEXT) // 2
         cache = TuningCache(', '.join((
             torch.cuda.get_device_name(self._device), self.name, f'kernels {version}',
@@ -646,6 +652,12 @@ class TritonOps(TorchOps):
             self._tune('attention', _heads(layer), self._sharings, SHARING_CHOICES, cache,
                        transformer.step, progress)
         transformer.position.zero_()
+
+    @classmethod
+    def _version(cls):
+        """Name the kernels by what is in their files: the class's, and those of its bases."""
+        files = (Path(getfile(each)) for each in cls.__mro__ if issubclass(each, TritonOps))
+        return sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]
 
     def _tune(self, name, shape, chosen, choices, cache, step, progress):
         """Choose one kernel's layout, where that is not done."""
@@ -749,4 +761,5 @@ def _heads(layer):
 
 
 def _choices(shape):
-    return INT4_CHOICES if shape.kind.startswith('int4') else DENSE_CHOICES
+    form = shape.kind.partition('-')[0]
+    return {'int4': INT4_CHOICES, 'coded': CODED_CHOICES}.get(form, DENSE_CHOICES)

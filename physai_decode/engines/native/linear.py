@@ -1,5 +1,5 @@
 """
-The forms in which the engine keeps a projection: dense, 4-bit integers in groups, 8 bits scaled.
+The forms in which the engine keeps a projection: dense, or quantised in one of three ways.
 
 All have out_features rows and in_features columns, whatever they were fused from. ``apply`` is
 the large matrix product of the prefill and, on one row, the reference of the decode kernels.
@@ -7,6 +7,7 @@ the large matrix product of the prefill and, on one row, the reference of the de
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 DEQUANTISE_BYTES = 128 * 2**20   # dense weights that a prefill unpacks at a time
 TILE_ROWS = 16                   # what the matrix units take
+CODE_COLUMNS = 32                # of a block of 16 bytes, see `Coded`
 
 
 @dataclass(frozen=True)
@@ -198,17 +200,71 @@ class Scaled:
         """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
         if self.order is not None:
             x = x[..., self.order]
-        rows, columns = self.shape
-        piece = max(1, DEQUANTISE_BYTES // (4 * columns))
-        out = x.new_empty(*x.shape[:-1], rows)
-        for start in range(0, rows, piece):
-            some = slice(start, start + piece)
-            bias = None if self.bias is None else self.bias[some]
-            out[..., some] = F.linear(x, self.dequantise(some, x.dtype), bias)
-        return out
+        return _by_pieces(self, x)
 
 
-Linear = Dense | Int4 | Scaled
+@dataclass(frozen=True)
+class Coded:
+    """
+    Codes of 4 bits, each the place of a number in a table, with a scale for each row and group.
+
+    A weight is table[code] * scale * factor. In a block of 32 columns byte i has the code of
+    column i in its low bits, and that of column 16 + i in its high ones: a lane that loads 16
+    bytes multiplies two runs of the input. The last block is padded. Where gate and up are fused
+    8 rows of each take turns, as in an `Int4`.
+
+    ``codes`` uint8 [N, 16 * blocks]; ``scales`` [N, groups]: float32, float8_e4m3fn, or uint8,
+    which is an exponent of 2 plus 127 (0: the scale is 0); ``factors`` float32 [N]; ``table``
+    float32 [16]; ``bias`` [N] or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    factors: Tensor
+    table: Tensor
+    bias: Tensor | None
+    in_features: int
+    group_size: int         # columns that share a scale: a multiple of 16
+    order: ClassVar[None] = None        # the columns are as they are in the input
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.in_features
+
+    @property
+    def kind(self) -> str:
+        """What of the form a kernel's speed depends on."""
+        return f'coded-g{self.group_size}-{str(self.scales.dtype).removeprefix("torch.")}'
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one product with a vector reads."""
+        return _bytes(self.codes, self.scales, self.factors, self.table, self.bias)
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
+        return gate, up
+
+    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Give some rows dense, [rows, K]."""
+        blocks = self.codes[rows].unflatten(1, (-1, CODE_COLUMNS // 2))
+        codes = torch.stack((blocks & 0xF, blocks >> 4), 2).flatten(1)[:, :self.in_features]
+        scales = self.scales[rows]
+        if scales.dtype == torch.uint8:
+            scales = (scales.int() << 23).view(torch.float32)
+        scales = scales.float() * self.factors[rows, None]
+        numbers = self.table.index_select(0, codes.flatten().int()).view(codes.shape)
+        wide = scales.repeat_interleave(self.group_size, 1)[:, :self.in_features]
+        return numbers.mul_(wide).to(dtype)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
+        return _by_pieces(self, x)
+
+
+Linear = Dense | Int4 | Scaled | Coded
 
 
 def fragments(words: Tensor) -> Tensor:
@@ -230,6 +286,18 @@ def _rows(packed: Tensor) -> Tensor:
     """Undo `fragments`: [tiles, blocks, 16 * size] to [tiles, 16, blocks, size]."""
     parts = packed.unflatten(2, (-1, 2, 8, 4, 2, 2, 2)).permute(0, 7, 4, 1, 2, 5, 3, 6, 8)
     return parts.reshape(packed.shape[0], TILE_ROWS, packed.shape[1], -1)
+
+
+def _by_pieces(weight: Scaled | Coded, x: Tensor) -> Tensor:
+    """Multiply ``x`` [..., K], its columns in the weight's order, by some rows after others."""
+    rows, columns = weight.shape
+    piece = max(1, DEQUANTISE_BYTES // (4 * columns))
+    out = x.new_empty(*x.shape[:-1], rows)
+    for start in range(0, rows, piece):
+        some = slice(start, start + piece)
+        bias = None if weight.bias is None else weight.bias[some]
+        out[..., some] = F.linear(x, weight.dequantise(some, x.dtype), bias)
+    return out
 
 
 def _bytes(*tensors: Tensor | None) -> int:

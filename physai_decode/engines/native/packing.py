@@ -5,6 +5,8 @@ Knows no format: what comes in are plain numbers, one an element.
 """
 
 from physai_decode.engine import EngineError
+from physai_decode.engines.native.linear import CODE_COLUMNS
+from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Scaled
@@ -88,6 +90,37 @@ def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     return Scaled(
         values.contiguous(), scales[:, :groups].float().contiguous(),
         None if zeros is None else zeros[:, :groups].contiguous(), order, None, kernel_group)
+
+
+def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: int) -> Coded:
+    """
+    Take one projection of codes; a weight is table[code] * scale * factor.
+
+    :param codes: uint8 [N, K], from 0 to 15.
+    :param scales: float32, float8_e4m3fn, or uint8, exponents of 2 plus 127; [N, groups].
+    :param factors: float32, one or [N].
+    :param table: float32 [16].
+    :param size: columns of a group.
+    :raises EngineError: the groups do not fit the kernel, or a scale is no number.
+    """
+    rows, columns = codes.shape
+    if size % (CODE_COLUMNS // 2):
+        raise EngineError(f'its groups of {size} columns are no multiple of {CODE_COLUMNS // 2}; '
+                          'set engine.name to transformers')
+    bad = scales == 255 if scales.dtype == torch.uint8 else ~scales.float().isfinite()
+    if bool(bad.any()) or not bool(factors.isfinite().all()):
+        raise EngineError('it has scales that are not numbers: download the model again')
+    full = codes.new_zeros(rows, -(-columns // CODE_COLUMNS) * CODE_COLUMNS)
+    full[:, :columns] = codes
+    low, high = full.unflatten(1, (-1, 2, CODE_COLUMNS // 2)).unbind(2)
+    return Coded(
+        (low | high << 4).flatten(1), scales.contiguous(), factors.expand(rows).contiguous(),
+        table.to(codes.device), None, columns, size)
+
+
+def halves(packed: Tensor) -> Tensor:
+    """Split uint8 [N, M] into numbers of 4 bits, the low ones first; gives [N, 2 * M]."""
+    return torch.stack((packed & 0xF, packed >> 4), 2).flatten(1)
 
 
 def _kernel_group(size):

@@ -16,8 +16,10 @@ from functools import partial
 import math
 
 from physai_decode.engines import device as devices
+from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native import scaled_kernels
+from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
@@ -360,6 +362,9 @@ class Prefill:
         if isinstance(weight, Scaled):
             scaled_kernels.widen(weight, rows, part)
             return
+        if isinstance(weight, Coded):
+            coded_kernels.widen(weight, rows, part)
+            return
         blocks = weight.packed.shape[1]
         kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
             weight.packed, weight.scales,
@@ -545,7 +550,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
     """
     n, k = weight.shape
     packed = isinstance(weight, Int4)
-    if isinstance(weight, Scaled):
+    if isinstance(weight, (Scaled, Coded)):
         return LIBRARY
     if not packed and (tokens > 128 or not gated and (
             tokens == 64 and n > k or tokens == 128 and n >= k)):

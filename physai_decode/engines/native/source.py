@@ -15,8 +15,9 @@ from physai_decode.engines import stored
 import torch
 from torch import Tensor
 
-# How far random numbers deviate that are stored as such a type; I32 has uniform nibbles.
-_DEVIATION = {'I32': 4.61, 'I8': 73.6, 'F8_E4M3': 1.0}
+# How far random numbers deviate that are stored as such a type; I32 has uniform nibbles,
+# U8 E2M1.
+_DEVIATION = {'I32': 4.61, 'U8': 2.93, 'I8': 73.6, 'F8_E4M3': 1.0}
 
 
 class Source(Protocol):
@@ -88,6 +89,14 @@ class Random:
             return words | empty << 3
         if entry.dtype == 'I8':
             return self._integers(-127, 128, shape, torch.int8)
+        if entry.dtype == 'U8':
+            return torch.randint(0, 256, shape, dtype=torch.uint8, device=self._device,
+                                 generator=self._generator)
+        if kind == 'weight_global_scale':       # of scales about 1, of floats of 4 bits
+            return torch.full(shape, _DEVIATION['U8'] / 0.02, device=self._device)
+        if kind == 'weight_scale' and entry.dtype == 'F8_E4M3':
+            noise = torch.rand(shape, device=self._device, generator=self._generator)
+            return (0.9 + 0.2 * noise).to(torch.float8_e4m3fn)
         if entry.dtype == 'F8_E4M3':
             return torch.empty(shape, dtype=torch.float16, device=self._device).normal_(
                 generator=self._generator).to(torch.float8_e4m3fn)

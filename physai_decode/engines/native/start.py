@@ -64,12 +64,12 @@ def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOp
     if device.type == 'cpu':
         return TorchOps(on_host=True)
     try:
-        from physai_decode.engines.native.scaled_kernels import ScaledOps
+        from physai_decode.engines.native.coded_kernels import CodedOps
     except ImportError as error:
         progress(f"Triton is not there ({error}), so the step runs by PyTorch's operations, "
                  'several times more slowly: pip install triton')
         return TorchOps(on_host=False)
-    return ScaledOps(device)
+    return CodedOps(device)
 
 
 def prefill(transformer: Transformer, capture: bool,

@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
@@ -24,6 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
+
+# How the name of each form's kernel of a step begins.
+_KERNELS = {Dense: '_dense', Int4: '_int4', Scaled: '_multiply', Coded: '_coded'}
 
 
 class Product(NamedTuple):
@@ -99,7 +105,7 @@ class Transformer:
         w = self.weights
 
         def product(operation, weight):
-            return '_dense' if isinstance(weight, Dense) else '_int4', operation, weight.read_bytes
+            return _KERNELS[type(weight)], operation, weight.read_bytes
 
         found = []
         for layer, attention in zip(w.layers, self.attention, strict=True):

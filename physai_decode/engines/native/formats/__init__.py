@@ -11,9 +11,11 @@ from typing import Protocol
 from physai_decode.checkpoint import parsing
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.formats.awq import Awq
+from physai_decode.engines.native.formats.bitsandbytes import BitsAndBytes
 from physai_decode.engines.native.formats.compressed_tensors import CompressedTensors
 from physai_decode.engines.native.formats.fp8 import Fp8
 from physai_decode.engines.native.formats.gptq import Gptq
+from physai_decode.engines.native.formats.modelopt import ModelOpt
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
@@ -46,7 +48,7 @@ class Format(Protocol):
 # By quant_method. A format raises EngineError where it does not run what is asked for.
 _FORMATS: dict[str, Callable[[Quantization], Format]] = {
     'gptq': Gptq, 'awq': Awq, 'compressed-tensors': CompressedTensors,
-    'fp8': Fp8}
+    'fp8': Fp8, 'bitsandbytes': BitsAndBytes, 'modelopt': ModelOpt}
 
 
 def parse(quantized: Quantization) -> Format:

@@ -2,18 +2,24 @@
 Checkpoints of the library compressed-tensors, as LLM Compressor writes them.
 
 Read are weights alone: activations stay in half precision, whatever the config says of them.
-Bits, groups and zero points of a module show in its tensors. Of ``pack-quantized``:
-``weight_packed`` int32 [N, K / 8], numbers from 0 on; ``weight_scale`` [N, groups];
-``weight_zero_point`` int32 [N / 8, groups], likewise; ``weight_g_idx`` int32 [K];
-``weight_shape`` [2]. Of ``int-quantized``: ``weight`` and ``weight_zero_point`` int8, else the
-same. Of ``float-quantized``: ``weight`` float8_e4m3fn, ``weight_scale`` of a tensor, of rows or of
-blocks.
+Which of the config's groups a module is of, its name says; how many groups of columns it has, its
+tensors. Of ``pack-quantized``: ``weight_packed`` int32 [N, K / 8], numbers from 0 on;
+``weight_scale`` [N, groups]; ``weight_zero_point`` int32 [N / 8, groups], likewise;
+``weight_g_idx`` int32 [K]; ``weight_shape`` [2]. Of ``int-quantized``: ``weight`` and
+``weight_zero_point`` int8, else the same. Of ``float-quantized``: ``weight`` float8_e4m3fn,
+``weight_scale`` of a tensor, of rows or of blocks. Of ``nvfp4-pack-quantized``: ``weight_packed``
+uint8 [N, K / 2], ``weight_scale`` float8_e4m3fn [N, K / 16], and ``weight_global_scale`` float32
+of the whole tensor, by which these are divided. Of ``mxfp4-pack-quantized``: ``weight_scale``
+uint8 [N, K / 32], else the same without the last.
 """
 
+from dataclasses import dataclass
+import re
 from typing import Any
 
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
+from physai_decode.engines.native.formats import fp4
 from physai_decode.engines.native.formats.fp8 import FLOAT8
 from physai_decode.engines.native.formats.fp8 import of_blocks
 from physai_decode.engines.native.formats.fp8 import of_rows
@@ -28,10 +34,24 @@ import torch
 _NAME = 'compressed-tensors'
 # By a layout's name what its weights are: type, bits, strategies.
 _RUN = {
-    'pack-quantized': ('int', (4, 8), ('group', 'channel')),
+    'pack-quantized': ('int', (4, 8), ('group', 'channel', 'tensor')),
     'int-quantized': ('int', (8,), ('group', 'channel', 'tensor')),
-    'float-quantized': ('float', (8,), ('channel', 'tensor', 'block'))}
+    'float-quantized': ('float', (8,), ('channel', 'tensor', 'block')),
+    'nvfp4-pack-quantized': ('float', (4,), ('tensor_group',)),
+    'mxfp4-pack-quantized': ('float', (4,), ('group',))}
 _STORED = {'int-quantized': 'I8', 'float-quantized': FLOAT8}
+_CLASSES = ('Linear', 'Module')     # that a projection is of
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One of the config's groups of modules: which they are, and how they are stored."""
+
+    targets: tuple[str, ...]
+    layout: str
+    bits: int
+    size: int                           # columns of a group; -1: all
+    block: tuple[int, int] | None       # rows and columns
 
 
 class CompressedTensors:
@@ -52,109 +72,172 @@ class CompressedTensors:
         groups = part(settings, 'config_groups')
         if not groups:
             raise refusal(f'{_NAME} without config_groups', 'those that name their weights')
-        every = [_check(settings, part(groups, name)) for name in groups]
-        self.dtype = torch.float16 if any(bits == 4 for bits, _ in every) else None
-        self._sizes = [size for _, size in every]
-        self._stored = {_STORED.get(_layout(settings, part(groups, name))) for name in groups}
-        self._blocks = [part(part(groups, name), 'weights')['block_structure'] for name in groups
-                        if part(part(groups, name), 'weights').get('strategy') == 'block']
+        self._groups = [_group(settings, part(groups, name)) for name in groups]
+        self._ignored = _names(settings, 'ignore')
+        self.dtype = torch.float16 if any(
+            group.layout == 'pack-quantized' and group.bits == 4 for group in self._groups) \
+            else None
 
     def holds(self, source: Source, module: str) -> bool:
         """See `Format`."""
         plain = source.entry(f'{module}.weight')
         return (source.entry(f'{module}.weight_packed') is not None
-                or plain is not None and plain.dtype in ('I8', FLOAT8))
+                or plain is not None and plain.dtype in _STORED.values())
 
     def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
         """See `Format`."""
-        if source.entry(f'{module}.weight_packed') is None:
-            return self._eight(source, module, rows, columns)
-        shape = source.get(f'{module}.weight_shape', (2,)).tolist()
-        if shape != [rows, columns]:
-            raise EngineError(f'weight_shape is {shape}, config.json implies {[rows, columns]}: '
-                              'they do not belong together')
-        groups, size = self._groups(source, module, columns)
-        scales = source.get(f'{module}.weight_scale', (rows, groups)).t()
-        packed = source.entry(f'{module}.weight_packed')
-        bits = 8 if packed and packed.shape[-1] == -(-columns // 4) else 4
-        each = 32 // bits
-        values = packing.unpack(
-            source.get(f'{module}.weight_packed', (rows, -(-columns // each))), bits, 1)
-        zeros = None
-        if source.entry(f'{module}.weight_zero_point') is not None:
-            stored = source.get(f'{module}.weight_zero_point', (-(-rows // each), groups))
-            zeros = packing.unpack(stored, bits, 0)[:rows].t()
-        g_idx = None
-        if source.entry(f'{module}.weight_g_idx') is not None:
-            g_idx = source.get(f'{module}.weight_g_idx', (columns,))
-        values = values[:, :columns]
-        if bits == 4:
-            return packing.pack(values.t(), scales, zeros, size, g_idx)
-        return packing.scale(packing.signed(values), scales.t(), None if zeros is None else
-                             packing.signed(zeros.t()), size, g_idx)
+        group = self._of(module)
+        if group.layout == 'nvfp4-pack-quantized':
+            factor = 1 / fp4.factor(source, f'{module}.weight_global_scale')
+            return fp4.nvfp4(source, f'{module}.weight_packed', f'{module}.weight_scale', factor,
+                             rows, columns)
+        if group.layout == 'mxfp4-pack-quantized':
+            return fp4.mxfp4(source, f'{module}.weight_packed', f'{module}.weight_scale', rows,
+                             columns)
+        read = _packed if group.layout == 'pack-quantized' else _eight
+        return read(source, module, rows, columns, group)
 
-    def _eight(self, source, module, rows, columns):
-        stored = source.entry(f'{module}.weight').dtype
-        if stored not in self._stored:
-            raise EngineError(f'its weight is stored as {stored}, which config.json does not say: '
-                              'they do not belong together')
-        values = source.get(f'{module}.weight', (rows, columns))
-        name = f'{module}.weight_scale'
-        entry = source.entry(name)
-        if entry is None or len(entry.shape) < 2 or entry.shape[1] == 1 and \
-                entry.shape[0] in (1, rows):
-            scales, size = of_rows(source, name, rows), columns
-        elif values.is_floating_point():
-            fits = (block for block in self._blocks
-                    if entry.shape == (-(-rows // block[0]), -(-columns // block[1])))
-            high, size = next(fits, self._blocks[0] if self._blocks else (1, columns))
-            scales = of_blocks(source, name, rows, columns, high, size)
-        else:
-            groups, size = self._groups(source, module, columns)
-            scales = source.get(name, (rows, groups))
-        zeros, zero_name = None, f'{module}.weight_zero_point'
-        zero = source.entry(zero_name)
+    def _of(self, module):
+        """Give the group of a module: its name goes before a pattern, and this before a class."""
+        if not any(_fit(name, module) for name in self._ignored):
+            fits = [(fit, index) for index, group in enumerate(self._groups)
+                    for target in group.targets if (fit := _fit(target, module))]
+            if fits:
+                return self._groups[min(fits)[1]]
+        raise EngineError('it is stored quantised, but quantization_config in config.json has it '
+                          'in ignore, or no group has it in targets: they do not belong together')
+
+
+def _packed(source, module, rows, columns, group):
+    """Read integers in words."""
+    shape = source.get(f'{module}.weight_shape', (2,)).tolist()
+    if shape != [rows, columns]:
+        raise EngineError(f'weight_shape is {shape}, config.json implies {[rows, columns]}: '
+                          'they do not belong together')
+    bits, least = group.bits, 1 << group.bits - 1
+    each = 32 // bits
+    values = packing.unpack(
+        source.get(f'{module}.weight_packed', (rows, -(-columns // each))), bits, 1)[:, :columns]
+    zeros, name = None, f'{module}.weight_zero_point'
+    zero = source.entry(name)
+    if _is_whole(source, module):
+        scales, size = of_rows(source, f'{module}.weight_scale', rows), columns
         if zero is not None:
-            if values.is_floating_point():
-                if source.get(zero_name, zero.shape).float().any():
-                    raise EngineError('its floats have zero points: download the model again')
-            elif scales.shape[1] == 1:
-                zeros = of_rows(source, zero_name, rows)
-            else:
-                zeros = source.get(zero_name, tuple(scales.shape))
-        return packing.scale(values, scales, zeros, size)
-
-    def _groups(self, source, module, columns):
-        """Give how many groups of columns a module has, and of how many columns."""
-        entry = source.entry(f'{module}.weight_scale')
-        groups = entry.shape[-1] if entry and len(entry.shape) == 2 else 1
-        size = -(-columns // max(1, groups))
-        if groups != 1 and size not in self._sizes:
-            raise EngineError(f'its weight_scale has groups of {size} columns, config.json says '
-                              f'{", ".join(map(str, self._sizes))}: they do not belong together')
-        return groups, size
+            zeros = of_rows(source, name, rows).int() + least
+    else:
+        groups, size = _columns(source, module, columns, group)
+        scales = source.get(f'{module}.weight_scale', (rows, groups))
+        if zero is not None:
+            stored = source.get(name, (-(-rows // each), groups))
+            zeros = packing.unpack(stored, bits, 0)[:rows]
+    g_idx = None
+    if source.entry(f'{module}.weight_g_idx') is not None:
+        g_idx = source.get(f'{module}.weight_g_idx', (columns,))
+    if bits == 4:
+        return packing.pack(values.t(), scales.t(), None if zeros is None else zeros.t(), size,
+                            g_idx)
+    return packing.scale(packing.signed(values), scales, None if zeros is None else
+                         zeros.int() - least, size, g_idx)
 
 
-def _layout(settings, group):
-    return group.get('format') or settings.get('format')
+def _eight(source, module, rows, columns, group):
+    """Read integers or floats of 8 bits."""
+    values = source.get(f'{module}.weight', (rows, columns))
+    stored = source.entry(f'{module}.weight').dtype
+    if stored != _STORED[group.layout]:
+        raise EngineError(f'its weight is stored as {stored}, which config.json does not say: '
+                          'they do not belong together')
+    name = f'{module}.weight_scale'
+    entry = source.entry(name)
+    if entry is None or len(entry.shape) < 2 or entry.shape[1] == 1 and \
+            entry.shape[0] in (1, rows):
+        scales, size = of_rows(source, name, rows), columns
+    elif values.is_floating_point():
+        high, size = group.block or (1, columns)
+        scales = of_blocks(source, name, rows, columns, high, size)
+    else:
+        groups, size = _columns(source, module, columns, group)
+        scales = source.get(name, (rows, groups))
+    zeros, zero_name = None, f'{module}.weight_zero_point'
+    zero = source.entry(zero_name)
+    if zero is not None:
+        if values.is_floating_point():
+            if source.get(zero_name, zero.shape).float().any():
+                raise EngineError('its floats have zero points: download the model again')
+        elif scales.shape[1] == 1:
+            zeros = of_rows(source, zero_name, rows)
+        else:
+            zeros = source.get(zero_name, tuple(scales.shape))
+    return packing.scale(values, scales, zeros, size)
 
 
-def _check(settings, group):
-    """Hold one of the config's groups against what is run; gives its bits and group size."""
-    layout = _layout(settings, group)
+def _is_whole(source, module):
+    """Tell whether one scale is for a whole tensor."""
+    entry = source.entry(f'{module}.weight_scale')
+    return entry is not None and entry.shape in ((), (1,), (1, 1))
+
+
+def _columns(source, module, columns, group):
+    """Give how many groups of columns a module has, and of how many columns."""
+    entry = source.entry(f'{module}.weight_scale')
+    groups = entry.shape[-1] if entry and len(entry.shape) == 2 else 1
+    size = -(-columns // max(1, groups))
+    if groups != 1 and size != group.size:
+        raise EngineError(f'its weight_scale has groups of {size} columns, config.json says '
+                          f'{group.size}: they do not belong together')
+    return groups, size
+
+
+def _fit(target, module):
+    """Tell how a target names a module: 1 by its name, 2 by a pattern, 3 by its class, 0 not."""
+    if target.startswith('re:'):
+        return 2 if re.match(target[3:], module) else 0
+    return 1 if target == module else 3 if target in _CLASSES else 0
+
+
+def _names(settings, key):
+    """
+    Read names of modules and patterns.
+
+    :raises ValueError: they are no list of texts, or one is no pattern.
+    """
+    names = settings.get(key) or []
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        raise ValueError(f'{key} is {names!r}, not a list of names')
+    for name in names:
+        try:
+            _fit(name, '')
+        except re.error as error:
+            raise ValueError(f'{key} has {name!r}, which is no pattern ({error})') from None
+    return tuple(names)
+
+
+def _group(settings, found):
+    """Hold one of the config's groups against what is run."""
+    layout = found.get('format') or settings.get('format')
     if layout not in _RUN:
         raise refusal(f'the {_NAME} format {layout!r}', ', '.join(_RUN))
     kind, bits, strategies = _RUN[layout]
-    weights: dict[str, Any] = {'type': 'int', **part(group, 'weights')}
-    found = f'{weights["type"]} of {weights.get("num_bits")!r} bits'
+    weights: dict[str, Any] = {'type': 'int', **part(found, 'weights')}
+    strategy, said = weights.get('strategy'), f'{weights["type"]} of {weights.get("num_bits")!r}'
     if weights['type'] != kind or weights.get('num_bits') not in bits:
-        raise refusal(f'{_NAME} {layout} weights as {found}',
+        raise refusal(f'{_NAME} {layout} weights as {said} bits',
                       f'{kind} of {" and ".join(map(str, bits))}')
-    if weights.get('strategy') not in strategies:
-        raise refusal(f'{_NAME} {layout} weights by {weights.get("strategy")!r}',
-                      ', '.join(strategies))
-    if weights['strategy'] == 'block':
-        check_group(_NAME, weights['block_structure'][1])
-    if weights['strategy'] == 'group':
-        check_group(_NAME, weights.get('group_size'))
-    return weights['num_bits'], weights['group_size'] if weights['strategy'] == 'group' else -1
+    if strategy not in strategies:
+        raise refusal(f'{_NAME} {layout} weights by {strategy!r}', ', '.join(strategies))
+    size: Any = -1
+    block = None
+    if strategy in ('group', 'tensor_group'):
+        size = weights.get('group_size')
+        own = fp4.GROUP.get(layout.partition('-')[0])
+        if own is None:
+            check_group(_NAME, size)
+        elif size != own:
+            raise refusal(f'{_NAME} {layout} groups of {size!r}', str(own))
+    if strategy == 'block':
+        high, wide = weights['block_structure']
+        check_group(_NAME, wide)
+        if type(high) is not int or high < 1:
+            raise refusal(f'{_NAME} blocks of {high!r} rows', 'whole numbers')
+        block = high, wide
+    return _Group(_names(found, 'targets'), layout, weights['num_bits'], size, block)

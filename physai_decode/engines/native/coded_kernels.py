@@ -1,0 +1,182 @@
+"""
+Kernels for codes of 4 bits, see `Coded`: a decode step's product, and the weights made dense.
+
+As in ``scaled_kernels``, each program owns a few rows and streams them once, and asks for its
+first tile while the kernel before still runs. The table has 64 bytes: a code's number comes from
+the first-level cache.
+"""
+
+from physai_decode.engines.native import kernels
+from physai_decode.engines.native import scaled_kernels
+from physai_decode.engines.native.linear import Coded
+from physai_decode.engines.native.scaled_kernels import BLOCK
+from physai_decode.engines.native.scaled_kernels import ScaledOps
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_wait
+
+_finish, _silu, _store = kernels._finish, kernels._silu, kernels._store
+_numbers = scaled_kernels._numbers
+
+
+@triton.jit
+def _scale(scales):
+    """Give scales as float32; those of 8 bits by their type: int8 for a float's, uint8 for 2^n."""
+    if scales.dtype == tl.float32:
+        return scales
+    elif scales.dtype == tl.int8:
+        return _numbers(scales, True) * 256.0
+    else:
+        return (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tile(codes, scales, block, K: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+    """
+    Load a tile [ROWS, PARTS, 16] of bytes, and its scales.
+
+    :param codes: and ``scales``, pointers [ROWS, 1, 1] and [ROWS, 1] to the rows.
+    :param block: [PARTS], of 32 columns.
+    """
+    inside = block * 32 < K
+    place = codes + (block[:, None] * 16 + tl.arange(0, 16)[None, :])[None, :, :]
+    if K % COLUMNS == 0:
+        tile = tl.load(place, eviction_policy='evict_first')
+    else:
+        tile = tl.load(place, mask=inside[None, :, None], other=0, eviction_policy='evict_first')
+    low = tl.load(scales + (block * 32 // GROUP)[None, :], mask=inside[None, :], other=0)
+    high = low
+    if GROUP % 32 != 0:
+        # The second half of a block is of a group of its own.
+        column = block * 32 + 16
+        high = tl.load(scales + (column // GROUP)[None, :], mask=(column < K)[None, :], other=0)
+    return tile, low, high
+
+
+@triton.jit
+def _inputs(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+    """Load one half of blocks of ``x`` [K], [PARTS, 16], times the gain; and its squares."""
+    columns = block[:, None] * 32 + half * 16 + tl.arange(0, 16)[None, :]
+    v = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+    squares = v * v
+    if NORM:
+        v *= tl.load(gain + columns, mask=columns < K, other=0.0).to(tl.float32)
+    return v, squares
+
+
+@triton.jit
+def _products(tile, low, high, table, v, w, GROUP: tl.constexpr):
+    """Multiply a tile by both halves of the input, ``v`` and ``w``; gives [ROWS, PARTS, 16]."""
+    tile = tile.to(tl.int32)
+    first = tl.load(table + (tile & 0xF)) * v[None, :, :]
+    second = tl.load(table + (tile >> 4)) * w[None, :, :]
+    if GROUP % 32 == 0:
+        return (first + second) * _scale(low)[:, :, None]
+    else:
+        return first * _scale(low)[:, :, None] + second * _scale(high)[:, :, None]
+
+
+@triton.jit
+def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.constexpr,
+           GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
+           GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+    """Multiply a `Coded` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
+    PARTS: tl.constexpr = COLUMNS // 32
+    BLOCKS: tl.constexpr = (K + 31) // 32
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.arange(0, PARTS)
+    # Rows past the end read the last row again: no mask in the loop.
+    own = tl.minimum(rows, n - 1)
+    up = own
+    if GATED:
+        own = own // 8 * 16 + own % 8
+        up = own + 8
+    row = codes + own.to(tl.int64)[:, None, None] * (BLOCKS * 16)
+    up_row = codes + up.to(tl.int64)[:, None, None] * (BLOCKS * 16)
+    groups = scales + own[:, None] * GROUPS
+    up_groups = scales + up[:, None] * GROUPS
+    sums = tl.zeros((ROWS, PARTS, 16), tl.float32)
+    more = tl.zeros((ROWS, PARTS, 16), tl.float32)
+    squares = tl.zeros((PARTS, 16), tl.float32)
+    tile, low, high = _tile(row, groups, block, K, GROUP, COLUMNS)
+    up_tile, up_low, up_high = tile, low, high
+    if GATED:
+        up_tile, up_low, up_high = _tile(up_row, up_groups, block, K, GROUP, COLUMNS)
+    if EARLY:
+        gdc_wait()
+    v, square = _inputs(x, gain, block, 0, K, NORM)
+    w, squared = _inputs(x, gain, block, 1, K, NORM)
+    squares += square + squared
+    sums += _products(tile, low, high, table, v, w, GROUP)
+    if GATED:
+        more += _products(up_tile, up_low, up_high, table, v, w, GROUP)
+    for first in tl.range(PARTS, BLOCKS, PARTS, num_stages=1):
+        tile, low, high = _tile(row, groups, first + block, K, GROUP, COLUMNS)
+        v, square = _inputs(x, gain, first + block, 0, K, NORM)
+        w, squared = _inputs(x, gain, first + block, 1, K, NORM)
+        squares += square + squared
+        sums += _products(tile, low, high, table, v, w, GROUP)
+        if GATED:
+            up_tile, up_low, up_high = _tile(up_row, up_groups, first + block, K, GROUP, COLUMNS)
+            more += _products(up_tile, up_low, up_high, table, v, w, GROUP)
+    if EARLY:
+        gdc_launch_dependents()
+    total = tl.sum(tl.sum(squares, 1), 0)
+    result = tl.sum(tl.sum(sums, 2), 1) * tl.load(factors + own)
+    result = _finish(result, total, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
+    if GATED:
+        other = tl.sum(tl.sum(more, 2), 1) * tl.load(factors + up)
+        result = _silu(result) * _finish(other, total, up, 2 * n, K, eps, bias, NORM, BIAS)
+    _store(out, rows, n, result, ADD)
+
+
+@triton.jit
+def _widen(codes, scales, factors, table, out, first, K: tl.constexpr, GROUP: tl.constexpr,
+           BLOCK: tl.constexpr):
+    """Write BLOCK columns of a row of a `Coded` to ``out`` [rows, K], row 0 being ``first``."""
+    row = (first + tl.program_id(0)).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < K
+    place = columns // 32 * 16 + columns % 16
+    packed = tl.load(codes + row * ((K + 31) // 32 * 16) + place, mask=inside, other=0)
+    numbers = tl.load(table + (packed.to(tl.int32) >> (columns // 16 % 2 * 4) & 0xF))
+    group = row * ((K + GROUP - 1) // GROUP) + columns // GROUP
+    scale = _scale(tl.load(scales + group, mask=inside, other=0)) * tl.load(factors + row)
+    tl.store(out + tl.program_id(0).to(tl.int64) * K + columns,
+             (numbers * scale).to(out.dtype.element_ty), mask=inside)
+
+
+def widen(weight: Coded, rows: slice, out: Tensor) -> None:
+    """Write some rows of a weight dense to ``out`` [rows, K]."""
+    k = weight.in_features
+    _widen[(rows.stop - rows.start, triton.cdiv(k, BLOCK))](
+        *_pointers(weight), out, rows.start, K=k, GROUP=weight.group_size, BLOCK=BLOCK,
+        num_warps=4)
+
+
+class CodedOps(ScaledOps):
+    """The step's operations as kernels, on weights of every form."""
+
+    def _product(self, x, weight, out, gain, eps, add, gated):
+        if not isinstance(weight, Coded):
+            super()._product(x, weight, out, gain, eps, add, gated)
+            return
+        shape = kernels._shape(weight, gain, gated)
+        choice = self._choices.get(shape) or kernels._choices(shape)[0]
+        self._current.discard(out.data_ptr())
+        n, bias = out.shape[0], weight.bias
+        _coded[(triton.cdiv(n, choice.rows),)](
+            x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
+            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows, COLUMNS=choice.columns,
+            NORM=gain is not None, GATED=gated, ADD=add, BIAS=bias is not None, EARLY=self._early,
+            **self._launch(choice.warps))
+
+
+def _pointers(weight):
+    scales = weight.scales
+    return (weight.codes, scales.view(torch.int8) if scales.dtype == torch.float8_e4m3fn else
+            scales, weight.factors, weight.table)

@@ -1,0 +1,61 @@
+"""
+Floats of 4 bits, E2M1, with scales in groups: NVFP4 and MXFP4.
+
+Two numbers lie in a byte, that of the lower column in its low bits. OCP Microscaling Formats (MX)
+Specification 1.0, sections 5.3.3 and 5.4.1.
+"""
+
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import packing
+from physai_decode.engines.native.linear import Coded
+from physai_decode.engines.native.source import Source
+import torch
+from torch import Tensor
+
+GROUP = {'nvfp4': 16, 'mxfp4': 32}      # columns that share a scale
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))
+
+
+def nvfp4(source: Source, packed: str, scales: str, factor: Tensor, rows: int,
+          columns: int) -> Coded:
+    """
+    Read a projection with scales in float8_e4m3fn, all times ``factor``.
+
+    :param packed: and ``scales``, the names of the tensors.
+    :raises EngineError: one is missing, or they do not belong together.
+    """
+    return _read(source, packed, scales, torch.float8_e4m3fn, factor, rows, columns,
+                 GROUP['nvfp4'])
+
+
+def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> Coded:
+    """Read a projection with scales that are powers of 2, as bytes; see `nvfp4`."""
+    return _read(source, packed, scales, torch.uint8, torch.ones(()), rows, columns,
+                 GROUP['mxfp4'])
+
+
+def factor(source: Source, name: str) -> Tensor:
+    """
+    Read the number that a whole tensor's scales have in common.
+
+    :raises EngineError: it is missing, or not one number above 0.
+    """
+    entry = source.entry(name)
+    shape = entry.shape if entry and entry.shape == (1,) else ()
+    number = source.get(name, shape).reshape(()).float()
+    if not (number > 0 and number.isfinite()):
+        raise EngineError(f'tensor {name} is {number.item():g}, not a number above 0: download '
+                          'the model again')
+    return number
+
+
+def _read(source, packed, scales, kind, factor, rows, columns, size):
+    words = source.get(packed, (rows, -(-columns // 2)))
+    found = source.get(scales, (rows, -(-columns // size)))
+    for name, tensor, wanted in ((packed, words, torch.uint8), (scales, found, kind)):
+        if tensor.dtype != wanted:
+            raise EngineError(f'tensor {name} is stored as {tensor.dtype}, config.json implies '
+                              f'{wanted}: they do not belong together')
+    return packing.code(packing.halves(words)[:, :columns], found, factor.to(words.device),
+                        torch.tensor(E2M1), size)

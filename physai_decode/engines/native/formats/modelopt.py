@@ -1,0 +1,48 @@
+"""
+Checkpoints of NVIDIA's ModelOpt: NVFP4, and floats of 8 bits.
+
+NVFP4: ``weight`` uint8 [N, K / 2], ``weight_scale`` float8_e4m3fn [N, K / 16], ``weight_scale_2``
+float32 of the whole tensor, by which these are multiplied. FP8: ``weight`` float8_e4m3fn,
+``weight_scale`` of the whole tensor or of rows. Activations stay in half precision, whatever the
+config says of them.
+"""
+
+from physai_decode.engines.native import packing
+from physai_decode.engines.native.formats import fp4
+from physai_decode.engines.native.formats.fp8 import FLOAT8
+from physai_decode.engines.native.formats.fp8 import of_rows
+from physai_decode.engines.native.formats.refusal import refusal
+from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.source import Source
+from physai_decode.model_config import Quantization
+
+_STORED = {'NVFP4': 'U8', 'FP8': FLOAT8}
+
+
+class ModelOpt:
+    """One of `_STORED` for all modules but those left dense."""
+
+    dtype = None
+
+    def __init__(self, quantized: Quantization) -> None:
+        """
+        Take what a checkpoint says of its quantisation.
+
+        :raises EngineError: naming what the native engine does not run.
+        """
+        self._kind = quantized.settings.get('quant_algo') or ''
+        if self._kind not in _STORED:
+            raise refusal(f'modelopt with the quant_algo {self._kind!r}', ', '.join(_STORED))
+
+    def holds(self, source: Source, module: str) -> bool:
+        """See `Format`."""
+        entry = source.entry(f'{module}.weight')
+        return entry is not None and entry.dtype == _STORED[self._kind]
+
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+        """See `Format`."""
+        if self._kind == 'NVFP4':
+            return fp4.nvfp4(source, f'{module}.weight', f'{module}.weight_scale',
+                             fp4.factor(source, f'{module}.weight_scale_2'), rows, columns)
+        return packing.scale(source.get(f'{module}.weight', (rows, columns)),
+                             of_rows(source, f'{module}.weight_scale', rows), None, columns)
