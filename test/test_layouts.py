@@ -73,7 +73,8 @@ class Session:
         process = subprocess.Popen(
             [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--params-file',
              str(CONFIG / 'decode.yaml'), '-p', 'deadline.token_ms:=0.001',
-             '-p', 'diagnostics.period_s:=0.2'], stdout=subprocess.DEVNULL)
+             '-p', 'diagnostics.period_s:=0.2', '-p', 'roofline.peak_bandwidth_gb_s:=20.0'],
+            stdout=subprocess.DEVNULL)
         try:
             self.wait(lambda: self.taken and b'\0idle\0' in self.taken[-1][2], process)
             self.prompt.publish(String(data='Bring me the red cup from the kitchen table.'))
