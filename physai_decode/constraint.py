@@ -29,11 +29,13 @@ from physai_decode.tokenizer_files import TextError
 from physai_decode.tool_forms import FORMS
 
 MAX_BYTES = 65_536              # of a schema or a grammar
+MAX_CALLS = 8                   # of tools in one answer that has to call some
 KEPT = 8                        # constraints that are kept compiled
 # Between two parts of JSON; without a bound, a model can go on with blanks for ever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
 AFTER_THOUGHT = r'[ \t\n\r]{1,4}'
 _JSON = {'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}
+_ARGUMENTS = {**_JSON, 'whitespace_pattern': ' '}
 _COMBINING = frozenset(('$ref', 'additionalProperties', 'allOf', 'anyOf', 'oneOf',
                         'patternProperties'))
 # Keywords of JSON Schema: those that every answer keeps, and those that ask for nothing.
@@ -148,9 +150,9 @@ class Vocabulary:
             schema = _arguments(function.get('parameters', {}))
             check_schema(schema, name)
             rules.append(f'call_{index}: {literal(form.before.replace("NAME", function["name"]))} '
-                         f'%json {json.dumps(schema | {"x-guidance": _JSON})} '
+                         f'%json {json.dumps(schema | {"x-guidance": _ARGUMENTS})} '
                          f'{literal(form.after)}')
-        more = '' if calls.single else f'({literal(form.between)} call)*'
+        more = '' if calls.single else f'({literal(form.between)} call){{0,{MAX_CALLS - 1}}}'
         choice = ' | '.join(f'call_{index}' for index in range(len(rules)))
         return '\n'.join((f'start: {literal(form.opens)} call {more} {literal(form.closes)}',
                           f'call: {choice}', *rules))

@@ -16,6 +16,7 @@ from physai_decode.ros.executor import Executor
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
+from physai_decode.speech import Manner
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.executors import SingleThreadedExecutor
@@ -34,6 +35,7 @@ END = 0x110000                  # the id that ends an answer
 class Letters:
     """A tokenizer of one token for each character; it stands for Text and its detokenizer."""
 
+    manner = Manner()
     stopped = False
     held = False
 

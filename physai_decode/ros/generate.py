@@ -42,7 +42,7 @@ from rclpy.qos import QoSProfile
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
 STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
-SUCCEEDED = ('stop', 'length')  # finish reasons
+SUCCEEDED = ('stop', 'tool_calls', 'length')    # finish reasons
 
 
 class GenerateServer:
