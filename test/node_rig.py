@@ -39,13 +39,17 @@ class Letters:
     stopped = False
     held = False
 
-    def encode(self, messages, chat_template_kwargs=None, go_on=None):
+    def encode(self, messages, chat_template_kwargs=None, go_on=None, tools=()):
         """Give the code points of the conversation."""
         return [ord(letter) for message in messages for letter in message.content]
 
-    def detokenizer(self, stop=()):
+    def detokenizer(self, stop=(), seen=()):
         """Give a detokenizer that holds nothing back."""
         return self
+
+    def tail(self, prompt_ids):
+        """Give the last letters."""
+        return ''.join(map(chr, prompt_ids[-20:]))
 
     def vocabulary(self, size, end_ids):
         """Give what compiles constraints for characters below 128."""

@@ -54,7 +54,7 @@ class StampedToken:
     def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
         """Write one token; see `TokenStats.write`."""
         texts = b''.join((_text(report.client_id), _indices(report.index, report.token_id),
-                          _text(text)))
+                          _text(text), _text(messages.sendable(report.reasoning))))
         return b''.join((
             _stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,
             _request_id(report.request_id), texts, b'\0' * (len(texts) & 4),

@@ -28,6 +28,7 @@ OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
 ERROR = DiagnosticStatus.ERROR
 NOT_KNOWN = 'n/a'
+NUL = '\ufffd'                   # what is sent in its place
 
 
 def _keys(report: type, *others: str) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ MODEL_KEYS = (
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
     'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
-    'tool_form', 'thought_markers', 'end_tokens', 'checkpoint_sampling')
+    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers')
 GENERATE_ACTION = unavailable or 'available'
 FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
 
@@ -74,7 +75,12 @@ def text_of(value: Any) -> str:
         return NOT_KNOWN
     if isinstance(value, tuple):
         return json.dumps([call.to_json() for call in value])
-    return value if isinstance(value, str) else str(int(value))
+    return sendable(value) if isinstance(value, str) else str(int(value))
+
+
+def sendable(text: str) -> str:
+    """Give a text that rclpy sends whole: it ends a string at a NUL."""
+    return text.replace('\0', NUL)
 
 
 def status_name(node: str, task: str) -> str:
