@@ -27,6 +27,7 @@ FOOTPRINT = Footprint(
     vocab_size=1000, eos_token_ids=(2,), read_weight_bytes=3 * 10**9,
     checkpoint_weight_bytes=4 * 10**9, layers=2, kv_heads=4, head_dim=64, kv_element_bytes=2,
     details={'kernels': 'triton', 'engine': 'other'})
+CALLS = (Call('call_1', 'go', {'a': 'ä"'}),)
 PEAK = Peak(300e9, 'datasheet')
 TOKEN = TokenReport(
     request_id=3, index=1, token_id=17, text='a', context_tokens=40, itl_ms=12.3456789,
@@ -39,9 +40,7 @@ TOKEN = TokenReport(
     (True, '1'), (False, '0'), (0.0, '0'), (1.0, '1'), (12.3456789, '12.3457'), (-0.25, '-0.25'),
     (0.0000123, '0.0000123'), (1e-12, '0'), (123456789.5, '123456789.5'),
     (float('nan'), 'n/a'), (float('inf'), 'n/a'), (-float('inf'), 'n/a'), ('a\0b', 'a\ufffdb'),
-    ((), 'n/a'), ((Call('call_1', 'go', {'a': 'ä"'}),), json.dumps([{
-        'id': 'call_1', 'type': 'function', 'function': {
-            'name': 'go', 'arguments': '{"a": "ä\\\\""}'}}]))])
+    ((), 'n/a'), (CALLS, json.dumps([CALLS[0].to_json()]))])
 def test_values_are_bare_decimal_numbers(value, text):
     """No exponent, no unit, no infinity."""
     assert messages.text_of(value) == text
