@@ -205,7 +205,7 @@ class Answer:
                 raise
             return End('error', str(error))
         finally:
-            tail, parts = self._detokenizer.flush(), []
+            tail, parts = self._detokenizer.flush(), list[Part]()
             if self._speech is not None:
                 tail, parts = _sorted(self._speech.push(tail) + self._speech.flush())
             self._release(tail, parts)
@@ -320,8 +320,9 @@ class Answer:
         """End the thought in the model's place; give the tokens since the prompt."""
         manner = self._text.manner
         assert self._speech is not None
-        for token_id in manner.close_ids if constraint is not None else ():
-            constraint.accept(token_id)
+        if constraint is not None:
+            for token_id in manner.close_ids:
+                constraint.accept(token_id)
         self._release(*_sorted(self._speech.push(
             f'{self._detokenizer.flush()}\n{manner.closes}\n\n')))
         own = 'max_tokens' in self._ticket.request.thinking
@@ -430,7 +431,7 @@ class Answer:
                mask_s: float | None) -> None:
         """Record a token, and give it out unless its text is still open."""
         piece, speech = self._detokenizer.push(token_id), self._speech
-        held, others = self._detokenizer.held, []
+        held, others = self._detokenizer.held, list[Part]()
         if speech is not None:
             thinking = speech.thinking
             piece, others = _sorted(speech.push(piece))

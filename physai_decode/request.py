@@ -288,7 +288,8 @@ def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
     tools, choice = found.get('tools', ()), found.get('tool_choice', 'auto')
     if not tools:
         if choice not in ('none', 'auto'):
-            raise RequestError(f'tool_choice is {shown(choice)}, and there are no tools: give some')
+            raise RequestError(
+                f'tool_choice is {shown(choice)}, and there are no tools: give some')
         return {name: value for name, value in found.items() if name != 'tool_choice'}
     names = [tool['function']['name'] for tool in tools]
     if isinstance(choice, Mapping) and choice['function']['name'] not in names:
@@ -356,8 +357,9 @@ def _message(value: Any, name: str) -> Message:
         if key not in fields:
             raise RequestError(f'{shown(f"{name}.{key}")} is no field of a message: allowed are '
                                f'{", ".join(fields)}')
-    found = {key: _named_text(value[key], f'{name}.{key}')
-             for key in ('reasoning_content', 'tool_call_id') if value.get(key)}
+    found: dict[str, Any] = {
+        key: _named_text(value[key], f'{name}.{key}')
+        for key in ('reasoning_content', 'tool_call_id') if value.get(key)}
     if value.get('name'):
         found['name'] = _function_name(value['name'], f'{name}.name')
     calls = _given(value).get('tool_calls', [])

@@ -186,7 +186,8 @@ class Text:
                 raise TextError(f'tool_calls can not be used: {self.manner.reason}')
             written = FORMS[self.manner.form].written(call[1:] for call in calls)
             content, calls = f'{content}\n{written}' if content else written, ()
-        found = {'role': message.role, 'content': self._shown(content, texts)}
+        found: dict[str, Any] = {
+            'role': message.role, 'content': self._shown(content, texts)}
         if message.reasoning_content:
             found['reasoning_content'] = self._shown(message.reasoning_content, texts)
         if calls:

@@ -30,7 +30,8 @@ CALL = {'id': 'call_1', 'type': 'function', 'function': {
 WITH_TOOLS = {
     'tools': [TOOL], 'tool_choice': 'required', 'thinking': {'max_tokens': 64}, 'messages': [
         {'role': 'user', 'content': 'go'},
-        {'role': 'assistant', 'content': None, 'reasoning_content': 'where?', 'tool_calls': [CALL]},
+        {'role': 'assistant', 'content': None, 'reasoning_content': 'where?',
+         'tool_calls': [CALL]},
         {'role': 'tool', 'tool_call_id': 'call_1', 'name': 'go_to', 'content': 'done'}]}
 
 
@@ -53,7 +54,8 @@ def test_every_field():
     assert asked.chat_template_kwargs == {'enable_thinking': False}
 
 
-@pytest.mark.parametrize('value', [FULL, WITH_TOOLS, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}])
+@pytest.mark.parametrize('value', [
+    FULL, WITH_TOOLS, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}])
 def test_it_can_be_written_and_read_again(value):
     asked = parse(json.dumps(value))
     assert parse(json.dumps(asked.to_json())) == asked

@@ -36,12 +36,13 @@ SAID = [
      '', [('pick', {'a': 1})]),
     ('hermes', False, TAGGED.replace('hall', '</tool_call>'), '', '',
      [('go_to', {'room': '</tool_call>'})]),
-    ('hermes', False, TAGGED.replace('hall', 'a\\u00e4\nb'), '', '', [('go_to', {'room': 'aä\nb'})]),
+    ('hermes', False, TAGGED.replace('hall', 'a\\u00e4\nb'), '', '',
+     [('go_to', {'room': 'aä\nb'})]),
     ('hermes', False, 'a <tool_call>\n{"name": oops}\n</tool_call> b',
      'a <tool_call>\n{"name": oops}\n</tool_call> b', '', []),
     ('hermes', False, TAGGED.replace('go_to', 'fly'), TAGGED.replace('go_to', 'fly'), '', []),
-    ('hermes', False, '<tool_call>\n{"name": "go_to", "argum', '<tool_call>\n{"name": "go_to", "argum',
-     '', []),
+    ('hermes', False, '<tool_call>\n{"name": "go_to", "argum',
+     '<tool_call>\n{"name": "go_to", "argum', '', []),
     ('hermes', False, f'<tool_call>{{"a"}} {TAGGED}', '<tool_call>{"a"}', '', [GO]),
     ('hermes', False, '<tool_call>{"name": "go_to", "arguments": {"a": NaN}}</tool_call>',
      '<tool_call>{"name": "go_to", "arguments": {"a": NaN}}</tool_call>', '', []),
@@ -76,7 +77,8 @@ SAID = [
 
 def taken_apart(form, thinks, pieces, thinking=False):
     """Give content, reasoning and calls, and what was held back after each piece."""
-    speech = Speech(Manner(form=form, **(THINKS if thinks else {})), NAMES if form else (), thinking)
+    manner = Manner(form=form, **(THINKS if thinks else {}))
+    speech = Speech(manner, NAMES if form else (), thinking)
     parts = [part for piece in pieces for part in speech.push(piece)] + speech.flush()
     assert not speech.held
     texts = [''.join(part.text for part in parts if part.kind is kind)
@@ -103,8 +105,8 @@ def test_parts_do_not_depend_on_where_the_text_is_cut(
 
 
 def test_any_text_gives_the_same_parts_wherever_it_is_cut():
-    parts = ['<think>', '</think>', '<tool_call>', '</tool_call>', JSON, LLAMA, '{', '}', ' ', '\n',
-             'go', '"', '[TOOL_CALLS]', '[ARGS]', '[', ']', ';', '<|python_tag|>', '<code>',
+    parts = ['<think>', '</think>', '<tool_call>', '</tool_call>', JSON, LLAMA, '{', '}', ' ',
+             '\n', 'go', '"', '[TOOL_CALLS]', '[ARGS]', '[', ']', ';', '<|python_tag|>', '<code>',
              'go_to(a=1)', '</code>', '<', 'nan', ':', '\\']
     draw = random.Random(5)
     for form in FORMS:

@@ -38,8 +38,8 @@ SMOLLM = (
     '{% for m in messages %}' + BEGIN + "{{ m['content'] }}<|im_end|>\n{% endfor %}" + ANSWER)
 LLAMA = (
     '{% if tools %}<|im_start|>system\nRespond with {"name": function name, "parameters": '
-    'dictionary of argument name and its value}.\n{% for tool in tools %}{{ tool | tojson(indent=4)'
-    ' }}{% endfor %}<|im_end|>{% endif %}{% for m in messages %}'
+    'dictionary of argument name and its value}.\n{% for tool in tools %}'
+    '{{ tool | tojson(indent=4) }}{% endfor %}<|im_end|>{% endif %}{% for m in messages %}'
     "{% if m['tool_calls'] %}{% if m['tool_calls'] | length != 1 %}{{ raise_exception('one') }}"
     "{% endif %}{% set call = m['tool_calls'][0].function %}<|im_start|>assistant\n"
     '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|im_end|>'
@@ -156,7 +156,8 @@ def test_no_argument_or_result_yields_a_special_token(family):
             {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
 
 
-@pytest.mark.parametrize(('reasoning', 'content'), [('why', 'yes'), ('', '<think>\nwhy</think>yes')])
+@pytest.mark.parametrize(('reasoning', 'content'), [
+    ('why', 'yes'), ('', '<think>\nwhy</think>yes')])
 def test_thoughts_of_earlier_answers(reasoning, content):
     """As the template wants: here only the last one's, wherever the client has it."""
     tokenizer = model(QWEN)

@@ -18,7 +18,8 @@ import pytest
 from worker_rig import making
 
 TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
-    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}}, 'required': ['room']}}}
+    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
+    'required': ['room']}}}
 GO = ('go_to', {'room': 'hall'})
 THINKS = {'opens': '<think>', 'closes': '</think>', 'close_ids': tuple(map(ord, '\n</think>\n\n'))}
 LONG = SamplingConfig(max_new_tokens=900)
@@ -207,8 +208,8 @@ def test_a_context_that_ends_with_the_thought(make):
 def test_a_turn_that_called_a_tool_is_not_kept(make):
     """Its result could come in messages only."""
     said = iter([FORMS['hermes'].written([GO]), 'b'])
-    worker, sink = make(FakeEngine(lambda prompt: say(next(said)), max_context=1000, vocab_size=256),
-                        text_of('hermes'), sampling=LONG)
+    engine = FakeEngine(lambda prompt: say(next(said)), max_context=1000, vocab_size=256)
+    worker, sink = make(engine, text_of('hermes'), sampling=LONG)
     for fields in ({'tools': [TOOL]}, {}):
         sink.end(worker.submit(Request.from_json({'prompt': 'x', **fields})))
     assert worker.reset() == 'forgot 0 turns'

@@ -158,7 +158,7 @@ KEYS = {
     'throttle_reasons': 'why the clocks are held down, or none',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, where it sets one',
     'token_id': 'its number in the vocabulary',
-    'thought_markers': "what begins and ends a thought of the model, or none",
+    'thought_markers': 'what begins and ends a thought of the model, or none',
     'tokens': 'tokens so far',
     'tokens_per_s': 'tokens after the first, over their time',
     'tool_calls': 'calls of tools that this token completed, a JSON list',
