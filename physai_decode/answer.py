@@ -254,7 +254,7 @@ class Answer:
                         return End('stop', '')
                     if self._given == limit:
                         return End('length', f'{self._named("max_new_tokens")} is {limit}')
-                    if self._thinks_too_long():
+                    if self._thought_tokens and self._thinks_too_long():
                         return None
                 if self._is_late():
                     return LATE
@@ -314,7 +314,7 @@ class Answer:
     def _thinks_too_long(self) -> bool:
         speech = self._speech
         return (speech is not None and speech.thinking
-                and 0 < self._thought_tokens <= self._given)
+                and self._given >= self._thought_tokens)
 
     def _end_thought(self, constraint: Constraint | None) -> list[int]:
         """End the thought in the model's place; give the tokens since the prompt."""
@@ -431,7 +431,8 @@ class Answer:
                mask_s: float | None) -> None:
         """Record a token, and give it out unless its text is still open."""
         piece, speech = self._detokenizer.push(token_id), self._speech
-        held, others = self._detokenizer.held, list[Part]()
+        held = self._detokenizer.held
+        others: Sequence[Part] = ()
         if speech is not None:
             thinking = speech.thinking
             piece, others = _sorted(speech.push(piece))
@@ -462,9 +463,9 @@ class Answer:
         if self._ticket.finished:                   # the worker has given it up
             return
         self._pieces.append(report.text)
-        if report.reasoning:
+        if self._speech is not None:
             self._thoughts.append(report.reasoning)
-        self.calls += report.tool_calls
+            self.calls += report.tool_calls
         begin_s = self._clock()
         self._emit(report)
         if self._items is not None:

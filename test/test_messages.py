@@ -115,7 +115,8 @@ def test_a_token_s_figures_read_back():
 def test_cdr_is_what_rclpy_writes(text):
     """At every length modulo the padding; bytes that only pad may differ."""
     assert deserialize_message(cdr.string(text), String) == String(data=text)
-    report = replace(TOKEN, token_id=len(text))
+    report = replace(TOKEN, token_id=len(text), reasoning=text,
+                     tool_calls=CALLS if len(text) > 2 else ())
     written = cdr.TokenStats(text).write(report, text, 10**18 + 1)
     expected = DiagnosticArray(status=[messages.status(
         f'{text}: token', messages.TOKEN_KEYS, report, message=text, level=messages.WARN)])
