@@ -70,8 +70,7 @@ class Neighbour:
 
         :raises RuntimeError: it does not.
         """
-        if not self._ready.wait(START_S) or self._process is not None \
-                and self._process.poll() is not None:
+        if not self._ready.wait(START_S) or self._process is not None and not self._times:
             raise RuntimeError('the neighbour on the GPU does not run: PyTorch finds no CUDA '
                                'device, or its memory is taken')
 
