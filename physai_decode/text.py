@@ -95,9 +95,9 @@ class Text:
         Give the ids of a conversation, up to where the answer begins.
 
         Without a template, and where a message has no role, the messages follow one another as
-        they are, after what the tokenizer puts before every text. A template sees place-holders for all texts, but for blanks at
-        their ends and for the words that it has in its own source: it can trim a text, look for a
-        switch in it, or cut it where a thought ends.
+        they are, after what the tokenizer puts before every text. A template sees place-holders
+        for all texts, but for blanks at their ends and for the words that it has in its own
+        source: it can trim a text, look for a switch in it, or cut it where a thought ends.
 
         :param messages: any texts; special tokens in them are text.
         :param chat_template_kwargs: further variables of the template.
