@@ -396,8 +396,8 @@ class Worker:
         limit = self._max_request_bytes
         if len(request.text) <= limit and request.size <= limit:
             return None
-        return Refusal('too_large', f'the prompt has more than {limit} bytes: shorten it, or raise '
-                       'queue.max_request_bytes')
+        return Refusal('too_large', f'the prompt has more than {limit} bytes: shorten it, or '
+                       'raise queue.max_request_bytes')
 
     def _end(self, tickets: list[Ticket], reason: str, message: str) -> list[Ticket]:
         """Ask for the end of these; give those that waited, to be reported. Needs the lock."""

@@ -70,7 +70,7 @@ class App:
                 await _send_json(send, error.status, error.body, error.headers)
 
     async def _route(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        path, headers = scope['path'], {name: value for name, value in scope['headers']}
+        path, headers = scope['path'], dict(scope['headers'])
         if b'origin' in headers:
             raise ApiError(403, 'origin_not_allowed', 'the request is from a page in a browser, '
                            'and those are not served: send it from a program')
@@ -109,12 +109,13 @@ class App:
         """Give the list of models, or the one that is named."""
         host = self._host
         loaded, model = host.loaded, host.config.model.path
-        found = {'object': 'list', 'data': []} if loaded is None else openai.models(
-            model, self._created, loaded.engine.footprint.max_context)
+        found: list[dict[str, Any]] = [] if loaded is None else [openai.model(
+            model, self._created, loaded.engine.footprint.max_context)]
         if name and (loaded is None or name != model):
             raise ApiError(404, 'model_not_found', f'the model {name!r:.100} is not loaded',
                            'model')
-        await _send_json(send, 200, found['data'][0] if name else found)
+        await _send_json(send, 200, found[0] if name else {
+            'object': 'list', 'data': found})
 
     async def _complete(self, chat: bool, headers: Mapping[bytes, bytes], receive: Receive,
                         send: Send) -> None:

@@ -44,12 +44,13 @@ class Metrics(Collector):
         host = self._host
         worker, loaded, telemetry, state = host.worker, host.loaded, host.telemetry, host.state
         states = GaugeMetricFamily(
-            'physai_decode_state', '1 for the state of the node, 0 for the others', labels=['state'])
+            'physai_decode_state', '1 for the state of the node, else 0', labels=['state'])
         for each in STATES:
             states.add_metric([each], each == state)
         yield states
         ends = CounterMetricFamily(
-            'physai_decode_ends', 'requests that ended, by finish reason', labels=['finish_reason'])
+            'physai_decode_ends', 'requests that ended, by finish reason',
+            labels=['finish_reason'])
         for each, count in {**dict.fromkeys(ENDS, 0), **host.ends}.items():
             ends.add_metric([each], count)
         yield ends

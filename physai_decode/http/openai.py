@@ -180,11 +180,10 @@ def failure(report: RequestReport, text: str) -> ApiError | None:
                             'finish_reason': report.finish_reason})
 
 
-def models(model: str, created: int, max_context: int) -> dict[str, Any]:
-    """Give the list of the one model."""
-    return {'object': 'list', 'data': [
-        {'id': model, 'object': 'model', 'created': created, 'owned_by': 'physai_decode',
-         'max_model_len': max_context}]}
+def model(name: str, created: int, max_context: int) -> dict[str, Any]:
+    """Tell of a model."""
+    return {'id': name, 'object': 'model', 'created': created, 'owned_by': 'physai_decode',
+            'max_model_len': max_context}
 
 
 def event(value: Mapping[str, Any]) -> bytes:

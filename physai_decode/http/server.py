@@ -131,7 +131,7 @@ class _Connection(H11Protocol):
             self._stuck = None
 
     def _look(self) -> None:
-        """Let the time run while no request is answered; that a part of one came changes nothing."""
+        """Let the time run while no request is answered, also where a part of one has come."""
         waits = self.cycle is None or self.cycle.response_complete
         if waits and self._idle is None and not self.transport.is_closing():
             self._idle = self.loop.call_later(IDLE_S, self.transport.close)
