@@ -7,6 +7,7 @@ What is not known is left out. It reads the host at each scrape and keeps nothin
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from physai_decode.host import Host
 from prometheus_client import CollectorRegistry
@@ -19,6 +20,8 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
+_INNER = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')     # no keys
+_HELP = 'a key of /diagnostics or ~/model_info, see docs/interface.md'
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
 
@@ -55,25 +58,28 @@ class Metrics(Collector):
             ends.add_metric([each], count)
         yield ends
         for name, count in {**host.counts, 'callback_errors': self._errors()}.items():
-            yield CounterMetricFamily(f'physai_decode_{name}', f'{name} of /diagnostics', count)
-        figures: dict[str, object] = {'queue_capacity': host.config.queue.size,
+            yield CounterMetricFamily(f'physai_decode_{name}', _HELP, count)
+        figures: dict[str, Any] = {'queue_capacity': host.config.queue.size,
                                       'queue_depth': worker.queue_depth if worker else 0}
         if worker is not None:
-            figures.update(asdict(worker.window()))
+            figures.update(asdict(worker.window()), energy_j=worker.energy_j,
+                           j_per_token=worker.j_per_token)
+            if (kv_bytes := figures['kv_bytes']) is not None:
+                figures['kv_gb'] = kv_bytes / 1e9
         if telemetry is not None:
             figures.update(telemetry.read())
         if loaded is not None:
             shape = loaded.engine.footprint
             figures.update(weight_gb=shape.read_weight_bytes / 1e9,
                            max_context=shape.max_context)
-            if loaded.peak.bytes_per_s is not None:
-                figures['peak_bandwidth_gb_s'] = loaded.peak.bytes_per_s / 1e9
+            peak = worker.peak if worker else loaded.peak
+            if peak.bytes_per_s is not None:
+                figures['peak_bandwidth_gb_s'] = peak.bytes_per_s / 1e9
             model = GaugeMetricFamily(
                 'physai_decode_model', '1 for the model that is loaded', labels=['model', *_MODEL])
             model.add_metric([host.config.model.path, *(str(getattr(shape, name))
                                                         for name in _MODEL)], 1)
             yield model
         for name, value in figures.items():
-            if isinstance(value, (int, float)):
-                yield GaugeMetricFamily(
-                    f'physai_decode_{name}', f'{name} of /diagnostics', float(value))
+            if isinstance(value, (int, float)) and name not in _INNER:
+                yield GaugeMetricFamily(f'physai_decode_{name}', _HELP, float(value))
