@@ -232,6 +232,20 @@ class BondConfig:
 
 
 @dataclass(frozen=True)
+class HttpConfig:
+    """The HTTP door: OpenAI's API."""
+
+    port: int = _option(
+        0, "TCP port of OpenAI's API, open while the node is configured; 0: off; needs "
+        'physai_decode[http]', low=0, high=65535)
+    host: str = _option(
+        '127.0.0.1', 'address that the port is opened on; 0.0.0.0 and :: let other machines in: '
+        'set PHYSAI_DECODE_API_KEY then', characters=256)
+    max_connections: int = _option(
+        128, 'connections at once; requests on a further one are refused', low=1, high=4096)
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """All settings of the node; each group is the parameters' prefix."""
 
@@ -247,6 +261,7 @@ class DecodeConfig:
     roofline: RooflineConfig = RooflineConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     bond: BondConfig = BondConfig()
+    http: HttpConfig = HttpConfig()
     autostart: bool = _option(True, 'configure and activate by itself at start')
 
 
