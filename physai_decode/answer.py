@@ -43,6 +43,7 @@ from physai_decode.timing import RequestRecorder
 from physai_decode.timing import TokenReport
 
 LOOK_UP_S = 0.02        # how often a deadline is looked for while a paced step waits
+RAW = Manner(reason='raw_prompt goes without the chat template')
 PIECE = 32768           # characters of a text that are looked at in one go: some 0.03 s
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
@@ -153,6 +154,7 @@ class Answer:
         times.paced = tokens_per_s > 0
         self._pace: Pace | None = None              # from the first step on
         self._waited_s: float | None = None         # before the step that runs
+        self._manner = RAW if ticket.request.raw_prompt else text.manner
         self._speech: Speech | None = None          # None: all that the model says is its answer
         self._ids_said: list[int] = []              # kept only while a thought may be ended
         self._given = 0
@@ -190,7 +192,7 @@ class Answer:
         return end
 
     def _give(self) -> End:
-        manner, tools = self._text.manner, self._ticket.request.offered
+        manner, tools = self._manner, self._ticket.request.offered
         if tools and not manner.form:
             raise Refused(f'tools can not be used: {manner.reason}')
         seen = manner.markers(bool(tools))
@@ -286,7 +288,7 @@ class Answer:
                           'a tool: set "response_format" to {"type": "text"} in the request')
         if request.forced:
             single = len(request.forced) == 1 and request.tool_choice != 'required'
-            form = Form('calls', Calls(self._text.manner.form, request.forced, single),
+            form = Form('calls', Calls(self._manner.form, request.forced, single),
                         'tool_choice')
         if form is not None and self._sampling.stop:
             raise Refused(f'{self._named("stop")} can not be used with {form.name}, which '
@@ -295,7 +297,7 @@ class Answer:
 
     def _listen(self, prompt_ids: list[int]) -> Thought | None:
         """Begin to take apart what is said; give the thought that may come first."""
-        manner = self._text.manner
+        manner = self._manner
         names = [tool['function']['name'] for tool in self._ticket.request.offered]
         if not names and not manner.opens:
             return None
@@ -318,7 +320,7 @@ class Answer:
 
     def _end_thought(self, constraint: Constraint | None) -> list[int]:
         """End the thought in the model's place; give the tokens since the prompt."""
-        manner = self._text.manner
+        manner = self._manner
         assert self._speech is not None
         if constraint is not None:
             for token_id in manner.close_ids:
@@ -348,7 +350,8 @@ class Answer:
             raise Refused(f'the prompt is more than {self._far_too_long} tokens long, and the '
                           f'context holds {context} tokens: {SHORTEN}')
         if turn is None:
-            return self._checked(self._ids(request.messages))
+            return self._checked(self._ids(
+                request.messages or (Message('', request.raw_prompt),)))
         known, lost = self._conversation.before(turn)
         if len(turn.prompt) >= context or not known:    # it may be too long all by itself
             prompt_ids = self._checked(self._ids(self._conversation.messages([], turn.prompt)))

@@ -11,8 +11,8 @@ from typing import Any
 
 from physai_decode.timing import RequestReport
 
-# OpenAI knows these of our finish reasons; every other end is null there.
-_FINISH_REASONS = ('stop', 'length', 'tool_calls')
+# Finish reasons of requests that were answered, as OpenAI has them; every other is null there.
+ANSWERED = ('stop', 'length', 'tool_calls')
 
 
 def chat_completion(report: RequestReport, text: str, model: str,
@@ -36,7 +36,7 @@ def chat_completion(report: RequestReport, text: str, model: str,
             'message': {'role': 'assistant', 'content': text,
                         'reasoning_content': reasoning or None,
                         'tool_calls': [call.to_json() for call in report.tool_calls]},
-            'finish_reason': reason if reason in _FINISH_REASONS else None}],
+            'finish_reason': reason if reason in ANSWERED else None}],
         'usage': {
             'prompt_tokens': prompt, 'completion_tokens': output,
             'total_tokens': prompt + output,

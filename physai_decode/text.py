@@ -114,10 +114,10 @@ class Text:
         """
         Give the ids of a conversation, up to where the answer begins.
 
-        Without a template the messages follow one another as they are, after what the tokenizer
-        puts before every text. A template sees place-holders for all texts, but for blanks at
-        their ends and for the words that it has in its own source: it can trim a text, look for a
-        switch in it, or cut it where a thought ends.
+        Without a template, and where a message has no role, the messages follow one another as
+        they are, after what the tokenizer puts before every text. A template sees place-holders
+        for all texts, but for blanks at their ends and for the words that it has in its own
+        source: it can trim a text, look for a switch in it, or cut it where a thought ends.
 
         :param messages: any texts; special tokens in them are text.
         :param chat_template_kwargs: further variables of the template.
@@ -126,15 +126,15 @@ class Text:
             it out.
         """
         for message in messages:
-            _check(message.role, message.content)
+            _check(message.role or 'raw', message.content)
             _check(f'{message.role} reasoning', message.reasoning_content)
         if tools and not self.manner.form:
             raise TextError(f'tools can not be used: {self.manner.reason}')
-        if not self._source:
+        if not self._source or any(not message.role for message in messages):
             calls = any(message.tool_calls for message in messages)
             if chat_template_kwargs or calls:
                 raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} can not be '
-                                'used: there is no chat template')
+                                'used: there is no chat template, or none is used')
             whole = ''.join(message.content for message in messages)
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)

@@ -15,12 +15,14 @@ import math
 import threading
 import time
 from typing import Any
+from typing import TypeVar
 
 from physai_decode.host import Host
 from physai_decode.request import is_client_id
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
+from physai_decode.result import ANSWERED
 from physai_decode.result import chat_completion
 from physai_decode.ros.messages import sendable
 from physai_decode.ros.topics import stream_qos
@@ -42,7 +44,7 @@ from rclpy.qos import QoSProfile
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
 STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
-SUCCEEDED = ('stop', 'tool_calls', 'length')    # finish reasons
+_T = TypeVar('_T')
 
 
 class GenerateServer:
@@ -137,7 +139,7 @@ class GenerateServer:
             del self._goals[goal.key]
         report, text = goal.end
         message = result(report, text, self._host.config.model.path)
-        if report.finish_reason in SUCCEEDED:
+        if report.finish_reason in ANSWERED:
             self._set(handle, handle.succeed)
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
             self._set(handle, handle.canceled)
@@ -255,11 +257,16 @@ class _Goal:
 
     def take(self) -> list[tuple[int, TokenReport]]:
         """Give the tokens since the last call, with the time of each in ns since the epoch."""
-        return [self._tokens.popleft() for _ in range(len(self._tokens))]
+        return _drained(self._tokens)
 
     def take_items(self) -> list[str]:
         """Give the elements since the last call."""
-        return [self._items.popleft() for _ in range(len(self._items))]
+        return _drained(self._items)
+
+
+def _drained(queue: deque[_T]) -> list[_T]:
+    """Empty a queue to which other threads may append meanwhile."""
+    return [queue.popleft() for _ in range(len(queue))]
 
 
 def read(goal: Any, max_bytes: int) -> Request:
