@@ -11,7 +11,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Comparable
 from physai_decode.engine import EngineError
-from physai_decode.engines.native import architecture
+from physai_decode.engines.native import families
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
@@ -112,13 +112,13 @@ def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
 
 
 @pytest.mark.parametrize('named', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
-@pytest.mark.parametrize('family', architecture.FAMILIES)
+@pytest.mark.parametrize('family', families.FAMILIES)
 def test_what_a_config_does_not_say(family, named, tmp_path):
     """It is what the library takes for it."""
     said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
             'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
     (tmp_path / 'config.json').write_text(json.dumps(said))
-    ours = architecture.parse(said)
+    ours = families.parse(said)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device('meta'):
         network = transformers.AutoModelForCausalLM.from_config(config)
@@ -135,7 +135,7 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     assert config.hidden_act == 'silu'
     assert config.rope_parameters['rope_type'] == 'default'
     assert config.rope_parameters['rope_theta'] == pytest.approx(
-        ours.inverse_frequencies[1] ** (-ours.head_dim / 2))
+        ours.rotaries[0].inverse_frequencies[1] ** (-ours.head_dim / 2))
     window = getattr(config, 'sliding_window', None) or 0
     kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * ours.layers
     assert ours.windows == tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
@@ -172,9 +172,9 @@ def test_nonsense_in_a_config(fields):
         'model_type': 'qwen2', 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256,
         'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
         'max_position_embeddings': 256}
-    architecture.parse(config)
+    families.parse(config)
     with pytest.raises(EngineError, match=r'config\.json .*again'):
-        architecture.parse({**config, **fields})
+        families.parse({**config, **fields})
 
 
 @pytest.mark.parametrize('length', [1, 254, 255])

@@ -11,7 +11,7 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from physai_decode.checkpoint import inspect
-from physai_decode.engines.native import architecture
+from physai_decode.engines.native import families
 from physai_decode.engines.native import prefill
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
@@ -39,7 +39,7 @@ def small(monkeypatch):
 def load(folder, dtype=torch.float32):
     """Give two transformers of the same weights: what is checked, and its reference."""
     checkpoint = inspect(folder)
-    shape = architecture.parse(checkpoint.config)
+    shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
                           checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)

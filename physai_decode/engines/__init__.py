@@ -71,11 +71,11 @@ def build(model: Checkpoint, config: EngineConfig,
 def _choose(model, config):
     _load('native')
     from physai_decode.engines import device
-    from physai_decode.engines.native import architecture
+    from physai_decode.engines.native import families
     from physai_decode.engines.native import formats
     quantized = model.quantized
     try:
-        architecture.parse(model.config)
+        families.parse(model.config)
         if quantized:
             formats.parse(quantized)
     except EngineError as reason:

@@ -262,7 +262,7 @@ class Prefill:
         """Run the last token through the rest of the last layer and the head: see `step`."""
         t, eps, layer = self._t, self._t.architecture.norm_eps, self._t.weights.layers[-1]
         ops = t.ops
-        ops.attend(t.qkv, t.keys[-1], t.values[-1], self._place, t.cos, t.sin, t.attention[-1],
+        ops.attend(t.qkv, t.keys[-1], t.values[-1], self._place, *t.angles[-1], t.attention[-1],
                    t.attended)
         ops.linear(t.attended, layer.out, t.x, add=True)
         ops.gated(t.x, layer.gate_up, t.hidden, layer.mlp_norm, eps)
@@ -437,7 +437,7 @@ class Prefill:
                    triton.next_power_of_2(a.heads + 2 * a.kv_heads - first))
         kernels._rotate[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads - first, rows))](
             parts, parts if bias is None else bias, t.keys[index], t.values[index], self._q,
-            self._start, self._count, t.cos, t.sin,
+            self._start, self._count, *t.angles[index],
             attention.q_norm if normed else parts, attention.k_norm if normed else parts,
             tokens * (a.q_size + 2 * a.kv_size), t.max_context, a.norm_eps, HEADS=a.heads,
             KV_HEADS=a.kv_heads, FIRST=first, ROWS=rows, D=a.head_dim,

@@ -68,10 +68,10 @@ def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) ->
 def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
     """Give for each of the first layers float32 [2 * kv_heads, tokens, head_dim]."""
     a, tokens = t.architecture, len(ids)
-    turns = torch.complex(t.cos[:tokens], t.sin[:tokens])
     x = t.weights.embedding[torch.tensor(ids, device=t.keys.device)].float()
     found = []
-    for layer, window in zip(t.weights.layers[:LAYERS], a.windows):
+    for layer, window, angles in zip(t.weights.layers[:LAYERS], a.windows, t.angles):
+        turns = torch.complex(*(each[:tokens] for each in angles))
         heads = _product(_normed(x, layer.input_norm, a.norm_eps), layer.qkv).view(
             tokens, -1, a.head_dim).transpose(0, 1)
         q, k, v = heads.split((a.heads, a.kv_heads, a.kv_heads))

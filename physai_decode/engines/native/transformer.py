@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
@@ -56,11 +57,8 @@ class Transformer:
         shape = (a.layers, a.kv_heads, max_context, a.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        angles = torch.outer(
-            torch.arange(max_context, dtype=torch.float32),
-            torch.tensor(a.inverse_frequencies, dtype=torch.float32))
-        self.cos = (angles.cos() * a.rotary_scale).to(device)
-        self.sin = (angles.sin() * a.rotary_scale).to(device)
+        tables = {rotary: _angles(rotary, max_context, device) for rotary in set(a.rotaries)}
+        self.angles = [tables[rotary] for rotary in a.rotaries]     # of each layer
         self.attention = [
             Attention(a.heads, a.kv_heads, a.head_dim, window, a.norm_eps,
                       layer.q_norm, layer.k_norm)
@@ -78,8 +76,8 @@ class Transformer:
         ops.embed(w.embedding, self.token, self.x)
         for index, layer in enumerate(w.layers):
             ops.linear(self.x, layer.qkv, self.qkv, gain=layer.input_norm, eps=eps)
-            ops.attend(self.qkv, self.keys[index], self.values[index], self.position, self.cos,
-                       self.sin, self.attention[index], self.attended)
+            ops.attend(self.qkv, self.keys[index], self.values[index], self.position,
+                       *self.angles[index], self.attention[index], self.attended)
             ops.linear(self.attended, layer.out, self.x, add=True)
             ops.gated(self.x, layer.gate_up, self.hidden, layer.mlp_norm, eps)
             ops.linear(self.hidden, layer.down, self.x, add=True)
@@ -126,7 +124,6 @@ class Transformer:
         """
         a, w, ops = self.architecture, self.weights, self.ops
         stop = start + ids.shape[0]
-        cos, sin = self.cos[start:stop].unsqueeze(1), self.sin[start:stop].unsqueeze(1)
         x = F.embedding(ids, w.embedding).float()
         for index, layer in enumerate(w.layers):
             qkv = ops.apply(rms_norm(x, layer.input_norm, a.norm_eps), layer.qkv)
@@ -136,6 +133,7 @@ class Transformer:
                 q = rms_norm(q, layer.q_norm, a.norm_eps)
                 k = rms_norm(k, layer.k_norm, a.norm_eps)
             keys, values = self.keys[index], self.values[index]
+            cos, sin = (each[start:stop].unsqueeze(1) for each in self.angles[index])
             keys[:, start:stop] = rotate(k, cos, sin).to(keys.dtype).transpose(0, 1)
             values[:, start:stop] = v.transpose(0, 1)
             q = rotate(q, cos, sin).to(keys.dtype).transpose(0, 1)
@@ -169,6 +167,13 @@ class EagerPrefill:
     def logits(self) -> Tensor:
         """Give the logits after the last token fed; float32 [vocab]."""
         return self._logits
+
+
+def _angles(rotary: Rotary, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give cosine and sine of every place, float32 [places, head_dim / 2] each."""
+    angles = torch.outer(torch.arange(places, dtype=torch.float32),
+                         torch.tensor(rotary.inverse_frequencies, dtype=torch.float32))
+    return ((angles.cos() * rotary.scale).to(device), (angles.sin() * rotary.scale).to(device))
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:

@@ -1,0 +1,39 @@
+"""
+The families of models: one file each, and here which there are.
+
+A family reads a config.json, with what the transformers library takes for a key that is not there,
+and refuses by name what is not run. What it gives are an `Architecture`'s shapes and constants:
+nothing behind it knows families. Knows no tensors.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+from physai_decode.checkpoint import parsing
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.families import llama
+from physai_decode.engines.native.families import mistral
+from physai_decode.engines.native.families import qwen2
+from physai_decode.engines.native.families import qwen3
+from physai_decode.engines.native.families.refusal import unsupported
+
+# Reads a config. Raises EngineError where it asks for what is not run, and ValueError where it is
+# damaged; both name the key.
+Family = Callable[[Mapping[str, Any]], Architecture]
+# By model_type.
+FAMILIES: dict[str, Family] = {
+    'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse}
+
+
+@parsing('config.json')
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """
+    Read a Hugging Face config.json.
+
+    :raises EngineError: naming what the native engine does not run, or is damaged.
+    """
+    name = config.get('model_type')
+    if name not in FAMILIES:
+        raise unsupported(f'model_type {name!r} (it runs {", ".join(FAMILIES)})')
+    return FAMILIES[name](config)
