@@ -39,7 +39,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     'rope_theta': (1, 1e30), 'factor': (0, 1e6), 'original_max_position_embeddings': (0, 2**40),
     'low_freq_factor': (0, 1e6), 'high_freq_factor': (0, 1e6), 'beta_fast': (0, 1e6),
     'beta_slow': (0, 1e6), 'attention_factor': (0, 1e6), 'mscale': (0, 1e6),
-    'mscale_all_dim': (0, 1e6)}
+    'mscale_all_dim': (0, 1e6), 'query_pre_attn_scalar': (0, 1e6),
+    'sliding_window_pattern': (1, 10**4), 'rope_local_base_freq': (1, 1e30)}
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -236,6 +237,16 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if kinds is None:
         first = number(config, 'max_window_layers')
         return tuple(window if index >= first else 0 for index in range(layers))
+    return windows_by_kind(kinds, layers, window)
+
+
+def windows_by_kind(kinds: Any, layers: int, window: int) -> tuple[int, ...]:
+    """
+    Give for each layer how many tokens it sees back; 0: all.
+
+    :param kinds: what a config has as ``layer_types``.
+    :raises ValueError: it is no list of the kinds of so many layers.
+    """
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f'layer_types is {repr(kinds)}, not a list for {layers} layers')
     known = {'sliding_attention': window, 'full_attention': 0}

@@ -63,7 +63,8 @@ def main():
         def build(kernel, capability=capability, half=half, **constants):
             return compiled(kernel, capability, half, EARLY=early, **constants)
 
-        build(kernels._embed, BLOCK=1024)
+        build(kernels._embed, BLOCK=1024, SCALE=1.0)
+        build(kernels._add_normed, K=1152, WIDE=2048, BLOCK=512)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
                  GROUP=128, ZEROS=True)
@@ -74,7 +75,7 @@ def main():
         for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
             made = build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
                          ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages,
-                         NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+                         NORM=gated, GATED=gated, GELU=gated, ADD=not gated, BIAS=gated)
             if early:
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
@@ -83,7 +84,7 @@ def main():
                 made = build(
                     kernels._int4, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
                     BLOCKS=7, GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages, GATED=gated,
-                    ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
+                    GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
                 # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
                 wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
@@ -110,7 +111,7 @@ def scaled(build, half, capability, early):
                      warps=choice.warps, out=half if gated else 'fp32', K=3584,
                      GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
                      STAGES=choice.stages, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
-                     NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+                     NORM=gated, GATED=gated, GELU=False, ADD=not gated, BIAS=gated)
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
@@ -139,12 +140,13 @@ def prefills(build, half, capability):
     """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
     own = prefill_kernels
     matrix = 'wgmma.mma_async' if capability >= 90 else 'mma.sync'
-    build(own._embed, out=half, K=3584, BLOCK=4096, PLACED=True)
-    build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, PLACED=False)
-    build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, PLACED=True)
+    build(own._embed, out=half, K=3584, BLOCK=4096, SCALE=34.0, PLACED=True)
+    build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, NORM=False,
+          PLACED=False)
+    build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, NORM=True, PLACED=True)
     build(own._reorder, x=half, out=half, K=3584, BLOCK=1024, PLACED=True)
-    build(own._silu_up, parts=half, out=half, N=9472, BLOCK=2048, PARTS=1, BIAS=True, PAIRED=True,
-          PLACED=True)
+    build(own._gate_up, parts=half, out=half, N=9472, BLOCK=2048, PARTS=1, BIAS=True, PAIRED=True,
+          GELU=False, PLACED=True)
     build(own._last, BLOCK=512, PARTS=2, BIAS=True)
     build(own._join, out=half, HEADS=28, ROWS=4, D=128, DIMS=128, SPLITS=4, PLACED=True)
     for first, norm in ((0, True), (28, False)):
@@ -157,7 +159,8 @@ def prefills(build, half, capability):
                      PLACED=splits == 1)
         assert matrix in made.asm['ptx']
     for gated in (False, True):
-        common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'BIAS': gated}
+        common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'GELU': gated,
+                  'BIAS': gated}
         made = build(own._dense, ROWS=64, COLUMNS=64, TOKENS=32, STAGES=4, PAIRED=gated,
                      PLACED=False, **common)
         assert matrix in made.asm['ptx']

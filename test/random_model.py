@@ -32,7 +32,16 @@ FAMILIES = {
             'rope_type': 'yarn', 'rope_theta': 1000000.0, 'factor': 4.0,
             'original_max_position_embeddings': 64}},
     'qwen3': {'head_dim': 64},
-    'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True}}
+    'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True},
+    'gemma3_text': {
+        'model_type': 'gemma3_text', 'head_dim': 64, 'num_hidden_layers': 3, 'sliding_window': 40,
+        'tie_word_embeddings': True, 'query_pre_attn_scalar': 100,
+        'layer_types': ['sliding_attention'] * 2 + ['full_attention'],
+        'rope_parameters': {
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+            'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}}},
+    'gemma3_text_wide': {'model_type': 'gemma3_text', 'head_dim': 256, 'tie_word_embeddings': True,
+                         'layer_types': ['full_attention', 'sliding_attention']}}
 
 
 def save(folder: Path, family: str, seed: int, **overrides) -> Path:
@@ -43,8 +52,9 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     :param overrides: fields of the config.
     :returns: the folder.
     """
-    settings = {**_SHAPE, **FAMILIES.get(family, {}), **overrides}
-    config = transformers.AutoConfig.for_model(family.partition('_')[0], **settings)
+    settings = {'model_type': family.partition('_')[0], **_SHAPE, **FAMILIES.get(family, {}),
+                **overrides}
+    config = transformers.AutoConfig.for_model(**settings)
     return save_config(folder, config, seed)
 
 

@@ -118,6 +118,10 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
             'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
     (tmp_path / 'config.json').write_text(json.dumps(said))
+    if family == 'gemma3_text' and 'sliding_window' in named:
+        with pytest.raises(EngineError, match='sliding_window is None'):
+            families.parse(said)
+        return
     ours = families.parse(said)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device('meta'):
@@ -130,15 +134,22 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     assert ('self_attn.o_proj.bias' in shapes) == ours.out_bias
     assert ('mlp.up_proj.bias' in shapes) == ours.mlp_bias
     assert ('self_attn.q_norm.weight' in shapes) == ours.qk_norm
+    for name in (ours.names.mlp_norm, ours.names.out_norm, ours.names.down_norm):
+        assert not name or f'{name}.weight' in shapes
     assert config.tie_word_embeddings == ours.tied_head
     assert config.rms_norm_eps == ours.norm_eps
-    assert config.hidden_act == 'silu'
-    assert config.rope_parameters['rope_type'] == 'default'
-    assert config.rope_parameters['rope_theta'] == pytest.approx(
-        ours.rotaries[0].inverse_frequencies[1] ** (-ours.head_dim / 2))
+    activation = getattr(config, 'hidden_act', None) or config.hidden_activation
+    assert activation == {'gelu_tanh': 'gelu_pytorch_tanh'}.get(ours.activation, ours.activation)
+    assert network.model.layers[0].self_attn.scaling == pytest.approx(ours.attention_scale)
     window = getattr(config, 'sliding_window', None) or 0
     kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * ours.layers
     assert ours.windows == tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
+    turns = type(network.model.rotary_emb)(config)
+    for kind, found in zip(kinds, ours.rotaries, strict=True):
+        wanted = getattr(turns, f'{kind}_inv_freq', None)
+        wanted = turns.inv_freq if wanted is None else wanted
+        assert found.inverse_frequencies == pytest.approx(wanted.tolist())
+        assert found.scale == 1.0
 
 
 YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}

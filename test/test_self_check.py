@@ -32,7 +32,7 @@ def differences(engine):
 @pytest.mark.parametrize('family', random_model.FAMILIES)
 def test_it_agrees(tmp_path, family):
     found = differences(NativeEngine(inspect(random_model.save(tmp_path, family, 0)), CPU))
-    assert len(found) == 2
+    assert len(found) == (3 if family == 'gemma3_text' else 2)
     assert max(found) < 1e-5
 
 
@@ -55,8 +55,8 @@ def wrong_norm(monkeypatch):
 
 def wrong_gate(monkeypatch):
     gated = TorchOps.gated
-    monkeypatch.setattr(TorchOps, 'gated', lambda self, x, weight, out, gain, eps: (
-        gated(self, x, weight, out, gain, eps), out.neg_()))
+    monkeypatch.setattr(TorchOps, 'gated', lambda self, x, weight, out, *rest: (
+        gated(self, x, weight, out, *rest), out.neg_()))
 
 
 def wrong_position(monkeypatch):

@@ -40,6 +40,9 @@ MODELS = {
     'mistral, window': ('mistral', {**SMALL, 'sliding_window': 50}),
     'qwen2, tied': ('qwen2', {**SMALL, 'tie_word_embeddings': True}),
     'qwen3': ('qwen3', SMALL),
+    'gemma3': ('gemma3_text', {
+        **SMALL, 'head_dim': 256, 'num_key_value_heads': 1, 'sliding_window': 50,
+        'layer_types': ['sliding_attention', 'full_attention'], 'tie_word_embeddings': True}),
     'qwen2.5-7b, 2 layers': ('qwen2', WIDE)}
 
 

@@ -17,6 +17,17 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What a family calls the parts of a layer; an empty name is of a part that it has not."""
+
+    qkv: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj')
+    gate_up: tuple[str, ...] = ('gate_proj', 'up_proj')
+    mlp_norm: str = 'post_attention_layernorm'
+    out_norm: str = ''                         # of what attention adds
+    down_norm: str = ''                        # of what the MLP adds
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shapes and constants of one transformer; counts unless a unit is named."""
 
@@ -32,10 +43,15 @@ class Architecture:
     tied_head: bool
     windows: tuple[int, ...]                   # per layer, tokens seen back; 0: all
     rotaries: tuple[Rotary, ...]               # per layer
+    attention_scale: float                     # multiplies the products of queries and keys
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    activation: str = 'silu'                   # of `ops.ACTIVATIONS`
+    embedding_scale: float = 1.0               # multiplies embeddings, but not a head tied to them
+    gain_offset: float = 0.0                   # to be added to the stored gains of norms
+    names: Names = Names()
 
     @property
     def q_size(self) -> int:

@@ -39,14 +39,17 @@ def _fetch(addresses):
 
 
 @triton.jit
-def _embed(table, token, x, hidden, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _embed(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
+           EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token).to(tl.int64)
-    values = tl.load(table + row * hidden + columns, mask=columns < hidden)
-    tl.store(x + columns, values.to(tl.float32), mask=columns < hidden)
+    values = tl.load(table + row * hidden + columns, mask=columns < hidden).to(tl.float32)
+    if SCALE != 1.0:
+        values *= SCALE
+    tl.store(x + columns, values, mask=columns < hidden)
 
 
 @triton.jit
@@ -68,8 +71,12 @@ def _store(out, rows, n, values, ADD: tl.constexpr):
 
 
 @triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+def _activated(x, GELU: tl.constexpr):
+    """Give SiLU, or GELU by its approximation with tanh, which is a logistic function too."""
+    z = x
+    if GELU:
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)     # 2 sqrt(2 / pi)
+    return x / (1.0 + tl.exp(-z))
 
 
 @triton.jit
@@ -108,7 +115,7 @@ def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
 @triton.jit
 def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constexpr,
            COLUMNS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-           ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+           GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
     """Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -142,7 +149,7 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
     result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
     if GATED:
         up = _finish(tl.sum(more, 1), square, rows, n, K, eps, bias + n, NORM, BIAS)
-        result = _silu(result) * up
+        result = _activated(result, GELU) * up
     _store(out, rows, n, result, ADD)
 
 
@@ -293,8 +300,8 @@ def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl
 @triton.jit
 def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexpr,
           BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-          STAGES: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+          BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
@@ -334,7 +341,7 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(result, (2, ROWS // 2))))
-        result = _silu(gate) * up
+        result = _activated(gate, GELU) * up
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
         rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -391,6 +398,27 @@ def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.const
     eighths = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // 8, 8)), 1)
     tl.store(out_sums + eighths, sums, mask=eighths * 8 < K)
+
+
+@triton.jit
+def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+                EARLY: tl.constexpr):
+    """
+    Add ``branch`` [K], normalised, to ``x``; BLOCK columns a program.
+
+    WIDE is K rounded up to a power of two.
+    """
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < K
+    scale = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    every = tl.arange(0, WIDE)
+    whole = tl.load(branch + every, mask=every < K, other=0.0)
+    v = tl.load(branch + columns, mask=inside, other=0.0)
+    v *= scale * tl.rsqrt(tl.sum(whole * whole) / K + eps)
+    tl.store(x + columns, tl.load(x + columns, mask=inside, other=0.0) + v, mask=inside)
 
 
 @triton.jit
@@ -569,9 +597,15 @@ class TritonOps(TorchOps):
 
     name = f'triton {triton.__version__}'
 
-    def __init__(self, device: torch.device, splits: int | None = None):
-        """Take scratch memory; ``splits`` is how many programs share a head's context."""
-        super().__init__(on_host=False)
+    def __init__(self, device: torch.device, splits: int | None = None,
+                 dtype: torch.dtype | None = None):
+        """
+        Take scratch memory.
+
+        :param splits: how many programs share a head's context.
+        :param dtype: see `TorchOps`.
+        """
+        super().__init__(on_host=False, dtype=dtype)
         self._device = device
         self._early = False
         self._processors = 4
@@ -587,19 +621,29 @@ class TritonOps(TorchOps):
         self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
         self._current: set[int] = set()     # addresses of the vectors whose sums are up to date
 
-    def embed(self, table, token, x):
+    def embed(self, table, token, x, scale=1.0):
         """See `TorchOps.embed`."""
         hidden = x.shape[0]
         _embed[(triton.cdiv(hidden, 1024),)](
-            table, token, x, hidden, BLOCK=1024, EARLY=self._early, **self._launch(4))
+            table, token, x, hidden, BLOCK=1024, SCALE=scale, EARLY=self._early,
+            **self._launch(4))
 
     def linear(self, x, weight, out, *, gain=None, eps=0.0, add=False):
         """See `TorchOps.linear`."""
         self._product(x, weight, out, gain, eps, add, gated=False)
 
-    def gated(self, x, weight, out, gain, eps):
+    def gated(self, x, weight, out, gain, eps, activation='silu'):
         """See `TorchOps.gated`."""
-        self._product(x, weight, out, gain, eps, False, gated=True)
+        self._product(x, weight, out, gain, eps, False, gated=True,
+                      gelu=activation == 'gelu_tanh')
+
+    def add_normed(self, branch, gain, eps, x):
+        """See `TorchOps.add_normed`."""
+        k = x.shape[0]
+        self._current.discard(x.data_ptr())
+        _add_normed[(triton.cdiv(k, 512),)](
+            branch, gain, x, eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
+            EARLY=self._early, **self._launch(8))
 
     def apply(self, x, weight):
         """See `TorchOps.apply`."""
@@ -620,7 +664,7 @@ class TritonOps(TorchOps):
             qkv, keys, values, position, cos, sin,
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
-            *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
+            *parts, max_context, layer.scale, layer.norm_eps, KV_HEADS=kv_heads,
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
             **self._launch(sharing.warps))
@@ -678,13 +722,14 @@ class TritonOps(TorchOps):
             cache.put(str(shape), list(astuple(choice)))
         chosen[shape] = choice
 
-    def _product(self, x, weight, out, gain, eps, add, gated):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
         shape = _shape(weight, gain, gated)
         choice = self._choices.get(shape) or _choices(shape)[0]
         bias = weight.bias
         common = {
-            'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'ADD': add,
-            'BIAS': bias is not None, 'EARLY': self._early, **self._launch(choice.warps)}
+            'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'GELU': gelu,
+            'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
+            **self._launch(choice.warps)}
         # A pointer that is not used still has to be one.
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
@@ -717,7 +762,8 @@ class TritonOps(TorchOps):
 
     def _prepared(self, x, weight, gain, eps):
         k = weight.in_features
-        out = self._take('prepared', k, x.dtype if gain is None else gain.dtype)
+        dtype = x.dtype if gain is None else self._dtype or gain.dtype
+        out = self._take('prepared', k, dtype)
         _prepare[(triton.cdiv(k, 512),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out,
             self._sums(out), eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,

@@ -59,17 +59,18 @@ def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, 
     return device, dtype
 
 
-def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOps:
-    """Give the operations for this device."""
+def operations(device: torch.device, dtype: torch.dtype,
+               progress: Callable[[str], None]) -> TorchOps:
+    """Give the operations for this device and number format."""
     if device.type == 'cpu':
-        return TorchOps(on_host=True)
+        return TorchOps(on_host=True, dtype=dtype)
     try:
         from physai_decode.engines.native.coded_kernels import CodedOps
     except ImportError as error:
         progress(f"Triton is not there ({error}), so the step runs by PyTorch's operations, "
                  'several times more slowly: pip install triton')
-        return TorchOps(on_host=False)
-    return CodedOps(device)
+        return TorchOps(on_host=False, dtype=dtype)
+    return CodedOps(device, dtype=dtype)
 
 
 def prefill(transformer: Transformer, capture: bool,
@@ -130,8 +131,8 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
         if isinstance(files, source.Files) else ()
     leftover.check(checkpoint, unused)
     clock.end('load_s')
-    made = Transformer(
-        shape, replace(loaded, unused=unused), places, dtype, device, operations(device, progress))
+    made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device,
+                       operations(device, dtype, progress))
     if device.type == 'cuda':
         made.ops.tune(made, progress)
         clock.end('tune_s')

@@ -15,6 +15,7 @@ from physai_decode.engines.native import fusion
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 import torch
@@ -23,16 +24,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer; norms' gains are [hidden] and [head_dim], in the engine's dtype."""
+    """
+    One transformer layer; norms' gains are [hidden] and [head_dim].
+
+    They are in the engine's dtype; where something was added to those stored, in float32.
+    """
 
     input_norm: Tensor
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Linear
+    out_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
+    down_norm: Tensor | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All projections."""
+        return self.qkv, self.out, self.mlp.gate_up, self.mlp.down
+
+    @property
+    def norms(self) -> tuple[Tensor, ...]:
+        """The gains of all norms."""
+        every = (self.input_norm, self.q_norm, self.k_norm, self.out_norm, self.mlp_norm,
+                 self.down_norm)
+        return tuple(gain for gain in every if gain is not None)
 
 
 @dataclass(frozen=True)
@@ -54,9 +72,8 @@ class Weights:
         norms = [self.norm]
         linears = [self.head]
         for layer in self.layers:
-            norms += [layer.input_norm, layer.mlp_norm]
-            norms += [gain for gain in (layer.q_norm, layer.k_norm) if gain is not None]
-            linears += [layer.qkv, layer.out, layer.gate_up, layer.down]
+            norms += layer.norms
+            linears += layer.linears
         return (row + sum(gain.numel() * gain.element_size() for gain in norms)
                 + sum(linear.read_bytes for linear in linears))
 
@@ -95,28 +112,39 @@ class _Loader:
         head: Linear = Dense(embedding)
         if not a.tied_head:
             head = self._fused('', [('lm_head', a.vocab_size)], a.hidden_size, False)
-        norm = self._float('model.norm.weight', (a.hidden_size,))
+        norm = self._gain('model.norm', a.hidden_size)
         return Weights(embedding, tuple(layers), norm, head, self._fallbacks)
 
     def _layer(self, prefix):
         a = self._a
         attention, mlp = f'{prefix}.self_attn.', f'{prefix}.mlp.'
-        qk_norm = [self._float(f'{attention}{name}.weight', (a.head_dim,)) if a.qk_norm else None
-                   for name in ('q_norm', 'k_norm')]
+        q_norm, k_norm = ('q_norm', 'k_norm') if a.qk_norm else ('', '')
+
+        def norm(name, size=a.hidden_size, prefix=f'{prefix}.'):
+            return self._gain(prefix + name, size) if name else None
+
         return Layer(
-            input_norm=self._float(f'{prefix}.input_layernorm.weight', (a.hidden_size,)),
+            input_norm=norm('input_layernorm'),
             qkv=self._fused(attention, [('q_proj', a.q_size), ('k_proj', a.kv_size),
                                         ('v_proj', a.kv_size)], a.hidden_size, a.qkv_bias),
-            q_norm=qk_norm[0],
-            k_norm=qk_norm[1],
+            q_norm=norm(q_norm, a.head_dim, attention),
+            k_norm=norm(k_norm, a.head_dim, attention),
             out=self._fused(attention, [('o_proj', a.hidden_size)], a.q_size, a.out_bias),
-            mlp_norm=self._float(
-                f'{prefix}.post_attention_layernorm.weight', (a.hidden_size,)),
-            gate_up=self._fused(mlp, [('gate_proj', a.intermediate_size),
-                                      ('up_proj', a.intermediate_size)],
-                                a.hidden_size, a.mlp_bias),
-            down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
-                             a.mlp_bias))
+            out_norm=norm(a.names.out_norm),
+            mlp_norm=norm(a.names.mlp_norm),
+            mlp=Mlp(
+                gate_up=self._fused(mlp, [('gate_proj', a.intermediate_size),
+                                          ('up_proj', a.intermediate_size)],
+                                    a.hidden_size, a.mlp_bias),
+                down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
+                                 a.mlp_bias),
+                activation=a.activation),
+            down_norm=norm(a.names.down_norm))
+
+    def _gain(self, module, size):
+        """Read a norm's gains; rounded once more they would lose what was added."""
+        stored = self._float(f'{module}.weight', (size,))
+        return stored.float() + self._a.gain_offset if self._a.gain_offset else stored
 
     def _fused(self, prefix, parts, columns, bias):
         """Stack the named projections, each (name, rows), of one input."""

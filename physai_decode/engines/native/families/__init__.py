@@ -12,6 +12,7 @@ from typing import Any
 
 from physai_decode.checkpoint import parsing
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.families import gemma3
 from physai_decode.engines.native.families import llama
 from physai_decode.engines.native.families import mistral
 from physai_decode.engines.native.families import qwen2
@@ -23,7 +24,8 @@ from physai_decode.engines.native.families.refusal import unsupported
 Family = Callable[[Mapping[str, Any]], Architecture]
 # By model_type.
 FAMILIES: dict[str, Family] = {
-    'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse}
+    'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
+    'gemma3_text': gemma3.parse}
 
 
 @parsing('config.json')

@@ -1,6 +1,7 @@
 """What all families read alike from a config, and which of its values none runs."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 from physai_decode.engine import EngineError
@@ -10,7 +11,7 @@ from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import number
 from physai_decode.model_config import Rope
 
-HEAD_DIMS = (64, 96, 128)       # that the kernels have
+HEAD_DIMS = (64, 96, 128, 256)       # that the kernels have
 # What the transformers library takes for a key that config.json does not have; null is a value.
 _DEFAULTS: dict[str, Any] = {
     'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None}
@@ -26,7 +27,7 @@ def read(config: Mapping[str, Any], defaults: Mapping[str, Any], **differs: Any)
     :raises ValueError: a key is missing, or has no such value.
     """
     config = {**_DEFAULTS, **defaults, **config}
-    if config['hidden_act'] != 'silu':
+    if differs.get('activation', 'silu') == 'silu' and config['hidden_act'] != 'silu':
         raise unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
     heads, hidden, layers = (number(config, key) for key in (
         'num_attention_heads', 'hidden_size', 'num_hidden_layers'))
@@ -52,4 +53,5 @@ def read(config: Mapping[str, Any], defaults: Mapping[str, Any], **differs: Any)
         'norm_eps': number(config, 'rms_norm_eps', float),
         'tied_head': bool(config.get('tie_word_embeddings', False)),
         'windows': (0,) * layers,
+        'attention_scale': 1 / math.sqrt(head_dim),
         **differs})
