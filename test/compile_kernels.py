@@ -69,9 +69,9 @@ def main():
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
                  GROUP=128, ZEROS=True)
         build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
-        for norm in (True, False):
-            build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=128,
-                  DIMS=128, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
+        for norm, dim in ((True, 128), (False, 128), (True, 256)):
+            build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
+                  DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
         for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
             made = build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
                          ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages,
@@ -152,12 +152,15 @@ def prefills(build, half, capability):
     for first, norm in ((0, True), (28, False)):
         build(own._rotate, HEADS=28, KV_HEADS=4, FIRST=first, ROWS=8, D=128, DIMS=64, PARTS=2,
               BIAS=True, NORM=norm)
-    for tile, splits, window in (((64, 64, 4, 2), 4, 0), ((128, 64, 8, 3), 1, 512)):
+    for tile, splits, window, dim in (((64, 64, 4, 2), 4, 0, 128), ((128, 64, 8, 3), 1, 512, 128),
+                                      ((64, 32, 4, 2), 2, 512, 256)):
         rows, columns, warps, stages = tile
-        made = build(own._attend, warps=warps, out=half, HEADS=28, GROUP=7, D=128, DIMS=128,
+        made = build(own._attend, warps=warps, out=half, HEADS=28, GROUP=7, D=dim, DIMS=dim,
                      M=rows, N=columns, SPLITS=splits, WINDOW=window, STAGES=stages,
                      PLACED=splits == 1)
         assert matrix in made.asm['ptx']
+        if dim == 256:      # what every chip with matrix units for prompts has
+            assert made.metadata.shared <= 99 * 1024
     for gated in (False, True):
         common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'GELU': gated,
                   'BIAS': gated}
