@@ -40,6 +40,13 @@ FAMILIES = {
         'rope_parameters': {
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
             'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}}},
+    'phi3': {'sliding_window': 40},
+    'phi3_part': {
+        'num_key_value_heads': 2, 'tie_word_embeddings': True,
+        'original_max_position_embeddings': 256, 'rope_parameters': {
+            'rope_type': 'longrope', 'rope_theta': 1e4, 'partial_rotary_factor': 0.75,
+            'short_factor': [1.0 + 0.1 * i for i in range(24)],
+            'long_factor': [2.0 + i for i in range(24)], 'attention_factor': 1.19}},
     'gemma3_text_wide': {'model_type': 'gemma3_text', 'head_dim': 256, 'tie_word_embeddings': True,
                          'layer_types': ['full_attention', 'sliding_attention']}}
 

@@ -1,5 +1,6 @@
 """Native against the transformers library's own model, and both engines against the contract."""
 
+import dataclasses
 import json
 import math
 
@@ -97,6 +98,27 @@ def assert_agreement(folder, seed):
     reference.engine.close()
 
 
+@pytest.mark.parametrize(('context', 'kind'), [(128, 'short'), (256, 'long')])
+def test_longrope(context, kind, tmp_path):
+    """The factors are those of the context that the cache has, not of what stands in it."""
+    folder = random_model.save(tmp_path, 'phi3_part', 0, original_max_position_embeddings=128)
+    native = load(NativeEngine, folder, dataclasses.replace(CPU, max_context=context))
+    reference = load(TransformersEngine, folder, CPU)
+    length = {'short': 100, 'long': 160}[kind]
+    prompt = [(7 * i) % 500 for i in range(length)]
+    # Fed in chunks, the library's first would have the short factors.
+    ours = decode(native, prompt, SamplingConfig(max_new_tokens=20))
+    logits = reference.engine.prefill_logits(prompt + ours[:-1])
+    assert logits[length - 1:].argmax(-1).tolist() == ours
+    for count in (length, 20):
+        expected = reference.engine.prefill_logits(prompt[:count])
+        native.forget()
+        difference = (native.engine.prefill_logits(prompt[:count]) - expected).abs().max()
+        same = difference <= RELATIVE * expected.abs().max()
+        # Of a short prompt the library takes the short factors in a long context too.
+        assert same == (count == length or kind == 'short')
+
+
 @pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize('family', random_model.FAMILIES)
 def test_agreement(family, seed, tmp_path):
@@ -116,7 +138,7 @@ def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
 def test_what_a_config_does_not_say(family, named, tmp_path):
     """It is what the library takes for it."""
     said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
-            'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
+            'num_hidden_layers': 30, 'num_attention_heads': 64, 'pad_token_id': None, **named}
     (tmp_path / 'config.json').write_text(json.dumps(said))
     if family == 'gemma3_text' and 'sliding_window' in named:
         with pytest.raises(EngineError, match='sliding_window is None'):
@@ -128,11 +150,12 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
         network = transformers.AutoModelForCausalLM.from_config(config)
     shapes = {name.removeprefix('model.layers.0.'): tuple(weight.shape)
               for name, weight in network.state_dict().items()}
-    assert shapes['self_attn.q_proj.weight'] == (ours.q_size, ours.hidden_size)
-    assert shapes['self_attn.k_proj.weight'] == (ours.kv_size, ours.hidden_size)
-    assert ('self_attn.q_proj.bias' in shapes) == ours.qkv_bias
+    rows = {name: shapes[f'self_attn.{name}.weight'][0] for name in ours.names.qkv}
+    assert rows == dict(zip(rows, (ours.q_size, ours.kv_size, ours.kv_size))) or list(
+        rows.values()) == [ours.q_size + 2 * ours.kv_size]
+    assert (f'self_attn.{ours.names.qkv[0]}.bias' in shapes) == ours.qkv_bias
     assert ('self_attn.o_proj.bias' in shapes) == ours.out_bias
-    assert ('mlp.up_proj.bias' in shapes) == ours.mlp_bias
+    assert (f'mlp.{ours.names.gate_up[-1]}.bias' in shapes) == ours.mlp_bias
     assert ('self_attn.q_norm.weight' in shapes) == ours.qk_norm
     for name in (ours.names.mlp_norm, ours.names.out_norm, ours.names.down_norm):
         assert not name or f'{name}.weight' in shapes

@@ -90,6 +90,20 @@ def test_biases_and_a_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
 
 
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block'])
+@pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
+def test_families_that_differ(tmp_path, family, name):
+    """Projections that are stored fused, and those whose rows have another order in the engine."""
+    footprint = check(tmp_path, random_formats.save(tmp_path, family, FORMS[name], **WIDE))
+    assert 'dense_fallbacks' not in footprint.details
+
+
+def test_gate_and_up_stored_as_one_that_make_no_whole_tiles(tmp_path):
+    state = random_formats.save(tmp_path, 'phi3', FORMS['packed4-g-1'], intermediate_size=260,
+                                dense=('lm_head', 'down'))
+    assert check(tmp_path, state).details['dense_fallbacks'] == '2'
+
+
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel', 'nf4', 'mxfp4'])
 def test_modules_that_are_left_dense(tmp_path, name):
     """A whole one stays as it is; one of several that are run as one makes these dense."""

@@ -74,7 +74,7 @@ def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
 
 @pytest.mark.parametrize('family', [
     'llama_tied', 'llama_biases', 'mistral_window', 'qwen2_window', 'qwen3', 'gemma3_text',
-    'gemma3_text_wide'])
+    'gemma3_text_wide', 'phi3_part'])
 def test_families(tmp_path, family):
     check(random_model.save(tmp_path, family, 0), (7, 16, 30))
 
@@ -91,6 +91,15 @@ def test_gptq(tmp_path, form, library, monkeypatch):
     folder = tmp_path / 'model'
     random_gptq.save(folder, 'qwen2', 0, **form)
     check(folder, (7, 30), 2e-5)
+
+
+@pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
+@pytest.mark.parametrize('library', [False, True])
+def test_gptq_of_families_that_differ(tmp_path, family, library, monkeypatch):
+    if library:
+        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+    random_gptq.save(tmp_path / 'model', family, 0, 32, symmetric=False)
+    check(tmp_path / 'model', (7, 30), 2e-5)
 
 
 @pytest.mark.parametrize('form', [

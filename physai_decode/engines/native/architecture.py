@@ -6,14 +6,28 @@ families is a field. Knows no config and no tensors.
 """
 
 from dataclasses import dataclass
+from dataclasses import replace
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """How the positions of a layer turn its heads."""
+    """
+    How the positions of a layer turn its heads.
 
-    inverse_frequencies: tuple[float, ...]     # [head_dim / 2], radians per position
+    Frequencies are those of pairs of dimensions, the first half of those that turn with the
+    second; what is left of a head does not turn.
+    """
+
+    inverse_frequencies: tuple[float, ...]     # radians per position
     scale: float = 1.0                         # multiplies cosine and sine
+    reach: int = 0                             # tokens of context up to which it is so; 0: any
+    beyond: tuple[float, ...] = ()             # inverse frequencies in longer contexts
+
+    def within(self, context: int) -> 'Rotary':
+        """Give what holds in a context of so many tokens."""
+        if self.reach and context > self.reach:
+            return Rotary(self.beyond, self.scale)
+        return Rotary(self.inverse_frequencies, self.scale)
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,15 @@ class Architecture:
     embedding_scale: float = 1.0               # multiplies embeddings, but not a head tied to them
     gain_offset: float = 0.0                   # to be added to the stored gains of norms
     names: Names = Names()
+
+    def within(self, context: int) -> 'Architecture':
+        """Give what it is in a context of so many tokens: some turn heads in another way then."""
+        return replace(self, rotaries=tuple(each.within(context) for each in self.rotaries))
+
+    @property
+    def turned(self) -> int:
+        """The first dimensions of a head that turn, in the layers in which any do."""
+        return 2 * max(len(each.inverse_frequencies) for each in self.rotaries)
 
     @property
     def q_size(self) -> int:

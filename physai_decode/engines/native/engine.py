@@ -36,8 +36,8 @@ class NativeEngine:
         """
         clock = start.PartTimes()
         self._device, dtype = start.select(model, config)
-        shape = families.parse(model.config)
         limit = min(config.max_context, model.context_limit or config.max_context)
+        shape = families.parse(model.config).within(limit)
         needed_bytes = start.check_memory(model, shape, limit, dtype, self._device)
         self._ahead, self._priority = config.steps_ahead, config.stream_priority
         self._stream = devices.stream(self._device, self._priority)

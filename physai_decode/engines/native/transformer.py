@@ -57,7 +57,8 @@ class Transformer:
         shape = (a.layers, a.kv_heads, max_context, a.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        tables = {rotary: _angles(rotary, max_context, device) for rotary in set(a.rotaries)}
+        tables = {rotary: _angles(rotary, max_context, a.head_dim, device)
+                  for rotary in set(a.rotaries)}
         self.angles = [tables[rotary] for rotary in a.rotaries]     # of each layer
         self.attention = [
             Attention(a.heads, a.kv_heads, a.head_dim, window, a.attention_scale, a.norm_eps,
@@ -185,11 +186,14 @@ class EagerPrefill:
         return self._logits
 
 
-def _angles(rotary: Rotary, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give cosine and sine of every place, float32 [places, head_dim / 2] each."""
+def _angles(rotary: Rotary, places: int, dim: int,
+            device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give cosine and sine of every place, float32 [places, dim / 2] each."""
     angles = torch.outer(torch.arange(places, dtype=torch.float32),
                          torch.tensor(rotary.inverse_frequencies, dtype=torch.float32))
-    return ((angles.cos() * rotary.scale).to(device), (angles.sin() * rotary.scale).to(device))
+    still = (0, dim // 2 - angles.shape[1])     # columns to add, of pairs that do not turn
+    return (F.pad(angles.cos() * rotary.scale, still, value=1.0).to(device),
+            F.pad(angles.sin() * rotary.scale, still).to(device))
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, layer: Attention) -> Tensor:

@@ -125,21 +125,54 @@ class _Loader:
 
         return Layer(
             input_norm=norm('input_layernorm'),
-            qkv=self._fused(attention, [('q_proj', a.q_size), ('k_proj', a.kv_size),
-                                        ('v_proj', a.kv_size)], a.hidden_size, a.qkv_bias),
+            qkv=self._qkv(attention),
             q_norm=norm(q_norm, a.head_dim, attention),
             k_norm=norm(k_norm, a.head_dim, attention),
             out=self._fused(attention, [('o_proj', a.hidden_size)], a.q_size, a.out_bias),
             out_norm=norm(a.names.out_norm),
             mlp_norm=norm(a.names.mlp_norm),
             mlp=Mlp(
-                gate_up=self._fused(mlp, [('gate_proj', a.intermediate_size),
-                                          ('up_proj', a.intermediate_size)],
-                                    a.hidden_size, a.mlp_bias),
+                gate_up=self._gate_up(mlp),
                 down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
                                  a.mlp_bias),
                 activation=a.activation),
             down_norm=norm(a.names.down_norm))
+
+    def _qkv(self, prefix):
+        a = self._a
+        parts = list(zip(a.names.qkv, (a.q_size, a.kv_size, a.kv_size)))
+        if len(parts) == 1:
+            parts = [(a.names.qkv[0], a.q_size + 2 * a.kv_size)]
+        fused = self._fused(prefix, parts, a.hidden_size, a.qkv_bias)
+        if a.turned == a.head_dim:
+            return fused
+        # The first half of a head turns with the second: what does not turn is dealt out to both.
+        half, still = a.turned // 2, (a.head_dim - a.turned) // 2
+        first, second, rest, more = torch.arange(a.head_dim, device=self._device).split(
+            (half, half, still, still))
+        head = torch.cat((first, rest, second, more))
+        turned = torch.arange(0, a.q_size + a.kv_size, a.head_dim, device=self._device)
+        index = torch.cat(((turned.unsqueeze(1) + head).flatten(), torch.arange(
+            a.q_size + a.kv_size, a.q_size + 2 * a.kv_size, device=self._device)))
+        ordered = fused.rows(index)
+        if isinstance(ordered, Dense):
+            return replace(ordered, weight=_laid_out(ordered.weight))
+        return ordered
+
+    def _gate_up(self, prefix):
+        a = self._a
+        if len(a.names.gate_up) == 2:
+            return self._fused(prefix, [(name, a.intermediate_size) for name in a.names.gate_up],
+                               a.hidden_size, a.mlp_bias)
+        fused = self._fused(prefix, [(a.names.gate_up[0], 2 * a.intermediate_size)],
+                            a.hidden_size, a.mlp_bias)
+        if isinstance(fused, Dense):
+            return fused
+        index = fusion.in_turn(a.intermediate_size, self._device)
+        if index is not None:
+            return fused.rows(index)
+        self._fallbacks += 1
+        return Dense(_laid_out(fusion.densified(fused, self._dtype)), fused.bias)
 
     def _gain(self, module, size):
         """Read a norm's gains; rounded once more they would lose what was added."""

@@ -15,6 +15,7 @@ from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families import gemma3
 from physai_decode.engines.native.families import llama
 from physai_decode.engines.native.families import mistral
+from physai_decode.engines.native.families import phi3
 from physai_decode.engines.native.families import qwen2
 from physai_decode.engines.native.families import qwen3
 from physai_decode.engines.native.families.refusal import unsupported
@@ -25,7 +26,7 @@ Family = Callable[[Mapping[str, Any]], Architecture]
 # By model_type.
 FAMILIES: dict[str, Family] = {
     'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
-    'gemma3_text': gemma3.parse}
+    'gemma3_text': gemma3.parse, 'phi3': phi3.parse}
 
 
 @parsing('config.json')

@@ -10,17 +10,26 @@ from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import Rope
 
-KINDS = ('default', 'linear', 'llama3', 'yarn')
+KINDS = ('default', 'linear', 'llama3', 'yarn', 'longrope')
 
 
 def read(rope: Rope, head_dim: int) -> Rotary:
     """
-    Give the turns of a head.
+    Give the turns of a whole head.
 
     :raises EngineError: naming what the native engine does not run.
     """
-    if rope.partial:
-        raise unsupported('partial rotary positions')
+    if rope.partial != 1:
+        raise unsupported('partial rotary positions of this family')
+    return of_part(rope, head_dim)
+
+
+def of_part(rope: Rope, head_dim: int) -> Rotary:
+    """
+    Give the turns of the first ``head_dim`` dimensions of a head.
+
+    :raises EngineError: naming what the native engine does not run.
+    """
     inverse = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if rope.kind == 'default':
         return Rotary(tuple(inverse))
@@ -30,6 +39,10 @@ def read(rope: Rope, head_dim: int) -> Rotary:
         return Rotary(tuple(_llama3(f, rope) for f in inverse))
     if rope.kind == 'yarn':
         return Rotary(_yarn(inverse, rope, head_dim), rope.attention_factor)
+    if rope.kind == 'longrope':
+        short, long = (tuple(f / factor for f, factor in zip(
+            inverse, rope.by_wave(key, len(inverse)))) for key in ('short_factor', 'long_factor'))
+        return Rotary(short, rope.attention_factor, int(rope.original_context), long)
     raise unsupported(f'rope type {rope.kind!r} (it runs {", ".join(KINDS)})')
 
 
