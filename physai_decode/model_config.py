@@ -40,8 +40,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     'low_freq_factor': (0, 1e6), 'high_freq_factor': (0, 1e6), 'beta_fast': (0, 1e6),
     'beta_slow': (0, 1e6), 'attention_factor': (0, 1e6), 'mscale': (0, 1e6),
     'mscale_all_dim': (0, 1e6), 'query_pre_attn_scalar': (0, 1e6),
-    'sliding_window_pattern': (1, 10**4),
-    'partial_rotary_factor': (0, 1), 'rope_local_base_freq': (1, 1e30)}
+    'sliding_window_pattern': (1, 10**4), 'rope_local_base_freq': (1, 1e30),
+    'partial_rotary_factor': (0, 1), 'no_rope_layer_interval': (1, 10**4),
+    'embedding_multiplier': (0, 1e6), 'residual_multiplier': (0, 1e6),
+    'attention_multiplier': (0, 1e6), 'logits_scaling': (0, 1e6)}
 
 
 def check(config: Mapping[str, Any]) -> None:

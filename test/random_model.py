@@ -40,6 +40,12 @@ FAMILIES = {
         'rope_parameters': {
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
             'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}}},
+    'smollm3': {'num_hidden_layers': 3, 'no_rope_layers': [1, 0, 1], 'attention_bias': True},
+    'smollm3_window': {'no_rope_layer_interval': 2, 'use_sliding_window': True,
+                       'sliding_window': 40, 'tie_word_embeddings': True},
+    'granite': {
+        'embedding_multiplier': 12.0, 'residual_multiplier': 0.22, 'logits_scaling': 3.0,
+        'attention_multiplier': 0.1, 'rms_norm_eps': 1e-2},
     'phi3': {'sliding_window': 40},
     'phi3_part': {
         'num_key_value_heads': 2, 'tie_word_embeddings': True,

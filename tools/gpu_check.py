@@ -43,6 +43,15 @@ MODELS = {
     'gemma3': ('gemma3_text', {
         **SMALL, 'head_dim': 256, 'num_key_value_heads': 1, 'sliding_window': 50,
         'layer_types': ['sliding_attention', 'full_attention'], 'tie_word_embeddings': True}),
+    'phi4-mini': ('phi3', {
+        **SMALL, 'original_max_position_embeddings': 512, 'pad_token_id': None,
+        'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 1e4,
+                            'partial_rotary_factor': 0.75, 'attention_factor': 1.19,
+                            'short_factor': [1.5] * 24, 'long_factor': [3.0] * 24}}),
+    'smollm3': ('smollm3', {**SMALL, 'no_rope_layers': [1, 0], 'pad_token_id': None}),
+    'granite': ('granite', {
+        **SMALL, 'embedding_multiplier': 12.0, 'residual_multiplier': 0.22,
+        'logits_scaling': 8.0, 'attention_multiplier': 0.1}),
     'qwen2.5-7b, 2 layers': ('qwen2', WIDE)}
 
 

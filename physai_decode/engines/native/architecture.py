@@ -64,6 +64,8 @@ class Architecture:
     qk_norm: bool = False
     activation: str = 'silu'                   # of `ops.ACTIVATIONS`
     embedding_scale: float = 1.0               # multiplies embeddings, but not a head tied to them
+    rounded_scale: bool = False                # whether that is in the weights' precision
+    logit_scale: float = 1.0                   # multiplies logits
     gain_offset: float = 0.0                   # to be added to the stored gains of norms
     names: Names = Names()
 

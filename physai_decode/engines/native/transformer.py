@@ -65,8 +65,8 @@ class Transformer:
                       layer.q_norm, layer.k_norm)
             for window, layer in zip(a.windows, weights.layers)]
 
-        # In the weights' own precision, as the models were trained.
-        self.embedding_scale = torch.tensor(a.embedding_scale, dtype=dtype).item()
+        self.embedding_scale = torch.tensor(
+            a.embedding_scale, dtype=dtype if a.rounded_scale else torch.float32).item()
         self.x = torch.zeros(a.hidden_size, dtype=torch.float32, device=device)
         self._branch = torch.zeros_like(self.x)     # what is normalised before it is added
         self.qkv = torch.zeros(a.q_size + 2 * a.kv_size, dtype=torch.float32, device=device)

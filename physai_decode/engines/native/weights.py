@@ -27,7 +27,7 @@ class Layer:
     """
     One transformer layer; norms' gains are [hidden] and [head_dim].
 
-    They are in the engine's dtype; where something was added to those stored, in float32.
+    They are in the engine's dtype; where they are not those stored, in float32.
     """
 
     input_norm: Tensor
@@ -113,6 +113,8 @@ class _Loader:
         if not a.tied_head:
             head = self._fused('', [('lm_head', a.vocab_size)], a.hidden_size, False)
         norm = self._gain('model.norm', a.hidden_size)
+        if a.logit_scale != 1.0:
+            norm = norm.float() * a.logit_scale
         return Weights(embedding, tuple(layers), norm, head, self._fallbacks)
 
     def _layer(self, prefix):

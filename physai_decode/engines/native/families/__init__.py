@@ -13,11 +13,13 @@ from typing import Any
 from physai_decode.checkpoint import parsing
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families import gemma3
+from physai_decode.engines.native.families import granite
 from physai_decode.engines.native.families import llama
 from physai_decode.engines.native.families import mistral
 from physai_decode.engines.native.families import phi3
 from physai_decode.engines.native.families import qwen2
 from physai_decode.engines.native.families import qwen3
+from physai_decode.engines.native.families import smollm3
 from physai_decode.engines.native.families.refusal import unsupported
 
 # Reads a config. Raises EngineError where it asks for what is not run, and ValueError where it is
@@ -26,7 +28,8 @@ Family = Callable[[Mapping[str, Any]], Architecture]
 # By model_type.
 FAMILIES: dict[str, Family] = {
     'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
-    'gemma3_text': gemma3.parse, 'phi3': phi3.parse}
+    'gemma3_text': gemma3.parse, 'phi3': phi3.parse, 'smollm3': smollm3.parse,
+    'granite': granite.parse}
 
 
 @parsing('config.json')

@@ -45,7 +45,8 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         config, {}, windows=windows, rotaries=tuple(local if each else whole for each in windows),
         qkv_bias=bias, out_bias=bias, qk_norm=True, activation='gelu_tanh',
         attention_scale=number(config, 'query_pre_attn_scalar', float) ** -0.5,
-        embedding_scale=math.sqrt(number(config, 'hidden_size')), gain_offset=1.0, names=_NAMES)
+        embedding_scale=math.sqrt(number(config, 'hidden_size')), rounded_scale=True,
+        gain_offset=1.0, names=_NAMES)
 
 
 def _windows(config):
