@@ -6,6 +6,7 @@ Every weight is drawn, biases and norms too, so that leaving one out shows in th
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -73,10 +74,21 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
 
 def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) -> Path:
     """Write a model folder of this config; weights are drawn from the seed."""
+    save_network(folder, config, seed, transformers.AutoModelForCausalLM)
+    return folder
+
+
+def save_network(folder: Path, config: transformers.PretrainedConfig, seed: int, kind: Any) -> Any:
+    """
+    Write a model folder of this config; weights are drawn from the seed.
+
+    :param kind: the class of models that the library has for it.
+    :returns: the library's model.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        network = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator)
@@ -85,7 +97,7 @@ def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) 
             else:
                 weight.copy_(drawn * 1.5 / weight.shape[-1] ** 0.5)
     network.save_pretrained(folder)
-    return folder
+    return network.eval()
 
 
 def write_as_before(folder: Path) -> None:

@@ -56,7 +56,9 @@ def _is_harmless(checkpoint, name):
         return True
     if name.endswith('.bias'):
         return not stored.read(entry).any()
-    return name == 'lm_head.weight' and _equal(checkpoint, name, 'model.embed_tokens.weight')
+    return name.endswith('lm_head.weight') and any(
+        _equal(checkpoint, name, other) for other in checkpoint.tensors
+        if other.endswith('embed_tokens.weight'))
 
 
 def _equal(checkpoint, name, other):

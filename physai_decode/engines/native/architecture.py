@@ -32,8 +32,14 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Names:
-    """What a family calls the parts of a layer; an empty name is of a part that it has not."""
+    """
+    What a family calls its parts; an empty name is of a part that it has not.
 
+    ``trunks`` are what the names of all but the head may begin with, and what the head is called
+    then.
+    """
+
+    trunks: tuple[tuple[str, str], ...] = (('model.', 'lm_head'),)
     qkv: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj')
     gate_up: tuple[str, ...] = ('gate_proj', 'up_proj')
     mlp_norm: str = 'post_attention_layernorm'
@@ -54,7 +60,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    tied_head: bool
+    tied_head: bool | None                     # None: where the files have no head
     windows: tuple[int, ...]                   # per layer, tokens seen back; 0: all
     rotaries: tuple[Rotary, ...]               # per layer
     attention_scale: float                     # multiplies the products of queries and keys

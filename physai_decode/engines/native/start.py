@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from physai_decode.checkpoint import Checkpoint
+from physai_decode.checkpoint import TensorEntry
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
@@ -101,7 +102,7 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
     """
     weight_bytes = sum(
         dtype.itemsize * math.prod(entry.shape) if entry.dtype in _FLOATS else entry.bytes
-        for entry in checkpoint.tensors.values())
+        for entry in _own(checkpoint, shape))
     per_token = 2 * shape.layers * shape.kv_size * dtype.itemsize
     work = WORK_BYTES if device.type == 'cuda' else 0
     needed = weight_bytes + work + per_token * max_context
@@ -129,7 +130,8 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress)
     unused = tuple(sorted(checkpoint.tensors.keys() - files.used)) \
         if isinstance(files, source.Files) else ()
-    leftover.check(checkpoint, unused)
+    trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
+    leftover.check(checkpoint, unused, (trunk, f'{head}.'))
     clock.end('load_s')
     made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device,
                        operations(device, dtype, progress))
@@ -157,10 +159,18 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         device_uuid=uuid, cuda_graph='unavailable' if device.type == 'cpu' else
         'captured' if captured else 'off', max_context=max_context, vocab_size=shape.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids, read_weight_bytes=loaded.read_bytes,
-        checkpoint_weight_bytes=checkpoint.weight_bytes, layers=shape.layers,
+        checkpoint_weight_bytes=sum(
+            entry.bytes for entry in _own(checkpoint, shape)), layers=shape.layers,
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
         windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
+
+
+def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:
+    """Give the tensors that belong to the language model, not to what sees."""
+    trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
+    return [entry for name, entry in checkpoint.tensors.items()
+            if name.startswith((trunk, f'{head}.'))]
 
 
 def warm_up(engine: Engine, prompt: Sequence[int]) -> None:

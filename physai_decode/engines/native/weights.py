@@ -21,6 +21,8 @@ from physai_decode.model_config import Quantization
 import torch
 from torch import Tensor
 
+_WEIGHTS = ('weight', 'qweight', 'weight_packed')     # of a projection, by how it is stored
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -89,6 +91,16 @@ def load(architecture: Architecture, source: Source, quantized: Quantization | N
     return _Loader(architecture, source, quantized, dtype, progress).load()
 
 
+def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tuple[str, str]:
+    """
+    Give what the names of a network's tensors begin with: those of its trunk and its head.
+
+    :param entry: gives what there is of a tensor's name; see `Source`.
+    """
+    trunks = architecture.names.trunks
+    return next((each for each in trunks if entry(f'{each[0]}embed_tokens.weight')), trunks[0])
+
+
 class _Loader:
 
     def __init__(self, architecture, source, quantized, dtype, progress):
@@ -101,18 +113,22 @@ class _Loader:
 
     def load(self):
         a = self._a
-        embedding = self._float('model.embed_tokens.weight', (a.vocab_size, a.hidden_size))
+        trunk, head_name = prefixes(a, self._source.entry)
+        embedding = self._float(f'{trunk}embed_tokens.weight', (a.vocab_size, a.hidden_size))
         self._device = embedding.device
+        tied = a.tied_head
+        if tied is None:
+            tied = not any(self._source.entry(f'{head_name}.{end}') for end in _WEIGHTS)
         layers = []
         for index in range(a.layers):
             self._progress(f'weights of layer {index + 1} of {a.layers}')
-            layers.append(self._layer(f'model.layers.{index}'))
-        if a.tied_head:
+            layers.append(self._layer(f'{trunk}layers.{index}'))
+        if tied:
             embedding = _laid_out(embedding)
         head: Linear = Dense(embedding)
-        if not a.tied_head:
-            head = self._fused('', [('lm_head', a.vocab_size)], a.hidden_size, False)
-        norm = self._gain('model.norm', a.hidden_size)
+        if not tied:
+            head = self._fused('', [(head_name, a.vocab_size)], a.hidden_size, False)
+        norm = self._gain(f'{trunk}norm', a.hidden_size)
         if a.logit_scale != 1.0:
             norm = norm.float() * a.logit_scale
         return Weights(embedding, tuple(layers), norm, head, self._fallbacks)

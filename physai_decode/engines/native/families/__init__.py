@@ -20,6 +20,7 @@ from physai_decode.engines.native.families import phi3
 from physai_decode.engines.native.families import qwen2
 from physai_decode.engines.native.families import qwen3
 from physai_decode.engines.native.families import smollm3
+from physai_decode.engines.native.families import text_part
 from physai_decode.engines.native.families.refusal import unsupported
 
 # Reads a config. Raises EngineError where it asks for what is not run, and ValueError where it is
@@ -30,6 +31,14 @@ FAMILIES: dict[str, Family] = {
     'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
     'gemma3_text': gemma3.parse, 'phi3': phi3.parse, 'smollm3': smollm3.parse,
     'granite': granite.parse}
+# Models that see too, of which the text is run.
+TEXT_PARTS: dict[str, Family] = {
+    'gemma3': text_part.of({'gemma3_text': gemma3.parse}, tied=True),
+    'qwen2_5_vl': text_part.of(
+        {'qwen2_5_vl_text': qwen2.parse}, num_key_value_heads=8, rms_norm_eps=1e-5,
+        rope_theta=1e6, max_window_layers=80),
+    'qwen3_vl': text_part.of({'qwen3_vl_text': qwen3.parse}, rope_theta=5e5),
+    'mistral3': text_part.of({'mistral': mistral.parse}, tied=None)}
 
 
 @parsing('config.json')
@@ -39,7 +48,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
 
     :raises EngineError: naming what the native engine does not run, or is damaged.
     """
-    name = config.get('model_type')
-    if name not in FAMILIES:
-        raise unsupported(f'model_type {name!r} (it runs {", ".join(FAMILIES)})')
-    return FAMILIES[name](config)
+    name, known = config.get('model_type'), {**FAMILIES, **TEXT_PARTS}
+    if name not in known:
+        raise unsupported(f'model_type {name!r} (it runs {", ".join(known)})')
+    return known[name](config)
