@@ -43,7 +43,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     'sliding_window_pattern': (1, 10**4), 'rope_local_base_freq': (1, 1e30),
     'partial_rotary_factor': (0, 1), 'no_rope_layer_interval': (1, 10**4),
     'embedding_multiplier': (0, 1e6), 'residual_multiplier': (0, 1e6),
-    'attention_multiplier': (0, 1e6), 'logits_scaling': (0, 1e6)}
+    'attention_multiplier': (0, 1e6), 'logits_scaling': (0, 1e6),
+    'llama_4_scaling_beta': (0, 1e6)}
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -71,7 +71,8 @@ def main():
         build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
         for norm, dim in ((True, 128), (False, 128), (True, 256)):
             build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
-                  DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
+                  DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
+                  LENGTH=16384)
         for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
             made = build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
                          ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages,
@@ -151,7 +152,7 @@ def prefills(build, half, capability):
     build(own._join, out=half, HEADS=28, ROWS=4, D=128, DIMS=128, SPLITS=4, PLACED=True)
     for first, norm in ((0, True), (28, False)):
         build(own._rotate, HEADS=28, KV_HEADS=4, FIRST=first, ROWS=8, D=128, DIMS=64, PARTS=2,
-              BIAS=True, NORM=norm)
+              BIAS=True, NORM=norm, BETA=0.1 * norm, LENGTH=16384)
     for tile, splits, window, dim in (((64, 64, 4, 2), 4, 0, 128), ((128, 64, 8, 3), 1, 512, 128),
                                       ((64, 32, 4, 2), 2, 512, 256)):
         rows, columns, warps, stages = tile

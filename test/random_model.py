@@ -47,6 +47,10 @@ FAMILIES = {
     'granite': {
         'embedding_multiplier': 12.0, 'residual_multiplier': 0.22, 'logits_scaling': 3.0,
         'attention_multiplier': 0.1, 'rms_norm_eps': 1e-2},
+    'ministral3': {'head_dim': 64, 'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0, 'mscale': 1.0,
+        'mscale_all_dim': 1.0, 'original_max_position_embeddings': 64,
+        'llama_4_scaling_beta': 0.5}},
     'phi3': {'sliding_window': 40},
     'phi3_part': {
         'num_key_value_heads': 2, 'tie_word_embeddings': True,

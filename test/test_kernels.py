@@ -15,6 +15,7 @@ triton = pytest.importorskip('triton')
 
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
@@ -241,11 +242,16 @@ def test_attend_with_normed_heads(make):
     check_attend(make, 64, 77, heads=7, kv_heads=1, norm=True)
 
 
-def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False):
+@pytest.mark.parametrize('place', [9, 10, 99])
+def test_attend_with_queries_that_grow(make, place):
+    check_attend(make, 64, place, heads=2, kv_heads=1, growth=Growth(0.5, 10))
+
+
+def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth=None):
     keys, values = make(kv_heads, 128, dim), make(kv_heads, 128, dim)
     angles = make(128, dim // 2)
     layer = Attention(heads, kv_heads, dim, window, 0.9 / dim**0.5, EPS,
-                      make(dim) if norm else None, make(dim) if norm else None)
+                      make(dim) if norm else None, make(dim) if norm else None, growth or Growth())
     qkv = make((heads + 2 * kv_heads) * dim)
     position = torch.tensor([place], device=DEVICE)
     results = []

@@ -65,7 +65,7 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(folder, monkeypatch):
     loop.engine.close()
 
 
-@pytest.mark.parametrize('family', ['qwen3', 'mistral_window', 'gemma3_text'])
+@pytest.mark.parametrize('family', ['qwen3', 'mistral_window', 'gemma3_text', 'ministral3'])
 def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
     """What would be captured where Triton is missing says the same."""
     folder = random_model.save(tmp_path, family, 0)

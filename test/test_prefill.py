@@ -74,7 +74,8 @@ def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
 
 @pytest.mark.parametrize('family', [
     'llama_tied', 'llama_biases', 'mistral_window', 'qwen2_window', 'qwen3', 'gemma3_text',
-    'gemma3_text_wide', 'phi3_part', 'smollm3', 'granite'])
+    'gemma3_text_wide', 'phi3_part', 'smollm3', 'granite',
+    'ministral3'])
 def test_families(tmp_path, family):
     check(random_model.save(tmp_path, family, 0), (7, 16, 30))
 

@@ -52,6 +52,10 @@ MODELS = {
     'granite': ('granite', {
         **SMALL, 'embedding_multiplier': 12.0, 'residual_multiplier': 0.22,
         'logits_scaling': 8.0, 'attention_multiplier': 0.1}),
+    'ministral3': ('ministral3', {**SMALL, 'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0, 'mscale': 1.0,
+        'mscale_all_dim': 1.0, 'original_max_position_embeddings': 64,
+        'llama_4_scaling_beta': 0.1}, 'pad_token_id': None}),
     'qwen2.5-7b, 2 layers': ('qwen2', WIDE)}
 
 

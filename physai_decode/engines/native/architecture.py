@@ -31,6 +31,18 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """
+    How queries grow with their place: by 1 + beta * log(1 + place // context).
+
+    The number of tokens seen grows as well, and attention stays as sharp.
+    """
+
+    beta: float = 0.0                          # 0: they do not
+    context: int = 1                           # tokens
+
+
+@dataclass(frozen=True)
 class Names:
     """
     What a family calls its parts; an empty name is of a part that it has not.
@@ -72,6 +84,7 @@ class Architecture:
     embedding_scale: float = 1.0               # multiplies embeddings, but not a head tied to them
     rounded_scale: bool = False                # whether that is in the weights' precision
     logit_scale: float = 1.0                   # multiplies logits
+    growth: Growth = Growth()
     gain_offset: float = 0.0                   # to be added to the stored gains of norms
     names: Names = Names()
 

@@ -447,13 +447,14 @@ def _turned(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.c
 def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, part_maxima,
             part_totals, max_context, scale, eps, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
             PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
-            TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr,
-            EARLY: tl.constexpr):
+            TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
+            LENGTH: tl.constexpr, EARLY: tl.constexpr):
     """
     Attend over one share of the context for the queries of one key-value head.
 
     The last share, often the shortest, also takes the new token, and writes its key and value to
-    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units take.
+    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units take. BETA and
+    LENGTH are those of `Growth`.
     """
     kv_head = tl.program_id(0)
     share = tl.program_id(1)
@@ -477,6 +478,8 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         gdc_wait()
 
     angles = place * (D // 2)
+    if BETA > 0:
+        scale *= 1.0 + BETA * tl.log(1.0 + place // LENGTH)
     q_head = qkv + (kv_head * GROUP + queries)[:, None] * D
     q_inside = (queries < GROUP)[:, None] & (dims < D)[None, :]
     q = _turned(q_head, q_gain, cos + angles, sin + angles, dims[None, :], D, eps, q_inside, NORM)
@@ -666,8 +669,8 @@ class TritonOps(TorchOps):
             layer.k_norm if layer.k_norm is not None else qkv,
             *parts, max_context, layer.scale, layer.norm_eps, KV_HEADS=kv_heads,
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
-            WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
-            **self._launch(sharing.warps))
+            WINDOW=layer.window, NORM=layer.q_norm is not None, BETA=layer.growth.beta,
+            LENGTH=layer.growth.context, EARLY=self._early, **self._launch(sharing.warps))
         _join[(layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             EARLY=self._early, **self._launch(1))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import math
 from typing import Any
 
+from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.sampling import HostSampler
@@ -31,6 +32,7 @@ class Attention:
     norm_eps: float
     q_norm: Tensor | None    # [head_dim]
     k_norm: Tensor | None    # [head_dim]
+    growth: Growth = Growth()
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -51,6 +53,11 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype | None = No
     squares = (wide * wide).sum(-1, keepdim=True)
     scale = squares.mul_(1 / wide.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).mul_(gain).to(dtype or gain.dtype)
+
+
+def grown(growth: Growth, places: Tensor) -> Tensor:
+    """Give what queries at ``places`` int64 are multiplied by, float32; see `Growth`."""
+    return (places // growth.context).float().log1p_().mul_(growth.beta).add_(1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,7 +140,10 @@ class TorchOps:
                             rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
         stop = int(position) + 1 if self._on_host else None
         place = slice(stop - 1, stop) if stop else position
-        qk = rotate(qk, cos[place], sin[place]).to(keys.dtype)
+        qk = rotate(qk, cos[place], sin[place])
+        if layer.growth.beta:
+            qk[:heads] *= grown(layer.growth, position)
+        qk = qk.to(keys.dtype)
         keys[:, place] = qk[heads:].view(kv_heads, 1, dim)
         values[:, place] = v.to(values.dtype).view(kv_heads, 1, dim)
         # Grouped: the queries of one key-value head are the rows of one product.

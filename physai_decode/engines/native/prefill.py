@@ -445,7 +445,8 @@ class Prefill:
             tokens * (a.q_size + 2 * a.kv_size), t.max_context, a.norm_eps, HEADS=a.heads,
             KV_HEADS=a.kv_heads, FIRST=first, ROWS=rows, D=a.head_dim,
             DIMS=triton.next_power_of_2(a.head_dim // 2), PARTS=count,
-            BIAS=bias is not None, NORM=normed, **self._launch(2))
+            BIAS=bias is not None, NORM=normed, BETA=a.growth.beta, LENGTH=a.growth.context,
+            **self._launch(2))
 
     def _attend(self, index, tokens, near, placed):
         t, a = self._t, self._t.architecture

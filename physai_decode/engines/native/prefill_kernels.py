@@ -380,12 +380,14 @@ def _put(out, low, high, inside, D: tl.constexpr):
 def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain, stride,
             max_context, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST: tl.constexpr,
             ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr,
-            BIAS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
+            BIAS: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
+            EARLY: tl.constexpr):
     """
     Turn ROWS heads of a token; queries go to ``q`` [tokens, HEADS * D], the rest to the cache.
 
     ``parts`` is [splits, tokens, (HEADS + 2 * KV_HEADS) * D]; heads before FIRST are left out.
-    A padded token's key and value are not written. DIMS is half a head, rounded up.
+    A padded token's key and value are not written. DIMS is half a head, rounded up. BETA and
+    LENGTH are those of `Growth`.
     """
     if EARLY:
         gdc_wait()
@@ -406,6 +408,10 @@ def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain
         inside = known & (heads < HEADS)
         low, high = _turned(parts, at, stride, bias, column, q_gain, cos, sin, dims, eps, inside,
                             D, PARTS, BIAS, NORM)
+        if BETA > 0:
+            growth = 1.0 + BETA * tl.log(1.0 + place // LENGTH)
+            low *= growth
+            high *= growth
         _put(q + row.to(tl.int64) * (HEADS * D) + column, low, high, inside, D)
     cache = (heads - HEADS).to(tl.int64) * max_context * D + place * D + dims
     if (begin + ROWS > HEADS) & (begin < HEADS + KV_HEADS):

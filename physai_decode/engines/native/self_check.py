@@ -81,6 +81,8 @@ def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
             q = _normed(q, layer.q_norm, a.norm_eps)
             k = _normed(k, layer.k_norm, a.norm_eps)
         q, k = _turned(q, turns), _turned(k, turns)
+        lengths = torch.arange(tokens, device=q.device).div(a.growth.context).floor()
+        q = q * (1 + a.growth.beta * (1 + lengths).log()).unsqueeze(1)
         found.append(torch.cat((k, v)))
         if len(found) < layers:
             attended = _product(_attended(q, k, v, window, a.attention_scale), layer.out)

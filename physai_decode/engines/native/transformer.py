@@ -19,6 +19,7 @@ from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.ops import Attention
+from physai_decode.engines.native.ops import grown
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
 from physai_decode.engines.native.ops import TorchOps
@@ -62,7 +63,7 @@ class Transformer:
         self.angles = [tables[rotary] for rotary in a.rotaries]     # of each layer
         self.attention = [
             Attention(a.heads, a.kv_heads, a.head_dim, window, a.attention_scale, a.norm_eps,
-                      layer.q_norm, layer.k_norm)
+                      layer.q_norm, layer.k_norm, a.growth)
             for window, layer in zip(a.windows, weights.layers)]
 
         self.embedding_scale = torch.tensor(
@@ -151,7 +152,10 @@ class Transformer:
             cos, sin = (each[start:stop].unsqueeze(1) for each in self.angles[index])
             keys[:, start:stop] = rotate(k, cos, sin).to(keys.dtype).transpose(0, 1)
             values[:, start:stop] = v.transpose(0, 1)
-            q = rotate(q, cos, sin).to(keys.dtype).transpose(0, 1)
+            q = rotate(q, cos, sin)
+            if a.growth.beta:
+                q *= grown(a.growth, torch.arange(start, stop, device=x.device)).view(-1, 1, 1)
+            q = q.to(keys.dtype).transpose(0, 1)
             attended = _attend(q, keys[:, :stop], values[:, :stop], self.attention[index])
             branch = ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
             x += branch if layer.out_norm is None else rms_norm(

@@ -15,6 +15,7 @@ from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families import gemma3
 from physai_decode.engines.native.families import granite
 from physai_decode.engines.native.families import llama
+from physai_decode.engines.native.families import ministral3
 from physai_decode.engines.native.families import mistral
 from physai_decode.engines.native.families import phi3
 from physai_decode.engines.native.families import qwen2
@@ -30,7 +31,7 @@ Family = Callable[[Mapping[str, Any]], Architecture]
 FAMILIES: dict[str, Family] = {
     'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
     'gemma3_text': gemma3.parse, 'phi3': phi3.parse, 'smollm3': smollm3.parse,
-    'granite': granite.parse}
+    'granite': granite.parse, 'ministral3': ministral3.parse}
 # Models that see too, of which the text is run.
 TEXT_PARTS: dict[str, Family] = {
     'gemma3': text_part.of({'gemma3_text': gemma3.parse}, tied=True),
@@ -38,7 +39,8 @@ TEXT_PARTS: dict[str, Family] = {
         {'qwen2_5_vl_text': qwen2.parse}, num_key_value_heads=8, rms_norm_eps=1e-5,
         rope_theta=1e6, max_window_layers=80),
     'qwen3_vl': text_part.of({'qwen3_vl_text': qwen3.parse}, rope_theta=5e5),
-    'mistral3': text_part.of({'mistral': mistral.parse}, tied=None)}
+    'mistral3': text_part.of(
+        {'mistral': mistral.parse, 'ministral3': ministral3.parse}, tied=None)}
 
 
 @parsing('config.json')
