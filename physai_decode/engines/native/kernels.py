@@ -46,10 +46,10 @@ def _embed(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
         gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token).to(tl.int64)
-    values = tl.load(table + row * hidden + columns, mask=columns < hidden).to(tl.float32)
+    values = tl.load(table + row * hidden + columns, mask=columns < hidden)
     if SCALE != 1.0:
-        values *= SCALE
-    tl.store(x + columns, values, mask=columns < hidden)
+        values = values.to(tl.float32) * SCALE
+    tl.store(x + columns, values.to(tl.float32), mask=columns < hidden)
 
 
 @triton.jit

@@ -141,8 +141,8 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
     result = _finish(sums, square, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
         more = _whole(more, scales, up, FLOAT, BY_ROW)
-        more = _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
-        result = _activated(result, GELU) * more
+        result = _activated(result, GELU)
+        result *= _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
     _store(out, rows, n, result, ADD)
 
 
