@@ -15,6 +15,7 @@ _SHAPE = {
     'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2,
     'num_attention_heads': 2, 'num_key_value_heads': 1, 'max_position_embeddings': 256,
     'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': None, 'tie_word_embeddings': False}
+_OLD_NAMES = {'yarn': 'yarn', 'longrope': 'su'}
 FAMILIES = {
     'llama': {},
     'llama_tied': {'tie_word_embeddings': True},
@@ -109,10 +110,16 @@ def write_as_before(folder: Path) -> None:
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     rope = config.pop('rope_parameters')
+    if 'full_attention' in rope:
+        config['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
+        config['sliding_window_pattern'] = 1 + config['layer_types'].index('full_attention')
+        rope = rope['full_attention']
+    if rope['rope_type'] == 'longrope':
+        config['partial_rotary_factor'] = rope.pop('partial_rotary_factor')
     config['rope_theta'] = rope.pop('rope_theta')
     config['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
-    if rope['rope_type'] == 'yarn':
-        rope['type'] = rope.pop('rope_type')
+    if rope['rope_type'] in _OLD_NAMES:
+        rope['type'] = _OLD_NAMES[rope.pop('rope_type')]
     config.pop('layer_types', None)
     config['torch_dtype'] = config.pop('dtype')
     path.write_text(json.dumps(config))
