@@ -126,8 +126,8 @@ def test_agreement(family, seed, tmp_path):
 
 
 @pytest.mark.parametrize('family', [
-    'llama_scaled', 'mistral_window', 'qwen2_yarn', 'qwen2_window', 'qwen3', 'gemma3_text', 'granite',
-    'phi3_part', 'smollm3', 'smollm3_window'])
+    'llama_scaled', 'mistral_window', 'qwen2_yarn', 'qwen2_window', 'qwen3', 'gemma3_text',
+    'granite', 'phi3_part', 'smollm3', 'smollm3_window'])
 def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
     folder = random_model.save(tmp_path, family, 2)
     random_model.write_as_before(folder)

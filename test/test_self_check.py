@@ -37,8 +37,9 @@ def test_it_agrees(tmp_path, family):
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_it_agrees_in_other_formats(tmp_path, dtype):
-    model = inspect(random_model.save(tmp_path, 'qwen2', 0))
+@pytest.mark.parametrize('family', ['qwen2', 'gemma3_text', 'granite', 'phi3_part'])
+def test_it_agrees_in_other_formats(tmp_path, family, dtype):
+    model = inspect(random_model.save(tmp_path, family, 0))
     limit = self_check.ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps
     assert max(differences(NativeEngine(model, replace(CPU, dtype=dtype)))) < limit / 4
 

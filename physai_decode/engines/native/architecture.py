@@ -85,6 +85,7 @@ class Architecture:
     rounded_scale: bool = False                # whether that is in the weights' precision
     logit_scale: float = 1.0                   # multiplies logits
     growth: Growth = Growth()
+    wide_range: bool = False                   # whether float16 may be too small for activations
     gain_offset: float = 0.0                   # to be added to the stored gains of norms
     names: Names = Names()
 

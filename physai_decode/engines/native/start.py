@@ -17,6 +17,7 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
+from physai_decode.engines.native import families
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
@@ -55,7 +56,8 @@ class PartTimes:
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """Find the device and the number format that the settings ask for with this model."""
     device, dtype = devices.select(config)
-    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda':
+    wide = families.parse(checkpoint.config).wide_range
+    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda' and not wide:
         dtype = formats.parse(checkpoint.quantized).dtype or dtype
     return device, dtype
 

@@ -46,7 +46,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         qkv_bias=bias, out_bias=bias, qk_norm=True, activation='gelu_tanh',
         attention_scale=number(config, 'query_pre_attn_scalar', float) ** -0.5,
         embedding_scale=math.sqrt(number(config, 'hidden_size')), rounded_scale=True,
-        gain_offset=1.0, names=_NAMES)
+        gain_offset=1.0, wide_range=True, names=_NAMES)
 
 
 def _windows(config):
