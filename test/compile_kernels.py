@@ -127,7 +127,7 @@ def coded(build, half, capability, early):
         made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
                      warps=choice.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
                      ROWS=choice.rows, COLUMNS=choice.columns, NORM=gated, GATED=gated,
-                     ADD=not gated, BIAS=gated)
+                     GELU=gated, ADD=not gated, BIAS=gated)
         # A lane loads 16 bytes of codes at a time.
         assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
         if early:

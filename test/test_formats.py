@@ -93,7 +93,8 @@ def test_biases_and_a_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block'])
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4',
+                                  'nvfp4', 'mxfp4'])
 @pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
 def test_families_that_differ(tmp_path, family, name):
     """Projections that are stored fused, and those whose rows have another order in the engine."""

@@ -114,6 +114,12 @@ def test_8_bits(tmp_path, form, monkeypatch):
     check(tmp_path / 'model', (7, 30), 2e-5)
 
 
+@pytest.mark.parametrize('form', [random_formats.int8(-1), random_formats.float4('nvfp4')])
+def test_another_activation(tmp_path, form):
+    random_formats.save(tmp_path / 'model', 'gemma3_text', form)
+    check(tmp_path / 'model', (7,), 2e-5)
+
+
 def test_heads_of_96_and_three_queries_a_key(tmp_path):
     folder = random_model.save(tmp_path, 'qwen3', 1, head_dim=96, num_attention_heads=6,
                                num_key_value_heads=2)

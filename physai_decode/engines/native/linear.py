@@ -275,6 +275,14 @@ class Coded:
         gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
         return gate, up
 
+    def rows(self, index: Tensor) -> 'Coded':
+        """Give the weight with its rows in the order of ``index`` int64 [N]."""
+        scales, kind = self.scales, self.scales.dtype
+        return replace(
+            self, codes=self.codes[index], factors=self.factors[index],
+            scales=scales.view(torch.uint8)[index].view(kind) if kind.itemsize == 1 else
+            scales[index], bias=None if self.bias is None else self.bias[index])
+
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Give some rows dense, [rows, K]."""
         blocks = self.codes[rows].unflatten(1, (-1, CODE_COLUMNS // 2))
