@@ -33,7 +33,10 @@ setup(
         'torch>=2.5',
         'transformers>=5',
     ],
-    extras_require={'test': ['pytest', 'pytest-timeout']},      # by this colcon knows pytest
+    extras_require={
+        'http': ['prometheus_client', 'uvicorn>=0.23'],
+        'test': ['pytest', 'pytest-timeout'],       # by this colcon knows pytest
+    },
     zip_safe=False,
     author='physai_decode developers',
     author_email='physai_decode@example.org',

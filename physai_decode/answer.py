@@ -240,7 +240,8 @@ class Answer:
             raise Refused(f'the prompt is more than {self._far_too_long} tokens long, and the '
                           f'context holds {context} tokens: {SHORTEN}')
         if turn is None:
-            return self._checked(self._ids(request.messages))
+            return self._checked(self._ids(
+                request.messages or (Message('', request.raw_prompt),)))
         known, lost = self._conversation.before(turn)
         if len(turn.prompt) >= context or not known:    # it may be too long all by itself
             prompt_ids = self._checked(self._ids(self._conversation.messages([], turn.prompt)))

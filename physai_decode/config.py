@@ -18,19 +18,19 @@ class ConfigError(ValueError):
     """A setting is wrong; the message gives its name, its value and what is allowed."""
 
 
-def _option(default, description, *, low=None, high=None, choices=(), others='', dynamic=False,
-            characters=4096, texts=64, items=str):
+def _option(default, description, *, low=None, high=None, unless_0=0, choices=(), others='',
+            dynamic=False, characters=4096, texts=64, items=str):
     """
     Declare one field.
 
-    `low` and `high` are inclusive and in the unit of the field's name. A text may have so many
-    `characters`, and a list so many `texts`, or numbers where `items` says int. `others` says what
-    else is allowed than `choices`.
+    `low` and `high` are inclusive and in the unit of the field's name; what is not 0 is at least
+    `unless_0`. A text may have so many `characters`, and a list so many `texts`, or numbers where
+    `items` says int. `others` says what else is allowed than `choices`.
     """
     return field(default=default, metadata={
-        'description': description, 'low': low, 'high': high, 'choices': tuple(choices),
-        'others': others, 'dynamic': dynamic, 'characters': characters, 'texts': texts,
-        'items': items})
+        'description': description, 'low': low, 'high': high, 'unless_0': unless_0,
+        'choices': tuple(choices), 'others': others, 'dynamic': dynamic,
+        'characters': characters, 'texts': texts, 'items': items})
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class PaceConfig:
 
     tokens_per_s: float = _option(
         0.0, 'steps start on a schedule of so many tokens per second, and the device rests '
-        'between them; 0: as fast as they can', low=0.0, high=1e6, dynamic=True)
+        'between them; at least 0.1, or 0: as fast as they can', low=0.0, high=1e6, unless_0=0.1,
+        dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,20 @@ class BondConfig:
 
 
 @dataclass(frozen=True)
+class HttpConfig:
+    """The HTTP door: OpenAI's API."""
+
+    port: int = _option(
+        0, "TCP port of OpenAI's API, open while the node is configured; 0: off; needs "
+        'physai_decode[http]', low=0, high=65535)
+    host: str = _option(
+        '127.0.0.1', 'address that the port is opened on; 0.0.0.0 and :: let other machines in: '
+        'set PHYSAI_DECODE_API_KEY then', characters=256)
+    max_connections: int = _option(
+        128, 'connections at once; requests on a further one are refused', low=1, high=4096)
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """All settings of the node; each group is the parameters' prefix."""
 
@@ -246,6 +261,7 @@ class DecodeConfig:
     roofline: RooflineConfig = RooflineConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     bond: BondConfig = BondConfig()
+    http: HttpConfig = HttpConfig()
     autostart: bool = _option(True, 'configure and activate by itself at start')
 
 
@@ -286,6 +302,9 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not all(low <= item <= high for item in each):
         raise ConfigError(f'{name} is {shown(value)}: allowed are {low} to {high}')
+    least = spec.metadata['unless_0']
+    if least and 0 < value < least:
+        raise ConfigError(f'{name} is {shown(value)}: allowed are 0 and {least} to {high}')
     characters, most = spec.metadata['characters'], spec.metadata['texts']
     if kind is tuple and len(value) > most:
         raise ConfigError(f'{name} has {len(value)} {_ITEMS[items]}: allowed are {most}')

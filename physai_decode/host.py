@@ -5,6 +5,7 @@ A host takes a request in any state: where no model is loaded or started, the re
 with the reason. It knows nothing of ROS or torch.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -125,7 +126,7 @@ class Host:
 
         :param sink: hears of every request, also of those that are refused here.
         """
-        self._sink, self._load = sink, load
+        self._sink, self._load = _Counting(sink), load
         self.config = DecodeConfig()                # what runs
         self.loaded: Loaded | None = None
         self.telemetry: Telemetry | None = None     # likewise
@@ -240,22 +241,27 @@ class Host:
             worker = self.worker
             if worker is not None:
                 return worker.submit(request, received_s, listener)
-        return self.refuse(self.why_not(), request.client_id, listener)
+        return self.refuse(self.why_not(), request.client_id, listener, 'inactive')
 
-    def refuse(self, message: str, client_id: str = '', listener: Listener | None = None) -> int:
-        """Refuse what came, such as one that is no request, and give its number."""
+    def refuse(self, message: str, client_id: str = '', listener: Listener | None = None,
+               kind: str = 'invalid') -> int:
+        """
+        Refuse what came, such as one that is no request, and give its number.
+
+        :param kind: as that of a `Refusal`.
+        """
         with self._counting:
             for name in ('requests', 'refusals'):
                 self._before[name] += 1
             number = next(self._numbers)
-        report = RequestReport(number, 'rejected', message, client_id=client_id)
+        report = RequestReport(number, 'rejected', message, client_id=client_id, refusal=kind)
         tell_end((self._sink, listener), report, '')
         return number
 
-    def cancel(self, number: int | None = None, client_id: str = '') -> str:
+    def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
         """End requests and say what was done; see `Worker.cancel`."""
         worker = self.worker
-        return 'nothing running' if worker is None else worker.cancel(number, client_id)
+        return 'nothing running' if worker is None else worker.cancel(number, client_id, message)
 
     def reset(self) -> str:
         """Forget the conversation and say what was forgotten."""
@@ -286,6 +292,11 @@ class Host:
                 for name, before in self._before.items()}
 
     @property
+    def ends(self) -> dict[str, int]:
+        """Requests that ended since the process began, by their finish reasons."""
+        return self._sink.counted()
+
+    @property
     def state(self) -> str:
         """Tell the state: loading, inactive, failed, or the worker's."""
         worker = self.worker
@@ -304,3 +315,22 @@ class Host:
         if self.closed:
             return 'the node is shut down: restart its process'
         return f'the node is inactive: {"" if self.loaded else "configure and "}activate it first'
+
+
+class _Counting:
+    """A sink that counts the ends, and passes all on."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.accepted, self.token, self.item = sink.accepted, sink.token, sink.item
+        self._ends: Counter[str] = Counter()
+        self._lock = threading.Lock()               # requests end in several threads
+
+    def finished(self, report: RequestReport, text: str) -> None:
+        with self._lock:
+            self._ends[report.finish_reason] += 1
+        self._sink.finished(report, text)
+
+    def counted(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._ends)

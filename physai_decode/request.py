@@ -69,6 +69,13 @@ class Form(NamedTuple):
     name: str                       # of the field or the parameter that has it, for messages
 
 
+class Refusal(NamedTuple):
+    """Why a request is not taken."""
+
+    kind: str                       # invalid; too_large; full: send it later; inactive: no model
+    message: str
+
+
 class Cancel(NamedTuple):
     """What ends the requests of this client id."""
 
@@ -80,11 +87,13 @@ class Request:
     """
     What a client asks for.
 
-    A request has a ``prompt``, which is a turn of the node's own conversation, or ``messages``,
-    the client's own conversation. Options that are absent keep the node's parameter.
+    A request has a ``prompt``, which is a turn of the node's own conversation, ``messages``, the
+    client's own conversation, or a ``raw_prompt``, which belongs to none and is read without the
+    chat template. Options that are absent keep the node's parameter.
     """
 
     prompt: str = ''
+    raw_prompt: str = ''
     client_id: str = ''             # the client's own name for it, empty where it gave none
     messages: tuple[Message, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)   # by SamplingConfig's fields
@@ -114,12 +123,14 @@ class Request:
         value: dict[str, Any] = {'id': self.client_id} if self.client_id else {}
         if self.messages:
             value['messages'] = [message._asdict() for message in self.messages]
+        elif self.raw_prompt:
+            value['raw_prompt'] = self.raw_prompt
         else:
             value['prompt'] = self.prompt
         value.update({name: self.sampling[spec.name] for name, spec in SAMPLING.items()
                       if spec.name in self.sampling})
         return value | {name: dict(getattr(self, name)) for name in _READ
-                        if name not in ('prompt', 'messages') and getattr(self, name)}
+                        if name not in _TEXTS and getattr(self, name)}
 
     @property
     def is_free(self) -> bool:
@@ -141,7 +152,8 @@ class Request:
     @property
     def text(self) -> str:
         """Everything the client wrote, in one string; its length bounds the request's."""
-        return self.prompt or '\n'.join(message.content for message in self.messages)
+        return self.prompt or self.raw_prompt or '\n'.join(
+            message.content for message in self.messages)
 
     @cached_property
     def size(self) -> int:
@@ -221,9 +233,11 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
         if name in value and value[name] not in idle:
             raise RequestError(f'{name} is {shown(value[name])}: this version of the node does '
                                'not support it; leave it out')
-    if ('prompt' in value) == ('messages' in value):
-        raise RequestError('expected either prompt, a string, or messages, a list: '
-                           f'{"both were" if "prompt" in value else "neither was"} given')
+    given = [name for name in _TEXTS if name in value]
+    if len(given) != 1:
+        raise RequestError('expected either prompt, a string, or messages, a list, or '
+                           'raw_prompt, a string: '
+                           f'{" and ".join(given) + " were" if given else "none was"} given')
     if value.get('structured_outputs') and \
             value.get('response_format', _TEXT) != _TEXT:
         raise RequestError('response_format and structured_outputs were both given: give one')
@@ -257,10 +271,14 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
     return found
 
 
-def _prompt(value: Any) -> str:
+def _prompt(value: Any, name: str = 'prompt') -> str:
     if type(value) is not str:
-        raise RequestError(f'prompt is {shown(value)}: expected a string')
+        raise RequestError(f'{name} is {shown(value)}: expected a string')
     return value
+
+
+def _raw_prompt(value: Any) -> str:
+    return _prompt(value, 'raw_prompt')
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -366,11 +384,12 @@ def _typed(value: Mapping[str, Any], name: str, kinds: Mapping[str, type]) -> di
 _KINDS: dict[type, str] = {str: 'a string', dict: 'an object', list: 'a list of strings',
                            bool: 'true or false'}
 _TEXT = {'type': 'text'}
+_TEXTS = ('prompt', 'messages', 'raw_prompt')       # of which a request has one
 # JSON name, which is the field's in `Request`: what reads it, with the message of what is wrong.
 _READ: dict[str, Callable[[Any], Any]] = {
-    'prompt': _prompt, 'messages': _messages, 'chat_template_kwargs': _template_kwargs,
-    'deadline': _deadline, 'pace': _pace, 'response_format': _response_format,
-    'structured_outputs': _structured_outputs}
+    'prompt': _prompt, 'messages': _messages, 'raw_prompt': _raw_prompt,
+    'chat_template_kwargs': _template_kwargs, 'deadline': _deadline, 'pace': _pace,
+    'response_format': _response_format, 'structured_outputs': _structured_outputs}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

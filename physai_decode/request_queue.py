@@ -14,6 +14,7 @@ from typing import Protocol
 
 from physai_decode.config import QueueConfig
 from physai_decode.conversation import Turn
+from physai_decode.request import Refusal
 from physai_decode.request import Request
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
@@ -101,23 +102,24 @@ class RequestQueue:
         """Whether a new request ends all others."""
         return self._config.policy == 'preempt'
 
-    def refusal(self, request: Request) -> str:
-        """Say why a request can't be queued; empty where it can."""
+    def refusal(self, request: Request) -> Refusal | None:
+        """Say why a request can't be queued; None where it can."""
         if not request.text:
-            return 'the prompt is empty: send some text'
+            return Refusal('invalid', 'the prompt is empty: send some text')
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):
-            return (f'id {request.client_id!r} is taken by a request that has not ended: give '
-                    'each request an id of its own')
+            return Refusal('invalid', f'id {request.client_id!r} is taken by a request that has '
+                           'not ended: give each request an id of its own')
         if self.preempts or not self:
-            return ''
+            return None
         if len(self) >= self._config.size:
-            return (f'the queue is full with {len(self)} waiting requests: send it again later, '
-                    'or raise queue.size')
+            return Refusal('full', f'the queue is full with {len(self)} waiting requests: send '
+                           'it again later, or raise queue.size')
         size = sum(ticket.request.size for ticket in self._tickets)
         if size + request.size > self._config.max_waiting_bytes:
-            return (f'the queue is full with {size} bytes, and the request has {request.size}: '
-                    'send it again later, or raise queue.max_waiting_bytes')
-        return ''
+            return Refusal('full', f'the queue is full with {size} bytes, and the request has '
+                           f'{request.size}: send it again later, or raise '
+                           'queue.max_waiting_bytes')
+        return None
 
     def add(self, ticket: Ticket) -> None:
         """Let a ticket wait."""

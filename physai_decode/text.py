@@ -94,10 +94,10 @@ class Text:
         """
         Give the ids of a conversation, up to where the answer begins.
 
-        Without a template the messages follow one another as they are, after what the tokenizer
-        puts before every text. A template sees place-holders for all texts, but for blanks at
-        their ends and for the words that it has in its own source: it can trim a text, look for a
-        switch in it, or cut it where a thought ends.
+        Without a template, and where a message has no role, the messages follow one another as
+        they are, after what the tokenizer puts before every text. A template sees place-holders
+        for all texts, but for blanks at their ends and for the words that it has in its own
+        source: it can trim a text, look for a switch in it, or cut it where a thought ends.
 
         :param messages: any texts; special tokens in them are text.
         :param chat_template_kwargs: further variables of the template.
@@ -105,10 +105,11 @@ class Text:
             it out.
         """
         for role, content in messages:
-            _check(role, content)
-        if not self._source:
+            _check(role or 'raw', content)
+        if not self._source or any(not role for role, _ in messages):
             if chat_template_kwargs:
-                raise TextError('chat_template_kwargs can not be used: there is no chat template')
+                raise TextError('chat_template_kwargs can not be used: '
+                                'there is no chat template, or none is used')
             whole = ''.join(content for _, content in messages)
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)

@@ -22,7 +22,8 @@ from physai_decode.roofline import r_floor as floor_ratio
 from physai_decode.roofline import Roofline
 
 # What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
-WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms')
+WINDOW_FIGURES = (
+    'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
 
 BEST_COUNT = 30                 # tokens that a window has to have to be the best
 
@@ -101,6 +102,7 @@ class RequestReport:
     energy_j: float | None = None     # that the device took, for all programs on it
     j_per_token: float | None = None  # the prompt's part too
     power_w: float | None = None      # its mean, since the request's turn came
+    refusal: str = ''                 # rejected: invalid too_large full inactive
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class WindowReport:
     wait_ms: float | None             # None: no token of the window was paced
     paced: bool                       # the newest token in the window
     best_r_floor: float | None        # the best of all windows that were asked for
+    mask_ms: float | None             # of those with a constraint
 
 
 class Recorder:
@@ -341,7 +344,8 @@ class RequestRecorder:
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
             recorder._add_further(now_s, context, itl_ms, (
-                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, _to_ms(waited_s)))
+                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, _to_ms(waited_s),
+                _to_ms(mask_s)))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:
                 self._r_floor.add(r_floor)

@@ -42,6 +42,7 @@ from physai_decode.engine import EngineError
 from physai_decode.realtime import InForce
 from physai_decode.realtime import Placement
 from physai_decode.request import Form
+from physai_decode.request import Refusal
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import RequestQueue
@@ -187,42 +188,45 @@ class Worker:
             self._requests += 1
             ticket = Ticket(next(self._numbers), request,
                             now_s if received_s is None else received_s, listener)
-            refusal = ('' if self._accepting else 'the node is not active: activate it first') \
-                or oversize or self._queue.refusal(request)
-            if refusal:
+            refusal = oversize or self._queue.refusal(request)
+            if not self._accepting:
+                refusal = Refusal('inactive', 'the node is not active: activate it first')
+            if refusal is not None:
                 self._refusals += 1
             else:
                 if self._queue.preempts:
                     removed = self._end(self._queue.unfinished(), 'preempted',
                                         f'request {ticket.number} came')
-                if not request.messages:
+                if request.prompt:
                     ticket.turn = self._conversation.open(request.prompt)
                 self._queue.add(ticket)
                 self._wake.notify()
         try:
-            if refusal:
+            if refusal is not None:
                 self._tell_end(ticket, RequestReport(
-                    ticket.number, 'rejected', refusal, client_id=request.client_id), '')
+                    ticket.number, 'rejected', refusal.message, client_id=request.client_id,
+                    refusal=refusal.kind), '')
             else:
                 self._sink.accepted(ticket.number, request)
         finally:
             self._report_removed(removed)
         return ticket.number
 
-    def cancel(self, number: int | None = None, client_id: str = '') -> str:
+    def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
         """
         End requests within one step, and say what was done.
 
         :param number: of the request to end.
         :param client_id: the client's id of the request to end. Where neither is given the
             running request ends and the queue is emptied.
+        :param message: why, in words, where that is not plain.
         """
         with self._wake:
             running = self._queue.running
             tickets = [each for each in self._queue.unfinished()
                        if number in (None, each.number)
                        and client_id in ('', each.request.client_id)]
-            removed = self._end(tickets, 'cancelled', '')
+            removed = self._end(tickets, 'cancelled', message)
         self._report_removed(removed)
         done = [f'cancelled request {running.number}'] \
             if running is not None and running in tickets else []
@@ -387,13 +391,13 @@ class Worker:
         """Count the tokens so far."""
         return self._tokens
 
-    def _oversize(self, request: Request) -> str:
-        """Say that a request is too long to be looked at; empty where it is not."""
+    def _oversize(self, request: Request) -> Refusal | None:
+        """Say that a request is too long to be looked at; None where it is not."""
         limit = self._max_request_bytes
         if len(request.text) <= limit and request.size <= limit:
-            return ''
-        return (f'the prompt has more than {limit} bytes: shorten it, or raise '
-                'queue.max_request_bytes')
+            return None
+        return Refusal('too_large', f'the prompt has more than {limit} bytes: shorten it, or '
+                       'raise queue.max_request_bytes')
 
     def _end(self, tickets: list[Ticket], reason: str, message: str) -> list[Ticket]:
         """Ask for the end of these; give those that waited, to be reported. Needs the lock."""
@@ -511,6 +515,8 @@ class Worker:
         if report.energy_j is not None:
             self._energy_j = (self._energy_j or 0.0) + report.energy_j
             self._energy_tokens += report.output_tokens
+        if end.reason == 'rejected':
+            report = replace(report, refusal='invalid')
         self._tell_end(ticket, report, answer.text)
 
     def _perform(self) -> None:

@@ -25,7 +25,8 @@ def test_demo():
     assert int(re.search(r'^output_tokens +(\d+)$', result.stdout, re.MULTILINE)[1]) > 1
     assert float(re.search(r'^first_item_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
     assert float(re.search(r'^itl_p50_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
-    assert float(re.search(r' r_floor=([\d.]+) ', result.stdout)[1]) > 0
+    r_floor = re.search(r' r_floor=(\S+) ', result.stdout)[1]
+    assert r_floor == 'n/a' or float(r_floor) > 0     # n/a where a cache holds the model
     assert result.stdout.endswith('The node ended with code 0.\n')
 
 

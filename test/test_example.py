@@ -111,7 +111,6 @@ def test_a_fault_in_the_middle(rig, control, fault, words):
     assert f'hold: {words}' in log
 
 
-
 def test_late_tokens(rig, control):
     """Three in a row: it holds before the answer is complete, and the request is cancelled."""
     engine, count = rig.loader.engines[0], len(rig.requests())

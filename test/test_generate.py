@@ -495,7 +495,7 @@ def sampled(**values):
 @needs_msgs
 @pytest.mark.parametrize(('goal', 'message'), [
     (lambda: Generate.Goal(), 'either prompt, a string, or messages'),
-    (lambda: Generate.Goal(prompt='x', messages_json='[]'), 'both were given'),
+    (lambda: Generate.Goal(prompt='x', messages_json='[]'), 'prompt and messages were given'),
     (lambda: Generate.Goal(messages_json='[}'), 'messages_json is no JSON'),
     (lambda: Generate.Goal(messages_json='{}'), 'messages is {}'),
     (lambda: Generate.Goal(prompt='x', options_json='[]'), 'options_json is no JSON object'),

@@ -80,7 +80,7 @@ def test_a_prompt_has_a_result_too(active):
     ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is no field of a request"),
     ({'id': 'x', 'prompt': 'a', 'temperature': 10**400}, 'x', 'temperature is 1000'),
     ({'id': 'x', 'prompt': 'a', 'deadline': {'\ud800': 1}}, 'x', r"'deadline.\ud800' is no"),
-    ({'id': 'x'}, 'x', 'neither was given'),
+    ({'id': 'x'}, 'x', 'none was given'),
     ({'prompt': 'a' * 6000}, None, 'the request has more than 5000 bytes'),
     ({'id': 'x', 'prompt': ''}, 'x', 'the prompt is empty'),
     ({'id': 'x', 'prompt': 'a' * 300}, 'x', '300 tokens long'),

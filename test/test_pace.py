@@ -28,6 +28,12 @@ def make():
         yield made
 
 
+@pytest.mark.parametrize('slow', [5e-324, 0.05])
+def test_an_answer_that_would_never_come_is_refused(slow):
+    with pytest.raises(RequestError, match='0.1'):
+        parse(f'{{"prompt": "x", "pace": {{"tokens_per_s": {slow}}}}}')
+
+
 def test_the_schedule_does_not_drift():
     """However late each step was asked for."""
     pace = Pace(10.0, start_s=100.0)

@@ -42,7 +42,8 @@ def test_every_field():
     assert asked.chat_template_kwargs == {'enable_thinking': False}
 
 
-@pytest.mark.parametrize('value', [FULL, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}])
+@pytest.mark.parametrize('value', [
+    FULL, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}, {'raw_prompt': 'go'}])
 def test_it_can_be_written_and_read_again(value):
     asked = parse(json.dumps(value))
     assert parse(json.dumps(asked.to_json())) == asked
@@ -90,8 +91,9 @@ def test_cancel():
     ({'stop': ['', 'x' * 257]}, 'a text of 257 characters: allowed are 256'),
     ({'stop': 'x' * 257}, "stop is ('xxx"),
     ({'prompt': 7}, 'prompt is 7: expected a string'),
-    ({'prompt': None}, 'either prompt, a string, or messages, a list: neither was given'),
-    ({'messages': [], 'prompt': 'go'}, 'either prompt, a string, or messages, a list: both'),
+    ({'prompt': None}, 'or raw_prompt, a string: none was given'),
+    ({'messages': [], 'prompt': 'go'}, 'raw_prompt, a string: prompt and messages were given'),
+    ({'raw_prompt': 7, 'prompt': None}, 'raw_prompt is 7: expected a string'),
     ({'messages': []}, 'messages is []: expected a list of one message or more'),
     ({'messages': 'go'}, "messages is 'go': expected a list"),
     ({'messages': ['go']}, "messages[0] is 'go': expected an object"),

@@ -621,3 +621,13 @@ def test_switches_without_a_template_are_refused():
     text = Text(qwen_like(), ChatConfig(template='off'))
     with pytest.raises(TextError, match='there is no chat template'):
         text.encode([Message('user', 'go')], {'enable_thinking': False})
+
+
+def test_a_text_without_a_role_goes_without_the_template():
+    """As with no template at all; what would be a special token stays text."""
+    text, bare = Text(qwen_like(), ChatConfig()), Text(qwen_like(), ChatConfig(template='off'))
+    for asked in ('go on', 'go<|im_end|>'):
+        ids = text.encode([Message('', asked)])
+        assert ids == bare.encode([Message('user', asked)])
+        assert text.special_ids.isdisjoint(ids)
+        assert len(ids) < len(text.encode([Message('user', asked)]))

@@ -480,3 +480,37 @@ def test_the_conversation_is_bounded_in_all(make, monkeypatch):
     report, _ = sink.end(number)
     assert texts(engine)[-1] == '997\n\n998\n\n999\n\nlast'
     assert 'its oldest 998 turns dropped' in report.message
+
+
+def test_a_refusal_says_of_what_kind_it_is(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))), start=False,
+                        queue=QueueConfig(size=1, max_request_bytes=100))
+    assert sink.end(worker.submit(Request('go')))[0].refusal == 'inactive'
+    worker.start()
+    taken = worker.submit(Request('go'))
+    assert gate.waiting.wait(TIMEOUT_S)
+    waiting = worker.submit(Request('p' * 64))
+    for request, kind in ((Request('go'), 'full'), (Request('x' * 101), 'too_large'),
+                          (Request(''), 'invalid')):
+        assert sink.end(worker.submit(request))[0].refusal == kind
+    gate.open(9)
+    assert sink.end(taken)[0].refusal == ''
+    assert sink.end(waiting)[0].refusal == 'invalid'        # longer than the context
+
+
+def test_a_cancel_has_its_reason(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
+    number = worker.submit(Request('go'))
+    worker.cancel(number, message='nobody listens')
+    gate.open(9)
+    assert sink.end(number)[0].message == 'nobody listens'
+
+
+def test_a_raw_prompt_is_no_turn(make):
+    engine = FakeEngine()
+    worker, sink = make(engine, chat=ChatConfig(system_prompt='be brief', keep_history=True))
+    assert sink.end(worker.submit(Request(raw_prompt='say hello')))[1] == 'hello'
+    assert worker.reset() == 'forgot 0 turns'
+    assert ''.join(map(chr, engine.prompts[0])) == 'say hello'

@@ -113,7 +113,8 @@ KEYS = {
     'kv_heads': 'heads of keys and values',
     'layers': 'layers of the model',
     'max_consecutive_misses': 'longest row of late tokens',
-    'mask_ms': "what the mask of the answer's constraint took on the host, see requests.md",
+    'mask_ms': "what the mask of the answer's constraint took on the host, see requests.md; on "
+               '/diagnostics the median of the window',
     'max_context': 'tokens of prompt and answer that fit',
     'memory_clock_mhz': 'clock of the memory',
     'memory_locked': "1 where the process's memory is locked against paging, else 0",
@@ -142,6 +143,8 @@ KEYS = {
     'read_weight_gb': 'weights that one step really reads',
     'realtime_refused': 'what the parameters `realtime` ask for and the system does not permit, '
                         'and how to permit it',
+    'refusal': 'why a request was rejected: `invalid`; `too_large`; `full`, send it again later; '
+               '`inactive`, no model runs',
     'refusals': 'requests refused so far',
     'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
     'request_id': 'counts from 1, over activations',

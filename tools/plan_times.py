@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 
+from demo import PROMPT
 from node_cost import cpu
 from physai_decode import host
 from physai_decode.config import DecodeConfig
@@ -36,7 +37,6 @@ from rclpy.action import ActionClient
 from std_msgs.msg import String
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = 'Bring me the red cup from the kitchen table, no, the blue one. Then close the box.'
 OTHER = 'Put the green book on the shelf.'
 PATIENCE_S = 120.0
 FORMS = 'free', 'constrained'

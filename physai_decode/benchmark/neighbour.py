@@ -16,6 +16,7 @@ import threading
 import time
 
 from physai_decode.config import ConfigError
+from physai_decode.pace import Pace
 
 HZ, BATCH = 30.0, 1
 BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))        # channels within a block, and blocks
@@ -70,8 +71,7 @@ class Neighbour:
 
         :raises RuntimeError: it does not.
         """
-        if not self._ready.wait(START_S) or self._process is not None \
-                and self._process.poll() is not None:
+        if not self._ready.wait(START_S) or self._process is not None and not self._times:
             raise RuntimeError('the neighbour on the GPU does not run: PyTorch finds no CUDA '
                                'device, or its memory is taken')
 
@@ -140,14 +140,14 @@ def main() -> int:
         for _ in range(5):
             network(images)
         torch.cuda.synchronize()
-        due_s = time.perf_counter()
+        pace = Pace(hz, time.perf_counter())
         while True:
             begin_s = time.perf_counter()
             network(images)
             torch.cuda.synchronize()
             print(time.perf_counter() - begin_s, flush=True)
-            due_s = max(due_s + 1 / hz, time.perf_counter() - 1 / hz)
-            time.sleep(max(0.0, due_s - time.perf_counter()))
+            now_s = time.perf_counter()
+            time.sleep(max(0.0, pace.due_s(now_s) - now_s))
 
 
 if __name__ == '__main__':

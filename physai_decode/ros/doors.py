@@ -53,7 +53,7 @@ class Doors:
         received_s, limit = time.monotonic(), self._max_bytes()
         if len(message.data) > limit:
             self._host.refuse(f'the request has more than {limit} bytes: shorten it, or raise '
-                              'queue.max_request_bytes')
+                              'queue.max_request_bytes', kind='too_large')
             return
         try:
             asked = parse(message.data)

@@ -15,6 +15,7 @@ import math
 import threading
 import time
 from typing import Any
+from typing import TypeVar
 
 from physai_decode.host import Host
 from physai_decode.request import is_client_id
@@ -43,6 +44,7 @@ FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so the
 POLL_S = 0.001
 STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
 SUCCEEDED = ('stop', 'length')  # finish reasons
+_T = TypeVar('_T')
 
 
 class GenerateServer:
@@ -254,11 +256,16 @@ class _Goal:
 
     def take(self) -> list[tuple[int, TokenReport]]:
         """Give the tokens since the last call, with the time of each in ns since the epoch."""
-        return [self._tokens.popleft() for _ in range(len(self._tokens))]
+        return _drained(self._tokens)
 
     def take_items(self) -> list[str]:
         """Give the elements since the last call."""
-        return [self._items.popleft() for _ in range(len(self._items))]
+        return _drained(self._items)
+
+
+def _drained(queue: deque[_T]) -> list[_T]:
+    """Empty a queue to which other threads may append meanwhile."""
+    return [queue.popleft() for _ in range(len(queue))]
 
 
 def read(goal: Any, max_bytes: int) -> Request:

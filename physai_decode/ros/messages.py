@@ -38,7 +38,7 @@ TOKEN_KEYS = _keys(TokenReport, 'text')
 REQUEST_KEYS = _keys(RequestReport, 'message')
 BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
-    'peak_source', 'host_gap_ms', 'verdict', 'no_floor')
+    'peak_source', 'host_gap_ms', 'verdict', 'no_floor', 'mask_ms')
 LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
                      'best_r_floor', *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
@@ -173,6 +173,7 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
         values.update(
             kv_gb=_giga(window.kv_bytes), floor_ms=window.floor_ms, r_floor=window.r_floor,
             bandwidth_gb_s=window.bandwidth_gb_s, host_gap_ms=window.host_gap_ms,
+            mask_ms=window.mask_ms,
             verdict=str(judge(_seen(window, footprint, throttle_reasons)) or ''))
         if window.r_floor is not None and window.r_floor < settings.warn_r_floor:
             level = WARN

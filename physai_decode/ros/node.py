@@ -19,6 +19,9 @@ from physai_decode.config import shown
 from physai_decode.host import Host
 from physai_decode.host import Load
 from physai_decode.host import load
+from physai_decode.http import HttpError
+from physai_decode.http import KEY_VARIABLE
+from physai_decode.http import open_door
 from physai_decode.ros import parameters
 from physai_decode.ros import params_files as files
 from physai_decode.ros.bond import Bond
@@ -66,6 +69,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         """
         self._host: Host | None = None
         self._generate: GenerateServer | None = None    # rclpy destroys half a node too
+        self._http = None                           # the server, while the node is configured
         self._transition = threading.Lock()         # held during a transition
         self._leaving = False                       # the process ends
         transitions = ReentrantCallbackGroup()
@@ -143,6 +147,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         begin_s, host, config = time.monotonic(), self._host, parameters.read(self)
         self._timer.timer_period_ns = int(config.diagnostics.period_s * 1e9)
         try:
+            self._open_http(config)
             loaded = host.load(config, self._progress)
         except Exception:
             log = self.get_logger().info if self._leaving else self.get_logger().error
@@ -236,6 +241,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         self._bond.end()
         if self._stop(EXIT_TIMEOUT_S if self._leaving else STOP_TIMEOUT_S):
             self._unload()
+        self._close_http()
 
     def _stop(self, timeout_s):
         """Cancel everything; False where the engine does not come back from its step."""
@@ -246,8 +252,31 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         return stopped
 
     def _unload(self):
+        self._close_http()
         self._host.unload()
         self._status.model_info()
+
+    def _open_http(self, config):
+        """Open the HTTP door; it answers 503 until a model is active."""
+        self._close_http()              # of an activation that failed
+        if not config.http.port:
+            return
+        try:
+            self._http = open_door(self._host, config.http, self.faults.note,
+                                   lambda: self.faults.count)
+        except HttpError as error:
+            self._host.failure = str(error)
+            raise
+        self.get_logger().info(f'HTTP: {self._http.address}')
+        if self._http.is_open_to_all:
+            self.get_logger().warning(
+                f'{self._http.address} takes requests of everyone in the network: set '
+                f'{KEY_VARIABLE} in the environment, or http.host to 127.0.0.1')
+
+    def _close_http(self):
+        door, self._http = self._http, None
+        if door is not None:
+            door.close()
 
     # Parameters
 

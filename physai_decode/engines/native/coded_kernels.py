@@ -167,8 +167,7 @@ class CodedOps(ScaledOps):
         if not isinstance(weight, Coded):
             super()._product(x, weight, out, gain, eps, add, gated, gelu)
             return
-        shape = kernels._shape(weight, gain, gated)
-        choice = self._choices.get(shape) or kernels._choices(shape)[0]
+        shape, choice = self._layout(weight, gain, gated)
         self._current.discard(out.data_ptr())
         n, bias = out.shape[0], weight.bias
         _coded[(triton.cdiv(n, choice.rows),)](

@@ -725,9 +725,13 @@ class TritonOps(TorchOps):
             cache.put(str(shape), list(astuple(choice)))
         chosen[shape] = choice
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
+    def _layout(self, weight, gain, gated):
+        """Give the shape of a product, and the layout of its kernel."""
         shape = _shape(weight, gain, gated)
-        choice = self._choices.get(shape) or _choices(shape)[0]
+        return shape, self._choices.get(shape) or _choices(shape)[0]
+
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
+        shape, choice = self._layout(weight, gain, gated)
         bias = weight.bias
         common = {
             'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'GELU': gelu,

@@ -106,8 +106,7 @@ class Int4:
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
-        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
-        return gate, up
+        return _taking_turns(product)
 
     def rows(self, index: Tensor) -> 'Int4':
         """Give the weight with its rows, of whole tiles, in the order of ``index`` int64 [N]."""
@@ -201,8 +200,7 @@ class Scaled:
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
-        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
-        return gate, up
+        return _taking_turns(product)
 
     def rows(self, index: Tensor) -> 'Scaled':
         """Give the weight with its rows in the order of ``index`` int64 [N]."""
@@ -272,8 +270,7 @@ class Coded:
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
-        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
-        return gate, up
+        return _taking_turns(product)
 
     def rows(self, index: Tensor) -> 'Coded':
         """Give the weight with its rows in the order of ``index`` int64 [N]."""
@@ -322,6 +319,12 @@ def _rows(packed: Tensor) -> Tensor:
     """Undo `fragments`: [tiles, blocks, 16 * size] to [tiles, 16, blocks, size]."""
     parts = packed.unflatten(2, (-1, 2, 8, 4, 2, 2, 2)).permute(0, 7, 4, 1, 2, 5, 3, 6, 8)
     return parts.reshape(packed.shape[0], TILE_ROWS, packed.shape[1], -1)
+
+
+def _taking_turns(product: Tensor) -> tuple[Tensor, Tensor]:
+    """Take apart [..., N], in which 8 rows of gate and of up take turns; see ``halves``."""
+    gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
+    return gate, up
 
 
 def _by_pieces(weight: Scaled | Coded, x: Tensor) -> Tensor:

@@ -180,8 +180,7 @@ class ScaledOps(TritonOps):
         if not isinstance(weight, Scaled):
             super()._product(x, weight, out, gain, eps, add, gated, gelu)
             return
-        shape = kernels._shape(weight, gain, gated)
-        choice = self._choices.get(shape) or kernels._choices(shape)[0]
+        shape, choice = self._layout(weight, gain, gated)
         if weight.order is not None:
             x, gain = self._prepared(x, weight, gain, eps), None
         self._current.discard(out.data_ptr())

@@ -1,0 +1,44 @@
+"""
+The HTTP door: OpenAI's API for the node's model, and its figures for Prometheus.
+
+It has a thread and an event loop of its own, and knows nothing of ROS. Its libraries are an extra
+of the package, so they are imported where the door is opened and not before.
+"""
+
+from collections.abc import Callable
+import os
+from typing import TYPE_CHECKING
+
+from physai_decode.config import HttpConfig
+from physai_decode.host import Host
+
+if TYPE_CHECKING:
+    from physai_decode.http.server import Server
+
+KEY_VARIABLE = 'PHYSAI_DECODE_API_KEY'      # of the environment
+
+
+class HttpError(RuntimeError):
+    """The door can't be opened; the message says why and what to do."""
+
+
+def open_door(host: Host, config: HttpConfig, note: Callable[[str, BaseException], None],
+              errors: Callable[[], int]) -> 'Server':
+    """
+    Serve the host's model on a port, from now until the server is closed.
+
+    :param note: gets what failed, and the error, where an answer fails that should not.
+    :param errors: counts all that was noted, for /metrics.
+    :raises HttpError: a library is missing, or the port can't be had.
+    """
+    try:
+        from physai_decode.http.server import Server
+    except ImportError as error:
+        raise HttpError(
+            f"http.port is {config.port}, and {error}: pip install 'physai_decode[http]', or set "
+            'http.port to 0') from error
+    key = os.environ.get(KEY_VARIABLE, '')
+    if not (key.isascii() and key.isprintable()) or ' ' in key:
+        raise HttpError(f'{KEY_VARIABLE} holds what no header can: take printable characters of '
+                        'ASCII without blanks')
+    return Server(host, config, key, note, errors)

@@ -1,0 +1,99 @@
+"""
+One request between the decode thread and the event loop, which never wait for each other.
+
+The decode thread leaves pieces in a bounded deque and wakes the loop, at most once in a period;
+the loop sends all that is there. A client that does not take its pieces loses its request.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from physai_decode.host import Host
+from physai_decode.request import Request
+from physai_decode.timing import ItemReport
+from physai_decode.timing import RequestReport
+from physai_decode.timing import TokenReport
+
+PERIOD_S = 0.02         # a piece costs as much to send as some tokens, so they are sent together
+MOST_PIECES = 4096      # that may wait for the client
+
+
+class Exchange:
+    """The listener of one request; made and used in the event loop."""
+
+    def __init__(self, host: Host, stream: bool, most_pieces: int = MOST_PIECES) -> None:
+        """
+        Hear nothing yet.
+
+        :param stream: the pieces are wanted, not the end alone.
+        """
+        self._host, self._stream, self._most = host, stream, most_pieces
+        self._loop = asyncio.get_running_loop()
+        self._number: int | None = None
+        self._pieces: deque[str] = deque()
+        self._full = False
+        self._woken = False                     # the loop is about to look
+        self._news, self._ended = asyncio.Event(), asyncio.Event()
+        self._end: tuple[RequestReport, str] | None = None
+
+    def submit(self, request: Request, received_s: float) -> None:
+        """Hand the request in."""
+        self._number = self._host.submit(request, received_s, self)
+
+    def cancel(self, message: str) -> None:
+        """End the request, if it has not ended."""
+        if self._end is None and self._number is not None:
+            self._host.cancel(self._number, message=message)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Give the pieces of the answer as they come, some together, until it has ended."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            self._woken = False
+            ended = self._end is not None       # before the pieces: all of them are there, then
+            if text := ''.join(self._pieces.popleft() for _ in range(len(self._pieces))):
+                yield text
+            if ended:
+                return
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), PERIOD_S)
+
+    async def end(self) -> tuple[RequestReport, str]:
+        """Wait for the end of the request; give its report and all its text."""
+        await self._ended.wait()
+        assert self._end is not None
+        return self._end
+
+    # In the decode thread, the last one also in others.
+
+    def token(self, report: TokenReport) -> None:
+        """Keep a piece for the client."""
+        if not self._stream or self._full:
+            return
+        if len(self._pieces) >= self._most:
+            self._full = True
+            self._call(self.cancel, f'its HTTP client did not take {self._most} tokens')
+            return
+        self._pieces.append(report.text)
+        if not self._woken:
+            self._woken = True
+            self._call(self._news.set)
+
+    def item(self, report: ItemReport) -> None:
+        """Leave it: the API has no name for it."""
+
+    def finished(self, report: RequestReport, text: str) -> None:
+        """Take the end."""
+        self._end = report, text
+        self._call(self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._ended.set()
+        self._news.set()
+
+    def _call(self, function, *arguments) -> None:
+        with suppress(RuntimeError):            # the loop is closed: nobody waits for it
+            self._loop.call_soon_threadsafe(function, *arguments)

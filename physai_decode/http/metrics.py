@@ -1,0 +1,85 @@
+"""
+The node's figures for Prometheus, under the names that they have on `/diagnostics`.
+
+What is not known is left out. It reads the host at each scrape and keeps nothing.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from physai_decode.host import Host
+from prometheus_client import CollectorRegistry
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
+STATES = ('inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
+ENDS = ('stop', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
+_INNER = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')     # no keys
+_HELP = 'a key of /diagnostics or ~/model_info, see docs/interface.md'
+_MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
+
+
+class Metrics(Collector):
+    """The figures of one host."""
+
+    def __init__(self, host: Host, errors: Callable[[], int]) -> None:
+        """Take whose figures they are; see `open_door` for ``errors``."""
+        self._host, self._errors = host, errors
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """Give all figures in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Promise nothing: what there is depends on what is loaded."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the host."""
+        host = self._host
+        worker, loaded, telemetry, state = host.worker, host.loaded, host.telemetry, host.state
+        states = GaugeMetricFamily(
+            'physai_decode_state', '1 for the state of the node, else 0', labels=['state'])
+        for each in STATES:
+            states.add_metric([each], each == state)
+        yield states
+        ends = CounterMetricFamily(
+            'physai_decode_ends', 'requests that ended, by finish reason',
+            labels=['finish_reason'])
+        for each, count in {**dict.fromkeys(ENDS, 0), **host.ends}.items():
+            ends.add_metric([each], count)
+        yield ends
+        for name, count in {**host.counts, 'callback_errors': self._errors()}.items():
+            yield CounterMetricFamily(f'physai_decode_{name}', _HELP, count)
+        figures: dict[str, Any] = {'queue_capacity': host.config.queue.size,
+                                      'queue_depth': worker.queue_depth if worker else 0}
+        if worker is not None:
+            figures.update(asdict(worker.window()), energy_j=worker.energy_j,
+                           j_per_token=worker.j_per_token)
+            if (kv_bytes := figures['kv_bytes']) is not None:
+                figures['kv_gb'] = kv_bytes / 1e9
+        if telemetry is not None:
+            figures.update(telemetry.read())
+        if loaded is not None:
+            shape = loaded.engine.footprint
+            figures.update(weight_gb=shape.read_weight_bytes / 1e9,
+                           max_context=shape.max_context)
+            peak = worker.peak if worker else loaded.peak
+            if peak.bytes_per_s is not None:
+                figures['peak_bandwidth_gb_s'] = peak.bytes_per_s / 1e9
+            model = GaugeMetricFamily(
+                'physai_decode_model', '1 for the model that is loaded', labels=['model', *_MODEL])
+            model.add_metric([host.config.model.path, *(str(getattr(shape, name))
+                                                        for name in _MODEL)], 1)
+            yield model
+        for name, value in figures.items():
+            if isinstance(value, (int, float)) and name not in _INNER:
+                yield GaugeMetricFamily(f'physai_decode_{name}', _HELP, float(value))

@@ -1,0 +1,80 @@
+"""What the kernels of a decode step have to do with quantised weights, whatever their form."""
+
+from dataclasses import replace
+
+from physai_decode.engines.native import fusion
+from physai_decode.engines.native import kernels
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.ops import TorchOps
+import random_formats
+import torch
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+TWIN = TorchOps(on_host=False)
+EPS = 1e-6
+
+
+def maker():
+    """Give what draws random tensors of a shape."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def assert_close(got, expected, relative=1e-5):
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    assert error < relative     # a NaN does not pass
+
+
+def drawn(form, n, k, seed=1):
+    """Give a weight of one of `random_formats`, and the float32 one [n, k] that it stands for."""
+    config, draw = form
+    stored, exact = draw(torch.Generator().manual_seed(seed), n, k)
+    return random_formats.read(config, stored, n, k, DEVICE), exact.float().to(DEVICE)
+
+
+def check_product(make, ops, form, n, k):
+    """Hold a product against the dense one: normed, added to what was there, with a bias."""
+    weight, dense = drawn(form, n, k)
+    x, gain, out = make(k), make(k), make(n)
+    normed = x * torch.rsqrt(x.square().mean() + EPS) * gain
+    assert_close(weight.apply(normed), dense @ normed)
+    ops(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
+    assert_close(out, dense @ normed)
+    start, biased = out.clone(), replace(weight, bias=make(n))
+    ops(DEVICE).linear(normed, weight, out, add=True)
+    assert_close(out, start + dense @ normed)
+    ops(DEVICE).linear(normed, biased, out)
+    assert_close(out, dense @ normed + biased.bias)
+
+
+def check_layout(make, ops, form, choice):
+    """Hold a product in one of its layouts against the dense one."""
+    weight, dense = drawn(form, 24, 1280)
+    x, out, ops = make(1280), make(24), ops(DEVICE)
+    ops._choices[kernels.Shape(24, 1280, weight.kind, False, False)] = choice
+    ops.linear(x, weight, out)
+    assert_close(out, dense @ x)
+
+
+def check_gated(make, ops, form, bias):
+    """Hold gate and up, fused, against the dense ones, and the twin too."""
+    parts = [drawn(form, 24, 640, seed) for seed in (2, 3)]
+    dense = Dense(torch.cat([each for _, each in parts]), make(48) if bias else None)
+    weight = fusion.fuse([replace(each, bias=half) for (each, _), half in zip(
+        parts, dense.bias.chunk(2) if bias else (None, None), strict=True)], paired=True)
+    x, gain, out = make(640), make(640), make(24)
+    expected, twin = out.clone(), out.clone()
+    TWIN.gated(x, dense, expected, gain, EPS)
+    TWIN.gated(x, weight, twin, gain, EPS)
+    assert_close(twin, expected)
+    ops(DEVICE).gated(x, weight, out, gain, EPS)
+    assert_close(out, expected)
+
+
+def check_fused(make, ops, form):
+    """Hold projections of one input, fused, against the dense ones."""
+    parts = [drawn(form, rows, 640, seed) for seed, rows in enumerate((7, 24))]
+    weight = fusion.fuse([each for each, _ in parts])
+    x, out = make(640), make(31)
+    ops(DEVICE).linear(x, weight, out)
+    assert_close(out, torch.cat([dense for _, dense in parts]) @ x)

@@ -1,0 +1,601 @@
+"""The HTTP door on a scripted engine, without ROS: OpenAI's API by OpenAI's client, and limits."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+import http.client
+import json
+import socket
+import sys
+import threading
+
+from fake_engine import CharacterText
+from fake_engine import FakeEngine
+from fake_engine import forever
+from fake_engine import Gate
+from fake_engine import say
+import pytest
+from worker_rig import Sink
+from worker_rig import TIMEOUT_S
+from worker_rig import wait_for
+
+openai = pytest.importorskip('openai')
+pytest.importorskip('uvicorn')
+pytest.importorskip('prometheus_client')
+
+from physai_decode.config import DecodeConfig
+from physai_decode.config import HttpConfig
+from physai_decode.config import ModelConfig
+from physai_decode.config import QueueConfig
+from physai_decode.host import Host
+from physai_decode.host import Loaded
+from physai_decode.http import HttpError
+from physai_decode.http import KEY_VARIABLE
+from physai_decode.http import open_door
+from physai_decode.http import server
+from physai_decode.http.exchange import Exchange
+from physai_decode.roofline import Peak
+from prometheus_client.parser import text_string_to_metric_families
+
+MODEL = 'folder/model'
+CHAT, TEXT = '/v1/chat/completions', '/v1/completions'
+HELLO = [{'role': 'user', 'content': 'say hello'}]
+
+
+class ClosableText(CharacterText):
+    """What a host closes."""
+
+    def close(self):
+        """Have nothing to close."""
+
+
+def free_port() -> int:
+    """Give a port that nobody has."""
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        return found.getsockname()[1]
+
+
+class Rig:
+    """A host, its door, and what came of requests."""
+
+    def __init__(self, engine=None, start=True, queue=None, **http):
+        self.engine = engine or FakeEngine(max_context=4096, vocab_size=256)
+        self.sink, self.errors = Sink(), []
+        self.host = Host(self.sink, lambda config, progress: Loaded(
+            self.engine, ClosableText(), Peak(1e6, 'parameter'), sampling={}))
+        self.config = DecodeConfig(
+            model=ModelConfig(path=MODEL), queue=queue or QueueConfig(),
+            http=HttpConfig(port=free_port(), **http))
+        self.door = open_door(self.host, self.config.http,
+                              lambda *error: self.errors.append(error),
+                              lambda: len(self.errors))
+        if start:
+            self.host.load(self.config, lambda text: None)
+            self.host.start(self.config)
+
+    @property
+    def port(self):
+        """The door's port."""
+        return self.config.http.port
+
+    def client(self, key='none'):
+        """Give OpenAI's client; it sends nothing twice."""
+        return openai.OpenAI(base_url=self.door.address, api_key=key, max_retries=0,
+                             timeout=TIMEOUT_S)
+
+    def chat(self, **fields):
+        """Ask for a chat completion."""
+        return self.client().chat.completions.create(
+            **{'model': MODEL, 'messages': HELLO, **fields})
+
+    def request(self, method, path, body=None, **headers):
+        """Send what no client would; give status, headers and body."""
+        connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=TIMEOUT_S)
+        if isinstance(body, dict):
+            body = json.dumps(body)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        kind = answer.headers['content-type']
+        return answer.status, answer.headers, (
+            json.loads(data) if kind == 'application/json' else data.decode())
+
+    def metrics(self):
+        """Give the figures by name and labels."""
+        status, _, text = self.request('GET', '/metrics')
+        assert status == 200
+        return {(sample.name, *dict(sorted(sample.labels.items())).values()): sample.value
+                for family in text_string_to_metric_families(text) for sample in family.samples}
+
+    def close(self):
+        """End it; nothing went wrong that should not."""
+        self.host.stop(TIMEOUT_S)
+        self.door.close()
+        assert not self.door._thread.is_alive()
+        self.host.unload()
+        assert self.errors == []
+
+
+@contextmanager
+def opened(*arguments, **named):
+    """Give a rig, and close it."""
+    rig = Rig(*arguments, **named)
+    try:
+        yield rig
+    finally:
+        rig.close()
+
+
+@pytest.fixture(scope='module')
+def rig():
+    """Give one that echoes the last word."""
+    with opened() as rig:
+        yield rig
+
+
+@pytest.fixture
+def gate():
+    """Give a gate, and one that goes through it for ever."""
+    gate = Gate()
+    yield gate
+    gate.open(10000)
+
+
+def gated(gate, character='x'):
+    """Give an engine that waits for the gate at each token."""
+    return FakeEngine(lambda prompt_ids: gate.steps(forever(character)), max_context=4096)
+
+
+def is_ending(rig):
+    """Tell whether no request runs on."""
+    running = rig.host.worker._queue.running
+    return running is None or running.end_reason
+
+
+def test_a_chat_completion(rig):
+    answer = rig.chat()
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ('assistant', 'hello')
+    assert (choice.finish_reason, answer.model, answer.object) == (
+        'stop', MODEL, 'chat.completion')
+    assert answer.usage.prompt_tokens == 9 and answer.usage.completion_tokens == 5
+    report, text = rig.sink.end(answer.physai['request_id'])
+    assert (report.client_id, text) == (answer.id, 'hello')     # the topics tell of it too
+    assert rig.sink.asked[report.request_id].client_id == answer.id
+
+
+def test_a_stream(rig):
+    chunks = list(rig.chat(stream=True, stream_options={'include_usage': True}))
+    assert ''.join(chunk.choices[0].delta.content or '' for chunk in chunks[:-1]) == 'hello'
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == 'stop'
+    assert chunks[0].choices[0].delta.role == 'assistant'
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 14
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in rig.chat(stream=True))
+
+
+def test_a_text_completion(rig):
+    """The prompt goes to the model as it is."""
+    client = rig.client()
+    answer = client.completions.create(model=MODEL, prompt='say hello', max_tokens=3)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ('hel', 'length')
+    assert rig.sink.asked[answer.physai['request_id']].raw_prompt == 'say hello'
+    pieces = client.completions.create(model=MODEL, prompt=['say hello'], stream=True)
+    assert ''.join(piece.choices[0].text for piece in pieces) == 'hello'
+
+
+def test_the_options_reach_the_engine(rig):
+    rig.chat(max_completion_tokens=2, temperature=0.5, top_p=0.9, seed=7, stop=['q'], n=1,
+             user='me', store=False, presence_penalty=0, logprobs=False, tools=[],
+             parallel_tool_calls=True, metadata={'room': 'kitchen'},
+             extra_body={'top_k': 5, 'min_p': 0.1, 'repetition_penalty': 1.1,
+                         'deadline': {'request_ms': 1e6}})
+    sampling = rig.engine.samplings[-1]
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed,
+            sampling.stop, sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (
+        2, 0.5, 0.9, 7, ('q',), 5, 0.1, 1.1)
+
+
+def test_an_answer_that_is_sent_back(rig):
+    """Clients send fields of an answer's message that hold nothing."""
+    answer = rig.chat().choices[0].message.model_dump()
+    asked = rig.chat(messages=[
+        {'role': 'developer', 'content': 'be brief'}, *HELLO, answer,
+        {'role': 'user', 'content': [
+            {'type': 'text', 'text': 'go'}, {'type': 'text', 'text': 'on'}]}])
+    messages = rig.sink.asked[asked.physai['request_id']].messages
+    assert [each.role for each in messages] == ['system', 'user', 'assistant', 'user']
+    assert messages[-1].content == 'goon'
+
+
+def test_a_schema(rig):
+    schema = {'type': 'object', 'properties': {'a': {'type': 'integer'}}, 'required': ['a'],
+              'additionalProperties': False}
+    answer = rig.chat(max_tokens=60, response_format={
+        'type': 'json_schema', 'json_schema': {'name': 'plan', 'schema': schema}})
+    content, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert content.startswith('{') and reason in ('stop', 'length')
+    if reason == 'stop':
+        assert type(json.loads(content)['a']) is int
+    choice = rig.chat(extra_body={'structured_outputs': {'choice': ['yes', 'no']}})
+    assert choice.choices[0].message.content in ('yes', 'no')
+
+
+@pytest.mark.parametrize(('fields', 'param', 'said'), [
+    ({'model': None}, 'model', 'model is None'),
+    ({'messages': None}, 'messages', 'messages is missing'),
+    ({'messages': []}, 'messages', 'messages is []'),
+    ({'messages': [{'role': 'user'}]}, 'messages', 'messages[0].content'),
+    ({'messages': [{'role': 'king', 'content': 'x'}]}, 'messages', 'messages[0].role'),
+    ({'messages': [{'role': 'user', 'content': [
+        {'type': 'image_url', 'image_url': {'url': 'data:'}}]}]}, 'messages', 'takes text only'),
+    ({'prompt': 'x'}, 'prompt', 'prompt is no field of this body'),
+    ({'raw_prompt': 'x'}, 'raw_prompt', 'raw_prompt is no field of this body'),
+    ({'temperature': 99}, 'temperature', 'temperature is 99'),
+    ({'temperature': '1'}, 'temperature', 'expected a number'),
+    ({'n': 2}, 'n', 'n is 2'), ({'n': True}, 'n', 'n is True'),
+    ({'logprobs': True}, 'logprobs', 'logprobs is True'),
+    ({'logprobs': 0}, 'logprobs', 'logprobs is 0'),
+    ({'presence_penalty': 0.5}, 'presence_penalty', 'does not do'),
+    ({'frequency_penalty': 0.5}, 'frequency_penalty', 'does not do'),
+    ({'logit_bias': {'5': 1}}, 'logit_bias', 'does not do'),
+    ({'reasoning_effort': 'low'}, 'reasoning_effort', 'is no field'),
+    ({'guided_json': {}}, 'guided_json', 'is no field'),
+    ({'max_tokens': 0}, 'max_tokens', 'max_tokens is 0'),
+    ({'max_tokens': 1, 'max_completion_tokens': 1}, 'max_completion_tokens', 'give one'),
+    ({'stream': 'yes'}, 'stream', 'true or false'),
+    ({'stream_options': {}, 'stream': 1}, 'stream', 'true or false'),
+    ({'stream': False, 'stream_options': {'include_usage': True}}, 'stream_options',
+     'without stream'),
+    ({'stream': True, 'stream_options': {'x': 1}}, 'stream_options', 'stream_options.x'),
+    ({'stream': True, 'stream_options': {'include_usage': 1}}, 'stream_options', 'true or false'),
+    ({'stream_options': 1}, 'stream_options', 'expected an object'),
+    ({'response_format': {'type': 'xml'}}, 'response_format', 'response_format.type'),
+    ({'response_format': {'type': 'json_schema', 'json_schema': {
+        'name': 'x', 'schema': {'type': 'object', 'not': {}}}}}, None, "'not'"),
+    ({'deadline': {'soon': 1}}, 'deadline', 'deadline.soon'),
+    ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, None, '5000 tokens long')])
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_wrong_body(rig, fields, param, said, stream):
+    """Each has its status before anything is streamed, and is counted as refused."""
+    before = rig.host.counts['refusals']
+    body = {'model': MODEL, 'messages': HELLO, 'stream': stream, **fields}
+    status, headers, answer = rig.request('POST', CHAT, body)
+    assert status == 400 and said in answer['error']['message']
+    assert answer['error']['type'] == 'invalid_request_error'
+    assert (answer['error']['param'], answer['error']['code']) == (param, 'invalid_request')
+    assert rig.host.counts['refusals'] == before + 1
+
+
+@pytest.mark.parametrize(('body', 'said'), [
+    (b'', 'is no JSON'), (b'{', 'is no JSON'), (b'[]', 'expected a JSON object'),
+    (b'\xff', 'no UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
+    (b'[' * 100000, 'is no JSON')])
+def test_a_body_that_is_none(rig, body, said):
+    status, _, answer = rig.request('POST', CHAT, body)
+    assert status == 400 and said in answer['error']['message']
+
+
+@pytest.mark.parametrize('fields', [
+    {'prompt': ['a', 'b']}, {'prompt': [1, 2]}, {'prompt': ''}, {}, {'prompt': 'x', 'echo': True},
+    {'prompt': 'x', 'best_of': 2}, {'prompt': 'x', 'suffix': 'y'}, {'messages': HELLO},
+    {'prompt': 'x', 'logprobs': 1}])
+def test_a_wrong_text_completion(rig, fields):
+    status, _, answer = rig.request('POST', TEXT, {'model': MODEL, **fields})
+    assert status == 400 and answer['error']['message']
+
+
+def test_models(rig):
+    client = rig.client()
+    (model,) = client.models.list().data
+    assert (model.id, model.max_model_len) == (MODEL, 4096)
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve('another')
+    with pytest.raises(openai.NotFoundError) as raised:
+        rig.chat(model='gpt-4o')
+    assert raised.value.code == 'model_not_found' and MODEL in raised.value.message
+
+
+def test_addresses(rig):
+    assert rig.request('GET', '/nothing')[0] == 404
+    status, headers, _ = rig.request('GET', CHAT)
+    assert (status, headers['allow']) == (405, 'POST')
+    status, _, answer = rig.request('POST', CHAT, {}, Origin='http://page.example')
+    assert (status, answer['error']['code']) == (403, 'origin_not_allowed')
+    status, _, answer = rig.request('GET', '/health')
+    assert (status, answer['status']) == (200, 'idle')
+
+
+def test_a_body_beyond_the_limit():
+    with opened(queue=QueueConfig(max_request_bytes=1000)) as rig:
+        for size in (1001, 10**6):
+            status, _, answer = rig.request('POST', CHAT, b'x' * size)
+            assert (status, answer['error']['code']) == (413, 'request_too_large')
+        assert rig.host.ends == {'rejected': 2}
+        assert rig.chat().choices[0].message.content == 'hello'
+
+
+def test_a_key(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, 'secret')
+    with opened() as rig:
+        assert rig.client('secret').models.list().data
+        for key in ('wrong', 'secret2'):
+            with pytest.raises(openai.AuthenticationError) as raised:
+                rig.client(key).models.list()
+            assert raised.value.code == 'invalid_api_key'
+        assert rig.request('POST', CHAT, {})[0] == 401
+        assert rig.request('GET', '/health')[0] == rig.request('GET', '/metrics')[0] == 200
+    monkeypatch.setenv(KEY_VARIABLE, 'two words')
+    with pytest.raises(HttpError, match=KEY_VARIABLE):
+        Rig()
+
+
+def test_without_a_model():
+    with opened(start=False) as rig:
+        rig.host.config = rig.config
+        status, _, answer = rig.request('GET', '/health')
+        assert (status, answer['status']) == (503, 'inactive') and 'activate' in answer['message']
+        with pytest.raises(openai.InternalServerError) as raised:
+            rig.chat()
+        assert (raised.value.status_code, raised.value.code) == (503, 'model_not_active')
+        assert rig.client().models.list().data == []
+        assert rig.metrics()['physai_decode_state', 'inactive'] == 1
+
+
+def test_a_port_that_is_taken(rig):
+    with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. can not be opened'):
+        open_door(rig.host, rig.config.http, print, int)
+    with pytest.raises(HttpError, match='http.host'):
+        open_door(rig.host, HttpConfig(port=free_port(), host='no.such.host.invalid'), print, int)
+
+
+def test_a_client_that_goes_cancels_its_request(gate):
+    with opened(gated(gate)) as rig:
+        gate.open(3)
+        stream = rig.chat(stream=True)
+        next(iter(stream))
+        stream.close()
+        wait_for(lambda: is_ending(rig))
+        gate.open(10)
+        report, _ = rig.sink.end(1)
+        assert (report.finish_reason, report.message) == (
+            'cancelled', 'its HTTP client has gone')
+        # One that waits for its whole answer, and one that waits behind it.
+        gone = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
+        body = json.dumps({'model': MODEL, 'messages': HELLO}).encode()
+        for number, each in enumerate(gone):
+            each.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s' % (
+                CHAT.encode(), len(body), body))
+            wait_for(lambda wanted=number + 2: wanted in rig.sink.asked)
+        gone[1].close()
+        assert rig.sink.end(3)[0].finish_reason == 'cancelled'
+        gone[0].close()
+        wait_for(lambda: is_ending(rig))
+        gate.open(10)
+        assert rig.sink.end(2)[0].finish_reason == 'cancelled'
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_many_at_once(gate, stream):
+    """Each of 64 is answered, or refused because the queue is full, and none is lost."""
+    engine = FakeEngine(lambda prompt_ids: gate.steps(
+        say(''.join(map(chr, prompt_ids)).split()[-1])), max_context=4096)
+    with opened(engine, queue=QueueConfig(size=20)) as rig, ThreadPoolExecutor(64) as pool:
+        def ask(number):
+            try:
+                answer = rig.chat(messages=[{'role': 'user', 'content': f'say w{number}'}],
+                                  stream=stream)
+                return ''.join(chunk.choices[0].delta.content or '' for chunk in answer) \
+                    if stream else answer.choices[0].message.content
+            except openai.RateLimitError as error:
+                assert error.code == 'queue_full' and 'send it again later' in error.message
+                return None
+
+        asked = [pool.submit(ask, number) for number in range(64)]
+        wait_for(lambda: rig.host.counts['requests'] == 64)
+        gate.open(10000)
+        answers = [each.result(TIMEOUT_S) for each in asked]
+        assert sum(answer is not None for answer in answers) == 21
+        for number, answer in enumerate(answers):
+            assert answer in (None, f'w{number}')
+        assert rig.host.ends == {'stop': 21, 'rejected': 43}
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_an_engine_that_breaks(stream):
+    def steps(prompt_ids):
+        yield from say('ab', end=False)
+        raise RuntimeError('the engine broke')
+
+    with opened(FakeEngine(steps)) as rig:
+        with pytest.raises(openai.APIError, match='the engine broke') as raised:
+            list(rig.chat(stream=stream))
+        assert raised.value.code == 'error'
+        assert rig.request('GET', '/health')[2]['status'] == 'failed'
+        assert rig.metrics()['physai_decode_ends_total', 'error'] == 1
+
+
+@pytest.mark.parametrize('stream', [False, True])
+@pytest.mark.parametrize('reason', ['deadline', 'cancelled', 'preempted'])
+def test_an_answer_that_is_cut_off(gate, reason, stream):
+    queue = QueueConfig(policy='preempt' if reason == 'preempted' else 'reject')
+    with opened(gated(gate), queue=queue) as rig, ThreadPoolExecutor(2) as pool:
+        deadline = {'request_ms': 1.0, 'action': 'truncate'} if reason == 'deadline' else {}
+        asked = pool.submit(lambda: list(rig.chat(
+            stream=stream, extra_body={'deadline': deadline})))
+        if reason != 'deadline':
+            wait_for(gate.waiting.is_set)
+            gate.open(1)
+            rig.sink.wait_tokens(1)
+        if reason == 'cancelled':
+            rig.host.cancel()
+        if reason == 'preempted':
+            pool.submit(rig.chat, max_tokens=1)
+            wait_for(lambda: is_ending(rig))
+        gate.open(10000)
+        with pytest.raises(openai.APIError) as raised:
+            asked.result(TIMEOUT_S)
+        assert raised.value.code == reason
+        if not stream:
+            assert raised.value.response.headers['x-should-retry'] == 'false'
+
+
+def test_the_end_of_the_server(gate):
+    """A stream has its last words, and idle connections do not hold it up."""
+    rig = Rig(gated(gate))
+    idle = socket.create_connection(('127.0.0.1', rig.port))
+    gate.open(1)
+    stream = iter(rig.chat(stream=True))
+    next(stream)
+    stopping = threading.Thread(target=rig.host.stop, args=(TIMEOUT_S,))
+    stopping.start()
+    wait_for(lambda: is_ending(rig))
+    gate.open(10)
+    stopping.join()
+    rig.close()
+    with pytest.raises(openai.APIError, match='the node stops answering'):
+        list(stream)
+    idle.settimeout(TIMEOUT_S)
+    assert idle.recv(1) == b''
+    socket.create_server(('127.0.0.1', rig.port)).close()       # the port is free
+
+
+def test_the_end_of_the_server_while_the_engine_hangs(gate):
+    rig = Rig(gated(gate))
+    asked = threading.Thread(target=lambda: pytest.raises(openai.APIError, rig.chat))
+    asked.start()
+    wait_for(gate.waiting.is_set)
+    rig.door.close()
+    assert not rig.door._thread.is_alive()
+    asked.join(TIMEOUT_S)
+    assert not asked.is_alive()
+    gate.open(10)
+    rig.close()
+
+
+def test_connections_beyond_the_limit():
+    """They are told of it, those far beyond are closed, and one that goes makes room."""
+    with opened(max_connections=2) as rig:
+        held = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
+        status, _, answer = rig.request('GET', '/health')
+        assert (status, answer['error']['code']) == (503, 'too_many_connections')
+        held += [socket.create_connection(('127.0.0.1', rig.port))
+                 for _ in range(server.SPARE + 1)]
+        held[-1].settimeout(TIMEOUT_S)
+        try:
+            assert held[-1].recv(1) == b''
+        except ConnectionResetError:
+            pass
+        for each in held:
+            each.close()
+        wait_for(lambda: rig.request('GET', '/health')[0] == 200)
+
+
+@pytest.mark.parametrize('sent', [b'', b'GET /health HTTP/1.1\r\nhost'])
+def test_a_connection_that_sends_no_request_is_closed(monkeypatch, sent):
+    monkeypatch.setattr(server, 'IDLE_S', 0.05)
+    with opened() as rig, socket.create_connection(('127.0.0.1', rig.port)) as slow:
+        slow.settimeout(TIMEOUT_S)
+        slow.sendall(sent)
+        assert slow.recv(1) == b''
+
+
+def test_a_body_that_does_not_come(monkeypatch):
+    monkeypatch.setattr('physai_decode.http.app.BODY_S', 0.05)
+    with opened() as rig, socket.create_connection(('127.0.0.1', rig.port)) as slow:
+        slow.settimeout(TIMEOUT_S)
+        slow.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{' % CHAT.encode())
+        assert slow.recv(100).startswith(b'HTTP/1.1 408')
+
+
+def test_what_is_no_http(rig):
+    with socket.create_connection(('127.0.0.1', rig.port)) as other:
+        other.settimeout(TIMEOUT_S)
+        other.sendall(b'\x16\x03\x01\x02\r\n\r\n')
+        assert other.recv(100).startswith(b'HTTP/1.1 400')
+    assert rig.request('GET', '/health')[0] == 200
+
+
+def test_a_client_that_takes_nothing(monkeypatch):
+    """Its request is cancelled, with the reason, and the decode thread never waits for it."""
+    monkeypatch.setattr(server, 'STUCK_S', 0.2)
+    engine = FakeEngine(lambda prompt_ids: forever(), max_context=10**8)
+    with opened(engine) as rig, socket.socket() as slow:
+        rig.door._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.connect(('127.0.0.1', rig.port))
+        body = json.dumps({'model': MODEL, 'messages': HELLO, 'stream': True,
+                           'max_tokens': 1048576}).encode()
+        slow.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s' % (
+            CHAT.encode(), len(body), body))
+        report, _ = rig.sink.end(1)
+        assert report.finish_reason == 'cancelled' and 'HTTP client' in report.message
+
+
+def test_a_bound_for_the_pieces():
+    """What a client does not take is bounded; the request then ends with the reason."""
+    class Stub:
+        def __init__(self):
+            self.cancelled = []
+
+        def submit(self, request, received_s, listener):
+            return 7
+
+        def cancel(self, number, message):
+            self.cancelled.append((number, message))
+
+    class Piece:
+        text = 'x'
+
+    async def fill():
+        host = Stub()
+        exchange = Exchange(host, True, most_pieces=3)
+        exchange.submit(None, 0.0)
+        for _ in range(10):
+            exchange.token(Piece)
+        assert len(exchange._pieces) == 3
+        await asyncio.sleep(0)
+        return host.cancelled
+
+    assert asyncio.run(fill()) == [(7, 'its HTTP client did not take 3 tokens')]
+
+
+def test_metrics():
+    with opened() as rig:
+        rig.chat()
+        rig.request('POST', CHAT, {})
+        rig.chat(extra_body={'structured_outputs': {'choice': ['yes', 'no']}})
+        found = rig.metrics()
+    assert found['physai_decode_requests_total',] == 3
+    assert found['physai_decode_tokens_total',] == rig.sink.ends[0][0].output_tokens + \
+        rig.sink.ends[2][0].output_tokens
+    assert found['physai_decode_ends_total', 'stop'] == 2
+    assert found['physai_decode_ends_total', 'rejected'] == 1
+    assert found['physai_decode_ends_total', 'error'] == 0
+    assert found['physai_decode_callback_errors_total',] == 0
+    assert found['physai_decode_state', 'idle'] == 1
+    assert found['physai_decode_model', 'off', 'cpu', 'fake device', 'float32', 'fake', MODEL,
+                 'none'] == 1
+    for name in ('itl_p50_ms', 'itl_p99_ms', 'r_floor', 'mask_ms', 'ttft_last_ms'):
+        assert found[f'physai_decode_{name}',] > 0, name
+    assert found['physai_decode_queue_depth',] == 0
+
+
+def test_an_error_of_the_door_itself(monkeypatch):
+    """It is noted and answered, and the door goes on."""
+    with opened() as rig:
+        monkeypatch.setattr(rig.door._app._metrics, 'text', lambda: 1 / 0)
+        status, _, answer = rig.request('GET', '/metrics')
+        assert (status, answer['error']['code']) == (500, 'error')
+        ((where, error),) = rig.errors
+        assert where == 'GET /metrics' and isinstance(error, ZeroDivisionError)
+        assert rig.request('GET', '/health')[0] == 200
+        rig.errors.clear()
+
+
+def test_it_says_what_to_install(monkeypatch, rig):
+    monkeypatch.setitem(sys.modules, 'physai_decode.http.server', None)
+    with pytest.raises(HttpError, match=r'pip install .physai_decode\[http\]'):
+        open_door(rig.host, HttpConfig(port=1), print, int)

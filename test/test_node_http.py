@@ -1,0 +1,163 @@
+"""The HTTP door of the node: its life with the lifecycle, beside the topics, and at a signal."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+from node_rig import PATIENCE_S
+from node_rig import Rig
+import pytest
+import rclpy
+from test_exit import LOG_LINE
+from test_exit import SCRIPT
+
+openai = pytest.importorskip('openai')
+pytest.importorskip('uvicorn')
+pytest.importorskip('prometheus_client')
+
+MODEL = 'builtin:tiny_planner'
+HELLO = [{'role': 'user', 'content': 'hello'}]
+
+
+def free_port() -> int:
+    """Give a port that nobody has."""
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        return found.getsockname()[1]
+
+
+def client(port):
+    """Give OpenAI's client."""
+    return openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0,
+                         timeout=PATIENCE_S)
+
+
+def health(port):
+    """Give the status of /health; 0 where the port is closed."""
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=PATIENCE_S)
+    try:
+        connection.request('GET', '/health')
+        return connection.getresponse().status
+    except ConnectionRefusedError:
+        return 0
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def rig():
+    """Give a node that is not configured, and the port of its door."""
+    rclpy.init()
+    port = free_port()
+    rig = Rig(**{'http.port': port})
+    rig.port = port
+    yield rig
+    rig.close()
+    rclpy.shutdown()
+
+
+def test_it_is_open_while_the_node_is_configured(rig):
+    assert health(rig.port) == 0
+    rig.loader.go.clear()
+    configuring = rig.begin('configure')
+    rig.wait(lambda: health(rig.port) == 503)       # while the model loads
+    rig.loader.go.set()
+    assert rig.result(configuring).success
+    assert health(rig.port) == 503
+    assert rig.change('activate')
+    assert health(rig.port) == 200
+    assert rig.change('deactivate')
+    assert health(rig.port) == 503
+    assert rig.change('activate', 'deactivate', 'cleanup')
+    assert health(rig.port) == 0
+    assert rig.set(model__path='bad')[0]
+    assert not rig.change('configure')
+    assert health(rig.port) == 0
+    assert rig.set(model__path=MODEL)[0] and rig.change('configure', 'shutdown')
+    assert health(rig.port) == 0
+
+
+def test_a_port_that_is_taken_fails_to_configure(rig):
+    with socket.create_server(('127.0.0.1', rig.port)):
+        assert not rig.change('configure')
+        assert rig.state() == 'unconfigured'
+        told = rig.diagnostics('decode: engine')
+        assert told['state'] == 'failed' and f'port {rig.port} of' in told['message']
+        assert not rig.loader.engines               # before anything is loaded
+    assert rig.change('configure', 'activate')
+    assert rig.diagnostics('decode: engine')['state'] == 'idle'
+
+
+def test_requests_are_on_the_topics_too(rig):
+    assert rig.change('configure', 'activate')
+    api = client(rig.port)
+    assert [model.id for model in api.models.list().data] == [MODEL]
+    answer = api.chat.completions.create(model=MODEL, messages=HELLO)
+    assert answer.choices[0].message.content == 'HELLO'
+    chunks = api.chat.completions.create(model=MODEL, messages=HELLO, stream=True,
+                                         extra_body={'id': 'mine'})
+    assert ''.join(chunk.choices[0].delta.content or '' for chunk in chunks) == 'HELLO'
+    with pytest.raises(openai.BadRequestError):
+        api.chat.completions.create(model=MODEL, messages=HELLO, n=2)
+    assert rig.ask('by topic')['finish_reason'] == 'stop'
+    told = {each['client_id']: each for each in rig.requests()}
+    assert told[answer.id]['finish_reason'] == told['mine']['finish_reason'] == 'stop'
+    (refused,) = (each for each in rig.requests() if each['finish_reason'] == 'rejected')
+    assert refused['refusal'] == 'invalid' and 'n is 2' in refused['message']
+    rig.wait(lambda: len(rig.heard['accepted']) == 3)
+    ids = [json.loads(each.data)['id'] for each in rig.heard['accepted']]
+    assert ids == [answer.id, 'mine', None]
+    texts = [each.data for each in rig.heard['response']]
+    assert texts == ['HELLO', 'HELLO', 'BY TOPIC']
+
+
+def test_a_cancel_by_topic_ends_a_stream(rig):
+    assert rig.change('configure', 'activate')
+    chunks = client(rig.port).chat.completions.create(
+        model=MODEL, messages=[{'role': 'user', 'content': 'ab?'}], stream=True)
+    assert next(chunks).choices[0].delta.content == ''
+    assert rig.trigger('cancel').message == 'cancelled request 1'
+    rig.loader.engines[0].answer.set()
+    with pytest.raises(openai.APIError) as raised:
+        list(chunks)
+    assert raised.value.code == 'cancelled'
+
+
+def test_no_door_by_default():
+    rclpy.init()
+    rig = Rig()
+    assert rig.change('configure', 'activate') and rig.node._http is None
+    rig.close()
+    rclpy.shutdown()
+
+
+def test_a_signal_ends_a_node_with_open_connections(request):
+    """In time, with an end for each stream, though clients hold connections."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
+         '-r', '__node:=decode_http', '-p', f'http.port:={port}'],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '2'})
+    held = []
+    try:
+        while health(port) != 200:
+            assert process.poll() is None
+        held = [socket.create_connection(('127.0.0.1', port)) for _ in range(3)]
+        held[0].sendall(b'POST /v1/chat/completions HTTP/1.1\r\n')
+        chunks = client(port).chat.completions.create(
+            model=MODEL, messages=[{'role': 'user', 'content': 200 * 'a'}], stream=True)
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match='the node stops answering'):
+            list(chunks)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        for each in held:
+            each.close()
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert [line for line in stderr.splitlines() if not LOG_LINE.match(line)] == []
