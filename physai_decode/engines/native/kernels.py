@@ -16,6 +16,10 @@ from inspect import getfile
 import math
 from pathlib import Path
 
+from physai_decode.engines import chip
+from physai_decode.engines import dependent_launch
+from physai_decode.engines.dependent_launch import gdc_launch_dependents
+from physai_decode.engines.dependent_launch import gdc_wait
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -27,8 +31,6 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -146,44 +148,28 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
     _store(out, rows, n, result, ADD)
 
 
-@triton.constexpr_function
-def _over(number, kind):
-    """
-    Give (shift, mask, bits over, factor): how nibble ``number`` is laid over a half's mantissa.
-
-    There it needs no conversion: it reads 128 (bfloat16) or 1024 (float16) and ``factor`` times
-    itself. A float16 has room for two nibbles, so that only every other one must be shifted.
-    """
-    number = int(number)
-    if str(kind) == 'bf16':
-        return 4 * number, 0xF, 0x4300, 1
-    return 8 * (number // 2), 0xF0 if number % 2 else 0xF, 0x6400, 16 if number % 2 else 1
-
-
-@triton.constexpr_function
-def _base(number, kind):
-    """Give what is to be subtracted once the nibble's factor is divided out."""
-    return (128 if str(kind) == 'bf16' else 1024) / _over(number, kind)[3]
-
-
-@triton.constexpr_function
-def _unpacking(number, kind):
-    """Give the assembly that turns nibble ``number`` of two int16 into two halves, see `_over`."""
-    shift, mask, over, _ = _over(number, kind)
-    pair = 0x10001
-    return (f'{{ .reg .b32 t; shr.b32 t, $1, {shift}; '
-            f'lop3.b32 $0, t, {mask * pair}, {over * pair}, 0xEA; }}')
-
-
 @triton.jit
 def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give nibble NUMBER of int16 ``words`` as KIND, with ASSEMBLY as `_over` tells."""
+    """
+    Give nibble NUMBER of int16 ``words`` as KIND.
+
+    With ASSEMBLY two are laid over the mantissas of two halves at once, which need no conversion:
+    they read 128 and the nibble (bfloat16), or 1024 and the nibble (float16). A float16 has room
+    for two nibbles, so that an odd one is not shifted: it reads 1024 and 16 times the nibble.
+    """
     if ASSEMBLY and KIND == tl.bfloat16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'bf16'), '=r,r', [words],
-                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+        SHIFT: tl.constexpr = 4 * NUMBER
+        return tl.inline_asm_elementwise(
+            f'{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; '
+            f'lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA; }}',
+            '=r,r', [words], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ASSEMBLY and KIND == tl.float16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'fp16'), '=r,r', [words],
-                                         dtype=tl.float16, is_pure=True, pack=2)
+        SHIFT: tl.constexpr = 8 * (NUMBER // 2)
+        MASK: tl.constexpr = 0x00F000F0 if NUMBER % 2 else 0x000F000F
+        return tl.inline_asm_elementwise(
+            f'{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; '
+            f'lop3.b32 $0, t, {MASK}, 0x64006400, 0xEA; }}',
+            '=r,r', [words], dtype=tl.float16, is_pure=True, pack=2)
     else:
         return ((words.to(tl.int32) >> (4 * NUMBER)) & 0xF).to(KIND)
 
@@ -208,9 +194,10 @@ def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.con
     if ZEROS:
         zero = _of(zeros, NUMBER)[:, :, None]
     if ASSEMBLY and v.dtype == tl.bfloat16:
-        inner -= total * (zero + _base(NUMBER, 'bf16'))
+        inner -= total * (zero + 128.0)
     elif ASSEMBLY and v.dtype == tl.float16:
-        inner = inner * (1.0 / _over(NUMBER, 'fp16')[3]) - total * (zero + _base(NUMBER, 'fp16'))
+        FACTOR: tl.constexpr = 1.0 / 16 if NUMBER % 2 else 1.0
+        inner = inner * FACTOR - total * (zero + 1024.0 * FACTOR)
     else:
         inner -= total * zero
     return inner * _of(scales, NUMBER)[:, :, None]
@@ -573,12 +560,10 @@ class TritonOps(TorchOps):
         """Take scratch memory; ``splits`` is how many programs share a head's context."""
         super().__init__(on_host=False)
         self._device = device
-        self._early = False
+        self._early = dependent_launch.available(device)
         self._processors = 4
         if device.type == 'cuda':
-            properties = torch.cuda.get_device_properties(device)
-            self._early = properties.major >= 9
-            self._processors = properties.multi_processor_count
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._programs = 2 ** int(math.log2(self._processors))
         self._splits = splits
         self._choices: dict[Shape, Choice] = {}
