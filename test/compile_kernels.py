@@ -8,6 +8,7 @@ chosen in the process.
 import re
 import sys
 
+from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import kernels
@@ -50,15 +51,39 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp3
             signature[name] = '*' + kinds.get(name, 'fp32').format(half=half)
             attributes[(index,)] = [['tt.divisibility', 16]]
     assert not constants, f'{kernel} has no {", ".join(constants)}'
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {'num_warps': warps, 'launch_pdl': capability >= 90}
+    source = ASTSource(kernel, *_described(kernel, signature, values, attributes))
+    options = {'num_warps': warps, **({'launch_pdl': True} if launches_early(capability) else {})}
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+
+
+def _described(kernel, signature, values, attributes):
+    """Give signature, values and attributes as this version of Triton takes them."""
+    if compiler.VERSION >= (3, 3):
+        return signature, values, attributes
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: kind for name, kind in signature.items() if kind != 'constexpr'}
+    values = {names[index]: value for (index,), value in values.items()}
+    divisible = [index for (index,) in attributes]
+    if compiler.VERSION == (3, 2):
+        from triton.backends.compiler import AttrsDescriptor
+        return signature, values, AttrsDescriptor.from_dict({
+            'arg_properties': {'tt.divisibility': divisible, 'tt.equal_to': []},
+            'cls': 'AttrsDescriptor'})
+    from triton.compiler import AttrsDescriptor
+    signature = {names.index(name): kind for name, kind in signature.items()}
+    values = {names.index(name): value for name, value in values.items()}
+    return signature, values, AttrsDescriptor(divisible_by_16=set(divisible))
+
+
+def launches_early(capability):
+    """Say whether the engine would have kernels start early on such a chip."""
+    return compiler.KNOWS_EARLY and capability >= 90
 
 
 def main():
     """Compile all, in the forms that the engine launches."""
     capability = int(sys.argv[1])
-    early = capability >= 90
+    early = launches_early(capability)
     for half in ('fp16', 'bf16') if capability >= 80 else ('fp16',):
         def build(kernel, capability=capability, half=half, **constants):
             return compiled(kernel, capability, half, EARLY=early, **constants)

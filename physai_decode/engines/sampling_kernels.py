@@ -16,8 +16,8 @@ The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
 from dataclasses import fields
 
 from physai_decode.engines import sampling as twin
-from physai_decode.engines.dependent_launch import gdc_launch_dependents
-from physai_decode.engines.dependent_launch import gdc_wait
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.sampling import Plan
 from physai_decode.engines.sampling import Sampler
 import torch

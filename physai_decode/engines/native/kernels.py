@@ -17,9 +17,9 @@ import math
 from pathlib import Path
 
 from physai_decode.engines import chip
-from physai_decode.engines import dependent_launch
-from physai_decode.engines.dependent_launch import gdc_launch_dependents
-from physai_decode.engines.dependent_launch import gdc_wait
+from physai_decode.engines import compiler
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -31,6 +31,9 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
+
+# Columns in which the vector of a product with an `Int4` stands, see `_input`.
+SIDE = tl.constexpr(compiler.LEAST_COLUMNS)
 
 
 @triton.jit
@@ -184,7 +187,7 @@ def _of(four, NUMBER: tl.constexpr):
 def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """
-    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, 8]; gives [SPLIT, ROWS, 8].
+    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, SIDE] to [SPLIT, 16, SIDE].
 
     The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
     """
@@ -239,8 +242,8 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
     """
     Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
 
-    On the matrix units, which take no vector, x stands in all of eight columns: [SPLIT, GROUP, 8],
-    in the words' order. COPIED it comes through shared memory, once; else every lane loads what it
+    On the matrix units, which take no vector, x stands in all of SIDE columns, in the words' order:
+    [SPLIT, GROUP, SIDE]. COPIED it comes through shared memory, once; else every lane loads what it
     multiplies, as the order of the dimensions has it.
     """
     SPLIT: tl.constexpr = column.shape[0]
@@ -252,20 +255,20 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
         columns = column + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4 + at // 8 % 2 * 2
                             + at % 2)
         v = tl.load(x + columns, mask=columns < K, other=0.0)
-        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8)), total
+        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE)), total
     within = (tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, GROUP // 32)[None, :, None] * 32
               + tl.arange(0, 8)[None, None, :])[:, None, None, :, :]
     columns = tl.broadcast_to(column[None, None, :, :, None] + within,
-                              (4, 8, SPLIT, GROUP // 32, 8))
+                              (4, SIDE, SPLIT, GROUP // 32, 8))
     v = tl.load(x + columns, mask=columns < K, other=0.0)
-    v = tl.permute(tl.reshape(v, (4, 8, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
-    return tl.reshape(v, (SPLIT, GROUP, 8)), total
+    v = tl.permute(tl.reshape(v, (4, SIDE, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
+    return tl.reshape(v, (SPLIT, GROUP, SIDE)), total
 
 
 @triton.jit
 def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl.constexpr,
            COPIED: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, 8]."""
+    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, SIDE]."""
     column = block * (4 * GROUP)
     inputs = (_input(x, sums, column, K, GROUP, COPIED),
               _input(x, sums, column + GROUP, K, GROUP, COPIED),
@@ -294,7 +297,7 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.arange(0, SPLIT)[:, None]
-    result = tl.zeros((SPLIT, ROWS, 8), tl.float32)
+    result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
     if BLOCKS <= 2 * SPLIT and not COPIED:
         words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, SPLIT,
                                   ZEROS)
@@ -560,7 +563,7 @@ class TritonOps(TorchOps):
         """Take scratch memory; ``splits`` is how many programs share a head's context."""
         super().__init__(on_host=False)
         self._device = device
-        self._early = dependent_launch.available(device)
+        self._early = compiler.launches_early(device)
         self._processors = 4
         if device.type == 'cuda':
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count

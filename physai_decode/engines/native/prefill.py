@@ -16,7 +16,7 @@ from functools import partial
 import math
 
 from physai_decode.engines import chip
-from physai_decode.engines import dependent_launch
+from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
@@ -88,7 +88,7 @@ class Prefill:
         self.sizes = tuple(size for size in sizes if size <= enough)
         self._choices = dict(choices or {})
         self._cuda = device.type == 'cuda'
-        self._early = dependent_launch.available(device)
+        self._early = compiler.launches_early(device)
         self._processors, self._shared = 4, 2**30
         if self._cuda:
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count

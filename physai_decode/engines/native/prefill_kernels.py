@@ -10,8 +10,8 @@ and whatever reads the product adds the shares: ``parts`` are [splits, tokens, n
 Products with an `Int4` take their input in the order of its words, see `_placed`.
 """
 
-from physai_decode.engines.dependent_launch import gdc_launch_dependents
-from physai_decode.engines.dependent_launch import gdc_wait
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.kernels import _nibble
 from physai_decode.engines.native.kernels import _of
 from physai_decode.engines.native.kernels import _silu

@@ -6,8 +6,8 @@ while the kernel before still runs. The bits of a float of 8 bits are moved to w
 them, which then is 256 times too small: no instruction that older chips lack.
 """
 
-from physai_decode.engines.dependent_launch import gdc_launch_dependents
-from physai_decode.engines.dependent_launch import gdc_wait
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Scaled

@@ -1,0 +1,43 @@
+"""
+What the installed Triton has, of what not every version and chip does.
+
+Programmatic dependent launch starts a kernel while the one before it ends. Triton has it from 3.4
+on, chips from compute capability 9.0 on. Where either lacks it, kernels are compiled without
+``EARLY``, and the two functions here are never called.
+"""
+
+import re
+
+from physai_decode.engines import chip
+import torch
+import triton
+
+LEAST = (3, 1)          # the oldest version whose compiler takes all kernels
+EARLY = (9, 0)          # the capability from which on chips launch early
+VERSION = tuple(int(number) for number in re.findall(r'\d+', triton.__version__)[:2])
+if VERSION < LEAST:
+    raise ImportError(f'Triton {triton.__version__} is too old: install {LEAST[0]}.{LEAST[1]} or '
+                      'newer')
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:
+    KNOWS_EARLY = False
+
+    @triton.jit
+    def gdc_launch_dependents():
+        """Let the next kernel start."""
+
+    @triton.jit
+    def gdc_wait():
+        """Wait for what the kernels before have written."""
+else:
+    KNOWS_EARLY = True
+
+LEAST_COLUMNS = 8 if VERSION >= (3, 5) else 16      # of a product on the matrix units
+
+
+def launches_early(device: torch.device) -> bool:
+    """Say whether kernels on this device can start while the one before ends."""
+    return KNOWS_EARLY and device.type == 'cuda' and chip.capability(device) >= EARLY
