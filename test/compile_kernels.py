@@ -112,7 +112,7 @@ def main():
                 # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
                 wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
-                if capability >= 80 and stages == 1:
+                if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
                     # Every lane loads what it multiplies: shared memory has the sums alone.
                     assert made.metadata.shared <= 2048 * warps
                 if early and (warps, stages) == (4, 1):
@@ -134,7 +134,7 @@ def scaled(build, half, capability, early):
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
                      warps=choice.warps, out=half if gated else 'fp32', K=3584,
                      GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
-                     STAGES=choice.stages, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
+                     STAGES=choice.stages if compiler.VERSION >= (3, 3) else 1, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
                      NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
@@ -163,7 +163,8 @@ def coded(build, half, capability, early):
 def prefills(build, half, capability):
     """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
     own = prefill_kernels
-    matrix = 'wgmma.mma_async' if capability >= 90 else 'mma.sync'
+    matrix = {9: 'wgmma.mma_async', 10: 'tcgen05.mma', 11: 'tcgen05.mma'}.get(
+        capability // 10, 'mma.sync')
     build(own._embed, out=half, K=3584, BLOCK=4096, PLACED=True)
     build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, PLACED=False)
     build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, PLACED=True)

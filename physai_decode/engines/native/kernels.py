@@ -270,13 +270,14 @@ def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl
            COPIED: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, SIDE]."""
     column = block * (4 * GROUP)
-    inputs = (_input(x, sums, column, K, GROUP, COPIED),
-              _input(x, sums, column + GROUP, K, GROUP, COPIED),
-              _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED),
-              _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED))
-    for number in tl.static_range(4):
-        v, total = inputs[number]
-        result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
+    v0, total0 = _input(x, sums, column, K, GROUP, COPIED)
+    v1, total1 = _input(x, sums, column + GROUP, K, GROUP, COPIED)
+    v2, total2 = _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED)
+    v3, total3 = _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED)
+    result += _grouped(words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
+    result += _grouped(words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
+    result += _grouped(words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
+    result += _grouped(words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
     return result
 
 

@@ -25,7 +25,7 @@ def _numbers(values, FLOAT: tl.constexpr):
     """Turn int8 to float32; bits of a FLOAT to what they mean, divided by 256."""
     if FLOAT:
         # Seven places up; bit 14 would be the sign once more.
-        bits = (values.to(tl.int16) << 7) & -16512
+        bits = ((values.to(tl.int16) << 7) & -16512).to(tl.int16)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return values.to(tl.float32)
