@@ -134,8 +134,9 @@ def scaled(build, half, capability, early):
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
                      warps=choice.warps, out=half if gated else 'fp32', K=3584,
                      GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
-                     STAGES=choice.stages if compiler.VERSION >= (3, 3) else 1, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
-                     NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+                     STAGES=choice.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
+                     ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, ADD=not gated,
+                     BIAS=gated)
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead

@@ -542,6 +542,8 @@ CODED_CHOICES = tuple(Choice(*each) for each in (
     (1, 2048, 2, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
+if not compiler.PIPELINES:      # these lay products out in shared memory, by warp: few fit
+    INT4_CHOICES = tuple(sorted(INT4_CHOICES, key=lambda choice: choice.warps))
 
 
 @dataclass(frozen=True)
@@ -564,6 +566,8 @@ class TritonOps(TorchOps):
         """Take scratch memory; ``splits`` is how many programs share a head's context."""
         super().__init__(on_host=False)
         self._device = device
+        if device.type == 'cuda' and (held := chip.pretended(device)):
+            self.name = f'{self.name} as on {held}'
         self._early = compiler.launches_early(device)
         self._processors = 4
         if device.type == 'cuda':
@@ -751,4 +755,7 @@ def _heads(layer):
 
 def _choices(shape):
     form = shape.kind.partition('-')[0]
-    return {'int4': INT4_CHOICES, 'coded': CODED_CHOICES}.get(form, DENSE_CHOICES)
+    choices = {'int4': INT4_CHOICES, 'coded': CODED_CHOICES}.get(form, DENSE_CHOICES)
+    if not compiler.PIPELINES and form in ('int8', 'float8', 'coded'):
+        choices = tuple(choice for choice in choices if choice.stages == 1)
+    return choices
