@@ -242,9 +242,9 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
     """
     Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
 
-    On the matrix units, which take no vector, x stands in all of SIDE columns, in the words' order:
-    [SPLIT, GROUP, SIDE]. COPIED it comes through shared memory, once; else every lane loads what it
-    multiplies, as the order of the dimensions has it.
+    On the matrix units, which take no vector, x stands in all of SIDE columns, in the words'
+    order: [SPLIT, GROUP, SIDE]. COPIED it comes through shared memory, once; else every lane loads
+    what it multiplies, as the order of the dimensions has it.
     """
     SPLIT: tl.constexpr = column.shape[0]
     eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
