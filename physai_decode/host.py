@@ -79,7 +79,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         undo.callback(text.close)
         plain = [str(id_) for id_ in model.eos_token_ids if id_ not in text.end_ids]
         if plain:
-            progress(f'no end of an answer: {", ".join(plain)}, which eos_token_id names, but which '
+            progress(f'no end of an answer: {", ".join(plain)}, which eos_token_id names and '
                      'tokenizer.json does not list under added_tokens')
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)

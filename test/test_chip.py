@@ -29,6 +29,11 @@ def test_it_is_held_to_no_more_than_it_has(monkeypatch, value, held, kib):
     assert chip.shared_bytes(DEVICE) == kib * 1024
 
 
+def test_the_shared_memory_that_an_older_pytorch_does_not_tell(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace())
+    assert chip.shared_bytes(DEVICE) == 227 * 1024
+
+
 @pytest.mark.parametrize('value', ['8', 'sm_87', '87', '8.7.1'])
 def test_what_is_no_capability_is_refused(monkeypatch, value):
     monkeypatch.setenv(chip.VARIABLE, value)

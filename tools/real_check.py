@@ -46,10 +46,12 @@ MODELS = {
 PROMPTS = (
     'Bring me the red cup from the kitchen table.', 'What is the capital of France?',
     'Name three tools that a robot needs to change a wheel.', 'Count from one to ten.',
-    'Write one sentence about the sea.', 'What is 12 plus 30?', 'Translate "good morning" to French.',
+    'Write one sentence about the sea.', 'What is 12 plus 30?',
+    'Translate "good morning" to French.',
     'Give me a JSON object with the keys name and age.', 'Why is the sky blue?',
     'How do I boil an egg?', 'List the days of the week.', 'What comes after Tuesday?',
-    'Write a Python function that adds two numbers.', 'Is a tomato a fruit?', 'Say only the word yes.',
+    'Write a Python function that adds two numbers.', 'Is a tomato a fruit?',
+    'Say only the word yes.',
     'Who wrote Hamlet?', 'Tell me a very short story about a robot and a cat.',
     'What should I do if a motor gets too hot?', 'Which is larger, a metre or a yard?',
     'Explain what a battery does, to a child.')

@@ -37,10 +37,11 @@ def pretended(device: torch.device) -> str | None:
 
 def shared_bytes(device: torch.device) -> int:
     """Give the shared memory that one program can have."""
-    own = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if pretended(device) is None:
-        return own
-    return min(own, 1024 * _SHARED_KIB.get(capability(device), _LEAST_KIB))
+    listed = 1024 * _SHARED_KIB.get(capability(device), _LEAST_KIB)
+    # PyTorch 2.5 does not tell it.
+    properties = torch.cuda.get_device_properties(device)
+    own = getattr(properties, 'shared_memory_per_block_optin', listed)
+    return own if pretended(device) is None else min(own, listed)
 
 
 @cache
