@@ -67,7 +67,8 @@ def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOp
     try:
         from physai_decode.engines.native.coded_kernels import CodedOps
     except ImportError as error:
-        return _without_triton(f'Triton can not be used ({error}): pip install -U triton', progress)
+        return _without_triton(
+            f'Triton can not be used ({error}): pip install -U triton', progress)
     from physai_decode.engines import compiler
     if held := chip.pretended(device):
         progress(f'{chip.VARIABLE} is set: {devices.describe(device)[0]} runs as if it had '
