@@ -161,9 +161,9 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
     for two nibbles, so that an odd one is not shifted: it reads 1024 and 16 times the nibble.
     """
     if ASSEMBLY and KIND == tl.bfloat16:
-        SHIFT: tl.constexpr = 4 * NUMBER
+        OVER: tl.constexpr = 4 * NUMBER
         return tl.inline_asm_elementwise(
-            f'{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; '
+            f'{{ .reg .b32 t; shr.b32 t, $1, {OVER}; '
             f'lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA; }}',
             '=r,r', [words], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ASSEMBLY and KIND == tl.float16:
