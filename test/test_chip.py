@@ -1,5 +1,7 @@
 """What a chip has, and a newer one that is held to an older one's capability."""
 
+from pathlib import Path
+import re
 from types import SimpleNamespace
 
 from physai_decode.engine import EngineError
@@ -62,3 +64,10 @@ def test_what_triton_can_not_compile_is_told(monkeypatch):
     assert said[0] == ('PHYSAI_DECODE_CAPABILITY is set: H runs as if it had compute capability '
                        '7.5')
     assert 'compiles no attention for compute capability 7.5' in said[1]
+
+
+def test_what_not_every_triton_has_is_asked_for_in_one_file():
+    package = Path(chip.__file__).parents[1]
+    newer = re.compile(r'triton\.language\.extra|constexpr_function|\bgdc\b')
+    found = {path.name for path in package.rglob('*.py') if newer.search(path.read_text())}
+    assert found == {'compiler.py'}
