@@ -8,6 +8,7 @@ chosen in the process.
 import re
 import sys
 
+from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import kernels
@@ -50,15 +51,39 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp3
             signature[name] = '*' + kinds.get(name, 'fp32').format(half=half)
             attributes[(index,)] = [['tt.divisibility', 16]]
     assert not constants, f'{kernel} has no {", ".join(constants)}'
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {'num_warps': warps, 'launch_pdl': capability >= 90}
+    source = ASTSource(kernel, *_described(kernel, signature, values, attributes))
+    options = {'num_warps': warps, **({'launch_pdl': True} if launches_early(capability) else {})}
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+
+
+def _described(kernel, signature, values, attributes):
+    """Give signature, values and attributes as this version of Triton takes them."""
+    if compiler.VERSION >= (3, 3):
+        return signature, values, attributes
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: kind for name, kind in signature.items() if kind != 'constexpr'}
+    values = {names[index]: value for (index,), value in values.items()}
+    divisible = [index for (index,) in attributes]
+    if compiler.VERSION == (3, 2):
+        from triton.backends.compiler import AttrsDescriptor
+        return signature, values, AttrsDescriptor.from_dict({
+            'arg_properties': {'tt.divisibility': divisible, 'tt.equal_to': []},
+            'cls': 'AttrsDescriptor'})
+    from triton.compiler import AttrsDescriptor
+    signature = {names.index(name): kind for name, kind in signature.items()}
+    values = {names.index(name): value for name, value in values.items()}
+    return signature, values, AttrsDescriptor(divisible_by_16=set(divisible))
+
+
+def launches_early(capability):
+    """Say whether the engine would have kernels start early on such a chip."""
+    return compiler.KNOWS_EARLY and capability >= 90
 
 
 def main():
     """Compile all, in the forms that the engine launches."""
     capability = int(sys.argv[1])
-    early = capability >= 90
+    early = launches_early(capability)
     for half in ('fp16', 'bf16') if capability >= 80 else ('fp16',):
         def build(kernel, capability=capability, half=half, **constants):
             return compiled(kernel, capability, half, EARLY=early, **constants)
@@ -89,7 +114,7 @@ def main():
                 # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
                 wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
-                if capability >= 80 and stages == 1:
+                if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
                     # Every lane loads what it multiplies: shared memory has the sums alone.
                     assert made.metadata.shared <= 2048 * warps
                 if early and (warps, stages) == (4, 1):
@@ -111,8 +136,9 @@ def scaled(build, half, capability, early):
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
                      warps=choice.warps, out=half if gated else 'fp32', K=3584,
                      GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
-                     STAGES=choice.stages, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
-                     NORM=gated, GATED=gated, GELU=False, ADD=not gated, BIAS=gated)
+                     STAGES=choice.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
+                     ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, GELU=False,
+                     ADD=not gated, BIAS=gated)
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
@@ -140,7 +166,8 @@ def coded(build, half, capability, early):
 def prefills(build, half, capability):
     """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
     own = prefill_kernels
-    matrix = 'wgmma.mma_async' if capability >= 90 else 'mma.sync'
+    matrix = {9: 'wgmma.mma_async', 10: 'tcgen05.mma', 11: 'tcgen05.mma'}.get(
+        capability // 10, 'mma.sync')
     build(own._embed, out=half, K=3584, BLOCK=4096, SCALE=34.0, PLACED=True)
     build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, NORM=False,
           PLACED=False)

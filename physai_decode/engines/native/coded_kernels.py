@@ -6,6 +6,8 @@ first tile while the kernel before still runs. The table has 64 bytes: a code's 
 the first-level cache.
 """
 
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.linear import Coded
@@ -15,8 +17,6 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 _numbers = scaled_kernels._numbers

@@ -15,6 +15,8 @@ from dataclasses import replace
 from functools import partial
 import math
 
+from physai_decode.engines import chip
+from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
@@ -86,12 +88,11 @@ class Prefill:
         self.sizes = tuple(size for size in sizes if size <= enough)
         self._choices = dict(choices or {})
         self._cuda = device.type == 'cuda'
-        self._early, self._processors, self._shared = False, 4, 2**30
+        self._early = compiler.launches_early(device)
+        self._processors, self._shared = 4, 2**30
         if self._cuda:
-            properties = torch.cuda.get_device_properties(device)
-            self._early = properties.major >= 9
-            self._processors = properties.multi_processor_count
-            self._shared = properties.shared_memory_per_block_optin
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+            self._shared = chip.shared_bytes(device)
         largest = self.sizes[-1]
         self._inputs = torch.zeros(2 + largest, dtype=torch.int64, device=device)
         self._start, self._count, self._ids = self._inputs.split((1, 1, largest))
@@ -142,7 +143,7 @@ class Prefill:
         keys = transformer.keys
         if keys.device.type != 'cuda' or keys.dtype == torch.float32:
             return False
-        if torch.cuda.get_device_capability(keys.device) < CAPABILITY:
+        if chip.capability(keys.device) < CAPABILITY:
             return False
         if not transformer.ops.name.startswith('triton'):
             return False

@@ -10,15 +10,13 @@ and whatever reads the product adds the shares: ``parts`` are [splits, tokens, n
 Products with an `Int4` take their input in the order of its words, see `_placed`.
 """
 
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.kernels import _activated
-from physai_decode.engines.native.kernels import _base
 from physai_decode.engines.native.kernels import _nibble
 from physai_decode.engines.native.kernels import _of
-from physai_decode.engines.native.kernels import _over
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
 LOWEST = tl.constexpr(-1e30)        # below every score; unlike -inf it can be subtracted
 
@@ -244,9 +242,8 @@ def _weights(words, four, zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS:
 def _whole(w, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Divide the factor out of what `_nibble` gave: small whole numbers, so nothing is rounded."""
     if ASSEMBLY and KIND == tl.float16:
-        factor: tl.constexpr = 1.0 / _over(NUMBER, 'fp16')[3]
-        if factor != 1.0:
-            w *= tl.full((1,), factor, KIND)
+        if NUMBER % 2:
+            w *= tl.full((1,), 1.0 / 16, KIND)
     return w
 
 
@@ -258,9 +255,9 @@ def _point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
     if ZEROS:
         point = _of(zero, NUMBER)
     if ASSEMBLY and KIND == tl.bfloat16:
-        point += _base(NUMBER, 'bf16')
+        point += 128.0
     elif ASSEMBLY and KIND == tl.float16:
-        point += _base(NUMBER, 'fp16')
+        point += 64.0 if NUMBER % 2 else 1024.0
     return point.to(KIND)
 
 

@@ -6,6 +6,8 @@ while the kernel before still runs. The bits of a float of 8 bits are moved to w
 them, which then is 256 times too small: no instruction that older chips lack.
 """
 
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Scaled
@@ -13,8 +15,6 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 BLOCK = 1024        # columns that a program makes dense
@@ -25,7 +25,7 @@ def _numbers(values, FLOAT: tl.constexpr):
     """Turn int8 to float32; bits of a FLOAT to what they mean, divided by 256."""
     if FLOAT:
         # Seven places up; bit 14 would be the sign once more.
-        bits = (values.to(tl.int16) << 7) & -16512
+        bits = ((values.to(tl.int16) << 7) & -16512).to(tl.int16)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return values.to(tl.float32)

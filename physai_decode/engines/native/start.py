@@ -15,6 +15,7 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
+from physai_decode.engines import chip
 from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
 from physai_decode.engines.native import families
@@ -70,10 +71,21 @@ def operations(device: torch.device, dtype: torch.dtype,
     try:
         from physai_decode.engines.native.coded_kernels import CodedOps
     except ImportError as error:
-        progress(f"Triton is not there ({error}), so the step runs by PyTorch's operations, "
-                 'several times more slowly: pip install triton')
-        return TorchOps(on_host=False, dtype=dtype)
+        return _without_triton(
+            f'Triton can not be used ({error}): pip install -U triton', dtype, progress)
+    from physai_decode.engines import compiler
+    if held := chip.pretended(device):
+        progress(f'{chip.VARIABLE} is set: {devices.describe(device)[0]} runs as if it had '
+                 f'compute capability {held}')
+    if problem := compiler.problem(device):
+        return _without_triton(problem, dtype, progress)
     return CodedOps(device, dtype=dtype)
+
+
+def _without_triton(reason, dtype, progress):
+    progress(f"{reason}. Until then the step runs by PyTorch's operations, several times more "
+             'slowly')
+    return TorchOps(on_host=False, dtype=dtype)
 
 
 def prefill(transformer: Transformer, capture: bool,
