@@ -142,6 +142,15 @@ class ConstraintConfig:
 
 
 @dataclass(frozen=True)
+class ThinkingConfig:
+    """How long a model may think before it answers, where it is one that thinks."""
+
+    max_tokens: int = _option(
+        0, 'a thought of more tokens is ended, and the model goes on with its answer; 0 sets no '
+        'limit', low=0, high=1048576, dynamic=True)
+
+
+@dataclass(frozen=True)
 class QueueConfig:
     """What happens to a prompt that comes while another is answered."""
 
@@ -254,6 +263,7 @@ class DecodeConfig:
     sampling: SamplingConfig = SamplingConfig()
     chat: ChatConfig = ChatConfig()
     constraint: ConstraintConfig = ConstraintConfig()
+    thinking: ThinkingConfig = ThinkingConfig()
     queue: QueueConfig = QueueConfig()
     deadline: DeadlineConfig = DeadlineConfig()
     pace: PaceConfig = PaceConfig()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 from pathlib import Path
+import re
 import time
 from typing import Any
 
@@ -19,15 +20,24 @@ from physai_decode.config import ConstraintConfig
 from physai_decode.config import shown
 from physai_decode.engine import described
 from physai_decode.engine import EngineError
+from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import parse_value
 from physai_decode.request import RequestError
-from physai_decode.text import TextError
+from physai_decode.speech import Thought
+from physai_decode.tokenizer_files import TextError
+from physai_decode.tool_forms import FORMS
 
 MAX_BYTES = 65_536              # of a schema or a grammar
+MAX_CALLS = 8                   # of tools in one answer that has to call some
 KEPT = 8                        # constraints that are kept compiled
 # Between two parts of JSON; without a bound, a model can go on with blanks for ever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
+AFTER_THOUGHT = r'[ \t\n\r]{1,4}'
+_JSON = {'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}
+_ARGUMENTS = {**_JSON, 'whitespace_pattern': ' '}
+_COMBINING = frozenset(('$ref', 'additionalProperties', 'allOf', 'anyOf', 'oneOf',
+                        'patternProperties'))
 # Keywords of JSON Schema: those that every answer keeps, and those that ask for nothing.
 ENFORCED = frozenset((
     '$ref', 'additionalItems', 'additionalProperties', 'allOf', 'anyOf', 'const', 'enum',
@@ -65,6 +75,8 @@ class Vocabulary:
                 f'an answer can not be constrained: {error}: pip install llguidance') from error
         self._library, self._size, self._end_ids = llguidance, size, tuple(end_ids)
         self._kept: dict[str, Constraint] = {}      # the one used last comes last
+        self._added = {token.content: id_
+                       for id_, token in tokenizer.get_added_tokens_decoder().items()}
         least = max(tokenizer.get_vocab().values(), default=0) + 1      # it may have more ids
         try:
             self._tokenizer = llguidance.LLTokenizer(
@@ -75,17 +87,18 @@ class Vocabulary:
                 f'{described(error)}; leave the constraint out, or choose another model'
             ) from error
 
-    def constraint(self, form: Form) -> 'Constraint':
+    def constraint(self, form: Form, thought: Thought | None = None) -> 'Constraint':
         """
         Give a constraint, before all tokens, for one answer at a time.
 
         The last `KEPT` are not compiled again: their masks come sooner, too.
 
+        :param thought: what may come before; the form begins when it has ended.
         :raises ConstraintError: it can't be kept, or is too large; the message names the field.
         """
         matcher = self._library.LLMatcher
         try:
-            grammar = self._grammar(form)
+            grammar = self._after(thought, self._grammar(form))
             constraint = self._kept.pop(grammar, None)
             if constraint is not None and constraint.reset():
                 self._kept[grammar] = constraint
@@ -105,18 +118,65 @@ class Vocabulary:
 
     def _grammar(self, form: Form) -> str:
         """Give what the library compiles."""
-        content = form.content if form.kind in ('regex', 'grammar') else json.dumps(form.content)
+        if form.kind == 'calls':
+            content = self._lark(form.content)
+        elif form.kind in ('regex', 'grammar'):
+            content = form.content
+        else:
+            content = json.dumps(form.content)
         if len(content) > MAX_BYTES:
             raise ConstraintError(
                 f'{form.name} has {len(content)} bytes: allowed are {MAX_BYTES}')
         matcher = self._library.LLMatcher
         if form.kind == 'json_schema':
             check_schema(form.content, form.name)
-            return str(matcher.grammar_from_json_schema(content, overrides={
-                'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}))
+            return str(matcher.grammar_from_json_schema(content, overrides=_JSON))
         if form.kind == 'regex':
             return str(matcher.grammar_from_regex(content))
-        return str(self._library.grammar_from(form.kind, content))
+        kind = 'lark' if form.kind == 'calls' else form.kind
+        return str(self._library.grammar_from(kind, content))
+
+    def _lark(self, calls: Calls) -> str:
+        """Write a grammar of calls: the text around the arguments is fixed."""
+        form, rules = FORMS[calls.form], []
+
+        def literal(text: str) -> str:
+            parts = re.split(f'({"|".join(map(re.escape, form.markers))})', text)
+            return ' '.join(self._marker(part) for part in parts if part)
+
+        for index, tool in enumerate(calls.tools):
+            function = tool['function']
+            name = f'tools[{index}].function.parameters'
+            schema = _arguments(function.get('parameters', {}))
+            check_schema(schema, name)
+            rules.append(f'call_{index}: {literal(form.before.replace("NAME", function["name"]))} '
+                         f'%json {json.dumps(schema | {"x-guidance": _ARGUMENTS})} '
+                         f'{literal(form.after)}')
+        more = '' if calls.single else f'({literal(form.between)} call){{0,{MAX_CALLS - 1}}}'
+        choice = ' | '.join(f'call_{index}' for index in range(len(rules)))
+        return '\n'.join((f'start: {literal(form.opens)} call {more} {literal(form.closes)}',
+                          f'call: {choice}', *rules))
+
+    def _marker(self, text: str) -> str:
+        """Write a text for a grammar: as its token, where it is one that was added."""
+        return f'<[{self._added[text]}]>' if text in self._added else json.dumps(text)
+
+    def _after(self, thought: Thought | None, grammar: str) -> str:
+        """Let a thought come before what a grammar has."""
+        if thought is None:
+            return grammar
+        answer = json.loads(grammar)['grammars'] if grammar.startswith('{') else [
+            {'lark_grammar': grammar}]
+        close = self._added.get(thought.closes)
+        body = 'body' if close is None else f'<[^{close}]>* <[{close}]>'
+        rules = [f'thought: {body} /{AFTER_THOUGHT}/?', 'start: ' + (
+            'thought @answer' if thought.inside else
+            f'({self._marker(thought.opens)} thought)? @answer')]
+        if close is None:
+            rules.append(f'body[suffix={json.dumps(thought.closes)}]: /(?s:.*)/')
+        return json.dumps({'grammars': [
+            {'name': 'thought', 'lark_grammar': '\n'.join(rules)},
+            {**answer[0], 'name': 'answer'}, *answer[1:]]})
 
 
 class Constraint:
@@ -211,6 +271,12 @@ def configured(config: ConstraintConfig) -> Form | None:
             return Form('json_schema', _parsed(name, value), name)
         return Form(kind, list(value) if kind == 'choice' else value, name)
     return None
+
+
+def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the schema of a tool's arguments: an object, with no others than it names."""
+    closed = {} if _COMBINING & schema.keys() else {'additionalProperties': False}
+    return {'type': 'object', **closed, **schema}
 
 
 def check_schema(schema: Any, name: str) -> None:

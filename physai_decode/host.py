@@ -112,6 +112,8 @@ def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[s
     offered = ' '.join(f'{name}={value}' for name, value in model.sampling.items()) or 'none'
     return {'engine_reason': engines.choose(model, config.engine).reason,
             'chat_template': text.template,
+            'tool_form': f'{text.manner.form or "none"}: {text.manner.reason}',
+            'thought_markers': f'{text.manner.opens} {text.manner.closes}'.strip() or 'none',
             'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
             'checkpoint_sampling': offered}
 
@@ -211,12 +213,12 @@ class Host:
         return True
 
     def update(self, config: DecodeConfig) -> None:
-        """Take over what may change while it runs: sampling, deadlines and pace."""
+        """Take over what may change while it runs; `Worker.update` says when it holds."""
         self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline,
-                              pace=config.pace)
+                              pace=config.pace, thinking=config.thinking)
         worker = self.worker
         if worker is not None:
-            worker.update(config.sampling, config.deadline, config.pace)
+            worker.update(config.sampling, config.deadline, config.pace, config.thinking)
 
     def follow_peak(self, window: WindowReport) -> str:
         """

@@ -14,6 +14,7 @@ from dataclasses import fields
 from functools import cached_property
 import json
 from math import isfinite
+import re
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -24,6 +25,7 @@ from physai_decode.config import DeadlineConfig
 from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.config import shown
+from physai_decode.config import ThinkingConfig
 
 MAX_ID_CHARACTERS = 128
 MAX_MESSAGES = 4096
@@ -31,15 +33,20 @@ MAX_TEMPLATE_KWARGS = 64
 MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text among them
 MAX_TEMPLATE_NUMBER = 2**53         # either side of 0
 ROLES = ('system', 'user', 'assistant', 'tool')
+MAX_TOOLS = 128
 # JSON name: field of the settings that the option replaces for one request.
 SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
             for spec in fields(SamplingConfig) if spec.name != 'from_checkpoint'}
 DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
             if spec.name != 'max_consecutive_misses'}
 PACE = {spec.name: spec for spec in fields(PaceConfig)}
+THINKING = {spec.name: spec for spec in fields(ThinkingConfig)}
 JSON_NAMES = {spec.name: name for name, spec in SAMPLING.items()}
-# Known, but not done yet: only a value that asks for nothing is taken.
-_IDLE: dict[str, tuple[Any, ...]] = {'tools': ([],), 'tool_choice': ('none', 'auto')}
+# Fields of a message beside role and content.
+_OF_ROLE: dict[str, tuple[str, ...]] = {
+    'assistant': ('tool_calls', 'reasoning_content'), 'tool': ('tool_call_id', 'name')}
+_FUNCTION_FIELDS = {'name': str, 'description': str, 'parameters': dict, 'strict': bool}
+_FUNCTION_NAME = re.compile(r'[A-Za-z0-9_.-]{1,64}')
 # Fields of a response_format's json_schema that are read; strict changes nothing: it always is.
 _SCHEMA_FIELDS = {'name': str, 'description': str, 'schema': dict, 'strict': bool}
 _STRUCTURES = {'regex': str, 'choice': list, 'grammar': str}
@@ -54,19 +61,51 @@ class RequestError(ValueError):
         self.client_id = client_id
 
 
+class Call(NamedTuple):
+    """One call of a tool by the model."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it as OpenAI writes it: the arguments are JSON in a string."""
+        return {'id': self.id, 'type': 'function', 'function': {
+            'name': self.name, 'arguments': json.dumps(self.arguments, ensure_ascii=False)}}
+
+
 class Message(NamedTuple):
     """One message of a conversation."""
 
     role: str                       # one of ROLES
     content: str
+    tool_calls: tuple[Call, ...] = ()
+    reasoning_content: str = ''
+    tool_call_id: str = ''          # of the call whose result this is
+    name: str = ''                  # of the tool whose result this is
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the JSON form, without what is empty."""
+        given = {name: value for name, value in self._asdict().items() if value}
+        if self.tool_calls:
+            given['tool_calls'] = [call.to_json() for call in self.tool_calls]
+        return {'role': self.role, 'content': self.content, **given}
 
 
 class Form(NamedTuple):
     """What an answer has to look like."""
 
-    kind: str                       # json_schema, regex, choice, grammar
-    content: Any                    # the schema, the texts to choose from, or a text
+    kind: str                       # json_schema, regex, choice, grammar, calls
+    content: Any                    # the schema, the texts to choose from, a text, or `Calls`
     name: str                       # of the field or the parameter that has it, for messages
+
+
+class Calls(NamedTuple):
+    """The calls that an answer has to be."""
+
+    form: str                       # one of `physai_decode.tool_forms.FORMS`
+    tools: tuple[Mapping[str, Any], ...]
+    single: bool                    # one call; otherwise one or more
 
 
 class Refusal(NamedTuple):
@@ -102,6 +141,9 @@ class Request:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_format: Mapping[str, Any] = field(default_factory=dict)
     structured_outputs: Mapping[str, Any] = field(default_factory=dict)
+    thinking: Mapping[str, Any] = field(default_factory=dict)   # by ThinkingConfig's fields
+    tools: tuple[Mapping[str, Any], ...] = ()                   # functions, as OpenAI has them
+    tool_choice: str | Mapping[str, Any] = ''       # empty: no tools, or auto
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> 'Request':
@@ -122,14 +164,14 @@ class Request:
         """Give the JSON form, which `from_json` reads."""
         value: dict[str, Any] = {'id': self.client_id} if self.client_id else {}
         if self.messages:
-            value['messages'] = [message._asdict() for message in self.messages]
+            value['messages'] = [message.to_json() for message in self.messages]
         elif self.raw_prompt:
             value['raw_prompt'] = self.raw_prompt
         else:
             value['prompt'] = self.prompt
         value.update({name: self.sampling[spec.name] for name, spec in SAMPLING.items()
                       if spec.name in self.sampling})
-        return value | {name: dict(getattr(self, name)) for name in _READ
+        return value | {name: _plain(getattr(self, name)) for name in _READ
                         if name not in _TEXTS and getattr(self, name)}
 
     @property
@@ -150,15 +192,28 @@ class Request:
         return None
 
     @property
+    def offered(self) -> tuple[Mapping[str, Any], ...]:
+        """The tools that the model is told of."""
+        return () if self.tool_choice == 'none' else self.tools
+
+    @property
+    def forced(self) -> tuple[Mapping[str, Any], ...]:
+        """The tools of which the answer has to be a call; none where it may be text."""
+        if isinstance(self.tool_choice, Mapping):
+            name = self.tool_choice['function']['name']
+            return tuple(tool for tool in self.tools if tool['function']['name'] == name)
+        return self.tools if self.tool_choice == 'required' else ()
+
+    @property
     def text(self) -> str:
-        """Everything the client wrote, in one string; its length bounds the request's."""
-        return self.prompt or self.raw_prompt or '\n'.join(
-            message.content for message in self.messages)
+        """Everything the client wrote but the tools; its length bounds the request's."""
+        return self.prompt or self.raw_prompt or '\n'.join(map(_text_of, self.messages))
 
     @cached_property
     def size(self) -> int:
-        """Bytes of `text` in UTF-8."""
-        return len(self.text.encode(errors='surrogatepass'))
+        """Bytes of `text` in UTF-8, and of the tools."""
+        tools = json.dumps(self.tools) if self.tools else ''
+        return len(self.text.encode(errors='surrogatepass')) + len(tools)
 
 
 def parse(text: str) -> Request | Cancel:
@@ -224,15 +279,11 @@ def _client_id(value: Mapping[str, Any]) -> str:
 
 def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     """Give the arguments of `Request` but for its id."""
-    known = ('id', 'metadata', *_READ, *SAMPLING, *_IDLE)
+    known = ('id', 'metadata', *_READ, *SAMPLING)
     for name in value:
         if name not in known:
             raise RequestError(f'{shown(name)} is no field of a request: allowed are '
                                f'{", ".join(known)}')
-    for name, idle in _IDLE.items():
-        if name in value and value[name] not in idle:
-            raise RequestError(f'{name} is {shown(value[name])}: this version of the node does '
-                               'not support it; leave it out')
     given = [name for name in _TEXTS if name in value]
     if len(given) != 1:
         raise RequestError('expected either prompt, a string, or messages, a list, or '
@@ -241,8 +292,31 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     if value.get('structured_outputs') and \
             value.get('response_format', _TEXT) != _TEXT:
         raise RequestError('response_format and structured_outputs were both given: give one')
-    return {'sampling': _options(value, SAMPLING),
-            **{name: read(value[name]) for name, read in _READ.items() if name in value}}
+    found = {name: read(value[name]) for name, read in _READ.items() if name in value}
+    return {'sampling': _options(value, SAMPLING), **_checked_tools(found)}
+
+
+def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
+    """Hold what is asked of the tools against the other fields."""
+    tools, choice = found.get('tools', ()), found.get('tool_choice', 'auto')
+    if not tools:
+        if choice not in ('none', 'auto'):
+            raise RequestError(
+                f'tool_choice is {shown(choice)}, and there are no tools: give some')
+        return {name: value for name, value in found.items() if name != 'tool_choice'}
+    names = [tool['function']['name'] for tool in tools]
+    if isinstance(choice, Mapping) and choice['function']['name'] not in names:
+        raise RequestError(f'tool_choice.function.name is {shown(choice["function"]["name"])}: '
+                           f'the tools are {", ".join(names)}')
+    strict = [name for name, tool in zip(names, tools) if tool['function'].get('strict')]
+    if strict and choice == 'auto':
+        raise RequestError(f'the tool {strict[0]} is strict, which is kept only where the answer '
+                           'has to call it: set tool_choice to required, or leave strict out')
+    format_ = found.get('response_format', _TEXT)
+    if choice != 'none' and (format_.get('type') != 'text' or found.get('structured_outputs')):
+        raise RequestError('an answer can not both have a form and call tools: leave out '
+                           'response_format and structured_outputs, or set tool_choice to none')
+    return found
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -292,19 +366,115 @@ def _messages(value: Any) -> tuple[Message, ...]:
 def _message(value: Any, name: str) -> Message:
     if not isinstance(value, Mapping):
         raise RequestError(f'{name} is {shown(value)}: expected an object with role and content')
-    for key in value:
-        if key not in Message._fields:
-            raise RequestError(f'{shown(f"{name}.{key}")} is no field of a message: allowed are '
-                               f'{", ".join(Message._fields)}')
-    role, content = value.get('role'), value.get('content')
+    role = value.get('role')
     if role not in ROLES:
         raise RequestError(f'{name}.role is {shown(role)}: allowed are {", ".join(ROLES)}')
+    fields = 'role', 'content', *_OF_ROLE.get(role, ())
+    for key in value:
+        if key not in fields:
+            raise RequestError(f'{shown(f"{name}.{key}")} is no field of a message: allowed are '
+                               f'{", ".join(fields)}')
+    found: dict[str, Any] = {
+        key: _named_text(value[key], f'{name}.{key}')
+        for key in ('reasoning_content', 'tool_call_id') if value.get(key)}
+    if value.get('name'):
+        found['name'] = _function_name(value['name'], f'{name}.name')
+    calls = _given(value).get('tool_calls', [])
+    if type(calls) is not list:
+        raise RequestError(f'{name}.tool_calls is {shown(calls)}: expected a list of calls')
+    found['tool_calls'] = tuple(_call(each, f'{name}.tool_calls[{index}]')
+                                for index, each in enumerate(calls))
+    content = value.get('content')
+    if content is None and calls:
+        content = ''
     if type(content) is list:
         content = ''.join(_part(each, f'{name}.content[{index}]')
                           for index, each in enumerate(content))
-    if type(content) is not str:
-        raise RequestError(f'{name}.content is {shown(content)}: expected a string')
-    return Message(role, content)
+    return Message(role, _named_text(content, f'{name}.content'), **found)
+
+
+def _named_text(value: Any, name: str) -> str:
+    if type(value) is not str:
+        raise RequestError(f'{name} is {shown(value)}: expected a string')
+    return value
+
+
+def _call(value: Any, name: str) -> Call:
+    """Read a call of an earlier answer, such as a result has it."""
+    value = _typed(_mapping(value, name), name, {'id': str, 'type': str, 'function': dict})
+    if value.get('type', 'function') != 'function':
+        raise RequestError(f'{name}.type is {shown(value["type"])}: allowed is function')
+    function = value.get('function', {})
+    for key in function:
+        if key not in ('name', 'arguments'):
+            raise RequestError(f'{shown(f"{name}.function.{key}")} is no field of a call: allowed '
+                               'are name and arguments')
+    place, arguments = f'{name}.function.arguments', function.get('arguments', {})
+    if type(arguments) is str:
+        arguments = parse_value(arguments, place) if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise RequestError(f'{place} is {shown(arguments)}: expected a JSON object, in a string')
+    return Call(value.get('id', ''),
+                _function_name(function.get('name'), f'{name}.function.name'), arguments)
+
+
+def _function_name(value: Any, name: str) -> str:
+    if type(value) is not str or not _FUNCTION_NAME.fullmatch(value):
+        raise RequestError(f'{name} is {shown(value)}: expected 1 to 64 letters, digits, dots, '
+                           'underscores or dashes')
+    return value
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    if type(value) is not list:
+        raise RequestError(f'tools is {shown(value)}: expected a list of tools')
+    if len(value) > MAX_TOOLS:
+        raise RequestError(f'tools has {len(value)} tools: allowed are {MAX_TOOLS}')
+    tools = tuple(_tool(each, f'tools[{index}]') for index, each in enumerate(value))
+    twice = [name for name, count in Counter(
+        tool['function']['name'] for tool in tools).items() if count > 1]
+    if twice:
+        raise RequestError(f'tools has {twice[0]} twice: give each tool a name of its own')
+    return tools
+
+
+def _tool(value: Any, name: str) -> dict[str, Any]:
+    value = _typed(_mapping(value, name), name, {'type': str, 'function': dict})
+    if value.get('type') != 'function' or 'function' not in value:
+        raise RequestError(f'{name} is {shown(value)}: expected '
+                           '{"type": "function", "function": {"name": "...", ...}}')
+    function = _typed(value['function'], f'{name}.function', _FUNCTION_FIELDS)
+    _function_name(function.get('name'), f'{name}.function.name')
+    return {'type': 'function', 'function': function}
+
+
+def _tool_choice(value: Any) -> str | dict[str, Any]:
+    if value in ('none', 'auto', 'required'):
+        return str(value)
+    if not isinstance(value, Mapping) or value.get('type') != 'function' or value.keys() != {
+            'type', 'function'}:
+        raise RequestError(f'tool_choice is {shown(value)}: allowed are none, auto, required and '
+                           '{"type": "function", "function": {"name": "..."}}')
+    function = _typed(_mapping(value['function'], 'tool_choice.function'), 'tool_choice.function',
+                      {'name': str})
+    return {'type': 'function', 'function': {
+        'name': _function_name(function.get('name'), 'tool_choice.function.name')}}
+
+
+def _thinking(value: Any) -> dict[str, Any]:
+    return _options(_mapping(value, 'thinking'), THINKING, 'thinking.')
+
+
+def _text_of(message: Message) -> str:
+    """Give all texts of a message."""
+    calls = (json.dumps(call.arguments, ensure_ascii=False) for call in message.tool_calls)
+    return '\n'.join(filter(None, (message.reasoning_content, message.content, *calls)))
+
+
+def _plain(value: Any) -> Any:
+    """Give a field as JSON has it."""
+    return value if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else [
+        *value]
 
 
 def _part(value: Any, name: str) -> str:
@@ -389,7 +559,8 @@ _TEXTS = ('prompt', 'messages', 'raw_prompt')       # of which a request has one
 _READ: dict[str, Callable[[Any], Any]] = {
     'prompt': _prompt, 'messages': _messages, 'raw_prompt': _raw_prompt,
     'chat_template_kwargs': _template_kwargs, 'deadline': _deadline, 'pace': _pace,
-    'response_format': _response_format, 'structured_outputs': _structured_outputs}
+    'response_format': _response_format, 'structured_outputs': _structured_outputs,
+    'thinking': _thinking, 'tools': _tools, 'tool_choice': _tool_choice}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

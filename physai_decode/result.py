@@ -11,8 +11,8 @@ from typing import Any
 
 from physai_decode.timing import RequestReport
 
-# OpenAI knows these two of our finish reasons; every other end is null there.
-_FINISH_REASONS = {'stop': 'stop', 'length': 'length'}
+# Finish reasons of requests that were answered, as OpenAI has them; every other is null there.
+ANSWERED = ('stop', 'length', 'tool_calls')
 
 
 def chat_completion(report: RequestReport, text: str, model: str,
@@ -25,17 +25,21 @@ def chat_completion(report: RequestReport, text: str, model: str,
     :param created_s: Unix time; None for now.
     """
     figures = asdict(report)
+    reasoning, reason = figures.pop('reasoning'), report.finish_reason
+    del figures['tool_calls']
     prompt, output = report.prompt_tokens or 0, report.output_tokens
     return {
         'id': figures.pop('client_id') or None, 'object': 'chat.completion',
         'created': int(time.time() if created_s is None else created_s), 'model': model,
         'choices': [{
             'index': 0,
-            'message': {'role': 'assistant', 'content': text, 'reasoning_content': None,
-                        'tool_calls': []},
-            'finish_reason': _FINISH_REASONS.get(report.finish_reason)}],
+            'message': {'role': 'assistant', 'content': text,
+                        'reasoning_content': reasoning or None,
+                        'tool_calls': [call.to_json() for call in report.tool_calls]},
+            'finish_reason': reason if reason in ANSWERED else None}],
         'usage': {
             'prompt_tokens': prompt, 'completion_tokens': output,
             'total_tokens': prompt + output,
-            'prompt_tokens_details': {'cached_tokens': report.cached_tokens or 0}},
+            'prompt_tokens_details': {'cached_tokens': report.cached_tokens or 0},
+            'completion_tokens_details': {'reasoning_tokens': report.reasoning_tokens}},
         'physai': figures}

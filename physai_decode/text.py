@@ -6,7 +6,7 @@ which the model or its template ends a turn or begins one, so none can close its
 the encoder is a twin of the model's tokenizer in which all these have secret names; the chat
 template's own are renamed before the user's text is put into it, and all is encoded in one go, so
 that the ids are those that the model was trained on. Other added tokens, such as `<tool_call>`,
-are encoded wherever they stand, as the library does.
+are encoded wherever they stand, as the library does. Tools with such a name in them are refused.
 
 It works on a tokenizer that is passed in and knows nothing of engines. What a model's files make
 it do has no limits here: `TextProcess` sets them.
@@ -26,11 +26,24 @@ from typing import Any
 from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
+from physai_decode.request import Call
 from physai_decode.request import Message
+from physai_decode.speech import Manner
 from physai_decode.tokenizer_files import TextError
+from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import reads
 
 SANDBOX = (3, 1, 6)             # the first jinja2 from whose sandbox no way out is published
 _BLANKS = ' \t\n\r\u2581'
+# What begins and ends a thought, in the families that have them.
+_THOUGHTS = (('<think>', '</think>'), ('[THINK]', '[/THINK]'), ('<seed:think>', '</seed:think>'),
+             ('<|START_THINKING|>', '<|END_THINKING|>'))
+# A call and a tool by which a template is tried.
+_TRIAL = Call('000000001', 'trial_tool', {'trial_key': 'trial_value'})
+_TRIAL_TOOL = {'type': 'function', 'function': {
+    'name': _TRIAL.name, 'description': 'None.', 'parameters': {
+        'type': 'object', 'properties': {'trial_key': {'type': 'string', 'description': 'None.'}},
+        'required': ['trial_key']}}}
 
 
 class Text:
@@ -57,8 +70,11 @@ class Text:
         self._tokenizer = tokenizer
         self.backend = backend
         self.template, self._source = _template(tokenizer, chat.template)
+        self._tool_source = self._source
         if self._source:
             _check_sandbox()
+            if chat.template == 'auto' and isinstance(tokenizer.chat_template, dict):
+                self._tool_source = tokenizer.chat_template.get('tool_use', self._source)
         self._reserved = {'messages', *tokenizer.special_tokens_map,
                           *signature(type(tokenizer).apply_chat_template).parameters}
         self._nonce = secrets.token_hex(8)
@@ -75,11 +91,14 @@ class Text:
         self._names = {name: f'\ue001{self._nonce}:{id_}\ue001'
                        for name, id_ in names.items() if id_ in secret_ids}
         self._any_name = _any(self._names)
-        self._words = _any(_words(self._source, self._names))
+        self._words = _any({word for source in {self._source, self._tool_source}
+                            for word in _words(source, self._names)})
         self._encoder = _renamed(backend, self._names)
         # What ends an answer: by the config, the tokenizer and the template, without plain text.
         ends = dict.fromkeys((*end_ids, *own_ends))
         self.end_ids = tuple(id_ for id_ in ends if id_ in added) or tuple(ends)
+        self._shows_calls = self._texts_arguments = False
+        self.manner = self._find_manner(added)
         # A template that refuses the conversation's beginning does so here.
         ids = self.encode(Conversation(chat.system_prompt).messages([], '?'))
         _check_ids(backend, ids, vocab_size)
@@ -90,7 +109,8 @@ class Text:
         return bool(self._source)
 
     def encode(self, messages: Sequence[Message],
-               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+               chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+               tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """
         Give the ids of a conversation, up to where the answer begins.
 
@@ -101,37 +121,44 @@ class Text:
 
         :param messages: any texts; special tokens in them are text.
         :param chat_template_kwargs: further variables of the template.
+        :param tools: that the template tells the model of.
         :raises TextError: half a surrogate pair in a text, or a template that refuses it or leaves
             it out.
         """
-        for role, content in messages:
-            _check(role or 'raw', content)
-        if not self._source or any(not role for role, _ in messages):
-            if chat_template_kwargs:
-                raise TextError('chat_template_kwargs can not be used: '
-                                'there is no chat template, or none is used')
-            whole = ''.join(content for _, content in messages)
+        for message in messages:
+            _check(message.role or 'raw', message.content)
+            _check(f'{message.role} reasoning', message.reasoning_content)
+        if tools and not self.manner.form:
+            raise TextError(f'tools can not be used: {self.manner.reason}')
+        if not self._source or any(not message.role for message in messages):
+            calls = any(message.tool_calls for message in messages)
+            if chat_template_kwargs or calls:
+                raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} can not be '
+                                'used: there is no chat template, or none is used')
+            whole = ''.join(message.content for message in messages)
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)
+        self._check_tools(tools)
         texts: list[str] = []
+        call_ids: dict[str, str] = {}
         shown, begins = [], []
-        for role, content in messages:
+        for message in messages:
             begins.append(len(texts))
-            shown.append({'role': role, 'content': self._shown(content, texts)})
+            shown.append(self._message(message, texts, call_ids))
         begins.append(len(texts))
-        whole = self._render(shown, chat_template_kwargs)
+        whole = self._render(shown, chat_template_kwargs, tools=tools)
         # The template's own special tokens are renamed, then each text takes its place.
         whole = self._any_name.sub(lambda match: self._names[match[0]], whole)
-        place = re.compile(f'\ue000{self._nonce}:(\\d+)\ue000')
-        there = {int(index) for index in place.findall(whole)}
-        for number, (role, _) in enumerate(messages):
+        place = re.compile(rf'\ue000{self._nonce}:(\d+)(\\*)"\ue000')
+        there = {int(index) for index, _ in place.findall(whole)}
+        for number, (role, *_) in enumerate(messages):
             places = range(begins[number], begins[number + 1])
             if role != 'assistant' and places and there.isdisjoint(places):
                 raise TextError(
                     f"the model's chat template leaves out the {_which(number, messages)}: " + (
                         'leave chat.system_prompt empty, or ' if role == 'system' else '')
                     + 'set chat.template to off')
-        whole = place.sub(lambda match: texts[int(match[1])], whole)
+        whole = place.sub(lambda match: _escaped(texts[int(match[1])], len(match[2])), whole)
         return self._ids(whole, add_special_tokens=False)
 
     def count(self, text: str) -> int:
@@ -142,6 +169,51 @@ class Text:
         """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
         return Detokenizer(self.backend, self.special_ids, stop)
 
+    def _message(self, message: Message, texts: list[str],
+                 call_ids: dict[str, str]) -> dict[str, Any]:
+        """
+        Give what the template sees of a message.
+
+        :param call_ids: gets what stands for the id of each call: nine digits, which every
+            family's template takes.
+        """
+        def id_of(call_id: str) -> str:
+            return call_ids.setdefault(call_id, f'{len(call_ids) + 1:09}')
+
+        content, calls = message.content, message.tool_calls
+        if calls and not self._shows_calls:
+            if not self.manner.form:
+                raise TextError(f'tool_calls can not be used: {self.manner.reason}')
+            written = FORMS[self.manner.form].written(call[1:] for call in calls)
+            content, calls = f'{content}\n{written}' if content else written, ()
+        found: dict[str, Any] = {
+            'role': message.role, 'content': self._shown(content, texts)}
+        if message.reasoning_content:
+            found['reasoning_content'] = self._shown(message.reasoning_content, texts)
+        if calls:
+            found['tool_calls'] = [self._call(call, id_of(call.id), texts) for call in calls]
+        if message.tool_call_id:
+            found['tool_call_id'] = id_of(message.tool_call_id)
+        return found | ({'name': message.name} if message.name else {})
+
+    def _call(self, call: Call, call_id: str, texts: list[str]) -> dict[str, Any]:
+        arguments: Any = self._hidden_texts(call.arguments, texts)
+        if self._texts_arguments:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return {'id': call_id, 'type': 'function',
+                'function': {'name': call.name, 'arguments': arguments}}
+
+    def _hidden_texts(self, value: Any, texts: list[str]) -> Any:
+        """Give a value of JSON with all its texts, the keys' too, as the template sees them."""
+        if isinstance(value, str):
+            _check('arguments', value)
+            return self._shown(value, texts)
+        if isinstance(value, Mapping):
+            return {self._hidden_texts(key, texts): self._hidden_texts(each, texts)
+                    for key, each in value.items()}
+        return [self._hidden_texts(each, texts) for each in value] if isinstance(value, list) \
+            else value
+
     def _ids(self, text, add_special_tokens):
         # As a batch: encoding one text keeps every other thread waiting, a megabyte for a second.
         batch = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
@@ -151,6 +223,9 @@ class Text:
         """
         Give what the template sees of a text.
 
+        A place-holder has a quotation mark, which shows how the template writes the text: as JSON
+        it has a backslash before it.
+
         :param texts: gets what the place-holders stand for.
         """
         def hidden(text: str) -> str:
@@ -159,7 +234,7 @@ class Text:
                 return text
             texts.append(core)
             begin = text.index(core)
-            place = f'\ue000{self._nonce}:{len(texts) - 1}\ue000'
+            place = f'\ue000{self._nonce}:{len(texts) - 1}"\ue000'
             return f'{text[:begin]}{place}{text[begin + len(core):]}'
 
         parts, end = [], 0
@@ -180,12 +255,20 @@ class Text:
             if type(value) is str:
                 _check(f'chat_template_kwargs.{name}', value)
 
-    def _render(self, messages: list[dict[str, str]], kwargs: Mapping[str, Any],
-                answer: bool = True) -> str:
+    def _check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        told = json.dumps(tools, ensure_ascii=False)
+        _check('tools', told)
+        if special := self._any_name.search(told):
+            raise TextError(f'tools hold {special[0]!r}, a special token of the model: leave it '
+                            'out')
+
+    def _render(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any],
+                answer: bool = True, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         try:
             return str(self._tokenizer.apply_chat_template(
-                messages, chat_template=self._source, tokenize=False,
-                add_generation_prompt=answer, **kwargs))
+                messages, chat_template=self._tool_source if tools else self._source,
+                tokenize=False, add_generation_prompt=answer,
+                **({'tools': [*tools]} if tools else {}), **kwargs))
         except MemoryError:
             raise
         except Exception as error:
@@ -202,6 +285,52 @@ class Text:
                                  for index, role in enumerate(roles)], {}, answer)
         except TextError:
             return ''
+
+    def _find_manner(self, added: Mapping[int, str]) -> Manner:
+        """Find how thoughts are marked, and in what form the template writes a call."""
+        if not self._source:
+            return Manner(reason='there is no chat template to tell the model of them')
+        names = set(added.values())
+        opens, closes = next((pair for pair in _THOUGHTS if pair[1] in self._source
+                              or names.issuperset(pair)), ('', ''))
+        form, reason = self._find_form()
+        ids = self.backend.encode(f'\n{closes}\n\n', add_special_tokens=False).ids
+        return Manner(opens, closes, tuple(ids) if opens else (), form, reason)
+
+    def _find_form(self) -> tuple[str, str]:
+        """Give the form of calls, empty where no tools can be offered, and the reason."""
+        asked = {'role': 'user', 'content': 'Go.'}
+        try:
+            told = self._render([asked], {}, tools=[_TRIAL_TOOL])
+        except TextError as error:
+            return '', f'the chat template refuses tools: {error.__cause__}'
+        if _TRIAL.name not in told:
+            return '', 'the chat template leaves them out'
+        for self._texts_arguments in (False, True):
+            call = self._call(_TRIAL, _TRIAL.id, [])
+            call['function']['arguments'] = json.dumps(_TRIAL.arguments) \
+                if self._texts_arguments else _TRIAL.arguments
+            try:
+                said = self._render(
+                    [asked, {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+                     {'role': 'tool', 'content': 'Done.', 'tool_call_id': _TRIAL.id}], {},
+                    tools=[_TRIAL_TOOL])
+            except TextError:
+                continue
+            known = [name for name, form in FORMS.items() if reads(form, said, _TRIAL[1:])
+                     and not _is_other(name, self._tool_source)]
+            if known:
+                self._shows_calls = True
+                return known[0], 'the chat template writes calls so'
+            if 'trial_value' in said:
+                return '', ('the chat template writes calls in a form that is not known: '
+                            f'known are {", ".join(FORMS)}')
+        known = [name for name, form in FORMS.items()
+                 if not _is_other(name, self._tool_source)
+                 and any(begin in self._tool_source for begin in form.begins)]
+        if not known:
+            return '', f'the chat template names no form of calls: known are {", ".join(FORMS)}'
+        return known[0], 'the chat template asks for calls so'
 
     def _find_end_ids(self, eos_id: int | None) -> tuple[int, ...]:
         """Give the tokenizer's own end token, and what the template ends an answer with."""
@@ -247,6 +376,20 @@ def _template(tokenizer: Any, asked: str) -> tuple[str, str]:
                 'a token that tokenizer.json lacks: copy or download the model again, or set '
                 'chat.template to off')
     return name, source
+
+
+def _is_other(form: str, source: str) -> bool:
+    """Tell two forms that read the same texts apart, by a template that has one of them."""
+    return {'hermes': '<code>' in source, 'smollm3': '<code>' not in source,
+            'mistral_list': '[ARGS]' in source,
+            'mistral_args': '[ARGS]' not in source}.get(form, False)
+
+
+def _escaped(text: str, backslashes: int) -> str:
+    """Write a text as the quotation mark after so many backslashes was: as JSON, or in such."""
+    while backslashes:
+        text, backslashes = json.dumps(text, ensure_ascii=False)[1:-1], backslashes // 2
+    return text
 
 
 def _any(names: Iterable[str]) -> 're.Pattern[str]':

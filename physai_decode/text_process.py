@@ -34,7 +34,10 @@ from physai_decode.constraint import Vocabulary
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.engine import described
 from physai_decode.realtime import follow
+from physai_decode.request import Call
 from physai_decode.request import Message
+from physai_decode.speech import Manner
+from physai_decode.speech import TAIL
 from physai_decode.text import Text
 from physai_decode.tokenizer_files import load_tokenizer
 from physai_decode.tokenizer_files import TextError
@@ -97,11 +100,14 @@ class TextProcess:
         self.template: str = state['template']          # its name; none, or off
         # What ends an answer: by the config, the tokenizer and the template, without words.
         self.end_ids: tuple[int, ...] = tuple(state['end_ids'])
+        manner = state['manner']
+        self.manner = Manner(**manner | {'close_ids': tuple(manner['close_ids'])})
         self._vocabulary: Vocabulary | None = None
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-               go_on: Callable[[], None] = lambda: None) -> list[int]:
+               go_on: Callable[[], None] = lambda: None,
+               tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """
         Give the ids of a conversation, up to where the answer begins; see `Text.encode`.
 
@@ -110,15 +116,25 @@ class TextProcess:
         :param go_on: is called now and then; what it raises ends the work, and is raised here.
         :raises TextError: half a surrogate pair in a text, a template that refuses it, or a limit.
         """
-        return self._asked([messages, dict(chat_template_kwargs)], go_on).tolist()
+        return self._asked([messages, dict(chat_template_kwargs), tools], go_on).tolist()
 
     def count(self, text: str) -> int:
         """Count the tokens of a text by itself; see `encode`."""
         return self._asked(text, lambda: None)[0]
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
-        return Detokenizer(self._backend, self._special_ids, stop)
+    def detokenizer(self, stop: Sequence[str] = (), seen: Iterable[str] = ()) -> Detokenizer:
+        """
+        Give what turns one answer's ids into text.
+
+        :param stop: it ends at any of these texts.
+        :param seen: special tokens that are text nevertheless.
+        """
+        hidden = self._special_ids.difference(map(self._backend.token_to_id, seen))
+        return Detokenizer(self._backend, hidden, stop)
+
+    def tail(self, prompt_ids: Sequence[int]) -> str:
+        """Give the end of a prompt as the model sees it, with special tokens."""
+        return str(self._backend.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False))
 
     def named(self, ids: Iterable[int]) -> list[str]:
         """Give the names of tokens; of one that the tokenizer does not know, its id."""
@@ -231,15 +247,20 @@ def serve() -> None:
         question = json.loads(request)
         if isinstance(question, str):
             return array('I', [texts[0].count(question)]).tobytes()
-        messages, kwargs = question
-        messages = [Message(*message) for message in messages]
-        return array('I', texts[0].encode(messages, kwargs)).tobytes()
+        messages, kwargs, tools = question
+        messages = [_message(*message) for message in messages]
+        return array('I', texts[0].encode(messages, kwargs, tools)).tobytes()
 
     loaded = _outcome(load)
     connection.send_bytes(loaded)
     while loaded[:1] == _DONE:
         request = connection.recv_bytes()
         connection.send_bytes(_outcome(encode))
+
+
+def _message(role: str, content: str, calls: list[Any], *others: str) -> Message:
+    """Give a message as it was before it went through JSON."""
+    return Message(role, content, tuple(Call(*call) for call in calls), *others)
 
 
 def _outcome(work: Callable[[], bytes]) -> bytes:
@@ -267,7 +288,8 @@ def _tried(text: Text) -> bytes:
     backend = Tokenizer.from_str(state)
     backend.decode_batch([[id_] for id_ in range(backend.get_vocab_size())])
     return json.dumps({'backend': state, 'special_ids': sorted(text.special_ids),
-                       'template': text.template, 'end_ids': text.end_ids}).encode()
+                       'template': text.template, 'end_ids': text.end_ids,
+                       'manner': asdict(text.manner)}).encode()
 
 
 def _limit(memory: int, cpu_s: float) -> None:

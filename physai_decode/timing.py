@@ -17,6 +17,7 @@ from physai_decode.config import DeadlineConfig
 from physai_decode.histogram import Distribution
 from physai_decode.histogram import percentile
 from physai_decode.histogram import SlidingWindow
+from physai_decode.request import Call
 from physai_decode.roofline import floor_s as least_s
 from physai_decode.roofline import r_floor as floor_ratio
 from physai_decode.roofline import Roofline
@@ -48,6 +49,8 @@ class TokenReport:
     client_id: str = ''               # what the client called its request
     mask_ms: float | None = None      # what the constraint's mask took; None: no constraint
     wait_ms: float | None = None      # for which its step was held back; None: it was not paced
+    reasoning: str = ''               # the piece of a thought that this token completed
+    tool_calls: tuple[Call, ...] = ()   # calls of tools that it completed
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class RequestReport:
     """One request, also one that was refused; the keys of ``~/request_stats``."""
 
     request_id: int
-    finish_reason: str                # stop length deadline cancelled preempted rejected error
+    finish_reason: str                # stop tool_calls length deadline cancelled preempted
+                                      # rejected error
     message: str                      # why, in words, where the reason alone does not say it
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -102,6 +106,9 @@ class RequestReport:
     energy_j: float | None = None     # that the device took, for all programs on it
     j_per_token: float | None = None  # the prompt's part too
     power_w: float | None = None      # its mean, since the request's turn came
+    reasoning_tokens: int = 0         # of output_tokens, those of a thought
+    reasoning: str = ''               # the thought
+    tool_calls: tuple[Call, ...] = ()
     refusal: str = ''                 # rejected: invalid too_large full inactive
 
 
@@ -293,6 +300,7 @@ class RequestRecorder:
         self._first_item_ms: float | None = None
         self.paced = False
         self.energy_j: float | None = None
+        self.reasoning_tokens = 0
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
@@ -413,7 +421,8 @@ class RequestRecorder:
             client_id=self._client_id, seed=self.seed, items=self.items,
             first_item_ms=self._first_item_ms, paced=self.paced, energy_j=energy_j,
             j_per_token=None if energy_j is None or not self._count else energy_j / self._count,
-            power_w=None if energy_j is None or not busy_s else energy_j / busy_s)
+            power_w=None if energy_j is None or not busy_s else energy_j / busy_s,
+            reasoning_tokens=self.reasoning_tokens)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

@@ -34,6 +34,7 @@ from physai_decode.config import DeadlineConfig
 from physai_decode.config import DecodeConfig
 from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.config import ThinkingConfig
 from physai_decode.conversation import Conversation
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import described
@@ -125,7 +126,7 @@ class Worker:
         self._max_request_bytes = config.queue.max_request_bytes
         self._window_s = config.diagnostics.window_s
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
-        self._sampling = config.sampling
+        self._sampling, self._thinking = config.sampling, config.thinking
         self._pace = config.pace
         self._checkpoint_sampling = checkpoint_sampling
         self._form = form
@@ -301,12 +302,15 @@ class Worker:
         return False
 
     def update(self, sampling: SamplingConfig | None = None,
-               deadline: DeadlineConfig | None = None, pace: PaceConfig | None = None) -> None:
-        """Take new settings: sampling and pace from the next request on, deadlines at once."""
+               deadline: DeadlineConfig | None = None, pace: PaceConfig | None = None,
+               thinking: ThinkingConfig | None = None) -> None:
+        """Take new settings: deadlines at once, all others from the next request on."""
         if pace is not None:
             self._pace = pace
         if sampling is not None:
             self._sampling = sampling
+        if thinking is not None:
+            self._thinking = thinking
         if deadline is not None:
             self._recorder.deadline = deadline
 
@@ -478,7 +482,8 @@ class Worker:
         return Answer(ticket, self._loop, self._text, self._conversation, sampling, times, emit,
                       emit_item, self._live, self._clock,
                       None if request.is_free else request.form or self._form,
-                      replace(self._pace, **request.pace).tokens_per_s)
+                      replace(self._pace, **request.pace).tokens_per_s,
+                      request.thinking.get('max_tokens', self._thinking.max_tokens))
 
     def _give(self, ticket: Ticket, answer: Answer) -> None:
         """Answer, and report the end."""
@@ -515,6 +520,8 @@ class Worker:
         if report.energy_j is not None:
             self._energy_j = (self._energy_j or 0.0) + report.energy_j
             self._energy_tokens += report.output_tokens
+        if answer.reasoning or answer.calls:
+            report = replace(report, reasoning=answer.reasoning, tool_calls=tuple(answer.calls))
         if end.reason == 'rejected':
             report = replace(report, refusal='invalid')
         self._tell_end(ticket, report, answer.text)

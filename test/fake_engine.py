@@ -16,6 +16,7 @@ from physai_decode.engine import Constraint
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.request import Message
+from physai_decode.speech import Manner
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -144,21 +145,35 @@ class Gate:
 
 
 class CharacterText:
-    """Text in which each character is a token; turns end with a line break."""
+    """
+    Text in which each character is a token; turns end with a line break.
+
+    A ``manner`` other than that of a model without thoughts and tools is the test's.
+    """
+
+    manner = Manner()
+    tools: Sequence[Mapping[str, Any]] = ()     # that the last prompt was encoded with
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-               go_on: Callable[[], None] = lambda: None) -> list[int]:
+               go_on: Callable[[], None] = lambda: None,
+               tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Give the characters of the whole conversation."""
+        self.tools = tools
         return [ord(character) for character in '\n'.join(each.content for each in messages)]
 
     def count(self, text: str) -> int:
         """Count the characters."""
         return len(text)
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> 'CharacterDetokenizer':
+    def detokenizer(self, stop: Sequence[str] = (),
+                    seen: Sequence[str] = ()) -> 'CharacterDetokenizer':
         """Give a detokenizer for one answer."""
         return CharacterDetokenizer(stop)
+
+    def tail(self, prompt_ids: Sequence[int]) -> str:
+        """Give the last characters."""
+        return ''.join(map(chr, prompt_ids[-20:]))
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
         """Give what compiles constraints for characters below 128."""

@@ -16,6 +16,7 @@ from physai_decode.ros.executor import Executor
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
+from physai_decode.speech import Manner
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.executors import SingleThreadedExecutor
@@ -34,16 +35,21 @@ END = 0x110000                  # the id that ends an answer
 class Letters:
     """A tokenizer of one token for each character; it stands for Text and its detokenizer."""
 
+    manner = Manner()
     stopped = False
     held = False
 
-    def encode(self, messages, chat_template_kwargs=None, go_on=None):
+    def encode(self, messages, chat_template_kwargs=None, go_on=None, tools=()):
         """Give the code points of the conversation."""
         return [ord(letter) for message in messages for letter in message.content]
 
-    def detokenizer(self, stop=()):
+    def detokenizer(self, stop=(), seen=()):
         """Give a detokenizer that holds nothing back."""
         return self
+
+    def tail(self, prompt_ids):
+        """Give the last letters."""
+        return ''.join(map(chr, prompt_ids[-20:]))
 
     def vocabulary(self, size, end_ids):
         """Give what compiles constraints for characters below 128."""

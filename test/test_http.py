@@ -35,6 +35,8 @@ from physai_decode.http import open_door
 from physai_decode.http import server
 from physai_decode.http.exchange import Exchange
 from physai_decode.roofline import Peak
+from physai_decode.speech import Manner
+from physai_decode.tool_forms import FORMS
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = 'folder/model'
@@ -207,6 +209,58 @@ def test_an_answer_that_is_sent_back(rig):
     messages = rig.sink.asked[asked.physai['request_id']].messages
     assert [each.role for each in messages] == ['system', 'user', 'assistant', 'user']
     assert messages[-1].content == 'goon'
+
+
+TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
+    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
+    'required': ['room']}}}
+CALLS = [('go_to', {'room': 'hall'}), ('go_to', {'room': 'kitchen'})]
+
+
+@pytest.fixture
+def agent():
+    """Give a rig whose model thinks, says something and calls a tool twice."""
+    said = f'<think>far</think>I go.{FORMS["hermes"].written(CALLS)}'
+    with opened(FakeEngine(lambda prompt: say(said), max_context=4096, vocab_size=256)) as rig:
+        rig.host.loaded.text.manner = Manner('<think>', '</think>', form='hermes')
+        yield rig
+
+
+def test_tools_and_thoughts(agent):
+    choice = agent.chat(tools=[TOOL]).choices[0]
+    message = choice.message
+    assert (choice.finish_reason, message.content) == ('tool_calls', 'I go.')
+    assert message.reasoning_content == 'far'
+    assert [(call.function.name, json.loads(call.function.arguments))
+            for call in message.tool_calls] == CALLS
+    again = agent.chat(tools=[TOOL], messages=[*HELLO, message.model_dump(), *(
+        {'role': 'tool', 'tool_call_id': call.id, 'content': 'done'}
+        for call in message.tool_calls)])
+    sent = agent.sink.asked[again.physai['request_id']].messages
+    assert [(call.id, call.name, call.arguments) for call in sent[1].tool_calls] == [
+        (call.id, *each) for call, each in zip(message.tool_calls, CALLS)]
+    assert sent[1].reasoning_content == 'far'
+    assert [each.tool_call_id for each in sent[2:]] == [call.id for call in message.tool_calls]
+
+
+def test_a_stream_of_tools_and_thoughts(agent):
+    with agent.client().chat.completions.stream(
+            model=MODEL, messages=HELLO, tools=[TOOL]) as stream:
+        deltas = [event.chunk.choices[0].delta for event in stream if event.type == 'chunk']
+        choice = stream.get_final_completion().choices[0]
+    assert (choice.finish_reason, choice.message.content) == ('tool_calls', 'I go.')
+    assert ''.join(getattr(delta, 'reasoning_content', None) or '' for delta in deltas) == 'far'
+    assert [(call.function.name, json.loads(call.function.arguments))
+            for call in choice.message.tool_calls] == CALLS
+    assert len({call.id for call in choice.message.tool_calls}) == 2
+
+
+def test_a_raw_prompt_is_answered_as_it_comes(agent):
+    answer = agent.client().completions.create(model=MODEL, prompt='x')
+    assert answer.choices[0].text.startswith('<think>far</think>I go.<tool_call>')
+    status, _, answer = agent.request('POST', TEXT, {
+        'model': MODEL, 'prompt': 'x', 'tools': [TOOL]})
+    assert status == 400 and 'without the chat template' in answer['error']['message']
 
 
 def test_a_schema(rig):

@@ -1,11 +1,13 @@
 """Reports to messages: keys, numbers, levels."""
 
 from dataclasses import replace
+import json
 
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
+from physai_decode.request import Call
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 from physai_decode.ros import cdr
@@ -25,6 +27,7 @@ FOOTPRINT = Footprint(
     vocab_size=1000, eos_token_ids=(2,), read_weight_bytes=3 * 10**9,
     checkpoint_weight_bytes=4 * 10**9, layers=2, kv_heads=4, head_dim=64, kv_element_bytes=2,
     details={'kernels': 'triton', 'engine': 'other'})
+CALLS = (Call('call_1', 'go', {'a': 'ä"'}),)
 PEAK = Peak(300e9, 'datasheet')
 TOKEN = TokenReport(
     request_id=3, index=1, token_id=17, text='a', context_tokens=40, itl_ms=12.3456789,
@@ -36,7 +39,8 @@ TOKEN = TokenReport(
     (None, 'n/a'), ('', 'n/a'), ('word', 'word'), (0, '0'), (7, '7'), (10**12, '1000000000000'),
     (True, '1'), (False, '0'), (0.0, '0'), (1.0, '1'), (12.3456789, '12.3457'), (-0.25, '-0.25'),
     (0.0000123, '0.0000123'), (1e-12, '0'), (123456789.5, '123456789.5'),
-    (float('nan'), 'n/a'), (float('inf'), 'n/a'), (-float('inf'), 'n/a')])
+    (float('nan'), 'n/a'), (float('inf'), 'n/a'), (-float('inf'), 'n/a'), ('a\0b', 'a\ufffdb'),
+    ((), 'n/a'), (CALLS, json.dumps([CALLS[0].to_json()]))])
 def test_values_are_bare_decimal_numbers(value, text):
     """No exponent, no unit, no infinity."""
     assert messages.text_of(value) == text
@@ -47,13 +51,14 @@ def test_keys():
     assert messages.TOKEN_KEYS == (
         'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
         'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed', 'client_id',
-        'mask_ms', 'wait_ms')
+        'mask_ms', 'wait_ms', 'reasoning', 'tool_calls')
     assert messages.REQUEST_KEYS == (
         'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens',
         'queue_ms', 'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms',
         'itl_max_ms', 'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses',
         'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed', 'items',
-        'first_item_ms', 'paced', 'energy_j', 'j_per_token', 'power_w', 'refusal')
+        'first_item_ms', 'paced', 'energy_j', 'j_per_token', 'power_w', 'reasoning_tokens',
+        'refusal')
     assert messages.LATENCY_KEYS == (
         'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
         'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
@@ -98,7 +103,8 @@ def test_a_token_s_figures_read_back():
         'request_id': '3', 'index': '1', 'token_id': '17', 'context_tokens': '40',
         'itl_ms': '12.3457', 'device_ms': 'n/a', 'host_gap_ms': '-0.25',
         'publish_ms': '0.0000123', 'floor_ms': '10', 'r_floor': '0.81', 'bandwidth_gb_s': '243',
-        'deadline_missed': '1', 'client_id': 'n/a', 'mask_ms': 'n/a', 'wait_ms': 'n/a'}
+        'deadline_missed': '1', 'client_id': 'n/a', 'mask_ms': 'n/a', 'wait_ms': 'n/a',
+        'reasoning': 'n/a', 'tool_calls': 'n/a'}
     report = replace(TOKEN, index=0, itl_ms=None, deadline_missed=False, client_id='arm 7')
     status, = deserialize_message(write(report, '', 0), DiagnosticArray).status
     assert values(status)['client_id'] == 'arm 7'
@@ -110,7 +116,8 @@ def test_a_token_s_figures_read_back():
 def test_cdr_is_what_rclpy_writes(text):
     """At every length modulo the padding; bytes that only pad may differ."""
     assert deserialize_message(cdr.string(text), String) == String(data=text)
-    report = replace(TOKEN, token_id=len(text))
+    report = replace(TOKEN, token_id=len(text), reasoning=text,
+                     tool_calls=CALLS if len(text) > 2 else ())
     written = cdr.TokenStats(text).write(report, text, 10**18 + 1)
     expected = DiagnosticArray(status=[messages.status(
         f'{text}: token', messages.TOKEN_KEYS, report, message=text, level=messages.WARN)])

@@ -22,7 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode_msgs'
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.glob('*/*'))
-REASONS = {'stop', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error'}
+REASONS = {'stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected',
+           'error'}
 FIELD = re.compile(r'^(?P<kind>[\w/]+(\[\])?) +(?P<name>\w+)( +(?P<default>[^ =#]+))? *(#.*)?$')
 CONSTANT = re.compile(r'^string +[A-Z_]+ *= *"(\w+)"')
 
@@ -117,7 +118,8 @@ def test_a_goal_has_every_option_of_a_request():
 def test_a_result_has_every_figure_of_a_request():
     """And the finish reasons as constants."""
     result = fields(RESULT)
-    assert set(result) == (set(RequestReport.__dataclass_fields__) - {'client_id'}) | {
+    others = {'client_id', 'reasoning', 'tool_calls'}       # result_json has them
+    assert set(result) == (set(RequestReport.__dataclass_fields__) - others) | {
         'text', 'result_json'}
     assert constants(RESULT) == REASONS
     assert {name for name, (kind, _) in result.items() if kind == 'float64'} >= {
@@ -129,7 +131,8 @@ def test_a_token_has_figures_of_a_token():
     token, = map(fields, parts('msg/Token.msg'))
     assert set(token) - set(TokenReport.__dataclass_fields__) == {'header'}
     assert {'header', 'request_id', 'client_id', 'index', 'text', 'itl_ms', 'r_floor'} < set(token)
-    assert fields(FEEDBACK) == {'tokens': ('Token[]', ''), 'items_json': ('string[]', '')}
+    assert fields(FEEDBACK) == {'tokens': ('Token[]', ''), 'items_json': ('string[]', ''),
+                                'tool_calls_json': ('string[]', '')}
 
 
 def test_setup_leaves_the_package_alone():

@@ -1,7 +1,9 @@
 """The node's typed interfaces: ~/generate and ~/stamped_tokens."""
 
+import json
 import math
 
+from node_rig import Letters
 from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode.ros import cdr
@@ -10,6 +12,7 @@ from physai_decode.ros.topics import stream_qos
 from physai_decode.ros.typed import Generate
 from physai_decode.ros.typed import Token
 from physai_decode.ros.typed import unavailable
+from physai_decode.speech import Manner
 from physai_decode.timing import TokenReport
 import pytest
 import rclpy
@@ -25,12 +28,13 @@ def rig():
     """Give an active node, a client of its action, and what ~/stamped_tokens said."""
     rclpy.init()
     rig = Rig()
-    rig.stamped, rig.feedback = [], []
+    rig.stamped, rig.feedback, rig.called = [], [], []
     rig.probe.create_subscription(
         Token, '/decode/stamped_tokens', rig.stamped.append, stream_qos())
     rig.probe.create_subscription(
         Generate.Impl.FeedbackMessage, '/decode/generate/_action/feedback',
-        lambda message: rig.feedback.extend(message.feedback.tokens), stream_qos())
+        lambda message: (rig.feedback.extend(message.feedback.tokens),
+                         rig.called.extend(message.feedback.tool_calls_json)), stream_qos())
     rig.action = ActionClient(rig.probe, Generate, '/decode/generate')
     assert rig.change('configure', 'activate')
     assert rig.action.wait_for_server(PATIENCE_S)
@@ -85,6 +89,39 @@ def test_a_goal_is_refused_as_a_prompt_is(rig, fields, told):
     assert told in answer.result.message
 
 
+def test_thoughts_and_calls(rig, monkeypatch):
+    """Each goes its own way, in the feedback, on the topics and in the result."""
+    monkeypatch.setattr(Letters, 'manner', Manner('[THINK]', '[/THINK]', (), 'mistral_args'))
+    rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
+    rig.ask('x' * 20)
+    before = {name: len(rig.heard[name]) for name in ('result', 'response', 'token_stats')}
+    rig.stamped.clear(), rig.feedback.clear(), rig.called.clear()
+    tools = [{'type': 'function', 'function': {'name': 'GO'}}]
+    said = '[think]w\1[/think] ok. [tool_calls]go[args]{"a": 1}'
+    answer = rig.result(begin(rig, prompt=said, options_json=json.dumps({
+        'tools': tools})).get_result_async())
+    assert (answer.status, answer.result.finish_reason) == (SUCCEEDED, 'tool_calls')
+    assert answer.result.text == 'OK.'
+    assert answer.result.reasoning_tokens == len('[think]w.[/think]')
+    message = json.loads(answer.result.result_json)['choices'][0]['message']
+    assert (message['content'], message['reasoning_content']) == ('OK.', 'W\0')
+    call, = message['tool_calls']
+    assert call['function'] == {'name': 'GO', 'arguments': '{"A": 1}'}
+    rig.wait(lambda: len(rig.stamped) == len(said) == len(rig.feedback))
+    for tokens in (rig.stamped, rig.feedback):
+        assert ''.join(token.text for token in tokens) == 'OK.'
+        assert ''.join(token.reasoning for token in tokens) == 'W\ufffd'
+    rig.wait(lambda: all(len(rig.heard[name]) > count for name, count in before.items()))
+    assert [json.loads(each) for each in rig.called] == [call]
+    assert rig.heard['response'][-1].data == 'OK.'
+    rig.wait(lambda: len(rig.heard['token_stats']) == before['token_stats'] + len(said))
+    figures = [rig.values(each.status[0])
+               for each in rig.heard['token_stats'][before['token_stats']:]]
+    assert [json.loads(each['tool_calls']) for each in figures
+            if each['tool_calls'] != 'n/a'] == [[call]]
+    assert rig.values(rig.heard['request_stats'][-1].status[0])['finish_reason'] == 'tool_calls'
+
+
 def test_stamped_tokens(rig):
     rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
     rig.ask('x' * 20)               # by then the node has asked who listens
@@ -104,12 +141,13 @@ def test_stamped_tokens(rig):
 @pytest.mark.parametrize('text', ['', 'x', 'äöü', '🙂 '])
 def test_a_stamped_token_as_rclpy_reads_it(node, client_id, text):
     report = TokenReport(7, 3, 12, text, 40, 2.5, None, None, None, 1.0, 0.4, 3.0, True,
-                         client_id=client_id)
+                         client_id=client_id, reasoning=text[::-1])
     data = cdr.StampedToken(node).write(report, text, 1_700_000_000_123_456_789)
     token = deserialize_message(data, Token)
     assert (token.header.stamp.sec, token.header.stamp.nanosec) == (1_700_000_000, 123_456_789)
     assert (token.header.frame_id, token.request_id, token.client_id) == (node, 7, client_id)
     assert (token.index, token.token_id, token.text) == (3, 12, text)
+    assert token.reasoning == text[::-1]
     assert (token.itl_ms, token.r_floor, token.deadline_missed) == (2.5, 0.4, True)
     assert math.isnan(token.device_ms)
 

@@ -51,7 +51,8 @@ def test_a_result_is_a_chat_completion(active):
         'role': 'assistant', 'content': 'HELLO', 'reasoning_content': None, 'tool_calls': []}}
     assert result['usage'] == {
         'prompt_tokens': 5, 'completion_tokens': 5, 'total_tokens': 10,
-        'prompt_tokens_details': {'cached_tokens': 0}}
+        'prompt_tokens_details': {'cached_tokens': 0},
+        'completion_tokens_details': {'reasoning_tokens': 0}}
     figures = result['physai']
     assert (figures['finish_reason'], figures['seed'], figures['request_id']) == ('stop', 7, 1)
     assert figures['total_ms'] >= figures['ttft_ms'] > 0

@@ -4,6 +4,7 @@ import json
 import re
 import time
 
+from physai_decode.request import Call
 from physai_decode.request import Cancel
 from physai_decode.request import Message
 from physai_decode.request import parse
@@ -21,6 +22,17 @@ FULL = {
     'seed': 7, 'max_tokens': 12, 'stop': ['a', 'b'],
     'chat_template_kwargs': {'enable_thinking': False},
     'deadline': {'ttft_ms': 100, 'token_ms': 20.5, 'request_ms': 1000, 'action': 'truncate'}}
+
+TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
+    'type': 'object', 'properties': {'room': {'type': 'string'}}}}}
+CALL = {'id': 'call_1', 'type': 'function', 'function': {
+    'name': 'go_to', 'arguments': '{"room": "hall"}'}}
+WITH_TOOLS = {
+    'tools': [TOOL], 'tool_choice': 'required', 'thinking': {'max_tokens': 64}, 'messages': [
+        {'role': 'user', 'content': 'go'},
+        {'role': 'assistant', 'content': None, 'reasoning_content': 'where?',
+         'tool_calls': [CALL]},
+        {'role': 'tool', 'tool_call_id': 'call_1', 'name': 'go_to', 'content': 'done'}]}
 
 
 def read(**fields):
@@ -43,7 +55,7 @@ def test_every_field():
 
 
 @pytest.mark.parametrize('value', [
-    FULL, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}, {'raw_prompt': 'go'}])
+    FULL, WITH_TOOLS, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}, {'raw_prompt': 'go'}])
 def test_it_can_be_written_and_read_again(value):
     asked = parse(json.dumps(value))
     assert parse(json.dumps(asked.to_json())) == asked
@@ -139,8 +151,32 @@ def test_cancel():
     ({'structured_outputs': {'regex': 'a', 'grammar': 'b'}}, 'regex and grammar'),
     ({'structured_outputs': {'regex': 'a'}, 'response_format': {'type': 'json_object'}},
      'were both given'),
-    ({'tools': [{}]}, 'tools is [{}]: this version of the node does not support it'),
-    ({'tool_choice': 'required'}, "tool_choice is 'required'"),
+    ({'tools': {}}, 'tools is {}: expected a list'), ({'tools': [{}]}, 'tools[0] is {}: expected'),
+    ({'tools': [TOOL] * 129}, 'tools has 129 tools: allowed are 128'),
+    ({'tools': [TOOL, TOOL]}, 'tools has go_to twice'),
+    ({'tools': [{'type': 'function', 'function': {'name': 'a b'}}]},
+     "tools[0].function.name is 'a b': expected 1 to 64 letters"),
+    ({'tools': [{'type': 'function', 'function': {'name': 'a', 'parameters': []}}]},
+     'tools[0].function.parameters is []: expected an object'),
+    ({'tools': [{'type': 'function', 'function': {'name': 'a', 'strict': True}}]},
+     'the tool a is strict, which is kept only where'),
+    ({'tool_choice': 'required'}, "tool_choice is 'required', and there are no tools"),
+    ({'tools': [TOOL], 'tool_choice': 'always'}, "tool_choice is 'always': allowed are none, au"),
+    ({'tools': [TOOL], 'tool_choice': {'type': 'function', 'function': {'name': 'fly'}}},
+     "tool_choice.function.name is 'fly': the tools are go_to"),
+    ({'tools': [TOOL], 'response_format': {'type': 'json_object'}}, 'both have a form and call'),
+    ({'messages': [{'role': 'user', 'content': 'x', 'tool_calls': []}]},
+     "'messages[0].tool_calls' is no field of a message: allowed are role, content"),
+    ({'messages': [{'role': 'assistant', 'content': None, 'tool_calls': [CALL | {'type': 'x'}]}]},
+     "messages[0].tool_calls[0].type is 'x': allowed is function"),
+    ({'messages': [{'role': 'assistant', 'tool_calls': [
+        {'function': {'name': 'a', 'arguments': '[1]'}}]}]},
+     'messages[0].tool_calls[0].function.arguments is [1]: expected a JSON object, in a string'),
+    ({'messages': [{'role': 'assistant', 'tool_calls': [
+        {'function': {'name': 'a', 'arguments': '{'}}]}]},
+     'messages[0].tool_calls[0].function.arguments is no JSON'),
+    ({'thinking': {'max_tokens': -1}}, 'thinking.max_tokens is -1: allowed are 0 to'),
+    ({'thinking': {'tokens': 1}}, "'thinking.tokens' is no field of a request"),
     ({'cancel': True}, 'to cancel, send'), ({'cancel': False}, 'to cancel, send')])
 def test_a_wrong_field_is_named(fields, told):
     with pytest.raises(RequestError, match=re.escape(told)) as raised:
@@ -148,6 +184,31 @@ def test_a_wrong_field_is_named(fields, told):
     assert raised.value.client_id == 'mine'
     assert len(str(raised.value)) < 400
     str(raised.value).encode()              # else it could not be sent
+
+
+def test_tools_and_their_calls():
+    asked = parse(json.dumps(WITH_TOOLS))
+    assert asked.tools == asked.offered == asked.forced == (TOOL,)
+    assert asked.messages[1:] == (
+        Message('assistant', '', (Call('call_1', 'go_to', {'room': 'hall'}),), 'where?'),
+        Message('tool', 'done', tool_call_id='call_1', name='go_to'))
+    assert asked.to_json()['messages'][1]['tool_calls'] == [CALL]
+    assert asked.size > len(json.dumps(TOOL)) + len('go where? {"room": "hall"} done')
+
+
+def test_which_tools_are_told_of_and_which_have_to_be_called():
+    other = {'type': 'function', 'function': {'name': 'other'}}
+    tools = [TOOL, other]
+    assert read(tools=tools).offered == (TOOL, other)
+    assert read(tools=tools).forced == ()
+    assert read(tools=tools, tool_choice='none').offered == ()
+    named = read(tools=tools, tool_choice={'type': 'function', 'function': {'name': 'other'}})
+    assert (named.offered, named.forced) == ((TOOL, other), (other,))
+
+
+def test_an_answer_of_this_node_can_be_sent_back():
+    told = {'role': 'assistant', 'content': 'yes', 'reasoning_content': None, 'tool_calls': []}
+    assert read(messages=[told]).messages == (Message('assistant', 'yes'),)
 
 
 @pytest.mark.parametrize('value', ['', 'x' * 129, 7, ['x'], 'a\nb', 'a\0', '\ud800', True])

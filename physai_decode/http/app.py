@@ -214,7 +214,7 @@ async def _reply(asked: Asked, exchange: Exchange, send: Send) -> None:
     shape = asked.shape
     if asked.stream:
         pieces = exchange.pieces()
-        first = await anext(pieces, '')
+        first = await anext(pieces, None)
     report, text = (None, '') if asked.stream and first else await exchange.end()
     if report is not None and (error := openai.failure(report, text)):
         raise error

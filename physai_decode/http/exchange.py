@@ -8,9 +8,12 @@ the loop sends all that is there. A client that does not take its pieces loses i
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from physai_decode.host import Host
+from physai_decode.request import Call
 from physai_decode.request import Request
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
@@ -18,6 +21,14 @@ from physai_decode.timing import TokenReport
 
 PERIOD_S = 0.02         # a piece costs as much to send as some tokens, so they are sent together
 MOST_PIECES = 4096      # that may wait for the client
+
+
+class Piece(NamedTuple):
+    """What some tokens completed."""
+
+    content: str
+    reasoning: str
+    calls: tuple[tuple[int, Call], ...]     # of tools, each with its place among the answer's
 
 
 class Exchange:
@@ -32,7 +43,8 @@ class Exchange:
         self._host, self._stream, self._most = host, stream, most_pieces
         self._loop = asyncio.get_running_loop()
         self._number: int | None = None
-        self._pieces: deque[str] = deque()
+        self._pieces: deque[TokenReport] = deque()
+        self._calls = 0                         # of tools, given so far
         self._full = False
         self._woken = False                     # the loop is about to look
         self._news, self._ended = asyncio.Event(), asyncio.Event()
@@ -47,15 +59,16 @@ class Exchange:
         if self._end is None and self._number is not None:
             self._host.cancel(self._number, message=message)
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """Give the pieces of the answer as they come, some together, until it has ended."""
         while True:
             await self._news.wait()
             self._news.clear()
             self._woken = False
             ended = self._end is not None       # before the pieces: all of them are there, then
-            if text := ''.join(self._pieces.popleft() for _ in range(len(self._pieces))):
-                yield text
+            reports = [self._pieces.popleft() for _ in range(len(self._pieces))]
+            if any(each.text or each.reasoning or each.tool_calls for each in reports):
+                yield self._piece(reports)
             if ended:
                 return
             with suppress(asyncio.TimeoutError):
@@ -77,7 +90,7 @@ class Exchange:
             self._full = True
             self._call(self.cancel, f'its HTTP client did not take {self._most} tokens')
             return
-        self._pieces.append(report.text)
+        self._pieces.append(report)
         if not self._woken:
             self._woken = True
             self._call(self._news.set)
@@ -89,6 +102,14 @@ class Exchange:
         """Take the end."""
         self._end = report, text
         self._call(self._wake_all)
+
+    def _piece(self, reports: Sequence[TokenReport]) -> Piece:
+        """Put what tokens completed together."""
+        calls = tuple(enumerate(
+            (call for each in reports for call in each.tool_calls), self._calls))
+        self._calls += len(calls)
+        return Piece(''.join(each.text for each in reports),
+                     ''.join(each.reasoning for each in reports), calls)
 
     def _wake_all(self) -> None:
         self._ended.set()

@@ -16,8 +16,10 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from physai_decode.config import shown
+from physai_decode.http.exchange import Piece
 from physai_decode.request import Request
 from physai_decode.request import RequestError
+from physai_decode.result import ANSWERED
 from physai_decode.result import chat_completion
 from physai_decode.timing import RequestReport
 
@@ -100,9 +102,14 @@ class Shape(NamedTuple):
         if self.chat:
             yield self._chunk({'delta': {'role': 'assistant', 'content': ''}})
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, piece: Piece) -> dict[str, Any]:
         """Give a piece of the answer."""
-        return self._chunk({'delta': {'content': text}} if self.chat else {'text': text})
+        if not self.chat:
+            return self._chunk({'text': piece.content})
+        calls = [{'index': index, **call.to_json()} for index, call in piece.calls]
+        delta = {'reasoning_content': piece.reasoning, 'content': piece.content,
+                 'tool_calls': calls}
+        return self._chunk({'delta': {name: value for name, value in delta.items() if value}})
 
     def end(self, report: RequestReport, text: str) -> Iterator[dict[str, Any]]:
         """Give what comes after the last piece."""
@@ -167,7 +174,7 @@ def wrong(error: RequestError, body: Any) -> ApiError:
 
 def failure(report: RequestReport, text: str) -> ApiError | None:
     """Give what is answered where a request has no answer, None where it has one."""
-    if report.finish_reason in ('stop', 'length'):
+    if report.finish_reason in ANSWERED:
         return None
     if report.finish_reason == 'rejected':
         status, code = _REFUSALS[report.refusal or 'invalid']

@@ -2,7 +2,7 @@
 Ask a running node: send a request, print the answer as it comes, then its figures.
 
 The request has an id of its own, and only what bears that id is shown. The exit code is 0 for a
-complete answer, 3 for one that was cut off at a length limit, else 1.
+complete answer, also one that calls tools, 3 for one that was cut off at a length limit, else 1.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
-EXIT_CODES = {'stop': 0, 'length': 3}       # by finish reason; 1 for any other
+EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; 1 for any other
 UNHEARD = (': wait longer (--timeout), or where the node has that topic remapped, remap it here '
            'too (--ros-args -r /diagnostics:=...)')
 
@@ -61,6 +61,8 @@ class Asker(Node):
         self.show: Callable[[str], None] = lambda piece: None   # of the answer
         self.state = ''                     # the node's, once its diagnostics came
         self.pieces: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[dict[str, Any]] = []       # of tools
         self.stats: dict[str, str] = {}     # the request's figures, once it has ended
         self.reason = ''
 
@@ -82,6 +84,10 @@ class Asker(Node):
             if int(values['index']) != len(self.pieces):
                 raise AskError(f'token {len(self.pieces)} of the answer was lost')
             self.pieces.append(status.message)
+            if values['reasoning'] != NOT_KNOWN:
+                self.thoughts.append(values['reasoning'])
+            if values['tool_calls'] != NOT_KNOWN:
+                self.calls += json.loads(values['tool_calls'])
             self.show(status.message)
 
     def _on_request(self, message):
@@ -158,11 +164,14 @@ def main(args: list[str] | None = None) -> int:
     try:
         if arguments.json:
             print(json.dumps({
-                'text': ''.join(asker.pieces), 'error': failure,
+                'text': ''.join(asker.pieces), 'reasoning': ''.join(asker.thoughts),
+                'tool_calls': asker.calls, 'error': failure,
                 **{key: _number(value) for key, value in asker.stats.items()}},
                 ensure_ascii=False))
         elif asker.stats:
             print('\n' if asker.pieces else '', end='\n')
+            for call in asker.calls:
+                print(f'{call["function"]["name"]} {call["function"]["arguments"]}')
             for key, value in asker.stats.items():
                 print(f'{key:24}{value}')
         sys.stdout.flush()

@@ -22,8 +22,9 @@ from physai_decode.request import is_client_id
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
+from physai_decode.result import ANSWERED
 from physai_decode.result import chat_completion
-from physai_decode.ros.topics import NUL
+from physai_decode.ros.messages import sendable
 from physai_decode.ros.topics import stream_qos
 from physai_decode.ros.typed import Generate
 from physai_decode.ros.typed import Token
@@ -43,7 +44,6 @@ from rclpy.qos import QoSProfile
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
 POLL_S = 0.001
 STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
-SUCCEEDED = ('stop', 'length')  # finish reasons
 _T = TypeVar('_T')
 
 
@@ -139,7 +139,7 @@ class GenerateServer:
             del self._goals[goal.key]
         report, text = goal.end
         message = result(report, text, self._host.config.model.path)
-        if report.finish_reason in SUCCEEDED:
+        if report.finish_reason in ANSWERED:
             self._set(handle, handle.succeed)
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
             self._set(handle, handle.canceled)
@@ -204,7 +204,8 @@ class GenerateServer:
     def _feedback(self, tokens: list[tuple[int, TokenReport]], items: list[str]) -> Any:
         simulated = self._clock.ros_time_is_active
         now_ns = self._clock.now().nanoseconds if simulated else 0
-        return Generate.Feedback(items_json=items, tokens=[
+        calls = [json.dumps(call.to_json()) for _, report in tokens for call in report.tool_calls]
+        return Generate.Feedback(items_json=items, tool_calls_json=calls, tokens=[
             token(report, now_ns if simulated else known_ns, self._source)
             for known_ns, report in tokens])
 
@@ -242,7 +243,7 @@ class _Goal:
     def token(self, report: TokenReport) -> None:
         """Keep a token for the next batch; in the decode thread, so no more than that."""
         self._tokens.append((time.time_ns(), report))
-        self._wake()
+        self._wake(bool(report.tool_calls))
 
     def item(self, report: ItemReport) -> None:
         """Keep an element's JSON form; it waits for no further token."""
@@ -323,7 +324,8 @@ def token(report: TokenReport, known_ns: int, source: str) -> Any:
     """
     message = Token(
         request_id=report.request_id, client_id=report.client_id, index=report.index,
-        token_id=report.token_id, text=_text(report.text), itl_ms=_number(report.itl_ms),
+        token_id=report.token_id, text=sendable(report.text),
+        reasoning=sendable(report.reasoning), itl_ms=_number(report.itl_ms),
         device_ms=_number(report.device_ms), r_floor=_number(report.r_floor),
         deadline_missed=report.deadline_missed)
     message.header.stamp.sec, message.header.stamp.nanosec = divmod(known_ns, 10**9)
@@ -334,20 +336,15 @@ def token(report: TokenReport, known_ns: int, source: str) -> Any:
 def result(report: RequestReport, text: str, model: str) -> Any:
     """Give the result of a goal; each of its fields bears the name of the report's."""
     message = Generate.Result(
-        text=_text(text), result_json=json.dumps(chat_completion(report, text, model)))
+        text=sendable(text), result_json=json.dumps(chat_completion(report, text, model)))
     for name, kind in message.get_fields_and_field_types().items():
         value = getattr(report, name, None)
         if kind == 'double':
             setattr(message, name, _number(value))
         elif value is not None:             # else the message's default: -1, not known
-            setattr(message, name, _text(value) if kind == 'string' else value)
+            setattr(message, name, sendable(value) if kind == 'string' else value)
     return message
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _text(text: str) -> str:
-    """Give a text that rclpy sends whole: it ends a string at a NUL."""
-    return text.replace('\0', NUL)

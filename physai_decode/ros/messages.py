@@ -7,6 +7,7 @@ what is not known is ``n/a``. It knows nothing of publishers, threads or clocks.
 
 from collections.abc import Mapping
 from dataclasses import fields
+import json
 from math import isfinite
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
 ERROR = DiagnosticStatus.ERROR
 NOT_KNOWN = 'n/a'
+NUL = '\ufffd'                   # what is sent in its place
 
 
 def _keys(report: type, *others: str) -> tuple[str, ...]:
@@ -35,7 +37,7 @@ def _keys(report: type, *others: str) -> tuple[str, ...]:
 
 
 TOKEN_KEYS = _keys(TokenReport, 'text')
-REQUEST_KEYS = _keys(RequestReport, 'message')
+REQUEST_KEYS = _keys(RequestReport, 'message', 'reasoning', 'tool_calls')
 BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
     'peak_source', 'host_gap_ms', 'verdict', 'no_floor', 'mask_ms')
@@ -52,7 +54,7 @@ MODEL_KEYS = (
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
     'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
-    'end_tokens', 'checkpoint_sampling')
+    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers')
 GENERATE_ACTION = unavailable or 'available'
 FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
 
@@ -61,7 +63,7 @@ def text_of(value: Any) -> str:
     """
     Write one value as it stands in a message.
 
-    :param value: a number, a word, a truth value (1 or 0) or None.
+    :param value: a number, a word, a truth value (1 or 0), calls of tools or None.
     :returns: a decimal number of six significant digits without exponent, the word itself, or
         ``n/a`` for None, an empty word and what is not finite.
     """
@@ -69,9 +71,16 @@ def text_of(value: Any) -> str:
         if 1e-4 <= value < 1e6:
             return f'{value:.6g}'
         return f'{value:.9f}'.rstrip('0').rstrip('.') if isfinite(value) else NOT_KNOWN
-    if value is None or value == '':
+    if value is None or value == '' or value == ():
         return NOT_KNOWN
-    return value if isinstance(value, str) else str(int(value))
+    if isinstance(value, tuple):
+        return json.dumps([call.to_json() for call in value])
+    return sendable(value) if isinstance(value, str) else str(int(value))
+
+
+def sendable(text: str) -> str:
+    """Give a text that rclpy sends whole: it ends a string at a NUL."""
+    return text.replace('\0', NUL)
 
 
 def status_name(node: str, task: str) -> str:

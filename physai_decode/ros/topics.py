@@ -32,7 +32,6 @@ from std_msgs.msg import String
 
 STREAM_DEPTH = 4096
 ASK_EVERY = 16                  # tokens
-NUL = '\ufffd'
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY,
             QoSPolicyKind.DURABILITY)
 
@@ -96,7 +95,7 @@ class Topics:
         Figures that nobody hears are not even written. Who hears is asked now and then, as it
         takes as long as publishing: one who comes in mid-answer may miss that many tokens.
         """
-        text = report.text.replace('\0', NUL)
+        text = messages.sendable(report.text)
         if report.index % ASK_EVERY == 0:
             self._heard = [publisher is not None and _is_heard(publisher) for publisher in (
                 self._token_stats, self._itl_ms, self._r_floor, self._stamped_tokens)]
@@ -132,7 +131,7 @@ class Topics:
         result = _json(chat_completion(report, text, self._model()))
         with self._ending:
             if report.finish_reason != 'rejected':
-                self._response.publish(String(data=text.replace('\0', NUL)))
+                self._response.publish(String(data=messages.sendable(text)))
             self._request_stats.publish(self._array([status]))
             self._result.publish(result)
         self._finished(report)

@@ -1,0 +1,133 @@
+"""Answers that have to call a tool do, on models that would say anything."""
+
+from pathlib import Path
+
+import jsonschema
+from physai_decode import checkpoint
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.constraint import ConstraintError
+from physai_decode.constraint import Vocabulary
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.engines.native.engine import NativeEngine
+from physai_decode.request import Calls
+from physai_decode.request import Form
+from physai_decode.speech import Kind
+from physai_decode.speech import Manner
+from physai_decode.speech import Speech
+from physai_decode.speech import Thought
+from physai_decode.tool_forms import FORMS
+import pytest
+import random_model
+from tokenizers import AddedToken
+from tokenizers import Tokenizer
+
+TOKENIZER = Path(checkpoint.__file__).parent / 'models' / 'tiny_planner' / 'tokenizer.json'
+END, SIZE = 2, 1040
+SAMPLINGS = [SamplingConfig(max_new_tokens=160),
+             SamplingConfig(max_new_tokens=160, temperature=1.0, top_p=0.95, seed=3)]
+TOOLS = tuple({'type': 'function', 'function': {'name': name, 'parameters': parameters}}
+              for name, parameters in (
+    ('go_to', {'type': 'object', 'properties': {
+        'room': {'enum': ['hall', 'kitchen']}, 'speed': {
+            'type': 'integer', 'minimum': 0, 'maximum': 9}}, 'required': ['room', 'speed']}),
+    ('pick', {'properties': {'object': {'type': 'string', 'pattern': '^[a-z"]{1,8}$'}},
+              'required': ['object'], 'additionalProperties': False}),
+    ('wait', {})))
+THOUGHTS = '<think>', '</think>'
+OWN = ('<tool_call>', '</tool_call>', '[TOOL_CALLS]', '[ARGS]')
+
+
+def tokenizer_with(*names):
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    return tokenizer
+
+
+@pytest.fixture(scope='module')
+def loop(tmp_path_factory):
+    folder = random_model.save(tmp_path_factory.mktemp('model'), 'llama', 5, vocab_size=SIZE)
+    loop = DecodeLoop(NativeEngine(checkpoint.inspect(folder), EngineConfig(
+        device='cpu', dtype='float32'), lambda text: None))
+    yield loop
+    loop.engine.close()
+
+
+def answered(loop, tokenizer, form, sampling, prompt, thought=None):
+    """Give an answer's text, and whether it ended by itself."""
+    vocabulary = Vocabulary(tokenizer, SIZE, (END,))
+    constraint = vocabulary.constraint(form, thought)
+    ids = [id_ for step in loop.stream(prompt, sampling, constraint) for id_ in step.token_ids]
+    return tokenizer.decode([id_ for id_ in ids if id_ != END], skip_special_tokens=False), \
+        constraint.ended or END in ids
+
+
+@pytest.mark.parametrize('added', [(), OWN], ids=['text', 'tokens'])
+@pytest.mark.parametrize('form', FORMS)
+def test_what_has_to_be_a_call_is_one(loop, form, added):
+    tokenizer, ends = tokenizer_with(*added), 0
+    for index, sampling in enumerate(SAMPLINGS * 3):
+        for tool in (*TOOLS, None):
+            calls = Calls(form, TOOLS if tool is None else (tool,), tool is not None)
+            text, ended = answered(loop, tokenizer, Form('calls', calls, 'tool_choice'), sampling,
+                                   (5, 6, 7 + index))
+            speech = Speech(Manner(form=form), [each['function']['name'] for each in TOOLS])
+            parts = speech.push(text) + speech.flush()
+            found = [part.call for part in parts if part.kind is Kind.CALL]
+            schemas = {each['function']['name']: each['function']['parameters']
+                       for each in calls.tools}
+            for call in found:
+                jsonschema.Draft202012Validator(schemas[call.name]).validate(call.arguments)
+            if tool is not None:
+                assert ended
+                assert len(found) == 1
+            if ended:
+                assert found
+                assert {part.kind for part in parts} == {Kind.CALL}
+            ends += ended
+    assert ends >= 18
+
+
+@pytest.mark.parametrize('added', [(), THOUGHTS], ids=['text', 'tokens'])
+@pytest.mark.parametrize('form', [
+    Form('json_schema', {'type': 'boolean'}, 'it'), Form('regex', '[0-9]{3}', 'it'),
+    Form('choice', ['yes', 'no'], 'it'), Form('grammar', 'root ::= "go" | "stop"', 'it'),
+    Form('calls', Calls('hermes', TOOLS[1:2], True), 'it')], ids=lambda form: form.kind)
+def test_a_form_begins_after_the_thought(form, added):
+    tokenizer = tokenizer_with(*added)
+    vocabulary = Vocabulary(tokenizer, SIZE, (END,))
+    plain = vocabulary.constraint(form).mask()
+    for thought, said in ((Thought(*THOUGHTS, True), 'so\n</think>\n\n'),
+                          (Thought(*THOUGHTS, False), '<think>\nso\n</think>\n\n'),
+                          (Thought(*THOUGHTS, False), '')):
+        constraint = vocabulary.constraint(form, thought)
+        for id_ in tokenizer.encode(said, add_special_tokens=False).ids:
+            mask = constraint.mask()
+            assert mask[id_ >> 3] >> (id_ & 7) & 1, (said, id_)
+            assert not mask[END >> 3] >> (END & 7) & 1
+            constraint.accept(id_)
+        after = constraint.mask()
+        lost = [byte & ~other for byte, other in zip(plain, after)]
+        assert not any(lost)
+        if said:                    # a blank more may come, and no thought
+            assert sum(byte.bit_count() for byte in after) <= \
+                sum(byte.bit_count() for byte in plain) + 120
+
+
+def test_a_random_thought_does_not_break_the_form(loop):
+    tokenizer = tokenizer_with(*THOUGHTS)
+    for index in range(6):
+        text, ended = answered(
+            loop, tokenizer, Form('choice', ['yes', 'no'], 'it'),
+            SamplingConfig(max_new_tokens=400, temperature=3.0, seed=index), (5, 6),
+            Thought(*THOUGHTS, True))
+        thought, _, said = text.partition('</think>')
+        assert not ended or said.strip() in ('yes', 'no')
+
+
+def test_parameters_that_are_not_enforced_are_named():
+    tool = {'type': 'function', 'function': {'name': 'a', 'parameters': {
+        'type': 'object', 'not': {}}}}
+    with pytest.raises(ConstraintError, match=r'tools\[0\].function.parameters has the key'):
+        Vocabulary(tokenizer_with(), SIZE, (END,)).constraint(
+            Form('calls', Calls('hermes', (tool,), True), 'tool_choice'))

@@ -1,0 +1,198 @@
+"""Tools, their calls and results in chat templates in the style of each family."""
+
+import json
+
+from physai_decode.config import ChatConfig
+from physai_decode.request import Call
+from physai_decode.request import Message
+from physai_decode.text import Text
+from physai_decode.text_process import TextProcess
+from physai_decode.tokenizer_files import TextError
+import pytest
+from test_text import qwen_like
+from tokenizers import AddedToken
+
+TOOL = {'type': 'function', 'function': {'name': 'go_to', 'description': 'Drive <there>.',
+        'parameters': {'type': 'object', 'properties': {'room': {'type': 'string'}}}}}
+BEGIN = "<|im_start|>{{ m['role'] }}\n"
+ANSWER = '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+THOUGHT = (
+    "{% set said = m['content'] %}{% if m['reasoning_content'] is string %}"
+    "{% set why = m['reasoning_content'] %}{% elif '</think>' in said %}"
+    "{% set why = said.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set said = said.split('</think>')[-1].lstrip() %}{% else %}{% set why = '' %}{% endif %}"
+    "{% if loop.last and why %}<think>\n{{ why.strip() }}\n</think>\n\n{% endif %}{{ said }}")
+QWEN = (
+    '{% if tools %}<|im_start|>system\n# Tools\n{% for tool in tools %}{{ tool | tojson }}\n'
+    '{% endfor %}Answer with <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
+    '<|im_end|>\n{% endif %}{% for m in messages %}'
+    "{% if m['role'] == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m['content'] }}\n"
+    '</tool_response><|im_end|>\n{% else %}' + BEGIN + THOUGHT +
+    "{% for call in m['tool_calls'] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {% if call.function.arguments is string %}'
+    '{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}}'
+    '\n</tool_call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}' + ANSWER)
+SMOLLM = (
+    '{% if tools %}<|im_start|>system\n<tools>{{ tools | tojson }}</tools> Call them within '
+    '<tool_call></tool_call>, or in Python within <code></code>.<|im_end|>\n{% endif %}'
+    '{% for m in messages %}' + BEGIN + "{{ m['content'] }}<|im_end|>\n{% endfor %}" + ANSWER)
+LLAMA = (
+    '{% if tools %}<|im_start|>system\nRespond with {"name": function name, "parameters": '
+    'dictionary of argument name and its value}.\n{% for tool in tools %}'
+    '{{ tool | tojson(indent=4) }}{% endfor %}<|im_end|>{% endif %}{% for m in messages %}'
+    "{% if m['tool_calls'] %}{% if m['tool_calls'] | length != 1 %}{{ raise_exception('one') }}"
+    "{% endif %}{% set call = m['tool_calls'][0].function %}<|im_start|>assistant\n"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|im_end|>'
+    "{% elif m['role'] == 'tool' %}<|im_start|>ipython\n{% if m['content'] is mapping or "
+    "m['content'] is iterable %}{{ m['content'] | tojson }}{% endif %}<|im_end|>"
+    '{% else %}' + BEGIN + "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}" + ANSWER)
+MISTRAL = (
+    '{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}'
+    "{% for m in messages %}{% if m['tool_calls'] %}[TOOL_CALLS] ["
+    "{% for call in m['tool_calls'] %}{% if call.id | length != 9 %}"
+    "{{ raise_exception('an id has 9 characters') }}{% endif %}"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, '
+    '"id": "{{ call.id }}"}{{ ", " if not loop.last }}{% endfor %}]<|im_end|>'
+    "{% elif m['role'] == 'tool' %}[TOOL_RESULTS] {\"content\": {{ m['content'] | tojson }}, "
+    '"call_id": "{{ m["tool_call_id"] }}"}[/TOOL_RESULTS]{% else %}' + BEGIN
+    + "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}" + ANSWER)
+ARGS = (
+    '{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}' + BEGIN
+    + "{{ m['content'] }}{% for call in m['tool_calls'] %}[TOOL_CALLS]{{ call.function.name }}"
+    '[ARGS]{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}' + ANSWER)
+# A template that joins the arguments to other texts, so that they have to be one.
+JOINS = QWEN.replace(
+    '{% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}'
+    '{{ call.function.arguments | tojson }}{% endif %}', "{{ '' + call.function.arguments }}")
+FAMILIES = {'qwen': (QWEN, 'hermes'), 'joins': (JOINS, 'hermes'), 'smollm': (SMOLLM, 'smollm3'),
+            'llama': (LLAMA, 'llama3'), 'mistral': (MISTRAL, 'mistral_list'),
+            'args': (ARGS, 'mistral_args')}
+OTHER = QWEN.replace('{"name": "{{ call.function.name }}", "arguments": ',
+                     '<function={{ call.function.name }}>').replace(
+    '{{ call.function.arguments | tojson }}', '{{ call.function.arguments.values() | list }}')
+
+
+def model(template):
+    tokenizer = qwen_like()
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in (
+        '<think>', '</think>', '<tool_call>', '</tool_call>')])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(room='hall', result='There.', call_id='call_a'):
+    return [Message('user', 'go'),
+            Message('assistant', '', (Call(call_id, 'go_to', {'room': room, 'n': 1}),)),
+            Message('tool', result, tool_call_id=call_id)]
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_form_of_calls_is_found(family):
+    template, form = FAMILIES[family]
+    assert Text(model(template), ChatConfig()).manner.form == form
+
+
+@pytest.mark.parametrize(('template', 'reason'), [
+    (SMOLLM.replace('if tools', 'if nothing'), 'the chat template leaves them out'),
+    (QWEN.replace('# Tools', "{{ raise_exception('no tools') }}"), 'refuses tools: no tools'),
+    (OTHER, 'in a form that is not known: known are hermes')])
+def test_a_template_that_takes_no_tools(template, reason):
+    text = Text(model(template), ChatConfig())
+    assert text.manner.form == ''
+    assert reason in text.manner.reason
+    with pytest.raises(TextError, match='tools can not be used: the chat template'):
+        text.encode([Message('user', 'go')], tools=[TOOL])
+
+
+def test_without_a_template_there_are_no_tools():
+    text = Text(model(QWEN), ChatConfig(template='off'))
+    assert 'there is no chat template' in text.manner.reason
+    assert (text.manner.opens, text.manner.markers(False)) == ('', ())
+    with pytest.raises(TextError, match='tool_calls can not be used'):
+        text.encode(conversation())
+
+
+@pytest.mark.parametrize('family', ['qwen', 'joins', 'llama', 'mistral', 'args'])
+@pytest.mark.parametrize(('room', 'result'), [
+    ('hall', 'There.'), ('a "hall" \\ of\nä', '{"ok": "yes"}\n\\'), (' ', ' two '), ('', '7')])
+def test_a_call_and_its_result_are_what_the_library_makes(family, room, result):
+    tokenizer = model(FAMILIES[family][0])
+    arguments = {'room': room, 'n': 1}
+    shown = [
+        {'role': 'user', 'content': 'go'},
+        {'role': 'assistant', 'content': '', 'tool_calls': [
+            {'id': '000000001', 'type': 'function', 'function': {
+                'name': 'go_to', 'arguments': json.dumps(arguments, ensure_ascii=False)
+                if family == 'joins' else arguments}}]},
+        {'role': 'tool', 'content': result, 'tool_call_id': '000000001'}]
+    for tools in ([], [TOOL]):
+        expected = tokenizer.apply_chat_template(
+            shown, tools=tools or None, add_generation_prompt=True)['input_ids']
+        assert Text(tokenizer, ChatConfig()).encode(
+            conversation(room, result), tools=tools) == expected
+
+
+def test_calls_that_the_template_leaves_out_are_written_into_the_text():
+    tokenizer = model(SMOLLM)
+    ids = Text(tokenizer, ChatConfig()).encode(conversation())
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "go_to", "arguments": {"room": "hall", ' \
+        '"n": 1}}\n</tool_call><|im_end|>' in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_no_argument_or_result_yields_a_special_token(family):
+    tokenizer = model(FAMILIES[family][0])
+    text = Text(tokenizer, ChatConfig())
+    specials = set(tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>']))
+
+    def of(*texts):
+        ids = text.encode(conversation(*texts), tools=[TOOL])
+        return [id_ for id_ in ids if id_ in specials]
+
+    for said in ('<|im_end|>', 'a<|im_start|>system\n', '"<|im_end|>"', '<|im_\\"end|>'):
+        assert of(said, said) == of()
+    with pytest.raises(TextError, match=r"tools hold '<\|im_end\|>', a special token"):
+        text.encode([Message('user', 'go')], tools=[
+            {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
+
+
+@pytest.mark.parametrize(('reasoning', 'content'), [
+    ('why', 'yes'), ('', '<think>\nwhy</think>yes')])
+def test_thoughts_of_earlier_answers(reasoning, content):
+    """As the template wants: here only the last one's, wherever the client has it."""
+    tokenizer = model(QWEN)
+    text = Text(tokenizer, ChatConfig())
+    said = Message('assistant', content, reasoning_content=reasoning)
+    assert '<think>\nwhy\n</think>\n\nyes<|im_end|>' in tokenizer.decode(
+        text.encode([Message('user', 'go'), said]))
+    called = said._replace(tool_calls=conversation()[1].tool_calls)
+    for after in ([Message('user', 'go')], [Message('tool', 'x', tool_call_id='call_a')]):
+        whole = tokenizer.decode(text.encode([Message('user', 'go'), called, *after]))
+        assert 'why' not in whole
+        assert 'assistant\nyes<tool_call>' in whole
+
+
+def test_a_template_of_its_own_for_tools():
+    tokenizer = model({'default': SMOLLM.replace('if tools', 'if nothing'), 'tool_use': QWEN})
+    text = Text(tokenizer, ChatConfig())
+    assert text.manner.form == 'hermes'
+    assert '# Tools' in tokenizer.decode(text.encode([Message('user', 'go')], tools=[TOOL]))
+    assert '# Tools' not in tokenizer.decode(text.encode([Message('user', 'go')]))
+
+
+def test_the_child_process_gives_the_same(tmp_path):
+    tokenizer = model(QWEN.replace('<|im_start|>assistant\n{% endif %}',
+                                   '<|im_start|>assistant\n<think>\n{% endif %}'))
+    tokenizer.save_pretrained(tmp_path)
+    text, process = Text(tokenizer, ChatConfig()), TextProcess(str(tmp_path), ChatConfig())
+    try:
+        assert process.manner == text.manner
+        ids = process.encode(conversation(), tools=[TOOL])
+        assert ids == text.encode(conversation(), tools=[TOOL])
+        assert process.manner.is_inside(process.tail(ids)) is True
+        assert tokenizer.decode(process.manner.close_ids) == '\n</think>\n\n'
+        special = tokenizer.convert_tokens_to_ids('<|im_end|>')
+        assert process.detokenizer(()).push(special) == ''
+        assert process.detokenizer((), ['<|im_end|>', '[NONE]']).push(special) == '<|im_end|>'
+    finally:
+        process.close()
