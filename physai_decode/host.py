@@ -78,6 +78,10 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         text = TextProcess(
             str(model.folder), config.chat, model.vocab_size, model.eos_token_ids)
         undo.callback(text.close)
+        plain = [str(id_) for id_ in model.eos_token_ids if id_ not in text.end_ids]
+        if plain:
+            progress(f'no end of an answer: {", ".join(plain)}, which eos_token_id names and '
+                     'tokenizer.json does not list under added_tokens')
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))

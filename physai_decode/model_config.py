@@ -39,7 +39,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     'rope_theta': (1, 1e30), 'factor': (0, 1e6), 'original_max_position_embeddings': (0, 2**40),
     'low_freq_factor': (0, 1e6), 'high_freq_factor': (0, 1e6), 'beta_fast': (0, 1e6),
     'beta_slow': (0, 1e6), 'attention_factor': (0, 1e6), 'mscale': (0, 1e6),
-    'mscale_all_dim': (0, 1e6)}
+    'mscale_all_dim': (0, 1e6), 'query_pre_attn_scalar': (0, 1e6),
+    'sliding_window_pattern': (1, 10**4), 'rope_local_base_freq': (1, 1e30),
+    'partial_rotary_factor': (0, 1), 'no_rope_layer_interval': (1, 10**4),
+    'embedding_multiplier': (0, 1e6), 'residual_multiplier': (0, 1e6),
+    'attention_multiplier': (0, 1e6), 'logits_scaling': (0, 1e6),
+    'llama_4_scaling_beta': (0, 1e6)}
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -149,15 +154,16 @@ class Rope:
         return number({'rope_theta': theta}, 'rope_theta', float)
 
     @property
-    def partial(self) -> bool:
-        """Whether a part of each head is left as it is."""
-        return self._rope.get('partial_rotary_factor', self._config.get(
-            'partial_rotary_factor', 1.0)) != 1.0
+    def partial(self) -> float:
+        """Which part of each head turns; the rest is left as it is."""
+        key = 'partial_rotary_factor'
+        return number({key: self._rope.get(key, self._config.get(key, 1.0))}, key, float)
 
     @property
     def factor(self) -> float:
-        """By how much the context is stretched; of yarn null says it by the two limits."""
-        if self.kind == 'yarn' and self._rope.get('factor', ...) is None:
+        """By how much the context is stretched; else the two limits say it."""
+        by_limits = {'yarn': ..., 'longrope': None}.get(self.kind, 0)
+        if by_limits != 0 and self._rope.get('factor', by_limits) is None:
             return number(self._config, 'max_position_embeddings') / self.original_context
         return number(self._rope, 'factor', float)
 
@@ -165,7 +171,7 @@ class Rope:
     def original_context(self) -> float:
         """Tokens of context before that."""
         key = 'original_max_position_embeddings'
-        if self.kind == 'yarn' and not self._rope.get(key):
+        if self.kind in ('yarn', 'longrope') and not self._rope.get(key):
             return number(self._config, 'max_position_embeddings')
         return number(self._rope, key, float)
 
@@ -200,11 +206,20 @@ class Rope:
         """Of yarn: whether the two are rounded to whole dimensions."""
         return bool(self._rope.get('truncate', True))
 
+    def by_wave(self, key: str, waves: int) -> tuple[float, ...]:
+        """Of longrope: ``short_factor`` or ``long_factor``, by which each wave is stretched."""
+        factors = self._rope.get(key)
+        if not isinstance(factors, list) or len(factors) != waves:
+            raise ValueError(f'{key} is {repr(factors)}, not a list of {waves} numbers')
+        return tuple(number({'factor': each}, 'factor', float) for each in factors)
+
     @property
     def attention_factor(self) -> float:
-        """Of yarn: what cosine and sine are multiplied by."""
+        """Of yarn and longrope: what cosine and sine are multiplied by."""
         if self._rope.get('attention_factor') is not None:
             return number(self._rope, 'attention_factor', float)
+        if self.kind == 'longrope':
+            return math.sqrt(1 + math.log(max(1.0, self.factor)) / math.log(self.original_context))
         if self._rope.get('mscale') and self._rope.get('mscale_all_dim'):
             return self._magnitude(number(self._rope, 'mscale', float)) / self._magnitude(
                 number(self._rope, 'mscale_all_dim', float))
@@ -236,6 +251,16 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if kinds is None:
         first = number(config, 'max_window_layers')
         return tuple(window if index >= first else 0 for index in range(layers))
+    return windows_by_kind(kinds, layers, window)
+
+
+def windows_by_kind(kinds: Any, layers: int, window: int) -> tuple[int, ...]:
+    """
+    Give for each layer how many tokens it sees back; 0: all.
+
+    :param kinds: what a config has as ``layer_types``.
+    :raises ValueError: it is no list of the kinds of so many layers.
+    """
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f'layer_types is {repr(kinds)}, not a list for {layers} layers')
     known = {'sliding_attention': window, 'full_attention': 0}

@@ -8,6 +8,7 @@ chosen in the process.
 import re
 import sys
 
+from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import kernels
@@ -50,31 +51,57 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp3
             signature[name] = '*' + kinds.get(name, 'fp32').format(half=half)
             attributes[(index,)] = [['tt.divisibility', 16]]
     assert not constants, f'{kernel} has no {", ".join(constants)}'
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {'num_warps': warps, 'launch_pdl': capability >= 90}
+    source = ASTSource(kernel, *_described(kernel, signature, values, attributes))
+    options = {'num_warps': warps, **({'launch_pdl': True} if launches_early(capability) else {})}
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+
+
+def _described(kernel, signature, values, attributes):
+    """Give signature, values and attributes as this version of Triton takes them."""
+    if compiler.VERSION >= (3, 3):
+        return signature, values, attributes
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: kind for name, kind in signature.items() if kind != 'constexpr'}
+    values = {names[index]: value for (index,), value in values.items()}
+    divisible = [index for (index,) in attributes]
+    if compiler.VERSION == (3, 2):
+        from triton.backends.compiler import AttrsDescriptor
+        return signature, values, AttrsDescriptor.from_dict({
+            'arg_properties': {'tt.divisibility': divisible, 'tt.equal_to': []},
+            'cls': 'AttrsDescriptor'})
+    from triton.compiler import AttrsDescriptor
+    signature = {names.index(name): kind for name, kind in signature.items()}
+    values = {names.index(name): value for name, value in values.items()}
+    return signature, values, AttrsDescriptor(divisible_by_16=set(divisible))
+
+
+def launches_early(capability):
+    """Say whether the engine would have kernels start early on such a chip."""
+    return compiler.KNOWS_EARLY and capability >= 90
 
 
 def main():
     """Compile all, in the forms that the engine launches."""
     capability = int(sys.argv[1])
-    early = capability >= 90
+    early = launches_early(capability)
     for half in ('fp16', 'bf16') if capability >= 80 else ('fp16',):
         def build(kernel, capability=capability, half=half, **constants):
             return compiled(kernel, capability, half, EARLY=early, **constants)
 
-        build(kernels._embed, BLOCK=1024)
+        build(kernels._embed, BLOCK=1024, SCALE=1.0)
+        build(kernels._add_normed, K=1152, WIDE=2048, BLOCK=512)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
                  GROUP=128, ZEROS=True)
         build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
-        for norm in (True, False):
-            build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=128,
-                  DIMS=128, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm)
+        for norm, dim in ((True, 128), (False, 128), (True, 256)):
+            build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
+                  DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
+                  LENGTH=16384)
         for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
             made = build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
                          ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages,
-                         NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+                         NORM=gated, GATED=gated, GELU=gated, ADD=not gated, BIAS=gated)
             if early:
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
@@ -83,11 +110,11 @@ def main():
                 made = build(
                     kernels._int4, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
                     BLOCKS=7, GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages, GATED=gated,
-                    ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
+                    GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
                 # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
                 wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
-                if capability >= 80 and stages == 1:
+                if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
                     # Every lane loads what it multiplies: shared memory has the sums alone.
                     assert made.metadata.shared <= 2048 * warps
                 if early and (warps, stages) == (4, 1):
@@ -109,8 +136,9 @@ def scaled(build, half, capability, early):
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
                      warps=choice.warps, out=half if gated else 'fp32', K=3584,
                      GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
-                     STAGES=choice.stages, FLOAT=not by_row, ZEROS=False, BY_ROW=by_row,
-                     NORM=gated, GATED=gated, ADD=not gated, BIAS=gated)
+                     STAGES=choice.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
+                     ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, GELU=False,
+                     ADD=not gated, BIAS=gated)
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
@@ -125,7 +153,7 @@ def coded(build, half, capability, early):
         made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
                      warps=choice.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
                      ROWS=choice.rows, COLUMNS=choice.columns, NORM=gated, GATED=gated,
-                     ADD=not gated, BIAS=gated)
+                     GELU=gated, ADD=not gated, BIAS=gated)
         # A lane loads 16 bytes of codes at a time.
         assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
         if early:
@@ -138,26 +166,32 @@ def coded(build, half, capability, early):
 def prefills(build, half, capability):
     """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
     own = prefill_kernels
-    matrix = 'wgmma.mma_async' if capability >= 90 else 'mma.sync'
-    build(own._embed, out=half, K=3584, BLOCK=4096, PLACED=True)
-    build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, PLACED=False)
-    build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, PLACED=True)
+    matrix = {9: 'wgmma.mma_async', 10: 'tcgen05.mma', 11: 'tcgen05.mma'}.get(
+        capability // 10, 'mma.sync')
+    build(own._embed, out=half, K=3584, BLOCK=4096, SCALE=34.0, PLACED=True)
+    build(own._add, out=half, parts=half, K=3584, BLOCK=4096, PARTS=1, BIAS=True, NORM=False,
+          PLACED=False)
+    build(own._add, out=half, K=2048, BLOCK=2048, PARTS=4, BIAS=False, NORM=True, PLACED=True)
     build(own._reorder, x=half, out=half, K=3584, BLOCK=1024, PLACED=True)
-    build(own._silu_up, parts=half, out=half, N=9472, BLOCK=2048, PARTS=1, BIAS=True, PAIRED=True,
-          PLACED=True)
+    build(own._gate_up, parts=half, out=half, N=9472, BLOCK=2048, PARTS=1, BIAS=True, PAIRED=True,
+          GELU=False, PLACED=True)
     build(own._last, BLOCK=512, PARTS=2, BIAS=True)
     build(own._join, out=half, HEADS=28, ROWS=4, D=128, DIMS=128, SPLITS=4, PLACED=True)
     for first, norm in ((0, True), (28, False)):
         build(own._rotate, HEADS=28, KV_HEADS=4, FIRST=first, ROWS=8, D=128, DIMS=64, PARTS=2,
-              BIAS=True, NORM=norm)
-    for tile, splits, window in (((64, 64, 4, 2), 4, 0), ((128, 64, 8, 3), 1, 512)):
+              BIAS=True, NORM=norm, BETA=0.1 * norm, LENGTH=16384)
+    for tile, splits, window, dim in (((64, 64, 4, 2), 4, 0, 128), ((128, 64, 8, 3), 1, 512, 128),
+                                      ((64, 32, 4, 2), 2, 512, 256)):
         rows, columns, warps, stages = tile
-        made = build(own._attend, warps=warps, out=half, HEADS=28, GROUP=7, D=128, DIMS=128,
+        made = build(own._attend, warps=warps, out=half, HEADS=28, GROUP=7, D=dim, DIMS=dim,
                      M=rows, N=columns, SPLITS=splits, WINDOW=window, STAGES=stages,
                      PLACED=splits == 1)
         assert matrix in made.asm['ptx']
+        if dim == 256:      # what every chip with matrix units for prompts has
+            assert made.metadata.shared <= 99 * 1024
     for gated in (False, True):
-        common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'BIAS': gated}
+        common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'GELU': gated,
+                  'BIAS': gated}
         made = build(own._dense, ROWS=64, COLUMNS=64, TOKENS=32, STAGES=4, PAIRED=gated,
                      PLACED=False, **common)
         assert matrix in made.asm['ptx']

@@ -147,12 +147,15 @@ def int8(group_size: int, symmetric: bool = True, act: dict[str, Any] | None = N
                       group_size=None if group_size == -1 else group_size), draw
 
 
-def float8(strategy: str, method: str = 'compressed-tensors') -> tuple[dict[str, Any], Draw]:
+def float8(strategy: str, method: str = 'compressed-tensors',
+           names: tuple[str, str] | None = None) -> tuple[dict[str, Any], Draw]:
     """
     Give the config and the tensors of floats of 8 bits.
 
     :param strategy: tensor, channel or block (of 128 x 128).
     :param method: compressed-tensors, fp8 or modelopt.
+    :param names: ends of the names of the scales of weights and of activations, where they are
+        not the method's own.
     """
     def draw(generator, n, k):
         values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
@@ -162,8 +165,9 @@ def float8(strategy: str, method: str = 'compressed-tensors') -> tuple[dict[str,
         wide = scales.double()
         if strategy == 'block':
             wide = wide.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-        stored = {'weight': values, 'input_scale': torch.ones(())}
         end = 'weight_scale_inv' if (method, strategy) == ('fp8', 'block') else 'weight_scale'
+        end, other = names or (end, 'input_scale')
+        stored = {'weight': values, other: torch.ones(())}
         return {**stored, end: scales}, values.double() * wide
 
     if method == 'modelopt':

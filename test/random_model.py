@@ -6,6 +6,7 @@ Every weight is drawn, biases and norms too, so that leaving one out shows in th
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,6 +15,7 @@ _SHAPE = {
     'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2,
     'num_attention_heads': 2, 'num_key_value_heads': 1, 'max_position_embeddings': 256,
     'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': None, 'tie_word_embeddings': False}
+_OLD_NAMES = {'yarn': 'yarn', 'longrope': 'su'}
 FAMILIES = {
     'llama': {},
     'llama_tied': {'tie_word_embeddings': True},
@@ -32,7 +34,33 @@ FAMILIES = {
             'rope_type': 'yarn', 'rope_theta': 1000000.0, 'factor': 4.0,
             'original_max_position_embeddings': 64}},
     'qwen3': {'head_dim': 64},
-    'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True}}
+    'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True},
+    'gemma3_text': {
+        'model_type': 'gemma3_text', 'head_dim': 64, 'num_hidden_layers': 3, 'sliding_window': 40,
+        'tie_word_embeddings': True, 'query_pre_attn_scalar': 100,
+        'layer_types': ['sliding_attention'] * 2 + ['full_attention'],
+        'rope_parameters': {
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+            'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}}},
+    'smollm3': {'num_hidden_layers': 3, 'no_rope_layers': [1, 0, 1], 'attention_bias': True},
+    'smollm3_window': {'no_rope_layer_interval': 2, 'use_sliding_window': True,
+                       'sliding_window': 40, 'tie_word_embeddings': True},
+    'granite': {
+        'embedding_multiplier': 12.0, 'residual_multiplier': 0.22, 'logits_scaling': 3.0,
+        'attention_multiplier': 0.1, 'rms_norm_eps': 1e-2},
+    'ministral3': {'head_dim': 64, 'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0, 'mscale': 1.0,
+        'mscale_all_dim': 1.0, 'original_max_position_embeddings': 64,
+        'llama_4_scaling_beta': 0.5}},
+    'phi3': {'sliding_window': 40},
+    'phi3_part': {
+        'num_key_value_heads': 2, 'tie_word_embeddings': True,
+        'original_max_position_embeddings': 256, 'rope_parameters': {
+            'rope_type': 'longrope', 'rope_theta': 1e4, 'partial_rotary_factor': 0.75,
+            'short_factor': [1.0 + 0.1 * i for i in range(24)],
+            'long_factor': [2.0 + i for i in range(24)], 'attention_factor': 1.19}},
+    'gemma3_text_wide': {'model_type': 'gemma3_text', 'head_dim': 256, 'tie_word_embeddings': True,
+                         'layer_types': ['full_attention', 'sliding_attention']}}
 
 
 def save(folder: Path, family: str, seed: int, **overrides) -> Path:
@@ -43,17 +71,29 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     :param overrides: fields of the config.
     :returns: the folder.
     """
-    settings = {**_SHAPE, **FAMILIES.get(family, {}), **overrides}
-    config = transformers.AutoConfig.for_model(family.partition('_')[0], **settings)
+    settings = {'model_type': family.partition('_')[0], **_SHAPE, **FAMILIES.get(family, {}),
+                **overrides}
+    config = transformers.AutoConfig.for_model(**settings)
     return save_config(folder, config, seed)
 
 
 def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) -> Path:
     """Write a model folder of this config; weights are drawn from the seed."""
+    save_network(folder, config, seed, transformers.AutoModelForCausalLM)
+    return folder
+
+
+def save_network(folder: Path, config: transformers.PretrainedConfig, seed: int, kind: Any) -> Any:
+    """
+    Write a model folder of this config; weights are drawn from the seed.
+
+    :param kind: the class of models that the library has for it.
+    :returns: the library's model.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        network = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator)
@@ -62,7 +102,7 @@ def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) 
             else:
                 weight.copy_(drawn * 1.5 / weight.shape[-1] ** 0.5)
     network.save_pretrained(folder)
-    return folder
+    return network.eval()
 
 
 def write_as_before(folder: Path) -> None:
@@ -70,10 +110,16 @@ def write_as_before(folder: Path) -> None:
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     rope = config.pop('rope_parameters')
+    if 'full_attention' in rope:
+        config['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
+        config['sliding_window_pattern'] = 1 + config['layer_types'].index('full_attention')
+        rope = rope['full_attention']
+    if rope['rope_type'] == 'longrope':
+        config['partial_rotary_factor'] = rope.pop('partial_rotary_factor')
     config['rope_theta'] = rope.pop('rope_theta')
     config['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
-    if rope['rope_type'] == 'yarn':
-        rope['type'] = rope.pop('rope_type')
+    if rope['rope_type'] in _OLD_NAMES:
+        rope['type'] = _OLD_NAMES[rope.pop('rope_type')]
     config.pop('layer_types', None)
     config['torch_dtype'] = config.pop('dtype')
     path.write_text(json.dumps(config))

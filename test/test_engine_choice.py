@@ -43,6 +43,10 @@ def test_the_fastest_that_can_run_it(model, monkeypatch):
     name, reason = chosen(model, monkeypatch, everything, quantization_config=GPTQ)
     assert name == 'transformers'
     assert 'GPTQModel' in reason
+    # It has none for 8 bits.
+    name, reason = chosen(model, monkeypatch, everything, quantization_config={**GPTQ, 'bits': 8})
+    assert name == 'native'
+    assert 'GPTQModel' not in reason
     # What is installed for one format says nothing of another.
     assert chosen(model, monkeypatch, everything)[0] == 'native'
 
@@ -112,5 +116,21 @@ def test_an_end_that_only_the_template_names(tmp_path):
     loaded = load(settings(model=ModelConfig(path=str(tmp_path))), lambda text: None)
     assert loaded.facts['end_tokens'] == '<|endoftext|> <|im_end|>'
     assert loaded.engine.footprint.eos_token_ids == (0, 2)
+    loaded.engine.close()
+    loaded.text.close()
+
+
+def test_an_end_that_the_tokenizer_has_as_text_is_told(tmp_path):
+    import json
+    import shutil
+
+    source = Path(engines.__file__).parents[1] / 'models' / 'tiny_planner'
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'eos_token_id': [2, 70]}))
+    said = []
+    loaded = load(settings(model=ModelConfig(path=str(tmp_path))), said.append)
+    assert loaded.engine.footprint.eos_token_ids == (2,)
+    assert any(line.startswith('no end of an answer: 70, which eos_token_id') for line in said)
     loaded.engine.close()
     loaded.text.close()

@@ -1,5 +1,6 @@
 """Native against the transformers library's own model, and both engines against the contract."""
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Comparable
 from physai_decode.engine import EngineError
-from physai_decode.engines.native import architecture
+from physai_decode.engines.native import families
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
@@ -97,6 +98,27 @@ def assert_agreement(folder, seed):
     reference.engine.close()
 
 
+@pytest.mark.parametrize(('context', 'kind'), [(128, 'short'), (256, 'long')])
+def test_longrope(context, kind, tmp_path):
+    """The factors are those of the context that the cache has, not of what stands in it."""
+    folder = random_model.save(tmp_path, 'phi3_part', 0, original_max_position_embeddings=128)
+    native = load(NativeEngine, folder, dataclasses.replace(CPU, max_context=context))
+    reference = load(TransformersEngine, folder, CPU)
+    length = {'short': 100, 'long': 160}[kind]
+    prompt = [(7 * i) % 500 for i in range(length)]
+    # Fed in chunks, the library's first would have the short factors.
+    ours = decode(native, prompt, SamplingConfig(max_new_tokens=20))
+    logits = reference.engine.prefill_logits(prompt + ours[:-1])
+    assert logits[length - 1:].argmax(-1).tolist() == ours
+    for count in (length, 20):
+        expected = reference.engine.prefill_logits(prompt[:count])
+        native.forget()
+        difference = (native.engine.prefill_logits(prompt[:count]) - expected).abs().max()
+        same = difference <= RELATIVE * expected.abs().max()
+        # Of a short prompt the library takes the short factors in a long context too.
+        assert same == (count == length or kind == 'short')
+
+
 @pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize('family', random_model.FAMILIES)
 def test_agreement(family, seed, tmp_path):
@@ -104,7 +126,8 @@ def test_agreement(family, seed, tmp_path):
 
 
 @pytest.mark.parametrize('family', [
-    'llama_scaled', 'mistral_window', 'qwen2_yarn', 'qwen2_window', 'qwen3'])
+    'llama_scaled', 'mistral_window', 'qwen2_yarn', 'qwen2_window', 'qwen3', 'gemma3_text',
+    'granite', 'phi3_part', 'smollm3', 'smollm3_window'])
 def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
     folder = random_model.save(tmp_path, family, 2)
     random_model.write_as_before(folder)
@@ -112,33 +135,49 @@ def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
 
 
 @pytest.mark.parametrize('named', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
-@pytest.mark.parametrize('family', architecture.FAMILIES)
+@pytest.mark.parametrize('family', families.FAMILIES)
 def test_what_a_config_does_not_say(family, named, tmp_path):
     """It is what the library takes for it."""
     said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
-            'num_hidden_layers': 30, 'num_attention_heads': 64, **named}
+            'num_hidden_layers': 30, 'num_attention_heads': 64, 'pad_token_id': None, **named}
     (tmp_path / 'config.json').write_text(json.dumps(said))
-    ours = architecture.parse(said)
+    if family == 'gemma3_text' and 'sliding_window' in named:
+        with pytest.raises(EngineError, match='sliding_window is None'):
+            families.parse(said)
+        return
+    ours = families.parse(said)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device('meta'):
         network = transformers.AutoModelForCausalLM.from_config(config)
     shapes = {name.removeprefix('model.layers.0.'): tuple(weight.shape)
               for name, weight in network.state_dict().items()}
-    assert shapes['self_attn.q_proj.weight'] == (ours.q_size, ours.hidden_size)
-    assert shapes['self_attn.k_proj.weight'] == (ours.kv_size, ours.hidden_size)
-    assert ('self_attn.q_proj.bias' in shapes) == ours.qkv_bias
+    rows = {name: shapes[f'self_attn.{name}.weight'][0] for name in ours.names.qkv}
+    assert rows == dict(zip(rows, (ours.q_size, ours.kv_size, ours.kv_size))) or list(
+        rows.values()) == [ours.q_size + 2 * ours.kv_size]
+    assert (f'self_attn.{ours.names.qkv[0]}.bias' in shapes) == ours.qkv_bias
     assert ('self_attn.o_proj.bias' in shapes) == ours.out_bias
-    assert ('mlp.up_proj.bias' in shapes) == ours.mlp_bias
+    assert (f'mlp.{ours.names.gate_up[-1]}.bias' in shapes) == ours.mlp_bias
     assert ('self_attn.q_norm.weight' in shapes) == ours.qk_norm
+    for name in (ours.names.mlp_norm, ours.names.out_norm, ours.names.down_norm):
+        assert not name or f'{name}.weight' in shapes
     assert config.tie_word_embeddings == ours.tied_head
+    assert getattr(config, 'no_rope_layers', [1] * ours.layers) == [
+        int(bool(each.inverse_frequencies)) for each in ours.rotaries]
     assert config.rms_norm_eps == ours.norm_eps
-    assert config.hidden_act == 'silu'
-    assert config.rope_parameters['rope_type'] == 'default'
-    assert config.rope_parameters['rope_theta'] == pytest.approx(
-        ours.inverse_frequencies[1] ** (-ours.head_dim / 2))
+    activation = getattr(config, 'hidden_act', None) or config.hidden_activation
+    assert activation == {'gelu_tanh': 'gelu_pytorch_tanh'}.get(ours.activation, ours.activation)
+    assert network.model.layers[0].self_attn.scaling == pytest.approx(ours.attention_scale)
     window = getattr(config, 'sliding_window', None) or 0
     kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * ours.layers
     assert ours.windows == tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
+    turns = type(network.model.rotary_emb)(config)
+    for kind, found in zip(kinds, ours.rotaries, strict=True):
+        wanted = getattr(turns, f'{kind}_inv_freq', None)
+        wanted = turns.inv_freq if wanted is None else wanted
+        if not found.inverse_frequencies:
+            continue
+        assert found.inverse_frequencies == pytest.approx(wanted.tolist())
+        assert found.scale == 1.0
 
 
 YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
@@ -172,9 +211,9 @@ def test_nonsense_in_a_config(fields):
         'model_type': 'qwen2', 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256,
         'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
         'max_position_embeddings': 256}
-    architecture.parse(config)
+    families.parse(config)
     with pytest.raises(EngineError, match=r'config\.json .*again'):
-        architecture.parse({**config, **fields})
+        families.parse({**config, **fields})
 
 
 @pytest.mark.parametrize('length', [1, 254, 255])

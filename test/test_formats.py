@@ -46,6 +46,8 @@ EIGHT = {
     **{f'float8-{kind}': random_formats.float8(kind) for kind in ('tensor', 'channel', 'block')},
     'fp8-block': random_formats.float8('block', 'fp8'),
     'fp8-tensor': random_formats.float8('tensor', 'fp8'),
+    'fp8-tensor-inv': random_formats.float8(
+        'tensor', 'fp8', ('weight_scale_inv', 'activation_scale')),
     'gptq8-g128': random_formats.gptq8(128),
     'gptq8-rows': random_formats.gptq8(-1),
     'gptq8-zeros-order': random_formats.gptq8(32, symmetric=False, act_order=True)}
@@ -81,13 +83,29 @@ def test_every_form(tmp_path, name):
     footprint = check(tmp_path, state)
     assert footprint.quantization == NAMES.get(name, footprint.quantization)
     assert 'dense_fallbacks' not in footprint.details
-    assert 'input_' in footprint.details.get('unused_tensors', 'input_')
+    unused = footprint.details.get('unused_tensors', 'input_')
+    assert 'input_' in unused or 'activation_scale' in unused
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',
                                   'nf4-double', 'nvfp4'])
 def test_biases_and_a_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
+
+
+@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4',
+                                  'nvfp4', 'mxfp4'])
+@pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
+def test_families_that_differ(tmp_path, family, name):
+    """Projections that are stored fused, and those whose rows have another order in the engine."""
+    footprint = check(tmp_path, random_formats.save(tmp_path, family, FORMS[name], **WIDE))
+    assert 'dense_fallbacks' not in footprint.details
+
+
+def test_gate_and_up_stored_as_one_that_make_no_whole_tiles(tmp_path):
+    state = random_formats.save(tmp_path, 'phi3', FORMS['packed4-g-1'], intermediate_size=260,
+                                dense=('lm_head', 'down'))
+    assert check(tmp_path, state).details['dense_fallbacks'] == '2'
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel', 'nf4', 'mxfp4'])

@@ -15,6 +15,7 @@ triton = pytest.importorskip('triton')
 
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
@@ -64,6 +65,23 @@ def test_embed(make):
     assert torch.equal(x, table[3])
 
 
+def test_embed_scaled(make):
+    table, token, x = make(7, 200), torch.tensor([3], device=DEVICE), make(200)
+    for ops in (TWIN, TritonOps(DEVICE)):
+        ops.embed(table, token, x, 14.5)
+        assert torch.equal(x, table[3] * 14.5)
+
+
+@pytest.mark.parametrize('k', [640, 100])
+def test_add_normed(make, k):
+    branch, gain, x = make(k), make(k), make(k)
+    expected = x + branch * torch.rsqrt(branch.square().mean() + EPS) * gain
+    for ops in (TWIN, TritonOps(DEVICE)):
+        got = x.clone()
+        ops.add_normed(branch, gain, EPS, got)
+        assert_close(got, expected)
+
+
 @pytest.mark.parametrize('n, k', [(1, 128), (7, 100), (33, 640), (64, 513)])
 @pytest.mark.parametrize('norm, add, bias', [
     (False, False, False), (True, False, True), (False, True, False)])
@@ -86,13 +104,14 @@ def test_dense_half(make, dtype):
     assert_close(out, weight.weight.float() @ normed)
 
 
+@pytest.mark.parametrize('activation', ['silu', 'gelu_tanh'])
 @pytest.mark.parametrize('bias', [False, True])
-def test_gated(make, bias):
+def test_gated(make, bias, activation):
     weight = Dense(make(2 * 21, 300), make(42) if bias else None)
     x, gain, out = make(300), make(300), make(21)
     expected = out.clone()
-    TWIN.gated(x, weight, expected, gain, EPS)
-    TritonOps(DEVICE).gated(x, weight, out, gain, EPS)
+    TWIN.gated(x, weight, expected, gain, EPS, activation)
+    TritonOps(DEVICE).gated(x, weight, out, gain, EPS, activation)
     assert_close(out, expected)
 
 
@@ -186,6 +205,18 @@ def test_gate_and_up_where_one_has_zeros(make):
     check_gated(make, weight, torch.cat([gate[1], up[1]]), None, TritonOps(DEVICE))
 
 
+def test_gains_in_float32(make, dtype=torch.float16):
+    """What a norm gives is in the engine's dtype nevertheless."""
+    weight, dense = packed(5, 32, 640, 64)
+    x, gain, ops = make(640), make(640), TritonOps(DEVICE, dtype=dtype)
+    normed = (x * torch.rsqrt(x.square().mean() + EPS) * gain).to(dtype)
+    assert ops._prepared(x, weight, gain, EPS).dtype == dtype
+    for each in (ops, TorchOps(on_host=True, dtype=dtype), TorchOps(False, dtype)):
+        out = make(32)
+        each.linear(x, weight, out, gain=gain, eps=EPS)
+        assert_close(out, dense @ normed.float(), 2e-2)
+
+
 def check_gated(make, weight, dense, bias, ops):
     x, gain, out = make(640), make(640), make(32)
     expected, twin = out.clone(), out.clone()
@@ -196,7 +227,7 @@ def check_gated(make, weight, dense, bias, ops):
     assert_close(out, expected, 1e-4)
 
 
-@pytest.mark.parametrize('dim', [64, 96, 128])
+@pytest.mark.parametrize('dim', [64, 96, 128, 256])
 @pytest.mark.parametrize('place', [0, 1, 31, 32, 33, 64, 127])
 def test_attend(make, dim, place):
     check_attend(make, dim, place, heads=6, kv_heads=2)
@@ -211,11 +242,16 @@ def test_attend_with_normed_heads(make):
     check_attend(make, 64, 77, heads=7, kv_heads=1, norm=True)
 
 
-def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False):
+@pytest.mark.parametrize('place', [9, 10, 99])
+def test_attend_with_queries_that_grow(make, place):
+    check_attend(make, 64, place, heads=2, kv_heads=1, growth=Growth(0.5, 10))
+
+
+def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth=None):
     keys, values = make(kv_heads, 128, dim), make(kv_heads, 128, dim)
     angles = make(128, dim // 2)
-    layer = Attention(heads, kv_heads, dim, window, EPS,
-                      make(dim) if norm else None, make(dim) if norm else None)
+    layer = Attention(heads, kv_heads, dim, window, 0.9 / dim**0.5, EPS,
+                      make(dim) if norm else None, make(dim) if norm else None, growth or Growth())
     qkv = make((heads + 2 * kv_heads) * dim)
     position = torch.tensor([place], device=DEVICE)
     results = []

@@ -18,7 +18,7 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, 'default', 5e5)])
 def test_rope_in_each_spelling(config, kind, theta):
     rope = Rope(config)
-    assert (rope.kind, rope.theta, rope.partial) == (kind, theta, False)
+    assert (rope.kind, rope.theta, rope.partial) == (kind, theta, 1.0)
 
 
 def test_numbers_of_llama3():

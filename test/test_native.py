@@ -5,6 +5,7 @@ import os
 import re
 
 from engine_contract import load
+from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
@@ -14,7 +15,9 @@ from physai_decode.engines.native import start
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.tuning import TuningCache
 import pytest
+import random_formats
 import random_model
+import torch
 
 CONFIG = EngineConfig(device='cpu', cpu_threads=1, max_context=128)
 
@@ -65,7 +68,7 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(folder, monkeypatch):
     loop.engine.close()
 
 
-@pytest.mark.parametrize('family', ['qwen3', 'mistral_window'])
+@pytest.mark.parametrize('family', ['qwen3', 'mistral_window', 'gemma3_text', 'ministral3'])
 def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
     """What would be captured where Triton is missing says the same."""
     folder = random_model.save(tmp_path, family, 0)
@@ -77,6 +80,15 @@ def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
         answers.append(ids(loop.stream(list(range(40)), SamplingConfig(max_new_tokens=60))))
         loop.engine.close()
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(('family', 'dtype'), [
+    ('llama', torch.float16), ('gemma3_text', torch.bfloat16)])
+def test_int4_is_in_float16_where_that_is_wide_enough(tmp_path, family, dtype, monkeypatch):
+    random_formats.save(tmp_path, family, random_formats.awq(32))
+    monkeypatch.setattr(
+        device, 'select', lambda config: (torch.device('cuda'), torch.bfloat16))
+    assert start.select(inspect(tmp_path), EngineConfig()) == (torch.device('cuda'), dtype)
 
 
 def test_choices_are_kept(tmp_path):

@@ -11,7 +11,7 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from physai_decode.checkpoint import inspect
-from physai_decode.engines.native import architecture
+from physai_decode.engines.native import families
 from physai_decode.engines.native import prefill
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
@@ -39,7 +39,7 @@ def small(monkeypatch):
 def load(folder, dtype=torch.float32):
     """Give two transformers of the same weights: what is checked, and its reference."""
     checkpoint = inspect(folder)
-    shape = architecture.parse(checkpoint.config)
+    shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
                           checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
@@ -73,7 +73,9 @@ def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize('family', [
-    'llama_tied', 'llama_biases', 'mistral_window', 'qwen2_window', 'qwen3'])
+    'llama_tied', 'llama_biases', 'mistral_window', 'qwen2_window', 'qwen3', 'gemma3_text',
+    'gemma3_text_wide', 'phi3_part', 'smollm3', 'granite',
+    'ministral3'])
 def test_families(tmp_path, family):
     check(random_model.save(tmp_path, family, 0), (7, 16, 30))
 
@@ -92,6 +94,15 @@ def test_gptq(tmp_path, form, library, monkeypatch):
     check(folder, (7, 30), 2e-5)
 
 
+@pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
+@pytest.mark.parametrize('library', [False, True])
+def test_gptq_of_families_that_differ(tmp_path, family, library, monkeypatch):
+    if library:
+        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+    random_gptq.save(tmp_path / 'model', family, 0, 32, symmetric=False)
+    check(tmp_path / 'model', (7, 30), 2e-5)
+
+
 @pytest.mark.parametrize('form', [
     random_formats.int8(-1, symmetric=False), random_formats.float8('block'),
     random_formats.packed(8, 32, act_order=True), random_formats.bitsandbytes('nf4', double=True),
@@ -101,6 +112,12 @@ def test_8_bits(tmp_path, form, monkeypatch):
     monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     random_formats.save(tmp_path / 'model', 'qwen2', form)
     check(tmp_path / 'model', (7, 30), 2e-5)
+
+
+@pytest.mark.parametrize('form', [random_formats.int8(-1), random_formats.float4('nvfp4')])
+def test_another_activation(tmp_path, form):
+    random_formats.save(tmp_path / 'model', 'gemma3_text', form)
+    check(tmp_path / 'model', (7,), 2e-5)
 
 
 def test_heads_of_96_and_three_queries_a_key(tmp_path):

@@ -14,6 +14,7 @@ triton = pytest.importorskip('triton')
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.ops import ACTIVATIONS
 from physai_decode.engines.native.prefill import Choice
 from physai_decode.engines.native.prefill import key
 from physai_decode.engines.native.prefill import LIBRARY
@@ -62,18 +63,20 @@ def test_dense(make, n, splits):
     x, weight, out = make(32, 160), make(n, 160), nothing(splits, 32, n)
     kernels._dense[(2 * triton.cdiv(n, 32), splits)](
         x, weight, x, out, 0, n, 160, 32, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
-        PAIRED=False, GATED=False, BIAS=False, PLACED=False, EARLY=False)
+        PAIRED=False, GATED=False, GELU=False, BIAS=False, PLACED=False, EARLY=False)
     assert_close(out.sum(0), x @ weight.t())
 
 
 @pytest.mark.parametrize('n', [8, 40])
-def test_dense_gated(make, n):
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_dense_gated(make, n, activation):
     x, weight, bias, out = make(16, 64), make(2 * n, 64), make(2 * n), nothing(16, n)
     kernels._dense[(triton.cdiv(2 * n, 32), 1)](
         x, weight, bias, out, 0, 2 * n, 64, 16, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
-        PAIRED=True, GATED=True, BIAS=True, PLACED=False, EARLY=False)
+        PAIRED=True, GATED=True, GELU=activation == 'gelu_tanh', BIAS=True, PLACED=False,
+        EARLY=False)
     gate, up = F.linear(x, weight, bias).chunk(2, 1)
-    assert_close(out, F.silu(gate) * up)
+    assert_close(out, ACTIVATIONS[activation](gate) * up)
 
 
 @pytest.mark.parametrize('group, pairs, k, splits, symmetric', [
@@ -86,8 +89,8 @@ def test_int4(make, group, pairs, k, splits, symmetric):
         placed(x), weight.packed, weight.scales,
         weight.scales if weight.zeros is None else weight.zeros, x, out, 0, 48, k,
         weight.packed.shape[1], 16, 48, GROUP=group, TILES=2, PAIRS=pairs, TOKENS=16, STAGES=2,
-        EXACT=k % (4 * group) == 0, GATED=False, BIAS=False, ZEROS=not symmetric, PLACED=False,
-        ASSEMBLY=CUDA, EARLY=False)
+        EXACT=k % (4 * group) == 0, GATED=False, GELU=False, BIAS=False, ZEROS=not symmetric,
+        PLACED=False, ASSEMBLY=CUDA, EARLY=False)
     assert_close(out.sum(0), x @ dense.t())
 
 
@@ -99,8 +102,8 @@ def test_int4_gated_for_int4(make):
     x, out = make(16, 128), nothing(16, 64)
     kernels._int4[(4, 1)](
         placed(x), weight.packed, weight.scales, weight.scales, weight.bias, out, 0, 128, 128, 1,
-        16, 64, GROUP=32, TILES=2, PAIRS=1, TOKENS=16, STAGES=2, EXACT=True, GATED=True, BIAS=True,
-        ZEROS=False, PLACED=True, ASSEMBLY=CUDA, EARLY=False)
+        16, 64, GROUP=32, TILES=2, PAIRS=1, TOKENS=16, STAGES=2, EXACT=True, GATED=True,
+        GELU=False, BIAS=True, ZEROS=False, PLACED=True, ASSEMBLY=CUDA, EARLY=False)
     gate, up = (F.linear(x, dense, bias[64 * at:64 * at + 64])
                 for at, (_, dense) in enumerate(parts))
     assert_close(out, placed(F.silu(gate) * up))

@@ -6,6 +6,8 @@ against PyTorch's products of what they unpack to. Printed are, for each: the re
 the logits of a prompt and of a decode step, how far below the reference's best token a chosen one
 ever lay (0: the same tokens), whether the captured step gives the uncaptured one's tokens, and
 whether a seed repeats. The kernels run untuned: that changes their speed alone.
+
+PHYSAI_DECODE_CAPABILITY=8.7 before it checks the path that a Jetson Orin takes.
 """
 
 import contextlib
@@ -40,6 +42,22 @@ MODELS = {
     'mistral, window': ('mistral', {**SMALL, 'sliding_window': 50}),
     'qwen2, tied': ('qwen2', {**SMALL, 'tie_word_embeddings': True}),
     'qwen3': ('qwen3', SMALL),
+    'gemma3': ('gemma3_text', {
+        **SMALL, 'head_dim': 256, 'num_key_value_heads': 1, 'sliding_window': 50,
+        'layer_types': ['sliding_attention', 'full_attention'], 'tie_word_embeddings': True}),
+    'phi4-mini': ('phi3', {
+        **SMALL, 'original_max_position_embeddings': 512, 'pad_token_id': None,
+        'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 1e4,
+                            'partial_rotary_factor': 0.75, 'attention_factor': 1.19,
+                            'short_factor': [1.5] * 24, 'long_factor': [3.0] * 24}}),
+    'smollm3': ('smollm3', {**SMALL, 'no_rope_layers': [1, 0], 'pad_token_id': None}),
+    'granite': ('granite', {
+        **SMALL, 'embedding_multiplier': 12.0, 'residual_multiplier': 0.22,
+        'logits_scaling': 8.0, 'attention_multiplier': 0.1}),
+    'ministral3': ('ministral3', {**SMALL, 'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0, 'mscale': 1.0,
+        'mscale_all_dim': 1.0, 'original_max_position_embeddings': 64,
+        'llama_4_scaling_beta': 0.1}, 'pad_token_id': None}),
     'qwen2.5-7b, 2 layers': ('qwen2', WIDE)}
 
 

@@ -57,7 +57,7 @@ def check(name: str) -> tuple[bool, str]:
 @torch.inference_mode()
 def _check(name):
     from physai_decode.checkpoint import inspect
-    from physai_decode.engines.native import architecture
+    from physai_decode.engines.native import families
     from physai_decode.engines.native import source
     from physai_decode.engines.native import weights
     from physai_decode.engines.native.kernels import TritonOps
@@ -78,7 +78,7 @@ def _check(name):
         else:
             random_model.save(path, family, 0, **settings)
         found = inspect(path)
-        shape = architecture.parse(found.config)
+        shape = families.parse(found.config)
         loaded = [weights.load(shape, source.Files(found, device), found.quantized,
                                each, lambda message: None) for each in (dtype, torch.float32)]
     own, half, full = (

@@ -71,11 +71,11 @@ def build(model: Checkpoint, config: EngineConfig,
 def _choose(model, config):
     _load('native')
     from physai_decode.engines import device
-    from physai_decode.engines.native import architecture
+    from physai_decode.engines.native import families
     from physai_decode.engines.native import formats
     quantized = model.quantized
     try:
-        architecture.parse(model.config)
+        families.parse(model.config)
         if quantized:
             formats.parse(quantized)
     except EngineError as reason:
@@ -83,8 +83,8 @@ def _choose(model, config):
         return Chosen('exllamav2' if exl2 else 'transformers', str(reason))
     runs = f'it runs {model.model_type} with {model.quantization} weights'.replace(
         'none weights', 'unquantised weights')
-    # GPTQModel runs no other formats.
-    if (not quantized or quantized.method not in ('gptq', 'awq')
+    # GPTQModel's kernels for a CPU run no other formats.
+    if (not quantized or quantized.method not in ('gptq', 'awq') or quantized.bits != 4
             or device.select(replace(config, dtype='auto'))[0].type != 'cpu'):
         return Chosen('native', runs)
     missing = libraries.missing(quantized.method)

@@ -19,6 +19,7 @@ from typing import Any
 
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
+from physai_decode.engines import chip
 import torch
 
 WARM_UP_STEPS = 3
@@ -271,7 +272,7 @@ def _device(name):
 
 
 def _dtype(name, device):
-    has_bfloat16 = device.type == 'cpu' or torch.cuda.get_device_capability(device) >= (8, 0)
+    has_bfloat16 = device.type == 'cpu' or chip.capability(device) >= (8, 0)
     if name == 'auto':
         if device.type == 'cpu':
             return torch.float32

@@ -14,8 +14,8 @@ from physai_decode.engines import stored
 PREFIXES = ('model.', 'lm_head.')
 _DERIVED = ('.rotary_emb.inv_freq', '.rotary_emb.cos_cached', '.rotary_emb.sin_cached')
 # How activations and the cache are quantised, which are kept in half precision instead.
-_ACTIVATIONS = ('.input_scale', '.input_zero_point', '.input_global_scale', '.output_scale',
-                '.output_zero_point', '.k_scale', '.v_scale')
+_ACTIVATIONS = ('.activation_scale', '.input_scale', '.input_zero_point', '.input_global_scale',
+                '.output_scale', '.output_zero_point', '.k_scale', '.v_scale')
 
 
 def check(checkpoint: Checkpoint, left: Iterable[str],
@@ -56,7 +56,9 @@ def _is_harmless(checkpoint, name):
         return True
     if name.endswith('.bias'):
         return not stored.read(entry).any()
-    return name == 'lm_head.weight' and _equal(checkpoint, name, 'model.embed_tokens.weight')
+    return name.endswith('lm_head.weight') and any(
+        _equal(checkpoint, name, other) for other in checkpoint.tensors
+        if other.endswith('embed_tokens.weight'))
 
 
 def _equal(checkpoint, name, other):

@@ -16,14 +16,14 @@ The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
 from dataclasses import fields
 
 from physai_decode.engines import sampling as twin
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.sampling import Plan
 from physai_decode.engines.sampling import Sampler
 import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
 BLOCK = 1024            # ids that a program reads at a time
 SIDE = tl.constexpr(64)

@@ -1,31 +1,62 @@
 """
-What a checkpoint's config.json says of the transformer, for the families that this engine runs.
+The shapes and constants of one transformer, whatever family of models it is from.
 
-Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped query attention, gated SiLU.
-Whatever else a config asks for is refused by name. Knows no tensors.
+RMSNorm, rotary positions, grouped query attention, a gated MLP; what of it differs between
+families is a field. Knows no config and no tensors.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-import math
-from typing import Any
+from dataclasses import replace
 
-from physai_decode.checkpoint import parsing
-from physai_decode.engine import EngineError
-from physai_decode.model_config import number
-from physai_decode.model_config import Rope
-from physai_decode.model_config import windows
 
-HEAD_DIMS = (64, 96, 128)
-# What the transformers library takes for a key that config.json does not have; null is a value.
-_DEFAULTS: dict[str, Any] = {
-    'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None}
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    'llama': {},
-    'mistral': {'num_key_value_heads': 8},
-    'qwen2': {'num_key_value_heads': 32},
-    'qwen3': {'num_key_value_heads': 32, 'head_dim': 128}}
-FAMILIES = tuple(_FAMILY_DEFAULTS)
+@dataclass(frozen=True)
+class Rotary:
+    """
+    How the positions of a layer turn its heads.
+
+    Frequencies are those of pairs of dimensions, the first half of those that turn with the
+    second; what is left of a head does not turn.
+    """
+
+    inverse_frequencies: tuple[float, ...]     # radians per position
+    scale: float = 1.0                         # multiplies cosine and sine
+    reach: int = 0                             # tokens of context up to which it is so; 0: any
+    beyond: tuple[float, ...] = ()             # inverse frequencies in longer contexts
+
+    def within(self, context: int) -> 'Rotary':
+        """Give what holds in a context of so many tokens."""
+        if self.reach and context > self.reach:
+            return Rotary(self.beyond, self.scale)
+        return Rotary(self.inverse_frequencies, self.scale)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """
+    How queries grow with their place: by 1 + beta * log(1 + place // context).
+
+    The number of tokens seen grows as well, and attention stays as sharp.
+    """
+
+    beta: float = 0.0                          # 0: they do not
+    context: int = 1                           # tokens
+
+
+@dataclass(frozen=True)
+class Names:
+    """
+    What a family calls its parts; an empty name is of a part that it has not.
+
+    ``trunks`` are what the names of all but the head may begin with, and what the head is called
+    then.
+    """
+
+    trunks: tuple[tuple[str, str], ...] = (('model.', 'lm_head'),)
+    qkv: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj')
+    gate_up: tuple[str, ...] = ('gate_proj', 'up_proj')
+    mlp_norm: str = 'post_attention_layernorm'
+    out_norm: str = ''                         # of what attention adds
+    down_norm: str = ''                        # of what the MLP adds
 
 
 @dataclass(frozen=True)
@@ -41,14 +72,31 @@ class Architecture:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    tied_head: bool
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    tied_head: bool | None                     # None: where the files have no head
     windows: tuple[int, ...]                   # per layer, tokens seen back; 0: all
-    inverse_frequencies: tuple[float, ...]     # [head_dim / 2], radians per position
-    rotary_scale: float                        # multiplies cosine and sine
+    rotaries: tuple[Rotary, ...]               # per layer
+    attention_scale: float                     # multiplies the products of queries and keys
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    activation: str = 'silu'                   # of `ops.ACTIVATIONS`
+    embedding_scale: float = 1.0               # multiplies embeddings, but not a head tied to them
+    rounded_scale: bool = False                # whether that is in the weights' precision
+    logit_scale: float = 1.0                   # multiplies logits
+    growth: Growth = Growth()
+    wide_range: bool = False                   # whether float16 may be too small for activations
+    gain_offset: float = 0.0                   # to be added to the stored gains of norms
+    names: Names = Names()
+
+    def within(self, context: int) -> 'Architecture':
+        """Give what it is in a context of so many tokens: some turn heads in another way then."""
+        return replace(self, rotaries=tuple(each.within(context) for each in self.rotaries))
+
+    @property
+    def turned(self) -> int:
+        """The first dimensions of a head that turn, in the layers in which any do."""
+        return 2 * max(len(each.inverse_frequencies) for each in self.rotaries)
 
     @property
     def q_size(self) -> int:
@@ -59,103 +107,3 @@ class Architecture:
     def kv_size(self) -> int:
         """Width of all key (or value) heads side by side."""
         return self.kv_heads * self.head_dim
-
-
-@parsing('config.json')
-def parse(config: Mapping[str, Any]) -> Architecture:
-    """
-    Read a Hugging Face config.json.
-
-    :raises EngineError: naming what the native engine does not run, or is damaged.
-    """
-    family = config.get('model_type')
-    if family not in FAMILIES:
-        raise _unsupported(f'model_type {family!r} (it runs {", ".join(FAMILIES)})')
-    config = {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **config}
-    if config['hidden_act'] != 'silu':
-        raise _unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
-    heads, hidden, layers = (number(config, key) for key in (
-        'num_attention_heads', 'hidden_size', 'num_hidden_layers'))
-    kv_heads = heads if config['num_key_value_heads'] is None else number(
-        config, 'num_key_value_heads')
-    head_dim = hidden // heads if config['head_dim'] is None else number(config, 'head_dim')
-    if head_dim not in HEAD_DIMS:
-        raise _unsupported(f'head_dim {head_dim} (it runs {", ".join(map(str, HEAD_DIMS))})')
-    if heads % kv_heads:
-        raise EngineError(f'config.json has {heads} heads and {kv_heads} key-value heads: '
-                          'the first must be a multiple of the second')
-    frequencies, rotary_scale = _rotary(Rope(config), head_dim)
-    attention_bias = bool(config.get('attention_bias', False))
-    return Architecture(
-        model_type=family,
-        vocab_size=number(config, 'vocab_size'),
-        hidden_size=hidden,
-        intermediate_size=number(config, 'intermediate_size'),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        norm_eps=number(config, 'rms_norm_eps', float),
-        tied_head=bool(config.get('tie_word_embeddings', False)),
-        qkv_bias=family == 'qwen2' or (family != 'mistral' and attention_bias),
-        out_bias=family in ('llama', 'qwen3') and attention_bias,
-        mlp_bias=family == 'llama' and bool(config.get('mlp_bias', False)),
-        qk_norm=family == 'qwen3',
-        windows=windows(config, layers),
-        inverse_frequencies=frequencies,
-        rotary_scale=rotary_scale)
-
-
-def _unsupported(what: str) -> EngineError:
-    return EngineError(f'the native engine does not run {what}; '
-                       'set engine.name to transformers, which runs every architecture it knows')
-
-
-def _rotary(rope, head_dim):
-    """Return (inverse frequencies [head_dim / 2], scale), Su et al. 2021 and its extensions."""
-    if rope.partial:
-        raise _unsupported('partial rotary positions')
-    inverse = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    if rope.kind == 'default':
-        return tuple(inverse), 1.0
-    if rope.kind == 'linear':
-        return tuple(f / rope.factor for f in inverse), 1.0
-    if rope.kind == 'llama3':
-        return tuple(_llama3(f, rope) for f in inverse), 1.0
-    if rope.kind == 'yarn':
-        return _yarn(inverse, rope, head_dim), rope.attention_factor
-    raise _unsupported(f'rope type {rope.kind!r} (it runs default, linear, llama3, yarn)')
-
-
-def _llama3(frequency, rope):
-    """Slow waves are stretched, fast ones kept, those between blended (Llama 3.1's rule)."""
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    stretched = frequency / rope.factor
-    turns = rope.original_context * frequency / (2 * math.pi)
-    if turns < low:
-        return stretched
-    if turns > high:
-        return frequency
-    blend = (turns - low) / (high - low)
-    return (1 - blend) * stretched + blend * frequency
-
-
-def _yarn(inverse, rope, head_dim):
-    """YaRN (arXiv 2309.00071): a ramp over the dimensions."""
-    theta, factor, original = rope.theta, rope.factor, rope.original_context
-
-    def dimension(turns):
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
-
-    def blended(i, frequency):
-        stretch = min(max((i - low) / (high - low), 0.0), 1.0)
-        return frequency / factor * stretch + frequency * (1 - stretch)
-
-    return tuple(blended(i, f) for i, f in enumerate(inverse))

@@ -6,6 +6,8 @@ first tile while the kernel before still runs. The table has 64 bytes: a code's 
 the first-level cache.
 """
 
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.linear import Coded
@@ -15,10 +17,8 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
-_finish, _silu, _store = kernels._finish, kernels._silu, kernels._store
+_activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 _numbers = scaled_kernels._numbers
 
 
@@ -82,7 +82,8 @@ def _products(tile, low, high, table, v, w, GROUP: tl.constexpr):
 @triton.jit
 def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.constexpr,
            GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
-           GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+           GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+           EARLY: tl.constexpr):
     """Multiply a `Coded` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
     PARTS: tl.constexpr = COLUMNS // 32
     BLOCKS: tl.constexpr = (K + 31) // 32
@@ -130,7 +131,8 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
     result = _finish(result, total, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
         other = tl.sum(tl.sum(more, 2), 1) * tl.load(factors + up)
-        result = _silu(result) * _finish(other, total, up, 2 * n, K, eps, bias, NORM, BIAS)
+        result = _activated(result, GELU)
+        result *= _finish(other, total, up, 2 * n, K, eps, bias, NORM, BIAS)
     _store(out, rows, n, result, ADD)
 
 
@@ -161,9 +163,9 @@ def widen(weight: Coded, rows: slice, out: Tensor) -> None:
 class CodedOps(ScaledOps):
     """The step's operations as kernels, on weights of every form."""
 
-    def _product(self, x, weight, out, gain, eps, add, gated):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
         if not isinstance(weight, Coded):
-            super()._product(x, weight, out, gain, eps, add, gated)
+            super()._product(x, weight, out, gain, eps, add, gated, gelu)
             return
         shape, choice = self._layout(weight, gain, gated)
         self._current.discard(out.data_ptr())
@@ -171,8 +173,8 @@ class CodedOps(ScaledOps):
         _coded[(triton.cdiv(n, choice.rows),)](
             x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
             n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows, COLUMNS=choice.columns,
-            NORM=gain is not None, GATED=gated, ADD=add, BIAS=bias is not None, EARLY=self._early,
-            **self._launch(choice.warps))
+            NORM=gain is not None, GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
+            EARLY=self._early, **self._launch(choice.warps))
 
 
 def _pointers(weight):

@@ -12,7 +12,7 @@ from physai_decode.engine import Choice
 from physai_decode.engine import Constraint
 from physai_decode.engines import device as devices
 from physai_decode.engines import logits
-from physai_decode.engines.native import architecture
+from physai_decode.engines.native import families
 from physai_decode.engines.native import self_check
 from physai_decode.engines.native import start
 from physai_decode.engines.native.graph import Pipeline
@@ -36,8 +36,8 @@ class NativeEngine:
         """
         clock = start.PartTimes()
         self._device, dtype = start.select(model, config)
-        shape = architecture.parse(model.config)
         limit = min(config.max_context, model.context_limit or config.max_context)
+        shape = families.parse(model.config).within(limit)
         needed_bytes = start.check_memory(model, shape, limit, dtype, self._device)
         self._ahead, self._priority = config.steps_ahead, config.stream_priority
         self._stream = devices.stream(self._device, self._priority)

@@ -36,6 +36,19 @@ def fuse(parts: list[Linear], paired: bool = False) -> Linear | None:
     return _coded(coded, paired) if len(coded) == len(parts) else None
 
 
+def in_turn(rows: int, device: torch.device) -> Tensor | None:
+    """
+    Give the order in which 8 rows of gate and 8 of up, stacked, take turns, int64 [2 * rows].
+
+    :returns: None where such tiles would not be full.
+    """
+    half = TILE_ROWS // 2
+    if rows % half:
+        return None
+    index = torch.arange(2 * rows, device=device).view(2, -1, half)
+    return index.transpose(0, 1).flatten()
+
+
 def densified(part: Linear, dtype: torch.dtype) -> Tensor:
     """Give the weight [N, K] of a projection dense, its columns as they are in the input."""
     if isinstance(part, Dense):

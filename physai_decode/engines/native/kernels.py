@@ -16,6 +16,10 @@ from inspect import getfile
 import math
 from pathlib import Path
 
+from physai_decode.engines import chip
+from physai_decode.engines import compiler
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -27,8 +31,9 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
+
+# Columns in which the vector of a product with an `Int4` stands, see `_input`.
+SIDE = tl.constexpr(compiler.LEAST_COLUMNS)
 
 
 @triton.jit
@@ -39,13 +44,16 @@ def _fetch(addresses):
 
 
 @triton.jit
-def _embed(table, token, x, hidden, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _embed(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
+           EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token).to(tl.int64)
     values = tl.load(table + row * hidden + columns, mask=columns < hidden)
+    if SCALE != 1.0:
+        values = values.to(tl.float32) * SCALE
     tl.store(x + columns, values.to(tl.float32), mask=columns < hidden)
 
 
@@ -68,8 +76,12 @@ def _store(out, rows, n, values, ADD: tl.constexpr):
 
 
 @triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+def _activated(x, GELU: tl.constexpr):
+    """Give SiLU, or GELU by its approximation with tanh, which is a logistic function too."""
+    z = x
+    if GELU:
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)     # 2 sqrt(2 / pi)
+    return x / (1.0 + tl.exp(-z))
 
 
 @triton.jit
@@ -108,7 +120,7 @@ def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
 @triton.jit
 def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constexpr,
            COLUMNS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-           ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+           GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
     """Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -142,48 +154,32 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
     result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
     if GATED:
         up = _finish(tl.sum(more, 1), square, rows, n, K, eps, bias + n, NORM, BIAS)
-        result = _silu(result) * up
+        result = _activated(result, GELU) * up
     _store(out, rows, n, result, ADD)
-
-
-@triton.constexpr_function
-def _over(number, kind):
-    """
-    Give (shift, mask, bits over, factor): how nibble ``number`` is laid over a half's mantissa.
-
-    There it needs no conversion: it reads 128 (bfloat16) or 1024 (float16) and ``factor`` times
-    itself. A float16 has room for two nibbles, so that only every other one must be shifted.
-    """
-    number = int(number)
-    if str(kind) == 'bf16':
-        return 4 * number, 0xF, 0x4300, 1
-    return 8 * (number // 2), 0xF0 if number % 2 else 0xF, 0x6400, 16 if number % 2 else 1
-
-
-@triton.constexpr_function
-def _base(number, kind):
-    """Give what is to be subtracted once the nibble's factor is divided out."""
-    return (128 if str(kind) == 'bf16' else 1024) / _over(number, kind)[3]
-
-
-@triton.constexpr_function
-def _unpacking(number, kind):
-    """Give the assembly that turns nibble ``number`` of two int16 into two halves, see `_over`."""
-    shift, mask, over, _ = _over(number, kind)
-    pair = 0x10001
-    return (f'{{ .reg .b32 t; shr.b32 t, $1, {shift}; '
-            f'lop3.b32 $0, t, {mask * pair}, {over * pair}, 0xEA; }}')
 
 
 @triton.jit
 def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Give nibble NUMBER of int16 ``words`` as KIND, with ASSEMBLY as `_over` tells."""
+    """
+    Give nibble NUMBER of int16 ``words`` as KIND.
+
+    With ASSEMBLY two are laid over the mantissas of two halves at once, which need no conversion:
+    they read 128 and the nibble (bfloat16), or 1024 and the nibble (float16). A float16 has room
+    for two nibbles, so that an odd one is not shifted: it reads 1024 and 16 times the nibble.
+    """
     if ASSEMBLY and KIND == tl.bfloat16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'bf16'), '=r,r', [words],
-                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+        OVER: tl.constexpr = 4 * NUMBER
+        return tl.inline_asm_elementwise(
+            f'{{ .reg .b32 t; shr.b32 t, $1, {OVER}; '
+            f'lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA; }}',
+            '=r,r', [words], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ASSEMBLY and KIND == tl.float16:
-        return tl.inline_asm_elementwise(_unpacking(NUMBER, 'fp16'), '=r,r', [words],
-                                         dtype=tl.float16, is_pure=True, pack=2)
+        SHIFT: tl.constexpr = 8 * (NUMBER // 2)
+        MASK: tl.constexpr = 0x00F000F0 if NUMBER % 2 else 0x000F000F
+        return tl.inline_asm_elementwise(
+            f'{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; '
+            f'lop3.b32 $0, t, {MASK}, 0x64006400, 0xEA; }}',
+            '=r,r', [words], dtype=tl.float16, is_pure=True, pack=2)
     else:
         return ((words.to(tl.int32) >> (4 * NUMBER)) & 0xF).to(KIND)
 
@@ -198,7 +194,7 @@ def _of(four, NUMBER: tl.constexpr):
 def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """
-    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, 8]; gives [SPLIT, ROWS, 8].
+    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, SIDE] to [SPLIT, 16, SIDE].
 
     The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
     """
@@ -208,9 +204,10 @@ def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.con
     if ZEROS:
         zero = _of(zeros, NUMBER)[:, :, None]
     if ASSEMBLY and v.dtype == tl.bfloat16:
-        inner -= total * (zero + _base(NUMBER, 'bf16'))
+        inner -= total * (zero + 128.0)
     elif ASSEMBLY and v.dtype == tl.float16:
-        inner = inner * (1.0 / _over(NUMBER, 'fp16')[3]) - total * (zero + _base(NUMBER, 'fp16'))
+        FACTOR: tl.constexpr = 1.0 / 16 if NUMBER % 2 else 1.0
+        inner = inner * FACTOR - total * (zero + 1024.0 * FACTOR)
     else:
         inner -= total * zero
     return inner * _of(scales, NUMBER)[:, :, None]
@@ -252,9 +249,9 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
     """
     Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
 
-    On the matrix units, which take no vector, x stands in all of eight columns: [SPLIT, GROUP, 8],
-    in the words' order. COPIED it comes through shared memory, once; else every lane loads what it
-    multiplies, as the order of the dimensions has it.
+    On the matrix units, which take no vector, x stands in all of SIDE columns, in the words'
+    order: [SPLIT, GROUP, SIDE]. COPIED it comes through shared memory, once; else every lane loads
+    what it multiplies, as the order of the dimensions has it.
     """
     SPLIT: tl.constexpr = column.shape[0]
     eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
@@ -265,36 +262,37 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
         columns = column + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4 + at // 8 % 2 * 2
                             + at % 2)
         v = tl.load(x + columns, mask=columns < K, other=0.0)
-        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, 8)), total
+        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE)), total
     within = (tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, GROUP // 32)[None, :, None] * 32
               + tl.arange(0, 8)[None, None, :])[:, None, None, :, :]
     columns = tl.broadcast_to(column[None, None, :, :, None] + within,
-                              (4, 8, SPLIT, GROUP // 32, 8))
+                              (4, SIDE, SPLIT, GROUP // 32, 8))
     v = tl.load(x + columns, mask=columns < K, other=0.0)
-    v = tl.permute(tl.reshape(v, (4, 8, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
-    return tl.reshape(v, (SPLIT, GROUP, 8)), total
+    v = tl.permute(tl.reshape(v, (4, SIDE, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
+    return tl.reshape(v, (SPLIT, GROUP, SIDE)), total
 
 
 @triton.jit
 def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl.constexpr,
            COPIED: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, 8]."""
+    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, SIDE]."""
     column = block * (4 * GROUP)
-    inputs = (_input(x, sums, column, K, GROUP, COPIED),
-              _input(x, sums, column + GROUP, K, GROUP, COPIED),
-              _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED),
-              _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED))
-    for number in tl.static_range(4):
-        v, total = inputs[number]
-        result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
+    v0, total0 = _input(x, sums, column, K, GROUP, COPIED)
+    v1, total1 = _input(x, sums, column + GROUP, K, GROUP, COPIED)
+    v2, total2 = _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED)
+    v3, total3 = _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED)
+    result += _grouped(words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
+    result += _grouped(words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
+    result += _grouped(words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
+    result += _grouped(words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
     return result
 
 
 @triton.jit
 def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexpr,
           BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-          STAGES: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+          BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
@@ -307,7 +305,7 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.arange(0, SPLIT)[:, None]
-    result = tl.zeros((SPLIT, ROWS, 8), tl.float32)
+    result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
     if BLOCKS <= 2 * SPLIT and not COPIED:
         words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, SPLIT,
                                   ZEROS)
@@ -334,7 +332,7 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(result, (2, ROWS // 2))))
-        result = _silu(gate) * up
+        result = _activated(gate, GELU) * up
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
         rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -394,6 +392,27 @@ def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
+def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+                EARLY: tl.constexpr):
+    """
+    Add ``branch`` [K], normalised, to ``x``; BLOCK columns a program.
+
+    WIDE is K rounded up to a power of two.
+    """
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < K
+    scale = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    every = tl.arange(0, WIDE)
+    whole = tl.load(branch + every, mask=every < K, other=0.0)
+    v = tl.load(branch + columns, mask=inside, other=0.0)
+    v *= scale * tl.rsqrt(tl.sum(whole * whole) / K + eps)
+    tl.store(x + columns, tl.load(x + columns, mask=inside, other=0.0) + v, mask=inside)
+
+
+@triton.jit
 def _turned(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.constexpr):
     """
     Load heads at ``head`` [rows, 1] or scalar, normalise and rotate them.
@@ -419,13 +438,14 @@ def _turned(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.c
 def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, part_maxima,
             part_totals, max_context, scale, eps, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
             PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
-            TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr,
-            EARLY: tl.constexpr):
+            TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
+            LENGTH: tl.constexpr, EARLY: tl.constexpr):
     """
     Attend over one share of the context for the queries of one key-value head.
 
     The last share, often the shortest, also takes the new token, and writes its key and value to
-    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units take.
+    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units take. BETA and
+    LENGTH are those of `Growth`.
     """
     kv_head = tl.program_id(0)
     share = tl.program_id(1)
@@ -449,6 +469,8 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         gdc_wait()
 
     angles = place * (D // 2)
+    if BETA > 0:
+        scale *= 1.0 + BETA * tl.log(1.0 + place // LENGTH)
     q_head = qkv + (kv_head * GROUP + queries)[:, None] * D
     q_inside = (queries < GROUP)[:, None] & (dims < D)[None, :]
     q = _turned(q_head, q_gain, cos + angles, sin + angles, dims[None, :], D, eps, q_inside, NORM)
@@ -551,6 +573,8 @@ CODED_CHOICES = tuple(Choice(*each) for each in (
     (1, 2048, 2, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
+if not compiler.PIPELINES:      # these lay products out in shared memory, by warp: few fit
+    INT4_CHOICES = tuple(sorted(INT4_CHOICES, key=lambda choice: choice.warps))
 
 
 @dataclass(frozen=True)
@@ -569,16 +593,22 @@ class TritonOps(TorchOps):
 
     name = f'triton {triton.__version__}'
 
-    def __init__(self, device: torch.device, splits: int | None = None):
-        """Take scratch memory; ``splits`` is how many programs share a head's context."""
-        super().__init__(on_host=False)
+    def __init__(self, device: torch.device, splits: int | None = None,
+                 dtype: torch.dtype | None = None):
+        """
+        Take scratch memory.
+
+        :param splits: how many programs share a head's context.
+        :param dtype: see `TorchOps`.
+        """
+        super().__init__(on_host=False, dtype=dtype)
         self._device = device
-        self._early = False
+        if device.type == 'cuda' and (held := chip.pretended(device)):
+            self.name = f'{self.name} as on {held}'
+        self._early = compiler.launches_early(device)
         self._processors = 4
         if device.type == 'cuda':
-            properties = torch.cuda.get_device_properties(device)
-            self._early = properties.major >= 9
-            self._processors = properties.multi_processor_count
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._programs = 2 ** int(math.log2(self._processors))
         self._splits = splits
         self._choices: dict[Shape, Choice] = {}
@@ -587,19 +617,29 @@ class TritonOps(TorchOps):
         self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
         self._current: set[int] = set()     # addresses of the vectors whose sums are up to date
 
-    def embed(self, table, token, x):
+    def embed(self, table, token, x, scale=1.0):
         """See `TorchOps.embed`."""
         hidden = x.shape[0]
         _embed[(triton.cdiv(hidden, 1024),)](
-            table, token, x, hidden, BLOCK=1024, EARLY=self._early, **self._launch(4))
+            table, token, x, hidden, BLOCK=1024, SCALE=scale, EARLY=self._early,
+            **self._launch(4))
 
     def linear(self, x, weight, out, *, gain=None, eps=0.0, add=False):
         """See `TorchOps.linear`."""
         self._product(x, weight, out, gain, eps, add, gated=False)
 
-    def gated(self, x, weight, out, gain, eps):
+    def gated(self, x, weight, out, gain, eps, activation='silu'):
         """See `TorchOps.gated`."""
-        self._product(x, weight, out, gain, eps, False, gated=True)
+        self._product(x, weight, out, gain, eps, False, gated=True,
+                      gelu=activation == 'gelu_tanh')
+
+    def add_normed(self, branch, gain, eps, x):
+        """See `TorchOps.add_normed`."""
+        k = x.shape[0]
+        self._current.discard(x.data_ptr())
+        _add_normed[(triton.cdiv(k, 512),)](
+            branch, gain, x, eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
+            EARLY=self._early, **self._launch(8))
 
     def apply(self, x, weight):
         """See `TorchOps.apply`."""
@@ -620,10 +660,10 @@ class TritonOps(TorchOps):
             qkv, keys, values, position, cos, sin,
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
-            *parts, max_context, 1 / math.sqrt(dim), layer.norm_eps, KV_HEADS=kv_heads,
+            *parts, max_context, layer.scale, layer.norm_eps, KV_HEADS=kv_heads,
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
-            WINDOW=layer.window, NORM=layer.q_norm is not None, EARLY=self._early,
-            **self._launch(sharing.warps))
+            WINDOW=layer.window, NORM=layer.q_norm is not None, BETA=layer.growth.beta,
+            LENGTH=layer.growth.context, EARLY=self._early, **self._launch(sharing.warps))
         _join[(layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             EARLY=self._early, **self._launch(1))
@@ -683,12 +723,13 @@ class TritonOps(TorchOps):
         shape = _shape(weight, gain, gated)
         return shape, self._choices.get(shape) or _choices(shape)[0]
 
-    def _product(self, x, weight, out, gain, eps, add, gated):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
         shape, choice = self._layout(weight, gain, gated)
         bias = weight.bias
         common = {
-            'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'ADD': add,
-            'BIAS': bias is not None, 'EARLY': self._early, **self._launch(choice.warps)}
+            'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'GELU': gelu,
+            'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
+            **self._launch(choice.warps)}
         # A pointer that is not used still has to be one.
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
@@ -721,7 +762,8 @@ class TritonOps(TorchOps):
 
     def _prepared(self, x, weight, gain, eps):
         k = weight.in_features
-        out = self._take('prepared', k, x.dtype if gain is None else gain.dtype)
+        dtype = x.dtype if gain is None else self._dtype or gain.dtype
+        out = self._take('prepared', k, dtype)
         _prepare[(triton.cdiv(k, 512),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out,
             self._sums(out), eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
@@ -766,4 +808,7 @@ def _heads(layer):
 
 def _choices(shape):
     form = shape.kind.partition('-')[0]
-    return {'int4': INT4_CHOICES, 'coded': CODED_CHOICES}.get(form, DENSE_CHOICES)
+    choices = {'int4': INT4_CHOICES, 'coded': CODED_CHOICES}.get(form, DENSE_CHOICES)
+    if not compiler.PIPELINES and form in ('int8', 'float8', 'coded'):
+        choices = tuple(choice for choice in choices if choice.stages == 1)
+    return choices

@@ -7,6 +7,7 @@ the large matrix product of the prefill and, on one row, the reference of the de
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -44,6 +45,10 @@ class Dense:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
         gate, up = product.chunk(2, -1)
         return gate, up
+
+    def rows(self, index: Tensor) -> 'Dense':
+        """Give the weight with other rows, all of them, in the order of ``index`` int64 [N]."""
+        return Dense(self.weight[index], None if self.bias is None else self.bias[index])
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight; gives [..., N]."""
@@ -102,6 +107,19 @@ class Int4:
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         return _taking_turns(product)
+
+    def rows(self, index: Tensor) -> 'Int4':
+        """Give the weight with its rows, of whole tiles, in the order of ``index`` int64 [N]."""
+        def ordered(values):
+            """Order [tiles, 16, blocks, ...]; gives [tiles, blocks, 16, ...]."""
+            return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
+
+        def by_row(values):
+            return None if values is None else ordered(values.transpose(1, 2)).contiguous()
+
+        return replace(
+            self, packed=fragments(ordered(_rows(self.packed))), scales=by_row(self.scales),
+            zeros=by_row(self.zeros), bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
         """Unpack some tiles; gives [rows, K] with the columns in the order of their groups."""
@@ -184,6 +202,16 @@ class Scaled:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         return _taking_turns(product)
 
+    def rows(self, index: Tensor) -> 'Scaled':
+        """Give the weight with its rows in the order of ``index`` int64 [N]."""
+        def ordered(values):
+            return None if values is None else values[index]
+
+        # Floats of 8 bits are taken as bits: not every operation takes them.
+        return replace(
+            self, values=self.values.view(torch.int8)[index].view(self.values.dtype),
+            scales=ordered(self.scales), zeros=ordered(self.zeros), bias=ordered(self.bias))
+
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Give some rows dense, [rows, K], with the columns in the order of their groups."""
         def by_column(values):
@@ -243,6 +271,14 @@ class Coded:
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         return _taking_turns(product)
+
+    def rows(self, index: Tensor) -> 'Coded':
+        """Give the weight with its rows in the order of ``index`` int64 [N]."""
+        scales, kind = self.scales, self.scales.dtype
+        return replace(
+            self, codes=self.codes[index], factors=self.factors[index],
+            scales=scales.view(torch.uint8)[index].view(kind) if kind.itemsize == 1 else
+            scales[index], bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Give some rows dense, [rows, K]."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import math
 from typing import Any
 
+from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.sampling import HostSampler
@@ -27,17 +28,36 @@ class Attention:
     kv_heads: int
     head_dim: int
     window: int              # tokens seen back; 0: all
+    scale: float             # multiplies the products of queries and keys
     norm_eps: float
     q_norm: Tensor | None    # [head_dim]
     k_norm: Tensor | None    # [head_dim]
+    growth: Growth = Growth()
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Normalise over the last dimension, in float32; gives ``x``'s shape in ``gain``'s dtype."""
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Give GELU by its approximation with tanh (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate='tanh')
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {'silu': F.silu, 'gelu_tanh': gelu_tanh}
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """
+    Normalise over the last dimension, in float32.
+
+    :returns: ``x``'s shape in ``dtype``; by default that of ``gain``.
+    """
     wide = x.float()
     squares = (wide * wide).sum(-1, keepdim=True)
     scale = squares.mul_(1 / wide.shape[-1]).add_(eps).rsqrt_()
-    return (wide * scale).mul_(gain).to(gain.dtype)
+    return (wide * scale).mul_(gain).to(dtype or gain.dtype)
+
+
+def grown(growth: Growth, places: Tensor) -> Tensor:
+    """Give what queries at ``places`` int64 are multiplied by, float32; see `Growth`."""
+    return (places // growth.context).float().log1p_().mul_(growth.beta).add_(1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,13 +72,22 @@ class TorchOps:
 
     name = 'torch'
 
-    def __init__(self, on_host: bool):
-        """Take whether the host may read tensors, as on a CPU; in a captured step it can't."""
-        self._on_host = on_host
+    def __init__(self, on_host: bool, dtype: torch.dtype | None = None):
+        """
+        Take what a step works with.
 
-    def embed(self, table: Tensor, token: Tensor, x: Tensor) -> None:
-        """Write row ``token`` int64 [1] of ``table`` [vocab, hidden] to ``x``."""
+        :param on_host: whether the host may read tensors, as on a CPU; in a captured step it
+            can't.
+        :param dtype: what products take; by default the dtype of the norm's gains before them.
+        """
+        self._on_host = on_host
+        self._dtype = dtype
+
+    def embed(self, table: Tensor, token: Tensor, x: Tensor, scale: float = 1.0) -> None:
+        """Write row ``token`` int64 [1] of ``table`` [vocab, hidden], scaled, to ``x``."""
         x.copy_(table.index_select(0, token)[0])
+        if scale != 1.0:
+            x.mul_(scale)
 
     def linear(self, x: Tensor, weight: Linear, out: Tensor, *,
                gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
@@ -76,10 +105,18 @@ class TorchOps:
             out.copy_(product)
 
     def gated(self, x: Tensor, weight: Linear, out: Tensor, gain: Tensor,
-              eps: float) -> None:
-        """Write silu(gate) * up to ``out`` [N]; ``weight`` [2 N, K] has the rows of both."""
+              eps: float, activation: str = 'silu') -> None:
+        """
+        Write activation(gate) * up to ``out`` [N]; ``weight`` [2 N, K] has the rows of both.
+
+        :param activation: one of `ACTIVATIONS`.
+        """
         gate, up = weight.halves(weight.apply(self._input(x, gain, eps)))
-        torch.mul(F.silu(gate), up, out=out.view_as(gate))
+        torch.mul(ACTIVATIONS[activation](gate), up, out=out.view_as(gate))
+
+    def add_normed(self, branch: Tensor, gain: Tensor, eps: float, x: Tensor) -> None:
+        """Add ``branch`` float32 [K], normalised, to ``x``."""
+        x.add_(rms_norm(branch, gain, eps, torch.float32))
 
     def apply(self, x: Tensor, weight: Linear) -> Tensor:
         """Multiply ``x`` [tokens, K], or [K], by ``weight`` in one large product; [tokens, N]."""
@@ -103,11 +140,14 @@ class TorchOps:
                             rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
         stop = int(position) + 1 if self._on_host else None
         place = slice(stop - 1, stop) if stop else position
-        qk = rotate(qk, cos[place], sin[place]).to(keys.dtype)
+        qk = rotate(qk, cos[place], sin[place])
+        if layer.growth.beta:
+            qk[:heads] *= grown(layer.growth, position)
+        qk = qk.to(keys.dtype)
         keys[:, place] = qk[heads:].view(kv_heads, 1, dim)
         values[:, place] = v.to(values.dtype).view(kv_heads, 1, dim)
         # Grouped: the queries of one key-value head are the rows of one product.
-        queries, scale = qk[:heads].view(kv_heads, -1, dim), 1 / math.sqrt(dim)
+        queries, scale = qk[:heads].view(kv_heads, -1, dim), layer.scale
         if stop:
             read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
             attended = F.scaled_dot_product_attention(
@@ -137,5 +177,5 @@ class TorchOps:
         if self._on_host:
             # Half the operations of `rms_norm`.
             scale = (float(x.dot(x)) / x.shape[0] + eps) ** -0.5
-            return (x * gain).mul_(scale).to(gain.dtype)
-        return rms_norm(x, gain, eps)
+            return (x * gain).mul_(scale).to(self._dtype or gain.dtype)
+        return rms_norm(x, gain, eps, self._dtype)

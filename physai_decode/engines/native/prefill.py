@@ -15,6 +15,8 @@ from dataclasses import replace
 from functools import partial
 import math
 
+from physai_decode.engines import chip
+from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
@@ -86,12 +88,11 @@ class Prefill:
         self.sizes = tuple(size for size in sizes if size <= enough)
         self._choices = dict(choices or {})
         self._cuda = device.type == 'cuda'
-        self._early, self._processors, self._shared = False, 4, 2**30
+        self._early = compiler.launches_early(device)
+        self._processors, self._shared = 4, 2**30
         if self._cuda:
-            properties = torch.cuda.get_device_properties(device)
-            self._early = properties.major >= 9
-            self._processors = properties.multi_processor_count
-            self._shared = properties.shared_memory_per_block_optin
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+            self._shared = chip.shared_bytes(device)
         largest = self.sizes[-1]
         self._inputs = torch.zeros(2 + largest, dtype=torch.int64, device=device)
         self._start, self._count, self._ids = self._inputs.split((1, 1, largest))
@@ -107,7 +108,7 @@ class Prefill:
         self._normed = rows(a.hidden_size)
         self._q, self._attended = rows(a.q_size), rows(a.q_size)
         self._hidden = rows(a.intermediate_size)
-        ordered = max((weight.in_features for layer in layers for weight in _of(layer)
+        ordered = max((weight.in_features for layer in layers for weight in layer.linears
                        if _is_ordered(weight)), default=0)
         self._ordered = rows(ordered)
         self._parts = torch.zeros(self._most_parts(), dtype=torch.float32, device=device)
@@ -142,12 +143,12 @@ class Prefill:
         keys = transformer.keys
         if keys.device.type != 'cuda' or keys.dtype == torch.float32:
             return False
-        if torch.cuda.get_device_capability(keys.device) < CAPABILITY:
+        if chip.capability(keys.device) < CAPABILITY:
             return False
         if not transformer.ops.name.startswith('triton'):
             return False
         return all(weight.in_features % 32 == 0 and weight.out_features % TILE_ROWS == 0
-                   for layer in transformer.weights.layers for weight in _of(layer)
+                   for layer in transformer.weights.layers for weight in layer.linears
                    if isinstance(weight, Int4))
 
     @property
@@ -235,7 +236,8 @@ class Prefill:
         launch = self._launch(self._row_warps(tokens))
         kernels._embed[(tokens,)](
             t.weights.embedding, self._ids, x, layers[0].input_norm, normed, eps,
-            PLACED=self._is_placed(layers[0].qkv, tokens), **width, **launch)
+            SCALE=t.embedding_scale, PLACED=self._is_placed(layers[0].qkv, tokens), **width,
+            **launch)
         for index, layer in enumerate(layers):
             last = index == len(layers) - 1
             parts, count = self._product(normed, layer.qkv, tokens)
@@ -244,12 +246,12 @@ class Prefill:
                 break
             self._attend(index, tokens, near, self._is_placed(layer.out, tokens))
             parts, count = self._product(self._attended, layer.out, tokens)
-            self._add(layer.out, parts, count, tokens, layer.mlp_norm,
-                      self._is_placed(layer.gate_up, tokens, True))
-            self._gated(normed, layer, tokens)
-            parts, count = self._product(self._hidden, layer.down, tokens)
+            self._add(layer.out, parts, count, tokens, layer.out_norm, layer.mlp_norm,
+                      self._is_placed(layer.mlp.gate_up, tokens, True))
+            self._gated(normed, layer.mlp, tokens)
+            parts, count = self._product(self._hidden, layer.mlp.down, tokens)
             after = layers[index + 1]
-            self._add(layer.down, parts, count, tokens, after.input_norm,
+            self._add(layer.mlp.down, parts, count, tokens, layer.down_norm, after.input_norm,
                       self._is_placed(after.qkv, tokens))
         size = max(a.hidden_size, layer.qkv.shape[0])
         bias = layer.qkv.bias
@@ -262,11 +264,9 @@ class Prefill:
         """Run the last token through the rest of the last layer and the head: see `step`."""
         t, eps, layer = self._t, self._t.architecture.norm_eps, self._t.weights.layers[-1]
         ops = t.ops
-        ops.attend(t.qkv, t.keys[-1], t.values[-1], self._place, t.cos, t.sin, t.attention[-1],
+        ops.attend(t.qkv, t.keys[-1], t.values[-1], self._place, *t.angles[-1], t.attention[-1],
                    t.attended)
-        ops.linear(t.attended, layer.out, t.x, add=True)
-        ops.gated(t.x, layer.gate_up, t.hidden, layer.mlp_norm, eps)
-        ops.linear(t.hidden, layer.down, t.x, add=True)
+        t.after_attention(layer)
         ops.linear(t.x, t.weights.head, self._logits, gain=t.weights.norm, eps=eps)
 
     def _product(self, x, weight, tokens):
@@ -282,34 +282,37 @@ class Prefill:
         self._by_kernel(x, weight, tokens, choice, self._parts)
         return self._parts, choice.splits
 
-    def _gated(self, x, layer, tokens):
-        """Write silu(gate) * up to ``_hidden``."""
-        weight, placed = layer.gate_up, self._is_placed(layer.down, tokens)
+    def _gated(self, x, mlp, tokens):
+        """Write activation(gate) * up to ``_hidden``."""
+        weight, placed = mlp.gate_up, self._is_placed(mlp.down, tokens)
+        gelu = mlp.activation == 'gelu_tanh'
         x = self._in_order(x, weight, tokens, True)
         choice = self._choice(weight, tokens, True)
         n, k = weight.shape
         if choice.rows:
             full, splits = self._full_turns(weight, tokens, choice)
             self._by_kernel(x, weight, tokens, choice, self._hidden, slice(0, full), placed=placed,
-                            gated=True)
+                            gated=True, gelu=gelu)
             if full < n:
                 rest = replace(choice, splits=splits)
                 self._by_kernel(x, weight, tokens, rest, self._parts, slice(full, n), paired=True)
-                self._silu_up(self._parts, splits, tokens, weight, slice(full, n), True, placed)
+                self._gate_up(self._parts, splits, tokens, weight, slice(full, n), True, placed,
+                              gelu)
             return
         for weights, rows in self._pieces(weight):
             count = rows.stop - rows.start
             out = self._parts.view(x.dtype)[:tokens * count].view(tokens, count)
             torch.mm(x[:tokens * k].view(tokens, k), weights.t(), out=out)
-            self._silu_up(out, 1, tokens, weight, rows, not isinstance(weight, Dense),
-                          placed)
+            self._gate_up(out, 1, tokens, weight, rows, not isinstance(weight, Dense), placed,
+                          gelu)
 
-    def _silu_up(self, parts, splits, tokens, weight, rows, paired, placed):
+    def _gate_up(self, parts, splits, tokens, weight, rows, paired, placed, gelu):
         width, bias = (rows.stop - rows.start) // 2, weight.bias
-        kernels._silu_up[(tokens, triton.cdiv(width, 1024))](
+        kernels._gate_up[(tokens, triton.cdiv(width, 1024))](
             parts, parts if bias is None else bias, self._hidden, rows.start // 2, width,
             tokens * 2 * width, N=weight.shape[0] // 2, BLOCK=1024, PARTS=splits,
-            BIAS=bias is not None, PAIRED=paired, PLACED=placed, **self._launch(4))
+            BIAS=bias is not None, PAIRED=paired, GELU=gelu, PLACED=placed,
+            **self._launch(4))
 
     def _full_turns(self, weight, tokens, choice):
         """
@@ -374,7 +377,7 @@ class Prefill:
             num_warps=UNPACKING)
 
     def _by_kernel(self, x, weight, tokens, choice, out, rows=None, gated=False, paired=False,
-                   placed=False):
+                   placed=False, gelu=False):
         """Multiply by some rows of a weight, all where none are told."""
         n, k = weight.shape
         rows = rows or slice(0, n)
@@ -382,7 +385,7 @@ class Prefill:
         width = n // 2 if gated else rows.stop - rows.start
         common = {
             'TOKENS': choice.tokens, 'STAGES': choice.stages, 'GATED': gated,
-            'BIAS': bias is not None, 'PLACED': placed, **self._launch(choice.warps)}
+            'GELU': gelu, 'BIAS': bias is not None, 'PLACED': placed, **self._launch(choice.warps)}
         bias = x if bias is None else bias
         grid = (triton.cdiv(rows.stop - rows.start, choice.rows) * (tokens // choice.tokens),
                 1 if gated else choice.splits)
@@ -414,14 +417,15 @@ class Prefill:
             PLACED=self._choice(weight, tokens, gated).rows > 0, **self._launch(4))
         return self._ordered
 
-    def _add(self, weight, parts, count, tokens, gain, placed):
+    def _add(self, weight, parts, count, tokens, own_gain, gain, placed):
         a = self._t.architecture
         bias = weight.bias
         kernels._add[(tokens,)](
-            self._x, parts, parts if bias is None else bias, gain, self._normed,
+            self._x, parts, parts if bias is None else bias,
+            gain if own_gain is None else own_gain, gain, self._normed,
             tokens * a.hidden_size, a.norm_eps, K=a.hidden_size,
             BLOCK=triton.next_power_of_2(a.hidden_size), PARTS=count, BIAS=bias is not None,
-            PLACED=placed, **self._launch(self._row_warps(tokens)))
+            NORM=own_gain is not None, PLACED=placed, **self._launch(self._row_warps(tokens)))
 
     def _row_warps(self, tokens):
         """Give the warps of a program that reads a whole row: more where there are few rows."""
@@ -437,12 +441,13 @@ class Prefill:
                    triton.next_power_of_2(a.heads + 2 * a.kv_heads - first))
         kernels._rotate[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads - first, rows))](
             parts, parts if bias is None else bias, t.keys[index], t.values[index], self._q,
-            self._start, self._count, t.cos, t.sin,
+            self._start, self._count, *t.angles[index],
             attention.q_norm if normed else parts, attention.k_norm if normed else parts,
             tokens * (a.q_size + 2 * a.kv_size), t.max_context, a.norm_eps, HEADS=a.heads,
             KV_HEADS=a.kv_heads, FIRST=first, ROWS=rows, D=a.head_dim,
             DIMS=triton.next_power_of_2(a.head_dim // 2), PARTS=count,
-            BIAS=bias is not None, NORM=normed, **self._launch(2))
+            BIAS=bias is not None, NORM=normed, BETA=a.growth.beta, LENGTH=a.growth.context,
+            **self._launch(2))
 
     def _attend(self, index, tokens, near, placed):
         t, a = self._t, self._t.architecture
@@ -451,7 +456,7 @@ class Prefill:
         rows, columns, warps, stages = self._tile(tokens)
         kernels._attend[(triton.cdiv(tokens * group, rows), a.kv_heads, splits)](
             self._q, t.keys[index], t.values[index], self._start, self._count, self._attended,
-            *self._shares, t.max_context, tokens, math.log2(math.e) / math.sqrt(a.head_dim),
+            *self._shares, t.max_context, tokens, math.log2(math.e) * a.attention_scale,
             HEADS=a.heads, GROUP=group, D=a.head_dim, DIMS=dims, M=rows, N=columns,
             SPLITS=splits, WINDOW=a.windows[index], STAGES=stages, PLACED=placed,
             **self._launch(warps))
@@ -468,6 +473,8 @@ class Prefill:
 
     def _tile(self, tokens):
         """Give attention's tile of queries and of keys, its warps and stages."""
+        if self._t.architecture.head_dim > 128:
+            return 64, 32, 4, 2
         return (128, 64, 8, 3) if self._is_large(tokens) else (64, 64, 4, 2)
 
     def _splits(self, tokens):
@@ -495,8 +502,8 @@ class Prefill:
         most = 0
         element = self._t.keys.element_size()
         for layer in self._t.weights.layers:
-            for weight in _of(layer):
-                gated = weight is layer.gate_up
+            for weight in layer.linears:
+                gated = weight is layer.mlp.gate_up
                 for tokens in self.sizes:
                     choice = self._choice(weight, tokens, gated)
                     rows = weight.shape[0]
@@ -515,9 +522,9 @@ class Prefill:
     def _most_unpacked(self):
         """Give the weights that the largest piece has that is unpacked for the library."""
         return max((self._unpacked_rows(weight) * weight.in_features
-                    for layer in self._t.weights.layers for weight in _of(layer)
+                    for layer in self._t.weights.layers for weight in layer.linears
                     if not isinstance(weight, Dense) and any(
-                        not self._choice(weight, tokens, weight is layer.gate_up).rows
+                        not self._choice(weight, tokens, weight is layer.mlp.gate_up).rows
                         for tokens in self.sizes)), default=0)
 
     def _unpacked_rows(self, weight):
@@ -592,10 +599,6 @@ def _int4_layouts(n, k, tokens, gated):
     if gated and tokens >= 64:
         return ((128, 32, 8, 4), (128, 32, 8, 2), *small), 1
     return ((128, 32, 4, 4), *small), 1 if tokens == 128 and k <= n else 2
-
-
-def _of(layer):
-    return layer.qkv, layer.out, layer.gate_up, layer.down
 
 
 def _is_ordered(weight):

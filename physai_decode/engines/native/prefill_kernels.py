@@ -10,15 +10,13 @@ and whatever reads the product adds the shares: ``parts`` are [splits, tokens, n
 Products with an `Int4` take their input in the order of its words, see `_placed`.
 """
 
-from physai_decode.engines.native.kernels import _base
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _nibble
 from physai_decode.engines.native.kernels import _of
-from physai_decode.engines.native.kernels import _over
-from physai_decode.engines.native.kernels import _silu
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
 LOWEST = tl.constexpr(-1e30)        # below every score; unlike -inf it can be subtracted
 
@@ -55,7 +53,7 @@ def _summed(parts, at, inside, stride, bias, columns, PARTS: tl.constexpr, BIAS:
 
 @triton.jit
 def _embed(table, ids, x, gain, out, eps, K: tl.constexpr, BLOCK: tl.constexpr,
-           PLACED: tl.constexpr, EARLY: tl.constexpr):
+           SCALE: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr):
     """Write a token's embedding to ``x`` [tokens, K], and normalised to ``out``; one a program."""
     if EARLY:
         gdc_wait()
@@ -65,14 +63,21 @@ def _embed(table, ids, x, gain, out, eps, K: tl.constexpr, BLOCK: tl.constexpr,
     inside = columns < K
     token = tl.load(ids + row)
     v = tl.load(table + token * K + columns, mask=inside, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        v *= SCALE
     tl.store(x + row * K + columns, v, mask=inside)
     _normed(v, gain, out + row * K, columns, inside, eps, K, PLACED)
 
 
 @triton.jit
-def _add(x, parts, bias, gain, out, stride, eps, K: tl.constexpr, BLOCK: tl.constexpr,
-         PARTS: tl.constexpr, BIAS: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr):
-    """Add a product to ``x`` [tokens, K], and write it normalised to ``out``; a row a program."""
+def _add(x, parts, bias, own_gain, gain, out, stride, eps, K: tl.constexpr, BLOCK: tl.constexpr,
+         PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
+         EARLY: tl.constexpr):
+    """
+    Add a product to ``x`` [tokens, K], and write it normalised to ``out``; a row a program.
+
+    NORM, the product itself is normalised before, by ``own_gain``.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
@@ -80,7 +85,11 @@ def _add(x, parts, bias, gain, out, stride, eps, K: tl.constexpr, BLOCK: tl.cons
         gdc_wait()
         gdc_launch_dependents()
     v = tl.load(x + row * K + columns, mask=inside, other=0.0)
-    v += _summed(parts, row * K + columns, inside, stride, bias, columns, PARTS, BIAS)
+    more = _summed(parts, row * K + columns, inside, stride, bias, columns, PARTS, BIAS)
+    if NORM:
+        more *= tl.rsqrt(tl.sum(more * more, 0) / K + eps)
+        more *= tl.load(own_gain + columns, mask=inside, other=0.0).to(tl.float32)
+    v += more
     tl.store(x + row * K + columns, v, mask=inside)
     _normed(v, gain, out + row * K, columns, inside, eps, K, PLACED)
 
@@ -112,11 +121,11 @@ def _reorder(x, order, out, K: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.con
 
 
 @triton.jit
-def _silu_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.constexpr,
-             PARTS: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, PLACED: tl.constexpr,
-             EARLY: tl.constexpr):
+def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.constexpr,
+             PARTS: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, GELU: tl.constexpr,
+             PLACED: tl.constexpr, EARLY: tl.constexpr):
     """
-    Write silu(gate) * up to columns of ``out`` [tokens, N], from ``first`` on.
+    Write activation(gate) * up to columns of ``out`` [tokens, N], from ``first`` on.
 
     ``parts`` is [splits, tokens, 2 * width]. PAIRED, gate and up take turns every 8 columns, as in
     an `Int4`; else ``width`` is N.
@@ -138,7 +147,7 @@ def _silu_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
     if PLACED:
         columns = _placed(columns)
     tl.store(out + tl.program_id(0).to(tl.int64) * N + columns,
-             (_silu(gate) * up).to(out.dtype.element_ty), mask=inside)
+             (_activated(gate, GELU) * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -152,14 +161,14 @@ def _share(steps):
 @triton.jit
 def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-           PAIRED: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PLACED: tl.constexpr,
-           EARLY: tl.constexpr):
+           PAIRED: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
+           PLACED: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply ``x`` [tokens, k] by rows of ``weight`` [n, k], from ``first`` on.
 
     ``k`` is a multiple of COLUMNS. ``out`` is [splits, tokens, width]. PAIRED, 8 rows of the first
-    half (the gate) and 8 of the second (up) take turns; GATED, ``out`` is silu(gate) * up, with
-    ``bias`` added before.
+    half (the gate) and 8 of the second (up) take turns; GATED, ``out`` is activation(gate) * up,
+    with ``bias`` added before.
     """
     # The programs that share a tile of weights come one after the other.
     block = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
@@ -184,24 +193,25 @@ def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
         gdc_launch_dependents()
     if BIAS:
         result += tl.load(bias + source).to(tl.float32)[:, None]
-    _store(out, result, block, at, n - first, tokens, width, GATED, PLACED)
+    _store(out, result, block, at, n - first, tokens, width, GATED, GELU, PLACED)
 
 
 @triton.jit
-def _gated(result):
-    """Give silu(gate) * up of a tile [rows, tokens] in which they take turns every 8 rows."""
+def _gated(result, GELU: tl.constexpr):
+    """Give activation(gate) * up of a tile [rows, tokens]: they take turns every 8 rows."""
     TILES: tl.constexpr = result.shape[0] // 16
     TOKENS: tl.constexpr = result.shape[1]
     result = tl.permute(tl.reshape(result, (TILES, 2, 8, TOKENS)), (0, 2, 3, 1))
     gate, up = tl.split(result)
-    return tl.reshape(_silu(gate) * up, (8 * TILES, TOKENS))
+    return tl.reshape(_activated(gate, GELU) * up, (8 * TILES, TOKENS))
 
 
 @triton.jit
-def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, PLACED: tl.constexpr):
+def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, GELU: tl.constexpr,
+           PLACED: tl.constexpr):
     """Write tile ``block`` [rows, tokens] of n rows to ``out`` [splits, tokens, width]."""
     if GATED:
-        result = _gated(result)
+        result = _gated(result, GELU)
         n = n // 2
     rows = block * result.shape[0] + tl.arange(0, result.shape[0])
     inside = rows < n
@@ -232,9 +242,8 @@ def _weights(words, four, zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS:
 def _whole(w, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Divide the factor out of what `_nibble` gave: small whole numbers, so nothing is rounded."""
     if ASSEMBLY and KIND == tl.float16:
-        factor: tl.constexpr = 1.0 / _over(NUMBER, 'fp16')[3]
-        if factor != 1.0:
-            w *= tl.full((1,), factor, KIND)
+        if NUMBER % 2:
+            w *= tl.full((1,), 1.0 / 16, KIND)
     return w
 
 
@@ -246,9 +255,9 @@ def _point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
     if ZEROS:
         point = _of(zero, NUMBER)
     if ASSEMBLY and KIND == tl.bfloat16:
-        point += _base(NUMBER, 'bf16')
+        point += 128.0
     elif ASSEMBLY and KIND == tl.float16:
-        point += _base(NUMBER, 'fp16')
+        point += 64.0 if NUMBER % 2 else 1024.0
     return point.to(KIND)
 
 
@@ -256,8 +265,8 @@ def _point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
 def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, width,
           GROUP: tl.constexpr,
           TILES: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-          EXACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr,
-          PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          EXACT: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
+          ZEROS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply ``x`` [tokens, k], placed, by rows of an `Int4` [n, k]; else as `_dense`.
 
@@ -303,7 +312,7 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
     if BIAS:
         own = first + turn * (16 * TILES) + each
         result += tl.load(bias + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
-    _store(out, result, turn, at, n - first, tokens, width, GATED, PLACED)
+    _store(out, result, turn, at, n - first, tokens, width, GATED, GELU, PLACED)
 
 
 @triton.jit
@@ -368,12 +377,14 @@ def _put(out, low, high, inside, D: tl.constexpr):
 def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain, stride,
             max_context, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST: tl.constexpr,
             ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr,
-            BIAS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
+            BIAS: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
+            EARLY: tl.constexpr):
     """
     Turn ROWS heads of a token; queries go to ``q`` [tokens, HEADS * D], the rest to the cache.
 
     ``parts`` is [splits, tokens, (HEADS + 2 * KV_HEADS) * D]; heads before FIRST are left out.
-    A padded token's key and value are not written. DIMS is half a head, rounded up.
+    A padded token's key and value are not written. DIMS is half a head, rounded up. BETA and
+    LENGTH are those of `Growth`.
     """
     if EARLY:
         gdc_wait()
@@ -394,6 +405,10 @@ def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain
         inside = known & (heads < HEADS)
         low, high = _turned(parts, at, stride, bias, column, q_gain, cos, sin, dims, eps, inside,
                             D, PARTS, BIAS, NORM)
+        if BETA > 0:
+            growth = 1.0 + BETA * tl.log(1.0 + place // LENGTH)
+            low *= growth
+            high *= growth
         _put(q + row.to(tl.int64) * (HEADS * D) + column, low, high, inside, D)
     cache = (heads - HEADS).to(tl.int64) * max_context * D + place * D + dims
     if (begin + ROWS > HEADS) & (begin < HEADS + KV_HEADS):

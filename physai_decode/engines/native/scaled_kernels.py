@@ -6,6 +6,8 @@ while the kernel before still runs. The bits of a float of 8 bits are moved to w
 them, which then is 256 times too small: no instruction that older chips lack.
 """
 
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Scaled
@@ -13,10 +15,8 @@ import torch
 from torch import Tensor
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
-from triton.language.extra.cuda import gdc_wait
 
-_finish, _silu, _store = kernels._finish, kernels._silu, kernels._store
+_activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 BLOCK = 1024        # columns that a program makes dense
 
 
@@ -25,7 +25,7 @@ def _numbers(values, FLOAT: tl.constexpr):
     """Turn int8 to float32; bits of a FLOAT to what they mean, divided by 256."""
     if FLOAT:
         # Seven places up; bit 14 would be the sign once more.
-        bits = (values.to(tl.int16) << 7) & -16512
+        bits = ((values.to(tl.int16) << 7) & -16512).to(tl.int16)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return values.to(tl.float32)
@@ -90,8 +90,8 @@ def _whole(sums, scales, rows, FLOAT: tl.constexpr, BY_ROW: tl.constexpr):
 def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr,
               GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               STAGES: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr,
-              BY_ROW: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-              BIAS: tl.constexpr, EARLY: tl.constexpr):
+              BY_ROW: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+              GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
     """Multiply a `Scaled` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
     LENGTH: tl.constexpr = COLUMNS if BY_ROW else GROUP
     GROUPS: tl.constexpr = 1 if BY_ROW else (K + GROUP - 1) // GROUP
@@ -141,7 +141,8 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
     result = _finish(sums, square, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
         more = _whole(more, scales, up, FLOAT, BY_ROW)
-        result = _silu(result) * _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
+        result = _activated(result, GELU)
+        result *= _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
     _store(out, rows, n, result, ADD)
 
 
@@ -175,9 +176,9 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
 class ScaledOps(TritonOps):
     """The step's operations as kernels, on weights of 8 bits too."""
 
-    def _product(self, x, weight, out, gain, eps, add, gated):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
         if not isinstance(weight, Scaled):
-            super()._product(x, weight, out, gain, eps, add, gated)
+            super()._product(x, weight, out, gain, eps, add, gated, gelu)
             return
         shape, choice = self._layout(weight, gain, gated)
         if weight.order is not None:
@@ -190,7 +191,7 @@ class ScaledOps(TritonOps):
             COLUMNS=choice.columns, STAGES=choice.stages, FLOAT=weight.is_float,
             ZEROS=weight.zeros is not None,
             BY_ROW=weight.scales.shape[1] == 1 and weight.zeros is None, NORM=gain is not None,
-            GATED=gated, ADD=add, BIAS=bias is not None, EARLY=self._early,
+            GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None, EARLY=self._early,
             **self._launch(choice.warps))
 
 

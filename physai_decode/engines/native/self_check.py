@@ -3,9 +3,9 @@ Whether the loaded engine computes what its weights say, held against plain arit
 
 A prompt is fed and two tokens are stepped as for any request, by the kernels that were tuned and
 captured. Then float32 products of the same weights compute the keys and values of the same tokens
-in the first two layers, which all that the first layer does goes into, and the logits of what the
-last layer left to the head. Further layers run the same code; how weights were read is not looked
-at.
+in the first two layers, and on to the first of each that turns heads in another way: all that a
+layer does goes into those of the next. Last, the logits of what the last layer left to the head.
+Further layers run the same code; how weights were read is not looked at.
 """
 
 from collections.abc import Sequence
@@ -68,10 +68,12 @@ def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) ->
 def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
     """Give for each of the first layers float32 [2 * kv_heads, tokens, head_dim]."""
     a, tokens = t.architecture, len(ids)
-    turns = torch.complex(t.cos[:tokens], t.sin[:tokens])
-    x = t.weights.embedding[torch.tensor(ids, device=t.keys.device)].float()
+    # Two, and one of each way to turn heads.
+    layers = max(min(LAYERS, a.layers), *(1 + a.rotaries.index(each) for each in a.rotaries))
+    x = t.weights.embedding[torch.tensor(ids, device=t.keys.device)].float() * t.embedding_scale
     found = []
-    for layer, window in zip(t.weights.layers[:LAYERS], a.windows):
+    for layer, window, angles in zip(t.weights.layers[:layers], a.windows, t.angles):
+        turns = torch.complex(*(each[:tokens] for each in angles))
         heads = _product(_normed(x, layer.input_norm, a.norm_eps), layer.qkv).view(
             tokens, -1, a.head_dim).transpose(0, 1)
         q, k, v = heads.split((a.heads, a.kv_heads, a.kv_heads))
@@ -79,14 +81,20 @@ def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
             q = _normed(q, layer.q_norm, a.norm_eps)
             k = _normed(k, layer.k_norm, a.norm_eps)
         q, k = _turned(q, turns), _turned(k, turns)
+        lengths = torch.arange(tokens, device=q.device).div(a.growth.context).floor()
+        q = q * (1 + a.growth.beta * (1 + lengths).log()).unsqueeze(1)
         found.append(torch.cat((k, v)))
-        if len(found) < LAYERS:
-            x = x + _product(_attended(q, k, v, window), layer.out)
-            x = x + _mlp(_normed(x, layer.mlp_norm, a.norm_eps), layer)
+        if len(found) < layers:
+            attended = _product(_attended(q, k, v, window, a.attention_scale), layer.out)
+            x = x + _normed(attended, layer.out_norm, a.norm_eps)
+            mlp = _mlp(_normed(x, layer.mlp_norm, a.norm_eps), layer)
+            x = x + _normed(mlp, layer.down_norm, a.norm_eps)
     return found
 
 
 def _normed(x, gain, eps):
+    if gain is None:
+        return x
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain.float()
 
 
@@ -96,20 +104,22 @@ def _turned(heads: Tensor, turns: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _attended(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Attend over whole [heads, tokens, dim]; gives [tokens, heads * dim]."""
     shared = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
     back = torch.arange(q.shape[1], device=q.device)
     back = back.unsqueeze(1) - back
     hidden = (back < 0) | (back >= window) if window else back < 0
-    scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).masked_fill(hidden, -math.inf)
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -math.inf)
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 
 def _mlp(x: Tensor, layer: Layer) -> Tensor:
-    gate, up = layer.gate_up.halves(_product(x, layer.gate_up))
-    return _product((F.silu(gate) * up).flatten(1), layer.down)
+    mlp = layer.mlp
+    gate, up = mlp.gate_up.halves(_product(x, mlp.gate_up))
+    gate = F.silu(gate) if mlp.activation == 'silu' else F.gelu(gate, approximate='tanh')
+    return _product((gate * up).flatten(1), mlp.down)
 
 
 def _product(x: Tensor, weight: Linear) -> Tensor:

@@ -9,13 +9,16 @@ import time
 from typing import TYPE_CHECKING
 
 from physai_decode.checkpoint import Checkpoint
+from physai_decode.checkpoint import TensorEntry
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
+from physai_decode.engines import chip
 from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
+from physai_decode.engines.native import families
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
@@ -54,22 +57,35 @@ class PartTimes:
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """Find the device and the number format that the settings ask for with this model."""
     device, dtype = devices.select(config)
-    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda':
+    wide = families.parse(checkpoint.config).wide_range
+    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda' and not wide:
         dtype = formats.parse(checkpoint.quantized).dtype or dtype
     return device, dtype
 
 
-def operations(device: torch.device, progress: Callable[[str], None]) -> TorchOps:
-    """Give the operations for this device."""
+def operations(device: torch.device, dtype: torch.dtype,
+               progress: Callable[[str], None]) -> TorchOps:
+    """Give the operations for this device and number format."""
     if device.type == 'cpu':
-        return TorchOps(on_host=True)
+        return TorchOps(on_host=True, dtype=dtype)
     try:
         from physai_decode.engines.native.coded_kernels import CodedOps
     except ImportError as error:
-        progress(f"Triton is not there ({error}), so the step runs by PyTorch's operations, "
-                 'several times more slowly: pip install triton')
-        return TorchOps(on_host=False)
-    return CodedOps(device)
+        return _without_triton(
+            f'Triton can not be used ({error}): pip install -U triton', dtype, progress)
+    from physai_decode.engines import compiler
+    if held := chip.pretended(device):
+        progress(f'{chip.VARIABLE} is set: {devices.describe(device)[0]} runs as if it had '
+                 f'compute capability {held}')
+    if problem := compiler.problem(device):
+        return _without_triton(problem, dtype, progress)
+    return CodedOps(device, dtype=dtype)
+
+
+def _without_triton(reason, dtype, progress):
+    progress(f"{reason}. Until then the step runs by PyTorch's operations, several times more "
+             'slowly')
+    return TorchOps(on_host=False, dtype=dtype)
 
 
 def prefill(transformer: Transformer, capture: bool,
@@ -100,7 +116,7 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
     """
     weight_bytes = sum(
         dtype.itemsize * math.prod(entry.shape) if entry.dtype in _FLOATS else entry.bytes
-        for entry in checkpoint.tensors.values())
+        for entry in _own(checkpoint, shape))
     per_token = 2 * shape.layers * shape.kv_size * dtype.itemsize
     work = WORK_BYTES if device.type == 'cuda' else 0
     needed = weight_bytes + work + per_token * max_context
@@ -128,10 +144,11 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress)
     unused = tuple(sorted(checkpoint.tensors.keys() - files.used)) \
         if isinstance(files, source.Files) else ()
-    leftover.check(checkpoint, unused)
+    trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
+    leftover.check(checkpoint, unused, (trunk, f'{head}.'))
     clock.end('load_s')
-    made = Transformer(
-        shape, replace(loaded, unused=unused), places, dtype, device, operations(device, progress))
+    made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device,
+                       operations(device, dtype, progress))
     if device.type == 'cuda':
         made.ops.tune(made, progress)
         clock.end('tune_s')
@@ -156,10 +173,18 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         device_uuid=uuid, cuda_graph='unavailable' if device.type == 'cpu' else
         'captured' if captured else 'off', max_context=max_context, vocab_size=shape.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids, read_weight_bytes=loaded.read_bytes,
-        checkpoint_weight_bytes=checkpoint.weight_bytes, layers=shape.layers,
+        checkpoint_weight_bytes=sum(
+            entry.bytes for entry in _own(checkpoint, shape)), layers=shape.layers,
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
         windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
+
+
+def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:
+    """Give the tensors that belong to the language model, not to what sees."""
+    trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
+    return [entry for name, entry in checkpoint.tensors.items()
+            if name.startswith((trunk, f'{head}.'))]
 
 
 def warm_up(engine: Engine, prompt: Sequence[int]) -> None:

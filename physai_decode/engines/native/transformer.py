@@ -8,20 +8,22 @@ GPU inside a captured graph.
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-import math
 from typing import NamedTuple
 
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.ops import Attention
+from physai_decode.engines.native.ops import grown
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.weights import Layer
 from physai_decode.engines.native.weights import Weights
 import torch
 from torch import Tensor
@@ -56,17 +58,18 @@ class Transformer:
         shape = (a.layers, a.kv_heads, max_context, a.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        angles = torch.outer(
-            torch.arange(max_context, dtype=torch.float32),
-            torch.tensor(a.inverse_frequencies, dtype=torch.float32))
-        self.cos = (angles.cos() * a.rotary_scale).to(device)
-        self.sin = (angles.sin() * a.rotary_scale).to(device)
+        tables = {rotary: _angles(rotary, max_context, a.head_dim, device)
+                  for rotary in set(a.rotaries)}
+        self.angles = [tables[rotary] for rotary in a.rotaries]     # of each layer
         self.attention = [
-            Attention(a.heads, a.kv_heads, a.head_dim, window, a.norm_eps,
-                      layer.q_norm, layer.k_norm)
+            Attention(a.heads, a.kv_heads, a.head_dim, window, a.attention_scale, a.norm_eps,
+                      layer.q_norm, layer.k_norm, a.growth)
             for window, layer in zip(a.windows, weights.layers)]
 
+        self.embedding_scale = torch.tensor(
+            a.embedding_scale, dtype=dtype if a.rounded_scale else torch.float32).item()
         self.x = torch.zeros(a.hidden_size, dtype=torch.float32, device=device)
+        self._branch = torch.zeros_like(self.x)     # what is normalised before it is added
         self.qkv = torch.zeros(a.q_size + 2 * a.kv_size, dtype=torch.float32, device=device)
         self.attended = torch.zeros(a.q_size, dtype=dtype, device=device)
         self.hidden = torch.zeros(a.intermediate_size, dtype=dtype, device=device)
@@ -75,23 +78,33 @@ class Transformer:
     def step(self) -> None:
         """Read ``token`` at ``position``; write the logits of the token after it to ``logits``."""
         ops, eps, w = self.ops, self.architecture.norm_eps, self.weights
-        ops.embed(w.embedding, self.token, self.x)
+        ops.embed(w.embedding, self.token, self.x, self.embedding_scale)
         for index, layer in enumerate(w.layers):
             ops.linear(self.x, layer.qkv, self.qkv, gain=layer.input_norm, eps=eps)
-            ops.attend(self.qkv, self.keys[index], self.values[index], self.position, self.cos,
-                       self.sin, self.attention[index], self.attended)
-            ops.linear(self.attended, layer.out, self.x, add=True)
-            ops.gated(self.x, layer.gate_up, self.hidden, layer.mlp_norm, eps)
-            ops.linear(self.hidden, layer.down, self.x, add=True)
+            ops.attend(self.qkv, self.keys[index], self.values[index], self.position,
+                       *self.angles[index], self.attention[index], self.attended)
+            self.after_attention(layer)
         ops.linear(self.x, w.head, self.logits, gain=w.norm, eps=eps)
+
+    def after_attention(self, layer: Layer) -> None:
+        """Run the rest of a layer of a step: what attention gave, and the MLP, are added to x."""
+        ops, eps, x = self.ops, self.architecture.norm_eps, self.x
+        out = x if layer.out_norm is None else self._branch
+        ops.linear(self.attended, layer.out, out, add=out is x)
+        if layer.out_norm is not None:
+            ops.add_normed(out, layer.out_norm, eps, x)
+        out = x if layer.down_norm is None else self._branch
+        layer.mlp.step(ops, x, layer.mlp_norm, eps, self.hidden, out, add=out is x)
+        if layer.down_norm is not None:
+            ops.add_normed(out, layer.down_norm, eps, x)
 
     def products(self) -> Iterator[tuple[str, Product]]:
         """Give each matrix-vector product of the step with its name."""
         for layer in self.weights.layers:
             yield 'qkv', Product(layer.qkv, layer.input_norm)
             yield 'out', Product(layer.out, None)
-            yield 'gate_up', Product(layer.gate_up, layer.mlp_norm, gated=True)
-            yield 'down', Product(layer.down, None)
+            for name, weight, gated in layer.mlp.products():
+                yield name, Product(weight, layer.mlp_norm if gated else None, gated)
         yield 'head', Product(self.weights.head, self.weights.norm)
 
     def reads(self, context: int) -> list[tuple[str, str, int]]:
@@ -112,8 +125,8 @@ class Transformer:
             tokens = min(context, attention.window or context)
             cache = 2 * self.architecture.kv_size * tokens * self.keys.element_size()
             found += [product('qkv', layer.qkv), ('_attend', 'attention', cache),
-                      product('out', layer.out), product('gate and up', layer.gate_up),
-                      product('down', layer.down)]
+                      product('out', layer.out),
+                      *(product(name, weight) for name, weight, _ in layer.mlp.products())]
         return [*found, product('head', w.head)]
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
@@ -126,26 +139,32 @@ class Transformer:
         """
         a, w, ops = self.architecture, self.weights, self.ops
         stop = start + ids.shape[0]
-        cos, sin = self.cos[start:stop].unsqueeze(1), self.sin[start:stop].unsqueeze(1)
-        x = F.embedding(ids, w.embedding).float()
+        dtype, eps = self.keys.dtype, a.norm_eps
+        x = F.embedding(ids, w.embedding).float() * self.embedding_scale
         for index, layer in enumerate(w.layers):
-            qkv = ops.apply(rms_norm(x, layer.input_norm, a.norm_eps), layer.qkv)
+            qkv = ops.apply(rms_norm(x, layer.input_norm, eps, dtype), layer.qkv)
             q, k, v = qkv.view(-1, a.heads + 2 * a.kv_heads, a.head_dim).split(
                 (a.heads, a.kv_heads, a.kv_heads), 1)
             if layer.q_norm is not None and layer.k_norm is not None:
-                q = rms_norm(q, layer.q_norm, a.norm_eps)
-                k = rms_norm(k, layer.k_norm, a.norm_eps)
+                q = rms_norm(q, layer.q_norm, eps)
+                k = rms_norm(k, layer.k_norm, eps)
             keys, values = self.keys[index], self.values[index]
+            cos, sin = (each[start:stop].unsqueeze(1) for each in self.angles[index])
             keys[:, start:stop] = rotate(k, cos, sin).to(keys.dtype).transpose(0, 1)
             values[:, start:stop] = v.transpose(0, 1)
-            q = rotate(q, cos, sin).to(keys.dtype).transpose(0, 1)
-            attended = _attend(q, keys[:, :stop], values[:, :stop], a.windows[index])
-            x += ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
-            normed = rms_norm(x, layer.mlp_norm, a.norm_eps)
-            gate, up = layer.gate_up.halves(ops.apply(normed, layer.gate_up))
-            x += ops.apply(F.silu(gate).mul_(up).flatten(1), layer.down)
+            q = rotate(q, cos, sin)
+            if a.growth.beta:
+                q *= grown(a.growth, torch.arange(start, stop, device=x.device)).view(-1, 1, 1)
+            q = q.to(keys.dtype).transpose(0, 1)
+            attended = _attend(q, keys[:, :stop], values[:, :stop], self.attention[index])
+            branch = ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
+            x += branch if layer.out_norm is None else rms_norm(
+                branch, layer.out_norm, eps, torch.float32)
+            branch = layer.mlp.apply(ops, rms_norm(x, layer.mlp_norm, eps, dtype))
+            x += branch if layer.down_norm is None else rms_norm(
+                branch, layer.down_norm, eps, torch.float32)
         last = x if every else x[-1]
-        return ops.apply(rms_norm(last, w.norm, a.norm_eps), w.head).float()
+        return ops.apply(rms_norm(last, w.norm, eps, dtype), w.head).float()
 
 
 class EagerPrefill:
@@ -171,10 +190,20 @@ class EagerPrefill:
         return self._logits
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+def _angles(rotary: Rotary, places: int, dim: int,
+            device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give cosine and sine of every place, float32 [places, dim / 2] each."""
+    angles = torch.outer(torch.arange(places, dtype=torch.float32),
+                         torch.tensor(rotary.inverse_frequencies, dtype=torch.float32))
+    still = (0, dim // 2 - angles.shape[1])     # columns to add, of pairs that do not turn
+    return (F.pad(angles.cos() * rotary.scale, still, value=1.0).to(device),
+            F.pad(angles.sin() * rotary.scale, still).to(device))
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, layer: Attention) -> Tensor:
     """Attend from the last q.shape[1] places [heads, tokens, dim] over [kv_heads, stop, dim]."""
     tokens, stop = q.shape[1], keys.shape[1]
-    scale = 1 / math.sqrt(q.shape[2])
+    window = layer.window
     mask: Tensor | None = None
     causal = tokens == stop and not window
     if not causal:
@@ -189,4 +218,4 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
     with devices.attention_backends(q.device):
         return F.scaled_dot_product_attention(
             q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask,
-            is_causal=causal, scale=scale, enable_gqa=q.shape[0] != keys.shape[0])[0]
+            is_causal=causal, scale=layer.scale, enable_gqa=q.shape[0] != keys.shape[0])[0]

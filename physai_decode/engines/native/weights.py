@@ -15,24 +15,44 @@ from physai_decode.engines.native import fusion
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 import torch
 from torch import Tensor
 
+_WEIGHTS = ('weight', 'qweight', 'weight_packed')     # of a projection, by how it is stored
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer; norms' gains are [hidden] and [head_dim], in the engine's dtype."""
+    """
+    One transformer layer; norms' gains are [hidden] and [head_dim].
+
+    They are in the engine's dtype; where they are not those stored, in float32.
+    """
 
     input_norm: Tensor
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Linear
+    out_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
+    down_norm: Tensor | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All projections."""
+        return self.qkv, self.out, self.mlp.gate_up, self.mlp.down
+
+    @property
+    def norms(self) -> tuple[Tensor, ...]:
+        """The gains of all norms."""
+        every = (self.input_norm, self.q_norm, self.k_norm, self.out_norm, self.mlp_norm,
+                 self.down_norm)
+        return tuple(gain for gain in every if gain is not None)
 
 
 @dataclass(frozen=True)
@@ -54,9 +74,8 @@ class Weights:
         norms = [self.norm]
         linears = [self.head]
         for layer in self.layers:
-            norms += [layer.input_norm, layer.mlp_norm]
-            norms += [gain for gain in (layer.q_norm, layer.k_norm) if gain is not None]
-            linears += [layer.qkv, layer.out, layer.gate_up, layer.down]
+            norms += layer.norms
+            linears += layer.linears
         return (row + sum(gain.numel() * gain.element_size() for gain in norms)
                 + sum(linear.read_bytes for linear in linears))
 
@@ -72,6 +91,16 @@ def load(architecture: Architecture, source: Source, quantized: Quantization | N
     return _Loader(architecture, source, quantized, dtype, progress).load()
 
 
+def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tuple[str, str]:
+    """
+    Give what the names of a network's tensors begin with: those of its trunk and its head.
+
+    :param entry: gives what there is of a tensor's name; see `Source`.
+    """
+    trunks = architecture.names.trunks
+    return next((each for each in trunks if entry(f'{each[0]}embed_tokens.weight')), trunks[0])
+
+
 class _Loader:
 
     def __init__(self, architecture, source, quantized, dtype, progress):
@@ -84,39 +113,89 @@ class _Loader:
 
     def load(self):
         a = self._a
-        embedding = self._float('model.embed_tokens.weight', (a.vocab_size, a.hidden_size))
+        trunk, head_name = prefixes(a, self._source.entry)
+        embedding = self._float(f'{trunk}embed_tokens.weight', (a.vocab_size, a.hidden_size))
         self._device = embedding.device
+        tied = a.tied_head
+        if tied is None:
+            tied = not any(self._source.entry(f'{head_name}.{end}') for end in _WEIGHTS)
         layers = []
         for index in range(a.layers):
             self._progress(f'weights of layer {index + 1} of {a.layers}')
-            layers.append(self._layer(f'model.layers.{index}'))
-        if a.tied_head:
+            layers.append(self._layer(f'{trunk}layers.{index}'))
+        if tied:
             embedding = _laid_out(embedding)
         head: Linear = Dense(embedding)
-        if not a.tied_head:
-            head = self._fused('', [('lm_head', a.vocab_size)], a.hidden_size, False)
-        norm = self._float('model.norm.weight', (a.hidden_size,))
+        if not tied:
+            head = self._fused('', [(head_name, a.vocab_size)], a.hidden_size, False)
+        norm = self._gain(f'{trunk}norm', a.hidden_size)
+        if a.logit_scale != 1.0:
+            norm = norm.float() * a.logit_scale
         return Weights(embedding, tuple(layers), norm, head, self._fallbacks)
 
     def _layer(self, prefix):
         a = self._a
         attention, mlp = f'{prefix}.self_attn.', f'{prefix}.mlp.'
-        qk_norm = [self._float(f'{attention}{name}.weight', (a.head_dim,)) if a.qk_norm else None
-                   for name in ('q_norm', 'k_norm')]
+        q_norm, k_norm = ('q_norm', 'k_norm') if a.qk_norm else ('', '')
+
+        def norm(name, size=a.hidden_size, prefix=f'{prefix}.'):
+            return self._gain(prefix + name, size) if name else None
+
         return Layer(
-            input_norm=self._float(f'{prefix}.input_layernorm.weight', (a.hidden_size,)),
-            qkv=self._fused(attention, [('q_proj', a.q_size), ('k_proj', a.kv_size),
-                                        ('v_proj', a.kv_size)], a.hidden_size, a.qkv_bias),
-            q_norm=qk_norm[0],
-            k_norm=qk_norm[1],
+            input_norm=norm('input_layernorm'),
+            qkv=self._qkv(attention),
+            q_norm=norm(q_norm, a.head_dim, attention),
+            k_norm=norm(k_norm, a.head_dim, attention),
             out=self._fused(attention, [('o_proj', a.hidden_size)], a.q_size, a.out_bias),
-            mlp_norm=self._float(
-                f'{prefix}.post_attention_layernorm.weight', (a.hidden_size,)),
-            gate_up=self._fused(mlp, [('gate_proj', a.intermediate_size),
-                                      ('up_proj', a.intermediate_size)],
-                                a.hidden_size, a.mlp_bias),
-            down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
-                             a.mlp_bias))
+            out_norm=norm(a.names.out_norm),
+            mlp_norm=norm(a.names.mlp_norm),
+            mlp=Mlp(
+                gate_up=self._gate_up(mlp),
+                down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
+                                 a.mlp_bias),
+                activation=a.activation),
+            down_norm=norm(a.names.down_norm))
+
+    def _qkv(self, prefix):
+        a = self._a
+        parts = list(zip(a.names.qkv, (a.q_size, a.kv_size, a.kv_size)))
+        if len(parts) == 1:
+            parts = [(a.names.qkv[0], a.q_size + 2 * a.kv_size)]
+        fused = self._fused(prefix, parts, a.hidden_size, a.qkv_bias)
+        if a.turned == a.head_dim:
+            return fused
+        # The first half of a head turns with the second: what does not turn is dealt out to both.
+        half, still = a.turned // 2, (a.head_dim - a.turned) // 2
+        first, second, rest, more = torch.arange(a.head_dim, device=self._device).split(
+            (half, half, still, still))
+        head = torch.cat((first, rest, second, more))
+        turned = torch.arange(0, a.q_size + a.kv_size, a.head_dim, device=self._device)
+        index = torch.cat(((turned.unsqueeze(1) + head).flatten(), torch.arange(
+            a.q_size + a.kv_size, a.q_size + 2 * a.kv_size, device=self._device)))
+        ordered = fused.rows(index)
+        if isinstance(ordered, Dense):
+            return replace(ordered, weight=_laid_out(ordered.weight))
+        return ordered
+
+    def _gate_up(self, prefix):
+        a = self._a
+        if len(a.names.gate_up) == 2:
+            return self._fused(prefix, [(name, a.intermediate_size) for name in a.names.gate_up],
+                               a.hidden_size, a.mlp_bias)
+        fused = self._fused(prefix, [(a.names.gate_up[0], 2 * a.intermediate_size)],
+                            a.hidden_size, a.mlp_bias)
+        if isinstance(fused, Dense):
+            return fused
+        index = fusion.in_turn(a.intermediate_size, self._device)
+        if index is not None:
+            return fused.rows(index)
+        self._fallbacks += 1
+        return Dense(_laid_out(fusion.densified(fused, self._dtype)), fused.bias)
+
+    def _gain(self, module, size):
+        """Read a norm's gains; rounded once more they would lose what was added."""
+        stored = self._float(f'{module}.weight', (size,))
+        return stored.float() + self._a.gain_offset if self._a.gain_offset else stored
 
     def _fused(self, prefix, parts, columns, bias):
         """Stack the named projections, each (name, rows), of one input."""

@@ -2,7 +2,8 @@
 Floats of 8 bits as the method fp8 has them: by blocks, as Qwen and DeepSeek publish, or AutoFP8's.
 
 ``weight`` float8_e4m3fn [N, K]; by blocks ``weight_scale_inv`` [N / block, K / block], by which a
-weight is multiplied, for all its name; else ``weight_scale`` of the whole tensor or of its rows.
+weight is multiplied, for all its name; else ``weight_scale`` of the whole tensor or of its rows,
+which the transformers library calls ``weight_scale_inv`` too.
 Activations stay in half precision, whatever the config says of them.
 """
 
@@ -47,7 +48,10 @@ class Fp8:
         """See `Format`."""
         values = source.get(f'{module}.weight', (rows, columns))
         if self._block is None:
-            scales = of_rows(source, f'{module}.weight_scale', rows)
+            name = f'{module}.weight_scale'
+            if source.entry(name) is None:
+                name += '_inv'
+            scales = of_rows(source, name, rows)
             return packing.scale(values, scales, None, columns)
         high, wide = self._block
         wide = columns if wide == -1 else wide

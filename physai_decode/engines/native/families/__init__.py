@@ -1,0 +1,56 @@
+"""
+The families of models: one file each, and here which there are.
+
+A family reads a config.json, with what the transformers library takes for a key that is not there,
+and refuses by name what is not run. What it gives are an `Architecture`'s shapes and constants:
+nothing behind it knows families. Knows no tensors.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+from physai_decode.checkpoint import parsing
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.families import gemma3
+from physai_decode.engines.native.families import granite
+from physai_decode.engines.native.families import llama
+from physai_decode.engines.native.families import ministral3
+from physai_decode.engines.native.families import mistral
+from physai_decode.engines.native.families import phi3
+from physai_decode.engines.native.families import qwen2
+from physai_decode.engines.native.families import qwen3
+from physai_decode.engines.native.families import smollm3
+from physai_decode.engines.native.families import text_part
+from physai_decode.engines.native.families.refusal import unsupported
+
+# Reads a config. Raises EngineError where it asks for what is not run, and ValueError where it is
+# damaged; both name the key.
+Family = Callable[[Mapping[str, Any]], Architecture]
+# By model_type.
+FAMILIES: dict[str, Family] = {
+    'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
+    'gemma3_text': gemma3.parse, 'phi3': phi3.parse, 'smollm3': smollm3.parse,
+    'granite': granite.parse, 'ministral3': ministral3.parse}
+# Models that see too, of which the text is run.
+TEXT_PARTS: dict[str, Family] = {
+    'gemma3': text_part.of({'gemma3_text': gemma3.parse}, tied=True),
+    'qwen2_5_vl': text_part.of(
+        {'qwen2_5_vl_text': qwen2.parse}, num_key_value_heads=8, rms_norm_eps=1e-5,
+        rope_theta=1e6, max_window_layers=80),
+    'qwen3_vl': text_part.of({'qwen3_vl_text': qwen3.parse}, rope_theta=5e5),
+    'mistral3': text_part.of(
+        {'mistral': mistral.parse, 'ministral3': ministral3.parse}, tied=None)}
+
+
+@parsing('config.json')
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """
+    Read a Hugging Face config.json.
+
+    :raises EngineError: naming what the native engine does not run, or is damaged.
+    """
+    name, known = config.get('model_type'), {**FAMILIES, **TEXT_PARTS}
+    if name not in known:
+        raise unsupported(f'model_type {name!r} (it runs {", ".join(known)})')
+    return known[name](config)

@@ -1,0 +1,67 @@
+"""
+Gemma 3, its text alone: norms around each part of a layer, most layers in a window.
+
+Gains are stored less one. Layers with a window turn heads faster than those that see all.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Names
+from physai_decode.engines.native.families import rotary
+from physai_decode.engines.native.families import shared
+from physai_decode.engines.native.families.refusal import unsupported
+from physai_decode.model_config import number
+from physai_decode.model_config import part
+from physai_decode.model_config import Rope
+from physai_decode.model_config import windows_by_kind
+
+_DEFAULTS: dict[str, Any] = {
+    'vocab_size': 262208, 'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
+    'num_attention_heads': 8, 'num_key_value_heads': 4, 'head_dim': 256,
+    'tie_word_embeddings': True, 'query_pre_attn_scalar': 256, 'sliding_window': 4096,
+    'sliding_window_pattern': 6, 'rope_theta': 1e6, 'rope_local_base_freq': 1e4,
+    'hidden_activation': 'gelu_pytorch_tanh'}
+_NAMES = Names(mlp_norm='pre_feedforward_layernorm', out_norm='post_attention_layernorm',
+               down_norm='post_feedforward_layernorm')
+
+
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`."""
+    config = {**_DEFAULTS, **config}
+    if config['hidden_activation'] != 'gelu_pytorch_tanh':
+        raise unsupported(f'hidden_activation {config["hidden_activation"]!r} '
+                          '(of gemma3 it runs gelu_pytorch_tanh)')
+    for key in ('attn_logit_softcapping', 'final_logit_softcapping',
+                'use_bidirectional_attention'):
+        if config.get(key):
+            raise unsupported(f'{key} {config[key]!r} (of gemma3 it runs those without)')
+    windows = _windows(config)
+    local, whole = (_rotary(config, kind) for kind in ('sliding_attention', 'full_attention'))
+    bias = bool(config.get('attention_bias', False))
+    return shared.read(
+        config, {}, windows=windows, rotaries=tuple(local if each else whole for each in windows),
+        qkv_bias=bias, out_bias=bias, qk_norm=True, activation='gelu_tanh',
+        attention_scale=number(config, 'query_pre_attn_scalar', float) ** -0.5,
+        embedding_scale=math.sqrt(number(config, 'hidden_size')), rounded_scale=True,
+        gain_offset=1.0, wide_range=True, names=_NAMES)
+
+
+def _windows(config):
+    layers, kinds = number(config, 'num_hidden_layers'), config.get('layer_types')
+    if kinds is None:
+        pattern = number(config, 'sliding_window_pattern')
+        kinds = ['sliding_attention' if (index + 1) % pattern else 'full_attention'
+                 for index in range(layers)]
+    return windows_by_kind(kinds, layers, number(config, 'sliding_window'))
+
+
+def _rotary(config, kind):
+    """Read how the layers of a kind turn heads; older configs scale those that see all alone."""
+    whole = kind == 'full_attention'
+    said = {'rope_theta': config['rope_theta' if whole else 'rope_local_base_freq'],
+            **part(part(config, 'rope_parameters'), kind),
+            **(part(config, 'rope_scaling') if whole else {})}
+    return rotary.read(Rope({**config, 'rope_parameters': said}), number(config, 'head_dim'))

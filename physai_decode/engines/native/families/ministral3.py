@@ -1,0 +1,33 @@
+"""Ministral 3: Mistral whose queries grow with each length of its first context."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Growth
+from physai_decode.engines.native.families import shared
+from physai_decode.model_config import number
+from physai_decode.model_config import part
+from physai_decode.model_config import Rope
+
+_DEFAULTS: dict[str, Any] = {
+    'vocab_size': 131072, 'hidden_size': 4096, 'intermediate_size': 14336,
+    'num_hidden_layers': 34, 'num_attention_heads': 32, 'num_key_value_heads': 8, 'head_dim': 128,
+    'rms_norm_eps': 1e-5, 'max_position_embeddings': 262144, 'sliding_window': None}
+_ROPE = {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 16.0, 'beta_fast': 32.0,
+         'original_max_position_embeddings': 16384, 'beta_slow': 1.0, 'mscale_all_dim': 1.0,
+         'mscale': 1.0, 'llama_4_scaling_beta': 0.1}
+
+
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`."""
+    config = {**_DEFAULTS, **config}
+    said = part(config, 'rope_parameters') or part(config, 'rope_scaling') or _ROPE
+    config['rope_parameters'] = said
+    window = config['sliding_window']
+    if window is not None:
+        window = number(config, 'sliding_window')
+    return shared.read(
+        config, {}, windows=(window or 0,) * number(config, 'num_hidden_layers'),
+        growth=Growth(number(said, 'llama_4_scaling_beta', float),
+                      int(Rope(config).original_context)))

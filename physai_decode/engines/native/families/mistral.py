@@ -1,0 +1,15 @@
+"""Mistral: one window for all layers, or none."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.families import shared
+from physai_decode.model_config import number
+from physai_decode.model_config import windows
+
+
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`."""
+    layers = number(config, 'num_hidden_layers')
+    return shared.read(config, {'num_key_value_heads': 8}, windows=windows(config, layers))

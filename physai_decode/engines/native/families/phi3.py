@@ -1,0 +1,48 @@
+"""Phi-3 and Phi-4-mini: projections stored fused, a part of each head turns, longrope."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Names
+from physai_decode.engines.native.families import rotary
+from physai_decode.engines.native.families import shared
+from physai_decode.engines.native.families.refusal import unsupported
+from physai_decode.model_config import number
+from physai_decode.model_config import part
+from physai_decode.model_config import Rope
+
+_DEFAULTS: dict[str, Any] = {
+    'vocab_size': 32064, 'hidden_size': 3072, 'intermediate_size': 8192, 'num_hidden_layers': 32,
+    'num_attention_heads': 32, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 4096,
+    'original_max_position_embeddings': 4096, 'sliding_window': None}
+_NAMES = Names(qkv=('qkv_proj',), gate_up=('gate_up_proj',))
+_LONGROPE = {'su': 'longrope', 'yarn': 'longrope'}      # as folders of 2024 call it
+
+
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`."""
+    config = {**_DEFAULTS, **config}
+    layers, window = number(config, 'num_hidden_layers'), config['sliding_window']
+    if window is not None:
+        window = number(config, 'sliding_window')
+    return shared.read(config, {}, windows=(window or 0,) * layers,
+                       rotaries=(_rotary(config),) * layers, names=_NAMES)
+
+
+def _rotary(config):
+    said = part(config, 'rope_scaling') or part(config, 'rope_parameters')
+    kind = said.get('rope_type') or said.get('type') or 'default'
+    rope = Rope({**config, 'rope_parameters': {
+        'rope_theta': config.get('rope_theta'),
+        'partial_rotary_factor': config.get('partial_rotary_factor', 1.0), **said,
+        'rope_type': _LONGROPE.get(kind, kind),
+        'original_max_position_embeddings': config['original_max_position_embeddings']}})
+    if rope.kind not in ('default', 'longrope'):
+        raise unsupported(f'rope type {rope.kind!r} (of phi3 it runs default, longrope)')
+    head_dim = config.get('head_dim') or number(config, 'hidden_size') // number(
+        config, 'num_attention_heads')
+    turned = int(head_dim * rope.partial)
+    if turned % 2 or not turned:
+        raise unsupported(f'heads of which {turned} of {head_dim} dimensions turn')
+    return rotary.of_part(rope, turned)

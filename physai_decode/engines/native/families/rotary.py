@@ -1,0 +1,80 @@
+"""
+Rotary positions: how fast each pair of a head's dimensions turns, from what a config says of it.
+
+Su et al. 2021 and its extensions. Knows no tensors.
+"""
+
+import math
+
+from physai_decode.engines.native.architecture import Rotary
+from physai_decode.engines.native.families.refusal import unsupported
+from physai_decode.model_config import Rope
+
+KINDS = ('default', 'linear', 'llama3', 'yarn', 'longrope')
+
+
+def read(rope: Rope, head_dim: int) -> Rotary:
+    """
+    Give the turns of a whole head.
+
+    :raises EngineError: naming what the native engine does not run.
+    """
+    if rope.partial != 1:
+        raise unsupported('partial rotary positions of this family')
+    return of_part(rope, head_dim)
+
+
+def of_part(rope: Rope, head_dim: int) -> Rotary:
+    """
+    Give the turns of the first ``head_dim`` dimensions of a head.
+
+    :raises EngineError: naming what the native engine does not run.
+    """
+    inverse = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if rope.kind == 'default':
+        return Rotary(tuple(inverse))
+    if rope.kind == 'linear':
+        return Rotary(tuple(f / rope.factor for f in inverse))
+    if rope.kind == 'llama3':
+        return Rotary(tuple(_llama3(f, rope) for f in inverse))
+    if rope.kind == 'yarn':
+        return Rotary(_yarn(inverse, rope, head_dim), rope.attention_factor)
+    if rope.kind == 'longrope':
+        short, long = (tuple(f / factor for f, factor in zip(
+            inverse, rope.by_wave(key, len(inverse)))) for key in ('short_factor', 'long_factor'))
+        return Rotary(short, rope.attention_factor, int(rope.original_context), long)
+    raise unsupported(f'rope type {rope.kind!r} (it runs {", ".join(KINDS)})')
+
+
+def _llama3(frequency, rope):
+    """Slow waves are stretched, fast ones kept, those between blended (Llama 3.1's rule)."""
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    stretched = frequency / rope.factor
+    turns = rope.original_context * frequency / (2 * math.pi)
+    if turns < low:
+        return stretched
+    if turns > high:
+        return frequency
+    blend = (turns - low) / (high - low)
+    return (1 - blend) * stretched + blend * frequency
+
+
+def _yarn(inverse, rope, head_dim):
+    """YaRN (arXiv 2309.00071): a ramp over the dimensions."""
+    theta, factor, original = rope.theta, rope.factor, rope.original_context
+
+    def dimension(turns):
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+
+    def blended(i, frequency):
+        stretch = min(max((i - low) / (high - low), 0.0), 1.0)
+        return frequency / factor * stretch + frequency * (1 - stretch)
+
+    return tuple(blended(i, f) for i, f in enumerate(inverse))

@@ -1,0 +1,57 @@
+"""What all families read alike from a config, and which of its values none runs."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from physai_decode.engine import EngineError
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.families import rotary
+from physai_decode.engines.native.families.refusal import unsupported
+from physai_decode.model_config import number
+from physai_decode.model_config import Rope
+
+HEAD_DIMS = (64, 96, 128, 256)       # that the kernels have
+# What the transformers library takes for a key that config.json does not have; null is a value.
+_DEFAULTS: dict[str, Any] = {
+    'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None}
+
+
+def read(config: Mapping[str, Any], defaults: Mapping[str, Any], **differs: Any) -> Architecture:
+    """
+    Read a language model's config.
+
+    :param defaults: of the family, where they are not all families'.
+    :param differs: fields of `Architecture` that the family has read itself.
+    :raises EngineError: naming what the native engine does not run.
+    :raises ValueError: a key is missing, or has no such value.
+    """
+    config = {**_DEFAULTS, **defaults, **config}
+    if differs.get('activation', 'silu') == 'silu' and config['hidden_act'] != 'silu':
+        raise unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
+    heads, hidden, layers = (number(config, key) for key in (
+        'num_attention_heads', 'hidden_size', 'num_hidden_layers'))
+    kv_heads = heads if config['num_key_value_heads'] is None else number(
+        config, 'num_key_value_heads')
+    head_dim = hidden // heads if config['head_dim'] is None else number(config, 'head_dim')
+    if head_dim not in HEAD_DIMS:
+        raise unsupported(f'head_dim {head_dim} (it runs {", ".join(map(str, HEAD_DIMS))})')
+    if heads % kv_heads:
+        raise EngineError(f'config.json has {heads} heads and {kv_heads} key-value heads: '
+                          'the first must be a multiple of the second')
+    if 'rotaries' not in differs:
+        differs['rotaries'] = (rotary.read(Rope(config), head_dim),) * layers
+    return Architecture(**{
+        'model_type': config['model_type'],
+        'vocab_size': number(config, 'vocab_size'),
+        'hidden_size': hidden,
+        'intermediate_size': number(config, 'intermediate_size'),
+        'layers': layers,
+        'heads': heads,
+        'kv_heads': kv_heads,
+        'head_dim': head_dim,
+        'norm_eps': number(config, 'rms_norm_eps', float),
+        'tied_head': bool(config.get('tie_word_embeddings', False)),
+        'windows': (0,) * layers,
+        'attention_scale': 1 / math.sqrt(head_dim),
+        **differs})

@@ -1,0 +1,48 @@
+"""SmolLM3: in every fourth layer positions do not turn the heads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Rotary
+from physai_decode.engines.native.families import rotary
+from physai_decode.engines.native.families import shared
+from physai_decode.model_config import number
+from physai_decode.model_config import Rope
+from physai_decode.model_config import windows_by_kind
+
+_DEFAULTS: dict[str, Any] = {
+    'vocab_size': 128256, 'hidden_size': 2048, 'intermediate_size': 11008,
+    'num_hidden_layers': 36, 'num_attention_heads': 16, 'num_key_value_heads': 4,
+    'tie_word_embeddings': True, 'rope_theta': 2e6, 'no_rope_layer_interval': 4,
+    'sliding_window': None}
+
+
+def parse(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`."""
+    config = {**_DEFAULTS, **config}
+    layers, turns = number(config, 'num_hidden_layers'), config.get('no_rope_layers')
+    if turns is None:
+        interval = number(config, 'no_rope_layer_interval')
+        turns = [int((index + 1) % interval != 0) for index in range(layers)]
+    if not isinstance(turns, list) or len(turns) < layers:
+        raise ValueError(f'no_rope_layers is {turns!r}, not a list for {layers} layers')
+    turns = turns[:layers]
+    head_dim = config.get('head_dim') or number(config, 'hidden_size') // number(
+        config, 'num_attention_heads')
+    turning = rotary.read(Rope(config), head_dim)
+    bias = bool(config.get('attention_bias', False))
+    return shared.read(
+        config, {}, windows=_windows(config, turns),
+        rotaries=tuple(turning if each else Rotary(()) for each in turns), qkv_bias=bias,
+        out_bias=bias, mlp_bias=bool(config.get('mlp_bias', False)))
+
+
+def _windows(config, turns):
+    slides = config.get('use_sliding_window') and config['sliding_window'] is not None
+    kinds = config.get('layer_types')
+    if kinds is None:
+        kinds = ['sliding_attention' if slides and not each else 'full_attention'
+                 for each in turns]
+    window = number(config, 'sliding_window') if 'sliding_attention' in kinds else 0
+    return windows_by_kind(kinds, len(turns), window)

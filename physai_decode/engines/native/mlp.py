@@ -1,0 +1,44 @@
+"""
+The gated MLP of a layer: down(activation(gate(x)) * up(x)), gate and up as one projection.
+
+A layer may have another part in its place that gives its products, runs a step and applies itself
+to a prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.ops import ACTIVATIONS
+from physai_decode.engines.native.ops import TorchOps
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Its weights; ``gate_up`` has the rows of both, ``activation`` is one of `ACTIVATIONS`."""
+
+    gate_up: Linear
+    down: Linear
+    activation: str = 'silu'
+
+    def products(self) -> Iterator[tuple[str, Linear, bool]]:
+        """Give the name and weight of each product, and whether it is gated; those are normed."""
+        yield 'gate and up', self.gate_up, True
+        yield 'down', self.down, False
+
+    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, hidden: Tensor,
+             out: Tensor, add: bool) -> None:
+        """
+        Write, or add, the result for one token to ``out`` float32 [hidden_size].
+
+        :param x: float32 [hidden_size], normalised here by ``gain`` and ``eps``.
+        :param hidden: [intermediate_size], to work in.
+        """
+        ops.gated(x, self.gate_up, hidden, gain, eps, self.activation)
+        ops.linear(hidden, self.down, out, add=add)
+
+    def apply(self, ops: TorchOps, normed: Tensor) -> Tensor:
+        """Give the result for ``normed`` [tokens, hidden_size]."""
+        gate, up = self.gate_up.halves(ops.apply(normed, self.gate_up))
+        return ops.apply(ACTIVATIONS[self.activation](gate).mul_(up).flatten(1), self.down)

@@ -1,0 +1,151 @@
+"""The language model of models that see too, without images, against the library's whole model."""
+
+import dataclasses
+import json
+
+from engine_contract import load
+from physai_decode import engines
+from physai_decode.checkpoint import inspect
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import families
+from physai_decode.engines.native import NativeEngine
+import pytest
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+import transformers
+
+CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
+IDS = [(3 + 7 * index) % 500 for index in range(60)]
+SHAPE = {
+    'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2,
+    'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 64, 'pad_token_id': None,
+    'max_position_embeddings': 256}
+QWEN_SIGHT = {'depth': 1, 'hidden_size': 32, 'intermediate_size': 32, 'num_heads': 2,
+              'out_hidden_size': 128}
+OTHER_SIGHT = {'hidden_size': 32, 'intermediate_size': 32, 'num_hidden_layers': 1,
+               'num_attention_heads': 2, 'image_size': 28, 'patch_size': 14}
+MODELS = {
+    'gemma3': {
+        'text_config': {**SHAPE, 'sliding_window': 30, 'layer_types': [
+            'sliding_attention', 'full_attention']},
+        'vision_config': OTHER_SIGHT, 'mm_tokens_per_image': 4},
+    'qwen2_5_vl': {
+        'text_config': {**SHAPE, 'rope_parameters': {
+            'rope_type': 'default', 'rope_theta': 1e6, 'mrope_section': [8, 12, 12]}},
+        'vision_config': {**QWEN_SIGHT, 'fullatt_block_indexes': [0]}},
+    'qwen3_vl': {
+        'text_config': {**SHAPE, 'rope_parameters': {
+            'rope_type': 'default', 'rope_theta': 5e6, 'mrope_section': [12, 10, 10],
+            'mrope_interleaved': True}},
+        'vision_config': {**QWEN_SIGHT, 'deepstack_visual_indexes': [0]}},
+    'mistral3': {
+        'text_config': {**SHAPE, 'model_type': 'mistral', 'sliding_window': None},
+        'vision_config': {**OTHER_SIGHT, 'head_dim': 16}, 'tie_word_embeddings': False},
+    'mistral3, ministral3': {
+        'text_config': {**SHAPE, 'model_type': 'ministral3'},
+        'vision_config': {**OTHER_SIGHT, 'head_dim': 16}, 'tie_word_embeddings': True}}
+
+
+def save(folder, name):
+    """Write a folder; gives the library's model."""
+    config = transformers.AutoConfig.for_model(name.partition(',')[0], **MODELS[name])
+    return random_model.save_network(
+        folder, config, 0, transformers.AutoModelForImageTextToText)
+
+
+def check(folder, network):
+    """Hold prompt and step against the library's model; gives the footprint."""
+    engine = load(NativeEngine, folder, CPU).engine
+    steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=20))
+    answer = [token for step in steps for token in step.token_ids]
+    with torch.no_grad():
+        expected = network(input_ids=torch.tensor([IDS + answer])).logits[0]
+    assert answer == expected[len(IDS) - 1:-1].argmax(-1).tolist()
+    difference = (engine.prefill_logits(IDS + answer) - expected).abs().max()
+    assert difference <= 1e-4 * expected.abs().max()
+    engine.close()
+    return engine.footprint
+
+
+def rename(folder, names):
+    """Give tensors the beginnings that other versions of the library write."""
+    path = folder / 'model.safetensors'
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        old = next((each for each in names if name.startswith(each)), '')
+        tensors[names.get(old, '') + name.removeprefix(old)] = tensor
+    save_file(tensors, path, metadata={'format': 'pt'})
+    return set(tensors)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_agreement(tmp_path, name):
+    network = save(tmp_path, name)
+    model = inspect(tmp_path)
+    footprint = check(tmp_path, network)
+    name = name.partition(',')[0]
+    assert footprint.model_type == name
+    own = sum(entry.bytes for tensor, entry in model.tensors.items()
+              if not any(part in tensor for part in ('vis', 'multi_modal')))
+    assert footprint.checkpoint_weight_bytes == own < model.weight_bytes
+    assert 'vis' in footprint.details['unused_tensors']
+    chosen = engines.choose(model, CPU)
+    assert chosen.name == 'native' and name in chosen.reason
+
+
+@pytest.mark.parametrize(('name', 'trunk', 'head'), [
+    *((name, 'model.language_model.', 'lm_head.') for name in MODELS),
+    *((name, 'language_model.model.', 'language_model.lm_head.') for name in (
+        'gemma3', 'mistral3')),
+    ('qwen2_5_vl', 'model.', 'lm_head.')])
+def test_names_of_other_versions(tmp_path, name, trunk, head):
+    network = save(tmp_path, name)
+    found = next(tensor for tensor in inspect(tmp_path).tensors if 'embed_tokens' in tensor)
+    old = found.removesuffix('embed_tokens.weight')
+    names = rename(tmp_path, {
+        **({'model.visual.': 'visual.'} if trunk == 'model.' else {}), old: trunk,
+        'language_model.lm_head.': head, 'lm_head.': head})
+    assert f'{trunk}embed_tokens.weight' in names
+    check(tmp_path, network)
+
+
+def test_a_flat_config(tmp_path):
+    """As the first folders of Qwen2.5-VL have it, with positions of the kind mrope."""
+    network = save(tmp_path, 'qwen2_5_vl')
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    text = config.pop('text_config')
+    text.pop('rope_parameters')
+    path.write_text(json.dumps({
+        **text, **config, 'rope_theta': 1e6,
+        'rope_scaling': {'type': 'mrope', 'mrope_section': [8, 12, 12]}}))
+    check(tmp_path, network)
+
+
+def test_a_tensor_of_the_text_that_would_be_left_out(tmp_path):
+    save(tmp_path, 'qwen3_vl')
+    rename(tmp_path, {'model.language_model.layers.1.mlp.up_proj.weight':
+                      'model.language_model.layers.2.mlp.up_proj.weight'})
+    with pytest.raises(EngineError, match=r'no tensor model\.language_model\.layers\.1\.mlp\.up'):
+        load(NativeEngine, tmp_path, CPU)
+
+
+def test_a_text_of_another_family(tmp_path):
+    config = {'model_type': 'mistral3', 'text_config': {'model_type': 'mamba'}}
+    with pytest.raises(EngineError, match="'mamba' of the text_config.*it runs mistral"):
+        families.parse(config)
+
+
+def test_memory_is_that_of_the_text(tmp_path, monkeypatch):
+    from physai_decode.engines import device
+
+    save(tmp_path, 'mistral3')
+    model = inspect(tmp_path)
+    own = sum(entry.bytes for name, entry in model.tensors.items() if 'vision' not in name)
+    monkeypatch.setattr(device, 'free_bytes', lambda device: own + 2 * 2 * 64 * 4 * 64)
+    load(NativeEngine, tmp_path, dataclasses.replace(CPU, max_context=64)).engine.close()

@@ -1,0 +1,83 @@
+"""
+`make compat`: compile the native engine's kernels with each Triton for each GPU, without a GPU.
+
+Each version of Triton goes into a folder of its own below .venv-compat, where it is found again.
+The table has a column for each compute capability: `yes`, `-` where that Triton does not know the
+chip, `no` where it is known to fail, and `NO` where it fails though it should not. Further
+arguments are versions, such as 3.4; without them all of VERSIONS are tried. It takes an hour on
+two cores; what was compiled before stays in .venv-compat and is not compiled again.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / '.venv-compat'
+VERSIONS = ('3.1', '3.2', '3.3', '3.4', '3.5', '3.6', '3.7', '3.8', '3.9')
+CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
+UNKNOWN = "is not defined for option 'gpu-name'"       # what ptxas says of a chip
+KNOWN_FAILURES = {('3.3', 75)}      # the engine tells it by name, and does without Triton
+TIMEOUT_S = 900
+
+
+def install(version: str) -> Path | None:
+    """Install one version of Triton; None where PyPI has none for this Python."""
+    folder = FOLDER / version
+    if not (folder / 'triton').is_dir():
+        done = subprocess.run(
+            [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet',
+             '--no-deps', '--target', str(folder), f'triton=={version}.*'],
+            stdin=subprocess.DEVNULL)
+        if done.returncode:
+            return None
+    return folder
+
+
+def check(folder: Path, capability: int) -> str:
+    """Compile all kernels with one Triton for one capability; the cell of the table."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ('TRITON_INTERPRET', 'PHYSAI_DECODE_CAPABILITY')}
+    environment |= {'PYTHONPATH': f'{folder}:{ROOT}', 'TRITON_CACHE_DIR': str(FOLDER / 'cache'),
+                    'TRITON_DISABLE_LINE_INFO': '1'}
+    try:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / 'test' / 'compile_kernels.py'), str(capability)],
+            env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f'NO: it took more than {TIMEOUT_S} s'
+    if done.stdout.splitlines()[-1:] == ['compiled']:
+        return 'yes'
+    if UNKNOWN in done.stderr:
+        return '-'
+    if (folder.name, capability) in KNOWN_FAILURES:
+        return 'no'
+    return f'NO: {(done.stderr.strip().splitlines() or ["no message"])[-1]}'
+
+
+def main() -> int:
+    """Print the table; 1 where kernels do not compile that should."""
+    versions = sys.argv[1:] or VERSIONS
+    heads = [f'{capability / 10}' for capability in CAPABILITIES]
+    print(f'| Triton | {" | ".join(heads)} |\n|---|{"---|" * len(heads)}', flush=True)
+    failures = []
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        for version in versions:
+            folder = install(version)
+            if folder is None:
+                print(f'| {version} | PyPI has none for this Python |', flush=True)
+                continue
+            cells = list(pool.map(partial(check, folder), CAPABILITIES))
+            failures += [f'{version}, {head}: {cell}' for head, cell in zip(heads, cells)
+                         if cell.startswith('NO')]
+            print(f'| {version} | {" | ".join(cell[:3].rstrip(":") for cell in cells)} |',
+                  flush=True)
+    print(*failures, sep='\n')
+    return bool(failures)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
