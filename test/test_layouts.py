@@ -233,6 +233,6 @@ def test_diagnostic_aggregator(bag):
 
 def test_recording():
     """The pattern that the docs give to `ros2 bag record` takes all topics."""
-    line = re.search(r"ros2 bag record .*-e '([^']+)'", (ROOT / 'docs/operator.md').read_text())
+    line = re.search(r"ros2 bag record .*-e '([^']+)'", (ROOT / 'docs/howto/bags.md').read_text())
     for topic in TOPICS:
         assert re.fullmatch(line[1], topic), topic

@@ -1,5 +1,6 @@
 """The package as colcon builds and installs it, and the rules of the Makefile."""
 
+from configparser import RawConfigParser
 import importlib.util
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import time
 from xml.etree import ElementTree
 
 import physai_decode
+from physai_decode import realtime
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +56,7 @@ def test_colcon_does_not_look_for_packages_in_it(workspace):
 
 def test_installed_files(prefix):
     """The configs, the launch file and the manifest are in share, the model with the code."""
-    for name in ('config', 'launch'):
+    for name in ('config', 'examples', 'launch', 'systemd'):
         want = {path.name for path in (ROOT / name).iterdir() if path.is_file()}
         assert want == {path.name for path in (prefix / 'share/physai_decode' / name).iterdir()}
         assert want
@@ -73,6 +75,7 @@ def test_installed_code_is_complete(prefix):
     source = ROOT / 'physai_decode'
     assert ({path.relative_to(source) for path in source.rglob('*.py')}
             == {path.relative_to(installed) for path in installed.rglob('*.py')})
+    assert (installed / 'py.typed').is_file()       # by which type checkers read its types
 
 
 def test_installed_node_runs(workspace, prefix):
@@ -118,13 +121,37 @@ def test_installed_node_runs(workspace, prefix):
 
 
 def test_versions_agree():
-    """The version stands in four files."""
-    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    """It stands in five files, as text: so the tools that release a ROS package want it."""
     changelog = (ROOT / 'CHANGELOG.rst').read_text()
     setup = (ROOT / 'setup.py').read_text()
-    assert manifest.findtext('version') == physai_decode.__version__
+    for folder in (ROOT, ROOT / 'physai_decode_msgs'):
+        manifest = ElementTree.parse(folder / 'package.xml').getroot()
+        assert manifest.findtext('version') == physai_decode.__version__, folder
     assert re.search(r"version='([\d.]+)'", setup)[1] == physai_decode.__version__
     assert re.search(r'^(\d+\.\d+\.\d+) ', changelog, re.MULTILINE)[1] == physai_decode.__version__
+
+
+def test_the_changelog_is_one():
+    """With a place for what comes next, where the tools that release look for it."""
+    changelogs = pytest.importorskip('catkin_pkg.changelog')
+    package_version = pytest.importorskip('catkin_pkg.package_version')
+    text = (ROOT / 'CHANGELOG.rst').read_text()
+    assert package_version.get_forthcoming_label(text) == 'Forthcoming'
+    read = changelogs.get_changelog_from_path(str(ROOT), 'physai_decode')
+    versions = [version for version, _, _ in read.foreach_version()]
+    assert versions[-1] == physai_decode.__version__
+
+
+def test_the_unit_permits_what_the_parameters_ask_for():
+    """Its limits are those that the node names where it lacks one; its command is installed."""
+    unit = RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read(ROOT / 'systemd' / 'physai_decode.service')
+    limits = {f'{key}={value}' for key, value in unit['Service'].items()}
+    for text in (realtime.PERMIT_PRIORITY, realtime.PERMIT_MEMORY):
+        assert re.search(r'by (\w+=\w+) in a systemd unit', text)[1] in limits
+    command = re.search(r'/lib/physai_decode/(\w+)', unit['Service']['ExecStart'])[1]
+    assert command in COMMANDS
 
 
 def test_commands_exist():
