@@ -52,6 +52,7 @@ def test_no_page_fetches_from_elsewhere(site):
         text = page.read_text()
         for start in ('<script src="http', '<script src="//', '<img src="http', '<img alt="http'):
             assert start not in text, page
+        assert 'data-md-component="source"' not in text, page
         links = [part.split('>')[0] for part in text.split('<link ')[1:]]
         assert not [link for link in links if 'stylesheet' in link and '//' in link], page
 

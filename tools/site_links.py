@@ -31,6 +31,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         if not target.exists():
             _log.warning('%s links to %s, which is not there', page.file.src_uri, match[2])
         kind = 'tree' if target.is_dir() else 'blob'
-        return f'{match[1]}{config["repo_url"]}/{kind}/main/{target.relative_to(root)}'
+        return f'{match[1]}{config["extra"]["repository"]}/{kind}/main/{target.relative_to(root)}'
 
     return _LINK.sub(outward, markdown)
