@@ -19,7 +19,7 @@ class Item(NamedTuple):
     """One complete element."""
 
     path: str       # of its array, as a JSON Pointer: empty for the answer itself, or '/plan'
-    index: int      # 0 is the array's first element
+    index: int      # type: ignore[assignment]  # 0 is the array's first element; hides a method
     text: str       # its JSON, as it was written
 
 

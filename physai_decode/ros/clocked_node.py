@@ -48,7 +48,8 @@ class ClockedNode(Node):
         super().__init__(name, **arguments)
         self.faults = Faults(self.get_logger())
 
-    def create_subscription(self, msg_type, topic, callback, qos_profile, **options):
+    def create_subscription(self, msg_type, topic, callback, qos_profile,
+                            **options) -> Subscription:
         """Subscribe, as rclpy's time source does to `/clock` where use_sim_time is set."""
         if topic != CLOCK_TOPIC:
             return super().create_subscription(msg_type, topic, callback, qos_profile, **options)
@@ -56,7 +57,7 @@ class ClockedNode(Node):
             msg_type, topic, callback, qos_profile, **{**options, 'callback_group': Unserved()})
         return self._clock_ticks
 
-    def destroy_subscription(self, subscription):
+    def destroy_subscription(self, subscription) -> bool:
         """Let go of it; without simulated time there is none to `/clock`."""
         if subscription is self._clock_ticks:
             self._clock_ticks = None

@@ -87,9 +87,9 @@ class Executor(rclpy.executors.Executor):
             task()
         finally:
             self._running.discard(task)
-        error = task.exception()
-        if error is not None and not self._is_shutdown:
-            self._note(_name(entity), error)
+        raised = task.exception()
+        if raised is not None and not self._is_shutdown:
+            self._note(_name(entity), raised)
 
     def settle(self, timeout_s: float) -> bool:
         """

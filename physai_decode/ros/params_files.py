@@ -11,7 +11,8 @@ import yaml
 
 def given(args: Sequence[str]) -> list[str]:
     """List the files of ``--params-file`` among the ROS arguments of a command line."""
-    files, ros = [], False
+    files: list[str] = []
+    ros = False
     for position, each in enumerate(args):
         if each in ('--ros-args', '--'):
             ros = each == '--ros-args'
