@@ -1,3 +1,17 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """The package as colcon builds and installs it, and the rules of the Makefile."""
 
 from configparser import RawConfigParser
@@ -152,6 +166,18 @@ def test_the_unit_permits_what_the_parameters_ask_for():
         assert re.search(r'by (\w+=\w+) in a systemd unit', text)[1] in limits
     command = re.search(r'/lib/physai_decode/(\w+)', unit['Service']['ExecStart'])[1]
     assert command in COMMANDS
+
+
+def test_each_file_has_its_licence():
+    """As ament_copyright wants it, below a shebang; the first lines of setup.py are the model."""
+    header = (ROOT / 'setup.py').read_text().partition('\n\n')[0]
+    assert header.startswith('# Copyright') and 'Apache License, Version 2.0' in header
+    folders = ('examples', 'launch', 'physai_decode', 'physai_decode_msgs', 'test', 'tools')
+    lacking = [str(path.relative_to(ROOT)) for folder in folders
+               for path in sorted((ROOT / folder).rglob('*'))
+               if path.suffix in ('.py', '.cmake') and path.stat().st_size
+               and header not in path.read_text()[:1000]]
+    assert not lacking, 'put the first lines of setup.py above the code of these files'
 
 
 def test_commands_exist():
