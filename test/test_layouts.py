@@ -1,3 +1,17 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """A bag of a session has every field that the layouts in config/ name, and its requests."""
 
 import importlib.util
@@ -233,6 +247,6 @@ def test_diagnostic_aggregator(bag):
 
 def test_recording():
     """The pattern that the docs give to `ros2 bag record` takes all topics."""
-    line = re.search(r"ros2 bag record .*-e '([^']+)'", (ROOT / 'docs/operator.md').read_text())
+    line = re.search(r"ros2 bag record .*-e '([^']+)'", (ROOT / 'docs/howto/bags.md').read_text())
     for topic in TOPICS:
         assert re.fullmatch(line[1], topic), topic

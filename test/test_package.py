@@ -1,5 +1,20 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """The package as colcon builds and installs it, and the rules of the Makefile."""
 
+from configparser import RawConfigParser
 import importlib.util
 import os
 from pathlib import Path
@@ -12,6 +27,7 @@ import time
 from xml.etree import ElementTree
 
 import physai_decode
+from physai_decode import realtime
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +70,7 @@ def test_colcon_does_not_look_for_packages_in_it(workspace):
 
 def test_installed_files(prefix):
     """The configs, the launch file and the manifest are in share, the model with the code."""
-    for name in ('config', 'launch'):
+    for name in ('config', 'examples', 'launch', 'systemd'):
         want = {path.name for path in (ROOT / name).iterdir() if path.is_file()}
         assert want == {path.name for path in (prefix / 'share/physai_decode' / name).iterdir()}
         assert want
@@ -73,6 +89,7 @@ def test_installed_code_is_complete(prefix):
     source = ROOT / 'physai_decode'
     assert ({path.relative_to(source) for path in source.rglob('*.py')}
             == {path.relative_to(installed) for path in installed.rglob('*.py')})
+    assert (installed / 'py.typed').is_file()       # by which type checkers read its types
 
 
 def test_installed_node_runs(workspace, prefix):
@@ -118,13 +135,49 @@ def test_installed_node_runs(workspace, prefix):
 
 
 def test_versions_agree():
-    """The version stands in four files."""
-    manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
+    """It stands in five files, as text: so the tools that release a ROS package want it."""
     changelog = (ROOT / 'CHANGELOG.rst').read_text()
     setup = (ROOT / 'setup.py').read_text()
-    assert manifest.findtext('version') == physai_decode.__version__
+    for folder in (ROOT, ROOT / 'physai_decode_msgs'):
+        manifest = ElementTree.parse(folder / 'package.xml').getroot()
+        assert manifest.findtext('version') == physai_decode.__version__, folder
     assert re.search(r"version='([\d.]+)'", setup)[1] == physai_decode.__version__
     assert re.search(r'^(\d+\.\d+\.\d+) ', changelog, re.MULTILINE)[1] == physai_decode.__version__
+
+
+def test_the_changelog_is_one():
+    """With a place for what comes next, where the tools that release look for it."""
+    changelogs = pytest.importorskip('catkin_pkg.changelog')
+    package_version = pytest.importorskip('catkin_pkg.package_version')
+    text = (ROOT / 'CHANGELOG.rst').read_text()
+    assert package_version.get_forthcoming_label(text) == 'Forthcoming'
+    read = changelogs.get_changelog_from_path(str(ROOT), 'physai_decode')
+    versions = [version for version, _, _ in read.foreach_version()]
+    assert versions[-1] == physai_decode.__version__
+
+
+def test_the_unit_permits_what_the_parameters_ask_for():
+    """Its limits are those that the node names where it lacks one; its command is installed."""
+    unit = RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read(ROOT / 'systemd' / 'physai_decode.service')
+    limits = {f'{key}={value}' for key, value in unit['Service'].items()}
+    for text in (realtime.PERMIT_PRIORITY, realtime.PERMIT_MEMORY):
+        assert re.search(r'by (\w+=\w+) in a systemd unit', text)[1] in limits
+    command = re.search(r'/lib/physai_decode/(\w+)', unit['Service']['ExecStart'])[1]
+    assert command in COMMANDS
+
+
+def test_each_file_has_its_licence():
+    """As ament_copyright wants it, below a shebang; the first lines of setup.py are the model."""
+    header = (ROOT / 'setup.py').read_text().partition('\n\n')[0]
+    assert header.startswith('# Copyright') and 'Apache License, Version 2.0' in header
+    folders = ('examples', 'launch', 'physai_decode', 'physai_decode_msgs', 'test', 'tools')
+    lacking = [str(path.relative_to(ROOT)) for folder in folders
+               for path in sorted((ROOT / folder).rglob('*'))
+               if path.suffix in ('.py', '.cmake') and path.stat().st_size
+               and header not in path.read_text()[:1000]]
+    assert not lacking, 'put the first lines of setup.py above the code of these files'
 
 
 def test_commands_exist():

@@ -1,3 +1,17 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """A node whose time costs nothing until it is asked for, also where it is simulated."""
 
 import threading
@@ -48,7 +62,8 @@ class ClockedNode(Node):
         super().__init__(name, **arguments)
         self.faults = Faults(self.get_logger())
 
-    def create_subscription(self, msg_type, topic, callback, qos_profile, **options):
+    def create_subscription(self, msg_type, topic, callback, qos_profile,
+                            **options) -> Subscription:
         """Subscribe, as rclpy's time source does to `/clock` where use_sim_time is set."""
         if topic != CLOCK_TOPIC:
             return super().create_subscription(msg_type, topic, callback, qos_profile, **options)
@@ -56,7 +71,7 @@ class ClockedNode(Node):
             msg_type, topic, callback, qos_profile, **{**options, 'callback_group': Unserved()})
         return self._clock_ticks
 
-    def destroy_subscription(self, subscription):
+    def destroy_subscription(self, subscription) -> bool:
         """Let go of it; without simulated time there is none to `/clock`."""
         if subscription is self._clock_ticks:
             self._clock_ticks = None
