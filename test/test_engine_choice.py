@@ -103,13 +103,16 @@ def settings(**changes):
         roofline=RooflineConfig(peak_bandwidth_gb_s=10.0)), **changes)
 
 
-@pytest.mark.parametrize(('template', 'told'), [('auto', 'default'), ('off', 'off')])
-def test_what_a_load_decided_is_told(template, told):
+@pytest.mark.parametrize(('template', 'told', 'form'), [
+    ('auto', 'default', 'none: the chat template leaves them out'),
+    ('off', 'off', 'none: there is no chat template to tell the model of them')])
+def test_what_a_load_decided_is_told(template, told, form):
     said = []
     loaded = load(settings(chat=ChatConfig(template=template)), said.append)
     assert loaded.facts == {
         'engine_reason': 'it runs llama with unquantised weights', 'chat_template': told,
-        'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none'}
+        'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none', 'tool_form': form,
+        'thought_markers': 'none'}
     assert any('end_tokens: <|im_end|>' in line for line in said)
     loaded.engine.close()
     loaded.text.close()

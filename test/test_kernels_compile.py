@@ -22,6 +22,9 @@ import sys
 import pytest
 
 pytest.importorskip('triton')
+# For a hang alone: one takes a minute of a core, and much longer on a busy machine. It ends before
+# the limit of pytest in setup.cfg, which would end all tests.
+LIMIT_S = 850
 SCRIPT = Path(__file__).with_name('compile_kernels.py')
 
 
@@ -29,5 +32,5 @@ SCRIPT = Path(__file__).with_name('compile_kernels.py')
 def test_kernels_compile(capability):
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, str(SCRIPT), str(capability)], env=environment,
-                          capture_output=True, text=True, timeout=250)
+                          capture_output=True, text=True, timeout=LIMIT_S)
     assert done.stdout.splitlines()[-1:] == ['compiled'], done.stderr[-3000:]
