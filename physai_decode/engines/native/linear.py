@@ -243,6 +243,10 @@ class Scaled:
         return _by_pieces(self, x)
 
 
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # floats of 4 bits, by their bits
+
+
 @dataclass(frozen=True)
 class Coded:
     """
@@ -265,6 +269,7 @@ class Coded:
     bias: Tensor | None
     in_features: int
     group_size: int         # columns that share a scale: a multiple of 16
+    is_e2m1: bool           # the table is `E2M1`
     order: ClassVar[None] = None        # the columns are as they are in the input
 
     @property
