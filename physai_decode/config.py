@@ -70,7 +70,8 @@ class EngineConfig:
     device: str = _option('auto', 'auto, cpu, cuda or cuda:N; auto takes CUDA where there is one')
     dtype: str = _option(
         'auto', 'number format of activations and unquantised weights; auto takes bfloat16 on a '
-        'GPU that has it, float16 on an older GPU, float32 on a CPU',
+        'GPU that has it, float16 on an older GPU, float32 on a CPU; native may take another for '
+        '4-bit weights: float16 with its own kernels, else bfloat16',
         choices=('auto', 'bfloat16', 'float16', 'float32'))
     cuda_graph: bool = _option(True, 'capture the decode step in a CUDA graph and replay it')
     max_context: int = _option(
