@@ -39,6 +39,7 @@ from physai_decode.roofline import Roofline
 # What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
 WINDOW_FIGURES = (
     'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
+_WAIT = WINDOW_FIGURES.index('wait_ms')
 
 BEST_COUNT = 30                 # tokens that a window has to have to be the best
 
@@ -258,7 +259,7 @@ class Recorder:
         """Add a further token, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
-            self._context_tokens, self._paced = context_tokens, figures[-1] is not None
+            self._context_tokens, self._paced = context_tokens, figures[_WAIT] is not None
             self._itl_max_ms = _largest(self._itl_max_ms, itl_ms)
 
     def _add_due(self, now_s: float, overrun_ms: float) -> None:
