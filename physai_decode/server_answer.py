@@ -197,6 +197,8 @@ class ServerAnswer(Delivery):
     def _end(self, reason: str) -> End:
         """Give the end by the server's reason."""
         if reason in ('stop', 'tool_calls', 'function_call'):
+            if self._form is not None and not _may_be(self.text, self._form):
+                raise ServerError(f'{self._server.address} does not keep to {self._form.name}')
             return End('stop', '')
         if reason == 'length':
             return End('length', f'{self._named("max_new_tokens")} is '
@@ -282,6 +284,19 @@ class _Calls:
                               'no JSON object')
         return [Part(Kind.CALL, call=Call(id_ or f'call_{secrets.token_hex(12)}', name,
                                           arguments))]
+
+
+def _may_be(text: str, form: Form) -> bool:
+    """Tell whether a text may have a form, as far as that is plain: a server may not know it."""
+    if form.kind == 'choice':
+        return text in form.content
+    if form.kind != 'json_schema':
+        return True
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _form_fields(form: Form) -> dict[str, Any]:

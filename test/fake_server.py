@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
 import json
+import ssl
 import threading
 from typing import Any
 
@@ -104,6 +105,11 @@ class FakeServer:
         self.url = f'http://127.0.0.1:{self._http.server_port}/v1'
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
         self._thread.start()
+
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from now on."""
+        self.url = self.url.replace('http://', 'https://')
+        self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
 
     @property
     def body(self) -> dict[str, Any]:
