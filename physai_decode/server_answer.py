@@ -1,3 +1,17 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """
 The answer to one request, from a server: messages out, its pieces to listeners.
 
@@ -108,7 +122,8 @@ class ServerAnswer(Delivery):
         """Have the server answer after these turns."""
         request, turn = self._ticket.request, self._ticket.turn
         if request.raw_prompt:
-            what, asked = 'completions', {'prompt': request.raw_prompt}
+            what = 'completions'
+            asked: dict[str, Any] = {'prompt': request.raw_prompt}
         else:
             messages = request.messages if turn is None else \
                 self._conversation.messages(turns, turn.prompt)
@@ -253,9 +268,9 @@ class _Calls:
         """
         done: list[Part] = []
         for each in fragments:
-            if self._parts and each.index != self._parts[0].index:
+            if self._parts and each.place != self._parts[0].place:
                 done += self.take()
-            if each.index < self._next:
+            if each.place < self._next:
                 raise ServerError('the server sends a part of a call of a tool behind its end')
             self._parts.append(each)
         return done
@@ -269,7 +284,7 @@ class _Calls:
         parts, self._parts = self._parts, []
         if not parts:
             return []
-        self._next = parts[0].index + 1
+        self._next = parts[0].place + 1
         name, written = (''.join(getattr(each, field) for each in parts)
                          for field in ('name', 'arguments'))
         id_ = next((each.id for each in parts if each.id), '')

@@ -1,3 +1,17 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """
 A model on a server that speaks OpenAI's API: messages go out, pieces of text come back.
 
@@ -56,7 +70,7 @@ class Usage(NamedTuple):
 class Fragment(NamedTuple):
     """A part of a call of a tool."""
 
-    index: int                      # of the call in the answer
+    place: int                      # of the call in the answer
     id: str
     name: str
     arguments: str                  # JSON, or a piece of it
@@ -156,7 +170,7 @@ class Server:
         return client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
 
     def send(self, connection: client.HTTPConnection, what: str, body: bytes | None) -> None:
-        """Send a request on a connection: a POST where it has a body."""
+        """Send a request on an open connection: a POST where it has a body."""
         connection.request('GET' if body is None else 'POST',
                            f'{self._url.path.rstrip("/")}/{what}', body, self._headers)
 
@@ -220,10 +234,11 @@ class Exchange:
 
     def _answer(self, connection: client.HTTPConnection) -> Iterator[Any]:
         address = self._server.address
-        self._server.send(connection, self._what, self._body)
+        connection.connect()
         self._socket = connection.sock
-        if self._closed.is_set():
+        if self._closed.is_set():       # before its socket was known
             return
+        self._server.send(connection, self._what, self._body)
         response = connection.getresponse()
         if response.status != 200:
             raise _refusal(address, response)
@@ -259,7 +274,7 @@ def read(address: str, data: bytes) -> Delta:
     value = _object(address, data)
     if value.get('error'):
         raise ServerError(f'{address} failed: {_message(value)}')
-    choices = value.get('choices')
+    choices: Any = value.get('choices')
     usage = _usage(value.get('usage'))
     if choices == []:
         return Delta(usage=usage)
