@@ -175,7 +175,7 @@ class ServerAnswer(Delivery):
     def _await_usage(self, exchange: Exchange) -> None:
         """Take the counts, which may come behind the end; the answer is whole without them."""
         until_s = self._clock() + USAGE_S
-        while self._clock() < until_s and self.times.output_tokens is None:
+        while self._clock() < until_s and self.times.server_tokens is None:
             try:
                 found = exchange.get(LOOK_UP_S)
             except ServerError:
@@ -188,9 +188,7 @@ class ServerAnswer(Delivery):
 
     def _count(self, usage: Usage) -> None:
         self.times.prompt_tokens, self.times.cached_tokens = usage.prompt, usage.cached
-        self.times.output_tokens = usage.output
-        if usage.reasoning is not None:
-            self.times.reasoning_tokens = usage.reasoning
+        self.times.server_tokens = usage.output
 
     def _say(self, now_s: float, delta: Delta) -> None:
         """Record a piece, and give it out unless it is of a call that is not whole."""

@@ -127,6 +127,7 @@ class RequestReport:
     refusal: str = ''                 # rejected: invalid too_large full inactive
     engine: str = ''                  # what answered; empty where nothing did
     fallback: str = ''                # why a local engine did in the server's place
+    server_tokens: int | None = None  # of the answer, by the server's count
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class RequestRecorder:
         self.paced = False
         self.energy_j: float | None = None
         self.reasoning_tokens = 0
-        self.output_tokens: int | None = None       # by the server; None: those recorded
+        self.server_tokens: int | None = None
         self.engine = self.fallback = ''
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
@@ -425,7 +426,7 @@ class RequestRecorder:
         return RequestReport(
             request_id=self._id, finish_reason=finish_reason, message=message,
             prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens,
-            output_tokens=self._count if self.output_tokens is None else self.output_tokens,
+            output_tokens=self._count,
             queue_ms=None if taken_s is None else 1e3 * (taken_s - self._received_s),
             prefill_ms=None if first_s is None or taken_s is None else 1e3 * (first_s - taken_s),
             ttft_ms=None if first_s is None else 1e3 * (first_s - self._received_s),
@@ -442,7 +443,8 @@ class RequestRecorder:
             first_item_ms=self._first_item_ms, paced=self.paced, energy_j=energy_j,
             j_per_token=None if energy_j is None or not self._count else energy_j / self._count,
             power_w=None if energy_j is None or not busy_s else energy_j / busy_s,
-            reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback)
+            reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback,
+            server_tokens=self.server_tokens)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

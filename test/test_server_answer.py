@@ -61,28 +61,12 @@ def fake():
         yield fake
 
 
-class ServerSink(Sink):
-    """As its base, where a token may be several of the server's."""
-
-    def end(self, request_id):
-        """Wait for a request's end, give its report and text."""
-        with self._changed:
-            assert self._changed.wait_for(
-                lambda: any(report.request_id == request_id for report, _ in self.ends),
-                TIMEOUT_S)
-            (end,) = (end for end in self.ends if end[0].request_id == request_id)
-        pieces = [token for token in self.tokens if token.request_id == request_id]
-        assert ''.join(piece.text for piece in pieces) == end[1]
-        assert [piece.index for piece in pieces] == list(range(len(pieces)))
-        return end
-
-
 @contextmanager
 def working(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
             token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
     """Give a worker with a server, and its sink."""
     remote = RemoteConfig(url, MODEL, first_ms, token_ms)
-    sink = ServerSink()
+    sink = Sink()
     worker = Worker(local, local and CharacterText(), DecodeConfig(remote=remote, **groups), sink,
                     peak=Peak(1e6, 'parameter'), form=form, checkpoint_sampling=checkpoint or {},
                     server=Server(remote, key))
@@ -130,7 +114,8 @@ def test_its_pieces_are_the_tokens(fake):
         assert window.kv_bytes is window.r_floor is window.context_tokens is None
     assert (report.finish_reason, report.message) == ('stop', '')
     assert (report.engine, report.fallback) == ('openai', '')
-    assert (report.prompt_tokens, report.cached_tokens, report.output_tokens) == (7, 4, 5)
+    assert (report.prompt_tokens, report.cached_tokens) == (7, 4)
+    assert (report.output_tokens, report.server_tokens) == (3, 5)
     assert report.r_floor_p50 is None and report.energy_j is None and report.ttft_ms > 0
 
 
@@ -142,7 +127,7 @@ def test_without_counts_its_pieces_are_counted(fake):
 
     fake.answer = answer
     report, _ = ask(fake)
-    assert (report.prompt_tokens, report.output_tokens) == (None, 2)
+    assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
 
 
 def test_what_is_asked(fake):

@@ -172,6 +172,8 @@ KEYS = {
     'scheduling': "the decode thread's scheduling class as the kernel says: other, or fifo and "
                   'its priority',
     'seed': 'what the tokens were drawn with',
+    'server_tokens': "tokens of the answer by a server's count; `output_tokens` are the pieces of "
+                     'text that it sent',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
     'state': 'inactive, loading, idle, generating (also in a measurement), stalled or failed',

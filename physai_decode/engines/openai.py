@@ -64,7 +64,6 @@ class Usage(NamedTuple):
     prompt: int | None = None
     cached: int | None = None       # of the prompt
     output: int | None = None
-    reasoning: int | None = None    # of the output
 
 
 class Fragment(NamedTuple):
@@ -372,8 +371,7 @@ def _usage(value: Any) -> Usage | None:
 
     return Usage(count(value, 'prompt_tokens'),
                  count(value.get('prompt_tokens_details'), 'cached_tokens'),
-                 count(value, 'completion_tokens'),
-                 count(value.get('completion_tokens_details'), 'reasoning_tokens'))
+                 count(value, 'completion_tokens'))
 
 
 def _refusal(address: str, response: client.HTTPResponse) -> ServerError:
