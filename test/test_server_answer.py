@@ -15,6 +15,7 @@
 """Answers of a server: what is asked of it, what comes of it, and who answers where it fails."""
 
 from contextlib import contextmanager
+from contextlib import ExitStack
 import json
 from shutil import which
 import socket
@@ -447,6 +448,26 @@ def test_a_cancel_is_heard_while_the_server_hangs(fake, answer):
         assert fake.gone.wait(PATIENCE_S)
 
 
+def test_a_connection_that_never_comes_about():
+    """As where a firewall drops packets: neither a cancel nor the local engine waits for it."""
+    with socket.socket() as full, ExitStack() as clients:
+        full.bind(('127.0.0.1', 0))
+        full.listen(0)
+        for _ in range(4):              # the kernel leaves those that come after unanswered
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        url = f'http://127.0.0.1:{full.getsockname()[1]}/v1'
+        with working(url, first_ms=SHORT_MS, local=FakeEngine()) as (worker, sink):
+            report, text = sink.end(worker.submit(Request('say here')))
+            assert (text, report.engine) == ('here', 'fake')
+        with working(url) as (worker, sink):
+            number = worker.submit(Request('where?'))
+            wait_for(lambda: worker.state == 'generating')
+            worker.cancel(number)
+            assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
 def test_a_newer_request_takes_the_place_of_one_that_hangs(fake):
     fake.answer = hang
     with working(fake.url, queue=QueueConfig(policy='preempt')) as (worker, sink):
@@ -564,3 +585,10 @@ def test_a_certificate_is_checked(tmp_path, monkeypatch, fake):
     assert not fake.asked
     monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path / 'certificate.pem'))
     assert ask(fake)[1] == 'far away.'
+    fake.answer = hang
+    with working(fake.url) as (worker, sink):
+        number = worker.submit(Request('where?'))
+        wait_for(lambda: len(fake.asked) == 2)
+        worker.cancel(number)
+        assert sink.end(number)[0].finish_reason == 'cancelled'
+    assert fake.gone.wait(PATIENCE_S)
