@@ -102,7 +102,7 @@ class ServerAnswer(Delivery):
         self._alive(self._clock())
         if turn is None:
             return self._ask(options, [], until_s)
-        known, _ = self._conversation.before(turn)
+        known, lost = self._conversation.before(turn)
         turns = known
         while True:
             try:
@@ -112,10 +112,11 @@ class ServerAnswer(Delivery):
                     raise
                 turns = turns[len(turns) // 2 or 1:]
                 continue
-            if dropped := known[:len(known) - len(turns)]:
-                self._conversation.drop(dropped)
+            dropped = known[:len(known) - len(turns)]
+            self._conversation.drop(dropped)
+            if count := lost + len(dropped):
                 self._remark('the server took no longer conversation: its oldest '
-                             f'{len(dropped)} turn{"" if len(dropped) == 1 else "s"} dropped')
+                             f'{count} turn{"" if count == 1 else "s"} dropped')
             return end
 
     def _ask(self, options: Mapping[str, Any], turns: list[Turn], until_s: float) -> End:
@@ -163,14 +164,15 @@ class ServerAnswer(Delivery):
         while True:
             found = exchange.get(LOOK_UP_S)
             self._look_for_end()
-            if found is not None:
-                assert isinstance(found, Delta)
-                return found
-            if self._clock() > until_s:
+            says_nothing = found is None or not (found.is_piece or found.finish_reason)
+            if says_nothing and self._clock() > until_s:
                 name = 'token' if self._given else 'first_token'
                 timeout_ms = getattr(self._config, f'{name}_timeout_ms')
                 raise ServerError(f'{self._server.address} brings no token within '
                                   f'remote.{name}_timeout_ms, which is {timeout_ms:g}')
+            if found is not None:
+                assert isinstance(found, Delta)
+                return found
 
     def _await_usage(self, exchange: Exchange) -> None:
         """Take the counts, which may come behind the end; the answer is whole without them."""
@@ -180,10 +182,9 @@ class ServerAnswer(Delivery):
                 found = exchange.get(LOOK_UP_S)
             except ServerError:
                 return
-            self._look_for_end()
             if found is not None and found.usage is not None:
                 self._count(found.usage)
-            if found is not None and found.over:
+            if found is not None and found.over or self._ticket.end_reason or self._is_late():
                 return
 
     def _count(self, usage: Usage) -> None:
