@@ -28,35 +28,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 from typing import cast
-from typing import NamedTuple
 from typing import Protocol
 
 from physai_decode.config import SamplingConfig
 from physai_decode.constraint import Constraint
 from physai_decode.constraint import ConstraintError
 from physai_decode.constraint import Vocabulary
-from physai_decode.conversation import Conversation
 from physai_decode.conversation import Turn
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
-from physai_decode.items import Items
-from physai_decode.pace import Pace
-from physai_decode.request import Call
+from physai_decode.delivery import Delivery
+from physai_decode.delivery import End
+from physai_decode.delivery import Ended
+from physai_decode.delivery import LATE
+from physai_decode.delivery import Refused
+from physai_decode.delivery import with_parts
 from physai_decode.request import Calls
 from physai_decode.request import Form
-from physai_decode.request import JSON_NAMES
 from physai_decode.request import Message
-from physai_decode.request_queue import Ticket
 from physai_decode.speech import Kind
 from physai_decode.speech import Manner
 from physai_decode.speech import Part
 from physai_decode.speech import Speech
 from physai_decode.speech import Thought
-from physai_decode.timing import ItemReport
-from physai_decode.timing import RequestRecorder
-from physai_decode.timing import TokenReport
 
-LOOK_UP_S = 0.02        # how often a deadline is looked for while a paced step waits
 RAW = Manner(reason='raw_prompt goes without the chat template')
 PIECE = 32768           # characters of a text that are looked at in one go: some 0.03 s
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
@@ -110,85 +105,23 @@ class TextCoder(Protocol):
         ...
 
 
-class Refused(Exception):
-    """The model can't take this prompt; the message says why."""
+class Answer(Delivery):
+    """One answer of an engine, from the ticket taken to its last token."""
 
-
-class End(NamedTuple):
-    """Why an answer ended: a finish reason, and words where it does not say it all."""
-
-    reason: str
-    message: str
-
-
-class Ended(Exception):
-    """The answer is to end now, and not at its next token."""
-
-    def __init__(self, end: End) -> None:
-        """Keep why."""
-        super().__init__(*end)
-        self.end = end
-
-
-ASKED = End('cancelled', '')        # the ticket knows better
-LATE = End('deadline', 'deadline.request_ms has passed')
-
-
-class Answer:
-    """One answer, from the ticket taken to its last token."""
-
-    def __init__(self, ticket: Ticket, loop: DecodeLoop, text: TextCoder,
-                 conversation: Conversation, sampling: SamplingConfig, times: RequestRecorder,
-                 emit: Callable[[TokenReport], None], emit_item: Callable[[ItemReport], None],
-                 alive: Callable[[float], None], clock: Callable[[], float],
-                 form: Form | None = None, tokens_per_s: float = 0.0,
-                 thought_tokens: int = 0) -> None:
+    def __init__(self, loop: DecodeLoop, text: TextCoder, thought_tokens: int = 0,
+                 **given: Any) -> None:
         """
         Take what the answer needs.
 
-        :param sampling: of this request.
-        :param times: records its tokens.
-        :param emit: gets each token's report.
-        :param emit_item: gets each element's, of an answer that is JSON.
-        :param alive: is called for each sign of life of the engine, with the time by which the
-            next one is to come at the earliest.
-        :param form: what the answer has to look like, None for anything.
-        :param tokens_per_s: how fast it comes at most; 0: as fast as it can.
         :param thought_tokens: tokens after which a thought is ended; 0: none.
+        :param given: see `Delivery`.
         """
-        self._ticket, self._loop, self._text = ticket, loop, text
-        self._conversation, self._sampling, self.times = conversation, sampling, times
-        self._emit, self._emit_item = emit, emit_item
-        self._alive, self._clock = alive, clock
-        self._form, self._thought_tokens = form, thought_tokens
-        self._items: Items | None = None
-        if form is not None and form.kind == 'json_schema':
-            self._items, times.items = Items(), 0
-        self._tokens_per_s = tokens_per_s
-        times.paced = tokens_per_s > 0
-        self._pace: Pace | None = None              # from the first step on
-        self._waited_s: float | None = None         # before the step that runs
-        self._manner = RAW if ticket.request.raw_prompt else text.manner
+        super().__init__(**given)
+        self._loop, self._text, self._thought_tokens = loop, text, thought_tokens
+        self._manner = RAW if self._ticket.request.raw_prompt else text.manner
         self._speech: Speech | None = None          # None: all that the model says is its answer
         self._ids_said: list[int] = []              # kept only while a thought may be ended
-        self._given = 0
-        self._pieces: list[str] = []
-        self._thoughts: list[str] = []
-        self.calls: list[Call] = []                 # those that were given out
-        self._waiting: TokenReport | None = None    # its text is not known to the end
-        self._publish_s: float | None = None
-        self.energy_j: float | None = None          # of the device, when this began
-        self.note = ''                              # for the report, beside why it ended
-
-    @property
-    def text(self) -> str:
-        """All that was given out so far."""
-        return ''.join(self._pieces)
-
-    @property
-    def reasoning(self) -> str:
-        """All thoughts that were given out so far."""
-        return ''.join(self._thoughts)
+        self.times.engine = loop.engine.footprint.engine
 
     def give(self) -> End:
         """
@@ -274,40 +207,22 @@ class Answer:
                         return None
                 if self._is_late():
                     return LATE
-                if self.times.paced and step.token_ids:
-                    self._pace = self._pace or Pace(self._tokens_per_s, now_s)
-                    self._wait(self._pace.due_s(self._clock(), len(step.token_ids)))
+                self._hold_pace(now_s, len(step.token_ids))
         return self._full()
 
     def _full(self) -> End:
         context = self._loop.engine.footprint.max_context
         return End('length', f'the context of {context} tokens is full')
 
-    def _wait(self, due_s: float) -> None:
-        """Wait until the next step is to start, and end where that is due before."""
-        begin_s = self._clock()
-        self._alive(due_s)
-        while (left_s := due_s - self._clock()) > 0:
-            self._ticket.ending.wait(min(left_s, LOOK_UP_S))
-            self._check_end()
-            if self._is_late():
-                raise Ended(LATE)
-        self._waited_s = self._clock() - begin_s
-
     def _checked_form(self) -> Form | None:
         """Give what the answer has to look like, which may be calls of tools."""
-        request, form = self._ticket.request, self._form
-        if request.offered and form is not None:
-            raise Refused(f'{form.name} says what every answer looks like, so that none can call '
-                          'a tool: set "response_format" to {"type": "text"} in the request')
-        if request.forced:
+        request = self._ticket.request
+        if request.forced and self._form is None:
             single = len(request.forced) == 1 and request.tool_choice != 'required'
-            form = Form('calls', Calls(self._manner.form, request.forced, single),
-                        'tool_choice')
-        if form is not None and self._sampling.stop:
-            raise Refused(f'{self._named("stop")} can not be used with {form.name}, which '
-                          'says itself where the answer ends: set "stop" to [] in the request')
-        return form
+            calls = Form('calls', Calls(self._manner.form, request.forced, single), 'tool_choice')
+            self._refuse_stop(calls)
+            return calls
+        return super()._checked_form()
 
     def _listen(self, prompt_ids: list[int]) -> Thought | None:
         """Begin to take apart what is said; give the thought that may come first."""
@@ -345,15 +260,6 @@ class Answer:
         self._remark(f'the thought was ended: thinking.max_tokens is {self._thought_tokens}'
                      + (' in the request' if own else ''))
         return [*self._ids_said, *manner.close_ids]
-
-    def _remark(self, text: str) -> None:
-        """Add a note for the report."""
-        self.note = '; '.join(filter(None, (self.note, text)))
-
-    def _named(self, setting: str) -> str:
-        """Name a setting where it came from: the request's own field, or the node's parameter."""
-        own = setting in self._ticket.request.sampling
-        return JSON_NAMES[setting] if own else f'sampling.{setting}'
 
     def _encode(self) -> list[int]:
         """Give the prompt's ids, with as much of the conversation as leaves room."""
@@ -426,9 +332,7 @@ class Answer:
     def _look_up(self) -> None:
         """While and after texts are encoded: give a sign of life, and end where that is due."""
         self._alive(self._clock())
-        self._check_end()
-        if self._is_late():
-            raise Ended(LATE)
+        self._look_for_end()
 
     def _checked(self, prompt_ids: list[int]) -> list[int]:
         context = self._loop.engine.footprint.max_context
@@ -439,10 +343,6 @@ class Answer:
                 f'the prompt is {len(prompt_ids)} tokens long with its chat template, and the '
                 f'context holds {context} tokens, one of them for the answer: {SHORTEN}')
         return prompt_ids
-
-    def _check_end(self) -> None:
-        if self._ticket.end_reason:
-            raise Ended(ASKED)
 
     def _token(self, now_s: float, token_id: int, device_s: float | None,
                mask_s: float | None) -> None:
@@ -463,49 +363,14 @@ class Answer:
             now_s, token_id, piece, device_s, self._publish_s, mask_s, self._waited_s)
         self._waited_s = None if self._waited_s is None else 0.0
         if others:
-            report = _with(report, others)
+            report = with_parts(report, others)
         if held:
             self._waiting = report
         else:
             self._give_out(report)
-
-    def _release(self, tail: str, others: Sequence[Part] = ()) -> None:
-        """Give out the token that waits, with the text that turned out to be its own."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting = replace(waiting, text=waiting.text + tail)
-            self._give_out(_with(waiting, others) if others else waiting)
-
-    def _give_out(self, report: TokenReport) -> None:
-        if self._ticket.finished:                   # the worker has given it up
-            return
-        self._pieces.append(report.text)
-        if self._speech is not None:
-            self._thoughts.append(report.reasoning)
-            self.calls += report.tool_calls
-        begin_s = self._clock()
-        self._emit(report)
-        if self._items is not None:
-            for item in self._items.feed(report.text):
-                self._emit_item(self.times.item(self._clock(), *item))
-        self._publish_s = self._clock() - begin_s
-
-    def _is_late(self) -> bool:
-        """Tell whether the request is to end because its time is over."""
-        deadline = self.times.deadline
-        spent_ms = 1e3 * (self._clock() - self._ticket.received_s)
-        return (deadline.action == 'truncate' and deadline.request_ms > 0
-                and spent_ms > deadline.request_ms)
 
 
 def _sorted(parts: Sequence[Part]) -> tuple[str, list[Part]]:
     """Give the answer's own text among these parts, and the others."""
     return (''.join(part.text for part in parts if part.kind is Kind.CONTENT),
             [part for part in parts if part.kind is not Kind.CONTENT])
-
-
-def _with(report: TokenReport, parts: Sequence[Part]) -> TokenReport:
-    """Give a token's report with thoughts and calls that it completed."""
-    return replace(
-        report, reasoning=report.reasoning + ''.join(part.text for part in parts),
-        tool_calls=(*report.tool_calls, *(part.call for part in parts if part.call is not None)))

@@ -56,8 +56,8 @@ class ModelConfig:
         'builtin:NAME for a model in the package, a folder in Hugging Face layout, or a hub id')
     revision: str = _option('', 'branch, tag or commit of a hub id; empty for its default branch')
     locked: bool = _option(
-        False, 'true keeps model, engine and chat as they were at start, itself too: only a '
-        'params file and a restart change them')
+        False, 'true keeps model, engine, remote and chat as they were at start, itself too: '
+        'only a params file and a restart change them')
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ class EngineConfig:
     """What runs the model, and where."""
 
     name: str = _option(
-        'auto', 'what runs the model; auto takes native where it can run the model',
-        choices=('auto', 'native', 'transformers', 'exllamav2'))
+        'auto', 'what runs the model; auto takes native where it can run the model. openai: a '
+        'server in the network does, see remote and offboard.md',
+        choices=('auto', 'native', 'transformers', 'exllamav2', 'openai'))
     device: str = _option('auto', 'auto, cpu, cuda or cuda:N; auto takes CUDA where there is one')
     dtype: str = _option(
         'auto', 'number format of activations and unquantised weights; auto takes bfloat16 on a '
-        'GPU that has it, float16 on an older GPU, float32 on a CPU',
+        'GPU that has it, float16 on an older GPU, float32 on a CPU; native may take another for '
+        '4-bit weights: float16 with its own kernels, else bfloat16',
         choices=('auto', 'bfloat16', 'float16', 'float32'))
     cuda_graph: bool = _option(True, 'capture the decode step in a CUDA graph and replay it')
     max_context: int = _option(
@@ -92,6 +94,24 @@ class EngineConfig:
         'cancel, a preemption or a deadline is heard after each. 0 reads the largest chunks that '
         'the engine takes',
         low=0.0, high=1e6)
+
+
+@dataclass(frozen=True)
+class RemoteConfig:
+    """The server that runs the model where `engine.name` is openai."""
+
+    base_url: str = _option(
+        '', "address of a server's OpenAI API, such as http://10.0.0.2:8000/v1; its key is in the "
+        'environment, PHYSAI_DECODE_REMOTE_API_KEY')
+    model: str = _option('', 'name of the model on the server')
+    first_token_timeout_ms: float = _option(
+        5000.0, 'the server has failed where it brings no token for this long after it was asked',
+        low=1.0, high=1e9)
+    token_timeout_ms: float = _option(
+        5000.0, 'likewise, after a token', low=1.0, high=1e9)
+    fallback: str = _option(
+        '', 'a local model, named as in model.path, that is kept loaded and answers where the '
+        'server fails before it said anything; empty for none')
 
 
 @dataclass(frozen=True)
@@ -274,6 +294,7 @@ class DecodeConfig:
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
+    remote: RemoteConfig = RemoteConfig()
     sampling: SamplingConfig = SamplingConfig()
     chat: ChatConfig = ChatConfig()
     constraint: ConstraintConfig = ConstraintConfig()
@@ -287,6 +308,11 @@ class DecodeConfig:
     bond: BondConfig = BondConfig()
     http: HttpConfig = HttpConfig()
     autostart: bool = _option(True, 'configure and activate by itself at start')
+
+    @property
+    def model_name(self) -> str:
+        """The name that the model goes by."""
+        return self.remote.model if self.engine.name == 'openai' else self.model.path
 
 
 _KINDS: dict[type, str] = {

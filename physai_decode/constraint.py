@@ -204,6 +204,7 @@ class Constraint:
         """Take what `Vocabulary.constraint` compiled."""
         self._matcher, self._bytes = matcher, (size + 7) // 8
         self._ends = [(id_, id_ >> 3, 1 << (id_ & 7)) for id_ in end_ids]
+        self._end_ids = frozenset(end_ids)
         self._end_taken = False
         self.mask_s = 0.0
 
@@ -233,7 +234,7 @@ class Constraint:
         self.mask_s = time.perf_counter() - begin_s
         if self._matcher.is_error():
             raise self._error()
-        if bits.count(0) == len(bits):
+        if not any(bits):
             raise ConstraintError('the constraint can not be kept any further: no token of the '
                                   "model's vocabulary begins what has to follow")
         return bits
@@ -244,7 +245,7 @@ class Constraint:
 
         :raises ConstraintError: it was not allowed.
         """
-        if any(token_id == id_ for id_, _, _ in self._ends) and self.complete:
+        if token_id in self._end_ids and self.complete:
             self._end_taken = True
         elif not self._matcher.consume_token(token_id):
             raise self._error()

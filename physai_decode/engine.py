@@ -46,7 +46,7 @@ class Footprint:
     ``checkpoint_weight_bytes`` all weights of the checkpoint at their stored size.
     """
 
-    engine: str                     # native, transformers, exllamav2
+    engine: str                     # native, transformers, exllamav2, openai
     model_type: str                 # as the checkpoint's config.json says: qwen2, llama, ...
     dtype: str                      # bfloat16, float16, float32
     quantization: str               # none, gptq-int4-g128, ...
@@ -66,6 +66,11 @@ class Footprint:
     sliding_window: int = 0         # tokens of context that a windowed layer reads; 0: all
     windowed_layers: int | None = None  # layers that have the window; None: all
     details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info as they are
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model is on a server: of its shapes, those that are 0 are not known."""
+        return not self.layers
 
 
 class Choice(NamedTuple):

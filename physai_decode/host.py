@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
+import os
 import threading
 from types import MappingProxyType
 from typing import Any
@@ -42,6 +43,8 @@ from physai_decode.constraint import configured
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.engine import Footprint
+from physai_decode.engines import openai
 from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
@@ -61,18 +64,31 @@ from physai_decode.worker import Sink
 from physai_decode.worker import Worker
 
 GAP_TIMEOUT_S = 60.0            # a measurement that takes longer is given up
-COUNTS = ('requests', 'tokens', 'refusals')
+COUNTS = ('requests', 'tokens', 'refusals', 'fallbacks')
 
 
 class Loaded(NamedTuple):
-    """What a load brings."""
+    """What a load brings: an engine with its text, or a server, or both."""
 
-    engine: Engine
-    text: TextProcess
+    engine: Engine | None
+    text: TextProcess | None
     peak: Peak
     facts: Mapping[str, str] = MappingProxyType({})     # of ~/model_info, beside the engine's
     sampling: Mapping[str, Any] = MappingProxyType({})  # what its makers draw tokens with
     form: Form | None = None        # what every answer has to look like
+    server: openai.Server | None = None
+
+    @property
+    def footprint(self) -> Footprint:
+        """Of what answers as long as nothing fails."""
+        runs = self.server or self.engine
+        assert runs is not None
+        return runs.footprint
+
+    @property
+    def device_footprint(self) -> Footprint:
+        """Of what runs on a device of this machine, where anything does."""
+        return self.footprint if self.engine is None else self.engine.footprint
 
 
 Load = Callable[[DecodeConfig, Callable[[str], None]], Loaded]
@@ -85,7 +101,10 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     :param progress: called with a line of text now and then.
     :raises EngineError: it can't be had; the message says why and what to do.
     :raises TextError: its tokenizer can't, or what every answer has to look like can't be kept.
+    :raises ConfigError: the server's address, or its key, can't be used.
     """
+    if config.engine.name == openai.NAME:
+        return _load_server(config, progress)
     progress(f'looking for {config.model.path}')
     model = checkpoint.open(config.model.path, config.model.revision)
     with ExitStack() as undo:
@@ -111,6 +130,24 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         loaded = Loaded(engine, text, peak, facts, model.sampling, form)
         undo.pop_all()
         return loaded
+
+
+def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
+    """Take a server, which need not answer yet, and load the engine that stands in for it."""
+    server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
+    path, facts = config.remote.fallback, {'engine_reason': 'engine.name says so'}
+    if path:
+        loaded = load(replace(config, model=replace(config.model, path=path),
+                              engine=replace(config.engine, name='auto')), progress)
+        shape = loaded.device_footprint
+        facts['fallback'] = f'{path}: {shape.engine}, {shape.dtype}, {shape.device}'
+    else:
+        loaded = Loaded(None, None, Peak(None, 'unknown'), form=configured(config.constraint))
+    progress(f'looking at {server.address}')
+    problem = server.look()
+    progress(f'the server is not ready: {problem}' if problem else
+             f'{server.address} has {server.model}')
+    return loaded._replace(server=server, facts=facts)
 
 
 def _beside(config: DecodeConfig) -> EngineConfig:
@@ -173,13 +210,13 @@ class Host:
         self.failure, self.loading = '', 'begin'
         try:
             self.config = config
-            if not config.model.path:
+            if not config.model.path and config.engine.name != openai.NAME:
                 raise ConfigError(
                     'model.path names no model: set it in the params file, or by -p '
                     'model.path:=...; builtin:tiny_planner is the small model of the package')
             self.loaded = self._load(config, tell)
             self.peak = self.loaded.peak
-            self.telemetry = Telemetry(self.loaded.engine.footprint)
+            self.telemetry = Telemetry(self.loaded.device_footprint)
             return self.loaded
         except BaseException as error:
             known = isinstance(error, (ConfigError, EngineError, TextError))
@@ -195,9 +232,10 @@ class Host:
         if telemetry is not None:
             telemetry.close()
         if loaded is not None:
-            loaded.engine.close()
-            loaded.text.close()
-            del loaded
+            for each in (loaded.engine, loaded.text):
+                if each is not None:
+                    each.close()
+            del loaded, each
             give_back()
 
     def start(self, config: DecodeConfig) -> None:
@@ -209,7 +247,8 @@ class Host:
             worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
                             peak=self.peak or self.loaded.peak, numbers=self._numbers,
                             checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
-                            energy_j=telemetry.energy_j if telemetry else lambda: None)
+                            energy_j=telemetry.energy_j if telemetry else lambda: None,
+                            server=self.loaded.server)
             worker.start()
             self.worker = worker
 
@@ -298,6 +337,9 @@ class Host:
         loaded, worker = self.loaded, self.worker
         if loaded is None or worker is None:
             raise Busy(self.why_not())
+        if loaded.engine is None or loaded.server is not None:
+            raise EngineError("a server's step can not be timed from here: see itl_ms on "
+                              '~/token_stats, which has the network in it')
         if worker.occupied:
             raise Busy(worker.occupied)
         with gap.rival(loaded.engine, self.config, progress) as other:

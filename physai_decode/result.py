@@ -42,6 +42,8 @@ def chat_completion(report: RequestReport, text: str, model: str,
     reasoning, reason = figures.pop('reasoning'), report.finish_reason
     del figures['tool_calls']
     prompt, output = report.prompt_tokens or 0, report.output_tokens
+    if report.server_tokens is not None:
+        output = report.server_tokens
     return {
         'id': figures.pop('client_id') or None, 'object': 'chat.completion',
         'created': int(time.time() if created_s is None else created_s), 'model': model,

@@ -39,6 +39,7 @@ from physai_decode.roofline import Roofline
 # What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
 WINDOW_FIGURES = (
     'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
+_WAIT = WINDOW_FIGURES.index('wait_ms')
 
 BEST_COUNT = 30                 # tokens that a window has to have to be the best
 
@@ -49,9 +50,9 @@ class TokenReport:
 
     request_id: int
     index: int                        # 0 is the first token of the answer
-    token_id: int
+    token_id: int | None              # None: it came as text
     text: str                         # the piece this token completed; may be empty
-    context_tokens: int               # tokens of keys and values that the step read
+    context_tokens: int | None        # tokens of keys and values that the step read
     itl_ms: float | None              # less wait_ms; None for the first token
     device_ms: float | None
     host_gap_ms: float | None
@@ -124,6 +125,9 @@ class RequestReport:
     reasoning: str = ''               # the thought
     tool_calls: tuple[Call, ...] = ()
     refusal: str = ''                 # rejected: invalid too_large full inactive
+    engine: str = ''                  # what answered; empty where nothing did
+    fallback: str = ''                # why a local engine did in the server's place
+    server_tokens: int | None = None  # of the answer, by the server's count
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._tokens = SlidingWindow(window_s, len(WINDOW_FIGURES))
         # Guarded by _lock, as all below.
-        self._context_tokens = 0                    # of the newest token in the window
+        self._context_tokens: int | None = None     # of the newest token in the window
         self._paced = False                         # likewise
         self._ttft_last_ms: float | None = None
         self._misses = 0
@@ -233,7 +237,7 @@ class Recorder:
             miss_limit_reached=row >= deadline.max_consecutive_misses,
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
-            kv_bytes=roofline.kv_bytes(context) if roofline is not None else None,
+            kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
             paced=paced and bool(itl.ordered),
             best_r_floor=self._best(medians['r_floor'], len(itl.ordered)), **medians)
 
@@ -251,12 +255,12 @@ class Recorder:
             if self._is_old(now_s):
                 self._row = 0
 
-    def _add_further(self, now_s: float, context_tokens: int, itl_ms: float,
+    def _add_further(self, now_s: float, context_tokens: int | None, itl_ms: float,
                      figures: tuple[float | None, ...]) -> None:
         """Add a further token, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
-            self._context_tokens, self._paced = context_tokens, figures[-1] is not None
+            self._context_tokens, self._paced = context_tokens, figures[_WAIT] is not None
             self._itl_max_ms = _largest(self._itl_max_ms, itl_ms)
 
     def _add_due(self, now_s: float, overrun_ms: float) -> None:
@@ -315,6 +319,8 @@ class RequestRecorder:
         self.paced = False
         self.energy_j: float | None = None
         self.reasoning_tokens = 0
+        self.server_tokens: int | None = None
+        self.engine = self.fallback = ''
         self._own = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
@@ -328,14 +334,15 @@ class RequestRecorder:
             self._deadlines = common, own
         return own
 
-    def token(self, now_s: float, token_id: int, text: str, device_s: float | None = None,
-              publish_s: float | None = None, mask_s: float | None = None,
-              waited_s: float | None = None) -> TokenReport:
+    def token(self, now_s: float, token_id: int | None, text: str,
+              device_s: float | None = None, publish_s: float | None = None,
+              mask_s: float | None = None, waited_s: float | None = None) -> TokenReport:
         """
         Record one token.
 
         :param now_s: when the host knew the token. Tokens that one step brought together share
             their time: all but the first have an ``itl_ms`` of 0.
+        :param token_id: None where it came as text: then its context and its floor are not known.
         :param text: the piece of text that it completed.
         :param device_s: its step's time on the device, in seconds.
         :param publish_s: what publishing the token before it took, in seconds.
@@ -345,7 +352,7 @@ class RequestRecorder:
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
-        context = (self.prompt_tokens or 0) + index
+        context = None if token_id is None else (self.prompt_tokens or 0) + index
         device_ms = _to_ms(device_s)
         itl_ms = gap_ms = floor_ms = r_floor = bandwidth_gb_s = None
         if self._last_s is None:
@@ -360,7 +367,7 @@ class RequestRecorder:
             if device_ms is not None:
                 gap_ms = itl_ms - device_ms
             roofline = recorder._roofline
-            if roofline is not None and itl_s > 0:
+            if roofline is not None and context is not None and itl_s > 0:
                 step_bytes = roofline.step_bytes(context)
                 floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
@@ -436,7 +443,8 @@ class RequestRecorder:
             first_item_ms=self._first_item_ms, paced=self.paced, energy_j=energy_j,
             j_per_token=None if energy_j is None or not self._count else energy_j / self._count,
             power_w=None if energy_j is None or not busy_s else energy_j / busy_s,
-            reasoning_tokens=self.reasoning_tokens)
+            reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback,
+            server_tokens=self.server_tokens)
 
     def _miss(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

@@ -15,8 +15,8 @@
 """
 One thread that answers requests one after another: submit, cancel, preempt, stop.
 
-It drives the decode loop through one `Answer` after the other and tells listeners. It knows
-nothing of ROS or torch, and not what the listeners do with what they get.
+It gives one `Answer` of an engine, or `ServerAnswer` of a server, after the other and tells
+listeners. It knows nothing of ROS or torch, and not what the listeners do with what they get.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from functools import partial
 import gc
 from itertools import count
 import secrets
@@ -39,8 +40,6 @@ from typing import Protocol
 from typing import TypeVar
 
 from physai_decode.answer import Answer
-from physai_decode.answer import End
-from physai_decode.answer import Refused
 from physai_decode.answer import TextCoder
 from physai_decode.collector import COLLECTOR
 from physai_decode.collector import give_back
@@ -51,9 +50,14 @@ from physai_decode.config import SamplingConfig
 from physai_decode.config import ThinkingConfig
 from physai_decode.conversation import Conversation
 from physai_decode.decode_loop import DecodeLoop
+from physai_decode.delivery import Delivery
+from physai_decode.delivery import End
+from physai_decode.delivery import Refused
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.engines.openai import Server
+from physai_decode.engines.openai import ServerError
 from physai_decode.realtime import InForce
 from physai_decode.realtime import Placement
 from physai_decode.request import Form
@@ -63,8 +67,10 @@ from physai_decode.request_queue import Listener
 from physai_decode.request_queue import RequestQueue
 from physai_decode.request_queue import tell_end
 from physai_decode.request_queue import Ticket
+from physai_decode.result import ANSWERED
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
+from physai_decode.server_answer import ServerAnswer
 from physai_decode.timing import ItemReport
 from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
@@ -104,23 +110,28 @@ class Busy(RuntimeError):
 
 class Worker:
     """
-    One engine, one thread, one queue.
+    One engine, or a server, or both; one thread, one queue.
+
+    Where there is a server, it answers, and the engine in its place where it fails.
 
     All methods and properties may be used from any thread, and none of them waits for the engine
     but ``run`` and ``stop``.
     """
 
-    def __init__(self, engine: Engine, text: TextCoder, config: DecodeConfig, sink: Sink,
+    def __init__(self, engine: Engine | None, text: TextCoder | None, config: DecodeConfig,
+                 sink: Sink,
                  clock: Callable[[], float] = time.monotonic,
                  peak: Peak = Peak(None, 'unknown'),
                  numbers: Iterator[int] | None = None,
                  checkpoint_sampling: Mapping[str, Any] = MappingProxyType({}),
                  form: Form | None = None,
-                 energy_j: Callable[[], float | None] = lambda: None) -> None:
+                 energy_j: Callable[[], float | None] = lambda: None,
+                 server: Server | None = None) -> None:
         """
         Make a worker that is not running yet.
 
-        :param engine: used by the worker's thread alone while that runs, and not closed.
+        :param engine: used by the worker's thread alone while that runs, and not closed; None,
+            as ``text``, where there is only a server.
         :param clock: monotonic, in seconds.
         :param peak: the memory bus that the tokens' floor is for.
         :param numbers: gives each request its number, also in several threads; None: from 1 on.
@@ -131,12 +142,16 @@ class Worker:
         self._device_energy_j = energy_j
         self._energy_j: float | None = None         # of all answers
         self._energy_tokens = 0                     # theirs
-        self._loop = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock)
-        self._text = text
+        self._server, self._remote = server, config.remote
+        self._local: tuple[DecodeLoop, TextCoder] | None = None
+        if engine is not None and text is not None:
+            self._local = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock), text
         self._sink = sink
         self._clock = clock
         self._numbers = numbers or count(1)
-        self._roofline = Roofline(engine.footprint, peak)
+        runs = engine or server
+        assert runs is not None
+        self._roofline = Roofline(runs.footprint, peak)
         self._max_request_bytes = config.queue.max_request_bytes
         self._window_s = config.diagnostics.window_s
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
@@ -154,11 +169,13 @@ class Worker:
         # All below is guarded by _wake's lock.
         self._accepting = False
         self._queue = RequestQueue(config.queue)
-        self._answer: Answer | None = None
+        self._answer: Delivery | None = None
         self._task: _Task | None = None     # waits for the thread, or is run by it
         self._sign_of_life_s = 0.0      # what runs: when it was taken, or its last step
         self._last_error = ''
+        self._fallback = ''
         self._failed = False
+        self._fallbacks = 0
         self._requests = 0
         self._refusals = 0
         self._tokens = 0
@@ -385,6 +402,16 @@ class Worker:
         return None if self._placement is None else self._placement.in_force()
 
     @property
+    def fallback(self) -> str:
+        """Say why the engine answered the last request in the server's place; empty: not so."""
+        return self._fallback
+
+    @property
+    def fallbacks(self) -> int:
+        """Count the requests that the engine answered in the server's place."""
+        return self._fallbacks
+
+    @property
     def last_error(self) -> str:
         """Give the message of the last error, empty where there was none."""
         return self._last_error
@@ -463,7 +490,7 @@ class Worker:
                     self._perform()
                     continue
                 try:
-                    self._give(ticket, cast(Answer, self._answer))
+                    self._give(ticket, cast(Delivery, self._answer))
                 except Exception as error:
                     # Only a listener's own finished() can get here: the engine's and the text's
                     # errors have ended the request in _give().
@@ -471,7 +498,7 @@ class Worker:
                 with self._wake:
                     self._queue.running = self._answer = None
 
-    def _begin(self, ticket: Ticket) -> Answer:
+    def _begin(self, ticket: Ticket) -> Delivery:
         request, listener = ticket.request, ticket.listener
         own = self._sampling
         taken = self._checkpoint_sampling if own.from_checkpoint else {}
@@ -493,24 +520,46 @@ class Worker:
             if listener is not None:
                 listener.item(report)
 
-        return Answer(ticket, self._loop, self._text, self._conversation, sampling, times, emit,
-                      emit_item, self._live, self._clock,
-                      None if request.is_free else request.form or self._form,
-                      replace(self._pace, **request.pace).tokens_per_s,
-                      request.thinking.get('max_tokens', self._thinking.max_tokens))
+        given = {
+            'ticket': ticket, 'conversation': self._conversation, 'sampling': sampling,
+            'times': times, 'emit': emit, 'emit_item': emit_item, 'alive': self._live,
+            'clock': self._clock, 'form': None if request.is_free else request.form or self._form,
+            'tokens_per_s': replace(self._pace, **request.pace).tokens_per_s,
+            'thought_tokens': request.thinking.get('max_tokens', self._thinking.max_tokens)}
+        local = self._local and partial(Answer, *self._local, **given)
+        if self._server is None:
+            assert local is not None
+            return local()
+        return ServerAnswer(self._server, self._remote, local=local, **given)
 
-    def _give(self, ticket: Ticket, answer: Answer) -> None:
+    def _give(self, ticket: Ticket, answer: Delivery) -> None:
         """Answer, and report the end."""
         failure = ''
-        answer.energy_j = self._device_energy_j()
         try:
-            end = answer.give()
+            if isinstance(answer, ServerAnswer):
+                try:
+                    end = answer.give()
+                except ServerError as error:
+                    if answer.local is None:
+                        raise
+                    answer = self._fall_back(answer.local(), str(error))
+                else:
+                    if end.reason in ANSWERED:
+                        self._fallback = ''
+            if not isinstance(answer, ServerAnswer):
+                answer.energy_j = self._device_energy_j()
+                end = answer.give()
         except (Refused, TextError) as error:
             end = End('rejected', str(error))
+        except ServerError as error:
+            failure = str(error)
+            end = End('error', failure)
         except Exception as error:
             # The top of the worker: whatever an engine raises ends its request and no more.
             failure = described(error)
             end = End('error', failure)
+        else:
+            failure = end.message if end.reason == 'error' else ''
         with self._wake:
             if ticket.finished:                     # stop() has given it up
                 return
@@ -526,7 +575,15 @@ class Worker:
             self._close_turn(ticket, end.reason, answer.text)
         self._report_end(ticket, answer, end)
 
-    def _report_end(self, ticket: Ticket, answer: Answer, end: End) -> None:
+    def _fall_back(self, answer: Delivery, reason: str) -> Delivery:
+        """Let the engine's answer take the place of the server's."""
+        answer.times.fallback = self._fallback = reason
+        with self._wake:
+            self._answer = answer
+            self._fallbacks += 1
+        return answer
+
+    def _report_end(self, ticket: Ticket, answer: Delivery, end: End) -> None:
         message = '; '.join(filter(None, (end.message, answer.note)))
         if answer.energy_j is not None and (after_j := self._device_energy_j()) is not None:
             answer.times.energy_j = after_j - answer.energy_j
@@ -546,7 +603,8 @@ class Worker:
         try:
             try:
                 self._go_on()
-                result = task.work(self._loop, self._go_on)
+                assert self._local is not None      # of a server, nobody asks for a task
+                result = task.work(self._local[0], self._go_on)
             finally:
                 with self._wake:
                     self._task = None

@@ -152,12 +152,14 @@ def scaled(build, half, capability, early):
                      GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
                      STAGES=choice.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
                      ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, GELU=False,
-                     ADD=not gated, BIAS=gated)
+                     ADD=not gated, BIAS=gated, ASSEMBLY=True)
+        assert by_row or 'prmt.b32' in made.asm['ptx']
         if early:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
     compiled(scaled_kernels._widen, capability, half, values='i8', scales='fp32', zeros='fp32',
-             out=half, K=3584, GROUP=128, GROUPS=28, BLOCK=1024, FLOAT=True, ZEROS=False)
+             out=half, K=3584, GROUP=128, GROUPS=28, BLOCK=1024, FLOAT=True, ZEROS=False,
+             ASSEMBLY=True)
 
 
 def coded(build, half, capability, early):
@@ -167,7 +169,8 @@ def coded(build, half, capability, early):
         made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
                      warps=choice.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
                      ROWS=choice.rows, COLUMNS=choice.columns, NORM=gated, GATED=gated,
-                     GELU=gated, ADD=not gated, BIAS=gated)
+                     GELU=gated, ADD=not gated, BIAS=gated, E2M1=not gated)
+        assert gated or 'lop3.b32' in made.asm['ptx']
         # A lane loads 16 bytes of codes at a time.
         assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
         if early:

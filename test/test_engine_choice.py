@@ -51,18 +51,8 @@ def test_the_fastest_that_can_run_it(model, monkeypatch):
     everything = ('gptqmodel', 'optimum', 'accelerate')
     assert chosen(model, monkeypatch) == (
         'native', 'it runs llama with unquantised weights')
-    name, reason = chosen(model, monkeypatch, quantization_config=GPTQ)
-    assert name == 'native'
-    assert reason.endswith('pip install gptqmodel optimum accelerate')
-    name, reason = chosen(model, monkeypatch, everything, quantization_config=GPTQ)
-    assert name == 'transformers'
-    assert 'GPTQModel' in reason
-    # It has none for 8 bits.
-    name, reason = chosen(model, monkeypatch, everything, quantization_config={**GPTQ, 'bits': 8})
-    assert name == 'native'
-    assert 'GPTQModel' not in reason
-    # What is installed for one format says nothing of another.
-    assert chosen(model, monkeypatch, everything)[0] == 'native'
+    # Also beside GPTQModel, which transformers calls on a CPU.
+    assert chosen(model, monkeypatch, everything, quantization_config=GPTQ).name == 'native'
 
 
 @pytest.mark.parametrize('quantization', [

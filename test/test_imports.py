@@ -26,10 +26,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'physai_decode'
-CORE = ('answer', 'checkpoint', 'collector', 'config', 'constraint', 'conversation', 'decode_loop',
-        'detokenizer', 'engine', 'engines', 'gap', 'histogram', 'host', 'http', 'jetson',
-        'model_config', 'pace', 'realtime', 'request', 'request_queue', 'result', 'roofline',
-        'telemetry', 'text', 'text_process', 'timing', 'verdict', 'worker')
+CORE = ('answer', 'checkpoint', 'collector', 'config', 'constraint', 'conversation',
+        'decode_loop', 'delivery', 'detokenizer', 'engine', 'engines', 'gap', 'histogram', 'host',
+        'http', 'jetson', 'model_config', 'pace', 'realtime', 'request', 'request_queue',
+        'result', 'roofline', 'server_answer', 'telemetry', 'text', 'text_process', 'timing',
+        'verdict', 'worker')
 ROS_LIBRARIES = {
     'builtin_interfaces', 'diagnostic_msgs', 'lifecycle_msgs', 'physai_decode_msgs',
     'rcl_interfaces', 'rclpy', 'std_msgs', 'std_srvs'}

@@ -23,6 +23,7 @@ from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import EngineError
+from physai_decode.engines import chip
 from physai_decode.engines import device
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.native import start
@@ -102,6 +103,18 @@ def test_int4_is_in_float16_where_that_is_wide_enough(tmp_path, family, dtype, m
     random_formats.save(tmp_path, family, random_formats.awq(32))
     monkeypatch.setattr(
         device, 'select', lambda config: (torch.device('cuda'), torch.bfloat16))
+    monkeypatch.setattr(chip, 'capability', lambda device: (9, 0))
+    assert start.select(inspect(tmp_path), EngineConfig()) == (torch.device('cuda'), dtype)
+
+
+@pytest.mark.parametrize(('capability', 'dtype'), [
+    ((8, 7), torch.bfloat16), ((7, 5), torch.float16)])
+def test_without_kernels_int4_is_in_what_pytorchs_product_takes(
+        tmp_path, monkeypatch, capability, dtype):
+    random_formats.save(tmp_path, 'llama', random_formats.awq(32))
+    monkeypatch.setattr(device, 'select', lambda config: (torch.device('cuda'), torch.float16))
+    monkeypatch.setattr(chip, 'capability', lambda device: capability)
+    monkeypatch.setattr(start, '_problem', lambda device: 'there is no Triton')
     assert start.select(inspect(tmp_path), EngineConfig()) == (torch.device('cuda'), dtype)
 
 

@@ -45,8 +45,7 @@ LIMIT = 1e-5
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Keep dense weights by rows, as on a GPU; take 40 places for a short context."""
-    monkeypatch.setattr(weights, '_laid_out', lambda weight: weight)
+    """Take 40 places for a short context."""
     monkeypatch.setattr(prefill, 'NEAR', 40)
 
 

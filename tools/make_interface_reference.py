@@ -104,7 +104,11 @@ KEYS = {
     'energy_j': 'energy in joules that the device took for the answer, for all programs on it; of '
                 'a Jetson the whole board; on /diagnostics of all answers since activation',
     'engine_reason': 'why that engine runs it',
-    'engine': 'what runs the model; before it is loaded, the parameter',
+    'engine': 'what runs the model; before it is loaded, the parameter; in ~/request_stats what '
+              'answered',
+    'fallback': "why the local model answered in the server's place, see offboard.md; in "
+                '~/model_info which model that is',
+    'fallbacks': "requests that the local model answered in the server's place",
     'finish_reason': 'stop, tool_calls, length, deadline, cancelled, preempted, rejected or error',
     'first_item_ms': 'from received to the first element on `~/item`',
     'floor_ms': 'the least time that the memory bus allows for the step; on /diagnostics the '
@@ -134,7 +138,7 @@ KEYS = {
     'memory_locked': "1 where the process's memory is locked against paging, else 0",
     'memory_free_gb': 'memory that is left on the device',
     'memory_used_gb': "memory in use on the device; on a CPU the process's own",
-    'model': 'the parameter `model.path`',
+    'model': 'the parameter `model.path`, of a server `remote.model`',
     'model_type': "as the checkpoint's config.json says",
     'no_floor': 'why the memory bus is no floor of a step, such as weights that fit a cache',
     'output_tokens': 'tokens of the answer',
@@ -168,13 +172,15 @@ KEYS = {
     'scheduling': "the decode thread's scheduling class as the kernel says: other, or fifo and "
                   'its priority',
     'seed': 'what the tokens were drawn with',
+    'server_tokens': "tokens of the answer by a server's count; `output_tokens` are the pieces of "
+                     'text that it sent',
     'sliding_window': 'tokens of context that a step reads at most; 0: all',
     'sm_clock_mhz': 'clock of the processor',
     'state': 'inactive, loading, idle, generating (also in a measurement), stalled or failed',
     'temperature_c': 'temperature of the device',
     'throttle_reasons': 'why the clocks are held down, or none',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, where it sets one',
-    'token_id': 'its number in the vocabulary',
+    'token_id': 'its number in the vocabulary; n/a where a server sent it as text',
     'thought_markers': 'what begins and ends a thought of the model, or none',
     'tokens': 'tokens so far',
     'tokens_per_s': 'tokens after the first, over their time',
@@ -199,7 +205,7 @@ STATUSES = (
      'Its message is the piece of text. WARN where the token was late.'),
     ('~/request_stats', 'decode: request', messages.REQUEST_KEYS,
      'Its message is the finish reason and, where there is more to say, why. WARN for '
-     f'{" and ".join(messages.FAILED)}, ERROR for error.'),
+     f'{" and ".join(messages.FAILED)} and where there is a fallback, ERROR for error.'),
     ('~/model_info', 'decode: model', messages.MODEL_KEYS,
      'An engine may add keys of its own at the end.'),
     ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,
@@ -209,9 +215,9 @@ STATUSES = (
      'WARN where r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
      'ERROR where the state is stalled or failed, or where another node has the same name or '
-     'publishes on `~/tokens`. WARN where there are unknown parameters, a params file that '
-     'holds nothing for this node, or a setting of `realtime` that is not permitted. Its message '
-     'says which.'),
+     "publishes on `~/tokens`. WARN where the local model answers in the server's place, where "
+     'there are unknown parameters, a params file that holds nothing for this node, or a setting '
+     'of `realtime` that is not permitted. Its message says which.'),
 )
 
 

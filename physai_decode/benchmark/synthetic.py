@@ -34,7 +34,7 @@ import struct
 
 MARK = 'random_weights.txt'         # in every folder made here, and first: what is there is ours
 SHARD_BYTES = 4_500_000_000
-GROUP = 128                         # input rows that share one scale, GPTQ and AWQ
+GROUP = 128                         # input rows that share one scale; fewer where it divides none
 NVFP4_GROUP = 16                    # input rows that share one scale
 NF4_BLOCK = 64                      # weights that share one absolute maximum
 STD = 0.02                          # of every random matrix; norms are 1
@@ -91,6 +91,12 @@ SHAPES = {
     'qwen3-4b': {**_QWEN3, 'hidden_size': 2560, 'intermediate_size': 9728,
                  'tie_word_embeddings': True},
     'qwen3-8b': {**_QWEN3, 'hidden_size': 4096, 'intermediate_size': 12288},
+    'smollm2-135m': {
+        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 576,
+        'num_hidden_layers': 30, 'num_attention_heads': 9, 'num_key_value_heads': 3,
+        'intermediate_size': 1536, 'vocab_size': 49152, 'max_position_embeddings': 8192,
+        'rms_norm_eps': 1e-5, 'rope_theta': 1e5, 'attention_bias': False, 'mlp_bias': False,
+        'tie_word_embeddings': True, 'bos_token_id': 0, 'eos_token_id': 0},
     'mistral-7b': {
         'architectures': ['MistralForCausalLM'], 'model_type': 'mistral', 'hidden_size': 4096,
         'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
@@ -115,20 +121,27 @@ def _compressed(layout, bits, group_size, kind='int', strategy=''):
             'config_groups': {'group_0': {'targets': ['Linear'], 'weights': weights}}}
 
 
-_QUANTIZATION_CONFIG = {
-    'gptq': {'quant_method': 'gptq', 'bits': 4, 'group_size': GROUP, 'desc_act': False,
-             'sym': True, 'checkpoint_format': 'gptq', 'lm_head': False},
-    'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': GROUP, 'zero_point': True,
-            'version': 'gemm', 'modules_to_not_convert': None},
-    'w4a16': _compressed('pack-quantized', 4, GROUP),
-    'w8a16': _compressed('int-quantized', 8, None),
-    'fp8': {'quant_method': 'fp8', 'activation_scheme': 'dynamic', 'fmt': 'e4m3',
-            'weight_block_size': [GROUP, GROUP]},
-    'nvfp4': _compressed('nvfp4-pack-quantized', 4, NVFP4_GROUP, 'float', 'tensor_group'),
-    'nf4': {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'load_in_8bit': False,
-            'bnb_4bit_quant_type': 'nf4', 'bnb_4bit_use_double_quant': False,
-            'bnb_4bit_compute_dtype': 'bfloat16', 'bnb_4bit_quant_storage': 'uint8'},
-}
+def _quantization_config(quantization, group):
+    """Give what a config says of a quantisation, with ``group`` columns that share a scale."""
+    return {
+        'gptq': {'quant_method': 'gptq', 'bits': 4, 'group_size': group, 'desc_act': False,
+                 'sym': True, 'checkpoint_format': 'gptq', 'lm_head': False},
+        'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': group, 'zero_point': True,
+                'version': 'gemm', 'modules_to_not_convert': None},
+        'w4a16': _compressed('pack-quantized', 4, group),
+        'w8a16': _compressed('int-quantized', 8, None),
+        'fp8': {'quant_method': 'fp8', 'activation_scheme': 'dynamic', 'fmt': 'e4m3',
+                'weight_block_size': [GROUP, GROUP]},
+        'nvfp4': _compressed('nvfp4-pack-quantized', 4, NVFP4_GROUP, 'float', 'tensor_group'),
+        'nf4': {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'load_in_8bit': False,
+                'bnb_4bit_quant_type': 'nf4', 'bnb_4bit_use_double_quant': False,
+                'bnb_4bit_compute_dtype': 'bfloat16', 'bnb_4bit_quant_storage': 'uint8'},
+    }[quantization]
+
+
+def _group(made):
+    """Give how many columns of a shape share a scale."""
+    return math.gcd(GROUP, made['hidden_size'], made['intermediate_size'])
 
 # The sixteen values of the nf4 data type: quantiles of a normal distribution, scaled to -1 to 1
 # (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E).
@@ -151,7 +164,7 @@ def config(shape: str, quantization: str = 'none') -> dict:
     half = 'float16' if quantization in ('gptq', 'awq', 'w4a16') else 'bfloat16'
     made = {**_COMMON, **SHAPES[shape], 'torch_dtype': half}
     if quantization != 'none':
-        made['quantization_config'] = dict(_QUANTIZATION_CONFIG[quantization])
+        made['quantization_config'] = _quantization_config(quantization, _group(made))
     return made
 
 
@@ -179,6 +192,7 @@ def specs(made: dict) -> Iterator[Spec]:
     quantized = made.get('quantization_config', {})
     method = quantized.get('format') or quantized.get('quant_method', 'none')
     hidden, inner = made['hidden_size'], made['intermediate_size']
+    group = _group(made)
     head = made.get('head_dim') or hidden // made['num_attention_heads']
     q_width, kv_width = (head * made[f'num_{kind}_heads'] for kind in ('attention', 'key_value'))
     yield Spec('model.embed_tokens.weight', half, (made['vocab_size'], hidden), 'normal')
@@ -186,17 +200,17 @@ def specs(made: dict) -> Iterator[Spec]:
         layer = f'model.layers.{index}'
         yield Spec(f'{layer}.input_layernorm.weight', half, (hidden,), 'ones')
         for name, width in (('q_proj', q_width), ('k_proj', kv_width), ('v_proj', kv_width)):
-            yield from _linear(f'{layer}.self_attn.{name}', width, hidden, half, method)
+            yield from _linear(f'{layer}.self_attn.{name}', width, hidden, half, method, group)
             if made['model_type'] == 'qwen2':
                 yield Spec(f'{layer}.self_attn.{name}.bias', half, (width,), 'normal')
         if made['model_type'] == 'qwen3':
             for name in ('q_norm', 'k_norm'):
                 yield Spec(f'{layer}.self_attn.{name}.weight', half, (head,), 'ones')
-        yield from _linear(f'{layer}.self_attn.o_proj', hidden, q_width, half, method)
+        yield from _linear(f'{layer}.self_attn.o_proj', hidden, q_width, half, method, group)
         yield Spec(f'{layer}.post_attention_layernorm.weight', half, (hidden,), 'ones')
-        yield from _linear(f'{layer}.mlp.gate_proj', inner, hidden, half, method)
-        yield from _linear(f'{layer}.mlp.up_proj', inner, hidden, half, method)
-        yield from _linear(f'{layer}.mlp.down_proj', hidden, inner, half, method)
+        yield from _linear(f'{layer}.mlp.gate_proj', inner, hidden, half, method, group)
+        yield from _linear(f'{layer}.mlp.up_proj', inner, hidden, half, method, group)
+        yield from _linear(f'{layer}.mlp.down_proj', hidden, inner, half, method, group)
     yield Spec('model.norm.weight', half, (hidden,), 'ones')
     if not made['tie_word_embeddings']:
         yield Spec('lm_head.weight', half, (made['vocab_size'], hidden), 'normal')
@@ -283,14 +297,14 @@ def _begin(folder, needed_bytes):
         path.unlink()
 
 
-def _linear(name, out, rows, half, method):
+def _linear(name, out, rows, half, method, group):
     """Give the tensors of one matrix [out, rows] in the layout of its quantisation."""
-    groups = rows // GROUP
+    groups = rows // group
     if method == 'gptq':
         yield Spec(f'{name}.qweight', 'I32', (rows // 8, out), 'words')
         yield Spec(f'{name}.qzeros', 'I32', (groups, out // 8), 'sevens')
         yield Spec(f'{name}.scales', 'F16', (groups, out), 'scales')
-        yield Spec(f'{name}.g_idx', 'I32', (rows,), 'groups')
+        yield Spec(f'{name}.g_idx', 'I32', (rows,), f'groups of {group}')
     elif method == 'awq':
         yield Spec(f'{name}.qweight', 'I32', (rows, out // 8), 'words')
         yield Spec(f'{name}.qzeros', 'I32', (groups, out // 8), 'eights')
@@ -372,8 +386,8 @@ def _make(spec, generator):
         made = empty.fill_(256 * 2.93 / STD)
     elif spec.fill.startswith('shape'):
         made = torch.tensor([int(number) for number in spec.fill.split()[1:]])
-    elif spec.fill == 'groups':
-        made = torch.arange(len(empty), dtype=dtype) // GROUP
+    elif spec.fill.startswith('groups of'):
+        made = torch.arange(len(empty), dtype=dtype) // int(spec.fill.split()[-1])
     elif spec.fill == 'nf4':
         made = torch.tensor(_NF4)
     elif spec.fill == 'absmax':         # as for the scales

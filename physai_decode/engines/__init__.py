@@ -27,7 +27,6 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
-from physai_decode.engines import libraries
 
 _CLASSES = {
     'native': 'NativeEngine', 'transformers': 'TransformersEngine', 'exllamav2': 'ExLlamaV2Engine'}
@@ -57,7 +56,7 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
     """
     name = config.name
     if name == 'auto':
-        return _choose(model, config)
+        return _choose(model)
     if name not in _CLASSES:
         raise EngineError(
             f'engine.name is {name!r}: allowed are auto, {", ".join(_CLASSES)}')
@@ -82,9 +81,8 @@ def build(model: Checkpoint, config: EngineConfig,
     return engine
 
 
-def _choose(model, config):
+def _choose(model):
     _load('native')
-    from physai_decode.engines import device
     from physai_decode.engines.native import families
     from physai_decode.engines.native import formats
     quantized = model.quantized
@@ -95,18 +93,8 @@ def _choose(model, config):
     except EngineError as reason:
         exl2 = quantized and quantized.method == 'exl2'
         return Chosen('exllamav2' if exl2 else 'transformers', str(reason))
-    runs = f'it runs {model.model_type} with {model.quantization} weights'.replace(
-        'none weights', 'unquantised weights')
-    # GPTQModel's kernels for a CPU run no other formats.
-    if (not quantized or quantized.method not in ('gptq', 'awq') or quantized.bits != 4
-            or device.select(replace(config, dtype='auto'))[0].type != 'cpu'):
-        return Chosen('native', runs)
-    missing = libraries.missing(quantized.method)
-    if not missing:
-        return Chosen('transformers', 'GPTQModel, which it calls, has kernels for int4 weights on '
-                      'a CPU, several times faster than native')
-    return Chosen('native', f'{runs}; several times faster on a CPU would be transformers with '
-                  f'GPTQModel: pip install {" ".join(missing)}')
+    kind = model.quantization if quantized else 'unquantised'
+    return Chosen('native', f'it runs {model.model_type} with {kind} weights')
 
 
 def _load(name):

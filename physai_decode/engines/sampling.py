@@ -36,8 +36,10 @@ from dataclasses import astuple
 from dataclasses import dataclass
 from dataclasses import fields
 from dataclasses import replace
+from functools import cached_property
 import math
 
+import numpy as np
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Constraint
 from physai_decode.engine import NO_TOKEN
@@ -81,6 +83,11 @@ class Plan:
         """The plan in words, such as ``temperature+top_p``; ``greedy`` where it has no stage."""
         return '+'.join(spec.name for spec, needed in zip(fields(self), astuple(self))
                         if needed) or 'greedy'
+
+    @cached_property
+    def unmasked(self) -> 'Plan':
+        """The stages after the mask."""
+        return replace(self, mask=False)
 
     @property
     def truncates(self) -> bool:
@@ -149,7 +156,7 @@ class Sampler:
         if not plan.mask:
             return plan, logits
         bias = self._biases.index_select(0, self._mask.int()).view(-1)[:len(logits)]
-        return replace(plan, mask=False), logits + bias     # what is no number stays none
+        return plan.unmasked, logits + bias     # what is no number stays none
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
@@ -221,6 +228,10 @@ class HostSampler(Sampler):
         self._sampling = SamplingConfig()
         self._seen_ids = torch.empty(vocab_size, dtype=torch.int64)
         self._seen_count = 0
+        self._by_byte = self._biases.numpy()
+        self._bias = np.zeros((len(self._mask), 8), np.float32)
+        self._flat = torch.from_numpy(self._bias).view(-1)[:vocab_size]
+        self._allowed = torch.empty(vocab_size)
 
     def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
               constrained: bool = False) -> Plan:
@@ -233,6 +244,16 @@ class HostSampler(Sampler):
             self._seen_ids[:len(ids)] = ids
         return plan
 
+    def restrict(self, mask: bytearray) -> None:
+        """See `Sampler.restrict`."""
+        np.take(self._by_byte, np.frombuffer(mask, np.uint8), 0, self._bias, 'clip')
+
+    def masked(self, plan: Plan, logits: Tensor) -> tuple[Plan, Tensor]:
+        """See `Sampler.masked`."""
+        if not plan.mask:
+            return plan, logits
+        return plan.unmasked, torch.add(logits, self._flat, out=self._allowed)
+
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
         """See `Sampler.draw`."""
@@ -240,8 +261,9 @@ class HostSampler(Sampler):
         chosen = 0
         plan, logits = self.masked(plan, logits)
         if plan == GREEDY:
-            chosen = int(logits.argmax())
-            best = float(logits[chosen])            # a NaN counts as the greatest
+            scores = logits.numpy()
+            chosen = int(scores.argmax())
+            best = float(scores[chosen])            # a NaN counts as the greatest
         else:
             best = float(logits.max())
             if math.isfinite(best):

@@ -122,9 +122,9 @@ class App:
     async def _list(self, name: str, send: Send) -> None:
         """Give the list of models, or the one that is named."""
         host = self._host
-        loaded, model = host.loaded, host.config.model.path
+        loaded, model = host.loaded, host.config.model_name
         found: list[dict[str, Any]] = [] if loaded is None else [openai.model(
-            model, self._created, loaded.engine.footprint.max_context)]
+            model, self._created, loaded.footprint.max_context)]
         if name and (loaded is None or name != model):
             raise ApiError(404, 'model_not_found', f'the model {name!r:.100} is not loaded',
                            'model')
@@ -195,7 +195,7 @@ class App:
                 body = parse_value(data.decode(), 'the body')
             except UnicodeDecodeError as error:
                 raise RequestError(f'the body is no UTF-8: {error}') from None
-            return openai.read(body, self._host.config.model.path, chat)
+            return openai.read(body, self._host.config.model_name, chat)
         except RequestError as error:
             self._host.refuse(str(error), error.client_id)
             raise openai.wrong(error, body) from None

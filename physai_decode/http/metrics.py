@@ -83,15 +83,17 @@ class Metrics(Collector):
         if telemetry is not None:
             figures.update(telemetry.read())
         if loaded is not None:
-            shape = loaded.engine.footprint
-            figures.update(weight_gb=shape.read_weight_bytes / 1e9,
-                           max_context=shape.max_context)
+            shape = loaded.footprint
+            if not shape.is_remote:
+                figures['weight_gb'] = shape.read_weight_bytes / 1e9
+            if shape.max_context:
+                figures['max_context'] = shape.max_context
             peak = worker.peak if worker else loaded.peak
             if peak.bytes_per_s is not None:
                 figures['peak_bandwidth_gb_s'] = peak.bytes_per_s / 1e9
             model = GaugeMetricFamily(
                 'physai_decode_model', '1 for the model that is loaded', labels=['model', *_MODEL])
-            model.add_metric([host.config.model.path, *(str(getattr(shape, name))
+            model.add_metric([host.config.model_name, *(str(getattr(shape, name))
                                                         for name in _MODEL)], 1)
             yield model
         for name, value in figures.items():

@@ -202,9 +202,13 @@ def failure(report: RequestReport, text: str) -> ApiError | None:
 
 
 def model(name: str, created: int, max_context: int) -> dict[str, Any]:
-    """Tell of a model."""
+    """
+    Tell of a model.
+
+    :param max_context: tokens that fit; 0 where that is not known.
+    """
     return {'id': name, 'object': 'model', 'created': created, 'owned_by': 'physai_decode',
-            'max_model_len': max_context}
+            'max_model_len': max_context or None}
 
 
 def event(value: Mapping[str, Any]) -> bytes:

@@ -67,7 +67,7 @@ class StampedToken:
 
     def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
         """Write one token; see `TokenStats.write`."""
-        texts = b''.join((_text(report.client_id), _indices(report.index, report.token_id),
+        texts = b''.join((_text(report.client_id), _indices(report.index, messages.id_of(report)),
                           _text(text), _text(messages.sendable(report.reasoning))))
         return b''.join((
             _stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,

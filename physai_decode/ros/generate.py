@@ -38,6 +38,7 @@ from physai_decode.request import Request
 from physai_decode.request import RequestError
 from physai_decode.result import ANSWERED
 from physai_decode.result import chat_completion
+from physai_decode.ros.messages import id_of
 from physai_decode.ros.messages import sendable
 from physai_decode.ros.topics import stream_qos
 from physai_decode.ros.typed import Generate
@@ -152,7 +153,7 @@ class GenerateServer:
         with self._lock:
             del self._goals[goal.key]
         report, text = goal.end
-        message = result(report, text, self._host.config.model.path)
+        message = result(report, text, self._host.config.model_name)
         if report.finish_reason in ANSWERED:
             self._set(handle, handle.succeed)
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
@@ -338,7 +339,7 @@ def token(report: TokenReport, known_ns: int, source: str) -> Any:
     """
     message = Token(
         request_id=report.request_id, client_id=report.client_id, index=report.index,
-        token_id=report.token_id, text=sendable(report.text),
+        token_id=id_of(report), text=sendable(report.text),
         reasoning=sendable(report.reasoning), itl_ms=_number(report.itl_ms),
         device_ms=_number(report.device_ms), r_floor=_number(report.r_floor),
         deadline_missed=report.deadline_missed)

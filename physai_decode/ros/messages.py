@@ -43,6 +43,7 @@ WARN = DiagnosticStatus.WARN
 ERROR = DiagnosticStatus.ERROR
 NOT_KNOWN = 'n/a'
 NUL = '\ufffd'                   # what is sent in its place
+NO_ID = 2**32 - 1               # of a token that came as text, where only a number can be sent
 
 
 def _keys(report: type, *others: str) -> tuple[str, ...]:
@@ -62,13 +63,13 @@ ENGINE_KEYS = (
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
     'temperature_c', 'power_w', 'sm_clock_mhz', 'memory_clock_mhz', 'throttle_reasons',
     'unknown_parameters', 'callback_errors', 'scheduling', 'decode_cores', 'memory_locked',
-    'realtime_refused', 'power_mode', 'energy_j', 'j_per_token')
+    'realtime_refused', 'power_mode', 'energy_j', 'j_per_token', 'fallbacks')
 MODEL_KEYS = (
     'model', 'engine', 'model_type', 'dtype', 'quantization', 'device', 'device_name',
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
     'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
-    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers')
+    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers', 'fallback')
 GENERATE_ACTION = unavailable or 'available'
 FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
 
@@ -95,6 +96,11 @@ def text_of(value: Any) -> str:
 def sendable(text: str) -> str:
     """Give a text that rclpy sends whole: it ends a string at a NUL."""
     return text.replace('\0', NUL)
+
+
+def id_of(report: TokenReport) -> int:
+    """Give a token's number where a message has room for nothing else."""
+    return NO_ID if report.token_id is None else report.token_id
 
 
 def status_name(node: str, task: str) -> str:
@@ -134,7 +140,8 @@ def request_status(node: str, report: RequestReport) -> DiagnosticStatus:
     return status(
         status_name(node, 'request'), REQUEST_KEYS, report,
         message=f'{reason}: {report.message}' if report.message else reason,
-        level=ERROR if reason == 'error' else WARN if reason in FAILED else OK)
+        level=(ERROR if reason == 'error'
+               else WARN if reason in FAILED or report.fallback else OK))
 
 
 def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardware_id: str,
@@ -145,13 +152,17 @@ def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardwa
     :param facts: values of further keys.
     """
     values = {key: getattr(footprint, key, None) for key in MODEL_KEYS}
+    if footprint.is_remote:
+        values = {key: value or None for key, value in values.items()}
+    else:
+        values.update(
+            read_weight_gb=footprint.read_weight_bytes / 1e9,
+            checkpoint_weight_gb=footprint.checkpoint_weight_bytes / 1e9,
+            kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
+                                * footprint.kv_element_bytes),
+            peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source)
     values.update(
-        model=model, generate_action=GENERATE_ACTION,
-        read_weight_gb=footprint.read_weight_bytes / 1e9,
-        checkpoint_weight_gb=footprint.checkpoint_weight_bytes / 1e9,
-        kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
-                            * footprint.kv_element_bytes),
-        peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source, **facts,
+        model=model, generate_action=GENERATE_ACTION, **facts,
         **{key: value for key, value in footprint.details.items() if key not in MODEL_KEYS})
     details = tuple(key for key in footprint.details if key not in MODEL_KEYS)
     return status(status_name(node, 'model'), MODEL_KEYS + details, values,
@@ -190,14 +201,15 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
     values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source,
               'no_floor': peak.no_floor}
     level, message = (WARN, note) if note else (OK, '')
-    if footprint is not None:
+    if footprint is not None and not footprint.is_remote:
         values['weight_gb'] = footprint.read_weight_bytes / 1e9
     if window is not None:
         values.update(
             kv_gb=_giga(window.kv_bytes), floor_ms=window.floor_ms, r_floor=window.r_floor,
             bandwidth_gb_s=window.bandwidth_gb_s, host_gap_ms=window.host_gap_ms,
-            mask_ms=window.mask_ms,
-            verdict=str(judge(_seen(window, footprint, throttle_reasons)) or ''))
+            mask_ms=window.mask_ms)
+        if footprint is None or not footprint.is_remote:
+            values['verdict'] = str(judge(_seen(window, footprint, throttle_reasons)) or '')
         if window.r_floor is not None and window.r_floor < settings.warn_r_floor:
             level = WARN
             message = f'r_floor {window.r_floor:.3f} is below {settings.warn_r_floor:g}'

@@ -98,7 +98,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                 service.callback = self._on_set_parameters
             elif service.srv_type is SetParametersAtomically:
                 service.callback = self._on_set_parameters_atomically
-        self._topics = Topics(self, lambda: self._host.config.model.path, self._log_end)
+        self._topics = Topics(self, lambda: self._host.config.model_name, self._log_end)
         self._host = host = Host(self._topics, load)
         host.config = config
         self._doors = Doors(self, host)
@@ -168,10 +168,10 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             log(f'configure failed: {host.failure}')
             self._unload()
             return TransitionCallbackReturn.FAILURE
-        footprint = loaded.engine.footprint
+        footprint = loaded.footprint
         self._status.model_info()
         self.get_logger().info(
-            f'loaded {config.model.path} in {time.monotonic() - begin_s:.1f} s: engine '
+            f'loaded {config.model_name} in {time.monotonic() - begin_s:.1f} s: engine '
             f'{footprint.engine}, {footprint.dtype}, {footprint.device_name}')
         return TransitionCallbackReturn.SUCCESS
 
@@ -360,3 +360,6 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                                       throttle_duration_sec=1.0)
         elif report.finish_reason == 'error':
             self.get_logger().error(f'a request failed: {report.message}')
+        elif report.fallback:
+            self.get_logger().warning(f'the local model answered: {report.fallback}',
+                                      throttle_duration_sec=1.0)

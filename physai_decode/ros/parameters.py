@@ -45,7 +45,7 @@ TYPES = {
     str: Parameter.Type.STRING}
 LISTS = {str: Parameter.Type.STRING_ARRAY, int: Parameter.Type.INTEGER_ARRAY}
 FIXED = 'can be set only while the node is unconfigured'
-LOAD_GROUPS = ('model', 'engine', 'chat')       # what a load reads
+LOAD_GROUPS = ('model', 'engine', 'remote', 'chat')     # what a load reads
 
 
 def specs() -> dict[str, Field]:

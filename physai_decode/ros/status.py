@@ -59,7 +59,7 @@ class Status:
                 hardware_id=messages.NOT_KNOWN)
         else:
             status = messages.model_status(
-                node, self._host.config.model.path, loaded.engine.footprint, loaded.peak,
+                node, self._host.config.model_name, loaded.footprint, loaded.peak,
                 self._hardware_id(), loaded.facts)
         self._topics.model_info(status)
 
@@ -78,7 +78,7 @@ class Status:
         self._topics.diagnostics([
             messages.latency_status(node, window, settings, late, hardware_id),
             messages.bandwidth_status(
-                node, window, loaded and loaded.engine.footprint,
+                node, window, loaded and loaded.footprint,
                 (worker.peak if worker else self._host.peak) or NO_PEAK, settings, hardware_id,
                 device.get('throttle_reasons'), note),
             self._engine_status(hardware_id, device)])
@@ -87,7 +87,7 @@ class Status:
         loaded = self._host.loaded
         if loaded is None:
             return messages.NOT_KNOWN
-        footprint = loaded.engine.footprint
+        footprint = loaded.footprint
         return f'{footprint.device_name} {footprint.device_uuid}'.strip()
 
     def _engine_status(self, hardware_id: str, device: Mapping[str, Any]) -> DiagnosticStatus:
@@ -95,14 +95,14 @@ class Status:
         config, worker, state = host.config, host.worker, host.state
         loaded, loading = host.loaded, host.loading
         values = {
-            'state': state, 'engine': config.engine.name, 'model': config.model.path,
+            'state': state, 'engine': config.engine.name, 'model': config.model_name,
             'queue_depth': worker.queue_depth if worker is not None else 0,
             'queue_capacity': config.queue.size, 'unknown_parameters': self._unknown,
             'callback_errors': self._faults.count,
             **host.counts}
         if loaded is not None:
             values.update({
-                name: getattr(loaded.engine.footprint, name)
+                name: getattr(loaded.footprint, name)
                 for name in ('engine', 'dtype', 'quantization', 'device', 'cuda_graph')})
         values.update(device)
         if worker is not None:
@@ -113,6 +113,8 @@ class Status:
             values.update(vars(in_force))
             if in_force.realtime_refused:
                 level, message = messages.WARN, in_force.realtime_refused
+        if worker is not None and worker.fallback:
+            level, message = messages.WARN, f'the local model answers: {worker.fallback}'
         if self._unknown:
             level, message = messages.WARN, f'unknown parameters: {self._unknown}'
         if self._unheard:

@@ -34,6 +34,13 @@ import triton.language as tl
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 _numbers = scaled_kernels._numbers
+# Four codes of E2M1 in the low, or the high, bits of a word's bytes as float16 over 2^14: sign,
+# exponent and first bit of the mantissa move to their places there, two numbers at a time.
+_E2M1_LOW, _E2M1_HIGH = (tl.constexpr(
+    '{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; ' + ''.join(
+        f'{shift}.b32 t, {half}, {places}; shl.b32 s, {half}, {sign}; and.b32 s, s, 0x80008000; '
+        f'lop3.b32 {out}, t, 0x0E000E00, s, 0xEA; ' for half, out in (('a', '$0'), ('b', '$1')))
+    + '}') for shift, places, sign in (('shl', 1, 4), ('shr', 3, 0)))
 
 
 @triton.jit
@@ -42,7 +49,7 @@ def _scale(scales):
     if scales.dtype == tl.float32:
         return scales
     elif scales.dtype == tl.int8:
-        return _numbers(scales, True) * 256.0
+        return _numbers(scales, True, False) * 256.0
     else:
         return (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
@@ -82,22 +89,35 @@ def _inputs(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.conste
 
 
 @triton.jit
-def _products(tile, low, high, table, v, w, GROUP: tl.constexpr):
-    """Multiply a tile by both halves of the input, ``v`` and ``w``; gives [ROWS, PARTS, 16]."""
-    tile = tile.to(tl.int32)
-    first = tl.load(table + (tile & 0xF)) * v[None, :, :]
-    second = tl.load(table + (tile >> 4)) * w[None, :, :]
-    if GROUP % 32 == 0:
-        return (first + second) * _scale(low)[:, :, None]
+def _decoded(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
+    """Give the numbers of the codes in the low, or HIGH, bits of bytes; of E2M1 over 2^14."""
+    if E2M1 and HIGH:
+        return tl.inline_asm_elementwise(_E2M1_HIGH, '=r,=r,r', [tile], dtype=tl.float16,
+                                         is_pure=True, pack=4).to(tl.float32)
+    elif E2M1:
+        return tl.inline_asm_elementwise(_E2M1_LOW, '=r,=r,r', [tile], dtype=tl.float16,
+                                         is_pure=True, pack=4).to(tl.float32)
     else:
-        return first * _scale(low)[:, :, None] + second * _scale(high)[:, :, None]
+        codes = tile.to(tl.int32)
+        return tl.load(table + (codes >> 4 if HIGH else codes & 0xF))
+
+
+@triton.jit
+def _products(tile, low, high, table, v, w, GROUP: tl.constexpr, E2M1: tl.constexpr):
+    """Multiply a tile by both halves of the input, ``v`` and ``w``; gives [ROWS, PARTS]."""
+    first = tl.sum(_decoded(tile, table, False, E2M1) * v[None, :, :], 2)
+    second = tl.sum(_decoded(tile, table, True, E2M1) * w[None, :, :], 2)
+    if GROUP % 32 == 0:
+        return (first + second) * _scale(low)
+    else:
+        return first * _scale(low) + second * _scale(high)
 
 
 @triton.jit
 def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.constexpr,
            GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
            GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-           EARLY: tl.constexpr):
+           E2M1: tl.constexpr, EARLY: tl.constexpr):
     """Multiply a `Coded` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
     PARTS: tl.constexpr = COLUMNS // 32
     BLOCKS: tl.constexpr = (K + 31) // 32
@@ -114,8 +134,8 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
     up_row = codes + up.to(tl.int64)[:, None, None] * (BLOCKS * 16)
     groups = scales + own[:, None] * GROUPS
     up_groups = scales + up[:, None] * GROUPS
-    sums = tl.zeros((ROWS, PARTS, 16), tl.float32)
-    more = tl.zeros((ROWS, PARTS, 16), tl.float32)
+    sums = tl.zeros((ROWS, PARTS), tl.float32)
+    more = tl.zeros((ROWS, PARTS), tl.float32)
     squares = tl.zeros((PARTS, 16), tl.float32)
     tile, low, high = _tile(row, groups, block, K, GROUP, COLUMNS)
     up_tile, up_low, up_high = tile, low, high
@@ -126,25 +146,26 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
     v, square = _inputs(x, gain, block, 0, K, NORM)
     w, squared = _inputs(x, gain, block, 1, K, NORM)
     squares += square + squared
-    sums += _products(tile, low, high, table, v, w, GROUP)
+    sums += _products(tile, low, high, table, v, w, GROUP, E2M1)
     if GATED:
-        more += _products(up_tile, up_low, up_high, table, v, w, GROUP)
+        more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
     for first in tl.range(PARTS, BLOCKS, PARTS, num_stages=1):
         tile, low, high = _tile(row, groups, first + block, K, GROUP, COLUMNS)
         v, square = _inputs(x, gain, first + block, 0, K, NORM)
         w, squared = _inputs(x, gain, first + block, 1, K, NORM)
         squares += square + squared
-        sums += _products(tile, low, high, table, v, w, GROUP)
+        sums += _products(tile, low, high, table, v, w, GROUP, E2M1)
         if GATED:
             up_tile, up_low, up_high = _tile(up_row, up_groups, first + block, K, GROUP, COLUMNS)
-            more += _products(up_tile, up_low, up_high, table, v, w, GROUP)
+            more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
     if EARLY:
         gdc_launch_dependents()
     total = tl.sum(tl.sum(squares, 1), 0)
-    result = tl.sum(tl.sum(sums, 2), 1) * tl.load(factors + own)
+    factor: tl.constexpr = 16384.0 if E2M1 else 1.0
+    result = tl.sum(sums, 1) * (tl.load(factors + own) * factor)
     result = _finish(result, total, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
-        other = tl.sum(tl.sum(more, 2), 1) * tl.load(factors + up)
+        other = tl.sum(more, 1) * (tl.load(factors + up) * factor)
         result = _activated(result, GELU)
         result *= _finish(other, total, up, 2 * n, K, eps, bias, NORM, BIAS)
     _store(out, rows, n, result, ADD)
@@ -188,7 +209,8 @@ class CodedOps(ScaledOps):
             x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
             n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows, COLUMNS=choice.columns,
             NORM=gain is not None, GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
-            EARLY=self._early, **self._launch(choice.warps))
+            E2M1=weight.is_e2m1 and self._device.type == 'cuda', EARLY=self._early,
+            **self._launch(choice.warps))
 
 
 def _pointers(weight):

@@ -59,7 +59,8 @@ class NativeEngine:
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             # To capture a step is to run it a few times, behind whatever the cache holds.
             self.transformer = t = start.transformer(
-                model, shape, limit + devices.WARM_UP_STEPS, dtype, self._device, progress, clock)
+                model, shape, limit + devices.WARM_UP_STEPS, dtype, self._device, progress, clock,
+                needed_bytes)
             self._sampler = t.ops.sampler(shape.vocab_size, self._device)
             self._history = torch.zeros(t.max_context + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)

@@ -24,14 +24,14 @@ from dataclasses import replace
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
-from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.linear import TILE_ROWS
 import torch
 from torch import Tensor
 
 
-def fuse(parts: list[Linear], paired: bool = False) -> Linear | None:
+def fuse(parts: list[Stored], paired: bool = False) -> Stored | None:
     """
     Stack projections of one input, all with a bias or none.
 
@@ -63,7 +63,7 @@ def in_turn(rows: int, device: torch.device) -> Tensor | None:
     return index.transpose(0, 1).flatten()
 
 
-def densified(part: Linear, dtype: torch.dtype) -> Tensor:
+def densified(part: Stored, dtype: torch.dtype) -> Tensor:
     """Give the weight [N, K] of a projection dense, its columns as they are in the input."""
     if isinstance(part, Dense):
         return part.weight

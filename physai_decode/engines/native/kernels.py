@@ -580,11 +580,15 @@ DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 256, 2, 4), (8, 256, 4, 1), (8, 512, 2, 1), (16, 256, 8, 1), (4, 1024, 4, 1),
     (2, 1024, 4, 1), (1, 2048, 4, 1), (2, 2048, 4, 1), (2, 2048, 8, 1), (4, 2048, 4, 1),
     (4, 2048, 8, 1)))
+# Of 8 bits a lane loads 16 at once.
+SCALED_CHOICES = DENSE_CHOICES + tuple(Choice(*each) for each in (
+    (8, 1024, 4, 1), (16, 512, 4, 1), (16, 1024, 8, 1), (8, 2048, 8, 1), (4, 1024, 2, 1),
+    (8, 1024, 8, 1), (4, 4096, 8, 1)))
 # Of codes the columns are whole blocks of 32; one stage, as places in a table are no use ahead.
 CODED_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 1024, 2, 1), (4, 1024, 4, 1), (8, 1024, 4, 1),
     (2, 2048, 4, 1), (4, 2048, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (2, 1024, 2, 1),
-    (1, 2048, 2, 1)))
+    (1, 2048, 2, 1), (16, 1024, 8, 1), (8, 2048, 8, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
 if not compiler.PIPELINES:      # these lay products out in shared memory, by warp: few fit
@@ -822,7 +826,8 @@ def _heads(layer):
 
 def _choices(shape):
     form = shape.kind.partition('-')[0]
-    choices = {'int4': INT4_CHOICES, 'coded': CODED_CHOICES}.get(form, DENSE_CHOICES)
+    choices = {'int4': INT4_CHOICES, 'coded': CODED_CHOICES, 'int8': SCALED_CHOICES,
+               'float8': SCALED_CHOICES}.get(form, DENSE_CHOICES)
     if not compiler.PIPELINES and form in ('int8', 'float8', 'coded'):
         choices = tuple(choice for choice in choices if choice.stages == 1)
     return choices

@@ -13,7 +13,9 @@
 # limitations under the License.
 
 """
-The forms in which the engine keeps a projection: dense, or quantised in one of three ways.
+The forms in which a projection is read: dense, or quantised in one of three ways.
+
+Its own kernels take these; `torch_linear` has two more, for PyTorch's own products.
 
 All have out_features rows and in_features columns, whatever they were fused from. ``apply`` is
 the large matrix product of the prefill and, on one row, the reference of the decode kernels.
@@ -23,10 +25,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import ClassVar
+from typing import TYPE_CHECKING
+from typing import Union
 
 import torch
 from torch import Tensor
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from physai_decode.engines.native.torch_linear import Reordered
+    from physai_decode.engines.native.torch_linear import TorchInt4
 
 DEQUANTISE_BYTES = 128 * 2**20   # dense weights that a prefill unpacks at a time
 TILE_ROWS = 16                   # what the matrix units take
@@ -68,6 +76,8 @@ class Dense:
         """Multiply ``x`` [..., K] by the transposed weight; gives [..., N]."""
         if x.dim() > 1:
             return F.linear(x, self.weight, self.bias)
+        if x.dtype != torch.float32:        # torch.mv takes up to three times as long on a CPU
+            return F.linear(x.unsqueeze(0), self.weight, self.bias)[0]
         # What F.linear makes of a vector is half as fast on a CPU.
         if self.bias is None:
             return torch.mv(self.weight, x)
@@ -243,6 +253,10 @@ class Scaled:
         return _by_pieces(self, x)
 
 
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # floats of 4 bits, by their bits
+
+
 @dataclass(frozen=True)
 class Coded:
     """
@@ -265,6 +279,7 @@ class Coded:
     bias: Tensor | None
     in_features: int
     group_size: int         # columns that share a scale: a multiple of 16
+    is_e2m1: bool           # the table is `E2M1`
     order: ClassVar[None] = None        # the columns are as they are in the input
 
     @property
@@ -311,7 +326,8 @@ class Coded:
         return _by_pieces(self, x)
 
 
-Linear = Dense | Int4 | Scaled | Coded
+Stored = Dense | Int4 | Scaled | Coded
+Linear = Union[Stored, 'Reordered', 'TorchInt4']
 
 
 def fragments(words: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ Knows no format: what comes in are plain numbers, one an element.
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import CODE_COLUMNS
 from physai_decode.engines.native.linear import Coded
+from physai_decode.engines.native.linear import E2M1
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Scaled
@@ -129,7 +130,7 @@ def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: in
     low, high = full.unflatten(1, (-1, 2, CODE_COLUMNS // 2)).unbind(2)
     return Coded(
         (low | high << 4).flatten(1), scales.contiguous(), factors.expand(rows).contiguous(),
-        table.to(codes.device), None, columns, size)
+        table.to(codes.device), None, columns, size, tuple(table.tolist()) == E2M1)
 
 
 def halves(packed: Tensor) -> Tensor:

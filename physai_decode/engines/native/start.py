@@ -35,9 +35,11 @@ from physai_decode.engines import leftover
 from physai_decode.engines.native import families
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import source
+from physai_decode.engines.native import torch_forms
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.torch_forms import TorchForms
 from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 import torch
@@ -71,10 +73,15 @@ class PartTimes:
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """Find the device and the number format that the settings ask for with this model."""
     device, dtype = devices.select(config)
+    if not checkpoint.quantized or config.dtype != 'auto':
+        return device, dtype
+    fastest = formats.parse(checkpoint.quantized).dtype
+    if fastest is None:
+        return device, dtype
+    if device.type == 'cpu' or _problem(device):
+        return device, torch.bfloat16 if torch_forms.has_int4(device) else dtype
     wide = families.parse(checkpoint.config).wide_range
-    if checkpoint.quantized and config.dtype == 'auto' and device.type == 'cuda' and not wide:
-        dtype = formats.parse(checkpoint.quantized).dtype or dtype
-    return device, dtype
+    return device, dtype if wide else fastest
 
 
 def operations(device: torch.device, dtype: torch.dtype,
@@ -82,24 +89,25 @@ def operations(device: torch.device, dtype: torch.dtype,
     """Give the operations for this device and number format."""
     if device.type == 'cpu':
         return TorchOps(on_host=True, dtype=dtype)
-    try:
-        from physai_decode.engines.native.coded_kernels import CodedOps
-    except ImportError as error:
-        return _without_triton(
-            f'Triton can not be used ({error}): pip install -U triton', dtype, progress)
-    from physai_decode.engines import compiler
     if held := chip.pretended(device):
         progress(f'{chip.VARIABLE} is set: {devices.describe(device)[0]} runs as if it had '
                  f'compute capability {held}')
-    if problem := compiler.problem(device):
-        return _without_triton(problem, dtype, progress)
+    if problem := _problem(device):
+        progress(f"{problem}. Until then the step runs by PyTorch's operations, several times "
+                 'more slowly')
+        return TorchOps(on_host=False, dtype=dtype)
+    from physai_decode.engines.native.coded_kernels import CodedOps
     return CodedOps(device, dtype=dtype)
 
 
-def _without_triton(reason, dtype, progress):
-    progress(f"{reason}. Until then the step runs by PyTorch's operations, several times more "
-             'slowly')
-    return TorchOps(on_host=False, dtype=dtype)
+def _problem(device):
+    """Tell why a GPU can't run the kernels; None where it can."""
+    try:
+        from physai_decode.engines import compiler
+        from physai_decode.engines.native import coded_kernels  # noqa: F401
+    except ImportError as error:
+        return f'Triton can not be used ({error}): pip install -U triton'
+    return compiler.problem(device)
 
 
 def prefill(transformer: Transformer, capture: bool,
@@ -148,21 +156,28 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
 
 def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype: torch.dtype,
                 device: torch.device, progress: Callable[[str], None],
-                clock: PartTimes) -> Transformer:
+                clock: PartTimes, needed_bytes: int) -> Transformer:
     """
     Load the weights, and tune the step on a GPU.
 
     :param places: tokens that the cache holds.
+    :param needed_bytes: what the weights, as they are stored, and the cache take.
     """
     files = tensors(checkpoint, dtype, device)
-    loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress)
+    ops = operations(device, dtype, progress)
+    forms = None
+    if ops.name == 'torch':
+        free = devices.free_bytes(device)
+        forms = TorchForms(dtype, device, math.inf if free is None else free - needed_bytes)
+    loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress, forms)
+    if forms and forms.report:
+        progress(forms.report)
     unused = tuple(sorted(checkpoint.tensors.keys() - files.used)) \
         if isinstance(files, source.Files) else ()
     trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
     leftover.check(checkpoint, unused, (trunk, f'{head}.'))
     clock.end('load_s')
-    made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device,
-                       operations(device, dtype, progress))
+    made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device, ops)
     if device.type == 'cuda':
         made.ops.tune(made, progress)
         clock.end('tune_s')

@@ -22,6 +22,7 @@ format of these, and nothing of positions or caches.
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import formats
@@ -34,6 +35,9 @@ from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from physai_decode.engines.native.torch_forms import TorchForms
 
 _WEIGHTS = ('weight', 'qweight', 'weight_packed')     # of a projection, by how it is stored
 
@@ -95,14 +99,16 @@ class Weights:
 
 
 def load(architecture: Architecture, source: Source, quantized: Quantization | None,
-         dtype: torch.dtype, progress: Callable[[str], None]) -> Weights:
+         dtype: torch.dtype, progress: Callable[[str], None],
+         forms: 'TorchForms | None' = None) -> Weights:
     """
     Read and fuse all weights.
 
     :param quantized: as the checkpoint says it.
+    :param forms: give projections the form that the step reads; None leaves them as they are.
     :raises EngineError: a tensor is missing, has another shape, or a format that is not run.
     """
-    return _Loader(architecture, source, quantized, dtype, progress).load()
+    return _Loader(architecture, source, quantized, dtype, progress, forms).load()
 
 
 def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tuple[str, str]:
@@ -117,12 +123,13 @@ def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tupl
 
 class _Loader:
 
-    def __init__(self, architecture, source, quantized, dtype, progress):
+    def __init__(self, architecture, source, quantized, dtype, progress, forms):
         self._a = architecture
         self._source = source
         self._format = formats.parse(quantized) if quantized else None
         self._dtype = dtype
         self._progress = progress
+        self._forms = forms
         self._fallbacks = 0
 
     def load(self):
@@ -136,12 +143,15 @@ class _Loader:
         layers = []
         for index in range(a.layers):
             self._progress(f'weights of layer {index + 1} of {a.layers}')
-            layers.append(self._layer(f'{trunk}layers.{index}'))
-        if tied:
-            embedding = _laid_out(embedding)
+            layer = self._layer(f'{trunk}layers.{index}')
+            layers.append(self._forms.layer(layer) if self._forms else layer)
         head: Linear = Dense(embedding)
         if not tied:
             head = self._fused('', [(head_name, a.vocab_size)], a.hidden_size, False)
+        if self._forms:
+            head = self._forms(head, tied=tied)
+            if tied and isinstance(head, Dense):
+                embedding = head.weight     # one tensor, in whatever order
         norm = self._gain(f'{trunk}norm', a.hidden_size)
         if a.logit_scale != 1.0:
             norm = norm.float() * a.logit_scale
@@ -186,10 +196,7 @@ class _Loader:
         turned = torch.arange(0, a.q_size + a.kv_size, a.head_dim, device=self._device)
         index = torch.cat(((turned.unsqueeze(1) + head).flatten(), torch.arange(
             a.q_size + a.kv_size, a.q_size + 2 * a.kv_size, device=self._device)))
-        ordered = fused.rows(index)
-        if isinstance(ordered, Dense):
-            return replace(ordered, weight=_laid_out(ordered.weight))
-        return ordered
+        return fused.rows(index)
 
     def _gate_up(self, prefix):
         a = self._a
@@ -204,7 +211,7 @@ class _Loader:
         if index is not None:
             return fused.rows(index)
         self._fallbacks += 1
-        return Dense(_laid_out(fusion.densified(fused, self._dtype)), fused.bias)
+        return Dense(fusion.densified(fused, self._dtype), fused.bias)
 
     def _gain(self, module, size):
         """Read a norm's gains; rounded once more they would lose what was added."""
@@ -225,7 +232,7 @@ class _Loader:
         self._fallbacks += 1
         biases = [each.bias for each in linears if each.bias is not None]
         return Dense(
-            _laid_out(torch.cat([fusion.densified(each, self._dtype) for each in linears])),
+            torch.cat([fusion.densified(each, self._dtype) for each in linears]),
             torch.cat(biases) if biases else None)
 
     def _dense(self, prefix, parts, columns, bias):
@@ -243,7 +250,7 @@ class _Loader:
                 start += rows
         biases = [self._float(f'{prefix}{name}.bias', (rows,)) for name, rows in parts] \
             if bias else []
-        return Dense(_laid_out(weight), torch.cat(biases) if biases else None)
+        return Dense(weight, torch.cat(biases) if biases else None)
 
     def _module(self, module, rows, columns, bias):
         """Read one projection, quantised or not."""
@@ -277,12 +284,3 @@ class _Loader:
                 'others: they are quantised in a way that it does not name; download a newer '
                 'version of the model')
         return tensor.to(self._dtype)
-
-
-def _laid_out(weight: Tensor) -> Tensor:
-    """
-    Give ``weight`` [N, K] as this device's matrix-vector product reads it fastest.
-
-    On a CPU column by column: the library's product with a vector takes half the time then.
-    """
-    return weight.t().contiguous().t() if weight.device.type == 'cpu' else weight

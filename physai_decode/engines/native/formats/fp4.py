@@ -22,13 +22,12 @@ Specification 1.0, sections 5.3.3 and 5.4.1.
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.linear import Coded
+from physai_decode.engines.native.linear import E2M1
 from physai_decode.engines.native.source import Source
 import torch
 from torch import Tensor
 
 GROUP = {'nvfp4': 16, 'mxfp4': 32}      # columns that share a scale
-_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))
 
 
 def nvfp4(source: Source, packed: str, scales: str, factor: Tensor, rows: int,

@@ -1,0 +1,136 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The forms of a projection that PyTorch's own fast products read; see `linear` for the others.
+
+`torch_forms` says where there are such products, and makes these forms.
+"""
+
+from dataclasses import dataclass
+
+from physai_decode.engines.native.linear import TILE_ROWS
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+PIECE = 4096        # rows of a weight that are in another format at a time
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """
+    A dense projection in the order in which oneDNN's product on a CPU reads it.
+
+    A product with a vector takes half the time then: of plain weights oneDNN makes the order anew
+    at each product.
+
+    ``weight`` [N, K], opaque; ``bias`` [N] or None, in the engine's dtype.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """What of the form a product's speed depends on."""
+        return f'reordered-{str(self.weight.dtype).removeprefix("torch.")}'
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one product with a vector reads."""
+        return sum(each.numel() * each.element_size() for each in (self.weight, self.bias)
+                   if each is not None)
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Give gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
+        gate, up = product.chunk(2, -1)
+        return gate, up
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., K] by the transposed weight, in the format of ``x``."""
+        if x.dtype == self.weight.dtype:
+            product = torch.ops.mkldnn._linear_pointwise(
+                x.reshape(-1, x.shape[-1]), self.weight, self.bias, 'none', [], '')
+            return product.view(*x.shape[:-1], -1)
+        product = torch.cat([F.linear(x, rows.to(x.dtype))
+                             for rows in self.weight.to_dense().split(PIECE)], -1)
+        return product if self.bias is None else product.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class TorchInt4:
+    """
+    Integers of 4 bits in groups, for PyTorch's own product; rows and columns as in an `Int4`.
+
+    A weight is scale * (nibble - 8) + zero.
+
+    ``packed`` in PyTorch's order; ``scales_and_zeros`` bfloat16 [groups, N, 2]; ``order`` int32
+    [K] or None; ``bias`` [N] or None.
+    """
+
+    packed: Tensor
+    scales_and_zeros: Tensor
+    order: Tensor | None
+    bias: Tensor | None
+    in_features: int
+    group_size: int         # columns that share a scale: 32, 64, 128 or 256
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.scales_and_zeros.shape[1], self.in_features
+
+    @property
+    def kind(self) -> str:
+        """What of the form a product's speed depends on."""
+        return f'torch-int4-g{self.group_size}'
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one product with a vector reads."""
+        return sum(each.numel() * each.element_size()
+                   for each in (self.packed, self.scales_and_zeros, self.order, self.bias)
+                   if each is not None)
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
+        return gate, up
+
+    def apply(self, x: Tensor) -> Tensor:
+        """
+        Multiply ``x`` [..., K] by the transposed weight; gives [..., N].
+
+        A GPU computes in bfloat16, a CPU in the format of ``x``: fast in bfloat16 alone.
+        """
+        rows = x.reshape(-1, self.in_features)
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        if x.device.type == 'cpu':
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows.contiguous(), self.packed, self.group_size,
+                self.scales_and_zeros.to(x.dtype))
+        else:
+            product = torch.ops.aten._weight_int4pack_mm(
+                rows.to(torch.bfloat16).contiguous(), self.packed, self.group_size,
+                self.scales_and_zeros).to(x.dtype)
+        if self.bias is not None:
+            product.add_(self.bias)
+        return product.view(*x.shape[:-1], -1)

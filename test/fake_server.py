@@ -1,0 +1,155 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A server of OpenAI's API for tests: what it answers, and when, is in the test's hands."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from http.server import ThreadingHTTPServer
+import json
+import ssl
+import threading
+from typing import Any
+
+MODEL = 'far/model'
+PATIENCE_S = 60.0               # against hangs only
+
+
+class Call(BaseHTTPRequestHandler):
+    """One request to the server, and the means to answer it well or badly."""
+
+    protocol_version = 'HTTP/1.1'
+    server: Any
+
+    def do_GET(self) -> None:   # noqa: N802
+        """List the models."""
+        self.server.fake.looked += 1
+        self.whole(200, {'object': 'list', 'data': self.server.fake.models})
+
+    def do_POST(self) -> None:  # noqa: N802
+        """Answer as the test says."""
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        fake = self.server.fake
+        fake.asked.append((self.path, self.headers, body))
+        try:
+            fake.answer(self, body)
+        except OSError:
+            fake.gone.set()     # the client is no longer there
+
+    def whole(self, status: int, value: Any, kind: str = 'application/json', **headers) -> None:
+        """Give an answer that is no stream."""
+        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, each in {'Content-Type': kind, 'Content-Length': str(len(data)),
+                           **headers}.items():
+            self.send_header(name, each)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def begin(self) -> None:
+        """Begin a stream, as most servers do with a first event that says nothing."""
+        self.send_response(200)
+        self.send_header('Content-Type', 'text/event-stream; charset=utf-8')
+        self.send_header('Transfer-Encoding', 'chunked')
+        self.end_headers()
+        self.delta({'role': 'assistant', 'content': ''})
+
+    def raw(self, data: bytes) -> None:
+        """Send bytes within a stream."""
+        self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
+        self.wfile.flush()
+
+    def event(self, value: Any) -> None:
+        """Send one event."""
+        self.raw(b'data: ' + json.dumps(value).encode() + b'\n\n')
+
+    def delta(self, delta: dict[str, Any], reason: str | None = None) -> None:
+        """Send a piece."""
+        self.event({'object': 'chat.completion.chunk', 'choices': [
+            {'index': 0, 'delta': delta, 'finish_reason': reason}]})
+
+    def say(self, *pieces: str) -> None:
+        """Send pieces of the answer."""
+        for piece in pieces:
+            self.delta({'content': piece})
+
+    def end(self, reason: str = 'stop', usage: Any = None) -> None:
+        """End a stream as it should be."""
+        self.delta({}, reason)
+        if usage is not None:
+            self.event({'choices': [], 'usage': usage})
+        self.raw(b'data: [DONE]\n\n')
+        self.wfile.write(b'0\r\n\r\n')
+
+    def wait_for_client_to_go(self) -> None:
+        """Say nothing until the connection is closed from the other side."""
+        self.connection.settimeout(PATIENCE_S)
+        assert self.connection.recv(1) == b''
+        self.server.fake.gone.set()
+
+    def log_message(self, *arguments: Any) -> None:
+        """Keep quiet."""
+
+
+class FakeServer:
+    """The server; ``answer`` may be replaced at any time."""
+
+    def __init__(self, answer: Callable[[Call, dict[str, Any]], None]) -> None:
+        self.answer = answer
+        self.models: Any = [{'id': MODEL, 'object': 'model', 'max_model_len': 8192}]
+        self.looked = 0
+        self.asked: list[tuple[str, Any, dict[str, Any]]] = []
+        self.gone = threading.Event()
+        self._http = ThreadingHTTPServer(('127.0.0.1', 0), Call)
+        self._http.daemon_threads = True
+        self._http.fake = self              # type: ignore[attr-defined]
+        self.url = f'http://127.0.0.1:{self._http.server_port}/v1'
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from now on."""
+        self.url = self.url.replace('http://', 'https://')
+        self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What was asked last."""
+        return self.asked[-1][2]
+
+    def close(self) -> None:
+        """End it, as far as nobody waits in an answer."""
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+def well(call: Call, body: dict[str, Any]) -> None:
+    """Answer as a server should."""
+    call.begin()
+    call.say('far', ' away', '.')
+    call.end(usage={'prompt_tokens': 7, 'completion_tokens': 5, 'total_tokens': 12,
+                    'prompt_tokens_details': {'cached_tokens': 4}})
+
+
+@contextmanager
+def serving(answer: Callable[[Call, dict[str, Any]], None] = well) -> Iterator[FakeServer]:
+    """Give a server, and end it."""
+    fake = FakeServer(answer)
+    try:
+        yield fake
+    finally:
+        fake.close()

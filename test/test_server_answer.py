@@ -1,0 +1,605 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Answers of a server: what is asked of it, what comes of it, and who answers where it fails."""
+
+from contextlib import contextmanager
+from contextlib import ExitStack
+import json
+from shutil import which
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+from fake_engine import CharacterText
+from fake_engine import FakeEngine
+from fake_server import MODEL
+from fake_server import PATIENCE_S
+from fake_server import serving
+from fake_server import well
+from physai_decode.config import ChatConfig
+from physai_decode.config import ConfigError
+from physai_decode.config import DeadlineConfig
+from physai_decode.config import DecodeConfig
+from physai_decode.config import PaceConfig
+from physai_decode.config import QueueConfig
+from physai_decode.config import RemoteConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.config import ThinkingConfig
+from physai_decode.engines.openai import KEY_VARIABLE
+from physai_decode.engines.openai import read
+from physai_decode.engines.openai import Server
+from physai_decode.request import Form
+from physai_decode.request import Message
+from physai_decode.request import Request
+from physai_decode.roofline import Peak
+from physai_decode.worker import Worker
+import pytest
+from worker_rig import Sink
+from worker_rig import TIMEOUT_S
+from worker_rig import wait_for
+
+TOOL = {'type': 'function', 'function': {'name': 'go', 'parameters': {'type': 'object'}}}
+SHORT_MS = 300.0
+
+
+@pytest.fixture
+def fake():
+    """Give a server that answers well."""
+    with serving() as fake:
+        yield fake
+
+
+@contextmanager
+def working(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
+            token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
+    """Give a worker with a server, and its sink."""
+    remote = RemoteConfig(url, MODEL, first_ms, token_ms)
+    sink = Sink()
+    worker = Worker(local, local and CharacterText(), DecodeConfig(remote=remote, **groups), sink,
+                    peak=Peak(1e6, 'parameter'), form=form, checkpoint_sampling=checkpoint or {},
+                    server=Server(remote, key))
+    worker.start()
+    yield worker, sink
+    assert worker.stop(TIMEOUT_S)
+
+
+def ask(fake, request=None, **settings):
+    """Ask once; give the report and the text."""
+    with working(fake.url, **settings) as (worker, sink):
+        return sink.end(worker.submit(request or Request('where?')))
+
+
+def cut(call, body):
+    """Break off in mid-answer."""
+    call.begin()
+    call.say('half')
+    call.connection.shutdown(socket.SHUT_RDWR)
+
+
+def hang(call, body):
+    """Accept the request, and say nothing."""
+    call.wait_for_client_to_go()
+
+
+def keep_alive(call, body):
+    """Go on sending, and say nothing."""
+    call.begin()
+    while True:
+        call.say('')
+        call.raw(b': ping\n\n')
+        time.sleep(0.001)
+
+
+def hang_in_mid_answer(call, body):
+    """Say something, then nothing."""
+    call.begin()
+    call.say('half')
+    call.wait_for_client_to_go()
+
+
+def test_its_pieces_are_the_tokens(fake):
+    with working(fake.url) as (worker, sink):
+        report, text = sink.end(worker.submit(Request('where?')))
+        assert text == 'far away.'
+        assert [token.text for token in sink.tokens] == ['far', ' away', '.']
+        assert {(token.token_id, token.context_tokens, token.floor_ms, token.r_floor,
+                 token.bandwidth_gb_s, token.device_ms) for token in sink.tokens} == {(None,) * 6}
+        assert sink.tokens[0].itl_ms is None
+        assert all(token.itl_ms >= 0 for token in sink.tokens[1:])
+        window = worker.window()
+        assert window.count == 2
+        assert window.kv_bytes is window.r_floor is window.context_tokens is None
+    assert (report.finish_reason, report.message) == ('stop', '')
+    assert (report.engine, report.fallback) == ('openai', '')
+    assert (report.prompt_tokens, report.cached_tokens) == (7, 4)
+    assert (report.output_tokens, report.server_tokens) == (3, 5)
+    assert report.r_floor_p50 is None and report.energy_j is None and report.ttft_ms > 0
+
+
+def test_without_counts_its_pieces_are_counted(fake):
+    def answer(call, body):
+        call.begin()
+        call.say('a', 'b')
+        call.end()
+
+    fake.answer = answer
+    report, _ = ask(fake)
+    assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
+
+
+def test_what_is_asked(fake):
+    request = Request(
+        messages=(Message('system', 'be brief'), Message('user', 'where?')),
+        sampling={'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.1, 'seed': 7,
+                  'repetition_penalty': 1.1, 'max_new_tokens': 12, 'stop': ('END',)},
+        chat_template_kwargs={'enable_thinking': False}, tools=(TOOL,), tool_choice='auto')
+    report, _ = ask(fake, request, key='secret')
+    path, headers, body = fake.asked[0]
+    assert path == '/v1/chat/completions' and headers['Authorization'] == 'Bearer secret'
+    assert body == {
+        'model': MODEL, 'messages': [{'role': 'system', 'content': 'be brief'},
+                                     {'role': 'user', 'content': 'where?'}],
+        'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.1, 'seed': 7,
+        'repetition_penalty': 1.1, 'max_tokens': 12, 'stop': ['END'],
+        'chat_template_kwargs': {'enable_thinking': False}, 'tools': [TOOL],
+        'tool_choice': 'auto', 'stream': True, 'stream_options': {'include_usage': True}}
+    assert report.seed == 7
+
+
+def test_what_asks_for_nothing_is_not_sent(fake):
+    """A server that knows OpenAI's own fields alone takes such a request."""
+    ask(fake)
+    assert sorted(fake.body) == ['max_tokens', 'messages', 'model', 'seed', 'stream',
+                                 'stream_options', 'temperature', 'top_p']
+    assert 'Authorization' not in fake.asked[0][1]
+
+
+def test_the_servers_own_sampling(fake):
+    """With sampling.from_checkpoint it is the server that has the model's."""
+    ask(fake, Request('where?', sampling={'top_k': 3}), checkpoint={'temperature': 0.1},
+        sampling=SamplingConfig(from_checkpoint=True, min_p=0.5))
+    assert fake.body['top_k'] == 3
+    assert not {'temperature', 'top_p', 'min_p'} & fake.body.keys()
+
+
+@pytest.mark.parametrize(('fields', 'sent'), [
+    ({'response_format': {'type': 'json_object'}}, {'response_format': {'type': 'json_object'}}),
+    ({'response_format': {'type': 'text'}}, {}),
+    ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'type': 'array'}}}},
+     {'response_format': {'type': 'json_schema', 'json_schema': {
+         'name': 'answer', 'schema': {'type': 'array'}, 'strict': True}}}),
+    ({'structured_outputs': {'choice': ['a', 'b']}},
+     {'structured_outputs': {'choice': ['a', 'b']}})])
+def test_a_form_is_asked_for(fake, fields, sent):
+    fake.answer = hang
+    with working(fake.url) as (worker, _):
+        worker.submit(Request('where?', **fields))
+        wait_for(lambda: fake.asked)
+    assert {name: fake.body[name] for name in ('response_format', 'structured_outputs')
+            if name in fake.body} == sent
+
+
+@pytest.mark.parametrize(('fields', 'said', 'reason'), [
+    ({'response_format': {'type': 'json_object'}}, '{"a":', 'error'),
+    ({'response_format': {'type': 'json_object'}}, '{"a": 1}', 'stop'),
+    ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes!', 'error'),
+    ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes', 'stop')])
+def test_a_server_that_does_not_know_forms(fake, fields, said, reason):
+    """Its answer ends in an error where it is plainly not of the form, whatever it ends with."""
+    def answer(call, body):
+        call.begin()
+        call.say(said)
+        call.end()
+
+    fake.answer = answer
+    report, text = ask(fake, Request('where?', **fields))
+    assert (report.finish_reason, text) == (reason, said)
+    if reason == 'error':
+        assert 'does not keep to' in report.message
+
+
+def test_the_nodes_own_form_is_asked_for(fake):
+    ask(fake, form=Form('regex', 'a+', 'constraint.regex'))
+    assert fake.body['structured_outputs'] == {'regex': 'a+'}
+
+
+def test_elements_of_json_are_given_as_they_come(fake):
+    def answer(call, body):
+        call.begin()
+        call.say('[{"a"', ':1},', '2', ']')
+        call.end()
+
+    fake.answer = answer
+    with working(fake.url) as (worker, sink):
+        report, _ = sink.end(worker.submit(Request(
+            'plan', response_format={'type': 'json_object'})))
+        assert [(count, item.value) for count, item in sink.items] == [(2, '{"a":1}'), (4, '2')]
+    assert report.items == 2
+
+
+def test_a_raw_prompt_goes_without_a_template(fake):
+    def answer(call, body):
+        call.begin()
+        call.event({'choices': [{'index': 0, 'text': 'on', 'finish_reason': None}]})
+        call.event({'choices': [{'index': 0, 'text': '', 'finish_reason': 'length'}]})
+        call.end()
+
+    fake.answer = answer
+    report, text = ask(fake, Request(raw_prompt='go '))
+    assert fake.asked[0][0] == '/v1/completions' and fake.body['prompt'] == 'go '
+    assert text == 'on' and report.finish_reason == 'length'
+    assert 'sampling.max_new_tokens is 256' in report.message
+
+
+@pytest.mark.parametrize(('request_', 'settings', 'named'), [
+    (Request('x', thinking={'max_tokens': 5}), {}, 'thinking.max_tokens is 5'),
+    (Request('x'), {'thinking': ThinkingConfig(6)}, 'thinking.max_tokens is 6'),
+    (Request(raw_prompt='x', tools=(TOOL,)), {}, 'raw_prompt'),
+    (Request('x', sampling={'stop': ('a',)}, structured_outputs={'regex': 'a'}), {}, 'stop'),
+    (Request('x', tools=(TOOL,)), {'form': Form('regex', 'a', 'constraint.regex')},
+     'constraint.regex')])
+def test_what_no_server_can_be_asked_is_refused_by_name(fake, request_, settings, named):
+    report, _ = ask(fake, request_, **settings)
+    assert report.finish_reason == 'rejected' and named in report.message
+    assert not fake.asked
+
+
+def test_the_conversation_goes_out_as_messages(fake):
+    with working(fake.url, chat=ChatConfig(system_prompt='sys', keep_history=True)) as (
+            worker, sink):
+        for prompt in ('one', 'two'):
+            sink.end(worker.submit(Request(prompt)))
+    assert [(each['role'], each['content']) for each in fake.body['messages']] == [
+        ('system', 'sys'), ('user', 'one'), ('assistant', 'far away.'), ('user', 'two')]
+
+
+def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(fake):
+    def answer(call, body):
+        if len(body['messages']) > 4:
+            return call.whole(400, {'error': {'message': 'maximum context length exceeded'}})
+        return well(call, body)
+
+    fake.answer = answer
+    with working(fake.url, chat=ChatConfig(keep_history=True)) as (worker, sink):
+        ends = [sink.end(worker.submit(Request(prompt)))[0] for prompt in 'abcd']
+    assert {end.finish_reason for end in ends} == {'stop'}
+    assert [end.message for end in ends[:2]] == ['', '']
+    assert 'its oldest 1 turn dropped' in ends[2].message
+    assert [each['content'] for each in fake.body['messages']][::2] == ['c', 'd']
+
+
+def test_thoughts_and_calls_come_back(fake):
+    def answer(call, body):
+        call.begin()
+        call.delta({'reasoning_content': 'hm'})
+        call.delta({'reasoning': 'm'})
+        call.say('ok')
+        call.delta({'tool_calls': [{'index': 0, 'id': 'c1', 'type': 'function',
+                                    'function': {'name': 'go', 'arguments': ''}}]})
+        call.delta({'tool_calls': [{'index': 0, 'function': {'arguments': '{"to":'}}]})
+        call.delta({'tool_calls': [{'index': 0, 'function': {'arguments': '"user"}'}}]})
+        call.delta({'tool_calls': [{'index': 1, 'id': 'c2', 'function': {'name': 'go',
+                                                                         'arguments': '{}'}}]})
+        call.end('tool_calls')
+
+    fake.answer = answer
+    with working(fake.url) as (worker, sink):
+        report, text = sink.end(worker.submit(Request('where?', tools=(TOOL,))))
+        told = [(token.text, token.reasoning, [(each.id, each.name, each.arguments)
+                                               for each in token.tool_calls])
+                for token in sink.tokens]
+    assert told == [('', 'hm', []), ('', 'm', []), ('ok', '', []), ('', '', []), ('', '', []),
+                    ('', '', [('c1', 'go', {'to': 'user'})]), ('', '', [('c2', 'go', {})])]
+    assert (report.finish_reason, report.reasoning, text) == ('tool_calls', 'hmm', 'ok')
+    assert [each.id for each in report.tool_calls] == ['c1', 'c2']
+    assert report.reasoning_tokens == 2
+
+
+@pytest.mark.parametrize(('function', 'told'), [
+    ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', which it was not offered"),
+    ({'name': 'go', 'arguments': '[1'}, 'no JSON object')])
+def test_a_call_that_is_none_is_an_error(fake, function, told):
+    def answer(call, body):
+        call.begin()
+        call.delta({'tool_calls': [{'index': 0, 'id': 'c1', 'function': function}]})
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, _ = ask(fake, Request('where?', tools=(TOOL,)))
+    assert report.finish_reason == 'error' and told in report.message
+    assert not report.tool_calls
+
+
+def refusing(status, value, kind='application/json', **headers):
+    """Give an answer with a status."""
+    return lambda call, body: call.whole(status, value, kind, **headers)
+
+
+def saying(*events):
+    """Give an answer of events, each as it stands."""
+    def answer(call, body):
+        call.begin()
+        for each in events:
+            call.raw(each)
+        call.wfile.write(b'0\r\n\r\n')
+    return answer
+
+
+# What a server does wrong before it said anything, and what is told of it.
+FAILURES = {
+    'refuses the key': (refusing(401, {'error': {'message': 'no such key'}}), KEY_VARIABLE),
+    'has no such model': (refusing(404, {'error': {'message': 'no such model'}}),
+                          '404: no such model'),
+    'is busy': (refusing(429, {'error': {'message': 'too many'}}), '429: too many'),
+    'breaks': (refusing(500, 'Internal Server Error', 'text/plain'),
+               'Internal Server Error'),
+    'validates': (refusing(422, {'detail': 'seed: wrong'}), '422: seed: wrong'),
+    'moved': (refusing(307, '', Location='https://other/v1'), "'https://other/v1'"),
+    'sends a page': (refusing(200, '<html>Sign in</html>', 'text/html'), 'text/html'),
+    'does not stream': (refusing(200, {'choices': []}), 'not a stream'),
+    'sends no JSON': (saying(b'data: oops\n\n'), "'oops' is no JSON object"),
+    'sends no choices': (saying(b'data: {"answer": 1}\n\n'), 'no event of a stream'),
+    'sends other types': (saying(b'data: {"choices": [{"delta": {"content": 5}}]}\n\n'),
+                          'no event of a stream'),
+    'fails in the stream': (saying(b'data: {"error": {"message": "out of memory"}}\n\n'),
+                            'out of memory'),
+    'nests deeply': (saying(b'data: ' + b'[' * 100_000 + b'\n\n'), 'no JSON object'),
+    'filters': (saying(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
+                "'content_filter'"),
+    'says nothing at all': (saying(), 'broke the answer off'),
+    'closes the connection': (lambda call, body: call.connection.shutdown(socket.SHUT_RDWR),
+                              'can not be asked'),
+    'hangs': (hang, 'remote.first_token_timeout_ms, which is 300'),
+    'hangs but for signs of life': (keep_alive, 'remote.first_token_timeout_ms, which is 300')}
+
+
+@pytest.mark.parametrize('name', FAILURES)
+def test_a_server_that_fails(fake, name):
+    """Without a local engine it is an error with the reason, and the next request is answered."""
+    fake.answer, told = FAILURES[name]
+    with working(fake.url, first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (
+            worker, sink):
+        report, text = sink.end(worker.submit(Request('where?')))
+        assert (report.finish_reason, text) == ('error', '')
+        assert told in report.message
+        assert worker.state == 'failed' and worker.last_error == report.message
+    fake.answer = well
+    assert ask(fake)[1] == 'far away.'
+
+
+@pytest.mark.parametrize('name', FAILURES)
+def test_the_local_engine_answers_where_the_server_fails(fake, name):
+    fake.answer, told = FAILURES[name]
+    with working(fake.url, local=FakeEngine(),
+                 first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (worker, sink):
+        report, text = sink.end(worker.submit(Request('say here')))
+        assert (report.finish_reason, text, report.message) == ('stop', 'here', '')
+        assert report.engine == 'fake' and told in report.fallback
+        assert worker.fallback == report.fallback and worker.fallbacks == 1
+        assert worker.state == 'idle'
+        assert all(token.token_id is not None for token in sink.tokens)
+        assert sink.tokens[1].floor_ms is not None and report.prompt_tokens == 8
+        fake.answer = well
+        if 'hangs' not in name:         # a busy server may well be late for a deadline so short
+            report, text = sink.end(worker.submit(Request('where?')))
+            assert (text, report.engine, report.fallback) == ('far away.', 'openai', '')
+            assert worker.fallback == '' and worker.fallbacks == 1
+
+
+def test_nobody_listens():
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        port = found.getsockname()[1]
+    with working(f'http://127.0.0.1:{port}/v1') as (worker, sink):
+        report, _ = sink.end(worker.submit(Request('where?')))
+    assert report.finish_reason == 'error' and 'Connection refused' in report.message
+
+
+@pytest.mark.parametrize(('answer', 'told'), [
+    (cut, 'broke the answer off'),
+    (hang_in_mid_answer, 'remote.token_timeout_ms, which is 300'),
+    (lambda call, body: (call.begin(), call.say('half'), call.raw(b'data: oops\n\n')),
+     'no JSON object')])
+def test_what_breaks_in_mid_answer_is_not_continued(fake, answer, told):
+    """What was said is published already: another model's words must not follow it."""
+    fake.answer = answer
+    hangs = answer is hang_in_mid_answer
+    with working(fake.url, local=FakeEngine(),
+                 token_ms=SHORT_MS if hangs else 1e3 * PATIENCE_S) as (worker, sink):
+        report, text = sink.end(worker.submit(Request('say here')))
+        assert (report.finish_reason, text) == ('error', 'half')
+        assert told in report.message and 'in mid-answer' in report.message
+        assert (report.engine, report.fallback) == ('openai', '')
+        assert worker.state == 'failed'
+        if not hangs:                   # else the next token may be late too
+            fake.answer = well
+            report, text = sink.end(worker.submit(Request('where?')))
+            assert (report.finish_reason, text) == ('stop', 'far away.')
+
+
+def test_a_server_that_goes_on_for_ever(fake):
+    def answer(call, body):
+        call.begin()
+        while True:
+            call.say('x')
+
+    fake.answer = answer
+    report, text = ask(fake, Request('go', sampling={'max_new_tokens': 8}))
+    assert report.finish_reason == 'error' and 'max_tokens, which is 8' in report.message
+    assert text == 16 * 'x'
+    assert fake.gone.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize('answer', [hang, hang_in_mid_answer])
+def test_a_cancel_is_heard_while_the_server_hangs(fake, answer):
+    """And the server learns of it: its connection is closed."""
+    fake.answer = answer
+    with working(fake.url, local=FakeEngine()) as (worker, sink):
+        number = worker.submit(Request('where?'))
+        if answer is hang:
+            wait_for(lambda: fake.asked)
+        else:
+            sink.wait_tokens(1)
+        worker.cancel(number)
+        report, _ = sink.end(number)
+        assert report.finish_reason == 'cancelled' and report.fallback == ''
+        assert fake.gone.wait(PATIENCE_S)
+
+
+def test_a_connection_that_never_comes_about():
+    """As where a firewall drops packets: neither a cancel nor the local engine waits for it."""
+    with socket.socket() as full, ExitStack() as clients:
+        full.bind(('127.0.0.1', 0))
+        full.listen(0)
+        for _ in range(4):              # the kernel leaves those that come after unanswered
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        url = f'http://127.0.0.1:{full.getsockname()[1]}/v1'
+        with working(url, first_ms=SHORT_MS, local=FakeEngine()) as (worker, sink):
+            report, text = sink.end(worker.submit(Request('say here')))
+            assert (text, report.engine) == ('here', 'fake')
+        with working(url) as (worker, sink):
+            number = worker.submit(Request('where?'))
+            wait_for(lambda: worker.state == 'generating')
+            worker.cancel(number)
+            assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
+def test_a_newer_request_takes_the_place_of_one_that_hangs(fake):
+    fake.answer = hang
+    with working(fake.url, queue=QueueConfig(policy='preempt')) as (worker, sink):
+        first = worker.submit(Request('where?'))
+        wait_for(lambda: fake.asked)
+        fake.answer = well
+        report, text = sink.end(worker.submit(Request('and now?')))
+        assert sink.end(first)[0].finish_reason == 'preempted'
+    assert text == 'far away.'
+
+
+def test_a_worker_stops_while_the_server_hangs(fake):
+    fake.answer = hang
+    with working(fake.url) as (worker, sink):
+        number = worker.submit(Request('where?'))
+        wait_for(lambda: fake.asked)
+        assert worker.stop(TIMEOUT_S)
+        assert sink.end(number)[0].finish_reason == 'cancelled'
+
+
+@pytest.mark.parametrize('answer', [hang, hang_in_mid_answer])
+def test_a_deadline_ends_an_answer_that_hangs(fake, answer):
+    fake.answer = answer
+    report, _ = ask(fake, deadline=DeadlineConfig(request_ms=400.0, action='truncate'))
+    assert report.finish_reason == 'deadline' and report.deadline_misses == 1
+
+
+def test_a_slow_stream_is_no_failure(fake):
+    """As long as each piece comes in time."""
+    heard = threading.Semaphore(0)
+
+    def answer(call, body):
+        call.begin()
+        for piece in 'abc':
+            call.say(piece)
+            assert heard.acquire(timeout=PATIENCE_S)
+        call.end()
+
+    fake.answer = answer
+    with working(fake.url) as (worker, sink):
+        number = worker.submit(Request('where?'))
+        for count in (1, 2, 3):
+            sink.wait_tokens(count)
+            heard.release()
+        assert sink.end(number)[1] == 'abc'
+
+
+def test_a_paced_answer(fake):
+    report, text = ask(fake, Request('where?', pace={'tokens_per_s': 200.0}))
+    assert report.paced and text == 'far away.'
+    report, _ = ask(fake, pace=PaceConfig(0.1), deadline=DeadlineConfig(
+        request_ms=400.0, action='truncate'))
+    assert report.finish_reason == 'deadline'
+
+
+def test_half_a_surrogate_pair_is_replaced():
+    """Nothing could publish it."""
+    delta = read('server', json.dumps(
+        {'choices': [{'delta': {'content': 'a\ud83d\U0001f600'}}]}).encode())
+    assert delta.content == 'a\ufffd\U0001f600'
+
+
+@pytest.mark.parametrize('data', [
+    b'data: {"choices": [{"delta": {"content": "a"}}]}\r\n\r\n',
+    b': ping\n\ndata: {"choices": [{"delta":\ndata: {"content": "a"}}]}\n\n',
+    b'event: message\nid: 1\ndata:{"choices": [{"delta": {"content": "a"}}]}\n\n'])
+def test_events_are_read_as_the_standard_has_them(fake, data):
+    fake.answer = saying(data, b'data: {"choices": [{"finish_reason": "stop"}]}\n\n')
+    assert ask(fake)[1] == 'a'
+
+
+@pytest.mark.parametrize(('url', 'told'), [
+    ('', 'begins with http'), ('10.0.0.2:8000/v1', 'begins with http'), ('ftp://a/v1', 'begins'),
+    ('http://', 'names a host'), ('http://a:b/v1', 'an address'), ('http://a:99999/v1', 'Port'),
+    ('http://me:secret@a/v1', KEY_VARIABLE), ('http://a/v1?x=1', 'without'),
+    ('http://a/v1\r\nHost: b', 'printable'), ('http://[::1/v1', 'an address')])
+def test_an_address_that_can_not_be_asked(url, told):
+    with pytest.raises(ConfigError, match=r'^remote\.base_url') as raised:
+        Server(RemoteConfig(url, MODEL))
+    assert told in str(raised.value) and ('secret' in url) != ('secret' in str(raised.value)) or \
+        'secret' not in url
+
+
+def test_other_settings_that_can_not_be_used():
+    with pytest.raises(ConfigError, match=r'remote\.model'):
+        Server(RemoteConfig('http://a/v1'))
+    with pytest.raises(ConfigError, match=KEY_VARIABLE):
+        Server(RemoteConfig('http://a/v1', MODEL), 'a\nb')
+
+
+def test_a_look_at_the_server(fake):
+    remote = RemoteConfig(fake.url, MODEL)
+    server = Server(remote)
+    assert server.footprint.is_remote and server.footprint.max_context == 0
+    assert server.look() == '' and server.footprint.max_context == 8192
+    fake.models = [{'id': 'other'}]
+    assert "no model 'far/model': it has other" in server.look()
+    fake.models = 'none'
+    assert 'no list of models' in server.look()
+
+
+@pytest.mark.skipif(which('openssl') is None, reason='openssl makes the certificate')
+def test_a_certificate_is_checked(tmp_path, monkeypatch, fake):
+    """One that nobody vouches for is an error that says how to name who does."""
+    subprocess.run(
+        ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', 'key.pem', '-out',
+         'certificate.pem', '-days', '3650', '-subj', '/CN=127.0.0.1', '-addext',
+         'subjectAltName=IP:127.0.0.1'], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / 'certificate.pem', tmp_path / 'key.pem')
+    fake.use_tls(context)
+    with working(fake.url) as (worker, sink):
+        report, _ = sink.end(worker.submit(Request('where?')))
+    assert report.finish_reason == 'error' and 'SSL_CERT_FILE' in report.message
+    assert not fake.asked
+    monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path / 'certificate.pem'))
+    assert ask(fake)[1] == 'far away.'
+    fake.answer = hang
+    with working(fake.url) as (worker, sink):
+        number = worker.submit(Request('where?'))
+        wait_for(lambda: len(fake.asked) == 2)
+        worker.cancel(number)
+        assert sink.end(number)[0].finish_reason == 'cancelled'
+    assert fake.gone.wait(PATIENCE_S)
