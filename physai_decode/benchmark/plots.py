@@ -20,6 +20,7 @@ Without matplotlib there are none, and the report says so.
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from physai_decode.benchmark import report
 from physai_decode.benchmark.runner import Result
@@ -57,22 +58,25 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     return paths
 
 
-def _beside(pyplot, results, colours):
+def _beside(pyplot, results, _colours):
     """Draw which part of the steps takes longer than what, alone and beside each neighbour."""
-    rows = [(f'{name}, {context:,}', colours[name], told)
+    rows = [(f'{name}, {context:,}', told)
             for (name, context), found in report.grouped(results).items()
             for cell in found for told in cell.get('beside', ())]
     if not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, colour, told in rows:
-        for how, style, label in (('alone', '-', 'alone'),
-                                  ('beside', '--', f'beside {told["neighbour"]}')):
+    for index, (name, told) in enumerate(rows):
+        for how, style, label in (('alone', ':', 'alone'),
+                                  ('beside', '-', f'beside {told["neighbour"]}')):
             times = sorted((1e3 * itl_s for itl_s in told[how]), reverse=True)
             parts = [(1 + place) / len(times) for place in range(len(times))]
-            axes.step(times, parts, style, color=colour, label=f'{name}, {label}')
+            axes.step(times, parts, style, color=f'C{index}',
+                      label=f'{name}, {label}')
     axes.set_yscale('log')
     _log_scale(axes, axes.xaxis)
+    # Steps that come together after a late one take next to nothing, and are not what is asked.
+    axes.set_xlim(left=500 * min(median(told['alone']) for _, told in rows))
     axes.set_xlabel('time of one step [ms]')
     axes.set_ylabel('part of the steps that take at least so long')
     axes.set_title('Step time beside a neighbour')

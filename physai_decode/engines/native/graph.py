@@ -131,6 +131,9 @@ class Pipeline:
 
         :param restrict: of a plan with a mask: writes it, while the forward pass runs.
         """
+        if self._flying:
+            # Where even the newest step has ended, the device has waited for the host.
+            self._depth.learn(self._flying[-1].copied.query())
         slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
         slot.begin.record(stream)
@@ -147,8 +150,6 @@ class Pipeline:
 
     def collect(self) -> tuple[int, float]:
         """Wait for the oldest step's token; give its id and the step's time on the device in s."""
-        # Where even the newest step has ended, the device waits for the host.
-        self._depth.learn(self.full and self._flying[-1].copied.query())
         slot = self._flying.popleft()
         self._free.append(slot)
         slot.copied.synchronize()
