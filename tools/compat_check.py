@@ -84,11 +84,12 @@ def main() -> int:
             if folder is None:
                 print(f'| {version} | PyPI has none for this Python |', flush=True)
                 continue
-            cells = list(pool.map(partial(check, folder), CAPABILITIES))
-            failures += [f'{version}, {head}: {cell}' for head, cell in zip(heads, cells)
-                         if cell.startswith('NO')]
-            print(f'| {version} | {" | ".join(cell[:3].rstrip(":") for cell in cells)} |',
-                  flush=True)
+            print(f'| {version} |', end='', flush=True)
+            for head, cell in zip(heads, pool.map(partial(check, folder), CAPABILITIES)):
+                print(f' {cell[:3].rstrip(":")} |', end='', flush=True)
+                if cell.startswith('NO'):
+                    failures.append(f'{version}, {head}: {cell}')
+            print(flush=True)
     print(*failures, sep='\n')
     return bool(failures)
 
