@@ -58,7 +58,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     'partial_rotary_factor': (0, 1), 'no_rope_layer_interval': (1, 10**4),
     'embedding_multiplier': (0, 1e6), 'residual_multiplier': (0, 1e6),
     'attention_multiplier': (0, 1e6), 'logits_scaling': (0, 1e6),
-    'llama_4_scaling_beta': (0, 1e6)}
+    'llama_4_scaling_beta': (0, 1e6), 'num_experts': (1, 2**14), 'num_local_experts': (1, 2**14),
+    'num_experts_per_tok': (1, 2**14), 'moe_intermediate_size': (1, 2**22),
+    'decoder_sparse_step': (1, 10**4)}
 
 
 def check(config: Mapping[str, Any]) -> None:

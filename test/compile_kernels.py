@@ -112,26 +112,33 @@ def main():
             build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
                   DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
                   LENGTH=16384)
-        for gated, choice in ((True, kernels.DENSE_CHOICES[0]), (False, kernels.DENSE_CHOICES[6])):
-            made = build(kernels._dense, warps=choice.warps, out=half if gated else 'fp32', K=3584,
-                         ROWS=choice.rows, COLUMNS=choice.columns, STAGES=choice.stages,
-                         NORM=gated, GATED=gated, GELU=gated, ADD=not gated, BIAS=gated)
-            if early:
+        build(kernels._take, COUNT=100, WIDE=128, BLOCK=128, TAKEN=8, SHARED_OUT=True)
+        for gated, choice, taken in (
+                (True, kernels.DENSE_CHOICES[0], 0), (False, kernels.DENSE_CHOICES[6], 0),
+                (True, kernels.DENSE_CHOICES[2], 1), (False, kernels.DENSE_CHOICES[5], 8)):
+            made = build(kernels._dense, warps=choice.warps, x='fp32' if gated else half,
+                         out=half if gated else 'fp32', K=3584 * max(1, taken), SIZE=3584,
+                         STACK=7 * 2**20 * bool(taken), ROWS=choice.rows, COLUMNS=choice.columns,
+                         STAGES=choice.stages, NORM=gated, GATED=gated, GELU=gated, ADD=not gated,
+                         BIAS=gated)
+            if early and not (gated and taken):
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
-        for gated, zeros in ((True, False), (False, True)):
+        for gated, zeros, taken in ((True, False, 0), (False, True, 0), (True, True, 1),
+                                    (False, False, 8)):
             for warps, stages in ((4, 1), (4, 3), (1, 1)):
                 made = build(
-                    kernels._int4, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
-                    BLOCKS=7, GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages, GATED=gated,
-                    GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
+                    kernels._int4, warps=warps, x=half, out=half if gated else 'fp32',
+                    K=3584 * max(1, taken), BLOCKS=7 * max(1, taken), SIZE=7,
+                    STACK=2**13 * bool(taken), GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages,
+                    GATED=gated, GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
                 # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
                 wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
                 if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
                     # Every lane loads what it multiplies: shared memory has the sums alone.
                     assert made.metadata.shared <= 2048 * warps
-                if early and (warps, stages) == (4, 1):
+                if early and (warps, stages, taken) == (4, 1, 0):
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after

@@ -242,7 +242,7 @@ def check_footprint(footprint, model):
     Hold a footprint against its checkpoint.
 
     :param model: the `physai_decode.checkpoint.Checkpoint`, not quantised, of a network whose
-        every weight a step reads, but for an input embedding.
+        every weight a step reads, but for an input embedding and experts that it does not take.
     """
     config = model.text_config
     stored = {'BF16': 2, 'F16': 2, 'F32': 4}[model.tensors['model.norm.weight'].dtype]
@@ -251,6 +251,10 @@ def check_footprint(footprint, model):
     read = model.weight_bytes
     if not config['tie_word_embeddings']:
         read -= embedding.bytes - embedding.bytes // embedding.shape[0]
+    experts = sum(entry.bytes for name, entry in model.tensors.items() if '.experts.' in name)
+    if experts:
+        taken = experts * config['num_experts_per_tok'] // config['num_local_experts']
+        read += taken - experts
     assert footprint.read_weight_bytes == read * used // stored
     assert footprint.checkpoint_weight_bytes == model.weight_bytes
     assert footprint.model_type == model.model_type

@@ -49,6 +49,13 @@ FAMILIES = {
             'original_max_position_embeddings': 64}},
     'qwen3': {'head_dim': 64},
     'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True},
+    'qwen3_moe': {
+        'model_type': 'qwen3_moe', 'head_dim': 64, 'num_experts': 8, 'num_experts_per_tok': 3,
+        'moe_intermediate_size': 64, 'norm_topk_prob': True},
+    'qwen3_moe_between': {      # plain MLPs, and shares that do not add up to 1
+        'model_type': 'qwen3_moe', 'head_dim': 64, 'num_hidden_layers': 4, 'num_experts': 6,
+        'num_experts_per_tok': 2, 'moe_intermediate_size': 96, 'decoder_sparse_step': 2,
+        'mlp_only_layers': [3], 'tie_word_embeddings': True},
     'gemma3_text': {
         'model_type': 'gemma3_text', 'head_dim': 64, 'num_hidden_layers': 3, 'sliding_window': 40,
         'tie_word_embeddings': True, 'query_pre_attn_scalar': 100,

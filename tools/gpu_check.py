@@ -56,6 +56,9 @@ MODELS = {
     'mistral, window': ('mistral', {**SMALL, 'sliding_window': 50}),
     'qwen2, tied': ('qwen2', {**SMALL, 'tie_word_embeddings': True}),
     'qwen3': ('qwen3', SMALL),
+    'qwen3, experts': ('qwen3_moe', {
+        **SMALL, 'num_experts': 16, 'num_experts_per_tok': 4, 'moe_intermediate_size': 192,
+        'norm_topk_prob': True}),
     'gemma3': ('gemma3_text', {
         **SMALL, 'head_dim': 256, 'num_key_value_heads': 1, 'sliding_window': 50,
         'layer_types': ['sliding_attention', 'full_attention'], 'tie_word_embeddings': True}),

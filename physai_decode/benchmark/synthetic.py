@@ -97,6 +97,12 @@ SHAPES = {
         'intermediate_size': 1536, 'vocab_size': 49152, 'max_position_embeddings': 8192,
         'rms_norm_eps': 1e-5, 'rope_theta': 1e5, 'attention_bias': False, 'mlp_bias': False,
         'tie_word_embeddings': True, 'bos_token_id': 0, 'eos_token_id': 0},
+    'qwen3-30b-a3b': {
+        **_QWEN3, 'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe',
+        'hidden_size': 2048, 'intermediate_size': 6144, 'num_hidden_layers': 48,
+        'num_key_value_heads': 4, 'num_experts': 128, 'num_experts_per_tok': 8,
+        'moe_intermediate_size': 768, 'norm_topk_prob': True, 'decoder_sparse_step': 1,
+        'mlp_only_layers': []},
     'mistral-7b': {
         'architectures': ['MistralForCausalLM'], 'model_type': 'mistral', 'hidden_size': 4096,
         'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
@@ -191,7 +197,8 @@ def specs(made: dict) -> Iterator[Spec]:
     half = {'float16': 'F16', 'bfloat16': 'BF16'}[made['torch_dtype']]
     quantized = made.get('quantization_config', {})
     method = quantized.get('format') or quantized.get('quant_method', 'none')
-    hidden, inner = made['hidden_size'], made['intermediate_size']
+    hidden, experts = made['hidden_size'], made.get('num_experts', 0)
+    inner = made['moe_intermediate_size' if experts else 'intermediate_size']
     group = _group(made)
     head = made.get('head_dim') or hidden // made['num_attention_heads']
     q_width, kv_width = (head * made[f'num_{kind}_heads'] for kind in ('attention', 'key_value'))
@@ -203,14 +210,19 @@ def specs(made: dict) -> Iterator[Spec]:
             yield from _linear(f'{layer}.self_attn.{name}', width, hidden, half, method, group)
             if made['model_type'] == 'qwen2':
                 yield Spec(f'{layer}.self_attn.{name}.bias', half, (width,), 'normal')
-        if made['model_type'] == 'qwen3':
+        if made['model_type'] in ('qwen3', 'qwen3_moe'):
             for name in ('q_norm', 'k_norm'):
                 yield Spec(f'{layer}.self_attn.{name}.weight', half, (head,), 'ones')
         yield from _linear(f'{layer}.self_attn.o_proj', hidden, q_width, half, method, group)
         yield Spec(f'{layer}.post_attention_layernorm.weight', half, (hidden,), 'ones')
-        yield from _linear(f'{layer}.mlp.gate_proj', inner, hidden, half, method, group)
-        yield from _linear(f'{layer}.mlp.up_proj', inner, hidden, half, method, group)
-        yield from _linear(f'{layer}.mlp.down_proj', hidden, inner, half, method, group)
+        mlps = [f'{layer}.mlp']
+        if experts:
+            yield Spec(f'{layer}.mlp.gate.weight', half, (experts, hidden), 'normal')
+            mlps = [f'{layer}.mlp.experts.{number}' for number in range(experts)]
+        for mlp in mlps:
+            yield from _linear(f'{mlp}.gate_proj', inner, hidden, half, method, group)
+            yield from _linear(f'{mlp}.up_proj', inner, hidden, half, method, group)
+            yield from _linear(f'{mlp}.down_proj', hidden, inner, half, method, group)
     yield Spec('model.norm.weight', half, (hidden,), 'ones')
     if not made['tie_word_embeddings']:
         yield Spec('lm_head.weight', half, (made['vocab_size'], hidden), 'normal')

@@ -15,8 +15,8 @@
 """
 The shapes and constants of one transformer, whatever family of models it is from.
 
-RMSNorm, rotary positions, grouped query attention, a gated MLP; what of it differs between
-families is a field. Knows no config and no tensors.
+RMSNorm, rotary positions, grouped query attention, a gated MLP or several; what of it differs
+between families is a field. Knows no config and no tensors.
 """
 
 from dataclasses import dataclass
@@ -54,6 +54,17 @@ class Growth:
 
     beta: float = 0.0                          # 0: they do not
     context: int = 1                           # tokens
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The layers whose MLP is one of experts: for each token a router takes some of them."""
+
+    count: int                                 # experts of a layer
+    taken: int                                 # of these for a token
+    size: int                                  # intermediate_size of an expert
+    shared_out: bool                           # whether what those taken count adds up to 1
+    layers: frozenset[int]                     # which they are, from 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class Architecture:
     rounded_scale: bool = False                # whether that is in the weights' precision
     logit_scale: float = 1.0                   # multiplies logits
     growth: Growth = Growth()
+    routing: Routing | None = None
     wide_range: bool = False                   # whether float16 may be too small for activations
     gain_offset: float = 0.0                   # to be added to the stored gains of norms
     names: Names = Names()

@@ -198,9 +198,9 @@ def widen(weight: Coded, rows: slice, out: Tensor) -> None:
 class CodedOps(ScaledOps):
     """The step's operations as kernels, on weights of every form."""
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         if not isinstance(weight, Coded):
-            super()._product(x, weight, out, gain, eps, add, gated, gelu)
+            super()._product(x, weight, out, gain, eps, add, gated, gelu, those)
             return
         shape, choice = self._layout(weight, gain, gated)
         self._current.discard(out.data_ptr())

@@ -132,34 +132,57 @@ def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
 
 
 @triton.jit
-def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constexpr,
-           COLUMNS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-           GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
-    """Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program."""
+def _taken(ids, k, SIZE: tl.constexpr, STACK: tl.constexpr):
+    """Give where in a `Stack` columns from ``k`` on are, and which they are of their weight."""
+    if STACK:
+        return tl.load(ids + k // SIZE) * STACK, k % SIZE
+    else:
+        return 0, k
+
+
+@triton.jit
+def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.constexpr,
+           SIZE: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
+           ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
+
+    Of a stack of weights, each with STACK elements, those with the numbers ``ids`` are multiplied:
+    gated, each by a program of its own, to rows of ``out`` that are ``stride`` apart; else side
+    by side, SIZE of the K columns from each.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     # Rows past the end read the last row again: no mask in the loop.
-    row = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K + columns[None, :]
+    row = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * SIZE + columns[None, :]
     up_row = row
     if GATED:
-        up_row += n.to(tl.int64) * K
+        up_row += n.to(tl.int64) * SIZE
+        if STACK:
+            if EARLY:
+                gdc_wait()      # for what the router's kernel wrote; else that is two kernels ago
+            ids += tl.program_id(1)
+            out += tl.program_id(1) * stride
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     more = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     # The first tile is requested while the kernel before still runs.
-    w = _weights(row, columns, 0, K, COLUMNS)
+    base, first = _taken(ids, 0, SIZE, STACK)
+    w = _weights(row + base, columns, first, SIZE, COLUMNS)
     u = w
     if GATED:
-        u = _weights(up_row, columns, 0, K, COLUMNS)
+        u = _weights(up_row + base, columns, first, SIZE, COLUMNS)
     if EARLY:
         gdc_wait()
     sums, more, squares = _multiplied(
         sums, more, squares, w, u, x, gain, columns, 0, K, COLUMNS, NORM, GATED)
     for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
-        w = _weights(row, columns, k, K, COLUMNS)
+        base, first = _taken(ids, k, SIZE, STACK)
+        w = _weights(row + base, columns, first, SIZE, COLUMNS)
         u = w
         if GATED:
-            u = _weights(up_row, columns, k, K, COLUMNS)
+            u = _weights(up_row + base, columns, first, SIZE, COLUMNS)
         sums, more, squares = _multiplied(
             sums, more, squares, w, u, x, gain, columns, k, K, COLUMNS, NORM, GATED)
     if EARLY:
@@ -169,6 +192,8 @@ def _dense(x, weight, bias, gain, out, n, eps, K: tl.constexpr, ROWS: tl.constex
     if GATED:
         up = _finish(tl.sum(more, 1), square, rows, n, K, eps, bias + n, NORM, BIAS)
         result = _activated(result, GELU) * up
+        if STACK:
+            result *= tl.load(shares + tl.program_id(1))
     _store(out, rows, n, result, ADD)
 
 
@@ -240,11 +265,14 @@ def _matrix(words):
 
 
 @triton.jit
-def _tile(packed, scales, zeros, tile, block, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-          SPLIT: tl.constexpr, ZEROS: tl.constexpr):
+def _tile(packed, scales, zeros, ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+          STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr):
     """Load a tile's fragments of the blocks [SPLIT, 1], and their four scales and zeros a row."""
-    at = tile * BLOCKS + block
     inside = block < BLOCKS if BLOCKS % SPLIT else tl.full((SPLIT, 1), True, tl.int1)
+    at = tile * SIZE + block
+    if STACK:
+        base = tl.load(ids + block // SIZE, mask=inside, other=0) * STACK
+        at = base + tile * SIZE + block % SIZE
     words = tl.load(
         packed + at[:, :, None] * (16 * GROUP) + tl.arange(0, GROUP // 16)[None, :, None] * 256
         + tl.arange(0, 256)[None, None, :], mask=inside[:, :, None], other=0,
@@ -303,29 +331,38 @@ def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexpr,
-          BLOCKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-          STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-          BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+def _int4(x, sums, packed, scales, zeros, bias, ids, shares, out, out_sums, n, stride,
+          K: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
+          GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+          GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
     The blocks are dealt out to SPLIT warps, whose sums are joined at the end. Words go straight to
     registers, or, with more than one of STAGES, are copied ahead to shared memory. Where registers
     can hold all words of a tile, these are asked for while the kernel before still runs. ``sums``
-    are those of every 8 of ``x``; gated, the sum of a tile's 8 of ``out`` is left likewise.
+    are those of every 8 of ``x``; gated, the sum of a tile's 8 of ``out`` is left likewise. Of a
+    stack see `_dense`; SIZE and STACK are in blocks.
     """
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
+    if GATED and STACK:
+        if EARLY:
+            gdc_wait()
+        ids += tl.program_id(1)
+        out += tl.program_id(1) * stride
+        out_sums += tl.program_id(1) * (stride // 8)
     if BLOCKS <= 2 * SPLIT and not COPIED:
-        words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, SPLIT,
-                                  ZEROS)
+        words, four, zero = _tile(packed, scales, zeros, ids, tile, block, BLOCKS, SIZE, STACK,
+                                  GROUP, SPLIT, ZEROS)
         if BLOCKS > SPLIT:
             more, more_four, more_zero = _tile(
-                packed, scales, zeros, tile, block + SPLIT, BLOCKS, GROUP, SPLIT, ZEROS)
+                packed, scales, zeros, ids, tile, block + SPLIT, BLOCKS, SIZE, STACK, GROUP,
+                SPLIT, ZEROS)
         if EARLY:
             gdc_wait()
         result = _block(result, x, sums, words, four, zero, block, K, GROUP, COPIED, ZEROS,
@@ -338,7 +375,8 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
             words, four, zero = _tile(
-                packed, scales, zeros, tile, first + block, BLOCKS, GROUP, SPLIT, ZEROS)
+                packed, scales, zeros, ids, tile, first + block, BLOCKS, SIZE, STACK, GROUP,
+                SPLIT, ZEROS)
             result = _block(result, x, sums, words, four, zero, first + block, K, GROUP, COPIED,
                             ZEROS, ASSEMBLY)
     if EARLY:
@@ -347,6 +385,8 @@ def _int4(x, sums, packed, scales, zeros, bias, out, out_sums, n, K: tl.constexp
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(result, (2, ROWS // 2))))
         result = _activated(gate, GELU) * up
+        if STACK:
+            result *= tl.load(shares + tl.program_id(1))
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
         rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -359,7 +399,8 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
     """Write a block of a tile of an `Int4` to ``out`` [rows, K], row 0 being ``first`` tile's."""
     tile = first + tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
-    words, four, zero = _tile(packed, scales, zeros, tile, block, BLOCKS, GROUP, 1, ZEROS)
+    words, four, zero = _tile(packed, scales, zeros, packed, tile, block, BLOCKS, BLOCKS, 0,
+                              GROUP, 1, ZEROS)
     parts = tl.reshape(words, (GROUP // 32, 2, 8, 4, 2, 2, 2))
     words = tl.reshape(tl.permute(parts, (5, 2, 0, 3, 1, 4, 6)), (16, GROUP)).to(tl.int32)
     row = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
@@ -424,6 +465,34 @@ def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK
     v = tl.load(branch + columns, mask=inside, other=0.0)
     v *= scale * tl.rsqrt(tl.sum(whole * whole) / K + eps)
     tl.store(x + columns, tl.load(x + columns, mask=inside, other=0.0) + v, mask=inside)
+
+
+@triton.jit
+def _take(logits, ids, shares, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+          TAKEN: tl.constexpr, SHARED_OUT: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Write the numbers of the TAKEN largest of COUNT ``logits``, in their order, and their shares.
+
+    WIDE is COUNT rounded up to a multiple of BLOCK, both powers of two. Where logits are no
+    numbers the numbers stay what they were, and the first share is none.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    every = tl.arange(0, WIDE)
+    own = tl.load(logits + every, mask=every < COUNT, other=float('-inf'))
+    rank = tl.zeros((WIDE,), tl.int32)
+    for first in tl.static_range(0, WIDE, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        others = tl.load(logits + other, mask=other < COUNT, other=float('-inf'))
+        before = (others[None, :] > own[:, None]) | (
+            (others[None, :] == own[:, None]) & (other[None, :] < every[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+    share = tl.exp(own - tl.max(own, 0))
+    taken = rank < TAKEN
+    total = tl.sum(tl.where(taken, share, 0.0) if SHARED_OUT else share, 0)
+    tl.store(ids + rank, every.to(tl.int64), mask=taken & (every < COUNT))
+    tl.store(shares + rank, share / total, mask=taken & (every < COUNT))
 
 
 @triton.jit
@@ -651,6 +720,24 @@ class TritonOps(TorchOps):
         self._product(x, weight, out, gain, eps, False, gated=True,
                       gelu=activation == 'gelu_tanh')
 
+    def take(self, logits, into, shared_out):
+        """See `TorchOps.take`."""
+        count = logits.shape[0]
+        wide = max(32, triton.next_power_of_2(count))
+        _take[(1,)](
+            logits, into.ids, into.shares, COUNT=count, WIDE=wide, BLOCK=min(128, wide),
+            TAKEN=into.ids.shape[0], SHARED_OUT=shared_out, EARLY=self._early,
+            **self._launch(4))
+
+    def gated_each(self, x, stack, those, out, gain, eps, activation='silu'):
+        """See `TorchOps.gated_each`."""
+        self._product(x, stack, out, gain, eps, False, gated=True,
+                      gelu=activation == 'gelu_tanh', those=those)
+
+    def joined(self, x, stack, those, out, *, add=False):
+        """See `TorchOps.joined`."""
+        self._product(x, stack, out, None, 0.0, add, gated=False, those=those)
+
     def add_normed(self, branch, gain, eps, x):
         """See `TorchOps.add_normed`."""
         k = x.shape[0]
@@ -741,30 +828,40 @@ class TritonOps(TorchOps):
         shape = _shape(weight, gain, gated)
         return shape, self._choices.get(shape) or _choices(shape)[0]
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         shape, choice = self._layout(weight, gain, gated)
+        # A pointer that is not used still has to be one.
+        ids, shares, whole, joined, each = x, x, weight, 1, 1
+        if those is not None:
+            ids, shares, whole = those.ids, those.shares, weight.every
+            joined, each = (1, weight.taken) if gated else (weight.taken, 1)
+            weight = weight[0]
         bias = weight.bias
         common = {
             'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'GELU': gelu,
             'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
             **self._launch(choice.warps)}
-        # A pointer that is not used still has to be one.
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
             self._current.discard(out.data_ptr())
-            n = out.shape[0]
-            _dense[(triton.cdiv(n, choice.rows),)](
-                x, weight.weight, bias, x if gain is None else gain, out, n, eps, K=shape.k,
-                COLUMNS=choice.columns, NORM=gain is not None, **common)
+            n = shape.n // 2 if gated else shape.n
+            columns = math.gcd(choice.columns, shape.k) if joined > 1 else choice.columns
+            _dense[(triton.cdiv(n, choice.rows), each)](
+                x, whole.weight, bias, x if gain is None else gain, ids, shares, out, n,
+                out.stride(0), eps, K=joined * shape.k, SIZE=shape.k,
+                STACK=0 if those is None else weight.weight.numel(), COLUMNS=columns,
+                NORM=gain is not None, **common)
             return
         if gain is not None or weight.order is not None or x.data_ptr() not in self._current:
             x = self._prepared(x, weight, gain, eps)
-        _int4[(weight.packed.shape[0],)](
-            x, self._sums(x), weight.packed, weight.scales,
-            x if weight.zeros is None else weight.zeros, bias, out,
-            self._sums(out) if gated else x, shape.n, K=shape.k,
-            BLOCKS=weight.packed.shape[1], GROUP=weight.group_size, SPLIT=choice.warps,
-            ZEROS=weight.zeros is not None, ASSEMBLY=self._device.type == 'cuda', **common)
+        tiles, blocks = weight.packed.shape[:2]
+        _int4[(tiles, each)](
+            x, self._sums(x), whole.packed, whole.scales,
+            x if whole.zeros is None else whole.zeros, bias, ids, shares, out,
+            self._sums(out) if gated else x, shape.n, out.stride(0), K=x.numel(),
+            BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if those is None else tiles * blocks,
+            GROUP=weight.group_size, SPLIT=choice.warps, ZEROS=whole.zeros is not None,
+            ASSEMBLY=self._device.type == 'cuda', **common)
 
     def _unpack(self, weight, tiles, dtype):
         rows, columns = weight.shape
@@ -779,7 +876,7 @@ class TritonOps(TorchOps):
         return out
 
     def _prepared(self, x, weight, gain, eps):
-        k = weight.in_features
+        k = x.numel()
         dtype = x.dtype if gain is None else self._dtype or gain.dtype
         out = self._take('prepared', k, dtype)
         _prepare[(triton.cdiv(k, 512),)](

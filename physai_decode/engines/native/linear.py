@@ -22,8 +22,11 @@ the large matrix product of the prefill and, on one row, the reference of the de
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from dataclasses import fields
 from dataclasses import replace
+from typing import Any
 from typing import ClassVar
 from typing import TYPE_CHECKING
 from typing import Union
@@ -117,6 +120,11 @@ class Int4:
     def group_size(self) -> int:
         """Columns that share a scale."""
         return self.packed.shape[2] // TILE_ROWS
+
+    @property
+    def padded_features(self) -> int:
+        """Columns of all blocks."""
+        return self.packed.shape[1] * 4 * self.group_size
 
     @property
     def kind(self) -> str:
@@ -330,6 +338,72 @@ Stored = Dense | Int4 | Scaled | Coded
 Linear = Union[Stored, 'Reordered', 'TorchInt4']
 
 
+@dataclass(frozen=True)
+class Stack:
+    """
+    Weights of one form and shape, of which a step reads some: those of experts.
+
+    ``every`` has the tensors of all, each with a dimension more before its own.
+    """
+
+    every: Stored
+    count: int
+    taken: int              # of these in a step
+
+    @classmethod
+    def of(cls, parts: Iterable[Stored], count: int, taken: int) -> 'Stack':
+        """
+        Stack weights one after the other: but one of them is twice in memory.
+
+        :raises ValueError: they are not of one form, or their columns are in orders of their own.
+        """
+        whole: dict[str, Any] = {}      # tensors by name
+        forms = set()
+        for place, part in enumerate(parts):
+            tensors = _tensors(part)
+            forms.add((type(part), *(getattr(part, each.name) for each in fields(part)
+                                     if each.name not in (*tensors, 'zeros', 'bias', 'order'))))
+            if len(forms) > 1:
+                raise ValueError('they are not all of one form')
+            if 'order' in tensors:
+                raise ValueError('their columns are in orders of their own')
+            for name, tensor in tensors.items():
+                if name not in whole:
+                    whole[name] = tensor.new_empty_strided(
+                        (count, *tensor.shape), (tensor.numel(), *tensor.stride()))
+                    if name in ('zeros', 'bias'):       # which some of them may not have
+                        whole[name].fill_(8 if isinstance(part, Int4) and name == 'zeros' else 0)
+                whole[name][place] = tensor
+        return cls(replace(part, **whole), count, taken)
+
+    def __getitem__(self, number: int) -> Stored:
+        """Give one of the weights."""
+        return self._each(lambda tensor: tensor[number])
+
+    def copied(self, number: Tensor) -> Stored:
+        """Give a copy of the weight of a number int64 [1], which the host does not read."""
+        return self._each(lambda tensor: tensor.index_select(0, number)[0])
+
+    def _each(self, part):
+        return replace(self.every, **{
+            name: part(tensor) for name, tensor in _tensors(self.every).items()})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of each."""
+        return self[0].shape
+
+    @property
+    def kind(self) -> str:
+        """What of the form a kernel's speed depends on."""
+        return f'{self[0].kind}-{self.taken} of {self.count}'
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the products of a step read."""
+        return self.taken * self[0].read_bytes
+
+
 def fragments(words: Tensor) -> Tensor:
     """
     Order the words [..., 16, size] of a tile as a warp holds them; gives [..., 16 * size].
@@ -367,6 +441,12 @@ def _by_pieces(weight: Scaled | Coded, x: Tensor) -> Tensor:
         bias = None if weight.bias is None else weight.bias[some]
         out[..., some] = F.linear(x, weight.dequantise(some, x.dtype), bias)
     return out
+
+
+def _tensors(weight: Stored) -> dict[str, Any]:
+    """Give a weight's tensors by their names."""
+    found = {each.name: getattr(weight, each.name) for each in fields(weight)}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def _bytes(*tensors: Tensor | None) -> int:

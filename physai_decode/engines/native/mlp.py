@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.ops import ACTIVATIONS
 from physai_decode.engines.native.ops import TorchOps
+import torch
 from torch import Tensor
 
 
@@ -36,23 +37,27 @@ class Mlp:
     down: Linear
     activation: str = 'silu'
 
-    def products(self) -> Iterator[tuple[str, Linear, bool]]:
-        """Give the name and weight of each product, and whether it is gated; those are normed."""
-        yield 'gate and up', self.gate_up, True
-        yield 'down', self.down, False
+    def products(self) -> Iterator[tuple[str, Linear, bool, bool]]:
+        """Give the name and weight of each product, whether it is normed, and whether gated."""
+        yield 'gate and up', self.gate_up, True, True
+        yield 'down', self.down, False, False
 
-    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, hidden: Tensor,
+    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Give what a step works in; all layers of a model may share it."""
+        return torch.zeros(self.down.shape[1], dtype=dtype, device=device)
+
+    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, room: Tensor,
              out: Tensor, add: bool) -> None:
         """
         Write, or add, the result for one token to ``out`` float32 [hidden_size].
 
         :param x: float32 [hidden_size], normalised here by ``gain`` and ``eps``.
-        :param hidden: [intermediate_size], to work in.
+        :param room: [intermediate_size], to work in.
         """
-        ops.gated(x, self.gate_up, hidden, gain, eps, self.activation)
-        ops.linear(hidden, self.down, out, add=add)
+        ops.gated(x, self.gate_up, room, gain, eps, self.activation)
+        ops.linear(room, self.down, out, add=add)
 
-    def apply(self, ops: TorchOps, normed: Tensor) -> Tensor:
+    def apply(self, ops: TorchOps, normed: Tensor, room: Tensor) -> Tensor:
         """Give the result for ``normed`` [tokens, hidden_size]."""
         gate, up = self.gate_up.halves(ops.apply(normed, self.gate_up))
         return ops.apply(ACTIVATIONS[self.activation](gate).mul_(up).flatten(1), self.down)

@@ -27,6 +27,7 @@ from typing import Any
 from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.sampling import HostSampler
 from physai_decode.engines.sampling import Sampler
 import torch
@@ -54,6 +55,14 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate='tanh')
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The weights of a `Stack` that a token takes."""
+
+    ids: Tensor              # int64
+    shares: Tensor           # float32, what each one's product counts
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {'silu': F.silu, 'gelu_tanh': gelu_tanh}
 
 
@@ -79,6 +88,17 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = heads.float().chunk(2, -1)
     return torch.cat(((low * cos).addcmul_(high, sin, value=-1),
                       (high * cos).addcmul_(low, sin)), -1)
+
+
+def taken(logits: Tensor, count: int, shared_out: bool) -> tuple[Tensor, Tensor]:
+    """
+    Give the numbers of those that a router takes, and their shares, both [..., count].
+
+    :param logits: float32 [..., experts].
+    :param shared_out: scale the shares to add up to 1.
+    """
+    shares, ids = logits.softmax(-1).topk(count)
+    return ids, shares / shares.sum(-1, keepdim=True) if shared_out else shares
 
 
 class TorchOps:
@@ -127,6 +147,38 @@ class TorchOps:
         """
         gate, up = weight.halves(weight.apply(self._input(x, gain, eps)))
         torch.mul(ACTIVATIONS[activation](gate), up, out=out.view_as(gate))
+
+    def take(self, logits: Tensor, into: Taken, shared_out: bool) -> None:
+        """Choose among experts by ``logits`` float32 [experts]; see `taken`."""
+        ids, shares = taken(logits, into.ids.shape[0], shared_out)
+        into.ids.copy_(ids)
+        into.shares.copy_(shares)
+
+    def gated_each(self, x: Tensor, stack: Stack, those: Taken, out: Tensor,
+                   gain: Tensor | None, eps: float, activation: str = 'silu') -> None:
+        """
+        Write share * activation(gate) * up of each weight taken to a row of ``out``.
+
+        :param stack: of weights [2 N, K] with the rows of gate and up.
+        :param out: [weights, N or more].
+        """
+        x = self._input(x, gain, eps)
+        for row, share, weight in zip(out, those.shares, self._of(stack, those)):
+            gate, up = weight.halves(weight.apply(x))
+            product = ACTIVATIONS[activation](gate).mul_(up).flatten()
+            torch.mul(product, share, out=row[:product.shape[0]])
+
+    def joined(self, x: Tensor, stack: Stack, those: Taken, out: Tensor, *,
+               add: bool = False) -> None:
+        """
+        Write (or add) the sum of the products of each row of ``x`` with a weight [N, K].
+
+        :param x: [weights, K or more].
+        """
+        if not add:
+            out.zero_()
+        for row, weight in zip(x, self._of(stack, those)):
+            out.add_(weight.apply(row[:weight.shape[1]]))
 
     def add_normed(self, branch: Tensor, gain: Tensor, eps: float, x: Tensor) -> None:
         """Add ``branch`` float32 [K], normalised, to ``x``."""
@@ -184,6 +236,12 @@ class TorchOps:
 
     def tune(self, transformer: Any, progress: Callable[[str], None]) -> None:
         """Choose nothing: torch has its own heuristics."""
+
+    def _of(self, stack, those):
+        """Give the weights taken; in a captured step copies of them."""
+        if self._on_host:
+            return (stack[number] for number in those.ids.tolist())
+        return (stack.copied(number) for number in those.ids.split(1))
 
     def _input(self, x, gain, eps):
         if gain is None:

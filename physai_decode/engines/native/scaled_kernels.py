@@ -212,9 +212,9 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
 class ScaledOps(TritonOps):
     """The step's operations as kernels, on weights of 8 bits too."""
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         if not isinstance(weight, Scaled):
-            super()._product(x, weight, out, gain, eps, add, gated, gelu)
+            super()._product(x, weight, out, gain, eps, add, gated, gelu, those)
             return
         shape, choice = self._layout(weight, gain, gated)
         if weight.order is not None:

@@ -29,10 +29,11 @@ import math
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.transformer import Transformer
-from physai_decode.engines.native.weights import Layer
-from physai_decode.engines.native.weights import Linear
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ LAYERS = 2
 PIECE = 4096                    # rows of a weight that are float32 at a time
 LEAST = 1e-3                    # relative difference that float32 may have
 ROUNDINGS = 16                  # and other formats, in units of their own precision
+NEAR = 0.25                     # of that, by which a router's products may be wrong
 
 
 def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> None:
@@ -55,12 +57,13 @@ def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> No
     ids = [*prompt, engine.first(greedy, prompt).token_id, engine.step(1).token_id]
     engine.step(0)                  # runs the second
     limit = max(LEAST, ROUNDINGS * torch.finfo(t.keys.dtype).eps)
-    for index, expected in enumerate(_keys_and_values(t, ids)):
+    for index, (expected, sure) in enumerate(_keys_and_values(t, ids, limit)):
         got = torch.cat((t.keys[index, :, :len(ids)], t.values[index, :, :len(ids)])).float()
         for what, places in (('a prompt', slice(len(prompt))),
                              ('a decode step', slice(len(prompt), None))):
-            _hold(what, f'keys and values in layer {index + 1}', got[:, places],
-                  expected[:, places], limit)
+            held = sure[places]
+            _hold(what, f'keys and values in layer {index + 1}', got[:, places][:, held],
+                  expected[:, places][:, held], limit)
     normed = _normed(t.x.unsqueeze(0), t.weights.norm, t.architecture.norm_eps)
     logits = _product(normed, t.weights.head)[0]
     known = logits.isfinite()       # a row that holds no numbers ends its request, not the load
@@ -79,13 +82,19 @@ def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) ->
             'set engine.name to transformers, and report it with the versions of torch and triton')
 
 
-def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
-    """Give for each of the first layers float32 [2 * kv_heads, tokens, head_dim]."""
+def _keys_and_values(t: Transformer, ids: Sequence[int],
+                     limit: float) -> list[tuple[Tensor, Tensor]]:
+    """
+    Give for each of the first layers float32 [2 * kv_heads, tokens, head_dim].
+
+    And bool [tokens], whether rounding of ``limit`` can not change what experts a token takes.
+    """
     a, tokens = t.architecture, len(ids)
     # Two, and one of each way to turn heads.
     layers = max(min(LAYERS, a.layers), *(1 + a.rotaries.index(each) for each in a.rotaries))
     x = t.weights.embedding[torch.tensor(ids, device=t.keys.device)].float() * t.embedding_scale
     found = []
+    sure = torch.ones(tokens, dtype=torch.bool, device=t.keys.device)
     for layer, window, angles in zip(t.weights.layers[:layers], a.windows, t.angles):
         turns = torch.complex(*(each[:tokens] for each in angles))
         heads = _product(_normed(x, layer.input_norm, a.norm_eps), layer.qkv).view(
@@ -97,11 +106,12 @@ def _keys_and_values(t: Transformer, ids: Sequence[int]) -> list[Tensor]:
         q, k = _turned(q, turns), _turned(k, turns)
         lengths = torch.arange(tokens, device=q.device).div(a.growth.context).floor()
         q = q * (1 + a.growth.beta * (1 + lengths).log()).unsqueeze(1)
-        found.append(torch.cat((k, v)))
+        found.append((torch.cat((k, v)), sure))
         if len(found) < layers:
             attended = _product(_attended(q, k, v, window, a.attention_scale), layer.out)
             x = x + _normed(attended, layer.out_norm, a.norm_eps)
-            mlp = _mlp(_normed(x, layer.mlp_norm, a.norm_eps), layer)
+            mlp, clear = _mlp(_normed(x, layer.mlp_norm, a.norm_eps), layer.mlp, limit)
+            sure = sure & clear
             x = x + _normed(mlp, layer.down_norm, a.norm_eps)
     return found
 
@@ -129,11 +139,29 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Ten
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 
-def _mlp(x: Tensor, layer: Layer) -> Tensor:
-    mlp = layer.mlp
-    gate, up = mlp.gate_up.halves(_product(x, mlp.gate_up))
-    gate = F.silu(gate) if mlp.activation == 'silu' else F.gelu(gate, approximate='tanh')
-    return _product((gate * up).flatten(1), mlp.down)
+def _mlp(x: Tensor, mlp: Mlp | Experts, limit: float) -> tuple[Tensor, Tensor]:
+    """Give also for each token whether it is clear which experts it takes."""
+    if isinstance(mlp, Mlp):
+        return (_gated(x, mlp.gate_up, mlp.down, mlp.activation),
+                torch.ones(len(x), dtype=torch.bool, device=x.device))
+    logits, taken = _product(x, mlp.router), mlp.down.taken
+    ordered = F.pad(logits.sort(-1, descending=True).values, (0, 1), value=-math.inf)
+    least, next_best = ordered[:, taken - 1:taken], ordered[:, taken:taken + 1]
+    shares = logits.softmax(-1).where(logits >= least, 0.0)
+    if mlp.shared_out:
+        shares = shares / shares.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for number in shares.any(0).nonzero().flatten().tolist():
+        out += shares[:, number:number + 1] * _gated(
+            x, mlp.gate_up[number], mlp.down[number], mlp.activation)
+    spread = logits.square().mean(-1).sqrt()
+    return out, (least - next_best)[:, 0] >= NEAR * limit * spread
+
+
+def _gated(x: Tensor, gate_up: Linear, down: Linear, activation: str) -> Tensor:
+    gate, up = gate_up.halves(_product(x, gate_up))
+    gate = F.silu(gate) if activation == 'silu' else F.gelu(gate, approximate='tanh')
+    return _product((gate * up).flatten(1), down)
 
 
 def _product(x: Tensor, weight: Linear) -> Tensor:

@@ -27,7 +27,9 @@ from physai_decode.engines.native import fusion
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.linear import TILE_ROWS
+from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.torch_linear import Reordered
 from physai_decode.engines.native.torch_linear import TorchInt4
 from physai_decode.engines.native.weights import Layer
@@ -76,8 +78,12 @@ class TorchForms:
 
     def layer(self, layer: Layer) -> Layer:
         """Give the projections of a layer their forms."""
-        mlp = replace(layer.mlp, gate_up=self(layer.mlp.gate_up, paired=True),
-                      down=self(layer.mlp.down))
+        mlp = layer.mlp
+        if isinstance(mlp, Mlp):
+            mlp = replace(mlp, gate_up=self(mlp.gate_up, paired=True), down=self(mlp.down))
+        else:
+            mlp = replace(mlp, router=self(mlp.router), gate_up=self._stack(mlp.gate_up, True),
+                          down=self._stack(mlp.down))
         return replace(layer, qkv=self(layer.qkv), out=self(layer.out), mlp=mlp)
 
     def __call__(self, weight: Linear, paired: bool = False, tied: bool = False) -> Linear:
@@ -99,10 +105,7 @@ class TorchForms:
             self._left += size
             return weight
         self._unpacked += size
-        dense, bias = fusion.densified(weight, self._dtype), weight.bias
-        if paired:
-            dense, bias = _apart(dense), None if bias is None else _apart(bias)
-        return self._dense(Dense(dense, bias), self._reorders)
+        return self._dense(self._plain(weight, paired), self._reorders)
 
     @property
     def report(self) -> str:
@@ -114,6 +117,26 @@ class TorchForms:
             said.append('quantised weights are unpacked at each step, which is tens of times '
                         f'slower: {self._left / 1e9:.3g} GB more of free memory would hold them')
         return '; other '.join(said)
+
+    def _stack(self, stack, paired=False):
+        """Give experts a form; PyTorch's own can not be stacked."""
+        if not isinstance(stack.every, Dense):
+            size = stack.count * stack.shape[0] * stack.shape[1] * self._dtype.itemsize
+            if not self._takes(size):
+                self._left += size
+                return stack
+            self._unpacked += size
+        return Stack.of((self._dense(self._plain(stack[number], paired), False)
+                         for number in range(stack.count)), stack.count, stack.taken)
+
+    def _plain(self, weight, paired):
+        """Unpack a projection, where it is quantised."""
+        if isinstance(weight, Dense):
+            return weight
+        dense, bias = fusion.densified(weight, self._dtype), weight.bias
+        if paired:
+            dense, bias = _apart(dense), None if bias is None else _apart(bias)
+        return Dense(dense, bias)
 
     def _takes(self, size):
         """Take memory, where there is as much."""

@@ -22,6 +22,7 @@ GPU inside a captured graph.
 
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 from physai_decode.engines import device as devices
@@ -32,6 +33,7 @@ from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
+from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.ops import grown
 from physai_decode.engines.native.ops import rms_norm
@@ -51,7 +53,7 @@ _KERNELS = {Dense: '_dense', Int4: '_int4', Scaled: '_multiply', Coded: '_coded'
 class Product(NamedTuple):
     """What the kernel of one matrix-vector product of a step depends on."""
 
-    weight: Linear
+    weight: Linear | Stack
     gain: Tensor | None
     gated: bool = False
 
@@ -86,7 +88,9 @@ class Transformer:
         self._branch = torch.zeros_like(self.x)     # what is normalised before it is added
         self.qkv = torch.zeros(a.q_size + 2 * a.kv_size, dtype=torch.float32, device=device)
         self.attended = torch.zeros(a.q_size, dtype=dtype, device=device)
-        self.hidden = torch.zeros(a.intermediate_size, dtype=dtype, device=device)
+        # What MLPs work in: one for all of a kind.
+        self.rooms: dict[type, Any] = {
+            type(layer.mlp): layer.mlp.room(dtype, device) for layer in weights.layers}
         self.logits = torch.zeros(a.vocab_size, dtype=torch.float32, device=device)
 
     def step(self) -> None:
@@ -108,7 +112,8 @@ class Transformer:
         if layer.out_norm is not None:
             ops.add_normed(out, layer.out_norm, eps, x)
         out = x if layer.down_norm is None else self._branch
-        layer.mlp.step(ops, x, layer.mlp_norm, eps, self.hidden, out, add=out is x)
+        layer.mlp.step(ops, x, layer.mlp_norm, eps, self.rooms[type(layer.mlp)], out,
+                       add=out is x)
         if layer.down_norm is not None:
             ops.add_normed(out, layer.down_norm, eps, x)
 
@@ -117,8 +122,8 @@ class Transformer:
         for layer in self.weights.layers:
             yield 'qkv', Product(layer.qkv, layer.input_norm)
             yield 'out', Product(layer.out, None)
-            for name, weight, gated in layer.mlp.products():
-                yield name, Product(weight, layer.mlp_norm if gated else None, gated)
+            for name, weight, normed, gated in layer.mlp.products():
+                yield name, Product(weight, layer.mlp_norm if normed else None, gated)
         yield 'head', Product(self.weights.head, self.weights.norm)
 
     def reads(self, context: int) -> list[tuple[str, str, int]]:
@@ -132,7 +137,8 @@ class Transformer:
         w = self.weights
 
         def product(operation, weight):
-            return _KERNELS[type(weight)], operation, weight.read_bytes
+            form = type(weight.every if isinstance(weight, Stack) else weight)
+            return _KERNELS[form], operation, weight.read_bytes
 
         found = []
         for layer, attention in zip(w.layers, self.attention, strict=True):
@@ -140,7 +146,7 @@ class Transformer:
             cache = 2 * self.architecture.kv_size * tokens * self.keys.element_size()
             found += [product('qkv', layer.qkv), ('_attend', 'attention', cache),
                       product('out', layer.out),
-                      *(product(name, weight) for name, weight, _ in layer.mlp.products())]
+                      *(product(name, weight) for name, weight, *_ in layer.mlp.products())]
         return [*found, product('head', w.head)]
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
@@ -174,7 +180,8 @@ class Transformer:
             branch = ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
             x += branch if layer.out_norm is None else rms_norm(
                 branch, layer.out_norm, eps, torch.float32)
-            branch = layer.mlp.apply(ops, rms_norm(x, layer.mlp_norm, eps, dtype))
+            branch = layer.mlp.apply(ops, rms_norm(x, layer.mlp_norm, eps, dtype),
+                                     self.rooms[type(layer.mlp)])
             x += branch if layer.down_norm is None else rms_norm(
                 branch, layer.down_norm, eps, torch.float32)
         last = x if every else x[-1]

@@ -28,8 +28,12 @@ from physai_decode.engine import EngineError
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.experts import Experts
+from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
@@ -57,13 +61,13 @@ class Layer:
     out: Linear
     out_norm: Tensor | None
     mlp_norm: Tensor
-    mlp: Mlp
+    mlp: Mlp | Experts
     down_norm: Tensor | None
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[Linear | Stack, ...]:
         """All projections."""
-        return self.qkv, self.out, self.mlp.gate_up, self.mlp.down
+        return self.qkv, self.out, *(weight for _, weight, *_ in self.mlp.products())
 
     @property
     def norms(self) -> tuple[Tensor, ...]:
@@ -90,7 +94,7 @@ class Weights:
         tied = isinstance(self.head, Dense) and self.head.weight is self.embedding
         row = 0 if tied else self.embedding.shape[1] * self.embedding.element_size()
         norms = [self.norm]
-        linears = [self.head]
+        linears: list[Linear | Stack] = [self.head]
         for layer in self.layers:
             norms += layer.norms
             linears += layer.linears
@@ -143,7 +147,7 @@ class _Loader:
         layers = []
         for index in range(a.layers):
             self._progress(f'weights of layer {index + 1} of {a.layers}')
-            layer = self._layer(f'{trunk}layers.{index}')
+            layer = self._layer(f'{trunk}layers.{index}', index)
             layers.append(self._forms.layer(layer) if self._forms else layer)
         head: Linear = Dense(embedding)
         if not tied:
@@ -157,7 +161,7 @@ class _Loader:
             norm = norm.float() * a.logit_scale
         return Weights(embedding, tuple(layers), norm, head, self._fallbacks)
 
-    def _layer(self, prefix):
+    def _layer(self, prefix, index):
         a = self._a
         attention, mlp = f'{prefix}.self_attn.', f'{prefix}.mlp.'
         q_norm, k_norm = ('q_norm', 'k_norm') if a.qk_norm else ('', '')
@@ -173,12 +177,42 @@ class _Loader:
             out=self._fused(attention, [('o_proj', a.hidden_size)], a.q_size, a.out_bias),
             out_norm=norm(a.names.out_norm),
             mlp_norm=norm(a.names.mlp_norm),
-            mlp=Mlp(
-                gate_up=self._gate_up(mlp),
-                down=self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
-                                 a.mlp_bias),
-                activation=a.activation),
+            mlp=self._experts(mlp, a.routing) if a.routing and index in a.routing.layers
+            else Mlp(self._gate_up(mlp, a.intermediate_size),
+                     self._fused(mlp, [('down_proj', a.hidden_size)], a.intermediate_size,
+                                 a.mlp_bias), a.activation),
             down_norm=norm(a.names.down_norm))
+
+    def _experts(self, prefix, routing):
+        a, count, size = self._a, routing.count, routing.size
+        router = self._fused(prefix, [('gate', count)], a.hidden_size, False)
+        prefix += 'experts.'
+        if self._source.entry(f'{prefix}gate_up_proj') is not None:
+            def stored(name, *shape):
+                whole = self._float(prefix + name, (count, *shape))
+                return Stack(Dense(whole), count, routing.taken)
+
+            gate_up = stored('gate_up_proj', 2 * size, a.hidden_size)
+            down = stored('down_proj', a.hidden_size, size)
+        else:
+            own = [f'{prefix}{number}.' for number in range(count)]
+            gate_up = self._stack(prefix, routing, (self._gate_up(each, size) for each in own))
+            down = self._stack(prefix, routing, (self._fused(
+                each, [('down_proj', a.hidden_size)], size, False) for each in own))
+        return Experts(router, gate_up, down, routing.shared_out, a.activation)
+
+    def _stack(self, prefix, routing, parts):
+        try:
+            stack = Stack.of(parts, routing.count, routing.taken)
+        except ValueError as error:
+            raise unsupported(f'{prefix[:-1]} as they are stored: {error}') from None
+        if not isinstance(stack.every, (Dense, Int4)):
+            raise unsupported(f'experts of {stack[0].kind} (it runs those of 4 bits that are '
+                              'integers, and unquantised ones)')
+        bias = stack.every.bias
+        if bias is not None and bias.any():
+            raise unsupported(f'{prefix[:-1]} with biases')
+        return replace(stack, every=replace(stack.every, bias=None))
 
     def _qkv(self, prefix):
         a = self._a
@@ -198,16 +232,15 @@ class _Loader:
             a.q_size + a.kv_size, a.q_size + 2 * a.kv_size, device=self._device)))
         return fused.rows(index)
 
-    def _gate_up(self, prefix):
+    def _gate_up(self, prefix, size):
         a = self._a
         if len(a.names.gate_up) == 2:
-            return self._fused(prefix, [(name, a.intermediate_size) for name in a.names.gate_up],
+            return self._fused(prefix, [(name, size) for name in a.names.gate_up],
                                a.hidden_size, a.mlp_bias)
-        fused = self._fused(prefix, [(a.names.gate_up[0], 2 * a.intermediate_size)],
-                            a.hidden_size, a.mlp_bias)
+        fused = self._fused(prefix, [(a.names.gate_up[0], 2 * size)], a.hidden_size, a.mlp_bias)
         if isinstance(fused, Dense):
             return fused
-        index = fusion.in_turn(a.intermediate_size, self._device)
+        index = fusion.in_turn(size, self._device)
         if index is not None:
             return fused.rows(index)
         self._fallbacks += 1

@@ -34,6 +34,7 @@ from physai_decode.engines.native.families import mistral
 from physai_decode.engines.native.families import phi3
 from physai_decode.engines.native.families import qwen2
 from physai_decode.engines.native.families import qwen3
+from physai_decode.engines.native.families import qwen3_moe
 from physai_decode.engines.native.families import smollm3
 from physai_decode.engines.native.families import text_part
 from physai_decode.engines.native.families.refusal import unsupported
@@ -45,7 +46,7 @@ Family = Callable[[Mapping[str, Any]], Architecture]
 FAMILIES: dict[str, Family] = {
     'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
     'gemma3_text': gemma3.parse, 'phi3': phi3.parse, 'smollm3': smollm3.parse,
-    'granite': granite.parse, 'ministral3': ministral3.parse}
+    'granite': granite.parse, 'ministral3': ministral3.parse, 'qwen3_moe': qwen3_moe.parse}
 # Models that see too, of which the text is run.
 TEXT_PARTS: dict[str, Family] = {
     'gemma3': text_part.of({'gemma3_text': gemma3.parse}, tied=True),

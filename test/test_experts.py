@@ -1,0 +1,393 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Experts: kernels against their twins, the layouts of folders, and what a step reads."""
+
+import json
+import os
+
+import pytest
+
+torch = pytest.importorskip('torch')
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+pytest.importorskip('triton')
+pytest.importorskip('transformers')
+
+from engine_contract import load
+from physai_decode import engines
+from physai_decode.checkpoint import inspect
+from physai_decode.config import EngineConfig
+from physai_decode.engine import EngineError
+from physai_decode.engines.native import experts
+from physai_decode.engines.native import families
+from physai_decode.engines.native import fusion
+from physai_decode.engines.native import kernels
+from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import source
+from physai_decode.engines.native import weights
+from physai_decode.engines.native.coded_kernels import CodedOps
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Stack
+from physai_decode.engines.native.ops import Taken
+from physai_decode.engines.native.ops import TorchOps
+from physai_decode.engines.native.prefill import Prefill
+from physai_decode.engines.native.torch_forms import TorchForms
+from physai_decode.engines.native.transformer import Transformer
+import random_formats
+import random_gptq
+import random_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1, max_context=64)
+TWIN = TorchOps(on_host=False)
+EPS = 1e-6
+COUNT, TAKEN = 5, 3
+IDS = (4, 0, 3)
+
+
+@pytest.fixture
+def make():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return normal
+
+
+@pytest.fixture
+def those(make):
+    return Taken(torch.tensor(IDS, device=DEVICE), make(TAKEN))
+
+
+def error(got, expected):
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def stacked(parts):
+    return Stack.of(parts, COUNT, TAKEN)
+
+
+def int4(seed, n, k, symmetric=True):
+    """Give random weights of 4 bits, and what they stand for."""
+    stored, dense = random_gptq.tensors(seed, n, k, 32, symmetric=symmetric)
+    return random_gptq.read(stored, n, k, 32, device=DEVICE), dense.to(DEVICE)
+
+
+@pytest.mark.parametrize('count', [5, 128, 300])
+@pytest.mark.parametrize('shared_out', [False, True])
+def test_what_a_router_takes(make, count, shared_out):
+    logits = make(count)
+    found = [Taken(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
+    for ops, into in zip((TWIN, CodedOps(DEVICE)), found):
+        ops.take(logits, into, shared_out)
+    assert found[0].ids.tolist() == found[1].ids.tolist() == logits.topk(4).indices.tolist()
+    assert error(found[1].shares, found[0].shares) < 1e-6
+    assert (abs(float(found[1].shares.sum()) - 1) < 1e-6) == shared_out
+
+
+def test_experts_that_are_alike_are_taken_once(make):
+    into = Taken(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
+    CodedOps(DEVICE).take(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0], device=DEVICE), into, True)
+    assert into.ids.tolist() == [4, 1, 2]
+
+
+def test_logits_that_are_no_numbers_give_a_share_that_is_none(make):
+    """And experts that there are: a kernel reads at their numbers."""
+    into = Taken(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
+    CodedOps(DEVICE).take(torch.full((6,), float('nan'), device=DEVICE), into, True)
+    assert into.shares.isnan().any()
+    assert all(0 <= number < 6 for number in into.ids.tolist())
+
+
+@pytest.mark.parametrize('size, columns', [(40, 512), (96, 64), (512, 256)])
+def test_dense(make, those, size, columns, monkeypatch):
+    """The columns of an expert fill tiles, or not."""
+    monkeypatch.setattr(kernels, 'DENSE_CHOICES', (kernels.Choice(4, columns, 1, 1),))
+    gate_up = stacked(Dense(make(2 * size, 100)) for _ in range(COUNT))
+    down = stacked(Dense(make(33, size)) for _ in range(COUNT))
+    check(make, those, gate_up, down, size)
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('size', [64, 96])
+def test_int4(make, those, size, symmetric):
+    """Blocks of 128 columns are not full."""
+    pairs = [[int4(2 * number + at, size, 256, symmetric) for at in range(2)]
+             for number in range(COUNT)]
+    gate_up = stacked(fusion.fuse([gate[0], up[0]], paired=True) for gate, up in pairs)
+    downs = [int4(50 + number, 32, size, symmetric) for number in range(COUNT)]
+    hidden, out = check(make, those, gate_up, stacked(down for down, _ in downs), size, 256, 32)
+    plain = stacked(Dense(torch.cat([gate[1], up[1]])) for gate, up in pairs), stacked(
+        Dense(dense) for _, dense in downs)
+    expected = run(TWIN, make, those, *plain, size)
+    assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
+
+
+def test_int4_of_which_one_has_zeros(make, those):
+    """The others get what theirs are: 8."""
+    downs = [int4(number, 32, 96, symmetric=number != 3) for number in range(COUNT)]
+    stack = stacked(down for down, _ in downs)
+    x, out = torch.zeros(TAKEN, 128, device=DEVICE), make(32)
+    x[:, :96] = make(TAKEN, 96)
+    expected = sum(downs[number][1] @ row[:96] for number, row in zip(IDS, x))
+    for ops in (TWIN, CodedOps(DEVICE)):
+        ops.joined(x, stack, those, out)
+        assert error(out, expected) < 1e-4
+
+
+def run(ops, make, those, gate_up, down, size, columns=None):
+    """Run both products on the same numbers; gives what each writes."""
+    generator = torch.Generator().manual_seed(1)
+    x, gain, out = (torch.randn(count, generator=generator).to(DEVICE) for count in (
+        gate_up.shape[1], gate_up.shape[1], down.shape[0]))
+    hidden = torch.zeros(TAKEN, columns or size, device=DEVICE)
+    ops.gated_each(x, gate_up, those, hidden, gain, EPS)
+    for _ in range(2):      # written, and added
+        ops.joined(hidden, down, those, out, add=True)
+    ops.joined(hidden, down, those, out)
+    ops.joined(hidden, down, those, out, add=True)
+    return hidden[:, :size], out
+
+
+def check(make, those, gate_up, down, size, k=100, n=33):
+    columns = down[0].padded_features if n == 32 else size
+    every = [run(ops, make, those, gate_up, down, size, columns)
+             for ops in (TorchOps(on_host=True), TWIN, CodedOps(DEVICE))]
+    for got in every[1:]:
+        for one, expected in zip(got, every[0]):
+            assert error(one, expected) < 1e-4
+    return every[-1]
+
+
+def test_weights_of_several_forms_are_not_stacked(make):
+    with pytest.raises(ValueError, match='not all of one form'):
+        stacked([Dense(make(32, 64)), int4(0, 32, 64)[0]])
+    stored, _ = random_gptq.tensors(0, 32, 64, 32, act_order=True)
+    with pytest.raises(ValueError, match='orders of their own'):
+        stacked([random_gptq.read(stored, 32, 64, 32, device=DEVICE)])
+
+
+# --- a whole model ------------------------------------------------------------------------------
+
+def transformers(folder):
+    """Give transformers of the same weights: by kernels, by their twins, as on a CPU."""
+    checkpoint = inspect(folder)
+    shape = families.parse(checkpoint.config)
+    loaded = weights.load(shape, source.Files(checkpoint, DEVICE), checkpoint.quantized,
+                          torch.float32, lambda message: None)
+    return [Transformer(shape, loaded, 64, torch.float32, DEVICE, ops)
+            for ops in (CodedOps(DEVICE, splits=2), TWIN, TorchOps(on_host=True))]
+
+
+def save(folder, kind):
+    if kind == 'gptq':
+        random_gptq.save(folder, 'qwen3_moe', 0, 32, symmetric=False)
+        plain = random_model.save(folder.with_name('plain'), 'qwen3_moe', 0)
+        restore_routers(folder, plain)
+    elif kind == 'awq':
+        random_formats.save(folder, 'qwen3_moe', random_formats.awq(32), dense=(
+            'lm_head', '0.mlp.gate', '1.mlp.gate'))
+    else:
+        random_model.save(folder, kind, 0)
+    return folder
+
+
+def restore_routers(folder, plain):
+    """Have the routers not quantised, as they are published."""
+    path = folder / 'model.safetensors'
+    tensors = {name: tensor for name, tensor in load_file(path).items()
+               if '.mlp.gate.' not in name}
+    tensors |= {name: tensor for name, tensor in load_file(
+        plain / 'model.safetensors').items() if '.mlp.gate.' in name}
+    save_file(tensors, path, metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq', 'awq'])
+@pytest.mark.parametrize('few', [True, False])
+def test_prompts_and_steps(tmp_path, kind, few, monkeypatch):
+    """Prompts of few tokens, and of many."""
+    monkeypatch.setattr(experts, 'FEW', 2 if few else 0)
+    found = []
+    for each in transformers(save(tmp_path / 'model', kind)):
+        ids = torch.tensor([7, 300], device=DEVICE)
+        logits = [each.prefill(ids, 0).clone()]
+        each.token.fill_(5)
+        each.position.fill_(2)
+        each.step()
+        logits.append(each.logits.clone())
+        again = each.prefill(torch.tensor([7, 300, 5], device=DEVICE), 0)
+        assert error(again, logits[-1]) < 1e-4
+        found.append(torch.stack(logits))
+    for got in found[:2]:
+        assert error(got, found[2]) < 1e-4
+
+
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between'])
+def test_a_folder_with_experts_in_one_tensor(tmp_path, kind):
+    apart = random_model.save(tmp_path / 'apart', kind, 0)
+    found = [load(NativeEngine, folder, CPU).engine.prefill_logits([3, 1, 4, 1, 5])
+             for folder in (apart, joined(apart, tmp_path / 'joined'))]
+    assert torch.equal(*found)
+
+
+def joined(folder, to):
+    """Write a folder anew, as the library keeps it in memory."""
+    to.mkdir()
+    (to / 'config.json').write_text((folder / 'config.json').read_text())
+    stored, parts = {}, {}
+    for name, tensor in load_file(folder / 'model.safetensors').items():
+        if '.experts.' in name:
+            lead, _, rest = name.partition('.experts.')
+            number, part, _ = rest.split('.')
+            parts.setdefault(lead, {})[int(number), part] = tensor
+        else:
+            stored[name] = tensor
+    for lead, found in parts.items():
+        numbers = range(len(found) // 3)
+        stored[f'{lead}.experts.gate_up_proj'] = torch.stack([torch.cat(
+            [found[number, 'gate_proj'], found[number, 'up_proj']]) for number in numbers])
+        stored[f'{lead}.experts.down_proj'] = torch.stack(
+            [found[number, 'down_proj'] for number in numbers])
+    save_file(stored, to / 'model.safetensors', metadata={'format': 'pt'})
+    return to
+
+
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq'])
+def test_a_step_reads_the_experts_that_it_takes(tmp_path, kind, monkeypatch):
+    """And no others: they may be no numbers."""
+    t = transformers(save(tmp_path / 'model', kind))[0]
+    t.token.fill_(9)
+    taken, take = [], CodedOps.take
+
+    def noted(self, logits, into, shared_out):
+        take(self, logits, into, shared_out)
+        taken.append(into.ids.tolist())
+
+    monkeypatch.setattr(CodedOps, 'take', noted)
+    t.step()
+    expected = t.logits.clone()
+    layers = [layer for layer in t.weights.layers if isinstance(layer.mlp, experts.Experts)]
+    assert len(layers) == len(taken)
+    spared = 0
+    for layer, numbers in zip(layers, taken):
+        for stack in (layer.mlp.gate_up, layer.mlp.down):
+            one, floats = stack[0], 'weight' if kind != 'gptq' else 'scales'
+            for number in set(range(stack.count)) - set(numbers):
+                getattr(stack.every, floats)[number] = float('nan')
+                spared += one.read_bytes
+    t.step()
+    assert torch.equal(t.logits, expected)
+    # What the floor counts is all there is, but for those and the input embedding.
+    every = [tensor for layer in t.weights.layers for tensor in layer.norms]
+    every += [t.weights.norm, t.weights.head.weight]
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in every)
+    for layer in t.weights.layers:
+        for weight in layer.linears:
+            whole += weight.read_bytes * weight.count // weight.taken \
+                if isinstance(weight, Stack) else weight.read_bytes
+    tied = t.weights.head.weight is t.weights.embedding
+    row = 0 if tied else t.weights.embedding[0].numel() * 4
+    assert t.weights.read_bytes == whole - spared + row
+    read = [size for kernel, operation, size in t.reads(1) if operation != 'attention']
+    norms = sum(4 * tensor.numel() for layer in t.weights.layers for tensor in layer.norms)
+    assert sum(read) == t.weights.read_bytes - norms - 4 * t.weights.norm.numel() - row
+
+
+def test_prompts_are_not_captured(tmp_path):
+    assert not Prefill.runs(transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[0])
+
+
+def test_the_order_of_sums_is_fixed(tmp_path):
+    """The same prompt gives the same logits."""
+    t = transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[1]
+    ids = torch.arange(50, device=DEVICE)
+    first = t.prefill(ids, 0).clone()
+    assert torch.equal(t.prefill(ids, 0), first)
+
+
+@pytest.mark.parametrize('form, what', [
+    (random_formats.int8(-1), 'experts of compressed-tensors-int8'),
+    (random_formats.float8('block'), 'experts of fp8'),
+    (random_formats.float4('nvfp4'), 'experts of compressed-tensors-float4')])
+def test_formats_that_are_not_run(tmp_path, form, what):
+    """``auto`` takes the engine that the error names."""
+    random_formats.save(tmp_path, 'qwen3_moe', form)
+    with pytest.raises(EngineError, match=f'does not run {what}.*engine.name to transformers'):
+        NativeEngine(inspect(tmp_path), CPU)
+    assert engines.choose(inspect(tmp_path), EngineConfig(device='cpu')).name == 'transformers'
+
+
+def test_experts_whose_columns_are_in_orders_of_their_own(tmp_path):
+    random_gptq.save(tmp_path, 'qwen3_moe', 0, 32, act_order=True)
+    with pytest.raises(EngineError, match='experts of gptq-int4-g32 with desc_act'):
+        NativeEngine(inspect(tmp_path), CPU)
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    config['quantization_config'].pop('desc_act')
+    path.write_text(json.dumps(config))
+    what = r'layers\.0\.mlp\.experts as they are stored: .* orders of their own'
+    with pytest.raises(EngineError, match=f'{what}; set engine.name to transformers'):
+        NativeEngine(inspect(tmp_path), CPU)
+
+
+@pytest.mark.parametrize('room', [0, float('inf')])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_forms_of_experts_for_operations_of_torch(tmp_path, room, dtype):
+    """Unpacked where there is room; the log says by how much."""
+    checkpoint = inspect(save(tmp_path / 'model', 'gptq'))
+    shape = families.parse(checkpoint.config)
+    found = []
+    for forms in (None, TorchForms(dtype, torch.device('cpu'), room)):
+        loaded = weights.load(shape, source.Files(checkpoint, torch.device('cpu')),
+                              checkpoint.quantized, dtype, lambda message: None, forms)
+        t = Transformer(shape, loaded, 64, dtype, torch.device('cpu'), TorchOps(on_host=True))
+        t.token.fill_(9)
+        t.step()
+        found.append(t.logits)
+    assert isinstance(loaded.layers[0].mlp.down.every, Dense) == bool(room)
+    assert ('kept unpacked' if room else 'unpacked at each step') in forms.report
+    assert error(*found) < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize('fields, what', [
+    ({'num_experts_per_tok': 9}, 'num_experts_per_tok 9, more than its 8 experts'),
+    ({'num_experts_per_tok': 0}, 'num_experts_per_tok is 0'),
+    ({'num_local_experts': '8'}, "num_local_experts is '8'"),
+    ({'moe_intermediate_size': None}, 'moe_intermediate_size is None'),
+    ({'decoder_sparse_step': 0}, 'decoder_sparse_step is 0'),
+    ({'mlp_only_layers': 1}, 'mlp_only_layers is 1'),
+    ({'mlp_only_layers': ['1']}, 'mlp_only_layers is'),
+    ({'hidden_act': 'gelu'}, "does not run hidden_act 'gelu'")])
+def test_configs_that_are_not_run(tmp_path, fields, what):
+    config = json.loads((random_model.save(tmp_path, 'qwen3_moe', 0) / 'config.json').read_text())
+    families.parse(config)
+    with pytest.raises(EngineError, match=what):
+        families.parse({**config, **fields})
+
+
+def test_the_older_name_of_the_number_of_experts(tmp_path):
+    config = json.loads((random_model.save(tmp_path, 'qwen3_moe', 0) / 'config.json').read_text())
+    routing = families.parse(config).routing
+    config['num_experts'] = config.pop('num_local_experts')
+    assert families.parse(config).routing == routing
+    assert routing.count == 8 and routing.layers == {0, 1}
+
+
+def test_layers_without_experts(tmp_path):
+    random_model.save(tmp_path, 'qwen3_moe_between', 0)
+    assert families.parse(inspect(tmp_path).config).routing.layers == {1}
