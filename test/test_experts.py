@@ -322,7 +322,7 @@ def test_the_order_of_sums_is_fixed(tmp_path):
 
 @pytest.mark.parametrize('form, what', [
     (random_formats.int8(-1), 'experts of compressed-tensors-int8'),
-    (random_formats.float8('block'), 'experts of fp8'),
+    (random_formats.float8('block'), 'experts of compressed-tensors-float8'),
     (random_formats.float4('nvfp4'), 'experts of compressed-tensors-float4')])
 def test_formats_that_are_not_run(tmp_path, form, what):
     """``auto`` takes the engine that the error names."""

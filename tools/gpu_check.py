@@ -44,6 +44,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 LIMIT = 2e-2
+# Of experts: where two are nearly as likely, bfloat16 takes the other one. The library's own
+# bfloat16 is then up to 0.14 off its float32, in 1 to 10 of 100 places of such a model.
+EXPERTS_LIMIT = 0.2
 TOKENS = 64
 SMALL = {'hidden_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
          'num_key_value_heads': 2, 'head_dim': 64, 'intermediate_size': 512, 'vocab_size': 1024,
@@ -147,7 +150,8 @@ def compare(name, folder, reference, dtype='auto'):
     below = max((row.max() - row[i]).item() / row.abs().max().item()
                 for row, i in zip(picked, greedy))
     same, repeats = captured[0] == uncaptured[0], first == second
-    good = max(errors) < LIMIT and below < LIMIT and same and repeats and masked
+    limit = EXPERTS_LIMIT if 'experts' in name else LIMIT
+    good = max(errors) < limit and below < LIMIT and same and repeats and masked
     print(f'{name:24} {kind:9} prompt {errors[0]:.1e}  step {errors[1]:.1e}  below the best '
           f'{below:.1e}  captured = uncaptured {same}  seed repeats {repeats}  '
           f'masked alike {masked}  '
