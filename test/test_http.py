@@ -562,6 +562,15 @@ def test_the_end_of_the_server_while_the_engine_hangs(gate):
     rig.close()
 
 
+def test_a_piece_waits_for_no_acknowledgement():
+    config = HttpConfig(port=free_port())
+    with server._listen(config) as listening, \
+            socket.create_connection(('127.0.0.1', config.port)):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_connections_beyond_the_limit():
     """They are told of it, those far beyond are closed, and one that goes makes room."""
     with opened(max_connections=2) as rig:
