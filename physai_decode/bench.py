@@ -143,8 +143,8 @@ def _parser():
                       help='also compare the step under these with the greedy one: greedy, or '
                       'setting=value,... of the parameter group sampling')
     what.add_argument('--constraint', default='', metavar='SCHEMA',
-                      help='also compare the step under a JSON Schema with the free one: a file, or '
-                      "plan, 32 actions of the embedded model's")
+                      help='also compare the step under a JSON Schema with the free one: a file, '
+                      "or plan, 32 actions of the embedded model's")
     what.add_argument('--beside', nargs='+', default=[], metavar='NEIGHBOUR',
                       help='also time the step beside a neighbour: cpu, a busy loop on each core, '
                       'or gpu[:hz,batch], a network of convolutions in a process of its own')

@@ -48,9 +48,9 @@ from physai_decode.benchmark.table import Table
 from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.constraint import ConstraintError
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
-from physai_decode.constraint import ConstraintError
 from physai_decode.engine import Choice
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint

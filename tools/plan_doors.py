@@ -140,7 +140,7 @@ class Topic(RosDoor):
     def send(self, prompt: str, form: dict[str, Any], limit: int) -> None:
         """Publish the request."""
         self._request.publish(String(data=json.dumps(
-            {'prompt': prompt, 'response_format': form, 'max_tokens': limit})))
+            {'prompt': prompt, 'max_tokens': limit, **form})))
 
 
 class Action(RosDoor):
@@ -156,7 +156,7 @@ class Action(RosDoor):
 
     def send(self, prompt: str, form: dict[str, Any], limit: int) -> None:
         """Send the goal."""
-        goal = Generate.Goal(prompt=prompt, options_json=json.dumps({'response_format': form}))
+        goal = Generate.Goal(prompt=prompt, options_json=json.dumps(form) if form else '')
         goal.sampling.max_tokens = limit
         self._client.send_goal_async(goal, self._hear).add_done_callback(
             lambda sent: sent.result().get_result_async().add_done_callback(
@@ -187,7 +187,7 @@ class Http:
         plan = Plan('free')
         self._connection.request('POST', '/v1/chat/completions', json.dumps({
             'model': self._model, 'messages': [{'role': 'user', 'content': prompt}],
-            'response_format': form, 'max_tokens': limit, 'stream': True}))
+            'max_tokens': limit, 'stream': True, **form}))
         answer = self._connection.getresponse()
         if answer.status != 200:
             sys.exit(f'{self.name}: {answer.read().decode()}')

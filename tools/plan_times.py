@@ -15,15 +15,15 @@
 """
 Time one plan, free and constrained: to the first token, to the first action, to the whole.
 
-The engine answers alone, in this process, then through each door of a node in another process, in
-blocks that take turns. All times are a client's own, from before it asks. Only a constrained answer
-is published element by element, and not by HTTP; elsewhere the client finds the first action in the
-text. Another command is asked for before each, so that only what all prompts begin with is in the
-cache. Printed are medians, as a Markdown table.
+The engine answers alone, in this process, and through each door of a node in another process, in
+blocks that take turns. All times are a client's own, from before it asks. Only a constrained
+answer is published element by element, and not by HTTP; elsewhere the client finds the first
+action in the text. Another command is asked for before each, so that only what all prompts begin
+with is in the cache. Printed are medians, as a Markdown table.
 
-With --shape the engine alone answers, on random weights of that shape, and ROS is not needed. Such a
-model writes no plan by itself: its free answer is text, timed up to as many tokens as the constrained
-one has.
+With --shape the engine alone answers, on random weights of that shape, and ROS is not needed. Such
+a model writes no plan by itself: its free answer is text, timed up to as many tokens as the
+constrained one has.
 """
 
 import argparse
@@ -48,19 +48,17 @@ from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.items import Items
-from physai_decode.request import Form
 from physai_decode.request import Message
+from physai_decode.request import Request
 from prompt import PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER = 'Put the green book on the shelf.'
 BLOCK = 5                       # plans of each kind, until the next way has its turn
 CONTEXT = 4096                  # of random weights: room for a prompt and a plan
-# Of a plan of five actions that random weights write, which end no string by themselves.
-SCHEMA = {'type': 'array', 'minItems': 5, 'maxItems': 5, 'items': {
-    'type': 'object', 'required': ['action', 'object'], 'additionalProperties': False,
-    'properties': {'action': {'enum': ['find', 'open', 'close', 'pick']},
-                   'object': {'type': 'string', 'minLength': 8, 'maxLength': 16}}}}
+# Of a plan of five actions that random weights write: they would fill it up with blanks.
+ACTION = r'\{"action":"(find|open|close|pick)","object":"[^"\\\x00-\x1f]{8,16}"\}'
+RANDOM = {'structured_outputs': {'regex': rf'\[{ACTION}(,{ACTION}){{4}}\]'}}
 TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
 
 
@@ -101,12 +99,15 @@ class Alone:
         """Have nothing to close."""
 
     def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int) -> Plan:
-        """Answer a prompt."""
+        """
+        Answer a prompt.
+
+        :param form: fields of a request that constrain the answer.
+        """
         plan, masks_ms, constraint = Plan('free'), list[float](), None
         if kind == 'constrained':
             vocabulary = self._text.vocabulary(self._shape.vocab_size, self._shape.eos_token_ids)
-            constraint = vocabulary.constraint(
-                Form('json_schema', form['json_schema']['schema'], '--schema'))
+            constraint = vocabulary.constraint(Request.from_json({'prompt': prompt, **form}).form)
         decoder, count, self.tokens = self._text.detokenizer(), 0, {}
         for step in self._steps(prompt, limit, constraint):
             if step.mask_s is not None:
@@ -190,8 +191,9 @@ def plans(arguments: argparse.Namespace) -> int:
 
     config = DecodeConfig(model=ModelConfig(path=arguments.model),
                           engine=EngineConfig(cpu_threads=arguments.cpu_threads))
-    forms = {'free': {'type': 'text'},
-             'constrained': as_format(json.loads(arguments.schema.read_text()))}
+    forms: dict[str, dict[str, Any]] = {
+        'free': {}, 'constrained': {'response_format': {'type': 'json_schema', 'json_schema': {
+            'name': 'plan', 'schema': json.loads(arguments.schema.read_text())}}}}
     table, limit = Table(), config.sampling.max_new_tokens
     with ExitStack() as undo:
         alone = Alone(config)
@@ -206,7 +208,7 @@ def plans(arguments: argparse.Namespace) -> int:
                 way.open()
                 for number in range(min(BLOCK, arguments.rounds - begin) + 1):
                     for kind, form in forms.items():
-                        way.ask(OTHER, 'free', forms['free'], 1)
+                        way.ask(OTHER, 'free', {}, 1)
                         plan = way.ask(arguments.prompt, kind, form, limit)
                         if number:              # the first one of a block warms up
                             table.add(way.name, kind, plan)
@@ -217,7 +219,7 @@ def plans(arguments: argparse.Namespace) -> int:
 
 def random_plans(arguments: argparse.Namespace) -> int:
     """Have random weights write plans of some actions, and as much text."""
-    table, form = Table(), as_format(SCHEMA)
+    table = Table()
     with TemporaryDirectory() as folder, ExitStack() as undo:
         synthetic.describe(Path(folder), arguments.shape, arguments.quantization)
         alone = Alone(DecodeConfig(
@@ -228,7 +230,7 @@ def random_plans(arguments: argparse.Namespace) -> int:
              arguments.rounds)
         for number in range(arguments.rounds + 1):
             alone.text(OTHER, {'whole plan': 1})
-            plan = alone.ask(arguments.prompt, 'constrained', form, CONTEXT)
+            plan = alone.ask(arguments.prompt, 'constrained', RANDOM, CONTEXT)
             tokens = alone.tokens
             alone.text(OTHER, {'whole plan': 1})
             text = alone.text(arguments.prompt, tokens)
@@ -238,11 +240,6 @@ def random_plans(arguments: argparse.Namespace) -> int:
     table.show()
     print('\ntokens: ' + ', '.join(f'{count} to the {name}' for name, count in tokens.items()))
     return 0
-
-
-def as_format(schema: Any) -> dict[str, Any]:
-    """Give a request's field that asks for a JSON Schema."""
-    return {'type': 'json_schema', 'json_schema': {'name': 'plan', 'schema': schema}}
 
 
 def head(alone: Alone, model: str, rounds: int) -> None:

@@ -402,8 +402,9 @@ def _tokenizer(size: int) -> str:
     No prompt has these, for no merge makes them. A constraint has to mask all of them.
     """
     told = json.loads((_BUILTIN / 'tokenizer.json').read_text())
-    vocabulary, special = told['model']['vocab'], {each['content'] for each in told['added_tokens']}
-    parts, draw = [token for token in vocabulary if token not in special], random.Random(0)
+    vocabulary, draw = told['model']['vocab'], random.Random(0)
+    special = {each['content'] for each in told['added_tokens']}
+    parts = [token for token in vocabulary if token not in special]
     while len(vocabulary) < size:
         vocabulary.setdefault(draw.choice(parts) + draw.choice(parts), len(vocabulary))
     return json.dumps(told, ensure_ascii=False)

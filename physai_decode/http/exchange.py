@@ -15,9 +15,9 @@
 """
 One request between the decode thread and the event loop, which never wait for each other.
 
-The decode thread leaves pieces in a bounded deque and wakes the loop, at most once in a period
-unless one completes an element or a call of a tool; the loop sends all that is there. A client that
-does not take its pieces loses its request.
+The decode thread leaves pieces in a bounded deque and wakes the loop; the loop sends all that is
+there, at most once in a period unless a piece completes an element or a call of a tool. A client
+that does not take its pieces loses its request.
 """
 
 import asyncio
