@@ -22,6 +22,7 @@ and one HTML page. It judges speed only; whether an engine is right is the tests
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+import json
 from pathlib import Path
 import shlex
 import signal
@@ -42,6 +43,8 @@ from physai_decode.benchmark.table import Table
 from physai_decode.config import check
 from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
+from physai_decode.constraint import check_schema
+from physai_decode.constraint import ConstraintError
 
 CONTEXTS = (2048, 4096, 8192, 16384)
 _EPILOG = """\
@@ -52,6 +55,7 @@ examples:
   decode_bench --model builtin:tiny_planner --engines native transformers --contexts 128 512
   decode_bench --synthetic qwen2.5-7b --engines native transformers --kernels
   decode_bench --sampling temperature=0.8 temperature=0.8,top_p=0.9,top_k=40
+  decode_bench --constraint plan --contexts 512
   decode_bench --synthetic qwen2.5-7b --ab native:cuda_graph=false native --sessions 10
   decode_bench --paper --out paper
 """
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _write_checkpoint(options)
         cases = _cases(options)
         runner = _runner(options)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ConfigError, ConstraintError, ValueError, OSError) as error:
         print(f'decode_bench: {error}', file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):      # no session outlives its runner
@@ -138,6 +142,9 @@ def _parser():
     what.add_argument('--sampling', nargs='+', action='extend', default=[], metavar='SETTINGS',
                       help='also compare the step under these with the greedy one: greedy, or '
                       'setting=value,... of the parameter group sampling')
+    what.add_argument('--constraint', default='', metavar='SCHEMA',
+                      help='also compare the step under a JSON Schema with the free one: a file, '
+                      "or plan, 32 actions of the embedded model's")
     what.add_argument('--beside', nargs='+', default=[], metavar='NEIGHBOUR',
                       help='also time the step beside a neighbour: cpu, a busy loop on each core, '
                       'or gpu[:hz,batch], a network of convolutions in a process of its own')
@@ -215,7 +222,8 @@ def _cases(options):
     for text in options.beside:
         neighbour.parse(text)
     common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s,
-              'samplings': tuple(options.sampling), 'beside': tuple(options.beside)}
+              'samplings': tuple(options.sampling), 'beside': tuple(options.beside),
+              'schema': _schema(options.constraint) if options.constraint else ''}
     if options.paper or options.targets:
         if options.model:
             raise ValueError('--paper and --targets are for --synthetic SHAPE, not for --model')
@@ -240,6 +248,23 @@ def _cases(options):
     return [replace(case, session=f'{number:02d} {side}')
             for number, side in enumerate(compare.order(options.sessions), 1)
             for case in sides[side]]
+
+
+def _schema(name):
+    """Give a JSON Schema's text; raise what is wrong with it."""
+    path = Path(name)
+    if name == 'plan':
+        places = [root / where / 'plan.schema.json' for root in Path(__file__).resolve().parents
+                  for where in ('config', 'share/physai_decode/config')]
+        path = next((place for place in places if place.is_file()), places[0])
+    try:
+        schema = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'--constraint {name}: {path} is no JSON: {error}') from None
+    check_schema(schema, f'--constraint {name}')
+    if name == 'plan':          # behind a prompt that says nothing, the model has nothing to do
+        schema['minItems'] = schema['maxItems']
+    return json.dumps(schema)
 
 
 def _engine(text, base):
@@ -270,9 +295,9 @@ def _tables(options, results) -> list[Table]:
                    suites.quantized_table(results, contexts[0])]
     reference = suites.EAGER if suites.EAGER in done else done[-1] if done else ''
     tables += [report.steps(results, '' if options.ab else reference), report.samplings(results),
-               report.beside(results), report.parts(results), report.verdicts(results),
-               report.energy(results),
-               report.floors(results), report.startup(results)]
+               report.masked(results), report.beside(results), report.parts(results),
+               report.verdicts(results), report.energy(results), report.floors(results),
+               report.startup(results)]
     for result, cell in report.cells(results):
         if cell.get('kernels') and (options.kernels or options.targets):
             tables.append(report.kernels(result, cell))

@@ -48,6 +48,7 @@ from physai_decode.benchmark.table import Table
 from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.constraint import ConstraintError
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
 from physai_decode.engine import Choice
@@ -160,7 +161,7 @@ def test_an_unknown_peak_gives_no_floor():
 
 def test_steps_of_several_tokens_count_each():
     class Loop:
-        def stream(self, prompt_ids, sampling):
+        def stream(self, prompt_ids, sampling, constraint=None):
             yield Step(())
             yield Step((1,), 0.5, cached_tokens=3)
             for _ in range(sampling.max_new_tokens // 2):
@@ -177,6 +178,45 @@ def test_samplings_take_turns_behind_one_prompt():
     assert len(set(map(tuple, engine.prompts))) == 1
     told = [(each.temperature, each.top_k, each.max_new_tokens) for each in engine.samplings]
     assert told == [(0.0, 0, 8), (0.8, 0, 8), (0.0, 3, 8)] * session.SAMPLING_ROUNDS
+
+
+class Ending:
+    """A constraint whose answer is complete after so many tokens."""
+
+    mask_s = 0.25
+
+    def __init__(self, tokens):
+        self.left = tokens
+
+    @property
+    def ended(self):
+        return self.left <= 0
+
+    def accept(self, token_id):
+        self.left -= 1
+
+
+def test_masked_steps_take_turns_with_free_ones_of_the_same_length():
+    engine, lengths = FakeEngine(), iter([4, *[6, 9] * 50])
+    made = []
+
+    def fresh():
+        made.append(Ending(next(lengths)))
+        return made[-1]
+    told = session.masked(engine, 64, 2, 5, session.Compiled(fresh, 0.5, 0.75))
+    # The first answer is left out; the others have 3 steps after 2 of warm-up, or 5 of 6.
+    assert len(made) == 1 + 13
+    assert len(told['masked_s']) == len(told['free_s']) == len(told['mask_s']) == 7 * 3 + 6 * 5
+    assert told['mask_p99_s'] == 0.25 and told['ratio'] > 0
+    assert (told['vocabulary_s'], told['compile_s']) == (0.5, 0.75)
+    assert len(set(map(tuple, engine.prompts))) == 1
+    assert [each.max_new_tokens for each in engine.samplings][:6] == [8, 4, 8, 6, 8, 8]
+
+
+def test_answers_too_short_to_be_timed_are_an_error():
+    compiled = session.Compiled(lambda: Ending(2), 0.0, 0.0)
+    with pytest.raises(EngineError, match='0 steps after 2 of warm-up, and 50 are needed'):
+        session.masked(FakeEngine(), 64, 2, 5, compiled)
 
 
 def test_an_engine_that_ends_early_is_an_error():
@@ -378,6 +418,35 @@ def test_samplings_are_told_beside_the_greedy_one(monkeypatch):
     assert report.samplings([done(case(), [0.001, 0.002], (64, 128))]).rows == []
 
 
+def test_a_schema_is_timed_for_the_models_own_tokens(tmp_path):
+    """Random weights have a tokenizer as wide as their shape."""
+    pytest.importorskip('torch')
+    arguments = ['--synthetic', 'tiny', '--engines', 'native', '--contexts', '64', '--steps', '4',
+                 '--warmup', '1', '--device', 'cpu', '--cpu-threads', '1', '--peak-gb-s', '10',
+                 '--constraint', 'plan', '--out', str(tmp_path)]
+    assert bench.main(arguments) == 0
+    told = json.loads((tmp_path / 'results.json').read_text())
+    masked = told['results'][0]['contexts'][0]['masked']
+    for name in ('free', 'masked', 'mask'):
+        assert len(masked[f'{name}_s']) >= 40
+        assert 0 < masked[f'{name}_p50_s'] <= masked[f'{name}_p99_s']
+    assert masked['ratio'] == masked['masked_p50_s'] / masked['free_p50_s']
+    table, = [table for table in told['tables'] if table['title'] == 'Constraint']
+    assert len(table['rows']) == 1
+
+
+def test_a_schema_that_can_not_be_compiled_is_told(monkeypatch):
+    monkeypatch.setattr(session, 'compile_schema', _refuse)
+    engine = FakeEngine()
+    result = run_session(monkeypatch, lambda *_: engine, case(schema='{}'))
+    assert (result['status'], result['error']) == ('unavailable', 'no such token')
+    assert engine.closed
+
+
+def _refuse(case, footprint):
+    raise ConstraintError('no such token')
+
+
 # --- cases --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, sampling', [
@@ -576,6 +645,18 @@ def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantiz
         spec.bytes for spec in synthetic.specs(synthetic.config(shape, quantization)))
     taken = (tmp_path / 'model.safetensors').stat().st_blocks * 512
     assert taken < max(1_000_000, found.weight_bytes / 1000)    # names of experts' tensors
+
+
+def test_a_folder_has_as_many_tokens_as_its_shape(tmp_path):
+    """The small model's own encode a text as they do there, and each has its id."""
+    tokenizers = pytest.importorskip('tokenizers')
+    synthetic.describe(tmp_path, 'qwen2.5-0.5b')
+    wide, small = (tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json')) for folder in (
+        tmp_path, Path(synthetic.__file__).parents[1] / 'models' / 'tiny_planner'))
+    ids = wide.get_vocab()
+    assert sorted(ids.values()) == [*range(151936)]
+    assert small.get_vocab().items() <= ids.items()
+    assert wide.encode('Bring the cup.').ids == small.encode('Bring the cup.').ids
 
 
 def test_unknown_shapes_and_formats_are_named(tmp_path):
@@ -1062,6 +1143,8 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
       for value in ('0', '-1', 'nan', 'inf')),
     (['--budget-s', '-1'], '--budget-s -1: allowed are 0 to'),
     (['--paper', '--cpu-threads', '-1'], 'engine.cpu_threads is -1'),
+    (['--constraint', 'no/such/file'], 'no/such/file'),
+    (['--constraint', __file__], 'is no JSON'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
 def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
     assert bench.main([*arguments, '--out', str(tmp_path)]) == 2

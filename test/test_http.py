@@ -269,6 +269,25 @@ def test_a_stream_of_tools_and_thoughts(agent):
     assert len({call.id for call in choice.message.tool_calls}) == 2
 
 
+@pytest.mark.parametrize(('said', 'more', 'fields'), [
+    ('[{"a":1},', '{"a":2}]', {'response_format': {'type': 'json_schema', 'json_schema': {
+        'name': 'plan', 'schema': {'type': 'array', 'items': {'type': 'object'}}}}}),
+    (f'I go.{FORMS["hermes"].written(CALLS[:1])}', ' ...', {'tools': [TOOL]})])
+def test_an_element_and_a_call_wait_for_no_further_token(gate, monkeypatch, said, more, fields):
+    monkeypatch.setattr('physai_decode.http.exchange.PERIOD_S', 1e6)
+    engine = FakeEngine(lambda prompt: gate.steps(say(said + more)), max_context=4096,
+                        vocab_size=256)
+    with opened(engine) as rig:
+        rig.host.loaded.text.manner = Manner(form='hermes')
+        gate.open(len(said))
+        stream = iter(rig.chat(stream=True, max_tokens=400, **fields))
+        heard = ''
+        while '"a":1}' not in heard and 'go_to' not in heard:
+            heard += next(stream).choices[0].delta.model_dump_json().replace('\\', '')
+        gate.open(10000)
+        list(stream)
+
+
 def test_a_raw_prompt_is_answered_as_it_comes(agent):
     answer = agent.client().completions.create(model=MODEL, prompt='x')
     assert answer.choices[0].text.startswith('<think>far</think>I go.<tool_call>')
@@ -543,6 +562,15 @@ def test_the_end_of_the_server_while_the_engine_hangs(gate):
     rig.close()
 
 
+def test_a_piece_waits_for_no_acknowledgement():
+    config = HttpConfig(port=free_port())
+    with server._listen(config) as listening, \
+            socket.create_connection(('127.0.0.1', config.port)):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_connections_beyond_the_limit():
     """They are told of it, those far beyond are closed, and one that goes makes room."""
     with opened(max_connections=2) as rig:
@@ -615,7 +643,7 @@ def test_a_bound_for_the_pieces():
             self.cancelled.append((number, message))
 
     class Piece:
-        text = 'x'
+        text, tool_calls = 'x', ()
 
     async def fill():
         host = Stub()

@@ -29,12 +29,12 @@ import sys
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from prompt import PROMPT
 import rclpy
 from rclpy.signals import SignalHandlerOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PROMPT = 'Bring me the red cup from the kitchen table, no, the blue one. Then close the box.'
 START_S = 180.0     # a first start compiles Python and reads torch from a cold disk
 ASK_S = 60.0
 END_S = 10.0

@@ -15,53 +15,59 @@
 """
 Time one plan, free and constrained: to the first token, to the first action, to the whole.
 
-The engine answers alone, in this process, then through each door of a node in another process.
-All times are a client's own, from before it asks. A free answer is not published element by
-element, so its client finds the first action in the tokens. Another command is asked for before
-each, so that only what all prompts begin with is in the cache. Printed are medians, as a Markdown
-table.
+The engine answers alone, in this process, and through each door of a node in another process, in
+blocks that take turns. All times are a client's own, from before it asks. Only a constrained
+answer is published element by element, and not by HTTP; elsewhere the client finds the first
+action in the text. Another command is asked for before each, so that only what all prompts begin
+with is in the cache. Printed are medians, as a Markdown table.
+
+With --shape the engine alone answers, on random weights of that shape, and ROS is not needed. Such
+a model writes no plan by itself: its free answer is text, timed up to as many tokens as the
+constrained one has.
 """
 
 import argparse
-from collections.abc import Callable
+from collections import defaultdict
+from contextlib import ExitStack
+import gc
 import json
 import os
 from pathlib import Path
 import platform
 from statistics import median
-import subprocess
 import sys
+from tempfile import TemporaryDirectory
 import time
+from typing import Any
 
-from demo import PROMPT
-from node_cost import cpu
 from physai_decode import host
+from physai_decode.benchmark import synthetic
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.items import Items
-from physai_decode.request import Form
 from physai_decode.request import Message
-from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
-import rclpy
-from rclpy.action import ActionClient
-from std_msgs.msg import String
+from physai_decode.request import Request
+from prompt import PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER = 'Put the green book on the shelf.'
-PATIENCE_S = 120.0
-FORMS = 'free', 'constrained'
+BLOCK = 5                       # plans of each kind, until the next way has its turn
+CONTEXT = 4096                  # of random weights: room for a prompt and a plan
+# Of a plan of five actions that random weights write: they would fill it up with blanks.
+ACTION = r'\{"action":"(find|open|close|pick)","object":"[^"\\\x00-\x1f]{8,16}"\}'
+RANDOM = {'structured_outputs': {'regex': rf'\[{ACTION}(,{ACTION}){{4}}\]'}}
+TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
 
 
 class Plan:
     """When the parts of one answer came, in milliseconds from its making on."""
 
-    def __init__(self, form: str = '') -> None:
+    def __init__(self, kind: str = '') -> None:
         self._begin_s = time.monotonic()
-        self._items = Items() if form == 'free' else None
+        self._items = Items() if kind == 'free' else None
         self.marks: dict[str, float] = {}
 
     def token(self, text: str) -> None:
@@ -80,173 +86,166 @@ class Alone:
 
     name = 'the engine alone'
 
-    def __init__(self, config: DecodeConfig, form: Form) -> None:
+    def __init__(self, config: DecodeConfig) -> None:
         self._engine, self._text, *_ = host.load(config, lambda line: None)
-        self._loop, self._form = DecodeLoop(self._engine), form
+        self._loop, self._shape = DecodeLoop(self._engine), self._engine.footprint
+        self.device = self._shape.device_name
+        self.tokens: dict[str, int] = {}        # of the last answer, up to each mark
 
-    def ask(self, prompt: str, form: str, limit: int) -> Plan:
-        """Answer a prompt."""
-        shape = self._engine.footprint
-        plan, items, masks_ms = Plan(form), Items(), []
-        vocabulary = self._text.vocabulary(shape.vocab_size, shape.eos_token_ids)
-        constraint = vocabulary.constraint(self._form) if form == 'constrained' else None
-        decoder = self._text.detokenizer()
-        for step in self._loop.stream(
-                self._text.encode([Message('user', prompt)]),
-                SamplingConfig(max_new_tokens=limit), constraint):
+    def open(self) -> None:
+        """Have nothing to open."""
+
+    def close(self) -> None:
+        """Have nothing to close."""
+
+    def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int) -> Plan:
+        """
+        Answer a prompt.
+
+        :param form: fields of a request that constrain the answer.
+        """
+        plan, masks_ms, constraint = Plan('free'), list[float](), None
+        if kind == 'constrained':
+            vocabulary = self._text.vocabulary(self._shape.vocab_size, self._shape.eos_token_ids)
+            constraint = vocabulary.constraint(Request.from_json({'prompt': prompt, **form}).form)
+        decoder, count, self.tokens = self._text.detokenizer(), 0, {}
+        for step in self._steps(prompt, limit, constraint):
             if step.mask_s is not None:
                 masks_ms.append(1e3 * step.mask_s)
-            if set(step.token_ids) & set(shape.eos_token_ids):
+            if set(step.token_ids) & set(self._shape.eos_token_ids):
                 break
-            piece = ''.join(map(decoder.push, step.token_ids))
-            if piece:
+            count += len(step.token_ids)
+            if piece := ''.join(map(decoder.push, step.token_ids)):
                 plan.token(piece)
-            if constraint and items.feed(piece):
-                plan.mark('first action')
+            for name in plan.marks:
+                self.tokens.setdefault(name, count)
         plan.mark('whole plan')
+        self.tokens['whole plan'] = count
         if masks_ms:
             plan.marks['mask, each token'] = median(masks_ms)
         return plan
 
-    def close(self) -> None:
+    def text(self, prompt: str, tokens: dict[str, int]) -> Plan:
+        """Say whatever comes, and mark where so many tokens were there."""
+        plan, count = Plan(), 0
+        for step in self._steps(prompt, tokens['whole plan']):
+            count += len(step.token_ids)
+            for name, enough in tokens.items():
+                if count >= enough:
+                    plan.mark(name)
+        return plan
+
+    def end(self) -> None:
         """Free the engine."""
         self._engine.close()
         self._text.close()
 
-
-class Door:
-    """A client of the node, and the node with it."""
-
-    def __init__(self, config: DecodeConfig, form: Form) -> None:
-        self._options = {'free': {'type': 'text'}, 'constrained': {
-            'type': 'json_schema', 'json_schema': {'schema': form.content}}}
-        self._process = subprocess.Popen([
-            sys.executable, '-m', 'physai_decode.ros.process',
-            '--ros-args', '--log-level', 'error', '-p', f'model.path:={config.model.path}',
-            '-p', f'engine.cpu_threads:={config.engine.cpu_threads}'])
-        rclpy.init()
-        self.node = rclpy.create_node('plan_times')
-        self.plan = Plan()
-        self.begin()
-        # Refused until the model is loaded.
-        self.wait(lambda: 'first token' in self.ask(OTHER, 'free', 1).marks)
-
-    def begin(self) -> None:
-        """Make what the client needs, and wait for the node."""
-
-    def send(self, fields: dict, limit: int) -> None:
-        """Ask."""
-
-    def ask(self, prompt: str, form: str, limit: int) -> Plan:
-        """Have the node answer a prompt."""
-        self.plan = Plan(form)
-        self.send({'prompt': prompt, 'response_format': self._options[form]}, limit)
-        self.wait(lambda: 'whole plan' in self.plan.marks)
-        return self.plan
-
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Serve callbacks until something is so."""
-        end_s = time.monotonic() + PATIENCE_S
-        while not done():
-            if time.monotonic() > end_s:
-                sys.exit(f'{self.name}: no answer within {PATIENCE_S:g} s')
-            rclpy.spin_once(self.node, timeout_sec=0.05)
-
-    def close(self) -> None:
-        """End the node."""
-        self._process.terminate()
-        self._process.wait()
-        self.node.destroy_node()
-        rclpy.shutdown()
+    def _steps(self, prompt, limit, constraint=None):
+        return self._loop.stream(self._text.encode([Message('user', prompt)]),
+                                 SamplingConfig(max_new_tokens=limit), constraint)
 
 
-class Topic(Door):
-    """~/request, ~/tokens, ~/item and ~/result."""
+class Table:
+    """The times of each way and kind, and their medians as rows."""
 
-    name = 'topics'
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
 
-    def begin(self) -> None:
-        """Subscribe."""
-        for topic, callback in (
-                ('tokens', lambda message: self.plan.token(message.data)),
-                ('item', lambda message: self.plan.mark('first action')),
-                ('result', lambda message: self.plan.mark('whole plan'))):
-            self.node.create_subscription(String, f'/decode/{topic}', callback, stream_qos())
-        self._request = self.node.create_publisher(String, '/decode/request', stream_qos())
-        self.wait(lambda: self._request.get_subscription_count()
-                  and self.node.count_publishers('/decode/result'))
+    def add(self, way: str, kind: str, plan: Plan) -> None:
+        """Take one answer's times."""
+        self._found[way, kind].append(plan.marks)
 
-    def send(self, fields: dict, limit: int) -> None:
-        """Publish the request."""
-        self._request.publish(String(data=json.dumps({**fields, 'max_tokens': limit})))
-
-
-class Action(Door):
-    """~/generate."""
-
-    name = 'action'
-
-    def begin(self) -> None:
-        """Make a client."""
-        self._client = ActionClient(
-            self.node, Generate, '/decode/generate', feedback_sub_qos_profile=stream_qos())
-        self.wait(self._client.server_is_ready)
-
-    def send(self, fields: dict, limit: int) -> None:
-        """Send the goal."""
-        goal = Generate.Goal(prompt=fields['prompt'], options_json=json.dumps(
-            {'response_format': fields['response_format']}))
-        goal.sampling.max_tokens = limit
-        self._client.send_goal_async(goal, self._hear).add_done_callback(
-            lambda sent: sent.result().get_result_async().add_done_callback(
-                lambda ended: self.plan.mark('whole plan')))
-
-    def _hear(self, message):
-        for token in message.feedback.tokens:
-            self.plan.token(token.text)
-        if message.feedback.items_json:
-            self.plan.mark('first action')
-
-
-WAYS = [Alone, Topic] + ([Action] if Generate else [])
+    def show(self) -> None:
+        """Print it."""
+        print(f'| | | {" | ".join(TITLES)} |\n|{"---|" * (2 + len(TITLES))}')
+        for (way, kind), plans in self._found.items():
+            cells = [f'{median(plan[title] for plan in plans):.2f}'
+                     if all(title in plan for plan in plans) else '' for title in TITLES]
+            print(f'| {way} | {kind} | {" | ".join(cells)} |')
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--model', default=ModelConfig.path, help='as the parameter model.path')
+    parser.add_argument('--shape', default='', choices=['', *synthetic.SHAPES], metavar='SHAPE',
+                        help='instead: random weights, and the engine alone')
+    parser.add_argument('--quantization', default='none', choices=synthetic.DESCRIBED,
+                        metavar='FORMAT', help=f'of them: {", ".join(synthetic.DESCRIBED)}')
     parser.add_argument('--schema', type=Path, default=ROOT / 'config' / 'plan.schema.json',
-                        help='a file with the JSON Schema of the plan (%(default)s)')
+                        help='a file with the JSON Schema of the plan (%(default)s); random '
+                        'weights have one of five short actions')
     parser.add_argument('--prompt', default=PROMPT, help='what is asked (%(default)s)')
     parser.add_argument('--cpu-threads', type=int, default=1, metavar='N',
                         help='of the engine; its client needs a core too (%(default)s)')
-    parser.add_argument('--rounds', type=int, default=20, metavar='N',
+    parser.add_argument('--rounds', type=int, default=30, metavar='N',
                         help='plans of each kind (%(default)s)')
     arguments = parser.parse_args()
+    return random_plans(arguments) if arguments.shape else plans(arguments)
+
+
+def plans(arguments: argparse.Namespace) -> int:
+    """Have a model write plans, alone and behind each door of a node."""
+    from plan_doors import DOORS
+    from plan_doors import Node
+
     config = DecodeConfig(model=ModelConfig(path=arguments.model),
                           engine=EngineConfig(cpu_threads=arguments.cpu_threads))
-    form = Form('json_schema', json.loads(arguments.schema.read_text()), '--schema')
-    titles = 'first token', 'first action', 'whole plan', 'mask, each token'
-    print(f'{cpu()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, '
-          f'{arguments.model}, medians of {arguments.rounds}, ms\n')
-    print(f'| | | {" | ".join(titles)} |\n|{"---|" * 6}', flush=True)
-    for way in WAYS:
-        asker = way(config, form)
-        try:
-            found: dict[str, list[dict[str, float]]] = {kind: [] for kind in FORMS}
-            for number in range(arguments.rounds + 1):
-                for kind in FORMS:
-                    asker.ask(OTHER, 'free', 1)
-                    plan = asker.ask(arguments.prompt, kind, config.sampling.max_new_tokens)
-                    if number:                          # the first one compiles the schema
-                        found[kind].append(plan.marks)
-        finally:
-            asker.close()
-        for kind, plans in found.items():
-            cells = [f'{median(plan[title] for plan in plans):.2f}'
-                     if all(title in plan for plan in plans) else '' for title in titles]
-            print(f'| {way.name} | {kind} | {" | ".join(cells)} |', flush=True)
+    forms: dict[str, dict[str, Any]] = {
+        'free': {}, 'constrained': {'response_format': {'type': 'json_schema', 'json_schema': {
+            'name': 'plan', 'schema': json.loads(arguments.schema.read_text())}}}}
+    table, limit = Table(), config.sampling.max_new_tokens
+    with ExitStack() as undo:
+        alone = Alone(config)
+        undo.callback(alone.end)
+        node = Node(config)
+        undo.callback(node.close)
+        head(alone, arguments.model, arguments.rounds)
+        gc.freeze()                             # what is loaded is not the clients'
+        ways = [alone, *(door(node) for door in DOORS)]
+        for begin in range(0, arguments.rounds, BLOCK):
+            for way in ways:
+                way.open()
+                for number in range(min(BLOCK, arguments.rounds - begin) + 1):
+                    for kind, form in forms.items():
+                        way.ask(OTHER, 'free', {}, 1)
+                        plan = way.ask(arguments.prompt, kind, form, limit)
+                        if number:              # the first one of a block warms up
+                            table.add(way.name, kind, plan)
+                way.close()
+    table.show()
     return 0
+
+
+def random_plans(arguments: argparse.Namespace) -> int:
+    """Have random weights write plans of some actions, and as much text."""
+    table = Table()
+    with TemporaryDirectory() as folder, ExitStack() as undo:
+        synthetic.describe(Path(folder), arguments.shape, arguments.quantization)
+        alone = Alone(DecodeConfig(
+            model=ModelConfig(path=folder),
+            engine=EngineConfig(cpu_threads=arguments.cpu_threads, max_context=CONTEXT)))
+        undo.callback(alone.end)
+        head(alone, f'{arguments.shape} {arguments.quantization}, random weights',
+             arguments.rounds)
+        for number in range(arguments.rounds + 1):
+            alone.text(OTHER, {'whole plan': 1})
+            plan = alone.ask(arguments.prompt, 'constrained', RANDOM, CONTEXT)
+            tokens = alone.tokens
+            alone.text(OTHER, {'whole plan': 1})
+            text = alone.text(arguments.prompt, tokens)
+            if number:
+                table.add(alone.name, 'text', text)
+                table.add(alone.name, 'constrained', plan)
+    table.show()
+    print('\ntokens: ' + ', '.join(f'{count} to the {name}' for name, count in tokens.items()))
+    return 0
+
+
+def head(alone: Alone, model: str, rounds: int) -> None:
+    """Say what is measured, and where."""
+    print(f'{alone.device}, {len(os.sched_getaffinity(0))} cores, Python '
+          f'{platform.python_version()}, {model}, medians of {rounds}, ms\n', flush=True)
 
 
 if __name__ == '__main__':

@@ -64,6 +64,7 @@ class Case:
     samplings: tuple[str, ...] = ()  # also time the step under these, as `parse_sampling` reads
     captured: bool = False          # unavailable where the step is not captured in a CUDA graph
     beside: tuple[str, ...] = ()    # also time the step beside these, as `neighbour.parse` reads
+    schema: str = ''                # also time the step under this JSON Schema
     session: str = ''               # tells apart repeated sessions of an A/B
 
     def to_dict(self) -> dict[str, Any]:

@@ -271,6 +271,26 @@ def samplings(results: Sequence[Result]) -> Table:
     return table
 
 
+def masked(results: Sequence[Result]) -> Table:
+    """Set the step under a constraint beside the free one."""
+    table = Table('Constraint', [
+        'engine', 'context', 'free p50 ms', 'p99', 'masked p50 ms', 'p99', '/ free', 'mask p50 ms',
+        'p99', 'compile ms', 'vocabulary ms'], notes=[
+            'Answers in one process, constrained and free in turn and equally long, behind the '
+            'same prompt, drawn at temperature 1. mask: on the host, while the device computes. '
+            "compile: the schema, once; vocabulary: to read the model's tokens, once for all."])
+    for (name, context), found in grouped(results).items():
+        told = [cell['masked'] for cell in found if cell.get('masked')]
+        if told:
+            known = {key: fmean(each[key] for each in told) for key in (
+                'free_p50_s', 'free_p99_s', 'masked_p50_s', 'masked_p99_s', 'mask_p50_s',
+                'mask_p99_s', 'compile_s', 'vocabulary_s')}
+            shown = [ms(value) for value in known.values()]
+            ratio = number(known['masked_p50_s'] / known['free_p50_s'], 3)
+            table.rows.append([name, str(context), *shown[:4], ratio, *shown[4:]])
+    return table
+
+
 def sessions(results: Sequence[Result]) -> Table:
     """Tell which sessions were lost and what became of them, and which are of an earlier run."""
     table = Table('Sessions lost and resumed', ['session', 'what happened', 'then'])

@@ -33,6 +33,7 @@ import statistics
 import sys
 import time
 from typing import Any
+from typing import NamedTuple
 
 from physai_decode import checkpoint
 from physai_decode.benchmark import kernels
@@ -42,23 +43,30 @@ from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import GREEDY
 from physai_decode.benchmark.case import parse_sampling
 from physai_decode.benchmark.runner import keep
+from physai_decode.config import ChatConfig
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import RooflineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.constraint import Constraint
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.engine import Footprint
 from physai_decode.histogram import percentile
+from physai_decode.request import Form
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
+from physai_decode.text_process import TextProcess
+from physai_decode.tokenizer_files import TextError
 
 KERNEL_STEPS = 20
 SAMPLING_ROUNDS = 5
+MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # times the steps; answers that have to give them
 BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
 BESIDE_S = 1.0                  # for which a neighbour is listened to by itself
 ENERGY_S = 2.0                  # of steps: the counters of a device move some times a second
@@ -91,13 +99,18 @@ def run(case: Case, started_s: float, progress=print,
     except EngineError as error:
         return {**result, 'status': 'unavailable', 'error': str(error)}
     try:
+        compiled = compile_schema(case, engine.footprint) if case.schema else None
+    except TextError as error:
+        engine.close()
+        return {**result, 'status': 'unavailable', 'error': str(error)}
+    try:
         footprint = engine.footprint
         peak = find_engine_peak(footprint, _settings(case, max(case.contexts)))
         result['footprint'] = {**vars(footprint), 'details': dict(footprint.details)}
         result['peak'] = vars(peak)
         for context in case.contexts[:len(case.contexts) - len(cells)]:
             note(f'context {context}')
-            cells.append(_cell(engine, case, context, peak))
+            cells.append(_cell(engine, case, context, peak, compiled))
             startup.setdefault('first_tokens_s', time.monotonic() - started_s)
         cells.sort(key=lambda cell: cell['context'])
         result['memory'] = machine.memory(footprint)
@@ -169,7 +182,7 @@ def _is_number(value):
     return True
 
 
-def _cell(engine, case, context, peak):
+def _cell(engine, case, context, peak, compiled=None):
     """Measure one context; what goes wrong there is the cell's ``error``."""
     limit = engine.footprint.max_context
     if context > limit:
@@ -179,6 +192,8 @@ def _cell(engine, case, context, peak):
         if case.samplings:
             cell['samplings'] = compare_samplings(
                 engine, context, case.warmup, case.steps, case.samplings)
+        if compiled is not None:
+            cell['masked'] = masked(engine, context, case.warmup, case.steps, compiled)
         cell.update(_energy(engine, case, context))
         if case.beside:
             cell['beside'] = [beside(engine, context, case.warmup, text) for text in case.beside]
@@ -294,6 +309,69 @@ def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
             for text, times in itl_s.items()]
 
 
+class Compiled(NamedTuple):
+    """A constraint, and what it took to have it."""
+
+    fresh: Callable[[], Constraint]     # gives it before all tokens
+    vocabulary_s: float                 # to read the model's tokens, once for all constraints
+    compile_s: float
+
+
+def compile_schema(case: Case, footprint: Footprint) -> Compiled:
+    """
+    Compile a case's JSON Schema for the tokens of its model.
+
+    :raises TextError: it can't be kept, or the tokenizer can't be read.
+    """
+    model = checkpoint.open(case.source.path)
+    form = Form('json_schema', json.loads(case.schema), '--constraint')
+    with contextlib.closing(TextProcess(
+            str(model.folder), ChatConfig(), model.vocab_size, model.eos_token_ids)) as text:
+        begin_s = time.perf_counter()
+        vocabulary = text.vocabulary(footprint.vocab_size, footprint.eos_token_ids)
+        read_s = time.perf_counter()
+        vocabulary.constraint(form)
+        return Compiled(lambda: vocabulary.constraint(form), read_s - begin_s,
+                        time.perf_counter() - read_s)
+
+
+def masked(engine: Engine, context: int, warmup: int, steps: int,
+           compiled: Compiled) -> dict[str, Any]:
+    """
+    Time the steps of answers under a constraint and of free ones, in turn, behind one prompt.
+
+    All are drawn at temperature 1, so that answers differ. A free one ends where the one before
+    did. The first of either is not counted.
+
+    :return: ``masked`` and ``free`` with the steps' times in seconds, ``mask`` with those of the
+        masks, the percentiles of each, and what `Compiled` tells.
+    :raises EngineError: the constraint ends answers so early that they have no steps to time.
+    """
+    loop = DecodeLoop(engine)
+    prompt = random_prompt(engine, context - warmup - steps - 1, seed=context + 5)
+    times: dict[str, list[float]] = {'free': [], 'masked': [], 'mask': []}
+    for number in range(MASKED_ANSWERS):
+        sampling, mask_s = SamplingConfig(temperature=1.0, seed=number), list[float]()
+        masked_s = _stream(loop, prompt, warmup + steps + 1, sampling, compiled.fresh(), mask_s)[1]
+        free_s = _stream(loop, prompt, len(masked_s) + 1, sampling)[1]
+        if number:
+            times['masked'] += masked_s[warmup:]
+            times['free'] += free_s[warmup:]
+            times['mask'] += mask_s[warmup:]
+        if len(times['masked']) >= MASKED_ROUNDS * steps:
+            break
+    else:
+        raise EngineError(
+            f'{MASKED_ANSWERS} answers under --constraint had {len(times["masked"])} steps after '
+            f'{warmup} of warm-up, and {MASKED_ROUNDS * steps} are needed: give a schema whose '
+            'answers are longer, or fewer --steps and --warmup')
+    told: dict[str, Any] = {f'{name}_s': found for name, found in times.items()}
+    for name, found in times.items():
+        told.update({f'{name}_p{q}_s': percentile(sorted(found), q) for q in (50, 99)})
+    return {**told, 'ratio': told['masked_p50_s'] / told['free_p50_s'],
+            'vocabulary_s': compiled.vocabulary_s, 'compile_s': compiled.compile_s}
+
+
 def beside(engine: Engine, context: int, warmup: int, text: str) -> dict[str, Any]:
     """
     Time the steps alone and beside a neighbour, in turn, and the neighbour alone and beside them.
@@ -330,8 +408,12 @@ def random_prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
     return [draw.randrange(engine.footprint.vocab_size) for _ in range(max(1, tokens))]
 
 
-def _stream(loop, prompt, tokens, sampling=None):
-    """Give (prefill, [time of each later token], [its device time], cached tokens), in seconds."""
+def _stream(loop, prompt, tokens, sampling=None, constraint=None, mask_s=None):
+    """
+    Give (prefill, [time of each later token], [its device time], cached tokens), in seconds.
+
+    :param mask_s: gets what the constraint's mask of each later token took.
+    """
     sampling = replace(sampling or SamplingConfig(), max_new_tokens=tokens)
     itl_s, device_s = [], []
     prefill_s = cached = None
@@ -339,7 +421,7 @@ def _stream(loop, prompt, tokens, sampling=None):
     gc.disable()
     try:
         last_s = time.perf_counter()
-        for step in loop.stream(prompt, sampling):
+        for step in loop.stream(prompt, sampling, constraint):
             now_s = time.perf_counter()
             if not step.token_ids:
                 continue
@@ -349,6 +431,8 @@ def _stream(loop, prompt, tokens, sampling=None):
                 share = len(step.token_ids)
                 itl_s += [(now_s - last_s) / share] * share
                 device_s += [None if step.device_s is None else step.device_s / share] * share
+                if constraint is not None:
+                    mask_s.append(step.mask_s)
             last_s = now_s
     finally:
         gc.enable()

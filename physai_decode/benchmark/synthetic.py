@@ -26,12 +26,15 @@ says is noise.
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 import json
 import math
 from pathlib import Path
+import random
 import shutil
 import struct
 
+_BUILTIN = Path(__file__).parents[1] / 'models' / 'tiny_planner'
 MARK = 'random_weights.txt'         # in every folder made here, and first: what is there is ours
 SHARD_BYTES = 4_500_000_000
 GROUP = 128                         # input rows that share one scale; fewer where it divides none
@@ -411,9 +414,23 @@ def _make(spec, generator):
 
 
 def _finish(folder, made):
-    """Write config.json, and the small model's tokenizer so that the node can load the folder."""
-    builtin = Path(__file__).parents[1] / 'models' / 'tiny_planner'
-    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-        if (builtin / name).is_file():
-            shutil.copyfile(builtin / name, folder / name)
+    """Write config.json, and a tokenizer so that the node can load the folder."""
+    shutil.copyfile(_BUILTIN / 'tokenizer_config.json', folder / 'tokenizer_config.json')
+    (folder / 'tokenizer.json').write_text(_tokenizer(made['vocab_size']))
     (folder / 'config.json').write_text(json.dumps(made, indent=2) + '\n')
+
+
+@cache
+def _tokenizer(size: int) -> str:
+    """
+    Give the small model's tokenizer with further tokens, each two of its own in one.
+
+    No prompt has these, for no merge makes them. A constraint has to mask all of them.
+    """
+    told = json.loads((_BUILTIN / 'tokenizer.json').read_text())
+    vocabulary, draw = told['model']['vocab'], random.Random(0)
+    special = {each['content'] for each in told['added_tokens']}
+    parts = [token for token in vocabulary if token not in special]
+    while len(vocabulary) < size:
+        vocabulary.setdefault(draw.choice(parts) + draw.choice(parts), len(vocabulary))
+    return json.dumps(told, ensure_ascii=False)

@@ -15,8 +15,9 @@
 """
 One request between the decode thread and the event loop, which never wait for each other.
 
-The decode thread leaves pieces in a bounded deque and wakes the loop, at most once in a period;
-the loop sends all that is there. A client that does not take its pieces loses its request.
+The decode thread leaves pieces in a bounded deque and wakes the loop; the loop sends all that is
+there, at most once in a period unless a piece completes an element or a call of a tool. A client
+that does not take its pieces loses its request.
 """
 
 import asyncio
@@ -61,7 +62,8 @@ class Exchange:
         self._calls = 0                         # of tools, given so far
         self._full = False
         self._woken = False                     # the loop is about to look
-        self._news, self._ended = asyncio.Event(), asyncio.Event()
+        self._news, self._hurry = asyncio.Event(), asyncio.Event()     # the second: at once
+        self._ended = asyncio.Event()
         self._end: tuple[RequestReport, str] | None = None
 
     def submit(self, request: Request, received_s: float) -> None:
@@ -78,6 +80,7 @@ class Exchange:
         while True:
             await self._news.wait()
             self._news.clear()
+            self._hurry.clear()
             self._woken = False
             ended = self._end is not None       # before the pieces: all of them are there, then
             reports = [self._pieces.popleft() for _ in range(len(self._pieces))]
@@ -86,7 +89,7 @@ class Exchange:
             if ended:
                 return
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), PERIOD_S)
+                await asyncio.wait_for(self._hurry.wait(), PERIOD_S)
 
     async def end(self) -> tuple[RequestReport, str]:
         """Wait for the end of the request; give its report and all its text."""
@@ -108,9 +111,13 @@ class Exchange:
         if not self._woken:
             self._woken = True
             self._call(self._news.set)
+        if report.tool_calls:
+            self._call(self._hurry.set)
 
     def item(self, report: ItemReport) -> None:
-        """Leave it: the API has no name for it."""
+        """Send the pieces at once: the API has no name for an element, but clients look for it."""
+        if self._stream:
+            self._call(self._hurry.set)
 
     def finished(self, report: RequestReport, text: str) -> None:
         """Take the end."""
@@ -127,6 +134,7 @@ class Exchange:
 
     def _wake_all(self) -> None:
         self._ended.set()
+        self._hurry.set()
         self._news.set()
 
     def _call(self, function, *arguments) -> None:

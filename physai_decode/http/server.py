@@ -168,7 +168,11 @@ def _listen(config: HttpConfig) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=config.max_connections)
+        opened = socket.create_server(address[:2], family=family, backlog=config.max_connections)
+        # Its connections have that too. Without it, a piece waits until the one before has been
+        # acknowledged, which clients put off by 40 ms.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return opened
     except (OSError, UnicodeError) as error:
         raise HttpError(
             f'port {config.port} of {config.host!r} can not be opened: {error}; set http.port and '
