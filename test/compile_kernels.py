@@ -42,6 +42,7 @@ POINTERS = {
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
            'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
+NARROW = r'ld\.global\S*evict_first\S*\.b16'       # a load of weights number by number
 MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as an engine's are
 
 
@@ -121,6 +122,7 @@ def main():
                          STACK=7 * 2**20 * bool(taken), ROWS=choice.rows, COLUMNS=choice.columns,
                          STAGES=choice.stages, NORM=gated, GATED=gated, GELU=gated, ADD=not gated,
                          BIAS=gated)
+            assert not re.search(NARROW, made.asm['ptx'])
             if early and not (gated and taken):
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
@@ -138,6 +140,7 @@ def main():
                 if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
                     # Every lane loads what it multiplies: shared memory has the sums alone.
                     assert made.metadata.shared <= 2048 * warps
+                assert not re.search(NARROW, made.asm['ptx'])
                 if early and (warps, stages, taken) == (4, 1, 0):
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')

@@ -118,6 +118,19 @@ def test_without_kernels_int4_is_in_what_pytorchs_product_takes(
     assert start.select(inspect(tmp_path), EngineConfig()) == (torch.device('cuda'), dtype)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3_moe'])
+def test_a_step_tells_what_it_reads_in_every_form(tmp_path, family, dtype):
+    """In PyTorch's own forms too; what is left of the weights are norms and an embedding's row."""
+    random_model.save(tmp_path, family, 0)
+    loop = load(NativeEngine, tmp_path, EngineConfig(device='cpu', dtype=dtype, max_context=64))
+    operations = {operation: size for _, operation, size in loop.engine.reads(1)}
+    mlp = ['router'] * (family == 'qwen3_moe') + ['gate and up', 'down']
+    assert list(operations) == ['qkv', 'attention', 'out', *mlp, 'head']
+    assert all(operations.values())
+    loop.engine.close()
+
+
 def test_choices_are_kept(tmp_path):
     """For their owner alone, and beside those of others."""
     TuningCache('chip a', tmp_path).put('shape', [1, 2])

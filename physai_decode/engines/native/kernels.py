@@ -132,12 +132,16 @@ def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
 
 
 @triton.jit
-def _taken(ids, k, SIZE: tl.constexpr, STACK: tl.constexpr):
+def _taken(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
+           COLUMNS: tl.constexpr):
     """Give where in a `Stack` columns from ``k`` on are, and which they are of their weight."""
-    if STACK:
-        return tl.load(ids + k // SIZE) * STACK, k % SIZE
-    else:
+    if STACK == 0:
         return 0, k
+    elif K == SIZE:
+        return tl.load(ids) * STACK, k
+    else:
+        # What the product divides Triton does not see else, and would load number by number.
+        return tl.load(ids + k // SIZE) * STACK, k % SIZE // COLUMNS * COLUMNS
 
 
 @triton.jit
@@ -168,7 +172,7 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
     more = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     # The first tile is requested while the kernel before still runs.
-    base, first = _taken(ids, 0, SIZE, STACK)
+    base, first = _taken(ids, 0, K, SIZE, STACK, COLUMNS)
     w = _weights(row + base, columns, first, SIZE, COLUMNS)
     u = w
     if GATED:
@@ -178,7 +182,7 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
     sums, more, squares = _multiplied(
         sums, more, squares, w, u, x, gain, columns, 0, K, COLUMNS, NORM, GATED)
     for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
-        base, first = _taken(ids, k, SIZE, STACK)
+        base, first = _taken(ids, k, K, SIZE, STACK, COLUMNS)
         w = _weights(row + base, columns, first, SIZE, COLUMNS)
         u = w
         if GATED:

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
 
-# How the name of each form's kernel of a step begins.
+# How the name of each form's kernel of a step begins; of PyTorch's own products it is not known.
 _KERNELS = {Dense: '_dense', Int4: '_int4', Scaled: '_multiply', Coded: '_coded'}
 
 
@@ -138,7 +138,7 @@ class Transformer:
 
         def product(operation, weight):
             form = type(weight.every if isinstance(weight, Stack) else weight)
-            return _KERNELS[form], operation, weight.read_bytes
+            return _KERNELS.get(form, form.__name__), operation, weight.read_bytes
 
         found = []
         for layer, attention in zip(w.layers, self.attention, strict=True):
