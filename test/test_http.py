@@ -355,6 +355,16 @@ def test_a_wrong_body(rig, fields, param, said, stream):
     assert rig.host.counts['refusals'] == before + 1
 
 
+@pytest.mark.parametrize('fields', [
+    {'messages': None}, {'n': 2}, {'model': 'another'}, {'stream': 1}, {'top': 1},
+    {'temperature': 99}])
+def test_a_wrong_body_keeps_its_id(rig, fields):
+    before = len(rig.sink.ends)
+    rig.request('POST', CHAT, {'model': MODEL, 'messages': HELLO, 'id': 'mine', **fields})
+    report, _ = rig.sink.ends[before]
+    assert (report.finish_reason, report.client_id) == ('rejected', 'mine')
+
+
 @pytest.mark.parametrize(('body', 'said'), [
     (b'', 'is no JSON'), (b'{', 'is no JSON'), (b'[]', 'expected a JSON object'),
     (b'\xff', 'no UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),

@@ -31,6 +31,7 @@ from uuid import uuid4
 
 from physai_decode.config import shown
 from physai_decode.http.exchange import Piece
+from physai_decode.request import is_client_id
 from physai_decode.request import Request
 from physai_decode.request import RequestError
 from physai_decode.result import ANSWERED
@@ -178,6 +179,12 @@ def read(body: Any, model: str, chat: bool) -> Asked:
         request = replace(
             request, client_id=f'{"chatcmpl" if chat else "cmpl"}-{uuid4().hex}')
     return Asked(request, Shape(request.client_id, model, int(time.time()), chat, usage), stream)
+
+
+def client_id(body: Any) -> str:
+    """Give the id of a body that may be wrong elsewhere; empty where it has none."""
+    given = body.get('id') if isinstance(body, dict) else None
+    return given if is_client_id(given) else ''
 
 
 def wrong(error: RequestError, body: Any) -> ApiError:
