@@ -217,8 +217,8 @@ def test_an_answer_that_is_sent_back(rig):
     """Clients send fields of an answer's message that hold nothing."""
     answer = rig.chat().choices[0].message.model_dump()
     asked = rig.chat(messages=[
-        {'role': 'developer', 'content': 'be brief'}, *HELLO, answer,
-        {'role': 'user', 'content': [
+        {'role': 'developer', 'content': 'be brief'}, *HELLO, {**answer, 'name': 'planner'},
+        {'role': 'user', 'name': 'me', 'content': [
             {'type': 'text', 'text': 'go'}, {'type': 'text', 'text': 'on'}]}])
     messages = rig.sink.asked[asked.physai['request_id']].messages
     assert [each.role for each in messages] == ['system', 'user', 'assistant', 'user']
@@ -255,6 +255,13 @@ def test_tools_and_thoughts(agent):
         (call.id, *each) for call, each in zip(message.tool_calls, CALLS)]
     assert sent[1].reasoning_content == 'far'
     assert [each.tool_call_id for each in sent[2:]] == [call.id for call in message.tool_calls]
+
+
+def test_one_call_at_a_time(agent):
+    message = agent.chat(tools=[TOOL], parallel_tool_calls=False).choices[0].message
+    assert (message.content, len(message.tool_calls)) == ('I go.', 1)
+    echoed = agent.sink.asked[1].to_json()
+    assert echoed['parallel_tool_calls'] is False
 
 
 def test_a_stream_of_tools_and_thoughts(agent):
@@ -321,6 +328,7 @@ def test_a_schema(rig):
     ({'raw_prompt': 'x'}, 'raw_prompt', 'raw_prompt is no field of this body'),
     ({'temperature': 99}, 'temperature', 'temperature is 99'),
     ({'temperature': '1'}, 'temperature', 'expected a number'),
+    ({'parallel_tool_calls': 0, 'tools': [TOOL]}, 'parallel_tool_calls', 'true or false'),
     ({'n': 2}, 'n', 'n is 2'), ({'n': True}, 'n', 'n is True'),
     ({'logprobs': True}, 'logprobs', 'logprobs is True'),
     ({'logprobs': 0}, 'logprobs', 'logprobs is 0'),

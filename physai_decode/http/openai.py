@@ -44,7 +44,7 @@ _IDLE: dict[str, tuple[Any, ...]] = {
     'n': (1,), 'best_of': (1,), 'echo': (False,), 'suffix': ('',), 'logprobs': (False,),
     'top_logprobs': (0,), 'logit_bias': ({},), 'presence_penalty': (0,),
     'frequency_penalty': (0,), 'modalities': (['text'],), 'functions': ([],),
-    'function_call': ('none', 'auto'), 'parallel_tool_calls': (True,)}
+    'function_call': ('none', 'auto')}
 # Those that change no answer, whatever they hold.
 _UNUSED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'store',
            'service_tier')
@@ -274,6 +274,8 @@ def _message(value: Any) -> Any:
         return value
     held = {name: each for name, each in value.items()
             if each is not None and (each != [] or name == 'content')}
+    if held.get('role') != 'tool':
+        held.pop('name', None)                  # of who speaks: no chat template is given it
     if held.get('role') == 'developer':         # OpenAI's newer name
         held['role'] = 'system'
     return held
