@@ -483,6 +483,20 @@ def test_a_client_that_goes_cancels_its_request(gate):
 
 
 @pytest.mark.parametrize('stream', [False, True])
+def test_a_client_that_closes_its_sending_half_cancels_its_request(gate, stream):
+    with opened(gated(gate)) as rig, \
+            socket.create_connection(('127.0.0.1', rig.port)) as half:
+        body = json.dumps({'model': MODEL, 'messages': HELLO, 'stream': stream}).encode()
+        half.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s' % (
+            CHAT.encode(), len(body), body))
+        wait_for(gate.waiting.is_set)
+        half.shutdown(socket.SHUT_WR)
+        wait_for(lambda: is_ending(rig))
+        gate.open(10)
+        assert rig.sink.end(1)[0].message == 'its HTTP client has gone'
+
+
+@pytest.mark.parametrize('stream', [False, True])
 def test_many_at_once(gate, stream):
     """Each of 64 is answered, or refused because the queue is full, and none is lost."""
     engine = FakeEngine(lambda prompt_ids: gate.steps(
