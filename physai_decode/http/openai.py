@@ -184,7 +184,7 @@ def read(body: Any, model: str, chat: bool) -> Asked:
 def client_id(body: Any) -> str:
     """Give the id of a body that may be wrong elsewhere; empty where it has none."""
     given = body.get('id') if isinstance(body, dict) else None
-    return given if is_client_id(given) else ''
+    return given if isinstance(given, str) and is_client_id(given) else ''
 
 
 def wrong(error: RequestError, body: Any) -> ApiError:
