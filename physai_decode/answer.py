@@ -201,6 +201,8 @@ class Answer(Delivery):
                         return End('stop', f'a text of {self._named("stop")} was met')
                     if constraint is not None and constraint.ended:
                         return End('stop', '')
+                    if self._speech is not None and self._speech.ended:
+                        return End('stop', 'parallel_tool_calls is false')
                     if self._given == limit:
                         return End('length', f'{self._named("max_new_tokens")} is {limit}')
                     if self._thought_tokens and self._thinks_too_long():
@@ -218,7 +220,7 @@ class Answer(Delivery):
         """Give what the answer has to look like, which may be calls of tools."""
         request = self._ticket.request
         if request.forced and self._form is None:
-            single = len(request.forced) == 1 and request.tool_choice != 'required'
+            single = request.tool_choice != 'required' or not request.parallel_tool_calls
             calls = Form('calls', Calls(self._manner.form, request.forced, single), 'tool_choice')
             self._refuse_stop(calls)
             return calls
@@ -231,7 +233,8 @@ class Answer(Delivery):
         if not names and not manner.opens:
             return None
         inside = manner.is_inside(self._text.tail(prompt_ids)) if manner.opens else False
-        self._speech = Speech(manner, names, bool(inside))
+        self._speech = Speech(manner, names, bool(inside),
+                              not self._ticket.request.parallel_tool_calls)
         return None if inside is False else Thought(manner.opens, manner.closes, bool(inside))
 
     def _constraint(self, form: Form, thought: Thought | None) -> Constraint:

@@ -158,6 +158,7 @@ class Request:
     thinking: Mapping[str, Any] = field(default_factory=dict)   # by ThinkingConfig's fields
     tools: tuple[Mapping[str, Any], ...] = ()                   # functions, as OpenAI has them
     tool_choice: str | Mapping[str, Any] = ''       # empty: no tools, or auto
+    parallel_tool_calls: bool = True                # else an answer has one call at most
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> 'Request':
@@ -185,8 +186,10 @@ class Request:
             value['prompt'] = self.prompt
         value.update({name: self.sampling[spec.name] for name, spec in SAMPLING.items()
                       if spec.name in self.sampling})
+        if not self.parallel_tool_calls:
+            value['parallel_tool_calls'] = False
         return value | {name: _plain(getattr(self, name)) for name in _READ
-                        if name not in _TEXTS and getattr(self, name)}
+                        if name not in (*_TEXTS, 'parallel_tool_calls') and getattr(self, name)}
 
     @property
     def is_free(self) -> bool:
@@ -317,7 +320,8 @@ def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
         if choice not in ('none', 'auto'):
             raise RequestError(
                 f'tool_choice is {shown(choice)}, and there are no tools: give some')
-        return {name: value for name, value in found.items() if name != 'tool_choice'}
+        return {name: value for name, value in found.items()
+                if name not in ('tool_choice', 'parallel_tool_calls')}
     names = [tool['function']['name'] for tool in tools]
     if isinstance(choice, Mapping) and choice['function']['name'] not in names:
         raise RequestError(f'tool_choice.function.name is {shown(choice["function"]["name"])}: '
@@ -462,6 +466,12 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
     return {'type': 'function', 'function': function}
 
 
+def _parallel_tool_calls(value: Any) -> bool:
+    if type(value) is not bool:
+        raise RequestError(f'parallel_tool_calls is {shown(value)}: expected true or false')
+    return value
+
+
 def _tool_choice(value: Any) -> str | dict[str, Any]:
     if value in ('none', 'auto', 'required'):
         return str(value)
@@ -574,7 +584,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     'prompt': _prompt, 'messages': _messages, 'raw_prompt': _raw_prompt,
     'chat_template_kwargs': _template_kwargs, 'deadline': _deadline, 'pace': _pace,
     'response_format': _response_format, 'structured_outputs': _structured_outputs,
-    'thinking': _thinking, 'tools': _tools, 'tool_choice': _tool_choice}
+    'thinking': _thinking, 'tools': _tools, 'tool_choice': _tool_choice,
+    'parallel_tool_calls': _parallel_tool_calls}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

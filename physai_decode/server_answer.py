@@ -213,6 +213,9 @@ class ServerAnswer(Delivery):
         if reason in ('stop', 'tool_calls', 'function_call'):
             if self._form is not None and not _may_be(self.text, self._form):
                 raise ServerError(f'{self._server.address} does not keep to {self._form.name}')
+            if len(self.calls) > 1 and not self._ticket.request.parallel_tool_calls:
+                raise ServerError(f'{self._server.address} does not keep to parallel_tool_calls, '
+                                  f'which is false: it made {len(self.calls)} calls')
             return End('stop', '')
         if reason == 'length':
             return End('length', f'{self._named("max_new_tokens")} is '
@@ -248,6 +251,8 @@ class ServerAnswer(Delivery):
         if request.tools and not request.raw_prompt:
             options['tools'] = [*request.tools]
             options['tool_choice'] = request.tool_choice or 'auto'
+            if not request.parallel_tool_calls:
+                options['parallel_tool_calls'] = False
         return options | (_form_fields(form) if form is not None else {})
 
 

@@ -93,14 +93,18 @@ class Speech:
     thought and around calls belong to none.
     """
 
-    def __init__(self, manner: Manner, tools: Iterable[str] = (), thinking: bool = False) -> None:
+    def __init__(self, manner: Manner, tools: Iterable[str] = (), thinking: bool = False,
+                 single: bool = False) -> None:
         """
         Begin an answer.
 
         :param tools: names of the tools that can be called; none: no calls are looked for.
         :param thinking: the prompt has opened a thought.
+        :param single: the first call ends the answer.
         """
         self.thinking = thinking        # what comes is a thought
+        self.ended = False              # nothing that comes is part of the answer
+        self._single = single
         self.problem = ''               # why what looks like a call was taken for text
         self._opens, self._closes = manner.opens, manner.closes
         self._names = frozenset(tools)
@@ -122,7 +126,7 @@ class Speech:
 
     def push(self, piece: str) -> list[Part]:
         """Take a piece and give what is decided now."""
-        self._text += piece
+        self._text += '' if self.ended else piece
         return self._parts(False)
 
     def flush(self) -> list[Part]:
@@ -131,7 +135,7 @@ class Speech:
 
     def _parts(self, over: bool) -> list[Part]:
         parts: list[Part] = []
-        while self._text and (
+        while self._text and not self.ended and (
                 self._thought(parts, over) if self.thinking
                 else self._call(parts, over) if self._calling
                 else self._content(parts, over)):
@@ -176,8 +180,9 @@ class Speech:
             self._text, self._blank = self._text[length:], False
         else:
             parts += [Part(Kind.CALL, call=Call(f'call_{secrets.token_hex(12)}', *each))
-                      for each in found.calls]
-            self._text = self._text[found.length:]
+                      for each in found.calls[:1 if self._single else None]]
+            self.ended = self._single
+            self._text = '' if self.ended else self._text[found.length:]
             self._trims = self._blank = True
         self._calling = False
         return True

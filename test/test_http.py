@@ -217,8 +217,8 @@ def test_an_answer_that_is_sent_back(rig):
     """Clients send fields of an answer's message that hold nothing."""
     answer = rig.chat().choices[0].message.model_dump()
     asked = rig.chat(messages=[
-        {'role': 'developer', 'content': 'be brief'}, *HELLO, answer,
-        {'role': 'user', 'content': [
+        {'role': 'developer', 'content': 'be brief'}, *HELLO, {**answer, 'name': 'planner'},
+        {'role': 'user', 'name': 'me', 'content': [
             {'type': 'text', 'text': 'go'}, {'type': 'text', 'text': 'on'}]}])
     messages = rig.sink.asked[asked.physai['request_id']].messages
     assert [each.role for each in messages] == ['system', 'user', 'assistant', 'user']
@@ -255,6 +255,13 @@ def test_tools_and_thoughts(agent):
         (call.id, *each) for call, each in zip(message.tool_calls, CALLS)]
     assert sent[1].reasoning_content == 'far'
     assert [each.tool_call_id for each in sent[2:]] == [call.id for call in message.tool_calls]
+
+
+def test_one_call_at_a_time(agent):
+    message = agent.chat(tools=[TOOL], parallel_tool_calls=False).choices[0].message
+    assert (message.content, len(message.tool_calls)) == ('I go.', 1)
+    echoed = agent.sink.asked[1].to_json()
+    assert echoed['parallel_tool_calls'] is False
 
 
 def test_a_stream_of_tools_and_thoughts(agent):
@@ -321,6 +328,7 @@ def test_a_schema(rig):
     ({'raw_prompt': 'x'}, 'raw_prompt', 'raw_prompt is no field of this body'),
     ({'temperature': 99}, 'temperature', 'temperature is 99'),
     ({'temperature': '1'}, 'temperature', 'expected a number'),
+    ({'parallel_tool_calls': 0, 'tools': [TOOL]}, 'parallel_tool_calls', 'true or false'),
     ({'n': 2}, 'n', 'n is 2'), ({'n': True}, 'n', 'n is True'),
     ({'logprobs': True}, 'logprobs', 'logprobs is True'),
     ({'logprobs': 0}, 'logprobs', 'logprobs is 0'),
@@ -353,6 +361,16 @@ def test_a_wrong_body(rig, fields, param, said, stream):
     assert answer['error']['type'] == 'invalid_request_error'
     assert (answer['error']['param'], answer['error']['code']) == (param, 'invalid_request')
     assert rig.host.counts['refusals'] == before + 1
+
+
+@pytest.mark.parametrize('fields', [
+    {'messages': None}, {'n': 2}, {'model': 'another'}, {'stream': 1}, {'top': 1},
+    {'temperature': 99}])
+def test_a_wrong_body_keeps_its_id(rig, fields):
+    before = len(rig.sink.ends)
+    rig.request('POST', CHAT, {'model': MODEL, 'messages': HELLO, 'id': 'mine', **fields})
+    report, _ = rig.sink.ends[before]
+    assert (report.finish_reason, report.client_id) == ('rejected', 'mine')
 
 
 @pytest.mark.parametrize(('body', 'said'), [
@@ -462,6 +480,20 @@ def test_a_client_that_goes_cancels_its_request(gate):
         wait_for(lambda: is_ending(rig))
         gate.open(10)
         assert rig.sink.end(2)[0].finish_reason == 'cancelled'
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_client_that_closes_its_sending_half_cancels_its_request(gate, stream):
+    with opened(gated(gate)) as rig, \
+            socket.create_connection(('127.0.0.1', rig.port)) as half:
+        body = json.dumps({'model': MODEL, 'messages': HELLO, 'stream': stream}).encode()
+        half.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s' % (
+            CHAT.encode(), len(body), body))
+        wait_for(gate.waiting.is_set)
+        half.shutdown(socket.SHUT_WR)
+        wait_for(lambda: is_ending(rig))
+        gate.open(10)
+        assert rig.sink.end(1)[0].message == 'its HTTP client has gone'
 
 
 @pytest.mark.parametrize('stream', [False, True])

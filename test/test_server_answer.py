@@ -160,6 +160,21 @@ def test_what_is_asked(fake):
     assert report.seed == 7
 
 
+def test_one_call_is_asked_for_and_held_to(fake):
+    def answer(call, body):
+        call.begin()
+        for index in range(2):
+            call.delta({'tool_calls': [{'index': index, 'id': f'c{index}', 'function': {
+                'name': 'go', 'arguments': '{}'}}]})
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, _ = ask(fake, Request('x', tools=(TOOL,), parallel_tool_calls=False))
+    assert fake.asked[0][2]['parallel_tool_calls'] is False
+    assert report.finish_reason == 'error'
+    assert 'does not keep to parallel_tool_calls' in report.message
+
+
 def test_what_asks_for_nothing_is_not_sent(fake):
     """A server that knows OpenAI's own fields alone takes such a request."""
     ask(fake)

@@ -65,6 +65,18 @@ def asked(make, said, text, engine=None, groups=None, **fields):
 
 
 @pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('choice', ['auto', 'required'])
+def test_the_first_call_ends_an_answer_that_may_have_one(make, form, choice):
+    said = FORMS[form].written([GO, GO]) + ' and more'
+    report, content, tokens, ended = asked(
+        make, said, text_of(form), tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
+    assert ended['finish_reason'] == 'tool_calls'
+    call, = ended['message']['tool_calls']
+    assert (call['function']['name'], json.loads(call['function']['arguments'])) == GO
+    assert content == ''
+
+
+@pytest.mark.parametrize('form', FORMS)
 def test_a_call_is_no_text(make, form):
     said = FORMS[form].written([GO])
     if not FORMS[form].bare:

@@ -16,18 +16,21 @@
 Run the node for long, and count what could get lost.
 
 A node of its own process, on the embedded engine, goes through lifecycle rounds; then four
-clients, each a process too, send requests at once through ``~/prompt``, ``~/request`` and, where
-it is built, ``~/generate``: right ones, twins of an id, wrong and oversize ones, with cancels by
-id, by goal and by service, transitions in between, stops of the whole process (SIGSTOP) and, in
-the second half, preemptions. Every
-request must have exactly one result, under its own id and the next free number, every accepted one
-exactly one ~/accepted; tokens joined must be the text; the node's memory, threads and file
-descriptors must stay flat. Prints a table; exit code 1 where any of it does not hold.
+clients, each a process too, send requests at once through ``~/prompt``, ``~/request``, where it is
+built ``~/generate``, and one of them by HTTP: right ones, twins of an id, wrong and oversize ones,
+with cancels by id, by goal, by service and by a closed connection, transitions in between, stops
+of the whole process (SIGSTOP) and, in the second half, preemptions. Every request must have
+exactly one result, under its own id and the next free number, every accepted one exactly one
+~/accepted; tokens joined must be the text, and an HTTP answer and a goal's result must be what the
+topics say; the node's memory, threads and file descriptors must stay flat. Prints a table; exit
+code 1 where any of it does not hold.
 """
 
 import argparse
 from collections import Counter
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 import json
 import multiprocessing
 from multiprocessing.connection import Connection
@@ -36,6 +39,7 @@ from pathlib import Path
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,10 +69,13 @@ SPARE = 3               # threads that the node's executor may start later
 VERBS = ('bring', 'fetch', 'take', 'put')
 THINGS = ('cup', 'box', 'bottle', 'book')
 STATUS = {'stop': 4, 'length': 4, 'cancelled': 5}       # of a goal; any other end: 6
-DOORS = ('~/prompt', '~/request', '~/generate')
+DOORS = ('~/prompt', '~/request', '~/generate', 'HTTP')
+BY_HTTP = 'a'           # the client that has the last one
+MODEL = 'builtin:tiny_planner'
 # Each status of the action tells of all goals of the last seconds: to read it is most of what a
 # client does, and grows with the square of their rate.
-SHARES = (2, 2, 1)
+SHARES = (2, 2, 1, 3)
+ANSWERED = {'stop', 'length'}           # what HTTP has an answer for; any other end is its code
 
 
 class Sent(NamedTuple):
@@ -78,13 +85,25 @@ class Sent(NamedTuple):
     id: str | None              # that the result is to bear
     wrong: bool                 # it must be refused
     goal: tuple[int, int, str, str] | None = None   # status, request_id, finish reason, text
+    http: 'Heard | None' = None
+
+
+class Heard(NamedTuple):
+    """What came by HTTP."""
+
+    status: int
+    end: str                    # finish reason, or code of the error; empty: the client left
+    text: str
 
 
 class Client:
     """Sends bursts; a process of its own."""
 
-    def __init__(self, name: str, pipe: Connection, seed: int) -> None:
-        self._name, self._pipe, self._count = name, pipe, 0
+    def __init__(self, name: str, pipe: Connection, seed: int, port: int) -> None:
+        self._name, self._pipe, self._count, self._port = name, pipe, 0, port
+        self._shares = [share * door for share, door in zip(
+            SHARES, (1, 1, bool(Generate), name == BY_HTTP), strict=True)]
+        self._threads = ThreadPoolExecutor(BURST)
         self._random = random.Random(f'{seed} {name}')
         rclpy.init()
         self._node = rclpy.create_node(f'client_{name}')
@@ -104,11 +123,15 @@ class Client:
         """Send a burst of each size that comes, and tell what was sent, until 0 comes."""
         while size := self._pipe.recv():
             sent = [self._send_one() for _ in range(size)]
-            goals = {index: self._result(future) for index, (_, future) in enumerate(sent)
-                     if future is not None}
-            self._pipe.send([each._replace(goal=goals.get(index))
-                             for index, (each, _) in enumerate(sent)])
+            self._pipe.send([each._replace(**self._answer(each, future)) for each, future in sent])
+        self._threads.shutdown()
         rclpy.shutdown()
+
+    def _answer(self, sent, future):
+        """Wait for what the client itself gets."""
+        if future is None:
+            return {}
+        return {'http': future.result()} if sent.door == 'HTTP' else {'goal': self._result(future)}
 
     def _wait(self, done) -> None:
         end_s = time.monotonic() + PATIENCE_S
@@ -129,7 +152,7 @@ class Client:
     def _send_one(self):
         """Send one request; give what it was, and the future of its goal's handle."""
         chance = self._random
-        door, = chance.choices(DOORS, SHARES if Generate else (1, 1, 0))
+        door, = chance.choices(DOORS, self._shares)
         text = f'{chance.choice(VERBS)} the {chance.choice(THINGS)} {chance.randrange(1000)}'
         if chance.random() < 0.5:
             time.sleep(0.01 * chance.random())
@@ -140,7 +163,10 @@ class Client:
         if chance.random() > 0.05:              # else a twin of the one before
             self._count += 1
         id_ = f'{self._name}-{self._count}'
-        fields = {'id': id_, 'prompt': text} if chance.random() < 0.7 else {
+        if door == 'HTTP':                      # an answer is found by its id
+            self._count += 1
+            id_ = f'{self._name}-http-{self._count}'
+        fields = {'id': id_, 'prompt': text} if door != 'HTTP' and chance.random() < 0.7 else {
             'id': id_, 'messages': [{'role': 'user', 'content': text}]}
         fields.update(chance.choice((
             {}, {}, {'temperature': 0.8, 'seed': -1}, {'max_tokens': 3}, {'stop': ['"', 'x']},
@@ -165,6 +191,14 @@ class Client:
                 self._request.publish(String(data=json.dumps({
                     'id': f'{self._name}-{max(self._count - back, 1)}', 'cancel': True})))
             return Sent(door, known, wrong), None
+        if door == 'HTTP':
+            fields.update(model=MODEL, stream=chance.random() < 0.7)
+            if chance.random() < 0.03:
+                fields['model'], wrong = 'another', True
+            data = json.dumps(fields)
+            known = known if len(data) <= MAX_BYTES else None
+            leaves = fields['stream'] and chance.random() < 0.2
+            return Sent(door, known, wrong), self._threads.submit(self._post, data, leaves)
         typed = {'id': fields.pop('id'), 'prompt': fields.pop('prompt', '')}
         if 'messages' in fields:
             typed['messages_json'] = json.dumps(fields.pop('messages'))
@@ -174,6 +208,36 @@ class Client:
             future.add_done_callback(lambda done: done.result().cancel_goal_async())
         known = None if typed['id'] == '\n' else id_
         return Sent(door, known, wrong), future
+
+
+    def _post(self, data: str, leaves: bool) -> Heard:
+        """Ask by HTTP."""
+        connection = HTTPConnection('127.0.0.1', self._port, timeout=PATIENCE_S)
+        try:
+            connection.request('POST', '/v1/chat/completions', data)
+            answer = connection.getresponse()
+            if not answer.headers['content-type'].startswith('text/event-stream'):
+                whole = json.loads(answer.read())
+                if 'error' in whole:
+                    return Heard(answer.status, whole['error']['code'],
+                                 whole.get('physai', {}).get('text', ''))
+                choice, = whole['choices']
+                return Heard(answer.status, choice['finish_reason'], choice['message']['content'])
+            text, end = '', ''
+            for line in answer:
+                if not line.startswith(b'data: {'):
+                    continue
+                event = json.loads(line[len(b'data: '):])
+                if 'error' in event:
+                    return Heard(answer.status, event['error']['code'], text)
+                choice, = event['choices']
+                text += choice['delta'].get('content', '')
+                end = choice['finish_reason'] or end
+                if leaves and text:
+                    return Heard(answer.status, '', text)
+            return Heard(answer.status, end or 'nothing', text)
+        finally:
+            connection.close()
 
 
 class Probe:
@@ -340,7 +404,25 @@ class Probe:
                     status if (status, reason) == (6, 'cancelled') else STATUS.get(reason, 6),
                     number, reasons.get(number), texts.get(number)))
                 equal(f'id of goal {number}', results.get(number, {}).get('id'), each.id)
+            elif each.http is not None and each.id is not None:
+                wrong += self._check_http(each.id, each.http)
         return wrong
+
+    def _check_http(self, id_: str, heard: Heard) -> list[str]:
+        """Hold an HTTP answer against the result; a client that left has heard its beginning."""
+        found = [result for result in self.results if result['id'] == id_]
+        if len(found) != 1:
+            return [f'{len(found)} results of {id_}, which came by HTTP']
+        reason, text = (found[0]['physai']['finish_reason'],
+                        found[0]['choices'][0]['message']['content'])
+        if heard.status != 200 and reason == 'rejected':
+            right = heard.status in (400, 404, 413, 429, 503)
+        elif heard.end == '':
+            right = text.startswith(heard.text)
+        else:
+            right = (heard.end, heard.text) == (reason, text)
+            right = right and (heard.status == 200 or reason not in ANSWERED)
+        return [] if right else [f'{id_} by HTTP: {heard} and {reason}, {text!r}']
 
     def figures(self) -> tuple[float, int, int]:
         """Give the node's resident memory in MB, its threads and its file descriptors."""
@@ -394,9 +476,15 @@ def _read(message) -> dict:
     return json.loads(message.data, parse_constant=refuse)
 
 
-def client(name: str, pipe: Connection, seed: int) -> None:
+def client(name: str, pipe: Connection, seed: int, port: int) -> None:
     """Be a client."""
-    Client(name, pipe, seed).serve()
+    Client(name, pipe, seed, port).serve()
+
+
+def free_port() -> int:
+    """Give a port that nobody has."""
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        return found.getsockname()[1]
 
 
 def grown(history: list[float]) -> float:
@@ -416,9 +504,10 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0, help='of what is sent (%(default)s)')
     arguments = parser.parse_args()
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
+    port = free_port()
     node = subprocess.Popen(
         [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--log-level', 'fatal',
-         '-p', 'autostart:=false', '-p', f'queue.size:={QUEUE}',
+         '-p', 'autostart:=false', '-p', f'http.port:={port}', '-p', f'queue.size:={QUEUE}',
          '-p', f'queue.max_request_bytes:={MAX_BYTES}',
          '-p', f'sampling.max_new_tokens:={arguments.tokens}'])
     processes, pipes = [], []
@@ -426,7 +515,7 @@ def main() -> int:
     for name in 'abcdefgh'[:CLIENTS]:
         mine, its = spawn.Pipe()
         pipes.append(mine)
-        processes.append(spawn.Process(target=client, args=(name, its, arguments.seed)))
+        processes.append(spawn.Process(target=client, args=(name, its, arguments.seed, port)))
         processes[-1].daemon = True
         processes[-1].start()
     rclpy.init()

@@ -197,10 +197,10 @@ class App:
                 raise RequestError(f'the body is no UTF-8: {error}') from None
             return openai.read(body, self._host.config.model_name, chat)
         except RequestError as error:
-            self._host.refuse(str(error), error.client_id)
+            self._host.refuse(str(error), error.client_id or openai.client_id(body))
             raise openai.wrong(error, body) from None
         except ApiError as error:
-            self._host.refuse(str(error))
+            self._host.refuse(str(error), openai.client_id(body))
             raise
 
 

@@ -31,6 +31,7 @@ from uuid import uuid4
 
 from physai_decode.config import shown
 from physai_decode.http.exchange import Piece
+from physai_decode.request import is_client_id
 from physai_decode.request import Request
 from physai_decode.request import RequestError
 from physai_decode.result import ANSWERED
@@ -43,7 +44,7 @@ _IDLE: dict[str, tuple[Any, ...]] = {
     'n': (1,), 'best_of': (1,), 'echo': (False,), 'suffix': ('',), 'logprobs': (False,),
     'top_logprobs': (0,), 'logit_bias': ({},), 'presence_penalty': (0,),
     'frequency_penalty': (0,), 'modalities': (['text'],), 'functions': ([],),
-    'function_call': ('none', 'auto'), 'parallel_tool_calls': (True,)}
+    'function_call': ('none', 'auto')}
 # Those that change no answer, whatever they hold.
 _UNUSED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'store',
            'service_tier')
@@ -180,6 +181,12 @@ def read(body: Any, model: str, chat: bool) -> Asked:
     return Asked(request, Shape(request.client_id, model, int(time.time()), chat, usage), stream)
 
 
+def client_id(body: Any) -> str:
+    """Give the id of a body that may be wrong elsewhere; empty where it has none."""
+    given = body.get('id') if isinstance(body, dict) else None
+    return given if isinstance(given, str) and is_client_id(given) else ''
+
+
 def wrong(error: RequestError, body: Any) -> ApiError:
     """Give what is answered to a body that can't be read."""
     status, code = _REFUSALS['invalid']
@@ -267,6 +274,8 @@ def _message(value: Any) -> Any:
         return value
     held = {name: each for name, each in value.items()
             if each is not None and (each != [] or name == 'content')}
+    if held.get('role') != 'tool':
+        held.pop('name', None)                  # of who speaks: no chat template is given it
     if held.get('role') == 'developer':         # OpenAI's newer name
         held['role'] = 'system'
     return held
