@@ -15,15 +15,15 @@
 """
 Record `decode_watch` beside a running node, and write docs/watch.svg from it.
 
-The node runs the embedded model at a fixed pace, so that a reader can follow the text. Each frame
-is what `decode_watch` draws at that moment; nothing is added or changed. A reader who asked for
-less motion sees the last frame.
+The node runs the embedded model at a fixed pace, so that a reader can follow the text. It answers
+twice, and the second answer is recorded. Each frame is what `decode_watch` draws at that moment,
+unchanged. A reader who prefers reduced motion sees the last frame.
 """
 
 from collections import Counter
 import html
+import io
 import os
-from pathlib import Path
 import subprocess
 import sys
 import time
@@ -54,14 +54,15 @@ Line = tuple[Segment, ...]
 
 def record(watcher: Watcher) -> list[list[Line]]:
     """
-    Ask the node once and draw a frame every `REFRESH_S` seconds.
+    Ask the node and draw a frame every `REFRESH_S` seconds.
 
     :raises RuntimeError: the answer was not complete.
     """
     console = Console(
         width=COLUMNS, height=ROWS, force_terminal=True, color_system='truecolor',
-        file=Path(os.devnull).open('w'))
-    frames, until_s = [], 0.0
+        file=io.StringIO())
+    frames: list[list[Line]] = []
+    until_s = 0.0
     asked = subprocess.Popen([str(BIN / 'decode_ask'), PROMPT], stdout=subprocess.DEVNULL)
     while not until_s or time.monotonic() < until_s:
         next_s = time.monotonic() + REFRESH_S
@@ -143,6 +144,7 @@ def main() -> int:
             rclpy.spin_once(watcher, timeout_sec=REFRESH_S)
             if time.monotonic() > until_s or node.poll() is not None:
                 raise RuntimeError('the node did not become active; log/watch_node.log says why')
+        record(watcher)                 # fills the figures of the window
         TARGET.write_text(svg(record(watcher)))
     finally:
         watcher.destroy_node()
