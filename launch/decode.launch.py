@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Start the decode node; it configures and activates by itself unless told otherwise."""
+"""Launch the decode node, which by default configures and activates by itself."""
 
 import os
 from pathlib import Path
@@ -28,14 +28,15 @@ from launch_ros.parameter_descriptions import ParameterValue
 
 PACKAGE = 'physai_decode'
 ARGUMENTS = {
-    'params_file': ('', 'YAML file with parameters; empty takes config/decode.yaml'),
+    'params_file': ('', 'YAML file with parameters; empty uses config/decode.yaml'),
     'namespace': ('', 'namespace of the node'),
     'name': ('decode', 'name of the node'),
-    'model': ('', 'model.path: builtin:NAME, a folder or a hub id; empty leaves it to the file'),
-    'engine': ('', 'engine.name: auto, native, transformers or exllamav2; empty leaves it to the '
-               'file'),
+    'model': ('', 'model.path: builtin:NAME, a folder or a hub id; empty uses the value in the '
+              'file'),
+    'engine': ('', 'engine.name: auto, native, transformers, exllamav2 or openai; empty uses the '
+               'value in the file'),
     'autostart': ('', 'configure and activate at start; false waits for lifecycle calls; empty '
-                  'leaves it to the file'),
+                  'uses the value in the file'),
     'log_level': ('info', 'least severe messages that are logged: debug, info, warn, error'),
 }
 
@@ -45,20 +46,20 @@ def start(context: LaunchContext) -> list[LifecycleNode]:
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     file = Path(given['params_file'] or
                 f'{get_package_share_directory(PACKAGE)}/config/decode.yaml').expanduser()
-    if not file.is_file():              # of which launch_ros only warns, and starts the node
+    if not file.is_file():              # launch_ros would only warn, and start the node
         raise FileNotFoundError(f'params_file: there is no file {file}')
     overrides = {}
-    if given['autostart']:              # by the rules of YAML; the node refuses what is no bool
+    if given['autostart']:              # parsed as YAML; the node refuses other types than bool
         overrides['autostart'] = ParameterValue(LaunchConfiguration('autostart'))
     for argument, parameter in (('model', 'model.path'), ('engine', 'engine.name')):
         if given[argument]:
             overrides[parameter] = given[argument]
-    # The node starts itself: launch_ros of Humble and Jazzy has no autostart for it.
+    # The node activates itself: launch_ros of Humble and Jazzy does not support autostart.
     return [LifecycleNode(
         package=PACKAGE, executable='decode_node', name=given['name'],
         namespace=given['namespace'], output='screen',
         parameters=[str(file), overrides] if overrides else [str(file)],
-        # By this the node knows whose orphan it would be, and ends with this process.
+        # With this process id, the node can end with the launcher.
         additional_env={'PHYSAI_DECODE_LAUNCHER': str(os.getpid())},
         arguments=['--ros-args', '--log-level', given['log_level']])]
 

@@ -15,9 +15,9 @@
 """
 The node's settings: frozen dataclasses, one per group, with their defaults and checks.
 
-Each default is written here and nowhere else. A field's metadata holds what a ROS parameter
-descriptor needs: a description, a range or choices, and whether it may change while the node runs.
-Nothing here knows ROS or torch.
+Each default is defined only here. A field's metadata holds what a ROS parameter descriptor needs:
+a description, a range or choices, and whether the field may change while the node runs. This
+module imports neither ROS nor torch.
 """
 
 from dataclasses import dataclass
@@ -52,216 +52,227 @@ class ModelConfig:
     """Which model to load."""
 
     path: str = _option(
-        'builtin:tiny_planner',
-        'builtin:NAME for a model in the package, a folder in Hugging Face layout, or a hub id')
-    revision: str = _option('', 'branch, tag or commit of a hub id; empty for its default branch')
+        'builtin:tiny_planner', 'a model of the package (builtin:NAME), a folder in Hugging Face '
+        'layout, or a hub id')
+    revision: str = _option(
+        '', 'branch, tag or commit of a hub id; empty selects its default branch')
     locked: bool = _option(
-        False, 'true keeps model, engine, remote and chat as they were at start, itself too: '
-        'only a params file and a restart change them')
+        False, 'true locks model, engine, remote and chat to their values at start, including '
+        'this parameter; to change them, edit the params file and restart the node')
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What runs the model, and where."""
+    """The engine that runs the model, and its device."""
 
     name: str = _option(
-        'auto', 'what runs the model; auto takes native where it can run the model. openai: a '
-        'server in the network does, see remote and offboard.md',
+        'auto', 'engine that runs the model; auto picks native if it can run the model. openai '
+        'forwards requests to a server, see remote and offboard.md',
         choices=('auto', 'native', 'transformers', 'exllamav2', 'openai'))
-    device: str = _option('auto', 'auto, cpu, cuda or cuda:N; auto takes CUDA where there is one')
+    device: str = _option(
+        'auto', 'auto, cpu, cuda or cuda:N; auto uses CUDA if there is a CUDA GPU')
     dtype: str = _option(
-        'auto', 'number format of activations and unquantised weights; auto takes bfloat16 on a '
-        'GPU that has it, float16 on an older GPU, float32 on a CPU; native may take another for '
-        '4-bit weights: float16 with its own kernels, else bfloat16',
+        'auto', 'number format of activations and unquantised weights. auto selects bfloat16 on '
+        'a GPU that supports it, float16 on an older GPU, and float32 on a CPU; for 4-bit '
+        'weights native may select float16 with its own kernels, else bfloat16',
         choices=('auto', 'bfloat16', 'float16', 'float32'))
     cuda_graph: bool = _option(True, 'capture the decode step in a CUDA graph and replay it')
     max_context: int = _option(
-        4096, 'tokens of prompt and answer that the cache holds; a smaller one of the model wins',
-        low=16, high=1048576)
+        4096, "size of the KV cache in tokens, prompt and answer together; the model's own limit "
+        'applies if it is smaller', low=16, high=1048576)
     cpu_threads: int = _option(
-        0, 'threads that torch uses on a CPU; 0 leaves its own choice', low=0, high=1024)
+        0, 'threads that torch uses on a CPU; 0 leaves the choice to torch', low=0, high=1024)
     steps_ahead: int = _option(
-        0, 'steps that native keeps in flight on a GPU; a cancel waits for them. 0 takes 2, and '
-        'more, up to 8, while the host comes too late for those', low=0, high=8)
+        0, 'decode steps that native keeps in flight on a GPU; a cancel waits for them. 0 keeps '
+        '2, and up to 8 while the host is too late for 2', low=0, high=8)
     stream_priority: int = _option(
-        0, "priority of native's kernels over those of other streams of the node's process on a "
-        'GPU: 0 is the lowest, -1 and below go first', low=-5, high=0)
+        0, "priority of native's kernels over other streams of the node's process on a GPU; 0 is "
+        'the lowest, negative values run first', low=-5, high=0)
     gpu_share_percent: int = _option(
-        0, "most of the GPU's multiprocessors that the process takes, in percent; in force only "
-        'where the daemon of MPS runs. 0 sets no limit', low=0, high=100)
+        0, "limit on the share of the GPU's multiprocessors that the process uses, in percent; "
+        'in force only with the MPS daemon. 0 sets no limit', low=0, high=100)
     prefill_chunk_ms: float = _option(
-        100.0, 'a prompt is read in chunks of about this time, but of no fewer than 32 tokens; a '
-        'cancel, a preemption or a deadline is heard after each. 0 reads the largest chunks that '
-        'the engine takes',
-        low=0.0, high=1e6)
+        100.0, 'prefill runs in chunks of about this duration, of at least 32 tokens each; a '
+        'cancel, a preemption or a deadline takes effect after a chunk. 0 uses the largest '
+        'chunks that the engine supports', low=0.0, high=1e6)
 
 
 @dataclass(frozen=True)
 class RemoteConfig:
-    """The server that runs the model where `engine.name` is openai."""
+    """The server that runs the model if `engine.name` is openai."""
 
     base_url: str = _option(
-        '', "address of a server's OpenAI API, such as http://10.0.0.2:8000/v1; its key is in the "
-        'environment, PHYSAI_DECODE_REMOTE_API_KEY')
+        '', "URL of a server's OpenAI API, such as http://10.0.0.2:8000/v1; its key is read from "
+        'the environment variable PHYSAI_DECODE_REMOTE_API_KEY')
     model: str = _option('', 'name of the model on the server')
     first_token_timeout_ms: float = _option(
-        5000.0, 'the server has failed where it brings no token for this long after it was asked',
+        5000.0, 'the server counts as failed if it sends no token for this long after a request',
         low=1.0, high=1e9)
     token_timeout_ms: float = _option(
-        5000.0, 'likewise, after a token', low=1.0, high=1e9)
+        5000.0, 'the server counts as failed if it sends no token for this long after a token',
+        low=1.0, high=1e9)
     fallback: str = _option(
-        '', 'a local model, named as in model.path, that is kept loaded and answers where the '
-        'server fails before it said anything; empty for none')
+        '', 'a local model, named as in model.path. It stays loaded, and answers if the server '
+        'fails before its first token; empty for none')
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen, and when an answer ends."""
+    """How the next token is sampled, and when an answer ends."""
 
     temperature: float = _option(
-        0.0, 'divides the logits; 0 always takes the likeliest token', low=0.0, high=10.0,
-        dynamic=True)
+        0.0, 'divides the logits; 0 is greedy: it always picks the likeliest token',
+        low=0.0, high=10.0, dynamic=True)
     top_k: int = _option(
-        0, 'keep this many of the likeliest tokens; 0 keeps all', low=0, high=1000000,
-        dynamic=True)
+        0, 'keep this many of the likeliest tokens; 0 keeps all',
+        low=0, high=1000000, dynamic=True)
     top_p: float = _option(
-        1.0, 'keep the likeliest tokens whose probabilities reach this sum; 1 keeps all',
+        1.0, 'keep the likeliest tokens whose probabilities add up to this; 1 keeps all',
         low=0.0, high=1.0, dynamic=True)
     min_p: float = _option(
         0.0, 'drop tokens less likely than this fraction of the likeliest; 0 keeps all',
         low=0.0, high=1.0, dynamic=True)
     repetition_penalty: float = _option(
-        1.0, 'makes tokens that were seen less likely; 1 leaves them alone', low=0.1, high=10.0,
-        dynamic=True)
+        1.0, 'makes tokens that already occurred less likely; 1 has no effect',
+        low=0.1, high=10.0, dynamic=True)
     seed: int = _option(
-        0, "the same seed, prompt and settings give the same text, where the prompt's keys and "
-        'values were computed in the same way: in other chunks, or by decode steps as an earlier '
-        'answer, they differ in the last bits, and near-ties may fall otherwise (exllamav2: '
-        'always). -1 takes a fresh seed for each request', low=-1, high=2**31 - 1, dynamic=True)
+        0, 'the same seed, prompt and settings give the same text if the KV cache of the prompt '
+        'was computed in the same way. In other chunks, or by the decode steps of an earlier '
+        'answer, the cache differs in the last bits, and near-ties can resolve differently (with '
+        'exllamav2: always). -1 draws a fresh seed for each request',
+        low=-1, high=2**31 - 1, dynamic=True)
     max_new_tokens: int = _option(
-        256, 'an answer ends after this many tokens', low=1, high=1048576, dynamic=True)
+        256, 'maximum number of tokens in an answer', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
-        (), 'texts that end an answer; they are not part of it', dynamic=True, characters=256)
+        (), 'texts that end an answer; the answer does not contain them',
+        dynamic=True, characters=256)
     from_checkpoint: bool = _option(
-        False, "true takes temperature, top_k, top_p, min_p and repetition_penalty from the "
-        "model's generation_config.json, as far as it has them; a request's own still win",
-        dynamic=True)
+        False, 'true takes temperature, top_k, top_p, min_p and repetition_penalty from the '
+        "model's generation_config.json, as far as it sets them; the values of a request still "
+        'win', dynamic=True)
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """How a prompt becomes what the model reads."""
+    """How a prompt becomes the input of the model."""
 
     template: str = _option(
-        'auto', "auto puts the prompt into the model's chat template where it has one, the "
-        'default one of several; off sends it as it is', choices=('auto', 'off'),
-        others="the name of one of the model's templates", characters=256)
+        'auto', "auto applies the model's chat template, if it has one, and its default one if "
+        'it has several; off sends the prompt as it is',
+        choices=('auto', 'off'), others="the name of one of the model's templates",
+        characters=256)
     system_prompt: str = _option(
-        '', "the conversation's first message; empty for none", characters=1_000_000)
+        '', 'first message of the conversation; empty for none', characters=1_000_000)
     keep_history: bool = _option(
         False, 'keep earlier prompts and answers in the context until ~/reset or deactivate')
 
 
 @dataclass(frozen=True)
 class ConstraintConfig:
-    """What an answer has to look like where its request does not say it; at most one is set."""
+    """The form of an answer whose request does not set one; at most one of these is set."""
 
     schema_file: str = _option(
-        '', 'a file with a JSON Schema that every answer fulfils, unless its request has a '
-        'response_format or structured_outputs of its own; empty for none')
-    regex: str = _option('', 'likewise: a regular expression that the whole answer matches')
-    choice: tuple[str, ...] = _option((), 'likewise: the texts of which the answer is one')
+        '', 'file with a JSON Schema that every answer conforms to, unless its request has its '
+        'own response_format or structured_outputs; empty for none')
+    regex: str = _option(
+        '', 'regular expression that the whole answer matches, unless its request has its own '
+        'constraint; empty for none')
+    choice: tuple[str, ...] = _option(
+        (), 'list of texts, of which the answer is one, unless its request has its own '
+        'constraint; empty for none')
     grammar_file: str = _option(
-        '', 'likewise: a file with a grammar of the answer, in GBNF or the Lark form')
+        '', 'file with a grammar of the answer, in GBNF or Lark syntax, unless its request has '
+        'its own constraint; empty for none')
 
 
 @dataclass(frozen=True)
 class ThinkingConfig:
-    """How long a model may think before it answers, where it is one that thinks."""
+    """How long a reasoning model may think before it answers."""
 
     max_tokens: int = _option(
-        0, 'a thought of more tokens is ended, and the model goes on with its answer; 0 sets no '
-        'limit', low=0, high=1048576, dynamic=True)
+        0, 'limit on the tokens of a thought; the node ends a longer one, and the model '
+        'continues with its answer. 0 sets no limit', low=0, high=1048576, dynamic=True)
 
 
 @dataclass(frozen=True)
 class QueueConfig:
-    """What happens to a prompt that comes while another is answered."""
+    """What happens to a request that arrives while another runs."""
 
-    size: int = _option(8, 'requests that may wait; a further one is refused', low=1, high=10000)
+    size: int = _option(
+        8, 'requests that may wait; the node refuses further ones', low=1, high=10000)
     policy: str = _option(
-        'reject', 'reject: a request waits for its turn and is refused when the queue is full; '
+        'reject', 'reject: a request waits for its turn, and is refused if the queue is full; '
         'preempt: a new request ends the running one and empties the queue',
         choices=('reject', 'preempt'))
     max_request_bytes: int = _option(
-        1000000, 'a longer prompt or JSON request is refused unread', low=1, high=2**30)
+        1000000, 'size limit of a prompt or JSON request; the node refuses a larger one without '
+        'parsing it', low=1, high=2**30)
     max_waiting_bytes: int = _option(
-        16000000, 'bytes that the texts of waiting requests may have in all; a request that goes '
-        'beyond is refused, unless none waits', low=1, high=2**30)
+        16000000, 'limit on the total size of the texts of waiting requests; the node refuses a '
+        'request that exceeds it, unless no other waits', low=1, high=2**30)
 
 
 @dataclass(frozen=True)
 class DeadlineConfig:
-    """How late is too late, in milliseconds; 0 sets no deadline."""
+    """Deadlines in milliseconds; 0 sets none."""
 
     ttft_ms: float = _option(
-        0.0, 'from the prompt received to the first token', low=0.0, high=1e9, dynamic=True)
-    token_ms: float = _option(
-        0.0, 'from one token to the next', low=0.0, high=1e9, dynamic=True)
+        0.0, 'from receiving the prompt to the first token', low=0.0, high=1e9, dynamic=True)
+    token_ms: float = _option(0.0, 'from one token to the next', low=0.0, high=1e9, dynamic=True)
     request_ms: float = _option(
-        0.0, 'from the prompt received to the end of the answer', low=0.0, high=1e9, dynamic=True)
+        0.0, 'from receiving the prompt to the end of the answer', low=0.0, high=1e9, dynamic=True)
     action: str = _option(
-        'report', 'report: a late request goes on; truncate: request_ms ends it and what was '
-        'said so far is delivered', choices=('report', 'truncate'), dynamic=True)
+        'report', 'report: a late request continues; truncate: request_ms ends the request and '
+        'delivers the answer so far', choices=('report', 'truncate'), dynamic=True)
     max_consecutive_misses: int = _option(
         3, 'this many late tokens in a row are an ERROR', low=1, high=1000000, dynamic=True)
 
 
 @dataclass(frozen=True)
 class PaceConfig:
-    """How fast an answer comes at most."""
+    """The maximum rate of an answer."""
 
     tokens_per_s: float = _option(
-        0.0, 'steps start on a schedule of so many tokens per second, and the device rests '
-        'between them; at least 0.1, or 0: as fast as they can', low=0.0, high=1e6, unless_0=0.1,
-        dynamic=True)
+        0.0, 'starts decode steps on a schedule of this many tokens per second and leaves the '
+        'device idle in between; 0 decodes at full speed, otherwise at least 0.1',
+        low=0.0, high=1e6, unless_0=0.1, dynamic=True)
 
 
 @dataclass(frozen=True)
 class RealtimeConfig:
-    """How the decode thread stands among the other threads of the machine."""
+    """The scheduling of the decode thread relative to the other threads of the machine."""
 
     priority: int = _option(
-        0, 'SCHED_FIFO with this priority for the decode thread; 0 leaves it to the ordinary '
+        0, 'SCHED_FIFO priority of the decode thread; 0 leaves the thread to the default '
         'scheduler', low=0, high=99)
     cpu_affinity: tuple[int, ...] = _option(
-        (), 'cores of the decode thread and of what computes for it; all other threads of the '
-        'node take the other cores. Empty: all threads take all', low=0, high=4095, items=int)
+        (), 'cores of the decode thread and its compute threads; all other threads of the node '
+        'use the remaining cores. Empty: all threads use all cores', low=0, high=4095, items=int)
     lock_memory: bool = _option(
-        False, "keep the process's memory from being paged out (mlockall)")
+        False, 'keep the memory of the process from being paged out (mlockall)')
 
 
 @dataclass(frozen=True)
 class RooflineConfig:
-    """The memory bus's limit."""
+    """The limit of the memory bus."""
 
     peak_bandwidth_gb_s: float = _option(
-        0.0, 'peak bandwidth of the device memory in GB/s (1e9 bytes); 0 finds it out',
+        0.0, 'peak bandwidth of the device memory in GB/s (1e9 bytes); 0 detects it',
         low=0.0, high=1e6)
 
 
 @dataclass(frozen=True)
 class DiagnosticsConfig:
-    """What `/diagnostics` says and how often."""
+    """The content and period of `/diagnostics`."""
 
-    period_s: float = _option(
-        1.0, 'time between two messages on /diagnostics', low=0.01, high=3600.0)
+    period_s: float = _option(1.0, 'period of /diagnostics', low=0.01, high=3600.0)
     window_s: float = _option(
-        10.0, 'latency percentiles cover the tokens of this long', low=0.1, high=3600.0)
+        10.0, 'time span that the latency percentiles cover', low=0.1, high=3600.0)
     stall_timeout_s: float = _option(
-        5.0, 'no token for this long while generating is a stall', low=0.05, high=3600.0)
+        5.0, 'time without a token, while generating, that counts as a stall',
+        low=0.05, high=3600.0)
     warn_r_floor: float = _option(
-        0.0, 'WARN when the median r_floor of the window is below this; 0 never',
+        0.0, 'WARN if the median r_floor of the window is below this; 0 never warns',
         low=0.0, high=1.0)
 
 
@@ -270,22 +281,23 @@ class BondConfig:
     """The bond to nav2's lifecycle manager."""
 
     heartbeat_period_s: float = _option(
-        0.25, 'time between two heartbeats to the lifecycle manager of nav2 while the node is '
-        'active; 0 sends none; needs bondpy', low=0.0, high=3600.0)
+        0.25, "period of the heartbeat to nav2's lifecycle manager while the node is active; 0 "
+        'sends none. Needs bondpy', low=0.0, high=3600.0)
 
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """The HTTP door: OpenAI's API."""
+    """The HTTP server: OpenAI's API."""
 
     port: int = _option(
-        0, "TCP port of OpenAI's API, open while the node is configured; 0: off; needs "
+        0, "TCP port of OpenAI's API, open while the node is configured; 0 disables it. Needs "
         'physai_decode[http]', low=0, high=65535)
     host: str = _option(
-        '127.0.0.1', 'address that the port is opened on; 0.0.0.0 and :: let other machines in: '
-        'set PHYSAI_DECODE_API_KEY then', characters=256)
+        '127.0.0.1', 'address that the port listens on; 0.0.0.0 and :: admit other machines: set '
+        'PHYSAI_DECODE_API_KEY then', characters=256)
     max_connections: int = _option(
-        128, 'connections at once; requests on a further one are refused', low=1, high=4096)
+        128, 'limit on simultaneous connections; requests on further ones are refused',
+        low=1, high=4096)
 
 
 @dataclass(frozen=True)
@@ -307,7 +319,7 @@ class DecodeConfig:
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     bond: BondConfig = BondConfig()
     http: HttpConfig = HttpConfig()
-    autostart: bool = _option(True, 'configure and activate by itself at start')
+    autostart: bool = _option(True, 'configure and activate at start')
 
     @property
     def model_name(self) -> str:

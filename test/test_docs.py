@@ -72,7 +72,7 @@ def test_layers():
     """Each file has its layer in architecture.md, and imports from no layer above it."""
     package = ROOT / 'physai_decode'
     page = (ROOT / 'docs' / 'architecture.md').read_text()
-    rows = re.findall(r'^\| \w+ \| (`.+?) \|', page.partition('## One prompt')[0], re.M)
+    rows = re.findall(r'^\| \w+ \| (`.+?) \|', page.partition('## A prompt')[0], re.M)
     layers = {name.removesuffix('.py').rstrip('/'): height for height, row in enumerate(rows)
               for name in re.findall(r'`([\w./]+)`', row)}
     paths = {path.stem if path.parent == package else path.relative_to(package).parts[0]

@@ -145,7 +145,7 @@ def test_late_tokens(rig, control):
 
 def test_no_plan_in_time(rig, control):
     """An engine that hangs does not hang the robot."""
-    code, log, actions = control('[?', plan_s=3.0)
+    code, log, actions = control('[?', plan_s=10.0)    # a busy machine takes seconds to be heard
     rig.loader.engines[0].answer.set()
     assert (code, actions) == (1, ['hold'])
     assert 'hold: no plan in time' in log

@@ -165,5 +165,5 @@ def test_the_configs_fit_the_settings(make, path):
 
 
 def test_there_are_configs():
-    """The three of the README are among them."""
+    """Those that docs/tuning.md names are among them."""
     assert {'decode', 'l4', 'jetson_orin'} <= {path.stem for path in CONFIGS}

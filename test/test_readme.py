@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The code in the README runs as it stands beside a node, and prints the answer."""
+"""The code in docs/clients.md runs as it stands beside a node, and prints the answer."""
 
 from pathlib import Path
 import re
@@ -25,7 +25,7 @@ from physai_decode.ros.typed import unavailable
 import pytest
 import rclpy
 
-PAGE = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
+PAGE = (Path(__file__).resolve().parent.parent / 'docs' / 'clients.md').read_text()
 BEGINNING, *DOORS = re.findall(r'```python\n(.+?)```', PAGE, re.DOTALL)
 ANSWERS = ['stop BRING ME THE RED CUP.\n', 'stop BRING ME THE RED CUP.\n',
            'BRING ME THE RED CUP.\n']

@@ -17,7 +17,7 @@
 
 It is installed into the virtual environment of the Python that runs this, where the wheels' own
 message packages lie, so it is found without sourcing anything. Where a ROS 2 distribution is
-installed, use colcon instead, as README.md says.
+installed, use colcon instead, as docs/install.md says.
 
     .venv/bin/python tools/build_msgs.py            build and install
     .venv/bin/python tools/build_msgs.py --check    only say what is missing; 1 where anything is

@@ -15,14 +15,14 @@
 """
 Write docs/interface.md from the code: parameters, topics, services, keys.
 
-Names, types, defaults, ranges, qualities of service and keys are taken from a node that is made
-for it and loads nothing. Only the sentences are here; one that is missing, or that describes what
-is not there any more, is an error. `--check` writes nothing and says by its exit code whether the
-file is current.
+Names, types, defaults, ranges, QoS and keys come from a node that this script creates without a
+model. Only the descriptions are here. A missing description is an error, as is one of a name that
+no longer exists. `--check` writes nothing; its exit code tells if the file is up to date.
 """
 
 import os
 from pathlib import Path
+import re
 import sys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,183 +41,184 @@ PAGE = ROOT / 'docs' / 'interface.md'
 
 TOPICS = {
     '~/prompt': 'in: a prompt',
-    '~/request': 'in: a request in JSON, see requests.md',
-    '~/result': "each request's end in JSON, also of a refused one, see requests.md",
-    '~/item': "each element of a JSON answer's array as soon as it is complete, in JSON: "
+    '~/request': 'in: a request as JSON, see requests.md',
+    '~/result': 'the end of each request as JSON, including refused ones, see requests.md',
+    '~/item': "each element of a JSON answer's array as soon as it is complete, as JSON: "
               '`request_id`, `id`, `index`, `path` of the array, `t_ms`, `value`; see requests.md',
-    '~/accepted': 'each request that was queued, in JSON: `request_id`, `id`, `stamp` (seconds), '
-                  '`request`',
-    '~/tokens': 'a piece of text for each token; a character is never split, so a piece may be '
-                'empty',
-    '~/response': "the whole text, once, at a request's end; not for one that was refused",
-    '~/token_stats': 'for each token, in step with `~/tokens`: its figures',
-    '~/request_stats': 'for each request, also a refused one: its figures',
-    '~/model_info': 'what is loaded, when that changes; values are n/a where nothing is',
-    '~/itl_ms': 'the time since the token before, in milliseconds; none for the first token of a '
+    '~/accepted': 'each queued request, as JSON: `request_id`, `id`, `stamp` (seconds), `request`',
+    '~/tokens': 'a piece of text per token; a character is never split, so a piece can be empty',
+    '~/response': 'the whole text, once, at the end of a request; not for a refused one',
+    '~/token_stats': 'the figures of each token, in step with `~/tokens`',
+    '~/request_stats': 'the figures of each request, including refused ones',
+    '~/model_info': 'the loaded model, whenever it changes; values are n/a while none is loaded',
+    '~/itl_ms': 'time since the previous token, in milliseconds; not for the first token of a '
                 'request',
     '~/r_floor': 'the floor over that time; 1 is the limit',
-    '/diagnostics': 'every `diagnostics.period_s`, in every state: the last three tables below',
+    '/diagnostics': 'every `diagnostics.period_s`, in every lifecycle state: the last three '
+                    'tables below',
 }
-# What is there only where physai_decode_msgs is built.
+# These exist only if physai_decode_msgs is built.
 TYPED = [
     ('`~/generate`', 'action physai_decode_msgs/Generate',
-     'a request as a goal; its tokens in batches as feedback, and at once the elements of a JSON '
-     'answer, each as on `~/item`; its end as the result. A request '
-     'that is refused is a goal that is accepted and then aborted, for only a result can say why'),
+     'a request as the goal; its tokens as feedback, in batches; the elements of a JSON answer '
+     'as feedback at once, as on `~/item`; its end as the result. A refused goal is first '
+     'accepted and then aborted, because only a result can carry the reason'),
     ('`~/stamped_tokens`', 'physai_decode_msgs/Token',
      'for each token, in step with `~/tokens`: stamp, ids, text and figures in one message')]
 SERVICES = {
-    '~/cancel': 'ends the running request and empties the queue',
-    '~/reset': 'forgets the conversation',
-    '~/measure_gap': "times the loaded model's step, where nothing runs or waits, in two ways: on "
-                     'a GPU with and without its CUDA graph, on a CPU natively and by '
-                     'transformers; the message is the result, or why there is none. Requests '
-                     'wait meanwhile, the state is generating',
+    '~/cancel': 'cancels the running request and empties the queue',
+    '~/reset': 'clears the conversation',
+    '~/measure_gap': 'times the decode step of the loaded model in two ways while no request '
+                     'runs or waits: on a GPU with and without its CUDA graph, on a CPU with '
+                     "native and with transformers. The response's message contains the result, "
+                     'or why there is none. Requests wait meanwhile, and the state is generating',
 }
 KEYS = {
     'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
-    'cached_tokens': 'tokens of the prompt whose keys and values were still there',
-    'cancel_ms': 'from the cancel asked for to the end of the request',
-    'callback_errors': 'errors in callbacks since the process began, such as messages that could '
-                       'not be read; each is in the log',
-    'chat_template': "the name of the chat template in use: default, one of the model's own "
-                     'names, none where it has none, or off',
-    'checkpoint_sampling': 'what generation_config.json sets of `sampling`; it is taken only '
-                           'with `sampling.from_checkpoint`',
+    'cached_tokens': 'tokens of the prompt that were already in the KV cache',
+    'cancel_ms': 'from the cancel to the end of the request',
+    'callback_errors': 'errors in callbacks since the process started, such as messages that '
+                       'could not be parsed; the log has each',
+    'chat_template': "name of the chat template in use: default, one of the model's own names, "
+                     'none if the model has none, or off',
+    'checkpoint_sampling': 'settings of `sampling` in generation_config.json; they take effect '
+                           'only with `sampling.from_checkpoint`',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
-    'client_id': 'what the client called the request',
-    'consecutive_misses': 'late tokens in a row, up to now',
+    'client_id': "the client's id of the request",
+    'consecutive_misses': 'deadline misses in a row, including the newest token',
     'context_tokens': 'tokens whose keys and values the step read',
-    'count': 'tokens with a time in the window',
+    'count': 'tokens with a latency in the window',
     'cuda_graph': 'captured, off or unavailable',
-    'deadline_missed': '1 where this token was late, else 0',
-    'deadline_misses': 'first tokens, further tokens and requests that were late; on /diagnostics '
-                       'since activation',
-    'decode_cores': 'cores that the decode thread may use, as the kernel says',
+    'deadline_missed': '1 if this token missed its deadline, else 0',
+    'deadline_misses': 'deadline misses of first tokens, further tokens and requests; on '
+                       '/diagnostics since activation',
+    'decode_cores': 'cores that the decode thread may use, as the kernel reports',
     'device': 'cpu or cuda:N',
-    'device_ms': "the step's time on the device; on a CPU the step's own time",
-    'device_name': "the device's name",
-    'device_uuid': "the device's identity",
+    'device_ms': 'time of the step on the device; on a CPU the time of the step itself',
+    'device_name': 'name of the device',
+    'device_uuid': 'UUID of the device',
     'dtype': 'number format of activations and unquantised weights',
-    'end_tokens': 'tokens that end an answer: those of the config, generation config, '
-                  'tokenizer and chat template',
-    'energy_j': 'energy in joules that the device took for the answer, for all programs on it; of '
-                'a Jetson the whole board; on /diagnostics of all answers since activation',
-    'engine_reason': 'why that engine runs it',
-    'engine': 'what runs the model; before it is loaded, the parameter; in ~/request_stats what '
-              'answered',
-    'fallback': "why the local model answered in the server's place, see offboard.md; in "
-                '~/model_info which model that is',
-    'fallbacks': "requests that the local model answered in the server's place",
+    'end_tokens': 'tokens that end an answer, from the config, the generation config, the '
+                  'tokenizer and the chat template',
+    'energy_j': 'energy in joules that the device used during the answer, for all programs on '
+                'it; on a Jetson, that of the whole board; on /diagnostics the sum over all '
+                'answers since activation',
+    'engine_reason': 'why this engine was chosen',
+    'engine': 'engine that runs the model; before a model is loaded, the parameter; in '
+              '~/request_stats the engine that answered',
+    'fallback': 'why the local model answered instead of the server, see offboard.md; in '
+                '~/model_info the name of the local model',
+    'fallbacks': 'requests that the local model answered instead of the server',
     'finish_reason': 'stop, tool_calls, length, deadline, cancelled, preempted, rejected or error',
     'first_item_ms': 'from received to the first element on `~/item`',
-    'floor_ms': 'the least time that the memory bus allows for the step; on /diagnostics the '
-                'median of the window',
+    'floor_ms': 'least time that the memory bus allows for the step; on /diagnostics the median '
+                'of the window',
     'generate_action': 'available, or why there is no `~/generate`',
     'head_dim': 'size of an attention head',
-    'host_gap_ms': 'itl_ms less device_ms; on /diagnostics the median of the window',
-    'index': '0 is the first token of the answer',
-    'items': 'elements on `~/item`; n/a where the answer is not JSON by its form',
-    'itl_max_activation_ms': 'largest time from token to token since activation',
-    'itl_max_ms': 'largest time from token to token',
-    'itl_ms': 'time from the token before, less wait_ms',
-    'itl_p50_ms': 'median time from token to token',
-    'itl_p95_ms': '95th percentile of it',
-    'itl_p99_ms': '99th percentile of it',
+    'host_gap_ms': 'itl_ms minus device_ms; on /diagnostics the median of the window',
+    'index': 'position of the token in the answer, from 0',
+    'items': 'elements on `~/item`; n/a if the request does not constrain the answer to JSON',
+    'itl_max_activation_ms': 'maximum latency of a token since activation',
+    'itl_max_ms': 'maximum latency of a token',
+    'itl_ms': 'latency: the time since the previous token, minus wait_ms',
+    'itl_p50_ms': 'median latency of a token',
+    'itl_p95_ms': '95th percentile of the latency',
+    'itl_p99_ms': '99th percentile of the latency',
     'j_per_token': 'energy_j over the tokens of the answer',
-    'jitter_ms': 'its standard deviation',
-    'kv_bytes_per_token': 'keys and values that a token adds to what a step reads',
-    'kv_gb': 'keys and values that a step reads at the newest context',
-    'kv_heads': 'heads of keys and values',
+    'jitter_ms': 'standard deviation of the latency',
+    'kv_bytes_per_token': 'bytes of keys and values that each token adds to what a step reads',
+    'kv_gb': 'size of the keys and values that a step reads at the newest context',
+    'kv_heads': 'KV heads',
     'layers': 'layers of the model',
-    'max_consecutive_misses': 'longest row of late tokens',
-    'mask_ms': "what the mask of the answer's constraint took on the host, see requests.md; on "
-               '/diagnostics the median of the window',
-    'max_context': 'tokens of prompt and answer that fit',
+    'max_consecutive_misses': 'longest run of deadline misses in a row',
+    'mask_ms': 'host time for the mask of a constrained answer, see requests.md; on /diagnostics '
+               'the median of the window',
+    'max_context': 'size of the KV cache in tokens, prompt and answer together',
     'memory_clock_mhz': 'clock of the memory',
-    'memory_locked': "1 where the process's memory is locked against paging, else 0",
-    'memory_free_gb': 'memory that is left on the device',
-    'memory_used_gb': "memory in use on the device; on a CPU the process's own",
-    'model': 'the parameter `model.path`, of a server `remote.model`',
-    'model_type': "as the checkpoint's config.json says",
-    'no_floor': 'why the memory bus is no floor of a step, such as weights that fit a cache',
+    'memory_locked': '1 if the memory of the process is locked against paging, else 0',
+    'memory_free_gb': 'free memory on the device',
+    'memory_used_gb': 'used memory on the device; on a CPU that of the process',
+    'model': 'the parameter `model.path`; with a server `remote.model`',
+    'model_type': "model_type in the checkpoint's config.json",
+    'no_floor': 'why the memory bus sets no floor for a step, such as weights that fit in a cache',
     'output_tokens': 'tokens of the answer',
-    'paced': '1 where steps are held back by `pace.tokens_per_s`, else 0; on /diagnostics of the '
-             'newest token. All times from token to token are without that',
-    'peak_bandwidth_gb_s': 'what the memory bus can do',
-    'peak_source': 'where that is from: parameter, driver, a datasheet by name, measured, '
-                   'observed in steps (which beat the one before), unknown',
-    'power_mode': "the Jetson's power mode, by jetson-stats",
-    'power_w': 'power that the device draws; in ~/request_stats its mean over the answer',
-    'prefill_ms': 'from taken to first token known',
-    'prompt_tokens': 'tokens of the prompt, with template and history',
-    'publish_ms': 'what publishing the token before this one took',
-    'quantization': 'none, or the kind',
+    'paced': '1 if `pace.tokens_per_s` delays steps, else 0; on /diagnostics for the newest '
+             'token. Latencies do not include the delay',
+    'peak_bandwidth_gb_s': 'peak bandwidth of the memory bus',
+    'peak_source': 'source of the peak bandwidth: parameter, driver, a datasheet by name, '
+                   'measured, observed in steps (they exceeded the previous peak), or unknown',
+    'power_mode': 'power mode of a Jetson, from jetson-stats',
+    'power_w': 'power draw of the device; in ~/request_stats the mean over the answer',
+    'prefill_ms': 'from dequeued to the first known token',
+    'prompt_tokens': 'tokens of the prompt, including template and history',
+    'publish_ms': 'time to publish the previous token',
+    'quantization': 'quantisation of the weights, or none',
     'queue_capacity': 'requests that may wait',
     'queue_depth': 'requests that wait',
-    'queue_ms': 'from received to taken',
+    'queue_ms': 'from received to dequeued',
     'reasoning': 'the piece of a thought that this token completed, see requests.md',
-    'reasoning_tokens': 'of output_tokens, those of a thought',
+    'reasoning_tokens': 'tokens of the thought, which output_tokens includes',
     'r_floor': 'floor_ms over itl_ms; 1 is the limit; on /diagnostics the median of the window',
     'r_floor_p50': 'median of r_floor',
-    'read_weight_gb': 'weights that one step really reads',
-    'realtime_refused': 'what the parameters `realtime` ask for and the system does not permit, '
-                        'and how to permit it',
-    'refusal': 'why a request was rejected: `invalid`; `too_large`; `full`, send it again later; '
-               '`inactive`, no model runs',
+    'read_weight_gb': 'size of the weights that one step actually reads',
+    'realtime_refused': 'settings of `realtime` that the system does not permit, and how to '
+                        'permit them',
+    'refusal': 'why a request was rejected: `invalid`; `too_large`; `full`: send it again later; '
+               '`inactive`: no model is active',
     'refusals': 'requests refused so far',
-    'request_deadline_ms': 'the parameter `deadline.request_ms`, where it sets one',
-    'request_id': 'counts from 1, over activations',
+    'request_deadline_ms': 'the parameter `deadline.request_ms`, if it is set',
+    'request_id': 'number of the request, from 1; it continues across activations',
     'requests': 'requests so far',
-    'scheduling': "the decode thread's scheduling class as the kernel says: other, or fifo and "
-                  'its priority',
-    'seed': 'what the tokens were drawn with',
-    'server_tokens': "tokens of the answer by a server's count; `output_tokens` are the pieces of "
-                     'text that it sent',
-    'sliding_window': 'tokens of context that a step reads at most; 0: all',
-    'sm_clock_mhz': 'clock of the processor',
-    'state': 'inactive, loading, idle, generating (also in a measurement), stalled or failed',
+    'scheduling': 'scheduling class of the decode thread, as the kernel reports: other, or fifo '
+                  'with its priority',
+    'seed': 'seed that the tokens were sampled with',
+    'server_tokens': 'tokens of the answer as the server counts them; `output_tokens` counts the '
+                     'pieces of text that it sent',
+    'sliding_window': 'maximum number of context tokens that a step reads; 0: all',
+    'sm_clock_mhz': 'clock of the SMs',
+    'state': 'inactive, loading, idle, generating (also during a measurement), stalled or failed',
     'temperature_c': 'temperature of the device',
-    'throttle_reasons': 'why the clocks are held down, or none',
-    'token_deadline_ms': 'the parameter `deadline.token_ms`, where it sets one',
-    'token_id': 'its number in the vocabulary; n/a where a server sent it as text',
-    'thought_markers': 'what begins and ends a thought of the model, or none',
+    'throttle_reasons': 'why the clocks are throttled, or none',
+    'token_deadline_ms': 'the parameter `deadline.token_ms`, if it is set',
+    'token_id': 'id of the token in the vocabulary; n/a if a server sent it as text',
+    'thought_markers': "texts that begin and end the model's thoughts, or none",
     'tokens': 'tokens so far',
     'tokens_per_s': 'tokens after the first, over their time',
-    'tool_calls': 'calls of tools that this token completed, a JSON list',
-    'tool_form': 'the form in which the model calls tools and why it is that, or none and why',
+    'tool_calls': 'tool calls that this token completed, as a JSON list',
+    'tool_form': 'the syntax of the tool calls of this model and why it was chosen; or none, and '
+                 'why',
     'total_ms': 'from received to the end',
-    'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, where it sets one',
-    'ttft_last_ms': 'time to the first token of the last request',
-    'ttft_ms': 'time to the first token: queue_ms and prefill_ms',
-    'unknown_parameters': 'names given at start that are no parameter',
-    'verdict': 'what holds a step of the window back most (bytes, kernels, host, clocks, a '
-               'neighbour, pacing), by how much, and which setting answers it; see tuning.md',
+    'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, if it is set',
+    'ttft_last_ms': 'time to first token of the last request',
+    'ttft_ms': 'time to first token: queue_ms plus prefill_ms',
+    'unknown_parameters': 'names in the parameters at start that the node does not know',
+    'verdict': 'what limits the steps of the window most (bytes, kernels, host, clocks, a '
+               'neighbour, pacing), by how much, and which setting to change; see tuning.md',
     'vocab_size': 'size of the vocabulary',
-    'wait_ms': 'for how long the step was held back by `pace.tokens_per_s`; on /diagnostics the '
-               'median of the window',
-    'weight_gb': 'weights that one step really reads',
-    'window_s': 'how long the window looks back, in seconds',
-    'worst_overrun_ms': 'how late the latest was; on /diagnostics since activation',
+    'wait_ms': 'how long `pace.tokens_per_s` delayed the step; on /diagnostics the median of the '
+               'window',
+    'weight_gb': 'size of the weights that one step actually reads',
+    'window_s': 'length of the window in seconds',
+    'worst_overrun_ms': 'largest overrun of a deadline; on /diagnostics since activation',
 }
 STATUSES = (
     ('~/token_stats', 'decode: token', messages.TOKEN_KEYS,
-     'Its message is the piece of text. WARN where the token was late.'),
+     'The message is the piece of text. WARN if the token missed its deadline.'),
     ('~/request_stats', 'decode: request', messages.REQUEST_KEYS,
-     'Its message is the finish reason and, where there is more to say, why. WARN for '
-     f'{" and ".join(messages.FAILED)} and where there is a fallback, ERROR for error.'),
+     'The message is the finish reason, with an explanation if there is one. WARN for '
+     f'{" and ".join(messages.FAILED)} and for a fallback, ERROR for error.'),
     ('~/model_info', 'decode: model', messages.MODEL_KEYS,
-     'An engine may add keys of its own at the end.'),
+     'An engine can add its own keys at the end.'),
     ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,
-     'WARN where a deadline was missed since the message before, ERROR where '
-     '`deadline.max_consecutive_misses` tokens in a row were late.'),
+     'WARN if a deadline was missed since the previous message, ERROR if '
+     '`deadline.max_consecutive_misses` tokens in a row missed theirs.'),
     ('/diagnostics', 'decode: bandwidth', messages.BANDWIDTH_KEYS,
-     'WARN where r_floor is below `diagnostics.warn_r_floor`.'),
+     'WARN if r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
-     'ERROR where the state is stalled or failed, or where another node has the same name or '
-     "publishes on `~/tokens`. WARN where the local model answers in the server's place, where "
-     'there are unknown parameters, a params file that holds nothing for this node, or a setting '
-     'of `realtime` that is not permitted. Its message says which.'),
+     'ERROR if the state is stalled or failed, or if another node has the same name or publishes '
+     'on `~/tokens`. WARN if the local model answers instead of the server, for unknown '
+     'parameters, for a params file without a section for this node, and for a setting of '
+     '`realtime` that is not permitted. The message says which.'),
 )
 
 
@@ -308,36 +309,37 @@ def page() -> str:
         rclpy.shutdown()
     parts = [
         '# Interface of `decode_node`',
-        'Made from the code by `tools/make_interface_reference.py`; change it there.',
-        "`~/` stands for the node's full name, `/decode` where it was not changed.",
-        '## Topics', table(('name', 'type', 'quality of service', 'what'), topic_rows),
-        'History, depth, reliability and durability of each can be set by the parameters '
+        '`tools/make_interface_reference.py` generates this page from the code; edit it there.',
+        "`~/` stands for the node's full name, `/decode` by default.",
+        '## Topics', table(('name', 'type', 'QoS', 'description'), topic_rows),
+        'To change history, depth, reliability or durability of a topic, set the parameters '
         '`qos_overrides.<topic>.publisher.<policy>` and `.subscription.<policy>` at start.',
-        'Where the package `physai_decode_msgs` is built (`make msgs` or colcon), there are also:',
-        table(('name', 'type', 'what'), TYPED),
-        '## Services', table(('name', 'type', 'what'), service_rows),
-        'It is a lifecycle node and has the services of one: `~/change_state`, `~/get_state` and '
-        'the others of lifecycle_msgs. `configure` loads the model and warms it up, `activate` '
-        'takes prompts, `deactivate` cancels what runs, `cleanup` frees the memory.',
+        'If the package `physai_decode_msgs` is built (`make msgs` or colcon), there are also:',
+        table(('name', 'type', 'description'), TYPED),
+        '## Services', table(('name', 'type', 'description'), service_rows),
+        'The node is a lifecycle node with the usual services: `~/change_state`, `~/get_state` '
+        'and the others of lifecycle_msgs. `configure` loads the model and warms it up, '
+        '`activate` accepts requests, `deactivate` cancels them, and `cleanup` frees the memory.',
         '## Parameters',
-        table(('name', 'type', 'default', 'allowed', 'at any time', 'what'), settings()),
-        'Those without a yes can be set only while the node is unconfigured. A wrong value is '
-        'refused with the reason; a name in the params file that is none of these is told in the '
-        'log and on `/diagnostics`.',
+        table(('name', 'type', 'default', 'allowed', 'at any time', 'description'), settings()),
+        'Parameters without a yes can be set only while the node is unconfigured. The node '
+        'refuses an invalid value and says why. It reports unknown names in the params file in '
+        'the log and on `/diagnostics`.',
         '## Keys',
-        'A value is a bare decimal number or a word. The unit is the end of the key: `_ms` '
-        'milliseconds, `_s` seconds, `_gb` 1e9 bytes, `_c` degrees Celsius. What is not known is '
-        '`n/a`. The keys of a status are always the same, in the same order. The `frame_id` of '
-        "each header is the node's full name, and the name of each status begins with it, less "
-        'the leading slash: `arm/decode: token` for a node `/arm/decode`.',
+        'A value is a plain decimal number or a word. The suffix of the key is the unit: `_ms` '
+        'milliseconds, `_s` seconds, `_gb` 1e9 bytes, `_c` degrees Celsius. An unknown value is '
+        '`n/a`. A status always has the same keys, in the same order. The `frame_id` of each '
+        "header is the node's full name. The name of each status begins with the same name "
+        'without its leading slash: `arm/decode: token` for a node `/arm/decode`.',
         'Medians and percentiles are exact for up to '
         f'{histogram.EXACT_ROWS} tokens in the window and {histogram.EXACT_VALUES} in a request. '
-        'For more, they are within 0.5 %, and the window may begin up to '
-        f'1/{histogram.SLICES} of itself too early.']
+        'Beyond that, they are within 0.5 %, and the window can begin too early by up to '
+        f'1/{histogram.SLICES} of its length.']
     for topic, name, keys, text in STATUSES:
         parts += [f'### `{name}` on `{topic}`', text,
-                  table(('key', 'what'), [[f'`{key}`', KEYS[key]] for key in keys])]
-    return '\n\n'.join(parts) + '\n'
+                  table(('key', 'description'), [[f'`{key}`', KEYS[key]] for key in keys])]
+    linked = re.sub(r'\b(\w+\.md)\b', r'[\1](\1)', '\n\n'.join(parts))
+    return linked + '\n'
 
 
 def main(arguments: list[str]) -> int:

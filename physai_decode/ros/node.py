@@ -68,7 +68,7 @@ class _Leaving(Exception):
 
 
 class DecodeNode(LifecycleNodeMixin, ClockedNode):
-    """One language model on ROS topics; the README lists names and types."""
+    """One language model on ROS topics; docs/interface.md lists names and types."""
 
     def __init__(self, load: Load = load, name: str = 'decode', params_files: Sequence[str] = (),
                  **arguments) -> None:

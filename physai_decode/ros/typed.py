@@ -26,5 +26,5 @@ try:
     from physai_decode_msgs.msg import Token
     unavailable = ''
 except ImportError as error:
-    unavailable = (f'physai_decode_msgs is not built ({error}): build it as the README says, by '
-                   '`make msgs` or with colcon')
+    unavailable = (f'physai_decode_msgs is not built ({error}): build it with `make msgs` or with '
+                   'colcon, as docs/install.md says')

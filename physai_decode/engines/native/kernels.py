@@ -896,8 +896,8 @@ class TritonOps(TorchOps):
         self._current.add(key)
         if key not in self._summed:
             # Never freed: a captured step has the addresses. The vector is kept too, so that no
-            # other one gets its address.
-            self._summed[key] = vector, torch.empty(
+            # other one gets its address. Zeros, for no kernel writes those of columns that pad.
+            self._summed[key] = vector, torch.zeros(
                 triton.cdiv(vector.numel(), 8), dtype=torch.float32, device=self._device)
         return self._summed[key][1]
 
