@@ -39,9 +39,9 @@ from physai_decode.ros.process import main
 
 class Slow(Loader):
     def __call__(self, config, progress):
-        progress('reading')
         for number in (signal.SIGINT, signal.SIGTERM):      # as a GPU's driver was seen to do
             ctypes.CDLL(None).signal(number, ctypes.c_void_p(1))
+        progress('reading')         # after it: who ignores a signal takes away one that is pending
         if config.model.path == 'slow':
             time.sleep(60)              # as a library that does not come back would
         self.step_s = 0.05
