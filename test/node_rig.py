@@ -14,6 +14,7 @@
 
 """A node on a scripted engine, and a probe that hears and asks all there is."""
 
+from collections import Counter
 import threading
 import time
 
@@ -147,6 +148,8 @@ class Rig:
                      **overrides}
         self.node = DecodeNode(load or self.loader, parameter_overrides=[
             Parameter(name, value=value) for name, value in overrides.items()])
+        self._counting = threading.Lock()
+        self.in_flight: Counter[str] = Counter()        # messages by topic
         self.cancels: list[str] = []            # what came of each that the host was asked for
         self._cancel, self.node._host.cancel = self.node._host.cancel, self._note_cancel
         self.probe = Node('probe')
@@ -164,7 +167,10 @@ class Rig:
                 ('/decode/model_info', DiagnosticArray, latched_qos()),
                 ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):
             self.heard[topic.rpartition('/')[2]] = heard = []
-            self.probe.create_subscription(kind, topic, heard.append, qos)
+            self.probe.create_subscription(
+                kind, topic, self._counted(topic, -1, heard.append), qos)
+        for publisher in self.node.publishers:
+            publisher.publish = self._counted(publisher.topic_name, 1, publisher.publish)
         self.prompt = self.probe.create_publisher(String, '/decode/prompt', stream_qos())
         self.clients = {
             name: self.probe.create_client(kind, f'/decode/{name}') for name, kind in (
@@ -180,6 +186,20 @@ class Rig:
         for client in self.clients.values():
             assert client.wait_for_service(PATIENCE_S)
         self.wait(lambda: self.heard['diagnostics'] and self.prompt.get_subscription_count())
+
+    def _counted(self, topic, count, do):
+        def counted(message):
+            with self._counting:
+                self.in_flight[topic] += count
+            do(message)
+
+        return counted
+
+    def settle(self) -> None:
+        """Wait until the probe has heard all that the node has published on its streams."""
+        streams = [f'/decode/{name}' for name in self.heard if name not in (
+            'diagnostics', 'model_info')]
+        self.wait(lambda: not any(self.in_flight[topic] for topic in streams))
 
     def _note_cancel(self, *arguments, **named) -> str:
         self.cancels.append(self._cancel(*arguments, **named))

@@ -42,13 +42,12 @@ def rig():
     """Give an active node, a client of its action, and what ~/stamped_tokens said."""
     rclpy.init()
     rig = Rig()
-    rig.stamped, rig.feedback, rig.called = [], [], []
+    rig.stamped, rig.feedback = [], []
     rig.probe.create_subscription(
         Token, '/decode/stamped_tokens', rig.stamped.append, stream_qos())
     rig.probe.create_subscription(
         Generate.Impl.FeedbackMessage, '/decode/generate/_action/feedback',
-        lambda message: (rig.feedback.extend(message.feedback.tokens),
-                         rig.called.extend(message.feedback.tool_calls_json)), stream_qos())
+        rig.feedback.append, stream_qos())
     rig.action = ActionClient(rig.probe, Generate, '/decode/generate')
     assert rig.change('configure', 'activate')
     assert rig.action.wait_for_server(PATIENCE_S)
@@ -63,23 +62,37 @@ def begin(rig, **fields):
     return rig.result(rig.action.send_goal_async(Generate.Goal(**fields)))
 
 
+def feedback(rig, handle):
+    """Give the tokens and the calls of a goal's feedback so far."""
+    # From the topic: rclpy's client drops what it has not handled when the result comes.
+    found = [each.feedback for each in rig.feedback
+             if bytes(each.goal_id.uuid) == bytes(handle.goal_id.uuid)]
+    return ([token for each in found for token in each.tokens],
+            [call for each in found for call in each.tool_calls_json])
+
+
+def stamped(rig):
+    """Give the tokens on ~/stamped_tokens of the client's request `mine`."""
+    return [token for token in rig.stamped if token.client_id == 'mine']
+
+
 def test_a_goal_is_a_request(rig):
     before = len(rig.heard['result'])
-    rig.feedback.clear()
     handle = begin(rig, id='mine', prompt='hello')
     assert handle.accepted
     answer = rig.result(handle.get_result_async())
     assert (answer.status, answer.result.text, answer.result.finish_reason) == (
         SUCCEEDED, 'HELLO', 'stop')
-    # From the topic: rclpy's client drops what it has not handled when the result comes.
-    rig.wait(lambda: len(rig.feedback) == 5)
-    assert ''.join(token.text for token in rig.feedback) == 'HELLO'
-    assert [token.index for token in rig.feedback] == list(range(5))
+    rig.wait(lambda: len(feedback(rig, handle)[0]) == 5)
+    tokens, _ = feedback(rig, handle)
+    assert ''.join(token.text for token in tokens) == 'HELLO'
+    assert [token.index for token in tokens] == list(range(5))
     rig.wait(lambda: len(rig.heard['result']) > before)     # the topics tell of it too
     assert rig.requests()[-1]['client_id'] == 'mine'
 
 
 def test_a_goal_is_cancelled_within_a_step(rig):
+    rig.settle()
     engine, before = rig.loader.engines[0], len(rig.heard['tokens'])
     rig.cancels.clear()
     handle = begin(rig, prompt='xx?x')
@@ -108,12 +121,13 @@ def test_thoughts_and_calls(rig, monkeypatch):
     monkeypatch.setattr(Letters, 'manner', Manner('[THINK]', '[/THINK]', (), 'mistral_args'))
     rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
     rig.ask('x' * 20)
+    rig.settle()
     before = {name: len(rig.heard[name]) for name in ('result', 'response', 'token_stats')}
-    rig.stamped.clear(), rig.feedback.clear(), rig.called.clear()
+    rig.stamped.clear()
     tools = [{'type': 'function', 'function': {'name': 'GO'}}]
     said = '[think]w\1[/think] ok. [tool_calls]go[args]{"a": 1}'
-    answer = rig.result(begin(rig, prompt=said, options_json=json.dumps({
-        'tools': tools})).get_result_async())
+    handle = begin(rig, id='mine', prompt=said, options_json=json.dumps({'tools': tools}))
+    answer = rig.result(handle.get_result_async())
     assert (answer.status, answer.result.finish_reason) == (SUCCEEDED, 'tool_calls')
     assert answer.result.text == 'OK.'
     assert answer.result.reasoning_tokens == len('[think]w.[/think]')
@@ -121,12 +135,12 @@ def test_thoughts_and_calls(rig, monkeypatch):
     assert (message['content'], message['reasoning_content']) == ('OK.', 'W\0')
     call, = message['tool_calls']
     assert call['function'] == {'name': 'GO', 'arguments': '{"A": 1}'}
-    rig.wait(lambda: len(rig.stamped) == len(said) == len(rig.feedback))
-    for tokens in (rig.stamped, rig.feedback):
+    rig.wait(lambda: len(stamped(rig)) == len(said) == len(feedback(rig, handle)[0]))
+    for tokens in (stamped(rig), feedback(rig, handle)[0]):
         assert ''.join(token.text for token in tokens) == 'OK.'
         assert ''.join(token.reasoning for token in tokens) == 'W\ufffd'
     rig.wait(lambda: all(len(rig.heard[name]) > count for name, count in before.items()))
-    assert [json.loads(each) for each in rig.called] == [call]
+    assert [json.loads(each) for each in feedback(rig, handle)[1]] == [call]
     assert rig.heard['response'][-1].data == 'OK.'
     rig.wait(lambda: len(rig.heard['token_stats']) == before['token_stats'] + len(said))
     figures = [rig.values(each.status[0])
@@ -141,13 +155,13 @@ def test_stamped_tokens(rig):
     rig.ask('x' * 20)               # by then the node has asked who listens
     rig.stamped.clear()
     begin(rig, id='mine', prompt='abc')
-    rig.wait(lambda: len(rig.stamped) == 3)
-    assert ''.join(token.text for token in rig.stamped) == 'ABC'
-    assert {token.client_id for token in rig.stamped} == {'mine'}
-    assert [token.index for token in rig.stamped] == [0, 1, 2]
-    assert math.isnan(rig.stamped[0].itl_ms) and rig.stamped[1].itl_ms > 0
-    assert rig.stamped[0].header.frame_id == '/decode'
-    assert rig.stamped[0].header.stamp.sec > 1.7e9
+    rig.wait(lambda: len(stamped(rig)) == 3)
+    tokens = stamped(rig)
+    assert ''.join(token.text for token in tokens) == 'ABC'
+    assert [token.index for token in tokens] == [0, 1, 2]
+    assert math.isnan(tokens[0].itl_ms) and tokens[1].itl_ms > 0
+    assert tokens[0].header.frame_id == '/decode'
+    assert tokens[0].header.stamp.sec > 1.7e9
 
 
 @pytest.mark.parametrize('node', ['/d', '/decode', '/robot/decode_7'])

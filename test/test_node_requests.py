@@ -41,6 +41,7 @@ def rig():
 def active(rig):
     """Give it active, with nothing heard."""
     assert rig.change('configure', 'activate')
+    rig.settle()
     for heard in rig.heard.values():
         heard.clear()
     yield rig
