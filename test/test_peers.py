@@ -1,0 +1,123 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The comparison with peers, on programs that print what those print."""
+
+import importlib
+import json
+from pathlib import Path
+import sys
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parent.parent / 'tools'
+VLLM = """
+import time
+
+__version__ = '9.8'
+
+
+class SamplingParams:
+    def __init__(self, **settings):
+        self.count = settings['max_tokens']
+
+
+class Answer:
+    def __init__(self, count):
+        self.outputs, self.token_ids = [self], [0] * count
+
+
+class LLM:
+    def __init__(self, **settings):
+        print('it logs before')
+
+    def generate(self, prompt, settings, use_tqdm):
+        assert len(prompt[0]['prompt_token_ids']) == 16
+        time.sleep(0.001 * settings.count)
+        return [Answer(settings.count)]
+
+
+import atexit
+atexit.register(print, 'and after')
+"""
+LLAMA_BENCH = """#!/bin/sh
+test "$*" = "-m a.gguf -p 0 -n 8 -d 16 -r 2 -o json" || exit 3
+echo '[{"build_commit": "b1", "n_gen": 8, "n_depth": 16, "samples_ts": [250.0, 200.0]}]'
+"""
+GPT_FAST = """
+print('Time for inference 1: 0.10 sec total, 100.00 tokens/sec')
+print('Time for inference 2: 0.20 sec total, 50.00 tokens/sec')
+"""
+
+
+@pytest.fixture(scope='module')
+def peers():
+    """Give the tool."""
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module('peers')
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture
+def run(peers, tmp_path, monkeypatch, capsys):
+    """Run the tool; gives its exit code, the rows that it wrote, and what it printed."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', [
+            'peers.py', '--model', 'builtin:tiny_planner', '--context', '16', '--tokens', '8',
+            '--repeats', '2', '--out', str(tmp_path / 'out'), *arguments])
+        code = peers.main()
+        return (code, json.loads((tmp_path / 'out' / 'peers.json').read_text()),
+                capsys.readouterr().out)
+
+    return run
+
+
+def test_each_peer_by_its_own_command(peers, run, tmp_path, monkeypatch):
+    (tmp_path / 'vllm.py').write_text(VLLM)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    (tmp_path / 'llama-bench').write_text(LLAMA_BENCH)
+    (tmp_path / 'llama-bench').chmod(0o755)
+    (tmp_path / 'generate.py').write_text(GPT_FAST)
+    monkeypatch.setattr(peers, 'ours', lambda options: [
+        peers.Row('native', '1.0', 'decode_bench', [2.0, 4.0])])
+    code, rows, printed = run(
+        '--vllm', sys.executable, '--llama-bench', str(tmp_path / 'llama-bench'), '--gguf',
+        'a.gguf', '--gpt-fast', str(tmp_path), '--gpt-fast-model', 'model.pth')
+    assert code == 0, rows
+    assert [(row['name'], row['version']) for row in rows] == [
+        ('native', '1.0'), ('vLLM', '9.8'), ('llama.cpp', 'b1'), ('gpt-fast', '')]
+    assert all(each > 0.9 for each in rows[1]['token_ms']) and len(rows[1]['token_ms']) == 2
+    assert [row['token_ms'] for row in rows[2:]] == [[4.0, 5.0], [10.0, 20.0]]
+    assert '| llama.cpp | b1 | 4.500 | 1.50 |' in printed
+    assert (tmp_path / 'out' / 'peers.png').stat().st_size > 1000
+
+
+def test_one_that_fails_is_a_row_with_the_reason(peers, run, monkeypatch):
+    monkeypatch.setattr(peers, 'ours', lambda options: [
+        peers.Row('native', '1.0', 'decode_bench', [2.0])])
+    code, rows, printed = run('--llama-bench', '/bin/false', '--gguf', 'a.gguf',
+                              '--gpt-fast', '/nonexistent', '--gpt-fast-model', 'model.pth')
+    assert code == 1
+    assert [row['token_ms'] for row in rows] == [[2.0], [], []]
+    assert rows[1]['error'] == 'code 1: ' and "can't open file" in rows[2]['error']
+    assert '| llama.cpp |  | n/a | n/a |' in printed and 'llama.cpp: code 1' in printed
+
+
+def test_own_engines(run):
+    """By decode_bench, anew each time."""
+    code, rows, _ = run('--engines', 'native')
+    assert code == 0
+    row, = rows
+    assert row['name'] == 'native' and row['version']
+    assert len(row['token_ms']) == 8 and all(each > 0 for each in row['token_ms'])
