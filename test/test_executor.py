@@ -18,7 +18,7 @@ import threading
 import time
 
 from physai_decode.ros.executor import Executor
-from physai_decode.ros.executor import LAST_FAILURE
+from physai_decode.ros.executor import MAX_FAILURES
 import pytest
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
@@ -134,7 +134,7 @@ def test_a_task_that_raises(rig):
     rig.check()
 
 
-@pytest.mark.parametrize('count', [LAST_FAILURE - 1, LAST_FAILURE])
+@pytest.mark.parametrize('count', [MAX_FAILURES - 1, MAX_FAILURES])
 def test_waiting_that_fails(rig, monkeypatch, count):
     """Once is no end; always is one."""
     wait, failures = rig.executor.wait_for_ready_callbacks, iter(range(count))
@@ -145,7 +145,7 @@ def test_waiting_that_fails(rig, monkeypatch, count):
         return wait(**options)
 
     monkeypatch.setattr(rig.executor, 'wait_for_ready_callbacks', fail_first)
-    if count < LAST_FAILURE:
+    if count < MAX_FAILURES:
         rig.start()
         rig.check()
         assert rig.noted == count * [('waiting for callbacks', 'no wait set')]

@@ -223,4 +223,4 @@ def test_what_is_no_ros_argument_is_refused(argument):
         [sys.executable, '-m', 'physai_decode.ros.process', argument, 'more'],
         capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert f'it takes no {argument}; usage: decode_node [--ros-args' in done.stderr
+    assert f'unexpected argument {argument}; usage: decode_node [--ros-args' in done.stderr

@@ -22,9 +22,9 @@ import struct
 from builtin_interfaces.msg import Time
 from node_rig import PATIENCE_S
 from node_rig import Rig
+from physai_decode.ros.interfaces import Generate
+from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
-from physai_decode.ros.typed import unavailable
 import pytest
 from rcl_interfaces.msg import Parameter
 from rcl_interfaces.msg import ParameterValue

@@ -45,8 +45,8 @@ from physai_decode.host import Host
 from physai_decode.host import Loaded
 from physai_decode.http import HttpError
 from physai_decode.http import KEY_VARIABLE
-from physai_decode.http import open_door
 from physai_decode.http import server
+from physai_decode.http import start_server
 from physai_decode.http.exchange import Exchange
 from physai_decode.roofline import Peak
 from physai_decode.speech import Manner
@@ -82,7 +82,7 @@ class Rig:
         self.config = DecodeConfig(
             model=ModelConfig(path=MODEL), queue=queue or QueueConfig(),
             http=HttpConfig(port=free_port(), **http))
-        self.door = open_door(self.host, self.config.http,
+        self.door = start_server(self.host, self.config.http,
                               lambda *error: self.errors.append(error),
                               lambda: len(self.errors))
         if start:
@@ -451,9 +451,10 @@ def test_without_a_model():
 
 def test_a_port_that_is_taken(rig):
     with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. can not be opened'):
-        open_door(rig.host, rig.config.http, print, int)
+        start_server(rig.host, rig.config.http, print, int)
     with pytest.raises(HttpError, match='http.host'):
-        open_door(rig.host, HttpConfig(port=free_port(), host='no.such.host.invalid'), print, int)
+        start_server(rig.host, HttpConfig(port=free_port(), host='no.such.host.invalid'), print,
+                     int)
 
 
 def test_a_client_that_goes_cancels_its_request(gate):
@@ -726,4 +727,4 @@ def test_an_error_of_the_door_itself(monkeypatch):
 def test_it_says_what_to_install(monkeypatch, rig):
     monkeypatch.setitem(sys.modules, 'physai_decode.http.server', None)
     with pytest.raises(HttpError, match=r'pip install .physai_decode\[http\]'):
-        open_door(rig.host, HttpConfig(port=1), print, int)
+        start_server(rig.host, HttpConfig(port=1), print, int)

@@ -174,7 +174,7 @@ def test_arguments_of_a_parent():
         models = {name: {pair.key: pair.value for pair in status.values}['model']
                   for name, status in told.items()}
         assert models == {'/nav/leaky': 'n/a', '/scoped': 'builtin:tiny_planner'}
-        assert 'nav2_params.yaml holds nothing for /nav/leaky' in told['/nav/leaky'].message
+        assert 'nav2_params.yaml has no section for /nav/leaky' in told['/nav/leaky'].message
         assert told['/scoped'].message == 'inactive'
     finally:
         probe.destroy_node()

@@ -587,7 +587,7 @@ def test_a_locked_model_stays(make):
                 assert not done
                 assert reason == (
                     f'{name} can not be set to {value!r} while the node runs: model.locked is '
-                    'true; change it in the params file and start the node again')
+                    'true; change it in the params file and restart the node')
             assert rig.node.get_parameter(name).value == before
         assert rig.set('set_parameters_atomically', model__locked=False, model__path='bad')[1]
         assert rig.set(model__path='mine', sampling__top_k=3) == (True, '')

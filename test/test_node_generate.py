@@ -22,10 +22,10 @@ from node_rig import PATIENCE_S
 from node_rig import Rig
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
+from physai_decode.ros.interfaces import Generate
+from physai_decode.ros.interfaces import Token
+from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
-from physai_decode.ros.typed import Token
-from physai_decode.ros.typed import unavailable
 from physai_decode.speech import Manner
 from physai_decode.timing import TokenReport
 import pytest

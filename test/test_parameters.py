@@ -150,9 +150,9 @@ def test_an_unknown_name_is_found_and_the_nearest_named(make):
     node = make('sampling.temprature: 0.5\nuse_sim_time: false\nxyz: 1')
     parameters.declare(node)
     assert parameters.unknown(node) == ['sampling.temprature', 'xyz']
-    assert parameters.unknown_text('sampling.temprature').endswith(
+    assert parameters.unknown_message('sampling.temprature').endswith(
         'did you mean sampling.temperature?')
-    assert parameters.unknown_text('xyz') == 'xyz is no parameter of this node'
+    assert parameters.unknown_message('xyz') == 'xyz is not a parameter of this node'
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

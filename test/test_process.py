@@ -24,9 +24,9 @@ import time
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState
+from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.node import STOP_TIMEOUT_S
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import unavailable
 import pytest
 import rclpy
 from std_msgs.msg import String
@@ -76,7 +76,7 @@ time.sleep(60)
 """
 CLIENT = """
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
+from physai_decode.ros.interfaces import Generate
 import rclpy
 from rclpy.action import ActionClient
 
@@ -326,7 +326,7 @@ def test_a_launcher_that_is_gone_at_the_start(start):
                     stderr=subprocess.PIPE)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
-    assert 'the process that launched this one has ended' in stderr
+    assert 'the process that launched this node has ended' in stderr
 
 
 def test_a_params_file_for_another_node_is_told(ears, start, tmp_path):
@@ -336,7 +336,7 @@ def test_a_params_file_for_another_node_is_told(ears, start, tmp_path):
     heard = ears('other')
     process = start([*NODE, '-r', '__node:=other', '--params-file', str(file), '-p',
                      'diagnostics.period_s:=0.05'], stderr=subprocess.PIPE)
-    message = f'the params file {file} holds nothing for /other'
+    message = f'the params file {file} has no section for /other'
     status = heard.next()
     while 'failed' not in {pair.value for pair in status.values}:
         assert status.level == DiagnosticStatus.WARN

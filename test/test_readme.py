@@ -21,7 +21,7 @@ import sys
 
 from node_rig import PATIENCE_S
 from node_rig import Rig
-from physai_decode.ros.typed import unavailable
+from physai_decode.ros.interfaces import unavailable
 import pytest
 import rclpy
 

@@ -31,7 +31,7 @@ from physai_decode.config import HttpConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import RemoteConfig
 from physai_decode.host import Host
-from physai_decode.http import open_door
+from physai_decode.http import start_server
 from physai_decode.request import Request
 import pytest
 from worker_rig import Sink
@@ -77,7 +77,7 @@ def near():
     pytest.importorskip('prometheus_client')
     port = free_port()
     host, sink = started(DecodeConfig(model=ModelConfig(path=BUILTIN)))
-    door = open_door(host, HttpConfig(port=port), lambda *error: None, lambda: 0)
+    door = start_server(host, HttpConfig(port=port), lambda *error: None, lambda: 0)
     yield host, sink, port
     door.close()
     stop(host)

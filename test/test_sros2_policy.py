@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 
 from physai_decode.ros.ask import Asker
 from physai_decode.ros.bond import Heartbeat
+from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.node import DecodeNode
-from physai_decode.ros.typed import unavailable
 from physai_decode.ros.watch import Watcher
 import pytest
 import rclpy

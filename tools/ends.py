@@ -36,8 +36,8 @@ import time
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
 import rclpy
 from rclpy.action import ActionClient
 from rclpy.executors import SingleThreadedExecutor

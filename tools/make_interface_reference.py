@@ -266,7 +266,7 @@ def settings() -> list[list[str]]:
         meta = field.metadata
         choices = [f'`{choice}`' for choice in meta['choices']]
         allowed = (', '.join([*choices, *filter(None, [meta['others']])])
-                   or parameters.length(field))
+                   or parameters.length_limit(field))
         if meta['low'] is not None and not allowed:
             allowed = f'{written(meta["low"])} to {written(meta["high"])}'
         rows.append([f'`{name}`', parameters.kind(field).name.lower(),

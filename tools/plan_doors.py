@@ -32,8 +32,8 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
 
 from physai_decode.config import DecodeConfig
+from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
 from plan_times import Plan
 import rclpy
 from rclpy.action import ActionClient

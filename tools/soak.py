@@ -49,8 +49,8 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
+from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
 from rcl_interfaces.srv import SetParameters
 import rclpy
 from rclpy.action import ActionClient

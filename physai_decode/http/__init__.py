@@ -36,7 +36,7 @@ class HttpError(RuntimeError):
     """The door can't be opened; the message says why and what to do."""
 
 
-def open_door(host: Host, config: HttpConfig, note: Callable[[str, BaseException], None],
+def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseException], None],
               errors: Callable[[], int]) -> 'Server':
     """
     Serve the host's model on a port, from now until the server is closed.

@@ -53,7 +53,7 @@ class App:
         Take whose API it is.
 
         :param key: what clients have to send; empty: nothing.
-        :param note: see `physai_decode.http.open_door`, as for ``errors``.
+        :param note: see `physai_decode.http.start_server`, as for ``errors``.
         """
         self._host, self._key, self._note = host, key.encode(), note
         self._metrics = Metrics(host, errors)

@@ -43,7 +43,7 @@ class Metrics(Collector):
     """The figures of one host."""
 
     def __init__(self, host: Host, errors: Callable[[], int]) -> None:
-        """Take whose figures they are; see `open_door` for ``errors``."""
+        """Take whose figures they are; see `start_server` for ``errors``."""
         self._host, self._errors = host, errors
         self._registry = CollectorRegistry()
         self._registry.register(self)

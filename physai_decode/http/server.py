@@ -51,7 +51,7 @@ class Server:
         Open the port and serve it in a thread.
 
         :param key: what clients have to send; empty: nothing.
-        :param note: see `physai_decode.http.open_door`, as for ``errors``.
+        :param note: see `physai_decode.http.start_server`, as for ``errors``.
         :raises HttpError: the port can't be had.
         """
         self._limit, self._note = config.max_connections, note

@@ -16,11 +16,11 @@
 
 import signal
 
-from physai_decode.ros import room
+from physai_decode.ros import memory
 
-room.check_shared_memory()
-# numpy starts threads when it is imported, as rclpy does. With the signals open there, the kernel
-# would bring a signal that the main thread blocks to one of them, where it is lost.
+memory.check_shared_memory()
+# numpy starts threads on import, as rclpy does. They have to block these signals too: otherwise
+# the kernel delivers a signal that the main thread blocks to one of them, and it is lost.
 _before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 try:
     import numpy as numpy

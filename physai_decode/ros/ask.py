@@ -171,7 +171,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         failure = 'interrupted'
     except BrokenPipeError:
-        failure = drop_output()
+        failure = discard_output()
     finally:
         asker.destroy_node()
         rclpy.shutdown()
@@ -190,7 +190,7 @@ def main(args: list[str] | None = None) -> int:
                 print(f'{key:24}{value}')
         sys.stdout.flush()
     except BrokenPipeError:
-        code, failure = 1, drop_output()
+        code, failure = 1, discard_output()
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
     return code
@@ -214,7 +214,7 @@ def begin(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.N
     return arguments
 
 
-def drop_output() -> str:
+def discard_output() -> str:
     """Send what is left of the output nowhere, as Python tries again at its end; gives why."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 'nobody reads the output'

@@ -12,32 +12,32 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The bond by which nav2's lifecycle manager knows that an active node lives."""
+"""The bond with which nav2's lifecycle manager monitors that an active node is alive."""
 
 from rclpy.node import Node
 
 try:
     from bondpy.bondpy import Bond as Heartbeat
-except ImportError:         # it comes with nav2's ROS distribution, not from PyPI
+except ImportError:         # bondpy comes with a ROS distribution, not from PyPI
     Heartbeat = None
 
-TOPIC = 'bond'              # nav2's names: this topic, relative to the namespace, and the node's
+TOPIC = 'bond'              # relative to the namespace, as nav2 expects
 BREAK_AFTER_S = 4.0         # without a heartbeat
 
 
 class Bond:
-    """Sends heartbeats from activation to deactivation, where bondpy is installed."""
+    """Sends heartbeats while the node is active, if bondpy is installed."""
 
     def __init__(self, node: Node) -> None:
-        """Send nothing yet."""
+        """Keep the node; `form` starts the heartbeats."""
         self._node = node
         self._heartbeat: Heartbeat | None = None
 
     def form(self, period_s: float) -> None:
         """
-        Begin.
+        Start to send heartbeats.
 
-        :param period_s: between two heartbeats; 0 sends none.
+        :param period_s: seconds between two heartbeats; 0 sends none.
         """
         self.end()
         if period_s <= 0:
@@ -52,7 +52,7 @@ class Bond:
         self._heartbeat = heartbeat
 
     def end(self) -> None:
-        """Break the bond on purpose; the manager hears that at once."""
+        """Break the bond; the manager is notified at once."""
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is not None:
             heartbeat.shutdown()

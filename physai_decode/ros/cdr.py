@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-The messages of one token, written straight in CDR, the form in which DDS sends them.
+Serialises the messages of one token to CDR, the wire format of DDS.
 
-rclpy turns a message object into one of C, field by field, and that into CDR. For the figures of a
-token that takes as long as all the rest of publishing it, so these three types skip the detour; a
-test reads them back with rclpy. All other messages go the usual way.
+rclpy converts a message object to a C struct, field by field, and serialises that. For the figures
+of a token, this takes as long as the rest of publishing. These types are therefore serialised here
+directly, and a test deserialises them with rclpy. All other messages use rclpy.
 """
 
 from math import nan
@@ -27,8 +27,8 @@ from struct import Struct
 from physai_decode.ros import messages
 from physai_decode.timing import TokenReport
 
-_LITTLE_ENDIAN = b'\0\1\0\0'                # the encapsulation's four bytes, not counted below
-_PADDING = (b'\0\0\0\0', b'\0\0\0', b'\0\0', b'\0')     # a NUL, then up to a multiple of four
+_LITTLE_ENDIAN = b'\0\1\0\0'                # encapsulation header; alignment counts from its end
+_PADDING = (b'\0\0\0\0', b'\0\0\0', b'\0\0', b'\0')     # a NUL, then zeros to 4-byte alignment
 _length = Struct('<I').pack
 _float64 = Struct('<4sd').pack
 _stamp = Struct('<4siI').pack
@@ -38,35 +38,35 @@ _figures = Struct('<ddd?').pack
 
 
 def _text(text: str) -> bytes:
-    """Write a string that begins at a multiple of four, padded to the next."""
+    """Serialise a string that starts 4-byte aligned, with padding to the next multiple of 4."""
     data = text.encode()
     return _length(len(data) + 1) + data + _PADDING[len(data) & 3]
 
 
 def string(text: str) -> bytes:
-    """Write a std_msgs/String."""
+    """Serialise a std_msgs/String."""
     return _LITTLE_ENDIAN + _text(text)
 
 
 def float64(value: float) -> bytes:
-    """Write a std_msgs/Float64."""
+    """Serialise a std_msgs/Float64."""
     return _float64(_LITTLE_ENDIAN, value)
 
 
 class StampedToken:
-    """Writes the physai_decode_msgs/Token of ``~/stamped_tokens``."""
+    """Serialises the physai_decode_msgs/Token of ``~/stamped_tokens``."""
 
     def __init__(self, node: str) -> None:
         """
-        Write what never changes.
+        Serialise the constant parts.
 
-        :param node: the node's full name.
+        :param node: the node's fully qualified name.
         """
         frame_id = _text(node)
-        self._frame_id = frame_id + b'\0' * (len(frame_id) & 4)     # numbers of 8 bytes follow
+        self._frame_id = frame_id + b'\0' * (len(frame_id) & 4)     # the next field is 8-aligned
 
     def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
-        """Write one token; see `TokenStats.write`."""
+        """Serialise one token; see `TokenStats.write`."""
         texts = b''.join((_text(report.client_id), _indices(report.index, messages.id_of(report)),
                           _text(text), _text(messages.sendable(report.reasoning))))
         return b''.join((
@@ -77,19 +77,19 @@ class StampedToken:
 
 
 class TokenStats:
-    """Writes the diagnostic_msgs/DiagnosticArray of ``~/token_stats``."""
+    """Serialises the diagnostic_msgs/DiagnosticArray of ``~/token_stats``."""
 
     def __init__(self, node: str) -> None:
         """
-        Write what never changes.
+        Serialise the constant parts.
 
-        :param node: the node's full name.
+        :param node: the node's fully qualified name.
         """
         name = _text(messages.status_name(node, 'token'))
         self._frame_id = _text(node) + _length(1)               # one status follows
         self._levels = {late: level + b'\0\0\0' + name for late, level in (
             (False, messages.OK), (True, messages.WARN))}
-        self._values = _text('') + _length(len(messages.TOKEN_KEYS))    # after the hardware_id
+        self._values = _text('') + _length(len(messages.TOKEN_KEYS))    # an empty hardware_id
         figures, speech = messages.TOKEN_KEYS[:-2], messages.TOKEN_KEYS[-2:]
         self._keys = [_text(key) for key in figures]
         self._fields = attrgetter(*figures)
@@ -98,10 +98,10 @@ class TokenStats:
 
     def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
         """
-        Write one token's figures.
+        Serialise the figures of one token.
 
-        :param text: the status's message; must hold no NUL.
-        :param now_ns: the header's stamp, in nanoseconds.
+        :param text: the message of the status, without NUL.
+        :param now_ns: the stamp of the header, in nanoseconds.
         """
         values = map(messages.text_of, self._fields(report))
         parts = [_stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,

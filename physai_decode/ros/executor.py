@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The executor: threads that take turns, and that no error in a callback ends."""
+"""A multi-threaded executor that survives exceptions in callbacks."""
 
 from collections.abc import Callable
 import threading
@@ -25,45 +25,46 @@ from rclpy.executors import ShutdownException
 from rclpy.executors import TimeoutException
 from rclpy.task import Task
 
-LAST_FAILURE = 10               # waits for work that fail one after the other
+MAX_FAILURES = 10               # consecutive failures of the wait for work
 POLL_S = 0.001
 
 
 class Executor(rclpy.executors.Executor):
     """
-    One thread waits for work and then does it, while the next one waits.
+    One thread waits for a callback and then runs it, while the next thread waits.
 
-    rclpy's own executors end with the first exception in a callback, so that any participant can
-    end a node by a message that can't be read. This one notes it and goes on.
+    rclpy's own executors end with the first exception in a callback, so any participant could end
+    a node with a message that can't be deserialised. This executor reports the exception and
+    continues.
     """
 
     def __init__(self, threads: int, note: Callable[[str, Exception], None]) -> None:
         """
-        Serve nothing yet.
+        Create the executor; `spin` starts its threads.
 
-        :param threads: callbacks that may run at once.
-        :param note: gets what an exception came from, and the exception; from any thread.
+        :param threads: how many callbacks may run at once.
+        :param note: called from any thread with the source of an exception and the exception.
         """
         super().__init__()
         self._count, self._note = threads, note
-        self._turn = threading.Lock()           # held while waiting for work
-        self._running: set[Task] = set()        # rclpy offers a task until it has begun
-        self._failures = 0                      # of waits in a row; both guarded by _turn
+        self._wait_lock = threading.Lock()      # held by the thread that waits for work
+        self._running: set[Task] = set()        # rclpy returns a task again until it has begun
+        self._failures = 0                      # consecutive; guarded by _wait_lock
 
     def spin(self) -> None:
         """
-        Serve callbacks until the executor is shut down.
+        Run callbacks until the executor is shut down.
 
-        :raises Exception: it can't wait for work, however often it tries.
+        :raises Exception: waiting for work failed `MAX_FAILURES` times in a row.
         """
-        broken: list[BaseException] = []
+        errors: list[BaseException] = []
 
-        def serve():
+        def serve() -> None:
             try:
                 while self._context.ok() and not self._is_shutdown:
                     self.spin_once()
             except BaseException as error:
-                broken.append(error)
+                errors.append(error)
                 self.shutdown()
 
         threads = [threading.Thread(target=serve, name='executor')
@@ -73,24 +74,24 @@ class Executor(rclpy.executors.Executor):
         serve()
         for thread in threads:
             thread.join()
-        if broken:
-            raise broken[0]
+        if errors:
+            raise errors[0]
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """
         Wait for one callback and run it; from any thread.
 
-        :raises Exception: waiting has failed `LAST_FAILURE` times in a row.
+        :raises Exception: waiting for work failed `MAX_FAILURES` times in a row.
         """
-        with self._turn:
+        with self._wait_lock:
             try:
                 task, entity, _ = self.wait_for_ready_callbacks(timeout_sec=timeout_sec)
                 self._failures = 0
             except (ShutdownException, ExternalShutdownException, TimeoutException):
                 return
-            except Exception as error:          # as where an entity was destroyed meanwhile
+            except Exception as error:          # such as an entity that was just destroyed
                 self._failures += 1
-                if self._failures == LAST_FAILURE:
+                if self._failures == MAX_FAILURES:
                     raise
                 self._note('waiting for callbacks', error)
                 return
@@ -107,10 +108,10 @@ class Executor(rclpy.executors.Executor):
 
     def settle(self, timeout_s: float) -> bool:
         """
-        Wait until no callback runs or is about to, while others serve; False after the timeout.
+        Wait until no task is left, while other threads run them; False after the timeout.
 
-        What callbacks have asked for by `create_task`, such as rclpy's answer to who waits for a
-        goal's result, is done then.
+        This includes tasks that callbacks created with `create_task`, such as rclpy's response to
+        the client that waits for a goal's result.
         """
         end_s = time.monotonic() + timeout_s
         while time.monotonic() < end_s:
@@ -120,25 +121,26 @@ class Executor(rclpy.executors.Executor):
             time.sleep(POLL_S)
         return False
 
-    def _make_handler(self, entity, node, take, *execute):
+    def _make_handler(self, entity: Any, node: Any, take: Callable[[Any], Any],
+                      *execute: Any) -> Task:
         """
-        Make a task of what is ready.
+        Create the task of an entity that is ready.
 
-        An exception in taking a message must not reach rclpy's handler, which would leave the
-        entity taken for ever and its callback group closed.
+        An exception while a message is taken must not reach rclpy's handler, which would never
+        serve the entity and its callback group again.
         """
-        def taken(entity):
+        def take_safely(entity: Any) -> Any:
             try:
                 return take(entity)
             except Exception as error:
                 self._note(_name(entity), error)
-                return None                     # as where there was no message
+                return None                     # to rclpy: there was no message
 
-        return super()._make_handler(entity, node, taken, *execute)
+        return super()._make_handler(entity, node, take_safely, *execute)
 
 
 def _name(entity: Any) -> str:
-    """Name what a callback belongs to."""
+    """Name the topic, service, action or entity of a callback."""
     for attribute in ('topic_name', 'srv_name', '_action_name'):
         if name := getattr(entity, attribute, ''):
             return name

@@ -12,30 +12,30 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Errors that the node goes on after: each is logged and counted."""
+"""Errors that the node survives: each is logged and counted."""
 
 import threading
 
 from physai_decode.engine import described
 from rclpy.impl.rcutils_logger import RcutilsLogger
 
-LOG_EVERY_S = 1.0               # a flood of them must not become a flood in the log
+LOG_PERIOD_S = 1.0              # at most one line per period, so that errors don't flood the log
 
 
 class Faults:
-    """What went wrong in callbacks; most often a message or a call that was malformed."""
+    """The exceptions raised in callbacks, most often by malformed messages or calls."""
 
     def __init__(self, logger: RcutilsLogger) -> None:
-        """Begin with none."""
+        """Start with a count of 0."""
         self.count = 0
         self._logger = logger
         self._lock = threading.Lock()
 
     def note(self, where: str, error: BaseException) -> None:
         """
-        Count an error and log it, with the line of code that raised it; from any thread.
+        Count an error and log it with the line of code that raised it; from any thread.
 
-        :param where: what it went wrong in, such as a topic.
+        :param where: the source of the error, such as a topic.
         """
         with self._lock:
             self.count += 1
@@ -46,5 +46,5 @@ class Faults:
         line = '' if trace is None else \
             f' ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})'
         self._logger.error(
-            f'{where} failed, the node goes on: {described(error)}{line}; callback_errors: '
-            f'{count}', throttle_duration_sec=LOG_EVERY_S)
+            f'{where} failed, the node continues: {described(error)}{line}; callback_errors: '
+            f'{count}', throttle_duration_sec=LOG_PERIOD_S)

@@ -12,67 +12,72 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The end of what was published: whether it has left the process, and has come."""
+"""Waits until the middleware has sent the last messages and subscribers have received them."""
 
+from collections.abc import Callable
 from collections.abc import Iterable
 import time
+from typing import Any
 
-from physai_decode.ros.clocked_node import Unserved
+from physai_decode.ros.clocked_node import PolledGroup
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from std_msgs.msg import Empty
 
-TOPIC = '~/_last'               # hidden by its underscore; only there while a node ends
+TOPIC = '~/_last'               # the underscore hides it; it exists only while the node ends
 POLL_S = 0.001
-ACKNOWLEDGED_S = 0.3            # at most, from sent to destroyed
+ACKNOWLEDGE_S = 0.3             # longest wait for subscribers to acknowledge
 
 
 class Flush:
     """
-    Waits for the middleware, before the publishers are destroyed.
+    Waits for the middleware before the publishers are destroyed.
 
-    Fast DDS that sends in a thread of its own drops with a publisher what it has not sent yet. It
-    sends in the order of publishing, over all publishers and services, so a last message that the
-    node itself hears tells that all before it are sent. A subscriber may still hear first that a
-    publisher is gone, and then drops what came from it, so each gets time to acknowledge; Fast
-    DDS asks for that only every 3 s, which is too long to wait for.
+    When Fast DDS publishes asynchronously, a destroyed publisher loses its unsent messages. Fast
+    DDS sends in the order of publishing, across all publishers and services. The node therefore
+    publishes a last message to itself: when it arrives, all earlier messages have been sent.
+
+    A subscriber that sees a publisher go drops the messages it has not handled, so subscribers
+    also get time to acknowledge. That wait is short, because Fast DDS requests acknowledgements
+    only every 3 s.
     """
 
     def __init__(self, node: Node, publishers: Iterable[Publisher]) -> None:
         """
-        Send the last message.
+        Create the publisher and the subscription of the last message.
 
-        :param publishers: those whose subscribers are waited for.
+        :param publishers: the publishers whose subscribers have to acknowledge.
         """
         self._publishers = publishers
-        self._heard = node.create_subscription(
-            Empty, TOPIC, lambda message: None, 1, callback_group=Unserved())
-        self._last = node.create_publisher(Empty, TOPIC, 1)
+        self._subscription = node.create_subscription(
+            Empty, TOPIC, lambda message: None, 1, callback_group=PolledGroup())
+        self._publisher = node.create_publisher(Empty, TOPIC, 1)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for all of it; False where it did not come in time."""
+        """Return True once all messages were sent and acknowledged, False after the timeout."""
         end_s = time.monotonic() + timeout_s
-        if not self._until(end_s, self._last.get_subscription_count):
+        if not self._wait_until(end_s, self._publisher.get_subscription_count):
             return False
-        self._last.publish(Empty())
-        if not self._until(end_s, self._take):
+        self._publisher.publish(Empty())
+        if not self._wait_until(end_s, self._take):
             return False
         try:
-            return self._until(min(end_s, time.monotonic() + ACKNOWLEDGED_S), self._acknowledged)
-        except RuntimeError:            # a middleware that can't tell
+            return self._wait_until(
+                min(end_s, time.monotonic() + ACKNOWLEDGE_S), self._acknowledged)
+        except RuntimeError:            # this middleware does not report acknowledgements
             return False
 
-    def _acknowledged(self):
-        # Asked again and again: rclpy would hold the interpreter's lock while it waits.
+    def _acknowledged(self) -> bool:
+        # Polled, because rclpy holds the interpreter's lock while it waits.
         return all(each.wait_for_all_acked(Duration()) for each in self._publishers)
 
-    def _take(self):
-        with self._heard.handle:
-            return self._heard.handle.take_message(Empty, False)
+    def _take(self) -> Any:
+        with self._subscription.handle:
+            return self._subscription.handle.take_message(Empty, False)
 
     @staticmethod
-    def _until(end_s, done):
+    def _wait_until(end_s: float, done: Callable[[], Any]) -> bool:
         while not done():
             if time.monotonic() > end_s:
                 return False

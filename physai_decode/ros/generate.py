@@ -13,12 +13,11 @@
 # limitations under the License.
 
 """
-The action ``~/generate``: a goal becomes a request, its tokens feedback, its end the result.
+The action ``~/generate``: goals become requests, tokens become feedback.
 
-A goal takes no thread of the executor while the model works: the decode thread leaves tokens in a
-deque, a thread of this module sends them in batches, and the executor is asked for a moment only
-when the end is known. The package of the action is optional; `unavailable` says why it is not
-there.
+A goal does not occupy an executor thread while the model works. The decode thread appends tokens
+to a deque, a thread of this module sends them in batches, and the executor only sets the result.
+The interface package is optional; `unavailable` is the reason if it is missing.
 """
 
 from collections import deque
@@ -29,6 +28,7 @@ import math
 import threading
 import time
 from typing import Any
+from typing import cast
 from typing import TypeVar
 
 from physai_decode.host import Host
@@ -38,12 +38,12 @@ from physai_decode.request import Request
 from physai_decode.request import RequestError
 from physai_decode.result import ANSWERED
 from physai_decode.result import chat_completion
+from physai_decode.ros.interfaces import Generate
+from physai_decode.ros.interfaces import Token
+from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.messages import id_of
 from physai_decode.ros.messages import sendable
 from physai_decode.ros.topics import stream_qos
-from physai_decode.ros.typed import Generate
-from physai_decode.ros.typed import Token
-from physai_decode.ros.typed import unavailable
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
@@ -52,13 +52,14 @@ from rclpy.action import CancelResponse
 from rclpy.action.server import RCLError
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import ROSClock
 from rclpy.node import Node
 from rclpy.qos import QoSDurabilityPolicy
 from rclpy.qos import QoSProfile
 
-FEEDBACK_PERIOD_S = 0.02        # a message costs as much as some tokens, so they are sent together
+FEEDBACK_PERIOD_S = 0.02        # a message costs as much as several tokens, so they are batched
 POLL_S = 0.001
-STATUS_DEPTH = 128              # more than what may wait for a sender that has no processor
+STATUS_DEPTH = 128              # more than can be pending while the sending thread has no CPU
 _T = TypeVar('_T')
 
 
@@ -68,33 +69,32 @@ class GenerateServer:
     def __init__(self, node: Node, host: Host, feedback_period_s: float = FEEDBACK_PERIOD_S,
                  **arguments: Any) -> None:
         """
-        Take goals from now on.
+        Start to accept goals.
 
-        :param host: takes requests, refuses and cancels; `Host` says how.
-        :param feedback_period_s: least time between two feedback messages of a goal.
-        :param arguments: for rclpy's ActionServer. Its own ``result_timeout`` fits: Humble counts
-            it from the goal's acceptance and has 900 s, later ones have 10 s from its end.
+        :param feedback_period_s: the shortest time between two feedback messages of a goal.
+        :param arguments: passed to rclpy's ActionServer. The default ``result_timeout`` is fine:
+            in Humble 900 s from the acceptance of a goal, later 10 s from its end.
         :raises RuntimeError: physai_decode_msgs is not built.
         """
         if unavailable:
             raise RuntimeError(unavailable)
         self._host = host
-        self._clock = node.get_clock()
+        self._clock = cast(ROSClock, node.get_clock())
         self._logger = node.get_logger()
         self._source = node.get_fully_qualified_name()
         self._period_s = feedback_period_s
         self._lock = threading.Lock()
-        self._goals: dict[bytes, _Goal] = {}        # those without a result; guarded by _lock
-        self._work = threading.Event()              # there is something to send, or to close
-        self._hurry = threading.Event()             # and it can't wait for the period's end
+        self._goals: dict[bytes, _Goal] = {}        # goals without a result; guarded by _lock
+        self._work = threading.Event()              # set if there is something to send
+        self._urgent = threading.Event()            # set if it can't wait for the next period
         self._closed = False
-        # rclpy's own depth of 10 would lose goals that come at once, and feedback. With its depth
-        # of 1 for the status, and with 10 on a busy machine, Fast DDS that sends in a thread of
-        # its own was seen to refuse one that comes right after others; rclpy raises then.
+        # rclpy's default depth of 10 would lose simultaneous goals, and feedback. For the status,
+        # asynchronous Fast DDS was seen to reject messages in quick succession with rclpy's
+        # default depth of 1, and with 10 on a busy machine; rclpy then raises RCLError.
         self._server = _Server(
             node, Generate, '~/generate', self._never,
             callback_group=MutuallyExclusiveCallbackGroup(),
-            handle_accepted_callback=self._begin, cancel_callback=self._cancel,
+            handle_accepted_callback=self._accept, cancel_callback=self._cancel,
             goal_service_qos_profile=stream_qos(), result_service_qos_profile=stream_qos(),
             cancel_service_qos_profile=stream_qos(), feedback_pub_qos_profile=stream_qos(),
             status_pub_qos_profile=QoSProfile(
@@ -105,16 +105,16 @@ class GenerateServer:
 
     def finish(self, timeout_s: float) -> None:
         """
-        Wait until each goal has its result, at most so long.
+        Wait until each goal has its result, or until the timeout.
 
-        Their requests must have ended, and the executor must run.
+        Call this after all requests have ended and while the executor runs.
         """
-        until_s = time.monotonic() + timeout_s
-        while self._goals and time.monotonic() < until_s:
+        end_s = time.monotonic() + timeout_s
+        while self._goals and time.monotonic() < end_s:
             time.sleep(POLL_S)
 
     def close(self) -> None:
-        """Take no goals any more; before the node is destroyed."""
+        """Destroy the action server, before its node is destroyed."""
         if self._closed:
             return
         self._closed = True
@@ -122,16 +122,16 @@ class GenerateServer:
         self._thread.join()
         self._server.destroy()
 
-    # In the executor. Its callback group lets in one at a time, so a goal is cancelled only when
-    # it has begun.
+    # In the executor. The callback group is mutually exclusive, so a goal can be cancelled only
+    # after _accept has returned.
 
-    def _begin(self, handle: ServerGoalHandle) -> None:
-        """Submit an accepted goal. One that can't be served is refused, which its result tells."""
+    def _accept(self, handle: ServerGoalHandle) -> None:
+        """Submit the request of a goal. The result of an invalid goal contains the error."""
         received_s = time.monotonic()
         goal = _Goal(handle, self._wake)
         with self._lock:
             self._goals[goal.key] = goal
-        self._set(handle, handle.execute)           # its state only: see _Server
+        self._set_state(handle, handle.execute)     # changes only the state: see _Server
         try:
             request = read(handle.request, self._host.config.queue.max_request_bytes)
         except RequestError as error:
@@ -140,81 +140,82 @@ class GenerateServer:
         goal.number = self._host.submit(request, received_s, goal)
 
     def _cancel(self, handle: ServerGoalHandle) -> CancelResponse:
-        """Allow a cancel. It is passed on as soon as rclpy has noted it in the goal's state."""
+        """Accept a cancel. The request is cancelled once rclpy has changed the goal's state."""
         with self._lock:
             goal = self._goals.get(bytes(handle.goal_id.uuid))
         if goal is not None:
-            goal.cancel = True
+            goal.cancel_pending = True
             self._wake(True)
         return CancelResponse.ACCEPT
 
-    def _conclude(self, goal: '_Goal', handle: ServerGoalHandle) -> Any:
-        """Set the goal's last state and give its result."""
+    def _conclude(self, goal: '_Goal', report: RequestReport, text: str,
+                  handle: ServerGoalHandle) -> Any:
+        """Set the final state of a goal and return its result."""
         with self._lock:
             del self._goals[goal.key]
-        report, text = goal.end
         message = result(report, text, self._host.config.model_name)
         if report.finish_reason in ANSWERED:
-            self._set(handle, handle.succeed)
+            self._set_state(handle, handle.succeed)
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
-            self._set(handle, handle.canceled)
+            self._set_state(handle, handle.canceled)
         else:
-            self._set(handle, handle.abort)
+            self._set_state(handle, handle.abort)
         return message
 
-    def _set(self, handle: ServerGoalHandle, change: Callable[[], None]) -> None:
-        """Change a goal's state. That others can't be told of it costs the goal nothing."""
+    def _set_state(self, handle: ServerGoalHandle, change: Callable[[], None]) -> None:
+        """Change the state of a goal. If its status can't be published, the goal continues."""
         try:
             change()
         except RCLError as error:
             self._logger.warning(f'the status of a goal was not sent: {error}')
             if not handle.is_active:
-                self._server.notify_goal_done()     # rclpy has not come to that
+                self._server.notify_goal_done()     # which the exception made rclpy skip
 
     def _never(self, handle: ServerGoalHandle) -> None:
         raise AssertionError('goals are executed by _conclude')
 
     # In the thread of this object
 
-    def _wake(self, hurry: bool = False) -> None:
-        """Make the thread look; from any thread."""
+    def _wake(self, urgent: bool = False) -> None:
+        """Wake the sending thread; from any thread."""
         if not self._work.is_set():
             self._work.set()
-        if hurry:
-            self._hurry.set()
+        if urgent:
+            self._urgent.set()
 
     def _send(self) -> None:
-        """Send what is new of all goals, then wait for a period, or until there is a hurry."""
+        """Send the news of all goals, then wait for a period or until something is urgent."""
         while self._work.wait() and not self._closed:
             self._work.clear()
-            self._hurry.clear()
+            self._urgent.clear()
             with self._lock:
                 goals = [goal for goal in self._goals.values() if not goal.concluding]
-            # A list, for each goal must have its turn.
-            if any([self._serve(goal) for goal in goals]):
+            # A list instead of a generator, so that any() does not skip goals.
+            if any([self._send_goal(goal) for goal in goals]):
                 self._work.set()
                 time.sleep(POLL_S)
             else:
-                self._hurry.wait(self._period_s)
+                self._urgent.wait(self._period_s)
 
-    def _serve(self, goal: '_Goal') -> bool:
-        """Send what is new of a goal; True where it needs another look at once."""
-        end = goal.end              # before the tokens: all of them are there, then
-        items = goal.take_items()   # likewise: the tokens that they are made of are there
+    def _send_goal(self, goal: '_Goal') -> bool:
+        """Send the news of a goal; return True if its cancel is still pending."""
+        # In this order: all tokens are there before the end is, and those of an item before it.
+        end = goal.end
+        items = goal.take_items()
         tokens = goal.take()
         try:
             if tokens or items:
                 goal.handle.publish_feedback(self._feedback(tokens, items))
         except RCLError as error:
-            self._logger.warning(f'a goal has lost feedback: {error}')
+            self._logger.warning(f'feedback of a goal was not sent: {error}')
         if end is not None:
             goal.concluding = True
-            self._server.notify_execute(goal.handle, partial(self._conclude, goal))
+            self._server.notify_execute(goal.handle, partial(self._conclude, goal, *end))
             return False
-        if goal.cancel and goal.handle.is_cancel_requested and goal.number is not None:
-            goal.cancel = False
+        if goal.cancel_pending and goal.handle.is_cancel_requested and goal.number is not None:
+            goal.cancel_pending = False
             self._host.cancel(goal.number)
-        return goal.cancel
+        return goal.cancel_pending
 
     def _feedback(self, tokens: list[tuple[int, TokenReport]], items: list[str]) -> Any:
         simulated = self._clock.ros_time_is_active
@@ -227,70 +228,71 @@ class GenerateServer:
 
 class _Server(ActionServer):
     """
-    An action server whose goals are executed when their end is known.
+    An action server that uses the executor only at the end of a goal.
 
-    rclpy executes a goal in a thread of the executor, which would be held for as long as the model
-    works. Here ``goal.execute()`` sets the goal's state to EXECUTING and no more; at the end,
-    ``notify_execute`` has a function called in the executor that sets the last state and gives the
+    rclpy executes a goal in an executor thread, which would be occupied for as long as the model
+    works. Here, ``goal.execute()`` only sets the state of the goal to EXECUTING. At the end,
+    ``notify_execute`` makes the executor call a function that sets the final state and returns the
     result.
     """
 
-    def notify_execute(self, goal_handle, execute_callback):
-        """Execute only what is given."""
+    def notify_execute(self, goal_handle: ServerGoalHandle,
+                       execute_callback: Callable[[ServerGoalHandle], Any] | None) -> None:
+        """Execute a goal only if a callback is given."""
         if execute_callback is not None:
             super().notify_execute(goal_handle, execute_callback)
 
 
 class _Goal:
-    """One goal, from its acceptance to its end; the listener of its request."""
+    """One goal, from acceptance to result; it listens to its request."""
 
     def __init__(self, handle: ServerGoalHandle, wake: Callable[..., None]) -> None:
         self.handle = handle
         self.key = bytes(handle.goal_id.uuid)
         self.number: int | None = None      # the request_id, once it is known
-        self.cancel = False                 # a cancel came and was not passed on yet
+        self.cancel_pending = False         # a cancel was accepted but not passed to the host yet
         self.end: tuple[RequestReport, str] | None = None
-        self.concluding = False             # the executor was asked to send the result
+        self.concluding = False             # the executor is about to send the result
         self._tokens: deque[tuple[int, TokenReport]] = deque()
         self._items: deque[str] = deque()
         self._wake = wake
 
     def token(self, report: TokenReport) -> None:
-        """Keep a token for the next batch; in the decode thread, so no more than that."""
+        """Queue a token for the next batch; called in the decode thread."""
         self._tokens.append((time.time_ns(), report))
         self._wake(bool(report.tool_calls))
 
     def item(self, report: ItemReport) -> None:
-        """Keep an element's JSON form; it waits for no further token."""
+        """Queue an element; it is sent without waiting for the period."""
         self._items.append(report.to_json())
         self._wake(True)
 
     def finished(self, report: RequestReport, text: str) -> None:
-        """Take the end; from any thread."""
+        """Record the end; called from any thread."""
         self.end = report, text
         self._wake(True)
 
     def take(self) -> list[tuple[int, TokenReport]]:
-        """Give the tokens since the last call, with the time of each in ns since the epoch."""
-        return _drained(self._tokens)
+        """Return the tokens since the last call, each with its time in ns since the epoch."""
+        return _drain(self._tokens)
 
     def take_items(self) -> list[str]:
-        """Give the elements since the last call."""
-        return _drained(self._items)
+        """Return the elements since the last call."""
+        return _drain(self._items)
 
 
-def _drained(queue: deque[_T]) -> list[_T]:
-    """Empty a queue to which other threads may append meanwhile."""
+def _drain(queue: deque[_T]) -> list[_T]:
+    """Empty a queue while other threads may append to it."""
     return [queue.popleft() for _ in range(len(queue))]
 
 
 def read(goal: Any, max_bytes: int) -> Request:
     """
-    Read a goal.
+    Convert a goal to a request.
 
     :param goal: a Generate.Goal.
-    :param max_bytes: what its texts may have in all.
-    :raises RequestError: naming the field that is wrong, its value and what is allowed.
+    :param max_bytes: limit of the total length of its texts.
+    :raises RequestError: a field is wrong; the message has its name, value and allowed values.
     """
     client_id = goal.id if is_client_id(goal.id) else ''
     texts = goal.id, goal.prompt, goal.messages_json, goal.options_json, *goal.sampling.stop
@@ -305,37 +307,37 @@ def read(goal: Any, max_bytes: int) -> Request:
 
 
 def _fields(goal: Any) -> dict[str, Any]:
-    """Give the JSON form of a goal's request."""
+    """Return the fields of a goal's request in their JSON form."""
     fields = {name: value for name, value in (
-        ('id', goal.id), ('prompt', goal.prompt), ('deadline', _set(goal.deadline)),
-        ('pace', _set(goal.pace))) if value}
-    fields.update(_set(goal.sampling))
+        ('id', goal.id), ('prompt', goal.prompt), ('deadline', _set_fields(goal.deadline)),
+        ('pace', _set_fields(goal.pace))) if value}
+    fields.update(_set_fields(goal.sampling))
     if goal.messages_json:
         fields['messages'] = parse_value(goal.messages_json, 'messages_json')
     options = parse_value(goal.options_json, 'options_json') if goal.options_json else {}
     if not isinstance(options, dict):
-        raise RequestError('options_json is no JSON object: expected one such as '
+        raise RequestError('options_json is not a JSON object: expected one such as '
                            '{"response_format": {"type": "json_object"}}')
     for name in options:
         if name in fields:
-            raise RequestError(f'{name} is given in a field of the goal and in options_json: '
-                               'give it once')
+            raise RequestError(f'{name} is set in a field of the goal and in options_json: '
+                               'set it once')
     return {**fields, **options}
 
 
-def _set(message: Any) -> dict[str, Any]:
-    """Give the fields that are not at their default; their names are those of the JSON form."""
-    unset = type(message)()
+def _set_fields(message: Any) -> dict[str, Any]:
+    """Return the fields of a message that differ from their default."""
+    default = type(message)()
     fields = {name: getattr(message, name) for name in message.get_fields_and_field_types()}
-    return {name: value for name, value in fields.items() if value != getattr(unset, name)}
+    return {name: value for name, value in fields.items() if value != getattr(default, name)}
 
 
 def token(report: TokenReport, known_ns: int, source: str) -> Any:
     """
-    Give the message of a token.
+    Build the message of a token.
 
-    :param known_ns: when it was known, in nanoseconds by the node's clock.
-    :param source: the node's full name.
+    :param known_ns: when the token was known, in nanoseconds of the node's clock.
+    :param source: the node's fully qualified name.
     """
     message = Token(
         request_id=report.request_id, client_id=report.client_id, index=report.index,
@@ -349,14 +351,14 @@ def token(report: TokenReport, known_ns: int, source: str) -> Any:
 
 
 def result(report: RequestReport, text: str, model: str) -> Any:
-    """Give the result of a goal; each of its fields bears the name of the report's."""
+    """Build the result of a goal; its fields have the names of those of the report."""
     message = Generate.Result(
         text=sendable(text), result_json=json.dumps(chat_completion(report, text, model)))
     for name, kind in message.get_fields_and_field_types().items():
         value = getattr(report, name, None)
         if kind == 'double':
             setattr(message, name, _number(value))
-        elif value is not None:             # else the message's default: -1, not known
+        elif value is not None:             # otherwise the default of the message, -1: unknown
             setattr(message, name, sendable(value) if kind == 'string' else value)
     return message
 

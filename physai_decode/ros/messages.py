@@ -31,7 +31,7 @@ from diagnostic_msgs.msg import KeyValue
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
-from physai_decode.ros.typed import unavailable
+from physai_decode.ros.interfaces import unavailable
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The settings' fields as ROS parameters: declared, checked as a whole, read back.
+Declares and reads the fields of the settings as ROS parameters.
 
-A parameter is named after its group and field, such as ``sampling.top_p``. Those that can't change
-while the node runs can still be set while it is unconfigured. It does not apply anything.
+A parameter is named after its group and field, such as ``sampling.top_p``. A parameter that can't
+change while the node runs can still be set while the node is unconfigured.
 """
 
 from array import array
@@ -45,12 +45,12 @@ TYPES = {
     str: Parameter.Type.STRING}
 LISTS = {str: Parameter.Type.STRING_ARRAY, int: Parameter.Type.INTEGER_ARRAY}
 FIXED = 'can be set only while the node is unconfigured'
-LOAD_GROUPS = ('model', 'engine', 'remote', 'chat')     # what a load reads
+LOAD_GROUPS = ('model', 'engine', 'remote', 'chat')     # these decide what is loaded
 
 
-def specs() -> dict[str, Field]:
-    """Map each parameter's name to its field."""
-    found = {}
+def specs() -> dict[str, Field[Any]]:
+    """Map the name of each parameter to its field."""
+    found: dict[str, Field[Any]] = {}
     for field in fields(DecodeConfig):
         if is_dataclass(field.default):
             found.update({f'{field.name}.{inner.name}': inner for inner in fields(field.default)})
@@ -59,38 +59,38 @@ def specs() -> dict[str, Field]:
     return found
 
 
-def kind(field: Field) -> Parameter.Type:
-    """Give the type of a field's parameter."""
+def kind(field: Field[Any]) -> Parameter.Type:
+    """Return the type of a field's parameter."""
     found = type(field.default)
     return LISTS[field.metadata['items']] if found is tuple else TYPES[found]
 
 
 def declare(node: Node, instead: Mapping[str, Any] = MappingProxyType({})) -> None:
     """
-    Declare every parameter with its default or its value from the command line or a file.
+    Declare every parameter with its value from the command line or a params file, or its default.
 
-    :param instead: defaults that differ from the settings', by the parameters' names.
-    :raises ConfigError: a given value is wrong; the message gives name, value and what is allowed.
+    :param instead: defaults that replace those of the settings, by parameter name.
+    :raises ConfigError: a value is wrong; the message has its name, value and allowed values.
     """
     given = node._parameter_overrides
     merge(DecodeConfig(), given.values())
     for name, field in specs().items():
         value = Parameter(name, kind(field), instead.get(name, field.default))
-        # Declared by type and set then: an empty list has no type that rclpy could infer.
+        # Declared by type and then set, because rclpy can't infer a type from an empty list.
         node.declare_parameter(name, kind(field), _descriptor(field), ignore_override=True)
         node.set_parameters([_typed(given.get(name, value), field)])
 
 
 def read(node: Node) -> DecodeConfig:
-    """Give the settings as the parameters stand now."""
+    """Return the settings with the current values of the parameters."""
     return merge(DecodeConfig(), node.get_parameters(list(specs())))
 
 
 def merge(config: DecodeConfig, parameters: Iterable[Parameter]) -> DecodeConfig:
     """
-    Put parameters into settings; names that are no field's are left out.
+    Return the settings with these parameters applied; ignore names that are not fields.
 
-    :raises ConfigError: naming the first parameter that is wrong, its value and what is allowed.
+    :raises ConfigError: a value is wrong; the message has its name, value and allowed values.
     """
     known = specs()
     groups: dict[str, dict[str, Any]] = {}
@@ -111,10 +111,10 @@ def merge(config: DecodeConfig, parameters: Iterable[Parameter]) -> DecodeConfig
 
 def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
     """
-    Give parameters the types of their fields where nothing is lost by it.
+    Convert parameters to the types of their fields where that is lossless.
 
-    A whole number will do for one with a fraction, an empty list, which has no type in a file, for
-    a list of any kind, and false for off, which YAML takes for one.
+    This covers an integer for a float, an empty list (which has no type in a file) for any list,
+    and false for ``off``, because YAML reads ``off`` as false.
     """
     known = specs()
     return [_typed(parameter, known[parameter.name]) if parameter.name in known else parameter
@@ -123,30 +123,30 @@ def typed(parameters: Iterable[Parameter]) -> list[Parameter]:
 
 def from_messages(messages: Iterable[ParameterMessage]) -> list[Parameter]:
     """
-    Read the parameters of a call.
+    Convert the parameters of a service call.
 
-    :raises ConfigError: the type of a value is none of a parameter.
+    :raises ConfigError: a value has a type that does not exist.
     """
-    read = []
+    parameters = []
     for message in messages:
         try:
-            read.append(Parameter.from_parameter_msg(message))
+            parameters.append(Parameter.from_parameter_msg(message))
         except ValueError:
             raise ConfigError(
-                f'{message.name} has a value of type {message.value.type}: the types are those '
-                'of rcl_interfaces/msg/ParameterType, 0 to 9') from None
-    return read
+                f'{message.name} has a value of type {message.value.type}: expected a type of '
+                'rcl_interfaces/msg/ParameterType, 0 to 9') from None
+    return parameters
 
 
 def fixed(parameters: Iterable[Parameter]) -> list[str]:
-    """List the names that can't change while the node runs."""
+    """List those parameters that can't change while the node runs, by name."""
     known = specs()
     return [parameter.name for parameter in parameters
             if parameter.name in known and not known[parameter.name].metadata['dynamic']]
 
 
-def length(field: Field) -> str:
-    """Say how long a value may be; empty where it is no text."""
+def length_limit(field: Field[Any]) -> str:
+    """Describe the longest allowed value; empty if the field is neither a text nor a list."""
     meta = field.metadata
     characters, texts = meta['characters'], meta['texts']
     if type(field.default) is tuple:
@@ -155,24 +155,24 @@ def length(field: Field) -> str:
     return f'up to {characters} characters' if type(field.default) is str else ''
 
 
-def decides_load(name: str) -> bool:
-    """Tell whether a parameter is of those that decide what is loaded."""
+def affects_load(name: str) -> bool:
+    """Return whether a parameter affects what is loaded."""
     return name.partition('.')[0] in LOAD_GROUPS
 
 
 def unknown(node: Node) -> list[str]:
-    """List the names given at start that nothing has declared."""
+    """List the names given at start that are not declared."""
     return sorted(name for name in node._parameter_overrides if not node.has_parameter(name))
 
 
-def unknown_text(name: str) -> str:
-    """Say that there is no parameter of this name, and which is nearest."""
+def unknown_message(name: str) -> str:
+    """Describe an unknown parameter, and suggest the closest name."""
     nearest = get_close_matches(name, specs(), n=1)
-    return f'{name} is no parameter of this node' + (
+    return f'{name} is not a parameter of this node' + (
         f'; did you mean {nearest[0]}?' if nearest else '')
 
 
-def _typed(parameter: Parameter, field: Field) -> Parameter:
+def _typed(parameter: Parameter, field: Field[Any]) -> Parameter:
     if type(field.default) is float and type(parameter.value) is int:
         return Parameter(parameter.name, Parameter.Type.DOUBLE, float(parameter.value))
     # YAML reads off as false, in a file and on the command line.
@@ -185,10 +185,11 @@ def _typed(parameter: Parameter, field: Field) -> Parameter:
     return parameter
 
 
-def _descriptor(field: Field) -> ParameterDescriptor:
+def _descriptor(field: Field[Any]) -> ParameterDescriptor:
     meta = field.metadata
     choices = ', '.join(filter(None, (*meta['choices'], meta['others'])))
-    notes = [f'one of: {choices}'] if choices else [length(field)] if length(field) else []
+    limit = length_limit(field)
+    notes = [f'one of: {choices}'] if choices else [limit] if limit else []
     notes += [] if meta['dynamic'] else [FIXED]
     descriptor = ParameterDescriptor(
         description=meta['description'], additional_constraints='; '.join(notes))

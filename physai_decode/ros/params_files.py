@@ -12,19 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The params files that a command line names, and whether they hold anything for this node."""
+"""The params files on a command line, and whether they have a section for this node."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
 import re
+from typing import Any
 
 import yaml
 
 
-def given(args: Sequence[str]) -> list[str]:
-    """List the files of ``--params-file`` among the ROS arguments of a command line."""
+def from_arguments(args: Sequence[str]) -> list[str]:
+    """List the ``--params-file`` files among the ROS arguments of a command line."""
     files: list[str] = []
     ros = False
     for position, each in enumerate(args):
@@ -35,38 +36,38 @@ def given(args: Sequence[str]) -> list[str]:
     return files
 
 
-def unheard(files: Iterable[str], node: str) -> list[str]:
+def without_section(files: Iterable[str], node: str) -> list[str]:
     """
-    List the files that hold nothing for a node.
+    List the files that have no section for a node.
 
-    ROS ignores such a file without a word, and the node would run on its defaults.
+    ROS silently ignores such a file, and the node would run with its defaults.
 
-    :param node: its full name, such as ``/robot/decode``.
+    :param node: the fully qualified name, such as ``/robot/decode``.
     """
     return [file for file in files if not any(
         re.fullmatch(pattern, node) for pattern in _patterns(Path(file)))]
 
 
 def _patterns(file: Path) -> Iterator[str]:
-    """Give a regular expression for each name that the file has parameters for."""
+    """Yield a regular expression for each node name that has a section in the file."""
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError):
-        yield '.*'          # rclpy has read it: judge it by nothing
+        yield '.*'          # rclpy could read it, so report nothing
         return
     yield from _walk(content, '')
 
 
-def _walk(content, above):
+def _walk(content: Any, prefix: str) -> Iterator[str]:
     if isinstance(content, dict):
         for key, inner in content.items():
             if key == 'ros__parameters':
-                yield above
+                yield prefix
             else:
-                yield from _walk(inner, above + ''.join(map(_pattern, str(key).split('/'))))
+                yield from _walk(inner, prefix + ''.join(map(_pattern, str(key).split('/'))))
 
 
-def _pattern(token):
-    """Give the regular expression for one token of a node's name, by rcl's rules."""
+def _pattern(token: str) -> str:
+    """Return the regular expression for one token of a node name, by rcl's rules."""
     wildcards = {'': '', '*': '/[^/]+', '**': '(/[^/]+)*'}
     return wildcards[token] if token in wildcards else f'/{re.escape(token)}'

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The node's process: signals, the executor, and an end in bounded time whatever hangs."""
+"""The node's process: it handles signals, runs the executor, and exits in bounded time."""
 
 import os
 import signal
@@ -21,89 +21,90 @@ import threading
 import time
 
 from physai_decode.config import ConfigError
+from physai_decode.host import Load
 from physai_decode.host import load
+from physai_decode.ros import memory
 from physai_decode.ros import params_files
-from physai_decode.ros import room
 from physai_decode.ros import watchdog
 from physai_decode.ros.executor import Executor
+from physai_decode.ros.launcher import Launcher
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.node import EXIT_TIMEOUT_S
-from physai_decode.ros.parent import Parent
 import rclpy
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
-EXIT_LIMIT_S = 1.5              # from a signal seen to the end of the process, whatever hangs
-FLUSH_S = 0.4                   # of it, for the last messages to be sent and heard
-SPARE_S = 0.1                   # of it, for taking the node down
-POLL_S = 0.1                    # how often the main thread looks for signals and the launcher
-THREADS = 3                     # of the executor; node.py says what they are for
+EXIT_LIMIT_S = 1.5              # from a signal to the end of the process, even if a thread hangs
+FLUSH_S = 0.4                   # of EXIT_LIMIT_S, to send the last messages
+DESTROY_S = 0.1                 # of EXIT_LIMIT_S, to destroy the node
+POLL_S = 0.1                    # period at which the main thread checks signals and the launcher
+THREADS = 3                     # of the executor; node.py describes their use
 
 
-class Ending:
-    """Why the process ends, once it does; any thread may say so."""
+class Exit:
+    """The request to end the process, and its exit code; any thread may make it."""
 
     def __init__(self) -> None:
-        """Go on."""
+        """Request nothing yet."""
         self.code = 0
         self._event = threading.Event()
 
-    def begin(self, code: int = 0) -> None:
-        """End the process with this exit code, or a worse one."""
+    def request(self, code: int = 0) -> None:
+        """End the process with this exit code, or a higher one that was requested before."""
         self.code = max(self.code, code)
         self._event.set()
 
-    def begun(self, timeout_s: float) -> bool:
-        """Tell, within this time, whether the process ends."""
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a request; False after the timeout."""
         return self._event.wait(timeout_s)
 
 
-def spin(executor: Executor, ending: Ending) -> None:
-    """Serve callbacks until the executor is shut down; where it can't, the process ends."""
+def spin(executor: Executor, ending: Exit) -> None:
+    """Run callbacks until the executor is shut down; then, or if it fails, end the process."""
     try:
         executor.spin()
     except BaseException:
-        ending.begin(code=1)    # so that systemd restarts the node
+        ending.request(code=1)  # so that systemd restarts the node
         raise
-    ending.begin()
+    ending.request()
 
 
-def main(args: list[str] | None = None, load=load) -> int:
+def main(args: list[str] | None = None, load: Load = load) -> int:
     """
-    Run the node until SIGINT or SIGTERM, then end the process; returns where it can't start.
+    Run the node until SIGINT or SIGTERM, then end the process; return only if it can't start.
 
-    The exit code is 0 for a signal or the end of the launcher, and 1 where the executor is broken.
+    The exit code is 0 after a signal or the end of the launcher, and 1 if the executor failed.
 
-    :raises SystemExit: there is no room to start.
+    :raises SystemExit: there is too little memory to start.
     """
-    room.check_address_space()
-    ending, parent = Ending(), Parent()
+    memory.check_address_space()
+    ending, launcher = Exit(), Launcher()
     args = sys.argv if args is None else args
     signals = signal.SIGINT, signal.SIGTERM
-    # Blocked here, and so in every thread to come, and looked for below: a handler may be replaced
-    # by a library's. They stay pending, for the watchdog to see. This handler is for threads that
-    # are older.
+    # New threads inherit this mask, so the signals stay pending, where the loop below and the
+    # watchdog see them. A handler alone would not do, because libraries replace handlers. This one
+    # is for threads that already run.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for number in signals:
-        signal.signal(number, lambda *_: ending.begin())
+        signal.signal(number, lambda *_: ending.request())
     watchdog.start()
-    # Fast DDS sends in a thread of its own then: a slow network does not hold up decoding.
+    # Fast DDS then sends from its own thread, and a slow network does not delay decoding.
     os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
     try:
-        # rclpy's own handlers would end the context before the last messages are out.
+        # rclpy's signal handlers would shut down the context before the last messages are sent.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-        others = remove_ros_args(args)[1:]
-    except (RuntimeError, ValueError) as error:     # a params file that is not there, a slip
+        unexpected = remove_ros_args(args)[1:]
+    except (RuntimeError, ValueError) as error:     # such as a params file that does not exist
         print(f'decode_node: {type(error).__name__}: {error}', file=sys.stderr)
         return 1
-    if others:
-        print(f'decode_node: it takes no {others[0]}; usage: decode_node [--ros-args '
+    if unexpected:
+        print(f'decode_node: unexpected argument {unexpected[0]}; usage: decode_node [--ros-args '
               '[--params-file FILE] [-p NAME:=VALUE] [-r OLD:=NEW] ...]', file=sys.stderr)
         rclpy.shutdown()
         return 2
     try:
-        node = DecodeNode(load, params_files=params_files.given(args))
-    except Exception as error:          # rclpy's own parameters raise whatever is behind them
+        node = DecodeNode(load, params_files=params_files.from_arguments(args))
+    except Exception as error:          # rclpy raises many types for its own parameters
         kind = '' if isinstance(error, ConfigError) else f'{type(error).__name__}: '
         rclpy.logging.get_logger('decode').fatal(f'{kind}{error}')
         rclpy.shutdown()
@@ -112,27 +113,27 @@ def main(args: list[str] | None = None, load=load) -> int:
     executor.add_node(node)
     thread = threading.Thread(target=spin, args=(executor, ending), name='executor')
     thread.start()
-    while not ending.begun(POLL_S):
+    while not ending.wait(POLL_S):
         if signal.sigpending().intersection(signals):
-            ending.begin()
-        if parent.ended():
-            node.get_logger().warning('the process that launched this one has ended: ending too')
-            ending.begin()
-    # Whatever a driver does while its memory is freed, the process ends when it was told to.
-    last = threading.Timer(EXIT_LIMIT_S, lambda: os._exit(ending.code))
-    last.daemon = True
-    last.start()
-    end_s = time.monotonic() + EXIT_LIMIT_S - SPARE_S
+            ending.request()
+        if launcher.ended():
+            node.get_logger().warning('the process that launched this node has ended: ending too')
+            ending.request()
+    # The process ends in time even if a driver hangs while its memory is freed.
+    deadline = threading.Timer(EXIT_LIMIT_S, lambda: os._exit(ending.code))
+    deadline.daemon = True
+    deadline.start()
+    end_s = time.monotonic() + EXIT_LIMIT_S - DESTROY_S
     closed = node.close(EXIT_TIMEOUT_S)
-    executor.settle(end_s - FLUSH_S - time.monotonic())     # goals get their results in callbacks
+    executor.settle(end_s - FLUSH_S - time.monotonic())     # callbacks send the results of goals
     node.flush(end_s - time.monotonic())
     if closed:
         executor.shutdown()
         thread.join()
         node.destroy_node()
         rclpy.shutdown()
-    # Else a thread hangs in a load or a kernel, which nothing but this can end. And where all has
-    # ended well, Python would take up to two seconds to take torch apart, for nothing.
+    # Only this ends a thread that hangs in a load or a kernel. It also skips Python's teardown of
+    # torch, which takes up to two seconds.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ending.code)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the node says of itself: `/diagnostics`, in every state, and ``~/model_info``."""
+"""Publishes the node's status: `/diagnostics`, in every lifecycle state, and ``~/model_info``."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -23,34 +23,35 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.host import Host
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
+from physai_decode.ros.duplicates import Duplicates
 from physai_decode.ros.faults import Faults
 from physai_decode.ros.topics import Topics
-from physai_decode.ros.twins import Twins
 
 NO_PEAK = Peak(None, 'unknown')
 
 
 class Status:
-    """Reads the host, and publishes."""
+    """Builds the statuses from the host's figures and publishes them."""
 
     def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
-                 unheard: Sequence[str], twins: Twins, faults: Faults,
+                 params_problems: Sequence[str], duplicates: Duplicates, faults: Faults,
                  warn: Callable[[str], object]) -> None:
         """
-        Take whose status it is.
+        Publish nothing yet.
 
-        :param unknown_parameters: names given at start that nothing declares.
-        :param unheard: what is to be said of params files that hold nothing for this node.
-        :param warn: puts a warning into the log.
+        :param unknown_parameters: the names given at start that the node does not declare.
+        :param params_problems: the problems with params files, for the status `engine`.
+        :param warn: logs a warning.
         """
         self._host, self._topics = host, topics
         self._warn = warn
-        self._unheard, self._twins, self._faults = unheard, twins, faults
+        self._params_problems, self._duplicates = params_problems, duplicates
+        self._faults = faults
         self._unknown = ' '.join(unknown_parameters)
         self._misses = 0                        # deadline misses at the last publish
 
     def model_info(self) -> None:
-        """Publish what is loaded, for all who subscribe later too."""
+        """Publish the loaded model on ``~/model_info``, which is latched."""
         loaded, node = self._host.loaded, self._topics.node_name
         if loaded is None:
             status = messages.status(
@@ -75,12 +76,13 @@ class Status:
             self._warn(note)
         telemetry = self._host.telemetry
         device = telemetry.read() if telemetry is not None else {}
+        throttle_reasons = device.get('throttle_reasons')
         self._topics.diagnostics([
             messages.latency_status(node, window, settings, late, hardware_id),
             messages.bandwidth_status(
                 node, window, loaded and loaded.footprint,
                 (worker.peak if worker else self._host.peak) or NO_PEAK, settings, hardware_id,
-                device.get('throttle_reasons'), note),
+                None if throttle_reasons is None else str(throttle_reasons), note),
             self._engine_status(hardware_id, device)])
 
     def _hardware_id(self) -> str:
@@ -94,7 +96,7 @@ class Status:
         host = self._host
         config, worker, state = host.config, host.worker, host.state
         loaded, loading = host.loaded, host.loading
-        values = {
+        values: dict[str, Any] = {
             'state': state, 'engine': config.engine.name, 'model': config.model_name,
             'queue_depth': worker.queue_depth if worker is not None else 0,
             'queue_capacity': config.queue.size, 'unknown_parameters': self._unknown,
@@ -117,10 +119,10 @@ class Status:
             level, message = messages.WARN, f'the local model answers: {worker.fallback}'
         if self._unknown:
             level, message = messages.WARN, f'unknown parameters: {self._unknown}'
-        if self._unheard:
-            level, message = messages.WARN, '; '.join(self._unheard)
-        if twins := self._twins.look():
-            level, message = messages.ERROR, twins
+        if self._params_problems:
+            level, message = messages.WARN, '; '.join(self._params_problems)
+        if problem := self._duplicates.look():
+            level, message = messages.ERROR, problem
         if state == 'stalled':
             level = messages.ERROR
             message = f'no token for more than {config.diagnostics.stall_timeout_s:g} s'

@@ -13,16 +13,17 @@
 # limitations under the License.
 
 """
-The node's publishers, and the sink of its worker: each report becomes its messages at once.
+The node's publishers, which are the sink of the worker's reports.
 
-Tokens are published straight from the decode thread; a slow subscriber never holds it up, because
-the queues are bounded and drop the oldest. rclpy ends a string at a NUL, so one in a text is sent
-as U+FFFD. It knows nothing of lifecycle states.
+The decode thread publishes tokens directly. A slow subscriber never blocks it, because the queues
+are bounded and drop the oldest message. rclpy cuts a string at a NUL, so a NUL in a text is sent
+as U+FFFD.
 """
 
 from collections.abc import Callable
 import json
 import threading
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
@@ -31,7 +32,7 @@ from physai_decode.result import chat_completion
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
 from physai_decode.ros.clocked_node import ClockedNode
-from physai_decode.ros.typed import Token
+from physai_decode.ros.interfaces import Token
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
@@ -45,26 +46,27 @@ from std_msgs.msg import Float64
 from std_msgs.msg import String
 
 STREAM_DEPTH = 4096
-ASK_EVERY = 16                  # tokens
+SUBSCRIBER_CHECK_TOKENS = 16    # between two checks for subscribers of the figures
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY,
             QoSPolicyKind.DURABILITY)
 
 
 def stream_qos() -> QoSProfile:
-    """Give what a subscriber asks for to get every token, and every request's end."""
+    """Return the QoS with which a subscriber gets every token and every result."""
     return QoSProfile(depth=STREAM_DEPTH)
 
 
 def latched_qos() -> QoSProfile:
-    """Give what a subscriber of ~/model_info asks for to get the last message."""
+    """Return the QoS with which a late subscriber gets the last message on ~/model_info."""
     return QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
 
 
 class Topics:
     """
-    All topics that the node writes.
+    All topics that the node publishes.
 
-    The frame_id of each header is the node's name, which `/diagnostics` does not tell otherwise.
+    The frame_id of each header is the node's fully qualified name, which a message on
+    `/diagnostics` does not contain otherwise.
     """
 
     def __init__(self, node: ClockedNode, model: Callable[[], str],
@@ -72,11 +74,11 @@ class Topics:
         """
         Create the publishers.
 
-        :param model: gives the name of the model, for results.
-        :param finished: called with each request's report after it was published, from the
+        :param model: returns the name of the model, for results.
+        :param finished: called with the report of each request after it was published, in the
             thread that ended the request.
         """
-        def publisher(kind, topic, qos):
+        def publisher(kind: Any, topic: str, qos: QoSProfile) -> Publisher:
             self.all.append(node.create_publisher(
                 kind, topic, qos, qos_overriding_options=QoSOverridingOptions(POLICIES)))
             return self.all[-1]
@@ -99,23 +101,26 @@ class Topics:
         self.node_name = node.get_fully_qualified_name()
         self._figures = cdr.TokenStats(self.node_name)
         self._stamped = cdr.StampedToken(self.node_name)
-        self._heard: list[bool] = []                # of those beside ~/tokens; decode thread
-        self._ending = threading.Lock()             # requests end in several threads
+        # Whether token_stats, itl_ms, r_floor and stamped_tokens have subscribers; decode thread.
+        self._subscribed: list[bool] = []
+        self._finish_lock = threading.Lock()        # requests end in several threads
 
     def token(self, report: TokenReport) -> None:
         """
-        Publish one token: the text first, then its figures.
+        Publish one token: first its text, then its figures.
 
-        Figures that nobody hears are not even written. Who hears is asked now and then, as it
-        takes as long as publishing: one who comes in mid-answer may miss that many tokens.
+        Figures without a subscriber are not serialised. A check for subscribers costs as much as
+        publishing, so it runs every `SUBSCRIBER_CHECK_TOKENS` tokens. A subscriber that joins in
+        mid-answer can miss the figures of that many tokens.
         """
         text = messages.sendable(report.text)
-        if report.index % ASK_EVERY == 0:
-            self._heard = [publisher is not None and _is_heard(publisher) for publisher in (
-                self._token_stats, self._itl_ms, self._r_floor, self._stamped_tokens)]
-        token_stats, itl_ms, r_floor, stamped = self._heard
-        # All is written before any is sent: a subscriber's process is then woken once, not after
-        # each, and waking it is what costs most.
+        if report.index % SUBSCRIBER_CHECK_TOKENS == 0:
+            self._subscribed = [
+                publisher is not None and _has_subscribers(publisher) for publisher in (
+                    self._token_stats, self._itl_ms, self._r_floor, self._stamped_tokens)]
+        token_stats, itl_ms, r_floor, stamped = self._subscribed
+        # Serialise everything before sending anything: waking a subscriber's process costs most,
+        # and this wakes it once instead of once per message.
         ready = [(self.tokens, cdr.string(text))]
         if token_stats:
             ready.append((self._token_stats, self._figures.write(report, text, self._now_ns())))
@@ -130,20 +135,20 @@ class Topics:
             publisher.publish(data)
 
     def item(self, report: ItemReport) -> None:
-        """Publish one element of an answer that is JSON."""
+        """Publish one element of a JSON answer."""
         self._item.publish(String(data=report.to_json()))
 
     def accepted(self, number: int, request: Request) -> None:
-        """Echo a request that was queued, so that a bag has every one of them."""
+        """Publish a request that was queued, so that a bag can record every request."""
         self._accepted.publish(_json({
             'request_id': number, 'id': request.client_id or None,
             'stamp': self._now_ns() * 1e-9, 'request': request.to_json()}))
 
     def finished(self, report: RequestReport, text: str) -> None:
-        """Publish the end of a request: its text unless it was refused, figures and result."""
+        """Publish the end of a request: its text unless refused, its figures, its result."""
         status = messages.request_status(self.node_name, report)
         result = _json(chat_completion(report, text, self._model()))
-        with self._ending:
+        with self._finish_lock:
             if report.finish_reason != 'rejected':
                 self._response.publish(String(data=messages.sendable(text)))
             self._request_stats.publish(self._array([status]))
@@ -151,26 +156,26 @@ class Topics:
         self._finished(report)
 
     def model_info(self, status: DiagnosticStatus) -> None:
-        """Publish what is loaded; a later subscriber gets it too."""
+        """Publish the loaded model; the topic is latched."""
         self._model_info.publish(self._array([status]))
 
     def diagnostics(self, statuses: list[DiagnosticStatus]) -> None:
         """Publish on /diagnostics."""
         self._diagnostics.publish(self._array(statuses))
 
-    def _array(self, statuses):
+    def _array(self, statuses: list[DiagnosticStatus]) -> DiagnosticArray:
         array = DiagnosticArray(status=statuses)
         array.header.stamp = Time(nanoseconds=self._now_ns()).to_msg()
         array.header.frame_id = self.node_name
         return array
 
 
-def _json(value: dict) -> String:
-    """Give a JSON object as a message; JSON itself escapes NUL and half surrogate pairs."""
+def _json(value: dict[str, Any]) -> String:
+    """Build the message of a JSON object; JSON escapes NUL and lone surrogates."""
     return String(data=json.dumps(value))
 
 
-def _is_heard(publisher: Publisher) -> bool:
-    """Tell whether anybody gets what is published, or may get it later."""
+def _has_subscribers(publisher: Publisher) -> bool:
+    """Return whether a message has a subscriber now, or may have one later."""
     return (publisher.get_subscription_count() > 0
             or publisher.qos_profile.durability == QoSDurabilityPolicy.TRANSIENT_LOCAL)

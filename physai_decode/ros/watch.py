@@ -30,7 +30,7 @@ import time
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.ros.ask import begin
-from physai_decode.ros.ask import drop_output
+from physai_decode.ros.ask import discard_output
 from physai_decode.ros.ask import UNHEARD
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
@@ -355,7 +355,7 @@ def main(args: list[str] | None = None) -> int:
         print(f'decode_watch: {error}', file=sys.stderr)
         return 1
     except BrokenPipeError:
-        print(f'decode_watch: {drop_output()}', file=sys.stderr)
+        print(f'decode_watch: {discard_output()}', file=sys.stderr)
         return 1
     finally:
         executor.shutdown()

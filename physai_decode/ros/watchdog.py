@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-Ends the node's process where a signal asks for it and no Python code can run any more.
+Kills the node's process if it does not react to a signal because native code holds the GIL.
 
-Native code that never releases the interpreter's lock stops every thread of Python in its process,
-also those that wait for signals. So a second process, this file run as a script, looks on: the
-node leaves SIGINT and SIGTERM blocked and pending, and the kernel shows them in ``/proc``.
+Native code that never releases the GIL stops every Python thread, including the one that polls for
+signals. A second process therefore runs this file as a script. The node keeps SIGINT and SIGTERM
+blocked, so they stay pending, and the kernel shows them in ``/proc``.
 """
 
 import os
@@ -26,38 +26,39 @@ import subprocess
 import sys
 
 POLL_S = 0.1
-POLLS = 17                      # from the one that sees a signal to SIGKILL: 1.7 s
+POLLS = 17                      # from the first sight of a signal to SIGKILL: 1.7 s
 
 
 def start() -> 'subprocess.Popen[bytes]':
     """
-    Have this process watched until it ends.
+    Start a watchdog for this process.
 
-    The caller has blocked the signals, in all threads, and never takes them off. Without
-    ``/proc`` the watchdog ends at once, and the node is on its own.
+    The caller must have blocked the signals in all threads, and must leave them pending. Without
+    ``/proc``, the watchdog exits at once and nothing watches the node.
     """
-    # A session of its own: Ctrl-C in the terminal is not for it. Its standard input ends with us.
+    # In its own session, Ctrl-C does not reach the watchdog. Its stdin closes when this process
+    # ends.
     return subprocess.Popen(
         [sys.executable, '-I', '-S', __file__, str(os.getpid())], start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def pending(status: bytes) -> bool:
-    """Tell whether a ``/proc/PID/status`` shows SIGINT (2) or SIGTERM (15) waiting."""
+    """Return whether the text of ``/proc/PID/status`` shows SIGINT (2) or SIGTERM (15) pending."""
     return any(int(status.partition(name)[2].split(None, 1)[0], 16) & (1 << 1 | 1 << 14)
                for name in (b'\nSigPnd:', b'\nShdPnd:'))
 
 
 def watch(pid: int) -> None:
-    """Look on until the parent ends, or has to be killed."""
+    """Poll until the parent process ends, and kill it if it ignores a signal."""
     file = os.open(f'/proc/{pid}/status', os.O_RDONLY)
-    polls = 0                   # since a signal came, but for those that find it stopped
+    polls = 0                   # since a signal became pending, not counting a stopped process
     while not select.select([0], [], [], POLL_S)[0]:
         status = os.pread(file, 1 << 16, 0)
         if polls or pending(status):
             polls += b'\nState:\tT' not in status
         if polls > POLLS and os.getppid() == pid:
-            os.kill(pid, 9)     # SIGKILL, without a module for its name
+            os.kill(pid, 9)     # SIGKILL; the signal module is not imported, to start fast
 
 
 if __name__ == '__main__':

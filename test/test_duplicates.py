@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from node_rig import Rig
 from physai_decode.ros import messages
-from physai_decode.ros.twins import GHOST_S
+from physai_decode.ros.duplicates import GHOST_S
 import pytest
 import rclpy
 from rclpy.node import Node
@@ -37,8 +37,8 @@ def ros():
 @pytest.fixture
 def rig(monkeypatch):
     """Give a node that looks at the graph at every message on /diagnostics."""
-    monkeypatch.setattr('physai_decode.ros.twins.LOOK_EVERY_S', 0.0)
-    monkeypatch.setattr('physai_decode.ros.twins.DISCOVERY_S', 0.0)
+    monkeypatch.setattr('physai_decode.ros.duplicates.PERIOD_S', 0.0)
+    monkeypatch.setattr('physai_decode.ros.duplicates.DISCOVERY_S', 0.0)
     rig = Rig()
     yield rig
     rig.close()
@@ -74,13 +74,13 @@ def test_a_second_node_of_the_name(rig, capfd):
     assert engine(rig, messages.OK) == 'inactive'
     log = capfd.readouterr().err
     assert log.count('2 nodes are called /decode: ') == 1
-    assert log.count('no other node passes for this one any more') == 1
+    assert log.count('the duplicate is gone') == 1
 
 
 def test_one_that_was_there_before_may_be_a_ghost(monkeypatch):
     """The predecessor of a node that was started again is no twin, unless it stays."""
     now_s = [100.0]
-    monkeypatch.setattr('physai_decode.ros.twins.time',
+    monkeypatch.setattr('physai_decode.ros.duplicates.time',
                         SimpleNamespace(monotonic=lambda: now_s[0]))
     with other('decode'):
         rig = Rig()
@@ -99,4 +99,4 @@ def test_a_second_publisher_of_tokens(rig):
     with other('impostor') as node:
         node.create_publisher(String, '/decode/tokens', 10)
         assert engine(rig, messages.ERROR) == (
-            '2 publishers are on /decode/tokens, of /decode, /impostor: streams mix there')
+            '2 publishers are on /decode/tokens, of /decode, /impostor: their streams mix')

@@ -12,19 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The typed interfaces of physai_decode_msgs, or why they are not there."""
-
-from typing import Any
+"""The interfaces of physai_decode_msgs; `unavailable` is the reason if they can't be imported."""
 
 __all__ = ['Generate', 'Token', 'unavailable']
 
-Generate: Any = None
-Token: Any = None
 try:
-    # The names, not the packages: Python takes the source folder of this name for a package too.
+    # These imports name classes, because Python would import the source folder as a package.
     from physai_decode_msgs.action import Generate
     from physai_decode_msgs.msg import Token
     unavailable = ''
 except ImportError as error:
+    Generate = Token = None
     unavailable = (f'physai_decode_msgs is not built ({error}): build it with `make msgs` or with '
-                   'colcon, as docs/install.md says')
+                   'colcon (see docs/install.md)')

@@ -13,11 +13,12 @@
 # limitations under the License.
 
 """
-What others send and call, handed to the host: prompts, requests, cancel, reset, measure_gap.
+The subscriptions and services that pass requests to the host.
 
-No door waits for the model but measure_gap, which has a callback group of its own.
+Only measure_gap waits for the model, so it has a callback group of its own.
 """
 
+from collections.abc import Callable
 import time
 
 from physai_decode.engine import EngineError
@@ -33,68 +34,73 @@ from physai_decode.worker import Busy
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.subscription import Subscription
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 
-class Doors:
+class Endpoints:
     """The subscriptions and services of one node."""
 
     def __init__(self, node: Node, host: Host) -> None:
-        """Create them all."""
+        """Create the subscriptions and services."""
         self._host = host
         self._logger = node.get_logger()
         self._max_bytes = lambda: host.config.queue.max_request_bytes
 
-        def subscribe(topic, callback):
+        def subscribe(topic: str, callback: Callable[[String], None]) -> Subscription:
             return node.create_subscription(
                 String, topic, callback, stream_qos(),
                 qos_overriding_options=QoSOverridingOptions(POLICIES))
 
         self.prompt = subscribe('~/prompt', self._on_prompt)
         self.request = subscribe('~/request', self._on_request)
-        # Of calls at once, rclpy's own depth keeps the last 10 alone.
+        # With rclpy's default depth, all but the last 10 simultaneous calls would be lost.
         for name, callback, group in (
                 ('~/cancel', self._on_cancel, None), ('~/reset', self._on_reset, None),
                 ('~/measure_gap', self._on_measure_gap, MutuallyExclusiveCallbackGroup())):
             node.create_service(Trigger, name, callback, qos_profile=stream_qos(),
                                 callback_group=group)
 
-    def _on_prompt(self, message):
+    def _on_prompt(self, message: String) -> None:
         self._host.submit(Request(message.data), time.monotonic())
 
-    def _on_request(self, message):
+    def _on_request(self, message: String) -> None:
         received_s, limit = time.monotonic(), self._max_bytes()
         if len(message.data) > limit:
             self._host.refuse(f'the request has more than {limit} bytes: shorten it, or raise '
                               'queue.max_request_bytes', kind='too_large')
             return
         try:
-            asked = parse(message.data)
+            parsed = parse(message.data)
         except RequestError as error:
             self._host.refuse(str(error), error.client_id)
             return
-        if isinstance(asked, Cancel):
-            done = self._host.cancel(client_id=asked.client_id)
-            self._logger.debug(f'cancel of {asked.client_id!r}: {done}')
+        if isinstance(parsed, Cancel):
+            outcome = self._host.cancel(client_id=parsed.client_id)
+            self._logger.debug(f'cancel of {parsed.client_id!r}: {outcome}')
         else:
-            self._host.submit(asked, received_s)
+            self._host.submit(parsed, received_s)
 
-    def _on_cancel(self, request, response):
+    def _on_cancel(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success, response.message = True, self._host.cancel()
         return response
 
-    def _on_reset(self, request, response):
+    def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success, response.message = True, self._host.reset()
         return response
 
-    def _on_measure_gap(self, request, response):
+    def _on_measure_gap(self, request: Trigger.Request,
+                        response: Trigger.Response) -> Trigger.Response:
+        def log(line: str) -> None:
+            self._logger.info(line)
+
         try:
-            response.message = str(self._host.measure_gap(self._logger.info))
+            response.message = str(self._host.measure_gap(log))
             response.success = True
         except (Busy, EngineError) as error:
             response.message = f'not measured: {error}'
-        except Exception as error:      # the device's memory is full, for one
+        except Exception as error:      # such as out of device memory
             response.message = f'not measured: {type(error).__name__}: {first_line(error)}'
-        self._logger.info(f'the gap: {response.message}')
+        self._logger.info(f'measure_gap: {response.message}')
         return response

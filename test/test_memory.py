@@ -12,33 +12,33 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Where libraries would be killed for want of room, the commands end with what to do instead."""
+"""A command ends with advice if memory is too small for its libraries to start."""
 
 import os
 import resource
 from types import SimpleNamespace
 
-from physai_decode.ros import room
+from physai_decode.ros import memory
 import pytest
 
 
-def test_here_is_room():
-    room.check_shared_memory()
-    room.check_address_space()
+def test_enough_memory():
+    memory.check_shared_memory()
+    memory.check_address_space()
 
 
 def test_full_shared_memory(monkeypatch):
     monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
     with pytest.raises(SystemExit, match=r'/dev/shm has 4096 bytes free.*--shm-size'):
-        room.check_shared_memory()
+        memory.check_shared_memory()
 
 
 def test_no_shared_memory(monkeypatch):
-    monkeypatch.setattr(room, 'SHARED_MEMORY', '/no/such/folder')
-    room.check_shared_memory()
+    monkeypatch.setattr(memory, 'SHARED_MEMORY', '/no/such/folder')
+    memory.check_shared_memory()
 
 
 def test_a_small_address_space(monkeypatch):
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (10**9, resource.RLIM_INFINITY))
     with pytest.raises(SystemExit, match=r'limited to 1000000000 bytes.*ulimit -v unlimited'):
-        room.check_address_space()
+        memory.check_address_space()

@@ -12,37 +12,38 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The process that launched this one: where it ends, an orphan is left, which ends too."""
+"""The process that launched the node; when it ends, the node ends too."""
 
 import os
 import select
 
-VARIABLE = 'PHYSAI_DECODE_LAUNCHER'     # its value is the launcher's process id
+VARIABLE = 'PHYSAI_DECODE_LAUNCHER'     # the process id of the launcher
 
 
-class Parent:
+class Launcher:
     """
-    Watches the launcher, of which our launch file tells the process id.
+    Watches the launcher, whose process id the launch file puts into the environment.
 
-    A node that was started by hand has none and may outlive its shell, as under nohup. Watched is
-    the launcher and not the parent, as a prefix such as xterm may stand between them; and by a
-    file descriptor, which a new process of the same number does not deceive (Linux 5.3).
+    A node that was started by hand has no launcher and may outlive its shell, as under nohup. The
+    launcher need not be the parent process, because a prefix such as xterm may run in between.
+    The class watches a pidfd (Linux 5.3), so a new process with the same id can't be mistaken for
+    the launcher.
     """
 
     def __init__(self) -> None:
-        """Watch the process that the environment names, where it names one."""
+        """Watch the process that the environment names, if any."""
         self.gone = False
         self._poll = select.poll()
         given = os.environ.get(VARIABLE, '')
         if given.isdigit() and hasattr(os, 'pidfd_open'):
             try:
                 self._poll.register(os.pidfd_open(int(given)), select.POLLIN)
-            except ProcessLookupError:      # it ended while this process began
+            except ProcessLookupError:      # it ended while this process started
                 self.gone = True
-            except OSError:                 # the kernel can't
+            except OSError:                 # the kernel has no pidfd
                 pass
 
     def ended(self) -> bool:
-        """Tell whether there was a launcher and it is there no longer."""
+        """Return whether there was a launcher that has ended."""
         self.gone = self.gone or bool(self._poll.poll(0))
         return self.gone
