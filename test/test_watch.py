@@ -178,7 +178,7 @@ def test_it_survives_the_node(screen, name):
             if select.select([shown.master], [], [], 0.1)[0]:
                 shown.text += os.read(shown.master, 65536).decode(errors='replace')
         speaker.destroy_node()
-        shown.wait('gone: nothing heard for [0-9]+ s')
+        shown.wait('gone: no message for [0-9]+ s')
     assert shown.end(signal.SIGINT) == (0, '')
 
 
@@ -213,24 +213,23 @@ def test_the_elements_of_an_answer(rig):
 
 def test_no_node_in_time(rig):
     """It says whom it waited for and who is there."""
-    done, timeout_s = once_in_vain('there is /decode', '--node', 'nobody')
+    done, timeout_s = once_in_vain('found /decode', '--node', 'nobody')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == (
-        f'decode_watch: /nobody was not heard on /diagnostics within {timeout_s} s; '
-        'there is /decode\n')
+        f'decode_watch: /nobody published nothing on /diagnostics within {timeout_s} s; '
+        'found /decode\n')
 
 
 @pytest.mark.parametrize('named', [[], ['--node', '/decode']])
-def test_a_node_that_is_not_heard(rig, named):
+def test_a_node_with_diagnostics_elsewhere(rig, named):
     """Its topics are there, its diagnostics elsewhere: it says how to listen there."""
-    done, timeout_s = once_in_vain('there is /decode', *named, '--ros-args', '-r',
+    done, timeout_s = once_in_vain('found /decode', *named, '--ros-args', '-r',
                                    '/diagnostics:=/arm/diagnostics')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == (
-        f'decode_watch: {"/decode was not" if named else "no node was"} heard on '
-        f'/arm/diagnostics within {timeout_s} s; there is /decode: wait longer (--timeout), or '
-        'where the node has that topic remapped, remap it here too '
-        '(--ros-args -r /diagnostics:=...)\n')
+        f'decode_watch: {"/decode published nothing" if named else "no node published"} on '
+        f'/arm/diagnostics within {timeout_s} s; found /decode: wait longer (--timeout), or, if '
+        'the node remaps that topic, remap it here too (--ros-args -r /diagnostics:=...)\n')
 
 
 def test_several_nodes_want_a_name(rig):
@@ -250,9 +249,9 @@ def test_several_nodes_want_a_name(rig):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['--node', 'a b'], "no node can be called 'a b'"),
-    (['--node', b'\xff'], "no node can be called '\ufffd'"),
-    ([], 'the output is no terminal; --once prints one snapshot')])
+    (['--node', 'a b'], "'a b' is not a valid node name"),
+    (['--node', b'\xff'], "'\ufffd' is not a valid node name"),
+    ([], 'the output is not a terminal; --once prints one snapshot')])
 def test_what_cannot_be_watched(rig, arguments, message):
     """A message and exit code 1, no traceback."""
     done = subprocess.run(
@@ -280,7 +279,8 @@ def test_nobody_reads_the_snapshot(rig):
         [*COMMAND, '--once', '--timeout', str(PATIENCE_S)], stdout=writer,
         stderr=subprocess.PIPE, text=True, timeout=2 * PATIENCE_S)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, 'decode_watch: nobody reads the output\n')
+    assert (done.returncode, done.stderr) == (
+        1, 'decode_watch: the reader of the output has closed it\n')
 
 
 def test_numbers_for_the_eye():

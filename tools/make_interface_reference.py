@@ -206,7 +206,7 @@ STATUSES = (
      'The message is the piece of text. WARN if the token missed its deadline.'),
     ('~/request_stats', 'decode: request', messages.REQUEST_KEYS,
      'The message is the finish reason, with an explanation if there is one. WARN for '
-     f'{" and ".join(messages.FAILED)} and for a fallback, ERROR for error.'),
+     f'{" and ".join(messages.WARN_REASONS)} and for a fallback, ERROR for error.'),
     ('~/model_info', 'decode: model', messages.MODEL_KEYS,
      'An engine can add its own keys at the end.'),
     ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,

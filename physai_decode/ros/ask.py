@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Ask a running node: send a request, print the answer as it comes, then its figures.
+Send a prompt to a running node, print the answer as it streams, and then its figures.
 
-The request has an id of its own, and only what bears that id is shown. The exit code is 0 for a
-complete answer, also one that calls tools, 3 for one that was cut off at a length limit, else 1.
+The request has a unique id, and the command ignores messages with other ids. The exit code is 0
+for a complete answer or tool calls, 3 for an answer that reached a length limit, and 1 otherwise.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from typing import Any
 import uuid
 
 from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import stream_qos
@@ -42,23 +43,23 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
-EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; 1 for any other
-UNHEARD = (': wait longer (--timeout), or where the node has that topic remapped, remap it here '
-           'too (--ros-args -r /diagnostics:=...)')
+EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; otherwise 1
+DIAGNOSTICS_HINT = (': wait longer (--timeout), or, if the node remaps that topic, remap it here '
+                    'too (--ros-args -r /diagnostics:=...)')
 
 
 class AskError(Exception):
-    """No answer; the message says why."""
+    """There is no complete answer; the message says why."""
 
 
 class Asker(Node):
-    """Sends one request and collects what belongs to it."""
+    """Sends one request and collects its answer and its figures."""
 
     def __init__(self, target: str) -> None:
         """
-        Subscribe to all that a node tells of its requests.
+        Subscribe to the node's topics.
 
-        :param target: the node's name, absolute or relative to the own namespace.
+        :param target: the node's name, absolute or relative to the namespace of this one.
         """
         super().__init__(f'decode_ask_{os.getpid()}')
         self.id = str(uuid.uuid4())
@@ -68,30 +69,30 @@ class Asker(Node):
             DiagnosticArray, f'{target}/token_stats', self._on_token, stream_qos())
         self.create_subscription(
             DiagnosticArray, f'{target}/request_stats', self._on_request, stream_qos())
-        # Last, because discovery tells the node of these in their order: once its diagnostics
-        # come, it knows the others too.
+        # Last, because the node discovers subscriptions in the order of their creation: once its
+        # diagnostics arrive here, it has discovered the ones above.
         self.diagnostics = self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
-        self.show: Callable[[str], None] = lambda piece: None   # of the answer
-        self.state = ''                     # the node's, once its diagnostics came
+        self.show: Callable[[str], None] = lambda piece: None   # called with each piece
+        self.state = ''                     # of the node; empty until its diagnostics arrive
         self.pieces: list[str] = []
         self.thoughts: list[str] = []
-        self.calls: list[dict[str, Any]] = []       # of tools
-        self.stats: dict[str, str] = {}     # the request's figures, once it has ended
+        self.tool_calls: list[dict[str, Any]] = []
+        self.stats: dict[str, str] = {}     # the figures of the request; empty until it ends
         self.reason = ''
 
     def send(self, text: str, options: dict[str, Any]) -> None:
-        """Send a prompt, and further fields of the request."""
+        """Send a prompt with further fields of the request."""
         self.request.publish(String(data=json.dumps(
             {**options, 'id': self.id, 'prompt': text})))
 
-    def _on_diagnostics(self, message):
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
         if message.header.frame_id == self.target:
             for status in message.status:
                 if status.name == status_name(self.target, 'engine'):
                     self.state = _values(status)['state']
 
-    def _on_token(self, message):
+    def _on_token(self, message: DiagnosticArray) -> None:
         status = message.status[0]
         values = _values(status)
         if values['client_id'] == self.id:
@@ -101,10 +102,10 @@ class Asker(Node):
             if values['reasoning'] != NOT_KNOWN:
                 self.thoughts.append(values['reasoning'])
             if values['tool_calls'] != NOT_KNOWN:
-                self.calls += json.loads(values['tool_calls'])
+                self.tool_calls += json.loads(values['tool_calls'])
             self.show(status.message)
 
-    def _on_request(self, message):
+    def _on_request(self, message: DiagnosticArray) -> None:
         status = message.status[0]
         values = _values(status)
         if values['client_id'] == self.id:
@@ -114,17 +115,17 @@ class Asker(Node):
 def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
         options: dict[str, Any] | None = None) -> None:
     """
-    Send a prompt and wait for the end of its answer.
+    Send a prompt and wait for the end of the answer.
 
-    :param options: further fields of the request, such as ``{'temperature': 0.7}``.
     :param show: called with each piece of the answer.
-    :raises AskError: the node is not there, or does not answer in time.
+    :param options: further fields of the request, such as ``{'temperature': 0.7}``.
+    :raises AskError: the node does not exist, or does not answer in time.
     """
     executor = SingleThreadedExecutor()
     executor.add_node(asker)
     end_s = time.monotonic() + timeout_s
 
-    def wait_until(done, problem, advice=''):
+    def wait_until(done: Callable[[], object], problem: str, advice: str = '') -> None:
         while not done():
             if time.monotonic() > end_s:
                 raise AskError(f'{problem} within {timeout_s:g} s{advice}')
@@ -133,25 +134,25 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
     try:
         wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
                    and asker.request.get_subscription_count(),
-                   f'no node {asker.target} was seen on the topics')
-        wait_until(lambda: asker.state, f'{asker.target} is there, but was not heard on '
-                   f'{asker.diagnostics.topic_name}', UNHEARD)
+                   f'no node {asker.target} was found')
+        wait_until(lambda: asker.state, f'{asker.target} exists, but published nothing on '
+                   f'{asker.diagnostics.topic_name}', DIAGNOSTICS_HINT)
         wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')
         asker.show = show
         asker.send(text, options or {})
         wait_until(lambda: asker.stats
-                   and len(asker.pieces) >= _number(asker.stats['output_tokens']),
-                   f'no end of the answer came from {asker.target}')
+                   and len(asker.pieces) >= int(asker.stats['output_tokens']),
+                   f'{asker.target} did not finish its answer')
     finally:
         executor.shutdown()
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; gives its exit code, see above."""
+    """Run the command and return its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    arguments = begin(_parser(), args)
+    arguments = start(_parser(), args)
 
-    def show(piece):
+    def show(piece: str) -> None:
         if not arguments.json:
             print(piece, end='', flush=True)
 
@@ -159,7 +160,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         asker = Asker(arguments.node)
     except NameValidationException:
-        print(f'decode_ask: no node can be called {arguments.node!r}', file=sys.stderr)
+        print(f'decode_ask: {arguments.node!r} is not a valid node name', file=sys.stderr)
         rclpy.shutdown()
         return 1
     try:
@@ -179,12 +180,12 @@ def main(args: list[str] | None = None) -> int:
         if arguments.json:
             print(json.dumps({
                 'text': ''.join(asker.pieces), 'reasoning': ''.join(asker.thoughts),
-                'tool_calls': asker.calls, 'error': failure,
+                'tool_calls': asker.tool_calls, 'error': failure,
                 **{key: _number(value) for key, value in asker.stats.items()}},
                 ensure_ascii=False))
         elif asker.stats:
             print('\n' if asker.pieces else '', end='\n')
-            for call in asker.calls:
+            for call in asker.tool_calls:
                 print(f'{call["function"]["name"]} {call["function"]["arguments"]}')
             for key, value in asker.stats.items():
                 print(f'{key:24}{value}')
@@ -196,31 +197,35 @@ def main(args: list[str] | None = None) -> int:
     return code
 
 
-def begin(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.Namespace:
+def start(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.Namespace:
     """
-    Read a command's arguments and start rclpy, which leaves signals alone.
+    Parse a command's arguments and initialise rclpy without its signal handlers.
 
-    :raises SystemExit: what is wrong with them has been said.
+    :raises SystemExit: an argument is wrong; the error was printed.
     """
-    # Bytes that are no UTF-8 would stop rclpy.
+    # rclpy raises for bytes that are not valid UTF-8.
     args = [each.encode(errors='surrogateescape').decode(errors='replace')
             for each in args or sys.argv]
     try:
         arguments = parser.parse_args(remove_ros_args(args)[1:])
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except RuntimeError as error:       # a slip in the ROS arguments
+    except RuntimeError as error:       # a wrong ROS argument
         print(f'{parser.prog}: {type(error).__name__}: {error}', file=sys.stderr)
         raise SystemExit(1) from None
     return arguments
 
 
 def discard_output() -> str:
-    """Send what is left of the output nowhere, as Python tries again at its end; gives why."""
+    """
+    Redirect stdout to /dev/null, because Python flushes it again at exit.
+
+    :returns: the error message for a closed output.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 'nobody reads the output'
+    return 'the reader of the output has closed it'
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='decode_ask', description=__doc__.split('\n\n')[0])
     parser.add_argument('text', help='the prompt')
     parser.add_argument('--options', type=_object, default={}, metavar='JSON',
@@ -228,26 +233,27 @@ def _parser():
     parser.add_argument('--json', action='store_true', help='print one JSON object at the end')
     parser.add_argument('--node', default='decode', help="the node's name (%(default)s)")
     parser.add_argument('--timeout', type=float, default=60.0, metavar='S',
-                        help='seconds to wait for the node and its whole answer (%(default)s)')
+                        help='seconds to wait for the node and the end of its answer '
+                             '(%(default)s)')
     return parser
 
 
-def _object(text):
+def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON: {error}') from None
+        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object')
     return value
 
 
-def _values(status):
+def _values(status: DiagnosticStatus) -> dict[str, str]:
     return {pair.key: pair.value for pair in status.values}
 
 
-def _number(value):
-    """Turn a value of a message into a number or None where it is one."""
+def _number(value: str) -> int | float | str | None:
+    """Convert a value of a message to a number or None; return other words unchanged."""
     if value == NOT_KNOWN:
         return None
     for kind in (int, float):

@@ -67,8 +67,9 @@ class StampedToken:
 
     def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
         """Serialise one token; see `TokenStats.write`."""
-        texts = b''.join((_text(report.client_id), _indices(report.index, messages.id_of(report)),
-                          _text(text), _text(messages.sendable(report.reasoning))))
+        texts = b''.join((
+            _text(report.client_id), _indices(report.index, messages.token_id(report)),
+            _text(text), _text(messages.sendable(report.reasoning))))
         return b''.join((
             _stamp(_LITTLE_ENDIAN, *divmod(now_ns, 10**9)), self._frame_id,
             _request_id(report.request_id), texts, b'\0' * (len(texts) & 4),

@@ -41,8 +41,8 @@ from physai_decode.result import chat_completion
 from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.interfaces import Token
 from physai_decode.ros.interfaces import unavailable
-from physai_decode.ros.messages import id_of
 from physai_decode.ros.messages import sendable
+from physai_decode.ros.messages import token_id
 from physai_decode.ros.topics import stream_qos
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
@@ -341,7 +341,7 @@ def token(report: TokenReport, known_ns: int, source: str) -> Any:
     """
     message = Token(
         request_id=report.request_id, client_id=report.client_id, index=report.index,
-        token_id=id_of(report), text=sendable(report.text),
+        token_id=token_id(report), text=sendable(report.text),
         reasoning=sendable(report.reasoning), itl_ms=_number(report.itl_ms),
         device_ms=_number(report.device_ms), r_floor=_number(report.r_floor),
         deadline_missed=report.deadline_missed)

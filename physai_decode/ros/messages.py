@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Reports to ROS messages: which keys each status has, and how a value is written.
+Converts reports to ROS messages: the keys of each status, and the format of a value.
 
-Values are bare decimal numbers or words, keys never change between two messages of one kind, and
-what is not known is ``n/a``. It knows nothing of publishers, threads or clocks.
+A value is a plain decimal number or a word, and ``n/a`` if it is unknown. Each kind of message
+always has the same keys.
 """
 
 from collections.abc import Mapping
@@ -42,13 +42,13 @@ OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
 ERROR = DiagnosticStatus.ERROR
 NOT_KNOWN = 'n/a'
-NUL = '\ufffd'                   # what is sent in its place
-NO_ID = 2**32 - 1               # of a token that came as text, where only a number can be sent
+NUL_REPLACEMENT = '\ufffd'
+NO_TOKEN_ID = 2**32 - 1         # the token_id of text from a server
 
 
-def _keys(report: type, *others: str) -> tuple[str, ...]:
-    """Give the fields of a report in their order, but for those that are no key."""
-    return tuple(field.name for field in fields(report) if field.name not in others)
+def _keys(report: type, *excluded: str) -> tuple[str, ...]:
+    """Return the fields of a report in their order, except those that are not keys."""
+    return tuple(field.name for field in fields(report) if field.name not in excluded)
 
 
 TOKEN_KEYS = _keys(TokenReport, 'text')
@@ -71,16 +71,16 @@ MODEL_KEYS = (
     'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
     'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers', 'fallback')
 GENERATE_ACTION = unavailable or 'available'
-FAILED = ('rejected', 'deadline')  # finish reasons that are a WARN
+WARN_REASONS = ('rejected', 'deadline')     # finish reasons with level WARN
 
 
 def text_of(value: Any) -> str:
     """
-    Write one value as it stands in a message.
+    Format a value for a message.
 
-    :param value: a number, a word, a truth value (1 or 0), calls of tools or None.
-    :returns: a decimal number of six significant digits without exponent, the word itself, or
-        ``n/a`` for None, an empty word and what is not finite.
+    :param value: a number, a word, a bool (1 or 0), tool calls or None.
+    :returns: a decimal number with six significant digits and no exponent, the word itself, or
+        ``n/a`` for None, an empty word, infinity and NaN.
     """
     if isinstance(value, float):
         if 1e-4 <= value < 1e6:
@@ -94,20 +94,20 @@ def text_of(value: Any) -> str:
 
 
 def sendable(text: str) -> str:
-    """Give a text that rclpy sends whole: it ends a string at a NUL."""
-    return text.replace('\0', NUL)
+    """Replace each NUL, because rclpy cuts a string there."""
+    return text.replace('\0', NUL_REPLACEMENT)
 
 
-def id_of(report: TokenReport) -> int:
-    """Give a token's number where a message has room for nothing else."""
-    return NO_ID if report.token_id is None else report.token_id
+def token_id(report: TokenReport) -> int:
+    """Return the id of a token, or `NO_TOKEN_ID`, for fields that can only hold a number."""
+    return NO_TOKEN_ID if report.token_id is None else report.token_id
 
 
 def status_name(node: str, task: str) -> str:
     """
-    Name a status as diagnostic_updater does: the node, then what it is about.
+    Name a status as diagnostic_updater does, such as ``arm/decode: engine``.
 
-    :param node: the node's full name; its leading slash is left out.
+    :param node: the node's fully qualified name.
     """
     return f'{node.removeprefix("/")}: {task}'
 
@@ -115,41 +115,41 @@ def status_name(node: str, task: str) -> str:
 def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *, message: str = '',
            level: bytes = OK, hardware_id: str = '') -> DiagnosticStatus:
     """
-    Build one status with all its keys.
+    Build a status with all its keys.
 
-    :param values: a mapping, in which a missing key is not known, or a report with one attribute
+    :param values: a mapping, in which a missing key means unknown, or a report with an attribute
         for each key.
     """
     if isinstance(values, Mapping):
-        found = [values.get(key) for key in keys]
+        ordered = [values.get(key) for key in keys]
     else:
-        found = [getattr(values, key) for key in keys]
+        ordered = [getattr(values, key) for key in keys]
     return DiagnosticStatus(
         level=level, name=name, message=message, hardware_id=hardware_id,
         values=[KeyValue(key=key, value=text_of(value))
-                for key, value in zip(keys, found, strict=True)])
+                for key, value in zip(keys, ordered, strict=True)])
 
 
 def request_status(node: str, report: RequestReport) -> DiagnosticStatus:
     """
-    Give the status of one request; its message is the finish reason and why.
+    Build the status of a request; its message is the finish reason and its explanation.
 
-    :param node: the node's full name, here and below.
+    :param node: the node's fully qualified name, here and below.
     """
     reason = report.finish_reason
     return status(
         status_name(node, 'request'), REQUEST_KEYS, report,
         message=f'{reason}: {report.message}' if report.message else reason,
         level=(ERROR if reason == 'error'
-               else WARN if reason in FAILED or report.fallback else OK))
+               else WARN if reason in WARN_REASONS or report.fallback else OK))
 
 
 def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardware_id: str,
                  facts: Mapping[str, str] = MappingProxyType({})) -> DiagnosticStatus:
     """
-    Give the status of ``~/model_info``: the model, the engine and the memory bus.
+    Build the status of ``~/model_info``: the model, the engine and the memory bus.
 
-    :param facts: values of further keys.
+    :param facts: the values of further keys.
     """
     values = {key: getattr(footprint, key, None) for key in MODEL_KEYS}
     if footprint.is_remote:
@@ -172,10 +172,10 @@ def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardwa
 def latency_status(node: str, window: WindowReport | None, settings: DiagnosticsConfig,
                    late: bool, hardware_id: str) -> DiagnosticStatus:
     """
-    Give the status `latency`.
+    Build the status `latency`.
 
-    :param window: None where nothing runs.
-    :param late: a deadline was missed since the last message.
+    :param window: None if the node is not active.
+    :param late: whether a deadline was missed since the last message.
     """
     name, level, message = status_name(node, 'latency'), OK, ''
     if window is None:
@@ -193,10 +193,10 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
                      peak: Peak, settings: DiagnosticsConfig, hardware_id: str,
                      throttle_reasons: str | None = None, note: str = '') -> DiagnosticStatus:
     """
-    Give the status `bandwidth`: medians over the window, by the bytes that a step reads.
+    Build the status `bandwidth`: medians over the window, from the bytes that a step reads.
 
-    :param throttle_reasons: why the device's clocks are held down.
-    :param note: of a peak that steps have beaten.
+    :param throttle_reasons: why the device throttles its clocks.
+    :param note: a warning that steps were faster than the peak bandwidth.
     """
     values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source,
               'no_floor': peak.no_floor}
@@ -209,7 +209,7 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
             bandwidth_gb_s=window.bandwidth_gb_s, host_gap_ms=window.host_gap_ms,
             mask_ms=window.mask_ms)
         if footprint is None or not footprint.is_remote:
-            values['verdict'] = str(judge(_seen(window, footprint, throttle_reasons)) or '')
+            values['verdict'] = str(judge(_figures(window, footprint, throttle_reasons)) or '')
         if window.r_floor is not None and window.r_floor < settings.warn_r_floor:
             level = WARN
             message = f'r_floor {window.r_floor:.3f} is below {settings.warn_r_floor:g}'
@@ -217,9 +217,9 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
                   level=level, hardware_id=hardware_id)
 
 
-def _seen(window: WindowReport, footprint: Footprint | None,
-          throttle_reasons: str | None) -> Figures:
-    """Give what a verdict is made of."""
+def _figures(window: WindowReport, footprint: Footprint | None,
+             throttle_reasons: str | None) -> Figures:
+    """Return the figures of a verdict."""
     itl_ms, gap_ms = window.itl_p50_ms, window.host_gap_ms
     return Figures(
         itl_ms, None if itl_ms is None or gap_ms is None else itl_ms - gap_ms, window.floor_ms,

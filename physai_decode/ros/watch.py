@@ -13,14 +13,16 @@
 # limitations under the License.
 
 """
-Watch a running node in the terminal: its state, its stream, its times and how near the limit.
+Watch a running node in the terminal: its state, its stream, its latency and its bandwidth.
 
-It only listens, on `/diagnostics`, `~/token_stats` and `~/request_stats`: it asks the node for
-nothing and computes no figure of its own. It keeps no history but the last tokens.
+The command only subscribes, to `/diagnostics`, `~/token_stats` and `~/request_stats`. It calls no
+service and computes no figures. It keeps only the newest tokens.
 """
 
 import argparse
 from collections import deque
+from collections.abc import Iterable
+from collections.abc import Iterator
 import os
 import signal
 import sys
@@ -29,9 +31,9 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
-from physai_decode.ros.ask import begin
+from physai_decode.ros.ask import DIAGNOSTICS_HINT
 from physai_decode.ros.ask import discard_output
-from physai_decode.ros.ask import UNHEARD
+from physai_decode.ros.ask import start
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import stream_qos
@@ -41,6 +43,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rich.console import Console
+from rich.console import ConsoleOptions
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
@@ -48,7 +51,7 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESH_S = 0.2
-SILENT_S = 3.0              # a node that says nothing for longer is gone, at a period of 1 s
+SILENT_S = 3.0              # without a message, after which a node counts as gone
 KEPT_TOKENS = 500
 KEPT_CHARACTERS = 10000
 BARS = '▁▂▃▄▅▆▇█'
@@ -63,60 +66,61 @@ class WatchError(Exception):
 
 
 class Watcher(Node):
-    """Hears one node; the first that speaks, where none was named."""
+    """Subscribes to one node: the named one, or else the first whose diagnostics arrive."""
 
     def __init__(self, name: str = '') -> None:
         """
-        Listen for the node.
+        Subscribe to `/diagnostics`, and to the topics of the node if it is named.
 
-        :param name: the node's name, absolute or relative to the own namespace; empty for any.
-        :raises NameValidationException: no node can have this name.
+        :param name: the node's name, absolute or relative to the namespace of this one; empty for
+            any node.
+        :raises NameValidationException: the name is not valid.
         """
         super().__init__(f'decode_watch_{os.getpid()}')
         self.target = ''
-        self.heard_s: float | None = None       # when the last message came
-        self.period_s = 0.0                     # between the last two on /diagnostics
-        self.levels: dict[str, bytes] = {}      # by the status's name, less the node's
-        self.notes: dict[str, str] = {}         # its message
-        self.values: dict[str, str] = {}        # of all three; no two have a key in common
+        self.received_s: float | None = None    # when the last message arrived
+        self.period_s = 0.0                     # between the last two messages on /diagnostics
+        self.levels: dict[str, bytes] = {}      # by task: latency, bandwidth, engine
+        self.notes: dict[str, str] = {}         # the messages of the statuses, by task
+        self.values: dict[str, str] = {}        # of all statuses, whose keys are disjoint
         self.hardware_id = NOT_KNOWN
-        self.last_request = ''                  # how the last one to end went
+        self.last_request = ''                  # a summary of the last finished request
         self._diagnosed_s: float | None = None
-        self._forget()
+        self._reset()
         self.diagnostics = self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
         if name:
             self._follow(name)
 
     def names(self) -> list[str]:
-        """List the decode nodes that are there, by their topics."""
+        """List the decode nodes in the ROS graph, found by their topics."""
         return sorted(
             topic[:-len('/token_stats')] for topic, kinds in self.get_topic_names_and_types()
             if topic.endswith('/token_stats') and 'diagnostic_msgs/msg/DiagnosticArray' in kinds
             and self.count_publishers(topic))
 
     def silent_s(self, now_s: float) -> float:
-        """Give for how long the node has said nothing; 0 while that is no longer than usual."""
-        if self.heard_s is None or now_s - self.heard_s < max(SILENT_S, 3 * self.period_s):
+        """Return the seconds since the last message, or 0 if that is a normal interval."""
+        if self.received_s is None or now_s - self.received_s < max(SILENT_S, 3 * self.period_s):
             return 0.0
-        return now_s - self.heard_s
+        return now_s - self.received_s
 
-    def _follow(self, name):
+    def _follow(self, name: str) -> None:
         stream = self.create_subscription(
             DiagnosticArray, f'{name}/token_stats', self._on_token, stream_qos())
         self.target = stream.topic_name[:-len('/token_stats')]
         self.create_subscription(
             DiagnosticArray, f'{name}/request_stats', self._on_request, QoSProfile(depth=100))
 
-    def _forget(self):
+    def _reset(self) -> None:
         self.request_id = ''
         self.text = ''                          # of the newest request
         self.itl_ms: deque[tuple[float, bool]] = deque(maxlen=KEPT_TOKENS)  # and whether late
 
-    def _on_diagnostics(self, message):
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
         statuses = {status.name: status for status in message.status}
         if status_name(message.header.frame_id, 'engine') not in statuses:
-            return                              # another driver's
+            return                              # not from a decode node
         if not self.target:
             self._follow(message.header.frame_id)
         if message.header.frame_id != self.target:
@@ -124,17 +128,18 @@ class Watcher(Node):
         now_s, before = time.monotonic(), self.values.get('requests', '0')
         if self._diagnosed_s is not None:
             self.period_s = now_s - self._diagnosed_s
-        self.heard_s = self._diagnosed_s = now_s
+        self.received_s = self._diagnosed_s = now_s
         for name, status in statuses.items():
-            self.levels[name.rpartition(' ')[2]] = status.level
-            self.notes[name.rpartition(' ')[2]] = printable(status.message)
+            task = name.rpartition(' ')[2]
+            self.levels[task] = status.level
+            self.notes[task] = printable(status.message)
             self.values.update({pair.key: printable(pair.value) for pair in status.values})
             self.hardware_id = printable(status.hardware_id)
         if int(self.values['requests']) < int(before):
-            self._forget()                      # the node was started again
+            self._reset()                       # the node was restarted
 
-    def _on_token(self, message):
-        self.heard_s = time.monotonic()
+    def _on_token(self, message: DiagnosticArray) -> None:
+        self.received_s = time.monotonic()
         status = message.status[0]
         values = {pair.key: pair.value for pair in status.values}
         if values['request_id'] != self.request_id:
@@ -143,7 +148,7 @@ class Watcher(Node):
         if values['itl_ms'] != NOT_KNOWN:
             self.itl_ms.append((float(values['itl_ms']), values['deadline_missed'] == '1'))
 
-    def _on_request(self, message):
+    def _on_request(self, message: DiagnosticArray) -> None:
         status = message.status[0]
         values = {pair.key: pair.value for pair in status.values}
         items = '' if values.get('first_item_ms', NOT_KNOWN) == NOT_KNOWN else (
@@ -155,14 +160,14 @@ class Watcher(Node):
 
 
 def printable(text: str) -> str:
-    """Put a mark in the place of each character that would control the terminal."""
+    """Replace each character that would control the terminal with U+FFFD."""
     return ''.join(
-        letter if letter == '\n' or ' ' <= letter < '\x7f' or letter >= '\xa0' else '\ufffd'
-        for letter in text)
+        char if char == '\n' or ' ' <= char < '\x7f' or char >= '\xa0' else '\ufffd'
+        for char in text)
 
 
 def number(value: str) -> str:
-    """Shorten a number to four digits for the eye; other words stay."""
+    """Shorten a number to four digits; return other words unchanged."""
     try:
         return f'{float(value):.4g}' if abs(float(value)) < 1e4 else f'{float(value):.0f}'
     except ValueError:
@@ -170,7 +175,7 @@ def number(value: str) -> str:
 
 
 def snapshot(watcher: Watcher) -> str:
-    """Give all that the node last said on /diagnostics: a line for each key, then its value."""
+    """Format the node's last message on /diagnostics, one line per key."""
     worst = max(watcher.levels.values())
     note = '; '.join(watcher.notes[name] for name, level in watcher.levels.items()
                      if level != DiagnosticStatus.OK)
@@ -181,16 +186,16 @@ def snapshot(watcher: Watcher) -> str:
 
 def view(watcher: Watcher, width: int, now_s: float) -> Layout | Text:
     """
-    Draw everything for a screen.
+    Render the whole screen.
 
     :param width: of the screen, in characters.
-    :param now_s: the monotonic clock.
+    :param now_s: the time of the monotonic clock.
     """
     if not watcher.values:
-        others = [name for name in watcher.names() if name != watcher.target]
+        other_nodes = _other_nodes(watcher)
         return Text(f'waiting for {watcher.target or "a node"} on '
                     f'{watcher.diagnostics.topic_name}; Ctrl-C ends'
-                    + (f'; there is {" ".join(others)}' if others else ''))
+                    + (f'; found {" ".join(other_nodes)}' if other_nodes else ''))
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style='bold', no_wrap=True, min_width=9)
     figures.add_column(no_wrap=True, overflow='ellipsis')
@@ -208,101 +213,104 @@ def view(watcher: Watcher, width: int, now_s: float) -> Layout | Text:
 
 
 class _Tail:
-    """The last lines of a text, as many as there is room for."""
+    """The last lines of a text, as many as fit."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         self._text = Text(text)
 
-    def __rich_console__(self, console, options):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         lines = self._text.wrap(console, options.max_width)
         yield from lines[-(options.height or len(lines)):]
 
 
-def _head(watcher, now_s):
-    say = watcher.values
-    state, style = say['state'], STATE_STYLES.get(say['state'], 'bold red')
+def _other_nodes(watcher: Watcher) -> list[str]:
+    return [name for name in watcher.names() if name != watcher.target]
+
+
+def _head(watcher: Watcher, now_s: float) -> Text:
+    values = watcher.values
+    state, style = values['state'], STATE_STYLES.get(values['state'], 'bold red')
     note = watcher.notes['engine']
     if note and note != state:
         state = f'{state}: {note}'
     if silent_s := watcher.silent_s(now_s):
-        state, style = f'gone: nothing heard for {silent_s:.0f} s', 'bold red'
-    others = [name for name in watcher.names() if name != watcher.target]
+        state, style = f'gone: no message for {silent_s:.0f} s', 'bold red'
     head = Text(f'{watcher.target}  ', style='bold', no_wrap=True, overflow='ellipsis')
     head.append(state, style=style)
-    if others:
-        head.append(f'   (also {" ".join(others)}: --node)', style='dim')
+    if other_nodes := _other_nodes(watcher):
+        head.append(f'   (also {" ".join(other_nodes)}: --node)', style='dim')
     head.append(
-        f'\n{say["model"]}, {say["engine"]}, {say["dtype"]}, quantization {say["quantization"]}, '
-        f'{say["device"]}: {watcher.hardware_id}, CUDA graph {say["cuda_graph"]}',
-        style='not bold')
+        f'\n{values["model"]}, {values["engine"]}, {values["dtype"]}, quantization '
+        f'{values["quantization"]}, {values["device"]}: {watcher.hardware_id}, CUDA graph '
+        f'{values["cuda_graph"]}', style='not bold')
     return head
 
 
-def _rows(watcher, width):
-    """Give the figures: titles and lines, `width` characters wide."""
-    say = {key: number(value) for key, value in watcher.values.items()}
+def _rows(watcher: Watcher, width: int) -> tuple[tuple[str, str | Text], ...]:
+    """Return the titles and contents of the rows, `width` characters wide."""
+    v = {key: number(value) for key, value in watcher.values.items()}
     late = STYLES.get(watcher.levels['latency'], 'bold red')
     slow = STYLES.get(watcher.levels['bandwidth'], 'bold red')
 
-    def known(**units):
-        told = [f'{say[key]} {unit}' for key, unit in units.items() if say[key] != NOT_KNOWN]
-        return ', '.join(told) or NOT_KNOWN
+    def known(**units: str) -> str:
+        return ', '.join(f'{v[key]} {unit}' for key, unit in units.items()
+                         if v[key] != NOT_KNOWN) or NOT_KNOWN
 
     return (
-        ('latency', f'p50 {say["itl_p50_ms"]}  p95 {say["itl_p95_ms"]}  p99 {say["itl_p99_ms"]}  '
-                    f'max {say["itl_max_ms"]}  jitter {say["jitter_ms"]} ms   {say["count"]} '
-                    f'tokens in {say["window_s"]} s'),
+        ('latency', f'p50 {v["itl_p50_ms"]}  p95 {v["itl_p95_ms"]}  p99 {v["itl_p99_ms"]}  '
+                    f'max {v["itl_max_ms"]}  jitter {v["jitter_ms"]} ms   {v["count"]} '
+                    f'tokens in {v["window_s"]} s'),
         ('', _sparkline(watcher.itl_ms, width)),
         ('deadline', Text(
             known(token_deadline_ms='ms a token', ttft_deadline_ms='ms to the first',
                   request_deadline_ms='ms a request').replace(NOT_KNOWN, 'none')
-            + f': {say["deadline_misses"]} missed, {say["consecutive_misses"]} in a row, worst '
-            f'{say["worst_overrun_ms"]} ms over', style=late)),
-        ('floor', _bar(say['r_floor'], width // 3).append(
-            f' {say["r_floor"]} of the limit: the floor is {say["floor_ms"]} ms', style=slow)),
-        ('bandwidth', f'{say["bandwidth_gb_s"]} of {say["peak_bandwidth_gb_s"]} GB/s '
-                      f'({say["peak_source"]})   weights {say["weight_gb"]} GB, keys and values '
-                      f'{say["kv_gb"]} GB'),
-        ('host gap', f'{say["host_gap_ms"]} ms'),
+            + f': {v["deadline_misses"]} missed, {v["consecutive_misses"]} in a row, worst '
+            f'{v["worst_overrun_ms"]} ms over', style=late)),
+        ('floor', _bar(v['r_floor'], width // 3).append(
+            f' {v["r_floor"]} of the limit: the floor is {v["floor_ms"]} ms', style=slow)),
+        ('bandwidth', f'{v["bandwidth_gb_s"]} of {v["peak_bandwidth_gb_s"]} GB/s '
+                      f'({v["peak_source"]})   weights {v["weight_gb"]} GB, keys and values '
+                      f'{v["kv_gb"]} GB'),
+        ('host gap', f'{v["host_gap_ms"]} ms'),
         ('verdict', watcher.values.get('verdict', NOT_KNOWN)),
         ('memory', known(memory_used_gb='GB used', memory_free_gb='GB free')),
         ('device', known(temperature_c='°C', power_w='W', sm_clock_mhz='MHz',
                          memory_clock_mhz='MHz of the memory',
                          throttle_reasons='throttle reasons')),
-        ('queue', f'{say["queue_depth"]} of {say["queue_capacity"]}   {say["requests"]} requests, '
-                  f'{say["tokens"]} tokens, {say["refusals"]} refused'),
+        ('queue', f'{v["queue_depth"]} of {v["queue_capacity"]}   {v["requests"]} requests, '
+                  f'{v["tokens"]} tokens, {v["refusals"]} refused'),
         ('last', watcher.last_request or NOT_KNOWN))
 
 
-def _sparkline(samples, width):
-    """Draw the newest tokens' times, a column each, from 0 to the largest; late ones in red."""
-    samples = list(samples)[-width:]
-    largest = max((itl_ms for itl_ms, _ in samples), default=0.0) or 1.0
+def _sparkline(samples: Iterable[tuple[float, bool]], width: int) -> Text:
+    """Draw the latencies of the newest tokens as bars from 0 to the largest; late ones in red."""
+    newest = list(samples)[-width:]
+    largest = max((itl_ms for itl_ms, _ in newest), default=0.0) or 1.0
     line = Text()
-    for itl_ms, late in samples:
+    for itl_ms, late in newest:
         height = round(itl_ms / largest * (len(BARS) - 1))
         line.append(BARS[height], 'bold red' if late else 'cyan')
     return line
 
 
-def _bar(ratio, width):
-    """Draw a ratio of 0 to 1; what is above 1 fills it, what is not known leaves it empty."""
+def _bar(ratio: str, width: int) -> Text:
+    """Draw a ratio from 0 to 1; a larger one fills the bar, an unknown one leaves it empty."""
     full = 0 if ratio == NOT_KNOWN else round(min(float(ratio), 1.0) * width)
     return Text('█' * full, style='green').append('░' * (width - full), style='dim')
 
 
-def _spin(executor, stop, seconds):
-    """Hear all that comes in this time."""
-    end_s = time.monotonic() + seconds
+def _spin(executor: SingleThreadedExecutor, stop: threading.Event, duration_s: float) -> None:
+    end_s = time.monotonic() + duration_s
     while not stop.is_set() and (left_s := end_s - time.monotonic()) > 0:
         executor.spin_once(timeout_sec=left_s)
 
 
-def _once(watcher, executor, stop, timeout_s):
+def _once(watcher: Watcher, executor: SingleThreadedExecutor, stop: threading.Event,
+          timeout_s: float) -> None:
     """
-    Wait for the node and print what it says.
+    Wait for the diagnostics of the node and print them.
 
-    :raises WatchError: it says nothing in time, or it is not clear which node is meant.
+    :raises WatchError: no message arrived in time, or there are several nodes and none was named.
     """
     named = bool(watcher.target)
     end_s = time.monotonic() + timeout_s
@@ -312,11 +320,11 @@ def _once(watcher, executor, stop, timeout_s):
             raise WatchError('interrupted')
         if left_s <= 0:
             names = watcher.names()
-            meant = not named or watcher.target in names
+            hint = DIAGNOSTICS_HINT if not named or watcher.target in names else ''
             raise WatchError(
-                f'{f"{watcher.target} was not" if named else "no node was"} heard on '
+                f'{watcher.target or "no node"} published {"nothing " if named else ""}on '
                 f'{watcher.diagnostics.topic_name} within {timeout_s:g} s'
-                + (f'; there is {" ".join(names)}{UNHEARD if meant else ""}' if names else ''))
+                + (f'; found {" ".join(names)}{hint}' if names else ''))
         _spin(executor, stop, min(0.05, left_s))
     names = watcher.names()
     if not named and len(names) > 1:
@@ -324,10 +332,15 @@ def _once(watcher, executor, stop, timeout_s):
     print(snapshot(watcher), flush=True)
 
 
-def _watch(watcher, executor, stop, console):
-    """Draw until told to stop."""
+def _watch(watcher: Watcher, executor: SingleThreadedExecutor, stop: threading.Event,
+           console: Console) -> None:
+    """
+    Refresh the screen until `stop` is set.
+
+    :raises WatchError: the output is not a terminal.
+    """
     if not console.is_terminal:
-        raise WatchError('the output is no terminal; --once prints one snapshot')
+        raise WatchError('the output is not a terminal; --once prints one snapshot')
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while not stop.is_set():
             live.update(view(watcher, console.width, time.monotonic()), refresh=True)
@@ -335,11 +348,11 @@ def _watch(watcher, executor, stop, console):
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; gives its exit code."""
+    """Run the command and return its exit code."""
     stop = threading.Event()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda *_: stop.set())
-    arguments = begin(_parser(), args)
+    arguments = start(_parser(), args)
     executor, watcher = SingleThreadedExecutor(), None
     try:
         watcher = Watcher(arguments.node)
@@ -349,7 +362,7 @@ def main(args: list[str] | None = None) -> int:
         else:
             _watch(watcher, executor, stop, Console())
     except NameValidationException:
-        print(f'decode_watch: no node can be called {arguments.node!r}', file=sys.stderr)
+        print(f'decode_watch: {arguments.node!r} is not a valid node name', file=sys.stderr)
         return 1
     except WatchError as error:
         print(f'decode_watch: {error}', file=sys.stderr)
@@ -365,12 +378,12 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='decode_watch', description=__doc__.split('\n\n')[0])
     parser.add_argument('--node', default='', metavar='NAME',
-                        help='the node to watch; by default the first that is heard')
+                        help='the node to watch; by default the first whose diagnostics arrive')
     parser.add_argument('--once', action='store_true',
-                        help='print one snapshot, a line for each key and its value, and end')
+                        help='print one snapshot, one line per key, and exit')
     parser.add_argument('--timeout', type=float, default=10.0, metavar='S',
                         help='seconds that --once waits for the node (%(default)s)')
     return parser
