@@ -324,21 +324,21 @@ def test_a_schema(rig):
     ({'messages': [{'role': 'king', 'content': 'x'}]}, 'messages', 'messages[0].role'),
     ({'messages': [{'role': 'user', 'content': [
         {'type': 'image_url', 'image_url': {'url': 'data:'}}]}]}, 'messages', 'takes text only'),
-    ({'prompt': 'x'}, 'prompt', 'prompt is no field of this body'),
-    ({'raw_prompt': 'x'}, 'raw_prompt', 'raw_prompt is no field of this body'),
+    ({'prompt': 'x'}, 'prompt', 'prompt is not a field of this body'),
+    ({'raw_prompt': 'x'}, 'raw_prompt', 'raw_prompt is not a field of this body'),
     ({'temperature': 99}, 'temperature', 'temperature is 99'),
     ({'temperature': '1'}, 'temperature', 'expected a number'),
     ({'parallel_tool_calls': 0, 'tools': [TOOL]}, 'parallel_tool_calls', 'true or false'),
     ({'n': 2}, 'n', 'n is 2'), ({'n': True}, 'n', 'n is True'),
     ({'logprobs': True}, 'logprobs', 'logprobs is True'),
     ({'logprobs': 0}, 'logprobs', 'logprobs is 0'),
-    ({'presence_penalty': 0.5}, 'presence_penalty', 'does not do'),
-    ({'frequency_penalty': 0.5}, 'frequency_penalty', 'does not do'),
-    ({'logit_bias': {'5': 1}}, 'logit_bias', 'does not do'),
+    ({'presence_penalty': 0.5}, 'presence_penalty', 'does not support'),
+    ({'frequency_penalty': 0.5}, 'frequency_penalty', 'does not support'),
+    ({'logit_bias': {'5': 1}}, 'logit_bias', 'does not support'),
     ({'reasoning_effort': 'low'}, 'reasoning_effort', 'is no field'),
     ({'guided_json': {}}, 'guided_json', 'is no field'),
     ({'max_tokens': 0}, 'max_tokens', 'max_tokens is 0'),
-    ({'max_tokens': 1, 'max_completion_tokens': 1}, 'max_completion_tokens', 'give one'),
+    ({'max_tokens': 1, 'max_completion_tokens': 1}, 'max_completion_tokens', 'set one'),
     ({'stream': 'yes'}, 'stream', 'true or false'),
     ({'stream_options': {}, 'stream': 1}, 'stream', 'true or false'),
     ({'stream': False, 'stream_options': {'include_usage': True}}, 'stream_options',
@@ -375,7 +375,7 @@ def test_a_wrong_body_keeps_its_id(rig, fields):
 
 @pytest.mark.parametrize(('body', 'said'), [
     (b'', 'is no JSON'), (b'{', 'is no JSON'), (b'[]', 'expected a JSON object'),
-    (b'\xff', 'no UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
+    (b'\xff', 'not UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
     (b'[' * 100000, 'is no JSON')])
 def test_a_body_that_is_none(rig, body, said):
     status, _, answer = rig.request('POST', CHAT, body)
@@ -467,7 +467,7 @@ def test_a_client_that_goes_cancels_its_request(gate):
         gate.open(10)
         report, _ = rig.sink.end(1)
         assert (report.finish_reason, report.message) == (
-            'cancelled', 'its HTTP client has gone')
+            'cancelled', 'its HTTP client has disconnected')
         # One that waits for its whole answer, and one that waits behind it.
         gone = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
         body = json.dumps({'model': MODEL, 'messages': HELLO}).encode()
@@ -494,7 +494,7 @@ def test_a_client_that_closes_its_sending_half_cancels_its_request(gate, stream)
         half.shutdown(socket.SHUT_WR)
         wait_for(lambda: is_ending(rig))
         gate.open(10)
-        assert rig.sink.end(1)[0].message == 'its HTTP client has gone'
+        assert rig.sink.end(1)[0].message == 'its HTTP client has disconnected'
 
 
 @pytest.mark.parametrize('stream', [False, True])
@@ -624,7 +624,7 @@ def test_connections_beyond_the_limit():
 
 @pytest.mark.parametrize('sent', [b'', b'GET /health HTTP/1.1\r\nhost'])
 def test_a_connection_that_sends_no_request_is_closed(monkeypatch, sent):
-    monkeypatch.setattr(server, 'IDLE_S', 0.05)
+    monkeypatch.setattr(server, 'IDLE_TIMEOUT_S', 0.05)
     with opened() as rig, socket.create_connection(('127.0.0.1', rig.port)) as slow:
         slow.settimeout(TIMEOUT_S)
         slow.sendall(sent)
@@ -632,7 +632,7 @@ def test_a_connection_that_sends_no_request_is_closed(monkeypatch, sent):
 
 
 def test_a_body_that_does_not_come(monkeypatch):
-    monkeypatch.setattr('physai_decode.http.app.BODY_S', 0.05)
+    monkeypatch.setattr('physai_decode.http.app.BODY_TIMEOUT_S', 0.05)
     with opened() as rig, socket.create_connection(('127.0.0.1', rig.port)) as slow:
         slow.settimeout(TIMEOUT_S)
         slow.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{' % CHAT.encode())
@@ -649,7 +649,7 @@ def test_what_is_no_http(rig):
 
 def test_a_client_that_takes_nothing(monkeypatch):
     """Its request is cancelled, with the reason, and the decode thread never waits for it."""
-    monkeypatch.setattr(server, 'STUCK_S', 0.2)
+    monkeypatch.setattr(server, 'WRITE_TIMEOUT_S', 0.2)
     engine = FakeEngine(lambda prompt_ids: forever(), max_context=10**8)
     with opened(engine) as rig, socket.socket() as slow:
         rig.door._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -680,7 +680,7 @@ def test_a_bound_for_the_pieces():
 
     async def fill():
         host = Stub()
-        exchange = Exchange(host, True, most_pieces=3)
+        exchange = Exchange(host, True, max_pieces=3)
         exchange.submit(None, 0.0)
         for _ in range(10):
             exchange.token(Piece)
@@ -688,7 +688,7 @@ def test_a_bound_for_the_pieces():
         await asyncio.sleep(0)
         return host.cancelled
 
-    assert asyncio.run(fill()) == [(7, 'its HTTP client did not take 3 tokens')]
+    assert asyncio.run(fill()) == [(7, 'its HTTP client has not read 3 tokens')]
 
 
 def test_metrics():

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The HTTP door: OpenAI's API for the node's model, and its figures for Prometheus.
+The HTTP server: OpenAI's API for the node's model, and its figures for Prometheus.
 
-It has a thread and an event loop of its own, and knows nothing of ROS. Its libraries are an extra
-of the package, so they are imported where the door is opened and not before.
+The server runs an event loop in its own thread, and does not depend on ROS. Its libraries are an
+optional extra of the package, so they are imported only when a server starts.
 """
 
 from collections.abc import Callable
@@ -33,17 +33,17 @@ KEY_VARIABLE = 'PHYSAI_DECODE_API_KEY'      # of the environment
 
 
 class HttpError(RuntimeError):
-    """The door can't be opened; the message says why and what to do."""
+    """The server can't start; the message says why and what to do."""
 
 
 def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseException], None],
               errors: Callable[[], int]) -> 'Server':
     """
-    Serve the host's model on a port, from now until the server is closed.
+    Serve the host's model on a port until the server is closed.
 
-    :param note: gets what failed, and the error, where an answer fails that should not.
-    :param errors: counts all that was noted, for /metrics.
-    :raises HttpError: a library is missing, or the port can't be had.
+    :param note: called with the source of an unexpected error and the error.
+    :param errors: returns the count of callback errors, for /metrics.
+    :raises HttpError: a library is missing, the API key is invalid, or the port can't be opened.
     """
     try:
         from physai_decode.http.server import Server
@@ -53,6 +53,6 @@ def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseExcept
             'http.port to 0') from error
     key = os.environ.get(KEY_VARIABLE, '')
     if not (key.isascii() and key.isprintable()) or ' ' in key:
-        raise HttpError(f'{KEY_VARIABLE} holds what no header can: take printable characters of '
-                        'ASCII without blanks')
+        raise HttpError(f'{KEY_VARIABLE} has characters that a header can not contain: use '
+                        'printable ASCII without spaces')
     return Server(host, config, key, note, errors)

@@ -13,18 +13,20 @@
 # limitations under the License.
 
 """
-One request between the decode thread and the event loop, which never wait for each other.
+Passes the answer of one request from the decode thread to the event loop; neither blocks.
 
-The decode thread leaves pieces in a bounded deque and wakes the loop; the loop sends all that is
-there, at most once in a period unless a piece completes an element or a call of a tool. A client
-that does not take its pieces loses its request.
+The decode thread appends pieces to a bounded deque and wakes the event loop. The loop sends what
+has accumulated once per period, or at once if a piece completes an element or a tool call. If the
+client does not read its pieces, its request is cancelled.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from collections.abc import Callable
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 from typing import NamedTuple
 
 from physai_decode.host import Host
@@ -34,109 +36,110 @@ from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 
-PERIOD_S = 0.02         # a piece costs as much to send as some tokens, so they are sent together
-MOST_PIECES = 4096      # that may wait for the client
+PERIOD_S = 0.02         # a piece costs as much as several tokens, so tokens are sent in batches
+MAX_PIECES = 4096       # that the client has not read yet
 
 
 class Piece(NamedTuple):
-    """What some tokens completed."""
+    """What a batch of tokens completed."""
 
     content: str
     reasoning: str
-    calls: tuple[tuple[int, Call], ...]     # of tools, each with its place among the answer's
+    tool_calls: tuple[tuple[int, Call], ...]    # each with its index in the answer
 
 
 class Exchange:
-    """The listener of one request; made and used in the event loop."""
+    """The listener of one request; created and used in the event loop."""
 
-    def __init__(self, host: Host, stream: bool, most_pieces: int = MOST_PIECES) -> None:
+    def __init__(self, host: Host, stream: bool, max_pieces: int = MAX_PIECES) -> None:
         """
-        Hear nothing yet.
+        Create a listener; `submit` starts the request.
 
-        :param stream: the pieces are wanted, not the end alone.
+        :param stream: whether the client wants pieces, or only the end.
         """
-        self._host, self._stream, self._most = host, stream, most_pieces
+        self._host, self._stream, self._max_pieces = host, stream, max_pieces
         self._loop = asyncio.get_running_loop()
         self._number: int | None = None
         self._pieces: deque[TokenReport] = deque()
-        self._calls = 0                         # of tools, given so far
+        self._tool_calls = 0                    # yielded so far
         self._full = False
-        self._woken = False                     # the loop is about to look
-        self._news, self._hurry = asyncio.Event(), asyncio.Event()     # the second: at once
+        self._woken = False                     # the loop has yet to react to _news
+        self._news = asyncio.Event()            # set if there is something to send
+        self._urgent = asyncio.Event()          # set if it can't wait for the next period
         self._ended = asyncio.Event()
         self._end: tuple[RequestReport, str] | None = None
 
     def submit(self, request: Request, received_s: float) -> None:
-        """Hand the request in."""
+        """Submit the request to the host."""
         self._number = self._host.submit(request, received_s, self)
 
     def cancel(self, message: str) -> None:
-        """End the request, if it has not ended."""
+        """Cancel the request, unless it has ended."""
         if self._end is None and self._number is not None:
             self._host.cancel(self._number, message=message)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Give the pieces of the answer as they come, some together, until it has ended."""
+        """Yield the pieces of the answer in batches, until the request ends."""
         while True:
             await self._news.wait()
             self._news.clear()
-            self._hurry.clear()
+            self._urgent.clear()
             self._woken = False
-            ended = self._end is not None       # before the pieces: all of them are there, then
+            ended = self._end is not None       # read first: all pieces are there before the end
             reports = [self._pieces.popleft() for _ in range(len(self._pieces))]
             if any(each.text or each.reasoning or each.tool_calls for each in reports):
                 yield self._piece(reports)
             if ended:
                 return
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), PERIOD_S)
+                await asyncio.wait_for(self._urgent.wait(), PERIOD_S)
 
     async def end(self) -> tuple[RequestReport, str]:
-        """Wait for the end of the request; give its report and all its text."""
+        """Wait for the end of the request; return its report and its text."""
         await self._ended.wait()
         assert self._end is not None
         return self._end
 
-    # In the decode thread, the last one also in others.
+    # Called in the decode thread; `finished` in any thread.
 
     def token(self, report: TokenReport) -> None:
-        """Keep a piece for the client."""
+        """Queue a token for the client."""
         if not self._stream or self._full:
             return
-        if len(self._pieces) >= self._most:
+        if len(self._pieces) >= self._max_pieces:
             self._full = True
-            self._call(self.cancel, f'its HTTP client did not take {self._most} tokens')
+            self._call(self.cancel, f'its HTTP client has not read {self._max_pieces} tokens')
             return
         self._pieces.append(report)
         if not self._woken:
             self._woken = True
             self._call(self._news.set)
         if report.tool_calls:
-            self._call(self._hurry.set)
+            self._call(self._urgent.set)
 
     def item(self, report: ItemReport) -> None:
-        """Send the pieces at once: the API has no name for an element, but clients look for it."""
+        """Send the pieces at once; the API has no elements, but clients parse them from text."""
         if self._stream:
-            self._call(self._hurry.set)
+            self._call(self._urgent.set)
 
     def finished(self, report: RequestReport, text: str) -> None:
-        """Take the end."""
+        """Record the end."""
         self._end = report, text
         self._call(self._wake_all)
 
     def _piece(self, reports: Sequence[TokenReport]) -> Piece:
-        """Put what tokens completed together."""
-        calls = tuple(enumerate(
-            (call for each in reports for call in each.tool_calls), self._calls))
-        self._calls += len(calls)
+        """Join a batch of tokens."""
+        tool_calls = tuple(enumerate(
+            (call for each in reports for call in each.tool_calls), self._tool_calls))
+        self._tool_calls += len(tool_calls)
         return Piece(''.join(each.text for each in reports),
-                     ''.join(each.reasoning for each in reports), calls)
+                     ''.join(each.reasoning for each in reports), tool_calls)
 
     def _wake_all(self) -> None:
         self._ended.set()
-        self._hurry.set()
+        self._urgent.set()
         self._news.set()
 
-    def _call(self, function, *arguments) -> None:
-        with suppress(RuntimeError):            # the loop is closed: nobody waits for it
+    def _call(self, function: Callable[..., object], *arguments: Any) -> None:
+        with suppress(RuntimeError):            # the loop is closed, so nobody is waiting
             self._loop.call_soon_threadsafe(function, *arguments)

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The node's figures for Prometheus, under the names that they have on `/diagnostics`.
+The node's figures for Prometheus, named after the keys of `/diagnostics`.
 
-What is not known is left out. It reads the host at each scrape and keeps nothing.
+Each scrape reads the host. Unknown figures are left out.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
-_INNER = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')     # no keys
+_INTERNAL = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')  # not keys
 _HELP = 'a key of /diagnostics or ~/model_info, see docs/interface.md'
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
@@ -43,21 +43,25 @@ class Metrics(Collector):
     """The figures of one host."""
 
     def __init__(self, host: Host, errors: Callable[[], int]) -> None:
-        """Take whose figures they are; see `start_server` for ``errors``."""
+        """
+        Register the collector.
+
+        :param errors: see `physai_decode.http.start_server`.
+        """
         self._host, self._errors = host, errors
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def text(self) -> bytes:
-        """Give all figures in Prometheus's text format."""
+        """Return all figures in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
-        """Promise nothing: what there is depends on what is loaded."""
+        """Describe no metrics in advance, because they depend on the loaded model."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Read the host."""
+        """Yield the current figures of the host."""
         host = self._host
         worker, loaded, telemetry, state = host.worker, host.loaded, host.telemetry, host.state
         states = GaugeMetricFamily(
@@ -74,7 +78,7 @@ class Metrics(Collector):
         for name, count in {**host.counts, 'callback_errors': self._errors()}.items():
             yield CounterMetricFamily(f'physai_decode_{name}', _HELP, count)
         figures: dict[str, Any] = {'queue_capacity': host.config.queue.size,
-                                      'queue_depth': worker.queue_depth if worker else 0}
+                                   'queue_depth': worker.queue_depth if worker else 0}
         if worker is not None:
             figures.update(asdict(worker.window()), energy_j=worker.energy_j,
                            j_per_token=worker.j_per_token)
@@ -92,10 +96,10 @@ class Metrics(Collector):
             if peak.bytes_per_s is not None:
                 figures['peak_bandwidth_gb_s'] = peak.bytes_per_s / 1e9
             model = GaugeMetricFamily(
-                'physai_decode_model', '1 for the model that is loaded', labels=['model', *_MODEL])
+                'physai_decode_model', '1 for the loaded model', labels=['model', *_MODEL])
             model.add_metric([host.config.model_name, *(str(getattr(shape, name))
                                                         for name in _MODEL)], 1)
             yield model
         for name, value in figures.items():
-            if isinstance(value, (int, float)) and name not in _INNER:
+            if isinstance(value, (int, float)) and name not in _INTERNAL:
                 yield GaugeMetricFamily(f'physai_decode_{name}', _HELP, float(value))

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Bodies of OpenAI's API to requests, and ends of requests to OpenAI's objects.
+Converts bodies of OpenAI's API to requests, and answers to OpenAI's objects.
 
-`request.py` has OpenAI's names already. What is here is what it does not know: the fields of the
-API that are not the request's, and the shape of answers, streams and errors.
+Requests already use OpenAI's field names. This module handles the remaining fields of the API, and
+the format of answers, streams and errors.
 """
 
 from collections.abc import Iterator
@@ -39,17 +39,17 @@ from physai_decode.result import chat_completion
 from physai_decode.timing import RequestReport
 
 DONE = b'data: [DONE]\n\n'
-# Fields of the API that do nothing here: only a value that asks for nothing is taken.
-_IDLE: dict[str, tuple[Any, ...]] = {
+# Fields that the node does not support, and their values without effect, which it accepts.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     'n': (1,), 'best_of': (1,), 'echo': (False,), 'suffix': ('',), 'logprobs': (False,),
     'top_logprobs': (0,), 'logit_bias': ({},), 'presence_penalty': (0,),
     'frequency_penalty': (0,), 'modalities': (['text'],), 'functions': ([],),
     'function_call': ('none', 'auto')}
-# Those that change no answer, whatever they hold.
-_UNUSED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'store',
+# Fields that never affect the answer.
+_IGNORED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'store',
            'service_tier')
 _STREAM_OPTIONS = ('include_usage', 'include_obfuscation')
-# Kind of a refusal, or end of a request: HTTP status and OpenAI's code.
+# HTTP status and OpenAI's code, by the kind of a refusal or by finish reason.
 _REFUSALS = {'invalid': (400, 'invalid_request'), 'too_large': (413, 'request_too_large'),
              'full': (429, 'queue_full'), 'inactive': (503, 'model_not_active')}
 _ENDS = {'error': (500, 'error'), 'deadline': (504, 'deadline'), 'cancelled': (503, 'cancelled'),
@@ -58,18 +58,18 @@ _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 
 
 class ApiError(Exception):
-    """What is answered in place of an answer."""
+    """An error response."""
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None,
                  headers: Mapping[str, str] | None = None, **details: Any) -> None:
         """
-        Keep what is to be said.
+        Create an error response.
 
-        :param status: of HTTP.
+        :param status: the HTTP status.
         :param code: a word for programs.
-        :param param: the field of the body that is wrong.
-        :param headers: further ones.
-        :param details: stand beside the error in the body.
+        :param param: the wrong field of the body.
+        :param headers: additional headers of the response.
+        :param details: additional fields of the body, beside the error.
         """
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
@@ -77,62 +77,62 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Give it in OpenAI's form."""
+        """The body in OpenAI's format."""
         kind = _TYPES.get(
             self.status, 'server_error' if self.status >= 500 else 'invalid_request_error')
         return {'error': {'message': str(self), 'type': kind, 'param': self.param,
                           'code': self.code}, **self._details}
 
 
-class Asked(NamedTuple):
-    """What a body asks for."""
+class Completion(NamedTuple):
+    """A parsed body."""
 
     request: Request                # with an id
-    shape: 'Shape'
+    format: 'Format'
     stream: bool
 
 
-class Shape(NamedTuple):
-    """How one answer is put into OpenAI's objects."""
+class Format(NamedTuple):
+    """Formats one answer as OpenAI's objects."""
 
     id: str
     model: str
     created: int                    # Unix time
-    chat: bool                      # a chat completion; else a text completion
-    usage: bool                     # the stream tells the counts of tokens too
+    chat: bool                      # a chat completion; otherwise a text completion
+    usage: bool                     # whether the stream ends with the token counts
 
-    def whole(self, report: RequestReport, text: str) -> dict[str, Any]:
-        """Give a complete answer."""
-        found = chat_completion(report, text, self.model, self.created)
-        found['id'] = self.id
+    def complete(self, report: RequestReport, text: str) -> dict[str, Any]:
+        """Return the object of a complete answer."""
+        completion = chat_completion(report, text, self.model, self.created)
+        completion['id'] = self.id
         if not self.chat:
-            (choice,) = found['choices']
-            found['object'] = 'text_completion'
-            found['choices'] = [{'index': 0, 'text': text, 'logprobs': None,
-                                 'finish_reason': choice['finish_reason']}]
-        return found
+            (choice,) = completion['choices']
+            completion['object'] = 'text_completion'
+            completion['choices'] = [{'index': 0, 'text': text, 'logprobs': None,
+                                      'finish_reason': choice['finish_reason']}]
+        return completion
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """Give what comes before the first piece."""
+        """Yield the chunks before the first piece."""
         if self.chat:
             yield self._chunk({'delta': {'role': 'assistant', 'content': ''}})
 
     def piece(self, piece: Piece) -> dict[str, Any]:
-        """Give a piece of the answer."""
+        """Return the chunk of a piece."""
         if not self.chat:
             return self._chunk({'text': piece.content})
-        calls = [{'index': index, **call.to_json()} for index, call in piece.calls]
+        calls = [{'index': index, **call.to_json()} for index, call in piece.tool_calls]
         delta = {'reasoning_content': piece.reasoning, 'content': piece.content,
                  'tool_calls': calls}
         return self._chunk({'delta': {name: value for name, value in delta.items() if value}})
 
     def end(self, report: RequestReport, text: str) -> Iterator[dict[str, Any]]:
-        """Give what comes after the last piece."""
-        whole = self.whole(report, text)
-        reason = whole['choices'][0]['finish_reason']
+        """Yield the chunks after the last piece."""
+        completion = self.complete(report, text)
+        reason = completion['choices'][0]['finish_reason']
         yield self._chunk({'delta': {}} if self.chat else {'text': ''}, reason)
         if self.usage:
-            yield {**self._chunk({}), 'choices': [], 'usage': whole['usage']}
+            yield {**self._chunk({}), 'choices': [], 'usage': completion['usage']}
 
     def _chunk(self, content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         kind = 'chat.completion.chunk' if self.chat else 'text_completion'
@@ -141,60 +141,61 @@ class Shape(NamedTuple):
         return {**chunk, 'usage': None} if self.usage else chunk
 
 
-def read(body: Any, model: str, chat: bool) -> Asked:
+def read(body: Any, model: str, chat: bool) -> Completion:
     """
-    Read a body.
+    Convert a body.
 
-    :param body: the JSON, already parsed.
-    :param model: the name that the model goes by.
-    :param chat: of a chat completion; else of a text completion.
-    :raises RequestError: naming the first field that is wrong, its value and what is allowed.
-    :raises ApiError: the model is not this one.
+    :param body: the parsed JSON.
+    :param model: the name of the loaded model.
+    :param chat: whether this is a chat completion; otherwise it is a text completion.
+    :raises RequestError: a field is wrong; the message has its name, value and allowed values.
+    :raises ApiError: the body names another model.
     """
     if not isinstance(body, dict):
         raise RequestError(f'the body is {shown(body)}: expected a JSON object')
     fields = {name: value for name, value in body.items()
-              if value is not None and name not in _UNUSED}
-    asked = fields.pop('model', None)
-    if type(asked) is not str:
-        raise RequestError(f'model is {shown(asked)}: expected {model!r}, as /v1/models has it')
-    if asked != model:
-        raise ApiError(404, 'model_not_found', f'model is {shown(asked)}: the node has {model!r}',
+              if value is not None and name not in _IGNORED}
+    named = fields.pop('model', None)
+    if type(named) is not str:
+        raise RequestError(f'model is {shown(named)}: expected {model!r}, as in /v1/models')
+    if named != model:
+        raise ApiError(404, 'model_not_found', f'model is {shown(named)}: the node has {model!r}',
                        'model')
-    for name, idle in _IDLE.items():
-        value = fields.pop(name, idle[0])
+    for name, accepted in _UNSUPPORTED.items():
+        value = fields.pop(name, accepted[0])
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool)
-                   for each in idle):
+                   for each in accepted):
             raise RequestError(
-                f'{name} is {shown(value)}, which the node does not do: leave it out')
+                f'{name} is {shown(value)}, which the node does not support: leave it out')
     stream = _flag(fields, 'stream')
     usage = _include_usage(fields, stream)
     if 'max_completion_tokens' in fields:
         if 'max_tokens' in fields:
-            raise RequestError('max_completion_tokens and max_tokens were both given: give one')
+            raise RequestError('max_completion_tokens and max_tokens are both set: set one')
         fields['max_tokens'] = fields.pop('max_completion_tokens')
-    _put_text(fields, chat)
+    _convert_input(fields, chat)
     request = Request.from_json(fields)
     if not request.client_id:
         request = replace(
             request, client_id=f'{"chatcmpl" if chat else "cmpl"}-{uuid4().hex}')
-    return Asked(request, Shape(request.client_id, model, int(time.time()), chat, usage), stream)
+    return Completion(
+        request, Format(request.client_id, model, int(time.time()), chat, usage), stream)
 
 
 def client_id(body: Any) -> str:
-    """Give the id of a body that may be wrong elsewhere; empty where it has none."""
-    given = body.get('id') if isinstance(body, dict) else None
-    return given if isinstance(given, str) and is_client_id(given) else ''
+    """Return the id of a body that may be invalid, empty if there is no valid id."""
+    value = body.get('id') if isinstance(body, dict) else None
+    return value if isinstance(value, str) and is_client_id(value) else ''
 
 
-def wrong(error: RequestError, body: Any) -> ApiError:
-    """Give what is answered to a body that can't be read."""
+def invalid(error: RequestError, body: Any) -> ApiError:
+    """Return the response to an invalid body."""
     status, code = _REFUSALS['invalid']
     return ApiError(status, code, str(error), _param(str(error), body))
 
 
 def failure(report: RequestReport, text: str) -> ApiError | None:
-    """Give what is answered where a request has no answer, None where it has one."""
+    """Return the error response of a request that failed, None if it was answered."""
     if report.finish_reason in ANSWERED:
         return None
     if report.finish_reason == 'rejected':
@@ -202,7 +203,7 @@ def failure(report: RequestReport, text: str) -> ApiError | None:
         return ApiError(status, code, report.message)
     status, code = _ENDS[report.finish_reason]
     message = report.message or f'the request was {report.finish_reason}'
-    # Clients send again what failed by a status like these; the robot would be asked twice.
+    # Clients retry after such a status, and the robot would execute the request twice.
     return ApiError(status, code, message, headers={'x-should-retry': 'false'},
                     physai={'request_id': report.request_id, 'text': text,
                             'finish_reason': report.finish_reason})
@@ -210,16 +211,16 @@ def failure(report: RequestReport, text: str) -> ApiError | None:
 
 def model(name: str, created: int, max_context: int) -> dict[str, Any]:
     """
-    Tell of a model.
+    Return the object of a model.
 
-    :param max_context: tokens that fit; 0 where that is not known.
+    :param max_context: size of the context in tokens; 0 if unknown.
     """
     return {'id': name, 'object': 'model', 'created': created, 'owned_by': 'physai_decode',
             'max_model_len': max_context or None}
 
 
 def event(value: Mapping[str, Any]) -> bytes:
-    """Give one event of a stream."""
+    """Serialise one server-sent event."""
     return b'data: ' + json.dumps(value).encode() + b'\n\n'
 
 
@@ -238,21 +239,21 @@ def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
         raise RequestError('stream_options is given without stream: set stream to true')
     for name in options:
         if name not in _STREAM_OPTIONS:
-            raise RequestError(f'{shown(f"stream_options.{name}")} is no field of a body: allowed '
-                               f'are {", ".join(_STREAM_OPTIONS)}')
-    given = {name: value for name, value in options.items() if value is not None}
-    _flag(given, 'include_obfuscation', 'stream_options.')
-    return _flag(given, 'include_usage', 'stream_options.')
+            raise RequestError(f'{shown(f"stream_options.{name}")} is not a field of a body: '
+                               f'allowed are {", ".join(_STREAM_OPTIONS)}')
+    flags = {name: value for name, value in options.items() if value is not None}
+    _flag(flags, 'include_obfuscation', 'stream_options.')
+    return _flag(flags, 'include_usage', 'stream_options.')
 
 
-def _put_text(fields: dict[str, Any], chat: bool) -> None:
-    """Put what the model reads where a request has it."""
-    wanted = 'messages' if chat else 'prompt'
+def _convert_input(fields: dict[str, Any], chat: bool) -> None:
+    """Replace the input text of a body by that of a request."""
+    expected = 'messages' if chat else 'prompt'
     for name in ('messages', 'prompt', 'raw_prompt'):
-        if name in fields and name != wanted:
-            raise RequestError(f'{name} is no field of this body: give {wanted}')
-    if wanted not in fields:
-        raise RequestError(f'{wanted} is missing: give what the model is to read')
+        if name in fields and name != expected:
+            raise RequestError(f'{name} is not a field of this body: set {expected}')
+    if expected not in fields:
+        raise RequestError(f'{expected} is missing: set it to the input of the model')
     if chat:
         messages = fields['messages']
         if type(messages) is list:
@@ -269,19 +270,19 @@ def _put_text(fields: dict[str, Any], chat: bool) -> None:
 
 
 def _message(value: Any) -> Any:
-    """Leave out the fields of a message that hold nothing, as an answer that is sent back has."""
+    """Remove the empty fields of a message, which an answer has when a client sends it back."""
     if not isinstance(value, dict):
         return value
-    held = {name: each for name, each in value.items()
-            if each is not None and (each != [] or name == 'content')}
-    if held.get('role') != 'tool':
-        held.pop('name', None)                  # of who speaks: no chat template is given it
-    if held.get('role') == 'developer':         # OpenAI's newer name
-        held['role'] = 'system'
-    return held
+    message = {name: each for name, each in value.items()
+               if each is not None and (each != [] or name == 'content')}
+    if message.get('role') != 'tool':
+        message.pop('name', None)               # the speaker's name; chat templates don't use it
+    if message.get('role') == 'developer':      # OpenAI's newer name
+        message['role'] = 'system'
+    return message
 
 
 def _param(message: str, body: Any) -> str | None:
-    """Give the field that a message begins with, if the body has it."""
-    named = re.match(r"'?(\w+)", message)
-    return named[1] if named and isinstance(body, dict) and named[1] in body else None
+    """Return the first word of a message if it is a field of the body."""
+    word = re.match(r"'?(\w+)", message)
+    return word[1] if word and isinstance(body, dict) and word[1] in body else None

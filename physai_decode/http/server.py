@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The socket, the connections with their limits, and the thread that serves them.
+The HTTP server's socket, its thread, and the limits of its connections.
 
-uvicorn reads and writes HTTP. What it leaves open is here: how many connections there are, how
-long one may send no request, and how long one may take nothing of what is sent to it.
+uvicorn implements HTTP. This module adds what uvicorn lacks: a limit of connections that answers
+further ones, and timeouts for clients that send no request or do not read the response.
 """
 
 import asyncio
@@ -30,29 +30,30 @@ from physai_decode.config import HttpConfig
 from physai_decode.host import Host
 from physai_decode.http import HttpError
 from physai_decode.http.app import App
-from physai_decode.http.app import too_many
+from physai_decode.http.app import refuse_connection
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-IDLE_S = 10.0                   # a connection may send no request
-STUCK_S = 10.0                  # a client may take nothing of what is sent to it
-SPARE = 32                      # connections beyond the limit that are still told of it
-GRACE_S = 0.2                   # at the end, for the last words of streams
-_SILENT = logging.Logger('http', logging.CRITICAL + 1)      # what it has to say, `App` has noted
+IDLE_TIMEOUT_S = 10.0           # for a connection that sends no request
+WRITE_TIMEOUT_S = 10.0          # for a client that does not read the response
+SPARE = 32                      # connections beyond the limit that get an error response
+GRACE_S = 0.2                   # for streams to end when the server closes
+_SILENT = logging.Logger('http', logging.CRITICAL + 1)      # `App` reports errors itself
 
 
 class Server:
-    """The HTTP door of one host, open from the beginning until `close`."""
+    """The HTTP server of one host, which runs until `close`."""
 
     def __init__(self, host: Host, config: HttpConfig, key: str,
                  note: Callable[[str, BaseException], None], errors: Callable[[], int]) -> None:
         """
         Open the port and serve it in a thread.
 
-        :param key: what clients have to send; empty: nothing.
-        :param note: see `physai_decode.http.start_server`, as for ``errors``.
-        :raises HttpError: the port can't be had.
+        :param key: the API key that clients have to send; empty for none.
+        :param note: see `physai_decode.http.start_server`.
+        :param errors: see `physai_decode.http.start_server`.
+        :raises HttpError: the port can't be opened.
         """
         self._limit, self._note = config.max_connections, note
         self._app = App(host, key, note, errors)
@@ -65,7 +66,7 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
-        """End all connections and free the port; takes no longer than some tenths of a second."""
+        """Close all connections and the port, within 3 * `GRACE_S`."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join(3 * GRACE_S)
@@ -81,7 +82,8 @@ class Server:
 
     async def _serve(self) -> None:
         config = Config(self._app, interface='asgi3', ws='none', lifespan='off', log_config=None,
-                        access_log=False, proxy_headers=False, timeout_keep_alive=int(IDLE_S))
+                        access_log=False, proxy_headers=False,
+                        timeout_keep_alive=int(IDLE_TIMEOUT_S))
         config.load()
         state = ServerState()
         listening = await self._loop.create_server(
@@ -98,27 +100,27 @@ class Server:
             await asyncio.wait(state.tasks, timeout=GRACE_S)
         for connection in list(state.connections):
             connection.transport.abort()
-        await asyncio.sleep(0)                  # they are lost in the loop's next turn
+        await asyncio.sleep(0)                  # the loop closes them in its next iteration
 
 
 class _Connection(H11Protocol):
-    """One connection; it is closed where its client does nothing for too long."""
+    """One connection, with timeouts for an inactive client."""
 
     def __init__(self, limit: int, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._limit = limit
-        self._idle: asyncio.TimerHandle | None = None
-        self._stuck: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self.logger, self.access_log = _SILENT, False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)       # all that waits is waited for
+        transport.set_write_buffer_limits(high=0)       # pause as soon as anything is unsent
         if len(self.connections) > self._limit + SPARE:
             transport.abort()
         elif len(self.connections) > self._limit:
-            self.app = too_many
-        self._look()
+            self.app = refuse_connection
+        self._update_idle_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
@@ -127,34 +129,34 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._look()
+        self._update_idle_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._look()
+        self._update_idle_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._stuck is None:
-            self._stuck = self.loop.call_later(STUCK_S, self.transport.abort)
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stuck is not None:
-            self._stuck.cancel()
-            self._stuck = None
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
-    def _look(self) -> None:
-        """Let the time run while no request is answered, also where a part of one has come."""
-        waits = self.cycle is None or self.cycle.response_complete
-        if waits and self._idle is None and not self.transport.is_closing():
-            self._idle = self.loop.call_later(IDLE_S, self.transport.close)
-        elif not waits and self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
+    def _update_idle_timer(self) -> None:
+        """Run the timer while there is no complete request to answer."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._idle_timer is None and not self.transport.is_closing():
+            self._idle_timer = self.loop.call_later(IDLE_TIMEOUT_S, self.transport.close)
+        elif not idle and self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
     def _stop_timers(self) -> None:
-        for timer in (self._idle, self._stuck):
+        for timer in (self._idle_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -163,20 +165,20 @@ def _listen(config: HttpConfig) -> socket.socket:
     """
     Open the port.
 
-    :raises HttpError: it can't be had.
+    :raises HttpError: it can't be opened.
     """
     try:
         family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         opened = socket.create_server(address[:2], family=family, backlog=config.max_connections)
-        # Its connections have that too. Without it, a piece waits until the one before has been
-        # acknowledged, which clients put off by 40 ms.
+        # Connections inherit this option. Without it, a piece waits until the client acknowledges
+        # the previous one, which clients delay by 40 ms.
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return opened
     except (OSError, UnicodeError) as error:
         raise HttpError(
             f'port {config.port} of {config.host!r} can not be opened: {error}; set http.port and '
-            'http.host to an address of this machine that is free') from error
+            'http.host to a free address of this machine') from error
 
 
 def _is_loopback(listening: socket.socket) -> bool:
