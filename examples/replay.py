@@ -13,10 +13,10 @@
 # limitations under the License.
 
 r"""
-Send the requests of a recorded session again, at the times of its bag.
+Replay the requests of a recorded session at their original times.
 
-It turns each message of `~/accepted`, played back under the name `/recorded/accepted`, into the
-request that it holds:
+It sends the request in each message of `~/accepted`, which the bag plays back on the topic
+`/recorded/accepted`:
 
     ros2 bag play session --topics /decode/accepted \
       --remap /decode/accepted:=/recorded/accepted
@@ -32,18 +32,18 @@ from std_msgs.msg import String
 
 
 class Replay(Node):
-    """What was accepted then is requested now; for another node, remap `/decode/request`."""
+    """Sends each accepted request again; for another node, remap `/decode/request`."""
 
     def __init__(self) -> None:
         super().__init__('replay')
         self.request = self.create_publisher(String, '/decode/request', stream_qos())
         self.create_subscription(String, '/recorded/accepted', self.on_accepted, stream_qos())
 
-    def on_accepted(self, message):
+    def on_accepted(self, message: String) -> None:
         self.request.publish(String(data=json.dumps(json.loads(message.data)['request'])))
 
 
-def main():
+def main() -> None:
     rclpy.init()
     try:
         rclpy.spin(Replay())

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Launch the decode node, which by default configures and activates by itself."""
+"""Launch the decode node, which configures and activates itself by default."""
 
 import os
 from pathlib import Path
@@ -42,7 +42,7 @@ ARGUMENTS = {
 
 
 def start(context: LaunchContext) -> list[LifecycleNode]:
-    """Make the node once the arguments are known."""
+    """Create the node from the values of the launch arguments."""
     given = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     file = Path(given['params_file'] or
                 f'{get_package_share_directory(PACKAGE)}/config/decode.yaml').expanduser()
@@ -65,7 +65,7 @@ def start(context: LaunchContext) -> list[LifecycleNode]:
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Describe the arguments and the node."""
+    """Declare the launch arguments and the node."""
     return LaunchDescription([
         *(DeclareLaunchArgument(name, default_value=default, description=description)
           for name, (default, description) in ARGUMENTS.items()),

@@ -12,11 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-The garbage collector, kept out of answers, and garbage kept small all the same.
-
-And memory that was freed, given back to the system.
-"""
+"""Runs the garbage collector between answers, and returns freed memory to the system."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -26,39 +22,43 @@ import gc
 import threading
 import time
 
-FULL_EVERY_S = 10.0             # a full collection is due after so long,
-FULL_EVERY_OBJECTS = 20000      # or once so many objects have outlived a young one;
-FULL_SHARE = 0.01               # but full ones take no more than this part of the time
-OVERLAP_S = 30.0                # without any collection, while answers overlap
+FULL_EVERY_S = 10.0             # a full collection is due after this time
+FULL_EVERY_OBJECTS = 20000      # or after this many objects survived young collections
+FULL_SHARE = 0.01               # of the time, at most, for full collections
+OVERLAP_S = 30.0                # without a collection, after which the end of any answer does one
 
 
 class Collector:
     """
-    Keeps the garbage collector out of answers.
+    Postpones garbage collection until no answer runs.
 
-    A collection stops all threads, for longer than a token takes. So it waits until no answer
-    runs. One for the process, as the garbage collector is: several workers may share it. Where
-    their answers overlap without end, the end of one of them has to do every `OVERLAP_S`.
+    A collection stops all threads for longer than a token takes. There is one collector per
+    process, which several workers may share. If their answers overlap all the time, a collection
+    runs at the end of an answer every `OVERLAP_S`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with nothing paused; the clock is in seconds."""
+        """
+        Start without a pause.
+
+        :param clock: a monotonic clock in seconds.
+        """
         self._clock = clock
         self._lock = threading.Lock()
         self._pauses = 0
         self._was_enabled = False
-        self._last_s = self._last_full_s = clock()  # when a collection ended
-        self._full_took_s = 0.0                     # the last full one
-        self._survivors = 0                         # since that one, at most
+        self._last_s = self._last_full_s = clock()  # when the last collections ended
+        self._full_duration_s = 0.0                 # of the last full collection
+        self._survivors = 0                         # upper bound, since that collection
 
     @contextmanager
     def paused(self, full: Callable[[], bool]) -> Iterator[None]:
         """
-        Pause collection; when the last pause ends, make up for it.
+        Pause garbage collection inside ``with``; at the end of the last pause, collect.
 
-        :param full: asked then. True: nothing waits, so all is collected. False: only what is
-            new is, unless a full collection is due. A full one takes some 0.02 ms for each 1000
-            objects that are not frozen, see ``gc.freeze``.
+        :param full: called at the end. True makes the collection full, because no request waits.
+            False collects only young objects, unless a full collection is due. A full one takes
+            about 0.02 ms per 1000 objects that are not frozen (see ``gc.freeze``).
         """
         with self._lock:
             if not self._pauses:
@@ -81,10 +81,10 @@ class Collector:
         self._survivors += gc.get_count()[0]
         since_s = begin_s - self._last_full_s
         due = since_s >= FULL_EVERY_S or self._survivors >= FULL_EVERY_OBJECTS
-        if full or due and since_s >= self._full_took_s / FULL_SHARE:
+        if full or due and since_s >= self._full_duration_s / FULL_SHARE:
             gc.collect()
             self._last_full_s, self._survivors = self._clock(), 0
-            self._full_took_s = self._last_full_s - begin_s
+            self._full_duration_s = self._last_full_s - begin_s
         else:
             gc.collect(0)
         self._last_s = self._clock()
@@ -95,11 +95,10 @@ COLLECTOR = Collector()
 
 def give_back() -> None:
     """
-    Give memory that was freed back to the system.
+    Return freed memory to the system.
 
-    glibc keeps it, for each thread that has allocated: after 15 loads of the embedded model in
-    three threads by turns, 35 MB. This takes some milliseconds, and does nothing where the C
-    library is another.
+    glibc keeps freed memory per thread: 35 MB after 15 loads of the embedded model in three
+    alternating threads. This takes a few milliseconds, and does nothing with other C libraries.
     """
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-What is the same for every answer, wherever it comes from: its pieces, its pace and its end.
+The common part of all answers, local or from a server: pieces, pacing, and the end.
 
-It runs on the decode thread. It knows neither engines nor servers, nor who listens.
+It runs in the decode thread.
 """
 
 from collections.abc import Callable
@@ -36,35 +36,35 @@ from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestRecorder
 from physai_decode.timing import TokenReport
 
-LOOK_UP_S = 0.02        # how often a cancel and a deadline are looked for while nothing comes
+POLL_S = 0.02           # period of the checks for a cancel or deadline while nothing arrives
 
 
 class Refused(Exception):
-    """The model can't take this prompt; the message says why."""
+    """The request can't be answered; the message says why."""
 
 
 class End(NamedTuple):
-    """Why an answer ended: a finish reason, and words where it does not say it all."""
+    """The end of an answer: its finish reason, and details that may be empty."""
 
     reason: str
     message: str
 
 
 class Ended(Exception):
-    """The answer is to end now, and not at its next token."""
+    """The answer ends now, instead of at its next token."""
 
     def __init__(self, end: End) -> None:
-        """Keep why."""
+        """Keep the end."""
         super().__init__(*end)
         self.end = end
 
 
-ASKED = End('cancelled', '')        # the ticket knows better
+CANCELLED = End('cancelled', '')    # the ticket has the actual reason
 LATE = End('deadline', 'deadline.request_ms has passed')
 
 
 class Delivery:
-    """One answer, as far as it does not matter who gives it."""
+    """The base class of an answer."""
 
     def __init__(self, ticket: Ticket, conversation: Conversation, sampling: SamplingConfig,
                  times: RequestRecorder, emit: Callable[[TokenReport], None],
@@ -72,16 +72,15 @@ class Delivery:
                  clock: Callable[[], float], form: Form | None = None,
                  tokens_per_s: float = 0.0) -> None:
         """
-        Take what the answer needs.
+        Prepare an answer; `give` starts it.
 
-        :param sampling: of this request.
-        :param times: records its tokens.
-        :param emit: gets each token's report.
-        :param emit_item: gets each element's, of an answer that is JSON.
-        :param alive: is called for each sign of life, with the time by which the next one is to
-            come at the earliest.
-        :param form: what the answer has to look like, None for anything.
-        :param tokens_per_s: how fast it comes at most; 0: as fast as it can.
+        :param sampling: the sampling settings of the request.
+        :param times: records the tokens.
+        :param emit: called with the report of each token.
+        :param emit_item: called with the report of each element of a JSON answer.
+        :param alive: called on progress, with the earliest time at which the next one is expected.
+        :param form: the constraint on the answer, None for none.
+        :param tokens_per_s: the highest rate of tokens; 0 for no limit.
         """
         self._ticket, self._conversation = ticket, conversation
         self._sampling, self.times = sampling, times
@@ -93,41 +92,45 @@ class Delivery:
             self._items, times.items = Items(), 0
         self._tokens_per_s = tokens_per_s
         times.paced = tokens_per_s > 0
-        self._pace: Pace | None = None              # from the first step on
-        self._waited_s: float | None = None         # before the step that runs
-        self._given = 0                             # tokens, also those that wait
+        self._pace: Pace | None = None              # None before the first step
+        self._waited_s: float | None = None         # delay of the current step by pacing
+        self._given = 0                             # tokens so far, including the waiting one
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
-        self.calls: list[Call] = []                 # those that were given out
-        self._waiting: TokenReport | None = None    # it is not known to the end
+        self.calls: list[Call] = []                 # the emitted tool calls
+        self._waiting: TokenReport | None = None    # a token whose text may still grow
         self._publish_s: float | None = None
-        self.energy_j: float | None = None          # of the device, when this began
-        self.note = ''                              # for the report, beside why it ended
+        self.energy_j: float | None = None          # the device's counter at the start
+        self.note = ''                              # for the report, in addition to the end
 
     @property
     def text(self) -> str:
-        """All that was given out so far."""
+        """The text emitted so far."""
         return ''.join(self._pieces)
 
     @property
     def reasoning(self) -> str:
-        """All thoughts that were given out so far."""
+        """The thoughts emitted so far."""
         return ''.join(self._thoughts)
 
     def give(self) -> End:
         """
-        Answer.
+        Produce the answer.
 
-        :raises Refused: the request can't be answered as it is.
+        :raises Refused: the request can't be answered.
         """
         raise NotImplementedError
 
     def _checked_form(self) -> Form | None:
-        """Give what the answer has to look like, where nothing stands against it."""
+        """
+        Return the constraint on the answer.
+
+        :raises Refused: the constraint conflicts with another option of the request.
+        """
         form = self._form
         if self._ticket.request.offered and form is not None:
-            raise Refused(f'{form.name} says what every answer looks like, so that none can call '
-                          'a tool: set "response_format" to {"type": "text"} in the request')
+            raise Refused(f'{form.name} constrains every answer, so the model can not call a '
+                          'tool: set "response_format" to {"type": "text"} in the request')
         if form is not None:
             self._refuse_stop(form)
         return form
@@ -135,55 +138,71 @@ class Delivery:
     def _refuse_stop(self, form: Form) -> None:
         if self._sampling.stop:
             raise Refused(f'{self._named("stop")} can not be used with {form.name}, which '
-                          'says itself where the answer ends: set "stop" to [] in the request')
+                          'defines where the answer ends: set "stop" to [] in the request')
 
     def _remark(self, text: str) -> None:
         """Add a note for the report."""
         self.note = '; '.join(filter(None, (self.note, text)))
 
     def _named(self, setting: str) -> str:
-        """Name a setting where it came from: the request's own field, or the node's parameter."""
+        """Name a setting by its source: the field of the request, or the node's parameter."""
         own = setting in self._ticket.request.sampling
         return JSON_NAMES[setting] if own else f'sampling.{setting}'
 
     def _hold_pace(self, now_s: float, tokens: int) -> None:
-        """Wait until the token after these may come, and end where that is due before."""
+        """
+        Wait until pacing permits the next token.
+
+        :param now_s: when the last tokens were known.
+        :param tokens: the number of these tokens.
+        :raises Ended: a cancel or a deadline came first.
+        """
         if not self.times.paced or not tokens:
             return
         self._pace = self._pace or Pace(self._tokens_per_s, now_s)
         due_s, begin_s = self._pace.due_s(self._clock(), tokens), self._clock()
         self._alive(due_s)
         while (left_s := due_s - self._clock()) > 0:
-            self._ticket.ending.wait(min(left_s, LOOK_UP_S))
+            self._ticket.ending.wait(min(left_s, POLL_S))
             self._look_for_end()
         self._waited_s = self._clock() - begin_s
 
     def _look_for_end(self) -> None:
-        """End where that is due."""
+        """
+        Check for a cancel and for the deadline.
+
+        :raises Ended: one of them ends the answer.
+        """
         self._check_end()
         if self._is_late():
             raise Ended(LATE)
 
     def _check_end(self) -> None:
         if self._ticket.end_reason:
-            raise Ended(ASKED)
+            raise Ended(CANCELLED)
 
     def _is_late(self) -> bool:
-        """Tell whether the request is to end because its time is over."""
+        """Return whether the deadline of the request ends the answer."""
         deadline = self.times.deadline
         spent_ms = 1e3 * (self._clock() - self._ticket.received_s)
         return (deadline.action == 'truncate' and deadline.request_ms > 0
                 and spent_ms > deadline.request_ms)
 
-    def _release(self, tail: str, others: Sequence[Part] = ()) -> None:
-        """Give out the token that waits, with the text that turned out to be its own."""
+    def _release(self, tail: str, parts: Sequence[Part] = ()) -> None:
+        """
+        Emit the waiting token.
+
+        :param tail: the end of its text.
+        :param parts: the thoughts and tool calls that it completed.
+        """
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting = replace(waiting, text=waiting.text + tail)
-            self._give_out(with_parts(waiting, others) if others else waiting)
+            self._give_out(with_parts(waiting, parts) if parts else waiting)
 
     def _give_out(self, report: TokenReport) -> None:
-        if self._ticket.finished:                   # the worker has given it up
+        """Emit a token, and the elements that it completed."""
+        if self._ticket.finished:                   # the worker has abandoned the request
             return
         self._pieces.append(report.text)
         if report.reasoning or report.tool_calls:
@@ -198,7 +217,7 @@ class Delivery:
 
 
 def with_parts(report: TokenReport, parts: Sequence[Part]) -> TokenReport:
-    """Give a token's report with thoughts and calls that it completed."""
+    """Add thoughts and tool calls to the report of the token that completed them."""
     return replace(
         report, reasoning=report.reasoning + ''.join(part.text for part in parts),
         tool_calls=(*report.tool_calls, *(part.call for part in parts if part.call is not None)))

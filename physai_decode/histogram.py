@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Percentiles of many values in bounded memory: exact for few, from a histogram for many.
+Percentiles in bounded memory: exact for few values, from a histogram for many.
 
-The histogram's bins are log-spaced, 1 % wide, so a percentile read from it is within 0.5 % of the
-true one. Counts, sums and the largest value are always exact.
+The histogram has logarithmic bins, 1 % wide, so its percentiles are within 0.5 % of the true ones.
+Counts, sums and the largest value are always exact.
 """
 
 from bisect import bisect_right
@@ -31,23 +31,23 @@ from typing import Any
 from typing import cast
 from typing import NamedTuple
 
-EXACT_ROWS = 1024               # up to this many in a sliding window, nothing is rounded
-EXACT_VALUES = 16384            # the same for a `Distribution`
-SLICES = 64                     # parts of a sliding window
-CHUNK = 64                      # values that go into a histogram at once
-UNREAD = 4096                   # rows of a sliding window that may wait for a reader
-SCALE = 100.0                   # bins for each factor of e
+EXACT_ROWS = 1024               # rows of a `SlidingWindow` that are kept exactly
+EXACT_VALUES = 16384            # values of a `Distribution` that are kept exactly
+SLICES = 64                     # histograms of a sliding window
+CHUNK = 64                      # values that are moved into a histogram at once
+UNREAD = 4096                   # rows that may accumulate before the writer processes them
+SCALE = 100.0                   # bins per factor of e
 OFFSET = 2100                   # makes the bin of the smallest value positive
-SMALLEST = 1e-9                 # what is nearer to 0 counts as 0
+SMALLEST = 1e-9                 # a value closer to 0 counts as 0
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float | None:
     """
-    Give a percentile by linear interpolation between the two nearest ranks.
+    Return a percentile, interpolated linearly between the two nearest ranks.
 
     :param ordered: values in ascending order.
     :param percent: 0 to 100.
-    :return: None where there are no values.
+    :returns: None if there are no values.
     """
     if not ordered:
         return None
@@ -59,7 +59,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float | None:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Give the standard deviation of all these values, None for fewer than two."""
+    """Return the standard deviation, None for fewer than two values."""
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)
@@ -67,7 +67,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def bin_of(value: float) -> int:
-    """Give the bin of a value; bins are in the order of their values, and 0 is bin 0."""
+    """Return the bin of a value; bins are numbered in ascending order, and 0 is in bin 0."""
     if value > SMALLEST:
         return int(SCALE * math.log(value) + OFFSET)
     if value < -SMALLEST:
@@ -76,53 +76,53 @@ def bin_of(value: float) -> int:
 
 
 def value_of(number: int) -> float:
-    """Give the value that stands for a bin, at most 0.5 % from any value in it."""
+    """Return the value that represents a bin, within 0.5 % of every value in it."""
     if not number:
         return 0.0
     return math.copysign(math.exp((abs(number) + 0.5 - OFFSET) / SCALE), number)
 
 
 class Ranked(Sequence[float]):
-    """The values in a histogram in ascending order, as if each were written out."""
+    """The values of a histogram as a sequence in ascending order."""
 
     def __init__(self, bins: Mapping[int, int], largest: float = math.inf) -> None:
         """
-        Read a histogram.
+        View a histogram.
 
-        :param bins: how many values each bin holds; an empty bin may be there.
-        :param largest: of the values, where it is known: none will be above it.
+        :param bins: number of values in each bin; a bin may be empty.
+        :param largest: the largest value, if known, which limits the value of the last bin.
         """
         self._bins = sorted(bins)
         self._ends = list(accumulate(map(bins.__getitem__, self._bins)))
         self._largest = largest
 
     def __len__(self) -> int:
-        """Count the values."""
+        """Return the number of values."""
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, rank: Any) -> Any:
-        """Give the value of a rank, counted from 0."""
+        """Return the value with a rank, counted from 0."""
         return min(value_of(self._bins[bisect_right(self._ends, rank)]), self._largest)
 
 
 class Moments:
-    """Count, sums and largest of some values: what is exact however many there are."""
+    """The exact count, sums and largest value of any number of values."""
 
     def __init__(self) -> None:
-        """Begin with no value."""
+        """Start without values."""
         self.count = 0
         self.total = self.squares = 0.0
         self.largest = -math.inf
 
     def put(self, values: Sequence[float]) -> None:
-        """Take in values, at least one."""
+        """Add values, at least one."""
         self.count += len(values)
         self.total += sum(values)
         self.squares += sum([value * value for value in values])
         self.largest = max(self.largest, max(values))
 
     def add(self, other: 'Moments') -> None:
-        """Take in what another has."""
+        """Add the values of another."""
         self.count += other.count
         self.total += other.total
         self.squares += other.squares
@@ -130,7 +130,7 @@ class Moments:
 
     @property
     def deviation(self) -> float | None:
-        """Give the standard deviation, None for fewer than two values."""
+        """The standard deviation, None for fewer than two values."""
         if self.count < 2:
             return None
         mean = self.total / self.count
@@ -138,28 +138,28 @@ class Moments:
 
 
 class Summary(NamedTuple):
-    """What is known of some values."""
+    """The statistics of some values."""
 
     ordered: Sequence[float]            # ascending
-    largest: float | None               # exact, as the next; None where there are no values
-    deviation: float | None             # the standard deviation; None for fewer than two
+    largest: float | None               # exact; None if there are no values
+    deviation: float | None             # exact standard deviation; None for fewer than two values
 
 
 class Distribution:
     """
-    Values that only ever come, such as those of one request.
+    The distribution of a growing set of values, such as those of one request.
 
-    Exact up to `EXACT_VALUES` values; then the oldest are kept in a histogram.
+    It is exact for up to `EXACT_VALUES` values. Beyond that, the oldest move into a histogram.
     """
 
     def __init__(self) -> None:
-        """Begin with no value."""
+        """Start without values."""
         self._newest: list[float] = []
-        self._moments = Moments()               # of all before
+        self._moments = Moments()               # of the values in the histogram
         self._bins: dict[int, int] = {}
 
     def add(self, value: float) -> None:
-        """Take one value."""
+        """Add a value."""
         self._newest.append(value)
         if len(self._newest) >= EXACT_VALUES + CHUNK:
             chunk = self._newest[:CHUNK]
@@ -168,7 +168,7 @@ class Distribution:
             _merge(self._bins, _count(chunk))
 
     def summary(self) -> Summary:
-        """Tell what is known of all values so far."""
+        """Return the statistics of all values so far."""
         if not self._bins:
             return _exact(self._newest)
         moments, bins = Moments(), dict(self._bins)
@@ -182,43 +182,45 @@ Row = tuple[float | None, ...]
 
 
 class _Slice:
-    """Rows of a sliding window that came one after another: a histogram of each column."""
+    """The rows of a part of a sliding window, as one histogram per column."""
 
     def __init__(self, columns: int, end_s: float) -> None:
-        self.end_s = end_s                      # a row that comes later is not for this one
-        self.last_s = -math.inf                 # when its newest row came
+        self.end_s = end_s                      # later rows belong to the next slice
+        self.last_s = -math.inf                 # time of the newest row
         self.moments = Moments()                # of the first column
         self.columns: list[dict[int, int]] = [{} for _ in range(columns)]
 
 
 class SlidingWindow:
     """
-    Rows of values that came in the last seconds, such as those of each token.
+    The rows of values of the last seconds, such as one row per token.
 
-    Exact while there are at most `EXACT_ROWS` rows. Of more, the older ones are kept in `SLICES`
-    histograms, and the window begins up to one of these too early. Memory is bounded by bins and
-    slices, whatever the rate. One thread adds, others read: what is to be computed is computed by
-    those who read, and the one who adds never waits.
+    The window is exact for up to `EXACT_ROWS` rows. Beyond that, older rows move into `SLICES`
+    histograms, and the window starts up to one slice too early. Memory is bounded, whatever the
+    rate. One thread adds rows and others read. Readers do the computation, and the writer never
+    blocks.
     """
 
     def __init__(self, window_s: float, columns: int) -> None:
         """
-        Begin empty.
+        Start without rows.
 
-        :param window_s: how far it looks back.
-        :param columns: values in a row.
+        :param window_s: length of the window in seconds.
+        :param columns: number of values in a row.
         """
         self._window_s = window_s
-        self._new: deque[tuple[float, Row]] = deque()       # not looked at yet; appends and pops
-        self._lock = threading.Lock()                       # are safe. It guards all below
-        self._rows: deque[tuple[float, Row]] = deque()      # before these, and when they came
-        self._slices: deque[_Slice] = deque()               # before these
+        # Rows with their times, from the newest to the oldest: _new, _rows, then the slices. Other
+        # threads may append to _new at any time; _lock guards the rest.
+        self._new: deque[tuple[float, Row]] = deque()
+        self._lock = threading.Lock()
+        self._rows: deque[tuple[float, Row]] = deque()
+        self._slices: deque[_Slice] = deque()
         self._sums: list[dict[int, int]] = [{} for _ in range(columns)]     # of all slices
 
     def add(self, now_s: float, row: Row) -> None:
-        """Take one row; its first value is never None."""
+        """Add a row, whose first value must not be None."""
         self._new.append((now_s, row))
-        # Nobody has read for long: bit by bit, so that no row takes long. A reader does the same.
+        # Without readers, the writer processes rows in small chunks, so that no call takes long.
         if len(self._new) > UNREAD and self._lock.acquire(blocking=False):
             try:
                 self._advance(now_s, CHUNK)
@@ -227,9 +229,9 @@ class SlidingWindow:
 
     def read(self, now_s: float) -> list[Summary]:
         """
-        Tell what is known of each column; of all but the first only ``ordered``.
+        Return the statistics of each column; for all but the first, only ``ordered``.
 
-        :param now_s: the window is the ``window_s`` before.
+        :param now_s: the end of the window.
         """
         since_s = now_s - self._window_s
         with self._lock:
@@ -251,12 +253,12 @@ class SlidingWindow:
                 *(Summary(Ranked(bins), None, None) for bins in sums[1:])]
 
     def _advance(self, now_s: float, count: int) -> None:
-        """Look at this many new rows, and let go of what has left the window."""
+        """Process some new rows, and drop the slices that have left the window."""
         since_s = now_s - self._window_s
         self._rows.extend(self._new.popleft() for _ in range(count))
         while self._slices and self._slices[0].last_s < since_s:
-            for bins, gone in zip(self._sums, self._slices.popleft().columns):
-                _merge(bins, gone, -1)
+            for bins, dropped in zip(self._sums, self._slices.popleft().columns):
+                _merge(bins, dropped, -1)
         batch: list[Row] = []
         while len(self._rows) > EXACT_ROWS:
             at_s, row = self._rows.popleft()
@@ -272,7 +274,7 @@ class SlidingWindow:
         self._put(batch)
 
     def _put(self, rows: Sequence[Row]) -> None:
-        """Put rows into the newest slice."""
+        """Add rows to the newest slice."""
         if not rows:
             return
         part = self._slices[-1]
@@ -289,14 +291,14 @@ def _exact(values: Sequence[float]) -> Summary:
 
 
 def _count(values: Sequence[float]) -> Counter[int]:
-    """Count the values in each bin."""
-    log = math.log                  # and `bin_of` without the call, for most values
+    """Count the values per bin."""
+    log = math.log                  # `bin_of` inlined for most values, for speed
     return Counter([int(SCALE * log(value) + OFFSET) if value > SMALLEST else bin_of(value)
                     for value in values])
 
 
 def _merge(bins: dict[int, int], more: Mapping[int, int], times: int = 1) -> None:
-    """Add one histogram to another, or with ``times`` -1 take it away; no bin stays empty."""
+    """Add a histogram to another, or subtract it with ``times`` -1; remove empty bins."""
     for number, count in more.items():
         left = bins.get(number, 0) + times * count
         if left:

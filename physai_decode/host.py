@@ -50,7 +50,7 @@ from physai_decode.request import Request
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import tell_end
 from physai_decode.roofline import at_clock
-from physai_decode.roofline import beaten
+from physai_decode.roofline import observed_peak
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
@@ -284,7 +284,7 @@ class Host:
             return ''
         if telemetry is not None and (part := telemetry.memory_clock_part) is not None:
             worker.peak = at_clock(peak, part)
-        found = beaten(worker.peak, window.bandwidth_gb_s)
+        found = observed_peak(worker.peak, window.bandwidth_gb_s)
         if found is None:
             return ''
         before, self.peak, worker.peak = worker.peak, found, found

@@ -13,11 +13,10 @@
 # limitations under the License.
 
 """
-The elements of an answer's outermost arrays, each as soon as it is complete.
+Finds the elements of an answer's outermost arrays as soon as each is complete.
 
-An outermost array is the answer itself, or a property of the object that the answer is. It works
-on pieces of text as they come, with a constant effort per character, and knows neither tokens nor
-what an element means.
+An outermost array is the answer itself, or a property of the answer if that is an object. The
+parser works on the pieces of a stream, with constant effort per character.
 """
 
 import json
@@ -25,54 +24,54 @@ import re
 from typing import NamedTuple
 
 BLANKS = ' \t\n\r'
-_OUTSIDE = re.compile(r'["\[\]{},]')    # what matters outside a string of JSON
-_INSIDE = re.compile(r'["\\]')          # and within one
+_OUTSIDE = re.compile(r'["\[\]{},]')    # the significant characters outside a string
+_INSIDE = re.compile(r'["\\]')          # and inside a string
 
 
 class Item(NamedTuple):
     """One complete element."""
 
-    path: str       # of its array, as a JSON Pointer: empty for the answer itself, or '/plan'
-    index: int      # type: ignore[assignment]  # 0 is the array's first element; hides a method
-    text: str       # its JSON, as it was written
+    path: str       # JSON Pointer of the array, such as '/plan'; empty for the answer itself
+    index: int      # type: ignore[assignment]  # 0 is the first element; hides a tuple's method
+    text: str       # JSON, as the model wrote it
 
 
 class Items:
     """
-    One answer's text to its elements.
+    The parser of one answer.
 
-    A string, an object or an array is complete at its last character, a number and a word at what
-    follows. An element that was cut off is never given.
+    A string, an object or an array is complete at its last character. A number or a literal is
+    complete at the character that follows it. A truncated element is never returned.
     """
 
     def __init__(self) -> None:
-        """Begin before the answer's first character."""
-        self._quoted = False            # within a string
-        self._escaped = False           # behind a backslash
-        self._depth = 0                 # arrays and objects that are open
-        self._array: int | None = None  # the depth within the outermost array that is open
+        """Start before the first character of the answer."""
+        self._quoted = False            # inside a string
+        self._escaped = False           # after a backslash
+        self._depth = 0                 # number of open arrays and objects
+        self._array: int | None = None  # the depth inside the open outermost array
         self._path, self._index = '', 0
         self._name = '""'               # the last string directly in the outermost object
-        self._kept: list[str] | None = None     # of the element or name that is open
+        self._open: list[str] | None = None     # text of the open element or name
 
     def feed(self, piece: str) -> list[Item]:
         """
-        Take the next piece of the answer and give the elements that it completed.
+        Parse the next piece of the answer, and return the elements that it completed.
 
-        :param piece: of a text that is JSON; of any other text, what is given has no meaning.
+        :param piece: of a JSON text; for any other text, the elements are meaningless.
         """
-        found: list[Item] = []
+        items: list[Item] = []
         at, begin = int(self._escaped and bool(piece)), 0
         self._escaped = self._escaped and not piece
 
         def end(to: int) -> str:
-            """Keep no more, and give what was kept up to there."""
-            kept, self._kept = self._kept, None
-            return '' if kept is None else ''.join([*kept, piece[begin:to]]).strip(BLANKS)
+            """Close the open text and return it, up to a position in this piece."""
+            open_, self._open = self._open, None
+            return '' if open_ is None else ''.join([*open_, piece[begin:to]]).strip(BLANKS)
 
         def complete(to: int) -> None:
             if text := end(to):
-                found.append(Item(self._path, self._index, text))
+                items.append(Item(self._path, self._index, text))
                 self._index += 1
 
         while match := (_INSIDE if self._quoted else _OUTSIDE).search(piece, at):
@@ -87,7 +86,7 @@ class Items:
                         complete(at)
                 elif self._depth == 1 and self._array is None:
                     if self._quoted:
-                        self._kept, begin = [], at - 1
+                        self._open, begin = [], at - 1
                     else:
                         self._name = end(at)
             elif sign in '[{':
@@ -95,11 +94,11 @@ class Items:
                 if sign == '[' and self._array is None and self._depth <= 2:
                     self._array, self._index = self._depth, 0
                     self._path = '' if self._depth == 1 else _pointer(self._name)
-                    self._kept, begin = [], at
+                    self._open, begin = [], at
             elif sign == ',':
                 if self._depth == self._array:
                     complete(at - 1)
-                    self._kept, begin = [], at
+                    self._open, begin = [], at
             else:
                 self._depth -= 1
                 if self._depth == self._array:
@@ -107,11 +106,11 @@ class Items:
                 elif self._array is not None and self._depth < self._array:
                     complete(at - 1)
                     self._array = None
-        if self._kept is not None:
-            self._kept.append(piece[begin:])
-        return found
+        if self._open is not None:
+            self._open.append(piece[begin:])
+        return items
 
 
 def _pointer(name: str) -> str:
-    """Give the JSON Pointer (RFC 6901) of a property, whose name is given as JSON."""
+    """Return the JSON Pointer (RFC 6901) of a property from its name as JSON."""
     return '/' + str(json.loads(name)).replace('~', '~0').replace('/', '~1')

@@ -13,9 +13,10 @@
 # limitations under the License.
 
 """
-What a Jetson says of itself, by jetson-stats where that is installed and its service runs.
+Reads a Jetson's telemetry from jetson-stats, if it is installed and its service runs.
 
-Its power is told now and then; between two times it counts as unchanged. It knows nothing of ROS.
+jetson-stats reports the power periodically. The energy counter assumes that it is constant between
+two reports.
 """
 
 from collections.abc import Callable
@@ -27,28 +28,28 @@ INTERVAL_S = 0.2
 
 
 class Jetson:
-    """The board, from now until `close`."""
+    """The telemetry of the board until `close`."""
 
     def __init__(self, jtop: Callable[..., Any],
                  clock: Callable[[], float] = time.monotonic) -> None:
         """
-        Begin to listen.
+        Subscribe to jetson-stats.
 
-        :param jtop: the class of jetson-stats, of version 4.
-        :param clock: monotonic, in seconds.
-        :raises Exception: of jetson-stats' own; its service does not run.
+        :param jtop: the class ``jtop`` of jetson-stats 4.
+        :param clock: a monotonic clock in seconds.
+        :raises Exception: the service of jetson-stats does not run.
         """
         self._clock = clock
         self._lock = threading.Lock()
         self._power_w: float | None = None
         self._energy_j, self._since_s = 0.0, clock()
         self._board = jtop(interval=INTERVAL_S)
-        self._board.attach(self._hear)
+        self._board.attach(self._on_update)
         self._board.start()
 
     @property
     def energy_j(self) -> float | None:
-        """Energy that the board took since this began; None where it does not tell its power."""
+        """The energy in joules since the start, None if the board does not report its power."""
         with self._lock:
             if self._power_w is None:
                 return None
@@ -56,41 +57,41 @@ class Jetson:
 
     @property
     def memory_clock_part(self) -> float | None:
-        """Give the memory clock in force over the highest, None where the board does not tell."""
-        now, most = (_told(self._board, 'memory', 'EMC', key) for key in ('cur', 'max'))
-        return now / most if now and most else None
+        """The current over the highest memory clock, None if the board does not report them."""
+        current, highest = (_value(self._board, 'memory', 'EMC', key) for key in ('cur', 'max'))
+        return current / highest if current and highest else None
 
     def read(self) -> dict[str, float | str | None]:
-        """Give what the board told last, by the keys of `telemetry.KEYS`; None where nothing."""
+        """Return the last report by keys of `telemetry.KEYS`; None means unknown."""
         board = self._board
         mode = getattr(board, 'nvpmodel', None)
-        gpu = next(iter((_told(board, 'gpu') or {}).values()), None)
+        gpu = next(iter((_value(board, 'gpu') or {}).values()), None)
         return {
-            'temperature_c': _told(board, 'temperature', 'gpu', 'temp'),
+            'temperature_c': _value(board, 'temperature', 'gpu', 'temp'),
             'power_w': self._power_w,
-            'sm_clock_mhz': _scaled(_found(gpu, 'freq', 'cur'), 1e-3),
-            'memory_clock_mhz': _scaled(_told(board, 'memory', 'EMC', 'cur'), 1e-3),
+            'sm_clock_mhz': _scaled(_nested(gpu, 'freq', 'cur'), 1e-3),
+            'memory_clock_mhz': _scaled(_value(board, 'memory', 'EMC', 'cur'), 1e-3),
             'power_mode': None if mode is None else str(getattr(mode, 'name', mode))}
 
     def close(self) -> None:
-        """Listen no more."""
-        self._board.detach(self._hear)
+        """Unsubscribe."""
+        self._board.detach(self._on_update)
         self._board.close()
 
-    def _hear(self, board: Any) -> None:
-        """Take the power since the last time; in jetson-stats' thread."""
-        power_w, now_s = _scaled(_told(board, 'power', 'tot', 'power'), 1e-3), self._clock()
+    def _on_update(self, board: Any) -> None:
+        """Add the energy since the last report; called in a thread of jetson-stats."""
+        power_w, now_s = _scaled(_value(board, 'power', 'tot', 'power'), 1e-3), self._clock()
         with self._lock:
             self._energy_j += (self._power_w or 0.0) * (now_s - self._since_s)
             self._power_w, self._since_s = power_w, now_s
 
 
-def _told(board: Any, name: str, *keys: str) -> Any:
-    return _found(getattr(board, name, None), *keys)
+def _value(board: Any, name: str, *keys: str) -> Any:
+    return _nested(getattr(board, name, None), *keys)
 
 
-def _found(value: Any, *keys: str) -> Any:
-    """Look into dictionaries, which differ from board to board."""
+def _nested(value: Any, *keys: str) -> Any:
+    """Return a value in nested dictionaries, None if this board does not have it."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The decode thread's place on the machine: its scheduling class, its cores, and locked memory.
+The scheduling of the decode thread: its real-time priority, its cores, and locked memory.
 
-What the system does not permit is told with the way to permit it, and the thread goes on without.
-What is in force is read back from the kernel. It knows nothing of requests, engines or ROS.
+A setting that the system does not permit is reported with the way to permit it, and the thread
+runs without it. The effective settings are read back from the kernel.
 """
 
 from collections.abc import Collection
@@ -33,11 +33,11 @@ from physai_decode.config import RealtimeConfig
 POLICIES = {os.SCHED_OTHER: 'other', os.SCHED_FIFO: 'fifo', os.SCHED_RR: 'rr',
             os.SCHED_BATCH: 'batch', os.SCHED_IDLE: 'idle', 6: 'deadline'}
 _RESET_ON_FORK = 0x40000000
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4       # of sys/mman.h, but on PowerPC and Alpha
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4   # of sys/mman.h, except PowerPC and Alpha
 _CAP_IPC_LOCK = 14
-# Who wants the interpreter's lock waits so long before its holder is asked for it; 5 ms by
-# default. Without a real-time class a shorter time costs more than it brings: who was asked then
-# waits for a core, and the lock with it.
+# How long a thread waits for the GIL before it asks the holder to release it; 5 ms by default.
+# Without a real-time priority, a shorter time costs more than it gains, because the thread that
+# gets the GIL may still have to wait for a core.
 SWITCH_S = 1e-4
 _TASKS = '/proc/self/task'
 _PERMIT = ('permit it by "USER - {limit}" in /etc/security/limits.conf and a new login, by {unit} '
@@ -50,27 +50,27 @@ PERMIT_MEMORY = _PERMIT.format(limit='memlock unlimited', unit='LimitMEMLOCK=inf
 
 @dataclass(frozen=True)
 class InForce:
-    """How a thread is scheduled, as the kernel says."""
+    """The effective scheduling of a thread, read from the kernel."""
 
     scheduling: str | None          # other, or fifo and its priority; None: the thread has ended
     decode_cores: str | None        # numbers of cores, such as 2 3
     memory_locked: bool
-    realtime_refused: str           # what was asked for and is not in force, and why
+    realtime_refused: str           # the settings that are not in force, and why
 
 
 class Placement:
-    """One thread in its place, until `end`; all others of the process beside its cores."""
+    """The scheduling of a thread until `end`; all other threads move off its cores."""
 
     def __init__(self, thread_id: int, config: RealtimeConfig) -> None:
         """
-        Put a thread into its place, as far as the system permits.
+        Apply the settings that the system permits.
 
-        :param thread_id: as the kernel counts; the thread has started no others yet. Those that it
-            starts from now on get its class and its cores.
+        :param thread_id: the kernel's id of the thread, which must not have started threads yet.
+            Those that it starts later inherit its scheduling class and its cores.
         """
         self._thread_id = thread_id
         self._before = os.sched_getaffinity(0)
-        self._others: set[int] = set()          # cores of all other threads; empty: as before
+        self._other_cores: set[int] = set()     # of all other threads; empty: unchanged
         self._locked = False
         self._switch_s = sys.getswitchinterval()
         self._refused = [text for text in (
@@ -80,11 +80,11 @@ class Placement:
 
     @property
     def refused(self) -> str:
-        """Say what was asked for and is not in force, and how to have it; empty for nothing."""
+        """The settings that are not in force, and how to permit them; empty if there are none."""
         return '; '.join(self._refused)
 
     def in_force(self) -> InForce:
-        """Ask the kernel how the thread is scheduled now; from any thread."""
+        """Read the effective scheduling from the kernel; from any thread."""
         scheduling = cores = None
         try:
             policy = os.sched_getscheduler(self._thread_id) & ~_RESET_ON_FORK
@@ -96,11 +96,11 @@ class Placement:
         return InForce(scheduling, cores, _status('VmLck') > 0, self.refused)
 
     def end(self) -> None:
-        """Undo what concerns other threads; to be called when the thread has ended."""
+        """Undo what affects other threads; call this after the thread has ended."""
         sys.setswitchinterval(self._switch_s)
-        if self._others:
-            _move(self._before, {self._thread_id}, self._others)
-            self._others = set()
+        if self._other_cores:
+            _move(self._before, {self._thread_id}, self._other_cores)
+            self._other_cores = set()
         if self._locked:
             _libc().munlockall()
             self._locked = False
@@ -118,26 +118,26 @@ class Placement:
     def _pin(self, cores: set[int]) -> str:
         try:
             os.sched_setaffinity(self._thread_id, cores)
-            given = os.sched_getaffinity(self._thread_id)
+            effective = os.sched_getaffinity(self._thread_id)
         except (OSError, OverflowError):
-            given = set()
-        if given != cores:
-            if given:
+            effective = set()
+        if effective != cores:
+            if effective:
                 os.sched_setaffinity(self._thread_id, self._before)
             return (f'realtime.cpu_affinity {sorted(cores)} is not in force: this process may '
                     f'use the cores {_list(self._before)}; name some of these, or permit more '
                     '(taskset, AllowedCPUs= in a systemd unit, docker run --cpuset-cpus)')
-        self._others = self._before - cores
-        if not self._others:
+        self._other_cores = self._before - cores
+        if not self._other_cores:
             return (f'realtime.cpu_affinity {sorted(cores)} leaves no core to the other threads: '
                     'they share those of the decode thread; name fewer cores')
-        _move(self._others, {self._thread_id})
+        _move(self._other_cores, {self._thread_id})
         return ''
 
     def _lock(self) -> str:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         if limit != resource.RLIM_INFINITY and not _status('CapEff', 16) >> _CAP_IPC_LOCK & 1:
-            # Under a limit, the first allocation that exceeds it would end the process later.
+            # With a limit, the first allocation beyond it would kill the process later.
             return (f'realtime.lock_memory is not in force (the limit memlock is {limit} bytes, '
                     f'not unlimited): {PERMIT_MEMORY}')
         if _libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
@@ -148,37 +148,37 @@ class Placement:
 
 
 def follow(pid: int) -> None:
-    """Take the class and the cores of another process's main thread; for a child of its own."""
+    """Give the calling thread the scheduling class and cores of a process's main thread."""
     try:
         os.sched_setscheduler(0, os.sched_getscheduler(pid), os.sched_getparam(pid))
         os.sched_setaffinity(0, os.sched_getaffinity(pid))
-    except OSError:                     # it has ended, or more is not permitted: then as it is
+    except OSError:                     # it has ended, or this is not permitted
         pass
 
 
 def _move(cores: set[int], spared: Collection[int], only: set[int] | None = None) -> None:
     """
-    Move the threads of this process, and with them those that they start from now on.
+    Set the cores of the threads of this process; new threads inherit them.
 
-    :param spared: threads that stay.
-    :param only: moves those alone that have these cores.
+    :param spared: threads that keep their cores.
+    :param only: moves only threads that have exactly these cores.
     """
     done = set(spared)
-    # A thread that was started meanwhile by one not yet moved is found in another round.
-    while found := {int(each) for each in os.listdir(_TASKS)} - done:
-        for thread_id in found:
+    # Repeat for threads that were started meanwhile by threads not yet moved.
+    while remaining := {int(each) for each in os.listdir(_TASKS)} - done:
+        for thread_id in remaining:
             try:
                 if only is None or os.sched_getaffinity(thread_id) == only:
                     os.sched_setaffinity(thread_id, cores)
             except ProcessLookupError:
                 pass
-        done |= found
+        done |= remaining
 
 
 def _status(name: str, base: int = 10) -> int:
-    """Give one number of this process's status."""
-    found = re.search(rf'^{name}:\s*([0-9a-f]+)', Path('/proc/self/status').read_text(), re.M)
-    return int(found[1], base) if found else 0
+    """Return a number from ``/proc/self/status``, 0 if it is missing."""
+    match = re.search(rf'^{name}:\s*([0-9a-f]+)', Path('/proc/self/status').read_text(), re.M)
+    return int(match[1], base) if match else 0
 
 
 def _list(cores: Collection[int]) -> str:

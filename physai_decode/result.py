@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The end of a request as a JSON object, in the shape of OpenAI's ``chat.completion``.
+The result of a request as a JSON object in the format of OpenAI's ``chat.completion``.
 
-What OpenAI has no name for stands under ``physai``: this node's finish reason and its message,
-and every figure of the request.
+Fields that OpenAI does not define are under ``physai``: the node's finish reason and message, and
+every figure of the request.
 """
 
 from dataclasses import asdict
@@ -25,18 +25,18 @@ from typing import Any
 
 from physai_decode.timing import RequestReport
 
-# Finish reasons of requests that were answered, as OpenAI has them; every other is null there.
+# Finish reasons that OpenAI defines, all of answered requests; the others become null.
 ANSWERED = ('stop', 'length', 'tool_calls')
 
 
 def chat_completion(report: RequestReport, text: str, model: str,
                     created_s: float | None = None) -> dict[str, Any]:
     """
-    Give the result of a request, also of a refused one.
+    Return the result of a request, which may have been refused.
 
-    :param text: all that was answered, empty for a refused request.
-    :param model: the model's name: what ``model.path`` says.
-    :param created_s: Unix time; None for now.
+    :param text: the whole answer; empty for a refused request.
+    :param model: the name of the model, as in ``model.path``.
+    :param created_s: Unix time in seconds; None for now.
     """
     figures = asdict(report)
     reasoning, reason = figures.pop('reasoning'), report.finish_reason

@@ -13,12 +13,11 @@
 # limitations under the License.
 
 """
-How fast a decode step can be at best: the bytes it must read over the memory bus's peak.
+The floor of a decode step: the bytes that it has to read over the peak bandwidth of the memory.
 
-Pure functions of shapes, and where the peak comes from. It knows nothing of torch or ROS, and of
-no limit but the memory bus: a step bound by arithmetic (a long prefill) has another floor, and
-weights that fit into a processor's cache can be read faster than memory allows, so that a small
-model on a CPU can be above 1.
+The floor considers only the memory bus. Work that is bound by arithmetic, such as a long prefill,
+has another limit. Weights that fit into a CPU's cache can be read faster than from memory, so the
+r_floor of a small model on a CPU could exceed 1.
 """
 
 from collections.abc import Callable
@@ -33,11 +32,11 @@ import time
 from physai_decode.engine import Footprint
 
 CONVENTIONS = ('read', 'checkpoint')
-TRIES_A_TURN = 5
-REST_S = 0.1
+READS_BETWEEN_PAUSES = 5
+PAUSE_S = 0.1
 
-# GB/s (1e9 bytes) by device name, the first match wins; each from the vendor's data sheet of
-# that name. A MIG slice has only a part of its GPU's bandwidth and is not looked up.
+# GB/s (1e9 bytes) by device name, from the vendor's data sheet; the first match wins. MIG slices
+# are excluded, because they have only a part of the bandwidth.
 _DATASHEETS = (
     (r'\bB200\b', 8000.0, 'NVIDIA HGX B200 datasheet'),
     (r'\bGH200 144G', 4900.0, 'NVIDIA GH200 Grace Hopper Superchip datasheet, HBM3e'),
@@ -68,34 +67,34 @@ _DATASHEETS = (
     (r'\bOrin Nano\b', 68.0, 'NVIDIA Jetson Orin Nano datasheet, 8GB'),
 )
 
-# GPUs that share the board's memory. CUDA's memory clock is not that of the DRAM there.
+# GPUs that share the board's memory. For them, CUDA does not report the clock of the DRAM.
 _INTEGRATED = re.compile(r'\b(Orin|Thor|GB10|Xavier|Tegra)\b', re.IGNORECASE)
 
 _SLICE = re.compile(r'\bMIG\b')
-BEATEN = 1.03                   # times the peak: more is no error of measurement
+TOLERANCE = 1.03                # a bandwidth above this many times the peak refutes the peak
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The memory's peak read bandwidth in bytes per second, None where unknown, and its source."""
+    """The peak read bandwidth of the memory, and its source."""
 
-    bytes_per_s: float | None
+    bytes_per_s: float | None       # None: unknown
     source: str     # parameter, driver, NAME datasheet, measured, observed in steps, unknown
-    no_floor: str = ''              # why it is no floor of a step; empty where it is
+    no_floor: str = ''              # why it does not limit a step; empty if it does
 
     @property
     def floor_bytes_per_s(self) -> float | None:
-        """What a step's floor is made with, None where it has none."""
+        """The bandwidth that limits a step, None if there is no such limit or it is unknown."""
         return None if self.no_floor else self.bytes_per_s
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, element_bytes: int,
              sliding_window: int = 0) -> int:
     """
-    Give the bytes of keys and values that one decode step reads.
+    Return the size of the KV cache that a decode step reads, in bytes.
 
-    :param context: tokens in the cache; no more than sliding_window of them count where that is
-        not 0.
+    :param context: tokens in the cache.
+    :param sliding_window: the most tokens that a step reads; 0 for no limit.
     """
     if sliding_window:
         context = min(context, sliding_window)
@@ -103,21 +102,21 @@ def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, element_by
 
 
 def floor_s(weight_bytes: int, kv_bytes: int, peak_bytes_per_s: float | None) -> float | None:
-    """Give the least time of one decode step in seconds, None where the peak is unknown."""
+    """Return the floor of a decode step in seconds, None if the peak is unknown."""
     if not peak_bytes_per_s:
         return None
     return (weight_bytes + kv_bytes) / peak_bytes_per_s
 
 
 def r_floor(floor_s: float | None, observed_s: float | None) -> float | None:
-    """Give the floor over the observed time: 1 is the limit; None where either is not known."""
+    """Return the floor over the observed time, None if either is unknown; 1 is the limit."""
     if floor_s is None or not observed_s:
         return None
     return floor_s / observed_s
 
 
 def is_integrated(device_name: str) -> bool:
-    """Tell whether a GPU of this name shares the board's memory, as a Jetson's does."""
+    """Return whether a GPU shares the board's memory, as on a Jetson."""
     return bool(_INTEGRATED.search(device_name))
 
 
@@ -126,16 +125,16 @@ class Roofline:
 
     def __init__(self, footprint: Footprint, peak: Peak) -> None:
         """
-        Keep what the floor is made of.
+        Keep the figures of the floor.
 
-        :param footprint: the engine's shapes and bytes.
-        :param peak: the memory bus.
+        :param footprint: the shapes and sizes of the engine's model.
+        :param peak: the peak bandwidth of the memory bus.
         """
         self.footprint = footprint
         self.peak = peak
 
     def kv_bytes(self, context: int) -> int:
-        """Give the bytes of keys and values that a step at this context (tokens) reads."""
+        """Return the size of the KV cache that a step reads at a context in tokens, in bytes."""
         shape = self.footprint
         windowed = shape.layers if shape.windowed_layers is None else shape.windowed_layers
         rest = shape.kv_heads, shape.head_dim, context, shape.kv_element_bytes
@@ -144,10 +143,11 @@ class Roofline:
 
     def step_bytes(self, context: int, convention: str = 'read') -> int:
         """
-        Give all bytes that a step at this context (tokens) must read.
+        Return the bytes that a step has to read at a context in tokens.
 
-        :param convention: read (what the step really reads) or checkpoint (all weights of the
-            checkpoint at their stored size).
+        :param convention: ``read`` counts the weights that the step really reads, ``checkpoint``
+            all weights of the checkpoint at their stored size.
+        :raises ValueError: the convention is not one of these.
         """
         if convention not in CONVENTIONS:
             raise ValueError(f'convention is {convention!r}: allowed are {", ".join(CONVENTIONS)}')
@@ -156,7 +156,7 @@ class Roofline:
         return weights + self.kv_bytes(context)
 
     def floor_s(self, context: int, convention: str = 'read') -> float | None:
-        """Give the least time in seconds of a step at this context, None where unknown."""
+        """Return the floor of a step at a context in tokens, in seconds; None if unknown."""
         return floor_s(self.step_bytes(context, convention), 0, self.peak.floor_bytes_per_s)
 
 
@@ -164,36 +164,36 @@ def find_peak(parameter_gb_s: float, device_name: str,
               driver: Callable[[], tuple[float, int] | None] | None = None,
               measure: Callable[[], float] | None = None) -> Peak:
     """
-    Find the memory's peak bandwidth: parameter, driver, data sheet, measurement, in this order.
+    Find the peak bandwidth of the memory.
 
-    The driver's figure is not used for a GPU that shares the board's memory (Jetson): there CUDA
-    gives the GPU's own clock for the memory's. Nor for a slice of a GPU (MIG), which has a part.
+    The sources are, in this order: parameter, driver, data sheet, measurement. The driver is not
+    used for a GPU that shares the board's memory (Jetson), for which CUDA reports the clock of the
+    GPU, or for a MIG slice, which has only a part of the bandwidth.
 
-    :param parameter_gb_s: what the user set, in GB/s; 0 for nothing.
-    :param device_name: as the device's driver gives it, such as ``NVIDIA L4``.
-    :param driver: gives the memory clock in kHz (of a bus that moves two words a clock) and the
-        bus width in bits, or None where the driver does not say.
-    :param measure: reads a large buffer, gives bytes per second. Less than the true peak, so
-        r_floor comes out too high.
+    :param parameter_gb_s: set by the user, in GB/s; 0 if not set.
+    :param device_name: as the driver reports it, such as ``NVIDIA L4``.
+    :param driver: returns the memory clock in kHz (of a double data rate bus) and the bus width in
+        bits, or None if the driver does not report them.
+    :param measure: reads a large buffer and returns bytes per second. This is less than the true
+        peak, so r_floor is too high.
     """
     if parameter_gb_s > 0:
         return Peak(parameter_gb_s * 1e9, 'parameter')
-    whole = not (is_integrated(device_name) or _SLICE.search(device_name))
-    if driver is not None and whole:
+    if driver is not None and not (is_integrated(device_name) or _SLICE.search(device_name)):
         clock_khz, width_bits = driver() or (0, 0)
         if clock_khz and width_bits:
             return Peak(2 * clock_khz * 1e3 * width_bits / 8, 'driver')
-    found = datasheet(device_name)
-    if found is None and _INTEGRATED.search(device_name):
-        found = datasheet(board_name())
-    if found is not None:
-        return found
+    peak = datasheet(device_name)
+    if peak is None and _INTEGRATED.search(device_name):
+        peak = datasheet(board_name())
+    if peak is not None:
+        return peak
     rate = measure() if measure is not None else 0.0
     return Peak(rate, 'measured') if rate > 0 else Peak(None, 'unknown')
 
 
 def datasheet(device_name: str) -> Peak | None:
-    """Give the peak that a data sheet states for a device of this name, None where none does."""
+    """Return the peak in the data sheet of a device, None if there is no entry."""
     if _SLICE.search(device_name):
         return None
     for pattern, gb_s, source in _DATASHEETS:
@@ -204,10 +204,10 @@ def datasheet(device_name: str) -> Peak | None:
 
 def board_name(path: str = '/proc/device-tree/model') -> str:
     """
-    Name the board, such as ``NVIDIA Jetson AGX Orin Developer Kit``; empty where it says nothing.
+    Return the name of the board, such as ``NVIDIA Jetson AGX Orin Developer Kit``, or ''.
 
-    A Jetson's GPU is just called Orin on all of them. The two Orin Nano modules are told apart by
-    their memory, which the name does not say.
+    The GPU of every Orin board is called Orin. The name of an Orin Nano gets its memory size as a
+    suffix, because its two modules have the same name.
     """
     try:
         name = Path(path).read_bytes().decode('utf-8', 'replace').strip('\0\n ')
@@ -217,23 +217,23 @@ def board_name(path: str = '/proc/device-tree/model') -> str:
     return f'{name} 4GB' if 'Orin Nano' in name and memory_bytes < 6e9 else name
 
 
-def beaten(peak: Peak, bandwidth_gb_s: float | None) -> Peak | None:
+def observed_peak(peak: Peak, bandwidth_gb_s: float | None) -> Peak | None:
     """
-    Give the peak that takes the place of one that steps have beaten, None where they have not.
+    Return a corrected peak if decode steps were faster than the known one, otherwise None.
 
     :param bandwidth_gb_s: the median of many steps.
     """
     known = peak.floor_bytes_per_s
-    if known is None or bandwidth_gb_s is None or bandwidth_gb_s * 1e9 <= BEATEN * known:
+    if known is None or bandwidth_gb_s is None or bandwidth_gb_s * 1e9 <= TOLERANCE * known:
         return None
     return Peak(bandwidth_gb_s * 1e9, 'observed in steps')
 
 
 def at_clock(peak: Peak, part: float | None) -> Peak:
     """
-    Give a data sheet's peak at the memory clock in force; the sheet's own is the most.
+    Scale the peak of a data sheet, which is for the highest memory clock, to the current clock.
 
-    :param part: of the highest memory clock, None where it is not known.
+    :param part: the current over the highest memory clock, None if unknown.
     """
     if peak.bytes_per_s is None or part is None or not peak.source.endswith('datasheet'):
         return peak
@@ -243,9 +243,9 @@ def at_clock(peak: Peak, part: float | None) -> Peak:
 
 def fits_cache(weight_bytes: int, cache_bytes: int | None) -> str:
     """
-    Say that weights stay in a processor's cache, so that the bus is no floor; else empty.
+    Return a message if the weights fit the CPU's cache, so that the bus is no limit, or ''.
 
-    :param cache_bytes: as `last_cache_bytes` gives it.
+    :param cache_bytes: see `last_cache_bytes`.
     """
     if cache_bytes is None or weight_bytes > cache_bytes:
         return ''
@@ -255,22 +255,22 @@ def fits_cache(weight_bytes: int, cache_bytes: int | None) -> str:
 
 def measure_cpu_read_bandwidth(threads: int = 0, tries: int = 20) -> float:
     """
-    Read a buffer much larger than the caches, and give the best rate in bytes per second.
+    Read a buffer much larger than the caches, and return the best rate in bytes per second.
 
-    :param threads: how many read at once, each its own part; 0 takes as many as there are cores
-        for this process.
-    :param tries: reads of the whole buffer, with a rest after some: another program that is busy
-        now and then meets some of them only.
+    :param threads: number of threads, each of which reads its own part; 0 for one per core that
+        this process may use.
+    :param tries: reads of the whole buffer. There are pauses between them, so that another
+        program that is busy for a while disturbs only some of them.
     """
     import numpy
 
     threads = threads or len(os.sched_getaffinity(0))
-    # Four times the last cache, at least 128 MiB; what is left in the cache from the last round
-    # is then overwritten before it is read again.
+    # Four times the last-level cache and at least 128 MiB, so that each read evicts its data from
+    # the cache before the next read.
     words = max(4 * (last_cache_bytes() or 0), 128 << 20) // 8
     parts = numpy.array_split(numpy.ones(words, numpy.uint64), threads)
     best_s = float('inf')
-    for turn in range(1, tries + 1):
+    for number in range(1, tries + 1):
         readers = [threading.Thread(target=numpy.bitwise_or.reduce, args=(part,))
                    for part in parts]
         begin_s = time.perf_counter()
@@ -279,13 +279,13 @@ def measure_cpu_read_bandwidth(threads: int = 0, tries: int = 20) -> float:
         for reader in readers:
             reader.join()
         best_s = min(best_s, time.perf_counter() - begin_s)
-        if turn % TRIES_A_TURN == 0 and turn < tries:
-            time.sleep(REST_S)
+        if number % READS_BETWEEN_PAUSES == 0 and number < tries:
+            time.sleep(PAUSE_S)
     return 8 * words / best_s
 
 
 def last_cache_bytes(cpus: str = '/sys/devices/system/cpu') -> int | None:
-    """Give the bytes of all last-level caches together, None where the system does not say."""
+    """Return the total size of all last-level caches in bytes, None if unknown."""
     caches: dict[tuple[int, str], int] = {}
     for folder in Path(cpus).glob('cpu[0-9]*/cache/index*'):
         try:
@@ -293,8 +293,8 @@ def last_cache_bytes(cpus: str = '/sys/devices/system/cpu') -> int | None:
                                   for name in ('level', 'size', 'shared_cpu_list'))
         except OSError:
             continue
-        if found := re.fullmatch(r'(\d+)([KMG]?)', size):
-            unit = {'': 0, 'K': 10, 'M': 20, 'G': 30}[found[2]]
-            caches[int(level), cores] = int(found[1]) << unit
+        if match := re.fullmatch(r'(\d+)([KMG]?)', size):
+            shift = {'': 0, 'K': 10, 'M': 20, 'G': 30}[match[2]]
+            caches[int(level), cores] = int(match[1]) << shift
     last = max((level for level, _ in caches), default=0)
     return sum(size for (level, _), size in caches.items() if level == last) or None

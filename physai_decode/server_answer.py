@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The answer to one request, from a server: messages out, its pieces to listeners.
+The answer to one request from a model server.
 
-It runs on the decode thread, and never waits for the server longer than a cancel or a deadline may
-take to be heard.
+It runs in the decode thread. It never blocks for longer than `delivery.POLL_S` without a check for
+a cancel or a deadline.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from physai_decode.conversation import Turn
 from physai_decode.delivery import Delivery
 from physai_decode.delivery import End
 from physai_decode.delivery import Ended
-from physai_decode.delivery import LOOK_UP_S
+from physai_decode.delivery import POLL_S
 from physai_decode.delivery import Refused
 from physai_decode.engines.openai import Delta
 from physai_decode.engines.openai import Exchange
@@ -49,39 +49,41 @@ from physai_decode.request import Form
 from physai_decode.speech import Kind
 from physai_decode.speech import Part
 
-USAGE_S = 1.0                   # that the counts may come after the answer
-TOO_LONG = (400, 413)           # what servers answer to a conversation that exceeds the context
-# Settings that OpenAI's API does not have, but vLLM and others do: not sent where they ask for
-# nothing, for then a server that does not know them can do it too.
-_EXTRAS = ('top_k', 'min_p', 'repetition_penalty')
+USAGE_TIMEOUT_S = 1.0           # for the token counts after the end of the answer
+TOO_LONG = (400, 413)           # the status of servers for a conversation beyond the context
+# Settings that vLLM and others add to OpenAI's API. They are sent only if they differ from their
+# defaults, because other servers reject them.
+_EXTENSIONS = ('top_k', 'min_p', 'repetition_penalty')
 _DEFAULTS = {spec.name: spec.default for spec in fields(SamplingConfig)}
-_FROM_CHECKPOINT = ('temperature', 'top_p', *_EXTRAS)
+_FROM_CHECKPOINT = ('temperature', 'top_p', *_EXTENSIONS)
 
 
 class ServerAnswer(Delivery):
-    """One answer of a server, from the ticket taken to its last piece."""
+    """One answer from a server."""
 
     def __init__(self, server: Server, config: RemoteConfig, thought_tokens: int = 0,
-                 local: Callable[[], Delivery] | None = None, **given: Any) -> None:
+                 local: Callable[[], Delivery] | None = None, **arguments: Any) -> None:
         """
-        Take what the answer needs.
+        Prepare an answer; `give` starts it.
 
-        :param thought_tokens: tokens after which a thought is to be ended; 0: none.
-        :param local: makes the answer that takes this one's place; None where there is none.
-        :param given: see `Delivery`.
+        :param thought_tokens: the limit of tokens of a thought; 0 for no limit.
+        :param local: creates the local answer that replaces this one if the server fails; None
+            for no fallback.
+        :param arguments: see `Delivery`.
         """
-        super().__init__(**given)
+        super().__init__(**arguments)
         self._server, self._config, self._thought_tokens = server, config, thought_tokens
         self.local = local
         self.times.engine = server.footprint.engine
-        self._calls = _Calls({tool['function']['name'] for tool in self._ticket.request.offered})
+        self._calls = _ToolCalls(
+            {tool['function']['name'] for tool in self._ticket.request.offered})
 
     def give(self) -> End:
         """
-        Answer; where the server fails after it said something, that is the end.
+        Produce the answer. If the server fails in mid-answer, the answer ends with an error.
 
-        :raises Refused: the server can't be asked for this.
-        :raises ServerError: it failed before it said anything.
+        :raises Refused: the request has an option that servers do not support.
+        :raises ServerError: the server failed before its first piece.
         """
         try:
             end = self._give()
@@ -90,7 +92,7 @@ class ServerAnswer(Delivery):
         except ServerError as error:
             if not self._given:
                 raise
-            end = End('error', f'{error}, in mid-answer: what was said until then is not whole')
+            end = End('error', f'{error}, in mid-answer: the text so far is incomplete')
         finally:
             self._release('')
         return End('tool_calls', end.message) if end.reason == 'stop' and self.calls else end
@@ -98,15 +100,15 @@ class ServerAnswer(Delivery):
     def _give(self) -> End:
         self._look_for_end()
         options, turn = self._options(), self._ticket.turn
-        until_s = self._clock() + 1e-3 * self._config.first_token_timeout_ms
+        end_s = self._clock() + 1e-3 * self._config.first_token_timeout_ms
         self._alive(self._clock())
         if turn is None:
-            return self._ask(options, [], until_s)
+            return self._ask(options, [], end_s)
         known, lost = self._conversation.before(turn)
         turns = known
         while True:
             try:
-                end = self._ask(options, turns, until_s)
+                end = self._ask(options, turns, end_s)
             except ServerError as error:
                 if self._given or error.status not in TOO_LONG or not turns:
                     raise
@@ -115,40 +117,40 @@ class ServerAnswer(Delivery):
             dropped = known[:len(known) - len(turns)]
             self._conversation.drop(dropped)
             if count := lost + len(dropped):
-                self._remark('the server took no longer conversation: its oldest '
+                self._remark('the server accepted no longer conversation: its oldest '
                              f'{count} turn{"" if count == 1 else "s"} dropped')
             return end
 
-    def _ask(self, options: Mapping[str, Any], turns: list[Turn], until_s: float) -> End:
-        """Have the server answer after these turns."""
+    def _ask(self, options: Mapping[str, Any], turns: list[Turn], end_s: float) -> End:
+        """Send the prompt after these turns, and receive the answer."""
         request, turn = self._ticket.request, self._ticket.turn
         if request.raw_prompt:
-            what = 'completions'
-            asked: dict[str, Any] = {'prompt': request.raw_prompt}
+            path = 'completions'
+            body: dict[str, Any] = {'prompt': request.raw_prompt}
         else:
             messages = request.messages if turn is None else \
                 self._conversation.messages(turns, turn.prompt)
-            what = 'chat/completions'
-            asked = {'messages': [message.to_json() for message in messages]}
-        with closing(self._server.ask(what, {**asked, **options})) as exchange:
-            return self._hear(exchange, until_s)
+            path = 'chat/completions'
+            body = {'messages': [message.to_json() for message in messages]}
+        with closing(self._server.ask(path, {**body, **options})) as exchange:
+            return self._receive(exchange, end_s)
 
-    def _hear(self, exchange: Exchange, until_s: float) -> End:
-        """Give out what the server says, to its end."""
-        most = self._sampling.max_new_tokens
+    def _receive(self, exchange: Exchange, end_s: float) -> End:
+        """Emit the answer piece by piece, until its end."""
+        limit = self._sampling.max_new_tokens
         while True:
-            delta = self._next(exchange, until_s)
-            if delta.over:                          # not before its end
+            delta = self._next(exchange, end_s)
+            if delta.over:                          # the stream ended without a finish reason
                 raise ServerError(f'{self._server.address} broke the answer off')
             now_s = self._clock()
             if delta.usage is not None:
                 self._count(delta.usage)
             if delta.is_piece:
                 self._alive(now_s)
-                if self._given >= 2 * most:         # a piece is a token, or more
+                if self._given >= 2 * limit:        # a piece is at least one token
                     raise ServerError(f'{self._server.address} does not keep to max_tokens, which '
-                                      f'is {most}')
-                self._say(now_s, delta)
+                                      f'is {limit}')
+                self._emit_piece(now_s, delta)
             if delta.finish_reason:
                 self._release('', self._calls.take())
                 end = self._end(delta.finish_reason)
@@ -157,46 +159,51 @@ class ServerAnswer(Delivery):
             if delta.is_piece:
                 self._look_for_end()
                 self._hold_pace(now_s, 1)
-                until_s = self._clock() + 1e-3 * self._config.token_timeout_ms
+                end_s = self._clock() + 1e-3 * self._config.token_timeout_ms
 
-    def _next(self, exchange: Exchange, until_s: float) -> Delta:
-        """Wait for what the server says next."""
+    def _next(self, exchange: Exchange, end_s: float) -> Delta:
+        """
+        Wait for the next delta.
+
+        :raises Ended: a cancel or a deadline ends the answer.
+        :raises ServerError: no token arrived until ``end_s``.
+        """
         while True:
-            found = exchange.get(LOOK_UP_S)
+            delta = exchange.get(POLL_S)
             self._look_for_end()
-            says_nothing = found is None or not (found.is_piece or found.finish_reason)
-            if says_nothing and self._clock() > until_s:
+            is_empty = delta is None or not (delta.is_piece or delta.finish_reason)
+            if is_empty and self._clock() > end_s:
                 name = 'token' if self._given else 'first_token'
                 timeout_ms = getattr(self._config, f'{name}_timeout_ms')
-                raise ServerError(f'{self._server.address} brings no token within '
+                raise ServerError(f'{self._server.address} sends no token within '
                                   f'remote.{name}_timeout_ms, which is {timeout_ms:g}')
-            if found is not None:
-                assert isinstance(found, Delta)
-                return found
+            if delta is not None:
+                assert isinstance(delta, Delta)
+                return delta
 
     def _await_usage(self, exchange: Exchange) -> None:
-        """Take the counts, which may come behind the end; the answer is whole without them."""
-        until_s = self._clock() + USAGE_S
-        while self._clock() < until_s and self.times.server_tokens is None:
+        """Wait for the token counts, which may follow the end; the answer does not need them."""
+        end_s = self._clock() + USAGE_TIMEOUT_S
+        while self._clock() < end_s and self.times.server_tokens is None:
             try:
-                found = exchange.get(LOOK_UP_S)
+                delta = exchange.get(POLL_S)
             except ServerError:
                 return
-            if found is not None and found.usage is not None:
-                self._count(found.usage)
-            if found is not None and found.over or self._ticket.end_reason or self._is_late():
+            if delta is not None and delta.usage is not None:
+                self._count(delta.usage)
+            if delta is not None and delta.over or self._ticket.end_reason or self._is_late():
                 return
 
     def _count(self, usage: Usage) -> None:
         self.times.prompt_tokens, self.times.cached_tokens = usage.prompt, usage.cached
         self.times.server_tokens = usage.output
 
-    def _say(self, now_s: float, delta: Delta) -> None:
-        """Record a piece, and give it out unless it is of a call that is not whole."""
-        done = self._calls.push(delta.calls)
+    def _emit_piece(self, now_s: float, delta: Delta) -> None:
+        """Record a piece and emit it, unless it belongs to an incomplete tool call."""
+        completed = self._calls.push(delta.calls)
         if delta.content:
-            done += self._calls.take()
-        self._release('', done)
+            completed += self._calls.take()
+        self._release('', completed)
         report = self.times.token(now_s, None, delta.content, publish_s=self._publish_s,
                                   waited_s=self._waited_s)
         self._given += 1
@@ -209,9 +216,13 @@ class ServerAnswer(Delivery):
             self._give_out(report)
 
     def _end(self, reason: str) -> End:
-        """Give the end by the server's reason."""
+        """
+        Return the end for the server's finish reason.
+
+        :raises ServerError: the answer violates the request, or the reason is unknown.
+        """
         if reason in ('stop', 'tool_calls', 'function_call'):
-            if self._form is not None and not _may_be(self.text, self._form):
+            if self._form is not None and not _is_plausible(self.text, self._form):
                 raise ServerError(f'{self._server.address} does not keep to {self._form.name}')
             if len(self.calls) > 1 and not self._ticket.request.parallel_tool_calls:
                 raise ServerError(f'{self._server.address} does not keep to parallel_tool_calls, '
@@ -224,23 +235,24 @@ class ServerAnswer(Delivery):
 
     def _options(self) -> dict[str, Any]:
         """
-        Give the fields of the body beside what the model reads.
+        Return the fields of the body other than the prompt or messages.
 
-        :raises Refused: there is none for what is asked.
+        :raises Refused: the request has an option that servers do not support.
         """
         request, sampling = self._ticket.request, self._sampling
         if self._thought_tokens:
-            raise Refused(f'thinking.max_tokens is {self._thought_tokens}, for which a server can '
-                          'not be asked: set it to 0')
+            raise Refused(f'thinking.max_tokens is {self._thought_tokens}, which servers do not '
+                          'support: set it to 0')
         form = self._checked_form()
         if request.raw_prompt and request.offered:
-            raise Refused('tools can not be used: raw_prompt goes without the chat template')
+            raise Refused('tools can not be used with raw_prompt, which bypasses the chat '
+                          'template')
         options: dict[str, Any] = {
             'temperature': sampling.temperature, 'top_p': sampling.top_p,
             'max_tokens': sampling.max_new_tokens, 'seed': sampling.seed}
-        options.update({name: getattr(sampling, name) for name in _EXTRAS
+        options.update({name: getattr(sampling, name) for name in _EXTENSIONS
                         if getattr(sampling, name) != _DEFAULTS[name]})
-        if sampling.from_checkpoint:                # the server has it
+        if sampling.from_checkpoint:                # the server has the checkpoint's settings
             for name in _FROM_CHECKPOINT:
                 if name not in request.sampling:
                     options.pop(name, None)
@@ -256,57 +268,57 @@ class ServerAnswer(Delivery):
         return options | (_form_fields(form) if form is not None else {})
 
 
-class _Calls:
-    """Calls of tools, put together from their fragments."""
+class _ToolCalls:
+    """Assembles tool calls from their fragments."""
 
     def __init__(self, names: set[str]) -> None:
         self._names = names
-        self._parts: list[Fragment] = []            # of the call that is open
-        self._next = 0                              # the least index that may follow
+        self._fragments: list[Fragment] = []        # of the open call
+        self._next = 0                              # the smallest index of a further call
 
     def push(self, fragments: Iterable[Fragment]) -> list[Part]:
         """
-        Take fragments, give the calls that the next one ended.
+        Add fragments, and return the calls that they completed.
 
-        :raises ServerError: as `take`, or fragments are in no order.
+        :raises ServerError: a call is invalid (see `take`), or a fragment comes after its end.
         """
-        done: list[Part] = []
+        completed: list[Part] = []
         for each in fragments:
-            if self._parts and each.place != self._parts[0].place:
-                done += self.take()
+            if self._fragments and each.place != self._fragments[0].place:
+                completed += self.take()
             if each.place < self._next:
-                raise ServerError('the server sends a part of a call of a tool behind its end')
-            self._parts.append(each)
-        return done
+                raise ServerError('the server sent a fragment of a tool call after its end')
+            self._fragments.append(each)
+        return completed
 
     def take(self) -> list[Part]:
         """
-        Give the call that is open, if there is one: it is whole.
+        Complete the open call and return it, if there is one.
 
-        :raises ServerError: it is no call of a tool that was offered.
+        :raises ServerError: its tool was not offered, or its arguments are invalid.
         """
-        parts, self._parts = self._parts, []
-        if not parts:
+        fragments, self._fragments = self._fragments, []
+        if not fragments:
             return []
-        self._next = parts[0].place + 1
-        name, written = (''.join(getattr(each, field) for each in parts)
+        self._next = fragments[0].place + 1
+        name, written = (''.join(getattr(each, field) for each in fragments)
                          for field in ('name', 'arguments'))
-        id_ = next((each.id for each in parts if each.id), '')
+        id_ = next((each.id for each in fragments if each.id), '')
         if name not in self._names:
-            raise ServerError(f'the server calls the tool {shown(name)}, which it was not offered')
+            raise ServerError(f'the server calls the tool {shown(name)}, which was not offered')
         try:
             arguments = json.loads(written) if written.strip() else {}
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             raise ServerError(f'the server calls the tool {name} with {shown(written)}, which is '
-                              'no JSON object')
+                              'not a JSON object')
         return [Part(Kind.CALL, call=Call(id_ or f'call_{secrets.token_hex(12)}', name,
                                           arguments))]
 
 
-def _may_be(text: str, form: Form) -> bool:
-    """Tell whether a text may have a form, as far as that is plain: a server may not know it."""
+def _is_plausible(text: str, form: Form) -> bool:
+    """Return False if a text clearly violates a constraint, which some servers ignore."""
     if form.kind == 'choice':
         return text in form.content
     if form.kind != 'json_schema':
@@ -319,7 +331,7 @@ def _may_be(text: str, form: Form) -> bool:
 
 
 def _form_fields(form: Form) -> dict[str, Any]:
-    """Give the field that asks for a form."""
+    """Return the field of the body that requests a constraint."""
     if form.kind == 'json_schema':
         if form.content == {'type': 'object'}:
             return {'response_format': {'type': 'json_object'}}

@@ -13,10 +13,9 @@
 # limitations under the License.
 
 """
-What a model says, taken apart: its thoughts, its calls of tools, and the answer itself.
+Separates the output of a model into thoughts, tool calls and the text of the answer.
 
-Pieces of text go in, and what they turn out to be comes out as soon as that is decided; markers
-themselves are nothing. It knows neither tokens nor requests.
+Pieces of text go in, and parts come out as soon as their kind is known. Markers are removed.
 """
 
 from collections.abc import Iterable
@@ -37,40 +36,40 @@ TAIL = 8                        # tokens at the end of a prompt that may open a 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a model marks what is no answer, as far as that is known of it."""
+    """How a model marks its thoughts and its tool calls."""
 
-    opens: str = ''                 # begins a thought; empty: the model has none
+    opens: str = ''                 # begins a thought; empty: the model does not think
     closes: str = ''
-    close_ids: tuple[int, ...] = () # tokens that end a thought from outside
-    form: str = ''                  # of calls, one of `FORMS`; empty: no tools can be offered
-    reason: str = 'the model has no chat template'      # for the form, or for none
+    close_ids: tuple[int, ...] = () # tokens that the node feeds to end a thought
+    form: str = ''                  # of tool calls, in `FORMS`; empty: no support for tools
+    reason: str = 'the model has no chat template'      # for this form, or for none
 
     def markers(self, tools: bool) -> tuple[str, ...]:
-        """Give the texts to look for; none where all that the model says is its answer."""
+        """Return the markers to look for; none if all output is the answer."""
         thoughts = (self.opens, self.closes) if self.opens else ()
         return thoughts + (FORMS[self.form].markers if tools else ())
 
     def is_inside(self, tail: str) -> bool | None:
         """
-        Tell whether a prompt has opened a thought.
+        Return whether a prompt ends inside a thought.
 
-        :param tail: the prompt's end.
-        :returns: None where the model may begin one, False where the prompt has ended it already.
+        :param tail: the end of the prompt.
+        :returns: False if the prompt has closed the thought, None if the model may begin one.
         """
         last = re.search(rf'({re.escape(self.opens)}|{re.escape(self.closes)})\s*$', tail)
         return None if not self.opens or last is None else last[1] == self.opens
 
 
 class Thought(NamedTuple):
-    """The thought that comes, or may come, before an answer that has to have a form."""
+    """The thought before a constrained answer."""
 
     opens: str
     closes: str
-    inside: bool                    # the prompt has opened it
+    inside: bool                    # whether the prompt has opened it
 
 
 class Kind(Enum):
-    """What a part of an answer is."""
+    """The kind of a part."""
 
     CONTENT = 'content'
     REASONING = 'reasoning'
@@ -78,7 +77,7 @@ class Kind(Enum):
 
 
 class Part(NamedTuple):
-    """A part of what was said; of a call the whole."""
+    """A part of the output; a tool call is always complete."""
 
     kind: Kind
     text: str = ''
@@ -87,108 +86,111 @@ class Part(NamedTuple):
 
 class Speech:
     """
-    One answer, from its pieces to its parts.
+    The parser of one answer.
 
-    The parts of each kind joined do not depend on where the pieces were cut. Blanks around a
-    thought and around calls belong to none.
+    The result does not depend on how the text was cut into pieces. Blanks around thoughts and tool
+    calls are removed.
     """
 
     def __init__(self, manner: Manner, tools: Iterable[str] = (), thinking: bool = False,
                  single: bool = False) -> None:
         """
-        Begin an answer.
+        Start an answer.
 
-        :param tools: names of the tools that can be called; none: no calls are looked for.
-        :param thinking: the prompt has opened a thought.
-        :param single: the first call ends the answer.
+        :param tools: names of the offered tools; without any, calls are not parsed.
+        :param thinking: whether the prompt has opened a thought.
+        :param single: whether the first call ends the answer.
         """
-        self.thinking = thinking        # what comes is a thought
-        self.ended = False              # nothing that comes is part of the answer
+        self.thinking = thinking        # whether the output is inside a thought
+        self.ended = False              # whether the answer is over
         self._single = single
-        self.problem = ''               # why what looks like a call was taken for text
+        self.problem = ''               # why something that looks like a call is text
         self._opens, self._closes = manner.opens, manner.closes
         self._names = frozenset(tools)
         self._form: ToolForm | None = FORMS[manner.form] if self._names else None
         begins = self._form.begins if self._form is not None else ()
         self._begins = re.compile('|'.join(map(re.escape, begins)) or r'(?!)')
-        self._marks: Sequence[str] = begins
-        self._text = ''                 # not decided yet
-        self._blank = True              # nothing but blanks since the beginning, or since a call
-        self._trims = thinking          # these blanks are nothing
+        self._begins_texts: Sequence[str] = begins
+        self._text = ''                 # output whose kind is not known yet
+        self._blank = True              # only blanks since the beginning, or since the last call
+        self._trims = thinking          # whether to remove these blanks
         self._may_think = bool(manner.opens) and not thinking
-        self._calling = False           # the text begins like a call
-        self._before = ''               # blanks before that
+        self._calling = False           # whether the text begins like a call
+        self._before = ''               # the blanks before such a text
 
     @property
     def held(self) -> bool:
-        """Tell whether there is text that is not decided yet."""
+        """Whether there is output whose kind is not known yet."""
         return bool(self._text)
 
     def push(self, piece: str) -> list[Part]:
-        """Take a piece and give what is decided now."""
+        """Add a piece, and return the parts that are known now."""
         self._text += '' if self.ended else piece
         return self._parts(False)
 
     def flush(self) -> list[Part]:
-        """Give the rest, at the end of the answer."""
+        """Return the remaining parts at the end of the answer."""
         return self._parts(True)
 
-    def _parts(self, over: bool) -> list[Part]:
+    def _parts(self, complete: bool) -> list[Part]:
         parts: list[Part] = []
         while self._text and not self.ended and (
-                self._thought(parts, over) if self.thinking
-                else self._call(parts, over) if self._calling
-                else self._content(parts, over)):
+                self._thought(parts, complete) if self.thinking
+                else self._call(parts, complete) if self._calling
+                else self._content(parts, complete)):
             pass
         return parts
 
-    def _thought(self, parts: list[Part], over: bool) -> bool:
-        """Take what is a thought; tell whether there is more to look at."""
+    # The following methods append what they parse to ``parts``, and return whether to continue
+    # with the rest of the text. ``complete`` is True at the end of the answer.
+
+    def _thought(self, parts: list[Part], complete: bool) -> bool:
+        """Parse a thought."""
         text = self._text.lstrip() if self._trims else self._text
         self._trims = self._trims and not text
         at = text.find(self._closes)
         if at < 0:
-            cut = len(text) if over else len(text) - _begun(text, (self._closes,))
+            cut = len(text) if complete else len(text) - _partial_length(text, (self._closes,))
             end = len(text[:cut].rstrip())
-            self._text = '' if over else text[end:]
+            self._text = '' if complete else text[end:]
             parts += [Part(Kind.REASONING, text[:end])] if end else []
             return False
-        said = text[:at].rstrip()
-        parts += [Part(Kind.REASONING, said)] if said else []
+        thought = text[:at].rstrip()
+        parts += [Part(Kind.REASONING, thought)] if thought else []
         self._text = text[at + len(self._closes):]
         self.thinking, self._trims, self._blank = False, True, True
         return True
 
-    def _call(self, parts: list[Part], over: bool) -> bool:
-        """Take calls, or find that they are none."""
+    def _call(self, parts: list[Part], complete: bool) -> bool:
+        """Parse tool calls, or a text that only begins like one."""
         assert self._form is not None
         try:
-            found = self._form.read(self._text, over)
-            if found is None:
+            parsed = self._form.read(self._text, complete)
+            if parsed is None:
                 return False
-            unknown = [name for name, _ in found.calls if name not in self._names]
-            if not found.calls:
+            unknown = [name for name, _ in parsed.calls if name not in self._names]
+            if not parsed.calls:
                 raise Unreadable('it names no tool')
             if unknown:
-                raise Unreadable(f'{unknown[0][:64]} is none of the tools')
+                raise Unreadable(f'{unknown[0][:64]} is not one of the tools')
         except Unreadable as error:
             if str(error):
-                self.problem = f'what looks like a call of a tool is text: {error}'
+                self.problem = f'a text that looks like a tool call is not one: {error}'
             begin = self._begins.match(self._text)
             length = begin.end() if begin else len(self._form.bare)
             parts.append(Part(Kind.CONTENT, self._before + self._text[:length]))
             self._text, self._blank = self._text[length:], False
         else:
             parts += [Part(Kind.CALL, call=Call(f'call_{secrets.token_hex(12)}', *each))
-                      for each in found.calls[:1 if self._single else None]]
+                      for each in parsed.calls[:1 if self._single else None]]
             self.ended = self._single
-            self._text = '' if self.ended else self._text[found.length:]
+            self._text = '' if self.ended else self._text[parsed.length:]
             self._trims = self._blank = True
         self._calling = False
         return True
 
-    def _content(self, parts: list[Part], over: bool) -> bool:
-        """Take what is the answer's text, up to where a thought or a call begins."""
+    def _content(self, parts: list[Part], complete: bool) -> bool:
+        """Parse the text of the answer, up to the beginning of a thought or a call."""
         text = self._text
         if self._blank:
             rest = text.lstrip()
@@ -196,32 +198,32 @@ class Speech:
                 rest = rest.removeprefix(self._form.parts).lstrip()
             if self._trims:
                 text = self._text = rest
-            if self._may_think and (rest or not over):
+            if self._may_think and (rest or not complete):
                 if rest.startswith(self._opens):
                     self._text = rest[len(self._opens):]
                     self.thinking, self._trims, self._may_think = True, True, False
                     return True
-                if not over and self._opens.startswith(rest):
-                    return False                    # blanks alone too
+                if not complete and self._opens.startswith(rest):
+                    return False                    # also if there are only blanks
             if self._form is not None and self._form.bare:
                 if rest.startswith(self._form.bare):
                     self._before = text[:len(text) - len(rest)]
                     self._text, self._calling = rest, True
                     return True
-                if not rest and not over:
+                if not rest and not complete:
                     return False
         at = self._begins.search(text)
         if at is not None:
-            said = text[:at.start()].rstrip()
-            parts += [Part(Kind.CONTENT, said)] if said else []
-            self._before = text[len(said):at.start()]
+            content = text[:at.start()].rstrip()
+            parts += [Part(Kind.CONTENT, content)] if content else []
+            self._before = text[len(content):at.start()]
             self._text, self._calling = text[at.start():], True
             self._may_think = False
             return True
         end = len(text)
-        if not over and self._form is not None:
-            end -= _begun(text, self._marks)
-            end = len(text[:end].rstrip())          # blanks before a call are nothing
+        if not complete and self._form is not None:
+            end -= _partial_length(text, self._begins_texts)
+            end = len(text[:end].rstrip())          # a call may follow, which removes blanks
         parts += [Part(Kind.CONTENT, text[:end])] if end else []
         self._text = text[end:]
         if text[:end].strip():
@@ -229,8 +231,8 @@ class Speech:
         return False
 
 
-def _begun(text: str, marks: Sequence[str]) -> int:
-    """Give the length of the longest end of a text that is the beginning of a mark."""
-    longest = max(map(len, marks), default=1)
+def _partial_length(text: str, markers: Sequence[str]) -> int:
+    """Return the length of the longest suffix of a text that is a proper prefix of a marker."""
+    longest = max(map(len, markers), default=1)
     return next((length for length in range(min(len(text), longest - 1), 0, -1)
-                 if any(mark.startswith(text[-length:]) for mark in marks)), 0)
+                 if any(marker.startswith(text[-length:]) for marker in markers)), 0)

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-What a device says of itself while the node runs: memory, temperature, power, clocks, throttling.
+Reads the device's memory, temperature, power, clocks and throttle reasons while the node runs.
 
-A GPU is asked through NVML where that is installed, by UUID, and a Jetson through jetson-stats;
-else only torch's view of its memory is known. On a CPU it is the process's own memory and what the
-system has left. What can't be found out is None. It knows nothing of ROS.
+The sources are NVML for a GPU and jetson-stats for a Jetson, if installed; otherwise only torch's
+view of the memory is known. On a CPU, the figures are the memory of the process and the available
+memory of the system. An unknown value is None.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ KEYS = ('memory_used_gb', 'memory_free_gb', 'temperature_c', 'power_w', 'sm_cloc
 
 
 class Telemetry:
-    """One device, from the moment an engine is on it until `close`."""
+    """The telemetry of one device until `close`."""
 
     def __init__(self, footprint: Footprint) -> None:
         self._cuda = footprint.device.startswith('cuda')
@@ -56,15 +56,15 @@ class Telemetry:
             self._open_board()
 
     def read(self) -> dict[str, float | str | None]:
-        """Ask the device now; takes about a millisecond. The keys are always all of `KEYS`."""
-        told: dict[str, float | str | None] = dict.fromkeys(KEYS)
-        nvml, handle = self._nvml, self._handle     # close may be called from another thread
-        told['memory_used_gb'], told['memory_free_gb'] = self._memory(nvml, handle)
+        """Read the device, which takes about a millisecond; the keys are always `KEYS`."""
+        values: dict[str, float | str | None] = dict.fromkeys(KEYS)
+        nvml, handle = self._nvml, self._handle     # another thread may call close
+        values['memory_used_gb'], values['memory_free_gb'] = self._memory(nvml, handle)
         if self._board is not None:
-            told.update(self._board.read())
+            values.update(self._board.read())
         if nvml is None:
-            return told
-        for key, question in (
+            return values
+        for key, query in (
                 ('temperature_c',
                  lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
                 ('power_w', lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
@@ -73,82 +73,83 @@ class Telemetry:
                 ('memory_clock_mhz',
                  lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
                 ('throttle_reasons', lambda: _throttle_reasons(nvml, handle))):
-            if (answer := _ask(nvml, question)) is not None:
-                told[key] = answer
-        return told
+            if (value := _query(nvml, query)) is not None:
+                values[key] = value
+        return values
 
     def energy_j(self) -> float | None:
         """
-        Give the energy that the device has taken up to now, from a beginning of its own.
+        Return the device's energy counter in joules, None if it has none.
 
-        It is that of all programs on it, of a Jetson the whole board's. None: it does not tell.
+        The counter includes all programs on the device, and on a Jetson the whole board.
         """
         nvml, handle, board = self._nvml, self._handle, self._board
-        taken_mj = None if nvml is None else _ask(
+        energy_mj = None if nvml is None else _query(
             nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-        if taken_mj is not None:
-            return float(taken_mj) / 1e3
+        if energy_mj is not None:
+            return float(energy_mj) / 1e3
         return None if board is None else board.energy_j
 
     @property
     def memory_clock_part(self) -> float | None:
-        """Give the memory clock in force over the highest, of a Jetson; None where not known."""
+        """A Jetson's current over its highest memory clock, None if unknown."""
         board = self._board
         return None if board is None else board.memory_clock_part
 
     def close(self) -> None:
-        """Let go of NVML, and of the board."""
+        """Close NVML and jetson-stats."""
         board, self._board = self._board, None
         if board is not None:
             board.close()
         nvml, self._nvml = self._nvml, None
         if nvml is not None:
-            _ask(nvml, nvml.nvmlShutdown)
+            _query(nvml, nvml.nvmlShutdown)
 
-    def _open(self, uuid):
+    def _open(self, uuid: str) -> None:
         try:
             import pynvml
             pynvml.nvmlInit()
-        except Exception:               # not installed, or a driver without it (Jetson)
+        except Exception:               # not installed, or a driver without NVML (Jetson)
             return
         try:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
             self._nvml = pynvml
         except pynvml.NVMLError:
-            _ask(pynvml, pynvml.nvmlShutdown)
+            _query(pynvml, pynvml.nvmlShutdown)
 
-    def _open_board(self):
+    def _open_board(self) -> None:
         try:
             from jtop import jtop
             self._board = Jetson(jtop)
         except Exception:               # not installed, or its service does not run
             return
 
-    def _memory(self, nvml, handle):
-        """Give GB used and free."""
-        used = free = None
+    def _memory(self, nvml: Any, handle: Any) -> tuple[float | None, float | None]:
+        """Return the used and the free memory in GB."""
+        used: int | None = None
+        free: int | None = None
         if not self._cuda:
-            used = _kilobytes('/proc/self/status', 'VmRSS')
-            free = _kilobytes('/proc/meminfo', 'MemAvailable')
-        elif nvml and (memory := _ask(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))):
+            used = _size_bytes('/proc/self/status', 'VmRSS')
+            free = _size_bytes('/proc/meminfo', 'MemAvailable')
+        elif nvml and (memory := _query(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))):
             used, free = memory.used, memory.free
         elif 'torch' in sys.modules:
             try:
                 free, total = sys.modules['torch'].cuda.mem_get_info(self._device)
                 used = total - free
-            except RuntimeError:        # a CUDA error that the engine reports
+            except RuntimeError:        # a CUDA error, which the engine reports
                 pass
-        return [None if count is None else count / 1e9 for count in (used, free)]
+        return None if used is None else used / 1e9, None if free is None else free / 1e9
 
 
-def _ask(nvml, question: Callable[[], Any]) -> Any:
+def _query(nvml: Any, query: Callable[[], Any]) -> Any:
     try:
-        return question()
-    except nvml.NVMLError:              # this device does not tell, or NVML was closed meanwhile
+        return query()
+    except nvml.NVMLError:              # the device does not support it, or NVML was just closed
         return None
 
 
-def _throttle_reasons(nvml, handle):
+def _throttle_reasons(nvml: Any, handle: Any) -> str:
     bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     names = {
         'sw_power_cap': nvml.nvmlClocksThrottleReasonSwPowerCap,
@@ -162,13 +163,13 @@ def _throttle_reasons(nvml, handle):
 
 def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:
     """
-    Find the peak of the memory that an engine's weights are in.
+    Find the peak bandwidth of the memory that holds an engine's weights.
 
-    A measurement, where it comes to that, takes about a second and, on a GPU, 256 MiB.
+    If it has to be measured, this takes about a second, and 256 MiB on a GPU.
     """
     if not footprint.device.startswith('cuda'):
-        # Without its name, which may hold that of a GPU: an AMD A10 is no NVIDIA A10.
-        # All cores read: what the bus can do does not depend on how many threads decode.
+        # Without the name, because a CPU can be called like a GPU (AMD A10, NVIDIA A10). All cores
+        # read, because the peak of the bus does not depend on how many threads decode.
         peak = find_peak(config.roofline.peak_bandwidth_gb_s, '',
                          measure=measure_cpu_read_bandwidth)
         return peak if peak.source == 'parameter' else replace(
@@ -179,8 +180,8 @@ def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:
         measure=lambda: _measure_cuda_read_bandwidth(footprint.device))
 
 
-def _memory_bus(device):
-    """Give (memory clock in kHz, bus width in bits), None where torch does not tell."""
+def _memory_bus(device: str) -> tuple[float, int] | None:
+    """Return the memory clock in kHz and the bus width in bits, None if torch has neither."""
     import torch
     properties = torch.cuda.get_device_properties(device)
     clock = getattr(properties, 'memory_clock_rate', 0)
@@ -188,8 +189,8 @@ def _memory_bus(device):
     return (clock, width) if clock and width else None
 
 
-def _measure_cuda_read_bandwidth(device):
-    """Read 256 MiB ten times, more than any cache holds; bytes per second of the best."""
+def _measure_cuda_read_bandwidth(device: str) -> float:
+    """Read 256 MiB ten times, and return the best rate in bytes per second."""
     import torch
     words = torch.ones(64 << 20, dtype=torch.float32, device=device)
     best_s = float('inf')
@@ -204,10 +205,10 @@ def _measure_cuda_read_bandwidth(device):
     return words.nbytes / best_s
 
 
-def _kilobytes(path, name):
-    """Give one line of a /proc file in bytes, None where it is not there."""
+def _size_bytes(path: str, name: str) -> int | None:
+    """Return a size in kB from a /proc file in bytes, None if it is missing."""
     try:
-        found = re.search(rf'^{name}:\s*(\d+) kB', Path(path).read_text(), re.MULTILINE)
+        match = re.search(rf'^{name}:\s*(\d+) kB', Path(path).read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None

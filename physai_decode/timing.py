@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-When tokens came and how late: stamps in, frozen reports out.
+Computes latencies and deadline misses from time stamps, and reports them.
 
-All times come from one monotonic clock, in seconds inside and milliseconds in reports. What is not
-known is None, never 0. It reads no clock itself, and knows neither text nor engines.
+All times are of one monotonic clock, in seconds internally and in milliseconds in reports. An
+unknown value is None, never 0. This module reads no clock itself.
 """
 
 from collections.abc import Mapping
@@ -36,12 +36,12 @@ from physai_decode.roofline import floor_s as least_s
 from physai_decode.roofline import r_floor as floor_ratio
 from physai_decode.roofline import Roofline
 
-# What the window keeps of each token, by these names of `TokenReport`; `itl_ms` comes first.
+# The fields of `TokenReport` that the window keeps; `itl_ms` has to be the first.
 WINDOW_FIGURES = (
     'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
 _WAIT = WINDOW_FIGURES.index('wait_ms')
 
-BEST_COUNT = 30                 # tokens that a window has to have to be the best
+BEST_COUNT = 30                 # tokens that a window needs to count as the best
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,37 @@ class TokenReport:
 
     request_id: int
     index: int                        # 0 is the first token of the answer
-    token_id: int | None              # None: it came as text
-    text: str                         # the piece this token completed; may be empty
-    context_tokens: int | None        # tokens of keys and values that the step read
-    itl_ms: float | None              # less wait_ms; None for the first token
+    token_id: int | None              # None: a server sent text
+    text: str                         # the piece that this token completed; may be empty
+    context_tokens: int | None        # tokens in the KV cache that the step read
+    itl_ms: float | None              # without wait_ms; None for the first token
     device_ms: float | None
     host_gap_ms: float | None
-    publish_ms: float | None          # what the token before this one took to publish
+    publish_ms: float | None          # time to publish the previous token
     floor_ms: float | None
     r_floor: float | None
     bandwidth_gb_s: float | None
     deadline_missed: bool
-    client_id: str = ''               # what the client called its request
-    mask_ms: float | None = None      # what the constraint's mask took; None: no constraint
-    wait_ms: float | None = None      # for which its step was held back; None: it was not paced
+    client_id: str = ''               # the client's name for its request
+    mask_ms: float | None = None      # time to compute the constraint's mask; None: unconstrained
+    wait_ms: float | None = None      # delay of the step by pacing; None: not paced
     reasoning: str = ''               # the piece of a thought that this token completed
-    tool_calls: tuple[Call, ...] = ()   # calls of tools that it completed
+    tool_calls: tuple[Call, ...] = ()   # the tool calls that this token completed
 
 
 @dataclass(frozen=True)
 class ItemReport:
-    """One element of an array of an answer; ``~/item`` has its JSON form."""
+    """One element of an array in an answer, for ``~/item``."""
 
     request_id: int
-    client_id: str                    # what the client called its request
-    index: int                        # 0 is the first element of its array
-    path: str                         # of the array, as a JSON Pointer; empty: the answer itself
-    t_ms: float                       # from the request received to the element known
-    value: str                        # its JSON, as the model wrote it
+    client_id: str                    # the client's name for its request
+    index: int                        # 0 is the first element of the array
+    path: str                         # JSON Pointer of the array; empty: the answer itself
+    t_ms: float                       # from the receipt of the request to the end of the element
+    value: str                        # JSON, as the model wrote it
 
     def to_json(self) -> str:
-        """Give the JSON form; the value stands in it as it was written."""
+        """Return the JSON form, with the value as the model wrote it."""
         head = json.dumps({
             'request_id': self.request_id, 'id': self.client_id or None, 'index': self.index,
             'path': self.path, 't_ms': round(self.t_ms, 3)})
@@ -89,12 +89,12 @@ class ItemReport:
 
 @dataclass(frozen=True)
 class RequestReport:
-    """One request, also one that was refused; the keys of ``~/request_stats``."""
+    """One request, possibly refused; the keys of ``~/request_stats``."""
 
     request_id: int
     finish_reason: str                # stop tool_calls length deadline cancelled preempted
                                       # rejected error
-    message: str                      # why, in words, where the reason alone does not say it
+    message: str                      # details of the finish reason; may be empty
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int = 0
@@ -112,27 +112,27 @@ class RequestReport:
     deadline_misses: int = 0
     max_consecutive_misses: int = 0
     worst_overrun_ms: float | None = None
-    cancel_ms: float | None = None    # from the cancel asked for to the request ended
-    client_id: str = ''               # what the client called it
-    seed: int | None = None           # that its tokens were drawn with
-    items: int | None = None          # elements that were given; None: the answer is no JSON
-    first_item_ms: float | None = None      # from received to the first of them
-    paced: bool = False               # steps were held back; times of tokens are without that
-    energy_j: float | None = None     # that the device took, for all programs on it
-    j_per_token: float | None = None  # the prompt's part too
-    power_w: float | None = None      # its mean, since the request's turn came
-    reasoning_tokens: int = 0         # of output_tokens, those of a thought
+    cancel_ms: float | None = None    # from the cancel to the end of the request
+    client_id: str = ''               # the client's name for the request
+    seed: int | None = None           # of the sampler
+    items: int | None = None          # elements reported; None: the answer is not JSON
+    first_item_ms: float | None = None      # from the receipt of the request to the first element
+    paced: bool = False               # whether pacing delayed steps; itl_ms is without the delay
+    energy_j: float | None = None     # used by the device, including all other programs on it
+    j_per_token: float | None = None  # including the energy of the prompt
+    power_w: float | None = None      # mean since the start of the request
+    reasoning_tokens: int = 0         # the part of output_tokens that belongs to a thought
     reasoning: str = ''               # the thought
     tool_calls: tuple[Call, ...] = ()
     refusal: str = ''                 # rejected: invalid too_large full inactive
-    engine: str = ''                  # what answered; empty where nothing did
-    fallback: str = ''                # why a local engine did in the server's place
-    server_tokens: int | None = None  # of the answer, by the server's count
+    engine: str = ''                  # that answered; empty if none did
+    fallback: str = ''                # why the local engine answered instead of the server
+    server_tokens: int | None = None  # tokens of the answer, as the server counted them
 
 
 @dataclass(frozen=True)
 class WindowReport:
-    """The tokens of the last ``window_s`` seconds, and counts since the recorder was made."""
+    """The tokens of the last ``window_s`` seconds, and counts since activation."""
 
     window_s: float
     count: int                        # tokens with an itl_ms in the window
@@ -146,7 +146,7 @@ class WindowReport:
     token_deadline_ms: float | None
     request_deadline_ms: float | None
     deadline_misses: int              # since activation
-    consecutive_misses: int           # late tokens in a row, up to now
+    consecutive_misses: int           # late tokens in a row, up to the newest token
     miss_limit_reached: bool          # consecutive_misses >= deadline.max_consecutive_misses
     worst_overrun_ms: float | None    # since activation
     itl_max_activation_ms: float | None
@@ -157,43 +157,42 @@ class WindowReport:
     bandwidth_gb_s: float | None
     host_gap_ms: float | None
     wait_ms: float | None             # None: no token of the window was paced
-    paced: bool                       # the newest token in the window
-    best_r_floor: float | None        # the best of all windows that were asked for
-    mask_ms: float | None             # of those with a constraint
+    paced: bool                       # whether the newest token in the window was paced
+    best_r_floor: float | None        # the best of all windows reported so far
+    mask_ms: float | None             # median of the constrained tokens
 
 
 class Recorder:
     """
-    Keeps the times of all requests since activation.
+    Records the times of all requests since activation.
 
-    Requests are recorded by the decode thread; ``window`` may be called from any thread, and
-    does its work without a lock that the decode thread waits for. What it reports is exact for up
-    to `histogram.EXACT_ROWS` tokens in the window. For more, medians and percentiles are within
-    0.5 %, the window begins up to 1/64 of itself too early, and memory grows no further. The
-    recorder never sees a warm-up: an engine does that before it can be had.
+    The decode thread records requests. Any thread may call ``window``, which never blocks the
+    decode thread for long. Its report is exact for up to `histogram.EXACT_ROWS` tokens in the
+    window. Beyond that, memory is bounded, medians and percentiles are within 0.5 %, and the
+    window starts up to 1/64 of its length too early. Warm-up steps are not recorded.
     """
 
     def __init__(self, window_s: float, deadline: DeadlineConfig,
                  roofline: Roofline | None = None) -> None:
         """
-        Start with nothing recorded.
+        Start with an empty record.
 
-        :param window_s: seconds that ``window`` looks back.
-        :param deadline: may be replaced at any time: ``recorder.deadline = ...``.
-        :param roofline: the floor; None where there is none to compare with.
+        :param window_s: length of the window in seconds.
+        :param deadline: can be replaced at any time: ``recorder.deadline = ...``.
+        :param roofline: the floor of a step; None if there is none.
         """
         self.deadline = deadline
         self._window_s = window_s
         self._roofline = roofline
         self._lock = threading.Lock()
         self._tokens = SlidingWindow(window_s, len(WINDOW_FIGURES))
-        # Guarded by _lock, as all below.
+        # _lock guards everything below.
         self._context_tokens: int | None = None     # of the newest token in the window
-        self._paced = False                         # likewise
+        self._paced = False                         # whether that token was paced
         self._ttft_last_ms: float | None = None
         self._misses = 0
-        self._row = 0
-        self._last_due_s = -math.inf                # when the last token with a deadline came
+        self._consecutive_misses = 0
+        self._last_deadline_s = -math.inf           # time of the last token with a deadline
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
         self._best_r_floor: float | None = None
@@ -202,13 +201,13 @@ class Recorder:
                 client_id: str = '',
                 deadline: Mapping[str, Any] | None = None) -> 'RequestRecorder':
         """
-        Begin a request.
+        Start to record a request.
 
-        :param received_s: when it was received.
-        :param taken_s: when its turn came; None for one that never had its turn.
-        :param client_id: what the client called it.
-        :param deadline: what replaces the recorder's ``deadline`` for this request, by the names
-            of its fields. A field that is absent follows the recorder's, also where that changes.
+        :param received_s: when the request was received.
+        :param taken_s: when its turn came; None if that never happened.
+        :param client_id: the client's name for the request.
+        :param deadline: fields that override ``deadline`` of the recorder for this request. All
+            other fields follow that of the recorder, including later changes.
         """
         return RequestRecorder(self, request_id, received_s, taken_s, client_id, deadline or {})
 
@@ -216,13 +215,12 @@ class Recorder:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:
             context, paced = self._context_tokens, self._paced
-            ttft_last_ms, misses, row = self._ttft_last_ms, self._misses, self._row
+            ttft_last_ms, misses = self._ttft_last_ms, self._misses
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
-            if self._is_old(now_s):
-                row = 0
-        itl, *others = self._tokens.read(now_s)
+            consecutive_misses = 0 if self._is_stale(now_s) else self._consecutive_misses
+        itl, *summaries = self._tokens.read(now_s)
         medians = {name: percentile(each.ordered, 50)
-                   for name, each in zip(WINDOW_FIGURES[1:], others, strict=True)}
+                   for name, each in zip(WINDOW_FIGURES[1:], summaries, strict=True)}
         deadline = self.deadline
         roofline = self._roofline if itl.ordered else None
         return WindowReport(
@@ -233,70 +231,70 @@ class Recorder:
             ttft_deadline_ms=deadline.ttft_ms or None,
             token_deadline_ms=deadline.token_ms or None,
             request_deadline_ms=deadline.request_ms or None,
-            deadline_misses=misses, consecutive_misses=row,
-            miss_limit_reached=row >= deadline.max_consecutive_misses,
+            deadline_misses=misses, consecutive_misses=consecutive_misses,
+            miss_limit_reached=consecutive_misses >= deadline.max_consecutive_misses,
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
             kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
             paced=paced and bool(itl.ordered),
-            best_r_floor=self._best(medians['r_floor'], len(itl.ordered)), **medians)
+            best_r_floor=self._update_best(medians['r_floor'], len(itl.ordered)), **medians)
 
-    def _best(self, r_floor: float | None, count: int) -> float | None:
-        """Take a window's share of the floor, and give the best so far."""
+    def _update_best(self, r_floor: float | None, count: int) -> float | None:
+        """Update the best r_floor with that of a window, and return it."""
         with self._lock:
             if r_floor is not None and count >= BEST_COUNT:
-                self._best_r_floor = _largest(self._best_r_floor, r_floor)
+                self._best_r_floor = _larger(self._best_r_floor, r_floor)
             return self._best_r_floor
 
     def _add_first(self, now_s: float, ttft_ms: float) -> None:
-        """Add a request's first token."""
+        """Add the first token of a request."""
         with self._lock:
             self._ttft_last_ms = ttft_ms
-            if self._is_old(now_s):
-                self._row = 0
+            if self._is_stale(now_s):
+                self._consecutive_misses = 0
 
-    def _add_further(self, now_s: float, context_tokens: int | None, itl_ms: float,
-                     figures: tuple[float | None, ...]) -> None:
-        """Add a further token, with its `WINDOW_FIGURES`."""
+    def _add_next(self, now_s: float, context_tokens: int | None, itl_ms: float,
+                  figures: tuple[float | None, ...]) -> None:
+        """Add a token after the first, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
             self._context_tokens, self._paced = context_tokens, figures[_WAIT] is not None
-            self._itl_max_ms = _largest(self._itl_max_ms, itl_ms)
+            self._itl_max_ms = _larger(self._itl_max_ms, itl_ms)
 
-    def _add_due(self, now_s: float, overrun_ms: float) -> None:
-        """Add how late a token is that has a deadline; not late where that is not above 0."""
+    def _add_token_overrun(self, now_s: float, overrun_ms: float) -> None:
+        """Add the overrun of a token that has a deadline; the token is late if it is positive."""
         with self._lock:
-            self._last_due_s = now_s
-            self._row = self._row + 1 if overrun_ms > 0 else 0
-            self._count(overrun_ms)
+            self._last_deadline_s = now_s
+            self._consecutive_misses = self._consecutive_misses + 1 if overrun_ms > 0 else 0
+            self._add_overrun(overrun_ms)
 
-    def _is_old(self, now_s: float) -> bool:
-        """Tell whether no token with a deadline came for a whole window: its row is over."""
-        return self._last_due_s < now_s - self._window_s
+    def _is_stale(self, now_s: float) -> bool:
+        """Return whether the last token with a deadline is older than the window."""
+        return self._last_deadline_s < now_s - self._window_s
 
-    def _add_request(self, overrun_ms: float) -> None:
+    def _add_request_overrun(self, overrun_ms: float) -> None:
         with self._lock:
-            self._count(overrun_ms)
+            self._add_overrun(overrun_ms)
 
-    def _count(self, overrun_ms: float) -> None:
+    def _add_overrun(self, overrun_ms: float) -> None:
         if overrun_ms > 0:
             self._misses += 1
-            self._worst_overrun_ms = _largest(self._worst_overrun_ms, overrun_ms)
+            self._worst_overrun_ms = _larger(self._worst_overrun_ms, overrun_ms)
 
 
 class RequestRecorder:
     """
-    Keeps the times of one request; used by one thread, and at its end by another.
+    Records the times of one request; used by one thread at a time.
 
-    A miss is a first token later than ``ttft_ms``, a further token later than ``token_ms`` and an
-    end later than ``request_ms``; misses in a row are of tokens. Its figures are exact for up to
-    `histogram.EXACT_VALUES` tokens; for more, medians and percentiles are within 0.5 %, and
-    memory grows no further.
+    A deadline miss is a first token after ``ttft_ms``, a later token after ``token_ms``, or an end
+    after ``request_ms``. Only tokens count as consecutive misses. The figures are exact for up to
+    `histogram.EXACT_VALUES` tokens. Beyond that, memory is bounded, and medians and percentiles
+    are within 0.5 %.
     """
 
     def __init__(self, recorder: Recorder, request_id: int, received_s: float,
                  taken_s: float | None, client_id: str, deadline: Mapping[str, Any]) -> None:
-        """Begin; see ``Recorder.request``."""
+        """Start to record; see ``Recorder.request``."""
         self._recorder = recorder
         self._id = request_id
         self._client_id = client_id
@@ -308,29 +306,29 @@ class RequestRecorder:
         self._itl_ms = Distribution()
         self._r_floor = Distribution()
         self._misses = 0
-        self._row = 0
-        self._longest_row = 0
+        self._consecutive_misses = 0
+        self._max_consecutive_misses = 0
         self._worst_overrun_ms: float | None = None
-        self.prompt_tokens: int | None = None       # set by the owner when known
+        self.prompt_tokens: int | None = None       # the owner sets these when they are known
         self.cached_tokens: int | None = None
         self.seed: int | None = None
-        self.items: int | None = None               # likewise, where the answer is JSON: 0
+        self.items: int | None = None               # the owner sets 0 if the answer is JSON
         self._first_item_ms: float | None = None
         self.paced = False
         self.energy_j: float | None = None
         self.reasoning_tokens = 0
         self.server_tokens: int | None = None
         self.engine = self.fallback = ''
-        self._own = deadline
+        self._overrides = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
 
     @property
     def deadline(self) -> DeadlineConfig:
-        """Give the request's own deadlines, and the recorder's where it has none."""
+        """The deadlines of the request: those of the recorder with its own overrides."""
         common, own = self._deadlines
         if self._recorder.deadline is not common:
             common = self._recorder.deadline
-            own = replace(common, **self._own)
+            own = replace(common, **self._overrides)
             self._deadlines = common, own
         return own
 
@@ -340,15 +338,15 @@ class RequestRecorder:
         """
         Record one token.
 
-        :param now_s: when the host knew the token. Tokens that one step brought together share
-            their time: all but the first have an ``itl_ms`` of 0.
-        :param token_id: None where it came as text: then its context and its floor are not known.
-        :param text: the piece of text that it completed.
-        :param device_s: its step's time on the device, in seconds.
-        :param publish_s: what publishing the token before it took, in seconds.
-        :param mask_s: what the constraint's mask took on the host, in seconds.
-        :param waited_s: for how long its step was held back, in seconds, which counts as no time
-            of the token; None where it is not paced.
+        :param now_s: when the token was known on the host. Tokens of one step have the same time,
+            so all but the first have an ``itl_ms`` of 0.
+        :param token_id: None if a server sent text; context and floor are unknown then.
+        :param text: the piece of text that the token completed.
+        :param device_s: time of the step on the device, in seconds.
+        :param publish_s: time to publish the previous token, in seconds.
+        :param mask_s: time to compute the constraint's mask on the host, in seconds.
+        :param waited_s: delay of the step by pacing, in seconds, which does not count as latency;
+            None if not paced.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
@@ -372,7 +370,7 @@ class RequestRecorder:
                 floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
-            recorder._add_further(now_s, context, itl_ms, (
+            recorder._add_next(now_s, context, itl_ms, (
                 itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, _to_ms(waited_s),
                 _to_ms(mask_s)))
             self._itl_ms.add(itl_ms)
@@ -382,10 +380,11 @@ class RequestRecorder:
         self._count += 1
         missed = overrun_ms is not None and overrun_ms > 0
         if overrun_ms is not None:
-            self._row = self._row + 1 if missed else 0
-            self._longest_row = max(self._longest_row, self._row)
-            self._miss(overrun_ms)
-            recorder._add_due(now_s, overrun_ms)
+            self._consecutive_misses = self._consecutive_misses + 1 if missed else 0
+            self._max_consecutive_misses = max(
+                self._max_consecutive_misses, self._consecutive_misses)
+            self._add_overrun(overrun_ms)
+            recorder._add_token_overrun(now_s, overrun_ms)
         return TokenReport(
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
@@ -395,8 +394,8 @@ class RequestRecorder:
         """
         Record one element of the answer.
 
-        :param now_s: when it was complete.
-        :param path: and the following: see `ItemReport`.
+        :param now_s: when the element was complete.
+        :param path: see `ItemReport`, also for ``index`` and ``value``.
         """
         t_ms = 1e3 * (now_s - self._received_s)
         if self._first_item_ms is None:
@@ -407,17 +406,17 @@ class RequestRecorder:
     def finish(self, now_s: float, finish_reason: str, message: str = '',
                cancel_s: float | None = None) -> RequestReport:
         """
-        End the request.
+        End the request and return its report.
 
-        :param now_s: when it ended.
-        :param message: why, in words, where the reason alone does not say it.
-        :param cancel_s: when its end was asked for, where it was.
+        :param now_s: when the request ended.
+        :param message: details of the finish reason.
+        :param cancel_s: when the request was cancelled, if it was.
         """
         request_ms = self.deadline.request_ms
         total_ms = 1e3 * (now_s - self._received_s)
         if request_ms and total_ms > request_ms:
-            self._miss(total_ms - request_ms)
-            self._recorder._add_request(total_ms - request_ms)
+            self._add_overrun(total_ms - request_ms)
+            self._recorder._add_request_overrun(total_ms - request_ms)
         itl = self._itl_ms.summary()
         first_s, last_s, taken_s = self._first_s, self._last_s, self._taken_s
         energy_j = self.energy_j
@@ -436,7 +435,7 @@ class RequestRecorder:
             jitter_ms=itl.deviation,
             tokens_per_s=len(itl.ordered) / decode_s if decode_s > 0 else None,
             r_floor_p50=percentile(self._r_floor.summary().ordered, 50),
-            deadline_misses=self._misses, max_consecutive_misses=self._longest_row,
+            deadline_misses=self._misses, max_consecutive_misses=self._max_consecutive_misses,
             worst_overrun_ms=self._worst_overrun_ms,
             cancel_ms=None if cancel_s is None else 1e3 * (now_s - cancel_s),
             client_id=self._client_id, seed=self.seed, items=self.items,
@@ -446,13 +445,13 @@ class RequestRecorder:
             reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback,
             server_tokens=self.server_tokens)
 
-    def _miss(self, overrun_ms: float) -> None:
+    def _add_overrun(self, overrun_ms: float) -> None:
         if overrun_ms > 0:
             self._misses += 1
-            self._worst_overrun_ms = _largest(self._worst_overrun_ms, overrun_ms)
+            self._worst_overrun_ms = _larger(self._worst_overrun_ms, overrun_ms)
 
 
-def _largest(known: float | None, value: float) -> float:
+def _larger(known: float | None, value: float) -> float:
     return value if known is None else max(known, value)
 
 

@@ -13,10 +13,9 @@
 # limitations under the License.
 
 """
-The forms in which models write calls of tools: how each is read, and how it is written.
+The formats in which models write tool calls, and their parsers.
 
-A form is data and one function that reads; a new one is an entry of `FORMS`. It knows neither
-tokens nor templates.
+A format is data and a parser. To add one, add an entry to `FORMS`.
 """
 
 import ast
@@ -30,84 +29,86 @@ from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
-_LONGEST_NAME = 200             # characters until [ARGS]
-_LONGEST_WORD = 12              # of JSON that may be cut: a literal, or an escape
+_LONGEST_NAME = 200             # characters before [ARGS]
+_LONGEST_WORD = 12              # characters of a JSON literal or escape that may be incomplete
 
 
 class Read(NamedTuple):
-    """Calls that were read from the beginning of a text."""
+    """The calls at the beginning of a text."""
 
     calls: list[tuple[str, Mapping[str, Any]]]      # names and arguments
-    length: int                     # characters of the text that they are
+    length: int                     # number of characters that the calls take up
 
 
 class Unreadable(ValueError):
-    """What began like a call is none; the message says why, and is empty where it is just text."""
+    """A text that begins like a call is not one; the message is empty if it is ordinary text."""
 
 
 @dataclass(frozen=True)
 class ToolForm:
     """
-    One form.
+    One format.
 
-    Calls are written as ``opens``, then each between ``before``, with ``NAME`` for the tool's
-    name, and ``after``, parted by ``between``, then ``closes``. ``read`` takes a text that starts
-    where a call begins, and whether it is all there is; it gives None where more has to come.
+    A model writes ``opens``, its calls separated by ``between``, and ``closes``. A call is
+    ``before``, in which ``NAME`` stands for the name of the tool, then the arguments as JSON, then
+    ``after``. ``read`` parses a text that starts with a call. Its second argument is True if the
+    text is complete; otherwise ``read`` may return None to request more text.
     """
 
     name: str
-    begins: tuple[str, ...]         # texts that begin a call, wherever they stand
+    begins: tuple[str, ...]         # texts that begin a call anywhere in an answer
     before: str
     after: str
     between: str
     read: Callable[[str, bool], Read | None]
-    markers: tuple[str, ...]        # texts that may be tokens of their own
+    markers: tuple[str, ...]        # texts that may be single tokens
     opens: str = ''
     closes: str = ''
-    bare: str = ''                  # begins a call too, at the beginning of an answer alone
-    parts: str = ''                 # stands between two calls, and is no text
+    bare: str = ''                  # begins a call only at the beginning of an answer
+    parts: str = ''                 # a separator of calls that is not part of the answer's text
 
     def written(self, calls: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-        """Write calls as a model does."""
+        """Format calls as a model writes them."""
         each = (f'{self.before.replace("NAME", name)}{json.dumps(arguments, ensure_ascii=False)}'
                 f'{self.after}' for name, arguments in calls)
         return f'{self.opens}{self.between.join(each)}{self.closes}'
 
 
-def _no_number(text: str) -> NoReturn:
-    raise Unreadable(f'{text} is no number of JSON')
+def _refuse_constant(text: str) -> NoReturn:
+    raise Unreadable(f'{text} is not a JSON number')
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_number)
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
 
 
-def _decoded(text: str, begin: int, over: bool) -> tuple[Any, int] | None:
+def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:
     """
-    Decode a JSON value, and give where it ends; None where more has to come.
+    Decode a JSON value and return it with its end; None if more text is needed.
 
-    :param over: no more comes.
+    :param complete: whether the text is complete.
+    :raises Unreadable: the text is not JSON.
     """
     try:
         return _DECODER.raw_decode(text, begin)
     except RecursionError:
         raise Unreadable('it is nested too deeply') from None
     except json.JSONDecodeError as error:
-        open_ = error.msg.startswith('Unterminated') or \
+        truncated = error.msg.startswith('Unterminated') or \
             error.pos + _LONGEST_WORD > len(text.rstrip())
-        if over or not open_:
-            raise Unreadable(f'it is no JSON: {error}') from None
+        if complete or not truncated:
+            raise Unreadable(f'it is not JSON: {error}') from None
         return None
 
 
 def _call(value: Any) -> tuple[str, Mapping[str, Any]]:
-    """Give the call that a JSON object is."""
+    """Return the name and the arguments of a call from its JSON object."""
     if not isinstance(value, dict) or not isinstance(value.get('name'), str):
-        raise Unreadable('it is no object with a name')
+        raise Unreadable('it is not an object with a name')
     arguments = value.get('arguments', value.get('parameters', {}))
     if isinstance(arguments, str):
         arguments, _ = _decoded(arguments.strip() or '{}', 0, True) or ({}, 0)
     if not isinstance(arguments, dict):
-        raise Unreadable('its arguments are no object')
+        raise Unreadable('its arguments are not an object')
     return value['name'], arguments
 
 
@@ -115,93 +116,93 @@ def _after_blanks(text: str, begin: int) -> int:
     return begin + len(text[begin:]) - len(text[begin:].lstrip())
 
 
-def _read_tagged(text: str, over: bool) -> Read | None:
-    """Read ``<tool_call>{...}</tool_call>``; the last tag may be missing at the end."""
+def _read_tagged(text: str, complete: bool) -> Read | None:
+    """Parse ``<tool_call>{...}</tool_call>``; a complete text may lack the closing tag."""
     begin, close = _after_blanks(text, len('<tool_call>')), '</tool_call>'
-    found = _decoded(text, begin, over)
-    if found is None:
+    decoded = _decoded(text, begin, complete)
+    if decoded is None:
         return None
-    value, end = found
+    value, end = decoded
     rest = _after_blanks(text, end)
     if text.startswith(close, rest):
         end = rest + len(close)
-    elif not over and close.startswith(text[rest:]):
+    elif not complete and close.startswith(text[rest:]):
         return None
     return Read([_call(value)], end)
 
 
-def _read_code(text: str, over: bool) -> Read | None:
-    """Read ``<code>f(a=1)</code>``: calls with the names and values of their arguments."""
+def _read_code(text: str, complete: bool) -> Read | None:
+    """Parse ``<code>f(a=1)</code>``: Python calls with keyword arguments."""
     code, close, _ = text.partition('</code>')
-    if not close and not over:
+    if not close and not complete:
         return None
     try:
         lines = ast.parse(code.removeprefix('<code>').strip()).body
         calls = [line.value for line in lines if isinstance(line, (ast.Expr, ast.Assign))]
         if not calls or len(calls) < len(lines):
-            raise Unreadable('it is more than calls of tools')
+            raise Unreadable('it is more than tool calls')
         return Read([_python_call(each) for each in calls], len(code) + len(close))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, Unreadable):
             raise
-        raise Unreadable(f'it is no Python: {error}') from None
+        raise Unreadable(f'it is not Python: {error}') from None
 
 
 def _python_call(node: ast.expr) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise Unreadable('it is more than calls of tools with named arguments')
+        raise Unreadable('it is more than tool calls with keyword arguments')
     arguments = {each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg}
     if len(arguments) < len(node.keywords):
-        raise Unreadable('it is more than calls of tools with named arguments')
+        raise Unreadable('it is more than tool calls with keyword arguments')
     try:
         return node.func.id, json.loads(json.dumps(arguments, allow_nan=False))
     except TypeError as error:
-        raise Unreadable(f'its arguments are no JSON: {error}') from None
+        raise Unreadable(f'its arguments are not JSON: {error}') from None
 
 
-def _read_tagged_or_code(text: str, over: bool) -> Read | None:
-    return (_read_code if text.startswith('<code>') else _read_tagged)(text, over)
+def _read_tagged_or_code(text: str, complete: bool) -> Read | None:
+    return (_read_code if text.startswith('<code>') else _read_tagged)(text, complete)
 
 
-def _read_object(text: str, over: bool) -> Read | None:
-    """Read ``{"name": ..., "parameters": {...}}``, with or without ``<|python_tag|>``."""
+def _read_object(text: str, complete: bool) -> Read | None:
+    """Parse ``{"name": ..., "parameters": {...}}``, with or without ``<|python_tag|>``."""
     tag = '<|python_tag|>'
     tagged = text.startswith(tag)
     begin = _after_blanks(text, len(tag) if tagged else 0)
     first = re.match(r'\{\s*"(\w*)', text[begin:])
     if text[begin:begin + 1] not in ('{', '') or first and not any(
             key.startswith(first[1]) for key in ('name', 'parameters', 'arguments', 'type')):
-        raise Unreadable('it is no object with a name' if tagged else '')
+        raise Unreadable('it is not an object with a name' if tagged else '')
     try:
-        found = _decoded(text, begin, over)
-        return found and Read([_call(found[0])], found[1])
+        decoded = _decoded(text, begin, complete)
+        return decoded and Read([_call(decoded[0])], decoded[1])
     except Unreadable as error:
         raise Unreadable(str(error) if tagged or '"name"' in text else '') from None
 
 
-def _read_list(text: str, over: bool) -> Read | None:
-    """Read ``[TOOL_CALLS] [{...}, ...]`` and ``[TOOL_CALLS]name[ARGS]{...}``."""
+def _read_list(text: str, complete: bool) -> Read | None:
+    """Parse ``[TOOL_CALLS] [{...}, ...]`` and ``[TOOL_CALLS]name[ARGS]{...}``."""
     begin = _after_blanks(text, len('[TOOL_CALLS]'))
     rest = text[begin:]
     if rest[:1] in ('[', '{'):
-        found = _decoded(text, begin, over)
-        if found is None:
+        decoded = _decoded(text, begin, complete)
+        if decoded is None:
             return None
-        value, end = found
+        value, end = decoded
         return Read([_call(each) for each in (value if isinstance(value, list) else [value])], end)
     named = re.match(r'([\w.-]{1,64})(?:\[CALL_ID\]\w{1,64})?\[ARGS\]', rest)
     if named is None:
-        if over or len(rest) > _LONGEST_NAME:
+        if complete or len(rest) > _LONGEST_NAME:
             raise Unreadable('it is neither a list of calls nor a name with arguments')
         return None
-    found = _decoded(text, _after_blanks(text, begin + named.end()), over)
-    return found and Read([_call({'name': named[1], 'arguments': found[0]})], found[1])
+    decoded = _decoded(text, _after_blanks(text, begin + named.end()), complete)
+    return decoded and Read([_call({'name': named[1], 'arguments': decoded[0]})], decoded[1])
 
 
 _TAGS = '<tool_call>', '</tool_call>'
 _TAGGED = {'before': '<tool_call>\n{"name": "NAME", "arguments": ', 'after': '}\n</tool_call>',
            'between': '\n'}
-# The first that reads what a template writes is taken.
+# In order of preference: the node picks the first that can parse what the template writes.
 FORMS = {form.name: form for form in (
     ToolForm('hermes', _TAGS[:1], read=_read_tagged, markers=_TAGS, **_TAGGED),
     ToolForm('smollm3', ('<tool_call>', '<code>'), read=_read_tagged_or_code,
@@ -215,14 +216,14 @@ FORMS = {form.name: form for form in (
 
 
 def reads(form: ToolForm, text: str, call: tuple[str, Mapping[str, Any]]) -> bool:
-    """Tell whether a form finds a call anywhere in a text."""
+    """Return whether a format can parse a call anywhere in a text."""
     starts = (match.start() for begin in (*form.begins, form.bare) if begin
               for match in re.finditer(re.escape(begin), text))
     for start in starts:
         try:
-            found = form.read(text[start:], True)
+            parsed = form.read(text[start:], True)
         except Unreadable:
             continue
-        if found is not None and call in found.calls:
+        if parsed is not None and call in parsed.calls:
             return True
     return False

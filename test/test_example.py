@@ -197,8 +197,8 @@ def test_an_end_before_the_last_action(controller):
 def test_no_next_action_in_time(rig, controller, actions):
     """It holds, and what comes later comes too late."""
     controller.on_item(item(controller, 0))
-    controller.next.timer_period_ns = 10**8
-    controller.next.reset()
+    controller.item_timer.timer_period_ns = 10**8
+    controller.item_timer.reset()
     while not controller.outcome:
         rclpy.spin_once(controller, timeout_sec=PATIENCE_S)
     controller.on_item(item(controller, 1))

@@ -140,10 +140,10 @@ def test_the_cpu_is_measured():
 def test_a_beaten_peak_is_found_again():
     """By more than what a measurement may err."""
     peak = roofline.Peak(100e9, 'measured')
-    assert roofline.beaten(peak, 102.9) is roofline.beaten(peak, None) is None
-    assert roofline.beaten(peak, 104.0) == roofline.Peak(104e9, 'observed in steps')
-    assert roofline.beaten(roofline.Peak(100e9, 'measured', 'in the cache'), 400.0) is None
-    assert roofline.beaten(roofline.Peak(None, 'unknown'), 400.0) is None
+    assert roofline.observed_peak(peak, 102.9) is roofline.observed_peak(peak, None) is None
+    assert roofline.observed_peak(peak, 104.0) == roofline.Peak(104e9, 'observed in steps')
+    assert roofline.observed_peak(roofline.Peak(100e9, 'measured', 'in the cache'), 400.0) is None
+    assert roofline.observed_peak(roofline.Peak(None, 'unknown'), 400.0) is None
 
 
 def test_a_data_sheet_follows_the_memory_clock():

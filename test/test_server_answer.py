@@ -325,8 +325,8 @@ def test_thoughts_and_calls_come_back(fake):
 
 
 @pytest.mark.parametrize(('function', 'told'), [
-    ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', which it was not offered"),
-    ({'name': 'go', 'arguments': '[1'}, 'no JSON object')])
+    ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', which was not offered"),
+    ({'name': 'go', 'arguments': '[1'}, 'not a JSON object')])
 def test_a_call_that_is_none_is_an_error(fake, function, told):
     def answer(call, body):
         call.begin()

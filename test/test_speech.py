@@ -166,7 +166,7 @@ def test_text_goes_out_as_soon_as_it_is_decided():
 def test_what_is_no_call_is_told():
     speech = Speech(Manner(form='hermes'), NAMES)
     speech.push(TAGGED.replace('go_to', 'fly'))
-    assert 'fly is none of the tools' in speech.problem
+    assert 'fly is not one of the tools' in speech.problem
     plain = Speech(Manner(form='llama3'), NAMES)
     plain.push(json.dumps({'answer': 1}))
     plain.flush()

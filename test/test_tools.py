@@ -108,7 +108,7 @@ def test_what_can_not_be_read_stays_text_and_is_told(make):
     report, content, _, choice = asked(make, said, text_of('hermes'), tools=[TOOL])
     assert content == said
     assert report.finish_reason == choice['finish_reason'] == 'stop'
-    assert 'fly is none of the tools' in report.message
+    assert 'fly is not one of the tools' in report.message
 
 
 def test_without_tools_nothing_is_a_call(make):
@@ -149,7 +149,7 @@ def test_a_form_of_every_answer_and_tools(make):
                         form=configured(ConstraintConfig(choice=('a', 'b'))))
     report, _ = sink.end(worker.submit(Request.from_json({'prompt': 'x', 'tools': [TOOL]})))
     assert report.finish_reason == 'rejected'
-    assert 'constraint.choice says what every answer looks like' in report.message
+    assert 'constraint.choice constrains every answer' in report.message
 
 
 def test_a_thought_is_no_text(make):

@@ -56,7 +56,7 @@ def test_the_largest_part_is_the_verdict(seen, cause, part_ms, answer):
     verdict = judge(seen)
     assert verdict.cause == cause
     assert verdict.part_ms == pytest.approx(part_ms)
-    assert answer in verdict.answer
+    assert answer in verdict.advice
 
 
 def test_it_is_one_line():
