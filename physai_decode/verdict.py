@@ -59,16 +59,16 @@ class Verdict:
 
 
 _ADVICE = {
-    'bytes': 'fewer bytes answer it: four-bit weights, a smaller model, a shorter context',
-    'clocks': 'power or cooling answers it, on a Jetson nvpmodel and jetson_clocks',
-    'host, captured': 'realtime.priority, realtime.cpu_affinity and engine.steps_ahead answer it',
-    'host, off': 'engine.cuda_graph: true answers it',
-    'host, unavailable': 'realtime.priority and realtime.cpu_affinity answer it',
-    'kernels, captured': 'another engine answers it, such as engine.name: native with Triton',
-    'kernels, unavailable': 'engine.name: native answers it, engine.cpu_threads, or a GPU',
-    'a neighbour, unavailable': 'realtime.priority and realtime.cpu_affinity answer it',
-    'a neighbour': 'engine.stream_priority answers one in this process, a share by MPS one in '
-                   'another, realtime.priority one on the CPU'}
+    'bytes': 'read fewer bytes: four-bit weights, a smaller model, a shorter context',
+    'clocks': 'improve power or cooling; on a Jetson, nvpmodel and jetson_clocks',
+    'host, captured': 'set realtime.priority, realtime.cpu_affinity and engine.steps_ahead',
+    'host, off': 'set engine.cuda_graph: true',
+    'host, unavailable': 'set realtime.priority and realtime.cpu_affinity',
+    'kernels, captured': 'use another engine, such as engine.name: native with Triton',
+    'kernels, unavailable': 'use engine.name: native, other engine.cpu_threads, or a GPU',
+    'a neighbour, unavailable': 'set realtime.priority and realtime.cpu_affinity',
+    'a neighbour': 'set engine.stream_priority if it is in this process, a share by MPS if it is '
+                   'in another, realtime.priority if it is on the CPU'}
 
 
 def judge(figures: Figures) -> Verdict | None:

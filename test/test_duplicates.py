@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A node that finds another of its name, or another publisher on its tokens, says so."""
+"""The node reports another node with its name, and another publisher on its tokens."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -45,8 +45,8 @@ def rig(monkeypatch):
 
 
 @contextmanager
-def other(name):
-    """Have one more node."""
+def second_node(name):
+    """Run another node inside ``with``."""
     node = Node(name)
     try:
         yield node
@@ -56,20 +56,20 @@ def other(name):
 
 def engine(rig, level):
     """Wait for an engine status of this level; gives its message."""
-    told = {}
+    status = {}
 
     def found():
-        told.update(rig.diagnostics('decode: engine'))
-        return told['level'] == level
+        status.update(rig.diagnostics('decode: engine'))
+        return status['level'] == level
 
     rig.wait(found)
-    return told['message']
+    return status['message']
 
 
 def test_a_second_node_of_the_name(rig, capfd):
-    """It is an ERROR as long as it is there, and logged once."""
+    """The status is an ERROR while the other node exists, and the log has it once."""
     assert engine(rig, messages.OK) == 'inactive'
-    with other('decode'):
+    with second_node('decode'):
         assert engine(rig, messages.ERROR).startswith('2 nodes are called /decode: ')
     assert engine(rig, messages.OK) == 'inactive'
     log = capfd.readouterr().err
@@ -77,12 +77,12 @@ def test_a_second_node_of_the_name(rig, capfd):
     assert log.count('the duplicate is gone') == 1
 
 
-def test_one_that_was_there_before_may_be_a_ghost(monkeypatch):
-    """The predecessor of a node that was started again is no twin, unless it stays."""
+def test_a_node_that_was_there_before_may_be_a_ghost(monkeypatch):
+    """The killed predecessor of a restarted node is not reported, unless it stays."""
     now_s = [100.0]
     monkeypatch.setattr('physai_decode.ros.duplicates.time',
                         SimpleNamespace(monotonic=lambda: now_s[0]))
-    with other('decode'):
+    with second_node('decode'):
         rig = Rig()
         try:
             assert rig.diagnostics('decode: engine')['message'] == 'inactive'
@@ -95,8 +95,8 @@ def test_one_that_was_there_before_may_be_a_ghost(monkeypatch):
 
 
 def test_a_second_publisher_of_tokens(rig):
-    """Whose it is, is told."""
-    with other('impostor') as node:
+    """The status names the node of the other publisher."""
+    with second_node('impostor') as node:
         node.create_publisher(String, '/decode/tokens', 10)
         assert engine(rig, messages.ERROR) == (
             '2 publishers are on /decode/tokens, of /decode, /impostor: their streams mix')

@@ -77,8 +77,8 @@ def test_how_it_reads():
     assert str(found()) == (
         'captured 3.651 ms, uncaptured 8.378 ms a token: captured is 2.29 times as fast; '
         'floor 2.970 ms (r_floor 0.81 and 0.35); native, bfloat16, context 2048 tokens, medians '
-        'of 30 steps after 5; what holds captured back: bytes: 2.97 of 3.65 ms (81 %); fewer '
-        'bytes answer it: four-bit weights, a smaller model, a shorter context')
+        'of 30 steps after 5; what holds captured back: bytes: 2.97 of 3.65 ms (81 %); read '
+        'fewer bytes: four-bit weights, a smaller model, a shorter context')
     assert 'floor n/a (r_floor n/a and n/a); ' in str(found(floor_s=None))
     assert 'captured is 0.50 times as fast' in str(found(second=gap.Way('uncaptured', 1.8255e-3)))
 

@@ -30,7 +30,7 @@ CPU = Figures(3.1, device_ms=2.8, cuda_graph='unavailable')         # the embedd
 BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two busy loops
 
 
-@pytest.mark.parametrize(('seen', 'cause', 'part_ms', 'answer'), [
+@pytest.mark.parametrize(('figures', 'cause', 'part_ms', 'advice'), [
     (NATIVE, 'bytes', 2.97, 'fewer bytes'),
     (L4, 'bytes', 47.53, 'fewer bytes'),
     (GPTQ, 'bytes', 0.96, 'fewer bytes'),
@@ -52,26 +52,26 @@ BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two
      'native'),
     (Figures(60.0, 11.9, 2.97, best_r_floor=0.83, cuda_graph='captured'), 'a neighbour',
      60 - 2.97 / 0.83, 'share by MPS')])
-def test_the_largest_part_is_the_verdict(seen, cause, part_ms, answer):
-    verdict = judge(seen)
+def test_the_largest_part_is_the_verdict(figures, cause, part_ms, advice):
+    verdict = judge(figures)
     assert verdict.cause == cause
     assert verdict.part_ms == pytest.approx(part_ms)
-    assert answer in verdict.advice
+    assert advice in verdict.advice
 
 
 def test_it_is_one_line():
-    """Cause, part, share and answer."""
+    """Cause, part, share and advice."""
     assert str(judge(CAPTURED)) == (
-        'kernels: 7.12 of 11.8 ms (60 %); another engine answers it, such as engine.name: native '
-        'with Triton')
-    assert str(judge(BUSY)).startswith('a neighbour: 10.5 of 16 ms (65 %); realtime.priority')
+        'kernels: 7.12 of 11.8 ms (60 %); use another engine, such as engine.name: native with '
+        'Triton')
+    assert str(judge(BUSY)).startswith('a neighbour: 10.5 of 16 ms (65 %); set realtime.priority')
 
 
-@pytest.mark.parametrize('seen', [
+@pytest.mark.parametrize('figures', [
     Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9)])
-def test_too_little_is_no_verdict(seen):
+def test_too_little_is_no_verdict(figures):
     """Nothing is guessed."""
-    assert judge(seen) is None
+    assert judge(figures) is None
 
 
 def test_every_cause_has_an_answer():

@@ -38,9 +38,9 @@ class Flush:
     DDS sends in the order of publishing, across all publishers and services. The node therefore
     publishes a last message to itself: when it arrives, all earlier messages have been sent.
 
-    A subscriber that sees a publisher go drops the messages it has not handled, so subscribers
-    also get time to acknowledge. That wait is short, because Fast DDS requests acknowledgements
-    only every 3 s.
+    A subscriber that learns first that a publisher is gone drops its pending messages, so
+    subscribers also get time to acknowledge. That wait is short, because Fast DDS requests
+    acknowledgements only every 3 s.
     """
 
     def __init__(self, node: Node, publishers: Iterable[Publisher]) -> None:
