@@ -164,7 +164,7 @@ class Answer(Delivery):
             return End('deadline', 'deadline.request_ms had passed before its turn came')
         form = self._checked_form()
         prompt_ids = self._encode()
-        self.times.prompt_tokens = len(prompt_ids)
+        self.times.encoded_s, self.times.prompt_tokens = self._clock(), len(prompt_ids)
         thought = self._listen(prompt_ids)
         constraint = None if form is None else self._constraint(form, thought)
         sampling = self._sampling
@@ -190,6 +190,7 @@ class Answer(Delivery):
                 self._check_end()
                 if not self._given:
                     self.times.cached_tokens = step.cached_tokens
+                    self.times.sample_s = step.sample_s
                 device_s = step.device_s
                 for token_id in step.token_ids:
                     if token_id in footprint.eos_token_ids:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace
 import time
 
 from physai_decode.config import SamplingConfig
@@ -51,13 +52,15 @@ class Step:
     can close the iterator there. ``device_s`` is the step's time on the device in seconds (on a
     CPU the host's own), None where it is not known; for the first token it is the prefill's.
     ``cached_tokens`` is how many of the prompt's tokens were still in the cache. ``mask_s`` is
-    what the constraint's mask took on the host, None where there is no constraint.
+    what the constraint's mask took on the host, None where there is no constraint. ``sample_s`` is
+    the part of ``device_s`` for the choice of the first token.
     """
 
     token_ids: tuple[int, ...]
     device_s: float | None = None
     cached_tokens: int = 0
     mask_s: float | None = None
+    sample_s: float | None = None
 
 
 class DecodeLoop:
@@ -125,7 +128,8 @@ class DecodeLoop:
                 yield Step((), None, reused)
         with self._in_doubt():
             token_id, device_s = self.engine.first(sampling, prompt, constraint)
-        yield self._told(token_id, _sum(prefill_s, device_s), reused, constraint)
+        first = self._told(token_id, _sum(prefill_s, device_s), reused, constraint)
+        yield replace(first, sample_s=device_s)
         room = self.engine.footprint.max_context - len(prompt)
         for remaining in reversed(range(min(sampling.max_new_tokens, room) - 1)):
             if constraint is not None and constraint.ended:

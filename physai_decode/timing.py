@@ -128,6 +128,10 @@ class RequestReport:
     engine: str = ''                  # that answered; empty if none did
     fallback: str = ''                # why the local engine answered instead of the server
     server_tokens: int | None = None  # tokens of the answer, as the server counted them
+    encode_ms: float | None = None    # the part of prefill_ms for the chat template and tokenizer
+    sample_ms: float | None = None    # the part of prefill_ms for the choice of the first token
+    ttft_floor_ms: float | None = None  # to read the weights, and the keys and values in the cache
+    r_ttft: float | None = None       # ttft_floor_ms over prefill_ms
 
 
 @dataclass(frozen=True)
@@ -318,6 +322,8 @@ class RequestRecorder:
         self.energy_j: float | None = None
         self.reasoning_tokens = 0
         self.server_tokens: int | None = None
+        self.encoded_s: float | None = None         # when the prompt was token ids
+        self.sample_s: float | None = None          # duration of the first choice
         self.engine = self.fallback = ''
         self._overrides = deadline
         self._deadlines = (recorder.deadline, replace(recorder.deadline, **deadline))
@@ -419,6 +425,8 @@ class RequestRecorder:
             self._recorder._add_request_overrun(total_ms - request_ms)
         itl = self._itl_ms.summary()
         first_s, last_s, taken_s = self._first_s, self._last_s, self._taken_s
+        prefill_s = None if first_s is None or taken_s is None else first_s - taken_s
+        floor_s = None if prefill_s is None else self._prompt_floor_s()
         energy_j = self.energy_j
         busy_s = 0.0 if taken_s is None else now_s - taken_s
         decode_s = 0.0 if first_s is None or last_s is None else last_s - first_s
@@ -427,7 +435,7 @@ class RequestRecorder:
             prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens,
             output_tokens=self._count,
             queue_ms=None if taken_s is None else 1e3 * (taken_s - self._received_s),
-            prefill_ms=None if first_s is None or taken_s is None else 1e3 * (first_s - taken_s),
+            prefill_ms=_to_ms(prefill_s),
             ttft_ms=None if first_s is None else 1e3 * (first_s - self._received_s),
             total_ms=total_ms,
             itl_p50_ms=percentile(itl.ordered, 50), itl_p95_ms=percentile(itl.ordered, 95),
@@ -443,7 +451,18 @@ class RequestRecorder:
             j_per_token=None if energy_j is None or not self._count else energy_j / self._count,
             power_w=None if energy_j is None or not busy_s else energy_j / busy_s,
             reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback,
-            server_tokens=self.server_tokens)
+            server_tokens=self.server_tokens,
+            encode_ms=None if self.encoded_s is None or taken_s is None
+            else 1e3 * (self.encoded_s - taken_s),
+            sample_ms=_to_ms(self.sample_s), ttft_floor_ms=_to_ms(floor_s),
+            r_ttft=floor_ratio(floor_s, prefill_s))
+
+    def _prompt_floor_s(self) -> float | None:
+        """Return the time to read what a prompt of any length reads at least, None if unknown."""
+        roofline = self._recorder._roofline
+        if roofline is None or roofline.footprint.is_remote or self.prompt_tokens is None:
+            return None
+        return roofline.floor_s(self.cached_tokens or 0)
 
     def _add_overrun(self, overrun_ms: float) -> None:
         if overrun_ms > 0:

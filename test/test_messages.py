@@ -72,7 +72,8 @@ def test_keys():
         'itl_max_ms', 'jitter_ms', 'tokens_per_s', 'r_floor_p50', 'deadline_misses',
         'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed', 'items',
         'first_item_ms', 'paced', 'energy_j', 'j_per_token', 'power_w', 'reasoning_tokens',
-        'refusal', 'engine', 'fallback', 'server_tokens')
+        'refusal', 'engine', 'fallback', 'server_tokens', 'encode_ms', 'sample_ms',
+        'ttft_floor_ms', 'r_ttft')
     assert messages.LATENCY_KEYS == (
         'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
         'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',

@@ -52,12 +52,17 @@ def test_a_request():
     assert second.bandwidth_gb_s == pytest.approx(1352 / 0.01 / 1e9)
 
     request.token(100.53, 67, 'C')
+    request.encoded_s, request.sample_s = 100.25, 0.002
     report = request.finish(100.6, 'cancelled', 'why', cancel_s=100.55)
     assert (report.request_id, report.finish_reason, report.message) == (7, 'cancelled', 'why')
     assert (report.prompt_tokens, report.cached_tokens, report.output_tokens) == (10, 4, 3)
     assert report.queue_ms == pytest.approx(200.0)
     assert report.prefill_ms == pytest.approx(300.0)
     assert report.ttft_ms == pytest.approx(500.0)
+    assert (report.encode_ms, report.sample_ms) == pytest.approx((50.0, 2.0))
+    # A prompt reads the weights and the keys of what is cached: 1000 + 4 * 32 bytes.
+    assert report.ttft_floor_ms == pytest.approx(1.128)
+    assert report.r_ttft == pytest.approx(1.128 / 300)
     assert report.total_ms == pytest.approx(600.0)
     assert report.itl_p50_ms == pytest.approx(15.0)
     assert report.itl_max_ms == pytest.approx(20.0)
@@ -74,8 +79,8 @@ def test_a_request_without_tokens():
     assert report.total_ms == pytest.approx(3000.0)
     assert report.output_tokens == 0
     assert (report.prefill_ms, report.ttft_ms, report.itl_p50_ms, report.jitter_ms,
-            report.tokens_per_s, report.r_floor_p50, report.cancel_ms,
-            report.prompt_tokens) == (None,) * 8
+            report.tokens_per_s, report.r_floor_p50, report.cancel_ms, report.prompt_tokens,
+            report.encode_ms, report.ttft_floor_ms, report.r_ttft) == (None,) * 11
 
 
 def test_an_unknown_peak_gives_no_floor_but_a_bandwidth():
@@ -87,6 +92,8 @@ def test_an_unknown_peak_gives_no_floor_but_a_bandwidth():
     assert report.bandwidth_gb_s > 0
     window = times.window(0.2)
     assert (window.floor_ms, window.r_floor) == (None, None)
+    request.prompt_tokens = 5
+    assert request.finish(0.3, 'stop').ttft_floor_ms is None
     assert window.bandwidth_gb_s == report.bandwidth_gb_s
 
 

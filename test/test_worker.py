@@ -65,6 +65,9 @@ def test_an_answer(make):
     assert (report.finish_reason, report.message) == ('stop', '')
     assert (report.prompt_tokens, report.cached_tokens, report.output_tokens) == (9, 0, 5)
     assert report.ttft_ms == pytest.approx(report.queue_ms + report.prefill_ms)
+    assert 0 <= report.encode_ms <= report.prefill_ms
+    assert report.sample_ms == pytest.approx(1.0)
+    assert report.r_ttft == pytest.approx(report.ttft_floor_ms / report.prefill_ms)
     assert report.total_ms >= report.ttft_ms
     assert report.cancel_ms is None
     assert [token.text for token in sink.tokens] == list('hello')

@@ -98,6 +98,8 @@ KEYS = {
     'device_name': 'name of the device',
     'device_uuid': 'UUID of the device',
     'dtype': 'number format of activations and unquantised weights',
+    'encode_ms': 'time for the chat template and the tokenizer, including the wait for their '
+                 'process',
     'end_tokens': 'tokens that end an answer, from the config, the generation config, the '
                   'tokenizer and the chat template',
     'energy_j': 'energy in joules that the device used during the answer, for all programs on '
@@ -149,7 +151,7 @@ KEYS = {
                    'measured, observed in steps (they exceeded the previous peak), or unknown',
     'power_mode': 'power mode of a Jetson, from jetson-stats',
     'power_w': 'power draw of the device; in ~/request_stats the mean over the answer',
-    'prefill_ms': 'from dequeued to the first known token',
+    'prefill_ms': 'from dequeued to the first known token, including encode_ms and sample_ms',
     'prompt_tokens': 'tokens of the prompt, including template and history',
     'publish_ms': 'time to publish the previous token',
     'quantization': 'quantisation of the weights, or none',
@@ -160,6 +162,7 @@ KEYS = {
     'reasoning_tokens': 'tokens of the thought, which output_tokens includes',
     'r_floor': 'floor_ms over itl_ms; 1 is the limit; on /diagnostics the median of the window',
     'r_floor_p50': 'median of r_floor',
+    'r_ttft': 'ttft_floor_ms over prefill_ms; 1 is the limit of the memory bus',
     'read_weight_gb': 'size of the weights that one step actually reads',
     'realtime_refused': 'settings of `realtime` that the system does not permit, and how to '
                         'permit them',
@@ -169,6 +172,7 @@ KEYS = {
     'request_deadline_ms': 'the parameter `deadline.request_ms`, if it is set',
     'request_id': 'number of the request, from 1; it continues across activations',
     'requests': 'requests so far',
+    'sample_ms': 'time on the device to choose the first token (on a CPU on the host)',
     'scheduling': 'scheduling class of the decode thread, as the kernel reports: other, or fifo '
                   'with its priority',
     'seed': 'seed that the tokens were sampled with',
@@ -190,6 +194,9 @@ KEYS = {
     'total_ms': 'from received to the end',
     'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, if it is set',
     'ttft_last_ms': 'time to first token of the last request',
+    'ttft_floor_ms': 'floor of prefill_ms by the memory bus: the time to read the weights, and the '
+                     'keys and values of cached_tokens, once. A long prompt is limited by '
+                     'arithmetic instead',
     'ttft_ms': 'time to first token: queue_ms plus prefill_ms',
     'unknown_parameters': 'names in the parameters at start that the node does not know',
     'verdict': 'what limits the steps of the window most (bytes, kernels, host, clocks, a '
