@@ -87,7 +87,8 @@ class Vocabulary:
         except ImportError as error:
             raise ConstraintError(
                 f'an answer can not be constrained: {error}: pip install llguidance') from error
-        self._library, self._size, self._end_ids = llguidance, size, tuple(end_ids)
+        self._library: Any = llguidance
+        self._size, self._end_ids = size, tuple(end_ids)
         self._kept: dict[str, Constraint] = {}      # the one used last comes last
         self._added = {token.content: id_
                        for id_, token in tokenizer.get_added_tokens_decoder().items()}

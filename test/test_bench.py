@@ -277,7 +277,7 @@ def test_a_neighbour_ends_with_its_context(monkeypatch):
     with neighbour.running(neighbour.Kind('cpu')) as other:
         assert len(started) == len(neighbour.os.sched_getaffinity(0))
         assert all(process.poll() is None for process in started)
-        assert other.listen(0.0) == []
+        assert other.collect(0.0) == []
     assert all(process.poll() is not None for process in started)
 
 
@@ -291,7 +291,7 @@ def test_a_neighbour_that_can_not_run_is_told(monkeypatch):
 def test_the_step_beside_a_neighbour(monkeypatch, tmp_path):
     """Alone and beside in turn; the table has both, and the neighbour's own times."""
     class Other:
-        def listen(self, seconds):
+        def collect(self, seconds):
             return [0.002 if seconds else 0.004]
 
     @contextlib.contextmanager
