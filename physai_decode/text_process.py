@@ -120,17 +120,17 @@ class TextProcess:
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-               go_on: Callable[[], None] = lambda: None,
+               heartbeat: Callable[[], None] = lambda: None,
                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """
         Give the ids of a conversation, up to where the answer begins; see `Text.encode`.
 
         One thread at a time may call this.
 
-        :param go_on: is called now and then; what it raises ends the work, and is raised here.
+        :param heartbeat: is called now and then; what it raises ends the work, and is raised here.
         :raises TextError: half a surrogate pair in a text, a template that refuses it, or a limit.
         """
-        return self._asked([messages, dict(chat_template_kwargs), tools], go_on).tolist()
+        return self._asked([messages, dict(chat_template_kwargs), tools], heartbeat).tolist()
 
     def count(self, text: str) -> int:
         """Count the tokens of a text by itself; see `encode`."""
@@ -172,7 +172,7 @@ class TextProcess:
         self._process.communicate()
         self._connection.close()
 
-    def _asked(self, question: list[Any] | str, go_on: Callable[[], None]) -> 'array[int]':
+    def _asked(self, question: list[Any] | str, heartbeat: Callable[[], None]) -> 'array[int]':
         """Have the child encode a conversation, or count a text's tokens."""
         request = json.dumps(question).encode()
         memory, cpu_s = _prompt_limits(self._memory, len(request))
@@ -181,9 +181,9 @@ class TextProcess:
             self._start()
         try:
             if not self._ready:
-                self._loaded(go_on)
+                self._loaded(heartbeat)
             return array('I', self._reply(
-                'the prompt can not be encoded', memory, cpu_s, go_on, request))
+                'the prompt can not be encoded', memory, cpu_s, heartbeat, request))
         finally:
             if self._process.returncode is not None:
                 self._start()
@@ -200,26 +200,26 @@ class TextProcess:
                 pass_fds=[theirs.fileno()], start_new_session=True,
                 env={**os.environ, **_ONE_THREAD, 'PYTHONPATH': path})
 
-    def _loaded(self, go_on: Callable[[], None]) -> bytes:
+    def _loaded(self, heartbeat: Callable[[], None]) -> bytes:
         """Wait for the child's own; it has ended where this raises."""
         folder = json.loads(self._arguments)[0]
         try:
             state = self._reply(f'no tokenizer can be loaded from {folder}', self._memory,
-                                self._cpu_s, go_on)
+                                self._cpu_s, heartbeat)
         except BaseException:
             self.close()
             raise
         self._ready = True
         return state
 
-    def _reply(self, what: str, memory: int, cpu_s: float, go_on: Callable[[], None],
+    def _reply(self, what: str, memory: int, cpu_s: float, heartbeat: Callable[[], None],
                request: bytes = b'') -> bytes:
         """Wait for the child's answer; it has ended where this raises anything but a refusal."""
         try:
             if request:
                 self._connection.send_bytes(request)
             while not self._connection.poll(POLL_S):
-                go_on()
+                heartbeat()
             reply = self._connection.recv_bytes()
         except BaseException as error:
             if not isinstance(error, (EOFError, OSError)):

@@ -138,6 +138,6 @@ def test_an_end_that_the_tokenizer_has_as_text_is_told(tmp_path):
     said = []
     loaded = load(settings(model=ModelConfig(path=str(tmp_path))), said.append)
     assert loaded.engine.footprint.eos_token_ids == (2,)
-    assert any(line.startswith('no end of an answer: 70, which eos_token_id') for line in said)
+    assert any(line.startswith('ignoring 70 in eos_token_id') for line in said)
     loaded.engine.close()
     loaded.text.close()

@@ -128,7 +128,7 @@ def test_a_cancel_is_heard_while_a_step_waits(make):
                         diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
     number = worker.submit(Request('go'))
     sink.wait_tokens(1)
-    wait_for(lambda: worker._sign_of_life_s > worker._clock() + 60)     # it waits
+    wait_for(lambda: worker._last_heartbeat_s > worker._clock() + 60)     # it waits
     assert worker.state == 'generating'
     worker.cancel(number)
     report, text = sink.end(number)

@@ -142,12 +142,12 @@ def test_a_cancel_is_heard_while_a_template_renders(make, bomb):
     class Cancelled(Exception):
         pass
 
-    def go_on():
+    def heartbeat():
         raise Cancelled
 
     text = make(SWITCHED)
     with pytest.raises(Cancelled):
-        text.encode(ASKED, {'bomb': bomb}, go_on)
+        text.encode(ASKED, {'bomb': bomb}, heartbeat)
     assert text.encode(ASKED)
 
 
