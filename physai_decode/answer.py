@@ -342,7 +342,7 @@ class Answer(Delivery):
             raise Refused('the prompt has no tokens: send some text')
         if len(prompt_ids) >= context:
             raise Refused(
-                f'the prompt has {len(prompt_ids)} tokens with its chat template, and the '
+                f'the prompt is {len(prompt_ids)} tokens long with its chat template, and the '
                 f'context holds {context} tokens, one of them for the answer: {SHORTEN}')
         return prompt_ids
 

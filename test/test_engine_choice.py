@@ -94,8 +94,8 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize(('template', 'told', 'form'), [
-    ('auto', 'default', 'none: the chat template leaves them out'),
-    ('off', 'off', 'none: there is no chat template to tell the model of them')])
+    ('auto', 'default', 'none: the chat template omits them'),
+    ('off', 'off', 'none: no chat template presents them to the model')])
 def test_what_a_load_decided_is_told(template, told, form):
     said = []
     loaded = load(settings(chat=ChatConfig(template=template)), said.append)

@@ -214,7 +214,7 @@ def test_a_long_prompt_is_refused_with_its_figures(make):
     worker, sink = make(engine)
     report, _ = sink.end(worker.submit(Request('p' * 16)))
     assert report.finish_reason == 'rejected'
-    assert 'has 16 tokens' in report.message
+    assert '16 tokens long' in report.message
     assert 'context holds 16 tokens' in report.message
     assert engine.prompts == []
     assert worker.refusals == 1
