@@ -182,7 +182,7 @@ def test_what_may_not_be_read(folder, monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(os, 'open', refuse)
-    assert 'mend its permissions' in refusal(folder)
+    assert 'correct its permissions' in refusal(folder)
 
 
 @pytest.fixture(params=['FIFO', 'device'])
@@ -429,7 +429,7 @@ def test_locate_what_can_not_be(path):
 
 @pytest.mark.parametrize('name', ['no_such_model', '..', '../models', ''])
 def test_locate_an_unknown_builtin(name):
-    with pytest.raises(EngineError, match='the package has no such model'):
+    with pytest.raises(EngineError, match='the package does not contain this model'):
         checkpoint.locate(f'builtin:{name}')
 
 

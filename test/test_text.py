@@ -593,7 +593,7 @@ def test_load_runs_no_code(tmp_path):
     settings['auto_map'] = {'AutoTokenizer': ['code.Tokenizer', 'code.Tokenizer']}
     settings['tokenizer_class'] = 'Tokenizer'
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
-    with pytest.raises(TextError, match=f'{tmp_path}: it is code in that folder'):
+    with pytest.raises(TextError, match=f'{tmp_path}: it needs code from that folder'):
         load_tokenizer(str(tmp_path))
     assert not trap.exists()
 
