@@ -12,9 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-Convert token ids to text one by one, with complete characters, and find stop texts.
-"""
+"""Convert token ids to text one by one, with complete characters, and find stop texts."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -144,9 +144,9 @@ class Request:
     """
     A client's request.
 
-    It has a ``prompt``, which is a turn of the node's conversation; or ``messages``, a conversation
-    that the client keeps; or a ``raw_prompt``, which bypasses conversation and chat template. An
-    absent option keeps the node's parameter.
+    It has a ``prompt``, which is a turn of the node's conversation; or ``messages``, a
+    conversation that the client keeps; or a ``raw_prompt``, which bypasses conversation and chat
+    template. An absent option keeps the node's parameter.
     """
 
     prompt: str = ''

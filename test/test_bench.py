@@ -1144,7 +1144,7 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
     (['--budget-s', '-1'], '--budget-s -1: allowed are 0 to'),
     (['--paper', '--cpu-threads', '-1'], 'engine.cpu_threads is -1'),
     (['--constraint', 'no/such/file'], 'no/such/file'),
-    (['--constraint', __file__], 'is no JSON'),
+    (['--constraint', __file__], 'is not valid JSON'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
 def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
     assert bench.main([*arguments, '--out', str(tmp_path)]) == 2

@@ -423,7 +423,7 @@ def test_locate_nothing(path):
 
 @pytest.mark.parametrize('path', ['~no_such_user/model', '/' + 'a' * 300, 'a' * 5000])
 def test_locate_what_can_not_be(path):
-    with pytest.raises(EngineError, match=r'model\.path .*(give a|allowed are)'):
+    with pytest.raises(EngineError, match=r'model\.path .*(set it to a|allowed are)'):
         checkpoint.locate(path)
 
 

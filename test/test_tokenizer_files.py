@@ -151,7 +151,7 @@ def test_a_missing_library_is_named(folder, monkeypatch, name, content, library)
     monkeypatch.setattr(tokenizer_files, '_installed', lambda name: name == 'protobuf')
     (folder / 'tokenizer.json').unlink()
     (folder / name).write_bytes(content)
-    assert f'it has {name} and no tokenizer.json' in refusal(folder)
+    assert f'it has {name} but no tokenizer.json' in refusal(folder)
     assert refusal(folder).endswith(
         f'pip install {library}, or save the model with its fast tokenizer')
 
