@@ -50,7 +50,7 @@ def chosen(model, monkeypatch, installed=(), **changes):
 def test_the_fastest_that_can_run_it(model, monkeypatch):
     everything = ('gptqmodel', 'optimum', 'accelerate')
     assert chosen(model, monkeypatch) == (
-        'native', 'it runs llama with unquantised weights')
+        'native', 'it supports llama with unquantised weights')
     # Also beside GPTQModel, which transformers calls on a CPU.
     assert chosen(model, monkeypatch, everything, quantization_config=GPTQ).name == 'native'
 
@@ -100,7 +100,7 @@ def test_what_a_load_decided_is_told(template, told, form):
     said = []
     loaded = load(settings(chat=ChatConfig(template=template)), said.append)
     assert loaded.facts == {
-        'engine_reason': 'it runs llama with unquantised weights', 'chat_template': told,
+        'engine_reason': 'it supports llama with unquantised weights', 'chat_template': told,
         'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none', 'tool_form': form,
         'thought_markers': 'none'}
     assert any('end_tokens: <|im_end|>' in line for line in said)

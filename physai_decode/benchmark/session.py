@@ -36,9 +36,9 @@ from typing import Any
 from typing import NamedTuple
 
 from physai_decode import checkpoint
-from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
 from physai_decode.benchmark import neighbour
+from physai_decode.benchmark import profiler
 from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import GREEDY
 from physai_decode.benchmark.case import parse_sampling
@@ -208,12 +208,12 @@ def _profile(case, cells, note):
         return
     gc.collect()
     try:
-        kernels.prepare()
+        profiler.prepare()
         engine = _engine(case, cells[-1]['context'], note)
         try:
             for cell in cells:
                 prompt = random_prompt(engine, cell['context'] - KERNEL_STEPS - 8, seed=0)
-                cell['kernels'] = kernels.profile(engine, prompt, KERNEL_STEPS)
+                cell['kernels'] = profiler.profile(engine, prompt, KERNEL_STEPS)
         finally:
             engine.close()
     except Exception as error:          # no CUPTI, not allowed to use it, a trace cut short, ...
