@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The answer to one request, on the decode thread: prompt to ids, ids to text, tokens to listeners.
+The answer of an engine to one request, on the decode thread.
 
-It ends at an end token, a stop text, a limit, a deadline, or where somebody asks for it. It knows
-nothing of the queue, nor of who listens.
+It encodes the prompt, decodes tokens, converts them to text, and emits their reports. It ends at
+an end token, a stop text, a limit or a deadline, or if the request is cancelled or preempted.
 """
 
 from collections.abc import Callable
@@ -52,93 +52,93 @@ from physai_decode.speech import Part
 from physai_decode.speech import Speech
 from physai_decode.speech import Thought
 
-RAW = Manner(reason='raw_prompt goes without the chat template')
-PIECE = 32768           # characters of a text that are looked at in one go: some 0.03 s
+RAW = Manner(reason='raw_prompt bypasses the chat template')
+PIECE = 32768           # characters that are tokenised at a time, in about 0.03 s
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
 
 class Detokenizer(Protocol):
-    """What turns one answer's ids into text; see ``physai_decode.detokenizer.Detokenizer``."""
+    """Converts the ids of an answer to text; see ``physai_decode.detokenizer.Detokenizer``."""
 
     stopped: bool
 
     @property
     def held(self) -> bool:
-        """Tell whether text is held back."""
+        """Whether text is held back."""
         ...
 
     def push(self, token_id: int) -> str:
-        """Take a token, give the text that it completed."""
+        """Add a token and return the text that it completes."""
         ...
 
     def flush(self) -> str:
-        """Give the text that is held back."""
+        """Return the text that is held back."""
         ...
 
 
 class TextCoder(Protocol):
-    """What turns messages into ids; see ``physai_decode.text_process.TextProcess``."""
+    """Converts messages to ids; see ``physai_decode.text_process.TextProcess``."""
 
     manner: Manner
-    """How the model marks its thoughts and its calls of tools."""
+    """How the model marks its thoughts and tool calls."""
 
     def encode(self, messages: Sequence[Message], chat_template_kwargs: Mapping[str, Any] = ...,
-               go_on: Callable[[], None] = ..., tools: Sequence[Mapping[str, Any]] = ...
+               heartbeat: Callable[[], None] = ..., tools: Sequence[Mapping[str, Any]] = ...
                ) -> list[int]:
-        """Give the ids of a conversation; what ``go_on`` raises ends that."""
+        """Encode a conversation; an exception of ``heartbeat`` ends the call."""
         ...
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text by itself."""
+        """Count the tokens of a text."""
         ...
 
     def detokenizer(self, stop: Sequence[str] = (), seen: Sequence[str] = ()) -> Detokenizer:
-        """Give what turns the ids of one answer into text, these special tokens too."""
+        """Create a detokenizer that keeps the special tokens in ``seen``."""
         ...
 
     def tail(self, prompt_ids: Sequence[int]) -> str:
-        """Give the end of a prompt as the model sees it."""
+        """Return the end of a prompt as text with special tokens."""
         ...
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
-        """Give what compiles constraints."""
+        """Return the vocabulary that compiles constraints."""
         ...
 
 
 class Answer(Delivery):
-    """One answer of an engine, from the ticket taken to its last token."""
+    """The answer of an engine to one ticket."""
 
     def __init__(self, loop: DecodeLoop, text: TextCoder, thought_tokens: int = 0,
-                 **given: Any) -> None:
+                 **arguments: Any) -> None:
         """
-        Take what the answer needs.
+        Create an answer; `give` generates it.
 
-        :param thought_tokens: tokens after which a thought is ended; 0: none.
-        :param given: see `Delivery`.
+        :param thought_tokens: limit on the tokens of a thought; 0 for none.
+        :param arguments: see `Delivery`.
         """
-        super().__init__(**given)
+        super().__init__(**arguments)
         self._loop, self._text, self._thought_tokens = loop, text, thought_tokens
         self._manner = RAW if self._ticket.request.raw_prompt else text.manner
-        self._speech: Speech | None = None          # None: all that the model says is its answer
-        self._ids_said: list[int] = []              # kept only while a thought may be ended
+        self._speech: Speech | None = None          # None: all text is the answer
+        self._generated_ids: list[int] = []         # kept only if thoughts are limited
         self.times.engine = loop.engine.footprint.engine
 
     def give(self) -> End:
         """
-        Answer.
+        Generate the answer.
 
-        :raises Refused: the prompt is too long, or empty, or the answer's form can't be kept, or
-            tools can't be offered.
-        :raises TextError: the prompt can't be encoded.
+        :raises Refused: the prompt is empty or too long, or the model does not support tools or
+            the constraint.
+        :raises TextError: the prompt can not be encoded.
         """
-        end = self._give()
+        end = self._generate()
         if self._speech is not None and self._speech.problem:
             self._remark(self._speech.problem)
         if end.reason == 'stop' and self.calls:
             return End('tool_calls', end.message)
         return end
 
-    def _give(self) -> End:
+    def _generate(self) -> End:
         manner, tools = self._manner, self._ticket.request.offered
         if tools and not manner.form:
             raise Refused(f'tools can not be used: {manner.reason}')
@@ -156,16 +156,16 @@ class Answer(Delivery):
         finally:
             tail, parts = self._detokenizer.flush(), list[Part]()
             if self._speech is not None:
-                tail, parts = _sorted(self._speech.push(tail) + self._speech.flush())
+                tail, parts = _split(self._speech.push(tail) + self._speech.flush())
             self._release(tail, parts)
 
     def _decode(self) -> End:
         if self._is_late():
-            return End('deadline', 'deadline.request_ms had passed before its turn came')
+            return End('deadline', 'deadline.request_ms passed while the request waited')
         form = self._checked_form()
         prompt_ids = self._encode()
         self.times.encoded_s, self.times.prompt_tokens = self._clock(), len(prompt_ids)
-        thought = self._listen(prompt_ids)
+        thought = self._start_speech(prompt_ids)
         constraint = None if form is None else self._constraint(form, thought)
         sampling = self._sampling
         while (end := self._decode_after(prompt_ids, sampling, constraint)) is None:
@@ -178,9 +178,9 @@ class Answer(Delivery):
 
     def _decode_after(self, prompt_ids: list[int], sampling: SamplingConfig,
                       constraint: Constraint | None) -> End | None:
-        """Decode to the end of the answer, or to that of a thought that is to end: None."""
+        """Decode until the answer ends; return None if a thought reaches its limit."""
         footprint, limit = self._loop.engine.footprint, self._sampling.max_new_tokens
-        # Closing the generator is what cancels the engine, however this loop is left.
+        # Closing the generator cancels the engine, however this loop ends.
         with closing(cast('Generator[Step, None, None]',
                           self._loop.stream(prompt_ids, sampling, constraint,
                                             ahead=not self.times.paced))) as steps:
@@ -196,10 +196,10 @@ class Answer(Delivery):
                     if token_id in footprint.eos_token_ids:
                         return End('stop', '')
                     self._token(now_s, token_id, device_s, step.mask_s)
-                    device_s = None                 # a step's time goes to its first token
+                    device_s = None                 # the time of a step counts for its first token
                     self._given += 1
                     if self._detokenizer.stopped:
-                        return End('stop', f'a text of {self._named("stop")} was met')
+                        return End('stop', f'a text in {self._named("stop")} matched')
                     if constraint is not None and constraint.ended:
                         return End('stop', '')
                     if self._speech is not None and self._speech.ended:
@@ -218,7 +218,7 @@ class Answer(Delivery):
         return End('length', f'the context of {context} tokens is full')
 
     def _checked_form(self) -> Form | None:
-        """Give what the answer has to look like, which may be calls of tools."""
+        """Return the constraint on the answer, including forced tool calls."""
         request = self._ticket.request
         if request.forced and self._form is None:
             single = request.tool_choice != 'required' or not request.parallel_tool_calls
@@ -227,8 +227,8 @@ class Answer(Delivery):
             return calls
         return super()._checked_form()
 
-    def _listen(self, prompt_ids: list[int]) -> Thought | None:
-        """Begin to take apart what is said; give the thought that may come first."""
+    def _start_speech(self, prompt_ids: list[int]) -> Thought | None:
+        """Start to separate thoughts and tool calls; return the thought that may come first."""
         manner = self._manner
         names = [tool['function']['name'] for tool in self._ticket.request.offered]
         if not names and not manner.opens:
@@ -239,11 +239,10 @@ class Answer(Delivery):
         return None if inside is False else Thought(manner.opens, manner.closes, bool(inside))
 
     def _constraint(self, form: Form, thought: Thought | None) -> Constraint:
-        """Compile what the answer has to look like."""
         footprint = self._loop.engine.footprint
         constraint = self._text.vocabulary(
             footprint.vocab_size, footprint.eos_token_ids).constraint(form, thought)
-        self._look_up()
+        self._heartbeat()
         return constraint
 
     def _thinks_too_long(self) -> bool:
@@ -252,21 +251,21 @@ class Answer(Delivery):
                 and self._given >= self._thought_tokens)
 
     def _end_thought(self, constraint: Constraint | None) -> list[int]:
-        """End the thought in the model's place; give the tokens since the prompt."""
+        """End the thought for the model; return the tokens after the prompt."""
         manner = self._manner
         assert self._speech is not None
         if constraint is not None:
             for token_id in manner.close_ids:
                 constraint.accept(token_id)
-        self._release(*_sorted(self._speech.push(
+        self._release(*_split(self._speech.push(
             f'{self._detokenizer.flush()}\n{manner.closes}\n\n')))
-        own = 'max_tokens' in self._ticket.request.thinking
+        in_request = 'max_tokens' in self._ticket.request.thinking
         self._remark(f'the thought was ended: thinking.max_tokens is {self._thought_tokens}'
-                     + (' in the request' if own else ''))
-        return [*self._ids_said, *manner.close_ids]
+                     + (' in the request' if in_request else ''))
+        return [*self._generated_ids, *manner.close_ids]
 
     def _encode(self) -> list[int]:
-        """Give the prompt's ids, with as much of the conversation as leaves room."""
+        """Encode the prompt and as many turns as leave room for the answer."""
         request, turn = self._ticket.request, self._ticket.turn
         context = self._loop.engine.footprint.max_context
         self._check_end()
@@ -277,14 +276,14 @@ class Answer(Delivery):
             return self._checked(self._ids(
                 request.messages or (Message('', request.raw_prompt),)))
         known, lost = self._conversation.before(turn)
-        if len(turn.prompt) >= context or not known:    # it may be too long all by itself
+        if len(turn.prompt) >= context or not known:    # the prompt alone may be too long
             prompt_ids = self._checked(self._ids(self._conversation.messages([], turn.prompt)))
         room = context - min(self._sampling.max_new_tokens, context // 2)
         turns = self._newest(known, room)
         if known:
             prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt))
-        # Down to half: to drop a turn each time would change the beginning, and with it lose all
-        # that is cached, at every request.
+        # Drop turns until the prompt fits into half the room. One turn at a time would change the
+        # beginning, and so invalidate the KV cache, with every request.
         if len(prompt_ids) > room or len(turns) < len(known):
             while turns and len(prompt_ids) > room // 2:
                 turns = turns[len(turns) // 2 or 1:]
@@ -298,7 +297,7 @@ class Answer(Delivery):
         return prompt_ids
 
     def _newest(self, turns: list[Turn], room: int) -> list[Turn]:
-        """Give the newest turns that may fit; the others need not be encoded to be dropped."""
+        """Return the newest turns that may fit, without encoding the ones before."""
         if sum(len(each.prompt) + len(each.answer or '') for each in turns) <= PIECE:
             return turns
         for place in reversed(range(len(turns))):
@@ -311,37 +310,37 @@ class Answer(Delivery):
         return turns
 
     def _count(self, text: str) -> int:
-        """Count a text's tokens, about, and no further than what is far too long."""
-        text, count = text.strip(), 0               # a chat template may do that too
+        """Estimate the tokens of a text; stop counting if it is far too long."""
+        text, count = text.strip(), 0               # a chat template may strip it too
         for begin in range(0, len(text), PIECE):
             count += self._text.count(text[begin:begin + PIECE])
-            self._look_up()
+            self._heartbeat()
             if count > self._far_too_long:
                 break
         return count
 
     @property
     def _far_too_long(self) -> int:
-        """More tokens than this can't become few enough by encoding them in one go."""
+        """The count in pieces is slightly high; a prompt above this limit can not fit."""
         return self._loop.engine.footprint.max_context * 9 // 8
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         request = self._ticket.request
         encode = partial(self._text.encode, tools=request.offered) if request.offered else \
             self._text.encode
-        prompt_ids = encode(messages, request.chat_template_kwargs, self._look_up)
-        self._look_up()
+        prompt_ids = encode(messages, request.chat_template_kwargs, self._heartbeat)
+        self._heartbeat()
         return prompt_ids
 
-    def _look_up(self) -> None:
-        """While and after texts are encoded: give a sign of life, and end where that is due."""
+    def _heartbeat(self) -> None:
+        """Report that the thread is alive; raise `Ended` if the answer has to end."""
         self._alive(self._clock())
         self._look_for_end()
 
     def _checked(self, prompt_ids: list[int]) -> list[int]:
         context = self._loop.engine.footprint.max_context
         if not prompt_ids:
-            raise Refused('the prompt holds no token: send some text')
+            raise Refused('the prompt has no tokens: send some text')
         if len(prompt_ids) >= context:
             raise Refused(
                 f'the prompt is {len(prompt_ids)} tokens long with its chat template, and the '
@@ -350,31 +349,31 @@ class Answer(Delivery):
 
     def _token(self, now_s: float, token_id: int, device_s: float | None,
                mask_s: float | None) -> None:
-        """Record a token, and give it out unless its text is still open."""
+        """Record a token, and emit it unless its text is incomplete."""
         piece, speech = self._detokenizer.push(token_id), self._speech
         held = self._detokenizer.held
-        others: Sequence[Part] = ()
+        parts: Sequence[Part] = ()
         if speech is not None:
             thinking = speech.thinking
-            piece, others = _sorted(speech.push(piece))
+            piece, parts = _split(speech.push(piece))
             if thinking or speech.thinking:
                 self.times.reasoning_tokens = self._given + 1
             if self._thought_tokens:
-                self._ids_said.append(token_id)
+                self._generated_ids.append(token_id)
             held = held or speech.held
         self._release('')
         report = self.times.token(
             now_s, token_id, piece, device_s, self._publish_s, mask_s, self._waited_s)
         self._waited_s = None if self._waited_s is None else 0.0
-        if others:
-            report = with_parts(report, others)
+        if parts:
+            report = with_parts(report, parts)
         if held:
             self._waiting = report
         else:
             self._give_out(report)
 
 
-def _sorted(parts: Sequence[Part]) -> tuple[str, list[Part]]:
-    """Give the answer's own text among these parts, and the others."""
+def _split(parts: Sequence[Part]) -> tuple[str, list[Part]]:
+    """Separate the text of the answer from thoughts and tool calls."""
     return (''.join(part.text for part in parts if part.kind is Kind.CONTENT),
             [part for part in parts if part.kind is not Kind.CONTENT])

@@ -260,7 +260,7 @@ def _schema(name):
     try:
         schema = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f'--constraint {name}: {path} is no JSON: {error}') from None
+        raise ValueError(f'--constraint {name}: {path} is not valid JSON: {error}') from None
     check_schema(schema, f'--constraint {name}')
     if name == 'plan':          # behind a prompt that says nothing, the model has nothing to do
         schema['minItems'] = schema['maxItems']

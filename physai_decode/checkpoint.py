@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-A model folder in Hugging Face layout: where it is, what it says of itself, where its tensors lie.
+Find and inspect a model folder in Hugging Face layout.
 
-It reads JSON and the headers of safetensors files and refuses, by name, what is missing, half
-copied or of another format. It knows neither torch nor the network's arithmetic, never opens a
-pickle and never runs code from a model folder.
+This module reads the JSON files and the headers of safetensors files. It refuses missing,
+incomplete and unsupported files by name. It never opens a pickle and never runs code from a model
+folder.
 """
 
 from collections.abc import Iterator
@@ -45,22 +45,22 @@ _ITEM_BITS = {
     'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E4M3': 8, 'F8_E5M2': 8, 'F8_E8M0': 8, 'U16': 16, 'I16': 16,
     'F16': 16, 'BF16': 16, 'U32': 32, 'I32': 32, 'F32': 32, 'U64': 64, 'I64': 64, 'F64': 64,
     'C64': 64, 'F4': 4, 'F6_E2M3': 6, 'F6_E3M2': 6}
-_MAX_HEADER_BYTES = 100_000_000    # the safetensors format's own limit
-# The most bytes of a file by its name, several times what the largest models have; others than
-# these are weights, or read by nobody.
-_MOST_BYTES = {
+_MAX_HEADER_BYTES = 100_000_000    # limit of the safetensors format
+# Size limits in bytes by file name, several times the sizes in the largest models. Files with
+# other names are weights, or are not read.
+_MAX_BYTES = {
     'config.json': 2**24, '*_config.json': 2**24, 'special_tokens_map.json': 2**24,
     'added_tokens.json': 2**24, '*.index.json': 2**26, '*.jinja': 2**22,
     'chat_template.json': 2**22, 'tokenizer.json': 2**28, 'vocab.json': 2**28,
     'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28, '*.tiktoken': 2**28}
-_FETCHED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+_DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a safetensors file; ``start`` and ``stop`` are byte offsets in that file."""
 
-    dtype: str                # as safetensors says it: BF16, F32, I32, ...
+    dtype: str                # safetensors name: BF16, F32, I32, ...
     shape: tuple[int, ...]
     path: Path
     start: int
@@ -68,13 +68,13 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        """The stored size."""
+        """The stored size in bytes."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model folder holds."""
+    """The contents of a model folder."""
 
     folder: Path
     config: Mapping[str, Any]            # config.json
@@ -83,12 +83,12 @@ class Checkpoint:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The language model's part of the config, where it is nested, else all of it."""
+        """The config of the language model, which multimodal configs nest."""
         return model_config.part(self.config, 'text_config') or self.config
 
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
-        """How its makers draw tokens, by the names of `SamplingConfig`, as far as they say it."""
+        """Sampling settings in generation_config.json, by field of `SamplingConfig`."""
         path = self.folder / 'generation_config.json'
         if not path.exists():
             return {}
@@ -97,39 +97,39 @@ class Checkpoint:
 
     @property
     def vocab_size(self) -> int | None:
-        """Ids that the model has; None where its config does not say."""
+        """The vocabulary size; None if the config does not set it."""
         size = self.text_config.get('vocab_size')
         return size if type(size) is int else None
 
     @property
     def model_type(self) -> str:
-        """The architecture's family: qwen2, llama, ..."""
-        return self.config['model_type']
+        """The model family: qwen2, llama, ..."""
+        return str(self.config['model_type'])
 
     @property
     def quantized(self) -> Quantization | None:
-        """How the weights are quantised; None where they are not."""
+        """The quantisation of the weights; None if there is none."""
         return model_config.quantization(self.config)
 
     @property
     def quantization(self) -> str:
-        """A name for that: none, gptq-int4-g128, bitsandbytes-nf4, ..."""
+        """The name of the quantisation: none, gptq-int4-g128, bitsandbytes-nf4, ..."""
         found = self.quantized
         return 'none' if found is None else found.name
 
     @cached_property
     def weight_bytes(self) -> int:
-        """All weights at their stored size."""
+        """The stored size of all weights in bytes."""
         return sum(entry.bytes for entry in self.tensors.values())
 
     @property
     def random_weights(self) -> Mapping[str, Any] | None:
-        """How to make the weights, where the folder only describes them."""
+        """How to create the weights, if the folder only describes them; else None."""
         return model_config.random_weights(self.config)
 
     @property
     def context_limit(self) -> int | None:
-        """Tokens of context that the model is made for; None where its config does not say."""
+        """The context that the model supports, in tokens; None if the config does not set it."""
         return model_config.context_limit(self.text_config)
 
 
@@ -139,91 +139,91 @@ def locate(path: str, revision: str = '') -> Path:
 
     :param path: ``builtin:NAME``, a folder, or a hub id such as ``ORG/NAME``.
     :param revision: branch, tag or commit of a hub id; empty for its default branch.
-    :returns: the folder; a hub id is fetched first where it is not in the local cache.
-    :raises EngineError: there is no such model, or it can't be fetched.
+    :returns: the folder; a hub id that is not in the local cache is downloaded first.
+    :raises EngineError: the model does not exist, or can not be downloaded.
     """
     if path.startswith('builtin:'):
         name = path[len('builtin:'):]
         known = sorted(each.parent.name for each in _MODELS.glob('*/config.json'))
         if name not in known:
             raise EngineError(
-                f'model.path {path!r}: the package has no such model; it has '
+                f'model.path {path!r}: the package does not contain this model; it has '
                 f'{", ".join("builtin:" + each for each in known) or "none"}')
         return _MODELS / name
     try:
         folder = Path(path).expanduser()
         is_folder, exists = path and folder.is_dir(), path and folder.exists()
-    # An unknown user's home, a name too long, a folder that may not be looked into.
+    # The home of an unknown user, a name that is too long, or a folder without permission.
     except (OSError, RuntimeError) as error:
         raise EngineError(
-            f'model.path {path!r} can not be looked for ({error}): give a folder that this user '
-            'can read') from None
+            f'model.path {path!r} can not be accessed ({error}): set it to a folder that this '
+            'user can read') from None
     if is_folder:
         return folder
     if exists:
         raise EngineError(
-            f'model.path {path!r} is a file: give the folder that holds config.json')
+            f'model.path {path!r} is a file: set it to the folder that contains config.json')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', path):
         raise EngineError(
             f'model.path {path!r}: no such folder; allowed are builtin:NAME, a folder in Hugging '
             'Face layout, or a hub id ORG/NAME')
-    return _fetch(path, revision)
+    return _download(path, revision)
 
 
 def open(path: str, revision: str = '') -> Checkpoint:
-    """Find a model and read its folder; see `locate` and `inspect`."""
+    """Find a model and inspect its folder; see `locate` and `inspect`."""
     return inspect(locate(path, revision))
 
 
 def inspect(folder: Path) -> Checkpoint:
     """
-    Read a model folder without loading it.
+    Inspect a model folder without loading the weights.
 
     :param folder: a folder in Hugging Face layout.
-    :raises EngineError: it is missing, empty, half copied, not a model, or of a format that is
-        not read here; the message names the file and the way out.
+    :raises EngineError: the folder is missing, empty or incomplete, is not a model, or has an
+        unsupported format; the message names the file and says what to do.
     """
     try:
         if not folder.is_dir():
             raise EngineError(f'{folder}: no such folder')
         return _inspect(folder)
     except OSError as error:
-        way_out = 'mend its permissions' if isinstance(error, PermissionError) else \
+        advice = 'correct its permissions' if isinstance(error, PermissionError) else \
             'copy or download the model again'
-        raise EngineError(f'{folder} can not be read ({error}): {way_out}') from None
+        raise EngineError(f'{folder} can not be read ({error}): {advice}') from None
 
 
 @contextmanager
 def parsing(path: Path | str) -> Iterator[None]:
     """
-    Name the file whose content has not the form that the code inside ``with`` takes for granted.
+    Convert parsing errors inside ``with`` into an EngineError that names the file.
 
-    :raises EngineError: for whatever nonsense in place of numbers, lists and objects raises.
+    :raises EngineError: a value in the file has the wrong type or range.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
             ValueError) as error:
-        what = error if isinstance(error, ValueError) else repr(error)
+        reason = error if isinstance(error, ValueError) else repr(error)
         raise EngineError(
-            f'{path} is damaged ({what}): copy or download the model again') from error
+            f'{path} is damaged ({reason}): copy or download the model again') from error
 
 
-def _inspect(folder):
+def _inspect(folder: Path) -> Checkpoint:
     _check_files(folder)
     config = _read_json(folder / 'config.json')
     if not isinstance(config.get('model_type'), str):
         raise EngineError(
-            f'{folder / "config.json"} names no model_type: it is not the config of a model in '
-            'Hugging Face layout')
+            f'{folder / "config.json"} has no model_type, so it is not a model in Hugging Face '
+            'layout: set model.path to such a folder')
     tensors: dict[str, TensorEntry] = {}
     for path, expected in _weight_files(folder).items():
         header = _read_header(path)
-        lost = sorted(expected - header.keys())
-        if lost:
+        absent = sorted(expected - header.keys())
+        if absent:
             raise EngineError(
-                f'{path} lacks {len(lost)} tensors that the index lists in it, {lost[0]} for '
-                'one: the copy is not whole; copy or download the model again')
+                f'{path} lacks {len(absent)} tensors that the index lists in it, such as '
+                f'{absent[0]}: copy or download the model again')
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
@@ -234,58 +234,60 @@ def _inspect(folder):
     return model
 
 
-def _check_files(folder):
-    """Look at every file, as libraries read some of them by themselves."""
+def _check_files(folder: Path) -> None:
+    """Check every file, because libraries read some of them by themselves."""
     files = [*folder.iterdir(), *(folder / 'additional_chat_templates').glob('*')]
     if not files:
         raise EngineError(f'{folder} is empty: copy or download the model into it')
     for path in files:
-        # A link to nothing is as good as no file; who needs it misses it.
+        # A dangling link counts as a missing file.
         if path.exists() and not path.is_dir():
-            regular_file.check(path, _most_bytes(path))
+            regular_file.check(path, _max_bytes(path))
 
 
-def _most_bytes(path):
-    return next((most for pattern, most in _MOST_BYTES.items() if fnmatch(path.name, pattern)),
+def _max_bytes(path: Path) -> int | None:
+    return next((limit for pattern, limit in _MAX_BYTES.items() if fnmatch(path.name, pattern)),
                 None)
 
 
-def _fetch(path, revision):
+def _download(path: str, revision: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise EngineError(
-            f'model.path {path!r} is no folder here; to fetch it from the hub install '
-            'huggingface_hub (pip install huggingface_hub)') from None
+            f'model.path {path!r} is not a local folder: to download it from the hub, '
+            'pip install huggingface_hub') from None
     disable_progress_bars()
     try:
         return Path(snapshot_download(
-            path, revision=revision or None, allow_patterns=_FETCHED, ignore_patterns=['*/*']))
-    # The client raises its own errors, its HTTP library's and the system's alike.
+            path, revision=revision or None, allow_patterns=_DOWNLOADED, ignore_patterns=['*/*']))
+    # The client raises its own errors and those of its HTTP library and the operating system.
     except Exception as error:
         raise EngineError(
-            f'model.path {path!r} is no folder here and could not be fetched from the hub '
-            f'({first_line(error)}); where there is a network, run '
+            f'model.path {path!r} is not a local folder and could not be downloaded from the hub '
+            f'({first_line(error)}): on a machine with network access, run '
             f'"hf download {path} --local-dir FOLDER", copy the folder to this '
-            'machine and set model.path to it') from None
+            'machine, and set model.path to it') from None
 
 
-def _read_json(path):
+def _read_json(path: Path) -> dict[str, Any]:
+    limit = _max_bytes(path)
+    assert limit is not None            # the patterns cover all JSON files
     try:
         with parsing(path):
-            value = json.loads(regular_file.read(path, _most_bytes(path)).decode())
+            value = json.loads(regular_file.read(path, limit).decode())
             if not isinstance(value, dict):
-                raise ValueError('it holds no JSON object')
+                raise ValueError('it is not a JSON object')
             return value
     except FileNotFoundError:
         raise EngineError(
-            f'{path} is missing: {path.parent} is not a whole model folder in Hugging Face '
-            'layout; copy or download the model again') from None
+            f'{path} is missing, so {path.parent} is not a complete model folder in Hugging Face '
+            'layout: copy or download the model again') from None
 
 
-def _eos_token_ids(folder, config):
-    """Give all end tokens that any of the files names: one of them may be out of date."""
+def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Collect the end tokens of all files, as one of them may be out of date."""
     path = folder / 'generation_config.json'
     found: list[int] = []
     if path.exists():
@@ -297,8 +299,8 @@ def _eos_token_ids(folder, config):
     return tuple(dict.fromkeys(found))
 
 
-def _weight_files(folder):
-    """Give each safetensors file with the names that the index expects in it."""
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Return the safetensors files and the tensor names that the index lists in each."""
     index = folder / 'model.safetensors.index.json'
     single = folder / 'model.safetensors'
     if index.exists() and not single.exists():
@@ -309,19 +311,19 @@ def _weight_files(folder):
         with parsing(index):
             for name, file in weight_map.items():
                 expected.setdefault(folder / Path(file).name, set()).add(name)
-        lost = sorted(path.name for path in expected if not path.exists())
-        if lost:
+        absent = sorted(path.name for path in expected if not path.exists())
+        if absent:
             raise EngineError(
-                f'{folder} lacks {len(lost)} of the {len(expected)} weight files that '
-                f'{index.name} lists: {", ".join(lost)}; copy or download the model again')
+                f'{folder} lacks {len(absent)} of the {len(expected)} weight files that '
+                f'{index.name} lists: {", ".join(absent)}; copy or download the model again')
         return expected
     paths = [single] if single.exists() else sorted(folder.glob('*.safetensors'))
     if not paths:
-        _refuse_format(folder)
+        raise _format_error(folder)
     return {path: set() for path in paths}
 
 
-def _refuse_format(folder):
+def _format_error(folder: Path) -> EngineError:
     for pattern, kind in (
             ('*.bin', 'pickle'), ('*.pt', 'pickle'), ('*.pth', 'pickle'), ('*.gguf', 'GGUF'),
             ('*.h5', 'HDF5'), ('*.msgpack', 'Flax'), ('*.onnx', 'ONNX')):
@@ -329,18 +331,18 @@ def _refuse_format(folder):
         if not found:
             continue
         if kind == 'pickle':
-            raise EngineError(
-                f'{folder} has pickle weights only ({found[0].name}); a pickle can run code when '
-                'it is opened, so none is: convert it to safetensors')
-        raise EngineError(
-            f'{folder} has {kind} weights only ({found[0].name}), a format that is not read '
-            'here: get the model in safetensors format')
-    raise EngineError(
+            return EngineError(
+                f'{folder} has only pickle weights ({found[0].name}), which can run code when '
+                'they are opened: convert them to safetensors')
+        return EngineError(
+            f'{folder} has only {kind} weights ({found[0].name}), which are not supported: get '
+            'the model in safetensors format')
+    return EngineError(
         f'{folder} has no weights (no *.safetensors file): copy or download the model again')
 
 
-def _read_header(path):
-    """Read a safetensors header: 8 bytes of its length (little endian), then JSON, then data."""
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read a safetensors header: its length in 8 bytes (little endian), then JSON, then data."""
     again = 'copy or download it again'
     with regular_file.opened(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -355,7 +357,7 @@ def _read_header(path):
             raise EngineError(f'{path} is not a safetensors file: {again}')
         if 8 + length > size:
             raise EngineError(
-                f'{path} is truncated: its header alone ends at byte {8 + length}, the file at '
+                f'{path} is truncated: its header ends at byte {8 + length}, but the file at '
                 f'byte {size}; {again}')
         with parsing(path):
             header = json.loads(file.read(length))
@@ -365,8 +367,8 @@ def _read_header(path):
     for name, entry in sorted(entries.items(), key=lambda each: (each[1].start, each[1].stop)):
         if entry.start != end:
             raise EngineError(
-                f'{path}: tensor {name} begins at byte {entry.start}, the one before it ends at '
-                f'byte {end}: {again}')
+                f'{path}: tensor {name} begins at byte {entry.start}, but the previous one ends '
+                f'at byte {end}: {again}')
         end = entry.stop
     if end != size:
         problem = 'is truncated' if end > size else 'has bytes that belong to no tensor'
@@ -376,14 +378,14 @@ def _read_header(path):
         bits = _ITEM_BITS.get(entry.dtype)
         if bits is not None and math.prod(entry.shape) * bits != entry.bytes * 8:
             raise EngineError(
-                f'{path}: tensor {name} of shape {entry.shape} and type {entry.dtype} can not '
+                f'{path}: tensor {name} of shape {entry.shape} and dtype {entry.dtype} can not '
                 f'have {entry.bytes} bytes: {again}')
     return entries
 
 
-def _entry(value, path, begin):
+def _entry(value: Mapping[str, Any], path: Path, begin: int) -> TensorEntry:
     dtype, shape, (start, stop) = value['dtype'], tuple(value['shape']), value['data_offsets']
     if not isinstance(dtype, str) or any(
             type(number) is not int or number < 0 for number in (*shape, start, stop)):
-        raise ValueError(f'{value} describes no tensor')
+        raise ValueError(f'{value} does not describe a tensor')
     return TensorEntry(dtype, shape, path, begin + start, begin + stop)

@@ -29,17 +29,23 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting is wrong; the message gives its name, its value and what is allowed."""
+    """A setting is invalid; the message has its name, its value and what is allowed."""
 
 
-def _option(default, description, *, low=None, high=None, unless_0=0, choices=(), others='',
-            dynamic=False, characters=4096, texts=64, items=str):
+def _option(default: Any, description: str, *, low: float | None = None,
+            high: float | None = None, unless_0: float = 0, choices: tuple[str, ...] = (),
+            others: str = '', dynamic: bool = False, characters: int = 4096, texts: int = 64,
+            items: type = str) -> Any:
     """
     Declare one field.
 
-    `low` and `high` are inclusive and in the unit of the field's name; what is not 0 is at least
-    `unless_0`. A text may have so many `characters`, and a list so many `texts`, or numbers where
-    `items` says int. `others` says what else is allowed than `choices`.
+    :param low: minimum, inclusive and in the unit of the field's name; ``high`` is the maximum.
+    :param unless_0: minimum of a value other than 0.
+    :param others: description of further values that are allowed besides ``choices``.
+    :param dynamic: whether the value may change while the node runs.
+    :param characters: limit on the length of a text.
+    :param texts: limit on the number of items of a list.
+    :param items: type of the items of a list, str or int.
     """
     return field(default=default, metadata={
         'description': description, 'low': low, 'high': high, 'unless_0': unless_0,
@@ -49,7 +55,7 @@ def _option(default, description, *, low=None, high=None, unless_0=0, choices=()
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model to load."""
+    """The model to load."""
 
     path: str = _option(
         'builtin:tiny_planner', 'a model of the package (builtin:NAME), a folder in Hugging Face '
@@ -323,23 +329,24 @@ class DecodeConfig:
 
     @property
     def model_name(self) -> str:
-        """The name that the model goes by."""
+        """The name of the model, on the server or as set in model.path."""
         return self.remote.model if self.engine.name == 'openai' else self.model.path
 
 
 _KINDS: dict[type, str] = {
-    bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a string'}
-_LISTS = {str: 'a list of strings', int: 'a list of whole numbers'}
+    bool: 'true or false', int: 'an integer', float: 'a number', str: 'a string'}
+_LISTS = {str: 'a list of strings', int: 'a list of integers'}
 _ITEMS = {str: 'texts', int: 'numbers'}
 
 
 def check(group: str, instance: Any) -> None:
     """
-    Check every field of one group.
+    Check all fields of a group.
 
-    :param group: the group's name, for the message, such as ``sampling``.
-    :param instance: one of the dataclasses above.
-    :raises ConfigError: naming the first field that is wrong, its value and what is allowed.
+    :param group: name of the group for the message, such as ``sampling``.
+    :param instance: an instance of one of the dataclasses above.
+    :raises ConfigError: a field is invalid; the message has its name, its value and what is
+        allowed.
     """
     for spec in fields(instance):
         check_value(f'{group}.{spec.name}', getattr(instance, spec.name), spec)
@@ -347,16 +354,17 @@ def check(group: str, instance: Any) -> None:
 
 def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     """
-    Check one value.
+    Check the value of a field.
 
-    :param name: for the message.
-    :param spec: the field that it is for.
-    :returns: the value in the field's type.
-    :raises ConfigError: with the name, the value and what is allowed.
+    :param name: name of the field for the message.
+    :param spec: the field.
+    :returns: the value, converted to the type of the field.
+    :raises ConfigError: the value is invalid; the message has the name, the value and what is
+        allowed.
     """
     kind, items = type(spec.default), spec.metadata['items']
-    taken: Any = (int, float) if kind is float else (kind,)
-    if type(value) not in taken or \
+    accepted: Any = (int, float) if kind is float else (kind,)
+    if type(value) not in accepted or \
             kind is tuple and not all(type(item) is items for item in value):
         raise ConfigError(f'{name} is {shown(value)}: expected '
                           f'{_LISTS[items] if kind is tuple else _KINDS[kind]}')
@@ -377,11 +385,11 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     choices = spec.metadata['choices']
     if choices and value not in choices and not spec.metadata['others']:
         raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
-    return float(value) if kind is float else value     # not before: a whole one may be too large
+    return float(value) if kind is float else value     # now in range: float() can not overflow
 
 
 def shown(value: Any) -> str:
-    """Give a value for a message, cut where it is long; in short time, whatever it holds."""
+    """Format a value for a message, with at most 80 characters and in bounded time."""
     text = repr(value[:80]) if type(value) is str else _SHORT.repr(value)
     return text if len(text) <= 80 else f'{text[:77]}...'
 

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-What an answer has to look like: a grammar, which tells before each token which ones may come.
+Constrain an answer to a grammar: before each token, a mask selects the allowed tokens.
 
-A JSON Schema, a regular expression, a list of choices or a grammar is compiled for the model's own
-tokens by the llguidance library, which bounds its own time and memory. The library's mask is made
-on the host, while the model computes. It knows nothing of engines: they get bits.
+The llguidance library compiles a JSON Schema, a regular expression, a list of choices or a grammar
+for the tokens of the model, within limits on its time and memory. The mask is computed on the
+host, while the device computes the logits.
 """
 
 from collections.abc import Iterator
@@ -42,17 +42,17 @@ from physai_decode.speech import Thought
 from physai_decode.tokenizer_files import TextError
 from physai_decode.tool_forms import FORMS
 
-MAX_BYTES = 65_536              # of a schema or a grammar
-MAX_CALLS = 8                   # of tools in one answer that has to call some
-KEPT = 8                        # constraints that are kept compiled
-# Between two parts of JSON; without a bound, a model can go on with blanks for ever.
+MAX_BYTES = 65_536              # limit on a schema or a grammar
+MAX_CALLS = 8                   # limit on the tool calls of one answer, if calls are required
+KEPT = 8                        # compiled constraints in the cache
+# Whitespace between two parts of JSON. Without a limit, a model can write blanks forever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
 AFTER_THOUGHT = r'[ \t\n\r]{1,4}'
 _JSON = {'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}
 _ARGUMENTS = {**_JSON, 'whitespace_pattern': ' '}
 _COMBINING = frozenset(('$ref', 'additionalProperties', 'allOf', 'anyOf', 'oneOf',
                         'patternProperties'))
-# Keywords of JSON Schema: those that every answer keeps, and those that ask for nothing.
+# Keywords of JSON Schema: those that are enforced, and those that constrain nothing.
 ENFORCED = frozenset((
     '$ref', 'additionalItems', 'additionalProperties', 'allOf', 'anyOf', 'const', 'enum',
     'exclusiveMaximum', 'exclusiveMinimum', 'format', 'items', 'maxItems', 'maxLength',
@@ -67,48 +67,49 @@ _SINGLE = 'additionalItems', 'additionalProperties', 'items'
 
 
 class ConstraintError(TextError):
-    """What an answer has to look like can't be kept; the message says why."""
+    """A constraint can not be compiled or enforced; the message says why."""
 
 
 class Vocabulary:
-    """The tokens of one model, for which constraints are compiled."""
+    """The tokens of a model; compiles constraints for them."""
 
     def __init__(self, tokenizer: Any, size: int, end_ids: Sequence[int]) -> None:
         """
-        Read the tokens, which takes a second for 150 000 of them.
+        Read the tokens, which takes a second for 150 000 tokens.
 
-        :param tokenizer: the model's, a ``tokenizers.Tokenizer``.
-        :param size: ids that the model has; those above the tokenizer's own are never allowed.
+        :param tokenizer: the ``tokenizers.Tokenizer`` of the model.
+        :param size: vocabulary size of the model; ids that the tokenizer lacks are never allowed.
         :param end_ids: ids that end an answer.
-        :raises ConstraintError: llguidance is not installed, or can't read the tokenizer.
+        :raises ConstraintError: llguidance is not installed, or can not read the tokenizer.
         """
         try:
             import llguidance
         except ImportError as error:
             raise ConstraintError(
                 f'an answer can not be constrained: {error}: pip install llguidance') from error
-        self._library, self._size, self._end_ids = llguidance, size, tuple(end_ids)
-        self._kept: dict[str, Constraint] = {}      # the one used last comes last
+        self._library: Any = llguidance
+        self._size, self._end_ids = size, tuple(end_ids)
+        self._kept: dict[str, Constraint] = {}      # in order of use, the latest last
         self._added = {token.content: id_
                        for id_, token in tokenizer.get_added_tokens_decoder().items()}
-        least = max(tokenizer.get_vocab().values(), default=0) + 1      # it may have more ids
+        least = max(tokenizer.get_vocab().values(), default=0) + 1      # may exceed ``size``
         try:
             self._tokenizer = llguidance.LLTokenizer(
                 tokenizer.to_str(), n_vocab=max(size, least), eos_token=list(end_ids) or None)
-        except Exception as error:          # the library raises nothing narrower
+        except Exception as error:          # the library raises no narrower type
             raise ConstraintError(
-                "an answer can not be constrained: llguidance can't read the model's tokenizer: "
-                f'{described(error)}; leave the constraint out, or choose another model'
-            ) from error
+                'an answer can not be constrained: llguidance can not read the tokenizer: '
+                f'{described(error)}; remove the constraint, or choose another model') from error
 
     def constraint(self, form: Form, thought: Thought | None = None) -> 'Constraint':
         """
-        Give a constraint, before all tokens, for one answer at a time.
+        Return a constraint in its initial state; use it for one answer at a time.
 
-        The last `KEPT` are not compiled again: their masks come sooner, too.
+        The last `KEPT` constraints stay compiled, and their masks become faster with use.
 
-        :param thought: what may come before; the form begins when it has ended.
-        :raises ConstraintError: it can't be kept, or is too large; the message names the field.
+        :param thought: a thought that may precede the constrained answer.
+        :raises ConstraintError: the constraint is not supported or too large; the message names
+            the field.
         """
         matcher = self._library.LLMatcher
         try:
@@ -120,7 +121,7 @@ class Vocabulary:
             compiled = matcher(self._tokenizer, grammar, log_level=0)
         except ConstraintError:
             raise
-        except Exception as error:          # of the library's parsers, written in Python and Rust
+        except Exception as error:          # of the library's parsers in Python and Rust
             raise ConstraintError(f'{form.name} can not be used: {error}') from error
         reason = compiled.get_error() or '; '.join(compiled.get_grammar_warnings())
         if reason:
@@ -131,7 +132,7 @@ class Vocabulary:
         return constraint
 
     def _grammar(self, form: Form) -> str:
-        """Give what the library compiles."""
+        """Convert a form to a grammar of the library."""
         if form.kind == 'calls':
             content = self._lark(form.content)
         elif form.kind in ('regex', 'grammar'):
@@ -151,7 +152,7 @@ class Vocabulary:
         return str(self._library.grammar_from(kind, content))
 
     def _lark(self, calls: Calls) -> str:
-        """Write a grammar of calls: the text around the arguments is fixed."""
+        """Write a grammar of tool calls, with fixed text around the arguments."""
         form, rules = FORMS[calls.form], []
 
         def literal(text: str) -> str:
@@ -172,11 +173,11 @@ class Vocabulary:
                           f'call: {choice}', *rules))
 
     def _marker(self, text: str) -> str:
-        """Write a text for a grammar: as its token, where it is one that was added."""
+        """Write a text for a grammar: as a token id if it is an added token, else as a string."""
         return f'<[{self._added[text]}]>' if text in self._added else json.dumps(text)
 
     def _after(self, thought: Thought | None, grammar: str) -> str:
-        """Let a thought come before what a grammar has."""
+        """Extend a grammar by a thought that may come first."""
         if thought is None:
             return grammar
         answer = json.loads(grammar)['grammars'] if grammar.startswith('{') else [
@@ -195,13 +196,17 @@ class Vocabulary:
 
 class Constraint:
     """
-    One answer's constraint; see `physai_decode.engine.Constraint`.
+    The constraint of one answer; see `physai_decode.engine.Constraint`.
 
-    It stands after the tokens that it accepted, at first before all.
+    Its state follows from the accepted tokens.
     """
 
     def __init__(self, matcher: Any, size: int, end_ids: Sequence[int]) -> None:
-        """Take what `Vocabulary.constraint` compiled."""
+        """
+        Wrap a compiled grammar.
+
+        :param matcher: an ``llguidance.LLMatcher``.
+        """
         self._matcher, self._bytes = matcher, (size + 7) // 8
         self._ends = [(id_, id_ >> 3, 1 << (id_ & 7)) for id_ in end_ids]
         self._end_ids = frozenset(end_ids)
@@ -215,16 +220,16 @@ class Constraint:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is complete and nothing can follow but an end token."""
+        """Whether the answer is complete and only an end token can follow."""
         return self._end_taken or self.complete and bool(self._matcher.is_stopped())
 
     def mask(self) -> bytearray:
         """
-        Tell which tokens may come next: bit ``id % 8`` of byte ``id // 8``.
+        Compute the mask of allowed tokens: bit ``id % 8`` of byte ``id // 8``.
 
-        An end token may come where the constraint is complete, and nowhere else.
+        End tokens are allowed exactly if the answer may end here.
 
-        :raises ConstraintError: no token may come, or the library's limits were met.
+        :raises ConstraintError: no token is allowed, or a limit of the library was exceeded.
         """
         begin_s = time.perf_counter()
         bits = bytearray(self._matcher.compute_bitmask())[:self._bytes]
@@ -235,15 +240,15 @@ class Constraint:
         if self._matcher.is_error():
             raise self._error()
         if not any(bits):
-            raise ConstraintError('the constraint can not be kept any further: no token of the '
-                                  "model's vocabulary begins what has to follow")
+            raise ConstraintError('the constraint can not be enforced any further: no token of '
+                                  'the vocabulary can follow')
         return bits
 
     def accept(self, token_id: int) -> None:
         """
-        Take the token that was chosen.
+        Advance by the sampled token.
 
-        :raises ConstraintError: it was not allowed.
+        :raises ConstraintError: the token is not allowed.
         """
         if token_id in self._end_ids and self.complete:
             self._end_taken = True
@@ -251,27 +256,27 @@ class Constraint:
             raise self._error()
 
     def rollback(self, count: int) -> None:
-        """Take the last ``count`` tokens back."""
+        """Undo the last ``count`` tokens."""
         if count and self._end_taken:
             self._end_taken, count = False, count - 1
         if count and not self._matcher.rollback(count):
             raise self._error()
 
     def reset(self) -> bool:
-        """Take all tokens back; False where the library's limits were met, for good."""
+        """Return to the initial state; False if the library can not, after exceeding a limit."""
         self._end_taken = False
         return bool(self._matcher.reset())
 
     def _error(self) -> ConstraintError:
         reason = ' '.join(self._matcher.get_error().split())
-        return ConstraintError(f'the constraint can not be kept any further: {reason}')
+        return ConstraintError(f'the constraint can not be enforced any further: {reason}')
 
 
 def configured(config: ConstraintConfig) -> Form | None:
     """
-    Give what the parameters ask of every answer, None where they ask for nothing.
+    Return the constraint that the parameters set, or None.
 
-    :raises ConstraintError: more than one is set, or a file can't be read.
+    :raises ConstraintError: more than one is set, or a file can not be read.
     """
     given = {name: value for name, value in vars(config).items() if value}
     if len(given) > 1:
@@ -289,17 +294,17 @@ def configured(config: ConstraintConfig) -> Form | None:
 
 
 def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the schema of a tool's arguments: an object, with no others than it names."""
+    """Complete the schema of a tool's arguments: an object without further properties."""
     closed = {} if _COMBINING & schema.keys() else {'additionalProperties': False}
     return {'type': 'object', **closed, **schema}
 
 
 def check_schema(schema: Any, name: str) -> None:
     """
-    Refuse a JSON Schema that asks for what is not enforced.
+    Refuse a JSON Schema with keywords that are not enforced.
 
-    :param name: where the schema stands, for the message.
-    :raises ConstraintError: naming the keyword and its place.
+    :param name: path of the schema in the request, for the message.
+    :raises ConstraintError: a keyword is not enforced; the message names it and its path.
     """
     if not isinstance(schema, Mapping):
         raise ConstraintError(f'{name} is {shown(schema)}: expected an object')
@@ -309,13 +314,14 @@ def check_schema(schema: Any, name: str) -> None:
         for keyword in each:
             if keyword not in ENFORCED | ANNOTATIONS:
                 raise ConstraintError(
-                    f'{place} has the keyword {shown(keyword)}, which is not enforced: leave it '
-                    f'out; enforced are {", ".join(sorted(ENFORCED))}')
-        found += _parts(each, place)
+                    f'{place} has the keyword {shown(keyword)}, which is not enforced: remove '
+                    f'it; enforced are {", ".join(sorted(ENFORCED))}')
+        found += _subschemas(each, place)
 
 
-def _parts(schema: Mapping[str, Any], place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Give the schemas directly in a schema, and where they stand."""
+def _subschemas(schema: Mapping[str, Any],
+                place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the direct subschemas of a schema and their paths."""
     for keyword, value in schema.items():
         parts: list[tuple[str, Any]] = []
         if keyword in _BY_NAME and isinstance(value, Mapping):

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The node's own conversation: turns of a prompt and its answer, in the order they were asked.
+The conversation of the node: turns of prompts and answers, in order of acceptance.
 
-Every prompt opens a turn when it is accepted, so that one that is corrected before its answer was
-complete still stands before its correction. It knows nothing of tokens or engines.
+A prompt opens a turn when it is accepted. If a second prompt preempts the first, the first still
+precedes it in the conversation.
 """
 
 from dataclasses import dataclass
@@ -24,42 +24,42 @@ import threading
 
 from physai_decode.request import Message
 
-MAX_CHARACTERS = 16_000_000     # of the ended turns; no context holds as many
-TURN_CHARACTERS = 1000          # that a turn counts for beside its texts
+MAX_CHARACTERS = 16_000_000     # limit on ended turns, beyond any context
+TURN_CHARACTERS = 1000          # overhead of a turn, in characters
 
 
 @dataclass(eq=False)
 class Turn:
-    """One prompt, and its answer once that has ended."""
+    """A prompt and, once complete, its answer."""
 
     prompt: str
     answer: str | None = None
-    tokens: int | None = None       # of both, about, once somebody has counted them
+    tokens: int | None = None       # estimate for both texts, once counted
 
     @property
     def characters(self) -> int:
-        """What it counts for in the conversation's bound."""
+        """The size of the turn, for the limit of the conversation."""
         return TURN_CHARACTERS + len(self.prompt) + len(self.answer or '')
 
 
 class Conversation:
-    """Keeps the turns, where it is asked to; may be used from any thread."""
+    """Keeps turns; thread-safe."""
 
     def __init__(self, system_prompt: str = '', keep: bool = True) -> None:
         """
         Begin with no turns.
 
-        :param system_prompt: the first message; empty for none.
-        :param keep: False: every prompt stands alone.
+        :param system_prompt: first message; empty for none.
+        :param keep: whether to keep turns; if False, every prompt stands alone.
         """
         self._system = [Message('system', system_prompt)] if system_prompt else []
         self._keep = keep
         self._lock = threading.Lock()
         self._turns: list[Turn] = []
-        self._lost = 0                  # turns that are gone and nobody was told of
+        self._unreported = 0            # turns that were dropped since the last `before`
 
     def open(self, prompt: str) -> Turn:
-        """Add a turn that has no answer yet."""
+        """Add a turn without an answer."""
         turn = Turn(prompt)
         if self._keep:
             with self._lock:
@@ -68,10 +68,11 @@ class Conversation:
 
     def close(self, turn: Turn, answer: str | None) -> None:
         """
-        End a turn with its answer; None takes it out of the conversation.
+        End a turn with its answer; None removes the turn.
 
-        Turns that were preempted while they waited were never measured by the model. So that they
-        can't fill the memory, the oldest ended turns go beyond `MAX_CHARACTERS`.
+        Beyond `MAX_CHARACTERS`, the oldest ended turns are dropped. Turns that were preempted
+        while they waited never reach the limit of the context, and could otherwise fill the
+        memory.
         """
         turn.answer = answer
         with self._lock:
@@ -80,43 +81,43 @@ class Conversation:
                 return
             ended = [each for each in self._turns if each.answer is not None]
             surplus = sum(each.characters for each in ended) - MAX_CHARACTERS
-            gone: set[Turn] = set()
+            dropped: set[Turn] = set()
             while surplus > 0:
-                oldest = ended[len(gone)]
+                oldest = ended[len(dropped)]
                 surplus -= oldest.characters
-                gone.add(oldest)
-            if gone:
-                self._turns = [each for each in self._turns if each not in gone]
-                self._lost += len(gone)
+                dropped.add(oldest)
+            if dropped:
+                self._turns = [each for each in self._turns if each not in dropped]
+                self._unreported += len(dropped)
 
     def before(self, turn: Turn) -> tuple[list[Turn], int]:
         """
-        Give the ended turns that stand before a turn; none if that was forgotten.
+        Return the ended turns before a turn; none if the turn was forgotten.
 
-        :returns: also how many have gone since the last call, as `close` says.
+        :returns: the turns, and the number of turns that `close` dropped since the last call.
         """
         with self._lock:
-            lost, self._lost = self._lost, 0
+            dropped, self._unreported = self._unreported, 0
             if turn not in self._turns:
-                return [], lost
-            place = self._turns.index(turn)
-            return [each for each in self._turns[:place] if each.answer is not None], lost
+                return [], dropped
+            index = self._turns.index(turn)
+            return [each for each in self._turns[:index] if each.answer is not None], dropped
 
     def messages(self, turns: list[Turn], prompt: str) -> list[Message]:
-        """Give what the model is to read for a prompt after these turns."""
-        said = list(self._system)
+        """Return the messages for a prompt that follows these turns."""
+        messages = list(self._system)
         for turn in turns:
-            said += [Message('user', turn.prompt), Message('assistant', turn.answer or '')]
-        return [*said, Message('user', prompt)]
+            messages += [Message('user', turn.prompt), Message('assistant', turn.answer or '')]
+        return [*messages, Message('user', prompt)]
 
     def drop(self, turns: list[Turn]) -> None:
-        """Take turns out."""
-        gone = set(turns)
+        """Remove turns."""
+        dropped = set(turns)
         with self._lock:
-            self._turns = [each for each in self._turns if each not in gone]
+            self._turns = [each for each in self._turns if each not in dropped]
 
     def forget(self) -> int:
-        """Take all turns out, also open ones; give how many had ended."""
+        """Remove all turns, including open ones; return how many had ended."""
         with self._lock:
-            turns, self._turns, self._lost = self._turns, [], 0
+            turns, self._turns, self._unreported = self._turns, [], 0
         return sum(turn.answer is not None for turn in turns)

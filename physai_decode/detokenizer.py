@@ -12,56 +12,51 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-Token ids to text, one by one: characters whole, and stop texts found.
-
-It works on a tokenizer that is passed in and knows nothing of engines.
-"""
+"""Convert token ids to text one by one, with complete characters, and find stop texts."""
 
 from collections.abc import Sequence
 from typing import Any
 
-_UNKNOWN = '\ufffd'     # what a decoder gives for bytes that are no character, or not yet
-_WINDOW_TOKENS = 16     # a character, or what a tokenizer makes of bytes that are none, is shorter
+_UNKNOWN = '\ufffd'     # a decoder writes this for an invalid or incomplete character
+_WINDOW_TOKENS = 16     # more than the tokens of any character
 
 
 class Detokenizer:
     """
-    One answer's ids to pieces of text, never splitting a character.
+    Converts the ids of one answer to pieces of text and never splits a character.
 
-    The pieces joined are what the tokenizer makes of all ids at once without special tokens, up to
-    the first stop text. (Of bytes that are no UTF-8 at all, a tokenizer that falls back to bytes
-    makes unknown characters by the run; there the number of these can differ.) The work for a
-    token does not grow with the answer.
+    The joined pieces equal the text that the tokenizer decodes from all ids at once, without
+    special tokens, up to the first stop text. Only for invalid UTF-8 can the number of U+FFFD
+    differ. The time per token does not grow with the answer.
     """
 
     def __init__(self, backend: Any, special_ids: frozenset[int], stop: Sequence[str]) -> None:
         """
         Begin an answer.
 
-        :param backend: what decodes, a ``tokenizers.Tokenizer``.
-        :param special_ids: ids that are no text.
-        :param stop: texts that end the answer and are not part of it; empty ones do nothing.
+        :param backend: a ``tokenizers.Tokenizer``.
+        :param special_ids: ids to leave out of the text.
+        :param stop: texts that end the answer and do not belong to it; empty ones are ignored.
         """
-        self.stopped = False            # a stop text was met; the pieces so far are the answer
+        self.stopped = False            # a stop text matched; the pieces so far are the answer
         self._backend = backend
         self._special_ids = special_ids
         self._stop = tuple(text for text in stop if text)
-        self._window: list[int] = []    # the last complete group of ids, then the open one
-        self._open = 0                  # where in the window the open group begins
-        self._done = ''                 # the part of the window's text that has been given out
-        self._held = ''                 # text that may be the beginning of a stop text
+        self._window: list[int] = []    # the last complete group of ids, then the open group
+        self._open = 0                  # start of the open group in the window
+        self._done = ''                 # text of the window that was already returned
+        self._held = ''                 # text that may begin a stop text
 
     @property
     def held(self) -> bool:
-        """Tell whether there is text that ``push`` or ``flush`` has yet to give."""
+        """Whether text is held back."""
         return bool(self._held) or len(self._window) > self._open
 
     def push(self, token_id: int) -> str:
-        """Take one token id and give the text that it completed, perhaps none."""
+        """Add a token id and return the text that it completes, which may be empty."""
         if self.stopped or token_id in self._special_ids:
             return ''
-        if self._backend.id_to_token(token_id) is None:     # a model can have more ids than texts
+        if self._backend.id_to_token(token_id) is None:     # beyond the tokenizer's ids
             return ''
         self._window.append(token_id)
         text = self._decode(self._window)
@@ -70,8 +65,8 @@ class Detokenizer:
             ready = text if complete else text[:-1]
         else:
             ready = text.rstrip(_UNKNOWN)
-        # A tokenizer that falls back to bytes makes a whole run of them unknown while its last
-        # character is not complete; what was given out is then longer than what is ready.
+        # With byte fallback, a whole run of bytes decodes to U+FFFD until its last character is
+        # complete. The returned text is then longer than the ready text.
         piece = ready[len(self._done):]
         if complete and piece:
             self._window, self._open = self._window[self._open:], 0
@@ -87,7 +82,7 @@ class Detokenizer:
         return self._until_stop(piece)
 
     def flush(self) -> str:
-        """Give what is still held back, at the end of the answer."""
+        """Return the text that is still held back, at the end of the answer."""
         if self.stopped:
             return ''
         piece = self._until_stop(self._decode(self._window)[len(self._done):])
@@ -99,7 +94,7 @@ class Detokenizer:
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def _until_stop(self, piece: str) -> str:
-        """Give the text up to a stop text, but for an end that may be the beginning of one."""
+        """Return the text up to a stop text, and hold back an end that may begin one."""
         if not self._stop:
             return piece
         text = self._held + piece
@@ -113,7 +108,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Give the length of the longest end of text that is a beginning of stop, but not all."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

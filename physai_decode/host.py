@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-One model from load to unload, and the one place where every door hands in its requests.
+The host: it loads, starts, stops and unloads one model, and accepts all requests.
 
-A host takes a request in any state: where no model is loaded or started, the request is refused
-with the reason. It knows nothing of ROS or torch.
+ROS and HTTP submit requests in any state. If no model is active, the host refuses them with the
+reason. It depends on neither ROS nor torch.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ from physai_decode.engines import openai
 from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
-from physai_decode.request_queue import tell_end
+from physai_decode.request_queue import notify_end
 from physai_decode.roofline import at_clock
 from physai_decode.roofline import observed_peak
 from physai_decode.roofline import Peak
@@ -63,31 +63,31 @@ from physai_decode.worker import Busy
 from physai_decode.worker import Sink
 from physai_decode.worker import Worker
 
-GAP_TIMEOUT_S = 60.0            # a measurement that takes longer is given up
+GAP_TIMEOUT_S = 60.0            # limit on a measurement
 COUNTS = ('requests', 'tokens', 'refusals', 'fallbacks')
 
 
 class Loaded(NamedTuple):
-    """What a load brings: an engine with its text, or a server, or both."""
+    """A loaded model: an engine with its tokenizer, a server, or both."""
 
     engine: Engine | None
     text: TextProcess | None
     peak: Peak
-    facts: Mapping[str, str] = MappingProxyType({})     # of ~/model_info, beside the engine's
-    sampling: Mapping[str, Any] = MappingProxyType({})  # what its makers draw tokens with
-    form: Form | None = None        # what every answer has to look like
+    facts: Mapping[str, str] = MappingProxyType({})     # for ~/model_info
+    sampling: Mapping[str, Any] = MappingProxyType({})  # from generation_config.json
+    form: Form | None = None        # constraint on every answer
     server: openai.Server | None = None
 
     @property
     def footprint(self) -> Footprint:
-        """Of what answers as long as nothing fails."""
-        runs = self.server or self.engine
-        assert runs is not None
-        return runs.footprint
+        """The footprint of the server, or else of the engine."""
+        model = self.server or self.engine
+        assert model is not None
+        return model.footprint
 
     @property
     def device_footprint(self) -> Footprint:
-        """Of what runs on a device of this machine, where anything does."""
+        """The footprint of the engine, or else of the server."""
         return self.footprint if self.engine is None else self.engine.footprint
 
 
@@ -96,12 +96,12 @@ Load = Callable[[DecodeConfig, Callable[[str], None]], Loaded]
 
 def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """
-    Load the model that the settings name, all of it or nothing.
+    Load the model that the settings name; after an error, nothing stays loaded.
 
-    :param progress: called with a line of text now and then.
-    :raises EngineError: it can't be had; the message says why and what to do.
-    :raises TextError: its tokenizer can't, or what every answer has to look like can't be kept.
-    :raises ConfigError: the server's address, or its key, can't be used.
+    :param progress: called with a line of text at each step.
+    :raises EngineError: the model can not be loaded; the message says why and what to do.
+    :raises TextError: the tokenizer can not be loaded, or the constraint can not be compiled.
+    :raises ConfigError: the server's address or key is invalid.
     """
     if config.engine.name == openai.NAME:
         return _load_server(config, progress)
@@ -113,14 +113,14 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         undo.callback(text.close)
         plain = [str(id_) for id_ in model.eos_token_ids if id_ not in text.end_ids]
         if plain:
-            progress(f'no end of an answer: {", ".join(plain)}, which eos_token_id names and '
-                     'tokenizer.json does not list under added_tokens')
+            progress(f'ignoring {", ".join(plain)} in eos_token_id: not in the added_tokens of '
+                     'tokenizer.json')
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
-        engine = engines.build(model, _beside(config), progress)
+        engine = engines.build(model, _engine_config(config), progress)
         undo.callback(engine.close)
-        progress('finding the peak bandwidth of the memory')
+        progress('finding the peak memory bandwidth')
         peak = find_engine_peak(engine.footprint, config)
         form = configured(config.constraint)
         if form is not None:
@@ -133,7 +133,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
 
 
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
-    """Take a server, which need not answer yet, and load the engine that stands in for it."""
+    """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
     path, facts = config.remote.fallback, {'engine_reason': 'engine.name says so'}
     if path:
@@ -143,67 +143,67 @@ def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loade
         facts['fallback'] = f'{path}: {shape.engine}, {shape.dtype}, {shape.device}'
     else:
         loaded = Loaded(None, None, Peak(None, 'unknown'), form=configured(config.constraint))
-    progress(f'looking at {server.address}')
-    problem = server.look()
+    progress(f'asking {server.address} for its models')
+    problem = server.probe()
     progress(f'the server is not ready: {problem}' if problem else
              f'{server.address} has {server.model}')
     return loaded._replace(server=server, facts=facts)
 
 
-def _beside(config: DecodeConfig) -> EngineConfig:
-    """Give the engine's settings, with no more threads than the decode thread has cores."""
+def _engine_config(config: DecodeConfig) -> EngineConfig:
+    """Return the engine's settings, with one compute thread per core of the decode thread."""
     cores = len(config.realtime.cpu_affinity)
     engine = config.engine
     return replace(engine, cpu_threads=cores) if cores and not engine.cpu_threads else engine
 
 
 def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[str, str]:
-    """Say what was decided by the folder, and could have been decided otherwise."""
+    """Describe the choices that follow from the model folder."""
     ends = text.named(model.eos_token_ids)
-    offered = ' '.join(f'{name}={value}' for name, value in model.sampling.items()) or 'none'
+    settings = ' '.join(f'{name}={value}' for name, value in model.sampling.items())
     return {'engine_reason': engines.choose(model, config.engine).reason,
             'chat_template': text.template,
             'tool_form': f'{text.manner.form or "none"}: {text.manner.reason}',
             'thought_markers': f'{text.manner.opens} {text.manner.closes}'.strip() or 'none',
             'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
-            'checkpoint_sampling': offered}
+            'checkpoint_sampling': settings or 'none'}
 
 
 class Host:
     """
     Loads, starts, stops and unloads one model.
 
-    ``load``, ``start``, ``stop`` and ``unload`` are called one at a time, in any thread;
-    everything else may be used from any thread meanwhile.
+    ``load``, ``start``, ``stop`` and ``unload`` must not run at the same time, but may run in any
+    thread. Everything else is thread-safe.
     """
 
     def __init__(self, sink: Sink, load: Load = load) -> None:
         """
-        Have nothing loaded.
+        Create a host without a model.
 
-        :param sink: hears of every request, also of those that are refused here.
+        :param sink: receives the reports of all requests, including refused ones.
         """
-        self._sink, self._load = _Counting(sink), load
-        self.config = DecodeConfig()                # what runs
+        self._sink, self._load = _CountingSink(sink), load
+        self.config = DecodeConfig()                # of the loaded model
         self.loaded: Loaded | None = None
-        self.telemetry: Telemetry | None = None     # likewise
-        self.peak: Peak | None = None               # of what is loaded, as it was found last
+        self.telemetry: Telemetry | None = None     # of the loaded model
+        self.peak: Peak | None = None               # of the loaded model, the latest value
         self.worker: Worker | None = None           # from start until its thread has ended
-        self.loading = ''                           # how far a load is; empty: none
+        self.loading = ''                           # current step of a load; empty if none runs
         self.failure = ''                           # why the last load failed
-        self.closed = False                         # no model will be loaded any more
-        self._numbers = count(1)                    # of requests, also of those refused here
-        self._counting = threading.Lock()           # held while a request is counted
-        self._before = dict.fromkeys(COUNTS, 0)     # not of this worker
+        self.closed = False                         # no further model will be loaded
+        self._numbers = count(1)                    # request numbers, including refused requests
+        self._counting = threading.Lock()           # guards _earlier and changes of worker
+        self._earlier = dict.fromkeys(COUNTS, 0)    # counts without those of the current worker
 
     def load(self, config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         """
         Load the model that the settings name.
 
-        :param progress: gets each step of it; what it raises ends the load.
-        :raises Exception: whatever ended it, and then nothing is loaded.
+        :param progress: called with each step; its exceptions end the load.
+        :raises Exception: the load failed; nothing is loaded then.
         """
-        def tell(text: str) -> None:
+        def report(text: str) -> None:
             self.loading = text
             progress(text)
 
@@ -212,9 +212,9 @@ class Host:
             self.config = config
             if not config.model.path and config.engine.name != openai.NAME:
                 raise ConfigError(
-                    'model.path names no model: set it in the params file, or by -p '
-                    'model.path:=...; builtin:tiny_planner is the small model of the package')
-            self.loaded = self._load(config, tell)
+                    'model.path is empty: set it in the params file, or with '
+                    '-p model.path:=...; builtin:tiny_planner is the embedded model')
+            self.loaded = self._load(config, report)
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
             return self.loaded
@@ -226,7 +226,7 @@ class Host:
             self.loading = ''
 
     def unload(self) -> None:
-        """Free everything on the device."""
+        """Unload the model and free its memory."""
         loaded, telemetry = self.loaded, self.telemetry
         self.loaded = self.telemetry = self.peak = None
         if telemetry is not None:
@@ -239,7 +239,7 @@ class Host:
             give_back()
 
     def start(self, config: DecodeConfig) -> None:
-        """Take requests from now on."""
+        """Start to answer requests."""
         assert self.loaded is not None
         self.config = config
         with self._counting:
@@ -253,7 +253,7 @@ class Host:
             self.worker = worker
 
     def stop(self, timeout_s: float) -> bool:
-        """Cancel everything; False where the engine does not come back from its step in time."""
+        """Cancel all requests; return False if the engine does not return in time."""
         worker = self.worker
         if worker is None:
             return True
@@ -262,11 +262,11 @@ class Host:
         with self._counting:
             self.worker = None
             for name in COUNTS:
-                self._before[name] += getattr(worker, name)
+                self._earlier[name] += getattr(worker, name)
         return True
 
     def update(self, config: DecodeConfig) -> None:
-        """Take over what may change while it runs; `Worker.update` says when it holds."""
+        """Apply the settings that may change while active; see `Worker.update`."""
         self.config = replace(self.config, sampling=config.sampling, deadline=config.deadline,
                               pace=config.pace, thinking=config.thinking)
         worker = self.worker
@@ -275,9 +275,9 @@ class Host:
 
     def follow_peak(self, window: WindowReport) -> str:
         """
-        Find the peak again where steps have beaten it, or where a Jetson's memory clock changed.
+        Update the peak if steps exceeded it, or if the memory clock of a Jetson changed.
 
-        :return: what is to be said of it; empty for nothing.
+        :return: a warning if steps exceeded the peak, otherwise empty.
         """
         loaded, worker, peak, telemetry = self.loaded, self.worker, self.peak, self.telemetry
         if loaded is None or worker is None or peak is None or window.count < BEST_COUNT:
@@ -288,79 +288,80 @@ class Host:
         if found is None:
             return ''
         before, self.peak, worker.peak = worker.peak, found, found
-        return (f'the floor is found again: {window.count} steps read at '
+        return (f'the floor is updated: {window.count} steps read at '
                 f'{window.bandwidth_gb_s:.4g} GB/s, more than the peak of '
                 f'{(before.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({before.source}); if that is a '
                 'parameter, correct roofline.peak_bandwidth_gb_s')
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:
-        """Queue a request, or refuse it, and give its number; see `Worker.submit`."""
+        """Queue a request, or refuse it, and return its number; see `Worker.submit`."""
         with self._counting:
             worker = self.worker
             if worker is not None:
                 return worker.submit(request, received_s, listener)
-        return self.refuse(self.why_not(), request.client_id, listener, 'inactive')
+        return self.refuse(self.inactive_reason(), request.client_id, listener, 'inactive')
 
     def refuse(self, message: str, client_id: str = '', listener: Listener | None = None,
                kind: str = 'invalid') -> int:
         """
-        Refuse what came, such as one that is no request, and give its number.
+        Refuse a request, such as one that can not be parsed, and return its number.
 
-        :param kind: as that of a `Refusal`.
+        :param kind: see `Refusal`.
         """
         with self._counting:
             for name in ('requests', 'refusals'):
-                self._before[name] += 1
+                self._earlier[name] += 1
             number = next(self._numbers)
         report = RequestReport(number, 'rejected', message, client_id=client_id, refusal=kind)
-        tell_end((self._sink, listener), report, '')
+        notify_end((self._sink, listener), report, '')
         return number
 
     def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
-        """End requests and say what was done; see `Worker.cancel`."""
+        """End requests and return what was done; see `Worker.cancel`."""
         worker = self.worker
         return 'nothing running' if worker is None else worker.cancel(number, client_id, message)
 
     def reset(self) -> str:
-        """Forget the conversation and say what was forgotten."""
+        """Forget the conversation and return what was forgotten."""
         worker = self.worker
         return 'nothing to forget' if worker is None else worker.reset()
 
     def measure_gap(self, progress: Callable[[str], None]) -> gap.Gap:
         """
-        Time the decode step in two ways, between two requests.
+        Time the decode step in two ways, between two requests; see `gap`.
 
         :raises Busy: the engine is not free.
-        :raises EngineError: there is nothing to compare with, or it did not end in time.
+        :raises EngineError: the engine can not run the step in two ways, or timed out.
         """
         loaded, worker = self.loaded, self.worker
         if loaded is None or worker is None:
-            raise Busy(self.why_not())
+            raise Busy(self.inactive_reason())
         if loaded.engine is None or loaded.server is not None:
             raise EngineError("a server's step can not be timed from here: see itl_ms on "
-                              '~/token_stats, which has the network in it')
-        if worker.occupied:
-            raise Busy(worker.occupied)
-        with gap.rival(loaded.engine, self.config, progress) as other:
-            return worker.run(lambda loop, go_on: gap.measure(loop, other, worker.peak, go_on),
-                              GAP_TIMEOUT_S)
+                              '~/token_stats, which includes the network')
+        if worker.busy_reason:
+            raise Busy(worker.busy_reason)
+        with gap.baseline(loaded.engine, self.config, progress) as baseline:
+            return worker.run(
+                lambda loop, heartbeat: gap.measure(loop, baseline, worker.peak, heartbeat),
+                GAP_TIMEOUT_S)
 
     @property
     def counts(self) -> dict[str, int]:
         """Requests, tokens and refusals since the process began."""
         worker = self.worker
-        return {name: before + (0 if worker is None else getattr(worker, name))
-                for name, before in self._before.items()}
+        return {name: earlier + (0 if worker is None else getattr(worker, name))
+                for name, earlier in self._earlier.items()}
 
     @property
     def ends(self) -> dict[str, int]:
-        """Requests that ended since the process began, by their finish reasons."""
-        return self._sink.counted()
+        """Requests that ended since the process began, by finish reason."""
+        return self._sink.ends()
 
     @property
     def state(self) -> str:
-        """Tell the state: loading, inactive, failed, or the worker's."""
+        """The state: loading, inactive, failed, or that of the worker."""
         worker = self.worker
         if self.loading:
             return 'loading'
@@ -368,31 +369,31 @@ class Host:
             return worker.state
         return 'failed' if self.failure else 'inactive'
 
-    def why_not(self) -> str:
-        """Say why no request is taken where there is no worker, and what to do."""
+    def inactive_reason(self) -> str:
+        """Return why requests are refused while there is no worker, and what to do."""
         if self.loading:
             return f'the node is loading ({self.loading}): send it again when it is active'
         if self.failure:
-            return f'no model is loaded: {self.failure}; mend that, then configure and activate'
+            return f'no model is loaded: {self.failure}; fix this, then configure and activate'
         if self.closed:
             return 'the node is shut down: restart its process'
         return f'the node is inactive: {"" if self.loaded else "configure and "}activate it first'
 
 
-class _Counting:
-    """A sink that counts the ends, and passes all on."""
+class _CountingSink:
+    """Forwards reports to a sink and counts finish reasons."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self.accepted, self.token, self.item = sink.accepted, sink.token, sink.item
         self._ends: Counter[str] = Counter()
-        self._lock = threading.Lock()               # requests end in several threads
+        self._lock = threading.Lock()               # `finished` runs in several threads
 
     def finished(self, report: RequestReport, text: str) -> None:
         with self._lock:
             self._ends[report.finish_reason] += 1
         self._sink.finished(report, text)
 
-    def counted(self) -> dict[str, int]:
+    def ends(self) -> dict[str, int]:
         with self._lock:
             return dict(self._ends)

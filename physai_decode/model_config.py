@@ -13,12 +13,11 @@
 # limitations under the License.
 
 """
-What a config.json says of rotary positions, sliding windows, context and quantised weights.
+Read RoPE, sliding windows, context and quantisation from a config.json.
 
-The one place that knows the keys which versions of the transformers library and quantisers write,
-what is meant where they are missing, and what a number may be. It knows no files and no torch, and
-not what an engine runs. `check` looks at the sizes by which every engine allocates; another number
-is checked when it is asked for, so that what nobody uses may be anything.
+This module knows the keys that the versions of transformers and the quantisers write, their
+defaults, and the range of each number. `check` validates the sizes that every engine allocates by.
+Other numbers are validated when they are read, so that an unused one may have any value.
 """
 
 from collections.abc import Mapping
@@ -31,14 +30,14 @@ from typing import Any
 from physai_decode.config import check_value
 from physai_decode.config import SamplingConfig
 
-# The transformers library's, where a config that has a window does not name it; null is none.
+# Defaults of the transformers library for absent keys; a null window means none.
 SLIDING_WINDOW = 4096
 FIRST_WINDOW_LAYER = 28
 ROPE_THETA = 10000.0
 GPTQ_GROUP_SIZE = 128
 
-# Of each number the range: the least for a count, what it must exceed for a float, and the most,
-# several times what the largest models have.
+# The range of each number. The lower bound is inclusive for a count and exclusive for a float; the
+# upper bound is several times the value in the largest models.
 _LAYERS, _HEADS, _WIDTH, _VOCAB, _CONTEXT = (
     (1, 10**4), (1, 2**14), (1, 2**20), (1, 2**24), (16, 2**40))
 SIZES = {
@@ -65,12 +64,12 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 def check(config: Mapping[str, Any]) -> None:
     """
-    Hold the sizes of a model against what one can have.
+    Validate the sizes of a model.
 
-    A list has a number for each layer, and null leaves it to the family: both are for the engine
-    to judge.
+    A list has one number per layer, and null selects the default of the family; the engine
+    validates both.
 
-    :raises ValueError: naming the key.
+    :raises ValueError: a size is out of range; the message names the key.
     """
     for key in (*SIZES, 'rms_norm_eps'):
         if not isinstance(config.get(key), (list, type(None))):
@@ -79,26 +78,26 @@ def check(config: Mapping[str, Any]) -> None:
 
 def number(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
     """
-    Give a number of a config.
+    Read a number.
 
-    :param kind: int, or float, which an int will do for.
-    :raises ValueError: naming the key; it is not there, or no number of its range.
+    :param kind: int, or float, which accepts integers too.
+    :raises ValueError: the key is missing, or its value is out of range; the message names it.
     """
     if key not in config:
         raise ValueError(f'there is no {key}')
-    value, (least, most) = config[key], _RANGES[key]
-    if kind is int and (type(value) is not int or not least <= value <= most):
-        raise ValueError(f'{key} is {repr(value)}, not a whole number from {least} to {most}')
-    if kind is float and (type(value) not in (int, float) or not least < value <= most):
-        raise ValueError(f'{key} is {repr(value)}, not a number above {least:g}, up to {most:g}')
+    value, (low, high) = config[key], _RANGES[key]
+    if kind is int and (type(value) is not int or not low <= value <= high):
+        raise ValueError(f'{key} is {repr(value)}, not an integer from {low} to {high}')
+    if kind is float and (type(value) not in (int, float) or not low < value <= high):
+        raise ValueError(f'{key} is {repr(value)}, not a number above {low:g}, up to {high:g}')
     return value
 
 
 def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """
-    Give an object of a config; empty where it is missing or null.
+    Read a nested object; empty if it is missing or null.
 
-    :raises ValueError: naming the key; it is something else.
+    :raises ValueError: the value is not an object; the message names the key.
     """
     value = config.get(key)
     if not isinstance(value, (dict, type(None))):
@@ -108,24 +107,25 @@ def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
-    Give the ids that end an answer; none where the config does not say.
+    Read the ids that end an answer; empty if the config sets none.
 
-    :raises ValueError: they are no ids.
+    :raises ValueError: a value is not a token id.
     """
     value = config.get('eos_token_id')
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(each) is not int or each < 0 for each in ids):
-        raise ValueError(f'eos_token_id is {repr(value)}, no id of a token and no list of them')
+        raise ValueError(f'eos_token_id is {repr(value)}, not a token id or a list of token ids')
     return tuple(ids)
 
 
 def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    Give what a generation_config.json says of sampling, by the names of the node's settings.
+    Read the sampling settings of a generation_config.json, by field of `SamplingConfig`.
 
-    Its temperature and the like are for ``do_sample`` alone, without which it is greedy.
+    Temperature, top_k, top_p and min_p apply only with ``do_sample``; without it, the config is
+    greedy.
 
-    :raises ValueError: one of them is no number that the setting can have.
+    :raises ValueError: a value is out of the range of its setting.
     """
     names = ('repetition_penalty', *(
         ('temperature', 'top_k', 'top_p', 'min_p') if config.get('do_sample') else ()))
@@ -136,29 +136,33 @@ def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """
-    Give how weights are made at random, for a folder that only describes them; else None.
+    Read how to create random weights, for a folder that only describes its weights; else None.
 
-    :raises ValueError: it is no object, or its seed no number of 63 bits.
+    :raises ValueError: the value is not an object, or its seed is out of range.
     """
     key = 'physai_decode_random_weights'
     if config.get(key) is None:
         return None
     seed = part(config, key).get('seed', 0)
     if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f'{key} has the seed {repr(seed)}, not a number from 0 to 2**63 - 1')
+        raise ValueError(f'{key} has the seed {repr(seed)}, not an integer from 0 to 2**63 - 1')
     return part(config, key)
 
 
 class Rope:
     """
-    Rotary positions (Su et al. 2021) and their extensions.
+    Rotary position embeddings (Su et al. 2021) and their extensions.
 
-    Each number is a property, which raises ValueError where the config has no such number. Those
-    that belong to another kind than the config's are not to be asked for.
+    A property raises ValueError if the config lacks its number or has it out of range. Read only
+    the properties that belong to `kind`.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
-        """Take a language model's config."""
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """
+        Read the kind of RoPE.
+
+        :param config: of a language model.
+        """
         self._config = config
         self._rope = part(config, 'rope_parameters') or part(config, 'rope_scaling')
         self.kind: str = self._rope.get('rope_type') or self._rope.get('type') or 'default'
@@ -171,13 +175,13 @@ class Rope:
 
     @property
     def partial(self) -> float:
-        """Which part of each head turns; the rest is left as it is."""
+        """The fraction of each head that is rotated."""
         key = 'partial_rotary_factor'
         return number({key: self._rope.get(key, self._config.get(key, 1.0))}, key, float)
 
     @property
     def factor(self) -> float:
-        """By how much the context is stretched; else the two limits say it."""
+        """The factor that extends the context; by default, the ratio of the two context limits."""
         by_limits = {'yarn': ..., 'longrope': None}.get(self.kind, 0)
         if by_limits != 0 and self._rope.get('factor', by_limits) is None:
             return number(self._config, 'max_position_embeddings') / self.original_context
@@ -185,7 +189,7 @@ class Rope:
 
     @property
     def original_context(self) -> float:
-        """Tokens of context before that."""
+        """The context before the extension, in tokens."""
         key = 'original_max_position_embeddings'
         if self.kind in ('yarn', 'longrope') and not self._rope.get(key):
             return number(self._config, 'max_position_embeddings')
@@ -193,45 +197,45 @@ class Rope:
 
     @property
     def stretched_context(self) -> int:
-        """Tokens of context after that, where yarn names those before; else 0."""
+        """The context after the extension, in tokens; 0 unless yarn sets the original one."""
         named = self.kind == 'yarn' and self._rope.get('original_max_position_embeddings')
         return int(self.factor * self.original_context) if named else 0
 
     @property
     def low_freq_factor(self) -> float:
-        """Of llama3: waves of fewer turns in the original context are stretched."""
+        """Of llama3: frequencies with fewer turns in the original context are scaled."""
         return number(self._rope, 'low_freq_factor', float)
 
     @property
     def high_freq_factor(self) -> float:
-        """Of llama3: waves of more turns in the original context are kept."""
+        """Of llama3: frequencies with more turns in the original context are kept."""
         return number(self._rope, 'high_freq_factor', float)
 
     @property
     def beta_fast(self) -> float:
-        """Of yarn: turns in the original context from which on a wave is kept."""
-        return self._or('beta_fast', 32.0)
+        """Of yarn: frequencies with at least this many turns in the original context are kept."""
+        return self._optional('beta_fast', 32.0)
 
     @property
     def beta_slow(self) -> float:
-        """Of yarn: turns in the original context up to which a wave is stretched."""
-        return self._or('beta_slow', 1.0)
+        """Of yarn: frequencies with at most this many turns in the original context are scaled."""
+        return self._optional('beta_slow', 1.0)
 
     @property
     def truncate(self) -> bool:
-        """Of yarn: whether the two are rounded to whole dimensions."""
+        """Of yarn: whether the bounds of beta_fast and beta_slow are rounded to dimensions."""
         return bool(self._rope.get('truncate', True))
 
-    def by_wave(self, key: str, waves: int) -> tuple[float, ...]:
-        """Of longrope: ``short_factor`` or ``long_factor``, by which each wave is stretched."""
+    def by_wave(self, key: str, count: int) -> tuple[float, ...]:
+        """Of longrope: the scale of each frequency, from ``short_factor`` or ``long_factor``."""
         factors = self._rope.get(key)
-        if not isinstance(factors, list) or len(factors) != waves:
-            raise ValueError(f'{key} is {repr(factors)}, not a list of {waves} numbers')
+        if not isinstance(factors, list) or len(factors) != count:
+            raise ValueError(f'{key} is {repr(factors)}, not a list of {count} numbers')
         return tuple(number({'factor': each}, 'factor', float) for each in factors)
 
     @property
     def attention_factor(self) -> float:
-        """Of yarn and longrope: what cosine and sine are multiplied by."""
+        """Of yarn and longrope: the factor on cosine and sine."""
         if self._rope.get('attention_factor') is not None:
             return number(self._rope, 'attention_factor', float)
         if self.kind == 'longrope':
@@ -241,19 +245,19 @@ class Rope:
                 number(self._rope, 'mscale_all_dim', float))
         return self._magnitude(1.0)
 
-    def _magnitude(self, weight):
+    def _magnitude(self, weight: float) -> float:
         return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
-    def _or(self, key, default):
+    def _optional(self, key: str, default: float) -> float:
         return number(self._rope, key, float) if self._rope.get(key) else default
 
 
 def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """
-    Give for each layer how many tokens it sees back; 0: all.
+    Return the sliding window of each layer in tokens; 0 for the whole context.
 
-    :param config: of a llama, mistral, qwen2 or qwen3.
-    :raises ValueError: the config contradicts itself, or has no such numbers.
+    :param config: of a llama, mistral, qwen2 or qwen3 model.
+    :raises ValueError: the config contradicts itself, or a number is missing or out of range.
     """
     family = config['model_type']
     slides = family == 'mistral' or (family != 'llama' and config.get('use_sliding_window'))
@@ -272,27 +276,27 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 def windows_by_kind(kinds: Any, layers: int, window: int) -> tuple[int, ...]:
     """
-    Give for each layer how many tokens it sees back; 0: all.
+    Return the sliding window of each layer in tokens; 0 for the whole context.
 
-    :param kinds: what a config has as ``layer_types``.
-    :raises ValueError: it is no list of the kinds of so many layers.
+    :param kinds: ``layer_types`` of a config.
+    :raises ValueError: ``kinds`` is not a list of ``layers`` known types.
     """
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f'layer_types is {repr(kinds)}, not a list for {layers} layers')
     known = {'sliding_attention': window, 'full_attention': 0}
-    other = next((kind for kind in kinds if type(kind) is not str or kind not in known), None)
-    if other is not None:
-        raise ValueError(f'layer_types has {repr(other)}, none of {", ".join(known)}')
+    unknown = next((kind for kind in kinds if type(kind) is not str or kind not in known), None)
+    if unknown is not None:
+        raise ValueError(f'layer_types has {repr(unknown)}: allowed are {", ".join(known)}')
     return tuple(known[kind] for kind in kinds)
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
     """
-    Give the tokens of context that a model is made for; None where its config does not say.
+    Return the context that a model supports, in tokens; None if the config does not set it.
 
-    YaRN stretches the limit that ``max_position_embeddings`` gives.
+    YaRN extends the limit in ``max_position_embeddings``.
 
-    :raises ValueError: a key that says it has no number of its range.
+    :raises ValueError: the value is out of range.
     """
     rope = Rope(config)
     limit = next((number(config, key) for key in (
@@ -303,23 +307,24 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's weights are quantised; what an engine runs of it, the engine decides."""
+    """How the weights of a checkpoint are quantised; each engine decides what it supports."""
 
     name: str                   # gptq-int4-g128, bitsandbytes-nf4, ...
     method: str                 # gptq, awq, exl2, ...
-    bits: Any                   # as it is written; None where it is not
-    group_size: int             # columns that share a scale; -1: all; 0: none is named
-    layout: str                 # of gptq: gptq, gptq_v2, or another's name
-    settings: Mapping[str, Any]     # all that the config says of it
+    bits: Any                   # as in the config; None if absent
+    group_size: int             # columns that share a scale; -1: all; 0: not set
+    layout: str                 # of gptq: gptq, gptq_v2, or another name
+    settings: Mapping[str, Any]     # the whole quantization_config
 
 
 def quantization(config: Mapping[str, Any]) -> Quantization | None:
     """
-    Read how weights are quantised.
+    Read the quantisation of the weights.
 
-    :param config: all of config.json.
-    :returns: None where they are not.
-    :raises ValueError: it is no object, or GPTQ's group size is neither -1 nor a whole number.
+    :param config: the whole config.json.
+    :returns: None if the weights are not quantised.
+    :raises ValueError: quantization_config is not an object, or the group_size of GPTQ is neither
+        -1 nor a positive integer.
     """
     found = part(config, 'quantization_config')
     if not found:
@@ -340,14 +345,14 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
         settings=found)
 
 
-def _shared(found, key):
-    """Give a setting of weights that all of compressed-tensors' groups share, else None."""
+def _shared(found: Mapping[str, Any], key: str) -> Any:
+    """Return a setting that all groups of compressed-tensors share, else None."""
     groups = part(found, 'config_groups')
     values = [part(part(groups, name), 'weights').get(key) for name in groups]
     return values[0] if values and values.count(values[0]) == len(values) else None
 
 
-def _quantization_name(found, method, bits, size):
+def _quantization_name(found: Mapping[str, Any], method: str, bits: Any, size: Any) -> str:
     if method == 'bitsandbytes':
         four_bit = found.get('load_in_4bit') or found.get('_load_in_4bit')
         return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'

@@ -13,19 +13,19 @@
 # limitations under the License.
 
 """
-Files of data, opened so that nothing that lies in their place can hang the reader or fill memory.
+Open data files so that no FIFO can block the reader and no device can fill the memory.
 
-A FIFO blocks whoever opens it, and a device such as ``/dev/zero`` has no end. So a path is opened
-without waiting, and what was opened is looked at: nobody can put something else there in between.
-Links are followed, as caches of models are made of them.
+Opening a FIFO blocks, and a device such as ``/dev/zero`` has no end. A path is therefore opened
+without blocking, and the type of the open file is checked, so that it can not be swapped between
+check and read. Symbolic links are followed, because model caches consist of them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 import os
 from pathlib import Path
 import stat
-from typing import BinaryIO
 
 from physai_decode.engine import EngineError
 
@@ -35,23 +35,23 @@ _KINDS = {stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a dev
 
 def check(path: Path, most_bytes: int | None = None) -> None:
     """
-    Look at a path without opening it, for a reader that opens it later by itself.
+    Check a path without opening it, for a library that opens it later by itself.
 
-    :param most_bytes: None: of any size.
-    :raises EngineError: it is no regular file, or larger.
-    :raises OSError: it can't be looked at.
+    :param most_bytes: size limit; None for no limit.
+    :raises EngineError: the path is not a regular file, or the file is larger.
+    :raises OSError: the path can not be accessed.
     """
     _check(path, path.stat(), most_bytes)
 
 
 @contextmanager
-def opened(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO]:
+def opened(path: Path, most_bytes: int | None = None) -> Iterator[BufferedReader]:
     """
-    Open a regular file to read it.
+    Open a regular file for reading.
 
-    :param most_bytes: None: of any size.
-    :raises EngineError: it is no regular file, or larger.
-    :raises OSError: it can't be opened.
+    :param most_bytes: size limit; None for no limit.
+    :raises EngineError: the path is not a regular file, or the file is larger.
+    :raises OSError: the file can not be opened.
     """
     with open(path, 'rb', opener=_open) as file:
         _check(path, os.fstat(file.fileno()), most_bytes)
@@ -62,21 +62,21 @@ def read(path: Path, most_bytes: int) -> bytes:
     """
     Read a regular file.
 
-    :raises EngineError: it is no regular file, or larger than ``most_bytes``.
-    :raises OSError: it can't be read.
+    :raises EngineError: the path is not a regular file, or larger than ``most_bytes``.
+    :raises OSError: the file can not be read.
     """
     with opened(path, most_bytes) as file:
         content = file.read(most_bytes + 1)
-        if len(content) > most_bytes:       # it grew
+        if len(content) > most_bytes:       # the file grew since the check
             raise _too_large(path, len(content), most_bytes)
         return content
 
 
-def _open(path, flags):
+def _open(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
-def _check(path, status, most_bytes):
+def _check(path: Path, status: os.stat_result, most_bytes: int | None) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), 'something else')
         raise EngineError(f'{path} is {kind}, not a regular file: remove it, and copy or download '
@@ -85,6 +85,6 @@ def _check(path, status, most_bytes):
         raise _too_large(path, status.st_size, most_bytes)
 
 
-def _too_large(path, size, most_bytes):
-    return EngineError(f'{path} has {size} bytes, and no file of its kind more than {most_bytes}: '
+def _too_large(path: Path, size: int, most_bytes: int) -> EngineError:
+    return EngineError(f'{path} has {size} bytes: at most {most_bytes} are allowed for this file; '
                        'copy or download the model again')

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-One request, the same from every door to the engine: identity, prompt or messages, and options.
+A request: identity, prompt or messages, and options.
 
-The field names of its JSON form are those of OpenAI's chat completions, and vLLM's where OpenAI
-has none. It knows neither ROS nor torch, nor who sends it.
+The field names of its JSON form follow OpenAI's chat completions, and vLLM's where OpenAI has
+none. ROS and HTTP share this form.
 """
 
 from collections import Counter
@@ -44,11 +44,11 @@ from physai_decode.config import ThinkingConfig
 MAX_ID_CHARACTERS = 128
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS = 64
-MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text among them
-MAX_TEMPLATE_NUMBER = 2**53         # either side of 0
+MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text
+MAX_TEMPLATE_NUMBER = 2**53         # of the absolute value
 ROLES = ('system', 'user', 'assistant', 'tool')
 MAX_TOOLS = 128
-# JSON name: field of the settings that the option replaces for one request.
+# JSON name to the field of the settings that the option overrides.
 SAMPLING = {{'max_new_tokens': 'max_tokens'}.get(spec.name, spec.name): spec
             for spec in fields(SamplingConfig) if spec.name != 'from_checkpoint'}
 DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
@@ -56,34 +56,38 @@ DEADLINE = {spec.name: spec for spec in fields(DeadlineConfig)
 PACE = {spec.name: spec for spec in fields(PaceConfig)}
 THINKING = {spec.name: spec for spec in fields(ThinkingConfig)}
 JSON_NAMES = {spec.name: name for name, spec in SAMPLING.items()}
-# Fields of a message beside role and content.
+# Fields of a message besides role and content.
 _OF_ROLE: dict[str, tuple[str, ...]] = {
     'assistant': ('tool_calls', 'reasoning_content'), 'tool': ('tool_call_id', 'name')}
 _FUNCTION_FIELDS = {'name': str, 'description': str, 'parameters': dict, 'strict': bool}
 _FUNCTION_NAME = re.compile(r'[A-Za-z0-9_.-]{1,64}')
-# Fields of a response_format's json_schema that are read; strict changes nothing: it always is.
+# Fields of response_format.json_schema. "strict" has no effect: a schema is always enforced.
 _SCHEMA_FIELDS = {'name': str, 'description': str, 'schema': dict, 'strict': bool}
 _STRUCTURES = {'regex': str, 'choice': list, 'grammar': str}
 
 
 class RequestError(ValueError):
-    """A request is wrong; the message names the field, its value and what is allowed."""
+    """A request is invalid; the message names the field, its value and what is allowed."""
 
     def __init__(self, message: str, client_id: str = '') -> None:
-        """Keep the client's id, where it could be read, so that the refusal can name it."""
+        """
+        Create an error.
+
+        :param client_id: id of the request, for the refusal; empty if it could not be read.
+        """
         super().__init__(message)
         self.client_id = client_id
 
 
 class Call(NamedTuple):
-    """One call of a tool by the model."""
+    """A tool call of the model."""
 
     id: str
     name: str
     arguments: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Give it as OpenAI writes it: the arguments are JSON in a string."""
+        """Return OpenAI's form, in which the arguments are JSON in a string."""
         return {'id': self.id, 'type': 'function', 'function': {
             'name': self.name, 'arguments': json.dumps(self.arguments, ensure_ascii=False)}}
 
@@ -95,42 +99,42 @@ class Message(NamedTuple):
     content: str
     tool_calls: tuple[Call, ...] = ()
     reasoning_content: str = ''
-    tool_call_id: str = ''          # of the call whose result this is
-    name: str = ''                  # of the tool whose result this is
+    tool_call_id: str = ''          # of a result: the id of its call
+    name: str = ''                  # of a result: the name of the tool
 
     def to_json(self) -> dict[str, Any]:
-        """Give the JSON form, without what is empty."""
-        given = {name: value for name, value in self._asdict().items() if value}
+        """Return the JSON form without empty fields."""
+        fields = {name: value for name, value in self._asdict().items() if value}
         if self.tool_calls:
-            given['tool_calls'] = [call.to_json() for call in self.tool_calls]
-        return {'role': self.role, 'content': self.content, **given}
+            fields['tool_calls'] = [call.to_json() for call in self.tool_calls]
+        return {'role': self.role, 'content': self.content, **fields}
 
 
 class Form(NamedTuple):
-    """What an answer has to look like."""
+    """A constraint on the form of an answer."""
 
     kind: str                       # json_schema, regex, choice, grammar, calls
-    content: Any                    # the schema, the texts to choose from, a text, or `Calls`
-    name: str                       # of the field or the parameter that has it, for messages
+    content: Any                    # a schema, a text, a list of choices, or `Calls`
+    name: str                       # the field or parameter that sets it, for messages
 
 
 class Calls(NamedTuple):
-    """The calls that an answer has to be."""
+    """Tool calls that an answer has to consist of."""
 
-    form: str                       # one of `physai_decode.tool_forms.FORMS`
+    form: str                       # a key of `physai_decode.tool_forms.FORMS`
     tools: tuple[Mapping[str, Any], ...]
-    single: bool                    # one call; otherwise one or more
+    single: bool                    # exactly one call; otherwise one or more
 
 
 class Refusal(NamedTuple):
-    """Why a request is not taken."""
+    """Why a request is refused."""
 
-    kind: str                       # invalid; too_large; full: send it later; inactive: no model
+    kind: str                       # invalid, too_large, full (retry later), inactive (no model)
     message: str
 
 
 class Cancel(NamedTuple):
-    """What ends the requests of this client id."""
+    """A message that cancels the request with this id."""
 
     client_id: str
 
@@ -138,35 +142,36 @@ class Cancel(NamedTuple):
 @dataclass(frozen=True)
 class Request:
     """
-    What a client asks for.
+    A client's request.
 
-    A request has a ``prompt``, which is a turn of the node's own conversation, ``messages``, the
-    client's own conversation, or a ``raw_prompt``, which belongs to none and is read without the
-    chat template. Options that are absent keep the node's parameter.
+    It has a ``prompt``, which is a turn of the node's conversation; or ``messages``, a
+    conversation that the client keeps; or a ``raw_prompt``, which bypasses conversation and chat
+    template. An absent option keeps the node's parameter.
     """
 
     prompt: str = ''
     raw_prompt: str = ''
-    client_id: str = ''             # the client's own name for it, empty where it gave none
+    client_id: str = ''             # the client's id of the request; empty for none
     messages: tuple[Message, ...] = ()
-    sampling: Mapping[str, Any] = field(default_factory=dict)   # by SamplingConfig's fields
-    deadline: Mapping[str, Any] = field(default_factory=dict)   # by DeadlineConfig's fields
-    pace: Mapping[str, Any] = field(default_factory=dict)       # by PaceConfig's fields
+    sampling: Mapping[str, Any] = field(default_factory=dict)   # by field of SamplingConfig
+    deadline: Mapping[str, Any] = field(default_factory=dict)   # by field of DeadlineConfig
+    pace: Mapping[str, Any] = field(default_factory=dict)       # by field of PaceConfig
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_format: Mapping[str, Any] = field(default_factory=dict)
     structured_outputs: Mapping[str, Any] = field(default_factory=dict)
-    thinking: Mapping[str, Any] = field(default_factory=dict)   # by ThinkingConfig's fields
-    tools: tuple[Mapping[str, Any], ...] = ()                   # functions, as OpenAI has them
-    tool_choice: str | Mapping[str, Any] = ''       # empty: no tools, or auto
-    parallel_tool_calls: bool = True                # else an answer has one call at most
+    thinking: Mapping[str, Any] = field(default_factory=dict)   # by field of ThinkingConfig
+    tools: tuple[Mapping[str, Any], ...] = ()                   # in OpenAI's form
+    tool_choice: str | Mapping[str, Any] = ''       # empty: auto
+    parallel_tool_calls: bool = True                # False: at most one call per answer
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> 'Request':
         """
-        Read the JSON form.
+        Create a request from its JSON form.
 
-        :param value: the object, already parsed.
-        :raises RequestError: naming the first field that is wrong, its value and what is allowed.
+        :param value: the parsed object.
+        :raises RequestError: a field is invalid; the message names the first such field, its value
+            and what is allowed.
         """
         value = _given(value)
         client_id = _client_id(value)
@@ -176,7 +181,7 @@ class Request:
             raise RequestError(str(error), client_id) from None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the JSON form, which `from_json` reads."""
+        """Return the JSON form that `from_json` reads."""
         value: dict[str, Any] = {'id': self.client_id} if self.client_id else {}
         if self.messages:
             value['messages'] = [message.to_json() for message in self.messages]
@@ -193,12 +198,12 @@ class Request:
 
     @property
     def is_free(self) -> bool:
-        """Whether the request asks for text that has no form, whatever the node's parameters."""
+        """Whether the request asks for free text, even if the node's parameters constrain it."""
         return self.response_format.get('type') == 'text' and not self.structured_outputs
 
     @property
     def form(self) -> Form | None:
-        """What the request itself asks of its answer, None where it asks for nothing."""
+        """The constraint that the request sets, or None."""
         for kind, content in self.structured_outputs.items():
             return Form(kind, content, f'structured_outputs.{kind}')
         if self.response_format.get('type') == 'json_object':
@@ -210,12 +215,12 @@ class Request:
 
     @property
     def offered(self) -> tuple[Mapping[str, Any], ...]:
-        """The tools that the model is told of."""
+        """The tools that the model may call."""
         return () if self.tool_choice == 'none' else self.tools
 
     @property
     def forced(self) -> tuple[Mapping[str, Any], ...]:
-        """The tools of which the answer has to be a call; none where it may be text."""
+        """The tools that the answer has to call; empty if it may be text."""
         if isinstance(self.tool_choice, Mapping):
             name = self.tool_choice['function']['name']
             return tuple(tool for tool in self.tools if tool['function']['name'] == name)
@@ -223,21 +228,21 @@ class Request:
 
     @property
     def text(self) -> str:
-        """Everything the client wrote but the tools; its length bounds the request's."""
+        """All texts of the request except for the tools."""
         return self.prompt or self.raw_prompt or '\n'.join(map(_text_of, self.messages))
 
     @cached_property
     def size(self) -> int:
-        """Bytes of `text` in UTF-8, and of the tools."""
+        """The size of `text` in UTF-8 and of the tools, in bytes."""
         tools = json.dumps(self.tools) if self.tools else ''
         return len(self.text.encode(errors='surrogatepass')) + len(tools)
 
 
 def parse(text: str) -> Request | Cancel:
     """
-    Read what came on ``~/request``: a request, or ``{"id": ..., "cancel": true}``.
+    Parse a message of ``~/request``: a request, or ``{"id": ..., "cancel": true}``.
 
-    :raises RequestError: it is no JSON object, or a field of it is wrong.
+    :raises RequestError: the message is not a JSON object, or a field is invalid.
     """
     value = parse_value(text, 'the request')
     if not isinstance(value, dict):
@@ -247,8 +252,8 @@ def parse(text: str) -> Request | Cancel:
     if 'cancel' not in value:
         return Request.from_json(value)
     client_id = _client_id(value)
-    others = sorted(value.keys() - {'id', 'metadata', 'cancel'})
-    if value['cancel'] is not True or not client_id or others:
+    surplus = value.keys() - {'id', 'metadata', 'cancel'}
+    if value['cancel'] is not True or not client_id or surplus:
         raise RequestError('to cancel, send {"id": "...", "cancel": true} and nothing else',
                            client_id)
     return Cancel(client_id)
@@ -256,10 +261,10 @@ def parse(text: str) -> Request | Cancel:
 
 def parse_value(text: str, name: str) -> Any:
     """
-    Read JSON strictly: no field twice in an object, and no number that is not finite.
+    Parse JSON strictly: without duplicate fields in an object, and with finite numbers only.
 
-    :param name: of what is read, for the message.
-    :raises RequestError: it is no JSON.
+    :param name: name of the text, for the message.
+    :raises RequestError: the text is not such JSON.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_float=_float,
@@ -267,16 +272,16 @@ def parse_value(text: str, name: str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f'{name} is no JSON: {error}') from None
+        raise RequestError(f'{name} is not valid JSON: {error}') from None
 
 
 def is_client_id(value: Any) -> bool:
-    """Tell whether a client may call its request so."""
+    """Whether a value is allowed as the id of a request."""
     return type(value) is str and value.isprintable() and 0 < len(value) <= MAX_ID_CHARACTERS
 
 
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is null, which is as good as absent."""
+    """Drop null fields, which count as absent."""
     return {name: each for name, each in value.items() if each is not None}
 
 
@@ -295,31 +300,31 @@ def _client_id(value: Mapping[str, Any]) -> str:
 
 
 def _read(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the arguments of `Request` but for its id."""
+    """Parse all fields of a `Request` except for its id."""
     known = ('id', 'metadata', *_READ, *SAMPLING)
     for name in value:
         if name not in known:
-            raise RequestError(f'{shown(name)} is no field of a request: allowed are '
+            raise RequestError(f'{shown(name)} is not a field of a request: allowed are '
                                f'{", ".join(known)}')
     given = [name for name in _TEXTS if name in value]
     if len(given) != 1:
-        raise RequestError('expected either prompt, a string, or messages, a list, or '
-                           'raw_prompt, a string: '
-                           f'{" and ".join(given) + " were" if given else "none was"} given')
+        raise RequestError('expected one of prompt (a string), messages (a list) and raw_prompt '
+                           f'(a string): {" and ".join(given) + " were" if given else "none was"} '
+                           'given')
     if value.get('structured_outputs') and \
             value.get('response_format', _TEXT) != _TEXT:
-        raise RequestError('response_format and structured_outputs were both given: give one')
+        raise RequestError('response_format and structured_outputs were both given: remove one')
     found = {name: read(value[name]) for name, read in _READ.items() if name in value}
     return {'sampling': _options(value, SAMPLING), **_checked_tools(found)}
 
 
 def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
-    """Hold what is asked of the tools against the other fields."""
+    """Check the tool fields against each other and the other fields."""
     tools, choice = found.get('tools', ()), found.get('tool_choice', 'auto')
     if not tools:
         if choice not in ('none', 'auto'):
             raise RequestError(
-                f'tool_choice is {shown(choice)}, and there are no tools: give some')
+                f'tool_choice is {shown(choice)}, but there are no tools: add some')
         return {name: value for name, value in found.items()
                 if name not in ('tool_choice', 'parallel_tool_calls')}
     names = [tool['function']['name'] for tool in tools]
@@ -328,11 +333,11 @@ def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
                            f'the tools are {", ".join(names)}')
     strict = [name for name, tool in zip(names, tools) if tool['function'].get('strict')]
     if strict and choice == 'auto':
-        raise RequestError(f'the tool {strict[0]} is strict, which is kept only where the answer '
-                           'has to call it: set tool_choice to required, or leave strict out')
+        raise RequestError(f'the tool {strict[0]} is strict, which is enforced only if the answer '
+                           'has to call a tool: set tool_choice to required, or remove strict')
     format_ = found.get('response_format', _TEXT)
     if choice != 'none' and (format_.get('type') != 'text' or found.get('structured_outputs')):
-        raise RequestError('an answer can not both have a form and call tools: leave out '
+        raise RequestError('an answer can not be constrained and call tools: remove '
                            'response_format and structured_outputs, or set tool_choice to none')
     return found
 
@@ -345,18 +350,18 @@ def _mapping(value: Any, name: str) -> Mapping[str, Any]:
 
 def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
              prefix: str = '') -> dict[str, Any]:
-    """Give the options among ``value`` by the names of their settings."""
+    """Return the options in ``value`` by the names of their settings."""
     if prefix:
         for name in value:
             if name not in specs:
-                raise RequestError(f'{shown(prefix + name)} is no field of a request: allowed are '
-                                   f'{", ".join(prefix + each for each in specs)}')
+                raise RequestError(f'{shown(prefix + name)} is not a field of a request: allowed '
+                                   f'are {", ".join(prefix + each for each in specs)}')
     found = {}
     for name, spec in specs.items():
         given = value.get(name)
         if given is None:
             continue
-        if type(spec.default) is tuple:             # OpenAI takes one text for a list of one
+        if type(spec.default) is tuple:             # OpenAI allows a text instead of a list
             given = (given,) if type(given) is str else \
                 tuple(given) if type(given) is list else given
         found[spec.name] = check_value(prefix + name, given, spec)
@@ -375,7 +380,7 @@ def _raw_prompt(value: Any) -> str:
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if type(value) is not list or not value:
-        raise RequestError(f'messages is {shown(value)}: expected a list of one message or more')
+        raise RequestError(f'messages is {shown(value)}: expected a list of at least one message')
     if len(value) > MAX_MESSAGES:
         raise RequestError(f'messages has {len(value)} messages: allowed are {MAX_MESSAGES}')
     return tuple(_message(each, f'messages[{index}]') for index, each in enumerate(value))
@@ -390,8 +395,8 @@ def _message(value: Any, name: str) -> Message:
     fields = 'role', 'content', *_OF_ROLE.get(role, ())
     for key in value:
         if key not in fields:
-            raise RequestError(f'{shown(f"{name}.{key}")} is no field of a message: allowed are '
-                               f'{", ".join(fields)}')
+            raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a message: allowed '
+                               f'are {", ".join(fields)}')
     found: dict[str, Any] = {
         key: _named_text(value[key], f'{name}.{key}')
         for key in ('reasoning_content', 'tool_call_id') if value.get(key)}
@@ -418,15 +423,15 @@ def _named_text(value: Any, name: str) -> str:
 
 
 def _call(value: Any, name: str) -> Call:
-    """Read a call of an earlier answer, such as a result has it."""
+    """Parse a call of an earlier answer, in the form of a result."""
     value = _typed(_mapping(value, name), name, {'id': str, 'type': str, 'function': dict})
     if value.get('type', 'function') != 'function':
         raise RequestError(f'{name}.type is {shown(value["type"])}: allowed is function')
     function = value.get('function', {})
     for key in function:
         if key not in ('name', 'arguments'):
-            raise RequestError(f'{shown(f"{name}.function.{key}")} is no field of a call: allowed '
-                               'are name and arguments')
+            raise RequestError(f'{shown(f"{name}.function.{key}")} is not a field of a call: '
+                               'allowed are name and arguments')
     place, arguments = f'{name}.function.arguments', function.get('arguments', {})
     if type(arguments) is str:
         arguments = parse_value(arguments, place) if arguments.strip() else {}
@@ -452,7 +457,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     twice = [name for name, count in Counter(
         tool['function']['name'] for tool in tools).items() if count > 1]
     if twice:
-        raise RequestError(f'tools has {twice[0]} twice: give each tool a name of its own')
+        raise RequestError(f'tools has {twice[0]} twice: give each tool a different name')
     return tools
 
 
@@ -490,23 +495,23 @@ def _thinking(value: Any) -> dict[str, Any]:
 
 
 def _text_of(message: Message) -> str:
-    """Give all texts of a message."""
+    """Join all texts of a message."""
     calls = (json.dumps(call.arguments, ensure_ascii=False) for call in message.tool_calls)
     return '\n'.join(filter(None, (message.reasoning_content, message.content, *calls)))
 
 
 def _plain(value: Any) -> Any:
-    """Give a field as JSON has it."""
+    """Convert a field to a JSON value."""
     return value if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else [
         *value]
 
 
 def _part(value: Any, name: str) -> str:
-    """Read one part of a message's content; images will have their place here."""
+    """Parse one part of a message's content; only text is supported."""
     if not isinstance(value, Mapping) or value.get('type') != 'text' \
             or type(value.get('text')) is not str or len(value) != 2:
         raise RequestError(f'{name} is {shown(value)}: expected '
-                           '{"type": "text", "text": "..."}, for the node takes text only')
+                           '{"type": "text", "text": "..."}, as the node accepts only text')
     return str(value['text'])
 
 
@@ -555,21 +560,21 @@ def _response_format(value: Any) -> dict[str, Any]:
 def _structured_outputs(value: Any) -> dict[str, Any]:
     found = _typed(_mapping(value, 'structured_outputs'), 'structured_outputs', _STRUCTURES)
     if len(found) > 1:
-        raise RequestError(f'structured_outputs has {" and ".join(found)}: give one of them')
+        raise RequestError(f'structured_outputs has {" and ".join(found)}: keep one of them')
     choice = found.get('choice')
     if choice is not None and not (choice and all(type(each) is str and each for each in choice)):
-        raise RequestError(f'structured_outputs.choice is {shown(choice)}: expected a list of one '
-                           'text or more, none of them empty')
+        raise RequestError(f'structured_outputs.choice is {shown(choice)}: expected a list of at '
+                           'least one text, without empty ones')
     return found
 
 
 def _typed(value: Mapping[str, Any], name: str, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Give the fields of an object, each of its kind; what is null is absent."""
+    """Check the types of an object's fields; null counts as absent."""
     value = _given(value)
     for key, each in value.items():
         if key not in kinds:
-            raise RequestError(f'{shown(f"{name}.{key}")} is no field of a request: allowed are '
-                               f'{", ".join(f"{name}.{kind}" for kind in kinds)}')
+            raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a request: allowed '
+                               f'are {", ".join(f"{name}.{kind}" for kind in kinds)}')
         if type(each) is not kinds[key]:
             raise RequestError(f'{name}.{key} is {shown(each)}: expected {_KINDS[kinds[key]]}')
     return value
@@ -578,8 +583,8 @@ def _typed(value: Mapping[str, Any], name: str, kinds: Mapping[str, type]) -> di
 _KINDS: dict[type, str] = {str: 'a string', dict: 'an object', list: 'a list of strings',
                            bool: 'true or false'}
 _TEXT = {'type': 'text'}
-_TEXTS = ('prompt', 'messages', 'raw_prompt')       # of which a request has one
-# JSON name, which is the field's in `Request`: what reads it, with the message of what is wrong.
+_TEXTS = ('prompt', 'messages', 'raw_prompt')       # a request has exactly one
+# Field of `Request` and of its JSON form to its parser, which raises RequestError.
 _READ: dict[str, Callable[[Any], Any]] = {
     'prompt': _prompt, 'messages': _messages, 'raw_prompt': _raw_prompt,
     'chat_template_kwargs': _template_kwargs, 'deadline': _deadline, 'pace': _pace,
@@ -589,11 +594,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; one that names a field twice would lose a value in silence."""
+    """Build a JSON object; refuse duplicate fields, of which json would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise RequestError(f'{shown(twice)} is given twice: give it once')
+        raise RequestError(f'{shown(twice)} is given twice: remove one')
     return found
 
 
@@ -605,4 +610,4 @@ def _float(text: str) -> float:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise RequestError(f'{text} is no number of JSON')
+    raise RequestError(f'{text} is not a number in JSON')

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The requests that wait for the engine, and each accepted request's way to its end.
+The queue of accepted requests, and the listeners that receive their reports.
 
-It holds no lock: the worker's is held wherever a queue, or what changes of a ticket, is used.
+Nothing here locks. The worker holds its lock while it uses a queue or changes a ticket.
 """
 
 from collections import deque
@@ -37,78 +37,76 @@ from physai_decode.timing import TokenReport
 
 class Listener(Protocol):
     """
-    Where the reports of one request, or of all, go.
+    Receives the reports of one request, or of all.
 
-    ``token`` and ``item`` are called from the decode thread only. ``finished`` is called exactly
-    once for each request: from the decode thread, or, for a request that leaves without its turn
-    (refused, cancelled, stopped or preempted while it waits), from the thread that made that call,
-    before the call returns. So ``finished`` must be callable from several threads at once. An
-    exception from any of them ends the request that it was called for.
+    Only the decode thread calls ``token`` and ``item``. ``finished`` is called exactly once per
+    request. For a request that ends before the decode thread takes it (refused, or cancelled,
+    stopped or preempted while it waits), the thread that ended it calls ``finished``, before its
+    own call returns; otherwise the decode thread does. ``finished`` must therefore be thread-safe.
+    An exception from one of these methods ends the request that it was called for.
     """
 
     def token(self, report: TokenReport) -> None:
         """
-        Take one token, just known.
+        Receive a new token.
 
-        A token whose text is not complete, or may be the beginning of a stop text, comes together
-        with the next one or with the end of the answer: the text may belong to it after all.
+        A token with an incomplete character, or with text that may begin a stop text, is delayed
+        until the next token or the end of the answer decides its text.
         """
         ...
 
     def item(self, report: ItemReport) -> None:
         """
-        Take one element of an answer that is JSON by its form, after the token that completed it.
+        Receive one element of an answer constrained to JSON, after the token that completed it.
 
-        Nothing is taken back, also where the answer is then cut off.
+        An element is final, even if the answer is cut off later.
         """
         ...
 
     def finished(self, report: RequestReport, text: str) -> None:
-        """Take the end of one request; text is all its tokens' pieces joined."""
+        """Receive the end of a request; ``text`` is the whole answer."""
         ...
 
 
-def tell_end(listeners: Iterable[Listener | None], report: RequestReport, text: str) -> None:
-    """Report the end of one request to all of these, also where one raises; then raise that."""
-    with ExitStack() as rest:
-        for listener in reversed([*listeners]):     # the last one in is the first one called
+def notify_end(listeners: Iterable[Listener | None], report: RequestReport, text: str) -> None:
+    """Report the end of a request to all listeners, even if one raises; then raise its error."""
+    with ExitStack() as calls:
+        for listener in reversed([*listeners]):     # the stack calls the last one first
             if listener is not None:
-                rest.callback(listener.finished, report, text)
+                calls.callback(listener.finished, report, text)
 
 
 @dataclass(eq=False)
 class Ticket:
-    """One accepted request, from the queue to its end."""
+    """An accepted request, from the queue to its end."""
 
     number: int                     # the request_id
     request: Request
     received_s: float
     listener: Listener | None = None
-    turn: Turn | None = None        # of the node's own conversation; None for messages
-    end_reason: str = ''            # cancelled or preempted, once that was asked for
+    turn: Turn | None = None        # in the node's conversation; None for messages
+    end_reason: str = ''            # cancelled or preempted, as soon as that is requested
     end_message: str = ''
-    end_asked_s: float | None = None
-    ending: threading.Event = field(default_factory=threading.Event)    # its end was asked for
-    finished: bool = False          # its end was reported, or is about to be
+    end_requested_s: float | None = None
+    ending: threading.Event = field(default_factory=threading.Event)    # set with end_reason
+    finished: bool = False          # the end is reported, or about to be
 
-    def ask_end(self, reason: str, message: str, now_s: float) -> None:
-        """Ask for its end; the first to ask says why."""
+    def request_end(self, reason: str, message: str, now_s: float) -> None:
+        """Request the end; only the first call has an effect."""
         if not self.end_reason:
-            self.end_reason, self.end_message, self.end_asked_s = reason, message, now_s
+            self.end_reason, self.end_message, self.end_requested_s = reason, message, now_s
             self.ending.set()
 
 
 class RequestQueue:
-    """Tickets in the order they came."""
+    """Tickets in order of arrival."""
 
     def __init__(self, config: QueueConfig) -> None:
-        """Begin empty."""
         self._config = config
         self._tickets: deque[Ticket] = deque()
-        self.running: Ticket | None = None          # taken, and not yet ended
+        self.running: Ticket | None = None          # taken but not finished
 
     def __len__(self) -> int:
-        """Count the tickets that wait."""
         return len(self._tickets)
 
     @property
@@ -117,12 +115,12 @@ class RequestQueue:
         return self._config.policy == 'preempt'
 
     def refusal(self, request: Request) -> Refusal | None:
-        """Say why a request can't be queued; None where it can."""
+        """Return why a request can not be queued, or None if it can."""
         if not request.text:
             return Refusal('invalid', 'the prompt is empty: send some text')
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):
-            return Refusal('invalid', f'id {request.client_id!r} is taken by a request that has '
-                           'not ended: give each request an id of its own')
+            return Refusal('invalid', f'id {request.client_id!r} belongs to a request that has '
+                           'not ended: give each request its own id')
         if self.preempts or not self:
             return None
         if len(self) >= self._config.size:
@@ -136,23 +134,23 @@ class RequestQueue:
         return None
 
     def add(self, ticket: Ticket) -> None:
-        """Let a ticket wait."""
+        """Append a ticket."""
         self._tickets.append(ticket)
 
     def take(self) -> Ticket:
-        """Give the oldest ticket, which is running then."""
+        """Remove the oldest ticket and mark it as running."""
         self.running = self._tickets.popleft()
         return self.running
 
     def unfinished(self) -> list[Ticket]:
-        """Give the running ticket and all that wait."""
+        """Return the running ticket and the waiting ones."""
         running = self.running
         return [*([] if running is None or running.finished else [running]), *self._tickets]
 
     def end(self, tickets: list[Ticket], reason: str, message: str, now_s: float) -> list[Ticket]:
-        """Ask for the end of these; give those that waited, which wait no more."""
+        """Request the end of tickets; remove and return those that wait."""
         for ticket in tickets:
-            ticket.ask_end(reason, message, now_s)
+            ticket.request_end(reason, message, now_s)
         ended = set(tickets)
         removed = [each for each in self._tickets if each in ended]
         self._tickets = deque(each for each in self._tickets if each not in ended)

@@ -141,7 +141,7 @@ class ServerAnswer(Delivery):
         while True:
             delta = self._next(exchange, end_s)
             if delta.over:                          # the stream ended without a finish reason
-                raise ServerError(f'{self._server.address} broke the answer off')
+                raise ServerError(f'{self._server.address} ended the stream too early')
             now_s = self._clock()
             if delta.usage is not None:
                 self._count(delta.usage)

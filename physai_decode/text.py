@@ -15,15 +15,15 @@
 """
 Text to token ids: chat template and encoding.
 
-What a user writes is text and nothing else: no prompt can yield a special token, nor another by
-which the model or its template ends a turn or begins one, so none can close its own turn. For that
-the encoder is a twin of the model's tokenizer in which all these have secret names; the chat
-template's own are renamed before the user's text is put into it, and all is encoded in one go, so
-that the ids are those that the model was trained on. Other added tokens, such as `<tool_call>`,
-are encoded wherever they stand, as the library does. Tools with such a name in them are refused.
+User text never becomes control tokens. No prompt can yield a special token, or another token that
+begins or ends a turn, so no prompt can close its own turn. For this, the encoder is a copy of the
+model's tokenizer in which these tokens have secret names. The control tokens that the chat
+template writes are renamed first, then the user's texts are inserted, and the whole is encoded at
+once, so that the ids are those that the model was trained on. Other added tokens, such as
+`<tool_call>`, are encoded anywhere, as in the library. Tools that contain a control token are
+refused.
 
-It works on a tokenizer that is passed in and knows nothing of engines. What a model's files make
-it do has no limits here: `TextProcess` sets them.
+A model's files run without limits here; `TextProcess` sets them.
 """
 
 from collections.abc import Iterable
@@ -47,12 +47,12 @@ from physai_decode.tokenizer_files import TextError
 from physai_decode.tool_forms import FORMS
 from physai_decode.tool_forms import reads
 
-SANDBOX = (3, 1, 6)             # the first jinja2 from whose sandbox no way out is published
+SANDBOX = (3, 1, 6)             # the first jinja2 without a published escape from its sandbox
 _BLANKS = ' \t\n\r\u2581'
-# What begins and ends a thought, in the families that have them.
+# The markers of thoughts in the known model families.
 _THOUGHTS = (('<think>', '</think>'), ('[THINK]', '[/THINK]'), ('<seed:think>', '</seed:think>'),
              ('<|START_THINKING|>', '<|END_THINKING|>'))
-# A call and a tool by which a template is tried.
+# A call and a tool that test a template.
 _TRIAL = Call('000000001', 'trial_tool', {'trial_key': 'trial_value'})
 _TRIAL_TOOL = {'type': 'function', 'function': {
     'name': _TRIAL.name, 'description': 'None.', 'parameters': {
@@ -61,20 +61,19 @@ _TRIAL_TOOL = {'type': 'function', 'function': {
 
 
 class Text:
-    """What turns prompts into ids, and ids into text, for one tokenizer."""
+    """Converts prompts to ids, and ids to text, with one tokenizer."""
 
     def __init__(self, tokenizer: Any, chat: ChatConfig, vocab_size: int | None = None,
                  end_ids: Iterable[int] = ()) -> None:
         """
         Prepare the tokenizer.
 
-        :param tokenizer: of the transformers library, a fast one (made of tokenizers' parts).
-        :param chat: which template to use, and the system prompt.
-        :param vocab_size: ids that the model has; None where that is not known.
-        :param end_ids: ids that end an answer of the model, by its config.
-        :raises TextError: the tokenizer is not a fast one or not the model's, there is no such
-            template, it refuses the conversation that ``chat`` makes, or the installed jinja2
-            can't confine it.
+        :param tokenizer: a fast tokenizer of the transformers library.
+        :param chat: template and system prompt.
+        :param vocab_size: vocabulary size of the model; None if unknown.
+        :param end_ids: ids in the model's config that end an answer.
+        :raises TextError: the tokenizer is not fast or does not fit the model, the template does
+            not exist or refuses the system prompt, or the installed jinja2 can not confine it.
         """
         backend = getattr(tokenizer, 'backend_tokenizer', None)
         if backend is None:
@@ -93,51 +92,52 @@ class Text:
                           *signature(type(tokenizer).apply_chat_template).parameters}
         self._nonce = secrets.token_hex(8)
         added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
-        # Runs of blanks keep their names: they are in many vocabularies, and are what they say.
+        # Runs of blanks keep their names: they are ordinary text in many vocabularies.
         names = {name: id_ for id_, name in added.items() if name.strip(_BLANKS)}
         named = {each for each in tokenizer.special_tokens_map.values() if isinstance(each, str)}
         self.special_ids = frozenset(
             id_ for id_, token in backend.get_added_tokens_decoder().items()
             if token.special or token.content in named)
-        self._any_name, self._words = _any(names), _any(())
+        self._name_pattern, self._word_pattern = _matcher(names), _matcher(())
         own_ends = self._find_end_ids(tokenizer.eos_token_id)
         secret_ids = {*self.special_ids, *own_ends, *end_ids, *self._turn_ids(names)}
         self._names = {name: f'\ue001{self._nonce}:{id_}\ue001'
                        for name, id_ in names.items() if id_ in secret_ids}
-        self._any_name = _any(self._names)
-        self._words = _any({word for source in {self._source, self._tool_source}
-                            for word in _words(source, self._names)})
+        self._name_pattern = _matcher(self._names)
+        self._word_pattern = _matcher({word for source in {self._source, self._tool_source}
+                                for word in _words(source, self._names)})
         self._encoder = _renamed(backend, self._names)
-        # What ends an answer: by the config, the tokenizer and the template, without plain text.
+        # Ids that end an answer, by the config, the tokenizer and the template; no plain words.
         ends = dict.fromkeys((*end_ids, *own_ends))
         self.end_ids = tuple(id_ for id_ in ends if id_ in added) or tuple(ends)
-        self._shows_calls = self._texts_arguments = False
+        self._template_writes_calls = self._arguments_as_text = False
         self.manner = self._find_manner(added)
-        # A template that refuses the conversation's beginning does so here.
+        # Raises if the template refuses the system prompt.
         ids = self.encode(Conversation(chat.system_prompt).messages([], '?'))
         _check_ids(backend, ids, vocab_size)
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template, and it is used."""
+        """Whether a chat template is used."""
         return bool(self._source)
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """
-        Give the ids of a conversation, up to where the answer begins.
+        Encode a conversation up to the start of the answer.
 
-        Without a template, and where a message has no role, the messages follow one another as
-        they are, after what the tokenizer puts before every text. A template sees place-holders
-        for all texts, but for blanks at their ends and for the words that it has in its own
-        source: it can trim a text, look for a switch in it, or cut it where a thought ends.
+        Without a template, or if a message has no role, the texts of the messages are joined,
+        after the tokens that the tokenizer adds to every text. The template sees placeholders
+        instead of the texts, except for blanks at their ends and words that occur in its own
+        source. It can therefore trim a text, look for a switch in it, or cut it at the end of a
+        thought.
 
-        :param messages: any texts; special tokens in them are text.
+        :param messages: texts of any content; special tokens in them remain text.
         :param chat_template_kwargs: further variables of the template.
-        :param tools: that the template tells the model of.
-        :raises TextError: half a surrogate pair in a text, or a template that refuses it or leaves
-            it out.
+        :param tools: tools that the template presents to the model.
+        :raises TextError: a text has an unpaired surrogate, or the template refuses a message or
+            omits it.
         """
         for message in messages:
             _check(message.role or 'raw', message.content)
@@ -148,7 +148,7 @@ class Text:
             calls = any(message.tool_calls for message in messages)
             if chat_template_kwargs or calls:
                 raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} can not be '
-                                'used: there is no chat template, or none is used')
+                                'used without a chat template: leave it out')
             whole = ''.join(message.content for message in messages)
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)
@@ -161,41 +161,41 @@ class Text:
             shown.append(self._message(message, texts, call_ids))
         begins.append(len(texts))
         whole = self._render(shown, chat_template_kwargs, tools=tools)
-        # The template's own special tokens are renamed, then each text takes its place.
-        whole = self._any_name.sub(lambda match: self._names[match[0]], whole)
+        # Rename the template's own control tokens, then insert the texts.
+        whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
         place = re.compile(rf'\ue000{self._nonce}:(\d+)(\\*)"\ue000')
-        there = {int(index) for index, _ in place.findall(whole)}
+        present = {int(index) for index, _ in place.findall(whole)}
         for number, (role, *_) in enumerate(messages):
             places = range(begins[number], begins[number + 1])
-            if role != 'assistant' and places and there.isdisjoint(places):
+            if role != 'assistant' and places and present.isdisjoint(places):
                 raise TextError(
-                    f"the model's chat template leaves out the {_which(number, messages)}: " + (
+                    f"the model's chat template omits the {_which(number, messages)}: " + (
                         'leave chat.system_prompt empty, or ' if role == 'system' else '')
                     + 'set chat.template to off')
         whole = place.sub(lambda match: _escaped(texts[int(match[1])], len(match[2])), whole)
         return self._ids(whole, add_special_tokens=False)
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text by itself; what is no text counts too."""
+        """Count the tokens of a text, which may have unpaired surrogates."""
         return len(self._ids(text.encode(errors='replace').decode(), add_special_tokens=False))
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """Give what turns one answer's ids into text; it ends at any of the texts in ``stop``."""
+        """Create a detokenizer for one answer, which any of the texts in ``stop`` ends."""
         return Detokenizer(self.backend, self.special_ids, stop)
 
     def _message(self, message: Message, texts: list[str],
                  call_ids: dict[str, str]) -> dict[str, Any]:
         """
-        Give what the template sees of a message.
+        Convert a message to the form that the template sees.
 
-        :param call_ids: gets what stands for the id of each call: nine digits, which every
-            family's template takes.
+        :param call_ids: receives a replacement for each call id: nine digits, which the templates
+            of all families accept.
         """
         def id_of(call_id: str) -> str:
             return call_ids.setdefault(call_id, f'{len(call_ids) + 1:09}')
 
         content, calls = message.content, message.tool_calls
-        if calls and not self._shows_calls:
+        if calls and not self._template_writes_calls:
             if not self.manner.form:
                 raise TextError(f'tool_calls can not be used: {self.manner.reason}')
             written = FORMS[self.manner.form].written(call[1:] for call in calls)
@@ -212,13 +212,13 @@ class Text:
 
     def _call(self, call: Call, call_id: str, texts: list[str]) -> dict[str, Any]:
         arguments: Any = self._hidden_texts(call.arguments, texts)
-        if self._texts_arguments:
+        if self._arguments_as_text:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {'id': call_id, 'type': 'function',
                 'function': {'name': call.name, 'arguments': arguments}}
 
     def _hidden_texts(self, value: Any, texts: list[str]) -> Any:
-        """Give a value of JSON with all its texts, the keys' too, as the template sees them."""
+        """Replace all texts of a JSON value, keys included, with what the template sees."""
         if isinstance(value, str):
             _check('arguments', value)
             return self._shown(value, texts)
@@ -228,19 +228,19 @@ class Text:
         return [self._hidden_texts(each, texts) for each in value] if isinstance(value, list) \
             else value
 
-    def _ids(self, text, add_special_tokens):
-        # As a batch: encoding one text keeps every other thread waiting, a megabyte for a second.
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        # As a batch, because encoding a single text holds the interpreter's lock.
         batch = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
 
     def _shown(self, content: str, texts: list[str]) -> str:
         """
-        Give what the template sees of a text.
+        Replace a text with placeholders.
 
-        A place-holder has a quotation mark, which shows how the template writes the text: as JSON
-        it has a backslash before it.
+        A placeholder contains a quotation mark. If the template writes the text as JSON, there is
+        a backslash before the mark.
 
-        :param texts: gets what the place-holders stand for.
+        :param texts: receives the text of each placeholder.
         """
         def hidden(text: str) -> str:
             core = text.strip()
@@ -252,29 +252,29 @@ class Text:
             return f'{text[:begin]}{place}{text[begin + len(core):]}'
 
         parts, end = [], 0
-        for word in self._words.finditer(content):
+        for word in self._word_pattern.finditer(content):
             parts += [hidden(content[end:word.start()]), word[0]]
             end = word.end()
         return ''.join([*parts, hidden(content[end:])])
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
-        taken = sorted(kwargs.keys() & self._reserved)
+        reserved = sorted(kwargs.keys() & self._reserved)
         special = next((name for name, value in kwargs.items()
-                        if type(value) is str and self._any_name.search(value)), None)
-        if taken or special:
-            raise TextError(f'chat_template_kwargs.{special or taken[0]} can not be set: it '
-                            + ('holds a special token' if special else 'is not a variable that '
-                               'belongs to the chat template'))
+                        if type(value) is str and self._name_pattern.search(value)), None)
+        if reserved or special:
+            raise TextError(f'chat_template_kwargs.{special or reserved[0]} can not be set: it '
+                            + ('contains a special token' if special else
+                               'is not a variable of the chat template itself'))
         for name, value in kwargs.items():
             if type(value) is str:
                 _check(f'chat_template_kwargs.{name}', value)
 
     def _check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        told = json.dumps(tools, ensure_ascii=False)
-        _check('tools', told)
-        if special := self._any_name.search(told):
-            raise TextError(f'tools hold {special[0]!r}, a special token of the model: leave it '
-                            'out')
+        text = json.dumps(tools, ensure_ascii=False)
+        _check('tools', text)
+        if special := self._name_pattern.search(text):
+            raise TextError(f'tools contain {special[0]!r}, a special token of the model: remove '
+                            'it')
 
     def _render(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any],
                 answer: bool = True, tools: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -286,14 +286,15 @@ class Text:
         except MemoryError:
             raise
         except Exception as error:
-            # A template is a program of the model's maker, and may raise anything.
+            # A template is a program and can raise any exception.
             roles = ', '.join(message['role'] for message in messages)
             raise TextError(
                 f"the model's chat template refuses a conversation of {roles}: {error}; leave "
-                'chat.system_prompt empty if that is why, or set chat.template to off') from error
+                'chat.system_prompt empty if that is the cause, or set chat.template to off'
+            ) from error
 
     def _trial(self, *roles: str, answer: bool) -> str:
-        """Give what the template makes of one-letter texts; empty where it refuses them."""
+        """Render short messages of these roles; empty if the template refuses them."""
         try:
             return self._render([{'role': role, 'content': f'\ue000{index}'}
                                  for index, role in enumerate(roles)], {}, answer)
@@ -301,9 +302,9 @@ class Text:
             return ''
 
     def _find_manner(self, added: Mapping[int, str]) -> Manner:
-        """Find how thoughts are marked, and in what form the template writes a call."""
+        """Find the markers of thoughts and the form of tool calls."""
         if not self._source:
-            return Manner(reason='there is no chat template to tell the model of them')
+            return Manner(reason='no chat template presents them to the model')
         names = set(added.values())
         opens, closes = next((pair for pair in _THOUGHTS if pair[1] in self._source
                               or names.issuperset(pair)), ('', ''))
@@ -312,111 +313,110 @@ class Text:
         return Manner(opens, closes, tuple(ids) if opens else (), form, reason)
 
     def _find_form(self) -> tuple[str, str]:
-        """Give the form of calls, empty where no tools can be offered, and the reason."""
-        asked = {'role': 'user', 'content': 'Go.'}
+        """Return the form of tool calls, empty if tools are not supported, and the reason."""
+        prompt = {'role': 'user', 'content': 'Go.'}
         try:
-            told = self._render([asked], {}, tools=[_TRIAL_TOOL])
+            rendered = self._render([prompt], {}, tools=[_TRIAL_TOOL])
         except TextError as error:
             return '', f'the chat template refuses tools: {error.__cause__}'
-        if _TRIAL.name not in told:
-            return '', 'the chat template leaves them out'
-        for self._texts_arguments in (False, True):
+        if _TRIAL.name not in rendered:
+            return '', 'the chat template omits them'
+        for self._arguments_as_text in (False, True):
             call = self._call(_TRIAL, _TRIAL.id, [])
             call['function']['arguments'] = json.dumps(_TRIAL.arguments) \
-                if self._texts_arguments else _TRIAL.arguments
+                if self._arguments_as_text else _TRIAL.arguments
             try:
-                said = self._render(
-                    [asked, {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+                rendered = self._render(
+                    [prompt, {'role': 'assistant', 'content': '', 'tool_calls': [call]},
                      {'role': 'tool', 'content': 'Done.', 'tool_call_id': _TRIAL.id}], {},
                     tools=[_TRIAL_TOOL])
             except TextError:
                 continue
-            known = [name for name, form in FORMS.items() if reads(form, said, _TRIAL[1:])
-                     and not _is_other(name, self._tool_source)]
+            known = [name for name, form in FORMS.items() if reads(form, rendered, _TRIAL[1:])
+                     and not _is_excluded(name, self._tool_source)]
             if known:
-                self._shows_calls = True
-                return known[0], 'the chat template writes calls so'
-            if 'trial_value' in said:
-                return '', ('the chat template writes calls in a form that is not known: '
+                self._template_writes_calls = True
+                return known[0], 'the chat template writes calls in this form'
+            if 'trial_value' in rendered:
+                return '', ('the chat template writes calls in an unknown form: '
                             f'known are {", ".join(FORMS)}')
         known = [name for name, form in FORMS.items()
-                 if not _is_other(name, self._tool_source)
+                 if not _is_excluded(name, self._tool_source)
                  and any(begin in self._tool_source for begin in form.begins)]
         if not known:
             return '', f'the chat template names no form of calls: known are {", ".join(FORMS)}'
-        return known[0], 'the chat template asks for calls so'
+        return known[0], 'the chat template asks for calls in this form'
 
     def _find_end_ids(self, eos_id: int | None) -> tuple[int, ...]:
-        """Give the tokenizer's own end token, and what the template ends an answer with."""
+        """Return the end token of the tokenizer, and that of the template's assistant turns."""
         ends = [] if eos_id is None else [eos_id]
         if self._source:
-            said = self._trial('user', 'assistant', answer=False) or \
+            rendered = self._trial('user', 'assistant', answer=False) or \
                 self._trial('user', 'assistant', 'user', answer=False)
-            after = said.partition('\ue0001')[2].lstrip()
-            if match := self._any_name.match(after):
+            after = rendered.partition('\ue0001')[2].lstrip()
+            if match := self._name_pattern.match(after):
                 ends.append(self.backend.token_to_id(match[0]))
         return tuple(dict.fromkeys(ends))
 
     def _turn_ids(self, names: Mapping[str, int]) -> set[int]:
-        """Give the added tokens that the template writes, but for markup, which comes in pairs."""
+        """Return the added tokens that the template writes, except for pairs of tags."""
         if not self._source:
             return set()
-        said = self._trial('user', 'assistant', 'user', answer=True) or \
+        rendered = self._trial('user', 'assistant', 'user', answer=True) or \
             self._trial('user', answer=True)
-        return {names[name] for name in self._any_name.findall(said)
-                if _other_of_pair(name) not in names}
+        return {names[name] for name in self._name_pattern.findall(rendered)
+                if _matching_tag(name) not in names}
 
 
-def _template(tokenizer: Any, asked: str) -> tuple[str, str]:
-    """Give the name and the source of the chat template; the source of none is empty."""
+def _template(tokenizer: Any, choice: str) -> tuple[str, str]:
+    """Return the name and the source of the chat template; the source is empty without one."""
     known = tokenizer.chat_template or {}
     if isinstance(known, str):
         known = {'default': known}
-    if asked == 'off':
+    if choice == 'off':
         return 'off', ''
-    if asked == 'auto' and not known:
+    if choice == 'auto' and not known:
         return 'none', ''
-    name = 'default' if asked == 'auto' else asked
+    name = 'default' if choice == 'auto' else choice
     if name not in known:
         raise TextError(
-            f'chat.template is {asked}, but of that name the model has no chat template: it has '
-            f'{", ".join(sorted(known)) or "none"}; set chat.template to one of its names, or to '
-            'off')
+            f'chat.template is {choice}, but the model has no chat template of that name: it has '
+            f'{", ".join(sorted(known)) or "none"}; set chat.template to one of these, or to off')
     source = known[name]
     for key, token in getattr(tokenizer, 'absent_tokens', {}).items():
         if key in source:
             raise TextError(
-                f'the chat template asks for {key}, which tokenizer_config.json has as {token!r}, '
-                'a token that tokenizer.json lacks: copy or download the model again, or set '
+                f'the chat template uses {key}, which tokenizer_config.json sets to {token!r}, '
+                'but tokenizer.json lacks this token: copy or download the model again, or set '
                 'chat.template to off')
     return name, source
 
 
-def _is_other(form: str, source: str) -> bool:
-    """Tell two forms that read the same texts apart, by a template that has one of them."""
+def _is_excluded(form: str, source: str) -> bool:
+    """Whether the template's source rules a form out; some forms read the same texts."""
     return {'hermes': '<code>' in source, 'smollm3': '<code>' not in source,
             'mistral_list': '[ARGS]' in source,
             'mistral_args': '[ARGS]' not in source}.get(form, False)
 
 
 def _escaped(text: str, backslashes: int) -> str:
-    """Write a text as the quotation mark after so many backslashes was: as JSON, or in such."""
+    """Escape a text as JSON as often as the template escaped the quotation mark."""
     while backslashes:
         text, backslashes = json.dumps(text, ensure_ascii=False)[1:-1], backslashes // 2
     return text
 
 
-def _any(names: Iterable[str]) -> 're.Pattern[str]':
-    """Give what matches any of these, the longest first, as a tokenizer does; of none, nothing."""
+def _matcher(names: Iterable[str]) -> 're.Pattern[str]':
+    """Compile a pattern that matches any of these, the longest first, as a tokenizer does."""
     return re.compile('|'.join(
         re.escape(name) for name in sorted(names, key=len, reverse=True)) or r'(?!)')
 
 
 def _words(source: str, names: Iterable[str]) -> set[str]:
     """
-    Give the texts in a template's source, which it may look for in what it is given.
+    Return the string literals in a template's source, which it may search messages for.
 
-    No part of them can be a part of a secret token, whatever stands beside them.
+    Literals that overlap with a control token are left out.
     """
     if not source:
         return set()
@@ -429,22 +429,22 @@ def _words(source: str, names: Iterable[str]) -> set[str]:
 
 
 def _unescaped(token: str) -> str:
-    """Read a string as jinja2 does."""
+    """Decode the escapes of a string literal as jinja2 does."""
     try:
         return token.encode('ascii', 'backslashreplace').decode('unicode-escape')
     except UnicodeDecodeError:
-        return ''                       # the template itself will be refused for it
+        return ''                       # jinja2 will refuse the template
 
 
 def _overlap(word: str, name: str) -> bool:
-    """Tell whether a part of one text can be a part of the other, at its place."""
+    """Whether one text contains the other, or an end of one is a beginning of the other."""
     return word in name or name in word or any(
         word.endswith(name[:length]) or word.startswith(name[-length:])
         for length in range(1, min(len(word), len(name))))
 
 
-def _other_of_pair(name: str) -> str:
-    """Give the closing tag of an opening one, and the other way round; else nothing."""
+def _matching_tag(name: str) -> str:
+    """Return the closing tag of an opening one, or the reverse; empty if it is not a tag."""
     match = re.fullmatch(r'<(/?)(\w+)>', name)
     return f'<{"" if match[1] else "/"}{match[2]}>' if match else ''
 
@@ -455,7 +455,7 @@ def _which(number: int, messages: Sequence[Message]) -> str:
 
 
 def _check_ids(backend: Any, ids: Sequence[int], vocab_size: int | None) -> None:
-    """Hold the tokens of a first prompt, and all that are no added ones, against the model's."""
+    """Check that the ids of a prompt, and all ids of ordinary tokens, are in the vocabulary."""
     if vocab_size is None:
         return
     beyond = next((id_ for id_ in ids if id_ >= vocab_size), None)
@@ -471,35 +471,35 @@ def _check_ids(backend: Any, ids: Sequence[int], vocab_size: int | None) -> None
         last -= 1
     if last >= vocab_size or words < vocab_size // 2:
         raise TextError(
-            f'the tokenizer has {words} tokens, up to {last} but for added ones, and the model '
-            f'{vocab_size}: tokenizer.json and config.json do not belong together; copy or '
-            'download the model again')
+            f'the tokenizer has {words} tokens, with ids up to {last} without the added ones, and '
+            f'the model {vocab_size}: tokenizer.json and config.json do not belong together; copy '
+            'or download the model again')
 
 
 def _check_sandbox() -> None:
-    """Refuse every template where jinja2's sandbox has a published escape."""
+    """Refuse chat templates if the sandbox of the installed jinja2 has a published escape."""
     installed = version('jinja2')
     if tuple(map(int, re.findall(r'\d+', installed)[:3])) < SANDBOX:
         wanted = '.'.join(map(str, SANDBOX))
         raise TextError(
-            f'jinja2 {installed} is installed, from whose sandbox a chat template can break out: '
+            f'a chat template can escape from the sandbox of jinja2 {installed}: '
             f"pip install 'jinja2>={wanted}', or set chat.template to off")
 
 
 def _check(name: str, content: str) -> None:
-    """Refuse what is no text."""
+    """Refuse a text that UTF-8 can not encode."""
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise TextError(f'the {name} text holds half a surrogate pair at character {error.start}, '
-                        'which is no text: send valid UTF-8') from None
+        raise TextError(f'the {name} text has an unpaired surrogate at character {error.start}: '
+                        'send valid UTF-8') from None
 
 
 def _renamed(backend: Any, names: Mapping[str, str]) -> Any:
     """
-    Copy a tokenizer with other names for its added tokens, and the same ids.
+    Copy a tokenizer and rename some of its added tokens, without changing ids.
 
-    :raises TextError: an id could not be kept.
+    :raises TextError: the copy has another id for a token.
     """
     from tokenizers import Tokenizer
 
@@ -518,10 +518,11 @@ def _renamed(backend: Any, names: Mapping[str, str]) -> Any:
         copy = Tokenizer.from_str(json.dumps(state))
     except MemoryError:
         raise
-    except Exception as error:          # the library raises nothing narrower
-        raise TextError(f'the tokenizer builds its special tokens from others: {error}') from error
+    except Exception as error:          # the library raises no narrower type
+        raise TextError(f'the tokenizer builds its special tokens from other tokens: {error}'
+                        ) from error
     for name, secret in names.items():
         if copy.token_to_id(secret) != backend.token_to_id(name):
-            raise TextError(f'the tokenizer gives the id of {name!r} to another token: '
-                            'its tokenizer.json does not agree with itself')
+            raise TextError(f'tokenizer.json gives {name!r} two ids: copy or download the model '
+                            'again')
     return copy

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-`Text` in a process of its own, where the files of a model can do no harm.
+Run `Text` in a child process that confines the files of a model.
 
-A chat template is a program, and a tokenizer's rules are little less: either may run for ever,
-fill the memory, or keep the interpreter's lock. So they are loaded and run by a child process, of
-which the kernel limits the CPU time and the memory. The parent gets the tokenizer back for
-decoding when the child has tried it.
+A chat template is a program, and the rules of a tokenizer are close to one. Either can run
+forever, fill the memory, or hold the interpreter's lock. A child process therefore loads and runs
+them, and the kernel limits its CPU time and memory. Once the child has tested the tokenizer, the
+parent receives a copy for decoding.
 """
 
 from array import array
@@ -59,40 +59,40 @@ from physai_decode.tokenizer_files import TextError
 FILES = ('tokenizer*', 'vocab*', 'merges*', '*tokens*.json', '*.model', '*.tiktoken', '*.jinja',
          'chat_template.json', 'additional_chat_templates/*.jinja')
 MAX_FILE_BYTES = 100_000_000
-# The tokenizer of a vocabulary of 262144, in a file of 22 MB, takes 0.64 GB, and 8 s on a server.
+# A tokenizer with a vocabulary of 262144 (a 22 MB file) takes 0.64 GB, and 8 s on a server.
 LOAD_CPU_S, LOAD_CPU_S_PER_BYTE = 20.0, 2e-6
 MEMORY_BYTES, MEMORY_PER_FILE_BYTE = 1 << 29, 40
-# A prompt of 1 MB takes 0.2 GB, and 1 s.
+# A prompt of 1 MB takes 0.2 GB and 1 s.
 PROMPT_CPU_S, PROMPT_CPU_S_PER_BYTE = 5.0, 1e-5
 MEMORY_PER_PROMPT_BYTE = 500
-POLL_S = 0.05                   # how often a cancel is looked for
-_START = ('import sys; sys.path = [*filter(None, sys.path)]; '     # not what is in the folder
+POLL_S = 0.05                   # period of the heartbeat
+_START = ('import sys; sys.path = [*filter(None, sys.path)]; '     # without the working directory
           'from physai_decode.text_process import serve; serve()')
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'OMP_NUM_THREADS': '1'}
-_BLAMED = "the model's tokenizer or chat template"
-_ADVICE = 'choose another model, or set chat.template to off if the template is why'
+_CULPRIT = "the model's tokenizer or chat template"
+_ADVICE = 'choose another model, or set chat.template to off if the template is the cause'
 _DONE, _REFUSED = b'+', b'-'
 
 
 class TextProcess:
     """
-    What turns prompts into ids, and ids into text, for the tokenizer of one model.
+    The tokenizer of a model: converts prompts to ids, and ids to text.
 
-    The child ends with this process, however that ends, and with ``close``. One that had to be
-    ended for a limit or a cancel is replaced: the next prompt waits for that, for about a second.
+    The child ends with this process, however that ends, or with ``close``. A child that was killed
+    after a limit or a cancel is replaced; the next prompt waits about a second for it.
     """
 
     def __init__(self, folder: str, chat: ChatConfig, vocab_size: int | None = None,
                  end_ids: Sequence[int] = ()) -> None:
         """
-        Load the tokenizer and try the chat template.
+        Load the tokenizer and test the chat template.
 
-        :param folder: a folder in Hugging Face layout. Nothing is fetched.
-        :param chat: which template to use, and the system prompt.
-        :param vocab_size: ids that the model has; None where that is not known.
-        :param end_ids: ids that end an answer of the model, by its config.
-        :raises TextError: naming the folder and what is wrong with it; also where it takes too
-            much time or memory.
+        :param folder: a folder in Hugging Face layout. Nothing is downloaded.
+        :param chat: template and system prompt.
+        :param vocab_size: vocabulary size of the model; None if unknown.
+        :param end_ids: ids in the model's config that end an answer.
+        :raises TextError: the tokenizer can not be loaded, or takes too much time or memory; the
+            message names the folder and the reason.
         """
         from tokenizers import Tokenizer
 
@@ -100,7 +100,7 @@ class TextProcess:
         size = sum(path.stat().st_size for path in files if path.is_file())
         if size > MAX_FILE_BYTES:
             raise TextError(
-                f"no tokenizer can be loaded from {folder}: its tokenizer's files hold "
+                f"no tokenizer can be loaded from {folder}: its tokenizer's files have "
                 f'{size / 1e6:.0f} MB, and {MAX_FILE_BYTES / 1e6:.0f} MB are allowed: '
                 'choose another model')
         self._cpu_s = LOAD_CPU_S + LOAD_CPU_S_PER_BYTE * size
@@ -108,11 +108,11 @@ class TextProcess:
         self._arguments = json.dumps(
             [folder, asdict(chat), vocab_size, [*end_ids], self._cpu_s, self._memory])
         self._start()
-        state = json.loads(self._loaded(lambda: None))
+        state = json.loads(self._await_load(lambda: None))
         self._backend = Tokenizer.from_str(state['backend'])
         self._special_ids = frozenset(state['special_ids'])
-        self.template: str = state['template']          # its name; none, or off
-        # What ends an answer: by the config, the tokenizer and the template, without words.
+        self.template: str = state['template']          # its name, none or off
+        # Ids that end an answer, by the config, the tokenizer and the template; no plain words.
         self.end_ids: tuple[int, ...] = tuple(state['end_ids'])
         manner = state['manner']
         self.manner = Manner(**manner | {'close_ids': tuple(manner['close_ids'])})
@@ -120,70 +120,71 @@ class TextProcess:
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-               go_on: Callable[[], None] = lambda: None,
+               heartbeat: Callable[[], None] = lambda: None,
                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """
-        Give the ids of a conversation, up to where the answer begins; see `Text.encode`.
+        Encode a conversation up to the start of the answer; see `Text.encode`.
 
-        One thread at a time may call this.
+        Not thread-safe.
 
-        :param go_on: is called now and then; what it raises ends the work, and is raised here.
-        :raises TextError: half a surrogate pair in a text, a template that refuses it, or a limit.
+        :param heartbeat: called every `POLL_S`; its exceptions end the work and are raised here.
+        :raises TextError: a text has an unpaired surrogate, the template refuses the conversation,
+            or a limit was exceeded.
         """
-        return self._asked([messages, dict(chat_template_kwargs), tools], go_on).tolist()
+        return self._request([messages, dict(chat_template_kwargs), tools], heartbeat).tolist()
 
     def count(self, text: str) -> int:
-        """Count the tokens of a text by itself; see `encode`."""
-        return self._asked(text, lambda: None)[0]
+        """Count the tokens of a text; see `Text.count`."""
+        return self._request(text, lambda: None)[0]
 
     def detokenizer(self, stop: Sequence[str] = (), seen: Iterable[str] = ()) -> Detokenizer:
         """
-        Give what turns one answer's ids into text.
+        Create a detokenizer for one answer.
 
-        :param stop: it ends at any of these texts.
-        :param seen: special tokens that are text nevertheless.
+        :param stop: texts that end the answer.
+        :param seen: special tokens to keep in the text.
         """
         hidden = self._special_ids.difference(map(self._backend.token_to_id, seen))
         return Detokenizer(self._backend, hidden, stop)
 
     def tail(self, prompt_ids: Sequence[int]) -> str:
-        """Give the end of a prompt as the model sees it, with special tokens."""
+        """Return the end of a prompt as text with special tokens."""
         return str(self._backend.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False))
 
     def named(self, ids: Iterable[int]) -> list[str]:
-        """Give the names of tokens; of one that the tokenizer does not know, its id."""
+        """Return the names of tokens; an id that the tokenizer lacks stays a number."""
         return [self._backend.id_to_token(id_) or str(id_) for id_ in ids]
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
         """
-        Give what compiles constraints for this model; made at the first call, in a second.
+        Return the vocabulary that compiles constraints; the first call takes about a second.
 
-        :param size: ids that the model has.
+        :param size: vocabulary size of the model.
         :param end_ids: ids that end an answer.
-        :raises ConstraintError: the tokenizer is of a kind that can't be constrained.
+        :raises ConstraintError: this kind of tokenizer does not support constraints.
         """
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self._backend, size, end_ids)
         return self._vocabulary
 
     def close(self) -> None:
-        """End the child."""
+        """Kill the child."""
         self._process.kill()
         self._process.communicate()
         self._connection.close()
 
-    def _asked(self, question: list[Any] | str, go_on: Callable[[], None]) -> 'array[int]':
-        """Have the child encode a conversation, or count a text's tokens."""
-        request = json.dumps(question).encode()
+    def _request(self, content: list[Any] | str, heartbeat: Callable[[], None]) -> 'array[int]':
+        """Let the child encode a conversation, or count the tokens of a text."""
+        request = json.dumps(content).encode()
         memory, cpu_s = _prompt_limits(self._memory, len(request))
-        if self._process.poll() is not None:        # it was killed
+        if self._process.poll() is not None:        # killed from outside
             self.close()
             self._start()
         try:
             if not self._ready:
-                self._loaded(go_on)
+                self._await_load(heartbeat)
             return array('I', self._reply(
-                'the prompt can not be encoded', memory, cpu_s, go_on, request))
+                'the prompt can not be encoded', memory, cpu_s, heartbeat, request))
         finally:
             if self._process.returncode is not None:
                 self._start()
@@ -192,7 +193,7 @@ class TextProcess:
         ours, theirs = socket.socketpair()
         self._ready, self._connection = False, Connection(ours.detach())
         path = os.pathsep.join(each or os.getcwd() for each in sys.path)
-        # Its standard input is a leash; in a session of its own, Ctrl-C is not for it.
+        # When its standard input closes, the child ends. A new session keeps Ctrl-C from it.
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, '-c', _START, str(theirs.fileno()), self._arguments],
@@ -200,26 +201,30 @@ class TextProcess:
                 pass_fds=[theirs.fileno()], start_new_session=True,
                 env={**os.environ, **_ONE_THREAD, 'PYTHONPATH': path})
 
-    def _loaded(self, go_on: Callable[[], None]) -> bytes:
-        """Wait for the child's own; it has ended where this raises."""
+    def _await_load(self, heartbeat: Callable[[], None]) -> bytes:
+        """Wait until the child has loaded; if this raises, the child has ended."""
         folder = json.loads(self._arguments)[0]
         try:
             state = self._reply(f'no tokenizer can be loaded from {folder}', self._memory,
-                                self._cpu_s, go_on)
+                                self._cpu_s, heartbeat)
         except BaseException:
             self.close()
             raise
         self._ready = True
         return state
 
-    def _reply(self, what: str, memory: int, cpu_s: float, go_on: Callable[[], None],
+    def _reply(self, failure: str, memory: int, cpu_s: float, heartbeat: Callable[[], None],
                request: bytes = b'') -> bytes:
-        """Wait for the child's answer; it has ended where this raises anything but a refusal."""
+        """
+        Send a request, if there is one, and wait for the reply.
+
+        If this raises anything but the error that the child reported, the child has ended.
+        """
         try:
             if request:
                 self._connection.send_bytes(request)
             while not self._connection.poll(POLL_S):
-                go_on()
+                heartbeat()
             reply = self._connection.recv_bytes()
         except BaseException as error:
             if not isinstance(error, (EOFError, OSError)):
@@ -227,41 +232,41 @@ class TextProcess:
                 raise
             code = self._process.wait()
             self.close()
-            told = (f'takes more than {cpu_s:.0f} s of CPU time' if code == -signal.SIGXCPU
-                    else f'takes more than {memory / 1e6:.0f} MB of memory' if code < 0
-                    else f'ended its process with exit code {code}')
-            raise TextError(f'{what}: {_BLAMED} {told}: {_ADVICE}') from error
+            reason = (f'takes more than {cpu_s:.0f} s of CPU time' if code == -signal.SIGXCPU
+                      else f'takes more than {memory / 1e6:.0f} MB of memory' if code < 0
+                      else f'ended its process with exit code {code}')
+            raise TextError(f'{failure}: {_CULPRIT} {reason}: {_ADVICE}') from error
         if reply[:1] == _REFUSED:
             raise TextError(reply[1:].decode())
         return reply[1:]
 
 
 def _prompt_limits(memory: int, size: int) -> tuple[int, float]:
-    """Give the memory in bytes and the CPU time in seconds that a request of a size may take."""
+    """Return the limits of a request of ``size`` bytes: memory in bytes, CPU time in seconds."""
     return memory + MEMORY_PER_PROMPT_BYTE * size, PROMPT_CPU_S + PROMPT_CPU_S_PER_BYTE * size
 
 
 def serve() -> None:
-    """Be the child: load, then encode whatever comes, till the parent ends."""
+    """Run the child: load, then serve requests until the parent ends."""
     _end_with_parent()
-    follow(os.getppid())                # and not the thread that started this process
+    follow(os.getppid())                # the scheduling of the parent, not of its calling thread
     connection = Connection(int(sys.argv[1]))
     folder, chat, vocab_size, end_ids, cpu_s, memory = json.loads(sys.argv[2])
-    # Without torch, transformers takes 1 s and 70 MB to import, and not 3 s and 400 MB.
+    # Without torch, importing transformers takes 1 s and 70 MB instead of 3 s and 400 MB.
     sys.modules['torch'] = None         # type: ignore[assignment]
     texts: list[Text] = []
 
     def load() -> bytes:
         _limit(memory, cpu_s)
         texts.append(Text(load_tokenizer(folder), ChatConfig(**chat), vocab_size, end_ids))
-        return _tried(texts[0])
+        return _tested(texts[0])
 
     def encode() -> bytes:
         _limit(*_prompt_limits(memory, len(request)))
-        question = json.loads(request)
-        if isinstance(question, str):
-            return array('I', [texts[0].count(question)]).tobytes()
-        messages, kwargs, tools = question
+        content = json.loads(request)
+        if isinstance(content, str):
+            return array('I', [texts[0].count(content)]).tobytes()
+        messages, kwargs, tools = content
         messages = [_message(*message) for message in messages]
         return array('I', texts[0].encode(messages, kwargs, tools)).tobytes()
 
@@ -272,33 +277,33 @@ def serve() -> None:
         connection.send_bytes(_outcome(encode))
 
 
-def _message(role: str, content: str, calls: list[Any], *others: str) -> Message:
-    """Give a message as it was before it went through JSON."""
-    return Message(role, content, tuple(Call(*call) for call in calls), *others)
+def _message(role: str, content: str, calls: list[Any], *rest: str) -> Message:
+    """Restore a message from its JSON array."""
+    return Message(role, content, tuple(Call(*call) for call in calls), *rest)
 
 
 def _outcome(work: Callable[[], bytes]) -> bytes:
-    """Do some work; give what it gives, or why it can't be done."""
+    """Run some work; return the reply with its result or its error."""
     try:
         return _DONE + work()
     except TextError as error:
         reason = str(error)
     except MemoryError:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        reason = f'{_BLAMED} takes more than {limit / 1e6:.0f} MB of memory: {_ADVICE}'
+        reason = f'{_CULPRIT} takes more than {limit / 1e6:.0f} MB of memory: {_ADVICE}'
     except BaseException as error:      # such as a panic of the tokenizers library
-        reason = f"the model's tokenizer can't be used: {described(error)}"
+        reason = f"the model's tokenizer can not be used: {described(error)}"
     return _REFUSED + reason.encode(errors='backslashreplace')
 
 
-def _tried(text: Text) -> bytes:
-    """Try what the parent will do with a tokenizer, and give it."""
+def _tested(text: Text) -> bytes:
+    """Test what the parent will do with the tokenizer, and serialise it."""
     from tokenizers import Tokenizer
 
     state = text.backend.to_str()
     if '"Regex"' in json.dumps(json.loads(state)['decoder']):
-        raise TextError("the tokenizer's decoder has a regular expression, which may take for "
-                        'ever: choose another model')
+        raise TextError("the tokenizer's decoder has a regular expression, which may run "
+                        'forever: choose another model')
     backend = Tokenizer.from_str(state)
     backend.decode_batch([[id_] for id_ in range(backend.get_vocab_size())])
     return json.dumps({'backend': state, 'special_ids': sorted(text.special_ids),
@@ -307,7 +312,7 @@ def _tried(text: Text) -> bytes:
 
 
 def _limit(memory: int, cpu_s: float) -> None:
-    """Let this process use so much memory in all, in bytes, and so much more CPU time."""
+    """Limit the total memory of this process, in bytes, and its further CPU time."""
     for kind, limit in ((resource.RLIMIT_AS, memory),
                         (resource.RLIMIT_CPU, ceil(time.process_time() + cpu_s))):
         hard = resource.getrlimit(kind)[1]
@@ -316,10 +321,10 @@ def _limit(memory: int, cpu_s: float) -> None:
 
 def _end_with_parent() -> None:
     """
-    Let the kernel end this process when its standard input is closed, whatever it does then.
+    Make the kernel end this process when its standard input is closed, whatever it is doing.
 
-    A signal for that is asked for by ``O_ASYNC``. Unlike ``PR_SET_PDEATHSIG``, it does not come
-    when the thread ends that started the child.
+    ``O_ASYNC`` requests a signal for that. Unlike the signal of ``PR_SET_PDEATHSIG``, it does not
+    come when the thread that started the child ends.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ending = {signal.SIGIO, signal.SIGXCPU}
@@ -330,5 +335,5 @@ def _end_with_parent() -> None:
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
     leash = select.poll()
     leash.register(0, 0)
-    if leash.poll(0):                   # it was closed before
+    if leash.poll(0):                   # already closed
         sys.exit(1)

@@ -13,13 +13,14 @@
 # limitations under the License.
 
 """
-The tokenizer of a model folder: what tokenizer.json says, and no other.
+Load the tokenizer of a model folder from tokenizer.json.
 
-The class that tokenizer_config.json names can build another tokenizer of the same file, so the
-file itself is loaded; the others give special tokens and the chat template. What contradicts the
-file, or is half of a copy, is refused. It knows no prompts.
+The class that tokenizer_config.json names can build a different tokenizer from the same file, so
+the file is loaded directly. The other files only add special tokens and the chat template.
+Contradictory and incomplete files are refused.
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from typing import Any
 
 from physai_decode.engine import first_line
 
-SAMPLE = 'Hello, world! What is 12 + 3?'    # holds letters, blanks, digits and signs
+SAMPLE = 'Hello, world! What is 12 + 3?'    # letters, blanks, digits and punctuation
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
           'mask_token')
 _LISTS = ('additional_special_tokens', 'extra_special_tokens')
@@ -38,37 +39,37 @@ _AGAIN = 'copy or download the model again'
 
 
 class TextError(ValueError):
-    """A prompt can't be encoded, or a tokenizer can't be had; the message says why."""
+    """A prompt can not be encoded, or a tokenizer can not be loaded; the message says why."""
 
 
 def load_tokenizer(folder: str) -> Any:
     """
     Load the tokenizer of a model.
 
-    :param folder: a folder in Hugging Face layout. No code from it is run, and nothing is fetched.
+    :param folder: a folder in Hugging Face layout. No code from it runs; nothing is downloaded.
     :returns: a fast tokenizer of the transformers library.
-    :raises TextError: naming the folder and what is wrong with it.
+    :raises TextError: it can not be loaded; the message names the folder and the reason.
     """
     path = Path(folder)
     try:
-        whole = (path / 'tokenizer.json').is_file()
-        tokenizer = _from_file(path) if whole else _converted(path)
+        exists = (path / 'tokenizer.json').is_file()
+        tokenizer = _from_file(path) if exists else _converted(path)
         _check_sample(tokenizer)
         return tokenizer
     except MemoryError:
         raise
     except TextError as error:
         reason = str(error)
-    # The libraries raise whatever their parts raise: OSError, ValueError, bare Exception.
+    # The libraries raise exceptions of any type.
     except Exception as error:
-        told = ' '.join(str(error).split('\n', 2)[:2])
-        reason = (f'{type(error).__name__}: {told}; copy or download config.json, '
+        message = ' '.join(str(error).split('\n', 2)[:2])
+        reason = (f'{type(error).__name__}: {message}; copy or download config.json, '
                   'tokenizer.json and tokenizer_config.json again')
     raise TextError(f'no tokenizer can be loaded from {folder}: {reason}')
 
 
-def _from_file(folder):
-    """Take the tokenizer from its file; from the config only special tokens and the template."""
+def _from_file(folder: Path) -> Any:
+    """Load tokenizer.json; take special tokens and the chat template from the config."""
     from tokenizers import Tokenizer
     import transformers
 
@@ -82,7 +83,8 @@ def _from_file(folder):
         key: value for key, value in config.items() if value is not None}}
     special = {key: _content(named[key], key) for key in _NAMED if named.get(key)}
     further = [_content(token, key) for key in _LISTS for token in _listed(named.get(key))]
-    # A named token is special, whatever the file has it for; one that it lacks stays text.
+    # A token that the config names is special, even if the file says otherwise. If the file lacks
+    # it, it stays text.
     backend.add_special_tokens([name for name in dict.fromkeys((*special.values(), *further))
                                 if backend.token_to_id(name) is not None])
     known = {key: name for key, name in special.items() if backend.token_to_id(name) is not None}
@@ -92,16 +94,16 @@ def _from_file(folder):
     return tokenizer
 
 
-def _converted(folder):
-    """Have the library make a tokenizer of older files."""
+def _converted(folder: Path) -> Any:
+    """Let the transformers library convert older files."""
     from transformers import AutoTokenizer
 
     for model in sorted((*folder.glob('*.model'), *folder.glob('*.tiktoken'))):
-        lacking = [name for name in _libraries(model) if not _installed(name)]
-        if lacking:
+        missing = [name for name in _libraries(model) if not _installed(name)]
+        if missing:
             raise TextError(
-                f'it has {model.name} and no tokenizer.json, and what converts that is missing: '
-                f'pip install {" ".join(lacking)}, or save the model with its fast tokenizer')
+                f'it has {model.name} but no tokenizer.json: to convert the file, '
+                f'pip install {" ".join(missing)}, or save the model with its fast tokenizer')
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False)
@@ -111,51 +113,51 @@ def _converted(folder):
         if 'trust_remote_code' in str(error):
             raise _own_code() from error
         raise TextError(
-            f'it has no tokenizer.json, and of its other files none can be made '
+            f'it has no tokenizer.json, and its other files can not be converted '
             f'({first_line(error)}): {_AGAIN}, or save it with its fast tokenizer') from error
     names = dict(getattr(tokenizer, 'vocab_files_names', {}))
     names.pop('tokenizer_file', None)
-    lost = sorted(name for name in names.values() if not (folder / name).is_file())
-    if lost and not (folder / 'tekken.json').is_file():
-        raise TextError(f'it has no tokenizer.json, and no {" and no ".join(lost)} to make one '
-                        f'of: {_AGAIN}')
+    absent = sorted(name for name in names.values() if not (folder / name).is_file())
+    if absent and not (folder / 'tekken.json').is_file():
+        raise TextError(f'it has no tokenizer.json, and no {" and no ".join(absent)} to convert: '
+                        f'{_AGAIN}')
     tokenizer.chat_template = _templates(folder, {'chat_template': tokenizer.chat_template})
     return tokenizer
 
 
-def _libraries(path):
-    """Name what reads a file of another format: lines of base64 and a number, or a protobuf."""
+def _libraries(path: Path) -> tuple[str, ...]:
+    """Return the libraries that read an older file: lines of base64 and a number, or protobuf."""
     with path.open('rb') as file:
         lines = re.fullmatch(rb'[\w+/=]+ \d+\s*', file.readline(1000))
     return ('tiktoken',) if lines else ('sentencepiece', 'protobuf')
 
 
-def _installed(name):
+def _installed(name: str) -> bool:
     try:
         return bool(version(name))
     except PackageNotFoundError:
         return False
 
 
-def _own_code():
-    return TextError('it is code in that folder, which is never run: choose another model')
+def _own_code() -> TextError:
+    return TextError('it needs code from that folder, which is never run: choose another model')
 
 
-def _check_sample(tokenizer):
-    """Refuse a vocabulary of next to nothing, which any text would be lost in."""
+def _check_sample(tokenizer: Any) -> None:
+    """Refuse a vocabulary that lacks the tokens of ordinary text."""
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if backend is None:
-        return                          # it is refused for that
+        return                          # `Text` refuses it
     ids = backend.encode(SAMPLE, add_special_tokens=False).ids
     unknown = tokenizer.unk_token_id
     if all(id_ == unknown for id_ in ids):
         raise TextError(
-            f'of its {backend.get_vocab_size()} tokens none is text (it has nothing for '
+            f'none of its {backend.get_vocab_size()} tokens is text (it can not encode '
             f'{SAMPLE!r}): {_AGAIN}')
 
 
-def _add(backend, listed):
-    """Add tokens that the config has and the file lacks; hold the ids of all against the file."""
+def _add(backend: Any, listed: Mapping[str, Any]) -> None:
+    """Add tokens that only the config has, and check that both agree on all ids."""
     from tokenizers import AddedToken
 
     for id_, token in sorted((int(id_), token) for id_, token in listed.items()):
@@ -169,27 +171,29 @@ def _add(backend, listed):
                 f'{backend.token_to_id(name)}: {_AGAIN}')
 
 
-def _listed(value):
+def _listed(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value or ()
 
 
-def _content(token, key):
+def _content(token: Any, key: str) -> str:
     name = token.get('content') if isinstance(token, dict) else token
     if not isinstance(name, str):
-        raise TextError(f'tokenizer_config.json has {name!r} as {key}, which is no text: {_AGAIN}')
+        raise TextError(f'tokenizer_config.json has {name!r} as {key}: expected a string; '
+                        f'{_AGAIN}')
     return name
 
 
-def _templates(folder, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """Give the chat template, or all by name where there are several."""
+def _templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """Return the chat template, or several by name."""
     found: dict[str, str] = {}
-    told = config.get('chat_template') or _read(folder / 'chat_template.json').get('chat_template')
-    if isinstance(told, list):
-        found = {each['name']: each['template'] for each in told}
-    elif isinstance(told, dict):
-        found = told
-    elif told:
-        found = {'default': told}
+    value = config.get('chat_template') or _read(folder / 'chat_template.json').get(
+        'chat_template')
+    if isinstance(value, list):
+        found = {each['name']: each['template'] for each in value}
+    elif isinstance(value, dict):
+        found = value
+    elif value:
+        found = {'default': value}
     single = folder / 'chat_template.jinja'
     more = sorted((folder / 'additional_chat_templates').glob('*.jinja'))
     if single.is_file():
@@ -197,12 +201,13 @@ def _templates(folder, config: Mapping[str, Any]) -> str | dict[str, str] | None
     found |= {each.stem: each.read_text(encoding='utf-8') for each in more}
     for name, template in found.items():
         if not isinstance(template, str):
-            raise TextError(f'its chat template {name!r} is {template!r}, no text: {_AGAIN}')
+            raise TextError(f'its chat template {name!r} is {template!r}: expected a string; '
+                            f'{_AGAIN}')
     return found['default'] if found.keys() == {'default'} else found or None
 
 
-def _read(path):
-    """Give a file's object; empty where there is no such file."""
+def _read(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -210,5 +215,5 @@ def _read(path):
     except ValueError as error:
         raise TextError(f'{path.name} is damaged ({error}): {_AGAIN}') from error
     if not isinstance(value, dict):
-        raise TextError(f'{path.name} is damaged (it holds no JSON object): {_AGAIN}')
+        raise TextError(f'{path.name} is damaged (it is not a JSON object): {_AGAIN}')
     return value

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-One thread that answers requests one after another: submit, cancel, preempt, stop.
+The decode thread: it answers queued requests one at a time and reports to listeners.
 
-It gives one `Answer` of an engine, or `ServerAnswer` of a server, after the other and tells
-listeners. It knows nothing of ROS or torch, and not what the listeners do with what they get.
+Each request becomes an `Answer` of an engine, or a `ServerAnswer` of a server. This module depends
+on neither ROS nor torch.
 """
 
 from collections.abc import Callable
@@ -64,8 +64,8 @@ from physai_decode.request import Form
 from physai_decode.request import Refusal
 from physai_decode.request import Request
 from physai_decode.request_queue import Listener
+from physai_decode.request_queue import notify_end
 from physai_decode.request_queue import RequestQueue
-from physai_decode.request_queue import tell_end
 from physai_decode.request_queue import Ticket
 from physai_decode.result import ANSWERED
 from physai_decode.roofline import Peak
@@ -78,44 +78,43 @@ from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 
-KEPT = ('stop', 'length', 'deadline', 'preempted')  # ends whose turn stays in the conversation
-PARTS = 10                      # of a wait: of them a stopped process (SIGSTOP) loses one, not all
-SEEDS = 2**31                               # a fresh seed is below
+KEPT = ('stop', 'length', 'deadline', 'preempted')  # their turns stay in the conversation
+JOIN_PARTS = 10                 # a wait in parts; a process that SIGSTOP stops loses only one
+SEEDS = 2**31                   # random seeds are below this
 
 Result = TypeVar('Result')
-# A task gets the decode loop, and what to call after each step.
+# A task receives the decode loop and a heartbeat to call after each step.
 Work = Callable[[DecodeLoop, Callable[[], None]], Result]
 
 
 class Sink(Listener, Protocol):
-    """Hears of every request."""
+    """Receives the reports of all requests."""
 
     def accepted(self, number: int, request: Request) -> None:
-        """Take a request that was queued; from the thread that submitted it."""
+        """Receive a request that was queued; called by the thread that submitted it."""
         ...
 
 
 @dataclass
 class _Task:
-    """What is run on the engine between two requests."""
+    """Work on the engine between two requests."""
 
     work: Work[Any]
     outcome: 'futures.Future[Any]' = field(default_factory=futures.Future)
-    end_message: str = ''           # why it is to end early; guarded by the worker's lock
+    end_message: str = ''           # why to end early; guarded by the worker's lock
 
 
 class Busy(RuntimeError):
-    """The engine is not free for a task; the message says why."""
+    """The engine is busy; the message says why."""
 
 
 class Worker:
     """
-    One engine, or a server, or both; one thread, one queue.
+    One thread and one queue for an engine, a server, or both.
 
-    Where there is a server, it answers, and the engine in its place where it fails.
+    If there is a server, it answers, and the engine is the fallback.
 
-    All methods and properties may be used from any thread, and none of them waits for the engine
-    but ``run`` and ``stop``.
+    All methods and properties are thread-safe. Only ``run`` and ``stop`` wait for the engine.
     """
 
     def __init__(self, engine: Engine | None, text: TextCoder | None, config: DecodeConfig,
@@ -128,20 +127,20 @@ class Worker:
                  energy_j: Callable[[], float | None] = lambda: None,
                  server: Server | None = None) -> None:
         """
-        Make a worker that is not running yet.
+        Create a worker; `start` starts its thread.
 
-        :param engine: used by the worker's thread alone while that runs, and not closed; None,
-            as ``text``, where there is only a server.
+        :param engine: used only by the decode thread while that runs, and never closed here. None,
+            like ``text``, if there is only a server.
         :param clock: monotonic, in seconds.
-        :param peak: the memory bus that the tokens' floor is for.
-        :param numbers: gives each request its number, also in several threads; None: from 1 on.
-        :param checkpoint_sampling: settings that ``sampling.from_checkpoint`` takes.
-        :param form: what an answer has to look like whose request does not say it.
-        :param energy_j: gives the energy that the device has taken up to now, in joules.
+        :param peak: peak memory bandwidth, for the floor of the tokens.
+        :param numbers: thread-safe source of request numbers; None counts from 1.
+        :param checkpoint_sampling: settings for ``sampling.from_checkpoint``.
+        :param form: constraint on answers whose request sets none.
+        :param energy_j: returns the energy that the device has used so far, in joules.
         """
         self._device_energy_j = energy_j
         self._energy_j: float | None = None         # of all answers
-        self._energy_tokens = 0                     # theirs
+        self._energy_tokens = 0                     # tokens of those answers
         self._server, self._remote = server, config.remote
         self._local: tuple[DecodeLoop, TextCoder] | None = None
         if engine is not None and text is not None:
@@ -166,12 +165,12 @@ class Worker:
         self._placement: Placement | None = None    # of the thread
 
         self._wake = threading.Condition()
-        # All below is guarded by _wake's lock.
+        # The lock of _wake guards everything below.
         self._accepting = False
         self._queue = RequestQueue(config.queue)
         self._answer: Delivery | None = None
-        self._task: _Task | None = None     # waits for the thread, or is run by it
-        self._sign_of_life_s = 0.0      # what runs: when it was taken, or its last step
+        self._task: _Task | None = None     # waiting or running
+        self._last_heartbeat_s = 0.0    # when the running request or task began, or its last step
         self._last_error = ''
         self._fallback = ''
         self._failed = False
@@ -182,22 +181,22 @@ class Worker:
 
     def start(self) -> None:
         """
-        Start the thread, with nothing recorded yet.
+        Start the decode thread with empty statistics.
 
         :raises RuntimeError: the thread of an earlier start still runs.
         """
         if self._thread is not None and self._thread.is_alive():
-            raise RuntimeError('the worker still runs: its engine has not come back')
+            raise RuntimeError('the decode thread still runs: its engine has not returned')
         self._recorder = Recorder(self._window_s, self._recorder.deadline, self._roofline)
         with self._wake:
             self._failed = False
             self._accepting = True
-        # What is loaded by now is here to stay: no collection need look at it again.
+        # All objects loaded so far stay; exclude them from later garbage collections.
         gc.collect()
         gc.freeze()
         give_back()
         self._thread = threading.Thread(target=self._run, name='decode', daemon=True)
-        with self._wake:                            # it takes nothing before it has its place
+        with self._wake:            # the thread takes no request before it has its scheduling
             self._thread.start()
             assert self._thread.native_id is not None
             self._placement = Placement(self._thread.native_id, self._realtime)
@@ -205,13 +204,13 @@ class Worker:
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:
         """
-        Queue a request and give its number.
+        Queue a request and return its number.
 
-        A request that can't be queued is refused before this returns. One that turns out too long
-        is refused on the worker's thread, when its turn comes.
+        A request that can not be queued is refused before this method returns. The decode thread
+        refuses a prompt that turns out to be too long for the context.
 
-        :param received_s: when it was received, by the worker's clock; None for now.
-        :param listener: hears of this request alone, after the sink.
+        :param received_s: time of receipt by the worker's clock; None for now.
+        :param listener: receives the reports of this request, after the sink.
         """
         now_s = self._clock()
         oversize = self._oversize(request)
@@ -228,14 +227,14 @@ class Worker:
             else:
                 if self._queue.preempts:
                     removed = self._end(self._queue.unfinished(), 'preempted',
-                                        f'request {ticket.number} came')
+                                        f'request {ticket.number} arrived')
                 if request.prompt:
                     ticket.turn = self._conversation.open(request.prompt)
                 self._queue.add(ticket)
                 self._wake.notify()
         try:
             if refusal is not None:
-                self._tell_end(ticket, RequestReport(
+                self._notify_end(ticket, RequestReport(
                     ticket.number, 'rejected', refusal.message, client_id=request.client_id,
                     refusal=refusal.kind), '')
             else:
@@ -246,12 +245,13 @@ class Worker:
 
     def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
         """
-        End requests within one step, and say what was done.
+        End requests within one step, and return what was done.
 
-        :param number: of the request to end.
-        :param client_id: the client's id of the request to end. Where neither is given the
-            running request ends and the queue is emptied.
-        :param message: why, in words, where that is not plain.
+        Without a number or a client id, the running request ends and the queue is emptied.
+
+        :param number: number of the request to end.
+        :param client_id: client id of the request to end.
+        :param message: reason, for the report.
         """
         with self._wake:
             running = self._queue.running
@@ -267,46 +267,46 @@ class Worker:
         return ', '.join(done) or 'nothing running'
 
     def reset(self) -> str:
-        """Forget the conversation, the turn that is running too, and say what was forgotten."""
+        """Forget the conversation, including the running turn, and return what was forgotten."""
         turns = self._conversation.forget()
         return f'forgot {turns} turn{"" if turns == 1 else "s"}'
 
     def run(self, work: Work[Result], timeout_s: float) -> Result:
         """
-        Run a task on the engine in the worker's thread, where nothing runs or waits.
+        Run a task on the engine in the decode thread, if no request runs or waits.
 
-        Requests that come meanwhile wait for their turn. While the task runs, the state is
-        ``generating`` (or ``stalled``); its steps are not recorded.
+        Requests that arrive meanwhile wait. While the task runs, the state is ``generating`` or
+        ``stalled``; its steps are not recorded.
 
-        :param work: gets the decode loop, and a function to call after each step: a sign of life,
-            which raises where the task is to end.
+        :param work: receives the decode loop and a heartbeat to call after each step; the
+            heartbeat raises `Busy` to end the task.
         :raises Busy: the engine is not free, or ``stop`` was called.
-        :raises EngineError: the task did not end in time. It ends with its next step then.
-        :return: what the task gives; what it raises is raised here.
+        :raises EngineError: the task exceeded ``timeout_s``; it ends with its next step.
+        :return: the result of the task; its exceptions are raised here.
         """
         task = _Task(work)
         with self._wake:
-            if self.occupied:
-                raise Busy(self.occupied)
+            if self.busy_reason:
+                raise Busy(self.busy_reason)
             self._task = task
-            self._sign_of_life_s = self._clock()
+            self._last_heartbeat_s = self._clock()
             self._wake.notify()
         if not futures.wait([task.outcome], timeout_s).done:
             with self._wake:
-                task.end_message = f'the engine did not come back within {timeout_s:g} s'
+                task.end_message = f'the engine did not return within {timeout_s:g} s'
             raise EngineError(task.end_message)
         try:
             return cast(Result, task.outcome.result())
         finally:
-            del task                # else an error keeps itself, and what it holds of the device
+            del task                # breaks the cycle of an error, its traceback and this frame
 
     def stop(self, timeout_s: float) -> bool:
         """
-        Cancel everything, refuse what comes, and wait for the thread to end.
+        Cancel all requests, refuse new ones, and wait for the thread to end.
 
-        :return: False where the engine did not come back in time. Its request has then ended with
-            an error, and the thread will touch nothing but the engine any more; the engine can't
-            be closed until then.
+        :return: False if the engine did not return in time. Its request has then ended with an
+            error. The thread still uses the engine, and nothing else, so the engine must not be
+            closed yet.
         """
         with self._wake:
             self._accepting = False
@@ -317,8 +317,8 @@ class Worker:
         self._report_removed(removed)
         if self._thread is None:
             return True
-        for _ in range(PARTS):
-            self._thread.join(timeout_s / PARTS)
+        for _ in range(JOIN_PARTS):
+            self._thread.join(timeout_s / JOIN_PARTS)
         gc.unfreeze()
         if self._placement is not None and not self._thread.is_alive():
             self._placement.end()
@@ -326,16 +326,16 @@ class Worker:
             stuck, answer = self._queue.running, self._answer
             if stuck is None or answer is None or not self._thread.is_alive():
                 return not self._thread.is_alive()
-            lost, stuck.finished = not stuck.finished, True
-        if lost:
-            self._fail(f'the engine did not come back within {timeout_s:g} s')
+            unreported, stuck.finished = not stuck.finished, True
+        if unreported:
+            self._fail(f'the engine did not return within {timeout_s:g} s')
             self._report_end(stuck, answer, End('error', self._last_error))
         return False
 
     def update(self, sampling: SamplingConfig | None = None,
                deadline: DeadlineConfig | None = None, pace: PaceConfig | None = None,
                thinking: ThinkingConfig | None = None) -> None:
-        """Take new settings: deadlines at once, all others from the next request on."""
+        """Apply new settings: deadlines at once, others from the next request on."""
         if pace is not None:
             self._pace = pace
         if sampling is not None:
@@ -346,26 +346,26 @@ class Worker:
             self._recorder.deadline = deadline
 
     def window(self) -> WindowReport:
-        """Report on the last ``diagnostics.window_s`` seconds, and on all since ``start``."""
+        """Report on the last ``diagnostics.window_s`` seconds and on the time since ``start``."""
         return self._recorder.window(self._clock())
 
     @property
     def state(self) -> str:
         """
-        Tell the state: idle, generating, stalled or failed.
+        The state: idle, generating, stalled or failed.
 
-        Stalled: no token, nor a chunk of a prompt, for ``diagnostics.stall_timeout_s``. Failed:
-        the last request ended with an error, and none runs. A task of ``run`` is like a request.
+        Stalled: no token and no prefill chunk for ``diagnostics.stall_timeout_s``. Failed: the
+        last request ended with an error, and none runs. A task of ``run`` counts as a request.
         """
         with self._wake:
             if self._queue.running is None and self._task is None:
                 return 'failed' if self._failed else 'idle'
-            silent_s = self._clock() - self._sign_of_life_s
+            silent_s = self._clock() - self._last_heartbeat_s
             return 'stalled' if silent_s > self._stall_timeout_s else 'generating'
 
     @property
-    def occupied(self) -> str:
-        """Say why no task can be run now; empty where one can."""
+    def busy_reason(self) -> str:
+        """Why no task can run now; empty if one can."""
         with self._wake:
             if not self._accepting:
                 return 'the node is not active: activate it first'
@@ -373,12 +373,12 @@ class Worker:
                 return (f'request {self._queue.running.number} is {self.state}: call again when '
                         'it has ended')
             if self._task is not None or self._queue:
-                return 'the engine is about to be used: call again later'
+                return 'the engine is about to run a request or a task: call again later'
             return ''
 
     @property
     def peak(self) -> Peak:
-        """The memory bus that the tokens' floor is for; may be replaced at any time."""
+        """Peak memory bandwidth, for the floor of the tokens; may change at any time."""
         return self._roofline.peak
 
     @peak.setter
@@ -387,57 +387,57 @@ class Worker:
 
     @property
     def energy_j(self) -> float | None:
-        """Give the energy that the device took for all answers; None where it does not tell."""
+        """Energy of all answers; None if the device does not report it."""
         return self._energy_j
 
     @property
     def j_per_token(self) -> float | None:
-        """Give that for each of their tokens."""
+        """Energy per token of those answers; None if unknown."""
         energy_j, tokens = self._energy_j, self._energy_tokens
         return None if energy_j is None or not tokens else energy_j / tokens
 
     @property
     def in_force(self) -> InForce | None:
-        """Tell how the thread is scheduled, as the kernel says; None before `start`."""
+        """The scheduling of the decode thread, as the kernel reports it; None before `start`."""
         return None if self._placement is None else self._placement.in_force()
 
     @property
     def fallback(self) -> str:
-        """Say why the engine answered the last request in the server's place; empty: not so."""
+        """Why the engine replaced the server for the last request; empty if it did not."""
         return self._fallback
 
     @property
     def fallbacks(self) -> int:
-        """Count the requests that the engine answered in the server's place."""
+        """Number of requests that the engine answered instead of the server."""
         return self._fallbacks
 
     @property
     def last_error(self) -> str:
-        """Give the message of the last error, empty where there was none."""
+        """Message of the last error; empty if there was none."""
         return self._last_error
 
     @property
     def queue_depth(self) -> int:
-        """Count the requests that wait."""
+        """Number of waiting requests."""
         return len(self._queue)
 
     @property
     def requests(self) -> int:
-        """Count the requests so far, refused ones too."""
+        """Number of requests so far, including refused ones."""
         return self._requests
 
     @property
     def refusals(self) -> int:
-        """Count the refused requests."""
+        """Number of refused requests."""
         return self._refusals
 
     @property
     def tokens(self) -> int:
-        """Count the tokens so far."""
+        """Number of tokens so far."""
         return self._tokens
 
     def _oversize(self, request: Request) -> Refusal | None:
-        """Say that a request is too long to be looked at; None where it is not."""
+        """Return the refusal of a request that is too large to process, or None."""
         limit = self._max_request_bytes
         if len(request.text) <= limit and request.size <= limit:
             return None
@@ -445,64 +445,63 @@ class Worker:
                        'raise queue.max_request_bytes')
 
     def _end(self, tickets: list[Ticket], reason: str, message: str) -> list[Ticket]:
-        """Ask for the end of these; give those that waited, to be reported. Needs the lock."""
+        """Request the end of tickets; return those that waited. Call with the lock held."""
         removed = self._queue.end(tickets, reason, message, self._clock())
         for ticket in removed:
             self._close_turn(ticket, ticket.end_reason, '')
         return removed
 
     def _close_turn(self, ticket: Ticket, reason: str, answer: str) -> None:
-        """End a request's turn of the conversation. Needs the lock: the next one reads it."""
+        """End the turn of a request. Call with the lock held: the next request reads it."""
         if ticket.turn is not None:
             self._conversation.close(ticket.turn, answer if reason in KEPT else None)
 
     def _report_removed(self, removed: list[Ticket]) -> None:
-        """Report the end of requests that never had their turn. From the caller's thread."""
-        with ExitStack() as rest:                   # all of them, also where a listener raises
+        """Report the end of requests that never ran. Runs in the caller's thread."""
+        with ExitStack() as calls:                  # runs all, even if a listener raises
             for ticket in reversed(removed):
-                rest.callback(self._report_one_removed, ticket)
+                calls.callback(self._report_one_removed, ticket)
 
     def _report_one_removed(self, ticket: Ticket) -> None:
         times = self._recorder.request(ticket.number, ticket.received_s, None,
                                        ticket.request.client_id, ticket.request.deadline)
-        self._tell_end(ticket, times.finish(
-            self._clock(), ticket.end_reason, ticket.end_message, ticket.end_asked_s), '')
+        self._notify_end(ticket, times.finish(
+            self._clock(), ticket.end_reason, ticket.end_message, ticket.end_requested_s), '')
 
-    def _tell_end(self, ticket: Ticket, report: RequestReport, text: str) -> None:
-        tell_end((self._sink, ticket.listener), report, text)
+    def _notify_end(self, ticket: Ticket, report: RequestReport, text: str) -> None:
+        notify_end((self._sink, ticket.listener), report, text)
 
-    # What follows runs in the worker's thread.
+    # The decode thread runs everything below.
 
     def _run(self) -> None:
         while True:
             with self._wake:
                 while not self._queue and self._task is None and self._accepting:
                     self._wake.wait()
-                self._sign_of_life_s = self._clock()
+                self._last_heartbeat_s = self._clock()
                 ticket = None
                 if self._task is None:
                     if not self._queue:
                         return
                     ticket = self._queue.take()
-                    self._answer = self._begin(ticket)
+                    self._answer = self._create_answer(ticket)
             with COLLECTOR.paused(full=lambda: not self._queue):
                 if ticket is None:
-                    self._perform()
+                    self._run_task()
                     continue
                 try:
-                    self._give(ticket, cast(Delivery, self._answer))
+                    self._serve(ticket, cast(Delivery, self._answer))
                 except Exception as error:
-                    # Only a listener's own finished() can get here: the engine's and the text's
-                    # errors have ended the request in _give().
+                    # Only an error of a listener's finished() arrives here: _serve() converts
+                    # errors of the engine and the text to the end of the request.
                     self._fail(described(error))
                 with self._wake:
                     self._queue.running = self._answer = None
 
-    def _begin(self, ticket: Ticket) -> Delivery:
+    def _create_answer(self, ticket: Ticket) -> Delivery:
         request, listener = ticket.request, ticket.listener
-        own = self._sampling
-        taken = self._checkpoint_sampling if own.from_checkpoint else {}
-        sampling = replace(own, **{**taken, **request.sampling})
+        checkpoint = self._checkpoint_sampling if self._sampling.from_checkpoint else {}
+        sampling = replace(self._sampling, **{**checkpoint, **request.sampling})
         if sampling.seed < 0:
             sampling = replace(sampling, seed=secrets.randbelow(SEEDS))
         times = self._recorder.request(ticket.number, ticket.received_s, self._clock(),
@@ -520,20 +519,20 @@ class Worker:
             if listener is not None:
                 listener.item(report)
 
-        given = {
+        arguments: dict[str, Any] = {
             'ticket': ticket, 'conversation': self._conversation, 'sampling': sampling,
-            'times': times, 'emit': emit, 'emit_item': emit_item, 'alive': self._live,
+            'times': times, 'emit': emit, 'emit_item': emit_item, 'alive': self._record_heartbeat,
             'clock': self._clock, 'form': None if request.is_free else request.form or self._form,
             'tokens_per_s': replace(self._pace, **request.pace).tokens_per_s,
             'thought_tokens': request.thinking.get('max_tokens', self._thinking.max_tokens)}
-        local = self._local and partial(Answer, *self._local, **given)
+        local = self._local and partial(Answer, *self._local, **arguments)
         if self._server is None:
             assert local is not None
             return local()
-        return ServerAnswer(self._server, self._remote, local=local, **given)
+        return ServerAnswer(self._server, self._remote, local=local, **arguments)
 
-    def _give(self, ticket: Ticket, answer: Delivery) -> None:
-        """Answer, and report the end."""
+    def _serve(self, ticket: Ticket, answer: Delivery) -> None:
+        """Answer a request and report its end."""
         failure = ''
         try:
             if isinstance(answer, ServerAnswer):
@@ -555,13 +554,13 @@ class Worker:
             failure = str(error)
             end = End('error', failure)
         except Exception as error:
-            # The top of the worker: whatever an engine raises ends its request and no more.
+            # The top of the worker: an error of the engine ends only its request.
             failure = described(error)
             end = End('error', failure)
         else:
             failure = end.message if end.reason == 'error' else ''
         with self._wake:
-            if ticket.finished:                     # stop() has given it up
+            if ticket.finished:                     # stop() has reported its end
                 return
             if ticket.end_reason and end.reason not in ('rejected', 'error'):
                 end = End(ticket.end_reason, ticket.end_message)
@@ -576,7 +575,7 @@ class Worker:
         self._report_end(ticket, answer, end)
 
     def _fall_back(self, answer: Delivery, reason: str) -> Delivery:
-        """Let the engine's answer take the place of the server's."""
+        """Replace the server's answer with the engine's."""
         answer.times.fallback = self._fallback = reason
         with self._wake:
             self._answer = answer
@@ -587,7 +586,7 @@ class Worker:
         message = '; '.join(filter(None, (end.message, answer.note)))
         if answer.energy_j is not None and (after_j := self._device_energy_j()) is not None:
             answer.times.energy_j = after_j - answer.energy_j
-        report = answer.times.finish(self._clock(), end.reason, message, ticket.end_asked_s)
+        report = answer.times.finish(self._clock(), end.reason, message, ticket.end_requested_s)
         if report.energy_j is not None:
             self._energy_j = (self._energy_j or 0.0) + report.energy_j
             self._energy_tokens += report.output_tokens
@@ -595,16 +594,16 @@ class Worker:
             report = replace(report, reasoning=answer.reasoning, tool_calls=tuple(answer.calls))
         if end.reason == 'rejected':
             report = replace(report, refusal='invalid')
-        self._tell_end(ticket, report, answer.text)
+        self._notify_end(ticket, report, answer.text)
 
-    def _perform(self) -> None:
-        """Run the task; all that it raises is its caller's."""
+    def _run_task(self) -> None:
+        """Run the task; `run` raises its exceptions."""
         task = cast(_Task, self._task)
         try:
             try:
-                self._go_on()
-                assert self._local is not None      # of a server, nobody asks for a task
-                result = task.work(self._local[0], self._go_on)
+                self._heartbeat()
+                assert self._local is not None      # callers need an engine
+                result = task.work(self._local[0], self._heartbeat)
             finally:
                 with self._wake:
                     self._task = None
@@ -613,18 +612,18 @@ class Worker:
         else:
             task.outcome.set_result(result)
         finally:
-            del task                # else an error keeps itself, as in `run`
+            del task                # breaks the cycle as in `run`
 
-    def _go_on(self) -> None:
-        """Take a sign of life of the task; raise Busy where it is to end."""
-        self._live(self._clock())
+    def _heartbeat(self) -> None:
+        """Record that the task is alive; raise `Busy` if it has to end."""
+        self._record_heartbeat(self._clock())
         with self._wake:
             message = cast(_Task, self._task).end_message
         if message:
             raise Busy(message)
 
-    def _live(self, now_s: float) -> None:
-        self._sign_of_life_s = now_s
+    def _record_heartbeat(self, now_s: float) -> None:
+        self._last_heartbeat_s = now_s
 
     def _fail(self, message: str) -> None:
         with self._wake:

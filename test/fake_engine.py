@@ -170,7 +170,7 @@ class CharacterText:
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-               go_on: Callable[[], None] = lambda: None,
+               heartbeat: Callable[[], None] = lambda: None,
                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Give the characters of the whole conversation."""
         self.tools = tools

@@ -54,7 +54,7 @@ class Letters:
     stopped = False
     held = False
 
-    def encode(self, messages, chat_template_kwargs=None, go_on=None, tools=()):
+    def encode(self, messages, chat_template_kwargs=None, heartbeat=None, tools=()):
         """Give the code points of the conversation."""
         return [ord(letter) for message in messages for letter in message.content]
 

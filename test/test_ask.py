@@ -100,7 +100,7 @@ def test_options_go_with_the_request(rig):
     assert 'length: max_tokens is 2' in done.stderr
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout.splitlines()[0]) == (1, '')
-    assert "'max_token' is no field of a request" in done.stderr
+    assert "'max_token' is not a field of a request" in done.stderr
     for wrong in ('{', '[1]'):
         done = ask('hello', '--options', wrong)
         assert (done.returncode, done.stdout) == (2, '')

@@ -30,10 +30,10 @@ import sys
 from physai_decode import bench
 from physai_decode import checkpoint
 from physai_decode.benchmark import compare
-from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
 from physai_decode.benchmark import neighbour
 from physai_decode.benchmark import plots
+from physai_decode.benchmark import profiler
 from physai_decode.benchmark import report
 from physai_decode.benchmark import runner as runner_module
 from physai_decode.benchmark import session
@@ -277,7 +277,7 @@ def test_a_neighbour_ends_with_its_context(monkeypatch):
     with neighbour.running(neighbour.Kind('cpu')) as other:
         assert len(started) == len(neighbour.os.sched_getaffinity(0))
         assert all(process.poll() is None for process in started)
-        assert other.listen(0.0) == []
+        assert other.collect(0.0) == []
     assert all(process.poll() is not None for process in started)
 
 
@@ -291,7 +291,7 @@ def test_a_neighbour_that_can_not_run_is_told(monkeypatch):
 def test_the_step_beside_a_neighbour(monkeypatch, tmp_path):
     """Alone and beside in turn; the table has both, and the neighbour's own times."""
     class Other:
-        def listen(self, seconds):
+        def collect(self, seconds):
             return [0.002 if seconds else 0.004]
 
     @contextlib.contextmanager
@@ -367,8 +367,8 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
     monkeypatch.setattr(session, 'find_engine_peak', lambda footprint, config: PEAK)
     monkeypatch.setattr(machine, 'describe', lambda footprint: {})
     monkeypatch.setattr(machine, 'memory', lambda footprint: {})
-    monkeypatch.setattr(kernels, 'prepare', lambda: built.append('profiler'))
-    monkeypatch.setattr(kernels, 'profile', lambda engine, prompt, steps: [row])
+    monkeypatch.setattr(profiler, 'prepare', lambda: built.append('profiler'))
+    monkeypatch.setattr(profiler, 'profile', lambda engine, prompt, steps: [row])
     kept = []
     result = run_session(monkeypatch, build, case(kernels=True),
                          lambda result: kept.append(json.dumps(result)))
@@ -380,7 +380,7 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
 
     def denied():
         raise RuntimeError('CUPTI_ERROR_INSUFFICIENT_PRIVILEGES')
-    monkeypatch.setattr(kernels, 'prepare', denied)
+    monkeypatch.setattr(profiler, 'prepare', denied)
     result = run_session(monkeypatch, build, case(kernels=True))
     assert result['contexts'][0]['itl_p50_s'] > 0
     assert 'no kernel table: RuntimeError: CUPTI_ERROR' in report.steps([result]).text()
@@ -555,7 +555,7 @@ def test_kernels_are_summed_by_name_and_grid():
         events += [event('matvec', at, 40), event('matvec', at + 50, 40),
                    event('matvec', at + 100, 300, grid=(99, 1, 1)), event('norm', at + 400, 20)]
     events.append(event('norm', 10000, 20))       # of the step ahead
-    rows = kernels.summarize(events, 10)
+    rows = profiler.summarize(events, 10)
     assert [(row['name'], row['grid'], row['calls']) for row in rows] == [
         ('matvec', '99x1x1', 1), ('matvec', '8x1x1', 2), ('norm', '8x1x1', 1)]
     assert [row['step_s'] for row in rows] == pytest.approx([300e-6, 80e-6, 20e-6])
@@ -563,7 +563,7 @@ def test_kernels_are_summed_by_name_and_grid():
 
 
 def test_overlapping_kernels_are_charged_with_what_they_add():
-    rows = kernels.summarize([event('first', 0, 100), event('second', 60, 100),
+    rows = profiler.summarize([event('first', 0, 100), event('second', 60, 100),
                               event('inside', 70, 10)], 1)
     assert {row['name']: row['step_s'] for row in rows} == pytest.approx(
         {'first': 100e-6, 'second': 60e-6, 'inside': 0.0})
@@ -577,10 +577,10 @@ def test_kernels_are_told_by_the_order_of_a_step():
         for place, (name, _, size) in enumerate(reads):
             at = 1000 * step + 100 * place
             events += [event(name, at, size), event('small', at + 80, 1)]
-    rows = kernels.summarize(events[6:], 4, reads)          # begins within the first step
+    rows = profiler.summarize(events[6:], 4, reads)          # begins within the first step
     assert {row['operation']: (row['bytes'], round(row['call_s'] * 1e6)) for row in rows} == {
         'qkv': (10, 10), 'attention': (5, 5), 'down': (20, 20), 'head': (70, 70), '': (None, 1)}
-    others = kernels.summarize(events, 4, [('mul', 'only', 10), ('attend', 'attention', 5)])
+    others = profiler.summarize(events, 4, [('mul', 'only', 10), ('attend', 'attention', 5)])
     assert {row['operation'] for row in others} == {''}
 
 
@@ -604,7 +604,7 @@ def test_the_native_engine_tells_what_its_kernels_read(tmp_path):
 def test_a_kernel_table_has_rates():
     result = done(case(contexts=(2048,)), [0.010])
     cell = result['contexts'][0]
-    cell['kernels'] = kernels.summarize(
+    cell['kernels'] = profiler.summarize(
         [event('mul', 1000 * step, 100) for step in range(3)], 3, [('mul', 'head', 60_000)])
     assert report.kernels(result, cell).rows == [
         ['head', 'mul', '8x1x1', '1', '0.06', '100.0', '100.0', '100.0', '1', '0.600']]
@@ -1144,7 +1144,7 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
     (['--budget-s', '-1'], '--budget-s -1: allowed are 0 to'),
     (['--paper', '--cpu-threads', '-1'], 'engine.cpu_threads is -1'),
     (['--constraint', 'no/such/file'], 'no/such/file'),
-    (['--constraint', __file__], 'is no JSON'),
+    (['--constraint', __file__], 'is not valid JSON'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
 def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
     assert bench.main([*arguments, '--out', str(tmp_path)]) == 2

@@ -182,7 +182,7 @@ def test_what_may_not_be_read(folder, monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(os, 'open', refuse)
-    assert 'mend its permissions' in refusal(folder)
+    assert 'correct its permissions' in refusal(folder)
 
 
 @pytest.fixture(params=['FIFO', 'device'])
@@ -423,13 +423,13 @@ def test_locate_nothing(path):
 
 @pytest.mark.parametrize('path', ['~no_such_user/model', '/' + 'a' * 300, 'a' * 5000])
 def test_locate_what_can_not_be(path):
-    with pytest.raises(EngineError, match=r'model\.path .*(give a|allowed are)'):
+    with pytest.raises(EngineError, match=r'model\.path .*(set it to a|allowed are)'):
         checkpoint.locate(path)
 
 
 @pytest.mark.parametrize('name', ['no_such_model', '..', '../models', ''])
 def test_locate_an_unknown_builtin(name):
-    with pytest.raises(EngineError, match='the package has no such model'):
+    with pytest.raises(EngineError, match='the package does not contain this model'):
         checkpoint.locate(f'builtin:{name}')
 
 

@@ -60,12 +60,12 @@ def test_a_share_of_the_gpu_is_set_before_its_first_use(monkeypatch, tmp_path):
     assert device.share(EngineConfig()) == {}
     device.select(config)
     assert os.environ[device._SHARE] == '40'
-    assert f'no daemon of MPS listens in {tmp_path}' in device.share(config)['gpu_share']
+    assert f'no MPS daemon listens in {tmp_path}' in device.share(config)['gpu_share']
     (tmp_path / 'control').touch()
     assert device.share(config) == {'gpu_share': '40 %'}
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     device.select(config)
-    with pytest.raises(EngineError, match='gpu_share_percent 30 comes too late'):
+    with pytest.raises(EngineError, match='gpu_share_percent is 30, but'):
         device.select(EngineConfig(device='cpu', gpu_share_percent=30))
 
 

@@ -50,7 +50,7 @@ def chosen(model, monkeypatch, installed=(), **changes):
 def test_the_fastest_that_can_run_it(model, monkeypatch):
     everything = ('gptqmodel', 'optimum', 'accelerate')
     assert chosen(model, monkeypatch) == (
-        'native', 'it runs llama with unquantised weights')
+        'native', 'it supports llama with unquantised weights')
     # Also beside GPTQModel, which transformers calls on a CPU.
     assert chosen(model, monkeypatch, everything, quantization_config=GPTQ).name == 'native'
 
@@ -94,13 +94,13 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize(('template', 'told', 'form'), [
-    ('auto', 'default', 'none: the chat template leaves them out'),
-    ('off', 'off', 'none: there is no chat template to tell the model of them')])
+    ('auto', 'default', 'none: the chat template omits them'),
+    ('off', 'off', 'none: no chat template presents them to the model')])
 def test_what_a_load_decided_is_told(template, told, form):
     said = []
     loaded = load(settings(chat=ChatConfig(template=template)), said.append)
     assert loaded.facts == {
-        'engine_reason': 'it runs llama with unquantised weights', 'chat_template': told,
+        'engine_reason': 'it supports llama with unquantised weights', 'chat_template': told,
         'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none', 'tool_form': form,
         'thought_markers': 'none'}
     assert any('end_tokens: <|im_end|>' in line for line in said)
@@ -138,6 +138,6 @@ def test_an_end_that_the_tokenizer_has_as_text_is_told(tmp_path):
     said = []
     loaded = load(settings(model=ModelConfig(path=str(tmp_path))), said.append)
     assert loaded.engine.footprint.eos_token_ids == (2,)
-    assert any(line.startswith('no end of an answer: 70, which eos_token_id') for line in said)
+    assert any(line.startswith('ignoring 70 in eos_token_id') for line in said)
     loaded.engine.close()
     loaded.text.close()

@@ -319,7 +319,7 @@ def change(folder, quantization=None, **fields):
     ({}, {'quantization': {'quant_method': 'awq'}}, ('awq', 'auto')),
     ({}, {'quantization': {'bits': 8}}, ('8-bit', 'transformers')),
     ({}, {'quantization': {'checkpoint_format': 'marlin'}}, ('marlin', 'transformers')),
-    ({}, {'quantization': {'group_size': 96}}, ('not of 96', 'transformers')),
+    ({}, {'quantization': {'group_size': 96}}, ('not 96', 'transformers')),
     ({}, {'quantization': {'group_size': 128}}, ('.g_idx', 'inconsistent')),
     ({'symmetric': False}, {}, ('zero points of 0', 'native')),
     ({'symmetric': False, 'layout': 'gptq_v2'}, {}, ('zero points of 0', 'native')),

@@ -108,29 +108,29 @@ def test_a_measurement_can_be_ended():
     class Enough(Exception):
         pass
 
-    def go_on():
+    def heartbeat():
         raise Enough
 
     engine = Fake()
     loop = DecodeLoop(engine)
     with pytest.raises(Enough):
-        gap.measure(loop, None, PEAK, go_on)
+        gap.measure(loop, None, PEAK, heartbeat)
     assert engine.way is True and loop.cached_ids == []
 
 
 @pytest.mark.parametrize(('engine', 'words'), [
     (FakeEngine(), '--model "?builtin:tiny_planner"? --engines fake fake:cuda_graph=false'),
-    (Fake(max_context=36), 'holds 36 tokens: 37 are needed'),
+    (Fake(max_context=36), 'of 36 tokens is too short: 37 are needed'),
     (Fake(cuda_graph='unavailable', checkpoint_weight_bytes=2 * 10**9, engine='native'),
      '2.00 GB .* --engines native transformers')])
 def test_what_can_not_be_measured_is_refused(engine, words):
     with pytest.raises(EngineError, match=words):
-        with gap.rival(engine, CONFIG):
+        with gap.baseline(engine, CONFIG):
             pass
 
 
 def test_on_a_gpu_the_step_is_compared_with_itself():
-    with gap.rival(Fake(), CONFIG) as other:
+    with gap.baseline(Fake(), CONFIG) as other:
         assert other is None
 
 
@@ -140,7 +140,7 @@ def test_a_rival_that_is_not_installed(monkeypatch):
                  if name.startswith('physai_decode.engines.transformers')]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(EngineError, match='pip install -U transformers'):
-        with gap.rival(Fake(cuda_graph='unavailable', engine='native'), CONFIG):
+        with gap.baseline(Fake(cuda_graph='unavailable', engine='native'), CONFIG):
             pass
 
 
@@ -164,7 +164,7 @@ def test_on_a_cpu_two_engines_are_compared(folder, name):
     decode(loop, prompt)
     cached = loop.cached_ids
     assert cached[:60] == prompt
-    with gap.rival(engine, config) as other:
+    with gap.baseline(engine, config) as other:
         assert {engine.footprint.engine, other.footprint.engine} == set(ENGINES)
         result = gap.measure(loop, other, PEAK)
         assert (result.first.name, result.second.name) == tuple(ENGINES)

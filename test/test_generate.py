@@ -508,15 +508,15 @@ def sampled(**values):
 
 @needs_msgs
 @pytest.mark.parametrize(('goal', 'message'), [
-    (lambda: Generate.Goal(), 'either prompt, a string, or messages'),
+    (lambda: Generate.Goal(), 'one of prompt (a string), messages'),
     (lambda: Generate.Goal(prompt='x', messages_json='[]'), 'prompt and messages were given'),
-    (lambda: Generate.Goal(messages_json='[}'), 'messages_json is no JSON'),
+    (lambda: Generate.Goal(messages_json='[}'), 'messages_json is not valid JSON'),
     (lambda: Generate.Goal(messages_json='{}'), 'messages is {}'),
     (lambda: Generate.Goal(prompt='x', options_json='[]'), 'options_json is not a JSON object'),
     (lambda: Generate.Goal(prompt='x', options_json='{"a": 1, "a": 2}'), 'given twice'),
     (lambda: Generate.Goal(prompt='x', options_json='{"prompt": "y"}'),
      'prompt is set in a field of the goal and in options_json'),
-    (lambda: Generate.Goal(prompt='x', options_json='{"cancel": true}'), 'is no field'),
+    (lambda: Generate.Goal(prompt='x', options_json='{"cancel": true}'), 'is not a field'),
     (lambda: Generate.Goal(prompt='x', id='\n'), 'id is '),
     (lambda: sampled(temperature=math.nan), 'temperature is nan'),
     (lambda: sampled(max_tokens=0), 'max_tokens is 0'),

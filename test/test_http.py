@@ -323,7 +323,7 @@ def test_a_schema(rig):
     ({'messages': [{'role': 'user'}]}, 'messages', 'messages[0].content'),
     ({'messages': [{'role': 'king', 'content': 'x'}]}, 'messages', 'messages[0].role'),
     ({'messages': [{'role': 'user', 'content': [
-        {'type': 'image_url', 'image_url': {'url': 'data:'}}]}]}, 'messages', 'takes text only'),
+        {'type': 'image_url', 'image_url': {'url': 'data:'}}]}]}, 'messages', 'accepts only text'),
     ({'prompt': 'x'}, 'prompt', 'prompt is not a field of this body'),
     ({'raw_prompt': 'x'}, 'raw_prompt', 'raw_prompt is not a field of this body'),
     ({'temperature': 99}, 'temperature', 'temperature is 99'),
@@ -335,8 +335,8 @@ def test_a_schema(rig):
     ({'presence_penalty': 0.5}, 'presence_penalty', 'does not support'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty', 'does not support'),
     ({'logit_bias': {'5': 1}}, 'logit_bias', 'does not support'),
-    ({'reasoning_effort': 'low'}, 'reasoning_effort', 'is no field'),
-    ({'guided_json': {}}, 'guided_json', 'is no field'),
+    ({'reasoning_effort': 'low'}, 'reasoning_effort', 'is not a field'),
+    ({'guided_json': {}}, 'guided_json', 'is not a field'),
     ({'max_tokens': 0}, 'max_tokens', 'max_tokens is 0'),
     ({'max_tokens': 1, 'max_completion_tokens': 1}, 'max_completion_tokens', 'set one'),
     ({'stream': 'yes'}, 'stream', 'true or false'),
@@ -374,9 +374,9 @@ def test_a_wrong_body_keeps_its_id(rig, fields):
 
 
 @pytest.mark.parametrize(('body', 'said'), [
-    (b'', 'is no JSON'), (b'{', 'is no JSON'), (b'[]', 'expected a JSON object'),
+    (b'', 'is not valid JSON'), (b'{', 'is not valid JSON'), (b'[]', 'expected a JSON object'),
     (b'\xff', 'not UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
-    (b'[' * 100000, 'is no JSON')])
+    (b'[' * 100000, 'is not valid JSON')])
 def test_a_body_that_is_none(rig, body, said):
     status, _, answer = rig.request('POST', CHAT, body)
     assert status == 400 and said in answer['error']['message']

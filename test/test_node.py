@@ -238,7 +238,7 @@ def test_preempt(make):
     rig.wait(lambda: len(rig.requests()) == 3)
     assert [request['finish_reason'] for request in rig.requests()] == [
         'rejected', 'preempted', 'stop']
-    assert rig.requests()[1]['message'] == 'preempted: request 3 came'
+    assert rig.requests()[1]['message'] == 'preempted: request 3 arrived'
 
 
 def test_cancel_and_reset(rig):

@@ -108,7 +108,7 @@ def test_a_goal_is_cancelled_within_a_step(rig):
 
 @pytest.mark.parametrize(('fields', 'told'), [
     ({'prompt': ''}, 'none was given'), ({'prompt': 'a' * 300}, '300 tokens long'),
-    ({'prompt': 'a', 'options_json': '{"top": 1}'}, "'top' is no field"),
+    ({'prompt': 'a', 'options_json': '{"top": 1}'}, "'top' is not a field"),
     ({'prompt': 'a', 'messages_json': '[]'}, 'prompt and messages were given')])
 def test_a_goal_is_refused_as_a_prompt_is(rig, fields, told):
     answer = rig.result(begin(rig, **fields).get_result_async())

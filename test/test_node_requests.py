@@ -91,9 +91,9 @@ def test_a_prompt_has_a_result_too(active):
 
 
 @pytest.mark.parametrize(('value', 'id_', 'told'), [
-    ('hello', None, 'the request is no JSON'),
+    ('hello', None, 'the request is not valid JSON'),
     ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', "temperature is 'hot'"),
-    ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is no field of a request"),
+    ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is not a field of a request"),
     ({'id': 'x', 'prompt': 'a', 'temperature': 10**400}, 'x', 'temperature is 1000'),
     ({'id': 'x', 'prompt': 'a', 'deadline': {'\ud800': 1}}, 'x', r"'deadline.\ud800' is no"),
     ({'id': 'x'}, 'x', 'none was given'),

@@ -128,7 +128,7 @@ def test_a_cancel_is_heard_while_a_step_waits(make):
                         diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
     number = worker.submit(Request('go'))
     sink.wait_tokens(1)
-    wait_for(lambda: worker._sign_of_life_s > worker._clock() + 60)     # it waits
+    wait_for(lambda: worker._last_heartbeat_s > worker._clock() + 60)     # it waits
     assert worker.state == 'generating'
     worker.cancel(number)
     report, text = sink.end(number)
@@ -157,7 +157,7 @@ def test_the_json_form():
     assert request.to_json() == {'prompt': 'x', 'pace': {'tokens_per_s': 8.0}}
     with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: allowed are 0\.0 to'):
         parse('{"prompt": "x", "pace": {"tokens_per_s": -1}}')
-    with pytest.raises(RequestError, match=r"'pace\.hz' is no field"):
+    with pytest.raises(RequestError, match=r"'pace\.hz' is not a field"):
         parse('{"prompt": "x", "pace": {"hz": 8}}')
 
 

@@ -123,7 +123,7 @@ def test_an_empty_list_has_no_type_of_its_own(make, given):
 @pytest.mark.parametrize(('yaml', 'message'), [
     ('sampling.top_p: 1.5', r'sampling\.top_p is 1\.5: allowed are 0\.0 to 1\.0'),
     ('sampling.top_k: -1', r'sampling\.top_k is -1: allowed are 0 to 1000000'),
-    ('sampling.top_k: 2.5', r'sampling\.top_k is 2\.5: expected a whole number'),
+    ('sampling.top_k: 2.5', r'sampling\.top_k is 2\.5: expected an integer'),
     ('sampling.top_p: high', r"sampling\.top_p is 'high': expected a number"),
     ('sampling.top_p: .nan', r'sampling\.top_p is nan: allowed are 0\.0 to 1\.0'),
     ('sampling.stop: "a"', r"sampling\.stop is 'a': expected a list of strings"),
@@ -131,7 +131,7 @@ def test_an_empty_list_has_no_type_of_its_own(make, given):
     (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'sampling\.stop has 65 texts: allowed are 64'),
     (f'sampling.stop: [{"a" * 257}]', r'sampling\.stop is .* 257 characters: allowed are 256'),
     (f'model.path: {"a" * 4097}', r'model\.path is .* 4097 characters: allowed are 4096'),
-    ('realtime.cpu_affinity: [a]', r'realtime\.cpu_affinity is .*: expected a list of whole num'),
+    ('realtime.cpu_affinity: [a]', r'realtime\.cpu_affinity is .*: expected a list of integers'),
     ('realtime.cpu_affinity: [1, -1]', r'realtime\.cpu_affinity is .*: allowed are 0 to 4095'),
     (f'realtime.cpu_affinity: {[1] * 65}', r'cpu_affinity has 65 numbers: allowed are 64'),
     ('queue.size: 1000000000', r'queue\.size is 1000000000: allowed are 1 to 10000'),

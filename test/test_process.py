@@ -342,12 +342,12 @@ def test_a_params_file_for_another_node_is_told(ears, start, tmp_path):
         assert status.level == DiagnosticStatus.WARN
         assert status.message == message
         status = heard.next()
-    assert 'model.path names no model' in status.message
+    assert 'model.path is empty' in status.message
     assert status.level == DiagnosticStatus.ERROR
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert [line for line in stderr.splitlines() if message in line and '[ERROR]' in line]
-    assert 'configure failed: model.path names no model' in stderr
+    assert 'configure failed: model.path is empty' in stderr
 
 
 @pytest.mark.parametrize(('content', 'path'), [

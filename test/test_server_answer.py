@@ -366,18 +366,18 @@ FAILURES = {
     'moved': (refusing(307, '', Location='https://other/v1'), "'https://other/v1'"),
     'sends a page': (refusing(200, '<html>Sign in</html>', 'text/html'), 'text/html'),
     'does not stream': (refusing(200, {'choices': []}), 'not a stream'),
-    'sends no JSON': (saying(b'data: oops\n\n'), "'oops' is no JSON object"),
-    'sends no choices': (saying(b'data: {"answer": 1}\n\n'), 'no event of a stream'),
+    'sends no JSON': (saying(b'data: oops\n\n'), "'oops' is not a JSON object"),
+    'sends no choices': (saying(b'data: {"answer": 1}\n\n'), 'not an event of a stream'),
     'sends other types': (saying(b'data: {"choices": [{"delta": {"content": 5}}]}\n\n'),
-                          'no event of a stream'),
+                          'not an event of a stream'),
     'fails in the stream': (saying(b'data: {"error": {"message": "out of memory"}}\n\n'),
                             'out of memory'),
-    'nests deeply': (saying(b'data: ' + b'[' * 100_000 + b'\n\n'), 'no JSON object'),
+    'nests deeply': (saying(b'data: ' + b'[' * 100_000 + b'\n\n'), 'not a JSON object'),
     'filters': (saying(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
                 "'content_filter'"),
-    'says nothing at all': (saying(), 'broke the answer off'),
+    'says nothing at all': (saying(), 'ended the stream too early'),
     'closes the connection': (lambda call, body: call.connection.shutdown(socket.SHUT_RDWR),
-                              'can not be asked'),
+                              'can not be reached'),
     'hangs': (hang, 'remote.first_token_timeout_ms, which is 300'),
     'hangs but for signs of life': (keep_alive, 'remote.first_token_timeout_ms, which is 300')}
 
@@ -424,10 +424,10 @@ def test_nobody_listens():
 
 
 @pytest.mark.parametrize(('answer', 'told'), [
-    (cut, 'broke the answer off'),
+    (cut, 'ended the stream too early'),
     (hang_in_mid_answer, 'remote.token_timeout_ms, which is 300'),
     (lambda call, body: (call.begin(), call.say('half'), call.raw(b'data: oops\n\n')),
-     'no JSON object')])
+     'not a JSON object')])
 def test_what_breaks_in_mid_answer_is_not_continued(fake, answer, told):
     """What was said is published already: another model's words must not follow it."""
     fake.answer = answer
@@ -588,11 +588,11 @@ def test_a_look_at_the_server(fake):
     remote = RemoteConfig(fake.url, MODEL)
     server = Server(remote)
     assert server.footprint.is_remote and server.footprint.max_context == 0
-    assert server.look() == '' and server.footprint.max_context == 8192
+    assert server.probe() == '' and server.footprint.max_context == 8192
     fake.models = [{'id': 'other'}]
-    assert "no model 'far/model': it has other" in server.look()
+    assert "no model 'far/model': it has other" in server.probe()
     fake.models = 'none'
-    assert 'no list of models' in server.look()
+    assert 'not a list of models' in server.probe()
 
 
 @pytest.mark.skipif(which('openssl') is None, reason='openssl makes the certificate')

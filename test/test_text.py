@@ -173,7 +173,7 @@ def test_a_template_that_refuses_is_found_out_at_once():
 def test_a_template_that_leaves_the_prompt_out():
     tokenizer = qwen_like()
     tokenizer.chat_template = 'hello'
-    with pytest.raises(TextError, match='leaves out the last message'):
+    with pytest.raises(TextError, match='omits the last message'):
         Text(tokenizer, ChatConfig())
 
 
@@ -278,7 +278,7 @@ def test_a_word_that_could_be_part_of_a_special_token_is_not_shown():
 def test_a_template_that_leaves_the_system_prompt_out():
     tokenizer = qwen_like()
     tokenizer.chat_template = CHATML.replace('in messages', 'in messages[-1:]')
-    with pytest.raises(TextError, match='leaves out the system message: leave chat.system_prompt'):
+    with pytest.raises(TextError, match='omits the system message: leave chat.system_prompt'):
         Text(tokenizer, ChatConfig(system_prompt='Be quick.'))
 
 
@@ -381,7 +381,7 @@ def test_encoding_keeps_no_other_thread_waiting(template):
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     text = Text(tokenizer, ChatConfig())
-    with pytest.raises(TextError, match='user text.*surrogate pair at character 2'):
+    with pytest.raises(TextError, match='user text.*unpaired surrogate at character 2'):
         encode(text, 'ab\ud83e')
     with pytest.raises(TextError, match='assistant text'):
         encode(text, 'a', [('a', '\udd16')])
@@ -593,7 +593,7 @@ def test_load_runs_no_code(tmp_path):
     settings['auto_map'] = {'AutoTokenizer': ['code.Tokenizer', 'code.Tokenizer']}
     settings['tokenizer_class'] = 'Tokenizer'
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
-    with pytest.raises(TextError, match=f'{tmp_path}: it is code in that folder'):
+    with pytest.raises(TextError, match=f'{tmp_path}: it needs code from that folder'):
         load_tokenizer(str(tmp_path))
     assert not trap.exists()
 
@@ -622,9 +622,9 @@ def test_a_template_gets_its_own_switches():
     ({'tokenize': True}, 'tokenize can not be set'),
     ({'messages': 'x'}, 'messages can not be set'),
     ({'self': 'x'}, 'self can not be set'),
-    ({'name': 'a\ud83e'}, 'chat_template_kwargs.name text holds half a surrogate pair'),
+    ({'name': 'a\ud83e'}, 'chat_template_kwargs.name text has an unpaired surrogate'),
     ({'eos_token': 'x'}, 'eos_token can not be set'),
-    ({'name': 'a<|im_end|>'}, 'name can not be set: it holds a special token')])
+    ({'name': 'a<|im_end|>'}, 'name can not be set: it contains a special token')])
 def test_what_a_template_is_not_given(kwargs, problem):
     text = Text(qwen_like(), ChatConfig())
     with pytest.raises(TextError, match=re.escape(problem)):
@@ -633,7 +633,7 @@ def test_what_a_template_is_not_given(kwargs, problem):
 
 def test_switches_without_a_template_are_refused():
     text = Text(qwen_like(), ChatConfig(template='off'))
-    with pytest.raises(TextError, match='there is no chat template'):
+    with pytest.raises(TextError, match='without a chat template'):
         text.encode([Message('user', 'go')], {'enable_thinking': False})
 
 

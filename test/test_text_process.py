@@ -133,7 +133,7 @@ def test_files_that_are_too_large_are_refused_unread(make, folder):
     (folder / 'vocab.txt').symlink_to('nowhere')
     (folder / 'vocab.json').touch()
     os.truncate(folder / 'vocab.json', 200_000_000)
-    with pytest.raises(TextError, match=f'{folder}.* hold 200 MB, and 100 MB are allowed'):
+    with pytest.raises(TextError, match=f'{folder}.* have 200 MB, and 100 MB are allowed'):
         make()
 
 
@@ -142,12 +142,12 @@ def test_a_cancel_is_heard_while_a_template_renders(make, bomb):
     class Cancelled(Exception):
         pass
 
-    def go_on():
+    def heartbeat():
         raise Cancelled
 
     text = make(SWITCHED)
     with pytest.raises(Cancelled):
-        text.encode(ASKED, {'bomb': bomb}, go_on)
+        text.encode(ASKED, {'bomb': bomb}, heartbeat)
     assert text.encode(ASKED)
 
 

@@ -106,7 +106,7 @@ def test_a_template_that_asks_for_a_token_that_is_not_there(folder):
     configure(folder, bos_token='<bos>')
     Text(load_tokenizer(str(folder)), ChatConfig())             # nothing needs it
     (folder / 'chat_template.jinja').write_text('{{ bos_token }}' + CHATML)
-    assert "asks for bos_token, which tokenizer_config.json has as '<bos>'" in refusal(folder)
+    assert "uses bos_token, which tokenizer_config.json sets to '<bos>'" in refusal(folder)
     assert not Text(load_tokenizer(str(folder)), ChatConfig(template='off')).has_template
 
 
@@ -138,7 +138,7 @@ def test_a_vocabulary_without_words(folder):
     state = json.loads((folder / 'tokenizer.json').read_text())
     state['model'].update(vocab={}, merges=[])
     (folder / 'tokenizer.json').write_text(json.dumps(state))
-    assert 'none is text' in refusal(folder)
+    assert 'tokens is text' in refusal(folder)
 
 
 @pytest.mark.parametrize(('name', 'content', 'library'), [
@@ -151,7 +151,7 @@ def test_a_missing_library_is_named(folder, monkeypatch, name, content, library)
     monkeypatch.setattr(tokenizer_files, '_installed', lambda name: name == 'protobuf')
     (folder / 'tokenizer.json').unlink()
     (folder / name).write_bytes(content)
-    assert f'it has {name} and no tokenizer.json' in refusal(folder)
+    assert f'it has {name} but no tokenizer.json' in refusal(folder)
     assert refusal(folder).endswith(
         f'pip install {library}, or save the model with its fast tokenizer')
 
@@ -186,7 +186,7 @@ def test_named_templates(folder):
     (folder / 'chat_template.jinja').unlink()
     configure(folder, chat_template=[
         {'name': 'plain', 'template': "{{ messages[-1]['content'] }}"}])
-    assert 'of that name the model has no chat template: it has plain' in refusal(folder)
+    assert 'the model has no chat template of that name: it has plain' in refusal(folder)
     more = folder / 'additional_chat_templates'
     more.mkdir()
     (more / 'loud.jinja').write_text("{{ messages[-1]['content'] }}!")

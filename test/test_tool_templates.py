@@ -107,9 +107,9 @@ def test_the_form_of_calls_is_found(family):
 
 
 @pytest.mark.parametrize(('template', 'reason'), [
-    (SMOLLM.replace('if tools', 'if nothing'), 'the chat template leaves them out'),
+    (SMOLLM.replace('if tools', 'if nothing'), 'the chat template omits them'),
     (QWEN.replace('# Tools', "{{ raise_exception('no tools') }}"), 'refuses tools: no tools'),
-    (OTHER, 'in a form that is not known: known are hermes')])
+    (OTHER, 'in an unknown form: known are hermes')])
 def test_a_template_that_takes_no_tools(template, reason):
     text = Text(model(template), ChatConfig())
     assert text.manner.form == ''
@@ -120,7 +120,7 @@ def test_a_template_that_takes_no_tools(template, reason):
 
 def test_without_a_template_there_are_no_tools():
     text = Text(model(QWEN), ChatConfig(template='off'))
-    assert 'there is no chat template' in text.manner.reason
+    assert 'no chat template presents' in text.manner.reason
     assert (text.manner.opens, text.manner.markers(False)) == ('', ())
     with pytest.raises(TextError, match='tool_calls can not be used'):
         text.encode(conversation())
@@ -165,7 +165,7 @@ def test_no_argument_or_result_yields_a_special_token(family):
 
     for said in ('<|im_end|>', 'a<|im_start|>system\n', '"<|im_end|>"', '<|im_\\"end|>'):
         assert of(said, said) == of()
-    with pytest.raises(TextError, match=r"tools hold '<\|im_end\|>', a special token"):
+    with pytest.raises(TextError, match=r"tools contain '<\|im_end\|>', a special token"):
         text.encode([Message('user', 'go')], tools=[
             {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
 

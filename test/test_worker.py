@@ -204,7 +204,7 @@ def test_an_empty_prompt_is_refused_at_once(make):
 
 def test_a_prompt_without_tokens_is_refused(make):
     class Dumb(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             return []
 
     worker, sink = make(text=Dumb())
@@ -226,7 +226,7 @@ def test_a_long_prompt_is_refused_with_its_figures(make):
 
 def test_text_that_cannot_be_encoded_is_refused(make):
     class Picky(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             raise TextError('not this one')
 
     worker, sink = make(text=Picky())
@@ -302,7 +302,7 @@ def test_cancel_at_the_last_token(make):
 
 def test_cancel_before_the_engine_begins(make):
     class Canceller(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             worker.cancel()
             return super().encode(messages)
 
@@ -343,12 +343,12 @@ def test_a_new_prompt_preempts(make):
     second = worker.submit(Request('b'))
     third = worker.submit(Request('c'))
     report, _ = sink.end(second)
-    assert (report.finish_reason, report.message) == ('preempted', 'request 3 came')
+    assert (report.finish_reason, report.message) == ('preempted', 'request 3 arrived')
     assert sink.end(worker.submit(Request('')))[0].finish_reason == 'rejected'
     gate.open(1)
     report, text = sink.end(first)
     assert (report.finish_reason, text) == ('preempted', 'xx')
-    assert report.message == 'request 2 came'
+    assert report.message == 'request 2 arrived'
     gate.open(1)
     sink.wait_tokens(3)
     worker.cancel()
@@ -416,8 +416,8 @@ def test_stop_gives_up_an_engine_that_hangs(make):
     assert not worker.stop(0.05)
     report, text = sink.end(waiting)
     assert report.finish_reason == 'cancelled'
-    assert 'did not come back within 0.05 s' in worker.last_error
-    with pytest.raises(RuntimeError, match='not come back'):
+    assert 'did not return within 0.05 s' in worker.last_error
+    with pytest.raises(RuntimeError, match='has not returned'):
         worker.start()
     gate.open(9)
     assert worker.stop(TIMEOUT_S)
@@ -660,12 +660,12 @@ def test_a_task_runs_in_the_workers_thread(make):
     sink.end(worker.submit(Request('say hello')))
     before = worker.window()
 
-    def work(given, go_on):
+    def work(given, heartbeat):
         assert given.engine is engine
         assert worker.state == 'generating'
         assert not gc.isenabled()
         for _ in given.stream([1, 2], SamplingConfig()):
-            go_on()
+            heartbeat()
         return threading.current_thread().name
 
     assert worker.run(work, TIMEOUT_S) == 'decode'
@@ -684,10 +684,10 @@ def test_a_task_waits_for_no_request(make):
     assert gate.waiting.wait(TIMEOUT_S)
     wait_for(lambda: worker.state == 'stalled')
     with pytest.raises(Busy, match='request 1 is stalled'):
-        worker.run(lambda engine, go_on: None, TIMEOUT_S)
+        worker.run(lambda engine, heartbeat: None, TIMEOUT_S)
     gate.open(3)
     assert sink.end(request_id)[1] == 'ab'
-    assert worker.run(lambda engine, go_on: 7, TIMEOUT_S) == 7
+    assert worker.run(lambda engine, heartbeat: 7, TIMEOUT_S) == 7
 
 
 @pytest.mark.parametrize('start', [False, True])
@@ -695,7 +695,7 @@ def test_a_task_needs_a_worker_that_runs(make, start):
     worker, _ = make(start=start)
     assert worker.stop(TIMEOUT_S)
     with pytest.raises(Busy, match='not active'):
-        worker.run(lambda engine, go_on: None, TIMEOUT_S)
+        worker.run(lambda engine, heartbeat: None, TIMEOUT_S)
 
 
 class Task:
@@ -715,11 +715,11 @@ class Task:
         except Exception as error:
             self.outcome = error
 
-    def _work(self, engine, go_on):
-        go_on()
+    def _work(self, engine, heartbeat):
+        heartbeat()
         self.begun.set()
         assert self.go.wait(TIMEOUT_S)
-        go_on()
+        heartbeat()
         return 'done'
 
     def end(self):
@@ -738,8 +738,8 @@ def test_prompts_during_a_task_are_answered_after_it(make, policy):
     assert worker.queue_depth == (2 if policy == 'reject' else 1)
     assert worker.state == 'generating'
     assert engine.prompts == []
-    with pytest.raises(Busy, match='about to be used'):
-        worker.run(lambda engine, go_on: None, TIMEOUT_S)
+    with pytest.raises(Busy, match='about to run'):
+        worker.run(lambda engine, heartbeat: None, TIMEOUT_S)
     task.go.set()
     assert task.end() == 'done'
     assert sink.end(second)[1] == 'two'
@@ -758,7 +758,7 @@ def test_cancel_leaves_a_task_alone(make):
 
 @pytest.mark.parametrize('error', [EngineError('no'), KeyboardInterrupt(), StopIteration(3)])
 def test_what_a_task_raises_is_its_callers(make, error):
-    def work(engine, go_on):
+    def work(engine, heartbeat):
         raise error
 
     worker, sink = make()
@@ -773,10 +773,10 @@ def test_nothing_of_a_task_is_kept(make):
     class Thing:
         """Stands for the device's memory."""
 
-    def work(engine, go_on):
+    def work(engine, heartbeat):
         thing = Thing()
         found.append(weakref.ref(thing))
-        go_on()
+        heartbeat()
         raise EngineError('no')
 
     found = []
@@ -812,7 +812,7 @@ def test_stop_gives_up_a_task_that_hangs(make):
     task = Task(worker)
     wait_for(lambda: worker.state == 'stalled')
     assert not worker.stop(0.05)
-    with pytest.raises(RuntimeError, match='not come back'):
+    with pytest.raises(RuntimeError, match='has not returned'):
         worker.start()
     task.go.set()
     assert isinstance(task.end(), Busy)
@@ -826,7 +826,7 @@ def test_a_task_that_takes_too_long_is_given_up(make, monkeypatch):
         begun.wait(TIMEOUT_S), wait(outcomes, timeout_s))[1])
     task = Task(worker, 0.05, begun)
     assert isinstance(task.end(), EngineError)
-    assert 'did not come back within 0.05 s' in str(task.outcome)
+    assert 'did not return within 0.05 s' in str(task.outcome)
     assert worker.state == 'generating'
     request_id = worker.submit(Request('go'))
     task.go.set()

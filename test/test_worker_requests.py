@@ -57,7 +57,7 @@ def test_each_request_has_its_own_sampling(make):
         (0.5, 4), (0.9, 2), (0.5, 4), (0.5, 4)]
     assert [text for _, text in sink.ends] == ['abcd', 'ab', 'ab', 'abcd']
     assert [report.message for report, _ in sink.ends] == [     # by the name it was set by
-        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a text of stop was met',
+        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a text in stop matched',
         'sampling.max_new_tokens is 4']
 
 
@@ -115,7 +115,7 @@ def test_messages_are_the_clients_own_conversation(make):
 
 def test_the_template_gets_the_requests_variables(make):
     class Noting(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             given.append(chat_template_kwargs)
             return super().encode(messages)
 
@@ -143,7 +143,7 @@ def test_an_id_is_one_requests_until_that_ends(make):
     for taken in 'xy':
         report, _ = sink.end(worker.submit(Request('b', client_id=taken)))
         assert report.finish_reason == 'rejected'
-        assert f"id '{taken}' is taken by a request that has not ended" in report.message
+        assert f"id '{taken}' belongs to a request that has not ended" in report.message
     gate.open(9)
     for number in (running, waiting):
         assert sink.end(number)[0].finish_reason == 'stop'
@@ -310,7 +310,7 @@ def test_a_long_prompt_does_not_cost_the_conversation(make):
     ('\ud800' * 2000, True)])
 def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
     class Unread(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             read.append(1)
             return super().encode(messages)
 
@@ -325,10 +325,10 @@ def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
 
 def test_cancel_is_heard_while_a_prompt_is_encoded(make):
     class Endless(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             begun.set()
             while True:
-                go_on()
+                heartbeat()
 
     begun = threading.Event()
     worker, sink = make(text=Endless())
@@ -340,7 +340,7 @@ def test_cancel_is_heard_while_a_prompt_is_encoded(make):
 
 def test_cancel_is_heard_between_two_encodings(make):
     class Slow(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             if len(messages) > 1:
                 begun.set()
                 assert go.wait(TIMEOUT_S)
@@ -373,7 +373,7 @@ class Counted(CharacterText):
         self.meanwhile()
         return super().count(text)
 
-    def encode(self, messages, chat_template_kwargs=None, go_on=None):
+    def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
         ids = super().encode(messages)
         self.encoded.append(len(ids))
         return ids
@@ -450,7 +450,7 @@ def test_a_turn_is_counted_once(make):
 def test_a_refused_prompt_costs_no_turn(make):
     """It is too long with what stands around it, but not by itself."""
     class Framed(CharacterText):
-        def encode(self, messages, chat_template_kwargs=None, go_on=None):
+        def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             return [1] * 5 + super().encode(messages)
 
     engine = FakeEngine(lambda ids: say('ok'), max_context=64)

@@ -472,7 +472,7 @@ def _values(message) -> dict[str, str]:
 
 def _read(message) -> dict:
     def refuse(text):
-        raise ValueError(f'{text} is no JSON')
+        raise ValueError(f'{text} is not valid JSON')
     return json.loads(message.data, parse_constant=refuse)
 
 

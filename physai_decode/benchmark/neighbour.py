@@ -13,10 +13,11 @@
 # limitations under the License.
 
 """
-Neighbours of a decode step: processes that keep the cores or the GPU busy, and tell how they fare.
+Neighbours of a decode step: processes that load the cores or the GPU and report their own times.
 
-Run as ``python -m physai_decode.benchmark.neighbour HZ BATCH`` it is the one on the GPU: a network
-of convolutions of ResNet-50's shapes, on a schedule, that prints the time of each pass in seconds.
+``python -m physai_decode.benchmark.neighbour HZ BATCH`` runs the neighbour on the GPU: a
+convolutional network with ResNet-50's shapes, on a schedule. It prints the time of each pass in
+seconds.
 """
 
 from collections.abc import Iterator
@@ -28,18 +29,19 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from physai_decode.config import ConfigError
 from physai_decode.pace import Pace
 
 HZ, BATCH = 30.0, 1
-BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))        # channels within a block, and blocks
-START_S = 120.0                 # until the network has run once
+BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))        # inner channels, number of blocks
+START_S = 120.0                 # limit on the time to the first pass of the network
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Which neighbour: one busy loop for each core, or a network on the GPU."""
+    """A kind of neighbour: one busy loop per core, or a network on the GPU."""
 
     where: str                  # cpu, gpu
     hz: float = HZ
@@ -50,13 +52,14 @@ def parse(text: str) -> Kind:
     """
     Read ``cpu`` or ``gpu[:hz,batch]``, such as ``gpu:30,1``.
 
-    :raises ConfigError: it is neither, or a number is not allowed.
+    :raises ConfigError: the text is neither, or a number is out of range.
     """
     where, _, rest = text.partition(':')
     try:
         values = [float(each) for each in rest.split(',')] if rest else []
-        kind = Kind(where, *values[:1], *map(int, values[1:]))
-        if where not in ('cpu', 'gpu') or rest and where == 'cpu' or len(values) > 2 \
+        hz, batch, *surplus = values + [HZ, BATCH][len(values):]
+        kind = Kind(where, hz, int(batch))
+        if where not in ('cpu', 'gpu') or rest and where == 'cpu' or surplus \
                 or not 0 < kind.hz <= 10000 or not 1 <= kind.batch <= 1024:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
@@ -66,10 +69,14 @@ def parse(text: str) -> Kind:
 
 
 class Neighbour:
-    """One that runs, and what it said of its passes."""
+    """A running neighbour and the times of its passes."""
 
     def __init__(self, process: 'subprocess.Popen[str] | None' = None) -> None:
-        """Take the process that prints its times; None where the neighbour has none."""
+        """
+        Start to read times.
+
+        :param process: prints its times; None for a neighbour without times.
+        """
         self._process = process
         self._times: list[float] = []
         self._ready = threading.Event()
@@ -81,16 +88,16 @@ class Neighbour:
 
     def wait(self) -> None:
         """
-        Wait until it works.
+        Wait for the first pass.
 
-        :raises RuntimeError: it does not.
+        :raises RuntimeError: the neighbour ended, or there was no pass within `START_S`.
         """
         if not self._ready.wait(START_S) or self._process is not None and not self._times:
-            raise RuntimeError('the neighbour on the GPU does not run: PyTorch finds no CUDA '
-                               'device, or its memory is taken')
+            raise RuntimeError('the neighbour on the GPU does not run: check that PyTorch '
+                               'finds a CUDA device with free memory')
 
-    def listen(self, seconds: float) -> list[float]:
-        """Give the times of its passes since the last call and so long from now, in seconds."""
+    def collect(self, seconds: float) -> list[float]:
+        """Wait for so many seconds; return the times of all passes since the last call."""
         if self._process is not None:
             time.sleep(seconds)
         times, self._times = self._times, []
@@ -107,9 +114,9 @@ class Neighbour:
 @contextmanager
 def running(kind: Kind) -> Iterator[Neighbour]:
     """
-    Have a neighbour inside ``with``; it is ended after that.
+    Run a neighbour inside ``with``.
 
-    :raises RuntimeError: it can't run.
+    :raises RuntimeError: the neighbour can not run.
     """
     with ExitStack() as ending:
         def start(*arguments: str) -> 'subprocess.Popen[str]':
@@ -124,15 +131,15 @@ def running(kind: Kind) -> Iterator[Neighbour]:
                 start('-c', 'while True: pass')
             yield Neighbour()
             return
-        other = Neighbour(start('-m', __spec__.name if __spec__ else __name__, str(kind.hz),
-                                str(kind.batch)))
-        other.wait()
-        other.listen(0.0)
-        yield other
+        neighbour = Neighbour(start('-m', __spec__.name if __spec__ else __name__,
+                                    str(kind.hz), str(kind.batch)))
+        neighbour.wait()
+        neighbour.collect(0.0)
+        yield neighbour
 
 
 def main() -> int:
-    """Run the network on its schedule until ended."""
+    """Run the network on its schedule until the process is killed."""
     import torch
     from torch import nn
 
@@ -148,7 +155,8 @@ def main() -> int:
                        nn.Conv2d(inner, inner, 3, stride, 1), nn.ReLU(),
                        nn.Conv2d(inner, 4 * inner, 1), nn.ReLU()]
             channels = 4 * inner
-    network = nn.Sequential(*layers).half().cuda().to(memory_format=torch.channels_last)
+    network: Any = nn.Sequential(*layers).half().cuda()
+    network.to(memory_format=torch.channels_last)
     images = torch.rand(batch, 3, 224, 224, device='cuda', dtype=torch.float16)
     with torch.inference_mode():
         for _ in range(5):

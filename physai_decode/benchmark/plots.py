@@ -13,28 +13,31 @@
 # limitations under the License.
 
 """
-The report's pictures, drawn with matplotlib: times against context, floor, latencies, parts.
+Plots of the report: step time over context, fraction of the floor, latencies, parts of a step.
 
-Without matplotlib there are none, and the report says so.
+They need matplotlib. Without it, the report has no plots and says so.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from statistics import median
+from typing import Any
 
 from physai_decode.benchmark import report
 from physai_decode.benchmark.runner import Result
 
-# Okabe and Ito's colours, which most colour-blind readers can tell apart
+# The palette of Okabe and Ito, safe for most kinds of colour blindness.
 _COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F', '#8B4513')
+Colours = dict[str, str]            # by label
 _PARTS = (('floor', '#009E73'), ('kernels beyond the floor', '#E69F00'), ('host gap', '#D55E00'))
 
 
 def draw(results: Sequence[Result], out: Path) -> list[Path]:
     """
-    Write the PNG files that the results give.
+    Draw the results and write PNG files.
 
-    :return: their paths; empty where nothing was measured.
+    :return: the paths of the files; empty if the results have no measured cell.
     :raises ImportError: matplotlib is not installed.
     """
     import matplotlib
@@ -58,43 +61,43 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     return paths
 
 
-def _beside(pyplot, results, _colours):
-    """Draw which part of the steps takes longer than what, alone and beside each neighbour."""
-    rows = [(f'{name}, {context:,}', told)
+def _beside(pyplot: Any, results: Sequence[Result], _colours: Colours) -> Any:
+    """Draw the distribution of step times, alone and beside each neighbour."""
+    rows = [(f'{name}, {context:,}', run)
             for (name, context), found in report.grouped(results).items()
-            for cell in found for told in cell.get('beside', ())]
+            for cell in found for run in cell.get('beside', ())]
     if not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for index, (name, told) in enumerate(rows):
+    for index, (name, run) in enumerate(rows):
         for how, style, label in (('alone', ':', 'alone'),
-                                  ('beside', '-', f'beside {told["neighbour"]}')):
-            times = sorted((1e3 * itl_s for itl_s in told[how]), reverse=True)
+                                  ('beside', '-', f'beside {run["neighbour"]}')):
+            times = sorted((1e3 * itl_s for itl_s in run[how]), reverse=True)
             parts = [(1 + place) / len(times) for place in range(len(times))]
             axes.step(times, parts, style, color=f'C{index}',
                       label=f'{name}, {label}')
     axes.set_yscale('log')
     _log_scale(axes, axes.xaxis)
-    # Steps that come together after a late one take next to nothing, and are not what is asked.
-    axes.set_xlim(left=500 * min(median(told['alone']) for _, told in rows))
-    axes.set_xlabel('time of one step [ms]')
-    axes.set_ylabel('part of the steps that take at least so long')
+    # After a late step, the steps behind it arrive at once; hide these short times.
+    axes.set_xlim(left=500 * min(median(run['alone']) for _, run in rows))
+    axes.set_xlabel('step time [ms]')
+    axes.set_ylabel('fraction of steps that take at least this long')
     axes.set_title('Step time beside a neighbour')
     axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
 
-def _by_context(results, name):
-    """Give {context: cells of that label}, contexts in order."""
+def _by_context(results: Sequence[Result], name: str) -> dict[int, list[dict[str, Any]]]:
+    """Return the cells of one label by context, in order of context."""
     return {context: found for (label, context), found in sorted(report.grouped(results).items())
             if label == name}
 
 
-def _device(results):
-    return report.cells(results)[0][0]['footprint']['device_name']
+def _device(results: Sequence[Result]) -> str:
+    return str(report.cells(results)[0][0]['footprint']['device_name'])
 
 
-def _context_axis(axes, contexts):
+def _context_axis(axes: Any, contexts: Sequence[int]) -> None:
     axes.set_xscale('log', base=2)
     axes.set_xticks(contexts, [f'{context:,}' for context in contexts])
     axes.minorticks_off()
@@ -103,8 +106,8 @@ def _context_axis(axes, contexts):
         axes.set_xlim(contexts[0] / 1.5, contexts[0] * 1.5)
 
 
-def _log_scale(axes, axis):
-    """Give an axis of milliseconds a logarithmic scale with plain numbers that have room."""
+def _log_scale(axes: Any, axis: Any) -> None:
+    """Make an axis logarithmic, with tick labels in plain numbers that do not overlap."""
     from matplotlib.ticker import LogLocator
     from matplotlib.ticker import NullFormatter
     from matplotlib.ticker import StrMethodFormatter
@@ -115,15 +118,15 @@ def _log_scale(axes, axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def _step_time(pyplot, results, colours):
-    """Draw step time against context, and each kind of weights' floor below it."""
+def _step_time(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
+    """Draw step time over context, and the floor of each weight format."""
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    contexts, shown = set(), []
+    contexts, shown = set[int](), list[float]()
     drawn: dict[str, dict[int, float]] = {}
     for name, colour in colours.items():
         by_context = _by_context(results, name)
         contexts |= set(by_context)
-        times = [1e3 * report.mean(c['itl_p50_s'] for c in found) for found in by_context.values()]
+        times = [1e3 * fmean(c['itl_p50_s'] for c in found) for found in by_context.values()]
         axes.plot(list(by_context), times, 'o-', color=colour, label=name)
         shown += times
     for result, cell in report.cells(results):
@@ -140,19 +143,21 @@ def _step_time(pyplot, results, colours):
         _log_scale(axes, axes.yaxis)
     else:
         axes.set_ylim(0, max(shown) * 1.08)
-    axes.set_ylabel('time of one step, median [ms]')
-    axes.set_title(f'Step time against context, batch 1, {_device(results)}')
+    axes.set_ylabel('step time, median [ms]')
+    axes.set_title(f'Step time over context, batch 1, {_device(results)}')
     axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
 
-def _floor_fraction(pyplot, results, colours):
-    """Draw how near each engine comes to the floor, in both conventions."""
-    rows = [(f'{name}, {context:,}', colour, report.mean(c['r_read'] for c in found),
-             report.mean(c['r_checkpoint'] for c in found))
-            for name, colour in colours.items()
-            for context, found in _by_context(results, name).items()]
-    rows = [row for row in rows if row[2] is not None]
+def _floor_fraction(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
+    """Draw the fraction of the floor that each engine reaches, in both conventions."""
+    rows: list[tuple[str, str, float, float]] = []
+    for name, colour in colours.items():
+        for context, found in _by_context(results, name).items():
+            read, checkpoint = (report.mean(c[key] for c in found)
+                                for key in ('r_read', 'r_checkpoint'))
+            if read is not None and checkpoint is not None:
+                rows.append((f'{name}, {context:,}', colour, read, checkpoint))
     if not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
@@ -167,15 +172,15 @@ def _floor_fraction(pyplot, results, colours):
     axes.annotate('limit', (1, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3),
                   textcoords='offset points', ha='center', fontsize=9)
     axes.set_xlim(0, 1.04 * max(1, *(max(row[2:]) for row in rows)))
-    axes.set_xlabel('floor / step time [1]: bar and first figure = bytes really read,\n'
-                    'diamond and second = checkpoint')
+    axes.set_xlabel('floor / step time [1]: bar and first figure = bytes read,\n'
+                    'diamond and second figure = checkpoint')
     axes.set_title(f'Fraction of the floor by engine and context, {_device(results)}', pad=18)
     axes.grid(axis='y', visible=False)
     return figure
 
 
-def _latencies(pyplot, results, colours):
-    """Draw the share of tokens that took at most this long, at the smallest context."""
+def _latencies(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
+    """Draw the cumulative distribution of token latencies at the smallest context."""
     context = min(cell['context'] for _, cell in report.cells(results))
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     low, high = float('inf'), 0.0
@@ -195,25 +200,25 @@ def _latencies(pyplot, results, colours):
         axes.annotate(f'p{share}', (1, share), xycoords=('axes fraction', 'data'),
                       xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
     axes.set_ylim(0, 101)
-    axes.set_xlabel('time from one token to the next [ms]')
+    axes.set_xlabel('inter-token latency [ms]')
     axes.set_ylabel('tokens that took at most this long [%]')
     axes.set_title(f'Token latencies at context {context:,}, {_device(results)}')
     axes.legend(loc='upper left', bbox_to_anchor=(0, -0.14), frameon=False, ncols=2)
     return figure
 
 
-def _where(pyplot, results, colours):
-    """Draw floor, kernels beyond it and host gap of each engine's step."""
-    rows, starred = [], False
+def _where(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
+    """Draw each step as floor, kernel time beyond the floor, and host gap."""
+    rows, starred = list[tuple[str, list[float]]](), False
     cuda = report.cells(results)[0][0]['footprint']['device'].startswith('cuda')
     for name in colours:
         for context, found in _by_context(results, name).items():
-            parts = report.split(found)
-            if None not in parts:
+            parts_s = [part_s for part_s in report.split(found) if part_s is not None]
+            if len(parts_s) == len(_PARTS):
                 star = ' *' if cuda and not report.profiled(found) else ''
                 starred = starred or bool(star)
                 rows.append((f'{name}, {context:,}{star}',
-                             [1e3 * max(0.0, part) for part in parts]))
+                             [1e3 * max(0.0, part_s) for part_s in parts_s]))
     if not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.42 * len(rows)))
@@ -222,13 +227,13 @@ def _where(pyplot, results, colours):
         for part, (_, colour) in zip(parts, _PARTS, strict=True):
             axes.barh(place, part, left=left, height=0.62, color=colour)
             left += part
-        told = ' + '.join(f'{part:.2f}' for part in parts)
-        axes.annotate(f'{told} = {left:.2f}', (left, place), xytext=(5, 0),
+        terms = ' + '.join(f'{part:.2f}' for part in parts)
+        axes.annotate(f'{terms} = {left:.2f}', (left, place), xytext=(5, 0),
                       textcoords='offset points', va='center', fontsize=9)
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.set_xlim(0, 1.5 * max(sum(row[1]) for row in rows))
-    axes.set_xlabel('time of one step [ms]' + (
-        '\n* kernels timed as a whole, with the pauses between them' if starred else ''))
+    axes.set_xlabel('step time [ms]' + (
+        '\n* kernels timed as a whole, including the pauses between them' if starred else ''))
     axes.set_title(f"Where a step's time goes, by engine and context, {_device(results)}")
     axes.grid(axis='y', visible=False)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for _, colour in _PARTS]

@@ -36,9 +36,9 @@ from typing import Any
 from typing import NamedTuple
 
 from physai_decode import checkpoint
-from physai_decode.benchmark import kernels
 from physai_decode.benchmark import machine
 from physai_decode.benchmark import neighbour
+from physai_decode.benchmark import profiler
 from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import GREEDY
 from physai_decode.benchmark.case import parse_sampling
@@ -208,12 +208,12 @@ def _profile(case, cells, note):
         return
     gc.collect()
     try:
-        kernels.prepare()
+        profiler.prepare()
         engine = _engine(case, cells[-1]['context'], note)
         try:
             for cell in cells:
                 prompt = random_prompt(engine, cell['context'] - KERNEL_STEPS - 8, seed=0)
-                cell['kernels'] = kernels.profile(engine, prompt, KERNEL_STEPS)
+                cell['kernels'] = profiler.profile(engine, prompt, KERNEL_STEPS)
         finally:
             engine.close()
     except Exception as error:          # no CUPTI, not allowed to use it, a trace cut short, ...
@@ -281,11 +281,14 @@ def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], flo
         return {}
     loop, count = DecodeLoop(engine), 0
     prompt = random_prompt(engine, context - tokens, seed=context + 3)
-    _stream(loop, prompt, 2)                    # from here on the prompt is cached
+    _stream(loop, prompt, 2)                    # caches the prompt
     begin_s, begin_j = clock(), energy_j()
     while (spent_s := clock() - begin_s) < ENERGY_S:
         count += len(_stream(loop, prompt, tokens)[1])
-    spent_j = energy_j() - begin_j
+    end_j = energy_j()
+    if begin_j is None or end_j is None:
+        return {}
+    spent_j = end_j - begin_j
     return {'j_per_token': spent_j / count, 'power_w': spent_j / spent_s}
 
 
@@ -396,9 +399,9 @@ def beside(engine: Engine, context: int, warmup: int, text: str) -> dict[str, An
     for _ in range(BESIDE_ROUNDS):
         told['alone'] += steps(BESIDE_STEPS)
         with neighbour.running(kind) as other:
-            told['neighbour_alone'] += other.listen(BESIDE_S)
+            told['neighbour_alone'] += other.collect(BESIDE_S)
             told['beside'] += steps(BESIDE_STEPS)
-            told['neighbour_beside'] += other.listen(0.0)
+            told['neighbour_beside'] += other.collect(0.0)
     return told
 
 

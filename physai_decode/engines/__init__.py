@@ -12,15 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-Name to engine; an engine's module is imported only when it is chosen.
-
-Knows which engines there are and what each needs installed, nothing of how they work.
-"""
+"""Choose and build an engine by name; its module is imported only then."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 from physai_decode.checkpoint import Checkpoint
@@ -39,7 +36,7 @@ _INSTALL = {
 
 
 class Chosen(NamedTuple):
-    """An engine, and why it is this one."""
+    """The name of an engine, and why it was chosen."""
 
     name: str
     reason: str
@@ -49,10 +46,10 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
     """
     Choose the engine for a model, without loading it.
 
-    ``auto`` takes one that runs the model as its folder is, on this device with what is
-    installed; among several, the fastest by what was measured.
+    ``auto`` selects native if it supports the model. Otherwise it selects exllamav2 for EXL2
+    weights, and transformers for all others.
 
-    :raises EngineError: there is no such engine, or none on this machine.
+    :raises EngineError: the engine does not exist, or PyTorch is not installed.
     """
     name = config.name
     if name == 'auto':
@@ -66,10 +63,11 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
 def build(model: Checkpoint, config: EngineConfig,
           progress: Callable[[str], None] = lambda text: None) -> Engine:
     """
-    Load a model into the engine that the settings name, or `choose` chooses.
+    Load a model into the engine that `choose` returns.
 
-    :param progress: called with a line of text now and then while it loads, in this thread.
-    :raises EngineError: the engine can't be had, or can't run the model; nothing stays allocated.
+    :param progress: called with a line of text at each step of the load.
+    :raises EngineError: the engine is not installed, or can not run the model; all memory is
+        freed.
     """
     name, reason = choose(model, config)
     progress(f'engine {name}, because {reason}')
@@ -81,7 +79,7 @@ def build(model: Checkpoint, config: EngineConfig,
     return engine
 
 
-def _choose(model):
+def _choose(model: Checkpoint) -> Chosen:
     _load('native')
     from physai_decode.engines.native import families
     from physai_decode.engines.native import formats
@@ -94,10 +92,10 @@ def _choose(model):
         exl2 = quantized and quantized.method == 'exl2'
         return Chosen('exllamav2' if exl2 else 'transformers', str(reason))
     kind = model.quantization if quantized else 'unquantised'
-    return Chosen('native', f'it runs {model.model_type} with {kind} weights')
+    return Chosen('native', f'it supports {model.model_type} with {kind} weights')
 
 
-def _load(name):
+def _load(name: str) -> ModuleType:
     try:
         return import_module(f'physai_decode.engines.{name}')
     except ImportError as error:

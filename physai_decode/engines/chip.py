@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-What a CUDA device's chip has, by its compute capability; a variable makes it look older.
+The features of a GPU by its compute capability.
 
-``PHYSAI_DECODE_CAPABILITY=8.7`` has a newer GPU take the path that a Jetson Orin takes: it is for
-development, and never adds what the chip lacks.
+For development, ``PHYSAI_DECODE_CAPABILITY=8.7`` makes a newer GPU run the code path of a Jetson
+Orin. The variable can only lower the capability.
 """
 
 from functools import cache
@@ -27,39 +27,41 @@ from physai_decode.engine import EngineError
 import torch
 
 VARIABLE = 'PHYSAI_DECODE_CAPABILITY'
-# Shared memory that a program can have, in bytes, by the vendor's table; 99 KiB elsewhere.
+# Maximum shared memory per block, from NVIDIA's table.
 _SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (11, 0): 227}
 _LEAST_KIB = 99
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """
-    Give the compute capability, as (8, 7); no higher than the variable says.
+    Return the compute capability, such as (8, 7), limited by the variable.
 
-    :raises EngineError: the variable's value is none.
+    :raises EngineError: the value of the variable is invalid.
     """
-    own = torch.cuda.get_device_capability(device)
+    actual = torch.cuda.get_device_capability(device)
     forced = _forced(os.environ.get(VARIABLE))
-    return own if forced is None else min(own, forced)
+    return actual if forced is None else min(actual, forced)
 
 
 def pretended(device: torch.device) -> str | None:
-    """Give the capability that the device is held to, such as '8.7'; None where it is its own."""
-    held = capability(device)
-    return None if held == torch.cuda.get_device_capability(device) else f'{held[0]}.{held[1]}'
+    """Return the lowered capability, such as '8.7'; None if it is not lowered."""
+    limited = capability(device)
+    if limited == torch.cuda.get_device_capability(device):
+        return None
+    return f'{limited[0]}.{limited[1]}'
 
 
 def shared_bytes(device: torch.device) -> int:
-    """Give the shared memory that one program can have."""
+    """Return the maximum shared memory per block in bytes."""
     listed = 1024 * _SHARED_KIB.get(capability(device), _LEAST_KIB)
-    # PyTorch 2.5 does not tell it.
+    # PyTorch 2.5 lacks this attribute.
     properties = torch.cuda.get_device_properties(device)
-    own = getattr(properties, 'shared_memory_per_block_optin', listed)
-    return own if pretended(device) is None else min(own, listed)
+    actual: int = getattr(properties, 'shared_memory_per_block_optin', listed)
+    return actual if pretended(device) is None else min(actual, listed)
 
 
 @cache
-def _forced(value):
+def _forced(value: str | None) -> tuple[int, int] | None:
     if not value:
         return None
     if not re.fullmatch(r'\d+\.\d', value):

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-What the installed Triton has, of what not every version and chip does.
+The features of the installed Triton that depend on its version and on the GPU.
 
-Programmatic dependent launch starts a kernel while the one before it ends. Triton has it from 3.5
-on, chips from compute capability 9.0 on. Where either lacks it, kernels are compiled without
-``EARLY``, and the two functions here are never called.
+Programmatic dependent launch starts a kernel while the previous one ends. It needs Triton 3.5 and
+compute capability 9.0. Otherwise kernels are compiled without ``EARLY`` and never call
+``gdc_launch_dependents`` and ``gdc_wait``.
 """
 
 import re
@@ -26,16 +26,16 @@ from physai_decode.engines import chip
 import torch
 import triton
 
-LEAST = (3, 1)          # the oldest version whose compiler takes all kernels
-EARLY = (9, 0)          # the capability from which on chips launch early
+LEAST = (3, 1)          # the oldest version that compiles all kernels
+EARLY = (9, 0)          # the lowest capability with programmatic dependent launch
 VERSION = tuple(int(number) for number in re.findall(r'\d+', triton.__version__)[:2])
 if VERSION < LEAST:
     raise ImportError(f'Triton {triton.__version__} is too old: install {LEAST[0]}.{LEAST[1]} or '
                       'newer')
 
 KNOWS_EARLY = VERSION >= (3, 5)
-LEAST_COLUMNS = 8 if VERSION >= (3, 5) else 16      # of a product on the matrix units
-PIPELINES = VERSION >= (3, 3)       # loads of three dimensions; older versions abort the process
+LEAST_COLUMNS = 8 if VERSION >= (3, 5) else 16      # of a product on the tensor cores
+PIPELINES = VERSION >= (3, 3)       # three-dimensional loads; older versions abort the process
 
 if KNOWS_EARLY:
     from triton.language.extra.cuda import gdc_launch_dependents
@@ -47,18 +47,18 @@ else:
 
     @triton.jit
     def gdc_wait():
-        """Wait for what the kernels before have written."""
+        """Wait for the results of the previous kernels."""
 
 
 def launches_early(device: torch.device) -> bool:
-    """Say whether kernels on this device can start while the one before ends."""
+    """Whether a kernel on this device can start while the previous one ends."""
     return KNOWS_EARLY and device.type == 'cuda' and chip.capability(device) >= EARLY
 
 
 def problem(device: torch.device) -> str | None:
-    """Tell why this Triton can't compile the kernels for this device; None where it can."""
+    """Return why this Triton can not compile the kernels for a device; None if it can."""
     major, minor = chip.capability(device)
     if VERSION == (3, 3) and major < 8:
-        return (f'Triton {triton.__version__} compiles no attention for compute capability '
+        return (f'Triton {triton.__version__} can not compile attention for compute capability '
                 f'{major}.{minor}: install another version')
     return None

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The device and number format an engine runs on, its memory and its clock.
+The device and dtype of an engine, its memory, streams and timers.
 
-Shared by the engines that compute with torch. It knows nothing of models.
+All engines that compute with torch share this module.
 """
 
 from collections.abc import Callable
@@ -38,27 +38,28 @@ import torch
 
 WARM_UP_STEPS = 3
 _SHARE = 'CUDA_MPS_ACTIVE_THREAD_PERCENTAGE'
-_OWN_THREADS = torch.get_num_threads()      # before anybody set it
+_DEFAULT_THREADS = torch.get_num_threads()  # of torch, before `select` changes it
 
 
 def select(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     """
-    Find the device and the number format that the settings ask for.
+    Select the device and the dtype by the settings.
 
-    On a CPU, ``cpu_threads`` takes effect for the whole process, and on a GPU
-    ``gpu_share_percent`` does, which has to be set before the process first uses the GPU.
+    On a CPU, ``cpu_threads`` is set for the whole process. On a GPU, ``gpu_share_percent`` is; it
+    has to be set before the process first uses the GPU.
 
-    :raises EngineError: this machine does not have it, or it is too late for the share.
+    :raises EngineError: this machine lacks the device or the dtype, or the process already uses
+        the GPU.
     """
     _limit_share(config.gpu_share_percent)
     device = _device(config.device)
     if device.type == 'cpu':
-        torch.set_num_threads(config.cpu_threads or _OWN_THREADS)
+        torch.set_num_threads(config.cpu_threads or _DEFAULT_THREADS)
     return device, _dtype(config.dtype, device)
 
 
 def describe(device: torch.device) -> tuple[str, str]:
-    """Give the device's name and its UUID, which is empty where there is none."""
+    """Return the name of the device, and its UUID or an empty string."""
     if device.type == 'cuda':
         properties = torch.cuda.get_device_properties(device)
         uuid = getattr(properties, 'uuid', '')
@@ -67,7 +68,7 @@ def describe(device: torch.device) -> tuple[str, str]:
 
 
 def cpu_name() -> str:
-    """Give the processor's name, or its architecture's where it does not tell."""
+    """Return the name of the CPU, or its architecture if Linux does not report a name."""
     try:
         found = re.search(
             r'^(?:model name|Model)\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
@@ -78,20 +79,20 @@ def cpu_name() -> str:
 
 def free_bytes(device: torch.device) -> int | None:
     """
-    Give the memory that can still be taken on the device; None where it is not known.
+    Return the free memory of the device; None if unknown.
 
-    Of the host it is no more than what a limit of the address space (ulimit -v) leaves.
+    For the host, a limit on the address space (ulimit -v) counts too.
     """
-    # A GPU that shares the host's memory counts the page cache as used, though it can be had.
+    # An integrated GPU reports the page cache as used, although it can be reclaimed.
     if device.type == 'cuda' and not torch.cuda.get_device_properties(device).is_integrated:
         return torch.cuda.mem_get_info(device)[0]
     available = _kilobytes('/proc/meminfo', 'MemAvailable')
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = _kilobytes('/proc/self/status', 'VmSize')
-    rooms = [] if available is None else [available * 1024]
-    if limit != resource.RLIM_INFINITY and taken is not None:
-        rooms.append(max(0, limit - taken * 1024))
-    return min(rooms, default=None)
+    used = _kilobytes('/proc/self/status', 'VmSize')
+    limits = [] if available is None else [available * 1024]
+    if limit != resource.RLIM_INFINITY and used is not None:
+        limits.append(max(0, limit - used * 1024))
+    return min(limits, default=None)
 
 
 def _kilobytes(path: str, name: str) -> int | None:
@@ -103,7 +104,7 @@ def _kilobytes(path: str, name: str) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is a lack of memory, on the device or the host."""
+    """Whether an error means out of memory, on the device or the host."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
         isinstance(error, RuntimeError)
         and re.search("can't allocate memory|out of memory", str(error)))
@@ -112,19 +113,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextmanager
 def enough_memory(device: torch.device, needed_bytes: int) -> Iterator[None]:
     """
-    Guard the construction of an engine against a lack of memory.
+    Convert out-of-memory errors in the construction of an engine.
 
-    What the failed construction held is freed before the error leaves here.
+    The memory of a failed construction is freed before the error is raised.
 
-    :param needed_bytes: what the weights and the cache take at the least.
-    :raises EngineError: with the bytes needed and free.
+    :param needed_bytes: lower bound for weights and KV cache.
+    :raises EngineError: there is too little memory; the message has the needed and free bytes.
     """
     free = free_bytes(device)
     message = (
         f'not enough memory on {device}: at least {needed_bytes / 1e9:.2f} GB are needed, '
-        + (f'{free / 1e9:.2f} GB are free' if free is not None else 'what is free is not known')
-        + '; use a smaller or quantised model or a smaller engine.max_context, or end what else '
-        'uses the device')
+        + (f'{free / 1e9:.2f} GB are free' if free is not None else 'the free memory is unknown')
+        + '; use a smaller or quantised model or a smaller engine.max_context, or end other '
+        'processes on the device')
     if free is not None and needed_bytes > free:
         raise EngineError(message)
     try:
@@ -139,11 +140,12 @@ def enough_memory(device: torch.device, needed_bytes: int) -> Iterator[None]:
 @contextmanager
 def attention_backends(device: torch.device) -> Iterator[None]:
     """
-    Keep cuDNN out of scaled_dot_product_attention inside ``with``; on a CPU nothing changes.
+    Exclude cuDNN from scaled_dot_product_attention inside ``with``; no effect on a CPU.
 
-    For attention over a length that is new each time. PyTorch prefers cuDNN on chips of 9.0 and
-    10.x, and cuDNN makes a plan for each length: on an H200 (PyTorch 2.11, cuDNN 9.19) 35 to 37 ms
-    for one call where PyTorch's own kernels take 0.03 to 0.07 ms. The setting is the process's.
+    Use this for attention over a length that changes with every call. PyTorch prefers cuDNN on
+    compute capability 9.0 and 10.x, and cuDNN builds a plan for each new length. On an H200
+    (PyTorch 2.11, cuDNN 9.19) such a call takes 35 to 37 ms, with PyTorch's own kernels 0.03 to
+    0.07 ms. The setting applies to the whole process.
     """
     if device.type != 'cuda':
         yield
@@ -158,9 +160,9 @@ def attention_backends(device: torch.device) -> Iterator[None]:
 
 def use(device: torch.device, stream: 'torch.cuda.Stream | None' = None) -> None:
     """
-    Make a CUDA device the current one of this thread: kernels are launched there.
+    Make a CUDA device and stream current for this thread; no effect on a CPU.
 
-    :param stream: where; None: the device's default stream.
+    :param stream: None selects the default stream of the device.
     """
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -168,38 +170,38 @@ def use(device: torch.device, stream: 'torch.cuda.Stream | None' = None) -> None
 
 
 def stream(device: torch.device, priority: int) -> 'torch.cuda.Stream | None':
-    """Give a stream of its own for a priority below 0, else None: the default one has 0."""
+    """Create a stream for a priority below 0; None for 0, which the default stream has."""
     if device.type != 'cuda' or not priority:
         return None
     return torch.cuda.Stream(device, priority=priority)
 
 
 def share(config: EngineConfig) -> dict[str, str]:
-    """Tell what limits the part of the GPU that this process takes; nothing without a limit."""
+    """Describe the limit on this process's share of the GPU; empty without a limit."""
     if not config.gpu_share_percent:
         return {}
     if mps_pipe().exists():
         return {'gpu_share': f'{config.gpu_share_percent} %'}
-    return {'gpu_share': f'not in force: no daemon of MPS listens in {mps_pipe().parent}; start '
-                         'one with "nvidia-cuda-mps-control -d", then this process again'}
+    return {'gpu_share': f'not in force: no MPS daemon listens in {mps_pipe().parent}; start one '
+                         'with "nvidia-cuda-mps-control -d", then restart this process'}
 
 
 def mps_pipe() -> Path:
-    """Give where the daemon of MPS listens, if it runs."""
+    """Return the path of the control pipe of the MPS daemon."""
     return Path(os.environ.get('CUDA_MPS_PIPE_DIRECTORY') or '/tmp/nvidia-mps') / 'control'
 
 
 def _limit_share(percent: int) -> None:
     if percent and torch.cuda.is_initialized() and os.environ.get(_SHARE) != str(percent):
         raise EngineError(
-            f'engine.gpu_share_percent {percent} comes too late: this process already uses the '
-            'GPU; set it in the params file and start the process again')
+            f'engine.gpu_share_percent is {percent}, but this process already uses the GPU: set '
+            'it in the params file and restart the process')
     if percent:
         os.environ[_SHARE] = str(percent)
 
 
 def give_back(device: torch.device) -> None:
-    """Give memory that PyTorch keeps for later back to a CUDA device."""
+    """Release the memory that PyTorch caches on a CUDA device."""
     if device.type == 'cuda':
         torch.cuda.empty_cache()
 
@@ -209,7 +211,7 @@ def capture(step: Callable[[], None], device: torch.device,
     """
     Run a step a few times, then capture it in a CUDA graph.
 
-    :param pool: the memory pool of a graph that never runs at the same time, to share.
+    :param pool: memory pool to share with a graph that never runs at the same time.
     """
     stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -218,37 +220,37 @@ def capture(step: Callable[[], None], device: torch.device,
             step()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # Other threads of the node may ask the device for its state meanwhile.
+    # Thread-local, because other threads of the node may query the device meanwhile.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
         step()
     return graph
 
 
 class Stopwatch:
-    """Times the work between `start` and `stop` on a device: CUDA events, or the CPU's clock."""
+    """Times the work between `start` and `stop`, with CUDA events or the clock of the CPU."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self._events = None
         if device.type == 'cuda':
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._stamps = [0.0, 0.0]
 
     def start(self) -> None:
-        """Begin; on CUDA in the current stream."""
+        """Start; on CUDA, in the current stream."""
         self._mark(0)
 
     def stop(self) -> None:
-        """End; on CUDA in the current stream, without waiting for it."""
+        """Stop; on CUDA, in the current stream and without waiting for it."""
         self._mark(1)
 
     def read_s(self) -> float:
-        """Give the seconds between the two, after waiting for the second."""
+        """Wait for `stop` and return the time in seconds."""
         if self._events is None:
             return self._stamps[1] - self._stamps[0]
         self._events[1].synchronize()
         return self._events[0].elapsed_time(self._events[1]) * 1e-3
 
-    def _mark(self, index):
+    def _mark(self, index: int) -> None:
         if self._events is None:
             self._stamps[index] = time.perf_counter()
         else:
@@ -256,26 +258,26 @@ class Stopwatch:
 
 
 @cache
-def _capture_stream(device):
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """
-    Give the one stream of this process to warm up and capture graphs on, one at a time.
+    Return the stream on which this process warms up and captures graphs, one at a time.
 
-    PyTorch keeps cuBLAS's workspace (32 MiB on Hopper chips) for each stream it was ever used on.
+    PyTorch keeps a workspace for cuBLAS (32 MiB on Hopper) for each stream that used it.
     """
     return torch.cuda.Stream(device)
 
 
-def _device(name):
+def _device(name: str) -> torch.device:
     if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', name):
         raise EngineError(f'engine.device is {name!r}: allowed are auto, cpu, cuda and cuda:N')
     if name == 'cpu' or (name == 'auto' and not torch.cuda.is_available()):
         return torch.device('cpu')
     if not torch.cuda.is_available():
-        reason = 'it finds no CUDA device: check the driver (nvidia-smi)' if torch.version.cuda \
-            else 'it is built without CUDA: install a build of PyTorch with CUDA'
+        reason = 'finds no CUDA device: check the driver (nvidia-smi)' if torch.version.cuda \
+            else 'is built without CUDA: install a build of PyTorch with CUDA'
         raise EngineError(
-            f'engine.device is {name!r}, but PyTorch {torch.__version__} can not use it: '
-            f'{reason}, or set engine.device to cpu')
+            f'engine.device is {name!r}, but PyTorch {torch.__version__} {reason}, or set '
+            'engine.device to cpu')
     index = int(name[5:]) if ':' in name else 0
     count = torch.cuda.device_count()
     if index >= count:
@@ -285,7 +287,7 @@ def _device(name):
     return torch.device('cuda', index)
 
 
-def _dtype(name, device):
+def _dtype(name: str, device: torch.device) -> torch.dtype:
     has_bfloat16 = device.type == 'cpu' or chip.capability(device) >= (8, 0)
     if name == 'auto':
         if device.type == 'cpu':
@@ -296,6 +298,7 @@ def _dtype(name, device):
             f'engine.dtype is {name!r}: allowed are auto, bfloat16, float16 and float32')
     if name == 'bfloat16' and not has_bfloat16:
         raise EngineError(
-            f'engine.dtype is bfloat16, which {describe(device)[0]} does not have: set it to '
+            f'engine.dtype is bfloat16, which {describe(device)[0]} does not support: set it to '
             'float16 or auto')
-    return getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -13,10 +13,11 @@
 # limitations under the License.
 
 """
-Tensors of a checkpoint that the engine did not read: harmless, or a model other than it computes.
+Check the checkpoint tensors that an engine did not read.
 
-Harmless is what other parts of a model bring (a vision tower, a draft head), and what says nothing
-new: frequencies, biases of zero, a head that is the embedding. Knows no network.
+Some are harmless: other parts of the model (a vision tower, a draft head) and redundant tensors
+(rotary frequencies, zero biases, an lm_head equal to the embedding). Any other unread tensor means
+that the engine would compute a different model.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from physai_decode.engines import stored
 
 PREFIXES = ('model.', 'lm_head.')
 _DERIVED = ('.rotary_emb.inv_freq', '.rotary_emb.cos_cached', '.rotary_emb.sin_cached')
-# How activations and the cache are quantised, which are kept in half precision instead.
+# Scales of quantised activations and KV caches. The engines keep both in half precision.
 _ACTIVATIONS = ('.activation_scale', '.input_scale', '.input_zero_point', '.input_global_scale',
                 '.output_scale', '.output_zero_point', '.k_scale', '.v_scale')
 
@@ -35,47 +36,46 @@ _ACTIVATIONS = ('.activation_scale', '.input_scale', '.input_zero_point', '.inpu
 def check(checkpoint: Checkpoint, left: Iterable[str],
           prefixes: tuple[str, ...] = PREFIXES) -> None:
     """
-    Look at the tensors that were not read.
+    Refuse unread tensors that belong to the network.
 
-    :param left: their names.
-    :param prefixes: how the names of the network's own begin.
-    :raises EngineError: one of them belongs to the network, and changes what it computes.
+    :param left: names of the unread tensors.
+    :param prefixes: name prefixes of the network's own tensors.
+    :raises EngineError: an unread tensor would change the result of the network.
     """
     for name in sorted(left):
         if name.startswith(prefixes) and not _is_harmless(checkpoint, name):
             raise EngineError(
-                f'{checkpoint.folder}: the tensor {name} belongs to the network, but nothing in '
-                'config.json says so, and without it the model would answer wrongly: copy or '
-                'download the model again')
+                f'{checkpoint.folder}: the tensor {name} belongs to the network, but config.json '
+                'does not describe it; without it the answers would be wrong: copy or download '
+                'the model again')
 
 
 def check_same(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """
-    Look at tensors that the network has as one, such as an embedding and the head tied to it.
+    Check that tied tensors, such as an embedding and its lm_head, are equal.
 
-    :param names: of those; some may not be in the checkpoint.
+    :param names: names of the tied tensors; the checkpoint may lack some.
     :raises EngineError: two of them differ.
     """
     stored_twice = [name for name in names if name in checkpoint.tensors]
     for name in stored_twice[1:]:
         if not _equal(checkpoint, name, stored_twice[0]):
             raise EngineError(
-                f'{checkpoint.folder}: config.json has {name} and {stored_twice[0]} as one (by '
-                'tie_word_embeddings), but they differ: copy or download the model again')
+                f'{checkpoint.folder}: config.json ties {name} to {stored_twice[0]} '
+                '(tie_word_embeddings), but they differ: copy or download the model again')
 
 
-def _is_harmless(checkpoint, name):
+def _is_harmless(checkpoint: Checkpoint, name: str) -> bool:
     entry = checkpoint.tensors[name]
     if name.endswith(_DERIVED + _ACTIVATIONS):
         return True
     if name.endswith('.bias'):
         return not stored.read(entry).any()
     return name.endswith('lm_head.weight') and any(
-        _equal(checkpoint, name, other) for other in checkpoint.tensors
-        if other.endswith('embed_tokens.weight'))
+        _equal(checkpoint, name, embedding) for embedding in checkpoint.tensors
+        if embedding.endswith('embed_tokens.weight'))
 
 
-def _equal(checkpoint, name, other):
-    one, two = checkpoint.tensors[name], checkpoint.tensors.get(other)
-    return two is not None and (one.dtype, one.shape) == (two.dtype, two.shape) and \
-        stored.read(one).equal(stored.read(two))
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and stored.read(a).equal(stored.read(b))

@@ -13,9 +13,10 @@
 # limitations under the License.
 
 """
-What transformers calls for quantised weights, by method; and what of that is not installed.
+The libraries that transformers needs for each quantisation method.
 
-It imports none of them. What is not listed needs accelerate alone, or is named by transformers.
+This module imports none of them. A method that is not listed needs only accelerate, or
+transformers names what it needs.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from importlib.util import find_spec
 
-# For each method its modules, as pip calls them where that differs.
+# The modules of each method; _PIP has the package names that differ.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     'aqlm': ('aqlm',), 'auto-round': ('auto_round',), 'awq': ('gptqmodel',),
     'bitsandbytes': ('bitsandbytes',), 'compressed-tensors': ('compressed_tensors',),
@@ -36,9 +37,9 @@ _PIP = {'auto_round': 'auto-round', 'awq': 'autoawq', 'compressed_tensors': 'com
 
 def missing(method: str) -> tuple[str, ...]:
     """
-    Name what is not installed, as pip calls it.
+    Return the pip names of missing libraries.
 
-    :param method: of a quantisation, as config.json says it.
+    :param method: ``quant_method`` in config.json.
     """
     needed = _NEEDED.get(method, ())
     if method == 'awq' and _major('transformers') < 5:
@@ -49,7 +50,7 @@ def missing(method: str) -> tuple[str, ...]:
                  if find_spec(name) is None)
 
 
-def _major(name):
+def _major(name: str) -> int:
     try:
         return int(version(name).partition('.')[0])
     except PackageNotFoundError:

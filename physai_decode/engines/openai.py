@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-A model on a server that speaks OpenAI's API: messages go out, pieces of text come back.
+Client of a server with OpenAI's API: it sends messages and receives pieces of text.
 
-A thread for each exchange does all that may wait for the network, and leaves what came in a
-bounded queue, so that who reads it can give up at any time. It knows neither requests nor ROS.
+Each exchange has a thread that does everything that may wait for the network. It puts events into
+a bounded queue, so that the reader can stop waiting at any time.
 """
 
 from collections.abc import Iterator
@@ -40,26 +40,30 @@ from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
 
 KEY_VARIABLE = 'PHYSAI_DECODE_REMOTE_API_KEY'
-NAME = 'openai'                 # of engine.name
-LOOK_S = 3.0                    # that a look at the server takes at most
-MOST_WAITING = 1024             # events that nobody has read yet; then the server has to wait
-MOST_BYTES = 1 << 22            # of an event, or of an answer that is no stream
-POLL_S = 0.05                   # how often a thread that can't go on looks whether it is to end
+NAME = 'openai'                 # value of engine.name
+PROBE_S = 3.0                   # limit on the time of a probe
+QUEUE_EVENTS = 1024             # unread events; if the queue is full, the thread stops reading
+MAX_BYTES = 1 << 22             # limit on an event, and on a response that is not a stream
+POLL_S = 0.05                   # how often a thread with a full queue checks for `close`
 UNKNOWN = 'n/a'
-_NUMBERS = 2**53                # counts are below
+_COUNT_LIMIT = 2**53            # larger counts are ignored
 
 
 class ServerError(Exception):
-    """The server did not do what it was asked for; the message says what it did instead."""
+    """The server failed or refused a request; the message says how."""
 
     def __init__(self, message: str, status: int = 0) -> None:
-        """Keep the HTTP status too, 0 where it is not what went wrong."""
+        """
+        Create an error.
+
+        :param status: HTTP status; 0 if the error has none.
+        """
         super().__init__(message)
         self.status = status
 
 
 class Usage(NamedTuple):
-    """Counts of tokens, as far as the server tells them."""
+    """Token counts; None where the server does not report one."""
 
     prompt: int | None = None
     cached: int | None = None       # of the prompt
@@ -67,16 +71,16 @@ class Usage(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """A part of a call of a tool."""
+    """A part of a tool call."""
 
-    place: int                      # of the call in the answer
+    place: int                      # index of the call in the answer
     id: str
     name: str
     arguments: str                  # JSON, or a piece of it
 
 
 class Delta(NamedTuple):
-    """What one event brought."""
+    """The content of one event."""
 
     content: str = ''
     reasoning: str = ''
@@ -87,29 +91,29 @@ class Delta(NamedTuple):
 
     @property
     def is_piece(self) -> bool:
-        """Whether it says something."""
+        """Whether the event has text or a tool call."""
         return bool(self.content or self.reasoning or self.calls)
 
 
 class Server:
-    """One model on one server."""
+    """A model on a server."""
 
     def __init__(self, config: RemoteConfig, key: str = '') -> None:
         """
-        Check the settings; nothing is asked of the server.
+        Check the settings, without contacting the server.
 
-        :param key: what it wants to be sent; empty: nothing.
-        :raises ConfigError: a setting, or the key, can't be used.
+        :param key: API key; empty for none.
+        :raises ConfigError: a setting or the key is invalid.
         """
         self._url = _checked(config.base_url)
         if not config.model:
-            raise ConfigError('remote.model names no model: set it to the name that the model has '
-                              'on the server')
+            raise ConfigError('remote.model is empty: set it to the name of the model on the '
+                              'server')
         if not key.isascii() or not key.isprintable():
-            raise ConfigError(f'{KEY_VARIABLE} in the environment holds a character that no key '
-                              'has, such as a line break: set it again')
+            raise ConfigError(f'{KEY_VARIABLE} in the environment holds a character that is not '
+                              'allowed in a key, such as a line break: set it again')
         self.model, self.address = config.model, config.base_url
-        # Its own waits are no shorter than those of who reads.
+        # Longer than the timeouts of the reader, which come first.
         self._timeout_s = 1.0 + 1e-3 * max(config.first_token_timeout_ms, config.token_timeout_ms)
         self._headers = {'Content-Type': 'application/json', 'User-Agent': 'physai_decode',
                          'Connection': 'close'}
@@ -123,74 +127,78 @@ class Server:
             layers=0, kv_heads=0, head_dim=0, kv_element_bytes=0,
             details={'base_url': config.base_url})
 
-    def look(self) -> str:
+    def probe(self) -> str:
         """
-        Ask which models the server has, and take what it tells of this one.
+        Check that the server has the model, and store its context limit.
 
-        :returns: what is wrong with it, empty where nothing is.
+        :returns: the problem; empty if there is none.
         """
         exchange = Exchange(self, 'models', None)
         try:
-            told = exchange.get(LOOK_S)
-            if told is None:
-                return f'{self.address} does not answer within {LOOK_S:g} s'
-            assert isinstance(told, dict)
-            models = {str(each['id']): each for each in told['data']}
+            listing = exchange.get(PROBE_S)
+            if listing is None:
+                return f'{self.address} does not answer within {PROBE_S:g} s'
+            assert isinstance(listing, dict)
+            models = {str(each['id']): each for each in listing['data']}
             if self.model not in models:
                 return (f'{self.address} has no model {shown(self.model)}: it has '
                         f'{", ".join(models)[:200] or "none"}')
             context = models[self.model].get('max_model_len')
-            if type(context) is int and 0 < context < _NUMBERS:
+            if type(context) is int and 0 < context < _COUNT_LIMIT:
                 self.footprint = replace(self.footprint, max_context=context)
             return ''
         except ServerError as error:
             return str(error)
         except (LookupError, TypeError, AttributeError):
-            return f'{self.address}/models is no list of models: check remote.base_url'
+            return f'{self.address}/models is not a list of models: check remote.base_url'
         finally:
             exchange.close()
 
-    def ask(self, what: str, body: Mapping[str, Any]) -> 'Exchange':
+    def ask(self, endpoint: str, body: Mapping[str, Any]) -> 'Exchange':
         """
-        Have the server answer.
+        Request an answer as a stream.
 
-        :param what: ``chat/completions`` or ``completions``.
-        :param body: without the model's name, and without what makes it a stream.
+        :param endpoint: ``chat/completions`` or ``completions``.
+        :param body: the JSON body, without the name of the model and the options of the stream.
         """
-        return Exchange(self, what, json.dumps({
+        return Exchange(self, endpoint, json.dumps({
             'model': self.model, **body, 'stream': True,
             'stream_options': {'include_usage': True}}).encode())
 
     def connect(self) -> client.HTTPConnection:
-        """Give a connection that is not open yet."""
+        """Return a connection that is not open yet."""
         host, port = self._url.hostname or '', self._url.port
         if self._tls is None:
             return client.HTTPConnection(host, port, timeout=self._timeout_s)
         return client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
 
-    def send(self, connection: client.HTTPConnection, what: str, body: bytes | None) -> None:
-        """Send a request on an open connection: a POST where it has a body."""
+    def send(self, connection: client.HTTPConnection, endpoint: str, body: bytes | None) -> None:
+        """Send a POST request, or a GET request if ``body`` is None."""
         connection.request('GET' if body is None else 'POST',
-                           f'{self._url.path.rstrip("/")}/{what}', body, self._headers)
+                           f'{self._url.path.rstrip("/")}/{endpoint}', body, self._headers)
 
 
 class Exchange:
-    """One request to a server, and what comes back."""
+    """A request to a server, and its response."""
 
-    def __init__(self, server: Server, what: str, body: bytes | None) -> None:
-        """Send it, from a thread of its own; without a body an object is asked for, no stream."""
-        self._server, self._what, self._body = server, what, body
-        self._queue: queue.Queue[Any] = queue.Queue(MOST_WAITING)
+    def __init__(self, server: Server, endpoint: str, body: bytes | None) -> None:
+        """
+        Send the request in a new thread.
+
+        :param body: of a request for a stream; None requests a JSON object.
+        """
+        self._server, self._endpoint, self._body = server, endpoint, body
+        self._queue: queue.Queue[Any] = queue.Queue(QUEUE_EVENTS)
         self._closed = threading.Event()
         self._socket: socket.socket | None = None
         threading.Thread(target=self._run, name='remote', daemon=True).start()
 
     def get(self, timeout_s: float) -> Any:
         """
-        Give what came: a `Delta` for each event of a stream, or the object.
+        Return the next event of a stream as a `Delta`, or the JSON object.
 
-        :returns: None where nothing came in time.
-        :raises ServerError: the server failed; what came before was given.
+        :returns: None if nothing arrived within ``timeout_s`` seconds.
+        :raises ServerError: the server failed; raised after all earlier events.
         """
         try:
             found = self._queue.get(timeout=timeout_s)
@@ -201,16 +209,16 @@ class Exchange:
         return found
 
     def close(self) -> None:
-        """Break the connection off; the server then ends the answer, as most do."""
+        """Close the connection; most servers then stop generating."""
         self._closed.set()
         connected = self._socket
         if connected is not None:
             try:
                 connected.shutdown(socket.SHUT_RDWR)
-            except OSError:             # it is closed already
+            except OSError:             # already closed
                 pass
 
-    # What follows runs in the exchange's own thread.
+    # The thread of the exchange runs everything below.
 
     def _run(self) -> None:
         connection = self._server.connect()
@@ -219,8 +227,8 @@ class Exchange:
                 self._put(each)
         except ServerError as error:
             self._put(error)
-        except Exception as error:      # the system's, TLS's and HTTP's alike
-            self._put(ServerError(_told(self._server.address, error)))
+        except Exception as error:      # of the operating system, TLS or HTTP
+            self._put(ServerError(_network_error(self._server.address, error)))
         finally:
             connection.close()
 
@@ -235,19 +243,19 @@ class Exchange:
         address = self._server.address
         connection.connect()
         self._socket = connection.sock
-        if self._closed.is_set():       # before its socket was known
+        if self._closed.is_set():       # `close` ran before the socket was known
             return
-        self._server.send(connection, self._what, self._body)
+        self._server.send(connection, self._endpoint, self._body)
         response = connection.getresponse()
         if response.status != 200:
-            raise _refusal(address, response)
+            raise _status_error(address, response)
         if self._body is None:
-            yield _object(address, response.read(MOST_BYTES))
+            yield _object(address, response.read(MAX_BYTES))
             return
         kind = response.headers.get_content_type()
         if kind != 'text/event-stream':
             raise ServerError(
-                f"{address} does not speak OpenAI's API: it answers with {kind}, not a stream "
+                f"{address} does not implement OpenAI's API: it sent {kind}, not a stream "
                 f'({_shown(response.read(200))}); check remote.base_url')
         finished = False
         for data in _events(address, response):
@@ -259,16 +267,16 @@ class Exchange:
             if self._closed.is_set():
                 return
         if not finished:
-            raise ServerError(f'{address} broke the answer off')
+            raise ServerError(f'{address} ended the stream too early')
         yield Delta(over=True)
 
 
 def read(address: str, data: bytes) -> Delta:
     """
-    Read one event of a stream.
+    Parse one event of a stream.
 
-    :param address: of the server, for messages.
-    :raises ServerError: it is an error, or nonsense.
+    :param address: address of the server, for messages.
+    :raises ServerError: the event reports an error, or can not be parsed.
     """
     value = _object(address, data)
     if value.get('error'):
@@ -286,51 +294,51 @@ def read(address: str, data: bytes) -> Delta:
                      tuple(map(_fragment, delta.get('tool_calls') or ())),
                      _text(choice.get('finish_reason') or ''), usage)
     except (AttributeError, LookupError, TypeError):
-        raise ServerError(f"{address} does not speak OpenAI's API: {_shown(data)} is no event of "
-                          'a stream; check remote.base_url') from None
+        raise ServerError(f"{address} does not implement OpenAI's API: {_shown(data)} is not an "
+                          'event of a stream; check remote.base_url') from None
 
 
 def _checked(base_url: str) -> SplitResult:
     """
-    Give the parts of an address.
+    Parse remote.base_url.
 
-    :raises ConfigError: it is none that can be asked.
+    :raises ConfigError: it is not a usable URL.
     """
-    def wrong(why: str) -> ConfigError:
-        return ConfigError(f'remote.base_url is {shown(base_url)}: {why}, such as '
+    def invalid(expected: str) -> ConfigError:
+        return ConfigError(f'remote.base_url is {shown(base_url)}: {expected}, such as '
                            'http://10.0.0.2:8000/v1')
 
     if not base_url.isascii() or not base_url.isprintable() or ' ' in base_url:
-        raise wrong('expected an address of printable ASCII characters')
+        raise invalid('expected a URL of printable ASCII characters')
     try:
         url = urlsplit(base_url)
         host, _ = url.hostname, url.port
     except ValueError as error:
-        raise wrong(f'expected an address ({error})') from None
+        raise invalid(f'expected a URL ({error})') from None
     if url.scheme not in ('http', 'https') or not host:
-        raise wrong('expected an address that begins with http:// or https:// and names a host')
+        raise invalid('expected a URL that begins with http:// or https:// and names a host')
     if url.username is not None or url.password is not None:
-        raise ConfigError('remote.base_url holds a name or a password, which anybody can read '
-                          f'there: put the key into {KEY_VARIABLE} in the environment')
+        raise ConfigError('remote.base_url holds a user name or a password, but parameters are '
+                          f'public: set {KEY_VARIABLE} in the environment instead')
     if url.query or url.fragment:
-        raise wrong('expected an address without ? and #')
+        raise invalid('expected a URL without ? and #')
     return url
 
 
 def _events(address: str, response: client.HTTPResponse) -> Iterator[bytes]:
-    """Give the data of each server-sent event."""
+    """Yield the data of each server-sent event."""
     parts: list[bytes] = []
-    while line := response.readline(MOST_BYTES):
+    while line := response.readline(MAX_BYTES):
         if not line.endswith(b'\n'):
-            break                       # it is cut off, or endless
+            break                       # cut off, or longer than the limit
         line = line.rstrip(b'\r\n')
         if line.startswith(b'data:'):
             parts.append(line[5:].removeprefix(b' '))
         elif not line and parts:
             yield b'\n'.join(parts)
             parts = []
-        if sum(map(len, parts)) > MOST_BYTES:
-            raise ServerError(f'{address} sends an event of more than {MOST_BYTES} bytes')
+        if sum(map(len, parts)) > MAX_BYTES:
+            raise ServerError(f'{address} sent an event of more than {MAX_BYTES} bytes')
 
 
 def _object(address: str, data: bytes) -> dict[str, Any]:
@@ -339,8 +347,8 @@ def _object(address: str, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ServerError(f"{address} does not speak OpenAI's API: {_shown(data)} is no JSON "
-                          'object; check remote.base_url')
+        raise ServerError(f"{address} does not implement OpenAI's API: {_shown(data)} is not a "
+                          'JSON object; check remote.base_url')
     return value
 
 
@@ -354,7 +362,7 @@ def _fragment(value: Mapping[str, Any]) -> Fragment:
 
 
 def _text(value: Any) -> str:
-    """Give a text with U+FFFD in place of half a surrogate pair, which nothing can encode."""
+    """Replace unpaired surrogates, which UTF-8 can not encode, with U+FFFD."""
     if type(value) is not str:
         raise TypeError
     return value if value.isascii() else \
@@ -367,34 +375,34 @@ def _usage(value: Any) -> Usage | None:
 
     def count(inner: Any, name: str) -> int | None:
         found = inner.get(name) if isinstance(inner, dict) else None
-        return found if type(found) is int and 0 <= found < _NUMBERS else None
+        return found if type(found) is int and 0 <= found < _COUNT_LIMIT else None
 
     return Usage(count(value, 'prompt_tokens'),
                  count(value.get('prompt_tokens_details'), 'cached_tokens'),
                  count(value, 'completion_tokens'))
 
 
-def _refusal(address: str, response: client.HTTPResponse) -> ServerError:
-    """Give the error for an answer with another status than 200."""
-    status, data = response.status, response.read(MOST_BYTES)
+def _status_error(address: str, response: client.HTTPResponse) -> ServerError:
+    """Return the error for an HTTP status other than 200."""
+    status, data = response.status, response.read(MAX_BYTES)
     if 300 <= status < 400:
-        place = shown(response.headers.get('Location', ''))
-        return ServerError(f'{address} answers {status} and points to {place}: set '
-                           'remote.base_url to where the API is', status)
+        location = shown(response.headers.get('Location', ''))
+        return ServerError(f'{address} redirects ({status}) to {location}: set remote.base_url to '
+                           'the address of the API', status)
     try:
-        told = _message(json.loads(data))
+        reason = _message(json.loads(data))
     except (ValueError, RecursionError):
-        told = _shown(data[:200])
+        reason = _shown(data[:200])
     advice = {401: f'set {KEY_VARIABLE} in the environment to its key',
               403: f'set {KEY_VARIABLE} in the environment to its key',
               404: 'check remote.base_url, which ends in /v1 for most servers, and remote.model'
               }.get(status, '')
-    return ServerError('; '.join(filter(None, (f'{address} answers {status}: {told}', advice))),
+    return ServerError('; '.join(filter(None, (f'{address} answers {status}: {reason}', advice))),
                        status)
 
 
 def _message(value: Any) -> str:
-    """Give what an error of OpenAI's API, or of FastAPI, says."""
+    """Return the message in an error of OpenAI's API or of FastAPI."""
     found = value
     for name in ('error', 'message', 'detail'):
         if isinstance(found, dict) and found.get(name):
@@ -406,13 +414,13 @@ def _shown(data: bytes) -> str:
     return shown(data.decode(errors='replace').strip())
 
 
-def _told(address: str, error: Exception) -> str:
-    """Say what went wrong on the way to the server."""
+def _network_error(address: str, error: Exception) -> str:
+    """Describe an error on the way to the server."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (f'{address} has no certificate that is trusted ({error.verify_message}): name the '
-                "file of its authority's certificate in SSL_CERT_FILE in the environment")
+        return (f'{address} has no trusted certificate ({error.verify_message}): set '
+                'SSL_CERT_FILE in the environment to the certificate of its authority')
     if isinstance(error, client.IncompleteRead):
-        return f'{address} broke the answer off'
+        return f'{address} ended the stream too early'
     if isinstance(error, client.HTTPException) and not isinstance(error, OSError):
         return f'{address} does not speak HTTP ({type(error).__name__}): check remote.base_url'
-    return f'{address} can not be asked ({first_line(error)})'
+    return f'{address} can not be reached ({first_line(error)})'

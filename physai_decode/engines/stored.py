@@ -13,11 +13,13 @@
 # limitations under the License.
 
 """
-Tensors of safetensors files, read into memory.
+Read the tensors of safetensors files into memory.
 
-Nothing is mapped: the process that reads a mapping of a file that somebody truncates is killed
-(SIGBUS), however long after the load.
+Files are read, not memory-mapped: if a mapped file is truncated, even long after the load, SIGBUS
+kills the process.
 """
+
+from typing import Any
 
 from physai_decode import regular_file
 from physai_decode.checkpoint import TensorEntry
@@ -38,9 +40,9 @@ def read(entry: TensorEntry) -> Tensor:
     """
     Read one tensor.
 
-    :returns: a tensor of its own memory on the CPU, of the stored type and shape.
-    :raises EngineError: the file is not the one that was looked at, can't be read, or its type is
-        none of PyTorch's.
+    :returns: the tensor on the CPU, in the stored dtype and shape. It owns its memory.
+    :raises EngineError: the file changed since it was inspected, can not be read, or has a dtype
+        that PyTorch lacks.
     """
     if entry.dtype not in _DTYPES:
         raise EngineError(
@@ -50,7 +52,7 @@ def read(entry: TensorEntry) -> Tensor:
     try:
         with regular_file.opened(entry.path) as file:
             file.seek(entry.start)
-            count = file.readinto(memoryview(content.numpy()))
+            count = file.readinto(content.numpy().data)
     except OSError as error:
         raise EngineError(f'{entry.path} can not be read ({error}): copy or download the model '
                           'again') from None
@@ -61,20 +63,19 @@ def read(entry: TensorEntry) -> Tensor:
 
 
 class Lazy:
-    """A tensor that is read when it is indexed with ``...``, as safetensors' slices are."""
+    """A tensor that is read when it is indexed; it has the interface of a safetensors slice."""
 
     def __init__(self, entry: TensorEntry) -> None:
-        """Read nothing yet."""
         self._entry = entry
 
     def get_dtype(self) -> str:
-        """Give the stored type, as safetensors says it."""
+        """Return the stored dtype by its safetensors name."""
         return self._entry.dtype
 
     def get_shape(self) -> list[int]:
-        """Give the shape."""
+        """Return the shape."""
         return list(self._entry.shape)
 
-    def __getitem__(self, index: object) -> Tensor:
-        """Read the tensor, and give the part that is asked for."""
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read the tensor and return the indexed part."""
         return read(self._entry)[index]

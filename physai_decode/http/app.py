@@ -116,7 +116,7 @@ class App:
     async def _send_health(self, send: Send) -> None:
         """Answer 200 if the model accepts requests, otherwise 503."""
         host = self._host
-        state, message = host.state, '' if host.worker is not None else host.why_not()
+        state, message = host.state, '' if host.worker is not None else host.inactive_reason()
         healthy = host.worker is not None and state != 'stalled'
         await _send_json(send, 200 if healthy else 503, {'status': state, 'message': message})
 

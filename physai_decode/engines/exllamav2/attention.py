@@ -12,38 +12,42 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A decode step's attention where flash-attn is missing: PyTorch's kernels, in groups of heads."""
+"""Attention of a decode step without flash-attn: PyTorch's kernels on groups of heads."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
 def attend_by_groups(network: Any) -> None:
     """
-    Let a loaded ExLlamaV2's decode steps read keys and values where they lie in the cache.
+    Make the decode steps of a loaded ExLlamaV2 read keys and values in place in the cache.
 
-    Where flash-attn is missing the library first copies them for each query head: 5.9 instead of
-    4.4 ms a step at 2048 tokens of Qwen-2.5-7B's shape on an H200. With flash-attn this changes
-    nothing.
+    Without flash-attn, the library copies them for each query head: a step takes 5.9 ms instead of
+    4.4 ms at 2048 tokens of Qwen-2.5-7B's shape on an H200. With flash-attn, this has no effect.
+
+    :param network: an ``ExLlamaV2``.
     """
     for module in network.modules:
         if hasattr(module, '_attn_torch'):
             module._attn_torch = partial(_attend, module._attn_torch, module.scaling)
 
 
-def _attend(whole, scaling, batch, tokens, queries, keys, values, *others):
+def _attend(library_attention: Callable[..., Tensor], scaling: float, batch: int, tokens: int,
+            queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
     """
     Attend from queries [batch, tokens, heads, dim].
 
-    :param whole: the library's way, for a prompt with its mask.
-    :param keys: and values: [batch, places, key and value heads, dim].
+    :param library_attention: the library's function, used in prefill with its mask.
+    :param keys: [batch, positions, KV heads, dim], as are values.
     :returns: [batch, tokens, heads * dim].
     """
     if tokens > 1:
-        return whole(batch, tokens, queries, keys, values, *others)
-    # To the kernel the heads that share keys are tokens of one head; each sees the whole context.
+        return library_attention(batch, tokens, queries, keys, values, *rest)
+    # The query heads that share a KV head become tokens of one head; each sees the whole context.
     groups = queries.reshape(batch, keys.shape[2], -1, keys.shape[3])
     return scaled_dot_product_attention(
         groups, keys.transpose(1, 2), values.transpose(1, 2), scale=scaling

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the library would not run, or would run wrongly, refused by name; and its settings."""
+"""The settings of ExLlamaV2, and the checks for models that it can not run correctly."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,19 +25,20 @@ from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
 from physai_decode.engines import stored
 from physai_decode.model_config import number
+from physai_decode.model_config import Quantization
 from physai_decode.model_config import Rope
 from physai_decode.model_config import windows
 import torch
 
-CHUNK_TOKENS = 2048       # of a prompt, read at a time; the library's own default
+CHUNK_TOKENS = 2048       # prefill chunk; the default of the library
 _FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 
 
 def device(config: EngineConfig) -> torch.device:
     """
-    Give the GPU that the settings ask for.
+    Return the GPU that the settings select.
 
-    :raises EngineError: they ask for a CPU, or for another number format than float16.
+    :raises EngineError: the settings select a CPU, or a dtype other than float16.
     """
     if config.dtype not in ('auto', 'float16'):
         raise EngineError(f'engine.dtype is {config.dtype}, but ExLlamaV2 computes in float16: '
@@ -50,47 +51,52 @@ def device(config: EngineConfig) -> torch.device:
 
 
 def check(model: Checkpoint, limit: int) -> None:
-    """Refuse by name what the library would not run, or run wrongly."""
+    """
+    Check that the library can run a model correctly.
+
+    :param limit: the context in tokens.
+    :raises EngineError: it can not; the message says why and what to do.
+    """
     config, quantized = model.text_config, model.quantized
     method = quantized and quantized.method
     if model.model_type not in _FAMILIES:
         raise EngineError(
-            f'{model.folder}: the exllamav2 engine does not run {model.model_type!r} (it runs '
-            f'{", ".join(_FAMILIES)}): set engine.name to transformers')
-    if method not in ('gptq', 'exl2'):
+            f'{model.folder}: the exllamav2 engine does not support {model.model_type!r} (it '
+            f'supports {", ".join(_FAMILIES)}): set engine.name to transformers')
+    if quantized is None or method not in ('gptq', 'exl2'):
         raise EngineError(
-            f'{model.folder}: the exllamav2 engine runs weights quantised to gptq or exl2, these '
-            f'are quantised to {method or "nothing"}: set engine.name to auto')
+            f'{model.folder}: the exllamav2 engine supports gptq and exl2 weights, not '
+            f'{method or "unquantised ones"}: set engine.name to auto')
     if model.random_weights is not None:
         raise EngineError(
-            f'{model.folder} only describes its weights, which ExLlamaV2 can not make at random: '
-            'write them with decode_bench --write-checkpoint')
+            f'{model.folder} only describes its weights, which ExLlamaV2 can not create at '
+            'random: write them with decode_bench --write-checkpoint')
     kind = Rope(config).kind
     if kind not in ('default', 'linear', 'llama3'):
         raise EngineError(
-            f'{model.folder}: ExLlamaV2 does not scale rotary positions as its config.json asks '
-            f'({kind}): set engine.name to native or transformers')
+            f'{model.folder}: ExLlamaV2 does not support the RoPE scaling {kind}, which '
+            'config.json selects: set engine.name to native or transformers')
     window = max(windows(config, number(config, 'num_hidden_layers')))
     if 0 < window < limit:
         raise EngineError(
-            f'{model.folder}: ExLlamaV2 does not slide the window of {window} tokens that its '
-            f'config.json asks for: set engine.max_context to {window} or less, or engine.name to '
-            'native')
+            f'{model.folder}: ExLlamaV2 does not support the sliding window of {window} '
+            f'tokens in config.json: set engine.max_context to {window} or less, or engine.name '
+            'to native')
     if method == 'gptq':
         _check_gptq(model, quantized)
 
 
-def _check_gptq(model, quantized):
-    """Hold the tensors against what the library takes for granted."""
+def _check_gptq(model: Checkpoint, quantized: Quantization) -> None:
+    """Check that the tensors have the layout that the library assumes."""
     bits, size, layout = quantized.bits, quantized.group_size, quantized.layout
     if bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
-            f'{model.folder}: ExLlamaV2 runs 4-bit GPTQ of the formats gptq and gptq_v2, this is '
-            f'{bits}-bit {layout}: set engine.name to transformers')
+            f'{model.folder}: ExLlamaV2 supports 4-bit GPTQ in the formats gptq and gptq_v2, '
+            f'not {bits}-bit {layout}: set engine.name to transformers')
     if size != -1 and (size < 32 or size & (size - 1)):
-        raise EngineError(f'{model.folder}: ExLlamaV2 runs GPTQ groups of a power of two from 32 '
-                          f'on, or -1, not of {size}: set engine.name to transformers')
-    no_zero = 0 if layout == 'gptq_v2' else 15      # how a zero point of 0 is stored
+        raise EngineError(f'{model.folder}: ExLlamaV2 supports a GPTQ group_size of -1 or a power '
+                          f'of two from 32 on, not {size}: set engine.name to transformers')
+    stored_zero = 0 if layout == 'gptq_v2' else 15      # the code of a zero point of 0
     shifts = torch.arange(0, 32, 4)
     for name, entry in model.tensors.items():
         module, _, end = name.rpartition('.')
@@ -99,18 +105,25 @@ def _check_gptq(model, quantized):
         tensor = stored.read(entry)
         if end == 'g_idx':
             width = len(tensor) if size == -1 else size
-            plain = torch.arange(len(tensor)) // width
-            if not torch.equal(tensor.sort().values.long(), plain):
-                raise EngineError(f'{model.folder}: {name} does not give groups of {width} '
-                                  'columns: the GPTQ checkpoint is inconsistent')
-        elif (((tensor.unsqueeze(-1) >> shifts) & 15) == no_zero).any():
+            expected = torch.arange(len(tensor)) // width
+            if not torch.equal(tensor.sort().values.long(), expected):
+                raise EngineError(f'{model.folder}: {name} does not have groups of {width} '
+                                  'columns, so the GPTQ checkpoint is inconsistent: copy or '
+                                  'download the model again')
+        elif (((tensor.unsqueeze(-1) >> shifts) & 15) == stored_zero).any():
             raise EngineError(
-                f'{model.folder}: {module} has zero points of 0, which ExLlamaV2 takes for 16: '
+                f'{model.folder}: {module} has zero points of 0, which ExLlamaV2 reads as 16: '
                 'set engine.name to native')
 
 
 def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) -> Any:
-    """Give the library's own config for a folder."""
+    """
+    Return the library's config for a folder.
+
+    :raises EngineError: the library can not read the folder.
+    """
+    quantized = model.quantized
+    assert quantized is not None        # as `check` ensures
     try:
         made = library.ExLlamaV2Config(str(model.folder))
     except Exception as error:
@@ -121,9 +134,10 @@ def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) 
     made.max_input_len = min(CHUNK_TOKENS, limit)
     made.no_graphs = not config.cuda_graph
     made.no_xformers = True     # see attend_by_groups
-    # The library does not know of quantizers that write "format" alone.
-    made.checkpoint_offset_qzeros = model.quantized.layout == 'gptq_v2'
-    # Nor does it know where newer versions of transformers write this.
+    # The library ignores the key "format", which some quantisers write instead of
+    # "checkpoint_format".
+    made.checkpoint_offset_qzeros = quantized.layout == 'gptq_v2'
+    # It also ignores "rope_parameters", where transformers 5 writes the RoPE settings.
     rope = Rope(model.text_config)
     with parsing(model.folder / 'config.json'):
         made.rotary_embedding_base = float(rope.theta)

@@ -13,13 +13,13 @@
 # limitations under the License.
 
 """
-ExLlamaV2: that library's kernels for GPTQ and EXL2 weights, on an NVIDIA GPU in float16.
+The exllamav2 engine: GPTQ and EXL2 weights on an NVIDIA GPU in float16.
 
-One step is the library's forward pass over its own cache. A token is drawn on the device as in all
-engines and fed back there, one step ahead of the host. Written against ExLlamaV2 0.3.2, the last
-version there is. Its extension is compiled at first use. Its kernels add with atomics: the same
-step need not give the same last bits twice, so the same prompt and seed need not give the same
-answer where two tokens are almost equally likely. The engine knows no text and reads no tokenizer.
+A decode step is the library's forward pass over its own KV cache. Tokens are sampled on the device
+as in all engines and fed back there, one step ahead of the host. The engine is written for
+ExLlamaV2 0.3.2, the last release. The library's extension is compiled at first use. Its kernels
+use atomic additions, so a repeated step can differ in the last bits. The same prompt and seed can
+therefore give another answer where two tokens are almost equally likely.
 """
 
 from collections import deque
@@ -44,25 +44,25 @@ from physai_decode.engines.exllamav2.network import Network
 from physai_decode.engines.sampling import Drawer
 import torch
 
-_AHEAD = 1                # steps that are launched before an id is read
+_AHEAD = 1                # decode steps launched before the host reads a token id
 
 
 class ExLlamaV2Engine:
     """See `physai_decode.engine.Engine`."""
 
     footprint: Footprint
+    network: Network
     chunk_tokens = (1, checks.CHUNK_TOKENS)
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
-                 progress: Callable[[str], None] = lambda text: None):
+                 progress: Callable[[str], None] = lambda text: None) -> None:
         """
-        Compile the library's extension where that was not done yet, load, and warm up.
+        Compile the library's extension if necessary, load, and warm up.
 
-        :param progress: while the extension is compiled it is called from another thread.
-        :raises EngineError: the library or the model can't be had on this device; nothing stays
-            allocated.
+        :param progress: called from another thread while the extension compiles.
+        :raises EngineError: the library or the model can not be loaded on this device; all memory
+            is freed.
         """
-        self.network: Network | None = None
         self._device = checks.device(config)
         limit = min(config.max_context, model.context_limit or config.max_context)
         with checkpoint.parsing(model.folder / 'config.json'):
@@ -84,8 +84,8 @@ class ExLlamaV2Engine:
                  torch.empty(1, dtype=torch.long, pin_memory=self._device.type == 'cuda'))
                 for _ in range(_AHEAD + 1)]
             self._watch = devices.Stopwatch(self._device)
-            self._flying: deque = deque()           # slots of steps in flight
-            self._length = 0                        # tokens in the cache, with those in flight
+            self._flying: deque[tuple[devices.Stopwatch, torch.Tensor]] = deque()
+            self._length = 0            # tokens in the cache, including steps in flight
             self._drawer = Drawer(settings.vocab_size, limit, self._device)
             self.footprint = self.network.footprint(model, limit, config.cuda_graph, {
                 'import_s': f'{imported_s - begun_s:.3f}',
@@ -98,8 +98,7 @@ class ExLlamaV2Engine:
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
-        # The library computes in a stream of its own, and CUDA's current device and stream are
-        # each thread's own.
+        # The library has its own stream. CUDA's current device and stream are per thread.
         torch.cuda.set_device(self._device)
         import_module('exllamav2.device').set_device_streams()
         self._flying.clear()
@@ -119,9 +118,9 @@ class ExLlamaV2Engine:
               constraint: Constraint | None = None) -> Choice:
         """See `physai_decode.engine.Engine.first`."""
         self._drawer.begin(sampling, prompt_ids, constraint)
-        # A mask depends on the token before, which the host has to know.
+        # A mask depends on the previous token, which the host has to read first.
         self._ahead = _AHEAD if constraint is None else 0
-        return Choice(int(self._drawn()), 0.0)
+        return Choice(int(self._sample()), 0.0)
 
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
@@ -131,7 +130,7 @@ class ExLlamaV2Engine:
             watch.start()
             self._logits = self.network.forward(self._drawer.token.view(1, 1))
             self._length += 1
-            landing.copy_(self._drawn(), non_blocking=True)
+            landing.copy_(self._sample(), non_blocking=True)
             watch.stop()
             self._flying.append(slot)
         watch, landing = self._flying.popleft()
@@ -140,12 +139,13 @@ class ExLlamaV2Engine:
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        if self.network is not None:
+        if 'network' in vars(self):
             self.network.close()
-        self.network = self._drawer = self._logits = None
+        for name in ('network', '_drawer', '_logits'):
+            vars(self).pop(name, None)
         gc.collect()
         devices.give_back(self._device)
 
-    def _drawn(self):
+    def _sample(self) -> torch.Tensor:
         return self._drawer.draw(
             self._logits[0, 0, :self.footprint.vocab_size], self._length)

@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Importing the library, which compiles its extension where that was not done yet."""
+"""Import ExLlamaV2 and compile its extension if necessary."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,15 +36,20 @@ _TICK_S = 5.0
 
 
 def library(progress: Callable[[str], None]) -> Any:
-    """Import the library, which compiles its extension where that was not done yet."""
+    """
+    Import the library, which compiles its extension at first use.
+
+    :param progress: called every few seconds, from another thread; its exceptions end the import.
+    :raises EngineError: the library is missing, or its extension can not be compiled.
+    """
     doing = "loading ExLlamaV2's kernels"
     if find_spec('exllamav2_ext') is None:
         _check_tools()
         doing = "compiling ExLlamaV2's kernels"
         lock = Path(cpp_extension._get_build_directory('exllamav2_ext', False), 'lock')
         if lock.exists():
-            doing = ("waiting for another process that compiles ExLlamaV2's kernels (if there is "
-                     f'none, one was killed: delete {lock})')
+            doing = ("waiting for another process that compiles ExLlamaV2's kernels (if none "
+                     f'runs, delete {lock})')
     with _ticking(progress, doing):
         try:
             import_module('exllamav2.generator')
@@ -60,14 +66,14 @@ def library(progress: Callable[[str], None]) -> Any:
                 'engine.name, or install a build of ExLlamaV2 for them') from None
 
 
-def _check_tools():
-    """Raise EngineError naming what compiling an extension of PyTorch needs and is not there."""
+def _check_tools() -> None:
+    """Raise EngineError if the tools that compile a PyTorch extension are missing."""
     home = cpp_extension.CUDA_HOME
     compiler = os.environ.get('CXX', 'c++')
     missing = []
     if not home or not Path(home, 'bin', 'nvcc').exists():
-        missing.append(f"nvcc (NVIDIA's CUDA toolkit {torch.version.cuda}; set CUDA_HOME where it "
-                       'is not in the usual place)')
+        missing.append(f"nvcc (NVIDIA's CUDA toolkit {torch.version.cuda}; set CUDA_HOME if it "
+                       'is not in the default folder)')
     if not shutil.which(compiler):
         missing.append(f'{compiler} (apt install g++)')
     if not cpp_extension.is_ninja_available():
@@ -76,16 +82,16 @@ def _check_tools():
         missing.append('Python.h (apt install python3-dev)')
     if missing:
         raise EngineError(
-            "ExLlamaV2's extension is compiled at first use, and what that needs is missing: "
+            "ExLlamaV2's extension is compiled at first use, and that needs "
             f'{"; ".join(missing)}; or choose another engine.name')
 
 
 @contextmanager
-def _ticking(progress, doing):
-    """Say now and then that it goes on; what `progress` raises ends the load."""
-    done, raised, begun_s = threading.Event(), [], time.monotonic()
+def _ticking(progress: Callable[[str], None], doing: str) -> Iterator[None]:
+    """Report progress periodically inside ``with``; an exception of `progress` is raised here."""
+    done, raised, begun_s = threading.Event(), list[Exception](), time.monotonic()
 
-    def tick():
+    def tick() -> None:
         while not done.wait(_TICK_S):
             try:
                 progress(f'{doing}, {time.monotonic() - begun_s:.0f} s so far')
@@ -104,7 +110,7 @@ def _ticking(progress, doing):
         raise raised[0]
 
 
-def _compiler_error(error):
+def _compiler_error(error: Exception) -> str:
     lines = str(error).splitlines()
     return next((line.strip() for line in lines if 'error:' in line or 'fatal' in line),
                 first_line(error))

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A network of the ExLlamaV2 library and its cache on one GPU."""
+"""An ExLlamaV2 network and its KV cache on one GPU."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -27,40 +27,42 @@ from physai_decode.engines import logits
 from physai_decode.engines.exllamav2.attention import attend_by_groups
 import torch
 
-_GRAPH_CALLS = 205        # of a layer, before the library captures it (its MIN_GRAPH_INSTANCES)
+_GRAPH_CALLS = 205        # calls of a layer before the library captures it (MIN_GRAPH_INSTANCES)
 
 
 class Network:
-    """Runs ids after what the cache holds."""
+    """Runs token ids after those in the cache."""
+
+    loaded: Any                 # the library's network
 
     def __init__(self, library: Any, settings: Any, model: Checkpoint, device: torch.device,
-                 progress: Callable[[str], None]):
+                 progress: Callable[[str], None]) -> None:
         """
         Load all weights to one device.
 
-        :raises EngineError: the library can't.
+        :raises EngineError: the library can not load the model.
         """
         self._library, self._settings, self._device = library, settings, device
-        self.loaded = None
         torch.cuda.set_device(device)
         try:
             self.loaded = network = library.ExLlamaV2(settings)
             index = device.index
-            # Nothing fits in the devices before this one, everything in this one.
+            # A limit of 0 for each earlier device places everything on this one.
             with torch.inference_mode():
                 network.load([0.0] * index + [1e6], lazy=True)
-                # Beside the rest, so that ids need not leave the device.
+                # By default, the embedding is on the CPU, and each id would have to go there.
                 network.modules[0].set_device_idx(index)
                 for number, module in enumerate(network.modules):
                     if number % 8 == 0:
-                        progress(f'weights, part {number + 1} of {len(network.modules)}')
+                        progress(f'loading weights, part {number + 1} of '
+                                 f'{len(network.modules)}')
                     module.load()
                 attend_by_groups(network)
                 self._cache = library.ExLlamaV2Cache(network)
             torch.cuda.synchronize(device)
         except BaseException as error:
             self.close()
-            # The library raises whatever its many parts raise, and asserts.
+            # The library raises exceptions of any type, also AssertionError.
             if not isinstance(error, Exception) or devices.is_out_of_memory(error):
                 raise
             raise EngineError(
@@ -69,11 +71,11 @@ class Network:
         self._params = import_module('exllamav2.attn').ExLlamaV2Attention.Params
 
     def rewind(self, length: int) -> None:
-        """Keep the first ``length`` tokens."""
+        """Keep the first ``length`` tokens of the cache."""
         self._cache.current_seq_len = length
 
     def feed(self, ids: list[int]) -> torch.Tensor:
-        """Run ids; see `forward`."""
+        """Prefill one chunk of a prompt; see `forward`."""
         return self.forward(torch.tensor([ids], device=self._device))
 
     @torch.inference_mode()
@@ -81,23 +83,24 @@ class Network:
         """
         Run ids [1, tokens].
 
-        :returns: the logits after the last one, float16 [1, 1, padded vocab].
+        :returns: the logits after the last id, float16 [1, 1, padded vocab].
         """
         tokens, past = ids.shape[1], self._cache.current_seq_len
         form = self._params(1, tokens, past)
         if tokens > 1:
-            # Without flash-attn the library lets a prompt's tokens see those after them, but for
-            # a mask that it has for another purpose.
+            # Without flash-attn, the library does not mask later tokens in prefill. This mask,
+            # which it has for block-diagonal attention, does.
             form.block_diag_mask = torch.full(
                 (tokens, past + tokens), float('-inf'), dtype=torch.float16,
                 device=self._device).triu_(past + 1)
         with devices.attention_backends(self._device):
-            return self.loaded.forward_chunk(
+            last: torch.Tensor = self.loaded.forward_chunk(
                 ids, self._cache, preprocess_only=False, last_id_only=True, attn_params=form
             ).get('logits')
+            return last
 
     def warm_up(self, limit: int, captured: bool) -> None:
-        """Run steps until the library has captured its graphs, where it is to."""
+        """Run decode steps; if ``captured``, until the library has captured its CUDA graphs."""
         import_module('exllamav2.device').set_device_streams()
         vocab_size = self._settings.vocab_size
         last = self.feed(logits.warm_up_ids(vocab_size, limit))[0, 0, :vocab_size]
@@ -113,7 +116,7 @@ class Network:
 
     def footprint(self, model: Checkpoint, limit: int, captured: bool,
                   details: dict[str, str]) -> Footprint:
-        """Tell what was loaded, and what one of its steps reads."""
+        """Describe the loaded model and the bytes that one decode step reads."""
         settings, attention = self._settings, import_module('exllamav2.attn')
         name, uuid = devices.describe(self._device)
         return Footprint(
@@ -132,17 +135,18 @@ class Network:
                 **details})
 
     def close(self) -> None:
-        """Free everything."""
-        if self.loaded is not None:
+        """Unload the network and free its memory."""
+        if 'loaded' in vars(self):
             self.loaded.unload()
-        self.loaded = self._cache = None
+        for name in ('loaded', '_cache'):
+            vars(self).pop(name, None)
 
-    def _read_weight_bytes(self):
-        embedding, *others = self.loaded.modules_dict.values()
+    def _read_weight_bytes(self) -> int:
+        embedding, *layers = self.loaded.modules_dict.values()
         row = embedding.embedding.weight[0]
-        total = row.numel() * row.element_size()
-        for module in others:
-            # g_idx and q_invperm only serve to make q_perm.
+        total: int = row.numel() * row.element_size()
+        for module in layers:
+            # g_idx and q_invperm only serve to build q_perm at load.
             packed = getattr(module, 'q_tensors', None) or {}
             tensors = [tensor for name, tensor in packed.items()
                        if name not in ('g_idx', 'q_invperm')]

@@ -159,7 +159,7 @@ class NativeEngine:
         return self.transformer.prefill(ids, 0, every=True)
 
     def reads(self, context: int) -> list[tuple[str, str, int]]:
-        """See `physai_decode.benchmark.kernels.Itemized.reads`."""
+        """See `physai_decode.benchmark.profiler.Itemized.reads`."""
         return self.transformer.reads(context)
 
     def _draw(self, plan):

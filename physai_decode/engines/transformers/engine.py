@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The transformers library's own model: the baseline, and the way for every other architecture.
+The transformers engine: the baseline, and the fallback for architectures that native lacks.
 
-One step is the library's forward pass over its own cache; a token is drawn as in all engines. The
-engine knows nothing of how a model computes and never runs code from a model folder.
+A decode step is the library's forward pass over its own KV cache; sampling is the same as in all
+engines. The engine never runs code from a model folder.
 """
 
 from collections.abc import Callable
@@ -48,16 +48,16 @@ CHUNK_TOKENS = 2048
 class TransformersEngine:
     """See `physai_decode.engine.Engine`."""
 
+    cached: CachedNetwork
     footprint: Footprint
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
-                 progress: Callable[[str], None] = lambda text: None):
+                 progress: Callable[[str], None] = lambda text: None) -> None:
         """
-        Load, warm up and, with ``cuda_graph`` on a GPU, capture.
+        Load, warm up and, with ``cuda_graph`` on a GPU, capture the decode step.
 
-        :raises EngineError: the model can't be had on this device; nothing stays allocated.
+        :raises EngineError: the model can not be loaded on this device; all memory is freed.
         """
-        self.cached: CachedNetwork | None = None
         self._device, dtype = devices.select(config)
         devices.use(self._device)
         dtype = network.number_format(model, config, self._device, dtype)
@@ -77,7 +77,7 @@ class TransformersEngine:
             self.close()
             raise
         self._watch = devices.Stopwatch(self._device)
-        # A state other than keys and values gets a prompt in one piece.
+        # A recurrent state needs the whole prompt in one chunk.
         self.chunk_tokens = (1, CHUNK_TOKENS) if self.cached.attends else (limit, limit)
 
     def rewind(self, length: int) -> int:
@@ -97,17 +97,18 @@ class TransformersEngine:
         """See `physai_decode.engine.Engine.first`."""
         self._drawer.begin(sampling, prompt_ids, constraint)
         self._watch.start()
-        return self._chosen()
+        return self._sample()
 
     def step(self, remaining: int) -> Choice:
         """See `physai_decode.engine.Engine.step`."""
         self._watch.start()
         self._logits = self.cached.step(self._drawer.token)
-        return self._chosen()
+        return self._sample()
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
-        self.cached = self._drawer = self._logits = None
+        for name in ('cached', '_drawer', '_logits'):
+            vars(self).pop(name, None)
         gc.collect()
         devices.give_back(self._device)
 
@@ -116,18 +117,19 @@ class TransformersEngine:
         """See `physai_decode.gap.Measurable.trial`."""
         if captured is not None and not self.cached.captured:
             raise EngineError(
-                "transformers' step was loaded without a CUDA graph, which needs another cache: "
-                'clean up, set engine.cuda_graph to true and configure again')
+                'transformers was loaded without a CUDA graph, which needs a static cache: '
+                'clean up, set engine.cuda_graph to true, and configure again')
         with self.cached.uncaptured() if captured is False else nullcontext():
             yield
 
     @torch.inference_mode()
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:
-        """See `physai_decode.engine.Comparable.prefill_logits`; leaves the cache as it is."""
+        """See `physai_decode.engine.Comparable.prefill_logits`; the cache stays unchanged."""
         ids = torch.tensor([prompt_ids], device=self._device)
-        return self.cached.network(ids, use_cache=False).logits[0].float()
+        logits: torch.Tensor = self.cached.network(ids, use_cache=False).logits
+        return logits[0].float()
 
-    def _chosen(self):
-        shown = self._drawer.draw(self._logits, self.cached.length)
+    def _sample(self) -> Choice:
+        token_id = self._drawer.draw(self._logits, self.cached.length)
         self._watch.stop()
-        return Choice(int(shown), self._watch.read_s())
+        return Choice(int(token_id), self._watch.read_s())

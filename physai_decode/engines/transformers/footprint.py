@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a network of the transformers library is, and what one of its steps reads."""
+"""The footprint of a transformers network."""
 
 import re
 
@@ -25,10 +25,10 @@ import transformers
 
 
 def footprint(model: Checkpoint, cached: CachedNetwork, limit: int) -> Footprint:
-    """Tell what was loaded, and what one of its steps reads."""
+    """Describe the loaded model and the bytes that one decode step reads."""
     network, device = cached.network, cached.device
     config = network.config.get_text_config(decoder=True)
-    # A layer that caches a compressed form has keys and values of different widths.
+    # Keys and values differ in width if a layer caches a compressed form.
     heads, key_width, value_width, element_bytes = \
         cached.kv_shapes[0] if cached.kv_shapes else (0, 0, 0, network.dtype.itemsize)
     windows = cached.windows
@@ -48,8 +48,9 @@ def footprint(model: Checkpoint, cached: CachedNetwork, limit: int) -> Footprint
                  'transformers': transformers.__version__})
 
 
-def _read_weight_bytes(network, config):
-    """Weights that one step reads: a row of each embedding, and of experts those it asks."""
+def _read_weight_bytes(network: transformers.PreTrainedModel,
+                       config: transformers.PretrainedConfig) -> int:
+    """Count the weight bytes of one step: one row per embedding, and only the routed experts."""
     head = getattr(network.get_output_embeddings(), 'weight', None)
     read_whole = None if head is None else head.data_ptr()
     embeddings = {
@@ -57,10 +58,10 @@ def _read_weight_bytes(network, config):
         if isinstance(module, torch.nn.Embedding)} - {read_whole}
     experts = next((getattr(config, name) for name in (
         'num_local_experts', 'num_experts', 'n_routed_experts') if getattr(config, name, 0)), 0)
-    asked = next((getattr(config, name) for name in (
+    routed = next((getattr(config, name) for name in (
         'num_experts_per_tok', 'top_k_experts') if getattr(config, name, 0)), experts)
-    # Vision and audio towers are not read during text decoding. A tensor that two modules share
-    # has one address and is counted once.
+    # Text decoding does not read vision and audio towers. Tied tensors share one address and count
+    # once.
     weights = {tensor.data_ptr(): (name, tensor)
                for part in (network.get_decoder() or network, network.get_output_embeddings())
                if part is not None for name, tensor in part.state_dict().items()
@@ -71,12 +72,12 @@ def _read_weight_bytes(network, config):
         if address in embeddings:
             size //= tensor.shape[0]
         elif experts and _is_of_experts(name, tensor, experts):
-            size = size * asked // experts
+            size = size * routed // experts
         total += size
     return total
 
 
-def _is_of_experts(name, tensor, experts):
-    """Tell whether a tensor is one expert's, or all experts' in one."""
+def _is_of_experts(name: str, tensor: torch.Tensor, experts: int) -> bool:
+    """Whether a tensor belongs to one expert, or stacks all experts."""
     return bool(re.search(r'\.experts\.\d+\.', name)) or tensor.shape[:1] == (experts,) and (
         tensor.dim() == 3 or (tensor.dim() == 2 and name.endswith('bias')))

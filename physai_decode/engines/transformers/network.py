@@ -12,9 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""From a model folder to a network of the transformers library on one device."""
+"""Load a transformers network from a model folder to one device."""
 
+from collections.abc import Iterable
 import math
+from typing import Any
 from urllib.error import URLError
 
 from physai_decode.checkpoint import Checkpoint
@@ -34,7 +36,12 @@ _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
                   dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype for a model's weights, where ``dtype`` is the device's."""
+    """
+    Return the dtype for a model.
+
+    :param dtype: the default of the device.
+    :raises EngineError: transformers does not support `engine.dtype` with these weights.
+    """
     method = model.quantized and model.quantized.method
     if device.type == 'cpu' or method not in ('awq', 'gptq'):
         return dtype
@@ -48,7 +55,7 @@ def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
 
 
 def needed_bytes(model: Checkpoint, dtype: torch.dtype) -> int:
-    """Give what the weights take on the device."""
+    """Return the size of the weights on the device."""
     if model.quantized:
         return model.weight_bytes
     return sum(
@@ -57,11 +64,12 @@ def needed_bytes(model: Checkpoint, dtype: torch.dtype) -> int:
         for entry in model.tensors.values())
 
 
-def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
+         ) -> transformers.PreTrainedModel:
     """
-    Load a network; no code from the model's folder is run.
+    Load a network without running code from the model folder.
 
-    :raises EngineError: it can't be had; the message says why and what to do.
+    :raises EngineError: the model can not be loaded; the message says why and what to do.
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -84,16 +92,16 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
         known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if config.is_encoder_decoder or type(config) not in known:
             raise EngineError(
-                f'{model.folder}: {model.model_type!r} is not a model that continues text: choose '
-                'a causal language model')
-        kind = known[type(config)]
+                f'{model.folder}: {model.model_type!r} is not a causal language model: choose '
+                'another model')
+        kind: Any = known[type(config)]
         attention = 'sdpa' if kind._supports_sdpa else 'eager'
         if model.random_weights is not None:
             return _random(model, config, attention, device, dtype)
-        # What reads quantised weights wants the folder.
+        # Loaders of quantised weights need the folder.
         folder, weights = (model.folder, None) if model.quantized else (None, {
             name: stored.Lazy(entry) for name, entry in model.tensors.items()})
-        network, found = kind.from_pretrained(
+        network, info = kind.from_pretrained(
             folder, config=config, state_dict=weights, dtype=dtype, use_safetensors=True,
             attn_implementation=attention,
             device_map={'': device} if placed else None, output_loading_info=True)
@@ -103,74 +111,82 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.n
         raise EngineError(
             f'{model.folder}: {model.quantization} weights need a library that is not here: '
             f'{first_line(error)}') from None
-    # The library raises whatever its many parts raise.
+    # The library and its dependencies raise exceptions of any type.
     except Exception as error:
         if devices.is_out_of_memory(error):
             raise
-        told = first_line(error)
+        reason = first_line(error)
         if isinstance(error, URLError):
-            told += (' (a library wanted to download something: connect this machine for one '
+            reason += (' (a library wanted to download something: connect this machine for one '
                      'start, or choose another engine.name)')
         raise EngineError(
             f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
-            f'{told}') from None
-    lost = sorted(found['missing_keys'])
-    if lost:
+            f'{reason}') from None
+    absent = sorted(info['missing_keys'])
+    if absent:
         raise EngineError(
-            f'{model.folder} lacks {len(lost)} of the weights that its config.json asks for, '
-            f'{lost[0]} for one: copy or download the model again')
+            f'{model.folder} lacks {len(absent)} of the weights that its config.json requires, '
+            f'such as {absent[0]}: copy or download the model again')
     if not model.quantized:
         _check_floats(model, network)
-        _check_all_used(model, network, found['unexpected_keys'])
+        _check_unused(model, network, info['unexpected_keys'])
     if not placed:
         network.to(device)
-    return network.eval()
+    loaded: transformers.PreTrainedModel = network.eval()
+    return loaded
 
 
-def _check_floats(model, network):
-    """Refuse whole numbers where the network has others: a quantisation that nobody names."""
+def _check_floats(model: Checkpoint, network: transformers.PreTrainedModel) -> None:
+    """Refuse integer tensors for float parameters: config.json omits their quantisation."""
     for name, weight in network.named_parameters():
         entry = model.tensors.get(name)
         if entry and weight.is_floating_point() and entry.dtype not in _FLOATS:
             raise EngineError(
-                f'tensor {name} holds whole numbers ({entry.dtype}) where config.json implies '
-                'others: they are quantised in a way that it does not name; download a newer '
-                'version of the model')
+                f'tensor {name} holds integers ({entry.dtype}), but config.json names no '
+                'quantisation: download a newer version of the model')
 
 
-def _check_all_used(model, network, left):
-    """Refuse weights that the network has no place for, or one place where they are two."""
-    leftover.check(model, model.tensors.keys() & left,
+def _check_unused(model: Checkpoint, network: transformers.PreTrainedModel,
+                  left: Iterable[str]) -> None:
+    """Refuse weights that the network does not use, and tied weights that differ."""
+    leftover.check(model, model.tensors.keys() & set(left),
                    (*leftover.PREFIXES, f'{network.base_model_prefix}.'))
-    head = network.get_output_embeddings()
+    head: Any = network.get_output_embeddings()
     if head is None or not network.config.get_text_config(decoder=True).tie_word_embeddings:
         return
-    # Newer versions of the library leave them apart where the files have two.
-    ends = [id(each.weight) for each in (network.get_input_embeddings(), head)]
+    # Newer versions of the library do not tie them if the files hold both.
+    embedding: Any = network.get_input_embeddings()
+    ends = [id(each.weight) for each in (embedding, head)]
     leftover.check_same(model, [
         name for name, weight in network.named_parameters(remove_duplicate=False)
         if id(weight) in ends])
 
 
-def _random(model, config, attention, device, dtype):
-    """Make weights at random on the device, for a folder that only describes their shapes."""
+def _random(model: Checkpoint, config: transformers.PretrainedConfig, attention: str,
+            device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """Create random weights on the device for a folder that only describes their shapes."""
     if model.quantized:
         raise EngineError(
             f'{model.folder} only describes {model.quantization} weights, which transformers can '
-            'not make at random: write them with decode_bench --write-checkpoint')
-    def made():
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention)
+            'not create at random: write them with decode_bench --write-checkpoint')
+    assert model.random_weights is not None
+
+    def create() -> transformers.PreTrainedModel:
+        network: transformers.PreTrainedModel = \
+            transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention)
+        network.eval()
+        return network
 
     with torch.device('meta'):
-        numbers = sum(weight.numel() for weight in made().parameters())
+        implied = sum(weight.numel() for weight in create().parameters())
     described = sum(math.prod(entry.shape) for entry in model.tensors.values())
-    if numbers > described:
+    if implied > described:
         raise EngineError(
-            f'{model.folder} describes weights of {described} numbers, config.json implies '
-            f'{numbers}: they do not belong together')
-    # By default it would open every GPU of the machine.
+            f'{model.folder} describes {described} weights, but its config.json implies '
+            f'{implied}: write the folder again')
+    # By default, fork_rng initialises every GPU of the machine.
     used = [device] if device.type == 'cuda' else []
     with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(model.random_weights.get('seed', 0))
-        return made().eval()
+        return create()

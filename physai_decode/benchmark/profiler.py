@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Where a step's device time goes, kernel by kernel, as CUPTI sees it through torch's profiler.
+Measure the device time of each kernel in a decode step, with CUPTI through torch's profiler.
 
-It sees kernels of any engine, also those inside a replayed CUDA graph. A CPU has no such table.
-The profiler slows the host down: the times of the kernels are true, those between them are not.
+This covers the kernels of any engine, including those in a replayed CUDA graph, but not a CPU. The
+profiler slows the host down: kernel times are accurate, the gaps between them are not.
 """
 
 from collections.abc import Iterable
@@ -34,25 +34,25 @@ from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import Engine
 
 WARMUP = 5
-Read = tuple[str, str, int]         # start of a kernel's name, operation, bytes
+Read = tuple[str, str, int]         # prefix of a kernel's name, operation, bytes
 
 
 @runtime_checkable
 class Itemized(Engine, Protocol):
-    """An engine that tells which operation each kernel is, and what it reads."""
+    """An engine that reports the operation of each kernel and the bytes that it reads."""
 
     def reads(self, context: int) -> list[Read]:
         """
-        Give what one step reads, in the order of its kernels.
+        List what one step reads, in the order of its kernels.
 
         :param context: tokens that the step attends to.
-        :returns: all kernels that read weights or the cache, but those that read next to nothing.
+        :returns: the kernels that read weights or the KV cache, except for small reads.
         """
         ...
 
 
 def prepare() -> None:
-    """Load the profiler; a CUDA graph that was captured before that does not show its kernels."""
+    """Load the profiler; it can not see kernels of a CUDA graph that was captured earlier."""
     import torch
     from torch.profiler import ProfilerActivity
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]):
@@ -63,8 +63,8 @@ def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str,
     """
     Profile that many decode steps.
 
-    :param engine: one on CUDA, built after ``prepare``.
-    :return: as ``summarize``.
+    :param engine: an engine on CUDA that was built after ``prepare``.
+    :return: see ``summarize``.
     """
     import torch
     from torch.profiler import ProfilerActivity
@@ -89,29 +89,27 @@ def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str,
 def summarize(events: Iterable[dict[str, Any]], steps: int,
               reads: Sequence[Read] = ()) -> list[dict[str, Any]]:
     """
-    Group a trace's kernels and copies by operation, or by name and launch.
+    Group the kernels and copies of a trace by operation, name and launch configuration.
 
-    A kernel may start while the one before still runs; it is charged only with what it adds: from
-    that one's end, or its own start, to its own end. So the rows add up to the time in which
-    anything ran. An engine that runs ahead of its reader puts a step more or less into the trace,
-    so the calls per step are rounded and the time per step is the median call's times their
-    number.
+    A kernel can start while the previous one still runs. It then counts only from the end of the
+    previous one, so that the rows add up to the time in which the device was busy. An engine that
+    runs ahead of its reader adds or omits a step in the trace. The calls per step are therefore
+    rounded, and the time per step is the median time of a call times the number of calls.
 
-    :param events: ``traceEvents`` of a Chrome trace, times in microseconds.
-    :param reads: (start of a kernel's name, operation, bytes), in the order of one step; used
-        only if the trace has the kernels in this order.
-    :return: one row a kernel, longest first: name, operation, grid, calls and seconds per step,
-        bytes a call (None where unknown), share.
+    :param events: ``traceEvents`` of a Chrome trace, with times in microseconds.
+    :param reads: the reads of one step in order; ignored if the trace has another order.
+    :return: one row per kernel, longest first: name, operation, grid, calls and seconds per step,
+        bytes per call (None if unknown), share.
     """
     ran = sorted((event for event in events if event.get('ph') == 'X' and event.get('cat') in (
         'kernel', 'gpu_memcpy', 'gpu_memset')), key=lambda event: event['ts'])
-    told = _told([event['name'] for event in ran], reads)
+    matched = _match([event['name'] for event in ran], reads)
     groups: dict[tuple[str, ...], list[float]] = {}
     read_bytes: dict[tuple[str, ...], list[int]] = {}
     end_us = float('-inf')
-    for event, read in zip(ran, told, strict=True):
+    for event, read in zip(ran, matched, strict=True):
         last_us, end_us = end_us, max(end_us, event['ts'] + event['dur'])
-        # Two instances of one kernel differ in what they take of a multiprocessor.
+        # Specialisations of one kernel differ in their use of registers and shared memory.
         grid, *launch = (str(event.get('args', {}).get(name, '')) for name in (
             'grid', 'block', 'registers per thread', 'shared memory'))
         grid = grid.strip('[]').replace(', ', 'x')
@@ -130,21 +128,21 @@ def summarize(events: Iterable[dict[str, Any]], steps: int,
             'call_s': call_s, 'step_s': call_s * calls,
             'bytes': statistics.fmean(read_bytes[key]) if read_bytes[key] else None})
     rows.sort(key=lambda row: -row['step_s'])
-    whole = sum(row['step_s'] for row in rows)
-    return [{**row, 'share': row['step_s'] / whole if whole else None} for row in rows]
+    total = sum(row['step_s'] for row in rows)
+    return [{**row, 'share': row['step_s'] / total if total else None} for row in rows]
 
 
-def _told(names, reads):
-    """Give each kernel's entry of ``reads``, None for one that reads nothing to speak of."""
-    starts = tuple({read[0] for read in reads})
-    places = [place for place, name in enumerate(names) if starts and name.startswith(starts)]
+def _match(names: Sequence[str], reads: Sequence[Read]) -> list[Read | None]:
+    """Return the entry of ``reads`` for each kernel; None if it has none."""
+    prefixes = tuple({read[0] for read in reads})
+    places = [place for place, name in enumerate(names) if prefixes and name.startswith(prefixes)]
     found: list[Read | None] = [None] * len(names)
 
-    def fits(offset):
+    def fits(offset: int) -> bool:
         return all(names[place].startswith(reads[(offset + i) % len(reads)][0])
                    for i, place in enumerate(places))
 
-    # The trace may begin within a step; the head's product, which comes once, tells where.
+    # The trace can begin in mid-step. The lm_head, which runs once per step, fixes the offset.
     offset = next((offset for offset in range(len(reads)) if fits(offset)), None)
     if offset is not None:
         for i, place in enumerate(places):
