@@ -194,8 +194,8 @@ KEYS = {
     'total_ms': 'from received to the end',
     'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, if it is set',
     'ttft_last_ms': 'time to first token of the last request',
-    'ttft_floor_ms': 'floor of prefill_ms by the memory bus: the time to read the weights, and the '
-                     'keys and values of cached_tokens, once. A long prompt is limited by '
+    'ttft_floor_ms': 'floor of prefill_ms by the memory bus: the time to read the weights, and '
+                     'the keys and values of cached_tokens, once. A long prompt is limited by '
                      'arithmetic instead',
     'ttft_ms': 'time to first token: queue_ms plus prefill_ms',
     'unknown_parameters': 'names in the parameters at start that the node does not know',
