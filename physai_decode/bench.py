@@ -46,6 +46,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.constraint import check_schema
 from physai_decode.constraint import ConstraintError
 
+PROMPTS = (16, 128, 512, 2048)
 CONTEXTS = (2048, 4096, 8192, 16384)
 _EPILOG = """\
 An engine is NAME or NAME:setting=value,... with the settings of the parameter group engine, such
@@ -56,6 +57,7 @@ examples:
   decode_bench --synthetic qwen2.5-7b --engines native transformers --kernels
   decode_bench --sampling temperature=0.8 temperature=0.8,top_p=0.9,top_k=40
   decode_bench --constraint plan --contexts 512
+  decode_bench --synthetic llama-3.2-1b --prefill
   decode_bench --synthetic qwen2.5-7b --ab native:cuda_graph=false native --sessions 10
   decode_bench --paper --out paper
 """
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.keep_checkpoints:
             runner.forget_checkpoints()
     report.same_peak(results)
+    report.same_operations(results)
     tables = _tables(options, results)
     print('\n' + '\n'.join(table.text() for table in tables))
     argv = sys.argv[1:] if arguments is None else arguments
@@ -145,6 +148,9 @@ def _parser():
     what.add_argument('--constraint', default='', metavar='SCHEMA',
                       help='also compare the step under a JSON Schema with the free one: a file, '
                       "or plan, 32 actions of the embedded model's")
+    what.add_argument('--prefill', nargs='*', type=int, default=None, metavar='TOKENS',
+                      help='also the time to the first token after prompts of these lengths '
+                      f'({" ".join(map(str, PROMPTS))})')
     what.add_argument('--beside', nargs='+', default=[], metavar='NEIGHBOUR',
                       help='also time the step beside a neighbour: cpu, a busy loop on each core, '
                       'or gpu[:hz,batch], a network of convolutions in a process of its own')
@@ -221,7 +227,10 @@ def _cases(options):
         parse_sampling(text)
     for text in options.beside:
         neighbour.parse(text)
-    common = {'warmup': options.warmup, 'peak_gb_s': options.peak_gb_s,
+    prompts = () if options.prefill is None else tuple(sorted(set(options.prefill or PROMPTS)))
+    if prompts and prompts[0] < 1:
+        raise ValueError(f'--prefill {prompts[0]}: a prompt has at least 1 token')
+    common = {'warmup': options.warmup, 'prompts': prompts, 'peak_gb_s': options.peak_gb_s,
               'samplings': tuple(options.sampling), 'beside': tuple(options.beside),
               'schema': _schema(options.constraint) if options.constraint else ''}
     if options.paper or options.targets:
@@ -295,9 +304,9 @@ def _tables(options, results) -> list[Table]:
                    suites.quantized_table(results, contexts[0])]
     reference = suites.EAGER if suites.EAGER in done else done[-1] if done else ''
     tables += [report.steps(results, '' if options.ab else reference), report.samplings(results),
-               report.masked(results), report.beside(results), report.parts(results),
-               report.verdicts(results), report.energy(results), report.floors(results),
-               report.startup(results)]
+               report.masked(results), report.prompts(results), report.beside(results),
+               report.parts(results), report.verdicts(results), report.energy(results),
+               report.floors(results), report.startup(results)]
     for result, cell in report.cells(results):
         if cell.get('kernels') and (options.kernels or options.targets):
             tables.append(report.kernels(result, cell))

@@ -65,6 +65,7 @@ class Footprint:
     kv_element_bytes: int
     sliding_window: int = 0         # tokens of context that a windowed layer reads; 0: all
     windowed_layers: int | None = None  # layers that have the window; None: all
+    layer_parameters: int = 0       # weights that the layers multiply a token by; 0: unknown
     details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info as they are
 
     @property

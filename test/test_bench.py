@@ -317,6 +317,51 @@ def test_the_step_beside_a_neighbour(monkeypatch, tmp_path):
     assert plots._beside(pyplot, nothing, {'a': 'black'}) is None
 
 
+def test_prompts_have_two_floors(monkeypatch):
+    """The second is of the model: an engine that does not know it gets that of one that does."""
+    rates = []
+    monkeypatch.setattr(session, 'matrix_rate', lambda *device: rates.append(device) or 4e9)
+    engine, peak = FakeEngine(), Peak(2e9, 'parameter')
+    engine.footprint = replace(engine.footprint, layer_parameters=10**6)
+    found = session.time_prompts(engine, (16, 64), peak)
+    assert [each['tokens'] for each in found] == [16, 64] and rates == [('cpu', 'bfloat16')]
+    assert all(len(each['ttft_s']) == session.PROMPT_ROUNDS for each in found)
+    assert [len(prompt) for prompt in engine.prompts] == 6 * [16] + 6 * [64]
+    # 2 MB at 2 GB/s; 2 operations a weight and token at 4e9 a second.
+    assert [each['floor_bytes_s'] for each in found] == [pytest.approx(0.001)] * 2
+    assert [each['floor_operations_s'] for each in found] == pytest.approx([0.008, 0.032])
+    with pytest.raises(ValueError, match='--prefill 0: a prompt has at least 1 token'):
+        bench._cases(bench._parser().parse_args(['--prefill', '0']))
+    other = session.time_prompts(FakeEngine(), (16, 64), peak)
+    assert other[0]['floor_operations_s'] is None
+    for number, each in enumerate((*found, *other)):
+        each['ttft_p50_s'] = 0.01 * (1 + number)
+    source = {'path': 'a', 'synthetic': ''}
+    results = [
+        {'case': {'label': name, 'source': source}, 'contexts': [], 'prompts': prompts,
+         'footprint': {'quantization': 'none', 'dtype': 'float32', 'device_name': 'CPU'}}
+        for name, prompts in (('a', found), ('b', other))]
+    report.same_operations(results)
+    assert report.prompts(results).rows == [
+        ['a', '16', '10.000', '1.000', '8.000', '1.25'],
+        ['a', '64', '20.000', '1.000', '32.000', '0.62'],
+        ['b', '16', '30.000', '1.000', '8.000', '3.75'],
+        ['b', '64', '40.000', '1.000', '32.000', '1.25']]
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    monkeypatch.setattr(plots, '_device', lambda results: 'CPU')
+    figure = plots._prompts(pyplot, results, {'a': 'black', 'b': 'blue'})
+    assert [line.get_label().partition(',')[0] for line in figure.axes[0].lines] == [
+        'a', 'floor (bytes', 'floor (operations)', 'b']
+    pyplot.close(figure)
+    assert plots._prompts(pyplot, [{'contexts': []}], {}) is None
+
+
+def test_the_rate_of_a_matrix_product(monkeypatch):
+    pytest.importorskip('torch')
+    monkeypatch.setattr(session, 'MATRIX_CPU', 64)
+    assert session.matrix_rate('cpu', 'float32') > 0
+
+
 # --- a session ----------------------------------------------------------------------------------
 
 def run_session(monkeypatch, build, of, keep=lambda result: None):
@@ -423,9 +468,11 @@ def test_a_schema_is_timed_for_the_models_own_tokens(tmp_path):
     pytest.importorskip('torch')
     arguments = ['--synthetic', 'tiny', '--engines', 'native', '--contexts', '64', '--steps', '4',
                  '--warmup', '1', '--device', 'cpu', '--cpu-threads', '1', '--peak-gb-s', '10',
-                 '--constraint', 'plan', '--out', str(tmp_path)]
+                 '--constraint', 'plan', '--prefill', '4', '8', '--out', str(tmp_path)]
     assert bench.main(arguments) == 0
     told = json.loads((tmp_path / 'results.json').read_text())
+    assert [each['tokens'] for each in told['results'][0]['prompts']] == [4, 8]
+    assert all(each['floor_operations_s'] > 0 for each in told['results'][0]['prompts'])
     masked = told['results'][0]['contexts'][0]['masked']
     for name in ('free', 'masked', 'mask'):
         assert len(masked[f'{name}_s']) >= 40

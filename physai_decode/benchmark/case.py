@@ -65,6 +65,7 @@ class Case:
     captured: bool = False          # unavailable where the step is not captured in a CUDA graph
     beside: tuple[str, ...] = ()    # also time the step beside these, as `neighbour.parse` reads
     schema: str = ''                # also time the step under this JSON Schema
+    prompts: tuple[int, ...] = ()   # also the time to the first token of prompts of these lengths
     session: str = ''               # tells apart repeated sessions of an A/B
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +78,8 @@ class Case:
         return cls(**{**data, 'engine': EngineConfig(**data['engine']),
                       'source': Source(**data['source']), 'contexts': tuple(data['contexts']),
                       'requires': tuple(data['requires']),
-                      'samplings': tuple(data['samplings']), 'beside': tuple(data['beside'])})
+                      'samplings': tuple(data['samplings']), 'beside': tuple(data['beside']),
+                      'prompts': tuple(data.get('prompts', ()))})
 
     def key(self) -> str:
         """Give a file name that tells this case from every other one."""

@@ -52,7 +52,7 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     paths = []
     for name, make in (('step_time', _step_time), ('floor_fraction', _floor_fraction),
                        ('latencies', _latencies), ('where_time_goes', _where),
-                       ('beside', _beside)):
+                       ('beside', _beside), ('time_to_first_token', _prompts)):
         figure = make(pyplot, results, colours)
         if figure is not None:
             paths.append(out / f'{name}.png')
@@ -83,6 +83,36 @@ def _beside(pyplot: Any, results: Sequence[Result], _colours: Colours) -> Any:
     axes.set_xlabel('step time [ms]')
     axes.set_ylabel('fraction of steps that take at least this long')
     axes.set_title('Step time beside a neighbour')
+    axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def _prompts(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
+    """Draw the time to the first token over the length of the prompt, and its floors."""
+    timed = [result for result in results if result.get('prompts')]
+    if not timed:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    drawn = set[str]()
+    for result in timed:
+        found, name = result['prompts'], report.label(result)
+        lengths = [each['tokens'] for each in found]
+        axes.plot(lengths, [1e3 * each['ttft_p50_s'] for each in found], 'o-',
+                  color=colours[name], label=name)
+        for key, style, floor in (
+                ('floor_bytes_s', '--', f'bytes, {report.weights(result["footprint"])}'),
+                ('floor_operations_s', ':', 'operations')):
+            if found[0][key] is not None and floor not in drawn:
+                drawn.add(floor)
+                axes.plot(lengths, [1e3 * each[key] for each in found], style, color='black',
+                          label=f'floor ({floor})')
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(lengths, [f'{length:,}' for length in lengths])
+    axes.minorticks_off()
+    _log_scale(axes, axes.yaxis)
+    axes.set_xlabel('prompt [tokens]')
+    axes.set_ylabel('time to first token, median [ms]')
+    axes.set_title(f'Time to first token, batch 1, {_device(results)}')
     axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 

@@ -90,6 +90,20 @@ def same_peak(results: Sequence[Result]) -> None:
             for key in ('floor_read_s', 'floor_checkpoint_s', 'r_read', 'r_checkpoint'):
                 if cell[key] is not None:           # weights in a cache have no floor by the bus
                     cell[key] *= part
+        for prompt in result.get('prompts', ()):
+            if prompt['floor_bytes_s'] is not None:
+                prompt['floor_bytes_s'] *= part
+
+
+def same_operations(results: Sequence[Result]) -> None:
+    """Give a prompt's floor by operations to the engines that do not know it: one model has one."""
+    known = {}
+    for result in results:
+        source = result['case']['source']
+        for prompt in result.get('prompts', ()):
+            key = source['path'], source['synthetic'], prompt['tokens']
+            known.setdefault(key, prompt['floor_operations_s'])
+            prompt['floor_operations_s'] = prompt['floor_operations_s'] or known[key]
 
 
 def steps(results: Sequence[Result], reference: str = '') -> Table:
@@ -288,6 +302,23 @@ def masked(results: Sequence[Result]) -> Table:
             shown = [ms(value) for value in known.values()]
             ratio = number(known['masked_p50_s'] / known['free_p50_s'], 3)
             table.rows.append([name, str(context), *shown[:4], ratio, *shown[4:]])
+    return table
+
+
+def prompts(results: Sequence[Result]) -> Table:
+    """Show the time to the first token by the length of the prompt, with its two floors."""
+    table = Table('Time to first token', [
+        'engine', 'prompt', 'p50 ms', 'bytes ms', 'operations ms', '/ larger floor'], notes=[
+            'Prompts of random tokens, none of them in the cache; medians. bytes: to read the '
+            'weights once at the peak bandwidth. operations: to multiply by them at the rate of '
+            'a large matrix product on this machine.'])
+    for result in results:
+        for each in result.get('prompts', ()):
+            floors = [each['floor_bytes_s'], each['floor_operations_s']]
+            floor = max((value for value in floors if value is not None), default=None)
+            table.rows.append([
+                label(result), str(each['tokens']), ms(each['ttft_p50_s']), *map(ms, floors),
+                number(None if floor is None else each['ttft_p50_s'] / floor, 2)])
     return table
 
 

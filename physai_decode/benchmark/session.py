@@ -67,6 +67,8 @@ from physai_decode.tokenizer_files import TextError
 KERNEL_STEPS = 20
 SAMPLING_ROUNDS = 5
 MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # times the steps; answers that have to give them
+MATRIX_CPU, MATRIX_CUDA, MATRIX_TRIES = 1024, 8192, 10
+PROMPT_ROUNDS = 5               # timed prompts of each length
 BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
 BESIDE_S = 1.0                  # for which a neighbour is listened to by itself
 ENERGY_S = 2.0                  # of steps: the counters of a device move some times a second
@@ -112,6 +114,9 @@ def run(case: Case, started_s: float, progress=print,
             note(f'context {context}')
             cells.append(_cell(engine, case, context, peak, compiled))
             startup.setdefault('first_tokens_s', time.monotonic() - started_s)
+        if case.prompts:
+            note('prompts')
+            result['prompts'] = time_prompts(engine, case.prompts, peak)
         cells.sort(key=lambda cell: cell['context'])
         result['memory'] = machine.memory(footprint)
         result['startup'] = {**startup, 'progress': notes}
@@ -160,7 +165,8 @@ def _engine(case, context, note):
 def _settings(case, context):
     return DecodeConfig(
         model=ModelConfig(path=case.source.path),
-        engine=EngineConfig(**{**vars(case.engine), 'max_context': max(16, context)}),
+        engine=EngineConfig(**{**vars(case.engine),
+                               'max_context': max(16, context, *(n + 1 for n in case.prompts))}),
         roofline=RooflineConfig(peak_bandwidth_gb_s=case.peak_gb_s))
 
 
@@ -373,6 +379,40 @@ def masked(engine: Engine, context: int, warmup: int, steps: int,
         told.update({f'{name}_p{q}_s': percentile(sorted(found), q) for q in (50, 99)})
     return {**told, 'ratio': told['masked_p50_s'] / told['free_p50_s'],
             'vocabulary_s': compiled.vocabulary_s, 'compile_s': compiled.compile_s}
+
+
+def time_prompts(engine: Engine, lengths: Sequence[int], peak: Peak) -> list[dict[str, Any]]:
+    """
+    Time the first token after prompts of several lengths, none of which is in the cache.
+
+    :return: for each length ``ttft_s``, the times in seconds, their median, and the two floors:
+        to read the weights once, and to multiply by them at the rate of a large matrix product.
+    """
+    loop, found = DecodeLoop(engine, chunk_ms=0.0), []
+    line, parameters = Roofline(engine.footprint, peak), engine.footprint.layer_parameters
+    rate = matrix_rate(engine.footprint.device, engine.footprint.dtype) if parameters else 0.0
+    for tokens in lengths:
+        ttft_s = [_stream(loop, random_prompt(engine, tokens, seed=number), 1)[0]
+                  for number in range(1 + PROMPT_ROUNDS)][1:]
+        found.append({
+            'tokens': tokens, 'ttft_s': ttft_s, 'ttft_p50_s': statistics.median(ttft_s),
+            'floor_bytes_s': line.floor_s(0),
+            'floor_operations_s': 2 * parameters * tokens / rate if rate else None})
+    return found
+
+
+def matrix_rate(device: str, dtype: str) -> float:
+    """Time large matrix products, and return the best rate in operations per second."""
+    import torch
+    size = MATRIX_CUDA if device.startswith('cuda') else MATRIX_CPU
+    matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    best_s = float('inf')
+    for _ in range(MATRIX_TRIES):
+        begin_s = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()                    # waits for the device
+        best_s = min(best_s, time.perf_counter() - begin_s)
+    return 2 * size**3 / best_s
 
 
 def beside(engine: Engine, context: int, warmup: int, text: str) -> dict[str, Any]:

@@ -206,7 +206,8 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
             entry.bytes for entry in _own(checkpoint, shape)), layers=shape.layers,
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
-        windowed_layers=sum(map(bool, shape.windows)) or None, details=details)
+        windowed_layers=sum(map(bool, shape.windows)) or None,
+        layer_parameters=loaded.layer_parameters, details=details)
 
 
 def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:

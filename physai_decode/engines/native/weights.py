@@ -22,6 +22,7 @@ format of these, and nothing of positions or caches.
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace
+import math
 from typing import TYPE_CHECKING
 
 from physai_decode.engine import EngineError
@@ -100,6 +101,12 @@ class Weights:
             linears += layer.linears
         return (row + sum(gain.numel() * gain.element_size() for gain in norms)
                 + sum(linear.read_bytes for linear in linears))
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the layers that multiply one token, the experts it takes among them."""
+        return sum(math.prod(linear.shape) * (linear.taken if isinstance(linear, Stack) else 1)
+                   for layer in self.layers for linear in layer.linears)
 
 
 def load(architecture: Architecture, source: Source, quantized: Quantization | None,
