@@ -341,7 +341,7 @@ def test_prompts_have_two_floors(monkeypatch):
         {'case': {'label': name, 'source': source}, 'contexts': [], 'prompts': prompts,
          'footprint': {'quantization': 'none', 'dtype': 'float32', 'device_name': 'CPU'}}
         for name, prompts in (('a', found), ('b', other))]
-    report.same_operations(results)
+    report.same_operations(results[::-1])
     assert report.prompts(results).rows == [
         ['a', '16', '10.000', '1.000', '8.000', '1.25'],
         ['a', '64', '20.000', '1.000', '32.000', '0.62'],

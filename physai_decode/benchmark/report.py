@@ -96,14 +96,14 @@ def same_peak(results: Sequence[Result]) -> None:
 
 
 def same_operations(results: Sequence[Result]) -> None:
-    """Give a prompt's floor by operations to the engines that do not know it: one model has one."""
-    known = {}
-    for result in results:
-        source = result['case']['source']
-        for prompt in result.get('prompts', ()):
-            key = source['path'], source['synthetic'], prompt['tokens']
-            known.setdefault(key, prompt['floor_operations_s'])
-            prompt['floor_operations_s'] = prompt['floor_operations_s'] or known[key]
+    """Give the floor by operations, which is the model's, to engines that do not know it."""
+    prompts = [((result['case']['source']['path'], result['case']['source']['synthetic'],
+                 prompt['tokens']), prompt)
+               for result in results for prompt in result.get('prompts', ())]
+    known = {key: prompt['floor_operations_s'] for key, prompt in prompts
+             if prompt['floor_operations_s'] is not None}
+    for key, prompt in prompts:
+        prompt['floor_operations_s'] = known.get(key)
 
 
 def steps(results: Sequence[Result], reference: str = '') -> Table:
