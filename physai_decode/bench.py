@@ -15,8 +15,8 @@
 """
 ``decode_bench``: times engines on a model or on random weights of a named shape, without ROS.
 
-It measures each engine in a process of its own, prints tables and writes JSON, Markdown, plots
-and one HTML page. It judges speed only; whether an engine is right is the tests' business.
+It measures each engine in a separate process, prints tables, and writes JSON, Markdown, plots and
+one HTML page. It measures only speed; the tests check correctness.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import parse_engine
 from physai_decode.benchmark.case import parse_sampling
 from physai_decode.benchmark.case import Source
+from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
 from physai_decode.config import check
@@ -50,7 +51,7 @@ PROMPTS = (16, 128, 512, 2048)
 CONTEXTS = (2048, 4096, 8192, 16384)
 _EPILOG = """\
 An engine is NAME or NAME:setting=value,... with the settings of the parameter group engine, such
-as native:cuda_graph=false. `transformers` alone means eager, without a captured step.
+as native:cuda_graph=false. `transformers` without settings runs eager steps, without a CUDA graph.
 
 examples:
   decode_bench --model builtin:tiny_planner --engines native transformers --contexts 128 512
@@ -64,7 +65,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if something was measured, 1 if nothing was, 2 for a wrong argument."""
+    """Run the command; return 0, 1 if nothing was measured, or 2 for an invalid argument."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -75,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ConstraintError, ValueError, OSError) as error:
         print(f'decode_bench: {error}', file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):      # no session outlives its runner
-        if signal.getsignal(number) is not signal.SIG_IGN:              # as nohup sets it
+    for number in (signal.SIGTERM, signal.SIGHUP):      # so that no session outlives its runner
+        if signal.getsignal(number) is not signal.SIG_IGN:              # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)
     out = options.out
     try:
         results = runner.run(cases)
     except KeyboardInterrupt:
-        print(f'broken off; the same command with --out {out} goes on from here', file=sys.stderr)
+        print(f'interrupted; to resume, run the same command with --out {out}', file=sys.stderr)
         return 130
     finally:
         if not options.keep_checkpoints:
@@ -100,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.cells(results) else 1
 
 
-def _folder(text):
-    """Take a folder; a shell expands no ``~`` within ``--out=~/results``."""
+def _folder(text: str) -> Path:
+    """Parse a folder; a shell does not expand ``~`` in ``--out=~/results``."""
     return Path(text).expanduser()
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='decode_bench', description='Times engines on a model or on random weights of a '
         'named shape, without ROS.', epilog=_EPILOG,
@@ -118,66 +119,67 @@ def _parser():
                        f'(default of --paper and --targets: {suites.SHAPE})')
     model.add_argument('--quantization', nargs='+', default=['none'], metavar='FORMAT',
                        choices=synthetic.QUANTIZATIONS,
-                       help=f'of the random weights: {", ".join(synthetic.QUANTIZATIONS)}')
-    model.add_argument('--seed', type=int, default=0, help='of the random weights')
+                       help='quantisation of the random weights: '
+                       f'{", ".join(synthetic.QUANTIZATIONS)}')
+    model.add_argument('--seed', type=int, default=0, help='seed of the random weights')
     model.add_argument('--write-checkpoint', type=_folder, metavar='DIR',
-                       help='write the random weights as a folder with safetensors, and end')
+                       help='write a folder with the random weights in safetensors, and exit')
     model.add_argument('--shapes-only', action='store_true',
-                       help='with --write-checkpoint: no weights, the engine makes them')
-    what = parser.add_argument_group('what is measured')
+                       help='with --write-checkpoint: write no weights; the engine creates them')
+    what = parser.add_argument_group('measurement')
     mode = what.add_mutually_exclusive_group()
     mode.add_argument('--engines', nargs='+', default=['native', 'transformers'],
-                      metavar='ENGINE', help='one after the other (default: native transformers)')
+                      metavar='ENGINE', help='engines to measure (default: native transformers)')
     mode.add_argument('--ab', nargs=2, metavar=('A', 'B'),
-                      help='compare two engines in fresh processes, in turn')
+                      help='compare two engines in alternating fresh processes')
     mode.add_argument('--paper', action='store_true',
-                      help=f'the protocol of {suites.PAPER} and its figures beside')
+                      help=f'run the protocol of {suites.PAPER} and compare with its figures')
     mode.add_argument('--targets', action='store_true',
-                      help='what the native engine has to reach on a fast GPU, in one run')
+                      help='check the targets of the native engine on a fast GPU')
     what.add_argument('--sessions', type=int, default=10, metavar='N',
-                      help='of each side of --ab (%(default)s)')
+                      help='sessions per side of --ab (%(default)s)')
     what.add_argument('--contexts', nargs='+', type=int, default=None, metavar='TOKENS',
-                      help=f'default: {" ".join(map(str, CONTEXTS))}')
+                      help=f'contexts to measure (default: {" ".join(map(str, CONTEXTS))})')
     what.add_argument('--steps', type=int, default=30, metavar='N',
-                      help='measured steps a context (%(default)s)')
+                      help='measured steps per context (%(default)s)')
     what.add_argument('--warmup', type=int, default=5, metavar='N',
-                      help='steps before them (%(default)s)')
+                      help='warm-up steps before them (%(default)s)')
     what.add_argument('--sampling', nargs='+', action='extend', default=[], metavar='SETTINGS',
-                      help='also compare the step under these with the greedy one: greedy, or '
-                      'setting=value,... of the parameter group sampling')
+                      help='also compare the step with these settings to the greedy step: greedy, '
+                      'or setting=value,... of the parameter group sampling')
     what.add_argument('--constraint', default='', metavar='SCHEMA',
-                      help='also compare the step under a JSON Schema with the free one: a file, '
-                      "or plan, 32 actions of the embedded model's")
+                      help='also compare the step under a JSON Schema to the free step: a file, '
+                      'or plan for 32 actions of the embedded model')
     what.add_argument('--prefill', nargs='*', type=int, default=None, metavar='TOKENS',
-                      help='also the time to the first token after prompts of these lengths '
-                      f'({" ".join(map(str, PROMPTS))})')
+                      help='also measure the time to the first token after prompts of these '
+                      f'lengths (default: {" ".join(map(str, PROMPTS))})')
     what.add_argument('--beside', nargs='+', default=[], metavar='NEIGHBOUR',
-                      help='also time the step beside a neighbour: cpu, a busy loop on each core, '
-                      'or gpu[:hz,batch], a network of convolutions in a process of its own')
+                      help='also time the step beside a neighbour: cpu for a busy loop on each '
+                      'core, or gpu[:hz,batch] for a convolutional network in another process')
     what.add_argument('--kernels', action='store_true',
-                      help='also a table kernel by kernel (CUDA)')
-    how = parser.add_argument_group('how')
+                      help='also time each kernel (CUDA)')
+    how = parser.add_argument_group('execution')
     base = EngineConfig()
     how.add_argument('--device', default=base.device, help='auto, cpu, cuda or cuda:N')
     how.add_argument('--dtype', default=base.dtype, help='auto, bfloat16, float16 or float32')
     how.add_argument('--cpu-threads', type=int, default=base.cpu_threads, metavar='N',
-                     help='on a CPU; 0: torch chooses')
+                     help='threads of torch on a CPU; 0 leaves the choice to torch')
     how.add_argument('--peak-gb-s', type=float, default=0.0, metavar='GB_S',
-                     help='peak bandwidth of the memory; 0 finds it out')
+                     help='peak memory bandwidth; 0 detects it')
     how.add_argument('--out', type=_folder, default=Path('decode_bench_out'), metavar='DIR',
-                     help='folder of the results; what is there is not measured again')
+                     help='folder of the results; existing results are not measured again')
     how.add_argument('--models', type=_folder, metavar='DIR',
                      help='folder for random weights (default: OUT/models)')
     how.add_argument('--keep-checkpoints', action='store_true',
-                     help='keep the random weights that were written')
+                     help='keep the folders with random weights')
     how.add_argument('--session-timeout-s', type=float, default=3600.0, metavar='S',
-                     help='a session that takes longer is ended (%(default)g)')
+                     help='time limit of a session (%(default)g)')
     how.add_argument('--budget-s', type=float, default=0.0, metavar='S',
-                     help='start nothing after this long and write what there is; 0: no limit')
+                     help='time limit of the run, which then reports what it has; 0 sets none')
     return parser
 
 
-def _write_checkpoint(options):
+def _write_checkpoint(options: argparse.Namespace) -> int:
     if not options.synthetic:
         raise ValueError('--write-checkpoint needs --synthetic SHAPE')
     if len(options.quantization) > 1:
@@ -192,17 +194,23 @@ def _write_checkpoint(options):
     return 0
 
 
-def _runner(options):
+def _runner(options: argparse.Namespace) -> Runner:
     out = options.out
     try:
         return Runner(out, options.models or out / 'models', options.session_timeout_s,
                       options.budget_s, lambda message: print(message, flush=True))
     except OSError as error:
-        raise ValueError(f'--out {out}: no folder can be made there: {error}') from None
+        raise ValueError(f'--out {out}: can not create the folder: {error}') from None
 
 
-def _cases(options):
-    """Turn the command line into cases; raise what is wrong with it."""
+def _cases(options: argparse.Namespace) -> list[Case]:
+    """
+    Convert the command line to cases.
+
+    :raises ConfigError: a setting of an engine or a sampling is invalid.
+    :raises ConstraintError: the schema is not supported.
+    :raises ValueError: another argument is invalid.
+    """
     base = replace(EngineConfig(), device=options.device, dtype=options.dtype,
                    cpu_threads=options.cpu_threads)
     check('engine', base)
@@ -220,9 +228,9 @@ def _cases(options):
     if options.model and options.synthetic:
         raise ValueError('--model and --synthetic exclude each other')
     if options.quantization != ['none'] and (options.paper or options.targets):
-        raise ValueError('--quantization is not for --paper and --targets, which choose their own')
+        raise ValueError('--paper and --targets choose the quantisation: remove --quantization')
     if options.quantization != ['none'] and not options.synthetic:
-        raise ValueError('--quantization is for --synthetic; a model folder says its own')
+        raise ValueError('--quantization needs --synthetic: a model folder has a fixed one')
     for text in options.sampling:
         parse_sampling(text)
     for text in options.beside:
@@ -235,7 +243,7 @@ def _cases(options):
               'schema': _schema(options.constraint) if options.constraint else ''}
     if options.paper or options.targets:
         if options.model:
-            raise ValueError('--paper and --targets are for --synthetic SHAPE, not for --model')
+            raise ValueError('--paper and --targets need --synthetic SHAPE instead of --model')
         suite = suites.paper if options.paper else suites.targets
         return suite(options.synthetic or suites.SHAPE, contexts, base, seed=options.seed,
                      steps=options.steps, **common)
@@ -259,8 +267,8 @@ def _cases(options):
             for case in sides[side]]
 
 
-def _schema(name):
-    """Give a JSON Schema's text; raise what is wrong with it."""
+def _schema(name: str) -> str:
+    """Return the text of a JSON Schema."""
     path = Path(name)
     if name == 'plan':
         places = [root / where / 'plan.schema.json' for root in Path(__file__).resolve().parents
@@ -271,27 +279,28 @@ def _schema(name):
     except ValueError as error:
         raise ValueError(f'--constraint {name}: {path} is not valid JSON: {error}') from None
     check_schema(schema, f'--constraint {name}')
-    if name == 'plan':          # behind a prompt that says nothing, the model has nothing to do
+    if name == 'plan':          # after a random prompt, the model would choose an empty plan
         schema['minItems'] = schema['maxItems']
     return json.dumps(schema)
 
 
-def _engine(text, base):
+def _engine(text: str, base: EngineConfig) -> EngineConfig:
     eager = text.partition(':')[0] == 'transformers'
     return parse_engine(text, replace(base, cuda_graph=False) if eager else base)
 
 
-def _source(options, quantization, engines):
+def _source(options: argparse.Namespace, quantization: str,
+            engines: Sequence[EngineConfig]) -> Source:
     if not options.synthetic:
         return Source(path=options.model or 'builtin:tiny_planner')
-    # only the native engine makes packed weights from the shapes
+    # Only the native engine creates quantised weights on the device.
     written = quantization != 'none' and any(engine.name != 'native' for engine in engines)
     written = written or any(engine.name == 'exllamav2' for engine in engines)
     return Source(synthetic=options.synthetic, quantization=quantization, seed=options.seed,
                   written=written or quantization in ('awq', 'nf4'))
 
 
-def _tables(options, results) -> list[Table]:
+def _tables(options: argparse.Namespace, results: Sequence[Result]) -> list[Table]:
     contexts = sorted(set(options.contexts or CONTEXTS))
     done = [report.label(result) for result, _ in report.cells(results)]
     tables = []
@@ -317,7 +326,7 @@ def _tables(options, results) -> list[Table]:
     return tables
 
 
-def _plots(results, out):
+def _plots(results: Sequence[Result], out: Path) -> list[Path]:
     try:
         from physai_decode.benchmark import plots
         return plots.draw(results, out)

@@ -215,7 +215,7 @@ def test_masked_steps_take_turns_with_free_ones_of_the_same_length():
 
 def test_answers_too_short_to_be_timed_are_an_error():
     compiled = session.Compiled(lambda: Ending(2), 0.0, 0.0)
-    with pytest.raises(EngineError, match='0 steps after 2 of warm-up, and 50 are needed'):
+    with pytest.raises(EngineError, match='0 steps after 2 of warm-up, but 50 are needed'):
         session.masked(FakeEngine(), 64, 2, 5, compiled)
 
 
@@ -433,7 +433,7 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
 
 def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
     result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(100), case())
-    assert result['contexts'][1]['error'] == 'the engine holds 100 tokens of context'
+    assert result['contexts'][1]['error'] == 'the context of the engine is 100 tokens'
 
 
 def test_an_eager_step_is_not_called_a_captured_one(monkeypatch):
@@ -504,7 +504,7 @@ def test_samplings_are_read(text, sampling):
 
 
 @pytest.mark.parametrize('text, said', [
-    ('cold', "no sampling setting 'cold'; there are min_p, repetition_penalty, seed, temp"),
+    ('cold', "no sampling setting 'cold': allowed are min_p, repetition_penalty, seed, temp"),
     ('max_new_tokens=9', "no sampling setting 'max_new_tokens'"),
     ('temperature', "temperature is '': expected a float"),
     ('top_p=2', 'sampling.top_p is 2.0: allowed are 0.0 to 1.0')])
@@ -912,7 +912,7 @@ def test_a_session_broken_off_with_its_run_is_told(runner, monkeypatch, measured
         with pytest.raises(KeyboardInterrupt):
             runner.run([case('one')])
     rows = report.sessions(runner.run([case('one')])).rows
-    assert [row[:2] for row in rows] == [['one', 'the session was broken off with its run']] * 2
+    assert [row[:2] for row in rows] == [['one', 'the session was interrupted with its run']] * 2
     assert ends == []
     assert [path.suffix for path in runner.sessions.iterdir()] == ['.json']
 
@@ -1029,11 +1029,11 @@ def test_a_session_that_dies_while_it_times_kernels_keeps_what_it_measured(runne
         log_path.write_text('')
         of = Case.from_dict(json.loads(case_path.read_text()))
         result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
-        return 'was ended after 600 s'
+        return 'was killed after 600 s'
     monkeypatch.setattr(Runner, '_process', process)
     result, = runner.run([case('one')])
     assert result['status'] == 'done'
-    assert 'one: no kernel table: the session was ended after 600 s' in report.steps(
+    assert 'one: no kernel table: the session was killed after 600 s' in report.steps(
         [result]).text()
 
 
@@ -1041,7 +1041,7 @@ def test_a_real_session_that_takes_too_long_is_ended(tmp_path, said):
     runner = Runner(tmp_path / 'out', tmp_path / 'models', session_timeout_s=0.05,
                     progress=said.append)
     result, = runner.run([case()])
-    assert result['status'] == 'died' and 'was ended after' in result['error']
+    assert result['status'] == 'died' and 'was killed after' in result['error']
 
 
 def test_a_real_session_that_is_killed_is_told_by_its_signal(runner, monkeypatch):
@@ -1056,7 +1056,7 @@ def test_a_real_session_that_is_killed_is_told_by_its_signal(runner, monkeypatch
     monkeypatch.setattr(runner_module.subprocess, 'Popen', start)
     runner.progress = lambda line: kill() if 'looking for' in line else None
     result, = runner.run([case()])
-    assert result['status'] == 'died' and 'was ended by SIGKILL' in result['error']
+    assert result['status'] == 'died' and 'was killed by SIGKILL' in result['error']
 
 
 @pytest.mark.parametrize('words', ['', 'writing model-00001.safetensors'])
@@ -1066,7 +1066,7 @@ def test_a_checkpoint_writer_that_is_killed_is_told_by_its_signal(runner, monkey
         ['sh', '-c', f'echo "{words}"; kill -9 $$'], **more))
     result, = runner.run([case(source=Source(synthetic='tiny', written=True))])
     assert result['status'] == 'unavailable'
-    assert result['error'] == ('no checkpoint: its writer was ended by SIGKILL; its last line: '
+    assert result['error'] == ('no checkpoint: its writer was killed by SIGKILL; its last line: '
                                + (words or '(empty)'))
 
 

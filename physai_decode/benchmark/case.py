@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One thing to measure: an engine with its settings, on a model, over contexts."""
+"""A benchmark case: an engine with its settings, a model, and contexts."""
 
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -33,15 +33,15 @@ GREEDY = 'greedy'                   # a sampling without settings
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model comes from: ``path``, or random weights of the shape ``synthetic``."""
+    """The model: a ``path``, or random weights of the shape ``synthetic``."""
 
     path: str = ''                  # builtin:NAME, a folder or a hub id
-    synthetic: str = ''             # a name in synthetic.SHAPES
+    synthetic: str = ''             # a key of synthetic.SHAPES
     quantization: str = 'none'      # of the random weights
-    written: bool = False           # a folder with weights in it, which every library can read
+    written: bool = False           # write the weights to files, which every library can read
     seed: int = 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.path:
             return self.path
         kind = 'bf16' if self.quantization == 'none' else self.quantization
@@ -50,31 +50,31 @@ class Source:
 
 @dataclass(frozen=True)
 class Case:
-    """One engine to be measured in a process of its own; all of it is plain data."""
+    """An engine to measure in a separate process; plain data."""
 
     label: str
     engine: EngineConfig
     source: Source
     contexts: tuple[int, ...]
-    steps: int = 30                 # measured ones, after `warmup`
+    steps: int = 30                 # measured steps, after `warmup`
     warmup: int = 5
-    kernels: bool = False           # also a kernel table, on CUDA
-    peak_gb_s: float = 0.0          # 0: find out
-    requires: tuple[str, ...] = ()  # modules that this path needs beside torch and transformers
-    samplings: tuple[str, ...] = ()  # also time the step under these, as `parse_sampling` reads
-    captured: bool = False          # unavailable where the step is not captured in a CUDA graph
-    beside: tuple[str, ...] = ()    # also time the step beside these, as `neighbour.parse` reads
+    kernels: bool = False           # also time each kernel, on CUDA
+    peak_gb_s: float = 0.0          # peak memory bandwidth; 0 detects it
+    requires: tuple[str, ...] = ()  # modules needed besides torch and transformers
+    samplings: tuple[str, ...] = ()  # also time the step with these; see `parse_sampling`
+    captured: bool = False          # needs a step that is captured in a CUDA graph
+    beside: tuple[str, ...] = ()    # also time the step beside these; see `neighbour.parse`
     schema: str = ''                # also time the step under this JSON Schema
-    prompts: tuple[int, ...] = ()   # also the time to the first token of prompts of these lengths
-    session: str = ''               # tells apart repeated sessions of an A/B
+    prompts: tuple[int, ...] = ()   # also measure the time to the first token at these lengths
+    session: str = ''               # name of a repeated session of an A/B
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the case as JSON holds it."""
+        """Return the case as JSON data."""
         return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> 'Case':
-        """Read what ``to_dict`` gave, also after JSON."""
+        """Create a case from the data of ``to_dict``."""
         return cls(**{**data, 'engine': EngineConfig(**data['engine']),
                       'source': Source(**data['source']), 'contexts': tuple(data['contexts']),
                       'requires': tuple(data['requires']),
@@ -82,7 +82,7 @@ class Case:
                       'prompts': tuple(data.get('prompts', ()))})
 
     def key(self) -> str:
-        """Give a file name that tells this case from every other one."""
+        """Return a unique file name."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         words = re.sub(r'[^a-zA-Z0-9.]+', '-', f'{self.session} {self.label}').strip('-').lower()
         return f'{words}-{digest[:8]}'
@@ -90,16 +90,16 @@ class Case:
 
 def parse_engine(text: str, base: EngineConfig) -> EngineConfig:
     """
-    Read ``NAME`` or ``NAME:setting=value,...``, such as ``native:cuda_graph=false``.
+    Parse ``NAME`` or ``NAME:setting=value,...``, such as ``native:cuda_graph=false``.
 
-    :param base: the settings that the text does not give.
-    :raises ConfigError: an unknown engine or setting, a value that is not allowed, or a setting
-        that a measurement sets itself.
+    :param base: values of all other settings.
+    :raises ConfigError: an engine, setting or value is invalid, or the benchmark itself sets the
+        setting.
     """
     name, _, rest = text.partition(':')
     if re.search(r'(^|,)max_context=', rest):
-        raise ConfigError(f'{text}: max_context is the context that is measured: give it to '
-                          '--contexts')
+        raise ConfigError(f'{text}: max_context follows from the measured contexts: set '
+                          '--contexts instead')
     config = replace(base, name=name, **_settings(
         text, rest, 'engine', EngineConfig, {'name', 'max_context'}))
     check('engine', config)
@@ -108,10 +108,9 @@ def parse_engine(text: str, base: EngineConfig) -> EngineConfig:
 
 def parse_sampling(text: str) -> SamplingConfig:
     """
-    Read ``greedy`` or ``setting=value,...``, such as ``temperature=0.8,top_p=0.9``.
+    Parse ``greedy`` or ``setting=value,...``, such as ``temperature=0.8,top_p=0.9``.
 
-    :raises ConfigError: an unknown setting, a value that is not allowed, or a setting that a
-        measurement sets itself.
+    :raises ConfigError: a setting or value is invalid, or the benchmark itself sets the setting.
     """
     rest = '' if text == GREEDY else text
     config = SamplingConfig(**_settings(
@@ -120,22 +119,23 @@ def parse_sampling(text: str) -> SamplingConfig:
     return config
 
 
-def _settings(text, pairs, group, config, own):
-    """Read ``setting=value,...``; ``own`` are the settings that a measurement sets itself."""
-    kinds = {spec.name: type(spec.default) for spec in fields(config) if spec.name not in own}
+def _settings(text: str, pairs: str, group: str, config: Any,
+              fixed: set[str]) -> dict[str, Any]:
+    """Parse ``setting=value,...``; the benchmark sets the settings in ``fixed`` itself."""
+    kinds = {spec.name: type(spec.default) for spec in fields(config) if spec.name not in fixed}
     settings = {}
     for setting in filter(None, pairs.split(',')):
         key, _, value = setting.partition('=')
         if key not in kinds:
-            raise ConfigError(f'{text}: no {group} setting {key!r}; there are '
+            raise ConfigError(f'{text}: there is no {group} setting {key!r}: allowed are '
                               f'{", ".join(sorted(kinds))}')
         settings[key] = _read(text, key, value, kinds[key])
     return settings
 
 
-def _read(text, key, value, kind):
+def _read(text: str, key: str, value: str, kind: Any) -> Any:
     try:
         return {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
-        wanted = 'true or false' if kind is bool else f'a {kind.__name__}'
-        raise ConfigError(f'{text}: {key} is {value!r}: expected {wanted}') from None
+        expected = 'true or false' if kind is bool else f'a {kind.__name__}'
+        raise ConfigError(f'{text}: {key} is {value!r}: expected {expected}') from None

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Two settings against each other: sessions in turn, the ratio, and how sure it is.
+Compare two settings over alternating sessions, with a confidence interval of the ratio.
 
-A session is a fresh process and gives one median. Sessions differ more than the steps inside one
-do (clocks, memory layout, neighbours), so the interval is drawn over sessions, not over steps.
+A session is a fresh process and yields one median. Sessions differ more than the steps within one
+(clocks, memory layout, neighbours), so the bootstrap resamples sessions, not steps.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import random
 import statistics
 
-MIN_SESSIONS = 3                    # fewer say nothing about how sessions differ
+MIN_SESSIONS = 3                    # fewer give no estimate of the variation
 RESAMPLES = 10000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast B is as A, from the medians of their sessions in seconds."""
+    """The speed-up of B over A, from the medians of their sessions in seconds."""
 
     a_s: float                      # mean of the sessions' medians
     b_s: float
@@ -43,12 +43,12 @@ class Comparison:
     high: float | None
 
     def verdict(self, a: str, b: str) -> str:
-        """Name the winner, or say why there is none."""
+        """Name the faster side, or say why there is none."""
         if self.low is None or self.high is None:
             return (f'no winner called: {self.a_sessions} and {self.b_sessions} sessions, '
                     f'at least {MIN_SESSIONS} of each are needed')
         if self.low <= 1 <= self.high:
-            return (f'no winner called: the interval {self.low:.3f} to {self.high:.3f} holds 1')
+            return (f'no winner called: the interval {self.low:.3f} to {self.high:.3f} contains 1')
         if self.ratio > 1:
             return f'{b} is {self.ratio:.3f} times as fast as {a}'
         return f'{a} is {1 / self.ratio:.3f} times as fast as {b}'
@@ -58,10 +58,10 @@ def compare(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> Compar
     """
     Compare the medians of A's sessions with those of B's, in seconds.
 
-    :raises ValueError: one of them has no session.
+    :raises ValueError: one side has no session.
     """
     if not a_s or not b_s:
-        raise ValueError('nothing to compare: no session of one side came through')
+        raise ValueError('nothing to compare: one side has no completed session')
     low = high = None
     if min(len(a_s), len(b_s)) >= MIN_SESSIONS:
         draw = random.Random(seed)
@@ -74,13 +74,13 @@ def compare(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> Compar
 
 
 def order(sessions: int) -> list[str]:
-    """Give the order of that many sessions of each: A B, B A, A B, ..."""
+    """Return the order of ``sessions`` sessions per side: A B, B A, A B, ..."""
     return [side for pair in range(sessions) for side in ('AB' if pair % 2 == 0 else 'BA')]
 
 
-def _resampled_mean(values, draw):
+def _resampled_mean(values: Sequence[float], draw: random.Random) -> float:
     return statistics.fmean(draw.choices(values, k=len(values)))
 
 
-def _variation(values):
+def _variation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else None

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The machine a measurement was made on: device, driver, clocks, versions, memory in use.
+Describe the machine of a measurement: device, driver, clocks, versions, memory in use.
 
-Torch is asked only where it is already loaded; what can't be found out is left out.
+Torch is used only if it is already loaded. Unknown values are left out.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ _PACKAGES = ('torch', 'triton', 'transformers', 'safetensors', 'numpy', 'bitsand
 
 
 def describe(footprint: Footprint) -> dict[str, Any]:
-    """Give what somebody needs to judge or repeat a measurement made in this process."""
-    told: dict[str, Any] = {
+    """Describe the machine and software, to assess or repeat a measurement of this process."""
+    facts: dict[str, Any] = {
         'physai_decode': __version__,
         'python': platform.python_version(),
         'system': f'{platform.system()} {platform.release()} {platform.machine()}',
@@ -47,39 +47,39 @@ def describe(footprint: Footprint) -> dict[str, Any]:
     }
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            told['packages'][package] = metadata.version(package)
+            facts['packages'][package] = metadata.version(package)
     torch = sys.modules.get('torch')
     if torch is not None:
-        told['torch_threads'] = torch.get_num_threads()
+        facts['torch_threads'] = torch.get_num_threads()
         if footprint.device.startswith('cuda'):
             from physai_decode.engines.device import cpu_name
-            told['cpu'] = cpu_name()
-            told['gpu'] = _gpu(torch, footprint)
-    return told
+            facts['cpu'] = cpu_name()
+            facts['gpu'] = _gpu(torch, footprint)
+    return facts
 
 
 def memory(footprint: Footprint) -> dict[str, float]:
-    """Give memory in GB: the process's peak, torch's peak on the device, used on the device."""
-    told = {'resident_peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    """Return memory in GB: peak of the process, peak of torch and total use on the device."""
+    used = {'resident_peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if footprint.device.startswith('cuda'):
         torch = sys.modules['torch']
-        told['torch_peak_gb'] = torch.cuda.max_memory_allocated(footprint.device) / 1e9
-        told['device_used_gb'] = _telemetry(footprint)['memory_used_gb']
-    return told
+        used['torch_peak_gb'] = torch.cuda.max_memory_allocated(footprint.device) / 1e9
+        used['device_used_gb'] = _telemetry(footprint)['memory_used_gb']
+    return used
 
 
-def _gpu(torch, footprint):
-    seen = torch.cuda.get_device_properties(footprint.device)
-    told = {
-        'name': seen.name, 'count': torch.cuda.device_count(), 'driver': _driver(),
-        'cuda': torch.version.cuda, 'compute_capability': f'{seen.major}.{seen.minor}',
-        'multiprocessors': seen.multi_processor_count,
-        'memory_gb': round(seen.total_memory / 1e9, 1)}
-    told.update(_telemetry(footprint))
-    return {name: value for name, value in told.items() if value is not None}
+def _gpu(torch: Any, footprint: Footprint) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(footprint.device)
+    facts = {
+        'name': properties.name, 'count': torch.cuda.device_count(), 'driver': _driver(),
+        'cuda': torch.version.cuda, 'compute_capability': f'{properties.major}.{properties.minor}',
+        'multiprocessors': properties.multi_processor_count,
+        'memory_gb': round(properties.total_memory / 1e9, 1)}
+    facts.update(_telemetry(footprint))
+    return {name: value for name, value in facts.items() if value is not None}
 
 
-def _telemetry(footprint):
+def _telemetry(footprint: Footprint) -> dict[str, Any]:
     telemetry = Telemetry(footprint)
     try:
         return telemetry.read()
@@ -87,13 +87,13 @@ def _telemetry(footprint):
         telemetry.close()
 
 
-def _driver():
-    """Give the driver's version, None where NVML does not tell."""
+def _driver() -> str | None:
+    """Return the version of the driver, or None if NVML does not report it."""
     try:
         import pynvml
         pynvml.nvmlInit()
-    except Exception:                       # not installed, or a driver without it
+    except Exception:                       # pynvml is not installed, or NVML is not available
         return None
     version = pynvml.nvmlSystemGetDriverVersion()
     pynvml.nvmlShutdown()
-    return version.decode() if isinstance(version, bytes) else version
+    return version.decode() if isinstance(version, bytes) else str(version)

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-From results to what is read: tables in a terminal, Markdown, JSON and one HTML page.
+Report results as tables in a terminal, Markdown, JSON and one HTML page.
 
-Two floors are named everywhere: *read*, the bytes a step really reads, and *checkpoint*, all
-weights at their stored size, as arXiv 2605.30571 counts them.
+There are two floors: *read* counts the bytes that a step reads; *checkpoint* counts all weights at
+their stored size, as arXiv 2605.30571 does.
 """
 
 import base64
@@ -36,31 +36,31 @@ from physai_decode.histogram import percentile
 from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
 
-FLOORS = ('The floor is the time that the bytes of one step need at the peak bandwidth: '
-          '"read" counts the bytes the step really reads, "ckpt" all weights of the checkpoint '
+FLOORS = ('The floor is the time to read the bytes of one step at the peak bandwidth: '
+          '"read" counts the bytes that the step reads, "ckpt" all weights of the checkpoint '
           'at their stored size. 1 is the limit.')
-RANDOM = 'The weights are random: the times are those of the shape, the text is noise.'
+RANDOM = 'The weights are random: times are those of the shape, the text has no meaning.'
 
 
 def label(result: Result) -> str:
-    """Give the case's label."""
+    """Return the label of the case."""
     return str(result['case']['label'])
 
 
 def cells(results: Sequence[Result]) -> list[tuple[Result, dict[str, Any]]]:
-    """Give every measured (result, context cell)."""
+    """Return all measured cells with their results."""
     return [(result, cell) for result in results for cell in result['contexts']
             if 'error' not in cell]
 
 
 def find(results: Sequence[Result], name: str, context: int) -> dict[str, Any] | None:
-    """Give the first measured cell of a label at a context."""
+    """Return the first measured cell of a label at a context."""
     return next((cell for result, cell in cells(results)
                  if label(result) == name and cell['context'] == context), None)
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Give the measured cells of each (label, context), those of repeated sessions together."""
+    """Group the measured cells by label and context, across sessions."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result, cell in cells(results):
         found.setdefault((label(result), cell['context']), []).append(cell)
@@ -68,16 +68,16 @@ def grouped(results: Sequence[Result]) -> dict[tuple[str, int], list[dict[str, A
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Give the mean of those that are known, None where none is."""
+    """Return the mean of the known values, or None."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
 def same_peak(results: Sequence[Result]) -> None:
     """
-    Use one peak where it was measured: the best that any session read, as it bounds all of them.
+    Use the highest measured peak for all sessions.
 
-    A measurement only ever falls short of the bus, and differs from session to session.
+    A measurement never exceeds the bandwidth of the bus, and varies between sessions.
     """
     found = [r['peak']['bytes_per_s'] for r in results
              if r['status'] == 'done' and r['peak']['source'] == 'measured']
@@ -88,7 +88,7 @@ def same_peak(results: Sequence[Result]) -> None:
         result['peak']['bytes_per_s'] = max(found)
         for _, cell in cells([result]):
             for key in ('floor_read_s', 'floor_checkpoint_s', 'r_read', 'r_checkpoint'):
-                if cell[key] is not None:           # weights in a cache have no floor by the bus
+                if cell[key] is not None:           # None if a CPU cache holds the weights
                     cell[key] *= part
         for prompt in result.get('prompts', ()):
             if prompt['floor_bytes_s'] is not None:
@@ -107,7 +107,7 @@ def same_operations(results: Sequence[Result]) -> None:
 
 
 def steps(results: Sequence[Result], reference: str = '') -> Table:
-    """Make the main table; ``reference`` is the label that the others are compared with."""
+    """Create the main table; speeds are relative to the label ``reference``."""
     sessions = any(result['case']['session'] for result in results)
     columns = ['engine', 'graph', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device',
                'host gap', 'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth',
@@ -142,21 +142,20 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                 table.notes.append(f'{label(result)}: no kernel table: {cell["kernels_error"]}')
         if result['status'] != 'done':
             rest = [''] * (len(table.columns) - len(lead) - 2)
-            told = {cell['context'] for cell in result['contexts']}
+            shown = {cell['context'] for cell in result['contexts']}
             table.rows += [[*lead, str(context), result['status'], *rest]
-                           for context in result['case']['contexts'] if context not in told]
+                           for context in result['case']['contexts'] if context not in shown]
             note = f'{" ".join(filter(None, lead))}: {result["error"]}'
             table.notes += [note] * (note not in table.notes)
-    table.notes.append('device: between two events, around the step; where the host launches each '
-                       'kernel its work is in it. '
-                       "growth: the step against the same engine's at its first context. Times "
-                       'are of one token to the next as a reader of the stream sees them, after '
-                       'warm-up.')
+    table.notes.append('Times are inter-token latencies of a reader of the stream, after warm-up. '
+                       'device: between two events around the step; if the host launches each '
+                       'kernel, this includes its work. growth: the step relative to that of the '
+                       'same engine at its first context.')
     return table
 
 
 def floors(results: Sequence[Result]) -> Table:
-    """Say what each engine's step must read, and over which peak."""
+    """Show what a step of each engine reads, and its floors."""
     table = Table('What a step reads', [
         'engine', 'weights', 'context', 'read GB', 'ckpt GB', 'KV GB', 'floor (read) ms',
         'floor (ckpt) ms', 'peak GB/s', 'peak from'], notes=[FLOORS])
@@ -177,28 +176,27 @@ def floors(results: Sequence[Result]) -> Table:
 
 
 def parts(results: Sequence[Result]) -> Table:
-    """Show where a step's time goes: the floor, the rest of the kernels' time, the host gap."""
+    """Split the step time into floor, kernel time beyond it, and host gap."""
     table = Table("Where a step's time goes", [
         'engine', 'context', 'step ms', 'floor (read)', '%', 'kernels - floor', '%',
         'host gap', '%', 'kernels timed'], notes=[
-            'kernels - floor: what the kernels take beyond the floor; host gap: the rest of the '
-            'step, in which no kernel runs: launching, host work and waiting, and in a captured '
-            'step the pauses between kernels. One by one: by the profiler (--kernels), over 20 '
-            'steps. As a whole: from the first kernel of a step to the end of the last, so that '
-            'the pauses count as kernels, most of which can be the host at work where it '
-            'launches each of them. Medians of each, so the sum may differ from the step by a '
-            'little.'])
+            'kernels - floor: kernel time beyond the floor. host gap: the time without a running '
+            'kernel, such as launches, host work and waits, and in a captured step the pauses '
+            'between kernels. one by one: timed by the profiler (--kernels) over 20 steps. as a '
+            'whole: timed from the first kernel of a step to the end of the last. Pauses then '
+            'count as kernels; if the host launches each kernel, they can be most of the time. '
+            'All values are medians, so the sum can differ slightly from the step.'])
     for (name, context), found in grouped(results).items():
         step = fmean(cell['itl_p50_s'] for cell in found)
-        told = [name, str(context), ms(step)]
+        row = [name, str(context), ms(step)]
         for value in split(found):
-            told += [ms(value), number(value and 100 * value / step, 1)]
-        table.rows.append([*told, 'one by one' if profiled(found) else 'as a whole'])
+            row += [ms(value), number(value and 100 * value / step, 1)]
+        table.rows.append([*row, 'one by one' if profiled(found) else 'as a whole'])
     return table
 
 
 def verdicts(results: Sequence[Result]) -> Table:
-    """Say what holds each step back most."""
+    """Name the main limit of each step."""
     table = Table('What holds the step back', ['engine', 'context', 'verdict'])
     graphs = {label(result): result['footprint']['cuda_graph'] for result, _ in cells(results)}
     for (name, context), found in grouped(results).items():
@@ -214,52 +212,52 @@ def verdicts(results: Sequence[Result]) -> Table:
 
 
 def beside(results: Sequence[Result]) -> Table:
-    """Set the step and its neighbour, each alone, beside both together."""
+    """Compare the step and its neighbour, each alone and both together."""
     table = Table('Beside a neighbour', [
         'engine', 'context', 'neighbour', '', 'p50 ms', 'p99', 'p99.9', 'worst', 'tokens/s',
         'neighbour p50 ms', 'neighbour p99'], notes=[
-            'In turn, in one process, behind the same prompt. cpu: a busy loop on each core; gpu: '
-            'a network of convolutions like ResNet-50, by itself and beside the steps.'])
+            'In turn, in one process, after the same prompt. cpu: a busy loop on each core; gpu: '
+            'a convolutional network like ResNet-50, alone and beside the steps.'])
     for (name, context), found in grouped(results).items():
-        told = [cell['beside'] for cell in found if cell.get('beside')]
-        for same in zip(*told):
+        runs = [cell['beside'] for cell in found if cell.get('beside')]
+        for same in zip(*runs):
             for how in ('alone', 'beside'):
                 times = sorted(itl_s for each in same for itl_s in each[how])
-                other = sorted(s for each in same for s in each[f'neighbour_{how}'])
+                neighbour_s = sorted(s for each in same for s in each[f'neighbour_{how}'])
                 table.rows.append([
                     name, str(context), same[0]['neighbour'], how,
                     *(ms(percentile(times, q)) for q in (50, 99, 99.9)), ms(times[-1]),
                     number(len(times) / sum(times), 1),
-                    *(ms(percentile(other, q)) for q in (50, 99))])
+                    *(ms(percentile(neighbour_s, q)) for q in (50, 99))])
     return table
 
 
 def profiled(found: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether all of these cells have their kernels' own times."""
+    """Whether all cells have times of single kernels."""
     return all(cell.get('kernels') for cell in found)
 
 
 def split(found: Sequence[dict[str, Any]]) -> list[float | None]:
     """
-    Give [floor, kernels beyond the floor, host gap] of one (label, context), means in seconds.
+    Return the means of floor, kernel time beyond the floor, and host gap, in seconds.
 
-    A step that the host launches kernel by kernel waits for it between them, and device events
-    count that as the device's time: only the kernels' own times show it.
+    If the host launches each kernel, the device waits between kernels. Device events count this
+    wait as device time; only the times of single kernels show it.
     """
-    told = []
+    rows = []
     for cell in found:
         floor, busy, gap = cell['floor_read_s'], cell['device_p50_s'], cell['host_gap_p50_s']
         if profiled(found):
             busy = sum(row['step_s'] for row in cell['kernels'])
             gap = cell['itl_p50_s'] - busy
-        told.append((floor, None if None in (floor, busy) else busy - floor, gap))
-    return [mean(values) for values in zip(*told, strict=True)]
+        rows.append((floor, None if None in (floor, busy) else busy - floor, gap))
+    return [mean(values) for values in zip(*rows, strict=True)]
 
 
 def energy(results: Sequence[Result]) -> Table:
-    """Show what a token takes in energy, where the device tells it."""
+    """Show the energy per token, if the device reports it."""
     table = Table('Energy', ['engine', 'context', 'J a token', 'tokens / J', 'W'], notes=[
-        'What the whole device took during decode steps, on a Jetson the whole board.'])
+        'Energy of the whole device during decode steps; on a Jetson, of the whole board.'])
     for (name, context), found in grouped(results).items():
         taken = mean(cell.get('j_per_token') for cell in found)
         if taken:
@@ -269,16 +267,16 @@ def energy(results: Sequence[Result]) -> Table:
 
 
 def samplings(results: Sequence[Result]) -> Table:
-    """Set the step under each sampling beside the greedy one."""
+    """Compare the step with each sampling to the greedy step."""
     table = Table('Sampling', ['engine', 'context', 'sampling', 'p50 ms', '- greedy µs',
                                '/ greedy'], notes=[
-        'Steps in one process, the samplings in turn, behind the same prompt; medians.'])
+        'Medians of steps in one process, with the samplings in turn, after the same prompt.'])
     for (name, context), found in grouped(results).items():
-        told = [cell['samplings'] for cell in found if cell.get('samplings')]
-        # The same samplings in each session; greedy is the first of them.
-        for same in zip(*told):
+        timed = [cell['samplings'] for cell in found if cell.get('samplings')]
+        # All sessions have the same samplings, greedy first.
+        for same in zip(*timed):
             step = fmean(each['itl_p50_s'] for each in same)
-            greedy = fmean(each[0]['itl_p50_s'] for each in told)
+            greedy = fmean(each[0]['itl_p50_s'] for each in timed)
             table.rows.append([
                 name, str(context), same[0]['sampling'], ms(step),
                 number(1e6 * (step - greedy), 1), number(step / greedy, 3)])
@@ -286,17 +284,17 @@ def samplings(results: Sequence[Result]) -> Table:
 
 
 def masked(results: Sequence[Result]) -> Table:
-    """Set the step under a constraint beside the free one."""
+    """Compare the constrained step to the free one."""
     table = Table('Constraint', [
         'engine', 'context', 'free p50 ms', 'p99', 'masked p50 ms', 'p99', '/ free', 'mask p50 ms',
         'p99', 'compile ms', 'vocabulary ms'], notes=[
-            'Answers in one process, constrained and free in turn and equally long, behind the '
-            'same prompt, drawn at temperature 1. mask: on the host, while the device computes. '
-            "compile: the schema, once; vocabulary: to read the model's tokens, once for all."])
+            'Answers in one process, constrained and free in turn and equally long, after the '
+            'same prompt, at temperature 1. mask: on the host, while the device computes. '
+            'compile: once per schema. vocabulary: to read it, once per model.'])
     for (name, context), found in grouped(results).items():
-        told = [cell['masked'] for cell in found if cell.get('masked')]
-        if told:
-            known = {key: fmean(each[key] for each in told) for key in (
+        timed = [cell['masked'] for cell in found if cell.get('masked')]
+        if timed:
+            known = {key: fmean(each[key] for each in timed) for key in (
                 'free_p50_s', 'free_p99_s', 'masked_p50_s', 'masked_p99_s', 'mask_p50_s',
                 'mask_p99_s', 'compile_s', 'vocabulary_s')}
             shown = [ms(value) for value in known.values()]
@@ -323,7 +321,7 @@ def prompts(results: Sequence[Result]) -> Table:
 
 
 def sessions(results: Sequence[Result]) -> Table:
-    """Tell which sessions were lost and what became of them, and which are of an earlier run."""
+    """List the lost sessions and their repetitions, and the sessions of earlier runs."""
     table = Table('Sessions lost and resumed', ['session', 'what happened', 'then'])
     for result in results:
         name = f'{result["case"]["session"]} {label(result)}'.strip()
@@ -338,29 +336,29 @@ def sessions(results: Sequence[Result]) -> Table:
 
 
 def startup(results: Sequence[Result]) -> Table:
-    """Show how long each process took to be ready, in parts, and what memory it took."""
+    """Show the start-up time of each process in parts, and its memory."""
     done = [result for result in results if result['status'] == 'done']
     names = list(dict.fromkeys(name for r in done for name in r['startup']['parts']))
     table = Table('Start-up and memory', [
         'engine', 'modules s', 'build s', *(f'{name[:-2]} s' for name in names),
         'to first tokens s', 'torch peak GB', 'device GB', 'resident GB'], notes=[
-            "modules: from the process's start until the engine's module is imported; "
-            'build: from the settings to an engine that is loaded, warmed up and captured; its '
-            'parts as the engine gives them. In the order of the runs: an engine that comes '
-            'again finds its kernels cached.'])
+            'modules: from the start of the process until the module of the engine is imported. '
+            'build: until the engine is loaded, warmed up and captured, with the parts that the '
+            'engine reports. In the order of the runs: later runs of an engine find its kernels '
+            'cached.'])
     for result in done:
-        told, memory = result['startup'], result['memory']
+        times, memory = result['startup'], result['memory']
         table.rows.append([
-            result['case']['session'] or label(result), number(told['import_s'], 1),
-            number(told['build_s'], 1), *(number(told['parts'].get(n), 1) for n in names),
-            number(told['first_tokens_s'], 1),
+            result['case']['session'] or label(result), number(times['import_s'], 1),
+            number(times['build_s'], 1), *(number(times['parts'].get(n), 1) for n in names),
+            number(times['first_tokens_s'], 1),
             *(number(memory.get(name))
               for name in ('torch_peak_gb', 'device_used_gb', 'resident_peak_gb'))])
     return table
 
 
 def kernels(result: Result, cell: dict[str, Any], most: int = 25) -> Table:
-    """Show a cell's kernels, longest first; a rest is summed up."""
+    """Show the kernels of a cell, longest first; the shortest ones are summed up."""
     seen = cell['kernels']
     table = Table(f'Kernels of {label(result)} at context {cell["context"]}', [
         'operation', 'kernel', 'grid', 'calls', 'MB a call', 'µs a call', 'µs a step', '%',
@@ -380,8 +378,8 @@ def kernels(result: Result, cell: dict[str, Any], most: int = 25) -> Table:
                            number(100 * sum(row['share'] for row in rest), 1), '', ''])
     busy = sum(row['step_s'] for row in seen)
     table.notes.append(f'All kernels of a step: {busy * 1e3:.3f} ms; the step on the device '
-                       f'takes {ms(cell["device_p50_s"])} ms without the profiler. Where kernels '
-                       'overlap, each is charged with what it adds.')
+                       f'takes {ms(cell["device_p50_s"])} ms without the profiler. If kernels '
+                       'overlap, each counts from the end of the previous one.')
     return table
 
 
@@ -391,7 +389,7 @@ def comparisons(results: Sequence[Result], a: str, b: str) -> Table:
         'context', 'A ms', 'B ms', 'A / B', '95 % low', '95 % high', 'CV A %', 'CV B %',
         'sessions'], notes=[
             f'A is {a}, B is {b}; A / B above 1: B is faster. Each session is a fresh process '
-            'and gives one median; the interval is a bootstrap over sessions.'])
+            'and yields one median; the interval is a bootstrap over sessions.'])
     for context in sorted({n for result in results for n in result['case']['contexts']}):
         sides = medians(results, a, context), medians(results, b, context)
         if not all(sides):
@@ -411,17 +409,17 @@ def comparisons(results: Sequence[Result], a: str, b: str) -> Table:
 
 
 def medians(results: Sequence[Result], name: str, context: int) -> list[float]:
-    """Give the median step of every session of a label at a context, in seconds."""
+    """Return the median step of each session of a label at a context, in seconds."""
     return [cell['itl_p50_s'] for result, cell in cells(results)
             if label(result) == name and cell['context'] == context]
 
 
 def machine(results: Sequence[Result]) -> Table:
-    """Describe the machine, as the first session that came through saw it."""
+    """Describe the machine, from the first completed session."""
     table = Table('Machine', ['what', 'value'])
-    told: dict[str, Any] = next(
+    facts: dict[str, Any] = next(
         (result['machine'] for result in results if result['status'] == 'done'), {})
-    for key, value in told.items():
+    for key, value in facts.items():
         if isinstance(value, dict):
             value = ', '.join(f'{name} {what}' for name, what in value.items())
         table.rows.append([key, str(value)])
@@ -433,7 +431,7 @@ def write(out: Path, head: dict[str, str], tables: Sequence[Table], results: Seq
     """
     Write ``results.json``, ``report.md`` and ``report.html`` into a folder.
 
-    :param head: what was run: command, model, date.
+    :param head: command, model and date.
     :param plots: PNG files in the same folder.
     """
     (out / 'results.json').write_text(json.dumps(
@@ -446,28 +444,28 @@ def write(out: Path, head: dict[str, str], tables: Sequence[Table], results: Seq
     images = ''.join(
         f'<img alt="{plot.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(plot.read_bytes()).decode()}">\n' for plot in plots)
-    told = ''.join(f'<li>{escape(key)}: <code>{escape(value)}</code></li>\n'
-                   for key, value in head.items())
+    entries = ''.join(f'<li>{escape(key)}: <code>{escape(value)}</code></li>\n'
+                      for key, value in head.items())
     (out / 'report.html').write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width"><title>decode_bench</title>\n'
-        f'<style>{_STYLE}</style></head>\n<body><h1>decode_bench</h1>\n<ul>{told}</ul>\n'
+        f'<style>{_STYLE}</style></head>\n<body><h1>decode_bench</h1>\n<ul>{entries}</ul>\n'
         f'{tables[0].html() if tables else ""}{images}'
         f'{"".join(table.html() for table in tables[1:])}</body></html>\n')
 
 
 def ms(seconds: float | None, digits: int = 3) -> str:
-    """Give seconds as milliseconds, n/a where unknown."""
+    """Format seconds as milliseconds, or n/a."""
     return number(None if seconds is None else seconds * 1e3, digits)
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Give a number with that many decimals, n/a where unknown."""
+    """Format a number, or n/a."""
     return 'n/a' if value is None else f'{value:.{digits}f}'
 
 
 def weights(footprint: dict[str, Any]) -> str:
-    """Give the format of the weights in a word or two."""
+    """Return a short name for the format of the weights."""
     quantization = footprint['quantization']
     return str(footprint['dtype'] if quantization == 'none' else quantization)
 

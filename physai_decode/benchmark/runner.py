@@ -13,14 +13,15 @@
 # limitations under the License.
 
 """
-Run cases one after another, each in a fresh process, and keep what each one gave in a file.
+Run cases one at a time, each in a fresh process, and store their results in files.
 
-A result that is already in the folder is not measured again, so a run that was broken off goes on
-where it stopped; a session that died, or that was broken off with its run, is tried again by the
-next run, and its result keeps how it was lost.
+A result that is already in the folder is not measured again, so an interrupted run resumes where
+it stopped. The next run repeats a session that died or was interrupted, and the result records how
+the session was lost.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import contextlib
 from dataclasses import replace
@@ -37,17 +38,19 @@ from typing import Any
 
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.case import Source
 
 Result = dict[str, Any]
 
 
 class Runner:
     """
-    Runs cases and keeps their results under ``out/sessions``.
+    Runs cases and stores their results in ``out/sessions``.
 
-    :param models: where folders with random weights are made.
-    :param session_timeout_s: a session that takes longer is ended; it counts as died.
-    :param budget_s: no session starts after this long, and none runs past it; 0 sets no limit.
+    :param models: parent of the folders with random weights.
+    :param session_timeout_s: time limit of a session; one that exceeds it is killed and counts as
+        died.
+    :param budget_s: time limit of the whole run; 0 sets none.
     """
 
     def __init__(self, out: Path, models: Path, session_timeout_s: float = 3600.0,
@@ -61,16 +64,16 @@ class Runner:
         self.progress = progress
 
     def run(self, cases: Sequence[Case]) -> list[Result]:
-        """Give one result a case, in their order; what can't run is a result that says why."""
+        """Return one result per case, in order; the result of a failed case has the reason."""
         results = []
         for number, case in enumerate(cases, 1):
             self.progress(f'[{number}/{len(cases)}] {case.session or case.label}: {case.source}, '
                           f'contexts {" ".join(map(str, case.contexts))}')
-            results.append(self._one(case))
-            self.progress('  ' + _one_line(results[-1]))
+            results.append(self._result(case))
+            self.progress('  ' + _summary(results[-1]))
         return results
 
-    def _one(self, case):
+    def _result(self, case: Case) -> Result:
         path, lost = self.sessions / f'{case.key()}.json', []
         if path.is_file():
             kept = json.loads(path.read_text())
@@ -78,47 +81,49 @@ class Runner:
                 self.progress(f'  already measured: {path.name}')
                 return {**kept, 'kept': True}
             lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')
-        told = {'case': case.to_dict(), 'lost': lost}
-        result = {**self._measure(case, path, told), **told}
+        record = {'case': case.to_dict(), 'lost': lost}
+        result = {**self._measure(case, path, record), **record}
         keep(result, path)
         return result
 
-    def _measure(self, case, path, told):
-        """Give what a session wrote, or why there is nothing; until then, that it was lost."""
-        lacking = [name for name in case.requires if importlib.util.find_spec(name) is None]
-        if lacking:
+    def _measure(self, case: Case, path: Path, record: Result) -> Result:
+        """Run a session and return its result; meanwhile, the file says that it was lost."""
+        missing = [name for name in case.requires if importlib.util.find_spec(name) is None]
+        if missing:
             return {'status': 'unavailable', 'contexts': [],
-                    'error': f'not installed: {", ".join(lacking)} '
-                             f'(pip install {" ".join(lacking)})'}
+                    'error': f'not installed: {", ".join(missing)} '
+                             f'(pip install {" ".join(missing)})'}
         left_s = min(self.session_timeout_s, self.end_s - time.monotonic())
         if left_s <= 0:
             return {'status': 'unavailable', 'contexts': [],
-                    'error': 'not started: the time set by --budget-s is spent'}
+                    'error': 'not started: --budget-s is used up'}
         try:
             located = replace(case, source=replace(case.source, path=self._folder(case.source)))
         except (OSError, ValueError) as error:
             return {'status': 'unavailable', 'contexts': [], 'error': str(error)}
-        case_path, seen_path, log_path = map(path.with_suffix, ('.case', '.seen', '.log'))
+        case_path, result_path, log_path = map(path.with_suffix, ('.case', '.seen', '.log'))
         case_path.write_text(json.dumps(located.to_dict()))
-        seen_path.unlink(missing_ok=True)
-        keep({'status': 'died', 'contexts': [], **told,
-              'error': 'the session was broken off with its run'}, path)
-        how = self._process(case_path, seen_path, log_path, left_s)
+        result_path.unlink(missing_ok=True)
+        keep({'status': 'died', 'contexts': [], **record,
+              'error': 'the session was interrupted with its run'}, path)
+        failure = self._process(case_path, result_path, log_path, left_s)
         case_path.unlink()
-        if seen_path.is_file():
-            result = json.loads(seen_path.read_text())
-            seen_path.unlink()
-            if how is None:
+        if result_path.is_file():
+            result: Result = json.loads(result_path.read_text())
+            result_path.unlink()
+            if failure is None:
                 log_path.unlink()
-            else:                   # all was measured; it was timing kernels one by one
-                result['contexts'][0]['kernels_error'] = f'the session {how}; see {log_path.name}'
+            else:                   # only the kernel times are missing
+                result['contexts'][0]['kernels_error'] = \
+                    f'the session {failure}; see {log_path.name}'
             return result
         return {'status': 'died', 'contexts': [],
-                'error': f'the session {how or "wrote nothing"}; {log_path.name} ends: '
+                'error': f'the session {failure or "wrote nothing"}; {log_path.name} ends: '
                          f'{_last_line(log_path.read_text(errors="replace"))}'}
 
-    def _process(self, case_path, result_path, log_path, timeout_s):
-        """Run the session; give None where it ended well, else how it ended."""
+    def _process(self, case_path: Path, result_path: Path, log_path: Path,
+                 timeout_s: float) -> str | None:
+        """Run a session; return how it failed, or None."""
         command = [sys.executable, '-m', 'physai_decode.benchmark.session',
                    str(case_path), str(result_path)]
         with log_path.open('w') as log, subprocess.Popen(
@@ -129,19 +134,19 @@ class Runner:
             try:
                 code = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                return f'was ended after {timeout_s:.0f} s'
-            finally:                # also after Ctrl-C, of itself and of the compilers it started
+                return f'was killed after {timeout_s:.0f} s'
+            finally:                # also after Ctrl-C; the group includes compilers
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 reader.join()
-        return _how(code)
+        return _failure(code)
 
-    def _forward(self, lines):
+    def _forward(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.progress(f'  {line.rstrip()}')
 
-    def _folder(self, source):
-        """Give the model's path; a folder of random weights is made where it is not there."""
+    def _folder(self, source: Source) -> str:
+        """Return the path of the model; create a folder with random weights if necessary."""
         if source.path:
             return source.path
         kind = 'weights' if source.written else 'shapes'
@@ -154,8 +159,8 @@ class Runner:
                 synthetic.describe(folder, source.synthetic, source.quantization, source.seed)
         return str(folder)
 
-    def _write(self, source, folder):
-        """Write a checkpoint in a process of its own: it needs the device, and gives it back."""
+    def _write(self, source: Source, folder: Path) -> None:
+        """Write a checkpoint in a separate process, which frees the device when it ends."""
         synthetic.config(source.synthetic, source.quantization)
         command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', source.synthetic,
                    '--quantization', source.quantization, '--seed', str(source.seed),
@@ -163,36 +168,36 @@ class Runner:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             synthetic.forget(folder)
-            raise OSError(f'no checkpoint: its writer {_how(done.returncode)}; its last line: '
+            raise OSError(f'no checkpoint: its writer {_failure(done.returncode)}; its last line: '
                           f'{_last_line(done.stdout)}')
 
     def forget_checkpoints(self) -> None:
-        """Remove the folders with random weights that this run made: they count gigabytes."""
+        """Remove the folders with random weights that this run created."""
         for folder in self.made:
             synthetic.forget(folder)
 
 
 def keep(result: Result, path: Path) -> None:
-    """Write a result, whole or not at all."""
+    """Write a result atomically."""
     part = path.with_suffix('.part')
     part.write_text(json.dumps(result, default=str))
     part.replace(path)
 
 
-def _how(code):
-    """Say how a process ended, None where it ended well."""
+def _failure(code: int) -> str | None:
+    """Describe the exit code of a process; None for success."""
     if code < 0:
-        return f'was ended by {signal.Signals(-code).name}'
+        return f'was killed by {signal.Signals(-code).name}'
     return None if code == 0 else f'ended with code {code}'
 
 
-def _last_line(text):
+def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ['(empty)'])[-1][:300]
 
 
-def _one_line(result):
+def _summary(result: Result) -> str:
     if result['status'] != 'done':
         return f'{result["status"]}: {result["error"]}'
-    said = [f'{cell["context"]}: ' + (f'{cell["itl_p50_s"] * 1e3:.3f} ms' if 'error' not in cell
-                                      else cell['error']) for cell in result['contexts']]
-    return ', '.join(said)
+    return ', '.join(
+        f'{cell["context"]}: {cell["error"]}' if 'error' in cell else
+        f'{cell["context"]}: {cell["itl_p50_s"] * 1e3:.3f} ms' for cell in result['contexts'])

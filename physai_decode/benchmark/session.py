@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-Measure one case in a process of its own and write what was seen as JSON.
+Measure one case in a separate process and write the result as JSON.
 
-Run as ``python -m physai_decode.benchmark.session CASE.json RESULT.json``. A fresh process starts
-with no kernels loaded, no memory in use and nothing tuned, so that cases can't colour each other
-and the start-up time is the one a node would see.
+Run as ``python -m physai_decode.benchmark.session CASE.json RESULT.json``. A fresh process has no
+kernels loaded, no memory in use and nothing tuned. Cases can therefore not influence each other,
+and the start-up time is that of a node.
 """
 
 from collections.abc import Callable
@@ -66,33 +66,34 @@ from physai_decode.tokenizer_files import TextError
 
 KERNEL_STEPS = 20
 SAMPLING_ROUNDS = 5
-MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # times the steps; answers that have to give them
+MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # steps to time, in units of --steps; limit on answers
 MATRIX_CPU, MATRIX_CUDA, MATRIX_TRIES = 1024, 8192, 10
 PROMPT_ROUNDS = 5               # timed prompts of each length
 BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
-BESIDE_S = 1.0                  # for which a neighbour is listened to by itself
-ENERGY_S = 2.0                  # of steps: the counters of a device move some times a second
+BESIDE_S = 1.0                  # time for which the neighbour runs alone
+ENERGY_S = 2.0                  # devices update their energy counters a few times per second
 
 
-def run(case: Case, started_s: float, progress=print,
-        keep=lambda result: None) -> dict[str, Any]:
+def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
+        keep: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
     """
-    Build the case's engine, measure every context, and close it.
+    Build the engine of a case, measure every context, and close the engine.
 
-    :param started_s: when the process began, by ``time.monotonic``.
-    :param keep: gets the result before the kernels are timed, so that it outlives a profiler that
-        takes the process with it.
-    :return: what the report is made of; ``status`` is ``done``, or ``unavailable`` with ``error``.
+    :param started_s: start of the process, by ``time.monotonic``.
+    :param keep: receives the result before the kernels are timed, because a profiler can crash the
+        process.
+    :return: the result; ``status`` is ``done``, or ``unavailable`` with ``error``.
     """
     notes: list[tuple[float, str]] = []
 
-    def note(message):
+    def note(message: str) -> None:
         notes.append((time.monotonic() - started_s, str(message)))
         progress(message)
 
     cells: list[dict[str, Any]] = []
-    result = {'case': case.to_dict(), 'status': 'done', 'contexts': cells,
-              'date': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+    result: dict[str, Any] = {
+        'case': case.to_dict(), 'status': 'done', 'contexts': cells,
+        'date': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     try:
         engine, startup = _build(case, cells, note, started_s)
         if case.captured and engine.footprint.cuda_graph != 'captured':
@@ -130,10 +131,11 @@ def run(case: Case, started_s: float, progress=print,
     return result
 
 
-def _build(case, cells, note, started_s):
-    """Build for the largest context that fits; those that do not become cells that say why."""
+def _build(case: Case, cells: list[dict[str, Any]], note: Callable[[str], None],
+           started_s: float) -> tuple[Engine, dict[str, Any]]:
+    """Build for the largest context that fits; add a cell with an error for each that does not."""
     if case.engine.name != 'auto':
-        with contextlib.suppress(ImportError):      # `build` says what is missing
+        with contextlib.suppress(ImportError):      # `build` reports it
             importlib.import_module(f'physai_decode.engines.{case.engine.name}')
     import_s = time.monotonic() - started_s
     for count in range(len(case.contexts), 0, -1):
@@ -152,17 +154,17 @@ def _build(case, cells, note, started_s):
                  if key.endswith('_s') and _is_number(value)}
         return engine, {'import_s': import_s, 'build_s': time.monotonic() - begun_s,
                         'parts': parts}
-    raise EngineError('no context given')
+    raise EngineError('no context to measure: set --contexts')
 
 
-def _engine(case, context, note):
+def _engine(case: Case, context: int, note: Callable[[str], None]) -> Engine:
     from physai_decode import engines
     note(f'looking for {case.source.path}')
     return engines.build(
         checkpoint.open(case.source.path), _settings(case, context).engine, note)
 
 
-def _settings(case, context):
+def _settings(case: Case, context: int) -> DecodeConfig:
     return DecodeConfig(
         model=ModelConfig(path=case.source.path),
         engine=EngineConfig(**{**vars(case.engine),
@@ -170,8 +172,8 @@ def _settings(case, context):
         roofline=RooflineConfig(peak_bandwidth_gb_s=case.peak_gb_s))
 
 
-def _out_of_memory(error):
-    """Tell whether a missing piece of memory is behind this error."""
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error was caused by a lack of memory."""
     while error is not None:
         if isinstance(error, MemoryError) or any(
                 words in str(error).lower() for words in ('out of memory', 'not enough memory')):
@@ -180,7 +182,7 @@ def _out_of_memory(error):
     return False
 
 
-def _is_number(value):
+def _is_number(value: str) -> bool:
     try:
         float(value)
     except ValueError:
@@ -188,11 +190,12 @@ def _is_number(value):
     return True
 
 
-def _cell(engine, case, context, peak, compiled=None):
-    """Measure one context; what goes wrong there is the cell's ``error``."""
+def _cell(engine: Engine, case: Case, context: int, peak: Peak,
+          compiled: 'Compiled | None' = None) -> dict[str, Any]:
+    """Measure one context; a failure becomes the ``error`` of the cell."""
     limit = engine.footprint.max_context
     if context > limit:
-        return {'context': context, 'error': f'the engine holds {limit} tokens of context'}
+        return {'context': context, 'error': f'the context of the engine is {limit} tokens'}
     try:
         cell = measure(engine, context, case.warmup, case.steps, peak)
         if case.samplings:
@@ -208,8 +211,8 @@ def _cell(engine, case, context, peak, compiled=None):
         return {'context': context, 'error': f'{type(error).__name__}: {error}'}
 
 
-def _profile(case, cells, note):
-    """Give each cell its kernels, from an engine of its own: a profiler would colour the times."""
+def _profile(case: Case, cells: list[dict[str, Any]], note: Callable[[str], None]) -> None:
+    """Add the kernels to each cell, with a new engine: a profiler would distort the step times."""
     if not cells:
         return
     gc.collect()
@@ -222,21 +225,22 @@ def _profile(case, cells, note):
                 cell['kernels'] = profiler.profile(engine, prompt, KERNEL_STEPS)
         finally:
             engine.close()
-    except Exception as error:          # no CUPTI, not allowed to use it, a trace cut short, ...
+    except Exception as error:          # no CUPTI, no permission, a truncated trace, ...
         cells[0]['kernels_error'] = f'{type(error).__name__}: {error}'
 
 
 def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -> dict[str, Any]:
     """
-    Time the decode steps that end at ``context`` tokens, as a reader of the decode loop sees them.
+    Time the decode steps that end at ``context`` tokens, as a reader of the decode loop.
 
-    The prompt's ids are random and differ from call to call, so that no prefix is in the cache.
+    The prompts are random and differ between calls, so that no prefix is cached.
 
     :raises ValueError: the context is too short for the steps.
     """
     prompt_tokens = context - warmup - steps - 1
     if prompt_tokens < 1:
-        raise ValueError(f'a context of {context} tokens has no room for {warmup} + {steps} steps')
+        raise ValueError(
+            f'a context of {context} tokens is too short for {warmup} + {steps} steps')
     loop = DecodeLoop(engine)
     first_s = _stream(loop, random_prompt(engine, prompt_tokens, seed=context), 2)[0]
     prompt = random_prompt(engine, prompt_tokens, seed=context + 1)
@@ -264,8 +268,8 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
     return cell
 
 
-def _energy(engine, case, context):
-    """Give what a token takes in joules, and the mean power; nothing where it is not told."""
+def _energy(engine: Engine, case: Case, context: int) -> dict[str, float]:
+    """Measure energy per token and mean power; empty if the device does not report them."""
     telemetry = Telemetry(engine.footprint)
     try:
         return energy(engine, context, case.warmup + case.steps + 1, telemetry.energy_j)
@@ -276,12 +280,12 @@ def _energy(engine, case, context):
 def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], float | None],
            clock: Callable[[], float] = time.monotonic) -> dict[str, float]:
     """
-    Take the energy of decode steps, for `ENERGY_S`.
+    Measure the energy of decode steps for `ENERGY_S` seconds.
 
-    :param tokens: of each answer, the last of them at the context.
-    :param energy_j: what the device has taken up to now, in joules; None: it does not tell.
+    :param tokens: tokens of each answer; the last one is at ``context``.
+    :param energy_j: returns the energy that the device has used so far, in joules, or None.
     :param clock: monotonic, in seconds.
-    :return: ``j_per_token`` and ``power_w``; empty where the device does not tell.
+    :return: ``j_per_token`` and ``power_w``; empty if the device does not report its energy.
     """
     if energy_j() is None:
         return {}
@@ -301,10 +305,10 @@ def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], flo
 def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
                       samplings: Sequence[str]) -> list[dict[str, Any]]:
     """
-    Time the same steps under several samplings, in turn, so that a drift meets all alike.
+    Time the same steps with several samplings in turn, so that drift affects all alike.
 
-    :param samplings: as `parse_sampling` reads; `GREEDY` comes first in any case.
-    :return: for each its text, its steps' times in seconds and their median.
+    :param samplings: see `parse_sampling`; `GREEDY` is added in front.
+    :return: for each sampling, its text, the step times in seconds and their median.
     """
     texts = list(dict.fromkeys([GREEDY, *samplings]))
     loop = DecodeLoop(engine)
@@ -319,18 +323,18 @@ def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
 
 
 class Compiled(NamedTuple):
-    """A constraint, and what it took to have it."""
+    """A compiled constraint, and the time that it took."""
 
-    fresh: Callable[[], Constraint]     # gives it before all tokens
-    vocabulary_s: float                 # to read the model's tokens, once for all constraints
+    fresh: Callable[[], Constraint]     # returns it in its initial state
+    vocabulary_s: float                 # to read the vocabulary, once for all constraints
     compile_s: float
 
 
 def compile_schema(case: Case, footprint: Footprint) -> Compiled:
     """
-    Compile a case's JSON Schema for the tokens of its model.
+    Compile the JSON Schema of a case for the vocabulary of its model.
 
-    :raises TextError: it can't be kept, or the tokenizer can't be read.
+    :raises TextError: the schema is not supported, or the tokenizer can not be loaded.
     """
     model = checkpoint.open(case.source.path)
     form = Form('json_schema', json.loads(case.schema), '--constraint')
@@ -347,14 +351,14 @@ def compile_schema(case: Case, footprint: Footprint) -> Compiled:
 def masked(engine: Engine, context: int, warmup: int, steps: int,
            compiled: Compiled) -> dict[str, Any]:
     """
-    Time the steps of answers under a constraint and of free ones, in turn, behind one prompt.
+    Time the steps of constrained and free answers in turn, after the same prompt.
 
-    All are drawn at temperature 1, so that answers differ. A free one ends where the one before
-    did. The first of either is not counted.
+    Answers are sampled at temperature 1, so that they differ. A free answer is as long as the
+    constrained one before it. The first answer of each kind is not counted.
 
-    :return: ``masked`` and ``free`` with the steps' times in seconds, ``mask`` with those of the
-        masks, the percentiles of each, and what `Compiled` tells.
-    :raises EngineError: the constraint ends answers so early that they have no steps to time.
+    :return: the times of constrained steps, free steps and masks in seconds, their percentiles,
+        and the times in `Compiled`.
+    :raises EngineError: the constrained answers are too short to time.
     """
     loop = DecodeLoop(engine)
     prompt = random_prompt(engine, context - warmup - steps - 1, seed=context + 5)
@@ -372,12 +376,12 @@ def masked(engine: Engine, context: int, warmup: int, steps: int,
     else:
         raise EngineError(
             f'{MASKED_ANSWERS} answers under --constraint had {len(times["masked"])} steps after '
-            f'{warmup} of warm-up, and {MASKED_ROUNDS * steps} are needed: give a schema whose '
-            'answers are longer, or fewer --steps and --warmup')
-    told: dict[str, Any] = {f'{name}_s': found for name, found in times.items()}
+            f'{warmup} of warm-up, but {MASKED_ROUNDS * steps} are needed: use a schema with '
+            'longer answers, or fewer --steps and --warmup')
+    figures: dict[str, Any] = {f'{name}_s': found for name, found in times.items()}
     for name, found in times.items():
-        told.update({f'{name}_p{q}_s': percentile(sorted(found), q) for q in (50, 99)})
-    return {**told, 'ratio': told['masked_p50_s'] / told['free_p50_s'],
+        figures.update({f'{name}_p{q}_s': percentile(sorted(found), q) for q in (50, 99)})
+    return {**figures, 'ratio': figures['masked_p50_s'] / figures['free_p50_s'],
             'vocabulary_s': compiled.vocabulary_s, 'compile_s': compiled.compile_s}
 
 
@@ -417,48 +421,50 @@ def matrix_rate(device: str, dtype: str) -> float:
 
 def beside(engine: Engine, context: int, warmup: int, text: str) -> dict[str, Any]:
     """
-    Time the steps alone and beside a neighbour, in turn, and the neighbour alone and beside them.
+    Time the steps and a neighbour, each alone and both together, in turn.
 
-    :param text: the neighbour, as `neighbour.parse` reads.
-    :return: its text, and ``alone`` and ``beside`` with the steps' times in seconds, and with the
-        neighbour's where it has any.
+    :param text: the neighbour; see `neighbour.parse`.
+    :return: the text, and the times of the steps and of the neighbour, alone and together, in
+        seconds.
     """
     kind = neighbour.parse(text)
     loop, tokens = DecodeLoop(engine), min(BESIDE_TOKENS, context - 2)
     prompt = random_prompt(engine, context - tokens, seed=context + 4)
 
-    def steps(count):
+    def steps(count: int) -> list[float]:
         times: list[float] = []
         while len(times) < count:
             times += _stream(loop, prompt, tokens)[1][min(warmup, tokens // 2):]
         return times
 
     steps(1)
-    told: dict[str, Any] = {'neighbour': text, 'alone': [], 'beside': [],
-                            'neighbour_alone': [], 'neighbour_beside': []}
+    times: dict[str, Any] = {'neighbour': text, 'alone': [], 'beside': [],
+                             'neighbour_alone': [], 'neighbour_beside': []}
     for _ in range(BESIDE_ROUNDS):
-        told['alone'] += steps(BESIDE_STEPS)
-        with neighbour.running(kind) as other:
-            told['neighbour_alone'] += other.collect(BESIDE_S)
-            told['beside'] += steps(BESIDE_STEPS)
-            told['neighbour_beside'] += other.collect(0.0)
-    return told
+        times['alone'] += steps(BESIDE_STEPS)
+        with neighbour.running(kind) as running:
+            times['neighbour_alone'] += running.collect(BESIDE_S)
+            times['beside'] += steps(BESIDE_STEPS)
+            times['neighbour_beside'] += running.collect(0.0)
+    return times
 
 
 def random_prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
-    """Give that many random ids of the engine's vocabulary."""
+    """Return ``tokens`` random ids of the engine's vocabulary."""
     draw = random.Random(seed)
     return [draw.randrange(engine.footprint.vocab_size) for _ in range(max(1, tokens))]
 
 
-def _stream(loop, prompt, tokens, sampling=None, constraint=None, mask_s=None):
+def _stream(loop: DecodeLoop, prompt: list[int], tokens: int,
+            sampling: SamplingConfig | None = None, constraint: Constraint | None = None,
+            mask_s: list[float] | None = None) -> tuple[Any, list[float], list[float | None], Any]:
     """
-    Give (prefill, [time of each later token], [its device time], cached tokens), in seconds.
+    Return (prefill, [time of each later token], [its device time], cached tokens), in seconds.
 
-    :param mask_s: gets what the constraint's mask of each later token took.
+    :param mask_s: receives the time of the mask of each later token.
     """
     sampling = replace(sampling or SamplingConfig(), max_new_tokens=tokens)
-    itl_s, device_s = [], []
+    itl_s, device_s = list[float](), list[float | None]()
     prefill_s = cached = None
     gc.collect()
     gc.disable()
@@ -474,7 +480,7 @@ def _stream(loop, prompt, tokens, sampling=None, constraint=None, mask_s=None):
                 share = len(step.token_ids)
                 itl_s += [(now_s - last_s) / share] * share
                 device_s += [None if step.device_s is None else step.device_s / share] * share
-                if constraint is not None:
+                if mask_s is not None and step.mask_s is not None:
                     mask_s.append(step.mask_s)
             last_s = now_s
     finally:
@@ -483,7 +489,7 @@ def _stream(loop, prompt, tokens, sampling=None, constraint=None, mask_s=None):
 
 
 def main() -> int:
-    """Read a case, measure it, write the result whole or not at all."""
+    """Measure the case in a file and write its result atomically."""
     case_path, result_path = map(Path, sys.argv[1:3])
     started_s = time.monotonic()
     case = Case.from_dict(json.loads(case_path.read_text()))

@@ -13,13 +13,14 @@
 # limitations under the License.
 
 """
-Two fixed sets of cases and the tables that only they have: the paper's protocol, and the targets.
+Two fixed sets of cases with their own tables: the protocol of a paper, and the targets.
 
-The paper is arXiv 2605.30571, which measured batch-1 decoding on an H100 and an L4.
+The paper, arXiv 2605.30571, measures batch-1 decoding on an H100 and an L4.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from physai_decode.benchmark import report
 from physai_decode.benchmark.case import Case
@@ -29,7 +30,7 @@ from physai_decode.benchmark.table import Table
 from physai_decode.config import EngineConfig
 
 PAPER = 'arXiv 2605.30571'
-SHAPE = 'qwen2.5-7b'                # the paper's
+SHAPE = 'qwen2.5-7b'                # the model of the paper
 EAGER = 'transformers eager'
 CAPTURED = 'transformers captured'
 NATIVE = 'native'
@@ -39,7 +40,7 @@ GPTQ_UNCAPTURED = 'GPTQ native uncaptured'
 LONG = 'native, long run'
 GPTQ_LONG = 'GPTQ native, long run'
 
-# label, engine, quantization of the random weights, modules it needs
+# label, engine, quantisation of the random weights, required modules
 _QUANTIZED = (
     ('nf4 (bitsandbytes)', 'transformers', 'nf4', ('bitsandbytes', 'accelerate')),
     (GPTQ, 'native', 'gptq', ()),
@@ -48,17 +49,17 @@ _QUANTIZED = (
     ('AWQ (GPTQModel)', 'transformers', 'awq', ('gptqmodel', 'accelerate')),
 )
 
-# Table rows of the paper, for Qwen-2.5-7B at context 2048: milliseconds on an L4
+# Step times in the paper for Qwen-2.5-7B at context 2048 on an L4, in milliseconds.
 _PAPER_L4_MS = {EAGER: 62.32, 'nf4 (bitsandbytes)': 59.36, 'AWQ (GPTQModel)': 45.24,
                 'GPTQ (ExLlamaV2)': 17.36}
 
 
 def split_static(case: Case) -> list[Case]:
     """
-    Give one case a context where the cache is static.
+    Split a case with a static cache into one case per context.
 
-    The transformers engine captured reads its whole cache whatever the context is, so each context
-    gets an engine whose cache is just that long: what is compared is the step, not the padding.
+    The captured step of transformers reads the whole cache at any context. An engine per context
+    makes the cache as long as the context, so that the comparison excludes padding.
     """
     if case.engine.name == 'transformers' and case.engine.cuda_graph:
         return [replace(case, contexts=(context,)) for context in case.contexts]
@@ -66,11 +67,11 @@ def split_static(case: Case) -> list[Case]:
 
 
 def paper(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0,
-          **common) -> list[Case]:
+          **common: Any) -> list[Case]:
     """
-    Give the paper's protocol: half precision over all contexts, four bits at the first.
+    Return the protocol of the paper: half precision at all contexts, four bits at the first one.
 
-    Kernels are timed one by one, for only so the host's part of an eager step can be told.
+    Each kernel is timed, which separates the host's part of an eager step.
 
     :param seed: of the random weights.
     """
@@ -89,9 +90,9 @@ def paper(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0
 
 
 def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0,
-            steps: int = 30, warmup: int = 5, **common) -> list[Case]:
+            steps: int = 30, warmup: int = 5, **common: Any) -> list[Case]:
     """
-    Give what shows whether the native engine is where it should be, the weightiest first.
+    Return the cases that check the targets of the native engine, the most important ones first.
 
     :param seed: of the random weights.
     """
@@ -101,7 +102,7 @@ def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int =
     native = replace(base, name='native', cuda_graph=True)
     eager = replace(base, name='transformers', cuda_graph=False)
     bare = replace(native, cuda_graph=False)
-    long = min(1000, contexts[0] - warmup - 2)          # a token is left for the prompt
+    long = min(1000, contexts[0] - warmup - 2)          # leaves one token for the prompt
     common['warmup'] = warmup
     return [
         Case(NATIVE, native, half, tuple(contexts), steps=steps, kernels=True, **common),
@@ -115,18 +116,18 @@ def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int =
 
 
 def target_table(results: Sequence[Result], contexts: Sequence[int]) -> Table:
-    """Set what was measured beside what is asked for."""
+    """Compare the measurements with the targets."""
     near, far = contexts[0], contexts[-1]
 
-    def of(name, context, key):
+    def of(name: str, context: int, key: str) -> Any:
         cell = report.find(results, name, context)
         return cell and cell[key]
 
-    def ratio(above, below, key='itl_p50_s', context=near):
+    def ratio(above: str, below: str, key: str = 'itl_p50_s', context: int = near) -> Any:
         top, bottom = of(above, context, key), of(below, context, key)
         return top / bottom if top and bottom else None
 
-    def jitter(name):
+    def jitter(name: str) -> Any:
         cell = report.find(results, name, near)
         return cell and cell['itl_p99_s'] / cell['itl_p50_s']
 
@@ -157,12 +158,12 @@ def target_table(results: Sequence[Result], contexts: Sequence[int]) -> Table:
     return table
 
 
-def _met(value, least):
+def _met(value: float | None, least: float) -> str:
     return 'not measured' if value is None else 'yes' if value >= least else 'no'
 
 
 def paper_table(results: Sequence[Result], context: int) -> Table:
-    """Set the first context's figures beside the paper's."""
+    """Compare the figures at the first context with those of the paper."""
     device = next((r['footprint']['device_name'] for r in results if r['status'] == 'done'),
                   'here')
     table = Table('Beside the paper', ['what', 'paper, H100', 'paper, L4', device], notes=[
@@ -174,7 +175,7 @@ def paper_table(results: Sequence[Result], context: int) -> Table:
     native = report.find(results, NATIVE, context)
     captured = report.find(results, CAPTURED, context)
 
-    def over(cell):
+    def over(cell: dict[str, Any] | None) -> str:
         return report.number(
             eager['itl_p50_s'] / cell['itl_p50_s'] if eager and cell else None, 3)
     table.rows += [
@@ -187,22 +188,23 @@ def paper_table(results: Sequence[Result], context: int) -> Table:
         [f'{NATIVE}: times as fast as eager', '', '', over(native)],
         [f'{NATIVE}: of the floor', '', '', _fraction(native)]]
     for name, *_ in _QUANTIZED:
-        cell, told = report.find(results, name, context), _PAPER_L4_MS.get(name)
-        table.rows.append([f'{name}: ms', '', report.number(told) if told else '',
+        cell, paper_ms = report.find(results, name, context), _PAPER_L4_MS.get(name)
+        table.rows.append([f'{name}: ms', '', report.number(paper_ms) if paper_ms else '',
                            _of(cell, 'itl_p50_s')])
         table.rows.append([
             f'{name}: times as fast as {EAGER}', '',
-            report.number(_PAPER_L4_MS[EAGER] / told) if told else '', over(cell)])
+            report.number(_PAPER_L4_MS[EAGER] / paper_ms) if paper_ms else '', over(cell)])
     return table
 
 
 def quantized_table(results: Sequence[Result], context: int) -> Table:
-    """Show how much of the saved weight traffic each four-bit path turns into saved time."""
+    """Show how much time each four-bit path saves, relative to its saving in weight traffic."""
     table = Table('Half precision and four bits', [
         'path', 'ms', f'speed / {EAGER}', 'weights read GB', 'compared with', 'traffic saved %',
         'time saved %', 'of the saving realised %'], notes=[
-        'Traffic saved: weights read per step against the half-precision path named; time saved: '
-        'of its step; realised: the one over the other, 100 % where time falls as traffic does.'])
+        'Traffic saved: in the weights read per step, relative to the half-precision path in '
+        '"compared with". Time saved: relative to its step. Realised: time saved over traffic '
+        'saved.'])
     eager = report.find(results, EAGER, context)
     for result in results:
         name = report.label(result)
@@ -236,9 +238,9 @@ def quantized_table(results: Sequence[Result], context: int) -> Table:
     return table
 
 
-def _of(cell, key):
+def _of(cell: dict[str, Any] | None, key: str) -> str:
     return report.ms(cell[key] if cell else None)
 
 
-def _fraction(cell):
+def _fraction(cell: dict[str, Any] | None) -> str:
     return report.number(cell['r_checkpoint'] if cell else None, 3)

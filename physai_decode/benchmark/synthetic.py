@@ -13,17 +13,18 @@
 # limitations under the License.
 
 """
-Model folders with random weights, in the shapes of known models, for timing.
+Create model folders with random weights in the shapes of known models, for timing.
 
-A step's time does not depend on what the weights say, so a shape is enough to measure a machine.
-The folder either describes the weights (``physai_decode_random_weights`` in its ``config.json``,
-and a safetensors file whose header is whole and whose data is a hole that takes no space: the
-engine makes the weights on the device) or holds them (safetensors shards, in half precision or in
-the layouts of GPTQ, AWQ or bitsandbytes nf4, which other libraries read too). What such a model
-says is noise.
+The time of a step does not depend on the values of the weights, so a shape is enough. A folder
+either describes the weights or contains them. In the first case, ``config.json`` has
+``physai_decode_random_weights``, the safetensors file is sparse after its header, and the engine
+creates the weights on the device. In the second case, there are safetensors shards in half
+precision or in the layout of GPTQ, AWQ or bitsandbytes nf4, which other libraries can read. The
+output of such a model has no meaning.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -33,15 +34,20 @@ from pathlib import Path
 import random
 import shutil
 import struct
+from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _BUILTIN = Path(__file__).parents[1] / 'models' / 'tiny_planner'
-MARK = 'random_weights.txt'         # in every folder made here, and first: what is there is ours
+MARK = 'random_weights.txt'         # written first into each folder; marks it as created here
 SHARD_BYTES = 4_500_000_000
-GROUP = 128                         # input rows that share one scale; fewer where it divides none
-NVFP4_GROUP = 16                    # input rows that share one scale
-NF4_BLOCK = 64                      # weights that share one absolute maximum
-STD = 0.02                          # of every random matrix; norms are 1
-DESCRIBED = ('none', 'gptq', 'awq', 'w4a16', 'w8a16', 'fp8', 'nvfp4')   # made on the device
+GROUP = 128                         # input rows per scale; fewer if a width is no multiple
+NVFP4_GROUP = 16                    # input rows per scale
+NF4_BLOCK = 64                      # weights per absolute maximum
+STD = 0.02                          # standard deviation of all matrices; norms are 1
+DESCRIBED = ('none', 'gptq', 'awq', 'w4a16', 'w8a16', 'fp8', 'nvfp4')   # engines can create these
 QUANTIZATIONS = (*DESCRIBED, 'nf4')
 
 _LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
@@ -49,7 +55,7 @@ _LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
 _COMMON = {'hidden_act': 'silu', 'initializer_range': STD, 'attention_dropout': 0.0,
            'tie_word_embeddings': False, 'use_cache': True}
 
-# What the smaller Qwen2.5 and the Qwen3 have in common.
+# Common values of the smaller Qwen2.5 models, and of the Qwen3 models.
 _QWEN2 = {
     'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'num_key_value_heads': 2,
     'vocab_size': 151936, 'max_position_embeddings': 32768, 'rms_norm_eps': 1e-6,
@@ -62,7 +68,7 @@ _QWEN3 = {
     'attention_bias': False, 'use_sliding_window': False, 'tie_word_embeddings': False,
     'bos_token_id': 151643, 'eos_token_id': 151645}
 
-# Shapes as in the config.json that each model is published with.
+# Shapes from the published config.json of each model.
 SHAPES = {
     'qwen2.5-7b': {
         'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'hidden_size': 3584,
@@ -121,8 +127,9 @@ SHAPES = {
 }
 
 
-def _compressed(layout, bits, group_size, kind='int', strategy=''):
-    """Give what a config says of compressed-tensors with symmetric numbers."""
+def _compressed(layout: str, bits: int, group_size: int | None, kind: str = 'int',
+                strategy: str = '') -> dict[str, Any]:
+    """Return the quantization_config of symmetric compressed-tensors."""
     weights = {'num_bits': bits, 'type': kind, 'symmetric': True, 'group_size': group_size,
                'strategy': strategy or ('group' if group_size else 'channel')}
     return {'quant_method': 'compressed-tensors', 'format': layout, 'ignore': ['lm_head'],
@@ -130,9 +137,9 @@ def _compressed(layout, bits, group_size, kind='int', strategy=''):
             'config_groups': {'group_0': {'targets': ['Linear'], 'weights': weights}}}
 
 
-def _quantization_config(quantization, group):
-    """Give what a config says of a quantisation, with ``group`` columns that share a scale."""
-    return {
+def _quantization_config(quantization: str, group: int) -> dict[str, Any]:
+    """Return the quantization_config with ``group`` columns per scale."""
+    configs: dict[str, dict[str, Any]] = {
         'gptq': {'quant_method': 'gptq', 'bits': 4, 'group_size': group, 'desc_act': False,
                  'sym': True, 'checkpoint_format': 'gptq', 'lm_head': False},
         'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': group, 'zero_point': True,
@@ -145,11 +152,12 @@ def _quantization_config(quantization, group):
         'nf4': {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'load_in_8bit': False,
                 'bnb_4bit_quant_type': 'nf4', 'bnb_4bit_use_double_quant': False,
                 'bnb_4bit_compute_dtype': 'bfloat16', 'bnb_4bit_quant_storage': 'uint8'},
-    }[quantization]
+    }
+    return configs[quantization]
 
 
-def _group(made):
-    """Give how many columns of a shape share a scale."""
+def _group(made: dict[str, Any]) -> int:
+    """Return the number of columns per scale."""
     return math.gcd(GROUP, made['hidden_size'], made['intermediate_size'])
 
 # The sixteen values of the nf4 data type: quantiles of a normal distribution, scaled to -1 to 1
@@ -160,18 +168,18 @@ _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-def config(shape: str, quantization: str = 'none') -> dict:
+def config(shape: str, quantization: str = 'none') -> dict[str, Any]:
     """
-    Give the ``config.json`` of a shape.
+    Return the ``config.json`` of a shape.
 
-    :raises ValueError: an unknown shape or quantisation; the message lists those there are.
+    :raises ValueError: the shape or the quantisation is unknown; the message lists the known ones.
     """
     for what, value, known in (('shape', shape, SHAPES),
                                ('quantisation', quantization, QUANTIZATIONS)):
         if value not in known:
-            raise ValueError(f'unknown {what} {value!r}: there are {", ".join(known)}')
+            raise ValueError(f'unknown {what} {value!r}: allowed are {", ".join(known)}')
     half = 'float16' if quantization in ('gptq', 'awq', 'w4a16') else 'bfloat16'
-    made = {**_COMMON, **SHAPES[shape], 'torch_dtype': half}
+    made: dict[str, Any] = {**_COMMON, **SHAPES[shape], 'torch_dtype': half}
     if quantization != 'none':
         made['quantization_config'] = _quantization_config(quantization, _group(made))
     return made
@@ -182,21 +190,21 @@ _ITEM_BYTES = {'U8': 1, 'I8': 1, 'F8_E4M3': 1, 'F16': 2, 'BF16': 2, 'I64': 8}
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor: its name, its type as safetensors says it, its shape, and what is in it."""
+    """A tensor: its name, safetensors dtype, shape and content."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    fill: str                       # ones normal words or the part of a quantised matrix
+    fill: str                       # ones, normal, words, or a part of a quantised matrix
 
     @property
     def bytes(self) -> int:
-        """The stored size."""
+        """The stored size in bytes."""
         return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
 
 
-def specs(made: dict) -> Iterator[Spec]:
-    """Give every tensor that a folder with this ``config.json`` holds."""
+def specs(made: dict[str, Any]) -> Iterator[Spec]:
+    """Yield all tensors of a folder with this ``config.json``."""
     half = {'float16': 'F16', 'bfloat16': 'BF16'}[made['torch_dtype']]
     quantized = made.get('quantization_config', {})
     method = quantized.get('format') or quantized.get('quant_method', 'none')
@@ -233,15 +241,15 @@ def specs(made: dict) -> Iterator[Spec]:
 
 def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0) -> None:
     """
-    Write a folder whose weights the engine makes on the device, from the shapes.
+    Write a folder that describes the weights; the engine creates them on the device.
 
-    :param quantization: of `DESCRIBED`.
-    :raises ValueError: an unknown shape, a quantisation that needs real weights, or a folder with
-        a model that was not made here.
+    :param quantization: one of `DESCRIBED`.
+    :raises ValueError: the shape is unknown, the quantisation needs stored weights, or the folder
+        has a model that was not created here.
     """
     made = config(shape, quantization)
     if quantization not in DESCRIBED:
-        raise ValueError(f'{quantization} needs a folder with weights')
+        raise ValueError(f'{quantization} needs stored weights: omit --shapes-only')
     made['physai_decode_random_weights'] = {'seed': seed, 'quantization': quantization}
     header: dict[str, object] = {'__metadata__': {'format': 'pt'}}
     end = 0
@@ -250,7 +258,7 @@ def describe(folder: Path, shape: str, quantization: str = 'none', seed: int = 0
                              'data_offsets': (end, end + spec.bytes)}
         end += spec.bytes
     written = json.dumps(header).encode()
-    _begin(folder, 0)       # the weights are a hole in the file
+    _begin(folder, 0)       # a sparse file takes no space
     with (folder / 'model.safetensors').open('wb') as file:
         file.write(struct.pack('<Q', len(written)) + written)
         file.truncate(file.tell() + end)
@@ -262,11 +270,11 @@ def write(folder: Path, shape: str, quantization: str = 'none', seed: int = 0,
     """
     Write a folder with random weights in safetensors shards.
 
-    ``config.json`` comes last: a folder that has one is complete.
+    ``config.json`` is written last: a folder that has one is complete.
 
-    :raises ValueError: an unknown shape or quantisation, or a folder with a model that was not
-        made here.
-    :raises OSError: too little space; the message gives needed and free bytes.
+    :raises ValueError: the shape or the quantisation is unknown, or the folder has a model that
+        was not created here.
+    :raises OSError: there is too little space; the message has the needed and free bytes.
     """
     from safetensors.torch import save_file
     import torch
@@ -289,7 +297,7 @@ def write(folder: Path, shape: str, quantization: str = 'none', seed: int = 0,
 
 
 def forget(folder: Path) -> None:
-    """Remove a folder that was made here, whole or not; leave any other one."""
+    """Remove a folder that was created here, even if incomplete; leave any other folder."""
     if (folder / MARK).is_file():
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -300,20 +308,21 @@ def _begin(folder, needed_bytes):
              for path in folder.glob(pattern)]
     mark = folder / MARK
     if older and not mark.is_file():
-        raise ValueError(f'{folder} holds a model that is not of random weights made here '
-                         f'({older[0].name}, and no {MARK}): name another folder, or empty it')
+        raise ValueError(f'{folder} has a model that was not created here ({older[0].name}, but '
+                         f'no {MARK}): choose another folder, or empty it')
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free + sum(512 * path.stat().st_blocks for path in older)
     if needed_bytes > free:
-        raise OSError(f'{folder} needs {needed_bytes / 1e9:.1f} GB for the random weights, '
-                      f'{free / 1e9:.1f} GB are free there')
+        raise OSError(f'{folder} needs {needed_bytes / 1e9:.1f} GB for the random weights, but '
+                      f'{free / 1e9:.1f} GB are free: free some space, or choose another folder')
     mark.write_text('Random weights for timing, made by decode_bench, which may overwrite them.\n')
     for path in older:
         path.unlink()
 
 
-def _linear(name, out, rows, half, method, group):
-    """Give the tensors of one matrix [out, rows] in the layout of its quantisation."""
+def _linear(name: str, out: int, rows: int, half: str, method: str,
+            group: int) -> Iterator[Spec]:
+    """Yield the tensors of a matrix [out, rows] in the layout of its quantisation."""
     groups = rows // group
     if method == 'gptq':
         yield Spec(f'{name}.qweight', 'I32', (rows // 8, out), 'words')
@@ -349,12 +358,12 @@ def _linear(name, out, rows, half, method, group):
         yield Spec(f'{name}.weight', half, (out, rows), 'normal')
 
 
-def _nf4_state(out, rows):
+def _nf4_state(out: int, rows: int) -> str:
     return json.dumps({'quant_type': 'nf4', 'blocksize': NF4_BLOCK, 'dtype': 'bfloat16',
                        'shape': [out, rows]})
 
 
-def _shards(all_specs):
+def _shards(all_specs: Iterable[Spec]) -> Iterator[list[Spec]]:
     shard: list[Spec] = []
     for spec in all_specs:
         if shard and sum(each.bytes for each in shard) + spec.bytes > SHARD_BYTES:
@@ -364,8 +373,8 @@ def _shards(all_specs):
     yield shard
 
 
-def _make(spec, generator):
-    """Make one tensor on the generator's device, give it on the CPU."""
+def _make(spec: Spec, generator: 'torch.Generator') -> 'torch.Tensor':
+    """Create a tensor on the generator's device, and move it to the CPU."""
     import torch
 
     dtype = {'U8': torch.uint8, 'I8': torch.int8, 'F8_E4M3': torch.float8_e4m3fn,
@@ -384,7 +393,7 @@ def _make(spec, generator):
         made = empty.fill_(0x77777777)
     elif spec.fill == 'eights':
         made = empty.fill_(0x88888888 - 2**32)
-    elif spec.fill == 'scales':         # uniform 4-bit values then deviate by about STD
+    elif spec.fill == 'scales':         # gives uniform 4-bit values about the deviation STD
         made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / math.sqrt((16**2 - 1) / 12))
     elif spec.fill == 'int8':
         made = empty.random_(-127, 128, generator=generator)
@@ -397,7 +406,7 @@ def _make(spec, generator):
     elif spec.fill == 'scales of fp4':
         made = torch.empty(spec.shape, device=empty.device).uniform_(
             230, 282, generator=generator).to(dtype)
-    elif spec.fill == 'scale of scales':    # 2.93: the deviation of the numbers E2M1
+    elif spec.fill == 'scale of scales':    # 2.93: the deviation of E2M1 values
         made = empty.fill_(256 * 2.93 / STD)
     elif spec.fill.startswith('shape'):
         made = torch.tensor([int(number) for number in spec.fill.split()[1:]])
@@ -405,7 +414,7 @@ def _make(spec, generator):
         made = torch.arange(len(empty), dtype=dtype) // int(spec.fill.split()[-1])
     elif spec.fill == 'nf4':
         made = torch.tensor(_NF4)
-    elif spec.fill == 'absmax':         # as for the scales
+    elif spec.fill == 'absmax':         # as with scales
         spread = torch.tensor(_NF4).square().mean().sqrt().item()
         made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / spread)
     else:
@@ -413,8 +422,8 @@ def _make(spec, generator):
     return made.cpu()
 
 
-def _finish(folder, made):
-    """Write config.json, and a tokenizer so that the node can load the folder."""
+def _finish(folder: Path, made: dict[str, Any]) -> None:
+    """Write a tokenizer, with which the node can load the folder, and config.json."""
     shutil.copyfile(_BUILTIN / 'tokenizer_config.json', folder / 'tokenizer_config.json')
     (folder / 'tokenizer.json').write_text(_tokenizer(made['vocab_size']))
     (folder / 'config.json').write_text(json.dumps(made, indent=2) + '\n')
@@ -423,14 +432,14 @@ def _finish(folder, made):
 @cache
 def _tokenizer(size: int) -> str:
     """
-    Give the small model's tokenizer with further tokens, each two of its own in one.
+    Extend the embedded model's tokenizer to ``size`` tokens, by pairs of its own tokens.
 
-    No prompt has these, for no merge makes them. A constraint has to mask all of them.
+    No merge creates the new tokens, so no prompt contains them. A constraint has to mask them all.
     """
-    told = json.loads((_BUILTIN / 'tokenizer.json').read_text())
-    vocabulary, draw = told['model']['vocab'], random.Random(0)
-    special = {each['content'] for each in told['added_tokens']}
+    state = json.loads((_BUILTIN / 'tokenizer.json').read_text())
+    vocabulary, draw = state['model']['vocab'], random.Random(0)
+    special = {each['content'] for each in state['added_tokens']}
     parts = [token for token in vocabulary if token not in special]
     while len(vocabulary) < size:
         vocabulary.setdefault(draw.choice(parts) + draw.choice(parts), len(vocabulary))
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(state, ensure_ascii=False)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A table that can be shown as aligned text, as Markdown and as HTML."""
+"""A table, formatted as aligned text, Markdown or HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _MISSING = ('n/a', 'unavailable', 'died', 'not measured')
 
 @dataclass
 class Table:
-    """Rows of texts under a title; ``notes`` are the sentences below it."""
+    """A title, columns, rows of texts, and notes below."""
 
     title: str
     columns: Sequence[str]
@@ -33,7 +33,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Give aligned text; columns of numbers to the right."""
+        """Format as plain text, with columns of numbers aligned to the right."""
         widths = [max(map(len, column)) for column in zip(
             self.columns, *self.rows, strict=True)]
         right = self._right()
@@ -46,7 +46,7 @@ class Table:
         return '\n'.join([*lines, *(fill(note, 99) for note in self.notes), ''])
 
     def markdown(self) -> str:
-        """Give the table as GitHub's Markdown."""
+        """Format as GitHub's Markdown."""
         rule = ['---:' if to_right else '---' for to_right in self._right()]
         lines = [f'## {self.title}', '']
         for row in (self.columns, rule, *self.rows):
@@ -54,10 +54,10 @@ class Table:
         return '\n'.join([*lines, '', *(f'{note}\n' for note in self.notes)])
 
     def html(self) -> str:
-        """Give the table as HTML."""
+        """Format as HTML."""
         kinds = [' class="n"' if to_right else '' for to_right in self._right()]
 
-        def row(values, tag):
+        def row(values: Sequence[str], tag: str) -> str:
             cells = (f'<{tag}{kind}>{escape(value)}</{tag}>' for value, kind in zip(
                 values, kinds, strict=True))
             return f'<tr>{"".join(cells)}</tr>'
@@ -66,7 +66,7 @@ class Table:
         return (f'<h2>{escape(self.title)}</h2>\n<div class="scroll"><table>\n'
                 f'{row(self.columns, "th")}\n{body}\n</table></div>\n{notes}\n')
 
-    def _right(self):
-        """Tell which columns hold numbers, or words for a missing one, and nothing else."""
+    def _right(self) -> list[bool]:
+        """Return which columns contain only numbers and words for missing numbers."""
         return [all(cell in _MISSING or not any(map(str.isalpha, cell)) for cell in column)
                 for column in zip(*self.rows, strict=True)] or [False] * len(self.columns)
