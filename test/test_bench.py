@@ -711,7 +711,7 @@ def test_unknown_shapes_and_formats_are_named(tmp_path):
         synthetic.config('gpt-5')
     with pytest.raises(ValueError, match="unknown quantisation 'int3'"):
         synthetic.config('tiny', 'int3')
-    with pytest.raises(ValueError, match='nf4 needs a folder with weights'):
+    with pytest.raises(ValueError, match='nf4 needs stored weights'):
         synthetic.describe(tmp_path, 'tiny', 'nf4')
 
 
@@ -805,14 +805,14 @@ def test_a_folder_with_another_model_is_left_alone(tmp_path, capsys, name, mode)
     (tmp_path / name).write_text('{}')
     arguments = ['--synthetic', 'tiny', '--write-checkpoint', str(tmp_path), *mode]
     assert bench.main(arguments) == 2
-    assert 'holds a model that is not of random weights' in capsys.readouterr().err
+    assert 'has a model that was not created here' in capsys.readouterr().err
     synthetic.forget(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.shutil, 'disk_usage', lambda folder: type('U', (), {'free': 1}))
-    with pytest.raises(OSError, match='needs 15.2 GB for the random weights, 0.0 GB are free'):
+    with pytest.raises(OSError, match='needs 15.2 GB for the random weights, but 0.0 GB are free'):
         synthetic.write(tmp_path, 'qwen2.5-7b')
     assert not list(tmp_path.iterdir())
 
@@ -932,7 +932,7 @@ def test_a_session_that_died_and_was_then_broken_off_is_told_of_both(runner, mon
     with pytest.raises(KeyboardInterrupt):
         runner.run([case('one')])
     died, broken = report.sessions(runner.run([case('one')])).rows
-    assert 'Segmentation fault' in died[1] and 'broken off' in broken[1]
+    assert 'Segmentation fault' in died[1] and 'interrupted' in broken[1]
 
 
 _PARENT = """
@@ -980,9 +980,9 @@ def test_a_terminated_run_ends_its_session(tmp_path, by):
         line = next(line for line in run.stdout if 'looking for' in line)     # the session's own
         run.send_signal(by)
         assert run.wait(120) == 130, line
-        assert 'goes on from here' in run.stderr.read()
+        assert 'to resume, run' in run.stderr.read()
     path, = (tmp_path / 'sessions').glob('*.json')
-    assert 'broken off with its run' in json.loads(path.read_text())['error']
+    assert 'interrupted with its run' in json.loads(path.read_text())['error']
 
 
 def test_each_context_of_a_case_that_can_not_run_has_its_cell():
@@ -1178,9 +1178,9 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
 
 @pytest.mark.parametrize(('arguments', 'wrong'), [
     (['--contexts', '20'], '--contexts 20'), (['--engines', 'nativ'], 'engine.name'),
-    (['--quantization', 'gptq'], 'is for --synthetic'),
-    (['--paper', '--synthetic', 'tiny', '--quantization', 'gptq'], 'which choose their own'),
-    (['--targets', '--quantization', 'nf4', 'gptq'], 'which choose their own'),
+    (['--quantization', 'gptq'], 'needs --synthetic'),
+    (['--paper', '--synthetic', 'tiny', '--quantization', 'gptq'], 'choose the quantisation'),
+    (['--targets', '--quantization', 'nf4', 'gptq'], 'choose the quantisation'),
     (['--paper', '--model', 'x'], 'for --synthetic SHAPE, not for --model'),
     (['--model', 'x', '--synthetic', 'tiny'], 'exclude each other'),
     (['--ab', 'native', 'native'], 'two different engines'),
@@ -1212,7 +1212,7 @@ def test_a_home_in_a_path_is_expanded(monkeypatch, tmp_path):
 def test_a_folder_of_results_that_can_not_be_made_is_named(out, capsys, tmp_path):
     (tmp_path / 'file').write_text('kept')
     assert bench.main(['--out', str(tmp_path / out)]) == 2
-    assert f'--out {tmp_path / out}: no folder can be made' in capsys.readouterr().err
+    assert f'--out {tmp_path / out}: can not create the folder' in capsys.readouterr().err
     assert (tmp_path / 'file').read_text() == 'kept'
 
 

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-Time the native engine on a CPU in two checkouts of this repository, which take turns.
+Compare the speed of the native engine on a CPU in two checkouts of this repository.
 
-The weights are random, in a named shape. Each engine is a process of its own; they run one after
-the other, round by round, so that what else the machine does meets all alike. Printed are the
-least and the median milliseconds a token and to the first one, the bytes that a step reads, the
-memory that the process holds, and how many times less a token takes than before:
+The weights are random, in a named shape. Each engine has its own process. The engines take turns,
+round by round, so that other load on the machine affects all alike. For each engine, the table has
+the minimum and median time per token and to the first token, the bytes that a step reads, the
+memory of the process, and the speed-up:
 
     python3 tools/before_after.py ../before
     python3 tools/before_after.py ../before --shape qwen2.5-0.5b --engines none:bfloat16 gptq:auto
@@ -37,11 +37,11 @@ import time
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ('none:float32', 'none:bfloat16', 'gptq:auto', 'awq:auto', 'w8a16:bfloat16')
-PAUSE_S = 0.3       # in which the threads of the one that ran before stop to wait for work
+PAUSE_S = 0.3       # lets the threads of the previous engine stop spinning
 
 
 def main() -> int:
-    """Take turns; 0 when everything was measured."""
+    """Run the rounds and print the table; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('before', type=Path, help='the other checkout')
@@ -86,7 +86,7 @@ def _times(found):
 
 
 class _Process:
-    """An engine of one checkout, in its own process."""
+    """An engine of one checkout in its own process."""
 
     def __init__(self, tree, folder, dtype, options):
         self._process = subprocess.Popen(
@@ -120,7 +120,7 @@ class _Process:
 
 
 def _serve(folder, dtype, threads, prompt, steps):
-    """Load an engine, then time a round for each line of the input."""
+    """Load an engine, then time one round per line of input."""
     from physai_decode import checkpoint
     from physai_decode.config import EngineConfig
     from physai_decode.config import SamplingConfig

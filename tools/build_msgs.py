@@ -15,12 +15,12 @@
 """
 `make msgs`: build the interface package with the ROS 2 wheels and install it beside them.
 
-It is installed into the virtual environment of the Python that runs this, where the wheels' own
-message packages lie, so it is found without sourcing anything. Where a ROS 2 distribution is
-installed, use colcon instead, as docs/install.md says.
+The package goes into the virtual environment of the running Python, beside the message packages
+of the wheels, so it needs no sourcing. With a ROS 2 distribution, use colcon instead; see
+docs/install.md.
 
     .venv/bin/python tools/build_msgs.py            build and install
-    .venv/bin/python tools/build_msgs.py --check    only say what is missing; 1 where anything is
+    .venv/bin/python tools/build_msgs.py --check    list what is missing; exit code 1 if any
 """
 
 import os
@@ -34,8 +34,8 @@ import time
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = Path(sys.prefix)
 NAME = 'physai_decode_msgs'
-BUILD = PREFIX / 'build' / NAME         # goes with the environment, whose paths it holds
-# Variable that names the tool for CMake, what CMake looks for by itself, Debian's package.
+BUILD = PREFIX / 'build' / NAME         # in the environment, because it contains its paths
+# Variable with the tool for CMake, name that CMake searches for by default, Debian package.
 TOOLS = (('', ('cmake',), 'cmake'), ('CC', ('cc', 'gcc', 'clang'), 'gcc'),
          ('CXX', ('c++', 'g++', 'clang++'), 'g++'))
 INSTALLED = (
@@ -45,7 +45,7 @@ INSTALLED = (
 
 
 def missing() -> list[str]:
-    """Give the Debian packages of what the build needs and does not find."""
+    """Return the missing Debian packages that the build needs."""
     packages = [package for variable, names, package in TOOLS
                 if not os.environ.get(variable) and not any(map(shutil.which, names))]
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
@@ -54,7 +54,7 @@ def missing() -> list[str]:
 
 
 def remove_installed() -> None:
-    """Remove what an earlier build installed: its messages may be gone from the sources."""
+    """Remove the files of an earlier build, whose messages may no longer exist."""
     for pattern in INSTALLED:
         for path in PREFIX.glob(pattern):
             if path.is_dir():
@@ -65,13 +65,13 @@ def remove_installed() -> None:
 
 def build() -> None:
     """
-    Build and install, from scratch.
+    Build and install from scratch.
 
-    :raises subprocess.CalledProcessError: a step failed; the tool has said why.
+    :raises subprocess.CalledProcessError: a step failed; its tool has printed the reason.
     """
     environment = {
         **os.environ, 'AMENT_PREFIX_PATH': str(PREFIX), 'CMAKE_PREFIX_PATH': str(PREFIX)}
-    environment.pop('PYTHONPATH', None)         # of a ROS distribution that was sourced
+    environment.pop('PYTHONPATH', None)         # of a sourced ROS distribution
     shutil.rmtree(BUILD, ignore_errors=True)
     for command in (
             ['cmake', '-S', ROOT / NAME, '-B', BUILD, '-Wno-dev', '-DCMAKE_BUILD_TYPE=Release',
@@ -86,7 +86,7 @@ def build() -> None:
 
 
 def main() -> int:
-    """Build, or check; returns the exit code."""
+    """Build or check; return the exit code."""
     if sys.prefix == sys.base_prefix:
         print(f'{NAME}: run it with the Python of a virtual environment, as `make msgs` does',
               file=sys.stderr)

@@ -15,11 +15,10 @@
 """
 `make compat`: compile the native engine's kernels with each Triton for each GPU, without a GPU.
 
-Each version of Triton goes into a folder of its own below .venv-compat, where it is found again.
-The table has a column for each compute capability: `yes`, `-` where that Triton does not know the
-chip, `no` where it is known to fail, and `NO` where it fails though it should not. Further
-arguments are versions, such as 3.4; without them all of VERSIONS are tried. It takes an hour on
-two cores; what was compiled before stays in .venv-compat and is not compiled again.
+Each version of Triton is installed into its own folder in .venv-compat and kept there. The table
+has a column per compute capability: `yes`; `-` if that Triton does not support the GPU; `no` for a
+known failure; `NO` for an unexpected one. Arguments select versions, such as 3.4; by default, all
+in VERSIONS run. This takes an hour on two cores. Compiled kernels are kept in .venv-compat.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +32,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / '.venv-compat'
 VERSIONS = ('3.1', '3.2', '3.3', '3.4', '3.5', '3.6', '3.7', '3.8', '3.9')
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
-UNKNOWN = "is not defined for option 'gpu-name'"       # what ptxas says of a chip
-KNOWN_FAILURES = {('3.3', 75)}      # the engine tells it by name, and does without Triton
+UNKNOWN = "is not defined for option 'gpu-name'"       # error of ptxas for an unknown GPU
+KNOWN_FAILURES = {('3.3', 75)}      # the engine reports it and does not use Triton
 TIMEOUT_S = 900
 
 
 def install(version: str) -> Path | None:
-    """Install one version of Triton; None where PyPI has none for this Python."""
+    """Install a version of Triton; return None if PyPI has none for this Python."""
     folder = FOLDER / version
     if not (folder / 'triton').is_dir():
         done = subprocess.run(
@@ -52,7 +51,7 @@ def install(version: str) -> Path | None:
 
 
 def check(folder: Path, capability: int) -> str:
-    """Compile all kernels with one Triton for one capability; the cell of the table."""
+    """Compile all kernels with a Triton for a capability; return the cell of the table."""
     environment = {name: value for name, value in os.environ.items()
                    if name not in ('TRITON_INTERPRET', 'PHYSAI_DECODE_CAPABILITY')}
     environment |= {'PYTHONPATH': f'{folder}:{ROOT}', 'TRITON_CACHE_DIR': str(FOLDER / 'cache'),
@@ -73,7 +72,7 @@ def check(folder: Path, capability: int) -> str:
 
 
 def main() -> int:
-    """Print the table; 1 where kernels do not compile that should."""
+    """Print the table; return 1 after an unexpected failure."""
     versions = sys.argv[1:] or VERSIONS
     heads = [f'{capability / 10}' for capability in CAPABILITIES]
     print(f'| Triton | {" | ".join(heads)} |\n|---|{"---|" * len(heads)}', flush=True)

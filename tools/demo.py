@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-`make demo`: start the node, ask it once, show the stream, the figures and a line of /diagnostics.
+`make demo`: start the node, send a prompt, show the stream and figures, and a /diagnostics line.
 
-It exits with 0 only where the answer was complete and the node ended cleanly. It stays on this
-machine: no other host sees its topics, and it takes a ROS domain of its own unless ROS_DOMAIN_ID
-names one.
+The exit code is 0 only if the answer was complete and the node ended cleanly. The demo stays on
+this machine: other hosts do not see its topics, and it uses its own ROS domain unless
+ROS_DOMAIN_ID is set.
 """
 
 import os
@@ -51,7 +51,7 @@ class Diagnostics:
         self._statuses = {}
 
     def next(self) -> dict[str, dict[str, str]] | None:
-        """Wait up to 1 s for a message: each status with its values, None where none came."""
+        """Wait up to 1 s for a message; return its statuses with their values, or None."""
         self._statuses = None
         until_s = time.monotonic() + 1.0
         while self._statuses is None and time.monotonic() < until_s:
@@ -69,7 +69,7 @@ class Diagnostics:
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
-    """Show a command and start it, with its log in a file, out of the reach of Ctrl-C."""
+    """Print a command and start it in a new session, with its log in a file."""
     print(f'$ {shown(arguments)}    # its log: {log.relative_to(ROOT)}', flush=True)
     log.parent.mkdir(exist_ok=True)
     with log.open('w') as file:
@@ -78,15 +78,15 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
 
 
 def shown(arguments: list[str]) -> str:
-    """Write a command as one would type it in the repository's root."""
+    """Format a command as typed in the root of the repository."""
     return shlex.join(arguments).replace(f'{ROOT}/', '')
 
 
 def wait_until_active(process: subprocess.Popen, diagnostics: Diagnostics) -> None:
     """
-    Wait until the node's engine is idle.
+    Wait until the engine of the node is idle.
 
-    :raises RuntimeError: it ended, failed, or took longer than START_S.
+    :raises RuntimeError: the node ended or failed, or START_S passed.
     """
     start_s = time.monotonic()
     while time.monotonic() < start_s + START_S:
@@ -103,7 +103,7 @@ def wait_until_active(process: subprocess.Popen, diagnostics: Diagnostics) -> No
 
 
 def ask() -> None:
-    """Send the prompt by decode_ask, which prints what comes back."""
+    """Send the prompt with decode_ask, which prints the answer."""
     command = [str(BIN / 'decode_ask'), PROMPT]
     print(f'$ {shown(command)}', flush=True)
     process = subprocess.Popen(command, cwd=ROOT)
@@ -119,7 +119,7 @@ def ask() -> None:
 
 
 def show_diagnostics(diagnostics: Diagnostics) -> None:
-    """Print the bandwidth line of the next message on /diagnostics that knows of the answer."""
+    """Print the bandwidth from the next message on /diagnostics that includes the answer."""
     for _ in range(10):
         statuses = diagnostics.next()
         if statuses and statuses['decode: engine']['tokens'] != '0':
@@ -132,9 +132,9 @@ def show_diagnostics(diagnostics: Diagnostics) -> None:
 
 def end(process: subprocess.Popen) -> None:
     """
-    End the node as Ctrl-C does.
+    Send SIGINT to the node and wait for its end.
 
-    :raises RuntimeError: it did not end by itself, or not with code 0.
+    :raises RuntimeError: the node did not end, or its exit code is not 0.
     """
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
@@ -150,16 +150,16 @@ def end(process: subprocess.Popen) -> None:
 
 def go_on() -> None:
     """
-    Raise KeyboardInterrupt if a signal came.
+    Raise KeyboardInterrupt after a signal.
 
-    Only here: raised from the handler, it could come while a child starts, which is lost then.
+    The handler itself does not raise: during the start of a child, that would lose the child.
     """
     if came:
         raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Run the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
     log = ROOT / 'log' / 'demo_node.log'

@@ -13,14 +13,13 @@
 # limitations under the License.
 
 """
-End the node amid requests, again and again, and count the ends that nobody hears.
+Stop the node during requests, repeatedly, and count the ends of requests that are not published.
 
-Each run starts a node on a scripted engine, sends it 8 requests, among them goals where
-`~/generate` is built, and ends it by SIGTERM once it has said some tokens. Each request's end must
-come on `~/result`, `~/request_stats` and `~/response`, each goal must get its result, and the
-process must be gone within ``--limit`` seconds, with exit code 0. ``--busy`` processes keep the
-cores from it meanwhile. Prints a line for each run in which something was wrong; exit code 1 where
-one was.
+Each run starts a node with a scripted engine, sends it 8 requests, including goals if
+`~/generate` is built, and sends SIGTERM after some tokens. The end of each request must arrive on
+`~/result`, `~/request_stats` and `~/response`, each goal must get its result, and the process must
+end within ``--limit`` seconds with exit code 0. ``--busy`` processes load the cores meanwhile.
+Each failed run prints a line; the exit code is then 1.
 """
 
 import argparse
@@ -61,11 +60,11 @@ sys.exit(main(load=loader))
 PROMPT = 'Bring me the red cup, then close the box and put the book on the kitchen table.'
 
 
-class Ears:
-    """Hears one node, and sends to it."""
+class Client:
+    """Client of one node."""
 
     def __init__(self, name: str) -> None:
-        self._node = rclpy.create_node(f'ears_of_{name}')
+        self._node = rclpy.create_node(f'client_of_{name}')
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._node)
         self.heard: dict[str, list] = {'result': [], 'request_stats': [], 'response': [],
@@ -83,7 +82,7 @@ class Ears:
         self.results: list = []
 
     def ready(self) -> bool:
-        """Tell whether the node is idle, and all its doors and topics are connected."""
+        """Whether the node is idle and all its endpoints are connected."""
         return bool(
             self._request.get_subscription_count() and self._info
             and self._info[-1].status[2].values[0].value == 'idle'
@@ -92,9 +91,9 @@ class Ears:
 
     def ask(self) -> bool:
         """
-        Send all requests; tell whether all goals were answered.
+        Send all requests; return whether all goals were answered.
 
-        Where the node has not discovered the client whole, DDS drops the answer.
+        DDS drops the answer if the node has not completely discovered the client.
         """
         for number in range(REQUESTS - GOALS):
             self._request.publish(String(data=json.dumps({'id': f'r{number}', 'prompt': PROMPT})))
@@ -105,7 +104,7 @@ class Ears:
         return True
 
     def lost(self) -> str:
-        """Say what has not come; empty where all has."""
+        """Return what has not arrived; empty if all has."""
         counts = {topic: len(heard) for topic, heard in self.heard.items() if topic != 'tokens'}
         done = sum(result.done() for result in self.results)
         missing = [f'{REQUESTS - count} of {topic}' for topic, count in counts.items()
@@ -113,7 +112,7 @@ class Ears:
         return ', '.join(missing + ([f'{GOALS - done} results of goals'] if done < GOALS else []))
 
     def wait(self, done, limit_s: float = PATIENCE_S) -> bool:
-        """Serve callbacks until something is so, or the time is over."""
+        """Spin until a condition holds or the time is over."""
         end_s = time.monotonic() + limit_s
         while not done():
             if time.monotonic() > end_s:
@@ -122,33 +121,33 @@ class Ears:
         return True
 
     def close(self) -> None:
-        """Leave ROS."""
+        """Destroy the node of the client."""
         self._node.destroy_node()
 
 
 def run(name: str, limit_s: float) -> tuple[float, str] | None:
     """
-    Give the time from the signal to the end of the process, and what was wrong.
+    Return the time from the signal to the end of the process, and the failures.
 
-    None where the requests could not be placed: that says nothing about the end.
+    None if the requests could not be sent, so that the run is not valid.
     """
-    ears = Ears(name)
+    client = Client(name)
     node = subprocess.Popen([
         sys.executable, '-c', NODE, '--ros-args', '-r', f'__node:={name}', '--log-level', 'fatal',
         '-p', 'diagnostics.period_s:=0.1'])
     try:
-        if not ears.wait(ears.ready):
+        if not client.wait(client.ready):
             return 0.0, 'it did not come up'
-        if not ears.ask():
+        if not client.ask():
             return None
-        if not ears.wait(lambda: len(ears.heard['tokens']) >= TOKENS):
+        if not client.wait(lambda: len(client.heard['tokens']) >= TOKENS):
             return 0.0, 'no tokens came'
         begin_s = time.monotonic()
         node.send_signal(signal.SIGTERM)
-        ears.wait(lambda: node.poll() is not None)
+        client.wait(lambda: node.poll() is not None)
         took_s = time.monotonic() - begin_s
-        ears.wait(lambda: not ears.lost(), HEAR_S)
-        wrong = [f'lost: {lost}'] if (lost := ears.lost()) else []
+        client.wait(lambda: not client.lost(), HEAR_S)
+        wrong = [f'lost: {lost}'] if (lost := client.lost()) else []
         if took_s > limit_s:
             wrong.append(f'it took {took_s:.2f} s')
         if node.returncode:
@@ -157,11 +156,11 @@ def run(name: str, limit_s: float) -> tuple[float, str] | None:
     finally:
         node.kill()
         node.wait()
-        ears.close()
+        client.close()
 
 
 def main() -> int:
-    """Run it."""
+    """Run all and print failures; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n', 1)[0])
     parser.add_argument('--runs', type=int, default=200, help='nodes to end (%(default)s)')
     parser.add_argument('--busy', type=int, default=os.cpu_count(),

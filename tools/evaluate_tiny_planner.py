@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Print how often the embedded model's plan for a held-out command is right, and ten examples.
+Measure the accuracy of the embedded model on held-out commands, and print ten examples.
 
-An answer counts when it is the expected text to the letter, under greedy decoding. By default the
-transformers library decodes in batches; `--engine` asks one of the package's own engines instead.
+An answer is correct if it equals the expected text exactly, with greedy decoding. By default,
+transformers decodes in batches; `--engine` selects one of the package's engines instead.
 """
 
 import argparse
@@ -40,12 +40,12 @@ MAX_NEW_TOKENS = 400
 
 
 def messages(*turns: Turn, system: str = '') -> list[dict[str, str]]:
-    """Return turns as the chat template takes them; the last one is to be answered."""
-    said = [{'role': 'system', 'content': system}] if system else []
+    """Convert turns to messages; the last one has no answer."""
+    result = [{'role': 'system', 'content': system}] if system else []
     for drawn in turns[:-1]:
-        said += [{'role': 'user', 'content': drawn.text},
+        result += [{'role': 'user', 'content': drawn.text},
                  {'role': 'assistant', 'content': drawn.answer}]
-    return [*said, {'role': 'user', 'content': turns[-1].text}]
+    return [*result, {'role': 'user', 'content': turns[-1].text}]
 
 
 def held_out_sets(seed: int, count: int) -> Iterator[tuple[str, list, list[str]]]:
@@ -66,7 +66,7 @@ def held_out_sets(seed: int, count: int) -> Iterator[tuple[str, list, list[str]]
 
 
 class LibraryAnswers:
-    """Greedy answers by the transformers library, a batch at a time."""
+    """Greedy answers of transformers, in batches."""
 
     def __init__(self, folder, device, dtype, batch):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left')
@@ -74,7 +74,7 @@ class LibraryAnswers:
         self.batch = batch
 
     def __call__(self, chats: list) -> list[str]:
-        """Answer every chat; those of like length share a batch."""
+        """Answer all chats; chats of similar length share a batch."""
         order = sorted(range(len(chats)), key=lambda index: len(str(chats[index])))
         answers = [''] * len(chats)
         for start in range(0, len(order), self.batch):
@@ -93,7 +93,7 @@ class LibraryAnswers:
 
 
 class EngineAnswers:
-    """Greedy answers by one of the package's engines, one at a time, as the node has them."""
+    """Greedy answers of one of the package's engines, one at a time, as in the node."""
 
     def __init__(self, folder, device, name):
         sys.path.insert(0, str(ROOT))
@@ -109,7 +109,7 @@ class EngineAnswers:
             checkpoint.inspect(folder), EngineConfig(name=name, device=device)))
 
     def __call__(self, chats: list) -> list[str]:
-        """Answer every chat."""
+        """Answer all chats."""
         return [self._answer(chat) for chat in chats]
 
     def _answer(self, chat):
@@ -129,7 +129,7 @@ class EngineAnswers:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument('folder', type=Path, nargs='?', default=FOLDER)
     parser.add_argument('--count', type=int, default=1000, help='held-out commands')
@@ -145,7 +145,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the figures; the exit code is 1 where the first one is below 98 %."""
+    """Print the figures; return 1 if the first one is below 98 %."""
     args = parse(arguments)
     if args.engine:
         answer = EngineAnswers(args.folder, args.device, args.engine)

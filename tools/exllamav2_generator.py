@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-Time ExLlamaV2's own generator against the engine's way, on one folder of GPTQ or EXL2 weights.
+Compare ExLlamaV2's own generator with the exllamav2 engine, on GPTQ or EXL2 weights.
 
-The engine calls the library's forward pass and keeps the ids on the device; the library's dynamic
-generator is what its documentation proposes. Both decode greedily after the same ids, at the same
-context, with the same attention, on the same GPU, in this one process.
+The engine calls the library's forward pass and keeps the ids on the device. The dynamic generator
+is the API that the library documents. Both decode greedily after the same ids, at the same
+context, with the same attention, on the same GPU, in one process.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from physai_decode.engines.exllamav2 import ExLlamaV2Engine
 from physai_decode.engines.exllamav2.attention import attend_by_groups
 import torch
 
-WARM_UP = 220       # past the library's own graphs, which begin after 205 calls
+WARM_UP = 220       # the library captures its CUDA graphs after 205 calls
 
 
 def by_engine(folder: Path, ids: list[int], steps: int, limit: int) -> list[float]:
-    """Give the seconds from each token to the next by the engine."""
+    """Return the inter-token latencies of the engine in seconds."""
     engine = ExLlamaV2Engine(
         checkpoint.inspect(folder), EngineConfig(max_context=limit), print)
     stamps = []
@@ -53,7 +53,7 @@ def by_engine(folder: Path, ids: list[int], steps: int, limit: int) -> list[floa
 
 
 def by_generator(folder: Path, ids: list[int], steps: int, limit: int) -> list[float]:
-    """Give the seconds from each token to the next by the library's dynamic generator."""
+    """Return the inter-token latencies of the dynamic generator in seconds."""
     from exllamav2 import attn
     from exllamav2 import ExLlamaV2
     from exllamav2 import ExLlamaV2Cache
@@ -78,26 +78,26 @@ def by_generator(folder: Path, ids: list[int], steps: int, limit: int) -> list[f
     stamps = []
     with attention_backends(torch.device('cuda')):
         while generator.num_remaining_jobs():
-            generator.iterate()         # a piece of the prompt at first, then a token each
+            generator.iterate()         # first chunks of the prompt, then one token per call
             stamps.append(time.perf_counter())
     model.unload()
     return gaps(stamps, steps)
 
 
 def gaps(stamps: list[float], steps: int) -> list[float]:
-    """Give the last so many differences."""
+    """Return the last differences."""
     return [late - early for early, late in zip(stamps, stamps[1:])][-steps:]
 
 
 def main(arguments: list[str]) -> int:
-    """Print one line for each way."""
+    """Print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument('folder', type=Path, help='a model with its tokenizer')
     parser.add_argument('--context', type=int, default=2048)
     parser.add_argument('--steps', type=int, default=100)
     args = parser.parse_args(arguments)
     ids = [3 + index % 100 for index in range(args.context - WARM_UP)]
-    # The generator's cache is made of pages of 256 tokens.
+    # The generator's cache has pages of 256 tokens.
     limit = -(-(args.context + args.steps + 1) // 256) * 256
     for name, way in (('engine, forward pass', by_engine), ('dynamic generator', by_generator)):
         times = way(args.folder, ids, args.steps, limit)

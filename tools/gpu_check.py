@@ -15,13 +15,14 @@
 """
 Check the native engine on a CUDA device against transformers in float32.
 
-Small random models of every family, and two layers of Qwen-2.5-7B's width; then quantised weights
-against PyTorch's products of what they unpack to. Printed are, for each: the relative error of
-the logits of a prompt and of a decode step, how far below the reference's best token a chosen one
-ever lay (0: the same tokens), whether the captured step gives the uncaptured one's tokens, and
-whether a seed repeats. The kernels run untuned: that changes their speed alone.
+The models are small and random: one per family, and two layers of Qwen-2.5-7B's width. Quantised
+weights are compared with PyTorch's products of the dequantised weights. For each model, the output
+has the relative error of the logits in prefill and in a decode step; the largest distance of a
+chosen token below the best one of the reference (0: the same tokens); whether captured and
+uncaptured steps give the same tokens; and whether a seed repeats. The kernels run untuned, which
+affects only their speed.
 
-PHYSAI_DECODE_CAPABILITY=8.7 before it checks the path that a Jetson Orin takes.
+Set PHYSAI_DECODE_CAPABILITY=8.7 to check the code path of a Jetson Orin.
 """
 
 import contextlib
@@ -44,8 +45,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 LIMIT = 2e-2
-# Of experts: where two are nearly as likely, bfloat16 takes the other one. The library's own
-# bfloat16 is then up to 0.14 off its float32, in 1 to 10 of 100 places of such a model.
+# With experts: if two are almost equally likely, bfloat16 can route to the other. transformers in
+# bfloat16 then differs from its float32 by up to 0.14, at 1 to 10 % of the positions.
 EXPERTS_LIMIT = 0.2
 TOKENS = 64
 SMALL = {'hidden_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
@@ -82,7 +83,7 @@ MODELS = {
 
 
 def answers(loop, prompt):
-    """Give the greedy answer, the last step's logits, and two answers of one seed."""
+    """Return the greedy answer, the logits of the last step, and two answers of one seed."""
     def ids(**sampling):
         return [i for step in loop.stream(prompt, SamplingConfig(
             max_new_tokens=TOKENS, **sampling)) for i in step.token_ids]
@@ -94,12 +95,12 @@ def answers(loop, prompt):
 
 
 class Even:
-    """A constraint that allows even ids, and after an id no smaller one."""
+    """A constraint that allows even ids in ascending order."""
 
     mask_s, ended = 0.0, False
 
     def __init__(self, size):
-        """Take the ids that there are."""
+        """Set the vocabulary size."""
         self._size, self._least = size, 0
 
     def mask(self):
@@ -116,7 +117,7 @@ class Even:
 
 
 def constrained(loop, prompt):
-    """Give a greedy and a sampled answer of even ids."""
+    """Return a greedy and a sampled answer of even ids."""
     size = loop.engine.footprint.vocab_size
     return [[i for step in loop.stream(prompt, SamplingConfig(
         max_new_tokens=TOKENS, temperature=temperature, top_p=0.9, seed=7), Even(size))
@@ -124,19 +125,19 @@ def constrained(loop, prompt):
 
 
 def error(got, expected):
-    """Give the relative error of one tensor."""
+    """Return the relative error of a tensor."""
     return ((got - expected).norm() / expected.norm()).item()
 
 
 def compare(name, folder, reference, dtype='auto'):
-    """Check one folder; ``reference`` gives float32 logits [tokens, vocab] of ids."""
+    """Check one folder; ``reference`` returns float32 logits [tokens, vocab] of ids."""
     prompt = torch.randint(0, 1000, (100,)).tolist()
     engine = NativeEngine(checkpoint.inspect(Path(folder)), EngineConfig(
         device='cuda', dtype=dtype, max_context=256))
     prefill = engine.prefill_logits(prompt)
     loop = DecodeLoop(engine)
     greedy, logits, first, second = captured = answers(loop, prompt)
-    loop.forget()                       # or it would not feed the same chunk again
+    loop.forget()                       # so that the chunk is fed again
     kept = constrained(loop, prompt)
     loop.forget()
     with engine.trial(captured=False):
@@ -175,7 +176,7 @@ def dense(name, folder):
 
 
 def packed(folder, quantization, dtype):
-    """Check random quantised weights against PyTorch's products of what they unpack to."""
+    """Check random quantised weights against PyTorch's products of the dequantised ones."""
     def reference(engine, ids):
         transformer = engine.transformer
         own, transformer.ops = transformer.ops, TorchOps(on_host=False)
@@ -191,7 +192,7 @@ def packed(folder, quantization, dtype):
 
 
 def main() -> int:
-    """Check everything; 1 where something is wrong."""
+    """Run all checks; return 1 if one fails."""
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     logging.set_verbosity_error()

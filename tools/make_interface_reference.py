@@ -230,24 +230,24 @@ STATUSES = (
 
 
 def table(titles, rows) -> str:
-    """Give a Markdown table."""
+    """Format a Markdown table."""
     lines = [titles, ['---'] * len(titles), *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def message_type(kind) -> str:
-    """Name a message or service type as ROS does."""
+    """Return the ROS name of a message or service type."""
     return f'{kind.__module__.split(".")[0]}/{kind.__name__}'
 
 
 def quality(qos) -> str:
-    """Put a quality of service in words."""
+    """Describe a quality of service."""
     kept = 'latched, ' if qos.durability.name == 'TRANSIENT_LOCAL' else ''
     return f'{qos.reliability.name.lower().replace("_", " ")}, {kept}keep last {qos.depth}'
 
 
 def topics(node) -> list[list[str]]:
-    """Give a row for each topic of the node."""
+    """Return a row for each topic of the node."""
     private = node.get_fully_qualified_name() + '/'
     ends = {end.topic_name.replace(private, '~/'): end
             for end in (*node.publishers, *node.subscriptions)}
@@ -258,7 +258,7 @@ def topics(node) -> list[list[str]]:
 
 
 def services(node) -> list[list[str]]:
-    """Give a row for each service of the node's own."""
+    """Return a row for each service that the node defines."""
     private = node.get_fully_qualified_name() + '/'
     found = [service.srv_name.replace(private, '~/') for service in node.services
              if service.srv_type is Trigger]
@@ -267,7 +267,7 @@ def services(node) -> list[list[str]]:
 
 
 def settings() -> list[list[str]]:
-    """Give a row for each parameter."""
+    """Return a row for each parameter."""
     rows = []
     for name, field in parameters.specs().items():
         meta = field.metadata
@@ -283,7 +283,7 @@ def settings() -> list[list[str]]:
 
 
 def written(value) -> str:
-    """Write a value as in a params file."""
+    """Format a value as in a params file."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -294,16 +294,16 @@ def written(value) -> str:
 
 def described(texts, found) -> None:
     """
-    Compare what is described with what is there.
+    Check that descriptions and names match.
 
-    :raises SystemExit: they differ.
+    :raises SystemExit: a description is missing, or its name does not exist.
     """
     if differ := set(texts) ^ set(found):
         sys.exit(f'described or there, but not both: {", ".join(sorted(differ))}')
 
 
 def page() -> str:
-    """Give the whole page."""
+    """Return the whole page."""
     described(KEYS, {key for _, _, keys, _ in STATUSES for key in keys})
     rclpy.init()
     node = DecodeNode(parameter_overrides=[Parameter('autostart', value=False)],
@@ -350,7 +350,7 @@ def page() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or with --check compare; gives the exit code."""
+    """Write the page, or compare with --check; return the exit code."""
     text = page()
     if '--check' not in arguments:
         PAGE.write_text(text)

@@ -78,7 +78,7 @@ def record(watcher: Watcher) -> list[list[Line]]:
 
 
 def svg(frames: list[list[Line]]) -> str:
-    """Give the recording as an animated picture; rows that never change are in it once."""
+    """Format the recording as an animated SVG; rows that never change occur once."""
     rows = Counter((number, line) for frame in frames for number, line in enumerate(frame))
     steady = {row for row, count in rows.items() if count == len(frames)}
     width, height = COLUMNS * WIDTH + 2 * MARGIN, ROWS * HEIGHT + 2 * MARGIN
@@ -104,7 +104,7 @@ def svg(frames: list[list[Line]]) -> str:
 
 
 def drawn(number: int, line: Line) -> str:
-    """Give a line of the terminal; each piece begins at its own column."""
+    """Format a line of the terminal; each piece begins at its own column."""
     pieces, column = [], 0
     for text, style, _ in line:
         if text.strip():
@@ -116,7 +116,7 @@ def drawn(number: int, line: Line) -> str:
 
 
 def looks(style: Style) -> str:
-    """Give the attributes of a style."""
+    """Return the SVG attributes of a style."""
     found = ''
     if style.color is not None and not style.color.is_default:
         red, green, blue = style.color.get_truecolor(SVG_EXPORT_THEME)
@@ -129,7 +129,7 @@ def looks(style: Style) -> str:
 
 
 def main() -> int:
-    """Record and write; gives the exit code."""
+    """Record and write; return the exit code."""
     os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
     node = start(

@@ -13,13 +13,13 @@
 # limitations under the License.
 
 """
-Measure what the node adds to each token.
+Measure the overhead of the node per token.
 
-A model, the embedded one by default, answers the same prompts three times: the engine alone;
-through the node with a subscriber of ~/tokens in another process; and with a subscriber of all
-four topics of a token. Printed are the time from a token known to the engine until the subscriber
-has it, the time that publishing a token takes the decode thread, and the rates: the engine's, and
-the subscriber's. Clocks are monotonic and shared by the processes of one machine.
+A model, by default the embedded one, answers the same prompts three times: the engine alone; the
+node with a subscriber of ~/tokens in another process; and the node with a subscriber of all four
+topics of a token. The output has the latency from the engine to the subscriber, the time that the
+decode thread takes to publish a token, and the token rates of engine and subscriber. The clock is
+monotonic and common to all processes of a machine.
 """
 
 import argparse
@@ -53,14 +53,14 @@ from std_msgs.msg import Float64
 from std_msgs.msg import String
 
 PATIENCE_S = 120.0
-THREADS = 1             # of the engine: the subscriber needs a core too
+THREADS = 1             # of the engine; the subscriber needs a core too
 PROMPTS = [f'please {verb} the {colour} {thing} to the {place}'
            for verb in ('bring', 'take') for colour in ('red', 'blue', 'green')
            for thing in ('cup', 'box', 'book') for place in ('kitchen', 'office')]
 
 
 class Timed:
-    """An engine that notes when it knew each token, and writes that after each answer."""
+    """An engine that records the time of each token and writes the times after each answer."""
 
     def __init__(self, engine, path: Path) -> None:
         self._engine = engine
@@ -69,16 +69,16 @@ class Timed:
         self.known_s: list[float] = []
 
     def __getattr__(self, name):
-        """Give what else the engine has."""
+        """Return an attribute of the engine."""
         return getattr(self._engine, name)
 
     def first(self, sampling, prompt_ids, constraint=None):
-        """Choose the first token, and note its time."""
+        """Sample the first token and record its time."""
         self._end = len(self.known_s) + sampling.max_new_tokens
         return self._noted(self._engine.first(sampling, prompt_ids, constraint))
 
     def step(self, remaining):
-        """Choose a further token, and note its time."""
+        """Sample the next token and record its time."""
         return self._noted(self._engine.step(remaining))
 
     def _noted(self, choice):
@@ -95,14 +95,14 @@ class Timed:
 
 
 def config_of(arguments) -> DecodeConfig:
-    """Give the settings that the engine runs with, alone and in the node."""
+    """Return the settings of the engine, alone and in the node."""
     return DecodeConfig(model=ModelConfig(path=arguments.model),
                         engine=EngineConfig(cpu_threads=THREADS),
                         sampling=SamplingConfig(max_new_tokens=arguments.tokens))
 
 
 def serve(path: Path, config: DecodeConfig) -> int:
-    """Run the node until a signal; its engine writes when it knew the tokens."""
+    """Run the node until a signal; its engine writes the times of tokens."""
     def load(config, progress):
         loaded = host.load(config, progress)
         return loaded._replace(engine=Timed(loaded.engine, path))
@@ -114,7 +114,7 @@ def serve(path: Path, config: DecodeConfig) -> int:
 
 
 def alone(path: Path, config: DecodeConfig) -> int:
-    """Answer the prompts without the node; write the times between tokens."""
+    """Answer the prompts without the node; write the inter-token latencies."""
     engine, text, _ = host.load(config, lambda line: None)
     itl_s = []
     for prompt in PROMPTS:
@@ -129,7 +129,7 @@ def alone(path: Path, config: DecodeConfig) -> int:
 
 
 class Probe:
-    """Asks the node, and notes when each token arrived."""
+    """Sends prompts and records the time of each token."""
 
     def __init__(self, with_figures: bool) -> None:
         self.node = rclpy.create_node('node_cost')
@@ -153,7 +153,7 @@ class Probe:
         self.prompt = self.node.create_publisher(String, '/decode/prompt', 10)
 
     def ask_all(self) -> None:
-        """Send the prompts one after another, each when the answer before it has arrived."""
+        """Send each prompt after the previous answer has arrived."""
         self.wait(lambda: self.state == 'idle' and self.prompt.get_subscription_count())
         for text in PROMPTS:
             self._sent += 1
@@ -162,7 +162,7 @@ class Probe:
                       and len(self.heard_s) == sum(self.output_tokens))
 
     def wait(self, done) -> None:
-        """Serve callbacks until something is so."""
+        """Spin until a condition holds."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             if time.monotonic() > end_s:
@@ -183,12 +183,12 @@ class Probe:
 
 
 def values(message: DiagnosticArray, index: int = 0) -> dict[str, str]:
-    """Give the values of one status."""
+    """Return the values of one status."""
     return {pair.key: pair.value for pair in message.status[index].values}
 
 
 def through(folder: Path, with_figures: bool, own: list[str]) -> dict[str, list[float]]:
-    """Answer the prompts through a node; give the latencies, times between tokens, publishing."""
+    """Answer the prompts through a node; return latencies, inter-token and publishing times."""
     path = folder / 'known.json'
     process = subprocess.Popen([sys.executable, __file__, '--serve', str(path), *own])
     rclpy.init()
@@ -215,19 +215,19 @@ def through(folder: Path, with_figures: bool, own: list[str]) -> dict[str, list[
 
 
 def differences(times_s: list[float]) -> list[float]:
-    """Give the times between neighbours."""
+    """Return the differences of successive times."""
     return [later - earlier for earlier, later in zip(times_s, times_s[1:])]
 
 
-def told(samples_s: list[float]) -> str:
-    """Write median and 99th percentile in microseconds."""
+def summary(samples_s: list[float]) -> str:
+    """Format median and 99th percentile in microseconds."""
     ordered = sorted(samples_s)
     return (f'median {1e6 * percentile(ordered, 50):6.0f} us, p99 '
             f'{1e6 * percentile(ordered, 99):6.0f} us  ({len(ordered)} tokens)')
 
 
 def cpu() -> str:
-    """Name the processor."""
+    """Return the name of the CPU."""
     for line in Path('/proc/cpuinfo').read_text().splitlines():
         if line.startswith('model name'):
             return line.partition(':')[2].strip()
@@ -256,17 +256,18 @@ def main() -> int:
                        check=True)
         alone_s = json.loads((folder / 'alone.json').read_text())
         rate = 1 / (sum(alone_s) / len(alone_s))
-        print(f'engine alone               {rate:6.0f} tokens/s; between tokens {told(alone_s)}')
+        print(f'engine alone               {rate:6.0f} tokens/s; between tokens '
+              f'{summary(alone_s)}')
         for label, with_figures in (('~/tokens', False), ('all four', True)):
             found = through(folder, with_figures, own)
             mean_s = sum(found['itl_s']) / len(found['itl_s'])
             print(f'\nthrough the node, subscriber of {label}')
             print(f'  rate                     {1 / mean_s:6.0f} tokens/s, '
                   f'{100 / mean_s / rate:.1f} % of the engine alone')
-            print(f'  between tokens heard     {told(found["itl_s"])}')
-            print(f'  engine to subscriber     {told(found["latency_s"])}')
+            print(f'  between tokens heard     {summary(found["itl_s"])}')
+            print(f'  engine to subscriber     {summary(found["latency_s"])}')
             if found['publish_s']:
-                print(f'  publishing with figures  {told(found["publish_s"])}')
+                print(f'  publishing with figures  {summary(found["publish_s"])}')
     return 0
 
 

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-Time this package beside its peers: one machine, one model, one context, each its own way.
+Compare this package with its peers on one machine, model and context.
 
-The engines of this package run by `decode_bench`. A peer runs by the command that its project
+The engines of this package run in `decode_bench`. A peer runs with the command that its project
 documents for decoding at batch 1: vLLM by its Python API in its own environment (`--vllm`),
 llama.cpp by `llama-bench` on its own file of the model (`--llama-bench`, `--gguf`), gpt-fast by
 `generate.py --compile` (`--gpt-fast`, `--gpt-fast-model`). A peer that was not given is left out;
@@ -38,7 +38,7 @@ from tempfile import TemporaryDirectory
 
 from physai_decode.benchmark.table import Table
 
-PATIENCE_S = 3600.0             # for one peer, which may compile
+PATIENCE_S = 3600.0             # limit for one peer, including compilation
 VLLM = """
 import json, sys, time
 import vllm
@@ -63,7 +63,7 @@ print('PEER', json.dumps({'version': vllm.__version__, 'token_ms': [
 
 @dataclass
 class Row:
-    """What one way of decoding took; ``token_ms`` is empty where it failed."""
+    """The result of one decoder; ``token_ms`` is empty if it failed."""
 
     name: str
     version: str
@@ -73,7 +73,7 @@ class Row:
 
 
 def main() -> int:
-    """Time all that was given; 0 if each gave a figure."""
+    """Time all decoders; return 0 if each has a result."""
     options = _parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = ours(options)
@@ -90,11 +90,11 @@ def main() -> int:
 
 
 def ours(options: argparse.Namespace) -> list[Row]:
-    """Time the engines of this package by `decode_bench`."""
+    """Time the engines of this package with `decode_bench`."""
     command = [sys.executable, '-m', 'physai_decode.bench', '--model', options.model,
                '--engines', *options.engines, '--contexts', str(options.context),
                '--steps', str(options.tokens)]
-    with TemporaryDirectory() as out:       # a folder with results would not be measured again
+    with TemporaryDirectory() as out:       # decode_bench skips existing results
         subprocess.run([*command, '--out', out], check=True,
                        timeout=PATIENCE_S * len(options.engines))
         results = json.loads((Path(out) / 'results.json').read_text())['results']
@@ -111,21 +111,21 @@ def ours(options: argparse.Namespace) -> list[Row]:
 
 
 def vllm(options: argparse.Namespace) -> Row:
-    """Time vLLM: the difference of a long and a short answer leaves the prompt out."""
+    """Time vLLM by the difference of a long and a short answer, which excludes prefill."""
     command = [options.vllm, '-c', VLLM, options.model, str(options.context),
                str(options.tokens), str(options.repeats)]
     return _run('vLLM', command, _of_python)
 
 
 def llama_cpp(options: argparse.Namespace) -> Row:
-    """Time llama.cpp at a depth of ``context`` tokens, on its own file of the same model."""
+    """Time llama.cpp at a depth of ``context`` tokens, with a GGUF file of the same model."""
     command = [options.llama_bench, '-m', options.gguf, '-p', '0', '-n', str(options.tokens),
                '-d', str(options.context), '-r', str(options.repeats), '-o', 'json']
     return _run('llama.cpp', command, _of_llama_bench)
 
 
 def gpt_fast(options: argparse.Namespace) -> Row:
-    """Time gpt-fast behind a synthetic prompt of ``context`` tokens."""
+    """Time gpt-fast after a synthetic prompt of ``context`` tokens."""
     command = [sys.executable, str(Path(options.gpt_fast) / 'generate.py'), '--compile',
                '--checkpoint_path', options.gpt_fast_model, '--prompt', str(options.context),
                '--max_new_tokens', str(options.tokens), '--num_samples', str(options.repeats)]
@@ -164,7 +164,7 @@ def _of_gpt_fast(text: str) -> tuple[str, list[float]]:
 
 
 def tabulate(rows: list[Row], context: int) -> Table:
-    """Make the table: the ratio is to the fastest of this package's engines."""
+    """Create the table, with ratios to the fastest engine of this package."""
     known = [median(row.token_ms) for row in rows if row.token_ms]
     table = Table(f'Batch 1 behind {context} tokens',
                   ['decoder', 'version', 'ms per token', 'to the first row'])

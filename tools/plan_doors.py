@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-A node in a process of its own, and a client for each of its doors.
+A node in another process, and a client for each of its endpoints.
 
-A client is there only while it asks: what the node publishes to nobody costs nothing.
+A client exists only while it is measured, as publishing without subscribers costs nothing.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class Node:
     """The node, from its start until `close`."""
 
     def __init__(self, config: DecodeConfig) -> None:
-        """Start it, and wait until its model takes requests."""
+        """Start the node and wait until it accepts requests."""
         with socket.create_server(('127.0.0.1', 0)) as found:
             self.port = found.getsockname()[1]
         self.model = config.model.path
@@ -63,7 +63,7 @@ class Node:
             raise
 
     def close(self) -> None:
-        """End it."""
+        """End the node."""
         self._process.terminate()
         self._process.wait()
 
@@ -81,7 +81,7 @@ class Node:
 
 
 class RosDoor:
-    """A client by ROS, between `open` and `close`."""
+    """A ROS client, between `open` and `close`."""
 
     name = ''
 
@@ -89,7 +89,7 @@ class RosDoor:
         self.plan = Plan()
 
     def open(self) -> None:
-        """Make what the client needs, and wait until the node knows it."""
+        """Create the client and wait until the node discovers it."""
         rclpy.init()
         self.node = rclpy.create_node('plan_times')
         self._executor = SingleThreadedExecutor()
@@ -97,24 +97,24 @@ class RosDoor:
         self.begin()
 
     def begin(self) -> None:
-        """Make what the door needs."""
+        """Create the endpoints."""
 
     def send(self, prompt: str, form: dict[str, Any], limit: int) -> None:
-        """Ask."""
+        """Send the request."""
 
     def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int) -> Plan:
-        """Have the node answer a prompt."""
+        """Send a prompt and wait for the answer."""
         self.plan = Plan(kind)
         self.send(prompt, form, limit)
         self.wait(lambda: 'whole plan' in self.plan.marks)
         return self.plan
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Serve callbacks until something is so."""
+        """Spin until a condition holds."""
         waited(done, self.name, lambda: self._executor.spin_once(0.05))
 
     def close(self) -> None:
-        """Leave."""
+        """Destroy the client."""
         self._executor.shutdown()
         self.node.destroy_node()
         rclpy.shutdown()
@@ -149,7 +149,7 @@ class Action(RosDoor):
     name = 'action'
 
     def begin(self) -> None:
-        """Make a client."""
+        """Create an action client."""
         self._client = ActionClient(
             self.node, Generate, '/decode/generate', feedback_sub_qos_profile=stream_qos())
         self.wait(self._client.server_is_ready)
@@ -170,7 +170,7 @@ class Action(RosDoor):
 
 
 class Http:
-    """A stream of /v1/chat/completions, in whose text the client finds the actions itself."""
+    """A stream of /v1/chat/completions; the client finds the actions in its text."""
 
     name = 'HTTP'
 
@@ -179,11 +179,11 @@ class Http:
         self._connection = HTTPConnection('127.0.0.1', node.port, timeout=PATIENCE_S)
 
     def open(self) -> None:
-        """Connect, for several requests."""
+        """Open a connection for several requests."""
         self._connection.connect()
 
     def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int) -> Plan:
-        """Have the node answer a prompt."""
+        """Send a prompt and wait for the answer."""
         plan = Plan('free')
         self._connection.request('POST', '/v1/chat/completions', json.dumps({
             'model': self._model, 'messages': [{'role': 'user', 'content': prompt}],
@@ -208,7 +208,7 @@ DOORS = [Topic, *([Action] if Generate else []), Http]
 
 
 def waited(done: Callable[[], bool], what: str, meanwhile: Callable[[], None]) -> None:
-    """Wait until something is so, or end with an error that names what did not come."""
+    """Wait until a condition holds, or raise an error that names it."""
     end_s = time.monotonic() + PATIENCE_S
     while not done():
         if time.monotonic() > end_s:

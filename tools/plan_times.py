@@ -13,17 +13,16 @@
 # limitations under the License.
 
 """
-Time one plan, free and constrained: to the first token, to the first action, to the whole.
+Time a plan, free and constrained, to the first token, the first action and the end.
 
-The engine answers alone, in this process, and through each door of a node in another process, in
-blocks that take turns. All times are a client's own, from before it asks. Only a constrained
-answer is published element by element, and not by HTTP; elsewhere the client finds the first
-action in the text. Another command is asked for before each, so that only what all prompts begin
-with is in the cache. Printed are medians, as a Markdown table.
+The engine runs alone in this process, and behind each endpoint of a node in another process, in
+alternating blocks. A client measures all times, from before it sends the request. Only constrained
+answers are published element by element, and not over HTTP; otherwise the client finds the first
+action in the text. A different command precedes each request, so that only the common prefix of
+the prompts is cached. The output is a Markdown table of medians.
 
-With --shape the engine alone answers, on random weights of that shape, and ROS is not needed. Such
-a model writes no plan by itself: its free answer is text, timed up to as many tokens as the
-constrained one has.
+With --shape, only the engine runs, with random weights of that shape and without ROS. Such a model
+writes no plan by itself: its free answer is text of as many tokens as the constrained one has.
 """
 
 import argparse
@@ -63,7 +62,7 @@ TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
 
 
 class Plan:
-    """When the parts of one answer came, in milliseconds from its making on."""
+    """The times of the parts of an answer, in milliseconds from its creation."""
 
     def __init__(self, kind: str = '') -> None:
         self._begin_s = time.monotonic()
@@ -71,18 +70,18 @@ class Plan:
         self.marks: dict[str, float] = {}
 
     def token(self, text: str) -> None:
-        """Take a piece of text."""
+        """Add a piece of text."""
         self.mark('first token')
         if self._items and self._items.feed(text):
             self.mark('first action')
 
     def mark(self, what: str) -> None:
-        """Note the time of what came for the first time."""
+        """Record the time of a mark, once."""
         self.marks.setdefault(what, 1e3 * (time.monotonic() - self._begin_s))
 
 
 class Alone:
-    """The engine with its decode loop and tokenizer, without queue, threads and messages."""
+    """The engine with decode loop and tokenizer, without queue, threads and messages."""
 
     name = 'the engine alone'
 
@@ -93,10 +92,10 @@ class Alone:
         self.tokens: dict[str, int] = {}        # of the last answer, up to each mark
 
     def open(self) -> None:
-        """Have nothing to open."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Have nothing to close."""
+        """Do nothing."""
 
     def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int) -> Plan:
         """
@@ -126,7 +125,7 @@ class Alone:
         return plan
 
     def text(self, prompt: str, tokens: dict[str, int]) -> Plan:
-        """Say whatever comes, and mark where so many tokens were there."""
+        """Write free text, and mark its last counted token."""
         plan, count = Plan(), 0
         for step in self._steps(prompt, tokens['whole plan']):
             count += len(step.token_ids)
@@ -146,17 +145,17 @@ class Alone:
 
 
 class Table:
-    """The times of each way and kind, and their medians as rows."""
+    """The times of each endpoint and kind of answer, and their medians as rows."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
 
     def add(self, way: str, kind: str, plan: Plan) -> None:
-        """Take one answer's times."""
+        """Add the times of an answer."""
         self._found[way, kind].append(plan.marks)
 
     def show(self) -> None:
-        """Print it."""
+        """Print the table."""
         print(f'| | | {" | ".join(TITLES)} |\n|{"---|" * (2 + len(TITLES))}')
         for (way, kind), plans in self._found.items():
             cells = [f'{median(plan[title] for plan in plans):.2f}'
@@ -185,7 +184,7 @@ def main() -> int:
 
 
 def plans(arguments: argparse.Namespace) -> int:
-    """Have a model write plans, alone and behind each door of a node."""
+    """Time plans of a model, alone and behind each endpoint of a node."""
     from plan_doors import DOORS
     from plan_doors import Node
 
@@ -218,7 +217,7 @@ def plans(arguments: argparse.Namespace) -> int:
 
 
 def random_plans(arguments: argparse.Namespace) -> int:
-    """Have random weights write plans of some actions, and as much text."""
+    """Time plans of random weights, and free text of the same length."""
     table = Table()
     with TemporaryDirectory() as folder, ExitStack() as undo:
         synthetic.describe(Path(folder), arguments.shape, arguments.quantization)
@@ -243,7 +242,7 @@ def random_plans(arguments: argparse.Namespace) -> int:
 
 
 def head(alone: Alone, model: str, rounds: int) -> None:
-    """Say what is measured, and where."""
+    """Describe the measurement and the machine."""
     print(f'{alone.device}, {len(os.sched_getaffinity(0))} cores, Python '
           f'{platform.python_version()}, {model}, medians of {rounds}, ms\n', flush=True)
 

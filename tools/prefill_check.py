@@ -15,10 +15,10 @@
 """
 Check prompts in captured chunks on a CUDA device against `Transformer.prefill` in float32.
 
-Small random models of every family, dense and GPTQ, in either half precision; chunks that fill
-their size and chunks that do not, behind a cached prefix and over a window. Whatever is written is
-poisoned first. Printed are the relative errors of the last logits and of the cache, and beside
-them those of `Transformer.prefill` in the same precision: the two should be alike.
+The models are small and random: all families, dense and GPTQ, in both half precisions. Chunks are
+full and partial, after a cached prefix and across a sliding window. All outputs are poisoned
+first. The output has the relative errors of the last logits and of the cache, and those of
+`Transformer.prefill` in the same precision for comparison.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -60,7 +60,7 @@ MODELS = {
 
 
 def check(name: str) -> tuple[bool, str]:
-    """Check one model; gives whether it is right, and a line."""
+    """Check one model; return whether it passes, and a line of output."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return _check(name)
@@ -132,13 +132,13 @@ def _check(name):
 
 
 def error(got, expected):
-    """Give the relative error; a NaN is infinite."""
+    """Return the relative error; infinite for NaN."""
     found = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
     return found if found == found else float('inf')
 
 
 def main() -> int:
-    """Check everything; 1 where something is wrong."""
+    """Run all checks; return 1 if one fails."""
     with ProcessPoolExecutor(len(MODELS), multiprocessing.get_context('spawn')) as pool:
         good = []
         for right, line in pool.map(check, MODELS):

@@ -15,9 +15,9 @@
 """
 Quantise the embedded model to 4 bits with GPTQModel: the checkpoints that the GPTQ tests read.
 
-It needs an environment of its own (pip install torch==2.13.0 gptqmodel==7.6.0) and no GPU. Each
-checkpoint is then held against the library's own dequantised weights and its own logits, and what
-was observed goes into the README.md beside it. The tokenizer stays with the embedded model.
+This needs a separate environment (pip install torch==2.13.0 gptqmodel==7.6.0) and no GPU. Each
+checkpoint is compared with the library's dequantised weights and logits, and the results go into
+the README.md beside it. The tokenizer stays with the embedded model.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import shutil
 import sys
 import tempfile
 
-# The library's loader wants two threads, also where the machine would give one.
+# The library's loader needs two threads, even on a machine with one core.
 os.environ.setdefault('GPTQMODEL_CPU_WORKERS', '2')
 
 from evaluate_tiny_planner import FOLDER
@@ -48,7 +48,7 @@ SETTINGS = {
         'bits': 4, 'group_size': 128, 'sym': True, 'desc_act': False, 'format': 'gptq'},
     'tiny_planner_gptq_v2': {
         'bits': 4, 'group_size': 32, 'sym': False, 'desc_act': True, 'format': 'gptq_v2'}}
-# What of the library's settings says how the tensors are to be read.
+# The settings of the library that determine the layout of the tensors.
 KEPT = ('bits', 'group_size', 'sym', 'desc_act', 'format', 'checkpoint_format', 'quant_method',
         'lm_head', 'pack_dtype')
 README = """\
@@ -72,7 +72,7 @@ Licence: Apache-2.0, as the model's.
 
 
 def calibration() -> list[str]:
-    """Draw conversations of the training side, as the model reads them."""
+    """Draw conversations of the training set, formatted for the model."""
     tokenizer, rng = AutoTokenizer.from_pretrained(FOLDER), Random('quantize')
     texts = []
     for _ in range(CONVERSATIONS):
@@ -96,16 +96,16 @@ def quantize(folder: Path, settings: dict, texts: list[str]) -> None:
         model.save(scratch)
         shutil.copyfile(Path(scratch, 'model.safetensors'), folder / 'model.safetensors')
         config = json.loads(Path(scratch, 'config.json').read_text())
-    said = config['quantization_config']
+    saved = config['quantization_config']
     config['quantization_config'] = {
-        **{key: said[key] for key in KEPT if key in said},
-        'meta': {'quantizer': said['meta']['quantizer']}}
+        **{key: saved[key] for key in KEPT if key in saved},
+        'meta': {'quantizer': saved['meta']['quantizer']}}
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     shutil.copyfile(FOLDER / 'generation_config.json', folder / 'generation_config.json')
 
 
 def compare(folder: Path, text: str) -> dict[str, float]:
-    """Hold the native engine against the library's kernel on one checkpoint."""
+    """Compare the native engine with the library's kernel on one checkpoint."""
     from gptqmodel import BACKEND
     from gptqmodel import GPTQModel
     from physai_decode.checkpoint import inspect
@@ -142,7 +142,7 @@ def compare(folder: Path, text: str) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the checkpoints and say what was observed."""
+    """Create the checkpoints and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument('folder', type=Path, nargs='?', default=DATA)
     args = parser.parse_args(arguments)
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
     from gptqmodel import __version__
 
     texts, target = calibration(), args.folder.resolve()
-    # The library leaves its logs where it is run.
+    # The library writes its logs into the working directory.
     os.chdir(tempfile.mkdtemp())
     for name, settings in SETTINGS.items():
         folder = target / name

