@@ -56,7 +56,7 @@ class Diagnostics:
         until_s = time.monotonic() + 1.0
         while self._statuses is None and time.monotonic() < until_s:
             rclpy.spin_once(self._node, timeout_sec=0.1)
-            go_on()
+            raise_on_signal()
         return self._statuses
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ def ask() -> None:
     try:
         while process.poll() is None and time.monotonic() < until_s:
             time.sleep(0.05)
-            go_on()
+            raise_on_signal()
     finally:
         process.kill()
     if process.wait():
@@ -148,7 +148,7 @@ def end(process: subprocess.Popen) -> None:
         raise RuntimeError(f'the node ended with code {process.returncode}')
 
 
-def go_on() -> None:
+def raise_on_signal() -> None:
     """
     Raise KeyboardInterrupt after a signal.
 

@@ -302,7 +302,7 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _begin(folder, needed_bytes):
+def _begin(folder: Path, needed_bytes: int) -> None:
     """Mark a folder and empty it of an older model, its config.json first."""
     older = [path for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json')
              for path in folder.glob(pattern)]
