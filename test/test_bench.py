@@ -225,7 +225,7 @@ def test_an_engine_that_ends_early_is_an_error():
 
 
 def test_a_context_too_short_for_the_steps_is_an_error():
-    with pytest.raises(ValueError, match='no room for 5 [+] 30'):
+    with pytest.raises(ValueError, match='too short for 5 [+] 30'):
         session.measure(FakeEngine(), 36, 5, 30, PEAK)
 
 
@@ -523,7 +523,7 @@ def test_engine_settings_are_read():
     ('native:cuda_graph=perhaps', 'expected true or false'),
     ('native:cpu_threads=two', 'expected a int'), ('native:name=x', "no engine setting 'name'"),
     ('native:cpu_threads=-1', 'engine.cpu_threads'),
-    ('native:max_context=64', 'give it to --contexts')])
+    ('native:max_context=64', 'set --contexts')])
 def test_wrong_engine_settings_are_named(text, said):
     with pytest.raises(ConfigError, match=said):
         parse_engine(text, EngineConfig())
@@ -1181,7 +1181,7 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
     (['--quantization', 'gptq'], 'needs --synthetic'),
     (['--paper', '--synthetic', 'tiny', '--quantization', 'gptq'], 'choose the quantisation'),
     (['--targets', '--quantization', 'nf4', 'gptq'], 'choose the quantisation'),
-    (['--paper', '--model', 'x'], 'for --synthetic SHAPE, not for --model'),
+    (['--paper', '--model', 'x'], 'need --synthetic SHAPE instead of --model'),
     (['--model', 'x', '--synthetic', 'tiny'], 'exclude each other'),
     (['--ab', 'native', 'native'], 'two different engines'),
     *((['--peak-gb-s', value], f'--peak-gb-s {value}: allowed are 0 to')
