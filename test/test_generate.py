@@ -508,7 +508,7 @@ def sampled(**values):
 
 @needs_msgs
 @pytest.mark.parametrize(('goal', 'message'), [
-    (lambda: Generate.Goal(), 'one of prompt (a string), messages'),
+    (lambda: Generate.Goal(), r'one of prompt \(a string\), messages'),
     (lambda: Generate.Goal(prompt='x', messages_json='[]'), 'prompt and messages were given'),
     (lambda: Generate.Goal(messages_json='[}'), 'messages_json is not valid JSON'),
     (lambda: Generate.Goal(messages_json='{}'), 'messages is {}'),

@@ -349,7 +349,7 @@ def test_a_number_format_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda which: (7, 5))
     monkeypatch.setattr(device, 'describe', lambda which: ('an old GPU', ''))
-    with pytest.raises(EngineError, match='an old GPU does not have'):
+    with pytest.raises(EngineError, match='an old GPU does not support'):
         device.select(EngineConfig(device='cuda', dtype='bfloat16'))
     assert device.select(EngineConfig(device='cuda'))[1] == torch.float16
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda which: (8, 7))
