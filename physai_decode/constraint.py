@@ -210,6 +210,7 @@ class Constraint:
         self._matcher, self._bytes = matcher, (size + 7) // 8
         self._ends = [(id_, id_ >> 3, 1 << (id_ & 7)) for id_ in end_ids]
         self._end_ids = frozenset(end_ids)
+        self._nothing, self._last_byte = bytes(self._bytes), 0xff >> -size % 8
         self._end_taken = False
         self.mask_s = 0.0
 
@@ -221,7 +222,7 @@ class Constraint:
     @property
     def ended(self) -> bool:
         """Whether the answer is complete and only an end token can follow."""
-        return self._end_taken or self.complete and bool(self._matcher.is_stopped())
+        return self._end_taken or bool(self._matcher.is_stopped()) and self.complete
 
     def mask(self) -> bytearray:
         """
@@ -232,14 +233,16 @@ class Constraint:
         :raises ConstraintError: no token is allowed, or a limit of the library was exceeded.
         """
         begin_s = time.perf_counter()
-        bits = bytearray(self._matcher.compute_bitmask())[:self._bytes]
+        bits = bytearray(self._matcher.compute_bitmask())
+        del bits[self._bytes:]
+        bits[-1] &= self._last_byte             # the tokenizer may have more ids than the model
         complete = self.complete
         for _, place, bit in self._ends:
             bits[place] = bits[place] | bit if complete else bits[place] & ~bit
         self.mask_s = time.perf_counter() - begin_s
         if self._matcher.is_error():
             raise self._error()
-        if not any(bits):
+        if bits == self._nothing:
             raise ConstraintError('the constraint can not be enforced any further: no token of '
                                   'the vocabulary can follow')
         return bits

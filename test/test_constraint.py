@@ -311,6 +311,12 @@ def test_an_end_is_allowed_where_the_answer_is_complete_and_nowhere_else(vocabul
         constraint.accept(b)
 
 
+def test_ids_that_the_model_lacks_are_never_allowed(tokenizer):
+    size = tokenizer.get_vocab_size() - 3
+    constraint = Vocabulary(tokenizer, size, (END,)).constraint(Form('regex', '(?s:.)+', 'it'))
+    assert int.from_bytes(constraint.mask(), 'little').bit_length() <= size
+
+
 def test_an_end_token_that_is_text_ends_nothing_before(tokenizer):
     """Where the end is a token of the text, it is an end alone."""
     a = tokenizer.token_to_id('a')
