@@ -90,6 +90,7 @@ class Client:
         self.node.destroy_node()
 
 
+@pytest.mark.slow
 def test_each_client_gets_its_own(rig):
     clients = [Client(rig, name) for name in 'abcd']
     try:

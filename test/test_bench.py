@@ -472,6 +472,7 @@ def test_samplings_are_told_beside_the_greedy_one(monkeypatch):
     assert report.samplings([done(case(), [0.001, 0.002], (64, 128))]).rows == []
 
 
+@pytest.mark.slow
 def test_a_schema_is_timed_for_the_models_own_tokens(tmp_path):
     """Random weights have a tokenizer as wide as their shape."""
     pytest.importorskip('torch')
@@ -1253,6 +1254,7 @@ class _Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_a_run_on_the_cpu_writes_the_whole_report(tmp_path, capsys):
     pytest.importorskip('torch')
     arguments = ['--synthetic', 'tiny', '--engines', 'native', 'transformers', 'exllamav2',

@@ -76,6 +76,7 @@ def answered(loop, tokenizer, form, sampling, prompt, thought=None):
         constraint.ended or END in ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('added', [(), OWN], ids=['text', 'tokens'])
 @pytest.mark.parametrize('form', FORMS)
 def test_what_has_to_be_a_call_is_one(loop, form, added):

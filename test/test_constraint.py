@@ -169,6 +169,7 @@ def test_the_table_is_large():
     assert len(SCHEMAS) >= 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [NativeEngine, TransformersEngine])
 def test_every_answer_that_ends_fulfils_its_schema(kind, folder, vocabulary, tokenizer):
     loop = loop_of(kind, folder)

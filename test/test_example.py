@@ -143,6 +143,7 @@ def test_late_tokens(rig, control):
     engine.answer.clear()
 
 
+@pytest.mark.slow
 def test_no_plan_in_time(rig, control):
     """An engine that hangs does not hang the robot."""
     code, log, actions = control('[?', plan_s=10.0)    # a busy machine takes seconds to be heard

@@ -217,6 +217,7 @@ def restore_routers(folder, plain):
     save_file(tensors, path, metadata={'format': 'pt'})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq', 'awq'])
 @pytest.mark.parametrize('few', [True, False])
 def test_prompts_and_steps(tmp_path, kind, few, monkeypatch):

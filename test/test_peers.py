@@ -114,6 +114,7 @@ def test_one_that_fails_is_a_row_with_the_reason(peers, run, monkeypatch):
     assert '| llama.cpp |  | n/a | n/a |' in printed and 'llama.cpp: code 1' in printed
 
 
+@pytest.mark.slow
 def test_own_engines(run):
     """By decode_bench, anew each time."""
     code, rows, _ = run('--engines', 'native')

@@ -85,6 +85,7 @@ def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
     return fed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', [
     'llama_tied', 'llama_biases', 'mistral_window', 'qwen2_window', 'qwen3', 'gemma3_text',
     'gemma3_text_wide', 'phi3_part', 'smollm3', 'granite',
@@ -116,6 +117,7 @@ def test_gptq_of_families_that_differ(tmp_path, family, library, monkeypatch):
     check(tmp_path / 'model', (7, 30), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', [
     random_formats.int8(-1, symmetric=False), random_formats.float8('block'),
     random_formats.packed(8, 32, act_order=True), random_formats.bitsandbytes('nf4', double=True),

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from dataclasses import replace
 from functools import partial
 import math
+from typing import Any
 
 from physai_decode.engines import chip
 from physai_decode.engines import compiler
@@ -122,7 +123,7 @@ class Prefill:
         self._normed = rows(a.hidden_size)
         self._q, self._attended = rows(a.q_size), rows(a.q_size)
         self._hidden = rows(a.intermediate_size)
-        ordered = max((weight.in_features for layer in layers for weight in layer.linears
+        ordered = max((weight.shape[1] for layer in layers for weight in layer.linears
                        if _is_ordered(weight)), default=0)
         self._ordered = rows(ordered)
         self._parts = torch.zeros(self._most_parts(), dtype=torch.float32, device=device)
@@ -131,7 +132,8 @@ class Prefill:
                        for _ in range(SLOTS if unpacked else 0)]
         self._side = torch.cuda.Stream(device) if self._cuda and unpacked else None
         self._turn = 0
-        self._begun, self._free = None, {}
+        self._begun: Any = None             # the event of the chunk's start
+        self._free: dict[int, Any] = {}     # by slot, the event from which it can be filled
         split_rows = max((size * self._splits(size) for size in self.sizes
                           if self._splits(size) > 1), default=0) * a.heads
         self._shares = [torch.zeros(split_rows * width, dtype=torch.float32, device=device)
@@ -145,8 +147,9 @@ class Prefill:
             (torch.zeros(2 + largest, dtype=torch.int64).pin_memory(), torch.cuda.Event())
             for _ in range(UPLOADS)] if self._cuda else []
         # By size, and by whether attention's reading is not shared out: the context is short.
-        self._run = {(size, near): partial(self._chunk, size, near) for size in self.sizes
-                     for near in (False, True) if not near or self._splits(size) > 1}
+        self._run: dict[tuple[int, bool], Callable[[], None]] = {
+            (size, near): partial(self._chunk, size, near) for size in self.sizes
+            for near in (False, True) if not near or self._splits(size) > 1}
         self._finish = self._tail
         if capture:
             self._capture(progress)
@@ -537,7 +540,7 @@ class Prefill:
 
     def _most_unpacked(self):
         """Give the weights that the largest piece has that is unpacked for the library."""
-        return max((self._unpacked_rows(weight) * weight.in_features
+        return max((self._unpacked_rows(weight) * weight.shape[1]
                     for layer in self._t.weights.layers for weight in layer.linears
                     if not isinstance(weight, Dense) and any(
                         not self._choice(weight, tokens, weight is layer.mlp.gate_up).rows
@@ -572,7 +575,8 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
         have.
     """
     n, k = weight.shape
-    packed = isinstance(weight, Int4)
+    group = weight.group_size if isinstance(weight, Int4) else 0
+    packed = bool(group)
     if isinstance(weight, (Scaled, Coded)):
         return LIBRARY
     if not packed and (tokens > 128 or not gated and (
@@ -585,7 +589,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
         layouts, programs = _DENSE[gated + (gated and tokens >= 64)], 1
     for rows, columns, warps, stages in layouts:
         if packed:
-            fits = weight.group_size % columns == 0
+            fits = group % columns == 0
             step = 4 * columns * (rows // 2 + 2 * wide) + 8 * rows
         else:
             fits = k % columns == 0
