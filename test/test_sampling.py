@@ -471,8 +471,16 @@ def test_logits_that_are_no_numbers(kind, name):
         assert native_draw(sampler, plan, random_logits(1), 10) != NO_TOKEN
 
 
+def mask_of(allowed):
+    """Give the mask that allows some ids."""
+    bits = bytearray((VOCAB + 7) // 8)
+    for id_ in allowed.tolist():
+        bits[id_ // 8] |= 1 << id_ % 8
+    return bits
+
+
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')       # of the interpreter
-@pytest.mark.parametrize('name', ['greedy', 'penalty', 'all'])
+@pytest.mark.parametrize('name', ['greedy', 'penalty', 'plain', 'all'])
 def test_a_mask_comes_before_all_other_stages(kind, name):
     sampling = SETTINGS.get(name, SamplingConfig())
     free, plan = begun(kind, sampling)
@@ -482,15 +490,28 @@ def test_a_mask_comes_before_all_other_stages(kind, name):
     for place in range(9, 13):
         logits = random_logits(place)
         allowed = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(place))[:7]
-        bits = bytearray((VOCAB + 7) // 8)
-        for id_ in allowed.tolist():
-            bits[id_ // 8] |= 1 << id_ % 8
         alone = torch.full((VOCAB,), -math.inf).index_copy(0, allowed, logits[allowed])
-        sampler.restrict(bits)
+        sampler.restrict(mask_of(allowed))
         token = native_draw(sampler, masked, logits, place)
         assert token == native_draw(free, plan, alone, place) and token in allowed
-    logits[0 if 0 not in allowed else VOCAB - 1] = math.nan     # of damaged weights, not of a mask
+    for count in (1, 2, VOCAB):
+        assert native_draw(sampler, masked, logits.index_fill(0, allowed, -math.inf), 13) == NO_TOKEN
+        allowed = torch.arange(count)
+        sampler.restrict(mask_of(allowed))
+        alone = torch.full((VOCAB,), -math.inf).index_copy(0, allowed, logits[allowed])
+        assert native_draw(sampler, masked, logits, 13) == native_draw(free, plan, alone, 13)
+    sampler.restrict(mask_of(torch.arange(7)))
+    logits[VOCAB - 1] = math.nan            # of damaged weights, not of a mask
     assert native_draw(sampler, masked, logits, 13) == NO_TOKEN
+
+
+@pytest.mark.parametrize('count', [1, 5, 1024, 9999])
+def test_the_host_draws_the_same_waiting_times_with_numpy(count):
+    mixed = native.mix(torch.arange(count).int(), 0, 0)
+    for seed, place in product((0, 7, 2**31 - 1), (0, 1, 4095)):
+        keys = native.host_keys(seed, place)
+        assert torch.equal(native.host_waiting_times(mixed.numpy(), *keys),
+                           native.waiting_times(mixed, *keys))
 
 
 def test_a_stage_without_a_kernel_is_its_twins():

@@ -38,6 +38,7 @@ from dataclasses import fields
 from dataclasses import replace
 from functools import cached_property
 import math
+from typing import Any
 
 import numpy as np
 from physai_decode.config import SamplingConfig
@@ -52,6 +53,7 @@ GOLDEN, *MIX = (number - 2**64 for number in (
     0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb))
 MULTIPLIERS = (0x7feb352d, 0x846ca68b)                  # of lowbias32 (hash-prospector, Wellons)
 FEW = 4096                          # scores that a CPU sorts sooner than it looks for a border
+SPARSE = 16                         # of so many ids one is allowed: it is sooner gathered
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,12 @@ class HostSampler(Sampler):
         self._sampling = SamplingConfig()
         self._seen_ids = torch.empty(vocab_size, dtype=torch.int64)
         self._seen_count = 0
+        self._bits = self._mask.numpy()
         self._by_byte = self._biases.numpy()
-        self._bias = np.zeros((len(self._mask), 8), np.float32)
+        self._bias = np.zeros((len(self._bits), 8), np.float32)
         self._flat = torch.from_numpy(self._bias).view(-1)[:vocab_size]
         self._allowed = torch.empty(vocab_size)
+        self._mixed_ids = self._mixed.numpy()
 
     def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
               constrained: bool = False) -> Plan:
@@ -246,44 +250,50 @@ class HostSampler(Sampler):
 
     def restrict(self, mask: bytearray) -> None:
         """See `Sampler.restrict`."""
-        np.take(self._by_byte, np.frombuffer(mask, np.uint8), 0, self._bias, 'clip')
+        self._bits = np.frombuffer(mask, np.uint8)
 
     def masked(self, plan: Plan, logits: Tensor) -> tuple[Plan, Tensor]:
-        """See `Sampler.masked`."""
-        if not plan.mask:
+        """See `Sampler.masked`; where few ids are allowed, `kept` drops the others."""
+        if not plan.mask or plan.temperature and self._is_sparse():
             return plan, logits
+        np.take(self._by_byte, self._bits, 0, self._bias, 'clip')
         return plan.unmasked, torch.add(logits, self._flat, out=self._allowed)
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor) -> None:
         """See `Sampler.draw`."""
         place = int(position) + 1
-        chosen = 0
         plan, logits = self.masked(plan, logits)
-        if plan == GREEDY:
-            scores = logits.numpy()
-            chosen = int(scores.argmax())
-            best = float(scores[chosen])            # a NaN counts as the greatest
-        else:
-            best = float(logits.max())
-            if math.isfinite(best):
-                chosen = self._chosen(plan, logits, place)
+        known = logits.numpy()
+        chosen = int(known.argmax())                # a NaN counts as the greatest
+        if not math.isfinite(known[chosen]):
+            chosen = NO_TOKEN
+        elif plan != GREEDY:
+            chosen = self._chosen(plan, logits, place)
         position.fill_(place)
+        history[place] = chosen
+        chosen = max(chosen, 0)
         token.fill_(chosen)
-        history[place] = chosen if math.isfinite(best) else NO_TOKEN
         if plan.repetition_penalty and not self._seen[chosen]:
             self._seen[chosen] = True
             self._seen_ids[self._seen_count] = chosen
             self._seen_count += 1
 
+    def _is_sparse(self):
+        count = int.from_bytes(self._bits, 'little').bit_count()
+        return 0 < SPARSE * count < len(self._allowed)
+
     def _chosen(self, plan, logits, place):
         ids, scores = self.kept(plan, logits)
-        if plan.temperature:
-            mixed = self._mixed if ids is None else self._mixed[ids]
-            scores = scores.softmax(0).div_(
-                waiting_times(mixed, *host_keys(self._sampling.seed, place)))
-        chosen = int(scores.argmax())
-        return chosen if ids is None else int(ids[chosen])
+        drawn = scores
+        if plan.temperature and len(scores) > 1:
+            mixed = self._mixed_ids if ids is None else self._mixed_ids[ids.numpy()]
+            drawn = scores.softmax(0).div_(
+                host_waiting_times(mixed, *host_keys(self._sampling.seed, place)))
+        chosen = int(drawn.numpy().argmax())
+        if plan.mask and scores.numpy()[chosen] == -math.inf:   # then all that are allowed are
+            return NO_TOKEN
+        return chosen if ids is None else int(ids.numpy()[chosen])
 
     def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """See `Sampler.kept`."""
@@ -292,11 +302,14 @@ class HostSampler(Sampler):
             seen = self._seen_ids[:self._seen_count]
             scores = scores.index_copy(
                 0, seen, _penalised(scores[seen], sampling.repetition_penalty))
+        if plan.mask:                               # `masked` left it
+            allowed = np.unpackbits(self._bits, bitorder='little').view(bool).nonzero()[0]
+            ids, scores = torch.from_numpy(allowed), torch.from_numpy(scores.numpy()[allowed])
         if plan.temperature and sampling.temperature != 1:
             scores = scores / max(sampling.temperature, COLDEST)
         if plan.top_k and sampling.top_k < len(scores):
-            ids = most_likely(scores, sampling.top_k)
-            scores = scores[ids]
+            chosen = most_likely(scores, sampling.top_k)
+            ids, scores = chosen if ids is None else ids[chosen], scores[chosen]
         if plan.top_p:
             chosen = nucleus(scores, 1 - sampling.top_p)
             ids, scores = chosen if ids is None else ids[chosen], scores[chosen]
@@ -422,8 +435,8 @@ def host_keys(seed: int, place: int) -> tuple[int, int]:
     return first - (first >> 31 << 32), second - (second >> 31 << 32)
 
 
-def mix(words: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
-    """Hash int32 words with two keys to new ones."""
+def mix(words: Any, first: Tensor | int, second: Tensor | int) -> Any:
+    """Hash int32 words, of torch or NumPy, with two keys to new ones."""
     words = words ^ first
     words ^= _shifted(words, 16)
     words *= MULTIPLIERS[0]
@@ -446,7 +459,17 @@ def waiting_times(mixed: Tensor, first: Tensor | int, second: Tensor | int) -> T
     return uniform.neg_().log1p_().neg_()
 
 
+def host_waiting_times(mixed: np.ndarray, first: int, second: int) -> Tensor:
+    """Do as `waiting_times`, bit for bit; a call of NumPy takes less time than one of torch."""
+    uniform = (mix(mixed, first, second) & 0x7fffffff).astype(np.float32)
+    uniform += 0.5
+    uniform *= 2.0**-31
+    np.minimum(uniform, 1 - 2.0**-24, out=uniform)
+    np.negative(uniform, out=uniform)
+    return torch.from_numpy(uniform).log1p_().neg_()
+
+
 def _shifted(words, count):
     """Shift right without the sign."""
-    width = 8 * words.element_size()
+    width = 8 * words.dtype.itemsize
     return (words >> count) & ((1 << (width - count)) - 1)
