@@ -39,7 +39,7 @@ def tokenizer():
 def test_an_older_one_is_refused(tokenizer, monkeypatch, version):
     """Those of Ubuntu 22.04 and 24.04 are among them; without a template each will do."""
     monkeypatch.setattr(text, 'version', lambda name: version)
-    with pytest.raises(TextError, match=f'jinja2 {version} is .*>=3.1.6.*chat.template to off'):
+    with pytest.raises(TextError, match=f'jinja2 {version}: .*>=3.1.6.*chat.template to off'):
         Text(tokenizer, ChatConfig())
     assert not Text(tokenizer, ChatConfig(template='off')).has_template
 
