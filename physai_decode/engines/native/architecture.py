@@ -38,7 +38,7 @@ class Rotary:
     beyond: tuple[float, ...] = ()             # inverse frequencies in longer contexts
 
     def within(self, context: int) -> 'Rotary':
-        """Give what holds in a context of so many tokens."""
+        """Return what applies in a context of so many tokens."""
         if self.reach and context > self.reach:
             return Rotary(self.beyond, self.scale)
         return Rotary(self.inverse_frequencies, self.scale)
@@ -116,7 +116,7 @@ class Architecture:
     names: Names = Names()
 
     def within(self, context: int) -> 'Architecture':
-        """Give what it is in a context of so many tokens: some turn heads in another way then."""
+        """Return the architecture for a context of so many tokens, which can change rotation."""
         return replace(self, rotaries=tuple(each.within(context) for each in self.rotaries))
 
     @property

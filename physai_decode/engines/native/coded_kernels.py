@@ -45,7 +45,7 @@ _E2M1_LOW, _E2M1_HIGH = (tl.constexpr(
 
 @triton.jit
 def _scale(scales):
-    """Give scales as float32; those of 8 bits by their type: int8 for a float's, uint8 for 2^n."""
+    """Return scales as float32; int8 holds an 8-bit float, and uint8 the exponent of 2."""
     if scales.dtype == tl.float32:
         return scales
     elif scales.dtype == tl.int8:
@@ -90,7 +90,7 @@ def _inputs(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.conste
 
 @triton.jit
 def _decoded(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
-    """Give the numbers of the codes in the low, or HIGH, bits of bytes; of E2M1 over 2^14."""
+    """Return the numbers of the codes in the low, or HIGH, bits of bytes; of E2M1 over 2^14."""
     if E2M1 and HIGH:
         return tl.inline_asm_elementwise(_E2M1_HIGH, '=r,=r,r', [tile], dtype=tl.float16,
                                          is_pure=True, pack=4).to(tl.float32)
@@ -104,7 +104,7 @@ def _decoded(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
 
 @triton.jit
 def _products(tile, low, high, table, v, w, GROUP: tl.constexpr, E2M1: tl.constexpr):
-    """Multiply a tile by both halves of the input, ``v`` and ``w``; gives [ROWS, PARTS]."""
+    """Multiply a tile by both halves of the input, ``v`` and ``w``; returns [ROWS, PARTS]."""
     first = tl.sum(_decoded(tile, table, False, E2M1) * v[None, :, :], 2)
     second = tl.sum(_decoded(tile, table, True, E2M1) * w[None, :, :], 2)
     if GROUP % 32 == 0:

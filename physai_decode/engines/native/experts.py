@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-Several gated MLPs in the place of one: for each token a router takes some of them.
+A mixture of experts: a router selects some gated MLPs for each token.
 
-What those give is added up, each times its share: the router's products by softmax.
+Their results are added up, each times its routing weight: the softmax of the router's logits.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ from physai_decode.engines.native.ops import TorchOps
 import torch
 from torch import Tensor
 
-FEW = 16            # tokens that are run one by one: most experts would have one token or none
+FEW = 16            # tokens up to which each runs alone: most experts would have at most one
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a step works in."""
+    """Scratch buffers of a decode step."""
 
     logits: Tensor          # float32 [experts]
     taken: Taken
@@ -46,9 +46,9 @@ class Room:
 @dataclass(frozen=True)
 class Experts:
     """
-    Their weights; see `Mlp`.
+    The weights of all experts; see `Mlp`.
 
-    ``shared_out``: whether the shares of the experts taken are scaled to add up to 1.
+    ``shared_out``: whether the routing weights of the selected experts are scaled to a sum of 1.
     """
 
     router: Linear
@@ -64,7 +64,7 @@ class Experts:
         yield 'down', self.down, False, False
 
     def room(self, dtype: torch.dtype, device: torch.device) -> Room:
-        """Give what a step works in; all layers of a model may share it."""
+        """Allocate the scratch buffers of a step, which all layers of a model can share."""
         one, count = self.down[0], self.down.taken
         columns = one.padded_features if isinstance(one, Int4) else one.shape[1]
         return Room(
@@ -92,7 +92,7 @@ class Experts:
                                self.activation)
                 ops.joined(room.hidden, self.down, Taken(*each), row)
             return out
-        # Token after token, of one expert after the other.
+        # Sorted by expert, then by token.
         order = ids.flatten().argsort(stable=True)
         counts = ids.flatten().bincount(minlength=self.down.count).tolist()
         for number, places in enumerate(order.split(counts)):

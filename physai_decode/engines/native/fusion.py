@@ -52,7 +52,7 @@ def fuse(parts: list[Stored], paired: bool = False) -> Stored | None:
 
 def in_turn(rows: int, device: torch.device) -> Tensor | None:
     """
-    Give the order in which 8 rows of gate and 8 of up, stacked, take turns, int64 [2 * rows].
+    Return the order in which 8 rows of gate and 8 of up, stacked, take turns, int64 [2 * rows].
 
     :returns: None where such tiles would not be full.
     """
@@ -64,7 +64,7 @@ def in_turn(rows: int, device: torch.device) -> Tensor | None:
 
 
 def densified(part: Stored, dtype: torch.dtype) -> Tensor:
-    """Give the weight [N, K] of a projection dense, its columns as they are in the input."""
+    """Return the weight [N, K] of a projection dense, its columns as they are in the input."""
     if isinstance(part, Dense):
         return part.weight
     weight = part.dequantise(slice(None), dtype)

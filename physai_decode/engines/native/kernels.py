@@ -15,12 +15,13 @@
 """
 The operations of a decode step as Triton kernels; each one's twin is in ``ops``.
 
-At batch 1 a step is bound by the reading of weights, so every kernel is made to keep the memory
-busy: each program owns a few output rows and streams them once; what stands around the product
-(norm, bias, SiLU, residual) happens in registers. Where the chip has it (compute capability 9.0),
-each kernel is launched while the one before ends, does what does not depend on it, and waits for
-its results: "programmatic dependent launch", here ``EARLY``. A kernel lets the next one start only
-after its own main loop, unless it is small: programs that come earlier crowd some processors.
+At batch 1, reading the weights bounds a decode step, so every kernel keeps the memory bus busy:
+each program owns a few output rows and streams them once, and the norm, bias, SiLU and residual
+around the product stay in registers. With programmatic dependent launch (compute capability 9.0
+and newer), here ``EARLY``, each kernel starts while the previous one ends, does the work that does
+not depend on it, and then waits for its results. A kernel lets the next one start only after its
+own main loop, unless it is small: earlier, the next one's blocks pile up on whichever SMs are
+free.
 """
 
 from dataclasses import astuple
@@ -52,7 +53,7 @@ SIDE = tl.constexpr(compiler.LEAST_COLUMNS)
 
 @triton.jit
 def _fetch(addresses):
-    """Bring the cache lines at ``addresses`` to the second-level cache, without waiting."""
+    """Prefetch the cache lines at ``addresses`` into L2, without waiting."""
     tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l',
                               [addresses.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -74,7 +75,7 @@ def _embed(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
 @triton.jit
 def _finish(sums, squares, rows, n, K: tl.constexpr, eps, bias, NORM: tl.constexpr,
             BIAS: tl.constexpr):
-    """Turn the sums of a row's products into the projection: norm, then bias."""
+    """Finish a projection from the sums of its products: apply the norm, then the bias."""
     if NORM:
         sums *= tl.rsqrt(squares / K + eps)
     if BIAS:
@@ -91,7 +92,7 @@ def _store(out, rows, n, values, ADD: tl.constexpr):
 
 @triton.jit
 def _activated(x, GELU: tl.constexpr):
-    """Give SiLU, or GELU by its approximation with tanh, which is a logistic function too."""
+    """Return SiLU, or the tanh approximation of GELU, which is a logistic function too."""
     z = x
     if GELU:
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)     # 2 sqrt(2 / pi)
@@ -110,7 +111,7 @@ def _weights(row, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _vector(x, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load a tile's part of a vector [K] as float32."""
+    """Load the columns of a tile from a vector [K], as float32."""
     if K % COLUMNS == 0:
         return tl.load(x + k + columns).to(tl.float32)
     else:
@@ -134,7 +135,7 @@ def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
 @triton.jit
 def _taken(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
            COLUMNS: tl.constexpr):
-    """Give where in a `Stack` columns from ``k`` on are, and which they are of their weight."""
+    """Return the offsets of columns from ``k`` on in a `Stack`, and those in the weight."""
     if STACK == 0:
         return 0, k
     elif K == SIZE:
@@ -152,9 +153,9 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
     """
     Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
 
-    Of a stack of weights, each with STACK elements, those with the numbers ``ids`` are multiplied:
-    gated, each by a program of its own, to rows of ``out`` that are ``stride`` apart; else side
-    by side, SIZE of the K columns from each.
+    Of a stack of weights with STACK elements each, multiply those at ``ids``. If gated, each has
+    programs of its own, and rows of ``out`` that are ``stride`` apart. Otherwise they are side by
+    side, with SIZE of the K columns from each.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -204,11 +205,11 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
 @triton.jit
 def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """
-    Give nibble NUMBER of int16 ``words`` as KIND.
+    Return nibble NUMBER of int16 ``words`` as KIND.
 
-    With ASSEMBLY two are laid over the mantissas of two halves at once, which need no conversion:
-    they read 128 and the nibble (bfloat16), or 1024 and the nibble (float16). A float16 has room
-    for two nibbles, so that an odd one is not shifted: it reads 1024 and 16 times the nibble.
+    With ASSEMBLY, two nibbles at once go into the mantissas of two 16-bit floats, without a
+    conversion: the result is 128 plus the nibble (bfloat16), or 1024 plus the nibble (float16). A
+    float16 has room for two nibbles, so an odd one needs no shift: 1024 plus 16 times the nibble.
     """
     if ASSEMBLY and KIND == tl.bfloat16:
         OVER: tl.constexpr = 4 * NUMBER
@@ -229,7 +230,7 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
 
 @triton.jit
 def _of(four, NUMBER: tl.constexpr):
-    """Give float16 NUMBER of the four in an int64, as float32."""
+    """Return float16 NUMBER of the four in an int64, as float32."""
     return (four >> (16 * NUMBER)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -239,7 +240,7 @@ def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.con
     """
     Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, SIDE] to [SPLIT, 16, SIDE].
 
-    The zeros come off afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
+    Subtracts the zeros afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
     """
     weights = _matrix(_nibble(words, NUMBER, v.dtype, ASSEMBLY))
     inner = tl.dot(weights, v, input_precision='ieee')
@@ -259,7 +260,7 @@ def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.con
 @triton.jit
 def _matrix(words):
     """
-    Turn fragments [SPLIT, GROUP / 16, 256] to [SPLIT, 16, GROUP]; on the chip nothing moves.
+    Reshape fragments [SPLIT, GROUP / 16, 256] to [SPLIT, 16, GROUP], without moving data.
 
     The columns are in the order in which `_input` gives theirs.
     """
@@ -271,7 +272,7 @@ def _matrix(words):
 @triton.jit
 def _tile(packed, scales, zeros, ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
           STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr):
-    """Load a tile's fragments of the blocks [SPLIT, 1], and their four scales and zeros a row."""
+    """Load a tile's fragments of blocks [SPLIT, 1], with four scales and zeros for each row."""
     inside = block < BLOCKS if BLOCKS % SPLIT else tl.full((SPLIT, 1), True, tl.int1)
     at = tile * SIZE + block
     if STACK:
@@ -295,9 +296,9 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
     """
     Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
 
-    On the matrix units, which take no vector, x stands in all of SIDE columns, in the words'
-    order: [SPLIT, GROUP, SIDE]. COPIED it comes through shared memory, once; else every lane loads
-    what it multiplies, as the order of the dimensions has it.
+    The matrix units need a matrix, so x is repeated in SIDE columns, in the order of the words:
+    [SPLIT, GROUP, SIDE]. If COPIED, it is loaded once, through shared memory. Otherwise every lane
+    loads what it multiplies.
     """
     SPLIT: tl.constexpr = column.shape[0]
     eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
@@ -321,7 +322,7 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
 @triton.jit
 def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl.constexpr,
            COPIED: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, SIDE]."""
+    """Add the products of the blocks [SPLIT, 1] that `_tile` loaded to [SPLIT, 16, SIDE]."""
     column = block * (4 * GROUP)
     v0, total0 = _input(x, sums, column, K, GROUP, COPIED)
     v1, total1 = _input(x, sums, column + GROUP, K, GROUP, COPIED)
@@ -343,11 +344,11 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, shares, out, out_sums, n, s
     """
     Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
-    The blocks are dealt out to SPLIT warps, whose sums are joined at the end. Words go straight to
-    registers, or, with more than one of STAGES, are copied ahead to shared memory. Where registers
-    can hold all words of a tile, these are asked for while the kernel before still runs. ``sums``
-    are those of every 8 of ``x``; gated, the sum of a tile's 8 of ``out`` is left likewise. Of a
-    stack see `_dense`; SIZE and STACK are in blocks.
+    SPLIT warps take turns at the blocks and add up their sums at the end. The words go straight to
+    registers or, with more than one of STAGES, are prefetched to shared memory. If the registers
+    can hold all words of a tile, they are requested while the previous kernel still runs. ``sums``
+    has the sum of every 8 of ``x``; a gated product also writes those of ``out``. For a stack, see
+    `_dense`; SIZE and STACK are in blocks.
     """
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
@@ -475,10 +476,10 @@ def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK
 def _take(logits, ids, shares, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
           TAKEN: tl.constexpr, SHARED_OUT: tl.constexpr, EARLY: tl.constexpr):
     """
-    Write the numbers of the TAKEN largest of COUNT ``logits``, in their order, and their shares.
+    Write the ids of the TAKEN largest of COUNT ``logits``, largest first, and their weights.
 
-    WIDE is COUNT rounded up to a multiple of BLOCK, both powers of two. Where logits are no
-    numbers the numbers stay what they were, and the first share is none.
+    WIDE is COUNT rounded up to a multiple of BLOCK, both powers of two. If logits are NaN, the
+    ids keep their values, and the first weight is NaN.
     """
     if EARLY:
         gdc_wait()
@@ -504,8 +505,8 @@ def _turned(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.c
     """
     Load heads at ``head`` [rows, 1] or scalar, normalise and rotate them.
 
-    ``dims`` is the index over the head's dimensions in ``inside``'s shape; each element is turned
-    together with its partner half a head away.
+    ``dims`` are the indices of the head's dimensions, in the shape of ``inside``. Each element is
+    rotated with its partner half a head away.
     """
     half: tl.constexpr = D // 2
     other = tl.where(dims < half, dims + half, dims - half)
@@ -528,10 +529,10 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
             TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
             LENGTH: tl.constexpr, EARLY: tl.constexpr):
     """
-    Attend over one share of the context for the queries of one key-value head.
+    Attend over one split of the context for the queries of one key-value head.
 
-    The last share, often the shortest, also takes the new token, and writes its key and value to
-    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units take. BETA and
+    The last split, often the shortest, also has the new token, and writes its key and value to
+    the cache. PADDED and DIMS are GROUP and D rounded up to what the matrix units need. BETA and
     LENGTH are those of `Growth`.
     """
     kv_head = tl.program_id(0)
@@ -604,7 +605,7 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
 @triton.jit
 def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
           DIMS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Join BLOCK dimensions of one query head's shares; leave the sums of every 8 too."""
+    """Merge BLOCK dimensions of a query head's splits; also write the sums of every 8."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -623,7 +624,7 @@ def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
 
 @dataclass(frozen=True)
 class Shape:
-    """What a product's kernel is chosen by."""
+    """What the layout of a product's kernel is chosen by."""
 
     n: int
     k: int
@@ -635,9 +636,9 @@ class Shape:
 @dataclass(frozen=True)
 class Choice:
     """
-    How a product's kernel is laid out; ``rows`` and ``columns`` are a tile of the weights.
+    The layout of a product's kernel; ``rows`` and ``columns`` are those of a tile of weights.
 
-    An `Int4` has columns 0: its tiles are as wide as its blocks, one a warp.
+    An `Int4` has columns 0: its tiles are as wide as its blocks, with one block per warp.
     """
 
     rows: int
@@ -670,7 +671,7 @@ if not compiler.PIPELINES:      # these lay products out in shared memory, by wa
 
 @dataclass(frozen=True)
 class Sharing:
-    """How attention is laid out: programs for each of 128 processors or so, warps a program."""
+    """The layout of attention: programs for each 128 or so SMs, and warps per program."""
 
     programs: int
     warps: int
@@ -680,16 +681,16 @@ SHARING_CHOICES = tuple(Sharing(*each) for each in ((2, 1), (4, 1), (1, 4), (2, 
 
 
 class TritonOps(TorchOps):
-    """The step's operations as kernels; same names, arguments and results as `TorchOps`."""
+    """The operations of a decode step as kernels, with the interface of `TorchOps`."""
 
     name = f'triton {triton.__version__}'
 
     def __init__(self, device: torch.device, splits: int | None = None,
                  dtype: torch.dtype | None = None):
         """
-        Take scratch memory.
+        Allocate scratch memory.
 
-        :param splits: how many programs share a head's context.
+        :param splits: the number of programs that split the context of a head.
         :param dtype: see `TorchOps`.
         """
         super().__init__(on_host=False, dtype=dtype)
@@ -804,12 +805,12 @@ class TritonOps(TorchOps):
 
     @classmethod
     def _version(cls):
-        """Name the kernels by what is in their files: the class's, and those of its bases."""
+        """Hash the source files of the kernels: of this class and its bases."""
         files = (Path(getfile(each)) for each in cls.__mro__ if issubclass(each, TritonOps))
         return sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]
 
     def _tune(self, name, shape, chosen, choices, cache, step, progress):
-        """Choose one kernel's layout, where that is not done."""
+        """Choose the layout of one kernel, unless it is known."""
         if shape in chosen:
             return
         kept = cache.get(str(shape))
@@ -828,13 +829,13 @@ class TritonOps(TorchOps):
         chosen[shape] = choice
 
     def _layout(self, weight, gain, gated):
-        """Give the shape of a product, and the layout of its kernel."""
+        """Return the shape of a product, and the layout of its kernel."""
         shape = _shape(weight, gain, gated)
         return shape, self._choices.get(shape) or _choices(shape)[0]
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         shape, choice = self._layout(weight, gain, gated)
-        # A pointer that is not used still has to be one.
+        # Triton requires a valid pointer even for unused arguments.
         ids, shares, whole, joined, each = x, x, weight, 1, 1
         if those is not None:
             ids, shares, whole = those.ids, those.shares, weight.every
@@ -891,7 +892,7 @@ class TritonOps(TorchOps):
         return out
 
     def _sums(self, vector):
-        """Give the place for the sums of every 8 of a vector that a kernel writes."""
+        """Return the buffer for the sums of every 8 elements of a vector that a kernel writes."""
         key = vector.data_ptr()
         self._current.add(key)
         if key not in self._summed:
@@ -902,7 +903,7 @@ class TritonOps(TorchOps):
         return self._summed[key][1]
 
     def _take(self, purpose, count, dtype):
-        """Give scratch memory; all layers use the same."""
+        """Return scratch memory, which all layers share."""
         key = purpose, count, dtype
         if key not in self._scratch:
             self._scratch[key] = torch.empty(count, dtype=dtype, device=self._device)
@@ -921,7 +922,7 @@ def _shape(weight, gain, gated):
 
 
 def _heads(layer):
-    """Give what attention's layout is chosen by."""
+    """Return what the layout of attention is chosen by."""
     return layer.heads, layer.kv_heads, layer.head_dim, layer.window
 
 

@@ -58,7 +58,7 @@ class Dense:
 
     @property
     def kind(self) -> str:
-        """What of the form a kernel's speed depends on."""
+        """The part of the form that the speed of a kernel depends on."""
         return str(self.weight.dtype).removeprefix('torch.')
 
     @property
@@ -67,16 +67,16 @@ class Dense:
         return _bytes(self.weight, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
+        """Return gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
         gate, up = product.chunk(2, -1)
         return gate, up
 
     def rows(self, index: Tensor) -> 'Dense':
-        """Give the weight with other rows, all of them, in the order of ``index`` int64 [N]."""
+        """Return the weight with other rows, all of them, in the order of ``index`` int64 [N]."""
         return Dense(self.weight[index], None if self.bias is None else self.bias[index])
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight; gives [..., N]."""
+        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
         if x.dim() > 1:
             return F.linear(x, self.weight, self.bias)
         if x.dtype != torch.float32:        # torch.mv takes up to three times as long on a CPU
@@ -128,7 +128,7 @@ class Int4:
 
     @property
     def kind(self) -> str:
-        """What of the form a kernel's speed depends on."""
+        """The part of the form that the speed of a kernel depends on."""
         return f'int4-g{self.group_size}'
 
     @property
@@ -137,13 +137,13 @@ class Int4:
         return _bytes(self.packed, self.scales, self.zeros, self.order, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         return _taking_turns(product)
 
     def rows(self, index: Tensor) -> 'Int4':
-        """Give the weight with its rows, of whole tiles, in the order of ``index`` int64 [N]."""
+        """Return the weight with its rows, of whole tiles, in the order of ``index`` int64 [N]."""
         def ordered(values):
-            """Order [tiles, 16, blocks, ...]; gives [tiles, blocks, 16, ...]."""
+            """Order [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
             return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
 
         def by_row(values):
@@ -154,7 +154,7 @@ class Int4:
             zeros=by_row(self.zeros), bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
-        """Unpack some tiles; gives [rows, K] with the columns in the order of their groups."""
+        """Unpack some tiles; returns [rows, K] with the columns in the order of their groups."""
         packed = _rows(self.packed[tiles]).unsqueeze(3)     # [tiles, 16, blocks, 1, group_size]
         shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16)
         nibbles = ((packed >> shifts.unsqueeze(1)) & 0xF).float()
@@ -170,7 +170,7 @@ class Int4:
     def apply(self, x: Tensor,
               dequantise: Callable[['Int4', slice, torch.dtype], Tensor] = dequantise) -> Tensor:
         """
-        Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N].
+        Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; returns [..., N].
 
         :param dequantise: what unpacks a piece, as `dequantise` does.
         """
@@ -222,7 +222,7 @@ class Scaled:
 
     @property
     def kind(self) -> str:
-        """What of the form a kernel's speed depends on."""
+        """The part of the form that the speed of a kernel depends on."""
         return f'{"float8" if self.is_float else "int8"}-g{self.group_size}'
 
     @property
@@ -231,11 +231,11 @@ class Scaled:
         return _bytes(self.values, self.scales, self.zeros, self.order, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         return _taking_turns(product)
 
     def rows(self, index: Tensor) -> 'Scaled':
-        """Give the weight with its rows in the order of ``index`` int64 [N]."""
+        """Return the weight with its rows in the order of ``index`` int64 [N]."""
         def ordered(values):
             return None if values is None else values[index]
 
@@ -245,7 +245,7 @@ class Scaled:
             scales=ordered(self.scales), zeros=ordered(self.zeros), bias=ordered(self.bias))
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Give some rows dense, [rows, K], with the columns in the order of their groups."""
+        """Return some rows dense, [rows, K], with the columns in the order of their groups."""
         def by_column(values):
             return values[rows].repeat_interleave(self.group_size, 1)[:, :self.in_features]
 
@@ -255,7 +255,7 @@ class Scaled:
         return dense.mul_(by_column(self.scales)).to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
+        """Multiply ``x`` [..., K] by the transposed weight, piece by piece; returns [..., N]."""
         if self.order is not None:
             x = x[..., self.order]
         return _by_pieces(self, x)
@@ -297,7 +297,7 @@ class Coded:
 
     @property
     def kind(self) -> str:
-        """What of the form a kernel's speed depends on."""
+        """The part of the form that the speed of a kernel depends on."""
         return f'coded-g{self.group_size}-{str(self.scales.dtype).removeprefix("torch.")}'
 
     @property
@@ -306,11 +306,11 @@ class Coded:
         return _bytes(self.codes, self.scales, self.factors, self.table, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         return _taking_turns(product)
 
     def rows(self, index: Tensor) -> 'Coded':
-        """Give the weight with its rows in the order of ``index`` int64 [N]."""
+        """Return the weight with its rows in the order of ``index`` int64 [N]."""
         scales, kind = self.scales, self.scales.dtype
         return replace(
             self, codes=self.codes[index], factors=self.factors[index],
@@ -318,7 +318,7 @@ class Coded:
             scales[index], bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Give some rows dense, [rows, K]."""
+        """Return some rows dense, [rows, K]."""
         blocks = self.codes[rows].unflatten(1, (-1, CODE_COLUMNS // 2))
         codes = torch.stack((blocks & 0xF, blocks >> 4), 2).flatten(1)[:, :self.in_features]
         scales = self.scales[rows]
@@ -330,7 +330,7 @@ class Coded:
         return numbers.mul_(wide).to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; gives [..., N]."""
+        """Multiply ``x`` [..., K] by the transposed weight, piece by piece; returns [..., N]."""
         return _by_pieces(self, x)
 
 
@@ -377,11 +377,11 @@ class Stack:
         return cls(replace(part, **whole), count, taken)
 
     def __getitem__(self, number: int) -> Stored:
-        """Give one of the weights."""
+        """Return one of the weights."""
         return self._each(lambda tensor: tensor[number])
 
     def copied(self, number: Tensor) -> Stored:
-        """Give a copy of the weight of a number int64 [1], which the host does not read."""
+        """Return a copy of the weight of a number int64 [1], which the host does not read."""
         return self._each(lambda tensor: tensor.index_select(0, number)[0])
 
     def _each(self, part):
@@ -395,7 +395,7 @@ class Stack:
 
     @property
     def kind(self) -> str:
-        """What of the form a kernel's speed depends on."""
+        """The part of the form that the speed of a kernel depends on."""
         return f'{self[0].kind}-{self.taken} of {self.count}'
 
     @property
@@ -406,7 +406,7 @@ class Stack:
 
 def fragments(words: Tensor) -> Tensor:
     """
-    Order the words [..., 16, size] of a tile as a warp holds them; gives [..., 16 * size].
+    Order the words [..., 16, size] of a tile as a warp holds them; returns [..., 16 * size].
 
     Two of the matrix units' operands of 16 rows and 16 columns (PTX ISA, mma.m16n8k16) take 32
     columns: each of the 32 lanes has 8 words of either, which are its columns' in the input one
@@ -444,7 +444,7 @@ def _by_pieces(weight: Scaled | Coded, x: Tensor) -> Tensor:
 
 
 def _tensors(weight: Stored) -> dict[str, Any]:
-    """Give a weight's tensors by their names."""
+    """Return a weight's tensors by their names."""
     found = {each.name: getattr(weight, each.name) for each in fields(weight)}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 

@@ -134,12 +134,12 @@ def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: in
 
 
 def halves(packed: Tensor) -> Tensor:
-    """Split uint8 [N, M] into numbers of 4 bits, the low ones first; gives [N, 2 * M]."""
+    """Split uint8 [N, M] into numbers of 4 bits, the low ones first; returns [N, 2 * M]."""
     return torch.stack((packed & 0xF, packed >> 4), 2).flatten(1)
 
 
 def _kernel_group(size):
-    """Give the largest of the kernels' groups into which one of the checkpoint is split."""
+    """Return the largest of the kernels' groups into which one of the checkpoint is split."""
     for group in reversed(GROUP_SIZES):
         if size % group == 0:
             return group
@@ -161,13 +161,13 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def signed(values: Tensor) -> Tensor:
-    """Give uint8 less 128, as int8."""
+    """Return uint8 less 128, as int8."""
     return (values ^ 0x80).view(torch.int8)
 
 
 def group_order(g_idx: Tensor | None, size: int, columns: int) -> Tensor | None:
     """
-    Give the columns by group, int32 [K], or None where they are in order already.
+    Return the columns by group, int32 [K], or None where they are in order already.
 
     :param g_idx: each column's group, int [K].
     :param size: columns of a group.

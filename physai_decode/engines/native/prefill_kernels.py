@@ -38,7 +38,7 @@ LOWEST = tl.constexpr(-1e30)        # below every score; unlike -inf it can be s
 @triton.jit
 def _placed(columns):
     """
-    Give where an `Int4`'s product wants each column of its input; see `linear.fragments`.
+    Return where an `Int4`'s product wants each column of its input; see `linear.fragments`.
 
     Within 32 columns, lane * 8 + operand * 4 + high * 2 + low goes to
     operand * 16 + high * 8 + lane * 2 + low: where the matrix units take it from.
@@ -166,7 +166,7 @@ def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _share(steps):
-    """Give the first and the end of this program's share of the steps."""
+    """Return the first and the end of this program's share of the steps."""
     each = tl.cdiv(steps, tl.num_programs(1))
     begin = tl.program_id(1) * each
     return begin, tl.minimum(steps, begin + each)
@@ -212,7 +212,7 @@ def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
 
 @triton.jit
 def _gated(result, GELU: tl.constexpr):
-    """Give activation(gate) * up of a tile [rows, tokens]: they take turns every 8 rows."""
+    """Return activation(gate) * up of a tile [rows, tokens]: they take turns every 8 rows."""
     TILES: tl.constexpr = result.shape[0] // 16
     TOKENS: tl.constexpr = result.shape[1]
     result = tl.permute(tl.reshape(result, (TILES, 2, 8, TOKENS)), (0, 2, 3, 1))
@@ -264,7 +264,7 @@ def _whole(w, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
 @triton.jit
 def _point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
            ASSEMBLY: tl.constexpr):
-    """Give what stands for 0 in what `_whole` gives; exact too."""
+    """Return what stands for 0 in what `_whole` gives; exact too."""
     point = tl.full(zero.shape, 8.0, tl.float32)
     if ZEROS:
         point = _of(zero, NUMBER)
@@ -368,7 +368,7 @@ def _unpack(packed, scales, zeros, out, first, rows, k, blocks, GROUP: tl.conste
 @triton.jit
 def _turned(parts, at, stride, bias, column, gain, cos, sin, dims, eps, inside, D: tl.constexpr,
             PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr):
-    """Give both halves of heads at ``at`` of a product, normalised and turned by the angles."""
+    """Return both halves of heads at ``at`` of a product, normalised and turned by the angles."""
     half: tl.constexpr = D // 2
     low = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
     high = _summed(parts, at + half, inside, stride, bias, column + half, PARTS, BIAS)

@@ -232,6 +232,6 @@ class ScaledOps(TritonOps):
 
 
 def _pointers(weight):
-    """Give values, scales and zeros; a pointer that is not used still has to be one."""
+    """Return values, scales and zeros; Triton requires a pointer even if unused."""
     return (weight.values.view(torch.int8), weight.scales,
             weight.scales if weight.zeros is None else weight.zeros)

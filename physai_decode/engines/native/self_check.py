@@ -85,7 +85,7 @@ def _hold(what: str, of_what: str, got: Tensor, wanted: Tensor, limit: float) ->
 def _keys_and_values(t: Transformer, ids: Sequence[int],
                      limit: float) -> list[tuple[Tensor, Tensor]]:
     """
-    Give for each of the first layers float32 [2 * kv_heads, tokens, head_dim].
+    Return for each of the first layers float32 [2 * kv_heads, tokens, head_dim].
 
     And bool [tokens], whether rounding of ``limit`` can not change what experts a token takes.
     """
@@ -129,7 +129,7 @@ def _turned(heads: Tensor, turns: Tensor) -> Tensor:
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Attend over whole [heads, tokens, dim]; gives [tokens, heads * dim]."""
+    """Attend over whole [heads, tokens, dim]; returns [tokens, heads * dim]."""
     shared = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
     back = torch.arange(q.shape[1], device=q.device)
@@ -140,7 +140,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Ten
 
 
 def _mlp(x: Tensor, mlp: Mlp | Experts, limit: float) -> tuple[Tensor, Tensor]:
-    """Give also for each token whether it is clear which experts it takes."""
+    """Return also for each token whether it is clear which experts it takes."""
     if isinstance(mlp, Mlp):
         return (_gated(x, mlp.gate_up, mlp.down, mlp.activation),
                 torch.ones(len(x), dtype=torch.bool, device=x.device))
@@ -165,7 +165,7 @@ def _gated(x: Tensor, gate_up: Linear, down: Linear, activation: str) -> Tensor:
 
 
 def _product(x: Tensor, weight: Linear) -> Tensor:
-    """Multiply float32 [tokens, K] by a weight in float32, in pieces; gives [tokens, N]."""
+    """Multiply float32 [tokens, K] by a weight in float32, in pieces; returns [tokens, N]."""
     if isinstance(weight, Dense):
         product = torch.cat([x @ rows.float().t() for rows in weight.weight.split(PIECE)], -1)
     else:

@@ -38,11 +38,11 @@ class Source(Protocol):
     """Where tensors come from."""
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Give the type and shape of a tensor; None where there is none of this name."""
+        """Return the type and shape of a tensor; None where there is none of this name."""
         ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Give a tensor on the device; integers as they are, floats in the stored dtype."""
+        """Return a tensor on the device; integers as they are, floats in the stored dtype."""
         ...
 
 
@@ -55,12 +55,12 @@ class Files:
         self.used: set[str] = set()
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Give the type and shape of a tensor; None where there is none of this name."""
+        """Return the type and shape of a tensor; None where there is none of this name."""
         return self._entries.get(name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """
-        Give a tensor on the device.
+        Return a tensor on the device.
 
         :raises EngineError: it is not there, has another shape than config.json implies, or its
             file can't be read.
@@ -83,12 +83,12 @@ class Random:
         self._device = device
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Give the type and shape of a tensor; None where none is described."""
+        """Return the type and shape of a tensor; None where none is described."""
         return self._entries.get(name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """
-        Give a tensor: gains 1, other floats normal with deviation 0.02.
+        Return a tensor: gains 1, other floats normal with deviation 0.02.
 
         :raises EngineError: it is not described, or with another shape than config.json implies.
         """

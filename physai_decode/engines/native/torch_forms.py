@@ -42,7 +42,7 @@ PIECE = 256                         # tiles of 16 rows that are packed at a time
 
 
 def has_int4(device: torch.device) -> bool:
-    """Tell whether PyTorch has a product with 4-bit weights on a device, and a fast one."""
+    """Whether PyTorch has a product with 4-bit weights on a device, and a fast one."""
     if device.type == 'cpu':        # others than these go weight by weight
         return (hasattr(torch.ops.aten, '_weight_int4pack_mm_for_cpu')
                 and torch.backends.cpu.get_cpu_capability().startswith('AVX'))
@@ -51,7 +51,7 @@ def has_int4(device: torch.device) -> bool:
 
 
 def has_reordered(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether oneDNN has a product with reordered weights of a format on a device."""
+    """Whether oneDNN has a product with reordered weights of a format on a device."""
     supported = {torch.bfloat16: '_is_mkldnn_bf16_supported',
                  torch.float16: '_is_mkldnn_fp16_supported'}.get(dtype)
     return (supported is not None and device.type == 'cpu'
@@ -77,7 +77,7 @@ class TorchForms:
         self._unpacked = self._left = 0     # bytes of unpacked weights: held, and without room
 
     def layer(self, layer: Layer) -> Layer:
-        """Give the projections of a layer their forms."""
+        """Convert the projections of a layer to the form of the step."""
         mlp = layer.mlp
         if isinstance(mlp, Mlp):
             mlp = replace(mlp, gate_up=self(mlp.gate_up, paired=True), down=self(mlp.down))
@@ -88,7 +88,7 @@ class TorchForms:
 
     def __call__(self, weight: Linear, paired: bool = False, tied: bool = False) -> Linear:
         """
-        Give a projection its form.
+        Convert a projection to the form of the step.
 
         :param paired: it is gate and up: in a quantised one 8 rows of each take turns.
         :param tied: it is an embedding too, which can't do with oneDNN's order: that is a copy.
@@ -119,7 +119,7 @@ class TorchForms:
         return '; other '.join(said)
 
     def _stack(self, stack, paired=False):
-        """Give experts a form; PyTorch's own can not be stacked."""
+        """Convert experts; the forms of PyTorch can not be stacked."""
         if not isinstance(stack.every, Dense):
             size = stack.count * stack.shape[0] * stack.shape[1] * self._dtype.itemsize
             if not self._takes(size):
@@ -165,7 +165,7 @@ def _packed(weight: Int4) -> TorchInt4 | None:
         return None
 
     def by_group(values: Tensor) -> Tensor:
-        """Give [tiles, blocks, 16, 4] as [groups, N]."""
+        """Return [tiles, blocks, 16, 4] as [groups, N]."""
         return values.transpose(1, 2).flatten(2).flatten(0, 1)[:, :columns // size].t().float()
 
     scales = by_group(weight.scales)

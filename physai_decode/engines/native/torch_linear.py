@@ -59,7 +59,7 @@ class Reordered:
                    if each is not None)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
+        """Return gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
         gate, up = product.chunk(2, -1)
         return gate, up
 
@@ -110,13 +110,13 @@ class TorchInt4:
                    if each is not None)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Give gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
         gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
         return gate, up
 
     def apply(self, x: Tensor) -> Tensor:
         """
-        Multiply ``x`` [..., K] by the transposed weight; gives [..., N].
+        Multiply ``x`` [..., K] by the transposed weight; returns [..., N].
 
         A GPU computes in bfloat16, a CPU in the format of ``x``: fast in bfloat16 alone.
         """

@@ -75,7 +75,7 @@ class TuningCache:
             self._known[owner] = {}
 
     def get(self, name: str) -> list[int] | None:
-        """Give the numbers put under ``name``, or None."""
+        """Return the numbers put under ``name``, or None."""
         return self._known[self._owner].get(name)
 
     def put(self, name: str, numbers: list[int]) -> None:

@@ -124,7 +124,7 @@ def load(architecture: Architecture, source: Source, quantized: Quantization | N
 
 def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tuple[str, str]:
     """
-    Give what the names of a network's tensors begin with: those of its trunk and its head.
+    Return what the names of a network's tensors begin with: those of its trunk and its head.
 
     :param entry: gives what there is of a tensor's name; see `Source`.
     """

@@ -18,6 +18,6 @@ from physai_decode.engine import EngineError
 
 
 def unsupported(what: str) -> EngineError:
-    """Give the error that names what is asked for, and the way out."""
+    """Return the error that names what is asked for, and the way out."""
     return EngineError(f'the native engine does not run {what}; '
                        'set engine.name to transformers, which runs every architecture it knows')

@@ -29,7 +29,7 @@ KINDS = ('default', 'linear', 'llama3', 'yarn', 'longrope')
 
 def read(rope: Rope, head_dim: int) -> Rotary:
     """
-    Give the turns of a whole head.
+    Return the turns of a whole head.
 
     :raises EngineError: naming what the native engine does not run.
     """
@@ -40,7 +40,7 @@ def read(rope: Rope, head_dim: int) -> Rotary:
 
 def of_part(rope: Rope, head_dim: int) -> Rotary:
     """
-    Give the turns of the first ``head_dim`` dimensions of a head.
+    Return the turns of the first ``head_dim`` dimensions of a head.
 
     :raises EngineError: naming what the native engine does not run.
     """

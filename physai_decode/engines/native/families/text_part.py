@@ -36,7 +36,7 @@ def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], defa
        tied: bool | None = False,
        **defaults: Any) -> Callable[[Mapping[str, Any]], Architecture]:
     """
-    Give the family of such models.
+    Return the family of such models.
 
     :param families: what reads the nested config, by its ``model_type``.
     :param default: the one that is meant where it has none.
@@ -62,7 +62,7 @@ def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], defa
 
 
 def _one_axis(text):
-    """Give what is to change in a config whose positions have several axes."""
+    """Return what is to change in a config whose positions have several axes."""
     key = 'rope_scaling' if part(text, 'rope_scaling') else 'rope_parameters'
     rope = part(text, key)
     if 'mrope' not in (rope.get('rope_type'), rope.get('type')):

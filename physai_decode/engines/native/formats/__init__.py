@@ -45,7 +45,7 @@ class Format(Protocol):
         ...
 
     def holds(self, source: Source, module: str) -> bool:
-        """Tell whether a module is quantised; others have a weight like any other model's."""
+        """Whether a module is quantised; others have a weight like any other model's."""
         ...
 
     def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
@@ -67,7 +67,7 @@ _FORMATS: dict[str, Callable[[Quantization], Format]] = {
 
 def parse(quantized: Quantization) -> Format:
     """
-    Give the format that a checkpoint says it has.
+    Return the format that a checkpoint says it has.
 
     :raises EngineError: naming what the native engine does not run, and the engine that may.
     """

@@ -172,7 +172,7 @@ def _nested(source, module, state, places) -> Tensor:
 
 
 def _whole(state, key):
-    """Give a whole number above 0 of the JSON."""
+    """Return a whole number above 0 of the JSON."""
     number = state.get(key)
     if type(number) is not int or not 0 < number <= 2**24:
         raise EngineError(f'its quant_state has the {key} {number!r}: download the model again')

@@ -112,7 +112,7 @@ class CompressedTensors:
         return read(source, module, rows, columns, group)
 
     def _of(self, module):
-        """Give the group of a module: its name goes before a pattern, and this before a class."""
+        """Return the group of a module: a name takes precedence over a pattern, then a class."""
         if not any(_fit(name, module) for name in self._ignored):
             fits = [(fit, index) for index, group in enumerate(self._groups)
                     for target in group.targets if (fit := _fit(target, module))]
@@ -186,13 +186,13 @@ def _eight(source, module, rows, columns, group):
 
 
 def _is_whole(source, module):
-    """Tell whether one scale is for a whole tensor."""
+    """Whether one scale is for a whole tensor."""
     entry = source.entry(f'{module}.weight_scale')
     return entry is not None and entry.shape in ((), (1,), (1, 1))
 
 
 def _columns(source, module, columns, group):
-    """Give how many groups of columns a module has, and of how many columns."""
+    """Return how many groups of columns a module has, and of how many columns."""
     entry = source.entry(f'{module}.weight_scale')
     groups = entry.shape[-1] if entry and len(entry.shape) == 2 else 1
     size = -(-columns // max(1, groups))
@@ -203,7 +203,7 @@ def _columns(source, module, columns, group):
 
 
 def _fit(target, module):
-    """Tell how a target names a module: 1 by its name, 2 by a pattern, 3 by its class, 0 not."""
+    """Return how a target matches a module: 1 by name, 2 by pattern, 3 by class, 0 not."""
     if target.startswith('re:'):
         return 2 if re.match(target[3:], module) else 0
     return 1 if target == module else 3 if target in _CLASSES else 0

@@ -76,7 +76,7 @@ class Fp8:
 
 def of_rows(source: Source, name: str, rows: int) -> Tensor:
     """
-    Read scales of a whole tensor, or of each row; gives [rows, 1].
+    Read scales of a whole tensor, or of each row; returns [rows, 1].
 
     :raises EngineError: they are not there, or of another shape.
     """
@@ -91,7 +91,7 @@ def of_rows(source: Source, name: str, rows: int) -> Tensor:
 def of_blocks(source: Source, name: str, rows: int, columns: int, high: int,
               wide: int) -> Tensor:
     """
-    Read scales of blocks of ``high`` rows and ``wide`` columns; gives [rows, groups].
+    Read scales of blocks of ``high`` rows and ``wide`` columns; returns [rows, groups].
 
     :raises EngineError: they are not there, or of another shape.
     """

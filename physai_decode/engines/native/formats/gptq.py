@@ -82,7 +82,7 @@ class Gptq:
             packing.signed(values.t()), scales.t(), packing.signed(zeros.t()), size, g_idx)
 
     def _setting(self, source, module, columns):
-        """Give the bits and the group size of a module: those that its tensors have."""
+        """Return the bits and the group size of a module: those that its tensors have."""
         def shape(end):
             entry = source.entry(f'{module}.{end}')
             return entry.shape[:1] if entry else None

@@ -20,7 +20,7 @@ from physai_decode.engine import EngineError
 
 
 def refusal(what: str, runs: str) -> EngineError:
-    """Give the error that names what is asked for, what is run, and the way out."""
+    """Return the error that names what is asked for, what is run, and the way out."""
     return EngineError(f'the native engine does not run {what} (it runs {runs}); '
                        'set engine.name to transformers')
 
