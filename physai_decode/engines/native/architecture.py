@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The shapes and constants of one transformer, whatever family of models it is from.
+The shapes and constants of one transformer, independent of its model family.
 
-RMSNorm, rotary positions, grouped query attention, a gated MLP or several; what of it differs
-between families is a field. Knows no config and no tensors.
+RMSNorm, rotary embeddings, grouped-query attention, and a gated MLP or a mixture of experts. Each
+difference between families is a field.
 """
 
 from dataclasses import dataclass
@@ -26,19 +26,19 @@ from dataclasses import replace
 @dataclass(frozen=True)
 class Rotary:
     """
-    How the positions of a layer turn its heads.
+    The rotary embedding of a layer.
 
-    Frequencies are those of pairs of dimensions, the first half of those that turn with the
-    second; what is left of a head does not turn.
+    Each frequency rotates a pair of dimensions: one in the first half of the rotated dimensions,
+    and its counterpart in the second. The rest of a head is not rotated.
     """
 
     inverse_frequencies: tuple[float, ...]     # radians per position
     scale: float = 1.0                         # multiplies cosine and sine
-    reach: int = 0                             # tokens of context up to which it is so; 0: any
+    reach: int = 0                             # longest context of these, tokens; 0: any
     beyond: tuple[float, ...] = ()             # inverse frequencies in longer contexts
 
     def within(self, context: int) -> 'Rotary':
-        """Return what applies in a context of so many tokens."""
+        """Return the rotary embedding for a context of ``context`` tokens."""
         if self.reach and context > self.reach:
             return Rotary(self.beyond, self.scale)
         return Rotary(self.inverse_frequencies, self.scale)
@@ -47,41 +47,40 @@ class Rotary:
 @dataclass(frozen=True)
 class Growth:
     """
-    How queries grow with their place: by 1 + beta * log(1 + place // context).
+    The scale of queries by position: 1 + beta * log(1 + position // context).
 
-    The number of tokens seen grows as well, and attention stays as sharp.
+    It keeps attention as sharp as the number of attended tokens grows.
     """
 
-    beta: float = 0.0                          # 0: they do not
+    beta: float = 0.0                          # 0: queries are not scaled
     context: int = 1                           # tokens
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The layers whose MLP is one of experts: for each token a router takes some of them."""
+    """A mixture of experts: its shape, and the layers that have one as their MLP."""
 
     count: int                                 # experts of a layer
-    taken: int                                 # of these for a token
+    top_k: int                                 # experts that a router selects for a token
     size: int                                  # intermediate_size of an expert
-    shared_out: bool                           # whether what those taken count adds up to 1
-    layers: frozenset[int]                     # which they are, from 0
+    normalised: bool                           # whether routing weights are scaled to a sum of 1
+    layers: frozenset[int]                     # indices of these layers, from 0
 
 
 @dataclass(frozen=True)
 class Names:
     """
-    What a family calls its parts; an empty name is of a part that it has not.
+    The names of a family's modules; an empty name marks a module that it does not have.
 
-    ``trunks`` are what the names of all but the head may begin with, and what the head is called
-    then.
+    ``trunks`` are the possible prefixes of all names but the head's, each with the head's name.
     """
 
     trunks: tuple[tuple[str, str], ...] = (('model.', 'lm_head'),)
     qkv: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj')
     gate_up: tuple[str, ...] = ('gate_proj', 'up_proj')
     mlp_norm: str = 'post_attention_layernorm'
-    out_norm: str = ''                         # of what attention adds
-    down_norm: str = ''                        # of what the MLP adds
+    out_norm: str = ''                         # norm of attention's output
+    down_norm: str = ''                        # norm of the MLP's output
 
 
 @dataclass(frozen=True)
@@ -97,31 +96,31 @@ class Architecture:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    tied_head: bool | None                     # None: where the files have no head
-    windows: tuple[int, ...]                   # per layer, tokens seen back; 0: all
+    tied_head: bool | None                     # None: if the files have no head
+    windows: tuple[int, ...]                   # per layer, tokens attended to; 0: all
     rotaries: tuple[Rotary, ...]               # per layer
-    attention_scale: float                     # multiplies the products of queries and keys
+    attention_scale: float                     # multiplies attention scores
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     activation: str = 'silu'                   # of `ops.ACTIVATIONS`
     embedding_scale: float = 1.0               # multiplies embeddings, but not a head tied to them
-    rounded_scale: bool = False                # whether that is in the weights' precision
+    rounded_scale: bool = False                # whether that is rounded to the weights' dtype
     logit_scale: float = 1.0                   # multiplies logits
     growth: Growth = Growth()
     routing: Routing | None = None
-    wide_range: bool = False                   # whether float16 may be too small for activations
-    gain_offset: float = 0.0                   # to be added to the stored gains of norms
+    wide_range: bool = False                   # whether activations may overflow float16
+    gain_offset: float = 0.0                   # added to the stored gains of norms
     names: Names = Names()
 
     def within(self, context: int) -> 'Architecture':
-        """Return the architecture for a context of so many tokens, which can change rotation."""
+        """Return the architecture for a context of ``context`` tokens; see `Rotary`."""
         return replace(self, rotaries=tuple(each.within(context) for each in self.rotaries))
 
     @property
-    def turned(self) -> int:
-        """The first dimensions of a head that turn, in the layers in which any do."""
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head, in the layers with a rotary embedding."""
         return 2 * max(len(each.inverse_frequencies) for each in self.rotaries)
 
     @property

@@ -197,7 +197,7 @@ class _Loader:
         if self._source.entry(f'{prefix}gate_up_proj') is not None:
             def stored(name, *shape):
                 whole = self._float(prefix + name, (count, *shape))
-                return Stack(Dense(whole), count, routing.taken)
+                return Stack(Dense(whole), count, routing.top_k)
 
             gate_up = stored('gate_up_proj', 2 * size, a.hidden_size)
             down = stored('down_proj', a.hidden_size, size)
@@ -206,11 +206,11 @@ class _Loader:
             gate_up = self._stack(prefix, routing, (self._gate_up(each, size) for each in own))
             down = self._stack(prefix, routing, (self._fused(
                 each, [('down_proj', a.hidden_size)], size, False) for each in own))
-        return Experts(router, gate_up, down, routing.shared_out, a.activation)
+        return Experts(router, gate_up, down, routing.normalised, a.activation)
 
     def _stack(self, prefix, routing, parts):
         try:
-            stack = Stack.of(parts, routing.count, routing.taken)
+            stack = Stack.of(parts, routing.count, routing.top_k)
         except ValueError as error:
             raise unsupported(f'{prefix[:-1]} as they are stored: {error}') from None
         if not isinstance(stack.every, (Dense, Int4)):
@@ -227,10 +227,10 @@ class _Loader:
         if len(parts) == 1:
             parts = [(a.names.qkv[0], a.q_size + 2 * a.kv_size)]
         fused = self._fused(prefix, parts, a.hidden_size, a.qkv_bias)
-        if a.turned == a.head_dim:
+        if a.rotary_dim == a.head_dim:
             return fused
         # The first half of a head turns with the second: what does not turn is dealt out to both.
-        half, still = a.turned // 2, (a.head_dim - a.turned) // 2
+        half, still = a.rotary_dim // 2, (a.head_dim - a.rotary_dim) // 2
         first, second, rest, more = torch.arange(a.head_dim, device=self._device).split(
             (half, half, still, still))
         head = torch.cat((first, rest, second, more))

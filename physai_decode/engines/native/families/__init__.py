@@ -13,11 +13,10 @@
 # limitations under the License.
 
 """
-The families of models: one file each, and here which there are.
+The registry of model families; each family is one file.
 
-A family reads a config.json, with what the transformers library takes for a key that is not there,
-and refuses by name what is not run. What it gives are an `Architecture`'s shapes and constants:
-nothing behind it knows families. Knows no tensors.
+A family parses a config.json into an `Architecture`, with the transformers library's default for a
+missing key, and refuses by name what the engine does not run. No other module knows families.
 """
 
 from collections.abc import Callable
@@ -39,15 +38,15 @@ from physai_decode.engines.native.families import smollm3
 from physai_decode.engines.native.families import text_part
 from physai_decode.engines.native.families.refusal import unsupported
 
-# Reads a config. Raises EngineError where it asks for what is not run, and ValueError where it is
-# damaged; both name the key.
+# Parses a config. Raises EngineError if the engine does not run it, and ValueError if a value is
+# invalid; both name the key.
 Family = Callable[[Mapping[str, Any]], Architecture]
-# By model_type.
+# Keyed by model_type.
 FAMILIES: dict[str, Family] = {
     'llama': llama.parse, 'mistral': mistral.parse, 'qwen2': qwen2.parse, 'qwen3': qwen3.parse,
     'gemma3_text': gemma3.parse, 'phi3': phi3.parse, 'smollm3': smollm3.parse,
     'granite': granite.parse, 'ministral3': ministral3.parse, 'qwen3_moe': qwen3_moe.parse}
-# Models that see too, of which the text is run.
+# Vision-language models, whose language model alone is run.
 TEXT_PARTS: dict[str, Family] = {
     'gemma3': text_part.of({'gemma3_text': gemma3.parse}, tied=True),
     'qwen2_5_vl': text_part.of(
@@ -61,9 +60,9 @@ TEXT_PARTS: dict[str, Family] = {
 @parsing('config.json')
 def parse(config: Mapping[str, Any]) -> Architecture:
     """
-    Read a Hugging Face config.json.
+    Parse a Hugging Face config.json.
 
-    :raises EngineError: naming what the native engine does not run, or is damaged.
+    :raises EngineError: the native engine does not run it, or a value is invalid.
     """
     name, known = config.get('model_type'), {**FAMILIES, **TEXT_PARTS}
     if name not in known:

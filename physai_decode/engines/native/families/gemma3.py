@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-Gemma 3, its text alone: norms around each part of a layer, most layers in a window.
+Gemma 3, text only: norms before and after attention and MLP, and mostly sliding windows.
 
-Gains are stored less one. Layers with a window turn heads faster than those that see all.
+Checkpoints store the norms' gains minus 1. Sliding layers have a rotary base of their own.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ from typing import Any
 
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Names
+from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.families import rotary
 from physai_decode.engines.native.families import shared
 from physai_decode.engines.native.families.refusal import unsupported
@@ -47,11 +48,11 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     config = {**_DEFAULTS, **config}
     if config['hidden_activation'] != 'gelu_pytorch_tanh':
         raise unsupported(f'hidden_activation {config["hidden_activation"]!r} '
-                          '(of gemma3 it runs gelu_pytorch_tanh)')
+                          '(it runs gemma3 with gelu_pytorch_tanh)')
     for key in ('attn_logit_softcapping', 'final_logit_softcapping',
                 'use_bidirectional_attention'):
         if config.get(key):
-            raise unsupported(f'{key} {config[key]!r} (of gemma3 it runs those without)')
+            raise unsupported(f'{key} {config[key]!r} (it runs gemma3 without)')
     windows = _windows(config)
     local, whole = (_rotary(config, kind) for kind in ('sliding_attention', 'full_attention'))
     bias = bool(config.get('attention_bias', False))
@@ -63,7 +64,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         gain_offset=1.0, wide_range=True, names=_NAMES)
 
 
-def _windows(config):
+def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     layers, kinds = number(config, 'num_hidden_layers'), config.get('layer_types')
     if kinds is None:
         pattern = number(config, 'sliding_window_pattern')
@@ -72,8 +73,8 @@ def _windows(config):
     return windows_by_kind(kinds, layers, number(config, 'sliding_window'))
 
 
-def _rotary(config, kind):
-    """Read how the layers of a kind turn heads; older configs scale those that see all alone."""
+def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
+    """Read the rotary embedding of a layer type; rope_scaling applies to full attention only."""
     whole = kind == 'full_attention'
     said = {'rope_theta': config['rope_theta' if whole else 'rope_local_base_freq'],
             **part(part(config, 'rope_parameters'), kind),

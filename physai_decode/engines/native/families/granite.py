@@ -15,8 +15,8 @@
 """
 Granite 3: Llama with multipliers.
 
-What each part of a layer adds is multiplied. Norms do not see the size of what they normalise, so
-the residual stream is kept divided by that instead, and their epsilon by its square.
+``residual_multiplier`` scales the output of each attention and MLP. RMSNorm ignores the scale of
+its input, so the residual stream is divided by the multiplier instead, and epsilon by its square.
 """
 
 from collections.abc import Mapping

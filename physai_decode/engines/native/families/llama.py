@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Llama, with biases where its config asks for them."""
+"""Llama, with biases if the config has them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Ministral 3: Mistral whose queries grow with each length of its first context."""
+"""Ministral 3: Mistral whose queries are scaled up beyond the original context."""
 
 from collections.abc import Mapping
 from typing import Any

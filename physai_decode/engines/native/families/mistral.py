@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Mistral: one window for all layers, or none."""
+"""Mistral: one sliding window for all layers, or none."""
 
 from collections.abc import Mapping
 from typing import Any

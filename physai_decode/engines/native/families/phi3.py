@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Phi-3 and Phi-4-mini: projections stored fused, a part of each head turns, longrope."""
+"""Phi-3 and Phi-4-mini: fused projections, partial rotary embeddings, longrope."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Names
+from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.families import rotary
 from physai_decode.engines.native.families import shared
 from physai_decode.engines.native.families.refusal import unsupported
@@ -31,7 +32,7 @@ _DEFAULTS: dict[str, Any] = {
     'num_attention_heads': 32, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 4096,
     'original_max_position_embeddings': 4096, 'sliding_window': None}
 _NAMES = Names(qkv=('qkv_proj',), gate_up=('gate_up_proj',))
-_LONGROPE = {'su': 'longrope', 'yarn': 'longrope'}      # as folders of 2024 call it
+_LONGROPE = {'su': 'longrope', 'yarn': 'longrope'}      # as early checkpoints call it
 
 
 def parse(config: Mapping[str, Any]) -> Architecture:
@@ -44,7 +45,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
                        rotaries=(_rotary(config),) * layers, names=_NAMES)
 
 
-def _rotary(config):
+def _rotary(config: Mapping[str, Any]) -> Rotary:
     said = part(config, 'rope_scaling') or part(config, 'rope_parameters')
     kind = said.get('rope_type') or said.get('type') or 'default'
     rope = Rope({**config, 'rope_parameters': {
@@ -53,10 +54,10 @@ def _rotary(config):
         'rope_type': _LONGROPE.get(kind, kind),
         'original_max_position_embeddings': config['original_max_position_embeddings']}})
     if rope.kind not in ('default', 'longrope'):
-        raise unsupported(f'rope type {rope.kind!r} (of phi3 it runs default, longrope)')
+        raise unsupported(f'rope type {rope.kind!r} (it runs phi3 with default, longrope)')
     head_dim = config.get('head_dim') or number(config, 'hidden_size') // number(
         config, 'num_attention_heads')
-    turned = int(head_dim * rope.partial)
-    if turned % 2 or not turned:
-        raise unsupported(f'heads of which {turned} of {head_dim} dimensions turn')
-    return rotary.of_part(rope, turned)
+    rotary_dim = int(head_dim * rope.partial)
+    if rotary_dim % 2 or not rotary_dim:
+        raise unsupported(f'rotary embeddings of {rotary_dim} dimensions of {head_dim}')
+    return rotary.of_part(rope, rotary_dim)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Qwen2: biases of query, key and value alone; windows from some layer on."""
+"""Qwen2: biases on query, key and value only; sliding windows from one layer on."""
 
 from collections.abc import Mapping
 from typing import Any

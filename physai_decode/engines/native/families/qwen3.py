@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Qwen3: queries and keys normalised, windows as Qwen2 has them."""
+"""Qwen3: normalised queries and keys; sliding windows as in Qwen2."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Qwen3 whose layers have experts, but for those that the config leaves out."""
+"""Qwen3 with experts in all layers but those that the config excludes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,22 +43,22 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     if quantized and ('int4' not in quantized.name or quantized.settings.get('desc_act')):
         raise unsupported(f'experts of {quantized.name}'
                           f'{" with desc_act" * bool(quantized.settings.get("desc_act"))} '
-                          '(it runs unquantised ones, and integers of 4 bits without desc_act)')
+                          '(it runs unquantised experts, and 4-bit integers without desc_act)')
     return shared.read(config, {}, qk_norm=True, qkv_bias=bias, out_bias=bias,
                        windows=(window,) * layers, routing=_routing(config, layers))
 
 
-def _routing(config, layers):
+def _routing(config: Mapping[str, Any], layers: int) -> Routing:
     # Version 5 of the transformers library writes num_local_experts.
     count = number(config, 'num_experts' if 'num_experts' in config else 'num_local_experts')
-    taken, every = number(config, 'num_experts_per_tok'), number(config, 'decoder_sparse_step')
-    if taken > count:
-        raise EngineError(f'config.json has num_experts_per_tok {taken}, more than its {count} '
+    top_k, step = number(config, 'num_experts_per_tok'), number(config, 'decoder_sparse_step')
+    if top_k > count:
+        raise EngineError(f'config.json has num_experts_per_tok {top_k}, more than its {count} '
                           'experts: download the model again')
     plain = config.get('mlp_only_layers') or []
     if not isinstance(plain, list) or any(type(each) is not int for each in plain):
-        raise ValueError(f'mlp_only_layers is {plain!r}, no list of layers')
+        raise ValueError(f'mlp_only_layers is {plain!r}, not a list of layers')
     return Routing(
-        count, taken, number(config, 'moe_intermediate_size'),
+        count, top_k, number(config, 'moe_intermediate_size'),
         bool(config.get('norm_topk_prob', False)),
-        frozenset(range(every - 1, layers, every)) - frozenset(plain))
+        frozenset(range(step - 1, layers, step)) - frozenset(plain))

@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How a family refuses what the native engine does not run."""
+"""The error of a family whose config the native engine does not run."""
 
 from physai_decode.engine import EngineError
 
 
 def unsupported(what: str) -> EngineError:
-    """Return the error that names what is asked for, and the way out."""
+    """Return the error that names what is unsupported, and the engine to use instead."""
     return EngineError(f'the native engine does not run {what}; '
                        'set engine.name to transformers, which runs every architecture it knows')

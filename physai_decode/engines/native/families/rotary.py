@@ -12,11 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-Rotary positions: how fast each pair of a head's dimensions turns, from what a config says of it.
-
-Su et al. 2021 and its extensions. Knows no tensors.
-"""
+"""The frequencies of rotary embeddings (Su et al. 2021) and their extensions, from a config."""
 
 import math
 
@@ -29,20 +25,20 @@ KINDS = ('default', 'linear', 'llama3', 'yarn', 'longrope')
 
 def read(rope: Rope, head_dim: int) -> Rotary:
     """
-    Return the turns of a whole head.
+    Return the rotary embedding of whole heads.
 
-    :raises EngineError: naming what the native engine does not run.
+    :raises EngineError: the native engine does not run the rope type, or partial embeddings.
     """
     if rope.partial != 1:
-        raise unsupported('partial rotary positions of this family')
+        raise unsupported('partial rotary embeddings of this family')
     return of_part(rope, head_dim)
 
 
 def of_part(rope: Rope, head_dim: int) -> Rotary:
     """
-    Return the turns of the first ``head_dim`` dimensions of a head.
+    Return the rotary embedding of the first ``head_dim`` dimensions of a head.
 
-    :raises EngineError: naming what the native engine does not run.
+    :raises EngineError: the native engine does not run the rope type.
     """
     inverse = [rope.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if rope.kind == 'default':
@@ -60,8 +56,8 @@ def of_part(rope: Rope, head_dim: int) -> Rotary:
     raise unsupported(f'rope type {rope.kind!r} (it runs {", ".join(KINDS)})')
 
 
-def _llama3(frequency, rope):
-    """Slow waves are stretched, fast ones kept, those between blended (Llama 3.1's rule)."""
+def _llama3(frequency: float, rope: Rope) -> float:
+    """Divide low frequencies by the factor, keep high ones, blend in between (Llama 3.1)."""
     low, high = rope.low_freq_factor, rope.high_freq_factor
     stretched = frequency / rope.factor
     turns = rope.original_context * frequency / (2 * math.pi)
@@ -73,11 +69,11 @@ def _llama3(frequency, rope):
     return (1 - blend) * stretched + blend * frequency
 
 
-def _yarn(inverse, rope, head_dim):
-    """YaRN (arXiv 2309.00071): a ramp over the dimensions."""
+def _yarn(inverse: list[float], rope: Rope, head_dim: int) -> tuple[float, ...]:
+    """Blend both frequencies by a ramp over the dimensions: YaRN (arXiv 2309.00071)."""
     theta, factor, original = rope.theta, rope.factor, rope.original_context
 
-    def dimension(turns):
+    def dimension(turns: float) -> float:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
@@ -87,7 +83,7 @@ def _yarn(inverse, rope, head_dim):
     if low == high:
         high += 0.001
 
-    def blended(i, frequency):
+    def blended(i: int, frequency: float) -> float:
         stretch = min(max((i - low) / (high - low), 0.0), 1.0)
         return frequency / factor * stretch + frequency * (1 - stretch)
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What all families read alike from a config, and which of its values none runs."""
+"""The config keys that all families share."""
 
 from collections.abc import Mapping
 import math
@@ -25,20 +25,20 @@ from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import number
 from physai_decode.model_config import Rope
 
-HEAD_DIMS = (64, 96, 128, 256)       # that the kernels have
-# What the transformers library takes for a key that config.json does not have; null is a value.
+HEAD_DIMS = (64, 96, 128, 256)       # that the kernels support
+# The transformers library's defaults for keys missing from config.json; null counts as a value.
 _DEFAULTS: dict[str, Any] = {
     'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'num_key_value_heads': None, 'head_dim': None}
 
 
 def read(config: Mapping[str, Any], defaults: Mapping[str, Any], **differs: Any) -> Architecture:
     """
-    Read a language model's config.
+    Parse a language model's config.
 
-    :param defaults: of the family, where they are not all families'.
-    :param differs: fields of `Architecture` that the family has read itself.
-    :raises EngineError: naming what the native engine does not run.
-    :raises ValueError: a key is missing, or has no such value.
+    :param defaults: the family's own defaults.
+    :param differs: fields of `Architecture` that the family has parsed itself.
+    :raises EngineError: the native engine does not run it.
+    :raises ValueError: a key is missing, or its value is invalid.
     """
     config = {**_DEFAULTS, **defaults, **config}
     if differs.get('activation', 'silu') == 'silu' and config['hidden_act'] != 'silu':

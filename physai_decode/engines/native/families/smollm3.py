@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""SmolLM3: in every fourth layer positions do not turn the heads."""
+"""SmolLM3: no rotary embedding in every fourth layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,28 +35,29 @@ _DEFAULTS: dict[str, Any] = {
 def parse(config: Mapping[str, Any]) -> Architecture:
     """See `families.Family`."""
     config = {**_DEFAULTS, **config}
-    layers, turns = number(config, 'num_hidden_layers'), config.get('no_rope_layers')
-    if turns is None:
+    # 1 marks a layer with a rotary embedding, despite the key's name.
+    layers, rotates = number(config, 'num_hidden_layers'), config.get('no_rope_layers')
+    if rotates is None:
         interval = number(config, 'no_rope_layer_interval')
-        turns = [int((index + 1) % interval != 0) for index in range(layers)]
-    if not isinstance(turns, list) or len(turns) < layers:
-        raise ValueError(f'no_rope_layers is {turns!r}, not a list for {layers} layers')
-    turns = turns[:layers]
+        rotates = [int((index + 1) % interval != 0) for index in range(layers)]
+    if not isinstance(rotates, list) or len(rotates) < layers:
+        raise ValueError(f'no_rope_layers is {rotates!r}, not a list for {layers} layers')
+    rotates = rotates[:layers]
     head_dim = config.get('head_dim') or number(config, 'hidden_size') // number(
         config, 'num_attention_heads')
-    turning = rotary.read(Rope(config), head_dim)
+    rotated = rotary.read(Rope(config), head_dim)
     bias = bool(config.get('attention_bias', False))
     return shared.read(
-        config, {}, windows=_windows(config, turns),
-        rotaries=tuple(turning if each else Rotary(()) for each in turns), qkv_bias=bias,
+        config, {}, windows=_windows(config, rotates),
+        rotaries=tuple(rotated if each else Rotary(()) for each in rotates), qkv_bias=bias,
         out_bias=bias, mlp_bias=bool(config.get('mlp_bias', False)))
 
 
-def _windows(config, turns):
+def _windows(config: Mapping[str, Any], rotates: list[int]) -> tuple[int, ...]:
     slides = config.get('use_sliding_window') and config['sliding_window'] is not None
     kinds = config.get('layer_types')
     if kinds is None:
         kinds = ['sliding_attention' if slides and not each else 'full_attention'
-                 for each in turns]
+                 for each in rotates]
     window = number(config, 'sliding_window') if 'sliding_attention' in kinds else 0
-    return windows_by_kind(kinds, len(turns), window)
+    return windows_by_kind(kinds, len(rotates), window)

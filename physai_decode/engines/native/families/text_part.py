@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The language model of a model that sees too, for prompts without images.
+The language model of a vision-language model, for prompts without images.
 
-Its config is nested, or was flat in earlier versions. Where there is text alone, positions of
-several axes are all the same, and turn heads as plain ones do.
+Its config is nested; older ones are flat. For text, all axes of a multi-axis (mrope) position are
+equal, so its rotary embedding is the plain one.
 """
 
 from collections.abc import Callable
@@ -36,33 +36,33 @@ def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], defa
        tied: bool | None = False,
        **defaults: Any) -> Callable[[Mapping[str, Any]], Architecture]:
     """
-    Return the family of such models.
+    Return the family of a vision-language model.
 
-    :param families: what reads the nested config, by its ``model_type``.
-    :param default: the one that is meant where it has none.
-    :param tied: whether the head is the embedding where the config does not say; None: the files
-        do.
-    :param defaults: of keys of the nested config, where they are not its family's own.
+    :param families: the families of its language model, by the nested ``model_type``.
+    :param default: the family if the nested config has no ``model_type``; else the first.
+    :param tied: whether the head shares the embedding if the config does not say; None: it does
+        if the checkpoint has no head.
+    :param defaults: defaults for keys of the nested config that differ from its family's.
     """
     def parse(config: Mapping[str, Any]) -> Architecture:
         text = {**defaults, **(part(config, 'text_config') or config)}
         name = text.get('model_type') if 'text_config' in config else None
         name = name or default or next(iter(families))
         if name not in families:
-            raise unsupported(f'model_type {name!r} of the text_config (of '
-                              f'{config["model_type"]} it runs {", ".join(families)})')
-        told = [each['tie_word_embeddings'] for each in (config, text)
+            raise unsupported(f'model_type {name!r} of the text_config (it runs '
+                              f'{config["model_type"]} with {", ".join(families)})')
+        ties = [each['tie_word_embeddings'] for each in (config, text)
                 if each.get('tie_word_embeddings') is not None]
         found = families[name]({**text, 'model_type': name, **_one_axis(text)})
         return replace(found, model_type=config['model_type'],
-                       tied_head=any(told) if told else tied,
+                       tied_head=any(ties) if ties else tied,
                        names=replace(found.names, trunks=_NESTED))
 
     return parse
 
 
-def _one_axis(text):
-    """Return what is to change in a config whose positions have several axes."""
+def _one_axis(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that reduce multi-axis positions (mrope) to plain ones."""
     key = 'rope_scaling' if part(text, 'rope_scaling') else 'rope_parameters'
     rope = part(text, key)
     if 'mrope' not in (rope.get('rope_type'), rope.get('type')):
