@@ -31,16 +31,16 @@ from physai_decode.engines.native.ops import TorchOps
 import torch
 from torch import Tensor
 
-FEW = 16            # tokens up to which each runs alone: most experts would have at most one
+FEW = 16            # up to so many tokens run one by one: most experts would have one or none
 
 
 @dataclass(frozen=True)
 class Room:
-    """Scratch buffers of a decode step."""
+    """Room buffers of a decode step."""
 
     logits: Tensor          # float32 [experts]
     taken: Taken
-    hidden: Tensor          # [experts taken, columns of ``down`` with what pads them]
+    hidden: Tensor          # [selected experts, padded columns of ``down``]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Experts:
     """
     The weights of all experts; see `Mlp`.
 
-    ``shared_out``: whether the routing weights of the selected experts are scaled to a sum of 1.
+    ``normalised``: whether the routing weights of the selected experts are scaled to a sum of 1.
     """
 
     router: Linear
     gate_up: Stack
     down: Stack
-    shared_out: bool
+    normalised: bool
     activation: str = 'silu'
 
     def products(self) -> Iterator[tuple[str, Linear | Stack, bool, bool]]:
@@ -64,7 +64,7 @@ class Experts:
         yield 'down', self.down, False, False
 
     def room(self, dtype: torch.dtype, device: torch.device) -> Room:
-        """Allocate the scratch buffers of a step, which all layers of a model can share."""
+        """See `Mlp.room`."""
         one, count = self.down[0], self.down.taken
         columns = one.padded_features if isinstance(one, Int4) else one.shape[1]
         return Room(
@@ -77,31 +77,31 @@ class Experts:
              out: Tensor, add: bool) -> None:
         """See `Mlp.step`."""
         ops.linear(x, self.router, room.logits, gain=gain, eps=eps)
-        ops.take(room.logits, room.taken, self.shared_out)
+        ops.take(room.logits, room.taken, self.normalised)
         ops.gated_each(x, self.gate_up, room.taken, room.hidden, gain, eps, self.activation)
         ops.joined(room.hidden, self.down, room.taken, out, add=add)
 
     def apply(self, ops: TorchOps, normed: Tensor, room: Room) -> Tensor:
-        """See `Mlp.apply`; gives float32."""
+        """See `Mlp.apply`; returns float32."""
         logits = ops.apply(normed, self.router).float()
-        ids, shares = taken(logits, self.down.taken, self.shared_out)
+        ids, routing_weights = taken(logits, self.down.taken, self.normalised)
         out = torch.zeros(normed.shape, dtype=torch.float32, device=normed.device)
         if normed.shape[0] <= FEW:
-            for x, *each, row in zip(normed, ids, shares, out):
+            for x, *each, row in zip(normed, ids, routing_weights, out):
                 ops.gated_each(x, self.gate_up, Taken(*each), room.hidden, None, 0.0,
                                self.activation)
                 ops.joined(room.hidden, self.down, Taken(*each), row)
             return out
-        # Sorted by expert, then by token.
+        # Sorted by expert, then by token, so that the order of sums is fixed.
         order = ids.flatten().argsort(stable=True)
         counts = ids.flatten().bincount(minlength=self.down.count).tolist()
-        for number, places in enumerate(order.split(counts)):
-            if not len(places):
+        for expert, routed in enumerate(order.split(counts)):
+            if not len(routed):
                 continue
-            tokens = places // self.down.taken
-            weight = self.gate_up[number]
+            tokens = routed // self.down.taken
+            weight = self.gate_up[expert]
             gate, up = weight.halves(ops.apply(normed[tokens], weight))
             hidden = ACTIVATIONS[self.activation](gate).mul_(up).flatten(1)
-            out.index_add_(0, tokens, ops.apply(hidden, self.down[number])
-                           * shares.flatten()[places].unsqueeze(1))
+            out.index_add_(0, tokens, ops.apply(hidden, self.down[expert])
+                           * routing_weights.flatten()[routed].unsqueeze(1))
         return out

@@ -13,12 +13,11 @@
 # limitations under the License.
 
 """
-The forms in which a projection is read: dense, or quantised in one of three ways.
+The layouts of a projection's weights: dense, or quantised in one of three ways.
 
-Its own kernels take these; `torch_linear` has two more, for PyTorch's own products.
-
-All have out_features rows and in_features columns, whatever they were fused from. ``apply`` is
-the large matrix product of the prefill and, on one row, the reference of the decode kernels.
+The engine's own kernels read these; `torch_linear` has two more, for PyTorch's kernels. A fused
+projection has the rows of all its parts. ``apply`` is the matrix product of the prefill and, for
+one row, the reference of the decode kernels.
 """
 
 from collections.abc import Callable
@@ -39,9 +38,9 @@ if TYPE_CHECKING:
     from physai_decode.engines.native.torch_linear import Reordered
     from physai_decode.engines.native.torch_linear import TorchInt4
 
-DEQUANTISE_BYTES = 128 * 2**20   # dense weights that a prefill unpacks at a time
-TILE_ROWS = 16                   # what the matrix units take
-CODE_COLUMNS = 32                # of a block of 16 bytes, see `Coded`
+DEQUANTISE_BYTES = 128 * 2**20   # limit of the weights that a prefill dequantises at once
+TILE_ROWS = 16                   # rows of a tensor core's tile
+CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
 
 
 @dataclass(frozen=True)
@@ -58,30 +57,30 @@ class Dense:
 
     @property
     def kind(self) -> str:
-        """The part of the form that the speed of a kernel depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return str(self.weight.dtype).removeprefix('torch.')
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one product with a vector reads."""
+        """Bytes that one matrix-vector product reads."""
         return _bytes(self.weight, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 2] each."""
         gate, up = product.chunk(2, -1)
         return gate, up
 
     def rows(self, index: Tensor) -> 'Dense':
-        """Return the weight with other rows, all of them, in the order of ``index`` int64 [N]."""
+        """Return the weight with its rows permuted by ``index`` int64 [N]."""
         return Dense(self.weight[index], None if self.bias is None else self.bias[index])
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
         if x.dim() > 1:
             return F.linear(x, self.weight, self.bias)
-        if x.dtype != torch.float32:        # torch.mv takes up to three times as long on a CPU
+        if x.dtype != torch.float32:        # on a CPU, torch.mv is up to three times slower
             return F.linear(x.unsqueeze(0), self.weight, self.bias)[0]
-        # What F.linear makes of a vector is half as fast on a CPU.
+        # On a CPU, F.linear of a vector is half as fast.
         if self.bias is None:
             return torch.mv(self.weight, x)
         return torch.addmv(self.bias, self.weight, x)
@@ -90,14 +89,14 @@ class Dense:
 @dataclass(frozen=True)
 class Int4:
     """
-    Integers of 4 bits in groups, repacked for the matrix units, in tiles of 16 rows.
+    4-bit integers in groups, repacked for the tensor cores in tiles of 16 rows.
 
-    The columns are in the order of their groups (``order`` gives each one's place in the input)
-    and padded to whole blocks of four groups; the rows are padded to whole tiles. In a block,
-    nibble j of word i belongs to column ``j * group_size + i``: one load of a group's words serves
-    four groups, and all of one nibble's columns share a scale. A tile's words of a block lie in
-    the order in which a warp holds them for the matrix units, see `fragments`. Where gate and up
-    are fused a tile has 8 rows of each, so that one program has both; product and bias follow.
+    Columns are sorted by group (``order`` has each one's place in the input) and padded to whole
+    blocks of four groups; rows are padded to whole tiles. In a block, nibble j of word i belongs
+    to column ``j * group_size + i``: one load serves four groups, and the columns of one nibble
+    share a scale. The words of a tile's block are in the order of a warp's fragments, see
+    `fragments`. A fused gate and up interleave 8 rows of each in a tile, so that one program has
+    both; bias and product have the same order.
 
     ``packed`` int16 [tiles, blocks, 16 * group_size]; ``scales`` float16 [tiles, blocks, 16, 4];
     ``zeros`` likewise, or None where all are 8; ``order`` int32 [K] or None; ``bias`` [N] or None.
@@ -128,38 +127,38 @@ class Int4:
 
     @property
     def kind(self) -> str:
-        """The part of the form that the speed of a kernel depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return f'int4-g{self.group_size}'
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one product with a vector reads."""
+        """Bytes that one matrix-vector product reads."""
         return _bytes(self.packed, self.scales, self.zeros, self.order, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
-        return _taking_turns(product)
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
+        return _deinterleaved(product)
 
     def rows(self, index: Tensor) -> 'Int4':
-        """Return the weight with its rows, of whole tiles, in the order of ``index`` int64 [N]."""
-        def ordered(values):
-            """Order [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
+        """Return the weight, of whole tiles, with its rows permuted by ``index`` int64 [N]."""
+        def permuted(values: Tensor) -> Tensor:
+            """Permute [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
             return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
 
-        def by_row(values):
-            return None if values is None else ordered(values.transpose(1, 2)).contiguous()
+        def by_row(values: Tensor | None) -> Tensor | None:
+            return None if values is None else permuted(values.transpose(1, 2)).contiguous()
 
         return replace(
-            self, packed=fragments(ordered(_rows(self.packed))), scales=by_row(self.scales),
+            self, packed=fragments(permuted(_rows(self.packed))), scales=by_row(self.scales),
             zeros=by_row(self.zeros), bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
-        """Unpack some tiles; returns [rows, K] with the columns in the order of their groups."""
+        """Dequantise some tiles; returns [rows, K], columns sorted by group."""
         packed = _rows(self.packed[tiles]).unsqueeze(3)     # [tiles, 16, blocks, 1, group_size]
         shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16)
         nibbles = ((packed >> shifts.unsqueeze(1)) & 0xF).float()
 
-        def by_group(values):
+        def by_group(values: Tensor) -> Tensor:
             return values[tiles].transpose(1, 2).unsqueeze(4).float()
 
         zeros = 8.0 if self.zeros is None else by_group(self.zeros)
@@ -170,9 +169,9 @@ class Int4:
     def apply(self, x: Tensor,
               dequantise: Callable[['Int4', slice, torch.dtype], Tensor] = dequantise) -> Tensor:
         """
-        Multiply ``x`` [..., K] by the transposed weight, in pieces of rows; returns [..., N].
+        Multiply ``x`` [..., K] by the transposed weight; returns [..., N].
 
-        :param dequantise: what unpacks a piece, as `dequantise` does.
+        :param dequantise: dequantises some tiles, as `dequantise` does.
         """
         if self.order is not None:
             x = x[..., self.order]
@@ -189,10 +188,10 @@ class Int4:
 @dataclass(frozen=True)
 class Scaled:
     """
-    Weights of 8 bits, with a scale for each row and group of columns.
+    8-bit weights with a scale per row and group of columns.
 
-    The columns are in the order of their groups (``order`` gives each one's place in the input).
-    Where gate and up are fused 8 rows of each take turns, as in an `Int4`.
+    Columns are sorted by group (``order`` has each one's place in the input). A fused gate and up
+    interleave 8 rows of each, as in an `Int4`.
 
     ``values`` int8 or float8_e4m3fn [N, K]; ``scales`` float32 [N, groups]; ``zeros`` float32
     likewise, or None where all are 0; ``order`` int32 [K] or None; ``bias`` [N] or None.
@@ -222,31 +221,31 @@ class Scaled:
 
     @property
     def kind(self) -> str:
-        """The part of the form that the speed of a kernel depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return f'{"float8" if self.is_float else "int8"}-g{self.group_size}'
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one product with a vector reads."""
+        """Bytes that one matrix-vector product reads."""
         return _bytes(self.values, self.scales, self.zeros, self.order, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
-        return _taking_turns(product)
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
+        return _deinterleaved(product)
 
     def rows(self, index: Tensor) -> 'Scaled':
-        """Return the weight with its rows in the order of ``index`` int64 [N]."""
-        def ordered(values):
+        """Return the weight with its rows permuted by ``index`` int64 [N]."""
+        def permuted(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[index]
 
-        # Floats of 8 bits are taken as bits: not every operation takes them.
+        # Indexed as int8: not every operation supports float8.
         return replace(
             self, values=self.values.view(torch.int8)[index].view(self.values.dtype),
-            scales=ordered(self.scales), zeros=ordered(self.zeros), bias=ordered(self.bias))
+            scales=permuted(self.scales), zeros=permuted(self.zeros), bias=permuted(self.bias))
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows dense, [rows, K], with the columns in the order of their groups."""
-        def by_column(values):
+        """Dequantise some rows; returns [rows, K], columns sorted by group."""
+        def by_column(values: Tensor) -> Tensor:
             return values[rows].repeat_interleave(self.group_size, 1)[:, :self.in_features]
 
         dense = self.values[rows].float()
@@ -255,28 +254,28 @@ class Scaled:
         return dense.mul_(by_column(self.scales)).to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, piece by piece; returns [..., N]."""
+        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
         if self.order is not None:
             x = x[..., self.order]
-        return _by_pieces(self, x)
+        return _apply_by_rows(self, x)
 
 
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # floats of 4 bits, by their bits
+E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # 4-bit floats, indexed by their bits
 
 
 @dataclass(frozen=True)
 class Coded:
     """
-    Codes of 4 bits, each the place of a number in a table, with a scale for each row and group.
+    4-bit codes, which index a table, with a scale per row and group of columns.
 
-    A weight is table[code] * scale * factor. In a block of 32 columns byte i has the code of
-    column i in its low bits, and that of column 16 + i in its high ones: a lane that loads 16
-    bytes multiplies two runs of the input. The last block is padded. Where gate and up are fused
-    8 rows of each take turns, as in an `Int4`.
+    A weight is table[code] * scale * factor. In a block of 32 columns, byte i has the code of
+    column i in its low bits and that of column 16 + i in its high bits: a lane that loads 16 bytes
+    multiplies two runs of the input. The last block is padded. A fused gate and up interleave 8
+    rows of each, as in an `Int4`.
 
-    ``codes`` uint8 [N, 16 * blocks]; ``scales`` [N, groups]: float32, float8_e4m3fn, or uint8,
-    which is an exponent of 2 plus 127 (0: the scale is 0); ``factors`` float32 [N]; ``table``
+    ``codes`` uint8 [N, 16 * blocks]; ``scales`` [N, groups]: float32, float8_e4m3fn, or uint8
+    exponents of 2 with a bias of 127 (0: the scale is 0); ``factors`` float32 [N]; ``table``
     float32 [16]; ``bias`` [N] or None.
     """
 
@@ -287,8 +286,8 @@ class Coded:
     bias: Tensor | None
     in_features: int
     group_size: int         # columns that share a scale: a multiple of 16
-    is_e2m1: bool           # the table is `E2M1`
-    order: ClassVar[None] = None        # the columns are as they are in the input
+    is_e2m1: bool           # whether the table is `E2M1`
+    order: ClassVar[None] = None        # columns are in the order of the input
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -297,20 +296,20 @@ class Coded:
 
     @property
     def kind(self) -> str:
-        """The part of the form that the speed of a kernel depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return f'coded-g{self.group_size}-{str(self.scales.dtype).removeprefix("torch.")}'
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one product with a vector reads."""
+        """Bytes that one matrix-vector product reads."""
         return _bytes(self.codes, self.scales, self.factors, self.table, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
-        return _taking_turns(product)
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
+        return _deinterleaved(product)
 
     def rows(self, index: Tensor) -> 'Coded':
-        """Return the weight with its rows in the order of ``index`` int64 [N]."""
+        """Return the weight with its rows permuted by ``index`` int64 [N]."""
         scales, kind = self.scales, self.scales.dtype
         return replace(
             self, codes=self.codes[index], factors=self.factors[index],
@@ -318,7 +317,7 @@ class Coded:
             scales[index], bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return some rows dense, [rows, K]."""
+        """Dequantise some rows; returns [rows, K]."""
         blocks = self.codes[rows].unflatten(1, (-1, CODE_COLUMNS // 2))
         codes = torch.stack((blocks & 0xF, blocks >> 4), 2).flatten(1)[:, :self.in_features]
         scales = self.scales[rows]
@@ -330,8 +329,8 @@ class Coded:
         return numbers.mul_(wide).to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, piece by piece; returns [..., N]."""
-        return _by_pieces(self, x)
+        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
+        return _apply_by_rows(self, x)
 
 
 Stored = Dense | Int4 | Scaled | Coded
@@ -341,52 +340,52 @@ Linear = Union[Stored, 'Reordered', 'TorchInt4']
 @dataclass(frozen=True)
 class Stack:
     """
-    Weights of one form and shape, of which a step reads some: those of experts.
+    The weights of all experts, of one layout and shape.
 
-    ``every`` has the tensors of all, each with a dimension more before its own.
+    ``every`` has the tensors of one weight, each with a leading dimension of experts.
     """
 
     every: Stored
     count: int
-    taken: int              # of these in a step
+    taken: int              # weights that a step reads
 
     @classmethod
-    def of(cls, parts: Iterable[Stored], count: int, taken: int) -> 'Stack':
+    def from_parts(cls, parts: Iterable[Stored], count: int, taken: int) -> 'Stack':
         """
-        Stack weights one after the other: but one of them is twice in memory.
+        Stack weights one at a time, so that only one of them is in memory twice.
 
-        :raises ValueError: they are not of one form, or their columns are in orders of their own.
+        :raises ValueError: their layouts differ, or each has its own order of columns.
         """
         whole: dict[str, Any] = {}      # tensors by name
         forms = set()
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             tensors = _tensors(part)
             forms.add((type(part), *(getattr(part, each.name) for each in fields(part)
                                      if each.name not in (*tensors, 'zeros', 'bias', 'order'))))
             if len(forms) > 1:
-                raise ValueError('they are not all of one form')
+                raise ValueError('their layouts differ')
             if 'order' in tensors:
-                raise ValueError('their columns are in orders of their own')
+                raise ValueError('each has its own order of columns')
             for name, tensor in tensors.items():
                 if name not in whole:
                     whole[name] = tensor.new_empty_strided(
                         (count, *tensor.shape), (tensor.numel(), *tensor.stride()))
-                    if name in ('zeros', 'bias'):       # which some of them may not have
+                    if name in ('zeros', 'bias'):       # some weights may lack these
                         whole[name].fill_(8 if isinstance(part, Int4) and name == 'zeros' else 0)
-                whole[name][place] = tensor
+                whole[name][index] = tensor
         return cls(replace(part, **whole), count, taken)
 
     def __getitem__(self, number: int) -> Stored:
-        """Return one of the weights."""
-        return self._each(lambda tensor: tensor[number])
+        """Return the weight of one expert, as views."""
+        return self._map(lambda tensor: tensor[number])
 
     def copied(self, number: Tensor) -> Stored:
-        """Return a copy of the weight of a number int64 [1], which the host does not read."""
-        return self._each(lambda tensor: tensor.index_select(0, number)[0])
+        """Copy the weight of expert ``number`` int64 [1], which stays on the device."""
+        return self._map(lambda tensor: tensor.index_select(0, number)[0])
 
-    def _each(self, part):
+    def _map(self, select: Callable[[Tensor], Tensor]) -> Stored:
         return replace(self.every, **{
-            name: part(tensor) for name, tensor in _tensors(self.every).items()})
+            name: select(tensor) for name, tensor in _tensors(self.every).items()})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -395,7 +394,7 @@ class Stack:
 
     @property
     def kind(self) -> str:
-        """The part of the form that the speed of a kernel depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return f'{self[0].kind}-{self.taken} of {self.count}'
 
     @property
@@ -406,11 +405,11 @@ class Stack:
 
 def fragments(words: Tensor) -> Tensor:
     """
-    Order the words [..., 16, size] of a tile as a warp holds them; returns [..., 16 * size].
+    Permute a tile's words [..., 16, size] into fragment order; returns [..., 16 * size].
 
-    Two of the matrix units' operands of 16 rows and 16 columns (PTX ISA, mma.m16n8k16) take 32
-    columns: each of the 32 lanes has 8 words of either, which are its columns' in the input one
-    after the other. So a lane loads 16 bytes at a time, of the words and of the input.
+    Two A fragments of 16 rows and 16 columns (PTX ISA, mma.m16n8k16) cover 32 columns. Each of the
+    32 lanes holds 8 words of each, permuted so that its columns are adjacent in the input. So a
+    lane loads 16 bytes at a time, of the words and of the input.
     """
     lead = words.shape[:-2]
     parts = words.unflatten(-1, (-1, 4, 2, 2, 2)).unflatten(-6, (2, 8))
@@ -420,19 +419,19 @@ def fragments(words: Tensor) -> Tensor:
 
 
 def _rows(packed: Tensor) -> Tensor:
-    """Undo `fragments`: [tiles, blocks, 16 * size] to [tiles, 16, blocks, size]."""
+    """Invert `fragments`: [tiles, blocks, 16 * size] to [tiles, 16, blocks, size]."""
     parts = packed.unflatten(2, (-1, 2, 8, 4, 2, 2, 2)).permute(0, 7, 4, 1, 2, 5, 3, 6, 8)
     return parts.reshape(packed.shape[0], TILE_ROWS, packed.shape[1], -1)
 
 
-def _taking_turns(product: Tensor) -> tuple[Tensor, Tensor]:
-    """Take apart [..., N], in which 8 rows of gate and of up take turns; see ``halves``."""
+def _deinterleaved(product: Tensor) -> tuple[Tensor, Tensor]:
+    """Split [..., N], in which gate and up alternate every 8 rows; see ``halves``."""
     gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
     return gate, up
 
 
-def _by_pieces(weight: Scaled | Coded, x: Tensor) -> Tensor:
-    """Multiply ``x`` [..., K], its columns in the weight's order, by some rows after others."""
+def _apply_by_rows(weight: Scaled | Coded, x: Tensor) -> Tensor:
+    """Multiply ``x`` [..., K], in the weight's order of columns, a slice of rows at a time."""
     rows, columns = weight.shape
     piece = max(1, DEQUANTISE_BYTES // (4 * columns))
     out = x.new_empty(*x.shape[:-1], rows)
@@ -444,7 +443,7 @@ def _by_pieces(weight: Scaled | Coded, x: Tensor) -> Tensor:
 
 
 def _tensors(weight: Stored) -> dict[str, Any]:
-    """Return a weight's tensors by their names."""
+    """Return a weight's tensors by field name."""
     found = {each.name: getattr(weight, each.name) for each in fields(weight)}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 

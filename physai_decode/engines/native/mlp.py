@@ -13,10 +13,9 @@
 # limitations under the License.
 
 """
-The gated MLP of a layer: down(activation(gate(x)) * up(x)), gate and up as one projection.
+The gated MLP of a layer: down(activation(gate(x)) * up(x)), with gate and up fused.
 
-A layer may have another part in its place that gives its products, runs a step and applies itself
-to a prompt.
+`Experts` has the same methods.
 """
 
 from collections.abc import Iterator
@@ -31,33 +30,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mlp:
-    """Its weights; ``gate_up`` has the rows of both, ``activation`` is one of `ACTIVATIONS`."""
+    """Its weights; ``gate_up`` has the rows of both, ``activation`` is a key of `ACTIVATIONS`."""
 
     gate_up: Linear
     down: Linear
     activation: str = 'silu'
 
     def products(self) -> Iterator[tuple[str, Linear, bool, bool]]:
-        """Give the name and weight of each product, whether it is normed, and whether gated."""
+        """Yield each product: name, weight, whether its input is normed, whether it is gated."""
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
     def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Give what a step works in; all layers of a model may share it."""
+        """Allocate the room buffers of a decode step, which all layers can share."""
         return torch.zeros(self.down.shape[1], dtype=dtype, device=device)
 
     def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, room: Tensor,
              out: Tensor, add: bool) -> None:
         """
-        Write, or add, the result for one token to ``out`` float32 [hidden_size].
+        Write (or add) the output for one token to ``out`` float32 [hidden_size].
 
-        :param x: float32 [hidden_size], normalised here by ``gain`` and ``eps``.
-        :param room: [intermediate_size], to work in.
+        :param x: float32 [hidden_size], not normed yet; ``gain`` and ``eps`` are the norm's.
+        :param room: [intermediate_size], from `room`.
         """
         ops.gated(x, self.gate_up, room, gain, eps, self.activation)
         ops.linear(room, self.down, out, add=add)
 
     def apply(self, ops: TorchOps, normed: Tensor, room: Tensor) -> Tensor:
-        """Give the result for ``normed`` [tokens, hidden_size]."""
+        """Return the output for ``normed`` [tokens, hidden_size]."""
         gate, up = self.gate_up.halves(ops.apply(normed, self.gate_up))
         return ops.apply(ACTIVATIONS[self.activation](gate).mul_(up).flatten(1), self.down)

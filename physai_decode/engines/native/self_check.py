@@ -148,7 +148,7 @@ def _mlp(x: Tensor, mlp: Mlp | Experts, limit: float) -> tuple[Tensor, Tensor]:
     ordered = F.pad(logits.sort(-1, descending=True).values, (0, 1), value=-math.inf)
     least, next_best = ordered[:, taken - 1:taken], ordered[:, taken:taken + 1]
     shares = logits.softmax(-1).where(logits >= least, 0.0)
-    if mlp.shared_out:
+    if mlp.normalised:
         shares = shares / shares.sum(-1, keepdim=True)
     out = torch.zeros_like(x)
     for number in shares.any(0).nonzero().flatten().tolist():

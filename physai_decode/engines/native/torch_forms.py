@@ -126,8 +126,8 @@ class TorchForms:
                 self._left += size
                 return stack
             self._unpacked += size
-        return Stack.of((self._dense(self._plain(stack[number], paired), False)
-                         for number in range(stack.count)), stack.count, stack.taken)
+        return Stack.from_parts((self._dense(self._plain(stack[number], paired), False)
+                                 for number in range(stack.count)), stack.count, stack.taken)
 
     def _plain(self, weight, paired):
         """Unpack a projection, where it is quantised."""

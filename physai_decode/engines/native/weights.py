@@ -210,9 +210,9 @@ class _Loader:
 
     def _stack(self, prefix, routing, parts):
         try:
-            stack = Stack.of(parts, routing.count, routing.top_k)
+            stack = Stack.from_parts(parts, routing.count, routing.top_k)
         except ValueError as error:
-            raise unsupported(f'{prefix[:-1]} as they are stored: {error}') from None
+            raise unsupported(f'{prefix[:-1]} as stored: {error}') from None
         if not isinstance(stack.every, (Dense, Int4)):
             raise unsupported(f'experts of {stack[0].kind} (it runs those of 4 bits that are '
                               'integers, and unquantised ones)')
