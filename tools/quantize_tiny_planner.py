@@ -127,7 +127,7 @@ def compare(folder: Path, text: str) -> dict[str, float]:
         if not form.holds(stored, name):
             continue
         theirs = module.dequantize_weight().t()
-        weight = fusion.densified(form.read(stored, name, *theirs.shape), torch.float16)
+        weight = fusion.dense_weight(form.read(stored, name, *theirs.shape), torch.float16)
         linears += 1
         worst = max(worst, float((weight - theirs).abs().max()))
         largest = max(largest, float(theirs.abs().max()))

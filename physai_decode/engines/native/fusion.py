@@ -13,10 +13,9 @@
 # limitations under the License.
 
 """
-Projections of one input stacked to one, so that a step reads them in one pass.
+Fuses projections of the same input, so that one kernel computes all of them.
 
-Where their forms differ, or do not fit together, nothing is stacked: what can't be had in one
-form is for the caller to make dense.
+Projections whose layouts do not fit together are not fused; the caller dequantises them.
 """
 
 from dataclasses import replace
@@ -33,10 +32,10 @@ from torch import Tensor
 
 def fuse(parts: list[Stored], paired: bool = False) -> Stored | None:
     """
-    Stack projections of one input, all with a bias or none.
+    Fuse projections of the same input, which all have a bias or none.
 
-    :param paired: the two are gate and up.
-    :returns: None where they do not fit together.
+    :param paired: whether they are gate and up, which are interleaved.
+    :returns: None if they do not fit together.
     """
     if len(parts) == 1:
         return parts[0]
@@ -50,11 +49,11 @@ def fuse(parts: list[Stored], paired: bool = False) -> Stored | None:
     return _coded(coded, paired) if len(coded) == len(parts) else None
 
 
-def in_turn(rows: int, device: torch.device) -> Tensor | None:
+def interleaved(rows: int, device: torch.device) -> Tensor | None:
     """
-    Return the order in which 8 rows of gate and 8 of up, stacked, take turns, int64 [2 * rows].
+    Return the permutation that interleaves 8 rows of gate and 8 of up, int64 [2 * rows].
 
-    :returns: None where such tiles would not be full.
+    :returns: None if ``rows`` is not a multiple of 8.
     """
     half = TILE_ROWS // 2
     if rows % half:
@@ -63,8 +62,8 @@ def in_turn(rows: int, device: torch.device) -> Tensor | None:
     return index.transpose(0, 1).flatten()
 
 
-def densified(part: Stored, dtype: torch.dtype) -> Tensor:
-    """Return the weight [N, K] of a projection dense, its columns as they are in the input."""
+def dense_weight(part: Stored, dtype: torch.dtype) -> Tensor:
+    """Dequantise a projection; returns [N, K], columns in the order of the input."""
     if isinstance(part, Dense):
         return part.weight
     weight = part.dequantise(slice(None), dtype)
@@ -74,36 +73,36 @@ def densified(part: Stored, dtype: torch.dtype) -> Tensor:
 
 
 def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
-    """Stack; where ``paired``, gate's and up's rows share tiles, see `Int4`."""
+    """Concatenate; if ``paired``, each tile has 8 rows of gate and 8 of up."""
     first = parts[0]
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
     if not _same_order(parts) or any(part.group_size != first.group_size for part in parts):
         return None
 
-    def joined(tensors, width):
-        return _in_turn(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
+    def concatenate(tensors: list[Tensor], width: int) -> Tensor:
+        return _interleave(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
 
     half = TILE_ROWS // 2
     zeros = bias = None
     if any(p.zeros is not None for p in parts):
-        zeros = joined([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
-                        for p in parts], 4 * half)
+        zeros = concatenate([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
+                             for p in parts], 4 * half)
     if first.bias is not None:
-        bias = joined([p.bias.view(-1, 1, TILE_ROWS) for p in parts if p.bias is not None],
-                      half).flatten()
+        bias = concatenate([p.bias.view(-1, 1, TILE_ROWS) for p in parts if p.bias is not None],
+                           half).flatten()
     return Int4(
-        # In `fragments` the halves of a tile take turns every two words.
-        packed=joined([p.packed for p in parts], 2),
-        scales=joined([p.scales for p in parts], 4 * half), zeros=zeros, order=first.order,
-        bias=bias, out_features=sum(p.out_features for p in parts),
+        # In `fragments`, the halves of a tile alternate every two words.
+        packed=concatenate([p.packed for p in parts], 2),
+        scales=concatenate([p.scales for p in parts], 4 * half), zeros=zeros,
+        order=first.order, bias=bias, out_features=sum(p.out_features for p in parts),
         in_features=first.in_features)
 
 
 def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
-    """Stack; where ``paired``, 8 rows of gate and of up take turns."""
+    """Concatenate; if ``paired``, interleave 8 rows of each."""
     first = parts[0]
-    if not _same_order(parts) or not _stackable(parts, paired):
+    if not _same_order(parts) or not _fusible(parts, paired):
         return None
 
     zeros = bias = None
@@ -112,7 +111,7 @@ def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
                           for part in parts], paired)
     if first.bias is not None:
         bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
-    # Floats of 8 bits are joined as bits: not every operation takes them.
+    # Concatenated as int8: not every operation supports float8.
     values = _by_rows([part.values.view(torch.int8) for part in parts], paired)
     return replace(first, values=values.view(first.values.dtype),
                    scales=_by_rows([part.scales for part in parts], paired), zeros=zeros,
@@ -120,9 +119,9 @@ def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
 
 
 def _coded(parts: list[Coded], paired: bool) -> Coded | None:
-    """Stack; where ``paired``, 8 rows of gate and of up take turns."""
+    """Concatenate; if ``paired``, interleave 8 rows of each."""
     first = parts[0]
-    if not _stackable(parts, paired) or any(
+    if not _fusible(parts, paired) or any(
             not torch.equal(part.table, first.table) for part in parts):
         return None
     bias = None
@@ -134,31 +133,31 @@ def _coded(parts: list[Coded], paired: bool) -> Coded | None:
                    factors=_by_rows([part.factors for part in parts], paired), bias=bias)
 
 
-def _stackable(parts, paired):
+def _fusible(parts: list[Scaled] | list[Coded], paired: bool) -> bool:
     return len({part.kind for part in parts}) == 1 and not (
         paired and any(part.shape[0] % (TILE_ROWS // 2) for part in parts))
 
 
-def _by_rows(tensors, paired):
-    """Stack [N, ...]; where ``paired``, 8 rows of one and 8 of the other take turns."""
+def _by_rows(tensors: list[Tensor], paired: bool) -> Tensor:
+    """Concatenate [N, ...]; if ``paired``, interleave 8 rows of each."""
     if not paired:
         return torch.cat(tensors)
     return torch.stack([each.unflatten(0, (-1, TILE_ROWS // 2)) for each in tensors],
                        1).flatten(0, 2)
 
 
-def _same_order(parts):
+def _same_order(parts: list[Int4] | list[Scaled]) -> bool:
     orders = [part.order for part in parts]
     return all(order is None for order in orders) or all(
         order is not None and orders[0] is not None and torch.equal(order, orders[0])
         for order in orders)
 
 
-def _in_turn(gate: Tensor, up: Tensor, width: int) -> Tensor:
+def _interleave(gate: Tensor, up: Tensor, width: int) -> Tensor:
     """
-    Take half a tile of one and half a tile of the other in turn.
+    Interleave half tiles of gate and up.
 
-    :param gate: and ``up``, [tiles, blocks, ...], in which the halves of a tile take turns every
+    :param gate: and ``up``, [tiles, blocks, ...], in which the halves of a tile alternate every
         ``width`` elements.
     """
     both = torch.stack([each.flatten(2).unflatten(2, (-1, 2, width)) for each in (gate, up)], 4)

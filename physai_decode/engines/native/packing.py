@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-Numbers of 4 and 8 bits, as formats of checkpoints have them, in the form that the engine reads.
+Repacks 4-bit and 8-bit weights into the layouts that the kernels read.
 
-Knows no format: what comes in are plain numbers, one an element.
+The input is independent of the checkpoint's format: one weight per element.
 """
 
 from physai_decode.engine import EngineError
@@ -29,21 +29,21 @@ from physai_decode.engines.native.linear import TILE_ROWS
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128)     # that the kernels have; any multiple of 32 is split into these
-ROUNDING = 1e-3                 # of scales in float16, which have half a unit in 2^11
+GROUP_SIZES = (32, 64, 128)     # of the kernels; other multiples of 32 are split into these
+ROUNDING = 1e-3                 # relative error allowed for scales in float16, about 2^-10
 
 
 def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
          g_idx: Tensor | None = None) -> Int4:
     """
-    Repack one projection of N rows and K columns; a weight is scale * (nibble - zero).
+    Repack a 4-bit projection of N rows and K columns; a weight is scale * (nibble - zero).
 
     :param nibbles: uint8 [K, N], from 0 to 15.
     :param scales: float [groups, N].
-    :param zeros: integers [groups, N]; None where all are 8.
-    :param size: columns of a group.
-    :param g_idx: each column's group, int [K]; None where they are in turn.
-    :raises EngineError: the groups do not fit the shapes, or the scales no float16.
+    :param zeros: zero points, integers [groups, N]; None: all are 8.
+    :param size: columns per group.
+    :param g_idx: group of each column, int [K]; None: groups are contiguous.
+    :raises EngineError: the groups do not match the shapes, or the scales do not fit float16.
     """
     columns, rows = nibbles.shape
     order = group_order(g_idx, size, columns)
@@ -56,13 +56,13 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
                           'in the range of float16; set engine.name to transformers')
     blocks, tiles = -(-columns // (4 * kernel_group)), -(-rows // TILE_ROWS)
 
-    def tiled(values, length):
-        """Pad [columns, rows], and give it as [tiles, 16, blocks, 4, length]."""
+    def tiled(values: Tensor, length: int) -> Tensor:
+        """Pad [columns, rows] and reshape it to [tiles, 16, blocks, 4, length]."""
         full = values.new_zeros(4 * length * blocks, TILE_ROWS * tiles)
         full[:values.shape[0], :rows] = values[:full.shape[0]]  # the last group may be short
         return full.t().view(tiles, TILE_ROWS, blocks, 4, length)
 
-    def by_group(values):
+    def by_group(values: Tensor) -> Tensor:
         wide = values.repeat_interleave(size // kernel_group, 0).to(torch.float16)
         return tiled(wide, 1).squeeze(4).transpose(1, 2).contiguous()
 
@@ -77,18 +77,18 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
 def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
           g_idx: Tensor | None = None) -> Scaled:
     """
-    Take one projection of 8 bits; a weight is scale * (value - zero).
+    Repack an 8-bit projection; a weight is scale * (value - zero).
 
     :param values: int8 or float8_e4m3fn [N, K].
     :param scales: float [N, groups].
-    :param zeros: integers [N, groups]; None where all are 0.
-    :param size: columns of a group.
-    :param g_idx: each column's group, int [K]; None where they are in turn.
-    :raises EngineError: the groups do not fit the shapes, or a value is no number.
+    :param zeros: zero points, integers [N, groups]; None: all are 0.
+    :param size: columns per group.
+    :param g_idx: group of each column, int [K]; None: groups are contiguous.
+    :raises EngineError: the groups do not match the shapes, or a value is NaN.
     """
     columns = values.shape[1]
     if values.is_floating_point() and bool((values.view(torch.int8) & 0x7F == 0x7F).any()):
-        raise EngineError('it has weights that are not numbers: download the model again')
+        raise EngineError('it has weights that are NaN: download the model again')
     order = group_order(g_idx, size, columns)
     if order is not None:
         values = values.view(torch.int8)[:, order.long()].view(values.dtype)
@@ -109,22 +109,22 @@ def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
 
 def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: int) -> Coded:
     """
-    Take one projection of codes; a weight is table[code] * scale * factor.
+    Repack a projection of 4-bit codes; a weight is table[code] * scale * factor.
 
     :param codes: uint8 [N, K], from 0 to 15.
-    :param scales: float32, float8_e4m3fn, or uint8, exponents of 2 plus 127; [N, groups].
-    :param factors: float32, one or [N].
+    :param scales: [N, groups]; float32, float8_e4m3fn, or uint8 exponents of 2 with a bias of 127.
+    :param factors: float32, a scalar or [N].
     :param table: float32 [16].
-    :param size: columns of a group.
-    :raises EngineError: the groups do not fit the kernel, or a scale is no number.
+    :param size: columns per group.
+    :raises EngineError: the kernel does not support the groups, or a scale is NaN or infinite.
     """
     rows, columns = codes.shape
     if size % (CODE_COLUMNS // 2):
-        raise EngineError(f'its groups of {size} columns are no multiple of {CODE_COLUMNS // 2}; '
-                          'set engine.name to transformers')
+        raise EngineError(f'its groups of {size} columns are not a multiple of '
+                          f'{CODE_COLUMNS // 2}; set engine.name to transformers')
     bad = scales == 255 if scales.dtype == torch.uint8 else ~scales.float().isfinite()
     if bool(bad.any()) or not bool(factors.isfinite().all()):
-        raise EngineError('it has scales that are not numbers: download the model again')
+        raise EngineError('it has scales that are NaN or infinite: download the model again')
     full = codes.new_zeros(rows, -(-columns // CODE_COLUMNS) * CODE_COLUMNS)
     full[:, :columns] = codes
     low, high = full.unflatten(1, (-1, 2, CODE_COLUMNS // 2)).unbind(2)
@@ -134,25 +134,25 @@ def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: in
 
 
 def halves(packed: Tensor) -> Tensor:
-    """Split uint8 [N, M] into numbers of 4 bits, the low ones first; returns [N, 2 * M]."""
+    """Split bytes [N, M] into nibbles, low ones first; returns uint8 [N, 2 * M]."""
     return torch.stack((packed & 0xF, packed >> 4), 2).flatten(1)
 
 
-def _kernel_group(size):
-    """Return the largest of the kernels' groups into which one of the checkpoint is split."""
+def _kernel_group(size: int) -> int:
+    """Return the largest group size of the kernels that divides the checkpoint's."""
     for group in reversed(GROUP_SIZES):
         if size % group == 0:
             return group
-    raise EngineError(f'its groups of {size} columns are no multiple of 32; '
+    raise EngineError(f'its groups of {size} columns are not a multiple of 32; '
                       'set engine.name to transformers')
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     """
-    Split int32 ``words`` of two dimensions, in which the lowest bits come first; gives uint8.
+    Unpack int32 ``words`` of two dimensions, lowest bits first; returns uint8.
 
-    :param bits: of a number, 4 or 8.
-    :param dim: along which a word's numbers lie.
+    :param bits: bits per value, 4 or 8.
+    :param dim: dimension along which the values of a word lie.
     """
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
     last = words.unsqueeze(2) if dim == 1 else words.t().unsqueeze(2)
@@ -161,25 +161,25 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def signed(values: Tensor) -> Tensor:
-    """Return uint8 less 128, as int8."""
+    """Subtract 128 from uint8; returns int8."""
     return (values ^ 0x80).view(torch.int8)
 
 
 def group_order(g_idx: Tensor | None, size: int, columns: int) -> Tensor | None:
     """
-    Return the columns by group, int32 [K], or None where they are in order already.
+    Return the columns sorted by group, int32 [K], or None if they are sorted already.
 
-    :param g_idx: each column's group, int [K].
-    :param size: columns of a group.
+    :param g_idx: group of each column, int [K].
+    :param size: columns per group.
     :raises EngineError: the groups are of other sizes.
     """
     if g_idx is None:
         return None
-    plain = torch.arange(columns, device=g_idx.device) // size
-    if torch.equal(g_idx.long(), plain):
+    contiguous = torch.arange(columns, device=g_idx.device) // size
+    if torch.equal(g_idx.long(), contiguous):
         return None
     order = torch.argsort(g_idx.long(), stable=True)
-    if not torch.equal(g_idx.long()[order], plain):
-        raise EngineError(f'g_idx does not give groups of {size} columns: '
+    if not torch.equal(g_idx.long()[order], contiguous):
+        raise EngineError(f'g_idx does not have groups of {size} columns: '
                           'the checkpoint is inconsistent')
     return order.to(torch.int32)

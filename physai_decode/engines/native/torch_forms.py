@@ -133,7 +133,7 @@ class TorchForms:
         """Unpack a projection, where it is quantised."""
         if isinstance(weight, Dense):
             return weight
-        dense, bias = fusion.densified(weight, self._dtype), weight.bias
+        dense, bias = fusion.dense_weight(weight, self._dtype), weight.bias
         if paired:
             dense, bias = _apart(dense), None if bias is None else _apart(bias)
         return Dense(dense, bias)

@@ -247,11 +247,11 @@ class _Loader:
         fused = self._fused(prefix, [(a.names.gate_up[0], 2 * size)], a.hidden_size, a.mlp_bias)
         if isinstance(fused, Dense):
             return fused
-        index = fusion.in_turn(size, self._device)
+        index = fusion.interleaved(size, self._device)
         if index is not None:
             return fused.rows(index)
         self._fallbacks += 1
-        return Dense(fusion.densified(fused, self._dtype), fused.bias)
+        return Dense(fusion.dense_weight(fused, self._dtype), fused.bias)
 
     def _gain(self, module, size):
         """Read a norm's gains; rounded once more they would lose what was added."""
@@ -272,7 +272,7 @@ class _Loader:
         self._fallbacks += 1
         biases = [each.bias for each in linears if each.bias is not None]
         return Dense(
-            torch.cat([fusion.densified(each, self._dtype) for each in linears]),
+            torch.cat([fusion.dense_weight(each, self._dtype) for each in linears]),
             torch.cat(biases) if biases else None)
 
     def _dense(self, prefix, parts, columns, bias):
