@@ -145,12 +145,13 @@ class Int4:
             """Permute [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
             return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
 
-        def by_row(values: Tensor | None) -> Tensor | None:
-            return None if values is None else permuted(values.transpose(1, 2)).contiguous()
+        def by_row(values: Tensor) -> Tensor:
+            return permuted(values.transpose(1, 2)).contiguous()
 
         return replace(
             self, packed=fragments(permuted(_rows(self.packed))), scales=by_row(self.scales),
-            zeros=by_row(self.zeros), bias=None if self.bias is None else self.bias[index])
+            zeros=None if self.zeros is None else by_row(self.zeros),
+            bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
         """Dequantise some tiles; returns [rows, K], columns sorted by group."""
@@ -235,13 +236,11 @@ class Scaled:
 
     def rows(self, index: Tensor) -> 'Scaled':
         """Return the weight with its rows permuted by ``index`` int64 [N]."""
-        def permuted(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[index]
-
         # Indexed as int8: not every operation supports float8.
         return replace(
             self, values=self.values.view(torch.int8)[index].view(self.values.dtype),
-            scales=permuted(self.scales), zeros=permuted(self.zeros), bias=permuted(self.bias))
+            scales=self.scales[index], zeros=None if self.zeros is None else self.zeros[index],
+            bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantise some rows; returns [rows, K], columns sorted by group."""
@@ -384,8 +383,9 @@ class Stack:
         return self._map(lambda tensor: tensor.index_select(0, number)[0])
 
     def _map(self, select: Callable[[Tensor], Tensor]) -> Stored:
-        return replace(self.every, **{
-            name: select(tensor) for name, tensor in _tensors(self.every).items()})
+        tensors: dict[str, Any] = {
+            name: select(tensor) for name, tensor in _tensors(self.every).items()}
+        return replace(self.every, **tensors)
 
     @property
     def shape(self) -> tuple[int, int]:

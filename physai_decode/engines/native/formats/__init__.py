@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The formats of quantised weights: one file each, and here which there are.
+The registry of formats of quantised checkpoints; each format is one file.
 
-A format is made from what config.json says of it, and refuses by name what is not run; it then
-turns the tensors of one module after the other into the form that the kernels read.
+A format parses the ``quantization_config`` and refuses by name what the engine does not run. Then
+it repacks one module at a time into a layout that the kernels read.
 """
 
 from collections.abc import Callable
@@ -37,29 +37,29 @@ import torch
 
 
 class Format(Protocol):
-    """How the quantised modules of one checkpoint are stored."""
+    """How one checkpoint stores its quantised modules."""
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The number format in which its kernels have least to do; None: the model's own."""
+        """The dtype of activations in which its kernels are fastest; None: the model's own."""
         ...
 
     def holds(self, source: Source, module: str) -> bool:
-        """Whether a module is quantised; others have a weight like any other model's."""
+        """Whether a module is quantised; if not, it has a plain weight."""
         ...
 
     def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
         """
         Read a quantised module, without its bias.
 
-        :param rows: numbers that it gives.
-        :param columns: numbers that it takes.
-        :raises EngineError: a tensor is missing, or they do not belong together.
+        :param rows: output features.
+        :param columns: input features.
+        :raises EngineError: a tensor is missing or does not match the others.
         """
         ...
 
 
-# By quant_method. A format raises EngineError where it does not run what is asked for.
+# Keyed by quant_method. A format raises EngineError if the engine does not run the checkpoint.
 _FORMATS: dict[str, Callable[[Quantization], Format]] = {
     'gptq': Gptq, 'awq': Awq, 'compressed-tensors': CompressedTensors,
     'fp8': Fp8, 'bitsandbytes': BitsAndBytes, 'modelopt': ModelOpt}
@@ -67,9 +67,9 @@ _FORMATS: dict[str, Callable[[Quantization], Format]] = {
 
 def parse(quantized: Quantization) -> Format:
     """
-    Return the format that a checkpoint says it has.
+    Return the format of a checkpoint.
 
-    :raises EngineError: naming what the native engine does not run, and the engine that may.
+    :raises EngineError: the native engine does not run it; names an engine that may.
     """
     if quantized.method not in _FORMATS:
         other = 'exllamav2' if quantized.method == 'exl2' else 'transformers'

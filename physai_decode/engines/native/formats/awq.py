@@ -15,9 +15,8 @@
 """
 AWQ checkpoints in the layout "gemm", as AutoAWQ and GPTQModel write them.
 
-``qweight`` int32 [K, N / 8], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N]. The eight
-numbers of a word are those of the columns `ORDER` from its first one on. Lin et al., arXiv
-2306.00978.
+``qweight`` int32 [K, N / 8], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N]. Nibble i of
+a word belongs to the word's column ``ORDER[i]``. Lin et al., arXiv 2306.00978.
 """
 
 from physai_decode.engines.native import packing
@@ -33,18 +32,18 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Awq:
-    """AWQ of 4 bits."""
+    """AWQ with 4 bits."""
 
-    dtype = torch.float16       # its scales', and the kernel has less to do in it
+    dtype = torch.float16       # the dtype of its scales, in which the kernel is fastest
 
     def __init__(self, quantized: Quantization) -> None:
         """
-        Take what a checkpoint says of its quantisation.
+        Parse a quantization_config.
 
-        :raises EngineError: naming what the native engine does not run.
+        :raises EngineError: the native engine does not run it.
         """
         settings = quantized.settings
-        # AutoAWQ's own file, quant_config.json, has other names than config.json.
+        # Key names in config.json, and in AutoAWQ's own quant_config.json.
         bits = settings.get('bits', settings.get('w_bit', 4))
         self._size = settings.get('group_size', settings.get('q_group_size', 128))
         layout = settings.get('version') or settings.get('checkpoint_format') \
@@ -54,7 +53,7 @@ class Awq:
         if str(layout).lower() != 'gemm':
             raise refusal(f'the AWQ version {layout!r}', 'gemm')
         if not settings.get('zero_point', True):
-            raise refusal('AWQ without zero points', 'those with')
+            raise refusal('AWQ without zero points', 'AWQ with zero points')
         check_group('AWQ', self._size)
 
     def holds(self, source: Source, module: str) -> bool:
@@ -72,6 +71,6 @@ class Awq:
 
 
 def _numbers(words: Tensor) -> Tensor:
-    """Split words [M, N / 8] into numbers [M, N]."""
-    places = [ORDER.index(column) for column in range(8)]
-    return packing.unpack(words, 4, 1).unflatten(1, (-1, 8))[..., places].flatten(1)
+    """Unpack words [M, N / 8] to uint8 [M, N]."""
+    nibbles = [ORDER.index(column) for column in range(8)]
+    return packing.unpack(words, 4, 1).unflatten(1, (-1, 8))[..., nibbles].flatten(1)

@@ -13,14 +13,16 @@
 # limitations under the License.
 
 """
-Checkpoints of bitsandbytes: nf4 and fp4, their scales quantised once more or not; integers of 8.
+Checkpoints of bitsandbytes: nf4 and fp4, optionally with double quantisation, and int8.
 
-Of 4 bits: ``weight`` [N * K / 2, 1] of any type, bytes with two codes each, the first one in the
-high bits; the blocks of ``weight.absmax`` run on from row to row. What is no tensor stands as JSON
-in ``weight.quant_state.bitsandbytes__nf4``, by whose name the table is known. Double quantisation:
-``weight.absmax`` uint8, places in ``weight.nested_quant_map``, times ``weight.nested_absmax`` of
-its block, plus an offset. Of 8 bits: ``weight`` int8 [N, K], which ``SCB`` [N] are 127 of.
-Dettmers et al., arXiv 2305.14314 and 2208.07339.
+4 bits: ``weight`` [N * K / 2, 1] of any dtype has two codes per byte, the first one in the high
+bits. The blocks of ``weight.absmax`` continue from row to row. Scalars are JSON in
+``weight.quant_state.bitsandbytes__nf4``, whose name identifies the table. With double
+quantisation, ``weight.absmax`` uint8 indexes ``weight.nested_quant_map``; a scale is that entry
+times its block's ``weight.nested_absmax``, plus an offset.
+
+8 bits: ``weight`` int8 [N, K]; 127 stands for the row's ``SCB`` [N]. Dettmers et al., arXiv
+2305.14314 and 2208.07339.
 """
 
 from collections.abc import Mapping
@@ -33,7 +35,9 @@ from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import refusal
 from physai_decode.engines.native.linear import CODE_COLUMNS
+from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 import torch
@@ -48,32 +52,32 @@ TABLES = {
             0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     'fp4': (*_FP4, *(-number for number in _FP4))}
 _STATE = 'weight.quant_state.bitsandbytes__'
-_ROWS = 0               # as weight_format says it: plain rows
-_MOST = 1e30              # of an offset
+_ROWS = 0               # the weight_format of plain rows
+_MOST = 1e30            # limit of an offset
 
 
 class BitsAndBytes:
-    """Codes of 4 bits, or integers of 8."""
+    """4-bit codes, or 8-bit integers."""
 
     dtype = None
 
     def __init__(self, quantized: Quantization) -> None:
         """
-        Take what a checkpoint says of its quantisation.
+        Parse a quantization_config.
 
-        :raises EngineError: naming what the native engine does not run.
+        :raises EngineError: the native engine does not run it.
         """
         settings = quantized.settings
         four, eight = (bool(settings.get(f'load_in_{bits}bit')
                             or settings.get(f'_load_in_{bits}bit')) for bits in (4, 8))
         if four == eight:
             raise refusal('bitsandbytes with ' + ('both' if four else 'none') +
-                          ' of load_in_4bit and load_in_8bit', 'those with one')
+                          ' of load_in_4bit and load_in_8bit', 'bitsandbytes with one')
         self._kind = ''
         if four:
             self._kind = settings.get('bnb_4bit_quant_type', 'fp4')
             if self._kind not in TABLES:
-                raise refusal(f'bitsandbytes of the type {self._kind!r}', ', '.join(TABLES))
+                raise refusal(f'bitsandbytes of type {self._kind!r}', ', '.join(TABLES))
 
     def holds(self, source: Source, module: str) -> bool:
         """See `Format`."""
@@ -88,7 +92,7 @@ class BitsAndBytes:
         return self._eight(source, module, rows, columns) if not self._kind else \
             self._four(source, module, rows, columns)
 
-    def _eight(self, source, module, rows, columns):
+    def _eight(self, source: Source, module: str, rows: int, columns: int) -> Scaled:
         values = source.get(f'{module}.weight', (rows, columns))
         if values.dtype != torch.int8:
             raise EngineError(f'its weight is stored as {values.dtype}, config.json implies '
@@ -96,14 +100,14 @@ class BitsAndBytes:
         name = f'{module}.weight_format'
         layout = source.entry(name)
         if layout is not None and source.get(name, layout.shape).flatten().tolist() != [_ROWS]:
-            raise refusal('bitsandbytes int8 in the layout of one kind of chip', 'plain rows')
+            raise refusal('bitsandbytes int8 in a layout for one kind of GPU', 'plain rows')
         scales = source.get(f'{module}.SCB', (rows,)).float() / 127
         return packing.scale(values, _numbers(f'{module}.SCB', scales).unsqueeze(1), None, columns)
 
-    def _four(self, source, module, rows, columns):
+    def _four(self, source: Source, module: str, rows: int, columns: int) -> Coded:
         state = self._state(source, module)
         if state.get('shape') != [rows, columns]:
-            raise EngineError(f'its quant_state says the shape {state.get("shape")!r}, '
+            raise EngineError(f'its quant_state has the shape {state.get("shape")!r}, '
                               f'config.json implies {[rows, columns]}: they do not belong '
                               'together')
         block = _whole(state, 'blocksize')
@@ -116,14 +120,14 @@ class BitsAndBytes:
         if source.entry(f'{module}.weight.nested_absmax') is not None:
             absmax = _nested(source, module, state, absmax)
         elif not absmax.is_floating_point():
-            raise EngineError(f'{module}.weight.absmax holds whole numbers, but there is no '
+            raise EngineError(f'{module}.weight.absmax holds integers, but there is no '
                               f'{module}.weight.nested_absmax: download the model again')
         table = torch.tensor(TABLES[self._kind])
         stored = source.get(f'{module}.weight.quant_map', (16,)).float().cpu()
         if not torch.allclose(stored, table, rtol=0, atol=1e-4):
             raise EngineError(f'its quant_map is not that of {self._kind}: download the model '
                               'again')
-        # A block's part in a row, and so all of a group, has one scale.
+        # A group divides both a block and a row, so it has one scale.
         first = torch.arange(0, rows * columns, size, device=absmax.device) // block
         scales = _numbers(f'{module}.weight.absmax', absmax.float())[first].view(rows, -1)
         packed = self._packed(source, f'{module}.weight', rows * columns // 2)
@@ -131,22 +135,22 @@ class BitsAndBytes:
         return packing.code(packing.halves(swapped), scales,
                             torch.ones((), device=packed.device), table, size)
 
-    def _state(self, source, module) -> Mapping[str, Any]:
-        """Read the JSON of a module."""
+    def _state(self, source: Source, module: str) -> Mapping[str, Any]:
+        """Read the JSON of a module's quant_state."""
         name = f'{module}.{_STATE}{self._kind}'
         entry = source.entry(name)
         state = source.get(name, entry.shape if entry and len(entry.shape) == 1 else (0,))
         with parsing(f'tensor {name}'):
             found = json.loads(state.cpu().numpy().tobytes())
             if not isinstance(found, dict):
-                raise ValueError('it holds no JSON object')
+                raise ValueError('it is not a JSON object')
         if found.get('quant_type', self._kind) != self._kind:
-            raise EngineError(f'tensor {name} says the type {found["quant_type"]!r}: download the '
+            raise EngineError(f'tensor {name} has the type {found["quant_type"]!r}: download the '
                               'model again')
         return found
 
-    def _packed(self, source, name, count):
-        """Read the codes, uint8 [count], whatever type they are stored as."""
+    def _packed(self, source: Source, name: str, count: int) -> Tensor:
+        """Read the packed codes, stored with any dtype; returns uint8 [count]."""
         entry = source.entry(name)
         stored = source.get(name, entry.shape if entry else (count, 1)).contiguous()
         packed = stored.flatten().view(torch.uint8)
@@ -156,32 +160,33 @@ class BitsAndBytes:
         return packed
 
 
-def _nested(source, module, state, places) -> Tensor:
-    """Undo the second quantisation; gives float32 [blocks]."""
-    if places.dtype != torch.uint8:
-        raise EngineError(f'{module}.weight.absmax is stored as {places.dtype}, but there is a '
+def _nested(source: Source, module: str, state: Mapping[str, Any], codes: Tensor) -> Tensor:
+    """Dequantise the scales of double quantisation; returns float32 [blocks]."""
+    if codes.dtype != torch.uint8:
+        raise EngineError(f'{module}.weight.absmax is stored as {codes.dtype}, but there is a '
                           f'{module}.weight.nested_absmax: download the model again')
-    block, offset = _whole(state, 'nested_blocksize'), state.get('nested_offset')
+    block = _whole(state, 'nested_blocksize')
+    offset: Any = state.get('nested_offset')
     if type(offset) not in (int, float) or not abs(offset) < _MOST:
         raise EngineError(f'its quant_state has the nested_offset {offset!r}: download the model '
                           'again')
-    scales = source.get(f'{module}.weight.nested_absmax', (-(-len(places) // block),)).float()
+    scales = source.get(f'{module}.weight.nested_absmax', (-(-len(codes) // block),)).float()
     table = source.get(f'{module}.weight.nested_quant_map', (256,)).float()
-    numbers = table[places.long()] * scales.repeat_interleave(block)[:len(places)]
+    numbers = table[codes.long()] * scales.repeat_interleave(block)[:len(codes)]
     return numbers + float(offset)
 
 
-def _whole(state, key):
-    """Return a whole number above 0 of the JSON."""
+def _whole(state: Mapping[str, Any], key: str) -> int:
+    """Return a positive integer of a quant_state."""
     number = state.get(key)
     if type(number) is not int or not 0 < number <= 2**24:
         raise EngineError(f'its quant_state has the {key} {number!r}: download the model again')
     return number
 
 
-def _numbers(name, values):
-    """Hold floats against what is no number."""
+def _numbers(name: str, values: Tensor) -> Tensor:
+    """Return floats, which must be finite."""
     if not bool(values.isfinite().all()):
-        raise EngineError(f'tensor {name} gives scales that are not numbers: download the model '
+        raise EngineError(f'tensor {name} has scales that are NaN or infinite: download the model '
                           'again')
     return values

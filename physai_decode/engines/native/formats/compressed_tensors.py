@@ -15,18 +15,20 @@
 """
 Checkpoints of the library compressed-tensors, as LLM Compressor writes them.
 
-Read are weights alone: activations stay in half precision, whatever the config says of them.
-Which of the config's groups a module is of, its name says; how many groups of columns it has, its
-tensors. Of ``pack-quantized``: ``weight_packed`` int32 [N, K / 8], numbers from 0 on;
-``weight_scale`` [N, groups]; ``weight_zero_point`` int32 [N / 8, groups], likewise;
-``weight_g_idx`` int32 [K]; ``weight_shape`` [2]. Of ``int-quantized``: ``weight`` and
-``weight_zero_point`` int8, else the same. Of ``float-quantized``: ``weight`` float8_e4m3fn,
-``weight_scale`` of a tensor, of rows or of blocks. Of ``nvfp4-pack-quantized``: ``weight_packed``
-uint8 [N, K / 2], ``weight_scale`` float8_e4m3fn [N, K / 16], and ``weight_global_scale`` float32
-of the whole tensor, by which these are divided. Of ``mxfp4-pack-quantized``: ``weight_scale``
-uint8 [N, K / 32], else the same without the last.
+Activations stay in half precision, even if the config quantises them. A module's name determines
+its group in the config, and its tensors how many groups of columns it has. The formats:
+
+``pack-quantized``: ``weight_packed`` int32 [N, K / 8], unsigned values; ``weight_scale``
+[N, groups]; ``weight_zero_point`` int32 [N / 8, groups], unsigned too; ``weight_g_idx`` int32 [K];
+``weight_shape`` [2].
+``int-quantized``: the same, but ``weight`` and ``weight_zero_point`` are int8.
+``float-quantized``: ``weight`` float8_e4m3fn; ``weight_scale`` per tensor, row or block.
+``nvfp4-pack-quantized``: ``weight_packed`` uint8 [N, K / 2]; ``weight_scale`` float8_e4m3fn
+[N, K / 16], divided by ``weight_global_scale`` float32 of the whole tensor.
+``mxfp4-pack-quantized``: ``weight_packed`` likewise; ``weight_scale`` uint8 [N, K / 32].
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 import re
 from typing import Any
@@ -39,14 +41,16 @@ from physai_decode.engines.native.formats.fp8 import of_blocks
 from physai_decode.engines.native.formats.fp8 import of_rows
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import part
 from physai_decode.model_config import Quantization
 import torch
 
 _NAME = 'compressed-tensors'
-# By a layout's name what its weights are: type, bits, strategies.
+# The supported weights of each format: type, bits, strategies.
 _RUN = {
     'pack-quantized': ('int', (4, 8), ('group', 'channel', 'tensor')),
     'int-quantized': ('int', (8,), ('group', 'channel', 'tensor')),
@@ -54,38 +58,38 @@ _RUN = {
     'nvfp4-pack-quantized': ('float', (4,), ('tensor_group',)),
     'mxfp4-pack-quantized': ('float', (4,), ('group',))}
 _STORED = {'int-quantized': 'I8', 'float-quantized': FLOAT8}
-_CLASSES = ('Linear', 'Module')     # that a projection is of
+_CLASSES = ('Linear', 'Module')     # targets that match any projection
 
 
 @dataclass(frozen=True)
 class _Group:
-    """One of the config's groups of modules: which they are, and how they are stored."""
+    """One of the config's groups: its modules, and how they are stored."""
 
     targets: tuple[str, ...]
     layout: str
     bits: int
-    size: int                           # columns of a group; -1: all
+    size: int                           # columns per group; -1: all
     block: tuple[int, int] | None       # rows and columns
 
 
 class CompressedTensors:
-    """The layouts of `_RUN`, in groups of modules each of which may have another one."""
+    """The formats of `_RUN`; each group of modules may have another one."""
 
     def __init__(self, quantized: Quantization) -> None:
         """
-        Take what a checkpoint says of its quantisation.
+        Parse a quantization_config.
 
-        :raises EngineError: naming what the native engine does not run.
+        :raises EngineError: the native engine does not run it.
         """
         settings = quantized.settings
         if part(part(settings, 'transform_config'), 'config_groups'):
-            raise refusal(f'{_NAME} with a transform_config', 'weights as they are')
+            raise refusal(f'{_NAME} with a transform_config', f'{_NAME} without')
         if part(settings, 'sparsity_config').get('format', 'dense') != 'dense':
             raise refusal(f'{_NAME} with the sparsity_config '
                           f'{settings["sparsity_config"]["format"]!r}', 'dense')
         groups = part(settings, 'config_groups')
         if not groups:
-            raise refusal(f'{_NAME} without config_groups', 'those that name their weights')
+            raise refusal(f'{_NAME} without config_groups', f'{_NAME} with config_groups')
         self._groups = [_group(settings, part(groups, name)) for name in groups]
         self._ignored = _names(settings, 'ignore')
         self.dtype = torch.float16 if any(
@@ -111,8 +115,8 @@ class CompressedTensors:
         read = _packed if group.layout == 'pack-quantized' else _eight
         return read(source, module, rows, columns, group)
 
-    def _of(self, module):
-        """Return the group of a module: a name takes precedence over a pattern, then a class."""
+    def _of(self, module: str) -> _Group:
+        """Return the group of a module: by name, else by pattern, else by class."""
         if not any(_fit(name, module) for name in self._ignored):
             fits = [(fit, index) for index, group in enumerate(self._groups)
                     for target in group.targets if (fit := _fit(target, module))]
@@ -122,27 +126,28 @@ class CompressedTensors:
                           'in ignore, or no group has it in targets: they do not belong together')
 
 
-def _packed(source, module, rows, columns, group):
-    """Read integers in words."""
+def _packed(source: Source, module: str, rows: int, columns: int,
+            group: _Group) -> Int4 | Scaled:
+    """Read integers packed in words."""
     shape = source.get(f'{module}.weight_shape', (2,)).tolist()
     if shape != [rows, columns]:
         raise EngineError(f'weight_shape is {shape}, config.json implies {[rows, columns]}: '
                           'they do not belong together')
-    bits, least = group.bits, 1 << group.bits - 1
-    each = 32 // bits
-    values = packing.unpack(
-        source.get(f'{module}.weight_packed', (rows, -(-columns // each))), bits, 1)[:, :columns]
+    bits, offset = group.bits, 1 << group.bits - 1
+    per_word = 32 // bits
+    words = source.get(f'{module}.weight_packed', (rows, -(-columns // per_word)))
+    values = packing.unpack(words, bits, 1)[:, :columns]
     zeros, name = None, f'{module}.weight_zero_point'
     zero = source.entry(name)
     if _is_whole(source, module):
         scales, size = of_rows(source, f'{module}.weight_scale', rows), columns
         if zero is not None:
-            zeros = of_rows(source, name, rows).int() + least
+            zeros = of_rows(source, name, rows).int() + offset
     else:
         groups, size = _columns(source, module, columns, group)
         scales = source.get(f'{module}.weight_scale', (rows, groups))
         if zero is not None:
-            stored = source.get(name, (-(-rows // each), groups))
+            stored = source.get(name, (-(-rows // per_word), groups))
             zeros = packing.unpack(stored, bits, 0)[:rows]
     g_idx = None
     if source.entry(f'{module}.weight_g_idx') is not None:
@@ -151,16 +156,17 @@ def _packed(source, module, rows, columns, group):
         return packing.pack(values.t(), scales.t(), None if zeros is None else zeros.t(), size,
                             g_idx)
     return packing.scale(packing.signed(values), scales, None if zeros is None else
-                         zeros.int() - least, size, g_idx)
+                         zeros.int() - offset, size, g_idx)
 
 
-def _eight(source, module, rows, columns, group):
-    """Read integers or floats of 8 bits."""
+def _eight(source: Source, module: str, rows: int, columns: int, group: _Group) -> Scaled:
+    """Read 8-bit integers or floats."""
     values = source.get(f'{module}.weight', (rows, columns))
-    stored = source.entry(f'{module}.weight').dtype
+    weight = source.entry(f'{module}.weight')
+    stored = weight and weight.dtype
     if stored != _STORED[group.layout]:
-        raise EngineError(f'its weight is stored as {stored}, which config.json does not say: '
-                          'they do not belong together')
+        raise EngineError(f'its weight is stored as {stored}, config.json implies '
+                          f'{_STORED[group.layout]}: they do not belong together')
     name = f'{module}.weight_scale'
     entry = source.entry(name)
     if entry is None or len(entry.shape) < 2 or entry.shape[1] == 1 and \
@@ -177,7 +183,7 @@ def _eight(source, module, rows, columns, group):
     if zero is not None:
         if values.is_floating_point():
             if source.get(zero_name, zero.shape).float().any():
-                raise EngineError('its floats have zero points: download the model again')
+                raise EngineError('its float weights have zero points: download the model again')
         elif scales.shape[1] == 1:
             zeros = of_rows(source, zero_name, rows)
         else:
@@ -185,14 +191,14 @@ def _eight(source, module, rows, columns, group):
     return packing.scale(values, scales, zeros, size)
 
 
-def _is_whole(source, module):
-    """Whether one scale is for a whole tensor."""
+def _is_whole(source: Source, module: str) -> bool:
+    """Whether the whole tensor has one scale."""
     entry = source.entry(f'{module}.weight_scale')
     return entry is not None and entry.shape in ((), (1,), (1, 1))
 
 
-def _columns(source, module, columns, group):
-    """Return how many groups of columns a module has, and of how many columns."""
+def _columns(source: Source, module: str, columns: int, group: _Group) -> tuple[int, int]:
+    """Return the number of groups of columns, and the columns per group."""
     entry = source.entry(f'{module}.weight_scale')
     groups = entry.shape[-1] if entry and len(entry.shape) == 2 else 1
     size = -(-columns // max(1, groups))
@@ -202,18 +208,18 @@ def _columns(source, module, columns, group):
     return groups, size
 
 
-def _fit(target, module):
-    """Return how a target matches a module: 1 by name, 2 by pattern, 3 by class, 0 not."""
+def _fit(target: str, module: str) -> int:
+    """Return how a target matches a module: 1 by name, 2 by pattern, 3 by class, 0 not at all."""
     if target.startswith('re:'):
         return 2 if re.match(target[3:], module) else 0
     return 1 if target == module else 3 if target in _CLASSES else 0
 
 
-def _names(settings, key):
+def _names(settings: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """
-    Read names of modules and patterns.
+    Read a list of module names, patterns and classes.
 
-    :raises ValueError: they are no list of texts, or one is no pattern.
+    :raises ValueError: it is not a list of strings, or a pattern is invalid.
     """
     names = settings.get(key) or []
     if not isinstance(names, list) or any(type(name) is not str for name in names):
@@ -222,12 +228,17 @@ def _names(settings, key):
         try:
             _fit(name, '')
         except re.error as error:
-            raise ValueError(f'{key} has {name!r}, which is no pattern ({error})') from None
+            raise ValueError(f'{key} has the invalid pattern {name!r} ({error})') from None
     return tuple(names)
 
 
-def _group(settings, found):
-    """Hold one of the config's groups against what is run."""
+def _group(settings: Mapping[str, Any], found: Mapping[str, Any]) -> _Group:
+    """
+    Parse one of the config's groups.
+
+    :raises EngineError: the native engine does not run it.
+    :raises ValueError: a value is invalid.
+    """
     layout = found.get('format') or settings.get('format')
     if layout not in _RUN:
         raise refusal(f'the {_NAME} format {layout!r}', ', '.join(_RUN))
@@ -252,6 +263,6 @@ def _group(settings, found):
         high, wide = weights['block_structure']
         check_group(_NAME, wide)
         if type(high) is not int or high < 1:
-            raise refusal(f'{_NAME} blocks of {high!r} rows', 'whole numbers')
+            raise refusal(f'{_NAME} blocks of {high!r} rows', 'positive integers')
         block = high, wide
     return _Group(_names(found, 'targets'), layout, weights['num_bits'], size, block)

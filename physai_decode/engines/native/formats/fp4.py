@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-Floats of 4 bits, E2M1, with scales in groups: NVFP4 and MXFP4.
+4-bit floats, E2M1, with a scale per group: NVFP4 and MXFP4.
 
-Two numbers lie in a byte, that of the lower column in its low bits. OCP Microscaling Formats (MX)
+A byte has two values, that of the lower column in its low bits. OCP Microscaling Formats (MX)
 Specification 1.0, sections 5.3.3 and 5.4.1.
 """
 
@@ -33,26 +33,26 @@ GROUP = {'nvfp4': 16, 'mxfp4': 32}      # columns that share a scale
 def nvfp4(source: Source, packed: str, scales: str, factor: Tensor, rows: int,
           columns: int) -> Coded:
     """
-    Read a projection with scales in float8_e4m3fn, all times ``factor``.
+    Read a projection whose scales are float8_e4m3fn times ``factor``.
 
     :param packed: and ``scales``, the names of the tensors.
-    :raises EngineError: one is missing, or they do not belong together.
+    :raises EngineError: a tensor is missing, or has another dtype or shape.
     """
     return _read(source, packed, scales, torch.float8_e4m3fn, factor, rows, columns,
                  GROUP['nvfp4'])
 
 
 def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> Coded:
-    """Read a projection with scales that are powers of 2, as bytes; see `nvfp4`."""
+    """Read a projection whose scales are biased exponents of 2, uint8; see `nvfp4`."""
     return _read(source, packed, scales, torch.uint8, torch.ones(()), rows, columns,
                  GROUP['mxfp4'])
 
 
 def factor(source: Source, name: str) -> Tensor:
     """
-    Read the number that a whole tensor's scales have in common.
+    Read the factor common to all scales of a tensor.
 
-    :raises EngineError: it is missing, or not one number above 0.
+    :raises EngineError: it is missing, or not one finite number above 0.
     """
     entry = source.entry(name)
     shape = entry.shape if entry and entry.shape == (1,) else ()
@@ -63,7 +63,8 @@ def factor(source: Source, name: str) -> Tensor:
     return number
 
 
-def _read(source, packed, scales, kind, factor, rows, columns, size):
+def _read(source: Source, packed: str, scales: str, kind: torch.dtype, factor: Tensor,
+          rows: int, columns: int, size: int) -> Coded:
     words = source.get(packed, (rows, -(-columns // 2)))
     found = source.get(scales, (rows, -(-columns // size)))
     for name, tensor, wanted in ((packed, words, torch.uint8), (scales, found, kind)):

@@ -13,12 +13,13 @@
 # limitations under the License.
 
 """
-Floats of 8 bits as the method fp8 has them: by blocks, as Qwen and DeepSeek publish, or AutoFP8's.
+8-bit floats of the quant_method fp8: with a scale per block (Qwen, DeepSeek), or as of AutoFP8.
 
-``weight`` float8_e4m3fn [N, K]; by blocks ``weight_scale_inv`` [N / block, K / block], by which a
-weight is multiplied, for all its name; else ``weight_scale`` of the whole tensor or of its rows,
-which the transformers library calls ``weight_scale_inv`` too.
-Activations stay in half precision, whatever the config says of them.
+``weight`` float8_e4m3fn [N, K]. With blocks, ``weight_scale_inv`` [N / block, K / block], which
+multiplies the weights despite its name. Without, ``weight_scale`` per tensor or row, which the
+transformers library calls ``weight_scale_inv`` too.
+
+Activations stay in half precision, even if the config quantises them.
 """
 
 from physai_decode.engine import EngineError
@@ -34,23 +35,23 @@ FLOAT8 = 'F8_E4M3'
 
 
 class Fp8:
-    """Floats E4M3, in blocks or not."""
+    """E4M3 floats, with or without blocks."""
 
     dtype = None
 
     def __init__(self, quantized: Quantization) -> None:
         """
-        Take what a checkpoint says of its quantisation.
+        Parse a quantization_config.
 
-        :raises EngineError: naming what the native engine does not run.
+        :raises EngineError: the native engine does not run it.
         """
         kind = quantized.settings.get('fmt', 'e4m3')
         if str(kind).lower() not in ('e4m3', 'float8_e4m3fn'):
-            raise refusal(f'fp8 of the kind {kind!r}', 'e4m3')
+            raise refusal(f'fp8 with fmt {kind!r}', 'e4m3')
         self._block = quantized.settings.get('weight_block_size')
         if self._block is not None:
             if len(self._block) != 2 or type(self._block[0]) is not int or self._block[0] < 1:
-                raise refusal(f'fp8 in blocks of {self._block!r}', 'rows and columns')
+                raise refusal(f'fp8 with weight_block_size {self._block!r}', 'rows and columns')
             check_group('fp8', self._block[1])
 
     def holds(self, source: Source, module: str) -> bool:
@@ -76,24 +77,24 @@ class Fp8:
 
 def of_rows(source: Source, name: str, rows: int) -> Tensor:
     """
-    Read scales of a whole tensor, or of each row; returns [rows, 1].
+    Read one scale per tensor or per row; returns [rows, 1].
 
-    :raises EngineError: they are not there, or of another shape.
+    :raises EngineError: the tensor is missing or has another shape.
     """
     entry = source.entry(name)
     shape = entry.shape if entry else (rows, 1)
     if shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
-        raise EngineError(f'tensor {name} has shape {list(shape)}, but {[rows, 1]} or one number '
-                          'is what config.json implies: they do not belong together')
+        raise EngineError(f'tensor {name} has shape {list(shape)}, config.json implies '
+                          f'{[rows, 1]} or one number: they do not belong together')
     return source.get(name, shape).reshape(-1, 1).expand(rows, 1)
 
 
 def of_blocks(source: Source, name: str, rows: int, columns: int, high: int,
               wide: int) -> Tensor:
     """
-    Read scales of blocks of ``high`` rows and ``wide`` columns; returns [rows, groups].
+    Read one scale per block of ``high`` rows and ``wide`` columns; returns [rows, groups].
 
-    :raises EngineError: they are not there, or of another shape.
+    :raises EngineError: the tensor is missing or has another shape.
     """
     scales = source.get(name, (-(-rows // high), -(-columns // wide)))
     return scales.repeat_interleave(high, 0)[:rows]

@@ -15,9 +15,9 @@
 """
 GPTQ checkpoints, as AutoGPTQ and GPTQModel write them.
 
-Of 4 bits: ``qweight`` int32 [K / 8, N], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N],
-``g_idx`` int32 [K]. Of 8 bits a word has 4 numbers instead of 8. The format ``gptq`` stores zeros
-less one, ``gptq_v2`` as they are. Frantar et al., arXiv 2210.17323.
+4 bits: ``qweight`` int32 [K / 8, N], ``qzeros`` int32 [groups, N / 8], ``scales`` [groups, N],
+``g_idx`` int32 [K]. 8 bits: a word has 4 values instead of 8. The format ``gptq`` stores zero
+points minus 1, ``gptq_v2`` stores them unchanged. Frantar et al., arXiv 2210.17323.
 """
 
 from physai_decode.engines.native import packing
@@ -33,17 +33,17 @@ BITS = (4, 8)
 
 
 class Gptq:
-    """GPTQ with one setting for all modules, or with rules for some of them."""
+    """GPTQ with one setting for all modules, or with GPTQModel's rules for some."""
 
     def __init__(self, quantized: Quantization) -> None:
         """
-        Take what a checkpoint says of its quantisation.
+        Parse a quantization_config.
 
-        :raises EngineError: naming what the native engine does not run.
+        :raises EngineError: the native engine does not run it.
         """
         if quantized.layout not in ('gptq', 'gptq_v2'):
             raise refusal(f'the GPTQ format {quantized.layout!r}', 'gptq and gptq_v2')
-        # Which module one of GPTQModel's rules is for shows in the shapes of its tensors.
+        # The shapes of a module's tensors tell which setting it has.
         self._settings = [(quantized.bits, quantized.group_size)]
         rules = part(quantized.settings, 'dynamic')
         for changed in (part(rules, rule) for rule in rules if not rule.startswith('-:')):
@@ -53,7 +53,7 @@ class Gptq:
             if bits not in BITS:
                 raise refusal(f'GPTQ of {bits!r} bits', ' and '.join(map(str, BITS)))
             check_group('GPTQ', size)
-        # The scales of 4 bits are float16, and the kernel has less to do in it.
+        # With 4 bits, scales are float16, and the kernel is fastest in it.
         self.dtype = torch.float16 if quantized.bits == 4 else None
         self._zeros_less_one = quantized.layout == 'gptq'
 
@@ -65,7 +65,7 @@ class Gptq:
         """See `Format`."""
         bits, size = self._setting(source, module, columns)
         groups = -(-columns // size)
-        # Some writers leave g_idx out where it is plain.
+        # Some writers omit g_idx if groups are contiguous.
         g_idx = None
         if source.entry(f'{module}.g_idx') is not None:
             g_idx = source.get(f'{module}.g_idx', (columns,))
@@ -81,14 +81,14 @@ class Gptq:
         return packing.scale(
             packing.signed(values.t()), scales.t(), packing.signed(zeros.t()), size, g_idx)
 
-    def _setting(self, source, module, columns):
-        """Return the bits and the group size of a module: those that its tensors have."""
-        def shape(end):
+    def _setting(self, source: Source, module: str, columns: int) -> tuple[int, int]:
+        """Return the bits and the group size that match the shapes of a module's tensors."""
+        def first(end: str) -> tuple[int, ...] | None:
             entry = source.entry(f'{module}.{end}')
             return entry.shape[:1] if entry else None
 
-        every = [(bits, columns if size == -1 else size) for bits, size in self._settings]
-        fitting = (
-            each for each in every if shape('qweight') == (columns * each[0] // 32,)
-            and shape('scales') == (-(-columns // each[1]),))
-        return next(fitting, every[0])
+        settings = [(bits, columns if size == -1 else size) for bits, size in self._settings]
+        matches = (
+            (bits, size) for bits, size in settings if first('qweight') == (columns * bits // 32,)
+            and first('scales') == (-(-columns // size),))
+        return next(matches, settings[0])

@@ -13,12 +13,11 @@
 # limitations under the License.
 
 """
-Checkpoints of NVIDIA's ModelOpt: NVFP4, and floats of 8 bits.
+Checkpoints of NVIDIA's ModelOpt: NVFP4 and FP8.
 
-NVFP4: ``weight`` uint8 [N, K / 2], ``weight_scale`` float8_e4m3fn [N, K / 16], ``weight_scale_2``
-float32 of the whole tensor, by which these are multiplied. FP8: ``weight`` float8_e4m3fn,
-``weight_scale`` of the whole tensor or of rows. Activations stay in half precision, whatever the
-config says of them.
+NVFP4: ``weight`` uint8 [N, K / 2]; ``weight_scale`` float8_e4m3fn [N, K / 16], multiplied by
+``weight_scale_2`` float32 of the whole tensor. FP8: ``weight`` float8_e4m3fn; ``weight_scale`` per
+tensor or row. Activations stay in half precision, even if the config quantises them.
 """
 
 from physai_decode.engines.native import packing
@@ -34,15 +33,15 @@ _STORED = {'NVFP4': 'U8', 'FP8': FLOAT8}
 
 
 class ModelOpt:
-    """One of `_STORED` for all modules but those left dense."""
+    """One algorithm of `_STORED` for all quantised modules."""
 
     dtype = None
 
     def __init__(self, quantized: Quantization) -> None:
         """
-        Take what a checkpoint says of its quantisation.
+        Parse a quantization_config.
 
-        :raises EngineError: naming what the native engine does not run.
+        :raises EngineError: the native engine does not run it.
         """
         self._kind = quantized.settings.get('quant_algo') or ''
         if self._kind not in _STORED:

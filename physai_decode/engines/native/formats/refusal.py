@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How a format refuses what the native engine does not run."""
+"""The errors of a format that the native engine does not run."""
 
 from typing import Any
 
@@ -20,17 +20,17 @@ from physai_decode.engine import EngineError
 
 
 def refusal(what: str, runs: str) -> EngineError:
-    """Return the error that names what is asked for, what is run, and the way out."""
+    """Return the error that names what is unsupported, what is supported, and the way out."""
     return EngineError(f'the native engine does not run {what} (it runs {runs}); '
                        'set engine.name to transformers')
 
 
 def check_group(name: str, size: Any) -> None:
     """
-    Hold the columns that share a scale against what the kernels have.
+    Check that the kernels support a group size.
 
-    :param size: -1: all of a row's.
-    :raises EngineError: it is another number, or none.
+    :param size: columns per group; -1: one group per row.
+    :raises EngineError: it is neither -1 nor a positive multiple of 32.
     """
     if type(size) is not int or (size != -1 and (size <= 0 or size % 32)):
         raise refusal(f'{name} groups of {size!r}', 'multiples of 32, and -1')
