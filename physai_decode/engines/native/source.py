@@ -12,11 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-Where a network's tensors come from: a checkpoint's files, or a generator.
-
-Tensors come one by one, by their names in the checkpoint. Knows no format of quantised weights.
-"""
+"""The source of a network's tensors: a checkpoint's files, or a random generator."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,20 +25,19 @@ from physai_decode.engines import stored
 import torch
 from torch import Tensor
 
-# How far random numbers deviate that are stored as such a type; I32 has uniform nibbles,
-# U8 E2M1.
+# Standard deviation of random values by stored dtype: I32 has uniform nibbles, U8 E2M1 floats.
 _DEVIATION = {'I32': 4.61, 'U8': 2.93, 'I8': 73.6, 'F8_E4M3': 1.0}
 
 
 class Source(Protocol):
-    """Where tensors come from."""
+    """A source of tensors, by their names in the checkpoint."""
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Return the type and shape of a tensor; None where there is none of this name."""
+        """Return the dtype and shape of a tensor; None if there is none of this name."""
         ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor on the device; integers as they are, floats in the stored dtype."""
+        """Return a tensor on the device, in the stored dtype."""
         ...
 
 
@@ -55,14 +50,14 @@ class Files:
         self.used: set[str] = set()
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Return the type and shape of a tensor; None where there is none of this name."""
+        """Return the dtype and shape of a tensor; None if there is none of this name."""
         return self._entries.get(name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """
         Return a tensor on the device.
 
-        :raises EngineError: it is not there, has another shape than config.json implies, or its
+        :raises EngineError: it is missing, its shape differs from what config.json implies, or its
             file can't be read.
         """
         self.used.add(name)
@@ -70,11 +65,11 @@ class Files:
 
 
 class Random:
-    """Random tensors of the same names and shapes: to time a shape without its weights."""
+    """Random tensors of the same names and shapes, to time a model without its weights."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: torch.dtype,
                  device: torch.device):
-        # Each column's group is plain: without it a format takes the columns in turn.
+        # Without g_idx, groups are contiguous.
         self._entries = {name: entry for name, entry in checkpoint.tensors.items()
                          if not name.endswith('g_idx')}
         self._generator = torch.Generator(device).manual_seed(settings.get('seed', 0))
@@ -83,14 +78,15 @@ class Random:
         self._device = device
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Return the type and shape of a tensor; None where none is described."""
+        """Return the dtype and shape of a tensor; None if none is described."""
         return self._entries.get(name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """
-        Return a tensor: gains 1, other floats normal with deviation 0.02.
+        Return a tensor: gains are 1, other weights normal with standard deviation 0.02.
 
-        :raises EngineError: it is not described, or with another shape than config.json implies.
+        :raises EngineError: it is not described, or its shape differs from what config.json
+            implies.
         """
         entry = _checked(self._entries, name, shape)
         kind = name.rsplit('.', 1)[-1]
@@ -98,7 +94,7 @@ class Random:
             return torch.full(shape, self._zero, dtype=torch.int32, device=self._device)
         if entry.dtype == 'I32':
             words = self._integers(-2**31, 2**31, shape, torch.int32)
-            # A nibble of 0 becomes 8, the zero point: a mean other than 0 would add up.
+            # A nibble of 0 becomes 8, the zero point, so that the mean is 0.
             empty = ~(words | words >> 1 | words >> 2 | words >> 3) & 0x11111111
             return words | empty << 3
         if entry.dtype == 'I8':
@@ -106,7 +102,7 @@ class Random:
         if entry.dtype == 'U8':
             return torch.randint(0, 256, shape, dtype=torch.uint8, device=self._device,
                                  generator=self._generator)
-        if kind == 'weight_global_scale':       # of scales about 1, of floats of 4 bits
+        if kind == 'weight_global_scale':       # for E2M1 floats with scales about 1
             return torch.full(shape, _DEVIATION['U8'] / 0.02, device=self._device)
         if kind == 'weight_scale' and entry.dtype == 'F8_E4M3':
             noise = torch.rand(shape, device=self._device, generator=self._generator)
@@ -115,8 +111,8 @@ class Random:
             return torch.empty(shape, dtype=torch.float16, device=self._device).normal_(
                 generator=self._generator).to(torch.float8_e4m3fn)
         if kind == 'weight_shape':
-            rows, words = self._entries[f'{name.removesuffix("shape")}packed'].shape
-            return torch.tensor([rows, 8 * words])
+            rows, row_words = self._entries[f'{name.removesuffix("shape")}packed'].shape
+            return torch.tensor([rows, 8 * row_words])
         if kind in ('scales', 'weight_scale', 'weight_scale_inv'):
             noise = torch.rand(shape, device=self._device, generator=self._generator)
             weight = self._entries.get(f'{name.removesuffix(kind)}weight')
@@ -126,17 +122,19 @@ class Random:
         values = torch.empty(shape, dtype=self._dtype, device=self._device)
         return values.normal_(0.0, 0.02, generator=self._generator)
 
-    def _integers(self, least, end, shape, dtype):
+    def _integers(self, least: int, end: int, shape: tuple[int, ...],
+                  dtype: torch.dtype) -> Tensor:
         return torch.randint(least, end, shape, dtype=dtype, device=self._device,
                              generator=self._generator)
 
 
-def _checked(entries, name, shape):
-    """Find a tensor among those of the folder."""
+def _checked(entries: Mapping[str, TensorEntry], name: str,
+             shape: tuple[int, ...]) -> TensorEntry:
+    """Return the entry of a tensor, whose shape must be as given."""
     entry = entries.get(name)
     if entry is None:
-        raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete or of '
-                          'another architecture than its config.json says')
+        raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete, or its '
+                          'config.json is of another architecture')
     if entry.shape != shape:
         raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
                           f'{list(shape)}: they do not belong together')

@@ -13,11 +13,12 @@
 # limitations under the License.
 
 """
-The forms of weights where PyTorch's own operations compute: on a CPU, and without Triton.
+The layouts of weights for PyTorch's own kernels: on a CPU, and without Triton.
 
-Integers of 4 bits stay packed where PyTorch has a product with them. All other quantised weights
-are unpacked once, when they are loaded, while there is room: to unpack them at each step takes
-tens of times as long as the product. On a CPU dense weights get the order that is read fastest.
+4-bit integers stay packed if PyTorch has a kernel for them. Other quantised weights are
+dequantised once, when they are loaded, as far as memory allows: to dequantise them at each step
+takes tens of times as long as the product. On a CPU, dense weights get the memory layout that is
+read fastest.
 """
 
 from dataclasses import replace
@@ -28,6 +29,7 @@ from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Stack
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.torch_linear import Reordered
@@ -36,14 +38,14 @@ from physai_decode.engines.native.weights import Layer
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128, 256)    # of PyTorch's product
-CAPABILITY = (8, 0)                 # of the CUDA devices that it runs on
-PIECE = 256                         # tiles of 16 rows that are packed at a time
+GROUP_SIZES = (32, 64, 128, 256)    # of PyTorch's int4 kernel
+CAPABILITY = (8, 0)                 # least compute capability that it runs on
+PIECE = 256                         # tiles of 16 rows that are repacked at once
 
 
 def has_int4(device: torch.device) -> bool:
-    """Whether PyTorch has a product with 4-bit weights on a device, and a fast one."""
-    if device.type == 'cpu':        # others than these go weight by weight
+    """Whether PyTorch has a fast kernel for 4-bit weights on a device."""
+    if device.type == 'cpu':        # without AVX, the kernel is a scalar loop
         return (hasattr(torch.ops.aten, '_weight_int4pack_mm_for_cpu')
                 and torch.backends.cpu.get_cpu_capability().startswith('AVX'))
     return (torch.version.hip is None and hasattr(torch.ops.aten, '_weight_int4pack_mm')
@@ -51,7 +53,7 @@ def has_int4(device: torch.device) -> bool:
 
 
 def has_reordered(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN has a product with reordered weights of a format on a device."""
+    """Whether oneDNN has a kernel for reordered weights of a dtype on a device."""
     supported = {torch.bfloat16: '_is_mkldnn_bf16_supported',
                  torch.float16: '_is_mkldnn_fp16_supported'}.get(dtype)
     return (supported is not None and device.type == 'cpu'
@@ -62,22 +64,22 @@ def has_reordered(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class TorchForms:
-    """Gives one projection after the other the form that is fastest on a device."""
+    """Converts projections to the layout that is fastest on a device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, room: float) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, budget: float) -> None:
         """
-        Begin with nothing unpacked.
+        Choose the layouts.
 
         :param dtype: of the activations.
-        :param room: bytes that may be taken beyond those of the stored weights.
+        :param budget: bytes that dequantised weights may use.
         """
-        self._dtype, self._device, self._room = dtype, device, room
+        self._dtype, self._device, self._budget = dtype, device, budget
         self._packs = dtype == torch.bfloat16 and has_int4(device)
         self._reorders = has_reordered(dtype, device)
-        self._unpacked = self._left = 0     # bytes of unpacked weights: held, and without room
+        self._unpacked = self._left = 0     # bytes dequantised at load, and at each step
 
     def layer(self, layer: Layer) -> Layer:
-        """Convert the projections of a layer to the form of the step."""
+        """Convert the projections of a layer."""
         mlp = layer.mlp
         if isinstance(mlp, Mlp):
             mlp = replace(mlp, gate_up=self(mlp.gate_up, paired=True), down=self(mlp.down))
@@ -88,20 +90,21 @@ class TorchForms:
 
     def __call__(self, weight: Linear, paired: bool = False, tied: bool = False) -> Linear:
         """
-        Convert a projection to the form of the step.
+        Convert a projection.
 
-        :param paired: it is gate and up: in a quantised one 8 rows of each take turns.
-        :param tied: it is an embedding too, which can't do with oneDNN's order: that is a copy.
+        :param paired: whether it is gate and up, which are interleaved if quantised.
+        :param tied: whether it is the embedding too, which can't use oneDNN's layout: reordered
+            weights are a copy.
         """
         if isinstance(weight, (Reordered, TorchInt4)):
             return weight
         size = weight.shape[0] * weight.shape[1] * self._dtype.itemsize
         if isinstance(weight, Dense):
-            return self._dense(weight, self._reorders and (not tied or self._takes(size)))
+            return self._dense(weight, self._reorders and (not tied or self._reserve(size)))
         packed = _packed(weight) if self._packs and isinstance(weight, Int4) else None
         if packed is not None:
             return packed
-        if not self._takes(size):
+        if not self._reserve(size):
             self._left += size
             return weight
         self._unpacked += size
@@ -109,47 +112,51 @@ class TorchForms:
 
     @property
     def report(self) -> str:
-        """What the log should say of it; empty where all 4-bit weights stay packed."""
-        said = []
+        """The log message; empty if no weights are dequantised."""
+        parts = []
         if self._unpacked:
-            said.append(f'quantised weights are kept unpacked, in {self._unpacked / 1e9:.3g} GB')
+            parts.append(f'quantised weights are kept unpacked, in {self._unpacked / 1e9:.3g} GB')
         if self._left:
-            said.append('quantised weights are unpacked at each step, which is tens of times '
+            parts.append('quantised weights are unpacked at each step, which is tens of times '
                         f'slower: {self._left / 1e9:.3g} GB more of free memory would hold them')
-        return '; other '.join(said)
+        return '; other '.join(parts)
 
-    def _stack(self, stack, paired=False):
-        """Convert experts; the forms of PyTorch can not be stacked."""
+    def _stack(self, stack: Stack, paired: bool = False) -> Stack:
+        """Dequantise experts; PyTorch's layouts can't be stacked."""
         if not isinstance(stack.every, Dense):
             size = stack.count * stack.shape[0] * stack.shape[1] * self._dtype.itemsize
-            if not self._takes(size):
+            if not self._reserve(size):
                 self._left += size
                 return stack
             self._unpacked += size
-        return Stack.from_parts((self._dense(self._plain(stack[number], paired), False)
+        return Stack.from_parts((self._ordered(self._plain(stack[number], paired))
                                  for number in range(stack.count)), stack.count, stack.taken)
 
-    def _plain(self, weight, paired):
-        """Unpack a projection, where it is quantised."""
+    def _plain(self, weight: Stored, paired: bool) -> Dense:
+        """Dequantise a projection."""
         if isinstance(weight, Dense):
             return weight
         dense, bias = fusion.dense_weight(weight, self._dtype), weight.bias
         if paired:
-            dense, bias = _apart(dense), None if bias is None else _apart(bias)
+            dense, bias = _deinterleaved(dense), None if bias is None else _deinterleaved(bias)
         return Dense(dense, bias)
 
-    def _takes(self, size):
-        """Take memory, where there is as much."""
-        fits = size <= self._room
+    def _reserve(self, size: int) -> bool:
+        """Take ``size`` bytes from the budget; returns whether they fit."""
+        fits = size <= self._budget
         if fits:
-            self._room -= size
+            self._budget -= size
         return fits
 
-    def _dense(self, weight, reorders):
+    def _dense(self, weight: Dense, reorders: bool) -> Dense | Reordered:
         if reorders:
             return Reordered(
                 torch.ops.mkldnn._reorder_linear_weight(weight.weight), weight.bias)
-        # By columns the product of float32 with a vector takes half the time where rows are many.
+        return self._ordered(weight)
+
+    def _ordered(self, weight: Dense) -> Dense:
+        # With many rows, a float32 matrix-vector product takes half the time if the weights are
+        # column-major.
         rows, columns = weight.shape
         if self._device.type == 'cpu' and self._dtype == torch.float32 and rows >= columns:
             return replace(weight, weight=weight.weight.t().contiguous().t())
@@ -157,7 +164,7 @@ class TorchForms:
 
 
 def _packed(weight: Int4) -> TorchInt4 | None:
-    """Repack a projection for PyTorch's product; None where it does not take its shape."""
+    """Repack a projection for PyTorch's int4 kernel; None if it does not support the shape."""
     (rows, columns), size = weight.shape, weight.group_size
     on_host = weight.packed.device.type == 'cpu'
     inner = next((tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0), None)
@@ -184,6 +191,6 @@ def _packed(weight: Int4) -> TorchInt4 | None:
                      weight.order, weight.bias, columns, size)
 
 
-def _apart(rows: Tensor) -> Tensor:
-    """Put the rows of gate before those of up."""
+def _deinterleaved(rows: Tensor) -> Tensor:
+    """Move the rows of gate before the rows of up."""
     return rows.unflatten(0, (-1, 2, TILE_ROWS // 2)).transpose(0, 1).flatten(0, 2)

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The forms of a projection that PyTorch's own fast products read; see `linear` for the others.
+The layouts of a projection's weights for PyTorch's own kernels; see `linear` for the others.
 
-`torch_forms` says where there are such products, and makes these forms.
+`torch_forms` converts weights to these layouts.
 """
 
 from dataclasses import dataclass
@@ -25,16 +25,15 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-PIECE = 4096        # rows of a weight that are in another format at a time
+PIECE = 4096        # rows of a weight that are in another dtype at once
 
 
 @dataclass(frozen=True)
 class Reordered:
     """
-    A dense projection in the order in which oneDNN's product on a CPU reads it.
+    A dense projection in oneDNN's memory layout, for a CPU.
 
-    A product with a vector takes half the time then: of plain weights oneDNN makes the order anew
-    at each product.
+    It halves the time of a matrix-vector product: oneDNN reorders plain weights at each product.
 
     ``weight`` [N, K], opaque; ``bias`` [N] or None, in the engine's dtype.
     """
@@ -49,22 +48,22 @@ class Reordered:
 
     @property
     def kind(self) -> str:
-        """What of the form a product's speed depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return f'reordered-{str(self.weight.dtype).removeprefix("torch.")}'
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one product with a vector reads."""
+        """Bytes that one matrix-vector product reads."""
         return sum(each.numel() * each.element_size() for each in (self.weight, self.bias)
                    if each is not None)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate's and up's part of a product [..., N] with both; each [..., N / 2]."""
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 2] each."""
         gate, up = product.chunk(2, -1)
         return gate, up
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight, in the format of ``x``."""
+        """Multiply ``x`` [..., K] by the transposed weight, in the dtype of ``x``."""
         if x.dtype == self.weight.dtype:
             product = torch.ops.mkldnn._linear_pointwise(
                 x.reshape(-1, x.shape[-1]), self.weight, self.bias, 'none', [], '')
@@ -77,11 +76,11 @@ class Reordered:
 @dataclass(frozen=True)
 class TorchInt4:
     """
-    Integers of 4 bits in groups, for PyTorch's own product; rows and columns as in an `Int4`.
+    4-bit integers in groups, for PyTorch's kernel; rows and columns are as in an `Int4`.
 
     A weight is scale * (nibble - 8) + zero.
 
-    ``packed`` in PyTorch's order; ``scales_and_zeros`` bfloat16 [groups, N, 2]; ``order`` int32
+    ``packed`` in PyTorch's layout; ``scales_and_zeros`` bfloat16 [groups, N, 2]; ``order`` int32
     [K] or None; ``bias`` [N] or None.
     """
 
@@ -99,18 +98,18 @@ class TorchInt4:
 
     @property
     def kind(self) -> str:
-        """What of the form a product's speed depends on."""
+        """The properties of the layout that a kernel's speed depends on."""
         return f'torch-int4-g{self.group_size}'
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one product with a vector reads."""
+        """Bytes that one matrix-vector product reads."""
         return sum(each.numel() * each.element_size()
                    for each in (self.packed, self.scales_and_zeros, self.order, self.bias)
                    if each is not None)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate's and up's part of a product [..., N] with both; each [..., N / 16, 8]."""
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
         gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
         return gate, up
 
@@ -118,7 +117,7 @@ class TorchInt4:
         """
         Multiply ``x`` [..., K] by the transposed weight; returns [..., N].
 
-        A GPU computes in bfloat16, a CPU in the format of ``x``: fast in bfloat16 alone.
+        A GPU computes in bfloat16, a CPU in the dtype of ``x``, which is fast in bfloat16 only.
         """
         rows = x.reshape(-1, self.in_features)
         if self.order is not None:

@@ -13,10 +13,9 @@
 # limitations under the License.
 
 """
-Which layout of a kernel is fastest on this device: timed once, kept in a file.
+Caches the fastest configuration of each kernel on a device in a file.
 
-Knows neither kernels nor models. The file is a cache: what can't be read is measured again, and
-what can't be written is measured at the next start.
+If the file can't be read, kernels are tuned again; if it can't be written, at each start.
 """
 
 from collections.abc import Callable
@@ -31,14 +30,14 @@ from physai_decode.engines import device as devices
 import torch
 
 REPLAYS = 10
-_MOST_BYTES = 2**24              # of the file; a choice takes about a hundred
+_MOST_BYTES = 2**24              # of the file; an entry takes about 100 bytes
 
 
 def timed(step: Callable[[], None]) -> float:
     """
-    Time a step, captured in a CUDA graph.
+    Time a step in a CUDA graph.
 
-    :returns: seconds, the median of some replays.
+    :returns: seconds, the median of `REPLAYS` replays.
     """
     graph = devices.capture(step, torch.device('cuda', torch.cuda.current_device()))
     graph.replay()
@@ -54,14 +53,14 @@ def timed(step: Callable[[], None]) -> float:
 
 
 class TuningCache:
-    """Choices by name, for one kind of device and compiler, in the user's cache folder."""
+    """Configurations by name, for one kind of device and compiler."""
 
-    def __init__(self, owner: str, folder: Path | None = None):
+    def __init__(self, owner: str, folder: Path | None = None) -> None:
         """
         Read the file.
 
-        :param owner: what the choices hold for, such as a device's name and a compiler's version.
-        :param folder: where the file lies; by default ``$XDG_CACHE_HOME/physai_decode``.
+        :param owner: the device and compiler, such as their names and versions.
+        :param folder: the folder of the file; by default ``$XDG_CACHE_HOME/physai_decode``.
         """
         base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         self._path = (folder or Path(base) / 'physai_decode') / 'kernels.json'
@@ -75,11 +74,11 @@ class TuningCache:
             self._known[owner] = {}
 
     def get(self, name: str) -> list[int] | None:
-        """Return the numbers put under ``name``, or None."""
+        """Return the numbers stored under ``name``, or None."""
         return self._known[self._owner].get(name)
 
     def put(self, name: str, numbers: list[int]) -> None:
-        """Keep some numbers under ``name``."""
+        """Store numbers under ``name``."""
         self._known[self._owner][name] = numbers
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

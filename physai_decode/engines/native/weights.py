@@ -13,13 +13,13 @@
 # limitations under the License.
 
 """
-A checkpoint's tensors, placed on the device in the form that the step reads.
+Loads a checkpoint's tensors onto the device, in the layouts that the step reads.
 
-Query, key and value are fused, gate and up are fused, quantised weights are repacked. Knows no
-format of these, and nothing of positions or caches.
+Query, key and value are fused, gate and up are fused, and quantised weights are repacked.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import replace
 import math
@@ -29,12 +29,14 @@ from physai_decode.engine import EngineError
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.architecture import Routing
 from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Stack
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
@@ -44,7 +46,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from physai_decode.engines.native.torch_forms import TorchForms
 
-_WEIGHTS = ('weight', 'qweight', 'weight_packed')     # of a projection, by how it is stored
+_WEIGHTS = ('weight', 'qweight', 'weight_packed')     # of a projection, by format
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Layer:
     """
     One transformer layer; norms' gains are [hidden] and [head_dim].
 
-    They are in the engine's dtype; where they are not those stored, in float32.
+    Gains are in the engine's dtype, or in float32 if they differ from the stored ones.
     """
 
     input_norm: Tensor
@@ -73,9 +75,9 @@ class Layer:
     @property
     def norms(self) -> tuple[Tensor, ...]:
         """The gains of all norms."""
-        every = (self.input_norm, self.q_norm, self.k_norm, self.out_norm, self.mlp_norm,
+        gains = (self.input_norm, self.q_norm, self.k_norm, self.out_norm, self.mlp_norm,
                  self.down_norm)
-        return tuple(gain for gain in every if gain is not None)
+        return tuple(gain for gain in gains if gain is not None)
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Linear
-    dense_fallbacks: int      # fused projections kept dense: see `fusion`
-    unused: tuple[str, ...] = ()    # names of tensors that the network does not have
+    dense_fallbacks: int      # fused projections that were dequantised, see `fusion`
+    unused: tuple[str, ...] = ()    # names of tensors that the network does not use
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one decode step reads: all, but of an embedding that is no head one row."""
+        """Bytes that one decode step reads; of an untied embedding, that is one row."""
         tied = isinstance(self.head, Dense) and self.head.weight is self.embedding
         row = 0 if tied else self.embedding.shape[1] * self.embedding.element_size()
         norms = [self.norm]
@@ -104,7 +106,7 @@ class Weights:
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of the layers that multiply one token, the experts it takes among them."""
+        """Number of the layers' weights that multiply one token; of experts, the selected."""
         return sum(math.prod(linear.shape) * (linear.taken if isinstance(linear, Stack) else 1)
                    for layer in self.layers for linear in layer.linears)
 
@@ -113,20 +115,20 @@ def load(architecture: Architecture, source: Source, quantized: Quantization | N
          dtype: torch.dtype, progress: Callable[[str], None],
          forms: 'TorchForms | None' = None) -> Weights:
     """
-    Read and fuse all weights.
+    Load and fuse all weights.
 
-    :param quantized: as the checkpoint says it.
-    :param forms: give projections the form that the step reads; None leaves them as they are.
-    :raises EngineError: a tensor is missing, has another shape, or a format that is not run.
+    :param quantized: the checkpoint's quantisation.
+    :param forms: converts projections to PyTorch's layouts; None leaves them unchanged.
+    :raises EngineError: a tensor is missing or has another shape, or its format is not supported.
     """
     return _Loader(architecture, source, quantized, dtype, progress, forms).load()
 
 
 def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tuple[str, str]:
     """
-    Return what the names of a network's tensors begin with: those of its trunk and its head.
+    Return the prefix of the names of a network's tensors, and the name of its head.
 
-    :param entry: gives what there is of a tensor's name; see `Source`.
+    :param entry: returns a tensor's entry, or None; see `Source`.
     """
     trunks = architecture.names.trunks
     return next((each for each in trunks if entry(f'{each[0]}embed_tokens.weight')), trunks[0])
@@ -134,7 +136,9 @@ def prefixes(architecture: Architecture, entry: Callable[[str], object]) -> tupl
 
 class _Loader:
 
-    def __init__(self, architecture, source, quantized, dtype, progress, forms):
+    def __init__(self, architecture: Architecture, source: Source, quantized: Quantization | None,
+                 dtype: torch.dtype, progress: Callable[[str], None],
+                 forms: 'TorchForms | None') -> None:
         self._a = architecture
         self._source = source
         self._format = formats.parse(quantized) if quantized else None
@@ -143,7 +147,7 @@ class _Loader:
         self._forms = forms
         self._fallbacks = 0
 
-    def load(self):
+    def load(self) -> Weights:
         a = self._a
         trunk, head_name = prefixes(a, self._source.entry)
         embedding = self._float(f'{trunk}embed_tokens.weight', (a.vocab_size, a.hidden_size))
@@ -162,13 +166,13 @@ class _Loader:
         if self._forms:
             head = self._forms(head, tied=tied)
             if tied and isinstance(head, Dense):
-                embedding = head.weight     # one tensor, in whatever order
+                embedding = head.weight     # shared, whatever its memory layout
         norm = self._gain(f'{trunk}norm', a.hidden_size)
         if a.logit_scale != 1.0:
             norm = norm.float() * a.logit_scale
         return Weights(embedding, tuple(layers), norm, head, self._fallbacks)
 
-    def _layer(self, prefix, index):
+    def _layer(self, prefix: str, index: int) -> Layer:
         a = self._a
         attention, mlp = f'{prefix}.self_attn.', f'{prefix}.mlp.'
         q_norm, k_norm = ('q_norm', 'k_norm') if a.qk_norm else ('', '')
@@ -190,38 +194,38 @@ class _Loader:
                                  a.mlp_bias), a.activation),
             down_norm=norm(a.names.down_norm))
 
-    def _experts(self, prefix, routing):
+    def _experts(self, prefix: str, routing: Routing) -> Experts:
         a, count, size = self._a, routing.count, routing.size
         router = self._fused(prefix, [('gate', count)], a.hidden_size, False)
         prefix += 'experts.'
         if self._source.entry(f'{prefix}gate_up_proj') is not None:
-            def stored(name, *shape):
+            def stored(name: str, *shape: int) -> Stack:
                 whole = self._float(prefix + name, (count, *shape))
                 return Stack(Dense(whole), count, routing.top_k)
 
             gate_up = stored('gate_up_proj', 2 * size, a.hidden_size)
             down = stored('down_proj', a.hidden_size, size)
         else:
-            own = [f'{prefix}{number}.' for number in range(count)]
-            gate_up = self._stack(prefix, routing, (self._gate_up(each, size) for each in own))
+            experts = [f'{prefix}{number}.' for number in range(count)]
+            gate_up = self._stack(prefix, routing, (self._gate_up(each, size) for each in experts))
             down = self._stack(prefix, routing, (self._fused(
-                each, [('down_proj', a.hidden_size)], size, False) for each in own))
+                each, [('down_proj', a.hidden_size)], size, False) for each in experts))
         return Experts(router, gate_up, down, routing.normalised, a.activation)
 
-    def _stack(self, prefix, routing, parts):
+    def _stack(self, prefix: str, routing: Routing, parts: Iterable[Stored]) -> Stack:
         try:
             stack = Stack.from_parts(parts, routing.count, routing.top_k)
         except ValueError as error:
             raise unsupported(f'{prefix[:-1]} as stored: {error}') from None
         if not isinstance(stack.every, (Dense, Int4)):
-            raise unsupported(f'experts of {stack[0].kind} (it runs those of 4 bits that are '
-                              'integers, and unquantised ones)')
+            raise unsupported(f'experts of {stack[0].kind} (it runs unquantised experts, and '
+                              '4-bit integers)')
         bias = stack.every.bias
         if bias is not None and bias.any():
             raise unsupported(f'{prefix[:-1]} with biases')
         return replace(stack, every=replace(stack.every, bias=None))
 
-    def _qkv(self, prefix):
+    def _qkv(self, prefix: str) -> Stored:
         a = self._a
         parts = list(zip(a.names.qkv, (a.q_size, a.kv_size, a.kv_size)))
         if len(parts) == 1:
@@ -229,17 +233,18 @@ class _Loader:
         fused = self._fused(prefix, parts, a.hidden_size, a.qkv_bias)
         if a.rotary_dim == a.head_dim:
             return fused
-        # The first half of a head turns with the second: what does not turn is dealt out to both.
+        # Kernels rotate the first half of a head with the second. So each half gets half of the
+        # rotated dimensions, and half of the others.
         half, still = a.rotary_dim // 2, (a.head_dim - a.rotary_dim) // 2
         first, second, rest, more = torch.arange(a.head_dim, device=self._device).split(
             (half, half, still, still))
         head = torch.cat((first, rest, second, more))
-        turned = torch.arange(0, a.q_size + a.kv_size, a.head_dim, device=self._device)
-        index = torch.cat(((turned.unsqueeze(1) + head).flatten(), torch.arange(
+        heads = torch.arange(0, a.q_size + a.kv_size, a.head_dim, device=self._device)
+        index = torch.cat(((heads.unsqueeze(1) + head).flatten(), torch.arange(
             a.q_size + a.kv_size, a.q_size + 2 * a.kv_size, device=self._device)))
         return fused.rows(index)
 
-    def _gate_up(self, prefix, size):
+    def _gate_up(self, prefix: str, size: int) -> Stored:
         a = self._a
         if len(a.names.gate_up) == 2:
             return self._fused(prefix, [(name, size) for name in a.names.gate_up],
@@ -253,13 +258,14 @@ class _Loader:
         self._fallbacks += 1
         return Dense(fusion.dense_weight(fused, self._dtype), fused.bias)
 
-    def _gain(self, module, size):
-        """Read a norm's gains; rounded once more they would lose what was added."""
+    def _gain(self, module: str, size: int) -> Tensor:
+        """Read a norm's gains; with an offset they stay in float32, to not round the sum."""
         stored = self._float(f'{module}.weight', (size,))
         return stored.float() + self._a.gain_offset if self._a.gain_offset else stored
 
-    def _fused(self, prefix, parts, columns, bias):
-        """Stack the named projections, each (name, rows), of one input."""
+    def _fused(self, prefix: str, parts: list[tuple[str, int]], columns: int,
+               bias: bool) -> Stored:
+        """Read and fuse projections, each (name, rows), of the same input."""
         if not any(self._is_quantised(prefix + name) for name, _ in parts):
             return self._dense(prefix, parts, columns, bias)
         linears = [self._module(prefix + name, rows, columns, bias) for name, rows in parts]
@@ -275,26 +281,24 @@ class _Loader:
             torch.cat([fusion.dense_weight(each, self._dtype) for each in linears]),
             torch.cat(biases) if biases else None)
 
-    def _dense(self, prefix, parts, columns, bias):
+    def _dense(self, prefix: str, parts: list[tuple[str, int]], columns: int,
+               bias: bool) -> Dense:
         if len(parts) == 1:
             weight = self._float(f'{prefix}{parts[0][0]}.weight', (parts[0][1], columns))
         else:
-            weight = None
+            weight = torch.empty(sum(rows for _, rows in parts), columns, dtype=self._dtype,
+                                 device=self._device)
             start = 0
             for name, rows in parts:
-                piece = self._float(f'{prefix}{name}.weight', (rows, columns))
-                if weight is None:
-                    total = sum(rows for _, rows in parts)
-                    weight = piece.new_empty(total, columns)
-                weight[start:start + rows] = piece
+                weight[start:start + rows] = self._float(f'{prefix}{name}.weight', (rows, columns))
                 start += rows
         biases = [self._float(f'{prefix}{name}.bias', (rows,)) for name, rows in parts] \
             if bias else []
         return Dense(weight, torch.cat(biases) if biases else None)
 
-    def _module(self, module, rows, columns, bias):
+    def _module(self, module: str, rows: int, columns: int, bias: bool) -> Stored:
         """Read one projection, quantised or not."""
-        # Some writers of quantised weights add a bias that is all zero.
+        # Some writers of quantised checkpoints add an all-zero bias.
         form = self._format if self._is_quantised(module) else None
         bias = bias or form is not None and self._source.entry(f'{module}.bias') is not None
         numbers = self._float(f'{module}.bias', (rows,)) if bias else None
@@ -306,7 +310,7 @@ class _Loader:
             text = str(error)
             raise EngineError(text if module in text else f'{module}: {text}') from None
 
-    def _is_quantised(self, module):
+    def _is_quantised(self, module: str) -> bool:
         if self._format is not None:
             return self._format.holds(self._source, module)
         if self._source.entry(f'{module}.qweight') is not None:
@@ -316,11 +320,10 @@ class _Loader:
                 'download a newer version of the model')
         return False
 
-    def _float(self, name, shape):
+    def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.get(name, shape)
         if not tensor.is_floating_point():
             raise EngineError(
-                f'tensor {name} holds whole numbers ({tensor.dtype}) where config.json implies '
-                'others: they are quantised in a way that it does not name; download a newer '
-                'version of the model')
+                f'tensor {name} holds integers ({tensor.dtype}), but config.json names no '
+                'quantisation with them: download a newer version of the model')
         return tensor.to(self._dtype)

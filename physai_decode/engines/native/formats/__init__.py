@@ -30,7 +30,7 @@ from physai_decode.engines.native.formats.compressed_tensors import CompressedTe
 from physai_decode.engines.native.formats.fp8 import Fp8
 from physai_decode.engines.native.formats.gptq import Gptq
 from physai_decode.engines.native.formats.modelopt import ModelOpt
-from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 import torch
@@ -48,7 +48,7 @@ class Format(Protocol):
         """Whether a module is quantised; if not, it has a plain weight."""
         ...
 
-    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Stored:
         """
         Read a quantised module, without its bias.
 

@@ -36,8 +36,8 @@ from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import refusal
 from physai_decode.engines.native.linear import CODE_COLUMNS
 from physai_decode.engines.native.linear import Coded
-from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 import torch
@@ -87,7 +87,7 @@ class BitsAndBytes:
         return any(source.entry(f'{module}.{end}') is not None for end in (
             'SCB', 'weight.absmax', *(_STATE + kind for kind in TABLES)))
 
-    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Stored:
         """See `Format`."""
         return self._eight(source, module, rows, columns) if not self._kind else \
             self._four(source, module, rows, columns)

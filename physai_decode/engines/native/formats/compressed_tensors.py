@@ -42,8 +42,8 @@ from physai_decode.engines.native.formats.fp8 import of_rows
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
 from physai_decode.engines.native.linear import Int4
-from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import part
 from physai_decode.model_config import Quantization
@@ -102,7 +102,7 @@ class CompressedTensors:
         return (source.entry(f'{module}.weight_packed') is not None
                 or plain is not None and plain.dtype in _STORED.values())
 
-    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Stored:
         """See `Format`."""
         group = self._of(module)
         if group.layout == 'nvfp4-pack-quantized':

@@ -23,7 +23,7 @@ points minus 1, ``gptq_v2`` stores them unchanged. Frantar et al., arXiv 2210.17
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
-from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import part
 from physai_decode.model_config import Quantization
@@ -61,7 +61,7 @@ class Gptq:
         """See `Format`."""
         return source.entry(f'{module}.qweight') is not None
 
-    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Stored:
         """See `Format`."""
         bits, size = self._setting(source, module, columns)
         groups = -(-columns // size)

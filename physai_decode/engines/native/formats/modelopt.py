@@ -25,7 +25,7 @@ from physai_decode.engines.native.formats import fp4
 from physai_decode.engines.native.formats.fp8 import FLOAT8
 from physai_decode.engines.native.formats.fp8 import of_rows
 from physai_decode.engines.native.formats.refusal import refusal
-from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.source import Source
 from physai_decode.model_config import Quantization
 
@@ -52,7 +52,7 @@ class ModelOpt:
         entry = source.entry(f'{module}.weight')
         return entry is not None and entry.dtype == _STORED[self._kind]
 
-    def read(self, source: Source, module: str, rows: int, columns: int) -> Linear:
+    def read(self, source: Source, module: str, rows: int, columns: int) -> Stored:
         """See `Format`."""
         if self._kind == 'NVFP4':
             return fp4.nvfp4(source, f'{module}.weight', f'{module}.weight_scale',
