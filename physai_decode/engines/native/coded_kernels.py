@@ -13,11 +13,10 @@
 # limitations under the License.
 
 """
-Kernels for codes of 4 bits, see `Coded`: a decode step's product, and the weights made dense.
+Kernels for 4-bit codes, see `Coded`: matrix-vector product and dequantisation.
 
-As in ``scaled_kernels``, each program owns a few rows and streams them once, and asks for its
-first tile while the kernel before still runs. The table has 64 bytes: a code's number comes from
-the first-level cache.
+As in ``scaled_kernels``, each program streams a few rows once, and loads its first tile while the
+previous kernel still runs. The table has 64 bytes, so look-ups hit the L1 cache.
 """
 
 from physai_decode.engines.compiler import gdc_launch_dependents
@@ -34,8 +33,8 @@ import triton.language as tl
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 _numbers = scaled_kernels._numbers
-# Four codes of E2M1 in the low, or the high, bits of a word's bytes as float16 over 2^14: sign,
-# exponent and first bit of the mantissa move to their places there, two numbers at a time.
+# Convert the E2M1 codes in the low (or high) nibbles of a word's four bytes to float16 * 2^-14:
+# move sign, exponent and mantissa bit to their positions there, two values at a time.
 _E2M1_LOW, _E2M1_HIGH = (tl.constexpr(
     '{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; ' + ''.join(
         f'{shift}.b32 t, {half}, {places}; shl.b32 s, {half}, {sign}; and.b32 s, s, 0x80008000; '
@@ -45,7 +44,7 @@ _E2M1_LOW, _E2M1_HIGH = (tl.constexpr(
 
 @triton.jit
 def _scale(scales):
-    """Return scales as float32; int8 holds an 8-bit float, and uint8 the exponent of 2."""
+    """Convert scales to float32; int8 has the bits of an E4M3 float, uint8 a biased exponent."""
     if scales.dtype == tl.float32:
         return scales
     elif scales.dtype == tl.int8:
@@ -55,12 +54,12 @@ def _scale(scales):
 
 
 @triton.jit
-def _tile(codes, scales, block, K: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+def _load_tile(codes, scales, block, K: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    Load a tile [ROWS, PARTS, 16] of bytes, and its scales.
+    Load a tile [ROWS, PARTS, 16] of bytes, and the scales of both halves of its blocks.
 
     :param codes: and ``scales``, pointers [ROWS, 1, 1] and [ROWS, 1] to the rows.
-    :param block: [PARTS], of 32 columns.
+    :param block: [PARTS], indices of blocks of 32 columns.
     """
     inside = block * 32 < K
     place = codes + (block[:, None] * 16 + tl.arange(0, 16)[None, :])[None, :, :]
@@ -71,15 +70,15 @@ def _tile(codes, scales, block, K: tl.constexpr, GROUP: tl.constexpr, COLUMNS: t
     low = tl.load(scales + (block * 32 // GROUP)[None, :], mask=inside[None, :], other=0)
     high = low
     if GROUP % 32 != 0:
-        # The second half of a block is of a group of its own.
+        # The second half of a block belongs to another group.
         column = block * 32 + 16
         high = tl.load(scales + (column // GROUP)[None, :], mask=(column < K)[None, :], other=0)
     return tile, low, high
 
 
 @triton.jit
-def _inputs(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
-    """Load one half of blocks of ``x`` [K], [PARTS, 16], times the gain; and its squares."""
+def _load_input(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+    """Load a half of each block of ``x`` [K] times the gain, [PARTS, 16]; and the squares of x."""
     columns = block[:, None] * 32 + half * 16 + tl.arange(0, 16)[None, :]
     v = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
     squares = v * v
@@ -89,8 +88,8 @@ def _inputs(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.conste
 
 
 @triton.jit
-def _decoded(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
-    """Return the numbers of the codes in the low, or HIGH, bits of bytes; of E2M1 over 2^14."""
+def _decode(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
+    """Decode the low (or HIGH) nibbles of bytes to float32; of E2M1, times 2^-14."""
     if E2M1 and HIGH:
         return tl.inline_asm_elementwise(_E2M1_HIGH, '=r,=r,r', [tile], dtype=tl.float16,
                                          is_pure=True, pack=4).to(tl.float32)
@@ -104,9 +103,9 @@ def _decoded(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
 
 @triton.jit
 def _products(tile, low, high, table, v, w, GROUP: tl.constexpr, E2M1: tl.constexpr):
-    """Multiply a tile by both halves of the input, ``v`` and ``w``; returns [ROWS, PARTS]."""
-    first = tl.sum(_decoded(tile, table, False, E2M1) * v[None, :, :], 2)
-    second = tl.sum(_decoded(tile, table, True, E2M1) * w[None, :, :], 2)
+    """Multiply a tile by the halves of its input, ``v`` and ``w``; returns [ROWS, PARTS]."""
+    first = tl.sum(_decode(tile, table, False, E2M1) * v[None, :, :], 2)
+    second = tl.sum(_decode(tile, table, True, E2M1) * w[None, :, :], 2)
     if GROUP % 32 == 0:
         return (first + second) * _scale(low)
     else:
@@ -118,13 +117,13 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
            GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
            GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
            E2M1: tl.constexpr, EARLY: tl.constexpr):
-    """Multiply a `Coded` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
+    """Multiply a `Coded` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows."""
     PARTS: tl.constexpr = COLUMNS // 32
     BLOCKS: tl.constexpr = (K + 31) // 32
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.arange(0, PARTS)
-    # Rows past the end read the last row again: no mask in the loop.
+    # Rows past the end are clamped to the last row, so the loop needs no row mask.
     own = tl.minimum(rows, n - 1)
     up = own
     if GATED:
@@ -137,26 +136,27 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
     sums = tl.zeros((ROWS, PARTS), tl.float32)
     more = tl.zeros((ROWS, PARTS), tl.float32)
     squares = tl.zeros((PARTS, 16), tl.float32)
-    tile, low, high = _tile(row, groups, block, K, GROUP, COLUMNS)
+    tile, low, high = _load_tile(row, groups, block, K, GROUP, COLUMNS)
     up_tile, up_low, up_high = tile, low, high
     if GATED:
-        up_tile, up_low, up_high = _tile(up_row, up_groups, block, K, GROUP, COLUMNS)
+        up_tile, up_low, up_high = _load_tile(up_row, up_groups, block, K, GROUP, COLUMNS)
     if EARLY:
         gdc_wait()
-    v, square = _inputs(x, gain, block, 0, K, NORM)
-    w, squared = _inputs(x, gain, block, 1, K, NORM)
+    v, square = _load_input(x, gain, block, 0, K, NORM)
+    w, squared = _load_input(x, gain, block, 1, K, NORM)
     squares += square + squared
     sums += _products(tile, low, high, table, v, w, GROUP, E2M1)
     if GATED:
         more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
     for first in tl.range(PARTS, BLOCKS, PARTS, num_stages=1):
-        tile, low, high = _tile(row, groups, first + block, K, GROUP, COLUMNS)
-        v, square = _inputs(x, gain, first + block, 0, K, NORM)
-        w, squared = _inputs(x, gain, first + block, 1, K, NORM)
+        tile, low, high = _load_tile(row, groups, first + block, K, GROUP, COLUMNS)
+        v, square = _load_input(x, gain, first + block, 0, K, NORM)
+        w, squared = _load_input(x, gain, first + block, 1, K, NORM)
         squares += square + squared
         sums += _products(tile, low, high, table, v, w, GROUP, E2M1)
         if GATED:
-            up_tile, up_low, up_high = _tile(up_row, up_groups, first + block, K, GROUP, COLUMNS)
+            up_tile, up_low, up_high = _load_tile(
+                up_row, up_groups, first + block, K, GROUP, COLUMNS)
             more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
     if EARLY:
         gdc_launch_dependents()
@@ -174,7 +174,7 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
 @triton.jit
 def _widen(codes, scales, factors, table, out, first, K: tl.constexpr, GROUP: tl.constexpr,
            BLOCK: tl.constexpr):
-    """Write BLOCK columns of a row of a `Coded` to ``out`` [rows, K], row 0 being ``first``."""
+    """Dequantise BLOCK columns of a row of a `Coded` to ``out`` [rows, K]; row 0 is ``first``."""
     row = (first + tl.program_id(0)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
@@ -188,7 +188,7 @@ def _widen(codes, scales, factors, table, out, first, K: tl.constexpr, GROUP: tl
 
 
 def widen(weight: Coded, rows: slice, out: Tensor) -> None:
-    """Write some rows of a weight dense to ``out`` [rows, K]."""
+    """Dequantise some rows of a weight to ``out`` [rows, K]."""
     k = weight.in_features
     _widen[(rows.stop - rows.start, triton.cdiv(k, BLOCK))](
         *_pointers(weight), out, rows.start, K=k, GROUP=weight.group_size, BLOCK=BLOCK,
@@ -196,7 +196,7 @@ def widen(weight: Coded, rows: slice, out: Tensor) -> None:
 
 
 class CodedOps(ScaledOps):
-    """The step's operations as kernels, on weights of every form."""
+    """The step's operations as kernels, for weights of all layouts."""
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         if not isinstance(weight, Coded):
@@ -213,7 +213,7 @@ class CodedOps(ScaledOps):
             **self._launch(choice.warps))
 
 
-def _pointers(weight):
+def _pointers(weight: Coded) -> tuple[Tensor, ...]:
     scales = weight.scales
     return (weight.codes, scales.view(torch.int8) if scales.dtype == torch.float8_e4m3fn else
             scales, weight.factors, weight.table)

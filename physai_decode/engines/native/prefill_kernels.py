@@ -15,13 +15,13 @@
 """
 The operations of a prefill as Triton kernels, for a chunk of a fixed, padded number of tokens.
 
-Where the chunk starts and how many of its tokens are real is read on the device, so a captured
-chunk serves every place of a context. The products are made for few rows: weights are the long
-side of the matrix units' tiles, tokens the short one, and each weight is read once. Where the
-output alone has too few tiles to keep the memory busy, the columns are shared out too (splits)
-and whatever reads the product adds the shares: ``parts`` are [splits, tokens, n] everywhere.
+The chunk's position and its number of real tokens are read on the device, so a captured chunk runs
+anywhere in a context. The products are built for few tokens: weights are the long side of a tensor
+core's tile, tokens the short one, and each weight is read once. If the output has too few tiles to
+saturate memory bandwidth, the columns are split over programs too (split-K), and the kernel that
+reads a product sums the splits: ``parts`` is [splits, tokens, n] in all kernels.
 
-Products with an `Int4` take their input in the order of its words, see `_placed`.
+The input of a product with an `Int4` is permuted to its fragment order, see `_placed`.
 """
 
 from physai_decode.engines.compiler import gdc_launch_dependents
@@ -32,31 +32,31 @@ from physai_decode.engines.native.kernels import _of
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-1e30)        # below every score; unlike -inf it can be subtracted
+LOWEST = tl.constexpr(-1e30)        # below all scores; unlike for -inf, x - x is 0
 
 
 @triton.jit
 def _placed(columns):
     """
-    Return where an `Int4`'s product wants each column of its input; see `linear.fragments`.
+    Return the position of each input column in an `Int4`'s fragment order; see `linear.fragments`.
 
-    Within 32 columns, lane * 8 + operand * 4 + high * 2 + low goes to
-    operand * 16 + high * 8 + lane * 2 + low: where the matrix units take it from.
+    Within 32 columns, lane * 8 + operand * 4 + high * 2 + low moves to
+    operand * 16 + high * 8 + lane * 2 + low, as the tensor cores expect it.
     """
     return (columns // 32 * 32 + columns // 4 % 2 * 16 + columns // 2 % 2 * 8
             + columns // 8 % 4 * 2 + columns % 2)
 
 
 @triton.jit
-def _column(places):
-    """Undo `_placed`."""
+def _unplaced(places):
+    """Invert `_placed`."""
     return (places // 32 * 32 + places // 2 % 4 * 8 + places // 16 * 4 % 8
             + places // 8 % 2 * 2 + places % 2)
 
 
 @triton.jit
-def _summed(parts, at, inside, stride, bias, columns, PARTS: tl.constexpr, BIAS: tl.constexpr):
-    """Add the shares of a product at ``at``, and its bias."""
+def _sum_splits(parts, at, inside, stride, bias, columns, PARTS: tl.constexpr, BIAS: tl.constexpr):
+    """Sum the splits of a product at offsets ``at``, and add its bias."""
     total = tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * stride + at, mask=inside, other=0.0).to(tl.float32)
@@ -68,7 +68,7 @@ def _summed(parts, at, inside, stride, bias, columns, PARTS: tl.constexpr, BIAS:
 @triton.jit
 def _embed(table, ids, x, gain, out, eps, K: tl.constexpr, BLOCK: tl.constexpr,
            SCALE: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr):
-    """Write a token's embedding to ``x`` [tokens, K], and normalised to ``out``; one a program."""
+    """Write a token's embedding to ``x`` [tokens, K], and normalised to ``out``."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -88,9 +88,9 @@ def _add(x, parts, bias, own_gain, gain, out, stride, eps, K: tl.constexpr, BLOC
          PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
          EARLY: tl.constexpr):
     """
-    Add a product to ``x`` [tokens, K], and write it normalised to ``out``; a row a program.
+    Add a product to the residual ``x`` [tokens, K], and write the sum normalised to ``out``.
 
-    NORM, the product itself is normalised before, by ``own_gain``.
+    A program has one row. If NORM, the product is normalised first, by ``own_gain``.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -99,7 +99,7 @@ def _add(x, parts, bias, own_gain, gain, out, stride, eps, K: tl.constexpr, BLOC
         gdc_wait()
         gdc_launch_dependents()
     v = tl.load(x + row * K + columns, mask=inside, other=0.0)
-    more = _summed(parts, row * K + columns, inside, stride, bias, columns, PARTS, BIAS)
+    more = _sum_splits(parts, row * K + columns, inside, stride, bias, columns, PARTS, BIAS)
     if NORM:
         more *= tl.rsqrt(tl.sum(more * more, 0) / K + eps)
         more *= tl.load(own_gain + columns, mask=inside, other=0.0).to(tl.float32)
@@ -120,13 +120,13 @@ def _normed(v, gain, out, columns, inside, eps, K: tl.constexpr, PLACED: tl.cons
 @triton.jit
 def _reorder(x, order, out, K: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.constexpr,
              EARLY: tl.constexpr):
-    """Bring ``x`` [tokens, K] into the order of an `Int4`'s columns."""
+    """Permute ``x`` [tokens, K] to the order of an `Int4`'s columns."""
     row = tl.program_id(0).to(tl.int64) * K
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = places < K
     columns = places
     if PLACED:
-        columns = _column(places)
+        columns = _unplaced(places)
     source = tl.load(order + columns, mask=inside, other=0)
     if EARLY:
         gdc_wait()
@@ -139,10 +139,10 @@ def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
              PARTS: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, GELU: tl.constexpr,
              PLACED: tl.constexpr, EARLY: tl.constexpr):
     """
-    Write activation(gate) * up to columns of ``out`` [tokens, N], from ``first`` on.
+    Write activation(gate) * up to ``width`` columns of ``out`` [tokens, N], from ``first`` on.
 
-    ``parts`` is [splits, tokens, 2 * width]. PAIRED, gate and up take turns every 8 columns, as in
-    an `Int4`; else ``width`` is N.
+    ``parts`` is [splits, tokens, 2 * width]. If PAIRED, gate and up alternate every 8 columns, as
+    in an `Int4`; otherwise ``width`` is N.
     """
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -155,8 +155,8 @@ def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
         further = 8
     at = tl.program_id(0).to(tl.int64) * 2 * width + gate_at
     column = 2 * first + gate_at
-    gate = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
-    up = _summed(parts, at + further, inside, stride, bias, column + further, PARTS, BIAS)
+    gate = _sum_splits(parts, at, inside, stride, bias, column, PARTS, BIAS)
+    up = _sum_splits(parts, at + further, inside, stride, bias, column + further, PARTS, BIAS)
     columns += first
     if PLACED:
         columns = _placed(columns)
@@ -165,8 +165,8 @@ def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _share(steps):
-    """Return the first and the end of this program's share of the steps."""
+def _split_range(steps):
+    """Return the range of steps of this program's split."""
     each = tl.cdiv(steps, tl.num_programs(1))
     begin = tl.program_id(1) * each
     return begin, tl.minimum(steps, begin + each)
@@ -180,16 +180,16 @@ def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
     """
     Multiply ``x`` [tokens, k] by rows of ``weight`` [n, k], from ``first`` on.
 
-    ``k`` is a multiple of COLUMNS. ``out`` is [splits, tokens, width]. PAIRED, 8 rows of the first
-    half (the gate) and 8 of the second (up) take turns; GATED, ``out`` is activation(gate) * up,
-    with ``bias`` added before.
+    ``k`` is a multiple of COLUMNS. ``out`` is [splits, tokens, width]. If PAIRED, a tile
+    interleaves 8 rows of the first half (gate) and 8 of the second (up). If GATED, ``out`` is
+    activation(gate) * up, after ``bias`` is added.
     """
-    # The programs that share a tile of weights come one after the other.
+    # Programs that share a tile of weights have adjacent ids, so that they run together.
     block = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
     at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
-    begin, end = _share(k // COLUMNS)
+    begin, end = _split_range(k // COLUMNS)
     rows = first + block * ROWS + tl.arange(0, ROWS)
-    # Rows past the end read the last row again: no mask in the loop.
+    # Rows past the end are clamped to the last row, so the loop needs no row mask.
     source = tl.minimum(rows, n - 1)
     if PAIRED:
         source = tl.minimum(rows // 16 * 8 + rows % 8, n // 2 - 1) + rows // 8 % 2 * (n // 2)
@@ -212,7 +212,7 @@ def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
 
 @triton.jit
 def _gated(result, GELU: tl.constexpr):
-    """Return activation(gate) * up of a tile [rows, tokens]: they take turns every 8 rows."""
+    """Return activation(gate) * up of a tile [rows, tokens] that interleaves 8 rows of each."""
     TILES: tl.constexpr = result.shape[0] // 16
     TOKENS: tl.constexpr = result.shape[1]
     result = tl.permute(tl.reshape(result, (TILES, 2, 8, TOKENS)), (0, 2, 3, 1))
@@ -223,7 +223,7 @@ def _gated(result, GELU: tl.constexpr):
 @triton.jit
 def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, GELU: tl.constexpr,
            PLACED: tl.constexpr):
-    """Write tile ``block`` [rows, tokens] of n rows to ``out`` [splits, tokens, width]."""
+    """Write tile ``block`` [rows, tokens], of n rows, to ``out`` [splits, tokens, width]."""
     if GATED:
         result = _gated(result, GELU)
         n = n // 2
@@ -239,22 +239,23 @@ def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, GELU: 
 def _weights(words, four, zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """
-    Unpack nibble NUMBER of words [2 * PAIRS, TILES, 256] to [16 * TILES, 32 * PAIRS] of KIND.
+    Dequantise nibble NUMBER of words [2 * PAIRS, TILES, 256] to [16 * TILES, 32 * PAIRS] of KIND.
 
-    On the chip nothing moves: a lane's words are what it holds for the matrix units.
+    No data moves between lanes: a lane's words are its fragments for the tensor cores.
     """
     PARTS: tl.constexpr = words.shape[0]
     TILES: tl.constexpr = words.shape[1]
     w = _nibble(words, NUMBER, KIND, ASSEMBLY)
     w = tl.reshape(w, (PARTS, TILES, 8, 4, 2, 2, 2))
     w = tl.reshape(tl.permute(w, (1, 5, 2, 0, 4, 3, 6)), (16 * TILES, 16 * PARTS))
-    w = _whole(w, NUMBER, KIND, ASSEMBLY) - _point(zero, NUMBER, KIND, ZEROS, ASSEMBLY)[:, None]
+    point = _zero_point(zero, NUMBER, KIND, ZEROS, ASSEMBLY)
+    w = _whole(w, NUMBER, KIND, ASSEMBLY) - point[:, None]
     return w * _of(four, NUMBER).to(KIND)[:, None]
 
 
 @triton.jit
 def _whole(w, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Divide the factor out of what `_nibble` gave: small whole numbers, so nothing is rounded."""
+    """Remove the factor that `_nibble` leaves; exact, since values are small integers."""
     if ASSEMBLY and KIND == tl.float16:
         if NUMBER % 2:
             w *= tl.full((1,), 1.0 / 16, KIND)
@@ -262,9 +263,9 @@ def _whole(w, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
-           ASSEMBLY: tl.constexpr):
-    """Return what stands for 0 in what `_whole` gives; exact too."""
+def _zero_point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
+                ASSEMBLY: tl.constexpr):
+    """Return the zero point in terms of `_whole`, with the offset that `_nibble` leaves; exact."""
     point = tl.full(zero.shape, 8.0, tl.float32)
     if ZEROS:
         point = _of(zero, NUMBER)
@@ -282,9 +283,9 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
           EXACT: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
           ZEROS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
-    Multiply ``x`` [tokens, k], placed, by rows of an `Int4` [n, k]; else as `_dense`.
+    Multiply ``x`` [tokens, k], in fragment order, by rows of an `Int4` [n, k]; see `_dense`.
 
-    A step takes the words of 32 * PAIRS columns of each of a block's four groups. EXACT, all
+    A step reads the words of 32 * PAIRS columns of each of a block's four groups. If EXACT, all
     blocks are full.
     """
     STEPS: tl.constexpr = GROUP // (32 * PAIRS)
@@ -292,7 +293,7 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
     last = tl.cdiv(n, 16) - 1
     tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
     at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
-    begin, end = _share(blocks * STEPS)
+    begin, end = _split_range(blocks * STEPS)
     columns = tl.arange(0, 32 * PAIRS)
     word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
             + tl.arange(0, 2 * PAIRS)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
@@ -304,14 +305,14 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
         gdc_wait()
     for step in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(word + step * (512 * PAIRS))
-        # Four float16 are read as one number.
+        # Load four float16 as one int64.
         block = step // STEPS
         four = tl.load(scales.to(tl.pointer_type(tl.int64)) + row + block * 16)
         zero = four
         if ZEROS:
             zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + row + block * 16)
-        # One product a group: of wider ones Triton would leave a half in flight, whose weights'
-        # registers the next step then overwrites.
+        # One dot per group: Triton would leave half of a wider one in flight, while the next step
+        # overwrites the registers of its weights.
         for number in tl.static_range(4):
             column = (block * 4 + number) * GROUP + step % STEPS * (32 * PAIRS) + columns
             if EXACT:
@@ -333,9 +334,9 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
 def _unpack(packed, scales, zeros, out, first, rows, k, blocks, GROUP: tl.constexpr,
             TILES: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """
-    Write a block of some tiles to ``out`` [rows, k], from tile ``first`` on; TILES warps.
+    Dequantise a block of TILES tiles to ``out`` [rows, k], from tile ``first`` on; TILES warps.
 
-    A lane's words of a row are 8 columns that follow one another: nothing moves here either.
+    A lane's words of a row are 8 adjacent columns, so no data moves between lanes.
     """
     PAIRS: tl.constexpr = GROUP // 32
     KIND: tl.constexpr = out.dtype.element_ty
@@ -358,7 +359,7 @@ def _unpack(packed, scales, zeros, out, first, rows, k, blocks, GROUP: tl.conste
         # pair, operand, tile, row, lane, high, half, low
         w = tl.reshape(tl.permute(w, (0, 6, 2, 3, 4, 1, 5, 7)), (PAIRS, 2, 8 * TILES, 32))
         w = (_whole(w, number, KIND, ASSEMBLY)
-             - _point(zero, number, KIND, ZEROS, ASSEMBLY)[None, :, :, None])
+             - _zero_point(zero, number, KIND, ZEROS, ASSEMBLY)[None, :, :, None])
         w *= _of(four, number).to(KIND)[None, :, :, None]
         columns = ((block * 4 + number) * GROUP + column)[:, None, None, :]
         tl.store(out + own.to(tl.int64)[None, :, :, None] * k + columns, w,
@@ -366,12 +367,12 @@ def _unpack(packed, scales, zeros, out, first, rows, k, blocks, GROUP: tl.conste
 
 
 @triton.jit
-def _turned(parts, at, stride, bias, column, gain, cos, sin, dims, eps, inside, D: tl.constexpr,
-            PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr):
-    """Return both halves of heads at ``at`` of a product, normalised and turned by the angles."""
+def _rotated(parts, at, stride, bias, column, gain, cos, sin, dims, eps, inside, D: tl.constexpr,
+             PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr):
+    """Load heads of a product at ``at``, normalise and rotate them; returns both halves."""
     half: tl.constexpr = D // 2
-    low = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
-    high = _summed(parts, at + half, inside, stride, bias, column + half, PARTS, BIAS)
+    low = _sum_splits(parts, at, inside, stride, bias, column, PARTS, BIAS)
+    high = _sum_splits(parts, at + half, inside, stride, bias, column + half, PARTS, BIAS)
     if NORM:
         scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + eps)[:, None]
         low *= scale * tl.load(gain + dims, mask=dims < half, other=0.0).to(tl.float32)
@@ -382,7 +383,7 @@ def _turned(parts, at, stride, bias, column, gain, cos, sin, dims, eps, inside, 
 
 
 @triton.jit
-def _put(out, low, high, inside, D: tl.constexpr):
+def _store_head(out, low, high, inside, D: tl.constexpr):
     tl.store(out, low.to(out.dtype.element_ty), mask=inside)
     tl.store(out + D // 2, high.to(out.dtype.element_ty), mask=inside)
 
@@ -394,11 +395,11 @@ def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain
             BIAS: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
             EARLY: tl.constexpr):
     """
-    Turn ROWS heads of a token; queries go to ``q`` [tokens, HEADS * D], the rest to the cache.
+    Rotate ROWS heads of a token: write queries to ``q`` [tokens, HEADS * D], keys to the KV cache.
 
-    ``parts`` is [splits, tokens, (HEADS + 2 * KV_HEADS) * D]; heads before FIRST are left out.
-    A padded token's key and value are not written. DIMS is half a head, rounded up. BETA and
-    LENGTH are those of `Growth`.
+    Values are copied to the cache. ``parts`` is [splits, tokens, (HEADS + 2 * KV_HEADS) * D];
+    heads before FIRST are skipped. Keys and values of padding tokens are not written. DIMS is half
+    a head, rounded up to a power of 2. BETA and LENGTH are ``beta`` and ``context`` of `Growth`.
     """
     if EARLY:
         gdc_wait()
@@ -417,32 +418,32 @@ def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain
     known = dims < D // 2
     if begin < HEADS:
         inside = known & (heads < HEADS)
-        low, high = _turned(parts, at, stride, bias, column, q_gain, cos, sin, dims, eps, inside,
-                            D, PARTS, BIAS, NORM)
+        low, high = _rotated(parts, at, stride, bias, column, q_gain, cos, sin, dims, eps, inside,
+                             D, PARTS, BIAS, NORM)
         if BETA > 0:
             growth = 1.0 + BETA * tl.log(1.0 + place // LENGTH)
             low *= growth
             high *= growth
-        _put(q + row.to(tl.int64) * (HEADS * D) + column, low, high, inside, D)
+        _store_head(q + row.to(tl.int64) * (HEADS * D) + column, low, high, inside, D)
     cache = (heads - HEADS).to(tl.int64) * max_context * D + place * D + dims
     if (begin + ROWS > HEADS) & (begin < HEADS + KV_HEADS):
         inside = known & (heads >= HEADS) & (heads < HEADS + KV_HEADS)
-        low, high = _turned(parts, at, stride, bias, column, k_gain, cos, sin, dims, eps, inside,
-                            D, PARTS, BIAS, NORM)
-        _put(keys + cache, low, high, inside & real, D)
+        low, high = _rotated(parts, at, stride, bias, column, k_gain, cos, sin, dims, eps, inside,
+                             D, PARTS, BIAS, NORM)
+        _store_head(keys + cache, low, high, inside & real, D)
     if begin + ROWS > HEADS + KV_HEADS:
         inside = known & (heads >= HEADS + KV_HEADS) & (heads < ALL)
-        low = _summed(parts, at, inside, stride, bias, column, PARTS, BIAS)
-        high = _summed(parts, at + D // 2, inside, stride, bias, column + D // 2, PARTS, BIAS)
+        low = _sum_splits(parts, at, inside, stride, bias, column, PARTS, BIAS)
+        high = _sum_splits(parts, at + D // 2, inside, stride, bias, column + D // 2, PARTS, BIAS)
         cache -= KV_HEADS * max_context.to(tl.int64) * D
-        _put(values + cache, low, high, inside & real, D)
+        _store_head(values + cache, low, high, inside & real, D)
 
 
 @triton.jit
-def _scan(q, sums, totals, maxima, keys, values, begin, end, place, scale, D: tl.constexpr,
-          DIMS: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-          STAGES: tl.constexpr):
-    """Attend from q [M, DIMS] at ``place`` [M] over the cache from ``begin`` to ``end``."""
+def _attend_range(q, sums, totals, maxima, keys, values, begin, end, place, scale, D: tl.constexpr,
+                  DIMS: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+                  STAGES: tl.constexpr):
+    """Attend from q [M, DIMS] at positions ``place`` [M] to the cache, ``begin`` to ``end``."""
     dims = tl.arange(0, DIMS)
     for token in tl.range(begin, end, N, num_stages=STAGES):
         tokens = token + tl.arange(0, N)
@@ -476,14 +477,14 @@ def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_tot
             WINDOW: tl.constexpr, STAGES: tl.constexpr, PLACED: tl.constexpr,
             EARLY: tl.constexpr):
     """
-    Attend from M of the queries of one key-value head, over one share of what they see.
+    Attend from M queries of one key-value head to one split of their context.
 
-    ``q`` and ``out`` are [tokens, HEADS * D]; a row of the tile is one of the GROUP queries of one
-    token. With several SPLITS a share's sums are left for `_join`. ``scale`` is for powers of 2.
+    ``q`` and ``out`` are [tokens, HEADS * D]; a row of the tile is one of a token's GROUP queries.
+    With several SPLITS, `_join` merges the splits' sums. ``scale`` includes log2(e), for exp2.
     """
     if EARLY:
         gdc_wait()
-    block = tl.num_programs(0) - 1 - tl.program_id(0)      # the longest come first
+    block = tl.num_programs(0) - 1 - tl.program_id(0)      # longest first
     kv_head = tl.program_id(1)
     share = tl.program_id(2)
     first = tl.load(start).to(tl.int32)
@@ -510,14 +511,14 @@ def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_tot
         totals = tl.zeros((M,), tl.float32)
         sums = tl.zeros((M, DIMS), tl.float32)
         cache = kv_head.to(tl.int64) * max_context * D
-        # What every row sees needs no mask.
+        # Positions that all rows attend to need no mask.
         clear = begin
         if WINDOW == 0:
             clear += tl.maximum(0, tl.minimum(end, first + low + 1) - begin) // N * N
-            sums, totals, maxima = _scan(
+            sums, totals, maxima = _attend_range(
                 values_q, sums, totals, maxima, keys + cache, values + cache, begin, clear, place,
                 scale, D, DIMS, N, WINDOW, False, STAGES)
-        sums, totals, maxima = _scan(
+        sums, totals, maxima = _attend_range(
             values_q, sums, totals, maxima, keys + cache, values + cache, clear, end, place,
             scale, D, DIMS, N, WINDOW, True, STAGES)
         if EARLY:
@@ -541,7 +542,7 @@ def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_tot
 def _join(part_sums, part_maxima, part_totals, count, out, tokens, HEADS: tl.constexpr,
           ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
           PLACED: tl.constexpr, EARLY: tl.constexpr):
-    """Join the shares of ROWS heads of a token."""
+    """Merge the splits of ROWS heads of a token."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -560,7 +561,7 @@ def _join(part_sums, part_maxima, part_totals, count, out, tokens, HEADS: tl.con
         sums = tl.zeros((ROWS, DIMS), tl.float32)
         for share in tl.static_range(SPLITS):
             at = share * further + slot
-            # A share without tokens has written no sums.
+            # A split without tokens has written no sums.
             seen = known & (tl.load(part_totals + at, mask=known, other=0.0) > 0)
             part = tl.load(part_sums + at[:, None] * D + dims[None, :],
                            mask=seen[:, None] & (dims < D)[None, :], other=0.0)
@@ -577,7 +578,7 @@ def _join(part_sums, part_maxima, part_totals, count, out, tokens, HEADS: tl.con
 @triton.jit
 def _last(x, parts, bias, start, count, row_x, row_qkv, place, stride, hidden, n,
           BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
-    """Copy the last real token's ``x``, query, key and value, and its place."""
+    """Copy the last real token's ``x``, query, key, value and position."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -585,6 +586,6 @@ def _last(x, parts, bias, start, count, row_x, row_qkv, place, stride, hidden, n
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + row * hidden + columns, mask=columns < hidden, other=0.0)
     tl.store(row_x + columns, v, mask=columns < hidden)
-    v = _summed(parts, row * n + columns, columns < n, stride, bias, columns, PARTS, BIAS)
+    v = _sum_splits(parts, row * n + columns, columns < n, stride, bias, columns, PARTS, BIAS)
     tl.store(row_qkv + columns, v, mask=columns < n)
     tl.store(place, tl.load(start) + row)

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-Kernels for weights of 8 bits, see `Scaled`: a decode step's product, and the weights made dense.
+Kernels for 8-bit weights, see `Scaled`: matrix-vector product and dequantisation.
 
-As in ``kernels``, each program owns a few rows and streams them once, and asks for its first tile
-while the kernel before still runs. The bits of a float of 8 bits are moved to where a float16 has
-them, which then is 256 times too small: no instruction that older chips lack.
+As in ``kernels``, each program streams a few rows once, and loads its first tile while the
+previous kernel still runs. An E4M3 float is converted by moving its bits to their positions in a
+float16, which is the value times 2^-8. So older GPUs need no instruction for 8-bit floats.
 """
 
 from physai_decode.engines.compiler import gdc_launch_dependents
@@ -31,9 +31,9 @@ import triton
 import triton.language as tl
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
-BLOCK = 1024        # columns that a program makes dense
-RUN = tl.constexpr(16)      # numbers that a thread loads at once
-# Four floats of a word as the high bytes of two pairs; then all but their signs one place lower.
+BLOCK = 1024                # columns that a program dequantises
+RUN = tl.constexpr(16)      # adjacent values that a thread loads at once
+# Spread a word's four bytes to the high bytes of float16s; shift all bits but the sign right by 1.
 _FLOATS = tl.constexpr(
     '{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; '
     'and.b32 s, a, 0x80008000; shr.b32 t, a, 1; lop3.b32 $0, t, 0x3F803F80, s, 0xEA; '
@@ -42,13 +42,13 @@ _FLOATS = tl.constexpr(
 
 @triton.jit
 def _numbers(values, FLOAT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Turn int8 to float32; bits of a FLOAT to what they mean, divided by 256."""
+    """Convert int8 to float32; if FLOAT, from the bits of E4M3 floats, times 2^-8."""
     if FLOAT and ASSEMBLY:
-        # Two numbers at a time; a compiler takes one by one.
+        # Two values at a time; compilers convert them one by one.
         return tl.inline_asm_elementwise(_FLOATS, '=r,=r,r', [values], dtype=tl.float16,
                                          is_pure=True, pack=4).to(tl.float32)
     elif FLOAT:
-        # Seven places up; bit 14 would be the sign once more.
+        # Shift left by 7, and clear bit 14, which is a copy of the sign.
         bits = ((values.to(tl.int16) << 7) & -16512).to(tl.int16)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -56,9 +56,9 @@ def _numbers(values, FLOAT: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _loaded(values, scales, zeros, part, columns, k, K: tl.constexpr, GROUP: tl.constexpr,
-            COLUMNS: tl.constexpr, ZEROS: tl.constexpr, BY_ROW: tl.constexpr):
-    """Load a tile [ROWS, PARTS, LENGTH] from column ``k`` on, and its groups' scales and zeros."""
+def _load_tile(values, scales, zeros, part, columns, k, K: tl.constexpr, GROUP: tl.constexpr,
+               COLUMNS: tl.constexpr, ZEROS: tl.constexpr, BY_ROW: tl.constexpr):
+    """Load a tile [ROWS, PARTS, LENGTH] at column ``k``, and its groups' scales and zeros."""
     if K % COLUMNS == 0:
         tile = tl.load(values + k, eviction_policy='evict_first')
     else:
@@ -79,9 +79,9 @@ def _loaded(values, scales, zeros, part, columns, k, K: tl.constexpr, GROUP: tl.
 def _scaled(tile, scale, zero, v, FLOAT: tl.constexpr, ZEROS: tl.constexpr, BY_ROW: tl.constexpr,
             ASSEMBLY: tl.constexpr):
     """
-    Multiply a tile by ``v`` [PARTS, LENGTH]; scales of whole rows are left for the end.
+    Multiply a tile by ``v`` [PARTS, LENGTH]; BY_ROW, `_row_sums` applies the scales.
 
-    :returns: [ROWS, PARTS, LENGTH / RUN], what each thread has summed up.
+    :returns: [ROWS, PARTS, LENGTH / RUN], the partial sums of each thread.
     """
     ROWS: tl.constexpr = tile.shape[0]
     PARTS: tl.constexpr = tile.shape[1]
@@ -97,9 +97,9 @@ def _scaled(tile, scale, zero, v, FLOAT: tl.constexpr, ZEROS: tl.constexpr, BY_R
 
 
 @triton.jit
-def _input(x, gain, squares, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr,
-           NORM: tl.constexpr):
-    """Load a tile's part of ``x`` [K], times the gain, and add its squares."""
+def _load_input(x, gain, squares, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr,
+                NORM: tl.constexpr):
+    """Load a tile's part of ``x`` [K], times the gain, and accumulate its squares."""
     inside = k + columns < K
     v = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM:
@@ -109,8 +109,8 @@ def _input(x, gain, squares, columns, k, K: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
-def _whole(sums, scales, rows, FLOAT: tl.constexpr, BY_ROW: tl.constexpr):
-    """Sum up the products of the rows, and scale what is not yet."""
+def _row_sums(sums, scales, rows, FLOAT: tl.constexpr, BY_ROW: tl.constexpr):
+    """Reduce the partial sums of each row, and apply the scales that are left."""
     result = tl.sum(tl.sum(sums, 2), 1)
     if BY_ROW:
         result *= tl.load(scales + rows)
@@ -126,13 +126,13 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
               BY_ROW: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
               GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
               EARLY: tl.constexpr):
-    """Multiply a `Scaled` [n, K], gated [2 n, K], by ``x`` [K]; ROWS rows a program."""
+    """Multiply a `Scaled` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows."""
     LENGTH: tl.constexpr = COLUMNS if BY_ROW else GROUP
     GROUPS: tl.constexpr = 1 if BY_ROW else (K + GROUP - 1) // GROUP
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.arange(0, COLUMNS // LENGTH)
     columns = part[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
-    # Rows past the end read the last row again: no mask in the loop.
+    # Rows past the end are clamped to the last row, so the loop needs no row mask.
     own = tl.minimum(rows, n - 1)
     up = own
     if GATED:
@@ -145,36 +145,38 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
     sums = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH // RUN), tl.float32)
     more = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH // RUN), tl.float32)
     squares = tl.zeros((COLUMNS // LENGTH, LENGTH), tl.float32)
-    tile, scale, zero = _loaded(values + place, scales + group, zeros + group, part, columns, 0, K,
-                                GROUP, COLUMNS, ZEROS, BY_ROW)
+    tile, scale, zero = _load_tile(
+        values + place, scales + group, zeros + group, part, columns, 0, K, GROUP, COLUMNS, ZEROS,
+        BY_ROW)
     up_tile, up_scale, up_zero = tile, scale, zero
     if GATED:
-        up_tile, up_scale, up_zero = _loaded(
+        up_tile, up_scale, up_zero = _load_tile(
             values + up_place, scales + up_group, zeros + up_group, part, columns, 0, K, GROUP,
             COLUMNS, ZEROS, BY_ROW)
     if EARLY:
         gdc_wait()
-    v, squares = _input(x, gain, squares, columns, 0, K, COLUMNS, NORM)
+    v, squares = _load_input(x, gain, squares, columns, 0, K, COLUMNS, NORM)
     sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
     if GATED:
         more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
     for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
-        tile, scale, zero = _loaded(values + place, scales + group, zeros + group, part, columns,
-                                    k, K, GROUP, COLUMNS, ZEROS, BY_ROW)
-        v, squares = _input(x, gain, squares, columns, k, K, COLUMNS, NORM)
+        tile, scale, zero = _load_tile(
+            values + place, scales + group, zeros + group, part, columns, k, K, GROUP, COLUMNS,
+            ZEROS, BY_ROW)
+        v, squares = _load_input(x, gain, squares, columns, k, K, COLUMNS, NORM)
         sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
         if GATED:
-            up_tile, up_scale, up_zero = _loaded(
+            up_tile, up_scale, up_zero = _load_tile(
                 values + up_place, scales + up_group, zeros + up_group, part, columns, k, K, GROUP,
                 COLUMNS, ZEROS, BY_ROW)
             more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
     if EARLY:
         gdc_launch_dependents()
     square = tl.sum(tl.sum(squares, 1), 0)
-    sums = _whole(sums, scales, own, FLOAT, BY_ROW)
+    sums = _row_sums(sums, scales, own, FLOAT, BY_ROW)
     result = _finish(sums, square, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
-        more = _whole(more, scales, up, FLOAT, BY_ROW)
+        more = _row_sums(more, scales, up, FLOAT, BY_ROW)
         result = _activated(result, GELU)
         result *= _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
     _store(out, rows, n, result, ADD)
@@ -184,7 +186,7 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
 def _widen(values, scales, zeros, out, first, K: tl.constexpr, GROUP: tl.constexpr,
            GROUPS: tl.constexpr, BLOCK: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr,
            ASSEMBLY: tl.constexpr):
-    """Write BLOCK columns of a row of a `Scaled` to ``out`` [rows, K], row 0 being ``first``."""
+    """Dequantise BLOCK columns of a row of a `Scaled` to ``out`` [rows, K]; row 0 is ``first``."""
     row = (first + tl.program_id(0)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
@@ -201,7 +203,7 @@ def _widen(values, scales, zeros, out, first, K: tl.constexpr, GROUP: tl.constex
 
 
 def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
-    """Write some rows of a weight dense to ``out`` [rows, K], columns by group."""
+    """Dequantise some rows of a weight to ``out`` [rows, K], columns sorted by group."""
     k = weight.in_features
     _widen[(rows.stop - rows.start, triton.cdiv(k, BLOCK))](
         *_pointers(weight), out, rows.start, K=k, GROUP=weight.group_size,
@@ -210,7 +212,7 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
 
 
 class ScaledOps(TritonOps):
-    """The step's operations as kernels, on weights of 8 bits too."""
+    """The step's operations as kernels, for 8-bit weights too."""
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         if not isinstance(weight, Scaled):
@@ -231,7 +233,7 @@ class ScaledOps(TritonOps):
             ASSEMBLY=self._device.type == 'cuda', EARLY=self._early, **self._launch(choice.warps))
 
 
-def _pointers(weight):
-    """Return values, scales and zeros; Triton requires a pointer even if unused."""
+def _pointers(weight: Scaled) -> tuple[Tensor, ...]:
+    """Return values, scales and zeros; Triton requires a valid pointer even if unused."""
     return (weight.values.view(torch.int8), weight.scales,
             weight.scales if weight.zeros is None else weight.zeros)
