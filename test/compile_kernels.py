@@ -113,7 +113,7 @@ def main():
             build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
                   DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
                   LENGTH=16384)
-        build(kernels._take, COUNT=100, WIDE=128, BLOCK=128, TAKEN=8, SHARED_OUT=True)
+        build(kernels._take, COUNT=100, WIDE=128, BLOCK=128, TOP_K=8, NORMALISED=True)
         for gated, choice, taken in (
                 (True, kernels.DENSE_CHOICES[0], 0), (False, kernels.DENSE_CHOICES[6], 0),
                 (True, kernels.DENSE_CHOICES[2], 1), (False, kernels.DENSE_CHOICES[5], 8)):

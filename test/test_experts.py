@@ -40,7 +40,7 @@ from physai_decode.engines.native import weights
 from physai_decode.engines.native.coded_kernels import CodedOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Stack
-from physai_decode.engines.native.ops import Taken
+from physai_decode.engines.native.ops import Routed
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
 from physai_decode.engines.native.torch_forms import TorchForms
@@ -71,7 +71,7 @@ def make():
 
 @pytest.fixture
 def those(make):
-    return Taken(torch.tensor(IDS, device=DEVICE), make(TAKEN))
+    return Routed(torch.tensor(IDS, device=DEVICE), make(TAKEN))
 
 
 def error(got, expected):
@@ -89,28 +89,28 @@ def int4(seed, n, k, symmetric=True):
 
 
 @pytest.mark.parametrize('count', [5, 128, 300])
-@pytest.mark.parametrize('shared_out', [False, True])
-def test_what_a_router_takes(make, count, shared_out):
+@pytest.mark.parametrize('normalised', [False, True])
+def test_what_a_router_takes(make, count, normalised):
     logits = make(count)
-    found = [Taken(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
+    found = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
     for ops, into in zip((TWIN, CodedOps(DEVICE)), found):
-        ops.take(logits, into, shared_out)
+        ops.select(logits, into, normalised)
     assert found[0].ids.tolist() == found[1].ids.tolist() == logits.topk(4).indices.tolist()
-    assert error(found[1].shares, found[0].shares) < 1e-6
-    assert (abs(float(found[1].shares.sum()) - 1) < 1e-6) == shared_out
+    assert error(found[1].weights, found[0].weights) < 1e-6
+    assert (abs(float(found[1].weights.sum()) - 1) < 1e-6) == normalised
 
 
 def test_experts_that_are_alike_are_taken_once(make):
-    into = Taken(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
-    CodedOps(DEVICE).take(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0], device=DEVICE), into, True)
+    into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
+    CodedOps(DEVICE).select(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0], device=DEVICE), into, True)
     assert into.ids.tolist() == [4, 1, 2]
 
 
 def test_logits_that_are_no_numbers_give_a_share_that_is_none(make):
     """And experts that there are: a kernel reads at their numbers."""
-    into = Taken(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
-    CodedOps(DEVICE).take(torch.full((6,), float('nan'), device=DEVICE), into, True)
-    assert into.shares.isnan().any()
+    into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
+    CodedOps(DEVICE).select(torch.full((6,), float('nan'), device=DEVICE), into, True)
+    assert into.weights.isnan().any()
     assert all(0 <= number < 6 for number in into.ids.tolist())
 
 
@@ -146,7 +146,7 @@ def test_int4_of_which_one_has_zeros(make, those):
     x[:, :96] = make(TAKEN, 96)
     expected = sum(downs[number][1] @ row[:96] for number, row in zip(IDS, x))
     for ops in (TWIN, CodedOps(DEVICE)):
-        ops.joined(x, stack, those, out)
+        ops.summed_experts(x, stack, those, out)
         assert error(out, expected) < 1e-4
 
 
@@ -156,11 +156,11 @@ def run(ops, make, those, gate_up, down, size, columns=None):
     x, gain, out = (torch.randn(count, generator=generator).to(DEVICE) for count in (
         gate_up.shape[1], gate_up.shape[1], down.shape[0]))
     hidden = torch.zeros(TAKEN, columns or size, device=DEVICE)
-    ops.gated_each(x, gate_up, those, hidden, gain, EPS)
+    ops.gated_experts(x, gate_up, those, hidden, gain, EPS)
     for _ in range(2):      # written, and added
-        ops.joined(hidden, down, those, out, add=True)
-    ops.joined(hidden, down, those, out)
-    ops.joined(hidden, down, those, out, add=True)
+        ops.summed_experts(hidden, down, those, out, add=True)
+    ops.summed_experts(hidden, down, those, out)
+    ops.summed_experts(hidden, down, those, out, add=True)
     return hidden[:, :size], out
 
 
@@ -273,13 +273,13 @@ def test_a_step_reads_the_experts_that_it_takes(tmp_path, kind, monkeypatch):
     """And no others: they may be no numbers."""
     t = transformers(save(tmp_path / 'model', kind))[0]
     t.token.fill_(9)
-    taken, take = [], CodedOps.take
+    taken, select = [], CodedOps.select
 
-    def noted(self, logits, into, shared_out):
-        take(self, logits, into, shared_out)
+    def noted(self, logits, into, normalised):
+        select(self, logits, into, normalised)
         taken.append(into.ids.tolist())
 
-    monkeypatch.setattr(CodedOps, 'take', noted)
+    monkeypatch.setattr(CodedOps, 'select', noted)
     t.step()
     expected = t.logits.clone()
     layers = [layer for layer in t.weights.layers if isinstance(layer.mlp, experts.Experts)]
@@ -289,7 +289,7 @@ def test_a_step_reads_the_experts_that_it_takes(tmp_path, kind, monkeypatch):
         for stack in (layer.mlp.gate_up, layer.mlp.down):
             one, floats = stack[0], 'weight' if kind != 'gptq' else 'scales'
             for number in set(range(stack.count)) - set(numbers):
-                getattr(stack.every, floats)[number] = float('nan')
+                getattr(stack.stacked, floats)[number] = float('nan')
                 spared += one.read_bytes
     t.step()
     assert torch.equal(t.logits, expected)
@@ -299,7 +299,7 @@ def test_a_step_reads_the_experts_that_it_takes(tmp_path, kind, monkeypatch):
     whole = sum(tensor.numel() * tensor.element_size() for tensor in every)
     for layer in t.weights.layers:
         for weight in layer.linears:
-            whole += weight.read_bytes * weight.count // weight.taken \
+            whole += weight.read_bytes * weight.count // weight.top_k \
                 if isinstance(weight, Stack) else weight.read_bytes
     tied = t.weights.head.weight is t.weights.embedding
     row = 0 if tied else t.weights.embedding[0].numel() * 4
@@ -360,7 +360,7 @@ def test_forms_of_experts_for_operations_of_torch(tmp_path, room, dtype):
         t.token.fill_(9)
         t.step()
         found.append(t.logits)
-    assert isinstance(loaded.layers[0].mlp.down.every, Dense) == bool(room)
+    assert isinstance(loaded.layers[0].mlp.down.stacked, Dense) == bool(room)
     assert ('kept unpacked' if room else 'unpacked at each step') in forms.report
     assert error(*found) < (1e-4 if dtype == torch.float32 else 5e-2)
 

@@ -99,9 +99,9 @@ def wrong_head(monkeypatch):
 
 
 def wrong_experts(monkeypatch):
-    take = TorchOps.take
-    monkeypatch.setattr(TorchOps, 'take', lambda self, logits, into, shared_out: (
-        take(self, logits, into, shared_out), into.ids.copy_(into.ids.roll(1))))
+    select = TorchOps.select
+    monkeypatch.setattr(TorchOps, 'select', lambda self, logits, into, normalised: (
+        select(self, logits, into, normalised), into.ids.copy_(into.ids.roll(1))))
 
 
 def test_a_step_that_takes_other_shares_of_experts_does_not_load(tmp_path, monkeypatch):

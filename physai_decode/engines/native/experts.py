@@ -25,8 +25,8 @@ from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.ops import ACTIVATIONS
-from physai_decode.engines.native.ops import Taken
-from physai_decode.engines.native.ops import taken
+from physai_decode.engines.native.ops import Routed
+from physai_decode.engines.native.ops import top_k
 from physai_decode.engines.native.ops import TorchOps
 import torch
 from torch import Tensor
@@ -35,11 +35,11 @@ FEW = 16            # up to so many tokens run one by one: most experts would ha
 
 
 @dataclass(frozen=True)
-class Room:
-    """Room buffers of a decode step."""
+class Scratch:
+    """Scratch buffers of a decode step."""
 
     logits: Tensor          # float32 [experts]
-    taken: Taken
+    routed: Routed
     hidden: Tensor          # [selected experts, padded columns of ``down``]
 
 
@@ -63,34 +63,35 @@ class Experts:
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
-    def room(self, dtype: torch.dtype, device: torch.device) -> Room:
-        """See `Mlp.room`."""
-        one, count = self.down[0], self.down.taken
+    def scratch(self, dtype: torch.dtype, device: torch.device) -> Scratch:
+        """See `Mlp.scratch`."""
+        one, count = self.down[0], self.down.top_k
         columns = one.padded_features if isinstance(one, Int4) else one.shape[1]
-        return Room(
+        return Scratch(
             torch.zeros(self.down.count, dtype=torch.float32, device=device),
-            Taken(torch.zeros(count, dtype=torch.int64, device=device),
-                  torch.zeros(count, dtype=torch.float32, device=device)),
+            Routed(torch.zeros(count, dtype=torch.int64, device=device),
+                   torch.zeros(count, dtype=torch.float32, device=device)),
             torch.zeros(count, columns, dtype=dtype, device=device))
 
-    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, room: Room,
+    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, scratch: Scratch,
              out: Tensor, add: bool) -> None:
         """See `Mlp.step`."""
-        ops.linear(x, self.router, room.logits, gain=gain, eps=eps)
-        ops.take(room.logits, room.taken, self.normalised)
-        ops.gated_each(x, self.gate_up, room.taken, room.hidden, gain, eps, self.activation)
-        ops.joined(room.hidden, self.down, room.taken, out, add=add)
+        ops.linear(x, self.router, scratch.logits, gain=gain, eps=eps)
+        ops.select(scratch.logits, scratch.routed, self.normalised)
+        ops.gated_experts(x, self.gate_up, scratch.routed, scratch.hidden, gain, eps,
+                          self.activation)
+        ops.summed_experts(scratch.hidden, self.down, scratch.routed, out, add=add)
 
-    def apply(self, ops: TorchOps, normed: Tensor, room: Room) -> Tensor:
+    def apply(self, ops: TorchOps, normed: Tensor, scratch: Scratch) -> Tensor:
         """See `Mlp.apply`; returns float32."""
         logits = ops.apply(normed, self.router).float()
-        ids, routing_weights = taken(logits, self.down.taken, self.normalised)
+        ids, routing_weights = top_k(logits, self.down.top_k, self.normalised)
         out = torch.zeros(normed.shape, dtype=torch.float32, device=normed.device)
         if normed.shape[0] <= FEW:
             for x, *each, row in zip(normed, ids, routing_weights, out):
-                ops.gated_each(x, self.gate_up, Taken(*each), room.hidden, None, 0.0,
-                               self.activation)
-                ops.joined(room.hidden, self.down, Taken(*each), row)
+                ops.gated_experts(x, self.gate_up, Routed(*each), scratch.hidden, None, 0.0,
+                                  self.activation)
+                ops.summed_experts(scratch.hidden, self.down, Routed(*each), row)
             return out
         # Sorted by expert, then by token, so that the order of sums is fixed.
         order = ids.flatten().argsort(stable=True)
@@ -98,7 +99,7 @@ class Experts:
         for expert, routed in enumerate(order.split(counts)):
             if not len(routed):
                 continue
-            tokens = routed // self.down.taken
+            tokens = routed // self.down.top_k
             weight = self.gate_up[expert]
             gate, up = weight.halves(ops.apply(normed[tokens], weight))
             hidden = ACTIVATIONS[self.activation](gate).mul_(up).flatten(1)

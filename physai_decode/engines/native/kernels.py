@@ -474,9 +474,9 @@ def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK
 
 @triton.jit
 def _take(logits, ids, shares, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-          TAKEN: tl.constexpr, SHARED_OUT: tl.constexpr, EARLY: tl.constexpr):
+          TOP_K: tl.constexpr, NORMALISED: tl.constexpr, EARLY: tl.constexpr):
     """
-    Write the ids of the TAKEN largest of COUNT ``logits``, largest first, and their weights.
+    Write the ids of the TOP_K largest of COUNT ``logits``, largest first, and their weights.
 
     WIDE is COUNT rounded up to a multiple of BLOCK, both powers of two. If logits are NaN, the
     ids keep their values, and the first weight is NaN.
@@ -494,8 +494,8 @@ def _take(logits, ids, shares, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: t
             (others[None, :] == own[:, None]) & (other[None, :] < every[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
     share = tl.exp(own - tl.max(own, 0))
-    taken = rank < TAKEN
-    total = tl.sum(tl.where(taken, share, 0.0) if SHARED_OUT else share, 0)
+    taken = rank < TOP_K
+    total = tl.sum(tl.where(taken, share, 0.0) if NORMALISED else share, 0)
     tl.store(ids + rank, every.to(tl.int64), mask=taken & (every < COUNT))
     tl.store(shares + rank, share / total, mask=taken & (every < COUNT))
 
@@ -725,22 +725,22 @@ class TritonOps(TorchOps):
         self._product(x, weight, out, gain, eps, False, gated=True,
                       gelu=activation == 'gelu_tanh')
 
-    def take(self, logits, into, shared_out):
-        """See `TorchOps.take`."""
+    def select(self, logits, into, normalised):
+        """See `TorchOps.select`."""
         count = logits.shape[0]
         wide = max(32, triton.next_power_of_2(count))
         _take[(1,)](
-            logits, into.ids, into.shares, COUNT=count, WIDE=wide, BLOCK=min(128, wide),
-            TAKEN=into.ids.shape[0], SHARED_OUT=shared_out, EARLY=self._early,
+            logits, into.ids, into.weights, COUNT=count, WIDE=wide, BLOCK=min(128, wide),
+            TOP_K=into.ids.shape[0], NORMALISED=normalised, EARLY=self._early,
             **self._launch(4))
 
-    def gated_each(self, x, stack, those, out, gain, eps, activation='silu'):
-        """See `TorchOps.gated_each`."""
+    def gated_experts(self, x, stack, those, out, gain, eps, activation='silu'):
+        """See `TorchOps.gated_experts`."""
         self._product(x, stack, out, gain, eps, False, gated=True,
                       gelu=activation == 'gelu_tanh', those=those)
 
-    def joined(self, x, stack, those, out, *, add=False):
-        """See `TorchOps.joined`."""
+    def summed_experts(self, x, stack, those, out, *, add=False):
+        """See `TorchOps.summed_experts`."""
         self._product(x, stack, out, None, 0.0, add, gated=False, those=those)
 
     def add_normed(self, branch, gain, eps, x):
@@ -838,8 +838,8 @@ class TritonOps(TorchOps):
         # Triton requires a valid pointer even for unused arguments.
         ids, shares, whole, joined, each = x, x, weight, 1, 1
         if those is not None:
-            ids, shares, whole = those.ids, those.shares, weight.every
-            joined, each = (1, weight.taken) if gated else (weight.taken, 1)
+            ids, shares, whole = those.ids, those.weights, weight.stacked
+            joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
             weight = weight[0]
         bias = weight.bias
         common = {

@@ -341,15 +341,15 @@ class Stack:
     """
     The weights of all experts, of one layout and shape.
 
-    ``every`` has the tensors of one weight, each with a leading dimension of experts.
+    ``stacked`` has the tensors of one weight, each with a leading dimension of experts.
     """
 
-    every: Stored
+    stacked: Stored
     count: int
-    taken: int              # weights that a step reads
+    top_k: int              # weights that a step reads
 
     @classmethod
-    def from_parts(cls, parts: Iterable[Stored], count: int, taken: int) -> 'Stack':
+    def from_parts(cls, parts: Iterable[Stored], count: int, top_k: int) -> 'Stack':
         """
         Stack weights one at a time, so that only one of them is in memory twice.
 
@@ -372,7 +372,7 @@ class Stack:
                     if name in ('zeros', 'bias'):       # some weights may lack these
                         whole[name].fill_(8 if isinstance(part, Int4) and name == 'zeros' else 0)
                 whole[name][index] = tensor
-        return cls(replace(part, **whole), count, taken)
+        return cls(replace(part, **whole), count, top_k)
 
     def __getitem__(self, number: int) -> Stored:
         """Return the weight of one expert, as views."""
@@ -384,8 +384,8 @@ class Stack:
 
     def _map(self, select: Callable[[Tensor], Tensor]) -> Stored:
         tensors: dict[str, Any] = {
-            name: select(tensor) for name, tensor in _tensors(self.every).items()}
-        return replace(self.every, **tensors)
+            name: select(tensor) for name, tensor in _tensors(self.stacked).items()}
+        return replace(self.stacked, **tensors)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -395,12 +395,12 @@ class Stack:
     @property
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
-        return f'{self[0].kind}-{self.taken} of {self.count}'
+        return f'{self[0].kind}-{self.top_k} of {self.count}'
 
     @property
     def read_bytes(self) -> int:
         """Bytes that the products of a step read."""
-        return self.taken * self[0].read_bytes
+        return self.top_k * self[0].read_bytes
 
 
 def fragments(words: Tensor) -> Tensor:

@@ -41,22 +41,22 @@ class Mlp:
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate the room buffers of a decode step, which all layers can share."""
+    def scratch(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate the scratch buffers of a decode step, which all layers can share."""
         return torch.zeros(self.down.shape[1], dtype=dtype, device=device)
 
-    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, room: Tensor,
+    def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, scratch: Tensor,
              out: Tensor, add: bool) -> None:
         """
         Write (or add) the output for one token to ``out`` float32 [hidden_size].
 
         :param x: float32 [hidden_size], not normed yet; ``gain`` and ``eps`` are the norm's.
-        :param room: [intermediate_size], from `room`.
+        :param scratch: [intermediate_size], from `scratch`.
         """
-        ops.gated(x, self.gate_up, room, gain, eps, self.activation)
-        ops.linear(room, self.down, out, add=add)
+        ops.gated(x, self.gate_up, scratch, gain, eps, self.activation)
+        ops.linear(scratch, self.down, out, add=add)
 
-    def apply(self, ops: TorchOps, normed: Tensor, room: Tensor) -> Tensor:
+    def apply(self, ops: TorchOps, normed: Tensor, scratch: Tensor) -> Tensor:
         """Return the output for ``normed`` [tokens, hidden_size]."""
         gate, up = self.gate_up.halves(ops.apply(normed, self.gate_up))
         return ops.apply(ACTIVATIONS[self.activation](gate).mul_(up).flatten(1), self.down)

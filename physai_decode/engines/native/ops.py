@@ -56,11 +56,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Routed:
     """The weights of a `Stack` that a token takes."""
 
     ids: Tensor              # int64
-    shares: Tensor           # float32, what each one's product counts
+    weights: Tensor          # float32, what each one's product counts
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {'silu': F.silu, 'gelu_tanh': gelu_tanh}
@@ -90,15 +90,15 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
                       (high * cos).addcmul_(low, sin)), -1)
 
 
-def taken(logits: Tensor, count: int, shared_out: bool) -> tuple[Tensor, Tensor]:
+def top_k(logits: Tensor, count: int, normalised: bool) -> tuple[Tensor, Tensor]:
     """
     Give the numbers of those that a router takes, and their shares, both [..., count].
 
     :param logits: float32 [..., experts].
-    :param shared_out: scale the shares to add up to 1.
+    :param normalised: scale the shares to add up to 1.
     """
     shares, ids = logits.softmax(-1).topk(count)
-    return ids, shares / shares.sum(-1, keepdim=True) if shared_out else shares
+    return ids, shares / shares.sum(-1, keepdim=True) if normalised else shares
 
 
 class TorchOps:
@@ -148,14 +148,14 @@ class TorchOps:
         gate, up = weight.halves(weight.apply(self._input(x, gain, eps)))
         torch.mul(ACTIVATIONS[activation](gate), up, out=out.view_as(gate))
 
-    def take(self, logits: Tensor, into: Taken, shared_out: bool) -> None:
-        """Choose among experts by ``logits`` float32 [experts]; see `taken`."""
-        ids, shares = taken(logits, into.ids.shape[0], shared_out)
+    def select(self, logits: Tensor, into: Routed, normalised: bool) -> None:
+        """Choose among experts by ``logits`` float32 [experts]; see `top_k`."""
+        ids, shares = top_k(logits, into.ids.shape[0], normalised)
         into.ids.copy_(ids)
-        into.shares.copy_(shares)
+        into.weights.copy_(shares)
 
-    def gated_each(self, x: Tensor, stack: Stack, those: Taken, out: Tensor,
-                   gain: Tensor | None, eps: float, activation: str = 'silu') -> None:
+    def gated_experts(self, x: Tensor, stack: Stack, those: Routed, out: Tensor,
+                      gain: Tensor | None, eps: float, activation: str = 'silu') -> None:
         """
         Write share * activation(gate) * up of each weight taken to a row of ``out``.
 
@@ -163,13 +163,13 @@ class TorchOps:
         :param out: [weights, N or more].
         """
         x = self._input(x, gain, eps)
-        for row, share, weight in zip(out, those.shares, self._of(stack, those)):
+        for row, share, weight in zip(out, those.weights, self._of(stack, those)):
             gate, up = weight.halves(weight.apply(x))
             product = ACTIVATIONS[activation](gate).mul_(up).flatten()
             torch.mul(product, share, out=row[:product.shape[0]])
 
-    def joined(self, x: Tensor, stack: Stack, those: Taken, out: Tensor, *,
-               add: bool = False) -> None:
+    def summed_experts(self, x: Tensor, stack: Stack, those: Routed, out: Tensor, *,
+                       add: bool = False) -> None:
         """
         Write (or add) the sum of the products of each row of ``x`` with a weight [N, K].
 

@@ -145,7 +145,7 @@ def _mlp(x: Tensor, mlp: Mlp | Experts, limit: float) -> tuple[Tensor, Tensor]:
     if isinstance(mlp, Mlp):
         return (_gated(x, mlp.gate_up, mlp.down, mlp.activation),
                 torch.ones(len(x), dtype=torch.bool, device=x.device))
-    logits, top_k = _product(x, mlp.router), mlp.down.taken
+    logits, top_k = _product(x, mlp.router), mlp.down.top_k
     ordered = F.pad(logits.sort(-1, descending=True).values, (0, 1), value=-math.inf)
     least, next_best = ordered[:, top_k - 1:top_k], ordered[:, top_k:top_k + 1]
     weights = logits.softmax(-1).where(logits >= least, 0.0)

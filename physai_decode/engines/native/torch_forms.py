@@ -123,14 +123,14 @@ class TorchForms:
 
     def _stack(self, stack: Stack, paired: bool = False) -> Stack:
         """Dequantise experts; PyTorch's layouts can't be stacked."""
-        if not isinstance(stack.every, Dense):
+        if not isinstance(stack.stacked, Dense):
             size = stack.count * stack.shape[0] * stack.shape[1] * self._dtype.itemsize
             if not self._reserve(size):
                 self._left += size
                 return stack
             self._unpacked += size
         return Stack.from_parts((self._ordered(self._plain(stack[number], paired))
-                                 for number in range(stack.count)), stack.count, stack.taken)
+                                 for number in range(stack.count)), stack.count, stack.top_k)
 
     def _plain(self, weight: Stored, paired: bool) -> Dense:
         """Dequantise a projection."""

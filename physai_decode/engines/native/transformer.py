@@ -89,8 +89,8 @@ class Transformer:
         self.qkv = torch.zeros(a.q_size + 2 * a.kv_size, dtype=torch.float32, device=device)
         self.attended = torch.zeros(a.q_size, dtype=dtype, device=device)
         # What MLPs work in: one for all of a kind.
-        self.rooms: dict[type, Any] = {
-            type(layer.mlp): layer.mlp.room(dtype, device) for layer in weights.layers}
+        self.scratch: dict[type, Any] = {
+            type(layer.mlp): layer.mlp.scratch(dtype, device) for layer in weights.layers}
         self.logits = torch.zeros(a.vocab_size, dtype=torch.float32, device=device)
 
     def step(self) -> None:
@@ -112,7 +112,7 @@ class Transformer:
         if layer.out_norm is not None:
             ops.add_normed(out, layer.out_norm, eps, x)
         out = x if layer.down_norm is None else self._branch
-        layer.mlp.step(ops, x, layer.mlp_norm, eps, self.rooms[type(layer.mlp)], out,
+        layer.mlp.step(ops, x, layer.mlp_norm, eps, self.scratch[type(layer.mlp)], out,
                        add=out is x)
         if layer.down_norm is not None:
             ops.add_normed(out, layer.down_norm, eps, x)
@@ -137,7 +137,7 @@ class Transformer:
         w = self.weights
 
         def product(operation, weight):
-            form = type(weight.every if isinstance(weight, Stack) else weight)
+            form = type(weight.stacked if isinstance(weight, Stack) else weight)
             return _KERNELS.get(form, form.__name__), operation, weight.read_bytes
 
         found = []
@@ -181,7 +181,7 @@ class Transformer:
             x += branch if layer.out_norm is None else rms_norm(
                 branch, layer.out_norm, eps, torch.float32)
             branch = layer.mlp.apply(ops, rms_norm(x, layer.mlp_norm, eps, dtype),
-                                     self.rooms[type(layer.mlp)])
+                                     self.scratch[type(layer.mlp)])
             x += branch if layer.down_norm is None else rms_norm(
                 branch, layer.down_norm, eps, torch.float32)
         last = x if every else x[-1]

@@ -107,7 +107,7 @@ class Weights:
     @property
     def layer_parameters(self) -> int:
         """Number of the layers' weights that multiply one token; of experts, the selected."""
-        return sum(math.prod(linear.shape) * (linear.taken if isinstance(linear, Stack) else 1)
+        return sum(math.prod(linear.shape) * (linear.top_k if isinstance(linear, Stack) else 1)
                    for layer in self.layers for linear in layer.linears)
 
 
@@ -217,13 +217,13 @@ class _Loader:
             stack = Stack.from_parts(parts, routing.count, routing.top_k)
         except ValueError as error:
             raise unsupported(f'{prefix[:-1]} as stored: {error}') from None
-        if not isinstance(stack.every, (Dense, Int4)):
+        if not isinstance(stack.stacked, (Dense, Int4)):
             raise unsupported(f'experts of {stack[0].kind} (it runs unquantised experts, and '
                               '4-bit integers)')
-        bias = stack.every.bias
+        bias = stack.stacked.bias
         if bias is not None and bias.any():
             raise unsupported(f'{prefix[:-1]} with biases')
-        return replace(stack, every=replace(stack.every, bias=None))
+        return replace(stack, stacked=replace(stack.stacked, bias=None))
 
     def _qkv(self, prefix: str) -> Stored:
         a = self._a
