@@ -44,7 +44,7 @@ class Source(Protocol):
 class Files:
     """Tensors from a checkpoint's safetensors files."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self._entries = checkpoint.tensors
         self._device = device
         self.used: set[str] = set()
@@ -68,7 +68,7 @@ class Random:
     """Random tensors of the same names and shapes, to time a model without its weights."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: torch.dtype,
-                 device: torch.device):
+                 device: torch.device) -> None:
         # Without g_idx, groups are contiguous.
         self._entries = {name: entry for name, entry in checkpoint.tensors.items()
                          if not name.endswith('g_idx')}
