@@ -14,6 +14,7 @@
 
 """Each test process has a ROS domain of its own, on the loopback only."""
 
+import gc
 from glob import glob
 from itertools import chain
 import os
@@ -53,6 +54,23 @@ if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
 
 
 def pytest_collection_finish(session):
+    """Spare the tests what each would do again: see the two functions."""
+    leave_out_of_garbage_collection()
+    patch_language_once()
+
+
+def leave_out_of_garbage_collection():
+    """
+    Keep the garbage collections of each load and request from searching all of torch.
+
+    A worker would let them, at its end.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+def patch_language_once():
     """
     Let Triton's interpreter patch the language once for the functions of a module.
 
