@@ -14,11 +14,13 @@
 
 """Each test process has a ROS domain of its own, on the loopback only."""
 
+import gc
 from glob import glob
 from itertools import chain
 import os
 import signal
 import socket
+import sys
 
 
 def claim_domain() -> tuple[int, socket.socket]:
@@ -49,3 +51,42 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+
+def pytest_collection_finish(session):
+    """Spare the tests what each would do again: see the two functions."""
+    leave_out_of_garbage_collection()
+    patch_language_once()
+
+
+def leave_out_of_garbage_collection():
+    """
+    Keep the garbage collections of each load and request from searching all of torch.
+
+    A worker would let them, at its end.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+def patch_language_once():
+    """
+    Let Triton's interpreter patch the language once for the functions of a module.
+
+    It does so at every call of a device function, which takes half the time of a kernel. What that
+    leaves unpatched at the end is patched for each kernel anyway.
+    """
+    interpreter = sys.modules.get('triton.runtime.interpreter')
+    if not interpreter:
+        return
+    patched, call = set(), interpreter.InterpretedFunction.__call__
+
+    def call_patched(function, *arguments, **named):
+        module = function.fn.__module__
+        if module in patched:
+            return function.rewrite()(*arguments, **named)
+        patched.add(module)
+        return call(function, *arguments, **named)
+
+    interpreter.InterpretedFunction.__call__ = call_patched

@@ -16,7 +16,6 @@
 
 import contextlib
 from dataclasses import replace
-import gc
 from html.parser import HTMLParser
 import json
 import math
@@ -61,14 +60,6 @@ import pytest
 from worker_rig import wait_for
 
 PEAK = Peak(1e9, 'parameter')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def frozen_garbage():
-    """Keep each timed stream's garbage collection from searching all of torch, for a minute."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class FakeEngine:
