@@ -218,6 +218,6 @@ def test_it_can_be_interrupted(rig, number):
     finally:
         process.kill()
         engine.answer.set()
+        rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'idle')
+        engine.answer.clear()
     assert (process.returncode, errors) == (1, 'decode_ask: interrupted\n')
-    rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'idle')
-    engine.answer.clear()

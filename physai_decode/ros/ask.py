@@ -25,6 +25,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 import uuid
@@ -113,13 +114,14 @@ class Asker(Node):
 
 
 def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
-        options: dict[str, Any] | None = None) -> None:
+        options: dict[str, Any] | None = None, stop: threading.Event | None = None) -> None:
     """
     Send a prompt and wait for the end of the answer.
 
     :param show: called with each piece of the answer.
     :param options: further fields of the request, such as ``{'temperature': 0.7}``.
-    :raises AskError: the node does not exist, or does not answer in time.
+    :param stop: ends the wait when it is set.
+    :raises AskError: the node does not exist, or does not answer in time, or `stop` was set.
     """
     executor = SingleThreadedExecutor()
     executor.add_node(asker)
@@ -127,6 +129,8 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
 
     def wait_until(done: Callable[[], object], problem: str, advice: str = '') -> None:
         while not done():
+            if stop and stop.is_set():
+                raise AskError('interrupted')
             if time.monotonic() > end_s:
                 raise AskError(f'{problem} within {timeout_s:g} s{advice}')
             executor.spin_once(timeout_sec=0.1)
@@ -149,7 +153,7 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
 
 def main(args: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop = stop_on_signal()
     arguments = start(_parser(), args)
 
     def show(piece: str) -> None:
@@ -164,13 +168,11 @@ def main(args: list[str] | None = None) -> int:
         rclpy.shutdown()
         return 1
     try:
-        ask(asker, arguments.text, arguments.timeout, show, arguments.options)
+        ask(asker, arguments.text, arguments.timeout, show, arguments.options, stop)
         code = EXIT_CODES.get(asker.stats['finish_reason'], 1)
         failure = asker.reason if code else ''
     except AskError as error:
         failure = str(error)
-    except KeyboardInterrupt:
-        failure = 'interrupted'
     except BrokenPipeError:
         failure = discard_output()
     finally:
@@ -195,6 +197,19 @@ def main(args: list[str] | None = None) -> int:
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
     return code
+
+
+def stop_on_signal() -> threading.Event:
+    """
+    Return an event that SIGINT or SIGTERM sets.
+
+    A handler that raised KeyboardInterrupt could do so in rclpy's native code, which reports it as
+    an error of its own.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 def start(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.Namespace:

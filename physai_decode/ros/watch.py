@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Iterator
 import os
-import signal
 import sys
 import threading
 import time
@@ -34,6 +33,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.ros.ask import DIAGNOSTICS_HINT
 from physai_decode.ros.ask import discard_output
 from physai_decode.ros.ask import start
+from physai_decode.ros.ask import stop_on_signal
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import stream_qos
@@ -349,9 +349,7 @@ def _watch(watcher: Watcher, executor: SingleThreadedExecutor, stop: threading.E
 
 def main(args: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    stop = threading.Event()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: stop.set())
+    stop = stop_on_signal()
     arguments = start(_parser(), args)
     executor, watcher = SingleThreadedExecutor(), None
     try:
