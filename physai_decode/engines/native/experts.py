@@ -63,15 +63,16 @@ class Experts:
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
-    def room(self, dtype: torch.dtype, device: torch.device) -> Room:
-        """Give what a step works in; all layers of a model may share it."""
+    def room(self, dtype: torch.dtype, device: torch.device, rows: int = 1) -> list[Room]:
+        """Give what a step works in; all layers of a model may share it. Passes have one row."""
+        assert rows == 1
         one, count = self.down[0], self.down.taken
         columns = one.padded_features if isinstance(one, Int4) else one.shape[1]
-        return Room(
+        return [Room(
             torch.zeros(self.down.count, dtype=torch.float32, device=device),
             Taken(torch.zeros(count, dtype=torch.int64, device=device),
                   torch.zeros(count, dtype=torch.float32, device=device)),
-            torch.zeros(count, columns, dtype=dtype, device=device))
+            torch.zeros(count, columns, dtype=dtype, device=device))]
 
     def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, room: Room,
              out: Tensor, add: bool) -> None:

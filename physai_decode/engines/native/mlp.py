@@ -42,16 +42,18 @@ class Mlp:
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Give what a step works in; all layers of a model may share it."""
-        return torch.zeros(self.down.shape[1], dtype=dtype, device=device)
+    def room(self, dtype: torch.dtype, device: torch.device, rows: int = 1) -> list[Tensor]:
+        """Give what passes of 1 to ``rows`` rows work in; all layers of a model may share it."""
+        room = torch.zeros(rows, self.down.shape[1], dtype=dtype, device=device)
+        return [room[0], *(room[:count] for count in range(2, rows + 1))]
 
     def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, room: Tensor,
              out: Tensor, add: bool) -> None:
         """
         Write, or add, the result for one token to ``out`` float32 [hidden_size].
 
-        :param x: float32 [hidden_size], normalised here by ``gain`` and ``eps``.
+        :param x: float32 [hidden_size], normalised here by ``gain`` and ``eps``; it and all others
+            may have a leading dimension, see `TorchOps`.
         :param room: [intermediate_size], to work in.
         """
         ops.gated(x, self.gate_up, room, gain, eps, self.activation)
