@@ -18,12 +18,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 from fake_engine import FakeEngine
 from fake_engine import forever
 from fake_engine import say
 from physai_decode import checkpoint
+from physai_decode import engines
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.config import SpeculationConfig
@@ -447,6 +449,33 @@ def test_what_a_constraint_forces_is_the_draft():
         assert bytes(constraint.mask()) == mask
         constraint.accept(token_id)
     assert constraint.ended
+
+
+@pytest.mark.parametrize(('family', 'name', 'reason'), [
+    ('qwen3_moe', 'native', 'experts take their tokens one by one'),
+    ('qwen3', 'transformers', 'the engine transformers takes no drafts; native does')])
+def test_where_it_is_off_the_reason_is_told(native, family, name, reason, tmp_path):
+    """And answers come as without."""
+    import random_model
+    said = []
+    model = checkpoint.open(str(random_model.save(tmp_path, family, 0)))
+    engine = engines.build(model, replace(CPU, name=name), said.append, passes=True)
+    assert engine.footprint.details['speculation'] == f'off: {reason}'
+    assert f'speculation is off: {reason}' in said
+    steps = steps_of(engine, [5, 6, 5, 6, 5, 6], SamplingConfig(max_new_tokens=8))
+    assert [len(step.token_ids) for step in steps if step.token_ids] == [1] * 8
+    engine.close()
+
+
+def test_kernels_of_other_forms_take_one_row(native):
+    from physai_decode.engines.native import start
+    from physai_decode.engines.native.mlp import Mlp
+    weight = SimpleNamespace(kind='coded-g32-uint8')
+    layer = SimpleNamespace(qkv=weight, out=weight, mlp=Mlp(weight, weight))
+    loaded = SimpleNamespace(layers=[layer], head=weight)
+    reason = start._no_passes(loaded, SimpleNamespace(name='triton 3.7'))
+    assert reason == 'the kernels of coded-g32-uint8 weights take one row'
+    assert not start._no_passes(loaded, SimpleNamespace(name='torch'))
 
 
 class Direct:
