@@ -191,27 +191,39 @@ class Answer(Delivery):
                 if not self._given:
                     self.times.cached_tokens = step.cached_tokens
                     self.times.sample_s = step.sample_s
-                device_s = step.device_s
-                for token_id in step.token_ids:
+                for place, token_id in enumerate(step.token_ids, 1):
                     if token_id in footprint.eos_token_ids:
                         return End('stop', '')
-                    self._token(now_s, token_id, device_s, step.mask_s)
-                    device_s = None                 # the time of a step counts for its first token
+                    self._token(now_s, token_id, step)
                     self._given += 1
-                    if self._detokenizer.stopped:
-                        return End('stop', f'a text in {self._named("stop")} matched')
-                    if constraint is not None and constraint.ended:
-                        return End('stop', '')
-                    if self._speech is not None and self._speech.ended:
-                        return End('stop', 'parallel_tool_calls is false')
-                    if self._given == limit:
-                        return End('length', f'{self._named("max_new_tokens")} is {limit}')
-                    if self._thought_tokens and self._thinks_too_long():
-                        return None
+                    unsaid = len(step.token_ids) - place
+                    end = self._end_here(limit, None if unsaid else constraint)
+                    if end is not None or self._thought_tokens and self._thinks_too_long():
+                        self._take_back(unsaid, constraint)
+                        return end
                 if self._is_late():
                     return LATE
                 self._hold_pace(now_s, len(step.token_ids))
         return self._full()
+
+    def _end_here(self, limit: int, constraint: Constraint | None) -> End | None:
+        """Give the end that the newest token brought; ``constraint`` has taken no later one."""
+        if self._detokenizer.stopped:
+            return End('stop', f'a text in {self._named("stop")} matched')
+        if constraint is not None and constraint.ended:
+            return End('stop', '')
+        if self._speech is not None and self._speech.ended:
+            return End('stop', 'parallel_tool_calls is false')
+        if self._given == limit:
+            return End('length', f'{self._named("max_new_tokens")} is {limit}')
+        return None
+
+    def _take_back(self, unsaid: int, constraint: Constraint | None) -> None:
+        """Forget the tokens that a pass brought beyond the end."""
+        if unsaid:
+            self._loop.forget(len(self._loop.cached_ids) - unsaid)
+            if constraint is not None:
+                constraint.rollback(unsaid)
 
     def _full(self) -> End:
         context = self._loop.engine.footprint.max_context
@@ -347,8 +359,7 @@ class Answer(Delivery):
                 f'context holds {context} tokens, one of them for the answer: {SHORTEN}')
         return prompt_ids
 
-    def _token(self, now_s: float, token_id: int, device_s: float | None,
-               mask_s: float | None) -> None:
+    def _token(self, now_s: float, token_id: int, step: Step) -> None:
         """Record a token, and emit it unless its text is incomplete."""
         piece, speech = self._detokenizer.push(token_id), self._speech
         held = self._detokenizer.held
@@ -363,8 +374,8 @@ class Answer(Delivery):
             held = held or speech.held
         self._release('')
         report = self.times.token(
-            now_s, token_id, piece, device_s, self._publish_s, mask_s, self._waited_s)
-        self._waited_s = None if self._waited_s is None else 0.0
+            now_s, token_id, piece, step.device_s, self._publish_s, step.mask_s, self._waited_s,
+            len(step.token_ids))
         if parts:
             report = with_parts(report, parts)
         if held:

@@ -159,6 +159,18 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class SpeculationConfig:
+    """How tokens are guessed ahead, so that one pass brings several."""
+
+    name: str = _option(
+        'off', 'off: a decode step brings one token; lookup: the next tokens are guessed to be '
+        'those that a constraint forces, or that followed the last few where they stood before, '
+        'in the prompt or the answer, and one pass checks them. The text is the same. For the '
+        'native engine; with others `~/model_info` says why it is off',
+        choices=('off', 'lookup'))
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """How a prompt becomes the input of the model."""
 
@@ -314,6 +326,7 @@ class DecodeConfig:
     engine: EngineConfig = EngineConfig()
     remote: RemoteConfig = RemoteConfig()
     sampling: SamplingConfig = SamplingConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     chat: ChatConfig = ChatConfig()
     constraint: ConstraintConfig = ConstraintConfig()
     thinking: ThinkingConfig = ThinkingConfig()

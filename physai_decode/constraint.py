@@ -23,6 +23,7 @@ host, while the device computes the logits.
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from copy import copy
 import json
 from pathlib import Path
 import re
@@ -246,6 +247,37 @@ class Constraint:
             raise ConstraintError('the constraint can not be enforced any further: no token of '
                                   'the vocabulary can follow')
         return bits
+
+    def forced(self) -> list[int]:
+        """Tell which tokens have to come next, as far as nothing else may; they may be none."""
+        return [] if self._end_taken else list(self._matcher.compute_ff_tokens())
+
+    def fits(self, token_ids: Sequence[int]) -> int:
+        """Tell how many of these, the first ones, may come next; an end token is not looked at."""
+        return 0 if self._end_taken else int(self._matcher.validate_tokens(list(token_ids)))
+
+    def walk(self, draft: Sequence[int]) -> Iterator[bytearray]:
+        """
+        Give the mask before each token of a draft, and the one after it.
+
+        They end early where the draft leaves the constraint, or nothing can follow. A copy walks:
+        the constraint stands where it stood.
+
+        :raises ConstraintError: as `mask`, and before the first mask alone.
+        """
+        yield self.mask()
+        ahead = copy(self)
+        ahead._matcher = self._matcher.deep_copy()
+        for token_id in draft:
+            try:
+                ahead.accept(token_id)
+                if ahead.ended:
+                    return
+                mask = ahead.mask()
+            except ConstraintError:
+                return
+            self.mask_s += ahead.mask_s
+            yield mask
 
     def accept(self, token_id: int) -> None:
         """

@@ -17,7 +17,8 @@ The decode loop of all engines: from a prompt's ids to one token after the other
 
 It reuses the prefix that the cache still holds, feeds the rest in chunks that take about the same
 time each, so that a cancel is heard between two of them, and ends where the context is full. It
-knows neither text nor deadlines: whoever iterates stops it.
+knows neither text nor deadlines: whoever iterates stops it. With an engine that can check guesses
+at the next tokens it may try some, and get several tokens from one pass.
 """
 
 from collections.abc import Callable
@@ -29,17 +30,21 @@ from dataclasses import replace
 import time
 
 from physai_decode.config import SamplingConfig
+from physai_decode.config import SpeculationConfig
 from physai_decode.engine import checked_prompt
 from physai_decode.engine import Constraint
 from physai_decode.engine import Engine
 from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import not_numbers
 from physai_decode.engine import shared_prefix
+from physai_decode.engine import Verifier
+from physai_decode.speculation import Speculation
 
 FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
 # A chunk reads all weights once, however short it is: fewer tokens would hardly be fed sooner.
 LEAST_CHUNK_TOKENS = 32
 CHUNK_MS = 100.0
+OFF = SpeculationConfig('off')
 LARGEST_CHANGE = 4          # from one chunk to the next: one that was late by chance is no rule
 
 
@@ -49,11 +54,12 @@ class Step:
     What one turn of the loop brought.
 
     ``token_ids`` is empty between two chunks of a prompt: nothing is known yet, but the caller
-    can close the iterator there. ``device_s`` is the step's time on the device in seconds (on a
-    CPU the host's own), None where it is not known; for the first token it is the prefill's.
-    ``cached_tokens`` is how many of the prompt's tokens were still in the cache. ``mask_s`` is
-    what the constraint's mask took on the host, None where there is no constraint. ``sample_s`` is
-    the part of ``device_s`` for the choice of the first token.
+    can close the iterator there; they are several if guesses came true. ``device_s`` is the time
+    of the pass on the device in seconds (on a CPU the host's own), None where it is not known; for
+    the first token it is the prefill's. ``cached_tokens`` is how many of the prompt's tokens were
+    still in the cache. ``mask_s`` is what the constraint's masks took on the host, None where
+    there is no constraint. ``sample_s`` is the part of ``device_s`` for the choice of the first
+    token.
     """
 
     token_ids: tuple[int, ...]
@@ -67,15 +73,21 @@ class DecodeLoop:
     """Drives one engine, and knows which ids its cache holds."""
 
     def __init__(self, engine: Engine, chunk_ms: float = CHUNK_MS,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic,
+                 speculation: SpeculationConfig = OFF) -> None:
         """
         Take an engine with nothing in its cache.
 
         :param chunk_ms: how long one chunk of a prompt may take, about; 0 feeds the largest
             chunks that the engine takes.
         :param clock: monotonic, in seconds.
+        :param speculation: how tokens are guessed ahead, where the engine takes drafts.
         """
         self.engine = engine
+        self._verifier: Verifier | None = None
+        if speculation.name != 'off' and isinstance(engine, Verifier) \
+                and len(engine.pass_costs) > 1:
+            self._verifier = engine
         self._clock = clock
         self._cached: list[int] = []
         least, most = engine.chunk_tokens
@@ -93,7 +105,8 @@ class DecodeLoop:
             del cached[self.engine.rewind(min(length, len(cached))):]
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig,
-               constraint: Constraint | None = None, ahead: bool = True) -> Iterator[Step]:
+               constraint: Constraint | None = None, ahead: bool = True,
+               drafts: bool = True) -> Iterator[Step]:
         """
         Decode after ``prompt_ids``, on the thread that iterates.
 
@@ -104,14 +117,15 @@ class DecodeLoop:
         :param constraint: a fresh one, which is told each token; where it has ended, so does the
             iterator.
         :param ahead: whether the engine may start steps before they are asked for.
+        :param drafts: guess ahead, where the loop was made to.
         :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
         :raises EngineError: while iterating: the model's logits are not numbers.
         """
         prompt = checked_prompt(prompt_ids, self.engine.footprint)
-        return self._stream(prompt, sampling, constraint, ahead)
+        return self._stream(prompt, sampling, constraint, ahead, drafts)
 
     def _stream(self, prompt: list[int], sampling: SamplingConfig,
-                constraint: Constraint | None, ahead: bool) -> Iterator[Step]:
+                constraint: Constraint | None, ahead: bool, drafts: bool) -> Iterator[Step]:
         self.forget(shared_prefix(self._cached, prompt[:-1]))
         reused = fed = len(self._cached)
         prefill_s: float | None = 0.0
@@ -131,7 +145,12 @@ class DecodeLoop:
         first = self._told(token_id, _sum(prefill_s, device_s), reused, constraint)
         yield replace(first, sample_s=device_s)
         room = self.engine.footprint.max_context - len(prompt)
-        for remaining in reversed(range(min(sampling.max_new_tokens, room) - 1)):
+        left = min(sampling.max_new_tokens, room) - 1
+        if drafts and self._verifier is not None:
+            yield from self._drafting(
+                self._verifier, [*prompt, token_id], left, reused, constraint, ahead)
+            return
+        for remaining in reversed(range(left)):
             if constraint is not None and constraint.ended:
                 return
             cached, self._cached = self._cached, []     # as `_in_doubt`, at half the cost
@@ -139,6 +158,34 @@ class DecodeLoop:
             cached.append(token_id)
             self._cached, token_id = cached, following
             yield self._told(token_id, device_s, reused, constraint)
+
+    def _drafting(self, engine: Verifier, ids: list[int], left: int, reused: int,
+                  constraint: Constraint | None, ahead: bool) -> Iterator[Step]:
+        """Go on after the first token: check guesses where there are any, else take a step."""
+        newest = ids[-1]
+        speculation = Speculation(ids, engine.pass_costs, engine.footprint.eos_token_ids)
+        while left and not (constraint is not None and constraint.ended):
+            draft = speculation.draft(left, constraint)
+            with self._in_doubt() as cached:
+                if draft and engine.settled:
+                    token_ids, device_s = engine.verify(draft)
+                else:
+                    # Nothing may run ahead of a try; what is in flight still comes.
+                    following, device_s = engine.step(left - 1 if ahead and not draft else 0)
+                    token_ids, draft = (following,), []
+                good = token_ids[:-1] if token_ids[-1] == NO_TOKEN else token_ids
+                if constraint is not None:
+                    good = _accepted(good, constraint)
+                cached += newest, *good[:-1]
+            if good:
+                newest = good[-1]
+                left -= len(good)
+                speculation.take(good, 1 + len(draft))
+                yield Step(good, device_s, reused,
+                           None if constraint is None else constraint.mask_s)
+            if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):
+                self._cached = []
+                raise not_numbers(engine.footprint.dtype)
 
     @contextmanager
     def _in_doubt(self) -> Iterator[list[int]]:
@@ -183,6 +230,15 @@ class ChunkSize:
             fitting = max(fitting, self.tokens // LARGEST_CHANGE)
             self.tokens = max(self._least,
                               min(fitting, LARGEST_CHANGE * self.tokens, self._most))
+
+
+def _accepted(token_ids: Sequence[int], constraint: Constraint) -> tuple[int, ...]:
+    """Tell a constraint the tokens of a pass; give them as far as it goes."""
+    for count, token_id in enumerate(token_ids, 1):
+        constraint.accept(token_id)
+        if constraint.ended:
+            return tuple(token_ids[:count])
+    return tuple(token_ids)
 
 
 def _sum(one_s: float | None, other_s: float | None) -> float | None:

@@ -20,6 +20,7 @@ the same for every engine, so that engines can be compared token for token. A co
 is loaded, warmed up and captured: there is no half-loaded engine.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Constraint(Protocol):
     """What one answer has to look like; see ``physai_decode.constraint.Constraint``."""
 
     mask_s: float
-    """What the last ``mask`` took on the host, in seconds."""
+    """What the last ``mask``, or all masks of the last ``walk``, took on the host, in seconds."""
 
     @property
     def ended(self) -> bool:
@@ -110,6 +111,22 @@ class Constraint(Protocol):
 
     def mask(self) -> bytearray:
         """Tell which tokens may come next: bit ``id % 8`` of byte ``id // 8``."""
+        ...
+
+    def forced(self) -> list[int]:
+        """Tell which tokens have to come next, as far as nothing else may; they may be none."""
+        ...
+
+    def fits(self, token_ids: Sequence[int]) -> int:
+        """Tell how many of these, the first ones, may come next."""
+        ...
+
+    def walk(self, draft: Sequence[int]) -> Iterator[bytearray]:
+        """
+        Give the mask before each token of a draft, and the one after it.
+
+        They end early where the draft leaves the constraint, or nothing can follow.
+        """
         ...
 
     def accept(self, token_id: int) -> None:
@@ -179,6 +196,43 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything on the device; the engine can't be used after that."""
         ...
+
+
+@runtime_checkable
+class Verifier(Engine, Protocol):
+    """An engine that can check guesses at the next tokens: several rows in one pass."""
+
+    pass_costs: Mapping[int, float]
+    """What a pass costs by its rows, as parts of a step; by 1 alone: no draft is taken."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether no step is in flight, as after enough calls of ``step(0)``."""
+        ...
+
+    def verify(self, draft: Sequence[int]) -> 'Choices':
+        """
+        Run the token that was chosen last and guesses at those after it, in one pass.
+
+        The choices are those that as many steps would have made, down to the last bit of their
+        logits; the cache holds what these steps would have left. Asked for where `settled`. A
+        constraint is asked for its masks along the draft.
+
+        :param draft: ids of the vocabulary, fewer than the most rows of ``pass_costs``, for which
+            the context has room.
+        """
+        ...
+
+
+class Choices(NamedTuple):
+    """
+    The tokens that one pass brought: guesses that came true, and the one after them.
+
+    ``device_s`` is the pass's time on the device, as in `Choice`. The last one may be `NO_TOKEN`.
+    """
+
+    token_ids: tuple[int, ...]
+    device_s: float | None
 
 
 @runtime_checkable

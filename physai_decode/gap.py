@@ -193,7 +193,7 @@ def _step_s(loop: DecodeLoop, prompt: list[int],
     """Return the median inter-token latency and the median device time, in seconds."""
     stamps, device_s = [], []
     with closing(cast('Generator[Step, None, None]', loop.stream(
-            prompt, SamplingConfig(max_new_tokens=TOKENS)))) as steps:
+            prompt, SamplingConfig(max_new_tokens=TOKENS), drafts=False))) as steps:
         for step in steps:
             if step.token_ids:
                 stamps.append(time.perf_counter())

@@ -118,7 +118,8 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
-        engine = engines.build(model, _engine_config(config), progress)
+        engine = engines.build(
+            model, _engine_config(config), progress, config.speculation.name != 'off')
         undo.callback(engine.close)
         progress('finding the peak memory bandwidth')
         peak = find_engine_peak(engine.footprint, config)
@@ -136,6 +137,9 @@ def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loade
     """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
     path, facts = config.remote.fallback, {'engine_reason': 'engine.name says so'}
+    if config.speculation.name != 'off':
+        facts['speculation'] = 'off: a server decides that itself'
+        progress(f'speculation is {facts["speculation"]}')
     if path:
         loaded = load(replace(config, model=replace(config.model, path=path),
                               engine=replace(config.engine, name='auto')), progress)

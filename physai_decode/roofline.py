@@ -101,7 +101,7 @@ def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, element_by
     return 2 * layers * kv_heads * head_dim * context * element_bytes
 
 
-def floor_s(weight_bytes: int, kv_bytes: int, peak_bytes_per_s: float | None) -> float | None:
+def floor_s(weight_bytes: float, kv_bytes: float, peak_bytes_per_s: float | None) -> float | None:
     """Return the floor of a decode step in seconds, None if the peak is unknown."""
     if not peak_bytes_per_s:
         return None

@@ -66,6 +66,7 @@ class TokenReport:
     wait_ms: float | None = None      # delay of the step by pacing; None: not paced
     reasoning: str = ''               # the piece of a thought that this token completed
     tool_calls: tuple[Call, ...] = ()   # the tool calls that this token completed
+    pass_tokens: int | None = 1       # tokens that its pass brought; None: it came as text
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class RequestReport:
     sample_ms: float | None = None    # the part of prefill_ms for the choice of the first token
     ttft_floor_ms: float | None = None  # to read the weights, and the keys and values in the cache
     r_ttft: float | None = None       # ttft_floor_ms over prefill_ms
+    pass_tokens: float | None = None  # mean tokens of a pass, after the first token
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,10 @@ class RequestRecorder:
         self._received_s = received_s
         self._taken_s = taken_s
         self._first_s: float | None = None
-        self._last_s: float | None = None
+        self._last_s: float | None = None           # when the newest pass ended
+        self._share_s = 0.0                         # each token's part of its time
+        self._due = 0                               # tokens of it that are still to come
+        self._passes = 0                            # after the first token
         self._count = 0
         self._itl_ms = Distribution()
         self._r_floor = Distribution()
@@ -340,49 +345,57 @@ class RequestRecorder:
 
     def token(self, now_s: float, token_id: int | None, text: str,
               device_s: float | None = None, publish_s: float | None = None,
-              mask_s: float | None = None, waited_s: float | None = None) -> TokenReport:
+              mask_s: float | None = None, waited_s: float | None = None,
+              pass_tokens: int = 1) -> TokenReport:
         """
         Record one token.
 
-        :param now_s: when the token was known on the host. Tokens of one step have the same time,
-            so all but the first have an ``itl_ms`` of 0.
+        :param now_s: when the token was known on the host.
         :param token_id: None if a server sent text; context and floor are unknown then.
         :param text: the piece of text that the token completed.
-        :param device_s: time of the step on the device, in seconds.
+        :param device_s: time of the pass on the device, in seconds.
         :param publish_s: time to publish the previous token, in seconds.
-        :param mask_s: time to compute the constraint's mask on the host, in seconds.
-        :param waited_s: delay of the step by pacing, in seconds, which does not count as latency;
+        :param mask_s: time to compute the constraint's masks on the host, in seconds.
+        :param waited_s: delay of the pass by pacing, in seconds, which does not count as latency;
             None if not paced.
+        :param pass_tokens: tokens that the pass brought, given one after the other; they share its
+            times and its floor evenly.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
         context = None if token_id is None else (self.prompt_tokens or 0) + index
-        device_ms = _to_ms(device_s)
+        device_ms, mask_ms, wait_ms = (
+            None if each is None else 1e3 * each / pass_tokens
+            for each in (device_s, mask_s, waited_s))
         itl_ms = gap_ms = floor_ms = r_floor = bandwidth_gb_s = None
         if self._last_s is None:
-            self._first_s = now_s
+            self._first_s = self._last_s = now_s
+            self._due = pass_tokens - 1
             ttft_ms = 1e3 * (now_s - self._received_s)
             overrun_ms = ttft_ms - deadline.ttft_ms if deadline.ttft_ms else None
             recorder._add_first(now_s, ttft_ms)
         else:
-            itl_s = now_s - self._last_s - (waited_s or 0.0)
+            if not self._due or now_s != self._last_s:
+                self._share_s = (now_s - self._last_s - (waited_s or 0.0)) / pass_tokens
+                self._last_s, self._due = now_s, pass_tokens
+                self._passes += token_id is not None
+            self._due -= 1
+            itl_s = self._share_s
             itl_ms = 1e3 * itl_s
             overrun_ms = itl_ms - deadline.token_ms if deadline.token_ms else None
             if device_ms is not None:
                 gap_ms = itl_ms - device_ms
             roofline = recorder._roofline
             if roofline is not None and context is not None and itl_s > 0:
-                step_bytes = roofline.step_bytes(context)
+                step_bytes = roofline.step_bytes(context) / pass_tokens
                 floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
             recorder._add_next(now_s, context, itl_ms, (
-                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, _to_ms(waited_s),
-                _to_ms(mask_s)))
+                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, wait_ms, mask_ms))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:
                 self._r_floor.add(r_floor)
-        self._last_s = now_s
         self._count += 1
         missed = overrun_ms is not None and overrun_ms > 0
         if overrun_ms is not None:
@@ -394,7 +407,7 @@ class RequestRecorder:
         return TokenReport(
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
-            _to_ms(mask_s), _to_ms(waited_s))
+            mask_ms, wait_ms, pass_tokens=None if token_id is None else pass_tokens)
 
     def item(self, now_s: float, path: str, index: int, value: str) -> ItemReport:
         """
@@ -455,7 +468,8 @@ class RequestRecorder:
             encode_ms=None if self.encoded_s is None or taken_s is None
             else 1e3 * (self.encoded_s - taken_s),
             sample_ms=_to_ms(self.sample_s), ttft_floor_ms=_to_ms(floor_s),
-            r_ttft=floor_ratio(floor_s, prefill_s))
+            r_ttft=floor_ratio(floor_s, prefill_s),
+            pass_tokens=(self._count - 1) / self._passes if self._passes else None)
 
     def _prompt_floor_s(self) -> float | None:
         """Return the time to read what a prompt of any length reads at least, None if unknown."""

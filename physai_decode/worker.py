@@ -144,7 +144,8 @@ class Worker:
         self._server, self._remote = server, config.remote
         self._local: tuple[DecodeLoop, TextCoder] | None = None
         if engine is not None and text is not None:
-            self._local = DecodeLoop(engine, config.engine.prefill_chunk_ms, clock), text
+            self._local = DecodeLoop(
+                engine, config.engine.prefill_chunk_ms, clock, config.speculation), text
         self._sink = sink
         self._clock = clock
         self._numbers = numbers or count(1)

@@ -26,6 +26,7 @@ from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import prefill_kernels
 from physai_decode.engines.native import scaled_kernels
 import triton
@@ -39,6 +40,7 @@ POINTERS = {
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
     'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
     'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
+IN_PASSES = {'row': 'i32', 'guess': 'i64', 'following': 'i32'}     # pointers, else None
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
            'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
@@ -47,17 +49,21 @@ MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as a
 
 
 def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', values=None,
-             scales='fp16', zeros='fp16', codes='u8', table=None, **constants):
+             scales='fp16', zeros='fp16', codes='u8', table=None, passes=False,
+             **constants):
     """Compile one kernel; ``half`` is bf16 or fp16."""
-    kinds = {**POINTERS, 'x': x, 'out': out, 'parts': parts, 'scales': scales, 'zeros': zeros,
-             'values': values or POINTERS['values'], 'codes': codes,
-             'table': table or POINTERS['table']}
+    kinds = {**POINTERS, **IN_PASSES, 'x': x, 'out': out, 'parts': parts, 'scales': scales,
+             'zeros': zeros, 'values': values or POINTERS['values'],
+             'codes': codes, 'table': table or POINTERS['table']}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
             signature[name] = 'constexpr'
             values[(index,)] = constants.pop(name)
+        elif name in IN_PASSES and not passes:
+            signature[name] = 'constexpr'
+            values[(index,)] = None
         elif name in NUMBERS:
             signature[name] = NUMBERS[name]
             if kernel.fn.__module__ == prefill_kernels.__name__ and name in MULTIPLES:
@@ -145,6 +151,7 @@ def main():
                     # All words are asked for while the kernel before still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
+        passes(build, half, capability)
         scaled(build, half, capability, early)
         coded(build, half, capability, early)
         if capability >= 80:
@@ -231,10 +238,37 @@ def prefills(build, half, capability):
              ASSEMBLY=True)
 
 
+def passes(build, half, capability):
+    """Compile the kernels of passes; how many rows there are is no part of them."""
+    own = pass_kernels
+    build(own._embed_rows, BLOCK=1024, SCALE=1.0)
+    build(own._add_normed_rows, K=1152, WIDE=2048, BLOCK=512)
+    build(own._prepare_rows, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=False)
+    for norm, window in ((True, 0), (False, 64)):
+        sizes = {'KV_HEADS': 4, 'GROUP': 7, 'D': 128, 'DIMS': 128, 'NORM': norm}
+        build(own._keep, warps=1, **sizes)
+        build(own._attend_rows, warps=1 if norm else 4, **sizes, PADDED=16, SPLITS=8, TOKENS=32,
+              TOGETHER=2, WINDOW=window, BETA=0.0, LENGTH=1)
+    for layout in own.DENSE_LAYOUTS[::5]:
+        for gated in (True, False):
+            made = build(own._dense_rows, warps=layout.warps, x=half,
+                         out=half if gated else 'fp32', K=3584, TILE=layout.rows,
+                         COLUMNS=layout.columns, SPLIT=layout.split, STAGES=layout.stages,
+                         GATED=gated, GELU=False, ADD=not gated, BIAS=gated)
+            if capability >= 80:
+                assert all(word in made.asm['ptx'] for word in ('mma.sync', 'cp.async'))
+    for gated in (True, False):
+        made = build(own._int4_rows, warps=4, x=half, out=half if gated else 'fp32', K=3584,
+                     BLOCKS=7, GROUP=128, SPLIT=4, GATED=gated, GELU=False, ADD=not gated,
+                     BIAS=False, ZEROS=not gated, ASSEMBLY=True)
+        assert 'mma.sync' in made.asm['ptx'] or capability < 80
+
+
 def choose(capability, **layout):
     """Compile what chooses the token, each kernel with all its stages and with the fewest."""
-    compiled(sampling_kernels._top, capability, 'fp16', **layout)
     for few in (True, False):
+        layout['passes'] = few
+        compiled(sampling_kernels._top, capability, 'fp16', **layout)
         for kernel in (sampling_kernels._bin, sampling_kernels._border):
             compiled(kernel, capability, 'fp16', warps=8, **layout, PADDED=256, TOP_K=True,
                      TOP_P=not few)

@@ -191,14 +191,15 @@ class Steps:
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._flying = deque()
 
-    def prepare(self, plan):
+    def prepare(self, plan, begin):
         """Run the step a few times, as a capture does."""
+        begin()
         for _ in range(devices.WARM_UP_STEPS if self._capture else 0):
             self._step(plan)
 
     def _step(self, plan):
-        self._forward()
-        self._draw(plan)
+        self._forward(1)
+        self._draw(plan, 1)
 
     @property
     def flying(self):
@@ -213,7 +214,7 @@ class Steps:
     def launch(self, plan, place, restrict):
         """Run a step."""
         self._step(plan)
-        self._flying.append((int(self._history[place]), 1e-3))
+        self._flying.append(([int(self._history[place])], 1e-3))
 
     def collect(self):
         """Give the oldest step's token."""

@@ -22,7 +22,6 @@ from physai_decode.config import DiagnosticsConfig
 from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
-from physai_decode.engine import Choice
 from physai_decode.pace import Pace
 from physai_decode.request import parse
 from physai_decode.request import Request
@@ -176,7 +175,7 @@ def test_a_paced_pipeline_has_one_step_in_flight(monkeypatch):
 
         def collect(self):
             self.flying -= 1
-            return Choice(7, 1e-3)
+            return [7], 1e-3
 
     engine = object.__new__(NativeEngine)
     engine.pipeline, engine._length, engine._plan, engine._constraint = Pipeline(), 4, None, None

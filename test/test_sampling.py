@@ -36,6 +36,7 @@ from physai_decode.engines.sampling import GREEDY
 from physai_decode.engines.sampling import HostSampler
 from physai_decode.engines.sampling import most_likely
 from physai_decode.engines.sampling import Plan
+from physai_decode.engines.sampling import Row
 from physai_decode.engines.sampling import Sampler
 import transformers
 
@@ -514,6 +515,51 @@ def test_the_host_draws_the_same_waiting_times_with_numpy(count):
         keys = native.host_keys(seed, place)
         assert torch.equal(native.host_waiting_times(mixed.numpy(), *keys),
                            native.waiting_times(mixed, *keys))
+
+
+@pytest.mark.parametrize('sampler_kind', ['fixed', 'kernels'])
+@pytest.mark.parametrize('sampling', [
+    SamplingConfig(), SamplingConfig(repetition_penalty=1.8), PLAIN, SETTINGS['all'],
+    SETTINGS['top_p']], ids=lambda each: Plan.of(each).key)
+def test_rows_of_a_pass_are_drawn_as_far_as_guesses_come_true(sampler_kind, sampling):
+    """Then the token, its place, the history and what counts as seen are as after steps."""
+    if sampler_kind == 'kernels':
+        pytest.importorskip('triton')
+        from physai_decode.engines.sampling_kernels import TritonSampler as own
+    else:
+        own = Sampler
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    for seed in range(12):
+        sampling = replace(sampling, seed=seed)
+        logits = [random_logits(100 * seed + row).to(device) for row in range(4)]
+        if seed == 5:
+            logits[1][3] = math.nan
+        steps, one, plan = begin_rows(own, sampling, device)
+        tokens = [steps.draw(one, plan, each) for each in logits]
+        for right in range(4):
+            guesses = [*tokens[:right], *[(each + 1) % VOCAB for each in tokens[right:]]][:3]
+            if seed == 7:
+                guesses[right:] = [-1] * (3 - right)            # no guesses there
+            state, sampler, _ = begin_rows(own, sampling, device)
+            for row, each in enumerate(logits):
+                guess = torch.tensor(guesses[row:row + 1], device=device) if row < 3 else None
+                sampler.draw(plan, each, state.position, state.token, state.history,
+                             Row(row, guess))
+            count = 1 + right
+            if NO_TOKEN in tokens[:right]:
+                count = 1 + tokens.index(NO_TOKEN)      # nobody guesses that
+            wanted, other, _ = begin_rows(own, sampling, device)
+            for each in logits[:count]:
+                wanted.draw(other, plan, each)
+            for name in ('position', 'token', 'history'):
+                assert torch.equal(getattr(state, name), getattr(wanted, name)), (name, right)
+            assert torch.equal(sampler._seen, other._seen)
+
+
+def begin_rows(kind, sampling, device):
+    """Give a state, a sampler and a plan."""
+    sampler, plan = begun(kind, sampling, device=device)
+    return State(device=device), sampler, plan
 
 
 def test_a_stage_without_a_kernel_is_its_twins():

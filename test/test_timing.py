@@ -97,13 +97,29 @@ def test_an_unknown_peak_gives_no_floor_but_a_bandwidth():
     assert window.bandwidth_gb_s == report.bandwidth_gb_s
 
 
-def test_tokens_of_one_step_share_its_time():
-    request = recorder().request(1, 0.0, 0.0)
-    request.token(0.1, 1, '')
-    request.token(0.2, 1, '')
-    report = request.token(0.2, 1, '')
-    assert report.itl_ms == 0.0
-    assert (report.r_floor, report.bandwidth_gb_s) == (None, None)
+def test_tokens_of_one_pass_share_its_times_and_its_floor():
+    """So that none is above the limit, and a deadline of a token is that of its share."""
+    request = recorder(token_ms=30.0).request(1, 0.0, 0.0)
+    request.prompt_tokens = 10
+    assert request.token(0.1, 1, '').pass_tokens == 1
+    reports = [request.token(0.2, 1, '', device_s=0.08, pass_tokens=4) for _ in range(4)]
+    for index, report in enumerate(reports, 1):
+        assert report.pass_tokens == 4
+        assert report.itl_ms == pytest.approx(25.0)
+        assert report.device_ms == pytest.approx(20.0)
+        assert report.host_gap_ms == pytest.approx(5.0)
+        assert report.floor_ms == pytest.approx((1000 + 32 * (10 + index)) / 1e3 / 4)
+        assert report.r_floor == pytest.approx(report.floor_ms / 25.0)
+        assert report.bandwidth_gb_s == pytest.approx((1000 + 32 * (10 + index)) / 0.1 / 1e9)
+        assert not report.deadline_missed
+    late = request.token(0.24, 1, '')
+    assert (late.itl_ms, late.pass_tokens) == (pytest.approx(40.0), 1)
+    assert late.deadline_missed
+    report = request.finish(0.25, 'stop')
+    assert report.pass_tokens == pytest.approx(5 / 2)
+    assert report.tokens_per_s == pytest.approx(5 / 0.14)
+    assert report.deadline_misses == 1
+    assert recorder().request(2, 0.0, 0.0).finish(1.0, 'stop').pass_tokens is None
 
 
 def test_the_window_forgets():

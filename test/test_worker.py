@@ -150,8 +150,31 @@ def test_several_tokens_a_step(make, monkeypatch):
     worker, sink = make()
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text) == ('stop', 'abc')
-    assert [token.device_ms for token in sink.tokens] == [2.0, None, 2.0]
+    assert [token.device_ms for token in sink.tokens] == [1.0, 1.0, pytest.approx(2 / 3)]
+    assert [token.pass_tokens for token in sink.tokens] == [2, 2, 3]
     assert sink.tokens[1].itl_ms == 0.0
+    assert sink.tokens[2].itl_ms > 0.0
+
+
+def test_what_a_pass_brought_behind_a_stop_text_is_not_kept(make, monkeypatch):
+    """The next prompt finds in the cache what steps would have left there."""
+    kept = []
+
+    class Passes(DecodeLoop):
+        cached_ids = [0] * 9
+
+        def stream(self, prompt_ids, sampling, constraint=None, ahead=True):
+            yield Step((ord('a'),))
+            yield Step((ord('b'), ord('.'), ord('c'), ord('d')))
+
+        def forget(self, length=0):
+            kept.append(length)
+
+    monkeypatch.setattr('physai_decode.worker.DecodeLoop', Passes)
+    worker, sink = make(sampling=SamplingConfig(stop=('.',)))
+    report, text = sink.end(worker.submit(Request('go')))
+    assert (report.finish_reason, text) == ('stop', 'ab')
+    assert kept == [7]
 
 
 def test_a_stop_text_ends_the_answer(make):

@@ -122,7 +122,8 @@ KEYS = {
     'items': 'elements on `~/item`; n/a if the request does not constrain the answer to JSON',
     'itl_max_activation_ms': 'maximum latency of a token since activation',
     'itl_max_ms': 'maximum latency of a token',
-    'itl_ms': 'latency: the time since the previous token, minus wait_ms',
+    'itl_ms': 'latency: the time since the previous token, minus wait_ms; the tokens of one pass '
+              'share its time evenly',
     'itl_p50_ms': 'median latency of a token',
     'itl_p95_ms': '95th percentile of the latency',
     'itl_p99_ms': '99th percentile of the latency',
@@ -146,6 +147,8 @@ KEYS = {
     'output_tokens': 'tokens of the answer',
     'paced': '1 if `pace.tokens_per_s` delays steps, else 0; on /diagnostics for the newest '
              'token. Latencies do not include the delay',
+    'pass_tokens': 'tokens that the pass brought, which share its times and its floor evenly; of '
+                   'a request the mean after the first token',
     'peak_bandwidth_gb_s': 'peak bandwidth of the memory bus',
     'peak_source': 'source of the peak bandwidth: parameter, driver, a datasheet by name, '
                    'measured, observed in steps (they exceeded the previous peak), or unknown',

@@ -21,6 +21,9 @@ answers are published element by element, and not over HTTP; otherwise the clien
 action in the text. A different command precedes each request, so that only the common prefix of
 the prompts is cached. The output is a Markdown table of medians.
 
+With --speculation, only the engine runs, with drafts and without in turns: it also answers the
+command a second time, with its plan in the conversation, which the answer copies.
+
 With --shape, only the engine runs, with random weights of that shape and without ROS. Such a model
 writes no plan by itself: its free answer is text of as many tokens as the constrained one has.
 """
@@ -28,7 +31,9 @@ writes no plan by itself: its free answer is text of as many tokens as the const
 import argparse
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 import gc
+from itertools import takewhile
 import json
 import os
 from pathlib import Path
@@ -45,6 +50,7 @@ from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.config import SpeculationConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.items import Items
 from physai_decode.request import Message
@@ -59,6 +65,7 @@ CONTEXT = 4096                  # of random weights: room for a prompt and a pla
 ACTION = r'\{"action":"(find|open|close|pick)","object":"[^"\\\x00-\x1f]{8,16}"\}'
 RANDOM = {'structured_outputs': {'regex': rf'\[{ACTION}(,{ACTION}){{4}}\]'}}
 TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
+PASS_TITLES = 'first action', 'whole plan', 'each token', 'tokens a pass'
 
 
 class Plan:
@@ -87,7 +94,9 @@ class Alone:
 
     def __init__(self, config: DecodeConfig) -> None:
         self._engine, self._text, *_ = host.load(config, lambda line: None)
-        self._loop, self._shape = DecodeLoop(self._engine), self._engine.footprint
+        self._loop = DecodeLoop(self._engine, speculation=config.speculation)
+        self._shape = self._engine.footprint
+        self.details = self._shape.details
         self.device = self._shape.device_name
         self.tokens: dict[str, int] = {}        # of the last answer, up to each mark
 
@@ -97,29 +106,38 @@ class Alone:
     def close(self) -> None:
         """Do nothing."""
 
-    def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int) -> Plan:
+    def ask(self, prompt: str, kind: str, form: dict[str, Any], limit: int,
+            before: tuple[Message, ...] = ()) -> Plan:
         """
         Answer a prompt.
 
         :param form: fields of a request that constrain the answer.
+        :param before: the conversation before it.
         """
         plan, masks_ms, constraint = Plan('free'), list[float](), None
         if kind == 'constrained':
             vocabulary = self._text.vocabulary(self._shape.vocab_size, self._shape.eos_token_ids)
             constraint = vocabulary.constraint(Request.from_json({'prompt': prompt, **form}).form)
-        decoder, count, self.tokens = self._text.detokenizer(), 0, {}
-        for step in self._steps(prompt, limit, constraint):
+        decoder, count, passes, self.tokens, self.said = self._text.detokenizer(), 0, 0, {}, ''
+        for step in self._steps(prompt, limit, constraint, before):
             if step.mask_s is not None:
                 masks_ms.append(1e3 * step.mask_s)
-            if set(step.token_ids) & set(self._shape.eos_token_ids):
-                break
-            count += len(step.token_ids)
-            if piece := ''.join(map(decoder.push, step.token_ids)):
+            ids = list(takewhile(self._is_text, step.token_ids))
+            count += len(ids)
+            passes += bool(ids)
+            if piece := ''.join(map(decoder.push, ids)):
+                self.said += piece
                 plan.token(piece)
             for name in plan.marks:
                 self.tokens.setdefault(name, count)
+            if len(ids) < len(step.token_ids):
+                break
         plan.mark('whole plan')
         self.tokens['whole plan'] = count
+        if passes > 1:
+            spent_ms = plan.marks['whole plan'] - plan.marks['first token']
+            plan.marks['each token'] = spent_ms / (count - 1)
+            plan.marks['tokens a pass'] = (count - 1) / (passes - 1)
         if masks_ms:
             plan.marks['mask, each token'] = median(masks_ms)
         return plan
@@ -139,8 +157,11 @@ class Alone:
         self._engine.close()
         self._text.close()
 
-    def _steps(self, prompt, limit, constraint=None):
-        return self._loop.stream(self._text.encode([Message('user', prompt)]),
+    def _is_text(self, token_id):
+        return token_id not in self._shape.eos_token_ids
+
+    def _steps(self, prompt, limit, constraint=None, before=()):
+        return self._loop.stream(self._text.encode([*before, Message('user', prompt)]),
                                  SamplingConfig(max_new_tokens=limit), constraint)
 
 
@@ -154,12 +175,12 @@ class Table:
         """Add the times of an answer."""
         self._found[way, kind].append(plan.marks)
 
-    def show(self) -> None:
+    def show(self, titles: tuple[str, ...] = TITLES) -> None:
         """Print the table."""
-        print(f'| | | {" | ".join(TITLES)} |\n|{"---|" * (2 + len(TITLES))}')
+        print(f'| | | {" | ".join(titles)} |\n|{"---|" * (2 + len(titles))}')
         for (way, kind), plans in self._found.items():
             cells = [f'{median(plan[title] for plan in plans):.2f}'
-                     if all(title in plan for plan in plans) else '' for title in TITLES]
+                     if all(title in plan for plan in plans) else '' for title in titles]
             print(f'| {way} | {kind} | {" | ".join(cells)} |')
 
 
@@ -179,7 +200,11 @@ def main() -> int:
                         help='of the engine; its client needs a core too (%(default)s)')
     parser.add_argument('--rounds', type=int, default=30, metavar='N',
                         help='plans of each kind (%(default)s)')
+    parser.add_argument('--speculation', action='store_true',
+                        help='the engine alone, with drafts and without')
     arguments = parser.parse_args()
+    if arguments.speculation:
+        return drafted_plans(arguments)
     return random_plans(arguments) if arguments.shape else plans(arguments)
 
 
@@ -214,6 +239,39 @@ def plans(arguments: argparse.Namespace) -> int:
                 way.close()
     table.show()
     return 0
+
+
+def drafted_plans(arguments: argparse.Namespace) -> int:
+    """Have a model write plans with drafts and without, and one that it finds in its prompt."""
+    config = DecodeConfig(model=ModelConfig(path=arguments.model),
+                          engine=EngineConfig(cpu_threads=arguments.cpu_threads))
+    form = {'response_format': {'type': 'json_schema', 'json_schema': {
+        'name': 'plan', 'schema': json.loads(arguments.schema.read_text())}}}
+    table, limit, same = Table(), config.sampling.max_new_tokens, True
+    with ExitStack() as undo:
+        ways = {name: Alone(replace(config, speculation=SpeculationConfig(name)))
+                for name in ('off', 'lookup')}
+        for way in ways.values():
+            undo.callback(way.end)
+        head(ways['off'], arguments.model, arguments.rounds)
+        ways['off'].ask(arguments.prompt, 'free', {}, limit)
+        before = Message('user', arguments.prompt), Message('assistant', ways['off'].said)
+        kinds = {'free': ({}, ()), 'constrained': (form, ()), 'copied': ({}, before)}
+        for number in range(arguments.rounds + 1):
+            for kind, (fields, known) in kinds.items():
+                said = set()
+                for name, way in ways.items():
+                    way.ask(OTHER, 'free', {}, 1)
+                    plan = way.ask(arguments.prompt, 'constrained' if fields else 'free', fields,
+                                   limit, known)
+                    said.add(way.said)
+                    if number:
+                        table.add(f'speculation {name}', kind, plan)
+                same &= len(said) == 1
+        print(f'speculation is {ways["lookup"].details["speculation"]}; all answers are the same: '
+              f'{same}\n')
+    table.show(PASS_TITLES)
+    return not same
 
 
 def random_plans(arguments: argparse.Namespace) -> int:

@@ -61,17 +61,29 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
 
 
 def build(model: Checkpoint, config: EngineConfig,
-          progress: Callable[[str], None] = lambda text: None) -> Engine:
+          progress: Callable[[str], None] = lambda text: None, passes: bool = False) -> Engine:
     """
     Load a model into the engine that `choose` returns.
 
     :param progress: called with a line of text at each step of the load.
+    :param passes: prepare for drafts (`physai_decode.engine.Verifier`), if the engine takes some;
+        its details say whether it does.
     :raises EngineError: the engine is not installed, or can not run the model; all memory is
         freed.
     """
     name, reason = choose(model, config)
     progress(f'engine {name}, because {reason}')
-    engine: Engine = getattr(_load(name), _CLASSES[name])(model, config, progress)
+    kind = getattr(_load(name), _CLASSES[name])
+    engine: Engine
+    if passes and hasattr(kind, 'verify'):
+        engine = kind(model, config, progress, passes=True)
+    else:
+        engine = kind(model, config, progress)
+        if passes:
+            reason = f'off: the engine {name} takes no drafts; native does'
+            progress(f'speculation is {reason}')
+            engine.footprint = replace(engine.footprint, details={
+                **engine.footprint.details, 'speculation': reason})
     if engine.footprint.device.startswith('cuda'):
         from physai_decode.engines import device
         engine.footprint = replace(engine.footprint, details={

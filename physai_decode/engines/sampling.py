@@ -39,6 +39,7 @@ from dataclasses import replace
 from functools import cached_property
 import math
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from physai_decode.config import SamplingConfig
@@ -47,6 +48,7 @@ from physai_decode.engine import NO_TOKEN
 import torch
 from torch import Tensor
 
+ROWS = 8                            # of a pass at the most
 COLDEST = 1e-20                     # a temperature; logits divided by it still fit float32
 # The odd multipliers of splitmix64, as signed integers; the first is 2**64 / golden ratio.
 GOLDEN, *MIX = (number - 2**64 for number in (
@@ -100,6 +102,21 @@ class Plan:
 GREEDY = Plan()
 
 
+class Row(NamedTuple):
+    """
+    A row of a pass, whose token is chosen on the device.
+
+    A row counts only as far as the guesses before it came true; one that does not leaves nothing.
+    ``guess`` int64 [1] is what the next row took for this one's token, None for the last.
+    """
+
+    number: int = 0
+    guess: Tensor | None = None
+
+
+ALONE = Row()
+
+
 class Sampler:
     """
     Chooses tokens by operations of one shape, as a captured step needs them.
@@ -116,11 +133,13 @@ class Sampler:
         self._ids = torch.arange(vocab_size, device=device)
         self._mixed = mix(self._ids.int(), 0, 0)
         # A bit for each id, and what each value of a byte adds to the logits of its eight ids.
-        self._mask = torch.full(((vocab_size + 7) // 8,), 255, dtype=torch.uint8, device=device)
+        self._masks = torch.full(
+            (ROWS, (vocab_size + 7) // 8), 255, dtype=torch.uint8, device=device)
         self._staged = torch.zeros_like(
-            self._mask, device='cpu', pin_memory=device.type == 'cuda')
+            self._masks, device='cpu', pin_memory=device.type == 'cuda')
         bits = torch.arange(256).view(-1, 1) >> torch.arange(8) & 1
         self._biases = torch.where(bits.bool(), 0.0, -math.inf).to(device)
+        self._counting = torch.ones(1, dtype=torch.int32, device=device)    # whether a `Row` does
 
     def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
               constrained: bool = False) -> Plan:
@@ -144,24 +163,26 @@ class Sampler:
             self._seen[prompt_ids] = True
         return plan
 
-    def restrict(self, mask: bytearray) -> None:
+    def restrict(self, mask: bytearray, row: int = 0) -> None:
         """
         Write which tokens the next draw may choose, when the draw before has ended.
 
         :param mask: as `physai_decode.engine.Constraint.mask` gives it.
+        :param row: of the next pass.
         """
-        self._staged.copy_(torch.frombuffer(mask, dtype=torch.uint8))
-        self._mask.copy_(self._staged, non_blocking=True)
+        staged = self._staged[row]
+        staged.copy_(torch.frombuffer(mask, dtype=torch.uint8))
+        self._masks[row].copy_(staged, non_blocking=True)
 
-    def masked(self, plan: Plan, logits: Tensor) -> tuple[Plan, Tensor]:
+    def masked(self, plan: Plan, logits: Tensor, row: int = 0) -> tuple[Plan, Tensor]:
         """Run the stage of the mask, where there is one; give the stages that are left."""
         if not plan.mask:
             return plan, logits
-        bias = self._biases.index_select(0, self._mask.int()).view(-1)[:len(logits)]
+        bias = self._biases.index_select(0, self._masks[row].int()).view(-1)[:len(logits)]
         return plan.unmasked, logits + bias     # what is no number stays none
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor) -> None:
+             history: Tensor, row: Row = ALONE) -> None:
         """
         Choose the token of the next place.
 
@@ -171,23 +192,36 @@ class Sampler:
         :param token: int64 [1]: out, always an id of the vocabulary.
         :param history: int64 [max_context + 1]: out, at the new place the id, or `NO_TOKEN` where
             the logits are not numbers.
+        :param row: of a pass of several, whose rows are drawn one after the other.
         """
-        position.add_(1)
-        plan, logits = self.masked(plan, logits)
+        place = position.add_(1) if row is ALONE else position + 1
+        plan, logits = self.masked(plan, logits, row.number)
         if plan == GREEDY:
-            token.copy_(logits.argmax(0, keepdim=True))
-            best = logits.index_select(0, token)    # a NaN counts as the greatest
+            chosen = logits.argmax(0, keepdim=True)
+            best = logits.index_select(0, chosen)   # a NaN counts as the greatest
         else:
             best = logits.max().view(1)
             _, scores = self.kept(plan, logits)
             if plan.temperature:
                 # The greatest quotient is the first to arrive.
                 scores = scores.softmax(0) / waiting_times(
-                    self._mixed, *keys(self._integers[1:], position))
-            token.copy_(scores.argmax(0, keepdim=True))
+                    self._mixed, *keys(self._integers[1:], place))
+            chosen = scores.argmax(0, keepdim=True)
+        shown = torch.where(best.isfinite(), chosen, NO_TOKEN)
+        if row is not ALONE:
+            if row.number:
+                counts = self._counting > 0
+                place = torch.where(counts, place, position)
+                chosen = torch.where(counts, chosen, token)
+                shown = torch.where(counts, shown, history.index_select(0, place))
+            if row.guess is not None:
+                right = (best.isfinite() & (chosen == row.guess)).int()
+                self._counting.copy_(right * self._counting if row.number else right)
+            position.copy_(place)
+        token.copy_(chosen)
         if plan.repetition_penalty:
             self._seen.index_fill_(0, token, True)
-        history.index_copy_(0, position, torch.where(best.isfinite(), token, NO_TOKEN))
+        history.index_copy_(0, place, shown)
 
     def kept(self, plan: Plan, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """
@@ -230,7 +264,7 @@ class HostSampler(Sampler):
         self._sampling = SamplingConfig()
         self._seen_ids = torch.empty(vocab_size, dtype=torch.int64)
         self._seen_count = 0
-        self._bits = self._mask.numpy()
+        self._bits = self._masks[0].numpy()
         self._by_byte = self._biases.numpy()
         self._bias = np.zeros((len(self._bits), 8), np.float32)
         self._flat = torch.from_numpy(self._bias).view(-1)[:vocab_size]
@@ -248,11 +282,11 @@ class HostSampler(Sampler):
             self._seen_ids[:len(ids)] = ids
         return plan
 
-    def restrict(self, mask: bytearray) -> None:
+    def restrict(self, mask: bytearray, row: int = 0) -> None:
         """See `Sampler.restrict`."""
         self._bits = np.frombuffer(mask, np.uint8)
 
-    def masked(self, plan: Plan, logits: Tensor) -> tuple[Plan, Tensor]:
+    def masked(self, plan: Plan, logits: Tensor, row: int = 0) -> tuple[Plan, Tensor]:
         """See `Sampler.masked`; where few ids are allowed, `kept` drops the others."""
         if not plan.mask or plan.temperature and self._is_sparse():
             return plan, logits
@@ -260,8 +294,8 @@ class HostSampler(Sampler):
         return plan.unmasked, torch.add(logits, self._flat, out=self._allowed)
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor) -> None:
-        """See `Sampler.draw`."""
+             history: Tensor, row: Row = ALONE) -> None:
+        """See `Sampler.draw`; which rows count is the host's to see."""
         place = int(position) + 1
         plan, logits = self.masked(plan, logits)
         known = logits.numpy()

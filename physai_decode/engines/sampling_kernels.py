@@ -24,7 +24,8 @@ the bin where the border lies are looked at one by one.
 Probabilities are summed as integers, whose sum does not depend on the order, so that the same
 logits give the same token each time. A probability counts to 2**-44 of the likeliest one's.
 
-The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
+The kernels launch as those of ``kernels`` do, see there for ``EARLY``. A row of a pass that does
+not count, by what ``row`` points to, leaves everything as it is.
 """
 
 from dataclasses import fields
@@ -32,7 +33,9 @@ from dataclasses import fields
 from physai_decode.engines import sampling as twin
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.sampling import ALONE
 from physai_decode.engines.sampling import Plan
+from physai_decode.engines.sampling import Row
 from physai_decode.engines.sampling import Sampler
 import torch
 from torch import Tensor
@@ -106,12 +109,15 @@ def _is_last(arrived, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def _top(logits, seen, floats, tops, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
-         PENALTY: tl.constexpr, EARLY: tl.constexpr):
+         PENALTY: tl.constexpr, EARLY: tl.constexpr, row=None):
     """Write the greatest logit of each program's share."""
     program = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    if row is not None:
+        if tl.load(row) == 0:
+            return
     best = tl.full((BLOCK,), float('-inf'), tl.float32)
     for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
         ids = start + tl.arange(0, BLOCK)
@@ -159,7 +165,8 @@ def _emptied(bins):
 @triton.jit
 def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, arrived, vocab,
          BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
-         PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, EARLY: tl.constexpr):
+         PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, EARLY: tl.constexpr,
+         row=None):
     """
     Count the scores in bins, and sum their probabilities; find the bins where the borders lie.
 
@@ -170,6 +177,9 @@ def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, ar
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    if row is not None:
+        if tl.load(row) == 0:
+            return
     top = _greatest(tops, PROGRAMS, PADDED)
     coldness = _coldness(floats)
     if TOP_K:
@@ -268,7 +278,7 @@ def _middle(low, high):
 def _border(logits, seen, floats, integers, tops, state, found, number, arrived, vocab,
             BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
             PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-            EARLY: tl.constexpr):
+            EARLY: tl.constexpr, row=None):
     """
     Collect the scores of the bins where the borders lie; the last program finds the borders.
 
@@ -278,6 +288,9 @@ def _border(logits, seen, floats, integers, tops, state, found, number, arrived,
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    if row is not None:
+        if tl.load(row) == 0:
+            return
     top = _greatest(tops, PROGRAMS, PADDED)
     last = tl.load(state + LAST).to(tl.int32)
     for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
@@ -382,16 +395,20 @@ def _head_start(ids, first, second):
 def _pick(logits, seen, floats, integers, tops, state, token, position, history, bests, places,
           arrived, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
           PENALTY: tl.constexpr, DRAW: tl.constexpr, TRUNCATED: tl.constexpr,
-          MINIMUM: tl.constexpr, EARLY: tl.constexpr):
+          MINIMUM: tl.constexpr, EARLY: tl.constexpr, row=None, guess=None, following=None):
     """
     Find the greatest of the scores that are kept; the last program to arrive moves on.
 
-    A best of infinity tells of logits that are not numbers.
+    A best of infinity tells of logits that are not numbers. Whether a row of a pass follows that
+    counts, as its token is ``guess``, goes to ``following``.
     """
     program = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    if row is not None:
+        if tl.load(row) == 0:
+            return
     next_position = tl.load(position) + 1
     if DRAW:
         coldness = _coldness(floats)
@@ -438,6 +455,8 @@ def _pick(logits, seen, floats, integers, tops, state, token, position, history,
         tl.store(history + next_position, tl.where(number, winner, -1))
         if PENALTY:
             tl.store(seen + winner, 1)
+        if guess is not None:
+            tl.store(following, (number & (winner == tl.load(guess))).to(tl.int32))
 
 
 STAGES = ('repetition_penalty', 'temperature', 'top_k', 'top_p', 'min_p')     # with kernels
@@ -474,14 +493,17 @@ class TritonSampler(Sampler):
         self._arrived = scratch(1, torch.int32)
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor) -> None:
+             history: Tensor, row: Row = ALONE) -> None:
         """See `Sampler.draw`; a stage that has no kernel is the twin's, slower but the same."""
-        plan, logits = self.masked(plan, logits)
+        plan, logits = self.masked(plan, logits, row.number)
         if any(getattr(plan, spec.name) and spec.name not in STAGES for spec in fields(plan)):
-            super().draw(plan, logits, position, token, history)
+            super().draw(plan, logits, position, token, history, row)
             return
         vocab = logits.shape[0]
         common = {**self._layout, **self._options, 'PENALTY': plan.repetition_penalty}
+        if row.number:
+            common['row'] = self._counting
+        after = {} if row.guess is None else {'guess': row.guess, 'following': self._counting}
         given = logits, self._seen.view(torch.uint8), self._floats
         grid = (self._layout['PROGRAMS'],)
         if plan.truncates or plan.min_p:
@@ -496,4 +518,4 @@ class TritonSampler(Sampler):
             *given, self._integers, self._tops, self._state, token, position, history,
             self._bests, self._places, self._arrived, vocab, PADDED=self._padded,
             DRAW=plan.temperature, TRUNCATED=plan.truncates, MINIMUM=plan.min_p, num_warps=4,
-            **common)
+            **common, **after)

@@ -15,14 +15,19 @@
 """The native engine: one transformer on one device, whose steps run ahead of the host on a GPU."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
 
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
+from physai_decode.engine import Choices
 from physai_decode.engine import Constraint
 from physai_decode.engines import device as devices
 from physai_decode.engines import logits
@@ -30,7 +35,11 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import self_check
 from physai_decode.engines.native import start
 from physai_decode.engines.native.graph import Pipeline
+from physai_decode.engines.sampling import ALONE
+from physai_decode.engines.sampling import GREEDY
 from physai_decode.engines.sampling import Plan
+from physai_decode.engines.sampling import Row
+from physai_decode.engines.sampling import ROWS
 import torch
 
 
@@ -39,16 +48,18 @@ class NativeEngine:
 
     chunk_tokens = (1, 2048)
     pipeline: Pipeline | None = None        # of the steps in flight; none on a CPU
+    pass_costs: Mapping[int, float] = {1: 1.0}
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
-                 progress: Callable[[str], None] = lambda message: None):
+                 progress: Callable[[str], None] = lambda message: None, passes: bool = False):
         """
         Load, tune, warm up and capture.
 
+        :param passes: get ready for drafts, where they can be had.
         :raises EngineError: the model is damaged, of an architecture or format that is not run,
             or does not fit in memory.
         """
-        clock = start.PartTimes()
+        clock, drafts = start.PartTimes(), dict[str, str]()
         self._device, dtype = start.select(model, config)
         limit = min(config.max_context, model.context_limit or config.max_context)
         shape = families.parse(model.config).within(limit)
@@ -58,9 +69,10 @@ class NativeEngine:
         devices.use(self._device, self._stream)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
             # To capture a step is to run it a few times, behind whatever the cache holds.
-            self.transformer = t = start.transformer(
-                model, shape, limit + devices.WARM_UP_STEPS, dtype, self._device, progress, clock,
-                needed_bytes)
+            places = limit + devices.WARM_UP_STEPS * (ROWS if passes else 1)
+            self.transformer, no_passes = start.transformer(
+                model, shape, places, dtype, self._device, progress, clock, needed_bytes, passes)
+            t = self.transformer
             self._sampler = t.ops.sampler(shape.vocab_size, self._device)
             self._history = torch.zeros(t.max_context + 1, dtype=torch.int64, device=self._device)
             self._watch = devices.Stopwatch(self._device)
@@ -75,10 +87,15 @@ class NativeEngine:
             logits.check(t.logits, dtype)
             self_check.check(self, t, prompt)
             clock.end('warm_up_s')
+            if passes:
+                drafts = {'speculation': f'off: {no_passes}' if no_passes else
+                          self._prepare_passes(progress)}
+                progress(f'speculation is {drafts["speculation"]}')
+                clock.end('passes_s')
         stream = {'stream_priority': str(self._priority)} if self.pipeline else {}
         self.footprint = start.footprint(
             model, t, limit, config.cuda_graph,
-            {**stream, **self._prefill.details, **clock.parts})
+            {**stream, **self._prefill.details, **drafts, **clock.parts})
 
     def rewind(self, length: int) -> int:
         """See `physai_decode.engine.Engine.rewind`."""
@@ -105,8 +122,7 @@ class NativeEngine:
         self._watch.start()
         last = self._prefill.logits()
         if self.pipeline:
-            t.position.fill_(self._length)
-            self.pipeline.prepare(Plan.of(sampling, constraint is not None))
+            self._capture(self.pipeline, Plan.of(sampling, constraint is not None))
         t.position.fill_(self._length - 1)
         prompt = torch.tensor(prompt_ids, device=self._device)
         self._plan = self._sampler.begin(sampling, prompt, constraint is not None)
@@ -124,7 +140,58 @@ class NativeEngine:
         ahead = remaining if self._constraint is None else 0
         while pipeline.flying <= ahead and not pipeline.full:
             pipeline.launch(self._plan, self._length + pipeline.flying, self._restrict)
-        return Choice(*pipeline.collect())
+        tokens, device_s = pipeline.collect()
+        return Choice(int(tokens[0]), device_s)
+
+    @property
+    def settled(self) -> bool:
+        """See `physai_decode.engine.Verifier.settled`."""
+        return not self.pipeline or not self.pipeline.flying
+
+    @torch.inference_mode()
+    def verify(self, draft: Sequence[int]) -> Choices:
+        """See `physai_decode.engine.Verifier.verify`."""
+        pipeline = self.pipeline
+        if pipeline is None:
+            return self._verify_on_host(draft)
+        # Padded to a size that is captured, with rows that never count.
+        size = next(each for each in start.PASS_ROWS if each > len(draft))
+        guesses = self.transformer.tokens[1:size]
+        guesses.copy_(torch.tensor([*draft, *[-1] * (size - 1 - len(draft))]))
+        masked = len(draft)                 # guesses that a mask follows
+
+        def restrict():
+            nonlocal masked
+            assert self._constraint is not None
+            for masked, mask in enumerate(self._constraint.walk(draft)):
+                self._sampler.restrict(mask, masked)
+            guesses[masked:].fill_(-1)
+
+        pipeline.launch(self._plan, self._length + 1, restrict, size)
+        tokens, device_s = pipeline.collect()
+        chosen = confirmed(draft[:masked], tokens.tolist())
+        self._length += len(chosen)
+        return Choices(chosen, device_s)
+
+    def _verify_on_host(self, draft):
+        """Draw row after row, until a guess is wrong."""
+        t, rows = self.transformer, 1 + len(draft)
+        self._watch.start()
+        t.tokens[1:rows] = torch.tensor(draft)
+        t.step(rows)
+        masks = repeat(None) if self._constraint is None else self._constraint.walk(draft)
+
+        def tokens():
+            for mask, last in zip(masks, t.row_logits):
+                if mask is not None:
+                    self._sampler.restrict(mask)
+                self._length += 1
+                self._sampler.draw(self._plan, last, t.position, t.token, self._history)
+                yield int(self._history[self._length])
+
+        chosen = confirmed(draft, tokens())
+        self._watch.stop()
+        return Choices(chosen, self._watch.read_s())
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
@@ -162,9 +229,40 @@ class NativeEngine:
         """See `physai_decode.benchmark.profiler.Itemized.reads`."""
         return self.transformer.reads(context)
 
-    def _draw(self, plan):
+    def _prepare_passes(self, progress):
+        """Time passes of several rows, and capture them; tells what they cost."""
+        progress('timing passes of several tokens')
+        pipeline, run = self.pipeline, self.transformer.step
+        if pipeline:                    # what a captured pass chooses is part of it
+            run = partial(self._run, GREEDY)
+        self.rewind(0)
+        costs = start.pass_costs(self.transformer, run)
+        told = ', '.join(f'{rows} tokens {cost:.2f}' for rows, cost in costs.items() if rows > 1)
+        if all(cost >= rows for rows, cost in costs.items()):
+            return f'off: a pass costs as much as steps of its tokens do (of {told} steps)'
+        self.pass_costs = costs
+        if pipeline:
+            pipeline.sizes = tuple(costs)
+            for sampling in start.WARM_UP:
+                self._capture(pipeline, Plan.of(sampling))
+        return f'on: a pass of {told} steps'
+
+    def _capture(self, pipeline, plan):
+        """Capture the passes of a plan, behind what the cache holds."""
+        pipeline.prepare(plan, lambda: self.transformer.position.fill_(self._length))
+
+    def _run(self, plan, rows):
+        self.transformer.step(rows)
+        self._draw(plan, rows)
+
+    def _draw(self, plan, rows):
         t = self.transformer
-        self._sampler.draw(plan, t.logits, t.position, t.token, self._history)
+        for number in range(rows):
+            row = ALONE
+            if rows > 1:
+                last = number == rows - 1
+                row = Row(number, None if last else t.tokens[number + 1:number + 2])
+            self._sampler.draw(plan, t.row_logits[number], t.position, t.token, self._history, row)
 
     def _restrict(self):
         """Have the constraint say what the next draw may choose, while the device computes."""
@@ -178,3 +276,17 @@ class NativeEngine:
         token_id = int(self._history[self._length])
         self._watch.stop()
         return Choice(token_id, self._watch.read_s())
+
+
+def confirmed(draft: Sequence[int], tokens: Iterable[int]) -> tuple[int, ...]:
+    """
+    Give the tokens of a pass that count: as far as they are the draft's, and the one after.
+
+    :param tokens: what was chosen in each row; no more are taken than count.
+    """
+    chosen: list[int] = []
+    for guess, token_id in zip((*draft, None), tokens):
+        chosen.append(token_id)
+        if token_id != guess:
+            break
+    return tuple(chosen)

@@ -63,15 +63,16 @@ class Experts:
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
-    def scratch(self, dtype: torch.dtype, device: torch.device) -> Scratch:
-        """See `Mlp.scratch`."""
+    def scratch(self, dtype: torch.dtype, device: torch.device, rows: int = 1) -> list[Scratch]:
+        """See `Mlp.scratch`; ``rows`` must be 1."""
+        assert rows == 1
         one, count = self.down[0], self.down.top_k
         columns = one.padded_features if isinstance(one, Int4) else one.shape[1]
-        return Scratch(
+        return [Scratch(
             torch.zeros(self.down.count, dtype=torch.float32, device=device),
             Routed(torch.zeros(count, dtype=torch.int64, device=device),
                    torch.zeros(count, dtype=torch.float32, device=device)),
-            torch.zeros(count, columns, dtype=dtype, device=device))
+            torch.zeros(count, columns, dtype=dtype, device=device))]
 
     def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, scratch: Scratch,
              out: Tensor, add: bool) -> None:

@@ -796,7 +796,8 @@ class TritonOps(TorchOps):
             str(transformer.keys.dtype), f'at {place}')))
         transformer.position.fill_(place)
         for name, product in transformer.products():
-            self._tune(name, _shape(*product), self._choices, _choices(_shape(*product)), cache,
+            shape = _shape(*product)
+            self._tune(name, shape, self._choices, self._candidates(shape), cache,
                        transformer.step, progress)
         for layer in transformer.attention:
             self._tune('attention', _heads(layer), self._sharings, SHARING_CHOICES, cache,
@@ -831,7 +832,11 @@ class TritonOps(TorchOps):
     def _layout(self, weight, gain, gated):
         """Return the shape of a product, and the layout of its kernel."""
         shape = _shape(weight, gain, gated)
-        return shape, self._choices.get(shape) or _choices(shape)[0]
+        return shape, self._choices.get(shape) or self._candidates(shape)[0]
+
+    def _candidates(self, shape):
+        """Give the layouts that a product's kernel may have; the first fits every chip."""
+        return _choices(shape)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
         shape, choice = self._layout(weight, gain, gated)

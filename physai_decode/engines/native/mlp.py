@@ -41,16 +41,18 @@ class Mlp:
         yield 'gate and up', self.gate_up, True, True
         yield 'down', self.down, False, False
 
-    def scratch(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate the scratch buffers of a decode step, which all layers can share."""
-        return torch.zeros(self.down.shape[1], dtype=dtype, device=device)
+    def scratch(self, dtype: torch.dtype, device: torch.device, rows: int = 1) -> list[Tensor]:
+        """Allocate the scratch buffers of passes of 1 to ``rows`` rows, for all layers."""
+        scratch = torch.zeros(rows, self.down.shape[1], dtype=dtype, device=device)
+        return [scratch[0], *(scratch[:count] for count in range(2, rows + 1))]
 
     def step(self, ops: TorchOps, x: Tensor, gain: Tensor, eps: float, scratch: Tensor,
              out: Tensor, add: bool) -> None:
         """
         Write (or add) the output for one token to ``out`` float32 [hidden_size].
 
-        :param x: float32 [hidden_size], not normed yet; ``gain`` and ``eps`` are the norm's.
+        :param x: float32 [hidden_size], not normed yet; ``gain`` and ``eps`` are the norm's. It
+            and the others can have a leading dimension, see `TorchOps`.
         :param scratch: [intermediate_size], from `scratch`.
         """
         ops.gated(x, self.gate_up, scratch, gain, eps, self.activation)

@@ -17,6 +17,10 @@ The operations of a decode step in torch: what runs on a CPU, and the twin of ea
 
 All work on one token, read their inputs from tensors at fixed addresses and write their result in
 place, so that the same step can be captured. ``x`` is the residual stream, float32 [hidden].
+
+With a leading dimension they work on the rows of a pass, tokens at places one after the other.
+Each row's result is then bit for bit that of the row alone: sums are made row by row, and only
+what is done element by element is done for all rows at once.
 """
 
 from collections.abc import Callable
@@ -33,6 +37,10 @@ from physai_decode.engines.sampling import Sampler
 import torch
 from torch import Tensor
 import torch.nn.functional as F
+
+# Elements from which on PyTorch shares an operation out to threads, by a rule that may cut a row
+# in two; at a cut it computes single elements, whose functions differ in the last bit.
+SHARED_OUT = 32768
 
 
 @dataclass(frozen=True)
@@ -119,13 +127,19 @@ class TorchOps:
 
     def embed(self, table: Tensor, token: Tensor, x: Tensor, scale: float = 1.0) -> None:
         """Write row ``token`` int64 [1] of ``table`` [vocab, hidden], scaled, to ``x``."""
-        x.copy_(table.index_select(0, token)[0])
+        if x.dim() > 1:
+            token = token.clamp(min=0)
+        x.copy_(table.index_select(0, token).view_as(x))
         if scale != 1.0:
             x.mul_(scale)
 
     def linear(self, x: Tensor, weight: Linear, out: Tensor, *,
                gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
         """Write (or add) the product of ``x`` [K], normed if there is a gain, to ``out`` [N]."""
+        if x.dim() > 1:
+            for each, result in zip(self._inputs(x, gain, eps), out):
+                self.linear(each, weight, result, add=add)
+            return
         x = self._input(x, gain, eps)
         if isinstance(weight, Dense) and weight.weight.dtype == out.dtype:
             start = out if add else weight.bias
@@ -145,8 +159,15 @@ class TorchOps:
 
         :param activation: one of `ACTIVATIONS`.
         """
-        gate, up = weight.halves(weight.apply(self._input(x, gain, eps)))
-        torch.mul(ACTIVATIONS[activation](gate), up, out=out.view_as(gate))
+        if x.dim() > 1:
+            product = torch.stack([weight.apply(each) for each in self._inputs(x, gain, eps)])
+            if not self._on_host or out.numel() >= SHARED_OUT:
+                for each, result in zip(product, out):
+                    _activate(each, weight, result, activation)
+                return
+        else:
+            product = weight.apply(self._input(x, gain, eps))
+        _activate(product, weight, out, activation)
 
     def select(self, logits: Tensor, into: Routed, normalised: bool) -> None:
         """Choose among experts by ``logits`` float32 [experts]; see `top_k`."""
@@ -182,6 +203,10 @@ class TorchOps:
 
     def add_normed(self, branch: Tensor, gain: Tensor, eps: float, x: Tensor) -> None:
         """Add ``branch`` float32 [K], normalised, to ``x``."""
+        if x.dim() > 1:
+            for each, result in zip(branch, x):
+                self.add_normed(each, gain, eps, result)
+            return
         x.add_(rms_norm(branch, gain, eps, torch.float32))
 
     def apply(self, x: Tensor, weight: Linear) -> Tensor:
@@ -199,36 +224,44 @@ class TorchOps:
         :param cos: and ``sin``, float32 [max_context, head_dim / 2].
         :param out: [heads * head_dim].
         """
+        if qkv.dim() > 1 and (not self._on_host or qkv.numel() >= SHARED_OUT):
+            for row, (each, result) in enumerate(zip(qkv, out)):
+                self.attend(each, keys, values, position + row, cos, sin, layer, result)
+            return
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
-        qk, v = qkv.view(-1, dim).split((heads + kv_heads, kv_heads))
+        rows = qkv.shape[0] if qkv.dim() > 1 else 1
+        qk, v = qkv.view(rows, -1, dim).split((heads + kv_heads, kv_heads), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            qk = torch.cat((rms_norm(qk[:heads], layer.q_norm, layer.norm_eps),
-                            rms_norm(qk[heads:], layer.k_norm, layer.norm_eps)))
-        stop = int(position) + 1 if self._on_host else None
-        place = slice(stop - 1, stop) if stop else position
-        qk = rotate(qk, cos[place], sin[place])
+            qk = torch.cat((rms_norm(qk[:, :heads], layer.q_norm, layer.norm_eps),
+                            rms_norm(qk[:, heads:], layer.k_norm, layer.norm_eps)), 1)
+        start = int(position) if self._on_host else None
+        place = position if start is None else slice(start, start + rows)
+        qk = rotate(qk, cos[place].unsqueeze(1), sin[place].unsqueeze(1))
         if layer.growth.beta:
-            qk[:heads] *= grown(layer.growth, position)
+            places = position if rows == 1 else position + torch.arange(rows)
+            qk[:, :heads] *= grown(layer.growth, places).view(-1, 1, 1)
         qk = qk.to(keys.dtype)
-        keys[:, place] = qk[heads:].view(kv_heads, 1, dim)
-        values[:, place] = v.to(values.dtype).view(kv_heads, 1, dim)
+        keys[:, place] = qk[:, heads:].transpose(0, 1)
+        values[:, place] = v.to(values.dtype).transpose(0, 1)
         # Grouped: the queries of one key-value head are the rows of one product.
-        queries, scale = qk[:heads].view(kv_heads, -1, dim), layer.scale
-        if stop:
-            read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
-            attended = F.scaled_dot_product_attention(
-                queries[None], keys[None, :, read], values[None, :, read], scale=scale)
-        else:
+        queries, scale = qk[:, :heads].view(rows, kv_heads, -1, dim), layer.scale
+        if start is None:
             # A captured step has one length for ever, and masks. PyTorch's fused attention would
             # leave each key-value head to one multiprocessor.
             places = torch.arange(keys.shape[1], device=keys.device)
             hidden = places > position
             if layer.window:
                 hidden |= places <= position - layer.window
-            scores = (queries @ keys.transpose(1, 2)).float().mul_(scale)
+            scores = (queries[0] @ keys.transpose(1, 2)).float().mul_(scale)
             weights = scores.masked_fill_(hidden, -math.inf).softmax(-1)
-            attended = weights.to(values.dtype) @ values
-        out.copy_(attended.view(-1))
+            out.copy_((weights.to(values.dtype) @ values).view(-1))
+            return
+        for row, result in enumerate(out.view(rows, -1)):
+            stop = start + row + 1
+            read = slice(max(0, stop - layer.window) if layer.window else 0, stop)
+            result.copy_(F.scaled_dot_product_attention(
+                queries[row:row + 1], keys[None, :, read], values[None, :, read],
+                scale=scale).view(-1))
 
     def sampler(self, vocab_size: int, device: torch.device) -> Sampler:
         """Give what chooses the next token from the step's logits."""
@@ -243,6 +276,13 @@ class TorchOps:
             return (stack[number] for number in those.ids.tolist())
         return (stack.copied(number) for number in those.ids.split(1))
 
+    def _inputs(self, x, gain, eps):
+        """Do as `_input` for each row."""
+        if gain is None or not self._on_host or x.numel() >= SHARED_OUT:
+            return [self._input(each, gain, eps) for each in x]
+        scales = [(float(each.dot(each)) / x.shape[1] + eps) ** -0.5 for each in x]
+        return (x * gain).mul_(torch.tensor(scales).unsqueeze(1)).to(self._dtype or gain.dtype)
+
     def _input(self, x, gain, eps):
         if gain is None:
             return x
@@ -251,3 +291,8 @@ class TorchOps:
             scale = (float(x.dot(x)) / x.shape[0] + eps) ** -0.5
             return (x * gain).mul_(scale).to(self._dtype or gain.dtype)
         return rms_norm(x, gain, eps, self._dtype)
+
+
+def _activate(product, weight, out, activation):
+    gate, up = weight.halves(product)
+    torch.mul(ACTIVATIONS[activation](gate), up, out=out.view_as(gate))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 import math
 import time
 from typing import TYPE_CHECKING
@@ -38,16 +39,27 @@ from physai_decode.engines.native import source
 from physai_decode.engines.native import torch_forms
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.torch_forms import TorchForms
 from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
+from physai_decode.engines.native.tuning import timed
+from physai_decode.engines.sampling import ROWS
 import torch
 
 if TYPE_CHECKING:
     from physai_decode.engines.native.prefill import Prefill
 
 _FLOATS = ('F16', 'BF16', 'F32', 'F64')      # which are kept in the engine's own
+PASS_ROWS = (1, 2, 4, ROWS)    # a pass of another number takes the next larger one's graph
+PASS_CONTEXT = 4096            # tokens behind which passes are timed, if there is room
+PASS_REPEATS = 20              # on a CPU, or fewer that take `PASS_S`
+PASS_S = 0.5
+LONG_S = 0.1                   # a pass whose larger ones are not tried,
+USELESS = 0.9                  # where each of its rows costs that much of a step
 UNUSED = 8                     # tensors that are named; of more the number
 WORK_BYTES = 2**30             # beside weights and cache, on a GPU
 # The settings whose steps are captured at start; others when they are first asked for.
@@ -156,12 +168,15 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
 
 def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype: torch.dtype,
                 device: torch.device, progress: Callable[[str], None],
-                clock: PartTimes, needed_bytes: int) -> Transformer:
+                clock: PartTimes, needed_bytes: int,
+                passes: bool = False) -> tuple[Transformer, str]:
     """
     Load the weights, and tune the step on a GPU.
 
     :param places: tokens that the cache holds.
     :param needed_bytes: what the weights, as they are stored, and the cache take.
+    :param passes: whether to get ready for passes of several rows.
+    :returns: also why they can't be had; empty where they can, or are not asked for.
     """
     files = tensors(checkpoint, dtype, device)
     ops = operations(device, dtype, progress)
@@ -177,11 +192,72 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
     leftover.check(checkpoint, unused, (trunk, f'{head}.'))
     clock.end('load_s')
-    made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device, ops)
+    reason = _no_passes(loaded, ops) if passes else ''
+    rows = ROWS if passes and not reason else 1
+    if rows > 1 and ops.name != 'torch':
+        from physai_decode.engines.native.pass_kernels import PassOps
+        ops = PassOps(device, dtype=dtype)
+    made = Transformer(shape, replace(loaded, unused=unused), places, dtype, device, ops, rows)
     if device.type == 'cuda':
         made.ops.tune(made, progress)
         clock.end('tune_s')
-    return made
+    return made, reason
+
+
+def _no_passes(loaded: weights.Weights, ops: TorchOps) -> str:
+    """Tell why passes of several rows can't be had; empty where they can."""
+    if not all(isinstance(layer.mlp, Mlp) for layer in loaded.layers):
+        return 'experts take their tokens one by one'
+    kinds = {weight.kind for weight in _products(loaded) if not isinstance(weight, Dense | Int4)}
+    if kinds and ops.name != 'torch':
+        return f'the kernels of {", ".join(sorted(kinds))} weights take one row'
+    return ''
+
+
+def _products(loaded):
+    for layer in loaded.layers:
+        yield from (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down)
+    yield loaded.head
+
+
+def pass_costs(transformer: Transformer, run: Callable[[int], None]) -> dict[int, float]:
+    """
+    Time passes of several rows, behind a context of whatever the cache holds.
+
+    :param run: runs a pass of so many rows; it may move the position.
+    :returns: by rows, what a pass costs, as parts of one row's; of the larger ones no more where
+        rows cost about as much as steps of their own.
+    """
+    place = min(transformer.max_context - 2 * ROWS, PASS_CONTEXT)
+
+    def once(rows):
+        transformer.position.fill_(place)
+        run(rows)
+
+    transformer.tokens[1:].fill_(-1)
+    if transformer.position.device.type == 'cuda':
+        times_s = {rows: timed(partial(once, rows)) for rows in PASS_ROWS}
+    else:
+        times_s = _host_times_s(once)
+    transformer.position.zero_()
+    return {rows: max(1.0, spent_s / times_s[1]) for rows, spent_s in times_s.items()}
+
+
+def _host_times_s(once):
+    """Give the least time of passes by their rows, in turns: others may use the cores too."""
+    times_s = dict.fromkeys(PASS_ROWS, math.inf)
+    end_s = time.perf_counter() + PASS_S
+    for number in range(PASS_REPEATS):
+        for rows in tuple(times_s):
+            begin_s = time.perf_counter()
+            once(rows)
+            times_s[rows] = min(times_s[rows], time.perf_counter() - begin_s)
+            if times_s[rows] > LONG_S and times_s[rows] > USELESS * rows * times_s[1]:
+                times_s = {each: spent_s for each, spent_s in times_s.items() if each <= rows}
+                break
+        if number and time.perf_counter() > end_s:
+            break
+    return times_s
 
 
 def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int, captured: bool,

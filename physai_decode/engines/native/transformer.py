@@ -17,7 +17,8 @@ One transformer, from token ids to logits: large products for a prompt, one step
 
 The step is a straight line over tensors at fixed addresses: the token and its position are read on
 the device, and the host is not in the loop. So the same function runs on a CPU as it is, and on a
-GPU inside a captured graph.
+GPU inside a captured graph. It can run several rows at once, a token and a draft of the tokens after
+it: each row's logits are bit for bit those that it would have in a step of its own.
 """
 
 from collections.abc import Iterator
@@ -58,17 +59,35 @@ class Product(NamedTuple):
     gated: bool = False
 
 
+class Buffers(NamedTuple):
+    """The activations of a pass: [rows, size], or [size] for a pass of one row."""
+
+    x: Tensor                   # the residual stream
+    branch: Tensor              # the output of a layer's half, normed before it is added to x
+    qkv: Tensor
+    attended: Tensor
+    scratch: dict[type, Any]    # by the type of MLP
+    logits: Tensor
+
+
 class Transformer:
     """Weights, cache and the state of one conversation on one device."""
 
     def __init__(self, architecture: Architecture, weights: Weights, max_context: int,
-                 dtype: torch.dtype, device: torch.device, ops: TorchOps):
+                 dtype: torch.dtype, device: torch.device, ops: TorchOps, rows: int = 1):
+        """
+        Allocate the cache and the buffers of passes.
+
+        :param rows: the largest number of rows of a pass; more than 1 requires that each MLP is an
+            `Mlp`.
+        """
         a = self.architecture = architecture
         self.weights = weights
         self.max_context = max_context
         self.ops = ops
         # The host writes these before a request; the step reads and advances them.
-        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)   # -1: padding
+        self.token = self.tokens[:1]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
 
         shape = (a.layers, a.kv_heads, max_context, a.head_dim)
@@ -84,35 +103,50 @@ class Transformer:
 
         self.embedding_scale = torch.tensor(
             a.embedding_scale, dtype=dtype if a.rounded_scale else torch.float32).item()
-        self.x = torch.zeros(a.hidden_size, dtype=torch.float32, device=device)
-        self._branch = torch.zeros_like(self.x)     # what is normalised before it is added
-        self.qkv = torch.zeros(a.q_size + 2 * a.kv_size, dtype=torch.float32, device=device)
-        self.attended = torch.zeros(a.q_size, dtype=dtype, device=device)
-        # What MLPs work in: one for all of a kind.
-        self.scratch: dict[type, Any] = {
-            type(layer.mlp): layer.mlp.scratch(dtype, device) for layer in weights.layers}
-        self.logits = torch.zeros(a.vocab_size, dtype=torch.float32, device=device)
+        buffers = [torch.zeros(rows, width, dtype=kind, device=device) for width, kind in (
+            (a.hidden_size, torch.float32), (a.hidden_size, torch.float32),
+            (a.q_size + 2 * a.kv_size, torch.float32), (a.q_size, dtype),
+            (a.vocab_size, torch.float32))]
+        scratch = {type(layer.mlp): layer.mlp.scratch(dtype, device, rows)
+                   for layer in weights.layers}
 
-    def step(self) -> None:
-        """Read ``token`` at ``position``; write the logits of the token after it to ``logits``."""
+        def of(count: int) -> Buffers:
+            x, branch, qkv, attended, logits = (
+                each[0] if count == 1 else each[:count] for each in buffers)
+            return Buffers(x, branch, qkv, attended,
+                           {kind: each[count - 1] for kind, each in scratch.items()}, logits)
+
+        self._buffers = [of(count) for count in range(1, rows + 1)]
+        self.x, _, self.qkv, self.attended, self.scratch, self.logits = self._buffers[0]
+        self.row_logits = buffers[-1].unbind()
+
+    def step(self, rows: int = 1) -> None:
+        """
+        Read ``token`` at ``position``; write the logits of the next token to ``logits``.
+
+        :param rows: number of ``tokens`` to read, at this and the following positions; the logits
+            of each row go to ``row_logits``.
+        """
         ops, eps, w = self.ops, self.architecture.norm_eps, self.weights
-        ops.embed(w.embedding, self.token, self.x, self.embedding_scale)
+        b = self._buffers[rows - 1]
+        ops.embed(w.embedding, self.tokens[:rows], b.x, self.embedding_scale)
         for index, layer in enumerate(w.layers):
-            ops.linear(self.x, layer.qkv, self.qkv, gain=layer.input_norm, eps=eps)
-            ops.attend(self.qkv, self.keys[index], self.values[index], self.position,
-                       *self.angles[index], self.attention[index], self.attended)
-            self.after_attention(layer)
-        ops.linear(self.x, w.head, self.logits, gain=w.norm, eps=eps)
+            ops.linear(b.x, layer.qkv, b.qkv, gain=layer.input_norm, eps=eps)
+            ops.attend(b.qkv, self.keys[index], self.values[index], self.position,
+                       *self.angles[index], self.attention[index], b.attended)
+            self.after_attention(layer, rows)
+        ops.linear(b.x, w.head, b.logits, gain=w.norm, eps=eps)
 
-    def after_attention(self, layer: Layer) -> None:
+    def after_attention(self, layer: Layer, rows: int = 1) -> None:
         """Run the rest of a layer of a step: what attention gave, and the MLP, are added to x."""
-        ops, eps, x = self.ops, self.architecture.norm_eps, self.x
-        out = x if layer.out_norm is None else self._branch
-        ops.linear(self.attended, layer.out, out, add=out is x)
+        ops, eps, b = self.ops, self.architecture.norm_eps, self._buffers[rows - 1]
+        x = b.x
+        out = x if layer.out_norm is None else b.branch
+        ops.linear(b.attended, layer.out, out, add=out is x)
         if layer.out_norm is not None:
             ops.add_normed(out, layer.out_norm, eps, x)
-        out = x if layer.down_norm is None else self._branch
-        layer.mlp.step(ops, x, layer.mlp_norm, eps, self.scratch[type(layer.mlp)], out,
+        out = x if layer.down_norm is None else b.branch
+        layer.mlp.step(ops, x, layer.mlp_norm, eps, b.scratch[type(layer.mlp)], out,
                        add=out is x)
         if layer.down_norm is not None:
             ops.add_normed(out, layer.down_norm, eps, x)

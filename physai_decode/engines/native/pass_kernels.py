@@ -1,0 +1,458 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The operations of a pass of several rows as Triton kernels; each one's twin is in ``ops``.
+
+A step is a pass of one row. How many rows there are is a number that the same compiled kernel is
+given, so a row's bits can not depend on it. Products go through the matrix units, whose columns
+are the rows of the pass: weights are read once for all. Columns that are left repeat the last row.
+
+The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
+"""
+
+from dataclasses import dataclass
+
+from physai_decode.engines import compiler
+from physai_decode.engines.compiler import gdc_launch_dependents
+from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native.kernels import _activated
+from physai_decode.engines.native.kernels import _add_normed
+from physai_decode.engines.native.kernels import _fetch
+from physai_decode.engines.native.kernels import _grouped
+from physai_decode.engines.native.kernels import _heads
+from physai_decode.engines.native.kernels import _join
+from physai_decode.engines.native.kernels import _prepare
+from physai_decode.engines.native.kernels import _tile
+from physai_decode.engines.native.kernels import _turned
+from physai_decode.engines.native.kernels import Choice
+from physai_decode.engines.native.kernels import SHARING_CHOICES
+from physai_decode.engines.native.kernels import SIDE
+from physai_decode.engines.native.kernels import TritonOps
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import TILE_ROWS
+from physai_decode.engines.sampling import ROWS
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
+                EARLY: tl.constexpr):
+    """Write the rows of ``table`` that tokens name to ``x``; one that is no guess names any."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.maximum(tl.load(token + tl.program_id(1)), 0).to(tl.int64)
+    values = tl.load(table + row * hidden + columns, mask=columns < hidden)
+    if SCALE != 1.0:
+        values = values.to(tl.float32) * SCALE
+    tl.store(x + tl.program_id(1) * hidden + columns, values.to(tl.float32),
+             mask=columns < hidden)
+
+
+@triton.jit
+def _prepare_rows(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.constexpr,
+                  BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr,
+                  EARLY: tl.constexpr):
+    """Do as `_prepare` for each row."""
+    row = tl.program_id(1)
+    _prepare(x + row * K, gain, order, out + row * K, out_sums + row * ((K + 7) // 8), eps, K,
+             WIDE, BLOCK, NORM, ORDERED, EARLY)
+
+
+@triton.jit
+def _add_normed_rows(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr,
+                     BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Do as `_add_normed` for each row."""
+    row = tl.program_id(1)
+    _add_normed(branch + row * K, gain, x + row * K, eps, K, WIDE, BLOCK, EARLY)
+
+
+@triton.jit
+def _column(pointers, k, columns, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Load from column ``k`` on, of K; ``columns`` has those of WIDTH in the tile's shape."""
+    if K % WIDTH == 0:
+        return tl.load(pointers + k)
+    else:
+        return tl.load(pointers + k, mask=k + columns < K, other=0.0)
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _dense_rows(x, weight, bias, out, n, rows, K: tl.constexpr, TILE: tl.constexpr,
+                COLUMNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+                GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+                EARLY: tl.constexpr):
+    """
+    Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [rows, K]; a tile of TILE rows a program.
+
+    The columns are dealt out to SPLIT warps, whose sums are joined at the end.
+    """
+    tile = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    # Rows past the end read the last row again: no mask for them in the loop.
+    row = tl.minimum(tile, n - 1).to(tl.int64) * K
+    each = tl.arange(0, SIDE)
+    source = tl.minimum(each, rows - 1) * K
+    columns = tl.arange(0, COLUMNS)
+    WIDTH: tl.constexpr = SPLIT * COLUMNS
+    up = n.to(tl.int64) * K
+    kind = weight.dtype.element_ty
+    if EARLY:
+        gdc_wait()
+    if SPLIT == 1:
+        w_at = weight + row[:, None] + columns[None, :]
+        v_at = x + source[None, :] + columns[:, None]
+        sums = tl.zeros((TILE, SIDE), tl.float32)
+        more = tl.zeros((TILE, SIDE), tl.float32)
+        for k in tl.range(0, K, WIDTH, num_stages=STAGES):
+            w = _column(w_at, k, columns[None, :], K, WIDTH)
+            v = _column(v_at, k, columns[:, None], K, WIDTH).to(kind)
+            sums = tl.dot(w, v, sums, input_precision='ieee')
+            if GATED:
+                u = _column(w_at + up, k, columns[None, :], K, WIDTH)
+                more = tl.dot(u, v, more, input_precision='ieee')
+    else:
+        column = tl.arange(0, SPLIT)[:, None] * COLUMNS + columns[None, :]
+        w_at = weight + row[None, :, None] + column[:, None, :]
+        v_at = x + source[None, None, :] + column[:, :, None]
+        parts = tl.zeros((SPLIT, TILE, SIDE), tl.float32)
+        more_parts = tl.zeros((SPLIT, TILE, SIDE), tl.float32)
+        for k in tl.range(0, K, WIDTH, num_stages=STAGES):
+            w = _column(w_at, k, column[:, None, :], K, WIDTH)
+            v = _column(v_at, k, column[:, :, None], K, WIDTH).to(kind)
+            parts = tl.dot(w, v, parts, input_precision='ieee')
+            if GATED:
+                u = _column(w_at + up, k, column[:, None, :], K, WIDTH)
+                more_parts = tl.dot(u, v, more_parts, input_precision='ieee')
+        sums = tl.sum(parts, 0)
+        more = tl.sum(more_parts, 0)
+    if EARLY:
+        gdc_launch_dependents()
+    if BIAS:
+        sums += tl.load(bias + tile, mask=tile < n, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if BIAS:
+            more += tl.load(bias + n + tile, mask=tile < n, other=0.0).to(tl.float32)[:, None]
+        sums = _activated(sums, GELU) * more
+    _store_rows(out, tile, n, rows, sums, ADD)
+
+
+@triton.jit
+def _store_rows(out, tile, n, rows, values, ADD: tl.constexpr):
+    """Write (or add) ``values`` [tile, SIDE] to ``out`` [rows, n]."""
+    each = tl.arange(0, SIDE)
+    at = out + each[None, :] * n + tile[:, None]
+    inside = (each < rows)[None, :] & (tile < n)[:, None]
+    if ADD:
+        values += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _input_rows(x, sums, column, rows, K: tl.constexpr, GROUP: tl.constexpr):
+    """Do as `kernels._input`, with a row of the pass in each column."""
+    SPLIT: tl.constexpr = column.shape[0]
+    each = tl.minimum(tl.arange(0, SIDE), rows - 1)
+    eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
+    parts = tl.load(sums + eighth[:, :, None] + each[None, None, :] * ((K + 7) // 8),
+                    mask=(eighth * 8 < K)[:, :, None], other=0.0)
+    total = tl.sum(parts, 1)[:, None, :]
+    within = (tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, GROUP // 32)[None, :, None] * 32
+              + tl.arange(0, 8)[None, None, :])[:, None, None, :, :]
+    columns = tl.broadcast_to(column[None, None, :, :, None] + within,
+                              (4, SIDE, SPLIT, GROUP // 32, 8))
+    v = tl.load(x + each[None, :, None, None, None] * K + columns, mask=columns < K, other=0.0)
+    v = tl.permute(tl.reshape(v, (4, SIDE, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
+    return tl.reshape(v, (SPLIT, GROUP, SIDE)), total
+
+
+@triton.jit
+def _block_rows(result, x, sums, words, four, zero, block, rows, K: tl.constexpr,
+                GROUP: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, SIDE]."""
+    column = block * (4 * GROUP)
+    v0, total0 = _input_rows(x, sums, column, rows, K, GROUP)
+    v1, total1 = _input_rows(x, sums, column + GROUP, rows, K, GROUP)
+    v2, total2 = _input_rows(x, sums, column + 2 * GROUP, rows, K, GROUP)
+    v3, total3 = _input_rows(x, sums, column + 3 * GROUP, rows, K, GROUP)
+    result += _grouped(words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
+    result += _grouped(words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
+    result += _grouped(words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
+    result += _grouped(words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
+    return result
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: tl.constexpr,
+               BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+               GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+               ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+    """
+    Multiply an `Int4` [n, K] by ``x`` [rows, K]; a tile of 16 rows a program, as `kernels._int4`.
+
+    The next words are asked for before these are multiplied.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, SPLIT)[:, None]
+    result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
+    words, four, zero = _tile(packed, scales, zeros, packed, program, block, BLOCKS, BLOCKS, 0,
+                              GROUP, SPLIT, ZEROS)
+    if EARLY:
+        gdc_wait()
+    for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
+        following = tl.minimum(first + SPLIT, (BLOCKS - 1) // SPLIT * SPLIT)
+        next_words, next_four, next_zero = _tile(
+            packed, scales, zeros, packed, program, following + block, BLOCKS, BLOCKS, 0, GROUP,
+            SPLIT, ZEROS)
+        result = _block_rows(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+                             ZEROS, ASSEMBLY)
+        words, four, zero = next_words, next_four, next_zero
+    if EARLY:
+        gdc_launch_dependents()
+    values = tl.sum(result, 0)
+    tile = tl.program_id(0) * 16 + tl.arange(0, 16)
+    if BIAS:
+        values += tl.load(bias + tile, mask=tile < n, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(values, (2, 8, SIDE)), (1, 2, 0)))
+        values = _activated(gate, GELU) * up
+        rounded = values.to(out.dtype.element_ty).to(tl.float32)
+        each = tl.arange(0, SIDE)
+        tl.store(out_sums + each * (n // 16) + tl.program_id(0), tl.sum(rounded, 0),
+                 mask=each < rows)
+        half = tl.program_id(0) * 8 + tl.arange(0, 8)
+        _store_rows(out, half, n // 2, rows, values, ADD)
+    else:
+        _store_rows(out, tile, n, rows, values, ADD)
+
+
+@triton.jit
+def _keep(qkv, keys, values, position, cos, sin, gain, max_context, eps, KV_HEADS: tl.constexpr,
+          GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, NORM: tl.constexpr,
+          EARLY: tl.constexpr):
+    """Write one row's key and value of one key-value head to the cache."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    kv_head, row = tl.program_id(0), tl.program_id(1)
+    place = tl.load(position).to(tl.int32) + row
+    dims = tl.arange(0, DIMS)
+    inside = (dims < D)[None, :]
+    angles = place * (D // 2)
+    k_head = qkv + (row * (GROUP + 2) * KV_HEADS + KV_HEADS * GROUP + kv_head) * D
+    k = _turned(k_head, gain, cos + angles, sin + angles, dims[None, :], D, eps, inside, NORM)
+    v = tl.load(k_head + KV_HEADS * D + dims[None, :], mask=inside, other=0.0)
+    new = kv_head.to(tl.int64) * max_context * D + place * D + dims[None, :]
+    tl.store(keys + new, k.to(keys.dtype.element_ty), mask=inside)
+    tl.store(values + new, v.to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_maxima, part_totals,
+                 max_context, scale, eps, rows, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                 PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
+                 TOKENS: tl.constexpr, TOGETHER: tl.constexpr, WINDOW: tl.constexpr,
+                 NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
+                 EARLY: tl.constexpr):
+    """
+    Attend over one share of the context for the queries of one key-value head, of TOGETHER rows.
+
+    The shares take turns, TOKENS at a time, by places of the context: which share and which tile a
+    place belongs to is the same for all rows. Keys and values of the pass are in the cache.
+    """
+    kv_head, share = tl.program_id(0), tl.program_id(1)
+    first = tl.program_id(2) * TOGETHER
+    queries = tl.arange(0, PADDED)
+    dims = tl.arange(0, DIMS)
+    row = first + queries // GROUP
+    inside = (queries < TOGETHER * GROUP) & (row < rows)
+    row = tl.minimum(row, rows - 1)
+    begin = tl.load(position).to(tl.int32) + first
+    place = begin - first + row
+    last = begin + tl.minimum(TOGETHER, rows - first) - 1
+    tile = 0
+    if WINDOW > 0:
+        tile = tl.maximum(0, begin + 1 - WINDOW) // TOKENS
+    start = (tile + (share + SPLITS - tile % SPLITS) % SPLITS) * TOKENS
+    cache = kv_head.to(tl.int64) * max_context * D
+    if EARLY:
+        # But for those of the pass, the share's keys and values are older than it.
+        ahead = tl.minimum(start + tl.arange(0, TOKENS), max_context - 1)
+        lines = cache + ahead.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
+        _fetch(keys + lines)
+        _fetch(values + lines)
+        gdc_launch_dependents()
+        gdc_wait()
+    angles = place[:, None] * (D // 2)
+    factor = tl.zeros((PADDED,), tl.float32) + scale
+    if BETA > 0:
+        factor *= 1.0 + BETA * tl.log(1.0 + place // LENGTH)
+    head = row * ((GROUP + 2) * KV_HEADS) + kv_head * GROUP + queries % GROUP
+    kind = keys.dtype.element_ty
+    q = _turned(qkv + head[:, None] * D, gain, cos + angles, sin + angles, dims[None, :], D, eps,
+                inside[:, None] & (dims < D)[None, :], NORM).to(kind)
+    maxima = tl.full((PADDED,), float('-inf'), tl.float32)
+    totals = tl.zeros((PADDED,), tl.float32)
+    sums = tl.zeros((PADDED, DIMS), tl.float32)
+    for token in tl.range(start, last + 1, SPLITS * TOKENS):
+        tokens = token + tl.arange(0, TOKENS)
+        live = (tokens <= last)[:, None] & (dims < D)[None, :]
+        at = cache + tokens.to(tl.int64)[:, None] * D + dims[None, :]
+        k = tl.load(keys + at, mask=live, other=0.0)
+        v = tl.load(values + at, mask=live, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision='ieee') * factor[:, None]
+        seen = tokens[None, :] <= place[:, None]
+        if WINDOW > 0:
+            seen &= tokens[None, :] > place[:, None] - WINDOW
+        scores = tl.where(seen, scores, float('-inf'))
+        highest = tl.maximum(maxima, tl.max(scores, 1))
+        base = tl.where(highest == float('-inf'), 0.0, highest)     # nothing of the share is seen
+        weights = tl.exp(scores - base[:, None])
+        fade = tl.exp(maxima - base)
+        totals = totals * fade + tl.sum(weights, 1)
+        sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision='ieee')
+        maxima = highest
+    slot = ((row * KV_HEADS + kv_head) * GROUP + queries % GROUP) * SPLITS + share
+    tl.store(part_maxima + slot, maxima, mask=inside)
+    tl.store(part_totals + slot, totals, mask=inside)
+    tl.store(part_sums + slot[:, None] * DIMS + dims[None, :], sums, mask=inside[:, None])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a dense product is laid out: a tile, and what shares its columns; stages are copies."""
+
+    rows: int
+    columns: int
+    split: int
+    stages: int
+    warps: int
+
+
+# The first fits every chip.
+DENSE_LAYOUTS = tuple(Layout(*each) for each in (
+    (16, 128, 1, 3, 1), (16, 128, 1, 4, 1), (16, 256, 1, 3, 1), (16, 256, 1, 4, 1),
+    (32, 128, 1, 3, 2), (32, 128, 1, 4, 2), (32, 256, 1, 3, 2), (64, 64, 1, 4, 4),
+    (64, 128, 1, 3, 4), (64, 128, 1, 4, 4), (16, 128, 2, 3, 2), (16, 128, 2, 4, 2),
+    (16, 128, 4, 3, 4), (16, 128, 4, 4, 4), (32, 128, 2, 3, 2), (32, 64, 4, 4, 4)))
+if not compiler.PIPELINES:      # loads of three dimensions
+    DENSE_LAYOUTS = tuple(each for each in DENSE_LAYOUTS if each.split == 1)
+INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, 1) for warps in (
+    (4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
+
+
+class PassOps(TritonOps):
+    """The operations of passes as kernels; same names, arguments and results as `TorchOps`."""
+
+    def embed(self, table, token, x, scale=1.0):
+        """See `TorchOps.embed`."""
+        hidden = x.shape[-1]
+        _embed_rows[(triton.cdiv(hidden, 1024), token.shape[0])](
+            table, token, x, hidden, BLOCK=1024, SCALE=scale, EARLY=self._early,
+            **self._launch(4))
+
+    def add_normed(self, branch, gain, eps, x):
+        """See `TorchOps.add_normed`."""
+        k = x.shape[-1]
+        self._current.discard(x.data_ptr())
+        _add_normed_rows[(triton.cdiv(k, 512), _rows(x))](
+            branch, gain, x, eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
+            EARLY=self._early, **self._launch(8))
+
+    def attend(self, qkv, keys, values, position, cos, sin, layer, out):
+        """See `TorchOps.attend`."""
+        kv_heads, max_context, dim = keys.shape
+        group, rows = layer.heads // layer.kv_heads, _rows(qkv)
+        padded = max(16, triton.next_power_of_2(group))
+        dims = triton.next_power_of_2(dim)
+        # Rows whose queries fill a tile; what a later one's overflows would be in the sums of all.
+        together = 1 if keys.dtype == torch.float16 else min(ROWS, padded // group)
+        sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
+        splits = self._splits or max(
+            1, sharing.programs * self._programs // triton.next_power_of_2(kv_heads))
+        parts = [self._take(f'attention {part}', ROWS * layer.heads * splits * width,
+                            torch.float32)
+                 for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
+        norm = layer.q_norm is not None
+        q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)
+        sizes = {'KV_HEADS': kv_heads, 'GROUP': group, 'D': dim, 'DIMS': dims, 'NORM': norm,
+                 'EARLY': self._early}
+        _keep[(kv_heads, rows)](
+            qkv, keys, values, position, cos, sin, k_gain, max_context, layer.norm_eps, **sizes,
+            **self._launch(1))
+        _attend_rows[(kv_heads, splits, triton.cdiv(rows, together))](
+            qkv, keys, values, position, cos, sin, q_gain, *parts, max_context, layer.scale,
+            layer.norm_eps, rows, PADDED=padded, SPLITS=splits, TOKENS=32, TOGETHER=together,
+            WINDOW=layer.window, BETA=layer.growth.beta, LENGTH=layer.growth.context, **sizes,
+            **self._launch(sharing.warps))
+        _join[(rows * layer.heads, dim // 32)](
+            *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
+            EARLY=self._early, **self._launch(1))
+
+    def _candidates(self, shape):
+        """See `TritonOps._candidates`."""
+        return INT4_LAYOUTS if shape.kind.startswith('int4') else DENSE_LAYOUTS
+
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
+        assert those is None        # experts take their tokens one by one
+        shape, layout = self._layout(weight, gain, gated)
+        n, rows, bias = shape.n, _rows(x), weight.bias
+        dense = isinstance(weight, Dense)
+        ordered = not dense and (weight.order is not None or x.data_ptr() not in self._current)
+        if gain is not None or ordered:
+            x = self._prepared(x, None if dense else weight.order, gain, eps)
+        k = x.shape[-1]
+        # A pointer that is not used still has to be one.
+        common = {'GATED': gated, 'GELU': gelu, 'ADD': add, 'BIAS': bias is not None,
+                  'EARLY': self._early, **self._launch(layout.warps)}
+        bias = x if bias is None else bias
+        if dense:
+            self._current.discard(out.data_ptr())
+            n = n // 2 if gated else n
+            _dense_rows[(triton.cdiv(n, layout.rows),)](
+                x, weight.weight, bias, out, n, rows, K=k, TILE=layout.rows,
+                COLUMNS=layout.columns, SPLIT=layout.split, STAGES=layout.stages, **common)
+            return
+        tiles, blocks = weight.packed.shape[:2]
+        _int4_rows[(tiles,)](
+            x, self._sums(x), weight.packed, weight.scales,
+            x if weight.zeros is None else weight.zeros, bias, out,
+            self._sums(out) if gated else x, n, rows, K=k, BLOCKS=blocks, GROUP=weight.group_size,
+            SPLIT=layout.warps, ZEROS=weight.zeros is not None,
+            ASSEMBLY=self._device.type == 'cuda', **common)
+
+    def _prepared(self, x, order, gain, eps):
+        k, rows = x.shape[-1], _rows(x)
+        dtype = x.dtype if gain is None else self._dtype or gain.dtype
+        out = self._take('prepared', ROWS * k, dtype).view(ROWS, k)
+        _prepare_rows[(triton.cdiv(k, 512), rows)](
+            x, x if gain is None else gain, x if order is None else order, out, self._sums(out),
+            eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512, NORM=gain is not None,
+            ORDERED=order is not None, EARLY=self._early, **self._launch(8))
+        return out
+
+    def _sums(self, vector):
+        """Give the place for the sums of every 8 of so many rows, which begin where these do."""
+        key = vector.data_ptr()
+        self._current.add(key)
+        if key not in self._summed:
+            self._summed[key] = vector, torch.zeros(
+                ROWS * triton.cdiv(vector.shape[-1], 8), dtype=torch.float32, device=self._device)
+        return self._summed[key][1]
+
+
+def _rows(x):
+    return x.shape[0] if x.dim() > 1 else 1

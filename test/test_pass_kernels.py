@@ -1,0 +1,146 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The kernels of passes: against their twins, and each row bit for bit as alone."""
+
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('triton')
+
+from physai_decode.engines.native import pass_kernels
+from physai_decode.engines.native.architecture import Growth
+from physai_decode.engines.native.kernels import Choice
+from physai_decode.engines.native.kernels import Shape
+from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.ops import Attention
+from physai_decode.engines.native.pass_kernels import PassOps
+from test_kernels import assert_close
+from test_kernels import DEVICE
+from test_kernels import EPS
+from test_kernels import gate_up
+from test_kernels import make  # noqa: F401
+from test_kernels import packed
+from test_kernels import TWIN
+
+CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
+
+
+def check_rows(run, rows, ops, *outs, relative=1e-5):
+    """
+    Hold a pass against its rows one by one, and against the twin.
+
+    :param run: takes operations, a slice of the rows, or one of them, and what is to be written.
+    """
+    once, alone, twins = ([out.clone() for out in outs] for _ in range(3))
+    run(ops, slice(rows), once)
+    for row in range(rows):
+        run(ops, row, alone)
+        run(TWIN, row, twins)
+    for one, other, twin in zip(once, alone, twins):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
+        assert_close(one, twin, relative)
+
+
+@pytest.mark.parametrize('rows, dtype', [
+    (2, torch.float32), (8, torch.float32), (5, torch.float16), (8, torch.float16)])
+@pytest.mark.parametrize('n, k, norm, add, gated', [
+    (33, 513, True, False, False), (24, 1024, False, True, False), (21, 640, True, False, True)])
+def test_dense(make, rows, dtype, n, k, norm, add, gated):  # noqa: F811
+    x, gain = make(rows, k, dtype=torch.float32 if norm else dtype), make(k, dtype=dtype)
+    weight = Dense(make(2 * n if gated else n, k, dtype=dtype), None if add else make(
+        2 * n if gated else n, dtype=dtype))
+
+    def run(ops, at, outs):
+        if gated:
+            ops.gated(x[at], weight, outs[0][at], gain, EPS, 'gelu_tanh')
+        else:
+            ops.linear(x[at], weight, outs[0][at], gain=gain if norm else None, eps=EPS, add=add)
+
+    check_rows(run, rows, PassOps(DEVICE), make(rows, n), relative=CLOSE[dtype])
+
+
+@pytest.mark.parametrize('layout', pass_kernels.DENSE_LAYOUTS[1::3])
+def test_dense_in_other_layouts(make, layout):  # noqa: F811
+    weight, x = Dense(make(24, 1000)), make(8, 1000)
+    ops = PassOps(DEVICE)
+    ops._choices[Shape(24, 1000, 'float32', False, False)] = layout
+    check_rows(lambda ops, at, outs: ops.linear(x[at], weight, outs[0][at]), 8, ops, make(8, 24))
+
+
+@pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
+@pytest.mark.parametrize('group_size, act_order, symmetric, warps', [
+    (32, False, True, 4), (128, True, False, 2), (64, False, False, 1)])
+def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps):  # noqa: F811
+    """Normed; as they come; and gated, with what that leaves for the next product."""
+    weight, _ = packed(1, 24, 640, group_size, act_order, symmetric)
+    weight = replace(weight, bias=make(24, dtype=dtype))
+    both, _ = gate_up(2, 64, 640, group_size, symmetric=symmetric)
+    down, _ = packed(4, 32, 64, 32)
+    x, gain = make(rows, 640), make(640, dtype=dtype)
+    ops = PassOps(DEVICE)
+    for shape in ((24, 640, False, True), (24, 640, False, False), (128, 640, True, True)):
+        ops._choices[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
+            Choice(16, 0, warps, 1)
+
+    def run(ops, at, outs):
+        normed, plain, hidden, added = (out[at] for out in outs)
+        ops.linear(x[at], weight, normed, gain=gain, eps=EPS)
+        ops.linear(x.to(dtype)[at], weight, plain)
+        ops.gated(x[at], both, hidden, gain, EPS)
+        ops.linear(hidden, down, added, add=True)
+
+    check_rows(run, rows, ops, make(rows, 24), make(rows, 24), make(rows, 64, dtype=dtype),
+               make(rows, 32), relative=CLOSE[dtype])
+
+
+@pytest.mark.parametrize('rows, dtype', [(3, torch.float32), (8, torch.float16)])
+@pytest.mark.parametrize('place', [0, 31, 100])
+@pytest.mark.parametrize('heads, kv_heads, window, norm, growth', [
+    (7, 1, 0, False, Growth()), (4, 4, 0, True, Growth()), (6, 2, 40, False, Growth(0.5, 16)),
+    (28, 1, 0, False, Growth())])
+def test_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # noqa: F811
+                   growth):
+    """With shares that a row has nothing in, and rows on both sides of a tile's border."""
+    keys, values = (make(kv_heads, 128, 64, dtype=dtype) for _ in range(2))
+    angles = make(128, 32)
+    gains = (make(64), make(64)) if norm else (None, None)
+    layer = Attention(heads, kv_heads, 64, window, 0.1, EPS, *gains, growth)
+    qkv = make(rows, (heads + 2 * kv_heads) * 64)
+
+    def run(ops, at, outs):
+        out, *cache = outs
+        position = torch.tensor([place if isinstance(at, slice) else place + at], device=DEVICE)
+        ops.attend(qkv[at], *cache, position, angles.cos(), angles.sin(), layer, out[at])
+
+    check_rows(run, rows, PassOps(DEVICE, splits=4 if window else 2), make(rows, heads * 64),
+               keys, values, relative=CLOSE[dtype])
+
+
+def test_norms_that_are_added(make):  # noqa: F811
+    branch, gain = make(3, 700), make(700)
+    check_rows(lambda ops, at, outs: ops.add_normed(branch[at], gain, EPS, outs[0][at]), 3,
+               PassOps(DEVICE), make(3, 700))
+
+
+def test_an_embedding(make):  # noqa: F811
+    """A row without a guess reads any of the table's."""
+    table, tokens = make(7, 200), torch.tensor([3, 5, -1, 6], device=DEVICE)
+    x = torch.full((4, 200), float('nan'), device=DEVICE)
+    PassOps(DEVICE).embed(table, tokens, x, 2.0)
+    assert torch.equal(x[[0, 1, 3]], 2 * table[[3, 5, 6]])
+    assert x[2].isfinite().all()

@@ -1,0 +1,609 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Drafts: what is guessed, when it is tried, and that the text is what it is without."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain
+from random import Random
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+from fake_engine import FakeEngine
+from fake_engine import forever
+from fake_engine import say
+from physai_decode import checkpoint
+from physai_decode import engines
+from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.config import SpeculationConfig
+from physai_decode.decode_loop import DecodeLoop
+from physai_decode.decode_loop import Step
+from physai_decode.engine import Choices
+from physai_decode.engine import EngineError
+from physai_decode.engine import NO_TOKEN
+from physai_decode.request import Form
+from physai_decode.speculation import Lookup
+from physai_decode.speculation import MOST
+from physai_decode.speculation import Policy
+from physai_decode.speculation import SHARE
+from physai_decode.speculation import Speculation
+from physai_decode.speculation import START
+import pytest
+
+LOOKUP = SpeculationConfig('lookup')
+COSTS = {1: 1.0, 2: 1.02, 4: 1.05, 8: 1.1}
+
+
+# --- what is guessed ----------------------------------------------------------------------------
+
+def test_a_guess_is_what_followed_the_last_tokens():
+    """After the newest of the longest runs that stood there before."""
+    assert Lookup([5, 6, 7, 8, 9, 5, 6]).draft(3) == [7, 8, 9]
+    assert Lookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]).draft(1) == [4]
+    assert Lookup([2, 3, 4, 2, 3, 5, 2, 3]).draft(1) == [5]
+    assert Lookup([1, 2, 3, 4]).draft(4) == []
+    assert Lookup([1]).draft(4) == []
+
+
+def test_a_guess_goes_on_with_itself():
+    assert Lookup([1, 2, 1, 2]).draft(5) == [1, 2, 1, 2, 1]
+    assert Lookup([7, 7, 7]).draft(4) == [7, 7, 7, 7]
+
+
+def test_an_end_is_not_guessed():
+    assert Lookup([5, 6, 7, 0, 9, 5, 6], {0}).draft(3) == [7]
+    assert Lookup([5, 6, 0, 9, 5, 6], {0}).draft(3) == []
+
+
+def test_a_guess_moves_on_with_the_answer():
+    lookup = Lookup([5, 6, 7, 8, 9, 5])
+    assert lookup.draft(2) == []
+    assert lookup.add(6) is None
+    assert lookup.draft(2) == [7, 8]
+    assert lookup.add(7) is True
+    assert lookup.draft(2) == [8, 9]
+    assert lookup.add(3) is False
+    assert lookup.draft(2) == []
+
+
+def test_guesses_are_those_of_a_search(seeds=30):
+    """For each place of random sequences, also where they grew token by token."""
+    for seed in range(seeds):
+        draw = Random(seed)
+        ids = [draw.randrange(4) for _ in range(60)]
+        lookup = Lookup(ids[:20])
+        for place in range(20, 60):
+            if lookup.add(ids[place]):
+                continue                # it follows what it found before
+            known, wanted = ids[:place + 1], []
+            for size in (2, 3):
+                for end in range(size, place + 1):
+                    if known[end - size:end] == known[-size:]:
+                        wanted = known[end:end + 1]
+            assert lookup.draft(1) == wanted
+
+
+# --- when it is tried ---------------------------------------------------------------------------
+
+def spent(policy, answers):
+    """Give the steps that an answer took in passes, and its tokens; guesses come true or not."""
+    steps, tokens = 0.0, 0
+    for right in answers:
+        rows = policy.rows(8)
+        brought = rows if right else 1
+        for place in range(brought):
+            policy.learn(right or place < brought - 1)
+        if rows > 1:
+            policy.spend(rows, brought)
+        steps += policy._cost(rows) if rows > 1 else 1.0
+        tokens += brought
+    return steps, tokens
+
+
+@pytest.mark.parametrize('costs', [COSTS, {1: 1.0, 2: 1.3, 4: 2.0, 8: 3.5}, {1: 1.0, 2: 9.0}])
+@pytest.mark.parametrize('count', [20, 100, 3000])
+def test_drafts_that_fail_cost_next_to_nothing(costs, count):
+    steps, tokens = spent(Policy(costs), [False] * count)
+    assert tokens == count
+    assert steps <= (1 + SHARE) * count + START
+
+
+@pytest.mark.parametrize('period', [2, 3, 7, 50])
+def test_no_order_of_success_and_failure_costs_more(period):
+    """What was saved before may be lost again, but no more than `MOST` of it."""
+    answers = [place // period % 2 == 0 for place in range(2000)]
+    steps, tokens = spent(Policy(COSTS), answers)
+    assert steps <= tokens
+    steps, tokens = spent(policy := Policy(COSTS), [True] * 100)
+    again, more = spent(policy, [False] * 1000)
+    assert again <= (1 + SHARE) * more + MOST
+
+
+def test_drafts_that_come_true_grow():
+    policy = Policy(COSTS)
+    steps, tokens = spent(policy, [True] * 30)
+    assert policy.rows(8) == 8
+    assert tokens / steps > 6
+    assert policy.rows(3) == 3          # where the answer has room for no more
+
+
+def test_rows_that_cost_more_than_they_bring_are_not_asked_for():
+    policy = Policy({1: 1.0, 2: 1.1, 4: 4.5})
+    for _ in range(100):
+        policy.learn(True)
+    assert policy.rows(8) == 2
+
+
+def test_it_tries_again_when_guesses_come_true_untried():
+    policy = Policy(COSTS)
+    spent(policy, [False] * 200)
+    assert policy.rows(8) == 1
+    for _ in range(30):
+        policy.learn(True)
+    assert policy.rows(8) > 1
+
+
+def test_the_same_tokens_make_the_same_drafts():
+    draw = Random(1)
+    ids = [draw.randrange(3) for _ in range(200)]
+    drafts = []
+    for _ in range(2):
+        speculation = Speculation(ids[:50], COSTS)
+        drafts.append([])
+        for token_id in ids[50:]:
+            drafts[-1].append(speculation.draft(9))
+            speculation.take((token_id,), 1 + len(drafts[-1][-1]))
+    assert drafts[0] == drafts[1] and any(drafts[0])
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+class Guessable(FakeEngine):
+    """Checks guesses against its script; it may have steps in flight, as on a GPU."""
+
+    ahead = 0
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.pass_costs = COSTS
+        self.drafts, self.announced, self.flying = [], [], 0
+
+    @property
+    def settled(self):
+        return not self.flying
+
+    def step(self, remaining):
+        """Take a step; as many more are in flight as may be."""
+        self.announced.append(remaining)
+        self.flying = min(max(self.flying - 1, remaining), self.ahead)
+        return super().step(remaining)
+
+    def verify(self, draft):
+        """Compare, and go on behind what is right."""
+        assert self.settled and 0 < len(draft) < 8
+        self.drafts.append(list(draft))
+        chosen = [super().step(0).token_id]
+        for guess in draft:
+            if chosen[-1] != guess:
+                break
+            chosen.append(super().step(0).token_id)
+        return Choices(tuple(chosen), 0.002)
+
+
+class Ahead(Guessable):
+    """Has two steps in flight where it may."""
+
+    ahead = 2
+
+
+def steps_of(engine, prompt, sampling, speculation=LOOKUP):
+    return list(DecodeLoop(engine, speculation=speculation).stream(prompt, sampling))
+
+
+def text_of(steps):
+    return ''.join(map(chr, chain.from_iterable(step.token_ids for step in steps)))
+
+
+@pytest.mark.parametrize('kind', [Guessable, Ahead])
+def test_what_the_prompt_has_comes_in_few_passes(kind):
+    saying = 'the cup is on the table, the lid is on the cup, the cup is on the table'
+    engine = kind(lambda ids: say(saying, end=False), max_context=200)
+    prompt = [ord(each) for each in 'Where? the cup is on the table, the lid']
+    steps = steps_of(engine, prompt, SamplingConfig(max_new_tokens=len(saying)))
+    assert text_of(steps) == saying
+    assert len(steps) < len(saying) / 2
+    assert engine.fed == [*prompt, *map(ord, saying[:-1])]
+    assert steps[-1].device_s in (0.001, 0.002)
+
+
+@pytest.mark.parametrize('kind', [Guessable, Ahead])
+@pytest.mark.parametrize('limit', [1, 2, 3, 17, 64])
+def test_it_ends_at_the_limit_and_where_the_context_is_full(kind, limit):
+    engine = kind(lambda ids: forever(), max_context=40)
+    prompt = [1, 2, 3, 4, 5]
+    answer = text_of(steps_of(engine, prompt, SamplingConfig(max_new_tokens=limit)))
+    assert len(answer) == min(limit, 35)
+    assert len(engine.fed) == len(prompt) + len(answer) - 1
+
+
+def test_nothing_runs_ahead_of_a_try():
+    """Until one is in sight, steps are announced as ever."""
+    engine = Ahead(lambda ids: say('abcdefgh, abcdefgh', end=False), max_context=200)
+    steps_of(engine, [1], SamplingConfig(max_new_tokens=18))
+    assert engine.announced[0] == 16
+    assert 0 in engine.announced
+    assert engine.drafts
+
+
+def test_it_is_off_by_default_and_for_engines_that_can_not():
+    for engine, speculation in ((Guessable(lambda ids: forever()), SpeculationConfig()),
+                                (FakeEngine(lambda ids: forever()), LOOKUP)):
+        steps = steps_of(engine, [1, 2], SamplingConfig(max_new_tokens=20), speculation)
+        assert [len(step.token_ids) for step in steps] == [1] * 20
+
+
+def test_one_answer_can_go_without():
+    engine = Guessable(lambda ids: forever())
+    loop = DecodeLoop(engine, speculation=LOOKUP)
+    list(loop.stream([1, 2], SamplingConfig(max_new_tokens=20), drafts=False))
+    assert not engine.drafts
+
+
+def test_logits_that_are_not_numbers_in_a_pass():
+    """What was good comes first."""
+    words = [*say('ababab', end=False), Step((NO_TOKEN,))]
+    stream = DecodeLoop(Guessable(lambda ids: words), speculation=LOOKUP).stream(
+        [ord('a'), ord('b'), ord('a'), ord('b')], SamplingConfig())
+    heard = []
+    with pytest.raises(EngineError, match='not numbers'):
+        for step in stream:
+            heard.append(step)
+    assert text_of(heard) == 'ababab'
+
+
+def test_a_pass_that_fails_leaves_nothing_cached():
+    engine = Guessable(lambda ids: forever())
+    engine.verify = lambda draft: 1 / 0
+    loop = DecodeLoop(engine, speculation=LOOKUP)
+    with pytest.raises(ZeroDivisionError):
+        list(loop.stream([1, 2, 3], SamplingConfig()))
+    assert loop.cached_ids == []
+
+
+# --- the native engine --------------------------------------------------------------------------
+
+SAMPLINGS = (
+    {}, {'temperature': 0.7}, {'temperature': 1.0, 'top_k': 20, 'top_p': 0.9},
+    {'repetition_penalty': 1.3}, {'repetition_penalty': 0.6},
+    {'temperature': 0.9, 'min_p': 0.05, 'repetition_penalty': 1.1})
+
+
+def answers(loop, prompts, count, first=0):
+    """Give each prompt's answer under the samplings in turn, and the passes that all took."""
+    said, passes = [], 0
+    for number, prompt in enumerate(prompts, first):
+        sampling = SamplingConfig(
+            max_new_tokens=count, seed=number, **SAMPLINGS[number % len(SAMPLINGS)])
+        steps = [step for step in loop.stream(prompt, sampling) if step.token_ids]
+        said.append(list(chain.from_iterable(step.token_ids for step in steps)))
+        passes += len(steps)
+    return said, passes
+
+
+def eager(monkeypatch):
+    """Try each guess, of any length, that there is."""
+    draw = Random(3)
+    monkeypatch.setattr(Policy, 'rows', lambda self, most, forced=0: draw.randint(1, most))
+
+
+def drafting(kind, folder, config=None):
+    """Give the loop of an engine that takes drafts, whatever its passes cost."""
+    engine = kind(checkpoint.open(str(folder)), config or CPU, passes=True)
+    engine.pass_costs = COSTS
+    return DecodeLoop(engine)
+
+
+def check_the_same_is_said(loop, prompts, count, first=0):
+    """Give the passes that were saved; prompts come in one chunk, whatever time that takes."""
+    results = []
+    for speculation in (SpeculationConfig(), LOOKUP):
+        loop.engine.rewind(0)
+        results.append(answers(
+            DecodeLoop(loop.engine, 0.0, speculation=speculation), prompts, count, first))
+    (wanted, steps), (got, passes) = results
+    assert got == wanted
+    return steps - passes
+
+
+@pytest.fixture
+def native():
+    pytest.importorskip('torch')
+    from physai_decode.engines.native import NativeEngine
+    return NativeEngine
+
+
+CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=160)
+
+
+@pytest.mark.parametrize('family', [
+    'llama_biases', 'mistral_window', 'qwen2', 'qwen2_window', 'qwen3', 'gemma3_text', 'granite'])
+def test_a_random_model_says_the_same(native, family, tmp_path, monkeypatch):
+    """With prompts of few words, so that guesses are many; most of them are wrong."""
+    import random_model
+    eager(monkeypatch)
+    loop = drafting(native, random_model.save(tmp_path, family, 1))
+    draw = Random(family)
+    prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
+                for _ in range(draw.randint(2, 70))] for _ in range(36)]
+    assert check_the_same_is_said(loop, prompts, 30) > 0
+    loop.engine.close()
+
+
+def test_the_embedded_model_says_the_same(native):
+    """And in fewer passes."""
+    from physai_decode.tokenizer_files import load_tokenizer
+    folder = checkpoint.open('builtin:tiny_planner').folder
+    loop = drafting(native, folder, replace(CPU, max_context=512))
+    tokenizer = load_tokenizer(str(folder))
+    prompts = [tokenizer.apply_chat_template(
+        [{'role': 'user', 'content': f'{verb} the {colour} {thing}{rest}'}],
+        add_generation_prompt=True, tokenize=True, return_dict=False)
+        for verb in ('Bring me', 'Find', 'Throw away', 'Put down')
+        for colour in ('red', 'small')
+        for thing in ('cup', 'box', 'screwdriver')
+        for rest in ('.', ' from the kitchen table, then close the box and go to the door.')]
+    saved = check_the_same_is_said(loop, prompts, 60)
+    assert saved > 0
+    loop.engine.close()
+
+
+PLAN = {'type': 'array', 'maxItems': 6, 'items': {'type': 'object', 'properties': {
+    'action': {'enum': ['go', 'find', 'pick']}, 'object': {'type': 'string', 'maxLength': 12}},
+    'required': ['action', 'object'], 'additionalProperties': False}}
+FORMS = (Form('json_schema', PLAN, 'schema'), Form('regex', '(ab|ac){2,9}[0-9]{3}', 'regex'),
+         Form('choice', ['open the door', 'open the window', 'close'], 'choice'))
+
+
+def constrained(loop, vocabulary, prompts, count):
+    """Give each prompt's constrained answer, and the passes that all took."""
+    said, passes = [], 0
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingConfig(
+            max_new_tokens=count, seed=number, **SAMPLINGS[number % len(SAMPLINGS)])
+        constraint = vocabulary.constraint(FORMS[number % len(FORMS)])
+        steps = [step for step in loop.stream(prompt, sampling, constraint) if step.token_ids]
+        said.append(list(chain.from_iterable(step.token_ids for step in steps)))
+        assert all(step.mask_s is not None for step in steps)
+        passes += len(steps)
+    return said, passes
+
+
+@pytest.mark.parametrize('kind', ['host', 'piped'])
+def test_a_constraint_is_kept_in_passes(native, kind, tmp_path, monkeypatch):
+    """What it forces is guessed; masks follow the draft, on the host or before a captured draw."""
+    pytest.importorskip('llguidance')
+    from physai_decode.constraint import Vocabulary
+    from physai_decode.tokenizer_files import load_tokenizer
+    from test_constraint import Event
+    import torch
+    eager(monkeypatch)
+    model = checkpoint.open('builtin:tiny_planner')
+    loop = drafting(native, model.folder, replace(CPU, max_context=200))
+    if kind == 'piped':
+        monkeypatch.setattr(torch.cuda, 'Event', Event)
+        monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
+        monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
+        monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+        monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+        loop.engine.pipeline = loop.engine.piped(False)
+        loop.engine.transformer.ops._on_host = False
+        loop.engine._sampler = loop.engine.transformer.ops.sampler(
+            model.vocab_size, loop.engine.transformer.token.device)
+    vocabulary = Vocabulary(load_tokenizer(str(model.folder)).backend_tokenizer, model.vocab_size,
+                            model.eos_token_ids)
+    draw = Random(7)
+    prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
+                for _ in range(draw.randint(2, 60))] for _ in range(36 if kind == 'host' else 12)]
+    results = []
+    for speculation in (SpeculationConfig(), LOOKUP):
+        loop.engine.rewind(0)
+        results.append(constrained(DecodeLoop(loop.engine, 0.0, speculation=speculation),
+                                   vocabulary, prompts, 50))
+    (wanted, steps), (got, passes) = results
+    assert got == wanted
+    assert passes < steps
+    loop.engine.close()
+
+
+def test_what_a_constraint_forces_is_the_draft():
+    pytest.importorskip('llguidance')
+    from physai_decode.constraint import Vocabulary
+    from physai_decode.tokenizer_files import load_tokenizer
+    model = checkpoint.open('builtin:tiny_planner')
+    tokenizer = load_tokenizer(str(model.folder)).backend_tokenizer
+    vocabulary = Vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
+    constraint = vocabulary.constraint(Form('choice', ['open the door', 'close'], 'choice'))
+    ids = tokenizer.encode('open the door', add_special_tokens=False).ids
+    constraint.accept(ids[0])
+    assert constraint.forced() == ids[1:]
+    assert Speculation([1, ids[0]], COSTS, model.eos_token_ids).draft(9, constraint) == ids[1:]
+    wrong = [ids[1], ids[1]]
+    assert constraint.fits(wrong) == 1
+    masks = [bytes(mask) for mask in constraint.walk(ids[1:])]
+    assert len(list(constraint.walk(wrong))) == 2
+    assert len(masks) == len(ids) - 1           # nothing can follow the last one
+    for token_id, mask in zip(ids[1:], masks):
+        assert bytes(constraint.mask()) == mask
+        constraint.accept(token_id)
+    assert constraint.ended
+
+
+@pytest.mark.parametrize(('family', 'name', 'reason'), [
+    ('qwen3_moe', 'native', 'experts take their tokens one by one'),
+    ('qwen3', 'transformers', 'the engine transformers takes no drafts; native does')])
+def test_where_it_is_off_the_reason_is_told(native, family, name, reason, tmp_path):
+    """And answers come as without."""
+    import random_model
+    said = []
+    model = checkpoint.open(str(random_model.save(tmp_path, family, 0)))
+    engine = engines.build(model, replace(CPU, name=name), said.append, passes=True)
+    assert engine.footprint.details['speculation'] == f'off: {reason}'
+    assert f'speculation is off: {reason}' in said
+    steps = steps_of(engine, [5, 6, 5, 6, 5, 6], SamplingConfig(max_new_tokens=8))
+    assert [len(step.token_ids) for step in steps if step.token_ids] == [1] * 8
+    engine.close()
+
+
+def test_kernels_of_other_forms_take_one_row(native):
+    from physai_decode.engines.native import start
+    from physai_decode.engines.native.mlp import Mlp
+    weight = SimpleNamespace(kind='coded-g32-uint8')
+    layer = SimpleNamespace(qkv=weight, out=weight, mlp=Mlp(weight, weight))
+    loaded = SimpleNamespace(layers=[layer], head=weight)
+    reason = start._no_passes(loaded, SimpleNamespace(name='triton 3.7'))
+    assert reason == 'the kernels of coded-g32-uint8 weights take one row'
+    assert not start._no_passes(loaded, SimpleNamespace(name='torch'))
+
+
+class Direct:
+    """A pipeline on a CPU: two passes in flight, which are done when they are launched."""
+
+    def __init__(self, engine):
+        self.engine, self.done = engine, []
+
+    @property
+    def flying(self):
+        return len(self.done)
+
+    @property
+    def full(self):
+        return self.flying == 2
+
+    def prepare(self, plan, begin):
+        """Have nothing to capture."""
+
+    def launch(self, plan, place, restrict=None, rows=1):
+        """Take a pass, and what it wrote."""
+        import torch
+        with torch.inference_mode():
+            self.engine.transformer.step(rows)
+            if plan.mask:
+                restrict()
+            self.engine._draw(plan, rows)
+        self.done.append(self.engine._history[place:place + rows].clone())
+
+    def collect(self):
+        """Give the oldest pass's tokens."""
+        return self.done.pop(0), 0.001
+
+    def drain(self):
+        """Forget those in flight."""
+        self.done.clear()
+
+
+@pytest.fixture
+def piped(native, monkeypatch):
+    """Give what loads an engine whose steps run ahead of the host, as on a GPU."""
+    from physai_decode.engines.native import start
+
+    def made(folder, ops):
+        monkeypatch.setattr(start, 'operations', lambda *_: ops)
+        loop = drafting(native, folder, replace(CPU, dtype='float32'))
+        loop.engine.pipeline = Direct(loop.engine)
+        return loop
+
+    return made
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'mistral_window'])
+def test_passes_that_are_captured_say_the_same(piped, family, tmp_path, monkeypatch):
+    """The device sees by itself which rows count; steps in flight come before a try."""
+    from physai_decode.engines.native.ops import TorchOps
+    import random_model
+    eager(monkeypatch)
+    loop = piped(random_model.save(tmp_path, family, 1), TorchOps(on_host=False))
+    draw = Random(family)
+    prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
+                for _ in range(draw.randint(2, 70))] for _ in range(18)]
+    assert check_the_same_is_said(loop, prompts, 30) > 0
+    loop.engine.close()
+
+
+@pytest.mark.parametrize('kind', ['dense', 'gptq'])
+def test_kernels_say_the_same(piped, kind, tmp_path, monkeypatch):
+    """In Triton's interpreter, with its sampler too."""
+    import random_gptq
+    import random_model
+    import torch
+    if torch.cuda.is_available():
+        pytest.skip('the interpreter is for machines without a GPU')
+    kernels = pytest.importorskip('physai_decode.engines.native.pass_kernels')
+    small = {'vocab_size': 64, 'hidden_size': 64, 'intermediate_size': 64, 'num_hidden_layers': 1,
+             'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 64}
+    if kind == 'gptq':
+        random_gptq.save(tmp_path, 'qwen3', 0, 32, **small)
+    else:
+        random_model.save(tmp_path, 'qwen3', 0, **small)
+    eager(monkeypatch)
+    loop = piped(tmp_path, kernels.PassOps(torch.device('cpu'), splits=2))
+    prompts = [[5, 6, 7, 5, 6, 7, 5, 6], [9] * 5]
+    assert check_the_same_is_said(loop, prompts, 8, first=3) > 0    # the second repeats itself
+    check_rows(loop.engine.transformer, 4, torch.Generator().manual_seed(1), places=(0, 45))
+    loop.engine.close()
+
+
+@pytest.mark.parametrize('rows', [2, 3, 8])
+@pytest.mark.parametrize('kind', [
+    'qwen3', 'mistral_window', 'llama_biases', 'gemma3_text', 'ministral3', 'gptq'])
+@pytest.mark.parametrize('on_host', [True, False])
+def test_a_row_is_bit_for_bit_a_step(native, on_host, kind, rows, tmp_path, monkeypatch):
+    from physai_decode.engines.native import start
+    from physai_decode.engines.native.ops import TorchOps
+    import random_gptq
+    import random_model
+    import torch
+    ops = TorchOps(on_host)
+    monkeypatch.setattr(start, 'operations', lambda *_: ops)
+    if kind == 'gptq':
+        random_gptq.save(tmp_path, 'qwen2', 0, 32, act_order=True, symmetric=False)
+    else:
+        random_model.save(tmp_path, kind, 0)
+    engine = drafting(native, tmp_path).engine
+    check_rows(engine.transformer, rows, torch.Generator().manual_seed(rows))
+    engine.close()
+
+
+def check_rows(transformer, rows, generator, places=(0, 1, 45, 100)):
+    """Hold a pass against steps, at a few places: logits, keys and values."""
+    import torch
+    t = transformer
+    with torch.inference_mode():
+        for cache in (t.keys, t.values):
+            cache.copy_(torch.randn(cache.shape, generator=generator))
+        vocab = t.architecture.vocab_size
+        ids = torch.randint(0, vocab, (rows,), generator=generator)
+        for place in places:
+            t.position.fill_(place)
+            t.tokens[:rows] = ids
+            t.step(rows)
+            got = [each.clone() for each in t.row_logits[:rows]]
+            caches = t.keys.clone(), t.values.clone()
+            for row in range(rows):
+                t.position.fill_(place + row)
+                t.token.copy_(ids[row:row + 1])
+                t.step()
+                assert torch.equal(got[row], t.logits)
+            assert torch.equal(caches[0], t.keys) and torch.equal(caches[1], t.values)
