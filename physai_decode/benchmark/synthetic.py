@@ -46,7 +46,7 @@ SHARD_BYTES = 4_500_000_000
 GROUP = 128                         # input rows per scale; fewer if a width is no multiple
 NVFP4_GROUP = 16                    # input rows per scale
 NF4_BLOCK = 64                      # weights per absolute maximum
-STD = 0.02                          # standard deviation of all matrices; norms are 1
+STD = 0.02                          # standard deviation of all matrices; norms are stored as 1
 DESCRIBED = ('none', 'gptq', 'awq', 'w4a16', 'w8a16', 'fp8', 'nvfp4')   # engines can create these
 QUANTIZATIONS = (*DESCRIBED, 'nf4')
 
@@ -100,6 +100,15 @@ SHAPES = {
     'qwen3-4b': {**_QWEN3, 'hidden_size': 2560, 'intermediate_size': 9728,
                  'tie_word_embeddings': True},
     'qwen3-8b': {**_QWEN3, 'hidden_size': 4096, 'intermediate_size': 12288},
+    'gemma-3-1b': {
+        'architectures': ['Gemma3ForCausalLM'], 'model_type': 'gemma3_text',
+        'hidden_activation': 'gelu_pytorch_tanh', 'hidden_size': 1152, 'num_hidden_layers': 26,
+        'num_attention_heads': 4, 'num_key_value_heads': 1, 'head_dim': 256,
+        'intermediate_size': 6912, 'vocab_size': 262144, 'max_position_embeddings': 32768,
+        'rms_norm_eps': 1e-6, 'rope_theta': 1e6, 'rope_local_base_freq': 1e4,
+        'query_pre_attn_scalar': 256, 'sliding_window': 512, 'sliding_window_pattern': 6,
+        'attention_bias': False, 'tie_word_embeddings': True,
+        'bos_token_id': 2, 'eos_token_id': [1, 106]},
     'smollm2-135m': {
         'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 576,
         'num_hidden_layers': 30, 'num_attention_heads': 9, 'num_key_value_heads': 3,
@@ -212,20 +221,23 @@ def specs(made: dict[str, Any]) -> Iterator[Spec]:
     inner = made['moe_intermediate_size' if experts else 'intermediate_size']
     group = _group(made)
     head = made.get('head_dim') or hidden // made['num_attention_heads']
+    norms = ['input_layernorm', 'post_attention_layernorm']
+    if made['model_type'] == 'gemma3_text':
+        norms += ['pre_feedforward_layernorm', 'post_feedforward_layernorm']
     q_width, kv_width = (head * made[f'num_{kind}_heads'] for kind in ('attention', 'key_value'))
     yield Spec('model.embed_tokens.weight', half, (made['vocab_size'], hidden), 'normal')
     for index in range(made['num_hidden_layers']):
         layer = f'model.layers.{index}'
-        yield Spec(f'{layer}.input_layernorm.weight', half, (hidden,), 'ones')
+        for name in norms:
+            yield Spec(f'{layer}.{name}.weight', half, (hidden,), 'ones')
         for name, width in (('q_proj', q_width), ('k_proj', kv_width), ('v_proj', kv_width)):
             yield from _linear(f'{layer}.self_attn.{name}', width, hidden, half, method, group)
             if made['model_type'] == 'qwen2':
                 yield Spec(f'{layer}.self_attn.{name}.bias', half, (width,), 'normal')
-        if made['model_type'] in ('qwen3', 'qwen3_moe'):
+        if made['model_type'] in ('qwen3', 'qwen3_moe', 'gemma3_text'):
             for name in ('q_norm', 'k_norm'):
                 yield Spec(f'{layer}.self_attn.{name}.weight', half, (head,), 'ones')
         yield from _linear(f'{layer}.self_attn.o_proj', hidden, q_width, half, method, group)
-        yield Spec(f'{layer}.post_attention_layernorm.weight', half, (hidden,), 'ones')
         mlps = [f'{layer}.mlp']
         if experts:
             yield Spec(f'{layer}.mlp.gate.weight', half, (experts, hidden), 'normal')
