@@ -17,8 +17,8 @@ One transformer, from token ids to logits: large products for a prompt, one step
 
 The step is a straight line over tensors at fixed addresses: the token and its position are read on
 the device, and the host is not in the loop. So the same function runs on a CPU as it is, and on a
-GPU inside a captured graph. It can run several rows at once, a token and a draft of the tokens after
-it: each row's logits are bit for bit those that it would have in a step of its own.
+GPU inside a captured graph. It can run several rows at once, a token and a draft of the tokens
+after it: each row's logits are bit for bit those of a step of its own.
 """
 
 from collections.abc import Iterator
