@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import fields
 from dataclasses import replace
+import platform
 from typing import Any
 from typing import ClassVar
 from typing import TYPE_CHECKING
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 DEQUANTISE_BYTES = 128 * 2**20   # limit of the weights that a prefill dequantises at once
 TILE_ROWS = 16                   # rows of a tensor core's tile
 CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
+# On x86, oneDNN multiplies float32 matrices faster than F.linear: prompts take 0.6 to 0.95 of the
+# time. A single row takes longer.
+HAS_ONEDNN = (platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
+              and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,22 @@ class Dense:
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
         if x.dim() > 1:
-            return F.linear(x, self.weight, self.bias)
+            return _product(x, self.weight, self.bias)
         if x.dtype != torch.float32:        # on a CPU, torch.mv is up to three times slower
             return F.linear(x.unsqueeze(0), self.weight, self.bias)[0]
         # On a CPU, F.linear of a vector is half as fast.
         if self.bias is None:
             return torch.mv(self.weight, x)
         return torch.addmv(self.bias, self.weight, x)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply ``x`` [..., K] by the transposed ``weight`` [N, K], of the same dtype."""
+    if (HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == 'cpu'
+            and x.numel() > x.shape[-1]):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+        return product
+    return F.linear(x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ class Int4:
             rows = slice(TILE_ROWS * start, TILE_ROWS * (start + piece))
             bias = None if self.bias is None else self.bias[rows]
             weight = dequantise(self, slice(start, start + piece), x.dtype)
-            out[..., rows] = F.linear(x, weight, bias)
+            out[..., rows] = _product(x, weight, bias)
         return out
 
 
