@@ -65,7 +65,7 @@ def test_keys():
     assert messages.TOKEN_KEYS == (
         'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
         'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed', 'client_id',
-        'mask_ms', 'wait_ms', 'reasoning', 'tool_calls')
+        'mask_ms', 'wait_ms', 'reasoning', 'tool_calls', 'pass_tokens')
     assert messages.REQUEST_KEYS == (
         'request_id', 'finish_reason', 'prompt_tokens', 'cached_tokens', 'output_tokens',
         'queue_ms', 'prefill_ms', 'ttft_ms', 'total_ms', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms',
@@ -73,7 +73,7 @@ def test_keys():
         'max_consecutive_misses', 'worst_overrun_ms', 'cancel_ms', 'client_id', 'seed', 'items',
         'first_item_ms', 'paced', 'energy_j', 'j_per_token', 'power_w', 'reasoning_tokens',
         'refusal', 'engine', 'fallback', 'server_tokens', 'encode_ms', 'sample_ms',
-        'ttft_floor_ms', 'r_ttft')
+        'ttft_floor_ms', 'r_ttft', 'pass_tokens')
     assert messages.LATENCY_KEYS == (
         'window_s', 'count', 'itl_p50_ms', 'itl_p95_ms', 'itl_p99_ms', 'itl_max_ms', 'jitter_ms',
         'ttft_last_ms', 'ttft_deadline_ms', 'token_deadline_ms', 'request_deadline_ms',
@@ -119,7 +119,7 @@ def test_a_token_s_figures_read_back():
         'itl_ms': '12.3457', 'device_ms': 'n/a', 'host_gap_ms': '-0.25',
         'publish_ms': '0.0000123', 'floor_ms': '10', 'r_floor': '0.81', 'bandwidth_gb_s': '243',
         'deadline_missed': '1', 'client_id': 'n/a', 'mask_ms': 'n/a', 'wait_ms': 'n/a',
-        'reasoning': 'n/a', 'tool_calls': 'n/a'}
+        'reasoning': 'n/a', 'tool_calls': 'n/a', 'pass_tokens': '1'}
     report = replace(TOKEN, index=0, itl_ms=None, deadline_missed=False, client_id='arm 7')
     status, = deserialize_message(write(report, '', 0), DiagnosticArray).status
     assert values(status)['client_id'] == 'arm 7'

@@ -91,11 +91,8 @@ class TokenStats:
         self._levels = {late: level + b'\0\0\0' + name for late, level in (
             (False, messages.OK), (True, messages.WARN))}
         self._values = _text('') + _length(len(messages.TOKEN_KEYS))    # an empty hardware_id
-        figures, speech = messages.TOKEN_KEYS[:-2], messages.TOKEN_KEYS[-2:]
-        self._keys = [_text(key) for key in figures]
-        self._fields = attrgetter(*figures)
-        self._speech = [(_text(key), attrgetter(key)) for key in speech]
-        self._no_speech = b''.join(_text(key) + _text(messages.NOT_KNOWN) for key in speech)
+        self._keys = [_text(key) for key in messages.TOKEN_KEYS]
+        self._fields = attrgetter(*messages.TOKEN_KEYS)
 
     def write(self, report: TokenReport, text: str, now_ns: int) -> bytes:
         """
@@ -110,8 +107,4 @@ class TokenStats:
         for key, value in zip(self._keys, values):
             data = value.encode()
             parts += (key, _length(len(data) + 1), data, _PADDING[len(data) & 3])
-        if report.reasoning or report.tool_calls:
-            parts += [key + _text(messages.text_of(get(report))) for key, get in self._speech]
-        else:
-            parts.append(self._no_speech)
         return b''.join(parts)
