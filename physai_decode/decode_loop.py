@@ -38,6 +38,7 @@ from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import not_numbers
 from physai_decode.engine import shared_prefix
 from physai_decode.engine import Verifier
+from physai_decode.speculation import Experience
 from physai_decode.speculation import Speculation
 
 FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
@@ -88,6 +89,8 @@ class DecodeLoop:
         if speculation.name != 'off' and isinstance(engine, Verifier) \
                 and len(engine.pass_costs) > 1:
             self._verifier = engine
+            self._experience = {
+                constrained: Experience(engine.pass_costs) for constrained in (True, False)}
         self._clock = clock
         self._cached: list[int] = []
         least, most = engine.chunk_tokens
@@ -163,8 +166,10 @@ class DecodeLoop:
                   constraint: Constraint | None, ahead: bool) -> Iterator[Step]:
         """Go on after the first token: check guesses where there are any, else take a step."""
         newest = ids[-1]
-        speculation = Speculation(ids, engine.pass_costs, engine.footprint.eos_token_ids)
+        speculation = Speculation(
+            ids, self._experience[constraint is not None], engine.footprint.eos_token_ids)
         while left and not (constraint is not None and constraint.ended):
+            begin_s = self._clock()
             draft = speculation.draft(left, constraint)
             with self._in_doubt() as cached:
                 if draft and engine.settled:
@@ -180,7 +185,7 @@ class DecodeLoop:
             if good:
                 newest = good[-1]
                 left -= len(good)
-                speculation.take(good, 1 + len(draft))
+                speculation.take(good, 1 + len(draft), self._clock() - begin_s)
                 yield Step(good, device_s, reused,
                            None if constraint is None else constraint.mask_s)
             if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):

@@ -22,6 +22,7 @@ takes. It knows token ids, and neither engines nor text.
 """
 
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from itertools import takewhile
@@ -31,12 +32,13 @@ from physai_decode.engine import Constraint
 GRAMS = (3, 2)              # so many tokens have to have stood there before, the longest first
 SHARE = 0.02                # of all steps' time, which drafts that fail may cost
 START = 0.3                 # steps that drafts may cost before any came true
-MOST = 1.0                  # steps that what came true may pay for later
+MOST = 4.0                  # steps that what came true may pay for later
 TRY = 0.03                  # steps that a try costs beside its pass: none runs ahead of the host
-WORTH = 1.1                 # tokens for each step that a try costs, from which on it is made
+WORTH = 1.2                 # tokens for each step that a try costs, from which on it is made
 LIKELY = 0.5                # how often a guess is right, until it is known,
 FORCED = 0.9                # and one that a constraint forces: a model may cut the text elsewhere
-MEMORY = 1 / 8              # the weight of the newest guess in that
+MEMORY = 1 / 8              # the weight of the newest guess in that, and of a pass in its cost
+MISSES = 4                  # times that a constraint forced nothing, after which it is not asked
 
 
 class Lookup:
@@ -96,13 +98,12 @@ class Lookup:
                 return
 
 
-class Policy:
+class Experience:
     """
-    How many rows the next pass is to have, so that drafts that fail cost next to nothing.
+    What earlier passes taught, for all answers of one engine.
 
-    Two figures decide, and no clock: how often guesses came true, tried or not, and a balance of
-    steps. The balance grows by `SHARE` a token and by what passes saved, and pays for those that
-    saved nothing. Costs are in steps, those of a pass of one row.
+    It knows what passes cost by their rows, in decode steps: as given at first, then as they take.
+    And it knows after which tokens it pays to ask a constraint for forced ones, which takes time.
     """
 
     def __init__(self, costs: Mapping[int, float]) -> None:
@@ -112,6 +113,53 @@ class Policy:
         :param costs: what a pass costs by its rows, 1 row being 1.
         """
         self._costs = {rows: cost + TRY for rows, cost in sorted(costs.items()) if rows > 1}
+        self._step_s = 0.0
+        self._scores: dict[int, int] = {}       # of tokens after which a constraint was asked
+        self.most_rows = max(self._costs)
+
+    def items(self) -> Iterable[tuple[int, float]]:
+        """Return (rows, cost) for each size of a pass, the smallest first."""
+        return self._costs.items()
+
+    def of(self, rows: int) -> float:
+        """Return the cost of a pass, which runs as the next larger size."""
+        return self._costs[self._size(rows)]
+
+    def learn(self, rows: int, took_s: float) -> None:
+        """Update from the time of a pass; one that was delayed counts at most double."""
+        if rows == 1:
+            known_s = self._step_s or took_s
+            self._step_s = known_s + MEMORY * (min(took_s, 2 * known_s) - known_s)
+        elif self._step_s:
+            size = self._size(rows)
+            known = self._costs[size]
+            self._costs[size] += MEMORY * (min(took_s / self._step_s, 2 * known) - known)
+
+    def asks(self, token_id: int) -> bool:
+        """Return whether to ask a constraint what it forces after a token."""
+        return self._scores.get(token_id, 0) > -MISSES
+
+    def asked(self, token_id: int, found: bool) -> None:
+        """Update from whether a constraint forced anything after a token."""
+        score = self._scores.get(token_id, 0)
+        self._scores[token_id] = min(score + MISSES, MISSES) if found else score - 1
+
+    def _size(self, rows: int) -> int:
+        return next(size for size in self._costs if size >= rows)
+
+
+class Policy:
+    """
+    How many rows the next pass has, so that drafts that are not accepted cost next to nothing.
+
+    Two figures decide: how often draft tokens were right, tried or not, and a balance of steps.
+    The balance grows by `SHARE` a token and by what passes saved, and pays for those that saved
+    nothing.
+    """
+
+    def __init__(self, experience: Experience) -> None:
+        """Begin; the experience may grow meanwhile."""
+        self._experience = experience
         self._likely = LIKELY
         self._forced = FORCED
         self._balance = START
@@ -126,7 +174,7 @@ class Policy:
 
     def spend(self, rows: int, tokens: int) -> None:
         """Take a pass of so many rows that brought so many tokens."""
-        self._balance = min(MOST, self._balance + tokens - self._cost(rows))
+        self._balance = min(MOST, self._balance + tokens - self._experience.of(rows))
 
     def rows(self, most: int, forced: int = 0) -> int:
         """
@@ -135,7 +183,7 @@ class Policy:
         :param forced: how many of the guesses, the first ones, a constraint forces.
         """
         best, gain = 1, WORTH
-        for rows, cost in self._costs.items():
+        for rows, cost in self._experience.items():
             if most < 2 or cost - 1 > self._balance:
                 continue
             count = min(rows, most)
@@ -145,37 +193,39 @@ class Policy:
                 best, gain = count, tokens / cost
         return best
 
-    def _cost(self, rows: int) -> float:
-        return next(cost for size, cost in self._costs.items() if size >= rows)
-
 
 class Speculation:
     """The drafts of one answer: what is guessed, and whether to try it."""
 
-    def __init__(self, prompt_ids: Sequence[int], costs: Mapping[int, float],
+    def __init__(self, prompt_ids: Sequence[int], experience: Experience,
                  ends: Collection[int] = ()) -> None:
         """
         Begin with a prompt; see `Lookup` and `Policy`.
 
-        :param costs: what the engine's passes cost by their rows.
+        :param experience: of the engine; updated.
         :param ends: ids that end an answer.
         """
         self._source = Lookup(prompt_ids, ends)
-        self._policy = Policy(costs)
-        self._most = max(costs)
+        self._policy = Policy(experience)
+        self._experience = experience
         self._ends = frozenset(ends)
+        self._newest = prompt_ids[-1]
         self._forced: list[int] = []        # after the tokens so far
 
-    def take(self, token_ids: Sequence[int], rows: int = 1) -> None:
+    def take(self, token_ids: Sequence[int], rows: int = 1, took_s: float = 0.0) -> None:
         """
         Take what a pass brought.
 
         :param rows: the pass's rows, 1 where nothing was drafted.
+        :param took_s: its time on the host, with draft and masks; 0: unknown.
         """
+        if took_s:
+            self._experience.learn(rows, took_s)
         forced, self._forced = self._forced, []
         for place, token_id in enumerate(token_ids):
             self._policy.learn(self._source.add(token_id),
                                forced[place] == token_id if place < len(forced) else None)
+        self._newest = token_ids[-1]
         if rows > 1:
             self._policy.spend(rows, len(token_ids))
 
@@ -186,13 +236,18 @@ class Speculation:
         :param left: tokens that the answer may still have.
         :param constraint: which all guesses keep; it has taken the tokens so far.
         """
-        most = min(self._most, left) - 1
+        most = min(self._experience.most_rows, left) - 1
         guesses = self._source.draft(most)
-        if constraint is not None and most:
-            self._forced = list(takewhile(
-                lambda token_id: token_id not in self._ends, constraint.forced()))[:most]
+        if constraint is not None:
+            if most and self._experience.asks(self._newest):
+                self._forced = list(takewhile(
+                    lambda token_id: token_id not in self._ends, constraint.forced()))[:most]
+                self._experience.asked(self._newest, bool(self._forced))
             if guesses[:len(self._forced)] != self._forced:
                 guesses = self._forced
-            guesses = guesses[:constraint.fits(guesses)]
+            if guesses:
+                guesses = guesses[:constraint.fits(guesses)]
+        if not guesses:
+            return guesses
         rows = self._policy.rows(len(guesses) + 1, len(self._forced))
         return guesses[:rows - 1]

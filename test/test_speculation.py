@@ -35,6 +35,7 @@ from physai_decode.engine import Choices
 from physai_decode.engine import EngineError
 from physai_decode.engine import NO_TOKEN
 from physai_decode.request import Form
+from physai_decode.speculation import Experience
 from physai_decode.speculation import Lookup
 from physai_decode.speculation import MOST
 from physai_decode.speculation import Policy
@@ -108,7 +109,7 @@ def spent(policy, answers):
             policy.learn(right or place < brought - 1)
         if rows > 1:
             policy.spend(rows, brought)
-        steps += policy._cost(rows) if rows > 1 else 1.0
+        steps += policy._experience.of(rows) if rows > 1 else 1.0
         tokens += brought
     return steps, tokens
 
@@ -116,7 +117,7 @@ def spent(policy, answers):
 @pytest.mark.parametrize('costs', [COSTS, {1: 1.0, 2: 1.3, 4: 2.0, 8: 3.5}, {1: 1.0, 2: 9.0}])
 @pytest.mark.parametrize('count', [20, 100, 3000])
 def test_drafts_that_fail_cost_next_to_nothing(costs, count):
-    steps, tokens = spent(Policy(costs), [False] * count)
+    steps, tokens = spent(Policy(Experience(costs)), [False] * count)
     assert tokens == count
     assert steps <= (1 + SHARE) * count + START
 
@@ -125,15 +126,15 @@ def test_drafts_that_fail_cost_next_to_nothing(costs, count):
 def test_no_order_of_success_and_failure_costs_more(period):
     """What was saved before may be lost again, but no more than `MOST` of it."""
     answers = [place // period % 2 == 0 for place in range(2000)]
-    steps, tokens = spent(Policy(COSTS), answers)
+    steps, tokens = spent(Policy(Experience(COSTS)), answers)
     assert steps <= tokens
-    steps, tokens = spent(policy := Policy(COSTS), [True] * 100)
+    steps, tokens = spent(policy := Policy(Experience(COSTS)), [True] * 100)
     again, more = spent(policy, [False] * 1000)
     assert again <= (1 + SHARE) * more + MOST
 
 
 def test_drafts_that_come_true_grow():
-    policy = Policy(COSTS)
+    policy = Policy(Experience(COSTS))
     steps, tokens = spent(policy, [True] * 30)
     assert policy.rows(8) == 8
     assert tokens / steps > 6
@@ -141,14 +142,14 @@ def test_drafts_that_come_true_grow():
 
 
 def test_rows_that_cost_more_than_they_bring_are_not_asked_for():
-    policy = Policy({1: 1.0, 2: 1.1, 4: 4.5})
+    policy = Policy(Experience({1: 1.0, 2: 1.1, 4: 4.5}))
     for _ in range(100):
         policy.learn(True)
     assert policy.rows(8) == 2
 
 
 def test_it_tries_again_when_guesses_come_true_untried():
-    policy = Policy(COSTS)
+    policy = Policy(Experience(COSTS))
     spent(policy, [False] * 200)
     assert policy.rows(8) == 1
     for _ in range(30):
@@ -161,12 +162,38 @@ def test_the_same_tokens_make_the_same_drafts():
     ids = [draw.randrange(3) for _ in range(200)]
     drafts = []
     for _ in range(2):
-        speculation = Speculation(ids[:50], COSTS)
+        speculation = Speculation(ids[:50], Experience(COSTS))
         drafts.append([])
         for token_id in ids[50:]:
             drafts[-1].append(speculation.draft(9))
             speculation.take((token_id,), 1 + len(drafts[-1][-1]))
     assert drafts[0] == drafts[1] and any(drafts[0])
+
+
+def test_costs_of_passes_follow_their_times():
+    """A pass that was delayed counts at most double; without a step's time nothing is learned."""
+    experience = Experience({1: 1.0, 2: 1.47, 8: 2.97})
+    experience.learn(2, 9.0)
+    assert dict(experience.items()) == {2: 1.5, 8: 3.0}
+    for _ in range(50):
+        experience.learn(1, 0.1)
+        experience.learn(2, 0.2)
+        experience.learn(5, 0.4)
+    assert dict(experience.items()) == pytest.approx({2: 2.0, 8: 4.0}, rel=0.01)
+    experience.learn(2, 100.0)
+    assert experience.of(2) == pytest.approx(2.0 + 2.0 / 8, rel=0.01)
+    assert experience.of(3) == experience.of(8)
+
+
+def test_a_constraint_is_asked_only_after_tokens_after_which_it_forces_others():
+    experience = Experience(COSTS)
+    for _ in range(4):
+        assert experience.asks(7)
+        experience.asked(7, False)
+    assert not experience.asks(7) and experience.asks(8)
+    for found in (True, False, False, False, False):
+        experience.asked(8, found)
+        assert experience.asks(8)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -439,7 +466,8 @@ def test_what_a_constraint_forces_is_the_draft():
     ids = tokenizer.encode('open the door', add_special_tokens=False).ids
     constraint.accept(ids[0])
     assert constraint.forced() == ids[1:]
-    assert Speculation([1, ids[0]], COSTS, model.eos_token_ids).draft(9, constraint) == ids[1:]
+    speculation = Speculation([1, ids[0]], Experience(COSTS), model.eos_token_ids)
+    assert speculation.draft(9, constraint) == ids[1:]
     wrong = [ids[1], ids[1]]
     assert constraint.fits(wrong) == 1
     masks = [bytes(mask) for mask in constraint.walk(ids[1:])]
