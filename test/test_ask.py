@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""decode_ask: prints the answer and its figures, and says by its exit code how it went."""
+"""`decode_ask`: what it prints, its exit codes, and its error messages."""
 
 import json
 import os
@@ -33,7 +33,7 @@ COMMAND = [sys.executable, '-m', 'physai_decode.ros.ask', '--timeout', str(PATIE
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give a node that takes prompts."""
+    """Start an active node."""
     rclpy.init()
     rig = Rig()
     assert rig.change('configure', 'activate')
@@ -43,13 +43,12 @@ def rig():
 
 
 def ask(*arguments):
-    """Run the command."""
+    """Run `decode_ask` to its end."""
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=2 * PATIENCE_S)
 
 
-def test_it_prints_the_answer_and_its_figures(rig):
-    """Text first, then one line for each figure."""
+def test_prints_the_answer_and_then_its_figures(rig):
     done = ask('hello 🙂')
     assert (done.returncode, done.stderr) == (0, '')
     lines = done.stdout.splitlines()
@@ -59,18 +58,18 @@ def test_it_prints_the_answer_and_its_figures(rig):
     assert figures['output_tokens'] == '7'
 
 
-def test_json_is_one_object(rig):
-    """With numbers as numbers and what is not known as null."""
+def test_json_output_is_one_object(rig):
+    """Numbers are JSON numbers, and unknown figures are null."""
     done = ask('hi', '--json')
-    told = json.loads(done.stdout)
-    assert (done.returncode, told['text'], told['error']) == (0, 'HI', '')
-    assert told['output_tokens'] == 2
-    assert told['cancel_ms'] is None
-    assert told['total_ms'] > 0
+    output = json.loads(done.stdout)
+    assert (done.returncode, output['text'], output['error']) == (0, 'HI', '')
+    assert output['output_tokens'] == 2
+    assert output['cancel_ms'] is None
+    assert output['total_ms'] > 0
 
 
-def test_it_takes_its_own_answer_among_others(rig):
-    """While another request runs and one waits, it shows the third."""
+def test_shows_only_its_own_answer(rig):
+    """Two requests of another client are ahead of it: one runs and one waits."""
     engine, count = rig.loader.engines[0], rig.node._host.counts['requests']
     for text in ('x?', 'y' * 50):
         rig.ask_later(text)
@@ -82,18 +81,17 @@ def test_it_takes_its_own_answer_among_others(rig):
     engine.answer.clear()
 
 
-def test_many_at_once(rig):
-    """Each shows its own answer."""
+def test_concurrent_commands_show_their_own_answers(rig):
     texts = ['first', 'second', 'same', 'same']
-    asked = [subprocess.Popen([*COMMAND, text, '--json'], stdout=subprocess.PIPE, text=True)
-             for text in texts]
-    told = [json.loads(each.communicate(timeout=PATIENCE_S)[0]) for each in asked]
-    assert [each['text'] for each in told] == [text.upper() for text in texts]
-    assert len({each['client_id'] for each in told}) == 4
+    processes = [subprocess.Popen([*COMMAND, text, '--json'], stdout=subprocess.PIPE, text=True)
+                 for text in texts]
+    outputs = [json.loads(process.communicate(timeout=PATIENCE_S)[0]) for process in processes]
+    assert [output['text'] for output in outputs] == [text.upper() for text in texts]
+    assert len({output['client_id'] for output in outputs}) == 4
 
 
-def test_options_go_with_the_request(rig):
-    """One that is cut off has an exit code of its own."""
+def test_sends_the_options_with_the_request(rig):
+    """The exit code is 3 for a truncated answer, 1 for a rejected option and 2 for bad JSON."""
     done = ask('hello', '--options', '{"max_tokens": 2}')
     assert done.returncode == 3
     assert done.stdout.startswith('HE\n')
@@ -101,53 +99,53 @@ def test_options_go_with_the_request(rig):
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout.splitlines()[0]) == (1, '')
     assert "'max_token' is not a field of a request" in done.stderr
-    for wrong in ('{', '[1]'):
-        done = ask('hello', '--options', wrong)
+    for options in ('{', '[1]'):
+        done = ask('hello', '--options', options)
         assert (done.returncode, done.stdout) == (2, '')
         assert 'is not ' in done.stderr
 
 
-def test_a_refusal_is_an_error(rig):
-    """The reason is on stderr."""
+def test_reports_a_rejected_request(rig):
+    """The reason is on stderr, and the exit code is 1."""
     done = ask('')
     assert done.returncode == 1
     assert 'the prompt is empty' in done.stderr
 
 
-def test_an_engine_s_error_is_an_error(rig):
-    """With the text so far."""
+def test_reports_an_error_of_the_engine(rig):
+    """The output has the text that was generated before the error."""
     done = ask('ab!c')
     assert done.returncode == 1
     assert done.stdout.startswith('AB\n')
     assert 'the engine broke' in done.stderr
 
 
-def test_bytes_that_are_no_text(rig):
-    """They are sent as U+FFFD."""
+def test_replaces_bytes_that_are_not_utf_8(rig):
+    """The prompt has U+FFFD in their place."""
     done = ask(b'a\xffb')
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.startswith('A\ufffdB\n')
 
 
-def test_no_node_has_such_a_name():
-    """It says so."""
+def test_rejects_an_invalid_node_name():
+    """ROS 2 allows no blanks in the name of a node."""
     done = ask('hello', '--node', 'a b')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == "decode_ask: 'a b' is not a valid node name\n"
 
 
-def test_no_node_in_time(rig):
-    """It says which node it waited for."""
+def test_times_out_without_a_node(rig):
+    """The message names the node that it waited for."""
     done = ask('hello', '--node', 'nobody', '--timeout', '1')
     assert done.returncode == 1
     assert done.stderr == 'decode_ask: no node /nobody was found within 1 s\n'
 
 
-def test_a_node_with_diagnostics_elsewhere(rig):
-    """Its topics are there, its diagnostics elsewhere: it says so, and how to listen there."""
-    elsewhere = ('--ros-args', '-r', '/diagnostics:=/arm/diagnostics')
-    for timeout_s in (3, 10, 60):       # until it has seen the topics in time
-        done = ask('hello', '--timeout', str(timeout_s), *elsewhere)
+def test_node_that_remaps_its_diagnostics(rig):
+    """The message says how to remap the topic; with the remapping, the command works."""
+    remapped = ('--ros-args', '-r', '/diagnostics:=/arm/diagnostics')
+    for timeout_s in (3, 10, 60):       # until discovery is complete in time
+        done = ask('hello', '--timeout', str(timeout_s), *remapped)
         if 'no node /decode was found' not in done.stderr:
             break
     assert done.returncode == 1
@@ -158,7 +156,7 @@ def test_a_node_with_diagnostics_elsewhere(rig):
     arm = rig.probe.create_publisher(DiagnosticArray, '/arm/diagnostics', 100)
     relay = rig.probe.create_subscription(DiagnosticArray, '/diagnostics', arm.publish, 100)
     try:
-        done = ask('hello', *elsewhere)
+        done = ask('hello', *remapped)
     finally:
         rig.probe.destroy_subscription(relay)
         rig.probe.destroy_publisher(arm)
@@ -166,11 +164,11 @@ def test_a_node_with_diagnostics_elsewhere(rig):
     assert done.stdout.startswith('HELLO\n')
 
 
-def test_no_answer_in_time(rig, monkeypatch):
-    """An engine that hangs does not hang the command."""
+def test_times_out_when_the_engine_hangs(rig, monkeypatch):
+    """The clock passes the timeout after the first token."""
     asker, engine = module.Asker('decode'), rig.loader.engines[0]
     monkeypatch.setattr(module, 'time', SimpleNamespace(
-        monotonic=lambda: 6.0 if asker.pieces else 0.0))        # the time is up after a token
+        monotonic=lambda: 6.0 if asker.pieces else 0.0))
     try:
         with pytest.raises(module.AskError, match='/decode did not finish its answer within 5 s'):
             module.ask(asker, 'a?', 5.0, lambda piece: None)
@@ -182,19 +180,19 @@ def test_no_answer_in_time(rig, monkeypatch):
     engine.answer.clear()
 
 
-@pytest.mark.parametrize('slip', [('-p', 'x:=['), ('-r', 'a'), ('--nope',)])
-def test_a_slip_in_the_ros_arguments(slip):
-    """A line that shows it, no traceback."""
-    done = ask('hello', '--ros-args', *slip)
+@pytest.mark.parametrize('wrong', [('-p', 'x:=['), ('-r', 'a'), ('--nope',)])
+def test_rejects_wrong_ros_arguments(wrong):
+    """One line on stderr names the argument, without a traceback."""
+    done = ask('hello', '--ros-args', *wrong)
     assert done.returncode == 1
     assert done.stderr.startswith('decode_ask: ')
-    assert slip[-1] in done.stderr
+    assert wrong[-1] in done.stderr
     assert done.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('arguments', [['hello'], [''], ['hello', '--json']])
-def test_nobody_reads_the_output(rig, arguments):
-    """A line says so, be it of the answer, of the figures alone, or of the object."""
+def test_reports_a_closed_output_pipe(rig, arguments):
+    """It closes before an answer, before the figures of a rejected request, or before the JSON."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -205,15 +203,15 @@ def test_nobody_reads_the_output(rig, arguments):
         1, 'decode_ask: the reader of the output has closed it\n')
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_it_can_be_interrupted(rig, number):
-    """Without a traceback."""
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_without_a_traceback(rig, signum):
+    """The signal comes in the middle of an answer; stderr has one line, and the exit code is 1."""
     engine = rig.loader.engines[0]
     process = subprocess.Popen(
         [*COMMAND, 'a?'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.read(1) == 'A'
-        os.kill(process.pid, number)
+        os.kill(process.pid, signum)
         _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()

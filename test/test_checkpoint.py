@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Model folders, whole and broken: each fault is named, with the way out."""
+"""`checkpoint.inspect` and `checkpoint.locate`: valid model folders, and the errors for others."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SIZES = {'F32': 4, 'BF16': 2, 'I32': 4}
 
 
 def write_safetensors(path, tensors):
-    """Write a file of zeros; `tensors` maps names to (dtype, shape)."""
+    """Write tensors of zeros; `tensors` maps names to (dtype, shape)."""
     header, offset = {'__metadata__': {'format': 'pt'}}, 0
     for name, (dtype, shape) in tensors.items():
         size = SIZES[dtype]
@@ -50,7 +50,7 @@ def write_json(path, value):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Give a whole model folder."""
+    """Write a valid model folder."""
     write_json(tmp_path / 'config.json', CONFIG)
     write_safetensors(tmp_path / 'model.safetensors', TENSORS)
     return tmp_path
@@ -58,7 +58,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Give a whole model folder of two weight files."""
+    """Write a valid model folder with two weight files."""
     write_json(tmp_path / 'config.json', CONFIG)
     names = ('model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors')
     write_safetensors(tmp_path / names[0], {'a.weight': ('F32', (2, 3))})
@@ -68,14 +68,14 @@ def shards(tmp_path):
     return tmp_path
 
 
-def refusal(folder):
-    """Give the message with which a folder is refused."""
+def error_of(folder):
+    """Return the message of the error that `inspect` raises."""
     with pytest.raises(EngineError) as caught:
         checkpoint.inspect(folder)
     return str(caught.value)
 
 
-def test_a_whole_folder(folder):
+def test_inspects_a_folder(folder):
     model = checkpoint.inspect(folder)
     assert model.model_type == 'llama'
     assert model.context_limit == 64
@@ -88,7 +88,7 @@ def test_a_whole_folder(folder):
     assert model.tensors['c.qweight'].stop == (folder / 'model.safetensors').stat().st_size
 
 
-def test_tensors_lie_where_the_index_says(tmp_path):
+def test_entries_give_the_place_of_each_tensor(tmp_path):
     write_json(tmp_path / 'config.json', CONFIG)
     values = {'x': torch.arange(6.0).view(2, 3), 'y': torch.arange(5, dtype=torch.int32)}
     save_file(values, tmp_path / 'model.safetensors')
@@ -98,96 +98,96 @@ def test_tensors_lie_where_the_index_says(tmp_path):
         assert entry.shape == tuple(values[name].shape)
 
 
-def test_shards(shards):
+def test_inspects_shards(shards):
     model = checkpoint.inspect(shards)
     assert set(model.tensors) == {'a.weight', 'b.weight'}
     assert model.tensors['b.weight'].path.name == 'model-00002-of-00002.safetensors'
 
 
-def test_missing_folder(tmp_path):
-    assert 'no such folder' in refusal(tmp_path / 'gone')
+def test_rejects_a_missing_folder(tmp_path):
+    assert 'no such folder' in error_of(tmp_path / 'missing')
 
 
-def test_empty_folder(tmp_path):
-    assert 'is empty' in refusal(tmp_path)
+def test_rejects_an_empty_folder(tmp_path):
+    assert 'is empty' in error_of(tmp_path)
 
 
-def test_missing_config(folder):
+def test_rejects_a_missing_config(folder):
     (folder / 'config.json').unlink()
-    assert 'config.json is missing' in refusal(folder)
+    assert 'config.json is missing' in error_of(folder)
 
 
 @pytest.mark.parametrize('text', ['{"model_type": ', '[]', ''])
-def test_broken_config(folder, text):
+def test_rejects_a_config_that_is_not_an_object(folder, text):
     (folder / 'config.json').write_text(text)
-    assert 'config.json' in refusal(folder)
+    assert 'config.json' in error_of(folder)
 
 
-def test_config_of_something_else(folder):
+def test_rejects_a_config_without_model_type(folder):
     write_json(folder / 'config.json', {'name': 'something'})
-    assert 'model_type' in refusal(folder)
+    assert 'model_type' in error_of(folder)
 
 
 @pytest.mark.parametrize('kept', [0, 5, 60, -1])
-def test_truncated_weights(folder, kept):
+def test_rejects_truncated_weights(folder, kept):
     path = folder / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:kept])
-    message = refusal(folder)
+    message = error_of(folder)
     assert 'truncated' in message and str(path) in message
 
 
-def test_trailing_bytes(folder):
+def test_rejects_bytes_after_the_last_tensor(folder):
     path = folder / 'model.safetensors'
     path.write_bytes(path.read_bytes() + b'\0')
-    assert 'belong to no tensor' in refusal(folder)
+    assert 'belong to no tensor' in error_of(folder)
 
 
 @pytest.mark.parametrize('content', [
     b'\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01', struct.pack('<Q', 4) + b'abcd' + bytes(8),
     struct.pack('<Q', 2) + b'[]', struct.pack('<Q', 8) + b'{"a": 1}'])
-def test_garbage_for_weights(folder, content):
+def test_rejects_weights_that_are_not_safetensors(folder, content):
     (folder / 'model.safetensors').write_bytes(content)
-    assert 'model.safetensors' in refusal(folder)
+    assert 'model.safetensors' in error_of(folder)
 
 
-def test_a_size_that_does_not_fit_the_shape(folder):
+def test_rejects_a_tensor_whose_size_contradicts_its_shape(folder):
     text = json.dumps({'w': {'dtype': 'F32', 'shape': [3], 'data_offsets': [0, 8]}}).encode()
     (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + bytes(8))
-    assert 'tensor w' in refusal(folder)
+    assert 'tensor w' in error_of(folder)
 
 
-def test_git_lfs_pointer(folder):
+def test_rejects_a_git_lfs_pointer(folder):
     (folder / 'model.safetensors').write_text(
         'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n')
-    assert 'git lfs pull' in refusal(folder)
+    assert 'git lfs pull' in error_of(folder)
 
 
-def test_a_link_to_nothing(folder):
-    """A snapshot of a cache, copied without what its links point to."""
+def test_rejects_a_dangling_link(folder):
+    """A copy of a hub cache's snapshot has such links if its blobs were left out."""
     path = folder / 'model.safetensors'
     path.unlink()
     path.symlink_to('../../blobs/0')
     assert_damaged(folder, str(path))
 
 
-def test_a_folder_for_weights(folder):
+def test_rejects_a_folder_in_place_of_weights(folder):
     (folder / 'model.safetensors').unlink()
     (folder / 'model.safetensors').mkdir()
     assert_damaged(folder, 'model.safetensors')
 
 
-def test_what_may_not_be_read(folder, monkeypatch):
+def test_rejects_a_file_that_it_may_not_read(folder, monkeypatch):
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(os, 'open', refuse)
-    assert 'correct its permissions' in refusal(folder)
+    assert 'correct its permissions' in error_of(folder)
 
 
 @pytest.fixture(params=['FIFO', 'device'])
 def endless(request, folder):
-    """Give what puts something that never ends a read in a file's place, and its kind."""
+    """Return a function that puts an endless file in a file's place, and returns the error."""
     def put(name):
         path = folder / name
         path.unlink(missing_ok=True)
@@ -202,52 +202,52 @@ def endless(request, folder):
 @pytest.mark.parametrize('name', [
     'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
     'tokenizer_config.json', 'chat_template.jinja', 'vocab.txt', 'merges.txt', 'anything'])
-def test_what_is_no_regular_file_is_named(folder, endless, name):
-    """It is not waited for, nor read: also what only a library would open."""
-    said = endless(name)
-    assert said in refusal(folder)
+def test_rejects_a_file_that_is_not_regular(folder, endless, name):
+    """It is not opened, even if only a library would read it."""
+    message = endless(name)
+    assert message in error_of(folder)
 
 
-def test_a_further_template_that_never_ends(folder, endless):
+def test_rejects_a_named_template_that_is_not_a_regular_file(folder, endless):
     (folder / 'additional_chat_templates').mkdir()
-    said = endless('additional_chat_templates/tools.jinja')
-    assert said in refusal(folder)
+    message = endless('additional_chat_templates/tools.jinja')
+    assert message in error_of(folder)
 
 
 @pytest.mark.parametrize('name', [
     'config.json', 'generation_config.json', 'model.safetensors.index.json', 'tokenizer.json',
     'tokenizer_config.json', 'chat_template.jinja', 'vocab.txt', 'tokenizer.model'])
-def test_a_file_too_large_for_its_kind(folder, name):
+def test_rejects_a_file_that_is_too_large(folder, name):
     with (folder / name).open('wb') as file:
         file.truncate(2**30)
-    message = refusal(folder)
+    message = error_of(folder)
     assert str(folder / name) in message and '1073741824 bytes' in message
 
 
-def test_a_snapshot_of_a_cache(folder, tmp_path_factory):
-    """Its files are links."""
+def test_inspects_a_snapshot_of_a_hub_cache(folder, tmp_path_factory):
+    """The files of a snapshot are links."""
     snapshot = tmp_path_factory.mktemp('snapshot')
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path)
     assert checkpoint.inspect(snapshot).tensors.keys() == TENSORS.keys()
 
 
-def test_missing_shard(shards):
+def test_rejects_a_missing_shard(shards):
     (shards / 'model-00002-of-00002.safetensors').unlink()
-    assert 'model-00002-of-00002.safetensors' in refusal(shards)
+    assert 'model-00002-of-00002.safetensors' in error_of(shards)
 
 
-def test_a_shard_without_its_tensor(shards):
+def test_rejects_a_shard_without_its_tensor(shards):
     write_safetensors(
         shards / 'model-00002-of-00002.safetensors', {'other.weight': ('BF16', (4,))})
-    assert 'b.weight' in refusal(shards)
+    assert 'b.weight' in error_of(shards)
 
 
-def test_an_index_can_not_reach_outside(shards):
+def test_rejects_a_shard_outside_the_folder(shards):
     write_json(shards / 'model.safetensors.index.json', {
         'weight_map': {'a.weight': '../outside.safetensors'}})
     write_safetensors(shards.parent / 'outside.safetensors', {'a.weight': ('F32', (2, 3))})
-    assert 'outside.safetensors' in refusal(shards)
+    assert 'outside.safetensors' in error_of(shards)
 
 
 YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
@@ -269,7 +269,7 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
     ({'physai_decode_random_weights': [0]}, 'physai_decode_random_weights'),
     ({'physai_decode_random_weights': {'seed': '0'}}, 'seed'),
     ({'quantization_config': 'gptq'}, 'quantization_config')])
-def test_nonsense_in_a_config(folder, fields, word):
+def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     write_json(folder / 'config.json', {**CONFIG, **fields})
     assert_damaged(folder, 'config.json', word)
 
@@ -278,19 +278,20 @@ DEEP = '[' * 100_000
 
 
 @pytest.mark.parametrize('name', ['config.json', 'generation_config.json'])
-def test_a_nest_without_an_end(folder, name):
+def test_rejects_json_that_is_nested_too_deep(folder, name):
     (folder / name).write_text('{"a": ' + DEEP)
     assert_damaged(folder, name, 'RecursionError')
 
 
-def assert_damaged(folder, *said):
-    message = refusal(folder)
-    for part in (*said, 'again'):
+def assert_damaged(folder, *words):
+    """Assert that the error has these words, and advises to get the model again."""
+    message = error_of(folder)
+    for part in (*words, 'again'):
         assert part in message
 
 
 @pytest.mark.parametrize('file', [3, None, ['a']])
-def test_nonsense_in_an_index(shards, file):
+def test_rejects_a_wrong_value_in_the_index(shards, file):
     write_json(shards / 'model.safetensors.index.json', {'weight_map': {'a.weight': file}})
     assert_damaged(shards, 'model.safetensors.index.json')
 
@@ -308,7 +309,7 @@ def tensor(begin, end, dtype='F32', shape=(2,)):
     {'a': tensor(0, 16, ['F32'])}, {'a': tensor(0, 16, 32)}, {'a': tensor(0, 16, shape='22')},
     {'a': tensor(0, 16, 'X', '22')}, {'a': tensor(0, 16, shape=2)}, {'a': tensor('0', 16)},
     {'a': tensor(0, 16, shape=(None,))}, DEEP], ids=lambda header: str(header)[:60])
-def test_nonsense_in_a_header(folder, header):
+def test_rejects_a_wrong_value_in_a_header(folder, header):
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + bytes(16))
     assert_damaged(folder, 'model.safetensors')
@@ -317,18 +318,18 @@ def test_nonsense_in_a_header(folder, header):
 @pytest.mark.parametrize(('name', 'word'), [
     ('pytorch_model.bin', 'safetensors'), ('consolidated.00.pth', 'pickle'),
     ('model.gguf', 'GGUF'), ('notes.txt', 'no weights')])
-def test_other_formats(folder, name, word):
+def test_rejects_other_formats_of_weights(folder, name, word):
     (folder / 'model.safetensors').rename(folder / name)
-    message = refusal(folder)
+    message = error_of(folder)
     assert word in message
 
 
-def test_a_pickle_is_never_opened(folder):
+def test_never_loads_a_pickle(folder):
     (folder / 'model.safetensors').unlink()
-    trace = folder / 'it_ran'
+    trace = folder / 'executed'
     payload = f"cbuiltins\neval\n(S'open({str(trace)!r}, \"w\")'\ntR."
     (folder / 'pytorch_model.bin').write_bytes(payload.encode())
-    refusal(folder)
+    error_of(folder)
     assert not trace.exists()
 
 
@@ -337,7 +338,7 @@ def test_a_pickle_is_never_opened(folder):
     ({'eos_token_id': [5, 6]}, {'eos_token_id': 6, 'text_config': {'eos_token_id': 7}}, (5, 6, 7)),
     ({}, {'eos_token_id': 2}, (2,)), ({}, {'eos_token_id': None}, ()),
     ({}, {'text_config': {'eos_token_id': [7]}}, (7,)), ({}, {'eos_token_id': 0}, (0,))])
-def test_end_ids(folder, generation, config, expected):
+def test_end_token_ids_of_config_and_generation_config(folder, generation, config, expected):
     write_json(folder / 'config.json', {'model_type': 'llama', **config})
     write_json(folder / 'generation_config.json', generation)
     assert checkpoint.inspect(folder).eos_token_ids == expected
@@ -350,22 +351,22 @@ def test_end_ids(folder, generation, config, expected):
     ({'do_sample': True, 'temperature': 1, 'min_p': 0.1, 'top_p': 0.9, 'repetition_penalty': 1.1},
      {'temperature': 1.0, 'min_p': 0.1, 'top_p': 0.9, 'repetition_penalty': 1.1}),
     ({'repetition_penalty': 1.1, 'temperature': 0.6}, {'repetition_penalty': 1.1})])
-def test_sampling_of_its_makers(folder, generation, expected):
+def test_sampling_of_the_checkpoint(folder, generation, expected):
     write_json(folder / 'generation_config.json', generation)
     assert checkpoint.inspect(folder).sampling == expected
 
 
 @pytest.mark.parametrize('value', [-1.0, 'warm', [0.5], 1e9])
-def test_sampling_that_can_not_be(folder, value):
+def test_rejects_a_sampling_setting_out_of_range(folder, value):
     write_json(folder / 'generation_config.json', {'do_sample': True, 'temperature': value})
-    assert 'generation_config.json is damaged (temperature is' in refusal(folder)
+    assert 'generation_config.json is damaged (temperature is' in error_of(folder)
 
 
 @pytest.mark.parametrize('value', [-1, True, 2.0, {'id': 2}])
-def test_an_end_that_is_no_token(folder, value):
+def test_rejects_an_end_token_that_is_not_an_id(folder, value):
     for name in ('config.json', 'generation_config.json'):
         write_json(folder / name, {**CONFIG, 'eos_token_id': value})
-        assert f'{name} is damaged (eos_token_id is' in refusal(folder)
+        assert f'{name} is damaged (eos_token_id is' in error_of(folder)
         write_json(folder / name, CONFIG)
 
 
@@ -395,45 +396,45 @@ def test_context_limit(folder, config, limit):
     ({'quant_method': 'bitsandbytes', 'load_in_8bit': True}, 'bitsandbytes-int8'),
     *(({'quant_method': 'compressed-tensors', 'config_groups': {
         name: {'weights': {'num_bits': bits, 'type': kind, 'group_size': size}}
-        for name, (kind, bits, size) in groups.items()}}, f'compressed-tensors{told}')
-      for groups, told in (
+        for name, (kind, bits, size) in groups.items()}}, f'compressed-tensors{suffix}')
+      for groups, suffix in (
           ({'0': ('int', 4, 128)}, '-int4-g128'), ({'0': ('float', 8, None)}, '-float8'),
           ({'0': ('int', 4, 128), '1': ('int', 4, 32)}, '-int4'),
           ({'0': ('int', 4, 128), '1': ('int', 8, 128)}, '-g128'))),
     ({'quant_method': 'fp8'}, 'fp8')])
-def test_quantization_names(folder, quantization, name):
+def test_names_the_quantization(folder, quantization, name):
     write_json(folder / 'config.json', {**CONFIG, 'quantization_config': quantization})
     assert checkpoint.inspect(folder).quantization == name
 
 
-def test_locate_a_folder(folder):
+def test_locates_a_folder(folder):
     assert checkpoint.locate(str(folder)) == folder
 
 
-def test_locate_a_file(folder):
+def test_does_not_locate_a_file(folder):
     with pytest.raises(EngineError, match='is a file'):
         checkpoint.locate(str(folder / 'config.json'))
 
 
-@pytest.mark.parametrize('path', ['/no/such/folder', './gone', 'gone', '~/gone/away', '', 'a/b/c'])
-def test_locate_nothing(path):
+@pytest.mark.parametrize('path', ['/no/such/folder', './none', 'none', '~/none/such', '', 'a/b/c'])
+def test_does_not_locate_a_missing_folder(path):
     with pytest.raises(EngineError, match='no such folder'):
         checkpoint.locate(path)
 
 
 @pytest.mark.parametrize('path', ['~no_such_user/model', '/' + 'a' * 300, 'a' * 5000])
-def test_locate_what_can_not_be(path):
+def test_does_not_locate_an_impossible_path(path):
     with pytest.raises(EngineError, match=r'model\.path .*(set it to a|allowed are)'):
         checkpoint.locate(path)
 
 
 @pytest.mark.parametrize('name', ['no_such_model', '..', '../models', ''])
-def test_locate_an_unknown_builtin(name):
+def test_does_not_locate_an_unknown_builtin_model(name):
     with pytest.raises(EngineError, match='the package does not contain this model'):
         checkpoint.locate(f'builtin:{name}')
 
 
-def test_a_hub_id_without_a_network(monkeypatch):
+def test_hub_id_without_a_network(monkeypatch):
 
     def unreachable(*args, **kwargs):
         raise OSError('network is unreachable')
@@ -443,18 +444,18 @@ def test_a_hub_id_without_a_network(monkeypatch):
         checkpoint.locate('some-org/some-model')
 
 
-def test_only_data_is_fetched(monkeypatch, tmp_path):
-    asked = {}
+def test_downloads_only_data_from_the_hub(monkeypatch, tmp_path):
+    given = {}
 
     def download(name, **options):
-        asked.update(options, name=name)
+        given.update(options, name=name)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
     assert checkpoint.locate('some-org/some-model', 'v2') == tmp_path
-    assert (asked['name'], asked['revision']) == ('some-org/some-model', 'v2')
+    assert (given['name'], given['revision']) == ('some-org/some-model', 'v2')
     files = ['config.json', 'model.safetensors', 'tokenizer.model', 'chat_template.jinja',
              'pytorch_model.bin', 'modeling_x.py', 'onnx/model.safetensors', 'model.gguf']
     chosen = huggingface_hub.utils.filter_repo_objects(
-        files, allow_patterns=asked['allow_patterns'], ignore_patterns=asked['ignore_patterns'])
+        files, allow_patterns=given['allow_patterns'], ignore_patterns=given['ignore_patterns'])
     assert list(chosen) == files[:4]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Garbage while answers follow one another without a gap, and collections at the right moment."""
+"""`Collector`: when it collects garbage during back-to-back answers, and how often."""
 
 import gc
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ import pytest
 
 
 class Clock:
-    """A clock that goes only where the test moves it."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -34,7 +34,7 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    """Give a clock, and a garbage collector that is on."""
+    """Return a clock; check that garbage collection is on before and after the test."""
     assert gc.isenabled()
     yield Clock()
     assert gc.isenabled()
@@ -42,34 +42,34 @@ def clock():
 
 @pytest.fixture
 def collections(monkeypatch):
-    """Note the generation of each collection."""
-    noted = []
-    monkeypatch.setattr(gc, 'collect', lambda generation=2: noted.append(generation))
-    return noted
+    """Return a list that receives the generation of each collection."""
+    generations = []
+    monkeypatch.setattr(gc, 'collect', lambda generation=2: generations.append(generation))
+    return generations
 
 
 class Cycle:
-    """Only a collection frees it."""
+    """A reference cycle: only a collection frees it."""
 
     def __init__(self) -> None:
         self.me = self
 
 
 def cycles() -> int:
-    """Count those that are there."""
+    """Count the cycles that are not freed."""
     return sum(type(each) is Cycle for each in gc.get_objects())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('step_s', [0.012, 0.0])
 def test_garbage_is_bounded_while_the_queue_never_empties(clock, step_s, monkeypatch):
-    """What outlives the collection after its own request is garbage later, and goes too."""
+    """Objects that outlive the collection after their own request are freed by a later one."""
     monkeypatch.setattr(collector, 'FULL_EVERY_OBJECTS', 3000)
     paused = Collector(clock).paused
     kept, most = [], 0
     for index in range(3000):
         with paused(full=lambda: False):
-            kept = [*kept, Cycle(), Cycle()][-4:]       # for two requests
+            kept = [*kept, Cycle(), Cycle()][-4:]       # alive for two requests
             clock.now_s += step_s
         if index % 100 == 99:
             most = max(most, cycles())
@@ -77,7 +77,7 @@ def test_garbage_is_bounded_while_the_queue_never_empties(clock, step_s, monkeyp
 
 
 def test_collection_waits_for_the_end_of_all_answers(clock, collections):
-    """One for all workers."""
+    """All workers share the collector, so their answers overlap."""
     paused = Collector(clock).paused
     with paused(full=lambda: True):
         with paused(full=lambda: True):
@@ -90,8 +90,8 @@ def test_collection_waits_for_the_end_of_all_answers(clock, collections):
     assert collections == [2, 0]
 
 
-def test_answers_that_overlap_without_end(clock, collections):
-    """Now and then the end of one of them is enough."""
+def test_collects_although_answers_always_overlap(clock, collections):
+    """The end of one answer is enough if the last collection was `OVERLAP_S` ago."""
     paused = Collector(clock).paused
     with paused(full=lambda: False):
         for _ in range(10):
@@ -102,8 +102,8 @@ def test_answers_that_overlap_without_end(clock, collections):
     assert len(collections) == 4
 
 
-def test_a_slow_collection_is_seldom_made(clock, monkeypatch):
-    """It takes at most its share of the time."""
+def test_slow_full_collections_are_rare(clock, monkeypatch):
+    """They take at most `FULL_SHARE` of the time."""
     took_s = 0.0
 
     def collect(generation=2):
@@ -119,8 +119,8 @@ def test_a_slow_collection_is_seldom_made(clock, monkeypatch):
     assert 0 < took_s <= collector.FULL_SHARE * (clock.now_s - begin_s) + 0.5
 
 
-def test_it_stays_off_where_it_was_off(clock, collections):
-    """Who turned it off has a reason."""
+def test_leaves_collection_off_if_it_was_off(clock, collections):
+    """An application may have its own reason to disable it."""
     gc.disable()
     try:
         with Collector(clock).paused(full=lambda: True):
@@ -132,15 +132,15 @@ def test_it_stays_off_where_it_was_off(clock, collections):
 
 
 def test_an_error_ends_the_pause(clock):
-    """Collection goes on."""
+    """Garbage collection is on again."""
     with pytest.raises(ValueError), Collector(clock).paused(full=lambda: True):
         raise ValueError
     assert gc.isenabled()
 
 
-def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch):
-    asked = []
-    for library in (SimpleNamespace(malloc_trim=asked.append), SimpleNamespace()):
+def test_returns_freed_memory_if_the_c_library_can(monkeypatch):
+    paddings = []
+    for library in (SimpleNamespace(malloc_trim=paddings.append), SimpleNamespace()):
         monkeypatch.setattr(collector.ctypes, 'CDLL', lambda name, library=library: library)
         collector.give_back()
-    assert asked == [0]
+    assert paddings == [0]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Four clients at once, through ``~/request``: each gets exactly its own results."""
+"""Four clients send requests concurrently; each request gets exactly one result, its own."""
 
 import json
 import random
@@ -29,12 +29,12 @@ from std_msgs.msg import String
 
 CLIENTS = 4
 REQUESTS = 500
-OUTSTANDING = 3                 # of each client
+OUTSTANDING = 3                 # requests of each client at a time
 
 
 @pytest.fixture(params=['reject', 'preempt'])
 def rig(request):
-    """Give an active node of either queue policy."""
+    """Start an active node with each queue policy."""
     rclpy.init()
     rig = Rig(**{'queue.policy': request.param, 'queue.size': CLIENTS * OUTSTANDING})
     assert rig.change('configure', 'activate')
@@ -44,14 +44,14 @@ def rig(request):
 
 
 class Client:
-    """Asks, cancels some of it, and keeps every result on the topic."""
+    """Sends requests, cancels some of them, and keeps the results of its own."""
 
     def __init__(self, rig, name):
         self.name = name
         self.results = {}
-        self.asked = {}
+        self.prompts = {}
         self._random = random.Random(name)
-        self._room = threading.Semaphore(OUTSTANDING)
+        self._free = threading.Semaphore(OUTSTANDING)
         self.node = Node(f'client_{name}')
         self._request = self.node.create_publisher(String, '/decode/request', stream_qos())
         self.node.create_subscription(String, '/decode/result', self._on_result, stream_qos())
@@ -60,43 +60,44 @@ class Client:
         self._spin = threading.Thread(target=self._executor.spin)
         self._spin.start()
 
-    def is_known(self):
-        """Tell whether the node hears it."""
+    def is_connected(self):
+        """Return whether the node has discovered its publisher."""
         return self._request.get_subscription_count() > 0
 
     def _on_result(self, message):
         result = json.loads(message.data)
-        if result['id'] in self.asked:
+        if result['id'] in self.prompts:
             self.results.setdefault(result['id'], []).append(result)
-            self._room.release()
+            self._free.release()
 
-    def ask_all(self):
-        """Send all requests, a few at a time."""
+    def send_all(self):
+        """Send all requests, `OUTSTANDING` at a time; cancel a recent one after every tenth."""
         for index in range(REQUESTS):
-            assert self._room.acquire(timeout=PATIENCE_S)
+            assert self._free.acquire(timeout=PATIENCE_S)
             id_ = f'{self.name}-{index}'
-            self.asked[id_] = f'{self.name}{self._random.randrange(10**self._random.randrange(9))}'
-            self._send(id=id_, prompt=self.asked[id_])
+            number = self._random.randrange(10**self._random.randrange(9))
+            self.prompts[id_] = f'{self.name}{number}'
+            self._send(id=id_, prompt=self.prompts[id_])
             if self._random.random() < 0.1:
-                self._send(id=self._random.choice(list(self.asked)[-3:]), cancel=True)
+                self._send(id=self._random.choice(list(self.prompts)[-3:]), cancel=True)
 
     def _send(self, **fields):
         self._request.publish(String(data=json.dumps(fields)))
 
     def close(self):
-        """End the thread, then the node."""
+        """Stop the thread and destroy the node."""
         self._executor.shutdown()
         self._spin.join()
         self.node.destroy_node()
 
 
 @pytest.mark.slow
-def test_each_client_gets_its_own(rig):
+def test_each_request_gets_one_result_of_its_own(rig):
     clients = [Client(rig, name) for name in 'abcd']
     try:
-        rig.wait(lambda: all(client.is_known() for client in clients)
+        rig.wait(lambda: all(client.is_connected() for client in clients)
                  and rig.node._topics._result.get_subscription_count() == CLIENTS + 1)
-        threads = [threading.Thread(target=client.ask_all) for client in clients]
+        threads = [threading.Thread(target=client.send_all) for client in clients]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -107,13 +108,13 @@ def test_each_client_gets_its_own(rig):
             client.close()
     ends = {'stop': 0, 'cancelled': 0, 'preempted': 0}
     for client in clients:
-        for id_, text in client.asked.items():
+        for id_, text in client.prompts.items():
             (result,) = client.results[id_]
-            reason, said = result['physai']['finish_reason'], \
-                result['choices'][0]['message']['content']
+            reason = result['physai']['finish_reason']
+            answer = result['choices'][0]['message']['content']
             ends[reason] += 1
-            assert text.upper().startswith(said)
-            assert (said == text.upper()) or reason != 'stop'
+            assert text.upper().startswith(answer)
+            assert answer == text.upper() or reason != 'stop'
     assert ends['stop'] and ends['cancelled']
-    preempting = rig.node.get_parameter('queue.policy').value == 'preempt'
-    assert bool(ends['preempted']) == preempting
+    preempts = rig.node.get_parameter('queue.policy').value == 'preempt'
+    assert bool(ends['preempted']) == preempts

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Answers that have to have a form have it, on models that would say anything."""
+"""Constrained answers of models with random weights conform to their constraint."""
 
 from contextlib import nullcontext
 from itertools import product
@@ -60,7 +60,7 @@ def record(properties, required=None, **others):
 
 
 WORD = {'type': 'string', 'pattern': '^[a-z]{1,8}$'}
-# No larger than the answers that a model without sense gives in 120 tokens.
+# Small enough that a model with random weights ends most answers within 120 tokens.
 SIMPLE = [
     {'type': 'boolean'}, {'type': 'null'}, {'type': ['boolean', 'null']},
     *({'type': 'integer', 'minimum': low, 'maximum': high} for low, high in (
@@ -126,7 +126,7 @@ NESTED = [
     {'type': 'object', 'properties': {'a': {'const': 1}}, 'required': ['a', 'b'],
      'additionalProperties': {'enum': [1, 2]}, 'maxProperties': 2},
     record({'a b': WORD, 'ä"': {'type': 'null'}, '': {'const': 0}}),
-    {'title': 'told', 'description': 'nothing', '$schema': jsonschema.Draft202012Validator
+    {'title': 'title', 'description': 'text', '$schema': jsonschema.Draft202012Validator
      .META_SCHEMA['$id'], 'default': 1, 'examples': [1], **PARTS[0]},
     {'type': 'object', 'maxProperties': 0}, {'enum': [[], {}]}]
 SCHEMAS = SIMPLE + NESTED
@@ -144,7 +144,7 @@ def vocabulary(tokenizer):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Give a model with random weights, and with ids that its tokenizer does not have."""
+    """Write a model with random weights whose vocabulary is larger than its tokenizer's."""
     return random_model.save(tmp_path_factory.mktemp('model'), 'llama', 5, vocab_size=1030)
 
 
@@ -153,49 +153,49 @@ def loop_of(kind, folder):
                            lambda text: None))
 
 
-def answered(loop, vocabulary, tokenizer, form, sampling, prompt=(5, 6, 7)):
-    """Give an answer's text, and whether it ended by itself."""
+def decode(loop, vocabulary, tokenizer, form, sampling, prompt=(5, 6, 7)):
+    """Return an answer's text, and whether it ended before the token limit."""
     constraint = vocabulary.constraint(form)
     ids = [id_ for step in loop.stream(prompt, sampling, constraint) for id_ in step.token_ids
            if id_ != END]
     return tokenizer.decode(ids, skip_special_tokens=False), constraint.ended
 
 
-def judge(schema, text):
+def validate(schema, text):
     jsonschema.Draft202012Validator(schema).validate(json.loads(text))
 
 
-def test_the_table_is_large():
+def test_at_least_200_schemas():
     assert len(SCHEMAS) >= 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', [NativeEngine, TransformersEngine])
-def test_every_answer_that_ends_fulfils_its_schema(kind, folder, vocabulary, tokenizer):
+def test_answers_that_end_conform_to_their_schema(kind, folder, vocabulary, tokenizer):
     loop = loop_of(kind, folder)
     ends = 0
-    asked = SCHEMAS if kind is NativeEngine else SCHEMAS[::15]
-    for index, schema in enumerate(asked):
+    schemas = SCHEMAS if kind is NativeEngine else SCHEMAS[::15]
+    for index, schema in enumerate(schemas):
         for sampling in (GREEDY, SAMPLED):
-            text, ended = answered(loop, vocabulary, tokenizer, Form('json_schema', schema, 'it'),
-                                   sampling, (5, 6, 7 + index))
+            text, ended = decode(loop, vocabulary, tokenizer, Form('json_schema', schema, 'name'),
+                                 sampling, (5, 6, 7 + index))
             if ended:
-                judge(schema, text)
+                validate(schema, text)
             ends += ended
     loop.engine.close()
-    assert ends > 0.9 * 2 * len(asked)
+    assert ends > 0.9 * 2 * len(schemas)
 
 
-def test_the_fake_engine_is_kept_in_form_too():
+def test_constrains_the_fake_engine():
     vocabulary, ends = Vocabulary(byte_tokenizer(), 256, (0,)), 0
     for index, schema in enumerate(SCHEMAS):
         engine = FakeEngine(lambda prompt: forever(chr(33 + prompt[0])), vocab_size=256,
                             max_context=512)
-        text, ended = answered(DecodeLoop(engine), vocabulary, byte_tokenizer(),
-                               Form('json_schema', schema, 'it'), GREEDY, (index % 90,))
+        text, ended = decode(DecodeLoop(engine), vocabulary, byte_tokenizer(),
+                               Form('json_schema', schema, 'name'), GREEDY, (index % 90,))
         text = text.removesuffix('\0')
         if ended:
-            judge(schema, text)
+            validate(schema, text)
         ends += ended
     assert ends > len(SCHEMAS) / 2
 
@@ -207,18 +207,18 @@ def test_the_fake_engine_is_kept_in_form_too():
      'go (kitchen|hall)(,(kitchen|hall))?'),
     ('grammar', 'start: "a"~2..4 /b+/ "c"', 'a{2,4}b+c')])
 @pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
-def test_other_forms(kind, content, pattern, sampling, folder, vocabulary, tokenizer):
+def test_constrains_to_a_regex_a_choice_or_a_grammar(kind, content, pattern, sampling, folder, vocabulary, tokenizer):
     loop = loop_of(NativeEngine, folder)
     for first in range(5):
-        text, ended = answered(loop, vocabulary, tokenizer, Form(kind, content, 'it'), sampling,
-                               (first,))
+        text, ended = decode(loop, vocabulary, tokenizer, Form(kind, content, 'name'), sampling,
+                             (first,))
         assert not ended or re.fullmatch(pattern, text)
         assert ended or 'b' in text
     loop.engine.close()
 
 
 class Event:
-    """What stands for an event of a device that computes at once."""
+    """Replaces a CUDA event, for a device that is never busy."""
 
     def __init__(self, enable_timing=False):
         pass
@@ -237,7 +237,7 @@ class Event:
 
 
 @pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
-def test_a_pipeline_draws_with_the_mask_of_its_own_place(
+def test_pipeline_samples_with_the_mask_of_its_own_step(
         sampling, folder, vocabulary, tokenizer, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
@@ -245,12 +245,12 @@ def test_a_pipeline_draws_with_the_mask_of_its_own_place(
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
     loop = loop_of(NativeEngine, folder)
-    form = Form('json_schema', {'type': 'object'}, 'it')
+    form = Form('json_schema', {'type': 'object'}, 'name')
 
     def answers():
         loop.forget()
-        free = [step.token_ids for step in loop.stream([5, 6, 7], sampling)]
-        return answered(loop, vocabulary, tokenizer, form, sampling), free
+        unconstrained = [step.token_ids for step in loop.stream([5, 6, 7], sampling)]
+        return decode(loop, vocabulary, tokenizer, form, sampling), unconstrained
 
     expected = answers()
     loop.engine.pipeline = loop.engine.piped(False)
@@ -261,7 +261,7 @@ def test_a_pipeline_draws_with_the_mask_of_its_own_place(
 @pytest.mark.parametrize(('kind', 'content', 'words'), [
     ('json_schema', {'not': {}}, "the keyword 'not', which is not enforced"),
     ('json_schema', {'properties': {'a': {'items': {'uniqueItems': True}}}},
-     "it.properties.a.items has the keyword 'uniqueItems'"),
+     "name.properties.a.items has the keyword 'uniqueItems'"),
     ('json_schema', {'anyOf': [{'type': 'null'}, {'contains': {}}]}, r'anyOf\[1\] has'),
     ('json_schema', {'x-guidance': {'lenient': True}}, 'x-guidance'),
     ('json_schema', {'type': 'object', 'minProperties': 2}, 'minProperties'),
@@ -282,13 +282,13 @@ def test_a_pipeline_draws_with_the_mask_of_its_own_place(
     ('grammar', 'root ::= (', 'can not be used'),
     ('grammar', 'start: ' + '(' * 5000 + '"a"' + ')' * 5000, 'nested'),
     ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not')])
-def test_what_can_not_be_kept_is_refused(kind, content, words, vocabulary):
+def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
     with pytest.raises(ConstraintError, match=words):
-        vocabulary.constraint(Form(kind, content, 'it'))
+        vocabulary.constraint(Form(kind, content, 'name'))
 
 
-def test_an_end_is_allowed_where_the_answer_is_complete_and_nowhere_else(vocabulary, tokenizer):
-    constraint = vocabulary.constraint(Form('regex', 'ab?', 'it'))
+def test_allows_the_end_token_only_if_the_answer_is_complete(vocabulary, tokenizer):
+    constraint = vocabulary.constraint(Form('regex', 'ab?', 'name'))
 
     def may_end():
         return bool(constraint.mask()[END // 8] >> END % 8 & 1)
@@ -312,23 +312,23 @@ def test_an_end_is_allowed_where_the_answer_is_complete_and_nowhere_else(vocabul
         constraint.accept(b)
 
 
-def test_ids_that_the_model_lacks_are_never_allowed(tokenizer):
+def test_never_allows_ids_beyond_the_vocabulary(tokenizer):
     size = tokenizer.get_vocab_size() - 3
-    constraint = Vocabulary(tokenizer, size, (END,)).constraint(Form('regex', '(?s:.)+', 'it'))
+    constraint = Vocabulary(tokenizer, size, (END,)).constraint(Form('regex', '(?s:.)+', 'name'))
     assert int.from_bytes(constraint.mask(), 'little').bit_length() <= size
 
 
-def test_an_end_token_that_is_text_ends_nothing_before(tokenizer):
-    """Where the end is a token of the text, it is an end alone."""
+def test_end_token_that_is_also_text_only_ends(tokenizer):
+    """The answer needs this token as text, so no token is allowed there."""
     a = tokenizer.token_to_id('a')
-    constraint = Vocabulary(tokenizer, 1024, (a,)).constraint(Form('regex', 'ba', 'it'))
+    constraint = Vocabulary(tokenizer, 1024, (a,)).constraint(Form('regex', 'ba', 'name'))
     constraint.accept(tokenizer.token_to_id('b'))
     with pytest.raises(ConstraintError, match='no token'):
         constraint.mask()
 
 
-def test_a_constraint_is_compiled_once(vocabulary, tokenizer):
-    form = Form('regex', 'a{3}', 'it')
+def test_reuses_compiled_constraints(vocabulary, tokenizer):
+    form = Form('regex', 'a{3}', 'name')
     constraint = vocabulary.constraint(form)
     a = tokenizer.token_to_id('a')
     constraint.accept(a)
@@ -340,21 +340,21 @@ def test_a_constraint_is_compiled_once(vocabulary, tokenizer):
     vocabulary.constraint(form)
     with pytest.raises(ConstraintError):
         constraint.accept(tokenizer.token_to_id('b'))
-    again = vocabulary.constraint(form)         # what has failed is not used again
+    again = vocabulary.constraint(form)         # one that has failed is not used again
     again.accept(a)
     assert again is not constraint
     for count in range(9):
-        vocabulary.constraint(Form('regex', f'b{{{count + 1}}}', 'it'))
+        vocabulary.constraint(Form('regex', f'b{{{count + 1}}}', 'name'))
     assert vocabulary.constraint(form) is not again
 
 
-def plain(prompt):
+def quotes(prompt):
     yield from forever('"')
 
 
-def test_the_worker_keeps_the_form():
+def test_worker_constrains_answers():
     with making() as make:
-        worker, sink = make(FakeEngine(plain, vocab_size=128))
+        worker, sink = make(FakeEngine(quotes, vocab_size=128))
         number = worker.submit(Request('go', structured_outputs={'choice': ['go', 'stop']}))
         report, text = sink.end(number)
         assert (report.finish_reason, text) == ('stop', 'go')
@@ -373,7 +373,7 @@ def test_the_worker_keeps_the_form():
     ({'structured_outputs': {'regex': '('}}, 'structured_outputs.regex can not be used'),
     ({'structured_outputs': {'regex': 'a'}, 'sampling': {'stop': ('x',)}}, 'stop can not be used'),
 ])
-def test_the_worker_refuses_and_goes_on(options, words):
+def test_worker_rejects_a_constraint_and_goes_on(options, words):
     with making() as make:
         worker, sink = make(FakeEngine(vocab_size=128))
         report, text = sink.end(worker.submit(Request('go', **options)))
@@ -382,7 +382,7 @@ def test_the_worker_refuses_and_goes_on(options, words):
         assert worker.state == 'idle' and not worker.last_error
 
 
-def test_the_parameters_hold_where_a_request_says_nothing(tmp_path):
+def test_parameters_constrain_requests_without_a_constraint(tmp_path):
     file = tmp_path / 'answer.json'
     file.write_text('{"enum": [1, 22]}')
     assert configured(ConstraintConfig()) is None
@@ -399,7 +399,7 @@ def test_the_parameters_hold_where_a_request_says_nothing(tmp_path):
         with pytest.raises(ConstraintError, match=r'constraint\.grammar_file'):
             configured(ConstraintConfig(grammar_file=path))
     with making() as make:
-        worker, sink = make(FakeEngine(plain, vocab_size=128), form=form)
+        worker, sink = make(FakeEngine(quotes, vocab_size=128), form=form)
         assert sink.end(worker.submit(Request('go')))[1] in ('1', '22')
-        free = Request('go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
-        assert sink.end(worker.submit(free))[1] == '""'
+        unconstrained = Request('go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
+        assert sink.end(worker.submit(unconstrained))[1] == '""'

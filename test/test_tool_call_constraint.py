@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Answers that have to call a tool do, on models that would say anything."""
+"""A constraint makes a model with random weights call a tool with valid arguments."""
 
 from pathlib import Path
 
@@ -48,8 +48,8 @@ TOOLS = tuple({'type': 'function', 'function': {'name': name, 'parameters': para
     ('pick', {'properties': {'object': {'type': 'string', 'pattern': '^[a-z"]{1,8}$'}},
               'required': ['object'], 'additionalProperties': False}),
     ('wait', {})))
-THOUGHTS = '<think>', '</think>'
-OWN = ('<tool_call>', '</tool_call>', '[TOOL_CALLS]', '[ARGS]')
+THOUGHT_MARKERS = '<think>', '</think>'
+CALL_MARKERS = ('<tool_call>', '</tool_call>', '[TOOL_CALLS]', '[ARGS]')
 
 
 def tokenizer_with(*names):
@@ -67,8 +67,8 @@ def loop(tmp_path_factory):
     loop.engine.close()
 
 
-def answered(loop, tokenizer, form, sampling, prompt, thought=None):
-    """Give an answer's text, and whether it ended by itself."""
+def decode(loop, tokenizer, form, sampling, prompt, thought=None):
+    """Return an answer's text, and whether it ended before the token limit."""
     vocabulary = Vocabulary(tokenizer, SIZE, (END,))
     constraint = vocabulary.constraint(form, thought)
     ids = [id_ for step in loop.stream(prompt, sampling, constraint) for id_ in step.token_ids]
@@ -77,15 +77,15 @@ def answered(loop, tokenizer, form, sampling, prompt, thought=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('added', [(), OWN], ids=['text', 'tokens'])
+@pytest.mark.parametrize('added', [(), CALL_MARKERS], ids=['text', 'tokens'])
 @pytest.mark.parametrize('form', FORMS)
-def test_what_has_to_be_a_call_is_one(loop, form, added):
+def test_required_call_is_valid(loop, form, added):
     tokenizer, ends = tokenizer_with(*added), 0
     for index, sampling in enumerate(SAMPLINGS * 3):
         for tool in (*TOOLS, None):
             calls = Calls(form, TOOLS if tool is None else (tool,), tool is not None)
-            text, ended = answered(loop, tokenizer, Form('calls', calls, 'tool_choice'), sampling,
-                                   (5, 6, 7 + index))
+            text, ended = decode(loop, tokenizer, Form('calls', calls, 'tool_choice'), sampling,
+                                 (5, 6, 7 + index))
             speech = Speech(Manner(form=form), [each['function']['name'] for each in TOOLS])
             parts = speech.push(text) + speech.flush()
             found = [part.call for part in parts if part.kind is Kind.CALL]
@@ -103,44 +103,44 @@ def test_what_has_to_be_a_call_is_one(loop, form, added):
     assert ends >= 18
 
 
-@pytest.mark.parametrize('added', [(), THOUGHTS], ids=['text', 'tokens'])
+@pytest.mark.parametrize('added', [(), THOUGHT_MARKERS], ids=['text', 'tokens'])
 @pytest.mark.parametrize('form', [
-    Form('json_schema', {'type': 'boolean'}, 'it'), Form('regex', '[0-9]{3}', 'it'),
-    Form('choice', ['yes', 'no'], 'it'), Form('grammar', 'root ::= "go" | "stop"', 'it'),
-    Form('calls', Calls('hermes', TOOLS[1:2], True), 'it')], ids=lambda form: form.kind)
-def test_a_form_begins_after_the_thought(form, added):
+    Form('json_schema', {'type': 'boolean'}, 'name'), Form('regex', '[0-9]{3}', 'name'),
+    Form('choice', ['yes', 'no'], 'name'), Form('grammar', 'root ::= "go" | "stop"', 'name'),
+    Form('calls', Calls('hermes', TOOLS[1:2], True), 'name')], ids=lambda form: form.kind)
+def test_constraint_begins_after_the_thought(form, added):
     tokenizer = tokenizer_with(*added)
     vocabulary = Vocabulary(tokenizer, SIZE, (END,))
     plain = vocabulary.constraint(form).mask()
-    for thought, said in ((Thought(*THOUGHTS, True), 'so\n</think>\n\n'),
-                          (Thought(*THOUGHTS, False), '<think>\nso\n</think>\n\n'),
-                          (Thought(*THOUGHTS, False), '')):
+    for thought, text in ((Thought(*THOUGHT_MARKERS, True), 'so\n</think>\n\n'),
+                          (Thought(*THOUGHT_MARKERS, False), '<think>\nso\n</think>\n\n'),
+                          (Thought(*THOUGHT_MARKERS, False), '')):
         constraint = vocabulary.constraint(form, thought)
-        for id_ in tokenizer.encode(said, add_special_tokens=False).ids:
+        for id_ in tokenizer.encode(text, add_special_tokens=False).ids:
             mask = constraint.mask()
-            assert mask[id_ >> 3] >> (id_ & 7) & 1, (said, id_)
+            assert mask[id_ >> 3] >> (id_ & 7) & 1, (text, id_)
             assert not mask[END >> 3] >> (END & 7) & 1
             constraint.accept(id_)
         after = constraint.mask()
         lost = [byte & ~other for byte, other in zip(plain, after)]
         assert not any(lost)
-        if said:                    # a blank more may come, and no thought
+        if text:                    # one more blank is allowed, and no other thought
             assert sum(byte.bit_count() for byte in after) <= \
                 sum(byte.bit_count() for byte in plain) + 120
 
 
-def test_a_random_thought_does_not_break_the_form(loop):
-    tokenizer = tokenizer_with(*THOUGHTS)
+def test_constraint_holds_after_a_random_thought(loop):
+    tokenizer = tokenizer_with(*THOUGHT_MARKERS)
     for index in range(6):
-        text, ended = answered(
-            loop, tokenizer, Form('choice', ['yes', 'no'], 'it'),
+        text, ended = decode(
+            loop, tokenizer, Form('choice', ['yes', 'no'], 'name'),
             SamplingConfig(max_new_tokens=400, temperature=3.0, seed=index), (5, 6),
-            Thought(*THOUGHTS, True))
-        thought, _, said = text.partition('</think>')
-        assert not ended or said.strip() in ('yes', 'no')
+            Thought(*THOUGHT_MARKERS, True))
+        _, _, answer = text.partition('</think>')
+        assert not ended or answer.strip() in ('yes', 'no')
 
 
-def test_parameters_that_are_not_enforced_are_named():
+def test_rejects_a_schema_keyword_that_is_not_enforced():
     tool = {'type': 'function', 'function': {'name': 'a', 'parameters': {
         'type': 'object', 'not': {}}}}
     with pytest.raises(ConstraintError, match=r'tools\[0\].function.parameters has the key'):
