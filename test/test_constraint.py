@@ -192,7 +192,7 @@ def test_constrains_the_fake_engine():
         engine = FakeEngine(lambda prompt: forever(chr(33 + prompt[0])), vocab_size=256,
                             max_context=512)
         text, ended = decode(DecodeLoop(engine), vocabulary, byte_tokenizer(),
-                               Form('json_schema', schema, 'name'), GREEDY, (index % 90,))
+                             Form('json_schema', schema, 'name'), GREEDY, (index % 90,))
         text = text.removesuffix('\0')
         if ended:
             validate(schema, text)
@@ -207,7 +207,8 @@ def test_constrains_the_fake_engine():
      'go (kitchen|hall)(,(kitchen|hall))?'),
     ('grammar', 'start: "a"~2..4 /b+/ "c"', 'a{2,4}b+c')])
 @pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
-def test_constrains_to_a_regex_a_choice_or_a_grammar(kind, content, pattern, sampling, folder, vocabulary, tokenizer):
+def test_constrains_to_a_regex_a_choice_or_a_grammar(
+        kind, content, pattern, sampling, folder, vocabulary, tokenizer):
     loop = loop_of(NativeEngine, folder)
     for first in range(5):
         text, ended = decode(loop, vocabulary, tokenizer, Form(kind, content, 'name'), sampling,
@@ -401,5 +402,6 @@ def test_parameters_constrain_requests_without_a_constraint(tmp_path):
     with making() as make:
         worker, sink = make(FakeEngine(quotes, vocab_size=128), form=form)
         assert sink.end(worker.submit(Request('go')))[1] in ('1', '22')
-        unconstrained = Request('go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
+        unconstrained = Request(
+            'go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
         assert sink.end(worker.submit(unconstrained))[1] == '""'

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The pages on how to add something: their Python runs, and the files that they name are there."""
+"""docs/contributing: the Python code on the pages runs, and the files that they name exist."""
 
 import os
 from pathlib import Path
@@ -24,27 +24,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / 'docs' / 'contributing').glob('*.md'))
-NEW = re.compile('acme|rows8|bigram')               # what the examples add
+NEW = re.compile('acme|rows8|bigram')               # files that the examples add
 
 
-def test_each_page_is_listed():
-    """In the overview, which says how many files a change takes."""
-    overview = (ROOT / 'docs' / 'contributing' / 'index.md').read_text()
+def test_the_index_links_each_page():
+    index = (ROOT / 'docs' / 'contributing' / 'index.md').read_text()
     for page in PAGES:
-        assert page.name == 'index.md' or f'({page.name})' in overview
+        assert page.name == 'index.md' or f'({page.name})' in index
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_files_are_there(page):
-    """Each path that is written out."""
+def test_named_files_exist(page):
     for name in re.findall(r'\b(?:physai_decode|physai_decode_msgs|test|tools)/[\w/.]*\w',
                            page.read_text()):
         assert NEW.search(name) or (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_the_example_runs(page):
-    """All blocks of a page, one after the other, in a process of their own."""
+def test_the_python_code_runs(page):
+    """The code blocks of a page run in order, as one program."""
     code = '\n'.join(re.findall(r'^```python\n(.+?)^```', page.read_text(), re.M | re.S))
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, timeout=600,

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The example controller: it acts on each action of a plan, and holds where no more will come."""
+"""examples/controller.py: it sends each action of a plan once, and holds if the plan fails."""
 
 import importlib
 import json
@@ -38,20 +38,20 @@ FAULTY = f'[{", ".join(ACTIONS)}, {{"action": "say", "text": "?!'
 
 
 class Planner(EchoEngine):
-    """Says the prompt again, as far as the form of an answer lets it."""
+    """Echoes the prompt, as far as the constraint of the answer allows."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         super().__init__(step_s, end=127)
 
     @staticmethod
     def said(letter):
-        """Give the letter."""
+        """Return the letter unchanged."""
         return letter
 
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give a node that says each prompt again."""
+    """Start an active node that echoes each prompt."""
     rclpy.init()
     rig = Rig()
     rig.loader.kind = Planner
@@ -63,17 +63,17 @@ def rig():
 
 @pytest.fixture
 def actions(rig):
-    """Give what comes on the controller's topic."""
+    """Return the list of actions that the controller has published."""
     actions = []
-    heard = rig.probe.create_subscription(
+    subscription = rig.probe.create_subscription(
         String, '/controller/action', lambda message: actions.append(message.data), 100)
     yield actions
-    rig.probe.destroy_subscription(heard)
+    rig.probe.destroy_subscription(subscription)
 
 
 @pytest.fixture
 def control(rig, actions):
-    """Give what runs the controller; that gives its exit code, its log and its actions."""
+    """Return a function that runs the controller, and returns its exit code, log and actions."""
     def run(command, count=1, meanwhile=lambda actions: None, **parameters):
         parameters = {'token_ms': 1e5, 'plan_s': PATIENCE_S, 'item_s': PATIENCE_S, **parameters}
         arguments = [part for name, value in parameters.items()
@@ -83,17 +83,16 @@ def control(rig, actions):
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             try:
                 meanwhile(actions)
-                told, _ = process.communicate(timeout=2 * PATIENCE_S)
+                log, _ = process.communicate(timeout=2 * PATIENCE_S)
             finally:
                 process.kill()
         rig.wait(lambda: len(actions) >= count)
-        return process.returncode, told, actions
+        return process.returncode, log, actions
 
     return run
 
 
-def test_a_plan_in_time(rig, control):
-    """Each action goes out, in the plan's order."""
+def test_sends_the_actions_of_a_plan_in_order(rig, control):
     code, log, actions = control(PLAN, count=2)
     assert actions == ACTIONS
     assert code == 0, log
@@ -102,12 +101,12 @@ def test_a_plan_in_time(rig, control):
 @pytest.mark.parametrize(('fault', 'words'), [
     ('error', 'error: RuntimeError: the engine broke'), ('cancelled', 'cancelled: '),
     ('length', 'length: '), ('deadline', 'deadline: ')])
-def test_a_fault_in_the_middle(rig, control, fault, words):
-    """What was complete before it was acted on, once each; then the robot holds."""
+def test_holds_after_the_complete_actions_of_a_truncated_plan(rig, control, fault, words):
+    """The plan ends after two complete actions; each is sent once, then the robot holds."""
     engine = rig.loader.engines[0]
 
     def meanwhile(actions):
-        rig.wait(lambda: actions == ACTIONS)        # while the rest of the plan is to come
+        rig.wait(lambda: actions == ACTIONS)        # while the plan is not complete
         if fault == 'cancelled':
             rig.trigger('cancel')
         if fault == 'deadline':
@@ -125,8 +124,8 @@ def test_a_fault_in_the_middle(rig, control, fault, words):
     assert f'hold: {words}' in log
 
 
-def test_late_tokens(rig, control):
-    """Three in a row: it holds before the answer is complete, and the request is cancelled."""
+def test_three_late_tokens_hold_and_cancel_the_request(rig, control):
+    """The robot holds before the answer is complete."""
     engine, count = rig.loader.engines[0], len(rig.requests())
     rig.cancels.clear()
     engine.step_s = 0.02
@@ -144,23 +143,21 @@ def test_late_tokens(rig, control):
 
 
 @pytest.mark.slow
-def test_no_plan_in_time(rig, control):
-    """An engine that hangs does not hang the robot."""
-    code, log, actions = control('[?', plan_s=10.0)    # a busy machine takes seconds to be heard
+def test_holds_if_the_engine_hangs(rig, control):
+    code, log, actions = control('[?', plan_s=10.0)    # discovery takes seconds on a busy machine
     rig.loader.engines[0].answer.set()
     assert (code, actions) == (1, ['hold'])
     assert 'hold: no plan in time' in log
 
 
-def test_a_limit_without_a_fraction(rig, control):
-    """A whole number will do."""
+def test_accepts_integers_for_its_limits(rig, control):
     code, log, actions = control(PLAN, count=2, token_ms=100000, plan_s=100)
     assert (code, len(actions)) == (0, 2), log
 
 
 @pytest.fixture
 def controller(rig, actions, monkeypatch):
-    """Give a controller in this process."""
+    """Create a controller in this process."""
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     controller = importlib.import_module('controller').Controller(None)
     rig.wait(controller.action.get_subscription_count)
@@ -169,25 +166,25 @@ def controller(rig, actions, monkeypatch):
 
 
 def item(controller, index):
-    """Give the message of an action."""
+    """Return the message on `~/item` with one action."""
     return String(data=ItemReport(1, controller.id, index, '', 1.0, ACTIONS[index]).to_json())
 
 
 def end(controller, **figures):
-    """Give the message of the end."""
+    """Return the message on `~/result`."""
     report = RequestReport(1, client_id=controller.id, **figures)
     return String(data=json.dumps(chat_completion(report, PLAN, 'echo')))
 
 
-def test_a_plan_with_a_note(controller):
-    """A finish reason that the node explains is the same reason."""
+def test_is_done_after_stop_with_a_message(controller):
+    """The message that explains a finish reason does not change it."""
     controller.on_item(item(controller, 0))
     controller.on_result(end(controller, finish_reason='stop', message='a note', items=1))
     assert controller.outcome == 'done'
 
 
-def test_an_end_before_the_last_action(controller):
-    """The topics come in any order; the plan is out when all of it is."""
+def test_waits_for_actions_that_arrive_after_the_result(controller):
+    """ROS keeps no order between topics."""
     controller.on_item(item(controller, 0))
     controller.on_result(end(controller, finish_reason='stop', message='', items=2))
     assert not controller.outcome
@@ -195,8 +192,8 @@ def test_an_end_before_the_last_action(controller):
     assert controller.outcome == 'done'
 
 
-def test_no_next_action_in_time(rig, controller, actions):
-    """It holds, and what comes later comes too late."""
+def test_holds_if_the_next_action_is_late(rig, controller, actions):
+    """It ignores what arrives after that."""
     controller.on_item(item(controller, 0))
     controller.item_timer.timer_period_ns = 10**8
     controller.item_timer.reset()
@@ -208,22 +205,22 @@ def test_no_next_action_in_time(rig, controller, actions):
     rig.wait(lambda: actions == [ACTIONS[0], 'hold'])
 
 
-def test_a_lost_action(rig, controller, actions):
-    """Without it those that follow make no sense."""
+def test_holds_if_an_action_was_lost(rig, controller, actions):
+    """A gap in `index` shows the loss."""
     controller.on_item(item(controller, 1))
     assert controller.outcome == 'hold: action 0 was lost'
     rig.wait(lambda: actions == ['hold'])
 
 
-def test_nobody_elses_plan(rig, control):
-    """While another client keeps asking, the robot acts on its own plan alone."""
-    stop, asked, before = threading.Event(), [], rig.node._host.counts['requests']
+def test_ignores_the_plans_of_other_clients(rig, control):
+    """Another client sends requests all the time; a full queue may reject the controller's."""
+    stop, prompts, before = threading.Event(), [], rig.node._host.counts['requests']
 
-    def keep_asking():
+    def send_prompts():
         while not stop.wait(0.02):
-            asked.append(rig.ask_later('[{"open": "door"}]'))
+            prompts.append(rig.ask_later('[{"open": "door"}]'))
 
-    other = threading.Thread(target=keep_asking)
+    other = threading.Thread(target=send_prompts)
     other.start()
     rig.loader.engines[0].step_s = 0.0005
     try:
@@ -231,7 +228,7 @@ def test_nobody_elses_plan(rig, control):
     finally:
         stop.set()
         other.join()
-        rig.wait(lambda: rig.node._host.counts['requests'] > before + len(asked))
+        rig.wait(lambda: rig.node._host.counts['requests'] > before + len(prompts))
         rig.loader.engines[0].step_s = 0.0
     expected = ACTIONS if code == 0 else ['hold']
     rig.wait(lambda: len(actions) >= len(expected))
@@ -239,8 +236,7 @@ def test_nobody_elses_plan(rig, control):
     assert code == 0 or 'rejected: the queue is full' in log
 
 
-def test_no_model(rig, control):
-    """A node that says that it has none any more is not asked."""
+def test_sends_no_request_to_a_node_without_a_model(rig, control):
     assert rig.change('deactivate', 'cleanup')
     count = rig.diagnostics('decode: engine')['requests']
     try:
@@ -252,8 +248,7 @@ def test_no_model(rig, control):
         assert rig.change('configure', 'activate')
 
 
-def test_no_node():
-    """Where nobody answers at all, the robot is told to hold just as soon."""
+def test_holds_without_a_node():
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), PLAN, '--ros-args', '-p', 'plan_s:=0.5',
          '-r', '/decode/model_info:=/nobody/model_info'],
@@ -264,8 +259,7 @@ def test_no_node():
 
 @pytest.mark.parametrize(('command', 'reason'), [
     ('', 'rejected: the prompt is empty'), ('[!', 'error: ')])
-def test_no_plan_at_all(rig, control, command, reason):
-    """A refusal and an error."""
+def test_holds_if_the_request_is_rejected_or_fails(rig, control, command, reason):
     code, log, actions = control(command)
     assert (code, actions) == (1, ['hold'])
     assert f'hold: {reason}' in log

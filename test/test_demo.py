@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The demo, as `make demo` runs it."""
+"""tools/demo.py, which `make demo` runs."""
 
 from pathlib import Path
 import re
@@ -29,8 +29,7 @@ pytestmark = pytest.mark.skipif(
     reason='the commands are not installed beside this Python')
 
 
-def test_demo():
-    """It shows the answer, its figures and a line of /diagnostics, and exits with 0."""
+def test_prints_the_answer_its_figures_and_the_diagnostics():
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'demo.py')], capture_output=True, text=True,
         timeout=600)
@@ -40,28 +39,28 @@ def test_demo():
     assert float(re.search(r'^first_item_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
     assert float(re.search(r'^itl_p50_ms +([\d.]+)$', result.stdout, re.MULTILINE)[1]) > 0
     r_floor = re.search(r' r_floor=(\S+) ', result.stdout)[1]
-    assert r_floor == 'n/a' or float(r_floor) > 0     # n/a where a cache holds the model
+    assert r_floor == 'n/a' or float(r_floor) > 0     # n/a if the weights fit into the cache
     assert result.stdout.endswith('The node ended with code 0.\n')
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_it_takes_its_node_along(number):
-    """Ctrl-C, a kill and a terminal that closes end the node too, without a traceback."""
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_its_node_too(signum):
+    """Ctrl-C, `kill` and a closing terminal leave no process and no traceback behind."""
     demo = subprocess.Popen(
         [sys.executable, str(ROOT / 'tools' / 'demo.py')], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)
-    nodes = []
+    children = []
     try:
         for line in demo.stdout:
             if 'active after' in line:
-                nodes = psutil.Process(demo.pid).children()     # and decode_ask, perhaps
+                children = psutil.Process(demo.pid).children()     # the node, maybe decode_ask
                 break
-        demo.send_signal(number)
-        demo.send_signal(number)
-        told, errors = demo.communicate(timeout=120)
-        assert nodes and not any(each.is_running() for each in nodes)
-        assert (demo.returncode, errors) == (130, ''), told
+        demo.send_signal(signum)
+        demo.send_signal(signum)
+        output, errors = demo.communicate(timeout=120)
+        assert children and not any(child.is_running() for child in children)
+        assert (demo.returncode, errors) == (130, ''), output
     finally:
-        for each in nodes:
-            if each.is_running():
-                each.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The pages: their links and code, and what they say of layers, floors, figures and requests."""
+"""The documentation: its links and code, and its statements on layers, floors and requests."""
 
 import ast
 from configparser import RawConfigParser
@@ -39,19 +39,18 @@ CONTEXTS = (2048, 16384)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links(page):
-    """No link leads to a file or a heading that is not there."""
+def test_links_lead_to_files_and_headings(page):
     for target, heading in re.findall(r'\]\(([^)#:]+)(?:#([^)]+))?\)', page.read_text()):
         path = page.parent / target
         assert path.exists(), target
         if heading:
-            told = re.findall(r'^#+ (.+)', path.read_text(), re.MULTILINE)
-            assert heading in [each.lower().replace(' ', '-') for each in told], heading
+            headings = re.findall(r'^#+ (.+)', path.read_text(), re.MULTILINE)
+            assert heading in [each.lower().replace(' ', '-') for each in headings], heading
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code(page):
-    """Blocks of Python compile, and those of JSON, YAML and XML are read."""
+def test_code_blocks_parse(page):
+    """Each block of Python, JSON, YAML, INI and XML is valid."""
     readers = {'python': ast.parse, 'json': json.loads, 'yaml': yaml.safe_load, 'text': str,
                'ini': lambda block: RawConfigParser(strict=False).read_string(block) or block,
                'xml': lambda block: ElementTree.fromstring(f'<all>{block}</all>').tag}
@@ -59,8 +58,7 @@ def test_code(page):
         assert readers[language](block), block
 
 
-def test_promises():
-    """Each test and tool that reliability.md names is there."""
+def test_reliability_names_files_that_exist():
     page = (ROOT / 'docs' / 'reliability.md').read_text()
     names = re.findall(r'`(test_\w+\.py|tools/\w+\.py)`', page)
     assert len(names) > 15
@@ -68,8 +66,8 @@ def test_promises():
         assert (ROOT / ('test' if name.startswith('test_') else '') / name).exists(), name
 
 
-def test_layers():
-    """Each file has its layer in architecture.md, and imports from no layer above it."""
+def test_imports_follow_the_layers():
+    """Each file has a layer in architecture.md, and imports from no layer above its own."""
     package = ROOT / 'physai_decode'
     page = (ROOT / 'docs' / 'architecture.md').read_text()
     rows = re.findall(r'^\| \w+ \| (`.+?) \|', page.partition('## A prompt')[0], re.M)
@@ -86,7 +84,7 @@ def test_layers():
 
 
 def step_bytes(folder) -> int:
-    """Count the weights that a step reads: all but the embedding, of which it is one row."""
+    """Return the bytes of the weights that a step reads: all, but one row of the embedding."""
     header = {}
     for path in folder.glob('*.safetensors'):
         with path.open('rb') as file:
@@ -96,64 +94,64 @@ def step_bytes(folder) -> int:
     return sum(sizes.values()) - sizes['model.embed_tokens.weight'] + 2 * HIDDEN
 
 
-def test_floors(tmp_path):
-    """Each figure of the table in tuning.md, from the shape's own bytes."""
+def test_floors_of_the_tuning_guide(tmp_path):
+    """The table in tuning.md has the floors that `roofline` computes for Qwen-2.5-7B."""
     weights = []
     for kind in ('none', 'gptq'):
         synthetic.describe(tmp_path / kind, 'qwen2.5-7b', kind)
         weights.append(step_bytes(tmp_path / kind))
     rows = ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())
     assert len(rows) >= 7
-    for machine, gb_s, *told in rows:
+    for machine, gb_s, *table in rows:
         floors = [
             roofline.floor_s(count, roofline.kv_bytes(LAYERS, KV_HEADS, HEAD_DIM, context, 2),
                              float(gb_s) * 1e9)
             for count in weights for context in CONTEXTS]
-        assert [f'{1e3 * floor_s:.2f}' for floor_s in floors] == told, machine
+        assert [f'{1e3 * floor_s:.2f}' for floor_s in floors] == table, machine
 
 
-PAPERS = {'14.828', '11.776', '1.259', '1.253', '1.267', '1.028'}
+FIGURES_OF_PAPERS = {'14.828', '11.776', '1.259', '1.253', '1.267', '1.028'}
 
 
-def test_each_statement_of_the_tuning_guide_is_marked():
-    """It says of each whether it was measured, and by whom, or derived."""
-    told = (ROOT / 'docs' / 'tuning.md').read_text()
-    points = re.findall(r'^- (?:.+\n(?!- |\n))*.+', told, re.MULTILINE)
+def test_the_tuning_guide_gives_the_source_of_each_statement():
+    """Each is marked as measured here, measured by a paper, or derived."""
+    page = (ROOT / 'docs' / 'tuning.md').read_text()
+    points = re.findall(r'^- (?:.+\n(?!- |\n))*.+', page, re.MULTILINE)
     assert len(points) > 15
     for point in points:
         assert re.search(
             r'\*(Measured by the paper|Measured\s+here|[Dd]erived)\.?\*', point), point
 
 
-def test_measured_figures():
-    """Times to the microsecond and ratios to a thousandth are the reports', or the paper's."""
+def test_measured_figures_of_the_tuning_guide():
+    """Figures with three decimals are in a report in docs/, or from the paper."""
     report = ''.join((ROOT / 'docs' / name).read_text() for name in (
         'h200/report.md', 'h200/exllamav2.txt', 'h100/report.md'))
     tuning = (ROOT / 'docs' / 'tuning.md').read_text()
-    told = re.findall(r'(?<![\d.,])\d+\.\d{3}(?![\d,]|\.\d)', tuning)     # not 1.234.5, a version
-    assert told
-    for figure in told:
-        assert figure in PAPERS or f' {figure} ' in report, figure
+    figures = re.findall(r'(?<![\d.,])\d+\.\d{3}(?![\d,]|\.\d)', tuning)  # not 1.234.5, a version
+    assert figures
+    for figure in figures:
+        assert figure in FIGURES_OF_PAPERS or f' {figure} ' in report, figure
 
 
 @pytest.mark.parametrize(('machine', 'name'), [
     ('H200', 'NVIDIA H200'), ('H100 SXM', 'NVIDIA H100 80GB HBM3'), ('L40S', 'NVIDIA L40S'),
     ('L4', 'NVIDIA L4'), ('Jetson Thor', 'NVIDIA Jetson AGX Thor'),
     ('Jetson AGX Orin', 'NVIDIA Jetson AGX Orin'), ('Jetson Orin NX', 'NVIDIA Jetson Orin NX')])
-def test_bandwidths(machine, name):
-    """Those of the table are those that the node takes from data sheets."""
+def test_bandwidths_of_the_tuning_guide(machine, name):
+    """The table in tuning.md has the bandwidths that `roofline` has from data sheets."""
     rows = {row[0]: float(row[1])
             for row in ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())}
     assert rows[machine] * 1e9 == roofline.datasheet(name).bytes_per_s
 
 
-def test_the_requests_of_the_page_are_taken():
-    """Each JSON block of requests.md is one, and the table has each field of one."""
+def test_the_requests_page_is_complete():
+    """Each JSON block of requests.md parses as a request, and the table has each field."""
     page = (ROOT / 'docs' / 'requests.md').read_text()
     blocks = re.findall(r'```json\n(.+?)```', page, re.DOTALL)
     assert [type(parse(block)) for block in blocks] == [Request, Cancel]
-    told = re.findall(r'`(\w+)`', ''.join(re.findall(r'^\| (`.+?) \|', page, re.MULTILINE)))
+    fields = re.findall(r'`(\w+)`', ''.join(re.findall(r'^\| (`.+?) \|', page, re.MULTILINE)))
     with pytest.raises(RequestError) as raised:
         parse('{"nothing": 1}')
-    known = str(raised.value).partition('allowed are ')[2].split(', ')
-    assert sorted([*told, 'metadata']) == sorted(known)
+    allowed = str(raised.value).partition('allowed are ')[2].split(', ')
+    assert sorted([*fields, 'metadata']) == sorted(allowed)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The executor: what a callback raises is noted, and all others are served on."""
+"""`Executor`: it reports the exceptions of callbacks and continues to serve the others."""
 
 import threading
 import time
@@ -29,12 +29,12 @@ PATIENCE_S = 30.0               # against hangs only
 
 
 class Rig:
-    """A node on the executor, and one that sends to it."""
+    """A node on the executor, and a probe that publishes to it and calls it."""
 
     def __init__(self) -> None:
-        self.noted: list[tuple[str, str]] = []
-        self.heard: list[str] = []
-        self.executor = Executor(2, lambda where, error: self.noted.append((where, str(error))))
+        self.errors: list[tuple[str, str]] = []
+        self.received: list[str] = []
+        self.executor = Executor(2, lambda where, error: self.errors.append((where, str(error))))
         self.node, self.probe = rclpy.create_node('served'), rclpy.create_node('probe')
         self.node.create_subscription(String, 'text', self._on_text, 10)
         self.node.create_service(Trigger, 'call', lambda request, response: response)
@@ -49,7 +49,7 @@ class Rig:
     def _on_text(self, message):
         if message.data == 'raise':
             raise ZeroDivisionError('a slip')
-        self.heard.append(message.data)
+        self.received.append(message.data)
 
     def _spin(self):
         try:
@@ -58,28 +58,28 @@ class Rig:
             self.raised.append(error)
 
     def start(self):
-        """Serve."""
+        """Spin the executor in a thread, and wait until the probe has discovered the node."""
         self.thread.start()
         self.wait(lambda: self.text.get_subscription_count() and self.call.service_is_ready())
 
     def wait(self, done):
-        """Serve the probe until something is so."""
+        """Spin the probe until `done` returns true."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             assert time.monotonic() < end_s, 'waited too long'
             self._probing.spin_once(0.01)
 
     def check(self):
-        """See that topic and service, which are in one callback group, are served."""
-        self.heard.clear()
+        """Assert that the topic and the service, of one callback group, are served."""
+        self.received.clear()
         self.text.publish(String(data='hi'))
         future = self.call.call_async(Trigger.Request())
-        self.wait(lambda: self.heard == ['hi'] and future.done())
+        self.wait(lambda: self.received == ['hi'] and future.done())
 
 
 @pytest.fixture
 def rig():
-    """Give a rig."""
+    """Start ROS, and end it after the test."""
     rclpy.init()
     rig = Rig()
     yield rig
@@ -91,52 +91,52 @@ def rig():
     rclpy.shutdown()
 
 
-def test_a_callback_that_raises(rig):
-    """It is noted under its topic."""
+def test_reports_the_exception_of_a_callback(rig):
+    """The report names the topic, and the executor continues."""
     rig.start()
     for count in range(1, 4):
         rig.text.publish(String(data='raise'))
-        rig.wait(lambda count=count: len(rig.noted) == count)
+        rig.wait(lambda count=count: len(rig.errors) == count)
         rig.check()
-    assert rig.noted == 3 * [('/text', 'a slip')]
+    assert rig.errors == 3 * [('/text', 'a slip')]
     assert rig.thread.is_alive()
 
 
-@pytest.mark.parametrize('taking', ['_take_subscription', '_take_service'])
-def test_a_message_that_can_not_be_taken(rig, monkeypatch, taking):
-    """Neither its topic nor the callback group is lost."""
-    take, bad = getattr(rig.executor, taking), ['once', 'twice']
+@pytest.mark.parametrize('method', ['_take_subscription', '_take_service'])
+def test_reports_a_message_that_can_not_be_taken(rig, monkeypatch, method):
+    """Its topic, or service, and the callback group are served afterwards."""
+    take, failures = getattr(rig.executor, method), ['second', 'first']
 
     def fail_first(entity):
         taken = take(entity)
-        if bad:
-            raise UnicodeError(bad.pop())
+        if failures:
+            raise UnicodeError(failures.pop())
         return taken
 
-    monkeypatch.setattr(rig.executor, taking, fail_first)
+    monkeypatch.setattr(rig.executor, method, fail_first)
     rig.start()
     for count in (1, 2):
         rig.text.publish(String(data='lost'))
         rig.call.call_async(Trigger.Request())
-        rig.wait(lambda count=count: len(rig.noted) == count)
-    rig.wait(lambda: not bad)
+        rig.wait(lambda count=count: len(rig.errors) == count)
+    rig.wait(lambda: not failures)
     rig.check()
-    name = '/text' if taking == '_take_subscription' else 'call'
-    assert rig.noted == [(name, 'twice'), (name, 'once')]
+    name = '/text' if method == '_take_subscription' else 'call'
+    assert rig.errors == [(name, 'first'), (name, 'second')]
 
 
-def test_a_task_that_raises(rig):
-    """As those in which rclpy's action server answers."""
+def test_reports_the_exception_of_a_task(rig):
+    """The action server of rclpy runs its callbacks in such tasks."""
     rig.start()
     rig.executor.create_task(lambda: 1 / 0)
-    rig.wait(lambda: rig.noted)
-    assert rig.noted == [('a task', 'division by zero')]
+    rig.wait(lambda: rig.errors)
+    assert rig.errors == [('a task', 'division by zero')]
     rig.check()
 
 
 @pytest.mark.parametrize('count', [MAX_FAILURES - 1, MAX_FAILURES])
-def test_waiting_that_fails(rig, monkeypatch, count):
-    """Once is no end; always is one."""
+def test_ends_only_if_waiting_keeps_failing(rig, monkeypatch, count):
+    """Waiting for callbacks fails `count` times in a row; at `MAX_FAILURES`, `spin` raises."""
     wait, failures = rig.executor.wait_for_ready_callbacks, iter(range(count))
 
     def fail_first(**options):
@@ -148,18 +148,18 @@ def test_waiting_that_fails(rig, monkeypatch, count):
     if count < MAX_FAILURES:
         rig.start()
         rig.check()
-        assert rig.noted == count * [('waiting for callbacks', 'no wait set')]
+        assert rig.errors == count * [('waiting for callbacks', 'no wait set')]
     else:
         rig.thread.start()
         rig.thread.join(PATIENCE_S)
         assert [str(error) for error in rig.raised] == ['no wait set']
 
 
-def test_callbacks_run_side_by_side(rig):
-    """As many as it has threads, whoever waits."""
-    meeting = threading.Barrier(2)
-    tasks = [rig.executor.create_task(meeting.wait, PATIENCE_S) for _ in range(2)]
+def test_runs_callbacks_concurrently(rig):
+    """Each of its two threads runs one of two tasks that wait for each other."""
+    barrier = threading.Barrier(2)
+    tasks = [rig.executor.create_task(barrier.wait, PATIENCE_S) for _ in range(2)]
     rig.start()
     rig.wait(lambda: all(task.done() for task in tasks))
-    assert not rig.noted
+    assert not rig.errors
     rig.check()

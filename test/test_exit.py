@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""SIGINT and SIGTERM: exit code 0 and only log lines on stderr, or SIGKILL where Python hangs."""
+"""SIGINT and SIGTERM end the process in every state; wrong arguments end it with a message."""
 
 import os
 import re
@@ -39,11 +39,11 @@ from physai_decode.ros.process import main
 
 class Slow(Loader):
     def __call__(self, config, progress):
-        for number in (signal.SIGINT, signal.SIGTERM):      # as a GPU's driver was seen to do
+        for number in (signal.SIGINT, signal.SIGTERM):      # ignores both, as a GPU driver did
             ctypes.CDLL(None).signal(number, ctypes.c_void_p(1))
-        progress('reading')         # after it: who ignores a signal takes away one that is pending
+        progress('reading')         # last, because ignoring a signal discards a pending one
         if config.model.path == 'slow':
-            time.sleep(60)              # as a library that does not come back would
+            time.sleep(60)              # like a library call that does not return
         self.step_s = 0.05
         return super().__call__(config, progress)
 
@@ -60,7 +60,7 @@ def load(config, progress):
 
 sys.exit(main(load=load))
 """
-NUMPY_THREADS = {**os.environ, 'OMP_NUM_THREADS': '2'}      # they could take the signals
+NUMPY_THREADS = {**os.environ, 'OMP_NUM_THREADS': '2'}      # which could receive the signals
 LOG_LINE = re.compile(r'\[(INFO|WARN|ERROR)\] \[[\d.]+\] \[[\w.]+\]: ')
 PARAMETERS = {
     'inactive': ['-p', 'autostart:=false'], 'loading': ['-p', 'model.path:=slow'],
@@ -71,7 +71,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope='module')
 def probe():
-    """Hear the node's diagnostics."""
+    """Create a node that subscribes to the other process's topics."""
     rclpy.init()
     node = rclpy.create_node('probe')
     yield node
@@ -79,15 +79,15 @@ def probe():
     rclpy.shutdown()
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
 @pytest.mark.parametrize('state', PARAMETERS)
-def test_a_signal_ends_the_node(probe, request, state, number):
-    """A generation is cancelled, a load or a hung engine left behind."""
+def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
+    """The exit code is 0, the node leaves the ROS graph, and stderr has only log lines."""
     states = []
-    heard = probe.create_subscription(
+    subscription = probe.create_subscription(
         DiagnosticArray, '/diagnostics',
         lambda message: states.append(message.status[2].values[0].value), 10)
-    name = f'decode_{state}_{number.name}'
+    name = f'decode_{state}_{signum.name}'
     prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
     process = subprocess.Popen(
         [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
@@ -101,15 +101,15 @@ def test_a_signal_ends_the_node(probe, request, state, number):
             if states and states[-1] == state:
                 break
         assert states[-1] == state
-        process.send_signal(number)
+        process.send_signal(signum)
         _, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
-        probe.destroy_subscription(heard)
+        probe.destroy_subscription(subscription)
         probe.destroy_publisher(prompt)
     assert process.returncode == 0
-    if state not in ('loading', 'generating', 'stalled'):       # else a thread hangs in its step
+    if state not in ('loading', 'generating', 'stalled'):       # there, a thread still hangs
         for _ in range(100):
             if name not in probe.get_node_names():
                 break
@@ -118,11 +118,11 @@ def test_a_signal_ends_the_node(probe, request, state, number):
     assert [line for line in stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
-def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
-    """Each request's end is still heard, from a node that was told to end in an answer."""
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+def test_requests_get_their_results_after_a_signal(probe, request, signum):
+    """One request runs and two wait; the node publishes the end of each before it exits."""
     ends, pieces = [], []
-    name = f'decode_live_{number.name}'
+    name = f'decode_live_{signum.name}'
     subscriptions = [
         probe.create_subscription(
             DiagnosticArray, f'/{name}/request_stats',
@@ -135,13 +135,13 @@ def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
     try:
         wait(probe, lambda: prompt.get_subscription_count()
              and all(probe.count_publishers(each.topic_name) for each in subscriptions))
-        while len(pieces) < 4:      # till it is active a prompt is refused
+        while len(pieces) < 4:      # the node rejects prompts until it is active
             ends.clear()
             pieces.clear()
             for text in (60 * 'a', 'b', 'c'):
                 prompt.publish(String(data=text))
             wait(probe, lambda: len(pieces) == 4 or len(ends) == 3)
-        process.send_signal(number)
+        process.send_signal(signum)
         assert process.wait(30) == 0
         wait(probe, lambda: len(ends) == 3)
         assert ends == 3 * ['cancelled: the node stops answering']
@@ -153,24 +153,24 @@ def test_a_signal_cancels_what_runs_and_waits(probe, request, number):
         probe.destroy_publisher(prompt)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
 @pytest.mark.parametrize('hang', ['9 ** 9 ** 9', 'ctypes.PyDLL(None).pause()'])
-def test_a_signal_ends_a_process_in_which_python_hangs(number, hang):
-    """Native code that keeps the interpreter's lock, and would for ever."""
+def test_a_signal_kills_a_process_whose_interpreter_is_locked(signum, hang):
+    """Native code holds the interpreter's lock and never returns."""
     process = subprocess.Popen(
         [sys.executable, '-c', HANGING.format(hang=hang), '--ros-args'],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=NUMPY_THREADS)
     try:
         assert process.stdout.readline() == 'hanging\n'
-        process.send_signal(number)
+        process.send_signal(signum)
         assert process.wait(60) == -signal.SIGKILL
     finally:
         process.kill()
         process.communicate()
 
 
-def test_the_watchdog_ends_with_its_process():
-    """Killed, a process can't tell it anything."""
+def test_the_watchdog_ends_if_its_process_is_killed():
+    """SIGKILL leaves the process no time to stop it."""
     script = ('from physai_decode.ros import watchdog\n'
               'print(watchdog.start().pid, flush=True)\nimport time; time.sleep(60)')
     process = subprocess.Popen(
@@ -183,8 +183,8 @@ def test_the_watchdog_ends_with_its_process():
     assert ended
 
 
-def test_no_end_is_lost_at_the_end(request):
-    """Of requests and goals, on busy cores; as many runs as a test may take."""
+def test_no_result_is_lost_at_exit(request):
+    """tools/ends.py counts the lost results of requests and goals on busy cores."""
     tool = request.path.parent.parent / 'tools' / 'ends.py'
     done = subprocess.run(
         [sys.executable, str(tool), '--runs', '4', '--busy', '2', '--limit', '60'],
@@ -193,7 +193,7 @@ def test_no_end_is_lost_at_the_end(request):
 
 
 def wait(probe, done):
-    """Serve the probe until something is so."""
+    """Spin the probe until `done` returns true."""
     end_s = time.monotonic() + 60
     while not done():
         assert time.monotonic() < end_s, 'waited too long'
@@ -206,8 +206,8 @@ def wait(probe, done):
     (['-p', 'use_sim_time:=7'], 'use_sim_time'),
     (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'], 'foo'),
     (['-r', '__node:=\udcff'], 'decode_node: ')])
-def test_a_bad_start_says_why(arguments, message):
-    """Exit code 1 and a message, no traceback."""
+def test_rejects_wrong_ros_arguments(arguments, message):
+    """The exit code is 1, and stderr has the reason without a traceback."""
     done = subprocess.run(
         [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', *arguments],
         capture_output=True, text=True, timeout=60)
@@ -217,8 +217,8 @@ def test_a_bad_start_says_why(arguments, message):
 
 
 @pytest.mark.parametrize('argument', ['--help', '--params-file', 'decode.yaml'])
-def test_what_is_no_ros_argument_is_refused(argument):
-    """Else a forgotten --ros-args would leave all settings at their defaults, unheard."""
+def test_rejects_arguments_without_ros_args(argument):
+    """Ignoring them would leave all settings at their defaults without a word."""
     done = subprocess.run(
         [sys.executable, '-m', 'physai_decode.ros.process', argument, 'more'],
         capture_output=True, text=True, timeout=60)
