@@ -60,7 +60,6 @@ def cycles() -> int:
     return sum(type(each) is Cycle for each in gc.get_objects())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('step_s', [0.012, 0.0])
 def test_garbage_is_bounded_while_the_queue_never_empties(clock, step_s, monkeypatch):
     """Objects that outlive the collection after their own request are freed by a later one."""

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The rule of who may import what, and that nothing is imported that the package does not name."""
+"""Which modules may import ROS or torch, and that all imports are declared as dependencies."""
 
 import ast
 from collections.abc import Iterable
@@ -44,14 +44,13 @@ ROSDEP_NAMES = {
     # These come with one of the above.
     'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
     'tokenizers': 'python3-transformers-pip', 'triton': 'python3-pytorch-pip'}
-# An engine, and the interfaces of an action, that say themselves what to install, and figures that
-# are n/a without.
+# Without them the node names what to install, or publishes n/a.
 OPTIONAL = {'bondpy', 'exllamav2', 'jtop', 'physai_decode_msgs'}
-NO_ROSDEP = {'llguidance', 'prometheus_client', 'uvicorn'}      # the node says what to install
+NO_ROSDEP = {'llguidance', 'prometheus_client', 'uvicorn'}      # rosdep has no key for them
 
 
 def imported(path: Path) -> set[str]:
-    """Give the top-level names that a file imports, wherever in the file."""
+    """Return the top-level names that a file imports, inside functions too."""
     names = set()
     for part in ast.walk(ast.parse(path.read_text())):
         if isinstance(part, ast.Import):
@@ -63,20 +62,20 @@ def imported(path: Path) -> set[str]:
 
 
 def third_party() -> set[str]:
-    """Give all that the package imports and Python does not bring."""
+    """Return the libraries that the package imports, without Python's own."""
     names = set().union(*(imported(path) for path in PACKAGE.rglob('*.py')))
     return names - set(sys.stdlib_module_names) - {'physai_decode'} - OPTIONAL
 
 
 def pip_names(requirements: Iterable[str]) -> set[str]:
-    """Give the packages that pip's requirements name, in pip's own spelling."""
+    """Return the packages that requirements name, in pip's normalised spelling."""
     found = (re.match(r'[A-Za-z][\w.-]*', requirement) for requirement in requirements)
     return {re.sub(r'[-_.]+', '-', match[0]).lower() for match in found if match}
 
 
 @pytest.mark.parametrize('module', CORE)
 def test_core_imports_neither_ros_nor_torch(module):
-    """In a fresh interpreter, importing a core module loads none of the heavy libraries."""
+    """Importing the module in a fresh interpreter loads none of the heavy libraries."""
     command = (
         f'import sys, physai_decode.{module}\n'
         f'print(sorted({HEAVY!r} & set(sys.modules)))')
@@ -85,14 +84,13 @@ def test_core_imports_neither_ros_nor_torch(module):
     assert result.stdout == '[]\n', result.stderr
 
 
-def test_only_the_ros_modules_import_ros():
-    """No file outside of `ros` imports a ROS library, not even inside a function."""
+def test_only_files_in_ros_import_ros():
     for path in PACKAGE.rglob('*.py'):
         found = imported(path) & ROS_LIBRARIES
         assert not found or path.relative_to(PACKAGE).parts[0] == 'ros', f'{path}: {found}'
 
 
-def test_pip_knows_every_import():
+def test_imports_are_in_the_pip_requirements():
     """Each library is in setup.py or requirements.txt, and pinned in constraints.txt."""
     strings = {
         part.value for part in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
@@ -106,8 +104,8 @@ def test_pip_knows_every_import():
         assert wanted in named | {'tokenizers', 'triton'}   # with transformers and torch
 
 
-def test_rosdep_knows_every_import():
-    """Each library stands for a key in package.xml."""
+def test_imports_are_in_package_xml():
+    """Each library has its rosdep key there."""
     manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
     keys = {entry.text for entry in manifest.iter('exec_depend')}
     launch = imported(ROOT / 'launch' / 'decode.launch.py')

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""docs/interface.md says what the code says."""
+"""docs/interface.md agrees with the code that tools/make_interface_reference.py reads."""
 
 from importlib.util import module_from_spec
 from importlib.util import spec_from_file_location
@@ -27,22 +27,22 @@ TOOL = Path(__file__).resolve().parent.parent / 'tools' / 'make_interface_refere
 
 @pytest.fixture
 def tool():
-    """Give the script as a module."""
+    """Import the tool."""
     spec = spec_from_file_location('make_interface_reference', TOOL)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_is_current():
-    """Where this fails, run the script and commit the page."""
+def test_page_is_current():
+    """If this fails, run the tool and commit the page."""
     done = subprocess.run(
         [sys.executable, str(TOOL), '--check'], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_stale_page_is_seen(tool, tmp_path, monkeypatch):
-    """A default that is not the code's any more."""
+def test_check_finds_a_stale_page(tool, tmp_path, monkeypatch):
+    """The page is missing, or has an old default; the tool rewrites it."""
     current = tool.PAGE.read_text()
     monkeypatch.setattr(tool, 'PAGE', tmp_path / 'interface.md')
     assert tool.main(['--check']) == 1
@@ -52,15 +52,15 @@ def test_a_stale_page_is_seen(tool, tmp_path, monkeypatch):
     assert tool.PAGE.read_text() == current
 
 
-def test_each_thing_has_its_sentence(tool):
-    """A key without one, and one without a key."""
+def test_names_and_sentences_must_match(tool):
+    """The tool rejects a name without a sentence, and a sentence without a name."""
     with pytest.raises(SystemExit, match='itl_ms'):
         tool.described(tool.KEYS, set(tool.KEYS) - {'itl_ms'})
     with pytest.raises(SystemExit, match='another'):
         tool.described(tool.KEYS, {*tool.KEYS, 'another'})
 
 
-def test_values_as_in_a_params_file(tool):
-    """No exponent, no rounding away."""
+def test_writes_values_as_in_a_params_file(tool):
+    """Floats have no exponent and are not rounded."""
     assert [tool.written(value) for value in (0.01, 1e9, 3.0, True, 7, '', ())] == [
         '0.01', '1000000000.0', '3.0', 'true', '7', "''", '[]']

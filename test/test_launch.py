@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The launch file brings up a node that answers; runs wherever launch_pytest is installed."""
+"""launch/decode.launch.py: its arguments, and the nodes that it starts. Needs launch_pytest."""
 
 import importlib.util
 import os
@@ -44,7 +44,7 @@ PATIENCE_S = 120.0              # against hangs only
 
 
 def spin(node, done):
-    """Serve a node's callbacks until something is so."""
+    """Spin a node until `done` returns true."""
     end_s = time.monotonic() + PATIENCE_S
     while not done():
         assert time.monotonic() < end_s, 'waited too long'
@@ -53,7 +53,7 @@ def spin(node, done):
 
 @pytest.fixture(scope='module')
 def prefix(tmp_path_factory):
-    """Give ROS an install space of the package where it has none yet."""
+    """Make an install space of the package, unless it is installed."""
     try:
         return get_package_prefix('physai_decode')
     except (PackageNotFoundError, OSError):
@@ -73,7 +73,7 @@ def prefix(tmp_path_factory):
 
 @launch_pytest.fixture
 def decode(prefix):
-    """Launch the node under a name and namespace of its own."""
+    """Launch a node with a name, a namespace, an engine and a model."""
     return LaunchDescription([
         IncludeLaunchDescription(
             PythonLaunchDescriptionSource(str(FILE)),
@@ -83,22 +83,22 @@ def decode(prefix):
 
 
 @pytest.mark.launch(fixture=decode)
-def test_the_launched_node_answers():
-    """It becomes active by itself, with the arguments' names and values, and answers a prompt."""
+def test_launched_node_answers():
+    """It becomes active by itself, uses the arguments, and answers a prompt."""
     rclpy.init()
     probe = rclpy.create_node('probe')
-    told, answers = {}, []
+    values, answers = {}, []
 
     def on_diagnostics(message):
         if message.header.frame_id == '/robot/brain':
-            told.update({pair.key: pair.value for pair in message.status[-1].values})
+            values.update({pair.key: pair.value for pair in message.status[-1].values})
 
     try:
         probe.create_subscription(DiagnosticArray, '/diagnostics', on_diagnostics, 10)
         probe.create_subscription(String, '/robot/brain/response', answers.append, 10)
         prompt = probe.create_publisher(String, '/robot/brain/prompt', 10)
-        spin(probe, lambda: told.get('state') == 'idle' and prompt.get_subscription_count())
-        assert (told['engine'], told['model']) == ('native', 'builtin:tiny_planner')
+        spin(probe, lambda: values.get('state') == 'idle' and prompt.get_subscription_count())
+        assert (values['engine'], values['model']) == ('native', 'builtin:tiny_planner')
         prompt.publish(String(data='bring the red cup to the kitchen'))
         spin(probe, lambda: answers)
         assert answers[0].data
@@ -109,40 +109,40 @@ def test_the_launched_node_answers():
 
 @launch_pytest.fixture
 def autostarts(prefix, tmp_path):
-    """Launch nodes on a file that says `autostart: false`, and arguments that say something."""
+    """Launch three nodes with `autostart: false` in the params file, two with an argument too."""
     file = tmp_path / 'params.yaml'
     file.write_text('/**: {ros__parameters: {autostart: false}}')
     return LaunchDescription([
         *(IncludeLaunchDescription(
             PythonLaunchDescriptionSource(str(FILE)),
             launch_arguments={'params_file': str(file), 'name': name, **given}.items())
-          for name, given in (('silent', {}), ('on', {'autostart': 'on'}),
+          for name, given in (('default', {}), ('on', {'autostart': 'on'}),
                               ('off', {'autostart': 'False'}))),
         launch_pytest.actions.ReadyToTest()])
 
 
 @pytest.mark.launch(fixture=autostarts)
-def test_autostart():
-    """The file's value holds unless the argument gives one, in any of YAML's words."""
+def test_autostart_argument_overrides_the_params_file():
+    """The argument takes YAML's spellings of a boolean; without it, the file's value holds."""
     rclpy.init()
     probe = rclpy.create_node('probe')
-    told = {}
+    values = {}
     try:
-        for name in ('silent', 'on', 'off'):
+        for name in ('default', 'on', 'off'):
             client = probe.create_client(GetParameters, f'/{name}/get_parameters')
             assert client.wait_for_service(PATIENCE_S)
-            answer = client.call_async(GetParameters.Request(names=['autostart']))
-            spin(probe, answer.done)
-            told[name] = answer.result().values[0].bool_value
+            response = client.call_async(GetParameters.Request(names=['autostart']))
+            spin(probe, response.done)
+            values[name] = response.result().values[0].bool_value
     finally:
         probe.destroy_node()
         rclpy.shutdown()
-    assert told == {'silent': False, 'on': True, 'off': False}
+    assert values == {'default': False, 'on': True, 'off': False}
 
 
 @launch_pytest.fixture
 def nested(prefix, tmp_path):
-    """Include the file as nav2's bringup would: its arguments have names that are also ours."""
+    """Include the file as nav2's bringup would, which has arguments with the same names."""
     file = tmp_path / 'nav2_params.yaml'
     file.write_text('/amcl: {ros__parameters: {alpha1: 0.2}}')
 
@@ -161,21 +161,21 @@ def nested(prefix, tmp_path):
 
 
 @pytest.mark.launch(fixture=nested)
-def test_arguments_of_a_parent():
-    """They reach an included file, which says what it can't use; a scoped group keeps them out."""
+def test_arguments_of_the_including_launch_file():
+    """They reach the included file, unless a scoped group keeps them out."""
     rclpy.init()
     probe = rclpy.create_node('probe')
-    told = {}
+    statuses = {}
     try:
         probe.create_subscription(
             DiagnosticArray, '/diagnostics',
-            lambda message: told.update({message.header.frame_id: message.status[-1]}), 10)
-        spin(probe, lambda: set(told) == {'/nav/leaky', '/scoped'})
+            lambda message: statuses.update({message.header.frame_id: message.status[-1]}), 10)
+        spin(probe, lambda: set(statuses) == {'/nav/leaky', '/scoped'})
         models = {name: {pair.key: pair.value for pair in status.values}['model']
-                  for name, status in told.items()}
+                  for name, status in statuses.items()}
         assert models == {'/nav/leaky': 'n/a', '/scoped': 'builtin:tiny_planner'}
-        assert 'nav2_params.yaml has no section for /nav/leaky' in told['/nav/leaky'].message
-        assert told['/scoped'].message == 'inactive'
+        assert 'nav2_params.yaml has no section for /nav/leaky' in statuses['/nav/leaky'].message
+        assert statuses['/scoped'].message == 'inactive'
     finally:
         probe.destroy_node()
         rclpy.shutdown()
@@ -195,44 +195,43 @@ sys.exit(service.run())
 """
 
 
-def launched(*arguments):
-    """Launch the file in a process of its own."""
+def launch(*arguments):
+    """Launch the file in another process."""
     return subprocess.Popen([sys.executable, '-c', LAUNCH, str(FILE), *arguments],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_a_params_file_that_is_not_there(prefix):
-    """Nothing is started: a robot must not come up on the default model."""
-    process = launched('params_file:=/nope.yaml')
+def test_missing_params_file_ends_the_launch(prefix):
+    """No node starts, because a robot must not run the default model by mistake."""
+    process = launch('params_file:=/nope.yaml')
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert 'params_file: there is no file /nope.yaml' in output
     assert 'process started' not in output
 
 
-def test_an_orphan_of_ros2_launch_ends(prefix):
-    """Also where launch had no time to end the node."""
-    process = launched('name:=orphan', 'autostart:=false')
+def test_node_ends_if_launch_is_killed(prefix):
+    process = launch('name:=orphan', 'autostart:=false')
     try:
         for line in process.stdout:
             if found := re.search(r'process started with pid \[(\d+)\]', line):
                 break
         node = Path('/proc', found[1], 'stat')
-        time.sleep(3.0)         # or less: it also ends where launch was gone when it began
+        time.sleep(3.0)         # if the node starts more slowly, it ends at its start
         assert node.exists()
         process.kill()
         process.wait()
         end_s = time.monotonic() + PATIENCE_S
         while node.exists() and node.read_text().rpartition(')')[2].split()[0] != 'Z':
-            assert time.monotonic() < end_s, 'the node lives'
+            assert time.monotonic() < end_s, 'the node still runs'
             time.sleep(0.05)
     finally:
         process.kill()
         process.communicate()
 
 
-def test_every_argument_is_described():
-    """`ros2 launch --show-args` has something to say of each."""
+def test_arguments_have_descriptions():
+    """`ros2 launch --show-args` prints them."""
     spec = importlib.util.spec_from_file_location('decode_launch', FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Whatever a participant sends, through each door of the node: it answers the next prompt."""
+"""After any malformed or extreme message to any of its interfaces, the node answers a prompt."""
 
 from functools import reduce
 from importlib import import_module
@@ -37,13 +37,13 @@ from std_msgs.msg import String
 VARIANTS = 4
 TEXTS = ('\0', 'x' * 100_000, 'a\0b\uffff\u2028', '')
 NUMBERS = (math.nan, math.inf, -1e308, 5e-324)
-LENGTHS = (30, 1, 3, 0)      # not many long texts, and not many of many
+LENGTHS = (30, 1, 3, 0)      # of lists; short, because lists can contain long texts or lists
 ACTION = {'send_goal': 'SendGoalService', 'get_result': 'GetResultService',
           'cancel_goal': 'CancelGoalService'}
 
 
 def extreme(kind, variant):
-    """Give a message or request with all its fields at an extreme."""
+    """Return a message or request with an extreme value in each field."""
     message = kind()
     for name, slot in zip(message.get_fields_and_field_types(), message.SLOT_TYPES, strict=True):
         setattr(message, name, value(slot, variant))
@@ -51,7 +51,7 @@ def extreme(kind, variant):
 
 
 def value(slot, variant):
-    """Give an extreme of a field's type."""
+    """Return an extreme value of a field's type."""
     if isinstance(slot, definition.NamespacedType):
         module = import_module('.'.join(slot.namespaces))
         return extreme(reduce(getattr, slot.name.split('_'), module), variant)  # Generate_Goal
@@ -72,15 +72,16 @@ def value(slot, variant):
     return -2**(bits - 1) if variant % 2 else 2**(bits - 1) - 1
 
 
-def written(data, *, length=None):
-    """Write a std_msgs/String of any bytes."""
+def serialized(data, *, length=None):
+    """Return a serialised std_msgs/String of these bytes."""
     return b'\0\1\0\0' + struct.pack('<I', len(data) if length is None else length) + data
 
 
-RAW = [b'', b'\0', b'\0\1\0\0', b'\0\7\0\0' + b'\xff' * 40, written(b'\xff\xfe\0'), written(b''),
-       written(b'no end'), written(b'a\0b\0'), written(b'\xed\xa0\x80\0'),
-       written(b'a', length=2**32 - 1), written(b'{"id": "\xff"}\0'),
-       written(b'{' * 10_000 + b'\0')]
+RAW = [
+    b'', b'\0', b'\0\1\0\0', b'\0\7\0\0' + b'\xff' * 40, serialized(b'\xff\xfe\0'),
+    serialized(b''), serialized(b'no end'), serialized(b'a\0b\0'), serialized(b'\xed\xa0\x80\0'),
+    serialized(b'a', length=2**32 - 1), serialized(b'{"id": "\xff"}\0'),
+    serialized(b'{' * 10_000 + b'\0')]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -93,7 +94,7 @@ def ros():
 
 @pytest.fixture(scope='module')
 def rig(ros):
-    """Give an active node under simulated time."""
+    """Start an active node in simulated time."""
     rig = Rig(use_sim_time=True)
     assert rig.change('configure', 'activate')
     yield rig
@@ -101,18 +102,18 @@ def rig(ros):
 
 
 def call(rig, kind, name, request):
-    """Call a service, have its answer, and then that of a prompt."""
+    """Call a service, assert that the node then answers a prompt, and return the response."""
     client = rig.probe.create_client(kind, name)
     assert client.wait_for_service(PATIENCE_S)
-    answer = rig.result(client.call_async(request))
+    response = rig.result(client.call_async(request))
     rig.probe.destroy_client(client)
     assert rig.ask('hi')['finish_reason'] == 'stop', name
-    return answer
+    return response
 
 
 @pytest.mark.parametrize('variant', range(VARIANTS))
-def test_every_service_answers(rig, variant):
-    """With all fields of the request at an extreme."""
+def test_services_respond_to_extreme_requests(rig, variant):
+    """Each field of the request has an extreme value; the node stays active."""
     services = [(each.srv_type, each.handle.name) for each in rig.node.services]
     assert len(services) >= 14
     for kind, name in services:
@@ -122,19 +123,19 @@ def test_every_service_answers(rig, variant):
 
 @pytest.mark.parametrize('service', ['set_parameters', 'set_parameters_atomically'])
 @pytest.mark.parametrize('kind', [10, 42, 255])
-def test_a_value_of_no_type_is_refused(rig, service, kind):
-    """In the answer to the call, not by its end."""
+def test_rejects_a_parameter_value_of_an_unknown_type(rig, service, kind):
+    """The response names the parameter and the type."""
     client = rig.clients[service]
-    answer = call(rig, client.srv_type, f'/decode/{service}', client.srv_type.Request(
+    response = call(rig, client.srv_type, f'/decode/{service}', client.srv_type.Request(
         parameters=[Parameter(name='sampling.top_k', value=ParameterValue(type=kind))]))
-    result = answer.results[0] if service == 'set_parameters' else answer.result
+    result = response.results[0] if service == 'set_parameters' else response.result
     assert not result.successful
     assert f'sampling.top_k has a value of type {kind}' in result.reason
 
 
 @pytest.mark.parametrize('variant', range(VARIANTS))
-def test_a_parameter_of_each_type(rig, variant):
-    """With extreme values; what does not fit is refused, and all calls are answered."""
+def test_sets_parameters_to_extreme_values_of_each_type(rig, variant):
+    """The services respond, whether they accept or reject a value."""
     values = []
     for kind in range(10):
         values.append(extreme(ParameterValue, variant))
@@ -147,20 +148,20 @@ def test_a_parameter_of_each_type(rig, variant):
             parameters=[Parameter(name=name, value=each) for name in names for each in values]))
 
 
-def test_very_many_and_very_long(rig):
-    """It takes its time, and no more."""
+def test_very_long_lists_and_texts(rig):
+    """The node handles or rejects them, and answers the next prompt."""
     call(rig, GetParameters, '/decode/get_parameters', GetParameters.Request(names=['a'] * 50_000))
     client = rig.clients['set_parameters_atomically']
-    answer = call(rig, client.srv_type, '/decode/set_parameters_atomically',
-                  client.srv_type.Request(parameters=[Parameter(name='sampling.stop')] * 5000))
-    assert answer.result.successful
+    response = call(rig, client.srv_type, '/decode/set_parameters_atomically',
+                    client.srv_type.Request(parameters=[Parameter(name='sampling.stop')] * 5000))
+    assert response.result.successful
     assert 'more than 1000000 bytes' in rig.ask('x' * 20_000_000)['message']
     assert rig.ask('hi')['finish_reason'] == 'stop'
 
 
 @pytest.mark.parametrize('data', RAW, ids=range(len(RAW)))
-def test_bytes_that_are_no_message(rig, data):
-    """On both topics that take requests."""
+def test_bytes_that_are_not_a_valid_message(rig, data):
+    """They come on both topics that take requests."""
     for topic in ('prompt', 'request'):
         publisher = rig.probe.create_publisher(String, f'/decode/{topic}', stream_qos())
         rig.wait(publisher.get_subscription_count)
@@ -172,8 +173,8 @@ def test_bytes_that_are_no_message(rig, data):
 @pytest.mark.parametrize('time', [
     Time(sec=-1), Time(sec=-2**31, nanosec=2**32 - 1), Time(sec=2**31 - 1, nanosec=2**32 - 1),
     Time(nanosec=10**9)], ids=str)
-def test_a_clock_that_no_stamp_can_hold(rig, time):
-    """It is counted and left out; tokens and diagnostics go on under the time before."""
+def test_ignores_a_clock_out_of_range(rig, time):
+    """The node counts it in `callback_errors`, and keeps the time before it for its stamps."""
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     rig.wait(publisher.get_subscription_count)
     publisher.publish(Clock(clock=Time(sec=7)))
@@ -191,8 +192,8 @@ def test_a_clock_that_no_stamp_can_hold(rig, time):
 
 @pytest.mark.skipif(bool(unavailable), reason=unavailable)
 @pytest.mark.parametrize('variant', range(VARIANTS))
-def test_goals_and_goal_ids_from_nowhere(rig, variant):
-    """The three services of the action, which a client of it calls unseen."""
+def test_action_services_respond_to_extreme_requests(rig, variant):
+    """Action clients call these three services internally; here, goal ids are unknown too."""
     for name in ('get_result', 'cancel_goal', 'send_goal', 'send_goal', 'get_result'):
         kind = getattr(Generate.Impl, ACTION[name])
         call(rig, kind, f'/decode/generate/_action/{name}', extreme(kind.Request, variant))

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A command ends with advice if memory is too small for its libraries to start."""
+"""The checks of shared memory and address space before ROS starts."""
 
 import os
 import resource
@@ -22,23 +22,23 @@ from physai_decode.ros import memory
 import pytest
 
 
-def test_enough_memory():
+def test_accepts_enough_memory():
     memory.check_shared_memory()
     memory.check_address_space()
 
 
-def test_full_shared_memory(monkeypatch):
+def test_exits_if_shared_memory_is_full(monkeypatch):
     monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
     with pytest.raises(SystemExit, match=r'/dev/shm has 4096 bytes free.*--shm-size'):
         memory.check_shared_memory()
 
 
-def test_no_shared_memory(monkeypatch):
+def test_accepts_a_system_without_shared_memory(monkeypatch):
     monkeypatch.setattr(memory, 'SHARED_MEMORY', '/no/such/folder')
     memory.check_shared_memory()
 
 
-def test_a_small_address_space(monkeypatch):
+def test_exits_if_the_address_space_is_small(monkeypatch):
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (10**9, resource.RLIM_INFINITY))
     with pytest.raises(SystemExit, match=r'limited to 1000000000 bytes.*ulimit -v unlimited'):
         memory.check_address_space()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What config.json says of positions, windows and quantised weights, in old and new spellings."""
+"""`model_config`: rotary embeddings, sliding windows and quantisation from config.json."""
 
 from physai_decode import model_config
 from physai_decode.model_config import Rope
@@ -30,22 +30,22 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'rope_theta': 5e5, 'rope_scaling': LLAMA3}, 'llama3', 5e5),
     ({'rope_parameters': {**LLAMA3, 'rope_theta': 5e5}}, 'llama3', 5e5),
     ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, 'default', 5e5)])
-def test_rope_in_each_spelling(config, kind, theta):
+def test_reads_rope_in_old_and_new_spellings(config, kind, theta):
     rope = Rope(config)
     assert (rope.kind, rope.theta, rope.partial) == (kind, theta, 1.0)
 
 
-def test_numbers_of_llama3():
+def test_reads_llama3_scaling():
     rope = Rope({'rope_scaling': LLAMA3, 'max_position_embeddings': 131072})
     assert (rope.factor, rope.original_context) == (8, 8192)
     assert (rope.low_freq_factor, rope.high_freq_factor) == (1.0, 4.0)
-    assert rope.stretched_context == 0      # the limit is written stretched
+    assert rope.stretched_context == 0      # max_position_embeddings is already scaled
 
 
 @pytest.mark.parametrize(('fields', 'factor', 'original', 'stretched'), [
     ({}, 4.0, 64, 256), ({'factor': None}, 2.0, 64, 128),
     ({'original_max_position_embeddings': None}, 4.0, 128, 0)])
-def test_numbers_of_yarn(fields, factor, original, stretched):
+def test_reads_yarn_scaling(fields, factor, original, stretched):
     rope = Rope({'rope_scaling': {**YARN, **fields}, 'max_position_embeddings': 128})
     assert (rope.factor, rope.original_context) == (factor, original)
     assert rope.stretched_context == stretched
@@ -56,7 +56,7 @@ def test_numbers_of_yarn(fields, factor, original, stretched):
     ({}, 1.1386294), ({'attention_factor': 0.5}, 0.5), ({'factor': 0.5}, 1.0),
     ({'mscale': 1.0, 'mscale_all_dim': 1.0}, 1.0), ({'mscale': 1.0}, 1.1386294),
     ({'mscale': 2.0, 'mscale_all_dim': 1.0}, 1.1217515)])
-def test_yarns_scale(fields, scale):
+def test_attention_factor_of_yarn(fields, scale):
     assert Rope({'rope_scaling': {**YARN, **fields}}).attention_factor == pytest.approx(scale)
 
 
@@ -69,14 +69,14 @@ def test_yarns_scale(fields, scale):
     ({**YARN, 'beta_fast': 'x'}, 'beta_fast'), ({**YARN, 'beta_slow': -1}, 'beta_slow'),
     ({**YARN, 'attention_factor': 'x'}, 'attention_factor'),
     ({**YARN, 'mscale': 'x', 'mscale_all_dim': 1.0}, 'mscale')])
-def test_a_wrong_number_is_named(rope, name):
-    """When it is asked for; the others can be read."""
-    asked = {'original_max_position_embeddings': 'original_context', 'rope_theta': 'theta',
-             'mscale': 'attention_factor'}.get(name, name)
-    said = Rope({'rope_scaling': rope})
-    assert said.kind
+def test_rejects_a_wrong_number_when_it_is_read(rope, name):
+    """The error names the key; other keys can still be read."""
+    attribute = {'original_max_position_embeddings': 'original_context', 'rope_theta': 'theta',
+                 'mscale': 'attention_factor'}.get(name, name)
+    read = Rope({'rope_scaling': rope})
+    assert read.kind
     with pytest.raises(ValueError, match=name):
-        getattr(said, asked)
+        getattr(read, attribute)
 
 
 @pytest.mark.parametrize(('config', 'expected'), [
@@ -89,18 +89,19 @@ def test_a_wrong_number_is_named(rope, name):
       'max_window_layers': 1}, (0, 8, 8)),
     ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
       'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']}, (8, 0, 8))])
-def test_windows(config, expected):
+def test_sliding_window_of_each_layer(config, expected):
     assert model_config.windows(config, 3) == expected
 
 
-def test_no_quantisation():
+def test_config_without_quantisation():
     assert model_config.quantization({}) is None
     assert model_config.quantization({'quantization_config': None}) is None
 
 
-def test_gptq_as_quantizers_leave_things_out():
-    found = model_config.quantization({'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
-    assert found == model_config.Quantization(
+def test_gptq_defaults_for_missing_keys():
+    quantization = model_config.quantization({
+        'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
+    assert quantization == model_config.Quantization(
         'gptq-int4-g128', 'gptq', 4, 128, 'gptq',
         {'quant_method': 'gptq', 'bits': 4, 'group_size': 128})
 
@@ -108,16 +109,16 @@ def test_gptq_as_quantizers_leave_things_out():
 @pytest.mark.parametrize(('fields', 'layout'), [
     ({'checkpoint_format': 'gptq_v2'}, 'gptq_v2'), ({'format': 'gptq_v2'}, 'gptq_v2'),
     ({'checkpoint_format': None, 'format': 'marlin'}, 'marlin')])
-def test_layout(fields, layout):
+def test_gptq_checkpoint_format(fields, layout):
     config = {'quantization_config': {'quant_method': 'gptq', 'bits': 4, **fields}}
     assert model_config.quantization(config).layout == layout
 
 
 @pytest.mark.parametrize('size', [None, '32', 0, -32, 64.5])
-def test_a_wrong_group_size_is_named(size):
+def test_rejects_a_wrong_group_size(size):
     with pytest.raises(ValueError, match='group_size'):
         model_config.quantization({'quantization_config': {
             'quant_method': 'gptq', 'bits': 4, 'group_size': size}})
-    # Other methods' are theirs to read.
+    # Only the keys of GPTQ are checked here.
     model_config.quantization({'quantization_config': {
         'quant_method': 'awq', 'bits': 4, 'group_size': size}})

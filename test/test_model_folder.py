@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a model folder holds can not hang, kill or exhaust an engine: it answers, or is refused."""
+"""No content of a model folder hangs or ends an engine: it decodes, or raises an EngineError."""
 
 import json
 import math
@@ -35,7 +35,7 @@ ENGINES = {'native': NativeEngine, 'transformers': TransformersEngine}
 CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=64)
 PROMPT = [3, 1, 4, 1, 5]
 MISSING = object()
-# Of each type one or two.
+# One or two of each type.
 VALUES = ('x', None, 0, 10**400, 1e308, [[1]], {'a': 1}, MISSING)
 
 
@@ -44,23 +44,24 @@ def kind(request):
     return ENGINES[request.param]
 
 
-def changed(folder, change):
-    """Rewrite the tensors of a folder: ``change`` gives each one's new content."""
+def change_tensors(folder, change):
+    """Replace each tensor of a folder by what ``change`` returns for it."""
     path = folder / 'model.safetensors'
     save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
 
 
-def refusal(kind, folder):
-    with pytest.raises(EngineError) as refused:
+def error_of(kind, folder):
+    """Return the message of the error that loading raises."""
+    with pytest.raises(EngineError) as raised:
         load(kind, folder, CPU)
-    return str(refused.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_weights_that_change_while_it_runs(kind, tmp_path, dtype):
-    """Nothing of a file is mapped: to read what is no longer there would end the process."""
+def test_decodes_although_its_weights_are_truncated_after_the_load(kind, tmp_path, dtype):
+    """The engine maps no file, because reading a truncated mapping would kill the process."""
     folder = random_model.save(tmp_path, 'llama', 0)
-    changed(folder, lambda tensor: tensor.to(dtype))
+    change_tensors(folder, lambda tensor: tensor.to(dtype))
     loop = load(kind, folder, CPU)
     expected = decode(loop, PROMPT)
     assert str(folder) not in Path('/proc/self/maps').read_text()
@@ -71,7 +72,7 @@ def test_weights_that_change_while_it_runs(kind, tmp_path, dtype):
     loop.engine.close()
 
 
-def test_weights_that_change_while_they_are_read(kind, tmp_path):
+def test_rejects_weights_that_are_truncated_during_the_load(kind, tmp_path):
     model = inspect(random_model.save(tmp_path, 'llama', 0))
     with (tmp_path / 'model.safetensors').open('r+b') as file:
         file.truncate(model.tensors['model.norm.weight'].start)
@@ -79,7 +80,7 @@ def test_weights_that_change_while_they_are_read(kind, tmp_path):
         kind(model, CPU)
 
 
-def test_weights_whose_place_a_device_takes(kind, tmp_path):
+def test_rejects_weights_that_a_device_replaces(kind, tmp_path):
     model = inspect(random_model.save(tmp_path, 'llama', 0))
     (tmp_path / 'model.safetensors').unlink()
     (tmp_path / 'model.safetensors').symlink_to('/dev/zero')
@@ -87,24 +88,24 @@ def test_weights_whose_place_a_device_takes(kind, tmp_path):
         kind(model, CPU)
 
 
-@pytest.mark.parametrize(('change', 'said'), [
+@pytest.mark.parametrize(('change', 'words'), [
     (torch.zeros_like, 'are all 0, whatever'), (lambda tensor: tensor * math.nan, 'not numbers'),
     (lambda tensor: tensor * math.inf, 'not numbers')], ids=['zero', 'NaN', 'infinite'])
-def test_weights_without_meaning(kind, tmp_path, change, said):
+def test_rejects_weights_that_are_zero_or_not_finite(kind, tmp_path, change, words):
     folder = random_model.save(tmp_path, 'qwen2', 0)
-    changed(folder, change)
-    assert said in refusal(kind, folder)
+    change_tensors(folder, change)
+    assert words in error_of(kind, folder)
 
 
-def test_whole_numbers_for_weights(kind, tmp_path):
+def test_rejects_integer_weights(kind, tmp_path):
     folder = random_model.save(tmp_path, 'qwen2', 0)
-    changed(folder, lambda tensor: (tensor * 100).to(torch.int8))
-    message = refusal(kind, folder)
+    change_tensors(folder, lambda tensor: (tensor * 100).to(torch.int8))
+    message = error_of(kind, folder)
     assert 'embed_tokens.weight' in message and 'quantis' in message
 
 
-def test_padding_is_no_fault(kind, tmp_path):
-    """The first id's embedding is often all zero."""
+def test_accepts_an_embedding_of_zeros(kind, tmp_path):
+    """The embedding of a padding token is often all zeros."""
     folder = random_model.save(tmp_path, 'llama', 0)
     path = folder / 'model.safetensors'
     tensors = load_file(path)
@@ -113,15 +114,15 @@ def test_padding_is_no_fault(kind, tmp_path):
     load(kind, folder, CPU).engine.close()
 
 
-def test_nonsense_in_config_json(kind, tmp_path):
-    """Whatever a key says, the engine answers or says in one line why it does not."""
+def test_wrong_values_in_config_json(kind, tmp_path):
+    """With any value of any key, the engine decodes or raises an error of one line."""
     folder = random_model.save(tmp_path, 'qwen2_window', 0)
     path = folder / 'config.json'
-    whole = json.loads(path.read_text())
+    valid = json.loads(path.read_text())
     keys = ['hidden_size', 'num_hidden_layers', 'rope_parameters', 'sliding_window']
-    for key in keys if kind is TransformersEngine else [*whole, 'physai_decode_random_weights']:
+    for key in keys if kind is TransformersEngine else [*valid, 'physai_decode_random_weights']:
         for value in VALUES:
-            config = {**whole, key: value}
+            config = {**valid, key: value}
             if value is MISSING:
                 del config[key]
             path.write_text(json.dumps(config))
@@ -136,19 +137,19 @@ def test_nonsense_in_config_json(kind, tmp_path):
 
 
 @pytest.mark.parametrize('engine', ENGINES)
-def test_random_weights_of_another_shape(engine, tmp_path):
-    """A folder that describes its weights is held to that: no other size is allocated."""
+def test_rejects_random_weights_of_another_shape(engine, tmp_path):
+    """config.json must imply the shapes in the header, so no other size is allocated."""
     folder = random_model.save(tmp_path, 'llama', 0)
     path = folder / 'config.json'
     config = {**json.loads(path.read_text()), 'physai_decode_random_weights': {}}
     path.write_text(json.dumps(config))
     load(ENGINES[engine], folder, CPU).engine.close()
     path.write_text(json.dumps({**config, 'vocab_size': 2**24, 'hidden_size': 2**20}))
-    assert 'config.json implies' in refusal(ENGINES[engine], folder)
+    assert 'config.json implies' in error_of(ENGINES[engine], folder)
 
 
 def add(folder, **tensors):
-    """Put further tensors into a folder; their names have __ for dots."""
+    """Add tensors to a folder; ``__`` in a name stands for a dot."""
     path = folder / 'model.safetensors'
     named = {name.replace('__', '.'): tensor for name, tensor in tensors.items()}
     save_file({**load_file(path), **named}, path)
@@ -159,40 +160,40 @@ def add(folder, **tensors):
     {'model__layers__0__mlp__down_proj__weight_scale': torch.ones(1)},
     {'model__layers__1__self_attn__o_proj__bias': torch.ones(128)},
     {'model__layers__2__input_layernorm__weight': torch.ones(128)}], ids=lambda each: [*each][0])
-def test_a_tensor_that_would_change_the_answer(kind, tmp_path, tensors):
+def test_rejects_an_unused_tensor_that_would_change_the_logits(kind, tmp_path, tensors):
     folder = random_model.save(tmp_path, 'llama_tied', 0)
     add(folder, **tensors)
-    assert next(iter(tensors)).replace('__', '.') in refusal(kind, folder)
+    assert next(iter(tensors)).replace('__', '.') in error_of(kind, folder)
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'gemma2', 'phi3', 'mixtral', 'bloom', 'smollm3'])
-def test_all_tensors_of_a_family_are_used(tmp_path, family):
-    """What the library itself writes is refused by nobody."""
+def test_accepts_all_tensors_that_transformers_writes(tmp_path, family):
     folder = random_model.save(tmp_path, family, 0, n_embd=128, n_head=2, n_layer=2)
     load(TransformersEngine, folder, CPU).engine.close()
 
 
-def test_tensors_that_change_nothing(tmp_path):
-    folder = random_model.save(tmp_path, 'llama_tied', 0)
-    expected = decode(load(TransformersEngine, folder, CPU), PROMPT)
+def add_unused(folder):
+    """Add tensors that do not change the logits."""
     add(folder, lm_head__weight=load_file(
         folder / 'model.safetensors')['model.embed_tokens.weight'].clone(),
         model__layers__0__self_attn__q_proj__bias=torch.zeros(128),
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(32),
         visual__weight=torch.ones(3))
+
+
+def test_transformers_accepts_unused_tensors_that_change_nothing(tmp_path):
+    folder = random_model.save(tmp_path, 'llama_tied', 0)
+    expected = decode(load(TransformersEngine, folder, CPU), PROMPT)
+    add_unused(folder)
     assert decode(load(TransformersEngine, folder, CPU), PROMPT) == expected
 
 
-def test_tensors_that_change_nothing_are_listed(tmp_path):
+def test_native_lists_unused_tensors_that_change_nothing(tmp_path):
     folder = random_model.save(tmp_path, 'llama_tied', 0)
     plain = load(NativeEngine, folder, CPU)
     expected = decode(plain, PROMPT)
     assert 'unused_tensors' not in plain.engine.footprint.details
-    add(folder, lm_head__weight=load_file(
-        folder / 'model.safetensors')['model.embed_tokens.weight'].clone(),
-        model__layers__0__self_attn__q_proj__bias=torch.zeros(128),
-        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(32),
-        visual__weight=torch.ones(3))
+    add_unused(folder)
     loop = load(NativeEngine, folder, CPU)
     assert decode(loop, PROMPT) == expected
     assert loop.engine.footprint.details['unused_tensors'] == (

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The package as colcon builds and installs it, and the rules of the Makefile."""
+"""The package that colcon builds and installs, its metadata, and the Makefile."""
 
 from configparser import RawConfigParser
 import importlib.util
@@ -39,7 +39,7 @@ COMMANDS = dict(re.findall(
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
-    """Build the package with colcon; gives the workspace's folder."""
+    """Build the package with colcon, and return the folder of the workspace."""
     pytest.importorskip('colcon_ros')
     folder = tmp_path_factory.mktemp('workspace')
     shutil.copytree(ROOT, folder / 'src' / 'physai_decode', ignore=LEFT_OUT)
@@ -52,24 +52,24 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def prefix(workspace):
-    """Give the folder that the package is installed in."""
+    """Return the folder in which the package is installed."""
     return workspace / 'install' / 'physai_decode'
 
 
-def test_colcon_takes_it_for_a_ros_package(prefix):
-    """Only ros.ament_python writes this hook; a broken package.xml makes colcon fall back."""
+def test_colcon_builds_a_ros_package(prefix):
+    """Only ros.ament_python writes the hook; a broken package.xml makes colcon fall back."""
     assert (prefix / 'share/physai_decode/hook/ament_prefix_path.dsv').is_file()
     assert (prefix / 'share/ament_index/resource_index/packages/physai_decode').is_file()
 
 
-def test_colcon_does_not_look_for_packages_in_it(workspace):
-    """The interface package in it is built only where --base-paths names it."""
+def test_colcon_builds_no_nested_package(workspace):
+    """physai_decode_msgs is built only if --base-paths names it."""
     assert [path.name for path in (workspace / 'install').iterdir() if path.is_dir()] == [
         'physai_decode']
 
 
-def test_installed_files(prefix):
-    """The configs, the launch file and the manifest are in share, the model with the code."""
+def test_installs_data_files(prefix):
+    """Configs, examples and launch files are in share, the model beside the code."""
     for name in ('config', 'examples', 'launch', 'systemd'):
         want = {path.name for path in (ROOT / name).iterdir() if path.is_file()}
         assert want == {path.name for path in (prefix / 'share/physai_decode' / name).iterdir()}
@@ -83,17 +83,16 @@ def test_installed_files(prefix):
     assert set(COMMANDS) == {path.name for path in (prefix / 'lib/physai_decode').iterdir()}
 
 
-def test_installed_code_is_complete(prefix):
-    """Each module of the source is installed."""
+def test_installs_all_modules(prefix):
     installed, = prefix.glob('lib/python*/site-packages/physai_decode')
     source = ROOT / 'physai_decode'
     assert ({path.relative_to(source) for path in source.rglob('*.py')}
             == {path.relative_to(installed) for path in installed.rglob('*.py')})
-    assert (installed / 'py.typed').is_file()       # by which type checkers read its types
+    assert (installed / 'py.typed').is_file()       # tells type checkers to read its types
 
 
 def test_installed_node_runs(workspace, prefix):
-    """The installed decode_node becomes active with its installed config, and ends by SIGINT."""
+    """decode_node becomes active with the installed config, and SIGINT ends it."""
     rclpy = pytest.importorskip('rclpy')
     from lifecycle_msgs.msg import State
     from lifecycle_msgs.srv import GetState
@@ -107,10 +106,10 @@ def test_installed_node_runs(workspace, prefix):
 
     context = rclpy.Context()
     rclpy.init(context=context)
-    asking = rclpy.create_node('asking', context=context)
+    probe = rclpy.create_node('probe', context=context)
     executor = rclpy.executors.SingleThreadedExecutor(context=context)
-    executor.add_node(asking)
-    client = asking.create_client(GetState, '/installed/decode/get_state')
+    executor.add_node(probe)
+    client = probe.create_client(GetState, '/installed/decode/get_state')
     process = subprocess.Popen(
         [*sourced, str(node), '--ros-args', '-r', '__ns:=/installed', '--params-file',
          str(config)], cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -130,12 +129,12 @@ def test_installed_node_runs(workspace, prefix):
         process.kill()
         process.wait()
         executor.shutdown()
-        asking.destroy_node()
+        probe.destroy_node()
         rclpy.shutdown(context=context)
 
 
 def test_versions_agree():
-    """It stands in five files, as text: so the tools that release a ROS package want it."""
+    """Five files contain the version as text, because the release tools of ROS need that."""
     changelog = (ROOT / 'CHANGELOG.rst').read_text()
     setup = (ROOT / 'setup.py').read_text()
     for folder in (ROOT, ROOT / 'physai_decode_msgs'):
@@ -145,8 +144,8 @@ def test_versions_agree():
     assert re.search(r'^(\d+\.\d+\.\d+) ', changelog, re.MULTILINE)[1] == physai_decode.__version__
 
 
-def test_the_changelog_is_one():
-    """With a place for what comes next, where the tools that release look for it."""
+def test_changelog_is_readable_by_the_release_tools():
+    """It has a Forthcoming section, and the current version."""
     changelogs = pytest.importorskip('catkin_pkg.changelog')
     package_version = pytest.importorskip('catkin_pkg.package_version')
     text = (ROOT / 'CHANGELOG.rst').read_text()
@@ -156,8 +155,8 @@ def test_the_changelog_is_one():
     assert versions[-1] == physai_decode.__version__
 
 
-def test_the_unit_permits_what_the_parameters_ask_for():
-    """Its limits are those that the node names where it lacks one; its command is installed."""
+def test_systemd_unit_grants_real_time_limits():
+    """It sets the limits that the node's messages name, and starts an installed command."""
     unit = RawConfigParser(strict=False)
     unit.optionxform = str
     unit.read(ROOT / 'systemd' / 'physai_decode.service')
@@ -168,35 +167,34 @@ def test_the_unit_permits_what_the_parameters_ask_for():
     assert command in COMMANDS
 
 
-def test_each_file_has_its_licence():
-    """As ament_copyright wants it, below a shebang; the first lines of setup.py are the model."""
+def test_files_have_the_licence_header():
+    """Each file has the first lines of setup.py near its top, as ament_copyright expects."""
     header = (ROOT / 'setup.py').read_text().partition('\n\n')[0]
     assert header.startswith('# Copyright') and 'Apache License, Version 2.0' in header
     folders = ('examples', 'launch', 'physai_decode', 'physai_decode_msgs', 'test', 'tools')
-    lacking = [str(path.relative_to(ROOT)) for folder in folders
+    missing = [str(path.relative_to(ROOT)) for folder in folders
                for path in sorted((ROOT / folder).rglob('*'))
                if path.suffix in ('.py', '.cmake') and path.stat().st_size
                and header not in path.read_text()[:1000]]
-    assert not lacking, 'put the first lines of setup.py above the code of these files'
+    assert not missing, 'put the first lines of setup.py above the code of these files'
 
 
-def test_commands_exist():
-    """Each command's module is there."""
+def test_commands_have_modules():
     assert {'decode_node', 'decode_ask', 'decode_bench'} <= set(COMMANDS)
     for module in COMMANDS.values():
         assert importlib.util.find_spec(module)
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
-def test_a_machine_without_wheels_is_told(tmp_path):
-    """Where rclpy has no wheels, make says in one line what to do and installs nothing."""
+def test_make_stops_on_a_machine_without_wheels(tmp_path):
+    """One line says that rclpy has no wheels for it and what to do; nothing is installed."""
     for path in ROOT.glob('*'):
         if path.is_file():
             shutil.copy(path, tmp_path)
     before = set(tmp_path.iterdir())
-    alone = {key: value for key, value in os.environ.items() if 'MAKE' not in key}
+    environment = {key: value for key, value in os.environ.items() if 'MAKE' not in key}
     result = subprocess.run(
-        ['make', 'demo', 'MACHINE=aarch64'], cwd=tmp_path, env=alone, capture_output=True,
+        ['make', 'demo', 'MACHINE=aarch64'], cwd=tmp_path, env=environment, capture_output=True,
         text=True, timeout=120)
     assert result.returncode != 0
     assert re.match(r'physai_decode: .*rclpy.*aarch64.*colcon.*\nmake: ', result.stderr)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The comparison with peers, on programs that print what those print."""
+"""tools/peers.py, on programs that print what vLLM, llama-bench and gpt-fast print."""
 
 import importlib
 import json
@@ -63,7 +63,7 @@ print('Time for inference 2: 0.20 sec total, 50.00 tokens/sec')
 
 @pytest.fixture(scope='module')
 def peers():
-    """Give the tool."""
+    """Import the tool."""
     sys.path.insert(0, str(TOOLS))
     yield importlib.import_module('peers')
     sys.path.remove(str(TOOLS))
@@ -71,7 +71,7 @@ def peers():
 
 @pytest.fixture
 def run(peers, tmp_path, monkeypatch, capsys):
-    """Run the tool; gives its exit code, the rows that it wrote, and what it printed."""
+    """Return a function that runs the tool, and returns its exit code, rows and output."""
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', [
             'peers.py', '--model', 'builtin:tiny_planner', '--context', '16', '--tokens', '8',
@@ -83,7 +83,7 @@ def run(peers, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_each_peer_by_its_own_command(peers, run, tmp_path, monkeypatch):
+def test_measures_each_peer_with_its_own_command(peers, run, tmp_path, monkeypatch):
     (tmp_path / 'vllm.py').write_text(VLLM)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     (tmp_path / 'llama-bench').write_text(LLAMA_BENCH)
@@ -103,7 +103,7 @@ def test_each_peer_by_its_own_command(peers, run, tmp_path, monkeypatch):
     assert (tmp_path / 'out' / 'peers.png').stat().st_size > 1000
 
 
-def test_one_that_fails_is_a_row_with_the_reason(peers, run, monkeypatch):
+def test_a_peer_that_fails_has_a_row_with_the_reason(peers, run, monkeypatch):
     monkeypatch.setattr(peers, 'ours', lambda options: [
         peers.Row('native', '1.0', 'decode_bench', [2.0])])
     code, rows, printed = run('--llama-bench', '/bin/false', '--gguf', 'a.gguf',
@@ -115,8 +115,8 @@ def test_one_that_fails_is_a_row_with_the_reason(peers, run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_own_engines(run):
-    """By decode_bench, anew each time."""
+def test_measures_its_own_engines(run):
+    """It runs decode_bench."""
     code, rows, _ = run('--engines', 'native')
     assert code == 0
     row, = rows

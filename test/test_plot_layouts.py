@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A bag of a session has every field that the layouts in config/ name, and its requests."""
+"""A recorded bag has the fields that the layouts in config/ plot, and can be replayed."""
 
 import importlib.util
 import json
@@ -58,24 +58,24 @@ TOPICS = {
 
 
 class Session:
-    """A node on the embedded model, all of whose topics are recorded as they come."""
+    """Records all topics of a node that runs the embedded model."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[str, int, bytes]] = []
+        self.recorded: list[tuple[str, int, bytes]] = []
         self.node = rclpy.create_node('recorder')
         self.prompt = self.node.create_publisher(String, '/decode/prompt', 10)
         for topic, (kind, qos) in TOPICS.items():
             self.node.create_subscription(
                 kind, topic,
-                lambda data, topic=topic: self.taken.append((topic, time.time_ns(), data)),
+                lambda data, topic=topic: self.recorded.append((topic, time.time_ns(), data)),
                 qos, raw=True)
 
     def count(self, topic) -> int:
         """Count the messages of one topic."""
-        return sum(taken[0] == topic for taken in self.taken)
+        return sum(record[0] == topic for record in self.recorded)
 
     def wait(self, done, process) -> None:
-        """Record until something is so."""
+        """Record until `done` returns true."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             assert process.poll() is None, 'the node ended'
@@ -83,14 +83,14 @@ class Session:
             rclpy.spin_once(self.node, timeout_sec=0.1)
 
     def run(self) -> None:
-        """Ask once, with a deadline that no token keeps, and wait for its diagnostics."""
+        """Record one answer whose tokens all miss their deadline, and the diagnostics after it."""
         process = subprocess.Popen(
             [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--params-file',
              str(CONFIG / 'decode.yaml'), '-p', 'deadline.token_ms:=0.001',
              '-p', 'diagnostics.period_s:=0.2', '-p', 'roofline.peak_bandwidth_gb_s:=20.0'],
             stdout=subprocess.DEVNULL)
         try:
-            self.wait(lambda: self.taken and b'\0idle\0' in self.taken[-1][2], process)
+            self.wait(lambda: self.recorded and b'\0idle\0' in self.recorded[-1][2], process)
             self.prompt.publish(String(data='Bring me the red cup from the kitchen table.'))
             self.wait(lambda: self.count('/decode/request_stats'), process)
             count = self.count('/diagnostics')
@@ -100,20 +100,20 @@ class Session:
             process.wait(PATIENCE_S)
 
     def write(self, path) -> None:
-        """Write what was taken as a bag."""
+        """Write the recorded messages as a bag."""
         types = get_typestore(Stores.ROS2_HUMBLE)
         with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
             connections = {
                 topic: writer.add_connection(
                     topic, f'{kind.__module__.split(".")[0]}/msg/{kind.__name__}', typestore=types)
                 for topic, (kind, _) in TOPICS.items()}
-            for topic, stamp_ns, data in self.taken:
+            for topic, stamp_ns, data in self.recorded:
                 writer.write(connections[topic], stamp_ns, data)
 
 
 @pytest.fixture(scope='module')
 def bag(tmp_path_factory):
-    """Give all messages of a session, by topic, as they are read back from a bag."""
+    """Record a session, and return the messages of its bag by topic."""
     path = tmp_path_factory.mktemp('bag') / 'session'
     rclpy.init()
     try:
@@ -128,12 +128,12 @@ def bag(tmp_path_factory):
         for connection, _, data in reader.messages():
             messages[connection.topic].append(reader.deserialize(data, connection.msgtype))
     for topic in TOPICS:
-        assert messages[topic], f'nothing came on {topic}'
+        assert messages[topic], f'no message on {topic}'
     return messages
 
 
-def test_a_session_can_be_replayed(bag):
-    """The example makes the same request of what was accepted."""
+def test_replay_sends_the_recorded_request(bag):
+    """examples/replay.py turns a message on `~/accepted` into the same request."""
     spec = importlib.util.spec_from_file_location('replay', ROOT / 'examples' / 'replay.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -150,7 +150,7 @@ def test_a_session_can_be_replayed(bag):
 
 
 def numbers(values) -> list[float]:
-    """Give those values that are numbers, or texts that are wholly numbers."""
+    """Return the values that are numbers, or strings that parse as one."""
     found = []
     for value in values:
         try:
@@ -160,31 +160,31 @@ def numbers(values) -> list[float]:
     return found
 
 
-def series(bag) -> dict[str, list]:
-    """Give what PlotJuggler makes of the bag: each series by its name."""
-    found = {}
+def plotjuggler_series(bag) -> dict[str, list]:
+    """Return the series of the bag by the names that PlotJuggler gives them."""
+    series = {}
     for topic, messages in bag.items():
         for message in messages:
             for status in getattr(message, 'status', ()):
                 parts = [topic, status.hardware_id, status.name]
                 for pair in status.values:
                     name = '/'.join([part for part in parts if part] + [pair.key])
-                    found.setdefault(name, []).append(pair.value)
+                    series.setdefault(name, []).append(pair.value)
             if hasattr(message, 'data'):
-                found.setdefault(f'{topic}/data', []).append(message.data)
-    return found
+                series.setdefault(f'{topic}/data', []).append(message.data)
+    return series
 
 
 STEP = re.compile(r'\.(\w+)|\[(:|\d+)\]|\{(\w+)==("[^"]*"|\d+)\}')
 
 
-def foxglove(bag, path) -> list:
-    """Give what a Foxglove message path stands for in the bag, over all its messages."""
+def foxglove_values(bag, path) -> list:
+    """Evaluate a Foxglove message path on all messages of the bag."""
     topic = re.match(r'/[\w/]+', path)[0]
     values, at = bag[topic], len(topic)
     while at < len(path):
         step = STEP.match(path, at)
-        assert step, f'{path} is no message path from {path[at:]!r} on'
+        assert step, f'{path} is not a message path at {path[at:]!r}'
         field, index, key, wanted = step.groups()
         if field:
             values = [getattr(value, field) for value in values]
@@ -198,31 +198,31 @@ def foxglove(bag, path) -> list:
     return values
 
 
-def test_plotjuggler(bag):
-    """Each curve has numbers, and the topics that it subscribes to bring all of them."""
+def test_plotjuggler_layout(bag):
+    """Each curve has numbers in the bag, and the layout subscribes to its topic."""
     layout = ElementTree.parse(CONFIG / 'plotjuggler_layout.xml').getroot()
     curves = [curve.get('name') for curve in layout.iter('curve')]
-    found = series(bag)
+    series = plotjuggler_series(bag)
     assert len(curves) > 10
     for curve in curves:
-        assert numbers(found.get(curve, ())), curve
+        assert numbers(series.get(curve, ())), curve
     topics = {topic.get('name') for topic in layout.iter('topic')}
     assert topics == {'/'.join(curve.split('/')[:3]) for curve in curves}
 
 
-def test_foxglove(bag):
-    """Each plot's path has numbers, each other panel's topic is there, and all are laid out."""
+def test_foxglove_layout(bag):
+    """Each plot has numbers in the bag, other panels have messages, and all panels are shown."""
     layout = json.loads((CONFIG / 'foxglove_layout.json').read_text())
     panels = layout['configById']
     plotted = [path['value'] for panel in panels.values() for path in panel.get('paths', ())]
     assert len(plotted) > 10
     for path in plotted:
-        assert numbers(foxglove(bag, path)), path
+        assert numbers(foxglove_values(bag, path)), path
     for name, panel in panels.items():
         if name.startswith('RawMessages!'):
-            assert foxglove(bag, panel['topicPath']), name
+            assert foxglove_values(bag, panel['topicPath']), name
     summary = panels['DiagnosticSummary!nodes']
-    assert foxglove(bag, summary['topicToRender'] + '.status[:].hardware_id')
+    assert foxglove_values(bag, summary['topicToRender'] + '.status[:].hardware_id')
     publish = panels['Publish!prompt']
     assert TOPICS[publish['topicName']][0] is String
     assert publish['datatype'] == 'std_msgs/msg/String'
@@ -234,8 +234,8 @@ def test_foxglove(bag):
     assert sorted(shown(layout['layout'])) == sorted(panels)
 
 
-def test_diagnostic_aggregator(bag):
-    """The analyzer takes each status, misses none that it expects, and waits long enough."""
+def test_diagnostic_aggregator_config(bag):
+    """The analyzer matches each status, expects no other, and its timeout is long enough."""
     settings = yaml.safe_load((CONFIG / 'diagnostic_aggregator.yaml').read_text())
     analyzer = settings['analyzers']['ros__parameters']['decode']
     names = {status.name for message in bag['/diagnostics'] for status in message.status}
@@ -245,8 +245,8 @@ def test_diagnostic_aggregator(bag):
     assert analyzer['timeout'] >= 2.0               # at a period of 1 s
 
 
-def test_recording():
-    """The pattern that the docs give to `ros2 bag record` takes all topics."""
+def test_documented_record_command_matches_all_topics():
+    """docs/howto/bags.md gives a pattern to `ros2 bag record`."""
     line = re.search(r"ros2 bag record .*-e '([^']+)'", (ROOT / 'docs/howto/bags.md').read_text())
     for topic in TOPICS:
         assert re.fullmatch(line[1], topic), topic

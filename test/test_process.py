@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The node's process from outside: its exit code, its launcher, its params files, Ctrl-C."""
+"""The node's process: its exit codes, SIGSTOP, its launcher, its params files, early Ctrl-C."""
 
 import os
 import select
@@ -69,7 +69,7 @@ sys.exit(main(load=loader))
 """
 LAUNCHER = """
 import os, subprocess, sys, time
-if sys.argv[1] == 'told':
+if sys.argv[1] == 'launched':
     os.environ['PHYSAI_DECODE_LAUNCHER'] = str(os.getpid())
 print(subprocess.Popen(sys.argv[2:]).pid, flush=True)
 time.sleep(60)
@@ -105,34 +105,33 @@ time.sleep(60)
 """
 
 
-class Ears:
-    """What the node of a name says on /diagnostics."""
+class StatusProbe:
+    """Subscribes to the engine status of one node on /diagnostics."""
 
     def __init__(self, name: str) -> None:
-        self.node = rclpy.create_node('ears')
-        self.name, self.heard = f'/{name}', []
+        self.node = rclpy.create_node('status_probe')
+        self.name, self.statuses = f'/{name}', []
         self.node.create_subscription(DiagnosticArray, '/diagnostics', self._on, 10)
 
     def _on(self, message):
         if message.header.frame_id == self.name:
-            self.heard.append(message.status[-1])
+            self.statuses.append(message.status[-1])
 
     def next(self) -> DiagnosticStatus:
-        """Wait for the next engine status."""
-        self.heard.clear()
+        """Wait for the next engine status, and return it."""
+        self.statuses.clear()
         end_s = time.monotonic() + PATIENCE_S
-        while not self.heard:
-            assert time.monotonic() < end_s, f'{self.name} was not heard'
+        while not self.statuses:
+            assert time.monotonic() < end_s, f'no status of {self.name}'
             rclpy.spin_once(self.node, timeout_sec=0.1)
-        return self.heard[-1]
+        return self.statuses[-1]
 
     def value(self, key) -> str:
-        """Give a value of the next engine status."""
+        """Return a value of the next engine status."""
         return {pair.key: pair.value for pair in self.next().values}[key]
 
-
     def until(self, done) -> None:
-        """Wait until something is so."""
+        """Spin until `done` returns true."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             assert time.monotonic() < end_s, 'waited too long'
@@ -140,13 +139,13 @@ class Ears:
 
 
 @pytest.fixture
-def ears():
-    """Give ears for a node's name."""
+def probe():
+    """Return a function that makes the probe of a node's name."""
     rclpy.init()
     made = []
 
     def make(name):
-        made.append(Ears(name))
+        made.append(StatusProbe(name))
         return made[-1]
 
     yield make
@@ -157,7 +156,7 @@ def ears():
 
 @pytest.fixture
 def start():
-    """Start processes that end with the test."""
+    """Return a function that starts a process; the test's end kills it."""
     processes = []
 
     def begin(command, **options):
@@ -171,34 +170,34 @@ def start():
 
 
 def named(name, *arguments):
-    """Give the command that starts the node under a name, to load nothing."""
+    """Return the command of a node with this name, which loads no model."""
     return [*NODE, '-r', f'__node:={name}', '-p', 'autostart:=false', *arguments]
 
 
 def slow(request, name, step_s, *arguments):
-    """Give the command that starts an active node of so many seconds a token."""
+    """Return the command of an active node whose tokens take `step_s` seconds each."""
     script = SLOW.format(folder=str(request.path.parent), step_s=step_s)
     return [sys.executable, '-c', script, '--ros-args', '-r', f'__node:={name}', '-p',
             'diagnostics.period_s:=0.05', *arguments]
 
 
 def talk(node, name):
-    """Give the figures of tokens and requests as they will come, and a publisher of prompts."""
+    """Return two lists that receive the figures of tokens and requests, and a prompt publisher."""
     lists = []
     for topic in ('token_stats', 'request_stats'):
         lists.append([])
         node.create_subscription(
-            DiagnosticArray, f'/{name}/{topic}', lambda message, heard=lists[-1]: heard.append(
+            DiagnosticArray, f'/{name}/{topic}', lambda message, values=lists[-1]: values.append(
                 {pair.key: pair.value for pair in message.status[0].values}), stream_qos())
     return *lists, node.create_publisher(String, f'/{name}/prompt', stream_qos())
 
 
-def test_an_error_in_a_callback_is_no_end(ears, start):
-    """It is logged and counted, and the other callbacks are served."""
-    heard = ears('slipping')
+def test_an_exception_in_a_callback_does_not_end_the_node(probe, start):
+    """It is logged and counted, and the other callbacks run."""
+    diagnostics = probe('slipping')
     process = start([sys.executable, '-c', FAILING, *named('slipping')[3:]],
                     stderr=subprocess.PIPE)
-    while int(heard.value('callback_errors')) < 3:
+    while int(diagnostics.value('callback_errors')) < 3:
         pass
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=PATIENCE_S)
@@ -206,8 +205,8 @@ def test_an_error_in_a_callback_is_no_end(ears, start):
     assert 'a slip in a callback' in stderr
 
 
-def test_a_broken_executor_is_no_clean_end():
-    """By its exit code systemd knows to start the node again."""
+def test_a_broken_executor_ends_the_node_with_code_1():
+    """The exit code tells systemd to restart the node."""
     done = subprocess.run(
         [sys.executable, '-c', BROKEN, '--ros-args', '-p', 'autostart:=false'],
         capture_output=True, text=True, timeout=PATIENCE_S)
@@ -215,35 +214,35 @@ def test_a_broken_executor_is_no_clean_end():
     assert 'no wait set' in done.stderr
 
 
-def test_stopping_and_continuing_does_not_end_it(ears, start):
-    """SIGSTOP and SIGCONT, as a debugger's or a job control's, longer apart than any poll."""
-    heard = ears('stopped')
+def test_sigstop_and_sigcont_do_not_end_the_node(probe, start):
+    """A debugger and job control send them; the pause is longer than any polling period."""
+    diagnostics = probe('stopped')
     process = start(named('stopped'))
-    heard.next()
+    diagnostics.next()
     for _ in range(3):
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.5)
         process.send_signal(signal.SIGCONT)
         time.sleep(0.3)
     assert process.poll() is None
-    heard.next()
+    diagnostics.next()
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
 
 
-def test_a_stop_amid_an_answer_is_told_as_it_was(ears, start, request):
-    """The token that spans it shows its time, and the node that stood still is well after it."""
-    heard = ears('paused')
-    tokens, ends, prompt = talk(heard.node, 'paused')
+def test_figures_include_a_sigstop_during_an_answer(probe, start, request):
+    """One token has the latency of the pause; the node is not stalled after it."""
+    diagnostics = probe('paused')
+    tokens, ends, prompt = talk(diagnostics.node, 'paused')
     process = start(slow(request, 'paused', 0.05, '-p', 'deadline.token_ms:=1900.0', '-p',
                          'diagnostics.stall_timeout_s:=1.0'))
-    heard.until(lambda: prompt.get_subscription_count() and heard.value('state') == 'idle')
+    diagnostics.until(lambda: prompt.get_subscription_count() and diagnostics.value('state') == 'idle')
     prompt.publish(String(data=40 * 'a'))
-    heard.until(lambda: len(tokens) > 5)
+    diagnostics.until(lambda: len(tokens) > 5)
     process.send_signal(signal.SIGSTOP)
     time.sleep(2.0)
     process.send_signal(signal.SIGCONT)
-    heard.until(lambda: ends and len(tokens) == 40)
+    diagnostics.until(lambda: ends and len(tokens) == 40)
     assert ends[0]['finish_reason'] == 'stop'
     assert [token['index'] for token in tokens] == [str(index) for index in range(40)]
     longest = max(tokens[1:], key=lambda token: float(token['itl_ms']))
@@ -251,41 +250,41 @@ def test_a_stop_amid_an_answer_is_told_as_it_was(ears, start, request):
     assert longest['deadline_missed'] == '1'
     assert ends[0]['itl_max_ms'] == longest['itl_ms']
     assert float(ends[0]['total_ms']) > 1990 and int(ends[0]['deadline_misses']) >= 1
-    heard.until(lambda: heard.value('state') == 'idle')
+    diagnostics.until(lambda: diagnostics.value('state') == 'idle')
     prompt.publish(String(data='b'))
-    heard.until(lambda: len(ends) == 2)
+    diagnostics.until(lambda: len(ends) == 2)
     assert ends[1]['finish_reason'] == 'stop'
 
 
-def test_a_stop_while_it_deactivates_is_no_hung_engine(ears, start, request):
-    """Though it is longer than an engine may take to come back."""
-    heard = ears('parked')
-    tokens, ends, prompt = talk(heard.node, 'parked')
+def test_deactivates_after_a_sigstop(probe, start, request):
+    """The pause is longer than `STOP_TIMEOUT_S`, but the engine does not count as hung."""
+    diagnostics = probe('parked')
+    tokens, ends, prompt = talk(diagnostics.node, 'parked')
     process = start(slow(request, 'parked', 1.0))
-    change = heard.node.create_client(ChangeState, '/parked/change_state')
-    heard.until(lambda: prompt.get_subscription_count() and change.service_is_ready()
-                and heard.value('state') == 'idle')
+    change = diagnostics.node.create_client(ChangeState, '/parked/change_state')
+    diagnostics.until(lambda: prompt.get_subscription_count() and change.service_is_ready()
+                      and diagnostics.value('state') == 'idle')
     prompt.publish(String(data=100 * 'a'))
-    heard.until(lambda: tokens)
-    asked = ChangeState.Request()
-    asked.transition.label = 'deactivate'
-    done = change.call_async(asked)
-    rclpy.spin_once(heard.node, timeout_sec=0.2)
+    diagnostics.until(lambda: tokens)
+    request = ChangeState.Request()
+    request.transition.label = 'deactivate'
+    done = change.call_async(request)
+    rclpy.spin_once(diagnostics.node, timeout_sec=0.2)
     process.send_signal(signal.SIGSTOP)
     time.sleep(STOP_TIMEOUT_S + 1.0)
     process.send_signal(signal.SIGCONT)
-    heard.until(lambda: done.done() and ends)
+    diagnostics.until(lambda: done.done() and ends)
     assert done.result().success
     assert ends[0]['finish_reason'] == 'cancelled'
-    heard.until(lambda: heard.value('state') == 'inactive')
+    diagnostics.until(lambda: diagnostics.value('state') == 'inactive')
 
 
 @pytest.mark.skipif(bool(unavailable), reason=unavailable)
-def test_many_goals_at_once_do_not_end_it(ears, start):
-    """Their statuses come faster than they are sent, for `decode_node` sends in another thread."""
-    heard = ears('besieged')
+def test_many_goals_at_once_do_not_end_the_node(probe, start):
+    """Goal statuses change faster than the publishing thread sends them."""
+    diagnostics = probe('besieged')
     process = start(named('besieged', '--log-level', 'fatal'))
-    heard.next()
+    diagnostics.next()
     clients = [start([sys.executable, '-c', CLIENT]) for _ in range(4)]
     assert [client.wait(PATIENCE_S) for client in clients] == 4 * [0]
     process.send_signal(signal.SIGTERM)
@@ -293,33 +292,32 @@ def test_many_goals_at_once_do_not_end_it(ears, start):
 
 
 @pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the platform has no pidfd')
-@pytest.mark.parametrize('told', ['told', 'by hand'])
-def test_an_orphan_of_a_launch_ends(ears, start, told):
-    """One that was started by hand goes on when its shell is gone."""
-    name = f'orphan_{told.replace(" ", "_")}'
-    heard = ears(name)
-    launcher = start([sys.executable, '-c', LAUNCHER, told, *named(name)],
+@pytest.mark.parametrize('how', ['launched', 'by hand'])
+def test_a_launched_node_ends_with_its_launcher(probe, start, how):
+    """A node that was started by hand outlives its shell."""
+    name = f'orphan_{how.replace(" ", "_")}'
+    diagnostics = probe(name)
+    launcher = start([sys.executable, '-c', LAUNCHER, how, *named(name)],
                      stdout=subprocess.PIPE)
     node, ended = int(launcher.stdout.readline()), []
     try:
-        heard.next()
+        diagnostics.next()
         launcher.kill()
         launcher.wait()
-        if told == 'told':
+        if how == 'launched':
             ended, _, _ = select.select([launcher.stdout], [], [], PATIENCE_S)
-            assert ended and launcher.stdout.read() == ''       # nobody holds it open
+            assert ended and launcher.stdout.read() == ''       # the node has closed it too
         else:
             time.sleep(1.0)
-            heard.next()
+            diagnostics.next()
             os.kill(node, 0)
     finally:
-        if told != 'told' or not ended:
+        if how != 'launched' or not ended:
             os.kill(node, signal.SIGTERM)
         launcher.stdout.read()
 
 
-def test_a_launcher_that_is_gone_at_the_start(start):
-    """The node ends at once, not never."""
+def test_node_ends_if_its_launcher_ended_before_the_start(start):
     gone = start([sys.executable, '-c', 'pass'])
     gone.wait()
     process = start(named('late'), env={**os.environ, 'PHYSAI_DECODE_LAUNCHER': str(gone.pid)},
@@ -329,19 +327,19 @@ def test_a_launcher_that_is_gone_at_the_start(start):
     assert 'the process that launched this node has ended' in stderr
 
 
-def test_a_params_file_for_another_node_is_told(ears, start, tmp_path):
-    """In the log and on /diagnostics; and the node does not take the toy model instead."""
+def test_reports_a_params_file_for_another_node(probe, start, tmp_path):
+    """The log and /diagnostics name the file; the node does not load the default model."""
     file = tmp_path / 'params.yaml'
     file.write_text('/robot/decode: {ros__parameters: {model: {path: /models/a}}}')
-    heard = ears('other')
+    diagnostics = probe('other')
     process = start([*NODE, '-r', '__node:=other', '--params-file', str(file), '-p',
                      'diagnostics.period_s:=0.05'], stderr=subprocess.PIPE)
     message = f'the params file {file} has no section for /other'
-    status = heard.next()
+    status = diagnostics.next()
     while 'failed' not in {pair.value for pair in status.values}:
         assert status.level == DiagnosticStatus.WARN
         assert status.message == message
-        status = heard.next()
+        status = diagnostics.next()
     assert 'model.path is empty' in status.message
     assert status.level == DiagnosticStatus.ERROR
     process.send_signal(signal.SIGINT)
@@ -353,23 +351,23 @@ def test_a_params_file_for_another_node_is_told(ears, start, tmp_path):
 @pytest.mark.parametrize(('content', 'path'), [
     ('/**: {ros__parameters: {sampling.top_k: 3}}', ''),
     ('plain: {ros__parameters: {model.path: /models/a}}', '/models/a'), (None, 'builtin:')])
-def test_the_default_model_is_for_a_start_without_a_file(ears, start, tmp_path, content, path):
-    """A file that names no model leaves the parameter empty; it can be set, then configured."""
+def test_default_model_only_without_a_params_file(probe, start, tmp_path, content, path):
+    """A file that names no model leaves `model.path` empty."""
     file = tmp_path / 'params.yaml'
     file.write_text(content or '')
-    heard = ears('plain')
+    diagnostics = probe('plain')
     start(named('plain', *(['--params-file', str(file)] if content else [])))
-    status = heard.next()
-    told = {pair.key: pair.value for pair in status.values}['model']
-    assert told.startswith(path) if path else told in ('', 'n/a')
+    status = diagnostics.next()
+    model = {pair.key: pair.value for pair in status.values}['model']
+    assert model.startswith(path) if path else model in ('', 'n/a')
     assert status.level == DiagnosticStatus.OK
 
 
 @pytest.mark.parametrize(('module', 'library'), [
     ('ros.process', 'rclpy'), ('ros.ask', 'rclpy'), ('ros.watch', 'rclpy'),
     ('bench', 'physai_decode.benchmark')])
-def test_ctrl_c_during_imports_is_one_line(tmp_path, module, library):
-    """However early it comes, after Python's own start; the exit status says SIGINT."""
+def test_ctrl_c_during_imports_prints_one_line(tmp_path, module, library):
+    """The interrupt comes while the command imports a library; the exit status is SIGINT."""
     command = tmp_path / f'decode_{module.rpartition(".")[2]}'
     command.write_text(COMMAND.format(module=module))
     hook = 'import importlib.abc, sys\nclass Hook(importlib.abc.MetaPathFinder):\n'

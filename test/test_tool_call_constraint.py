@@ -76,7 +76,6 @@ def decode(loop, tokenizer, form, sampling, prompt, thought=None):
         constraint.ended or END in ids
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('added', [(), CALL_MARKERS], ids=['text', 'tokens'])
 @pytest.mark.parametrize('form', FORMS)
 def test_required_call_is_valid(loop, form, added):
