@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The code in docs/clients.md runs as it stands beside a node, and prints the answer."""
+"""The code in docs/clients.md runs beside a node and prints its answer."""
 
 from pathlib import Path
 import re
@@ -26,14 +26,14 @@ import pytest
 import rclpy
 
 PAGE = (Path(__file__).resolve().parent.parent / 'docs' / 'clients.md').read_text()
-BEGINNING, *DOORS = re.findall(r'```python\n(.+?)```', PAGE, re.DOTALL)
+SETUP, *CLIENTS = re.findall(r'```python\n(.+?)```', PAGE, re.DOTALL)
 ANSWERS = ['stop BRING ME THE RED CUP.\n', 'stop BRING ME THE RED CUP.\n',
            'BRING ME THE RED CUP.\n']
 
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give an active node, which says each prompt again in upper case."""
+    """Start an active node that echoes each prompt in upper case."""
     rclpy.init()
     rig = Rig()
     assert rig.change('configure', 'activate')
@@ -42,14 +42,13 @@ def rig():
     rclpy.shutdown()
 
 
-@pytest.mark.parametrize(('door', 'answer'), zip(DOORS, ANSWERS, strict=True),
+@pytest.mark.parametrize(('client', 'answer'), zip(CLIENTS, ANSWERS, strict=True),
                          ids=['request', 'generate', 'prompt'])
-def test_each_door(rig, door, answer):
-    """In a process of its own, as a reader would try it."""
-    if 'physai_decode_msgs' in door and unavailable:
+def test_each_client_prints_the_answer(rig, client, answer):
+    if 'physai_decode_msgs' in client and unavailable:
         pytest.skip(unavailable)
     result = subprocess.run(
-        [sys.executable, '-c', f'{BEGINNING}\n{door}'], capture_output=True, text=True,
+        [sys.executable, '-c', f'{SETUP}\n{client}'], capture_output=True, text=True,
         timeout=PATIENCE_S)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(answer)

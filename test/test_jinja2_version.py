@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The jinja2 that confines a chat template: what is asked for, and what an older one leads to."""
+"""Chat templates need a jinja2 whose sandbox has no published escape."""
 
 from pathlib import Path
 import re
@@ -26,18 +26,18 @@ from physai_decode.tokenizer_files import TextError
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WANTED = '.'.join(map(str, text.SANDBOX))
+MINIMUM = '.'.join(map(str, text.SANDBOX))
 
 
 @pytest.fixture(scope='module')
 def tokenizer():
-    """Give the embedded model's, which has a template."""
+    """Load the tokenizer of the embedded model, which has a template."""
     return load_tokenizer(str(ROOT / 'physai_decode' / 'models' / 'tiny_planner'))
 
 
 @pytest.mark.parametrize('version', ['3.0.3', '3.1.2', '3.1.5', '2.11'])
-def test_an_older_one_is_refused(tokenizer, monkeypatch, version):
-    """Those of Ubuntu 22.04 and 24.04 are among them; without a template each will do."""
+def test_rejects_an_older_jinja2(tokenizer, monkeypatch, version):
+    """Ubuntu 22.04 and 24.04 have such versions; without a template, any version works."""
     monkeypatch.setattr(text, 'version', lambda name: version)
     with pytest.raises(TextError, match=f'jinja2 {version}: .*>=3.1.6.*chat.template to off'):
         Text(tokenizer, ChatConfig())
@@ -45,19 +45,19 @@ def test_an_older_one_is_refused(tokenizer, monkeypatch, version):
 
 
 @pytest.mark.parametrize('version', ['3.1.6', '3.1.10', '3.2', '4.0.0'])
-def test_a_newer_one_will_do(tokenizer, monkeypatch, version):
-    """Its numbers are compared as numbers."""
+def test_accepts_a_newer_jinja2(tokenizer, monkeypatch, version):
+    """Versions are compared as numbers: 3.1.10 is newer than 3.1.6."""
     monkeypatch.setattr(text, 'version', lambda name: version)
     assert Text(tokenizer, ChatConfig()).has_template
 
 
-def test_all_requirements_agree():
-    """Each file that asks for jinja2 asks for what a template is refused without."""
+def test_requirements_name_the_minimum_version():
+    """Each file that requires jinja2 requires the version that templates need."""
     manifest = ElementTree.parse(ROOT / 'package.xml').getroot()
-    asked, = (each for each in manifest.iter('exec_depend') if each.text == 'python3-jinja2')
-    assert asked.get('version_gte') == WANTED
+    depend, = (each for each in manifest.iter('exec_depend') if each.text == 'python3-jinja2')
+    assert depend.get('version_gte') == MINIMUM
     pinned = re.search(r'^jinja2==(.+)$', (ROOT / 'constraints.txt').read_text(), re.MULTILINE)[1]
     assert tuple(map(int, pinned.split('.'))) >= text.SANDBOX
     for name in ('setup.py', 'docs/install.md'):
-        told = re.findall(r"'jinja2>=([\d.]+)'", (ROOT / name).read_text())
-        assert set(told) == {WANTED}, name
+        versions = re.findall(r"'jinja2>=([\d.]+)'", (ROOT / name).read_text())
+        assert set(versions) == {MINIMUM}, name

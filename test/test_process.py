@@ -236,7 +236,8 @@ def test_figures_include_a_sigstop_during_an_answer(probe, start, request):
     tokens, ends, prompt = talk(diagnostics.node, 'paused')
     process = start(slow(request, 'paused', 0.05, '-p', 'deadline.token_ms:=1900.0', '-p',
                          'diagnostics.stall_timeout_s:=1.0'))
-    diagnostics.until(lambda: prompt.get_subscription_count() and diagnostics.value('state') == 'idle')
+    diagnostics.until(lambda: prompt.get_subscription_count()
+                      and diagnostics.value('state') == 'idle')
     prompt.publish(String(data=40 * 'a'))
     diagnostics.until(lambda: len(tokens) > 5)
     process.send_signal(signal.SIGSTOP)
@@ -266,9 +267,9 @@ def test_deactivates_after_a_sigstop(probe, start, request):
                       and diagnostics.value('state') == 'idle')
     prompt.publish(String(data=100 * 'a'))
     diagnostics.until(lambda: tokens)
-    request = ChangeState.Request()
-    request.transition.label = 'deactivate'
-    done = change.call_async(request)
+    deactivate = ChangeState.Request()
+    deactivate.transition.label = 'deactivate'
+    done = change.call_async(deactivate)
     rclpy.spin_once(diagnostics.node, timeout_sec=0.2)
     process.send_signal(signal.SIGSTOP)
     time.sleep(STOP_TIMEOUT_S + 1.0)

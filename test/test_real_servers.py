@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Answers of real servers, the node's own HTTP door and transformers', beside the local ones."""
+"""Answers of real servers (this node's HTTP server, transformers serve) equal the local ones."""
 
 import http.client
 from importlib.util import find_spec
@@ -44,13 +44,13 @@ PATIENCE_S = 180.0              # against hangs only
 
 
 def free_port() -> int:
-    """Give a port that nobody has."""
+    """Return a port that is free."""
     with socket.create_server(('127.0.0.1', 0)) as found:
         return found.getsockname()[1]
 
 
-def started(config) -> tuple[Host, Sink]:
-    """Give a host that takes requests, and what it tells."""
+def start(config) -> tuple[Host, Sink]:
+    """Start a host, and return it with the sink of its reports."""
     sink = Sink()
     host = Host(sink)
     host.load(config, lambda text: None)
@@ -59,27 +59,27 @@ def started(config) -> tuple[Host, Sink]:
 
 
 def stop(host: Host) -> None:
-    """End a host."""
+    """Stop a host and unload its engine."""
     assert host.stop(TIMEOUT_S)
     host.unload()
 
 
-def remote(port: int, model: str) -> DecodeConfig:
-    """Give the settings for a server on this machine."""
+def remote_config(port: int, model: str) -> DecodeConfig:
+    """Return the settings for a server on this machine."""
     return DecodeConfig(engine=EngineConfig(name='openai'), remote=RemoteConfig(
         f'http://127.0.0.1:{port}/v1', model, 1e3 * PATIENCE_S, 1e3 * PATIENCE_S))
 
 
 @pytest.fixture(scope='module')
-def near():
-    """Give a host on the embedded model, what it tells, and the port of its door."""
+def local():
+    """Start a host with the embedded model and an HTTP server; return host, sink and port."""
     pytest.importorskip('uvicorn')
     pytest.importorskip('prometheus_client')
     port = free_port()
-    host, sink = started(DecodeConfig(model=ModelConfig(path=BUILTIN)))
-    door = start_server(host, HttpConfig(port=port), lambda *error: None, lambda: 0)
+    host, sink = start(DecodeConfig(model=ModelConfig(path=BUILTIN)))
+    server = start_server(host, HttpConfig(port=port), lambda *error: None, lambda: 0)
     yield host, sink, port
-    door.close()
+    server.close()
     stop(host)
 
 
@@ -88,44 +88,44 @@ def near():
     {'sampling': {'stop': ('kitchen',)}},
     {'sampling': {'temperature': 1.5, 'top_k': 8, 'seed': 3}},
     {'structured_outputs': {'choice': ['yes', 'no']}}], ids=str)
-def test_a_node_asks_another(near, fields):
-    """Its answers are those of the other, and so are the counts."""
-    host, sink, port = near
+def test_node_as_server_gives_the_local_answer(local, fields):
+    """Text, finish reason and counts are the same as on the node itself."""
+    host, sink, port = local
     request = Request(PROMPT, **fields)
-    there, said = sink.end(host.submit(request))
-    far, told = started(remote(port, BUILTIN))
+    expected, answer = sink.end(host.submit(request))
+    remote, reports = start(remote_config(port, BUILTIN))
     try:
-        assert far.loaded.footprint.max_context == host.loaded.footprint.max_context
-        report, text = told.end(far.submit(request))
+        assert remote.loaded.footprint.max_context == host.loaded.footprint.max_context
+        report, text = reports.end(remote.submit(request))
     finally:
-        stop(far)
-    assert (text, report.finish_reason) == (said, there.finish_reason)
+        stop(remote)
+    assert (text, report.finish_reason) == (answer, expected.finish_reason)
     assert (report.prompt_tokens, report.server_tokens) == (
-        there.prompt_tokens, there.output_tokens)
-    assert 0 < report.output_tokens <= there.output_tokens
-    assert report.engine == 'openai' and there.engine == 'native'
-    assert report.items == there.items
+        expected.prompt_tokens, expected.output_tokens)
+    assert 0 < report.output_tokens <= expected.output_tokens
+    assert report.engine == 'openai' and expected.engine == 'native'
+    assert report.items == expected.items
 
 
-def test_a_request_that_the_other_node_refuses(near):
-    far, told = started(remote(near[2], BUILTIN))
+def test_node_as_server_rejects_a_prompt_that_is_too_long(local):
+    remote, reports = start(remote_config(local[2], BUILTIN))
     try:
-        report, _ = told.end(far.submit(Request(1000 * PROMPT)))
+        report, _ = reports.end(remote.submit(Request(1000 * PROMPT)))
         assert report.finish_reason == 'error' and 'context' in report.message
-        report, text = told.end(far.submit(Request(PROMPT)))
+        report, text = reports.end(remote.submit(Request(PROMPT)))
         assert report.finish_reason == 'stop' and text.startswith('[')
     finally:
-        stop(far)
+        stop(remote)
 
 
-def test_transformers_serve(near):
-    """The same text as the local engine's, from the same weights."""
+def test_transformers_serve_gives_the_local_answer(local):
+    """Both decode greedily from the same weights."""
     missing = [name for name in ('fastapi', 'uvicorn', 'openai', 'accelerate')
                if find_spec(name) is None]
     if missing:
         pytest.skip(f'transformers serve needs {", ".join(missing)}')
-    host, sink, _ = near
-    _, said = sink.end(host.submit(Request(PROMPT)))
+    host, sink, _ = local
+    _, answer = sink.end(host.submit(Request(PROMPT)))
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, '-m', 'transformers.cli.transformers', 'serve', str(FOLDER), '--device',
@@ -136,20 +136,20 @@ def test_transformers_serve(near):
         while not is_up(port):
             assert process.poll() is None and time.monotonic() < end_s
             time.sleep(0.1)
-        far, told = started(remote(port, str(FOLDER)))
+        remote, reports = start(remote_config(port, str(FOLDER)))
         try:
-            report, text = told.end(far.submit(Request(PROMPT)))
+            report, text = reports.end(remote.submit(Request(PROMPT)))
         finally:
-            stop(far)
+            stop(remote)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert (report.finish_reason, text) == ('stop', said)
+    assert (report.finish_reason, text) == ('stop', answer)
     assert report.engine == 'openai' and report.output_tokens > 10
 
 
 def is_up(port: int) -> bool:
-    """Tell whether a server answers."""
+    """Return whether a server responds."""
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=PATIENCE_S)
     try:
         connection.request('GET', '/health')

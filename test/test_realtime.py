@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The decode thread's place: what is asked for, what the system permits, what is in force."""
+"""`Placement`: the scheduling class, cores and locked memory of the decode thread."""
 
 from contextlib import contextmanager
 import os
@@ -32,25 +32,25 @@ several_cores = pytest.mark.skipif(len(CORES) < 2, reason='needs two cores')
 
 
 def permitted(policy=os.SCHED_FIFO, priority=1):
-    """Tell whether a thread of this user may have this class."""
-    found = []
+    """Return whether this user may give a thread this scheduling class."""
+    results = []
 
     def attempt():
         try:
             os.sched_setscheduler(0, policy, os.sched_param(priority))
-            found.append(True)
+            results.append(True)
         except PermissionError:
-            found.append(False)
+            results.append(False)
 
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
-    return found[0]
+    return results[0]
 
 
 @contextmanager
 def waiting():
-    """Give a thread that waits till the end of ``with``."""
+    """Run a thread that waits until the end of ``with``."""
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
@@ -62,34 +62,34 @@ def waiting():
 
 
 def test_without_settings_nothing_changes():
-    """And what is in force is told all the same."""
+    """`in_force` still reports the class and the cores."""
     with waiting() as thread:
         placement = Placement(thread.native_id, RealtimeConfig())
-        told = placement.in_force()
-        assert told.scheduling == 'other' and told.realtime_refused == ''
-        assert told.decode_cores == ' '.join(map(str, sorted(CORES)))
+        in_force = placement.in_force()
+        assert in_force.scheduling == 'other' and in_force.realtime_refused == ''
+        assert in_force.decode_cores == ' '.join(map(str, sorted(CORES)))
         placement.end()
-    wait_for(lambda: placement.in_force().scheduling is None)       # the kernel forgets it
+    wait_for(lambda: placement.in_force().scheduling is None)       # the thread has ended
 
 
-@pytest.mark.skipif(not permitted(), reason='this user may have no real-time class')
-def test_the_class_is_read_back():
-    """The thread has it, and no other."""
+@pytest.mark.skipif(not permitted(), reason='this user may not use a real-time class')
+def test_only_the_decode_thread_gets_the_real_time_class():
+    """The switch interval of the interpreter is short meanwhile."""
     with waiting() as thread, waiting() as other:
         before_s = sys.getswitchinterval()
         placement = Placement(thread.native_id, RealtimeConfig(priority=1))
-        told = placement.in_force()
+        in_force = placement.in_force()
         assert sys.getswitchinterval() == pytest.approx(realtime.SWITCH_S)
         placement.end()
         assert sys.getswitchinterval() == before_s
-        assert told.scheduling == 'fifo 1' and not told.realtime_refused
+        assert in_force.scheduling == 'fifo 1' and not in_force.realtime_refused
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
         assert os.sched_getscheduler(other.native_id) == os.SCHED_OTHER
 
 
 @several_cores
-def test_other_threads_take_the_other_cores():
-    """Those that are there, those they start, and all of them again as before at the end."""
+def test_other_threads_move_to_the_other_cores():
+    """Existing and new threads do; at the end, all may use all cores again."""
     own = min(CORES)
     with waiting() as older, waiting() as thread:
         placement = Placement(thread.native_id, RealtimeConfig(cpu_affinity=(own,)))
@@ -103,8 +103,8 @@ def test_other_threads_take_the_other_cores():
                 assert os.sched_getaffinity(each) == CORES
 
 
-def test_all_cores_leave_none_to_the_others():
-    """It is told, and the others stay where they are."""
+def test_reports_that_no_core_is_left_for_other_threads():
+    """The other threads keep their cores."""
     with waiting() as thread:
         placement = Placement(thread.native_id, RealtimeConfig(cpu_affinity=tuple(CORES)))
         assert 'leaves no core to the other threads' in placement.refused
@@ -113,8 +113,8 @@ def test_all_cores_leave_none_to_the_others():
 
 
 @pytest.mark.parametrize('core', [4000, 4095])
-def test_a_core_that_is_not_there_is_refused(core):
-    """The message has what may be named, and nothing has changed."""
+def test_rejects_a_core_that_does_not_exist(core):
+    """The message lists the allowed cores, and no thread moves."""
     cores = (min(CORES), core)
     with waiting() as thread:
         placement = Placement(thread.native_id, RealtimeConfig(cpu_affinity=cores))
@@ -122,8 +122,8 @@ def test_a_core_that_is_not_there_is_refused(core):
         assert os.sched_getaffinity(thread.native_id) == os.sched_getaffinity(0) == CORES
 
 
-def test_what_is_not_permitted_is_told_with_the_way(monkeypatch):
-    """And the thread goes on as it is."""
+def test_reports_how_to_permit_what_the_system_denies(monkeypatch):
+    """The thread keeps its class, and no memory is locked."""
     def refuse(*arguments):
         raise PermissionError(1, 'Operation not permitted')
 
@@ -132,17 +132,17 @@ def test_what_is_not_permitted_is_told_with_the_way(monkeypatch):
     monkeypatch.setattr(realtime, '_status', lambda name, base=10: 0)
     with waiting() as thread:
         placement = Placement(thread.native_id, RealtimeConfig(priority=80, lock_memory=True))
-        told = placement.in_force()
-        assert told.scheduling == 'other' and told.memory_locked is False
+        in_force = placement.in_force()
+        assert in_force.scheduling == 'other' and in_force.memory_locked is False
     for words in ('realtime.priority 80 is not in force (Operation not permitted',
                   'rtprio 99', 'LimitRTPRIO=99', '--ulimit rtprio=99', 'SYS_NICE',
                   'realtime.lock_memory is not in force (the limit memlock is 65536 bytes',
                   'memlock unlimited', 'LimitMEMLOCK=infinity', '--ulimit memlock=-1'):
-        assert words in told.realtime_refused
+        assert words in in_force.realtime_refused
 
 
-def test_memory_is_locked_and_let_go(monkeypatch):
-    """By the C library, for what is there and what will be, page by page as they are used."""
+def test_locks_and_unlocks_memory(monkeypatch):
+    """The flags are MCL_CURRENT, MCL_FUTURE and MCL_ONFAULT; it unlocks once."""
     calls = []
 
     class Library:
@@ -164,25 +164,25 @@ def test_memory_is_locked_and_let_go(monkeypatch):
 
 
 @several_cores
-def test_a_child_follows_the_main_thread():
-    """What the decode thread starts does not stay on its core."""
+def test_follow_moves_a_process_to_the_cores_of_the_main_thread():
+    """A process that the decode thread starts would otherwise stay on its core."""
     own = min(CORES)
 
     def run():
         os.sched_setaffinity(0, {own})
         realtime.follow(os.getpid())
-        seen.append(os.sched_getaffinity(0))
+        cores.append(os.sched_getaffinity(0))
 
-    seen = []
+    cores = []
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [CORES]
+    assert cores == [CORES]
 
 
 @several_cores
-def test_a_worker_places_its_thread():
-    """From start to stop; a worker that is started again does so again."""
+def test_worker_places_its_thread_from_start_to_stop():
+    """A worker that is restarted does so again."""
     own = min(CORES)
     with making() as make:
         worker, _ = make(realtime=RealtimeConfig(cpu_affinity=(own,)))
