@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Each test process has a ROS domain of its own, on the loopback only."""
+"""Gives each test process a ROS domain of its own on the loopback, and speeds up all tests."""
 
 import gc
 from glob import glob
@@ -25,28 +25,28 @@ import sys
 
 def claim_domain() -> tuple[int, socket.socket]:
     """
-    Give a domain that no other test process has, and the socket that holds it to the end.
+    Return a ROS domain that no other test process uses, and the socket that reserves it.
 
-    :raises RuntimeError: all are taken.
+    :raises RuntimeError: all domains are taken.
     """
-    held, first = socket.socket(socket.AF_UNIX), os.getpid() % 100
+    reservation, first = socket.socket(socket.AF_UNIX), os.getpid() % 100
     for domain in chain(range(1 + first, 101), range(1, 1 + first)):
         try:
-            held.bind(f'\0physai_decode/test/domain/{domain}')      # a name, not a file
+            reservation.bind(f'\0physai_decode/test/domain/{domain}')  # not a file
         except OSError:
             continue
-        return domain, held
+        return domain, reservation
     raise RuntimeError('100 test processes run at once: wait for one to end')
 
 
-domain, held = claim_domain()
+domain, reservation = claim_domain()
 os.environ['ROS_DOMAIN_ID'] = str(domain)
 os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
-os.environ.pop('ROS_LOCALHOST_ONLY', None)      # of which later distributions warn
-if os.environ.get('ROS_DISTRO') == 'humble':    # the same there
+os.environ.pop('ROS_LOCALHOST_ONLY', None)      # later distributions warn of it
+if os.environ.get('ROS_DISTRO') == 'humble':    # its name there
     os.environ['ROS_LOCALHOST_ONLY'] = '1'
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-# A shell's background job ignores Ctrl-C, and hands that on to the programs that tests interrupt.
+# Background jobs of a shell ignore SIGINT, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
@@ -54,16 +54,16 @@ if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
 
 
 def pytest_collection_finish(session):
-    """Spare the tests what each would do again: see the two functions."""
+    """Do two things once that each test would repeat."""
     leave_out_of_garbage_collection()
     patch_language_once()
 
 
 def leave_out_of_garbage_collection():
     """
-    Keep the garbage collections of each load and request from searching all of torch.
+    Exclude torch and other modules from the garbage collections of each load and request.
 
-    A worker would let them, at its end.
+    A worker that ends would include them again, so this disables ``gc.unfreeze``.
     """
     gc.collect()
     gc.freeze()
@@ -72,10 +72,10 @@ def leave_out_of_garbage_collection():
 
 def patch_language_once():
     """
-    Let Triton's interpreter patch the language once for the functions of a module.
+    Let Triton's interpreter patch the language once per module.
 
-    It does so at every call of a device function, which takes half the time of a kernel. What that
-    leaves unpatched at the end is patched for each kernel anyway.
+    It patches it in each call of a device function, which takes half the time of a kernel. It also
+    patches it for each kernel, so nothing stays unpatched.
     """
     interpreter = sys.modules.get('triton.runtime.interpreter')
     if not interpreter:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A server of OpenAI's API for tests: what it answers, and when, is in the test's hands."""
+"""A server of OpenAI's API whose responses the test scripts."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -29,28 +29,27 @@ PATIENCE_S = 60.0               # against hangs only
 
 
 class Call(BaseHTTPRequestHandler):
-    """One request to the server, and the means to answer it well or badly."""
+    """One request to the server, with methods for valid and invalid responses."""
 
     protocol_version = 'HTTP/1.1'
     server: Any
 
     def do_GET(self) -> None:   # noqa: N802
         """List the models."""
-        self.server.fake.looked += 1
         self.whole(200, {'object': 'list', 'data': self.server.fake.models})
 
     def do_POST(self) -> None:  # noqa: N802
-        """Answer as the test says."""
+        """Record the request, and respond as the test scripts."""
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         fake = self.server.fake
         fake.asked.append((self.path, self.headers, body))
         try:
             fake.answer(self, body)
         except OSError:
-            fake.gone.set()     # the client is no longer there
+            fake.gone.set()     # the client has closed the connection
 
     def whole(self, status: int, value: Any, kind: str = 'application/json', **headers) -> None:
-        """Give an answer that is no stream."""
+        """Send a whole response, not a stream."""
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         self.send_response(status)
         for name, each in {'Content-Type': kind, 'Content-Length': str(len(data)),
@@ -60,7 +59,7 @@ class Call(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def begin(self) -> None:
-        """Begin a stream, as most servers do with a first event that says nothing."""
+        """Begin a stream with an event without text, as most servers do."""
         self.send_response(200)
         self.send_header('Content-Type', 'text/event-stream; charset=utf-8')
         self.send_header('Transfer-Encoding', 'chunked')
@@ -68,26 +67,26 @@ class Call(BaseHTTPRequestHandler):
         self.delta({'role': 'assistant', 'content': ''})
 
     def raw(self, data: bytes) -> None:
-        """Send bytes within a stream."""
+        """Send bytes as a chunk of the stream."""
         self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
         self.wfile.flush()
 
     def event(self, value: Any) -> None:
-        """Send one event."""
+        """Send one event of the stream."""
         self.raw(b'data: ' + json.dumps(value).encode() + b'\n\n')
 
     def delta(self, delta: dict[str, Any], reason: str | None = None) -> None:
-        """Send a piece."""
+        """Send an event with a delta of the answer."""
         self.event({'object': 'chat.completion.chunk', 'choices': [
             {'index': 0, 'delta': delta, 'finish_reason': reason}]})
 
     def say(self, *pieces: str) -> None:
-        """Send pieces of the answer."""
+        """Send pieces of text."""
         for piece in pieces:
             self.delta({'content': piece})
 
     def end(self, reason: str = 'stop', usage: Any = None) -> None:
-        """End a stream as it should be."""
+        """End the stream as OpenAI's API does."""
         self.delta({}, reason)
         if usage is not None:
             self.event({'choices': [], 'usage': usage})
@@ -95,22 +94,21 @@ class Call(BaseHTTPRequestHandler):
         self.wfile.write(b'0\r\n\r\n')
 
     def wait_for_client_to_go(self) -> None:
-        """Say nothing until the connection is closed from the other side."""
+        """Send nothing until the client closes the connection."""
         self.connection.settimeout(PATIENCE_S)
         assert self.connection.recv(1) == b''
         self.server.fake.gone.set()
 
     def log_message(self, *arguments: Any) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 class FakeServer:
-    """The server; ``answer`` may be replaced at any time."""
+    """The server. ``answer`` handles requests; a test may replace it at any time."""
 
     def __init__(self, answer: Callable[[Call, dict[str, Any]], None]) -> None:
         self.answer = answer
         self.models: Any = [{'id': MODEL, 'object': 'model', 'max_model_len': 8192}]
-        self.looked = 0
         self.asked: list[tuple[str, Any, dict[str, Any]]] = []
         self.gone = threading.Event()
         self._http = ThreadingHTTPServer(('127.0.0.1', 0), Call)
@@ -121,24 +119,24 @@ class FakeServer:
         self._thread.start()
 
     def use_tls(self, context: ssl.SSLContext) -> None:
-        """Speak TLS from now on."""
+        """Use TLS from now on."""
         self.url = self.url.replace('http://', 'https://')
         self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
 
     @property
     def body(self) -> dict[str, Any]:
-        """What was asked last."""
+        """The body of the last request."""
         return self.asked[-1][2]
 
     def close(self) -> None:
-        """End it, as far as nobody waits in an answer."""
+        """Stop the server; a response that hangs ends with the process."""
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
 
 
 def well(call: Call, body: dict[str, Any]) -> None:
-    """Answer as a server should."""
+    """Send a valid answer, `far away.`, with its usage."""
     call.begin()
     call.say('far', ' away', '.')
     call.end(usage={'prompt_tokens': 7, 'completion_tokens': 5, 'total_tokens': 12,
@@ -147,7 +145,7 @@ def well(call: Call, body: dict[str, Any]) -> None:
 
 @contextmanager
 def serving(answer: Callable[[Call, dict[str, Any]], None] = well) -> Iterator[FakeServer]:
-    """Give a server, and end it."""
+    """Run a server inside ``with``."""
     fake = FakeServer(answer)
     try:
         yield fake
