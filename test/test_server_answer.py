@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Answers of a server: what is asked of it, what comes of it, and who answers where it fails."""
+"""Answers of a server: the request to it, its stream, its failures, and the local fallback."""
 
 from contextlib import contextmanager
 from contextlib import ExitStack
@@ -58,7 +58,7 @@ SHORT_MS = 300.0
 
 @pytest.fixture
 def fake():
-    """Give a server that answers well."""
+    """Start a server that sends a valid answer."""
     with serving() as fake:
         yield fake
 
@@ -66,7 +66,7 @@ def fake():
 @contextmanager
 def working(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
             token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
-    """Give a worker with a server, and its sink."""
+    """Start a worker for a server, with an optional local engine; yield it with its sink."""
     remote = RemoteConfig(url, MODEL, first_ms, token_ms)
     sink = Sink()
     worker = Worker(local, local and CharacterText(), DecodeConfig(remote=remote, **groups), sink,
@@ -78,25 +78,25 @@ def working(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
 
 
 def ask(fake, request=None, **settings):
-    """Ask once; give the report and the text."""
+    """Send one request; return the report and the text."""
     with working(fake.url, **settings) as (worker, sink):
         return sink.end(worker.submit(request or Request('where?')))
 
 
 def cut(call, body):
-    """Break off in mid-answer."""
+    """Close the connection in mid-answer."""
     call.begin()
     call.say('half')
     call.connection.shutdown(socket.SHUT_RDWR)
 
 
 def hang(call, body):
-    """Accept the request, and say nothing."""
+    """Accept the request, and send nothing."""
     call.wait_for_client_to_go()
 
 
 def keep_alive(call, body):
-    """Go on sending, and say nothing."""
+    """Send empty deltas and comments all the time, but no text."""
     call.begin()
     while True:
         call.say('')
@@ -105,13 +105,13 @@ def keep_alive(call, body):
 
 
 def hang_in_mid_answer(call, body):
-    """Say something, then nothing."""
+    """Send some text, then nothing."""
     call.begin()
     call.say('half')
     call.wait_for_client_to_go()
 
 
-def test_its_pieces_are_the_tokens(fake):
+def test_publishes_each_piece_as_a_token(fake):
     with working(fake.url) as (worker, sink):
         report, text = sink.end(worker.submit(Request('where?')))
         assert text == 'far away.'
@@ -130,7 +130,7 @@ def test_its_pieces_are_the_tokens(fake):
     assert report.r_floor_p50 is None and report.energy_j is None and report.ttft_ms > 0
 
 
-def test_without_counts_its_pieces_are_counted(fake):
+def test_counts_pieces_if_the_server_sends_no_usage(fake):
     def answer(call, body):
         call.begin()
         call.say('a', 'b')
@@ -141,7 +141,7 @@ def test_without_counts_its_pieces_are_counted(fake):
     assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
 
 
-def test_what_is_asked(fake):
+def test_sends_all_fields_of_a_request(fake):
     request = Request(
         messages=(Message('system', 'be brief'), Message('user', 'where?')),
         sampling={'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.1, 'seed': 7,
@@ -160,7 +160,7 @@ def test_what_is_asked(fake):
     assert report.seed == 7
 
 
-def test_one_call_is_asked_for_and_held_to(fake):
+def test_ends_with_an_error_after_a_second_parallel_call(fake):
     def answer(call, body):
         call.begin()
         for index in range(2):
@@ -175,16 +175,16 @@ def test_one_call_is_asked_for_and_held_to(fake):
     assert 'does not keep to parallel_tool_calls' in report.message
 
 
-def test_what_asks_for_nothing_is_not_sent(fake):
-    """A server that knows OpenAI's own fields alone takes such a request."""
+def test_sends_only_fields_of_openai_by_default(fake):
+    """Servers may reject fields that OpenAI's API does not have."""
     ask(fake)
     assert sorted(fake.body) == ['max_tokens', 'messages', 'model', 'seed', 'stream',
                                  'stream_options', 'temperature', 'top_p']
     assert 'Authorization' not in fake.asked[0][1]
 
 
-def test_the_servers_own_sampling(fake):
-    """With sampling.from_checkpoint it is the server that has the model's."""
+def test_sampling_from_checkpoint_is_left_to_the_server(fake):
+    """Only the sampling settings of the request are sent."""
     ask(fake, Request('where?', sampling={'top_k': 3}), checkpoint={'temperature': 0.1},
         sampling=SamplingConfig(from_checkpoint=True, min_p=0.5))
     assert fake.body['top_k'] == 3
@@ -199,7 +199,7 @@ def test_the_servers_own_sampling(fake):
          'name': 'answer', 'schema': {'type': 'array'}, 'strict': True}}}),
     ({'structured_outputs': {'choice': ['a', 'b']}},
      {'structured_outputs': {'choice': ['a', 'b']}})])
-def test_a_form_is_asked_for(fake, fields, sent):
+def test_sends_the_constraint(fake, fields, sent):
     fake.answer = hang
     with working(fake.url) as (worker, _):
         worker.submit(Request('where?', **fields))
@@ -208,31 +208,31 @@ def test_a_form_is_asked_for(fake, fields, sent):
             if name in fake.body} == sent
 
 
-@pytest.mark.parametrize(('fields', 'said', 'reason'), [
+@pytest.mark.parametrize(('fields', 'answered', 'reason'), [
     ({'response_format': {'type': 'json_object'}}, '{"a":', 'error'),
     ({'response_format': {'type': 'json_object'}}, '{"a": 1}', 'stop'),
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes!', 'error'),
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes', 'stop')])
-def test_a_server_that_does_not_know_forms(fake, fields, said, reason):
-    """Its answer ends in an error where it is plainly not of the form, whatever it ends with."""
+def test_checks_the_answer_against_the_constraint(fake, fields, answered, reason):
+    """A server may ignore the constraint; an answer that violates it ends with an error."""
     def answer(call, body):
         call.begin()
-        call.say(said)
+        call.say(answered)
         call.end()
 
     fake.answer = answer
     report, text = ask(fake, Request('where?', **fields))
-    assert (report.finish_reason, text) == (reason, said)
+    assert (report.finish_reason, text) == (reason, answered)
     if reason == 'error':
         assert 'does not keep to' in report.message
 
 
-def test_the_nodes_own_form_is_asked_for(fake):
+def test_sends_the_constraint_of_the_parameters(fake):
     ask(fake, form=Form('regex', 'a+', 'constraint.regex'))
     assert fake.body['structured_outputs'] == {'regex': 'a+'}
 
 
-def test_elements_of_json_are_given_as_they_come(fake):
+def test_publishes_items_as_they_complete(fake):
     def answer(call, body):
         call.begin()
         call.say('[{"a"', ':1},', '2', ']')
@@ -246,7 +246,7 @@ def test_elements_of_json_are_given_as_they_come(fake):
     assert report.items == 2
 
 
-def test_a_raw_prompt_goes_without_a_template(fake):
+def test_sends_a_raw_prompt_to_completions(fake):
     def answer(call, body):
         call.begin()
         call.event({'choices': [{'index': 0, 'text': 'on', 'finish_reason': None}]})
@@ -260,20 +260,20 @@ def test_a_raw_prompt_goes_without_a_template(fake):
     assert 'sampling.max_new_tokens is 256' in report.message
 
 
-@pytest.mark.parametrize(('request_', 'settings', 'named'), [
+@pytest.mark.parametrize(('request_', 'settings', 'words'), [
     (Request('x', thinking={'max_tokens': 5}), {}, 'thinking.max_tokens is 5'),
     (Request('x'), {'thinking': ThinkingConfig(6)}, 'thinking.max_tokens is 6'),
     (Request(raw_prompt='x', tools=(TOOL,)), {}, 'raw_prompt'),
     (Request('x', sampling={'stop': ('a',)}, structured_outputs={'regex': 'a'}), {}, 'stop'),
     (Request('x', tools=(TOOL,)), {'form': Form('regex', 'a', 'constraint.regex')},
      'constraint.regex')])
-def test_what_no_server_can_be_asked_is_refused_by_name(fake, request_, settings, named):
+def test_rejects_what_no_server_supports(fake, request_, settings, words):
     report, _ = ask(fake, request_, **settings)
-    assert report.finish_reason == 'rejected' and named in report.message
+    assert report.finish_reason == 'rejected' and words in report.message
     assert not fake.asked
 
 
-def test_the_conversation_goes_out_as_messages(fake):
+def test_sends_the_conversation_as_messages(fake):
     with working(fake.url, chat=ChatConfig(system_prompt='sys', keep_history=True)) as (
             worker, sink):
         for prompt in ('one', 'two'):
@@ -282,7 +282,7 @@ def test_the_conversation_goes_out_as_messages(fake):
         ('system', 'sys'), ('user', 'one'), ('assistant', 'far away.'), ('user', 'two')]
 
 
-def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(fake):
+def test_drops_the_oldest_turns_of_a_conversation_that_is_too_long(fake):
     def answer(call, body):
         if len(body['messages']) > 4:
             return call.whole(400, {'error': {'message': 'maximum context length exceeded'}})
@@ -297,7 +297,7 @@ def test_a_conversation_that_grew_too_long_loses_its_oldest_turns(fake):
     assert [each['content'] for each in fake.body['messages']][::2] == ['c', 'd']
 
 
-def test_thoughts_and_calls_come_back(fake):
+def test_publishes_thoughts_and_tool_calls(fake):
     def answer(call, body):
         call.begin()
         call.delta({'reasoning_content': 'hm'})
@@ -314,20 +314,20 @@ def test_thoughts_and_calls_come_back(fake):
     fake.answer = answer
     with working(fake.url) as (worker, sink):
         report, text = sink.end(worker.submit(Request('where?', tools=(TOOL,))))
-        told = [(token.text, token.reasoning, [(each.id, each.name, each.arguments)
-                                               for each in token.tool_calls])
-                for token in sink.tokens]
-    assert told == [('', 'hm', []), ('', 'm', []), ('ok', '', []), ('', '', []), ('', '', []),
-                    ('', '', [('c1', 'go', {'to': 'user'})]), ('', '', [('c2', 'go', {})])]
+        tokens = [(token.text, token.reasoning, [(each.id, each.name, each.arguments)
+                                                 for each in token.tool_calls])
+                  for token in sink.tokens]
+    assert tokens == [('', 'hm', []), ('', 'm', []), ('ok', '', []), ('', '', []), ('', '', []),
+                      ('', '', [('c1', 'go', {'to': 'user'})]), ('', '', [('c2', 'go', {})])]
     assert (report.finish_reason, report.reasoning, text) == ('tool_calls', 'hmm', 'ok')
     assert [each.id for each in report.tool_calls] == ['c1', 'c2']
     assert report.reasoning_tokens == 2
 
 
-@pytest.mark.parametrize(('function', 'told'), [
+@pytest.mark.parametrize(('function', 'words'), [
     ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', which was not offered"),
     ({'name': 'go', 'arguments': '[1'}, 'not a JSON object')])
-def test_a_call_that_is_none_is_an_error(fake, function, told):
+def test_an_invalid_tool_call_is_an_error(fake, function, words):
     def answer(call, body):
         call.begin()
         call.delta({'tool_calls': [{'index': 0, 'id': 'c1', 'function': function}]})
@@ -335,17 +335,17 @@ def test_a_call_that_is_none_is_an_error(fake, function, told):
 
     fake.answer = answer
     report, _ = ask(fake, Request('where?', tools=(TOOL,)))
-    assert report.finish_reason == 'error' and told in report.message
+    assert report.finish_reason == 'error' and words in report.message
     assert not report.tool_calls
 
 
-def refusing(status, value, kind='application/json', **headers):
-    """Give an answer with a status."""
+def responding(status, value, kind='application/json', **headers):
+    """Return a handler that sends a whole response."""
     return lambda call, body: call.whole(status, value, kind, **headers)
 
 
-def saying(*events):
-    """Give an answer of events, each as it stands."""
+def streaming(*events):
+    """Return a handler that sends a stream of these raw events."""
     def answer(call, body):
         call.begin()
         for each in events:
@@ -354,68 +354,68 @@ def saying(*events):
     return answer
 
 
-# What a server does wrong before it said anything, and what is told of it.
+# Failures before the first text: the handler, and words of the message.
 FAILURES = {
-    'refuses the key': (refusing(401, {'error': {'message': 'no such key'}}), KEY_VARIABLE),
-    'has no such model': (refusing(404, {'error': {'message': 'no such model'}}),
+    'refuses the key': (responding(401, {'error': {'message': 'no such key'}}), KEY_VARIABLE),
+    'has no such model': (responding(404, {'error': {'message': 'no such model'}}),
                           '404: no such model'),
-    'is busy': (refusing(429, {'error': {'message': 'too many'}}), '429: too many'),
-    'breaks': (refusing(500, 'Internal Server Error', 'text/plain'),
+    'is busy': (responding(429, {'error': {'message': 'too many'}}), '429: too many'),
+    'breaks': (responding(500, 'Internal Server Error', 'text/plain'),
                'Internal Server Error'),
-    'validates': (refusing(422, {'detail': 'seed: wrong'}), '422: seed: wrong'),
-    'moved': (refusing(307, '', Location='https://other/v1'), "'https://other/v1'"),
-    'sends a page': (refusing(200, '<html>Sign in</html>', 'text/html'), 'text/html'),
-    'does not stream': (refusing(200, {'choices': []}), 'not a stream'),
-    'sends no JSON': (saying(b'data: oops\n\n'), "'oops' is not a JSON object"),
-    'sends no choices': (saying(b'data: {"answer": 1}\n\n'), 'not an event of a stream'),
-    'sends other types': (saying(b'data: {"choices": [{"delta": {"content": 5}}]}\n\n'),
+    'validates': (responding(422, {'detail': 'seed: wrong'}), '422: seed: wrong'),
+    'moved': (responding(307, '', Location='https://other/v1'), "'https://other/v1'"),
+    'sends a page': (responding(200, '<html>Sign in</html>', 'text/html'), 'text/html'),
+    'does not stream': (responding(200, {'choices': []}), 'not a stream'),
+    'sends no JSON': (streaming(b'data: oops\n\n'), "'oops' is not a JSON object"),
+    'sends no choices': (streaming(b'data: {"answer": 1}\n\n'), 'not an event of a stream'),
+    'sends other types': (streaming(b'data: {"choices": [{"delta": {"content": 5}}]}\n\n'),
                           'not an event of a stream'),
-    'fails in the stream': (saying(b'data: {"error": {"message": "out of memory"}}\n\n'),
+    'fails in the stream': (streaming(b'data: {"error": {"message": "out of memory"}}\n\n'),
                             'out of memory'),
-    'nests deeply': (saying(b'data: ' + b'[' * 100_000 + b'\n\n'), 'not a JSON object'),
-    'filters': (saying(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
+    'nests deeply': (streaming(b'data: ' + b'[' * 100_000 + b'\n\n'), 'not a JSON object'),
+    'filters': (streaming(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
                 "'content_filter'"),
-    'says nothing at all': (saying(), 'ended the stream too early'),
+    'ends an empty stream': (streaming(), 'ended the stream too early'),
     'closes the connection': (lambda call, body: call.connection.shutdown(socket.SHUT_RDWR),
                               'can not be reached'),
     'hangs': (hang, 'remote.first_token_timeout_ms, which is 300'),
-    'hangs but for signs of life': (keep_alive, 'remote.first_token_timeout_ms, which is 300')}
+    'hangs but sends comments': (keep_alive, 'remote.first_token_timeout_ms, which is 300')}
 
 
 @pytest.mark.parametrize('name', FAILURES)
-def test_a_server_that_fails(fake, name):
-    """Without a local engine it is an error with the reason, and the next request is answered."""
-    fake.answer, told = FAILURES[name]
+def test_reports_a_failure_of_the_server(fake, name):
+    """Without a local engine, the request ends with the reason; the next one is answered."""
+    fake.answer, words = FAILURES[name]
     with working(fake.url, first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (
             worker, sink):
         report, text = sink.end(worker.submit(Request('where?')))
         assert (report.finish_reason, text) == ('error', '')
-        assert told in report.message
+        assert words in report.message
         assert worker.state == 'failed' and worker.last_error == report.message
     fake.answer = well
     assert ask(fake)[1] == 'far away.'
 
 
 @pytest.mark.parametrize('name', FAILURES)
-def test_the_local_engine_answers_where_the_server_fails(fake, name):
-    fake.answer, told = FAILURES[name]
+def test_local_engine_answers_if_the_server_fails(fake, name):
+    fake.answer, words = FAILURES[name]
     with working(fake.url, local=FakeEngine(),
                  first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (worker, sink):
         report, text = sink.end(worker.submit(Request('say here')))
         assert (report.finish_reason, text, report.message) == ('stop', 'here', '')
-        assert report.engine == 'fake' and told in report.fallback
+        assert report.engine == 'fake' and words in report.fallback
         assert worker.fallback == report.fallback and worker.fallbacks == 1
         assert worker.state == 'idle'
         assert all(token.token_id is not None for token in sink.tokens)
         assert sink.tokens[1].floor_ms is not None and report.prompt_tokens == 8
         fake.answer = well
-        if 'hangs' not in name:         # a busy server may well be late for a deadline so short
+        if 'hangs' not in name:         # a busy machine can exceed this short timeout
             report, text = sink.end(worker.submit(Request('where?')))
             assert (text, report.engine, report.fallback) == ('far away.', 'openai', '')
             assert worker.fallback == '' and worker.fallbacks == 1
 
 
-def test_nobody_listens():
+def test_reports_a_refused_connection():
     with socket.create_server(('127.0.0.1', 0)) as found:
         port = found.getsockname()[1]
     with working(f'http://127.0.0.1:{port}/v1') as (worker, sink):
@@ -423,29 +423,29 @@ def test_nobody_listens():
     assert report.finish_reason == 'error' and 'Connection refused' in report.message
 
 
-@pytest.mark.parametrize(('answer', 'told'), [
+@pytest.mark.parametrize(('answer', 'words'), [
     (cut, 'ended the stream too early'),
     (hang_in_mid_answer, 'remote.token_timeout_ms, which is 300'),
     (lambda call, body: (call.begin(), call.say('half'), call.raw(b'data: oops\n\n')),
      'not a JSON object')])
-def test_what_breaks_in_mid_answer_is_not_continued(fake, answer, told):
-    """What was said is published already: another model's words must not follow it."""
+def test_local_engine_does_not_continue_a_broken_answer(fake, answer, words):
+    """Its beginning is published already, so text of another model must not follow it."""
     fake.answer = answer
     hangs = answer is hang_in_mid_answer
     with working(fake.url, local=FakeEngine(),
                  token_ms=SHORT_MS if hangs else 1e3 * PATIENCE_S) as (worker, sink):
         report, text = sink.end(worker.submit(Request('say here')))
         assert (report.finish_reason, text) == ('error', 'half')
-        assert told in report.message and 'in mid-answer' in report.message
+        assert words in report.message and 'in mid-answer' in report.message
         assert (report.engine, report.fallback) == ('openai', '')
         assert worker.state == 'failed'
-        if not hangs:                   # else the next token may be late too
+        if not hangs:                   # with the short timeout, the next token may be late too
             fake.answer = well
             report, text = sink.end(worker.submit(Request('where?')))
             assert (report.finish_reason, text) == ('stop', 'far away.')
 
 
-def test_a_server_that_goes_on_for_ever(fake):
+def test_ends_an_answer_that_exceeds_max_tokens(fake):
     def answer(call, body):
         call.begin()
         while True:
@@ -459,8 +459,8 @@ def test_a_server_that_goes_on_for_ever(fake):
 
 
 @pytest.mark.parametrize('answer', [hang, hang_in_mid_answer])
-def test_a_cancel_is_heard_while_the_server_hangs(fake, answer):
-    """And the server learns of it: its connection is closed."""
+def test_cancels_while_the_server_hangs(fake, answer):
+    """The connection is closed, so the server learns of it."""
     fake.answer = answer
     with working(fake.url, local=FakeEngine()) as (worker, sink):
         number = worker.submit(Request('where?'))
@@ -474,12 +474,12 @@ def test_a_cancel_is_heard_while_the_server_hangs(fake, answer):
         assert fake.gone.wait(PATIENCE_S)
 
 
-def test_a_connection_that_never_comes_about():
-    """As where a firewall drops packets: neither a cancel nor the local engine waits for it."""
+def test_connection_that_is_never_established():
+    """As if a firewall dropped packets; the fallback and a cancel do not wait for it."""
     with socket.socket() as full, ExitStack() as clients:
         full.bind(('127.0.0.1', 0))
         full.listen(0)
-        for _ in range(4):              # the kernel leaves those that come after unanswered
+        for _ in range(4):              # the kernel does not answer later ones
             client = clients.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(full.getsockname())
@@ -494,7 +494,7 @@ def test_a_connection_that_never_comes_about():
             assert sink.end(number)[0].finish_reason == 'cancelled'
 
 
-def test_a_newer_request_takes_the_place_of_one_that_hangs(fake):
+def test_new_request_preempts_one_that_hangs(fake):
     fake.answer = hang
     with working(fake.url, queue=QueueConfig(policy='preempt')) as (worker, sink):
         first = worker.submit(Request('where?'))
@@ -505,7 +505,7 @@ def test_a_newer_request_takes_the_place_of_one_that_hangs(fake):
     assert text == 'far away.'
 
 
-def test_a_worker_stops_while_the_server_hangs(fake):
+def test_worker_stops_while_the_server_hangs(fake):
     fake.answer = hang
     with working(fake.url) as (worker, sink):
         number = worker.submit(Request('where?'))
@@ -515,21 +515,21 @@ def test_a_worker_stops_while_the_server_hangs(fake):
 
 
 @pytest.mark.parametrize('answer', [hang, hang_in_mid_answer])
-def test_a_deadline_ends_an_answer_that_hangs(fake, answer):
+def test_deadline_ends_an_answer_that_hangs(fake, answer):
     fake.answer = answer
     report, _ = ask(fake, deadline=DeadlineConfig(request_ms=400.0, action='truncate'))
     assert report.finish_reason == 'deadline' and report.deadline_misses == 1
 
 
-def test_a_slow_stream_is_no_failure(fake):
-    """As long as each piece comes in time."""
-    heard = threading.Semaphore(0)
+def test_accepts_a_slow_stream(fake):
+    """The server sends each piece only after the one before was published."""
+    published = threading.Semaphore(0)
 
     def answer(call, body):
         call.begin()
         for piece in 'abc':
             call.say(piece)
-            assert heard.acquire(timeout=PATIENCE_S)
+            assert published.acquire(timeout=PATIENCE_S)
         call.end()
 
     fake.answer = answer
@@ -537,11 +537,11 @@ def test_a_slow_stream_is_no_failure(fake):
         number = worker.submit(Request('where?'))
         for count in (1, 2, 3):
             sink.wait_tokens(count)
-            heard.release()
+            published.release()
         assert sink.end(number)[1] == 'abc'
 
 
-def test_a_paced_answer(fake):
+def test_paces_an_answer(fake):
     report, text = ask(fake, Request('where?', pace={'tokens_per_s': 200.0}))
     assert report.paced and text == 'far away.'
     report, _ = ask(fake, pace=PaceConfig(0.1), deadline=DeadlineConfig(
@@ -549,8 +549,8 @@ def test_a_paced_answer(fake):
     assert report.finish_reason == 'deadline'
 
 
-def test_half_a_surrogate_pair_is_replaced():
-    """Nothing could publish it."""
+def test_replaces_an_unpaired_surrogate():
+    """A ROS message can't contain it."""
     delta = read('server', json.dumps(
         {'choices': [{'delta': {'content': 'a\ud83d\U0001f600'}}]}).encode())
     assert delta.content == 'a\ufffd\U0001f600'
@@ -560,31 +560,31 @@ def test_half_a_surrogate_pair_is_replaced():
     b'data: {"choices": [{"delta": {"content": "a"}}]}\r\n\r\n',
     b': ping\n\ndata: {"choices": [{"delta":\ndata: {"content": "a"}}]}\n\n',
     b'event: message\nid: 1\ndata:{"choices": [{"delta": {"content": "a"}}]}\n\n'])
-def test_events_are_read_as_the_standard_has_them(fake, data):
-    fake.answer = saying(data, b'data: {"choices": [{"finish_reason": "stop"}]}\n\n')
+def test_reads_events_as_in_the_standard(fake, data):
+    fake.answer = streaming(data, b'data: {"choices": [{"finish_reason": "stop"}]}\n\n')
     assert ask(fake)[1] == 'a'
 
 
-@pytest.mark.parametrize(('url', 'told'), [
+@pytest.mark.parametrize(('url', 'words'), [
     ('', 'begins with http'), ('10.0.0.2:8000/v1', 'begins with http'), ('ftp://a/v1', 'begins'),
     ('http://', 'names a host'), ('http://a:b/v1', 'an address'), ('http://a:99999/v1', 'Port'),
     ('http://me:secret@a/v1', KEY_VARIABLE), ('http://a/v1?x=1', 'without'),
     ('http://a/v1\r\nHost: b', 'printable'), ('http://[::1/v1', 'an address')])
-def test_an_address_that_can_not_be_asked(url, told):
+def test_rejects_an_invalid_base_url(url, words):
     with pytest.raises(ConfigError, match=r'^remote\.base_url') as raised:
         Server(RemoteConfig(url, MODEL))
-    assert told in str(raised.value) and ('secret' in url) != ('secret' in str(raised.value)) or \
+    assert words in str(raised.value) and ('secret' in url) != ('secret' in str(raised.value)) or \
         'secret' not in url
 
 
-def test_other_settings_that_can_not_be_used():
+def test_rejects_a_missing_model_and_an_invalid_key():
     with pytest.raises(ConfigError, match=r'remote\.model'):
         Server(RemoteConfig('http://a/v1'))
     with pytest.raises(ConfigError, match=KEY_VARIABLE):
         Server(RemoteConfig('http://a/v1', MODEL), 'a\nb')
 
 
-def test_a_look_at_the_server(fake):
+def test_probe_checks_the_models_of_the_server(fake):
     remote = RemoteConfig(fake.url, MODEL)
     server = Server(remote)
     assert server.footprint.is_remote and server.footprint.max_context == 0
@@ -596,8 +596,8 @@ def test_a_look_at_the_server(fake):
 
 
 @pytest.mark.skipif(which('openssl') is None, reason='openssl makes the certificate')
-def test_a_certificate_is_checked(tmp_path, monkeypatch, fake):
-    """One that nobody vouches for is an error that says how to name who does."""
+def test_checks_the_certificate(tmp_path, monkeypatch, fake):
+    """An unknown certificate is an error, whose message names SSL_CERT_FILE."""
     subprocess.run(
         ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', 'key.pem', '-out',
          'certificate.pem', '-days', '3650', '-subj', '/CN=127.0.0.1', '-addext',
