@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Answers taken apart: the same parts wherever the text is cut, in the form of every family."""
+"""`Speech` separates content, thoughts and tool calls, however the text is split into pieces."""
 
 import itertools
 import json
@@ -30,8 +30,8 @@ GO, PICK = ('go_to', {'room': 'hall'}), ('pick', {'object': 'the "cup"', 'count'
 JSON = '{"name": "go_to", "arguments": {"room": "hall"}}'
 TAGGED = f'<tool_call>\n{JSON}\n</tool_call>'
 LLAMA = '{"name": "go_to", "parameters": {"room": "hall"}}'
-# Form, whether it thinks, what is said; content, reasoning, calls.
-SAID = [
+# Form of calls, whether the model thinks, its text; the content, reasoning and calls in it.
+TEXTS = [
     ('', True, 'Hello.\n', 'Hello.\n', '', []),
     ('', True, ' \n Hello', ' \n Hello', '', []),
     ('', True, '<think>\nA cup?\n\nYes. \n</think>\n\nBring it.\n', 'Bring it.\n',
@@ -89,8 +89,8 @@ SAID = [
     ('smollm3', False, '<code>go_to(**{"a": 1})</code>', '<code>go_to(**{"a": 1})</code>', '', [])]
 
 
-def taken_apart(form, thinks, pieces, thinking=False):
-    """Give content, reasoning and calls, and what was held back after each piece."""
+def separate(form, thinks, pieces, thinking=False):
+    """Return the content, the reasoning and the calls in these pieces of text."""
     manner = Manner(form=form, **(THINKS if thinks else {}))
     speech = Speech(manner, NAMES if form else (), thinking)
     parts = [part for piece in pieces for part in speech.push(piece)] + speech.flush()
@@ -100,60 +100,61 @@ def taken_apart(form, thinks, pieces, thinking=False):
     return *texts, [part.call for part in parts if part.kind is Kind.CALL]
 
 
-def judge(form, thinks, pieces, content, reasoning, calls):
-    found = taken_apart(form, thinks, pieces)
-    assert found[:2] == (content, reasoning)
-    assert [(call.name, call.arguments) for call in found[2]] == calls
-    assert len({call.id for call in found[2]}) == len(calls)
-    assert all(call.id.startswith('call_') for call in found[2])
+def check(form, thinks, pieces, content, reasoning, calls):
+    separated = separate(form, thinks, pieces)
+    assert separated[:2] == (content, reasoning)
+    assert [(call.name, call.arguments) for call in separated[2]] == calls
+    assert len({call.id for call in separated[2]}) == len(calls)
+    assert all(call.id.startswith('call_') for call in separated[2])
 
 
-@pytest.mark.parametrize(('form', 'thinks', 'said', 'content', 'reasoning', 'calls'), SAID)
-def test_parts_do_not_depend_on_where_the_text_is_cut(
-        form, thinks, said, content, reasoning, calls):
-    judge(form, thinks, [said], content, reasoning, calls)
-    judge(form, thinks, said, content, reasoning, calls)
-    for one, other in itertools.combinations_with_replacement(range(len(said) + 1), 2):
-        pieces = said[:one], said[one:other], said[other:]
-        judge(form, thinks, pieces, content, reasoning, calls)
+@pytest.mark.parametrize(('form', 'thinks', 'text', 'content', 'reasoning', 'calls'), TEXTS)
+def test_parts_do_not_depend_on_the_split_of_the_text(
+        form, thinks, text, content, reasoning, calls):
+    check(form, thinks, [text], content, reasoning, calls)
+    check(form, thinks, text, content, reasoning, calls)
+    for one, other in itertools.combinations_with_replacement(range(len(text) + 1), 2):
+        pieces = text[:one], text[one:other], text[other:]
+        check(form, thinks, pieces, content, reasoning, calls)
 
 
-def test_any_text_gives_the_same_parts_wherever_it_is_cut():
+def test_parts_of_random_text_do_not_depend_on_its_split():
     parts = ['<think>', '</think>', '<tool_call>', '</tool_call>', JSON, LLAMA, '{', '}', ' ',
              '\n', 'go', '"', '[TOOL_CALLS]', '[ARGS]', '[', ']', ';', '<|python_tag|>', '<code>',
              'go_to(a=1)', '</code>', '<', 'nan', ':', '\\']
     draw = random.Random(5)
     for form in FORMS:
         for _ in range(300):
-            said = ''.join(draw.choices(parts, k=draw.randrange(1, 9)))
-            expected = taken_apart(form, True, [said])
-            for pieces in (said, [said[:7], said[7:]]):
-                found = taken_apart(form, True, pieces)
-                assert found[:2] == expected[:2], said
-                assert [call[1:] for call in found[2]] == [call[1:] for call in expected[2]], said
+            text = ''.join(draw.choices(parts, k=draw.randrange(1, 9)))
+            expected = separate(form, True, [text])
+            for pieces in (text, [text[:7], text[7:]]):
+                separated = separate(form, True, pieces)
+                assert separated[:2] == expected[:2], text
+                calls, wanted = ([call[1:] for call in each[2]] for each in (separated, expected))
+                assert calls == wanted, text
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_what_a_form_writes_it_reads(form):
+def test_parses_the_calls_that_its_form_writes(form):
     written = FORMS[form].written([GO, PICK])
-    judge(form, False, written, '', '', [GO, PICK])
+    check(form, False, written, '', '', [GO, PICK])
 
 
-def test_a_thought_that_the_prompt_opened():
+def test_thought_that_the_prompt_opens():
     for pieces in (['so\n</think>\n\nYes'], '\nso </think> Yes'):
-        assert taken_apart('', True, pieces, True) == ('Yes', 'so', [])
-    assert taken_apart('', True, 'no end', True) == ('', 'no end', [])
+        assert separate('', True, pieces, True) == ('Yes', 'so', [])
+    assert separate('', True, 'no end', True) == ('', 'no end', [])
 
 
 @pytest.mark.parametrize(('tail', 'inside'), [
     ('<assistant>', None), ('<assistant><think>\n', True), ('<think>\n\n</think>\n\n', False),
     ('<think> a', None), ('', None)])
-def test_what_a_prompt_says_of_the_thought(tail, inside):
+def test_detects_whether_a_prompt_ends_inside_a_thought(tail, inside):
     assert Manner(**THINKS).is_inside(tail) is inside
     assert Manner().is_inside(tail) is None
 
 
-def test_text_goes_out_as_soon_as_it_is_decided():
+def test_returns_text_as_soon_as_its_kind_is_known():
     speech = Speech(Manner(form='hermes', **THINKS), NAMES)
     out = [''.join(part.text for part in speech.push(piece)) for piece in (
         'I ', 'go', ' now', '. <', 'b>')]
@@ -163,7 +164,7 @@ def test_text_goes_out_as_soon_as_it_is_decided():
     assert not speech.held
 
 
-def test_what_is_no_call_is_told():
+def test_reports_why_text_is_not_a_call():
     speech = Speech(Manner(form='hermes'), NAMES)
     speech.push(TAGGED.replace('go_to', 'fly'))
     assert 'fly is not one of the tools' in speech.problem

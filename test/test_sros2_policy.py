@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The policy for SROS2, against what the nodes that it names really publish, hear and serve."""
+"""config/sros2_policy.xml grants each node exactly the topics and services that it uses."""
 
 from importlib.util import module_from_spec
 from importlib.util import spec_from_file_location
@@ -32,24 +32,24 @@ ROOT = Path(__file__).resolve().parent.parent
 POLICY = ElementTree.parse(ROOT / 'config' / 'sros2_policy.xml').getroot()
 PROFILES = {enclave.get('path'): enclave.findall('profiles/profile')
             for enclave in POLICY.findall('enclaves/enclave')}
-# The schema's: what each list may hold, and which rights there are on it.
+# From the schema: the elements of each list, and the rights on them.
 LISTS = {'topics': ('topic', 'publish', 'subscribe'), 'services': ('service', 'request', 'reply'),
          'actions': ('action', 'call', 'execute')}
-# What an action is made of: the server's side.
+# The topics and services of an action's server.
 ACTION = {'publish': ('feedback', 'status'), 'reply': ('send_goal', 'cancel_goal', 'get_result')}
 
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests, in simulated time."""
+    """Initialise ROS in simulated time."""
     rclpy.init(args=['--ros-args', '-p', 'use_sim_time:=true'])
     yield
     rclpy.shutdown()
 
 
 @pytest.fixture
-def made(enclave):
-    """Make the node that an enclave is for."""
+def node(enclave):
+    """Create the node of an enclave."""
     if enclave == '/decode':
         node = DecodeNode(parameter_overrides=[Parameter('autostart', value=False)])
     elif enclave == '/controller':
@@ -65,8 +65,8 @@ def made(enclave):
     node.destroy_node()
 
 
-def rights(profile) -> set[tuple[str, str]]:
-    """Give the rights of a profile, each with its name; an action's are those of its parts."""
+def granted(profile) -> set[tuple[str, str]]:
+    """Return pairs of right and name; an action becomes its topics and services."""
     found = set()
     for group in profile:
         for right in group.keys():
@@ -80,7 +80,7 @@ def rights(profile) -> set[tuple[str, str]]:
 
 
 def used(node) -> set[tuple[str, str]]:
-    """Give the rights that a node uses, as the ROS graph tells; its own names begin with ~."""
+    """Return the rights that a node uses, from the ROS graph; its own names begin with ~."""
     own, found = node.get_fully_qualified_name() + '/', set()
     for right, ask in (('publish', node.get_publisher_names_and_types_by_node),
                        ('subscribe', node.get_subscriber_names_and_types_by_node),
@@ -92,27 +92,26 @@ def used(node) -> set[tuple[str, str]]:
 
 
 def optional(name: str) -> bool:
-    """Tell whether a name is there only with another package, or in a later distribution."""
+    """Return whether a name exists only with another package or in a later distribution."""
     return (name == '/bond' and Heartbeat is None
             or bool(unavailable) and name.startswith(('~/generate/', '~/stamped_tokens'))
             or name == '~/get_type_description')
 
 
 @pytest.mark.parametrize('enclave', PROFILES)
-def test_rights(made, enclave):
-    """Each node may do what it does, and no more."""
+def test_grants_exactly_the_rights_that_a_node_uses(node, enclave):
     profile, = PROFILES[enclave]
     name = profile.get('node')
-    assert profile.get('ns') == made.get_namespace()
-    assert made.get_name() == name or (
-        name.endswith('_*') and made.get_name().removeprefix(name[:-1]).isdecimal())
-    uses, may = used(made), rights(profile)
-    assert uses - may == set()
-    assert {right for right in may - uses if not optional(right[1])} == set()
+    assert profile.get('ns') == node.get_namespace()
+    assert node.get_name() == name or (
+        name.endswith('_*') and node.get_name().removeprefix(name[:-1]).isdecimal())
+    uses, grants = used(node), granted(profile)
+    assert uses - grants == set()
+    assert {right for right in grants - uses if not optional(right[1])} == set()
 
 
-def test_form():
-    """It has the elements and attributes that sros2's schema of version 0.2.0 knows."""
+def test_conforms_to_the_schema_of_sros2():
+    """It has only the elements and attributes of version 0.2.0."""
     assert (POLICY.tag, POLICY.attrib) == ('policy', {'version': '0.2.0'})
     assert [each.tag for each in POLICY] == ['enclaves']
     for enclave in POLICY[0]:
@@ -131,8 +130,8 @@ def test_form():
                 assert all(name.startswith(('/', '~/')) for name in names)
 
 
-def test_nothing_is_open_to_all():
-    """A wildcard stands only in a node's own name, for its process's number."""
+def test_grants_no_wildcards():
+    """Only the name of a node has one, for the number of its process."""
     text = ''.join(name.text for profiles in PROFILES.values() for profile in profiles
                    for group in profile for name in group)
     assert '*' not in text

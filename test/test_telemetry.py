@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a device says of itself, with NVML and without."""
+"""`Telemetry` and `find_engine_peak`: figures of the device from NVML, jetson-stats or torch."""
 
 from dataclasses import replace
 import sys
@@ -37,12 +37,12 @@ GPU = replace(CPU, device='cuda:0', device_name='NVIDIA L4', device_uuid='GPU-1'
 
 
 class NVMLError(Exception):
-    """What pynvml raises."""
+    """The exception of pynvml."""
 
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Put an NVML of one device in place that does not tell its power."""
+    """Replace pynvml by a fake with one GPU whose power is not supported; return its calls."""
     def by_uuid(uuid):
         if uuid != b'GPU-1':
             raise NVMLError
@@ -69,22 +69,21 @@ def nvml(monkeypatch):
     return calls
 
 
-def test_a_gpu_is_asked_by_its_uuid(nvml):
-    """What it does not tell is None, and NVML is let go."""
+def test_reads_a_gpu_through_nvml(nvml):
+    """It is found by UUID; an unsupported figure is None, and `close` shuts NVML down once."""
     telemetry = Telemetry(GPU)
-    told = telemetry.read()
-    assert told == {
+    figures = telemetry.read()
+    assert figures == {
         'memory_used_gb': 6.0, 'memory_free_gb': 18.0, 'temperature_c': 51, 'power_w': None,
         'sm_clock_mhz': 2040, 'memory_clock_mhz': 6251,
         'throttle_reasons': 'sw_power_cap sw_thermal', 'power_mode': None}
-    assert tuple(told) == KEYS
+    assert tuple(figures) == KEYS
     telemetry.close()
     telemetry.close()
     assert nvml == ['init', 'shutdown']
 
 
-def test_nvml_that_fails_at_the_end(nvml, monkeypatch):
-    """It keeps nothing from being freed."""
+def test_closes_although_nvml_fails(nvml, monkeypatch):
     def fail():
         raise NVMLError
 
@@ -95,16 +94,16 @@ def test_nvml_that_fails_at_the_end(nvml, monkeypatch):
     Telemetry(replace(GPU, device_uuid='GPU-2')).close()
 
 
-def test_a_processor_with_a_gpu_s_name(monkeypatch):
-    """It does not get that GPU's bandwidth."""
+def test_cpu_whose_name_contains_a_gpu(monkeypatch):
+    """Its peak is measured, not the data sheet's of that GPU."""
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
     footprint = replace(CPU, device_name='AMD A10-7850K Radeon R7, 12 Compute Cores 4C+8G')
     peak = find_engine_peak(footprint, DecodeConfig())
     assert (peak.bytes_per_s, peak.source) == (2e10, 'measured')
 
 
-def test_weights_that_fit_the_cache_have_no_floor(monkeypatch):
-    """Unless the parameter says what the floor is made with."""
+def test_no_floor_if_the_weights_fit_into_the_cache(monkeypatch):
+    """The parameter sets a peak nevertheless."""
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
     monkeypatch.setattr('physai_decode.telemetry.last_cache_bytes', lambda: 32 << 20)
     assert 'fit the last-level cache' in find_engine_peak(CPU, DecodeConfig()).no_floor
@@ -114,42 +113,40 @@ def test_weights_that_fit_the_cache_have_no_floor(monkeypatch):
     assert find_engine_peak(CPU, config) == Peak(5e9, 'parameter')
 
 
-def test_a_gpu_that_nvml_does_not_know(nvml, monkeypatch):
-    """Torch knows of its memory."""
+def test_reads_memory_from_torch_if_nvml_lacks_the_gpu(nvml, monkeypatch):
     torch = SimpleNamespace(cuda=SimpleNamespace(
         mem_get_info=lambda device: (10**9, 4 * 10**9) if device == 'cuda:0' else None))
     monkeypatch.setitem(sys.modules, 'torch', torch)
-    told = Telemetry(replace(GPU, device_uuid='GPU-2')).read()
+    figures = Telemetry(replace(GPU, device_uuid='GPU-2')).read()
     assert nvml == ['init', 'shutdown']
-    assert (told.pop('memory_used_gb'), told.pop('memory_free_gb')) == (3.0, 1.0)
-    assert set(told.values()) == {None}
+    assert (figures.pop('memory_used_gb'), figures.pop('memory_free_gb')) == (3.0, 1.0)
+    assert set(figures.values()) == {None}
 
 
-def test_without_nvml(monkeypatch):
-    """Nothing is known then, and nothing fails."""
+def test_all_figures_are_none_without_nvml_and_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pynvml', None)
     monkeypatch.delitem(sys.modules, 'torch', raising=False)
     assert set(Telemetry(GPU).read().values()) == {None}
 
 
-def test_a_cpu_tells_of_the_host_s_memory():
-    """The process's own, and what the system has left."""
-    told = Telemetry(CPU).read()
-    assert 0.001 < told['memory_used_gb'] < 1000
-    assert told['memory_free_gb'] > 0
-    assert told['temperature_c'] is None
+def test_reads_the_memory_of_the_host_on_a_cpu():
+    """The figures are the memory of the process, and the available memory of the system."""
+    figures = Telemetry(CPU).read()
+    assert 0.001 < figures['memory_used_gb'] < 1000
+    assert figures['memory_free_gb'] > 0
+    assert figures['temperature_c'] is None
 
 
-def test_the_parameter_is_the_peak():
-    """Before anything is measured."""
+def test_peak_from_the_parameter():
+    """It is used instead of a measurement."""
     config = replace(DecodeConfig(), roofline=RooflineConfig(peak_bandwidth_gb_s=123.0))
     for footprint in (CPU, GPU):
         peak = find_engine_peak(footprint, config)
         assert (peak.bytes_per_s, peak.source) == (123e9, 'parameter')
 
 
-def test_the_driver_tells_a_gpu_s_peak(monkeypatch):
-    """Memory clock and bus width, as torch has them from the driver."""
+def test_peak_from_the_driver(monkeypatch):
+    """The driver reports the memory clock and the bus width through torch."""
     properties = SimpleNamespace(memory_clock_rate=6251000, memory_bus_width=192)
     torch = SimpleNamespace(cuda=SimpleNamespace(get_device_properties=lambda device: properties))
     monkeypatch.setitem(sys.modules, 'torch', torch)
@@ -157,8 +154,8 @@ def test_the_driver_tells_a_gpu_s_peak(monkeypatch):
     assert (peak.bytes_per_s, peak.source) == (2 * 6251e6 * 24, 'driver')
 
 
-def test_a_gpu_tells_its_energy(nvml, monkeypatch):
-    """In millijoules; one that does not is none, as is a CPU."""
+def test_reads_the_energy_of_a_gpu(nvml, monkeypatch):
+    """NVML reports millijoules; the energy is None without support, and on a CPU."""
     telemetry = Telemetry(GPU)
     assert telemetry.energy_j() == pytest.approx(123.456)
     monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption',
@@ -170,7 +167,7 @@ def test_a_gpu_tells_its_energy(nvml, monkeypatch):
 
 
 class Board:
-    """What stands for jetson-stats 4 on an AGX Orin."""
+    """A fake of jetson-stats 4 on an AGX Orin."""
 
     def __init__(self, interval):
         self.observers = []
@@ -194,8 +191,8 @@ class Board:
         self.closed = True
 
 
-def test_a_jetson_tells_by_jetson_stats(monkeypatch):
-    """NVML is not there; what a board does not tell is None."""
+def test_reads_a_jetson_through_jetson_stats(monkeypatch):
+    """NVML is not installed; a figure that the board lacks is None."""
     monkeypatch.setitem(sys.modules, 'pynvml', None)
     monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=Board))
     monkeypatch.delitem(sys.modules, 'torch', raising=False)
@@ -204,9 +201,9 @@ def test_a_jetson_tells_by_jetson_stats(monkeypatch):
     assert telemetry.energy_j() is None
     board.observers[0](board)
     assert telemetry.energy_j() >= 0
-    told = telemetry.read()
-    assert tuple(told) == KEYS
-    assert {key: value for key, value in told.items() if value is not None} == {
+    figures = telemetry.read()
+    assert tuple(figures) == KEYS
+    assert {key: value for key, value in figures.items() if value is not None} == {
         'temperature_c': 51.5, 'power_w': 20.0, 'sm_clock_mhz': 1300.5,
         'memory_clock_mhz': 3199.0, 'power_mode': 'MAXN'}
     board.memory, board.temperature, board.gpu, board.nvpmodel = {}, None, {}, None
@@ -219,13 +216,13 @@ def test_a_jetson_tells_by_jetson_stats(monkeypatch):
     assert board.closed and not board.observers
 
 
-def test_a_board_s_energy_is_its_power_over_time():
-    """Which counts as unchanged until the next time it is told."""
+def test_energy_of_a_board_is_its_power_over_time():
+    """The power counts as constant until the next update."""
     now = [100.0]
     jetson = Jetson(Board, clock=lambda: now[0])
     board = jetson._board
     now[0] = 101.0
-    board.observers[0](board)           # 20 W from now on
+    board.observers[0](board)           # 20 W until the next update
     now[0] = 103.0
     assert jetson.energy_j == pytest.approx(40.0)
     board.power['tot']['power'] = 5000
@@ -235,8 +232,8 @@ def test_a_board_s_energy_is_its_power_over_time():
     assert jetson.energy_j == pytest.approx(45.0)
 
 
-def test_a_jetson_without_jetson_stats(monkeypatch):
-    """Or whose service does not run: nothing is known, and nothing fails."""
+def test_all_figures_are_none_without_jetson_stats(monkeypatch):
+    """It is not installed, or its service does not run."""
     def refuse(interval):
         raise OSError('the service is not active')
 

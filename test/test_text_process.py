@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A model whose files are made to hang or to fill the memory, and a child that always ends."""
+"""`TextProcess`: limits on malicious model files, and the end of its child process."""
 
 import json
 import os
@@ -33,27 +33,28 @@ from physai_decode.tokenizer_files import load_tokenizer
 from physai_decode.tokenizer_files import TextError
 import pytest
 
-ASKED = [Message('user', 'Bring me the red cup.')]
-FOR_EVER = ('{%- for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}'
-            '{% endfor %}{% endfor %}{% endfor %}')
+MESSAGES = [Message('user', 'Bring me the red cup.')]
+ENDLESS_LOOP = (
+    '{%- for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}'
+    '{% endfor %}{% endfor %}{% endfor %}')
 HOLDS_THE_LOCK = '{{ 9 ** (9 ** 9) }}'
-BOMBS = {'hang': FOR_EVER, 'power': HOLDS_THE_LOCK, 'memory': "{{ 'x' * 10 ** 10 }}"}
-# Harmless until a request says so. (Of constants, jinja2 computes a power when it compiles.)
-BOMBS_OF_VARIABLES = {**BOMBS, 'power': '{% set n = 9 %}{{ n ** (n ** n) }}'}
+BOMBS = {'hang': ENDLESS_LOOP, 'power': HOLDS_THE_LOCK, 'memory': "{{ 'x' * 10 ** 10 }}"}
+# They run only if a request asks for it. (jinja2 would compute a power of constants early.)
+DELAYED_BOMBS = {**BOMBS, 'power': '{% set n = 9 %}{{ n ** (n ** n) }}'}
 SWITCHED = ''.join(f'{{%- if bomb == {name!r} %}}{bomb}{{% endif %}}'
-                   for name, bomb in BOMBS_OF_VARIABLES.items())
+                   for name, bomb in DELAYED_BOMBS.items())
 BLOW_UP = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 10 * 'a'}
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Let nothing take long: of CPU time, so that a busy machine takes nothing from it."""
+    """Lower the limit on CPU time, which does not depend on how busy the machine is."""
     monkeypatch.setattr(text_process, 'LOAD_CPU_S', 5.0)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Give a copy of the embedded model's tokenizer."""
+    """Copy the tokenizer of the embedded model."""
     source = checkpoint.open('builtin:tiny_planner').folder
     for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'):
         shutil.copy(source / name, tmp_path)
@@ -62,7 +63,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make(folder):
-    """Give a function that starts the process with changes to the template and the tokenizer."""
+    """Return a function that starts the process with a changed template and tokenizer."""
     made = []
 
     def begin(before='', **changes):
@@ -80,56 +81,57 @@ def make(folder):
         each.close()
 
 
-def test_it_gives_what_text_gives(make, folder):
-    """Ids of texts of all kinds, variables of the template, refusals, and the text of ids."""
+def test_returns_what_text_returns(make, folder):
+    """It encodes, raises and decodes like `Text` in this process."""
     process = make('{% if quick is defined %}{{ quick | tojson }}{% endif %}')
     text = Text(load_tokenizer(str(folder)), ChatConfig())
-    for said in ('Bring me the red cup.', '', '<|im_end|>', '\0 你好 🤖 \n', 'many words ' * 9999):
-        messages = [Message('system', 'Be quick.'), Message('user', said)]
+    for content in (
+            'Bring me the red cup.', '', '<|im_end|>', '\0 你好 🤖 \n', 'many words ' * 9999):
+        messages = [Message('system', 'Be quick.'), Message('user', content)]
         for kwargs in ({}, {'quick': True}, {'quick': [None, 1.5, {'a': 'é'}]}):
             assert process.encode(messages, kwargs) == text.encode(messages, kwargs)
-    for messages, kwargs in (([Message('user', 'a\ud83e')], {}), (ASKED, {'self': 1})):
-        with pytest.raises(TextError) as there:
+    for messages, kwargs in (([Message('user', 'a\ud83e')], {}), (MESSAGES, {'self': 1})):
+        with pytest.raises(TextError) as in_child:
             process.encode(messages, kwargs)
         with pytest.raises(TextError) as here:
             text.encode(messages, kwargs)
-        assert str(there.value) == str(here.value)
+        assert str(in_child.value) == str(here.value)
     ours, theirs = process.detokenizer(), text.detokenizer()
-    ids = text.encode(ASKED)
+    ids = text.encode(MESSAGES)
     assert [ours.push(id_) for id_ in ids] == [theirs.push(id_) for id_ in ids]
 
 
 @pytest.mark.parametrize('bomb', BOMBS)
-def test_a_template_that_is_a_bomb_does_not_load(make, bomb):
+def test_rejects_a_template_that_exceeds_a_limit_at_the_load(make, bomb):
     with pytest.raises(TextError, match='chat template takes more than .* chat.template to off'):
         make(BOMBS[bomb])
 
 
 @pytest.mark.parametrize('bomb', BOMBS)
-def test_a_prompt_that_sets_a_bomb_off_is_refused(make, bomb):
-    """And the next prompt is answered."""
+def test_rejects_a_prompt_that_exceeds_a_limit(make, bomb):
+    """The next prompt is encoded."""
     text = make(SWITCHED)
-    expected = text.encode(ASKED)
+    expected = text.encode(MESSAGES)
     with pytest.raises(TextError, match=r'takes more than \d+ (MB|s of CPU).* chat.template'):
-        text.encode(ASKED, {'bomb': bomb})
-    assert text.encode(ASKED) == expected
+        text.encode(MESSAGES, {'bomb': bomb})
+    assert text.encode(MESSAGES) == expected
 
 
 @pytest.mark.parametrize('changes', [
     {'normalizer': {'type': 'Sequence', 'normalizers': 12 * [BLOW_UP]}},
     {'decoder': {'type': 'Sequence', 'decoders': 12 * [BLOW_UP]}}])
-def test_a_tokenizer_that_blows_text_up_does_not_load(make, folder, changes):
+def test_rejects_a_tokenizer_that_expands_text_endlessly(make, folder, changes):
     with pytest.raises(TextError, match=f'{folder}: .*takes more than .*choose another model'):
         make('a', **changes)
 
 
-def test_a_decoder_with_a_regular_expression_is_refused(make):
-    """It would run in the parent, and may take for ever."""
+def test_rejects_a_decoder_with_a_regular_expression(make):
+    """It would run in the parent, without limits."""
     with pytest.raises(TextError, match='decoder has a regular expression.*another model'):
         make(decoder={**BLOW_UP, 'pattern': {'Regex': '(a|aa)+$'}})
 
 
-def test_files_that_are_too_large_are_refused_unread(make, folder):
+def test_rejects_files_that_are_too_large(make, folder):
     (folder / 'vocab.txt').symlink_to('nowhere')
     (folder / 'vocab.json').touch()
     os.truncate(folder / 'vocab.json', 200_000_000)
@@ -138,7 +140,7 @@ def test_files_that_are_too_large_are_refused_unread(make, folder):
 
 
 @pytest.mark.parametrize('bomb', ['hang', 'power'])
-def test_a_cancel_is_heard_while_a_template_renders(make, bomb):
+def test_cancels_while_a_template_renders(make, bomb):
     class Cancelled(Exception):
         pass
 
@@ -147,16 +149,16 @@ def test_a_cancel_is_heard_while_a_template_renders(make, bomb):
 
     text = make(SWITCHED)
     with pytest.raises(Cancelled):
-        text.encode(ASKED, {'bomb': bomb}, heartbeat)
-    assert text.encode(ASKED)
+        text.encode(MESSAGES, {'bomb': bomb}, heartbeat)
+    assert text.encode(MESSAGES)
 
 
-def test_a_child_that_was_killed_is_replaced(make):
+def test_replaces_a_child_that_was_killed(make):
     text = make()
-    expected = text.encode(ASKED)
+    expected = text.encode(MESSAGES)
     os.kill(text._process.pid, signal.SIGKILL)
     text._process.wait()
-    assert text.encode(ASKED) == expected
+    assert text.encode(MESSAGES) == expected
 
 
 SCRIPT = """
@@ -167,7 +169,7 @@ from physai_decode.text_process import TextProcess
 made = []
 starting = threading.Thread(target=lambda: made.append(TextProcess(sys.argv[1], ChatConfig())))
 starting.start()
-starting.join()                 # the child outlives the thread that started it
+starting.join()                 # the child must outlive this thread
 text = made[0]
 text.encode([Message('user', 'a')])
 print(text._process.pid, flush=True)
@@ -176,14 +178,14 @@ text.encode([Message('user', 'a')], {'bomb': sys.argv[2]})
 
 
 @pytest.mark.parametrize('bomb', ['', 'power'])
-def test_no_child_outlives_its_parent(make, folder, bomb):
-    """Be that killed, and the child idle or deep in a computation."""
+def test_child_ends_if_its_parent_is_killed(make, folder, bomb):
+    """The child is idle, or computes."""
     make(SWITCHED)
     parent = subprocess.Popen([sys.executable, '-c', SCRIPT + 'input()', str(folder), bomb],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     while bomb and open(f'/proc/{child}/stat').read().split()[2] != 'R':
-        time.sleep(0.01)        # till it works
+        time.sleep(0.01)        # until the child computes
     watched = os.pidfd_open(child)
     parent.kill()
     parent.communicate()
@@ -192,7 +194,7 @@ def test_no_child_outlives_its_parent(make, folder, bomb):
     assert ended
 
 
-def test_ctrl_c_in_the_terminal_is_not_for_the_child(make):
-    """It is in no session that has one."""
+def test_child_gets_no_ctrl_c_from_the_terminal(make):
+    """It has a session of its own, without a terminal."""
     text = make()
     assert os.getsid(text._process.pid) == text._process.pid != os.getsid(0)

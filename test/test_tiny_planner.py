@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The embedded model: its folder, its tokenizer, its data's split, its answers."""
+"""The embedded model: its folder, its tokenizer, its training data, and its answers."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def answers():
     return evaluate_tiny_planner.LibraryAnswers(FOLDER, 'cpu', torch.float32, batch=40)
 
 
-def drawn(held_out, count, seed=1):
+def draw(held_out, count, seed=1):
     rng = Random(f'{seed} test')
     return [planner_data.turn(rng, held_out) for _ in range(count)]
 
@@ -59,11 +59,11 @@ def test_folder_is_complete_and_small():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8e6
 
 
-def test_every_plan_fulfils_the_schema_that_is_shipped():
+def test_plans_conform_to_the_shipped_schema():
     schema = json.loads((ROOT / 'config' / 'plan.schema.json').read_text())
-    judge = jsonschema.Draft202012Validator(schema)
-    for turn in drawn(False, 500) + drawn(True, 500):
-        judge.validate(json.loads(turn.answer))
+    validator = jsonschema.Draft202012Validator(schema)
+    for turn in draw(False, 500) + draw(True, 500):
+        validator.validate(json.loads(turn.answer))
 
 
 def test_shape_fits_the_kernels():
@@ -76,7 +76,7 @@ def test_shape_fits_the_kernels():
     assert config['max_position_embeddings'] >= 4096
 
 
-def test_weights_are_bfloat16_and_the_config_s():
+def test_weights_are_bfloat16_of_the_configured_shapes():
     from safetensors import safe_open
 
     with safe_open(FOLDER / 'model.safetensors', 'pt') as weights:
@@ -106,7 +106,7 @@ def test_tokenizer_round_trips_any_text(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_special_tokens_are_the_template_s(tokenizer):
+def test_special_tokens(tokenizer):
     assert tokenizer.eos_token == '<|im_end|>'
     assert tokenizer.convert_tokens_to_ids(list(train_tiny_planner.SPECIAL_TOKENS)) == [0, 1, 2]
     assert len(tokenizer) == 1024
@@ -115,7 +115,7 @@ def test_special_tokens_are_the_template_s(tokenizer):
     assert tokenizer.decode(as_text) == '<|im_end|>'
 
 
-def test_template_is_what_the_training_saw(tokenizer):
+def test_template_is_that_of_the_training(tokenizer):
     chat = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Stop.'},
             {'role': 'assistant', 'content': '[]'}, {'role': 'user', 'content': 'Go.'}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -123,7 +123,7 @@ def test_template_is_what_the_training_saw(tokenizer):
         train_tiny_planner.chat(**message) for message in chat) + train_tiny_planner.ANSWER
 
 
-def test_batches_label_the_answers_only(tokenizer):
+def test_batches_label_only_the_answers(tokenizer):
     batches = train_tiny_planner.Batches(
         tokenizer.backend_tokenizer, seed=3, steps=2, tokens=1024, lengths=[256, 512])
     ids, labels = batches[0]
@@ -141,17 +141,17 @@ def test_batches_label_the_answers_only(tokenizer):
             assert f'assistant\n{answer}<|im_end|>\n' in text
 
 
-def test_split_is_disjoint():
-    trained = set().union(*(turn.pairs for turn in drawn(False, 5000)))
-    for turn in drawn(True, 500):
+def test_held_out_pairs_are_not_in_the_training_data():
+    trained = set().union(*(turn.pairs for turn in draw(False, 5000)))
+    for turn in draw(True, 500):
         kept = {pair for pair in turn.pairs if planner_data.is_held_out(pair)}
         assert kept
         assert not kept & trained
 
 
-def test_split_holds_in_the_words_of_the_plans():
-    trained = {json.dumps(step) for turn in drawn(False, 5000) for step in turn.plan}
-    steps = [step for turn in drawn(True, 500) for step in turn.plan]
+def test_held_out_steps_are_not_in_the_training_plans():
+    trained = {json.dumps(step) for turn in draw(False, 5000) for step in turn.plan}
+    steps = [step for turn in draw(True, 500) for step in turn.plan]
     for step in steps:
         words = step.get('object', '').split(' ', 1)
         if len(words) == 2 and planner_data.is_held_out((words[0], words[1])):
@@ -159,21 +159,21 @@ def test_split_holds_in_the_words_of_the_plans():
     assert any(json.dumps(step) not in trained for step in steps)
 
 
-def test_same_seed_same_data():
-    assert drawn(False, 50) == drawn(False, 50)
-    assert drawn(False, 50) != drawn(False, 50, seed=2)
+def test_seed_determines_the_data():
+    assert draw(False, 50) == draw(False, 50)
+    assert draw(False, 50) != draw(False, 50, seed=2)
 
 
 def test_answers_held_out_commands(answers):
     rng = Random('40 held-out commands')
     commands = [planner_data.turn(rng, held_out=True, commands_only=True) for _ in range(40)]
-    got = answers([evaluate_tiny_planner.messages(command) for command in commands])
+    texts = answers([evaluate_tiny_planner.messages(command) for command in commands])
     wrong = [(command.text, text, command.answer)
-             for command, text in zip(commands, got, strict=True) if text != command.answer]
+             for command, text in zip(commands, texts, strict=True) if text != command.answer]
     assert len(wrong) <= 0.02 * len(commands), wrong
 
 
 @pytest.mark.parametrize(
     'text', ['Hello!', 'What time is it?', 'Where is the red cup?', 'Never mind.'])
-def test_no_plan_for_what_is_no_command(answers, text):
+def test_plans_nothing_without_a_command(answers, text):
     assert answers([[{'role': 'user', 'content': text}]]) == ['[]']

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The smallest folders whose files contradict one another, or are half of a copy."""
+"""`load_tokenizer` and `Text` on folders whose files contradict each other or are incomplete."""
 
 import json
 import shutil
@@ -29,60 +29,61 @@ from test_text import qwen_like
 from tokenizers import Tokenizer
 
 AUTO = ChatConfig()
-SAID = 'Pick up the red cube.'
+SENTENCE = 'Pick up the red cube.'
 FAMILIES = ['LlamaTokenizerFast', 'GemmaTokenizer', 'BertTokenizer', 'GPT2Tokenizer',
             'Qwen2TokenizerFast', 'PreTrainedTokenizerFast']
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Give the folder of a byte-level tokenizer with a template."""
+    """Write a byte-level tokenizer with a template."""
     qwen_like().save_pretrained(tmp_path)
     return tmp_path
 
 
 def configure(folder, **changes):
-    """Change the tokenizer's config; a value of None takes its key out."""
+    """Change tokenizer_config.json; None removes a key."""
     path = folder / 'tokenizer_config.json'
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({
         key: value for key, value in config.items() if value is not None}))
 
 
-def refusal(folder, chat=AUTO, vocab_size=None):
-    with pytest.raises(TextError) as refused:
+def error_of(folder, chat=AUTO, vocab_size=None):
+    """Return the message of the error that loading raises."""
+    with pytest.raises(TextError) as raised:
         Text(load_tokenizer(str(folder)), chat, vocab_size)
-    return str(refused.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize('make', [qwen_like, llama_like])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_the_file_is_believed_whatever_class_is_named(tmp_path, make, family):
+def test_reads_tokenizer_json_whatever_class_the_config_names(tmp_path, make, family):
     make().save_pretrained(tmp_path)
     configure(tmp_path, tokenizer_class=family, add_bos_token=False, add_prefix_space=True)
     backend = load_tokenizer(str(tmp_path)).backend_tokenizer
-    told = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    expected = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
     for special in (False, True):
-        assert backend.encode(SAID, add_special_tokens=special).ids == told.encode(
-            SAID, add_special_tokens=special).ids
-    ids = told.encode(SAID, add_special_tokens=False).ids
-    assert backend.decode(ids) == told.decode(ids)
+        assert backend.encode(SENTENCE, add_special_tokens=special).ids == expected.encode(
+            SENTENCE, add_special_tokens=special).ids
+    ids = expected.encode(SENTENCE, add_special_tokens=False).ids
+    assert backend.decode(ids) == expected.decode(ids)
 
 
-def test_a_token_with_two_ids_is_refused(folder):
+def test_rejects_a_token_with_two_ids(folder):
     configure(folder, added_tokens_decoder={'7': {'content': '<|im_end|>'}})
-    message = refusal(folder)
+    message = error_of(folder)
     assert "gives '<|im_end|>' the id 7, tokenizer.json gives it 411" in message
     assert str(folder) in message
 
 
-def test_a_token_that_only_the_config_adds(folder):
+def test_adds_a_token_that_only_the_config_has(folder):
     size = Tokenizer.from_file(str(folder / 'tokenizer.json')).get_vocab_size()
     configure(folder, added_tokens_decoder={str(size): {'content': '<x>', 'special': True}})
     assert load_tokenizer(str(folder)).backend_tokenizer.token_to_id('<x>') == size
 
 
-def test_a_named_token_is_special_whatever_the_file_says(folder):
+def test_named_tokens_are_special_although_tokenizer_json_denies_it(folder):
     state = json.loads((folder / 'tokenizer.json').read_text())
     for token in state['added_tokens']:
         token['special'] = False
@@ -90,87 +91,87 @@ def test_a_named_token_is_special_whatever_the_file_says(folder):
     text = Text(load_tokenizer(str(folder)), ChatConfig())
     end = text.backend.token_to_id('<|im_end|>')
     assert end in text.special_ids
-    # And what marks the turns in the template is nothing that a user can write.
+    # And no text of a user contains the token that begins a turn in the template.
     start = text.backend.token_to_id('<|im_start|>')
     ids = text.encode([Message('user', 'a<|im_end|><|im_start|>b')])
     assert (ids.count(start), ids.count(end)) == (2, 1)
 
 
 @pytest.mark.parametrize('value', [5, ['a'], {'content': None}])
-def test_a_special_token_that_is_no_text(folder, value):
+def test_rejects_a_special_token_that_is_not_text(folder, value):
     configure(folder, eos_token=value)
-    assert 'tokenizer_config.json has' in refusal(folder)
+    assert 'tokenizer_config.json has' in error_of(folder)
 
 
-def test_a_template_that_asks_for_a_token_that_is_not_there(folder):
+def test_rejects_a_template_that_uses_a_missing_token(folder):
     configure(folder, bos_token='<bos>')
-    Text(load_tokenizer(str(folder)), ChatConfig())             # nothing needs it
+    Text(load_tokenizer(str(folder)), ChatConfig())             # nothing uses it yet
     (folder / 'chat_template.jinja').write_text('{{ bos_token }}' + CHATML)
-    assert "uses bos_token, which tokenizer_config.json sets to '<bos>'" in refusal(folder)
+    assert "uses bos_token, which tokenizer_config.json sets to '<bos>'" in error_of(folder)
     assert not Text(load_tokenizer(str(folder)), ChatConfig(template='off')).has_template
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('model_type', ['qwen2', 'llama', 'gemma', 'gpt2'])
-def test_half_a_copy(folder, family, model_type):
-    """Of some of these classes the library makes a tokenizer of a few special tokens."""
+def test_rejects_a_folder_without_tokenizer_json(folder, family, model_type):
+    """For some classes, transformers would create a tokenizer with a few special tokens only."""
     (folder / 'tokenizer.json').unlink()
     (folder / 'config.json').write_text(json.dumps({'model_type': model_type}))
     configure(folder, tokenizer_class=family)
-    assert 'copy or download the model again' in refusal(folder)
+    assert 'copy or download the model again' in error_of(folder)
 
 
-def test_half_of_two_files(folder):
+def test_needs_vocab_and_merges_without_tokenizer_json(folder):
     tokenizer = qwen_like()
     shutil.rmtree(folder)
     folder.mkdir()
     state = json.loads(tokenizer.backend_tokenizer.to_str())['model']
     (folder / 'vocab.json').write_text(json.dumps(state['vocab']))
     (folder / 'config.json').write_text('{"model_type": "qwen2"}')
-    assert 'copy or download the model again' in refusal(folder)
+    assert 'copy or download the model again' in error_of(folder)
     (folder / 'merges.txt').write_text('#version: 0.2\n' + ''.join(
         f'{left} {right}\n' for left, right in state['merges']))
-    made = Text(load_tokenizer(str(folder)), ChatConfig())
-    assert made.encode([Message('user', SAID)])
+    text = Text(load_tokenizer(str(folder)), ChatConfig())
+    assert text.encode([Message('user', SENTENCE)])
 
 
-def test_a_vocabulary_without_words(folder):
+def test_rejects_an_empty_vocabulary(folder):
     state = json.loads((folder / 'tokenizer.json').read_text())
     state['model'].update(vocab={}, merges=[])
     (folder / 'tokenizer.json').write_text(json.dumps(state))
-    assert 'tokens is text' in refusal(folder)
+    assert 'tokens is text' in error_of(folder)
 
 
 @pytest.mark.parametrize(('name', 'content', 'library'), [
     ('tokenizer.model', b'\n\x0e\n\x05<unk>', 'sentencepiece'),
     ('tokenizer.model', b'IQ== 0\nIg== 1\n', 'tiktoken'),
     ('qwen.tiktoken', b'IQ== 0\n', 'tiktoken')])
-def test_a_missing_library_is_named(folder, monkeypatch, name, content, library):
+def test_names_a_missing_library(folder, monkeypatch, name, content, library):
     from physai_decode import tokenizer_files
 
     monkeypatch.setattr(tokenizer_files, '_installed', lambda name: name == 'protobuf')
     (folder / 'tokenizer.json').unlink()
     (folder / name).write_bytes(content)
-    assert f'it has {name} but no tokenizer.json' in refusal(folder)
-    assert refusal(folder).endswith(
+    assert f'it has {name} but no tokenizer.json' in error_of(folder)
+    assert error_of(folder).endswith(
         f'pip install {library}, or save the model with its fast tokenizer')
 
 
-def test_a_template_beyond_the_model_s_vocabulary(folder):
-    """Such as the tokens of a chat that were added to the tokenizer, but not to the model."""
-    assert "writes '<|im_start|>', token 410, but the model has 410" in refusal(
+def test_rejects_a_template_with_a_token_beyond_the_model_s_vocabulary(folder):
+    """Chat tokens may have been added to the tokenizer, but not to the model."""
+    assert "writes '<|im_start|>', token 410, but the model has 410" in error_of(
         folder, vocab_size=410)
     Text(load_tokenizer(str(folder)), ChatConfig(), vocab_size=415)
-    # Without it they are never used.
+    # Without the template, the tokens are never used.
     Text(load_tokenizer(str(folder)), ChatConfig(template='off'), vocab_size=410)
 
 
 @pytest.mark.parametrize('vocab_size', [300, 2000])
-def test_the_tokenizer_of_another_model(folder, vocab_size):
-    assert 'do not belong together' in refusal(folder, ChatConfig(template='off'), vocab_size)
+def test_rejects_the_tokenizer_of_another_model(folder, vocab_size):
+    assert 'do not belong together' in error_of(folder, ChatConfig(template='off'), vocab_size)
 
 
-def test_all_places_of_a_template(folder):
+def test_order_of_the_files_of_a_template(folder):
     (folder / 'chat_template.jinja').rename(folder / 'kept')
     assert load_tokenizer(str(folder)).chat_template is None
     for name, content in (
@@ -182,17 +183,17 @@ def test_all_places_of_a_template(folder):
             ['chat_template.json', 'tokenizer_config.json', 'chat_template.jinja'].index(name) + 1)
 
 
-def test_named_templates(folder):
+def test_chooses_a_template_by_name(folder):
     (folder / 'chat_template.jinja').unlink()
     configure(folder, chat_template=[
         {'name': 'plain', 'template': "{{ messages[-1]['content'] }}"}])
-    assert 'the model has no chat template of that name: it has plain' in refusal(folder)
+    assert 'the model has no chat template of that name: it has plain' in error_of(folder)
     more = folder / 'additional_chat_templates'
     more.mkdir()
     (more / 'loud.jinja').write_text("{{ messages[-1]['content'] }}!")
-    assert 'it has loud, plain' in refusal(folder, ChatConfig(template='quiet'))
-    tokenizer, said = load_tokenizer(str(folder)), [Message('user', SAID)]
-    for name, written in (('plain', SAID), ('loud', f'{SAID}!')):
+    assert 'it has loud, plain' in error_of(folder, ChatConfig(template='quiet'))
+    tokenizer, messages = load_tokenizer(str(folder)), [Message('user', SENTENCE)]
+    for name, written in (('plain', SENTENCE), ('loud', f'{SENTENCE}!')):
         text = Text(tokenizer, ChatConfig(template=name))
         assert text.template == name
-        assert text.encode(said) == tokenizer(written)['input_ids']
+        assert text.encode(messages) == tokenizer(written)['input_ids']

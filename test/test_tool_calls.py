@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Requests with tools and answers with thoughts, from the request to its result."""
+"""Requests with tools, and answers with tool calls and thoughts, up to the result."""
 
 import json
 
@@ -51,9 +51,9 @@ def text_of(form='', thinks=False):
     return text
 
 
-def asked(make, said, text, engine=None, groups=None, **fields):
-    """Have an engine say something; give its report, text, tokens and result."""
-    engine = engine or FakeEngine(lambda prompt: say(said), max_context=1000, vocab_size=256)
+def ask(make, answer, text, engine=None, groups=None, **fields):
+    """Send a request that the engine answers so; return report, text, tokens and choice."""
+    engine = engine or FakeEngine(lambda prompt: say(answer), max_context=1000, vocab_size=256)
     worker, sink = make(engine, text, sampling=LONG, **groups or {})
     number = worker.submit(Request.from_json(
         fields if 'messages' in fields else {'prompt': 'x', **fields}))
@@ -66,22 +66,22 @@ def asked(make, said, text, engine=None, groups=None, **fields):
 
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('choice', ['auto', 'required'])
-def test_the_first_call_ends_an_answer_that_may_have_one(make, form, choice):
-    said = FORMS[form].written([GO, GO]) + ' and more'
-    report, content, tokens, ended = asked(
-        make, said, text_of(form), tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
-    assert ended['finish_reason'] == 'tool_calls'
-    call, = ended['message']['tool_calls']
+def test_first_call_ends_the_answer_without_parallel_tool_calls(make, form, choice):
+    answer = FORMS[form].written([GO, GO]) + ' and more'
+    report, content, tokens, result = ask(
+        make, answer, text_of(form), tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
+    assert result['finish_reason'] == 'tool_calls'
+    call, = result['message']['tool_calls']
     assert (call['function']['name'], json.loads(call['function']['arguments'])) == GO
     assert content == ''
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_a_call_is_no_text(make, form):
-    said = FORMS[form].written([GO])
+def test_call_is_not_part_of_the_text(make, form):
+    answer = FORMS[form].written([GO])
     if not FORMS[form].bare:
-        said = f'I go.\n{said}'
-    report, content, tokens, choice = asked(make, said, text_of(form), tools=[TOOL])
+        answer = f'I go.\n{answer}'
+    report, content, tokens, choice = ask(make, answer, text_of(form), tools=[TOOL])
     assert content == ('' if FORMS[form].bare else 'I go.')
     assert (report.finish_reason, choice['finish_reason']) == ('tool_calls', 'tool_calls')
     call, = choice['message']['tool_calls']
@@ -89,39 +89,39 @@ def test_a_call_is_no_text(make, form):
     assert call['type'] == 'function'
     assert (call['function']['name'], json.loads(call['function']['arguments'])) == GO
     assert sum(bool(token.tool_calls) for token in tokens) == 1
-    # It can be sent back as it is.
-    asked(make, 'ok', text_of(form), tools=[TOOL], messages=[
+    # A client can send it back unchanged.
+    ask(make, 'ok', text_of(form), tools=[TOOL], messages=[
         {'role': 'user', 'content': 'x'}, choice['message'],
         {'role': 'tool', 'tool_call_id': call['id'], 'content': 'done'}])
 
 
-def test_a_complete_call_goes_out_before_the_answer_ends(make):
-    said = f'{FORMS["hermes"].written([GO])} Then more text follows.'
-    _, content, tokens, _ = asked(make, said, text_of('hermes'), tools=[TOOL])
+def test_publishes_a_call_before_the_answer_ends(make):
+    answer = f'{FORMS["hermes"].written([GO])} Then more text follows.'
+    _, content, tokens, _ = ask(make, answer, text_of('hermes'), tools=[TOOL])
     at = next(index for index, token in enumerate(tokens) if token.tool_calls)
-    assert at == said.index('</tool_call>') + len('</tool_call>') - 1
+    assert at == answer.index('</tool_call>') + len('</tool_call>') - 1
     assert content == 'Then more text follows.'
 
 
-def test_what_can_not_be_read_stays_text_and_is_told(make):
-    said = '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'
-    report, content, _, choice = asked(make, said, text_of('hermes'), tools=[TOOL])
-    assert content == said
+def test_invalid_call_stays_text(make):
+    answer = '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'
+    report, content, _, choice = ask(make, answer, text_of('hermes'), tools=[TOOL])
+    assert content == answer
     assert report.finish_reason == choice['finish_reason'] == 'stop'
     assert 'fly is not one of the tools' in report.message
 
 
-def test_without_tools_nothing_is_a_call(make):
-    said = FORMS['hermes'].written([GO])
+def test_without_tools_a_call_is_text(make):
+    answer = FORMS['hermes'].written([GO])
     for fields in ({}, {'tools': [TOOL], 'tool_choice': 'none'}):
         text = text_of('hermes')
-        report, content, _, _ = asked(make, said, text, **fields)
-        assert (content, report.tool_calls, report.finish_reason) == (said, (), 'stop')
+        report, content, _, _ = ask(make, answer, text, **fields)
+        assert (content, report.tool_calls, report.finish_reason) == (answer, (), 'stop')
         assert text.tools == ()
 
 
-def test_a_model_without_a_form_refuses_tools(make):
-    report, *_ = asked(make, 'x', text_of(), tools=[TOOL])
+def test_rejects_tools_for_a_model_without_a_form(make):
+    report, *_ = ask(make, 'x', text_of(), tools=[TOOL])
     assert report.finish_reason == 'rejected'
     assert report.message == 'tools can not be used: of the test'
 
@@ -130,10 +130,10 @@ def test_a_model_without_a_form_refuses_tools(make):
 @pytest.mark.parametrize('choice', ['required', {'type': 'function', 'function': {
     'name': 'go_to'}}])
 @pytest.mark.parametrize('thinks', [False, True])
-def test_a_forced_call(make, form, choice, thinks):
-    """The engine would say something else; it says a call."""
+def test_constrains_a_required_call(make, form, choice, thinks):
+    """Without the constraint, the engine would answer something else."""
     text = text_of(form, thinks)
-    report, content, _, _ = asked(
+    report, content, _, _ = ask(
         make, '<think>so</think>qqqqqqqqqqq' if thinks else 'qqqqqqqq', text, tools=[TOOL],
         tool_choice=choice)
     assert report.finish_reason == 'tool_calls', report
@@ -144,7 +144,7 @@ def test_a_forced_call(make, form, choice, thinks):
     assert text.tools == (TOOL,)
 
 
-def test_a_form_of_every_answer_and_tools(make):
+def test_rejects_tools_if_a_parameter_constrains_every_answer(make):
     worker, sink = make(FakeEngine(), text_of('hermes'),
                         form=configured(ConstraintConfig(choice=('a', 'b'))))
     report, _ = sink.end(worker.submit(Request.from_json({'prompt': 'x', 'tools': [TOOL]})))
@@ -152,8 +152,8 @@ def test_a_form_of_every_answer_and_tools(make):
     assert 'constraint.choice constrains every answer' in report.message
 
 
-def test_a_thought_is_no_text(make):
-    report, content, tokens, choice = asked(
+def test_thought_is_not_part_of_the_text(make):
+    report, content, tokens, choice = ask(
         make, '<think>\nwhere?\n</think>\n\nthere', text_of(thinks=True))
     assert content == choice['message']['content'] == 'there'
     assert report.reasoning == choice['message']['reasoning_content'] == 'where?'
@@ -162,79 +162,80 @@ def test_a_thought_is_no_text(make):
     assert report.finish_reason == 'stop'
 
 
-def test_a_thought_that_was_opened_by_the_prompt(make):
-    report, content, *_ = asked(make, 'where?\n</think>\n\nthere', text_of(thinks=True),
-                                messages=[{'role': 'user', 'content': 'x<think>\n'}])
+def test_thought_that_the_prompt_opens(make):
+    report, content, *_ = ask(make, 'where?\n</think>\n\nthere', text_of(thinks=True),
+                              messages=[{'role': 'user', 'content': 'x<think>\n'}])
     assert (report.reasoning, content) == ('where?', 'there')
 
 
-def test_a_form_of_the_answer_begins_after_the_thought(make):
-    for said, prompt, reasoning in (('<think>a {b}</think>nothing', 'x', 'a {b}'),
-                                    ('a {b}</think>nothing', 'x<think>', 'a {b}'),
-                                    ('nothing', 'x<think>\n</think>\n\n', ''),
-                                    ('nothing', 'x', '')):
-        report, content, *_ = asked(
-            make, said, text_of(thinks=True), structured_outputs={'choice': ['yes', 'no']},
+def test_constraint_begins_after_the_thought(make):
+    for answer, prompt, reasoning in (('<think>a {b}</think>nothing', 'x', 'a {b}'),
+                                      ('a {b}</think>nothing', 'x<think>', 'a {b}'),
+                                      ('nothing', 'x<think>\n</think>\n\n', ''),
+                                      ('nothing', 'x', '')):
+        report, content, *_ = ask(
+            make, answer, text_of(thinks=True), structured_outputs={'choice': ['yes', 'no']},
             messages=[{'role': 'user', 'content': prompt}])
         assert (report.reasoning, report.finish_reason) == (reasoning, 'stop')
         assert content in ('yes', 'no')
 
 
 def thinker(prompt):
-    """Think for ever, until somebody ends the thought."""
-    asked_of = ''.join(map(chr, prompt))
-    yield from say('done' if '</think>' in asked_of else '<think>' + 'so ' * 200)
+    """Think for a long time, unless the prompt ends the thought."""
+    text = ''.join(map(chr, prompt))
+    yield from say('done' if '</think>' in text else '<think>' + 'so ' * 200)
 
 
-@pytest.mark.parametrize(('own', 'node', 'spent'), [
+@pytest.mark.parametrize(('thinking', 'parameter', 'limit'), [
     ({'max_tokens': 20}, 0, 20), ({}, 30, 30), ({'max_tokens': 10}, 30, 10)])
-def test_a_thought_ends_when_its_tokens_are_spent(make, own, node, spent):
+def test_thought_ends_at_its_token_limit(make, thinking, parameter, limit):
     engine = FakeEngine(thinker, max_context=1000, vocab_size=256)
-    report, content, tokens, _ = asked(
-        make, '', text_of(thinks=True), engine, {'thinking': ThinkingConfig(node)}, thinking=own)
+    report, content, tokens, _ = ask(
+        make, '', text_of(thinks=True), engine, {'thinking': ThinkingConfig(parameter)},
+        thinking=thinking)
     assert (content, report.finish_reason) == ('done', 'stop')
-    assert report.reasoning == ('so ' * 99)[:spent - len('<think>')].rstrip()
-    assert report.reasoning_tokens == spent
+    assert report.reasoning == ('so ' * 99)[:limit - len('<think>')].rstrip()
+    assert report.reasoning_tokens == limit
     assert report.prompt_tokens == 1
-    assert len(tokens) == spent + len('done')
-    assert f'thinking.max_tokens is {spent}' in report.message
+    assert len(tokens) == limit + len('done')
+    assert f'thinking.max_tokens is {limit}' in report.message
     assert ''.join(map(chr, engine.prompts[1])) == \
-        'x' + ('<think>' + 'so ' * 99)[:spent] + '\n</think>\n\n'
+        'x' + ('<think>' + 'so ' * 99)[:limit] + '\n</think>\n\n'
 
 
-def test_0_sets_no_limit(make):
-    report, *_ = asked(make, '<think>' + 'so ' * 30 + '</think>a', text_of(thinks=True),
+def test_max_tokens_0_does_not_limit_the_thought(make):
+    report, *_ = ask(make, '<think>' + 'so ' * 30 + '</think>a', text_of(thinks=True),
                        groups={'thinking': ThinkingConfig(5)}, thinking={'max_tokens': 0})
     assert report.reasoning_tokens == 90 + len('<think></think>')
 
 
-def test_a_thought_that_is_ended_and_a_form(make):
-    report, content, *_ = asked(
+def test_constraint_after_a_thought_that_reached_its_limit(make):
+    report, content, *_ = ask(
         make, '', text_of(thinks=True), FakeEngine(thinker, max_context=1000, vocab_size=256),
         thinking={'max_tokens': 20}, structured_outputs={'choice': ['yes', 'no']})
     assert (report.finish_reason, report.reasoning_tokens) == ('stop', 20)
     assert content in ('yes', 'no')
 
 
-def test_max_tokens_counts_both(make):
-    report, content, *_ = asked(
+def test_max_tokens_counts_thought_and_answer(make):
+    report, content, *_ = ask(
         make, '', text_of(thinks=True), FakeEngine(thinker, max_context=1000, vocab_size=256),
         thinking={'max_tokens': 20}, max_tokens=22)
     assert (content, report.finish_reason, report.output_tokens) == ('do', 'length', 22)
 
 
-def test_a_context_that_ends_with_the_thought(make):
-    report, content, *_ = asked(
+def test_context_that_is_full_after_the_thought(make):
+    report, content, *_ = ask(
         make, '', text_of(thinks=True), FakeEngine(thinker, max_context=30, vocab_size=256),
         thinking={'max_tokens': 20})
     assert (content, report.finish_reason) == ('', 'length')
     assert report.reasoning == ('so ' * 9)[:13].rstrip()
 
 
-def test_a_turn_that_called_a_tool_is_not_kept(make):
-    """Its result could come in messages only."""
-    said = iter([FORMS['hermes'].written([GO]), 'b'])
-    engine = FakeEngine(lambda prompt: say(next(said)), max_context=1000, vocab_size=256)
+def test_keeps_no_turn_with_a_tool_call(make):
+    """The history could not contain the tool's result, which comes in messages."""
+    answer = iter([FORMS['hermes'].written([GO]), 'b'])
+    engine = FakeEngine(lambda prompt: say(next(answer)), max_context=1000, vocab_size=256)
     worker, sink = make(engine, text_of('hermes'), sampling=LONG)
     for fields in ({'tools': [TOOL]}, {}):
         sink.end(worker.submit(Request.from_json({'prompt': 'x', **fields})))

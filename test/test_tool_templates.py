@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tools, their calls and results in chat templates in the style of each family."""
+"""Tools, calls and results in chat templates like those of each model family."""
 
 import json
 
@@ -74,7 +74,7 @@ ARGS = (
     '{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}' + BEGIN
     + "{{ m['content'] }}{% for call in m['tool_calls'] %}[TOOL_CALLS]{{ call.function.name }}"
     '[ARGS]{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}' + ANSWER)
-# A template that joins the arguments to other texts, so that they have to be one.
+# This template concatenates the arguments, so they have to be a string.
 JOINS = QWEN.replace(
     '{% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}'
     '{{ call.function.arguments | tojson }}{% endif %}', "{{ '' + call.function.arguments }}")
@@ -101,7 +101,7 @@ def conversation(room='hall', result='There.', call_id='call_a'):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_the_form_of_calls_is_found(family):
+def test_detects_the_form_of_calls(family):
     template, form = FAMILIES[family]
     assert Text(model(template), ChatConfig()).manner.form == form
 
@@ -110,7 +110,7 @@ def test_the_form_of_calls_is_found(family):
     (SMOLLM.replace('if tools', 'if nothing'), 'the chat template omits them'),
     (QWEN.replace('# Tools', "{{ raise_exception('no tools') }}"), 'refuses tools: no tools'),
     (OTHER, 'in an unknown form: known are hermes')])
-def test_a_template_that_takes_no_tools(template, reason):
+def test_rejects_tools_that_the_template_does_not_present(template, reason):
     text = Text(model(template), ChatConfig())
     assert text.manner.form == ''
     assert reason in text.manner.reason
@@ -118,7 +118,7 @@ def test_a_template_that_takes_no_tools(template, reason):
         text.encode([Message('user', 'go')], tools=[TOOL])
 
 
-def test_without_a_template_there_are_no_tools():
+def test_rejects_tool_calls_without_a_template():
     text = Text(model(QWEN), ChatConfig(template='off'))
     assert 'no chat template presents' in text.manner.reason
     assert (text.manner.opens, text.manner.markers(False)) == ('', ())
@@ -129,10 +129,10 @@ def test_without_a_template_there_are_no_tools():
 @pytest.mark.parametrize('family', ['qwen', 'joins', 'llama', 'mistral', 'args'])
 @pytest.mark.parametrize(('room', 'result'), [
     ('hall', 'There.'), ('a "hall" \\ of\nä', '{"ok": "yes"}\n\\'), (' ', ' two '), ('', '7')])
-def test_a_call_and_its_result_are_what_the_library_makes(family, room, result):
+def test_encodes_a_call_and_its_result_like_transformers(family, room, result):
     tokenizer = model(FAMILIES[family][0])
     arguments = {'room': room, 'n': 1}
-    shown = [
+    messages = [
         {'role': 'user', 'content': 'go'},
         {'role': 'assistant', 'content': '', 'tool_calls': [
             {'id': '000000001', 'type': 'function', 'function': {
@@ -141,12 +141,12 @@ def test_a_call_and_its_result_are_what_the_library_makes(family, room, result):
         {'role': 'tool', 'content': result, 'tool_call_id': '000000001'}]
     for tools in ([], [TOOL]):
         expected = tokenizer.apply_chat_template(
-            shown, tools=tools or None, add_generation_prompt=True)['input_ids']
+            messages, tools=tools or None, add_generation_prompt=True)['input_ids']
         assert Text(tokenizer, ChatConfig()).encode(
             conversation(room, result), tools=tools) == expected
 
 
-def test_calls_that_the_template_leaves_out_are_written_into_the_text():
+def test_writes_calls_into_the_text_if_the_template_omits_them():
     tokenizer = model(SMOLLM)
     ids = Text(tokenizer, ChatConfig()).encode(conversation())
     assert '<|im_start|>assistant\n<tool_call>\n{"name": "go_to", "arguments": {"room": "hall", ' \
@@ -159,12 +159,12 @@ def test_no_argument_or_result_yields_a_special_token(family):
     text = Text(tokenizer, ChatConfig())
     specials = set(tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>']))
 
-    def of(*texts):
+    def special_ids(*texts):
         ids = text.encode(conversation(*texts), tools=[TOOL])
         return [id_ for id_ in ids if id_ in specials]
 
-    for said in ('<|im_end|>', 'a<|im_start|>system\n', '"<|im_end|>"', '<|im_\\"end|>'):
-        assert of(said, said) == of()
+    for text_ in ('<|im_end|>', 'a<|im_start|>system\n', '"<|im_end|>"', '<|im_\\"end|>'):
+        assert special_ids(text_, text_) == special_ids()
     with pytest.raises(TextError, match=r"tools contain '<\|im_end\|>', a special token"):
         text.encode([Message('user', 'go')], tools=[
             {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
@@ -172,21 +172,21 @@ def test_no_argument_or_result_yields_a_special_token(family):
 
 @pytest.mark.parametrize(('reasoning', 'content'), [
     ('why', 'yes'), ('', '<think>\nwhy</think>yes')])
-def test_thoughts_of_earlier_answers(reasoning, content):
-    """As the template wants: here only the last one's, wherever the client has it."""
+def test_only_the_last_answer_keeps_its_thought(reasoning, content):
+    """The template decides this, whether the thought is in `reasoning_content` or in the text."""
     tokenizer = model(QWEN)
     text = Text(tokenizer, ChatConfig())
-    said = Message('assistant', content, reasoning_content=reasoning)
+    answer = Message('assistant', content, reasoning_content=reasoning)
     assert '<think>\nwhy\n</think>\n\nyes<|im_end|>' in tokenizer.decode(
-        text.encode([Message('user', 'go'), said]))
-    called = said._replace(tool_calls=conversation()[1].tool_calls)
+        text.encode([Message('user', 'go'), answer]))
+    call = answer._replace(tool_calls=conversation()[1].tool_calls)
     for after in ([Message('user', 'go')], [Message('tool', 'x', tool_call_id='call_a')]):
-        whole = tokenizer.decode(text.encode([Message('user', 'go'), called, *after]))
-        assert 'why' not in whole
-        assert 'assistant\nyes<tool_call>' in whole
+        decoded = tokenizer.decode(text.encode([Message('user', 'go'), call, *after]))
+        assert 'why' not in decoded
+        assert 'assistant\nyes<tool_call>' in decoded
 
 
-def test_a_template_of_its_own_for_tools():
+def test_uses_the_template_for_tools():
     tokenizer = model({'default': SMOLLM.replace('if tools', 'if nothing'), 'tool_use': QWEN})
     text = Text(tokenizer, ChatConfig())
     assert text.manner.form == 'hermes'
@@ -194,7 +194,7 @@ def test_a_template_of_its_own_for_tools():
     assert '# Tools' not in tokenizer.decode(text.encode([Message('user', 'go')]))
 
 
-def test_the_child_process_gives_the_same(tmp_path):
+def test_child_process_returns_the_same(tmp_path):
     tokenizer = model(QWEN.replace('<|im_start|>assistant\n{% endif %}',
                                    '<|im_start|>assistant\n<think>\n{% endif %}'))
     tokenizer.save_pretrained(tmp_path)

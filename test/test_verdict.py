@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What holds a step back, in situations that were recorded and in some that are made up."""
+"""`judge` names the main cause of a step's time, for measured and constructed figures."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
 import pytest
 
-# Recorded: medians of docs/h200, docs/h100 and docs/performance.md, and of an L4 in the_gap.md.
+# Measured: medians of docs/h200, docs/h100 and docs/performance.md, and of an L4 in the_gap.md.
 NATIVE = Figures(3.590, device_ms=3.575, floor_ms=2.97, cuda_graph='captured')
 EAGER = Figures(18.305, device_ms=18.249, floor_ms=2.97, cuda_graph='off')
 GPTQ = Figures(1.751, device_ms=1.74, floor_ms=0.96, cuda_graph='captured')
@@ -52,15 +52,14 @@ BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two
      'native'),
     (Figures(60.0, 11.9, 2.97, best_r_floor=0.83, cuda_graph='captured'), 'a neighbour',
      60 - 2.97 / 0.83, 'share by MPS')])
-def test_the_largest_part_is_the_verdict(figures, cause, part_ms, advice):
+def test_names_the_largest_part(figures, cause, part_ms, advice):
     verdict = judge(figures)
     assert verdict.cause == cause
     assert verdict.part_ms == pytest.approx(part_ms)
     assert advice in verdict.advice
 
 
-def test_it_is_one_line():
-    """Cause, part, share and advice."""
+def test_text_has_cause_part_share_and_advice():
     assert str(judge(CAPTURED)) == (
         'kernels: 7.12 of 11.8 ms (60 %); use another engine, such as engine.name: native with '
         'Triton')
@@ -69,13 +68,11 @@ def test_it_is_one_line():
 
 @pytest.mark.parametrize('figures', [
     Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9)])
-def test_too_little_is_no_verdict(figures):
-    """Nothing is guessed."""
+def test_gives_no_verdict_on_too_few_figures(figures):
     assert judge(figures) is None
 
 
-def test_every_cause_has_an_answer():
-    """Whatever is known of a step."""
+def test_raises_for_no_combination_of_figures():
     for cuda_graph in ('captured', 'off', 'unavailable'):
         for device_ms in (None, 0.0, 5.0, 20.0):
             for floor_ms in (None, 1.0, 20.0):

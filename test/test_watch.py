@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""decode_watch: what it shows in a terminal, what it prints for scripts, and how it ends."""
+"""`decode_watch`: its display in a terminal, its snapshot for scripts, and its exit codes."""
 
 import fcntl
 import os
@@ -42,7 +42,7 @@ COMMAND = [sys.executable, '-m', 'physai_decode.ros.watch']
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give a node that takes prompts."""
+    """Start an active node with a token deadline that slow tokens miss."""
     rclpy.init()
     rig = Rig(**{
         'deadline.token_ms': 5.0, 'deadline.max_consecutive_misses': 1000})
@@ -53,7 +53,7 @@ def rig():
 
 
 class Screen:
-    """The command in a terminal of its own."""
+    """Runs `decode_watch` in a pseudo-terminal."""
 
     def __init__(self, *arguments) -> None:
         self.text = ''
@@ -65,23 +65,23 @@ class Screen:
         os.close(slave)
 
     def wait(self, pattern) -> str:
-        """Read on until the pattern has come; gives all that came until then, and drops it."""
+        """Read until the pattern matches; return and drop the text up to its end."""
         end_s = time.monotonic() + PATIENCE_S
         while True:
             if found := re.search(pattern, self.text, re.DOTALL):
-                told, self.text = self.text[:found.end()], self.text[found.end():]
-                return told
+                read, self.text = self.text[:found.end()], self.text[found.end():]
+                return read
             assert time.monotonic() < end_s, f'no {pattern} in {self.text[-4000:]}'
             if select.select([self.master], [], [], 0.1)[0]:
                 self.text += os.read(self.master, 65536).decode(errors='replace')
 
-    def end(self, number) -> tuple[int, str]:
-        """Send a signal; gives the exit code and what is on stderr."""
-        os.kill(self.process.pid, number)
+    def end(self, signum) -> tuple[int, str]:
+        """Send a signal; return the exit code and the text on stderr."""
+        os.kill(self.process.pid, signum)
         try:
             while True:
                 self.text += os.read(self.master, 65536).decode(errors='replace')
-        except OSError:             # the other end is closed
+        except OSError:             # the process has closed its terminal
             os.close(self.master)
         self.process.wait(PATIENCE_S)
         return self.process.returncode, self.process.stderr.read()
@@ -89,7 +89,7 @@ class Screen:
 
 @pytest.fixture
 def screen():
-    """Start commands in terminals, and end those that still run."""
+    """Return a function that starts a screen; the test's end kills its process."""
     screens = []
 
     def start(*arguments):
@@ -105,66 +105,66 @@ def screen():
 
 
 def once(*arguments, timeout_s=PATIENCE_S):
-    """Run the command for one snapshot."""
+    """Run `decode_watch --once`."""
     return subprocess.run(
         [*COMMAND, '--once', '--timeout', str(timeout_s), *arguments], capture_output=True,
         text=True, timeout=2 * PATIENCE_S)
 
 
-def once_in_vain(seen, *arguments):
-    """Run it ever longer until it says what it has seen; gives its end and the time it had."""
+def once_until(words, *arguments):
+    """Run it with longer timeouts until stderr has these words; return its end and the timeout."""
     for timeout_s in (3, 10, 60):
         done = once(*arguments, timeout_s=timeout_s)
-        if seen in done.stderr:
+        if words in done.stderr:
             break
     return done, timeout_s
 
 
-def followers(rig) -> int:
-    """Count who listens to the tokens: the probe, and each command."""
+def token_subscribers(rig) -> int:
+    """Count the subscribers of the tokens: the probe, and each command."""
     return rig.probe.count_subscribers('/decode/token_stats')
 
 
-def test_it_shows_the_stream_and_the_figures(rig, screen):
-    """Text, times, late tokens, floor and the last request; SIGINT ends it with 0."""
-    shown = screen()
-    shown.wait('/decode.*idle.*Echo 1')
-    rig.wait(lambda: followers(rig) == 2)
+def test_shows_the_stream_and_the_figures(rig, screen):
+    """It shows text, latency, late tokens, floor and the last request; SIGINT ends it with 0."""
+    terminal = screen()
+    terminal.wait('/decode.*idle.*Echo 1')
+    rig.wait(lambda: token_subscribers(rig) == 2)
     rig.loader.engines[0].step_s = 0.01
     try:
         rig.ask('hello world')
     finally:
         rig.loader.engines[0].step_s = 0.0
-    told = shown.wait('stop: 11 tokens')
-    assert 'HELLO WORLD' in told
-    told = shown.wait('11 tokens, 0 refused')
-    assert re.search(r'p50 \d', told)
-    assert '5 ms a token: 10 missed, 10 in a row' in told
-    assert re.search(r'[█░]\S* 0\.\d+ of the limit: the floor is 1\.0', told)
-    assert re.search(f'[{"▁▂▃▄▅▆▇█"}]', told)
-    code, stderr = shown.end(signal.SIGINT)
+    shown = terminal.wait('stop: 11 tokens')
+    assert 'HELLO WORLD' in shown
+    shown = terminal.wait('11 tokens, 0 refused')
+    assert re.search(r'p50 \d', shown)
+    assert '5 ms a token: 10 missed, 10 in a row' in shown
+    assert re.search(r'[█░]\S* 0\.\d+ of the limit: the floor is 1\.0', shown)
+    assert re.search(f'[{"▁▂▃▄▅▆▇█"}]', shown)
+    code, stderr = terminal.end(signal.SIGINT)
     assert (code, stderr) == (0, '')
-    assert '\x1b[?1049l' in shown.text              # the terminal is as it was
+    assert '\x1b[?1049l' in terminal.text              # the terminal is restored
 
 
-def test_a_text_cannot_control_the_terminal(rig, screen):
-    """Escape sequences from a model are shown as marks."""
-    shown = screen('--node', 'decode')
-    shown.wait('idle')
-    rig.wait(lambda: followers(rig) == 2)
+def test_text_of_the_model_can_not_control_the_terminal(rig, screen):
+    """Control characters of escape sequences are shown as U+FFFD."""
+    terminal = screen('--node', 'decode')
+    terminal.wait('idle')
+    rig.wait(lambda: token_subscribers(rig) == 2)
     rig.ask('a\x1b[2Jb\x07\x9bc')
-    assert 'A\ufffd[2JB\ufffd\ufffdC' in shown.wait(r'A[^\n]*C')
-    assert shown.end(signal.SIGTERM) == (0, '')
+    assert 'A\ufffd[2JB\ufffd\ufffdC' in terminal.wait(r'A[^\n]*C')
+    assert terminal.end(signal.SIGTERM) == (0, '')
 
 
 @pytest.mark.parametrize('name', ['/later', '/arm/decode'])
-def test_it_survives_the_node(screen, name):
-    """A node that comes, goes and comes again under the same name, whatever name that is."""
-    shown = screen('--node', name)
-    shown.wait(f'waiting for {name}')
+def test_keeps_running_when_the_node_restarts(screen, name):
+    """A node starts, ends and starts again under the same name."""
+    terminal = screen('--node', name)
+    terminal.wait(f'waiting for {name}')
     for round_ in range(2):
-        speaker = rclpy.create_node('later')
-        publisher = speaker.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        node = rclpy.create_node('later')
+        publisher = node.create_publisher(DiagnosticArray, '/diagnostics', 10)
         array = DiagnosticArray(status=[
             messages.status(f'{name[1:]}: latency', messages.LATENCY_KEYS, {}),
             messages.status(f'{name[1:]}: bandwidth', messages.BANDWIDTH_KEYS, {}),
@@ -172,48 +172,47 @@ def test_it_survives_the_node(screen, name):
                 'state': f'idle{round_}', 'requests': 5 - round_})])
         array.header.frame_id = name
         end_s = time.monotonic() + PATIENCE_S
-        while f'idle{round_}' not in shown.text:
+        while f'idle{round_}' not in terminal.text:
             assert time.monotonic() < end_s
             publisher.publish(array)
-            if select.select([shown.master], [], [], 0.1)[0]:
-                shown.text += os.read(shown.master, 65536).decode(errors='replace')
-        speaker.destroy_node()
-        shown.wait('gone: no message for [0-9]+ s')
-    assert shown.end(signal.SIGINT) == (0, '')
+            if select.select([terminal.master], [], [], 0.1)[0]:
+                terminal.text += os.read(terminal.master, 65536).decode(errors='replace')
+        node.destroy_node()
+        terminal.wait('gone: no message for [0-9]+ s')
+    assert terminal.end(signal.SIGINT) == (0, '')
 
 
-def test_a_snapshot_for_scripts(rig):
-    """A line for each key of /diagnostics, in the node's own words."""
+def test_once_prints_a_line_for_each_key_of_diagnostics(rig):
     rig.ask('hello')
     done = once('--node', 'decode')
     assert (done.returncode, done.stderr) == (0, '')
-    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    values = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     for keys in (messages.LATENCY_KEYS, messages.BANDWIDTH_KEYS, messages.ENGINE_KEYS):
-        assert set(keys) <= set(told)
-    assert told['node'] == '/decode'
-    assert told['hardware_id'] == 'Echo 1'
-    assert told['state'] == 'idle'
-    assert told['level'] in ('OK', 'WARN')
-    assert int(told['tokens']) >= 5
+        assert set(keys) <= set(values)
+    assert values['node'] == '/decode'
+    assert values['hardware_id'] == 'Echo 1'
+    assert values['state'] == 'idle'
+    assert values['level'] in ('OK', 'WARN')
+    assert int(values['tokens']) >= 5
 
 
-def test_the_elements_of_an_answer(rig):
-    """Where there were some: how many, and when the first came."""
+def test_shows_the_items_of_an_answer(rig):
+    """If there were any, it shows their number and the time of the first."""
     watcher = Watcher('/arm/decode')
     try:
-        for items, first_ms, told in ((5, 20.5, '; 5 items, first after 20.5 ms'), (0, None, '')):
+        for items, first_ms, text in ((5, 20.5, '; 5 items, first after 20.5 ms'), (0, None, '')):
             report = RequestReport(7, 'stop', '', items=items, first_item_ms=first_ms)
             watcher._on_request(DiagnosticArray(
                 status=[messages.request_status('/arm/decode', report)]))
             assert watcher.last_request == (
-                f'7, stop: 0 tokens, first after n/a ms, then n/a per s{told}')
+                f'7, stop: 0 tokens, first after n/a ms, then n/a per s{text}')
     finally:
         watcher.destroy_node()
 
 
 def test_no_node_in_time(rig):
     """It says whom it waited for and who is there."""
-    done, timeout_s = once_in_vain('found /decode', '--node', 'nobody')
+    done, timeout_s = once_until('found /decode', '--node', 'nobody')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == (
         f'decode_watch: /nobody published nothing on /diagnostics within {timeout_s} s; '
@@ -223,7 +222,7 @@ def test_no_node_in_time(rig):
 @pytest.mark.parametrize('named', [[], ['--node', '/decode']])
 def test_a_node_with_diagnostics_elsewhere(rig, named):
     """Its topics are there, its diagnostics elsewhere: it says how to listen there."""
-    done, timeout_s = once_in_vain('found /decode', *named, '--ros-args', '-r',
+    done, timeout_s = once_until('found /decode', *named, '--ros-args', '-r',
                                    '/diagnostics:=/arm/diagnostics')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == (
