@@ -46,7 +46,7 @@ class Call(BaseHTTPRequestHandler):
         try:
             fake.answer(self, body)
         except OSError:
-            fake.gone.set()     # the client has closed the connection
+            fake.client_closed.set()     # the client has closed the connection
 
     def whole(self, status: int, value: Any, kind: str = 'application/json', **headers) -> None:
         """Send a whole response, not a stream."""
@@ -97,7 +97,7 @@ class Call(BaseHTTPRequestHandler):
         """Send nothing until the client closes the connection."""
         self.connection.settimeout(PATIENCE_S)
         assert self.connection.recv(1) == b''
-        self.server.fake.gone.set()
+        self.server.fake.client_closed.set()
 
     def log_message(self, *arguments: Any) -> None:
         """Log nothing."""
@@ -110,7 +110,7 @@ class FakeServer:
         self.answer = answer
         self.models: Any = [{'id': MODEL, 'object': 'model', 'max_model_len': 8192}]
         self.asked: list[tuple[str, Any, dict[str, Any]]] = []
-        self.gone = threading.Event()
+        self.client_closed = threading.Event()
         self._http = ThreadingHTTPServer(('127.0.0.1', 0), Call)
         self._http.daemon_threads = True
         self._http.fake = self              # type: ignore[attr-defined]

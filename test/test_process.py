@@ -319,9 +319,9 @@ def test_a_launched_node_ends_with_its_launcher(probe, start, how):
 
 
 def test_node_ends_if_its_launcher_ended_before_the_start(start):
-    gone = start([sys.executable, '-c', 'pass'])
-    gone.wait()
-    process = start(named('late'), env={**os.environ, 'PHYSAI_DECODE_LAUNCHER': str(gone.pid)},
+    launcher = start([sys.executable, '-c', 'pass'])
+    launcher.wait()
+    process = start(named('late'), env={**os.environ, 'PHYSAI_DECODE_LAUNCHER': str(launcher.pid)},
                     stderr=subprocess.PIPE)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0

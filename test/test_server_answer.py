@@ -455,7 +455,7 @@ def test_ends_an_answer_that_exceeds_max_tokens(fake):
     report, text = ask(fake, Request('go', sampling={'max_new_tokens': 8}))
     assert report.finish_reason == 'error' and 'max_tokens, which is 8' in report.message
     assert text == 16 * 'x'
-    assert fake.gone.wait(PATIENCE_S)
+    assert fake.client_closed.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize('answer', [hang, hang_in_mid_answer])
@@ -471,7 +471,7 @@ def test_cancels_while_the_server_hangs(fake, answer):
         worker.cancel(number)
         report, _ = sink.end(number)
         assert report.finish_reason == 'cancelled' and report.fallback == ''
-        assert fake.gone.wait(PATIENCE_S)
+        assert fake.client_closed.wait(PATIENCE_S)
 
 
 def test_connection_that_is_never_established():
@@ -617,4 +617,4 @@ def test_checks_the_certificate(tmp_path, monkeypatch, fake):
         wait_for(lambda: len(fake.asked) == 2)
         worker.cancel(number)
         assert sink.end(number)[0].finish_reason == 'cancelled'
-    assert fake.gone.wait(PATIENCE_S)
+    assert fake.client_closed.wait(PATIENCE_S)

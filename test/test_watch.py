@@ -144,7 +144,7 @@ def test_shows_the_stream_and_the_figures(rig, screen):
     assert re.search(f'[{"▁▂▃▄▅▆▇█"}]', shown)
     code, stderr = terminal.end(signal.SIGINT)
     assert (code, stderr) == (0, '')
-    assert '\x1b[?1049l' in terminal.text              # the terminal is restored
+    assert '\x1b[?1049l' in terminal.text           # the terminal is restored
 
 
 def test_text_of_the_model_can_not_control_the_terminal(rig, screen):
@@ -210,8 +210,8 @@ def test_shows_the_items_of_an_answer(rig):
         watcher.destroy_node()
 
 
-def test_no_node_in_time(rig):
-    """It says whom it waited for and who is there."""
+def test_times_out_without_the_named_node(rig):
+    """The message names the node that it waited for, and the nodes that it found."""
     done, timeout_s = once_until('found /decode', '--node', 'nobody')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == (
@@ -220,8 +220,8 @@ def test_no_node_in_time(rig):
 
 
 @pytest.mark.parametrize('named', [[], ['--node', '/decode']])
-def test_a_node_with_diagnostics_elsewhere(rig, named):
-    """Its topics are there, its diagnostics elsewhere: it says how to listen there."""
+def test_node_that_remaps_its_diagnostics(rig, named):
+    """It finds the node, but no diagnostics; the message says how to remap the topic."""
     done, timeout_s = once_until('found /decode', *named, '--ros-args', '-r',
                                    '/diagnostics:=/arm/diagnostics')
     assert (done.returncode, done.stdout) == (1, '')
@@ -231,15 +231,14 @@ def test_a_node_with_diagnostics_elsewhere(rig, named):
         'the node remaps that topic, remap it here too (--ros-args -r /diagnostics:=...)\n')
 
 
-def test_several_nodes_want_a_name(rig):
-    """Without one, nothing is guessed."""
+def test_asks_for_a_name_if_there_are_several_nodes(rig):
     other = rclpy.create_node('other')
     other.create_publisher(DiagnosticArray, '/other/token_stats', 10)
     try:
         rig.wait(lambda: rig.probe.count_publishers('/other/token_stats'))
         assert once('--node', '/decode').returncode == 0
         done = once()
-        while not done.returncode:          # it heard the node before it saw the other's topic
+        while not done.returncode:          # it had not discovered the other node
             done = once()
         assert done.stderr == ('decode_watch: there are several nodes: /decode /other; name one '
                                'with --node\n')
@@ -251,8 +250,8 @@ def test_several_nodes_want_a_name(rig):
     (['--node', 'a b'], "'a b' is not a valid node name"),
     (['--node', b'\xff'], "'\ufffd' is not a valid node name"),
     ([], 'the output is not a terminal; --once prints one snapshot')])
-def test_what_cannot_be_watched(rig, arguments, message):
-    """A message and exit code 1, no traceback."""
+def test_rejects_invalid_names_and_an_output_that_is_not_a_terminal(rig, arguments, message):
+    """The exit code is 1, and stderr has a message without a traceback."""
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
@@ -260,18 +259,17 @@ def test_what_cannot_be_watched(rig, arguments, message):
     assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('slip', [('-p', 'x:=['), ('-r', 'a'), ('--nope',)])
-def test_a_slip_in_the_ros_arguments(slip):
-    """A line that shows it, no traceback."""
-    done = once('--ros-args', *slip)
+@pytest.mark.parametrize('wrong', [('-p', 'x:=['), ('-r', 'a'), ('--nope',)])
+def test_rejects_wrong_ros_arguments(wrong):
+    """One line on stderr names the argument, without a traceback."""
+    done = once('--ros-args', *wrong)
     assert done.returncode == 1
     assert done.stderr.startswith('decode_watch: ')
-    assert slip[-1] in done.stderr
+    assert wrong[-1] in done.stderr
     assert done.stderr.count('\n') == 1
 
 
-def test_nobody_reads_the_snapshot(rig):
-    """A line says so."""
+def test_reports_a_closed_output_pipe(rig):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -282,12 +280,12 @@ def test_nobody_reads_the_snapshot(rig):
         1, 'decode_watch: the reader of the output has closed it\n')
 
 
-def test_numbers_for_the_eye():
-    """Four digits, and words as they are."""
+def test_number_rounds_to_four_digits():
+    """Words stay as they are."""
     assert [number(value) for value in ('3.14159265', '123456.7', '0.000012', 'n/a', 'none')] == [
         '3.142', '123457', '1.2e-05', 'n/a', 'none']
 
 
-def test_printable():
-    """Line breaks and letters of any script pass, control characters do not."""
+def test_printable_replaces_control_characters():
+    """It keeps line breaks and letters of any script."""
     assert printable('a\n🙂\xe9\t\r\x1b\x7f\x80') == 'a\n🙂\xe9\ufffd\ufffd\ufffd\ufffd\ufffd'
