@@ -71,7 +71,7 @@ class Client:
             self._free.release()
 
     def send_all(self):
-        """Send all requests, `OUTSTANDING` at a time; cancel a recent one after every tenth."""
+        """Send all requests, `OUTSTANDING` at a time; cancel about one in ten."""
         for index in range(REQUESTS):
             assert self._free.acquire(timeout=PATIENCE_S)
             id_ = f'{self.name}-{index}'

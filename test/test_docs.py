@@ -84,7 +84,7 @@ def test_imports_follow_the_layers():
 
 
 def step_bytes(folder) -> int:
-    """Return the bytes of the weights that a step reads: all, but one row of the embedding."""
+    """Return the bytes of weights that a step reads, with one row of the embedding."""
     header = {}
     for path in folder.glob('*.safetensors'):
         with path.open('rb') as file:

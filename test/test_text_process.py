@@ -47,7 +47,7 @@ BLOW_UP = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 10 * 'a'}
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def low_cpu_limit(monkeypatch):
     """Lower the limit on CPU time, which does not depend on how busy the machine is."""
     monkeypatch.setattr(text_process, 'LOAD_CPU_S', 5.0)
 
