@@ -28,7 +28,7 @@ from rclpy.node import Node
 from std_msgs.msg import String
 
 CLIENTS = 4
-REQUESTS = 500
+REQUESTS = 200
 OUTSTANDING = 3                 # requests of each client at a time
 
 
