@@ -144,8 +144,8 @@ class NativeEngine:
         return Choice(int(tokens[0]), device_s)
 
     @property
-    def settled(self) -> bool:
-        """See `physai_decode.engine.Verifier.settled`."""
+    def is_idle(self) -> bool:
+        """See `physai_decode.engine.Verifier.is_idle`."""
         return not self.pipeline or not self.pipeline.flying
 
     @torch.inference_mode()
