@@ -40,7 +40,7 @@ POINTERS = {
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
     'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
     'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
-IN_PASSES = {'row': 'i32', 'guess': 'i64', 'following': 'i32'}     # pointers, else None
+IN_PASSES = {'active': 'i32', 'draft_token': 'i64', 'next_active': 'i32'}     # pointers, else None
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
            'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
