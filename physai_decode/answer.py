@@ -207,7 +207,7 @@ class Answer(Delivery):
         return self._full()
 
     def _end_here(self, limit: int, constraint: Constraint | None) -> End | None:
-        """Give the end that the newest token brought; ``constraint`` has taken no later one."""
+        """Return the end due to the newest token, the last that ``constraint`` accepted."""
         if self._detokenizer.stopped:
             return End('stop', f'a text in {self._named("stop")} matched')
         if constraint is not None and constraint.ended:
