@@ -196,10 +196,10 @@ class Answer(Delivery):
                         return End('stop', '')
                     self._token(now_s, token_id, step)
                     self._given += 1
-                    unsaid = len(step.token_ids) - place
-                    end = self._end_here(limit, None if unsaid else constraint)
+                    surplus = len(step.token_ids) - place
+                    end = self._end_here(limit, None if surplus else constraint)
                     if end is not None or self._thought_tokens and self._thinks_too_long():
-                        self._take_back(unsaid, constraint)
+                        self._discard(surplus, constraint)
                         return end
                 if self._is_late():
                     return LATE
@@ -207,7 +207,7 @@ class Answer(Delivery):
         return self._full()
 
     def _end_here(self, limit: int, constraint: Constraint | None) -> End | None:
-        """Give the end that the newest token brought; ``constraint`` has taken no later one."""
+        """Return the end due to the newest token, the last that ``constraint`` accepted."""
         if self._detokenizer.stopped:
             return End('stop', f'a text in {self._named("stop")} matched')
         if constraint is not None and constraint.ended:
@@ -218,12 +218,12 @@ class Answer(Delivery):
             return End('length', f'{self._named("max_new_tokens")} is {limit}')
         return None
 
-    def _take_back(self, unsaid: int, constraint: Constraint | None) -> None:
-        """Forget the tokens that a pass brought beyond the end."""
-        if unsaid:
-            self._loop.forget(len(self._loop.cached_ids) - unsaid)
+    def _discard(self, surplus: int, constraint: Constraint | None) -> None:
+        """Discard the tokens of a pass beyond the end of the answer."""
+        if surplus:
+            self._loop.forget(len(self._loop.cached_ids) - surplus)
             if constraint is not None:
-                constraint.rollback(unsaid)
+                constraint.rollback(surplus)
 
     def _full(self) -> End:
         context = self._loop.engine.footprint.max_context

@@ -160,13 +160,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How tokens are guessed ahead, so that one pass brings several."""
+    """Speculative decoding: one pass of the model verifies several draft tokens."""
 
     name: str = _option(
-        'off', 'off: a decode step brings one token; lookup: the next tokens are guessed to be '
-        'those that a constraint forces, or that followed the last few where they stood before, '
-        'in the prompt or the answer, and one pass checks them. The text is the same. For the '
-        'native engine; with others `~/model_info` says why it is off',
+        'off', 'off: one token per decode step; lookup: one pass verifies draft tokens, which are '
+        'those that a constraint forces, or those after the previous occurrence of the last few '
+        'tokens in the prompt or the answer. The text is the same. Only the native engine '
+        'supports it; with others `~/model_info` says why it is off',
         choices=('off', 'lookup'))
 
 

@@ -249,21 +249,21 @@ class Constraint:
         return bits
 
     def forced(self) -> list[int]:
-        """Tell which tokens have to come next, as far as nothing else may; they may be none."""
+        """Return the tokens that the constraint forces next, which may be none."""
         return [] if self._end_taken else list(self._matcher.compute_ff_tokens())
 
     def fits(self, token_ids: Sequence[int]) -> int:
-        """Tell how many of these, the first ones, may come next; an end token is not looked at."""
+        """Return the length of the allowed prefix of ``token_ids``, which has no end token."""
         return 0 if self._end_taken else int(self._matcher.validate_tokens(list(token_ids)))
 
     def walk(self, draft: Sequence[int]) -> Iterator[bytearray]:
         """
-        Give the mask before each token of a draft, and the one after it.
+        Yield the mask before each draft token, and the one after the last.
 
-        They end early where the draft leaves the constraint, or nothing can follow. A copy walks:
-        the constraint stands where it stood.
+        Stop early if the constraint rejects a draft token, or if nothing can follow. The state of
+        the constraint does not change.
 
-        :raises ConstraintError: as `mask`, and before the first mask alone.
+        :raises ConstraintError: as `mask`, for the first mask only.
         """
         yield self.mask()
         ahead = copy(self)

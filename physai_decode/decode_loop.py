@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-The decode loop of all engines: from a prompt's ids to one token after the other.
+The decode loop of all engines, from the ids of a prompt to the tokens of the answer.
 
-It reuses the prefix that the cache still holds, feeds the rest in chunks that take about the same
-time each, so that a cancel is heard between two of them, and ends where the context is full. It
-knows neither text nor deadlines: whoever iterates stops it. With an engine that can check guesses
-at the next tokens it may try some, and get several tokens from one pass.
+It reuses the prefix that is still in the KV cache and prefills the rest in chunks of about equal
+time; a cancel takes effect between two of them. It ends when the context is full. It knows neither
+text nor deadlines: the caller stops it. With a `Verifier` it can speculate, and get several tokens
+from one pass.
 """
 
 from collections.abc import Callable
@@ -41,26 +41,25 @@ from physai_decode.engine import Verifier
 from physai_decode.speculation import Experience
 from physai_decode.speculation import Speculation
 
-FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until the time of a chunk is known
-# A chunk reads all weights once, however short it is: fewer tokens would hardly be fed sooner.
+FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # before a chunk was timed
+# Each chunk reads all weights once, so a shorter one would take hardly less time.
 LEAST_CHUNK_TOKENS = 32
 CHUNK_MS = 100.0
 OFF = SpeculationConfig('off')
-LARGEST_CHANGE = 4          # from one chunk to the next: one that was late by chance is no rule
+LARGEST_CHANGE = 4          # factor between two chunks; one slow chunk may be an outlier
 
 
 @dataclass(frozen=True)
 class Step:
     """
-    What one turn of the loop brought.
+    The tokens and times of one iteration.
 
-    ``token_ids`` is empty between two chunks of a prompt: nothing is known yet, but the caller
-    can close the iterator there; they are several if guesses came true. ``device_s`` is the time
-    of the pass on the device in seconds (on a CPU the host's own), None where it is not known; for
-    the first token it is the prefill's. ``cached_tokens`` is how many of the prompt's tokens were
-    still in the cache. ``mask_s`` is what the constraint's masks took on the host, None where
-    there is no constraint. ``sample_s`` is the part of ``device_s`` for the choice of the first
-    token.
+    ``token_ids`` is empty between two chunks of a prompt, where the caller can close the iterator;
+    it has several ids if draft tokens were accepted. ``device_s`` is the time of the pass on the
+    device in seconds (on a CPU, the time on the host), None if unknown; for the first token it is
+    the time of the prefill. ``cached_tokens`` counts the tokens of the prompt that were in the
+    cache. ``mask_s`` is the time of the constraint's masks on the host, None without a constraint.
+    ``sample_s`` is the part of ``device_s`` that sampled the first token.
     """
 
     token_ids: tuple[int, ...]
@@ -71,18 +70,17 @@ class Step:
 
 
 class DecodeLoop:
-    """Drives one engine, and knows which ids its cache holds."""
+    """Drives one engine, and tracks the ids in its cache."""
 
     def __init__(self, engine: Engine, chunk_ms: float = CHUNK_MS,
                  clock: Callable[[], float] = time.monotonic,
                  speculation: SpeculationConfig = OFF) -> None:
         """
-        Take an engine with nothing in its cache.
+        Wrap an engine whose cache is empty.
 
-        :param chunk_ms: how long one chunk of a prompt may take, about; 0 feeds the largest
-            chunks that the engine takes.
+        :param chunk_ms: target time of a chunk of a prompt; 0 uses the engine's maximum chunk.
         :param clock: monotonic, in seconds.
-        :param speculation: how tokens are guessed ahead, where the engine takes drafts.
+        :param speculation: the source of drafts; only a `Verifier` uses it.
         """
         self.engine = engine
         self._verifier: Verifier | None = None
@@ -103,26 +101,26 @@ class DecodeLoop:
         return list(self._cached)
 
     def forget(self, length: int = 0) -> None:
-        """Keep at most the first ``length`` tokens of the cache."""
-        with self._in_doubt() as cached:
+        """Truncate the cache to at most ``length`` tokens."""
+        with self._changing_cache() as cached:
             del cached[self.engine.rewind(min(length, len(cached))):]
 
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingConfig,
                constraint: Constraint | None = None, ahead: bool = True,
                drafts: bool = True) -> Iterator[Step]:
         """
-        Decode after ``prompt_ids``, on the thread that iterates.
+        Generate an answer to ``prompt_ids``, on the thread that iterates.
 
-        At most ``sampling.max_new_tokens`` tokens come; ids in ``footprint.eos_token_ids`` come
-        like any other, and it is the caller who stops. Closing the iterator cancels within one
-        step, or one chunk of the prompt.
+        Yields at most ``sampling.max_new_tokens`` tokens. An id in ``footprint.eos_token_ids`` is
+        yielded like any other, and the caller stops. Closing the iterator cancels within one step,
+        or one chunk of the prompt.
 
-        :param constraint: a fresh one, which is told each token; where it has ended, so does the
-            iterator.
-        :param ahead: whether the engine may start steps before they are asked for.
-        :param drafts: guess ahead, where the loop was made to.
-        :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
-        :raises EngineError: while iterating: the model's logits are not numbers.
+        :param constraint: a constraint in its initial state, which receives each token; if it
+            ends, the iterator does too.
+        :param ahead: whether the engine may launch steps ahead.
+        :param drafts: whether to speculate, if the loop can.
+        :raises ValueError: the prompt is empty or too long, or an id is outside the vocabulary.
+        :raises EngineError: while iterating: the logits are not finite.
         """
         prompt = checked_prompt(prompt_ids, self.engine.footprint)
         return self._stream(prompt, sampling, constraint, ahead, drafts)
@@ -135,7 +133,7 @@ class DecodeLoop:
         while fed < len(prompt):
             chunk = prompt[fed:fed + self._chunk.tokens]
             begin_s = self._clock()
-            with self._in_doubt() as cached:
+            with self._changing_cache() as cached:
                 device_s = self.engine.feed(chunk)
                 cached += chunk
             self._chunk.learn(len(chunk), self._clock() - begin_s)
@@ -143,67 +141,67 @@ class DecodeLoop:
             fed += len(chunk)
             if fed < len(prompt):
                 yield Step((), None, reused)
-        with self._in_doubt():
+        with self._changing_cache():
             token_id, device_s = self.engine.first(sampling, prompt, constraint)
-        first = self._told(token_id, _sum(prefill_s, device_s), reused, constraint)
+        first = self._step(token_id, _sum(prefill_s, device_s), reused, constraint)
         yield replace(first, sample_s=device_s)
         room = self.engine.footprint.max_context - len(prompt)
         left = min(sampling.max_new_tokens, room) - 1
         if drafts and self._verifier is not None:
-            yield from self._drafting(
+            yield from self._speculate(
                 self._verifier, [*prompt, token_id], left, reused, constraint, ahead)
             return
         for remaining in reversed(range(left)):
             if constraint is not None and constraint.ended:
                 return
-            cached, self._cached = self._cached, []     # as `_in_doubt`, at half the cost
-            following, device_s = self.engine.step(remaining if ahead else 0)
+            cached, self._cached = self._cached, []     # as `_changing_cache`, at half the cost
+            next_id, device_s = self.engine.step(remaining if ahead else 0)
             cached.append(token_id)
-            self._cached, token_id = cached, following
-            yield self._told(token_id, device_s, reused, constraint)
+            self._cached, token_id = cached, next_id
+            yield self._step(token_id, device_s, reused, constraint)
 
-    def _drafting(self, engine: Verifier, ids: list[int], left: int, reused: int,
+    def _speculate(self, engine: Verifier, ids: list[int], left: int, reused: int,
                   constraint: Constraint | None, ahead: bool) -> Iterator[Step]:
-        """Go on after the first token: check guesses where there are any, else take a step."""
-        newest = ids[-1]
+        """Continue after the first token: verify a draft if there is one, else run a step."""
+        last_id = ids[-1]
         speculation = Speculation(
             ids, self._experience[constraint is not None], engine.footprint.eos_token_ids)
         while left and not (constraint is not None and constraint.ended):
             begin_s = self._clock()
             draft = speculation.draft(left, constraint)
-            with self._in_doubt() as cached:
-                if draft and engine.settled:
+            with self._changing_cache() as cached:
+                if draft and engine.is_idle:
                     token_ids, device_s = engine.verify(draft)
                 else:
-                    # Nothing may run ahead of a try; what is in flight still comes.
-                    following, device_s = engine.step(left - 1 if ahead and not draft else 0)
-                    token_ids, draft = (following,), []
-                good = token_ids[:-1] if token_ids[-1] == NO_TOKEN else token_ids
+                    # No step may be in flight during `verify`, so collect those that are.
+                    next_id, device_s = engine.step(left - 1 if ahead and not draft else 0)
+                    token_ids, draft = (next_id,), []
+                new_ids = token_ids[:-1] if token_ids[-1] == NO_TOKEN else token_ids
                 if constraint is not None:
-                    good = _accepted(good, constraint)
-                cached += newest, *good[:-1]
-            if good:
-                newest = good[-1]
-                left -= len(good)
-                speculation.take(good, 1 + len(draft), self._clock() - begin_s)
-                yield Step(good, device_s, reused,
+                    new_ids = _accept(new_ids, constraint)
+                cached += last_id, *new_ids[:-1]
+            if new_ids:
+                last_id = new_ids[-1]
+                left -= len(new_ids)
+                speculation.take(new_ids, 1 + len(draft), self._clock() - begin_s)
+                yield Step(new_ids, device_s, reused,
                            None if constraint is None else constraint.mask_s)
             if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):
                 self._cached = []
                 raise not_numbers(engine.footprint.dtype)
 
     @contextmanager
-    def _in_doubt(self) -> Iterator[list[int]]:
-        """Give the list of cached ids to change; where the engine raises, nothing is cached."""
+    def _changing_cache(self) -> Iterator[list[int]]:
+        """Yield the list of cached ids for changes; if the engine raises, none are cached."""
         cached, self._cached = self._cached, []
         yield cached
         self._cached = cached
 
-    def _told(self, token_id: int, device_s: float | None, reused: int,
+    def _step(self, token_id: int, device_s: float | None, reused: int,
               constraint: Constraint | None) -> Step:
-        """Give the step that brought a token, after the constraint was told."""
+        """Return the step of a token, after advancing the constraint."""
         if token_id == NO_TOKEN:
-            self._cached = []       # of one token, what is no number spreads to others
+            self._cached = []       # NaN in one position spreads to later ones
             raise not_numbers(self.engine.footprint.dtype)
         if constraint is None:
             return Step((token_id,), device_s, reused)
@@ -212,22 +210,22 @@ class DecodeLoop:
 
 
 class ChunkSize:
-    """How many tokens of a prompt are fed at once, learned from how long they took."""
+    """The number of tokens per chunk of a prompt, adapted to the time that chunks take."""
 
     def __init__(self, least: int, most: int, first: int, chunk_ms: float) -> None:
         """
-        Begin with a guess.
+        Start with ``first`` tokens.
 
-        :param least: and ``most``: the engine's limits in tokens.
+        :param least: minimum tokens of the engine; ``most`` is its maximum.
         :param first: tokens of the first chunk.
-        :param chunk_ms: how long a chunk may take; 0: as long as it takes.
+        :param chunk_ms: target time of a chunk; 0 always uses ``most``.
         """
         self._least, self._most = min(max(least, LEAST_CHUNK_TOKENS), most), most
         self._chunk_s = 1e-3 * chunk_ms
         self.tokens = min(max(first, self._least), most) if chunk_ms else most
 
     def learn(self, tokens: int, took_s: float) -> None:
-        """Take the time of a chunk; one that is shorter than allowed can only shrink the next."""
+        """Update from the time of a chunk; a chunk below ``tokens`` can only shrink the next."""
         if not self._chunk_s or took_s <= 0:
             return
         if took_s > self._chunk_s or tokens >= self.tokens:
@@ -237,8 +235,8 @@ class ChunkSize:
                               min(fitting, LARGEST_CHANGE * self.tokens, self._most))
 
 
-def _accepted(token_ids: Sequence[int], constraint: Constraint) -> tuple[int, ...]:
-    """Tell a constraint the tokens of a pass; give them as far as it goes."""
+def _accept(token_ids: Sequence[int], constraint: Constraint) -> tuple[int, ...]:
+    """Advance a constraint by the tokens of a pass; return those up to its end."""
     for count, token_id in enumerate(token_ids, 1):
         constraint.accept(token_id)
         if constraint.ended:

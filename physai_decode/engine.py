@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-What an engine is: one model on one device, which feeds prompts, takes steps and chooses tokens.
+The protocol of an engine: one model on one device that prefills, decodes and samples.
 
-An engine knows nothing of text, queues, deadlines, prefix reuse or ROS. ``DecodeLoop`` drives it,
-the same for every engine, so that engines can be compared token for token. A constructed engine
-is loaded, warmed up and captured: there is no half-loaded engine.
+An engine knows nothing of text, queues, deadlines, prefix reuse or ROS. The same ``DecodeLoop``
+drives every engine, so that engines can be compared token for token. The constructor loads, warms
+up and captures: there is no half-loaded engine.
 """
 
 from collections.abc import Iterator
@@ -34,28 +34,28 @@ from physai_decode.config import SamplingConfig
 
 
 class EngineError(RuntimeError):
-    """An engine can't be had or can't go on; the message says why and what to do."""
+    """An engine can not start or continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Footprint:
     """
-    What an engine is and what one of its decode steps reads.
+    The properties of an engine, and what one of its decode steps reads.
 
-    ``read_weight_bytes`` are the weights that one step really reads (packed weights, scales and
-    zeros where quantised; one row of an input embedding that is not also the head);
-    ``checkpoint_weight_bytes`` all weights of the checkpoint at their stored size.
+    ``read_weight_bytes`` is the size of the weights that one step actually reads: packed weights,
+    scales and zeros if quantised, and one row of an input embedding that is not tied to the head.
+    ``checkpoint_weight_bytes`` is the size of all weights in the checkpoint.
     """
 
     engine: str                     # native, transformers, exllamav2, openai
-    model_type: str                 # as the checkpoint's config.json says: qwen2, llama, ...
+    model_type: str                 # of the checkpoint's config.json: qwen2, llama, ...
     dtype: str                      # bfloat16, float16, float32
     quantization: str               # none, gptq-int4-g128, ...
     device: str                     # cpu, cuda:0
     device_name: str                # NVIDIA H200, the CPU's model name
-    device_uuid: str                # empty where there is none
+    device_uuid: str                # empty if there is none
     cuda_graph: str                 # captured, off, unavailable
-    max_context: int                # tokens of prompt and answer together
+    max_context: int                # tokens of prompt plus answer
     vocab_size: int
     eos_token_ids: tuple[int, ...]  # ids that end an answer
     read_weight_bytes: int
@@ -64,34 +64,34 @@ class Footprint:
     kv_heads: int
     head_dim: int
     kv_element_bytes: int
-    sliding_window: int = 0         # tokens of context that a windowed layer reads; 0: all
-    windowed_layers: int | None = None  # layers that have the window; None: all
-    layer_parameters: int = 0       # weights that the layers multiply a token by; 0: unknown
-    details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info as they are
+    sliding_window: int = 0         # tokens that a layer with a window attends to; 0: all
+    windowed_layers: int | None = None  # layers with the window; None: all
+    layer_parameters: int = 0       # weights that each token is multiplied by; 0: unknown
+    details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info
 
     @property
     def is_remote(self) -> bool:
-        """Whether the model is on a server: of its shapes, those that are 0 are not known."""
+        """Whether the model is on a server; shapes that are 0 are then unknown."""
         return not self.layers
 
 
 class Choice(NamedTuple):
     """
-    One token that an engine chose.
+    One sampled token.
 
-    ``token_id`` is `NO_TOKEN` where the logits are not numbers. ``device_s`` is the time on the
-    device in seconds (on a CPU the host's own), None where it is not known.
+    ``token_id`` is `NO_TOKEN` if the logits are not finite. ``device_s`` is the time on the device
+    in seconds (on a CPU, the time on the host), None if unknown.
     """
 
     token_id: int
     device_s: float | None
 
 
-NO_TOKEN = -1                       # a choice from logits that hold NaN or are infinite
+NO_TOKEN = -1                       # sampled from logits with NaN or infinity
 
 
 def not_numbers(dtype: str) -> EngineError:
-    """Give the error for logits that hold NaN or are infinite; ``dtype`` as in `Footprint`."""
+    """Return the error for logits with NaN or infinity; ``dtype`` as in `Footprint`."""
     return EngineError(
         f"the model's logits are not numbers (NaN or infinite) in {dtype}: its weights are "
         'damaged, or too large for this number format; copy or download the model again, or set '
@@ -99,136 +99,136 @@ def not_numbers(dtype: str) -> EngineError:
 
 
 class Constraint(Protocol):
-    """What one answer has to look like; see ``physai_decode.constraint.Constraint``."""
+    """The constraint of one answer; see ``physai_decode.constraint.Constraint``."""
 
     mask_s: float
-    """What the last ``mask``, or all masks of the last ``walk``, took on the host, in seconds."""
+    """The time on the host, in seconds, of the last ``mask`` or of all masks of ``walk``."""
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is complete and nothing can follow but an end token."""
+        """Whether the answer is complete and only an end token can follow."""
         ...
 
     def mask(self) -> bytearray:
-        """Tell which tokens may come next: bit ``id % 8`` of byte ``id // 8``."""
+        """Return the mask of allowed tokens: bit ``id % 8`` of byte ``id // 8``."""
         ...
 
     def forced(self) -> list[int]:
-        """Tell which tokens have to come next, as far as nothing else may; they may be none."""
+        """Return the tokens that the constraint forces next, which may be none."""
         ...
 
     def fits(self, token_ids: Sequence[int]) -> int:
-        """Tell how many of these, the first ones, may come next."""
+        """Return the length of the longest prefix of ``token_ids`` that is allowed next."""
         ...
 
     def walk(self, draft: Sequence[int]) -> Iterator[bytearray]:
         """
-        Give the mask before each token of a draft, and the one after it.
+        Yield the mask before each draft token, and the one after the last.
 
-        They end early where the draft leaves the constraint, or nothing can follow.
+        Stop early if the constraint rejects a draft token, or if nothing can follow.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """Take the token that was chosen."""
+        """Advance by the sampled token."""
         ...
 
     def rollback(self, count: int) -> None:
-        """Take the last ``count`` tokens back."""
+        """Undo the last ``count`` tokens."""
         ...
 
     def reset(self) -> bool:
-        """Take all tokens back; False where it can be used no more."""
+        """Return to the initial state; False if that is impossible."""
         ...
 
 
 class Engine(Protocol):
     """
-    One language model on one device, for one request at a time, driven from one thread.
+    One language model on one device, for one request at a time, used by one thread.
 
-    Its cache holds the keys and values of the tokens that it was fed and of those that a step
-    has read. Where a method raises, the cache is in doubt until ``rewind(0)``.
+    The KV cache has the keys and values of all tokens that were prefilled or read by a step. After
+    a method raises, the content of the cache is undefined until ``rewind(0)``.
     """
 
     footprint: Footprint
     chunk_tokens: tuple[int, int]
-    """The fewest and the most prompt tokens of one ``feed``; a last chunk may be shorter."""
+    """The minimum and maximum prompt tokens per ``feed``; the last chunk may be shorter."""
 
     def rewind(self, length: int) -> int:
         """
-        Keep at most the first ``length`` tokens of the cache, and drop steps in flight.
+        Truncate the cache to at most ``length`` tokens, and discard steps in flight.
 
         :param length: 0 to the number of tokens in the cache.
-        :returns: how many are kept; 0 where the state can't be cut back.
+        :returns: the tokens kept; 0 if the state can not be truncated.
         """
         ...
 
     def feed(self, token_ids: Sequence[int]) -> float | None:
         """
-        Run a chunk of a prompt after what the cache holds.
+        Prefill a chunk of a prompt, behind the tokens in the cache.
 
-        :param token_ids: ids of the vocabulary, for which the context has room.
-        :returns: the time on the device in seconds, None where it is not known.
+        :param token_ids: ids of the vocabulary that fit into the context.
+        :returns: the time on the device in seconds, None if unknown.
         """
         ...
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constraint: Constraint | None = None) -> Choice:
         """
-        Choose the token after the last one fed.
+        Sample the first token of the answer.
 
-        :param sampling: for this choice and all steps until the next ``rewind``.
-        :param prompt_ids: the whole prompt, for what depends on the tokens so far.
-        :param constraint: is asked for its mask before this choice and that of each step, when
-            the caller has told it the token before; then no step may be in flight between two.
+        :param sampling: settings for this token and all steps until the next ``rewind``.
+        :param prompt_ids: the whole prompt, for settings that depend on earlier tokens.
+        :param constraint: supplies the mask for this token and for each step. The caller advances
+            it by each token before the next step, so no step may run ahead.
         """
         ...
 
     def step(self, remaining: int) -> Choice:
         """
-        Run the token that was chosen last, and choose the one after it.
+        Run one decode step with the last sampled token, and sample the next.
 
-        :param remaining: further steps that will be asked for if nobody cancels; an engine may
-            have that many in flight already.
+        :param remaining: number of steps that will follow, unless the request is cancelled; the
+            engine may launch that many ahead.
         """
         ...
 
     def close(self) -> None:
-        """Free everything on the device; the engine can't be used after that."""
+        """Free all memory on the device; the engine can not be used afterwards."""
         ...
 
 
 @runtime_checkable
 class Verifier(Engine, Protocol):
-    """An engine that can check guesses at the next tokens: several rows in one pass."""
+    """An engine that can verify draft tokens: several rows in one pass."""
 
     pass_costs: Mapping[int, float]
-    """What a pass costs by its rows, as parts of a step; by 1 alone: no draft is taken."""
+    """The cost of a pass in decode steps, by its rows; without drafts, 1 is the only key."""
 
     @property
-    def settled(self) -> bool:
-        """Whether no step is in flight, as after enough calls of ``step(0)``."""
+    def is_idle(self) -> bool:
+        """Whether no step is in flight; true after enough calls of ``step(0)``."""
         ...
 
     def verify(self, draft: Sequence[int]) -> 'Choices':
         """
-        Run the token that was chosen last and guesses at those after it, in one pass.
+        Run the last sampled token and draft tokens behind it in one pass; sample after each.
 
-        The choices are those that as many steps would have made, down to the last bit of their
-        logits; the cache holds what these steps would have left. Asked for where `settled`. A
-        constraint is asked for its masks along the draft.
+        The result is that of as many decode steps: the tokens, each bit of their logits, and the
+        content of the cache. Requires `is_idle`. A constraint supplies a mask for each row.
 
-        :param draft: ids of the vocabulary, fewer than the most rows of ``pass_costs``, for which
-            the context has room.
+        :param draft: ids of the vocabulary that fit into the context, fewer than the maximum rows
+            in ``pass_costs``.
         """
         ...
 
 
 class Choices(NamedTuple):
     """
-    The tokens that one pass brought: guesses that came true, and the one after them.
+    The tokens of one pass: the accepted draft tokens, and the token sampled after them.
 
-    ``device_s`` is the pass's time on the device, as in `Choice`. The last one may be `NO_TOKEN`.
+    ``device_s`` is the time of the pass on the device, as in `Choice`. The last token may be
+    `NO_TOKEN`.
     """
 
     token_ids: tuple[int, ...]
@@ -237,18 +237,18 @@ class Choices(NamedTuple):
 
 @runtime_checkable
 class Comparable(Engine, Protocol):
-    """An engine whose arithmetic can be compared with another's, place by place."""
+    """An engine whose logits can be compared with another's, position by position."""
 
     def prefill_logits(self, prompt_ids: Sequence[int]) -> Any:
-        """Give logits for each place of a prompt, a float32 tensor [tokens, vocab]; rewinds."""
+        """Rewind, and return the logits of all positions of a prompt, float32 [tokens, vocab]."""
         ...
 
 
 def checked_prompt(prompt_ids: Sequence[int], footprint: Footprint) -> list[int]:
     """
-    Give a prompt's ids where an engine can decode after them.
+    Return the ids of a prompt, after checking that an engine can run it.
 
-    :raises ValueError: an empty or too long prompt, or an id outside the vocabulary.
+    :raises ValueError: the prompt is empty or too long, or an id is outside the vocabulary.
     """
     prompt, limit, size = list(prompt_ids), footprint.max_context, footprint.vocab_size
     if not prompt:
@@ -264,16 +264,16 @@ def checked_prompt(prompt_ids: Sequence[int], footprint: Footprint) -> list[int]
 
 
 def shared_prefix(old: Sequence[int], new: Sequence[int]) -> int:
-    """Count the ids that two sequences have in common at their beginning."""
+    """Return the length of the common prefix of two sequences."""
     return next((place for place, pair in enumerate(zip(old, new)) if pair[0] != pair[1]),
                 min(len(old), len(new)))
 
 
 def first_line(error: BaseException) -> str:
-    """Give what an exception says, of a long message the first line."""
+    """Return the first line of an exception's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def described(error: BaseException) -> str:
-    """Give an exception in words: its type, and its message where it has one."""
+    """Return the type of an exception, and its message if it has one."""
     return f'{type(error).__name__}: {error}' if str(error) else type(error).__name__

@@ -12,33 +12,33 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""When the steps of an answer are to start, where they are not to come as fast as they can."""
+"""The schedule of steps for a limited rate of tokens."""
 
 
 class Pace:
     """
-    Steps on an absolute schedule: what one of them is late is not added to the next.
+    An absolute schedule of steps: the delay of one step does not postpone the next.
 
-    A step that takes longer than its turn has the next one start at once. What it is late by more
-    than one turn is given up, so that no burst of steps follows a long one.
+    After a step that takes too long, the next one starts at once. A delay of more than one period
+    is dropped, so that no burst of steps follows.
     """
 
     def __init__(self, tokens_per_s: float, start_s: float) -> None:
         """
-        Begin with the first token.
+        Start with the first token.
 
         :param tokens_per_s: above 0.
-        :param start_s: when the first token came, by a monotonic clock.
+        :param start_s: time of the first token on a monotonic clock.
         """
-        self._turn_s = 1.0 / tokens_per_s
+        self._period_s = 1.0 / tokens_per_s
         self._due_s = start_s
 
     def due_s(self, now_s: float, tokens: int = 1) -> float:
         """
-        Give when the next step is to start; in the past where that is over.
+        Return when the next step is due, which may be in the past.
 
-        :param tokens: that the last step brought.
+        :param tokens: number of tokens of the last step.
         """
-        turn_s = tokens * self._turn_s
-        self._due_s = max(self._due_s + turn_s, now_s - turn_s)
+        period_s = tokens * self._period_s
+        self._due_s = max(self._due_s + period_s, now_s - period_s)
         return self._due_s

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-Drafts: guesses at the next tokens, free to make, which one pass of the engine checks.
+Drafts for speculative decoding, which one pass of the engine verifies.
 
-Prompt lookup: what followed the last few tokens where they stood before, in the prompt or in the
-answer (Saxena 2023; Fu et al., arXiv 2402.02057, compare such drafts). Where a constraint forces
-the next tokens, these are the draft. A draft never changes what is said, only how many passes it
-takes. It knows token ids, and neither engines nor text.
+The draft tokens are those that a constraint forces, or come from prompt lookup: the tokens that
+followed the last few tokens at their previous occurrence in the prompt or the answer (Saxena 2023;
+Fu et al., arXiv 2402.02057, compare such drafts). A draft never changes the answer, only the
+number of passes. This module knows token ids, but neither engines nor text.
 """
 
 from collections.abc import Collection
@@ -29,92 +29,94 @@ from itertools import takewhile
 
 from physai_decode.engine import Constraint
 
-GRAMS = (3, 2)              # so many tokens have to have stood there before, the longest first
-SHARE = 0.02                # of all steps' time, which drafts that fail may cost
-START = 0.3                 # steps that drafts may cost before any came true
-MOST = 4.0                  # steps that what came true may pay for later
-TRY = 0.03                  # steps that a try costs beside its pass: none runs ahead of the host
-WORTH = 1.2                 # tokens for each step that a try costs, from which on it is made
-LIKELY = 0.5                # how often a guess is right, until it is known,
-FORCED = 0.9                # and one that a constraint forces: a model may cut the text elsewhere
-MEMORY = 1 / 8              # the weight of the newest guess in that, and of a pass in its cost
-MISSES = 4                  # times that a constraint forced nothing, after which it is not asked
+NGRAM_SIZES = (3, 2)        # tokens of a match, the longest first
+MAX_OVERHEAD = 0.02         # fraction of all steps that rejected drafts may cost
+INITIAL_BALANCE = 0.3       # steps that drafts may cost before any token is accepted
+MAX_BALANCE = 4.0           # steps that accepted tokens can save up for later drafts
+VERIFY_OVERHEAD = 0.03      # steps, beside the pass: no step can run ahead of the host
+MIN_GAIN = 1.2              # least expected tokens per step of cost
+INITIAL_RATE = 0.5          # acceptance rate of draft tokens before any is known
+INITIAL_FORCED_RATE = 0.9   # of forced ones: a model may split the same text differently
+SMOOTHING = 1 / 8           # weight of the newest value in acceptance rates and costs
+MISSES = 4                  # times that a constraint may force nothing after a token
 
 
 class Lookup:
-    """What followed the last few tokens, where they stood before."""
+    """Prompt lookup: the tokens after the previous occurrence of the last few tokens."""
 
     def __init__(self, ids: Sequence[int], ends: Collection[int] = ()) -> None:
         """
-        Begin with the ids of a prompt.
+        Index a prompt.
 
         :param ids: at least one.
-        :param ends: ids that are never guessed.
+        :param ends: ids that no draft contains.
         """
         self._ids = list(ids)
         self._ends = frozenset(ends)
         count = len(self._ids)
-        # By tokens in a row, the newest place behind them.
+        # For each n-gram, the index after its last occurrence.
         self._places = {
             size: dict(zip(zip(*(self._ids[at:count - 1] for at in range(size))),
                            range(size, count)))
-            for size in GRAMS}
-        self._at: int | None = None         # the place whose token is the guess
-        self._look()
+            for size in NGRAM_SIZES}
+        self._match: int | None = None      # index of the first draft token
+        self._find()
 
     def add(self, token_id: int) -> bool | None:
-        """Take the next token; tells whether it was the guess, None where there was none."""
-        ids, at = self._ids, self._at
+        """Append a token; return whether the draft had predicted it, None without a draft."""
+        ids, at = self._ids, self._match
         count = len(ids)
         for size, places in self._places.items():
             if size <= count:
                 places[tuple(ids[-size:])] = count
         ids.append(token_id)
-        right = None if at is None else ids[at] == token_id
-        if right:
-            self._at = at + 1 if at is not None else None
+        accepted = None if at is None else ids[at] == token_id
+        if accepted:
+            self._match = at + 1 if at is not None else None
         else:
-            self._look()
-        return right
+            self._find()
+        return accepted
 
     def draft(self, most: int) -> list[int]:
-        """Guess at most that many tokens; one that ends an answer is left out, and all after."""
-        drafted: list[int] = []
-        if self._at is None:
-            return drafted
+        """Return at most ``most`` draft tokens, stopping before an id that ends an answer."""
+        draft: list[int] = []
+        if self._match is None:
+            return draft
         known = len(self._ids)
-        for at in range(self._at, self._at + most):
-            # A guess can go on with itself: what is repeated may be shorter than the draft.
-            token_id = self._ids[at] if at < known else drafted[at - known]
+        for at in range(self._match, self._match + most):
+            # The repeated text may be shorter than the draft, which then continues with itself.
+            token_id = self._ids[at] if at < known else draft[at - known]
             if token_id in self._ends:
                 break
-            drafted.append(token_id)
-        return drafted
+            draft.append(token_id)
+        return draft
 
-    def _look(self) -> None:
+    def _find(self) -> None:
         for size, places in self._places.items():
-            self._at = places.get(tuple(self._ids[-size:]))
-            if self._at is not None:
+            self._match = places.get(tuple(self._ids[-size:]))
+            if self._match is not None:
                 return
 
 
 class Experience:
     """
-    What earlier passes taught, for all answers of one engine.
+    The measured costs of passes, and the tokens after which constraints force others.
 
-    It knows what passes cost by their rows, in decode steps: as given at first, then as they take.
-    And it knows after which tokens it pays to ask a constraint for forced ones, which takes time.
+    It is shared by the answers of one engine. The costs are in decode steps, by the rows of a
+    pass: those given at first, then those measured. Forced tokens take time to compute, so a
+    constraint is no longer asked after tokens where it has mostly forced none.
     """
 
     def __init__(self, costs: Mapping[int, float]) -> None:
         """
-        Begin.
+        Start with the given costs.
 
-        :param costs: what a pass costs by its rows, 1 row being 1.
+        :param costs: the cost of a pass by its rows; 1 for one row.
         """
-        self._costs = {rows: cost + TRY for rows, cost in sorted(costs.items()) if rows > 1}
+        self._costs = {rows: cost + VERIFY_OVERHEAD
+                       for rows, cost in sorted(costs.items()) if rows > 1}
         self._step_s = 0.0
-        self._scores: dict[int, int] = {}       # of tokens after which a constraint was asked
+        self._scores: dict[int, int] = {}       # by the token before
         self.most_rows = max(self._costs)
 
     def items(self) -> Iterable[tuple[int, float]]:
@@ -129,11 +131,11 @@ class Experience:
         """Update from the time of a pass; one that was delayed counts at most double."""
         if rows == 1:
             known_s = self._step_s or took_s
-            self._step_s = known_s + MEMORY * (min(took_s, 2 * known_s) - known_s)
+            self._step_s = known_s + SMOOTHING * (min(took_s, 2 * known_s) - known_s)
         elif self._step_s:
             size = self._size(rows)
             known = self._costs[size]
-            self._costs[size] += MEMORY * (min(took_s / self._step_s, 2 * known) - known)
+            self._costs[size] += SMOOTHING * (min(took_s / self._step_s, 2 * known) - known)
 
     def asks(self, token_id: int) -> bool:
         """Return whether to ask a constraint what it forces after a token."""
@@ -150,44 +152,44 @@ class Experience:
 
 class Policy:
     """
-    How many rows the next pass has, so that drafts that are not accepted cost next to nothing.
+    Chooses the rows of the next pass, and bounds the cost of rejected drafts.
 
-    Two figures decide: how often draft tokens were right, tried or not, and a balance of steps.
-    The balance grows by `SHARE` a token and by what passes saved, and pays for those that saved
-    nothing.
+    Two figures decide: the acceptance rate of draft tokens, verified or not, and a balance of
+    steps. The balance grows by `MAX_OVERHEAD` per token and by the steps that passes save, and
+    pays for passes that save none.
     """
 
     def __init__(self, experience: Experience) -> None:
-        """Begin; the experience may grow meanwhile."""
+        """Start with the initial rates and balance; use the experience as it changes."""
         self._experience = experience
-        self._likely = LIKELY
-        self._forced = FORCED
-        self._balance = START
+        self._rate = INITIAL_RATE
+        self._forced_rate = INITIAL_FORCED_RATE
+        self._balance = INITIAL_BALANCE
 
-    def learn(self, right: bool | None, forced: bool | None = None) -> None:
-        """Take a token, and whether it was the guess, and the forced one; None: there was none."""
-        self._balance = min(MOST, self._balance + SHARE)
-        if right is not None:
-            self._likely += MEMORY * (right - self._likely)
+    def learn(self, accepted: bool | None, forced: bool | None = None) -> None:
+        """Update from a token: whether the draft and the constraint predicted it, or None."""
+        self._balance = min(MAX_BALANCE, self._balance + MAX_OVERHEAD)
+        if accepted is not None:
+            self._rate += SMOOTHING * (accepted - self._rate)
         if forced is not None:
-            self._forced += MEMORY * (forced - self._forced)
+            self._forced_rate += SMOOTHING * (forced - self._forced_rate)
 
     def spend(self, rows: int, tokens: int) -> None:
-        """Take a pass of so many rows that brought so many tokens."""
-        self._balance = min(MOST, self._balance + tokens - self._experience.of(rows))
+        """Update the balance from a pass with a draft and the tokens that it yielded."""
+        self._balance = min(MAX_BALANCE, self._balance + tokens - self._experience.of(rows))
 
     def rows(self, most: int, forced: int = 0) -> int:
         """
-        Give the rows of the next pass, 1 for no draft, and at most ``most``.
+        Return the rows of the next pass, at most ``most``; 1 means no draft.
 
-        :param forced: how many of the guesses, the first ones, a constraint forces.
+        :param forced: number of leading draft tokens that a constraint forces.
         """
-        best, gain = 1, WORTH
+        best, gain = 1, MIN_GAIN
         for rows, cost in self._experience.items():
             if most < 2 or cost - 1 > self._balance:
                 continue
             count = min(rows, most)
-            tokens = sum(self._forced**min(place, forced) * self._likely**max(0, place - forced)
+            tokens = sum(self._forced_rate**min(place, forced) * self._rate**max(0, place - forced)
                          for place in range(count))
             if tokens / cost > gain:
                 best, gain = count, tokens / cost
@@ -195,29 +197,29 @@ class Policy:
 
 
 class Speculation:
-    """The drafts of one answer: what is guessed, and whether to try it."""
+    """The drafts of one answer: which tokens, and whether to verify them."""
 
     def __init__(self, prompt_ids: Sequence[int], experience: Experience,
                  ends: Collection[int] = ()) -> None:
         """
-        Begin with a prompt; see `Lookup` and `Policy`.
+        Start with a prompt; see `Lookup` and `Policy`.
 
-        :param experience: of the engine; updated.
+        :param experience: of the engine; it is updated.
         :param ends: ids that end an answer.
         """
         self._source = Lookup(prompt_ids, ends)
         self._policy = Policy(experience)
         self._experience = experience
         self._ends = frozenset(ends)
-        self._newest = prompt_ids[-1]
-        self._forced: list[int] = []        # after the tokens so far
+        self._last_id = prompt_ids[-1]
+        self._forced: list[int] = []        # the forced tokens that come next
 
     def take(self, token_ids: Sequence[int], rows: int = 1, took_s: float = 0.0) -> None:
         """
-        Take what a pass brought.
+        Append the tokens of a pass.
 
-        :param rows: the pass's rows, 1 where nothing was drafted.
-        :param took_s: its time on the host, with draft and masks; 0: unknown.
+        :param rows: rows of the pass; 1 without a draft.
+        :param took_s: time on the host in seconds, including draft and masks; 0 if unknown.
         """
         if took_s:
             self._experience.learn(rows, took_s)
@@ -225,29 +227,29 @@ class Speculation:
         for place, token_id in enumerate(token_ids):
             self._policy.learn(self._source.add(token_id),
                                forced[place] == token_id if place < len(forced) else None)
-        self._newest = token_ids[-1]
+        self._last_id = token_ids[-1]
         if rows > 1:
             self._policy.spend(rows, len(token_ids))
 
     def draft(self, left: int, constraint: Constraint | None = None) -> list[int]:
         """
-        Give the guesses to try next; empty where there are none, or they are not worth a try.
+        Return the draft to verify next; empty if there is none, or none is worth its cost.
 
-        :param left: tokens that the answer may still have.
-        :param constraint: which all guesses keep; it has taken the tokens so far.
+        :param left: remaining tokens of the answer.
+        :param constraint: allows all draft tokens; it has accepted the tokens so far.
         """
         most = min(self._experience.most_rows, left) - 1
-        guesses = self._source.draft(most)
+        draft = self._source.draft(most)
         if constraint is not None:
-            if most and self._experience.asks(self._newest):
+            if most and self._experience.asks(self._last_id):
                 self._forced = list(takewhile(
                     lambda token_id: token_id not in self._ends, constraint.forced()))[:most]
-                self._experience.asked(self._newest, bool(self._forced))
-            if guesses[:len(self._forced)] != self._forced:
-                guesses = self._forced
-            if guesses:
-                guesses = guesses[:constraint.fits(guesses)]
-        if not guesses:
-            return guesses
-        rows = self._policy.rows(len(guesses) + 1, len(self._forced))
-        return guesses[:rows - 1]
+                self._experience.asked(self._last_id, bool(self._forced))
+            if draft[:len(self._forced)] != self._forced:
+                draft = self._forced
+            if draft:
+                draft = draft[:constraint.fits(draft)]
+        if not draft:
+            return draft
+        rows = self._policy.rows(len(draft) + 1, len(self._forced))
+        return draft[:rows - 1]

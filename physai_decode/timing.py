@@ -66,7 +66,7 @@ class TokenReport:
     wait_ms: float | None = None      # delay of the step by pacing; None: not paced
     reasoning: str = ''               # the piece of a thought that this token completed
     tool_calls: tuple[Call, ...] = ()   # the tool calls that this token completed
-    pass_tokens: int | None = 1       # tokens that its pass brought; None: it came as text
+    pass_tokens: int | None = 1       # number of tokens of its pass; None if a server sent text
 
 
 @dataclass(frozen=True)
@@ -358,8 +358,8 @@ class RequestRecorder:
         :param mask_s: time to compute the constraint's masks on the host, in seconds.
         :param waited_s: delay of the pass by pacing, in seconds, which does not count as latency;
             None if not paced.
-        :param pass_tokens: tokens that the pass brought, given one after the other; they share its
-            times and its floor evenly.
+        :param pass_tokens: number of tokens of the pass, reported one by one; they share its times
+            and floor evenly.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline

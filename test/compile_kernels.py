@@ -40,7 +40,7 @@ POINTERS = {
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
     'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
     'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
-IN_PASSES = {'row': 'i32', 'guess': 'i64', 'following': 'i32'}     # pointers, else None
+IN_PASSES = {'active': 'i32', 'draft_token': 'i64', 'next_active': 'i32'}     # pointers, else None
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
            'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
@@ -119,7 +119,7 @@ def main():
             build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
                   DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
                   LENGTH=16384)
-        build(kernels._take, COUNT=100, WIDE=128, BLOCK=128, TOP_K=8, NORMALISED=True)
+        build(kernels._select, COUNT=100, WIDE=128, BLOCK=128, TOP_K=8, NORMALISED=True)
         for gated, choice, taken in (
                 (True, kernels.DENSE_CHOICES[0], 0), (False, kernels.DENSE_CHOICES[6], 0),
                 (True, kernels.DENSE_CHOICES[2], 1), (False, kernels.DENSE_CHOICES[5], 8)):
@@ -246,7 +246,7 @@ def passes(build, half, capability):
     build(own._prepare_rows, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=False)
     for norm, window in ((True, 0), (False, 64)):
         sizes = {'KV_HEADS': 4, 'GROUP': 7, 'D': 128, 'DIMS': 128, 'NORM': norm}
-        build(own._keep, warps=1, **sizes)
+        build(own._write_cache, warps=1, **sizes)
         build(own._attend_rows, warps=1 if norm else 4, **sizes, PADDED=16, SPLITS=8, TOKENS=32,
               TOGETHER=2, WINDOW=window, BETA=0.0, LENGTH=1)
     for layout in own.DENSE_LAYOUTS[::5]:

@@ -46,7 +46,7 @@ LIMIT = 1e-5
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Take 40 places for a short context."""
-    monkeypatch.setattr(prefill, 'NEAR', 40)
+    monkeypatch.setattr(prefill, 'SHORT_CONTEXT', 40)
 
 
 def load(folder, dtype=torch.float32):
@@ -173,7 +173,7 @@ def test_sizes_above_the_context_are_left_out(tmp_path):
 
 @pytest.mark.parametrize('form', [None, {'group_size': 32, 'symmetric': False}])
 def test_the_last_tiles_of_gate_and_up_by_shares(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(prefill, 'REST', 1)
+    monkeypatch.setattr(prefill, 'TAIL', 1)
     folder = tmp_path / 'model'
     if form:
         random_gptq.save(folder, 'qwen2', 0, **form, intermediate_size=288)

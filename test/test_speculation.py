@@ -36,12 +36,12 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import NO_TOKEN
 from physai_decode.request import Form
 from physai_decode.speculation import Experience
+from physai_decode.speculation import INITIAL_BALANCE
 from physai_decode.speculation import Lookup
-from physai_decode.speculation import MOST
+from physai_decode.speculation import MAX_BALANCE
+from physai_decode.speculation import MAX_OVERHEAD
 from physai_decode.speculation import Policy
-from physai_decode.speculation import SHARE
 from physai_decode.speculation import Speculation
-from physai_decode.speculation import START
 import pytest
 
 LOOKUP = SpeculationConfig('lookup')
@@ -124,18 +124,18 @@ def spent(policy, answers):
 def test_drafts_that_fail_cost_next_to_nothing(costs, count):
     steps, tokens = spent(Policy(Experience(costs)), [False] * count)
     assert tokens == count
-    assert steps <= (1 + SHARE) * count + START
+    assert steps <= (1 + MAX_OVERHEAD) * count + INITIAL_BALANCE
 
 
 @pytest.mark.parametrize('period', [2, 3, 7, 50])
 def test_no_order_of_success_and_failure_costs_more(period):
-    """What was saved before may be lost again, but no more than `MOST` of it."""
+    """What was saved before may be lost again, but no more than `MAX_BALANCE` of it."""
     answers = [place // period % 2 == 0 for place in range(2000)]
     steps, tokens = spent(Policy(Experience(COSTS)), answers)
     assert steps <= tokens
     steps, tokens = spent(policy := Policy(Experience(COSTS)), [True] * 100)
     again, more = spent(policy, [False] * 1000)
-    assert again <= (1 + SHARE) * more + MOST
+    assert again <= (1 + MAX_OVERHEAD) * more + MAX_BALANCE
 
 
 def test_drafts_that_come_true_grow():
@@ -214,7 +214,7 @@ class Guessable(FakeEngine):
         self.drafts, self.announced, self.flying = [], [], 0
 
     @property
-    def settled(self):
+    def is_idle(self):
         return not self.flying
 
     def step(self, remaining):
@@ -225,7 +225,7 @@ class Guessable(FakeEngine):
 
     def verify(self, draft):
         """Compare, and go on behind what is right."""
-        assert self.settled and 0 < len(draft) < 8
+        assert self.is_idle and 0 < len(draft) < 8
         self.drafts.append(list(draft))
         chosen = [super().step(0).token_id]
         for guess in draft:

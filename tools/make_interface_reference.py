@@ -147,8 +147,8 @@ KEYS = {
     'output_tokens': 'tokens of the answer',
     'paced': '1 if `pace.tokens_per_s` delays steps, else 0; on /diagnostics for the newest '
              'token. Latencies do not include the delay',
-    'pass_tokens': 'tokens that the pass brought, which share its times and its floor evenly; of '
-                   'a request the mean after the first token',
+    'pass_tokens': 'number of tokens of the pass, which share its times and floor evenly; of a '
+                   'request, the mean after the first token',
     'peak_bandwidth_gb_s': 'peak bandwidth of the memory bus',
     'peak_source': 'source of the peak bandwidth: parameter, driver, a datasheet by name, '
                    'measured, observed in steps (they exceeded the previous peak), or unknown',

@@ -15,12 +15,11 @@
 """
 Check passes of several rows on a CUDA device, and time them.
 
-For a 7B shape in bf16 and GPTQ int4: whether each row's logits, keys and values are bit for bit
-those of a step; what a step takes without speculation, and a pass of 1, 2, 4 and 8 rows with it,
-behind a few contexts; whether answers with drafts, greedy and sampled, are those without, and how
-many tokens a pass brings. Then the same but for the times for small random models of several
-families, which run untuned. The part ``layouts`` holds rows against steps in each layout that a
-kernel may be tuned to.
+For a 7B shape in bf16 and GPTQ int4, check whether the logits, keys and values of each row equal
+those of a step bit for bit, and whether answers, greedy and sampled, are the same with and without
+drafts. Print the tokens per pass, the time of a step without speculation, and the times of passes
+of 1, 2, 4 and 8 rows behind a few contexts. Then check small random models of several families,
+untuned. The part ``layouts`` compares rows with steps for each layout of each kernel.
 """
 
 import argparse
@@ -75,7 +74,7 @@ SMALL = (
 
 @torch.inference_mode()
 def rows_differ(transformer, places, sizes=PASS_ROWS[1:]):
-    """Give what of a pass is not bit for bit a step's: (rows, place, row or cache)."""
+    """Return the differences between passes and steps: (rows, position, row or cache)."""
     t, wrong = transformer, []
     for cache in (t.keys, t.values):
         cache.normal_()
@@ -102,8 +101,8 @@ def rows_differ(transformer, places, sizes=PASS_ROWS[1:]):
 
 
 def answers(loop, prompts, tokens):
-    """Give all answers, how many passes they took, and their time in s without the prefills."""
-    said, passes, spent_s = [], 0, 0.0
+    """Return all answers, the number of passes, and their time in seconds without prefill."""
+    found, passes, spent_s = [], 0, 0.0
     for number, prompt in enumerate(prompts):
         sampling = SamplingConfig(
             max_new_tokens=tokens, seed=number, **SAMPLINGS[number % len(SAMPLINGS)])
@@ -113,46 +112,46 @@ def answers(loop, prompts, tokens):
                 begin_s = begin_s or time.perf_counter()
                 steps.append(step.token_ids)
         spent_s += time.perf_counter() - begin_s
-        said.append(list(chain.from_iterable(steps)))
+        found.append(list(chain.from_iterable(steps)))
         passes += len(steps) - 1
-    return said, passes, spent_s
+    return found, passes, spent_s
 
 
 def texts(engine, count, tokens, every):
     """
-    Compare answers with and without drafts; the second time around nothing is captured.
+    Compare answers with and without drafts; time the second run, which captures nothing.
 
-    :param every: try every guess, at random lengths, instead of those that are worth it.
-    :returns: whether they are the same, and a line.
+    :param every: verify every draft, with random lengths, instead of following the policy.
+    :returns: whether the answers are the same, and a line of text.
     """
     draw = Random(count)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
                 for _ in range(draw.randint(2, 70))] for _ in range(count)]
-    plain, guessing = (DecodeLoop(engine, 0.0, speculation=SpeculationConfig(name))
+    plain, drafting = (DecodeLoop(engine, 0.0, speculation=SpeculationConfig(name))
                        for name in ('off', 'lookup'))
     own = Policy.rows
     if every:
         Policy.rows = lambda self, most, forced=0: draw.randint(1, most)
     try:
         results = []
-        for loop in (plain, guessing, plain, guessing):
+        for loop in (plain, drafting, plain, drafting):
             engine.rewind(0)
             loop.forget()
             results.append(answers(loop, prompts, tokens))
     finally:
         Policy.rows = own
-    said = [result[0] for result in results]
-    total = sum(len(each) - 1 for each in said[0])
+    found = [result[0] for result in results]
+    total = sum(len(each) - 1 for each in found[0])
     (_, _, without_s), (_, passes, with_s) = results[2:]
-    same = all(each == said[0] for each in said)
+    same = all(each == found[0] for each in found)
     return same, (
-        f'{count} answers {"with every guess tried" if every else "as the policy has it"}: same '
+        f'{count} answers {"with every draft verified" if every else "with the policy"}: same '
         f'{same}, {total / passes:.2f} tokens a pass, {1e3 * without_s / total:.3f} ms a token '
         f'without, {1e3 * with_s / total:.3f} with')
 
 
 def small(model):
-    """Check one small model; tells whether it is right."""
+    """Check one small model; return whether it is correct."""
     import random_gptq
     import random_model
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
@@ -176,7 +175,7 @@ def small(model):
 
 
 def built(shape, quantization, max_context, tuned, dtype='auto', passes=True):
-    """Give an engine of a shape with random weights."""
+    """Build an engine of a shape with random weights."""
     own = kernels.TritonOps.tune
     if not tuned:
         kernels.TritonOps.tune = lambda *arguments: None
@@ -191,7 +190,7 @@ def built(shape, quantization, max_context, tuned, dtype='auto', passes=True):
 
 @torch.inference_mode()
 def times_s(transformer, context, sizes):
-    """Give what passes of so many rows take behind a context."""
+    """Return the times of passes of each size behind a context, in seconds."""
     transformer.position.fill_(context)
     each_s = [timed(lambda rows=rows: transformer.step(rows)) for rows in sizes]
     transformer.position.zero_()
@@ -199,7 +198,7 @@ def times_s(transformer, context, sizes):
 
 
 def large(shape, quantization, contexts, tuned):
-    """Check and time a large shape of random weights; tells whether it is right."""
+    """Check and time a large shape with random weights; return whether it is correct."""
     begin_s = time.perf_counter()
     plain = built(shape, quantization, max(contexts) + 64, tuned, passes=False)
     steps_s = [times_s(plain.transformer, context, (1,))[0] for context in contexts]
@@ -211,9 +210,9 @@ def large(shape, quantization, contexts, tuned):
     wrong = rows_differ(t, (0, 100, *contexts))
     print('  rows are bit for bit steps' if not wrong else f'  DIFFER {wrong[:12]}', flush=True)
     for context, step_s in zip(contexts, steps_s):
-        told = ', '.join(f'{rows} rows {1e3 * spent_s:.3f} ms ({spent_s / step_s:.3f})'
-                         for rows, spent_s in zip(PASS_ROWS, times_s(t, context, PASS_ROWS)))
-        print(f'  behind {context} tokens: a step without {1e3 * step_s:.3f} ms, {told}',
+        report = ', '.join(f'{rows} rows {1e3 * spent_s:.3f} ms ({spent_s / step_s:.3f})'
+                           for rows, spent_s in zip(PASS_ROWS, times_s(t, context, PASS_ROWS)))
+        print(f'  behind {context} tokens: a step without {1e3 * step_s:.3f} ms, {report}',
               flush=True)
     same = True
     for count, tokens, every in ((5, 40, True), (10, 100, False)):
@@ -227,7 +226,7 @@ def large(shape, quantization, contexts, tuned):
 
 
 def layouts(shape, quantization, dtype):
-    """Hold rows against steps in each layout of a kernel; tells whether all are right."""
+    """Compare rows with steps in each layout of a kernel; return whether all are equal."""
     synthetic.SHAPES['one layer'] = {
         **synthetic.SHAPES[shape], 'num_hidden_layers': 1, 'vocab_size': 1024}
     engine = built('one layer', quantization, 300, False, dtype)
@@ -251,7 +250,7 @@ def layouts(shape, quantization, dtype):
 
 
 def main() -> int:
-    """Check everything; 1 where something is wrong."""
+    """Run all checks; return 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--shape', default='qwen2.5-7b', choices=synthetic.SHAPES)
     parser.add_argument('--contexts', type=int, nargs='+', default=[2048, 8192])

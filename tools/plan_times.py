@@ -21,11 +21,11 @@ answers are published element by element, and not over HTTP; otherwise the clien
 action in the text. A different command precedes each request, so that only the common prefix of
 the prompts is cached. The output is a Markdown table of medians.
 
-With --speculation, only the engine runs, with drafts and without in turns: it also answers the
-command a second time, with its plan in the conversation, which the answer copies.
+With --speculation, only the engine runs, alternately with drafts and without. It also answers each
+command a second time, with the first plan in the conversation to copy.
 
 With --shape, only the engine runs, with random weights of that shape and without ROS. Such a model
-writes no plan by itself: its free answer is text of as many tokens as the constrained one has.
+writes no free plan, so its free answer is text with the number of tokens of the constrained one.
 """
 
 import argparse
@@ -59,9 +59,9 @@ from prompt import PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER = 'Put the green book on the shelf.'
-BLOCK = 5                       # plans of each kind, until the next way has its turn
+BLOCK = 5                       # plans of each kind per block
 CONTEXT = 4096                  # of random weights: room for a prompt and a plan
-# Of a plan of five actions that random weights write: they would fill it up with blanks.
+# A plan of five actions for random weights, which would otherwise fill it up with blanks.
 ACTION = r'\{"action":"(find|open|close|pick)","object":"[^"\\\x00-\x1f]{8,16}"\}'
 RANDOM = {'structured_outputs': {'regex': rf'\[{ACTION}(,{ACTION}){{4}}\]'}}
 TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
@@ -242,7 +242,7 @@ def plans(arguments: argparse.Namespace) -> int:
 
 
 def drafted_plans(arguments: argparse.Namespace) -> int:
-    """Have a model write plans with drafts and without, and one that it finds in its prompt."""
+    """Time plans with drafts and without, and plans that copy one in the prompt."""
     config = DecodeConfig(model=ModelConfig(path=arguments.model),
                           engine=EngineConfig(cpu_threads=arguments.cpu_threads))
     form = {'response_format': {'type': 'json_schema', 'json_schema': {
@@ -275,7 +275,7 @@ def drafted_plans(arguments: argparse.Namespace) -> int:
 
 
 def random_plans(arguments: argparse.Namespace) -> int:
-    """Time plans of random weights, and free text of the same length."""
+    """Time plans of random weights, and free text with the same number of tokens."""
     table = Table()
     with TemporaryDirectory() as folder, ExitStack() as undo:
         synthetic.describe(Path(folder), arguments.shape, arguments.quantization)

@@ -262,7 +262,7 @@ class Turn:
 
 @cache
 def is_held_out(pair: tuple[str, str]) -> bool:
-    """Tell by a hash of its words whether a pair is kept from training."""
+    """Return whether a pair is held out of training, by a hash of its words."""
     digest = blake2b('|'.join(pair).encode(), digest_size=4).digest()
     return int.from_bytes(digest, 'big') < HELD_OUT_SHARE * 2**32
 

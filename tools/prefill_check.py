@@ -112,7 +112,7 @@ def _check(name):
         results = []
         for _ in range(2):
             for buffer in (prefill._parts, prefill._hidden, prefill._attended, prefill._normed,
-                           prefill._q, prefill._x, prefill._ordered, *prefill._shares,
+                           prefill._q, prefill._x, prefill._ordered, *prefill._partials,
                            prefill._logits, own.x, own.qkv):
                 buffer.fill_(float('nan'))
             results.append(prefill(ids.tolist(), start).clone())

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What ``decode_bench`` is made of: cases, the process that measures one, statistics, the report.
+The parts of ``decode_bench``: cases, the process that measures one, statistics, the report.
 
-It knows engines only by the protocol in ``physai_decode.engine`` and nothing of ROS.
+They use engines only through the protocol in ``physai_decode.engine``, and do not know ROS.
 """

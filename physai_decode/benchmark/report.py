@@ -96,7 +96,7 @@ def same_peak(results: Sequence[Result]) -> None:
 
 
 def same_operations(results: Sequence[Result]) -> None:
-    """Give the floor by operations, which is the model's, to engines that do not know it."""
+    """Copy the floor by operations, a property of the model, to engines that lack it."""
     prompts = [((result['case']['source']['path'], result['case']['source']['synthetic'],
                  prompt['tokens']), prompt)
                for result in results for prompt in result.get('prompts', ())]

@@ -66,8 +66,8 @@ def build(model: Checkpoint, config: EngineConfig,
     Load a model into the engine that `choose` returns.
 
     :param progress: called with a line of text at each step of the load.
-    :param passes: prepare for drafts (`physai_decode.engine.Verifier`), if the engine takes some;
-        its details say whether it does.
+    :param passes: prepare to verify drafts, if the engine is a `physai_decode.engine.Verifier`;
+        the details of its footprint say whether it can.
     :raises EngineError: the engine is not installed, or can not run the model; all memory is
         freed.
     """

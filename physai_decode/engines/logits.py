@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is wrong with a model shows in its logits: they are looked at once, when it is loaded."""
+"""Check the logits of a model once, when it is loaded."""
 
 from physai_decode.engine import EngineError
 from physai_decode.engine import not_numbers
@@ -24,20 +24,20 @@ _WARM_UP_TOKENS = 8
 
 def warm_up_ids(vocab_size: int, max_context: int) -> list[int]:
     """
-    Give the prompt to look at: ids that differ, as one alone may be padding without a meaning.
+    Return a prompt of different ids; a single one could be padding.
 
-    :param max_context: tokens; half of them are left for steps.
+    :param max_context: in tokens; half of it is left for steps.
     """
     return list(range(min(_WARM_UP_TOKENS, vocab_size, max(1, max_context // 2))))
 
 
 def check(logits: Tensor, dtype: torch.dtype) -> None:
     """
-    Hold that a token can be chosen.
+    Check that a token can be sampled.
 
-    :param logits: float [vocab], after the warm-up's prompt.
-    :param dtype: in which they were computed.
-    :raises EngineError: they are not numbers, or all the same.
+    :param logits: float [vocab], after the prompt of the warm-up.
+    :param dtype: of the computation.
+    :raises EngineError: the logits are not finite, or all equal.
     """
     least, most = (float(each) for each in logits.aminmax())
     if not torch.tensor(most).isfinite():

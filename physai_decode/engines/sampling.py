@@ -13,22 +13,22 @@
 # limitations under the License.
 
 """
-How the next token is chosen from logits: a plan of the stages that a request needs.
+Sample the next token from logits, with the stages that a request needs.
 
-Before all comes the mask of a constraint, where there is one. The stages after it and their order
-are those of the transformers library: repetition penalty, temperature, top-k, top-p, min-p; then
-one token is drawn from what they keep. They keep the same tokens, with two conventions at a
-border: of equal scores, top-p keeps those with the highest ids (the library leaves this to an
-unstable sort), and where a sum of probabilities meets top-p to within float32's rounding, one
-token more or less may be kept.
+The mask of a constraint comes first, if there is one. The stages after it and their order are
+those of the transformers library: repetition penalty, temperature, top-k, top-p, min-p; then one
+token is drawn from those that are kept. They keep the same tokens, with two exceptions: of equal
+scores, top-p keeps those with the highest ids (the library leaves this to an unstable sort), and
+if a sum of probabilities equals top-p within the rounding of float32, one token more or less may
+be kept.
 
-A token is drawn by a race: each kept token gets an exponential waiting time with its probability
-as the rate, and the first to arrive wins. The waiting times are a hash of the seed, the token's
-place and its id alone, so that a place draws the same token however the step that computes it is
-run, on every device.
+Exponential races draw the token: each kept token has an exponential waiting time with its
+probability as the rate, and the shortest time wins. The waiting times are a hash of the seed, the
+position and the id, so a position gets the same token on every device, and however the step is
+run.
 
-Where logits hold a NaN or positive infinity, or nothing but negative infinity, `NO_TOKEN` goes to
-the history, which is what the host reads. The next step still gets an id of the vocabulary.
+If the logits have a NaN or positive infinity, or only negative infinity, the history, which the
+host reads, gets `NO_TOKEN`. The next step still gets an id of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -48,43 +48,43 @@ from physai_decode.engine import NO_TOKEN
 import torch
 from torch import Tensor
 
-ROWS = 8                            # of a pass at the most
-COLDEST = 1e-20                     # a temperature; logits divided by it still fit float32
+ROWS = 8                            # maximum of a pass
+COLDEST = 1e-20                     # minimum temperature; logits divided by it fit float32
 # The odd multipliers of splitmix64, as signed integers; the first is 2**64 / golden ratio.
 GOLDEN, *MIX = (number - 2**64 for number in (
     0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb))
 MULTIPLIERS = (0x7feb352d, 0x846ca68b)                  # of lowbias32 (hash-prospector, Wellons)
-FEW = 4096                          # scores that a CPU sorts sooner than it looks for a border
-SPARSE = 16                         # of so many ids one is allowed: it is sooner gathered
+FEW = 4096                          # scores up to which sorting is faster on a CPU
+SPARSE = 16                         # if fewer than 1 in SPARSE ids is allowed, gathering is faster
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    The stages of one request; hashable, and the same for all values of the settings.
+    The stages of one request; hashable, and independent of the values of the settings.
 
-    A captured step belongs to one plan: the values are in tensors, which it reads.
+    A captured step belongs to one plan, and reads the values from tensors.
     """
 
     repetition_penalty: bool = False
-    temperature: bool = False       # draw by chance; without it the likeliest token is taken
+    temperature: bool = False       # draw at random; otherwise greedy
     top_k: bool = False
     top_p: bool = False
     min_p: bool = False
-    mask: bool = False              # before all others: a constraint allows some tokens only
+    mask: bool = False              # before all others: apply a constraint
 
     @classmethod
     def of(cls, sampling: SamplingConfig, constrained: bool = False) -> 'Plan':
-        """Give the stages that these settings need."""
+        """Return the plan for these settings."""
         penalty = sampling.repetition_penalty != 1
-        if sampling.temperature == 0:       # whatever the other stages drop, the likeliest stays
+        if sampling.temperature == 0:       # no other stage drops the most likely token
             return cls(penalty, mask=constrained)
         return cls(penalty, True, sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0,
                    constrained)
 
     @property
     def key(self) -> str:
-        """The plan in words, such as ``temperature+top_p``; ``greedy`` where it has no stage."""
+        """The names of the stages, such as ``temperature+top_p``; ``greedy`` if there are none."""
         return '+'.join(spec.name for spec, needed in zip(fields(self), astuple(self))
                         if needed) or 'greedy'
 
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k or top-p looks for the border of what is kept."""
+        """Whether top-k or top-p is used."""
         return self.top_k or self.top_p
 
 
@@ -104,24 +104,24 @@ GREEDY = Plan()
 
 class Row(NamedTuple):
     """
-    A row of a pass, whose token is chosen on the device.
+    One row of a pass.
 
-    A row counts only as far as the guesses before it came true; one that does not leaves nothing.
-    ``guess`` int64 [1] is what the next row took for this one's token, None for the last.
+    A row is active only if all draft tokens before it were accepted; an inactive row changes no
+    state. ``draft_token`` int64 [1] is the token that the next row reads, None for the last row.
     """
 
     number: int = 0
-    guess: Tensor | None = None
+    draft_token: Tensor | None = None
 
 
-ALONE = Row()
+SINGLE_ROW = Row()
 
 
 class Sampler:
     """
-    Chooses tokens by operations of one shape, as a captured step needs them.
+    Samples tokens with operations of fixed shapes, as a captured step requires.
 
-    It is also the reference of the kernels and of `HostSampler`.
+    It is also the reference for the kernels and for `HostSampler`.
     """
 
     def __init__(self, vocab_size: int, device: torch.device):
@@ -132,21 +132,21 @@ class Sampler:
         self._integers = torch.tensor([vocab_size, 0], device=device)
         self._ids = torch.arange(vocab_size, device=device)
         self._mixed = mix(self._ids.int(), 0, 0)
-        # A bit for each id, and what each value of a byte adds to the logits of its eight ids.
+        # The masks, one bit per id, and what each byte value adds to the logits of its eight ids.
         self._masks = torch.full(
             (ROWS, (vocab_size + 7) // 8), 255, dtype=torch.uint8, device=device)
         self._staged = torch.zeros_like(
             self._masks, device='cpu', pin_memory=device.type == 'cuda')
         bits = torch.arange(256).view(-1, 1) >> torch.arange(8) & 1
         self._biases = torch.where(bits.bool(), 0.0, -math.inf).to(device)
-        self._counting = torch.ones(1, dtype=torch.int32, device=device)    # whether a `Row` does
+        self._active = torch.ones(1, dtype=torch.int32, device=device)    # whether a `Row` is
 
     def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
               constrained: bool = False) -> Plan:
         """
-        Write a request's settings to where the step reads them.
+        Write the settings of a request to the tensors that the step reads.
 
-        :param prompt_ids: int64 [tokens]; they count as seen.
+        :param prompt_ids: int64 [tokens], for the repetition penalty.
         :param constrained: whether `restrict` is called before each draw.
         """
         plan = Plan.of(sampling, constrained)
@@ -165,9 +165,9 @@ class Sampler:
 
     def restrict(self, mask: bytearray, row: int = 0) -> None:
         """
-        Write which tokens the next draw may choose, when the draw before has ended.
+        Write the mask for the next draw; the previous draw must have ended.
 
-        :param mask: as `physai_decode.engine.Constraint.mask` gives it.
+        :param mask: see `physai_decode.engine.Constraint.mask`.
         :param row: of the next pass.
         """
         staged = self._staged[row]
@@ -175,26 +175,26 @@ class Sampler:
         self._masks[row].copy_(staged, non_blocking=True)
 
     def masked(self, plan: Plan, logits: Tensor, row: int = 0) -> tuple[Plan, Tensor]:
-        """Run the stage of the mask, where there is one; give the stages that are left."""
+        """Apply the mask, if there is one; return the other stages and the logits."""
         if not plan.mask:
             return plan, logits
         bias = self._biases.index_select(0, self._masks[row].int()).view(-1)[:len(logits)]
-        return plan.unmasked, logits + bias     # what is no number stays none
+        return plan.unmasked, logits + bias     # NaN stays NaN
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor, row: Row = ALONE) -> None:
+             history: Tensor, row: Row = SINGLE_ROW) -> None:
         """
-        Choose the token of the next place.
+        Sample the token of the next position.
 
-        :param plan: what `begin` gave for the request.
-        :param logits: float32 [vocab]; they are left as they are.
-        :param position: int64 [1], the place before; one is added.
-        :param token: int64 [1]: out, always an id of the vocabulary.
-        :param history: int64 [max_context + 1]: out, at the new place the id, or `NO_TOKEN` where
-            the logits are not numbers.
-        :param row: of a pass of several, whose rows are drawn one after the other.
+        :param plan: the result of `begin`.
+        :param logits: float32 [vocab]; not modified.
+        :param position: int64 [1], the previous position; incremented.
+        :param token: int64 [1]; receives an id of the vocabulary.
+        :param history: int64 [max_context + 1]; receives the id at the new position, or `NO_TOKEN`
+            if the logits are not finite.
+        :param row: the row of a pass; rows are drawn in order.
         """
-        place = position.add_(1) if row is ALONE else position + 1
+        place = position.add_(1) if row is SINGLE_ROW else position + 1
         plan, logits = self.masked(plan, logits, row.number)
         if plan == GREEDY:
             chosen = logits.argmax(0, keepdim=True)
@@ -203,20 +203,20 @@ class Sampler:
             best = logits.max().view(1)
             _, scores = self.kept(plan, logits)
             if plan.temperature:
-                # The greatest quotient is the first to arrive.
+                # The greatest quotient has the shortest waiting time.
                 scores = scores.softmax(0) / waiting_times(
                     self._mixed, *keys(self._integers[1:], place))
             chosen = scores.argmax(0, keepdim=True)
         shown = torch.where(best.isfinite(), chosen, NO_TOKEN)
-        if row is not ALONE:
+        if row is not SINGLE_ROW:
             if row.number:
-                counts = self._counting > 0
-                place = torch.where(counts, place, position)
-                chosen = torch.where(counts, chosen, token)
-                shown = torch.where(counts, shown, history.index_select(0, place))
-            if row.guess is not None:
-                right = (best.isfinite() & (chosen == row.guess)).int()
-                self._counting.copy_(right * self._counting if row.number else right)
+                active = self._active > 0
+                place = torch.where(active, place, position)
+                chosen = torch.where(active, chosen, token)
+                shown = torch.where(active, shown, history.index_select(0, place))
+            if row.draft_token is not None:
+                accepted = (best.isfinite() & (chosen == row.draft_token)).int()
+                self._active.copy_(accepted * self._active if row.number else accepted)
             position.copy_(place)
         token.copy_(chosen)
         if plan.repetition_penalty:
@@ -227,8 +227,8 @@ class Sampler:
         """
         Run the stages before the draw.
 
-        :returns: ids in ascending order, None where they are all of the vocabulary, and their
-            scores; a dropped token is missing, or its score is -inf.
+        :returns: ids in ascending order, None for the whole vocabulary, and their scores; a
+            dropped token is missing, or its score is -inf.
         """
         temperature, rest, min_p, penalty = self._floats.unbind()
         scores = logits
@@ -253,10 +253,10 @@ class Sampler:
 
 class HostSampler(Sampler):
     """
-    Chooses tokens on a CPU, where the host may look at values and shapes may follow them.
+    Samples tokens on a CPU, where shapes may depend on values.
 
-    Nothing sorts the vocabulary: top-k selects, and top-p sums probabilities in bins of similar
-    scores, and sorts the one bin in which the border lies.
+    It never sorts the vocabulary: top-k selects, and top-p sums probabilities in bins of similar
+    scores, and sorts only the bin with the threshold.
     """
 
     def __init__(self, vocab_size: int, device: torch.device):
@@ -287,15 +287,15 @@ class HostSampler(Sampler):
         self._bits = np.frombuffer(mask, np.uint8)
 
     def masked(self, plan: Plan, logits: Tensor, row: int = 0) -> tuple[Plan, Tensor]:
-        """See `Sampler.masked`; where few ids are allowed, `kept` drops the others."""
+        """See `Sampler.masked`; if few ids are allowed, `kept` drops the others instead."""
         if not plan.mask or plan.temperature and self._is_sparse():
             return plan, logits
         np.take(self._by_byte, self._bits, 0, self._bias, 'clip')
         return plan.unmasked, torch.add(logits, self._flat, out=self._allowed)
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor, row: Row = ALONE) -> None:
-        """See `Sampler.draw`; which rows count is the host's to see."""
+             history: Tensor, row: Row = SINGLE_ROW) -> None:
+        """See `Sampler.draw`; the host calls it for active rows only."""
         place = int(position) + 1
         plan, logits = self.masked(plan, logits)
         known = logits.numpy()
@@ -325,7 +325,7 @@ class HostSampler(Sampler):
             drawn = scores.softmax(0).div_(
                 host_waiting_times(mixed, *host_keys(self._sampling.seed, place)))
         chosen = int(drawn.numpy().argmax())
-        if plan.mask and scores.numpy()[chosen] == -math.inf:   # then all that are allowed are
+        if plan.mask and scores.numpy()[chosen] == -math.inf:   # then all allowed scores are
             return NO_TOKEN
         return chosen if ids is None else int(ids.numpy()[chosen])
 
@@ -336,7 +336,7 @@ class HostSampler(Sampler):
             seen = self._seen_ids[:self._seen_count]
             scores = scores.index_copy(
                 0, seen, _penalised(scores[seen], sampling.repetition_penalty))
-        if plan.mask:                               # `masked` left it
+        if plan.mask:                               # `masked` did not apply it
             allowed = np.unpackbits(self._bits, bitorder='little').view(bool).nonzero()[0]
             ids, scores = torch.from_numpy(allowed), torch.from_numpy(scores.numpy()[allowed])
         if plan.temperature and sampling.temperature != 1:
@@ -354,10 +354,10 @@ class HostSampler(Sampler):
 
 
 class Drawer:
-    """One request's draws, for an engine whose step is not captured with its draw."""
+    """Samples the tokens of a request, for engines that do not capture sampling with the step."""
 
     def __init__(self, vocab_size: int, max_context: int, device: torch.device):
-        """Take what chooses fastest on the device."""
+        """Select the fastest sampler for the device."""
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._history = torch.zeros(max_context + 1, dtype=torch.int64, device=device)
@@ -368,7 +368,7 @@ class Drawer:
     @torch.inference_mode()
     def begin(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constraint: Constraint | None = None) -> None:
-        """Take a request's settings, the tokens that count as seen, and what tells the mask."""
+        """Start a request with its settings, prompt and constraint."""
         self._position.fill_(len(prompt_ids) - 1)
         self._constraint = constraint
         self._plan = self._sampler.begin(
@@ -377,10 +377,10 @@ class Drawer:
     @torch.inference_mode()
     def draw(self, logits: Tensor, place: int) -> Tensor:
         """
-        Choose a token, which is ``token`` then.
+        Sample a token, and write it to ``token``.
 
         :param logits: float [vocab].
-        :param place: the token's, counted by the host.
+        :param place: the position of the token.
         :returns: int64 [1] on the device: the id, or `NO_TOKEN`.
         """
         if self._constraint is not None:
@@ -401,8 +401,8 @@ def _fastest(vocab_size: int, device: torch.device) -> Sampler:
 
 
 def most_likely(scores: Tensor, count: int) -> Tensor:
-    """Give the ids, ascending, of the ``count`` highest scores and the equals of the last."""
-    if count > FEW:             # topk's time grows with the count, this one's does not
+    """Return the ids, ascending, of the ``count`` highest scores and of ties with the last."""
+    if count > FEW:             # unlike topk, this takes the same time for any count
         least = scores.kthvalue(len(scores) - count + 1).values
         return (scores >= least).nonzero().view(-1)
     highest, ids = scores.topk(count + 1)
@@ -413,19 +413,20 @@ def most_likely(scores: Tensor, count: int) -> Tensor:
 
 def nucleus(scores: Tensor, rest: float) -> Tensor:
     """
-    Give the places, ascending, of the likeliest scores that top-p keeps, at least one.
+    Return the indices, ascending, of the scores that top-p keeps, at least one.
 
     :param scores: float32 [n].
-    :param rest: 1 - top_p: the least likely are dropped while their sum is not above it.
+    :param rest: 1 - top_p; the least likely scores whose probabilities sum to at most this are
+        dropped.
     """
     probabilities = scores.softmax(0)
     border, below = None, 0.0
     if len(scores) > FEW:
-        # The leading bits of a float's distance from the greatest score; less likely is higher.
+        # By the leading bits of the distance from the greatest score; less likely is higher.
         bins = (scores.max() - scores).view(torch.int32) >> 15
         sums = torch.bincount(bins, probabilities.double(), 2**16).flip(0).cumsum(0)
         last = len(sums) - 1
-        # The first bin, from the least likely on, whose end is above `rest`.
+        # The first bin, from the least likely, with which the sum exceeds `rest`.
         place = min(int((sums.float() <= rest).sum()), last)
         below = float(sums[place - 1]) if place else 0.0
         border = (bins == last - place).nonzero().view(-1)
@@ -460,7 +461,7 @@ def keys(seed: Tensor, position: Tensor) -> Sequence[Tensor]:
 
 
 def host_keys(seed: int, place: int) -> tuple[int, int]:
-    """Do as `keys`, with the host's numbers."""
+    """Compute `keys` with Python integers."""
     bits = (seed << 32) + place * GOLDEN & 2**64 - 1
     bits = (bits ^ bits >> 30) * MIX[0] & 2**64 - 1
     bits = (bits ^ bits >> 27) * MIX[1] & 2**64 - 1
@@ -470,7 +471,7 @@ def host_keys(seed: int, place: int) -> tuple[int, int]:
 
 
 def mix(words: Any, first: Tensor | int, second: Tensor | int) -> Any:
-    """Hash int32 words, of torch or NumPy, with two keys to new ones."""
+    """Hash int32 words of torch or NumPy with two keys."""
     words = words ^ first
     words ^= _shifted(words, 16)
     words *= MULTIPLIERS[0]
@@ -483,10 +484,10 @@ def mix(words: Any, first: Tensor | int, second: Tensor | int) -> Any:
 
 def waiting_times(mixed: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
     """
-    Give exponential random numbers, float32 [n], of mean 1.
+    Return exponential random numbers with mean 1, float32 [n].
 
-    :param mixed: int32 [n], the ids, mixed once.
-    :param first: and ``second``, the keys of the seed and the place.
+    :param mixed: int32 [n], the ids, hashed once.
+    :param first: the first key of the seed and position; ``second`` is the other.
     """
     uniform = (mix(mixed, first, second) & 0x7fffffff).float()
     uniform.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
@@ -494,7 +495,7 @@ def waiting_times(mixed: Tensor, first: Tensor | int, second: Tensor | int) -> T
 
 
 def host_waiting_times(mixed: np.ndarray, first: int, second: int) -> Tensor:
-    """Do as `waiting_times`, bit for bit; a call of NumPy takes less time than one of torch."""
+    """Compute `waiting_times`, bit for bit; calls of NumPy take less time than those of torch."""
     uniform = (mix(mixed, first, second) & 0x7fffffff).astype(np.float32)
     uniform += 0.5
     uniform *= 2.0**-31
@@ -504,6 +505,6 @@ def host_waiting_times(mixed: np.ndarray, first: int, second: int) -> Tensor:
 
 
 def _shifted(words, count):
-    """Shift right without the sign."""
+    """Shift right logically."""
     width = 8 * words.dtype.itemsize
     return (words >> count) & ((1 << (width - count)) - 1)

@@ -13,19 +13,17 @@
 # limitations under the License.
 
 """
-The choice of a token as Triton kernels; their twin is `Sampler`.
+Sampling as Triton kernels; the reference is `Sampler`.
 
-Without top-k, top-p and min-p one kernel does it all: it reads the logits once, as the choice of
-the likeliest does, and a draw is the same search for the greatest, of each score with a random
-number added. Top-k and top-p first need the border of what they keep. It is found without a sort:
-the scores are counted and their probabilities summed in bins of similar scores, and only those in
-the bin where the border lies are looked at one by one.
+Without top-k, top-p and min-p, one kernel is enough. It reads the logits once: greedy sampling is
+an argmax, and a draw is an argmax of scores plus random numbers. Top-k and top-p first need a
+threshold, which is found without a sort: the scores are counted and their probabilities summed in
+bins of similar scores, and only the scores in the bin of the threshold are compared one by one.
 
-Probabilities are summed as integers, whose sum does not depend on the order, so that the same
-logits give the same token each time. A probability counts to 2**-44 of the likeliest one's.
+Probabilities are summed as integers, because that sum does not depend on the order, so the same
+logits always give the same token. Their unit is 2**-44 of the highest probability.
 
-The kernels launch as those of ``kernels`` do, see there for ``EARLY``. A row of a pass that does
-not count, by what ``row`` points to, leaves everything as it is.
+For ``EARLY``, see ``kernels``. A row of a pass changes no state if ``active`` points to 0.
 """
 
 from dataclasses import fields
@@ -33,25 +31,25 @@ from dataclasses import fields
 from physai_decode.engines import sampling as twin
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
-from physai_decode.engines.sampling import ALONE
 from physai_decode.engines.sampling import Plan
 from physai_decode.engines.sampling import Row
 from physai_decode.engines.sampling import Sampler
+from physai_decode.engines.sampling import SINGLE_ROW
 import torch
 from torch import Tensor
 import triton
 import triton.language as tl
 
-BLOCK = 1024            # ids that a program reads at a time
+BLOCK = 1024            # ids per iteration of a program
 SIDE = tl.constexpr(64)
-BINS = tl.constexpr(64 * 64)        # 256 for each doubling of the distance from the greatest
-NEAREST = tl.constexpr(119 << 8)    # the leading bits of 2**-8, below which all is one bin
-FEW = tl.constexpr(2048)            # scores at the border that stay in registers
+BINS = tl.constexpr(64 * 64)        # 256 per doubling of the distance from the greatest score
+NEAREST = tl.constexpr(119 << 8)    # leading bits of 2**-8; smaller distances share a bin
+FEW = tl.constexpr(2048)            # scores in the bins of the threshold that stay in registers
 LEAST = tl.constexpr(-2**63)
-UNIT = tl.constexpr(2.0**44)        # the greatest probability, as an integer
-# Where the floats of `Sampler` are.
+UNIT = tl.constexpr(2.0**44)        # the highest probability, as an integer
+# Indices of the floats of `Sampler`.
 TEMPERATURE, REST, MIN_P, PENALTY_AT = (tl.constexpr(place) for place in range(4))
-# What `_bin` and `_border` leave in ``state``.
+# Indices of ``state``, which `_bin` and `_border` write.
 FIRST, SECOND, LAST, COUNT, MASS, WHOLE, EQUALS, BORDER = (
     tl.constexpr(place) for place in range(8))
 GOLDEN = tl.constexpr(twin.GOLDEN % 2**64)
@@ -61,7 +59,7 @@ MULTIPLY_1, MULTIPLY_2 = (tl.constexpr(number) for number in twin.MULTIPLIERS)
 
 @triton.jit
 def _logits(logits, seen, floats, ids, inside, PENALTY: tl.constexpr):
-    """Load logits as they are, and after the repetition penalty."""
+    """Load logits, and apply the repetition penalty; return both."""
     raw = tl.load(logits + ids, mask=inside, other=float('-inf'))
     scores = raw
     if PENALTY:
@@ -79,7 +77,7 @@ def _coldness(floats):
 
 @triton.jit
 def _ordered(scores, ids):
-    """Give int64 in the order of scores, of equals in that of ids."""
+    """Return int64 keys that sort by score, then by id."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7fffffff
     return (bits.to(tl.int64) << 32) | ids.to(tl.int64)
@@ -99,7 +97,7 @@ def _greatest(tops, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _is_last(arrived, PROGRAMS: tl.constexpr):
-    """Tell the program that arrives last, after which nobody writes any more."""
+    """Return whether this program is the last to arrive; all others have written."""
     tl.debug_barrier()
     last = tl.atomic_add(arrived, 1, sem='acq_rel') == PROGRAMS - 1
     if last:
@@ -109,14 +107,14 @@ def _is_last(arrived, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def _top(logits, seen, floats, tops, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
-         PENALTY: tl.constexpr, EARLY: tl.constexpr, row=None):
-    """Write the greatest logit of each program's share."""
+         PENALTY: tl.constexpr, EARLY: tl.constexpr, active=None):
+    """Write the greatest logit of each program."""
     program = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    if row is not None:
-        if tl.load(row) == 0:
+    if active is not None:
+        if tl.load(active) == 0:
             return
     best = tl.full((BLOCK,), float('-inf'), tl.float32)
     for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
@@ -128,19 +126,19 @@ def _top(logits, seen, floats, tops, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.co
 
 @triton.jit
 def _mass(scores, top, coldness):
-    """Give the probabilities as parts of the greatest one's, as integers."""
+    """Return probabilities relative to the greatest, as integers."""
     return (tl.exp(scores * coldness - top * coldness) * UNIT).to(tl.int64)
 
 
 @triton.jit
 def _limit(mass, rest):
-    """Give the sum of what is more likely below which top-p keeps a token; it keeps the first."""
+    """Return the limit of top-p: it keeps a token if more likely ones sum to less."""
     return tl.maximum(mass - (rest.to(tl.float64) * mass.to(tl.float64)).to(tl.int64), 1)
 
 
 @triton.jit
 def _least(tops, k, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
-    """Give a logit below which the k likeliest do not lie, from the programs' greatest logits."""
+    """Return a lower bound of the k greatest logits, from the greatest of each program."""
     programs = tl.arange(0, PADDED)
     best = tl.load(tops + programs, mask=programs < PROGRAMS, other=float('-inf'))
     high = tl.max(best, 0)
@@ -155,7 +153,7 @@ def _least(tops, k, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _emptied(bins):
-    """Load all bins in their order, and set them to zero."""
+    """Load all bins in order, and reset them to zero."""
     places = bins + tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     values = tl.load(places, cache_modifier='.cg')
     tl.store(places, tl.zeros_like(values))
@@ -166,19 +164,19 @@ def _emptied(bins):
 def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, arrived, vocab,
          BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
          PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, EARLY: tl.constexpr,
-         row=None):
+         active=None):
     """
-    Count the scores in bins, and sum their probabilities; find the bins where the borders lie.
+    Count scores and sum probabilities in bins; find the bins of the thresholds.
 
-    The k-th likeliest lies in bin LAST, top-p's border in one of the bins FIRST to SECOND: until
-    it is known which scores of bin LAST top-k keeps, the sum of all is known only nearly.
+    The k-th greatest score is in bin LAST, and the threshold of top-p in bins FIRST to SECOND. The
+    exact bin depends on which scores of bin LAST top-k keeps.
     """
     program = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    if row is not None:
-        if tl.load(row) == 0:
+    if active is not None:
+        if tl.load(active) == 0:
             return
     top = _greatest(tops, PROGRAMS, PADDED)
     coldness = _coldness(floats)
@@ -189,7 +187,7 @@ def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, ar
         _, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
         live = scores > float('-inf')
         bins = _bin_of(top - scores)
-        # Neighbours are far apart in memory, whose parts each add one number at a time.
+        # Adjacent bins are far apart, because atomics on one memory partition are serialised.
         places = ((bins & (SIDE - 1)) * SIDE) + bins // SIDE
         if TOP_K:
             live &= scores >= least
@@ -223,7 +221,7 @@ def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, ar
 
 @triton.jit
 def _found(logits, seen, floats, found, top, coldness, start, n, PENALTY: tl.constexpr):
-    """Load FEW of the scores at a border: their order, integer probabilities and bins."""
+    """Load FEW of the collected scores: sort keys, integer probabilities and bins."""
     places = start + tl.arange(0, FEW)
     inside = places < n
     ids = tl.load(found + places, mask=inside, other=0, cache_modifier='.cg')
@@ -236,9 +234,9 @@ def _found(logits, seen, floats, found, top, coldness, start, n, PENALTY: tl.con
 def _beyond(order, mass, bins, logits, seen, floats, found, top, coldness, n, first, last, least,
             than, PENALTY: tl.constexpr):
     """
-    Count and sum what lies beyond ``than``, of bins ``first`` to ``last`` and from ``least`` on.
+    Count and sum scores above ``than`` and not below ``least``, in bins ``first`` to ``last``.
 
-    ``order``, ``mass`` and ``bins`` are of the first FEW; if there are more, they are loaded.
+    ``order``, ``mass`` and ``bins`` are those of the first FEW scores; others are loaded.
     """
     inside = (bins >= first) & (bins <= last) & (order >= least) & (order > than)
     count = tl.sum(inside.to(tl.int32), 0)
@@ -254,7 +252,7 @@ def _beyond(order, mass, bins, logits, seen, floats, found, top, coldness, n, fi
 @triton.jit
 def _range(order, bins, logits, seen, floats, found, top, coldness, n, first, last, least,
            PENALTY: tl.constexpr):
-    """Give, of bins ``first`` to ``last``, one less than the first, the last, and their number."""
+    """Return the minimum minus one, the maximum and the number of keys in some bins."""
     inside = (bins >= first) & (bins <= last) & (order >= least)
     low = tl.min(tl.where(inside, order, -LEAST - 1), 0)
     high = tl.max(tl.where(inside, order, LEAST), 0)
@@ -270,7 +268,7 @@ def _range(order, bins, logits, seen, floats, found, top, coldness, n, first, la
 
 @triton.jit
 def _middle(low, high):
-    """Give the mean of two int64, rounded down; their sum might not fit."""
+    """Return the mean of two int64, rounded down, without overflow."""
     return (low & high) + ((low ^ high) >> 1)
 
 
@@ -278,18 +276,18 @@ def _middle(low, high):
 def _border(logits, seen, floats, integers, tops, state, found, number, arrived, vocab,
             BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
             PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-            EARLY: tl.constexpr, row=None):
+            EARLY: tl.constexpr, active=None):
     """
-    Collect the scores of the bins where the borders lie; the last program finds the borders.
+    Collect the scores in the bins of the thresholds; the last program finds the thresholds.
 
-    It halves the range of a border until only one score is in it.
+    It bisects until one score is left.
     """
     program = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    if row is not None:
-        if tl.load(row) == 0:
+    if active is not None:
+        if tl.load(active) == 0:
             return
     top = _greatest(tops, PROGRAMS, PADDED)
     last = tl.load(state + LAST).to(tl.int32)
@@ -312,15 +310,15 @@ def _border(logits, seen, floats, integers, tops, state, found, number, arrived,
         if TOP_P:
             whole = tl.load(state + WHOLE)
         if TOP_K:
-            # The greatest `low` beyond which k or more lie; equals of the k-th are not told apart.
+            # The greatest `low` with at least k scores above it; ties with the k-th are all kept.
             k = tl.load(integers)
             above = tl.load(state + COUNT)
             low, high, some = _range(order, bins, logits, seen, floats, found, top, coldness, n,
                                      last, last, border, PENALTY)
             low = ((low + 1) >> 32) - 1
             high >>= 32
-            few = some * 0      # there are `some` beyond `low`, `few` beyond `high`
-            equals = tl.load(state + EQUALS)    # the sum beyond `low`
+            few = some * 0      # `some` scores are above `low`, `few` above `high`
+            equals = tl.load(state + EQUALS)    # the sum above `low`
             while (high - low > 1) & (some - few > 1):
                 middle = _middle(low, high)
                 count, total = _beyond(order, mass, bins, logits, seen, floats, found, top,
@@ -337,7 +335,7 @@ def _border(logits, seen, floats, integers, tops, state, found, number, arrived,
                 if TOP_P:
                     whole += equals
         if TOP_P:
-            # The greatest `low_p` beyond which too much lies for another one to be kept.
+            # The greatest `low_p` above which the sum reaches the limit.
             first = tl.load(state + FIRST).to(tl.int32)
             second = tl.load(state + SECOND).to(tl.int32)
             above_p = tl.load(state + MASS)
@@ -381,12 +379,12 @@ def _keys(seed, position):
 
 
 @triton.jit
-def _head_start(ids, first, second):
-    """Give minus the logarithm of each id's waiting time, see `sampling.waiting_times`."""
+def _gumbel(ids, first, second):
+    """Return Gumbel noise: the negative logarithms of `sampling.waiting_times`."""
     words = _mixed(_mixed(ids.to(tl.uint32), 0, 0), first, second)
     uniform = ((words & 0x7fffffff).to(tl.int32).to(tl.float32) + 0.5) * (2.0**-31)
     uniform = tl.minimum(uniform, 1 - 2.0**-24)
-    # log(1 - u) of a small u would be of few digits.
+    # log(1 - u) of a small u would lose precision.
     near = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
     return -tl.log(tl.where(uniform < 0.0078125, near, -tl.log(1.0 - uniform)))
 
@@ -395,19 +393,20 @@ def _head_start(ids, first, second):
 def _pick(logits, seen, floats, integers, tops, state, token, position, history, bests, places,
           arrived, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
           PENALTY: tl.constexpr, DRAW: tl.constexpr, TRUNCATED: tl.constexpr,
-          MINIMUM: tl.constexpr, EARLY: tl.constexpr, row=None, guess=None, following=None):
+          MINIMUM: tl.constexpr, EARLY: tl.constexpr, active=None, draft_token=None,
+          next_active=None):
     """
-    Find the greatest of the scores that are kept; the last program to arrive moves on.
+    Find the greatest of the kept scores; the last program writes the token.
 
-    A best of infinity tells of logits that are not numbers. Whether a row of a pass follows that
-    counts, as its token is ``guess``, goes to ``following``.
+    A best of infinity marks logits that are not finite. ``next_active`` receives whether the next
+    row of the pass is active: whether the token is ``draft_token``.
     """
     program = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    if row is not None:
-        if tl.load(row) == 0:
+    if active is not None:
+        if tl.load(active) == 0:
             return
     next_position = tl.load(position) + 1
     if DRAW:
@@ -424,10 +423,10 @@ def _pick(logits, seen, floats, integers, tops, state, token, position, history,
     for start in tl.range(program * BLOCK, vocab, PROGRAMS * BLOCK):
         ids = start + tl.arange(0, BLOCK)
         raw, scores = _logits(logits, seen, floats, ids, ids < vocab, PENALTY)
-        wrong |= tl.where(raw < float('inf'), 0, 1)     # a NaN is not
+        wrong |= tl.where(raw < float('inf'), 0, 1)     # true for NaN too
         if DRAW:
             scores *= coldness
-            values = scores + _head_start(ids, first, second)
+            values = scores + _gumbel(ids, first, second)
             if TRUNCATED:
                 values = tl.where(_ordered(scores, ids) >= border, values, float('-inf'))
             if MINIMUM:
@@ -455,23 +454,23 @@ def _pick(logits, seen, floats, integers, tops, state, token, position, history,
         tl.store(history + next_position, tl.where(number, winner, -1))
         if PENALTY:
             tl.store(seen + winner, 1)
-        if guess is not None:
-            tl.store(following, (number & (winner == tl.load(guess))).to(tl.int32))
+        if draft_token is not None:
+            tl.store(next_active, (number & (winner == tl.load(draft_token))).to(tl.int32))
 
 
 STAGES = ('repetition_penalty', 'temperature', 'top_k', 'top_p', 'min_p')     # with kernels
 
 
 class TritonSampler(Sampler):
-    """Chooses tokens by kernels; same arguments and results as `Sampler`."""
+    """Samples tokens with kernels; same arguments and results as `Sampler`."""
 
     def __init__(self, vocab_size: int, device: torch.device, processors: int = 4,
                  early: bool = False):
         """
-        Take scratch memory.
+        Allocate scratch memory.
 
-        :param processors: of the device; about as many programs share the vocabulary.
-        :param early: launch each kernel while the one before ends.
+        :param processors: of the device; up to twice as many programs split the vocabulary.
+        :param early: launch each kernel while the previous one ends.
         """
         super().__init__(vocab_size, device)
         programs = min(triton.cdiv(vocab_size, BLOCK), 2 * processors)
@@ -493,8 +492,8 @@ class TritonSampler(Sampler):
         self._arrived = scratch(1, torch.int32)
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
-             history: Tensor, row: Row = ALONE) -> None:
-        """See `Sampler.draw`; a stage that has no kernel is the twin's, slower but the same."""
+             history: Tensor, row: Row = SINGLE_ROW) -> None:
+        """See `Sampler.draw`; a plan with a stage that has no kernel runs there, more slowly."""
         plan, logits = self.masked(plan, logits, row.number)
         if any(getattr(plan, spec.name) and spec.name not in STAGES for spec in fields(plan)):
             super().draw(plan, logits, position, token, history, row)
@@ -502,8 +501,9 @@ class TritonSampler(Sampler):
         vocab = logits.shape[0]
         common = {**self._layout, **self._options, 'PENALTY': plan.repetition_penalty}
         if row.number:
-            common['row'] = self._counting
-        after = {} if row.guess is None else {'guess': row.guess, 'following': self._counting}
+            common['active'] = self._active
+        after = {} if row.draft_token is None else {
+            'draft_token': row.draft_token, 'next_active': self._active}
         given = logits, self._seen.view(torch.uint8), self._floats
         grid = (self._layout['PROGRAMS'],)
         if plan.truncates or plan.min_p:

@@ -198,9 +198,9 @@ def widen(weight: Coded, rows: slice, out: Tensor) -> None:
 class CodedOps(ScaledOps):
     """The step's operations as kernels, for weights of all layouts."""
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         if not isinstance(weight, Coded):
-            super()._product(x, weight, out, gain, eps, add, gated, gelu, those)
+            super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
         shape, choice = self._layout(weight, gain, gated)
         self._current.discard(out.data_ptr())

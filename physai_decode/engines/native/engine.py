@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The native engine: one transformer on one device, whose steps run ahead of the host on a GPU."""
+"""The native engine: one transformer on one device; on a GPU, its steps run ahead of the host."""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -35,11 +35,11 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import self_check
 from physai_decode.engines.native import start
 from physai_decode.engines.native.graph import Pipeline
-from physai_decode.engines.sampling import ALONE
 from physai_decode.engines.sampling import GREEDY
 from physai_decode.engines.sampling import Plan
 from physai_decode.engines.sampling import Row
 from physai_decode.engines.sampling import ROWS
+from physai_decode.engines.sampling import SINGLE_ROW
 import torch
 
 
@@ -47,7 +47,7 @@ class NativeEngine:
     """The transformer of this package on one device; see `physai_decode.engine.Engine`."""
 
     chunk_tokens = (1, 2048)
-    pipeline: Pipeline | None = None        # of the steps in flight; none on a CPU
+    pipeline: Pipeline | None = None        # runs the steps; None on a CPU
     pass_costs: Mapping[int, float] = {1: 1.0}
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
@@ -55,9 +55,9 @@ class NativeEngine:
         """
         Load, tune, warm up and capture.
 
-        :param passes: get ready for drafts, where they can be had.
-        :raises EngineError: the model is damaged, of an architecture or format that is not run,
-            or does not fit in memory.
+        :param passes: prepare to verify drafts, if the model and kernels can.
+        :raises EngineError: the model is damaged, has an unsupported architecture or format, or
+            does not fit in memory.
         """
         clock, drafts = start.PartTimes(), dict[str, str]()
         self._device, dtype = start.select(model, config)
@@ -68,7 +68,7 @@ class NativeEngine:
         self._stream = devices.stream(self._device, self._priority)
         devices.use(self._device, self._stream)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
-            # To capture a step is to run it a few times, behind whatever the cache holds.
+            # Capturing a step runs it a few times, behind the tokens in the cache.
             places = limit + devices.WARM_UP_STEPS * (ROWS if passes else 1)
             self.transformer, no_passes = start.transformer(
                 model, shape, places, dtype, self._device, progress, clock, needed_bytes, passes)
@@ -127,7 +127,7 @@ class NativeEngine:
         prompt = torch.tensor(prompt_ids, device=self._device)
         self._plan = self._sampler.begin(sampling, prompt, constraint is not None)
         self._constraint = constraint
-        return self._drawn(last)
+        return self._sampled(last)
 
     @torch.inference_mode()
     def step(self, remaining: int) -> Choice:
@@ -136,7 +136,7 @@ class NativeEngine:
         if pipeline is None:
             self._watch.start()
             self.transformer.step()
-            return self._drawn(self.transformer.logits)
+            return self._sampled(self.transformer.logits)
         ahead = remaining if self._constraint is None else 0
         while pipeline.flying <= ahead and not pipeline.full:
             pipeline.launch(self._plan, self._length + pipeline.flying, self._restrict)
@@ -144,8 +144,8 @@ class NativeEngine:
         return Choice(int(tokens[0]), device_s)
 
     @property
-    def settled(self) -> bool:
-        """See `physai_decode.engine.Verifier.settled`."""
+    def is_idle(self) -> bool:
+        """See `physai_decode.engine.Verifier.is_idle`."""
         return not self.pipeline or not self.pipeline.flying
 
     @torch.inference_mode()
@@ -154,27 +154,27 @@ class NativeEngine:
         pipeline = self.pipeline
         if pipeline is None:
             return self._verify_on_host(draft)
-        # Padded to a size that is captured, with rows that never count.
+        # Padded to a captured size, with rows that are never accepted.
         size = next(each for each in start.PASS_ROWS if each > len(draft))
-        guesses = self.transformer.tokens[1:size]
-        guesses.copy_(torch.tensor([*draft, *[-1] * (size - 1 - len(draft))]))
-        masked = len(draft)                 # guesses that a mask follows
+        draft_tokens = self.transformer.tokens[1:size]
+        draft_tokens.copy_(torch.tensor([*draft, *[-1] * (size - 1 - len(draft))]))
+        masked = len(draft)                 # draft tokens with a mask after them
 
         def restrict():
             nonlocal masked
             assert self._constraint is not None
             for masked, mask in enumerate(self._constraint.walk(draft)):
                 self._sampler.restrict(mask, masked)
-            guesses[masked:].fill_(-1)
+            draft_tokens[masked:].fill_(-1)
 
         pipeline.launch(self._plan, self._length + 1, restrict, size)
         tokens, device_s = pipeline.collect()
-        chosen = confirmed(draft[:masked], tokens.tolist())
+        chosen = accepted(draft[:masked], tokens.tolist())
         self._length += len(chosen)
         return Choices(chosen, device_s)
 
     def _verify_on_host(self, draft):
-        """Draw row after row, until a guess is wrong."""
+        """Sample row by row, until a draft token is rejected."""
         t, rows = self.transformer, 1 + len(draft)
         self._watch.start()
         t.tokens[1:rows] = torch.tensor(draft)
@@ -189,7 +189,7 @@ class NativeEngine:
                 self._sampler.draw(self._plan, last, t.position, t.token, self._history)
                 yield int(self._history[self._length])
 
-        chosen = confirmed(draft, tokens())
+        chosen = accepted(draft, tokens())
         self._watch.stop()
         return Choices(chosen, self._watch.read_s())
 
@@ -209,11 +209,11 @@ class NativeEngine:
             yield
         finally:
             self.pipeline = own
-            devices.give_back(self._device)     # what a graph took
+            devices.give_back(self._device)     # of the graph
 
     @torch.inference_mode()
     def piped(self, captured: bool) -> Pipeline:
-        """Give a pipeline of this engine's step."""
+        """Return a pipeline of this engine's step."""
         devices.use(self._device, self._stream)
         return Pipeline(self.transformer.step, self._draw, self._history, captured, self._ahead,
                         self._priority)
@@ -230,25 +230,25 @@ class NativeEngine:
         return self.transformer.reads(context)
 
     def _prepare_passes(self, progress):
-        """Time passes of several rows, and capture them; tells what they cost."""
+        """Time passes of several rows and capture them; return a report of their costs."""
         progress('timing passes of several tokens')
         pipeline, run = self.pipeline, self.transformer.step
-        if pipeline:                    # what a captured pass chooses is part of it
+        if pipeline:                    # a captured pass includes sampling
             run = partial(self._run, GREEDY)
         self.rewind(0)
         costs = start.pass_costs(self.transformer, run)
-        told = ', '.join(f'{rows} tokens {cost:.2f}' for rows, cost in costs.items() if rows > 1)
+        report = ', '.join(f'{rows} tokens {cost:.2f}' for rows, cost in costs.items() if rows > 1)
         if all(cost >= rows for rows, cost in costs.items()):
-            return f'off: a pass costs as much as steps of its tokens do (of {told} steps)'
+            return f'off: a pass costs as much as steps of its tokens do (of {report} steps)'
         self.pass_costs = costs
         if pipeline:
             pipeline.sizes = tuple(costs)
             for sampling in start.WARM_UP:
                 self._capture(pipeline, Plan.of(sampling))
-        return f'on: a pass of {told} steps'
+        return f'on: a pass of {report} steps'
 
     def _capture(self, pipeline, plan):
-        """Capture the passes of a plan, behind what the cache holds."""
+        """Capture the passes of a plan, behind the tokens in the cache."""
         pipeline.prepare(plan, lambda: self.transformer.position.fill_(self._length))
 
     def _run(self, plan, rows):
@@ -258,18 +258,18 @@ class NativeEngine:
     def _draw(self, plan, rows):
         t = self.transformer
         for number in range(rows):
-            row = ALONE
+            row = SINGLE_ROW
             if rows > 1:
                 last = number == rows - 1
                 row = Row(number, None if last else t.tokens[number + 1:number + 2])
             self._sampler.draw(plan, t.row_logits[number], t.position, t.token, self._history, row)
 
     def _restrict(self):
-        """Have the constraint say what the next draw may choose, while the device computes."""
+        """Write the mask of the constraint, while the device computes."""
         if self._constraint is not None:
             self._sampler.restrict(self._constraint.mask())
 
-    def _drawn(self, last):
+    def _sampled(self, last):
         t = self.transformer
         self._restrict()
         self._sampler.draw(self._plan, last, t.position, t.token, self._history)
@@ -278,15 +278,15 @@ class NativeEngine:
         return Choice(token_id, self._watch.read_s())
 
 
-def confirmed(draft: Sequence[int], tokens: Iterable[int]) -> tuple[int, ...]:
+def accepted(draft: Sequence[int], tokens: Iterable[int]) -> tuple[int, ...]:
     """
-    Give the tokens of a pass that count: as far as they are the draft's, and the one after.
+    Return the tokens of a pass up to the first that differs from the draft, inclusive.
 
-    :param tokens: what was chosen in each row; no more are taken than count.
+    :param tokens: the sampled token of each row; only those returned are consumed.
     """
     chosen: list[int] = []
-    for guess, token_id in zip((*draft, None), tokens):
+    for draft_id, token_id in zip((*draft, None), tokens):
         chosen.append(token_id)
-        if token_id != guess:
+        if token_id != draft_id:
             break
     return tuple(chosen)

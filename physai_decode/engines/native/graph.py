@@ -13,15 +13,15 @@
 # limitations under the License.
 
 """
-Steps on a CUDA device, launched ahead of the host: captured in a graph, or op by op.
+Run steps on a CUDA device ahead of the host, in CUDA graphs or operation by operation.
 
-One step reads what the one before it wrote, so the host has nothing to say between them: it keeps
-a few steps in flight, and reads each token from pinned memory when the token's copy, on a stream
-of its own, has arrived. It waits for that copy's event, never for the device. A pass of several
-rows is a step that leaves several tokens.
+Each step reads the results of the previous one on the device, so the host can keep a few steps in
+flight. Tokens are copied to pinned memory on a separate stream, and the host waits for the event
+of a copy, never for the device. A pass of several rows is a step with several tokens.
 
-A draw that needs a mask from the host is a part of its own, after the forward pass: the host makes
-the mask while that runs. The mask follows from the token before, so one such step is in flight.
+If sampling needs a mask from the host, it is launched separately after the forward pass, and the
+host computes the mask meanwhile. The mask depends on the previous token, so only one such step is
+in flight.
 """
 
 from collections import deque
@@ -36,9 +36,9 @@ from physai_decode.engines.sampling import ROWS
 import torch
 from torch import Tensor
 
-AHEAD = 2            # steps in flight,
-MOST_AHEAD = 8       # and at most, where the host comes late
-CALM_STEPS = 256     # without a late one, after which there is one less
+AHEAD = 2            # steps in flight
+MOST_AHEAD = 8       # maximum, while the host is late
+CALM_STEPS = 256     # steps in time after which one step less is in flight
 
 
 @dataclass
@@ -52,29 +52,29 @@ class _Slot:
 
 
 class _Part(NamedTuple):
-    """What is launched in one go."""
+    """The kernels that are launched together."""
 
     rows: int                   # of the pass
-    forward: bool               # whether it begins with the forward pass
-    plan: Plan | None           # of the draw that it ends with, None where it has none
+    forward: bool               # whether it has the forward pass
+    plan: Plan | None           # of the sampling, None without
 
 
 class Depth:
-    """How many steps are kept in flight."""
+    """The number of steps to keep in flight."""
 
     def __init__(self, fixed: int = 0) -> None:
         """
-        Begin with a few.
+        Start with `AHEAD`.
 
-        :param fixed: so many for ever; 0 follows the host.
+        :param fixed: a constant number; 0 adapts it to the host.
         """
         self.steps = fixed or AHEAD
         self.most = fixed or MOST_AHEAD
         self._least = self.steps
-        self._calm = 0              # steps since the last late one
+        self._calm = 0              # steps since the host was last late
 
     def learn(self, late: bool) -> None:
-        """Take whether the host came so late that the device had nothing left to do."""
+        """Update from whether the host was late, so that the device was idle."""
         self._calm = 0 if late else self._calm + 1
         if late and self.steps < self.most:
             self.steps += 1
@@ -84,23 +84,24 @@ class Depth:
 
 class Pipeline:
     """
-    Runs a step of one plan again and again, ahead of the host.
+    Runs steps ahead of the host.
 
-    Driven from one thread at a time, on that thread's current stream.
+    One thread at a time uses it, with its current stream.
     """
 
-    sizes: tuple[int, ...] = (1,)           # rows of the passes that are prepared
+    sizes: tuple[int, ...] = (1,)           # rows of the passes to prepare
 
     def __init__(self, forward: Callable[[int], None], draw: Callable[[Plan, int], None],
                  history: Tensor, capture: bool, ahead: int = 0, priority: int = 0):
         """
-        Take the two halves of a step.
+        Wrap the two parts of a step.
 
-        :param forward: computes the logits of so many rows.
-        :param draw: takes a plan and the rows; writes their tokens to ``history`` int64 [places].
-        :param capture: whether they run in a CUDA graph, one for each plan and number of rows.
-        :param ahead: steps in flight; 0: `AHEAD`, and more while the host comes late.
-        :param priority: of the copies' stream; below 0 goes first.
+        :param forward: computes the logits of a number of rows.
+        :param draw: samples with a plan from a number of rows, and writes the tokens to
+            ``history`` int64 [positions].
+        :param capture: whether to capture CUDA graphs, one per plan and number of rows.
+        :param ahead: steps in flight; 0 means `AHEAD`, and more while the host is late.
+        :param priority: of the stream for copies; below 0 is higher.
         """
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._depth = Depth(ahead)
@@ -114,9 +115,9 @@ class Pipeline:
 
     def prepare(self, plan: Plan, begin: Callable[[], object]) -> None:
         """
-        Capture the passes of a plan, where that was not done.
+        Capture the passes of a plan, unless they are captured already.
 
-        :param begin: is called before each; it runs a few times then.
+        :param begin: called before each capture, which runs the pass a few times.
         """
         for part in (each for rows in self.sizes for each in _parts(plan, rows)):
             if self._capture and part not in self._graphs:
@@ -132,19 +133,19 @@ class Pipeline:
 
     @property
     def full(self) -> bool:
-        """Whether as many steps are in flight as may be."""
+        """Whether the maximum number of steps is in flight."""
         return len(self._flying) >= self._depth.steps
 
     def launch(self, plan: Plan, place: int, restrict: Callable[[], None] | None = None,
                rows: int = 1) -> None:
         """
-        Start a step, or a pass, that was prepared.
+        Launch a prepared step or pass.
 
-        :param place: of the history, where its first token will stand.
-        :param restrict: of a plan with masks: writes them, while the forward pass runs.
+        :param place: index in the history of its first token.
+        :param restrict: writes the masks while the forward pass runs, if the plan has masks.
         """
         if self._flying:
-            # Where even the newest step has ended, the device has waited for the host.
+            # If even the newest step has ended, the device is waiting for the host.
             self._depth.learn(self._flying[-1].copied.query())
         slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
@@ -162,10 +163,10 @@ class Pipeline:
 
     def collect(self) -> tuple[Tensor, float]:
         """
-        Wait for the oldest step's tokens.
+        Wait for the tokens of the oldest step.
 
-        :returns: int64 [ROWS], of which the step's come first, until the next one is launched; and
-            its time on the device in s.
+        :returns: int64 [ROWS], which starts with the tokens of the step and is valid until the
+            next launch; and the time of the step on the device in seconds.
         """
         slot = self._flying.popleft()
         self._free.append(slot)
@@ -173,7 +174,7 @@ class Pipeline:
         return slot.tokens, slot.begin.elapsed_time(slot.end) * 1e-3
 
     def drain(self) -> None:
-        """Forget the steps in flight, after their end."""
+        """Wait for the steps in flight, and discard their tokens."""
         while self._flying:
             self.collect()
 
@@ -185,7 +186,7 @@ class Pipeline:
 
 
 def _parts(plan: Plan, rows: int) -> tuple[_Part, ...]:
-    """Give what a pass of a plan is launched in."""
+    """Return the parts of a pass."""
     if plan.mask:
         return _Part(rows, True, None), _Part(rows, False, plan)
     return (_Part(rows, True, plan),)

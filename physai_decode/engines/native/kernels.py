@@ -133,7 +133,7 @@ def _multiplied(sums, more, squares, w, u, x, gain, columns, k, K: tl.constexpr,
 
 
 @triton.jit
-def _taken(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
+def _stack_offsets(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
            COLUMNS: tl.constexpr):
     """Return the offsets of columns from ``k`` on in a `Stack`, and those in the weight."""
     if STACK == 0:
@@ -141,12 +141,12 @@ def _taken(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
     elif K == SIZE:
         return tl.load(ids) * STACK, k
     else:
-        # What the product divides Triton does not see else, and would load number by number.
+        # Without this, Triton does not see the divisibility, and loads single numbers.
         return tl.load(ids + k // SIZE) * STACK, k % SIZE // COLUMNS * COLUMNS
 
 
 @triton.jit
-def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.constexpr,
+def _dense(x, weight, bias, gain, ids, routing, out, n, stride, eps, K: tl.constexpr,
            SIZE: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
            STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
            ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
@@ -166,14 +166,14 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
         up_row += n.to(tl.int64) * SIZE
         if STACK:
             if EARLY:
-                gdc_wait()      # for what the router's kernel wrote; else that is two kernels ago
+                gdc_wait()      # for the router; without gate it ran two kernels before
             ids += tl.program_id(1)
             out += tl.program_id(1) * stride
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     more = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     # The first tile is requested while the kernel before still runs.
-    base, first = _taken(ids, 0, K, SIZE, STACK, COLUMNS)
+    base, first = _stack_offsets(ids, 0, K, SIZE, STACK, COLUMNS)
     w = _weights(row + base, columns, first, SIZE, COLUMNS)
     u = w
     if GATED:
@@ -183,7 +183,7 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
     sums, more, squares = _multiplied(
         sums, more, squares, w, u, x, gain, columns, 0, K, COLUMNS, NORM, GATED)
     for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
-        base, first = _taken(ids, k, K, SIZE, STACK, COLUMNS)
+        base, first = _stack_offsets(ids, k, K, SIZE, STACK, COLUMNS)
         w = _weights(row + base, columns, first, SIZE, COLUMNS)
         u = w
         if GATED:
@@ -198,7 +198,7 @@ def _dense(x, weight, bias, gain, ids, shares, out, n, stride, eps, K: tl.conste
         up = _finish(tl.sum(more, 1), square, rows, n, K, eps, bias + n, NORM, BIAS)
         result = _activated(result, GELU) * up
         if STACK:
-            result *= tl.load(shares + tl.program_id(1))
+            result *= tl.load(routing + tl.program_id(1))
     _store(out, rows, n, result, ADD)
 
 
@@ -336,7 +336,7 @@ def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _int4(x, sums, packed, scales, zeros, bias, ids, shares, out, out_sums, n, stride,
+def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, stride,
           K: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
           GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
           GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
@@ -391,7 +391,7 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, shares, out, out_sums, n, s
         gate, up = tl.split(tl.trans(tl.reshape(result, (2, ROWS // 2))))
         result = _activated(gate, GELU) * up
         if STACK:
-            result *= tl.load(shares + tl.program_id(1))
+            result *= tl.load(routing + tl.program_id(1))
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
         tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
         rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -473,7 +473,7 @@ def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _take(logits, ids, shares, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+def _select(logits, ids, routing, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
           TOP_K: tl.constexpr, NORMALISED: tl.constexpr, EARLY: tl.constexpr):
     """
     Write the ids of the TOP_K largest of COUNT ``logits``, largest first, and their weights.
@@ -493,15 +493,15 @@ def _take(logits, ids, shares, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: t
         before = (others[None, :] > own[:, None]) | (
             (others[None, :] == own[:, None]) & (other[None, :] < every[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
-    share = tl.exp(own - tl.max(own, 0))
+    weight = tl.exp(own - tl.max(own, 0))
     taken = rank < TOP_K
-    total = tl.sum(tl.where(taken, share, 0.0) if NORMALISED else share, 0)
+    total = tl.sum(tl.where(taken, weight, 0.0) if NORMALISED else weight, 0)
     tl.store(ids + rank, every.to(tl.int64), mask=taken & (every < COUNT))
-    tl.store(shares + rank, share / total, mask=taken & (every < COUNT))
+    tl.store(routing + rank, weight / total, mask=taken & (every < COUNT))
 
 
 @triton.jit
-def _turned(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.constexpr):
+def _rotated(head, gain, cos, sin, dims, D: tl.constexpr, eps, inside, NORM: tl.constexpr):
     """
     Load heads at ``head`` [rows, 1] or scalar, normalise and rotate them.
 
@@ -536,19 +536,19 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
     LENGTH are those of `Growth`.
     """
     kv_head = tl.program_id(0)
-    share = tl.program_id(1)
+    split = tl.program_id(1)
     place = tl.load(position).to(tl.int32)
     start = 0
     if WINDOW > 0:
         start = tl.maximum(0, place + 1 - WINDOW)
     length = tl.cdiv(tl.cdiv(place - start, SPLITS), TOKENS) * TOKENS
-    begin = start + share * length
+    begin = start + split * length
     end = tl.minimum(place, begin + length)
     cache = kv_head.to(tl.int64) * max_context * D
     queries = tl.arange(0, PADDED)
     dims = tl.arange(0, DIMS)
     if EARLY:
-        # The share's keys and values are older than this step.
+        # The split's keys and values are older than this step.
         first = tl.minimum(begin + tl.arange(0, TOKENS), max_context - 1)
         lines = cache + first.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
         _fetch(keys + lines)
@@ -561,16 +561,16 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         scale *= 1.0 + BETA * tl.log(1.0 + place // LENGTH)
     q_head = qkv + (kv_head * GROUP + queries)[:, None] * D
     q_inside = (queries < GROUP)[:, None] & (dims < D)[None, :]
-    q = _turned(q_head, q_gain, cos + angles, sin + angles, dims[None, :], D, eps, q_inside, NORM)
+    q = _rotated(q_head, q_gain, cos + angles, sin + angles, dims[None, :], D, eps, q_inside, NORM)
     kind = keys.dtype.element_ty
     q = q.to(kind)
 
     maxima = tl.full((PADDED,), float('-inf'), tl.float32)
     totals = tl.zeros((PADDED,), tl.float32)
     sums = tl.zeros((PADDED, DIMS), tl.float32)
-    if share == SPLITS - 1:
+    if split == SPLITS - 1:
         k_head = qkv + (KV_HEADS * GROUP + kv_head) * D
-        k = _turned(k_head, k_gain, cos + angles, sin + angles, dims[None, :], D, eps,
+        k = _rotated(k_head, k_gain, cos + angles, sin + angles, dims[None, :], D, eps,
                     (dims < D)[None, :], NORM).to(kind)
         v = tl.load(qkv + (KV_HEADS * GROUP + KV_HEADS + kv_head) * D + dims[None, :],
                     mask=(dims < D)[None, :], other=0.0).to(kind)
@@ -594,8 +594,8 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
         totals = totals * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision='ieee')
         maxima = highest
-    # Laid out by query, so that each one's shares lie together.
-    slot = (kv_head * GROUP + queries) * SPLITS + share
+    # Ordered by query, so that its splits are adjacent.
+    slot = (kv_head * GROUP + queries) * SPLITS + split
     tl.store(part_maxima + slot, maxima, mask=queries < GROUP)
     tl.store(part_totals + slot, totals, mask=queries < GROUP)
     tl.store(part_sums + slot[:, None] * DIMS + dims[None, :], sums,
@@ -624,7 +624,7 @@ def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
 
 @dataclass(frozen=True)
 class Shape:
-    """What the layout of a product's kernel is chosen by."""
+    """The shape of a product, on which the layout of its kernel depends."""
 
     n: int
     k: int
@@ -648,24 +648,24 @@ class Choice:
 
 
 TUNING_CONTEXT = 8192   # tokens; layouts are timed behind half as many, if there is room
-# What was fast for one shape or another; see docs/performance.md. The first fits every chip.
+# Layouts that were fast for some shape; see docs/performance.md. The first fits every chip.
 DENSE_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
     (8, 256, 2, 4), (8, 256, 4, 1), (8, 512, 2, 1), (16, 256, 8, 1), (4, 1024, 4, 1),
     (2, 1024, 4, 1), (1, 2048, 4, 1), (2, 2048, 4, 1), (2, 2048, 8, 1), (4, 2048, 4, 1),
     (4, 2048, 8, 1)))
-# Of 8 bits a lane loads 16 at once.
+# A lane loads 16 weights of 8 bits at once.
 SCALED_CHOICES = DENSE_CHOICES + tuple(Choice(*each) for each in (
     (8, 1024, 4, 1), (16, 512, 4, 1), (16, 1024, 8, 1), (8, 2048, 8, 1), (4, 1024, 2, 1),
     (8, 1024, 8, 1), (4, 4096, 8, 1)))
-# Of codes the columns are whole blocks of 32; one stage, as places in a table are no use ahead.
+# The columns of codes are whole blocks of 32. One stage, because codes only index a table.
 CODED_CHOICES = tuple(Choice(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 1024, 2, 1), (4, 1024, 4, 1), (8, 1024, 4, 1),
     (2, 2048, 4, 1), (4, 2048, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (2, 1024, 2, 1),
     (1, 2048, 2, 1), (16, 1024, 8, 1), (8, 2048, 8, 1)))
 INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
-if not compiler.PIPELINES:      # these lay products out in shared memory, by warp: few fit
+if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
     INT4_CHOICES = tuple(sorted(INT4_CHOICES, key=lambda choice: choice.warps))
 
 
@@ -729,19 +729,19 @@ class TritonOps(TorchOps):
         """See `TorchOps.select`."""
         count = logits.shape[0]
         wide = max(32, triton.next_power_of_2(count))
-        _take[(1,)](
+        _select[(1,)](
             logits, into.ids, into.weights, COUNT=count, WIDE=wide, BLOCK=min(128, wide),
             TOP_K=into.ids.shape[0], NORMALISED=normalised, EARLY=self._early,
             **self._launch(4))
 
-    def gated_experts(self, x, stack, those, out, gain, eps, activation='silu'):
+    def gated_experts(self, x, stack, routed, out, gain, eps, activation='silu'):
         """See `TorchOps.gated_experts`."""
         self._product(x, stack, out, gain, eps, False, gated=True,
-                      gelu=activation == 'gelu_tanh', those=those)
+                      gelu=activation == 'gelu_tanh', routed=routed)
 
-    def summed_experts(self, x, stack, those, out, *, add=False):
+    def summed_experts(self, x, stack, routed, out, *, add=False):
         """See `TorchOps.summed_experts`."""
-        self._product(x, stack, out, None, 0.0, add, gated=False, those=those)
+        self._product(x, stack, out, None, 0.0, add, gated=False, routed=routed)
 
     def add_normed(self, branch, gain, eps, x):
         """See `TorchOps.add_normed`."""
@@ -764,7 +764,7 @@ class TritonOps(TorchOps):
         sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
         splits = self._splits or max(
             1, sharing.programs * self._programs // triton.next_power_of_2(kv_heads))
-        parts = [self._take(f'attention {part}', layer.heads * splits * width, torch.float32)
+        parts = [self._buffer(f'attention {part}', layer.heads * splits * width, torch.float32)
                  for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
         _attend[(kv_heads, splits)](
             qkv, keys, values, position, cos, sin,
@@ -784,10 +784,10 @@ class TritonOps(TorchOps):
 
     def tune(self, transformer, progress):
         """
-        Find the fastest layout for each shape of product, or take it from the cache.
+        Find the fastest layout for each shape of product, or read it from the cache.
 
-        Timed in whole steps and behind a context: what a kernel does to those beside it, such as
-        crowding attention's programs on few processors, shows only there.
+        Whole steps behind a context are timed, because only they show how kernels affect each
+        other, such as by crowding the programs of attention on few processors.
         """
         version = self._version()
         place = min(transformer.max_context, TUNING_CONTEXT) // 2
@@ -835,15 +835,15 @@ class TritonOps(TorchOps):
         return shape, self._choices.get(shape) or self._candidates(shape)[0]
 
     def _candidates(self, shape):
-        """Give the layouts that a product's kernel may have; the first fits every chip."""
+        """Return the possible layouts of a product's kernel; the first fits every chip."""
         return _choices(shape)
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         shape, choice = self._layout(weight, gain, gated)
         # Triton requires a valid pointer even for unused arguments.
-        ids, shares, whole, joined, each = x, x, weight, 1, 1
-        if those is not None:
-            ids, shares, whole = those.ids, those.weights, weight.stacked
+        ids, routing, whole, joined, each = x, x, weight, 1, 1
+        if routed is not None:
+            ids, routing, whole = routed.ids, routed.weights, weight.stacked
             joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
             weight = weight[0]
         bias = weight.bias
@@ -857,9 +857,9 @@ class TritonOps(TorchOps):
             n = shape.n // 2 if gated else shape.n
             columns = math.gcd(choice.columns, shape.k) if joined > 1 else choice.columns
             _dense[(triton.cdiv(n, choice.rows), each)](
-                x, whole.weight, bias, x if gain is None else gain, ids, shares, out, n,
+                x, whole.weight, bias, x if gain is None else gain, ids, routing, out, n,
                 out.stride(0), eps, K=joined * shape.k, SIZE=shape.k,
-                STACK=0 if those is None else weight.weight.numel(), COLUMNS=columns,
+                STACK=0 if routed is None else weight.weight.numel(), COLUMNS=columns,
                 NORM=gain is not None, **common)
             return
         if gain is not None or weight.order is not None or x.data_ptr() not in self._current:
@@ -867,9 +867,9 @@ class TritonOps(TorchOps):
         tiles, blocks = weight.packed.shape[:2]
         _int4[(tiles, each)](
             x, self._sums(x), whole.packed, whole.scales,
-            x if whole.zeros is None else whole.zeros, bias, ids, shares, out,
+            x if whole.zeros is None else whole.zeros, bias, ids, routing, out,
             self._sums(out) if gated else x, shape.n, out.stride(0), K=x.numel(),
-            BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if those is None else tiles * blocks,
+            BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if routed is None else tiles * blocks,
             GROUP=weight.group_size, SPLIT=choice.warps, ZEROS=whole.zeros is not None,
             ASSEMBLY=self._device.type == 'cuda', **common)
 
@@ -888,7 +888,7 @@ class TritonOps(TorchOps):
     def _prepared(self, x, weight, gain, eps):
         k = x.numel()
         dtype = x.dtype if gain is None else self._dtype or gain.dtype
-        out = self._take('prepared', k, dtype)
+        out = self._buffer('prepared', k, dtype)
         _prepare[(triton.cdiv(k, 512),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out,
             self._sums(out), eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
@@ -907,7 +907,7 @@ class TritonOps(TorchOps):
                 triton.cdiv(vector.numel(), 8), dtype=torch.float32, device=self._device)
         return self._summed[key][1]
 
-    def _take(self, purpose, count, dtype):
+    def _buffer(self, purpose, count, dtype):
         """Return scratch memory, which all layers share."""
         key = purpose, count, dtype
         if key not in self._scratch:
@@ -927,7 +927,7 @@ def _shape(weight, gain, gated):
 
 
 def _heads(layer):
-    """Return what the layout of attention is chosen by."""
+    """Return the shape that the layout of attention depends on."""
     return layer.heads, layer.kv_heads, layer.head_dim, layer.window
 
 

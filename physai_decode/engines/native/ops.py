@@ -13,14 +13,14 @@
 # limitations under the License.
 
 """
-The operations of a decode step in torch: what runs on a CPU, and the twin of each kernel.
+The operations of a decode step in torch: for a CPU, and as the reference of each kernel.
 
-All work on one token, read their inputs from tensors at fixed addresses and write their result in
-place, so that the same step can be captured. ``x`` is the residual stream, float32 [hidden].
+All process one token, read their inputs from tensors at fixed addresses and write their results in
+place, so that the step can be captured. ``x`` is the residual stream, float32 [hidden].
 
-With a leading dimension they work on the rows of a pass, tokens at places one after the other.
-Each row's result is then bit for bit that of the row alone: sums are made row by row, and only
-what is done element by element is done for all rows at once.
+With a leading dimension, they process the rows of a pass: tokens at successive positions. The
+result of each row is bit for bit that of the row alone: sums run row by row, and only elementwise
+operations run on all rows at once.
 """
 
 from collections.abc import Callable
@@ -38,19 +38,19 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-# Elements from which on PyTorch shares an operation out to threads, by a rule that may cut a row
-# in two; at a cut it computes single elements, whose functions differ in the last bit.
-SHARED_OUT = 32768
+# From this many elements on, PyTorch splits an operation between threads, possibly inside a row.
+# Elements at a split are computed one by one, with functions that differ in the last bit.
+PARALLEL_SIZE = 32768
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What attention needs to know of a layer beside its cache."""
+    """The parameters of attention in a layer."""
 
     heads: int
     kv_heads: int
     head_dim: int
-    window: int              # tokens seen back; 0: all
+    window: int              # tokens attended to; 0: all
     scale: float             # multiplies the products of queries and keys
     norm_eps: float
     q_norm: Tensor | None    # [head_dim]
@@ -59,16 +59,16 @@ class Attention:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Give GELU by its approximation with tanh (Hendrycks and Gimpel 2016)."""
+    """Return the tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
     return F.gelu(x, approximate='tanh')
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The weights of a `Stack` that a token takes."""
+    """The experts of a `Stack` that are selected for a token."""
 
     ids: Tensor              # int64
-    weights: Tensor          # float32, what each one's product counts
+    weights: Tensor          # float32, the routing weights
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {'silu': F.silu, 'gelu_tanh': gelu_tanh}
@@ -76,9 +76,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {'silu': F.silu, 'gelu_tanh
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """
-    Normalise over the last dimension, in float32.
+    Apply RMS norm over the last dimension, in float32.
 
-    :returns: ``x``'s shape in ``dtype``; by default that of ``gain``.
+    :returns: the shape of ``x``, in ``dtype``, by default that of ``gain``.
     """
     wide = x.float()
     squares = (wide * wide).sum(-1, keepdim=True)
@@ -86,13 +86,13 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype | None = No
     return (wide * scale).mul_(gain).to(dtype or gain.dtype)
 
 
-def grown(growth: Growth, places: Tensor) -> Tensor:
-    """Give what queries at ``places`` int64 are multiplied by, float32; see `Growth`."""
+def growth_factors(growth: Growth, places: Tensor) -> Tensor:
+    """Return the float32 factors of queries at positions ``places``, int64; see `Growth`."""
     return (places // growth.context).float().log1p_().mul_(growth.beta).add_(1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [..., head_dim] by angles [..., head_dim / 2]; the halves are the pairs."""
+    """Rotate [..., head_dim] by angles [..., head_dim / 2]; the two halves form the pairs."""
     low, high = heads.float().chunk(2, -1)
     return torch.cat(((low * cos).addcmul_(high, sin, value=-1),
                       (high * cos).addcmul_(low, sin)), -1)
@@ -100,27 +100,26 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def top_k(logits: Tensor, count: int, normalised: bool) -> tuple[Tensor, Tensor]:
     """
-    Give the numbers of those that a router takes, and their shares, both [..., count].
+    Return the ids of the selected experts and their routing weights, both [..., count].
 
     :param logits: float32 [..., experts].
-    :param normalised: scale the shares to add up to 1.
+    :param normalised: scale the routing weights to a sum of 1.
     """
-    shares, ids = logits.softmax(-1).topk(count)
-    return ids, shares / shares.sum(-1, keepdim=True) if normalised else shares
+    weights, ids = logits.softmax(-1).topk(count)
+    return ids, weights / weights.sum(-1, keepdim=True) if normalised else weights
 
 
 class TorchOps:
-    """The step's operations in torch."""
+    """The operations of a decode step in torch."""
 
     name = 'torch'
 
     def __init__(self, on_host: bool, dtype: torch.dtype | None = None):
         """
-        Take what a step works with.
+        Configure the operations.
 
-        :param on_host: whether the host may read tensors, as on a CPU; in a captured step it
-            can't.
-        :param dtype: what products take; by default the dtype of the norm's gains before them.
+        :param on_host: whether the host can read tensors, as on a CPU; not in a captured step.
+        :param dtype: input dtype of products; by default that of the preceding norm's gain.
         """
         self._on_host = on_host
         self._dtype = dtype
@@ -135,7 +134,7 @@ class TorchOps:
 
     def linear(self, x: Tensor, weight: Linear, out: Tensor, *,
                gain: Tensor | None = None, eps: float = 0.0, add: bool = False) -> None:
-        """Write (or add) the product of ``x`` [K], normed if there is a gain, to ``out`` [N]."""
+        """Write (or add) the product with ``x`` [K], normalised if there is a gain, to ``out``."""
         if x.dim() > 1:
             for each, result in zip(self._inputs(x, gain, eps), out):
                 self.linear(each, weight, result, add=add)
@@ -161,7 +160,7 @@ class TorchOps:
         """
         if x.dim() > 1:
             product = torch.stack([weight.apply(each) for each in self._inputs(x, gain, eps)])
-            if not self._on_host or out.numel() >= SHARED_OUT:
+            if not self._on_host or out.numel() >= PARALLEL_SIZE:
                 for each, result in zip(product, out):
                     _activate(each, weight, result, activation)
                 return
@@ -170,35 +169,35 @@ class TorchOps:
         _activate(product, weight, out, activation)
 
     def select(self, logits: Tensor, into: Routed, normalised: bool) -> None:
-        """Choose among experts by ``logits`` float32 [experts]; see `top_k`."""
-        ids, shares = top_k(logits, into.ids.shape[0], normalised)
+        """Select experts by ``logits`` float32 [experts]; see `top_k`."""
+        ids, weights = top_k(logits, into.ids.shape[0], normalised)
         into.ids.copy_(ids)
-        into.weights.copy_(shares)
+        into.weights.copy_(weights)
 
-    def gated_experts(self, x: Tensor, stack: Stack, those: Routed, out: Tensor,
+    def gated_experts(self, x: Tensor, stack: Stack, routed: Routed, out: Tensor,
                       gain: Tensor | None, eps: float, activation: str = 'silu') -> None:
         """
-        Write share * activation(gate) * up of each weight taken to a row of ``out``.
+        Write weight * activation(gate) * up of each selected expert to a row of ``out``.
 
-        :param stack: of weights [2 N, K] with the rows of gate and up.
-        :param out: [weights, N or more].
+        :param stack: matrices [2 N, K] with the rows of gate and up.
+        :param out: [selected, N or more].
         """
         x = self._input(x, gain, eps)
-        for row, share, weight in zip(out, those.weights, self._of(stack, those)):
+        for row, routing_weight, weight in zip(out, routed.weights, self._selected(stack, routed)):
             gate, up = weight.halves(weight.apply(x))
             product = ACTIVATIONS[activation](gate).mul_(up).flatten()
-            torch.mul(product, share, out=row[:product.shape[0]])
+            torch.mul(product, routing_weight, out=row[:product.shape[0]])
 
-    def summed_experts(self, x: Tensor, stack: Stack, those: Routed, out: Tensor, *,
+    def summed_experts(self, x: Tensor, stack: Stack, routed: Routed, out: Tensor, *,
                        add: bool = False) -> None:
         """
-        Write (or add) the sum of the products of each row of ``x`` with a weight [N, K].
+        Write (or add) the sum of the products of each row of ``x`` with its expert [N, K].
 
-        :param x: [weights, K or more].
+        :param x: [selected, K or more].
         """
         if not add:
             out.zero_()
-        for row, weight in zip(x, self._of(stack, those)):
+        for row, weight in zip(x, self._selected(stack, routed)):
             out.add_(weight.apply(row[:weight.shape[1]]))
 
     def add_normed(self, branch: Tensor, gain: Tensor, eps: float, x: Tensor) -> None:
@@ -216,15 +215,15 @@ class TorchOps:
     def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cos: Tensor,
                sin: Tensor, layer: Attention, out: Tensor) -> None:
         """
-        Attend from one token, after writing its key and value to the cache.
+        Write the key and value of one token to the cache, and compute its attention.
 
         :param qkv: float32 [(heads + 2 * kv_heads) * head_dim].
-        :param keys: and ``values``, the layer's cache [kv_heads, max_context, head_dim].
-        :param position: int64 [1], the token's place, and the number of those before it.
-        :param cos: and ``sin``, float32 [max_context, head_dim / 2].
+        :param keys: the cache of the layer, [kv_heads, max_context, head_dim], like ``values``.
+        :param position: int64 [1], of the token.
+        :param cos: float32 [max_context, head_dim / 2], like ``sin``.
         :param out: [heads * head_dim].
         """
-        if qkv.dim() > 1 and (not self._on_host or qkv.numel() >= SHARED_OUT):
+        if qkv.dim() > 1 and (not self._on_host or qkv.numel() >= PARALLEL_SIZE):
             for row, (each, result) in enumerate(zip(qkv, out)):
                 self.attend(each, keys, values, position + row, cos, sin, layer, result)
             return
@@ -239,15 +238,15 @@ class TorchOps:
         qk = rotate(qk, cos[place].unsqueeze(1), sin[place].unsqueeze(1))
         if layer.growth.beta:
             places = position if rows == 1 else position + torch.arange(rows)
-            qk[:, :heads] *= grown(layer.growth, places).view(-1, 1, 1)
+            qk[:, :heads] *= growth_factors(layer.growth, places).view(-1, 1, 1)
         qk = qk.to(keys.dtype)
         keys[:, place] = qk[:, heads:].transpose(0, 1)
         values[:, place] = v.to(values.dtype).transpose(0, 1)
-        # Grouped: the queries of one key-value head are the rows of one product.
+        # The queries of one key-value head are the rows of one product.
         queries, scale = qk[:, :heads].view(rows, kv_heads, -1, dim), layer.scale
         if start is None:
-            # A captured step has one length for ever, and masks. PyTorch's fused attention would
-            # leave each key-value head to one multiprocessor.
+            # A captured step has a fixed length and needs a mask. PyTorch's fused attention would
+            # use one multiprocessor per key-value head.
             places = torch.arange(keys.shape[1], device=keys.device)
             hidden = places > position
             if layer.window:
@@ -264,21 +263,21 @@ class TorchOps:
                 scale=scale).view(-1))
 
     def sampler(self, vocab_size: int, device: torch.device) -> Sampler:
-        """Give what chooses the next token from the step's logits."""
+        """Return the sampler for the logits of a step."""
         return (HostSampler if self._on_host else Sampler)(vocab_size, device)
 
     def tune(self, transformer: Any, progress: Callable[[str], None]) -> None:
-        """Choose nothing: torch has its own heuristics."""
+        """Do nothing: torch has its own heuristics."""
 
-    def _of(self, stack, those):
-        """Give the weights taken; in a captured step copies of them."""
+    def _selected(self, stack, routed):
+        """Return the selected matrices; in a captured step, copies of them."""
         if self._on_host:
-            return (stack[number] for number in those.ids.tolist())
-        return (stack.copied(number) for number in those.ids.split(1))
+            return (stack[number] for number in routed.ids.tolist())
+        return (stack.copied(number) for number in routed.ids.split(1))
 
     def _inputs(self, x, gain, eps):
-        """Do as `_input` for each row."""
-        if gain is None or not self._on_host or x.numel() >= SHARED_OUT:
+        """Return `_input` of each row."""
+        if gain is None or not self._on_host or x.numel() >= PARALLEL_SIZE:
             return [self._input(each, gain, eps) for each in x]
         scales = [(float(each.dot(each)) / x.shape[1] + eps) ** -0.5 for each in x]
         return (x * gain).mul_(torch.tensor(scales).unsqueeze(1)).to(self._dtype or gain.dtype)

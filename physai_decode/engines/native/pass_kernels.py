@@ -13,13 +13,13 @@
 # limitations under the License.
 
 """
-The operations of a pass of several rows as Triton kernels; each one's twin is in ``ops``.
+The operations of a pass of several rows as Triton kernels; the reference of each is in ``ops``.
 
-A step is a pass of one row. How many rows there are is a number that the same compiled kernel is
-given, so a row's bits can not depend on it. Products go through the matrix units, whose columns
-are the rows of the pass: weights are read once for all. Columns that are left repeat the last row.
+A step is a pass of one row. The number of rows is an argument of the same compiled kernel, so the
+bits of a row can not depend on it. Products use the tensor cores, with a row of the pass in each
+column, so the weights are read once for all rows. Unused columns repeat the last row.
 
-The kernels launch as those of ``kernels`` do, see there for ``EARLY``.
+For ``EARLY``, see ``kernels``.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ from physai_decode.engines.native.kernels import _grouped
 from physai_decode.engines.native.kernels import _heads
 from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
+from physai_decode.engines.native.kernels import _rotated
 from physai_decode.engines.native.kernels import _tile
-from physai_decode.engines.native.kernels import _turned
 from physai_decode.engines.native.kernels import Choice
 from physai_decode.engines.native.kernels import SHARING_CHOICES
 from physai_decode.engines.native.kernels import SIDE
@@ -51,7 +51,7 @@ import triton.language as tl
 @triton.jit
 def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
                 EARLY: tl.constexpr):
-    """Write the rows of ``table`` that tokens name to ``x``; one that is no guess names any."""
+    """Write the rows of ``table`` for all tokens to ``x``; padding gets row 0."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -68,7 +68,7 @@ def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexp
 def _prepare_rows(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.constexpr,
                   BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr,
                   EARLY: tl.constexpr):
-    """Do as `_prepare` for each row."""
+    """Run `_prepare` for each row."""
     row = tl.program_id(1)
     _prepare(x + row * K, gain, order, out + row * K, out_sums + row * ((K + 7) // 8), eps, K,
              WIDE, BLOCK, NORM, ORDERED, EARLY)
@@ -77,14 +77,14 @@ def _prepare_rows(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.
 @triton.jit
 def _add_normed_rows(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr,
                      BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Do as `_add_normed` for each row."""
+    """Run `_add_normed` for each row."""
     row = tl.program_id(1)
     _add_normed(branch + row * K, gain, x + row * K, eps, K, WIDE, BLOCK, EARLY)
 
 
 @triton.jit
 def _column(pointers, k, columns, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Load from column ``k`` on, of K; ``columns`` has those of WIDTH in the tile's shape."""
+    """Load WIDTH of K columns from ``k`` on; ``columns`` are their offsets in the tile."""
     if K % WIDTH == 0:
         return tl.load(pointers + k)
     else:
@@ -97,12 +97,12 @@ def _dense_rows(x, weight, bias, out, n, rows, K: tl.constexpr, TILE: tl.constex
                 GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
                 EARLY: tl.constexpr):
     """
-    Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [rows, K]; a tile of TILE rows a program.
+    Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [rows, K]; TILE rows per program.
 
-    The columns are dealt out to SPLIT warps, whose sums are joined at the end.
+    SPLIT warps share the columns, and their sums are added at the end.
     """
     tile = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    # Rows past the end read the last row again: no mask for them in the loop.
+    # Rows past the end read the last row again: no mask in the loop.
     row = tl.minimum(tile, n - 1).to(tl.int64) * K
     each = tl.arange(0, SIDE)
     source = tl.minimum(each, rows - 1) * K
@@ -163,7 +163,7 @@ def _store_rows(out, tile, n, rows, values, ADD: tl.constexpr):
 
 @triton.jit
 def _input_rows(x, sums, column, rows, K: tl.constexpr, GROUP: tl.constexpr):
-    """Do as `kernels._input`, with a row of the pass in each column."""
+    """Load like `kernels._input`, with a row of the pass in each column."""
     SPLIT: tl.constexpr = column.shape[0]
     each = tl.minimum(tl.arange(0, SIDE), rows - 1)
     eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
@@ -182,7 +182,7 @@ def _input_rows(x, sums, column, rows, K: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _block_rows(result, x, sums, words, four, zero, block, rows, K: tl.constexpr,
                 GROUP: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of what `_tile` gave of the blocks [SPLIT, 1] to [SPLIT, 16, SIDE]."""
+    """Add the products of the blocks [SPLIT, 1] that `_tile` loaded to [SPLIT, 16, SIDE]."""
     column = block * (4 * GROUP)
     v0, total0 = _input_rows(x, sums, column, rows, K, GROUP)
     v1, total1 = _input_rows(x, sums, column + GROUP, rows, K, GROUP)
@@ -201,9 +201,9 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
                GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
                ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
-    Multiply an `Int4` [n, K] by ``x`` [rows, K]; a tile of 16 rows a program, as `kernels._int4`.
+    Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
-    The next words are asked for before these are multiplied.
+    The next words are requested before the current ones are multiplied.
     """
     program = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, SPLIT)[:, None]
@@ -240,10 +240,10 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
 
 
 @triton.jit
-def _keep(qkv, keys, values, position, cos, sin, gain, max_context, eps, KV_HEADS: tl.constexpr,
-          GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, NORM: tl.constexpr,
-          EARLY: tl.constexpr):
-    """Write one row's key and value of one key-value head to the cache."""
+def _write_cache(qkv, keys, values, position, cos, sin, gain, max_context, eps,
+                 KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+                 NORM: tl.constexpr, EARLY: tl.constexpr):
+    """Write the key and value of one row and key-value head to the cache."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -253,7 +253,7 @@ def _keep(qkv, keys, values, position, cos, sin, gain, max_context, eps, KV_HEAD
     inside = (dims < D)[None, :]
     angles = place * (D // 2)
     k_head = qkv + (row * (GROUP + 2) * KV_HEADS + KV_HEADS * GROUP + kv_head) * D
-    k = _turned(k_head, gain, cos + angles, sin + angles, dims[None, :], D, eps, inside, NORM)
+    k = _rotated(k_head, gain, cos + angles, sin + angles, dims[None, :], D, eps, inside, NORM)
     v = tl.load(k_head + KV_HEADS * D + dims[None, :], mask=inside, other=0.0)
     new = kv_head.to(tl.int64) * max_context * D + place * D + dims[None, :]
     tl.store(keys + new, k.to(keys.dtype.element_ty), mask=inside)
@@ -268,12 +268,12 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
                  NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
                  EARLY: tl.constexpr):
     """
-    Attend over one share of the context for the queries of one key-value head, of TOGETHER rows.
+    Attend over one split of the context, for one key-value head and TOGETHER rows.
 
-    The shares take turns, TOKENS at a time, by places of the context: which share and which tile a
-    place belongs to is the same for all rows. Keys and values of the pass are in the cache.
+    The splits interleave in tiles of TOKENS positions, so that the split and the tile of a
+    position are the same for all rows. The keys and values of the pass are in the cache.
     """
-    kv_head, share = tl.program_id(0), tl.program_id(1)
+    kv_head, split = tl.program_id(0), tl.program_id(1)
     first = tl.program_id(2) * TOGETHER
     queries = tl.arange(0, PADDED)
     dims = tl.arange(0, DIMS)
@@ -286,10 +286,10 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
     tile = 0
     if WINDOW > 0:
         tile = tl.maximum(0, begin + 1 - WINDOW) // TOKENS
-    start = (tile + (share + SPLITS - tile % SPLITS) % SPLITS) * TOKENS
+    start = (tile + (split + SPLITS - tile % SPLITS) % SPLITS) * TOKENS
     cache = kv_head.to(tl.int64) * max_context * D
     if EARLY:
-        # But for those of the pass, the share's keys and values are older than it.
+        # Except for those of the pass, the split's keys and values are older.
         ahead = tl.minimum(start + tl.arange(0, TOKENS), max_context - 1)
         lines = cache + ahead.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
         _fetch(keys + lines)
@@ -302,7 +302,7 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
         factor *= 1.0 + BETA * tl.log(1.0 + place // LENGTH)
     head = row * ((GROUP + 2) * KV_HEADS) + kv_head * GROUP + queries % GROUP
     kind = keys.dtype.element_ty
-    q = _turned(qkv + head[:, None] * D, gain, cos + angles, sin + angles, dims[None, :], D, eps,
+    q = _rotated(qkv + head[:, None] * D, gain, cos + angles, sin + angles, dims[None, :], D, eps,
                 inside[:, None] & (dims < D)[None, :], NORM).to(kind)
     maxima = tl.full((PADDED,), float('-inf'), tl.float32)
     totals = tl.zeros((PADDED,), tl.float32)
@@ -319,13 +319,13 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
             seen &= tokens[None, :] > place[:, None] - WINDOW
         scores = tl.where(seen, scores, float('-inf'))
         highest = tl.maximum(maxima, tl.max(scores, 1))
-        base = tl.where(highest == float('-inf'), 0.0, highest)     # nothing of the share is seen
+        base = tl.where(highest == float('-inf'), 0.0, highest)     # no visible position
         weights = tl.exp(scores - base[:, None])
         fade = tl.exp(maxima - base)
         totals = totals * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision='ieee')
         maxima = highest
-    slot = ((row * KV_HEADS + kv_head) * GROUP + queries % GROUP) * SPLITS + share
+    slot = ((row * KV_HEADS + kv_head) * GROUP + queries % GROUP) * SPLITS + split
     tl.store(part_maxima + slot, maxima, mask=inside)
     tl.store(part_totals + slot, totals, mask=inside)
     tl.store(part_sums + slot[:, None] * DIMS + dims[None, :], sums, mask=inside[:, None])
@@ -333,7 +333,7 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dense product is laid out: a tile, and what shares its columns; stages are copies."""
+    """The layout of a dense product: a tile, the warps that split its columns, and stages."""
 
     rows: int
     columns: int
@@ -348,14 +348,14 @@ DENSE_LAYOUTS = tuple(Layout(*each) for each in (
     (32, 128, 1, 3, 2), (32, 128, 1, 4, 2), (32, 256, 1, 3, 2), (64, 64, 1, 4, 4),
     (64, 128, 1, 3, 4), (64, 128, 1, 4, 4), (16, 128, 2, 3, 2), (16, 128, 2, 4, 2),
     (16, 128, 4, 3, 4), (16, 128, 4, 4, 4), (32, 128, 2, 3, 2), (32, 64, 4, 4, 4)))
-if not compiler.PIPELINES:      # loads of three dimensions
+if not compiler.PIPELINES:      # no three-dimensional loads
     DENSE_LAYOUTS = tuple(each for each in DENSE_LAYOUTS if each.split == 1)
 INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, 1) for warps in (
     (4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
 
 
 class PassOps(TritonOps):
-    """The operations of passes as kernels; same names, arguments and results as `TorchOps`."""
+    """The operations of passes as kernels, with the interface of `TorchOps`."""
 
     def embed(self, table, token, x, scale=1.0):
         """See `TorchOps.embed`."""
@@ -378,19 +378,19 @@ class PassOps(TritonOps):
         group, rows = layer.heads // layer.kv_heads, _rows(qkv)
         padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
-        # Rows whose queries fill a tile; what a later one's overflows would be in the sums of all.
+        # Rows that share a tile of queries; one in float16, as an overflow would reach them all.
         together = 1 if keys.dtype == torch.float16 else min(ROWS, padded // group)
         sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
         splits = self._splits or max(
             1, sharing.programs * self._programs // triton.next_power_of_2(kv_heads))
-        parts = [self._take(f'attention {part}', ROWS * layer.heads * splits * width,
-                            torch.float32)
+        parts = [self._buffer(f'attention {part}', ROWS * layer.heads * splits * width,
+                              torch.float32)
                  for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
         norm = layer.q_norm is not None
         q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)
         sizes = {'KV_HEADS': kv_heads, 'GROUP': group, 'D': dim, 'DIMS': dims, 'NORM': norm,
                  'EARLY': self._early}
-        _keep[(kv_heads, rows)](
+        _write_cache[(kv_heads, rows)](
             qkv, keys, values, position, cos, sin, k_gain, max_context, layer.norm_eps, **sizes,
             **self._launch(1))
         _attend_rows[(kv_heads, splits, triton.cdiv(rows, together))](
@@ -406,8 +406,8 @@ class PassOps(TritonOps):
         """See `TritonOps._candidates`."""
         return INT4_LAYOUTS if shape.kind.startswith('int4') else DENSE_LAYOUTS
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
-        assert those is None        # experts take their tokens one by one
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
+        assert routed is None       # experts run token by token
         shape, layout = self._layout(weight, gain, gated)
         n, rows, bias = shape.n, _rows(x), weight.bias
         dense = isinstance(weight, Dense)
@@ -415,7 +415,7 @@ class PassOps(TritonOps):
         if gain is not None or ordered:
             x = self._prepared(x, None if dense else weight.order, gain, eps)
         k = x.shape[-1]
-        # A pointer that is not used still has to be one.
+        # Triton requires a valid pointer even for unused arguments.
         common = {'GATED': gated, 'GELU': gelu, 'ADD': add, 'BIAS': bias is not None,
                   'EARLY': self._early, **self._launch(layout.warps)}
         bias = x if bias is None else bias
@@ -437,7 +437,7 @@ class PassOps(TritonOps):
     def _prepared(self, x, order, gain, eps):
         k, rows = x.shape[-1], _rows(x)
         dtype = x.dtype if gain is None else self._dtype or gain.dtype
-        out = self._take('prepared', ROWS * k, dtype).view(ROWS, k)
+        out = self._buffer('prepared', ROWS * k, dtype).view(ROWS, k)
         _prepare_rows[(triton.cdiv(k, 512), rows)](
             x, x if gain is None else gain, x if order is None else order, out, self._sums(out),
             eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512, NORM=gain is not None,
@@ -445,7 +445,7 @@ class PassOps(TritonOps):
         return out
 
     def _sums(self, vector):
-        """Give the place for the sums of every 8 of so many rows, which begin where these do."""
+        """Return the buffer for the sums of every 8 elements of the rows of a buffer."""
         key = vector.data_ptr()
         self._current.add(key)
         if key not in self._summed:

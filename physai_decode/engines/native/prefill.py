@@ -13,13 +13,12 @@
 # limitations under the License.
 
 """
-Prompts in captured chunks: each padded to one of a few sizes, one CUDA graph for each size.
+Prefill in captured chunks, each padded to one of a few sizes with a CUDA graph.
 
-A chunk's place and length are read on the device, so a size's graph serves every place of a
-context. A graph ends with the last layer's keys and values; what only the last token needs (the
-rest of that layer, and the head) is the decode step's own kernels, in a graph of its own.
-`Transformer.prefill` does the same uncaptured, in torch: what runs where this does not, and the
-reference of its tests.
+The position and length of a chunk are read on the device, so a graph serves all positions. A graph
+ends with the keys and values of the last layer. The rest of that layer and the head, which only
+the last token needs, run the kernels of the decode step in a separate graph. `Transformer.prefill`
+is the same in torch, without graphs: the alternative, and the reference for tests.
 """
 
 from collections.abc import Callable
@@ -48,26 +47,27 @@ from torch import Tensor
 import triton
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)     # tokens of a captured chunk
-UPLOADS = 4                             # chunks whose ids may be under way to the device
-UNPACKED_BYTES = 32 * 2**20             # of an int4 weight, for the library, at a time
-UNPACKED_ROWS = 1792                    # at least; fewer leave processors idle
-SLOTS = 2                               # for what is unpacked while the library multiplies
-REST = 0.5                              # of the processors, see `_full_turns`
-ROW_WARPS = 16                          # of a program that reads a row, where rows are few
-ROTATED = 4                             # heads that a program turns, where tokens are few
-SPLITS = 8                             # shares of a context at the most
-NEAR = 512                              # places that attention reads without sharing them out
-UNPACKING = 4                           # tiles of 16 rows, and warps, of a program that unpacks
-CAPABILITY = (8, 0)                     # from which on Triton uses the matrix units
+UPLOADS = 4                             # chunks whose ids may be in transfer to the device
+UNPACKED_BYTES = 32 * 2**20             # of an int4 weight that are unpacked at a time
+UNPACKED_ROWS = 1792                    # minimum; fewer leave processors idle
+SLOTS = 2                               # buffers for unpacking while the library multiplies
+TAIL = 0.5                              # of the processors, see `_full_waves`
+ROW_WARPS = 16                          # of a program that reads a row, if there are few rows
+ROTATED_HEADS = 4                       # heads that a program rotates, if there are few tokens
+SPLITS = 8                              # maximum splits of a context
+SHORT_CONTEXT = 512                     # tokens up to which attention does not split it
+UNPACKING = 4                           # tiles of 16 rows, and warps, per program that unpacks
+CAPABILITY = (8, 0)                     # the lowest for which Triton uses tensor cores
 
 
 @dataclass(frozen=True)
 class Choice:
     """
-    How a product is computed: by a kernel of `prefill_kernels`, or without rows by the library.
+    How a product is computed: by a kernel of `prefill_kernels`; if ``rows`` is 0, by the library.
 
-    ``rows`` and ``columns`` are a tile of the weights; of an `Int4` the columns are those of each
-    of four groups. ``tokens`` are those of a tile, ``splits`` the programs that share the columns.
+    ``rows`` and ``columns`` are the size of a tile of weights; for an `Int4`, ``columns`` counts
+    those of each of four groups. ``tokens`` are the tokens of a tile, and ``splits`` the programs
+    that split the columns.
     """
 
     rows: int = 0
@@ -82,19 +82,19 @@ LIBRARY = Choice()
 
 
 class Prefill:
-    """Feeds chunks of prompts to a transformer, captured where ``capture`` says so."""
+    """Prefills a transformer in chunks, captured if ``capture`` is set."""
 
     def __init__(self, transformer: Transformer, sizes: Sequence[int] = SIZES,
                  capture: bool = True, choices: dict[object, Choice] | None = None,
                  progress: Callable[[str], None] = lambda message: None):
         """
-        Take the buffers, which all sizes share, and capture.
+        Allocate the buffers, which all sizes share, and capture.
 
-        :param sizes: tokens of a chunk, powers of 2 from 16 on; those above the context are left
-            out but one.
-        :param capture: on CUDA always but in tests: `_tail` begins with a kernel that starts early
-            and relies on what was written two kernels before.
-        :param choices: how to compute products, by `key`; what is not there is chosen by rule.
+        :param sizes: tokens of a chunk, powers of 2 from 16 on; of those above the context, only
+            the smallest is used.
+        :param capture: on CUDA, false only in tests: `_tail` begins with a kernel that starts
+            early and relies on results from two kernels before.
+        :param choices: how to compute products, by `key`; others are chosen by `rule`.
         """
         t = self._t = transformer
         a = t.architecture
@@ -131,32 +131,32 @@ class Prefill:
         self._slots = [torch.zeros(unpacked, dtype=dtype, device=device)
                        for _ in range(SLOTS if unpacked else 0)]
         self._side = torch.cuda.Stream(device) if self._cuda and unpacked else None
-        self._turn = 0
-        self._begun: Any = None             # the event of the chunk's start
-        self._free: dict[int, Any] = {}     # by slot, the event from which it can be filled
+        self._slot = 0
+        self._begun: Any = None             # the event at the start of the chunk
+        self._free: dict[int, Any] = {}     # for each slot, the event after which it is free
         split_rows = max((size * self._splits(size) for size in self.sizes
                           if self._splits(size) > 1), default=0) * a.heads
-        self._shares = [torch.zeros(split_rows * width, dtype=torch.float32, device=device)
+        self._partials = [torch.zeros(split_rows * width, dtype=torch.float32, device=device)
                         for width in (a.head_dim, 1, 1)]
         self.buffer_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in (
                 self._inputs, self._logits, self._x, self._normed, self._q, self._attended,
-                self._hidden, self._ordered, self._parts, *self._slots, *self._shares))
+                self._hidden, self._ordered, self._parts, *self._slots, *self._partials))
         self.graph_bytes = 0
         self._uploads = [
             (torch.zeros(2 + largest, dtype=torch.int64).pin_memory(), torch.cuda.Event())
             for _ in range(UPLOADS)] if self._cuda else []
-        # By size, and by whether attention's reading is not shared out: the context is short.
+        # By size, and by whether the context is short, so that attention does not split it.
         self._run: dict[tuple[int, bool], Callable[[], None]] = {
-            (size, near): partial(self._chunk, size, near) for size in self.sizes
-            for near in (False, True) if not near or self._splits(size) > 1}
+            (size, short): partial(self._chunk, size, short) for size in self.sizes
+            for short in (False, True) if not short or self._splits(size) > 1}
         self._finish = self._tail
         if capture:
             self._capture(progress)
 
     @staticmethod
     def runs(transformer: Transformer) -> bool:
-        """Tell whether this transformer's chunks can be captured; else `Transformer.prefill`."""
+        """Return whether chunks of this transformer can be captured."""
         keys = transformer.keys
         if keys.device.type != 'cuda' or keys.dtype == torch.float32:
             return False
@@ -172,14 +172,14 @@ class Prefill:
 
     @property
     def details(self) -> dict[str, str]:
-        """What there is to tell of it: the sizes of its chunks, and its memory."""
+        """Entries for the details of the `Footprint`: chunk sizes and memory."""
         return {'prefill': 'captured', 'prefill_sizes': ' '.join(map(str, self.sizes)),
                 'prefill_gb': f'{(self.buffer_bytes + self.graph_bytes) / 1e9:.3f}'}
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int] | Tensor, start: int) -> Tensor:
         """
-        Read a piece of a prompt; see `Transformer.prefill`.
+        Prefill a chunk; see `Transformer.prefill`.
 
         :returns: float32 [vocab], the same tensor each time.
         """
@@ -189,9 +189,10 @@ class Prefill:
     @torch.inference_mode()
     def feed(self, ids: Sequence[int] | Tensor, start: int) -> None:
         """
-        Fill the cache with the keys and values of a piece of a prompt, without waiting for it.
+        Prefill any number of tokens, without waiting for the device.
 
-        :param ids: of any number of tokens, for which the cache has room behind ``start``.
+        :param ids: at positions from ``start`` on, within the cache.
+        :raises ValueError: there are no ids, or they do not fit into the cache.
         """
         if isinstance(ids, Tensor) and ids.device.type == 'cpu':
             ids = ids.tolist()
@@ -204,13 +205,13 @@ class Prefill:
             piece = ids[done:done + self.sizes[-1]]
             self._upload(piece, start + done)
             size = next(size for size in self.sizes if size >= len(piece))
-            near = start + done + size <= NEAR and (size, True) in self._run
-            self._run[size, near]()
+            short = start + done + size <= SHORT_CONTEXT and (size, True) in self._run
+            self._run[size, short]()
             done += len(piece)
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        """Give the logits after the last token fed; float32 [vocab], the same tensor each time."""
+        """Return the logits after the last token, float32 [vocab], always the same tensor."""
         self._finish()
         return self._logits
 
@@ -242,9 +243,9 @@ class Prefill:
         self._run = {name: graph.replay for name, graph in graphs.items()}
         self.graph_bytes = free - torch.cuda.mem_get_info(device)[0]
 
-    # What follows runs while it is captured: no size or place of a prompt but the padded.
+    # The methods below are captured: they only depend on padded sizes.
 
-    def _chunk(self, tokens, near):
+    def _chunk(self, tokens, short):
         """Run all layers, the last one up to its keys and values."""
         if self._side:
             self._begun, self._free = _now(), {}
@@ -263,7 +264,7 @@ class Prefill:
             self._rotated(index, parts, count, tokens, last)
             if last:
                 break
-            self._attend(index, tokens, near, self._is_placed(layer.out, tokens))
+            self._attend(index, tokens, short, self._is_placed(layer.out, tokens))
             parts, count = self._product(self._attended, layer.out, tokens)
             self._add(layer.out, parts, count, tokens, layer.out_norm, layer.mlp_norm,
                       self._is_placed(layer.mlp.gate_up, tokens, True))
@@ -280,7 +281,7 @@ class Prefill:
             BLOCK=512, PARTS=count, BIAS=bias is not None, **self._launch(4))
 
     def _tail(self):
-        """Run the last token through the rest of the last layer and the head: see `step`."""
+        """Run the last token through the rest of the last layer and the head."""
         t, eps, layer = self._t, self._t.architecture.norm_eps, self._t.weights.layers[-1]
         ops = t.ops
         ops.attend(t.qkv, t.keys[-1], t.values[-1], self._place, *t.angles[-1], t.attention[-1],
@@ -289,7 +290,7 @@ class Prefill:
         ops.linear(t.x, t.weights.head, self._logits, gain=t.weights.norm, eps=eps)
 
     def _product(self, x, weight, tokens):
-        """Multiply; gives the shares [splits, tokens, n], to which the bias is still to come."""
+        """Multiply; return the partial sums [splits, tokens, n] without bias, and their number."""
         n, k = weight.shape
         x = self._in_order(x, weight, tokens)
         choice = self._choice(weight, tokens, False)
@@ -309,7 +310,7 @@ class Prefill:
         choice = self._choice(weight, tokens, True)
         n, k = weight.shape
         if choice.rows:
-            full, splits = self._full_turns(weight, tokens, choice)
+            full, splits = self._full_waves(weight, tokens, choice)
             self._by_kernel(x, weight, tokens, choice, self._hidden, slice(0, full), placed=placed,
                             gated=True, gelu=gelu)
             if full < n:
@@ -333,12 +334,12 @@ class Prefill:
             BIAS=bias is not None, PAIRED=paired, GELU=gelu, PLACED=placed,
             **self._launch(4))
 
-    def _full_turns(self, weight, tokens, choice):
+    def _full_waves(self, weight, tokens, choice):
         """
-        Give the rows of gate and up that are computed in turns in which all processors have work.
+        Return the rows of gate and up that fill whole waves of all processors.
 
-        And the shares in which the columns of the rest are dealt out: a few tiles more would keep
-        few processors busy for a whole turn.
+        Also return the number of splits of the columns of the remaining rows: without splits, a
+        few tiles would keep few processors busy for a whole wave.
         """
         n, k = weight.shape
         blocks = tokens // choice.tokens
@@ -346,17 +347,17 @@ class Prefill:
         full = tiles * blocks // self._processors * self._processors // blocks
         rest = (tiles - full) * blocks
         steps = k // ((4 if isinstance(weight, Int4) else 1) * choice.columns)
-        if (tokens < 128 or not full or not rest or rest > REST * self._processors
+        if (tokens < 128 or not full or not rest or rest > TAIL * self._processors
                 or (isinstance(weight, Dense) and weight.bias is not None)):
             return n, 1
         return full * choice.rows, max(1, min(8, steps // 2, self._processors // rest))
 
     def _pieces(self, weight):
         """
-        Give the rows of a weight dense, piece by piece, each with which rows it has.
+        Yield dense pieces of a weight, each with the slice of its rows.
 
-        Another weight is unpacked on a stream of its own, as far ahead as there are slots for:
-        while the kernels of the chunk compute, the memory has time.
+        Quantised weights are unpacked on a separate stream, as far ahead as slots allow, because
+        the memory is idle while the kernels of the chunk compute.
         """
         if isinstance(weight, Dense):
             yield weight.weight, slice(0, weight.shape[0])
@@ -365,20 +366,20 @@ class Prefill:
         most = self._unpacked_rows(weight)
         for first in range(0, n, most):
             rows = slice(first, min(n, first + most))
-            self._turn = (self._turn + 1) % len(self._slots)
+            self._slot = (self._slot + 1) % len(self._slots)
             count = rows.stop - first
-            part = self._slots[self._turn][:count * k].view(count, k)
+            part = self._slots[self._slot][:count * k].view(count, k)
             if not self._side:
                 self._unpack(weight, part, rows)
                 yield part, rows
                 continue
-            self._side.wait_event(self._free.get(self._turn, self._begun))
+            self._side.wait_event(self._free.get(self._slot, self._begun))
             with torch.cuda.stream(self._side):
                 self._unpack(weight, part, rows)
                 ready = _now()
             torch.cuda.current_stream().wait_event(ready)
             yield part, rows
-            self._free[self._turn] = _now()
+            self._free[self._slot] = _now()
 
     def _unpack(self, weight, part, rows):
         if isinstance(weight, Scaled):
@@ -397,7 +398,7 @@ class Prefill:
 
     def _by_kernel(self, x, weight, tokens, choice, out, rows=None, gated=False, paired=False,
                    placed=False, gelu=False):
-        """Multiply by some rows of a weight, all where none are told."""
+        """Multiply by some rows of a weight, by default all."""
         n, k = weight.shape
         rows = rows or slice(0, n)
         bias = weight.bias if gated else None
@@ -422,12 +423,12 @@ class Prefill:
             ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda, **common)
 
     def _is_placed(self, weight, tokens, gated=False):
-        """Tell whether a product wants its input placed, and not first in an order of its own."""
+        """Return whether the previous kernel writes the input in the layout of this product."""
         return (isinstance(weight, Int4) and weight.order is None
                 and self._choice(weight, tokens, gated).rows > 0)
 
     def _in_order(self, x, weight, tokens, gated=False):
-        """Bring the input into the order of a weight's columns, where it has one."""
+        """Reorder the input for the columns of a weight, if they have an order."""
         if not _is_ordered(weight):
             return x
         k = weight.in_features
@@ -447,7 +448,7 @@ class Prefill:
             NORM=own_gain is not None, PLACED=placed, **self._launch(self._row_warps(tokens)))
 
     def _row_warps(self, tokens):
-        """Give the warps of a program that reads a whole row: more where there are few rows."""
+        """Return the warps of a program that reads a whole row: more if there are few rows."""
         width = triton.next_power_of_2(self._t.architecture.hidden_size)
         return max(1, min(ROW_WARPS if tokens <= 128 else 8, width // 256))
 
@@ -456,7 +457,7 @@ class Prefill:
         bias, attention = t.weights.layers[index].qkv.bias, t.attention[index]
         normed = attention.q_norm is not None
         first = a.heads if last else 0
-        rows = min(ROTATED if tokens <= 128 else 8,
+        rows = min(ROTATED_HEADS if tokens <= 128 else 8,
                    triton.next_power_of_2(a.heads + 2 * a.kv_heads - first))
         kernels._rotate[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads - first, rows))](
             parts, parts if bias is None else bias, t.keys[index], t.values[index], self._q,
@@ -468,36 +469,36 @@ class Prefill:
             BIAS=bias is not None, NORM=normed, BETA=a.growth.beta, LENGTH=a.growth.context,
             **self._launch(2))
 
-    def _attend(self, index, tokens, near, placed):
+    def _attend(self, index, tokens, short, placed):
         t, a = self._t, self._t.architecture
         group, dims = a.heads // a.kv_heads, triton.next_power_of_2(a.head_dim)
-        splits = 1 if near else self._splits(tokens)
+        splits = 1 if short else self._splits(tokens)
         rows, columns, warps, stages = self._tile(tokens)
         kernels._attend[(triton.cdiv(tokens * group, rows), a.kv_heads, splits)](
             self._q, t.keys[index], t.values[index], self._start, self._count, self._attended,
-            *self._shares, t.max_context, tokens, math.log2(math.e) * a.attention_scale,
+            *self._partials, t.max_context, tokens, math.log2(math.e) * a.attention_scale,
             HEADS=a.heads, GROUP=group, D=a.head_dim, DIMS=dims, M=rows, N=columns,
             SPLITS=splits, WINDOW=a.windows[index], STAGES=stages, PLACED=placed,
             **self._launch(warps))
         if splits > 1:
             kernels._join[(tokens, triton.cdiv(a.heads, 4))](
-                *self._shares, self._count, self._attended, tokens, HEADS=a.heads, ROWS=4,
+                *self._partials, self._count, self._attended, tokens, HEADS=a.heads, ROWS=4,
                 D=a.head_dim, DIMS=dims, SPLITS=splits, PLACED=placed, **self._launch(1))
 
     def _is_large(self, tokens):
-        """Tell whether attention has enough rows for tiles of 128, and the chip room for them."""
+        """Return whether attention uses tiles of 128 rows: enough rows and shared memory."""
         a = self._t.architecture
         programs = triton.cdiv(tokens * (a.heads // a.kv_heads), 128) * a.kv_heads
         return programs >= self._processors and self._shared >= 150_000
 
     def _tile(self, tokens):
-        """Give attention's tile of queries and of keys, its warps and stages."""
+        """Return the tile of attention in queries and keys, its warps and stages."""
         if self._t.architecture.head_dim > 128:
             return 64, 32, 4, 2
         return (128, 64, 8, 3) if self._is_large(tokens) else (64, 64, 4, 2)
 
     def _splits(self, tokens):
-        """Give how many programs share what a tile of queries sees."""
+        """Return the number of splits of the context of a tile of queries."""
         a = self._t.architecture
         if self._is_large(tokens):
             return 1
@@ -517,7 +518,7 @@ class Prefill:
         return found
 
     def _most_parts(self):
-        """Give the float32 numbers that the largest product takes."""
+        """Return the size of the largest product in float32 elements."""
         most = 0
         element = self._t.keys.element_size()
         for layer in self._t.weights.layers:
@@ -529,7 +530,7 @@ class Prefill:
                     if choice.rows:
                         splits = choice.splits
                         if gated:
-                            full, splits = self._full_turns(weight, tokens, choice)
+                            full, splits = self._full_waves(weight, tokens, choice)
                             rows -= full
                         most = max(most, tokens * rows * splits)
                         continue
@@ -539,7 +540,7 @@ class Prefill:
         return most
 
     def _most_unpacked(self):
-        """Give the weights that the largest piece has that is unpacked for the library."""
+        """Return the size of the largest unpacked piece in elements."""
         return max((self._unpacked_rows(weight) * weight.shape[1]
                     for layer in self._t.weights.layers for weight in layer.linears
                     if not isinstance(weight, Dense) and any(
@@ -547,7 +548,7 @@ class Prefill:
                         for tokens in self.sizes)), default=0)
 
     def _unpacked_rows(self, weight):
-        """Give how many rows of a weight are unpacked at a time: even pieces of whole tiles."""
+        """Return the rows of a weight that are unpacked at a time: equal pieces of whole tiles."""
         n, k = weight.shape
         most = max(UNPACKED_ROWS, UNPACKED_BYTES // (k * self._t.keys.element_size()))
         pieces = triton.cdiv(n, most)
@@ -555,24 +556,24 @@ class Prefill:
 
 
 def _now():
-    """Mark the present end of the current stream."""
+    """Record an event in the current stream."""
     event = torch.cuda.Event()
     event.record()
     return event
 
 
 def key(weight: Linear, tokens: int, gated: bool) -> object:
-    """Give what a product's choice depends on."""
+    """Return the key of a product in ``choices``."""
     kind = 'dense' if isinstance(weight, Dense) else weight.kind
     return (*weight.shape, kind, gated, tokens)
 
 
 def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int) -> Choice:
     """
-    Choose how to compute a product, by what was fast on an H100; see docs/performance.md.
+    Choose how to compute a product, by measurements on an H100; see docs/performance.md.
 
-    :param processors: the chip's, and ``shared`` the bytes of shared memory that a program may
-        have.
+    :param processors: of the chip.
+    :param shared: maximum shared memory per block in bytes.
     """
     n, k = weight.shape
     group = weight.group_size if isinstance(weight, Int4) else 0
@@ -610,9 +611,9 @@ _DENSE = (((64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
 
 
 def _int4_layouts(n, k, tokens, gated):
-    """Give the layouts of an `Int4`'s product, and how many programs a processor should have."""
+    """Return the layouts of the product of an `Int4`, and its programs per processor."""
     if tokens > (512 if gated else 256) or (tokens == 256 and n > k and not gated):
-        return (), 1        # unpacked, the library is faster
+        return (), 1        # the library is faster, with unpacking
     small = (64, 32, 4, 4), (64, 32, 4, 3), (64, 32, 4, 2)
     if tokens >= 256:
         return ((256, 32, 8, 3) if gated else (128, 32, 8, 4), (128, 32, 8, 2), *small), 1

@@ -214,9 +214,9 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
 class ScaledOps(TritonOps):
     """The step's operations as kernels, for 8-bit weights too."""
 
-    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, those=None):
+    def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         if not isinstance(weight, Scaled):
-            super()._product(x, weight, out, gain, eps, add, gated, gelu, those)
+            super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
         shape, choice = self._layout(weight, gain, gated)
         if weight.order is not None:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the native engine needs to start: room, a source of weights, operations and a clock."""
+"""The start of the native engine: memory check, weights, operations, timing of passes."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -53,37 +53,37 @@ import torch
 if TYPE_CHECKING:
     from physai_decode.engines.native.prefill import Prefill
 
-_FLOATS = ('F16', 'BF16', 'F32', 'F64')      # which are kept in the engine's own
-PASS_ROWS = (1, 2, 4, ROWS)    # a pass of another number takes the next larger one's graph
-PASS_CONTEXT = 4096            # tokens behind which passes are timed, if there is room
-PASS_REPEATS = 20              # on a CPU, or fewer that take `PASS_S`
+_FLOATS = ('F16', 'BF16', 'F32', 'F64')      # converted to the dtype of the engine
+PASS_ROWS = (1, 2, 4, ROWS)    # other sizes use the graph of the next larger one
+PASS_CONTEXT = 4096            # tokens before a pass that is timed, if they fit
+PASS_REPEATS = 20              # on a CPU; fewer if they take `PASS_S`
 PASS_S = 0.5
-LONG_S = 0.1                   # a pass whose larger ones are not tried,
-USELESS = 0.9                  # where each of its rows costs that much of a step
-UNUSED = 8                     # tensors that are named; of more the number
-WORK_BYTES = 2**30             # beside weights and cache, on a GPU
-# The settings whose steps are captured at start; others when they are first asked for.
+SLOW_PASS_S = 0.1              # larger passes than one that takes longer are not timed
+USELESS_COST = 0.9             # if each of its rows costs more than that, in steps
+NAMED = 8                      # unused tensors that are named
+WORK_BYTES = 2**30             # in addition to weights and cache, on a GPU
+# The settings whose steps are captured at the start; others are captured at first use.
 WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
            SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
 
 
 class PartTimes:
-    """How long each part of the start took, in seconds."""
+    """The times of the parts of the start, in seconds."""
 
     def __init__(self) -> None:
-        """Begin the first part."""
+        """Start the first part."""
         self._last = time.perf_counter()
         self.parts: dict[str, str] = {}
 
     def end(self, part: str) -> None:
-        """End a part, and begin the next."""
+        """End a part, and start the next."""
         now = time.perf_counter()
         self.parts[part] = f'{now - self._last:.3f}'
         self._last = now
 
 
 def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """Find the device and the number format that the settings ask for with this model."""
+    """Select the device and the dtype by the settings and the model."""
     device, dtype = devices.select(config)
     if not checkpoint.quantized or config.dtype != 'auto':
         return device, dtype
@@ -98,7 +98,7 @@ def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, 
 
 def operations(device: torch.device, dtype: torch.dtype,
                progress: Callable[[str], None]) -> TorchOps:
-    """Give the operations for this device and number format."""
+    """Return the operations for a device and a dtype."""
     if device.type == 'cpu':
         return TorchOps(on_host=True, dtype=dtype)
     if held := chip.pretended(device):
@@ -113,7 +113,7 @@ def operations(device: torch.device, dtype: torch.dtype,
 
 
 def _problem(device):
-    """Tell why a GPU can't run the kernels; None where it can."""
+    """Return why a GPU can not run the kernels; None if it can."""
     try:
         from physai_decode.engines import compiler
         from physai_decode.engines.native import coded_kernels  # noqa: F401
@@ -124,7 +124,7 @@ def _problem(device):
 
 def prefill(transformer: Transformer, capture: bool,
             progress: Callable[[str], None]) -> 'Prefill | EagerPrefill':
-    """Give what feeds prompts: chunks captured in CUDA graphs where they can be."""
+    """Return the prefill, with captured chunks if possible."""
     if capture and transformer.ops.name.startswith('triton'):
         from physai_decode.engines.native.prefill import Prefill
         if Prefill.runs(transformer):
@@ -134,7 +134,7 @@ def prefill(transformer: Transformer, capture: bool,
 
 def tensors(checkpoint: Checkpoint, dtype: torch.dtype,
             device: torch.device) -> source.Random | source.Files:
-    """Give where the weights come from: the folder's files, or a description of random ones."""
+    """Return the source of the weights: the files, or a description of random weights."""
     if checkpoint.random_weights is not None:
         return source.Random(checkpoint, checkpoint.random_weights, dtype, device)
     return source.Files(checkpoint, device)
@@ -143,9 +143,9 @@ def tensors(checkpoint: Checkpoint, dtype: torch.dtype,
 def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
                  dtype: torch.dtype, device: torch.device) -> int:
     """
-    Give the bytes needed.
+    Return the bytes of memory that the engine needs.
 
-    :param max_context: tokens that the cache holds.
+    :param max_context: capacity of the cache in tokens.
     :raises EngineError: they are not free; the message says what would fit.
     """
     weight_bytes = sum(
@@ -171,12 +171,12 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
                 clock: PartTimes, needed_bytes: int,
                 passes: bool = False) -> tuple[Transformer, str]:
     """
-    Load the weights, and tune the step on a GPU.
+    Load the weights, and on a GPU tune the step.
 
-    :param places: tokens that the cache holds.
-    :param needed_bytes: what the weights, as they are stored, and the cache take.
-    :param passes: whether to get ready for passes of several rows.
-    :returns: also why they can't be had; empty where they can, or are not asked for.
+    :param places: capacity of the cache in tokens.
+    :param needed_bytes: the size of the stored weights and the cache.
+    :param passes: whether to prepare passes of several rows.
+    :returns: the transformer, and why it can not run such passes; empty if it can, or need not.
     """
     files = tensors(checkpoint, dtype, device)
     ops = operations(device, dtype, progress)
@@ -205,7 +205,7 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
 
 
 def _no_passes(loaded: weights.Weights, ops: TorchOps) -> str:
-    """Tell why passes of several rows can't be had; empty where they can."""
+    """Return why passes of several rows are not supported; empty if they are."""
     if not all(isinstance(layer.mlp, Mlp) for layer in loaded.layers):
         return 'experts take their tokens one by one'
     kinds = {weight.kind for weight in _products(loaded) if not isinstance(weight, Dense | Int4)}
@@ -222,11 +222,11 @@ def _products(loaded):
 
 def pass_costs(transformer: Transformer, run: Callable[[int], None]) -> dict[int, float]:
     """
-    Time passes of several rows, behind a context of whatever the cache holds.
+    Time passes of several rows behind a context, whose content does not matter.
 
-    :param run: runs a pass of so many rows; it may move the position.
-    :returns: by rows, what a pass costs, as parts of one row's; of the larger ones no more where
-        rows cost about as much as steps of their own.
+    :param run: runs a pass of a number of rows; it may change the position.
+    :returns: the cost of a pass by its rows, relative to one row. Larger passes are left out if
+        their rows cost about as much as separate steps.
     """
     place = min(transformer.max_context - 2 * ROWS, PASS_CONTEXT)
 
@@ -244,7 +244,7 @@ def pass_costs(transformer: Transformer, run: Callable[[int], None]) -> dict[int
 
 
 def _host_times_s(once):
-    """Give the least time of passes by their rows, in turns: others may use the cores too."""
+    """Return the minimum time of passes by their rows; sizes alternate, for busy cores."""
     times_s = dict.fromkeys(PASS_ROWS, math.inf)
     end_s = time.perf_counter() + PASS_S
     for number in range(PASS_REPEATS):
@@ -252,7 +252,7 @@ def _host_times_s(once):
             begin_s = time.perf_counter()
             once(rows)
             times_s[rows] = min(times_s[rows], time.perf_counter() - begin_s)
-            if times_s[rows] > LONG_S and times_s[rows] > USELESS * rows * times_s[1]:
+            if times_s[rows] > SLOW_PASS_S and times_s[rows] > USELESS_COST * rows * times_s[1]:
                 times_s = {each: spent_s for each, spent_s in times_s.items() if each <= rows}
                 break
         if number and time.perf_counter() > end_s:
@@ -262,7 +262,7 @@ def _host_times_s(once):
 
 def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int, captured: bool,
               details: Mapping[str, str]) -> Footprint:
-    """Tell what was loaded, and what one of its steps reads."""
+    """Describe the loaded model, and what one of its steps reads."""
     shape, loaded = transformer.architecture, transformer.weights
     dtype, device = transformer.keys.dtype, transformer.keys.device
     name, uuid = devices.describe(device)
@@ -270,8 +270,8 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
     if loaded.dense_fallbacks:
         details['dense_fallbacks'] = str(loaded.dense_fallbacks)
     if loaded.unused:
-        more = f' and {len(loaded.unused) - UNUSED} more' if len(loaded.unused) > UNUSED else ''
-        details['unused_tensors'] = ', '.join(loaded.unused[:UNUSED]) + more
+        more = f' and {len(loaded.unused) - NAMED} more' if len(loaded.unused) > NAMED else ''
+        details['unused_tensors'] = ', '.join(loaded.unused[:NAMED]) + more
     return Footprint(
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
         quantization=checkpoint.quantization, device=str(device), device_name=name,
@@ -287,14 +287,14 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
 
 
 def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:
-    """Give the tensors that belong to the language model, not to what sees."""
+    """Return the tensors of the language model, without those of a vision tower."""
     trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
     return [entry for name, entry in checkpoint.tensors.items()
             if name.startswith((trunk, f'{head}.'))]
 
 
 def warm_up(engine: Engine, prompt: Sequence[int]) -> None:
-    """Run a prompt and a few steps under each of `WARM_UP`."""
+    """Run a prompt and a few steps with each of `WARM_UP`."""
     for sampling in WARM_UP:
         engine.rewind(0)
         engine.feed(prompt)

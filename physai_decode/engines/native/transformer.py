@@ -13,12 +13,11 @@
 # limitations under the License.
 
 """
-One transformer, from token ids to logits: large products for a prompt, one step for a token.
+A transformer, from token ids to logits: prefill for a prompt, a decode step for a token.
 
-The step is a straight line over tensors at fixed addresses: the token and its position are read on
-the device, and the host is not in the loop. So the same function runs on a CPU as it is, and on a
-GPU inside a captured graph. It can run several rows at once, a token and a draft of the tokens
-after it: each row's logits are bit for bit those of a step of its own.
+The step uses tensors at fixed addresses, and reads the token and its position on the device. So
+the same function runs on a CPU, and on a GPU inside a captured graph. It can run several rows at
+once, a token and a draft: the logits of each row are bit for bit those of a separate step.
 """
 
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.ops import Attention
-from physai_decode.engines.native.ops import grown
+from physai_decode.engines.native.ops import growth_factors
 from physai_decode.engines.native.ops import rms_norm
 from physai_decode.engines.native.ops import rotate
 from physai_decode.engines.native.ops import TorchOps
@@ -47,12 +46,12 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
 
-# How the name of each form's kernel of a step begins; of PyTorch's own products it is not known.
+# The start of the kernel's name for each weight format; unknown for products of PyTorch.
 _KERNELS = {Dense: '_dense', Int4: '_int4', Scaled: '_multiply', Coded: '_coded'}
 
 
 class Product(NamedTuple):
-    """What the kernel of one matrix-vector product of a step depends on."""
+    """A matrix-vector product of a step, as far as its kernel depends on it."""
 
     weight: Linear | Stack
     gain: Tensor | None
@@ -138,7 +137,7 @@ class Transformer:
         ops.linear(b.x, w.head, b.logits, gain=w.norm, eps=eps)
 
     def after_attention(self, layer: Layer, rows: int = 1) -> None:
-        """Run the rest of a layer of a step: what attention gave, and the MLP, are added to x."""
+        """Run the rest of a layer: add the output of attention, and that of the MLP, to x."""
         ops, eps, b = self.ops, self.architecture.norm_eps, self._buffers[rows - 1]
         x = b.x
         out = x if layer.out_norm is None else b.branch
@@ -152,7 +151,7 @@ class Transformer:
             ops.add_normed(out, layer.down_norm, eps, x)
 
     def products(self) -> Iterator[tuple[str, Product]]:
-        """Give each matrix-vector product of the step with its name."""
+        """Yield the name and the `Product` of each matrix-vector product of the step."""
         for layer in self.weights.layers:
             yield 'qkv', Product(layer.qkv, layer.input_norm)
             yield 'out', Product(layer.out, None)
@@ -162,11 +161,11 @@ class Transformer:
 
     def reads(self, context: int) -> list[tuple[str, str, int]]:
         """
-        Give what one step reads, in the order of its kernels.
+        Return what one step reads, in the order of its kernels.
 
         :param context: tokens that the step attends to.
-        :returns: (start of the kernel's name, operation, bytes) for every kernel that reads
-            weights or the cache; kernels that read next to nothing are left out.
+        :returns: (start of the kernel's name, operation, bytes) for each kernel that reads weights
+            or the cache.
         """
         w = self.weights
 
@@ -185,10 +184,10 @@ class Transformer:
 
     def prefill(self, ids: Tensor, start: int, every: bool = False) -> Tensor:
         """
-        Read a piece of a prompt and fill the cache with its keys and values.
+        Prefill a chunk of a prompt.
 
-        :param ids: int64 [tokens]; those before place ``start`` are in the cache already.
-        :param every: give the logits of all the piece's places, not only of the last.
+        :param ids: int64 [tokens], at positions from ``start`` on.
+        :param every: return the logits of all positions, not only of the last.
         :returns: float32 [vocab], or [tokens, vocab].
         """
         a, w, ops = self.architecture, self.weights, self.ops
@@ -208,7 +207,8 @@ class Transformer:
             values[:, start:stop] = v.transpose(0, 1)
             q = rotate(q, cos, sin)
             if a.growth.beta:
-                q *= grown(a.growth, torch.arange(start, stop, device=x.device)).view(-1, 1, 1)
+                positions = torch.arange(start, stop, device=x.device)
+                q *= growth_factors(a.growth, positions).view(-1, 1, 1)
             q = q.to(keys.dtype).transpose(0, 1)
             attended = _attend(q, keys[:, :stop], values[:, :stop], self.attention[index])
             branch = ops.apply(attended.transpose(0, 1).reshape(-1, a.q_size), layer.out)
@@ -223,40 +223,40 @@ class Transformer:
 
 
 class EagerPrefill:
-    """Feeds prompts by `Transformer.prefill`: on a CPU, and where `Prefill` does not run."""
+    """Prefills with `Transformer.prefill`: on a CPU, and if `Prefill` is not supported."""
 
     def __init__(self, transformer: Transformer):
-        """Take whose prompts they are."""
+        """Wrap a transformer."""
         self._transformer = transformer
         self._logits = transformer.logits
 
     @property
     def details(self) -> dict[str, str]:
-        """What there is to tell of it."""
+        """Entries for the details of the `Footprint`."""
         return {'prefill': 'torch'}
 
     def feed(self, ids: Sequence[int], start: int) -> None:
-        """Fill the cache with the keys and values of ids whose first is at place ``start``."""
+        """Prefill ids at positions from ``start`` on."""
         self._logits = self._transformer.prefill(
             torch.tensor(ids, device=self._transformer.token.device), start)
 
     def logits(self) -> Tensor:
-        """Give the logits after the last token fed; float32 [vocab]."""
+        """Return the logits after the last token, float32 [vocab]."""
         return self._logits
 
 
 def _angles(rotary: Rotary, places: int, dim: int,
             device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give cosine and sine of every place, float32 [places, dim / 2] each."""
+    """Return the cosine and sine of each position, float32 [places, dim / 2] each."""
     angles = torch.outer(torch.arange(places, dtype=torch.float32),
                          torch.tensor(rotary.inverse_frequencies, dtype=torch.float32))
-    still = (0, dim // 2 - angles.shape[1])     # columns to add, of pairs that do not turn
+    still = (0, dim // 2 - angles.shape[1])     # columns to add, for pairs that are not rotated
     return (F.pad(angles.cos() * rotary.scale, still, value=1.0).to(device),
             F.pad(angles.sin() * rotary.scale, still).to(device))
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, layer: Attention) -> Tensor:
-    """Attend from the last q.shape[1] places [heads, tokens, dim] over [kv_heads, stop, dim]."""
+    """Attend from the last positions, [heads, tokens, dim], to [kv_heads, stop, dim]."""
     tokens, stop = q.shape[1], keys.shape[1]
     window = layer.window
     mask: Tensor | None = None
@@ -264,7 +264,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, layer: Attention) -> Tensor
     if not causal:
         mask = causal_lower_right(tokens, stop)
     if window or (mask is not None and q.device.type == 'cpu'):
-        # SDPA takes a window, and on a CPU an offset, only as a mask of its own.
+        # SDPA needs a mask for a window and, on a CPU, for an offset.
         places = torch.arange(stop, device=q.device)
         own = places[stop - tokens:].unsqueeze(1)
         mask = places <= own
