@@ -133,10 +133,9 @@ def test_longrope(context, kind, tmp_path):
         assert same == (count == length or kind == 'short')
 
 
-@pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize('family', random_model.FAMILIES)
-def test_agreement(family, seed, tmp_path):
-    assert_agreement(random_model.save(tmp_path, family, seed), seed)
+def test_agreement(family, tmp_path):
+    assert_agreement(random_model.save(tmp_path, family, 1), 1)
 
 
 @pytest.mark.parametrize('family', [
