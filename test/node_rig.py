@@ -48,37 +48,37 @@ END = 0x110000                  # the id that ends an answer
 
 
 class Letters:
-    """A tokenizer of one token for each character; it stands for Text and its detokenizer."""
+    """A tokenizer with one token per character, in place of Text and its detokenizer."""
 
     manner = Manner()
     stopped = False
     held = False
 
     def encode(self, messages, chat_template_kwargs=None, heartbeat=None, tools=()):
-        """Give the code points of the conversation."""
+        """Return the code points of the conversation."""
         return [ord(letter) for message in messages for letter in message.content]
 
     def detokenizer(self, stop=(), seen=()):
-        """Give a detokenizer that holds nothing back."""
+        """Return a detokenizer that holds nothing back."""
         return self
 
     def tail(self, prompt_ids):
-        """Give the last letters."""
+        """Return the last letters."""
         return ''.join(map(chr, prompt_ids[-20:]))
 
     def vocabulary(self, size, end_ids):
-        """Give what compiles constraints for characters below 128."""
+        """Return a vocabulary that compiles constraints for characters below 128."""
         return Vocabulary(byte_tokenizer(), size, end_ids)
 
     def close(self):
-        """Have nothing to close."""
+        """Do nothing."""
 
     def push(self, token_id):
-        """Give the token's character."""
+        """Return the character of a token."""
         return chr(token_id)
 
     def flush(self):
-        """Give nothing."""
+        """Return an empty string."""
         return ''
 
 
@@ -101,7 +101,7 @@ class EchoEngine(FakeEngine):
 
     @staticmethod
     def said(letter):
-        """Give what it says for a letter of the prompt."""
+        """Return the answer to a letter of the prompt."""
         return letter.upper()
 
     def _echo_upper(self, prompt_ids):
@@ -117,7 +117,7 @@ class EchoEngine(FakeEngine):
 
 
 class Loader:
-    """A load that can be told to wait, to fail, and which engine to give."""
+    """Loads a model; a test can make it wait or fail, and choose the engine."""
 
     def __init__(self) -> None:
         self.engines: list[EchoEngine] = []
@@ -138,7 +138,7 @@ class Loader:
 
 
 class Rig:
-    """The node and the probe, each served by threads of its own."""
+    """The node and a probe that subscribes to all its topics, each with its own threads."""
 
     def __init__(self, load=None, **overrides) -> None:
         self.loader = Loader()
@@ -153,7 +153,7 @@ class Rig:
         self.cancels: list[str] = []            # what came of each that the host was asked for
         self._cancel, self.node._host.cancel = self.node._host.cancel, self._note_cancel
         self.probe = Node('probe')
-        self.heard: dict[str, list] = {}
+        self.received: dict[str, list] = {}
         for topic, kind, qos in (
                 ('/decode/tokens', String, stream_qos()),
                 ('/decode/token_stats', DiagnosticArray, stream_qos()),
@@ -166,9 +166,9 @@ class Rig:
                 ('/decode/request_stats', DiagnosticArray, stream_qos()),
                 ('/decode/model_info', DiagnosticArray, latched_qos()),
                 ('/diagnostics', DiagnosticArray, QoSProfile(depth=100))):
-            self.heard[topic.rpartition('/')[2]] = heard = []
+            self.received[topic.rpartition('/')[2]] = messages = []
             self.probe.create_subscription(
-                kind, topic, self._counted(topic, -1, heard.append), qos)
+                kind, topic, self._counted(topic, -1, messages.append), qos)
         for publisher in self.node.publishers:
             publisher.publish = self._counted(publisher.topic_name, 1, publisher.publish)
         self.prompt = self.probe.create_publisher(String, '/decode/prompt', stream_qos())
@@ -185,7 +185,7 @@ class Rig:
             self.threads[-1].start()
         for client in self.clients.values():
             assert client.wait_for_service(PATIENCE_S)
-        self.wait(lambda: self.heard['diagnostics'] and self.prompt.get_subscription_count())
+        self.wait(lambda: self.received['diagnostics'] and self.prompt.get_subscription_count())
 
     def _counted(self, topic, count, do):
         def counted(message):
@@ -196,8 +196,8 @@ class Rig:
         return counted
 
     def settle(self) -> None:
-        """Wait until the probe has heard all that the node has published on its streams."""
-        streams = [f'/decode/{name}' for name in self.heard if name not in (
+        """Wait until the probe has received all that the node published on its streams."""
+        streams = [f'/decode/{name}' for name in self.received if name not in (
             'diagnostics', 'model_info')]
         self.wait(lambda: not any(self.in_flight[topic] for topic in streams))
 
@@ -218,33 +218,33 @@ class Rig:
         self.probe.destroy_node()
 
     def wait(self, done) -> None:
-        """Wait until something is so."""
+        """Wait until ``done`` returns true."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
             assert time.monotonic() < end_s, 'waited too long'
             time.sleep(0.005)
 
     def call(self, name, request):
-        """Call a service and give its answer."""
+        """Call a service and return its response."""
         return self.result(self.clients[name].call_async(request))
 
     def result(self, future):
-        """Wait for the answer of a service."""
+        """Wait for the response of a service."""
         self.wait(future.done)
         return future.result()
 
     def begin(self, label):
-        """Ask for a transition; the answer comes later."""
+        """Request a transition; returns a future of the response."""
         request = ChangeState.Request()
         request.transition.label = label
         return self.clients['change_state'].call_async(request)
 
     def change(self, *labels) -> bool:
-        """Go through transitions; True where all succeeded."""
+        """Run transitions; returns whether all succeeded."""
         return all([self.result(self.begin(label)).success for label in labels])
 
     def state(self) -> str:
-        """Give the lifecycle state's label."""
+        """Return the label of the lifecycle state."""
         return self.call('get_state', GetState.Request()).current_state.label
 
     def trigger(self, name):
@@ -252,7 +252,7 @@ class Rig:
         return self.call(name, Trigger.Request())
 
     def set(self, service='set_parameters', **values):
-        """Set parameters; ``__`` in a name stands for the dot. Give (successful, reason)."""
+        """Set parameters, with ``__`` for the dot of a name; returns (successful, reason)."""
         kind = {'set_parameters': SetParameters,
                 'set_parameters_atomically': SetParametersAtomically}[service]
         answer = self.call(service, kind.Request(parameters=[
@@ -266,24 +266,24 @@ class Rig:
         self.prompt.publish(String(data=text))
 
     def ask(self, text) -> dict[str, str]:
-        """Send a prompt and give the figures of the next request that ends."""
-        count = len(self.heard['request_stats'])
+        """Send a prompt and return the figures of the next request that ends."""
+        count = len(self.received['request_stats'])
         self.ask_later(text)
-        self.wait(lambda: len(self.heard['request_stats']) > count)
+        self.wait(lambda: len(self.received['request_stats']) > count)
         return self.requests()[count]
 
     def requests(self) -> list[dict[str, str]]:
-        """Give the figures of all requests so far, with the status's message."""
-        return [self.values(array.status[0]) for array in self.heard['request_stats']]
+        """Return the figures of all requests so far, with the message of the status."""
+        return [self.values(array.status[0]) for array in self.received['request_stats']]
 
     def diagnostics(self, name) -> dict[str, str]:
-        """Give the next status of this name; one more message may be on its way already."""
-        count = len(self.heard['diagnostics']) + 1
-        self.wait(lambda: len(self.heard['diagnostics']) > count)
-        return next(self.values(status) for status in self.heard['diagnostics'][-1].status
+        """Return the status of this name in a message that is published from now on."""
+        count = len(self.received['diagnostics']) + 1
+        self.wait(lambda: len(self.received['diagnostics']) > count)
+        return next(self.values(status) for status in self.received['diagnostics'][-1].status
                     if status.name == name)
 
     def values(self, status) -> dict[str, str]:
-        """Give a status's values, and its message and level."""
+        """Return the values of a status, with its message and level."""
         return {**{pair.key: pair.value for pair in status.values},
                 'message': status.message, 'level': status.level}

@@ -45,7 +45,7 @@ LONG = 10**6                    # tokens
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests."""
+    """Initialise rclpy once for all tests."""
     rclpy.init()
     yield
     rclpy.shutdown()
@@ -53,7 +53,7 @@ def ros():
 
 @pytest.fixture
 def make():
-    """Make rigs that end with the test."""
+    """Return a factory of rigs, which are closed after the test."""
     rigs = []
 
     def build(**overrides):
@@ -67,21 +67,21 @@ def make():
 
 @pytest.fixture
 def rig(make):
-    """Give a node that takes prompts."""
+    """Return the rig of an active node."""
     rig = make()
     assert rig.change('configure', 'activate')
     return rig
 
 
-def test_an_answer_from_prompt_to_figures(rig):
-    """Every topic of one request, in step and with all its keys."""
+def test_one_request_on_every_topic(rig):
+    """The messages agree with each other and have all keys."""
     stats = rig.ask('hello')
-    rig.wait(lambda: len(rig.heard['token_stats']) == 5 and rig.heard['response'])
-    rig.wait(lambda: len(rig.heard['tokens']) == 5 and len(rig.heard['itl_ms']) == 4
-             and len(rig.heard['r_floor']) == 4)
-    assert [message.data for message in rig.heard['tokens']] == list('HELLO')
-    assert [message.data for message in rig.heard['response']] == ['HELLO']
-    tokens = [array.status[0] for array in rig.heard['token_stats']]
+    rig.wait(lambda: len(rig.received['token_stats']) == 5 and rig.received['response'])
+    rig.wait(lambda: len(rig.received['tokens']) == 5 and len(rig.received['itl_ms']) == 4
+             and len(rig.received['r_floor']) == 4)
+    assert [message.data for message in rig.received['tokens']] == list('HELLO')
+    assert [message.data for message in rig.received['response']] == ['HELLO']
+    tokens = [array.status[0] for array in rig.received['token_stats']]
     assert [status.message for status in tokens] == list('HELLO')
     for index, status in enumerate(tokens):
         assert status.name == 'decode: token'
@@ -94,27 +94,27 @@ def test_an_answer_from_prompt_to_figures(rig):
     assert first['itl_ms'] == first['r_floor'] == first['publish_ms'] == 'n/a'
     # One megabyte and six tokens of keys and values at 1 GB/s.
     assert float(second['floor_ms']) == pytest.approx((1e6 + 6 * 2 * 64 * 4) / 1e9 * 1e3, rel=1e-4)
-    assert float(second['itl_ms']) == pytest.approx(rig.heard['itl_ms'][0].data, rel=1e-4)
-    assert float(second['r_floor']) == pytest.approx(rig.heard['r_floor'][0].data, rel=1e-4)
+    assert float(second['itl_ms']) == pytest.approx(rig.received['itl_ms'][0].data, rel=1e-4)
+    assert float(second['r_floor']) == pytest.approx(rig.received['r_floor'][0].data, rel=1e-4)
     assert float(second['publish_ms']) > 0
     assert stats['finish_reason'] == stats['message'] == 'stop'
     assert (stats['prompt_tokens'], stats['output_tokens']) == ('5', '5')
-    status = rig.heard['request_stats'][0].status[0]
+    status = rig.received['request_stats'][0].status[0]
     assert status.name == 'decode: request'
     assert tuple(pair.key for pair in status.values) == messages.REQUEST_KEYS
 
 
-def test_model_info_is_there_for_the_late(rig):
-    """What is loaded is told to a subscriber that comes later, once."""
-    rig.wait(lambda: rig.heard['model_info'])
-    info = rig.values(rig.heard['model_info'][0].status[0])
+def test_model_info_reaches_late_subscribers(rig):
+    """A subscriber that starts later receives it once."""
+    rig.wait(lambda: rig.received['model_info'])
+    info = rig.values(rig.received['model_info'][0].status[0])
     assert info['engine'] == 'echo'
     assert info['peak_bandwidth_gb_s'] == '1'
     assert info['device_uuid'] == 'n/a'
 
 
-def test_every_state_can_follow_the_other(rig):
-    """Rounds through the lifecycle close each engine and keep counting requests."""
+def test_repeated_lifecycle_rounds(rig):
+    """Each round closes its engine, and requests are counted on."""
     assert rig.ask('a')['request_id'] == '1'
     assert rig.change('deactivate', 'activate')
     assert rig.ask('b')['request_id'] == '2'
@@ -129,10 +129,10 @@ def test_every_state_can_follow_the_other(rig):
     assert 'restart its process' in rig.ask('d')['message']
 
 
-def test_what_is_no_longer_loaded_is_not_told(rig):
-    """A subscriber that comes after cleanup hears that nothing is loaded."""
+def test_model_info_after_cleanup(rig):
+    """A later subscriber learns that nothing is loaded."""
     assert rig.change('deactivate', 'cleanup')
-    rig.wait(lambda: len(rig.heard['model_info']) == 2)
+    rig.wait(lambda: len(rig.received['model_info']) == 2)
     late = []
     subscription = rig.probe.create_subscription(
         DiagnosticArray, '/decode/model_info', late.append, latched_qos())
@@ -145,8 +145,8 @@ def test_what_is_no_longer_loaded_is_not_told(rig):
 
 
 @pytest.mark.parametrize('name', ['cancel', 'reset', 'measure_gap'])
-def test_no_call_of_many_at_once_is_lost(rig, name):
-    """Each is answered, however many come before the first is served."""
+def test_answers_every_call_of_a_burst(rig, name):
+    """All arrive before the first is served."""
     client = rig.probe.create_client(Trigger, f'/decode/{name}', qos_profile=stream_qos())
     assert client.wait_for_service(PATIENCE_S)
     answers = [client.call_async(Trigger.Request()) for _ in range(200)]
@@ -154,8 +154,8 @@ def test_no_call_of_many_at_once_is_lost(rig, name):
     assert rig.ask('hi')['finish_reason'] == 'stop'
 
 
-def test_no_prompt_of_many_at_once_is_lost(make):
-    """Each is answered; the many that wait end at once when they are cancelled."""
+def test_answers_every_prompt_of_a_burst(make):
+    """A cancel ends all queued prompts."""
     rig = make(**{'queue.size': 1000})
     assert rig.change('configure', 'activate')
     for _ in range(300):
@@ -163,12 +163,12 @@ def test_no_prompt_of_many_at_once_is_lost(make):
     rig.wait(lambda: rig.diagnostics('decode: engine')['requests'] == '300')
     rig.trigger('cancel')
     rig.loader.engines[0].answer.set()
-    rig.wait(lambda: len(rig.heard['request_stats']) == len(rig.heard['response']) == 300)
+    rig.wait(lambda: len(rig.received['request_stats']) == len(rig.received['response']) == 300)
     assert {request['finish_reason'] for request in rig.requests()} == {'cancelled'}
 
 
-def test_prompts_outside_of_active_are_refused(make):
-    """Before activation and after deactivation a prompt is answered by a refusal."""
+def test_rejects_prompts_unless_active(make):
+    """Before activation and after deactivation."""
     rig = make()
     assert 'inactive: configure and activate' in rig.ask('a')['message']
     assert rig.change('configure', 'activate')
@@ -178,16 +178,16 @@ def test_prompts_outside_of_active_are_refused(make):
     assert refused['finish_reason'] == 'rejected'
     assert 'inactive: activate' in refused['message']
     assert [request['request_id'] for request in rig.requests()] == ['1', '2', '3']
-    rig.wait(lambda: rig.heard['response'])
-    assert len(rig.heard['response']) == 1
-    told = rig.diagnostics('decode: engine')
-    assert (told['requests'], told['refusals']) == ('3', '2')
+    rig.wait(lambda: rig.received['response'])
+    assert len(rig.received['response']) == 1
+    status = rig.diagnostics('decode: engine')
+    assert (status['requests'], status['refusals']) == ('3', '2')
 
 
 @pytest.mark.parametrize(('text', 'words'), [
     ('', 'empty'), ('x' * CONTEXT, f'{CONTEXT} tokens')])
-def test_a_prompt_that_can_not_be_answered_is_refused(rig, text, words):
-    """The reason is in the request's figures, and the node goes on."""
+def test_rejects_a_prompt_that_it_cannot_answer(rig, text, words):
+    """~/request_stats has the reason, and the next prompt is answered."""
     refused = rig.ask(text)
     assert refused['finish_reason'] == 'rejected'
     assert words in refused['message']
@@ -196,24 +196,24 @@ def test_a_prompt_that_can_not_be_answered_is_refused(rig, text, words):
 
 
 @pytest.mark.parametrize('text', ['ж中🙂é', 'a\nb\tc"', '<|im_end|>', 'مرحبا'])
-def test_text_of_any_script_comes_through(rig, text):
-    """What is published is what the engine said."""
+def test_publishes_text_of_any_script(rig, text):
+    """The published text is the text of the engine."""
     rig.ask(text)
-    rig.wait(lambda: rig.heard['response'] and len(rig.heard['tokens']) == len(text))
-    assert rig.heard['response'][0].data == ''.join(letter.upper() for letter in text)
+    rig.wait(lambda: rig.received['response'] and len(rig.received['tokens']) == len(text))
+    assert rig.received['response'][0].data == ''.join(letter.upper() for letter in text)
 
 
 def test_a_nul_from_the_engine_does_not_cut_the_text(rig):
-    """A ROS string can't hold a NUL: it is sent as U+FFFD, and all else too."""
+    """A ROS string can't contain NUL: U+FFFD replaces it."""
     rig.ask('a\x01b')
-    rig.wait(lambda: rig.heard['response'] and len(rig.heard['tokens']) == 3)
-    assert rig.heard['response'][0].data == 'A\ufffdB'
-    assert [message.data for message in rig.heard['tokens']] == ['A', '\ufffd', 'B']
-    assert rig.values(rig.heard['token_stats'][1].status[0])['message'] == '\ufffd'
+    rig.wait(lambda: rig.received['response'] and len(rig.received['tokens']) == 3)
+    assert rig.received['response'][0].data == 'A\ufffdB'
+    assert [message.data for message in rig.received['tokens']] == ['A', '\ufffd', 'B']
+    assert rig.values(rig.received['token_stats'][1].status[0])['message'] == '\ufffd'
 
 
-def test_a_full_queue_refuses(make):
-    """One runs, one waits, the third is refused."""
+def test_rejects_prompts_if_the_queue_is_full(make):
+    """One runs, one waits, the third is rejected."""
     rig = make(**{'queue.size': 1})
     assert rig.change('configure', 'activate')
     rig.ask_later('?')
@@ -225,13 +225,13 @@ def test_a_full_queue_refuses(make):
     rig.wait(lambda: len(rig.requests()) == 3)
 
 
-def test_preempt(make):
+def test_preempts_the_running_request(make):
     """A new prompt ends the running one."""
     rig = make(**{'queue.policy': 'preempt'})
     rig.ask('too early')
     assert rig.change('configure', 'activate')
     rig.ask_later('x?x')
-    rig.wait(lambda: rig.heard['tokens'])
+    rig.wait(lambda: rig.received['tokens'])
     rig.ask_later('b')
     rig.wait(lambda: rig.node._host.counts['requests'] == 3)
     rig.loader.engines[0].answer.set()
@@ -241,25 +241,25 @@ def test_preempt(make):
     assert rig.requests()[1]['message'] == 'preempted: request 3 arrived'
 
 
-def test_cancel_and_reset(rig):
-    """Cancel ends what runs and what waits; with nothing there it says so."""
+def test_cancels_and_resets(rig):
+    """A cancel ends running and queued requests; without any, its message says so."""
     assert rig.trigger('cancel').message == 'nothing running'
     for text in ('x?x', 'b'):
         rig.ask_later(text)
-    rig.wait(lambda: rig.heard['tokens'])
+    rig.wait(lambda: rig.received['tokens'])
     rig.wait(lambda: rig.diagnostics('decode: engine')['queue_depth'] == '1')
     assert rig.trigger('cancel').success
     rig.loader.engines[0].answer.set()
     rig.wait(lambda: len(rig.requests()) == 2)
     assert {request['finish_reason'] for request in rig.requests()} == {'cancelled'}
-    rig.wait(lambda: len(rig.heard['response']) == 2)
+    rig.wait(lambda: len(rig.received['response']) == 2)
     assert 'forgot 0 turns' in rig.trigger('reset').message
     assert rig.change('deactivate')
     assert rig.trigger('cancel').message == 'nothing running'
 
 
-class TwoWays(EchoEngine):
-    """Has a graph; without it, it goes on when it is told to."""
+class GraphEngine(EchoEngine):
+    """Its steps can run with a CUDA graph or without; without it, the test releases them."""
 
     fails = False
 
@@ -288,16 +288,16 @@ class TwoWays(EchoEngine):
 
 @pytest.fixture
 def measured(make):
-    """Give an active node whose step can be measured, and its engine."""
-    engine = TwoWays()
+    """Return the rig of an active node whose step can be measured, and its engine."""
+    engine = GraphEngine()
     rig = make(load=lambda config, progress: Loaded(engine, Letters(), Peak(1e9, 'parameter')))
     assert rig.change('configure', 'activate')
     yield rig, engine
     engine.go.set()
 
 
-def test_measure_gap_holds_nothing_up(measured):
-    """Prompts wait for it, services and diagnostics do not; it is in none of the figures."""
+def test_measure_gap_blocks_only_prompts(measured):
+    """Services and diagnostics go on; the figures of requests do not include it."""
     rig, engine = measured
     rig.ask('hello')
     answer = rig.clients['measure_gap'].call_async(Trigger.Request())
@@ -315,16 +315,16 @@ def test_measure_gap_holds_nothing_up(measured):
     rig.wait(lambda: len(rig.requests()) == 2)
     assert rig.requests()[1]['finish_reason'] == 'stop'
     rig.wait(lambda: rig.diagnostics('decode: latency')['count'] == '5')     # 4 and 1
-    told = rig.diagnostics('decode: engine')
-    assert (told['state'], told['requests'], told['tokens']) == ('idle', '2', '7')
-    rig.wait(lambda: len(rig.heard['tokens']) == 7)
+    status = rig.diagnostics('decode: engine')
+    assert (status['state'], status['requests'], status['tokens']) == ('idle', '2', '7')
+    rig.wait(lambda: len(rig.received['tokens']) == 7)
 
 
-def test_measure_gap_is_refused_while_generating(measured):
-    """The reason is in the answer, and the request goes on."""
+def test_rejects_measure_gap_while_generating(measured):
+    """The response has the reason, and the request goes on."""
     rig, engine = measured
     rig.ask_later('a?b')
-    rig.wait(lambda: rig.heard['tokens'])
+    rig.wait(lambda: rig.received['tokens'])
     answer = rig.trigger('measure_gap')
     assert not answer.success
     assert 'request 1 is generating' in answer.message
@@ -333,8 +333,8 @@ def test_measure_gap_is_refused_while_generating(measured):
     assert rig.requests()[0]['finish_reason'] == 'stop'
 
 
-def test_deactivate_ends_a_measurement(measured):
-    """It does not wait for its end, and the node can be used again."""
+def test_deactivation_ends_a_measurement(measured):
+    """The node does not wait for it, and can be activated again."""
     rig, engine = measured
     answer = rig.clients['measure_gap'].call_async(Trigger.Request())
     assert engine.begun.wait(PATIENCE_S)
@@ -350,8 +350,8 @@ def test_deactivate_ends_a_measurement(measured):
     assert rig.trigger('measure_gap').success
 
 
-def test_a_measurement_that_fails(measured):
-    """The reason is in the answer, in one line, and the node is not failed."""
+def test_reports_a_measurement_that_fails(measured):
+    """The response has the reason in one line, and the node stays active."""
     rig, engine = measured
     engine.fails = True
     answer = rig.trigger('measure_gap')
@@ -361,8 +361,8 @@ def test_a_measurement_that_fails(measured):
     assert rig.ask('on')['finish_reason'] == 'stop'
 
 
-def test_measure_gap_of_an_engine_that_can_not(rig):
-    """The answer has the command that can; without a model, what to do first."""
+def test_measure_gap_without_a_graph_or_a_model(rig):
+    """The response names decode_bench instead; without a model, it says what to do first."""
     answer = rig.trigger('measure_gap')
     assert not answer.success
     assert 'decode_bench --model builtin:tiny_planner --engines echo' in answer.message
@@ -370,8 +370,8 @@ def test_measure_gap_of_an_engine_that_can_not(rig):
     assert 'configure and activate it first' in rig.trigger('measure_gap').message
 
 
-def test_the_time_of_a_stamp_is_the_node_s(make):
-    """With use_sim_time the stamps are those of /clock."""
+def test_stamps_are_of_the_node_s_clock(make):
+    """With use_sim_time, they are the time of /clock."""
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     tick = Clock()
@@ -379,13 +379,13 @@ def test_the_time_of_a_stamp_is_the_node_s(make):
     rig.wait(lambda: publisher.publish(tick) or rig.node.get_clock().now().nanoseconds)
     assert rig.change('configure', 'activate')
     rig.ask('a')
-    rig.wait(lambda: rig.heard['token_stats'])
-    assert rig.heard['token_stats'][0].header.stamp.sec == 1234
-    assert rig.heard['request_stats'][0].header.stamp.sec == 1234
+    rig.wait(lambda: rig.received['token_stats'])
+    assert rig.received['token_stats'][0].header.stamp.sec == 1234
+    assert rig.received['request_stats'][0].header.stamp.sec == 1234
 
 
-def test_a_clock_that_ticks_wakes_nobody(make):
-    """`/clock` is read when a stamp is wanted, and the newest counts."""
+def test_clock_messages_do_not_wake_the_executor(make):
+    """The node reads the newest message of /clock when it needs a stamp."""
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     rig.wait(publisher.get_subscription_count)
@@ -393,28 +393,28 @@ def test_a_clock_that_ticks_wakes_nobody(make):
     subscription, = (each for each in rig.node.subscriptions if each.topic_name == '/clock')
     take = subscription.callback
     subscription.callback = lambda message: taken.append(message) or take(message)
-    before = len(rig.heard['diagnostics'])
+    before = len(rig.received['diagnostics'])
     for sec in range(1, 1000):
         tick.clock.sec = sec
         publisher.publish(tick)
     rig.wait(lambda: publisher.publish(tick)        # best effort: one can be lost
-             or rig.heard['diagnostics'][-1].header.stamp.sec == 999)
-    # Once a message on /diagnostics, of which one may not have been heard yet.
-    assert 1 <= len(taken) <= len(rig.heard['diagnostics']) - before + 1
+             or rig.received['diagnostics'][-1].header.stamp.sec == 999)
+    # Once a message on /diagnostics, one of which may not have arrived yet.
+    assert 1 <= len(taken) <= len(rig.received['diagnostics']) - before + 1
     assert rig.set(use_sim_time=False) == (True, '')
-    rig.wait(lambda: rig.heard['diagnostics'][-1].header.stamp.sec > 10**9)
+    rig.wait(lambda: rig.received['diagnostics'][-1].header.stamp.sec > 10**9)
     rig.wait(lambda: not publisher.get_subscription_count())
 
 
 def test_diagnostics_in_every_state(make):
-    """All keys in all states, and what is not known is not 0."""
+    """Every state has all keys, and unknown values are n/a instead of 0."""
     rig = make()
     names = {'decode: latency': messages.LATENCY_KEYS,
              'decode: bandwidth': messages.BANDWIDTH_KEYS,
              'decode: engine': messages.ENGINE_KEYS}
 
     def state():
-        array = rig.heard['diagnostics'][-1]
+        array = rig.received['diagnostics'][-1]
         assert [status.name for status in array.status] == list(names)
         for status in array.status:
             assert tuple(pair.key for pair in status.values) == names[status.name]
@@ -430,26 +430,26 @@ def test_diagnostics_in_every_state(make):
     rig.loader.go.set()
     assert rig.result(answer).success
     assert state() == 'inactive'
-    assert rig.heard['diagnostics'][-1].status[0].hardware_id == 'Echo 1'
+    assert rig.received['diagnostics'][-1].status[0].hardware_id == 'Echo 1'
     assert rig.diagnostics('decode: bandwidth')['weight_gb'] == '0.001'
     assert rig.change('activate')
     assert state() == 'idle'
-    told = rig.diagnostics('decode: latency')
-    assert (told['count'], told['itl_p50_ms']) == ('0', 'n/a')
+    status = rig.diagnostics('decode: latency')
+    assert (status['count'], status['itl_p50_ms']) == ('0', 'n/a')
     rig.ask_later('ab?c')
     rig.wait(lambda: state() == 'generating')
     rig.loader.engines[0].answer.set()
     rig.wait(lambda: state() == 'idle')
     assert rig.diagnostics('decode: latency')['count'] == '3'
     assert float(rig.diagnostics('decode: bandwidth')['r_floor']) > 0
-    told = rig.diagnostics('decode: engine')
-    assert (told['requests'], told['tokens'], told['refusals']) == ('1', '4', '0')
-    assert float(told['memory_used_gb']) > 0
-    assert told['temperature_c'] == 'n/a'
+    status = rig.diagnostics('decode: engine')
+    assert (status['requests'], status['tokens'], status['refusals']) == ('1', '4', '0')
+    assert float(status['memory_used_gb']) > 0
+    assert status['temperature_c'] == 'n/a'
 
 
-def test_loading_does_not_hold_up_the_rest(make):
-    """While a model loads, prompts, services and parameters are answered."""
+def test_serves_all_else_while_a_model_loads(make):
+    """Prompts, services and parameters."""
     rig = make()
     rig.loader.go.clear()
     answer = rig.begin('configure')
@@ -469,15 +469,15 @@ def test_loading_does_not_hold_up_the_rest(make):
     assert rig.ask('a')['finish_reason'] == 'stop'
 
 
-def test_a_bad_model_can_be_mended(make):
-    """A load that fails leaves the node unconfigured, saying why, and ready for another."""
+def test_configures_another_model_after_a_failed_load(make):
+    """The node stays unconfigured and has the reason on /diagnostics."""
     rig = make(**{'model.path': 'bad'})
     assert not rig.change('configure')
     assert rig.state() == 'unconfigured'
-    told = rig.diagnostics('decode: engine')
-    assert told['state'] == 'failed'
-    assert told['level'] == messages.ERROR
-    assert 'bad is no model' in told['message']
+    status = rig.diagnostics('decode: engine')
+    assert status['state'] == 'failed'
+    assert status['level'] == messages.ERROR
+    assert 'bad is no model' in status['message']
     assert 'bad is no model' in rig.ask('a')['message']
     assert rig.set(model__path='good') == (True, '')
     assert rig.change('configure', 'activate')
@@ -485,23 +485,23 @@ def test_a_bad_model_can_be_mended(make):
     assert rig.ask('a')['finish_reason'] == 'stop'
 
 
-def test_an_engine_that_raises(rig):
-    """Its request ends with an error and the text so far; the node goes on and says so."""
+def test_ends_a_request_if_the_engine_raises(rig):
+    """The result has the error and the text so far; the next prompt is answered."""
     failed = rig.ask('ab!c')
     assert failed['finish_reason'] == 'error'
     assert 'the engine broke' in failed['message']
     assert failed['level'] == messages.ERROR
-    rig.wait(lambda: rig.heard['response'])
-    assert rig.heard['response'][0].data == 'AB'
-    told = rig.diagnostics('decode: engine')
-    assert (told['state'], told['level']) == ('failed', messages.ERROR)
-    assert 'the engine broke' in told['message']
+    rig.wait(lambda: rig.received['response'])
+    assert rig.received['response'][0].data == 'AB'
+    status = rig.diagnostics('decode: engine')
+    assert (status['state'], status['level']) == ('failed', messages.ERROR)
+    assert 'the engine broke' in status['message']
     assert rig.ask('on')['finish_reason'] == 'stop'
     assert rig.diagnostics('decode: engine')['state'] == 'idle'
 
 
-def test_an_engine_that_hangs(make, monkeypatch):
-    """It is told as stalled, the node can be deactivated, and it recovers with the engine."""
+def test_reports_an_engine_that_hangs(make, monkeypatch):
+    """The state is stalled, the node can be deactivated, and recovers with the engine."""
     monkeypatch.setattr('physai_decode.ros.node.STOP_TIMEOUT_S', 0.2)
     rig = make(**{'diagnostics.stall_timeout_s': 0.1})
     assert rig.change('configure', 'activate')
@@ -523,7 +523,7 @@ def test_an_engine_that_hangs(make, monkeypatch):
 
 
 class Endless(EchoEngine):
-    """Says a letter until its request is ended."""
+    """Emits a letter per step until the request is cancelled."""
 
     def __init__(self, step_s):
         super().__init__(step_s)
@@ -536,28 +536,28 @@ class Endless(EchoEngine):
 
 
 def test_deadlines_reach_diagnostics(make):
-    """Late tokens are a WARN, several in a row an ERROR, set while it runs."""
+    """A late token is a WARN, several in a row an ERROR; the limits are set at run time."""
     engine = Endless(step_s=0.01)
     rig = make(load=lambda config, progress: Loaded(engine, Letters(), Peak(1e9, 'parameter')),
                **{'sampling.max_new_tokens': LONG})
     assert rig.change('configure', 'activate')
     rig.ask_later('x')
-    rig.wait(lambda: rig.heard['tokens'])
+    rig.wait(lambda: rig.received['tokens'])
     assert rig.diagnostics('decode: latency')['level'] == messages.OK
     assert rig.set(deadline__max_consecutive_misses=10**6) == (True, '')
     assert rig.set(deadline__token_ms=0.001) == (True, '')
     rig.wait(lambda: rig.diagnostics('decode: latency')['level'] == messages.WARN)
     assert rig.set(deadline__max_consecutive_misses=1) == (True, '')
     rig.wait(lambda: rig.diagnostics('decode: latency')['level'] == messages.ERROR)
-    assert any(array.status[0].level == messages.WARN for array in rig.heard['token_stats'])
+    assert any(array.status[0].level == messages.WARN for array in rig.received['token_stats'])
     assert rig.set(deadline__action='truncate', deadline__request_ms=1.0) == (True, '')
     assert rig.set(deadline__request_ms=1.0) == (True, '')
     rig.wait(lambda: rig.requests())
     assert rig.requests()[0]['finish_reason'] == 'deadline'
 
 
-def test_a_set_is_checked_as_a_whole(rig):
-    """A bad parameter is refused with name, value and what is allowed; nothing is applied."""
+def test_applies_all_parameters_of_a_call_or_none(rig):
+    """The message for a wrong one has its name, its value and the allowed values."""
     successful, reason = rig.set('set_parameters_atomically',
                                  sampling__temperature=0.5, sampling__top_p=1.5)
     assert not successful
@@ -573,8 +573,8 @@ def test_a_set_is_checked_as_a_whole(rig):
     assert rig.ask('on')['finish_reason'] == 'stop'
 
 
-def test_a_locked_model_stays(make):
-    """Nothing that decides what is loaded can be set, in any state, nor can the lock itself."""
+def test_locked_model_cannot_be_changed(make):
+    """In no state can a parameter that selects the model be set, nor the lock itself."""
     rig = make(**{'model.locked': True, 'model.path': 'mine'})
     refused = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
                'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
@@ -592,11 +592,11 @@ def test_a_locked_model_stays(make):
         assert rig.set('set_parameters_atomically', model__locked=False, model__path='bad')[1]
         assert rig.set(model__path='mine', sampling__top_k=3) == (True, '')
         assert rig.change(transition)
-    assert rig.set(queue__size=3) == (True, '')         # which decides nothing of it
+    assert rig.set(queue__size=3) == (True, '')         # not a parameter of the model
 
 
-def test_a_model_can_be_locked_while_unconfigured(make):
-    """Then it stays so."""
+def test_locks_the_model_while_unconfigured(make):
+    """The lock can't be removed."""
     rig = make()
     assert rig.set(model__path='mine') == (True, '')
     assert rig.set(model__locked=True) == (True, '')
@@ -604,16 +604,16 @@ def test_a_model_can_be_locked_while_unconfigured(make):
     assert 'model.locked is true' in rig.set(model__path='bad')[1]
 
 
-def test_sampling_is_taken_from_the_next_request_on(rig):
-    """A new max_new_tokens cuts the next answer."""
+def test_sampling_parameters_apply_to_the_next_request(rig):
+    """A new max_new_tokens shortens the next answer."""
     assert rig.ask('hello')['output_tokens'] == '5'
     assert rig.set(sampling__max_new_tokens=2) == (True, '')
     stats = rig.ask('hello')
     assert (stats['output_tokens'], stats['finish_reason']) == ('2', 'length')
 
 
-def test_what_is_set_during_a_transition_holds(make, monkeypatch):
-    """Also where the worker has begun to start with what was set before."""
+def test_parameters_set_during_a_transition_apply(make, monkeypatch):
+    """Even if the worker has already started with the old values."""
     rig = make()
     start = Worker.start
 
@@ -626,8 +626,8 @@ def test_what_is_set_during_a_transition_holds(make, monkeypatch):
     assert rig.ask('abc')['output_tokens'] == '2'
 
 
-def test_history_and_reset(make):
-    """Kept turns are part of the next prompt until reset."""
+def test_keeps_history_until_reset(make):
+    """The next prompt contains the earlier turns."""
     rig = make(**{'chat.keep_history': True})
     assert rig.change('configure', 'activate')
     assert rig.ask('ab')['prompt_tokens'] == '2'
@@ -636,31 +636,31 @@ def test_history_and_reset(make):
     assert rig.ask('c')['prompt_tokens'] == '1'
 
 
-def test_unknown_parameters_are_told(make):
-    """They are named in diagnostics."""
+def test_reports_unknown_parameters(make):
+    """/diagnostics names them."""
     rig = make(**{'sampling.temprature': 0.5, 'nonsense': 1})
-    told = rig.diagnostics('decode: engine')
-    assert told['unknown_parameters'] == 'nonsense sampling.temprature'
-    assert told['level'] == messages.WARN
+    status = rig.diagnostics('decode: engine')
+    assert status['unknown_parameters'] == 'nonsense sampling.temprature'
+    assert status['level'] == messages.WARN
 
 
-def test_a_bad_parameter_at_start_is_an_error():
-    """The node does not come up with a setting that it would have to ignore."""
+def test_wrong_parameter_at_start_is_an_error():
+    """The node does not start with a setting that it would ignore."""
     with pytest.raises(ConfigError, match='sampling.top_p is 7.0: allowed are 0.0 to 1.0'):
         Rig(**{'sampling.top_p': 7.0})
-    gc.collect()                    # the half-made node goes now
+    gc.collect()                    # free the incomplete node
 
 
-def test_qos_can_be_overridden(make):
-    """A publisher's QoS is a parameter."""
+def test_qos_of_a_publisher_can_be_overridden(make):
+    """By a parameter."""
     rig = make(**{'qos_overrides./decode/tokens.publisher.reliability': 'best_effort'})
     infos = rig.probe.get_publishers_info_by_topic('/decode/tokens')
     assert infos[0].qos_profile.reliability.name == 'BEST_EFFORT'
     assert rig.diagnostics('decode: engine')['unknown_parameters'] == 'n/a'
 
 
-def test_a_subscription_s_qos_can_be_overridden(make):
-    """So that a client of another reliability is heard; the topic is named as it is remapped."""
+def test_qos_of_a_subscription_can_be_overridden(make):
+    """A client with another reliability is received; the parameter has the remapped topic name."""
     rig = make(**{'qos_overrides./decode/prompt.subscription.depth': 7,
                   'qos_overrides./decode/request.subscription.reliability': 'best_effort'})
     for topic, reliability in (('prompt', 'RELIABLE'), ('request', 'BEST_EFFORT')):
@@ -671,17 +671,17 @@ def test_a_subscription_s_qos_can_be_overridden(make):
     assert rig.diagnostics('decode: engine')['unknown_parameters'] == 'n/a'
 
 
-def test_a_flood_of_refusals_is_no_flood_of_log_lines(make, capfd):
-    """Each refusal is told on ~/request_stats; the log has one line a second."""
+def test_limits_log_lines_about_rejections(make, capfd):
+    """~/request_stats has each rejection; the log has one line per second."""
     rig = make()
     for _ in range(300):
         rig.ask_later('a')
-    rig.wait(lambda: len(rig.heard['request_stats']) == 300)
+    rig.wait(lambda: len(rig.received['request_stats']) == 300)
     assert 1 <= capfd.readouterr().err.count('a request is refused') < 30
 
 
-def test_autostart(make):
-    """The node configures and activates by itself."""
+def test_starts_by_itself(make):
+    """With autostart, the node configures and activates itself."""
     rig = make(autostart=True)
     rig.wait(lambda: rig.state() == 'active')
     assert rig.ask('a')['finish_reason'] == 'stop'

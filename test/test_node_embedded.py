@@ -29,13 +29,13 @@ MODEL = Path(physai_decode.__file__).parent / 'models' / 'tiny_planner'
 
 
 def cut(folder):
-    """Lose the second half of the weights."""
+    """Truncate the weights to half."""
     path = folder / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
 def lose(name):
-    """Lose files."""
+    """Return a function that deletes files."""
     def damage(folder):
         for path in folder.glob(name):
             path.unlink()
@@ -44,7 +44,7 @@ def lose(name):
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give a node that has loaded nothing yet."""
+    """Return the rig of an unconfigured node."""
     rclpy.init()
     rig = Rig(load, **{'engine.cpu_threads': 1, 'roofline.peak_bandwidth_gb_s': 10.0})
     yield rig
@@ -57,24 +57,24 @@ def rig():
     (lose('model.safetensors'), 'no weights'), (lose('config.json'), 'config.json is missing'),
     (lose('tokenizer*'), 'no tokenizer')], ids=['gone', 'empty', 'cut', 'no weights', 'no config',
                                                 'no tokenizer'])
-def test_a_damaged_model_is_refused_by_name(rig, tmp_path, damage, words):
-    """The node stays unconfigured, and says what is wrong."""
+def test_rejects_a_damaged_model(rig, tmp_path, damage, words):
+    """The node stays unconfigured and names the fault."""
     folder = tmp_path / 'model'
     shutil.copytree(MODEL, folder)
     damage(folder)
     assert rig.set(model__path=str(folder)) == (True, '')
     assert not rig.change('configure')
     assert rig.state() == 'unconfigured'
-    told = rig.diagnostics('decode: engine')
-    assert told['state'] == 'failed'
-    assert words in told['message']
-    assert str(folder) in told['message']
+    engine = rig.diagnostics('decode: engine')
+    assert engine['state'] == 'failed'
+    assert words in engine['message']
+    assert str(folder) in engine['message']
 
 
 @pytest.mark.parametrize(('name', 'value', 'words'), [
     ('engine__device', 'cuda:99', 'cuda:99'), ('engine__name', 'exllamav2', 'exllamav2')])
-def test_what_this_machine_does_not_have(rig, name, value, words):
-    """A device or an engine that is not there is named, with the way out."""
+def test_rejects_a_device_or_engine_that_is_missing(rig, name, value, words):
+    """The message names it, and says what to do."""
     assert rig.set(model__path='builtin:tiny_planner') == (True, '')
     assert rig.set(**{name: value}) == (True, '')
     assert not rig.change('configure')
@@ -82,16 +82,16 @@ def test_what_this_machine_does_not_have(rig, name, value, words):
     assert rig.set(**{name: 'auto'}) == (True, '')
 
 
-def test_the_whole_model_answers(rig):
-    """After all that, it loads, plans, and tells how far from the floor it was."""
+def test_embedded_model_answers(rig):
+    """After the failed loads; its figures include the floor."""
     assert rig.set(model__path='builtin:tiny_planner') == (True, '')
     assert rig.change('configure', 'activate')
-    begin = len(rig.heard['tokens'])
+    begin = len(rig.received['tokens'])
     stats = rig.ask('please bring the red cup to the kitchen')
-    rig.wait(lambda: rig.heard['response']
-             and len(rig.heard['tokens']) - begin == int(stats['output_tokens']))
-    answer = rig.heard['response'][-1].data
-    assert answer == ''.join(message.data for message in rig.heard['tokens'][begin:])
+    rig.wait(lambda: rig.received['response']
+             and len(rig.received['tokens']) - begin == int(stats['output_tokens']))
+    answer = rig.received['response'][-1].data
+    assert answer == ''.join(message.data for message in rig.received['tokens'][begin:])
     assert isinstance(json.loads(answer), list)
     assert stats['finish_reason'] == 'stop'
     assert 0 < float(stats['r_floor_p50']) < 10
@@ -99,22 +99,22 @@ def test_the_whole_model_answers(rig):
     assert rig.change('deactivate', 'cleanup')
 
 
-def test_answers_have_the_form_of_the_parameters(rig, tmp_path):
-    """A schema that can't be kept fails the load by name; one that can holds for each prompt."""
+def test_constraint_parameters_apply_to_prompts(rig, tmp_path):
+    """A schema that can't be enforced fails the load; another constrains each answer."""
     file = tmp_path / 'schema.json'
     file.write_text('{"uniqueItems": true}')
     assert rig.set(constraint__schema_file=str(file)) == (True, '')
     assert not rig.change('configure')
-    told = rig.diagnostics('decode: engine')['message']
-    assert 'constraint.schema_file' in told and 'uniqueItems' in told
+    engine = rig.diagnostics('decode: engine')['message']
+    assert 'constraint.schema_file' in engine and 'uniqueItems' in engine
     file.write_text('{"const": {"answer": [42, "x"]}}')
     assert rig.change('configure', 'activate')
-    count = len(rig.heard['response'])
+    count = len(rig.received['response'])
     assert rig.ask('please bring the red cup to the kitchen')['finish_reason'] == 'stop'
-    rig.wait(lambda: len(rig.heard['response']) > count)
-    assert json.loads(rig.heard['response'][-1].data) == {'answer': [42, 'x']}
-    rig.wait(lambda: len(rig.heard['item']) == 2)
-    items = [json.loads(message.data) for message in rig.heard['item']]
+    rig.wait(lambda: len(rig.received['response']) > count)
+    assert json.loads(rig.received['response'][-1].data) == {'answer': [42, 'x']}
+    rig.wait(lambda: len(rig.received['item']) == 2)
+    items = [json.loads(message.data) for message in rig.received['item']]
     assert [(item['path'], item['index'], item['value']) for item in items] == [
         ('/answer', 0, 42), ('/answer', 1, 'x')]
     figures = rig.requests()[-1]
@@ -124,17 +124,17 @@ def test_answers_have_the_form_of_the_parameters(rig, tmp_path):
     assert rig.set(constraint__schema_file='') == (True, '')
 
 
-def test_the_gap_of_the_embedded_model(rig):
-    """Native beside transformers; the next answer, its cached prefix and the counts stay."""
+def test_measures_the_gap_of_the_embedded_model(rig):
+    """It compares native with transformers, and keeps the cache and the counters."""
     def answer():
-        count = len(rig.heard['response'])
+        count = len(rig.received['response'])
         stats = rig.ask('please bring the red cup to the kitchen')
-        rig.wait(lambda: len(rig.heard['response']) > count)
-        return rig.heard['response'][-1].data, stats['cached_tokens'], stats['output_tokens']
+        rig.wait(lambda: len(rig.received['response']) > count)
+        return rig.received['response'][-1].data, stats['cached_tokens'], stats['output_tokens']
 
     def counts():
-        told = rig.diagnostics('decode: engine')
-        return told['state'], told['requests'], told['tokens'], told['refusals']
+        engine = rig.diagnostics('decode: engine')
+        return engine['state'], engine['requests'], engine['tokens'], engine['refusals']
 
     assert rig.change('configure', 'activate')
     answer()

@@ -39,7 +39,7 @@ SUCCEEDED, CANCELED, ABORTED = 4, 5, 6      # of action_msgs/GoalStatus
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give an active node, a client of its action, and what ~/stamped_tokens said."""
+    """Return the rig of an active node, with an action client and ~/stamped_tokens."""
     rclpy.init()
     rig = Rig()
     rig.stamped, rig.feedback = [], []
@@ -58,12 +58,12 @@ def rig():
 
 
 def begin(rig, **fields):
-    """Send a goal; gives its handle once it is accepted."""
+    """Send a goal; returns its handle once it is accepted."""
     return rig.result(rig.action.send_goal_async(Generate.Goal(**fields)))
 
 
 def feedback(rig, handle):
-    """Give the tokens and the calls of a goal's feedback so far."""
+    """Return the tokens and tool calls in the feedback of a goal so far."""
     # From the topic: rclpy's client drops what it has not handled when the result comes.
     found = [each.feedback for each in rig.feedback
              if bytes(each.goal_id.uuid) == bytes(handle.goal_id.uuid)]
@@ -72,12 +72,12 @@ def feedback(rig, handle):
 
 
 def stamped(rig):
-    """Give the tokens on ~/stamped_tokens of the client's request `mine`."""
+    """Return the tokens of the request `mine` on ~/stamped_tokens."""
     return [token for token in rig.stamped if token.client_id == 'mine']
 
 
-def test_a_goal_is_a_request(rig):
-    before = len(rig.heard['result'])
+def test_serves_a_goal_as_a_request(rig):
+    before = len(rig.received['result'])
     handle = begin(rig, id='mine', prompt='hello')
     assert handle.accepted
     answer = rig.result(handle.get_result_async())
@@ -87,16 +87,16 @@ def test_a_goal_is_a_request(rig):
     tokens, _ = feedback(rig, handle)
     assert ''.join(token.text for token in tokens) == 'HELLO'
     assert [token.index for token in tokens] == list(range(5))
-    rig.wait(lambda: len(rig.heard['result']) > before)     # the topics tell of it too
+    rig.wait(lambda: len(rig.received['result']) > before)     # the topics tell of it too
     assert rig.requests()[-1]['client_id'] == 'mine'
 
 
-def test_a_goal_is_cancelled_within_a_step(rig):
+def test_cancels_a_goal_within_a_step(rig):
     rig.settle()
-    engine, before = rig.loader.engines[0], len(rig.heard['tokens'])
+    engine, before = rig.loader.engines[0], len(rig.received['tokens'])
     rig.cancels.clear()
     handle = begin(rig, prompt='xx?x')
-    rig.wait(lambda: len(rig.heard['tokens']) == before + 2)
+    rig.wait(lambda: len(rig.received['tokens']) == before + 2)
     rig.result(handle.cancel_goal_async())
     rig.wait(lambda: rig.cancels)           # while the engine is in a step
     engine.answer.set()
@@ -106,23 +106,23 @@ def test_a_goal_is_cancelled_within_a_step(rig):
     assert answer.result.text in ('XX', 'XX?')
 
 
-@pytest.mark.parametrize(('fields', 'told'), [
+@pytest.mark.parametrize(('fields', 'message'), [
     ({'prompt': ''}, 'none was given'), ({'prompt': 'a' * 300}, '300 tokens long'),
     ({'prompt': 'a', 'options_json': '{"top": 1}'}, "'top' is not a field"),
     ({'prompt': 'a', 'messages_json': '[]'}, 'prompt and messages were given')])
-def test_a_goal_is_refused_as_a_prompt_is(rig, fields, told):
+def test_rejects_goals_that_it_cannot_serve(rig, fields, message):
     answer = rig.result(begin(rig, **fields).get_result_async())
     assert (answer.status, answer.result.finish_reason) == (ABORTED, 'rejected')
-    assert told in answer.result.message
+    assert message in answer.result.message
 
 
-def test_thoughts_and_calls(rig, monkeypatch):
-    """Each goes its own way, in the feedback, on the topics and in the result."""
+def test_separates_thoughts_and_tool_calls(rig, monkeypatch):
+    """In the feedback, on the topics and in the result."""
     monkeypatch.setattr(Letters, 'manner', Manner('[THINK]', '[/THINK]', (), 'mistral_args'))
     rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
     rig.ask('x' * 20)
     rig.settle()
-    before = {name: len(rig.heard[name]) for name in ('result', 'response', 'token_stats')}
+    before = {name: len(rig.received[name]) for name in ('result', 'response', 'token_stats')}
     rig.stamped.clear()
     tools = [{'type': 'function', 'function': {'name': 'GO'}}]
     said = '[think]w\1[/think] ok. [tool_calls]go[args]{"a": 1}'
@@ -139,18 +139,18 @@ def test_thoughts_and_calls(rig, monkeypatch):
     for tokens in (stamped(rig), feedback(rig, handle)[0]):
         assert ''.join(token.text for token in tokens) == 'OK.'
         assert ''.join(token.reasoning for token in tokens) == 'W\ufffd'
-    rig.wait(lambda: all(len(rig.heard[name]) > count for name, count in before.items()))
+    rig.wait(lambda: all(len(rig.received[name]) > count for name, count in before.items()))
     assert [json.loads(each) for each in feedback(rig, handle)[1]] == [call]
-    assert rig.heard['response'][-1].data == 'OK.'
-    rig.wait(lambda: len(rig.heard['token_stats']) == before['token_stats'] + len(said))
+    assert rig.received['response'][-1].data == 'OK.'
+    rig.wait(lambda: len(rig.received['token_stats']) == before['token_stats'] + len(said))
     figures = [rig.values(each.status[0])
-               for each in rig.heard['token_stats'][before['token_stats']:]]
+               for each in rig.received['token_stats'][before['token_stats']:]]
     assert [json.loads(each['tool_calls']) for each in figures
             if each['tool_calls'] != 'n/a'] == [[call]]
-    assert rig.values(rig.heard['request_stats'][-1].status[0])['finish_reason'] == 'tool_calls'
+    assert rig.values(rig.received['request_stats'][-1].status[0])['finish_reason'] == 'tool_calls'
 
 
-def test_stamped_tokens(rig):
+def test_publishes_stamped_tokens(rig):
     rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
     rig.ask('x' * 20)               # by then the node has asked who listens
     rig.stamped.clear()
@@ -167,7 +167,7 @@ def test_stamped_tokens(rig):
 @pytest.mark.parametrize('node', ['/d', '/decode', '/robot/decode_7'])
 @pytest.mark.parametrize('client_id', ['', 'a', 'ab', 'abc', 'abcd', 'abcdefgh'])
 @pytest.mark.parametrize('text', ['', 'x', 'äöü', '🙂 '])
-def test_a_stamped_token_as_rclpy_reads_it(node, client_id, text):
+def test_rclpy_reads_the_serialised_token(node, client_id, text):
     report = TokenReport(7, 3, 12, text, 40, 2.5, None, None, None, 1.0, 0.4, 3.0, True,
                          client_id=client_id, reasoning=text[::-1])
     data = cdr.StampedToken(node).write(report, text, 1_700_000_000_123_456_789)
@@ -180,6 +180,6 @@ def test_a_stamped_token_as_rclpy_reads_it(node, client_id, text):
     assert math.isnan(token.device_ms)
 
 
-def test_model_info_tells_of_the_action(rig):
-    info = rig.values(rig.heard['model_info'][-1].status[0])
+def test_model_info_names_the_action(rig):
+    info = rig.values(rig.received['model_info'][-1].status[0])
     assert info['generate_action'] == messages.GENERATE_ACTION == 'available'

@@ -38,19 +38,19 @@ HELLO = [{'role': 'user', 'content': 'hello'}]
 
 
 def free_port() -> int:
-    """Give a port that nobody has."""
+    """Return a free port."""
     with socket.create_server(('127.0.0.1', 0)) as found:
         return found.getsockname()[1]
 
 
 def client(port):
-    """Give OpenAI's client."""
+    """Return a client of OpenAI's package."""
     return openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0,
                          timeout=PATIENCE_S)
 
 
 def health(port):
-    """Give the status of /health; 0 where the port is closed."""
+    """Return the status of /health, 0 if the port is closed."""
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=PATIENCE_S)
     try:
         connection.request('GET', '/health')
@@ -63,7 +63,7 @@ def health(port):
 
 @pytest.fixture
 def rig():
-    """Give a node that is not configured, and the port of its door."""
+    """Return the rig of an unconfigured node, and its HTTP port."""
     rclpy.init()
     port = free_port()
     rig = Rig(**{'http.port': port})
@@ -73,7 +73,7 @@ def rig():
     rclpy.shutdown()
 
 
-def test_it_is_open_while_the_node_is_configured(rig):
+def test_listens_while_the_node_is_configured(rig):
     assert health(rig.port) == 0
     rig.loader.go.clear()
     configuring = rig.begin('configure')
@@ -94,18 +94,18 @@ def test_it_is_open_while_the_node_is_configured(rig):
     assert health(rig.port) == 0
 
 
-def test_a_port_that_is_taken_fails_to_configure(rig):
+def test_configure_fails_if_the_port_is_in_use(rig):
     with socket.create_server(('127.0.0.1', rig.port)):
         assert not rig.change('configure')
         assert rig.state() == 'unconfigured'
-        told = rig.diagnostics('decode: engine')
-        assert told['state'] == 'failed' and f'port {rig.port} of' in told['message']
+        engine = rig.diagnostics('decode: engine')
+        assert engine['state'] == 'failed' and f'port {rig.port} of' in engine['message']
         assert not rig.loader.engines               # before anything is loaded
     assert rig.change('configure', 'activate')
     assert rig.diagnostics('decode: engine')['state'] == 'idle'
 
 
-def test_requests_are_on_the_topics_too(rig):
+def test_topics_have_the_requests_of_http_clients(rig):
     assert rig.change('configure', 'activate')
     api = client(rig.port)
     assert [model.id for model in api.models.list().data] == [MODEL]
@@ -118,18 +118,18 @@ def test_requests_are_on_the_topics_too(rig):
         api.chat.completions.create(model=MODEL, messages=HELLO, n=2)
     rig.wait(lambda: len(rig.requests()) == 3)          # or the refusal is taken for the next end
     assert rig.ask('by topic')['finish_reason'] == 'stop'
-    told = {each['client_id']: each for each in rig.requests()}
-    assert told[answer.id]['finish_reason'] == told['mine']['finish_reason'] == 'stop'
+    figures = {each['client_id']: each for each in rig.requests()}
+    assert figures[answer.id]['finish_reason'] == figures['mine']['finish_reason'] == 'stop'
     (refused,) = (each for each in rig.requests() if each['finish_reason'] == 'rejected')
     assert refused['refusal'] == 'invalid' and 'n is 2' in refused['message']
-    rig.wait(lambda: len(rig.heard['accepted']) == 3)
-    ids = [json.loads(each.data)['id'] for each in rig.heard['accepted']]
+    rig.wait(lambda: len(rig.received['accepted']) == 3)
+    ids = [json.loads(each.data)['id'] for each in rig.received['accepted']]
     assert ids == [answer.id, 'mine', None]
-    texts = [each.data for each in rig.heard['response']]
+    texts = [each.data for each in rig.received['response']]
     assert texts == ['HELLO', 'HELLO', 'BY TOPIC']
 
 
-def test_a_cancel_by_topic_ends_a_stream(rig):
+def test_cancel_by_topic_ends_a_stream(rig):
     assert rig.change('configure', 'activate')
     chunks = client(rig.port).chat.completions.create(
         model=MODEL, messages=[{'role': 'user', 'content': 'ab?'}], stream=True)
@@ -141,7 +141,7 @@ def test_a_cancel_by_topic_ends_a_stream(rig):
     assert raised.value.code == 'cancelled'
 
 
-def test_no_door_by_default():
+def test_does_not_listen_by_default():
     rclpy.init()
     rig = Rig()
     assert rig.change('configure', 'activate') and rig.node._http is None
@@ -149,8 +149,8 @@ def test_no_door_by_default():
     rclpy.shutdown()
 
 
-def test_a_signal_ends_a_node_with_open_connections(request):
-    """In time, with an end for each stream, though clients hold connections."""
+def test_signal_ends_a_node_with_open_connections(request):
+    """In time, and each stream gets its end, although clients keep connections open."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',

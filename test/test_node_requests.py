@@ -27,7 +27,7 @@ from std_msgs.msg import String
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give a node that takes requests."""
+    """Return the rig of a node."""
     rclpy.init()
     rig = Rig(**{'queue.max_request_bytes': 5000})
     rig.request = rig.probe.create_publisher(String, '/decode/request', stream_qos())
@@ -39,24 +39,24 @@ def rig():
 
 @pytest.fixture
 def active(rig):
-    """Give it active, with nothing heard."""
+    """Activate the node, and clear all received messages."""
     assert rig.change('configure', 'activate')
     rig.settle()
-    for heard in rig.heard.values():
-        heard.clear()
+    for messages in rig.received.values():
+        messages.clear()
     yield rig
     assert rig.change('deactivate', 'cleanup')
 
 
 def send(rig, value):
-    """Send what may be a request, and give the result of the next one that ends."""
-    count = len(rig.heard['result'])
+    """Publish a value on ~/request; returns the next result."""
+    count = len(rig.received['result'])
     rig.request.publish(String(data=value if type(value) is str else json.dumps(value)))
-    rig.wait(lambda: len(rig.heard['result']) > count)
-    return json.loads(rig.heard['result'][count].data)
+    rig.wait(lambda: len(rig.received['result']) > count)
+    return json.loads(rig.received['result'][count].data)
 
 
-def test_a_result_is_a_chat_completion(active):
+def test_result_is_a_chat_completion(active):
     result = send(active, {'id': 'mine', 'prompt': 'hello', 'seed': 7})
     assert (result['id'], result['object']) == ('mine', 'chat.completion')
     assert result['model'] == 'builtin:tiny_planner'
@@ -74,23 +74,23 @@ def test_a_result_is_a_chat_completion(active):
     assert figures['cancel_ms'] is None
 
 
-def test_statuses_bear_the_clients_id(active):
+def test_statuses_have_the_id_of_the_client(active):
     send(active, {'id': 'mine', 'prompt': 'ab'})
     active.ask('cd')
-    active.wait(lambda: len(active.heard['token_stats']) == 4)
+    active.wait(lambda: len(active.received['token_stats']) == 4)
     assert [active.values(array.status[0])['client_id']
-            for array in active.heard['token_stats']] == ['mine', 'mine', 'n/a', 'n/a']
+            for array in active.received['token_stats']] == ['mine', 'mine', 'n/a', 'n/a']
     assert [each['client_id'] for each in active.requests()] == ['mine', 'n/a']
 
 
-def test_a_prompt_has_a_result_too(active):
+def test_prompts_have_results_too(active):
     active.ask('hello')
-    active.wait(lambda: active.heard['result'])
-    result = json.loads(active.heard['result'][0].data)
+    active.wait(lambda: active.received['result'])
+    result = json.loads(active.received['result'][0].data)
     assert (result['id'], result['choices'][0]['message']['content']) == (None, 'HELLO')
 
 
-@pytest.mark.parametrize(('value', 'id_', 'told'), [
+@pytest.mark.parametrize(('value', 'id_', 'message'), [
     ('hello', None, 'the request is not valid JSON'),
     ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', "temperature is 'hot'"),
     ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is not a field of a request"),
@@ -101,22 +101,22 @@ def test_a_prompt_has_a_result_too(active):
     ({'id': 'x', 'prompt': ''}, 'x', 'the prompt is empty'),
     ({'id': 'x', 'prompt': 'a' * 300}, 'x', '300 tokens long'),
     ({'id': 'x', 'prompt': 'a!'}, 'x', 'the engine broke')])
-def test_a_wrong_request_has_a_result_that_says_why(active, value, id_, told):
+def test_result_of_a_wrong_request_has_the_reason(active, value, id_, message):
     result = send(active, value)
     assert result['id'] == id_
     assert result['choices'][0]['finish_reason'] is None
-    assert told in result['physai']['message']
+    assert message in result['physai']['message']
     assert send(active, {'id': 'x', 'prompt': 'ok'})['choices'][0]['message']['content'] == 'OK'
-    assert len(active.heard['result']) == 2
+    assert len(active.received['result']) == 2
 
 
-def test_an_inactive_node_refuses_with_the_id(rig):
+def test_rejection_of_an_inactive_node_has_the_id(rig):
     result = send(rig, {'id': 'x', 'prompt': 'a'})
     assert (result['id'], result['physai']['finish_reason']) == ('x', 'rejected')
     assert 'the node is inactive' in result['physai']['message']
 
 
-def test_numbers_go_on_over_refusals_and_activations(active):
+def test_request_ids_increase_over_rejections_and_activations(active):
     before = send(active, {'prompt': 'a'})['physai']['request_id']
     assert send(active, 'nonsense')['physai']['request_id'] == before + 1
     assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 2
@@ -126,30 +126,30 @@ def test_numbers_go_on_over_refusals_and_activations(active):
     assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 4
 
 
-def test_cancel_by_id(active):
+def test_cancels_by_id(active):
     for name in ('running', 'waiting'):
         active.request.publish(String(data=json.dumps({'id': name, 'prompt': 'xx?x'})))
-    active.wait(lambda: len(active.heard['tokens']) == 2)
+    active.wait(lambda: len(active.received['tokens']) == 2)
     ended = send(active, {'id': 'waiting', 'cancel': True})
     assert (ended['id'], ended['physai']['finish_reason']) == ('waiting', 'cancelled')
     active.cancels.clear()
     active.request.publish(String(data=json.dumps({'id': 'running', 'cancel': True})))
     active.wait(lambda: active.cancels)     # while the engine is in a step
     active.loader.engines[-1].answer.set()
-    active.wait(lambda: len(active.heard['result']) == 2)
-    ended = json.loads(active.heard['result'][1].data)
+    active.wait(lambda: len(active.received['result']) == 2)
+    ended = json.loads(active.received['result'][1].data)
     assert (ended['id'], ended['physai']['finish_reason']) == ('running', 'cancelled')
     assert ended['physai']['cancel_ms'] >= 0
-    assert len(active.heard['result']) == 2
+    assert len(active.received['result']) == 2
 
 
-def test_what_is_accepted_is_repeated(active):
+def test_result_repeats_accepted_fields(active):
     asked = {'id': 'mine', 'messages': [{'role': 'user', 'content': 'a\0b'}], 'temperature': 0.5}
     send(active, asked)
     active.ask('plain')
     send(active, {'prompt': ''})
-    active.wait(lambda: len(active.heard['accepted']) == 2)
-    first, second = (json.loads(message.data) for message in active.heard['accepted'])
+    active.wait(lambda: len(active.received['accepted']) == 2)
+    first, second = (json.loads(message.data) for message in active.received['accepted'])
     assert (first['id'], first['request']) == ('mine', asked)
     assert second['id'] is None
     assert parse(json.dumps(second['request'])) == Request('plain')
@@ -157,5 +157,5 @@ def test_what_is_accepted_is_repeated(active):
     assert second['stamp'] >= first['stamp'] > 1.7e9
 
 
-def test_nul_and_half_surrogates_in_a_result(active):
+def test_result_with_nul_and_lone_surrogates(active):
     assert send(active, {'prompt': 'a\x01'})['choices'][0]['message']['content'] == 'A\0'

@@ -44,14 +44,14 @@ NO_FIGURES = ('token_id', 'context_tokens', 'device_ms', 'host_gap_ms', 'floor_m
 
 @pytest.fixture
 def fake():
-    """Give a server that answers well."""
+    """Return a server that answers well."""
     with serving() as fake:
         yield fake
 
 
 @pytest.fixture
 def make(fake):
-    """Give a function that makes a node on the server."""
+    """Return a factory of nodes that use the server."""
     rigs = []
     rclpy.init()
 
@@ -74,27 +74,27 @@ def broken(call, body):
     call.whole(500, {'error': {'message': 'out of memory'}})
 
 
-def test_the_same_topics(fake, make, monkeypatch):
+def test_publishes_the_same_topics(fake, make, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, 'secret')
     rig = make(model__path='')
     assert rig.change('configure', 'activate')
-    told = rig.ask('where?')
+    end = rig.ask('where?')
     assert fake.asked[0][1]['Authorization'] == 'Bearer secret'
-    assert (told['finish_reason'], told['engine'], told['fallback']) == ('stop', 'openai', 'n/a')
-    assert [told[key] for key in ('prompt_tokens', 'output_tokens', 'server_tokens',
-                                  'r_floor_p50')] == ['7', '3', '5', 'n/a']
-    rig.wait(lambda: len(rig.heard['token_stats']) == 3 and rig.heard['result']
-             and len(rig.heard['itl_ms']) == 2)
-    assert [each.data for each in rig.heard['tokens']] == ['far', ' away', '.']
-    assert [each.data for each in rig.heard['response']] == ['far away.']
-    assert not rig.heard['r_floor']
-    for array in rig.heard['token_stats']:
+    assert (end['finish_reason'], end['engine'], end['fallback']) == ('stop', 'openai', 'n/a')
+    assert [end[key] for key in ('prompt_tokens', 'output_tokens', 'server_tokens',
+                                 'r_floor_p50')] == ['7', '3', '5', 'n/a']
+    rig.wait(lambda: len(rig.received['token_stats']) == 3 and rig.received['result']
+             and len(rig.received['itl_ms']) == 2)
+    assert [each.data for each in rig.received['tokens']] == ['far', ' away', '.']
+    assert [each.data for each in rig.received['response']] == ['far away.']
+    assert not rig.received['r_floor']
+    for array in rig.received['token_stats']:
         values = rig.values(array.status[0])
         assert {values[key] for key in NO_FIGURES} == {'n/a'}
-    result = json.loads(rig.heard['result'][0].data)
+    result = json.loads(rig.received['result'][0].data)
     assert result['model'] == MODEL and result['usage']['completion_tokens'] == 5
     assert result['physai']['engine'] == 'openai' and result['physai']['fallback'] == ''
-    model = rig.values(rig.heard['model_info'][-1].status[0])
+    model = rig.values(rig.received['model_info'][-1].status[0])
     assert (model['model'], model['engine'], model['max_context']) == (MODEL, 'openai', '8192')
     assert model['base_url'] == fake.url and model['fallback'] == 'n/a'
     assert {model[key] for key in SHAPE} == {'n/a'}
@@ -106,18 +106,18 @@ def test_the_same_topics(fake, make, monkeypatch):
     assert 'itl_ms' in rig.trigger('measure_gap').message
 
 
-def test_the_local_model_answers_where_the_server_fails(fake, make):
+def test_local_model_answers_if_the_server_fails(fake, make):
     fake.answer = broken
     rig = make(remote__fallback=BUILTIN)
     assert rig.change('configure', 'activate')
-    told = rig.ask('Bring me the red cup.')
-    assert (told['finish_reason'], told['engine'], told['level']) == ('stop', 'native', WARN)
-    assert '500: out of memory' in told['fallback']
-    rig.wait(lambda: rig.heard['result'])
-    result = json.loads(rig.heard['result'][0].data)
+    end = rig.ask('Bring me the red cup.')
+    assert (end['finish_reason'], end['engine'], end['level']) == ('stop', 'native', WARN)
+    assert '500: out of memory' in end['fallback']
+    rig.wait(lambda: rig.received['result'])
+    result = json.loads(rig.received['result'][0].data)
     assert result['choices'][0]['message']['content'].startswith('[{"action"')
     assert result['physai']['engine'] == 'native'
-    model = rig.values(rig.heard['model_info'][-1].status[0])
+    model = rig.values(rig.received['model_info'][-1].status[0])
     assert model['fallback'].startswith(f'{BUILTIN}: native, ')
     engine = rig.diagnostics('decode: engine')
     assert (engine['level'], engine['state'], engine['fallbacks']) == (WARN, 'idle', '1')
@@ -129,12 +129,12 @@ def test_the_local_model_answers_where_the_server_fails(fake, make):
     assert rig.change('deactivate', 'activate', 'deactivate', 'cleanup')
 
 
-def test_without_a_local_model_the_node_stays_up(fake, make):
+def test_node_stays_up_without_a_local_model(fake, make):
     fake.answer = broken
     rig = make()
     assert rig.change('configure', 'activate')
-    told = rig.ask('where?')
-    assert (told['finish_reason'], told['level']) == ('error', ERROR)
+    end = rig.ask('where?')
+    assert (end['finish_reason'], end['level']) == ('error', ERROR)
     engine = rig.diagnostics('decode: engine')
     assert (engine['state'], engine['level']) == ('failed', ERROR)
     assert '500: out of memory' in engine['message']
@@ -142,7 +142,7 @@ def test_without_a_local_model_the_node_stays_up(fake, make):
     assert rig.ask('where?')['finish_reason'] == 'stop'
 
 
-def test_settings_are_checked_at_configure(fake, make):
+def test_configure_checks_the_settings(fake, make):
     rig = make(remote__base_url='10.0.0.2:8000/v1')
     assert not rig.change('configure')
     engine = rig.diagnostics('decode: engine')
@@ -155,13 +155,13 @@ def test_settings_are_checked_at_configure(fake, make):
     assert rig.ask('where?')['finish_reason'] == 'stop'
 
 
-def test_a_locked_model_stays_on_its_server(make):
+def test_locked_model_stays_on_its_server(make):
     rig = make(model__locked=True)
     done, reason = rig.set(remote__base_url='http://other/v1')
     assert not done and 'model.locked' in reason
 
 
-def test_cancel_and_deactivate_while_the_server_hangs(fake, make):
+def test_cancels_and_deactivates_while_the_server_hangs(fake, make):
     fake.answer = lambda call, body: call.wait_for_client_to_go()
     rig = make()
     assert rig.change('configure', 'activate')
@@ -176,7 +176,7 @@ def test_cancel_and_deactivate_while_the_server_hangs(fake, make):
     assert [each['finish_reason'] for each in rig.requests()] == 2 * ['cancelled']
 
 
-def test_a_signal_ends_a_node_whose_server_hangs(fake):
+def test_signal_ends_a_node_whose_server_hangs(fake):
     fake.answer = lambda call, body: call.wait_for_client_to_go()
     process = subprocess.Popen(
         [sys.executable, '-c', 'import sys; from physai_decode.ros.process import main; '

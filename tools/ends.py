@@ -67,9 +67,9 @@ class Client:
         self._node = rclpy.create_node(f'client_of_{name}')
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._node)
-        self.heard: dict[str, list] = {'result': [], 'request_stats': [], 'response': [],
+        self.received: dict[str, list] = {'result': [], 'request_stats': [], 'response': [],
                                        'tokens': []}
-        for topic, heard in self.heard.items():
+        for topic, heard in self.received.items():
             kind = DiagnosticArray if topic == 'request_stats' else String
             self._node.create_subscription(kind, f'/{name}/{topic}', heard.append, stream_qos())
         self._info: list[DiagnosticArray] = []
@@ -86,7 +86,8 @@ class Client:
         return bool(
             self._request.get_subscription_count() and self._info
             and self._info[-1].status[2].values[0].value == 'idle'
-            and all(self._node.count_publishers(f'/{self._name}/{topic}') for topic in self.heard)
+            and all(self._node.count_publishers(f'/{self._name}/{topic}')
+                    for topic in self.received)
             and (not Generate or self._action.server_is_ready()))
 
     def ask(self) -> bool:
@@ -105,7 +106,7 @@ class Client:
 
     def lost(self) -> str:
         """Return what has not arrived; empty if all has."""
-        counts = {topic: len(heard) for topic, heard in self.heard.items() if topic != 'tokens'}
+        counts = {topic: len(heard) for topic, heard in self.received.items() if topic != 'tokens'}
         done = sum(result.done() for result in self.results)
         missing = [f'{REQUESTS - count} of {topic}' for topic, count in counts.items()
                    if count != REQUESTS]
@@ -140,7 +141,7 @@ def run(name: str, limit_s: float) -> tuple[float, str] | None:
             return 0.0, 'it did not come up'
         if not client.ask():
             return None
-        if not client.wait(lambda: len(client.heard['tokens']) >= TOKENS):
+        if not client.wait(lambda: len(client.received['tokens']) >= TOKENS):
             return 0.0, 'no tokens came'
         begin_s = time.monotonic()
         node.send_signal(signal.SIGTERM)
