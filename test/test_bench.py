@@ -63,7 +63,7 @@ PEAK = Peak(1e9, 'parameter')
 
 
 class FakeEngine:
-    """Gives its token's number as device time in milliseconds; takes prompts in small chunks."""
+    """Reports its token's number as device time in ms; prompts come in small chunks."""
 
     chunk_tokens = (1, 10)
 
@@ -105,7 +105,7 @@ def case(label='fake', contexts=(64, 128), **more):
 
 
 def done(of, medians, contexts=(2048,)):
-    """Give a result as a session would write it, with these medians in seconds."""
+    """Return a result as a session writes it, with these medians in seconds."""
     engine = FakeEngine()
     return {
         'case': of.to_dict(), 'status': 'done', 'date': '', 'peak': vars(PEAK),
@@ -125,7 +125,7 @@ def done(of, medians, contexts=(2048,)):
 
 # --- one measurement ----------------------------------------------------------------------------
 
-def test_measure_leaves_out_warm_up_and_prompt_pieces():
+def test_measure_excludes_warm_up_and_prompt_chunks():
     engine = FakeEngine()
     cell = session.measure(engine, 64, warmup=5, steps=30, peak=PEAK)
     assert len(cell['itl_s']) == 30
@@ -145,7 +145,7 @@ def test_measure_uses_a_new_prompt_each_time():
     assert all(0 <= token < 50 for prompt in engine.prompts for token in prompt)
 
 
-def test_both_floors_are_of_the_middle_of_the_steps():
+def test_floors_are_of_the_middle_of_the_steps():
     cell = session.measure(FakeEngine(), 1000, warmup=5, steps=30, peak=PEAK)
     kv = 2 * 2 * 1 * 64 * 985 * 2
     assert cell['kv_bytes'] == kv
@@ -154,12 +154,12 @@ def test_both_floors_are_of_the_middle_of_the_steps():
     assert cell['r_read'] == pytest.approx(cell['floor_read_s'] / cell['itl_p50_s'])
 
 
-def test_an_unknown_peak_gives_no_floor():
+def test_no_floor_without_a_peak():
     cell = session.measure(FakeEngine(), 64, 2, 5, Peak(None, 'unknown'))
     assert cell['floor_read_s'] is None and cell['r_checkpoint'] is None
 
 
-def test_steps_of_several_tokens_count_each():
+def test_counts_each_token_of_a_step():
     class Loop:
         def stream(self, prompt_ids, sampling, constraint=None):
             yield Step(())
@@ -170,7 +170,7 @@ def test_steps_of_several_tokens_count_each():
     assert len(itl_s) == 6 and device_s == [0.002] * 6 and cached == 3
 
 
-def test_samplings_take_turns_behind_one_prompt():
+def test_sampling_settings_alternate_after_one_prompt():
     engine = FakeEngine()
     rows = session.compare_samplings(engine, 64, 2, 5, ('temperature=0.8', 'greedy', 'top_k=3'))
     assert [row['sampling'] for row in rows] == ['greedy', 'temperature=0.8', 'top_k=3']
@@ -181,7 +181,7 @@ def test_samplings_take_turns_behind_one_prompt():
 
 
 class Ending:
-    """A constraint whose answer is complete after so many tokens."""
+    """A constraint whose answer is complete after a number of tokens."""
 
     mask_s = 0.25
 
@@ -196,7 +196,7 @@ class Ending:
         self.left -= 1
 
 
-def test_masked_steps_take_turns_with_free_ones_of_the_same_length():
+def test_masked_and_free_steps_alternate_at_the_same_length():
     engine, lengths = FakeEngine(), iter([4, *[6, 9] * 50])
     made = []
 
@@ -213,24 +213,24 @@ def test_masked_steps_take_turns_with_free_ones_of_the_same_length():
     assert [each.max_new_tokens for each in engine.samplings][:6] == [8, 4, 8, 6, 8, 8]
 
 
-def test_answers_too_short_to_be_timed_are_an_error():
+def test_rejects_answers_too_short_to_be_timed():
     compiled = session.Compiled(lambda: Ending(2), 0.0, 0.0)
     with pytest.raises(EngineError, match='0 steps after 2 of warm-up, but 50 are needed'):
         session.masked(FakeEngine(), 64, 2, 5, compiled)
 
 
-def test_an_engine_that_ends_early_is_an_error():
+def test_rejects_an_engine_that_ends_early():
     with pytest.raises(EngineError, match='ended after 3 of 7'):
         session.measure(FakeEngine(max_context=60), 64, 2, 5, PEAK)
 
 
-def test_a_context_too_short_for_the_steps_is_an_error():
+def test_rejects_a_context_too_short_for_the_steps():
     with pytest.raises(ValueError, match='too short for 5 [+] 30'):
         session.measure(FakeEngine(), 36, 5, 30, PEAK)
 
 
-def test_energy_is_that_of_decode_steps():
-    """Nothing where the device does not tell it; a table only where one does."""
+def test_energy_of_decode_steps():
+    """None if the device does not report it; the table needs at least one that does."""
     now, taken = [0.0], [100.0]
 
     def energy_j():
@@ -253,14 +253,14 @@ def test_energy_is_that_of_decode_steps():
 @pytest.mark.parametrize(('text', 'kind'), [
     ('cpu', neighbour.Kind('cpu')), ('gpu', neighbour.Kind('gpu', 30.0, 1)),
     ('gpu:60', neighbour.Kind('gpu', 60.0, 1)), ('gpu:10,4', neighbour.Kind('gpu', 10.0, 4))])
-def test_a_neighbour_is_read(text, kind):
+def test_parses_a_neighbour(text, kind):
     assert neighbour.parse(text) == kind
 
 
 @pytest.mark.parametrize('text', [
     '', 'tpu', 'cpu:3', 'gpu:x', 'gpu:0', 'gpu:-1', 'gpu:nan', 'gpu:1,0', 'gpu:1,inf',
     'gpu:1,2,3'])
-def test_a_wrong_neighbour_is_refused(text):
+def test_rejects_a_wrong_neighbour(text):
     with pytest.raises(ConfigError, match=f'--beside {text}: expected cpu, or gpu'):
         neighbour.parse(text)
 
@@ -281,15 +281,15 @@ def test_a_neighbour_ends_with_its_context(monkeypatch):
     assert all(process.poll() is not None for process in started)
 
 
-def test_a_neighbour_that_can_not_run_is_told(monkeypatch):
+def test_reports_a_neighbour_that_can_not_run(monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     with pytest.raises(RuntimeError, match='the neighbour on the GPU does not run'):
         with neighbour.running(neighbour.Kind('gpu')):
             pass
 
 
-def test_the_step_beside_a_neighbour(monkeypatch, tmp_path):
-    """Alone and beside in turn; the table has both, and the neighbour's own times."""
+def test_times_the_step_beside_a_neighbour(monkeypatch, tmp_path):
+    """Alternating with the step alone; the table has both, and the neighbour's own times."""
     class Other:
         def collect(self, seconds):
             return [0.002 if seconds else 0.004]
@@ -318,7 +318,7 @@ def test_the_step_beside_a_neighbour(monkeypatch, tmp_path):
 
 
 def test_prompts_have_two_floors(monkeypatch):
-    """The second is of the model: an engine that does not know it gets that of one that does."""
+    """The second belongs to the model: an engine that does not know it takes another's."""
     rates = []
     monkeypatch.setattr(session, 'matrix_rate', lambda *device: rates.append(device) or 4e9)
     engine, peak = FakeEngine(), Peak(2e9, 'parameter')
@@ -356,7 +356,7 @@ def test_prompts_have_two_floors(monkeypatch):
     assert plots._prompts(pyplot, [{'contexts': []}], {}) is None
 
 
-def test_the_rate_of_a_matrix_product(monkeypatch):
+def test_measures_the_rate_of_a_matrix_product(monkeypatch):
     pytest.importorskip('torch')
     monkeypatch.setattr(session, 'MATRIX_CPU', 64)
     assert session.matrix_rate('cpu', 'float32') > 0
@@ -371,7 +371,7 @@ def run_session(monkeypatch, build, of, keep=lambda result: None):
     return session.run(of, 0.0, lambda message: None, keep)
 
 
-def test_a_session_says_all_that_the_report_needs(monkeypatch):
+def test_session_writes_all_that_the_report_needs(monkeypatch):
     engine = FakeEngine()
     result = run_session(monkeypatch, lambda model, config, progress: engine, case())
     assert [cell['context'] for cell in result['contexts']] == [64, 128]
@@ -382,7 +382,7 @@ def test_a_session_says_all_that_the_report_needs(monkeypatch):
     json.dumps(result)
 
 
-def test_the_machine_of_a_gpu_has_its_cpus_name(monkeypatch):
+def test_machine_with_a_gpu_has_the_name_of_its_cpu(monkeypatch):
     pytest.importorskip('torch')
     monkeypatch.setattr('physai_decode.engines.device.cpu_name', lambda: 'Cortex')
     monkeypatch.setattr(machine, '_gpu', lambda torch, footprint: {'name': 'Orin'})
@@ -390,7 +390,7 @@ def test_the_machine_of_a_gpu_has_its_cpus_name(monkeypatch):
     assert told['cpu'] == 'Cortex' and told['gpu'] == {'name': 'Orin'}
 
 
-def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
+def test_context_that_does_not_fit_has_the_reason_in_its_cell(monkeypatch):
     def build(model, config, progress):
         if config.max_context > 100:
             raise EngineError('not enough memory on cuda:0: 20 GB are needed')
@@ -401,7 +401,7 @@ def test_contexts_that_do_not_fit_are_cells_that_say_why(monkeypatch):
     assert '20 GB are needed' in result['contexts'][2]['error']
 
 
-def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
+def test_profile_uses_a_separate_engine(monkeypatch):
     built = []
 
     def build(model, config, progress):
@@ -431,26 +431,26 @@ def test_a_profile_comes_from_an_engine_of_its_own(monkeypatch):
     assert 'no kernel table: RuntimeError: CUPTI_ERROR' in report.steps([result]).text()
 
 
-def test_a_context_beyond_the_model_is_a_cell_that_says_why(monkeypatch):
+def test_context_beyond_the_model_has_the_reason_in_its_cell(monkeypatch):
     result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(100), case())
     assert result['contexts'][1]['error'] == 'the context of the engine is 100 tokens'
 
 
-def test_an_eager_step_is_not_called_a_captured_one(monkeypatch):
+def test_reports_an_eager_step_as_not_captured(monkeypatch):
     engine = FakeEngine()                           # as on a CPU
     result = run_session(monkeypatch, lambda model, config, progress: engine, case(captured=True))
     assert (result['status'], result['error']) == ('unavailable', 'Fake 1 has no CUDA graphs')
     assert engine.closed
 
 
-def test_an_engine_that_can_not_be_had_is_unavailable(monkeypatch):
+def test_missing_engine_is_unavailable(monkeypatch):
     def build(model, config, progress):
         raise EngineError('no CUDA device')
     result = run_session(monkeypatch, build, case())
     assert (result['status'], result['error']) == ('unavailable', 'no CUDA device')
 
 
-def test_samplings_are_told_beside_the_greedy_one(monkeypatch):
+def test_reports_sampling_settings_beside_greedy(monkeypatch):
     of = case(samplings=('temperature=0.8,top_p=0.9',))
     result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(), of)
     cell = result['contexts'][0]
@@ -464,8 +464,8 @@ def test_samplings_are_told_beside_the_greedy_one(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_schema_is_timed_for_the_models_own_tokens(tmp_path):
-    """Random weights have a tokenizer as wide as their shape."""
+def test_times_a_schema_with_the_tokens_of_the_model(tmp_path):
+    """The tokenizer of random weights has the vocabulary size of the shape."""
     pytest.importorskip('torch')
     arguments = ['--synthetic', 'tiny', '--engines', 'native', '--contexts', '64', '--steps', '4',
                  '--warmup', '1', '--device', 'cpu', '--cpu-threads', '1', '--peak-gb-s', '10',
@@ -483,7 +483,7 @@ def test_a_schema_is_timed_for_the_models_own_tokens(tmp_path):
     assert len(table['rows']) == 1
 
 
-def test_a_schema_that_can_not_be_compiled_is_told(monkeypatch):
+def test_reports_a_schema_that_can_not_be_compiled(monkeypatch):
     monkeypatch.setattr(session, 'compile_schema', _refuse)
     engine = FakeEngine()
     result = run_session(monkeypatch, lambda *_: engine, case(schema='{}'))
@@ -500,37 +500,37 @@ def _refuse(case, footprint):
 @pytest.mark.parametrize('text, sampling', [
     ('greedy', SamplingConfig()), ('top_k=40', SamplingConfig(top_k=40)),
     ('temperature=0.8,top_p=0.9,seed=3', SamplingConfig(temperature=0.8, top_p=0.9, seed=3))])
-def test_samplings_are_read(text, sampling):
+def test_parses_sampling_settings(text, sampling):
     assert parse_sampling(text) == sampling
 
 
-@pytest.mark.parametrize('text, said', [
+@pytest.mark.parametrize('text, message', [
     ('cold', "no sampling setting 'cold': allowed are min_p, repetition_penalty, seed, temp"),
     ('max_new_tokens=9', "no sampling setting 'max_new_tokens'"),
     ('temperature', "temperature is '': expected a float"),
     ('top_p=2', 'sampling.top_p is 2.0: allowed are 0.0 to 1.0')])
-def test_wrong_samplings_are_told(text, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_rejects_wrong_sampling_settings(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         parse_sampling(text)
 
 
-def test_engine_settings_are_read():
+def test_parses_engine_settings():
     read = parse_engine('native:cuda_graph=false,dtype=float16', EngineConfig(max_context=77))
     assert read == EngineConfig(name='native', cuda_graph=False, dtype='float16', max_context=77)
 
 
-@pytest.mark.parametrize(('text', 'said'), [
+@pytest.mark.parametrize(('text', 'message'), [
     ('nativ', 'engine.name'), ('native:graph=true', "no engine setting 'graph'"),
     ('native:cuda_graph=perhaps', 'expected true or false'),
     ('native:cpu_threads=two', 'expected a int'), ('native:name=x', "no engine setting 'name'"),
     ('native:cpu_threads=-1', 'engine.cpu_threads'),
     ('native:max_context=64', 'set --contexts')])
-def test_wrong_engine_settings_are_named(text, said):
-    with pytest.raises(ConfigError, match=said):
+def test_rejects_wrong_engine_settings(text, message):
+    with pytest.raises(ConfigError, match=message):
         parse_engine(text, EngineConfig())
 
 
-def test_a_case_survives_json_and_has_its_own_key():
+def test_case_survives_json_and_has_a_unique_key():
     one = case(session='03 A', requires=('bitsandbytes',))
     assert Case.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert one.key() != case(session='04 A', requires=('bitsandbytes',)).key()
@@ -538,11 +538,11 @@ def test_a_case_survives_json_and_has_its_own_key():
 
 # --- A/B ----------------------------------------------------------------------------------------
 
-def test_sessions_go_in_turn():
+def test_sessions_alternate():
     assert ''.join(compare.order(4)) == 'ABBAABBA'
 
 
-def test_a_clear_difference_is_called():
+def test_clear_difference_has_a_winner():
     found = compare.compare([14.8, 14.9, 14.7, 14.8, 15.0], [11.8, 11.7, 11.9, 11.75, 11.8])
     assert found.ratio == pytest.approx(14.84 / 11.79)
     assert 1.24 < found.low < found.ratio < found.high < 1.28
@@ -551,24 +551,24 @@ def test_a_clear_difference_is_called():
         [14.8, 14.9, 14.7, 14.8, 15.0], [11.8, 11.7, 11.9, 11.75, 11.8])
 
 
-def test_an_interval_that_holds_1_has_no_winner():
+def test_interval_with_1_has_no_winner():
     found = compare.compare([1.0, 1.2, 0.9, 1.1], [1.05, 0.95, 1.15, 1.0])
     assert found.low < 1 < found.high
     assert 'no winner called' in found.verdict('A', 'B')
 
 
-def test_the_slower_side_may_be_b():
+def test_slower_side_can_be_b():
     assert 'old is 2.000 times as fast as new' in \
         compare.compare([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]).verdict('old', 'new')
 
 
-def test_two_sessions_say_nothing():
+def test_two_sessions_are_too_few():
     found = compare.compare([2.0, 2.0], [1.0, 1.0])
     assert found.low is None
     assert 'at least 3 of each' in found.verdict('A', 'B')
 
 
-def test_the_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
+def test_interval_covers_the_true_ratio_in_95_percent(monkeypatch):
     monkeypatch.setattr(compare, 'RESAMPLES', 1000)
     draw = random.Random(1)
     hits = 0
@@ -579,7 +579,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
     assert 48 <= hits <= 60
 
 
-def test_the_table_of_an_a_b_tells_lost_sessions():
+def test_a_b_table_has_lost_sessions():
     results = [done(case('A1', (2048,), session='01 A'), [0.012])] * 3
     results += [done(case('B1', (2048,), session='02 B'), [0.010])] * 3
     results.append({'case': case('B1', (2048,), session='07 B').to_dict(), 'status': 'died',
@@ -596,7 +596,7 @@ def event(name, ts, dur, grid=(8, 1, 1), category='kernel'):
             'args': {'grid': list(grid)}}
 
 
-def test_kernels_are_summed_by_name_and_grid():
+def test_sums_kernels_by_name_and_grid():
     events = [{'ph': 'X', 'cat': 'cuda_runtime', 'name': 'launch', 'ts': 0, 'dur': 500}]
     for step in range(10):
         at = 1000 * step
@@ -610,14 +610,14 @@ def test_kernels_are_summed_by_name_and_grid():
     assert sum(row['share'] for row in rows) == pytest.approx(1)
 
 
-def test_overlapping_kernels_are_charged_with_what_they_add():
+def test_overlapping_kernels_count_only_their_added_time():
     rows = profiler.summarize([event('first', 0, 100), event('second', 60, 100),
                               event('inside', 70, 10)], 1)
     assert {row['name']: row['step_s'] for row in rows} == pytest.approx(
         {'first': 100e-6, 'second': 60e-6, 'inside': 0.0})
 
 
-def test_kernels_are_told_by_the_order_of_a_step():
+def test_identifies_kernels_by_their_order_in_a_step():
     reads = [('mul', 'qkv', 10), ('attend', 'attention', 5), ('mul', 'down', 20)] * 2
     reads.append(('mul', 'head', 70))
     events = []
@@ -632,7 +632,7 @@ def test_kernels_are_told_by_the_order_of_a_step():
     assert {row['operation'] for row in others} == {''}
 
 
-def test_the_native_engine_tells_what_its_kernels_read(tmp_path):
+def test_native_engine_reports_the_bytes_of_its_kernels(tmp_path):
     pytest.importorskip('torch')
     from physai_decode import engines
     synthetic.describe(tmp_path, 'tiny')
@@ -649,7 +649,7 @@ def test_the_native_engine_tells_what_its_kernels_read(tmp_path):
         engine.close()
 
 
-def test_a_kernel_table_has_rates():
+def test_kernel_table_has_rates():
     result = done(case(contexts=(2048,)), [0.010])
     cell = result['contexts'][0]
     cell['kernels'] = profiler.summarize(
@@ -660,7 +660,7 @@ def test_a_kernel_table_has_rates():
 
 # --- random weights -----------------------------------------------------------------------------
 
-def test_the_shape_of_qwen_has_the_papers_bytes():
+def test_qwen_shape_has_the_bytes_of_the_paper():
     made = synthetic.config('qwen2.5-7b')
     total = sum(spec.bytes for spec in synthetic.specs(made))
     assert total / 1e9 == pytest.approx(15.23, abs=0.005)
@@ -669,7 +669,7 @@ def test_the_shape_of_qwen_has_the_papers_bytes():
     assert per_token == 56 * 1024
 
 
-def test_the_shape_with_experts_has_the_parameters_that_it_is_named_for():
+def test_shape_with_experts_has_the_parameters_of_its_name():
     """Of 30.5 billion a step reads 3.3: all but an embedding, and 8 of 128 experts."""
     made = synthetic.config('qwen3-30b-a3b')
     sizes = {spec.name: spec.bytes // 2 for spec in synthetic.specs(made)}
@@ -680,7 +680,7 @@ def test_the_shape_with_experts_has_the_parameters_that_it_is_named_for():
 
 @pytest.mark.parametrize('shape', synthetic.SHAPES)
 @pytest.mark.parametrize('quantization', synthetic.DESCRIBED)
-def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantization):
+def test_described_folder_is_complete_and_takes_no_space(tmp_path, shape, quantization):
     synthetic.describe(tmp_path, shape, quantization)
     found = checkpoint.inspect(tmp_path)
     group = 64 if shape == 'smollm2-135m' else 128          # its 576 columns are 9 times 64
@@ -695,8 +695,8 @@ def test_a_described_folder_is_whole_and_takes_no_space(tmp_path, shape, quantiz
     assert taken < max(1_000_000, found.weight_bytes / 1000)    # names of experts' tensors
 
 
-def test_a_folder_has_as_many_tokens_as_its_shape(tmp_path):
-    """The small model's own encode a text as they do there, and each has its id."""
+def test_tokenizer_has_the_vocabulary_size_of_the_shape(tmp_path):
+    """It encodes text as the embedded model does, and ids are contiguous."""
     tokenizers = pytest.importorskip('tokenizers')
     synthetic.describe(tmp_path, 'qwen2.5-0.5b')
     wide, small = (tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json')) for folder in (
@@ -707,7 +707,7 @@ def test_a_folder_has_as_many_tokens_as_its_shape(tmp_path):
     assert wide.encode('Bring the cup.').ids == small.encode('Bring the cup.').ids
 
 
-def test_unknown_shapes_and_formats_are_named(tmp_path):
+def test_rejects_unknown_shapes_and_formats(tmp_path):
     with pytest.raises(ValueError, match="unknown shape 'gpt-5'.*qwen2.5-7b"):
         synthetic.config('gpt-5')
     with pytest.raises(ValueError, match="unknown quantisation 'int3'"):
@@ -716,7 +716,7 @@ def test_unknown_shapes_and_formats_are_named(tmp_path):
         synthetic.describe(tmp_path, 'tiny', 'nf4')
 
 
-def test_written_weights_have_the_same_spread_in_every_format(tmp_path):
+def test_written_weights_have_the_same_deviation_in_every_format(tmp_path):
     torch = pytest.importorskip('torch')
     from safetensors.torch import load_file
     name = 'model.layers.1.mlp.down_proj'
@@ -780,7 +780,7 @@ def test_written_weights_are_sharded_and_repeatable(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('first', 'then'), [
     (synthetic.describe, synthetic.write), (synthetic.write, synthetic.describe)])
-def test_a_folder_of_random_weights_can_be_made_anew(tmp_path, monkeypatch, first, then):
+def test_rewrites_a_folder_of_random_weights(tmp_path, monkeypatch, first, then):
     monkeypatch.setattr(synthetic, 'SHARD_BYTES', 1_000_000)
     first(tmp_path / 'twice', 'tiny', seed=1)
     then(tmp_path / 'twice', 'tiny', seed=2)
@@ -790,7 +790,7 @@ def test_a_folder_of_random_weights_can_be_made_anew(tmp_path, monkeypatch, firs
     assert twice == once
 
 
-def test_a_folder_made_anew_has_no_config_until_it_is_complete(tmp_path, monkeypatch):
+def test_rewritten_folder_has_no_config_until_it_is_complete(tmp_path, monkeypatch):
     def lost(*_):
         raise OSError('no space left')
     synthetic.describe(tmp_path, 'tiny')
@@ -802,7 +802,7 @@ def test_a_folder_made_anew_has_no_config_until_it_is_complete(tmp_path, monkeyp
 
 @pytest.mark.parametrize('name', ['config.json', 'model-00001-of-00002.safetensors'])
 @pytest.mark.parametrize('mode', [[], ['--shapes-only']])
-def test_a_folder_with_another_model_is_left_alone(tmp_path, capsys, name, mode):
+def test_keeps_a_folder_with_another_model(tmp_path, capsys, name, mode):
     (tmp_path / name).write_text('{}')
     arguments = ['--synthetic', 'tiny', '--write-checkpoint', str(tmp_path), *mode]
     assert bench.main(arguments) == 2
@@ -811,7 +811,7 @@ def test_a_folder_with_another_model_is_left_alone(tmp_path, capsys, name, mode)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_reports_too_little_space_before_it_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.shutil, 'disk_usage', lambda folder: type('U', (), {'free': 1}))
     with pytest.raises(OSError, match='needs 15.2 GB for the random weights, but 0.0 GB are free'):
         synthetic.write(tmp_path, 'qwen2.5-7b')
@@ -851,7 +851,7 @@ def runner(tmp_path, said):
     return Runner(tmp_path / 'out', tmp_path / 'models', progress=said.append)
 
 
-def test_a_measured_case_is_not_measured_again(runner, said, monkeypatch):
+def test_does_not_repeat_a_measured_case(runner, said, monkeypatch):
     started = []
 
     def process(self, case_path, result_path, log_path, timeout_s):
@@ -868,7 +868,7 @@ def test_a_measured_case_is_not_measured_again(runner, said, monkeypatch):
     assert first[0]['case'] == json.loads(json.dumps(case('one').to_dict()))
 
 
-def test_a_session_that_dies_costs_only_itself_and_is_tried_again(runner, monkeypatch):
+def test_repeats_only_a_session_that_died(runner, monkeypatch):
     fails = [True]
 
     def process(self, case_path, result_path, log_path, timeout_s):
@@ -898,7 +898,7 @@ def test_a_session_that_dies_costs_only_itself_and_is_tried_again(runner, monkey
 
 
 @pytest.mark.parametrize('measured', [False, True])
-def test_a_session_broken_off_with_its_run_is_told(runner, monkeypatch, measured):
+def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measured):
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
@@ -918,7 +918,7 @@ def test_a_session_broken_off_with_its_run_is_told(runner, monkeypatch, measured
     assert [path.suffix for path in runner.sessions.iterdir()] == ['.json']
 
 
-def test_a_session_that_died_and_was_then_broken_off_is_told_of_both(runner, monkeypatch):
+def test_reports_a_session_that_died_and_was_then_interrupted(runner, monkeypatch):
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
@@ -947,7 +947,7 @@ time.sleep(float(sys.argv[-1]))
 
 
 @pytest.mark.parametrize(('end', 'alone_s'), [('time-out', 2000), ('Ctrl-C', 2000), ('none', 0)])
-def test_what_a_session_started_ends_with_it(runner, monkeypatch, end, alone_s):
+def test_processes_of_a_session_end_with_it(runner, monkeypatch, end, alone_s):
     popen = subprocess.Popen
     monkeypatch.setattr(runner_module.subprocess, 'Popen', lambda command, **more: popen(
         [sys.executable, '-c', _PARENT, *command[-2:], str(alone_s)], **more))
@@ -965,7 +965,7 @@ def test_what_a_session_started_ends_with_it(runner, monkeypatch, end, alone_s):
 
 
 def _ended(pid):
-    """Tell whether a process is gone, or a zombie that nobody waits for."""
+    """Return whether a process has ended, or is a zombie."""
     try:
         return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] in 'ZX'
     except OSError:
@@ -973,7 +973,7 @@ def _ended(pid):
 
 
 @pytest.mark.parametrize('by', [signal.SIGTERM, signal.SIGHUP])
-def test_a_terminated_run_ends_its_session(tmp_path, by):
+def test_terminated_run_ends_its_session(tmp_path, by):
     command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', 'tiny', '--engines',
                'native', '--contexts', '64', '--device', 'cpu', '--out', str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -986,7 +986,7 @@ def test_a_terminated_run_ends_its_session(tmp_path, by):
     assert 'interrupted with its run' in json.loads(path.read_text())['error']
 
 
-def test_each_context_of_a_case_that_can_not_run_has_its_cell():
+def test_each_context_of_a_case_that_can_not_run_has_a_cell():
     of = case('big', (64, 128, 256))
     result = {'case': of.to_dict(), 'status': 'unavailable', 'error': 'not enough memory',
               'contexts': [{'context': 256, 'error': '20 GB are needed'}]}
@@ -996,7 +996,7 @@ def test_each_context_of_a_case_that_can_not_run_has_its_cell():
     assert table.notes[1:3] == ['big at 256: 20 GB are needed', 'big: not enough memory']
 
 
-def test_growth_is_told_over_all_results_of_an_engine():
+def test_growth_covers_all_results_of_an_engine():
     static = case('static', (64, 128), engine=EngineConfig(name='transformers'))
     results = [done(replace(each, session=session), [median], each.contexts)
                for session, medians in (('01 A', (0.010, 0.012)), ('02 A', (0.020, 0.022)))
@@ -1006,7 +1006,7 @@ def test_growth_is_told_over_all_results_of_an_engine():
     assert [row[column] for row in table.rows] == ['1.00', '1.20', '1.00', '1.10']
 
 
-def test_an_engines_own_import_is_told_apart_from_its_processs():
+def test_separates_the_import_of_an_engine_from_its_process():
     result = done(case(contexts=(2048,)), [0.010])
     result['startup']['parts'] = {'import_s': 0.4, 'load_s': 1.5}
     table = report.startup([result])
@@ -1015,7 +1015,7 @@ def test_an_engines_own_import_is_told_apart_from_its_processs():
     assert (told['modules s'], told['import s']) == ('1.0', '0.4')
 
 
-def test_the_host_gap_is_the_time_without_a_kernel():
+def test_host_gap_is_the_time_without_a_kernel():
     results = [done(case(contexts=(2048,)), [0.010])]
     assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.004, 0.001])
     results[0]['contexts'][0]['kernels'] = [{'step_s': 0.004}, {'step_s': 0.002}]
@@ -1025,7 +1025,7 @@ def test_the_host_gap_is_the_time_without_a_kernel():
     assert row[2:4] == ['15.000', '7.500'] and row[-1] == 'as a whole'
 
 
-def test_a_session_that_dies_while_it_times_kernels_keeps_what_it_measured(runner, monkeypatch):
+def test_session_that_dies_in_the_profiler_keeps_its_measurements(runner, monkeypatch):
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('')
         of = Case.from_dict(json.loads(case_path.read_text()))
@@ -1038,14 +1038,14 @@ def test_a_session_that_dies_while_it_times_kernels_keeps_what_it_measured(runne
         [result]).text()
 
 
-def test_a_real_session_that_takes_too_long_is_ended(tmp_path, said):
+def test_ends_a_real_session_at_its_time_limit(tmp_path, said):
     runner = Runner(tmp_path / 'out', tmp_path / 'models', session_timeout_s=0.05,
                     progress=said.append)
     result, = runner.run([case()])
     assert result['status'] == 'died' and 'was killed after' in result['error']
 
 
-def test_a_real_session_that_is_killed_is_told_by_its_signal(runner, monkeypatch):
+def test_reports_the_signal_of_a_killed_session(runner, monkeypatch):
     def kill():
         process, = children
         process.kill()
@@ -1061,7 +1061,7 @@ def test_a_real_session_that_is_killed_is_told_by_its_signal(runner, monkeypatch
 
 
 @pytest.mark.parametrize('words', ['', 'writing model-00001.safetensors'])
-def test_a_checkpoint_writer_that_is_killed_is_told_by_its_signal(runner, monkeypatch, words):
+def test_reports_the_signal_of_a_killed_checkpoint_writer(runner, monkeypatch, words):
     run = subprocess.run
     monkeypatch.setattr(runner_module.subprocess, 'run', lambda command, **more: run(
         ['sh', '-c', f'echo "{words}"; kill -9 $$'], **more))
@@ -1071,14 +1071,14 @@ def test_a_checkpoint_writer_that_is_killed_is_told_by_its_signal(runner, monkey
                                + (words or '(empty)'))
 
 
-def test_what_is_not_installed_is_said_without_a_process(runner, monkeypatch):
+def test_reports_missing_packages_without_a_process(runner, monkeypatch):
     monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
     result, = runner.run([case(requires=('no_such_module',))])
     assert result['status'] == 'unavailable'
     assert 'not installed: no_such_module (pip install no_such_module)' in result['error']
 
 
-def test_nothing_starts_when_the_time_is_spent(tmp_path, said, monkeypatch):
+def test_starts_nothing_after_the_time_limit(tmp_path, said, monkeypatch):
     monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
     runner = Runner(tmp_path / 'out', tmp_path / 'models', budget_s=1e-9, progress=said.append)
     result, = runner.run([case()])
@@ -1087,14 +1087,14 @@ def test_nothing_starts_when_the_time_is_spent(tmp_path, said, monkeypatch):
 
 # --- tables -------------------------------------------------------------------------------------
 
-def test_tables_align_numbers_and_escape():
+def test_tables_align_and_escape():
     table = Table('T', ['name', 'ms'], [['a|b', '1.5'], ['<c>', 'n/a']], ['a note'])
     assert table.text().splitlines()[4] == 'a|b   1.5'
     assert '| a\\|b | 1.5 |' in table.markdown()
     assert '<td>&lt;c&gt;</td>' in table.html() and '<td class="n">n/a</td>' in table.html()
 
 
-def test_a_measured_peak_is_the_best_of_all_sessions():
+def test_measured_peak_is_the_best_of_all_sessions():
     results = [done(case(), [0.01]), done(case(), [0.01])]
     for result, rate in zip(results, (10e9, 20e9), strict=True):
         result['peak'] = {'bytes_per_s': rate, 'source': 'measured'}
@@ -1103,7 +1103,7 @@ def test_a_measured_peak_is_the_best_of_all_sessions():
     assert [result['contexts'][0]['r_read'] for result in results] == [0.25, 0.5]
 
 
-def test_targets_are_judged():
+def test_judges_targets():
     cases = suites.targets('qwen2.5-7b', [2048, 16384], EngineConfig())
     times = {suites.NATIVE: 0.004, suites.EAGER: 0.017, suites.GPTQ: 0.0021}
     results = [done(each, [times.get(each.label, 0.005)] * len(each.contexts), each.contexts)
@@ -1119,7 +1119,7 @@ def test_targets_are_judged():
 
 @pytest.mark.parametrize(('context', 'warmup', 'steps'), [
     (2048, 5, 1000), (1024, 30, 992), (1024, 5, 1000), (64, 40, 22)])
-def test_the_long_runs_of_the_targets_fit_their_context(context, warmup, steps):
+def test_long_runs_of_targets_fit_their_context(context, warmup, steps):
     for each in suites.targets('tiny', [context], EngineConfig(), steps=5, warmup=warmup):
         if each.label in (suites.LONG, suites.GPTQ_LONG):
             assert each.steps == steps
@@ -1127,7 +1127,7 @@ def test_the_long_runs_of_the_targets_fit_their_context(context, warmup, steps):
         session.measure(FakeEngine(), each.contexts[0], each.warmup, each.steps, PEAK)
 
 
-def test_the_papers_protocol_has_all_paths_and_its_figures():
+def test_paper_protocol_has_all_paths_and_figures():
     cases = suites.paper('qwen2.5-7b', [2048, 4096], EngineConfig(), steps=30)
     assert [(each.contexts, each.kernels) for each in cases if each.label == suites.CAPTURED] == [
         ((2048,), True), ((4096,), False)]
@@ -1146,7 +1146,7 @@ def test_the_papers_protocol_has_all_paths_and_its_figures():
     assert 'AWQ (GPTQModel): not installed: gptqmodel' in four.notes
 
 
-def test_the_papers_pictures_tell_all_paths_apart(tmp_path, monkeypatch):
+def test_paper_plots_distinguish_all_paths(tmp_path, monkeypatch):
     plots = pytest.importorskip('physai_decode.benchmark.plots')
     pyplot = pytest.importorskip('matplotlib.pyplot')
     cases = suites.paper('qwen2.5-7b', [2048, 4096], EngineConfig(), steps=30)
@@ -1164,7 +1164,7 @@ def test_the_papers_pictures_tell_all_paths_apart(tmp_path, monkeypatch):
     assert rows[-2:] == ['transformers eager, 4,096 *', 'transformers eager, 2,048']
 
 
-def test_the_saving_realised_is_time_saved_over_traffic_saved():
+def test_realised_saving_is_time_over_traffic():
     half = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
     four = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny', quantization='gptq'),
                      (2048,)), [0.007])
@@ -1194,13 +1194,13 @@ def test_the_saving_realised_is_time_saved_over_traffic_saved():
     (['--constraint', 'no/such/file'], 'no/such/file'),
     (['--constraint', __file__], 'is not valid JSON'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
-def test_wrong_arguments_are_named(arguments, wrong, capsys, tmp_path):
+def test_rejects_wrong_arguments(arguments, wrong, capsys, tmp_path):
     assert bench.main([*arguments, '--out', str(tmp_path)]) == 2
     assert wrong in capsys.readouterr().err
 
 
-def test_a_home_in_a_path_is_expanded(monkeypatch, tmp_path):
-    """A shell leaves the ~ within an argument of the form --out=~/results alone."""
+def test_expands_the_home_folder_in_a_path(monkeypatch, tmp_path):
+    """A shell does not expand the ~ in --out=~/results."""
     monkeypatch.setenv('HOME', str(tmp_path))
     options = bench._parser().parse_args(
         ['--out=~/results', '--models=~/models', '--write-checkpoint=~/one'])
@@ -1210,7 +1210,7 @@ def test_a_home_in_a_path_is_expanded(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('out', ['file', 'file/below'])
-def test_a_folder_of_results_that_can_not_be_made_is_named(out, capsys, tmp_path):
+def test_reports_a_result_folder_that_can_not_be_created(out, capsys, tmp_path):
     (tmp_path / 'file').write_text('kept')
     assert bench.main(['--out', str(tmp_path / out)]) == 2
     assert f'--out {tmp_path / out}: can not create the folder' in capsys.readouterr().err
@@ -1218,7 +1218,7 @@ def test_a_folder_of_results_that_can_not_be_made_is_named(out, capsys, tmp_path
 
 
 @pytest.mark.parametrize('suite', ['--paper', '--targets'])
-def test_the_seed_is_that_of_all_random_weights(suite, monkeypatch, tmp_path):
+def test_seed_applies_to_all_random_weights(suite, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(Runner, 'run', lambda self, cases: seen.extend(cases) or [
         done(each, [0.01] * len(each.contexts), each.contexts) for each in cases])
@@ -1228,7 +1228,7 @@ def test_the_seed_is_that_of_all_random_weights(suite, monkeypatch, tmp_path):
 
 
 class _Balanced(HTMLParser):
-    """Checks that every tag that is opened is closed, and collects the images."""
+    """Checks that every tag is closed, and collects the images."""
 
     def __init__(self):
         super().__init__()
@@ -1246,7 +1246,7 @@ class _Balanced(HTMLParser):
 
 
 @pytest.mark.slow
-def test_a_run_on_the_cpu_writes_the_whole_report(tmp_path, capsys):
+def test_run_on_the_cpu_writes_the_complete_report(tmp_path, capsys):
     pytest.importorskip('torch')
     arguments = ['--synthetic', 'tiny', '--engines', 'native', 'transformers', 'exllamav2',
                  '--contexts', '64', '128', '--steps', '8', '--device', 'cpu',
@@ -1277,7 +1277,7 @@ def test_a_run_on_the_cpu_writes_the_whole_report(tmp_path, capsys):
     assert capsys.readouterr().out.count('already measured') == 2
 
 
-def test_the_command_loads_neither_torch_nor_rclpy():
+def test_command_imports_neither_torch_nor_rclpy():
     done = subprocess.run(
         [sys.executable, '-c', 'import sys, physai_decode.bench, physai_decode.benchmark.session\n'
          'print([name for name in ("torch", "rclpy", "matplotlib") if name in sys.modules])'],

@@ -53,10 +53,10 @@ def drafting_loop(engine, speculation=LOOKUP):
     return DecodeLoop(engine, 0.0, lambda: 0.0, speculation)
 
 
-# --- what is guessed ----------------------------------------------------------------------------
+# --- drafts ----------------------------------------------------------------------------
 
-def test_a_guess_is_what_followed_the_last_tokens():
-    """After the newest of the longest runs that stood there before."""
+def test_drafts_what_followed_the_last_tokens():
+    """After the last occurrence of the longest n-gram."""
     assert Lookup([5, 6, 7, 8, 9, 5, 6]).draft(3) == [7, 8, 9]
     assert Lookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]).draft(1) == [4]
     assert Lookup([2, 3, 4, 2, 3, 5, 2, 3]).draft(1) == [5]
@@ -64,17 +64,17 @@ def test_a_guess_is_what_followed_the_last_tokens():
     assert Lookup([1]).draft(4) == []
 
 
-def test_a_guess_goes_on_with_itself():
+def test_draft_can_repeat_itself():
     assert Lookup([1, 2, 1, 2]).draft(5) == [1, 2, 1, 2, 1]
     assert Lookup([7, 7, 7]).draft(4) == [7, 7, 7, 7]
 
 
-def test_an_end_is_not_guessed():
+def test_draft_contains_no_end_token():
     assert Lookup([5, 6, 7, 0, 9, 5, 6], {0}).draft(3) == [7]
     assert Lookup([5, 6, 0, 9, 5, 6], {0}).draft(3) == []
 
 
-def test_a_guess_moves_on_with_the_answer():
+def test_draft_advances_with_the_answer():
     lookup = Lookup([5, 6, 7, 8, 9, 5])
     assert lookup.draft(2) == []
     assert lookup.add(6) is None
@@ -85,8 +85,8 @@ def test_a_guess_moves_on_with_the_answer():
     assert lookup.draft(2) == []
 
 
-def test_guesses_are_those_of_a_search(seeds=30):
-    """For each place of random sequences, also where they grew token by token."""
+def test_drafts_are_those_of_a_linear_search(seeds=30):
+    """At each position of random sequences that grow token by token."""
     for seed in range(seeds):
         draw = Random(seed)
         ids = [draw.randrange(4) for _ in range(60)]
@@ -102,10 +102,10 @@ def test_guesses_are_those_of_a_search(seeds=30):
             assert lookup.draft(1) == wanted
 
 
-# --- when it is tried ---------------------------------------------------------------------------
+# --- policy ---------------------------------------------------------------------------
 
 def spent(policy, answers):
-    """Give the steps that an answer took in passes, and its tokens; guesses come true or not."""
+    """Return the cost of an answer in steps, and its tokens; drafts are accepted or not."""
     steps, tokens = 0.0, 0
     for right in answers:
         rows = policy.rows(8)
@@ -121,15 +121,15 @@ def spent(policy, answers):
 
 @pytest.mark.parametrize('costs', [COSTS, {1: 1.0, 2: 1.3, 4: 2.0, 8: 3.5}, {1: 1.0, 2: 9.0}])
 @pytest.mark.parametrize('count', [20, 100, 3000])
-def test_drafts_that_fail_cost_next_to_nothing(costs, count):
+def test_rejected_drafts_cost_little(costs, count):
     steps, tokens = spent(Policy(Experience(costs)), [False] * count)
     assert tokens == count
     assert steps <= (1 + MAX_OVERHEAD) * count + INITIAL_BALANCE
 
 
 @pytest.mark.parametrize('period', [2, 3, 7, 50])
-def test_no_order_of_success_and_failure_costs_more(period):
-    """What was saved before may be lost again, but no more than `MAX_BALANCE` of it."""
+def test_cost_is_bounded_in_any_order_of_acceptance(period):
+    """Earlier savings can be lost again, up to `MAX_BALANCE`."""
     answers = [place // period % 2 == 0 for place in range(2000)]
     steps, tokens = spent(Policy(Experience(COSTS)), answers)
     assert steps <= tokens
@@ -138,7 +138,7 @@ def test_no_order_of_success_and_failure_costs_more(period):
     assert again <= (1 + MAX_OVERHEAD) * more + MAX_BALANCE
 
 
-def test_drafts_that_come_true_grow():
+def test_accepted_drafts_grow():
     policy = Policy(Experience(COSTS))
     steps, tokens = spent(policy, [True] * 30)
     assert policy.rows(8) == 8
@@ -146,14 +146,14 @@ def test_drafts_that_come_true_grow():
     assert policy.rows(3) == 3          # where the answer has room for no more
 
 
-def test_rows_that_cost_more_than_they_bring_are_not_asked_for():
+def test_avoids_passes_that_cost_more_than_they_bring():
     policy = Policy(Experience({1: 1.0, 2: 1.1, 4: 4.5}))
     for _ in range(100):
         policy.learn(True)
     assert policy.rows(8) == 2
 
 
-def test_it_tries_again_when_guesses_come_true_untried():
+def test_resumes_when_drafts_would_have_been_accepted():
     policy = Policy(Experience(COSTS))
     spent(policy, [False] * 200)
     assert policy.rows(8) == 1
@@ -162,7 +162,7 @@ def test_it_tries_again_when_guesses_come_true_untried():
     assert policy.rows(8) > 1
 
 
-def test_the_same_tokens_make_the_same_drafts():
+def test_drafts_are_repeatable():
     draw = Random(1)
     ids = [draw.randrange(3) for _ in range(200)]
     drafts = []
@@ -176,7 +176,7 @@ def test_the_same_tokens_make_the_same_drafts():
 
 
 def test_costs_of_passes_follow_their_times():
-    """A pass that was delayed counts at most double; without a step's time nothing is learned."""
+    """A delayed pass counts at most double; nothing is learned before a step was timed."""
     experience = Experience({1: 1.0, 2: 1.47, 8: 2.97})
     experience.learn(2, 9.0)
     assert dict(experience.items()) == {2: 1.5, 8: 3.0}
@@ -190,7 +190,7 @@ def test_costs_of_passes_follow_their_times():
     assert experience.of(3) == experience.of(8)
 
 
-def test_a_constraint_is_asked_only_after_tokens_after_which_it_forces_others():
+def test_asks_a_constraint_only_after_tokens_that_led_to_forced_ones():
     experience = Experience(COSTS)
     for _ in range(4):
         assert experience.asks(7)
@@ -204,7 +204,7 @@ def test_a_constraint_is_asked_only_after_tokens_after_which_it_forces_others():
 # --- the loop -----------------------------------------------------------------------------------
 
 class Guessable(FakeEngine):
-    """Checks guesses against its script; it may have steps in flight, as on a GPU."""
+    """Verifies drafts against its script; it can have steps in flight, as on a GPU."""
 
     ahead = 0
 
@@ -218,13 +218,13 @@ class Guessable(FakeEngine):
         return not self.flying
 
     def step(self, remaining):
-        """Take a step; as many more are in flight as may be."""
+        """Take a step, with as many more in flight as allowed."""
         self.announced.append(remaining)
         self.flying = min(max(self.flying - 1, remaining), self.ahead)
         return super().step(remaining)
 
     def verify(self, draft):
-        """Compare, and go on behind what is right."""
+        """Compare, and continue after the accepted tokens."""
         assert self.is_idle and 0 < len(draft) < 8
         self.drafts.append(list(draft))
         chosen = [super().step(0).token_id]
@@ -236,7 +236,7 @@ class Guessable(FakeEngine):
 
 
 class Ahead(Guessable):
-    """Has two steps in flight where it may."""
+    """Has up to two steps in flight."""
 
     ahead = 2
 
@@ -250,7 +250,7 @@ def text_of(steps):
 
 
 @pytest.mark.parametrize('kind', [Guessable, Ahead])
-def test_what_the_prompt_has_comes_in_few_passes(kind):
+def test_copies_of_the_prompt_take_few_passes(kind):
     saying = 'the cup is on the table, the lid is on the cup, the cup is on the table'
     engine = kind(lambda ids: say(saying, end=False), max_context=200)
     prompt = [ord(each) for each in 'Where? the cup is on the table, the lid']
@@ -263,7 +263,7 @@ def test_what_the_prompt_has_comes_in_few_passes(kind):
 
 @pytest.mark.parametrize('kind', [Guessable, Ahead])
 @pytest.mark.parametrize('limit', [1, 2, 3, 17, 64])
-def test_it_ends_at_the_limit_and_where_the_context_is_full(kind, limit):
+def test_ends_at_the_limit_or_the_end_of_the_context(kind, limit):
     engine = kind(lambda ids: forever(), max_context=40)
     prompt = [1, 2, 3, 4, 5]
     answer = text_of(steps_of(engine, prompt, SamplingConfig(max_new_tokens=limit)))
@@ -271,8 +271,8 @@ def test_it_ends_at_the_limit_and_where_the_context_is_full(kind, limit):
     assert len(engine.fed) == len(prompt) + len(answer) - 1
 
 
-def test_nothing_runs_ahead_of_a_try():
-    """Until one is in sight, steps are announced as ever."""
+def test_no_step_runs_ahead_of_a_draft():
+    """Without a draft, steps run ahead as usual."""
     engine = Ahead(lambda ids: say('abcdefgh, abcdefgh', end=False), max_context=200)
     steps_of(engine, [1], SamplingConfig(max_new_tokens=18))
     assert engine.announced[0] == 16
@@ -280,22 +280,22 @@ def test_nothing_runs_ahead_of_a_try():
     assert engine.drafts
 
 
-def test_it_is_off_by_default_and_for_engines_that_can_not():
+def test_is_off_by_default_and_for_other_engines():
     for engine, speculation in ((Guessable(lambda ids: forever()), SpeculationConfig()),
                                 (FakeEngine(lambda ids: forever()), LOOKUP)):
         steps = steps_of(engine, [1, 2], SamplingConfig(max_new_tokens=20), speculation)
         assert [len(step.token_ids) for step in steps] == [1] * 20
 
 
-def test_one_answer_can_go_without():
+def test_can_be_disabled_for_one_answer():
     engine = Guessable(lambda ids: forever())
     loop = drafting_loop(engine)
     list(loop.stream([1, 2], SamplingConfig(max_new_tokens=20), drafts=False))
     assert not engine.drafts
 
 
-def test_logits_that_are_not_numbers_in_a_pass():
-    """What was good comes first."""
+def test_pass_with_logits_that_are_not_numbers():
+    """The valid tokens come first."""
     words = [*say('ababab', end=False), Step((NO_TOKEN,))]
     stream = drafting_loop(Guessable(lambda ids: words)).stream(
         [ord('a'), ord('b'), ord('a'), ord('b')], SamplingConfig())
@@ -306,7 +306,7 @@ def test_logits_that_are_not_numbers_in_a_pass():
     assert text_of(heard) == 'ababab'
 
 
-def test_a_pass_that_fails_leaves_nothing_cached():
+def test_failed_pass_leaves_nothing_cached():
     engine = Guessable(lambda ids: forever())
     engine.verify = lambda draft: 1 / 0
     loop = drafting_loop(engine)
@@ -324,7 +324,7 @@ SAMPLINGS = (
 
 
 def answers(loop, prompts, count, first=0):
-    """Give each prompt's answer under the samplings in turn, and the passes that all took."""
+    """Return an answer per prompt, with alternating sampling settings, and the passes."""
     said, passes = [], 0
     for number, prompt in enumerate(prompts, first):
         sampling = SamplingConfig(
@@ -336,20 +336,20 @@ def answers(loop, prompts, count, first=0):
 
 
 def eager(monkeypatch):
-    """Try each guess, of any length, that there is."""
+    """Verify each draft, with a random number of its tokens."""
     draw = Random(3)
     monkeypatch.setattr(Policy, 'rows', lambda self, most, forced=0: draw.randint(1, most))
 
 
 def drafting(kind, folder, config=None):
-    """Give the loop of an engine that takes drafts, whatever its passes cost."""
+    """Return the loop of an engine that verifies drafts, whatever its passes cost."""
     engine = kind(checkpoint.open(str(folder)), config or CPU, passes=True)
     engine.pass_costs = COSTS
     return DecodeLoop(engine)
 
 
-def check_the_same_is_said(loop, prompts, count, first=0):
-    """Give the passes that were saved; prompts come in one chunk, whatever time that takes."""
+def check_same_answers(loop, prompts, count, first=0):
+    """Assert the same answers with and without drafts; returns the number of saved passes."""
     results = []
     for speculation in (SpeculationConfig(), LOOKUP):
         loop.engine.rewind(0)
@@ -372,20 +372,20 @@ CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=160)
 
 @pytest.mark.parametrize('family', [
     'llama_biases', 'mistral_window', 'qwen2', 'qwen2_window', 'qwen3', 'gemma3_text', 'granite'])
-def test_a_random_model_says_the_same(native, family, tmp_path, monkeypatch):
-    """With prompts of few words, so that guesses are many; most of them are wrong."""
+def test_random_models_answer_the_same(native, family, tmp_path, monkeypatch):
+    """Prompts of few different tokens lead to many drafts, most of which are wrong."""
     import random_model
     eager(monkeypatch)
     loop = drafting(native, random_model.save(tmp_path, family, 1))
     draw = Random(family)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
                 for _ in range(draw.randint(2, 70))] for _ in range(36)]
-    assert check_the_same_is_said(loop, prompts, 30) > 0
+    assert check_same_answers(loop, prompts, 30) > 0
     loop.engine.close()
 
 
-def test_the_embedded_model_says_the_same(native):
-    """And in fewer passes."""
+def test_embedded_model_answers_the_same(native):
+    """In fewer passes."""
     from physai_decode.tokenizer_files import load_tokenizer
     folder = checkpoint.open('builtin:tiny_planner').folder
     loop = drafting(native, folder, replace(CPU, max_context=512))
@@ -397,7 +397,7 @@ def test_the_embedded_model_says_the_same(native):
         for colour in ('red', 'small')
         for thing in ('cup', 'box', 'screwdriver')
         for rest in ('.', ' from the kitchen table, then close the box and go to the door.')]
-    saved = check_the_same_is_said(loop, prompts, 60)
+    saved = check_same_answers(loop, prompts, 60)
     assert saved > 0
     loop.engine.close()
 
@@ -410,7 +410,7 @@ FORMS = (Form('json_schema', PLAN, 'schema'), Form('regex', '(ab|ac){2,9}[0-9]{3
 
 
 def constrained(loop, vocabulary, prompts, count):
-    """Give each prompt's constrained answer, and the passes that all took."""
+    """Return the constrained answer to each prompt, and the number of passes."""
     said, passes = [], 0
     for number, prompt in enumerate(prompts):
         sampling = SamplingConfig(
@@ -424,8 +424,8 @@ def constrained(loop, vocabulary, prompts, count):
 
 
 @pytest.mark.parametrize('kind', ['host', 'piped'])
-def test_a_constraint_is_kept_in_passes(native, kind, tmp_path, monkeypatch):
-    """What it forces is guessed; masks follow the draft, on the host or before a captured draw."""
+def test_passes_follow_a_constraint(native, kind, tmp_path, monkeypatch):
+    """Forced tokens are drafted; each row has its mask, on the host and in a captured draw."""
     pytest.importorskip('llguidance')
     from physai_decode.constraint import Vocabulary
     from physai_decode.tokenizer_files import load_tokenizer
@@ -460,7 +460,7 @@ def test_a_constraint_is_kept_in_passes(native, kind, tmp_path, monkeypatch):
     loop.engine.close()
 
 
-def test_what_a_constraint_forces_is_the_draft():
+def test_drafts_what_a_constraint_forces():
     pytest.importorskip('llguidance')
     from physai_decode.constraint import Vocabulary
     from physai_decode.tokenizer_files import load_tokenizer
@@ -487,8 +487,8 @@ def test_what_a_constraint_forces_is_the_draft():
 @pytest.mark.parametrize(('family', 'name', 'reason'), [
     ('qwen3_moe', 'native', 'experts take their tokens one by one'),
     ('qwen3', 'transformers', 'the engine transformers takes no drafts; native does')])
-def test_where_it_is_off_the_reason_is_told(native, family, name, reason, tmp_path):
-    """And answers come as without."""
+def test_reports_why_it_is_off(native, family, name, reason, tmp_path):
+    """Answers are those without speculation."""
     import random_model
     said = []
     model = checkpoint.open(str(random_model.save(tmp_path, family, 0)))
@@ -512,7 +512,7 @@ def test_kernels_of_other_forms_take_one_row(native):
 
 
 class Direct:
-    """A pipeline on a CPU: two passes in flight, which are done when they are launched."""
+    """A pipeline on a CPU with two passes in flight, which run when they are launched."""
 
     def __init__(self, engine):
         self.engine, self.done = engine, []
@@ -526,10 +526,10 @@ class Direct:
         return self.flying == 2
 
     def prepare(self, plan, begin):
-        """Have nothing to capture."""
+        """Do nothing."""
 
     def launch(self, plan, place, restrict=None, rows=1):
-        """Take a pass, and what it wrote."""
+        """Run a pass, and keep its tokens."""
         import torch
         with torch.inference_mode():
             self.engine.transformer.step(rows)
@@ -539,17 +539,17 @@ class Direct:
         self.done.append(self.engine._history[place:place + rows].clone())
 
     def collect(self):
-        """Give the oldest pass's tokens."""
+        """Return the tokens of the oldest pass."""
         return self.done.pop(0), 0.001
 
     def drain(self):
-        """Forget those in flight."""
+        """Drop the passes in flight."""
         self.done.clear()
 
 
 @pytest.fixture
 def piped(native, monkeypatch):
-    """Give what loads an engine whose steps run ahead of the host, as on a GPU."""
+    """Return a factory of engines whose steps run ahead of the host, as on a GPU."""
     from physai_decode.engines.native import start
 
     def made(folder, ops):
@@ -562,8 +562,8 @@ def piped(native, monkeypatch):
 
 
 @pytest.mark.parametrize('family', ['qwen3', 'mistral_window'])
-def test_passes_that_are_captured_say_the_same(piped, family, tmp_path, monkeypatch):
-    """The device sees by itself which rows count; steps in flight come before a try."""
+def test_captured_passes_answer_the_same(piped, family, tmp_path, monkeypatch):
+    """The device decides which rows count; steps in flight end before a draft is verified."""
     from physai_decode.engines.native.ops import TorchOps
     import random_model
     eager(monkeypatch)
@@ -571,13 +571,13 @@ def test_passes_that_are_captured_say_the_same(piped, family, tmp_path, monkeypa
     draw = Random(family)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
                 for _ in range(draw.randint(2, 70))] for _ in range(18)]
-    assert check_the_same_is_said(loop, prompts, 30) > 0
+    assert check_same_answers(loop, prompts, 30) > 0
     loop.engine.close()
 
 
 @pytest.mark.parametrize('kind', ['dense', 'gptq'])
-def test_kernels_say_the_same(piped, kind, tmp_path, monkeypatch):
-    """In Triton's interpreter, with its sampler too."""
+def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
+    """In Triton's interpreter, with the kernels of the sampler."""
     import random_gptq
     import random_model
     import torch
@@ -597,7 +597,7 @@ def test_kernels_say_the_same(piped, kind, tmp_path, monkeypatch):
     if kind == 'gptq':      # several times as slow as dense weights
         first = 4
         del prompts[0]
-    assert check_the_same_is_said(loop, prompts, 8, first) > 0
+    assert check_same_answers(loop, prompts, 8, first) > 0
     check_rows(loop.engine.transformer, 3, torch.Generator().manual_seed(1), places=(45,))
     loop.engine.close()
 
@@ -606,7 +606,7 @@ def test_kernels_say_the_same(piped, kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize('kind', [
     'qwen3', 'mistral_window', 'llama_biases', 'gemma3_text', 'ministral3', 'gptq'])
 @pytest.mark.parametrize('on_host', [True, False])
-def test_a_row_is_bit_for_bit_a_step(native, on_host, kind, rows, tmp_path, monkeypatch):
+def test_row_is_bit_for_bit_a_step(native, on_host, kind, rows, tmp_path, monkeypatch):
     from physai_decode.engines.native import start
     from physai_decode.engines.native.ops import TorchOps
     import random_gptq
@@ -624,7 +624,7 @@ def test_a_row_is_bit_for_bit_a_step(native, on_host, kind, rows, tmp_path, monk
 
 
 def check_rows(transformer, rows, generator, places=(0, 1, 45, 100)):
-    """Hold a pass against steps, at a few places: logits, keys and values."""
+    """Compare logits, keys and values of a pass with those of steps, at a few positions."""
     import torch
     t = transformer
     with torch.inference_mode():

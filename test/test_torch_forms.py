@@ -107,6 +107,34 @@ def test_gate_and_up_lie_apart_where_they_are_unpacked(dtype):
     assert 'unpacked' in forms.report
 
 
+@pytest.mark.parametrize('rows, columns', [(256, 640), (1280, 256)])
+def test_unpacked_weights_have_no_gaps(rows, columns):
+    """Stored rows are padded to whole blocks; a product that reads the gaps takes far longer."""
+    words, _ = random_gptq.tensors(1, rows, columns, 128, act_order=False)
+    weight = fusion.fuse([random_gptq.read(words, rows, columns, 128)], False)
+    dense = TorchForms(torch.float32, CPU, math.inf)(weight).weight
+    assert dense.shape == (rows, columns)
+    assert dense.is_contiguous() or dense.t().is_contiguous()
+
+
+@pytest.mark.parametrize('rows', [1, 2, 33])
+@pytest.mark.parametrize('layout', ['rows', 'columns', 'gaps'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_float32_products_of_every_layout(rows, layout, bias):
+    """With oneDNN, where it is fast, and without."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 640), torch.randn(1024, 640)
+    expected = x.double() @ weight.double().t()
+    if layout == 'columns':
+        weight = weight.t().contiguous().t()
+    elif layout == 'gaps':
+        weight = torch.nn.functional.pad(weight, (0, 384))[:, :640]
+    offset = torch.randn(1024) if bias else None
+    got = Dense(weight, offset).apply(x)
+    torch.testing.assert_close(got.double(), expected + (offset if bias else 0), rtol=1e-4,
+                               atol=1e-4)
+
+
 def test_without_room_the_log_says_what_is_missing():
     words, _ = random_gptq.tensors(1, 64, 256, 32)
     weight = random_gptq.read(words, 64, 256, 32)

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 DEQUANTISE_BYTES = 128 * 2**20   # limit of the weights that a prefill dequantises at once
 TILE_ROWS = 16                   # rows of a tensor core's tile
 CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
-# On x86, oneDNN multiplies float32 matrices faster than F.linear: prompts take 0.6 to 0.95 of the
-# time. A single row takes longer.
+# On x86, oneDNN multiplies float32 matrices of at least ONEDNN_ELEMENTS faster than F.linear. For
+# smaller ones, it loses more time at each new number of rows than it saves.
+ONEDNN_ELEMENTS = 2**19
 HAS_ONEDNN = (platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
               and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
 
@@ -94,7 +95,9 @@ class Dense:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply ``x`` [..., K] by the transposed ``weight`` [N, K], of the same dtype."""
     if (HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == 'cpu'
-            and x.numel() > x.shape[-1]):
+            and x.numel() > x.shape[-1] and weight.numel() >= ONEDNN_ELEMENTS
+            # It takes hundreds of times as long for rows with gaps between them.
+            and x.is_contiguous() and (weight.is_contiguous() or weight.t().is_contiguous())):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
         return product
     return F.linear(x, weight, bias)

@@ -160,7 +160,7 @@ class TorchForms:
         rows, columns = weight.shape
         if self._device.type == 'cpu' and self._dtype == torch.float32 and rows >= columns:
             return replace(weight, weight=weight.weight.t().contiguous().t())
-        return weight
+        return replace(weight, weight=weight.weight.contiguous())
 
 
 def _packed(weight: Int4) -> TorchInt4 | None:
