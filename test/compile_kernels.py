@@ -78,7 +78,7 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp3
 
 
 def _described(kernel, signature, values, attributes):
-    """Give signature, values and attributes as this version of Triton takes them."""
+    """Return signature, values and attributes as this version of Triton takes them."""
     if compiler.VERSION >= (3, 3):
         return signature, values, attributes
     names = [parameter.name for parameter in kernel.params]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Gives each test process a ROS domain of its own on the loopback, and speeds up all tests."""
+"""Returns each test process a ROS domain of its own on the loopback, and speeds up all tests."""
 
 import gc
 from glob import glob

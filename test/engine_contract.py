@@ -32,23 +32,23 @@ WARM = SamplingConfig(temperature=1.5, max_new_tokens=24)
 
 
 def decode(loop, prompt, sampling=GREEDY):
-    """Give all ids of an answer."""
+    """Return all ids of an answer."""
     return list(chain.from_iterable(step.token_ids for step in loop.stream(prompt, sampling)))
 
 
 def first_step(loop, prompt):
-    """Give the step that brings the first token."""
+    """Return the step that brings the first token."""
     stream = loop.stream(prompt, SamplingConfig(max_new_tokens=1))
     return next(step for step in stream if step.token_ids)
 
 
 def prompt_of(loop, length, start=3):
-    """Give ids of the vocabulary, without repetition where it is large enough."""
+    """Return ids of the vocabulary, without repetition where it is large enough."""
     return [(start + 7 * index) % loop.engine.footprint.vocab_size for index in range(length)]
 
 
 def load(kind, folder, config, progress=lambda text: None):
-    """Give the loop of an engine of this class, loaded from a folder."""
+    """Return the loop of an engine of this class, loaded from a folder."""
     return DecodeLoop(kind(checkpoint.inspect(folder), config, progress))
 
 

@@ -40,7 +40,7 @@ EOS = 0
 
 
 def footprint(**changes) -> Footprint:
-    """Give the shapes of a small model: 1000 bytes of weights, 32 bytes of keys per token."""
+    """Return the shapes of a small model: 1000 bytes of weights, 32 bytes of keys per token."""
     known = {
         'engine': 'fake', 'model_type': 'fake', 'dtype': 'float32', 'quantization': 'none',
         'device': 'cpu', 'device_name': 'fake device', 'device_uuid': '', 'cuda_graph': 'off',
@@ -118,13 +118,13 @@ class FakeEngine:
 
 
 def _allowed(mask: bytearray, token_id: int) -> int:
-    """Give the first id from this one on that a mask allows, going round."""
+    """Return the first id from this one on that a mask allows, going round."""
     ids = [id_ for id_ in range(8 * len(mask)) if mask[id_ // 8] >> id_ % 8 & 1]
     return min(ids, key=lambda id_: (id_ - token_id) % (8 * len(mask)))
 
 
 def say(text: str, end: bool = True) -> Iterator[Step]:
-    """Give one step for each character of a text, and one for the end."""
+    """Return one step for each character of a text, and one for the end."""
     for character in text:
         yield Step((ord(character),), device_s=0.001)
     if end:
@@ -132,7 +132,7 @@ def say(text: str, end: bool = True) -> Iterator[Step]:
 
 
 def forever(character: str = 'x') -> Iterator[Step]:
-    """Give a character until closed."""
+    """Return a character until closed."""
     while True:
         yield Step((ord(character),))
 
@@ -172,7 +172,7 @@ class CharacterText:
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
                heartbeat: Callable[[], None] = lambda: None,
                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Give the characters of the whole conversation."""
+        """Return the characters of the whole conversation."""
         self.tools = tools
         return [ord(character) for character in '\n'.join(each.content for each in messages)]
 
@@ -182,20 +182,20 @@ class CharacterText:
 
     def detokenizer(self, stop: Sequence[str] = (),
                     seen: Sequence[str] = ()) -> 'CharacterDetokenizer':
-        """Give a detokenizer for one answer."""
+        """Return a detokenizer for one answer."""
         return CharacterDetokenizer(stop)
 
     def tail(self, prompt_ids: Sequence[int]) -> str:
-        """Give the last characters."""
+        """Return the last characters."""
         return ''.join(map(chr, prompt_ids[-20:]))
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
-        """Give what compiles constraints for characters below 128."""
+        """Return a vocabulary that compiles constraints for characters below 128."""
         return Vocabulary(byte_tokenizer(), size, end_ids)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Give a tokenizer of 256 tokens, each the byte of its id."""
+    """Return a tokenizer of 256 tokens, each the byte of its id."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))          # what stands for a byte that is no character
     vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
@@ -215,11 +215,11 @@ class CharacterDetokenizer:
 
     @property
     def held(self) -> bool:
-        """Tell whether a character is held back."""
+        """Return whether a character is held back."""
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        """Give the character, with the one held back before it."""
+        """Return the character, with the one held back before it."""
         text, self._held = self._held + chr(token_id), ''
         if text[-1] in self._stop:
             self.stopped = True
@@ -230,6 +230,6 @@ class CharacterDetokenizer:
         return text
 
     def flush(self) -> str:
-        """Give the character that is held back."""
+        """Return the character that is held back."""
         text, self._held = self._held, ''
         return text

@@ -29,7 +29,7 @@ EPS = 1e-6
 
 
 def maker():
-    """Give what draws random tensors of a shape."""
+    """Return a function that draws random tensors of a shape."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
 
@@ -40,7 +40,7 @@ def assert_close(got, expected, relative=1e-5):
 
 
 def drawn(form, n, k, seed=1):
-    """Give a weight of one of `random_formats`, and the float32 one [n, k] that it stands for."""
+    """Return a weight of one of `random_formats`, and its float32 values [n, k]."""
     config, draw = form
     stored, exact = draw(torch.Generator().manual_seed(seed), n, k)
     return random_formats.read(config, stored, n, k, DEVICE), exact.float().to(DEVICE)

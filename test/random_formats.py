@@ -64,14 +64,14 @@ class Stored:
 
 def read(config: Mapping[str, Any], stored: Mapping[str, Tensor], n: int, k: int,
          device: torch.device | None = None) -> Any:
-    """Give a module's tensors as the engine keeps them."""
+    """Return a module's tensors as the engine keeps them."""
     quantized = quantization({'quantization_config': config})
     assert quantized is not None
     return formats.parse(quantized).read(Stored(stored, device), 'module', n, k)
 
 
 def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
-    """Give the config and the tensors of AWQ, layout gemm."""
+    """Return the config and the tensors of AWQ, layout gemm."""
     def draw(generator, n, k):
         groups = 1 if group_size == -1 else k // group_size
         q = torch.randint(0, 16, (k, n), generator=generator)
@@ -140,7 +140,7 @@ def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool =
 
 def int8(group_size: int, symmetric: bool = True, act: dict[str, Any] | None = None,
          strategy: str = '') -> tuple[dict[str, Any], Draw]:
-    """Give the config and the tensors of compressed-tensors, layout int-quantized."""
+    """Return the config and the tensors of compressed-tensors, layout int-quantized."""
     strategy = strategy or ('channel' if group_size == -1 else 'group')
 
     def draw(generator, n, k):
@@ -196,7 +196,7 @@ def float8(strategy: str, method: str = 'compressed-tensors',
 
 def gptq8(group_size: int, symmetric: bool = True,
           act_order: bool = False) -> tuple[dict[str, Any], Draw]:
-    """Give the config and the tensors of GPTQ of 8 bits, zeros less one."""
+    """Return the config and the tensors of GPTQ of 8 bits, zeros less one."""
     def draw(generator, n, k):
         groups = 1 if group_size == -1 else k // group_size
         q = torch.randint(0, 256, (k, n), generator=generator)
@@ -316,7 +316,7 @@ def float4(layout: str) -> tuple[dict[str, Any], Draw]:
 
 def compressed(layout: str, activations: dict[str, Any] | None = None,
                **weights: Any) -> dict[str, Any]:
-    """Give a config of compressed-tensors, with one group of all modules but the head."""
+    """Return a config of compressed-tensors, with one group of all modules but the head."""
     group = {'targets': ['Linear'], 'weights': weights, 'input_activations': activations,
              'output_activations': None}
     return {'quant_method': 'compressed-tensors', 'format': layout, 'ignore': ['lm_head'],
@@ -360,5 +360,5 @@ def _scales(generator, shape, k, deviation):
 
 
 def _words(values: Tensor) -> Tensor:
-    """Give numbers of 32 bits without a sign as int32."""
+    """Return numbers of 32 bits without a sign as int32."""
     return torch.where(values >= 2**31, values - 2**32, values).int()

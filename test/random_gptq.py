@@ -59,13 +59,13 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
 
 def read(stored: Mapping[str, Tensor], n: int, k: int, group_size: int,
          device: torch.device | None = None) -> Int4:
-    """Give stored tensors [n, k] as the engine keeps them."""
+    """Return stored tensors [n, k] as the engine keeps them."""
     return random_formats.read({
         'quant_method': 'gptq', 'bits': 4, 'group_size': group_size}, stored, n, k, device)
 
 
 def dense(stored: dict[str, Tensor], layout: str) -> Tensor:
-    """Give the float32 weight [n, k] of stored tensors, one input after the other."""
+    """Return the float32 weight [n, k] of stored tensors, one input after the other."""
     qweight, qzeros, scales, g_idx = (
         stored[part] for part in ('qweight', 'qzeros', 'scales', 'g_idx'))
     columns = []
@@ -113,5 +113,5 @@ def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool 
 
 
 def words(values: Tensor) -> Tensor:
-    """Give numbers of 32 bits without a sign as int32."""
+    """Return numbers of 32 bits without a sign as int32."""
     return torch.where(values >= 2**31, values - 2**32, values).int()

@@ -21,7 +21,7 @@ import rclpy
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests."""
+    """Initialise rclpy once for all tests."""
     rclpy.init()
     yield
     rclpy.shutdown()

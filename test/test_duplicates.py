@@ -28,7 +28,7 @@ from std_msgs.msg import String
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests."""
+    """Initialise rclpy once for all tests."""
     rclpy.init()
     yield
     rclpy.shutdown()
@@ -36,7 +36,7 @@ def ros():
 
 @pytest.fixture
 def rig(monkeypatch):
-    """Give a node that looks at the graph at every message on /diagnostics."""
+    """Return a node that looks at the graph at every message on /diagnostics."""
     monkeypatch.setattr('physai_decode.ros.duplicates.PERIOD_S', 0.0)
     monkeypatch.setattr('physai_decode.ros.duplicates.DISCOVERY_S', 0.0)
     rig = Rig()

@@ -35,7 +35,7 @@ GPTQ = {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}
 
 @pytest.fixture
 def model(tmp_path):
-    """Give a small model of a family that native runs."""
+    """Return a small model of a family that native runs."""
     from physai_decode.checkpoint import inspect
 
     return inspect(random_model.save(tmp_path, 'llama', 0))

@@ -45,7 +45,7 @@ RELATIVE = 1e-4
 
 @pytest.fixture(scope='module', params=ENGINES)
 def loop(request, tmp_path_factory):
-    """Give each engine on a small model, a quarter of whose ids end an answer."""
+    """Return each engine on a small model, a quarter of whose ids end an answer."""
     folder = random_model.save(
         tmp_path_factory.mktemp('model'), 'qwen2', 0, eos_token_id=list(range(128)))
     loop = load(ENGINES[request.param], folder, CPU)

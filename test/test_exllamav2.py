@@ -83,7 +83,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(saved):
-    """Give the engine's module over the stand-in, and the stand-in."""
+    """Return the module of the engine with a stand-in for the library, and the stand-in."""
     with pytest.MonkeyPatch.context() as patch:
         library = fake_exllamav2.Library(saved[1])
         library.install(patch)
@@ -114,7 +114,7 @@ def loop(installed, saved):
 
 @pytest.fixture
 def fresh(installed, saved):
-    """Give a new engine over the stand-in, and the stand-in, which has seen nothing yet."""
+    """Return a new engine with an unused stand-in for the library, and the stand-in."""
     module, library = installed
     loop = load(module.ExLlamaV2Engine, saved[0], CONFIG)
     library.calls.clear()
@@ -129,14 +129,14 @@ def test_contract(installed, loop, monkeypatch, check, noise):
     check(loop)
 
 
-def test_it_says_what_the_weights_say(loop, saved):
+def test_answers_as_transformers_with_these_weights(loop, saved):
     prompt = engine_contract.prompt_of(loop, 40)
     expected = answer(saved[1], prompt, 12)
     assert decode(loop, prompt, SamplingConfig(max_new_tokens=12)) == expected
 
 
 def answer(network, prompt, count):
-    """Give a transformers network's greedy answer."""
+    """Return the greedy answer of a transformers network."""
     with torch.inference_mode():
         return network.generate(
             torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None,
@@ -156,7 +156,7 @@ def below_the_best(network, prompt, ids):
 
 
 @pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
-def test_other_zeros_lie_far_below_the_best(tmp_path, layout):
+def test_other_zero_points_lead_to_unlikely_tokens(tmp_path, layout):
     folder, network = save(tmp_path, group_size=32, layout=layout)
     prompt = list(range(3, 43))
     assert below_the_best(network, prompt, answer(network, prompt, 12)) == 0.0
@@ -171,7 +171,7 @@ def test_other_zeros_lie_far_below_the_best(tmp_path, layout):
     assert below_the_best(save(tmp_path, group_size=32, layout=layout)[1], prompt, ids) > 0.2
 
 
-def test_a_prompt_goes_in_pieces(fresh):
+def test_feeds_a_prompt_in_chunks(fresh):
     loop, library = fresh
     stream = loop.stream(engine_contract.prompt_of(loop, 40), SamplingConfig())
     assert [next(stream).token_ids for _ in range(2)] == [(), ()]
@@ -183,7 +183,7 @@ def test_a_prompt_goes_in_pieces(fresh):
     assert library.calls[2:] == [(8, 32)]
 
 
-def test_one_step_ahead(fresh):
+def test_runs_one_step_ahead(fresh):
     loop, library = fresh
     stream = loop.stream([5, 6, 7], SamplingConfig(max_new_tokens=40))
     for _ in range(4):
@@ -194,13 +194,13 @@ def test_one_step_ahead(fresh):
     assert engine_contract.first_step(loop, [5, 6, 7, 0]).cached_tokens == 3
 
 
-def test_no_step_is_launched_in_vain(fresh):
+def test_launches_no_unneeded_step(fresh):
     loop, library = fresh
     decode(loop, [5, 6, 7], SamplingConfig(max_new_tokens=9))
     assert library.calls == [(3, 0), *((1, place) for place in range(3, 11))]
 
 
-def test_attention_elsewhere_keeps_its_choice(fresh):
+def test_keeps_the_attention_of_other_libraries(fresh):
     loop, library = fresh
     assert torch.backends.cuda.cudnn_sdp_enabled()
     stream = loop.stream([5, 6, 7], SamplingConfig())     # the stand-in refuses cuDNN
@@ -214,8 +214,8 @@ def test_attention_elsewhere_keeps_its_choice(fresh):
     SamplingConfig(), SamplingConfig(temperature=1.0),
     SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2)],
     ids=['greedy', 'drawn', 'all'])
-def test_weights_that_are_not_numbers_are_an_error(fresh, sampling, value):
-    """Once one row of the head is not; the engine goes on once they are again."""
+def test_rejects_weights_that_are_not_numbers(fresh, sampling, value):
+    """In one row of the head; the engine goes on after it is repaired."""
     loop, library = fresh
     head = library.network.lm_head.weight
     expected, good = decode(loop, [5, 6, 7]), head.detach().clone()
@@ -232,7 +232,7 @@ def test_weights_that_are_not_numbers_are_an_error(fresh, sampling, value):
 
 @pytest.mark.parametrize('heads', [1, 2, 8])    # of keys and values
 @pytest.mark.parametrize('tokens', [1, 5])
-def test_a_step_attends_without_copies(fresh, heads, tokens):
+def test_attention_of_a_step_copies_nothing(fresh, heads, tokens):
     loop, library = fresh
     attention = loop.engine.network.loaded.modules[1]
     queries = torch.randn(1, tokens, 8, 64)
@@ -278,7 +278,7 @@ def weight_bytes(folder):
                for path in folder.glob('*.safetensors'))
 
 
-def test_warmed_past_its_graphs(installed, saved):
+def test_warms_up_beyond_the_graphs_of_the_library(installed, saved):
     module, library = installed
     library.calls.clear()
     load(module.ExLlamaV2Engine, saved[0], CONFIG).engine.close()
@@ -298,7 +298,7 @@ def test_rotary_base_of_newer_configs(installed, tmp_path):
 
 @pytest.mark.parametrize('layout', ['gptq', 'gptq_v2'])
 @pytest.mark.parametrize('fields', [{}, {'checkpoint_format': None}])
-def test_the_layout_of_zeros(installed, tmp_path, layout, fields):
+def test_layout_of_zero_points(installed, tmp_path, layout, fields):
     save(tmp_path, layout=layout)
     change(tmp_path, quantization={'format': layout, **fields})
     loop = load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG)
@@ -314,7 +314,7 @@ def change(folder, quantization=None, **fields):
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize('form, changes, said', [
+@pytest.mark.parametrize('form, changes, message', [
     ({}, {'model_type': 'gpt2'}, ("'gpt2'", 'llama', 'transformers')),
     ({}, {'quantization': {'quant_method': 'awq'}}, ('awq', 'auto')),
     ({}, {'quantization': {'bits': 8}}, ('8-bit', 'transformers')),
@@ -328,17 +328,17 @@ def change(folder, quantization=None, **fields):
     ({}, {'quantization': {'group_size': None}}, ('config.json', 'damaged')),
     ({}, {'model_type': 'mistral', 'sliding_window': '48'}, ('config.json', 'damaged')),
     ({}, {'physai_decode_random_weights': {}}, ('--write-checkpoint',))])
-def test_refusals(installed, tmp_path, form, changes, said):
+def test_rejections(installed, tmp_path, form, changes, message):
     save(tmp_path, **form)
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
         load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG)
-    for part in said:
+    for part in message:
         assert part in str(error.value)
 
 
-def test_a_window_that_is_not_named(installed, tmp_path):
-    """It has the transformers library's default."""
+def test_default_window(installed, tmp_path):
+    """The default is that of transformers."""
     save(tmp_path)
     change(tmp_path, model_type='mistral', max_position_embeddings=4097)
     with pytest.raises(EngineError, match='window of 4096'):
@@ -347,31 +347,31 @@ def test_a_window_that_is_not_named(installed, tmp_path):
     load(installed[0].ExLlamaV2Engine, tmp_path, replace(CONFIG, max_context=8192)).engine.close()
 
 
-def test_a_window_as_long_as_the_context(installed, tmp_path):
+def test_window_as_long_as_the_context(installed, tmp_path):
     change(save(tmp_path)[0], model_type='mistral', sliding_window=256)
     load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
 
 
-def test_a_window_that_no_layer_has(installed, tmp_path):
-    """As Qwen2's configs have it: by default the first 28 layers see everything."""
+def test_window_without_windowed_layers(installed, tmp_path):
+    """As in the configs of Qwen2, whose first 28 layers have no window by default."""
     change(save(tmp_path)[0], model_type='qwen2', sliding_window=48, use_sliding_window=True)
     load(installed[0].ExLlamaV2Engine, tmp_path, CONFIG).engine.close()
 
 
-@pytest.mark.parametrize('config, said', [
+@pytest.mark.parametrize('config, message', [
     ({'dtype': 'bfloat16', 'device': 'cpu'}, ('bfloat16', 'float16 or auto')),
     ({'device': 'cpu'}, ('NVIDIA GPU', 'native'))])
-def test_refused_settings(installed, config, said):
+def test_rejects_settings(installed, config, message):
     with pytest.raises(EngineError) as error:
         installed[1].choose_device(EngineConfig(**config))
-    for part in said:
+    for part in message:
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize('missing, said', [
+@pytest.mark.parametrize('missing, message', [
     ('nvcc', 'CUDA toolkit'), ('c++', 'apt install g++'), ('ninja', 'pip install ninja'),
     ('Python.h', 'python3-dev')])
-def test_what_compiling_needs(installed, tmp_path, monkeypatch, missing, said):
+def test_names_what_compiling_needs(installed, tmp_path, monkeypatch, missing, message):
     module = sys.modules[f'{MODULE}.library']
     home = tmp_path / 'cuda'
     for path in (home / 'bin' / 'nvcc', tmp_path / 'include' / 'Python.h'):
@@ -385,7 +385,7 @@ def test_what_compiling_needs(installed, tmp_path, monkeypatch, missing, said):
     monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(EngineError) as error:
         module._check_tools()
-    assert missing in str(error.value) and said in str(error.value)
+    assert missing in str(error.value) and message in str(error.value)
     assert str(error.value).count('install') + str(error.value).count('toolkit') == 1
     missing = ''
     (home / 'bin' / 'nvcc').touch()
@@ -394,14 +394,14 @@ def test_what_compiling_needs(installed, tmp_path, monkeypatch, missing, said):
 
 
 def importing(module, monkeypatch, act):
-    """Let the import of the library do something."""
+    """Run a function when the library is imported."""
     monkeypatch.setattr(module, 'import_module', lambda name: act())
 
 
 @pytest.mark.parametrize('locked', [False, True])
-def test_it_says_that_it_compiles(installed, tmp_path, monkeypatch, locked):
+def test_logs_that_it_compiles(installed, tmp_path, monkeypatch, locked):
     module = sys.modules[f'{MODULE}.library']
-    said = []
+    lines = []
     if locked:
         (tmp_path / 'lock').touch()
     monkeypatch.delitem(sys.modules, 'exllamav2_ext')
@@ -409,13 +409,13 @@ def test_it_says_that_it_compiles(installed, tmp_path, monkeypatch, locked):
     monkeypatch.setattr(
         module.cpp_extension, '_get_build_directory', lambda name, verbose: str(tmp_path))
     monkeypatch.setattr(module, '_TICK_S', 0.01)
-    importing(module, monkeypatch, lambda: wait_for(lambda: len(said) > 1))
-    module.library(said.append)
+    importing(module, monkeypatch, lambda: wait_for(lambda: len(lines) > 1))
+    module.library(lines.append)
     if locked:
-        assert said[0].startswith('waiting for another process')
-        assert f'delete {tmp_path}/lock), 0 s so far' in said[0]
+        assert lines[0].startswith('waiting for another process')
+        assert f'delete {tmp_path}/lock), 0 s so far' in lines[0]
     else:
-        assert said[0] == "compiling ExLlamaV2's kernels, 0 s so far"
+        assert lines[0] == "compiling ExLlamaV2's kernels, 0 s so far"
 
 
 def wait_for(condition):
@@ -445,28 +445,28 @@ def raising(error):
     return act
 
 
-@pytest.mark.parametrize('error, said', [
+@pytest.mark.parametrize('error, message', [
     (RuntimeError("Error building extension 'exllamav2_ext': [1/48] c++ -c\n"
                   'x.h:10:10: fatal error: cusparse.h: No such file\n'), 'cusparse.h: No such'),
     (OSError('CUDA_HOME environment variable is not set'), 'CUDA_HOME'),
     (ModuleNotFoundError("No module named 'rich'", name='rich'), 'pip install rich')])
-def test_a_library_that_does_not_load(installed, monkeypatch, error, said):
+def test_reports_a_library_that_does_not_load(installed, monkeypatch, error, message):
     module = sys.modules[f'{MODULE}.library']
     importing(module, monkeypatch, raising(error))
     with pytest.raises(EngineError) as raised:
         module.library(lambda text: None)
-    assert said in str(raised.value) and 'engine.name' in str(raised.value)
+    assert message in str(raised.value) and 'engine.name' in str(raised.value)
 
 
-@pytest.mark.parametrize('error, said', [
+@pytest.mark.parametrize('error, message', [
     (AssertionError('rope_scaling key has both'), 'rope_scaling key has both'),
     (KeyError('architectures'), 'architectures'),
     (RuntimeError('CUDA out of memory'), 'not enough memory')])
-def test_a_model_that_does_not_load(installed, saved, monkeypatch, error, said):
+def test_reports_a_model_that_does_not_load(installed, saved, monkeypatch, error, message):
     module, library = installed
     unloaded = library.unloaded
     monkeypatch.setattr(library, 'fail', error)
     with pytest.raises(EngineError) as raised:
         load(module.ExLlamaV2Engine, saved[0], CONFIG)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert library.unloaded == unloaded + 1

@@ -83,14 +83,14 @@ def stacked(parts):
 
 
 def int4(seed, n, k, symmetric=True):
-    """Give random weights of 4 bits, and what they stand for."""
+    """Return random 4-bit weights, and their dequantised values."""
     stored, dense = random_gptq.tensors(seed, n, k, 32, symmetric=symmetric)
     return random_gptq.read(stored, n, k, 32, device=DEVICE), dense.to(DEVICE)
 
 
 @pytest.mark.parametrize('count', [5, 128, 300])
 @pytest.mark.parametrize('normalised', [False, True])
-def test_what_a_router_takes(make, count, normalised):
+def test_selects_experts(make, count, normalised):
     logits = make(count)
     found = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
     for ops, into in zip((TWIN, CodedOps(DEVICE)), found):
@@ -100,14 +100,14 @@ def test_what_a_router_takes(make, count, normalised):
     assert (abs(float(found[1].weights.sum()) - 1) < 1e-6) == normalised
 
 
-def test_experts_that_are_alike_are_taken_once(make):
+def test_selects_equal_experts_once(make):
     into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
     CodedOps(DEVICE).select(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0], device=DEVICE), into, True)
     assert into.ids.tolist() == [4, 1, 2]
 
 
-def test_logits_that_are_no_numbers_give_a_share_that_is_none(make):
-    """And experts that there are: a kernel reads at their numbers."""
+def test_logits_that_are_not_numbers_give_weights_that_are_not(make):
+    """The ids stay valid, because a kernel reads at them."""
     into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
     CodedOps(DEVICE).select(torch.full((6,), float('nan'), device=DEVICE), into, True)
     assert into.weights.isnan().any()
@@ -116,7 +116,7 @@ def test_logits_that_are_no_numbers_give_a_share_that_is_none(make):
 
 @pytest.mark.parametrize('size, columns', [(40, 512), (96, 64), (512, 256)])
 def test_dense(make, those, size, columns, monkeypatch):
-    """The columns of an expert fill tiles, or not."""
+    """With columns that fill tiles, and others."""
     monkeypatch.setattr(kernels, 'DENSE_CHOICES', (kernels.Choice(4, columns, 1, 1),))
     gate_up = stacked(Dense(make(2 * size, 100)) for _ in range(COUNT))
     down = stacked(Dense(make(33, size)) for _ in range(COUNT))
@@ -126,7 +126,7 @@ def test_dense(make, those, size, columns, monkeypatch):
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('size', [64, 96])
 def test_int4(make, those, size, symmetric):
-    """Blocks of 128 columns are not full."""
+    """With partly filled blocks of 128 columns."""
     pairs = [[int4(2 * number + at, size, 256, symmetric) for at in range(2)]
              for number in range(COUNT)]
     gate_up = stacked(fusion.fuse([gate[0], up[0]], paired=True) for gate, up in pairs)
@@ -138,8 +138,8 @@ def test_int4(make, those, size, symmetric):
     assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
 
 
-def test_int4_of_which_one_has_zeros(make, those):
-    """The others get what theirs are: 8."""
+def test_int4_with_zero_points_in_one_expert(make, those):
+    """The zero points of the others are 8."""
     downs = [int4(number, 32, 96, symmetric=number != 3) for number in range(COUNT)]
     stack = stacked(down for down, _ in downs)
     x, out = torch.zeros(TAKEN, 128, device=DEVICE), make(32)
@@ -151,7 +151,7 @@ def test_int4_of_which_one_has_zeros(make, those):
 
 
 def run(ops, make, those, gate_up, down, size, columns=None):
-    """Run both products on the same numbers; gives what each writes."""
+    """Run both products on the same input; returns their outputs."""
     generator = torch.Generator().manual_seed(1)
     x, gain, out = (torch.randn(count, generator=generator).to(DEVICE) for count in (
         gate_up.shape[1], gate_up.shape[1], down.shape[0]))
@@ -174,7 +174,7 @@ def check(make, those, gate_up, down, size, k=100, n=33):
     return every[-1]
 
 
-def test_weights_of_several_forms_are_not_stacked(make):
+def test_does_not_stack_weights_of_several_layouts(make):
     with pytest.raises(ValueError, match='layouts differ'):
         stacked([Dense(make(32, 64)), int4(0, 32, 64)[0]])
     stored, _ = random_gptq.tensors(0, 32, 64, 32, act_order=True)
@@ -185,7 +185,7 @@ def test_weights_of_several_forms_are_not_stacked(make):
 # --- a whole model ------------------------------------------------------------------------------
 
 def transformers(folder):
-    """Give transformers of the same weights: by kernels, by their twins, as on a CPU."""
+    """Return three transformers of the same weights: kernels, PyTorch as on a GPU, and a CPU."""
     checkpoint = inspect(folder)
     shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE), checkpoint.quantized,
@@ -208,7 +208,7 @@ def save(folder, kind):
 
 
 def restore_routers(folder, plain):
-    """Have the routers not quantised, as they are published."""
+    """Restore unquantised routers, as checkpoints have them."""
     path = folder / 'model.safetensors'
     tensors = {name: tensor for name, tensor in load_file(path).items()
                if '.mlp.gate.' not in name}
@@ -220,7 +220,7 @@ def restore_routers(folder, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq', 'awq'])
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
-    """A prompt token by token, a step behind it, and the same tokens expert by expert."""
+    """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)
     found = []
     for each in transformers(save(tmp_path / 'model', kind)):
@@ -237,7 +237,7 @@ def test_prompts_and_steps(tmp_path, kind, monkeypatch):
 
 
 @pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between'])
-def test_a_folder_with_experts_in_one_tensor(tmp_path, kind):
+def test_loads_a_folder_with_all_experts_in_one_tensor(tmp_path, kind):
     apart = random_model.save(tmp_path / 'apart', kind, 0)
     found = [load(NativeEngine, folder, CPU).engine.prefill_logits([3, 1, 4, 1, 5])
              for folder in (apart, joined(apart, tmp_path / 'joined'))]
@@ -245,7 +245,7 @@ def test_a_folder_with_experts_in_one_tensor(tmp_path, kind):
 
 
 def joined(folder, to):
-    """Write a folder anew, as the library keeps it in memory."""
+    """Rewrite a folder with the tensors that transformers has in memory."""
     to.mkdir()
     (to / 'config.json').write_text((folder / 'config.json').read_text())
     stored, parts = {}, {}
@@ -267,8 +267,8 @@ def joined(folder, to):
 
 
 @pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq'])
-def test_a_step_reads_the_experts_that_it_takes(tmp_path, kind, monkeypatch):
-    """And no others: they may be no numbers."""
+def test_step_reads_only_the_selected_experts(tmp_path, kind, monkeypatch):
+    """The weights of the others are NaN."""
     t = transformers(save(tmp_path / 'model', kind))[0]
     t.token.fill_(9)
     taken, select = [], CodedOps.select
@@ -307,11 +307,11 @@ def test_a_step_reads_the_experts_that_it_takes(tmp_path, kind, monkeypatch):
     assert sum(read) == t.weights.read_bytes - norms - 4 * t.weights.norm.numel() - row
 
 
-def test_prompts_are_not_captured(tmp_path):
+def test_does_not_capture_prompts(tmp_path):
     assert not Prefill.runs(transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[0])
 
 
-def test_the_order_of_sums_is_fixed(tmp_path):
+def test_order_of_sums_is_fixed(tmp_path):
     """The same prompt gives the same logits."""
     t = transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[1]
     ids = torch.arange(50, device=DEVICE)
@@ -323,15 +323,15 @@ def test_the_order_of_sums_is_fixed(tmp_path):
     (random_formats.int8(-1), 'experts of compressed-tensors-int8'),
     (random_formats.float8('block'), 'experts of compressed-tensors-float8'),
     (random_formats.float4('nvfp4'), 'experts of compressed-tensors-float4')])
-def test_formats_that_are_not_run(tmp_path, form, what):
-    """``auto`` takes the engine that the error names."""
+def test_rejects_formats(tmp_path, form, what):
+    """``auto`` selects the engine that the error names."""
     random_formats.save(tmp_path, 'qwen3_moe', form)
     with pytest.raises(EngineError, match=f'does not run {what}.*engine.name to transformers'):
         NativeEngine(inspect(tmp_path), CPU)
     assert engines.choose(inspect(tmp_path), EngineConfig(device='cpu')).name == 'transformers'
 
 
-def test_experts_whose_columns_are_in_orders_of_their_own(tmp_path):
+def test_experts_with_separate_column_orders(tmp_path):
     random_gptq.save(tmp_path, 'qwen3_moe', 0, 32, act_order=True)
     with pytest.raises(EngineError, match='experts of gptq-int4-g32 with desc_act'):
         NativeEngine(inspect(tmp_path), CPU)
@@ -346,8 +346,8 @@ def test_experts_whose_columns_are_in_orders_of_their_own(tmp_path):
 
 @pytest.mark.parametrize('room', [0, float('inf')])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_forms_of_experts_for_operations_of_torch(tmp_path, room, dtype):
-    """Unpacked where there is room; the log says by how much."""
+def test_layouts_of_experts_for_pytorch(tmp_path, room, dtype):
+    """Dequantised if there is memory; the log says how much."""
     checkpoint = inspect(save(tmp_path / 'model', 'gptq'))
     shape = families.parse(checkpoint.config)
     found = []
@@ -372,14 +372,14 @@ def test_forms_of_experts_for_operations_of_torch(tmp_path, room, dtype):
     ({'mlp_only_layers': 1}, 'mlp_only_layers is 1'),
     ({'mlp_only_layers': ['1']}, 'mlp_only_layers is'),
     ({'hidden_act': 'gelu'}, "does not run hidden_act 'gelu'")])
-def test_configs_that_are_not_run(tmp_path, fields, what):
+def test_rejects_configs(tmp_path, fields, what):
     config = json.loads((random_model.save(tmp_path, 'qwen3_moe', 0) / 'config.json').read_text())
     families.parse(config)
     with pytest.raises(EngineError, match=what):
         families.parse({**config, **fields})
 
 
-def test_the_older_name_of_the_number_of_experts(tmp_path):
+def test_older_name_of_the_number_of_experts(tmp_path):
     config = json.loads((random_model.save(tmp_path, 'qwen3_moe', 0) / 'config.json').read_text())
     routing = families.parse(config).routing
     config['num_experts'] = config.pop('num_local_experts')

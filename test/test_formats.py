@@ -173,7 +173,7 @@ STATE = 'weight.quant_state.bitsandbytes__nf4'
 
 
 def said_so(content):
-    """Give the bytes of a quant_state."""
+    """Return the bytes of a quant_state."""
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return lambda it: torch.tensor(list(text), dtype=torch.uint8)
 
@@ -184,7 +184,7 @@ def state(**changed):
 
 
 def filled(number):
-    """Give a tensor of one number."""
+    """Return a tensor of one number."""
     return lambda it: torch.full_like(it.float(), number).to(it.dtype)
 
 
@@ -211,7 +211,7 @@ def weights(**changed):
     return lambda settings: settings['config_groups']['group_0']['weights'].update(changed)
 
 
-@pytest.mark.parametrize('name, changes, said', [
+@pytest.mark.parametrize('name, changes, message', [
     ('awq-g64', {'config': lambda it: it.update(bits=3)}, ('AWQ of 3 bits', 'runs 4')),
     ('awq-g64', {'config': lambda it: it.update(version='gemv')}, ("'gemv'", 'runs gemm')),
     *(('awq-g64', {'config': lambda it, size=size: it.update(group_size=size)},
@@ -303,13 +303,13 @@ def weights(**changed):
     ('bnb-int8', {'replace': {'SCB': lambda it: None}}, (MODULE, 'no tensor')),
     ('bnb-int8', {'replace': {'weight': lambda it: it.view(torch.uint8)}}, (MODULE, 'uint8')),
     ('bnb-int8', {'replace': {'weight_format': filled(2)}}, (MODULE, 'plain rows'))])
-def test_refusals(tmp_path, name, changes, said):
+def test_rejections(tmp_path, name, changes, message):
     random_formats.save(tmp_path, 'llama', FORMS[name])
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
         load(NativeEngine, tmp_path, CPU)
     text = str(error.value)
-    for part in (*said, *['set engine.name to transformers'] * ('does not run' in text)):
+    for part in (*message, *['set engine.name to transformers'] * ('does not run' in text)):
         assert part in text
 
 

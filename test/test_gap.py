@@ -217,7 +217,7 @@ class Steps:
         self._flying.append(([int(self._history[place])], 1e-3))
 
     def collect(self):
-        """Give the oldest step's token."""
+        """Return the oldest step's token."""
         return self._flying.popleft()
 
     def drain(self):

@@ -52,7 +52,7 @@ if not generate.unavailable:
 
 
 def wait(done) -> None:
-    """Wait until something is so."""
+    """Wait until ``done`` returns true."""
     end_s = time.monotonic() + PATIENCE_S
     while not done():
         assert time.monotonic() < end_s, 'waited too long'
@@ -93,14 +93,14 @@ class ScriptedHost:
         return number
 
     def refuse(self, message, client_id='', listener=None) -> int:
-        """Refuse what is no request."""
+        """Reject a wrong request."""
         number = next(self._numbers)
         self.refused.append((message, client_id))
         listener.finished(RequestReport(number, 'rejected', message), '')
         return number
 
     def cancel(self, number=None) -> str:
-        """Note who is to end."""
+        """Record which request to end."""
         self.cancelled.append(number)
         for waiting in [each for each in self._queue if each[0] == number]:
             self._queue.remove(waiting)
@@ -141,7 +141,7 @@ class ScriptedHost:
 
 
 class Goal:
-    """What a client knows of one goal."""
+    """The state of one goal at its client."""
 
     def __init__(self) -> None:
         self.batches: list[list] = []           # of tokens
@@ -152,12 +152,12 @@ class Goal:
 
     @property
     def text(self) -> str:
-        """All feedback that rclpy handed on, joined."""
+        """The text of all feedback so far."""
         return ''.join(token.text for batch in self.batches for token in batch)
 
 
 class Client:
-    """An action client as any node has it."""
+    """A plain action client."""
 
     def __init__(self, name: str) -> None:
         self.node = Node(name)
@@ -180,7 +180,7 @@ class Client:
         self.sent.setdefault(bytes(message.goal_id.uuid), []).extend(message.feedback.tokens)
 
     def send(self, **fields) -> Goal:
-        """Send a goal and ask for its result."""
+        """Send a goal and request its result."""
         goal = Goal()
 
         def accepted(future):
@@ -261,7 +261,7 @@ class Rig:
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests."""
+    """Initialise rclpy once for all tests."""
     rclpy.init()
     yield
     rclpy.shutdown()
@@ -269,7 +269,7 @@ def ros():
 
 @pytest.fixture
 def make():
-    """Make rigs that end with the test."""
+    """Return a factory of rigs, which are closed after the test."""
     rigs = []
 
     def build(**arguments):
@@ -282,7 +282,7 @@ def make():
 
 
 @needs_msgs
-def test_an_answer_from_goal_to_result(make):
+def test_goal_with_feedback_and_result(make):
     """Tokens come as feedback with their figures, and the result has text, figures and JSON."""
     rig = make()
     before_s = time.time()
@@ -315,8 +315,8 @@ def test_an_answer_from_goal_to_result(make):
     ('stop', 'SUCCEEDED'), ('length', 'SUCCEEDED'), ('deadline', 'ABORTED'),
     ('preempted', 'ABORTED'), ('cancelled', 'ABORTED'), ('error', 'ABORTED'),
     ('rejected', 'ABORTED')])
-def test_ends(make, reason, status):
-    """An end is a success, or the goal is aborted with the reason; cancelled here is by others."""
+def test_status_of_each_end(make, reason, status):
+    """A goal succeeds, or is aborted with the reason, such as a cancel by another client."""
     goal = make().client.ask(prompt=f'{reason}: x')
     assert goal.result.finish_reason == reason
     assert goal.status == getattr(GoalStatus, f'STATUS_{status}')
@@ -327,7 +327,7 @@ def test_ends(make, reason, status):
 @needs_msgs
 @pytest.mark.parametrize(('prompt', 'status'), [
     ('abc', GoalStatus.STATUS_SUCCEEDED), ('deadline: a', GoalStatus.STATUS_ABORTED)])
-def test_a_status_that_can_not_be_sent_costs_no_result(make, monkeypatch, prompt, status):
+def test_sends_the_result_if_a_status_can_not_be_sent(make, monkeypatch, prompt, status):
     """As on a machine too busy to send: rclpy raises after it has changed the goal's state."""
     changed = ServerGoalHandle._update_state
 
@@ -341,8 +341,8 @@ def test_a_status_that_can_not_be_sent_costs_no_result(make, monkeypatch, prompt
 
 
 @needs_msgs
-def test_a_goal_that_is_no_request_is_refused_with_the_reason(make):
-    """It is accepted, for a rejection could not say why, and counted by the host as refused."""
+def test_aborts_a_wrong_goal_with_the_reason(make):
+    """A rejection of the action has no reason; the host counts the goal as rejected."""
     rig = make()
     goal = rig.client.ask(id='mine', prompt='x', sampling=Sampling(temperature=-0.5))
     assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_ABORTED, 'rejected')
@@ -352,8 +352,8 @@ def test_a_goal_that_is_no_request_is_refused_with_the_reason(make):
 
 
 @needs_msgs
-def test_a_running_goal_is_cancelled_within_one_step(make):
-    """The request ends with its next step, and the goal reads CANCELED with the text so far."""
+def test_cancels_a_running_goal_within_one_step(make):
+    """The status is CANCELED, and the result has the text so far."""
     rig = make(step_s=0.05)
     goal = rig.client.send(prompt='a' * 1000)
     wait(lambda: goal.batches)
@@ -368,8 +368,8 @@ def test_a_running_goal_is_cancelled_within_one_step(make):
 
 
 @needs_msgs
-def test_a_waiting_goal_is_cancelled_alone(make):
-    """The goal before it and the one behind it are answered."""
+def test_cancels_a_queued_goal_alone(make):
+    """The goals before and after it are answered."""
     rig = make()
     rig.host.go.clear()
     goals = [rig.client.send(prompt=prompt) for prompt in ('one', 'two', 'three')]
@@ -385,7 +385,7 @@ def test_a_waiting_goal_is_cancelled_alone(make):
 
 @needs_msgs
 def test_cancels_at_any_moment(make):
-    """A cancel at the worst moments ends in one of the two right states, never in none."""
+    """Each goal ends in one of the two possible states."""
     rig = make(step_s=0.0)
     states = set()
     for number in range(50):
@@ -402,7 +402,7 @@ def test_cancels_at_any_moment(make):
 
 @needs_msgs
 def test_two_clients_and_many_goals(make):
-    """Each gets its own answers, all feedback in order, and nothing is kept."""
+    """Each client gets its own answers with all feedback in order; no goal stays in memory."""
     rig = make(step_s=0.0003, result_timeout=2)
     for _ in range(GOALS // 20):
         goals = []
@@ -424,7 +424,7 @@ def test_two_clients_and_many_goals(make):
 
 @needs_msgs
 def test_feedback_comes_in_batches(make):
-    """What comes within the period is one message; the end waits for no period."""
+    """Tokens of one period come in one message; the end does not wait."""
     rig = make(step_s=0.0, feedback_period_s=PATIENCE_S)
     goal = rig.client.ask(prompt='x' * 1000)
     assert [token.index for token in rig.client.tokens(goal, 1000)] == list(range(1000))
@@ -432,8 +432,8 @@ def test_feedback_comes_in_batches(make):
 
 
 @needs_msgs
-def test_an_element_waits_for_no_period(make):
-    """It is in the feedback at once, with the token that completed it at the latest."""
+def test_sends_a_complete_element_at_once(make):
+    """With the token that completed it at the latest."""
     rig = make(step_s=0.0, feedback_period_s=PATIENCE_S)
     goal = rig.client.send(id='mine', prompt='a*bc*d')
     for number, said in ((1, 'a*'), (2, 'a*bc*')):
@@ -447,8 +447,8 @@ def test_an_element_waits_for_no_period(make):
 
 
 @needs_msgs
-def test_goals_hold_no_thread_of_the_executor(make):
-    """With one thread and goals that wait for the model, other calls are answered."""
+def test_goals_occupy_no_thread_of_the_executor(make):
+    """An executor with one thread serves other calls while goals wait for the model."""
     rig = make(threads=1)
     rig.host.go.clear()
     goals = [rig.client.send(prompt='x') for _ in range(5)]
@@ -460,8 +460,8 @@ def test_goals_hold_no_thread_of_the_executor(make):
 
 
 @needs_msgs
-def test_what_ends_while_the_node_leaves_gets_its_result(make):
-    """Before the server closes."""
+def test_goals_that_end_at_shutdown_get_results(make):
+    """Before the action server closes."""
     rig = make()
     rig.host.go.clear()
     goals = [rig.client.send(prompt='x') for _ in range(5)]
@@ -474,15 +474,15 @@ def test_what_ends_while_the_node_leaves_gets_its_result(make):
 
 
 @needs_msgs
-def test_what_is_not_set_keeps_the_parameters():
-    """A goal with a prompt alone is a request with a prompt alone."""
+def test_unset_fields_keep_the_parameters():
+    """A goal with only a prompt is a request with only a prompt."""
     request = generate.read(Generate.Goal(prompt='x'), 1000)
     assert request.to_json() == {'prompt': 'x'}
 
 
 @needs_msgs
 def test_every_field_reaches_the_request():
-    """Typed fields and JSON make one request, zeros are values."""
+    """Typed fields and JSON form one request; zeros are values."""
     sampling = {'temperature': 0.0, 'top_k': 0, 'top_p': 0.5, 'min_p': 0.0,
                 'repetition_penalty': 1.5, 'seed': 0, 'max_tokens': 9, 'stop': ['end', 'END']}
     deadline = {'ttft_ms': 0.0, 'token_ms': 20.0, 'request_ms': 3e3, 'action': Deadline.TRUNCATE}
@@ -502,7 +502,7 @@ def test_every_field_reaches_the_request():
 
 
 def sampled(**values):
-    """Give a goal with sampling options."""
+    """Return a goal with sampling options."""
     return Generate.Goal(prompt='x', sampling=Sampling(**values))
 
 
@@ -524,8 +524,8 @@ def sampled(**values):
     (lambda: Generate.Goal(prompt='x' * 1001), 'more than 1000 bytes'),
     (lambda: Generate.Goal(prompt='x', id='x' * 1001), 'more than 1000 bytes'),
     (lambda: sampled(stop=['x' * 99] * 11), 'more than 1000 bytes')])
-def test_a_wrong_goal_says_what_is_wrong(goal, message):
-    """Also one whose fields are all right by themselves."""
+def test_rejects_wrong_goals(goal, message):
+    """Even if each field is valid by itself."""
     with pytest.raises(RequestError, match=message):
         generate.read(goal(), 1000)
 
@@ -534,16 +534,16 @@ def test_a_wrong_goal_says_what_is_wrong(goal, message):
 @pytest.mark.parametrize('fields', [
     {'prompt': 'x' * 1001}, {'messages_json': '[}'}, {'options_json': '[]'}, {'prompt': ''}])
 @pytest.mark.parametrize(('given', 'known'), [('mine', 'mine'), ('a\nb', ''), ('x' * 129, '')])
-def test_a_wrong_goal_is_refused_under_its_id(fields, given, known):
-    """Where the id is one: it goes to ~/result and to statuses as it is."""
+def test_rejection_has_the_id_of_the_goal(fields, given, known):
+    """If the id is valid: it appears unchanged on ~/result and in statuses."""
     with pytest.raises(RequestError) as raised:
         generate.read(Generate.Goal(id=given, **fields), 1000)
     assert raised.value.client_id == known
 
 
 @needs_msgs
-def test_results_have_every_figure_of_a_request():
-    """A result has a field for each figure of a report, None is NaN or -1, a NUL is no end."""
+def test_results_have_all_figures_of_a_request():
+    """Each figure of a report has a field; None becomes NaN or -1, and NUL does not end a text."""
     report = RequestReport(1, 'rejected', 'a\0b')
     result = generate.result(report, 'c\0d', 'model')
     assert (result.message, result.text) == ('a\ufffdb', 'c\ufffdd')
@@ -554,7 +554,7 @@ def test_results_have_every_figure_of_a_request():
 
 
 def test_without_the_package():
-    """Where it is not built the module can be imported, and says what to do."""
+    """If it is not built, the module can be imported, and says what to do."""
     command = (
         'import sys\n'
         'sys.modules["physai_decode_msgs"] = None\n'

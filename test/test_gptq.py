@@ -48,7 +48,7 @@ PROJECTIONS = 28
 
 
 def library_logits(folder, state, ids):
-    """Give the logits [tokens, vocab] of the library's own model with these float32 weights."""
+    """Return the logits [tokens, vocab] of the library's own model with these float32 weights."""
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -77,7 +77,7 @@ def engine(folder):
 
 @pytest.fixture(scope='module')
 def prompts():
-    """Give prompts and expected answers, as ids, of held-out commands."""
+    """Return prompts and expected answers, as ids, of held-out commands."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(evaluate_tiny_planner.FOLDER)
     _, chats, answers = next(evaluate_tiny_planner.held_out_sets(seed=0, count=40))
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -247,7 +247,7 @@ def change(folder, drop='', replace=None, **quantization):
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize('changes, said', [
+@pytest.mark.parametrize('changes, message', [
     ({'bits': 3}, ('3 bits', 'transformers')),
     ({'bits': 8}, ('q_proj.qweight', '[16, ', '[32, ')),
     ({'bits': '4'}, ("'4' bits", 'runs 4 and 8', 'transformers')),
@@ -269,12 +269,12 @@ def change(folder, drop='', replace=None, **quantization):
     ({'replace': {'qzeros': lambda tensor: tensor[:, 1:].contiguous()}},
      (f'{PROJECTION}.qzeros', '[4, 15]')),
     ({'replace': {'g_idx': lambda tensor: tensor[:-1]}}, (f'{PROJECTION}.g_idx', '[255]'))])
-def test_refusals(tmp_path, changes, said):
+def test_rejections(tmp_path, changes, message):
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
         load(NativeEngine, tmp_path, CPU)
-    for part in said:
+    for part in message:
         assert part in str(error.value)
 
 

@@ -59,20 +59,20 @@ HELLO = [{'role': 'user', 'content': 'say hello'}]
 
 
 class ClosableText(CharacterText):
-    """What a host closes."""
+    """A text object that the host closes."""
 
     def close(self):
         """Have nothing to close."""
 
 
 def free_port() -> int:
-    """Give a port that nobody has."""
+    """Return a free port."""
     with socket.create_server(('127.0.0.1', 0)) as found:
         return found.getsockname()[1]
 
 
 class Rig:
-    """A host, its door, and what came of requests."""
+    """A host with its HTTP server, and the reports of requests."""
 
     def __init__(self, engine=None, start=True, queue=None, **http):
         self.engine = engine or FakeEngine(max_context=4096, vocab_size=256)
@@ -91,21 +91,21 @@ class Rig:
 
     @property
     def port(self):
-        """The door's port."""
+        """The port of the server."""
         return self.config.http.port
 
     def client(self, key='none'):
-        """Give OpenAI's client; it sends nothing twice."""
+        """Return a client of OpenAI's package, which never retries."""
         return openai.OpenAI(base_url=self.door.address, api_key=key, max_retries=0,
                              timeout=TIMEOUT_S)
 
     def chat(self, **fields):
-        """Ask for a chat completion."""
+        """Request a chat completion."""
         return self.client().chat.completions.create(
             **{'model': MODEL, 'messages': HELLO, **fields})
 
     def request(self, method, path, body=None, **headers):
-        """Send what no client would; give status, headers and body."""
+        """Send raw HTTP; returns status, headers and body."""
         connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=TIMEOUT_S)
         if isinstance(body, dict):
             body = json.dumps(body)
@@ -118,7 +118,7 @@ class Rig:
             json.loads(data) if kind == 'application/json' else data.decode())
 
     def metrics(self):
-        """Give the figures by name and labels."""
+        """Return the metrics by name and labels."""
         status, _, text = self.request('GET', '/metrics')
         assert status == 200
         return {(sample.name, *dict(sorted(sample.labels.items())).values()): sample.value
@@ -135,7 +135,7 @@ class Rig:
 
 @contextmanager
 def opened(*arguments, **named):
-    """Give a rig, and close it."""
+    """Yield a rig, and close it."""
     rig = Rig(*arguments, **named)
     try:
         yield rig
@@ -145,31 +145,31 @@ def opened(*arguments, **named):
 
 @pytest.fixture(scope='module')
 def rig():
-    """Give one that echoes the last word."""
+    """Yield a rig that echoes the last word."""
     with opened() as rig:
         yield rig
 
 
 @pytest.fixture
 def gate():
-    """Give a gate, and one that goes through it for ever."""
+    """Yield a gate, and a rig whose answers wait for it at each token and never end."""
     gate = Gate()
     yield gate
     gate.open(10000)
 
 
 def gated(gate, character='x'):
-    """Give an engine that waits for the gate at each token."""
+    """Return an engine that waits for the gate at each token."""
     return FakeEngine(lambda prompt_ids: gate.steps(forever(character)), max_context=4096)
 
 
 def is_ending(rig):
-    """Tell whether no request runs on."""
+    """Return whether no request is running."""
     running = rig.host.worker._queue.running
     return running is None or running.end_reason
 
 
-def test_a_chat_completion(rig):
+def test_chat_completion(rig):
     answer = rig.chat()
     (choice,) = answer.choices
     assert (choice.message.role, choice.message.content) == ('assistant', 'hello')
@@ -181,7 +181,7 @@ def test_a_chat_completion(rig):
     assert rig.sink.asked[report.request_id].client_id == answer.id
 
 
-def test_a_stream(rig):
+def test_stream(rig):
     chunks = list(rig.chat(stream=True, stream_options={'include_usage': True}))
     assert ''.join(chunk.choices[0].delta.content or '' for chunk in chunks[:-1]) == 'hello'
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == 'stop'
@@ -191,8 +191,8 @@ def test_a_stream(rig):
     assert all(chunk.usage is None for chunk in rig.chat(stream=True))
 
 
-def test_a_text_completion(rig):
-    """The prompt goes to the model as it is."""
+def test_text_completion(rig):
+    """The prompt reaches the model without a template."""
     client = rig.client()
     answer = client.completions.create(model=MODEL, prompt='say hello', max_tokens=3)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ('hel', 'length')
@@ -201,7 +201,7 @@ def test_a_text_completion(rig):
     assert ''.join(piece.choices[0].text for piece in pieces) == 'hello'
 
 
-def test_the_options_reach_the_engine(rig):
+def test_options_reach_the_engine(rig):
     rig.chat(max_completion_tokens=2, temperature=0.5, top_p=0.9, seed=7, stop=['q'], n=1,
              user='me', store=False, presence_penalty=0, logprobs=False, tools=[],
              parallel_tool_calls=True, metadata={'room': 'kitchen'},
@@ -213,8 +213,8 @@ def test_the_options_reach_the_engine(rig):
         2, 0.5, 0.9, 7, ('q',), 5, 0.1, 1.1)
 
 
-def test_an_answer_that_is_sent_back(rig):
-    """Clients send fields of an answer's message that hold nothing."""
+def test_accepts_an_answer_as_a_message(rig):
+    """Clients send back the empty fields of an answer too."""
     answer = rig.chat().choices[0].message.model_dump()
     asked = rig.chat(messages=[
         {'role': 'developer', 'content': 'be brief'}, *HELLO, {**answer, 'name': 'planner'},
@@ -233,7 +233,7 @@ CALLS = [('go_to', {'room': 'hall'}), ('go_to', {'room': 'kitchen'})]
 
 @pytest.fixture
 def agent():
-    """Give a rig whose model thinks, says something and calls a tool twice."""
+    """Yield a rig whose model thinks, answers and calls a tool twice."""
     said = f'<think>far</think>I go.{FORMS["hermes"].written(CALLS)}'
     with opened(FakeEngine(lambda prompt: say(said), max_context=4096, vocab_size=256)) as rig:
         rig.host.loaded.text.manner = Manner('<think>', '</think>', form='hermes')
@@ -264,7 +264,7 @@ def test_one_call_at_a_time(agent):
     assert echoed['parallel_tool_calls'] is False
 
 
-def test_a_stream_of_tools_and_thoughts(agent):
+def test_stream_of_tools_and_thoughts(agent):
     with agent.client().chat.completions.stream(
             model=MODEL, messages=HELLO, tools=[TOOL]) as stream:
         deltas = [event.chunk.choices[0].delta for event in stream if event.type == 'chunk']
@@ -280,7 +280,7 @@ def test_a_stream_of_tools_and_thoughts(agent):
     ('[{"a":1},', '{"a":2}]', {'response_format': {'type': 'json_schema', 'json_schema': {
         'name': 'plan', 'schema': {'type': 'array', 'items': {'type': 'object'}}}}}),
     (f'I go.{FORMS["hermes"].written(CALLS[:1])}', ' ...', {'tools': [TOOL]})])
-def test_an_element_and_a_call_wait_for_no_further_token(gate, monkeypatch, said, more, fields):
+def test_sends_complete_elements_and_calls_at_once(gate, monkeypatch, said, more, fields):
     monkeypatch.setattr('physai_decode.http.exchange.PERIOD_S', 1e6)
     engine = FakeEngine(lambda prompt: gate.steps(say(said + more)), max_context=4096,
                         vocab_size=256)
@@ -295,7 +295,7 @@ def test_an_element_and_a_call_wait_for_no_further_token(gate, monkeypatch, said
         list(stream)
 
 
-def test_a_raw_prompt_is_answered_as_it_comes(agent):
+def test_answer_to_a_raw_prompt_is_not_parsed(agent):
     answer = agent.client().completions.create(model=MODEL, prompt='x')
     assert answer.choices[0].text.startswith('<think>far</think>I go.<tool_call>')
     status, _, answer = agent.request('POST', TEXT, {
@@ -303,7 +303,7 @@ def test_a_raw_prompt_is_answered_as_it_comes(agent):
     assert status == 400 and 'tools can not be used: raw_prompt' in answer['error']['message']
 
 
-def test_a_schema(rig):
+def test_constrains_to_a_schema(rig):
     schema = {'type': 'object', 'properties': {'a': {'type': 'integer'}}, 'required': ['a'],
               'additionalProperties': False}
     answer = rig.chat(max_tokens=60, response_format={
@@ -352,8 +352,8 @@ def test_a_schema(rig):
     ({'deadline': {'soon': 1}}, 'deadline', 'deadline.soon'),
     ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, None, '5000 tokens')])
 @pytest.mark.parametrize('stream', [False, True])
-def test_a_wrong_body(rig, fields, param, said, stream):
-    """Each has its status before anything is streamed, and is counted as refused."""
+def test_rejects_a_wrong_body(rig, fields, param, said, stream):
+    """With its status before the stream begins; it counts as a rejection."""
     before = rig.host.counts['refusals']
     body = {'model': MODEL, 'messages': HELLO, 'stream': stream, **fields}
     status, headers, answer = rig.request('POST', CHAT, body)
@@ -366,7 +366,7 @@ def test_a_wrong_body(rig, fields, param, said, stream):
 @pytest.mark.parametrize('fields', [
     {'messages': None}, {'n': 2}, {'model': 'another'}, {'stream': 1}, {'top': 1},
     {'temperature': 99}])
-def test_a_wrong_body_keeps_its_id(rig, fields):
+def test_rejection_keeps_the_id(rig, fields):
     before = len(rig.sink.ends)
     rig.request('POST', CHAT, {'model': MODEL, 'messages': HELLO, 'id': 'mine', **fields})
     report, _ = rig.sink.ends[before]
@@ -377,7 +377,7 @@ def test_a_wrong_body_keeps_its_id(rig, fields):
     (b'', 'is not valid JSON'), (b'{', 'is not valid JSON'), (b'[]', 'expected a JSON object'),
     (b'\xff', 'not UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
     (b'[' * 100000, 'is not valid JSON')])
-def test_a_body_that_is_none(rig, body, said):
+def test_rejects_a_body_that_is_no_object(rig, body, said):
     status, _, answer = rig.request('POST', CHAT, body)
     assert status == 400 and said in answer['error']['message']
 
@@ -386,7 +386,7 @@ def test_a_body_that_is_none(rig, body, said):
     {'prompt': ['a', 'b']}, {'prompt': [1, 2]}, {'prompt': ''}, {}, {'prompt': 'x', 'echo': True},
     {'prompt': 'x', 'best_of': 2}, {'prompt': 'x', 'suffix': 'y'}, {'messages': HELLO},
     {'prompt': 'x', 'logprobs': 1}])
-def test_a_wrong_text_completion(rig, fields):
+def test_rejects_a_wrong_text_completion(rig, fields):
     status, _, answer = rig.request('POST', TEXT, {'model': MODEL, **fields})
     assert status == 400 and answer['error']['message']
 
@@ -413,7 +413,7 @@ def test_addresses(rig):
     assert (status, answer['status']) == (200, 'idle')
 
 
-def test_a_body_beyond_the_limit():
+def test_rejects_a_body_beyond_the_limit():
     with opened(queue=QueueConfig(max_request_bytes=1000)) as rig:
         for size in (1001, 10**6):
             status, _, answer = rig.request('POST', CHAT, b'x' * size)
@@ -422,7 +422,7 @@ def test_a_body_beyond_the_limit():
         assert rig.chat().choices[0].message.content == 'hello'
 
 
-def test_a_key(monkeypatch):
+def test_requires_the_key(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, 'secret')
     with opened() as rig:
         assert rig.client('secret').models.list().data
@@ -449,7 +449,7 @@ def test_without_a_model():
         assert rig.metrics()['physai_decode_state', 'inactive'] == 1
 
 
-def test_a_port_that_is_taken(rig):
+def test_port_in_use_is_an_error(rig):
     with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. can not be opened'):
         start_server(rig.host, rig.config.http, print, int)
     with pytest.raises(HttpError, match='http.host'):
@@ -457,7 +457,7 @@ def test_a_port_that_is_taken(rig):
                      int)
 
 
-def test_a_client_that_goes_cancels_its_request(gate):
+def test_disconnect_cancels_the_request(gate):
     with opened(gated(gate)) as rig:
         gate.open(3)
         stream = rig.chat(stream=True)
@@ -484,7 +484,7 @@ def test_a_client_that_goes_cancels_its_request(gate):
 
 
 @pytest.mark.parametrize('stream', [False, True])
-def test_a_client_that_closes_its_sending_half_cancels_its_request(gate, stream):
+def test_half_closed_connection_cancels_the_request(gate, stream):
     with opened(gated(gate)) as rig, \
             socket.create_connection(('127.0.0.1', rig.port)) as half:
         body = json.dumps({'model': MODEL, 'messages': HELLO, 'stream': stream}).encode()
@@ -498,8 +498,8 @@ def test_a_client_that_closes_its_sending_half_cancels_its_request(gate, stream)
 
 
 @pytest.mark.parametrize('stream', [False, True])
-def test_many_at_once(gate, stream):
-    """Each of 64 is answered, or refused because the queue is full, and none is lost."""
+def test_many_clients_at_once(gate, stream):
+    """Each of 64 is answered, or rejected because the queue is full; none is lost."""
     engine = FakeEngine(lambda prompt_ids: gate.steps(
         say(''.join(map(chr, prompt_ids)).split()[-1])), max_context=4096)
     with opened(engine, queue=QueueConfig(size=20)) as rig, ThreadPoolExecutor(64) as pool:
@@ -524,7 +524,7 @@ def test_many_at_once(gate, stream):
 
 
 @pytest.mark.parametrize('stream', [False, True])
-def test_an_engine_that_breaks(stream):
+def test_reports_an_engine_that_breaks(stream):
     def steps(prompt_ids):
         yield from say('ab', end=False)
         raise RuntimeError('the engine broke')
@@ -539,7 +539,7 @@ def test_an_engine_that_breaks(stream):
 
 @pytest.mark.parametrize('stream', [False, True])
 @pytest.mark.parametrize('reason', ['deadline', 'cancelled', 'preempted'])
-def test_an_answer_that_is_cut_off(gate, reason, stream):
+def test_reports_an_answer_that_is_cut_off(gate, reason, stream):
     queue = QueueConfig(policy='preempt' if reason == 'preempted' else 'reject')
     with opened(gated(gate), queue=queue) as rig, ThreadPoolExecutor(2) as pool:
         deadline = {'request_ms': 1.0, 'action': 'truncate'} if reason == 'deadline' else {}
@@ -562,8 +562,8 @@ def test_an_answer_that_is_cut_off(gate, reason, stream):
             assert raised.value.response.headers['x-should-retry'] == 'false'
 
 
-def test_the_end_of_the_server(gate):
-    """A stream has its last words, and idle connections do not hold it up."""
+def test_close_ends_streams_and_connections(gate):
+    """Streams get their end, and idle connections do not delay it."""
     rig = Rig(gated(gate))
     idle = socket.create_connection(('127.0.0.1', rig.port))
     gate.open(1)
@@ -582,7 +582,7 @@ def test_the_end_of_the_server(gate):
     socket.create_server(('127.0.0.1', rig.port)).close()       # the port is free
 
 
-def test_the_end_of_the_server_while_the_engine_hangs(gate):
+def test_close_while_the_engine_hangs(gate):
     rig = Rig(gated(gate))
     asked = threading.Thread(target=lambda: pytest.raises(openai.APIError, rig.chat))
     asked.start()
@@ -595,7 +595,7 @@ def test_the_end_of_the_server_while_the_engine_hangs(gate):
     rig.close()
 
 
-def test_a_piece_waits_for_no_acknowledgement():
+def test_sends_without_nagle_delay():
     config = HttpConfig(port=free_port())
     with server._listen(config) as listening, \
             socket.create_connection(('127.0.0.1', config.port)):
@@ -604,8 +604,8 @@ def test_a_piece_waits_for_no_acknowledgement():
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_connections_beyond_the_limit():
-    """They are told of it, those far beyond are closed, and one that goes makes room."""
+def test_limits_connections():
+    """Those beyond get an error, many more are closed, and one that closes makes room."""
     with opened(max_connections=2) as rig:
         held = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
         status, _, answer = rig.request('GET', '/health')
@@ -623,7 +623,7 @@ def test_connections_beyond_the_limit():
 
 
 @pytest.mark.parametrize('sent', [b'', b'GET /health HTTP/1.1\r\nhost'])
-def test_a_connection_that_sends_no_request_is_closed(monkeypatch, sent):
+def test_closes_a_connection_without_a_request(monkeypatch, sent):
     monkeypatch.setattr(server, 'IDLE_TIMEOUT_S', 0.05)
     with opened() as rig, socket.create_connection(('127.0.0.1', rig.port)) as slow:
         slow.settimeout(TIMEOUT_S)
@@ -631,7 +631,7 @@ def test_a_connection_that_sends_no_request_is_closed(monkeypatch, sent):
         assert slow.recv(1) == b''
 
 
-def test_a_body_that_does_not_come(monkeypatch):
+def test_times_out_without_a_body(monkeypatch):
     monkeypatch.setattr('physai_decode.http.app.BODY_TIMEOUT_S', 0.05)
     with opened() as rig, socket.create_connection(('127.0.0.1', rig.port)) as slow:
         slow.settimeout(TIMEOUT_S)
@@ -639,7 +639,7 @@ def test_a_body_that_does_not_come(monkeypatch):
         assert slow.recv(100).startswith(b'HTTP/1.1 408')
 
 
-def test_what_is_no_http(rig):
+def test_answers_what_is_not_http(rig):
     with socket.create_connection(('127.0.0.1', rig.port)) as other:
         other.settimeout(TIMEOUT_S)
         other.sendall(b'\x16\x03\x01\x02\r\n\r\n')
@@ -647,8 +647,8 @@ def test_what_is_no_http(rig):
     assert rig.request('GET', '/health')[0] == 200
 
 
-def test_a_client_that_takes_nothing(monkeypatch):
-    """Its request is cancelled, with the reason, and the decode thread never waits for it."""
+def test_client_that_does_not_read(monkeypatch):
+    """Its request is cancelled with the reason, and never delays the decode thread."""
     monkeypatch.setattr(server, 'WRITE_TIMEOUT_S', 0.2)
     engine = FakeEngine(lambda prompt_ids: forever(), max_context=10**8)
     with opened(engine) as rig, socket.socket() as slow:
@@ -663,8 +663,8 @@ def test_a_client_that_takes_nothing(monkeypatch):
         assert report.finish_reason == 'cancelled' and 'HTTP client' in report.message
 
 
-def test_a_bound_for_the_pieces():
-    """What a client does not take is bounded; the request then ends with the reason."""
+def test_bounds_unsent_pieces():
+    """Beyond the bound, the request ends with the reason."""
     class Stub:
         def __init__(self):
             self.cancelled = []
@@ -712,8 +712,8 @@ def test_metrics():
     assert found['physai_decode_queue_depth',] == 0
 
 
-def test_an_error_of_the_door_itself(monkeypatch):
-    """It is noted and answered, and the door goes on."""
+def test_survives_an_error_of_its_own(monkeypatch):
+    """It is logged and answered, and the server goes on."""
     with opened() as rig:
         monkeypatch.setattr(rig.door._app._metrics, 'text', lambda: 1 / 0)
         status, _, answer = rig.request('GET', '/metrics')
@@ -724,7 +724,7 @@ def test_an_error_of_the_door_itself(monkeypatch):
         rig.errors.clear()
 
 
-def test_it_says_what_to_install(monkeypatch, rig):
+def test_names_the_missing_package(monkeypatch, rig):
     monkeypatch.setitem(sys.modules, 'physai_decode.http.server', None)
     with pytest.raises(HttpError, match=r'pip install .physai_decode\[http\]'):
         start_server(rig.host, HttpConfig(port=1), print, int)

@@ -32,13 +32,13 @@ FORM = Form('json_schema', {'type': 'object'}, 'it')
 
 
 def given(*pieces) -> list[Item]:
-    """Give all elements of an answer."""
+    """Return all elements of an answer."""
     items = Items()
     return [item for piece in pieces for item in items.feed(piece)]
 
 
 def elements(text) -> list[tuple]:
-    """Give what is to come of a whole answer, by the library's own reading of it."""
+    """Return what is to come of a whole answer, by the library's own reading of it."""
     value = json.loads(text)
     arrays = {'': value} if isinstance(value, list) else {
         '/' + name.replace('~', '~0').replace('/', '~1'): each for name, each in value.items()

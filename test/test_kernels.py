@@ -59,13 +59,13 @@ def assert_close(got, expected, relative=1e-5):
 
 
 def packed(seed, n, k, group_size, act_order=False, symmetric=True):
-    """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
+    """Return random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, act_order, symmetric)
     return random_gptq.read(stored, n, k, group_size, device=DEVICE), dense.to(DEVICE)
 
 
 def gate_up(seed, n, k, group_size, bias=None, **kinds):
-    """Give gate and up fused, 2 n rows, and the dense weight [2 n, k] they stand for."""
+    """Return gate and up fused, 2 n rows, and the dense weight [2 n, k] they stand for."""
     parts = [packed(seed + at, n, k, group_size, **kinds) for at in range(2)]
     weights = [replace(weight, bias=None if bias is None else bias[n * at:n * (at + 1)])
                for at, (weight, _) in enumerate(parts)]
@@ -281,7 +281,7 @@ def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth
 
 
 def stand_in(products, step=lambda: None):
-    """Give what `TritonOps.tune` asks of a transformer."""
+    """Return the parts of a transformer that `TritonOps.tune` needs."""
     return SimpleNamespace(products=lambda: products, attention=[], step=step, max_context=1000,
                            position=torch.zeros(1, dtype=torch.int64), keys=torch.zeros(1))
 

@@ -86,7 +86,7 @@ RAW = [
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests."""
+    """Initialise rclpy once for all tests."""
     rclpy.init()
     yield
     rclpy.shutdown()

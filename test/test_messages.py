@@ -100,7 +100,7 @@ def test_a_status_is_named_for_its_node(node, window):
 
 
 def values(status):
-    """Give a status's values by key."""
+    """Return a status's values by key."""
     return {pair.key: pair.value for pair in status.values}
 
 
@@ -177,7 +177,7 @@ def test_model_info_has_the_engine_s_details_too():
 
 @pytest.fixture
 def window():
-    """Give the window of a request with one late token, 20 ms apart at a floor of 10 ms."""
+    """Return the window of a request with one late token, 20 ms apart at a floor of 10 ms."""
     recorder = Recorder(10.0, DeadlineConfig(token_ms=15.0, max_consecutive_misses=3),
                         Roofline(FOOTPRINT, PEAK))
     request = recorder.request(1, 0.0, 0.0)

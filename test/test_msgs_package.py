@@ -55,18 +55,18 @@ built = pytest.mark.skipif(bool(why_not), reason=why_not)
 
 
 def parts(name: str) -> list[list[str]]:
-    """Give the lines of an interface file, for an action those of goal, result and feedback."""
+    """Return the lines of an interface file, for an action those of goal, result and feedback."""
     return [part.splitlines() for part in (PACKAGE / name).read_text().split('---\n')]
 
 
 def fields(lines: list[str]) -> dict[str, tuple[str, str]]:
-    """Give each field's type and default."""
+    """Return each field's type and default."""
     found = (FIELD.match(line) for line in lines)
     return {match['name']: (match['kind'], match['default'] or '') for match in found if match}
 
 
 def constants(lines: list[str]) -> set[str]:
-    """Give the values of all constants."""
+    """Return the values of all constants."""
     return {match[1] for match in map(CONSTANT.match, lines) if match}
 
 

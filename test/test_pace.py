@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Paced answers: their schedule, the times of their tokens, and what is heard in a wait."""
+"""Paced answers: their schedule, the times of their tokens, and cancels while they wait."""
 
 from fake_engine import FakeEngine
 from fake_engine import footprint
@@ -36,27 +36,27 @@ from worker_rig import wait_for
 
 @pytest.fixture
 def make():
-    """Make workers that are stopped at the end."""
+    """Return a factory of workers, which are stopped after the test."""
     with making() as made:
         yield made
 
 
 @pytest.mark.parametrize('slow', [5e-324, 0.05])
-def test_an_answer_that_would_never_come_is_refused(slow):
+def test_rejects_a_pace_that_would_never_end(slow):
     with pytest.raises(RequestError, match='0.1'):
         parse(f'{{"prompt": "x", "pace": {{"tokens_per_s": {slow}}}}}')
 
 
-def test_the_schedule_does_not_drift():
-    """However late each step was asked for."""
+def test_schedule_does_not_drift():
+    """However late each step begins."""
     pace = Pace(10.0, start_s=100.0)
     due = [pace.due_s(100.0 + 0.1 * turn + late_s)
            for turn, late_s in enumerate((0.01, 0.05, 0.02, 0.09, 0.0))]
     assert due == pytest.approx([100.1, 100.2, 100.3, 100.4, 100.5])
 
 
-def test_a_step_that_takes_longer_than_its_turn_is_not_waited_for():
-    """And those after it catch up one turn, not more."""
+def test_does_not_wait_after_a_slow_step():
+    """The steps after it catch up by one period at most."""
     pace = Pace(10.0, start_s=0.0)
     assert pace.due_s(0.15) == pytest.approx(0.1)       # over: at once
     assert pace.due_s(0.16) == pytest.approx(0.2)       # on the same schedule
@@ -65,14 +65,14 @@ def test_a_step_that_takes_longer_than_its_turn_is_not_waited_for():
     assert pace.due_s(5.02) == pytest.approx(5.1)
 
 
-def test_a_step_of_several_tokens_has_as_many_turns():
+def test_step_of_several_tokens_takes_as_many_periods():
     pace = Pace(10.0, start_s=0.0)
     assert pace.due_s(0.0, tokens=3) == pytest.approx(0.3)
     assert pace.due_s(0.3, tokens=1) == pytest.approx(0.4)
 
 
-def test_a_paced_token_has_the_time_of_its_step():
-    """Not that of its wait, which is a figure of its own; the rate is that of the stream."""
+def test_latency_of_a_paced_token_excludes_the_wait():
+    """wait_ms has the wait; tokens_per_s includes it."""
     recorder = Recorder(10.0, DeadlineConfig(token_ms=50.0),
                         Roofline(footprint(), Peak(1e6, 'parameter')))
     request = recorder.request(1, 0.0, 0.0)
@@ -92,8 +92,8 @@ def test_a_paced_token_has_the_time_of_its_step():
     assert not recorder.window(100.0).paced
 
 
-def test_an_answer_comes_at_its_pace(make):
-    """The node's, or the request's own."""
+def test_answers_at_the_pace(make):
+    """Of the node or of the request."""
     worker, sink = make(pace=PaceConfig(tokens_per_s=100.0))
     report, text = sink.end(worker.submit(Request('abcd')))
     assert text == 'abcd' and report.paced
@@ -106,8 +106,8 @@ def test_an_answer_comes_at_its_pace(make):
     assert not report.paced
 
 
-def test_no_step_is_started_ahead_of_its_time():
-    """A paced answer asks the engine for nothing but the step that is due."""
+def test_starts_no_step_early():
+    """A paced answer requests only the step that is due."""
     asked = []
 
     class Noting(FakeEngine):
@@ -121,8 +121,8 @@ def test_no_step_is_started_ahead_of_its_time():
     assert asked == [2, 1, 0] + [0, 0, 0]
 
 
-def test_a_cancel_is_heard_while_a_step_waits(make):
-    """Though the next token would come in minutes; the node is not taken for stalled."""
+def test_cancels_while_a_step_waits(make):
+    """The next token would take minutes; the engine does not count as stalled."""
     worker, sink = make(FakeEngine(lambda ids: forever()), pace=PaceConfig(tokens_per_s=0.001),
                         diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
     number = worker.submit(Request('go'))
@@ -134,14 +134,14 @@ def test_a_cancel_is_heard_while_a_step_waits(make):
     assert (report.finish_reason, text) == ('cancelled', 'x')
 
 
-def test_a_deadline_is_heard_while_a_step_waits(make):
+def test_deadline_passes_while_a_step_waits(make):
     worker, sink = make(FakeEngine(lambda ids: forever()), pace=PaceConfig(tokens_per_s=0.001),
                         deadline=DeadlineConfig(request_ms=50.0, action='truncate'))
     report, _ = sink.end(worker.submit(Request('go')))
     assert report.finish_reason == 'deadline'
 
 
-def test_the_node_stops_while_a_step_waits(make):
+def test_stops_while_a_step_waits(make):
     worker, sink = make(FakeEngine(lambda ids: forever()), pace=PaceConfig(tokens_per_s=0.001))
     number = worker.submit(Request('go'))
     sink.wait_tokens(1)
@@ -149,8 +149,8 @@ def test_the_node_stops_while_a_step_waits(make):
     assert sink.end(number)[0].finish_reason == 'cancelled'
 
 
-def test_the_json_form():
-    """It is read, written, and refused by name."""
+def test_json_form():
+    """It is parsed and written; the message for a wrong one names the field."""
     request = parse('{"prompt": "x", "pace": {"tokens_per_s": 8}}')
     assert request.pace == {'tokens_per_s': 8.0}
     assert request.to_json() == {'prompt': 'x', 'pace': {'tokens_per_s': 8.0}}
@@ -160,8 +160,8 @@ def test_the_json_form():
         parse('{"prompt": "x", "pace": {"hz": 8}}')
 
 
-def test_a_paced_pipeline_has_one_step_in_flight(monkeypatch):
-    """The captured step of a GPU rests too: it is launched when it is asked for."""
+def test_paced_pipeline_has_one_step_in_flight(monkeypatch):
+    """On a GPU too, a step is launched only when it is due."""
     from physai_decode.engines.native.engine import NativeEngine
 
     launched = []

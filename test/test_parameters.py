@@ -30,7 +30,7 @@ CONFIGS = sorted(path for path in (Path(__file__).parents[1] / 'config').glob('*
 
 @pytest.fixture(scope='module', autouse=True)
 def ros():
-    """Keep one context for all tests."""
+    """Initialise rclpy once for all tests."""
     rclpy.init()
     yield
     rclpy.shutdown()

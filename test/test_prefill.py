@@ -50,7 +50,7 @@ def small(monkeypatch):
 
 
 def load(folder, dtype=torch.float32):
-    """Give two transformers of the same weights: what is checked, and its reference."""
+    """Return two transformers of the same weights: what is checked, and its reference."""
     checkpoint = inspect(folder)
     shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),

@@ -61,13 +61,13 @@ def nothing(*shape):
 
 
 def packed(seed, n, k, group_size, symmetric=True):
-    """Give random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
+    """Return random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, False, symmetric)
     return random_gptq.read(stored, n, k, group_size, device=DEVICE), dense.to(DEVICE)
 
 
 def placed(x):
-    """Give a product's input [tokens, k] in the order of an `Int4`'s words."""
+    """Return a product's input [tokens, k] in the order of an `Int4`'s words."""
     parts = x.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 4, 2, 5)
     return parts.reshape(x.shape).contiguous()      # operand, high, lane, low
 

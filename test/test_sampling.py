@@ -87,7 +87,7 @@ GRID = [
 
 @pytest.fixture(scope='module')
 def network():
-    """Give any network of the library: what sets up the logits processors is a method of it."""
+    """Return any network of the library, for its method that sets up the logits processors."""
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=1))
@@ -95,7 +95,7 @@ def network():
 
 @pytest.fixture
 def library(network):
-    """Give the function that computes the scores which the library's `generate` samples from."""
+    """Return the function that computes the scores which the library's `generate` samples from."""
     def scores(logits, sampling, seen):
         generation = transformers.GenerationConfig(
             do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
@@ -136,7 +136,7 @@ class State:
         self.history = torch.full((place + 64,), -7, device=device)
 
     def draw(self, sampler, plan, logits):
-        """Give the id that the host reads, and see that the device goes on with one of its own."""
+        """Return the id that the host reads; assert that the device goes on with a valid one."""
         place, before, history = int(self.position) + 1, logits.clone(), self.history.clone()
         sampler.draw(plan, logits, self.position, self.token, self.history)
         assert torch.equal(logits.nan_to_num(), before.nan_to_num())
@@ -150,7 +150,7 @@ class State:
 
 
 def begun(kind, sampling, vocab=VOCAB, prompt=PROMPT, device=CPU):
-    """Give a sampler that has taken a request's settings, and its plan."""
+    """Return a sampler that has taken a request's settings, and its plan."""
     sampler = kind(vocab, device)
     return sampler, sampler.begin(sampling, torch.tensor(prompt, device=device))
 
@@ -161,7 +161,7 @@ def native_draw(sampler, plan, logits, place):
 
 @pytest.fixture(params=['fixed', 'host', 'kernels'])
 def kind(request):
-    """Give each way to choose on this machine."""
+    """Return each way to choose on this machine."""
     if request.param != 'kernels':
         return {'fixed': Sampler, 'host': HostSampler}[request.param]
     pytest.importorskip('triton')
@@ -217,7 +217,7 @@ def test_what_draws_on_a_cpu_is_what_may_look_at_values():
 # --- what is kept -------------------------------------------------------------------------------
 
 def spread(ids, scores, vocab):
-    """Give scores [vocab], -inf where an id was dropped."""
+    """Return scores [vocab], -inf where an id was dropped."""
     if ids is None:
         return scores
     assert torch.equal(ids, ids.unique())
@@ -276,7 +276,7 @@ def test_kernels_keep_and_draw_what_their_twin_does(shape, vocab):
 
 
 def left_by_kernels(sampler, plan, logits, border):
-    """Tell which ids kernels keep that found ``border``."""
+    """Return the ids kernels keep that found ``border``."""
     scores = sampler.kept(Plan(plan.repetition_penalty), logits)[1] * (1 / sampler._floats[0])
     keep = scores > -math.inf
     if plan.truncates:
@@ -473,7 +473,7 @@ def test_logits_that_are_no_numbers(kind, name):
 
 
 def mask_of(allowed):
-    """Give the mask that allows some ids."""
+    """Return the mask that allows some ids."""
     bits = bytearray((VOCAB + 7) // 8)
     for id_ in allowed.tolist():
         bits[id_ // 8] |= 1 << id_ % 8
@@ -557,7 +557,7 @@ def test_rows_of_a_pass_are_drawn_as_far_as_guesses_come_true(sampler_kind, samp
 
 
 def begin_rows(kind, sampling, device):
-    """Give a state, a sampler and a plan."""
+    """Return a state, a sampler and a plan."""
     sampler, plan = begun(kind, sampling, device=device)
     return State(device=device), sampler, plan
 

@@ -33,7 +33,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def differences(engine):
-    """Give by how much of their size keys and values differ from the plain ones."""
+    """Return by how much of their size keys and values differ from the plain ones."""
     t = engine.transformer
     limit = self_check.ROUNDINGS * torch.finfo(t.keys.dtype).eps
     with torch.inference_mode():

@@ -87,7 +87,7 @@ def check(folder, network):
 
 
 def rename(folder, names):
-    """Give tensors the beginnings that other versions of the library write."""
+    """Return tensors the beginnings that other versions of the library write."""
     path = folder / 'model.safetensors'
     tensors = {}
     for name, tensor in load_file(path).items():

@@ -242,7 +242,7 @@ def build(path, progress=lambda text: None, **engine):
 
 
 def refusal(path, **engine):
-    """Give the message with which an engine is refused."""
+    """Return the message with which an engine is refused."""
     with pytest.raises(EngineError) as caught:
         build(path, **engine)
     return str(caught.value)

@@ -51,7 +51,7 @@ from worker_rig import wait_for
 
 @pytest.fixture
 def make():
-    """Give a function that makes a started worker and its sink; stop all at the end."""
+    """Return a function that makes a started worker and its sink; stop all at the end."""
     with making() as make:
         yield make
 
@@ -746,7 +746,7 @@ class Task:
         return 'done'
 
     def end(self):
-        """Give what it gave, or raised."""
+        """Return its result, or raise its error."""
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
         return self.outcome

@@ -37,13 +37,13 @@ from worker_rig import wait_for
 
 
 def texts(engine):
-    """Give the prompts that an engine got, as text."""
+    """Return the prompts that an engine got, as text."""
     return [''.join(map(chr, ids)) for ids in engine.prompts]
 
 
 @pytest.fixture
 def make():
-    """Give a function that makes a started worker and its sink; stop all at the end."""
+    """Return a function that makes a started worker and its sink; stop all at the end."""
     with making() as make:
         yield make
 

@@ -80,7 +80,7 @@ class Sink:
 
 @contextmanager
 def making():
-    """Give a function that makes a started worker and its sink; stop all at the end."""
+    """Return a function that makes a started worker and its sink; stop all at the end."""
     workers = []
 
     def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True,
