@@ -94,8 +94,8 @@ def test_chunks_grow_no_faster_than_fourfold():
     assert engine.chunks == [32, 128, 512, 328]
 
 
-def test_a_slow_device_gets_small_chunks():
-    """But none so small that reading the weights is most of its time."""
+def test_slow_device_gets_small_chunks():
+    """But not so small that a chunk mostly reads weights."""
     engine = Timed(token_s=2.0**-10)
     loop = loop_of(engine, chunk_ms=500.0)
     feed(loop, 1000)
@@ -107,7 +107,7 @@ def test_a_slow_device_gets_small_chunks():
     assert engine.chunks == [128, 32, 32, 8]
 
 
-def test_an_engines_limits_hold():
+def test_chunks_respect_the_limits_of_the_engine():
     engine = Timed(token_s=1e-6, chunk_tokens=(16, 64))
     feed(loop_of(engine), 200)
     assert engine.chunks == [32, 64, 64, 40]
@@ -119,8 +119,8 @@ def test_an_engines_limits_hold():
     assert engine.chunks == [16, 16, 8]
 
 
-def test_a_prompt_in_one_piece():
-    """Where the state can not be fed in chunks, and where no time is set."""
+def test_prompt_in_one_chunk():
+    """If the engine can't take chunks, or no time is set."""
     engine = Timed(token_s=1.0, chunk_tokens=(10_000, 10_000))
     feed(loop_of(engine), 500)
     assert engine.chunks == [500]
@@ -129,7 +129,7 @@ def test_a_prompt_in_one_piece():
     assert engine.chunks == [400, 100]
 
 
-def test_a_short_chunk_teaches_no_growth():
+def test_short_chunk_does_not_enlarge_the_next():
     size = ChunkSize(1, 1000, 100, 100.0)
     size.learn(10, 0.0001)
     assert size.tokens == 100
@@ -139,12 +139,12 @@ def test_a_short_chunk_teaches_no_growth():
     assert size.tokens == 32
 
 
-def test_a_step_between_two_chunks_brings_no_token():
+def test_yields_a_step_without_tokens_between_chunks():
     steps = feed(loop_of(Timed(token_s=0.001)), 150)
     assert [len(step.token_ids) for step in steps] == [0, 0, 1]
 
 
-def test_what_is_cached_is_not_fed_again():
+def test_does_not_feed_cached_tokens():
     engine = Timed()
     loop = loop_of(engine)
     feed(loop, 30)
@@ -155,7 +155,7 @@ def test_what_is_cached_is_not_fed_again():
     assert loop.cached_ids == [1000 + index for index in range(40)]
 
 
-def test_a_cancel_between_two_chunks_keeps_what_was_fed():
+def test_cancel_between_chunks_keeps_the_cache():
     engine = Timed(token_s=0.001)
     loop = loop_of(engine)
     stream = loop.stream(range(1000, 1150), ONE)
@@ -166,7 +166,7 @@ def test_a_cancel_between_two_chunks_keeps_what_was_fed():
 
 
 @pytest.mark.parametrize('fails_at', [1, 2])
-def test_a_chunk_that_fails_leaves_nothing_cached(fails_at):
+def test_failed_chunk_empties_the_cache(fails_at):
     engine = Timed(token_s=0.001, fails_at=fails_at)
     loop = loop_of(engine)
     with pytest.raises(RuntimeError, match='broken'):
@@ -178,8 +178,8 @@ def test_a_chunk_that_fails_leaves_nothing_cached(fails_at):
 
 
 @pytest.mark.parametrize('said', ['', 'ab'])
-def test_a_token_that_fails_leaves_nothing_cached(said):
-    """The first of an answer, or a later one."""
+def test_failed_step_empties_the_cache(said):
+    """For the first token of an answer, or a later one."""
     def steps(ids):
         yield from say(said, end=False)
         if len(ids) == 3:
@@ -193,7 +193,7 @@ def test_a_token_that_fails_leaves_nothing_cached(said):
     assert first_step(loop, [1, 2, 3, 4]).cached_tokens == 0
 
 
-def test_a_rewind_that_fails_leaves_nothing_cached():
+def test_failed_rewind_empties_the_cache():
     engine = FakeEngine()
     loop = DecodeLoop(engine)
     decode(loop, [1, 2, 3])
@@ -205,8 +205,8 @@ def test_a_rewind_that_fails_leaves_nothing_cached():
 
 @pytest.mark.parametrize(('length', 'limit', 'count'), [
     (10, 3, 3), (10, 1, 1), (13, 99, 3), (15, 99, 1)])
-def test_it_ends_at_the_limit_and_where_the_context_is_full(length, limit, count):
-    """And announces no step beyond."""
+def test_ends_at_the_limit_or_the_end_of_the_context(length, limit, count):
+    """It announces no step beyond."""
     asked = []
 
     class Listening(FakeEngine):
@@ -220,7 +220,7 @@ def test_it_ends_at_the_limit_and_where_the_context_is_full(length, limit, count
     assert asked == list(reversed(range(count - 1)))
 
 
-def test_a_time_that_is_not_known_makes_none_of_the_sum():
+def test_sum_with_an_unknown_time_is_unknown():
     class Untimed(FakeEngine):
         def feed(self, token_ids):
             super().feed(token_ids)
@@ -252,7 +252,7 @@ def test_forget():
     assert loop.cached_ids == []
 
 
-def test_a_state_that_can_not_be_cut_back():
+def test_state_that_can_not_be_rewound():
     class Whole(Timed):
         def rewind(self, length):
             return length if length == len(self.fed) else super().rewind(0)

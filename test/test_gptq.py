@@ -87,7 +87,7 @@ def prompts():
             for text, answer in zip(texts, answers, strict=True)]
 
 
-def test_a_library_s_checkpoint_by_the_plain_formula(folder, engine, prompts):
+def test_checkpoint_of_the_library_has_the_logits_of_the_formula(folder, engine, prompts):
     stored = load_file(folder / 'model.safetensors')
     layout = json.loads((folder / 'config.json').read_text())[
         'quantization_config']['checkpoint_format']
@@ -105,7 +105,7 @@ def test_a_library_s_checkpoint_by_the_plain_formula(folder, engine, prompts):
     assert_close(engine.prefill_logits(ids), library_logits(folder, state, ids))
 
 
-def test_a_library_s_checkpoint_answers_held_out_commands(engine, prompts):
+def test_checkpoint_of_the_library_answers_held_out_commands(engine, prompts):
     right = 0
     for prompt, answer in prompts:
         # The likeliest token after each token of the right answer: what greedy decoding says.
@@ -115,7 +115,7 @@ def test_a_library_s_checkpoint_answers_held_out_commands(engine, prompts):
     assert right >= 38      # observed: 40 of both checkpoints
 
 
-def test_a_library_s_checkpoint_streams(engine, prompts):
+def test_checkpoint_of_the_library_streams(engine, prompts):
     prompt, answer = min(prompts, key=lambda pair: len(pair[1]))
     steps = DecodeLoop(engine).stream(prompt, SamplingConfig(max_new_tokens=len(answer)))
     assert [token for step in steps for token in step.token_ids] == answer
@@ -154,7 +154,7 @@ def check_random(folder, family, group_size, **form):
     return engine
 
 
-def test_a_bias_that_only_one_part_has(tmp_path):
+def test_bias_of_only_one_part(tmp_path):
     random_gptq.save(tmp_path, 'llama', 1, 64)
     stored = load_file(tmp_path / 'model.safetensors')
     plain = load(NativeEngine, tmp_path, CPU).engine.prefill_logits(IDS)
@@ -187,7 +187,7 @@ def test_every_family(tmp_path, family):
     check_random(tmp_path, family, 64, act_order=True, symmetric=False)
 
 
-def test_a_quantised_head(tmp_path):
+def test_quantised_head(tmp_path):
     check_random(tmp_path, 'llama', 128, head=True)
 
 
@@ -291,7 +291,7 @@ def test_settings_in_a_file_of_their_own(tmp_path):
         load(NativeEngine, tmp_path, CPU)
 
 
-def test_a_type_that_there_is_not(folder, tmp_path):
+def test_rejects_an_unknown_type(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / 'model.safetensors'
     content = path.read_bytes()
@@ -304,7 +304,7 @@ def test_a_type_that_there_is_not(folder, tmp_path):
         load(NativeEngine, tmp_path, CPU)
 
 
-def test_a_folder_half_copied(folder, tmp_path):
+def test_rejects_an_incomplete_folder(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:-1000])

@@ -70,12 +70,12 @@ def test_every_field():
 
 @pytest.mark.parametrize('value', [
     FULL, WITH_TOOLS, {'prompt': 'go'}, {'prompt': 'go', 'id': 'x'}, {'raw_prompt': 'go'}])
-def test_it_can_be_written_and_read_again(value):
+def test_json_round_trip(value):
     asked = parse(json.dumps(value))
     assert parse(json.dumps(asked.to_json())) == asked
 
 
-def test_a_prompt_alone_keeps_every_parameter():
+def test_prompt_alone_keeps_all_parameters():
     assert read() == Request('go')
 
 
@@ -88,12 +88,12 @@ def test_one_stop_text_is_a_list_of_one():
     assert read(stop='END').sampling == {'stop': ('END',)}
 
 
-def test_the_id_may_be_in_the_metadata():
+def test_id_can_be_in_the_metadata():
     assert read(metadata={'id': 'x', 'other': 1}).client_id == 'x'
     assert read(metadata={'id': 'x'}, id='x').client_id == 'x'
 
 
-def test_what_asks_for_nothing_is_taken():
+def test_accepts_fields_without_effect():
     assert read(structured_outputs={}, tools=[], tool_choice='none') == Request('go')
 
 
@@ -101,7 +101,7 @@ def test_cancel():
     assert parse('{"id": "x", "cancel": true}') == Cancel('x')
 
 
-@pytest.mark.parametrize(('fields', 'told'), [
+@pytest.mark.parametrize(('fields', 'message'), [
     ({'temprature': 1}, "'temprature' is not a field of a request: allowed are id, metadata,"),
     ({'temperature': 'hot'}, "temperature is 'hot': expected a number"),
     ({'temperature': True}, 'temperature is True: expected a number'),
@@ -192,8 +192,8 @@ def test_cancel():
     ({'thinking': {'max_tokens': -1}}, 'thinking.max_tokens is -1: allowed are 0 to'),
     ({'thinking': {'tokens': 1}}, "'thinking.tokens' is not a field of a request"),
     ({'cancel': True}, 'to cancel, send'), ({'cancel': False}, 'to cancel, send')])
-def test_a_wrong_field_is_named(fields, told):
-    with pytest.raises(RequestError, match=re.escape(told)) as raised:
+def test_rejects_wrong_fields(fields, message):
+    with pytest.raises(RequestError, match=re.escape(message)) as raised:
         read(id='mine', **fields)
     assert raised.value.client_id == 'mine'
     assert len(str(raised.value)) < 400
@@ -220,14 +220,14 @@ def test_which_tools_are_told_of_and_which_have_to_be_called():
     assert (named.offered, named.forced) == ((TOOL, other), (other,))
 
 
-def test_an_answer_of_this_node_can_be_sent_back():
+def test_accepts_an_answer_as_a_message():
     told = {'role': 'assistant', 'content': 'yes', 'reasoning_content': None, 'tool_calls': []}
     assert read(messages=[told]).messages == (Message('assistant', 'yes'),)
 
 
 @pytest.mark.parametrize('value', ['', 'x' * 129, 7, ['x'], 'a\nb', 'a\0', '\ud800', True])
 @pytest.mark.parametrize('place', ['id', 'metadata.id'])
-def test_a_wrong_id(value, place):
+def test_rejects_a_wrong_id(value, place):
     with pytest.raises(RequestError, match=f'^{re.escape(place)} is .*128 printable') as raised:
         read(**({'id': value} if place == 'id' else {'metadata': {'id': value}}))
     assert raised.value.client_id == ''
@@ -245,17 +245,17 @@ def test_two_ids():
     '[' * 100_000, '{"a":' * 100_000, '{"temperature": 1e999, "prompt": "a"}',
     '{"prompt": "a", "chat_template_kwargs": {"x": -1e999}}',
     '{"prompt": "a", "prompt": "b"}', '{"seed": 1' + '0' * 5000 + ', "prompt": "a"}'])
-def test_what_is_no_request(text):
+def test_rejects_what_is_no_request(text):
     with pytest.raises(RequestError):
         parse(text)
 
 
-def test_a_field_given_twice_is_named():
+def test_rejects_duplicate_fields():
     with pytest.raises(RequestError, match="'prompt' is given twice"):
         parse('{"prompt": "a", "prompt": "b"}')
 
 
-def test_a_field_given_twice_is_found_at_once():
+def test_finds_duplicate_fields_in_linear_time():
     many = ','.join(f'"{index}":0' for index in range(30_000))
     begin_s = time.thread_time()        # of this thread alone, however busy the machine is
     with pytest.raises(RequestError, match="'7' is given twice"):
@@ -263,7 +263,7 @@ def test_a_field_given_twice_is_found_at_once():
     assert time.thread_time() - begin_s < 5     # 47 s where each field looks through all before it
 
 
-def test_a_long_value_is_cut():
+def test_shortens_long_values_in_messages():
     with pytest.raises(RequestError) as raised:
         read(temperature='x' * 10_000)
     assert len(str(raised.value)) < 400

@@ -46,7 +46,7 @@ def differences(engine):
 
 
 @pytest.mark.parametrize('family', random_model.FAMILIES)
-def test_it_agrees(tmp_path, family):
+def test_passes_for_each_family(tmp_path, family):
     found = differences(NativeEngine(inspect(random_model.save(tmp_path, family, 0)), CPU))
     assert len(found) == (3 if family == 'gemma3_text' else 2)
     assert max(found) < 1e-5
@@ -55,7 +55,7 @@ def test_it_agrees(tmp_path, family):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('family', [
     'qwen2', 'gemma3_text', 'granite', 'phi3_part', 'qwen3_moe'])
-def test_it_agrees_in_other_formats(tmp_path, family, dtype):
+def test_passes_in_other_dtypes(tmp_path, family, dtype):
     model = inspect(random_model.save(tmp_path, family, 0))
     limit = self_check.ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps
     assert max(differences(NativeEngine(model, replace(CPU, dtype=dtype)))) < limit / 4
@@ -63,7 +63,7 @@ def test_it_agrees_in_other_formats(tmp_path, family, dtype):
 
 @pytest.mark.parametrize('act_order', [False, True])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_it_agrees_on_gptq(tmp_path, dtype, act_order):
+def test_passes_for_gptq(tmp_path, dtype, act_order):
     random_gptq.save(tmp_path, 'qwen2', 0, 32, act_order)
     limit = self_check.ROUNDINGS * torch.finfo(torch.bfloat16).eps / 4
     assert max(differences(NativeEngine(inspect(tmp_path), replace(CPU, dtype=dtype)))) < (
@@ -104,7 +104,7 @@ def wrong_experts(monkeypatch):
         select(self, logits, into, normalised), into.ids.copy_(into.ids.roll(1))))
 
 
-def test_a_step_that_takes_other_shares_of_experts_does_not_load(tmp_path, monkeypatch):
+def test_rejects_a_step_with_other_routing_weights(tmp_path, monkeypatch):
     model = inspect(random_model.save(tmp_path, 'qwen3_moe', 0))
     NativeEngine(model, CPU).close()
     wrong_experts(monkeypatch)
@@ -124,14 +124,14 @@ def test_tokens_whose_experts_are_a_matter_of_rounding_are_not_held(tmp_path):
 
 
 @pytest.mark.parametrize('spoil', [wrong_norm, wrong_gate, wrong_position, wrong_head])
-def test_a_step_that_computes_something_else_does_not_load(tmp_path, monkeypatch, spoil):
+def test_rejects_a_step_with_a_wrong_result(tmp_path, monkeypatch, spoil):
     model = inspect(random_model.save(tmp_path, 'llama', 0))
     spoil(monkeypatch)
     with pytest.raises(EngineError, match='computes a decode step wrongly.*engine.name to trans'):
         NativeEngine(model, CPU)
 
 
-def test_a_prompt_that_is_read_wrongly_does_not_load(tmp_path, monkeypatch):
+def test_rejects_a_wrong_prefill(tmp_path, monkeypatch):
     model = inspect(random_model.save(tmp_path, 'llama', 0))
     feed = EagerPrefill.feed
     monkeypatch.setattr(EagerPrefill, 'feed', lambda self, ids, start: feed(
@@ -140,6 +140,6 @@ def test_a_prompt_that_is_read_wrongly_does_not_load(tmp_path, monkeypatch):
         NativeEngine(model, CPU)
 
 
-def test_a_model_of_one_layer(tmp_path):
+def test_model_of_one_layer(tmp_path):
     model = inspect(random_model.save(tmp_path, 'llama', 0, num_hidden_layers=1))
     assert len(differences(NativeEngine(model, CPU))) == 1

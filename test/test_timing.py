@@ -30,7 +30,7 @@ def recorder(window_s=10.0, peak=1e6, **deadline):
                     Roofline(footprint(), Peak(peak, 'parameter')))
 
 
-def test_a_request():
+def test_request():
     request = recorder().request(7, received_s=100.0, taken_s=100.2)
     request.prompt_tokens, request.cached_tokens = 10, 4
     first = request.token(100.5, 65, 'A', device_s=0.25)
@@ -73,7 +73,7 @@ def test_a_request():
     assert (report.deadline_misses, report.worst_overrun_ms) == (0, None)
 
 
-def test_a_request_without_tokens():
+def test_request_without_tokens():
     report = recorder().request(1, 0.0, 1.0).finish(3.0, 'error', 'broken')
     assert report.queue_ms == pytest.approx(1000.0)
     assert report.total_ms == pytest.approx(3000.0)
@@ -83,7 +83,7 @@ def test_a_request_without_tokens():
             report.encode_ms, report.ttft_floor_ms, report.r_ttft) == (None,) * 11
 
 
-def test_an_unknown_peak_gives_no_floor_but_a_bandwidth():
+def test_unknown_peak_gives_no_floor_but_a_bandwidth():
     times = recorder(peak=None)
     request = times.request(1, 0.0, 0.0)
     request.token(0.1, 1, '')
@@ -122,7 +122,7 @@ def test_tokens_of_one_pass_share_its_times_and_its_floor():
     assert recorder().request(2, 0.0, 0.0).finish(1.0, 'stop').pass_tokens is None
 
 
-def test_the_window_forgets():
+def test_window_forgets():
     times = recorder(window_s=1.0)
     request = times.request(1, 0.0, 0.0)
     request.prompt_tokens = 5
@@ -144,7 +144,7 @@ def test_the_window_forgets():
     assert later.itl_max_activation_ms == pytest.approx(100.0)
 
 
-def test_a_busy_window_within_half_a_percent():
+def test_busy_window_is_accurate_to_half_a_percent():
     times = recorder(window_s=10.0)
     request = times.request(1, 0.0, 0.0)
     for tick in range(20000):
@@ -183,7 +183,7 @@ def test_deadlines_of_tokens():
     assert report.worst_overrun_ms == pytest.approx(50.0)
 
 
-def test_a_row_of_misses_reaches_its_limit_and_ages():
+def test_consecutive_misses_reach_their_limit_and_age():
     times = recorder(window_s=5.0, token_ms=10.0, max_consecutive_misses=2)
     request = times.request(1, 0.0, 0.0)
     for at_s in (0.1, 0.2):
@@ -200,7 +200,7 @@ def test_a_row_of_misses_reaches_its_limit_and_ages():
     assert times.window(6.2).consecutive_misses == 1
 
 
-def test_a_row_of_misses_ages_though_tokens_come_without_a_deadline():
+def test_consecutive_misses_age_while_tokens_have_no_deadline():
     times = recorder(window_s=5.0, token_ms=10.0, max_consecutive_misses=2)
     request = times.request(1, 0.0, 0.0)
     for at_s in (0.1, 0.2, 0.3):
@@ -211,7 +211,7 @@ def test_a_row_of_misses_ages_though_tokens_come_without_a_deadline():
     assert times.window(6.0).consecutive_misses == 0
 
 
-def test_a_request_can_be_late():
+def test_request_can_be_late():
     times = recorder(request_ms=100.0)
     assert times.request(1, 0.0, 0.0).finish(0.09, 'stop').deadline_misses == 0
     report = times.request(2, 1.0, 1.0).finish(1.25, 'stop')
@@ -221,7 +221,7 @@ def test_a_request_can_be_late():
     assert times.window(1.25).consecutive_misses == 0
 
 
-def test_a_deadline_changes_at_once():
+def test_new_deadline_applies_at_once():
     times = recorder()
     request = times.request(1, 0.0, 0.0)
     request.token(0.1, 1, '')
@@ -230,7 +230,7 @@ def test_a_deadline_changes_at_once():
     assert request.token(0.3, 1, '').deadline_missed
 
 
-def test_a_report_says_whose_it_is():
+def test_reports_have_the_client_id():
     request = recorder().request(3, 0.0, 0.0, client_id='arm-7')
     request.seed = 42
     assert request.token(0.1, 1, '').client_id == 'arm-7'
@@ -242,7 +242,7 @@ def test_a_report_says_whose_it_is():
     assert (report.client_id, report.seed) == ('', None)
 
 
-def test_a_request_has_its_own_deadlines():
+def test_deadlines_of_a_request():
     times = recorder(ttft_ms=1000.0, token_ms=100.0, request_ms=0.0)
     request = times.request(1, 0.0, 0.0, deadline={'token_ms': 10.0, 'request_ms': 300.0,
                                                    'action': 'truncate'})
@@ -262,7 +262,7 @@ def test_a_request_has_its_own_deadlines():
     assert times.window(0.4).deadline_misses == 2
 
 
-def test_what_a_request_does_not_override_changes_at_once():
+def test_new_deadline_applies_unless_the_request_has_its_own():
     times = recorder(token_ms=10.0)
     request = times.request(1, 0.0, 0.0, deadline={'token_ms': 0.0})
     assert request.deadline.action == 'report'
@@ -272,7 +272,7 @@ def test_what_a_request_does_not_override_changes_at_once():
     assert not request.token(9.0, 1, '').deadline_missed
 
 
-def test_the_window_is_read_while_tokens_come():
+def test_window_can_be_read_while_tokens_arrive():
     times = recorder(window_s=0.05)
     request = times.request(1, 0.0, 0.0)
     failures = []

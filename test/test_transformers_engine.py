@@ -89,7 +89,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
-def test_it_decodes_as_the_library_does(name, tmp_path):
+def test_decodes_as_the_library_does(name, tmp_path):
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
     loop = load(random_model.save_config(tmp_path, config, 0))
     prompt = list(range(3, 43))
@@ -124,7 +124,7 @@ def test_long_prompts_come_in_pieces(folder, monkeypatch):
     assert [step.token_ids[0] for step in steps if step.token_ids] == expected
 
 
-def test_a_step_that_raises_leaves_nothing_in_the_cache(folder, monkeypatch):
+def test_failed_step_empties_the_cache(folder, monkeypatch):
     loop = load(folder)
     prompt = list(range(10, 40))
     expected = decode(loop, prompt)
@@ -143,7 +143,7 @@ def test_a_step_that_raises_leaves_nothing_in_the_cache(folder, monkeypatch):
 
 
 @pytest.mark.parametrize('family', ['llama', 'mistral_window', 'qwen2_window', 'qwen3'])
-def test_the_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
+def test_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
     """What the graph captures, launched uncaptured: all but the capture itself."""
     folder = random_model.save(tmp_path, family, 0)
     reference = load(folder)
@@ -178,14 +178,14 @@ def test_attention_over_new_lengths_goes_without_cudnn(folder, monkeypatch, name
     assert seen == [False, *[name == 'CapturedNetwork'] * 2]
 
 
-def test_a_state_that_is_no_context_is_not_captured():
+def test_does_not_capture_recurrent_states():
     config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
     with pytest.raises(EngineError, match='engine.cuda_graph to false'):
         caches.whole_cache(config, 64)
 
 
 @pytest.mark.parametrize('name', ['bloom', 'gpt_neo', 'recurrent_gemma'])
-def test_what_goes_wrong_over_a_static_cache_is_refused(name, tmp_path, monkeypatch):
+def test_rejects_models_that_fail_with_a_static_cache(name, tmp_path, monkeypatch):
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
     monkeypatch.setattr(caches.CapturedNetwork, '_capture', lambda self: None)
     monkeypatch.setattr(module, 'CachedNetwork', caches.CapturedNetwork)
@@ -248,7 +248,7 @@ def refusal(path, **engine):
     return str(caught.value)
 
 
-def test_a_library_that_wants_a_download(folder, monkeypatch):
+def test_reports_a_library_that_needs_a_download(folder, monkeypatch):
     def refused(*args, **kwargs):
         raise URLError(ConnectionRefusedError(111, 'Connection refused'))
 
@@ -344,7 +344,7 @@ def test_devices_that_are_not_there(folder, monkeypatch):
         assert 'allowed are auto, cpu, cuda and cuda:N' in refusal(folder, device=name)
 
 
-def test_a_number_format_that_is_not_there(monkeypatch):
+def test_rejects_an_unsupported_dtype(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda which: (7, 5))
@@ -392,7 +392,7 @@ def test_native_refuses_what_it_does_not_run(tmp_path):
     assert 'gpt2' in message and 'transformers' in message
 
 
-def test_an_engine_that_is_not_installed(folder, monkeypatch):
+def test_reports_an_engine_that_is_not_installed(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     for name in [name for name in sys.modules
                  if name.startswith('physai_decode.engines.transformers')]:
@@ -406,7 +406,7 @@ def test_exllamav2_that_is_not_installed(folder, monkeypatch):
     assert 'pip install exllamav2' in refusal(folder, name='exllamav2')
 
 
-def test_an_engine_that_does_not_exist(folder):
+def test_rejects_an_unknown_engine(folder):
     assert 'allowed are auto, native' in refusal(folder, name='vllm')
 
 
@@ -418,7 +418,7 @@ def test_progress_is_told(folder):
 
 @on_gpu
 @pytest.mark.parametrize('family', random_model.FAMILIES)
-def test_the_captured_step_gives_the_same_tokens(family, tmp_path):
+def test_captured_step_gives_the_same_tokens(family, tmp_path):
     folder = random_model.save(tmp_path, family, 0, eos_token_id=list(range(128)))
     captured, launched = (
         load(folder, EngineConfig(device='cuda', dtype='float32', cuda_graph=graph))
@@ -452,7 +452,7 @@ def test_close_frees_the_device(folder):
 
 
 @on_gpu
-def test_what_can_not_be_captured_is_refused_by_name(tmp_path):
+def test_names_what_can_not_be_captured(tmp_path):
     config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
     folder = random_model.save_config(tmp_path, config, 0)
     assert 'mamba' in refusal(folder, device='cuda')

@@ -51,12 +51,12 @@ from worker_rig import wait_for
 
 @pytest.fixture
 def make():
-    """Return a function that makes a started worker and its sink; stop all at the end."""
+    """Return a factory of started workers and their sinks; all are stopped after the test."""
     with making() as make:
         yield make
 
 
-def test_an_answer(make):
+def test_answers_a_prompt(make):
     worker, sink = make()
     request_id = worker.submit(Request('say hello'))
     assert request_id == 1
@@ -106,7 +106,7 @@ def test_times_by_the_given_clock(make):
     assert worker.window().itl_max_activation_ms == pytest.approx(20.0)
 
 
-def test_publish_ms_is_the_token_befores():
+def test_publish_ms_is_of_the_previous_token():
     now = [0.0]
 
     class SlowSink(Sink):
@@ -123,7 +123,7 @@ def test_publish_ms_is_the_token_befores():
         None, pytest.approx(1.0), pytest.approx(2.0)]
 
 
-def test_length(make):
+def test_ends_at_max_new_tokens(make):
     engine = FakeEngine(lambda ids: forever())
     worker, sink = make(engine, sampling=SamplingConfig(max_new_tokens=5))
     report, text = sink.end(worker.submit(Request('go')))
@@ -131,7 +131,7 @@ def test_length(make):
     assert report.message == 'sampling.max_new_tokens is 5'
 
 
-def test_the_context_ends(make):
+def test_ends_when_the_context_is_full(make):
     engine = FakeEngine(lambda ids: forever(), max_context=16)
     worker, sink = make(engine)
     report, text = sink.end(worker.submit(Request('p' * 10)))
@@ -139,7 +139,7 @@ def test_the_context_ends(make):
     assert report.message == 'the context of 16 tokens is full'
 
 
-def test_several_tokens_a_step(make, monkeypatch):
+def test_steps_of_several_tokens(make, monkeypatch):
     class Passes(DecodeLoop):
         def stream(self, prompt_ids, sampling, constraint=None, ahead=True):
             yield Step(())
@@ -156,8 +156,8 @@ def test_several_tokens_a_step(make, monkeypatch):
     assert sink.tokens[2].itl_ms > 0.0
 
 
-def test_what_a_pass_brought_behind_a_stop_text_is_not_kept(make, monkeypatch):
-    """The next prompt finds in the cache what steps would have left there."""
+def test_drops_tokens_of_a_pass_after_a_stop_text(make, monkeypatch):
+    """The cache is as single steps would have left it."""
     kept = []
 
     class Passes(DecodeLoop):
@@ -177,7 +177,7 @@ def test_what_a_pass_brought_behind_a_stop_text_is_not_kept(make, monkeypatch):
     assert kept == [7]
 
 
-def test_a_stop_text_ends_the_answer(make):
+def test_stop_text_ends_the_answer(make):
     engine = FakeEngine(lambda ids: say('one. two.'))
     worker, sink = make(engine, sampling=SamplingConfig(stop=('.',)))
     report, text = sink.end(worker.submit(Request('count')))
@@ -189,7 +189,7 @@ def test_a_stop_text_ends_the_answer(make):
 @pytest.mark.parametrize('said, end, pieces', [
     ('a^b', True, ['a', '', '^b']), ('a^', True, ['a', '^']), ('a^', False, ['a', '^']),
     ('^^^', True, ['', '^', '^^'])])
-def test_text_that_is_held_back_is_delivered(make, said, end, pieces):
+def test_delivers_text_that_was_held_back(make, said, end, pieces):
     worker, sink = make(FakeEngine(lambda ids: say(said, end)))
     _, text = sink.end(worker.submit(Request('go')))
     assert text == said
@@ -198,7 +198,7 @@ def test_text_that_is_held_back_is_delivered(make, said, end, pieces):
         len(pieces) - 1)
 
 
-def test_held_back_text_is_delivered_before_an_error(make):
+def test_delivers_held_back_text_before_an_error(make):
     def steps(prompt_ids):
         yield from say('ab^', end=False)
         raise EngineError('the wire came off')
@@ -208,14 +208,14 @@ def test_held_back_text_is_delivered_before_an_error(make):
     assert (report.finish_reason, text) == ('error', 'ab^')
 
 
-def test_an_empty_answer(make):
+def test_empty_answer(make):
     worker, sink = make(FakeEngine(lambda ids: say('')))
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text, report.output_tokens) == ('stop', '', 0)
     assert report.ttft_ms is None
 
 
-def test_an_empty_prompt_is_refused_at_once(make):
+def test_rejects_an_empty_prompt_at_once(make):
     worker, sink = make()
     request_id = worker.submit(Request(''))
     assert sink.threads[request_id] is threading.current_thread()
@@ -225,7 +225,7 @@ def test_an_empty_prompt_is_refused_at_once(make):
     assert (worker.requests, worker.refusals) == (1, 1)
 
 
-def test_a_prompt_without_tokens_is_refused(make):
+def test_rejects_a_prompt_without_tokens(make):
     class Dumb(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             return []
@@ -235,7 +235,7 @@ def test_a_prompt_without_tokens_is_refused(make):
     assert report.finish_reason == 'rejected'
 
 
-def test_a_long_prompt_is_refused_with_its_figures(make):
+def test_rejects_a_long_prompt_with_its_length(make):
     engine = FakeEngine(max_context=16)
     worker, sink = make(engine)
     report, _ = sink.end(worker.submit(Request('p' * 16)))
@@ -247,7 +247,7 @@ def test_a_long_prompt_is_refused_with_its_figures(make):
     assert sink.end(worker.submit(Request('p' * 15)))[0].finish_reason == 'length'
 
 
-def test_text_that_cannot_be_encoded_is_refused(make):
+def test_rejects_text_that_cannot_be_encoded(make):
     class Picky(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             raise TextError('not this one')
@@ -258,7 +258,7 @@ def test_text_that_cannot_be_encoded_is_refused(make):
     assert worker.state == 'idle'
 
 
-def test_a_full_queue_refuses(make):
+def test_rejects_if_the_queue_is_full(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))), queue=QueueConfig(size=2))
     running = worker.submit(Request('a'))
@@ -274,7 +274,7 @@ def test_a_full_queue_refuses(make):
     assert [report.request_id for report, _ in sink.ends] == [4, 1, 2, 3]
 
 
-def test_prompts_while_stopped_are_refused(make):
+def test_rejects_prompts_while_stopped(make):
     worker, sink = make(start=False)
     report, _ = sink.end(worker.submit(Request('early')))
     assert report.finish_reason == 'rejected'
@@ -356,7 +356,7 @@ def test_cancel_between_two_chunks_of_a_prompt(make):
     assert (report.finish_reason, report.output_tokens, report.ttft_ms) == ('cancelled', 0, None)
 
 
-def test_a_new_prompt_preempts(make):
+def test_new_prompt_preempts(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine, queue=QueueConfig(size=1, policy='preempt'))
@@ -379,7 +379,7 @@ def test_a_new_prompt_preempts(make):
     assert sink.end(third)[0].finish_reason == 'cancelled'
 
 
-def test_an_engine_that_raises(make):
+def test_engine_that_raises(make):
     def steps(prompt_ids):
         yield from say('so ', end=False)
         if len(prompt_ids) == 3:
@@ -399,7 +399,7 @@ def test_an_engine_that_raises(make):
     wait_for(lambda: worker.state == 'idle')
 
 
-def test_an_engine_that_refuses(make):
+def test_engine_that_rejects_a_prompt(make):
     class Refusing(FakeEngine):
         def feed(self, token_ids):
             raise ValueError('token 5 is not in the vocabulary')
@@ -409,7 +409,7 @@ def test_an_engine_that_refuses(make):
         'ValueError: token 5 is not in the vocabulary')
 
 
-def test_an_engine_that_hangs_and_comes_back(make):
+def test_engine_that_hangs_and_recovers(make):
     now = [0.0]
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))), clock=lambda: now[0],
@@ -430,7 +430,7 @@ def test_an_engine_that_hangs_and_comes_back(make):
     assert sink.tokens[1].itl_ms == pytest.approx(2100.0)
 
 
-def test_stop_gives_up_an_engine_that_hangs(make):
+def test_stop_abandons_an_engine_that_hangs(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))))
     running, waiting = worker.submit(Request('a')), worker.submit(Request('b'))
@@ -453,7 +453,7 @@ def test_stop_gives_up_an_engine_that_hangs(make):
     assert sink.end(worker.submit(Request('c')))[1] == 'abc'
 
 
-def test_a_text_without_a_decoder(make):
+def test_detokenizer_that_raises(make):
     """It ends the request, not the worker."""
     text = CharacterText()
     detokenizer, text.detokenizer = text.detokenizer, lambda stop: 1 / 0
@@ -498,7 +498,7 @@ def test_deadline_reports(make):
     assert (report.finish_reason, text, report.deadline_misses) == ('stop', 'abc', 1)
 
 
-def test_updates(make):
+def test_applies_new_settings(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine, sampling=SamplingConfig(max_new_tokens=3))
@@ -534,7 +534,7 @@ def test_history(make):
     assert ''.join(map(chr, engine.prompts[-1])) == 'four'
 
 
-def test_what_was_not_answered_is_not_remembered(make):
+def test_history_has_only_answered_prompts(make):
     def steps(prompt_ids):
         if prompt_ids[-1] == ord('!'):
             raise EngineError('no')
@@ -547,7 +547,7 @@ def test_what_was_not_answered_is_not_remembered(make):
     assert ''.join(map(chr, engine.prompts[-1])) == 'a\nok\nc'
 
 
-def test_a_reset_while_answering_forgets_that_turn_too(make):
+def test_reset_while_answering_drops_that_turn_too(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')))
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
@@ -560,7 +560,7 @@ def test_a_reset_while_answering_forgets_that_turn_too(make):
     assert engine.prompts[-1] == [ord('b')]
 
 
-def test_the_oldest_turns_make_room(make):
+def test_drops_the_oldest_turns(make):
     engine = FakeEngine(lambda ids: say('ok'), max_context=24)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True),
                         sampling=SamplingConfig(max_new_tokens=8))
@@ -574,7 +574,7 @@ def test_the_oldest_turns_make_room(make):
     assert '16 tokens' in reports[2].message
 
 
-def test_a_sink_that_raises(make):
+def test_sink_that_raises(make):
     class Leaky(Sink):
         def token(self, report):
             super().token(report)
@@ -595,7 +595,7 @@ def test_a_sink_that_raises(make):
     assert sink.end(worker.submit(Request('abc')))[1] == 'abc'
 
 
-def test_no_collection_while_answering(make):
+def test_no_garbage_collection_while_answering(make):
     enabled, collections = [], []
 
     class Watching(Sink):
@@ -624,7 +624,7 @@ def test_no_collection_while_answering(make):
     assert worker.stop(TIMEOUT_S)
 
 
-def test_collection_stays_off_where_it_was_off(make):
+def test_garbage_collection_stays_off_if_it_was_off(make):
     gc.disable()
     try:
         worker, sink = make()
@@ -677,7 +677,7 @@ def test_nothing_is_lost_among_many(make):
     assert worker.queue_depth == 0
 
 
-def test_a_task_runs_in_the_workers_thread(make):
+def test_task_runs_in_the_thread_of_the_worker(make):
     engine = FakeEngine()
     worker, sink = make(engine)
     sink.end(worker.submit(Request('say hello')))
@@ -699,7 +699,7 @@ def test_a_task_runs_in_the_workers_thread(make):
     assert len(sink.ends) == 1
 
 
-def test_a_task_waits_for_no_request(make):
+def test_rejects_a_task_during_a_request(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ab'))),
                         diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
@@ -714,7 +714,7 @@ def test_a_task_waits_for_no_request(make):
 
 
 @pytest.mark.parametrize('start', [False, True])
-def test_a_task_needs_a_worker_that_runs(make, start):
+def test_task_needs_a_running_worker(make, start):
     worker, _ = make(start=start)
     assert worker.stop(TIMEOUT_S)
     with pytest.raises(Busy, match='not active'):
@@ -722,7 +722,7 @@ def test_a_task_needs_a_worker_that_runs(make, start):
 
 
 class Task:
-    """A task in a thread of its own, that goes on when it is told to."""
+    """A task that waits until the test lets it go on; a thread waits for its result."""
 
     def __init__(self, worker, timeout_s=TIMEOUT_S, begun=None):
         self.begun, self.go = begun or threading.Event(), threading.Event()
@@ -753,7 +753,7 @@ class Task:
 
 
 @pytest.mark.parametrize('policy', ['reject', 'preempt'])
-def test_prompts_during_a_task_are_answered_after_it(make, policy):
+def test_answers_prompts_after_a_task(make, policy):
     engine = FakeEngine()
     worker, sink = make(engine, queue=QueueConfig(policy=policy))
     task = Task(worker)
@@ -769,7 +769,7 @@ def test_prompts_during_a_task_are_answered_after_it(make, policy):
     assert sink.end(first)[0].finish_reason == ('stop' if policy == 'reject' else 'preempted')
 
 
-def test_cancel_leaves_a_task_alone(make):
+def test_cancel_does_not_end_a_task(make):
     worker, sink = make()
     task = Task(worker)
     waiting = worker.submit(Request('one'))
@@ -780,7 +780,7 @@ def test_cancel_leaves_a_task_alone(make):
 
 
 @pytest.mark.parametrize('error', [EngineError('no'), KeyboardInterrupt(), StopIteration(3)])
-def test_what_a_task_raises_is_its_callers(make, error):
+def test_caller_gets_the_error_of_a_task(make, error):
     def work(engine, heartbeat):
         raise error
 
@@ -792,7 +792,7 @@ def test_what_a_task_raises_is_its_callers(make, error):
     assert sink.end(worker.submit(Request('go')))[1] == 'go'
 
 
-def test_nothing_of_a_task_is_kept(make):
+def test_keeps_nothing_of_a_task(make):
     class Thing:
         """Stands for the device's memory."""
 
@@ -830,7 +830,7 @@ def test_stop_ends_a_task_at_its_next_step(make):
     assert sink.end(worker.submit(Request('go')))[1] == 'go'
 
 
-def test_stop_gives_up_a_task_that_hangs(make):
+def test_stop_abandons_a_task_that_hangs(make):
     worker, _ = make(diagnostics=DiagnosticsConfig(stall_timeout_s=0.05))
     task = Task(worker)
     wait_for(lambda: worker.state == 'stalled')
@@ -842,7 +842,7 @@ def test_stop_gives_up_a_task_that_hangs(make):
     assert worker.stop(TIMEOUT_S)
 
 
-def test_a_task_that_takes_too_long_is_given_up(make, monkeypatch):
+def test_abandons_a_task_that_takes_too_long(make, monkeypatch):
     worker, sink = make()
     begun, wait = threading.Event(), futures.wait
     monkeypatch.setattr(futures, 'wait', lambda outcomes, timeout_s: (      # from its begin on
@@ -862,8 +862,8 @@ def test_start_twice(make):
         worker.start()
 
 
-def test_energy_is_that_of_each_answer():
-    """Read when its turn comes and at its end; a refused request has none."""
+def test_energy_of_each_answer():
+    """Measured from its start to its end; a rejected request has none."""
     taken_j = iter((100.0, 112.0, 200.0, 203.0))
     now = [0.0]
 

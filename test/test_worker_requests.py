@@ -78,7 +78,7 @@ def test_each_request_has_its_own_deadline(make):
         assert report.deadline_misses == 1
 
 
-def test_a_fresh_seed_for_each_request(make):
+def test_draws_a_fresh_seed_for_each_request(make):
     engine = FakeEngine()
     worker, sink = make(engine, sampling=SamplingConfig(seed=-1))
     reports = [sink.end(worker.submit(Request('go')))[0] for _ in range(8)]
@@ -113,7 +113,7 @@ def test_messages_are_the_clients_own_conversation(make):
     assert texts(engine) == ['sys\none', 'x\ny', 'sys\none\none\ntwo']
 
 
-def test_the_template_gets_the_requests_variables(make):
+def test_template_gets_the_variables_of_the_request(make):
     class Noting(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             given.append(chat_template_kwargs)
@@ -135,7 +135,7 @@ def test_reports_bear_the_clients_id(make):
     assert {number: asked.client_id for number, asked in sink.asked.items()} == {1: 'mine', 3: ''}
 
 
-def test_an_id_is_one_requests_until_that_ends(make):
+def test_id_is_unique_until_its_request_ends(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     running = worker.submit(Request('a', client_id='x'))
@@ -174,7 +174,7 @@ def test_cancel_by_number(make):
     assert sink.end(second)[0].finish_reason == 'cancelled'
 
 
-def test_a_listener_hears_of_its_request_alone(make):
+def test_listener_receives_only_its_request(make):
     worker, sink = make()
     mine = Sink()
     worker.submit(Request('other'))
@@ -186,8 +186,8 @@ def test_a_listener_hears_of_its_request_alone(make):
     sink.end(number)
 
 
-def test_a_correction_stands_after_what_it_corrects(make):
-    """A running request and one that waits, both preempted, are still in the conversation."""
+def test_correction_follows_the_preempted_turns(make):
+    """A running and a queued request, both preempted, stay in the conversation."""
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=400)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True),
@@ -204,8 +204,8 @@ def test_a_correction_stands_after_what_it_corrects(make):
         'Bring me the red cup\no\nNo, the blue one\n\nNo, the green one')
 
 
-def test_what_was_preempted_while_it_waited_is_read_at_once(make):
-    """The correction's turn may come before the end of what it preempted is reported."""
+def test_preempted_queued_turn_is_in_the_next_prompt(make):
+    """Even if the next request starts before the end of the preempted one is reported."""
     class Late(Sink):
         def accepted(self, number, request):
             if number == 3:
@@ -224,8 +224,8 @@ def test_what_was_preempted_while_it_waited_is_read_at_once(make):
     assert texts(engine)[-1] == 'a\n\nb\n\nc'
 
 
-def test_a_late_answer_stays_in_the_conversation(make):
-    """What was said until the deadline was heard, as what was said until a limit."""
+def test_truncated_answer_stays_in_the_conversation(make):
+    """After a deadline, as after a limit of tokens."""
     now = [0.0]
 
     def steps(prompt_ids):
@@ -243,7 +243,7 @@ def test_a_late_answer_stays_in_the_conversation(make):
     assert texts(engine)[-1] == 'one\na\ntwo\nabc\ngo on'
 
 
-def test_a_listener_that_raises_costs_no_other_its_end(make):
+def test_other_listeners_get_their_end_if_one_raises(make):
     class Broken(Sink):
         def finished(self, report, text):
             super().finished(report, text)
@@ -260,7 +260,7 @@ def test_a_listener_that_raises_costs_no_other_its_end(make):
         assert sink.end(number)[0].finish_reason == 'cancelled'
 
 
-def test_a_listener_hears_of_the_end_where_the_sink_raises(make):
+def test_listener_gets_its_end_if_the_sink_raises(make):
     class Broken(Sink):
         def finished(self, report, text):
             raise ValueError('broken')
@@ -273,7 +273,7 @@ def test_a_listener_hears_of_the_end_where_the_sink_raises(make):
     assert mine.end(2)[0].finish_reason == 'rejected'
 
 
-def test_a_cancelled_turn_is_not_in_the_conversation(make):
+def test_cancelled_turn_leaves_the_conversation(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')))
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
@@ -285,8 +285,8 @@ def test_a_cancelled_turn_is_not_in_the_conversation(make):
     assert texts(engine)[-1] == 'c'
 
 
-def test_a_full_conversation_loses_its_cache_now_and_then_only(make):
-    """Each request that only adds to the one before it finds that in the cache."""
+def test_full_conversation_keeps_most_of_its_cache(make):
+    """A request that only appends to the one before it finds that in the cache."""
     engine = FakeEngine(lambda ids: say('ok'), max_context=200)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True),
                         sampling=SamplingConfig(max_new_tokens=20))
@@ -296,7 +296,7 @@ def test_a_full_conversation_loses_its_cache_now_and_then_only(make):
     assert all('turns dropped' in report.message for report in lost)
 
 
-def test_a_long_prompt_does_not_cost_the_conversation(make):
+def test_rejected_long_prompt_keeps_the_conversation(make):
     engine = FakeEngine(max_context=64)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
     sink.end(worker.submit(Request('one')))
@@ -308,7 +308,7 @@ def test_a_long_prompt_does_not_cost_the_conversation(make):
 @pytest.mark.parametrize(('text', 'refused'), [
     ('x' * 1000, False), ('x' * 1001, True), ('ä' * 500, False), ('ä' * 501, True),
     ('\ud800' * 2000, True)])
-def test_a_prompt_beyond_the_bound_is_refused_unread(make, text, refused):
+def test_rejects_a_prompt_beyond_the_bound_unread(make, text, refused):
     class Unread(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             read.append(1)
@@ -381,7 +381,7 @@ class Counted(CharacterText):
 
 @pytest.mark.parametrize('make_request', [
     Request, lambda text: Request(messages=(Message('user', text[::2]),) * 2)])
-def test_a_prompt_that_is_far_too_long_is_never_encoded_as_a_whole(make, make_request):
+def test_never_encodes_a_far_too_long_prompt_as_a_whole(make, make_request):
     text = Counted()
     worker, sink = make(FakeEngine(max_context=40000), text=text)
     report, _ = sink.end(worker.submit(make_request('p' * 900000)))
@@ -390,7 +390,7 @@ def test_a_prompt_that_is_far_too_long_is_never_encoded_as_a_whole(make, make_re
     assert (text.counted, text.encoded) == ([PIECE, PIECE], [])
 
 
-def test_a_long_prompt_that_fits_is_answered(make):
+def test_answers_a_long_prompt_that_fits(make):
     text = Counted()
     worker, sink = make(FakeEngine(max_context=100000), text=text)
     assert sink.end(worker.submit(Request('p ' * 40000 + 'yes')))[1] == 'yes'
@@ -399,7 +399,7 @@ def test_a_long_prompt_that_fits_is_answered(make):
 
 
 @pytest.mark.parametrize('reason', ['cancelled', 'deadline'])
-def test_an_end_is_heard_between_the_pieces_of_a_prompt(make, reason):
+def test_ends_between_the_pieces_of_a_prompt(make, reason):
     now = [0.0]
 
     def meanwhile():
@@ -437,7 +437,7 @@ def test_turns_that_can_not_fit_are_dropped_unread(make):
     assert len(text.counted) == 4
 
 
-def test_a_turn_is_counted_once(make):
+def test_counts_a_turn_once(make):
     text = Counted()
     worker, sink = make(FakeEngine(max_context=90000), text=text,
                         chat=ChatConfig(keep_history=True))
@@ -447,8 +447,8 @@ def test_a_turn_is_counted_once(make):
     assert text.encoded == [20003, 40010, 60017]
 
 
-def test_a_refused_prompt_costs_no_turn(make):
-    """It is too long with what stands around it, but not by itself."""
+def test_rejected_prompt_removes_no_turn(make):
+    """It is too long with its template, but not by itself."""
     class Framed(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             return [1] * 5 + super().encode(messages)
@@ -461,7 +461,7 @@ def test_a_refused_prompt_costs_no_turn(make):
     assert texts(engine)[-1] == '\1\1\1\1\1one\nok\ntwo'
 
 
-def test_the_texts_that_wait_are_bounded_in_all(make):
+def test_bounds_all_queued_texts(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok')), max_context=200),
                         queue=QueueConfig(size=100, max_waiting_bytes=100))
@@ -479,7 +479,7 @@ def test_the_texts_that_wait_are_bounded_in_all(make):
         'stop', 'cancelled', 'stop', 'stop']
 
 
-def test_the_conversation_is_bounded_in_all(make, monkeypatch):
+def test_bounds_the_conversation(make, monkeypatch):
     monkeypatch.setattr('physai_decode.conversation.MAX_CHARACTERS', 3500)
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=4000)
@@ -496,7 +496,7 @@ def test_the_conversation_is_bounded_in_all(make, monkeypatch):
     assert 'its oldest 998 turns dropped' in report.message
 
 
-def test_a_refusal_says_of_what_kind_it_is(make):
+def test_rejection_has_its_kind(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))), start=False,
                         queue=QueueConfig(size=1, max_request_bytes=100))
@@ -513,7 +513,7 @@ def test_a_refusal_says_of_what_kind_it_is(make):
     assert sink.end(waiting)[0].refusal == 'invalid'        # longer than the context
 
 
-def test_a_cancel_has_its_reason(make):
+def test_cancel_has_its_reason(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     number = worker.submit(Request('go'))
@@ -522,7 +522,7 @@ def test_a_cancel_has_its_reason(make):
     assert sink.end(number)[0].message == 'nobody listens'
 
 
-def test_a_raw_prompt_is_no_turn(make):
+def test_raw_prompt_is_no_turn(make):
     engine = FakeEngine()
     worker, sink = make(engine, chat=ChatConfig(system_prompt='be brief', keep_history=True))
     assert sink.end(worker.submit(Request(raw_prompt='say hello')))[1] == 'hello'
