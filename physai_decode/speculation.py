@@ -62,6 +62,11 @@ class Lookup:
         self._match: int | None = None      # index of the first draft token
         self._find()
 
+    @property
+    def last_id(self) -> int:
+        """The newest id."""
+        return self._ids[-1]
+
     def add(self, token_id: int) -> bool | None:
         """Append a token; return whether the draft had predicted it, None without a draft."""
         ids, at = self._ids, self._match
@@ -70,12 +75,11 @@ class Lookup:
             if size <= count:
                 places[tuple(ids[-size:])] = count
         ids.append(token_id)
-        accepted = None if at is None else ids[at] == token_id
-        if accepted:
-            self._match = at + 1 if at is not None else None
-        else:
-            self._find()
-        return accepted
+        if at is not None and ids[at] == token_id:
+            self._match = at + 1
+            return True
+        self._find()
+        return None if at is None else False
 
     def draft(self, most: int) -> list[int]:
         """Return at most ``most`` draft tokens, stopping before an id that ends an answer."""
@@ -186,7 +190,7 @@ class Policy:
         """
         best, gain = 1, MIN_GAIN
         for rows, cost in self._experience.items():
-            if most < 2 or cost - 1 > self._balance:
+            if cost - 1 > self._balance:
                 continue
             count = min(rows, most)
             tokens = sum(self._forced_rate**min(place, forced) * self._rate**max(0, place - forced)
@@ -211,7 +215,6 @@ class Speculation:
         self._policy = Policy(experience)
         self._experience = experience
         self._ends = frozenset(ends)
-        self._last_id = prompt_ids[-1]
         self._forced: list[int] = []        # the forced tokens that come next
 
     def take(self, token_ids: Sequence[int], rows: int = 1, took_s: float = 0.0) -> None:
@@ -227,7 +230,6 @@ class Speculation:
         for place, token_id in enumerate(token_ids):
             self._policy.learn(self._source.add(token_id),
                                forced[place] == token_id if place < len(forced) else None)
-        self._last_id = token_ids[-1]
         if rows > 1:
             self._policy.spend(rows, len(token_ids))
 
@@ -241,10 +243,10 @@ class Speculation:
         most = min(self._experience.most_rows, left) - 1
         draft = self._source.draft(most)
         if constraint is not None:
-            if most and self._experience.asks(self._last_id):
+            if most and self._experience.asks(self._source.last_id):
                 self._forced = list(takewhile(
                     lambda token_id: token_id not in self._ends, constraint.forced()))[:most]
-                self._experience.asked(self._last_id, bool(self._forced))
+                self._experience.asked(self._source.last_id, bool(self._forced))
             if draft[:len(self._forced)] != self._forced:
                 draft = self._forced
             if draft:

@@ -229,7 +229,7 @@ def prefills(build, half, capability):
         made = build(own._dense, ROWS=64, COLUMNS=64, TOKENS=32, STAGES=4, PAIRED=gated,
                      PLACED=False, **common)
         assert matrix in made.asm['ptx']
-        made = build(own._int4, GROUP=128, TILES=4, PAIRS=1, TOKENS=32, STAGES=4, EXACT=gated,
+        made = build(own._int4, GROUP=128, TILES=4, TOKENS=32, STAGES=4, EXACT=gated,
                      ZEROS=not gated, PLACED=gated, ASSEMBLY=True, **common)
         assert all(word in made.asm['ptx'] for word in ('lop3.b32', matrix))
         # The next step overwrites the weights' registers: no product may be in flight then.

@@ -15,6 +15,8 @@
 """A node on a scripted engine, and a probe that hears and asks all there is."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 import threading
 import time
 
@@ -34,6 +36,7 @@ from physai_decode.ros.topics import stream_qos
 from physai_decode.speech import Manner
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
+import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -287,3 +290,14 @@ class Rig:
         """Return the values of a status, with its message and level."""
         return {**{pair.key: pair.value for pair in status.values},
                 'message': status.message, 'level': status.level}
+
+
+@contextmanager
+def active_rig(**overrides) -> Iterator[Rig]:
+    """Yield the rig of an active node that echoes each prompt, in a ROS context of its own."""
+    rclpy.init()
+    rig = Rig(**overrides)
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()

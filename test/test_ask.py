@@ -22,11 +22,10 @@ import sys
 from types import SimpleNamespace
 
 from diagnostic_msgs.msg import DiagnosticArray
+from node_rig import active_rig
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.ros import ask as module
 import pytest
-import rclpy
 
 COMMAND = [sys.executable, '-m', 'physai_decode.ros.ask', '--timeout', str(PATIENCE_S)]
 
@@ -34,12 +33,8 @@ COMMAND = [sys.executable, '-m', 'physai_decode.ros.ask', '--timeout', str(PATIE
 @pytest.fixture(scope='module')
 def rig():
     """Start an active node."""
-    rclpy.init()
-    rig = Rig()
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with active_rig() as rig:
+        yield rig
 
 
 def ask(*arguments):

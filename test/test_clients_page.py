@@ -19,11 +19,10 @@ import re
 import subprocess
 import sys
 
+from node_rig import active_rig
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.ros.interfaces import unavailable
 import pytest
-import rclpy
 
 PAGE = (Path(__file__).resolve().parent.parent / 'docs' / 'clients.md').read_text()
 SETUP, *CLIENTS = re.findall(r'```python\n(.+?)```', PAGE, re.DOTALL)
@@ -34,12 +33,8 @@ ANSWERS = ['stop BRING ME THE RED CUP.\n', 'stop BRING ME THE RED CUP.\n',
 @pytest.fixture(scope='module')
 def rig():
     """Start an active node that echoes each prompt in upper case."""
-    rclpy.init()
-    rig = Rig()
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with active_rig() as rig:
+        yield rig
 
 
 @pytest.mark.parametrize(('client', 'answer'), zip(CLIENTS, ANSWERS, strict=True),

@@ -18,11 +18,10 @@ import json
 import random
 import threading
 
+from node_rig import active_rig
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.ros.topics import stream_qos
 import pytest
-import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from std_msgs.msg import String
@@ -35,12 +34,9 @@ OUTSTANDING = 3                 # requests of each client at a time
 @pytest.fixture(params=['reject', 'preempt'])
 def rig(request):
     """Start an active node with each queue policy."""
-    rclpy.init()
-    rig = Rig(**{'queue.policy': request.param, 'queue.size': CLIENTS * OUTSTANDING})
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with active_rig(**{'queue.policy': request.param,
+                       'queue.size': CLIENTS * OUTSTANDING}) as rig:
+        yield rig
 
 
 class Client:

@@ -93,16 +93,15 @@ def test_dense_gated(make, n, activation):
     assert_close(out, ACTIVATIONS[activation](gate) * up)
 
 
-@pytest.mark.parametrize('group, pairs, k, splits, symmetric', [
-    (32, 1, 256, 1, True), (64, 2, 320, 2, False), (128, 1, 640, 3, False),
-    (128, 4, 512, 1, True)])
-def test_int4(make, group, pairs, k, splits, symmetric):
+@pytest.mark.parametrize('group, k, splits, symmetric', [
+    (32, 256, 1, True), (64, 320, 2, False), (128, 640, 3, False), (128, 512, 1, True)])
+def test_int4(make, group, k, splits, symmetric):
     weight, dense = packed(1, 48, k, group, symmetric)
     x, out = make(16, k), nothing(splits, 16, 48)
     kernels._int4[(2, splits)](
         placed(x), weight.packed, weight.scales,
         weight.scales if weight.zeros is None else weight.zeros, x, out, 0, 48, k,
-        weight.packed.shape[1], 16, 48, GROUP=group, TILES=2, PAIRS=pairs, TOKENS=16, STAGES=2,
+        weight.packed.shape[1], 16, 48, GROUP=group, TILES=2, TOKENS=16, STAGES=2,
         EXACT=k % (4 * group) == 0, GATED=False, GELU=False, BIAS=False, ZEROS=not symmetric,
         PLACED=False, ASSEMBLY=CUDA, EARLY=False)
     assert_close(out.sum(0), x @ dense.t())
@@ -116,7 +115,7 @@ def test_int4_gated_for_int4(make):
     x, out = make(16, 128), nothing(16, 64)
     kernels._int4[(4, 1)](
         placed(x), weight.packed, weight.scales, weight.scales, weight.bias, out, 0, 128, 128, 1,
-        16, 64, GROUP=32, TILES=2, PAIRS=1, TOKENS=16, STAGES=2, EXACT=True, GATED=True,
+        16, 64, GROUP=32, TILES=2, TOKENS=16, STAGES=2, EXACT=True, GATED=True,
         GELU=False, BIAS=True, ZEROS=False, PLACED=True, ASSEMBLY=CUDA, EARLY=False)
     gate, up = (F.linear(x, dense, bias[64 * at:64 * at + 64])
                 for at, (_, dense) in enumerate(parts))

@@ -90,7 +90,7 @@ def test_shapes_that_the_int4_product_does_not_take(rows, columns, size):
     kept = form()(random_gptq.read(words, rows, columns, size, DEVICE))
     assert not isinstance(kept, (TorchInt4, Int4))
     x = torch.randn(3, columns, device=DEVICE)
-    assert relative(kept.apply(x.bfloat16()), x.cpu() @ dense.t()) < 0.01
+    assert relative(kept.apply(x.bfloat16()), x @ dense.t().to(DEVICE)) < 0.01
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -206,7 +206,7 @@ def test_nothing_is_left_of_the_stored_form(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch_forms, '_packed', packed)
     random_formats.save(tmp_path, 'llama', FORMS['awq-g64'], **WIDE)
-    engine = load(NativeEngine, tmp_path, CONFIG).engine
+    engine = load(NativeEngine, tmp_path, replace(CONFIG, device='cpu')).engine
     gc.collect()
     assert seen and not any(each() for each in seen)
     engine.close()

@@ -21,7 +21,8 @@ of a copy, never for the device. A pass of several rows is a step with several t
 
 If sampling needs a mask from the host, it is launched separately after the forward pass, and the
 host computes the mask meanwhile. The mask depends on the previous token, so only one such step is
-in flight.
+in flight. The forward pass of the next one needs that token only on the device, so it is launched
+before the host has read it.
 """
 
 from collections import deque
@@ -111,6 +112,7 @@ class Pipeline:
             torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True),
             torch.cuda.Event()) for _ in range(self._depth.most))
         self._flying: deque[_Slot] = deque()
+        self._begun = False         # whether the forward pass of the next step is launched
         self._graphs: dict[_Part, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, plan: Plan, begin: Callable[[], object]) -> None:
@@ -136,6 +138,13 @@ class Pipeline:
         """Whether the maximum number of steps is in flight."""
         return len(self._flying) >= self._depth.steps
 
+    def begin(self, plan: Plan) -> None:
+        """Launch the forward pass of the next step of a plan with masks."""
+        if not self._begun:
+            self._free[0].begin.record(torch.cuda.current_stream())
+            self._replay(_parts(plan, 1)[0])
+            self._begun = True
+
     def launch(self, plan: Plan, place: int, restrict: Callable[[], None] | None = None,
                rows: int = 1) -> None:
         """
@@ -149,12 +158,16 @@ class Pipeline:
             self._depth.learn(self._flying[-1].copied.query())
         slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
-        slot.begin.record(stream)
-        for part in _parts(plan, rows):
-            if not part.forward and restrict is not None:
+        parts = _parts(plan, rows)
+        if not self._begun:
+            slot.begin.record(stream)
+            self._replay(parts[0])
+        for part in parts[1:]:
+            if restrict is not None:
                 restrict()
-            self._graphs[part].replay() if self._capture else self._run(part)
+            self._replay(part)
         slot.end.record(stream)
+        self._begun = False
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(slot.end)
             slot.tokens[:rows].copy_(self._history[place:place + rows], non_blocking=True)
@@ -177,6 +190,10 @@ class Pipeline:
         """Wait for the steps in flight, and discard their tokens."""
         while self._flying:
             self.collect()
+        self._begun = False
+
+    def _replay(self, part: _Part) -> None:
+        self._graphs[part].replay() if self._capture else self._run(part)
 
     def _run(self, part: _Part) -> None:
         if part.forward:

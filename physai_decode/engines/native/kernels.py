@@ -292,18 +292,27 @@ def _tile(packed, scales, zeros, ids, tile, block, BLOCKS: tl.constexpr, SIZE: t
 
 
 @triton.jit
-def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.constexpr):
+def _input(x, sums, column, rows, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.constexpr):
     """
     Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
 
     The matrix units need a matrix, so x is repeated in SIDE columns, in the order of the words:
     [SPLIT, GROUP, SIDE]. If COPIED, it is loaded once, through shared memory. Otherwise every lane
-    loads what it multiplies.
+    loads what it multiplies. If ``rows`` is not None, x is that of a pass, [rows, K]: each column
+    has one row, or repeats the last, and the sum is [SPLIT, 1, SIDE].
     """
     SPLIT: tl.constexpr = column.shape[0]
-    eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
-    parts = tl.load(sums + eighth, mask=eighth * 8 < K, other=0.0)
-    total = tl.sum(parts, 1)[:, None, None]
+    if rows is None:
+        eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
+        parts = tl.load(sums + eighth, mask=eighth * 8 < K, other=0.0)
+        total = tl.sum(parts, 1)[:, None, None]
+    else:
+        row = tl.minimum(tl.arange(0, SIDE), rows - 1)
+        eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
+        parts = tl.load(sums + eighth[:, :, None] + row[None, None, :] * ((K + 7) // 8),
+                        mask=(eighth * 8 < K)[:, :, None], other=0.0)
+        total = tl.sum(parts, 1)[:, None, :]
+        x += row[None, :, None, None, None] * K
     if COPIED:
         at = tl.arange(0, GROUP)[None, :]       # pair, operand, high, lane, low
         columns = column + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4 + at // 8 % 2 * 2
@@ -320,14 +329,15 @@ def _input(x, sums, column, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.con
 
 
 @triton.jit
-def _block(result, x, sums, words, four, zero, block, K: tl.constexpr, GROUP: tl.constexpr,
-           COPIED: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _block(result, x, sums, words, four, zero, block, rows, K: tl.constexpr,
+           GROUP: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
+           ASSEMBLY: tl.constexpr):
     """Add the products of the blocks [SPLIT, 1] that `_tile` loaded to [SPLIT, 16, SIDE]."""
     column = block * (4 * GROUP)
-    v0, total0 = _input(x, sums, column, K, GROUP, COPIED)
-    v1, total1 = _input(x, sums, column + GROUP, K, GROUP, COPIED)
-    v2, total2 = _input(x, sums, column + 2 * GROUP, K, GROUP, COPIED)
-    v3, total3 = _input(x, sums, column + 3 * GROUP, K, GROUP, COPIED)
+    v0, total0 = _input(x, sums, column, rows, K, GROUP, COPIED)
+    v1, total1 = _input(x, sums, column + GROUP, rows, K, GROUP, COPIED)
+    v2, total2 = _input(x, sums, column + 2 * GROUP, rows, K, GROUP, COPIED)
+    v3, total3 = _input(x, sums, column + 3 * GROUP, rows, K, GROUP, COPIED)
     result += _grouped(words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
     result += _grouped(words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
     result += _grouped(words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
@@ -370,11 +380,11 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
                 SPLIT, ZEROS)
         if EARLY:
             gdc_wait()
-        result = _block(result, x, sums, words, four, zero, block, K, GROUP, COPIED, ZEROS,
+        result = _block(result, x, sums, words, four, zero, block, None, K, GROUP, COPIED, ZEROS,
                         ASSEMBLY)
         if BLOCKS > SPLIT:
-            result = _block(result, x, sums, more, more_four, more_zero, block + SPLIT, K, GROUP,
-                            COPIED, ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, more, more_four, more_zero, block + SPLIT, None, K,
+                            GROUP, COPIED, ZEROS, ASSEMBLY)
     else:
         if EARLY:
             gdc_wait()
@@ -382,8 +392,8 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
             words, four, zero = _tile(
                 packed, scales, zeros, ids, tile, first + block, BLOCKS, SIZE, STACK, GROUP,
                 SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, first + block, K, GROUP, COPIED,
-                            ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, first + block, None, K, GROUP,
+                            COPIED, ZEROS, ASSEMBLY)
     if EARLY:
         gdc_launch_dependents()
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
@@ -761,11 +771,7 @@ class TritonOps(TorchOps):
         group = layer.heads // layer.kv_heads
         padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
-        sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
-        splits = self._splits or max(
-            1, sharing.programs * self._programs // triton.next_power_of_2(kv_heads))
-        parts = [self._buffer(f'attention {part}', layer.heads * splits * width, torch.float32)
-                 for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
+        warps, splits, parts = self._split_attention(layer, dims)
         _attend[(kv_heads, splits)](
             qkv, keys, values, position, cos, sin,
             layer.q_norm if layer.q_norm is not None else qkv,
@@ -773,10 +779,19 @@ class TritonOps(TorchOps):
             *parts, max_context, layer.scale, layer.norm_eps, KV_HEADS=kv_heads,
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, BETA=layer.growth.beta,
-            LENGTH=layer.growth.context, EARLY=self._early, **self._launch(sharing.warps))
+            LENGTH=layer.growth.context, EARLY=self._early, **self._launch(warps))
         _join[(layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             EARLY=self._early, **self._launch(1))
+
+    def _split_attention(self, layer, dims, rows=1):
+        """Return the warps and splits of a layer's attention, and the splits' buffers."""
+        sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
+        splits = self._splits or max(
+            1, sharing.programs * self._programs // triton.next_power_of_2(layer.kv_heads))
+        return sharing.warps, splits, [
+            self._buffer(f'attention {part}', rows * layer.heads * splits * width, torch.float32)
+            for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
 
     def sampler(self, vocab_size, device):
         """See `TorchOps.sampler`."""

@@ -29,15 +29,13 @@ from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
+from physai_decode.engines.native.kernels import _block
 from physai_decode.engines.native.kernels import _fetch
-from physai_decode.engines.native.kernels import _grouped
-from physai_decode.engines.native.kernels import _heads
 from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
 from physai_decode.engines.native.kernels import _tile
 from physai_decode.engines.native.kernels import Choice
-from physai_decode.engines.native.kernels import SHARING_CHOICES
 from physai_decode.engines.native.kernels import SIDE
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
@@ -161,40 +159,6 @@ def _store_rows(out, tile, n, rows, values, ADD: tl.constexpr):
     tl.store(at, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _input_rows(x, sums, column, rows, K: tl.constexpr, GROUP: tl.constexpr):
-    """Load like `kernels._input`, with a row of the pass in each column."""
-    SPLIT: tl.constexpr = column.shape[0]
-    each = tl.minimum(tl.arange(0, SIDE), rows - 1)
-    eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
-    parts = tl.load(sums + eighth[:, :, None] + each[None, None, :] * ((K + 7) // 8),
-                    mask=(eighth * 8 < K)[:, :, None], other=0.0)
-    total = tl.sum(parts, 1)[:, None, :]
-    within = (tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, GROUP // 32)[None, :, None] * 32
-              + tl.arange(0, 8)[None, None, :])[:, None, None, :, :]
-    columns = tl.broadcast_to(column[None, None, :, :, None] + within,
-                              (4, SIDE, SPLIT, GROUP // 32, 8))
-    v = tl.load(x + each[None, :, None, None, None] * K + columns, mask=columns < K, other=0.0)
-    v = tl.permute(tl.reshape(v, (4, SIDE, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
-    return tl.reshape(v, (SPLIT, GROUP, SIDE)), total
-
-
-@triton.jit
-def _block_rows(result, x, sums, words, four, zero, block, rows, K: tl.constexpr,
-                GROUP: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of the blocks [SPLIT, 1] that `_tile` loaded to [SPLIT, 16, SIDE]."""
-    column = block * (4 * GROUP)
-    v0, total0 = _input_rows(x, sums, column, rows, K, GROUP)
-    v1, total1 = _input_rows(x, sums, column + GROUP, rows, K, GROUP)
-    v2, total2 = _input_rows(x, sums, column + 2 * GROUP, rows, K, GROUP)
-    v3, total3 = _input_rows(x, sums, column + 3 * GROUP, rows, K, GROUP)
-    result += _grouped(words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
-    result += _grouped(words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
-    result += _grouped(words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
-    result += _grouped(words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
-    return result
-
-
 @triton.jit(do_not_specialize=['rows'])
 def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: tl.constexpr,
                BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
@@ -217,8 +181,8 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
         next_words, next_four, next_zero = _tile(
             packed, scales, zeros, packed, program, following + block, BLOCKS, BLOCKS, 0, GROUP,
             SPLIT, ZEROS)
-        result = _block_rows(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
-                             ZEROS, ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP, False,
+                        ZEROS, ASSEMBLY)
         words, four, zero = next_words, next_four, next_zero
     if EARLY:
         gdc_launch_dependents()
@@ -380,12 +344,7 @@ class PassOps(TritonOps):
         dims = triton.next_power_of_2(dim)
         # Rows that share a tile of queries; one in float16, as an overflow would reach them all.
         together = 1 if keys.dtype == torch.float16 else min(ROWS, padded // group)
-        sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
-        splits = self._splits or max(
-            1, sharing.programs * self._programs // triton.next_power_of_2(kv_heads))
-        parts = [self._buffer(f'attention {part}', ROWS * layer.heads * splits * width,
-                              torch.float32)
-                 for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
+        warps, splits, parts = self._split_attention(layer, dims, ROWS)
         norm = layer.q_norm is not None
         q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)
         sizes = {'KV_HEADS': kv_heads, 'GROUP': group, 'D': dim, 'DIMS': dims, 'NORM': norm,
@@ -397,7 +356,7 @@ class PassOps(TritonOps):
             qkv, keys, values, position, cos, sin, q_gain, *parts, max_context, layer.scale,
             layer.norm_eps, rows, PADDED=padded, SPLITS=splits, TOKENS=32, TOGETHER=together,
             WINDOW=layer.window, BETA=layer.growth.beta, LENGTH=layer.growth.context, **sizes,
-            **self._launch(sharing.warps))
+            **self._launch(warps))
         _join[(rows * layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             EARLY=self._early, **self._launch(1))

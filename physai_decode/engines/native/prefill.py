@@ -419,7 +419,7 @@ class Prefill:
             x, weight.packed, weight.scales,
             weight.scales if weight.zeros is None else weight.zeros, bias, out, rows.start, n, k,
             weight.packed.shape[1], tokens, width, GROUP=group, TILES=choice.rows // TILE_ROWS,
-            PAIRS=choice.columns // 32, EXACT=k % (4 * group) == 0,
+            EXACT=k % (4 * group) == 0,
             ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda, **common)
 
     def _is_placed(self, weight, tokens, gated=False):

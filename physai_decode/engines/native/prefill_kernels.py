@@ -239,15 +239,14 @@ def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, GELU: 
 def _weights(words, four, zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """
-    Dequantise nibble NUMBER of words [2 * PAIRS, TILES, 256] to [16 * TILES, 32 * PAIRS] of KIND.
+    Dequantise nibble NUMBER of words [2, TILES, 256] to [16 * TILES, 32] of KIND.
 
     No data moves between lanes: a lane's words are its fragments for the tensor cores.
     """
-    PARTS: tl.constexpr = words.shape[0]
     TILES: tl.constexpr = words.shape[1]
     w = _nibble(words, NUMBER, KIND, ASSEMBLY)
-    w = tl.reshape(w, (PARTS, TILES, 8, 4, 2, 2, 2))
-    w = tl.reshape(tl.permute(w, (1, 5, 2, 0, 4, 3, 6)), (16 * TILES, 16 * PARTS))
+    w = tl.reshape(w, (2, TILES, 8, 4, 2, 2, 2))
+    w = tl.reshape(tl.permute(w, (1, 5, 2, 0, 4, 3, 6)), (16 * TILES, 32))
     point = _zero_point(zero, NUMBER, KIND, ZEROS, ASSEMBLY)
     w = _whole(w, NUMBER, KIND, ASSEMBLY) - point[:, None]
     return w * _of(four, NUMBER).to(KIND)[:, None]
@@ -278,25 +277,24 @@ def _zero_point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.conste
 
 @triton.jit
 def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, width,
-          GROUP: tl.constexpr,
-          TILES: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+          GROUP: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
           EXACT: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
           ZEROS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
     """
     Multiply ``x`` [tokens, k], in fragment order, by rows of an `Int4` [n, k]; see `_dense`.
 
-    A step reads the words of 32 * PAIRS columns of each of a block's four groups. If EXACT, all
-    blocks are full.
+    A step reads the words of 32 columns of each of a block's four groups. If EXACT, all blocks are
+    full.
     """
-    STEPS: tl.constexpr = GROUP // (32 * PAIRS)
+    STEPS: tl.constexpr = GROUP // 32
     turn = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
     last = tl.cdiv(n, 16) - 1
     tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
     at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
     begin, end = _split_range(blocks * STEPS)
-    columns = tl.arange(0, 32 * PAIRS)
+    columns = tl.arange(0, 32)
     word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
-            + tl.arange(0, 2 * PAIRS)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
+            + tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
     each = tl.arange(0, 16 * TILES)
     tile = tl.minimum(first // 16 + turn * TILES + each // 16, last).to(tl.int64)
     row = tile * blocks * 16 + each % 16
@@ -304,7 +302,7 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
     if EARLY:
         gdc_wait()
     for step in tl.range(begin, end, num_stages=STAGES):
-        words = tl.load(word + step * (512 * PAIRS))
+        words = tl.load(word + step * 512)
         # Load four float16 as one int64.
         block = step // STEPS
         four = tl.load(scales.to(tl.pointer_type(tl.int64)) + row + block * 16)
@@ -314,7 +312,7 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
         # One dot per group: Triton would leave half of a wider one in flight, while the next step
         # overwrites the registers of its weights.
         for number in tl.static_range(4):
-            column = (block * 4 + number) * GROUP + step % STEPS * (32 * PAIRS) + columns
+            column = (block * 4 + number) * GROUP + step % STEPS * 32 + columns
             if EXACT:
                 v = tl.load(x + at[None, :] * k + column[:, None])
             else:
