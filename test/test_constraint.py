@@ -254,8 +254,19 @@ def test_pipeline_samples_with_the_mask_of_its_own_step(
         return decode(loop, vocabulary, tokenizer, form, sampling), unconstrained
 
     expected = answers()
-    loop.engine.pipeline = loop.engine.piped(False)
+    loop.engine.pipeline = pipeline = loop.engine.piped(False)
+    calls = []
+    monkeypatch.setattr(pipeline, '_forward', lambda rows, own=pipeline._forward: (
+        calls.append('forward'), own(rows)))
+    monkeypatch.setattr(pipeline, '_draw', lambda *given, own=pipeline._draw: (
+        calls.append('draw'), own(*given)))
+    monkeypatch.setattr(pipeline, 'collect', lambda own=pipeline.collect: (
+        calls.append('collect'), own())[1])
     assert answers() == expected
+    calls.clear()
+    decode(loop, vocabulary, tokenizer, form, sampling)
+    # The next forward pass is launched before the host reads the token.
+    assert calls[:7] == ['forward', 'draw', 'forward', 'collect', 'draw', 'forward', 'collect']
     loop.engine.close()
 
 

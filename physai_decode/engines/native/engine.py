@@ -140,7 +140,7 @@ class NativeEngine:
         ahead = remaining if self._constraint is None else 0
         while pipeline.flying <= ahead and not pipeline.full:
             pipeline.launch(self._plan, self._length + pipeline.flying, self._restrict)
-        if self._constraint is not None and remaining and not self.pass_costs:
+        if self._constraint is not None and remaining and len(self.pass_costs) == 1:
             pipeline.begin(self._plan)
         tokens, device_s = pipeline.collect()
         return Choice(int(tokens[0]), device_s)
