@@ -25,8 +25,8 @@ from typing import Any
 
 from physai_decode.timing import RequestReport
 
-# Finish reasons that OpenAI defines, all of answered requests; the others become null.
-ANSWERED = ('stop', 'length', 'tool_calls')
+COMPLETE = ('stop', 'tool_calls')               # the finish reasons of a complete answer
+ANSWERED = ('stop', 'length', 'tool_calls')     # those that OpenAI defines; others become null
 
 
 def chat_completion(report: RequestReport, text: str, model: str,

@@ -34,6 +34,7 @@ from physai_decode.benchmark import machine
 from physai_decode.benchmark import neighbour
 from physai_decode.benchmark import plots
 from physai_decode.benchmark import profiler
+from physai_decode.benchmark import provenance
 from physai_decode.benchmark import report
 from physai_decode.benchmark import runner as runner_module
 from physai_decode.benchmark import session
@@ -866,6 +867,43 @@ def test_does_not_repeat_a_measured_case(runner, said, monkeypatch):
     assert again[:2] == [{**result, 'kept': True} for result in first]
     assert any('already measured' in line for line in said)
     assert first[0]['case'] == json.loads(json.dumps(case('one').to_dict()))
+
+
+def test_measures_again_after_a_change(runner, said, monkeypatch, tmp_path):
+    folder = tmp_path / 'model'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{}')
+    of = case('one', source=Source(path=str(folder)))
+    started = []
+
+    def process(self, case_path, result_path, log_path, timeout_s):
+        started.append(case_path)
+        log_path.write_text('')
+        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+    monkeypatch.setattr(Runner, '_process', process)
+
+    def run():
+        said.clear()
+        assert runner.run([of])[0]['status'] == 'done'
+        return len(started), [line for line in said if 'measured' in line]
+
+    assert run() == (1, [])
+    assert run()[0] == 1
+    (folder / 'config.json').write_text('{"rebuilt": true}')
+    assert run() == (2, ['  measured again, as these have changed: model'])
+    kept = run()
+    assert kept[0] == 2 and 'already measured' in kept[1][0]
+    own = machine.packages
+    monkeypatch.setattr(machine, 'packages', lambda: {**own(), 'torch': '0.1'})
+    assert run() == (3, ['  measured again, as these have changed: packages'])
+    monkeypatch.setattr(provenance, '_PACKAGE', folder)
+    assert run() == (4, ['  measured again, as these have changed: code'])
+    result, = runner.sessions.glob('*.json')
+    older = json.loads(result.read_text())
+    del older['provenance']             # as an earlier version wrote it
+    result.write_text(json.dumps(older))
+    assert run() == (5, ['  measured again, as these have changed: model, code, packages, '
+                         'machine'])
 
 
 def test_repeats_only_a_session_that_died(runner, monkeypatch):

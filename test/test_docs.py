@@ -29,10 +29,12 @@ from physai_decode.request import parse
 from physai_decode.request import Request
 from physai_decode.request import RequestError
 import pytest
+from rclpy.context import Context
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / 'docs').rglob('*.md')) + sorted(ROOT.glob('*.md'))
+CONFIGS = sorted((ROOT / 'config').glob('*.yaml'))
 ROW = re.compile(r'^\| ([\w ]+) \| ([\d.]+) \|' + r' ([\d.]+) \|' * 4 + '$', re.MULTILINE)
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 28, 4, 128, 3584       # Qwen-2.5-7B
 CONTEXTS = (2048, 16384)
@@ -56,6 +58,20 @@ def test_code_blocks_parse(page):
                'xml': lambda block: ElementTree.fromstring(f'<all>{block}</all>').tag}
     for language, block in re.findall(r'^```(\w*)\n(.+?)^```', page.read_text(), re.M | re.S):
         assert readers[language](block), block
+
+
+@pytest.mark.parametrize('page', [*PAGES, *CONFIGS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_ros_reads_parameter_files(page, tmp_path):
+    """ROS 2's own parser is stricter than PyYAML: in braces, it needs quotes around a colon."""
+    blocks = [page.read_text()] if page in CONFIGS else re.findall(
+        r'^```yaml\n(.+?)^```', page.read_text(), re.M | re.S)
+    for block in blocks:
+        if 'ros__parameters' in block:
+            path = tmp_path / 'params.yaml'
+            path.write_text(block)
+            context = Context()
+            context.init(['--ros-args', '--params-file', str(path)])
+            context.shutdown()
 
 
 def test_reliability_names_files_that_exist():

@@ -312,11 +312,12 @@ def test_goal_with_feedback_and_result(make):
 
 @needs_msgs
 @pytest.mark.parametrize(('reason', 'status'), [
-    ('stop', 'SUCCEEDED'), ('length', 'SUCCEEDED'), ('deadline', 'ABORTED'),
+    ('stop', 'SUCCEEDED'), ('tool_calls', 'SUCCEEDED'), ('length', 'ABORTED'),
+    ('deadline', 'ABORTED'),
     ('preempted', 'ABORTED'), ('cancelled', 'ABORTED'), ('error', 'ABORTED'),
     ('rejected', 'ABORTED')])
 def test_status_of_each_end(make, reason, status):
-    """A goal succeeds, or is aborted with the reason, such as a cancel by another client."""
+    """Only a complete answer succeeds; half a plan, or a cancel by another client, is aborted."""
     goal = make().client.ask(prompt=f'{reason}: x')
     assert goal.result.finish_reason == reason
     assert goal.status == getattr(GoalStatus, f'STATUS_{status}')

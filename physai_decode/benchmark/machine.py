@@ -43,11 +43,8 @@ def describe(footprint: Footprint) -> dict[str, Any]:
         'cpu': footprint.device_name,
         'cpu_cores': len(os.sched_getaffinity(0)),
         'memory_gb': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9, 1),
-        'packages': {},
+        'packages': packages(),
     }
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts['packages'][package] = metadata.version(package)
     torch = sys.modules.get('torch')
     if torch is not None:
         facts['torch_threads'] = torch.get_num_threads()
@@ -56,6 +53,15 @@ def describe(footprint: Footprint) -> dict[str, Any]:
             facts['cpu'] = cpu_name()
             facts['gpu'] = _gpu(torch, footprint)
     return facts
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the installed packages that a measurement depends on."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def memory(footprint: Footprint) -> dict[str, float]:
@@ -68,10 +74,22 @@ def memory(footprint: Footprint) -> dict[str, float]:
     return used
 
 
+def driver() -> str | None:
+    """Return the version of the driver, or None if NVML does not report it."""
+    try:
+        import pynvml
+        pynvml.nvmlInit()
+    except Exception:                       # pynvml is not installed, or NVML is not available
+        return None
+    version = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
 def _gpu(torch: Any, footprint: Footprint) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(footprint.device)
     facts = {
-        'name': properties.name, 'count': torch.cuda.device_count(), 'driver': _driver(),
+        'name': properties.name, 'count': torch.cuda.device_count(), 'driver': driver(),
         'cuda': torch.version.cuda, 'compute_capability': f'{properties.major}.{properties.minor}',
         'multiprocessors': properties.multi_processor_count,
         'memory_gb': round(properties.total_memory / 1e9, 1)}
@@ -85,15 +103,3 @@ def _telemetry(footprint: Footprint) -> dict[str, Any]:
         return telemetry.read()
     finally:
         telemetry.close()
-
-
-def _driver() -> str | None:
-    """Return the version of the driver, or None if NVML does not report it."""
-    try:
-        import pynvml
-        pynvml.nvmlInit()
-    except Exception:                       # pynvml is not installed, or NVML is not available
-        return None
-    version = pynvml.nvmlSystemGetDriverVersion()
-    pynvml.nvmlShutdown()
-    return version.decode() if isinstance(version, bytes) else str(version)

@@ -16,8 +16,8 @@
 Run cases one at a time, each in a fresh process, and store their results in files.
 
 A result that is already in the folder is not measured again, so an interrupted run resumes where
-it stopped. The next run repeats a session that died or was interrupted, and the result records how
-the session was lost.
+it stopped, unless the model, the code, the packages or the machine have changed. The next run
+repeats a session that died or was interrupted, and the result records how the session was lost.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,8 @@ from typing import Any
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import Source
+from physai_decode.benchmark.provenance import changes
+from physai_decode.benchmark.provenance import provenance
 
 Result = dict[str, Any]
 
@@ -75,13 +77,18 @@ class Runner:
 
     def _result(self, case: Case) -> Result:
         path, lost = self.sessions / f'{case.key()}.json', []
+        own = provenance(case.source.path)
         if path.is_file():
             kept = json.loads(path.read_text())
-            if kept['status'] == 'done':
+            changed = changes(kept.get('provenance', {}), own)
+            if kept['status'] == 'done' and not changed:
                 self.progress(f'  already measured: {path.name}')
                 return {**kept, 'kept': True}
-            lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')
-        record = {'case': case.to_dict(), 'lost': lost}
+            if changed:
+                self.progress(f'  measured again, as these have changed: {", ".join(changed)}')
+            else:
+                lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')
+        record = {'case': case.to_dict(), 'provenance': own, 'lost': lost}
         result = {**self._measure(case, path, record), **record}
         keep(result, path)
         return result

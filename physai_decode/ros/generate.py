@@ -36,7 +36,7 @@ from physai_decode.request import is_client_id
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
-from physai_decode.result import ANSWERED
+from physai_decode.result import COMPLETE
 from physai_decode.result import chat_completion
 from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.interfaces import Token
@@ -154,7 +154,7 @@ class GenerateServer:
         with self._lock:
             del self._goals[goal.key]
         message = result(report, text, self._host.config.model_name)
-        if report.finish_reason in ANSWERED:
+        if report.finish_reason in COMPLETE:
             self._set_state(handle, handle.succeed)
         elif report.finish_reason == 'cancelled' and handle.is_cancel_requested:
             self._set_state(handle, handle.canceled)
