@@ -36,8 +36,8 @@ from physai_decode.request import is_client_id
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
-from physai_decode.result import COMPLETE
 from physai_decode.result import chat_completion
+from physai_decode.result import COMPLETE
 from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.interfaces import Token
 from physai_decode.ros.interfaces import unavailable
