@@ -165,8 +165,9 @@ class SpeculationConfig:
     name: str = _option(
         'off', 'off: one token per decode step; lookup: one pass verifies draft tokens, which are '
         'those that a constraint forces, or those after the previous occurrence of the last few '
-        'tokens in the prompt or the answer. The text is the same. Only the native engine '
-        'supports it; with others `~/model_info` says why it is off',
+        'tokens in the prompt or the answer. On a CPU, the text is the same. On a GPU, other '
+        'kernels compute all steps, so the text may differ by their rounding. Only the native '
+        'engine supports it; with others `~/model_info` says why it is off',
         choices=('off', 'lookup'))
 
 
