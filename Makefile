@@ -88,7 +88,7 @@ lint: .venv/test.stamp
 
 supported:
 	@$(FAIL) [ '$(MACHINE)' = x86_64 ] || fail "there are no rclpy wheels for $(MACHINE): build with\
-	 colcon where a ROS 2 distribution is installed, as docs/install.md says."
+	 colcon where a ROS 2 distribution is installed, as docs/install.md and docs/howto/jetson.md say."
 
 clean:
 	rm -rf .venv .venv-jazzy .venv-compat .venv-real build install log site .coverage* *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -52,7 +52,8 @@ class Telemetry:
         self._board: Jetson | None = None
         if self._cuda and footprint.device_uuid:
             self._open(footprint.device_uuid)
-        if self._cuda and is_integrated(footprint.device_name):
+        self._integrated = self._cuda and is_integrated(footprint.device_name)
+        if self._integrated:
             self._open_board()
 
     def read(self) -> dict[str, float | str | None]:
@@ -136,6 +137,8 @@ class Telemetry:
         elif 'torch' in sys.modules:
             try:
                 free, total = sys.modules['torch'].cuda.mem_get_info(self._device)
+                if self._integrated:    # its driver reports the page cache as used
+                    free = _size_bytes('/proc/meminfo', 'MemAvailable') or free
                 used = total - free
             except RuntimeError:        # a CUDA error, which the engine reports
                 pass

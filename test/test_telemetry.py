@@ -123,6 +123,16 @@ def test_reads_memory_from_torch_if_nvml_lacks_the_gpu(nvml, monkeypatch):
     assert set(figures.values()) == {None}
 
 
+def test_free_memory_of_a_jetson_includes_the_page_cache(nvml, monkeypatch):
+    torch = SimpleNamespace(cuda=SimpleNamespace(
+        mem_get_info=lambda device: (10**9, 16 * 10**9)))
+    monkeypatch.setitem(sys.modules, 'torch', torch)
+    monkeypatch.setattr('physai_decode.telemetry._size_bytes', lambda path, name: {
+        ('/proc/meminfo', 'MemAvailable'): 9 * 10**9}[path, name])
+    figures = Telemetry(replace(GPU, device_uuid='', device_name='Orin')).read()
+    assert (figures['memory_used_gb'], figures['memory_free_gb']) == (7.0, 9.0)
+
+
 def test_all_figures_are_none_without_nvml_and_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pynvml', None)
     monkeypatch.delitem(sys.modules, 'torch', raising=False)
