@@ -39,7 +39,8 @@ POINTERS = {
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
     'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
-    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}'}      # all others are fp32
+    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}',
+    'mask': 'u8'}      # all others are fp32
 IN_PASSES = {'active': 'i32', 'draft_token': 'i64', 'next_active': 'i32'}     # pointers, else None
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
@@ -266,6 +267,8 @@ def passes(build, half, capability):
 
 def choose(capability, **layout):
     """Compile what chooses the token, each kernel with all its stages and with the fewest."""
+    compiled(sampling_kernels._allow, capability, 'fp16', BLOCK=layout['BLOCK'],
+             EARLY=layout['EARLY'])
     for few in (True, False):
         layout['passes'] = few
         compiled(sampling_kernels._top, capability, 'fp16', **layout)

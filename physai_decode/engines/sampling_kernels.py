@@ -106,6 +106,19 @@ def _is_last(arrived, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
+def _allow(logits, mask, out, vocab, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Write the logits of the ids whose bit in ``mask`` is set, and -inf for the others."""
+    ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < vocab
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    bits = tl.load(mask + ids // 8, mask=inside, other=0).to(tl.int32)
+    bias = tl.where((bits >> ids % 8) & 1 != 0, 0.0, float('-inf'))
+    tl.store(out + ids, tl.load(logits + ids, mask=inside) + bias, mask=inside)  # NaN stays NaN
+
+
+@triton.jit
 def _top(logits, seen, floats, tops, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
          PENALTY: tl.constexpr, EARLY: tl.constexpr, active=None):
     """Write the greatest logit of each program."""
@@ -481,6 +494,7 @@ class TritonSampler(Sampler):
         def scratch(count, dtype):
             return torch.zeros(count, dtype=dtype, device=device)
 
+        self._allowed = scratch(vocab_size, torch.float32)
         self._tops = scratch(programs, torch.float32)
         self._bests = scratch(programs, torch.float32)
         self._places = scratch(programs, torch.int32)
@@ -490,6 +504,16 @@ class TritonSampler(Sampler):
         self._found = scratch(vocab_size, torch.int32)
         self._number = scratch(1, torch.int32)
         self._arrived = scratch(1, torch.int32)
+
+    def masked(self, plan: Plan, logits: Tensor, row: int = 0) -> tuple[Plan, Tensor]:
+        """See `Sampler.masked`."""
+        if not plan.mask:
+            return plan, logits
+        vocab = logits.shape[0]
+        _allow[(triton.cdiv(vocab, BLOCK),)](
+            logits, self._masks[row], self._allowed, vocab, BLOCK=BLOCK,
+            EARLY=self._layout['EARLY'], num_warps=4, **self._options)
+        return plan.unmasked, self._allowed[:vocab]
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,
              history: Tensor, row: Row = SINGLE_ROW) -> None:
