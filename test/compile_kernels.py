@@ -260,8 +260,8 @@ def passes(build, half, capability):
                 assert all(word in made.asm['ptx'] for word in ('mma.sync', 'cp.async'))
     for gated in (True, False):
         made = build(own._int4_rows, warps=4, x=half, out=half if gated else 'fp32', K=3584,
-                     BLOCKS=7, GROUP=128, SPLIT=4, GATED=gated, GELU=False, ADD=not gated,
-                     BIAS=False, ZEROS=not gated, ASSEMBLY=True)
+                     BLOCKS=7, GROUP=128, SPLIT=4, AHEAD=gated, GATED=gated, GELU=False,
+                     ADD=not gated, BIAS=False, ZEROS=not gated, ASSEMBLY=True)
         assert 'mma.sync' in made.asm['ptx'] or capability < 80
 
 

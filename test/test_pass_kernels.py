@@ -83,9 +83,10 @@ def test_dense_in_other_layouts(make, layout):  # noqa: F811
 
 
 @pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
-@pytest.mark.parametrize('group_size, act_order, symmetric, warps', [
-    (32, False, True, 4), (128, True, False, 2), (64, False, False, 1)])
-def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps):  # noqa: F811
+@pytest.mark.parametrize('group_size, act_order, symmetric, warps, stages', [
+    (32, False, True, 4, 2), (128, True, False, 2, 1), (64, False, False, 1, 2)])
+def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # noqa: F811
+              stages):
     """Normed; as they come; and gated, with what that leaves for the next product."""
     weight, _ = packed(1, 24, 640, group_size, act_order, symmetric)
     weight = replace(weight, bias=make(24, dtype=dtype))
@@ -95,7 +96,7 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps):  # no
     ops = PassOps(DEVICE)
     for shape in ((24, 640, False, True), (24, 640, False, False), (128, 640, True, True)):
         ops._choices[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
-            Choice(16, 0, warps, 1)
+            Choice(16, 0, warps, stages)
 
     def run(ops, at, outs):
         normed, plain, hidden, added = (out[at] for out in outs)

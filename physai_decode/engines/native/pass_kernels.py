@@ -162,28 +162,41 @@ def _store_rows(out, tile, n, rows, values, ADD: tl.constexpr):
 @triton.jit(do_not_specialize=['rows'])
 def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: tl.constexpr,
                BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-               GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-               ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+               AHEAD: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+               BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
+               EARLY: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
-    The next words are requested before the current ones are multiplied.
+    If AHEAD, the next words are requested before the current ones are multiplied, which takes
+    twice the registers.
     """
     program = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
-    words, four, zero = _tile(packed, scales, zeros, packed, program, block, BLOCKS, BLOCKS, 0,
-                              GROUP, SPLIT, ZEROS)
-    if EARLY:
-        gdc_wait()
-    for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
-        following = tl.minimum(first + SPLIT, (BLOCKS - 1) // SPLIT * SPLIT)
-        next_words, next_four, next_zero = _tile(
-            packed, scales, zeros, packed, program, following + block, BLOCKS, BLOCKS, 0, GROUP,
-            SPLIT, ZEROS)
-        result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP, False,
+    if AHEAD:
+        words, four, zero = _tile(packed, scales, zeros, packed, program, block, BLOCKS, BLOCKS,
+                                  0, GROUP, SPLIT, ZEROS)
+        if EARLY:
+            gdc_wait()
+        LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
+        for first in tl.range(0, LAST, SPLIT, num_stages=1):
+            next_words, next_four, next_zero = _tile(
+                packed, scales, zeros, packed, program, first + SPLIT + block, BLOCKS, BLOCKS, 0,
+                GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+                            False, ZEROS, ASSEMBLY)
+            words, four, zero = next_words, next_four, next_zero
+        result = _block(result, x, sums, words, four, zero, LAST + block, rows, K, GROUP, False,
                         ZEROS, ASSEMBLY)
-        words, four, zero = next_words, next_four, next_zero
+    else:
+        if EARLY:
+            gdc_wait()
+        for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
+            words, four, zero = _tile(packed, scales, zeros, packed, program, first + block,
+                                      BLOCKS, BLOCKS, 0, GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+                            False, ZEROS, ASSEMBLY)
     if EARLY:
         gdc_launch_dependents()
     values = tl.sum(result, 0)
@@ -314,7 +327,8 @@ DENSE_LAYOUTS = tuple(Layout(*each) for each in (
     (16, 128, 4, 3, 4), (16, 128, 4, 4, 4), (32, 128, 2, 3, 2), (32, 64, 4, 4, 4)))
 if not compiler.PIPELINES:      # no three-dimensional loads
     DENSE_LAYOUTS = tuple(each for each in DENSE_LAYOUTS if each.split == 1)
-INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, 1) for warps in (
+# With two stages, the next words are requested ahead.
+INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, stages) for stages in (2, 1) for warps in (
     (4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
 
 
@@ -390,7 +404,7 @@ class PassOps(TritonOps):
             x, self._sums(x), weight.packed, weight.scales,
             x if weight.zeros is None else weight.zeros, bias, out,
             self._sums(out) if gated else x, n, rows, K=k, BLOCKS=blocks, GROUP=weight.group_size,
-            SPLIT=layout.warps, ZEROS=weight.zeros is not None,
+            SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None,
             ASSEMBLY=self._device.type == 'cuda', **common)
 
     def _prepared(self, x, order, gain, eps):
