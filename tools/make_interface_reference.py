@@ -183,7 +183,8 @@ KEYS = {
                      'pieces of text that it sent',
     'sliding_window': 'maximum number of context tokens that a step reads; 0: all',
     'sm_clock_mhz': 'clock of the SMs',
-    'state': 'inactive, loading, idle, generating (also during a measurement), stalled or failed',
+    'state': 'unconfigured (no model is loaded), inactive (one is loaded), loading, idle, '
+             'generating (also during a measurement), stalled, failed or finalized',
     'temperature_c': 'temperature of the device',
     'throttle_reasons': 'why the clocks are throttled, or none',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, if it is set',
