@@ -221,8 +221,11 @@ STATUSES = (
     ('~/model_info', 'decode: model', messages.MODEL_KEYS,
      'An engine can add its own keys at the end.'),
     ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,
-     'WARN if a deadline was missed since the previous message, ERROR if '
-     '`deadline.max_consecutive_misses` tokens in a row missed theirs.'),
+     'WARN if a deadline was missed since the previous message, or if the newest token missed '
+     'its deadline. ERROR if `deadline.max_consecutive_misses` tokens in a row missed theirs. '
+     'Late tokens in a row count until a token is in time, or until the last one is older than '
+     '`diagnostics.window_s`. The level can therefore outlast an answer by that time, 10 s by '
+     'default.'),
     ('/diagnostics', 'decode: bandwidth', messages.BANDWIDTH_KEYS,
      'WARN if r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
