@@ -63,7 +63,7 @@ sys.exit(main(load=load))
 NUMPY_THREADS = {**os.environ, 'OMP_NUM_THREADS': '2'}      # which could receive the signals
 LOG_LINE = re.compile(r'\[(INFO|WARN|ERROR)\] \[[\d.]+\] \[[\w.]+\]: ')
 PARAMETERS = {
-    'inactive': ['-p', 'autostart:=false'], 'loading': ['-p', 'model.path:=slow'],
+    'unconfigured': ['-p', 'autostart:=false'], 'loading': ['-p', 'model.path:=slow'],
     'failed': ['-p', 'model.path:=bad'], 'idle': [],
     'generating': ['-p', 'diagnostics.stall_timeout_s:=60.0'],
     'stalled': ['-p', 'diagnostics.stall_timeout_s:=0.1']}
