@@ -21,6 +21,7 @@ cancel or a limit, by late tokens, or by an action that does not arrive in time.
 holds.
 """
 
+import argparse
 import json
 from pathlib import Path
 import sys
@@ -29,11 +30,13 @@ import uuid
 
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.ros.messages import NOT_KNOWN
+from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
 from rclpy.duration import Duration
+from rclpy.exceptions import NameValidationException
 from rclpy.node import Node
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
@@ -46,28 +49,31 @@ SCHEMA = Path(__file__).resolve().parent.parent / 'config' / 'plan.schema.json'
 class Controller(Node):
     """Publishes each action of a plan on ~/action, and `hold` if the plan is incomplete."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, node: str = '/decode') -> None:
         super().__init__('controller')
         self.id, self.outcome, self.late = str(uuid.uuid4()), '', 0
         self.command: str | None = command      # None once it was sent
         self.sent = 0                           # actions so far
         self.planned: int | None = None         # actions of the plan, once that is known
-        self.has_model, self.polls = False, 0
+        self.has_model: bool | None = None      # None until the node says which model it has
+        self.polls = 0
         self.token_ms = self.number('token_ms', 100.0)
-        self.create_timer(self.number('plan_s', 10.0), lambda: self.end('hold: no plan in time'))
+        self.plan_s = self.number('plan_s', 10.0)
+        self.create_timer(self.plan_s, lambda: self.end(f'hold: {self.delay()}'))
         self.item_timer = self.create_timer(
             self.number('item_s', 5.0), lambda: self.end('hold: no next action in time'))
         self.item_timer.cancel()                # until the request is sent
         self.action = self.create_publisher(String, '~/action', 100)
         self.create_timer(POLL_S, self.ask)
-        self.request = self.create_publisher(String, '/decode/request', 10)
+        self.request = self.create_publisher(String, f'{node}/request', 10)
+        self.target = self.request.topic_name.removesuffix('/request')
         self.create_subscription(
-            DiagnosticArray, '/decode/token_stats', self.on_token, stream_qos())
-        self.create_subscription(String, '/decode/item', self.on_item, stream_qos())
-        self.create_subscription(String, '/decode/result', self.on_result, stream_qos())
+            DiagnosticArray, f'{node}/token_stats', self.on_token, stream_qos())
+        self.create_subscription(String, f'{node}/item', self.on_item, stream_qos())
+        self.create_subscription(String, f'{node}/result', self.on_result, stream_qos())
         # Created last: when its first message arrives, the node has discovered the others.
         self.create_subscription(
-            DiagnosticArray, '/decode/model_info', self.on_model, latched_qos())
+            DiagnosticArray, f'{node}/model_info', self.on_model, latched_qos())
 
     def number(self, name: str, default: float) -> float:
         # Without dynamic typing, ROS accepts 50.0 but refuses 50.
@@ -76,6 +82,16 @@ class Controller(Node):
 
     def on_model(self, info: DiagnosticArray) -> None:
         self.has_model = info.status[0].values[0].value != NOT_KNOWN
+
+    def delay(self) -> str:
+        """Say why there is no complete plan after `plan_s`."""
+        if self.command is None:
+            return 'no plan in time'
+        if self.has_model is False:
+            return f'{self.target} has no model: configure and activate it'
+        names = decode_nodes(self)
+        return (f'no node {self.target} was found within {self.plan_s:g} s'
+                + (f'; found {" ".join(names)}: choose one with --node' if names else ''))
 
     def ask(self) -> None:
         # An action that is sent before its subscriber is discovered would be lost.
@@ -101,8 +117,10 @@ class Controller(Node):
         if item['index'] != self.sent:
             self.end(f'hold: action {self.sent} was lost')
             return
-        self.action.publish(String(data=json.dumps(item['value'])))
+        action = json.dumps(item['value'])
+        self.action.publish(String(data=action))
         self.sent += 1
+        self.get_logger().info(f'action {self.sent}: {action}')
         self.item_timer.reset()
         self.end_if_complete()
 
@@ -133,11 +151,19 @@ class Controller(Node):
 
 def main() -> int:
     """Run until the plan is done or the robot holds; return 0 for a complete plan, otherwise 1."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('command', nargs='+', help='what the robot should do')
+    parser.add_argument('--node', default='/decode', help="the decode node's name (%(default)s)")
+    arguments = parser.parse_args(remove_ros_args(sys.argv)[1:])
     rclpy.init()
-    controller = Controller(' '.join(remove_ros_args(sys.argv)[1:]))
+    try:
+        controller = Controller(' '.join(arguments.command), arguments.node)
+    except NameValidationException:
+        parser.error(f'{arguments.node!r} is not a valid node name')
     while not controller.outcome:
         rclpy.spin_once(controller)
-    controller.get_logger().info(controller.outcome)
+    controller.get_logger().info(
+        f'{controller.outcome}; sent {controller.sent} actions to {controller.action.topic_name}')
     for publisher in controller.action, controller.request:
         publisher.wait_for_all_acked(Duration(seconds=1))
     controller.destroy_node()

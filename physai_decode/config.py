@@ -59,7 +59,8 @@ class ModelConfig:
 
     path: str = _option(
         'builtin:tiny_planner', 'a model of the package (builtin:NAME), a folder in Hugging Face '
-        'layout, or a hub id')
+        'layout, or a hub id. The default applies only without a params file; a node with a '
+        'params file that names no model does not configure')
     revision: str = _option(
         '', 'branch, tag or commit of a hub id; empty selects its default branch')
     locked: bool = _option(
@@ -192,7 +193,8 @@ class ConstraintConfig:
 
     schema_file: str = _option(
         '', 'file with a JSON Schema that every answer conforms to, unless its request has its '
-        'own response_format or structured_outputs; empty for none')
+        'own response_format or structured_outputs; empty for none. A relative path is '
+        "resolved against the node's working directory")
     regex: str = _option(
         '', 'regular expression that the whole answer matches, unless its request has its own '
         'constraint; empty for none')
@@ -201,7 +203,8 @@ class ConstraintConfig:
         'constraint; empty for none')
     grammar_file: str = _option(
         '', 'file with a grammar of the answer, in GBNF or Lark syntax, unless its request has '
-        'its own constraint; empty for none')
+        'its own constraint; empty for none. A relative path is resolved against the '
+        "node's working directory")
 
 
 @dataclass(frozen=True)
@@ -310,7 +313,7 @@ class HttpConfig:
 
     port: int = _option(
         0, "TCP port of OpenAI's API, open while the node is configured; 0 disables it. Needs "
-        'physai_decode[http]', low=0, high=65535)
+        'uvicorn and prometheus_client', low=0, high=65535)
     host: str = _option(
         '127.0.0.1', 'address that the port listens on; 0.0.0.0 and :: admit other machines: set '
         'PHYSAI_DECODE_API_KEY then', characters=256)

@@ -60,6 +60,7 @@ from physai_decode.timing import RequestReport
 from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
+from physai_decode.worker import NOTHING_RUNNING
 from physai_decode.worker import Sink
 from physai_decode.worker import Worker
 
@@ -216,8 +217,9 @@ class Host:
             self.config = config
             if not config.model.path and config.engine.name != openai.NAME:
                 raise ConfigError(
-                    'model.path is empty: set it in the params file, or with '
-                    '-p model.path:=...; builtin:tiny_planner is the embedded model')
+                    'model.path is empty: with a params file there is no default. Set '
+                    'model.path in the file, or with -p model.path:=...; builtin:tiny_planner is '
+                    'the embedded model')
             self.loaded = self._load(config, report)
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
@@ -324,7 +326,7 @@ class Host:
     def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
         """End requests and return what was done; see `Worker.cancel`."""
         worker = self.worker
-        return 'nothing running' if worker is None else worker.cancel(number, client_id, message)
+        return NOTHING_RUNNING if worker is None else worker.cancel(number, client_id, message)
 
     def reset(self) -> str:
         """Forget the conversation and return what was forgotten."""
@@ -365,13 +367,17 @@ class Host:
 
     @property
     def state(self) -> str:
-        """The state: loading, inactive, failed, or that of the worker."""
+        """The state: loading, unconfigured, inactive, finalized, failed, or that of the worker."""
         worker = self.worker
         if self.loading:
             return 'loading'
         if worker is not None:
             return worker.state
-        return 'failed' if self.failure else 'inactive'
+        if self.failure:
+            return 'failed'
+        if self.closed:
+            return 'finalized'
+        return 'unconfigured' if self.loaded is None else 'inactive'
 
     def inactive_reason(self) -> str:
         """Return why requests are refused while there is no worker, and what to do."""
@@ -381,7 +387,9 @@ class Host:
             return f'no model is loaded: {self.failure}; fix this, then configure and activate'
         if self.closed:
             return 'the node is shut down: restart its process'
-        return f'the node is inactive: {"" if self.loaded else "configure and "}activate it first'
+        if self.loaded is None:
+            return 'the node is unconfigured: configure and activate it first'
+        return 'the node is inactive: activate it first'
 
 
 class _CountingSink:

@@ -81,6 +81,7 @@ from physai_decode.tokenizer_files import TextError
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # their turns stay in the conversation
 JOIN_PARTS = 10                 # a wait in parts; a process that SIGSTOP stops loses only one
 SEEDS = 2**31                   # random seeds are below this
+NOTHING_RUNNING = 'nothing running'     # what a cancel returns that ended no request
 
 Result = TypeVar('Result')
 # A task receives the decode loop and a heartbeat to call after each step.
@@ -265,7 +266,7 @@ class Worker:
             if running is not None and running in tickets else []
         if removed:
             done.append(f'removed {len(removed)} waiting')
-        return ', '.join(done) or 'nothing running'
+        return ', '.join(done) or NOTHING_RUNNING
 
     def reset(self) -> str:
         """Forget the conversation, including the running turn, and return what was forgotten."""

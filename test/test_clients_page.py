@@ -19,31 +19,93 @@ import re
 import subprocess
 import sys
 
-from node_rig import active_rig
+from node_rig import EchoEngine
 from node_rig import PATIENCE_S
+from node_rig import Rig
 from physai_decode.ros.interfaces import unavailable
 import pytest
+import rclpy
 
-PAGE = (Path(__file__).resolve().parent.parent / 'docs' / 'clients.md').read_text()
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / 'docs' / 'clients.md').read_text()
 SETUP, *CLIENTS = re.findall(r'```python\n(.+?)```', PAGE, re.DOTALL)
-ANSWERS = ['stop BRING ME THE RED CUP.\n', 'stop BRING ME THE RED CUP.\n',
-           'BRING ME THE RED CUP.\n']
+PLAN = '[{"action": "go", "to": "table"}, {"action": "stop"}]'
+ANSWERS = {'request': 'stop BRING ME THE RED CUP.\n', 'generate': 'stop BRING ME THE RED CUP.\n',
+           'prompt': 'BRING ME THE RED CUP.\n',
+           'item': "{'action': 'go', 'to': 'table'}\n{'action': 'stop'}\nstop\n",
+           'services': 'active\n'}
+NAMED = dict(zip(ANSWERS, CLIENTS, strict=True))
+
+
+class Planner(EchoEngine):
+    """Echoes each prompt in upper case, and answers a constrained request with a plan."""
+
+    def __init__(self, step_s=0.0) -> None:
+        super().__init__(step_s, end=127)
+
+    def first(self, sampling, prompt_ids, constraint=None):
+        """Choose the script."""
+        self._constrained = constraint is not None
+        return super().first(sampling, prompt_ids, constraint)
+
+    def said(self, letter):
+        """Leave the plan as it is."""
+        return letter if self._constrained else letter.upper()
+
+    def _echo_upper(self, prompt_ids):
+        return super()._echo_upper(map(ord, PLAN) if self._constrained else prompt_ids)
 
 
 @pytest.fixture(scope='module')
 def rig():
-    """Start an active node that echoes each prompt in upper case."""
-    with active_rig() as rig:
-        yield rig
+    """Start an active node."""
+    rclpy.init()
+    rig = Rig()
+    rig.loader.kind = Planner
+    assert rig.change('configure', 'activate')
+    yield rig
+    rig.close()
+    rclpy.shutdown()
 
 
-@pytest.mark.parametrize(('client', 'answer'), zip(CLIENTS, ANSWERS, strict=True),
-                         ids=['request', 'generate', 'prompt'])
-def test_each_client_prints_the_answer(rig, client, answer):
-    if 'physai_decode_msgs' in client and unavailable:
+def start(name):
+    """Start the code of one section; skip the test if it needs a package that is not built."""
+    if 'physai_decode_msgs' in NAMED[name] and unavailable:
         pytest.skip(unavailable)
-    result = subprocess.run(
-        [sys.executable, '-c', f'{SETUP}\n{client}'], capture_output=True, text=True,
-        timeout=PATIENCE_S)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(answer)
+    return subprocess.Popen(
+        [sys.executable, '-c', f'{SETUP}\n{NAMED[name]}'], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize('name', ANSWERS)
+def test_each_client_prints_the_answer(rig, name):
+    with start(name) as process:
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, stderr
+    assert stdout.endswith(ANSWERS[name])
+    if name == 'services':
+        assert len(rig.loader.engines) == 2         # it loaded a model
+        assert rig.node.get_parameter('sampling.max_new_tokens').value == 200
+
+
+def test_the_action_client_waits_for_the_model(rig):
+    """It sends its goal again after a refusal."""
+    assert rig.change('deactivate')
+    refusals = rig.node._host.counts['refusals']
+    with start('generate') as process:
+        try:
+            rig.wait(lambda: rig.node._host.counts['refusals'] > refusals)
+        finally:
+            assert rig.change('activate')
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, stderr
+    assert stdout.endswith(ANSWERS['generate'])
+
+
+def test_a_client_without_a_node_says_so():
+    """The waits end with a message; the test does not wait as long as they do."""
+    code = f'{SETUP}\n{NAMED["services"]}'.replace('/decode/', '/nobody/').replace('30.0', '0.1')
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 1
+    assert done.stderr == 'no service /nobody/change_state: does the node run?\n'

@@ -394,7 +394,7 @@ def test_worker_rejects_a_constraint_and_goes_on(options, words):
         assert worker.state == 'idle' and not worker.last_error
 
 
-def test_parameters_constrain_requests_without_a_constraint(tmp_path):
+def test_parameters_constrain_requests_without_a_constraint(tmp_path, monkeypatch):
     file = tmp_path / 'answer.json'
     file.write_text('{"enum": [1, 22]}')
     assert configured(ConstraintConfig()) is None
@@ -410,6 +410,11 @@ def test_parameters_constrain_requests_without_a_constraint(tmp_path):
     for path in ('/dev/zero', str(tmp_path), str(tmp_path / 'none')):
         with pytest.raises(ConstraintError, match=r'constraint\.grammar_file'):
             configured(ConstraintConfig(grammar_file=path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConstraintError, match=re.escape(f"'{tmp_path}/sub/none'")):
+        configured(ConstraintConfig(schema_file='sub/none'))
+    file.write_text('{"enum": [1, 22]}')
+    assert configured(ConstraintConfig(schema_file='answer.json')) == form
     with making() as make:
         worker, sink = make(FakeEngine(quotes, vocab_size=128), form=form)
         assert sink.end(worker.submit(Request('go')))[1] in ('1', '22')

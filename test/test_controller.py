@@ -97,6 +97,9 @@ def test_sends_the_actions_of_a_plan_in_order(rig, control):
     code, log, actions = control(PLAN, count=2)
     assert actions == ACTIONS
     assert code == 0, log
+    for number, action in enumerate(ACTIONS, 1):
+        assert f'action {number}: {action}' in log
+    assert 'done; sent 2 actions to /controller/action' in log
 
 
 @pytest.mark.parametrize(('fault', 'words'), [
@@ -272,7 +275,7 @@ def test_sends_no_request_to_a_node_without_a_model(rig, controller, actions):
         controller.command, polls = PLAN, controller.polls
         spin(controller, lambda: controller.polls > polls)
         expire(controller, plan_timer(controller))
-        assert controller.outcome == 'hold: no plan in time'
+        assert controller.outcome == 'hold: /decode has no model: configure and activate it'
         assert controller.command == PLAN               # not sent
         rig.wait(lambda: actions == ['hold'])
         assert rig.diagnostics('decode: engine')['requests'] == count
@@ -280,13 +283,37 @@ def test_sends_no_request_to_a_node_without_a_model(rig, controller, actions):
         assert rig.change('configure', 'activate')
 
 
-def test_holds_without_a_node():
+def test_holds_without_the_named_node(rig):
+    """The log names the decode nodes that the controller found instead."""
+    for plan_s in (3, 10, 60):          # until discovery is complete in time
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLE), PLAN, '--node', 'nobody', '--ros-args',
+             '-p', f'plan_s:={plan_s}'], capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 1
+        if 'found /decode' in done.stderr:
+            break
+    assert (f'hold: no node /nobody was found within {plan_s} s; found /decode: choose one with '
+            '--node; sent 0 actions') in done.stdout + done.stderr
+
+
+def test_uses_the_topics_of_the_named_node(rig, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    controller = importlib.import_module('controller').Controller(PLAN, 'arm/decode')
+    try:
+        topics = {each.topic_name for each in (*controller.subscriptions, controller.request)}
+    finally:
+        controller.destroy_node()
+    assert topics >= {f'/arm/decode/{name}' for name in (
+        'request', 'token_stats', 'item', 'result', 'model_info')}
+
+
+def test_rejects_an_invalid_node_name():
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), PLAN, '--ros-args', '-p', 'plan_s:=0.5',
-         '-r', '/decode/model_info:=/nobody/model_info'],
-        capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 1
-    assert 'hold: no plan in time' in done.stdout + done.stderr
+        [sys.executable, str(EXAMPLE), PLAN, '--node', 'a b'], capture_output=True, text=True,
+        timeout=PATIENCE_S)
+    assert done.returncode == 2
+    assert "'a b' is not a valid node name" in done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize(('command', 'reason'), [

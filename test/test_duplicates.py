@@ -68,10 +68,10 @@ def engine(rig, level):
 
 def test_a_second_node_of_the_name(rig, capfd):
     """The status is an ERROR while the other node exists, and the log has it once."""
-    assert engine(rig, messages.OK) == 'inactive'
+    assert engine(rig, messages.OK) == 'unconfigured'
     with second_node('decode'):
         assert engine(rig, messages.ERROR).startswith('2 nodes are called /decode: ')
-    assert engine(rig, messages.OK) == 'inactive'
+    assert engine(rig, messages.OK) == 'unconfigured'
     log = capfd.readouterr().err
     assert log.count('2 nodes are called /decode: ') == 1
     assert log.count('the duplicate is gone') == 1
@@ -85,9 +85,9 @@ def test_a_node_that_was_there_before_may_be_a_ghost(monkeypatch):
     with second_node('decode'):
         rig = Rig()
         try:
-            assert rig.diagnostics('decode: engine')['message'] == 'inactive'
+            assert rig.diagnostics('decode: engine')['message'] == 'unconfigured'
             now_s[0] += GHOST_S - 1.0
-            assert rig.diagnostics('decode: engine')['message'] == 'inactive'
+            assert rig.diagnostics('decode: engine')['message'] == 'unconfigured'
             now_s[0] += 1.0
             assert engine(rig, messages.ERROR).startswith('2 nodes are called /decode: ')
         finally:

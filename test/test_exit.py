@@ -63,7 +63,7 @@ sys.exit(main(load=load))
 NUMPY_THREADS = {**os.environ, 'OMP_NUM_THREADS': '2'}      # which could receive the signals
 LOG_LINE = re.compile(r'\[(INFO|WARN|ERROR)\] \[[\d.]+\] \[[\w.]+\]: ')
 PARAMETERS = {
-    'inactive': ['-p', 'autostart:=false'], 'loading': ['-p', 'model.path:=slow'],
+    'unconfigured': ['-p', 'autostart:=false'], 'loading': ['-p', 'model.path:=slow'],
     'failed': ['-p', 'model.path:=bad'], 'idle': [],
     'generating': ['-p', 'diagnostics.stall_timeout_s:=60.0'],
     'stalled': ['-p', 'diagnostics.stall_timeout_s:=0.1']}
@@ -216,7 +216,7 @@ def test_rejects_wrong_ros_arguments(arguments, message):
     assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('argument', ['--help', '--params-file', 'decode.yaml'])
+@pytest.mark.parametrize('argument', ['--nope', '--params-file', 'decode.yaml'])
 def test_rejects_arguments_without_ros_args(argument):
     """Ignoring them would leave all settings at their defaults without a word."""
     done = subprocess.run(
@@ -224,3 +224,14 @@ def test_rejects_arguments_without_ros_args(argument):
         capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f'unexpected argument {argument}; usage: decode_node [--ros-args' in done.stderr
+
+
+@pytest.mark.parametrize('argument', ['--help', '-h'])
+def test_help_says_how_to_set_parameters(argument):
+    done = subprocess.run(
+        [sys.executable, '-m', 'physai_decode.ros.process', argument],
+        capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('usage: decode_node [--ros-args')
+    for words in ('--params-file FILE', '-p NAME:=VALUE', 'docs/interface.md'):
+        assert words in done.stdout

@@ -175,7 +175,7 @@ def test_arguments_of_the_including_launch_file():
                   for name, status in statuses.items()}
         assert models == {'/nav/leaky': 'n/a', '/scoped': 'builtin:tiny_planner'}
         assert 'nav2_params.yaml has no section for /nav/leaky' in statuses['/nav/leaky'].message
-        assert statuses['/scoped'].message == 'inactive'
+        assert statuses['/scoped'].message == 'unconfigured'
     finally:
         probe.destroy_node()
         rclpy.shutdown()

@@ -170,7 +170,7 @@ def test_answers_every_prompt_of_a_burst(make):
 def test_rejects_prompts_unless_active(make):
     """Before activation and after deactivation."""
     rig = make()
-    assert 'inactive: configure and activate' in rig.ask('a')['message']
+    assert 'unconfigured: configure and activate' in rig.ask('a')['message']
     assert rig.change('configure', 'activate')
     assert rig.ask('b')['finish_reason'] == 'stop'
     assert rig.change('deactivate')
@@ -420,7 +420,7 @@ def test_diagnostics_in_every_state(make):
             assert tuple(pair.key for pair in status.values) == names[status.name]
         return rig.diagnostics('decode: engine')['state']
 
-    assert state() == 'inactive'
+    assert state() == 'unconfigured'
     assert rig.diagnostics('decode: bandwidth')['weight_gb'] == 'n/a'
     assert rig.diagnostics('decode: latency')['deadline_misses'] == 'n/a'
     rig.loader.go.clear()
@@ -446,6 +446,10 @@ def test_diagnostics_in_every_state(make):
     assert (status['requests'], status['tokens'], status['refusals']) == ('1', '4', '0')
     assert float(status['memory_used_gb']) > 0
     assert status['temperature_c'] == 'n/a'
+    for transition, after in (('deactivate', 'inactive'), ('cleanup', 'unconfigured'),
+                              ('shutdown', 'finalized')):
+        assert rig.change(transition)
+        assert state() == after
 
 
 def test_serves_all_else_while_a_model_loads(make):

@@ -113,7 +113,7 @@ def test_result_of_a_wrong_request_has_the_reason(active, value, id_, message):
 def test_rejection_of_an_inactive_node_has_the_id(rig):
     result = send(rig, {'id': 'x', 'prompt': 'a'})
     assert (result['id'], result['physai']['finish_reason']) == ('x', 'rejected')
-    assert 'the node is inactive' in result['physai']['message']
+    assert 'the node is unconfigured' in result['physai']['message']
 
 
 def test_request_ids_increase_over_rejections_and_activations(active):
@@ -124,6 +124,15 @@ def test_request_ids_increase_over_rejections_and_activations(active):
     assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 3
     assert active.change('activate')
     assert send(active, {'prompt': 'a'})['physai']['request_id'] == before + 4
+
+
+def test_logs_a_cancel_of_an_unknown_id(active, capfd):
+    """It has no result."""
+    active.cancels.clear()
+    active.request.publish(String(data=json.dumps({'id': 'nobody', 'cancel': True})))
+    assert send(active, {'id': 'next', 'prompt': 'a'})['id'] == 'next'
+    assert active.cancels == ['nothing running']
+    assert "nothing to cancel: no request 'nobody' runs or waits" in capfd.readouterr().err
 
 
 def test_cancels_by_id(active):

@@ -183,7 +183,8 @@ KEYS = {
                      'pieces of text that it sent',
     'sliding_window': 'maximum number of context tokens that a step reads; 0: all',
     'sm_clock_mhz': 'clock of the SMs',
-    'state': 'inactive, loading, idle, generating (also during a measurement), stalled or failed',
+    'state': 'unconfigured (no model is loaded), inactive (one is loaded), loading, idle, '
+             'generating (also during a measurement), stalled, failed or finalized',
     'temperature_c': 'temperature of the device',
     'throttle_reasons': 'why the clocks are throttled, or none',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, if it is set',
@@ -220,8 +221,11 @@ STATUSES = (
     ('~/model_info', 'decode: model', messages.MODEL_KEYS,
      'An engine can add its own keys at the end.'),
     ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,
-     'WARN if a deadline was missed since the previous message, ERROR if '
-     '`deadline.max_consecutive_misses` tokens in a row missed theirs.'),
+     'WARN if a deadline was missed since the previous message, or if the newest token missed '
+     'its deadline. ERROR if `deadline.max_consecutive_misses` tokens in a row missed theirs. '
+     'Late tokens in a row count until a token is in time, or until the last one is older than '
+     '`diagnostics.window_s`. The level can therefore outlast an answer by that time, 10 s by '
+     'default.'),
     ('/diagnostics', 'decode: bandwidth', messages.BANDWIDTH_KEYS,
      'WARN if r_floor is below `diagnostics.warn_r_floor`.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,

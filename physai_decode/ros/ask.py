@@ -34,6 +34,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
+from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -127,20 +128,25 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
     executor.add_node(asker)
     end_s = time.monotonic() + timeout_s
 
-    def wait_until(done: Callable[[], object], problem: str, advice: str = '') -> None:
+    def wait_until(done: Callable[[], object], problem: str,
+                   advice: Callable[[], str] = lambda: '') -> None:
         while not done():
             if stop and stop.is_set():
                 raise AskError('interrupted')
             if time.monotonic() > end_s:
-                raise AskError(f'{problem} within {timeout_s:g} s{advice}')
+                raise AskError(f'{problem} within {timeout_s:g} s{advice()}')
             executor.spin_once(timeout_sec=0.1)
+
+    def found() -> str:
+        names = decode_nodes(asker)
+        return f'; found {" ".join(names)}' if names else ''
 
     try:
         wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
                    and asker.request.get_subscription_count(),
-                   f'no node {asker.target} was found')
+                   f'no node {asker.target} was found', found)
         wait_until(lambda: asker.state, f'{asker.target} exists, but published nothing on '
-                   f'{asker.diagnostics.topic_name}', DIAGNOSTICS_HINT)
+                   f'{asker.diagnostics.topic_name}', lambda: DIAGNOSTICS_HINT)
         wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')
         asker.show = show
         asker.send(text, options or {})

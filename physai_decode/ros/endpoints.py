@@ -31,6 +31,7 @@ from physai_decode.request import RequestError
 from physai_decode.ros.topics import POLICIES
 from physai_decode.ros.topics import stream_qos
 from physai_decode.worker import Busy
+from physai_decode.worker import NOTHING_RUNNING
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -77,8 +78,10 @@ class Endpoints:
             self._host.refuse(str(error), error.client_id)
             return
         if isinstance(parsed, Cancel):
-            outcome = self._host.cancel(client_id=parsed.client_id)
-            self._logger.debug(f'cancel of {parsed.client_id!r}: {outcome}')
+            if self._host.cancel(client_id=parsed.client_id) == NOTHING_RUNNING:
+                self._logger.info(
+                    f'nothing to cancel: no request {parsed.client_id!r} runs or waits',
+                    throttle_duration_sec=1.0)
         else:
             self._host.submit(parsed, received_s)
 

@@ -24,4 +24,4 @@ try:
 except ImportError as error:
     Generate = Token = None
     unavailable = (f'physai_decode_msgs is not built ({error}): build it with `make msgs` or with '
-                   'colcon (see docs/install.md)')
+                   'colcon (see docs/install.md), and restart the node')

@@ -39,6 +39,15 @@ FLUSH_S = 0.4                   # of EXIT_LIMIT_S, to send the last messages
 DESTROY_S = 0.1                 # of EXIT_LIMIT_S, to destroy the node
 POLL_S = 0.1                    # period at which the main thread checks signals and the launcher
 THREADS = 3                     # of the executor; node.py describes their use
+USAGE = 'decode_node [--ros-args [--params-file FILE] [-p NAME:=VALUE] [-r OLD:=NEW] ...]'
+HELP = """Run a language model on ROS topics, until SIGINT or SIGTERM.
+
+  --params-file FILE    read parameters from a YAML file, such as config/decode.yaml
+  -p NAME:=VALUE        set a parameter, such as model.path:=/path/to/folder
+  -r OLD:=NEW           rename a topic; __node:=NAME and __ns:=/NAMESPACE rename the node
+
+docs/interface.md lists all parameters. While the node runs, ros2 param describe explains one:
+  ros2 param describe /decode model.path"""
 
 
 class Exit:
@@ -97,9 +106,12 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     except (RuntimeError, ValueError) as error:     # such as a params file that does not exist
         print(f'decode_node: {type(error).__name__}: {error}', file=sys.stderr)
         return 1
+    if unexpected and unexpected[0] in ('-h', '--help'):
+        print(f'usage: {USAGE}\n\n{HELP}')
+        rclpy.shutdown()
+        return 0
     if unexpected:
-        print(f'decode_node: unexpected argument {unexpected[0]}; usage: decode_node [--ros-args '
-              '[--params-file FILE] [-p NAME:=VALUE] [-r OLD:=NEW] ...]', file=sys.stderr)
+        print(f'decode_node: unexpected argument {unexpected[0]}; usage: {USAGE}', file=sys.stderr)
         rclpy.shutdown()
         return 2
     try:

@@ -36,6 +36,7 @@ from physai_decode.ros.interfaces import Token
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
+from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSDurabilityPolicy
 from rclpy.qos import QoSPolicyKind
@@ -59,6 +60,14 @@ def stream_qos() -> QoSProfile:
 def latched_qos() -> QoSProfile:
     """Return the QoS with which a late subscriber gets the last message on ~/model_info."""
     return QoSProfile(depth=1, durability=QoSDurabilityPolicy.TRANSIENT_LOCAL)
+
+
+def decode_nodes(node: Node) -> list[str]:
+    """List the decode nodes in the ROS graph, found by their topics."""
+    return sorted(
+        topic.removesuffix('/token_stats') for topic, kinds in node.get_topic_names_and_types()
+        if topic.endswith('/token_stats') and 'diagnostic_msgs/msg/DiagnosticArray' in kinds
+        and node.count_publishers(topic))
 
 
 class Topics:

@@ -36,6 +36,7 @@ from physai_decode.ros.ask import start
 from physai_decode.ros.ask import stop_on_signal
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
+from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -58,7 +59,8 @@ BARS = '▁▂▃▄▅▆▇█'
 LEVELS = {DiagnosticStatus.OK: 'OK', DiagnosticStatus.WARN: 'WARN',
           DiagnosticStatus.ERROR: 'ERROR', DiagnosticStatus.STALE: 'STALE'}
 STYLES = {DiagnosticStatus.OK: '', DiagnosticStatus.WARN: 'yellow'}
-STATE_STYLES = {'generating': 'green', 'idle': 'green', 'loading': 'yellow', 'inactive': 'yellow'}
+STATE_STYLES = {'generating': 'green', 'idle': 'green', 'loading': 'yellow', 'inactive': 'yellow',
+                'unconfigured': 'yellow'}
 
 
 class WatchError(Exception):
@@ -91,13 +93,6 @@ class Watcher(Node):
             DiagnosticArray, '/diagnostics', self._on_diagnostics, QoSProfile(depth=100))
         if name:
             self._follow(name)
-
-    def names(self) -> list[str]:
-        """List the decode nodes in the ROS graph, found by their topics."""
-        return sorted(
-            topic[:-len('/token_stats')] for topic, kinds in self.get_topic_names_and_types()
-            if topic.endswith('/token_stats') and 'diagnostic_msgs/msg/DiagnosticArray' in kinds
-            and self.count_publishers(topic))
 
     def silent_s(self, now_s: float) -> float:
         """Return the seconds since the last message, or 0 if that is a normal interval."""
@@ -224,7 +219,7 @@ class _Tail:
 
 
 def _other_nodes(watcher: Watcher) -> list[str]:
-    return [name for name in watcher.names() if name != watcher.target]
+    return [name for name in decode_nodes(watcher) if name != watcher.target]
 
 
 def _head(watcher: Watcher, now_s: float) -> Text:
@@ -319,14 +314,14 @@ def _once(watcher: Watcher, executor: SingleThreadedExecutor, stop: threading.Ev
         if stop.is_set():
             raise WatchError('interrupted')
         if left_s <= 0:
-            names = watcher.names()
+            names = decode_nodes(watcher)
             hint = DIAGNOSTICS_HINT if not named or watcher.target in names else ''
             raise WatchError(
                 f'{watcher.target or "no node"} published {"nothing " if named else ""}on '
                 f'{watcher.diagnostics.topic_name} within {timeout_s:g} s'
                 + (f'; found {" ".join(names)}{hint}' if names else ''))
         _spin(executor, stop, min(0.05, left_s))
-    names = watcher.names()
+    names = decode_nodes(watcher)
     if not named and len(names) > 1:
         raise WatchError(f'there are several nodes: {" ".join(names)}; name one with --node')
     print(snapshot(watcher), flush=True)
