@@ -149,8 +149,9 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
             table.notes += [note] * (note not in table.notes)
     table.notes.append('Times are inter-token latencies of a reader of the stream, after warm-up. '
                        'device: between two events around the step; if the host launches each '
-                       'kernel, this includes its work. growth: the step relative to that of the '
-                       'same engine at its first context. prefill: on the host, from a random '
+                       'kernel, this includes its work. host gap: the rest of the step; pauses '
+                       'between the events count as device. growth: the step relative to that of '
+                       'the same engine at its first context. prefill: on the host, from a random '
                        'prompt to its first token, once, after another prompt of the same length. '
                        'The prompt is the context without the steps, and none of it is cached.')
     return table
