@@ -98,7 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             'date': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}
     report.write(out, head, tables, results, _plots(results, out))
     print(f'written to {out}: results.json, report.md, report.html')
-    return 0 if report.cells(results) else 1
+    if report.cells(results):
+        return 0
+    reasons = dict.fromkeys(
+        str(each['error']) for result in results for each in (result, *result['contexts'])
+        if 'error' in each)
+    print(f'decode_bench: nothing was measured: {"; ".join(reasons)}', file=sys.stderr)
+    return 1
 
 
 def _folder(text: str) -> Path:

@@ -89,6 +89,9 @@ class Gap:
     floor_s: float | None           # None if the peak bandwidth is unknown
     context: int                    # tokens that the median step reads
     model: str                      # its dtype, and the engine or the device
+    engine: str = ''                # of the first way; see `Figures` for this and the next two
+    kernels: str = ''
+    quantization: str = 'none'
 
     def __str__(self) -> str:
         """Format the result as one line."""
@@ -101,7 +104,8 @@ class Gap:
         device_s, floor_s = self.first.device_s, self.floor_s
         verdict = judge(Figures(
             1e3 * self.first.step_s, None if device_s is None else 1e3 * device_s,
-            None if floor_s is None else 1e3 * floor_s, cuda_graph=graph))
+            None if floor_s is None else 1e3 * floor_s, cuda_graph=graph, engine=self.engine,
+            kernels=self.kernels, quantization=self.quantization))
         r_floors = ' and '.join('n/a' if each is None else f'{each:.2f}' for each in fractions)
         return (f'{times} a token: {self.first.name} is {ratio:.2f} times as fast; floor {floor} '
                 f'(r_floor {r_floors}); {self.model}, context {self.context} tokens, medians of '
@@ -185,7 +189,9 @@ def measure(loop: DecodeLoop, other: Engine | None, peak: Peak,
     context = len(prompt) + WARM_UP_STEPS + (STEPS + 1) // 2
     form = shape.dtype if shape.quantization == 'none' else f'{shape.dtype} {shape.quantization}'
     return Gap(first, second, Roofline(shape, peak).floor_s(context), context,
-               f'{form} on {shape.device}' if other else f'{shape.engine}, {form}')
+               f'{form} on {shape.device}' if other else f'{shape.engine}, {form}',
+               'native' if other else shape.engine, shape.details.get('kernels', ''),
+               shape.quantization)
 
 
 def _step_s(loop: DecodeLoop, prompt: list[int],

@@ -41,6 +41,9 @@ class Figures:
     cuda_graph: str = 'unavailable'     # captured, off; unavailable on a CPU
     throttle_reasons: str | None = None     # why the device throttles its clocks, or none
     best_r_floor: float | None = None   # the best r_floor so far
+    engine: str = ''                    # native, transformers, ...; empty if unknown
+    kernels: str = ''                   # of native: triton and its version, or torch
+    quantization: str = 'none'          # of the weights, as in `Footprint`
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ _ADVICE = {
     'host, unavailable': 'set realtime.priority and realtime.cpu_affinity',
     'kernels, captured': 'use another engine, such as engine.name: native with Triton',
     'kernels, unavailable': 'use engine.name: native, other engine.cpu_threads, or a GPU',
+    'kernels, native on a CPU': 'use other engine.cpu_threads, a smaller model, or a GPU',
+    'kernels, native without Triton': 'install Triton',
+    'kernels, native': 'use a smaller model; decode_bench --kernels times each kernel',
+    'kernels, native, slow format': 'use weights in another format, such as GPTQ of four bits',
     'a neighbour, unavailable': 'set realtime.priority and realtime.cpu_affinity',
     'a neighbour': 'set engine.stream_priority if it is in this process, a share by MPS if it is '
                    'in another, realtime.priority if it is on the CPU'}
@@ -85,10 +92,20 @@ def judge(figures: Figures) -> Verdict | None:
         return None
     cause = max(parts, key=lambda each: parts[each][0])
     part_ms, whole_ms = parts[cause]
-    for name in (f'{cause}, {figures.cuda_graph}', cause):
+    case = _native_case(figures) if figures.engine == 'native' else figures.cuda_graph
+    for name in (f'{cause}, {case}', f'{cause}, {figures.cuda_graph}', cause):
         if name in _ADVICE:
             return Verdict(cause, part_ms, whole_ms, _ADVICE[name])
     raise AssertionError(f'there is no advice for {cause}')     # each cause of _parts has one
+
+
+def _native_case(figures: Figures) -> str:
+    if figures.cuda_graph == 'unavailable':
+        return 'native on a CPU'
+    if not figures.kernels.startswith('triton'):
+        return 'native without Triton'
+    fast = figures.quantization == 'none' or '-int4' in figures.quantization
+    return 'native' if fast else 'native, slow format'
 
 
 def _parts(figures: Figures, step_ms: float) -> dict[str, tuple[float, float]]:

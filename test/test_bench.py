@@ -434,7 +434,17 @@ def test_profile_uses_a_separate_engine(monkeypatch):
 
 def test_context_beyond_the_model_has_the_reason_in_its_cell(monkeypatch):
     result = run_session(monkeypatch, lambda model, config, progress: FakeEngine(100), case())
-    assert result['contexts'][1]['error'] == 'the context of the engine is 100 tokens'
+    assert result['contexts'][1]['error'] == (
+        'the model takes at most 100 tokens: set --contexts to 100 or less')
+
+
+def test_says_why_nothing_was_measured(monkeypatch, tmp_path, capsys):
+    result = run_session(monkeypatch, lambda *_: FakeEngine(60), case(contexts=(64, 128)))
+    monkeypatch.setattr(Runner, 'run', lambda self, cases: [result])
+    assert bench.main(['--out', str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(
+        'decode_bench: nothing was measured: the model takes at most 60 tokens: set --contexts to '
+        '60 or less\n')
 
 
 def test_reports_an_eager_step_as_not_captured(monkeypatch):
@@ -1044,6 +1054,12 @@ def test_growth_covers_all_results_of_an_engine():
     assert [row[column] for row in table.rows] == ['1.00', '1.20', '1.00', '1.10']
 
 
+def test_notes_define_the_columns_of_the_step_table():
+    table = report.steps([done(case(contexts=(2048,)), [0.010])])
+    assert 'prefill ms' in table.columns
+    assert re.search(r' prefill: .+ first token', table.notes[-1])
+
+
 def test_separates_the_import_of_an_engine_from_its_process():
     result = done(case(contexts=(2048,)), [0.010])
     result['startup']['parts'] = {'import_s': 0.4, 'load_s': 1.5}
@@ -1051,6 +1067,16 @@ def test_separates_the_import_of_an_engine_from_its_process():
     assert len(set(table.columns)) == len(table.columns)
     told = dict(zip(table.columns, table.rows[0], strict=True))
     assert (told['modules s'], told['import s']) == ('1.0', '0.4')
+
+
+def test_advice_of_the_verdict_fits_the_engine():
+    result = done(case(contexts=(2048,)), [0.010])
+    result['contexts'][0]['floor_read_s'] = 0.001
+    result['footprint'].update(engine='native', details={'kernels': 'triton 3.6.0'},
+                               quantization='bitsandbytes-nf4')
+    (_, _, verdict), = report.verdicts([result]).rows
+    assert verdict.startswith('kernels: 8 of 10 ms')
+    assert verdict.endswith('such as GPTQ of four bits')
 
 
 def test_host_gap_is_the_time_without_a_kernel():

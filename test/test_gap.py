@@ -83,6 +83,15 @@ def test_how_it_reads():
     assert 'captured is 0.50 times as fast' in str(found(second=gap.Way('uncaptured', 1.8255e-3)))
 
 
+def test_advice_fits_the_engine():
+    slow = found(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3, engine='native',
+                 kernels='triton 3.6.0', quantization='bitsandbytes-nf4')
+    assert str(slow).endswith('use weights in another format, such as GPTQ of four bits')
+    bare = gap.measure(DecodeLoop(Fake(
+        engine='native', quantization='awq', details={'kernels': 'torch'})), None, PEAK)
+    assert (bare.engine, bare.kernels, bare.quantization) == ('native', 'torch', 'awq')
+
+
 @pytest.mark.parametrize(('cached', 'kept'), [(0, 0), (5, 5), (27, 27), (28, 27), (63, 27)])
 def test_both_ways_go_on_from_the_cache(cached, kept):
     """As far as there is room; the floor is that of the middle step."""
@@ -168,6 +177,7 @@ def test_on_a_cpu_two_engines_are_compared(folder, name):
         assert {engine.footprint.engine, other.footprint.engine} == set(ENGINES)
         result = gap.measure(loop, other, PEAK)
         assert (result.first.name, result.second.name) == tuple(ENGINES)
+        assert result.engine == result.first.name
         assert result.first.step_s > 0 and result.second.step_s > 0
         assert loop.cached_ids == cached
         step = first_step(loop, prompt + [5])

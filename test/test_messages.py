@@ -222,3 +222,17 @@ def test_bandwidth_warns_below_the_limit(window):
     nothing = values(status(None, None, Peak(None, 'unknown')))
     assert nothing.pop('peak_source') == 'unknown'
     assert set(nothing.values()) == {'n/a'}
+
+
+@pytest.mark.parametrize(('footprint', 'advice'), [
+    (FOOTPRINT, 'use a smaller model'),
+    (replace(FOOTPRINT, quantization='bitsandbytes-nf4'), 'such as GPTQ of four bits'),
+    (replace(FOOTPRINT, details={'kernels': 'torch'}), 'install Triton'),
+    (replace(FOOTPRINT, engine='transformers', details={}), 'engine.name: native with Triton'),
+    (None, 'use engine.name: native')])
+def test_advice_of_the_verdict_fits_the_engine(window, footprint, advice):
+    slow = replace(window, floor_ms=0.1, best_r_floor=None, host_gap_ms=0.0)
+    found = values(messages.bandwidth_status(
+        '/decode', slow, footprint, PEAK, DiagnosticsConfig(), 'x'))['verdict']
+    assert found.startswith('kernels: ')
+    assert advice in found

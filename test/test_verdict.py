@@ -27,6 +27,8 @@ GPTQ = Figures(1.751, device_ms=1.74, floor_ms=0.96, cuda_graph='captured')
 CAPTURED = Figures(11.776, device_ms=11.7, floor_ms=4.58, cuda_graph='captured')
 L4 = Figures(58.7, device_ms=58.5, floor_ms=47.53, cuda_graph='captured')
 CPU = Figures(3.1, device_ms=2.8, cuda_graph='unavailable')         # the embedded model
+NATIVE_NF4 = replace(CAPTURED, engine='native', kernels='triton 3.6.0',
+                     quantization='bitsandbytes-nf4')
 BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two busy loops
 
 
@@ -36,7 +38,8 @@ BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two
     (GPTQ, 'bytes', 0.96, 'fewer bytes'),
     (EAGER, 'host', 18.305 - 2.97, 'engine.cuda_graph: true'),
     (CAPTURED, 'kernels', 11.7 - 4.58, 'engine.name: native with Triton'),
-    (CPU, 'kernels', 2.8, 'engine.cpu_threads'),
+    (CPU, 'kernels', 2.8, 'engine.name: native, other engine.cpu_threads'),
+    (replace(CPU, engine='transformers'), 'kernels', 2.8, 'engine.name: native'),
     (BUSY, 'a neighbour', 10.47, 'realtime.priority and realtime.cpu_affinity'),
     (replace(NATIVE, itl_ms=9.0), 'host', 9.0 - 3.575, 'engine.steps_ahead'),
     (replace(CPU, itl_ms=9.0), 'host', 6.2, 'realtime.priority'),
@@ -56,6 +59,36 @@ def test_names_the_largest_part(figures, cause, part_ms, advice):
     verdict = judge(figures)
     assert verdict.cause == cause
     assert verdict.part_ms == pytest.approx(part_ms)
+    assert advice in verdict.advice
+
+
+@pytest.mark.parametrize(('figures', 'advice'), [
+    (NATIVE_NF4, 'use weights in another format, such as GPTQ of four bits'),
+    (replace(NATIVE_NF4, quantization='modelopt-nvfp4'),
+     'use weights in another format, such as GPTQ of four bits'),
+    (replace(NATIVE_NF4, quantization='gptq-int8-g128'),
+     'use weights in another format, such as GPTQ of four bits'),
+    (replace(NATIVE_NF4, quantization='awq-int4-g128'),
+     'use a smaller model; decode_bench --kernels times each kernel'),
+    (replace(NATIVE_NF4, quantization='none'),
+     'use a smaller model; decode_bench --kernels times each kernel'),
+    (replace(NATIVE_NF4, kernels='torch'), 'install Triton'),
+    (replace(NATIVE_NF4, engine='exllamav2', kernels=''),
+     'use another engine, such as engine.name: native with Triton'),
+    (replace(CPU, engine='native', kernels='torch'),
+     'use other engine.cpu_threads, a smaller model, or a GPU')])
+def test_advice_on_kernels_does_not_name_what_runs_already(figures, advice):
+    verdict = judge(figures)
+    assert (verdict.cause, verdict.advice) == ('kernels', advice)
+
+
+@pytest.mark.parametrize(('changes', 'cause', 'advice'), [
+    ({'itl_ms': 60.0}, 'host', 'engine.steps_ahead'),
+    ({'throttle_reasons': 'sw_power_cap'}, 'clocks', 'cooling'),
+    ({'cuda_graph': 'off'}, 'host', 'engine.cuda_graph: true')])
+def test_advice_on_other_causes_is_that_of_any_engine(changes, cause, advice):
+    verdict = judge(replace(NATIVE_NF4, **changes))
+    assert verdict.cause == cause
     assert advice in verdict.advice
 
 

@@ -149,8 +149,11 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
             table.notes += [note] * (note not in table.notes)
     table.notes.append('Times are inter-token latencies of a reader of the stream, after warm-up. '
                        'device: between two events around the step; if the host launches each '
-                       'kernel, this includes its work. growth: the step relative to that of the '
-                       'same engine at its first context.')
+                       'kernel, this includes its work. host gap: the rest of the step; pauses '
+                       'between the events count as device. growth: the step relative to that of '
+                       'the same engine at its first context. prefill: on the host, from a random '
+                       'prompt to its first token, once, after another prompt of the same length. '
+                       'The prompt is the context without the steps, and none of it is cached.')
     return table
 
 
@@ -198,14 +201,16 @@ def parts(results: Sequence[Result]) -> Table:
 def verdicts(results: Sequence[Result]) -> Table:
     """Name the main limit of each step."""
     table = Table('What holds the step back', ['engine', 'context', 'verdict'])
-    graphs = {label(result): result['footprint']['cuda_graph'] for result, _ in cells(results)}
+    footprints = {label(result): result['footprint'] for result, _ in cells(results)}
     for (name, context), found in grouped(results).items():
         times = [mean(cell[key] for cell in found) for key in (
             'itl_p50_s', 'device_p50_s', 'floor_read_s', 'itl_p99_s')]
         itl_ms, device_ms, floor_ms, p99_ms = (each and 1e3 * each for each in times)
-        verdict = judge(Figures(itl_ms, device_ms, floor_ms, p99_ms,
-                                sum(len(cell['itl_s']) for cell in found),
-                                cuda_graph=graphs[name]))
+        foot = footprints[name]
+        verdict = judge(Figures(
+            itl_ms, device_ms, floor_ms, p99_ms, sum(len(cell['itl_s']) for cell in found),
+            cuda_graph=foot['cuda_graph'], engine=foot['engine'],
+            kernels=foot['details'].get('kernels', ''), quantization=foot['quantization']))
         if verdict is not None:
             table.rows.append([name, str(context), str(verdict)])
     return table

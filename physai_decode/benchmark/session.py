@@ -195,7 +195,8 @@ def _cell(engine: Engine, case: Case, context: int, peak: Peak,
     """Measure one context; a failure becomes the ``error`` of the cell."""
     limit = engine.footprint.max_context
     if context > limit:
-        return {'context': context, 'error': f'the context of the engine is {limit} tokens'}
+        return {'context': context, 'error': f'the model takes at most {limit} tokens: set '
+                                             f'--contexts to {limit} or less'}
     try:
         cell = measure(engine, context, case.warmup, case.steps, peak)
         if case.samplings:

@@ -21,6 +21,7 @@ always has the same keys.
 
 from collections.abc import Mapping
 from dataclasses import fields
+from dataclasses import replace
 import json
 from math import isfinite
 from types import MappingProxyType
@@ -221,11 +222,13 @@ def _figures(window: WindowReport, footprint: Footprint | None,
              throttle_reasons: str | None) -> Figures:
     """Return the figures of a verdict."""
     itl_ms, gap_ms = window.itl_p50_ms, window.host_gap_ms
-    return Figures(
+    figures = Figures(
         itl_ms, None if itl_ms is None or gap_ms is None else itl_ms - gap_ms, window.floor_ms,
-        window.itl_p99_ms, window.count, window.wait_ms,
-        footprint.cuda_graph if footprint else 'unavailable', throttle_reasons,
-        window.best_r_floor)
+        window.itl_p99_ms, window.count, window.wait_ms, throttle_reasons=throttle_reasons,
+        best_r_floor=window.best_r_floor)
+    return figures if footprint is None else replace(
+        figures, cuda_graph=footprint.cuda_graph, engine=footprint.engine,
+        kernels=footprint.details.get('kernels', ''), quantization=footprint.quantization)
 
 
 def _giga(count: float | None) -> float | None:
