@@ -443,7 +443,7 @@ def test_counts_a_turn_once(make):
                         chat=ChatConfig(keep_history=True))
     for _ in range(3):
         sink.end(worker.submit(Request('q' * 20000 + ' so')))
-    assert text.counted == [20006, 20006]       # only once the whole conversation is long
+    assert text.counted == [20006, 20006]       # each turn once, when the conversation is long
     assert text.encoded == [20003, 40010, 60017]
 
 
