@@ -174,9 +174,9 @@ def test_rejects_prompts_unless_active(make):
     assert rig.change('configure', 'activate')
     assert rig.ask('b')['finish_reason'] == 'stop'
     assert rig.change('deactivate')
-    refused = rig.ask('c')
-    assert refused['finish_reason'] == 'rejected'
-    assert 'inactive: activate' in refused['message']
+    rejected = rig.ask('c')
+    assert rejected['finish_reason'] == 'rejected'
+    assert 'inactive: activate' in rejected['message']
     assert [request['request_id'] for request in rig.requests()] == ['1', '2', '3']
     rig.wait(lambda: rig.received['response'])
     assert len(rig.received['response']) == 1
@@ -188,10 +188,10 @@ def test_rejects_prompts_unless_active(make):
     ('', 'empty'), ('x' * CONTEXT, f'{CONTEXT} tokens')])
 def test_rejects_a_prompt_that_it_cannot_answer(rig, text, words):
     """~/request_stats has the reason, and the next prompt is answered."""
-    refused = rig.ask(text)
-    assert refused['finish_reason'] == 'rejected'
-    assert words in refused['message']
-    assert refused['level'] == messages.WARN
+    rejected = rig.ask(text)
+    assert rejected['finish_reason'] == 'rejected'
+    assert words in rejected['message']
+    assert rejected['level'] == messages.WARN
     assert rig.ask('on')['finish_reason'] == 'stop'
 
 
@@ -389,10 +389,10 @@ def test_clock_messages_do_not_wake_the_executor(make):
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     rig.wait(publisher.get_subscription_count)
-    taken, tick = [], Clock()
+    read, tick = [], Clock()
     subscription, = (each for each in rig.node.subscriptions if each.topic_name == '/clock')
-    take = subscription.callback
-    subscription.callback = lambda message: taken.append(message) or take(message)
+    callback = subscription.callback
+    subscription.callback = lambda message: read.append(message) or callback(message)
     before = len(rig.received['diagnostics'])
     for sec in range(1, 1000):
         tick.clock.sec = sec
@@ -400,7 +400,7 @@ def test_clock_messages_do_not_wake_the_executor(make):
     rig.wait(lambda: publisher.publish(tick)        # best effort: one can be lost
              or rig.received['diagnostics'][-1].header.stamp.sec == 999)
     # One for each message on /diagnostics, the last of which may not have arrived yet.
-    assert 1 <= len(taken) <= len(rig.received['diagnostics']) - before + 1
+    assert 1 <= len(read) <= len(rig.received['diagnostics']) - before + 1
     assert rig.set(use_sim_time=False) == (True, '')
     rig.wait(lambda: rig.received['diagnostics'][-1].header.stamp.sec > 10**9)
     rig.wait(lambda: not publisher.get_subscription_count())
@@ -576,11 +576,11 @@ def test_applies_all_parameters_of_a_call_or_none(rig):
 def test_locked_model_cannot_be_changed(make):
     """Parameters that select the model, and the lock itself, can not be set in any state."""
     rig = make(**{'model.locked': True, 'model.path': 'mine'})
-    refused = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
-               'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
-               'chat.template': 'off'}
+    locked = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
+              'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
+              'chat.template': 'off'}
     for transition in ('configure', 'activate', 'deactivate', 'cleanup'):
-        for name, value in refused.items():
+        for name, value in locked.items():
             before = rig.node.get_parameter(name).value
             for service in ('set_parameters', 'set_parameters_atomically'):
                 done, reason = rig.set(service, **{name: value})

@@ -120,8 +120,8 @@ def test_topics_have_the_requests_of_http_clients(rig):
     assert rig.ask('by topic')['finish_reason'] == 'stop'
     figures = {each['client_id']: each for each in rig.requests()}
     assert figures[answer.id]['finish_reason'] == figures['mine']['finish_reason'] == 'stop'
-    (refused,) = (each for each in rig.requests() if each['finish_reason'] == 'rejected')
-    assert refused['refusal'] == 'invalid' and 'n is 2' in refused['message']
+    (rejected,) = (each for each in rig.requests() if each['finish_reason'] == 'rejected')
+    assert rejected['refusal'] == 'invalid' and 'n is 2' in rejected['message']
     rig.wait(lambda: len(rig.received['accepted']) == 3)
     ids = [json.loads(each.data)['id'] for each in rig.received['accepted']]
     assert ids == [answer.id, 'mine', None]

@@ -107,16 +107,16 @@ def test_reads_values_of_all_types_from_a_file(make):
     assert config.autostart is False
 
 
-@pytest.mark.parametrize('given', [
+@pytest.mark.parametrize('parameter', [
     Parameter('sampling.stop'), Parameter('sampling.stop', Parameter.Type.BOOL_ARRAY, []),
     Parameter('sampling.stop', Parameter.Type.STRING_ARRAY, [])])
-def test_accepts_an_empty_list_of_any_type(make, given):
+def test_accepts_an_empty_list_of_any_type(make, parameter):
     """The tools of ROS do not agree on its type."""
-    assert parameters.merge(DecodeConfig(), [given]).sampling.stop == ()
+    assert parameters.merge(DecodeConfig(), [parameter]).sampling.stop == ()
     node = make('sampling.stop: []')
     parameters.declare(node)
     assert parameters.read(node).sampling.stop == ()
-    assert node.set_parameters(parameters.typed([given]))[0].successful
+    assert node.set_parameters(parameters.typed([parameter]))[0].successful
 
 
 @pytest.mark.parametrize(('yaml', 'message'), [

@@ -38,8 +38,8 @@ FAILING = """
 from physai_decode.ros import process
 
 class Failing(process.DecodeNode):
-    def __init__(self, *given, **named):
-        super().__init__(*given, **named)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.create_timer(0.01, self.fail)
 
     def fail(self):

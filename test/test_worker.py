@@ -265,9 +265,9 @@ def test_rejects_if_the_queue_is_full(make):
     assert gate.waiting.wait(TIMEOUT_S)
     waiting = [worker.submit(Request('b')), worker.submit(Request('c'))]
     assert worker.queue_depth == 2
-    refused, _ = sink.end(worker.submit(Request('d')))
-    assert refused.finish_reason == 'rejected'
-    assert 'queue is full with 2' in refused.message
+    rejected, _ = sink.end(worker.submit(Request('d')))
+    assert rejected.finish_reason == 'rejected'
+    assert 'queue is full with 2' in rejected.message
     gate.open(9)
     for request_id in (running, *waiting):
         assert sink.end(request_id)[1] == 'ok'
@@ -682,11 +682,11 @@ def test_task_runs_in_the_thread_of_the_worker(make):
     sink.end(worker.submit(Request('say hello')))
     before = worker.window()
 
-    def work(given, heartbeat):
-        assert given.engine is engine
+    def work(loop, heartbeat):
+        assert loop.engine is engine
         assert worker.state == 'generating'
         assert not gc.isenabled()
-        for _ in given.stream([1, 2], SamplingConfig()):
+        for _ in loop.stream([1, 2], SamplingConfig()):
             heartbeat()
         return threading.current_thread().name
 

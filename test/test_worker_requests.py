@@ -141,10 +141,10 @@ def test_id_is_unique_until_its_request_ends(make):
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     running = worker.submit(Request('a', client_id='x'))
     waiting = worker.submit(Request('a', client_id='y'))
-    for taken in 'xy':
-        report, _ = sink.end(worker.submit(Request('b', client_id=taken)))
+    for client_id in 'xy':
+        report, _ = sink.end(worker.submit(Request('b', client_id=client_id)))
         assert report.finish_reason == 'rejected'
-        assert f"id '{taken}' belongs to a request that has not ended" in report.message
+        assert f"id '{client_id}' belongs to a request that has not ended" in report.message
     gate.open(9)
     for number in (running, waiting):
         assert sink.end(number)[0].finish_reason == 'stop'
@@ -180,8 +180,8 @@ def test_listener_receives_only_its_request(make):
     mine = Sink()
     worker.submit(Request('other'))
     number = worker.submit(Request('mine'), listener=mine)
-    refused = worker.submit(Request(''), listener=mine)
-    assert mine.end(refused)[0].finish_reason == 'rejected'
+    rejected = worker.submit(Request(''), listener=mine)
+    assert mine.end(rejected)[0].finish_reason == 'rejected'
     assert mine.end(number)[1] == 'mine'
     assert {report.request_id for report in mine.tokens} == {number}
     sink.end(number)
@@ -502,14 +502,14 @@ def test_rejection_has_its_kind(make):
                         queue=QueueConfig(size=1, max_request_bytes=100))
     assert sink.end(worker.submit(Request('go')))[0].refusal == 'inactive'
     worker.start()
-    taken = worker.submit(Request('go'))
+    running = worker.submit(Request('go'))
     assert gate.waiting.wait(TIMEOUT_S)
     waiting = worker.submit(Request('p' * 64))
     for request, kind in ((Request('go'), 'full'), (Request('x' * 101), 'too_large'),
                           (Request(''), 'invalid')):
         assert sink.end(worker.submit(request))[0].refusal == kind
     gate.open(9)
-    assert sink.end(taken)[0].refusal == ''
+    assert sink.end(running)[0].refusal == ''
     assert sink.end(waiting)[0].refusal == 'invalid'        # longer than the context
 
 
