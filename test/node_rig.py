@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A node on a scripted engine, and a probe that hears and asks all there is."""
+"""A node with a fake engine, and a probe that uses all its topics and services."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ class Letters:
         return self
 
     def tail(self, prompt_ids):
-        """Return the last letters."""
+        """Return the last characters."""
         return ''.join(map(chr, prompt_ids[-20:]))
 
     def vocabulary(self, size, end_ids):
@@ -87,10 +87,10 @@ class Letters:
 
 class EchoEngine(FakeEngine):
     """
-    Says the prompt again, in upper case, then ends.
+    Answers with the prompt in upper case.
 
-    A prompt that holds ``!`` raises there, one that holds ``?`` waits there for `answer`, and one
-    that holds code 1 brings a NUL.
+    At a ``!`` of the prompt it raises, at a ``?`` it waits until the test sets `answer`, and for
+    U+0001 it answers NUL.
     """
 
     def __init__(self, step_s: float = 0.0, end: int = END) -> None:
@@ -103,8 +103,8 @@ class EchoEngine(FakeEngine):
         self.answer = threading.Event()
 
     @staticmethod
-    def said(letter):
-        """Return the answer to a letter of the prompt."""
+    def answer_to(letter):
+        """Return the answer to a character of the prompt."""
         return letter.upper()
 
     def _echo_upper(self, prompt_ids):
@@ -115,7 +115,7 @@ class EchoEngine(FakeEngine):
                 raise RuntimeError('the engine broke')
             if letter == '?':
                 assert self.answer.wait(PATIENCE_S)
-            yield Step((ord(self.said(letter)) if letter > '\x01' else 0,), device_s=1e-6)
+            yield Step((ord(self.answer_to(letter)) if letter > '\x01' else 0,), device_s=1e-6)
         yield Step(self.footprint.eos_token_ids)
 
 
@@ -130,7 +130,7 @@ class Loader:
         self.go.set()
 
     def __call__(self, config, progress) -> Loaded:
-        """Fail for the path ``bad``."""
+        """Return a loaded model; the path ``bad`` raises."""
         progress('reading')
         assert self.go.wait(PATIENCE_S)
         progress('done')
@@ -145,7 +145,7 @@ class Rig:
 
     def __init__(self, load=None, **overrides) -> None:
         self.loader = Loader()
-        # On a busy machine nothing counts as stalled, and no token is too old to be counted.
+        # Limits that even a busy machine does not reach.
         overrides = {'autostart': False, 'diagnostics.period_s': 0.05,
                      'diagnostics.stall_timeout_s': 3600.0, 'diagnostics.window_s': 3600.0,
                      **overrides}
@@ -153,7 +153,7 @@ class Rig:
             Parameter(name, value=value) for name, value in overrides.items()])
         self._counting = threading.Lock()
         self.in_flight: Counter[str] = Counter()        # messages by topic
-        self.cancels: list[str] = []            # what came of each that the host was asked for
+        self.cancels: list[str] = []            # results of the calls of host.cancel
         self._cancel, self.node._host.cancel = self.node._host.cancel, self._note_cancel
         self.probe = Node('probe')
         self.received: dict[str, list] = {}
@@ -199,7 +199,7 @@ class Rig:
         return counted
 
     def settle(self) -> None:
-        """Wait until the probe has received all that the node published on its streams."""
+        """Wait until the probe has received all messages of the stream topics."""
         streams = [f'/decode/{name}' for name in self.received if name not in (
             'diagnostics', 'model_info')]
         self.wait(lambda: not any(self.in_flight[topic] for topic in streams))
@@ -265,7 +265,7 @@ class Rig:
         return result.successful, result.reason
 
     def ask_later(self, text) -> None:
-        """Send a prompt."""
+        """Send a prompt without waiting for the answer."""
         self.prompt.publish(String(data=text))
 
     def ask(self, text) -> dict[str, str]:
@@ -280,7 +280,7 @@ class Rig:
         return [self.values(array.status[0]) for array in self.received['request_stats']]
 
     def diagnostics(self, name) -> dict[str, str]:
-        """Return the status of this name in a message that is published from now on."""
+        """Return the status of this name that is published on /diagnostics after this call."""
         count = len(self.received['diagnostics']) + 1
         self.wait(lambda: len(self.received['diagnostics']) > count)
         return next(self.values(status) for status in self.received['diagnostics'][-1].status
@@ -294,7 +294,7 @@ class Rig:
 
 @contextmanager
 def active_rig(**overrides) -> Iterator[Rig]:
-    """Yield the rig of an active node that echoes each prompt, in a ROS context of its own."""
+    """Yield the rig of an active node with an `EchoEngine`; initialise and shut down rclpy."""
     rclpy.init()
     rig = Rig(**overrides)
     assert rig.change('configure', 'activate')

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""``decode_bench``: what it measures, how it compares, what it writes, and how it goes on."""
+"""``decode_bench``: measurements, comparisons, reports, and runs that are resumed."""
 
 import contextlib
 from dataclasses import replace
@@ -64,7 +64,7 @@ PEAK = Peak(1e9, 'parameter')
 
 
 class FakeEngine:
-    """Reports its token's number as device time in ms; prompts come in small chunks."""
+    """Reports the number of a token as its device time in ms; takes prompts in small chunks."""
 
     chunk_tokens = (1, 10)
 
@@ -100,13 +100,13 @@ class FakeEngine:
 
 
 def case(label='fake', contexts=(64, 128), **more):
-    given = {'engine': EngineConfig(name='native', cpu_threads=1), 'steps': 5, 'warmup': 2,
-             'source': Source(synthetic='tiny')}
-    return Case(label, contexts=contexts, **{**given, **more})
+    defaults = {'engine': EngineConfig(name='native', cpu_threads=1), 'steps': 5, 'warmup': 2,
+                'source': Source(synthetic='tiny')}
+    return Case(label, contexts=contexts, **{**defaults, **more})
 
 
 def done(of, medians, contexts=(2048,)):
-    """Return a result as a session writes it, with these medians in seconds."""
+    """Return the result of a finished session of a case, with these medians in seconds."""
     engine = FakeEngine()
     return {
         'case': of.to_dict(), 'status': 'done', 'date': '', 'peak': vars(PEAK),
@@ -146,7 +146,7 @@ def test_measure_uses_a_new_prompt_each_time():
     assert all(0 <= token < 50 for prompt in engine.prompts for token in prompt)
 
 
-def test_floors_are_of_the_middle_of_the_steps():
+def test_floors_are_those_of_the_middle_step():
     cell = session.measure(FakeEngine(), 1000, warmup=5, steps=30, peak=PEAK)
     kv = 2 * 2 * 1 * 64 * 985 * 2
     assert cell['kv_bytes'] == kv
@@ -177,11 +177,11 @@ def test_sampling_settings_alternate_after_one_prompt():
     assert [row['sampling'] for row in rows] == ['greedy', 'temperature=0.8', 'top_k=3']
     assert all(len(row['itl_s']) == 5 * session.SAMPLING_ROUNDS for row in rows)
     assert len(set(map(tuple, engine.prompts))) == 1
-    told = [(each.temperature, each.top_k, each.max_new_tokens) for each in engine.samplings]
-    assert told == [(0.0, 0, 8), (0.8, 0, 8), (0.0, 3, 8)] * session.SAMPLING_ROUNDS
+    used = [(each.temperature, each.top_k, each.max_new_tokens) for each in engine.samplings]
+    assert used == [(0.0, 0, 8), (0.8, 0, 8), (0.0, 3, 8)] * session.SAMPLING_ROUNDS
 
 
-class Ending:
+class CountingConstraint:
     """A constraint whose answer is complete after a number of tokens."""
 
     mask_s = 0.25
@@ -201,21 +201,22 @@ def test_masked_and_free_steps_alternate_at_the_same_length():
     engine, lengths = FakeEngine(), iter([4, *[6, 9] * 50])
     made = []
 
-    def fresh():
-        made.append(Ending(next(lengths)))
+    def new_constraint():
+        made.append(CountingConstraint(next(lengths)))
         return made[-1]
-    told = session.masked(engine, 64, 2, 5, session.Compiled(fresh, 0.5, 0.75))
-    # The first answer is left out; the others have 3 steps after 2 of warm-up, or 5 of 6.
+    times = session.masked(engine, 64, 2, 5, session.Compiled(new_constraint, 0.5, 0.75))
+    # The first answer is not counted. The others have 3 or 6 steps after 2 of warm-up; at most 5
+    # are counted.
     assert len(made) == 1 + 13
-    assert len(told['masked_s']) == len(told['free_s']) == len(told['mask_s']) == 7 * 3 + 6 * 5
-    assert told['mask_p99_s'] == 0.25 and told['ratio'] > 0
-    assert (told['vocabulary_s'], told['compile_s']) == (0.5, 0.75)
+    assert len(times['masked_s']) == len(times['free_s']) == len(times['mask_s']) == 7 * 3 + 6 * 5
+    assert times['mask_p99_s'] == 0.25 and times['ratio'] > 0
+    assert (times['vocabulary_s'], times['compile_s']) == (0.5, 0.75)
     assert len(set(map(tuple, engine.prompts))) == 1
     assert [each.max_new_tokens for each in engine.samplings][:6] == [8, 4, 8, 6, 8, 8]
 
 
 def test_rejects_answers_too_short_to_be_timed():
-    compiled = session.Compiled(lambda: Ending(2), 0.0, 0.0)
+    compiled = session.Compiled(lambda: CountingConstraint(2), 0.0, 0.0)
     with pytest.raises(EngineError, match='0 steps after 2 of warm-up, but 50 are needed'):
         session.masked(FakeEngine(), 64, 2, 5, compiled)
 
@@ -231,22 +232,23 @@ def test_rejects_a_context_too_short_for_the_steps():
 
 
 def test_energy_of_decode_steps():
-    """None if the device does not report it; the table needs at least one that does."""
-    now, taken = [0.0], [100.0]
+    """It is not measured if the device does not report it; the table omits such contexts."""
+    now_s, used_j = [0.0], [100.0]
 
     def energy_j():
-        return taken[0]
+        return used_j[0]
 
     def clock():
-        now[0], taken[0] = now[0] + 0.5, taken[0] + 50.0
-        return now[0]
+        now_s[0], used_j[0] = now_s[0] + 0.5, used_j[0] + 50.0
+        return now_s[0]
 
     assert session.energy(FakeEngine(), 64, 8, lambda: None) == {}
-    told = session.energy(FakeEngine(), 64, 8, energy_j, clock)
-    assert told['power_w'] == pytest.approx(100.0)
+    figures = session.energy(FakeEngine(), 64, 8, energy_j, clock)
+    assert figures['power_w'] == pytest.approx(100.0)
     steps = 7 * 3                               # three answers fit into 2 s of this clock
-    assert told['j_per_token'] == pytest.approx(200.0 / steps)
-    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, **told}, {'context': 128}]}]
+    assert figures['j_per_token'] == pytest.approx(200.0 / steps)
+    results = [{'case': {'label': 'a'}, 'contexts': [
+        {'context': 64, **figures}, {'context': 128}]}]
     row, = report.energy(results).rows
     assert row[:2] == ['a', '64'] and row[4] == '100.0'
 
@@ -266,7 +268,7 @@ def test_rejects_a_wrong_neighbour(text):
         neighbour.parse(text)
 
 
-def test_a_neighbour_ends_with_its_context(monkeypatch):
+def test_neighbour_processes_end_with_the_context_manager(monkeypatch):
     started = []
     popen = neighbour.subprocess.Popen
 
@@ -290,21 +292,21 @@ def test_reports_a_neighbour_that_can_not_run(monkeypatch):
 
 
 def test_times_the_step_beside_a_neighbour(monkeypatch, tmp_path):
-    """Alternating with the step alone; the table has both, and the neighbour's own times."""
-    class Other:
+    """Rounds alternate with the step alone; the table also has the times of the neighbour."""
+    class Neighbour:
         def collect(self, seconds):
             return [0.002 if seconds else 0.004]
 
     @contextlib.contextmanager
     def running(kind):
-        yield Other()
+        yield Neighbour()
 
     monkeypatch.setattr(neighbour, 'running', running)
     monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
-    told = session.beside(FakeEngine(), 64, 2, 'gpu:30,1')
-    assert len(told['alone']) >= 40 and len(told['beside']) >= 40
-    told.update(alone=[0.001] * 999 + [0.002], beside=[0.002] * 1000)
-    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, 'beside': [told]}]}]
+    times = session.beside(FakeEngine(), 64, 2, 'gpu:30,1')
+    assert len(times['alone']) >= 40 and len(times['beside']) >= 40
+    times.update(alone=[0.001] * 999 + [0.002], beside=[0.002] * 1000)
+    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, 'beside': [times]}]}]
     alone, beside = report.beside(results).rows
     assert alone == ['a', '64', 'gpu:30,1', 'alone', '1.000', '1.000', '1.001', '2.000', '999.0',
                      '2.000', '2.000']
@@ -314,12 +316,12 @@ def test_times_the_step_beside_a_neighbour(monkeypatch, tmp_path):
     assert [line.get_label() for line in figure.axes[0].lines] == [
         'a, 64, alone', 'a, 64, beside gpu:30,1']
     pyplot.close(figure)
-    nothing = [{'case': {'label': 'a'}, 'contexts': []}]
-    assert plots._beside(pyplot, nothing, {'a': 'black'}) is None
+    empty = [{'case': {'label': 'a'}, 'contexts': []}]
+    assert plots._beside(pyplot, empty, {'a': 'black'}) is None
 
 
-def test_prompts_have_two_floors(monkeypatch):
-    """The second belongs to the model: an engine that does not know it takes another's."""
+def test_prompts_have_floors_of_bytes_and_of_operations(monkeypatch):
+    """An engine that does not report its parameters takes the operations of another engine."""
     rates = []
     monkeypatch.setattr(session, 'matrix_rate', lambda *device: rates.append(device) or 4e9)
     engine, peak = FakeEngine(), Peak(2e9, 'parameter')
@@ -365,11 +367,11 @@ def test_measures_the_rate_of_a_matrix_product(monkeypatch):
 
 # --- a session ----------------------------------------------------------------------------------
 
-def run_session(monkeypatch, build, of, keep=lambda result: None):
+def run_session(monkeypatch, build, of, save=lambda result: None):
     monkeypatch.setattr('physai_decode.engines.build', build)
     monkeypatch.setattr(checkpoint, 'open', lambda path: None)
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e9)
-    return session.run(of, 0.0, lambda message: None, keep)
+    return session.run(of, 0.0, lambda message: None, save)
 
 
 def test_session_writes_all_that_the_report_needs(monkeypatch):
@@ -387,8 +389,8 @@ def test_machine_with_a_gpu_has_the_name_of_its_cpu(monkeypatch):
     pytest.importorskip('torch')
     monkeypatch.setattr('physai_decode.engines.device.cpu_name', lambda: 'Cortex')
     monkeypatch.setattr(machine, '_gpu', lambda torch, footprint: {'name': 'Orin'})
-    told = machine.describe(replace(FakeEngine().footprint, device='cuda:0'))
-    assert told['cpu'] == 'Cortex' and told['gpu'] == {'name': 'Orin'}
+    found = machine.describe(replace(FakeEngine().footprint, device='cuda:0'))
+    assert found['cpu'] == 'Cortex' and found['gpu'] == {'name': 'Orin'}
 
 
 def test_context_that_does_not_fit_has_the_reason_in_its_cell(monkeypatch):
@@ -415,12 +417,12 @@ def test_profile_uses_a_separate_engine(monkeypatch):
     monkeypatch.setattr(machine, 'memory', lambda footprint: {})
     monkeypatch.setattr(profiler, 'prepare', lambda: built.append('profiler'))
     monkeypatch.setattr(profiler, 'profile', lambda engine, prompt, steps: [row])
-    kept = []
+    saved = []
     result = run_session(monkeypatch, build, case(kernels=True),
-                         lambda result: kept.append(json.dumps(result)))
+                         lambda result: saved.append(json.dumps(result)))
     assert [cell['kernels'] for cell in result['contexts']] == [[row], [row]]
-    assert [cell['itl_p50_s'] > 0 for cell in json.loads(kept[0])['contexts']] == [True, True]
-    assert 'kernels' not in json.loads(kept[0])['contexts'][0]
+    assert [cell['itl_p50_s'] > 0 for cell in json.loads(saved[0])['contexts']] == [True, True]
+    assert 'kernels' not in json.loads(saved[0])['contexts'][0]
     assert [type(each) for each in built] == [FakeEngine, str, FakeEngine]
     assert built[0].closed and built[2].closed
 
@@ -482,27 +484,27 @@ def test_times_a_schema_with_the_tokens_of_the_model(tmp_path):
                  '--warmup', '1', '--device', 'cpu', '--cpu-threads', '1', '--peak-gb-s', '10',
                  '--constraint', 'plan', '--prefill', '4', '8', '--out', str(tmp_path)]
     assert bench.main(arguments) == 0
-    told = json.loads((tmp_path / 'results.json').read_text())
-    assert [each['tokens'] for each in told['results'][0]['prompts']] == [4, 8]
-    assert all(each['floor_operations_s'] > 0 for each in told['results'][0]['prompts'])
-    masked = told['results'][0]['contexts'][0]['masked']
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert [each['tokens'] for each in written['results'][0]['prompts']] == [4, 8]
+    assert all(each['floor_operations_s'] > 0 for each in written['results'][0]['prompts'])
+    masked = written['results'][0]['contexts'][0]['masked']
     for name in ('free', 'masked', 'mask'):
         assert len(masked[f'{name}_s']) >= 40
         assert 0 < masked[f'{name}_p50_s'] <= masked[f'{name}_p99_s']
     assert masked['ratio'] == masked['masked_p50_s'] / masked['free_p50_s']
-    table, = [table for table in told['tables'] if table['title'] == 'Constraint']
+    table, = [table for table in written['tables'] if table['title'] == 'Constraint']
     assert len(table['rows']) == 1
 
 
 def test_reports_a_schema_that_can_not_be_compiled(monkeypatch):
-    monkeypatch.setattr(session, 'compile_schema', _refuse)
+    monkeypatch.setattr(session, 'compile_schema', _fail_to_compile)
     engine = FakeEngine()
     result = run_session(monkeypatch, lambda *_: engine, case(schema='{}'))
     assert (result['status'], result['error']) == ('unavailable', 'no such token')
     assert engine.closed
 
 
-def _refuse(case, footprint):
+def _fail_to_compile(case, footprint):
     raise ConstraintError('no such token')
 
 
@@ -526,8 +528,8 @@ def test_rejects_wrong_sampling_settings(text, message):
 
 
 def test_parses_engine_settings():
-    read = parse_engine('native:cuda_graph=false,dtype=float16', EngineConfig(max_context=77))
-    assert read == EngineConfig(name='native', cuda_graph=False, dtype='float16', max_context=77)
+    config = parse_engine('native:cuda_graph=false,dtype=float16', EngineConfig(max_context=77))
+    assert config == EngineConfig(name='native', cuda_graph=False, dtype='float16', max_context=77)
 
 
 @pytest.mark.parametrize(('text', 'message'), [
@@ -541,7 +543,7 @@ def test_rejects_wrong_engine_settings(text, message):
         parse_engine(text, EngineConfig())
 
 
-def test_case_survives_json_and_has_a_unique_key():
+def test_case_can_be_read_from_json_and_has_a_unique_key():
     one = case(session='03 A', requires=('bitsandbytes',))
     assert Case.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert one.key() != case(session='04 A', requires=('bitsandbytes',)).key()
@@ -613,7 +615,7 @@ def test_sums_kernels_by_name_and_grid():
         at = 1000 * step
         events += [event('matvec', at, 40), event('matvec', at + 50, 40),
                    event('matvec', at + 100, 300, grid=(99, 1, 1)), event('norm', at + 400, 20)]
-    events.append(event('norm', 10000, 20))       # of the step ahead
+    events.append(event('norm', 10000, 20))       # belongs to a step in flight
     rows = profiler.summarize(events, 10)
     assert [(row['name'], row['grid'], row['calls']) for row in rows] == [
         ('matvec', '99x1x1', 1), ('matvec', '8x1x1', 2), ('norm', '8x1x1', 1)]
@@ -681,7 +683,7 @@ def test_qwen_shape_has_the_bytes_of_the_paper():
 
 
 def test_shape_with_experts_has_the_parameters_of_its_name():
-    """Of 30.5 billion a step reads 3.3: all but an embedding, and 8 of 128 experts."""
+    """Of 30.5 billion, a step reads 3.3: all but the embedding, and 8 of 128 experts."""
     made = synthetic.config('qwen3-30b-a3b')
     sizes = {spec.name: spec.bytes // 2 for spec in synthetic.specs(made)}
     assert sum(sizes.values()) / 1e9 == pytest.approx(30.5, abs=0.05)
@@ -702,12 +704,13 @@ def test_described_folder_is_complete_and_takes_no_space(tmp_path, shape, quanti
         'nvfp4': 'compressed-tensors-float4-g16'}[quantization]
     assert found.weight_bytes == sum(
         spec.bytes for spec in synthetic.specs(synthetic.config(shape, quantization)))
-    taken = (tmp_path / 'model.safetensors').stat().st_blocks * 512
-    assert taken < max(1_000_000, found.weight_bytes / 1000)    # names of experts' tensors
+    used_bytes = (tmp_path / 'model.safetensors').stat().st_blocks * 512
+    # The header of a model with experts has many names.
+    assert used_bytes < max(1_000_000, found.weight_bytes / 1000)
 
 
 def test_tokenizer_has_the_vocabulary_size_of_the_shape(tmp_path):
-    """It encodes text as the embedded model does, and ids are contiguous."""
+    """It encodes text as the embedded model does, and its ids are contiguous."""
     tokenizers = pytest.importorskip('tokenizers')
     synthetic.describe(tmp_path, 'qwen2.5-0.5b')
     wide, small = (tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json')) for folder in (
@@ -743,7 +746,7 @@ def test_written_weights_have_the_same_deviation_in_every_format(tmp_path):
 
 
 def _float_weight(torch, tensors, name, quantization):
-    """Unpack one matrix with the formats' plain definitions, [in, out] or [out, in]."""
+    """Dequantise one matrix by the definition of its format, [in, out] or [out, in]."""
     if quantization == 'none':
         return tensors[f'{name}.weight'].float()
     if quantization == 'nf4':
@@ -767,9 +770,9 @@ def _float_weight(torch, tensors, name, quantization):
         scales = tensors[f'{name}.weight_scale_inv'].repeat_interleave(128, 0)
         return tensors[f'{name}.weight'].float() * scales.repeat_interleave(128, 1)
     words, zeros = tensors[f'{name}.qweight'], tensors[f'{name}.qzeros']
-    if quantization == 'gptq':        # eight rows a word, zero point stored minus 1
+    if quantization == 'gptq':        # eight rows per word; the stored zero point is 1 too small
         codes = (words[:, None, :] >> shifts[:, None] & 15).flatten(0, 1)
-    else:                             # eight columns a word
+    else:                             # eight columns per word
         codes = (words[:, :, None] >> shifts & 15).flatten(1, 2)
     points = (zeros[:, :, None] >> shifts & 15).flatten(1, 2) + (quantization == 'gptq')
     scales = tensors[f'{name}.scales'].float()
@@ -777,7 +780,7 @@ def _float_weight(torch, tensors, name, quantization):
     return (codes - points[group]) * scales[group]
 
 
-def test_written_weights_are_sharded_and_repeatable(tmp_path, monkeypatch):
+def test_written_weights_are_sharded_and_reproducible(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, 'SHARD_BYTES', 1_000_000)
     for folder in ('one', 'two'):
         synthetic.write(tmp_path / folder, 'tiny', seed=5)
@@ -802,10 +805,10 @@ def test_rewrites_a_folder_of_random_weights(tmp_path, monkeypatch, first, then)
 
 
 def test_rewritten_folder_has_no_config_until_it_is_complete(tmp_path, monkeypatch):
-    def lost(*_):
+    def fail(*_):
         raise OSError('no space left')
     synthetic.describe(tmp_path, 'tiny')
-    monkeypatch.setattr(synthetic, '_make', lost)
+    monkeypatch.setattr(synthetic, '_make', fail)
     with pytest.raises(OSError, match='no space left'):
         synthetic.write(tmp_path, 'tiny')
     assert not (tmp_path / 'config.json').exists()
@@ -853,16 +856,17 @@ def test_engines_run_random_weights(tmp_path, engine, quantization, written):
 # --- running cases ------------------------------------------------------------------------------
 
 @pytest.fixture
-def said():
+def lines():
+    """Return the list that receives the lines of progress."""
     return []
 
 
 @pytest.fixture
-def runner(tmp_path, said):
-    return Runner(tmp_path / 'out', tmp_path / 'models', progress=said.append)
+def runner(tmp_path, lines):
+    return Runner(tmp_path / 'out', tmp_path / 'models', progress=lines.append)
 
 
-def test_does_not_repeat_a_measured_case(runner, said, monkeypatch):
+def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
     started = []
 
     def process(self, case_path, result_path, log_path, timeout_s):
@@ -875,11 +879,11 @@ def test_does_not_repeat_a_measured_case(runner, said, monkeypatch):
     again = runner.run([case('one'), case('two'), case('three')])
     assert len(started) == 3
     assert again[:2] == [{**result, 'kept': True} for result in first]
-    assert any('already measured' in line for line in said)
+    assert any('already measured' in line for line in lines)
     assert first[0]['case'] == json.loads(json.dumps(case('one').to_dict()))
 
 
-def test_measures_again_after_a_change(runner, said, monkeypatch, tmp_path):
+def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
     folder = tmp_path / 'model'
     folder.mkdir()
     (folder / 'config.json').write_text('{}')
@@ -893,9 +897,9 @@ def test_measures_again_after_a_change(runner, said, monkeypatch, tmp_path):
     monkeypatch.setattr(Runner, '_process', process)
 
     def run():
-        said.clear()
+        lines.clear()
         assert runner.run([of])[0]['status'] == 'done'
-        return len(started), [line for line in said if 'measured' in line]
+        return len(started), [line for line in lines if 'measured' in line]
 
     assert run() == (1, [])
     assert run()[0] == 1
@@ -941,7 +945,7 @@ def test_repeats_only_a_session_that_died(runner, monkeypatch):
     first, kept = report.sessions(results).rows
     assert first[0] == 'two' and 'Segmentation fault' in first[1] and 'done' in first[2]
     assert kept[0] == '2 of 3' and kept[2] == 'kept'
-    # A third run measures nothing and still knows what was lost.
+    # A third run measures nothing, and still reports the session that died.
     assert report.sessions(runner.run(cases)).rows[0] == first
 
 
@@ -950,12 +954,12 @@ def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measure
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
-        if measured or end == 'done':       # broken off: before kernels are timed
+        if measured or end == 'done':       # a session saves its result before it times kernels
             of = Case.from_dict(json.loads(case_path.read_text()))
             result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
-        if end == 'broken':
+        if end == 'interrupted':
             raise KeyboardInterrupt
-    ends = ['broken', 'broken', 'done']
+    ends = ['interrupted', 'interrupted', 'done']
     monkeypatch.setattr(Runner, '_process', process)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -970,18 +974,18 @@ def test_reports_a_session_that_died_and_was_then_interrupted(runner, monkeypatc
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
-        if end == 'broken':
+        if end == 'interrupted':
             raise KeyboardInterrupt
         if end == 'done':
             of = Case.from_dict(json.loads(case_path.read_text()))
             result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
-    ends = ['died', 'broken', 'done']
+    ends = ['died', 'interrupted', 'done']
     monkeypatch.setattr(Runner, '_process', process)
     runner.run([case('one')])
     with pytest.raises(KeyboardInterrupt):
         runner.run([case('one')])
-    died, broken = report.sessions(runner.run([case('one')])).rows
-    assert 'Segmentation fault' in died[1] and 'interrupted' in broken[1]
+    died, interrupted = report.sessions(runner.run([case('one')])).rows
+    assert 'Segmentation fault' in died[1] and 'interrupted' in interrupted[1]
 
 
 _PARENT = """
@@ -994,11 +998,12 @@ time.sleep(float(sys.argv[-1]))
 """
 
 
-@pytest.mark.parametrize(('end', 'alone_s'), [('time-out', 2000), ('Ctrl-C', 2000), ('none', 0)])
-def test_processes_of_a_session_end_with_it(runner, monkeypatch, end, alone_s):
+@pytest.mark.parametrize(('end', 'parent_s'), [
+    ('time-out', 2000), ('Ctrl-C', 2000), ('normal', 0)])
+def test_processes_of_a_session_end_with_it(runner, monkeypatch, end, parent_s):
     popen = subprocess.Popen
     monkeypatch.setattr(runner_module.subprocess, 'Popen', lambda command, **more: popen(
-        [sys.executable, '-c', _PARENT, *command[-2:], str(alone_s)], **more))
+        [sys.executable, '-c', _PARENT, *command[-2:], str(parent_s)], **more))
     if end == 'Ctrl-C':
         runner.progress = lambda line: os.kill(
             os.getpid(), signal.SIGINT) if 'started' in line else None
@@ -1006,8 +1011,8 @@ def test_processes_of_a_session_end_with_it(runner, monkeypatch, end, alone_s):
             runner.run([case()])
     else:
         if end == 'time-out':
-            runner.session_timeout_s = 10       # in which it starts its child
-        runner.run([case()])        # waiting for the child would take longer than a test may
+            runner.session_timeout_s = 10       # enough time to start the child
+        runner.run([case()])        # does not wait for the child, which sleeps for 2000 s
     pid, = runner.sessions.glob('*.child')
     wait_for(lambda: _ended(int(pid.read_text())))
 
@@ -1020,14 +1025,14 @@ def _ended(pid):
         return True
 
 
-@pytest.mark.parametrize('by', [signal.SIGTERM, signal.SIGHUP])
-def test_terminated_run_ends_its_session(tmp_path, by):
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGHUP])
+def test_terminated_run_ends_its_session(tmp_path, signum):
     command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', 'tiny', '--engines',
                'native', '--contexts', '64', '--device', 'cpu', '--out', str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as run:
-        line = next(line for line in run.stdout if 'looking for' in line)     # the session's own
-        run.send_signal(by)
+        line = next(line for line in run.stdout if 'looking for' in line)   # from the session
+        run.send_signal(signum)
         assert run.wait(120) == 130, line
         assert 'to resume, run' in run.stderr.read()
     path, = (tmp_path / 'sessions').glob('*.json')
@@ -1065,8 +1070,8 @@ def test_separates_the_import_of_an_engine_from_its_process():
     result['startup']['parts'] = {'import_s': 0.4, 'load_s': 1.5}
     table = report.startup([result])
     assert len(set(table.columns)) == len(table.columns)
-    told = dict(zip(table.columns, table.rows[0], strict=True))
-    assert (told['modules s'], told['import s']) == ('1.0', '0.4')
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row['modules s'], row['import s']) == ('1.0', '0.4')
 
 
 def test_advice_of_the_verdict_fits_the_engine():
@@ -1102,9 +1107,9 @@ def test_session_that_dies_in_the_profiler_keeps_its_measurements(runner, monkey
         [result]).text()
 
 
-def test_ends_a_real_session_at_its_time_limit(tmp_path, said):
+def test_ends_a_real_session_at_its_time_limit(tmp_path, lines):
     runner = Runner(tmp_path / 'out', tmp_path / 'models', session_timeout_s=0.05,
-                    progress=said.append)
+                    progress=lines.append)
     result, = runner.run([case()])
     assert result['status'] == 'died' and 'was killed after' in result['error']
 
@@ -1142,9 +1147,9 @@ def test_reports_missing_packages_without_a_process(runner, monkeypatch):
     assert 'not installed: no_such_module (pip install no_such_module)' in result['error']
 
 
-def test_starts_nothing_after_the_time_limit(tmp_path, said, monkeypatch):
+def test_starts_nothing_after_the_time_limit(tmp_path, lines, monkeypatch):
     monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
-    runner = Runner(tmp_path / 'out', tmp_path / 'models', budget_s=1e-9, progress=said.append)
+    runner = Runner(tmp_path / 'out', tmp_path / 'models', budget_s=1e-9, progress=lines.append)
     result, = runner.run([case()])
     assert 'not started' in result['error']
 
@@ -1167,7 +1172,7 @@ def test_measured_peak_is_the_best_of_all_sessions():
     assert [result['contexts'][0]['r_read'] for result in results] == [0.25, 0.5]
 
 
-def test_judges_targets():
+def test_target_table_has_values_and_verdicts():
     cases = suites.targets('qwen2.5-7b', [2048, 16384], EngineConfig())
     times = {suites.NATIVE: 0.004, suites.EAGER: 0.017, suites.GPTQ: 0.0021}
     results = [done(each, [times.get(each.label, 0.005)] * len(each.contexts), each.contexts)
@@ -1203,11 +1208,11 @@ def test_paper_protocol_has_all_paths_and_figures():
     assert beside['transformers eager: ms'] == ['16.97', '62.32', '15.000']
     assert beside['transformers captured: times as fast as eager'] == ['1.259', '1.028', '1.500']
     assert beside['AWQ (GPTQModel): times as fast as transformers eager'] == ['', '1.38', 'n/a']
-    four = suites.quantized_table(results, 2048)
-    assert [row[0] for row in four.rows] == [
+    quantized = suites.quantized_table(results, 2048)
+    assert [row[0] for row in quantized.rows] == [
         'transformers eager', 'transformers captured', 'native', 'nf4 (bitsandbytes)',
         'GPTQ native', 'GPTQ (ExLlamaV2)', 'GPTQ (GPTQModel)', 'AWQ (GPTQModel)']
-    assert 'AWQ (GPTQModel): not installed: gptqmodel' in four.notes
+    assert 'AWQ (GPTQModel): not installed: gptqmodel' in quantized.notes
 
 
 def test_paper_plots_distinguish_all_paths(tmp_path, monkeypatch):
@@ -1229,12 +1234,12 @@ def test_paper_plots_distinguish_all_paths(tmp_path, monkeypatch):
 
 
 def test_realised_saving_is_time_over_traffic():
-    half = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
-    four = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny', quantization='gptq'),
+    bf16 = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
+    int4 = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny', quantization='gptq'),
                      (2048,)), [0.007])
-    half['footprint']['read_weight_bytes'] = 4_000_000
-    four['footprint']['read_weight_bytes'] = 1_000_000
-    first, row = suites.quantized_table([half, four], 2048).rows
+    bf16['footprint']['read_weight_bytes'] = 4_000_000
+    int4['footprint']['read_weight_bytes'] = 1_000_000
+    first, row = suites.quantized_table([bf16, int4], 2048).rows
     assert first[3:] == ['0.004', '', '', '', '']
     assert row[4:] == ['native', '75.0', '30.0', '40.0']
 
@@ -1275,23 +1280,23 @@ def test_expands_the_home_folder_in_a_path(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('out', ['file', 'file/below'])
 def test_reports_a_result_folder_that_can_not_be_created(out, capsys, tmp_path):
-    (tmp_path / 'file').write_text('kept')
+    (tmp_path / 'file').write_text('content')
     assert bench.main(['--out', str(tmp_path / out)]) == 2
     assert f'--out {tmp_path / out}: can not create the folder' in capsys.readouterr().err
-    assert (tmp_path / 'file').read_text() == 'kept'
+    assert (tmp_path / 'file').read_text() == 'content'
 
 
 @pytest.mark.parametrize('suite', ['--paper', '--targets'])
 def test_seed_applies_to_all_random_weights(suite, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(Runner, 'run', lambda self, cases: seen.extend(cases) or [
+    run_cases = []
+    monkeypatch.setattr(Runner, 'run', lambda self, cases: run_cases.extend(cases) or [
         done(each, [0.01] * len(each.contexts), each.contexts) for each in cases])
     arguments = [suite, '--synthetic', 'tiny', '--seed', '7', '--out', str(tmp_path)]
     assert bench.main(arguments) == 0
-    assert {each.source.seed for each in seen} == {7}
+    assert {each.source.seed for each in run_cases} == {7}
 
 
-class _Balanced(HTMLParser):
+class _TagChecker(HTMLParser):
     """Checks that every tag is closed, and collects the images."""
 
     def __init__(self):
@@ -1318,9 +1323,9 @@ def test_run_on_the_cpu_writes_the_complete_report(tmp_path, capsys):
     assert bench.main(arguments) == 0
     shown = capsys.readouterr().out
     assert '[2/3] transformers: tiny, random weights, bf16' in shown
-    told = json.loads((tmp_path / 'results.json').read_text())
-    assert told['command'].startswith('decode_bench --synthetic tiny')
-    native, eager, missing = told['results']
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert written['command'].startswith('decode_bench --synthetic tiny')
+    native, eager, missing = written['results']
     assert missing['status'] == 'unavailable'
     for result in (native, eager):
         assert [len(cell['itl_s']) for cell in result['contexts']] == [8, 8]
@@ -1330,10 +1335,10 @@ def test_run_on_the_cpu_writes_the_complete_report(tmp_path, capsys):
         assert result['startup']['first_tokens_s'] >= result['startup']['build_s']
     markdown = (tmp_path / 'report.md').read_text()
     assert 'random' in markdown and '| native | unavailable | 64 |' in markdown
-    page = _Balanced()
+    page = _TagChecker()
     page.feed((tmp_path / 'report.html').read_text())
     assert page.open == []
-    if '![' in markdown:                            # matplotlib is there
+    if '![' in markdown:                            # matplotlib is installed
         assert len(page.images) == 4
         assert all(image.startswith('data:image/png;base64,') for image in page.images)
     assert not list((tmp_path / 'models').glob('*-weights'))

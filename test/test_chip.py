@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a chip has, and a newer one that is held to an older one's capability."""
+"""GPU features by compute capability, and the variable that lowers it."""
 
 from pathlib import Path
 import re
@@ -34,31 +34,31 @@ def hopper(monkeypatch):
     monkeypatch.delenv(chip.VARIABLE, raising=False)
 
 
-@pytest.mark.parametrize('value, held, kib', [
+@pytest.mark.parametrize('value, lowered, kib', [
     (None, None, 227), ('', None, 227), ('9.0', None, 227), ('12.0', None, 227),
     ('8.7', '8.7', 163), ('8.9', '8.9', 99), ('7.5', '7.5', 64)])
-def test_it_is_held_to_no_more_than_it_has(monkeypatch, value, held, kib):
+def test_variable_can_only_lower_the_capability(monkeypatch, value, lowered, kib):
     if value is not None:
         monkeypatch.setenv(chip.VARIABLE, value)
-    assert chip.pretended(DEVICE) == held
-    assert chip.capability(DEVICE) == tuple(map(int, (held or '9.0').split('.')))
+    assert chip.pretended(DEVICE) == lowered
+    assert chip.capability(DEVICE) == tuple(map(int, (lowered or '9.0').split('.')))
     assert chip.shared_bytes(DEVICE) == kib * 1024
 
 
-def test_the_shared_memory_that_an_older_pytorch_does_not_tell(monkeypatch):
+def test_shared_memory_comes_from_a_table_if_pytorch_does_not_report_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace())
     assert chip.shared_bytes(DEVICE) == 227 * 1024
 
 
 @pytest.mark.parametrize('value', ['8', 'sm_87', '87', '8.7.1'])
-def test_what_is_no_capability_is_refused(monkeypatch, value):
+def test_rejects_an_invalid_capability(monkeypatch, value):
     monkeypatch.setenv(chip.VARIABLE, value)
     with pytest.raises(EngineError, match=f"PHYSAI_DECODE_CAPABILITY is '{value}': set it to"):
         chip.capability(DEVICE)
 
 
 @pytest.mark.parametrize('value, early', [('8.7', False), ('9.0', True)])
-def test_an_older_chip_launches_nothing_early(monkeypatch, value, early):
+def test_launches_kernels_early_only_from_capability_9(monkeypatch, value, early):
     compiler = pytest.importorskip('physai_decode.engines.compiler')
     monkeypatch.setattr(compiler, 'KNOWS_EARLY', True)
     monkeypatch.setenv(chip.VARIABLE, value)
@@ -68,19 +68,19 @@ def test_an_older_chip_launches_nothing_early(monkeypatch, value, early):
     assert not compiler.launches_early(DEVICE)
 
 
-def test_what_triton_can_not_compile_is_told(monkeypatch):
+def test_reports_that_triton_can_not_compile_for_the_gpu(monkeypatch):
     compiler = pytest.importorskip('physai_decode.engines.compiler')
     start = pytest.importorskip('physai_decode.engines.native.start')
     monkeypatch.setattr(compiler, 'VERSION', (3, 3))
     monkeypatch.setenv(chip.VARIABLE, '7.5')
-    said = []
-    assert start.operations(DEVICE, torch.float16, said.append).name == 'torch'
-    assert said[0] == ('PHYSAI_DECODE_CAPABILITY is set: H runs as if it had compute capability '
-                       '7.5')
-    assert 'can not compile attention for compute capability 7.5' in said[1]
+    messages = []
+    assert start.operations(DEVICE, torch.float16, messages.append).name == 'torch'
+    assert messages[0] == (
+        'PHYSAI_DECODE_CAPABILITY is set: H runs as if it had compute capability 7.5')
+    assert 'can not compile attention for compute capability 7.5' in messages[1]
 
 
-def test_what_not_every_triton_has_is_asked_for_in_one_file():
+def test_only_compiler_py_depends_on_the_version_of_triton():
     package = Path(chip.__file__).parents[1]
     newer = re.compile(r'triton\.language\.extra|constexpr_function|\bgdc\b')
     found = {path.name for path in package.rglob('*.py') if newer.search(path.read_text())}

@@ -45,7 +45,7 @@ class Planner(EchoEngine):
         super().__init__(step_s, end=127)
 
     @staticmethod
-    def said(letter):
+    def answer_to(letter):
         """Return the letter unchanged."""
         return letter
 

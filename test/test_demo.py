@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""tools/demo.py, which `make demo` runs."""
+"""`make demo` runs tools/demo.py: its output, and its end by a signal."""
 
 from pathlib import Path
 import re
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     reason='the commands are not installed beside this Python')
 
 
-def test_prints_the_answer_its_figures_and_the_diagnostics():
+def test_prints_figures_of_the_answer_and_of_the_diagnostics():
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'demo.py')], capture_output=True, text=True,
         timeout=600)
@@ -44,8 +44,8 @@ def test_prints_the_answer_its_figures_and_the_diagnostics():
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_its_node_too(signum):
-    """Ctrl-C, `kill` and a closing terminal leave no process and no traceback behind."""
+def test_signal_ends_the_demo_and_its_node(signum):
+    """Ctrl-C, `kill` and a closing terminal leave no process and print no traceback."""
     demo = subprocess.Popen(
         [sys.executable, str(ROOT / 'tools' / 'demo.py')], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)
@@ -53,7 +53,7 @@ def test_a_signal_ends_its_node_too(signum):
     try:
         for line in demo.stdout:
             if 'active after' in line:
-                children = psutil.Process(demo.pid).children()     # the node, maybe decode_ask
+                children = psutil.Process(demo.pid).children()  # the node; maybe decode_ask too
                 break
         demo.send_signal(signum)
         demo.send_signal(signum)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the engines share of the device: attention, threads, memory, and its part."""
+"""Settings of the device: cuDNN attention, CPU threads, the GPU share, and free memory."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 
 @pytest.mark.parametrize('before', [True, False])
 @pytest.mark.parametrize('name', ['cuda', 'cpu'])
-def test_cudnn_attention_is_off_only_inside(name, before):
+def test_cudnn_attention_is_off_only_in_the_context(name, before):
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     found = enabled()
     torch.backends.cuda.enable_cudnn_sdp(before)
@@ -42,7 +42,7 @@ def test_cudnn_attention_is_off_only_inside(name, before):
         torch.backends.cuda.enable_cudnn_sdp(found)
 
 
-def test_no_number_of_threads_is_torchs_own():
+def test_zero_cpu_threads_restores_the_default_of_torch():
     before = torch.get_num_threads()
     try:
         for asked, used in ((1, 1), (3, 3), (0, before)):
@@ -52,8 +52,8 @@ def test_no_number_of_threads_is_torchs_own():
         torch.set_num_threads(before)
 
 
-def test_a_share_of_the_gpu_is_set_before_its_first_use(monkeypatch, tmp_path):
-    """It is in force only where the daemon of MPS runs, and can't be changed later."""
+def test_gpu_share_must_be_set_before_the_first_use(monkeypatch, tmp_path):
+    """It takes effect only if the MPS daemon runs, and can not be changed later."""
     monkeypatch.setenv('CUDA_MPS_PIPE_DIRECTORY', str(tmp_path))
     monkeypatch.delenv(device._SHARE, raising=False)
     config = EngineConfig(device='cpu', gpu_share_percent=40)
@@ -69,10 +69,10 @@ def test_a_share_of_the_gpu_is_set_before_its_first_use(monkeypatch, tmp_path):
         device.select(EngineConfig(device='cpu', gpu_share_percent=30))
 
 
-def test_the_address_space_bounds_what_is_free(monkeypatch):
+def test_free_memory_is_within_the_limit_of_the_address_space(monkeypatch):
     free = device.free_bytes(torch.device('cpu'))
-    taken = int(re.search(r'VmSize:\s*(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
-    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (taken + 10**9, -1))
+    used = int(re.search(r'VmSize:\s*(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (used + 10**9, -1))
     assert device.free_bytes(torch.device('cpu')) <= min(free, 2 * 10**9)
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (1, 1))
     assert device.free_bytes(torch.device('cpu')) == 0

@@ -100,7 +100,7 @@ def test_imports_follow_the_layers():
 
 
 def step_bytes(folder) -> int:
-    """Return the bytes of weights that a step reads, with one row of the embedding."""
+    """Return the bytes of weights that a step reads, which include one row of the embedding."""
     header = {}
     for path in folder.glob('*.safetensors'):
         with path.open('rb') as file:
@@ -110,8 +110,8 @@ def step_bytes(folder) -> int:
     return sum(sizes.values()) - sizes['model.embed_tokens.weight'] + 2 * HIDDEN
 
 
-def test_floors_of_the_tuning_guide(tmp_path):
-    """The table in tuning.md has the floors that `roofline` computes for Qwen-2.5-7B."""
+def test_tuning_guide_has_the_computed_floors(tmp_path):
+    """The table has the floors that `roofline` computes for Qwen-2.5-7B."""
     weights = []
     for kind in ('none', 'gptq'):
         synthetic.describe(tmp_path / kind, 'qwen2.5-7b', kind)
@@ -126,11 +126,11 @@ def test_floors_of_the_tuning_guide(tmp_path):
         assert [f'{1e3 * floor_s:.2f}' for floor_s in floors] == table, machine
 
 
-FIGURES_OF_PAPERS = {'14.828', '11.776', '1.259', '1.253', '1.267', '1.028'}
+FIGURES_OF_THE_PAPER = {'14.828', '11.776', '1.259', '1.253', '1.267', '1.028'}
 
 
-def test_the_tuning_guide_gives_the_source_of_each_statement():
-    """Each is marked as measured here, measured by a paper, or derived."""
+def test_tuning_guide_names_the_source_of_each_statement():
+    """Each one is marked as measured here, measured by the paper, or derived."""
     page = (ROOT / 'docs' / 'tuning.md').read_text()
     points = re.findall(r'^- (?:.+\n(?!- |\n))*.+', page, re.MULTILINE)
     assert len(points) > 15
@@ -139,29 +139,28 @@ def test_the_tuning_guide_gives_the_source_of_each_statement():
             r'\*(Measured by the paper|Measured\s+here|[Dd]erived)\.?\*', point), point
 
 
-def test_measured_figures_of_the_tuning_guide():
-    """Figures with three decimals are in a report in docs/, or from the paper."""
+def test_measured_figures_of_the_tuning_guide_are_in_a_report():
+    """Those with three decimals are in a report in docs/, or come from the paper."""
     report = ''.join((ROOT / 'docs' / name).read_text() for name in (
         'h200/report.md', 'h200/exllamav2.txt', 'h100/report.md'))
     tuning = (ROOT / 'docs' / 'tuning.md').read_text()
     figures = re.findall(r'(?<![\d.,])\d+\.\d{3}(?![\d,]|\.\d)', tuning)  # not 1.234.5, a version
     assert figures
     for figure in figures:
-        assert figure in FIGURES_OF_PAPERS or f' {figure} ' in report, figure
+        assert figure in FIGURES_OF_THE_PAPER or f' {figure} ' in report, figure
 
 
 @pytest.mark.parametrize(('machine', 'name'), [
     ('H200', 'NVIDIA H200'), ('H100 SXM', 'NVIDIA H100 80GB HBM3'), ('L40S', 'NVIDIA L40S'),
     ('L4', 'NVIDIA L4'), ('Jetson Thor', 'NVIDIA Jetson AGX Thor'),
     ('Jetson AGX Orin', 'NVIDIA Jetson AGX Orin'), ('Jetson Orin NX', 'NVIDIA Jetson Orin NX')])
-def test_bandwidths_of_the_tuning_guide(machine, name):
-    """The table in tuning.md has the bandwidths that `roofline` has from data sheets."""
+def test_tuning_guide_has_the_bandwidths_of_the_data_sheets(machine, name):
     rows = {row[0]: float(row[1])
             for row in ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())}
     assert rows[machine] * 1e9 == roofline.datasheet(name).bytes_per_s
 
 
-def test_the_requests_page_is_complete():
+def test_requests_page_is_complete():
     """Each JSON block of requests.md parses as a request, and the table has each field."""
     page = (ROOT / 'docs' / 'requests.md').read_text()
     blocks = re.findall(r'```json\n(.+?)```', page, re.DOTALL)

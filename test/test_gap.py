@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The gap: how it reads, what is refused, and that engines are afterwards as they were."""
+"""A gap measurement reports both times, and leaves the engine as it was."""
 
 from collections import deque
 from contextlib import contextmanager
@@ -46,110 +46,110 @@ CONFIG = DecodeConfig(engine=EngineConfig(device='cpu', cpu_threads=1))
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
 
-class Fake(FakeEngine):
-    """An engine with a cache, and a graph that it can do without."""
+class GraphEngine(FakeEngine):
+    """A fake engine that records for each answer whether its steps were to be captured."""
 
     def __init__(self, **changes):
         super().__init__(self._count, **{'cuda_graph': 'captured', 'max_context': 64, **changes})
-        self.way = True
-        self.ways = []
+        self.captured: bool | None = True
+        self.captured_by_answer: list[bool | None] = []
 
     @contextmanager
     def trial(self, captured=None):
-        """Remember what was asked."""
-        own, self.way = self.way, captured
+        """Set the mode inside ``with``."""
+        before, self.captured = self.captured, captured
         yield
-        self.way = own
+        self.captured = before
 
     def _count(self, prompt_ids):
-        self.ways.append(self.way)
+        self.captured_by_answer.append(self.captured)
         for _ in range(gap.TOKENS):
             yield Step((7,))
 
 
-def found(**changes):
+def measured_gap(**changes):
     return replace(gap.Gap(
         gap.Way('captured', 3.651e-3), gap.Way('uncaptured', 8.378e-3), 2.97e-3, 2048,
         'native, bfloat16'), **changes)
 
 
-def test_how_it_reads():
-    assert str(found()) == (
+def test_gap_as_text():
+    assert str(measured_gap()) == (
         'captured 3.651 ms, uncaptured 8.378 ms a token: captured is 2.29 times as fast; '
         'floor 2.970 ms (r_floor 0.81 and 0.35); native, bfloat16, context 2048 tokens, medians '
         'of 30 steps after 5; what holds captured back: bytes: 2.97 of 3.65 ms (81 %); read '
         'fewer bytes: four-bit weights, a smaller model, a shorter context')
-    assert 'floor n/a (r_floor n/a and n/a); ' in str(found(floor_s=None))
-    assert 'captured is 0.50 times as fast' in str(found(second=gap.Way('uncaptured', 1.8255e-3)))
+    assert 'floor n/a (r_floor n/a and n/a); ' in str(measured_gap(floor_s=None))
+    slower = measured_gap(second=gap.Way('uncaptured', 1.8255e-3))
+    assert 'captured is 0.50 times as fast' in str(slower)
 
 
 def test_advice_fits_the_engine():
-    slow = found(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3, engine='native',
+    slow = measured_gap(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3, engine='native',
                  kernels='triton 3.6.0', quantization='bitsandbytes-nf4')
     assert str(slow).endswith('use weights in another format, such as GPTQ of four bits')
-    bare = gap.measure(DecodeLoop(Fake(
+    bare = gap.measure(DecodeLoop(GraphEngine(
         engine='native', quantization='awq', details={'kernels': 'torch'})), None, PEAK)
     assert (bare.engine, bare.kernels, bare.quantization) == ('native', 'torch', 'awq')
 
 
-@pytest.mark.parametrize(('cached', 'kept'), [(0, 0), (5, 5), (27, 27), (28, 27), (63, 27)])
-def test_both_ways_go_on_from_the_cache(cached, kept):
-    """As far as there is room; the floor is that of the middle step."""
-    engine = Fake()
+@pytest.mark.parametrize(('cached', 'reused'), [(0, 0), (5, 5), (27, 27), (28, 27), (63, 27)])
+def test_times_both_modes_after_the_cached_tokens(cached, reused):
+    """Cached tokens that leave no room for the steps are dropped."""
+    engine = GraphEngine()
     loop = DecodeLoop(engine)
     if cached:
         decode(loop, range(100, 100 + cached), SamplingConfig(max_new_tokens=1))
-    engine.prompts.clear(), engine.ways.clear()
+    engine.prompts.clear(), engine.captured_by_answer.clear()
     steps = []
     result = gap.measure(loop, None, PEAK, lambda: steps.append(1))
-    assert loop.cached_ids == list(range(100, 100 + kept))
-    assert engine.prompts == [[*range(100, 100 + kept), 0]] * 2
-    assert kept + 1 + gap.TOKENS <= engine.footprint.max_context
-    assert engine.ways == [True, False] and engine.way
-    assert result.context == kept + 1 + 20
+    assert loop.cached_ids == list(range(100, 100 + reused))
+    assert engine.prompts == [[*range(100, 100 + reused), 0]] * 2
+    assert reused + 1 + gap.TOKENS <= engine.footprint.max_context
+    assert engine.captured_by_answer == [True, False] and engine.captured
+    assert result.context == reused + 1 + 20        # of the median step
     assert result.floor_s == pytest.approx((1000 + 32 * result.context) / 1e9)
     assert (result.first.name, result.second.name) == ('captured', 'uncaptured')
     assert len(steps) == 2 * gap.TOKENS
 
 
-def test_a_measurement_can_be_ended():
-    """What the caller raises ends the stream too."""
-    class Enough(Exception):
+def test_exception_in_the_heartbeat_ends_the_measurement():
+    class Cancelled(Exception):
         pass
 
     def heartbeat():
-        raise Enough
+        raise Cancelled
 
-    engine = Fake()
+    engine = GraphEngine()
     loop = DecodeLoop(engine)
-    with pytest.raises(Enough):
+    with pytest.raises(Cancelled):
         gap.measure(loop, None, PEAK, heartbeat)
-    assert engine.way is True and loop.cached_ids == []
+    assert engine.captured is True and loop.cached_ids == []
 
 
 @pytest.mark.parametrize(('engine', 'words'), [
     (FakeEngine(), '--model "?builtin:tiny_planner"? --engines fake fake:cuda_graph=false'),
-    (Fake(max_context=36), 'of 36 tokens is too short: 37 are needed'),
-    (Fake(cuda_graph='unavailable', checkpoint_weight_bytes=2 * 10**9, engine='native'),
+    (GraphEngine(max_context=36), 'of 36 tokens is too short: 37 are needed'),
+    (GraphEngine(cuda_graph='unavailable', checkpoint_weight_bytes=2 * 10**9, engine='native'),
      '2.00 GB .* --engines native transformers')])
-def test_what_can_not_be_measured_is_refused(engine, words):
+def test_rejects_an_engine_that_can_not_be_measured(engine, words):
     with pytest.raises(EngineError, match=words):
         with gap.baseline(engine, CONFIG):
             pass
 
 
-def test_on_a_gpu_the_step_is_compared_with_itself():
-    with gap.baseline(Fake(), CONFIG) as other:
+def test_needs_no_second_engine_with_a_cuda_graph():
+    with gap.baseline(GraphEngine(), CONFIG) as other:
         assert other is None
 
 
-def test_a_rival_that_is_not_installed(monkeypatch):
+def test_reports_that_transformers_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     for name in [name for name in sys.modules
                  if name.startswith('physai_decode.engines.transformers')]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(EngineError, match='pip install -U transformers'):
-        with gap.baseline(Fake(cuda_graph='unavailable', engine='native'), CONFIG):
+        with gap.baseline(GraphEngine(cuda_graph='unavailable', engine='native'), CONFIG):
             pass
 
 
@@ -162,8 +162,8 @@ ENGINES = {'native': native.NativeEngine, 'transformers': TransformersEngine}
 
 
 @pytest.mark.parametrize('name', ENGINES)
-def test_on_a_cpu_two_engines_are_compared(folder, name):
-    """Of the loaded one nothing is lost but what has no room."""
+def test_compares_two_engines_on_a_cpu(folder, name):
+    """The loaded engine keeps its cache and its answers."""
     config = replace(CONFIG, model=ModelConfig(path=str(folder)))
     loop = load(ENGINES[name], folder, config.engine)
     engine = loop.engine
@@ -191,18 +191,18 @@ def test_on_a_cpu_two_engines_are_compared(folder, name):
     engine.close()
 
 
-class Steps:
-    """Stands for the pipeline of a GPU: its steps run at once, on a CPU."""
+class FakePipeline:
+    """A fake `Pipeline` on the CPU: `launch` computes the step before it returns."""
 
-    made: list[bool] = []
+    captures: list[bool] = []       # for each pipeline, whether it captures
 
     def __init__(self, forward, draw, history, capture, ahead, priority):
-        self.made.append(capture)
+        self.captures.append(capture)
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._flying = deque()
 
     def prepare(self, plan, begin):
-        """Run the step a few times, as a capture does."""
+        """Run the warm-up steps of a capture."""
         begin()
         for _ in range(devices.WARM_UP_STEPS if self._capture else 0):
             self._step(plan)
@@ -213,12 +213,12 @@ class Steps:
 
     @property
     def flying(self):
-        """Steps in flight."""
+        """The number of steps in flight."""
         return len(self._flying)
 
     @property
     def full(self):
-        """Whether as many steps are in flight as may be."""
+        """Whether two steps are in flight."""
         return len(self._flying) == 2
 
     def launch(self, plan, place, restrict):
@@ -227,39 +227,40 @@ class Steps:
         self._flying.append(([int(self._history[place])], 1e-3))
 
     def collect(self):
-        """Return the oldest step's token."""
+        """Return the token of the oldest step and its device time."""
         return self._flying.popleft()
 
     def drain(self):
-        """Forget them."""
+        """Discard the steps in flight."""
         self._flying.clear()
 
 
 @pytest.mark.parametrize('graph', ['captured', 'off'])
-def test_the_other_way_leaves_the_native_cache_alone(folder, monkeypatch, graph):
-    """Also where capturing runs steps of its own, and where the context is full."""
-    monkeypatch.setattr(native, 'Pipeline', Steps)
-    monkeypatch.setattr(Steps, 'made', [])
+def test_measurement_leaves_the_native_cache_unchanged(folder, monkeypatch, graph):
+    """The warm-up steps of a capture and a full context do not change it either."""
+    monkeypatch.setattr(native, 'Pipeline', FakePipeline)
+    monkeypatch.setattr(FakePipeline, 'captures', [])
     loop = load(native.NativeEngine, folder, CONFIG.engine)
     engine = loop.engine
     engine.pipeline = own = engine.piped(False)
     engine.footprint = replace(engine.footprint, cuda_graph=graph)
     limit = engine.footprint.max_context
     for length in (1, 60, limit - gap.TOKENS, limit - 2, limit - 1):
-        prompt = prompt_of(loop, length, start=4)     # without a 0
+        # No id is 0, which is the id that a measurement appends.
+        prompt = prompt_of(loop, length, start=4)
         expected = decode(loop, prompt, SamplingConfig(max_new_tokens=limit))
         keys = engine.transformer.keys.clone()
-        kept = min(len(loop.cached_ids), limit - gap.TOKENS - 1)
+        count = min(len(loop.cached_ids), limit - gap.TOKENS - 1)
         gap.measure(loop, None, PEAK)
         assert engine.pipeline is own
-        assert torch.equal(engine.transformer.keys[:, :, :kept], keys[:, :, :kept])
-        assert loop.cached_ids == (prompt + expected)[:kept]
+        assert torch.equal(engine.transformer.keys[:, :, :count], keys[:, :, :count])
+        assert loop.cached_ids == (prompt + expected)[:count]
         assert decode(loop, prompt, SamplingConfig(max_new_tokens=limit)) == expected
-    assert Steps.made == [False] + 5 * [graph == 'off']
+    assert FakePipeline.captures == [False] + 5 * [graph == 'off']
     engine.close()
 
 
-def test_a_transformers_step_that_was_not_captured(folder):
+def test_transformers_without_a_captured_step_is_an_error(folder):
     loop = load(TransformersEngine, folder, CONFIG.engine)
     engine = loop.engine
     with pytest.raises(EngineError, match='engine.cuda_graph to true'):
@@ -270,8 +271,8 @@ def test_a_transformers_step_that_was_not_captured(folder):
 @on_gpu
 @pytest.mark.parametrize(('name', 'graph'), [
     ('native', True), ('native', False), ('transformers', True)])
-def test_on_a_gpu(folder, name, graph):
-    """Both ways are timed, and the next answer, the cache and the memory are as before."""
+def test_measurement_on_a_gpu_restores_the_engine(folder, name, graph):
+    """Answers, the KV cache and the reserved memory are the same as before."""
     loop = load(ENGINES[name], folder, EngineConfig(device='cuda', cuda_graph=graph))
     engine = loop.engine
     prompt = prompt_of(loop, 60)
@@ -281,7 +282,7 @@ def test_on_a_gpu(folder, name, graph):
         return decode(loop, prompt, sampled), decode(loop, prompt)
 
     answers()
-    expected = answers()            # with all of the prompt but its last token in the cache
+    expected = answers()            # now the cache has all of the prompt but its last token
     cached = loop.cached_ids
     gap.measure(loop, None, PEAK)
     assert loop.cached_ids == cached

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The HTTP door on a scripted engine, without ROS: OpenAI's API by OpenAI's client, and limits."""
+"""The HTTP server with a fake engine, without ROS: OpenAI's client, wrong requests, limits."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +62,7 @@ class ClosableText(CharacterText):
     """A text object that the host closes."""
 
     def close(self):
-        """Have nothing to close."""
+        """Do nothing."""
 
 
 def free_port() -> int:
@@ -82,9 +82,9 @@ class Rig:
         self.config = DecodeConfig(
             model=ModelConfig(path=MODEL), queue=queue or QueueConfig(),
             http=HttpConfig(port=free_port(), **http))
-        self.door = start_server(self.host, self.config.http,
-                              lambda *error: self.errors.append(error),
-                              lambda: len(self.errors))
+        self.server = start_server(self.host, self.config.http,
+                                   lambda *error: self.errors.append(error),
+                                   lambda: len(self.errors))
         if start:
             self.host.load(self.config, lambda text: None)
             self.host.start(self.config)
@@ -96,7 +96,7 @@ class Rig:
 
     def client(self, key='none'):
         """Return a client of OpenAI's package, which never retries."""
-        return openai.OpenAI(base_url=self.door.address, api_key=key, max_retries=0,
+        return openai.OpenAI(base_url=self.server.address, api_key=key, max_retries=0,
                              timeout=TIMEOUT_S)
 
     def chat(self, **fields):
@@ -118,17 +118,17 @@ class Rig:
             json.loads(data) if kind == 'application/json' else data.decode())
 
     def metrics(self):
-        """Return the metrics by name and labels."""
+        """Return the values of the metrics by name and label values."""
         status, _, text = self.request('GET', '/metrics')
         assert status == 200
         return {(sample.name, *dict(sorted(sample.labels.items())).values()): sample.value
                 for family in text_string_to_metric_families(text) for sample in family.samples}
 
     def close(self):
-        """End it; nothing went wrong that should not."""
+        """Stop the server and the host; the server has reported no error."""
         self.host.stop(TIMEOUT_S)
-        self.door.close()
-        assert not self.door._thread.is_alive()
+        self.server.close()
+        assert not self.server._thread.is_alive()
         self.host.unload()
         assert self.errors == []
 
@@ -152,19 +152,19 @@ def rig():
 
 @pytest.fixture
 def gate():
-    """Yield a gate, and a rig whose answers wait for it at each token and never end."""
+    """Yield a gate for the steps of an engine, and open it after the test."""
     gate = Gate()
     yield gate
     gate.open(10000)
 
 
-def gated(gate, character='x'):
-    """Return an engine that waits for the gate at each token."""
-    return FakeEngine(lambda prompt_ids: gate.steps(forever(character)), max_context=4096)
+def gated(gate):
+    """Return an engine whose answer never ends and waits for the gate at each token."""
+    return FakeEngine(lambda prompt_ids: gate.steps(forever()), max_context=4096)
 
 
 def is_ending(rig):
-    """Return whether no request is running."""
+    """Return whether no request is running, or the running one is about to end."""
     running = rig.host.worker._queue.running
     return running is None or running.end_reason
 
@@ -177,8 +177,8 @@ def test_chat_completion(rig):
         'stop', MODEL, 'chat.completion')
     assert answer.usage.prompt_tokens == 9 and answer.usage.completion_tokens == 5
     report, text = rig.sink.end(answer.physai['request_id'])
-    assert (report.client_id, text) == (answer.id, 'hello')     # the topics tell of it too
-    assert rig.sink.asked[report.request_id].client_id == answer.id
+    assert (report.client_id, text) == (answer.id, 'hello')
+    assert rig.sink.requests[report.request_id].client_id == answer.id
 
 
 def test_stream(rig):
@@ -196,7 +196,7 @@ def test_text_completion(rig):
     client = rig.client()
     answer = client.completions.create(model=MODEL, prompt='say hello', max_tokens=3)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ('hel', 'length')
-    assert rig.sink.asked[answer.physai['request_id']].raw_prompt == 'say hello'
+    assert rig.sink.requests[answer.physai['request_id']].raw_prompt == 'say hello'
     pieces = client.completions.create(model=MODEL, prompt=['say hello'], stream=True)
     assert ''.join(piece.choices[0].text for piece in pieces) == 'hello'
 
@@ -214,13 +214,13 @@ def test_options_reach_the_engine(rig):
 
 
 def test_accepts_an_answer_as_a_message(rig):
-    """Clients send back the empty fields of an answer too."""
+    """Clients send it back with its empty fields."""
     answer = rig.chat().choices[0].message.model_dump()
     asked = rig.chat(messages=[
         {'role': 'developer', 'content': 'be brief'}, *HELLO, {**answer, 'name': 'planner'},
         {'role': 'user', 'name': 'me', 'content': [
             {'type': 'text', 'text': 'go'}, {'type': 'text', 'text': 'on'}]}])
-    messages = rig.sink.asked[asked.physai['request_id']].messages
+    messages = rig.sink.requests[asked.physai['request_id']].messages
     assert [each.role for each in messages] == ['system', 'user', 'assistant', 'user']
     assert messages[-1].content == 'goon'
 
@@ -234,13 +234,13 @@ CALLS = [('go_to', {'room': 'hall'}), ('go_to', {'room': 'kitchen'})]
 @pytest.fixture
 def agent():
     """Yield a rig whose model thinks, answers and calls a tool twice."""
-    said = f'<think>far</think>I go.{FORMS["hermes"].written(CALLS)}'
-    with opened(FakeEngine(lambda prompt: say(said), max_context=4096, vocab_size=256)) as rig:
+    answer = f'<think>far</think>I go.{FORMS["hermes"].written(CALLS)}'
+    with opened(FakeEngine(lambda prompt: say(answer), max_context=4096, vocab_size=256)) as rig:
         rig.host.loaded.text.manner = Manner('<think>', '</think>', form='hermes')
         yield rig
 
 
-def test_tools_and_thoughts(agent):
+def test_answer_has_tool_calls_and_thoughts(agent):
     choice = agent.chat(tools=[TOOL]).choices[0]
     message = choice.message
     assert (choice.finish_reason, message.content) == ('tool_calls', 'I go.')
@@ -250,21 +250,21 @@ def test_tools_and_thoughts(agent):
     again = agent.chat(tools=[TOOL], messages=[*HELLO, message.model_dump(), *(
         {'role': 'tool', 'tool_call_id': call.id, 'content': 'done'}
         for call in message.tool_calls)])
-    sent = agent.sink.asked[again.physai['request_id']].messages
+    sent = agent.sink.requests[again.physai['request_id']].messages
     assert [(call.id, call.name, call.arguments) for call in sent[1].tool_calls] == [
         (call.id, *each) for call, each in zip(message.tool_calls, CALLS)]
     assert sent[1].reasoning_content == 'far'
     assert [each.tool_call_id for each in sent[2:]] == [call.id for call in message.tool_calls]
 
 
-def test_one_call_at_a_time(agent):
+def test_no_parallel_tool_calls_limits_an_answer_to_one_call(agent):
     message = agent.chat(tools=[TOOL], parallel_tool_calls=False).choices[0].message
     assert (message.content, len(message.tool_calls)) == ('I go.', 1)
-    echoed = agent.sink.asked[1].to_json()
+    echoed = agent.sink.requests[1].to_json()
     assert echoed['parallel_tool_calls'] is False
 
 
-def test_stream_of_tools_and_thoughts(agent):
+def test_stream_has_tool_calls_and_thoughts(agent):
     with agent.client().chat.completions.stream(
             model=MODEL, messages=HELLO, tools=[TOOL]) as stream:
         deltas = [event.chunk.choices[0].delta for event in stream if event.type == 'chunk']
@@ -276,21 +276,21 @@ def test_stream_of_tools_and_thoughts(agent):
     assert len({call.id for call in choice.message.tool_calls}) == 2
 
 
-@pytest.mark.parametrize(('said', 'more', 'fields'), [
+@pytest.mark.parametrize(('begin', 'rest', 'fields'), [
     ('[{"a":1},', '{"a":2}]', {'response_format': {'type': 'json_schema', 'json_schema': {
         'name': 'plan', 'schema': {'type': 'array', 'items': {'type': 'object'}}}}}),
     (f'I go.{FORMS["hermes"].written(CALLS[:1])}', ' ...', {'tools': [TOOL]})])
-def test_sends_complete_elements_and_calls_at_once(gate, monkeypatch, said, more, fields):
+def test_sends_complete_elements_and_calls_at_once(gate, monkeypatch, begin, rest, fields):
     monkeypatch.setattr('physai_decode.http.exchange.PERIOD_S', 1e6)
-    engine = FakeEngine(lambda prompt: gate.steps(say(said + more)), max_context=4096,
+    engine = FakeEngine(lambda prompt: gate.steps(say(begin + rest)), max_context=4096,
                         vocab_size=256)
     with opened(engine) as rig:
         rig.host.loaded.text.manner = Manner(form='hermes')
-        gate.open(len(said))
+        gate.open(len(begin))
         stream = iter(rig.chat(stream=True, max_tokens=400, **fields))
-        heard = ''
-        while '"a":1}' not in heard and 'go_to' not in heard:
-            heard += next(stream).choices[0].delta.model_dump_json().replace('\\', '')
+        received = ''
+        while '"a":1}' not in received and 'go_to' not in received:
+            received += next(stream).choices[0].delta.model_dump_json().replace('\\', '')
         gate.open(10000)
         list(stream)
 
@@ -316,7 +316,7 @@ def test_constrains_to_a_schema(rig):
     assert choice.choices[0].message.content in ('yes', 'no')
 
 
-@pytest.mark.parametrize(('fields', 'param', 'said'), [
+@pytest.mark.parametrize(('fields', 'param', 'message'), [
     ({'model': None}, 'model', 'model is None'),
     ({'messages': None}, 'messages', 'messages is missing'),
     ({'messages': []}, 'messages', 'messages is []'),
@@ -352,12 +352,12 @@ def test_constrains_to_a_schema(rig):
     ({'deadline': {'soon': 1}}, 'deadline', 'deadline.soon'),
     ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, None, '5000 tokens')])
 @pytest.mark.parametrize('stream', [False, True])
-def test_rejects_a_wrong_body(rig, fields, param, said, stream):
-    """With its status before the stream begins; it counts as a rejection."""
+def test_rejects_a_wrong_body(rig, fields, param, message, stream):
+    """The status is 400 even if a stream was requested, and the rejection is counted."""
     before = rig.host.counts['refusals']
     body = {'model': MODEL, 'messages': HELLO, 'stream': stream, **fields}
     status, headers, answer = rig.request('POST', CHAT, body)
-    assert status == 400 and said in answer['error']['message']
+    assert status == 400 and message in answer['error']['message']
     assert answer['error']['type'] == 'invalid_request_error'
     assert (answer['error']['param'], answer['error']['code']) == (param, 'invalid_request')
     assert rig.host.counts['refusals'] == before + 1
@@ -373,13 +373,13 @@ def test_rejection_keeps_the_id(rig, fields):
     assert (report.finish_reason, report.client_id) == ('rejected', 'mine')
 
 
-@pytest.mark.parametrize(('body', 'said'), [
+@pytest.mark.parametrize(('body', 'message'), [
     (b'', 'is not valid JSON'), (b'{', 'is not valid JSON'), (b'[]', 'expected a JSON object'),
     (b'\xff', 'not UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
     (b'[' * 100000, 'is not valid JSON')])
-def test_rejects_a_body_that_is_no_object(rig, body, said):
+def test_rejects_a_body_that_is_no_object(rig, body, message):
     status, _, answer = rig.request('POST', CHAT, body)
-    assert status == 400 and said in answer['error']['message']
+    assert status == 400 and message in answer['error']['message']
 
 
 @pytest.mark.parametrize('fields', [
@@ -391,7 +391,7 @@ def test_rejects_a_wrong_text_completion(rig, fields):
     assert status == 400 and answer['error']['message']
 
 
-def test_models(rig):
+def test_lists_the_model_and_rejects_others(rig):
     client = rig.client()
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == (MODEL, 4096)
@@ -403,7 +403,7 @@ def test_models(rig):
     assert raised.value.code == 'model_not_found' and MODEL in raised.value.message
 
 
-def test_addresses(rig):
+def test_rejects_wrong_paths_methods_and_origins(rig):
     assert rig.request('GET', '/nothing')[0] == 404
     status, headers, _ = rig.request('GET', CHAT)
     assert (status, headers['allow']) == (405, 'POST')
@@ -437,7 +437,7 @@ def test_requires_the_key(monkeypatch):
         Rig()
 
 
-def test_without_a_model():
+def test_rejects_requests_without_a_model():
     with opened(start=False) as rig:
         rig.host.config = rig.config
         status, _, answer = rig.request('GET', '/health')
@@ -469,16 +469,16 @@ def test_disconnect_cancels_the_request(gate):
         report, _ = rig.sink.end(1)
         assert (report.finish_reason, report.message) == (
             'cancelled', 'its HTTP client has disconnected')
-        # One that waits for its whole answer, and one that waits behind it.
-        gone = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
+        # One request is running and is not a stream; the other one is queued.
+        clients = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
         body = json.dumps({'model': MODEL, 'messages': HELLO}).encode()
-        for number, each in enumerate(gone):
+        for number, each in enumerate(clients):
             each.sendall(b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s' % (
                 CHAT.encode(), len(body), body))
-            wait_for(lambda wanted=number + 2: wanted in rig.sink.asked)
-        gone[1].close()
+            wait_for(lambda wanted=number + 2: wanted in rig.sink.requests)
+        clients[1].close()
         assert rig.sink.end(3)[0].finish_reason == 'cancelled'
-        gone[0].close()
+        clients[0].close()
         wait_for(lambda: is_ending(rig))
         gate.open(10)
         assert rig.sink.end(2)[0].finish_reason == 'cancelled'
@@ -500,7 +500,7 @@ def test_half_closed_connection_cancels_the_request(gate, stream):
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_many_clients_at_once(gate, stream):
-    """Each of 64 is answered, or rejected because the queue is full; none is lost."""
+    """Each of 64 clients gets an answer, or a rejection because the queue is full."""
     engine = FakeEngine(lambda prompt_ids: gate.steps(
         say(''.join(map(chr, prompt_ids)).split()[-1])), max_context=4096)
     with opened(engine, queue=QueueConfig(size=20)) as rig, ThreadPoolExecutor(64) as pool:
@@ -525,7 +525,7 @@ def test_many_clients_at_once(gate, stream):
 
 
 @pytest.mark.parametrize('stream', [False, True])
-def test_reports_an_engine_that_breaks(stream):
+def test_reports_an_error_of_the_engine(stream):
     def steps(prompt_ids):
         yield from say('ab', end=False)
         raise RuntimeError('the engine broke')
@@ -564,7 +564,7 @@ def test_reports_an_answer_that_is_cut_off(gate, reason, stream):
 
 
 def test_close_ends_streams_and_connections(gate):
-    """Streams get their end, and idle connections do not delay it."""
+    """Each stream ends with an error, and idle connections do not delay the end."""
     rig = Rig(gated(gate))
     idle = socket.create_connection(('127.0.0.1', rig.port))
     gate.open(1)
@@ -588,8 +588,8 @@ def test_close_while_the_engine_hangs(gate):
     asked = threading.Thread(target=lambda: pytest.raises(openai.APIError, rig.chat))
     asked.start()
     wait_for(gate.waiting.is_set)
-    rig.door.close()
-    assert not rig.door._thread.is_alive()
+    rig.server.close()
+    assert not rig.server._thread.is_alive()
     asked.join(TIMEOUT_S)
     assert not asked.is_alive()
     gate.open(10)
@@ -606,19 +606,19 @@ def test_sends_without_nagle_delay():
 
 
 def test_limits_connections():
-    """Those beyond get an error, many more are closed, and one that closes makes room."""
+    """Above the limit, a connection gets an error; far above, it is closed without one."""
     with opened(max_connections=2) as rig:
-        held = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
+        connections = [socket.create_connection(('127.0.0.1', rig.port)) for _ in range(2)]
         status, _, answer = rig.request('GET', '/health')
         assert (status, answer['error']['code']) == (503, 'too_many_connections')
-        held += [socket.create_connection(('127.0.0.1', rig.port))
-                 for _ in range(server.SPARE + 1)]
-        held[-1].settimeout(TIMEOUT_S)
+        connections += [socket.create_connection(('127.0.0.1', rig.port))
+                        for _ in range(server.SPARE + 1)]
+        connections[-1].settimeout(TIMEOUT_S)
         try:
-            assert held[-1].recv(1) == b''
+            assert connections[-1].recv(1) == b''
         except ConnectionResetError:
             pass
-        for each in held:
+        for each in connections:
             each.close()
         wait_for(lambda: rig.request('GET', '/health')[0] == 200)
 
@@ -640,7 +640,7 @@ def test_times_out_without_a_body(monkeypatch):
         assert slow.recv(100).startswith(b'HTTP/1.1 408')
 
 
-def test_answers_what_is_not_http(rig):
+def test_answers_400_to_bytes_that_are_not_http(rig):
     with socket.create_connection(('127.0.0.1', rig.port)) as other:
         other.settimeout(TIMEOUT_S)
         other.sendall(b'\x16\x03\x01\x02\r\n\r\n')
@@ -648,12 +648,11 @@ def test_answers_what_is_not_http(rig):
     assert rig.request('GET', '/health')[0] == 200
 
 
-def test_client_that_does_not_read(monkeypatch):
-    """Its request is cancelled with the reason, and never delays the decode thread."""
+def test_cancels_the_request_of_a_client_that_does_not_read(monkeypatch):
     monkeypatch.setattr(server, 'WRITE_TIMEOUT_S', 0.2)
     engine = FakeEngine(lambda prompt_ids: forever(), max_context=10**8)
     with opened(engine) as rig, socket.socket() as slow:
-        rig.door._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        rig.server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         slow.connect(('127.0.0.1', rig.port))
         body = json.dumps({'model': MODEL, 'messages': HELLO, 'stream': True,
@@ -664,8 +663,7 @@ def test_client_that_does_not_read(monkeypatch):
         assert report.finish_reason == 'cancelled' and 'HTTP client' in report.message
 
 
-def test_bounds_unsent_pieces():
-    """Beyond the bound, the request ends with the reason."""
+def test_cancels_a_request_with_too_many_unsent_pieces():
     class Stub:
         def __init__(self):
             self.cancelled = []
@@ -713,10 +711,9 @@ def test_metrics():
     assert found['physai_decode_queue_depth',] == 0
 
 
-def test_survives_an_error_of_its_own(monkeypatch):
-    """It is logged and answered, and the server goes on."""
+def test_internal_error_is_reported_and_the_server_continues(monkeypatch):
     with opened() as rig:
-        monkeypatch.setattr(rig.door._app._metrics, 'text', lambda: 1 / 0)
+        monkeypatch.setattr(rig.server._app._metrics, 'text', lambda: 1 / 0)
         status, _, answer = rig.request('GET', '/metrics')
         assert (status, answer['error']['code']) == (500, 'error')
         ((where, error),) = rig.errors

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The node from outside: lifecycle, topics, services, diagnostics, bad input, bad engines."""
+"""The node over ROS: lifecycle, topics, services, diagnostics, bad input, engines that fail."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,7 +114,7 @@ def test_model_info_reaches_late_subscribers(rig):
 
 
 def test_repeated_lifecycle_rounds(rig):
-    """Each round closes its engine, and requests are counted on."""
+    """Each round closes its engine, and request ids continue to increase."""
     assert rig.ask('a')['request_id'] == '1'
     assert rig.change('deactivate', 'activate')
     assert rig.ask('b')['request_id'] == '2'
@@ -130,7 +130,7 @@ def test_repeated_lifecycle_rounds(rig):
 
 
 def test_model_info_after_cleanup(rig):
-    """A later subscriber learns that nothing is loaded."""
+    """A later subscriber receives a message that nothing is loaded."""
     assert rig.change('deactivate', 'cleanup')
     rig.wait(lambda: len(rig.received['model_info']) == 2)
     late = []
@@ -140,13 +140,13 @@ def test_model_info_after_cleanup(rig):
     rig.probe.destroy_subscription(subscription)
     info = rig.values(late[0].status[0])
     assert info['message'] == 'nothing is loaded'
-    assert info.pop('generate_action') == messages.GENERATE_ACTION     # of this machine
+    assert info.pop('generate_action') == messages.GENERATE_ACTION  # depends on the machine
     assert {info[key] for key in messages.MODEL_KEYS if key != 'generate_action'} == {'n/a'}
 
 
 @pytest.mark.parametrize('name', ['cancel', 'reset', 'measure_gap'])
 def test_answers_every_call_of_a_burst(rig, name):
-    """All arrive before the first is served."""
+    """The client sends all calls without waiting for a response."""
     client = rig.probe.create_client(Trigger, f'/decode/{name}', qos_profile=stream_qos())
     assert client.wait_for_service(PATIENCE_S)
     answers = [client.call_async(Trigger.Request()) for _ in range(200)]
@@ -168,15 +168,15 @@ def test_answers_every_prompt_of_a_burst(make):
 
 
 def test_rejects_prompts_unless_active(make):
-    """Before activation and after deactivation."""
+    """It rejects them before activation and after deactivation."""
     rig = make()
     assert 'unconfigured: configure and activate' in rig.ask('a')['message']
     assert rig.change('configure', 'activate')
     assert rig.ask('b')['finish_reason'] == 'stop'
     assert rig.change('deactivate')
-    refused = rig.ask('c')
-    assert refused['finish_reason'] == 'rejected'
-    assert 'inactive: activate' in refused['message']
+    rejected = rig.ask('c')
+    assert rejected['finish_reason'] == 'rejected'
+    assert 'inactive: activate' in rejected['message']
     assert [request['request_id'] for request in rig.requests()] == ['1', '2', '3']
     rig.wait(lambda: rig.received['response'])
     assert len(rig.received['response']) == 1
@@ -188,10 +188,10 @@ def test_rejects_prompts_unless_active(make):
     ('', 'empty'), ('x' * CONTEXT, f'{CONTEXT} tokens')])
 def test_rejects_a_prompt_that_it_cannot_answer(rig, text, words):
     """~/request_stats has the reason, and the next prompt is answered."""
-    refused = rig.ask(text)
-    assert refused['finish_reason'] == 'rejected'
-    assert words in refused['message']
-    assert refused['level'] == messages.WARN
+    rejected = rig.ask(text)
+    assert rejected['finish_reason'] == 'rejected'
+    assert words in rejected['message']
+    assert rejected['level'] == messages.WARN
     assert rig.ask('on')['finish_reason'] == 'stop'
 
 
@@ -204,7 +204,7 @@ def test_publishes_text_of_any_script(rig, text):
 
 
 def test_a_nul_from_the_engine_does_not_cut_the_text(rig):
-    """A ROS string can't contain NUL: U+FFFD replaces it."""
+    """A ROS string can not contain NUL, so U+FFFD replaces it."""
     rig.ask('a\x01b')
     rig.wait(lambda: rig.received['response'] and len(rig.received['tokens']) == 3)
     assert rig.received['response'][0].data == 'A\ufffdB'
@@ -259,7 +259,7 @@ def test_cancels_and_resets(rig):
 
 
 class GraphEngine(EchoEngine):
-    """Its steps can run with a CUDA graph or without; without it, the test releases them."""
+    """Pretends to use a CUDA graph; a trial without it waits until the test sets `go`."""
 
     fails = False
 
@@ -271,7 +271,7 @@ class GraphEngine(EchoEngine):
 
     @contextmanager
     def trial(self, captured=None):
-        """Wait where the graph is not wanted."""
+        """Wait for `go` if the steps are not to be captured."""
         if not captured:
             self.begun.set()
             assert self.go.wait(PATIENCE_S)
@@ -280,7 +280,7 @@ class GraphEngine(EchoEngine):
         yield
 
     def _echo_upper(self, prompt_ids):
-        """Answer the measurement, or a prompt."""
+        """Answer a measurement with `TOKENS` letters, and a prompt as `EchoEngine` does."""
         if self.samplings[-1].max_new_tokens == TOKENS:
             prompt_ids = TOKENS * [ord('x')]
         return super()._echo_upper(prompt_ids)
@@ -297,7 +297,7 @@ def measured(make):
 
 
 def test_measure_gap_blocks_only_prompts(measured):
-    """Services and diagnostics go on; the figures of requests do not include it."""
+    """Services and diagnostics still work; the measurement does not count as a request."""
     rig, engine = measured
     rig.ask('hello')
     answer = rig.clients['measure_gap'].call_async(Trigger.Request())
@@ -321,7 +321,7 @@ def test_measure_gap_blocks_only_prompts(measured):
 
 
 def test_rejects_measure_gap_while_generating(measured):
-    """The response has the reason, and the request goes on."""
+    """The response has the reason, and the request continues."""
     rig, engine = measured
     rig.ask_later('a?b')
     rig.wait(lambda: rig.received['tokens'])
@@ -334,7 +334,7 @@ def test_rejects_measure_gap_while_generating(measured):
 
 
 def test_deactivation_ends_a_measurement(measured):
-    """The node does not wait for it, and can be activated again."""
+    """The response has the reason, and the node can be activated again."""
     rig, engine = measured
     answer = rig.clients['measure_gap'].call_async(Trigger.Request())
     assert engine.begun.wait(PATIENCE_S)
@@ -350,7 +350,7 @@ def test_deactivation_ends_a_measurement(measured):
     assert rig.trigger('measure_gap').success
 
 
-def test_reports_a_measurement_that_fails(measured):
+def test_reports_a_failed_measurement(measured):
     """The response has the reason in one line, and the node stays active."""
     rig, engine = measured
     engine.fails = True
@@ -362,7 +362,7 @@ def test_reports_a_measurement_that_fails(measured):
 
 
 def test_measure_gap_without_a_graph_or_a_model(rig):
-    """The response names decode_bench instead; without a model, it says what to do first."""
+    """The response names decode_bench; without a model, it says to configure the node first."""
     answer = rig.trigger('measure_gap')
     assert not answer.success
     assert 'decode_bench --model builtin:tiny_planner --engines echo' in answer.message
@@ -370,8 +370,8 @@ def test_measure_gap_without_a_graph_or_a_model(rig):
     assert 'configure and activate it first' in rig.trigger('measure_gap').message
 
 
-def test_stamps_are_of_the_node_s_clock(make):
-    """With use_sim_time, they are the time of /clock."""
+def test_stamps_use_the_clock_of_the_node(make):
+    """With use_sim_time, a stamp is the time on /clock."""
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     tick = Clock()
@@ -389,18 +389,18 @@ def test_clock_messages_do_not_wake_the_executor(make):
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     rig.wait(publisher.get_subscription_count)
-    taken, tick = [], Clock()
+    read, tick = [], Clock()
     subscription, = (each for each in rig.node.subscriptions if each.topic_name == '/clock')
-    take = subscription.callback
-    subscription.callback = lambda message: taken.append(message) or take(message)
+    callback = subscription.callback
+    subscription.callback = lambda message: read.append(message) or callback(message)
     before = len(rig.received['diagnostics'])
     for sec in range(1, 1000):
         tick.clock.sec = sec
         publisher.publish(tick)
     rig.wait(lambda: publisher.publish(tick)        # best effort: one can be lost
              or rig.received['diagnostics'][-1].header.stamp.sec == 999)
-    # Once a message on /diagnostics, one of which may not have arrived yet.
-    assert 1 <= len(taken) <= len(rig.received['diagnostics']) - before + 1
+    # One for each message on /diagnostics, the last of which may not have arrived yet.
+    assert 1 <= len(read) <= len(rig.received['diagnostics']) - before + 1
     assert rig.set(use_sim_time=False) == (True, '')
     rig.wait(lambda: rig.received['diagnostics'][-1].header.stamp.sec > 10**9)
     rig.wait(lambda: not publisher.get_subscription_count())
@@ -452,8 +452,8 @@ def test_diagnostics_in_every_state(make):
         assert state() == after
 
 
-def test_serves_all_else_while_a_model_loads(make):
-    """Prompts, services and parameters."""
+def test_services_and_parameters_work_while_a_model_loads(make):
+    """Prompts are rejected meanwhile."""
     rig = make()
     rig.loader.go.clear()
     answer = rig.begin('configure')
@@ -571,20 +571,20 @@ def test_applies_all_parameters_of_a_call_or_none(rig):
     assert 'allowed are report, truncate' in rig.set(deadline__action='panic')[1]
     assert 'did you mean sampling.temperature?' in rig.set(sampling__temprature=0.5)[1]
     assert 'clean up first' in rig.set(engine__max_context=64)[1]
-    assert rig.set(engine__max_context=4096) == (True, '')       # as it is
-    assert rig.set(sampling__temperature=1) == (True, '')        # a whole number will do
+    assert rig.set(engine__max_context=4096) == (True, '')       # the current value
+    assert rig.set(sampling__temperature=1) == (True, '')        # an integer for a float
     assert rig.node.get_parameter('sampling.temperature').value == 1.0
     assert rig.ask('on')['finish_reason'] == 'stop'
 
 
 def test_locked_model_cannot_be_changed(make):
-    """In no state can a parameter that selects the model be set, nor the lock itself."""
+    """Parameters that select the model, and the lock itself, can not be set in any state."""
     rig = make(**{'model.locked': True, 'model.path': 'mine'})
-    refused = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
-               'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
-               'chat.template': 'off'}
+    locked = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
+              'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
+              'chat.template': 'off'}
     for transition in ('configure', 'activate', 'deactivate', 'cleanup'):
-        for name, value in refused.items():
+        for name, value in locked.items():
             before = rig.node.get_parameter(name).value
             for service in ('set_parameters', 'set_parameters_atomically'):
                 done, reason = rig.set(service, **{name: value})
@@ -600,7 +600,7 @@ def test_locked_model_cannot_be_changed(make):
 
 
 def test_locks_the_model_while_unconfigured(make):
-    """The lock can't be removed."""
+    """The lock can be set, but not removed."""
     rig = make()
     assert rig.set(model__path='mine') == (True, '')
     assert rig.set(model__locked=True) == (True, '')
@@ -617,7 +617,7 @@ def test_sampling_parameters_apply_to_the_next_request(rig):
 
 
 def test_parameters_set_during_a_transition_apply(make, monkeypatch):
-    """Even if the worker has already started with the old values."""
+    """They apply even if the worker starts with the old values."""
     rig = make()
     start = Worker.start
 
@@ -649,14 +649,12 @@ def test_reports_unknown_parameters(make):
 
 
 def test_wrong_parameter_at_start_is_an_error():
-    """The node does not start with a setting that it would ignore."""
     with pytest.raises(ConfigError, match='sampling.top_p is 7.0: allowed are 0.0 to 1.0'):
         Rig(**{'sampling.top_p': 7.0})
     gc.collect()                    # free the incomplete node
 
 
 def test_qos_of_a_publisher_can_be_overridden(make):
-    """By a parameter."""
     rig = make(**{'qos_overrides./decode/tokens.publisher.reliability': 'best_effort'})
     infos = rig.probe.get_publishers_info_by_topic('/decode/tokens')
     assert infos[0].qos_profile.reliability.name == 'BEST_EFFORT'
@@ -664,7 +662,7 @@ def test_qos_of_a_publisher_can_be_overridden(make):
 
 
 def test_qos_of_a_subscription_can_be_overridden(make):
-    """A client with another reliability is received; the parameter has the remapped topic name."""
+    """The name of the parameter contains the resolved topic."""
     rig = make(**{'qos_overrides./decode/prompt.subscription.depth': 7,
                   'qos_overrides./decode/request.subscription.reliability': 'best_effort'})
     for topic, reliability in (('prompt', 'RELIABLE'), ('request', 'BEST_EFFORT')):
@@ -684,8 +682,7 @@ def test_limits_log_lines_about_rejections(make, capfd):
     assert 1 <= capfd.readouterr().err.count('a request is refused') < 30
 
 
-def test_starts_by_itself(make):
-    """With autostart, the node configures and activates itself."""
+def test_autostart_configures_and_activates_the_node(make):
     rig = make(autostart=True)
     rig.wait(lambda: rig.state() == 'active')
     assert rig.ask('a')['finish_reason'] == 'stop'

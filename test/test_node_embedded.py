@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The node on the embedded model: a damaged copy is refused, the whole one answers."""
+"""The node with the embedded model: it rejects a damaged copy and answers with an intact one."""
 
 import json
 from pathlib import Path
@@ -28,16 +28,16 @@ import rclpy
 MODEL = Path(physai_decode.__file__).parent / 'models' / 'tiny_planner'
 
 
-def cut(folder):
-    """Truncate the weights to half."""
+def truncate(folder):
+    """Truncate the weights file to half its size."""
     path = folder / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def lose(name):
-    """Return a function that deletes files."""
+def delete(pattern):
+    """Return a function that deletes the files of a folder that match a pattern."""
     def damage(folder):
-        for path in folder.glob(name):
+        for path in folder.glob(pattern):
             path.unlink()
     return damage
 
@@ -53,12 +53,12 @@ def rig():
 
 
 @pytest.mark.parametrize(('damage', 'words'), [
-    (shutil.rmtree, 'no such folder'), (lose('*'), 'is empty'), (cut, 'truncated'),
-    (lose('model.safetensors'), 'no weights'), (lose('config.json'), 'config.json is missing'),
-    (lose('tokenizer*'), 'no tokenizer')], ids=['gone', 'empty', 'cut', 'no weights', 'no config',
-                                                'no tokenizer'])
+    (shutil.rmtree, 'no such folder'), (delete('*'), 'is empty'), (truncate, 'truncated'),
+    (delete('model.safetensors'), 'no weights'),
+    (delete('config.json'), 'config.json is missing'), (delete('tokenizer*'), 'no tokenizer')],
+    ids=['no folder', 'empty', 'truncated', 'no weights', 'no config', 'no tokenizer'])
 def test_rejects_a_damaged_model(rig, tmp_path, damage, words):
-    """The node stays unconfigured and names the fault."""
+    """The node stays unconfigured, and /diagnostics has the reason and the folder."""
     folder = tmp_path / 'model'
     shutil.copytree(MODEL, folder)
     damage(folder)
@@ -83,7 +83,7 @@ def test_rejects_a_device_or_engine_that_is_missing(rig, name, value, words):
 
 
 def test_embedded_model_answers(rig):
-    """After the failed loads; its figures include the floor."""
+    """It answers although earlier loads failed, and its figures include r_floor."""
     assert rig.set(model__path='builtin:tiny_planner') == (True, '')
     assert rig.change('configure', 'activate')
     begin = len(rig.received['tokens'])
@@ -100,7 +100,7 @@ def test_embedded_model_answers(rig):
 
 
 def test_constraint_parameters_apply_to_prompts(rig, tmp_path):
-    """A schema that can't be enforced fails the load; another constrains each answer."""
+    """A schema that can not be enforced fails the load; another one constrains each answer."""
     file = tmp_path / 'schema.json'
     file.write_text('{"uniqueItems": true}')
     assert rig.set(constraint__schema_file=str(file)) == (True, '')

@@ -64,7 +64,7 @@ def begin(rig, **fields):
 
 def feedback(rig, handle):
     """Return the tokens and tool calls in the feedback of a goal so far."""
-    # From the topic: rclpy's client drops what it has not handled when the result comes.
+    # From the topic: rclpy's client drops pending feedback when the result arrives.
     found = [each.feedback for each in rig.feedback
              if bytes(each.goal_id.uuid) == bytes(handle.goal_id.uuid)]
     return ([token for each in found for token in each.tokens],
@@ -87,7 +87,7 @@ def test_serves_a_goal_as_a_request(rig):
     tokens, _ = feedback(rig, handle)
     assert ''.join(token.text for token in tokens) == 'HELLO'
     assert [token.index for token in tokens] == list(range(5))
-    rig.wait(lambda: len(rig.received['result']) > before)     # the topics tell of it too
+    rig.wait(lambda: len(rig.received['result']) > before)
     assert rig.requests()[-1]['client_id'] == 'mine'
 
 
@@ -117,7 +117,7 @@ def test_rejects_goals_that_it_cannot_serve(rig, fields, message):
 
 
 def test_separates_thoughts_and_tool_calls(rig, monkeypatch):
-    """In the feedback, on the topics and in the result."""
+    """They are separate in the feedback, on the topics and in the result."""
     monkeypatch.setattr(Letters, 'manner', Manner('[THINK]', '[/THINK]', (), 'mistral_args'))
     rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
     rig.ask('x' * 20)
@@ -125,8 +125,8 @@ def test_separates_thoughts_and_tool_calls(rig, monkeypatch):
     before = {name: len(rig.received[name]) for name in ('result', 'response', 'token_stats')}
     rig.stamped.clear()
     tools = [{'type': 'function', 'function': {'name': 'GO'}}]
-    said = '[think]w\1[/think] ok. [tool_calls]go[args]{"a": 1}'
-    handle = begin(rig, id='mine', prompt=said, options_json=json.dumps({'tools': tools}))
+    prompt = '[think]w\1[/think] ok. [tool_calls]go[args]{"a": 1}'
+    handle = begin(rig, id='mine', prompt=prompt, options_json=json.dumps({'tools': tools}))
     answer = rig.result(handle.get_result_async())
     assert (answer.status, answer.result.finish_reason) == (SUCCEEDED, 'tool_calls')
     assert answer.result.text == 'OK.'
@@ -135,14 +135,14 @@ def test_separates_thoughts_and_tool_calls(rig, monkeypatch):
     assert (message['content'], message['reasoning_content']) == ('OK.', 'W\0')
     call, = message['tool_calls']
     assert call['function'] == {'name': 'GO', 'arguments': '{"A": 1}'}
-    rig.wait(lambda: len(stamped(rig)) == len(said) == len(feedback(rig, handle)[0]))
+    rig.wait(lambda: len(stamped(rig)) == len(prompt) == len(feedback(rig, handle)[0]))
     for tokens in (stamped(rig), feedback(rig, handle)[0]):
         assert ''.join(token.text for token in tokens) == 'OK.'
         assert ''.join(token.reasoning for token in tokens) == 'W\ufffd'
     rig.wait(lambda: all(len(rig.received[name]) > count for name, count in before.items()))
     assert [json.loads(each) for each in feedback(rig, handle)[1]] == [call]
     assert rig.received['response'][-1].data == 'OK.'
-    rig.wait(lambda: len(rig.received['token_stats']) == before['token_stats'] + len(said))
+    rig.wait(lambda: len(rig.received['token_stats']) == before['token_stats'] + len(prompt))
     figures = [rig.values(each.status[0])
                for each in rig.received['token_stats'][before['token_stats']:]]
     assert [json.loads(each['tool_calls']) for each in figures
@@ -152,7 +152,7 @@ def test_separates_thoughts_and_tool_calls(rig, monkeypatch):
 
 def test_publishes_stamped_tokens(rig):
     rig.wait(lambda: rig.node.count_subscribers('/decode/stamped_tokens') == 1)
-    rig.ask('x' * 20)               # by then the node has asked who listens
+    rig.ask('x' * 20)               # meanwhile the node finds the subscriber
     rig.stamped.clear()
     begin(rig, id='mine', prompt='abc')
     rig.wait(lambda: len(stamped(rig)) == 3)

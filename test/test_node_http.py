@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The HTTP door of the node: its life with the lifecycle, beside the topics, and at a signal."""
+"""The HTTP server of the node: lifecycle, messages on topics, and shutdown by a signal."""
 
 import http.client
 import json
@@ -116,12 +116,12 @@ def test_topics_have_the_requests_of_http_clients(rig):
     assert ''.join(chunk.choices[0].delta.content or '' for chunk in chunks) == 'HELLO'
     with pytest.raises(openai.BadRequestError):
         api.chat.completions.create(model=MODEL, messages=HELLO, n=2)
-    rig.wait(lambda: len(rig.requests()) == 3)          # or the refusal is taken for the next end
+    rig.wait(lambda: len(rig.requests()) == 3)  # or `ask` returns the figures of the rejection
     assert rig.ask('by topic')['finish_reason'] == 'stop'
     figures = {each['client_id']: each for each in rig.requests()}
     assert figures[answer.id]['finish_reason'] == figures['mine']['finish_reason'] == 'stop'
-    (refused,) = (each for each in rig.requests() if each['finish_reason'] == 'rejected')
-    assert refused['refusal'] == 'invalid' and 'n is 2' in refused['message']
+    (rejected,) = (each for each in rig.requests() if each['finish_reason'] == 'rejected')
+    assert rejected['refusal'] == 'invalid' and 'n is 2' in rejected['message']
     rig.wait(lambda: len(rig.received['accepted']) == 3)
     ids = [json.loads(each.data)['id'] for each in rig.received['accepted']]
     assert ids == [answer.id, 'mine', None]
@@ -150,18 +150,18 @@ def test_does_not_listen_by_default():
 
 
 def test_signal_ends_a_node_with_open_connections(request):
-    """In time, and each stream gets its end, although clients keep connections open."""
+    """Each stream ends with an error, and idle connections do not delay the exit."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
          '-r', '__node:=decode_http', '-p', f'http.port:={port}'],
         stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '2'})
-    held = []
+    connections = []
     try:
         while health(port) != 200:
             assert process.poll() is None
-        held = [socket.create_connection(('127.0.0.1', port)) for _ in range(3)]
-        held[0].sendall(b'POST /v1/chat/completions HTTP/1.1\r\n')
+        connections = [socket.create_connection(('127.0.0.1', port)) for _ in range(3)]
+        connections[0].sendall(b'POST /v1/chat/completions HTTP/1.1\r\n')
         chunks = client(port).chat.completions.create(
             model=MODEL, messages=[{'role': 'user', 'content': 200 * 'a'}], stream=True)
         next(chunks)
@@ -170,7 +170,7 @@ def test_signal_ends_a_node_with_open_connections(request):
             list(chunks)
         _, stderr = process.communicate(timeout=60)
     finally:
-        for each in held:
+        for each in connections:
             each.close()
         process.kill()
         process.wait()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The node's doors for requests: ~/prompt and ~/request in, ~/accepted and ~/result out."""
+"""Requests by topic: ~/prompt and ~/request are inputs, ~/accepted and ~/result outputs."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_result_is_a_chat_completion(active):
     assert figures['cancel_ms'] is None
 
 
-def test_statuses_have_the_id_of_the_client(active):
+def test_token_and_request_stats_have_the_client_id(active):
     send(active, {'id': 'mine', 'prompt': 'ab'})
     active.ask('cd')
     active.wait(lambda: len(active.received['token_stats']) == 4)
@@ -83,7 +83,7 @@ def test_statuses_have_the_id_of_the_client(active):
     assert [each['client_id'] for each in active.requests()] == ['mine', 'n/a']
 
 
-def test_prompts_have_results_too(active):
+def test_prompt_has_a_result_without_an_id(active):
     active.ask('hello')
     active.wait(lambda: active.received['result'])
     result = json.loads(active.received['result'][0].data)
@@ -110,7 +110,7 @@ def test_result_of_a_wrong_request_has_the_reason(active, value, id_, message):
     assert len(active.received['result']) == 2
 
 
-def test_rejection_of_an_inactive_node_has_the_id(rig):
+def test_rejection_by_an_inactive_node_has_the_id(rig):
     result = send(rig, {'id': 'x', 'prompt': 'a'})
     assert (result['id'], result['physai']['finish_reason']) == ('x', 'rejected')
     assert 'the node is unconfigured' in result['physai']['message']
@@ -152,7 +152,7 @@ def test_cancels_by_id(active):
     assert len(active.received['result']) == 2
 
 
-def test_result_repeats_accepted_fields(active):
+def test_accepted_repeats_the_request(active):
     asked = {'id': 'mine', 'messages': [{'role': 'user', 'content': 'a\0b'}], 'temperature': 0.5}
     send(active, asked)
     active.ask('plain')

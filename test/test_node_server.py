@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A node whose model is on a server: its topics, its local model, its settings and its end."""
+"""A node whose model runs on a server: topics, local fallback, settings and shutdown."""
 
 import json
 import os
@@ -44,7 +44,7 @@ NO_FIGURES = ('token_id', 'context_tokens', 'device_ms', 'host_gap_ms', 'floor_m
 
 @pytest.fixture
 def fake():
-    """Return a server that answers well."""
+    """Return a server that answers each request."""
     with serving() as fake:
         yield fake
 
@@ -69,8 +69,8 @@ def make(fake):
     rclpy.shutdown()
 
 
-def broken(call, body):
-    """Fail."""
+def fail(call, body):
+    """Answer with status 500."""
     call.whole(500, {'error': {'message': 'out of memory'}})
 
 
@@ -107,7 +107,7 @@ def test_publishes_the_same_topics(fake, make, monkeypatch):
 
 
 def test_local_model_answers_if_the_server_fails(fake, make):
-    fake.answer = broken
+    fake.answer = fail
     rig = make(remote__fallback=BUILTIN)
     assert rig.change('configure', 'activate')
     end = rig.ask('Bring me the red cup.')
@@ -130,7 +130,7 @@ def test_local_model_answers_if_the_server_fails(fake, make):
 
 
 def test_node_stays_up_without_a_local_model(fake, make):
-    fake.answer = broken
+    fake.answer = fail
     rig = make()
     assert rig.change('configure', 'activate')
     end = rig.ask('where?')
@@ -180,13 +180,14 @@ def test_signal_ends_a_node_whose_server_hangs(fake):
     fake.answer = lambda call, body: call.wait_for_client_to_go()
     process = subprocess.Popen(
         [sys.executable, '-c', 'import sys; from physai_decode.ros.process import main; '
-         'sys.exit(main())', '--ros-args', '-r', '__node:=decode_far', '-p', 'engine.name:=openai',
-         '-p', f'remote.base_url:={fake.url}', '-p', f'remote.model:={MODEL}'],
+         'sys.exit(main())', '--ros-args', '-r', '__node:=decode_remote', '-p',
+         'engine.name:=openai', '-p', f'remote.base_url:={fake.url}', '-p',
+         f'remote.model:={MODEL}'],
         stderr=subprocess.PIPE, text=True, env=os.environ)
     rclpy.init()
-    node = rclpy.create_node('asker')
+    node = rclpy.create_node('client')
     try:
-        publisher = node.create_publisher(String, '/decode_far/prompt', 10)
+        publisher = node.create_publisher(String, '/decode_remote/prompt', 10)
         while not fake.asked:
             assert process.poll() is None
             publisher.publish(String(data='where?'))

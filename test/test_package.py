@@ -57,7 +57,7 @@ def prefix(workspace):
 
 
 def test_colcon_builds_a_ros_package(prefix):
-    """Only ros.ament_python writes the hook; a broken package.xml makes colcon fall back."""
+    """With an invalid package.xml, colcon builds a plain Python package without this hook."""
     assert (prefix / 'share/physai_decode/hook/ament_prefix_path.dsv').is_file()
     assert (prefix / 'share/ament_index/resource_index/packages/physai_decode').is_file()
 
@@ -69,17 +69,17 @@ def test_colcon_builds_no_nested_package(workspace):
 
 
 def test_installs_data_files(prefix):
-    """Configs, examples and launch files are in share, the model beside the code."""
+    """Configs, examples and launch files are in share; the embedded model is beside the code."""
     for name in ('config', 'examples', 'launch', 'systemd'):
-        want = {path.name for path in (ROOT / name).iterdir() if path.is_file()}
-        assert want == {path.name for path in (prefix / 'share/physai_decode' / name).iterdir()}
-        assert want
+        files = {path.name for path in (ROOT / name).iterdir() if path.is_file()}
+        assert files == {path.name for path in (prefix / 'share/physai_decode' / name).iterdir()}
+        assert files
     assert (prefix / 'share/physai_decode/package.xml').is_file()
     models, = prefix.glob('lib/python*/site-packages/physai_decode/models')
     source = ROOT / 'physai_decode' / 'models'
-    want = {path.relative_to(source) for path in source.rglob('*') if path.is_file()}
-    assert want == {path.relative_to(models) for path in models.rglob('*') if path.is_file()}
-    assert Path('tiny_planner/model.safetensors') in want
+    files = {path.relative_to(source) for path in source.rglob('*') if path.is_file()}
+    assert files == {path.relative_to(models) for path in models.rglob('*') if path.is_file()}
+    assert Path('tiny_planner/model.safetensors') in files
     assert set(COMMANDS) == {path.name for path in (prefix / 'lib/physai_decode').iterdir()}
 
 
@@ -88,7 +88,7 @@ def test_installs_all_modules(prefix):
     source = ROOT / 'physai_decode'
     assert ({path.relative_to(source) for path in source.rglob('*.py')}
             == {path.relative_to(installed) for path in installed.rglob('*.py')})
-    assert (installed / 'py.typed').is_file()       # tells type checkers to read its types
+    assert (installed / 'py.typed').is_file()       # type checkers need it
 
 
 def test_installed_node_runs(workspace, prefix):
@@ -156,7 +156,7 @@ def test_changelog_is_readable_by_the_release_tools():
 
 
 def test_systemd_unit_grants_real_time_limits():
-    """It sets the limits that the node's messages name, and starts an installed command."""
+    """It sets the limits that the node's messages recommend, and starts an installed command."""
     unit = RawConfigParser(strict=False)
     unit.optionxform = str
     unit.read(ROOT / 'systemd' / 'physai_decode.service')
@@ -187,7 +187,7 @@ def test_commands_have_modules():
 
 @pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
 def test_make_stops_on_a_machine_without_wheels(tmp_path):
-    """One line says that rclpy has no wheels for it and what to do; nothing is installed."""
+    """One line says that rclpy has no wheels and what to do; nothing is installed."""
     for path in ROOT.glob('*'):
         if path.is_file():
             shutil.copy(path, tmp_path)

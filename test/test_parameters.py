@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The settings as ROS parameters: names, descriptors, values from files."""
+"""The settings as ROS parameters: names, descriptors, and values from files."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def ros():
 
 @pytest.fixture
 def make(tmp_path):
-    """Make nodes whose parameters come from a file."""
+    """Return a function that makes a node with the parameters of a file."""
     nodes = []
 
     def build(yaml='', path=None):
@@ -54,23 +54,22 @@ def make(tmp_path):
         node.destroy_node()
 
 
-def test_defaults_are_those_of_the_settings(make):
-    """Without a file, the parameters read back as the dataclass stands."""
+def test_defaults_equal_those_of_decode_config(make):
     node = make()
     parameters.declare(node)
     assert parameters.read(node) == DecodeConfig()
     assert parameters.unknown(node) == []
 
 
-def test_off_is_no_truth_value(make):
-    """As it is written in the documents, without quotation marks."""
+def test_off_without_quotation_marks_is_a_string(make):
+    """YAML reads it as false."""
     node = make('chat.template: off')
     parameters.declare(node)
     assert parameters.read(node).chat.template == 'off'
 
 
-def test_every_parameter_is_described(make):
-    """Each has words, its type, and its range or choices; fixed ones say so."""
+def test_each_parameter_has_a_descriptor(make):
+    """It has a description, the type, the range or choices, and when it can be set."""
     node = make()
     parameters.declare(node)
     for name, field in parameters.specs().items():
@@ -90,8 +89,8 @@ def test_every_parameter_is_described(make):
         assert ('unconfigured' in descriptor.additional_constraints) != field.metadata['dynamic']
 
 
-def test_values_come_from_a_file(make):
-    """Of every type; a whole number will do for one with a fraction."""
+def test_reads_values_of_all_types_from_a_file(make):
+    """An integer is accepted where a float is expected."""
     node = make('sampling:\n  temperature: 1\n  top_k: 40\n  stop: ["\\n", "user:"]\n'
                 'engine:\n  cuda_graph: false\nmodel.path: /models/a\nautostart: false\n'
                 'realtime.cpu_affinity: [2, 3]')
@@ -108,16 +107,16 @@ def test_values_come_from_a_file(make):
     assert config.autostart is False
 
 
-@pytest.mark.parametrize('given', [
+@pytest.mark.parametrize('parameter', [
     Parameter('sampling.stop'), Parameter('sampling.stop', Parameter.Type.BOOL_ARRAY, []),
     Parameter('sampling.stop', Parameter.Type.STRING_ARRAY, [])])
-def test_an_empty_list_has_no_type_of_its_own(make, given):
-    """ROS's tools send it as one thing or another."""
-    assert parameters.merge(DecodeConfig(), [given]).sampling.stop == ()
+def test_accepts_an_empty_list_of_any_type(make, parameter):
+    """The tools of ROS do not agree on its type."""
+    assert parameters.merge(DecodeConfig(), [parameter]).sampling.stop == ()
     node = make('sampling.stop: []')
     parameters.declare(node)
     assert parameters.read(node).sampling.stop == ()
-    assert node.set_parameters(parameters.typed([given]))[0].successful
+    assert node.set_parameters(parameters.typed([parameter]))[0].successful
 
 
 @pytest.mark.parametrize(('yaml', 'message'), [
@@ -139,14 +138,13 @@ def test_an_empty_list_has_no_type_of_its_own(make, given):
     ('engine.name: fast', r"engine\.name is 'fast': allowed are auto, native"),
     ('engine.cuda_graph: 1', r'engine\.cuda_graph is 1: expected true or false'),
     ('autostart: 1', r'autostart is 1: expected true or false')])
-def test_a_wrong_value_is_named(make, yaml, message):
-    """The message has the name, the value and what is allowed."""
+def test_error_has_the_name_the_value_and_what_is_allowed(make, yaml, message):
     with pytest.raises(ConfigError, match=message):
         parameters.declare(make(yaml))
 
 
-def test_an_unknown_name_is_found_and_the_nearest_named(make):
-    """A slip of the pen is told, not ignored; ROS's own parameters are known."""
+def test_reports_unknown_names_and_suggests_a_similar_one(make):
+    """The parameters of ROS itself are known."""
     node = make('sampling.temprature: 0.5\nuse_sim_time: false\nxyz: 1')
     parameters.declare(node)
     assert parameters.unknown(node) == ['sampling.temprature', 'xyz']
@@ -156,14 +154,13 @@ def test_an_unknown_name_is_found_and_the_nearest_named(make):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_fit_the_settings(make, path):
-    """Every name in a config is known and every value allowed."""
+def test_files_in_config_are_valid(make, path):
+    """Each name is known and each value is allowed."""
     node = make(path=path)
     parameters.declare(node)
     assert parameters.unknown(node) == []
     assert parameters.read(node) != DecodeConfig() or path.stem == 'decode'
 
 
-def test_there_are_configs():
-    """Those that docs/tuning.md names are among them."""
+def test_files_that_docs_tuning_names_are_in_config():
     assert {'decode', 'l4', 'jetson_orin'} <= {path.stem for path in CONFIGS}

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The node's process: its exit codes, SIGSTOP, its launcher, its params files, early Ctrl-C."""
+"""The process of the node: exit codes, SIGSTOP, launcher, params files, and early Ctrl-C."""
 
 import os
 import select
@@ -38,12 +38,12 @@ FAILING = """
 from physai_decode.ros import process
 
 class Failing(process.DecodeNode):
-    def __init__(self, *given, **named):
-        super().__init__(*given, **named)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.create_timer(0.01, self.fail)
 
     def fail(self):
-        raise ZeroDivisionError('a slip in a callback')
+        raise ZeroDivisionError('error in a callback')
 
 process.DecodeNode = Failing
 process.main()
@@ -86,8 +86,9 @@ def wait(future):
 
 rclpy.init()
 node = rclpy.create_node('client')
-action = ActionClient(node, Generate, '/besieged/generate', goal_service_qos_profile=stream_qos(),
-                      result_service_qos_profile=stream_qos())
+action = ActionClient(
+    node, Generate, '/many_goals/generate', goal_service_qos_profile=stream_qos(),
+    result_service_qos_profile=stream_qos())
 action.wait_for_server()
 goals = [action.send_goal_async(Generate.Goal(prompt='x')) for _ in range(50)]
 results = [wait(wait(goal).get_result_async()).result for goal in goals]
@@ -140,7 +141,7 @@ class StatusProbe:
 
 @pytest.fixture
 def probe():
-    """Return a function that makes the probe of a node's name."""
+    """Return a function that makes a `StatusProbe`."""
     rclpy.init()
     made = []
 
@@ -156,7 +157,7 @@ def probe():
 
 @pytest.fixture
 def start():
-    """Return a function that starts a process; the test's end kills it."""
+    """Return a function that starts a process, which is killed after the test."""
     processes = []
 
     def begin(command, **options):
@@ -169,20 +170,20 @@ def start():
         process.communicate()
 
 
-def named(name, *arguments):
+def node_command(name, *arguments):
     """Return the command of a node with this name, which loads no model."""
     return [*NODE, '-r', f'__node:={name}', '-p', 'autostart:=false', *arguments]
 
 
-def slow(request, name, step_s, *arguments):
+def slow_node_command(request, name, step_s, *arguments):
     """Return the command of an active node whose tokens take `step_s` seconds each."""
     script = SLOW.format(folder=str(request.path.parent), step_s=step_s)
     return [sys.executable, '-c', script, '--ros-args', '-r', f'__node:={name}', '-p',
             'diagnostics.period_s:=0.05', *arguments]
 
 
-def talk(node, name):
-    """Return two lists that receive the figures of tokens and requests, and a prompt publisher."""
+def connect(node, name):
+    """Return lists that receive the figures of tokens and requests, and a prompt publisher."""
     lists = []
     for topic in ('token_stats', 'request_stats'):
         lists.append([])
@@ -193,16 +194,16 @@ def talk(node, name):
 
 
 def test_an_exception_in_a_callback_does_not_end_the_node(probe, start):
-    """It is logged and counted, and the other callbacks run."""
-    diagnostics = probe('slipping')
-    process = start([sys.executable, '-c', FAILING, *named('slipping')[3:]],
+    """It is logged and counted, and other callbacks still run."""
+    diagnostics = probe('callback_error')
+    process = start([sys.executable, '-c', FAILING, *node_command('callback_error')[3:]],
                     stderr=subprocess.PIPE)
     while int(diagnostics.value('callback_errors')) < 3:
         pass
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
-    assert 'a slip in a callback' in stderr
+    assert 'error in a callback' in stderr
 
 
 def test_a_broken_executor_ends_the_node_with_code_1():
@@ -215,9 +216,9 @@ def test_a_broken_executor_ends_the_node_with_code_1():
 
 
 def test_sigstop_and_sigcont_do_not_end_the_node(probe, start):
-    """A debugger and job control send them; the pause is longer than any polling period."""
+    """Debuggers and job control send them; each pause is longer than any polling period."""
     diagnostics = probe('stopped')
-    process = start(named('stopped'))
+    process = start(node_command('stopped'))
     diagnostics.next()
     for _ in range(3):
         process.send_signal(signal.SIGSTOP)
@@ -231,11 +232,12 @@ def test_sigstop_and_sigcont_do_not_end_the_node(probe, start):
 
 
 def test_figures_include_a_sigstop_during_an_answer(probe, start, request):
-    """One token has the latency of the pause; the node is not stalled after it."""
+    """The latency of one token includes the pause, and the node continues after it."""
     diagnostics = probe('paused')
-    tokens, ends, prompt = talk(diagnostics.node, 'paused')
-    process = start(slow(request, 'paused', 0.05, '-p', 'deadline.token_ms:=1900.0', '-p',
-                         'diagnostics.stall_timeout_s:=1.0'))
+    tokens, ends, prompt = connect(diagnostics.node, 'paused')
+    process = start(slow_node_command(
+        request, 'paused', 0.05, '-p', 'deadline.token_ms:=1900.0', '-p',
+        'diagnostics.stall_timeout_s:=1.0'))
     diagnostics.until(lambda: prompt.get_subscription_count()
                       and diagnostics.value('state') == 'idle')
     prompt.publish(String(data=40 * 'a'))
@@ -258,10 +260,10 @@ def test_figures_include_a_sigstop_during_an_answer(probe, start, request):
 
 
 def test_deactivates_after_a_sigstop(probe, start, request):
-    """The pause is longer than `STOP_TIMEOUT_S`, but the engine does not count as hung."""
+    """The pause is longer than `STOP_TIMEOUT_S`, but the engine is not reported to hang."""
     diagnostics = probe('parked')
-    tokens, ends, prompt = talk(diagnostics.node, 'parked')
-    process = start(slow(request, 'parked', 1.0))
+    tokens, ends, prompt = connect(diagnostics.node, 'parked')
+    process = start(slow_node_command(request, 'parked', 1.0))
     change = diagnostics.node.create_client(ChangeState, '/parked/change_state')
     diagnostics.until(lambda: prompt.get_subscription_count() and change.service_is_ready()
                       and diagnostics.value('state') == 'idle')
@@ -282,9 +284,9 @@ def test_deactivates_after_a_sigstop(probe, start, request):
 
 @pytest.mark.skipif(bool(unavailable), reason=unavailable)
 def test_many_goals_at_once_do_not_end_the_node(probe, start):
-    """Goal statuses change faster than the publishing thread sends them."""
-    diagnostics = probe('besieged')
-    process = start(named('besieged', '--log-level', 'fatal'))
+    """The goal statuses change faster than the node publishes them."""
+    diagnostics = probe('many_goals')
+    process = start(node_command('many_goals', '--log-level', 'fatal'))
     diagnostics.next()
     clients = [start([sys.executable, '-c', CLIENT]) for _ in range(4)]
     assert [client.wait(PATIENCE_S) for client in clients] == 4 * [0]
@@ -295,10 +297,10 @@ def test_many_goals_at_once_do_not_end_the_node(probe, start):
 @pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the platform has no pidfd')
 @pytest.mark.parametrize('how', ['launched', 'by hand'])
 def test_a_launched_node_ends_with_its_launcher(probe, start, how):
-    """A node that was started by hand outlives its shell."""
+    """A node that was started by hand does not end with its shell."""
     name = f'orphan_{how.replace(" ", "_")}'
     diagnostics = probe(name)
-    launcher = start([sys.executable, '-c', LAUNCHER, how, *named(name)],
+    launcher = start([sys.executable, '-c', LAUNCHER, how, *node_command(name)],
                      stdout=subprocess.PIPE)
     node, ended = int(launcher.stdout.readline()), []
     try:
@@ -307,7 +309,7 @@ def test_a_launched_node_ends_with_its_launcher(probe, start, how):
         launcher.wait()
         if how == 'launched':
             ended, _, _ = select.select([launcher.stdout], [], [], PATIENCE_S)
-            assert ended and launcher.stdout.read() == ''       # the node has closed it too
+            assert ended and launcher.stdout.read() == ''   # at the end of file, the node ended
         else:
             time.sleep(1.0)
             diagnostics.next()
@@ -321,8 +323,8 @@ def test_a_launched_node_ends_with_its_launcher(probe, start, how):
 def test_node_ends_if_its_launcher_ended_before_the_start(start):
     launcher = start([sys.executable, '-c', 'pass'])
     launcher.wait()
-    process = start(named('late'), env={**os.environ, 'PHYSAI_DECODE_LAUNCHER': str(launcher.pid)},
-                    stderr=subprocess.PIPE)
+    process = start(node_command('late'), stderr=subprocess.PIPE,
+                    env={**os.environ, 'PHYSAI_DECODE_LAUNCHER': str(launcher.pid)})
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert 'the process that launched this node has ended' in stderr
@@ -357,7 +359,7 @@ def test_default_model_only_without_a_params_file(probe, start, tmp_path, conten
     file = tmp_path / 'params.yaml'
     file.write_text(content or '')
     diagnostics = probe('plain')
-    start(named('plain', *(['--params-file', str(file)] if content else [])))
+    start(node_command('plain', *(['--params-file', str(file)] if content else [])))
     status = diagnostics.next()
     model = {pair.key: pair.value for pair in status.values}['model']
     assert model.startswith(path) if path else model in ('', 'n/a')

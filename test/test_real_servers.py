@@ -44,7 +44,7 @@ PATIENCE_S = 180.0              # against hangs only
 
 
 def free_port() -> int:
-    """Return a port that is free."""
+    """Return a free port."""
     with socket.create_server(('127.0.0.1', 0)) as found:
         return found.getsockname()[1]
 
@@ -88,7 +88,7 @@ def local():
     {'sampling': {'stop': ('kitchen',)}},
     {'sampling': {'temperature': 1.5, 'top_k': 8, 'seed': 3}},
     {'structured_outputs': {'choice': ['yes', 'no']}}], ids=str)
-def test_node_as_server_gives_the_local_answer(local, fields):
+def test_node_as_server_gives_the_same_answer_as_the_host(local, fields):
     """Text, finish reason and counts are the same as on the node itself."""
     host, sink, port = local
     request = Request(PROMPT, **fields)

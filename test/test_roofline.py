@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The floor against figures worked out by hand, and where the peak comes from."""
+"""The floor agrees with figures computed by hand; the peak comes from the best source."""
 
 from fake_engine import footprint
 from physai_decode import roofline
@@ -31,7 +31,7 @@ def test_floor_of_qwen_7b_on_an_h100():
     assert roofline.r_floor(floor_s, 16.97e-3) == pytest.approx(0.27, abs=0.001)
 
 
-def test_unknown_is_none():
+def test_floor_and_r_floor_are_none_if_unknown():
     assert roofline.floor_s(1000, 0, None) is None
     assert roofline.floor_s(1000, 0, 0.0) is None
     assert roofline.r_floor(None, 0.1) is None
@@ -39,7 +39,7 @@ def test_unknown_is_none():
     assert roofline.r_floor(0.1, 0.0) is None
 
 
-def test_a_sliding_window_limits_the_context():
+def test_sliding_window_limits_the_kv_cache():
     assert roofline.kv_bytes(2, 1, 2, 100, 4, sliding_window=10) == 320
     assert roofline.kv_bytes(2, 1, 2, 5, 4, sliding_window=10) == 160
     line = Roofline(footprint(sliding_window=10), Peak(1e6, 'parameter'))
@@ -48,7 +48,7 @@ def test_a_sliding_window_limits_the_context():
     assert one_of_two.kv_bytes(100) == 160 + 1600
 
 
-def test_both_conventions():
+def test_floor_by_each_convention():
     line = Roofline(footprint(), Peak(1e6, 'parameter'))
     assert line.step_bytes(10) == 1320
     assert line.step_bytes(10, 'checkpoint') == 1820
@@ -58,26 +58,26 @@ def test_both_conventions():
         line.step_bytes(10, 'paper')
 
 
-def test_the_parameter_wins():
+def test_peak_from_the_parameter_comes_first():
     assert roofline.find_peak(123.0, 'NVIDIA L4', lambda: (1, 1), lambda: 1.0) == Peak(
         123e9, 'parameter')
 
 
 @pytest.mark.parametrize('clock_khz, width_bits, gb_s', [
     (6_251_000, 192, 300), (2_619_000, 5120, 3352), (9_001_000, 384, 864)])
-def test_then_the_driver(clock_khz, width_bits, gb_s):
+def test_peak_from_the_driver_comes_second(clock_khz, width_bits, gb_s):
     peak = roofline.find_peak(0.0, 'NVIDIA L4', lambda: (clock_khz, width_bits), lambda: 1.0)
     assert peak.source == 'driver'
     assert peak.bytes_per_s == pytest.approx(gb_s * 1e9, rel=1e-3)
 
 
 @pytest.mark.parametrize('driver', [None, lambda: None, lambda: (0, 192), lambda: (6_251_000, 0)])
-def test_then_the_data_sheet(driver):
+def test_peak_from_the_data_sheet_comes_third(driver):
     assert roofline.find_peak(0.0, 'NVIDIA L4', driver, lambda: 1.0) == Peak(
         300e9, 'NVIDIA L4 datasheet')
 
 
-def test_then_a_measurement_and_never_a_guess():
+def test_peak_is_measured_last_or_unknown():
     assert roofline.find_peak(0.0, 'AMD EPYC', None, lambda: 2e10) == Peak(2e10, 'measured')
     assert roofline.find_peak(0.0, 'AMD EPYC', None, lambda: 0.0) == Peak(None, 'unknown')
     assert roofline.find_peak(0.0, 'AMD EPYC') == Peak(None, 'unknown')
@@ -96,7 +96,7 @@ def test_then_a_measurement_and_never_a_guess():
     ('NVIDIA Orin Nano Developer Kit', 68),
     ('NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super', 102),
     ('NVIDIA Orin Nano Developer Kit 4GB', 34), ('NVIDIA Jetson AGX Thor Developer Kit', 273)])
-def test_data_sheets(name, gb_s):
+def test_data_sheet_of_a_device(name, gb_s):
     assert roofline.datasheet(name).bytes_per_s == gb_s * 1e9
 
 
@@ -104,26 +104,26 @@ def test_data_sheets(name, gb_s):
     '', 'Orin', 'NVIDIA L400', 'NVIDIA A1000', 'NVIDIA GeForce RTX 4090 Laptop GPU',
     'NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'NVIDIA A100-SXM4-80GB MIG 3g.40gb', 'Tesla T40',
     'AMD EPYC', 'NVIDIA RTX A4000'])
-def test_no_data_sheet(name):
+def test_device_without_a_data_sheet(name):
     assert roofline.datasheet(name) is None
 
 
-def test_a_jetson_is_known_by_its_board(monkeypatch):
+def test_data_sheet_of_a_jetson_is_found_by_its_board_name(monkeypatch):
     monkeypatch.setattr(roofline, 'board_name', lambda: 'NVIDIA Jetson AGX Orin Developer Kit')
-    # The driver of an Orin says 1300 MHz at 256 bits, which is not its memory.
+    # The driver of an Orin reports 1300 MHz, which is not the clock of its memory.
     assert roofline.find_peak(0.0, 'Orin', lambda: (1_300_000, 256)) == Peak(
         204.8e9, 'NVIDIA Jetson AGX Orin datasheet')
     assert roofline.find_peak(0.0, 'Some other GPU') == Peak(None, 'unknown')
 
 
-def test_the_board_name_is_read(tmp_path):
+def test_reads_the_board_name(tmp_path):
     model = tmp_path / 'model'
     model.write_bytes(b'NVIDIA Jetson AGX Orin Developer Kit\0')
     assert roofline.board_name(str(model)) == 'NVIDIA Jetson AGX Orin Developer Kit'
     assert roofline.board_name(str(tmp_path / 'none')) == ''
 
 
-def test_the_small_orin_nano_is_told_by_its_memory(tmp_path, monkeypatch):
+def test_distinguishes_orin_nano_modules_by_memory_size(tmp_path, monkeypatch):
     model = tmp_path / 'model'
     model.write_bytes(b'NVIDIA Orin Nano Developer Kit\0')
     for gigabytes, gb_s in ((4, 34), (8, 68)):
@@ -132,13 +132,12 @@ def test_the_small_orin_nano_is_told_by_its_memory(tmp_path, monkeypatch):
         assert roofline.datasheet(roofline.board_name(str(model))).bytes_per_s == gb_s * 1e9
 
 
-def test_the_cpu_is_measured():
+def test_measures_the_read_bandwidth_of_the_cpu():
     rate = roofline.measure_cpu_read_bandwidth(threads=1, tries=1)
     assert 1e8 < rate < 1e13
 
 
-def test_a_beaten_peak_is_found_again():
-    """By more than what a measurement may err."""
+def test_observed_bandwidth_above_the_tolerance_corrects_the_peak():
     peak = roofline.Peak(100e9, 'measured')
     assert roofline.observed_peak(peak, 102.9) is roofline.observed_peak(peak, None) is None
     assert roofline.observed_peak(peak, 104.0) == roofline.Peak(104e9, 'observed in steps')
@@ -146,8 +145,8 @@ def test_a_beaten_peak_is_found_again():
     assert roofline.observed_peak(roofline.Peak(None, 'unknown'), 400.0) is None
 
 
-def test_a_data_sheet_follows_the_memory_clock():
-    """Never beyond itself; what was measured or set stays."""
+def test_memory_clock_can_only_lower_the_peak_of_a_data_sheet():
+    """It does not change a peak from another source."""
     sheet = roofline.datasheet('NVIDIA Jetson AGX Orin')
     assert roofline.at_clock(sheet, 0.5).bytes_per_s == 102.4e9
     assert roofline.at_clock(sheet, 1.5) == roofline.at_clock(sheet, None) == sheet
@@ -155,31 +154,31 @@ def test_a_data_sheet_follows_the_memory_clock():
     assert roofline.at_clock(peak, 0.5) == peak
 
 
-def test_a_slice_of_a_gpu_is_measured():
-    """The driver gives the whole GPU's clock and bus."""
+def test_peak_of_a_mig_slice_is_measured():
+    """The driver reports the clock and bus width of the whole GPU."""
     assert roofline.find_peak(
         0.0, 'NVIDIA H100 80GB HBM3 MIG 1g.10gb', lambda: (2_619_000, 5120), lambda: 4e11
     ) == roofline.Peak(4e11, 'measured')
 
 
-def cache(folder, cpu, index, level, size, cores):
+def write_cache(folder, cpu, index, level, size, cores):
+    """Write the files in which Linux describes a cache."""
     path = folder / f'cpu{cpu}' / 'cache' / f'index{index}'
     path.mkdir(parents=True)
     for name, text in (('level', level), ('size', size), ('shared_cpu_list', cores)):
         (path / name).write_text(f'{text}\n')
 
 
-def test_the_last_caches_count_once_each(tmp_path):
-    """Two sockets of two cores; those of a lower level do not count."""
+def test_last_level_caches_of_two_sockets_are_added_up(tmp_path):
+    """Each has two cores; their first-level caches do not count."""
     for cpu in range(4):
-        cache(tmp_path, cpu, 0, 1, '32K', str(cpu))
-        cache(tmp_path, cpu, 3, 3, '32M', '0-1' if cpu < 2 else '2-3')
+        write_cache(tmp_path, cpu, 0, 1, '32K', str(cpu))
+        write_cache(tmp_path, cpu, 3, 3, '32M', '0-1' if cpu < 2 else '2-3')
     assert roofline.last_cache_bytes(str(tmp_path)) == 64 << 20
     assert roofline.last_cache_bytes(str(tmp_path / 'none')) is None
 
 
-def test_weights_in_a_cache_have_no_floor():
-    """The bus is not what they come over."""
+def test_weights_that_fit_the_cpu_cache_have_no_floor():
     why = roofline.fits_cache(12_070_000, 32 << 20)
     assert 'the weights that a step reads (12.1 MB) fit the last-level cache (33.6 MB)' in why
     assert roofline.fits_cache(12_070_000, 8 << 20) == roofline.fits_cache(12, None) == ''

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Answers of a server: the request to it, its stream, its failures, and the local fallback."""
+"""Answers from a server: requests, streams, failures, and the local fallback."""
 
 from contextlib import contextmanager
 from contextlib import ExitStack
@@ -64,8 +64,8 @@ def fake():
 
 
 @contextmanager
-def working(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
-            token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
+def remote_worker(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
+                  token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
     """Start a worker for a server, with an optional local engine; yield it with its sink."""
     remote = RemoteConfig(url, MODEL, first_ms, token_ms)
     sink = Sink()
@@ -79,12 +79,12 @@ def working(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
 
 def ask(fake, request=None, **settings):
     """Send one request; return the report and the text."""
-    with working(fake.url, **settings) as (worker, sink):
+    with remote_worker(fake.url, **settings) as (worker, sink):
         return sink.end(worker.submit(request or Request('where?')))
 
 
-def cut(call, body):
-    """Close the connection in mid-answer."""
+def close_in_mid_answer(call, body):
+    """Send some text, then close the connection."""
     call.begin()
     call.say('half')
     call.connection.shutdown(socket.SHUT_RDWR)
@@ -96,7 +96,7 @@ def hang(call, body):
 
 
 def keep_alive(call, body):
-    """Send empty deltas and comments all the time, but no text."""
+    """Send empty deltas and comments without end, but no text."""
     call.begin()
     while True:
         call.say('')
@@ -112,7 +112,7 @@ def hang_in_mid_answer(call, body):
 
 
 def test_publishes_each_piece_as_a_token(fake):
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         report, text = sink.end(worker.submit(Request('where?')))
         assert text == 'far away.'
         assert [token.text for token in sink.tokens] == ['far', ' away', '.']
@@ -201,28 +201,28 @@ def test_sampling_from_checkpoint_is_left_to_the_server(fake):
      {'structured_outputs': {'choice': ['a', 'b']}})])
 def test_sends_the_constraint(fake, fields, sent):
     fake.answer = hang
-    with working(fake.url) as (worker, _):
+    with remote_worker(fake.url) as (worker, _):
         worker.submit(Request('where?', **fields))
         wait_for(lambda: fake.asked)
     assert {name: fake.body[name] for name in ('response_format', 'structured_outputs')
             if name in fake.body} == sent
 
 
-@pytest.mark.parametrize(('fields', 'answered', 'reason'), [
+@pytest.mark.parametrize(('fields', 'content', 'reason'), [
     ({'response_format': {'type': 'json_object'}}, '{"a":', 'error'),
     ({'response_format': {'type': 'json_object'}}, '{"a": 1}', 'stop'),
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes!', 'error'),
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes', 'stop')])
-def test_checks_the_answer_against_the_constraint(fake, fields, answered, reason):
+def test_checks_the_answer_against_the_constraint(fake, fields, content, reason):
     """A server may ignore the constraint; an answer that violates it ends with an error."""
     def answer(call, body):
         call.begin()
-        call.say(answered)
+        call.say(content)
         call.end()
 
     fake.answer = answer
     report, text = ask(fake, Request('where?', **fields))
-    assert (report.finish_reason, text) == (reason, answered)
+    assert (report.finish_reason, text) == (reason, content)
     if reason == 'error':
         assert 'does not keep to' in report.message
 
@@ -239,7 +239,7 @@ def test_publishes_items_as_they_complete(fake):
         call.end()
 
     fake.answer = answer
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         report, _ = sink.end(worker.submit(Request(
             'plan', response_format={'type': 'json_object'})))
         assert [(count, item.value) for count, item in sink.items] == [(2, '{"a":1}'), (4, '2')]
@@ -267,14 +267,14 @@ def test_sends_a_raw_prompt_to_completions(fake):
     (Request('x', sampling={'stop': ('a',)}, structured_outputs={'regex': 'a'}), {}, 'stop'),
     (Request('x', tools=(TOOL,)), {'form': Form('regex', 'a', 'constraint.regex')},
      'constraint.regex')])
-def test_rejects_what_no_server_supports(fake, request_, settings, words):
+def test_rejects_requests_that_no_server_supports(fake, request_, settings, words):
     report, _ = ask(fake, request_, **settings)
     assert report.finish_reason == 'rejected' and words in report.message
     assert not fake.asked
 
 
 def test_sends_the_conversation_as_messages(fake):
-    with working(fake.url, chat=ChatConfig(system_prompt='sys', keep_history=True)) as (
+    with remote_worker(fake.url, chat=ChatConfig(system_prompt='sys', keep_history=True)) as (
             worker, sink):
         for prompt in ('one', 'two'):
             sink.end(worker.submit(Request(prompt)))
@@ -289,7 +289,7 @@ def test_drops_the_oldest_turns_of_a_conversation_that_is_too_long(fake):
         return well(call, body)
 
     fake.answer = answer
-    with working(fake.url, chat=ChatConfig(keep_history=True)) as (worker, sink):
+    with remote_worker(fake.url, chat=ChatConfig(keep_history=True)) as (worker, sink):
         ends = [sink.end(worker.submit(Request(prompt)))[0] for prompt in 'abcd']
     assert {end.finish_reason for end in ends} == {'stop'}
     assert [end.message for end in ends[:2]] == ['', '']
@@ -312,7 +312,7 @@ def test_publishes_thoughts_and_tool_calls(fake):
         call.end('tool_calls')
 
     fake.answer = answer
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         report, text = sink.end(worker.submit(Request('where?', tools=(TOOL,))))
         tokens = [(token.text, token.reasoning, [(each.id, each.name, each.arguments)
                                                  for each in token.tool_calls])
@@ -327,7 +327,7 @@ def test_publishes_thoughts_and_tool_calls(fake):
 @pytest.mark.parametrize(('function', 'words'), [
     ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', which was not offered"),
     ({'name': 'go', 'arguments': '[1'}, 'not a JSON object')])
-def test_an_invalid_tool_call_is_an_error(fake, function, words):
+def test_invalid_tool_call_is_an_error(fake, function, words):
     def answer(call, body):
         call.begin()
         call.delta({'tool_calls': [{'index': 0, 'id': 'c1', 'function': function}]})
@@ -354,16 +354,16 @@ def streaming(*events):
     return answer
 
 
-# Failures before the first text: the handler, and words of the message.
+# What the server does before it sends text: the handler, and words of the error message.
 FAILURES = {
     'refuses the key': (responding(401, {'error': {'message': 'no such key'}}), KEY_VARIABLE),
     'has no such model': (responding(404, {'error': {'message': 'no such model'}}),
                           '404: no such model'),
     'is busy': (responding(429, {'error': {'message': 'too many'}}), '429: too many'),
-    'breaks': (responding(500, 'Internal Server Error', 'text/plain'),
-               'Internal Server Error'),
-    'validates': (responding(422, {'detail': 'seed: wrong'}), '422: seed: wrong'),
-    'moved': (responding(307, '', Location='https://other/v1'), "'https://other/v1'"),
+    'has an error': (responding(500, 'Internal Server Error', 'text/plain'),
+                     'Internal Server Error'),
+    'rejects a field': (responding(422, {'detail': 'seed: wrong'}), '422: seed: wrong'),
+    'redirects': (responding(307, '', Location='https://other/v1'), "'https://other/v1'"),
     'sends a page': (responding(200, '<html>Sign in</html>', 'text/html'), 'text/html'),
     'does not stream': (responding(200, {'choices': []}), 'not a stream'),
     'sends no JSON': (streaming(b'data: oops\n\n'), "'oops' is not a JSON object"),
@@ -372,9 +372,11 @@ FAILURES = {
                           'not an event of a stream'),
     'fails in the stream': (streaming(b'data: {"error": {"message": "out of memory"}}\n\n'),
                             'out of memory'),
-    'nests deeply': (streaming(b'data: ' + b'[' * 100_000 + b'\n\n'), 'not a JSON object'),
-    'filters': (streaming(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
-                "'content_filter'"),
+    'sends deeply nested JSON': (streaming(b'data: ' + b'[' * 100_000 + b'\n\n'),
+                                 'not a JSON object'),
+    'filters the answer': (
+        streaming(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
+        "'content_filter'"),
     'ends an empty stream': (streaming(), 'ended the stream too early'),
     'closes the connection': (lambda call, body: call.connection.shutdown(socket.SHUT_RDWR),
                               'can not be reached'),
@@ -386,7 +388,7 @@ FAILURES = {
 def test_reports_a_failure_of_the_server(fake, name):
     """Without a local engine, the request ends with the reason; the next one is answered."""
     fake.answer, words = FAILURES[name]
-    with working(fake.url, first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (
+    with remote_worker(fake.url, first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (
             worker, sink):
         report, text = sink.end(worker.submit(Request('where?')))
         assert (report.finish_reason, text) == ('error', '')
@@ -399,7 +401,7 @@ def test_reports_a_failure_of_the_server(fake, name):
 @pytest.mark.parametrize('name', FAILURES)
 def test_local_engine_answers_if_the_server_fails(fake, name):
     fake.answer, words = FAILURES[name]
-    with working(fake.url, local=FakeEngine(),
+    with remote_worker(fake.url, local=FakeEngine(),
                  first_ms=SHORT_MS if 'hangs' in name else 1e3 * PATIENCE_S) as (worker, sink):
         report, text = sink.end(worker.submit(Request('say here')))
         assert (report.finish_reason, text, report.message) == ('stop', 'here', '')
@@ -418,21 +420,21 @@ def test_local_engine_answers_if_the_server_fails(fake, name):
 def test_reports_a_refused_connection():
     with socket.create_server(('127.0.0.1', 0)) as found:
         port = found.getsockname()[1]
-    with working(f'http://127.0.0.1:{port}/v1') as (worker, sink):
+    with remote_worker(f'http://127.0.0.1:{port}/v1') as (worker, sink):
         report, _ = sink.end(worker.submit(Request('where?')))
     assert report.finish_reason == 'error' and 'Connection refused' in report.message
 
 
 @pytest.mark.parametrize(('answer', 'words'), [
-    (cut, 'ended the stream too early'),
+    (close_in_mid_answer, 'ended the stream too early'),
     (hang_in_mid_answer, 'remote.token_timeout_ms, which is 300'),
     (lambda call, body: (call.begin(), call.say('half'), call.raw(b'data: oops\n\n')),
      'not a JSON object')])
 def test_local_engine_does_not_continue_a_broken_answer(fake, answer, words):
-    """Its beginning is published already, so text of another model must not follow it."""
+    """The beginning is already published, so the text of another model must not follow it."""
     fake.answer = answer
     hangs = answer is hang_in_mid_answer
-    with working(fake.url, local=FakeEngine(),
+    with remote_worker(fake.url, local=FakeEngine(),
                  token_ms=SHORT_MS if hangs else 1e3 * PATIENCE_S) as (worker, sink):
         report, text = sink.end(worker.submit(Request('say here')))
         assert (report.finish_reason, text) == ('error', 'half')
@@ -460,9 +462,9 @@ def test_ends_an_answer_that_exceeds_max_tokens(fake):
 
 @pytest.mark.parametrize('answer', [hang, hang_in_mid_answer])
 def test_cancels_while_the_server_hangs(fake, answer):
-    """The connection is closed, so the server learns of it."""
+    """The worker closes the connection, so the server can stop too."""
     fake.answer = answer
-    with working(fake.url, local=FakeEngine()) as (worker, sink):
+    with remote_worker(fake.url, local=FakeEngine()) as (worker, sink):
         number = worker.submit(Request('where?'))
         if answer is hang:
             wait_for(lambda: fake.asked)
@@ -474,29 +476,29 @@ def test_cancels_while_the_server_hangs(fake, answer):
         assert fake.client_closed.wait(PATIENCE_S)
 
 
-def test_connection_that_is_never_established():
-    """As if a firewall dropped packets; the fallback and a cancel do not wait for it."""
-    with socket.socket() as full, ExitStack() as clients:
-        full.bind(('127.0.0.1', 0))
-        full.listen(0)
-        for _ in range(4):              # the kernel does not answer later ones
+def test_fallback_and_cancel_do_not_wait_for_a_connection():
+    """The connection is never established, as if a firewall dropped the packets."""
+    with socket.socket() as listener, ExitStack() as clients:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(0)
+        for _ in range(4):              # fill the queue, so the kernel ignores later connections
             client = clients.enter_context(socket.socket())
             client.setblocking(False)
-            client.connect_ex(full.getsockname())
-        url = f'http://127.0.0.1:{full.getsockname()[1]}/v1'
-        with working(url, first_ms=SHORT_MS, local=FakeEngine()) as (worker, sink):
+            client.connect_ex(listener.getsockname())
+        url = f'http://127.0.0.1:{listener.getsockname()[1]}/v1'
+        with remote_worker(url, first_ms=SHORT_MS, local=FakeEngine()) as (worker, sink):
             report, text = sink.end(worker.submit(Request('say here')))
             assert (text, report.engine) == ('here', 'fake')
-        with working(url) as (worker, sink):
+        with remote_worker(url) as (worker, sink):
             number = worker.submit(Request('where?'))
             wait_for(lambda: worker.state == 'generating')
             worker.cancel(number)
             assert sink.end(number)[0].finish_reason == 'cancelled'
 
 
-def test_new_request_preempts_one_that_hangs(fake):
+def test_new_request_preempts_one_whose_server_hangs(fake):
     fake.answer = hang
-    with working(fake.url, queue=QueueConfig(policy='preempt')) as (worker, sink):
+    with remote_worker(fake.url, queue=QueueConfig(policy='preempt')) as (worker, sink):
         first = worker.submit(Request('where?'))
         wait_for(lambda: fake.asked)
         fake.answer = well
@@ -507,7 +509,7 @@ def test_new_request_preempts_one_that_hangs(fake):
 
 def test_worker_stops_while_the_server_hangs(fake):
     fake.answer = hang
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         number = worker.submit(Request('where?'))
         wait_for(lambda: fake.asked)
         assert worker.stop(TIMEOUT_S)
@@ -522,7 +524,7 @@ def test_deadline_ends_an_answer_that_hangs(fake, answer):
 
 
 def test_accepts_a_slow_stream(fake):
-    """The server sends each piece only after the one before was published."""
+    """The server sends each piece only after the previous one was published."""
     published = threading.Semaphore(0)
 
     def answer(call, body):
@@ -533,7 +535,7 @@ def test_accepts_a_slow_stream(fake):
         call.end()
 
     fake.answer = answer
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         number = worker.submit(Request('where?'))
         for count in (1, 2, 3):
             sink.wait_tokens(count)
@@ -550,7 +552,7 @@ def test_paces_an_answer(fake):
 
 
 def test_replaces_an_unpaired_surrogate():
-    """A ROS message can't contain it."""
+    """A ROS message can not contain it."""
     delta = read('server', json.dumps(
         {'choices': [{'delta': {'content': 'a\ud83d\U0001f600'}}]}).encode())
     assert delta.content == 'a\ufffd\U0001f600'
@@ -560,21 +562,20 @@ def test_replaces_an_unpaired_surrogate():
     b'data: {"choices": [{"delta": {"content": "a"}}]}\r\n\r\n',
     b': ping\n\ndata: {"choices": [{"delta":\ndata: {"content": "a"}}]}\n\n',
     b'event: message\nid: 1\ndata:{"choices": [{"delta": {"content": "a"}}]}\n\n'])
-def test_reads_events_as_in_the_standard(fake, data):
+def test_reads_all_forms_of_server_sent_events(fake, data):
     fake.answer = streaming(data, b'data: {"choices": [{"finish_reason": "stop"}]}\n\n')
     assert ask(fake)[1] == 'a'
 
 
 @pytest.mark.parametrize(('url', 'words'), [
     ('', 'begins with http'), ('10.0.0.2:8000/v1', 'begins with http'), ('ftp://a/v1', 'begins'),
-    ('http://', 'names a host'), ('http://a:b/v1', 'an address'), ('http://a:99999/v1', 'Port'),
+    ('http://', 'names a host'), ('http://a:b/v1', 'a URL (Port'), ('http://a:99999/v1', 'Port'),
     ('http://me:secret@a/v1', KEY_VARIABLE), ('http://a/v1?x=1', 'without'),
-    ('http://a/v1\r\nHost: b', 'printable'), ('http://[::1/v1', 'an address')])
+    ('http://a/v1\r\nHost: b', 'printable'), ('http://[::1/v1', 'a URL (')])
 def test_rejects_an_invalid_base_url(url, words):
     with pytest.raises(ConfigError, match=r'^remote\.base_url') as raised:
         Server(RemoteConfig(url, MODEL))
-    assert words in str(raised.value) and ('secret' in url) != ('secret' in str(raised.value)) or \
-        'secret' not in url
+    assert words in str(raised.value) and 'secret' not in str(raised.value)
 
 
 def test_rejects_a_missing_model_and_an_invalid_key():
@@ -605,14 +606,14 @@ def test_checks_the_certificate(tmp_path, monkeypatch, fake):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / 'certificate.pem', tmp_path / 'key.pem')
     fake.use_tls(context)
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         report, _ = sink.end(worker.submit(Request('where?')))
     assert report.finish_reason == 'error' and 'SSL_CERT_FILE' in report.message
     assert not fake.asked
     monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path / 'certificate.pem'))
     assert ask(fake)[1] == 'far away.'
     fake.answer = hang
-    with working(fake.url) as (worker, sink):
+    with remote_worker(fake.url) as (worker, sink):
         number = worker.submit(Request('where?'))
         wait_for(lambda: len(fake.asked) == 2)
         worker.cancel(number)

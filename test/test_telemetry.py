@@ -42,13 +42,13 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Replace pynvml by a fake with one GPU whose power is not supported; return its calls."""
+    """Replace pynvml by a fake with one GPU that does not report its power; return its calls."""
     def by_uuid(uuid):
         if uuid != b'GPU-1':
             raise NVMLError
         return 'handle'
 
-    def refuse(handle):
+    def unsupported(handle):
         raise NVMLError
 
     calls = []
@@ -59,7 +59,7 @@ def nvml(monkeypatch):
         nvmlClocksThrottleReasonHwThermalSlowdown=64,
         nvmlClocksThrottleReasonHwPowerBrakeSlowdown=128,
         nvmlInit=lambda: calls.append('init'), nvmlShutdown=lambda: calls.append('shutdown'),
-        nvmlDeviceGetHandleByUUID=by_uuid, nvmlDeviceGetPowerUsage=refuse,
+        nvmlDeviceGetHandleByUUID=by_uuid, nvmlDeviceGetPowerUsage=unsupported,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: 123456,
         nvmlDeviceGetTemperature=lambda handle, sensor: 51,
         nvmlDeviceGetClockInfo=lambda handle, clock: {1: 2040, 2: 6251}[clock],
@@ -83,7 +83,7 @@ def test_reads_a_gpu_through_nvml(nvml):
     assert nvml == ['init', 'shutdown']
 
 
-def test_closes_although_nvml_fails(nvml, monkeypatch):
+def test_close_ignores_errors_of_nvml(nvml, monkeypatch):
     def fail():
         raise NVMLError
 
@@ -94,8 +94,8 @@ def test_closes_although_nvml_fails(nvml, monkeypatch):
     Telemetry(replace(GPU, device_uuid='GPU-2')).close()
 
 
-def test_cpu_whose_name_contains_a_gpu(monkeypatch):
-    """Its peak is measured, not the data sheet's of that GPU."""
+def test_measures_the_peak_of_a_cpu_whose_name_contains_a_gpu(monkeypatch):
+    """The data sheet of that GPU is not used."""
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
     footprint = replace(CPU, device_name='AMD A10-7850K Radeon R7, 12 Compute Cores 4C+8G')
     peak = find_engine_peak(footprint, DecodeConfig())
@@ -103,7 +103,7 @@ def test_cpu_whose_name_contains_a_gpu(monkeypatch):
 
 
 def test_no_floor_if_the_weights_fit_into_the_cache(monkeypatch):
-    """The parameter sets a peak nevertheless."""
+    """A peak from the parameter gives a floor nevertheless."""
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e10)
     monkeypatch.setattr('physai_decode.telemetry.last_cache_bytes', lambda: 32 << 20)
     assert 'fit the last-level cache' in find_engine_peak(CPU, DecodeConfig()).no_floor
@@ -176,8 +176,8 @@ def test_reads_the_energy_of_a_gpu(nvml, monkeypatch):
     assert Telemetry(CPU).energy_j() is None
 
 
-class Board:
-    """A fake of jetson-stats 4 on an AGX Orin."""
+class FakeBoard:
+    """The `jtop` class of jetson-stats 4 with the figures of an AGX Orin."""
 
     def __init__(self, interval):
         self.observers = []
@@ -202,9 +202,9 @@ class Board:
 
 
 def test_reads_a_jetson_through_jetson_stats(monkeypatch):
-    """NVML is not installed; a figure that the board lacks is None."""
+    """A figure that the board does not report is None."""
     monkeypatch.setitem(sys.modules, 'pynvml', None)
-    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=Board))
+    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
     monkeypatch.delitem(sys.modules, 'torch', raising=False)
     telemetry = Telemetry(replace(GPU, device_name='Orin'))
     board = telemetry._board._board
@@ -227,9 +227,9 @@ def test_reads_a_jetson_through_jetson_stats(monkeypatch):
 
 
 def test_energy_of_a_board_is_its_power_over_time():
-    """The power counts as constant until the next update."""
+    """The power is taken as constant until the next update."""
     now = [100.0]
-    jetson = Jetson(Board, clock=lambda: now[0])
+    jetson = Jetson(FakeBoard, clock=lambda: now[0])
     board = jetson._board
     now[0] = 101.0
     board.observers[0](board)           # 20 W until the next update
@@ -244,10 +244,10 @@ def test_energy_of_a_board_is_its_power_over_time():
 
 def test_all_figures_are_none_without_jetson_stats(monkeypatch):
     """It is not installed, or its service does not run."""
-    def refuse(interval):
+    def fail(interval):
         raise OSError('the service is not active')
 
-    for module in (None, SimpleNamespace(jtop=refuse)):
+    for module in (None, SimpleNamespace(jtop=fail)):
         monkeypatch.setitem(sys.modules, 'pynvml', None)
         monkeypatch.setitem(sys.modules, 'jtop', module)
         monkeypatch.delitem(sys.modules, 'torch', raising=False)

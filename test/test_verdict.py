@@ -101,11 +101,11 @@ def test_text_has_cause_part_share_and_advice():
 
 @pytest.mark.parametrize('figures', [
     Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9)])
-def test_gives_no_verdict_on_too_few_figures(figures):
+def test_gives_no_verdict_from_too_few_figures(figures):
     assert judge(figures) is None
 
 
-def test_judges_any_combination_of_figures():
+def test_no_combination_of_figures_raises():
     for cuda_graph in ('captured', 'off', 'unavailable'):
         for device_ms in (None, 0.0, 5.0, 20.0):
             for floor_ms in (None, 1.0, 20.0):

@@ -89,7 +89,7 @@ class Screen:
 
 @pytest.fixture
 def screen():
-    """Return a function that starts a screen; the test's end kills its process."""
+    """Return a function that starts a screen, whose process is killed after the test."""
     screens = []
 
     def start(*arguments):
@@ -112,7 +112,7 @@ def once(*arguments, timeout_s=PATIENCE_S):
 
 
 def once_until(words, *arguments):
-    """Run it with longer timeouts until stderr has these words; return its end and the timeout."""
+    """Repeat `once` with longer timeouts until stderr has the words; also return the timeout."""
     for timeout_s in (3, 10, 60):
         done = once(*arguments, timeout_s=timeout_s)
         if words in done.stderr:
@@ -121,7 +121,7 @@ def once_until(words, *arguments):
 
 
 def token_subscribers(rig) -> int:
-    """Count the subscribers of the tokens: the probe, and each command."""
+    """Count the subscribers of ~/token_stats: the probe and each `decode_watch`."""
     return rig.probe.count_subscribers('/decode/token_stats')
 
 
@@ -130,7 +130,7 @@ def test_shows_the_stream_and_the_figures(rig, screen):
     terminal = screen()
     terminal.wait('/decode.*idle.*Echo 1')
     rig.wait(lambda: token_subscribers(rig) == 2)
-    rig.loader.engines[0].step_s = 0.01
+    rig.loader.engines[0].step_s = 0.01     # misses the deadline of 5 ms
     try:
         rig.ask('hello world')
     finally:
@@ -157,13 +157,13 @@ def test_text_of_the_model_can_not_control_the_terminal(rig, screen):
     assert terminal.end(signal.SIGTERM) == (0, '')
 
 
-@pytest.mark.parametrize('name', ['/later', '/arm/decode'])
+@pytest.mark.parametrize('name', ['/restarted', '/arm/decode'])
 def test_keeps_running_when_the_node_restarts(screen, name):
     """A node starts, ends and starts again under the same name."""
     terminal = screen('--node', name)
     terminal.wait(f'waiting for {name}')
     for round_ in range(2):
-        node = rclpy.create_node('later')
+        node = rclpy.create_node('restarted')
         publisher = node.create_publisher(DiagnosticArray, '/diagnostics', 10)
         array = DiagnosticArray(status=[
             messages.status(f'{name[1:]}: latency', messages.LATENCY_KEYS, {}),
@@ -197,7 +197,7 @@ def test_once_prints_a_line_for_each_key_of_diagnostics(rig):
 
 
 def test_shows_the_items_of_an_answer(rig):
-    """If there were any, it shows their number and the time of the first."""
+    """It shows their number and the time of the first one, or nothing if there are none."""
     watcher = Watcher('/arm/decode')
     try:
         for items, first_ms, text in ((5, 20.5, '; 5 items, first after 20.5 ms'), (0, None, '')):
@@ -219,14 +219,14 @@ def test_times_out_without_the_named_node(rig):
         'found /decode\n')
 
 
-@pytest.mark.parametrize('named', [[], ['--node', '/decode']])
-def test_node_that_remaps_its_diagnostics(rig, named):
-    """It finds the node, but no diagnostics; the message says how to remap the topic."""
-    done, timeout_s = once_until('found /decode', *named, '--ros-args', '-r',
-                                   '/diagnostics:=/arm/diagnostics')
+@pytest.mark.parametrize('node', [[], ['--node', '/decode']])
+def test_reports_a_node_without_diagnostics_on_the_topic(rig, node):
+    """The message says how to remap the topic."""
+    done, timeout_s = once_until('found /decode', *node, '--ros-args', '-r',
+                                 '/diagnostics:=/arm/diagnostics')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == (
-        f'decode_watch: {"/decode published nothing" if named else "no node published"} on '
+        f'decode_watch: {"/decode published nothing" if node else "no node published"} on '
         f'/arm/diagnostics within {timeout_s} s; found /decode: wait longer (--timeout), or, if '
         'the node remaps that topic, remap it here too (--ros-args -r /diagnostics:=...)\n')
 
@@ -238,7 +238,7 @@ def test_asks_for_a_name_if_there_are_several_nodes(rig):
         rig.wait(lambda: rig.probe.count_publishers('/other/token_stats'))
         assert once('--node', '/decode').returncode == 0
         done = once()
-        while not done.returncode:          # it had not discovered the other node
+        while not done.returncode:          # it had not discovered the other node yet
             done = once()
         assert done.stderr == ('decode_watch: there are several nodes: /decode /other; name one '
                                'with --node\n')
@@ -281,7 +281,7 @@ def test_reports_a_closed_output_pipe(rig):
 
 
 def test_number_rounds_to_four_digits():
-    """Words stay as they are."""
+    """It returns words unchanged."""
     assert [number(value) for value in ('3.14159265', '123456.7', '0.000012', 'n/a', 'none')] == [
         '3.142', '123457', '1.2e-05', 'n/a', 'none']
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The worker against engines that are told what to say and when."""
+"""The worker with fake engines: answers, cancels, errors, deadlines, history and tasks."""
 
 from collections import Counter
 from concurrent import futures
@@ -157,8 +157,8 @@ def test_steps_of_several_tokens(make, monkeypatch):
 
 
 def test_drops_tokens_of_a_pass_after_a_stop_text(make, monkeypatch):
-    """The cache is as single steps would have left it."""
-    kept = []
+    """The KV cache keeps the tokens up to the stop text, as it would with single steps."""
+    lengths = []
 
     class Passes(DecodeLoop):
         cached_ids = [0] * 9
@@ -168,13 +168,13 @@ def test_drops_tokens_of_a_pass_after_a_stop_text(make, monkeypatch):
             yield Step((ord('b'), ord('.'), ord('c'), ord('d')))
 
         def forget(self, length=0):
-            kept.append(length)
+            lengths.append(length)
 
     monkeypatch.setattr('physai_decode.worker.DecodeLoop', Passes)
     worker, sink = make(sampling=SamplingConfig(stop=('.',)))
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text) == ('stop', 'ab')
-    assert kept == [7]
+    assert lengths == [7]
 
 
 def test_stop_text_ends_the_answer(make):
@@ -186,13 +186,13 @@ def test_stop_text_ends_the_answer(make):
     assert 'sampling.stop' in report.message
 
 
-@pytest.mark.parametrize('said, end, pieces', [
+@pytest.mark.parametrize('answer, end, pieces', [
     ('a^b', True, ['a', '', '^b']), ('a^', True, ['a', '^']), ('a^', False, ['a', '^']),
     ('^^^', True, ['', '^', '^^'])])
-def test_delivers_text_that_was_held_back(make, said, end, pieces):
-    worker, sink = make(FakeEngine(lambda ids: say(said, end)))
+def test_delivers_text_that_was_held_back(make, answer, end, pieces):
+    worker, sink = make(FakeEngine(lambda ids: say(answer, end)))
     _, text = sink.end(worker.submit(Request('go')))
-    assert text == said
+    assert text == answer
     assert [token.text for token in sink.tokens] == pieces
     assert [token.publish_ms is None for token in sink.tokens] == [True] + [False] * (
         len(pieces) - 1)
@@ -201,7 +201,7 @@ def test_delivers_text_that_was_held_back(make, said, end, pieces):
 def test_delivers_held_back_text_before_an_error(make):
     def steps(prompt_ids):
         yield from say('ab^', end=False)
-        raise EngineError('the wire came off')
+        raise EngineError('the device is lost')
 
     worker, sink = make(FakeEngine(steps))
     report, text = sink.end(worker.submit(Request('go')))
@@ -226,11 +226,11 @@ def test_rejects_an_empty_prompt_at_once(make):
 
 
 def test_rejects_a_prompt_without_tokens(make):
-    class Dumb(CharacterText):
+    class EmptyText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             return []
 
-    worker, sink = make(text=Dumb())
+    worker, sink = make(text=EmptyText())
     report, _ = sink.end(worker.submit(Request('x')))
     assert report.finish_reason == 'rejected'
 
@@ -248,13 +248,13 @@ def test_rejects_a_long_prompt_with_its_length(make):
 
 
 def test_rejects_text_that_cannot_be_encoded(make):
-    class Picky(CharacterText):
+    class FailingText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
-            raise TextError('not this one')
+            raise TextError('no such character')
 
-    worker, sink = make(text=Picky())
+    worker, sink = make(text=FailingText())
     report, _ = sink.end(worker.submit(Request('x')))
-    assert (report.finish_reason, report.message) == ('rejected', 'not this one')
+    assert (report.finish_reason, report.message) == ('rejected', 'no such character')
     assert worker.state == 'idle'
 
 
@@ -265,9 +265,9 @@ def test_rejects_if_the_queue_is_full(make):
     assert gate.waiting.wait(TIMEOUT_S)
     waiting = [worker.submit(Request('b')), worker.submit(Request('c'))]
     assert worker.queue_depth == 2
-    refused, _ = sink.end(worker.submit(Request('d')))
-    assert refused.finish_reason == 'rejected'
-    assert 'queue is full with 2' in refused.message
+    rejected, _ = sink.end(worker.submit(Request('d')))
+    assert rejected.finish_reason == 'rejected'
+    assert 'queue is full with 2' in rejected.message
     gate.open(9)
     for request_id in (running, *waiting):
         assert sink.end(request_id)[1] == 'ok'
@@ -285,10 +285,10 @@ def test_rejects_prompts_while_stopped(make):
     assert sink.end(worker.submit(Request('late')))[0].finish_reason == 'rejected'
     worker.start()
     assert sink.end(worker.submit(Request('again')))[1] == 'again'
-    assert worker.window().count == 4               # since this start
+    assert worker.window().count == 4               # only tokens since the last start
 
 
-def test_cancel_ends_all(make):
+def test_cancel_ends_running_and_queued_requests(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine)
@@ -301,9 +301,9 @@ def test_cancel_ends_all(make):
     for request_id in waiting:
         report, text = sink.end(request_id)
         assert (report.finish_reason, text) == ('cancelled', '')
-        assert report.queue_ms is None      # it was never taken
+        assert report.queue_ms is None      # it never left the queue
         assert sink.threads[request_id] is threading.current_thread()
-    gate.open(1)                                    # within one step
+    gate.open(1)                                    # the cancel takes effect within a step
     report, text = sink.end(running)
     assert (report.finish_reason, text) == ('cancelled', 'xxx')
     assert report.cancel_ms >= 0.0
@@ -336,14 +336,14 @@ def test_cancel_before_the_engine_begins(make):
 
 
 def test_cancel_between_two_chunks_of_a_prompt(make):
-    class Slow(FakeEngine):
+    class GatedPrefill(FakeEngine):
         def feed(self, token_ids):
             next(chunks)
             return super().feed(token_ids)
 
     gate = Gate()
     chunks = gate.steps(count())
-    engine = Slow(chunk_tokens=(1, 2))
+    engine = GatedPrefill(chunk_tokens=(1, 2))
     worker, sink = make(engine)
     request_id = worker.submit(Request('a long prompt'))
     gate.open(2)
@@ -356,7 +356,7 @@ def test_cancel_between_two_chunks_of_a_prompt(make):
     assert (report.finish_reason, report.output_tokens, report.ttft_ms) == ('cancelled', 0, None)
 
 
-def test_new_prompt_preempts(make):
+def test_new_prompt_preempts_running_and_queued_requests(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine, queue=QueueConfig(size=1, policy='preempt'))
@@ -379,37 +379,37 @@ def test_new_prompt_preempts(make):
     assert sink.end(third)[0].finish_reason == 'cancelled'
 
 
-def test_engine_that_raises(make):
+def test_reports_an_engine_that_raises_and_continues(make):
     def steps(prompt_ids):
         yield from say('so ', end=False)
         if len(prompt_ids) == 3:
-            raise EngineError('the wire came off')
+            raise EngineError('the device is lost')
         yield from say('good')
 
     engine = FakeEngine(steps)
     worker, sink = make(engine)
     report, text = sink.end(worker.submit(Request('bad')))
     assert (report.finish_reason, text) == ('error', 'so ')
-    assert report.message == 'EngineError: the wire came off'
+    assert report.message == 'EngineError: the device is lost'
     assert report.output_tokens == 3
     assert worker.state == 'failed'
-    assert 'wire' in worker.last_error
+    assert 'the device is lost' in worker.last_error
     report, text = sink.end(worker.submit(Request('fine')))
     assert (report.finish_reason, text) == ('stop', 'so good')
     wait_for(lambda: worker.state == 'idle')
 
 
 def test_engine_that_rejects_a_prompt(make):
-    class Refusing(FakeEngine):
+    class RejectingEngine(FakeEngine):
         def feed(self, token_ids):
             raise ValueError('token 5 is not in the vocabulary')
 
-    worker, sink = make(Refusing())
+    worker, sink = make(RejectingEngine())
     assert sink.end(worker.submit(Request('x')))[0].message == (
         'ValueError: token 5 is not in the vocabulary')
 
 
-def test_engine_that_hangs_and_recovers(make):
+def test_state_is_stalled_until_the_engine_recovers(make):
     now = [0.0]
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))), clock=lambda: now[0],
@@ -444,17 +444,16 @@ def test_stop_abandons_an_engine_that_hangs(make):
         worker.start()
     gate.open(9)
     assert worker.stop(TIMEOUT_S)
-    report, text = sink.end(running)                # with what it was until then
+    report, text = sink.end(running)                # it has the tokens until the stop
     assert (report.finish_reason, report.output_tokens, text) == ('error', 1, 'a')
     assert report.ttft_ms > 0
-    assert len(sink.tokens) == 1                    # nothing after it was given up
+    assert len(sink.tokens) == 1                    # no tokens after the stop
     worker.start()
     gate.open(9)
     assert sink.end(worker.submit(Request('c')))[1] == 'abc'
 
 
-def test_detokenizer_that_raises(make):
-    """It ends the request, not the worker."""
+def test_error_of_the_detokenizer_ends_only_its_request(make):
     text = CharacterText()
     detokenizer, text.detokenizer = text.detokenizer, lambda stop: 1 / 0
     worker, sink = make(text=text)
@@ -465,7 +464,7 @@ def test_detokenizer_that_raises(make):
     assert sink.end(worker.submit(Request('say hello')))[0].finish_reason == 'stop'
 
 
-def test_deadline_truncates(make):
+def test_deadline_with_truncate_ends_the_answer(make):
     now = [0.0]
 
     def steps(prompt_ids):
@@ -479,12 +478,12 @@ def test_deadline_truncates(make):
     assert (report.finish_reason, text) == ('deadline', 'xxx')
     assert report.total_ms == pytest.approx(120.0)
     assert (report.deadline_misses, report.worst_overrun_ms) == (1, pytest.approx(20.0))
-    # One that is late before its turn is not begun.
+    # A request that misses its deadline in the queue is not started.
     report, text = sink.end(worker.submit(Request('go'), received_s=now[0] - 1.0))
     assert (report.finish_reason, report.output_tokens) == ('deadline', 0)
 
 
-def test_deadline_reports(make):
+def test_deadline_with_report_only_counts_the_miss(make):
     now = [0.0]
 
     def steps(prompt_ids):
@@ -498,7 +497,7 @@ def test_deadline_reports(make):
     assert (report.finish_reason, text, report.deadline_misses) == ('stop', 'abc', 1)
 
 
-def test_applies_new_settings(make):
+def test_new_deadline_applies_at_once_and_new_sampling_to_the_next_request(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine, sampling=SamplingConfig(max_new_tokens=3))
@@ -509,12 +508,12 @@ def test_applies_new_settings(make):
                   deadline=DeadlineConfig(token_ms=1e-6))
     gate.open(4)
     report, text = sink.end(first)
-    assert (text, report.deadline_misses) == ('xxx', 2)     # the deadline holds at once
-    assert sink.end(worker.submit(Request('b')))[1] == 'xx'  # the sampling from the next on
+    assert (text, report.deadline_misses) == ('xxx', 2)
+    assert sink.end(worker.submit(Request('b')))[1] == 'xx'
     assert [sampling.temperature for sampling in engine.samplings] == [0.0, 0.5]
 
 
-def test_without_history(make):
+def test_prompt_has_no_earlier_turns_without_history(make):
     engine = FakeEngine()
     worker, sink = make(engine)
     for prompt in ('one', 'two'):
@@ -522,13 +521,13 @@ def test_without_history(make):
     assert engine.prompts[1] == [ord(letter) for letter in 'two']
 
 
-def test_history(make):
+def test_prompt_has_the_earlier_turns_until_reset(make):
     engine = FakeEngine()
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
     for prompt in ('one', 'two', 'p' * 64, 'three'):
         sink.end(worker.submit(Request(prompt)))
-    asked = [''.join(map(chr, ids)) for ids in engine.prompts]
-    assert asked == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
+    prompts = [''.join(map(chr, ids)) for ids in engine.prompts]
+    assert prompts == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
     assert worker.reset() == 'forgot 3 turns'
     sink.end(worker.submit(Request('four')))
     assert ''.join(map(chr, engine.prompts[-1])) == 'four'
@@ -574,34 +573,34 @@ def test_drops_the_oldest_turns(make):
     assert '16 tokens' in reports[2].message
 
 
-def test_sink_that_raises(make):
-    class Leaky(Sink):
+def test_error_of_the_sink_ends_only_its_request(make):
+    class FailingSink(Sink):
         def token(self, report):
             super().token(report)
             if report.request_id == 1:
-                raise OSError('pipe')
+                raise OSError('token')
 
         def finished(self, report, text):
             super().finished(report, text)
             if report.request_id == 2:
-                raise OSError('burst pipe')
+                raise OSError('finished')
 
-    worker, sink = make(sink=Leaky())
+    worker, sink = make(sink=FailingSink())
     report, text = sink.end(worker.submit(Request('abc')))
-    assert (report.finish_reason, report.message, text) == ('error', 'OSError: pipe', 'a')
+    assert (report.finish_reason, report.message, text) == ('error', 'OSError: token', 'a')
     sink.end(worker.submit(Request('abc')))
     wait_for(lambda: worker.state == 'failed')
-    assert worker.last_error == 'OSError: burst pipe'
+    assert worker.last_error == 'OSError: finished'
     assert sink.end(worker.submit(Request('abc')))[1] == 'abc'
 
 
 def test_no_garbage_collection_while_answering(make):
     enabled, collections = [], []
 
-    class Watching(Sink):
+    class AllocatingSink(Sink):
         def token(self, report):
             enabled.append(gc.isenabled())
-            [[] for _ in range(5000)]               # would bring on a collection
+            [[] for _ in range(5000)]               # would trigger a collection
             super().token(report)
 
     def watch(phase, info):
@@ -609,7 +608,7 @@ def test_no_garbage_collection_while_answering(make):
             collections.append(worker._queue.running is not None)
 
     gate = Gate()
-    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))), sink=Watching())
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('abc'))), sink=AllocatingSink())
     assert gc.isenabled()
     gc.callbacks.append(watch)
     try:
@@ -635,7 +634,7 @@ def test_garbage_collection_stays_off_if_it_was_off(make):
         gc.enable()
 
 
-def test_nothing_is_lost_among_many(make):
+def test_each_of_1200_concurrent_requests_has_one_end(make):
     source = random.Random(1)
 
     def steps(prompt_ids):
@@ -658,11 +657,11 @@ def test_nothing_is_lost_among_many(make):
             if choice.random() < 0.5:
                 time.sleep(0.0005)
 
-    askers = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join(timeout=TIMEOUT_S)
+    clients = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(timeout=TIMEOUT_S)
     assert worker.stop(TIMEOUT_S)
     assert sorted(submitted) == list(range(1, 1201))
     for request_id in submitted:
@@ -683,11 +682,11 @@ def test_task_runs_in_the_thread_of_the_worker(make):
     sink.end(worker.submit(Request('say hello')))
     before = worker.window()
 
-    def work(given, heartbeat):
-        assert given.engine is engine
+    def work(loop, heartbeat):
+        assert loop.engine is engine
         assert worker.state == 'generating'
         assert not gc.isenabled()
-        for _ in given.stream([1, 2], SamplingConfig()):
+        for _ in loop.stream([1, 2], SamplingConfig()):
             heartbeat()
         return threading.current_thread().name
 
@@ -722,7 +721,7 @@ def test_task_needs_a_running_worker(make, start):
 
 
 class Task:
-    """A task that waits until the test lets it go on; a thread waits for its result."""
+    """A task that runs until the test sets `go`; a thread waits for its result."""
 
     def __init__(self, worker, timeout_s=TIMEOUT_S, begun=None):
         self.begun, self.go = begun or threading.Event(), threading.Event()
@@ -746,7 +745,7 @@ class Task:
         return 'done'
 
     def end(self):
-        """Return its result, or raise its error."""
+        """Wait for the end of the task; returns its result or its exception."""
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
         return self.outcome
@@ -792,23 +791,23 @@ def test_caller_gets_the_error_of_a_task(make, error):
     assert sink.end(worker.submit(Request('go')))[1] == 'go'
 
 
-def test_keeps_nothing_of_a_task(make):
-    class Thing:
-        """Stands for the device's memory."""
+def test_frees_the_objects_of_a_failed_task(make):
+    class Memory:
+        """An object that holds device memory."""
 
     def work(engine, heartbeat):
-        thing = Thing()
-        found.append(weakref.ref(thing))
+        memory = Memory()
+        references.append(weakref.ref(memory))
         heartbeat()
         raise EngineError('no')
 
-    found = []
+    references = []
     worker, _ = make()
     gc.disable()
     try:
         with pytest.raises(EngineError):
             worker.run(work, TIMEOUT_S)
-        wait_for(lambda: found[0]() is None)
+        wait_for(lambda: references[0]() is None)
     finally:
         gc.enable()
 
@@ -845,7 +844,8 @@ def test_stop_abandons_a_task_that_hangs(make):
 def test_abandons_a_task_that_takes_too_long(make, monkeypatch):
     worker, sink = make()
     begun, wait = threading.Event(), futures.wait
-    monkeypatch.setattr(futures, 'wait', lambda outcomes, timeout_s: (      # from its begin on
+    # The time limit counts from the start of the task.
+    monkeypatch.setattr(futures, 'wait', lambda outcomes, timeout_s: (
         begun.wait(TIMEOUT_S), wait(outcomes, timeout_s))[1])
     task = Task(worker, 0.05, begun)
     assert isinstance(task.end(), EngineError)
@@ -856,15 +856,15 @@ def test_abandons_a_task_that_takes_too_long(make, monkeypatch):
     assert sink.end(request_id)[1] == 'go'
 
 
-def test_start_twice(make):
+def test_second_start_is_an_error(make):
     worker, _ = make()
     with pytest.raises(RuntimeError):
         worker.start()
 
 
 def test_energy_of_each_answer():
-    """Measured from its start to its end; a rejected request has none."""
-    taken_j = iter((100.0, 112.0, 200.0, 203.0))
+    """It is measured from the start to the end of a request; a rejected one has none."""
+    readings_j = iter((100.0, 112.0, 200.0, 203.0))
     now = [0.0]
 
     class SlowSink(Sink):
@@ -874,7 +874,7 @@ def test_energy_of_each_answer():
 
     sink = SlowSink()
     worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0],
-                    energy_j=lambda: next(taken_j))
+                    energy_j=lambda: next(readings_j))
     assert worker.energy_j is worker.j_per_token is None
     worker.start()
     report, _ = sink.end(worker.submit(Request('abc')))

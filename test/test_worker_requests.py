@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What one request asks for: its own options, conversation, identity and end."""
+"""Requests at the worker: options, conversation, client ids, cancels and limits."""
 
 from dataclasses import replace
 import threading
@@ -37,13 +37,13 @@ from worker_rig import wait_for
 
 
 def texts(engine):
-    """Return the prompts that an engine got, as text."""
+    """Return the prompts of an engine as text."""
     return [''.join(map(chr, ids)) for ids in engine.prompts]
 
 
 @pytest.fixture
 def make():
-    """Return a function that makes a started worker and its sink; stop all at the end."""
+    """Return a factory of started workers and their sinks; all are stopped after the test."""
     with making() as make:
         yield make
 
@@ -56,7 +56,7 @@ def test_each_request_has_its_own_sampling(make):
     assert [(each.temperature, each.max_new_tokens) for each in engine.samplings] == [
         (0.5, 4), (0.9, 2), (0.5, 4), (0.5, 4)]
     assert [text for _, text in sink.ends] == ['abcd', 'ab', 'ab', 'abcd']
-    assert [report.message for report, _ in sink.ends] == [     # by the name it was set by
+    assert [report.message for report, _ in sink.ends] == [     # named as the client set it
         'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a text in stop matched',
         'sampling.max_new_tokens is 4']
 
@@ -90,21 +90,21 @@ def test_draws_a_fresh_seed_for_each_request(make):
     assert all(0 <= seed < 2**31 for seed in used)
 
 
-def test_sampling_from_the_checkpoint(make):
-    """The model's own values take the place of the node's, where asked for; a request's win."""
+def test_sampling_from_the_checkpoint_overrides_that_of_the_node(make):
+    """It does so only with from_checkpoint; the options of a request override both."""
     engine = FakeEngine()
     node = SamplingConfig(temperature=0.1, top_k=7)
     worker, sink = make(engine, sampling=node, checkpoint={'temperature': 0.6, 'top_p': 0.9})
-    asked = Request('go'), Request('go', sampling={'temperature': 0.0})
-    for taken in (False, True):
-        worker.update(sampling=replace(node, from_checkpoint=taken))
-        for each in asked:
-            sink.end(worker.submit(each))
+    requests = Request('go'), Request('go', sampling={'temperature': 0.0})
+    for from_checkpoint in (False, True):
+        worker.update(sampling=replace(node, from_checkpoint=from_checkpoint))
+        for request in requests:
+            sink.end(worker.submit(request))
     assert [(each.temperature, each.top_p, each.top_k) for each in engine.samplings] == [
         (0.1, 1.0, 7), (0.0, 1.0, 7), (0.6, 0.9, 7), (0.0, 0.9, 7)]
 
 
-def test_messages_are_the_clients_own_conversation(make):
+def test_request_with_messages_does_not_use_the_conversation(make):
     engine = FakeEngine()
     worker, sink = make(engine, chat=ChatConfig(keep_history=True, system_prompt='sys'))
     sink.end(worker.submit(Request('one')))
@@ -114,25 +114,26 @@ def test_messages_are_the_clients_own_conversation(make):
 
 
 def test_template_gets_the_variables_of_the_request(make):
-    class Noting(CharacterText):
+    class RecordingText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
-            given.append(chat_template_kwargs)
+            variables.append(chat_template_kwargs)
             return super().encode(messages)
 
-    given = []
-    worker, sink = make(text=Noting())
+    variables = []
+    worker, sink = make(text=RecordingText())
     sink.end(worker.submit(Request('go', chat_template_kwargs={'a': 1})))
-    assert given == [{'a': 1}]
+    assert variables == [{'a': 1}]
 
 
-def test_reports_bear_the_clients_id(make):
+def test_reports_have_the_client_id(make):
     worker, sink = make()
     sink.end(worker.submit(Request('abc', client_id='mine')))
     sink.end(worker.submit(Request('', client_id='mine')))
     sink.end(worker.submit(Request('abc')))
     assert [report.client_id for report, _ in sink.ends] == ['mine', 'mine', '']
     assert [report.client_id for report in sink.tokens] == 3 * ['mine'] + 3 * ['']
-    assert {number: asked.client_id for number, asked in sink.asked.items()} == {1: 'mine', 3: ''}
+    assert {number: request.client_id for number, request in sink.requests.items()} == {
+        1: 'mine', 3: ''}
 
 
 def test_id_is_unique_until_its_request_ends(make):
@@ -140,17 +141,17 @@ def test_id_is_unique_until_its_request_ends(make):
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     running = worker.submit(Request('a', client_id='x'))
     waiting = worker.submit(Request('a', client_id='y'))
-    for taken in 'xy':
-        report, _ = sink.end(worker.submit(Request('b', client_id=taken)))
+    for client_id in 'xy':
+        report, _ = sink.end(worker.submit(Request('b', client_id=client_id)))
         assert report.finish_reason == 'rejected'
-        assert f"id '{taken}' belongs to a request that has not ended" in report.message
+        assert f"id '{client_id}' belongs to a request that has not ended" in report.message
     gate.open(9)
     for number in (running, waiting):
         assert sink.end(number)[0].finish_reason == 'stop'
     assert sink.end(worker.submit(Request('a', client_id='x')))[0].finish_reason == 'stop'
 
 
-def test_cancel_by_the_clients_id(make):
+def test_cancel_by_client_id(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     numbers = {name: worker.submit(Request('a', client_id=name)) for name in 'abc'}
@@ -179,15 +180,15 @@ def test_listener_receives_only_its_request(make):
     mine = Sink()
     worker.submit(Request('other'))
     number = worker.submit(Request('mine'), listener=mine)
-    refused = worker.submit(Request(''), listener=mine)
-    assert mine.end(refused)[0].finish_reason == 'rejected'
+    rejected = worker.submit(Request(''), listener=mine)
+    assert mine.end(rejected)[0].finish_reason == 'rejected'
     assert mine.end(number)[1] == 'mine'
     assert {report.request_id for report in mine.tokens} == {number}
     sink.end(number)
 
 
-def test_correction_follows_the_preempted_turns(make):
-    """A running and a queued request, both preempted, stay in the conversation."""
+def test_preempted_turns_stay_in_the_conversation(make):
+    """One was running and one was queued; the correction follows both."""
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=400)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True),
@@ -205,8 +206,8 @@ def test_correction_follows_the_preempted_turns(make):
 
 
 def test_preempted_queued_turn_is_in_the_next_prompt(make):
-    """Even if the next request starts before the end of the preempted one is reported."""
-    class Late(Sink):
+    """It is there even if that prompt starts before the end of the turn is reported."""
+    class LateSink(Sink):
         def accepted(self, number, request):
             if number == 3:
                 gate.open(9)
@@ -215,7 +216,7 @@ def test_preempted_queued_turn_is_in_the_next_prompt(make):
 
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')))
-    worker, sink = make(engine, sink=Late(), chat=ChatConfig(keep_history=True),
+    worker, sink = make(engine, sink=LateSink(), chat=ChatConfig(keep_history=True),
                         queue=QueueConfig(policy='preempt'))
     for text in 'abc':
         worker.submit(Request(text))
@@ -225,7 +226,7 @@ def test_preempted_queued_turn_is_in_the_next_prompt(make):
 
 
 def test_truncated_answer_stays_in_the_conversation(make):
-    """After a deadline, as after a limit of tokens."""
+    """It stays after a limit of tokens and after a deadline."""
     now = [0.0]
 
     def steps(prompt_ids):
@@ -243,15 +244,15 @@ def test_truncated_answer_stays_in_the_conversation(make):
     assert texts(engine)[-1] == 'one\na\ntwo\nabc\ngo on'
 
 
-def test_other_listeners_get_their_end_if_one_raises(make):
-    class Broken(Sink):
+def test_all_requests_end_if_a_listener_raises(make):
+    class FailingSink(Sink):
         def finished(self, report, text):
             super().finished(report, text)
             raise ValueError('broken')
 
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
-    numbers = [worker.submit(Request('a'), listener=Broken() if index % 2 else None)
+    numbers = [worker.submit(Request('a'), listener=FailingSink() if index % 2 else None)
                for index in range(6)]
     with pytest.raises(ValueError, match='broken'):
         worker.cancel()
@@ -260,13 +261,13 @@ def test_other_listeners_get_their_end_if_one_raises(make):
         assert sink.end(number)[0].finish_reason == 'cancelled'
 
 
-def test_listener_gets_its_end_if_the_sink_raises(make):
-    class Broken(Sink):
+def test_listener_receives_the_end_if_the_sink_raises(make):
+    class FailingSink(Sink):
         def finished(self, report, text):
             raise ValueError('broken')
 
     mine = Sink()
-    worker, _ = make(sink=Broken())
+    worker, _ = make(sink=FailingSink())
     assert mine.end(worker.submit(Request('a'), listener=mine))[1] == 'a'
     with pytest.raises(ValueError, match='broken'):
         worker.submit(Request(''), listener=mine)
@@ -286,14 +287,14 @@ def test_cancelled_turn_leaves_the_conversation(make):
 
 
 def test_full_conversation_keeps_most_of_its_cache(make):
-    """A request that only appends to the one before it finds that in the cache."""
+    """Most prompts only append to the previous one, whose tokens are in the cache."""
     engine = FakeEngine(lambda ids: say('ok'), max_context=200)
     worker, sink = make(engine, chat=ChatConfig(keep_history=True),
                         sampling=SamplingConfig(max_new_tokens=20))
     reports = [sink.end(worker.submit(Request(f'{index:06}')))[0] for index in range(100)]
-    lost = [report for report in reports[1:] if report.cached_tokens < 6]
-    assert 0 < len(lost) < 15           # and not each one from the twentieth on
-    assert all('turns dropped' in report.message for report in lost)
+    uncached = [report for report in reports[1:] if report.cached_tokens < 6]
+    assert 0 < len(uncached) < 15       # not each prompt once the context is full
+    assert all('turns dropped' in report.message for report in uncached)
 
 
 def test_rejected_long_prompt_keeps_the_conversation(make):
@@ -305,41 +306,41 @@ def test_rejected_long_prompt_keeps_the_conversation(make):
     assert texts(engine)[-1] == 'one\none\ntwo'
 
 
-@pytest.mark.parametrize(('text', 'refused'), [
+@pytest.mark.parametrize(('text', 'rejected'), [
     ('x' * 1000, False), ('x' * 1001, True), ('ä' * 500, False), ('ä' * 501, True),
     ('\ud800' * 2000, True)])
-def test_rejects_a_prompt_beyond_the_bound_unread(make, text, refused):
-    class Unread(CharacterText):
+def test_rejects_a_prompt_with_too_many_bytes_before_encoding(make, text, rejected):
+    class RecordingText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
-            read.append(1)
+            encoded.append(messages)
             return super().encode(messages)
 
-    read = []
-    worker, sink = make(FakeEngine(max_context=5000), text=Unread(),
+    encoded = []
+    worker, sink = make(FakeEngine(max_context=5000), text=RecordingText(),
                         queue=QueueConfig(max_request_bytes=1000))
     for request in (Request(text), Request(messages=(Message('user', text),))):
         report, _ = sink.end(worker.submit(request))
-        assert ('more than 1000 bytes' in report.message) == refused
-    assert bool(read) != refused
+        assert ('more than 1000 bytes' in report.message) == rejected
+    assert bool(encoded) != rejected
 
 
-def test_cancel_is_heard_while_a_prompt_is_encoded(make):
-    class Endless(CharacterText):
+def test_cancel_interrupts_the_encoding_of_a_prompt(make):
+    class EndlessText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             begun.set()
             while True:
                 heartbeat()
 
     begun = threading.Event()
-    worker, sink = make(text=Endless())
+    worker, sink = make(text=EndlessText())
     number = worker.submit(Request('a'))
     assert begun.wait(TIMEOUT_S)
     worker.cancel(number)
     assert sink.end(number)[0].finish_reason == 'cancelled'
 
 
-def test_cancel_is_heard_between_two_encodings(make):
-    class Slow(CharacterText):
+def test_cancel_takes_effect_between_two_encodings(make):
+    class WaitingText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             if len(messages) > 1:
                 begun.set()
@@ -348,8 +349,8 @@ def test_cancel_is_heard_between_two_encodings(make):
             return super().encode(messages)
 
     begun, go, encoded = threading.Event(), threading.Event(), []
-    worker, sink = make(FakeEngine(lambda ids: say('x' * 30), max_context=200), text=Slow(),
-                        chat=ChatConfig(keep_history=True))
+    worker, sink = make(FakeEngine(lambda ids: say('x' * 30), max_context=200),
+                        text=WaitingText(), chat=ChatConfig(keep_history=True))
     go.set()
     for index in range(5):
         sink.end(worker.submit(Request(f'{index}')))
@@ -362,15 +363,15 @@ def test_cancel_is_heard_between_two_encodings(make):
     assert len(encoded) == 1
 
 
-class Counted(CharacterText):
-    """Notes what is counted and what is encoded, and calls ``meanwhile`` while it counts."""
+class CountedText(CharacterText):
+    """Records the lengths of counted and encoded texts; calls ``on_count`` at each count."""
 
-    def __init__(self, meanwhile=lambda: None):
-        self.counted, self.encoded, self.meanwhile = [], [], meanwhile
+    def __init__(self, on_count=lambda: None):
+        self.counted, self.encoded, self.on_count = [], [], on_count
 
     def count(self, text):
         self.counted.append(len(text))
-        self.meanwhile()
+        self.on_count()
         return super().count(text)
 
     def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
@@ -381,8 +382,8 @@ class Counted(CharacterText):
 
 @pytest.mark.parametrize('make_request', [
     Request, lambda text: Request(messages=(Message('user', text[::2]),) * 2)])
-def test_never_encodes_a_far_too_long_prompt_as_a_whole(make, make_request):
-    text = Counted()
+def test_rejects_a_far_too_long_prompt_after_counting_two_pieces(make, make_request):
+    text = CountedText()
     worker, sink = make(FakeEngine(max_context=40000), text=text)
     report, _ = sink.end(worker.submit(make_request('p' * 900000)))
     assert report.finish_reason == 'rejected'
@@ -391,7 +392,7 @@ def test_never_encodes_a_far_too_long_prompt_as_a_whole(make, make_request):
 
 
 def test_answers_a_long_prompt_that_fits(make):
-    text = Counted()
+    text = CountedText()
     worker, sink = make(FakeEngine(max_context=100000), text=text)
     assert sink.end(worker.submit(Request('p ' * 40000 + 'yes')))[1] == 'yes'
     assert sink.end(worker.submit(Request('p' * 100001)))[0].message.startswith(
@@ -399,15 +400,15 @@ def test_answers_a_long_prompt_that_fits(make):
 
 
 @pytest.mark.parametrize('reason', ['cancelled', 'deadline'])
-def test_ends_between_the_pieces_of_a_prompt(make, reason):
+def test_request_can_end_between_the_pieces_of_a_prompt(make, reason):
     now = [0.0]
 
-    def meanwhile():
+    def on_count():
         if reason == 'cancelled':
             worker.cancel()
         now[0] += 1.0
 
-    text = Counted(meanwhile)
+    text = CountedText(on_count)
     worker, sink = make(FakeEngine(max_context=200000), text=text, clock=lambda: now[0])
     report, _ = sink.end(worker.submit(Request(
         'p' * 150000, deadline={'request_ms': 900.0, 'action': 'truncate'})))
@@ -415,9 +416,8 @@ def test_ends_between_the_pieces_of_a_prompt(make, reason):
     assert (text.counted, text.encoded) == ([PIECE], [])
 
 
-def test_turns_that_can_not_fit_are_dropped_unread(make):
-    """Preempted while they waited, they were never measured."""
-    gate, text = Gate(), Counted()
+def test_drops_preempted_turns_that_can_not_fit_without_counting_them(make):
+    gate, text = Gate(), CountedText()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=60000)
     worker, sink = make(engine, text=text, chat=ChatConfig(keep_history=True),
                         queue=QueueConfig(policy='preempt'))
@@ -438,36 +438,36 @@ def test_turns_that_can_not_fit_are_dropped_unread(make):
 
 
 def test_counts_a_turn_once(make):
-    text = Counted()
+    text = CountedText()
     worker, sink = make(FakeEngine(max_context=90000), text=text,
                         chat=ChatConfig(keep_history=True))
     for _ in range(3):
         sink.end(worker.submit(Request('q' * 20000 + ' so')))
-    assert text.counted == [20006, 20006]       # once they are long together, each turn by itself
+    assert text.counted == [20006, 20006]       # each turn once, when the conversation is long
     assert text.encoded == [20003, 40010, 60017]
 
 
 def test_rejected_prompt_removes_no_turn(make):
     """It is too long with its template, but not by itself."""
-    class Framed(CharacterText):
+    class TemplateText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
             return [1] * 5 + super().encode(messages)
 
     engine = FakeEngine(lambda ids: say('ok'), max_context=64)
-    worker, sink = make(engine, text=Framed(), chat=ChatConfig(keep_history=True))
+    worker, sink = make(engine, text=TemplateText(), chat=ChatConfig(keep_history=True))
     sink.end(worker.submit(Request('one')))
     assert sink.end(worker.submit(Request('p' * 60)))[0].finish_reason == 'rejected'
     sink.end(worker.submit(Request('two')))
     assert texts(engine)[-1] == '\1\1\1\1\1one\nok\ntwo'
 
 
-def test_bounds_all_queued_texts(make):
+def test_limits_the_bytes_of_all_queued_requests(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok')), max_context=200),
                         queue=QueueConfig(size=100, max_waiting_bytes=100))
     numbers = [worker.submit(Request('a'))]
     assert gate.waiting.wait(TIMEOUT_S)
-    numbers.append(worker.submit(Request('b' * 150)))     # none waits
+    numbers.append(worker.submit(Request('b' * 150)))     # accepted, as the queue is empty
     report, _ = sink.end(worker.submit(Request('c')))
     assert report.message.startswith('the queue is full with 150 bytes, and the request has 1:')
     worker.cancel(numbers[1])
@@ -479,7 +479,7 @@ def test_bounds_all_queued_texts(make):
         'stop', 'cancelled', 'stop', 'stop']
 
 
-def test_bounds_the_conversation(make, monkeypatch):
+def test_limits_the_characters_of_the_conversation(make, monkeypatch):
     monkeypatch.setattr('physai_decode.conversation.MAX_CHARACTERS', 3500)
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(say('ok')), max_context=4000)
@@ -502,18 +502,18 @@ def test_rejection_has_its_kind(make):
                         queue=QueueConfig(size=1, max_request_bytes=100))
     assert sink.end(worker.submit(Request('go')))[0].refusal == 'inactive'
     worker.start()
-    taken = worker.submit(Request('go'))
+    running = worker.submit(Request('go'))
     assert gate.waiting.wait(TIMEOUT_S)
     waiting = worker.submit(Request('p' * 64))
     for request, kind in ((Request('go'), 'full'), (Request('x' * 101), 'too_large'),
                           (Request(''), 'invalid')):
         assert sink.end(worker.submit(request))[0].refusal == kind
     gate.open(9)
-    assert sink.end(taken)[0].refusal == ''
+    assert sink.end(running)[0].refusal == ''
     assert sink.end(waiting)[0].refusal == 'invalid'        # longer than the context
 
 
-def test_cancel_has_its_reason(make):
+def test_report_has_the_message_of_the_cancel(make):
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     number = worker.submit(Request('go'))
@@ -522,7 +522,7 @@ def test_cancel_has_its_reason(make):
     assert sink.end(number)[0].message == 'nobody listens'
 
 
-def test_raw_prompt_is_no_turn(make):
+def test_raw_prompt_does_not_join_the_conversation(make):
     engine = FakeEngine()
     worker, sink = make(engine, chat=ChatConfig(system_prompt='be brief', keep_history=True))
     assert sink.end(worker.submit(Request(raw_prompt='say hello')))[1] == 'hello'

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A worker on a scripted engine, and a sink that keeps all reports."""
+"""A worker with a fake engine, and a sink that records all reports."""
 
 from contextlib import contextmanager
 import threading
@@ -29,10 +29,10 @@ TIMEOUT_S = 60
 
 
 class Sink:
-    """Keeps all reports, and lets a test wait for a request's end."""
+    """Records all reports, and lets a test wait for the end of a request."""
 
     def __init__(self):
-        self.asked = {}
+        self.requests = {}      # accepted ones, by number
         self.tokens = []
         self.items = []
         self.ends = []
@@ -40,7 +40,7 @@ class Sink:
         self._changed = threading.Condition()
 
     def accepted(self, number, request):
-        self.asked[number] = request
+        self.requests[number] = request
 
     def token(self, report):
         with self._changed:
@@ -59,7 +59,7 @@ class Sink:
             self._changed.notify_all()
 
     def end(self, request_id):
-        """Wait for a request's end, give its report and text."""
+        """Wait for the end of a request; returns its report and text."""
         with self._changed:
             assert self._changed.wait_for(
                 lambda: any(report.request_id == request_id for report, _ in self.ends),
@@ -80,7 +80,7 @@ class Sink:
 
 @contextmanager
 def making():
-    """Return a function that makes a started worker and its sink; stop all at the end."""
+    """Yield a function that returns a started worker and its sink; stop all workers at the end."""
     workers = []
 
     def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True,
