@@ -85,7 +85,7 @@ def test_gap_as_text():
 
 
 def test_advice_fits_the_engine():
-    slow = measured_gap(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3, engine='native',
+    slow = measured_gap(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3,
                  kernels='triton 3.6.0', quantization='bitsandbytes-nf4')
     assert str(slow).endswith('use weights in another format, such as GPTQ of four bits')
     bare = gap.measure(DecodeLoop(GraphEngine(
