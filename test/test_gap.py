@@ -86,7 +86,8 @@ def test_gap_as_text():
 
 def test_advice_fits_the_engine():
     slow = measured_gap(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3,
-                 kernels='triton 3.6.0', quantization='bitsandbytes-nf4')
+                        engine='native', kernels='triton 3.6.0',
+                        quantization='bitsandbytes-nf4')
     assert str(slow).endswith('use weights in another format, such as GPTQ of four bits')
     bare = gap.measure(DecodeLoop(GraphEngine(
         engine='native', quantization='awq', details={'kernels': 'torch'})), None, PEAK)
