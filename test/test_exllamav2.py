@@ -426,17 +426,17 @@ def wait_for(condition):
 
 def test_progress_that_raises_ends_the_load(installed, monkeypatch):
     module = sys.modules[f'{MODULE}.library']
-    asked = []
+    messages = []
 
     def progress(text):
-        asked.append(text)
+        messages.append(text)
         raise InterruptedError('the process ends')
 
     monkeypatch.setattr(module, '_TICK_S', 0.01)
-    importing(module, monkeypatch, lambda: wait_for(lambda: asked))
+    importing(module, monkeypatch, lambda: wait_for(lambda: messages))
     with pytest.raises(InterruptedError):
         module.library(progress)
-    assert len(asked) == 1
+    assert len(messages) == 1
 
 
 def raising(error):
