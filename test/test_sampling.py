@@ -254,7 +254,7 @@ def test_ties_at_the_threshold():
 
 @pytest.mark.parametrize('vocab', [51, 2501])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_kernels_keep_and_draw_the_tokens_of_their_twin(shape, vocab):
+def test_kernels_keep_and_draw_the_tokens_of_their_reference(shape, vocab):
     """Also with more scores near the threshold than fit in registers."""
     kernels = pytest.importorskip('physai_decode.engines.sampling_kernels')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -263,14 +263,14 @@ def test_kernels_keep_and_draw_the_tokens_of_their_twin(shape, vocab):
     for seed, sampling in enumerate(GRID[list(SHAPES).index(shape)::every]):
         sampling = replace(sampling, seed=seed)
         logits = SHAPES[shape](random_logits(seed, vocab)).to(device)
-        twin, plan = begin(Sampler, sampling, vocab, PROMPT, device)
+        reference, plan = begin(Sampler, sampling, vocab, PROMPT, device)
         sampler, _ = begin(kernels.TritonSampler, sampling, vocab, PROMPT, device)
-        expected = twin.kept(plan, logits)[1] > -math.inf
+        expected = reference.kept(plan, logits)[1] > -math.inf
         one, other = State(device=device), State(device=device)
-        assert one.draw(twin, plan, logits) == other.draw(sampler, plan, logits), sampling
+        assert one.draw(reference, plan, logits) == other.draw(sampler, plan, logits), sampling
         border = int(sampler._state[-1])
         for _ in range(2):
-            assert one.draw(twin, plan, logits) == other.draw(sampler, plan, logits), sampling
+            assert one.draw(reference, plan, logits) == other.draw(sampler, plan, logits), sampling
         sampler.begin(sampling, torch.tensor(PROMPT, device=device))
         got = kept_by_kernels(sampler, plan, logits, border)
         assert torch.equal(got, expected), sampling
