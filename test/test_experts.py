@@ -94,12 +94,12 @@ def int4(seed, n, k, symmetric=True):
 @pytest.mark.parametrize('normalised', [False, True])
 def test_selects_experts(make, count, normalised):
     logits = make(count)
-    found = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
-    for ops, into in zip((REFERENCE, CodedOps(DEVICE)), found):
+    routings = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
+    for ops, into in zip((REFERENCE, CodedOps(DEVICE)), routings):
         ops.select(logits, into, normalised)
-    assert found[0].ids.tolist() == found[1].ids.tolist() == logits.topk(4).indices.tolist()
-    assert error(found[1].weights, found[0].weights) < 1e-6
-    assert (abs(float(found[1].weights.sum()) - 1) < 1e-6) == normalised
+    assert routings[0].ids.tolist() == routings[1].ids.tolist() == logits.topk(4).indices.tolist()
+    assert error(routings[1].weights, routings[0].weights) < 1e-6
+    assert (abs(float(routings[1].weights.sum()) - 1) < 1e-6) == normalised
 
 
 def test_selects_equal_experts_once(make):
@@ -226,7 +226,7 @@ def restore_routers(folder, plain):
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
     """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)
-    found = []
+    results = []
     for each in transformers(save(tmp_path / 'model', kind)):
         ids = torch.tensor([7, 300], device=DEVICE)
         logits = [each.prefill(ids, 0).clone()]
@@ -235,17 +235,17 @@ def test_prompts_and_steps(tmp_path, kind, monkeypatch):
         each.step()
         logits += [each.logits.clone(), each.prefill(torch.tensor([7, 300, 5], device=DEVICE), 0)]
         assert error(logits[2], logits[1]) < 1e-4
-        found.append(torch.stack(logits))
-    for got in found[:2]:
-        assert error(got, found[2]) < 1e-4
+        results.append(torch.stack(logits))
+    for got in results[:2]:
+        assert error(got, results[2]) < 1e-4
 
 
 @pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between'])
 def test_loads_a_folder_with_all_experts_in_one_tensor(tmp_path, kind):
     apart = random_model.save(tmp_path / 'apart', kind, 0)
-    found = [load(NativeEngine, folder, CPU).engine.prefill_logits([3, 1, 4, 1, 5])
-             for folder in (apart, joined(apart, tmp_path / 'joined'))]
-    assert torch.equal(*found)
+    results = [load(NativeEngine, folder, CPU).engine.prefill_logits([3, 1, 4, 1, 5])
+               for folder in (apart, joined(apart, tmp_path / 'joined'))]
+    assert torch.equal(*results)
 
 
 def joined(folder, to):
@@ -354,17 +354,17 @@ def test_layouts_of_experts_for_pytorch(tmp_path, room, dtype):
     """Dequantised if there is memory; the log says how much."""
     checkpoint = inspect(save(tmp_path / 'model', 'gptq'))
     shape = families.parse(checkpoint.config)
-    found = []
+    results = []
     for forms in (None, TorchForms(dtype, torch.device('cpu'), room)):
         loaded = weights.load(shape, source.Files(checkpoint, torch.device('cpu')),
                               checkpoint.quantized, dtype, lambda message: None, forms)
         t = Transformer(shape, loaded, 64, dtype, torch.device('cpu'), TorchOps(on_host=True))
         t.token.fill_(9)
         t.step()
-        found.append(t.logits)
+        results.append(t.logits)
     assert isinstance(loaded.layers[0].mlp.down.stacked, Dense) == bool(room)
     assert ('kept unpacked' if room else 'unpacked at each step') in forms.report
-    assert error(*found) < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert error(*results) < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize('fields, what', [
