@@ -15,8 +15,8 @@
 """
 Compile every kernel of the native engine for one compute capability; no GPU is needed.
 
-Run as ``python compile_kernels.py 90``: the interpreter, which the other tests use, must not be
-chosen in the process.
+Run ``python compile_kernels.py 90`` in a process of its own, because the other tests use Triton's
+interpreter.
 """
 
 import re
@@ -41,12 +41,13 @@ POINTERS = {
     'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
     'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}',
     'mask': 'u8'}      # all others are fp32
-IN_PASSES = {'active': 'i32', 'draft_token': 'i64', 'next_active': 'i32'}     # pointers, else None
+# Pointers in passes, otherwise None.
+IN_PASSES = {'active': 'i32', 'draft_token': 'i64', 'next_active': 'i32'}
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
            'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
-NARROW = r'ld\.global\S*evict_first\S*\.b16'       # a load of weights number by number
-MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16, as an engine's are
+NARROW = r'ld\.global\S*evict_first\S*\.b16'       # loads weights one by one
+MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16 in the engine
 
 
 def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', values=None,
@@ -98,12 +99,12 @@ def _described(kernel, signature, values, attributes):
 
 
 def launches_early(capability):
-    """Say whether the engine would have kernels start early on such a chip."""
+    """Return whether the engine starts kernels before the previous one ends on such a chip."""
     return compiler.KNOWS_EARLY and capability >= 90
 
 
 def main():
-    """Compile all, in the forms that the engine launches."""
+    """Compile each kernel in configurations that the engine launches."""
     capability = int(sys.argv[1])
     early = launches_early(capability)
     for half in ('fp16', 'bf16') if capability >= 80 else ('fp16',):
@@ -121,48 +122,48 @@ def main():
                   DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
                   LENGTH=16384)
         build(kernels._select, COUNT=100, WIDE=128, BLOCK=128, TOP_K=8, NORMALISED=True)
-        for gated, choice, taken in (
+        for gated, choice, selected in (
                 (True, kernels.DENSE_CHOICES[0], 0), (False, kernels.DENSE_CHOICES[6], 0),
                 (True, kernels.DENSE_CHOICES[2], 1), (False, kernels.DENSE_CHOICES[5], 8)):
             made = build(kernels._dense, warps=choice.warps, x='fp32' if gated else half,
-                         out=half if gated else 'fp32', K=3584 * max(1, taken), SIZE=3584,
-                         STACK=7 * 2**20 * bool(taken), ROWS=choice.rows, COLUMNS=choice.columns,
-                         STAGES=choice.stages, NORM=gated, GATED=gated, GELU=gated, ADD=not gated,
-                         BIAS=gated)
+                         out=half if gated else 'fp32', K=3584 * max(1, selected), SIZE=3584,
+                         STACK=7 * 2**20 * bool(selected), ROWS=choice.rows,
+                         COLUMNS=choice.columns, STAGES=choice.stages, NORM=gated, GATED=gated,
+                         GELU=gated, ADD=not gated, BIAS=gated)
             assert not re.search(NARROW, made.asm['ptx'])
-            if early and not (gated and taken):
+            if early and not (gated and selected):
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
-        for gated, zeros, taken in ((True, False, 0), (False, True, 0), (True, True, 1),
+        for gated, zeros, selected in ((True, False, 0), (False, True, 0), (True, True, 1),
                                     (False, False, 8)):
             for warps, stages in ((4, 1), (4, 3), (1, 1)):
                 made = build(
                     kernels._int4, warps=warps, x=half, out=half if gated else 'fp32',
-                    K=3584 * max(1, taken), BLOCKS=7 * max(1, taken), SIZE=7,
-                    STACK=2**13 * bool(taken), GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages,
+                    K=3584 * max(1, selected), BLOCKS=7 * max(1, selected), SIZE=7,
+                    STACK=2**13 * bool(selected), GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages,
                     GATED=gated, GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
-                # Triton uses the matrix units from 8.0 on; before, the same kernel multiplies.
+                # Triton uses tensor cores from 8.0 on, and fused multiply-adds before.
                 wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
                 if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
-                    # Every lane loads what it multiplies: shared memory has the sums alone.
+                    # Lanes load what they multiply, so shared memory holds only the sums.
                     assert made.metadata.shared <= 2048 * warps
                 assert not re.search(NARROW, made.asm['ptx'])
-                if early and (warps, stages, taken) == (4, 1, 0):
-                    # All words are asked for while the kernel before still runs.
+                if early and (warps, stages, selected) == (4, 1, 0):
+                    # All words are requested while the previous kernel still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
         passes(build, half, capability)
         scaled(build, half, capability, early)
         coded(build, half, capability, early)
         if capability >= 80:
-            prefills(build, half, capability)
-    choose(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
+            prefill(build, half, capability)
+    sampling(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
     print('compiled')
 
 
 def scaled(build, half, capability, early):
-    """Compile the kernels of weights of 8 bits, with scales by row and by group."""
+    """Compile the kernels for 8-bit weights, with scales per row and per group."""
     for gated, by_row in ((True, True), (False, False)):
         choice = kernels.DENSE_CHOICES[0 if gated else 2]
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
@@ -181,7 +182,7 @@ def scaled(build, half, capability, early):
 
 
 def coded(build, half, capability, early):
-    """Compile the kernels of codes of 4 bits, with scales of every type."""
+    """Compile the kernels for 4-bit codes, with scales of each type."""
     for gated, scales, group in ((True, 'fp32', 64), (False, 'i8', 16), (True, 'u8', 32)):
         choice = kernels.CODED_CHOICES[0]
         made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
@@ -198,8 +199,8 @@ def coded(build, half, capability, early):
              out=half, K=3584, GROUP=16, BLOCK=1024)
 
 
-def prefills(build, half, capability):
-    """Compile the kernels of captured prompts, in some of the sizes that the engine launches."""
+def prefill(build, half, capability):
+    """Compile the kernels of a prefill, in some of the sizes that the engine launches."""
     own = prefill_kernels
     matrix = {9: 'wgmma.mma_async', 10: 'tcgen05.mma', 11: 'tcgen05.mma'}.get(
         capability // 10, 'mma.sync')
@@ -222,7 +223,7 @@ def prefills(build, half, capability):
                      M=rows, N=columns, SPLITS=splits, WINDOW=window, STAGES=stages,
                      PLACED=splits == 1)
         assert matrix in made.asm['ptx']
-        if dim == 256:      # what every chip with matrix units for prompts has
+        if dim == 256:      # every supported chip has that much
             assert made.metadata.shared <= 99 * 1024
     for gated in (False, True):
         common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'GELU': gated,
@@ -233,14 +234,14 @@ def prefills(build, half, capability):
         made = build(own._int4, GROUP=128, TILES=4, TOKENS=32, STAGES=4, EXACT=gated,
                      ZEROS=not gated, PLACED=gated, ASSEMBLY=True, **common)
         assert all(word in made.asm['ptx'] for word in ('lop3.b32', matrix))
-        # The next step overwrites the weights' registers: no product may be in flight then.
+        # The next iteration overwrites the weights' registers, so it must wait for all products.
         assert not re.search(r'wgmma.wait_group.sync.aligned [^0]', made.asm['ptx'])
     compiled(own._unpack, capability, half, out=half, GROUP=128, TILES=4, ZEROS=True,
              ASSEMBLY=True)
 
 
 def passes(build, half, capability):
-    """Compile the kernels of passes; how many rows there are is no part of them."""
+    """Compile the kernels of passes; the number of rows is an argument."""
     own = pass_kernels
     build(own._embed_rows, BLOCK=1024, SCALE=1.0)
     build(own._add_normed_rows, K=1152, WIDE=2048, BLOCK=512)
@@ -265,8 +266,8 @@ def passes(build, half, capability):
         assert 'mma.sync' in made.asm['ptx'] or capability < 80
 
 
-def choose(capability, **layout):
-    """Compile what chooses the token, each kernel with all its stages and with the fewest."""
+def sampling(capability, **layout):
+    """Compile the kernels of sampling, each with all stages and with the fewest."""
     compiled(sampling_kernels._allow, capability, 'fp16', BLOCK=layout['BLOCK'],
              EARLY=layout['EARLY'])
     for few in (True, False):

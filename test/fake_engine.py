@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Engines and a text coder for tests: what comes, and when, is in the test's hands."""
+"""An engine and a text coder whose output and timing the test controls."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -52,11 +52,11 @@ def footprint(**changes) -> Footprint:
 
 class FakeEngine:
     """
-    Says what it is told to.
+    Answers with the steps of a script.
 
-    ``steps`` gives the steps of the answer to a prompt's ids; by default it says the prompt's last
-    word, character by character, and the end. What is raised in there comes from the engine, and
-    what waits in there hangs it. Where the script is over, only the end comes.
+    ``steps`` returns the steps of the answer to a prompt. By default the answer is the last word
+    of the prompt, character by character, and an end token. If ``steps`` raises or waits, so does
+    the engine. After the last step, there are only end tokens.
     """
 
     def __init__(self, steps: Callable[[list[int]], Iterator[Step]] | None = None,
@@ -65,24 +65,24 @@ class FakeEngine:
         self.chunk_tokens = chunk_tokens
         self.prompts: list[list[int]] = []
         self.samplings: list[SamplingConfig] = []
-        self.fed: list[int] = []    # what stands for the cache
+        self.fed: list[int] = []    # the ids in the cache
         self.closed = False
         self._steps = steps or self._echo
         self._script: Iterator[Choice] = iter(())
 
     def rewind(self, length: int) -> int:
-        """Keep that much."""
+        """Cut the cache."""
         del self.fed[length:]
         return length
 
     def feed(self, token_ids: Sequence[int]) -> float:
-        """Take a chunk."""
+        """Append a chunk to the cache."""
         self.fed += token_ids
         return 0.0
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constraint: Constraint | None = None) -> Choice:
-        """Begin the script; what a constraint does not allow gives way to the next id allowed."""
+        """Begin the script; the next allowed id replaces one that the constraint forbids."""
         assert self.fed == list(prompt_ids)
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
@@ -91,12 +91,12 @@ class FakeEngine:
         return self._choose()
 
     def step(self, remaining: int) -> Choice:
-        """Go on with it."""
+        """Take the next step of the script."""
         self.fed.append(self._last)
         return self._choose()
 
     def close(self) -> None:
-        """Remember it."""
+        """Record the call."""
         self.closed = True
 
     def _choose(self):
@@ -118,13 +118,13 @@ class FakeEngine:
 
 
 def _allowed(mask: bytearray, token_id: int) -> int:
-    """Return the first id from this one on that a mask allows, going round."""
+    """Return the first allowed id from this one on, wrapping around."""
     ids = [id_ for id_ in range(8 * len(mask)) if mask[id_ // 8] >> id_ % 8 & 1]
     return min(ids, key=lambda id_: (id_ - token_id) % (8 * len(mask)))
 
 
 def say(text: str, end: bool = True) -> Iterator[Step]:
-    """Return one step for each character of a text, and one for the end."""
+    """Yield a step for each character of a text, and one for the end."""
     for character in text:
         yield Step((ord(character),), device_s=0.001)
     if end:
@@ -132,25 +132,25 @@ def say(text: str, end: bool = True) -> Iterator[Step]:
 
 
 def forever(character: str = 'x') -> Iterator[Step]:
-    """Return a character until closed."""
+    """Yield steps with the same character without end."""
     while True:
         yield Step((ord(character),))
 
 
 class Gate:
-    """Lets an engine's steps through one by one: the engine waits until the test opens."""
+    """Makes an engine wait before each step until the test permits it."""
 
     def __init__(self) -> None:
         self._permits = threading.Semaphore(0)
-        self.waiting = threading.Event()    # the engine has come to the gate
+        self.waiting = threading.Event()    # the engine waits, or waited
 
     def open(self, count: int = 1) -> None:
-        """Let so many steps through."""
+        """Permit this number of steps."""
         for _ in range(count):
             self._permits.release()
 
     def steps(self, source: Iterator[Step]) -> Iterator[Step]:
-        """Hold each step of a source back until the gate is opened for it."""
+        """Yield each step of a source when it is permitted."""
         for step in source:
             self.waiting.set()
             if not self._permits.acquire(timeout=60):
@@ -160,9 +160,9 @@ class Gate:
 
 class CharacterText:
     """
-    Text in which each character is a token; turns end with a line break.
+    A text coder with one token per character; turns end with a line break.
 
-    A ``manner`` other than that of a model without thoughts and tools is the test's.
+    By default, the model has no thoughts and no tools; tests can set another ``manner``.
     """
 
     manner = Manner()
@@ -197,7 +197,7 @@ class CharacterText:
 def byte_tokenizer() -> Tokenizer:
     """Return a tokenizer of 256 tokens, each the byte of its id."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))          # what stands for a byte that is no character
+    others = iter(range(256, 512))          # the characters of unprintable bytes
     vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -206,7 +206,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 class CharacterDetokenizer:
-    """Holds a ``^`` back until the next character is known, as a half character would be."""
+    """Holds back a ``^`` until the next character, like an incomplete character."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stopped = False

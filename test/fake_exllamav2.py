@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-A stand-in for the ExLlamaV2 library, in so far as the engine uses it; it computes on a CPU.
+A fake of the parts of the ExLlamaV2 library that the engine uses; it runs on a CPU.
 
-Its model is the transformers library's, run over all ids each time, so that what the engine does
-with positions, masks and the cache shows in its logits. On demand it disturbs them, as the
-library's sums in any order do. It knows nothing of quantised weights.
+Each forward pass runs a transformers network over all cached ids, so wrong positions, masks or
+cache contents change the logits. It can add noise to them, because the real library sums in any
+order. It ignores quantised weights.
 """
 
 from importlib.machinery import ModuleSpec
@@ -31,17 +31,17 @@ import torch
 
 
 class Library:
-    """The modules, and what a test may look at or set."""
+    """The modules, with attributes that tests read and set."""
 
     def __init__(self, network):
-        """Make modules around a transformers network with the weights that a folder stands for."""
+        """Make the modules for a transformers network with the dequantised weights of a folder."""
         self.network = network
         self.calls = []             # (tokens, position) of each forward pass
-        self.copies = 0             # of keys or values for the heads of a group
-        self.fail = None            # what loading a module raises
+        self.copies = 0             # of keys or values for each head of a group
+        self.fail = None            # raised when a module loads
         self.unloaded = 0
-        self.noise = 0.0            # deviation of a logit, of the largest one's magnitude
-        self.choose_device = None   # the engine's own way, where a test replaces it
+        self.noise = 0.0            # deviation of a logit, relative to the largest magnitude
+        self.choose_device = None   # the engine's function, which tests replace
         generator = torch.Generator().manual_seed(0)
         library = self
 
@@ -74,7 +74,7 @@ class Library:
             scaling = 0.2
 
             def _attn_torch(self, batch_size, q_len, q, k, v, attn_params, cfg, causal=True):
-                """As the library attends without flash-attn: a copy of the keys for each head."""
+                """Copy keys and values for each head, like the library without flash-attn."""
                 assert causal
                 library.copies += 2
                 k, v = (each.repeat_interleave(q.shape[2] // each.shape[2], 2).transpose(1, 2)
@@ -154,7 +154,7 @@ class Library:
             'exllamav2.generator': {}}
 
     def install(self, monkeypatch) -> None:
-        """Put the modules where an import finds them."""
+        """Make the modules importable."""
         for name, content in self.modules.items():
             module = ModuleType(name)
             module.__spec__ = ModuleSpec(name, None)

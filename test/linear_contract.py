@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the kernels of a decode step have to do with quantised weights, whatever their form."""
+"""Checks that kernels for any kind of quantised weights must pass."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ import random_formats
 import torch
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-TWIN = TorchOps(on_host=False)
+REFERENCE = TorchOps(on_host=False)
 EPS = 1e-6
 
 
@@ -39,16 +39,16 @@ def assert_close(got, expected, relative=1e-5):
     assert error < relative     # a NaN does not pass
 
 
-def drawn(form, n, k, seed=1):
-    """Return a weight of one of `random_formats`, and its float32 values [n, k]."""
+def random_weight(form, n, k, seed=1):
+    """Return a random weight in a form of `random_formats`, and its float32 values [n, k]."""
     config, draw = form
     stored, exact = draw(torch.Generator().manual_seed(seed), n, k)
     return random_formats.read(config, stored, n, k, DEVICE), exact.float().to(DEVICE)
 
 
 def check_product(make, ops, form, n, k):
-    """Hold a product against the dense one: normed, added to what was there, with a bias."""
-    weight, dense = drawn(form, n, k)
+    """Compare products with a norm, added to the output, and with a bias to dense ones."""
+    weight, dense = random_weight(form, n, k)
     x, gain, out = make(k), make(k), make(n)
     normed = x * torch.rsqrt(x.square().mean() + EPS) * gain
     assert_close(weight.apply(normed), dense @ normed)
@@ -62,8 +62,8 @@ def check_product(make, ops, form, n, k):
 
 
 def check_layout(make, ops, form, choice):
-    """Hold a product in one of its layouts against the dense one."""
-    weight, dense = drawn(form, 24, 1280)
+    """Compare a product in one kernel layout to the dense one."""
+    weight, dense = random_weight(form, 24, 1280)
     x, out, ops = make(1280), make(24), ops(DEVICE)
     ops._choices[kernels.Shape(24, 1280, weight.kind, False, False)] = choice
     ops.linear(x, weight, out)
@@ -71,23 +71,23 @@ def check_layout(make, ops, form, choice):
 
 
 def check_gated(make, ops, form, bias):
-    """Hold gate and up, fused, against the dense ones, and the twin too."""
-    parts = [drawn(form, 24, 640, seed) for seed in (2, 3)]
+    """Compare fused gate and up to dense ones, with the kernels and with the reference."""
+    parts = [random_weight(form, 24, 640, seed) for seed in (2, 3)]
     dense = Dense(torch.cat([each for _, each in parts]), make(48) if bias else None)
     weight = fusion.fuse([replace(each, bias=half) for (each, _), half in zip(
         parts, dense.bias.chunk(2) if bias else (None, None), strict=True)], paired=True)
     x, gain, out = make(640), make(640), make(24)
-    expected, twin = out.clone(), out.clone()
-    TWIN.gated(x, dense, expected, gain, EPS)
-    TWIN.gated(x, weight, twin, gain, EPS)
-    assert_close(twin, expected)
+    expected, reference = out.clone(), out.clone()
+    REFERENCE.gated(x, dense, expected, gain, EPS)
+    REFERENCE.gated(x, weight, reference, gain, EPS)
+    assert_close(reference, expected)
     ops(DEVICE).gated(x, weight, out, gain, EPS)
     assert_close(out, expected)
 
 
 def check_fused(make, ops, form):
-    """Hold projections of one input, fused, against the dense ones."""
-    parts = [drawn(form, rows, 640, seed) for seed, rows in enumerate((7, 24))]
+    """Compare fused projections of one input to dense ones."""
+    parts = [random_weight(form, rows, 640, seed) for seed, rows in enumerate((7, 24))]
     weight = fusion.fuse([each for each, _ in parts])
     x, out = make(640), make(31)
     ops(DEVICE).linear(x, weight, out)

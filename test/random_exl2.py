@@ -13,16 +13,17 @@
 # limitations under the License.
 
 """
-EXL2 tensors at random, as ExLlamaV2 writes them, with the dense weights that they stand for.
+Random EXL2 tensors as ExLlamaV2 writes them, with their dequantised weights.
 
-Groups of 64 inputs, the first of 8 bits and the others of 4, so that no number lies in two words.
-A scale is the square of a number from 1 to 16, times the group's own; zeros lie in the middle.
+Groups have 64 inputs. The first has 8 bits per weight and the others 4, so no weight spans two
+words. A scale is the square of a number from 1 to 16, times the group's largest; zero points are
+in the middle.
 """
 
 import json
 from pathlib import Path
 
-from random_gptq import words
+from random_formats import as_int32
 import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -30,14 +31,14 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-DEVIATIONS = {8: 73.9, 4: 4.61}     # of uniform values
+DEVIATIONS = {8: 73.9, 4: 4.61}     # standard deviations of uniform values, by bits
 
 
 def tensors(seed: int, n: int, k: int, order: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """
-    Draw one projection of ``k`` inputs and ``n`` outputs, multiples of 64 and 8.
+    Draw one projection with ``k`` inputs and ``n`` outputs, multiples of 64 and 8.
 
-    :param order: int64 [k], the input that each stored row belongs to.
+    :param order: int64 [k], the input of each stored row.
     :returns: the stored tensors by the end of their names, and the dense float32 weight [n, k].
     """
     generator = torch.Generator().manual_seed(seed)
@@ -64,9 +65,9 @@ def tensors(seed: int, n: int, k: int, order: Tensor) -> tuple[dict[str, Tensor]
 
 def save(folder: Path, family: str, seed: int, **overrides) -> dict[str, Tensor]:
     """
-    Write a small random model whose every projection but the head is EXL2.
+    Write a small random model with EXL2 projections and a dense head.
 
-    :returns: the state that it stands for, with dense weights, for the library's own model.
+    :returns: the dequantised state dict, for the library's own model.
     """
     random_model.save(folder, family, seed, **overrides)
     path = folder / 'model.safetensors'
@@ -76,7 +77,7 @@ def save(folder: Path, family: str, seed: int, **overrides) -> dict[str, Tensor]
         if '_proj.weight' in name:
             del stored[name]
             n, k = weight.shape
-            # Projections of one input have one order, as the library has it.
+            # Projections of the same input have the same order, as in the library.
             order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
             parts, state[name] = tensors(1000 * seed + number, n, k, order)
             stored.update({f'{name[:-len("weight")]}{end}': part for end, part in parts.items()})
@@ -90,5 +91,5 @@ def save(folder: Path, family: str, seed: int, **overrides) -> dict[str, Tensor]
 
 
 def _pack(values, bits):
-    """Pack the last dimension of small numbers into an int32, the first lowest."""
-    return words((values << torch.arange(0, 32, bits)).sum(-1))
+    """Pack the last dimension of small numbers into an int32, from the lowest bits up."""
+    return as_int32((values << torch.arange(0, 32, bits)).sum(-1))

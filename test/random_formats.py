@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Quantised tensors at random, as each format stores them, with the weights that they stand for.
+Random quantised tensors in each format, with their dequantised weights.
 
-The weights are the definition of the format written out in float64: a test holds what an engine
-makes of the tensors against them.
+The weights are computed in float64 from the definition of the format. Tests compare the engine's
+results with them.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ from safetensors.torch import save_file
 import torch
 from torch import Tensor
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)      # the columns of a word's numbers, the lowest bits first
-# From a generator and the shape [n, k]: the tensors by the ends of their names, and the float64
-# weight.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)      # columns in a word, lowest bits first
+# Draws a projection with a generator and the shape [n, k]. Returns the stored tensors, by the ends
+# of their names, and the float64 weight.
 Draw = Callable[[torch.Generator, int, int], tuple[dict[str, Tensor], Tensor]]
 
 
@@ -45,7 +45,7 @@ class Stored:
     """The tensors of one module, as a source of weights."""
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device | None):
-        """Take them by the ends of their names."""
+        """Take tensors by the ends of their names."""
         self._tensors, self._device = tensors, device
 
     def entry(self, name: str) -> TensorEntry | None:
@@ -64,14 +64,14 @@ class Stored:
 
 def read(config: Mapping[str, Any], stored: Mapping[str, Tensor], n: int, k: int,
          device: torch.device | None = None) -> Any:
-    """Return a module's tensors as the engine keeps them."""
+    """Return the engine's weight for the stored tensors of a module."""
     quantized = quantization({'quantization_config': config})
     assert quantized is not None
     return formats.parse(quantized).read(Stored(stored, device), 'module', n, k)
 
 
 def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
-    """Return the config and the tensors of AWQ, layout gemm."""
+    """Return the config and the draw function of AWQ, layout gemm."""
     def draw(generator, n, k):
         groups = 1 if group_size == -1 else k // group_size
         q = torch.randint(0, 16, (k, n), generator=generator)
@@ -82,7 +82,7 @@ def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
             words = torch.zeros(len(numbers), n // 8, dtype=torch.int64)
             for place, column in enumerate(AWQ_ORDER):
                 words |= numbers[:, column::8] << 4 * place
-            return _words(words)
+            return as_int32(words)
 
         by_row = torch.arange(k) // (k // groups)
         return ({'qweight': packed(q), 'qzeros': packed(zeros), 'scales': scales},
@@ -95,9 +95,9 @@ def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
 def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool = False,
            dtype: torch.dtype = torch.bfloat16, strategy: str = '') -> tuple[dict[str, Any], Draw]:
     """
-    Give the config and the tensors of compressed-tensors, layout pack-quantized.
+    Return the config and the draw function of compressed-tensors, layout pack-quantized.
 
-    :param group_size: -1 for a scale a row, or, by the strategy tensor, for one of all.
+    :param group_size: -1 for one scale per row, or per tensor if that is the strategy.
     """
     strategy = strategy or ('channel' if group_size == -1 else 'group')
     least, each = -2 ** (bits - 1), 32 // bits
@@ -112,14 +112,14 @@ def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool =
         scales = _scales(generator, (high, groups), k, 2 ** bits / 12**0.5).to(dtype)
         g_idx = torch.arange(k) // (k // groups)
         if act_order:
-            # One order for all modules of a width, as quantisers of shared inputs have it.
+            # Modules of the same width have the same order, as if they shared their input.
             g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
 
         def in_words(numbers):
             words = torch.zeros(len(numbers), -(-numbers.shape[1] // each), dtype=torch.int64)
             for column in range(numbers.shape[1]):
                 words[:, column // each] |= (numbers[:, column] - least) << bits * (column % each)
-            return _words(words)
+            return as_int32(words)
 
         stored = {'weight_packed': in_words(q), 'weight_scale': scales,
                   'weight_shape': torch.tensor([n, k])}
@@ -140,7 +140,7 @@ def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool =
 
 def int8(group_size: int, symmetric: bool = True, act: dict[str, Any] | None = None,
          strategy: str = '') -> tuple[dict[str, Any], Draw]:
-    """Return the config and the tensors of compressed-tensors, layout int-quantized."""
+    """Return the config and the draw function of compressed-tensors, layout int-quantized."""
     strategy = strategy or ('channel' if group_size == -1 else 'group')
 
     def draw(generator, n, k):
@@ -164,12 +164,12 @@ def int8(group_size: int, symmetric: bool = True, act: dict[str, Any] | None = N
 def float8(strategy: str, method: str = 'compressed-tensors',
            names: tuple[str, str] | None = None) -> tuple[dict[str, Any], Draw]:
     """
-    Give the config and the tensors of floats of 8 bits.
+    Return the config and the draw function of 8-bit floats.
 
     :param strategy: tensor, channel or block (of 128 x 128).
     :param method: compressed-tensors, fp8 or modelopt.
-    :param names: ends of the names of the scales of weights and of activations, where they are
-        not the method's own.
+    :param names: ends of the names of the scales of weights and activations; by default those of
+        the method.
     """
     def draw(generator, n, k):
         values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
@@ -196,7 +196,7 @@ def float8(strategy: str, method: str = 'compressed-tensors',
 
 def gptq8(group_size: int, symmetric: bool = True,
           act_order: bool = False) -> tuple[dict[str, Any], Draw]:
-    """Return the config and the tensors of GPTQ of 8 bits, zeros less one."""
+    """Return the config and the draw function of 8-bit GPTQ; it stores zero points minus one."""
     def draw(generator, n, k):
         groups = 1 if group_size == -1 else k // group_size
         q = torch.randint(0, 256, (k, n), generator=generator)
@@ -208,8 +208,8 @@ def gptq8(group_size: int, symmetric: bool = True,
         if act_order:
             g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
         shifts = torch.arange(0, 32, 8)
-        return {'qweight': _words((q.unflatten(0, (-1, 4)) << shifts[:, None]).sum(1)),
-                'qzeros': _words(((zeros - 1).unflatten(1, (-1, 4)) << shifts).sum(2)),
+        return {'qweight': as_int32((q.unflatten(0, (-1, 4)) << shifts[:, None]).sum(1)),
+                'qzeros': as_int32(((zeros - 1).unflatten(1, (-1, 4)) << shifts).sum(2)),
                 'scales': scales, 'g_idx': g_idx.int()}, (
                     (q - zeros[g_idx]) * scales.double()[g_idx]).t()
 
@@ -217,7 +217,7 @@ def gptq8(group_size: int, symmetric: bool = True,
             'desc_act': act_order, 'checkpoint_format': 'gptq'}, draw
 
 
-# The numbers of each kind of 4 bits, by code.
+# The value of each 4-bit code.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
 FP4 = torch.tensor([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]).double()
 NF4 = torch.tensor([
@@ -231,20 +231,20 @@ TABLES = {'nf4': NF4, 'fp4': torch.cat((FP4, -FP4))}
 def bitsandbytes(kind: str, block: int = 64, double: bool = False,
                  storage: torch.dtype = torch.uint8) -> tuple[dict[str, Any], Draw]:
     """
-    Give the config and the tensors of bitsandbytes.
+    Return the config and the draw function of bitsandbytes.
 
     :param kind: nf4, fp4 or int8.
-    :param block: weights of a scale, of 4 bits.
+    :param block: 4-bit weights per scale.
     :param double: whether the scales are quantised too.
-    :param storage: as what the codes are stored.
+    :param storage: the dtype of the stored codes.
     """
-    def eight(generator, n, k):
+    def draw_int8(generator, n, k):
         q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
         scales = _scales(generator, (n,), k, 74 / 127)
         return ({'weight': q, 'SCB': scales, 'weight_format': torch.zeros((), dtype=torch.uint8)},
                 q.double() * scales.double()[:, None] / 127)
 
-    def four(generator, n, k):
+    def draw_4bit(generator, n, k):
         codes = torch.randint(0, 16, (n * k,), generator=generator, dtype=torch.uint8)
         blocks = -(-n * k // block)
         scales = _scales(generator, (blocks,), k, 0.5)
@@ -252,14 +252,14 @@ def bitsandbytes(kind: str, block: int = 64, double: bool = False,
         stored = {'weight.absmax': scales}
         wide = scales.double()
         if double:
-            places = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+            indices = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
             table = torch.linspace(-1, 1, 256)
             nested = _scales(generator, (-(-blocks // 256),), k, 2)
             state.update(nested_blocksize=256, nested_dtype='float32',
                          nested_offset=scales.mean().item())
-            wide = (table.double()[places.long()]
+            wide = (table.double()[indices.long()]
                     * nested.double()[torch.arange(blocks) // 256] + state['nested_offset'])
-            stored = {'weight.absmax': places, 'weight.nested_absmax': nested,
+            stored = {'weight.absmax': indices, 'weight.nested_absmax': nested,
                       'weight.nested_quant_map': table}
         packed = codes[::2] << 4 | codes[1::2]
         exact = TABLES[kind][codes.long()] * wide[torch.arange(n * k) // block]
@@ -271,15 +271,15 @@ def bitsandbytes(kind: str, block: int = 64, double: bool = False,
     config = {'quant_method': 'bitsandbytes', 'load_in_8bit': kind == 'int8',
               'load_in_4bit': kind != 'int8', 'llm_int8_skip_modules': ['lm_head']}
     if kind == 'int8':
-        return config, eight
-    return {**config, 'bnb_4bit_quant_type': kind, 'bnb_4bit_use_double_quant': double}, four
+        return config, draw_int8
+    return {**config, 'bnb_4bit_quant_type': kind, 'bnb_4bit_use_double_quant': double}, draw_4bit
 
 
 def float4(layout: str) -> tuple[dict[str, Any], Draw]:
     """
-    Give the config and the tensors of floats of 4 bits.
+    Return the config and the draw function of 4-bit floats.
 
-    :param layout: nvfp4 and mxfp4 of compressed-tensors, or modelopt, which has NVFP4.
+    :param layout: nvfp4 or mxfp4 (compressed-tensors), or modelopt (NVFP4).
     """
     size = 32 if layout == 'mxfp4' else 16
 
@@ -289,7 +289,7 @@ def float4(layout: str) -> tuple[dict[str, Any], Draw]:
                   codes[:, ::2] | codes[:, 1::2] << 4}
         shape = n, -(-k // size)
         if layout == 'mxfp4':
-            # Of weights that keep an input's size.
+            # Products have about the magnitude of their input.
             middle = 126 - round(math.log2(k) / 2)
             scales = torch.randint(middle - 2, middle + 1, shape, generator=generator,
                                    dtype=torch.uint8)
@@ -316,7 +316,7 @@ def float4(layout: str) -> tuple[dict[str, Any], Draw]:
 
 def compressed(layout: str, activations: dict[str, Any] | None = None,
                **weights: Any) -> dict[str, Any]:
-    """Return a config of compressed-tensors, with one group of all modules but the head."""
+    """Return a config of compressed-tensors, with one group for all modules but the head."""
     group = {'targets': ['Linear'], 'weights': weights, 'input_activations': activations,
              'output_activations': None}
     return {'quant_method': 'compressed-tensors', 'format': layout, 'ignore': ['lm_head'],
@@ -330,9 +330,9 @@ def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int
     """
     Write a small random model whose projections are quantised.
 
-    :param dense: parts of the names of those that are not.
-    :param other: what draws projections whose names have a part.
-    :returns: the float32 state that it stands for, for the library's own model.
+    :param dense: parts of the names of projections that stay unquantised.
+    :param other: draw functions of other projections, by a part of their names.
+    :returns: the dequantised float32 state dict, for the library's own model.
     """
     random_model.save(folder, family, seed, **overrides)
     generator = torch.Generator().manual_seed(seed)
@@ -355,10 +355,10 @@ def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int
 
 
 def _scales(generator, shape, k, deviation):
-    """Draw scales for numbers that deviate so much, of weights that keep an input's size."""
+    """Draw scales for values of this deviation; products keep the magnitude of their input."""
     return (torch.rand(shape, generator=generator) + 0.5) * 1.5 / deviation / k**0.5
 
 
-def _words(values: Tensor) -> Tensor:
-    """Return numbers of 32 bits without a sign as int32."""
+def as_int32(values: Tensor) -> Tensor:
+    """Reinterpret unsigned 32-bit numbers as int32."""
     return torch.where(values >= 2**31, values - 2**32, values).int()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""GPTQ tensors at random, as quantisers write them, with the dense weights that they stand for."""
+"""Random GPTQ tensors as quantisers write them, with their dequantised weights."""
 
 from collections.abc import Mapping
 import json
@@ -32,10 +32,10 @@ SHIFTS = torch.arange(0, 32, 4)
 def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
             symmetric: bool = True, layout: str = 'gptq') -> tuple[dict[str, Tensor], Tensor]:
     """
-    Draw one projection of ``k`` inputs and ``n`` outputs.
+    Draw one projection with ``k`` inputs and ``n`` outputs.
 
     :param group_size: inputs that share a scale; -1 for all.
-    :param layout: ``gptq`` stores zeros less one, ``gptq_v2`` as they are.
+    :param layout: ``gptq`` stores zero points minus one, ``gptq_v2`` unchanged.
     :returns: the stored tensors by the end of their names, and the dense float32 weight [n, k].
     """
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
     q = torch.randint(0, 16, (k, n), generator=generator)
     zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
         0, 16, (groups, n), generator=generator)
-    # Uniform 4-bit values deviate by 4.61.
+    # 4.61 is the standard deviation of uniform 4-bit values.
     scales = ((torch.rand(groups, n, generator=generator) + 0.5) * 1.5 / 4.61 / k**0.5).half()
     g_idx = torch.arange(k) // size
     if act_order:
@@ -52,20 +52,20 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
     stored = (zeros - int(layout == 'gptq')) & 15
     dense = ((q - zeros[g_idx]).float() * scales.float()[g_idx]).t().contiguous()
     return {
-        'qweight': words((q.view(k // 8, 8, n) << SHIFTS.view(1, 8, 1)).sum(1)),
-        'qzeros': words((stored.view(groups, n // 8, 8) << SHIFTS).sum(2)),
+        'qweight': random_formats.as_int32((q.view(k // 8, 8, n) << SHIFTS.view(1, 8, 1)).sum(1)),
+        'qzeros': random_formats.as_int32((stored.view(groups, n // 8, 8) << SHIFTS).sum(2)),
         'scales': scales, 'g_idx': g_idx.int()}, dense
 
 
 def read(stored: Mapping[str, Tensor], n: int, k: int, group_size: int,
          device: torch.device | None = None) -> Int4:
-    """Return stored tensors [n, k] as the engine keeps them."""
+    """Return the engine's weight for stored tensors [n, k]."""
     return random_formats.read({
         'quant_method': 'gptq', 'bits': 4, 'group_size': group_size}, stored, n, k, device)
 
 
 def dense(stored: dict[str, Tensor], layout: str) -> Tensor:
-    """Return the float32 weight [n, k] of stored tensors, one input after the other."""
+    """Dequantise stored tensors to float32 [n, k], column by column."""
     qweight, qzeros, scales, g_idx = (
         stored[part] for part in ('qweight', 'qzeros', 'scales', 'g_idx'))
     columns = []
@@ -80,12 +80,11 @@ def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool 
          symmetric: bool = True, layout: str = 'gptq', one_order: bool = True, head: bool = False,
          **overrides) -> dict[str, Tensor]:
     """
-    Write a small random model whose every projection is GPTQ.
+    Write a small random model with GPTQ projections.
 
-    :param one_order: inputs that several projections share are in the same order for all of them,
-        as quantisers have it.
+    :param one_order: projections of the same input have the same order, as quantisers write them.
     :param head: quantise the head too.
-    :returns: the state that it stands for, with dense weights, for the library's own model.
+    :returns: the dequantised state dict, for the library's own model.
     """
     random_model.save(folder, family, seed, **overrides)
     plain = load_file(folder / 'model.safetensors')
@@ -110,8 +109,3 @@ def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool 
         'sym': symmetric, 'checkpoint_format': layout, 'lm_head': head}
     path.write_text(json.dumps(config))
     return state
-
-
-def words(values: Tensor) -> Tensor:
-    """Return numbers of 32 bits without a sign as int32."""
-    return torch.where(values >= 2**31, values - 2**32, values).int()

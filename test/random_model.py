@@ -15,7 +15,7 @@
 """
 Small random models of each family, written as model folders by the transformers library.
 
-Every weight is drawn, biases and norms too, so that leaving one out shows in the logits.
+All weights are random, also biases and norms, so omitting one changes the logits.
 """
 
 import json
@@ -52,7 +52,7 @@ FAMILIES = {
     'qwen3_moe': {
         'model_type': 'qwen3_moe', 'head_dim': 64, 'num_experts': 8, 'num_experts_per_tok': 3,
         'moe_intermediate_size': 64, 'norm_topk_prob': True},
-    'qwen3_moe_between': {      # plain MLPs, and shares that do not add up to 1
+    'qwen3_moe_between': {      # some layers have plain MLPs; routing weights are not normalised
         'model_type': 'qwen3_moe', 'head_dim': 64, 'num_hidden_layers': 4, 'num_experts': 6,
         'num_experts_per_tok': 2, 'moe_intermediate_size': 96, 'decoder_sparse_step': 2,
         'mlp_only_layers': [3], 'tie_word_embeddings': True},
@@ -88,7 +88,7 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     """
     Write a model folder.
 
-    :param family: a key of `FAMILIES`, or a model_type that the library has.
+    :param family: a key of `FAMILIES`, or a model_type of the library.
     :param overrides: fields of the config.
     :returns: the folder.
     """
@@ -99,16 +99,16 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
 
 
 def save_config(folder: Path, config: transformers.PretrainedConfig, seed: int) -> Path:
-    """Write a model folder of this config; weights are drawn from the seed."""
+    """Write a model folder with this config, and random weights of a seed."""
     save_network(folder, config, seed, transformers.AutoModelForCausalLM)
     return folder
 
 
 def save_network(folder: Path, config: transformers.PretrainedConfig, seed: int, kind: Any) -> Any:
     """
-    Write a model folder of this config; weights are drawn from the seed.
+    Write a model folder with this config, and random weights of a seed.
 
-    :param kind: the class of models that the library has for it.
+    :param kind: the library's auto class.
     :returns: the library's model.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -126,8 +126,8 @@ def save_network(folder: Path, config: transformers.PretrainedConfig, seed: int,
     return network.eval()
 
 
-def write_as_before(folder: Path) -> None:
-    """Rewrite config.json as earlier versions of the library wrote it, as most folders have it."""
+def rewrite_config_as_before(folder: Path) -> None:
+    """Rewrite config.json in the format of earlier versions of the library, as in most folders."""
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     rope = config.pop('rope_parameters')

@@ -128,10 +128,10 @@ def test_rejects_a_config_without_model_type(folder):
     assert 'model_type' in error_of(folder)
 
 
-@pytest.mark.parametrize('kept', [0, 5, 60, -1])
-def test_rejects_truncated_weights(folder, kept):
+@pytest.mark.parametrize('length', [0, 5, 60, -1])
+def test_rejects_truncated_weights(folder, length):
     path = folder / 'model.safetensors'
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:length])
     message = error_of(folder)
     assert 'truncated' in message and str(path) in message
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The kernels for codes of 4 bits against their twins; on a CPU in Triton's interpreter."""
+"""Kernels for 4-bit codes against dense products; on a CPU in Triton's interpreter."""
 
 from dataclasses import replace
 import os
@@ -50,8 +50,8 @@ def make():
     return linear_contract.maker()
 
 
-def drawn(name, n, k, seed=1):
-    return linear_contract.drawn(FORMS[name], n, k, seed)
+def random_weight(name, n, k, seed=1):
+    return linear_contract.random_weight(FORMS[name], n, k, seed)
 
 
 @pytest.mark.parametrize('name', FORMS)
@@ -62,7 +62,7 @@ def test_product(make, name, n, k):
 
 @pytest.mark.parametrize('name', ['nf4', 'nvfp4'])
 @pytest.mark.parametrize('choice', kernels.CODED_CHOICES)
-def test_every_layout(make, name, choice):
+def test_each_layout(make, name, choice):
     check_layout(make, CodedOps, FORMS[name], choice)
 
 
@@ -73,39 +73,40 @@ def test_gated(make, name, bias):
 
 
 @pytest.mark.parametrize('name', ['nvfp4', 'mxfp4'])
-def test_fused_of_one_input(make, name):
-    """Each part has its own factor."""
+def test_fused_projections(make, name):
+    """Each projection has its own factor."""
     check_fused(make, CodedOps, FORMS[name])
 
 
-def test_what_does_not_fit_is_not_fused():
-    parts = [drawn(name, 24, 640)[0] for name in ('nf4', 'fp4-double-g128', 'nvfp4', 'mxfp4')]
+def test_does_not_fuse_different_layouts():
+    parts = [random_weight(name, 24, 640)[0]
+             for name in ('nf4', 'fp4-double-g128', 'nvfp4', 'mxfp4')]
     nf4 = parts[0]
     for other in (*parts[1:], replace(nf4, table=nf4.table.flip(0))):
         assert fusion.fuse([nf4, other]) is None
-    assert fusion.fuse([drawn('nf4', 12, 640)[0]] * 2, paired=True) is None
+    assert fusion.fuse([random_weight('nf4', 12, 640)[0]] * 2, paired=True) is None
 
 
 @pytest.mark.parametrize('name', FORMS)
 @pytest.mark.parametrize('k', [1280, 144])
-def test_made_dense(name, k):
-    weight, dense = drawn(name, 24, k)
+def test_dequantises_rows(name, k):
+    weight, dense = random_weight(name, 24, k)
     out = torch.full((8, k), float('nan'), device=DEVICE)
     coded_kernels.widen(weight, slice(8, 16), out)
     assert_close(out, weight.dequantise(slice(8, 16), torch.float32), 1e-6)
     assert_close(out, dense[8:16])
 
 
-def test_every_scale_of_8_bits(make):
-    """Floats, the smallest and largest too, and powers of 2, of which 2^-127 counts as 0."""
+def test_each_8_bit_scale(make):
+    """NVFP4 has float8 scales. MXFP4 has powers of 2; 2^-127 is treated as 0."""
     bits = torch.arange(256, dtype=torch.uint8, device=DEVICE)
     for name, numbers in (('nvfp4', bits[bits & 0x7F != 0x7F].view(torch.float8_e4m3fn)),
                           ('mxfp4', bits[:-1])):
-        weight, _ = drawn(name, len(numbers), 32)
+        weight, _ = random_weight(name, len(numbers), 32)
         scales = numbers.view(torch.uint8)[:, None].repeat(1, weight.scales.shape[1])
         weight = replace(weight, scales=scales.view(weight.scales.dtype),
                          factors=torch.ones(len(numbers), device=DEVICE),
-                         codes=torch.full_like(weight.codes, 0x22))     # 1.0 all
+                         codes=torch.full_like(weight.codes, 0x22))     # all 1.0
         exact = numbers.double() if name == 'nvfp4' else 2.0 ** (numbers.double() - 127)
         exact[exact < 2.0 ** -126] *= name == 'nvfp4'
         out = torch.empty(len(numbers), 32, device=DEVICE)
@@ -115,8 +116,8 @@ def test_every_scale_of_8_bits(make):
 
 
 @pytest.mark.parametrize('file', [kernels, scaled_kernels, coded_kernels])
-def test_tuned_layouts_hold_for_these_kernels(monkeypatch, file):
-    """A change of any of the step's kernels is another version."""
+def test_kernel_version_depends_on_each_source_file(monkeypatch, file):
+    """A new version tunes its layouts again."""
     before, read = CodedOps._version(), Path.read_bytes
     monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path) + (
         b'#' if path == Path(file.__file__) else b''))

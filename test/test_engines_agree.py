@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Native against the transformers library's own model, and both engines against the contract."""
+"""The native engine agrees with the transformers library; both engines keep the contract."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ RELATIVE = 1e-4
 
 @pytest.fixture(scope='module', params=ENGINES)
 def loop(request, tmp_path_factory):
-    """Return each engine on a small model, a quarter of whose ids end an answer."""
+    """Return each engine with a small model; a quarter of its ids end an answer."""
     folder = random_model.save(
         tmp_path_factory.mktemp('model'), 'qwen2', 0, eos_token_id=list(range(128)))
     loop = load(ENGINES[request.param], folder, CPU)
@@ -72,14 +72,14 @@ def test_footprint(name, family, tmp_path):
 
 
 def assert_same_answer(ours, theirs, prompt, reference):
-    """Hold two greedy answers equal; they may part only where two tokens are as good as equal."""
+    """Compare greedy answers; they may differ from a token on whose logits are almost tied."""
     assert len(ours) == len(theirs)
     if ours == theirs:
         return
     place = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
     logits = reference.engine.prefill_logits(prompt + theirs[:place])[-1]
     gap = (logits[theirs[place]] - logits[ours[place]]).abs() / logits.abs().max()
-    assert gap < 1e-5, f'they part at token {place} of {TOKENS}, by {gap:.1e} relative'
+    assert gap < 1e-5, f'they differ from token {place} of {TOKENS} on, by {gap:.1e} relative'
 
 
 def random_prompts(seed):
@@ -100,7 +100,7 @@ def assert_agreement(folder, seed):
         native.forget()
         difference = (native.engine.prefill_logits(prompt) - expected).abs().max()
         assert difference <= RELATIVE * expected.abs().max()
-    # With a prefix in the cache, as it is after a turn of a conversation, and cut back.
+    # With a part of the prompt in the cache, a prompt that differs later, and a longer one.
     prompt = prompts[2]
     for loop in (native, reference):
         fresh = decode(loop, prompt, sampling)
@@ -114,13 +114,13 @@ def assert_agreement(folder, seed):
 
 @pytest.mark.parametrize(('context', 'kind'), [(128, 'short'), (256, 'long')])
 def test_longrope(context, kind, tmp_path):
-    """The factors are those of the context that the cache has, not of what stands in it."""
+    """The factors depend on the maximum context, not on the number of cached tokens."""
     folder = random_model.save(tmp_path, 'phi3_part', 0, original_max_position_embeddings=128)
     native = load(NativeEngine, folder, dataclasses.replace(CPU, max_context=context))
     reference = load(TransformersEngine, folder, CPU)
     length = {'short': 100, 'long': 160}[kind]
     prompt = [(7 * i) % 500 for i in range(length)]
-    # Fed in chunks, the library's first would have the short factors.
+    # A whole prompt: in chunks, the library would use the short factors for the first one.
     ours = decode(native, prompt, SamplingConfig(max_new_tokens=20))
     logits = reference.engine.prefill_logits(prompt + ours[:-1])
     assert logits[length - 1:].argmax(-1).tolist() == ours
@@ -129,7 +129,7 @@ def test_longrope(context, kind, tmp_path):
         native.forget()
         difference = (native.engine.prefill_logits(prompt[:count]) - expected).abs().max()
         same = difference <= RELATIVE * expected.abs().max()
-        # Of a short prompt the library takes the short factors in a long context too.
+        # For a short prompt, the library uses the short factors in a long context too.
         assert same == (count == length or kind == 'short')
 
 
@@ -141,24 +141,24 @@ def test_agreement(family, tmp_path):
 @pytest.mark.parametrize('family', [
     'llama_scaled', 'mistral_window', 'qwen2_yarn', 'qwen2_window', 'qwen3', 'gemma3_text',
     'granite', 'phi3_part', 'smollm3', 'smollm3_window'])
-def test_agreement_on_folders_of_earlier_versions(family, tmp_path):
+def test_agreement_with_configs_of_earlier_versions(family, tmp_path):
     folder = random_model.save(tmp_path, family, 2)
-    random_model.write_as_before(folder)
+    random_model.rewrite_config_as_before(folder)
     assert_agreement(folder, 2)
 
 
-@pytest.mark.parametrize('named', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
+@pytest.mark.parametrize('fields', [{}, {'use_sliding_window': True}, {'sliding_window': None}])
 @pytest.mark.parametrize('family', families.FAMILIES)
-def test_what_a_config_does_not_say(family, named, tmp_path):
-    """It is what the library takes for it."""
-    said = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
-            'num_hidden_layers': 30, 'num_attention_heads': 64, 'pad_token_id': None, **named}
-    (tmp_path / 'config.json').write_text(json.dumps(said))
-    if family == 'gemma3_text' and 'sliding_window' in named:
+def test_defaults_of_missing_config_fields(family, fields, tmp_path):
+    """They are those of the library."""
+    given = {'model_type': family, 'vocab_size': 512, 'hidden_size': 4096, 'intermediate_size': 64,
+             'num_hidden_layers': 30, 'num_attention_heads': 64, 'pad_token_id': None, **fields}
+    (tmp_path / 'config.json').write_text(json.dumps(given))
+    if family == 'gemma3_text' and 'sliding_window' in fields:
         with pytest.raises(EngineError, match='sliding_window is None'):
-            families.parse(said)
+            families.parse(given)
         return
-    ours = families.parse(said)
+    ours = families.parse(given)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device('meta'):
         network = transformers.AutoModelForCausalLM.from_config(config)
@@ -183,10 +183,10 @@ def test_what_a_config_does_not_say(family, named, tmp_path):
     window = getattr(config, 'sliding_window', None) or 0
     kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * ours.layers
     assert ours.windows == tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
-    turns = type(network.model.rotary_emb)(config)
+    rotary = type(network.model.rotary_emb)(config)
     for kind, found in zip(kinds, ours.rotaries, strict=True):
-        wanted = getattr(turns, f'{kind}_inv_freq', None)
-        wanted = turns.inv_freq if wanted is None else wanted
+        wanted = getattr(rotary, f'{kind}_inv_freq', None)
+        wanted = rotary.inv_freq if wanted is None else wanted
         if not found.inverse_frequencies:
             continue
         assert found.inverse_frequencies == pytest.approx(wanted.tolist())
@@ -219,7 +219,7 @@ LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_fr
     {'use_sliding_window': True, 'layer_types': ['full_attention']},
     {'use_sliding_window': True, 'layer_types': 2},
     {'use_sliding_window': True, 'layer_types': ['full_attention', None]}], ids=str)
-def test_nonsense_in_a_config(fields):
+def test_rejects_invalid_config_fields(fields):
     config = {
         'model_type': 'qwen2', 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256,
         'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
@@ -241,7 +241,7 @@ def test_agreement_at_the_end_of_the_context(length, tmp_path):
     assert_same_answer(ours, theirs, prompt, reference)
 
 
-def test_reuse_is_reported_alike(tmp_path):
+def test_engines_report_the_same_cached_tokens(tmp_path):
     folder = random_model.save(tmp_path, 'llama', 4)
     prompt = list(range(10, 60))
     reported = []
@@ -258,9 +258,9 @@ def test_reuse_is_reported_alike(tmp_path):
 @pytest.mark.parametrize('sampling', [
     SamplingConfig(), SamplingConfig(temperature=1.0),
     SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
-    SamplingConfig(repetition_penalty=1.2)], ids=['greedy', 'drawn', 'all', 'penalty'])
-def test_weights_that_are_not_numbers_are_an_error(name, value, sampling, tmp_path):
-    """Once a prompt has the one token whose row is not; without it the engine goes on."""
+    SamplingConfig(repetition_penalty=1.2)], ids=['greedy', 'sampled', 'all', 'penalty'])
+def test_rejects_logits_that_are_not_numbers(name, value, sampling, tmp_path):
+    """One row of the embedding is damaged; prompts without its token still work."""
     folder = random_model.save(tmp_path, 'llama', 0)
     path = folder / 'model.safetensors'
     tensors = load_file(path)

@@ -44,9 +44,9 @@ SHAPE = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4}
 CONFIG = EngineConfig(name='exllamav2', cpu_threads=1)
 
 
-# A model whose answers, those of the contract, the library's rounding leaves alone: chosen such
-# that they bear NOISE. The library's order of sums was reckoned to move a logit by 4e-4 of the
-# largest one's magnitude; a plain random model's answer changes by that.
+# A model whose answers to the contract's prompts do not change under NOISE. The order of sums in
+# the library is estimated to change a logit by 4e-4 of the largest magnitude, which is enough to
+# change the answers of other random models.
 DECISIVE = {'seed': 67, 'sharpness': 16.0}
 NOISE = 1e-3
 
@@ -145,9 +145,9 @@ def answer(network, prompt, count):
 
 def below_the_best(network, prompt, ids):
     """
-    Say how far an answer's ids ever lie below the likeliest that the network gives.
+    Return how far the logits of an answer are below the network's best ones, at most.
 
-    :returns: of the logits' largest magnitude at that place; 0 for the network's own answer.
+    :returns: relative to the largest magnitude at that position; 0 for the network's own answer.
     """
     with torch.inference_mode():
         rows = network(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
@@ -177,7 +177,7 @@ def test_feeds_a_prompt_in_chunks(fresh):
     assert [next(stream).token_ids for _ in range(2)] == [(), ()]
     stream.close()
     assert library.calls == [(16, 0), (16, 16)]
-    # What was read before the cancel is not read again.
+    # The chunks before the cancel are not fed again.
     step = engine_contract.first_step(loop, engine_contract.prompt_of(loop, 40))
     assert step.cached_tokens == 32
     assert library.calls[2:] == [(8, 32)]
@@ -190,7 +190,7 @@ def test_runs_one_step_ahead(fresh):
         next(stream)
     stream.close()
     assert library.calls == [(3, 0), (1, 3), (1, 4), (1, 5), (1, 6)]
-    # Only what the caller has seen counts as known, so the last of them is read again.
+    # Only yielded tokens count as cached, so the last one is fed again.
     assert engine_contract.first_step(loop, [5, 6, 7, 0]).cached_tokens == 3
 
 
@@ -213,9 +213,9 @@ def test_keeps_the_attention_of_other_libraries(fresh):
 @pytest.mark.parametrize('sampling', [
     SamplingConfig(), SamplingConfig(temperature=1.0),
     SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2)],
-    ids=['greedy', 'drawn', 'all'])
+    ids=['greedy', 'sampled', 'all'])
 def test_rejects_weights_that_are_not_numbers(fresh, sampling, value):
-    """In one row of the head; the engine goes on after it is repaired."""
+    """In one row of the head; after its repair, the engine works."""
     loop, library = fresh
     head = library.network.lm_head.weight
     expected, good = decode(loop, [5, 6, 7]), head.detach().clone()
@@ -426,17 +426,17 @@ def wait_for(condition):
 
 def test_progress_that_raises_ends_the_load(installed, monkeypatch):
     module = sys.modules[f'{MODULE}.library']
-    asked = []
+    messages = []
 
     def progress(text):
-        asked.append(text)
+        messages.append(text)
         raise InterruptedError('the process ends')
 
     monkeypatch.setattr(module, '_TICK_S', 0.01)
-    importing(module, monkeypatch, lambda: wait_for(lambda: asked))
+    importing(module, monkeypatch, lambda: wait_for(lambda: messages))
     with pytest.raises(InterruptedError):
         module.library(progress)
-    assert len(asked) == 1
+    assert len(messages) == 1
 
 
 def raising(error):

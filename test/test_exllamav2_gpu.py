@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-The ExLlamaV2 engine over the library itself, where there are the library and a GPU.
+The ExLlamaV2 engine with the real library; needs a GPU.
 
-The library's sums come in any order and in float16. So the contract, which wants answers to
-repeat, is held with a model that has a clear favourite at each place; elsewhere an answer need
-only be, at each of its places, almost the likeliest of the float32 network.
+The library sums in float16 and in any order, so its answers can vary. The contract requires that
+they repeat, so its checks use a model whose best token has a clear lead at each position. In the
+other tests, each token need only be almost the most likely one of the float32 network.
 """
 
 from importlib.util import find_spec
@@ -60,17 +60,17 @@ def test_contract(loop, check):
 
 
 @pytest.mark.parametrize('form', FORMS, ids=str)
-@pytest.mark.parametrize('length', [20, 40])    # by the library's kernels, by cuBLAS
-def test_it_says_what_the_weights_say(tmp_path, form, length):
-    hold(tmp_path, form, length, CONFIG)
+@pytest.mark.parametrize('length', [20, 40])    # with the library's kernels, with cuBLAS
+def test_tokens_are_likely(tmp_path, form, length):
+    check_answer(tmp_path, form, length, CONFIG)
 
 
-def test_it_says_so_without_graphs(tmp_path):
-    hold(tmp_path, {}, 40, EngineConfig(cuda_graph=False))
+def test_tokens_are_likely_without_graphs(tmp_path):
+    check_answer(tmp_path, {}, 40, EngineConfig(cuda_graph=False))
 
 
-def hold(folder, form, length, config):
-    """Hold an engine's answer against the float32 network, with the prompt read and kept."""
+def check_answer(folder, form, length, config):
+    """Compare answers with the float32 network, without and with the prompt in the cache."""
     _, network = save(folder, **form)
     loop = load(ExLlamaV2Engine, folder, config)
     prompt = engine_contract.prompt_of(loop, length)
@@ -81,7 +81,7 @@ def hold(folder, form, length, config):
     loop.engine.close()
 
 
-def test_nothing_stays_allocated(tmp_path):
+def test_close_frees_device_memory(tmp_path):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     load(ExLlamaV2Engine, save(tmp_path)[0], CONFIG).engine.close()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Experts: kernels against their twins, the layouts of folders, and what a step reads."""
+"""Experts: kernels against their references, checkpoint formats, and what a step reads."""
 
 import json
 import os
@@ -53,14 +53,15 @@ from safetensors.torch import save_file
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1, max_context=64)
-TWIN = TorchOps(on_host=False)
+REFERENCE = TorchOps(on_host=False)
 EPS = 1e-6
-COUNT, TAKEN = 5, 3
+COUNT, TOP_K = 5, 3
 IDS = (4, 0, 3)
 
 
 @pytest.fixture
 def make():
+    """Return a function that draws a random tensor of a shape."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -70,16 +71,17 @@ def make():
 
 
 @pytest.fixture
-def those(make):
-    return Routed(torch.tensor(IDS, device=DEVICE), make(TAKEN))
+def routed(make):
+    """Return three selected experts, with random routing weights."""
+    return Routed(torch.tensor(IDS, device=DEVICE), make(TOP_K))
 
 
 def error(got, expected):
     return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def stacked(parts):
-    return Stack.from_parts(parts, COUNT, TAKEN)
+def stack_of(parts):
+    return Stack.from_parts(parts, COUNT, TOP_K)
 
 
 def int4(seed, n, k, symmetric=True):
@@ -92,12 +94,12 @@ def int4(seed, n, k, symmetric=True):
 @pytest.mark.parametrize('normalised', [False, True])
 def test_selects_experts(make, count, normalised):
     logits = make(count)
-    found = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
-    for ops, into in zip((TWIN, CodedOps(DEVICE)), found):
+    routings = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
+    for ops, into in zip((REFERENCE, CodedOps(DEVICE)), routings):
         ops.select(logits, into, normalised)
-    assert found[0].ids.tolist() == found[1].ids.tolist() == logits.topk(4).indices.tolist()
-    assert error(found[1].weights, found[0].weights) < 1e-6
-    assert (abs(float(found[1].weights.sum()) - 1) < 1e-6) == normalised
+    assert routings[0].ids.tolist() == routings[1].ids.tolist() == logits.topk(4).indices.tolist()
+    assert error(routings[1].weights, routings[0].weights) < 1e-6
+    assert (abs(float(routings[1].weights.sum()) - 1) < 1e-6) == normalised
 
 
 def test_selects_equal_experts_once(make):
@@ -106,8 +108,8 @@ def test_selects_equal_experts_once(make):
     assert into.ids.tolist() == [4, 1, 2]
 
 
-def test_logits_that_are_not_numbers_give_weights_that_are_not(make):
-    """The ids stay valid, because a kernel reads at them."""
+def test_routing_weights_of_nan_logits_are_nan(make):
+    """The ids are valid, because kernels use them as indices."""
     into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
     CodedOps(DEVICE).select(torch.full((6,), float('nan'), device=DEVICE), into, True)
     assert into.weights.isnan().any()
@@ -115,59 +117,61 @@ def test_logits_that_are_not_numbers_give_weights_that_are_not(make):
 
 
 @pytest.mark.parametrize('size, columns', [(40, 512), (96, 64), (512, 256)])
-def test_dense(make, those, size, columns, monkeypatch):
-    """With columns that fill tiles, and others."""
+def test_dense(make, routed, size, columns, monkeypatch):
+    """With and without partial tiles."""
     monkeypatch.setattr(kernels, 'DENSE_CHOICES', (kernels.Choice(4, columns, 1, 1),))
-    gate_up = stacked(Dense(make(2 * size, 100)) for _ in range(COUNT))
-    down = stacked(Dense(make(33, size)) for _ in range(COUNT))
-    check(make, those, gate_up, down, size)
+    gate_up = stack_of(Dense(make(2 * size, 100)) for _ in range(COUNT))
+    down = stack_of(Dense(make(33, size)) for _ in range(COUNT))
+    check_products(make, routed, gate_up, down, size)
 
 
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('size', [64, 96])
-def test_int4(make, those, size, symmetric):
-    """With partly filled blocks of 128 columns."""
+def test_int4(make, routed, size, symmetric):
+    """With partial blocks of 128 columns."""
     pairs = [[int4(2 * number + at, size, 256, symmetric) for at in range(2)]
              for number in range(COUNT)]
-    gate_up = stacked(fusion.fuse([gate[0], up[0]], paired=True) for gate, up in pairs)
+    gate_up = stack_of(fusion.fuse([gate[0], up[0]], paired=True) for gate, up in pairs)
     downs = [int4(50 + number, 32, size, symmetric) for number in range(COUNT)]
-    hidden, out = check(make, those, gate_up, stacked(down for down, _ in downs), size, 256, 32)
-    plain = stacked(Dense(torch.cat([gate[1], up[1]])) for gate, up in pairs), stacked(
+    hidden, out = check_products(
+        make, routed, gate_up, stack_of(down for down, _ in downs), size, 256, 32)
+    plain = stack_of(Dense(torch.cat([gate[1], up[1]])) for gate, up in pairs), stack_of(
         Dense(dense) for _, dense in downs)
-    expected = run(TWIN, make, those, *plain, size)
+    expected = run(REFERENCE, make, routed, *plain, size)
     assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
 
 
-def test_int4_with_zero_points_in_one_expert(make, those):
+def test_int4_with_zero_points_in_one_expert(make, routed):
     """The zero points of the others are 8."""
     downs = [int4(number, 32, 96, symmetric=number != 3) for number in range(COUNT)]
-    stack = stacked(down for down, _ in downs)
-    x, out = torch.zeros(TAKEN, 128, device=DEVICE), make(32)
-    x[:, :96] = make(TAKEN, 96)
+    stack = stack_of(down for down, _ in downs)
+    x, out = torch.zeros(TOP_K, 128, device=DEVICE), make(32)
+    x[:, :96] = make(TOP_K, 96)
     expected = sum(downs[number][1] @ row[:96] for number, row in zip(IDS, x))
-    for ops in (TWIN, CodedOps(DEVICE)):
-        ops.summed_experts(x, stack, those, out)
+    for ops in (REFERENCE, CodedOps(DEVICE)):
+        ops.summed_experts(x, stack, routed, out)
         assert error(out, expected) < 1e-4
 
 
-def run(ops, make, those, gate_up, down, size, columns=None):
-    """Run both products on the same input; returns their outputs."""
+def run(ops, make, routed, gate_up, down, size, columns=None):
+    """Run both products on the same random input; return their outputs."""
     generator = torch.Generator().manual_seed(1)
     x, gain, out = (torch.randn(count, generator=generator).to(DEVICE) for count in (
         gate_up.shape[1], gate_up.shape[1], down.shape[0]))
-    hidden = torch.zeros(TAKEN, columns or size, device=DEVICE)
-    ops.gated_experts(x, gate_up, those, hidden, gain, EPS)
-    for _ in range(2):      # written, and added
-        ops.summed_experts(hidden, down, those, out, add=True)
-    ops.summed_experts(hidden, down, those, out)
-    ops.summed_experts(hidden, down, those, out, add=True)
+    hidden = torch.zeros(TOP_K, columns or size, device=DEVICE)
+    ops.gated_experts(x, gate_up, routed, hidden, gain, EPS)
+    for _ in range(2):
+        ops.summed_experts(hidden, down, routed, out, add=True)
+    ops.summed_experts(hidden, down, routed, out)
+    ops.summed_experts(hidden, down, routed, out, add=True)
     return hidden[:, :size], out
 
 
-def check(make, those, gate_up, down, size, k=100, n=33):
+def check_products(make, routed, gate_up, down, size, k=100, n=33):
+    """Compare all operations; return the outputs of the kernels."""
     columns = down[0].padded_features if n == 32 else size
-    every = [run(ops, make, those, gate_up, down, size, columns)
-             for ops in (TorchOps(on_host=True), TWIN, CodedOps(DEVICE))]
+    every = [run(ops, make, routed, gate_up, down, size, columns)
+             for ops in (TorchOps(on_host=True), REFERENCE, CodedOps(DEVICE))]
     for got in every[1:]:
         for one, expected in zip(got, every[0]):
             assert error(one, expected) < 1e-4
@@ -176,22 +180,22 @@ def check(make, those, gate_up, down, size, k=100, n=33):
 
 def test_does_not_stack_weights_of_several_layouts(make):
     with pytest.raises(ValueError, match='layouts differ'):
-        stacked([Dense(make(32, 64)), int4(0, 32, 64)[0]])
+        stack_of([Dense(make(32, 64)), int4(0, 32, 64)[0]])
     stored, _ = random_gptq.tensors(0, 32, 64, 32, act_order=True)
     with pytest.raises(ValueError, match='own order of columns'):
-        stacked([random_gptq.read(stored, 32, 64, 32, device=DEVICE)])
+        stack_of([random_gptq.read(stored, 32, 64, 32, device=DEVICE)])
 
 
 # --- a whole model ------------------------------------------------------------------------------
 
 def transformers(folder):
-    """Return three transformers of the same weights: kernels, PyTorch as on a GPU, and a CPU."""
+    """Return transformers with the same weights: kernels, torch as on a GPU, and as on a CPU."""
     checkpoint = inspect(folder)
     shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE), checkpoint.quantized,
                           torch.float32, lambda message: None)
     return [Transformer(shape, loaded, 64, torch.float32, DEVICE, ops)
-            for ops in (CodedOps(DEVICE, splits=2), TWIN, TorchOps(on_host=True))]
+            for ops in (CodedOps(DEVICE, splits=2), REFERENCE, TorchOps(on_host=True))]
 
 
 def save(folder, kind):
@@ -222,7 +226,7 @@ def restore_routers(folder, plain):
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
     """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)
-    found = []
+    results = []
     for each in transformers(save(tmp_path / 'model', kind)):
         ids = torch.tensor([7, 300], device=DEVICE)
         logits = [each.prefill(ids, 0).clone()]
@@ -231,21 +235,21 @@ def test_prompts_and_steps(tmp_path, kind, monkeypatch):
         each.step()
         logits += [each.logits.clone(), each.prefill(torch.tensor([7, 300, 5], device=DEVICE), 0)]
         assert error(logits[2], logits[1]) < 1e-4
-        found.append(torch.stack(logits))
-    for got in found[:2]:
-        assert error(got, found[2]) < 1e-4
+        results.append(torch.stack(logits))
+    for got in results[:2]:
+        assert error(got, results[2]) < 1e-4
 
 
 @pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between'])
 def test_loads_a_folder_with_all_experts_in_one_tensor(tmp_path, kind):
     apart = random_model.save(tmp_path / 'apart', kind, 0)
-    found = [load(NativeEngine, folder, CPU).engine.prefill_logits([3, 1, 4, 1, 5])
-             for folder in (apart, joined(apart, tmp_path / 'joined'))]
-    assert torch.equal(*found)
+    results = [load(NativeEngine, folder, CPU).engine.prefill_logits([3, 1, 4, 1, 5])
+               for folder in (apart, joined(apart, tmp_path / 'joined'))]
+    assert torch.equal(*results)
 
 
 def joined(folder, to):
-    """Rewrite a folder with the tensors that transformers has in memory."""
+    """Write a folder whose experts are in one tensor, as in memory in transformers."""
     to.mkdir()
     (to / 'config.json').write_text((folder / 'config.json').read_text())
     stored, parts = {}, {}
@@ -271,27 +275,27 @@ def test_step_reads_only_the_selected_experts(tmp_path, kind, monkeypatch):
     """The weights of the others are NaN."""
     t = transformers(save(tmp_path / 'model', kind))[0]
     t.token.fill_(9)
-    taken, select = [], CodedOps.select
+    selected, select = [], CodedOps.select
 
-    def noted(self, logits, into, normalised):
+    def record(self, logits, into, normalised):
         select(self, logits, into, normalised)
-        taken.append(into.ids.tolist())
+        selected.append(into.ids.tolist())
 
-    monkeypatch.setattr(CodedOps, 'select', noted)
+    monkeypatch.setattr(CodedOps, 'select', record)
     t.step()
     expected = t.logits.clone()
     layers = [layer for layer in t.weights.layers if isinstance(layer.mlp, experts.Experts)]
-    assert len(layers) == len(taken)
-    spared = 0
-    for layer, numbers in zip(layers, taken):
+    assert len(layers) == len(selected)
+    unread = 0
+    for layer, numbers in zip(layers, selected):
         for stack in (layer.mlp.gate_up, layer.mlp.down):
             one, floats = stack[0], 'weight' if kind != 'gptq' else 'scales'
             for number in set(range(stack.count)) - set(numbers):
                 getattr(stack.stacked, floats)[number] = float('nan')
-                spared += one.read_bytes
+                unread += one.read_bytes
     t.step()
     assert torch.equal(t.logits, expected)
-    # What the floor counts is all there is, but for those and the input embedding.
+    # `read_bytes` counts all weights except those, and one row of the input embedding.
     every = [tensor for layer in t.weights.layers for tensor in layer.norms]
     every += [t.weights.norm, t.weights.head.weight]
     whole = sum(tensor.numel() * tensor.element_size() for tensor in every)
@@ -301,7 +305,7 @@ def test_step_reads_only_the_selected_experts(tmp_path, kind, monkeypatch):
                 if isinstance(weight, Stack) else weight.read_bytes
     tied = t.weights.head.weight is t.weights.embedding
     row = 0 if tied else t.weights.embedding[0].numel() * 4
-    assert t.weights.read_bytes == whole - spared + row
+    assert t.weights.read_bytes == whole - unread + row
     read = [size for kernel, operation, size in t.reads(1) if operation != 'attention']
     norms = sum(4 * tensor.numel() for layer in t.weights.layers for tensor in layer.norms)
     assert sum(read) == t.weights.read_bytes - norms - 4 * t.weights.norm.numel() - row
@@ -312,7 +316,7 @@ def test_does_not_capture_prompts(tmp_path):
 
 
 def test_order_of_sums_is_fixed(tmp_path):
-    """The same prompt gives the same logits."""
+    """The same prompt gives bitwise equal logits."""
     t = transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[1]
     ids = torch.arange(50, device=DEVICE)
     first = t.prefill(ids, 0).clone()
@@ -350,17 +354,17 @@ def test_layouts_of_experts_for_pytorch(tmp_path, room, dtype):
     """Dequantised if there is memory; the log says how much."""
     checkpoint = inspect(save(tmp_path / 'model', 'gptq'))
     shape = families.parse(checkpoint.config)
-    found = []
+    results = []
     for forms in (None, TorchForms(dtype, torch.device('cpu'), room)):
         loaded = weights.load(shape, source.Files(checkpoint, torch.device('cpu')),
                               checkpoint.quantized, dtype, lambda message: None, forms)
         t = Transformer(shape, loaded, 64, dtype, torch.device('cpu'), TorchOps(on_host=True))
         t.token.fill_(9)
         t.step()
-        found.append(t.logits)
+        results.append(t.logits)
     assert isinstance(loaded.layers[0].mlp.down.stacked, Dense) == bool(room)
     assert ('kept unpacked' if room else 'unpacked at each step') in forms.report
-    assert error(*found) < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert error(*results) < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize('fields, what', [

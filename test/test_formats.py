@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Formats of quantised weights in the native engine, each against its definition; bad ones."""
+"""The native engine runs each format of quantised weights, and rejects damaged checkpoints."""
 
 import json
 
@@ -80,7 +80,7 @@ NAMES = {'awq-g64': 'awq-int4-g64', 'packed4-g128': 'compressed-tensors-int4-g12
 
 
 def check(folder, state):
-    """Hold prompt and step against the library's model of these weights; gives the footprint."""
+    """Compare logits and answer with the library's model of ``state``; returns the footprint."""
     engine = load(NativeEngine, folder, CPU).engine
     assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS))
     steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
@@ -92,7 +92,7 @@ def check(folder, state):
 
 
 @pytest.mark.parametrize('name', FORMS)
-def test_every_form(tmp_path, name):
+def test_each_format(tmp_path, name):
     state = random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
     footprint = check(tmp_path, state)
     assert footprint.quantization == NAMES.get(name, footprint.quantization)
@@ -103,35 +103,35 @@ def test_every_form(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',
                                   'nf4-double', 'nvfp4'])
-def test_biases_and_a_quantised_head(tmp_path, name):
+def test_biases_and_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4',
                                   'nvfp4', 'mxfp4'])
 @pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
-def test_families_that_differ(tmp_path, family, name):
-    """Projections that are stored fused, and those whose rows have another order in the engine."""
+def test_other_families(tmp_path, family, name):
+    """Phi-3 stores projections fused, and the engine reorders their rows."""
     footprint = check(tmp_path, random_formats.save(tmp_path, family, FORMS[name], **WIDE))
     assert 'dense_fallbacks' not in footprint.details
 
 
-def test_gate_and_up_stored_as_one_that_make_no_whole_tiles(tmp_path):
+def test_fused_gate_and_up_that_do_not_fill_tiles_become_dense(tmp_path):
     state = random_formats.save(tmp_path, 'phi3', FORMS['packed4-g-1'], intermediate_size=260,
                                 dense=('lm_head', 'down'))
     assert check(tmp_path, state).details['dense_fallbacks'] == '2'
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel', 'nf4', 'mxfp4'])
-def test_modules_that_are_left_dense(tmp_path, name):
-    """A whole one stays as it is; one of several that are run as one makes these dense."""
+def test_dense_module_beside_quantised_ones(tmp_path, name):
+    """If one of several projections that the engine fuses is dense, all of them become dense."""
     state = random_formats.save(tmp_path, 'llama', FORMS[name],
                                 dense=('lm_head', '0.mlp.down', '1.self_attn.k_proj'), **WIDE)
     assert check(tmp_path, state).details['dense_fallbacks'] == '1'
 
 
-def test_groups_of_several_sizes(tmp_path):
-    """As a config with several groups says it; one size for what is run as one, or not."""
+def test_group_size_differs_between_modules(tmp_path):
+    """Projections that the engine fuses become dense if their group sizes differ."""
     form, other = random_formats.packed(4, 32), random_formats.packed(4, 128)
     groups = form[0]['config_groups']
     groups['group_1'] = {**other[0]['config_groups']['group_0'], 'targets': [
@@ -143,26 +143,26 @@ def test_groups_of_several_sizes(tmp_path):
     assert footprint.quantization == 'compressed-tensors-int4'
 
 
-@pytest.mark.parametrize('changed', [
+@pytest.mark.parametrize('change_config', [
     lambda it: it['config_groups']['group_0'].update(targets=['re:.*self_attn.*']),
     lambda it: it['config_groups']['group_0'].update(targets=['model.layers.1.mlp.up_proj']),
     lambda it: it.update(ignore=['lm_head', 'model.layers.0.mlp.gate_proj'])])
-def test_no_group_has_a_quantised_module(tmp_path, changed):
+def test_rejects_a_quantised_module_that_no_group_targets(tmp_path, change_config):
     random_formats.save(tmp_path, 'llama', FORMS['packed4-g64'])
-    change(tmp_path, changed)
+    change(tmp_path, change_config)
     with pytest.raises(EngineError, match='layers.0.* stored quantised, but .*ignore.*targets'):
         load(NativeEngine, tmp_path, CPU)
 
 
-def test_blocks_that_run_on_in_the_next_row(tmp_path):
-    """Rows of 144 columns in blocks of 64: a group has 16 columns, of one block."""
+def test_nf4_blocks_that_span_rows(tmp_path):
+    """With rows of 144 columns and blocks of 64, the engine uses groups of 16 columns."""
     check(tmp_path, random_formats.save(
         tmp_path, 'llama', FORMS['nf4-double'], hidden_size=144, intermediate_size=48,
         num_attention_heads=2, num_key_value_heads=1, head_dim=64))
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-g64', 'nf4', 'nvfp4'])
-def test_auto_takes_native(tmp_path, name):
+def test_auto_selects_native(tmp_path, name):
     random_formats.save(tmp_path, 'llama', FORMS[name])
     engine = build(inspect(tmp_path), EngineConfig(device='cpu', cpu_threads=1))
     assert engine.footprint.engine == 'native'
@@ -172,19 +172,19 @@ def test_auto_takes_native(tmp_path, name):
 STATE = 'weight.quant_state.bitsandbytes__nf4'
 
 
-def said_so(content):
-    """Return the bytes of a quant_state."""
+def quant_state(content):
+    """Return a change that replaces a quant_state."""
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return lambda it: torch.tensor(list(text), dtype=torch.uint8)
 
 
-def state(**changed):
-    """Change what a quant_state says."""
-    return lambda it: said_so({**json.loads(bytes(it.tolist())), **changed})(it)
+def state_fields(**changed):
+    """Return a change of some fields of a quant_state."""
+    return lambda it: quant_state({**json.loads(bytes(it.tolist())), **changed})(it)
 
 
 def filled(number):
-    """Return a tensor of one number."""
+    """Return a change that fills a tensor with a number."""
     return lambda it: torch.full_like(it.float(), number).to(it.dtype)
 
 
@@ -192,7 +192,12 @@ MODULE = 'model.layers.1.mlp.down_proj'
 
 
 def change(folder, config=None, replace=None):
-    """Change a written checkpoint: what its config says, tensors of one module (None: drop)."""
+    """
+    Change a written checkpoint.
+
+    :param config: changes the quantization_config.
+    :param replace: changes tensors of `MODULE`, by the end of their names; None drops the tensor.
+    """
     path = folder / 'model.safetensors'
     tensors = load_file(path)
     for end, make in (replace or {}).items():
@@ -207,7 +212,7 @@ def change(folder, config=None, replace=None):
 
 
 def weights(**changed):
-    """Change what a config of compressed-tensors says of the weights."""
+    """Return a change of the weights' settings in a config of compressed-tensors."""
     return lambda settings: settings['config_groups']['group_0']['weights'].update(changed)
 
 
@@ -275,25 +280,26 @@ def weights(**changed):
     ('nf4', {'config': lambda it: it.update(bnb_4bit_quant_type='fp4')}, ('q_proj', '__fp4')),
     ('nf4', {'config': lambda it: it.update(load_in_8bit=True)}, ('both', 'with one')),
     ('nf4', {'config': lambda it: it.update(load_in_4bit=False)}, ('none', 'with one')),
-    *(('nf4', {'replace': {STATE: said_so(content)}}, (MODULE, STATE, 'damaged')) for content in (
-        b'', b'\xff\x00', b'{', b'[' * 9000, b'[]', b'3', b'"' + b'9' * 99)),
-    *(('nf4', {'replace': {STATE: state(**{key: bad})}}, (MODULE, key)) for key, bad in (
+    *(('nf4', {'replace': {STATE: quant_state(content)}}, (MODULE, STATE, 'damaged'))
+      for content in (b'', b'\xff\x00', b'{', b'[' * 9000, b'[]', b'3', b'"' + b'9' * 99)),
+    *(('nf4', {'replace': {STATE: state_fields(**{key: bad})}}, (MODULE, key)) for key, bad in (
         ('blocksize', 0), ('blocksize', 64.0), ('blocksize', True), ('blocksize', None),
         ('blocksize', 1 << 70), ('shape', [1, 2]), ('shape', None), ('shape', 'no'))),
-    ('nf4', {'replace': {STATE: state(quant_type='fp4')}}, (MODULE, "'fp4'")),
-    ('nf4', {'replace': {STATE: state(blocksize=128)}}, (MODULE, 'absmax', '[512]')),
+    ('nf4', {'replace': {STATE: state_fields(quant_type='fp4')}}, (MODULE, "'fp4'")),
+    ('nf4', {'replace': {STATE: state_fields(blocksize=128)}}, (MODULE, 'absmax', '[512]')),
     ('nf4', {'replace': {STATE: lambda it: it.float()}}, (MODULE, 'damaged')),
     ('nf4', {'replace': {STATE: lambda it: None}}, (MODULE, 'no tensor')),
-    ('nf4', {'replace': {STATE: state(blocksize=8)}}, (MODULE, 'blocks of 8')),
+    ('nf4', {'replace': {STATE: state_fields(blocksize=8)}}, (MODULE, 'blocks of 8')),
     ('nf4', {'replace': {'weight.absmax': lambda it: None}}, (MODULE, 'no tensor')),
     ('nf4', {'replace': {'weight.absmax': filled(float('inf'))}}, (MODULE, 'NaN')),
     ('nf4', {'replace': {'weight.absmax': lambda it: it.to(torch.uint8)}}, (MODULE, 'nested')),
     ('nf4', {'replace': {'weight.quant_map': filled(0.0)}}, (MODULE, 'not that of nf4')),
     ('nf4', {'replace': {'weight.quant_map': lambda it: it[:9].clone()}}, (MODULE, '[9]')),
     ('nf4', {'replace': {'weight': lambda it: it[9:].clone()}}, (MODULE, 'bytes')),
-    *(('nf4-double', {'replace': {STATE: state(**{key: bad})}}, (MODULE, key)) for key, bad in (
-        ('nested_blocksize', 0), ('nested_blocksize', '256'), ('nested_offset', None),
-        ('nested_offset', float('nan')), ('nested_offset', 10**400))),
+    *(('nf4-double', {'replace': {STATE: state_fields(**{key: bad})}}, (MODULE, key))
+      for key, bad in (
+          ('nested_blocksize', 0), ('nested_blocksize', '256'), ('nested_offset', None),
+          ('nested_offset', float('nan')), ('nested_offset', 10**400))),
     ('nf4-double', {'replace': {'weight.absmax': lambda it: it.float()}}, (MODULE, 'nested')),
     ('nf4-double', {'replace': {'weight.nested_absmax': filled(float('nan'))}},
      (MODULE, 'NaN')),
@@ -303,7 +309,7 @@ def weights(**changed):
     ('bnb-int8', {'replace': {'SCB': lambda it: None}}, (MODULE, 'no tensor')),
     ('bnb-int8', {'replace': {'weight': lambda it: it.view(torch.uint8)}}, (MODULE, 'uint8')),
     ('bnb-int8', {'replace': {'weight_format': filled(2)}}, (MODULE, 'plain rows'))])
-def test_rejections(tmp_path, name, changes, message):
+def test_rejects_damaged_or_unsupported_checkpoints(tmp_path, name, changes, message):
     random_formats.save(tmp_path, 'llama', FORMS[name])
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
@@ -313,7 +319,7 @@ def test_rejections(tmp_path, name, changes, message):
         assert part in text
 
 
-def test_no_config_for_quantised_weights(tmp_path):
+def test_rejects_quantised_weights_without_quantization_config(tmp_path):
     random_formats.save(tmp_path, 'llama', FORMS['awq-g64'])
     path = tmp_path / 'config.json'
     config = json.loads(path.read_text())

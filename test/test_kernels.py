@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Each kernel against its twin in torch; on a CPU in Triton's interpreter."""
+"""Kernels of a decode step against their references in torch; on a CPU in Triton's interpreter."""
 
 from dataclasses import astuple
 from dataclasses import replace
@@ -39,12 +39,13 @@ from physai_decode.engines.native.tuning import TuningCache
 import random_gptq
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-TWIN = TorchOps(on_host=False)
+REFERENCE = TorchOps(on_host=False)
 EPS = 1e-6
 
 
 @pytest.fixture
 def make():
+    """Return a function that draws a random tensor of a shape."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=torch.float32):
@@ -59,14 +60,14 @@ def assert_close(got, expected, relative=1e-5):
 
 
 def packed(seed, n, k, group_size, act_order=False, symmetric=True):
-    """Return random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
+    """Return a random GPTQ weight as the engine stores it, and its float32 values [n, k]."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, act_order, symmetric)
     return random_gptq.read(stored, n, k, group_size, device=DEVICE), dense.to(DEVICE)
 
 
-def gate_up(seed, n, k, group_size, bias=None, **kinds):
-    """Return gate and up fused, 2 n rows, and the dense weight [2 n, k] they stand for."""
-    parts = [packed(seed + at, n, k, group_size, **kinds) for at in range(2)]
+def gate_up(seed, n, k, group_size, bias=None, **options):
+    """Return a fused gate and up of 2 n rows, and their float32 values [2 n, k]."""
+    parts = [packed(seed + at, n, k, group_size, **options) for at in range(2)]
     weights = [replace(weight, bias=None if bias is None else bias[n * at:n * (at + 1)])
                for at, (weight, _) in enumerate(parts)]
     return fusion.fuse(weights, paired=True), torch.cat([dense for _, dense in parts])
@@ -81,7 +82,7 @@ def test_embed(make):
 
 def test_embed_scaled(make):
     table, token, x = make(7, 200), torch.tensor([3], device=DEVICE), make(200)
-    for ops in (TWIN, TritonOps(DEVICE)):
+    for ops in (REFERENCE, TritonOps(DEVICE)):
         ops.embed(table, token, x, 14.5)
         assert torch.equal(x, table[3] * 14.5)
 
@@ -90,7 +91,7 @@ def test_embed_scaled(make):
 def test_add_normed(make, k):
     branch, gain, x = make(k), make(k), make(k)
     expected = x + branch * torch.rsqrt(branch.square().mean() + EPS) * gain
-    for ops in (TWIN, TritonOps(DEVICE)):
+    for ops in (REFERENCE, TritonOps(DEVICE)):
         got = x.clone()
         ops.add_normed(branch, gain, EPS, got)
         assert_close(got, expected)
@@ -104,13 +105,13 @@ def test_dense(make, n, k, norm, add, bias):
     x, gain = make(k), make(k) if norm else None
     out = make(n)
     expected = out.clone()
-    TWIN.linear(x, weight, expected, gain=gain, eps=EPS, add=add)
+    REFERENCE.linear(x, weight, expected, gain=gain, eps=EPS, add=add)
     TritonOps(DEVICE).linear(x, weight, out, gain=gain, eps=EPS, add=add)
     assert_close(out, expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_dense_half(make, dtype):
+def test_dense_in_half_precision(make, dtype):
     weight, x, gain = Dense(make(24, 512, dtype=dtype)), make(512), make(512, dtype=dtype)
     out = make(24)
     TritonOps(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
@@ -124,7 +125,7 @@ def test_gated(make, bias, activation):
     weight = Dense(make(2 * 21, 300), make(42) if bias else None)
     x, gain, out = make(300), make(300), make(21)
     expected = out.clone()
-    TWIN.gated(x, weight, expected, gain, EPS, activation)
+    REFERENCE.gated(x, weight, expected, gain, EPS, activation)
     TritonOps(DEVICE).gated(x, weight, out, gain, EPS, activation)
     assert_close(out, expected)
 
@@ -147,8 +148,8 @@ def test_int4(make, group_size, act_order, symmetric, k):
 
 @pytest.mark.parametrize('n, k, group_size, act_order', [
     (40, 328, 32, True), (8, 136, 128, False), (24, 264, 256, True), (8, 1032, 1024, False)])
-def test_int4_of_odd_shapes(make, n, k, group_size, act_order):
-    """Neither tiles nor groups nor blocks are full."""
+def test_int4_with_partial_tiles(make, n, k, group_size, act_order):
+    """The last tile, group and block are not full."""
     weight, dense = packed(6, n, k, group_size, act_order, symmetric=False)
     weight = replace(weight, bias=make(n))
     x, out = make(3, k), make(n)
@@ -162,8 +163,8 @@ def test_int4_of_odd_shapes(make, n, k, group_size, act_order):
 @pytest.mark.parametrize(
     'choice', kernels.INT4_CHOICES, ids=lambda each: f'{each.warps}-{each.stages}')
 @pytest.mark.parametrize('k', [384, 1280])
-def test_int4_in_every_layout(make, choice, k):
-    """Of 3 or 10 blocks: a tile in registers or not, the warps' last pass full or not."""
+def test_int4_in_each_layout(make, choice, k):
+    """With 3 or 10 blocks: a tile fits in registers or not, and some warps have fewer blocks."""
     weight, dense = packed(7, 24, k, 32, symmetric=False)
     x, out, ops = make(k), make(24), TritonOps(DEVICE)
     ops._choices[kernels.Shape(24, k, 'int4-g32', False, False)] = choice
@@ -172,7 +173,7 @@ def test_int4_in_every_layout(make, choice, k):
 
 
 @pytest.mark.parametrize('group_size, symmetric', [(32, True), (128, False)])
-def test_int4_of_many_tokens(make, group_size, symmetric):
+def test_int4_with_several_tokens(make, group_size, symmetric):
     weight, dense = packed(3, 40, 384, group_size, True, symmetric)
     x = make(5, 384)
     assert_close(TritonOps(DEVICE).apply(x, weight), x @ dense.t())
@@ -180,8 +181,8 @@ def test_int4_of_many_tokens(make, group_size, symmetric):
     assert_close(half, x @ dense.t(), 2e-3)
 
 
-def test_int4_after_int4(make):
-    """What a kernel leaves beside its result is what the next one takes."""
+def test_successive_int4_products(make):
+    """The first kernel also writes the sums of its output that the second one reads."""
     gated, gated_dense = gate_up(2, 64, 256, 32)
     down, down_dense = packed(4, 32, 64, 32)
     x, gain, hidden, out = make(256), make(256), make(64), make(32)
@@ -190,8 +191,8 @@ def test_int4_after_int4(make):
     for _ in range(2):
         ops.gated(x, gated, hidden, gain, EPS)
         ops.linear(hidden, down, out, add=True)
-        TWIN.gated(x, Dense(gated_dense), hidden, gain, EPS)
-        TWIN.linear(hidden, Dense(down_dense), expected, add=True)
+        REFERENCE.gated(x, Dense(gated_dense), hidden, gain, EPS)
+        REFERENCE.linear(hidden, Dense(down_dense), expected, add=True)
         assert_close(out, expected, 1e-4)
         x = make(256)
 
@@ -212,15 +213,15 @@ def test_int4_gated_in_other_layouts(make, choice):
     check_gated(make, weight, dense, None, ops)
 
 
-def test_gate_and_up_where_one_has_zeros(make):
+def test_int4_gated_with_zero_points_in_up_only(make):
     gate, up = packed(2, 32, 640, 64), packed(3, 32, 640, 64, symmetric=False)
     assert gate[0].zeros is None and up[0].zeros is not None
     weight = fusion.fuse([gate[0], up[0]], paired=True)
     check_gated(make, weight, torch.cat([gate[1], up[1]]), None, TritonOps(DEVICE))
 
 
-def test_gains_in_float32(make, dtype=torch.float16):
-    """What a norm gives is in the engine's dtype nevertheless."""
+def test_norm_with_float32_gains(make, dtype=torch.float16):
+    """Its output has the engine's dtype."""
     weight, dense = packed(5, 32, 640, 64)
     x, gain, ops = make(640), make(640), TritonOps(DEVICE, dtype=dtype)
     normed = (x * torch.rsqrt(x.square().mean() + EPS) * gain).to(dtype)
@@ -233,10 +234,10 @@ def test_gains_in_float32(make, dtype=torch.float16):
 
 def check_gated(make, weight, dense, bias, ops):
     x, gain, out = make(640), make(640), make(32)
-    expected, twin = out.clone(), out.clone()
-    TWIN.gated(x, Dense(dense, bias), expected, gain, EPS)
-    TWIN.gated(x, weight, twin, gain, EPS)
-    assert_close(twin, expected)
+    expected, reference = out.clone(), out.clone()
+    REFERENCE.gated(x, Dense(dense, bias), expected, gain, EPS)
+    REFERENCE.gated(x, weight, reference, gain, EPS)
+    assert_close(reference, expected)
     ops.gated(x, weight, out, gain, EPS)
     assert_close(out, expected, 1e-4)
 
@@ -248,7 +249,7 @@ def test_attend(make, dim, place):
 
 
 @pytest.mark.parametrize('window', [1, 20, 200])
-def test_attend_in_a_window(make, window):
+def test_attend_with_a_window(make, window):
     check_attend(make, 64, 100, heads=4, kv_heads=4, window=window)
 
 
@@ -257,7 +258,7 @@ def test_attend_with_normed_heads(make):
 
 
 @pytest.mark.parametrize('place', [9, 10, 99])
-def test_attend_with_queries_that_grow(make, place):
+def test_attend_with_scaled_queries(make, place):
     check_attend(make, 64, place, heads=2, kv_heads=1, growth=Growth(0.5, 10))
 
 
@@ -270,7 +271,7 @@ def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth
     position = torch.tensor([place], device=DEVICE)
     results = []
     ops = TritonOps(DEVICE, splits=4)
-    for each in (TWIN, ops, ops):
+    for each in (REFERENCE, ops, ops):
         cache = keys.clone(), values.clone()
         out = torch.full((heads * dim,), float('nan'), device=DEVICE)
         each.attend(qkv, *cache, position, angles.cos(), angles.sin(), layer, out)
@@ -280,50 +281,51 @@ def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth
             assert_close(one, expected)
 
 
-def stand_in(products, step=lambda: None):
+def fake_transformer(products, step=lambda: None):
     """Return the parts of a transformer that `TritonOps.tune` needs."""
     return SimpleNamespace(products=lambda: products, attention=[], step=step, max_context=1000,
                            position=torch.zeros(1, dtype=torch.int64), keys=torch.zeros(1))
 
 
-@pytest.mark.parametrize('kept', [[8, 512, 4], [3, 512, 4, 1], 5])
-def test_a_layout_that_is_no_choice_is_chosen_anew(make, monkeypatch, tmp_path, kept):
-    """As another version of the kernels may have left it; the choice made then is kept."""
+@pytest.mark.parametrize('cached', [[8, 512, 4], [3, 512, 4, 1], 5])
+def test_replaces_an_invalid_layout_in_the_cache(make, monkeypatch, tmp_path, cached):
+    """Another version of the kernels may have written it. The new choice is stored."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
     monkeypatch.setattr(kernels, 'timed', lambda step: 1e-3)
     shape = str(kernels.Shape(8, 128, 'float32', False, False))
-    transformer = stand_in([('out', Product(Dense(make(8, 128)), None))] * 2)
-    said = []
-    TritonOps(DEVICE).tune(transformer, said.append)
+    transformer = fake_transformer([('out', Product(Dense(make(8, 128)), None))] * 2)
+    messages = []
+    TritonOps(DEVICE).tune(transformer, messages.append)
     file, = tmp_path.glob('physai_decode/*.json')
     owner, = json.loads(file.read_text())
     assert owner.startswith(f'chip, {TritonOps.name}')
-    TuningCache(owner).put(shape, kept)
+    TuningCache(owner).put(shape, cached)
     for _ in range(2):
-        TritonOps(DEVICE).tune(transformer, said.append)
-        assert said == ['tuning the kernel for out'] * 2
+        TritonOps(DEVICE).tune(transformer, messages.append)
+        assert messages == ['tuning the kernel for out'] * 2
         assert TuningCache(owner).get(shape) == list(astuple(kernels.DENSE_CHOICES[0]))
 
 
-def test_the_layout_with_the_fastest_step_is_taken(make, monkeypatch, tmp_path):
+def test_selects_the_layout_with_the_fastest_step(make, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
     weight, x, out = Dense(make(8, 1024)), make(1024), make(8)
     ops = TritonOps(DEVICE)
-    ran = []
+    tried = []
 
     def timed(step):
         assert transformer.position.item() == 500
         step()
-        ran.append(ops._choices[kernels.Shape(8, 1024, 'float32', False, False)])
-        if len(ran) == 2:
+        tried.append(ops._choices[kernels.Shape(8, 1024, 'float32', False, False)])
+        if len(tried) == 2:
             raise triton.runtime.errors.OutOfResources(2, 1, 'shared memory')
-        return abs(len(ran) - 5.0)
+        return abs(len(tried) - 5.0)
 
     monkeypatch.setattr(kernels, 'timed', timed)
-    transformer = stand_in([('out', Product(weight, None))], lambda: ops.linear(x, weight, out))
+    transformer = fake_transformer(
+        [('out', Product(weight, None))], lambda: ops.linear(x, weight, out))
     ops.tune(transformer, lambda line: None)
-    assert ran == list(kernels.DENSE_CHOICES)
-    assert list(ops._choices.values()) == [ran[4]]
+    assert tried == list(kernels.DENSE_CHOICES)
+    assert list(ops._choices.values()) == [tried[4]]
     assert transformer.position.item() == 0

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What only the native engine has: its memory check, prompts in pieces, the tuning cache."""
+"""The native engine: its memory check, prompts in chunks, dtypes, and the tuning cache."""
 
 import json
 import os
@@ -47,25 +47,25 @@ def ids(steps):
     return [token_id for step in steps for token_id in step.token_ids]
 
 
-def test_too_little_memory_names_the_context_that_fits(folder, monkeypatch):
-    """By the same rule, that context then does fit."""
+def test_error_states_the_context_that_fits_in_memory(folder, monkeypatch):
+    """With that context, the model loads."""
     monkeypatch.setattr(device, 'free_bytes', lambda device: 20_000_000)
-    with pytest.raises(EngineError, match='are needed .* are free') as refused:
+    with pytest.raises(EngineError, match='are needed .* are free') as error:
         load(NativeEngine, folder, EngineConfig(device='cpu', max_context=128 * 1024))
-    fits = int(re.search(r'max_context (\d+) would fit', str(refused.value))[1])
+    context = int(re.search(r'max_context (\d+) would fit', str(error.value))[1])
     monkeypatch.undo()
-    assert 16 <= fits < 128 * 1024
-    load(NativeEngine, folder, EngineConfig(device='cpu', max_context=fits)).engine.close()
+    assert 16 <= context < 128 * 1024
+    load(NativeEngine, folder, EngineConfig(device='cpu', max_context=context)).engine.close()
 
 
-def test_no_memory_for_the_weights(folder, monkeypatch):
+def test_rejects_weights_that_do_not_fit_in_memory(folder, monkeypatch):
     monkeypatch.setattr(device, 'free_bytes', lambda device: 1000)
     with pytest.raises(EngineError, match='smaller or a quantised model'):
         load(NativeEngine, folder, CONFIG)
 
 
-def test_a_long_prompt_can_be_cancelled_between_its_chunks(folder, monkeypatch):
-    """What was fed by then is not fed again, and the answer is the same."""
+def test_cancels_between_chunks_of_a_prompt(folder, monkeypatch):
+    """The same prompt then continues after the chunks in the cache, with the same answer."""
     prompt = [(7 * i) % 500 for i in range(60)]
     sampling = SamplingConfig(max_new_tokens=10)
     loop = load(NativeEngine, folder, CONFIG)
@@ -78,14 +78,15 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(folder, monkeypatch):
     assert [next(stream).token_ids for _ in range(2)] == [(), ()]
     stream.close()
     steps = list(loop.stream(prompt, sampling))
-    assert [step.cached_tokens for step in steps[:2]] == [32, 32]     # a chunk, the first token
+    # A chunk, then the first token.
+    assert [step.cached_tokens for step in steps[:2]] == [32, 32]
     assert ids(steps) == expected
     loop.engine.close()
 
 
 @pytest.mark.parametrize('family', ['qwen3', 'mistral_window', 'gemma3_text', 'ministral3'])
-def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
-    """What would be captured where Triton is missing says the same."""
+def test_step_without_host_reads_gives_the_same_answer(tmp_path, family, monkeypatch):
+    """A GPU without Triton captures such a step."""
     folder = random_model.save(tmp_path, family, 0)
     answers = []
     for on_host in (True, False):
@@ -99,7 +100,7 @@ def test_a_step_that_the_host_does_not_look_into(tmp_path, family, monkeypatch):
 
 @pytest.mark.parametrize(('family', 'dtype'), [
     ('llama', torch.float16), ('gemma3_text', torch.bfloat16)])
-def test_int4_is_in_float16_where_that_is_wide_enough(tmp_path, family, dtype, monkeypatch):
+def test_int4_uses_float16_unless_activations_may_overflow(tmp_path, family, dtype, monkeypatch):
     random_formats.save(tmp_path, family, random_formats.awq(32))
     monkeypatch.setattr(
         device, 'select', lambda config: (torch.device('cuda'), torch.bfloat16))
@@ -109,7 +110,7 @@ def test_int4_is_in_float16_where_that_is_wide_enough(tmp_path, family, dtype, m
 
 @pytest.mark.parametrize(('capability', 'dtype'), [
     ((8, 7), torch.bfloat16), ((7, 5), torch.float16)])
-def test_without_kernels_int4_is_in_what_pytorchs_product_takes(
+def test_int4_without_kernels_uses_the_dtype_of_pytorchs_product(
         tmp_path, monkeypatch, capability, dtype):
     random_formats.save(tmp_path, 'llama', random_formats.awq(32))
     monkeypatch.setattr(device, 'select', lambda config: (torch.device('cuda'), torch.float16))
@@ -120,8 +121,8 @@ def test_without_kernels_int4_is_in_what_pytorchs_product_takes(
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3_moe'])
-def test_a_step_tells_what_it_reads_in_every_form(tmp_path, family, dtype):
-    """In PyTorch's own forms too; what is left of the weights are norms and an embedding's row."""
+def test_reports_the_bytes_that_each_operation_reads(tmp_path, family, dtype):
+    """Also for weights in PyTorch's own layouts."""
     random_model.save(tmp_path, family, 0)
     loop = load(NativeEngine, tmp_path, EngineConfig(device='cpu', dtype=dtype, max_context=64))
     operations = {operation: size for _, operation, size in loop.engine.reads(1)}
@@ -131,8 +132,7 @@ def test_a_step_tells_what_it_reads_in_every_form(tmp_path, family, dtype):
     loop.engine.close()
 
 
-def test_choices_are_kept(tmp_path):
-    """For their owner alone, and beside those of others."""
+def test_cache_stores_choices_by_owner(tmp_path):
     TuningCache('chip a', tmp_path).put('shape', [1, 2])
     TuningCache('chip b', tmp_path).put('shape', [3])
     assert TuningCache('chip a', tmp_path).get('shape') == [1, 2]
@@ -142,7 +142,7 @@ def test_choices_are_kept(tmp_path):
 
 @pytest.mark.parametrize('content', [
     '', '[]', '{"chip": 3}', json.dumps({'chip': {}}), '[' * 100_000], ids=lambda text: text[:9])
-def test_a_broken_cache_is_no_cache(tmp_path, content):
+def test_ignores_an_invalid_cache(tmp_path, content):
     (tmp_path / 'kernels.json').write_text(content)
     cache = TuningCache('chip', tmp_path)
     assert cache.get('shape') is None
@@ -150,7 +150,7 @@ def test_a_broken_cache_is_no_cache(tmp_path, content):
     assert TuningCache('chip', tmp_path).get('shape') == [4]
 
 
-def test_a_cache_that_never_ends_is_no_cache(tmp_path):
+def test_ignores_a_cache_that_is_not_a_regular_file(tmp_path):
     os.mkfifo(tmp_path / 'kernels.json')
     cache = TuningCache('chip', tmp_path)
     assert cache.get('shape') is None
@@ -158,7 +158,7 @@ def test_a_cache_that_never_ends_is_no_cache(tmp_path):
     assert TuningCache('chip', tmp_path).get('shape') == [4]
 
 
-def test_a_cache_that_can_not_be_written(tmp_path):
+def test_keeps_choices_if_the_cache_is_not_writable(tmp_path):
     (tmp_path / 'file').write_text('')
     cache = TuningCache('chip', tmp_path / 'file' / 'folder')
     cache.put('shape', [4])

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The kernels of passes: against their twins, and each row bit for bit as alone."""
+"""Kernels of passes against their references; each row has the bits of a pass of its own."""
 
 from dataclasses import replace
 
@@ -34,26 +34,26 @@ from test_kernels import EPS
 from test_kernels import gate_up
 from test_kernels import make  # noqa: F401
 from test_kernels import packed
-from test_kernels import TWIN
+from test_kernels import REFERENCE
 
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 
 def check_rows(run, rows, ops, *outs, relative=1e-5):
     """
-    Hold a pass against its rows one by one, and against the twin.
+    Compare a pass with a pass per row, bit for bit, and with the reference.
 
-    :param run: takes operations, a slice of the rows, or one of them, and what is to be written.
+    :param run: a function of the operations, a slice of rows or one row, and the outputs.
     """
-    once, alone, twins = ([out.clone() for out in outs] for _ in range(3))
-    run(ops, slice(rows), once)
+    together, single, references = ([out.clone() for out in outs] for _ in range(3))
+    run(ops, slice(rows), together)
     for row in range(rows):
-        run(ops, row, alone)
-        run(TWIN, row, twins)
-    for one, other, twin in zip(once, alone, twins):
-        assert torch.equal(one, other)
-        assert one.isfinite().all()
-        assert_close(one, twin, relative)
+        run(ops, row, single)
+        run(REFERENCE, row, references)
+    for got, alone, reference in zip(together, single, references):
+        assert torch.equal(got, alone)
+        assert got.isfinite().all()
+        assert_close(got, reference, relative)
 
 
 @pytest.mark.parametrize('rows, dtype', [
@@ -87,7 +87,7 @@ def test_dense_in_other_layouts(make, layout):  # noqa: F811
     (32, False, True, 4, 2), (128, True, False, 2, 1), (64, False, False, 1, 2)])
 def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # noqa: F811
               stages):
-    """Normed; as they come; and gated, with what that leaves for the next product."""
+    """With and without a norm, and gated, followed by another product."""
     weight, _ = packed(1, 24, 640, group_size, act_order, symmetric)
     weight = replace(weight, bias=make(24, dtype=dtype))
     both, _ = gate_up(2, 64, 640, group_size, symmetric=symmetric)
@@ -116,7 +116,7 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # no
     (28, 1, 0, False, Growth())])
 def test_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # noqa: F811
                    growth):
-    """With shares that a row has nothing in, and rows on both sides of a tile's border."""
+    """With splits that are empty for a row, and rows on both sides of a tile's border."""
     keys, values = (make(kv_heads, 128, 64, dtype=dtype) for _ in range(2))
     angles = make(128, 32)
     gains = (make(64), make(64)) if norm else (None, None)
@@ -132,14 +132,14 @@ def test_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # n
                keys, values, relative=CLOSE[dtype])
 
 
-def test_norms_that_are_added(make):  # noqa: F811
+def test_add_normed(make):  # noqa: F811
     branch, gain = make(3, 700), make(700)
     check_rows(lambda ops, at, outs: ops.add_normed(branch[at], gain, EPS, outs[0][at]), 3,
                PassOps(DEVICE), make(3, 700))
 
 
-def test_an_embedding(make):  # noqa: F811
-    """A row without a guess reads any of the table's."""
+def test_embed(make):  # noqa: F811
+    """A row of padding (token -1) reads a valid row of the table."""
     table, tokens = make(7, 200), torch.tensor([3, 5, -1, 6], device=DEVICE)
     x = torch.full((4, 200), float('nan'), device=DEVICE)
     PassOps(DEVICE).embed(table, tokens, x, 2.0)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts in padded chunks against `Transformer.prefill`; on a CPU in Triton's interpreter."""
+"""`Prefill` with padded chunks against `Transformer.prefill`; on a CPU in Triton's interpreter."""
 
 import os
 
@@ -44,13 +44,13 @@ LIMIT = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Take 40 places for a short context."""
+def short_context(monkeypatch):
+    """Reduce the length of a short context to 40 tokens."""
     monkeypatch.setattr(prefill, 'SHORT_CONTEXT', 40)
 
 
 def load(folder, dtype=torch.float32):
-    """Return two transformers of the same weights: what is checked, and its reference."""
+    """Return two transformers with the same weights, by kernels and by the reference in torch."""
     checkpoint = inspect(folder)
     shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
@@ -63,10 +63,10 @@ def error(got, expected):
     return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
-    """Feed a prompt in chunks of these lengths to both; compare the logits and the caches."""
+def check_chunks(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
+    """Feed a prompt to both in chunks of these lengths; compare the logits and the caches."""
     own, reference = load(folder, dtype)
-    for each in (own, reference):       # what was never written has to stay as it is
+    for each in (own, reference):       # to notice writes to other positions
         each.keys.fill_(3.0)
         each.values.fill_(3.0)
     fed = Prefill(own, (16, 32), **{'capture': DEVICE.type == 'cuda', **options})
@@ -91,7 +91,7 @@ def check(folder, chunks, limit=LIMIT, dtype=torch.float32, **options):
     'gemma3_text_wide', 'phi3_part', 'smollm3', 'granite',
     'ministral3'])
 def test_families(tmp_path, family):
-    check(random_model.save(tmp_path, family, 0), (7, 16, 30))
+    check_chunks(random_model.save(tmp_path, family, 0), (7, 16, 30))
 
 
 @pytest.mark.parametrize('library, form', [
@@ -105,16 +105,16 @@ def test_gptq(tmp_path, form, library, monkeypatch):
         monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     folder = tmp_path / 'model'
     random_gptq.save(folder, 'qwen2', 0, **form)
-    check(folder, (7, 30), 2e-5)
+    check_chunks(folder, (7, 30), 2e-5)
 
 
 @pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
 @pytest.mark.parametrize('library', [False, True])
-def test_gptq_of_families_that_differ(tmp_path, family, library, monkeypatch):
+def test_gptq_of_other_families(tmp_path, family, library, monkeypatch):
     if library:
         monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
     random_gptq.save(tmp_path / 'model', family, 0, 32, symmetric=False)
-    check(tmp_path / 'model', (30,), 2e-5)
+    check_chunks(tmp_path / 'model', (30,), 2e-5)
 
 
 @pytest.mark.slow
@@ -122,49 +122,49 @@ def test_gptq_of_families_that_differ(tmp_path, family, library, monkeypatch):
     random_formats.int8(-1, symmetric=False), random_formats.float8('block'),
     random_formats.packed(8, 32, act_order=True), random_formats.bitsandbytes('nf4', double=True),
     random_formats.float4('nvfp4')])
-def test_8_bits(tmp_path, form, monkeypatch):
+def test_other_formats(tmp_path, form, monkeypatch):
     monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
     monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     random_formats.save(tmp_path / 'model', 'qwen2', form)
-    check(tmp_path / 'model', (30,), 2e-5)
+    check_chunks(tmp_path / 'model', (30,), 2e-5)
 
 
 @pytest.mark.parametrize('form', [random_formats.int8(-1), random_formats.float4('nvfp4')])
-def test_another_activation(tmp_path, form):
+def test_gelu(tmp_path, form):
     random_formats.save(tmp_path / 'model', 'gemma3_text', form)
-    check(tmp_path / 'model', (7,), 2e-5)
+    check_chunks(tmp_path / 'model', (7,), 2e-5)
 
 
-def test_heads_of_96_and_three_queries_a_key(tmp_path):
+def test_heads_of_96_dimensions_in_groups_of_3(tmp_path):
     folder = random_model.save(tmp_path, 'qwen3', 1, head_dim=96, num_attention_heads=6,
                                num_key_value_heads=2)
-    check(folder, (20, 3))
+    check_chunks(folder, (20, 3))
 
 
-def test_a_single_token_and_a_full_context(tmp_path):
-    check(random_model.save(tmp_path, 'qwen2', 2), (1, 32, 32, 31))
+def test_single_token_and_full_context(tmp_path):
+    check_chunks(random_model.save(tmp_path, 'qwen2', 2), (1, 32, 32, 31))
 
 
-def test_more_tokens_than_the_largest_chunk(tmp_path):
-    check(random_model.save(tmp_path, 'qwen2', 3), (70, 5))
+def test_prompt_longer_than_the_largest_chunk(tmp_path):
+    check_chunks(random_model.save(tmp_path, 'qwen2', 3), (70, 5))
 
 
-def test_shares(tmp_path, monkeypatch):
-    """Attention without shares, products with and without, tiles that are not full."""
+def test_splits(tmp_path, monkeypatch):
+    """Attention without splits, products with and without them, and partial tiles."""
     monkeypatch.setattr(Prefill, '_splits', lambda self, tokens: 1)
     for choice in (Choice(64, 32, 16, 4, 2, 3), Choice(128, 64, 16, 4, 2, 1)):
         monkeypatch.setattr(prefill, 'rule', lambda *_, choice=choice: choice)
-        check(random_model.save(tmp_path / str(choice.rows), 'llama_biases', 3), (40,))
+        check_chunks(random_model.save(tmp_path / str(choice.rows), 'llama_biases', 3), (40,))
 
 
-def test_what_does_not_fit(tmp_path):
+def test_rejects_a_prompt_longer_than_the_context(tmp_path):
     own, _ = load(random_model.save(tmp_path, 'qwen2', 3))
     fed = Prefill(own, (16,), capture=False)
     with pytest.raises(ValueError, match='97 tokens do not fit behind 0 of 96'):
         fed([0] * 97, 0)
 
 
-def test_sizes_above_the_context_are_left_out(tmp_path):
+def test_ignores_chunk_sizes_that_no_context_needs(tmp_path):
     own, _ = load(random_model.save(tmp_path, 'qwen2', 3))
     fed = Prefill(own, (16, 64, 128, 256), capture=False)
     assert fed.sizes == (16, 64, 128)
@@ -172,7 +172,7 @@ def test_sizes_above_the_context_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize('form', [None, {'group_size': 32, 'symmetric': False}])
-def test_the_last_tiles_of_gate_and_up_by_shares(tmp_path, form, monkeypatch):
+def test_splits_the_last_tiles_of_gate_and_up(tmp_path, form, monkeypatch):
     monkeypatch.setattr(prefill, 'TAIL', 1)
     folder = tmp_path / 'model'
     if form:
@@ -181,4 +181,4 @@ def test_the_last_tiles_of_gate_and_up_by_shares(tmp_path, form, monkeypatch):
         random_model.save(folder, 'qwen2', 0, intermediate_size=288)
     choices = {16: Choice(64, 32, 16, 4, 2, 1), 32: Choice(128, 32, 16, 4, 2, 1)}
     monkeypatch.setattr(prefill, 'rule', lambda weight, tokens, *_: choices[tokens])
-    check(folder, (9, 20), 2e-5)
+    check_chunks(folder, (9, 20), 2e-5)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The kernels of captured prompts, one by one; on a CPU in Triton's interpreter."""
+"""Each kernel of a prefill against torch; on a CPU in Triton's interpreter."""
 
 from dataclasses import replace
 import math
@@ -44,6 +44,7 @@ L4 = 58, 101376
 
 @pytest.fixture
 def make():
+    """Return a function that draws a random tensor of a shape."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -56,25 +57,25 @@ def assert_close(got, expected, relative=1e-5):
     assert (got - expected).norm() / expected.norm() < relative     # a NaN does not pass
 
 
-def nothing(*shape):
+def nans(*shape):
     return torch.full(shape, float('nan'), device=DEVICE)
 
 
 def packed(seed, n, k, group_size, symmetric=True):
-    """Return random GPTQ tensors, repacked, and the dense float32 weight [n, k] they stand for."""
+    """Return a random GPTQ weight as the engine stores it, and its float32 values [n, k]."""
     stored, dense = random_gptq.tensors(seed, n, k, group_size, False, symmetric)
     return random_gptq.read(stored, n, k, group_size, device=DEVICE), dense.to(DEVICE)
 
 
-def placed(x):
-    """Return a product's input [tokens, k] in the order of an `Int4`'s words."""
+def fragment_order(x):
+    """Permute a product's input [tokens, k] to the fragment order of an `Int4`."""
     parts = x.unflatten(1, (-1, 4, 2, 2, 2)).permute(0, 1, 3, 4, 2, 5)
     return parts.reshape(x.shape).contiguous()      # operand, high, lane, low
 
 
 @pytest.mark.parametrize('n, splits', [(40, 1), (64, 3), (130, 2)])
 def test_dense(make, n, splits):
-    x, weight, out = make(32, 160), make(n, 160), nothing(splits, 32, n)
+    x, weight, out = make(32, 160), make(n, 160), nans(splits, 32, n)
     kernels._dense[(2 * triton.cdiv(n, 32), splits)](
         x, weight, x, out, 0, n, 160, 32, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
         PAIRED=False, GATED=False, GELU=False, BIAS=False, PLACED=False, EARLY=False)
@@ -84,7 +85,7 @@ def test_dense(make, n, splits):
 @pytest.mark.parametrize('n', [8, 40])
 @pytest.mark.parametrize('activation', ACTIVATIONS)
 def test_dense_gated(make, n, activation):
-    x, weight, bias, out = make(16, 64), make(2 * n, 64), make(2 * n), nothing(16, n)
+    x, weight, bias, out = make(16, 64), make(2 * n, 64), make(2 * n), nans(16, n)
     kernels._dense[(triton.cdiv(2 * n, 32), 1)](
         x, weight, bias, out, 0, 2 * n, 64, 16, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
         PAIRED=True, GATED=True, GELU=activation == 'gelu_tanh', BIAS=True, PLACED=False,
@@ -93,43 +94,44 @@ def test_dense_gated(make, n, activation):
     assert_close(out, ACTIVATIONS[activation](gate) * up)
 
 
-@pytest.mark.parametrize('group, k, splits, symmetric', [
+@pytest.mark.parametrize('group_size, k, splits, symmetric', [
     (32, 256, 1, True), (64, 320, 2, False), (128, 640, 3, False), (128, 512, 1, True)])
-def test_int4(make, group, k, splits, symmetric):
-    weight, dense = packed(1, 48, k, group, symmetric)
-    x, out = make(16, k), nothing(splits, 16, 48)
+def test_int4(make, group_size, k, splits, symmetric):
+    weight, dense = packed(1, 48, k, group_size, symmetric)
+    x, out = make(16, k), nans(splits, 16, 48)
     kernels._int4[(2, splits)](
-        placed(x), weight.packed, weight.scales,
+        fragment_order(x), weight.packed, weight.scales,
         weight.scales if weight.zeros is None else weight.zeros, x, out, 0, 48, k,
-        weight.packed.shape[1], 16, 48, GROUP=group, TILES=2, TOKENS=16, STAGES=2,
-        EXACT=k % (4 * group) == 0, GATED=False, GELU=False, BIAS=False, ZEROS=not symmetric,
+        weight.packed.shape[1], 16, 48, GROUP=group_size, TILES=2, TOKENS=16, STAGES=2,
+        EXACT=k % (4 * group_size) == 0, GATED=False, GELU=False, BIAS=False, ZEROS=not symmetric,
         PLACED=False, ASSEMBLY=CUDA, EARLY=False)
     assert_close(out.sum(0), x @ dense.t())
 
 
-def test_int4_gated_for_int4(make):
+def test_int4_gated(make):
+    """The output is in fragment order, for another int4 product."""
     parts = [packed(seed, 64, 128, 32) for seed in (1, 2)]
     bias = make(128)
     weight = fusion.fuse([replace(part, bias=bias[64 * at:64 * at + 64])
                         for at, (part, _) in enumerate(parts)], paired=True)
-    x, out = make(16, 128), nothing(16, 64)
+    x, out = make(16, 128), nans(16, 64)
     kernels._int4[(4, 1)](
-        placed(x), weight.packed, weight.scales, weight.scales, weight.bias, out, 0, 128, 128, 1,
-        16, 64, GROUP=32, TILES=2, TOKENS=16, STAGES=2, EXACT=True, GATED=True,
+        fragment_order(x), weight.packed, weight.scales, weight.scales, weight.bias, out, 0, 128,
+        128, 1, 16, 64, GROUP=32, TILES=2, TOKENS=16, STAGES=2, EXACT=True, GATED=True,
         GELU=False, BIAS=True, ZEROS=False, PLACED=True, ASSEMBLY=CUDA, EARLY=False)
     gate, up = (F.linear(x, dense, bias[64 * at:64 * at + 64])
                 for at, (_, dense) in enumerate(parts))
-    assert_close(out, placed(F.silu(gate) * up))
+    assert_close(out, fragment_order(F.silu(gate) * up))
 
 
-@pytest.mark.parametrize('group, symmetric', [(32, True), (64, False), (128, False)])
-def test_unpack(group, symmetric):
-    """Some tiles of a weight whose last block is not full."""
-    weight, dense = packed(3, 80, 352, group, symmetric)
-    out = nothing(48, 352)
+@pytest.mark.parametrize('group_size, symmetric', [(32, True), (64, False), (128, False)])
+def test_unpack(group_size, symmetric):
+    """Some tiles of a weight with a partial last block."""
+    weight, dense = packed(3, 80, 352, group_size, symmetric)
+    out = nans(48, 352)
     kernels._unpack[(2, weight.packed.shape[1])](
         weight.packed, weight.scales, weight.scales if symmetric else weight.zeros, out, 2, 48,
-        352, weight.packed.shape[1], GROUP=group, TILES=2, ZEROS=not symmetric, ASSEMBLY=CUDA,
+        352, weight.packed.shape[1], GROUP=group_size, TILES=2, ZEROS=not symmetric, ASSEMBLY=CUDA,
         num_warps=2)
     assert_close(out, dense[32:], 1e-6)
 
@@ -142,21 +144,21 @@ def test_attention(make, start, count, window, splits):
     q = make(tokens, heads * dim)
     keys, values = make(kv_heads, context, dim), make(kv_heads, context, dim)
     at, real = (torch.tensor([number], device=DEVICE) for number in (start, count))
-    out = nothing(tokens, heads * dim)
-    shares = [nothing(splits * tokens * heads * width) for width in (dim, 1, 1)]
+    out = nans(tokens, heads * dim)
+    parts = [nans(splits * tokens * heads * width) for width in (dim, 1, 1)]
     kernels._attend[(2, kv_heads, splits)](
-        q, keys, values, at, real, out, *shares, context, tokens,
+        q, keys, values, at, real, out, *parts, context, tokens,
         math.log2(math.e) / math.sqrt(dim), HEADS=heads, GROUP=3, D=dim, DIMS=128, M=32, N=16,
         SPLITS=splits, WINDOW=window, STAGES=2, PLACED=False, EARLY=False)
     if splits > 1:
         kernels._join[(tokens, 2)](
-            *shares, real, out, tokens, HEADS=heads, ROWS=4, D=dim, DIMS=128, SPLITS=splits,
+            *parts, real, out, tokens, HEADS=heads, ROWS=4, D=dim, DIMS=128, SPLITS=splits,
             PLACED=False, EARLY=False)
-    places = torch.arange(context, device=DEVICE)
+    positions = torch.arange(context, device=DEVICE)
     own = start + torch.arange(count, device=DEVICE).unsqueeze(1)
-    mask = places <= own
+    mask = positions <= own
     if window:
-        mask &= places > own - window
+        mask &= positions > own - window
     expected = F.scaled_dot_product_attention(
         q[:count].view(count, heads, dim).transpose(0, 1)[None], keys[None], values[None],
         attn_mask=mask, enable_gqa=True)[0].transpose(0, 1).flatten(1)
@@ -166,7 +168,7 @@ def test_attention(make, start, count, window, splits):
 @pytest.mark.parametrize('chip', [H100, L4])
 @pytest.mark.parametrize('tokens', [16, 64, 128, 512, 2048])
 @pytest.mark.parametrize('gated', [False, True])
-def test_choices_fit_the_chip(chip, tokens, gated):
+def test_tiles_fit_in_shared_memory(chip, tokens, gated):
     for weight in (Dense(torch.empty(4608, 3584, device='meta')), packed(1, 64, 1024, 32)[0]):
         choice = rule(weight, tokens, gated, *chip)
         assert isinstance(choice, Choice)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The kernels for weights of 8 bits against their twins; on a CPU in Triton's interpreter."""
+"""Kernels for 8-bit weights against dense products; on a CPU in Triton's interpreter."""
 
 from dataclasses import replace
 import os
@@ -48,8 +48,8 @@ def make():
     return linear_contract.maker()
 
 
-def drawn(name, n, k, seed=1):
-    return linear_contract.drawn(FORMS[name], n, k, seed)
+def random_weight(name, n, k, seed=1):
+    return linear_contract.random_weight(FORMS[name], n, k, seed)
 
 
 @pytest.mark.parametrize('name', FORMS)
@@ -58,9 +58,9 @@ def test_product(make, name, n, k):
     check_product(make, ScaledOps, FORMS[name], n, k)
 
 
-def test_columns_that_fill_no_group(make):
-    """As the last block of floats in blocks."""
-    weight, dense = drawn('float8-block', 24, 400)
+def test_partial_last_block(make):
+    """400 columns are not a multiple of the 128 columns of a block."""
+    weight, dense = random_weight('float8-block', 24, 400)
     x, out = make(400), make(24)
     ScaledOps(DEVICE).linear(x, weight, out)
     assert_close(out, dense @ x)
@@ -68,7 +68,7 @@ def test_columns_that_fill_no_group(make):
 
 @pytest.mark.parametrize('name', ['int8', 'float8-block'])
 @pytest.mark.parametrize('choice', kernels.DENSE_CHOICES[::3])
-def test_every_layout(make, name, choice):
+def test_each_layout(make, name, choice):
     check_layout(make, ScaledOps, FORMS[name], choice)
 
 
@@ -78,23 +78,22 @@ def test_gated(make, name, bias):
     check_gated(make, ScaledOps, FORMS[name], bias)
 
 
-def test_fused_of_one_input(make):
+def test_fused_projections(make):
     check_fused(make, ScaledOps, FORMS['int8-g32'])
 
 
 @pytest.mark.parametrize('name', FORMS)
-def test_made_dense(name):
-    weight, _ = drawn(name, 24, 1280)
+def test_dequantises_rows(name):
+    weight, _ = random_weight(name, 24, 1280)
     out = torch.full((8, 1280), float('nan'), device=DEVICE)
     scaled_kernels.widen(weight, slice(8, 16), out)
     assert_close(out, weight.dequantise(slice(8, 16), torch.float32))
 
 
-def test_every_float_of_8_bits(make):
-    """The smallest and the largest too, of either sign."""
+def test_each_8_bit_float(make):
     bits = torch.arange(-128, 128, dtype=torch.int16)
     values = bits[bits & 0x7F != 0x7F].to(torch.int8).to(DEVICE)
-    weight, _ = drawn('float8', 1, len(values))
+    weight, _ = random_weight('float8', 1, len(values))
     weight = replace(weight, values=values.view(torch.float8_e4m3fn)[None],
                      scales=torch.ones(1, 1, device=DEVICE))
     out = torch.empty(1, len(values), device=DEVICE)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Drafts: what is guessed, when it is tried, and that the text is what it is without."""
+"""Speculation: drafts, the policy that limits their cost, and unchanged answers."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -93,21 +93,21 @@ def test_drafts_are_those_of_a_linear_search(seeds=30):
         lookup = Lookup(ids[:20])
         for place in range(20, 60):
             if lookup.add(ids[place]):
-                continue                # it follows what it found before
-            known, wanted = ids[:place + 1], []
+                continue                # the match continues, so no search is needed
+            known, expected = ids[:place + 1], []
             for size in (2, 3):
                 for end in range(size, place + 1):
                     if known[end - size:end] == known[-size:]:
-                        wanted = known[end:end + 1]
-            assert lookup.draft(1) == wanted
+                        expected = known[end:end + 1]
+            assert lookup.draft(1) == expected
 
 
 # --- policy ---------------------------------------------------------------------------
 
-def spent(policy, answers):
-    """Return the cost of an answer in steps, and its tokens; drafts are accepted or not."""
+def cost_of(policy, accepted):
+    """Return an answer's cost in steps, and its tokens; ``accepted`` tells which drafts are."""
     steps, tokens = 0.0, 0
-    for right in answers:
+    for right in accepted:
         rows = policy.rows(8)
         brought = rows if right else 1
         for place in range(brought):
@@ -122,7 +122,7 @@ def spent(policy, answers):
 @pytest.mark.parametrize('costs', [COSTS, {1: 1.0, 2: 1.3, 4: 2.0, 8: 3.5}, {1: 1.0, 2: 9.0}])
 @pytest.mark.parametrize('count', [20, 100, 3000])
 def test_rejected_drafts_cost_little(costs, count):
-    steps, tokens = spent(Policy(Experience(costs)), [False] * count)
+    steps, tokens = cost_of(Policy(Experience(costs)), [False] * count)
     assert tokens == count
     assert steps <= (1 + MAX_OVERHEAD) * count + INITIAL_BALANCE
 
@@ -130,17 +130,17 @@ def test_rejected_drafts_cost_little(costs, count):
 @pytest.mark.parametrize('period', [2, 3, 7, 50])
 def test_cost_is_bounded_in_any_order_of_acceptance(period):
     """Earlier savings can be lost again, up to `MAX_BALANCE`."""
-    answers = [place // period % 2 == 0 for place in range(2000)]
-    steps, tokens = spent(Policy(Experience(COSTS)), answers)
+    accepted = [place // period % 2 == 0 for place in range(2000)]
+    steps, tokens = cost_of(Policy(Experience(COSTS)), accepted)
     assert steps <= tokens
-    steps, tokens = spent(policy := Policy(Experience(COSTS)), [True] * 100)
-    again, more = spent(policy, [False] * 1000)
+    steps, tokens = cost_of(policy := Policy(Experience(COSTS)), [True] * 100)
+    again, more = cost_of(policy, [False] * 1000)
     assert again <= (1 + MAX_OVERHEAD) * more + MAX_BALANCE
 
 
 def test_accepted_drafts_grow():
     policy = Policy(Experience(COSTS))
-    steps, tokens = spent(policy, [True] * 30)
+    steps, tokens = cost_of(policy, [True] * 30)
     assert policy.rows(8) == 8
     assert tokens / steps > 6
     assert policy.rows(3) == 3          # where the answer has room for no more
@@ -155,7 +155,7 @@ def test_avoids_passes_that_cost_more_than_they_bring():
 
 def test_resumes_when_drafts_would_have_been_accepted():
     policy = Policy(Experience(COSTS))
-    spent(policy, [False] * 200)
+    cost_of(policy, [False] * 200)
     assert policy.rows(8) == 1
     for _ in range(30):
         policy.learn(True)
@@ -203,7 +203,7 @@ def test_asks_a_constraint_only_after_tokens_that_led_to_forced_ones():
 
 # --- the loop -----------------------------------------------------------------------------------
 
-class Guessable(FakeEngine):
+class VerifyingEngine(FakeEngine):
     """Verifies drafts against its script; it can have steps in flight, as on a GPU."""
 
     ahead = 0
@@ -235,7 +235,7 @@ class Guessable(FakeEngine):
         return Choices(tuple(chosen), 0.002)
 
 
-class Ahead(Guessable):
+class PipelinedEngine(VerifyingEngine):
     """Has up to two steps in flight."""
 
     ahead = 2
@@ -249,19 +249,19 @@ def text_of(steps):
     return ''.join(map(chr, chain.from_iterable(step.token_ids for step in steps)))
 
 
-@pytest.mark.parametrize('kind', [Guessable, Ahead])
+@pytest.mark.parametrize('kind', [VerifyingEngine, PipelinedEngine])
 def test_copies_of_the_prompt_take_few_passes(kind):
-    saying = 'the cup is on the table, the lid is on the cup, the cup is on the table'
-    engine = kind(lambda ids: say(saying, end=False), max_context=200)
+    answer = 'the cup is on the table, the lid is on the cup, the cup is on the table'
+    engine = kind(lambda ids: say(answer, end=False), max_context=200)
     prompt = [ord(each) for each in 'Where? the cup is on the table, the lid']
-    steps = steps_of(engine, prompt, SamplingConfig(max_new_tokens=len(saying)))
-    assert text_of(steps) == saying
-    assert len(steps) < len(saying) / 2
-    assert engine.fed == [*prompt, *map(ord, saying[:-1])]
+    steps = steps_of(engine, prompt, SamplingConfig(max_new_tokens=len(answer)))
+    assert text_of(steps) == answer
+    assert len(steps) < len(answer) / 2
+    assert engine.fed == [*prompt, *map(ord, answer[:-1])]
     assert steps[-1].device_s in (0.001, 0.002)
 
 
-@pytest.mark.parametrize('kind', [Guessable, Ahead])
+@pytest.mark.parametrize('kind', [VerifyingEngine, PipelinedEngine])
 @pytest.mark.parametrize('limit', [1, 2, 3, 17, 64])
 def test_ends_at_the_limit_or_the_end_of_the_context(kind, limit):
     engine = kind(lambda ids: forever(), max_context=40)
@@ -273,7 +273,7 @@ def test_ends_at_the_limit_or_the_end_of_the_context(kind, limit):
 
 def test_no_step_runs_ahead_of_a_draft():
     """Without a draft, steps run ahead as usual."""
-    engine = Ahead(lambda ids: say('abcdefgh, abcdefgh', end=False), max_context=200)
+    engine = PipelinedEngine(lambda ids: say('abcdefgh, abcdefgh', end=False), max_context=200)
     steps_of(engine, [1], SamplingConfig(max_new_tokens=18))
     assert engine.announced[0] == 16
     assert 0 in engine.announced
@@ -281,14 +281,14 @@ def test_no_step_runs_ahead_of_a_draft():
 
 
 def test_is_off_by_default_and_for_other_engines():
-    for engine, speculation in ((Guessable(lambda ids: forever()), SpeculationConfig()),
+    for engine, speculation in ((VerifyingEngine(lambda ids: forever()), SpeculationConfig()),
                                 (FakeEngine(lambda ids: forever()), LOOKUP)):
         steps = steps_of(engine, [1, 2], SamplingConfig(max_new_tokens=20), speculation)
         assert [len(step.token_ids) for step in steps] == [1] * 20
 
 
 def test_can_be_disabled_for_one_answer():
-    engine = Guessable(lambda ids: forever())
+    engine = VerifyingEngine(lambda ids: forever())
     loop = drafting_loop(engine)
     list(loop.stream([1, 2], SamplingConfig(max_new_tokens=20), drafts=False))
     assert not engine.drafts
@@ -297,17 +297,17 @@ def test_can_be_disabled_for_one_answer():
 def test_pass_with_logits_that_are_not_numbers():
     """The valid tokens come first."""
     words = [*say('ababab', end=False), Step((NO_TOKEN,))]
-    stream = drafting_loop(Guessable(lambda ids: words)).stream(
+    stream = drafting_loop(VerifyingEngine(lambda ids: words)).stream(
         [ord('a'), ord('b'), ord('a'), ord('b')], SamplingConfig())
-    heard = []
+    steps = []
     with pytest.raises(EngineError, match='not numbers'):
         for step in stream:
-            heard.append(step)
-    assert text_of(heard) == 'ababab'
+            steps.append(step)
+    assert text_of(steps) == 'ababab'
 
 
 def test_failed_pass_leaves_nothing_cached():
-    engine = Guessable(lambda ids: forever())
+    engine = VerifyingEngine(lambda ids: forever())
     engine.verify = lambda draft: 1 / 0
     loop = drafting_loop(engine)
     with pytest.raises(ZeroDivisionError):
@@ -325,17 +325,17 @@ SAMPLINGS = (
 
 def answers(loop, prompts, count, first=0):
     """Return an answer per prompt, with alternating sampling settings, and the passes."""
-    said, passes = [], 0
+    ids, passes = [], 0
     for number, prompt in enumerate(prompts, first):
         sampling = SamplingConfig(
             max_new_tokens=count, seed=number, **SAMPLINGS[number % len(SAMPLINGS)])
         steps = [step for step in loop.stream(prompt, sampling) if step.token_ids]
-        said.append(list(chain.from_iterable(step.token_ids for step in steps)))
+        ids.append(list(chain.from_iterable(step.token_ids for step in steps)))
         passes += len(steps)
-    return said, passes
+    return ids, passes
 
 
-def eager(monkeypatch):
+def always_draft(monkeypatch):
     """Verify each draft, with a random number of its tokens."""
     draw = Random(3)
     monkeypatch.setattr(Policy, 'rows', lambda self, most, forced=0: draw.randint(1, most))
@@ -355,8 +355,8 @@ def check_same_answers(loop, prompts, count, first=0):
         loop.engine.rewind(0)
         results.append(answers(
             drafting_loop(loop.engine, speculation), prompts, count, first))
-    (wanted, steps), (got, passes) = results
-    assert got == wanted
+    (expected, steps), (got, passes) = results
+    assert got == expected
     return steps - passes
 
 
@@ -375,7 +375,7 @@ CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=160)
 def test_random_models_answer_the_same(native, family, tmp_path, monkeypatch):
     """Prompts of few different tokens lead to many drafts, most of which are wrong."""
     import random_model
-    eager(monkeypatch)
+    always_draft(monkeypatch)
     loop = drafting(native, random_model.save(tmp_path, family, 1))
     draw = Random(family)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
@@ -411,16 +411,16 @@ FORMS = (Form('json_schema', PLAN, 'schema'), Form('regex', '(ab|ac){2,9}[0-9]{3
 
 def constrained(loop, vocabulary, prompts, count):
     """Return the constrained answer to each prompt, and the number of passes."""
-    said, passes = [], 0
+    ids, passes = [], 0
     for number, prompt in enumerate(prompts):
         sampling = SamplingConfig(
             max_new_tokens=count, seed=number, **SAMPLINGS[number % len(SAMPLINGS)])
         constraint = vocabulary.constraint(FORMS[number % len(FORMS)])
         steps = [step for step in loop.stream(prompt, sampling, constraint) if step.token_ids]
-        said.append(list(chain.from_iterable(step.token_ids for step in steps)))
+        ids.append(list(chain.from_iterable(step.token_ids for step in steps)))
         assert all(step.mask_s is not None for step in steps)
         passes += len(steps)
-    return said, passes
+    return ids, passes
 
 
 @pytest.mark.parametrize('kind', ['host', 'piped'])
@@ -431,7 +431,7 @@ def test_passes_follow_a_constraint(native, kind, tmp_path, monkeypatch):
     from physai_decode.tokenizer_files import load_tokenizer
     from test_constraint import Event
     import torch
-    eager(monkeypatch)
+    always_draft(monkeypatch)
     model = checkpoint.open('builtin:tiny_planner')
     loop = drafting(native, model.folder, replace(CPU, max_context=200))
     if kind == 'piped':
@@ -454,8 +454,8 @@ def test_passes_follow_a_constraint(native, kind, tmp_path, monkeypatch):
         loop.engine.rewind(0)
         results.append(constrained(drafting_loop(loop.engine, speculation),
                                    vocabulary, prompts, 50))
-    (wanted, steps), (got, passes) = results
-    assert got == wanted
+    (expected, steps), (got, passes) = results
+    assert got == expected
     assert passes < steps
     loop.engine.close()
 
@@ -490,11 +490,11 @@ def test_drafts_what_a_constraint_forces():
 def test_reports_why_it_is_off(native, family, name, reason, tmp_path):
     """Answers are those without speculation."""
     import random_model
-    said = []
+    messages = []
     model = checkpoint.open(str(random_model.save(tmp_path, family, 0)))
-    engine = engines.build(model, replace(CPU, name=name), said.append, passes=True)
+    engine = engines.build(model, replace(CPU, name=name), messages.append, passes=True)
     assert engine.footprint.details['speculation'] == f'off: {reason}'
-    assert f'speculation is off: {reason}' in said
+    assert f'speculation is off: {reason}' in messages
     steps = steps_of(engine, [5, 6, 5, 6, 5, 6], SamplingConfig(max_new_tokens=8))
     assert [len(step.token_ids) for step in steps if step.token_ids] == [1] * 8
     engine.close()
@@ -512,7 +512,7 @@ def test_kernels_of_other_forms_take_one_row(native):
 
 
 class Direct:
-    """A pipeline on a CPU with two passes in flight, which run when they are launched."""
+    """A pipeline on a CPU: up to two passes in flight, each of which runs at its launch."""
 
     def __init__(self, engine):
         self.engine, self.done = engine, []
@@ -552,13 +552,13 @@ def piped(native, monkeypatch):
     """Return a factory of engines whose steps run ahead of the host, as on a GPU."""
     from physai_decode.engines.native import start
 
-    def made(folder, ops):
+    def make(folder, ops):
         monkeypatch.setattr(start, 'operations', lambda *_: ops)
         loop = drafting(native, folder, replace(CPU, dtype='float32'))
         loop.engine.pipeline = Direct(loop.engine)
         return loop
 
-    return made
+    return make
 
 
 @pytest.mark.parametrize('family', ['qwen3', 'mistral_window'])
@@ -566,7 +566,7 @@ def test_captured_passes_answer_the_same(piped, family, tmp_path, monkeypatch):
     """The device decides which rows count; steps in flight end before a draft is verified."""
     from physai_decode.engines.native.ops import TorchOps
     import random_model
-    eager(monkeypatch)
+    always_draft(monkeypatch)
     loop = piped(random_model.save(tmp_path, family, 1), TorchOps(on_host=False))
     draw = Random(family)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
@@ -590,7 +590,7 @@ def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
         random_gptq.save(tmp_path, 'qwen3', 0, 32, **small)
     else:
         random_model.save(tmp_path, 'qwen3', 0, **small)
-    eager(monkeypatch)
+    always_draft(monkeypatch)
     loop = piped(tmp_path, kernels.PassOps(torch.device('cpu'), splits=2))
     prompts = [[5, 6, 7, 5, 6, 7, 5, 6], [9] * 5]       # the second repeats itself
     first = 3

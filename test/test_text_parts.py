@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The language model of models that see too, without images, against the library's whole model."""
+"""The native engine runs the language model of vision-language models, without images."""
 
 import dataclasses
 import json
@@ -39,41 +39,41 @@ SHAPE = {
     'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2,
     'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 64, 'pad_token_id': None,
     'max_position_embeddings': 256}
-QWEN_SIGHT = {'depth': 1, 'hidden_size': 32, 'intermediate_size': 32, 'num_heads': 2,
+QWEN_VISION = {'depth': 1, 'hidden_size': 32, 'intermediate_size': 32, 'num_heads': 2,
               'out_hidden_size': 128}
-OTHER_SIGHT = {'hidden_size': 32, 'intermediate_size': 32, 'num_hidden_layers': 1,
+OTHER_VISION = {'hidden_size': 32, 'intermediate_size': 32, 'num_hidden_layers': 1,
                'num_attention_heads': 2, 'image_size': 28, 'patch_size': 14}
 MODELS = {
     'gemma3': {
         'text_config': {**SHAPE, 'sliding_window': 30, 'layer_types': [
             'sliding_attention', 'full_attention']},
-        'vision_config': OTHER_SIGHT, 'mm_tokens_per_image': 4},
+        'vision_config': OTHER_VISION, 'mm_tokens_per_image': 4},
     'qwen2_5_vl': {
         'text_config': {**SHAPE, 'rope_parameters': {
             'rope_type': 'default', 'rope_theta': 1e6, 'mrope_section': [8, 12, 12]}},
-        'vision_config': {**QWEN_SIGHT, 'fullatt_block_indexes': [0]}},
+        'vision_config': {**QWEN_VISION, 'fullatt_block_indexes': [0]}},
     'qwen3_vl': {
         'text_config': {**SHAPE, 'rope_parameters': {
             'rope_type': 'default', 'rope_theta': 5e6, 'mrope_section': [12, 10, 10],
             'mrope_interleaved': True}},
-        'vision_config': {**QWEN_SIGHT, 'deepstack_visual_indexes': [0]}},
+        'vision_config': {**QWEN_VISION, 'deepstack_visual_indexes': [0]}},
     'mistral3': {
         'text_config': {**SHAPE, 'model_type': 'mistral', 'sliding_window': None},
-        'vision_config': {**OTHER_SIGHT, 'head_dim': 16}, 'tie_word_embeddings': False},
+        'vision_config': {**OTHER_VISION, 'head_dim': 16}, 'tie_word_embeddings': False},
     'mistral3, ministral3': {
         'text_config': {**SHAPE, 'model_type': 'ministral3'},
-        'vision_config': {**OTHER_SIGHT, 'head_dim': 16}, 'tie_word_embeddings': True}}
+        'vision_config': {**OTHER_VISION, 'head_dim': 16}, 'tie_word_embeddings': True}}
 
 
 def save(folder, name):
-    """Write a folder; gives the library's model."""
+    """Write a folder; return the library's model."""
     config = transformers.AutoConfig.for_model(name.partition(',')[0], **MODELS[name])
     return random_model.save_network(
         folder, config, 0, transformers.AutoModelForImageTextToText)
 
 
 def check(folder, network):
-    """Hold prompt and step against the library's model; gives the footprint."""
+    """Compare logits and answer with the library's model; returns the footprint."""
     engine = load(NativeEngine, folder, CPU).engine
     steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=20))
     answer = [token for step in steps for token in step.token_ids]
@@ -86,8 +86,8 @@ def check(folder, network):
     return engine.footprint
 
 
-def rename(folder, names):
-    """Return tensors the beginnings that other versions of the library write."""
+def rename_prefixes(folder, names):
+    """Replace the prefixes of tensor names; return the new names."""
     path = folder / 'model.safetensors'
     tensors = {}
     for name, tensor in load_file(path).items():
@@ -98,7 +98,7 @@ def rename(folder, names):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_agreement(tmp_path, name):
+def test_agrees_with_the_library(tmp_path, name):
     network = save(tmp_path, name)
     model = inspect(tmp_path)
     footprint = check(tmp_path, network)
@@ -117,19 +117,19 @@ def test_agreement(tmp_path, name):
     *((name, 'language_model.model.', 'language_model.lm_head.') for name in (
         'gemma3', 'mistral3')),
     ('qwen2_5_vl', 'model.', 'lm_head.')])
-def test_names_of_other_versions(tmp_path, name, trunk, head):
+def test_tensor_names_of_other_versions(tmp_path, name, trunk, head):
     network = save(tmp_path, name)
     found = next(tensor for tensor in inspect(tmp_path).tensors if 'embed_tokens' in tensor)
-    old = found.removesuffix('embed_tokens.weight')
-    names = rename(tmp_path, {
-        **({'model.visual.': 'visual.'} if trunk == 'model.' else {}), old: trunk,
+    prefix = found.removesuffix('embed_tokens.weight')
+    names = rename_prefixes(tmp_path, {
+        **({'model.visual.': 'visual.'} if trunk == 'model.' else {}), prefix: trunk,
         'language_model.lm_head.': head, 'lm_head.': head})
     assert f'{trunk}embed_tokens.weight' in names
     check(tmp_path, network)
 
 
-def test_a_flat_config(tmp_path):
-    """As the first folders of Qwen2.5-VL have it, with positions of the kind mrope."""
+def test_flat_config(tmp_path):
+    """The first folders of Qwen2.5-VL have one, with rope type mrope."""
     network = save(tmp_path, 'qwen2_5_vl')
     path = tmp_path / 'config.json'
     config = json.loads(path.read_text())
@@ -141,21 +141,21 @@ def test_a_flat_config(tmp_path):
     check(tmp_path, network)
 
 
-def test_a_tensor_of_the_text_that_would_be_left_out(tmp_path):
+def test_rejects_a_missing_tensor_of_the_language_model(tmp_path):
     save(tmp_path, 'qwen3_vl')
-    rename(tmp_path, {'model.language_model.layers.1.mlp.up_proj.weight':
+    rename_prefixes(tmp_path, {'model.language_model.layers.1.mlp.up_proj.weight':
                       'model.language_model.layers.2.mlp.up_proj.weight'})
     with pytest.raises(EngineError, match=r'no tensor model\.language_model\.layers\.1\.mlp\.up'):
         load(NativeEngine, tmp_path, CPU)
 
 
-def test_a_text_of_another_family(tmp_path):
+def test_rejects_a_language_model_of_an_unsupported_family(tmp_path):
     config = {'model_type': 'mistral3', 'text_config': {'model_type': 'mamba'}}
     with pytest.raises(EngineError, match="'mamba' of the text_config.*it runs mistral"):
         families.parse(config)
 
 
-def test_memory_is_that_of_the_text(tmp_path, monkeypatch):
+def test_memory_check_ignores_the_vision_tower(tmp_path, monkeypatch):
     from physai_decode.engines import device
 
     save(tmp_path, 'mistral3')

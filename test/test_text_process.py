@@ -64,7 +64,7 @@ def folder(tmp_path):
 @pytest.fixture
 def make(folder):
     """Return a function that starts the process with a changed template and tokenizer."""
-    made = []
+    processes = []
 
     def begin(before='', **changes):
         settings = folder / 'tokenizer_config.json'
@@ -73,11 +73,11 @@ def make(folder):
         settings.write_text(json.dumps(content))
         state = json.loads((folder / 'tokenizer.json').read_text())
         (folder / 'tokenizer.json').write_text(json.dumps({**state, **changes}))
-        made.append(TextProcess(str(folder), ChatConfig()))
-        return made[-1]
+        processes.append(TextProcess(str(folder), ChatConfig()))
+        return processes[-1]
 
     yield begin
-    for each in made:
+    for each in processes:
         each.close()
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Weights in the forms of PyTorch's own products, against the dense ones they stand for."""
+"""Weights in the layouts of PyTorch's own kernels give the products of the dense weights."""
 
 from dataclasses import replace
 import gc
@@ -54,12 +54,12 @@ packs = pytest.mark.skipif(
     not torch_forms.has_int4(DEVICE), reason='PyTorch has no int4 product here')
 
 
-def form(room=math.inf, dtype=torch.bfloat16):
-    return TorchForms(dtype, DEVICE, room)
+def bfloat16_forms():
+    return TorchForms(torch.bfloat16, DEVICE, math.inf)
 
 
-def relative(got, wanted):
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+def relative_error(got, expected):
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 @packs
@@ -67,49 +67,49 @@ def relative(got, wanted):
 @pytest.mark.parametrize(('rows', 'columns', 'size', 'order', 'symmetric'), [
     (96, 256, 32, False, True), (48, 512, 128, True, False), (4176, 128, 64, False, False),
     (64, 512, 128, True, True)])
-def test_an_int4_product(rows, columns, size, order, symmetric, tokens):
+def test_int4_product_matches_dense(rows, columns, size, order, symmetric, tokens):
     words, dense = random_gptq.tensors(1, rows, columns, size, order, symmetric)
     weight = replace(random_gptq.read(words, rows, columns, size, DEVICE),
                      bias=torch.randn(rows, device=DEVICE).bfloat16())
-    packed = form()(weight)
+    packed = bfloat16_forms()(weight)
     assert isinstance(packed, TorchInt4) and packed.shape == (rows, columns)
     x = torch.randn(tokens, columns, device=DEVICE)
-    wanted = x.double() @ dense.double().t().to(DEVICE) + weight.bias.double()
-    assert relative(packed.apply(x.bfloat16()), wanted) < 0.01
-    assert relative(packed.apply(x), wanted) < 0.01           # its scales are bfloat16
+    expected = x.double() @ dense.double().t().to(DEVICE) + weight.bias.double()
+    assert relative_error(packed.apply(x.bfloat16()), expected) < 0.01
+    assert relative_error(packed.apply(x), expected) < 0.01           # the scales are bfloat16
     assert packed.apply(x[0].bfloat16()).shape == (rows,)
-    # Half a byte a weight, and a scale and a zero a group, no more.
+    # Half a byte per weight; a scale and a zero point per group; bias and column order.
     groups = columns // size
     assert packed.read_bytes <= rows * (columns / 2 + 4 * groups + 2) + 4 * columns
 
 
 @packs
 @pytest.mark.parametrize(('rows', 'columns', 'size'), [(40, 256, 32), (64, 288, 128)])
-def test_shapes_that_the_int4_product_does_not_take(rows, columns, size):
+def test_int4_product_is_not_used_for_unsupported_shapes(rows, columns, size):
     words, dense = random_gptq.tensors(2, rows, columns, size)
-    kept = form()(random_gptq.read(words, rows, columns, size, DEVICE))
-    assert not isinstance(kept, (TorchInt4, Int4))
+    converted = bfloat16_forms()(random_gptq.read(words, rows, columns, size, DEVICE))
+    assert not isinstance(converted, (TorchInt4, Int4))
     x = torch.randn(3, columns, device=DEVICE)
-    assert relative(kept.apply(x.bfloat16()), x @ dense.t().to(DEVICE)) < 0.01
+    assert relative_error(converted.apply(x.bfloat16()), x @ dense.t().to(DEVICE)) < 0.01
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_gate_and_up_lie_apart_where_they_are_unpacked(dtype):
+def test_unpacks_gate_and_up_without_interleaving(dtype):
     parts = [random_gptq.tensors(seed, 64, 256, 32, act_order=False) for seed in (1, 2)]
     fused = fusion.fuse([random_gptq.read(words, 64, 256, 32) for words, _ in parts], True)
     fused = replace(fused, bias=torch.arange(128.0).to(dtype))
     forms = TorchForms(dtype, CPU, math.inf)
     forms._packs = False
     x = torch.randn(5, 256).to(dtype)
-    for got, wanted in zip(forms(fused, paired=True).halves(
+    for got, expected in zip(forms(fused, paired=True).halves(
             forms(fused, paired=True).apply(x)), fused.halves(fused.apply(x)), strict=True):
-        assert relative(got, wanted.flatten(1)) < 0.01
+        assert relative_error(got, expected.flatten(1)) < 0.01
     assert 'unpacked' in forms.report
 
 
 @pytest.mark.parametrize('rows, columns', [(256, 640), (1280, 256)])
 def test_unpacked_weights_have_no_gaps(rows, columns):
-    """Stored rows are padded to whole blocks; a product that reads the gaps takes far longer."""
+    """Stored rows are padded to whole blocks; products of padded weights are far slower."""
     words, _ = random_gptq.tensors(1, rows, columns, 128, act_order=False)
     weight = fusion.fuse([random_gptq.read(words, rows, columns, 128)], False)
     dense = TorchForms(torch.float32, CPU, math.inf)(weight).weight
@@ -120,8 +120,8 @@ def test_unpacked_weights_have_no_gaps(rows, columns):
 @pytest.mark.parametrize('rows', [1, 2, 33])
 @pytest.mark.parametrize('layout', ['rows', 'columns', 'gaps'])
 @pytest.mark.parametrize('bias', [True, False])
-def test_float32_products_of_every_layout(rows, layout, bias):
-    """With oneDNN, where it is fast, and without."""
+def test_float32_product_of_each_memory_layout(rows, layout, bias):
+    """With oneDNN for large matrices without gaps, otherwise without."""
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 640), torch.randn(1024, 640)
     expected = x.double() @ weight.double().t()
@@ -135,7 +135,7 @@ def test_float32_products_of_every_layout(rows, layout, bias):
                                atol=1e-4)
 
 
-def test_without_room_the_log_says_what_is_missing():
+def test_log_states_the_missing_memory():
     words, _ = random_gptq.tensors(1, 64, 256, 32)
     weight = random_gptq.read(words, 64, 256, 32)
     forms = TorchForms(torch.float32, CPU, 64 * 256 * 4)
@@ -146,23 +146,23 @@ def test_without_room_the_log_says_what_is_missing():
 
 @pytest.mark.parametrize(('capability', 'chip', 'device', 'has'), [
     ('DEFAULT', (9, 0), 'cpu', False), ('AVX512', (7, 5), 'cuda', False)])
-def test_where_the_int4_product_is_none_or_a_slow_one(monkeypatch, capability, chip, device, has):
+def test_old_hardware_has_no_int4_product(monkeypatch, capability, chip, device, has):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: chip)
     assert torch_forms.has_int4(torch.device(device)) == has
 
 
 @pytest.mark.parametrize('bias', [False, True])
-def test_a_vector_in_half_precision_without_onednn(bias):
+def test_bfloat16_product_with_a_vector_without_onednn(bias):
     weight = Dense(torch.randn(50, 70).bfloat16(), torch.randn(50).bfloat16() if bias else None)
     x = torch.randn(70).bfloat16()
-    wanted = weight.weight.double() @ x.double() + (weight.bias.double() if bias else 0)
-    assert relative(weight.apply(x), wanted) < 0.01
+    expected = weight.weight.double() @ x.double() + (weight.bias.double() if bias else 0)
+    assert relative_error(weight.apply(x), expected) < 0.01
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('room', [0, math.inf])
-def test_a_head_that_is_the_embedding(tmp_path, dtype, room):
+def test_converts_a_tied_head(tmp_path, dtype, room):
     checkpoint = inspect(random_model.save(tmp_path, 'llama', 1, tie_word_embeddings=True))
     shape = families.parse(checkpoint.config)
     read = weights.load(shape, source.Files(checkpoint, CPU), None, dtype, lambda text: None,
@@ -184,38 +184,38 @@ def test_a_head_that_is_the_embedding(tmp_path, dtype, room):
 @pytest.mark.skipif(not torch_forms.has_reordered(torch.bfloat16, CPU),
                     reason='oneDNN has no bfloat16 product on this processor')
 @pytest.mark.parametrize('bias', [False, True])
-def test_reordered_weights(bias):
+def test_reordered_weights_match_dense(bias):
     weight = Dense(torch.randn(50, 70).bfloat16(), torch.randn(50).bfloat16() if bias else None)
-    found = TorchForms(torch.bfloat16, CPU, math.inf)(weight)
-    assert isinstance(found, Reordered)
-    assert (found.shape, found.read_bytes) == (weight.shape, weight.read_bytes)
+    reordered = TorchForms(torch.bfloat16, CPU, math.inf)(weight)
+    assert isinstance(reordered, Reordered)
+    assert (reordered.shape, reordered.read_bytes) == (weight.shape, weight.read_bytes)
     for x in (torch.randn(70), torch.randn(4, 70)):
-        wanted = x.double() @ weight.weight.double().t() + (weight.bias.double() if bias else 0)
-        assert relative(found.apply(x.bfloat16()), wanted) < 0.01
-        assert relative(found.apply(x), wanted) < 1e-6
-        assert found.apply(x).shape == wanted.shape
+        expected = x.double() @ weight.weight.double().t() + (weight.bias.double() if bias else 0)
+        assert relative_error(reordered.apply(x.bfloat16()), expected) < 0.01
+        assert relative_error(reordered.apply(x), expected) < 1e-6
+        assert reordered.apply(x).shape == expected.shape
 
 
 @packs
-def test_nothing_is_left_of_the_stored_form(tmp_path, monkeypatch):
-    seen = []
+def test_load_frees_the_stored_form(tmp_path, monkeypatch):
+    stored_weights = []
 
-    def packed(weight, made=torch_forms._packed):
-        seen.append(weakref.ref(weight))
-        return made(weight)
+    def record(weight, pack=torch_forms._packed):
+        stored_weights.append(weakref.ref(weight))
+        return pack(weight)
 
-    monkeypatch.setattr(torch_forms, '_packed', packed)
+    monkeypatch.setattr(torch_forms, '_packed', record)
     random_formats.save(tmp_path, 'llama', FORMS['awq-g64'], **WIDE)
     engine = load(NativeEngine, tmp_path, replace(CONFIG, device='cpu')).engine
     gc.collect()
-    assert seen and not any(each() for each in seen)
+    assert stored_weights and not any(weight() for weight in stored_weights)
     engine.close()
 
 
 @pytest.mark.parametrize('name', [
     'awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4', 'nvfp4', 'modelopt'])
-def test_an_engine_with_every_form(tmp_path, name):
-    """Its load holds prompt and steps against plain arithmetic; 4 bits stay packed."""
+def test_engine_runs_each_format(tmp_path, name):
+    """The load's self-check compares prompt and steps; int4 weights stay packed on a CPU."""
     random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
     loop = load(NativeEngine, tmp_path, CONFIG)
     footprint = loop.engine.footprint

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The transformers engine: other architectures, its caches, what it refuses and what it costs."""
+"""The transformers engine: architectures, caches, errors, and memory."""
 
 import gc
 import json
@@ -63,12 +63,12 @@ ARCHITECTURES = {
         'num_experts_per_tok': 2, 'moe_intermediate_size': 32, 'n_group': 1, 'topk_group': 1,
         'first_k_dense_replace': 1},
     'lfm2': {**_BASE, 'layer_types': ['conv', 'full_attention']},
-    'bamba': {                          # it does not tell places from the cache
+    'bamba': {                          # it does not derive positions from the cache
         **_BASE, 'num_hidden_layers': 3, 'attn_layer_indices': [1], 'mamba_n_heads': 4,
         'mamba_d_head': 32, 'mamba_d_state': 16, 'mamba_n_groups': 1, 'mamba_expand': 2},
-    'recurrent_gemma': {                # a state that is not in the cache
+    'recurrent_gemma': {                # its state is not in the cache
         **_BASE, 'num_hidden_layers': 3, 'lru_width': 64, 'attention_window_size': 24},
-    'gpt_neo': {                        # a mask that wants a cache which grows
+    'gpt_neo': {                        # its mask needs a growing cache
         'vocab_size': 512, 'hidden_size': 64, 'num_layers': 2, 'num_heads': 2,
         'attention_types': [[['global', 'local'], 1]], 'window_size': 24,
         'max_position_embeddings': 256}}
@@ -89,7 +89,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
-def test_decodes_as_the_library_does(name, tmp_path):
+def test_answers_like_generate(name, tmp_path):
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
     loop = load(random_model.save_config(tmp_path, config, 0))
     prompt = list(range(3, 43))
@@ -100,13 +100,13 @@ def test_decodes_as_the_library_does(name, tmp_path):
     expected = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
     assert answer == expected[0, len(prompt):].tolist()
-    # With what was said in the cache, and with a part of it taken back.
+    # With the answer in the cache, whole or cut.
     assert decode(loop, prompt + answer[:20], SamplingConfig(max_new_tokens=20)) == answer[20:]
     assert decode(loop, prompt + answer[:9], SamplingConfig(max_new_tokens=31)) == answer[9:]
     loop.engine.close()
 
 
-def test_long_prompts_come_in_pieces(folder, monkeypatch):
+def test_feeds_long_prompts_in_chunks(folder, monkeypatch):
     loop = load(folder)
     prompt = list(range(10, 160))
     expected = decode(loop, prompt)
@@ -132,7 +132,7 @@ def test_failed_step_empties_the_cache(folder, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError('broken')
 
-    # The first layer has taken the token's keys and values, the second has not.
+    # The first layer has cached the token's keys and values, the second has not.
     with monkeypatch.context() as patch:
         patch.setattr(loop.engine.cached.network.model.layers[1], 'forward', fail)
         with pytest.raises(RuntimeError, match='broken'):
@@ -144,7 +144,7 @@ def test_failed_step_empties_the_cache(folder, monkeypatch):
 
 @pytest.mark.parametrize('family', ['llama', 'mistral_window', 'qwen2_window', 'qwen3'])
 def test_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
-    """What the graph captures, launched uncaptured: all but the capture itself."""
+    """The step that a GPU captures runs here without a graph."""
     folder = random_model.save(tmp_path, family, 0)
     reference = load(folder)
     monkeypatch.setattr(caches.CapturedNetwork, '_capture', lambda self: None)
@@ -160,8 +160,8 @@ def test_static_cache_gives_the_same_tokens(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['CachedNetwork', 'CapturedNetwork'])
-def test_attention_over_new_lengths_goes_without_cudnn(folder, monkeypatch, name):
-    """A captured step has one length for ever, and keeps what PyTorch prefers."""
+def test_attention_of_changing_length_does_not_use_cudnn(folder, monkeypatch, name):
+    """A captured step has a fixed length, so it keeps PyTorch's choice."""
     monkeypatch.setattr(caches.CapturedNetwork, '_capture', lambda self: None)
     monkeypatch.setattr(module, 'CachedNetwork', getattr(caches, name))
     backends = device.attention_backends
@@ -193,14 +193,14 @@ def test_rejects_models_that_fail_with_a_static_cache(name, tmp_path, monkeypatc
         load(random_model.save_config(tmp_path, config, 0))
 
 
-def test_layers_without_keys_count_as_none(tmp_path):
+def test_footprint_omits_layers_without_keys(tmp_path):
     name = 'recurrent_gemma'
     config = transformers.AutoConfig.for_model(name, **ARCHITECTURES[name])
     footprint = load(random_model.save_config(tmp_path, config, 0)).engine.footprint
     assert (footprint.layers, footprint.windowed_layers) == (1, 1)
 
 
-def test_experts_that_are_not_asked_are_not_read(tmp_path):
+def test_footprint_omits_unselected_experts(tmp_path):
     config = transformers.AutoConfig.for_model('qwen3_moe', **ARCHITECTURES['qwen3_moe'])
     folder = random_model.save_config(tmp_path, config, 0)
     tensors = checkpoint.inspect(folder).tensors
@@ -213,26 +213,27 @@ def test_experts_that_are_not_asked_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
-def test_number_formats(folder, dtype):
+def test_dtypes(folder, dtype):
     loop = load(folder, EngineConfig(device='cpu', dtype=dtype))
     assert loop.engine.footprint.dtype == dtype
     assert loop.engine.footprint.kv_element_bytes == (4 if dtype == 'float32' else 2)
     assert len(decode(loop, [3, 4, 5])) == 8
 
 
-def alive():
+def live_linears():
+    """Count the linear layers in memory."""
     gc.collect()
     return sum(issubclass(type(each), torch.nn.Linear) for each in gc.get_objects())
 
 
-def test_close_frees(folder):
-    before = alive()
+def test_close_frees_the_weights(folder):
+    before = live_linears()
     loop = load(folder)
     decode(loop, [3, 4, 5])
-    assert alive() > before
+    assert live_linears() > before
     loop.engine.close()
     loop.engine.close()
-    assert alive() == before
+    assert live_linears() == before
 
 
 def build(path, progress=lambda text: None, **engine):
@@ -241,8 +242,8 @@ def build(path, progress=lambda text: None, **engine):
         **{'device': 'cpu', 'name': 'transformers', **engine}), progress)
 
 
-def refusal(path, **engine):
-    """Return the message with which an engine is refused."""
+def error_of(path, **engine):
+    """Return the message of the error that building an engine raises."""
     with pytest.raises(EngineError) as caught:
         build(path, **engine)
     return str(caught.value)
@@ -253,50 +254,50 @@ def test_reports_a_library_that_needs_a_download(folder, monkeypatch):
         raise URLError(ConnectionRefusedError(111, 'Connection refused'))
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, 'from_pretrained', refused)
-    message = refusal(folder)
+    message = error_of(folder)
     assert 'Connection refused' in message and 'connect this machine for one start' in message
 
 
-def test_weights_that_the_file_lacks(folder):
+def test_rejects_missing_weights(folder):
     tensors = load_file(folder / 'model.safetensors')
     del tensors['model.layers.1.mlp.up_proj.weight']
     save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
-    before = alive()
-    assert 'up_proj' in refusal(folder)
-    assert alive() == before
+    before = live_linears()
+    assert 'up_proj' in error_of(folder)
+    assert live_linears() == before
     random_model.save(folder, 'llama', 0)
     build(folder).close()
 
 
-def test_weights_of_another_shape(folder):
+def test_rejects_weights_of_another_shape(folder):
     change_config(folder, intermediate_size=128)
-    assert str(folder) in refusal(folder)
+    assert str(folder) in error_of(folder)
 
 
 @pytest.mark.parametrize('name', ['transformers', 'native'])
-def test_truncated_weights(folder, name):
+def test_rejects_truncated_weights(folder, name):
     path = folder / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:-100])
-    assert 'truncated' in refusal(folder, name=name)
+    assert 'truncated' in error_of(folder, name=name)
 
 
 @pytest.mark.parametrize('name', ['auto', 'transformers'])
-def test_unknown_architectures(folder, name):
+def test_rejects_unknown_architectures(folder, name):
     change_config(folder, model_type='never_heard_of')
-    message = refusal(folder, name=name)
+    message = error_of(folder, name=name)
     assert 'never_heard_of' in message and 'choose another model' in message
 
 
-def test_models_that_do_not_continue_text(tmp_path):
+def test_rejects_encoder_decoder_models(tmp_path):
     config = transformers.T5Config(
         vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert 'causal language model' in refusal(tmp_path)
+    assert 'causal language model' in error_of(tmp_path)
 
 
 @pytest.mark.parametrize('model_type', ['llama', 'never_heard_of'])
-def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
-    trace = tmp_path / 'it_ran'
+def test_runs_no_code_of_the_folder(folder, tmp_path, model_type):
+    trace = tmp_path / 'ran'
     code = f'open({str(trace)!r}, "w")\n'
     for name in ('modeling_own.py', 'configuration_own.py'):
         (folder / name).write_text(code)
@@ -306,7 +307,7 @@ def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
     if model_type == 'llama':
         build(folder).close()
     else:
-        assert 'never run' in refusal(folder)
+        assert 'never run' in error_of(folder)
     assert not trace.exists()
 
 
@@ -314,34 +315,34 @@ def test_no_code_of_the_folder_is_run(folder, tmp_path, model_type):
     ('gptq', 'pip install gptqmodel optimum'), ('awq', 'pip install gptqmodel'),
     ('bitsandbytes', 'pip install bitsandbytes'),
     ('compressed-tensors', 'pip install compressed-tensors'), ('torchao', 'pip install torchao')])
-def test_quantised_weights_without_their_library(folder, method, missing, monkeypatch):
+def test_names_the_missing_library_of_a_quantisation(folder, method, missing, monkeypatch):
     monkeypatch.setattr(
-        libraries, 'find_spec', lambda name: None if name != 'accelerate' else 'there')
+        libraries, 'find_spec', lambda name: None if name != 'accelerate' else 'found')
     change_config(folder, quantization_config={
         'quant_method': method, 'bits': 4, 'group_size': 128, 'load_in_4bit': True,
         'bnb_4bit_quant_type': 'nf4'})
-    message = refusal(folder)
+    message = error_of(folder)
     assert message.endswith(missing) and method in message
 
 
 @pytest.mark.parametrize('method', ['fp8', 'mxfp4', 'gptq', 'bitnet'])
-def test_accelerate_is_named_where_it_is_missing(folder, method, monkeypatch):
+def test_names_accelerate_if_it_is_missing(folder, method, monkeypatch):
     monkeypatch.setattr(
-        libraries, 'find_spec', lambda name: None if name == 'accelerate' else 'there')
+        libraries, 'find_spec', lambda name: None if name == 'accelerate' else 'found')
     change_config(folder, quantization_config={'quant_method': method})
-    assert refusal(folder).endswith(f'for {method} weights: pip install accelerate') or (
+    assert error_of(folder).endswith(f'for {method} weights: pip install accelerate') or (
         method == 'gptq')
 
 
-def test_devices_that_are_not_there(folder, monkeypatch):
+def test_rejects_missing_and_unknown_devices(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for name in ('cuda', 'cuda:0'):
-        assert 'set engine.device to cpu' in refusal(folder, device=name)
+        assert 'set engine.device to cpu' in error_of(folder, device=name)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    assert 'this machine has 1 CUDA device' in refusal(folder, device='cuda:7')
+    assert 'this machine has 1 CUDA device' in error_of(folder, device='cuda:7')
     for name in ('gpu', 'cuda:', 'cuda:x', 'tpu', ''):
-        assert 'allowed are auto, cpu, cuda and cuda:N' in refusal(folder, device=name)
+        assert 'allowed are auto, cpu, cuda and cuda:N' in error_of(folder, device=name)
 
 
 def test_rejects_an_unsupported_dtype(monkeypatch):
@@ -358,37 +359,37 @@ def test_rejects_an_unsupported_dtype(monkeypatch):
         device.select(EngineConfig(device='cpu', dtype='int8'))
 
 
-def test_too_little_memory(folder, monkeypatch):
+def test_rejects_models_that_do_not_fit_in_memory(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(device, 'free_bytes', lambda which: 1000)
-        assert 'not enough memory on cpu' in refusal(folder)
+        assert 'not enough memory on cpu' in error_of(folder)
 
     def exhaust(*args, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.LlamaModel, 'forward', exhaust)
-        before = alive()
-        message = refusal(folder)
+        before = live_linears()
+        message = error_of(folder)
         assert 'not enough memory on cpu' in message and 'are free' in message
-        assert alive() == before
+        assert live_linears() == before
     build(folder).close()
 
 
-def test_auto_goes_by_the_architecture(folder, tmp_path):
-    said = []
-    engine = build(folder, said.append, name='auto')
+def test_auto_selects_by_architecture(folder, tmp_path):
+    messages = []
+    engine = build(folder, messages.append, name='auto')
     assert engine.footprint.engine == 'native'
     config = transformers.AutoConfig.for_model('gpt2', **ARCHITECTURES['gpt2'])
     other = random_model.save_config(tmp_path / 'other', config, 0)
-    engine = build(other, said.append, name='auto')
+    engine = build(other, messages.append, name='auto')
     assert engine.footprint.engine == 'transformers'
-    assert any('engine transformers, because' in text and 'gpt2' in text for text in said)
+    assert any('engine transformers, because' in text and 'gpt2' in text for text in messages)
 
 
-def test_native_refuses_what_it_does_not_run(tmp_path):
+def test_native_rejects_unsupported_architectures(tmp_path):
     config = transformers.AutoConfig.for_model('gpt2', **ARCHITECTURES['gpt2'])
-    message = refusal(random_model.save_config(tmp_path, config, 0), name='native')
+    message = error_of(random_model.save_config(tmp_path, config, 0), name='native')
     assert 'gpt2' in message and 'transformers' in message
 
 
@@ -397,63 +398,63 @@ def test_reports_an_engine_that_is_not_installed(folder, monkeypatch):
     for name in [name for name in sys.modules
                  if name.startswith('physai_decode.engines.transformers')]:
         monkeypatch.delitem(sys.modules, name)
-    assert 'pip install -U transformers' in refusal(folder)
+    assert 'pip install -U transformers' in error_of(folder)
 
 
-def test_exllamav2_that_is_not_installed(folder, monkeypatch):
+def test_reports_that_exllamav2_is_not_installed(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'exllamav2', None)
     monkeypatch.delitem(sys.modules, 'physai_decode.engines.exllamav2', raising=False)
-    assert 'pip install exllamav2' in refusal(folder, name='exllamav2')
+    assert 'pip install exllamav2' in error_of(folder, name='exllamav2')
 
 
 def test_rejects_an_unknown_engine(folder):
-    assert 'allowed are auto, native' in refusal(folder, name='vllm')
+    assert 'allowed are auto, native' in error_of(folder, name='vllm')
 
 
-def test_progress_is_told(folder):
-    said = []
-    build(folder, said.append).close()
-    assert any('loading' in text for text in said) and 'warming up' in said
+def test_reports_progress(folder):
+    messages = []
+    build(folder, messages.append).close()
+    assert any('loading' in text for text in messages) and 'warming up' in messages
 
 
 @on_gpu
 @pytest.mark.parametrize('family', random_model.FAMILIES)
 def test_captured_step_gives_the_same_tokens(family, tmp_path):
     folder = random_model.save(tmp_path, family, 0, eos_token_id=list(range(128)))
-    captured, launched = (
+    captured, eager = (
         load(folder, EngineConfig(device='cuda', dtype='float32', cuda_graph=graph))
         for graph in (True, False))
     assert captured.engine.footprint.cuda_graph == 'captured'
-    assert launched.engine.footprint.cuda_graph == 'off'
+    assert eager.engine.footprint.cuda_graph == 'off'
     for prompt in (list(range(3, 100)), list(range(3, 60)) + [7, 8, 9], [5]):
         sampling = SamplingConfig(max_new_tokens=60)
-        assert decode(captured, prompt, sampling) == decode(launched, prompt, sampling)
+        assert decode(captured, prompt, sampling) == decode(eager, prompt, sampling)
     for check in CHECKS:
         check(captured)
-        check(launched)
+        check(eager)
     steps = list(captured.stream([3, 4, 5], SamplingConfig(max_new_tokens=8)))
     assert all(step.device_s > 0 for step in steps)
 
 
 @on_gpu
-def test_close_frees_the_device(folder):
-    def held_and_left():
+def test_close_frees_device_memory(folder):
+    def memory_before_and_after_close():
         loop = load(folder, EngineConfig(device='cuda'))
         decode(loop, [3, 4, 5])
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         loop.engine.close()
-        return held, torch.cuda.memory_allocated()
+        return before, torch.cuda.memory_allocated()
 
     gc.collect()
-    before = held_and_left()[1]         # what the libraries keep for the next engine
+    _, kept = memory_before_and_after_close()       # by the libraries, for the next engine
     for _ in range(3):
-        held, left = held_and_left()
-        assert left == before < held
+        before, after = memory_before_and_after_close()
+        assert after == kept < before
 
 
 @on_gpu
-def test_names_what_can_not_be_captured(tmp_path):
+def test_names_a_model_that_can_not_be_captured(tmp_path):
     config = transformers.AutoConfig.for_model('mamba', **ARCHITECTURES['mamba'])
     folder = random_model.save_config(tmp_path, config, 0)
-    assert 'mamba' in refusal(folder, device='cuda')
+    assert 'mamba' in error_of(folder, device='cuda')
     assert len(decode(load(folder, EngineConfig(device='cuda', cuda_graph=False)), [3])) == 8
