@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument('--peak-gb-s', type=float, default=0.0, metavar='GB_S',
                      help='peak memory bandwidth; 0 detects it')
     how.add_argument('--out', type=_folder, default=Path('decode_bench_out'), metavar='DIR',
-                     help='folder of the results; existing results are not measured again')
+                     help='folder of the results; existing results are not measured again unless '
+                          'the model, the code, the packages or the machine have changed')
     how.add_argument('--models', type=_folder, metavar='DIR',
                      help='folder for random weights (default: OUT/models)')
     how.add_argument('--keep-checkpoints', action='store_true',

@@ -219,55 +219,111 @@ def test_constrains_to_a_regex_a_choice_or_a_grammar(
 
 
 class Event:
-    """Replaces a CUDA event, for a device that is never busy."""
+    """Replaces a CUDA event, for a device that is never busy and whose clock stands still."""
+
+    now_ms = 0.0
 
     def __init__(self, enable_timing=False):
         pass
 
     def record(self, stream):
-        pass
+        self.at_ms = Event.now_ms
 
     def synchronize(self):
         pass
 
     def elapsed_time(self, end):
-        return 1.0
+        return end.at_ms - self.at_ms
 
     def query(self):
         return True
 
 
-@pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
-def test_pipeline_samples_with_the_mask_of_its_own_step(
-        sampling, folder, vocabulary, tokenizer, monkeypatch):
+@pytest.fixture
+def piped(folder, monkeypatch):
+    """Return a factory of decode loops whose steps run in a pipeline, on a CPU."""
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
-    loop = loop_of(NativeEngine, folder)
-    form = Form('json_schema', {'type': 'object'}, 'name')
+    loops = []
 
-    def answers():
+    def made(steps_ahead=0):
+        loop = loop_of(NativeEngine, folder)
+        loop.engine._ahead = steps_ahead
+        loop.engine.pipeline = loop.engine.piped(False)
+        loops.append(loop)
+        return loop
+
+    yield made
+    for loop in loops:
+        loop.engine.close()
+
+
+FORM = Form('json_schema', {'type': 'object'}, 'name')
+
+
+def free(loop, ids=(5, 6, 7), sampling=GREEDY):
+    return [step.token_ids for step in loop.stream(ids, sampling)]
+
+
+@pytest.mark.parametrize('steps_ahead', [0, 1, 2, 8])
+@pytest.mark.parametrize('sampling', [GREEDY, SAMPLED])
+def test_pipeline_samples_with_the_mask_of_its_own_step(
+        sampling, steps_ahead, folder, vocabulary, tokenizer, piped):
+    def answers(loop):
         loop.forget()
-        unconstrained = [step.token_ids for step in loop.stream([5, 6, 7], sampling)]
-        return decode(loop, vocabulary, tokenizer, form, sampling), unconstrained
+        return free(loop, sampling=sampling), decode(loop, vocabulary, tokenizer, FORM, sampling)
 
-    expected = answers()
-    loop.engine.pipeline = pipeline = loop.engine.piped(False)
-    calls = []
-    monkeypatch.setattr(pipeline, '_forward', lambda rows, own=pipeline._forward: (
-        calls.append('forward'), own(rows)))
-    monkeypatch.setattr(pipeline, '_draw', lambda *given, own=pipeline._draw: (
-        calls.append('draw'), own(*given)))
-    monkeypatch.setattr(pipeline, 'collect', lambda own=pipeline.collect: (
-        calls.append('collect'), own())[1])
-    assert answers() == expected
-    calls.clear()
-    decode(loop, vocabulary, tokenizer, form, sampling)
-    # The next forward pass is launched before the host reads the token.
-    assert calls[:7] == ['forward', 'draw', 'forward', 'collect', 'draw', 'forward', 'collect']
-    loop.engine.close()
+    plain = loop_of(NativeEngine, folder)
+    assert answers(piped(steps_ahead)) == answers(plain)
+    plain.engine.close()
+
+
+def test_pipeline_starts_the_next_forward_pass_before_the_host_reads_the_token(
+        vocabulary, tokenizer, piped, monkeypatch):
+    loop, calls = piped(), []
+    pipeline, sampler = loop.engine.pipeline, loop.engine._sampler
+
+    def record(owner, name, call, takes_ms):
+        def recorded(*given, own=getattr(owner, name)):
+            calls.append(call)
+            Event.now_ms += takes_ms
+            return own(*given)
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(pipeline, '_forward', 'forward', 2.0)
+    record(sampler, 'restrict', 'restrict', 100.0)
+    record(pipeline, '_draw', 'draw', 1.0)
+    record(pipeline, 'collect', 'collect', 1000.0)
+    steps = list(loop.stream((5, 6, 7), GREEDY, vocabulary.constraint(FORM)))
+    assert calls[:9] == ['restrict', 'forward', 'restrict', 'draw', 'forward', 'collect',
+                         'restrict', 'draw', 'forward']
+    # The device's time of a step includes neither the mask nor the host's work.
+    assert [step.device_s for step in steps[1:]] == pytest.approx([0.003] * len(steps[1:]))
+
+
+@pytest.mark.parametrize('end', ['cancel', 'error'])
+def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenizer, piped):
+    """As when an answer is cancelled, or its mask fails."""
+    loop, plain = piped(), loop_of(NativeEngine, folder)
+    constraint = vocabulary.constraint(FORM)
+    steps = loop.stream([5, 6, 7], GREEDY, constraint)
+    for _ in range(3):
+        next(steps)
+    assert loop.engine.pipeline._begun
+    if end == 'cancel':
+        steps.close()
+    else:
+        constraint.mask = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            next(steps)
+        del constraint.mask
+    assert free(loop, (9, 8)) == free(plain, (9, 8))
+    assert decode(loop, vocabulary, tokenizer, FORM, GREEDY) == decode(
+        plain, vocabulary, tokenizer, FORM, GREEDY)
+    plain.engine.close()
 
 
 @pytest.mark.parametrize(('kind', 'content', 'words'), [

@@ -160,8 +160,9 @@ def test_json_form():
         parse('{"prompt": "x", "pace": {"hz": 8}}')
 
 
-def test_paced_pipeline_has_one_step_in_flight(monkeypatch):
-    """On a GPU too, a step is launched only when it is due."""
+@pytest.mark.parametrize('constraint', [None, object()])
+def test_paced_pipeline_has_one_step_in_flight(constraint):
+    """On a GPU too, a step, and the forward pass of the next one, starts only when it is due."""
     from physai_decode.engines.native.engine import NativeEngine
 
     launched = []
@@ -178,7 +179,8 @@ def test_paced_pipeline_has_one_step_in_flight(monkeypatch):
             return [7], 1e-3
 
     engine = object.__new__(NativeEngine)
-    engine.pipeline, engine._length, engine._plan, engine._constraint = Pipeline(), 4, None, None
+    engine.pipeline, engine._length, engine._plan = Pipeline(), 4, None
+    engine._constraint = constraint
     for step in range(3):
         engine.step(0)
         assert engine.pipeline.flying == 0 and launched == list(range(5, 6 + step))

@@ -48,8 +48,11 @@ class _Slot:
 
     tokens: Tensor              # int64 [ROWS], pinned
     begin: torch.cuda.Event
+    forwarded: torch.cuda.Event     # with a mask: after the forward pass,
+    restricted: torch.cuda.Event    # and before sampling, which waits for the host
     end: torch.cuda.Event
     copied: torch.cuda.Event
+    masked: bool = False
 
 
 class _Part(NamedTuple):
@@ -107,10 +110,11 @@ class Pipeline:
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._depth = Depth(ahead)
         self._copies = torch.cuda.Stream(history.device, priority=priority)
+        # One more than can be in flight, for the step of `begin`.
         self._free = deque(_Slot(
             torch.zeros(ROWS, dtype=torch.int64).pin_memory(),
-            torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True),
-            torch.cuda.Event()) for _ in range(self._depth.most))
+            *(torch.cuda.Event(enable_timing=True) for _ in range(4)),
+            torch.cuda.Event()) for _ in range(self._depth.most + 1))
         self._flying: deque[_Slot] = deque()
         self._begun = False         # whether the forward pass of the next step is launched
         self._graphs: dict[_Part, torch.cuda.CUDAGraph] = {}
@@ -141,8 +145,7 @@ class Pipeline:
     def begin(self, plan: Plan) -> None:
         """Launch the forward pass of the next step of a plan with masks."""
         if not self._begun:
-            self._free[0].begin.record(torch.cuda.current_stream())
-            self._replay(_parts(plan, 1)[0])
+            self._start(self._free[0], plan, 1)
             self._begun = True
 
     def launch(self, plan: Plan, place: int, restrict: Callable[[], None] | None = None,
@@ -158,14 +161,15 @@ class Pipeline:
             self._depth.learn(self._flying[-1].copied.query())
         slot = self._free[0]        # it stays free if the step can't be launched
         stream = torch.cuda.current_stream()
-        parts = _parts(plan, rows)
+        assert rows == 1 or not self._begun
         if not self._begun:
-            slot.begin.record(stream)
-            self._replay(parts[0])
-        for part in parts[1:]:
+            self._start(slot, plan, rows)
+        slot.masked = plan.mask
+        if plan.mask:
             if restrict is not None:
                 restrict()
-            self._replay(part)
+            slot.restricted.record(stream)
+            self._replay(_parts(plan, rows)[1])
         slot.end.record(stream)
         self._begun = False
         with torch.cuda.stream(self._copies):
@@ -179,18 +183,32 @@ class Pipeline:
         Wait for the tokens of the oldest step.
 
         :returns: int64 [ROWS], which starts with the tokens of the step and is valid until the
-            next launch; and the time of the step on the device in seconds.
+            next launch; and the time of the step on the device in seconds, without the wait for
+            a mask.
         """
         slot = self._flying.popleft()
         self._free.append(slot)
         slot.copied.synchronize()
-        return slot.tokens, slot.begin.elapsed_time(slot.end) * 1e-3
+        if slot.masked:
+            device_ms = (slot.begin.elapsed_time(slot.forwarded)
+                         + slot.restricted.elapsed_time(slot.end))
+        else:
+            device_ms = slot.begin.elapsed_time(slot.end)
+        return slot.tokens, device_ms * 1e-3
 
     def drain(self) -> None:
-        """Wait for the steps in flight, and discard their tokens."""
+        """Wait for the steps in flight and discard their tokens, and a forward pass of `begin`."""
         while self._flying:
             self.collect()
         self._begun = False
+
+    def _start(self, slot: _Slot, plan: Plan, rows: int) -> None:
+        """Launch the first part of a step."""
+        stream = torch.cuda.current_stream()
+        slot.begin.record(stream)
+        self._replay(_parts(plan, rows)[0])
+        if plan.mask:
+            slot.forwarded.record(stream)
 
     def _replay(self, part: _Part) -> None:
         self._graphs[part].replay() if self._capture else self._run(part)
