@@ -89,7 +89,7 @@ class Controller(Node):
             return 'no plan in time'
         if self.has_model is False:
             return f'{self.target} has no model: configure and activate it'
-        names = decode_nodes(self)
+        names = [name for name in decode_nodes(self) if name != self.target]
         return (f'no node {self.target} was found within {self.plan_s:g} s'
                 + (f'; found {" ".join(names)}: choose one with --node' if names else ''))
 

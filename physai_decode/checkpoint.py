@@ -170,6 +170,18 @@ def locate(path: str, revision: str = '') -> Path:
     return _download(path, revision)
 
 
+def local_folder(path: str) -> Path | None:
+    """Find the folder of a model like `locate`, but download nothing; None if it is not here."""
+    try:
+        if path.startswith('builtin:') or Path(path).expanduser().exists():
+            return locate(path)
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(path, local_files_only=True))
+    # The client raises its own errors and those of the operating system.
+    except Exception:
+        return None
+
+
 def open(path: str, revision: str = '') -> Checkpoint:
     """Find a model and inspect its folder; see `locate` and `inspect`."""
     return inspect(locate(path, revision))

@@ -320,10 +320,11 @@ def configured(config: ConstraintConfig) -> Form | None:
     for name, value in given.items():
         kind, is_file = name.removesuffix('_file'), name.endswith('_file')
         name = f'constraint.{name}'
+        where = f'{name} ({shown(value)})'
         if is_file:
             value = _read(name, value)
         if kind == 'schema':
-            return Form('json_schema', _parsed(name, value), name)
+            return Form('json_schema', _parsed(where if is_file else name, value), name)
         return Form(kind, list(value) if kind == 'choice' else value, name)
     return None
 
@@ -382,4 +383,4 @@ def _parsed(name: str, text: str) -> Any:
     try:
         return parse_value(text, name)
     except RequestError as error:
-        raise ConstraintError(f'{name}: {error}') from error
+        raise ConstraintError(str(error)) from error

@@ -119,12 +119,12 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
+        form = configured(config.constraint)
         engine = engines.build(
             model, _engine_config(config), progress, config.speculation.name != 'off')
         undo.callback(engine.close)
         progress('finding the peak memory bandwidth')
         peak = find_engine_peak(engine.footprint, config)
-        form = configured(config.constraint)
         if form is not None:
             progress(f'compiling {form.name}')
             shape = engine.footprint
@@ -373,20 +373,20 @@ class Host:
             return 'loading'
         if worker is not None:
             return worker.state
-        if self.failure:
-            return 'failed'
         if self.closed:
             return 'finalized'
+        if self.failure:
+            return 'failed'
         return 'unconfigured' if self.loaded is None else 'inactive'
 
     def inactive_reason(self) -> str:
         """Return why requests are refused while there is no worker, and what to do."""
         if self.loading:
             return f'the node is loading ({self.loading}): send it again when it is active'
-        if self.failure:
-            return f'no model is loaded: {self.failure}; fix this, then configure and activate'
         if self.closed:
             return 'the node is shut down: restart its process'
+        if self.failure:
+            return f'no model is loaded: {self.failure}; fix this, then configure and activate'
         if self.loaded is None:
             return 'the node is unconfigured: configure and activate it first'
         return 'the node is inactive: activate it first'

@@ -137,6 +137,7 @@ class Cancel(NamedTuple):
     """A message that cancels the request with this id."""
 
     client_id: str
+    surplus: tuple[str, ...] = ()       # fields of the message that have no effect
 
 
 @dataclass(frozen=True)
@@ -252,11 +253,11 @@ def parse(text: str) -> Request | Cancel:
     if 'cancel' not in value:
         return Request.from_json(value)
     client_id = _client_id(value)
-    surplus = value.keys() - {'id', 'metadata', 'cancel'}
-    if value['cancel'] is not True or not client_id or surplus:
-        raise RequestError('to cancel, send {"id": "...", "cancel": true} and nothing else',
-                           client_id)
-    return Cancel(client_id)
+    if value['cancel'] is not True or not client_id:
+        # Without an id: a result with the id would look like the end of that request.
+        named = f'; request {client_id!r} goes on' if client_id else ''
+        raise RequestError(f'to cancel, send {{"id": "...", "cancel": true}}{named}')
+    return Cancel(client_id, tuple(sorted(value.keys() - {'id', 'metadata', 'cancel'})))
 
 
 def parse_value(text: str, name: str) -> Any:

@@ -119,8 +119,8 @@ class RequestQueue:
         if not request.text:
             return Refusal('invalid', 'the prompt is empty: send some text')
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):
-            return Refusal('invalid', f'id {request.client_id!r} belongs to a request that has '
-                           'not ended: give each request its own id')
+            return Refusal('duplicate', f'id {request.client_id!r} belongs to a request that has '
+                           'not ended, and goes on: give each request its own id')
         if self.preempts or not self:
             return None
         if len(self) >= self._config.size:

@@ -913,11 +913,24 @@ def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
     monkeypatch.setattr(provenance, '_PACKAGE', folder)
     assert run() == (4, ['  measured again, as these have changed: code'])
     result, = runner.sessions.glob('*.json')
+    assert json.loads(result.with_suffix('.old').read_text())['status'] == 'done'
     older = json.loads(result.read_text())
     del older['provenance']             # as an earlier version wrote it
     result.write_text(json.dumps(older))
     assert run() == (5, ['  measured again, as these have changed: model, code, packages, '
                          'machine'])
+
+
+def test_provenance_of_odd_files_and_of_a_hub_model(tmp_path, monkeypatch):
+    (tmp_path / os.fsdecode(b'na\xffme')).touch()
+    before = provenance.provenance(str(tmp_path))
+    assert provenance.changes(before, provenance.provenance(str(tmp_path))) == []
+    monkeypatch.setattr('physai_decode.checkpoint._download',
+                        lambda *given: pytest.fail('a download'))
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    assert provenance.provenance('nobody/nothing')['model'] == provenance.provenance('')['model']
+    monkeypatch.setattr(machine, 'gpus', lambda: ['GPU-2'])
+    assert provenance.changes(before, provenance.provenance(str(tmp_path))) == ['machine']
 
 
 def test_repeats_only_a_session_that_died(runner, monkeypatch):

@@ -287,7 +287,9 @@ def test_pipeline_starts_the_next_forward_pass_before_the_host_reads_the_token(
     pipeline, sampler = loop.engine.pipeline, loop.engine._sampler
 
     def record(owner, name, call, takes_ms):
-        def recorded(*given, own=getattr(owner, name)):
+        own = getattr(owner, name)
+
+        def recorded(*given):
             calls.append(call)
             Event.now_ms += takes_ms
             return own(*given)

@@ -227,7 +227,7 @@ def test_bandwidth_warns_below_the_limit(window):
 @pytest.mark.parametrize(('footprint', 'advice'), [
     (FOOTPRINT, 'use a smaller model'),
     (replace(FOOTPRINT, quantization='bitsandbytes-nf4'), 'such as GPTQ of four bits'),
-    (replace(FOOTPRINT, details={'kernels': 'torch'}), 'install Triton'),
+    (replace(FOOTPRINT, details={'kernels': 'torch'}), 'install a Triton'),
     (replace(FOOTPRINT, engine='transformers', details={}), 'engine.name: native with Triton'),
     (None, 'use engine.name: native')])
 def test_advice_of_the_verdict_fits_the_engine(window, footprint, advice):

@@ -99,6 +99,17 @@ def test_accepts_fields_without_effect():
 
 def test_cancel():
     assert parse('{"id": "x", "cancel": true}') == Cancel('x')
+    assert parse('{"id": "x", "cancel": true, "reason": "late"}') == Cancel('x', ('reason',))
+
+
+@pytest.mark.parametrize('text', [
+    '{"id": "x", "cancel": "true"}', '{"id": "x", "prompt": "go", "cancel": false}',
+    '{"cancel": true}'])
+def test_invalid_cancel_is_no_end_of_a_running_request(text):
+    """A result with the id would look like the end of the request, which goes on."""
+    with pytest.raises(RequestError, match='to cancel, send') as caught:
+        parse(text)
+    assert caught.value.client_id == ''
 
 
 @pytest.mark.parametrize(('fields', 'message'), [
@@ -190,8 +201,7 @@ def test_cancel():
         {'function': {'name': 'a', 'arguments': '{'}}]}]},
      'messages[0].tool_calls[0].function.arguments is not valid JSON'),
     ({'thinking': {'max_tokens': -1}}, 'thinking.max_tokens is -1: allowed are 0 to'),
-    ({'thinking': {'tokens': 1}}, "'thinking.tokens' is not a field of a request"),
-    ({'cancel': True}, 'to cancel, send'), ({'cancel': False}, 'to cancel, send')])
+    ({'thinking': {'tokens': 1}}, "'thinking.tokens' is not a field of a request")])
 def test_rejects_wrong_fields(fields, message):
     with pytest.raises(RequestError, match=re.escape(message)) as raised:
         read(id='mine', **fields)

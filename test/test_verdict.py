@@ -72,7 +72,7 @@ def test_names_the_largest_part(figures, cause, part_ms, advice):
      'use a smaller model; decode_bench --kernels times each kernel'),
     (replace(NATIVE_NF4, quantization='none'),
      'use a smaller model; decode_bench --kernels times each kernel'),
-    (replace(NATIVE_NF4, kernels='torch'), 'install Triton'),
+    (replace(NATIVE_NF4, kernels='torch'), 'install a Triton'),
     (replace(NATIVE_NF4, engine='exllamav2', kernels=''),
      'use another engine, such as engine.name: native with Triton'),
     (replace(CPU, engine='native', kernels='torch'),

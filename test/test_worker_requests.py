@@ -143,7 +143,7 @@ def test_id_is_unique_until_its_request_ends(make):
     waiting = worker.submit(Request('a', client_id='y'))
     for client_id in 'xy':
         report, _ = sink.end(worker.submit(Request('b', client_id=client_id)))
-        assert report.finish_reason == 'rejected'
+        assert (report.finish_reason, report.refusal) == ('rejected', 'duplicate')
         assert f"id '{client_id}' belongs to a request that has not ended" in report.message
     gate.open(9)
     for number in (running, waiting):

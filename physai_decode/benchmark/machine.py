@@ -18,6 +18,7 @@ Describe the machine of a measurement: device, driver, clocks, versions, memory 
 Torch is used only if it is already loaded. Unknown values are left out.
 """
 
+from collections.abc import Callable
 import contextlib
 from importlib import metadata
 import os
@@ -76,14 +77,28 @@ def memory(footprint: Footprint) -> dict[str, float]:
 
 def driver() -> str | None:
     """Return the version of the driver, or None if NVML does not report it."""
+    return next(iter(_nvml(lambda nvml: [nvml.nvmlSystemGetDriverVersion()])), None)
+
+
+def gpus() -> list[str]:
+    """Return the UUIDs of the GPUs; empty if NVML does not report them."""
+    return _nvml(lambda nvml: [
+        nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))
+        for index in range(nvml.nvmlDeviceGetCount())])
+
+
+def _nvml(read: Callable[[Any], list[Any]]) -> list[str]:
+    """Return what ``read`` reads from NVML as text; empty if it is not available."""
     try:
         import pynvml
         pynvml.nvmlInit()
+        try:
+            found = read(pynvml)
+        finally:
+            pynvml.nvmlShutdown()
     except Exception:                       # pynvml is not installed, or NVML is not available
-        return None
-    version = pynvml.nvmlSystemGetDriverVersion()
-    pynvml.nvmlShutdown()
-    return version.decode() if isinstance(version, bytes) else str(version)
+        return []
+    return [each.decode() if isinstance(each, bytes) else str(each) for each in found]
 
 
 def _gpu(torch: Any, footprint: Footprint) -> dict[str, Any]:

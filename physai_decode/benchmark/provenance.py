@@ -20,10 +20,10 @@ import hashlib
 import os
 from pathlib import Path
 import platform
+import re
 
 from physai_decode import checkpoint
 from physai_decode.benchmark import machine
-from physai_decode.engine import EngineError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -35,14 +35,16 @@ def provenance(model: str) -> dict[str, str]:
     The files of a checkpoint are compared by name, size and time of change.
 
     :param model: as `checkpoint.locate` takes it; empty for random weights, which follow from the
-        settings and the code.
+        settings and the code. A model of the hub is compared only if it is in the local cache.
     """
     return {
         'model': _digest(_files(model)),
-        'code': _digest(path.read_text() for path in sorted(_PACKAGE.rglob('*.py'))),
-        'packages': _digest(map(str, sorted(machine.packages().items()))),
-        'machine': _digest([platform.node(), platform.python_version(), platform.release(),
-                            str(sorted(os.sched_getaffinity(0))), str(machine.driver())]),
+        'code': _digest(path.read_bytes().hex() for path in sorted(_PACKAGE.rglob('*.py'))),
+        'packages': _digest([platform.python_version(),
+                             *map(str, sorted(machine.packages().items()))]),
+        'machine': _digest([platform.release(), _cpu(), str(sorted(os.sched_getaffinity(0))),
+                            str(machine.driver()), *machine.gpus(),
+                            os.environ.get('CUDA_VISIBLE_DEVICES', 'all')]),
     }
 
 
@@ -52,15 +54,22 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _files(model: str) -> Iterable[str]:
-    if not model:
+    folder = checkpoint.local_folder(model) if model else None
+    if folder is None:
         return []
     try:
-        folder = checkpoint.locate(model)
         return [f'{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}'
                 for path in sorted(folder.rglob('*')) if path.is_file()]
-    except (EngineError, OSError):
-        return ['can not be read']          # the session reports the reason
+    except OSError:
+        return []                   # the session reports the reason
+
+
+def _cpu() -> str:
+    try:
+        return str(set(re.findall(r'^model name.*', Path('/proc/cpuinfo').read_text(), re.M)))
+    except OSError:
+        return platform.machine()
 
 
 def _digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256('\0'.join(parts).encode(errors='surrogateescape')).hexdigest()[:16]

@@ -86,6 +86,7 @@ class Runner:
                 return {**kept, 'kept': True}
             if changed:
                 self.progress(f'  measured again, as these have changed: {", ".join(changed)}')
+                path.rename(path.with_suffix('.old'))
             else:
                 lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')
         record = {'case': case.to_dict(), 'provenance': own, 'lost': lost}

@@ -51,7 +51,8 @@ _IGNORED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_reten
 _STREAM_OPTIONS = ('include_usage', 'include_obfuscation')
 # HTTP status and OpenAI's code, by the kind of a refusal or by finish reason.
 _REFUSALS = {'invalid': (400, 'invalid_request'), 'too_large': (413, 'request_too_large'),
-             'full': (429, 'queue_full'), 'inactive': (503, 'model_not_active')}
+             'duplicate': (409, 'duplicate_id'), 'full': (429, 'queue_full'),
+             'inactive': (503, 'model_not_active')}
 _ENDS = {'error': (500, 'error'), 'deadline': (504, 'deadline'), 'cancelled': (503, 'cancelled'),
          'preempted': (503, 'preempted')}
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}

@@ -138,7 +138,7 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
             executor.spin_once(timeout_sec=0.1)
 
     def found() -> str:
-        names = decode_nodes(asker)
+        names = [name for name in decode_nodes(asker) if name != asker.target]
         return f'; found {" ".join(names)}' if names else ''
 
     try:

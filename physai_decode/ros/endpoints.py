@@ -78,6 +78,10 @@ class Endpoints:
             self._host.refuse(str(error), error.client_id)
             return
         if isinstance(parsed, Cancel):
+            if parsed.surplus:
+                self._logger.warning(
+                    f'the cancel of {parsed.client_id!r} ignores {", ".join(parsed.surplus)}',
+                    throttle_duration_sec=1.0)
             if self._host.cancel(client_id=parsed.client_id) == NOTHING_RUNNING:
                 self._logger.info(
                     f'nothing to cancel: no request {parsed.client_id!r} runs or waits',

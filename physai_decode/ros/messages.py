@@ -186,6 +186,9 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
         level, message = WARN, f'{window.deadline_misses} deadlines missed since activation'
     if window.miss_limit_reached:
         level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
+        if window.itl_p50_ms is not None and window.token_deadline_ms is not None:
+            message += (f': itl_p50_ms is {window.itl_p50_ms:.3g}, deadline.token_ms '
+                        f'{window.token_deadline_ms:.3g}')
     return status(name, LATENCY_KEYS, window, message=message, level=level,
                   hardware_id=hardware_id)
 

@@ -20,6 +20,7 @@ another waits for measure_gap, the third still handles requests, services, param
 `/diagnostics`. Tokens do not need the executor: the decode thread publishes them.
 """
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -376,8 +377,9 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                     f'{name} can not be set to {shown(value)} while the node runs: model.locked '
                     'is true; change it in the params file and restart the node')
             if configured:
+                plain = list(value) if isinstance(value, array) else value
                 raise ConfigError(
-                    f'{name} can not be set to {value!r} now: it {parameters.FIXED} '
+                    f'{name} can not be set to {shown(plain)} now: it {parameters.FIXED} '
                     f'(now: {host.state}); deactivate and clean up first')
 
     def _log_end(self, report: RequestReport) -> None:

@@ -27,7 +27,6 @@ before the host has read it.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -42,17 +41,16 @@ MOST_AHEAD = 8       # maximum, while the host is late
 CALM_STEPS = 256     # steps in time after which one step less is in flight
 
 
-@dataclass
 class _Slot:
     """One step in flight."""
 
-    tokens: Tensor              # int64 [ROWS], pinned
-    begin: torch.cuda.Event
-    forwarded: torch.cuda.Event     # with a mask: after the forward pass,
-    restricted: torch.cuda.Event    # and before sampling, which waits for the host
-    end: torch.cuda.Event
-    copied: torch.cuda.Event
-    masked: bool = False
+    def __init__(self) -> None:
+        self.tokens = torch.zeros(ROWS, dtype=torch.int64).pin_memory()
+        # With a mask, sampling waits for the host between forwarded and restricted.
+        self.begin, self.forwarded, self.restricted, self.end = (
+            torch.cuda.Event(enable_timing=True) for _ in range(4))
+        self.copied = torch.cuda.Event()
+        self.masked = False
 
 
 class _Part(NamedTuple):
@@ -111,10 +109,7 @@ class Pipeline:
         self._depth = Depth(ahead)
         self._copies = torch.cuda.Stream(history.device, priority=priority)
         # One more than can be in flight, for the step of `begin`.
-        self._free = deque(_Slot(
-            torch.zeros(ROWS, dtype=torch.int64).pin_memory(),
-            *(torch.cuda.Event(enable_timing=True) for _ in range(4)),
-            torch.cuda.Event()) for _ in range(self._depth.most + 1))
+        self._free = deque(_Slot() for _ in range(self._depth.most + 1))
         self._flying: deque[_Slot] = deque()
         self._begun = False         # whether the forward pass of the next step is launched
         self._graphs: dict[_Part, torch.cuda.CUDAGraph] = {}
