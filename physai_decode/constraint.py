@@ -383,4 +383,6 @@ def _parsed(name: str, text: str) -> Any:
     try:
         return parse_value(text, name)
     except RequestError as error:
-        raise ConstraintError(str(error)) from error
+        message = str(error)
+        raise ConstraintError(
+            message if message.startswith(name) else f'{name}: {message}') from error

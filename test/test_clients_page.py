@@ -48,7 +48,7 @@ class Planner(EchoEngine):
         self._constrained = constraint is not None
         return super().first(sampling, prompt_ids, constraint)
 
-    def said(self, letter):
+    def answer_to(self, letter):
         """Leave the plan as it is."""
         return letter if self._constrained else letter.upper()
 

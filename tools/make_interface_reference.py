@@ -169,8 +169,9 @@ KEYS = {
     'read_weight_gb': 'size of the weights that one step actually reads',
     'realtime_refused': 'settings of `realtime` that the system does not permit, and how to '
                         'permit them',
-    'refusal': 'why a request was rejected: `invalid`; `too_large`; `full`: send it again later; '
-               '`inactive`: no model is active',
+    'refusal': 'why a request was rejected: `invalid`; `too_large`; `duplicate`: a request with '
+               'this id runs or waits, and goes on; `full`: send it again later; `inactive`: no '
+               'model is active',
     'refusals': 'requests refused so far',
     'request_deadline_ms': 'the parameter `deadline.request_ms`, if it is set',
     'request_id': 'number of the request, from 1; it continues across activations',
