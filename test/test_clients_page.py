@@ -108,4 +108,4 @@ def test_a_client_without_a_node_says_so():
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
-    assert done.stderr == 'no service /nobody/change_state: does the node run?\n'
+    assert done.stderr == 'no service /nobody/get_state: does the node run?\n'
