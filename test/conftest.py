@@ -22,6 +22,8 @@ import signal
 import socket
 import sys
 
+import pytest
+
 
 def claim_domain() -> tuple[int, socket.socket]:
     """
@@ -51,6 +53,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def shut_down_ros():
+    """Keep a failed fixture of one module from failing the modules after it."""
+    yield
+    if 'rclpy' in sys.modules:
+        sys.modules['rclpy'].try_shutdown()
 
 
 def pytest_collection_finish(session):

@@ -17,6 +17,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+import faulthandler
 import threading
 import time
 
@@ -224,7 +225,9 @@ class Rig:
         """Wait until ``done`` returns true."""
         end_s = time.monotonic() + PATIENCE_S
         while not done():
-            assert time.monotonic() < end_s, 'waited too long'
+            if time.monotonic() > end_s:
+                faulthandler.dump_traceback()       # where each thread hangs
+                raise AssertionError('waited too long')
             time.sleep(0.005)
 
     def call(self, name, request):
