@@ -181,6 +181,7 @@ class Rig:
                 ('change_state', ChangeState), ('get_state', GetState), ('cancel', Trigger),
                 ('reset', Trigger), ('measure_gap', Trigger), ('set_parameters', SetParameters),
                 ('set_parameters_atomically', SetParametersAtomically))}
+        self.add_to_probe()
         self.executors = [Executor(3, self.node.faults.note), SingleThreadedExecutor()]
         self.threads = []
         for executor, node in zip(self.executors, (self.node, self.probe), strict=True):
@@ -190,6 +191,14 @@ class Rig:
         for client in self.clients.values():
             assert client.wait_for_service(PATIENCE_S)
         self.wait(lambda: self.received['diagnostics'] and self.prompt.get_subscription_count())
+
+    def add_to_probe(self) -> None:
+        """
+        Create what else a test needs on the probe, before its executor spins.
+
+        An executor that spins while rclpy creates an `ActionClient` can end: it uses the client's
+        lock before the client has one.
+        """
 
     def _counted(self, topic, count, do):
         def counted(message):
@@ -296,11 +305,24 @@ class Rig:
 
 
 @contextmanager
-def active_rig(**overrides) -> Iterator[Rig]:
-    """Yield the rig of an active node with an `EchoEngine`; initialise and shut down rclpy."""
+def new_rig(kind: type[Rig] = Rig, **arguments) -> Iterator[Rig]:
+    """Initialise rclpy and yield the rig of an unconfigured node; end both, whatever fails."""
     rclpy.init()
-    rig = Rig(**overrides)
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    try:
+        rig = kind(**arguments)
+        try:
+            yield rig
+        finally:
+            rig.close()
+    finally:
+        rclpy.shutdown()
+
+
+@contextmanager
+def active_rig(kind: type[Rig] = Rig, engine: type[EchoEngine] = EchoEngine,
+               **arguments) -> Iterator[Rig]:
+    """Yield the rig of an active node."""
+    with new_rig(kind, **arguments) as rig:
+        rig.loader.kind = engine
+        assert rig.change('configure', 'activate')
+        yield rig

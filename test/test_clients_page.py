@@ -19,12 +19,11 @@ import re
 import subprocess
 import sys
 
+from node_rig import active_rig
 from node_rig import EchoEngine
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.ros.interfaces import unavailable
 import pytest
-import rclpy
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / 'docs' / 'clients.md').read_text()
@@ -59,13 +58,8 @@ class Planner(EchoEngine):
 @pytest.fixture(scope='module')
 def rig():
     """Start an active node."""
-    rclpy.init()
-    rig = Rig()
-    rig.loader.kind = Planner
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with active_rig(engine=Planner) as rig:
+        yield rig
 
 
 def start(name):

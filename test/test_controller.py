@@ -22,9 +22,9 @@ import sys
 import threading
 import time
 
+from node_rig import active_rig
 from node_rig import EchoEngine
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.result import chat_completion
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
@@ -53,13 +53,8 @@ class Planner(EchoEngine):
 @pytest.fixture(scope='module')
 def rig():
     """Start an active node that echoes each prompt."""
-    rclpy.init()
-    rig = Rig()
-    rig.loader.kind = Planner
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with active_rig(engine=Planner) as rig:
+        yield rig
 
 
 @pytest.fixture

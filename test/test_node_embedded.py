@@ -19,11 +19,10 @@ from pathlib import Path
 import re
 import shutil
 
-from node_rig import Rig
+from node_rig import new_rig
 import physai_decode
 from physai_decode.host import load
 import pytest
-import rclpy
 
 MODEL = Path(physai_decode.__file__).parent / 'models' / 'tiny_planner'
 
@@ -45,11 +44,9 @@ def delete(pattern):
 @pytest.fixture(scope='module')
 def rig():
     """Return the rig of an unconfigured node."""
-    rclpy.init()
-    rig = Rig(load, **{'engine.cpu_threads': 1, 'roofline.peak_bandwidth_gb_s': 10.0})
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with new_rig(load=load, **{
+            'engine.cpu_threads': 1, 'roofline.peak_bandwidth_gb_s': 10.0}) as rig:
+        yield rig
 
 
 @pytest.mark.parametrize(('damage', 'words'), [

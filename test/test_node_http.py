@@ -22,10 +22,10 @@ import socket
 import subprocess
 import sys
 
+from node_rig import active_rig
+from node_rig import new_rig
 from node_rig import PATIENCE_S
-from node_rig import Rig
 import pytest
-import rclpy
 from test_exit import LOG_LINE
 from test_exit import SCRIPT
 
@@ -64,13 +64,10 @@ def health(port):
 @pytest.fixture
 def rig():
     """Return the rig of an unconfigured node, and its HTTP port."""
-    rclpy.init()
     port = free_port()
-    rig = Rig(**{'http.port': port})
-    rig.port = port
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with new_rig(**{'http.port': port}) as rig:
+        rig.port = port
+        yield rig
 
 
 def test_listens_while_the_node_is_configured(rig):
@@ -142,11 +139,8 @@ def test_cancel_by_topic_ends_a_stream(rig):
 
 
 def test_does_not_listen_by_default():
-    rclpy.init()
-    rig = Rig()
-    assert rig.change('configure', 'activate') and rig.node._http is None
-    rig.close()
-    rclpy.shutdown()
+    with active_rig() as rig:
+        assert rig.node._http is None
 
 
 def test_signal_ends_a_node_with_open_connections(request):

@@ -16,25 +16,21 @@
 
 import json
 
-from node_rig import Rig
+from node_rig import new_rig
 from physai_decode.request import parse
 from physai_decode.request import Request
 from physai_decode.ros.topics import stream_qos
 import pytest
-import rclpy
 from std_msgs.msg import String
 
 
 @pytest.fixture(scope='module')
 def rig():
     """Return the rig of a node."""
-    rclpy.init()
-    rig = Rig(**{'queue.max_request_bytes': 5000})
-    rig.request = rig.probe.create_publisher(String, '/decode/request', stream_qos())
-    rig.wait(rig.request.get_subscription_count)
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with new_rig(**{'queue.max_request_bytes': 5000}) as rig:
+        rig.request = rig.probe.create_publisher(String, '/decode/request', stream_qos())
+        rig.wait(rig.request.get_subscription_count)
+        yield rig
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ import termios
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from node_rig import active_rig
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.ros import messages
 from physai_decode.ros.watch import number
 from physai_decode.ros.watch import printable
@@ -43,13 +43,9 @@ COMMAND = [sys.executable, '-m', 'physai_decode.ros.watch']
 @pytest.fixture(scope='module')
 def rig():
     """Start an active node with a token deadline that slow tokens miss."""
-    rclpy.init()
-    rig = Rig(**{
-        'deadline.token_ms': 5.0, 'deadline.max_consecutive_misses': 1000})
-    assert rig.change('configure', 'activate')
-    yield rig
-    rig.close()
-    rclpy.shutdown()
+    with active_rig(**{
+            'deadline.token_ms': 5.0, 'deadline.max_consecutive_misses': 1000}) as rig:
+        yield rig
 
 
 class Screen:
