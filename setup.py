@@ -25,7 +25,7 @@ setup(
     name=package_name,
     version='0.2.0',
     packages=find_packages(include=[package_name, f'{package_name}.*']),
-    package_data={package_name: ['models/*/*', 'py.typed']},
+    package_data={package_name: ['models/*/*', 'py.typed', 'ros/fastdds.xml']},
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{package_name}']),
         (f'share/{package_name}', ['package.xml']),

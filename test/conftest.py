@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 
+from physai_decode.ros import dds
 import pytest
 
 
@@ -51,6 +52,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 # Background jobs of a shell ignore SIGINT, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+dds.configure()
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
 

@@ -32,6 +32,7 @@ import uuid
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.ros import dds
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import decode_nodes
@@ -227,6 +228,7 @@ def start(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.N
     # rclpy raises for bytes that are not valid UTF-8.
     args = [each.encode(errors='surrogateescape').decode(errors='replace')
             for each in args or sys.argv]
+    dds.configure()
     try:
         arguments = parser.parse_args(remove_ros_args(args)[1:])
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)

@@ -23,6 +23,7 @@ import time
 from physai_decode.config import ConfigError
 from physai_decode.host import Load
 from physai_decode.host import load
+from physai_decode.ros import dds
 from physai_decode.ros import memory
 from physai_decode.ros import params_files
 from physai_decode.ros import watchdog
@@ -97,8 +98,7 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     for number in signals:
         signal.signal(number, lambda *_: ending.request())
     watchdog.start()
-    # Fast DDS then sends from its own thread, and a slow network does not delay decoding.
-    os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
+    dds.configure()
     try:
         # rclpy's signal handlers would shut down the context before the last messages are sent.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
