@@ -75,7 +75,7 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp3
             attributes[(index,)] = [['tt.divisibility', 16]]
     assert not constants, f'{kernel} has no {", ".join(constants)}'
     source = ASTSource(kernel, *_described(kernel, signature, values, attributes))
-    options = {'num_warps': warps, **({'launch_pdl': True} if launches_early(capability) else {})}
+    options = {'num_warps': warps, **({'launch_pdl': True} if supports_pdl(capability) else {})}
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
@@ -98,18 +98,18 @@ def _described(kernel, signature, values, attributes):
     return signature, values, AttrsDescriptor(divisible_by_16=set(divisible))
 
 
-def launches_early(capability):
+def supports_pdl(capability):
     """Return whether the engine starts kernels before the previous one ends on such a chip."""
-    return compiler.KNOWS_EARLY and capability >= 90
+    return compiler.KNOWS_PDL and capability >= 90
 
 
 def main():
     """Compile each kernel in configurations that the engine launches."""
     capability = int(sys.argv[1])
-    early = launches_early(capability)
+    pdl = supports_pdl(capability)
     for half in ('fp16', 'bf16') if capability >= 80 else ('fp16',):
         def build(kernel, capability=capability, half=half, **constants):
-            return compiled(kernel, capability, half, EARLY=early, **constants)
+            return compiled(kernel, capability, half, PDL=pdl, **constants)
 
         build(kernels._embed, BLOCK=1024, SCALE=1.0)
         build(kernels._add_normed, K=1152, WIDE=2048, BLOCK=512)
@@ -131,7 +131,7 @@ def main():
                          COLUMNS=choice.columns, STAGES=choice.stages, NORM=gated, GATED=gated,
                          GELU=gated, ADD=not gated, BIAS=gated)
             assert not re.search(NARROW, made.asm['ptx'])
-            if early and not (gated and selected):
+            if pdl and not (gated and selected):
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
         for gated, zeros, selected in ((True, False, 0), (False, True, 0), (True, True, 1),
@@ -149,20 +149,20 @@ def main():
                     # Lanes load what they multiply, so shared memory holds only the sums.
                     assert made.metadata.shared <= 2048 * warps
                 assert not re.search(NARROW, made.asm['ptx'])
-                if early and (warps, stages, selected) == (4, 1, 0):
+                if pdl and (warps, stages, selected) == (4, 1, 0):
                     # All words are requested while the previous kernel still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
         passes(build, half, capability)
-        scaled(build, half, capability, early)
-        coded(build, half, capability, early)
+        scaled(build, half, capability, pdl)
+        coded(build, half, capability, pdl)
         if capability >= 80:
             prefill(build, half, capability)
-    sampling(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, EARLY=early)
+    sampling(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, PDL=pdl)
     print('compiled')
 
 
-def scaled(build, half, capability, early):
+def scaled(build, half, capability, pdl):
     """Compile the kernels for 8-bit weights, with scales per row and per group."""
     for gated, by_row in ((True, True), (False, False)):
         choice = kernels.DENSE_CHOICES[0 if gated else 2]
@@ -173,7 +173,7 @@ def scaled(build, half, capability, early):
                      ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, GELU=False,
                      ADD=not gated, BIAS=gated, ASSEMBLY=True)
         assert by_row or 'prmt.b32' in made.asm['ptx']
-        if early:
+        if pdl:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
     compiled(scaled_kernels._widen, capability, half, values='i8', scales='fp32', zeros='fp32',
@@ -181,7 +181,7 @@ def scaled(build, half, capability, early):
              ASSEMBLY=True)
 
 
-def coded(build, half, capability, early):
+def coded(build, half, capability, pdl):
     """Compile the kernels for 4-bit codes, with scales of each type."""
     for gated, scales, group in ((True, 'fp32', 64), (False, 'i8', 16), (True, 'u8', 32)):
         choice = kernels.CODED_CHOICES[0]
@@ -192,7 +192,7 @@ def coded(build, half, capability, early):
         assert gated or 'lop3.b32' in made.asm['ptx']
         # A lane loads 16 bytes of codes at a time.
         assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
-        if early:
+        if pdl:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
     compiled(coded_kernels._widen, capability, half, codes='u8', table='fp32', scales='i8',
@@ -269,7 +269,7 @@ def passes(build, half, capability):
 def sampling(capability, **layout):
     """Compile the kernels of sampling, each with all stages and with the fewest."""
     compiled(sampling_kernels._allow, capability, 'fp16', BLOCK=layout['BLOCK'],
-             EARLY=layout['EARLY'])
+             PDL=layout['PDL'])
     for few in (True, False):
         layout['passes'] = few
         compiled(sampling_kernels._top, capability, 'fp16', **layout)

@@ -57,15 +57,15 @@ def test_rejects_an_invalid_capability(monkeypatch, value):
         chip.capability(DEVICE)
 
 
-@pytest.mark.parametrize('value, early', [('8.7', False), ('9.0', True)])
-def test_launches_kernels_early_only_from_capability_9(monkeypatch, value, early):
+@pytest.mark.parametrize('value, pdl', [('8.7', False), ('9.0', True)])
+def test_uses_dependent_launch_only_from_capability_9(monkeypatch, value, pdl):
     compiler = pytest.importorskip('physai_decode.engines.compiler')
-    monkeypatch.setattr(compiler, 'KNOWS_EARLY', True)
+    monkeypatch.setattr(compiler, 'KNOWS_PDL', True)
     monkeypatch.setenv(chip.VARIABLE, value)
-    assert compiler.launches_early(DEVICE) is early
-    assert not compiler.launches_early(torch.device('cpu'))
-    monkeypatch.setattr(compiler, 'KNOWS_EARLY', False)
-    assert not compiler.launches_early(DEVICE)
+    assert compiler.supports_pdl(DEVICE) is pdl
+    assert not compiler.supports_pdl(torch.device('cpu'))
+    monkeypatch.setattr(compiler, 'KNOWS_PDL', False)
+    assert not compiler.supports_pdl(DEVICE)
 
 
 def test_reports_that_triton_can_not_compile_for_the_gpu(monkeypatch):

@@ -78,7 +78,7 @@ def test_dense(make, n, splits):
     x, weight, out = make(32, 160), make(n, 160), nans(splits, 32, n)
     kernels._dense[(2 * triton.cdiv(n, 32), splits)](
         x, weight, x, out, 0, n, 160, 32, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
-        PAIRED=False, GATED=False, GELU=False, BIAS=False, PLACED=False, EARLY=False)
+        PAIRED=False, GATED=False, GELU=False, BIAS=False, PLACED=False, PDL=False)
     assert_close(out.sum(0), x @ weight.t())
 
 
@@ -89,7 +89,7 @@ def test_dense_gated(make, n, activation):
     kernels._dense[(triton.cdiv(2 * n, 32), 1)](
         x, weight, bias, out, 0, 2 * n, 64, 16, n, ROWS=32, COLUMNS=32, TOKENS=16, STAGES=2,
         PAIRED=True, GATED=True, GELU=activation == 'gelu_tanh', BIAS=True, PLACED=False,
-        EARLY=False)
+        PDL=False)
     gate, up = F.linear(x, weight, bias).chunk(2, 1)
     assert_close(out, ACTIVATIONS[activation](gate) * up)
 
@@ -104,7 +104,7 @@ def test_int4(make, group_size, k, splits, symmetric):
         weight.scales if weight.zeros is None else weight.zeros, x, out, 0, 48, k,
         weight.packed.shape[1], 16, 48, GROUP=group_size, TILES=2, TOKENS=16, STAGES=2,
         EXACT=k % (4 * group_size) == 0, GATED=False, GELU=False, BIAS=False, ZEROS=not symmetric,
-        PLACED=False, ASSEMBLY=CUDA, EARLY=False)
+        PLACED=False, ASSEMBLY=CUDA, PDL=False)
     assert_close(out.sum(0), x @ dense.t())
 
 
@@ -118,7 +118,7 @@ def test_int4_gated(make):
     kernels._int4[(4, 1)](
         fragment_order(x), weight.packed, weight.scales, weight.scales, weight.bias, out, 0, 128,
         128, 1, 16, 64, GROUP=32, TILES=2, TOKENS=16, STAGES=2, EXACT=True, GATED=True,
-        GELU=False, BIAS=True, ZEROS=False, PLACED=True, ASSEMBLY=CUDA, EARLY=False)
+        GELU=False, BIAS=True, ZEROS=False, PLACED=True, ASSEMBLY=CUDA, PDL=False)
     gate, up = (F.linear(x, dense, bias[64 * at:64 * at + 64])
                 for at, (_, dense) in enumerate(parts))
     assert_close(out, fragment_order(F.silu(gate) * up))
@@ -149,11 +149,11 @@ def test_attention(make, start, count, window, splits):
     kernels._attend[(2, kv_heads, splits)](
         q, keys, values, at, real, out, *parts, context, tokens,
         math.log2(math.e) / math.sqrt(dim), HEADS=heads, GROUP=3, D=dim, DIMS=128, M=32, N=16,
-        SPLITS=splits, WINDOW=window, STAGES=2, PLACED=False, EARLY=False)
+        SPLITS=splits, WINDOW=window, STAGES=2, PLACED=False, PDL=False)
     if splits > 1:
         kernels._join[(tokens, 2)](
             *parts, real, out, tokens, HEADS=heads, ROWS=4, D=dim, DIMS=128, SPLITS=splits,
-            PLACED=False, EARLY=False)
+            PLACED=False, PDL=False)
     positions = torch.arange(context, device=DEVICE)
     own = start + torch.arange(count, device=DEVICE).unsqueeze(1)
     mask = positions <= own

@@ -15,8 +15,8 @@
 """
 The features of the installed Triton that depend on its version and on the GPU.
 
-Programmatic dependent launch starts a kernel while the previous one ends. It needs Triton 3.5 and
-compute capability 9.0. Otherwise kernels are compiled without ``EARLY`` and never call
+Programmatic dependent launch (PDL) starts a kernel while the previous one ends. It needs Triton
+3.5 and compute capability 9.0. Otherwise kernels are compiled without ``PDL`` and never call
 ``gdc_launch_dependents`` and ``gdc_wait``.
 """
 
@@ -27,17 +27,17 @@ import torch
 import triton
 
 LEAST = (3, 1)          # the oldest version that compiles all kernels
-EARLY = (9, 0)          # the lowest capability with programmatic dependent launch
+LEAST_CAPABILITY = (9, 0)       # for programmatic dependent launch (PDL)
 VERSION = tuple(int(number) for number in re.findall(r'\d+', triton.__version__)[:2])
 if VERSION < LEAST:
     raise ImportError(f'Triton {triton.__version__} is too old: install {LEAST[0]}.{LEAST[1]} or '
                       'newer')
 
-KNOWS_EARLY = VERSION >= (3, 5)
+KNOWS_PDL = VERSION >= (3, 5)
 LEAST_COLUMNS = 8 if VERSION >= (3, 5) else 16      # of a product on the tensor cores
 PIPELINES = VERSION >= (3, 3)       # three-dimensional loads; older versions abort the process
 
-if KNOWS_EARLY:
+if KNOWS_PDL:
     from triton.language.extra.cuda import gdc_launch_dependents
     from triton.language.extra.cuda import gdc_wait
 else:
@@ -50,9 +50,9 @@ else:
         """Wait for the results of the previous kernels."""
 
 
-def launches_early(device: torch.device) -> bool:
+def supports_pdl(device: torch.device) -> bool:
     """Whether a kernel on this device can start while the previous one ends."""
-    return KNOWS_EARLY and device.type == 'cuda' and chip.capability(device) >= EARLY
+    return KNOWS_PDL and device.type == 'cuda' and chip.capability(device) >= LEAST_CAPABILITY
 
 
 def problem(device: torch.device) -> str | None:

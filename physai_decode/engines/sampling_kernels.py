@@ -23,7 +23,7 @@ bins of similar scores, and only the scores in the bin of the threshold are comp
 Probabilities are summed as integers, because that sum does not depend on the order, so the same
 logits always give the same token. Their unit is 2**-44 of the highest probability.
 
-For ``EARLY``, see ``kernels``. A row of a pass changes no state if ``active`` points to 0.
+For ``PDL``, see ``kernels``. A row of a pass changes no state if ``active`` points to 0.
 """
 
 from dataclasses import fields
@@ -106,11 +106,11 @@ def _is_last(arrived, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _allow(logits, mask, out, vocab, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _allow(logits, mask, out, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Write the logits of the ids whose bit in ``mask`` is set, and -inf for the others."""
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     bits = tl.load(mask + ids // 8, mask=inside, other=0).to(tl.int32)
@@ -120,10 +120,10 @@ def _allow(logits, mask, out, vocab, BLOCK: tl.constexpr, EARLY: tl.constexpr):
 
 @triton.jit
 def _top(logits, seen, floats, tops, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
-         PENALTY: tl.constexpr, EARLY: tl.constexpr, active=None):
+         PENALTY: tl.constexpr, PDL: tl.constexpr, active=None):
     """Write the greatest logit of each program."""
     program = tl.program_id(0)
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if active is not None:
@@ -176,7 +176,7 @@ def _emptied(bins):
 @triton.jit
 def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, arrived, vocab,
          BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
-         PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, EARLY: tl.constexpr,
+         PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, PDL: tl.constexpr,
          active=None):
     """
     Count scores and sum probabilities in bins; find the bins of the thresholds.
@@ -185,7 +185,7 @@ def _bin(logits, seen, floats, integers, tops, counts, masses, state, number, ar
     exact bin depends on which scores of bin LAST top-k keeps.
     """
     program = tl.program_id(0)
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if active is not None:
@@ -289,14 +289,14 @@ def _middle(low, high):
 def _border(logits, seen, floats, integers, tops, state, found, number, arrived, vocab,
             BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
             PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-            EARLY: tl.constexpr, active=None):
+            PDL: tl.constexpr, active=None):
     """
     Collect the scores in the bins of the thresholds; the last program finds the thresholds.
 
     It bisects until one score is left.
     """
     program = tl.program_id(0)
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if active is not None:
@@ -406,7 +406,7 @@ def _gumbel(ids, first, second):
 def _pick(logits, seen, floats, integers, tops, state, token, position, history, bests, places,
           arrived, vocab, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
           PENALTY: tl.constexpr, DRAW: tl.constexpr, TRUNCATED: tl.constexpr,
-          MINIMUM: tl.constexpr, EARLY: tl.constexpr, active=None, draft_token=None,
+          MINIMUM: tl.constexpr, PDL: tl.constexpr, active=None, draft_token=None,
           next_active=None):
     """
     Find the greatest of the kept scores; the last program writes the token.
@@ -415,7 +415,7 @@ def _pick(logits, seen, floats, integers, tops, state, token, position, history,
     row of the pass is active: whether the token is ``draft_token``.
     """
     program = tl.program_id(0)
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if active is not None:
@@ -478,18 +478,18 @@ class TritonSampler(Sampler):
     """Samples tokens with kernels; same arguments and results as `Sampler`."""
 
     def __init__(self, vocab_size: int, device: torch.device, processors: int = 4,
-                 early: bool = False):
+                 pdl: bool = False):
         """
         Allocate scratch memory.
 
         :param processors: of the device; up to twice as many programs split the vocabulary.
-        :param early: launch each kernel while the previous one ends.
+        :param pdl: launch each kernel while the previous one ends.
         """
         super().__init__(vocab_size, device)
         programs = min(triton.cdiv(vocab_size, BLOCK), 2 * processors)
-        self._layout = {'BLOCK': BLOCK, 'PROGRAMS': programs, 'EARLY': early}
+        self._layout = {'BLOCK': BLOCK, 'PROGRAMS': programs, 'PDL': pdl}
         self._padded = triton.next_power_of_2(programs)
-        self._options = {'launch_pdl': True} if early else {}
+        self._options = {'launch_pdl': True} if pdl else {}
 
         def scratch(count, dtype):
             return torch.zeros(count, dtype=dtype, device=device)
@@ -512,7 +512,7 @@ class TritonSampler(Sampler):
         vocab = logits.shape[0]
         _allow[(triton.cdiv(vocab, BLOCK),)](
             logits, self._masks[row], self._allowed, vocab, BLOCK=BLOCK,
-            EARLY=self._layout['EARLY'], num_warps=4, **self._options)
+            PDL=self._layout['PDL'], num_warps=4, **self._options)
         return plan.unmasked, self._allowed[:vocab]
 
     def draw(self, plan: Plan, logits: Tensor, position: Tensor, token: Tensor,

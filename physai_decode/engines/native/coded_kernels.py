@@ -116,7 +116,7 @@ def _products(tile, low, high, table, v, w, GROUP: tl.constexpr, E2M1: tl.conste
 def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.constexpr,
            GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
            GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-           E2M1: tl.constexpr, EARLY: tl.constexpr):
+           E2M1: tl.constexpr, PDL: tl.constexpr):
     """Multiply a `Coded` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows."""
     PARTS: tl.constexpr = COLUMNS // 32
     BLOCKS: tl.constexpr = (K + 31) // 32
@@ -140,7 +140,7 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
     up_tile, up_low, up_high = tile, low, high
     if GATED:
         up_tile, up_low, up_high = _load_tile(up_row, up_groups, block, K, GROUP, COLUMNS)
-    if EARLY:
+    if PDL:
         gdc_wait()
     v, square = _load_input(x, gain, block, 0, K, NORM)
     w, squared = _load_input(x, gain, block, 1, K, NORM)
@@ -158,7 +158,7 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
             up_tile, up_low, up_high = _load_tile(
                 up_row, up_groups, first + block, K, GROUP, COLUMNS)
             more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     total = tl.sum(tl.sum(squares, 1), 0)
     factor: tl.constexpr = 16384.0 if E2M1 else 1.0
@@ -209,7 +209,7 @@ class CodedOps(ScaledOps):
             x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
             n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows, COLUMNS=choice.columns,
             NORM=gain is not None, GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
-            E2M1=weight.is_e2m1 and self._device.type == 'cuda', EARLY=self._early,
+            E2M1=weight.is_e2m1 and self._device.type == 'cuda', PDL=self._pdl,
             **self._launch(choice.warps))
 
 

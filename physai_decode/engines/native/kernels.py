@@ -18,7 +18,7 @@ The operations of a decode step as Triton kernels; each one's twin is in ``ops``
 At batch 1, reading the weights bounds a decode step, so every kernel keeps the memory bus busy:
 each program owns a few output rows and streams them once, and the norm, bias, SiLU and residual
 around the product stay in registers. With programmatic dependent launch (compute capability 9.0
-and newer), here ``EARLY``, each kernel starts while the previous one ends, does the work that does
+and newer), here ``PDL``, each kernel starts while the previous one ends, does the work that does
 not depend on it, and then waits for its results. A kernel lets the next one start only after its
 own main loop, unless it is small: earlier, the next one's blocks pile up on whichever SMs are
 free.
@@ -60,8 +60,8 @@ def _fetch(addresses):
 
 @triton.jit
 def _embed(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
-           EARLY: tl.constexpr):
-    if EARLY:
+           PDL: tl.constexpr):
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -149,7 +149,7 @@ def _stack_offsets(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.conste
 def _dense(x, weight, bias, gain, ids, routing, out, n, stride, eps, K: tl.constexpr,
            SIZE: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
            STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
-           ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+           ADD: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [K]; ROWS rows a program.
 
@@ -165,7 +165,7 @@ def _dense(x, weight, bias, gain, ids, routing, out, n, stride, eps, K: tl.const
     if GATED:
         up_row += n.to(tl.int64) * SIZE
         if STACK:
-            if EARLY:
+            if PDL:
                 gdc_wait()      # for the router; without gate it ran two kernels before
             ids += tl.program_id(1)
             out += tl.program_id(1) * stride
@@ -178,7 +178,7 @@ def _dense(x, weight, bias, gain, ids, routing, out, n, stride, eps, K: tl.const
     u = w
     if GATED:
         u = _weights(up_row + base, columns, first, SIZE, COLUMNS)
-    if EARLY:
+    if PDL:
         gdc_wait()
     sums, more, squares = _multiplied(
         sums, more, squares, w, u, x, gain, columns, 0, K, COLUMNS, NORM, GATED)
@@ -190,7 +190,7 @@ def _dense(x, weight, bias, gain, ids, routing, out, n, stride, eps, K: tl.const
             u = _weights(up_row + base, columns, first, SIZE, COLUMNS)
         sums, more, squares = _multiplied(
             sums, more, squares, w, u, x, gain, columns, k, K, COLUMNS, NORM, GATED)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     square = tl.sum(squares)
     result = _finish(tl.sum(sums, 1), square, rows, n, K, eps, bias, NORM, BIAS)
@@ -350,7 +350,7 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
           K: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
           GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
           GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
@@ -366,7 +366,7 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
     block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
     if GATED and STACK:
-        if EARLY:
+        if PDL:
             gdc_wait()
         ids += tl.program_id(1)
         out += tl.program_id(1) * stride
@@ -378,7 +378,7 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
             more, more_four, more_zero = _tile(
                 packed, scales, zeros, ids, tile, block + SPLIT, BLOCKS, SIZE, STACK, GROUP,
                 SPLIT, ZEROS)
-        if EARLY:
+        if PDL:
             gdc_wait()
         result = _block(result, x, sums, words, four, zero, block, None, K, GROUP, COPIED, ZEROS,
                         ASSEMBLY)
@@ -386,7 +386,7 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
             result = _block(result, x, sums, more, more_four, more_zero, block + SPLIT, None, K,
                             GROUP, COPIED, ZEROS, ASSEMBLY)
     else:
-        if EARLY:
+        if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
             words, four, zero = _tile(
@@ -394,7 +394,7 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
                 SPLIT, ZEROS)
             result = _block(result, x, sums, words, four, zero, first + block, None, K, GROUP,
                             COPIED, ZEROS, ASSEMBLY)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
@@ -433,7 +433,7 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
 
 @triton.jit
 def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.constexpr,
-             BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr):
+             BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr, PDL: tl.constexpr):
     """
     Write ``x`` [K] normalised, in the order of a weight's columns, and the sums of every 8.
 
@@ -446,7 +446,7 @@ def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.const
         source = tl.load(order + columns, mask=inside, other=0)
     if NORM:
         scale = tl.load(gain + source, mask=inside, other=0.0).to(tl.float32)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     v = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
@@ -463,7 +463,7 @@ def _prepare(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.const
 
 @triton.jit
 def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-                EARLY: tl.constexpr):
+                PDL: tl.constexpr):
     """
     Add ``branch`` [K], normalised, to ``x``; BLOCK columns a program.
 
@@ -472,7 +472,7 @@ def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
     scale = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     every = tl.arange(0, WIDE)
@@ -484,14 +484,14 @@ def _add_normed(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr, BLOCK
 
 @triton.jit
 def _select(logits, ids, routing, COUNT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-          TOP_K: tl.constexpr, NORMALISED: tl.constexpr, EARLY: tl.constexpr):
+          TOP_K: tl.constexpr, NORMALISED: tl.constexpr, PDL: tl.constexpr):
     """
     Write the ids of the TOP_K largest of COUNT ``logits``, largest first, and their weights.
 
     WIDE is COUNT rounded up to a multiple of BLOCK, both powers of two. If logits are NaN, the
     ids keep their values, and the first weight is NaN.
     """
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     every = tl.arange(0, WIDE)
@@ -537,7 +537,7 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
             part_totals, max_context, scale, eps, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
             PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
             TOKENS: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
-            LENGTH: tl.constexpr, EARLY: tl.constexpr):
+            LENGTH: tl.constexpr, PDL: tl.constexpr):
     """
     Attend over one split of the context for the queries of one key-value head.
 
@@ -557,7 +557,7 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
     cache = kv_head.to(tl.int64) * max_context * D
     queries = tl.arange(0, PADDED)
     dims = tl.arange(0, DIMS)
-    if EARLY:
+    if PDL:
         # The split's keys and values are older than this step.
         first = tl.minimum(begin + tl.arange(0, TOKENS), max_context - 1)
         lines = cache + first.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
@@ -614,9 +614,9 @@ def _attend(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, pa
 
 @triton.jit
 def _join(part_sums, part_maxima, part_totals, out, out_sums, D: tl.constexpr,
-          DIMS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+          DIMS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Merge BLOCK dimensions of a query head's splits; also write the sums of every 8."""
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -707,7 +707,7 @@ class TritonOps(TorchOps):
         self._device = device
         if device.type == 'cuda' and (held := chip.pretended(device)):
             self.name = f'{self.name} as on {held}'
-        self._early = compiler.launches_early(device)
+        self._pdl = compiler.supports_pdl(device)
         self._processors = 4
         if device.type == 'cuda':
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -723,7 +723,7 @@ class TritonOps(TorchOps):
         """See `TorchOps.embed`."""
         hidden = x.shape[0]
         _embed[(triton.cdiv(hidden, 1024),)](
-            table, token, x, hidden, BLOCK=1024, SCALE=scale, EARLY=self._early,
+            table, token, x, hidden, BLOCK=1024, SCALE=scale, PDL=self._pdl,
             **self._launch(4))
 
     def linear(self, x, weight, out, *, gain=None, eps=0.0, add=False):
@@ -741,7 +741,7 @@ class TritonOps(TorchOps):
         wide = max(32, triton.next_power_of_2(count))
         _select[(1,)](
             logits, into.ids, into.weights, COUNT=count, WIDE=wide, BLOCK=min(128, wide),
-            TOP_K=into.ids.shape[0], NORMALISED=normalised, EARLY=self._early,
+            TOP_K=into.ids.shape[0], NORMALISED=normalised, PDL=self._pdl,
             **self._launch(4))
 
     def gated_experts(self, x, stack, routed, out, gain, eps, activation='silu'):
@@ -759,7 +759,7 @@ class TritonOps(TorchOps):
         self._current.discard(x.data_ptr())
         _add_normed[(triton.cdiv(k, 512),)](
             branch, gain, x, eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
-            EARLY=self._early, **self._launch(8))
+            PDL=self._pdl, **self._launch(8))
 
     def apply(self, x, weight):
         """See `TorchOps.apply`."""
@@ -779,10 +779,10 @@ class TritonOps(TorchOps):
             *parts, max_context, layer.scale, layer.norm_eps, KV_HEADS=kv_heads,
             GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
             WINDOW=layer.window, NORM=layer.q_norm is not None, BETA=layer.growth.beta,
-            LENGTH=layer.growth.context, EARLY=self._early, **self._launch(warps))
+            LENGTH=layer.growth.context, PDL=self._pdl, **self._launch(warps))
         _join[(layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
-            EARLY=self._early, **self._launch(1))
+            PDL=self._pdl, **self._launch(1))
 
     def _split_attention(self, layer, dims, rows=1):
         """Return the warps and splits of a layer's attention, and the splits' buffers."""
@@ -795,7 +795,7 @@ class TritonOps(TorchOps):
 
     def sampler(self, vocab_size, device):
         """See `TorchOps.sampler`."""
-        return TritonSampler(vocab_size, device, self._processors, self._early)
+        return TritonSampler(vocab_size, device, self._processors, self._pdl)
 
     def tune(self, transformer, progress):
         """
@@ -864,7 +864,7 @@ class TritonOps(TorchOps):
         bias = weight.bias
         common = {
             'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'GELU': gelu,
-            'ADD': add, 'BIAS': bias is not None, 'EARLY': self._early,
+            'ADD': add, 'BIAS': bias is not None, 'PDL': self._pdl,
             **self._launch(choice.warps)}
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
@@ -907,7 +907,7 @@ class TritonOps(TorchOps):
         _prepare[(triton.cdiv(k, 512),)](
             x, x if gain is None else gain, x if weight.order is None else weight.order, out,
             self._sums(out), eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
-            NORM=gain is not None, ORDERED=weight.order is not None, EARLY=self._early,
+            NORM=gain is not None, ORDERED=weight.order is not None, PDL=self._pdl,
             **self._launch(8))
         return out
 
@@ -931,7 +931,7 @@ class TritonOps(TorchOps):
 
     def _launch(self, warps):
         options = {'num_warps': warps}
-        if self._early:
+        if self._pdl:
             options['launch_pdl'] = True
         return options
 

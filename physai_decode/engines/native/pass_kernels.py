@@ -19,7 +19,7 @@ A step is a pass of one row. The number of rows is an argument of the same compi
 bits of a row can not depend on it. Products use the tensor cores, with a row of the pass in each
 column, so the weights are read once for all rows. Unused columns repeat the last row.
 
-For ``EARLY``, see ``kernels``.
+For ``PDL``, see ``kernels``.
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,9 @@ import triton.language as tl
 
 @triton.jit
 def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
-                EARLY: tl.constexpr):
+                PDL: tl.constexpr):
     """Write the rows of ``table`` for all tokens to ``x``; padding gets row 0."""
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -65,19 +65,19 @@ def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexp
 @triton.jit
 def _prepare_rows(x, gain, order, out, out_sums, eps, K: tl.constexpr, WIDE: tl.constexpr,
                   BLOCK: tl.constexpr, NORM: tl.constexpr, ORDERED: tl.constexpr,
-                  EARLY: tl.constexpr):
+                  PDL: tl.constexpr):
     """Run `_prepare` for each row."""
     row = tl.program_id(1)
     _prepare(x + row * K, gain, order, out + row * K, out_sums + row * ((K + 7) // 8), eps, K,
-             WIDE, BLOCK, NORM, ORDERED, EARLY)
+             WIDE, BLOCK, NORM, ORDERED, PDL)
 
 
 @triton.jit
 def _add_normed_rows(branch, gain, x, eps, K: tl.constexpr, WIDE: tl.constexpr,
-                     BLOCK: tl.constexpr, EARLY: tl.constexpr):
+                     BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Run `_add_normed` for each row."""
     row = tl.program_id(1)
-    _add_normed(branch + row * K, gain, x + row * K, eps, K, WIDE, BLOCK, EARLY)
+    _add_normed(branch + row * K, gain, x + row * K, eps, K, WIDE, BLOCK, PDL)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _column(pointers, k, columns, K: tl.constexpr, WIDTH: tl.constexpr):
 def _dense_rows(x, weight, bias, out, n, rows, K: tl.constexpr, TILE: tl.constexpr,
                 COLUMNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
                 GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-                EARLY: tl.constexpr):
+                PDL: tl.constexpr):
     """
     Multiply ``weight`` [n, K] (gated: [2 n, K]) by ``x`` [rows, K]; TILE rows per program.
 
@@ -108,7 +108,7 @@ def _dense_rows(x, weight, bias, out, n, rows, K: tl.constexpr, TILE: tl.constex
     WIDTH: tl.constexpr = SPLIT * COLUMNS
     up = n.to(tl.int64) * K
     kind = weight.dtype.element_ty
-    if EARLY:
+    if PDL:
         gdc_wait()
     if SPLIT == 1:
         w_at = weight + row[:, None] + columns[None, :]
@@ -137,7 +137,7 @@ def _dense_rows(x, weight, bias, out, n, rows, K: tl.constexpr, TILE: tl.constex
                 more_parts = tl.dot(u, v, more_parts, input_precision='ieee')
         sums = tl.sum(parts, 0)
         more = tl.sum(more_parts, 0)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     if BIAS:
         sums += tl.load(bias + tile, mask=tile < n, other=0.0).to(tl.float32)[:, None]
@@ -164,7 +164,7 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
                BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
                AHEAD: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
                BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
-               EARLY: tl.constexpr):
+               PDL: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
@@ -177,7 +177,7 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
     if AHEAD:
         words, four, zero = _tile(packed, scales, zeros, packed, program, block, BLOCKS, BLOCKS,
                                   0, GROUP, SPLIT, ZEROS)
-        if EARLY:
+        if PDL:
             gdc_wait()
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         for first in tl.range(0, LAST, SPLIT, num_stages=1):
@@ -190,14 +190,14 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
         result = _block(result, x, sums, words, four, zero, LAST + block, rows, K, GROUP, False,
                         ZEROS, ASSEMBLY)
     else:
-        if EARLY:
+        if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
             words, four, zero = _tile(packed, scales, zeros, packed, program, first + block,
                                       BLOCKS, BLOCKS, 0, GROUP, SPLIT, ZEROS)
             result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
                             False, ZEROS, ASSEMBLY)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     values = tl.sum(result, 0)
     tile = tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -219,9 +219,9 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
 @triton.jit
 def _write_cache(qkv, keys, values, position, cos, sin, gain, max_context, eps,
                  KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-                 NORM: tl.constexpr, EARLY: tl.constexpr):
+                 NORM: tl.constexpr, PDL: tl.constexpr):
     """Write the key and value of one row and key-value head to the cache."""
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     kv_head, row = tl.program_id(0), tl.program_id(1)
@@ -243,7 +243,7 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
                  PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
                  TOKENS: tl.constexpr, TOGETHER: tl.constexpr, WINDOW: tl.constexpr,
                  NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
-                 EARLY: tl.constexpr):
+                 PDL: tl.constexpr):
     """
     Attend over one split of the context, for one key-value head and TOGETHER rows.
 
@@ -265,7 +265,7 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
         tile = tl.maximum(0, begin + 1 - WINDOW) // TOKENS
     start = (tile + (split + SPLITS - tile % SPLITS) % SPLITS) * TOKENS
     cache = kv_head.to(tl.int64) * max_context * D
-    if EARLY:
+    if PDL:
         # Except for those of the pass, the split's keys and values are older.
         ahead = tl.minimum(start + tl.arange(0, TOKENS), max_context - 1)
         lines = cache + ahead.to(tl.int64)[:, None] * D + (tl.arange(0, DIMS // 64) * 64)[None, :]
@@ -339,7 +339,7 @@ class PassOps(TritonOps):
         """See `TorchOps.embed`."""
         hidden = x.shape[-1]
         _embed_rows[(triton.cdiv(hidden, 1024), token.shape[0])](
-            table, token, x, hidden, BLOCK=1024, SCALE=scale, EARLY=self._early,
+            table, token, x, hidden, BLOCK=1024, SCALE=scale, PDL=self._pdl,
             **self._launch(4))
 
     def add_normed(self, branch, gain, eps, x):
@@ -348,7 +348,7 @@ class PassOps(TritonOps):
         self._current.discard(x.data_ptr())
         _add_normed_rows[(triton.cdiv(k, 512), _rows(x))](
             branch, gain, x, eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512,
-            EARLY=self._early, **self._launch(8))
+            PDL=self._pdl, **self._launch(8))
 
     def attend(self, qkv, keys, values, position, cos, sin, layer, out):
         """See `TorchOps.attend`."""
@@ -362,7 +362,7 @@ class PassOps(TritonOps):
         norm = layer.q_norm is not None
         q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)
         sizes = {'KV_HEADS': kv_heads, 'GROUP': group, 'D': dim, 'DIMS': dims, 'NORM': norm,
-                 'EARLY': self._early}
+                 'PDL': self._pdl}
         _write_cache[(kv_heads, rows)](
             qkv, keys, values, position, cos, sin, k_gain, max_context, layer.norm_eps, **sizes,
             **self._launch(1))
@@ -373,7 +373,7 @@ class PassOps(TritonOps):
             **self._launch(warps))
         _join[(rows * layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
-            EARLY=self._early, **self._launch(1))
+            PDL=self._pdl, **self._launch(1))
 
     def _candidates(self, shape):
         """See `TritonOps._candidates`."""
@@ -390,7 +390,7 @@ class PassOps(TritonOps):
         k = x.shape[-1]
         # Triton requires a valid pointer even for unused arguments.
         common = {'GATED': gated, 'GELU': gelu, 'ADD': add, 'BIAS': bias is not None,
-                  'EARLY': self._early, **self._launch(layout.warps)}
+                  'PDL': self._pdl, **self._launch(layout.warps)}
         bias = x if bias is None else bias
         if dense:
             self._current.discard(out.data_ptr())
@@ -414,7 +414,7 @@ class PassOps(TritonOps):
         _prepare_rows[(triton.cdiv(k, 512), rows)](
             x, x if gain is None else gain, x if order is None else order, out, self._sums(out),
             eps, K=k, WIDE=triton.next_power_of_2(k), BLOCK=512, NORM=gain is not None,
-            ORDERED=order is not None, EARLY=self._early, **self._launch(8))
+            ORDERED=order is not None, PDL=self._pdl, **self._launch(8))
         return out
 
     def _sums(self, vector):

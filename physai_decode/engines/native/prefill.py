@@ -103,7 +103,7 @@ class Prefill:
         self.sizes = tuple(size for size in sizes if size <= enough)
         self._choices = dict(choices or {})
         self._cuda = device.type == 'cuda'
-        self._early = compiler.launches_early(device)
+        self._pdl = compiler.supports_pdl(device)
         self._processors, self._shared = 4, 2**30
         if self._cuda:
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -506,8 +506,8 @@ class Prefill:
         return max(1, min(SPLITS, 2 ** int(math.log2(max(1, 2 * self._processors // programs)))))
 
     def _launch(self, warps):
-        options = {'num_warps': warps, 'EARLY': self._early}
-        if self._early:
+        options = {'num_warps': warps, 'PDL': self._pdl}
+        if self._pdl:
             options['launch_pdl'] = True
         return options
 

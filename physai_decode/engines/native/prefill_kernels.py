@@ -67,9 +67,9 @@ def _sum_splits(parts, at, inside, stride, bias, columns, PARTS: tl.constexpr, B
 
 @triton.jit
 def _embed(table, ids, x, gain, out, eps, K: tl.constexpr, BLOCK: tl.constexpr,
-           SCALE: tl.constexpr, PLACED: tl.constexpr, EARLY: tl.constexpr):
+           SCALE: tl.constexpr, PLACED: tl.constexpr, PDL: tl.constexpr):
     """Write a token's embedding to ``x`` [tokens, K], and normalised to ``out``."""
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -86,7 +86,7 @@ def _embed(table, ids, x, gain, out, eps, K: tl.constexpr, BLOCK: tl.constexpr,
 @triton.jit
 def _add(x, parts, bias, own_gain, gain, out, stride, eps, K: tl.constexpr, BLOCK: tl.constexpr,
          PARTS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
-         EARLY: tl.constexpr):
+         PDL: tl.constexpr):
     """
     Add a product to the residual ``x`` [tokens, K], and write the sum normalised to ``out``.
 
@@ -95,7 +95,7 @@ def _add(x, parts, bias, own_gain, gain, out, stride, eps, K: tl.constexpr, BLOC
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     v = tl.load(x + row * K + columns, mask=inside, other=0.0)
@@ -119,7 +119,7 @@ def _normed(v, gain, out, columns, inside, eps, K: tl.constexpr, PLACED: tl.cons
 
 @triton.jit
 def _reorder(x, order, out, K: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.constexpr,
-             EARLY: tl.constexpr):
+             PDL: tl.constexpr):
     """Permute ``x`` [tokens, K] to the order of an `Int4`'s columns."""
     row = tl.program_id(0).to(tl.int64) * K
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -128,7 +128,7 @@ def _reorder(x, order, out, K: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.con
     if PLACED:
         columns = _unplaced(places)
     source = tl.load(order + columns, mask=inside, other=0)
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     tl.store(out + row + places, tl.load(x + row + source, mask=inside), mask=inside)
@@ -137,7 +137,7 @@ def _reorder(x, order, out, K: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.con
 @triton.jit
 def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.constexpr,
              PARTS: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, GELU: tl.constexpr,
-             PLACED: tl.constexpr, EARLY: tl.constexpr):
+             PLACED: tl.constexpr, PDL: tl.constexpr):
     """
     Write activation(gate) * up to ``width`` columns of ``out`` [tokens, N], from ``first`` on.
 
@@ -146,7 +146,7 @@ def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
     """
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     gate_at, further = columns, N
@@ -176,7 +176,7 @@ def _split_range(steps):
 def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
            PAIRED: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-           PLACED: tl.constexpr, EARLY: tl.constexpr):
+           PLACED: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply ``x`` [tokens, k] by rows of ``weight`` [n, k], from ``first`` on.
 
@@ -197,13 +197,13 @@ def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
     row = weight + source.to(tl.int64)[:, None] * k + columns[None, :]
     column = x + at[None, :] * k + columns[:, None]
     result = tl.zeros((ROWS, TOKENS), tl.float32)
-    if EARLY:
+    if PDL:
         gdc_wait()
     for step in tl.range(begin, end, num_stages=STAGES):
         w = tl.load(row + step * COLUMNS)
         v = tl.load(column + step * COLUMNS)
         result = tl.dot(w, v, result, input_precision='ieee')
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     if BIAS:
         result += tl.load(bias + source).to(tl.float32)[:, None]
@@ -279,7 +279,7 @@ def _zero_point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.conste
 def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, width,
           GROUP: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
           EXACT: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr):
+          ZEROS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply ``x`` [tokens, k], in fragment order, by rows of an `Int4` [n, k]; see `_dense`.
 
@@ -299,7 +299,7 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
     tile = tl.minimum(first // 16 + turn * TILES + each // 16, last).to(tl.int64)
     row = tile * blocks * 16 + each % 16
     result = tl.zeros((16 * TILES, TOKENS), tl.float32)
-    if EARLY:
+    if PDL:
         gdc_wait()
     for step in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(word + step * 512)
@@ -320,7 +320,7 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
                             other=0.0)
             w = _weights(words, four, zero, number, v.dtype, ZEROS, ASSEMBLY)
             result = tl.dot(w, v, result, input_precision='ieee')
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     if BIAS:
         own = first + turn * (16 * TILES) + each
@@ -391,7 +391,7 @@ def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain
             max_context, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST: tl.constexpr,
             ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr,
             BIAS: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
-            EARLY: tl.constexpr):
+            PDL: tl.constexpr):
     """
     Rotate ROWS heads of a token: write queries to ``q`` [tokens, HEADS * D], keys to the KV cache.
 
@@ -399,7 +399,7 @@ def _rotate(parts, bias, keys, values, q, start, count, cos, sin, q_gain, k_gain
     heads before FIRST are skipped. Keys and values of padding tokens are not written. DIMS is half
     a head, rounded up to a power of 2. BETA and LENGTH are ``beta`` and ``context`` of `Growth`.
     """
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
@@ -473,14 +473,14 @@ def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_tot
             tokens, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
             DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
             WINDOW: tl.constexpr, STAGES: tl.constexpr, PLACED: tl.constexpr,
-            EARLY: tl.constexpr):
+            PDL: tl.constexpr):
     """
     Attend from M queries of one key-value head to one split of their context.
 
     ``q`` and ``out`` are [tokens, HEADS * D]; a row of the tile is one of a token's GROUP queries.
     With several SPLITS, `_join` merges the splits' sums. ``scale`` includes log2(e), for exp2.
     """
-    if EARLY:
+    if PDL:
         gdc_wait()
     block = tl.num_programs(0) - 1 - tl.program_id(0)      # longest first
     kv_head = tl.program_id(1)
@@ -519,7 +519,7 @@ def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_tot
         sums, totals, maxima = _attend_range(
             values_q, sums, totals, maxima, keys + cache, values + cache, clear, end, place,
             scale, D, DIMS, N, WINDOW, True, STAGES)
-        if EARLY:
+        if PDL:
             gdc_launch_dependents()
         if SPLITS == 1:
             result = sums / tl.where(totals == 0, 1.0, totals)[:, None]
@@ -539,9 +539,9 @@ def _attend(q, keys, values, start, count, out, part_sums, part_maxima, part_tot
 @triton.jit
 def _join(part_sums, part_maxima, part_totals, count, out, tokens, HEADS: tl.constexpr,
           ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
-          PLACED: tl.constexpr, EARLY: tl.constexpr):
+          PLACED: tl.constexpr, PDL: tl.constexpr):
     """Merge the splits of ROWS heads of a token."""
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
@@ -575,9 +575,9 @@ def _join(part_sums, part_maxima, part_totals, count, out, tokens, HEADS: tl.con
 
 @triton.jit
 def _last(x, parts, bias, start, count, row_x, row_qkv, place, stride, hidden, n,
-          BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+          BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):
     """Copy the last real token's ``x``, query, key, value and position."""
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.load(count) - 1

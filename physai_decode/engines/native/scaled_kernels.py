@@ -125,7 +125,7 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
               STAGES: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr,
               BY_ROW: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
               GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
-              EARLY: tl.constexpr):
+              PDL: tl.constexpr):
     """Multiply a `Scaled` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows."""
     LENGTH: tl.constexpr = COLUMNS if BY_ROW else GROUP
     GROUPS: tl.constexpr = 1 if BY_ROW else (K + GROUP - 1) // GROUP
@@ -153,7 +153,7 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
         up_tile, up_scale, up_zero = _load_tile(
             values + up_place, scales + up_group, zeros + up_group, part, columns, 0, K, GROUP,
             COLUMNS, ZEROS, BY_ROW)
-    if EARLY:
+    if PDL:
         gdc_wait()
     v, squares = _load_input(x, gain, squares, columns, 0, K, COLUMNS, NORM)
     sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
@@ -170,7 +170,7 @@ def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr
                 values + up_place, scales + up_group, zeros + up_group, part, columns, k, K, GROUP,
                 COLUMNS, ZEROS, BY_ROW)
             more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
     square = tl.sum(tl.sum(squares, 1), 0)
     sums = _row_sums(sums, scales, own, FLOAT, BY_ROW)
@@ -230,7 +230,7 @@ class ScaledOps(TritonOps):
             ZEROS=weight.zeros is not None,
             BY_ROW=weight.scales.shape[1] == 1 and weight.zeros is None, NORM=gain is not None,
             GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
-            ASSEMBLY=self._device.type == 'cuda', EARLY=self._early, **self._launch(choice.warps))
+            ASSEMBLY=self._device.type == 'cuda', PDL=self._pdl, **self._launch(choice.warps))
 
 
 def _pointers(weight: Scaled) -> tuple[Tensor, ...]:
