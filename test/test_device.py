@@ -57,12 +57,12 @@ def test_gpu_share_must_be_set_before_the_first_use(monkeypatch, tmp_path):
     monkeypatch.setenv('CUDA_MPS_PIPE_DIRECTORY', str(tmp_path))
     monkeypatch.delenv(device._SHARE, raising=False)
     config = EngineConfig(device='cpu', gpu_share_percent=40)
-    assert device.share(EngineConfig()) == {}
+    assert device.in_force(EngineConfig(), 'cuda:0') == {}
     device.select(config)
     assert os.environ[device._SHARE] == '40'
-    assert f'no MPS daemon listens in {tmp_path}' in device.share(config)['gpu_share']
+    assert f'no MPS daemon listens in {tmp_path}' in device.in_force(config, 'cuda:0')['gpu_share']
     (tmp_path / 'control').touch()
-    assert device.share(config) == {'gpu_share': '40 %'}
+    assert device.in_force(config, 'cuda:0') == {'gpu_share': '40 %'}
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     device.select(config)
     with pytest.raises(EngineError, match='gpu_share_percent is 30, but'):

@@ -219,6 +219,11 @@ def test_bandwidth_warns_below_the_limit(window):
     assert float(found['r_floor']) == pytest.approx(0.75, rel=1e-3)
     assert status(window).level == messages.OK
     assert status(window, warn=0.99).level == messages.WARN
+    no_floor = replace(PEAK, no_floor='the weights fit the cache')
+    assert status(None, peak=no_floor).level == messages.OK
+    warned = status(None, peak=no_floor, warn=0.5)
+    assert warned.level == messages.WARN
+    assert warned.message.endswith('there is no r_floor: the weights fit the cache')
     nothing = values(status(None, None, Peak(None, 'unknown')))
     assert nothing.pop('peak_source') == 'unknown'
     assert set(nothing.values()) == {'n/a'}

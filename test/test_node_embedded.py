@@ -83,6 +83,8 @@ def test_embedded_model_answers(rig):
     """It answers although earlier loads failed, and its figures include r_floor."""
     assert rig.set(model__path='builtin:tiny_planner') == (True, '')
     assert rig.change('configure', 'activate')
+    info = rig.values(rig.received['model_info'][-1].status[0])
+    assert info['cpu_threads'] == '1'
     begin = len(rig.received['tokens'])
     stats = rig.ask('please bring the red cup to the kitchen')
     rig.wait(lambda: rig.received['response']

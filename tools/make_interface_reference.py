@@ -220,7 +220,7 @@ STATUSES = (
      'The message is the finish reason, with an explanation if there is one. WARN for '
      f'{" and ".join(messages.WARN_REASONS)} and for a fallback, ERROR for error.'),
     ('~/model_info', 'decode: model', messages.MODEL_KEYS,
-     'An engine can add its own keys at the end.'),
+     'An engine adds its own keys at the end, such as `cpu_threads`, the threads in use.'),
     ('/diagnostics', 'decode: latency', messages.LATENCY_KEYS,
      'WARN if a deadline was missed since the previous message, or if the newest token missed '
      'its deadline. ERROR if `deadline.max_consecutive_misses` tokens in a row missed theirs. '
@@ -228,7 +228,8 @@ STATUSES = (
      '`diagnostics.window_s`. The level can therefore outlast an answer by that time, 10 s by '
      'default.'),
     ('/diagnostics', 'decode: bandwidth', messages.BANDWIDTH_KEYS,
-     'WARN if r_floor is below `diagnostics.warn_r_floor`.'),
+     'WARN if r_floor is below `diagnostics.warn_r_floor`, or if that is set and there is no '
+     'r_floor.'),
     ('/diagnostics', 'decode: engine', messages.ENGINE_KEYS,
      'ERROR if the state is stalled or failed, or if another node has the same name or publishes '
      'on `~/tokens`. WARN if the local model answers instead of the server, for unknown '

@@ -176,9 +176,16 @@ def stream(device: torch.device, priority: int) -> 'torch.cuda.Stream | None':
     return torch.cuda.Stream(device, priority=priority)
 
 
-def share(config: EngineConfig) -> dict[str, str]:
-    """Describe the limit on this process's share of the GPU; empty without a limit."""
-    if not config.gpu_share_percent:
+def in_force(config: EngineConfig, device: str) -> dict[str, str]:
+    """
+    Describe the limits in force on what this process uses of its device.
+
+    :param device: of the `Footprint`.
+    :returns: for a CPU its threads; for a GPU its share, if that is limited.
+    """
+    if device == 'cpu':
+        return {'cpu_threads': str(torch.get_num_threads())}
+    if not device.startswith('cuda') or not config.gpu_share_percent:
         return {}
     if mps_pipe().exists():
         return {'gpu_share': f'{config.gpu_share_percent} %'}
