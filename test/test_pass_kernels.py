@@ -88,13 +88,13 @@ def test_dense_in_other_layouts(make, layout):  # noqa: F811
 def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # noqa: F811
               stages):
     """With and without a norm, and gated, followed by another product."""
-    weight, _ = packed(1, 24, 640, group_size, act_order, symmetric)
+    weight, _ = packed(1, 24, 384, group_size, act_order, symmetric)
     weight = replace(weight, bias=make(24, dtype=dtype))
-    both, _ = gate_up(2, 64, 640, group_size, symmetric=symmetric)
+    both, _ = gate_up(2, 64, 384, group_size, symmetric=symmetric)
     down, _ = packed(4, 32, 64, 32)
-    x, gain = make(rows, 640), make(640, dtype=dtype)
+    x, gain = make(rows, 384), make(384, dtype=dtype)
     ops = PassOps(DEVICE)
-    for shape in ((24, 640, False, True), (24, 640, False, False), (128, 640, True, True)):
+    for shape in ((24, 384, False, True), (24, 384, False, False), (128, 384, True, True)):
         ops._choices[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
             Choice(16, 0, warps, stages)
 
@@ -110,10 +110,11 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # no
 
 
 @pytest.mark.parametrize('rows, dtype', [(3, torch.float32), (8, torch.float16)])
-@pytest.mark.parametrize('place', [0, 31, 100])
-@pytest.mark.parametrize('heads, kv_heads, window, norm, growth', [
-    (7, 1, 0, False, Growth()), (4, 4, 0, True, Growth()), (6, 2, 40, False, Growth(0.5, 16)),
-    (28, 1, 0, False, Growth())])
+@pytest.mark.parametrize('place, heads, kv_heads, window, norm, growth', [
+    (0, 7, 1, 0, False, Growth()), (31, 7, 1, 0, False, Growth()),
+    (100, 7, 1, 0, False, Growth()), (31, 4, 4, 0, True, Growth()),
+    (0, 6, 2, 40, False, Growth(0.5, 16)), (100, 6, 2, 40, False, Growth(0.5, 16)),
+    (31, 28, 1, 0, False, Growth())])
 def test_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # noqa: F811
                    growth):
     """With splits that are empty for a row, and rows on both sides of a tile's border."""

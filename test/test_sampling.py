@@ -531,7 +531,8 @@ def test_pass_draws_up_to_the_first_wrong_draft_token(sampler_kind, sampling):
     else:
         own = Sampler
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    for seed in range(12):
+    slow = sampler_kind == 'kernels' and device.type == 'cpu'       # Triton's interpreter
+    for seed in (0, 5, 7) if slow else range(12):
         sampling = replace(sampling, seed=seed)
         logits = [random_logits(100 * seed + row).to(device) for row in range(4)]
         if seed == 5:

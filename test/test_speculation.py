@@ -391,11 +391,10 @@ def test_embedded_model_answers_the_same(native):
     loop = drafting(native, folder, replace(CPU, max_context=512))
     tokenizer = load_tokenizer(str(folder))
     prompts = [tokenizer.apply_chat_template(
-        [{'role': 'user', 'content': f'{verb} the {colour} {thing}{rest}'}],
+        [{'role': 'user', 'content': f'{verb} the {thing}{rest}'}],
         add_generation_prompt=True, tokenize=True, return_dict=False)
         for verb in ('Bring me', 'Find', 'Throw away', 'Put down')
-        for colour in ('red', 'small')
-        for thing in ('cup', 'box', 'screwdriver')
+        for thing in ('red cup', 'box', 'small screwdriver')
         for rest in ('.', ' from the kitchen table, then close the box and go to the door.')]
     saved = check_same_answers(loop, prompts, 60)
     assert saved > 0
