@@ -216,7 +216,7 @@ def test_reports_a_closed_output_pipe(rig, arguments):
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_without_a_traceback(rig, signum):
-    """The signal comes in the middle of an answer; stderr has no traceback, and the exit code is 1."""
+    """The signal comes in the middle of an answer; stderr has no traceback, and the code is 1."""
     engine = rig.loader.engines[0]
     process = subprocess.Popen(
         [*COMMAND, 'a?'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
