@@ -17,6 +17,7 @@
 from contextlib import contextmanager
 from dataclasses import replace
 import gc
+import json
 import threading
 import time
 
@@ -375,13 +376,15 @@ def test_stamps_use_the_clock_of_the_node(make):
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     tick = Clock()
-    tick.clock.sec = 1234
+    tick.clock.sec = 1000
     rig.wait(lambda: publisher.publish(tick) or rig.node.get_clock().now().nanoseconds)
     assert rig.change('configure', 'activate')
     rig.ask('a')
     rig.wait(lambda: rig.received['token_stats'])
-    assert rig.received['token_stats'][0].header.stamp.sec == 1234
-    assert rig.received['request_stats'][0].header.stamp.sec == 1234
+    assert rig.received['token_stats'][0].header.stamp.sec == 1000
+    assert rig.received['request_stats'][0].header.stamp.sec == 1000
+    rig.wait(lambda: rig.received['accepted'])
+    assert json.loads(rig.received['accepted'][0].data)['stamp'] == 1000
 
 
 def test_clock_messages_do_not_wake_the_executor(make):
