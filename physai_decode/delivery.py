@@ -137,8 +137,10 @@ class Delivery:
 
     def _refuse_stop(self, form: Form) -> None:
         if self._sampling.stop:
-            raise Refused(f'{self._named("stop")} can not be used with {form.name}, which '
-                          'defines where the answer ends: set "stop" to [] in the request')
+            name = self._named('stop')
+            remedy = '' if name == JSON_NAMES['stop'] else f'clear {name}, or '
+            raise Refused(f'{name} can not be used with {form.name}, which defines where the '
+                          f'answer ends: {remedy}set "stop" to [] in the request')
 
     def _remark(self, text: str) -> None:
         """Add a note for the report."""

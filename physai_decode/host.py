@@ -382,7 +382,7 @@ class Host:
     def inactive_reason(self) -> str:
         """Return why requests are refused while there is no worker, and what to do."""
         if self.loading:
-            return f'the node is loading ({self.loading}): send it again when it is active'
+            return f'the node is loading ({self.loading}): try again when it is active'
         if self.closed:
             return 'the node is shut down: restart its process'
         if self.failure:

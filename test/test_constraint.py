@@ -15,6 +15,7 @@
 """Constrained answers of models with random weights conform to their constraint."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 import json
 from pathlib import Path
@@ -450,6 +451,17 @@ def test_worker_rejects_a_constraint_and_goes_on(options, words):
         assert report.finish_reason == 'rejected' and words in report.message and not text
         assert sink.end(worker.submit(Request('go')))[1] == 'go'
         assert worker.state == 'idle' and not worker.last_error
+
+
+def test_a_parameter_with_stop_texts_is_named():
+    """A plain prompt has no field to override it, so the message names the parameter too."""
+    with making() as make:
+        worker, sink = make(FakeEngine(vocab_size=128), sampling=SamplingConfig(stop=('x',)))
+        request = Request('go', structured_outputs={'regex': 'a'})
+        report = sink.end(worker.submit(request))[0]
+        assert 'clear sampling.stop, or set "stop" to []' in report.message
+        request = replace(request, sampling={'stop': ()})
+        assert sink.end(worker.submit(request))[0].refusal == ''
 
 
 def test_parameters_constrain_requests_without_a_constraint(tmp_path, monkeypatch):

@@ -317,7 +317,7 @@ def test_constrains_to_a_schema(rig):
 
 
 @pytest.mark.parametrize(('fields', 'param', 'message'), [
-    ({'model': None}, 'model', 'model is None'),
+    ({'model': None}, 'model', 'model is missing'),
     ({'messages': None}, 'messages', 'messages is missing'),
     ({'messages': []}, 'messages', 'messages is []'),
     ({'messages': [{'role': 'user'}]}, 'messages', 'messages[0].content'),
@@ -702,6 +702,7 @@ def test_metrics():
     assert found['physai_decode_ends_total', 'stop'] == 2
     assert found['physai_decode_ends_total', 'rejected'] == 1
     assert found['physai_decode_ends_total', 'error'] == 0
+    assert found['physai_decode_ends_total', 'tool_calls'] == 0
     assert found['physai_decode_callback_errors_total',] == 0
     assert found['physai_decode_state', 'idle'] == 1
     assert found['physai_decode_model', 'off', 'cpu', 'fake device', 'float32', 'fake', MODEL,

@@ -34,6 +34,7 @@ from launch.actions import DeclareLaunchArgument
 from launch.actions import GroupAction
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch_ros.actions import PushROSNamespace
 from rcl_interfaces.srv import GetParameters
 import rclpy
 from std_msgs.msg import String
@@ -151,18 +152,19 @@ def nested(prefix, tmp_path):
             PythonLaunchDescriptionSource(str(FILE)), launch_arguments={'name': name}.items())
 
     return LaunchDescription([
+        PushROSNamespace('fleet'),
         DeclareLaunchArgument('params_file', default_value=str(file)),
         DeclareLaunchArgument('namespace', default_value='nav'),
         DeclareLaunchArgument('autostart', default_value='false'),
         decode('leaky'),
-        GroupAction([decode('scoped')], scoped=True, forwarding=False,
+        GroupAction([PushROSNamespace('robot'), decode('scoped')], scoped=True, forwarding=False,
                     launch_configurations={'autostart': 'false'}),
         launch_pytest.actions.ReadyToTest()])
 
 
 @pytest.mark.launch(fixture=nested)
 def test_arguments_of_the_including_launch_file():
-    """They reach the included file, unless a scoped group keeps them out."""
+    """They and its namespace reach the included file, unless a scoped group keeps them out."""
     rclpy.init()
     probe = rclpy.create_node('probe')
     statuses = {}
@@ -170,12 +172,13 @@ def test_arguments_of_the_including_launch_file():
         probe.create_subscription(
             DiagnosticArray, '/diagnostics',
             lambda message: statuses.update({message.header.frame_id: message.status[-1]}), 10)
-        spin(probe, lambda: set(statuses) == {'/nav/leaky', '/scoped'})
+        spin(probe, lambda: set(statuses) == {'/fleet/nav/leaky', '/robot/scoped'})
         models = {name: {pair.key: pair.value for pair in status.values}['model']
                   for name, status in statuses.items()}
-        assert models == {'/nav/leaky': 'n/a', '/scoped': 'builtin:tiny_planner'}
-        assert 'nav2_params.yaml has no section for /nav/leaky' in statuses['/nav/leaky'].message
-        assert statuses['/scoped'].message == 'unconfigured'
+        assert models == {'/fleet/nav/leaky': 'n/a', '/robot/scoped': 'builtin:tiny_planner'}
+        assert ('nav2_params.yaml has no section for /fleet/nav/leaky: begin one with'
+                in statuses['/fleet/nav/leaky'].message)
+        assert statuses['/robot/scoped'].message == 'unconfigured'
     finally:
         probe.destroy_node()
         rclpy.shutdown()

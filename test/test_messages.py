@@ -203,7 +203,11 @@ def test_latency_tells_misses_by_its_level(window):
     assert level(replace(window, consecutive_misses=0)) == messages.OK
     assert level(replace(window, consecutive_misses=0), late=True) == messages.WARN
     assert level(window) == messages.WARN
-    assert level(replace(window, miss_limit_reached=True)) == messages.ERROR
+    late = replace(window, consecutive_misses=3, miss_limit_reached=True)
+    assert level(late) == messages.ERROR
+    assert messages.latency_status('/decode', late, settings, True, 'x').message == (
+        '3 tokens in a row were late: itl_p50_ms is 15, deadline.token_ms 15 unless the request '
+        'sets its own')
 
 
 def test_bandwidth_warns_below_the_limit(window):

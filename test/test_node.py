@@ -17,6 +17,7 @@
 from contextlib import contextmanager
 from dataclasses import replace
 import gc
+import json
 import threading
 import time
 
@@ -375,13 +376,15 @@ def test_stamps_use_the_clock_of_the_node(make):
     rig = make(use_sim_time=True)
     publisher = rig.probe.create_publisher(Clock, '/clock', 10)
     tick = Clock()
-    tick.clock.sec = 1234
+    tick.clock.sec = 1000
     rig.wait(lambda: publisher.publish(tick) or rig.node.get_clock().now().nanoseconds)
     assert rig.change('configure', 'activate')
     rig.ask('a')
     rig.wait(lambda: rig.received['token_stats'])
-    assert rig.received['token_stats'][0].header.stamp.sec == 1234
-    assert rig.received['request_stats'][0].header.stamp.sec == 1234
+    assert rig.received['token_stats'][0].header.stamp.sec == 1000
+    assert rig.received['request_stats'][0].header.stamp.sec == 1000
+    rig.wait(lambda: rig.received['accepted'])
+    assert json.loads(rig.received['accepted'][0].data)['stamp'] == 1000
 
 
 def test_clock_messages_do_not_wake_the_executor(make):
@@ -464,7 +467,7 @@ def test_services_and_parameters_work_while_a_model_loads(make):
     assert rig.set(sampling__top_k=5) == (True, '')
     successful, reason = rig.set(model__path='other')
     assert not successful
-    assert 'unconfigured' in reason
+    assert reason.endswith('(now: loading); wait until the load ends, then clean up')
     assert rig.trigger('cancel').message == 'nothing running'
     assert not answer.done()
     rig.loader.go.set()
@@ -570,11 +573,13 @@ def test_applies_all_parameters_of_a_call_or_none(rig):
     assert 'expected a number' in rig.set(sampling__temperature='warm')[1]
     assert 'allowed are report, truncate' in rig.set(deadline__action='panic')[1]
     assert 'did you mean sampling.temperature?' in rig.set(sampling__temprature=0.5)[1]
-    assert 'clean up first' in rig.set(engine__max_context=64)[1]
+    assert '(now: idle); deactivate and clean up first' in rig.set(engine__max_context=64)[1]
     assert rig.set(engine__max_context=4096) == (True, '')       # the current value
     assert rig.set(sampling__temperature=1) == (True, '')        # an integer for a float
     assert rig.node.get_parameter('sampling.temperature').value == 1.0
     assert rig.ask('on')['finish_reason'] == 'stop'
+    assert rig.change('deactivate')
+    assert '(now: inactive); clean up first' in rig.set(engine__max_context=64)[1]
 
 
 def test_locked_model_cannot_be_changed(make):

@@ -337,13 +337,14 @@ def test_reports_a_params_file_for_another_node(probe, start, tmp_path):
     diagnostics = probe('other')
     process = start([*NODE, '-r', '__node:=other', '--params-file', str(file), '-p',
                      'diagnostics.period_s:=0.05'], stderr=subprocess.PIPE)
-    message = f'the params file {file} has no section for /other'
+    message = (f'the params file {file} has no section for /other: begin one with /other: or '
+               '/**:')
     status = diagnostics.next()
     while 'failed' not in {pair.value for pair in status.values}:
         assert status.level == DiagnosticStatus.WARN
         assert status.message == message
         status = diagnostics.next()
-    assert 'model.path is empty' in status.message
+    assert status.message.startswith('model.path is empty') and status.message.endswith(message)
     assert status.level == DiagnosticStatus.ERROR
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE_S)

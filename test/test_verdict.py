@@ -77,7 +77,7 @@ def test_names_the_largest_part(figures, cause, part_ms, advice):
     (replace(NATIVE_NF4, engine='exllamav2', kernels=''),
      'use another engine, such as engine.name: native with Triton'),
     (replace(CPU, engine='native', kernels='torch'),
-     'use other engine.cpu_threads, a smaller model, or a GPU')])
+     'use another engine.cpu_threads, a smaller model, or a GPU')])
 def test_advice_on_kernels_does_not_name_what_runs_already(figures, advice):
     verdict = judge(figures)
     assert (verdict.cause, verdict.advice) == ('kernels', advice)

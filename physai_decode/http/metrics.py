@@ -33,7 +33,7 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('unconfigured', 'inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
-ENDS = ('stop', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
+ENDS = ('stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
 _INTERNAL = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')  # not keys
 _HELP = 'a key of /diagnostics or ~/model_info, see docs/interface.md'
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')

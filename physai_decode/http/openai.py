@@ -158,7 +158,8 @@ def read(body: Any, model: str, chat: bool) -> Completion:
               if value is not None and name not in _IGNORED}
     named = fields.pop('model', None)
     if type(named) is not str:
-        raise RequestError(f'model is {shown(named)}: expected {model!r}, as in /v1/models')
+        problem = 'missing' if named is None else shown(named)
+        raise RequestError(f'model is {problem}: expected {model!r}, as in /v1/models')
     if named != model:
         raise ApiError(404, 'model_not_found', f'model is {shown(named)}: the node has {model!r}',
                        'model')

@@ -22,6 +22,7 @@ for a complete answer or tool calls, 3 for an answer that reached a length limit
 import argparse
 from collections.abc import Callable
 import json
+import math
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
 EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; otherwise 1
+NOTICE_S = 3.0                  # after this time without a node, say what the command waits for
 DIAGNOSTICS_HINT = (': wait longer (--timeout), or, if the node remaps that topic, remap it here '
                     'too (--ros-args -r /diagnostics:=...)')
 
@@ -128,12 +130,18 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
     executor = SingleThreadedExecutor()
     executor.add_node(asker)
     end_s = time.monotonic() + timeout_s
+    notice_s = time.monotonic() + NOTICE_S
 
     def wait_until(done: Callable[[], object], problem: str,
                    advice: Callable[[], str] = lambda: '') -> None:
+        nonlocal notice_s
         while not done():
             if stop and stop.is_set():
                 raise AskError('interrupted')
+            if time.monotonic() > notice_s:
+                notice_s = math.inf
+                print(f'decode_ask: waiting up to {timeout_s:g} s: {problem}{advice()}',
+                      file=sys.stderr)
             if time.monotonic() > end_s:
                 raise AskError(f'{problem} within {timeout_s:g} s{advice()}')
             executor.spin_once(timeout_sec=0.1)
@@ -149,7 +157,7 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
         wait_until(lambda: asker.state, f'{asker.target} exists, but published nothing on '
                    f'{asker.diagnostics.topic_name}', lambda: DIAGNOSTICS_HINT)
         wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')
-        asker.show = show
+        asker.show, notice_s = show, math.inf
         asker.send(text, options or {})
         wait_until(lambda: asker.stats
                    and len(asker.pieces) >= int(asker.stats['output_tokens']),

@@ -183,12 +183,12 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
         return status(name, LATENCY_KEYS, {'window_s': settings.window_s},
                       message='not active', hardware_id=hardware_id)
     if late or window.consecutive_misses:
-        level, message = WARN, f'{window.deadline_misses} deadlines missed since activation'
+        level, message = WARN, f'deadlines missed since activation: {window.deadline_misses}'
     if window.miss_limit_reached:
         level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
         if window.itl_p50_ms is not None and window.token_deadline_ms is not None:
             message += (f': itl_p50_ms is {window.itl_p50_ms:.3g}, deadline.token_ms '
-                        f'{window.token_deadline_ms:.3g}')
+                        f'{window.token_deadline_ms:.3g} unless the request sets its own')
     return status(name, LATENCY_KEYS, window, message=message, level=level,
                   hardware_id=hardware_id)
 

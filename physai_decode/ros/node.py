@@ -121,7 +121,8 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         for each in unknown:
             self.get_logger().warning(parameters.unknown_message(each))
         full_name = self.get_fully_qualified_name()
-        params_problems = [f'the params file {file} has no section for {full_name}'
+        params_problems = [f'the params file {file} has no section for {full_name}: begin one '
+                           f'with {full_name}: or /**:'
                            for file in files.without_section(params_files, full_name)]
         for each in params_problems:
             self.get_logger().error(each)
@@ -378,9 +379,12 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                     'is true; change it in the params file and restart the node')
             if configured:
                 plain = list(value) if isinstance(value, array) else value
+                remedy = {'loading': 'wait until the load ends, then clean up',
+                          'inactive': 'clean up first'}.get(
+                              host.state, 'deactivate and clean up first')
                 raise ConfigError(
                     f'{name} can not be set to {shown(plain)} now: it {parameters.FIXED} '
-                    f'(now: {host.state}); deactivate and clean up first')
+                    f'(now: {host.state}); {remedy}')
 
     def _log_end(self, report: RequestReport) -> None:
         if report.finish_reason == 'rejected':

@@ -128,7 +128,8 @@ class Status:
             message = f'no token for more than {config.diagnostics.stall_timeout_s:g} s'
         if state == 'failed':
             level = messages.ERROR
-            message = worker.last_error if worker is not None else host.failure
+            message = worker.last_error if worker is not None else '; '.join(
+                [host.failure, *self._params_problems])
         return messages.status(
             messages.status_name(self._topics.node_name, 'engine'), messages.ENGINE_KEYS, values,
             message=message, level=level, hardware_id=hardware_id)

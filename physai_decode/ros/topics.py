@@ -151,7 +151,7 @@ class Topics:
         """Publish a request that was queued, so that a bag can record every request."""
         self._accepted.publish(_json({
             'request_id': number, 'id': request.client_id or None,
-            'stamp': self._now_ns() * 1e-9, 'request': request.to_json()}))
+            'stamp': self._now_ns() / 1e9, 'request': request.to_json()}))
 
     def finished(self, report: RequestReport, text: str) -> None:
         """Publish the end of a request: its text unless refused, its figures, its result."""
