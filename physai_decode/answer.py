@@ -340,7 +340,7 @@ class Answer(Delivery):
         request = self._ticket.request
         encode = partial(self._text.encode, tools=request.offered) if request.offered else \
             self._text.encode
-        prompt_ids = encode(messages, request.chat_template_kwargs, self._heartbeat)
+        prompt_ids = encode(messages, request.chat_template_kwargs, self._look_for_end)
         self._heartbeat()
         return prompt_ids
 

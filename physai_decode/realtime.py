@@ -177,7 +177,11 @@ def _move(cores: set[int], spared: Collection[int], only: set[int] | None = None
 
 def _status(name: str, base: int = 10) -> int:
     """Return a number from ``/proc/self/status``, 0 if it is missing."""
-    match = re.search(rf'^{name}:\s*([0-9a-f]+)', Path('/proc/self/status').read_text(), re.M)
+    try:
+        status = Path('/proc/self/status').read_text()
+    except OSError:
+        return 0
+    match = re.search(rf'^{name}:\s*([0-9a-f]+)', status, re.M)
     return int(match[1], base) if match else 0
 
 

@@ -232,6 +232,9 @@ class TextProcess:
                 raise
             code = self._process.wait()
             self.close()
+            if code == -signal.SIGKILL:
+                raise TextError(f'{failure}: its process was killed: try again; if dmesg says '
+                                'that memory ran out, free some') from error
             reason = (f'takes more than {cpu_s:.0f} s of CPU time' if code == -signal.SIGXCPU
                       else f'takes more than {memory / 1e6:.0f} MB of memory' if code < 0
                       else f'ended its process with exit code {code}')

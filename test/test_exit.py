@@ -216,6 +216,15 @@ def test_rejects_wrong_ros_arguments(arguments, message):
     assert 'Traceback' not in done.stderr
 
 
+def test_names_the_variable_if_the_log_folder_can_not_be_created():
+    """As with a home folder that is read-only."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'physai_decode.ros.process'], capture_output=True, text=True,
+        timeout=60, env={**os.environ, 'ROS_LOG_DIR': '/proc/none'})
+    assert done.returncode == 1
+    assert done.stderr.endswith('set ROS_LOG_DIR to a folder that can be written\n')
+
+
 @pytest.mark.parametrize('argument', ['--nope', '--params-file', 'decode.yaml'])
 def test_rejects_arguments_without_ros_args(argument):
     """Ignoring them would leave all settings at their defaults without a word."""

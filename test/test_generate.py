@@ -34,10 +34,10 @@ from physai_decode.timing import TokenReport
 import pytest
 import rclpy
 from rclpy.action import ActionClient
-from rclpy.action.server import ServerGoalHandle
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from std_srvs.srv import Trigger
 
 PATIENCE_S = 120.0              # against hangs only
@@ -329,16 +329,35 @@ def test_status_of_each_end(make, reason, status):
 @pytest.mark.parametrize(('prompt', 'status'), [
     ('abc', GoalStatus.STATUS_SUCCEEDED), ('deadline: a', GoalStatus.STATUS_ABORTED)])
 def test_sends_the_result_if_a_status_can_not_be_sent(make, monkeypatch, prompt, status):
-    """As on a machine too busy to send: rclpy raises after it has changed the goal's state."""
-    changed = ServerGoalHandle._update_state
-
-    def change(handle, event):
-        changed(handle, event)
+    """As on a busy machine: rclpy raises at the acceptance and at each change of the state."""
+    def fail(handle):
         raise generate.RCLError('cannot publish data')
 
-    monkeypatch.setattr(ServerGoalHandle, '_update_state', change)
-    goal = make().clients[0].ask(prompt=prompt)
+    rig = make()
+    monkeypatch.setattr(type(rig.server._server._handle), 'publish_status', fail)
+    goal = rig.client.ask(prompt=prompt)
     assert (goal.status, goal.result.text) == (status, prompt)
+
+
+@needs_msgs
+def test_a_goal_ends_if_its_client_does_not_receive_the_response(make, monkeypatch):
+    """The client ended early; rclpy would keep the goal for ever."""
+    def fail(handle, *arguments):
+        raise generate.RCLError('client will not receive response')
+
+    rig = make(result_timeout=1)
+    monkeypatch.setattr(type(rig.server._server._handle), 'send_goal_response', fail)
+    rig.client.send(prompt='abc')
+    wait(lambda: rig.host.submitted)
+    wait(lambda: not rig.server._server._goal_handles)
+
+
+@needs_msgs
+def test_results_expire_while_simulated_time_stands_still(make):
+    rig = make(result_timeout=1)
+    rig.node.set_parameters([Parameter('use_sim_time', value=True)])
+    assert rig.client.ask(prompt='abc').result.text == 'abc'
+    wait(lambda: not rig.server._server._goal_handles)
 
 
 @needs_msgs

@@ -16,6 +16,7 @@
 
 import json
 import os
+from pathlib import Path
 import re
 
 from engine_contract import load
@@ -156,6 +157,18 @@ def test_ignores_a_cache_that_is_not_a_regular_file(tmp_path):
     assert cache.get('shape') is None
     cache.put('shape', [4])
     assert TuningCache('chip', tmp_path).get('shape') == [4]
+
+
+def test_keeps_choices_without_a_home_folder(monkeypatch):
+    """As in a container whose user id has no name."""
+    def fail():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr(Path, 'home', fail)
+    cache = TuningCache('chip')
+    cache.put('shape', [4])
+    assert cache.get('shape') == [4]
 
 
 def test_keeps_choices_if_the_cache_is_not_writable(tmp_path):

@@ -492,6 +492,23 @@ def test_configures_another_model_after_a_failed_load(make):
     assert rig.ask('a')['finish_reason'] == 'stop'
 
 
+def test_reports_the_exception_of_a_transition(make, monkeypatch, capfd):
+    """As without a free thread; the node can be configured again."""
+    def fail(config):
+        raise RuntimeError("can't start new thread")
+
+    rig = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.node._host, 'start', fail)
+        assert not rig.change('configure', 'activate')
+    status = rig.diagnostics('decode: engine')
+    assert status['state'] == 'failed' and "can't start new thread" in status['message']
+    assert "on_activate failed, the node continues: RuntimeError: can't start new thread" in \
+        capfd.readouterr().err
+    assert rig.change('configure', 'activate')
+    assert rig.ask('x')['finish_reason'] == 'stop'
+
+
 def test_ends_a_request_if_the_engine_raises(rig):
     """The result has the error and the text so far; the next prompt is answered."""
     failed = rig.ask('ab!c')

@@ -21,6 +21,7 @@ from physai_decode.request import parse
 from physai_decode.request import Request
 from physai_decode.ros.topics import stream_qos
 import pytest
+from rclpy.action.server import RCLError
 from std_msgs.msg import String
 
 
@@ -164,3 +165,17 @@ def test_accepted_repeats_the_request(active):
 
 def test_result_with_nul_and_lone_surrogates(active):
     assert send(active, {'prompt': 'a\x01'})['choices'][0]['message']['content'] == 'A\0'
+
+
+def test_a_message_that_can_not_be_sent_does_not_end_the_request(active, monkeypatch):
+    """As on a busy machine, if a parameter sets the depth of a topic to 1."""
+    def fail(message):
+        raise RCLError('cannot publish data')
+
+    for publisher in active.node.publishers:
+        if publisher.topic_name in ('/decode/tokens', '/decode/accepted', '/decode/response'):
+            monkeypatch.setattr(publisher, 'publish', fail)
+    before = active.node.faults.count
+    figures = send(active, {'prompt': 'abc'})['physai']
+    assert (figures['finish_reason'], figures['output_tokens']) == ('stop', 3)
+    assert active.node.faults.count == before + 5       # accepted, 3 tokens and response

@@ -294,6 +294,16 @@ def test_many_goals_at_once_do_not_end_the_node(probe, start):
     assert process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.parametrize('redirection', ['>&- 2>&-', '>/dev/full 2>/dev/full'])
+def test_ends_normally_without_its_output(probe, start, redirection):
+    """The output is closed, or its disk is full."""
+    diagnostics = probe('silent')
+    process = start(['sh', '-c', f'exec "$@" {redirection}', 'sh', *node_command('silent')])
+    diagnostics.next()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+
+
 @pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the platform has no pidfd')
 @pytest.mark.parametrize('how', ['launched', 'by hand'])
 def test_a_launched_node_ends_with_its_launcher(probe, start, how):

@@ -192,3 +192,11 @@ def test_worker_places_its_thread_from_start_to_stop():
             assert worker.stop(10.0)
             assert os.sched_getaffinity(0) == CORES
             worker.start()
+
+
+def test_a_status_without_proc_is_0(monkeypatch):
+    def fail(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(realtime.Path, 'read_text', fail)
+    assert realtime._status('VmLck') == 0

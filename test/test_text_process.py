@@ -161,6 +161,14 @@ def test_replaces_a_child_that_was_killed(make):
     assert text.encode(MESSAGES) == expected
 
 
+def test_says_that_a_child_was_killed_while_it_works(make):
+    """As the kernel does if the machine has no memory left."""
+    text = make(SWITCHED)
+    with pytest.raises(TextError, match='can not be encoded: its process was killed: try again'):
+        text.encode(MESSAGES, {'bomb': 'hang'}, lambda: text._process.kill())
+    assert text.encode(MESSAGES)
+
+
 SCRIPT = """
 import sys, threading
 from physai_decode.config import ChatConfig

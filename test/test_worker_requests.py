@@ -25,6 +25,7 @@ from fake_engine import say
 from physai_decode.answer import PIECE
 from physai_decode.config import ChatConfig
 from physai_decode.config import DeadlineConfig
+from physai_decode.config import DiagnosticsConfig
 from physai_decode.config import QueueConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.request import Message
@@ -325,16 +326,15 @@ def test_rejects_a_prompt_with_too_many_bytes_before_encoding(make, text, reject
 
 
 def test_cancel_interrupts_the_encoding_of_a_prompt(make):
+    """The state is stalled meanwhile, as if the process of the tokenizer was stopped."""
     class EndlessText(CharacterText):
         def encode(self, messages, chat_template_kwargs=None, heartbeat=None):
-            begun.set()
             while True:
                 heartbeat()
 
-    begun = threading.Event()
-    worker, sink = make(text=EndlessText())
+    worker, sink = make(text=EndlessText(), diagnostics=DiagnosticsConfig(stall_timeout_s=0.2))
     number = worker.submit(Request('a'))
-    assert begun.wait(TIMEOUT_S)
+    wait_for(lambda: worker.state == 'stalled')
     worker.cancel(number)
     assert sink.end(number)[0].finish_reason == 'cancelled'
 

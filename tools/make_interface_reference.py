@@ -78,7 +78,7 @@ KEYS = {
     'cached_tokens': 'tokens of the prompt that were already in the KV cache',
     'cancel_ms': 'from the cancel to the end of the request',
     'callback_errors': 'errors in callbacks since the process started, such as messages that '
-                       'could not be parsed; the log has each',
+                       'could not be parsed or sent; the log has each',
     'chat_template': "name of the chat template in use: default, one of the model's own names, "
                      'none if the model has none, or off',
     'checkpoint_sampling': 'settings of `sampling` in generation_config.json; they take effect '

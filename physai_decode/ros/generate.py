@@ -23,6 +23,7 @@ The interface package is optional; `unavailable` is the reason if it is missing.
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 import json
 import math
 import threading
@@ -52,6 +53,8 @@ from rclpy.action import CancelResponse
 from rclpy.action.server import RCLError
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock
+from rclpy.clock import ClockType
 from rclpy.clock import ROSClock
 from rclpy.node import Node
 from rclpy.qos import QoSDurabilityPolicy
@@ -59,6 +62,8 @@ from rclpy.qos import QoSProfile
 
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as several tokens, so they are batched
 POLL_S = 0.001
+HUMBLE_RESULT_TIMEOUT_S = 900   # rclpy's default there
+ACCEPTED = 1                    # of action_msgs/GoalStatus
 STATUS_DEPTH = 128              # more than can be pending while the sending thread has no CPU
 _T = TypeVar('_T')
 
@@ -236,11 +241,53 @@ class _Server(ActionServer):
     result.
     """
 
+    def __init__(self, node: Node, *arguments: Any, **options: Any) -> None:
+        """Create the server; the parameters are those of rclpy's ActionServer."""
+        timeout = signature(ActionServer.__init__).parameters['result_timeout'].default
+        # In Humble, results expire by the stamp of the goal, which is the node's time.
+        self._expiry = node if timeout == HUMBLE_RESULT_TIMEOUT_S else _SteadyNode(node)
+        super().__init__(cast(Node, self._expiry), *arguments, **options)
+        self._node = node               # stamps the goals; rcl refers to the clock of _expiry
+
+    async def _execute_goal_request(self, request_header_and_message: Any) -> None:
+        """
+        Accept a goal.
+
+        If rclpy can't send the response or the status of a goal, it keeps the goal for ever, but
+        does not report it as accepted. This method does, so the goal gets a result.
+        """
+        try:
+            await super()._execute_goal_request(request_header_and_message)
+        except RCLError as error:
+            self._logger.warning(f'the status of a goal was not sent: {error}')
+        goal_id = request_header_and_message[1].goal_id
+        handle = self._goal_handles.get(bytes(goal_id.uuid))
+        if handle is not None and handle.status == ACCEPTED:
+            self._handle_accepted_callback(handle)
+
     def notify_execute(self, goal_handle: ServerGoalHandle,
                        execute_callback: Callable[[ServerGoalHandle], Any] | None) -> None:
         """Execute a goal only if a callback is given."""
         if execute_callback is not None:
             super().notify_execute(goal_handle, execute_callback)
+
+
+class _SteadyNode:
+    """
+    A node with a steady clock, by which the results of goals expire.
+
+    Simulated time can stop or jump back. The results would then stay in memory, and each status
+    message would list all goals.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._clock = node, Clock(clock_type=ClockType.STEADY_TIME)
+
+    def get_clock(self) -> Clock:
+        return self._clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
 
 
 class _Goal:

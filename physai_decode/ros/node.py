@@ -25,6 +25,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import wraps
 import threading
 import time
 from typing import Any
@@ -34,6 +35,7 @@ from lifecycle_msgs.srv import ChangeState
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import shown
+from physai_decode.engine import described
 from physai_decode.host import Host
 from physai_decode.host import Load
 from physai_decode.host import load
@@ -74,6 +76,20 @@ GOALS_TIMEOUT_S = 0.2           # to send the results of goals
 
 class _Exiting(Exception):
     """The process ends while a model loads."""
+
+
+def _logged(transition: Callable[[Any, LifecycleState], TransitionCallbackReturn],
+            ) -> Callable[[Any, LifecycleState], TransitionCallbackReturn]:
+    """Wrap a transition so that its exception is logged; rclpy itself ignores exceptions."""
+    @wraps(transition)
+    def run(node: 'DecodeNode', state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return transition(node, state)
+        except Exception as error:
+            node._host.failure = described(error)
+            node.faults.note(transition.__name__, error)
+            return TransitionCallbackReturn.ERROR
+    return run
 
 
 class DecodeNode(LifecycleNodeMixin, ClockedNode):
@@ -170,6 +186,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
 
     # Transitions. One runs at a time, while `/diagnostics` runs in another thread.
 
+    @_logged
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model, warm it up and find the peak bandwidth; a failure frees everything."""
         begin_s, host, config = time.monotonic(), self._host, parameters.read(self)
@@ -192,6 +209,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             f'{footprint.engine}, {footprint.dtype}, {footprint.device_name}')
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Start to accept requests."""
         if not self._stop(0.0):
@@ -207,12 +225,14 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                                f'{self._endpoints.request.topic_name}')
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Cancel all requests and refuse new ones, even if the engine hangs."""
         self._bond.end()
         self._stop(STOP_TIMEOUT_S)
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unload the model."""
         if not self._stop(0.0):
@@ -220,12 +240,14 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         self._unload()
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unload the model for good."""
         self._host.closed = True
         self._release()
         return TransitionCallbackReturn.SUCCESS
 
+    @_logged
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unload the model after a transition raised; the node is unconfigured then."""
         self._release()

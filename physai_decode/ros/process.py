@@ -14,6 +14,7 @@
 
 """The node's process: it handles signals, runs the executor, and exits in bounded time."""
 
+from contextlib import suppress
 import os
 import signal
 import sys
@@ -104,7 +105,8 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         unexpected = remove_ros_args(args)[1:]
     except (RuntimeError, ValueError) as error:     # such as a params file that does not exist
-        print(f'decode_node: {type(error).__name__}: {error}', file=sys.stderr)
+        advice = ': set ROS_LOG_DIR to a folder that can be written' * ('logging' in str(error))
+        print(f'decode_node: {type(error).__name__}: {error}{advice}', file=sys.stderr)
         return 1
     if unexpected and unexpected[0] in ('-h', '--help'):
         print(f'usage: {USAGE}\n\n{HELP}')
@@ -146,8 +148,8 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         rclpy.shutdown()
     # Only this ends a thread that hangs in a load or a kernel. It also skips Python's teardown of
     # torch, which takes up to two seconds.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(AttributeError, OSError):         # None if it is closed
+        sys.stdout.flush()
     os._exit(ending.code)
 
 

@@ -36,6 +36,7 @@ from physai_decode.ros.interfaces import Token
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
+from rclpy.action.server import RCLError
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSDurabilityPolicy
@@ -94,7 +95,7 @@ class Topics:
 
         self.all: list[Publisher] = []
         self._model, self._finished = model, finished
-        self._now_ns = node.now_ns
+        self._now_ns, self._note = node.now_ns, node.faults.note
         self.tokens = publisher(String, '~/tokens', stream_qos())
         self._token_stats = publisher(DiagnosticArray, '~/token_stats', stream_qos())
         self._itl_ms = publisher(Float64, '~/itl_ms', stream_qos())
@@ -141,15 +142,15 @@ class Topics:
             ready.append((self._stamped_tokens,
                           self._stamped.write(report, text, self._now_ns())))
         for publisher, data in ready:
-            publisher.publish(data)
+            self._publish(publisher, data)
 
     def item(self, report: ItemReport) -> None:
         """Publish one element of a JSON answer."""
-        self._item.publish(String(data=report.to_json()))
+        self._publish(self._item, String(data=report.to_json()))
 
     def accepted(self, number: int, request: Request) -> None:
         """Publish a request that was queued, so that a bag can record every request."""
-        self._accepted.publish(_json({
+        self._publish(self._accepted, _json({
             'request_id': number, 'id': request.client_id or None,
             'stamp': self._now_ns() / 1e9, 'request': request.to_json()}))
 
@@ -159,18 +160,25 @@ class Topics:
         result = _json(chat_completion(report, text, self._model()))
         with self._finish_lock:
             if report.finish_reason != 'rejected':
-                self._response.publish(String(data=messages.sendable(text)))
-            self._request_stats.publish(self._array([status]))
-            self._result.publish(result)
+                self._publish(self._response, String(data=messages.sendable(text)))
+            self._publish(self._request_stats, self._array([status]))
+            self._publish(self._result, result)
         self._finished(report)
 
     def model_info(self, status: DiagnosticStatus) -> None:
         """Publish the loaded model; the topic is latched."""
-        self._model_info.publish(self._array([status]))
+        self._publish(self._model_info, self._array([status]))
 
     def diagnostics(self, statuses: list[DiagnosticStatus]) -> None:
         """Publish on /diagnostics."""
-        self._diagnostics.publish(self._array(statuses))
+        self._publish(self._diagnostics, self._array(statuses))
+
+    def _publish(self, publisher: Publisher, message: Any) -> None:
+        """Publish a message. If the middleware can't, note that, and let the request go on."""
+        try:
+            publisher.publish(message)
+        except RCLError as error:
+            self._note(publisher.topic_name, error)
 
     def _array(self, statuses: list[DiagnosticStatus]) -> DiagnosticArray:
         array = DiagnosticArray(status=statuses)

@@ -62,7 +62,10 @@ class TuningCache:
         :param owner: the device and compiler, such as their names and versions.
         :param folder: the folder of the file; by default ``$XDG_CACHE_HOME/physai_decode``.
         """
-        base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        try:
+            base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        except RuntimeError:            # the user has no home folder: nothing is stored
+            base = os.devnull
         self._path = (folder or Path(base) / 'physai_decode') / 'kernels.json'
         self._owner = owner
         try:
