@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import fields
 from dataclasses import replace
-import json
 import secrets
 from typing import Any
 
@@ -46,6 +45,8 @@ from physai_decode.engines.openai import ServerError
 from physai_decode.engines.openai import Usage
 from physai_decode.request import Call
 from physai_decode.request import Form
+from physai_decode.request import parse_value
+from physai_decode.request import RequestError
 from physai_decode.speech import Kind
 from physai_decode.speech import Part
 
@@ -75,8 +76,9 @@ class ServerAnswer(Delivery):
         self._server, self._config, self._thought_tokens = server, config, thought_tokens
         self.local = local
         self.times.engine = server.footprint.engine
+        request = self._ticket.request
         self._calls = _ToolCalls(
-            {tool['function']['name'] for tool in self._ticket.request.offered})
+            {tool['function']['name'] for tool in request.forced or request.offered})
 
     def give(self) -> End:
         """
@@ -152,7 +154,7 @@ class ServerAnswer(Delivery):
                                       f'is {limit}')
                 self._emit_piece(now_s, delta)
             if delta.finish_reason:
-                self._release('', self._calls.take())
+                self._release('', self._calls.take(cut=delta.finish_reason == 'length'))
                 end = self._end(delta.finish_reason)
                 self._await_usage(exchange)
                 return end
@@ -222,11 +224,16 @@ class ServerAnswer(Delivery):
         :raises ServerError: the answer violates the request, or the reason is unknown.
         """
         if reason in ('stop', 'tool_calls', 'function_call'):
+            request, address = self._ticket.request, self._server.address
             if self._form is not None and not _is_plausible(self.text, self._form):
-                raise ServerError(f'{self._server.address} does not keep to {self._form.name}')
-            if len(self.calls) > 1 and not self._ticket.request.parallel_tool_calls:
-                raise ServerError(f'{self._server.address} does not keep to parallel_tool_calls, '
+                raise ServerError(f'{address} does not keep to {self._form.name}')
+            if len(self.calls) > 1 and not request.parallel_tool_calls:
+                raise ServerError(f'{address} does not keep to parallel_tool_calls, '
                                   f'which is false: it made {len(self.calls)} calls')
+            if request.forced and not self.calls:
+                raise ServerError(f'{address} does not keep to tool_choice: it called no tool')
+            if reason != 'stop' and not self.calls:
+                raise ServerError(f'{address} ended the answer with {reason}, but sent no call')
             return End('stop', '')
         if reason == 'length':
             return End('length', f'{self._named("max_new_tokens")} is '
@@ -290,11 +297,12 @@ class _ToolCalls:
             self._fragments.append(each)
         return completed
 
-    def take(self) -> list[Part]:
+    def take(self, cut: bool = False) -> list[Part]:
         """
         Complete the open call and return it, if there is one.
 
-        :raises ServerError: its tool was not offered, or its arguments are invalid.
+        :param cut: whether the answer was cut off, so that a call without arguments is incomplete.
+        :raises ServerError: its tool is not allowed, or its arguments are invalid.
         """
         fragments, self._fragments = self._fragments, []
         if not fragments:
@@ -304,10 +312,11 @@ class _ToolCalls:
                          for field in ('name', 'arguments'))
         id_ = next((each.id for each in fragments if each.id), '')
         if name not in self._names:
-            raise ServerError(f'the server calls the tool {shown(name)}, which was not offered')
+            raise ServerError(f'the server calls the tool {shown(name)}, but the request allows '
+                              f'{", ".join(sorted(self._names)) or "none"}')
         try:
-            arguments = json.loads(written) if written.strip() else {}
-        except (ValueError, RecursionError):
+            arguments = parse_value(written, name) if written.strip() or cut else {}
+        except RequestError:
             arguments = None
         if not isinstance(arguments, dict):
             raise ServerError(f'the server calls the tool {name} with {shown(written)}, which is '
@@ -323,10 +332,10 @@ def _is_plausible(text: str, form: Form) -> bool:
     if form.kind != 'json_schema':
         return True
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_value(text, form.name)
+    except RequestError:
         return False
-    return True
+    return form.content != {'type': 'object'} or isinstance(value, dict)
 
 
 def _form_fields(form: Form) -> dict[str, Any]:
