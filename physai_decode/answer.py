@@ -136,6 +136,8 @@ class Answer(Delivery):
             self._remark(self._speech.problem)
         if end.reason == 'stop' and self.calls:
             return End('tool_calls', end.message)
+        if end.reason == 'stop' and self._ticket.request.forced:
+            return End('error', 'the answer is not the tool call that tool_choice requires')
         return end
 
     def _generate(self) -> End:

@@ -144,6 +144,16 @@ def test_constrains_a_required_call(make, form, choice, thinks):
     assert text.tools == (TOOL,)
 
 
+def test_required_call_that_is_unreadable_is_an_error(make):
+    """A schema allows numbers that JSON parsers do not represent."""
+    tool = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
+        'type': 'object', 'properties': {'x': {'type': 'number'}}, 'required': ['x']}}}
+    report, *_ = ask(make, FORMS['hermes'].written([('go_to', {'x': 9})]).replace('9', '9e999'),
+                     text_of('hermes'), tools=[tool], tool_choice='required')
+    assert report.finish_reason == 'error' and not report.tool_calls
+    assert 'tool_choice requires' in report.message and 'too large' in report.message
+
+
 def test_rejects_tools_if_a_parameter_constrains_every_answer(make):
     worker, sink = make(FakeEngine(), text_of('hermes'),
                         form=configured(ConstraintConfig(choice=('a', 'b'))))
