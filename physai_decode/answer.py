@@ -171,7 +171,8 @@ class Answer(Delivery):
         constraint = None if form is None else self._constraint(form, thought)
         sampling = self._sampling
         while (end := self._decode_after(prompt_ids, sampling, constraint)) is None:
-            prompt_ids = [*prompt_ids, *self._end_thought(constraint)]
+            prompt_ids = [*prompt_ids, *self._end_thought()]
+            constraint = None if form is None else self._constraint(form, None)
             sampling = replace(self._sampling,
                                max_new_tokens=self._sampling.max_new_tokens - self._given)
             if len(prompt_ids) >= self._loop.engine.footprint.max_context:
@@ -264,13 +265,10 @@ class Answer(Delivery):
         return (speech is not None and speech.thinking
                 and self._given >= self._thought_tokens)
 
-    def _end_thought(self, constraint: Constraint | None) -> list[int]:
+    def _end_thought(self) -> list[int]:
         """End the thought for the model; return the tokens after the prompt."""
         manner = self._manner
         assert self._speech is not None
-        if constraint is not None:
-            for token_id in manner.close_ids:
-                constraint.accept(token_id)
         self._release(*_split(self._speech.push(
             f'{self._detokenizer.flush()}\n{manner.closes}\n\n')))
         in_request = 'max_tokens' in self._ticket.request.thinking

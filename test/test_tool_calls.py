@@ -227,6 +227,18 @@ def test_constraint_after_a_thought_that_reached_its_limit(make):
     assert content in ('yes', 'no')
 
 
+def test_constraint_after_a_thought_that_is_cut_in_a_character(make):
+    half = '\xc3'               # the id of the first byte of a character
+
+    def steps(prompt):
+        return say('no' if '</think>' in ''.join(map(chr, prompt)) else f'<think>{half}')
+
+    report, content, *_ = ask(
+        make, '', text_of(thinks=True), FakeEngine(steps, max_context=1000, vocab_size=256),
+        thinking={'max_tokens': 8}, structured_outputs={'choice': ['yes', 'no']})
+    assert (report.finish_reason, report.reasoning, content) == ('stop', half, 'no')
+
+
 def test_max_tokens_counts_thought_and_answer(make):
     report, content, *_ = ask(
         make, '', text_of(thinks=True), FakeEngine(thinker, max_context=1000, vocab_size=256),
