@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+import re
 from typing import Any
 from typing import cast
 from typing import Protocol
@@ -54,6 +55,9 @@ from physai_decode.speech import Thought
 
 RAW = Manner(reason='raw_prompt bypasses the chat template')
 PIECE = 32768           # characters that are tokenised at a time, in about 0.03 s
+# An escape that JSON does not need, such as \u0061 for a. llguidance allows it only in a name, and
+# does not see that the schema lists the name.
+_ESCAPED = re.compile(r'(?<!\\)(?:\\\\)*\\u(?!00(?:[01]|7[Ff]))')
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
 
@@ -138,6 +142,9 @@ class Answer(Delivery):
             return End('tool_calls', end.message)
         if end.reason == 'stop' and self._ticket.request.forced:
             return End('error', 'the answer is not the tool call that tool_choice requires')
+        if end.reason == 'stop' and self._items is not None and _ESCAPED.search(self.text):
+            return End('error', 'the answer escapes a character of a name, which may be that of a '
+                       'property in the schema: set additionalProperties to false')
         return end
 
     def _generate(self) -> End:
