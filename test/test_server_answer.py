@@ -365,6 +365,39 @@ def test_missing_call_is_an_error(fake, choice, called, reason, words):
     assert not report.tool_calls
 
 
+def test_interleaved_calls_keep_their_arguments(fake):
+    """No call is published before its arguments are complete."""
+    def answer(call, body):
+        call.begin()
+        for index, name, arguments in (
+                (0, 'go', ''), (1, 'go', '{"to":'), (0, '', '{"to":"a"}'), (1, '', '"b"}'),
+                (2, 'go', ''), (3, 'go', '{}')):
+            call.delta({'tool_calls': [{'index': index, 'function': {
+                'name': name, 'arguments': arguments}}]})
+            call.say(' ')
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, _ = ask(fake, Request('x', tools=(TOOL,)))
+    assert report.finish_reason == 'tool_calls', report.message
+    assert [each.arguments for each in report.tool_calls] == [{'to': 'a'}, {'to': 'b'}, {}, {}]
+
+
+def test_several_calls_in_one_event(fake):
+    def answer(call, body):
+        call.begin()
+        call.say('ok')
+        call.delta({'tool_calls': [
+            {'index': index, 'function': {'name': 'go', 'arguments': f'{{"to":{index}}}'}}
+            for index in range(3)]})
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, text = ask(fake, Request('x', tools=(TOOL,)))
+    assert (report.finish_reason, text) == ('tool_calls', 'ok')
+    assert [each.arguments for each in report.tool_calls] == [{'to': 0}, {'to': 1}, {'to': 2}]
+
+
 def test_further_choices_are_not_part_of_the_answer(fake):
     def answer(call, body):
         call.begin()
