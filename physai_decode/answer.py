@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+import re
 from typing import Any
 from typing import cast
 from typing import Protocol
@@ -54,6 +55,9 @@ from physai_decode.speech import Thought
 
 RAW = Manner(reason='raw_prompt bypasses the chat template')
 PIECE = 32768           # characters that are tokenised at a time, in about 0.03 s
+# An escape that JSON does not need, such as \u0061 for a. llguidance allows it only in a name, and
+# does not see that the schema lists the name.
+_ESCAPED = re.compile(r'(?<!\\)(?:\\\\)*\\u(?!00(?:[01]|7[Ff]))')
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
 
@@ -136,6 +140,11 @@ class Answer(Delivery):
             self._remark(self._speech.problem)
         if end.reason == 'stop' and self.calls:
             return End('tool_calls', end.message)
+        if end.reason == 'stop' and self._ticket.request.forced:
+            return End('error', 'the answer is not the tool call that tool_choice requires')
+        if end.reason == 'stop' and self._items is not None and _ESCAPED.search(self.text):
+            return End('error', 'the answer escapes a character of a name, which may be that of a '
+                       'property in the schema: set additionalProperties to false')
         return end
 
     def _generate(self) -> End:
@@ -169,7 +178,8 @@ class Answer(Delivery):
         constraint = None if form is None else self._constraint(form, thought)
         sampling = self._sampling
         while (end := self._decode_after(prompt_ids, sampling, constraint)) is None:
-            prompt_ids = [*prompt_ids, *self._end_thought(constraint)]
+            prompt_ids = [*prompt_ids, *self._end_thought()]
+            constraint = None if form is None else self._constraint(form, None)
             sampling = replace(self._sampling,
                                max_new_tokens=self._sampling.max_new_tokens - self._given)
             if len(prompt_ids) >= self._loop.engine.footprint.max_context:
@@ -262,13 +272,10 @@ class Answer(Delivery):
         return (speech is not None and speech.thinking
                 and self._given >= self._thought_tokens)
 
-    def _end_thought(self, constraint: Constraint | None) -> list[int]:
+    def _end_thought(self) -> list[int]:
         """End the thought for the model; return the tokens after the prompt."""
         manner = self._manner
         assert self._speech is not None
-        if constraint is not None:
-            for token_id in manner.close_ids:
-                constraint.accept(token_id)
         self._release(*_split(self._speech.push(
             f'{self._detokenizer.flush()}\n{manner.closes}\n\n')))
         in_request = 'max_tokens' in self._ticket.request.thinking

@@ -184,12 +184,14 @@ class Vocabulary:
         answer = json.loads(grammar)['grammars'] if grammar.startswith('{') else [
             {'lark_grammar': grammar}]
         close = self._added.get(thought.closes)
-        body = 'body' if close is None else f'<[^{close}]>* <[{close}]>'
+        # A thought also ends if the model writes the marker in letters, as for `Speech`.
+        text = json.dumps(thought.closes)
+        body = 'body' if close is None else f'(body | TEXT? <[{close}]>)'
         rules = [f'thought: {body} /{AFTER_THOUGHT}/?', 'start: ' + (
             'thought @answer' if thought.inside else
-            f'({self._marker(thought.opens)} thought)? @answer')]
-        if close is None:
-            rules.append(f'body[suffix={json.dumps(thought.closes)}]: /(?s:.*)/')
+            f'({self._marker(thought.opens)} thought)? @answer'),
+            f'body[suffix={text}]: /(?s:.*)/',
+            f'TEXT: /(?s:.+)/ & ~(/(?s:.*)/ {text} /(?s:.*)/)']
         return json.dumps({'grammars': [
             {'name': 'thought', 'lark_grammar': '\n'.join(rules)},
             {**answer[0], 'name': 'answer'}, *answer[1:]]})

@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import fields
 from dataclasses import replace
-import json
 import secrets
 from typing import Any
 
@@ -38,6 +37,7 @@ from physai_decode.delivery import End
 from physai_decode.delivery import Ended
 from physai_decode.delivery import POLL_S
 from physai_decode.delivery import Refused
+from physai_decode.delivery import with_parts
 from physai_decode.engines.openai import Delta
 from physai_decode.engines.openai import Exchange
 from physai_decode.engines.openai import Fragment
@@ -46,6 +46,8 @@ from physai_decode.engines.openai import ServerError
 from physai_decode.engines.openai import Usage
 from physai_decode.request import Call
 from physai_decode.request import Form
+from physai_decode.request import parse_value
+from physai_decode.request import RequestError
 from physai_decode.speech import Kind
 from physai_decode.speech import Part
 
@@ -75,8 +77,9 @@ class ServerAnswer(Delivery):
         self._server, self._config, self._thought_tokens = server, config, thought_tokens
         self.local = local
         self.times.engine = server.footprint.engine
+        request = self._ticket.request
         self._calls = _ToolCalls(
-            {tool['function']['name'] for tool in self._ticket.request.offered})
+            {tool['function']['name'] for tool in request.forced or request.offered})
 
     def give(self) -> End:
         """
@@ -152,7 +155,7 @@ class ServerAnswer(Delivery):
                                       f'is {limit}')
                 self._emit_piece(now_s, delta)
             if delta.finish_reason:
-                self._release('', self._calls.take())
+                self._release('', self._calls.take(delta.finish_reason))
                 end = self._end(delta.finish_reason)
                 self._await_usage(exchange)
                 return end
@@ -200,17 +203,18 @@ class ServerAnswer(Delivery):
 
     def _emit_piece(self, now_s: float, delta: Delta) -> None:
         """Record a piece and emit it, unless it belongs to an incomplete tool call."""
-        completed = self._calls.push(delta.calls)
-        if delta.content:
-            completed += self._calls.take()
-        self._release('', completed)
+        completed = self._calls.take() if delta.content else []
+        completed += self._calls.push(delta.calls)
+        early, now = (completed, []) if self._waiting is not None else ([], completed)
+        self._release('', early)
         report = self.times.token(now_s, None, delta.content, publish_s=self._publish_s,
                                   waited_s=self._waited_s)
         self._given += 1
         if delta.reasoning:
             report = replace(report, reasoning=delta.reasoning)
             self.times.reasoning_tokens += 1
-        if delta.calls:
+        report = with_parts(report, now)
+        if self._calls.are_open:
             self._waiting = report
         else:
             self._give_out(report)
@@ -222,11 +226,16 @@ class ServerAnswer(Delivery):
         :raises ServerError: the answer violates the request, or the reason is unknown.
         """
         if reason in ('stop', 'tool_calls', 'function_call'):
+            request, address = self._ticket.request, self._server.address
             if self._form is not None and not _is_plausible(self.text, self._form):
-                raise ServerError(f'{self._server.address} does not keep to {self._form.name}')
-            if len(self.calls) > 1 and not self._ticket.request.parallel_tool_calls:
-                raise ServerError(f'{self._server.address} does not keep to parallel_tool_calls, '
+                raise ServerError(f'{address} does not keep to {self._form.name}')
+            if len(self.calls) > 1 and not request.parallel_tool_calls:
+                raise ServerError(f'{address} does not keep to parallel_tool_calls, '
                                   f'which is false: it made {len(self.calls)} calls')
+            if request.forced and not self.calls:
+                raise ServerError(f'{address} does not keep to tool_choice: it called no tool')
+            if reason != 'stop' and not self.calls:
+                raise ServerError(f'{address} ended the answer with {reason}, but sent no call')
             return End('stop', '')
         if reason == 'length':
             return End('length', f'{self._named("max_new_tokens")} is '
@@ -272,8 +281,13 @@ class _ToolCalls:
 
     def __init__(self, names: set[str]) -> None:
         self._names = names
-        self._fragments: list[Fragment] = []        # of the open call
-        self._next = 0                              # the smallest index of a further call
+        self._open: dict[int, list[Fragment]] = {}      # by the index of the call
+        self._next = 0                                  # the smallest index of a further call
+
+    @property
+    def are_open(self) -> bool:
+        """Whether there are calls that `take` has not returned yet."""
+        return bool(self._open)
 
     def push(self, fragments: Iterable[Fragment]) -> list[Part]:
         """
@@ -283,37 +297,44 @@ class _ToolCalls:
         """
         completed: list[Part] = []
         for each in fragments:
-            if self._fragments and each.place != self._fragments[0].place:
+            if each.place not in self._open:
                 completed += self.take()
             if each.place < self._next:
                 raise ServerError('the server sent a fragment of a tool call after its end')
-            self._fragments.append(each)
+            self._open.setdefault(each.place, []).append(each)
         return completed
 
-    def take(self) -> list[Part]:
+    def take(self, end: str = '') -> list[Part]:
         """
-        Complete the open call and return it, if there is one.
+        Remove and return the open calls up to the first whose arguments are incomplete.
 
-        :raises ServerError: its tool was not offered, or its arguments are invalid.
+        :param end: the finish reason of the answer; empty if it goes on. A call may have no
+            arguments, but only the end shows that, and not if it is ``length``.
+        :raises ServerError: a tool is not allowed, or a call is incomplete at the end.
         """
-        fragments, self._fragments = self._fragments, []
-        if not fragments:
-            return []
-        self._next = fragments[0].place + 1
-        name, written = (''.join(getattr(each, field) for each in fragments)
-                         for field in ('name', 'arguments'))
-        id_ = next((each.id for each in fragments if each.id), '')
-        if name not in self._names:
-            raise ServerError(f'the server calls the tool {shown(name)}, which was not offered')
-        try:
-            arguments = json.loads(written) if written.strip() else {}
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise ServerError(f'the server calls the tool {name} with {shown(written)}, which is '
-                              'not a JSON object')
-        return [Part(Kind.CALL, call=Call(id_ or f'call_{secrets.token_hex(12)}', name,
-                                          arguments))]
+        parts: list[Part] = []
+        while self._open:
+            place = min(self._open)
+            name, written = (''.join(getattr(each, field) for each in self._open[place])
+                             for field in ('name', 'arguments'))
+            try:
+                arguments = {} if end not in ('', 'length') and not written.strip() else \
+                    parse_value(written, name)
+            except RequestError:
+                arguments = None
+            if not end and not isinstance(arguments, dict):
+                break
+            fragments, self._next = self._open.pop(place), place + 1
+            if name not in self._names:
+                raise ServerError(f'the server calls the tool {shown(name)}, but the request '
+                                  f'allows {", ".join(sorted(self._names)) or "none"}')
+            if not isinstance(arguments, dict):
+                raise ServerError(f'the server calls the tool {name} with {shown(written)}, which '
+                                  'is not a JSON object')
+            id_ = next((each.id for each in fragments if each.id), '')
+            parts.append(Part(Kind.CALL, call=Call(
+                id_ or f'call_{secrets.token_hex(12)}', name, arguments)))
+        return parts
 
 
 def _is_plausible(text: str, form: Form) -> bool:
@@ -323,10 +344,10 @@ def _is_plausible(text: str, form: Form) -> bool:
     if form.kind != 'json_schema':
         return True
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_value(text, form.name)
+    except RequestError:
         return False
-    return True
+    return form.content != {'type': 'object'} or isinstance(value, dict)
 
 
 def _form_fields(form: Form) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 import json
+from math import isfinite
 import re
 from typing import Any
 from typing import NamedTuple
@@ -78,7 +79,22 @@ def _refuse_constant(text: str) -> NoReturn:
     raise Unreadable(f'{text} is not a JSON number')
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise Unreadable(f'{text:.40} is too large for a number')
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unreadable('an object has a field twice')
+    return found
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_float=_finite,
+                            object_pairs_hook=_object)
 
 
 def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:
@@ -106,7 +122,10 @@ def _call(value: Any) -> tuple[str, Mapping[str, Any]]:
         raise Unreadable('it is not an object with a name')
     arguments = value.get('arguments', value.get('parameters', {}))
     if isinstance(arguments, str):
-        arguments, _ = _decoded(arguments.strip() or '{}', 0, True) or ({}, 0)
+        written = arguments.strip() or '{}'
+        arguments, end = _decoded(written, 0, True) or ({}, 0)
+        if end < len(written):
+            raise Unreadable('its arguments are more than one JSON value')
     if not isinstance(arguments, dict):
         raise Unreadable('its arguments are not an object')
     return value['name'], arguments

@@ -25,6 +25,7 @@ from unittest.mock import MagicMock
 from fake_engine import byte_tokenizer
 from fake_engine import FakeEngine
 from fake_engine import forever
+from fake_engine import say
 import jsonschema
 from physai_decode import checkpoint
 from physai_decode.config import ConstraintConfig
@@ -436,6 +437,17 @@ def test_worker_constrains_answers():
         number = worker.submit(Request(
             'go', structured_outputs={'regex': '"{40}'}, sampling={'max_new_tokens': 4}))
         assert sink.end(number)[0].finish_reason == 'length'
+
+
+def test_listed_name_in_escapes_is_an_error():
+    schema = {'properties': {'a': {'type': 'integer'}}, 'required': ['a']}
+    form = Form('json_schema', {'type': 'object', **schema}, 'schema')
+    for text, reason in ((r'{"a":1,"\u0061":"x"}', 'error'), (r'{"a":1,"b":"\\u0061"}', 'stop')):
+        with making() as make:
+            worker, sink = make(FakeEngine(lambda _, text=text: say(text), vocab_size=128),
+                                form=form)
+            report, got = sink.end(worker.submit(Request('go')))
+            assert (report.finish_reason, got) == (reason, text)
 
 
 @pytest.mark.parametrize(('options', 'words'), [

@@ -210,6 +210,9 @@ def test_sends_the_constraint(fake, fields, sent):
 
 @pytest.mark.parametrize(('fields', 'content', 'reason'), [
     ({'response_format': {'type': 'json_object'}}, '{"a":', 'error'),
+    ({'response_format': {'type': 'json_object'}}, '[1]', 'error'),
+    ({'response_format': {'type': 'json_object'}}, '{"a": NaN}', 'error'),
+    ({'response_format': {'type': 'json_object'}}, '{"a": 1, "a": 2}', 'error'),
     ({'response_format': {'type': 'json_object'}}, '{"a": 1}', 'stop'),
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes!', 'error'),
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes', 'stop')])
@@ -325,7 +328,8 @@ def test_publishes_thoughts_and_tool_calls(fake):
 
 
 @pytest.mark.parametrize(('function', 'words'), [
-    ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', which was not offered"),
+    ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', but the request allows go"),
+    ({'name': 'go', 'arguments': '{"to": Infinity}'}, 'not a JSON object'),
     ({'name': 'go', 'arguments': '[1'}, 'not a JSON object')])
 def test_invalid_tool_call_is_an_error(fake, function, words):
     def answer(call, body):
@@ -337,6 +341,75 @@ def test_invalid_tool_call_is_an_error(fake, function, words):
     report, _ = ask(fake, Request('where?', tools=(TOOL,)))
     assert report.finish_reason == 'error' and words in report.message
     assert not report.tool_calls
+
+
+@pytest.mark.parametrize(('choice', 'called', 'reason', 'words'), [
+    ('required', None, 'stop', 'does not keep to tool_choice'),
+    ({'type': 'function', 'function': {'name': 'go'}}, None, 'stop', 'keep to tool_choice'),
+    ({'type': 'function', 'function': {'name': 'go'}}, 'turn', 'tool_calls', 'allows go'),
+    ('auto', None, 'tool_calls', 'sent no call'),
+    ('auto', None, 'function_call', 'sent no call'),
+    ('auto', 'go', 'length', 'not a JSON object')])     # the arguments have not come yet
+def test_missing_call_is_an_error(fake, choice, called, reason, words):
+    def answer(call, body):
+        call.begin()
+        call.say('well')
+        if called:
+            call.delta({'tool_calls': [{'index': 0, 'function': {'name': called}}]})
+        call.end(reason)
+
+    turn = {'type': 'function', 'function': {'name': 'turn', 'parameters': {}}}
+    fake.answer = answer
+    report, _ = ask(fake, Request('x', tools=(TOOL, turn), tool_choice=choice))
+    assert report.finish_reason == 'error' and words in report.message
+    assert not report.tool_calls
+
+
+def test_interleaved_calls_keep_their_arguments(fake):
+    """No call is published before its arguments are complete."""
+    def answer(call, body):
+        call.begin()
+        for index, name, arguments in (
+                (0, 'go', ''), (1, 'go', '{"to":'), (0, '', '{"to":"a"}'), (1, '', '"b"}'),
+                (2, 'go', ''), (3, 'go', '{}')):
+            call.delta({'tool_calls': [{'index': index, 'function': {
+                'name': name, 'arguments': arguments}}]})
+            call.say(' ')
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, _ = ask(fake, Request('x', tools=(TOOL,)))
+    assert report.finish_reason == 'tool_calls', report.message
+    assert [each.arguments for each in report.tool_calls] == [{'to': 'a'}, {'to': 'b'}, {}, {}]
+
+
+def test_several_calls_in_one_event(fake):
+    def answer(call, body):
+        call.begin()
+        call.say('ok')
+        call.delta({'tool_calls': [
+            {'index': index, 'function': {'name': 'go', 'arguments': f'{{"to":{index}}}'}}
+            for index in range(3)]})
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, text = ask(fake, Request('x', tools=(TOOL,)))
+    assert (report.finish_reason, text) == ('tool_calls', 'ok')
+    assert [each.arguments for each in report.tool_calls] == [{'to': 0}, {'to': 1}, {'to': 2}]
+
+
+def test_further_choices_are_not_part_of_the_answer(fake):
+    def answer(call, body):
+        call.begin()
+        for index, text in ((1, 'left'), (0, 'right'), (1, ' now')):
+            call.event({'choices': [{'index': index, 'delta': {'content': text}}]})
+        call.event({'choices': [{'index': 1, 'delta': {}, 'finish_reason': 'length'},
+                                {'index': 0, 'delta': {'content': ' turn'}}]})
+        call.end()
+
+    fake.answer = answer
+    report, text = ask(fake)
+    assert (report.finish_reason, text) == ('stop', 'right turn')
 
 
 def responding(status, value, kind='application/json', **headers):

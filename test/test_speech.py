@@ -60,6 +60,9 @@ TEXTS = [
     ('hermes', False, f'<tool_call>{{"a"}} {TAGGED}', '<tool_call>{"a"}', '', [GO]),
     ('hermes', False, '<tool_call>{"name": "go_to", "arguments": {"a": NaN}}</tool_call>',
      '<tool_call>{"name": "go_to", "arguments": {"a": NaN}}</tool_call>', '', []),
+    *(('hermes', False, text, text, '', []) for text in (
+        TAGGED.replace('"hall"', '1e999'), TAGGED.replace('"hall"', '1, "room": 2'),
+        TAGGED.replace('{"room": "hall"}', '"{\\"a\\": 1} {\\"a\\": 2}"'))),
     ('hermes', False, 'a < b <tool b\n', 'a < b <tool b\n', '', []),
     ('hermes', True, f'<think>\nSo {TAGGED}?\n</think>\n\nOk.\n{TAGGED}', 'Ok.', f'So {TAGGED}?',
      [GO]),

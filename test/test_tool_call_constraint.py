@@ -139,6 +139,16 @@ def test_constraint_holds_after_a_random_thought(loop):
         assert not ended or answer.strip() in ('yes', 'no')
 
 
+def test_thought_ends_at_a_marker_in_letters():
+    """The text after it is the answer, as the parser of the answer reads it."""
+    tokenizer = tokenizer_with(*THOUGHT_MARKERS)
+    constraint = Vocabulary(tokenizer, SIZE, (END,)).constraint(
+        Form('choice', ['yes'], 'name'), Thought(*THOUGHT_MARKERS, True))
+    for letter in 'so</think>yes':
+        constraint.accept(*tokenizer.encode(letter, add_special_tokens=False).ids)
+    assert constraint.ended
+
+
 def test_rejects_a_schema_keyword_that_is_not_enforced():
     tool = {'type': 'function', 'function': {'name': 'a', 'parameters': {
         'type': 'object', 'not': {}}}}

@@ -144,6 +144,16 @@ def test_constrains_a_required_call(make, form, choice, thinks):
     assert text.tools == (TOOL,)
 
 
+def test_required_call_that_is_unreadable_is_an_error(make):
+    """A schema allows numbers that JSON parsers do not represent."""
+    tool = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
+        'type': 'object', 'properties': {'x': {'type': 'number'}}, 'required': ['x']}}}
+    report, *_ = ask(make, FORMS['hermes'].written([('go_to', {'x': 9})]).replace('9', '9e999'),
+                     text_of('hermes'), tools=[tool], tool_choice='required')
+    assert report.finish_reason == 'error' and not report.tool_calls
+    assert 'tool_choice requires' in report.message and 'too large' in report.message
+
+
 def test_rejects_tools_if_a_parameter_constrains_every_answer(make):
     worker, sink = make(FakeEngine(), text_of('hermes'),
                         form=configured(ConstraintConfig(choice=('a', 'b'))))
@@ -215,6 +225,18 @@ def test_constraint_after_a_thought_that_reached_its_limit(make):
         thinking={'max_tokens': 20}, structured_outputs={'choice': ['yes', 'no']})
     assert (report.finish_reason, report.reasoning_tokens) == ('stop', 20)
     assert content in ('yes', 'no')
+
+
+def test_constraint_after_a_thought_that_is_cut_in_a_character(make):
+    half = '\xc3'               # the id of the first byte of a character
+
+    def steps(prompt):
+        return say('no' if '</think>' in ''.join(map(chr, prompt)) else f'<think>{half}')
+
+    report, content, *_ = ask(
+        make, '', text_of(thinks=True), FakeEngine(steps, max_context=1000, vocab_size=256),
+        thinking={'max_tokens': 8}, structured_outputs={'choice': ['yes', 'no']})
+    assert (report.finish_reason, report.reasoning, content) == ('stop', half, 'no')
 
 
 def test_max_tokens_counts_thought_and_answer(make):

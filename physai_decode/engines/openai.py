@@ -283,10 +283,11 @@ def read(address: str, data: bytes) -> Delta:
         raise ServerError(f'{address} failed: {_message(value)}')
     choices: Any = value.get('choices')
     usage = _usage(value.get('usage'))
-    if choices == []:
-        return Delta(usage=usage)
     try:
-        choice = choices[0]
+        # A server that ignores n may send further choices, which are other answers.
+        choice = next((each for each in choices if not each.get('index')), None)
+        if choice is None:
+            return Delta(usage=usage)
         delta = choice.get('delta') or {}
         content = delta.get('content') or choice.get('text') or ''
         reasoning = delta.get('reasoning_content') or delta.get('reasoning') or ''
