@@ -30,6 +30,7 @@ from physai_decode.constraint import Vocabulary
 from physai_decode.decode_loop import Step
 from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
+from physai_decode.ros import responses
 from physai_decode.ros.executor import Executor
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
@@ -46,6 +47,7 @@ from std_msgs.msg import Float64
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
+responses.release_lock()        # as decode_node does
 PATIENCE_S = 120.0              # against hangs only
 CONTEXT = 256
 END = 0x110000                  # the id that ends an answer

@@ -27,6 +27,7 @@ from physai_decode.host import load
 from physai_decode.ros import dds
 from physai_decode.ros import memory
 from physai_decode.ros import params_files
+from physai_decode.ros import responses
 from physai_decode.ros import watchdog
 from physai_decode.ros.executor import Executor
 from physai_decode.ros.launcher import Launcher
@@ -100,6 +101,7 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         signal.signal(number, lambda *_: ending.request())
     watchdog.start()
     dds.configure()
+    responses.release_lock()
     try:
         # rclpy's signal handlers would shut down the context before the last messages are sent.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
