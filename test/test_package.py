@@ -89,6 +89,7 @@ def test_installs_all_modules(prefix):
     assert ({path.relative_to(source) for path in source.rglob('*.py')}
             == {path.relative_to(installed) for path in installed.rglob('*.py')})
     assert (installed / 'py.typed').is_file()       # type checkers need it
+    assert (installed / 'ros/fastdds.xml').is_file()
 
 
 def test_installed_node_runs(workspace, prefix):
