@@ -118,7 +118,8 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
                      'tokenizer.json')
         model = replace(model, eos_token_ids=text.end_ids)
         facts = _facts(model, text, config)
-        progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()))
+        progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()
+                           if name != 'engine_reason'))     # the engine logs it
         form = configured(config.constraint)
         engine = engines.build(
             model, _engine_config(config), progress, config.speculation.name != 'off')
