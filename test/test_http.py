@@ -696,6 +696,8 @@ def test_metrics():
         rig.request('POST', CHAT, {})
         rig.chat(extra_body={'structured_outputs': {'choice': ['yes', 'no']}})
         found = rig.metrics()
+        text = rig.request('GET', '/metrics')[2]
+    assert '# HELP physai_decode_itl_p50_ms median latency of a token\n' in text
     assert found['physai_decode_requests_total',] == 3
     assert found['physai_decode_tokens_total',] == rig.sink.ends[0][0].output_tokens + \
         rig.sink.ends[2][0].output_tokens

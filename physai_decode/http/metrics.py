@@ -24,6 +24,7 @@ from dataclasses import asdict
 from typing import Any
 
 from physai_decode.host import Host
+from physai_decode.keys import DESCRIPTIONS
 from prometheus_client import CollectorRegistry
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -35,7 +36,6 @@ CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('unconfigured', 'inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
 _INTERNAL = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')  # not keys
-_HELP = 'a key of /diagnostics or ~/model_info, see docs/interface.md'
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
 
@@ -76,7 +76,7 @@ class Metrics(Collector):
             ends.add_metric([each], count)
         yield ends
         for name, count in {**host.counts, 'callback_errors': self._errors()}.items():
-            yield CounterMetricFamily(f'physai_decode_{name}', _HELP, count)
+            yield CounterMetricFamily(f'physai_decode_{name}', DESCRIPTIONS[name], count)
         figures: dict[str, Any] = {'queue_capacity': host.config.queue.size,
                                    'queue_depth': worker.queue_depth if worker else 0}
         if worker is not None:
@@ -102,4 +102,5 @@ class Metrics(Collector):
             yield model
         for name, value in figures.items():
             if isinstance(value, (int, float)) and name not in _INTERNAL:
-                yield GaugeMetricFamily(f'physai_decode_{name}', _HELP, float(value))
+                yield GaugeMetricFamily(f'physai_decode_{name}', DESCRIPTIONS[name],
+                                        float(value))
