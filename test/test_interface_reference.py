@@ -55,9 +55,9 @@ def test_check_finds_a_stale_page(tool, tmp_path, monkeypatch):
 def test_names_and_sentences_must_match(tool):
     """The tool rejects a name without a sentence, and a sentence without a name."""
     with pytest.raises(SystemExit, match='itl_ms'):
-        tool.described(tool.KEYS, set(tool.KEYS) - {'itl_ms'})
+        tool.described(tool.DESCRIPTIONS, set(tool.DESCRIPTIONS) - {'itl_ms'})
     with pytest.raises(SystemExit, match='another'):
-        tool.described(tool.KEYS, {*tool.KEYS, 'another'})
+        tool.described(tool.DESCRIPTIONS, {*tool.DESCRIPTIONS, 'another'})
 
 
 def test_writes_values_as_in_a_params_file(tool):
