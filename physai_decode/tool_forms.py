@@ -79,6 +79,13 @@ def _refuse_constant(text: str) -> NoReturn:
     raise Unreadable(f'{text} is not a JSON number')
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:                  # Python's limit on the digits
+        raise Unreadable(f'a number has {len(text)} digits') from None
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not isfinite(value):
@@ -93,8 +100,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_float=_finite,
-                            object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_int=_integer,
+                            parse_float=_finite, object_pairs_hook=_object)
 
 
 def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:

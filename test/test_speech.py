@@ -167,6 +167,12 @@ def test_returns_text_as_soon_as_its_kind_is_known():
     assert not speech.held
 
 
+def test_number_with_too_many_digits_is_no_call():
+    """Python does not convert more than 4300; a small model may repeat a digit for long."""
+    text = TAGGED.replace('"hall"', 5000 * '1')
+    check('hermes', False, [text[:4900], text[4900:]], text, '', [])
+
+
 def test_reports_why_text_is_not_a_call():
     speech = Speech(Manner(form='hermes'), NAMES)
     speech.push(TAGGED.replace('go_to', 'fly'))
