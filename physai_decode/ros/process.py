@@ -107,7 +107,8 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         unexpected = remove_ros_args(args)[1:]
     except (RuntimeError, ValueError) as error:     # such as a params file that does not exist
-        advice = ': set ROS_LOG_DIR to a folder that can be written' * ('logging' in str(error))
+        advice = ': set ROS_LOG_DIR to a folder that can be written' if str(error).startswith(
+            'failed to initialize logging') else ''
         print(f'decode_node: {type(error).__name__}: {error}{advice}', file=sys.stderr)
         return 1
     if unexpected and unexpected[0] in ('-h', '--help'):
