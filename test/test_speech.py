@@ -89,7 +89,10 @@ TEXTS = [
     ('smollm3', False, '<code>import os</code>', '<code>import os</code>', '', []),
     ('smollm3', False, '<code>go_to(a=b)</code>', '<code>go_to(a=b)</code>', '', []),
     ('smollm3', False, '<code>go_to({"a": 1})</code>', '<code>go_to({"a": 1})</code>', '', []),
-    ('smollm3', False, '<code>go_to(**{"a": 1})</code>', '<code>go_to(**{"a": 1})</code>', '', [])]
+    ('smollm3', False, '<code>go_to(**{"a": 1})</code>', '<code>go_to(**{"a": 1})</code>', '', []),
+    *(('smollm3', False, text, text, '', []) for text in (
+        '<code>go_to(a={[1]: 2})</code>', '<code>go_to(a=[{"b": 1, "b": 2}])</code>',
+        '<code>go_to(a={1: 1, "1": 2})</code>'))]
 
 
 def separate(form, thinks, pieces, thinking=False):
