@@ -81,6 +81,15 @@ def spin(executor: Executor, ending: Exit) -> None:
     ending.request()
 
 
+def replace_closed_streams() -> None:
+    """Open /dev/null as each closed standard stream; a socket would get the log otherwise."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+
+
 def main(args: list[str] | None = None, load: Load = load) -> int:
     """
     Run the node until SIGINT or SIGTERM, then end the process; return only if it can't start.
@@ -99,6 +108,7 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for number in signals:
         signal.signal(number, lambda *_: ending.request())
+    replace_closed_streams()
     watchdog.start()
     dds.configure()
     responses.release_lock()
