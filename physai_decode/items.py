@@ -44,8 +44,13 @@ class Items:
     complete at the character that follows it. A truncated element is never returned.
     """
 
-    def __init__(self) -> None:
-        """Start before the first character of the answer."""
+    def __init__(self, hidden: re.Pattern[str] | None = None) -> None:
+        """
+        Start before the first character of the answer.
+
+        :param hidden: leave out an element if this matches in its text or the name of its array.
+        """
+        self._hidden = hidden
         self._quoted = False            # inside a string
         self._escaped = False           # after a backslash
         self._depth = 0                 # number of open arrays and objects
@@ -71,7 +76,8 @@ class Items:
 
         def complete(to: int) -> None:
             if text := end(to):
-                items.append(Item(self._path, self._index, text))
+                if self._hidden is None or not self._hidden.search(self._name + text):
+                    items.append(Item(self._path, self._index, text))
                 self._index += 1
 
         while match := (_INSIDE if self._quoted else _OUTSIDE).search(piece, at):

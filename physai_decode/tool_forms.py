@@ -79,6 +79,13 @@ def _refuse_constant(text: str) -> NoReturn:
     raise Unreadable(f'{text} is not a JSON number')
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:                  # Python's limit on the digits
+        raise Unreadable(f'a number has {len(text)} digits') from None
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not isfinite(value):
@@ -93,8 +100,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_float=_finite,
-                            object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_int=_integer,
+                            parse_float=_finite, object_pairs_hook=_object)
 
 
 def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:
@@ -170,12 +177,15 @@ def _read_code(text: str, complete: bool) -> Read | None:
 def _python_call(node: ast.expr) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise Unreadable('it is more than tool calls with keyword arguments')
-    arguments = {each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg}
-    if len(arguments) < len(node.keywords):
-        raise Unreadable('it is more than tool calls with keyword arguments')
     try:
-        return node.func.id, json.loads(json.dumps(arguments, allow_nan=False))
-    except TypeError as error:
+        arguments = {each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg}
+        if len(arguments) < len(node.keywords):
+            raise Unreadable('it is more than tool calls with keyword arguments')
+        for each in ast.walk(node):
+            if isinstance(each, ast.Dict) and len(ast.literal_eval(each)) < len(each.keys):
+                raise Unreadable('an object has a field twice')
+        return node.func.id, _DECODER.decode(json.dumps(arguments, allow_nan=False))
+    except TypeError as error:          # such as a list as the key of an object
         raise Unreadable(f'its arguments are not JSON: {error}') from None
 
 

@@ -450,6 +450,23 @@ def test_listed_name_in_escapes_is_an_error():
             assert (report.finish_reason, got) == (reason, text)
 
 
+def test_elements_with_a_name_in_escapes_are_not_published():
+    """The schema does not constrain them, and their path or name may look like a listed one."""
+    action = {'properties': {'a': {'enum': ['go']}}, 'type': 'object'}
+    form = Form('json_schema', {
+        'type': 'object', 'properties': {'plan': {'type': 'array', 'items': action}}}, 'schema')
+    text = (r'{"plan":[{"a":"go"},{"a":"go","\u0061":"hit"},{"b":"\\u0061"}],'
+            r'"\u0070lan":[{"a":"hit"}]}')
+    with making() as make:
+        worker, sink = make(FakeEngine(lambda _: say(text), max_context=400, vocab_size=128),
+                            form=form)
+        request = Request('go', sampling={'max_new_tokens': 2 * len(text)})
+        report, got = sink.end(worker.submit(request))
+    assert (report.finish_reason, got) == ('error', text)
+    assert [(item.path, item.index, item.value) for _, item in sink.items] == [
+        ('/plan', 0, '{"a":"go"}'), ('/plan', 2, r'{"b":"\\u0061"}')]
+
+
 @pytest.mark.parametrize(('options', 'words'), [
     ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'not': {}}}}},
      'response_format.json_schema.schema has the keyword'),

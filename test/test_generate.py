@@ -353,6 +353,7 @@ def test_a_goal_ends_if_its_client_does_not_receive_the_response(make, monkeypat
 
 
 @needs_msgs
+@pytest.mark.skipif(not generate.expires_by_end(), reason='results expire by the time of the node')
 def test_results_expire_while_simulated_time_stands_still(make):
     rig = make(result_timeout=1)
     rig.node.set_parameters([Parameter('use_sim_time', value=True)])

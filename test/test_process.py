@@ -294,12 +294,14 @@ def test_many_goals_at_once_do_not_end_the_node(probe, start):
     assert process.wait(PATIENCE_S) == 0
 
 
-@pytest.mark.parametrize('redirection', ['>&- 2>&-', '>/dev/full 2>/dev/full'])
-def test_ends_normally_without_its_output(probe, start, redirection):
-    """The output is closed, or its disk is full."""
+@pytest.mark.parametrize(('redirection', 'target'), [
+    ('<&- >&- 2>&-', '/dev/null'), ('>/dev/full 2>/dev/full', '/dev/full')])
+def test_ends_normally_without_its_output(probe, start, redirection, target):
+    """The output is closed, or its disk is full; no socket takes its place."""
     diagnostics = probe('silent')
     process = start(['sh', '-c', f'exec "$@" {redirection}', 'sh', *node_command('silent')])
     diagnostics.next()
+    assert {os.readlink(f'/proc/{process.pid}/fd/{number}') for number in (1, 2)} == {target}
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
 

@@ -16,6 +16,7 @@
 
 import threading
 import time
+from unittest.mock import MagicMock
 
 from physai_decode.ros import responses
 import pytest
@@ -64,6 +65,42 @@ def test_responses_arrive(node, client_node):
         future = client.call_async(SetBool.Request(data=value))
         rclpy.spin_until_future_complete(client_node, future, timeout_sec=PATIENCE_S)
         assert (future.result().success, future.result().message) == (value, 'ü' * 3000)
+
+
+def test_response_that_can_not_be_converted(node, client_node, monkeypatch):
+    """It raises, as rclpy's own method does, and the next response arrives."""
+    errors, send = [], SERVICE.service_send_response
+
+    def send_wrong_first(handle, response, header):
+        if not errors:
+            with pytest.raises(UnicodeEncodeError) as error:
+                send(handle, SetBool.Response(message='\ud800'), header)
+            errors.append(error)
+        send(handle, response, header)
+
+    monkeypatch.setattr(SERVICE, 'service_send_response', send_wrong_first)
+    client = client_node.create_client(SetBool, 'call')
+    assert client.wait_for_service(PATIENCE_S)
+    future = client.call_async(SetBool.Request(data=True))
+    rclpy.spin_until_future_complete(client_node, future, timeout_sec=PATIENCE_S)
+    assert errors and future.result().success
+
+
+def test_destroyed_service_sends_no_response(node, monkeypatch):
+    service = node.create_service(SetBool, 'other', lambda request, response: response)
+    header = MagicMock()
+    monkeypatch.setattr(responses, '_address', lambda request_id: id(header))
+    service.handle.destroy_when_not_in_use()
+    with pytest.raises(rclpy_implementation.InvalidHandle):
+        SERVICE.service_send_response(service.handle, SetBool.Response(), header)
+
+
+def test_keeps_the_methods_of_a_version_that_it_does_not_know(monkeypatch):
+    own = MagicMock(is_replaced=False)
+    monkeypatch.setattr(SERVICE, 'service_send_response', own)
+    monkeypatch.setattr(responses._rclpy, 'rmw_request_id_t', object)
+    responses.release_lock()
+    assert SERVICE.service_send_response is own
 
 
 @pytest.mark.filterwarnings('ignore:a client will not receive')

@@ -84,10 +84,9 @@ def build(model: Checkpoint, config: EngineConfig,
             progress(f'speculation is {reason}')
             engine.footprint = replace(engine.footprint, details={
                 **engine.footprint.details, 'speculation': reason})
-    if engine.footprint.device.startswith(('cpu', 'cuda')):
-        from physai_decode.engines import device
-        engine.footprint = replace(engine.footprint, details={
-            **engine.footprint.details, **device.in_force(config, engine.footprint.device)})
+    from physai_decode.engines import device
+    engine.footprint = replace(engine.footprint, details={
+        **engine.footprint.details, **device.in_force(config, engine.footprint.device)})
     return engine
 
 

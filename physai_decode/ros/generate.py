@@ -22,8 +22,8 @@ The interface package is optional; `unavailable` is the reason if it is missing.
 
 from collections import deque
 from collections.abc import Callable
+from ctypes import CDLL
 from functools import partial
-from inspect import signature
 import json
 import math
 import threading
@@ -62,7 +62,6 @@ from rclpy.qos import QoSProfile
 
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as several tokens, so they are batched
 POLL_S = 0.001
-HUMBLE_RESULT_TIMEOUT_S = 900   # rclpy's default there
 ACCEPTED = 1                    # of action_msgs/GoalStatus
 STATUS_DEPTH = 128              # more than can be pending while the sending thread has no CPU
 _T = TypeVar('_T')
@@ -78,7 +77,7 @@ class GenerateServer:
 
         :param feedback_period_s: the shortest time between two feedback messages of a goal.
         :param arguments: passed to rclpy's ActionServer. The default ``result_timeout`` is fine:
-            in Humble 900 s from the acceptance of a goal, later 10 s from its end.
+            900 s up to Jazzy, later 10 s, from the end of a goal, in Humble from its acceptance.
         :raises RuntimeError: physai_decode_msgs is not built.
         """
         if unavailable:
@@ -243,9 +242,8 @@ class _Server(ActionServer):
 
     def __init__(self, node: Node, *arguments: Any, **options: Any) -> None:
         """Create the server; the parameters are those of rclpy's ActionServer."""
-        timeout = signature(ActionServer.__init__).parameters['result_timeout'].default
-        # In Humble, results expire by the stamp of the goal, which is the node's time.
-        self._expiry = node if timeout == HUMBLE_RESULT_TIMEOUT_S else _SteadyNode(node)
+        # Otherwise results expire by the stamp of the goal, which is the node's time.
+        self._expiry = _SteadyNode(node) if expires_by_end() else node
         super().__init__(cast(Node, self._expiry), *arguments, **options)
         self._node = node               # stamps the goals; rcl refers to the clock of _expiry
 
@@ -270,6 +268,15 @@ class _Server(ActionServer):
         """Execute a goal only if a callback is given."""
         if execute_callback is not None:
             super().notify_execute(goal_handle, execute_callback)
+
+
+def expires_by_end() -> bool:
+    """Whether rcl counts the time of a result from the end of its goal; in Humble it does not."""
+    try:
+        return hasattr(CDLL('librcl_action.so'),
+                       'rcl_action_goal_handle_get_goal_terminal_timestamp')
+    except OSError:             # not the name of this platform
+        return False
 
 
 class _SteadyNode:

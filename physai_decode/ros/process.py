@@ -81,6 +81,15 @@ def spin(executor: Executor, ending: Exit) -> None:
     ending.request()
 
 
+def replace_closed_streams() -> None:
+    """Open /dev/null as each closed standard stream; a socket would get the log otherwise."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+
+
 def main(args: list[str] | None = None, load: Load = load) -> int:
     """
     Run the node until SIGINT or SIGTERM, then end the process; return only if it can't start.
@@ -99,6 +108,7 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for number in signals:
         signal.signal(number, lambda *_: ending.request())
+    replace_closed_streams()
     watchdog.start()
     dds.configure()
     responses.release_lock()
@@ -107,7 +117,8 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         unexpected = remove_ros_args(args)[1:]
     except (RuntimeError, ValueError) as error:     # such as a params file that does not exist
-        advice = ': set ROS_LOG_DIR to a folder that can be written' * ('logging' in str(error))
+        advice = ': set ROS_LOG_DIR to a folder that can be written' if str(error).startswith(
+            'failed to initialize logging') else ''
         print(f'decode_node: {type(error).__name__}: {error}{advice}', file=sys.stderr)
         return 1
     if unexpected and unexpected[0] in ('-h', '--help'):

@@ -49,14 +49,16 @@ _DESTROY = PYFUNCTYPE(None, c_void_p)
 def release_lock() -> None:
     """Replace the methods of rclpy that send a response, in this process."""
     try:
+        if type(_rclpy.rmw_request_id_t).__name__ != 'pybind11_type':       # see _address
+            return
         rcl, action = CDLL('librcl.so'), CDLL('librcl_action.so')
         reset_error = CDLL('librcutils.so').rcutils_reset_error
-    except OSError:             # not the names of this platform: rclpy's own methods remain
+        _replace(_rclpy.Service, 'service_send_response', rcl.rcl_send_response, reset_error)
+        for name in ('goal', 'cancel', 'result'):
+            _replace(_rclpy.ActionServer, f'send_{name}_response',
+                     getattr(action, f'rcl_action_send_{name}_response'), reset_error)
+    except (AttributeError, OSError):   # another platform or version: rclpy's own methods remain
         return
-    _replace(_rclpy.Service, 'service_send_response', rcl.rcl_send_response, reset_error)
-    for name in ('goal', 'cancel', 'result'):
-        _replace(_rclpy.ActionServer, f'send_{name}_response',
-                 getattr(action, f'rcl_action_send_{name}_response'), reset_error)
 
 
 def _replace(kind: Any, name: str, send: Any, reset_error: Callable[[], object]) -> None:
@@ -80,7 +82,7 @@ def _replace(kind: Any, name: str, send: Any, reset_error: Callable[[], object])
                                     (_DESTROY, 'DESTROY_ROS_MESSAGE')))
         message = create()
         try:
-            if not convert(response, message):
+            if not (message and convert(response, message)):
                 raise RCLError(f'{response!r:.200} can not be converted')
             with self:          # it is not destroyed meanwhile
                 code = send(self.pointer, address, message)
@@ -99,7 +101,11 @@ def _replace(kind: Any, name: str, send: Any, reset_error: Callable[[], object])
 
 
 def _address(request_id: Any) -> int | None:
-    """Return the address of the rmw_request_id_t in an object of rclpy, None if not found."""
+    """
+    Return the address of the rmw_request_id_t in an object of rclpy, None if it is not there.
+
+    pybind11 stores it right after the head of the object.
+    """
     address = c_void_p.from_address(id(request_id) + object.__basicsize__).value
     if address and c_int64.from_address(
             address + GUID_BYTES).value == request_id.sequence_number:
