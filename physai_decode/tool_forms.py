@@ -127,6 +127,8 @@ def _call(value: Any) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the arguments of a call from its JSON object."""
     if not isinstance(value, dict) or not isinstance(value.get('name'), str):
         raise Unreadable('it is not an object with a name')
+    if 'arguments' in value and 'parameters' in value:
+        raise Unreadable('it has both arguments and parameters')
     arguments = value.get('arguments', value.get('parameters', {}))
     if isinstance(arguments, str):
         written = arguments.strip() or '{}'

@@ -32,6 +32,7 @@ from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros import responses
 from physai_decode.ros.executor import Executor
+from physai_decode.ros.executor import WAITING
 from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
@@ -39,7 +40,6 @@ from physai_decode.speech import Manner
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
@@ -157,6 +157,7 @@ class Rig:
         self._counting = threading.Lock()
         self.in_flight: Counter[str] = Counter()        # messages by topic
         self.cancels: list[str] = []            # results of the calls of host.cancel
+        self.errors: list[Exception] = []       # of the probe's callbacks
         self._cancel, self.node._host.cancel = self.node._host.cancel, self._note_cancel
         self.probe = Node('probe')
         self.received: dict[str, list] = {}
@@ -183,8 +184,8 @@ class Rig:
                 ('change_state', ChangeState), ('get_state', GetState), ('cancel', Trigger),
                 ('reset', Trigger), ('measure_gap', Trigger), ('set_parameters', SetParameters),
                 ('set_parameters_atomically', SetParametersAtomically))}
-        self.add_to_probe()
-        self.executors = [Executor(3, self.node.faults.note), SingleThreadedExecutor()]
+        # rclpy's own executors end if an entity is created or destroyed while they wait.
+        self.executors = [Executor(3, self.node.faults.note), Executor(1, self._note_of_probe)]
         self.threads = []
         for executor, node in zip(self.executors, (self.node, self.probe), strict=True):
             executor.add_node(node)
@@ -194,13 +195,9 @@ class Rig:
             assert client.wait_for_service(PATIENCE_S)
         self.wait(lambda: self.received['diagnostics'] and self.prompt.get_subscription_count())
 
-    def add_to_probe(self) -> None:
-        """
-        Create what else a test needs on the probe, before its executor spins.
-
-        An executor that spins while rclpy creates an `ActionClient` can end: it uses the client's
-        lock before the client has one.
-        """
+    def _note_of_probe(self, source, error) -> None:
+        if source != WAITING:
+            self.errors.append(error)
 
     def _counted(self, topic, count, do):
         def counted(message):
@@ -231,6 +228,7 @@ class Rig:
             thread.join()
         self.node.destroy_node()
         self.probe.destroy_node()
+        assert not self.errors
 
     def wait(self, done) -> None:
         """Wait until ``done`` returns true."""
@@ -307,11 +305,11 @@ class Rig:
 
 
 @contextmanager
-def new_rig(kind: type[Rig] = Rig, **arguments) -> Iterator[Rig]:
+def new_rig(**arguments) -> Iterator[Rig]:
     """Initialise rclpy and yield the rig of an unconfigured node; end both, whatever fails."""
     rclpy.init()
     try:
-        rig = kind(**arguments)
+        rig = Rig(**arguments)
         try:
             yield rig
         finally:
@@ -321,10 +319,9 @@ def new_rig(kind: type[Rig] = Rig, **arguments) -> Iterator[Rig]:
 
 
 @contextmanager
-def active_rig(kind: type[Rig] = Rig, engine: type[EchoEngine] = EchoEngine,
-               **arguments) -> Iterator[Rig]:
+def active_rig(engine: type[EchoEngine] = EchoEngine, **arguments) -> Iterator[Rig]:
     """Yield the rig of an active node."""
-    with new_rig(kind, **arguments) as rig:
+    with new_rig(**arguments) as rig:
         rig.loader.kind = engine
         assert rig.change('configure', 'activate')
         yield rig

@@ -15,13 +15,13 @@
 """Fast DDS: its settings, and that a killed client does not hide the node from later ones."""
 
 import os
+from pathlib import Path
 import subprocess
 import sys
 
 from node_rig import active_rig
 from node_rig import PATIENCE_S
 from physai_decode.ros import dds
-import pytest
 
 CLIENT = f"""
 import sys, time
@@ -48,8 +48,7 @@ def start_client():
 def test_clients_find_the_node_after_one_was_killed(monkeypatch):
     """Fast DDS waits 20 s for the acknowledgements of a killed client."""
     with active_rig():
-        for name in dds.CHOICES:        # as a client that another package installed
-            monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(dds.VARIABLE)        # as for a client of another package
         victim = start_client()
         assert victim.stdout.readline() == '1\n'
         victim.kill()
@@ -61,20 +60,16 @@ def test_clients_find_the_node_after_one_was_killed(monkeypatch):
     assert found == CLIENTS * ['1\n']
 
 
-@pytest.mark.parametrize('name', dds.CHOICES)
-def test_keeps_the_profiles_of_the_user(monkeypatch, name):
-    for each in dds.CHOICES:
-        monkeypatch.delenv(each, raising=False)
-    monkeypatch.setenv(name, 'mine.xml')
+def test_keeps_the_profiles_of_the_user(monkeypatch, tmp_path):
+    """Those of the environment, and a file in the working directory."""
+    monkeypatch.setenv(dds.VARIABLE, 'mine.xml')
     dds.configure()
-    assert [os.environ.get(each) for each in dds.CHOICES if each != name] == [None]
-    assert os.environ[name] == 'mine.xml'
-
-
-def test_keeps_profiles_in_the_working_directory(monkeypatch, tmp_path):
-    for each in dds.CHOICES:
-        monkeypatch.delenv(each, raising=False)
-    (tmp_path / dds.OWN_PROFILES).touch()
+    assert os.environ[dds.VARIABLE] == 'mine.xml'
+    monkeypatch.delenv(dds.VARIABLE)
     monkeypatch.chdir(tmp_path)
+    Path(dds.OWN_PROFILES).touch()
     dds.configure()
-    assert not any(name in os.environ for name in dds.CHOICES)
+    assert dds.VARIABLE not in os.environ
+    Path(dds.OWN_PROFILES).unlink()
+    dds.configure()
+    assert os.environ[dds.VARIABLE] == str(dds.PROFILES)

@@ -20,7 +20,6 @@ import math
 from node_rig import active_rig
 from node_rig import Letters
 from node_rig import PATIENCE_S
-from node_rig import Rig
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
 from physai_decode.ros.interfaces import Generate
@@ -37,24 +36,17 @@ pytestmark = pytest.mark.skipif(bool(unavailable), reason=unavailable)
 SUCCEEDED, CANCELED, ABORTED = 4, 5, 6      # of action_msgs/GoalStatus
 
 
-class GenerateRig(Rig):
-    """The rig with an action client, its feedback, and ~/stamped_tokens."""
-
-    def add_to_probe(self):
-        """Create them."""
-        self.stamped, self.feedback = [], []
-        self.probe.create_subscription(
-            Token, '/decode/stamped_tokens', self.stamped.append, stream_qos())
-        self.probe.create_subscription(
-            Generate.Impl.FeedbackMessage, '/decode/generate/_action/feedback',
-            self.feedback.append, stream_qos())
-        self.action = ActionClient(self.probe, Generate, '/decode/generate')
-
-
 @pytest.fixture(scope='module')
 def rig():
-    """Return the rig of an active node."""
-    with active_rig(GenerateRig) as rig:
+    """Return the rig of an active node, with an action client and ~/stamped_tokens."""
+    with active_rig() as rig:
+        rig.stamped, rig.feedback = [], []
+        rig.probe.create_subscription(
+            Token, '/decode/stamped_tokens', rig.stamped.append, stream_qos())
+        rig.probe.create_subscription(
+            Generate.Impl.FeedbackMessage, '/decode/generate/_action/feedback',
+            rig.feedback.append, stream_qos())
+        rig.action = ActionClient(rig.probe, Generate, '/decode/generate')
         assert rig.action.wait_for_server(PATIENCE_S)
         yield rig
         rig.action.destroy()

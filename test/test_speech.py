@@ -61,6 +61,7 @@ TEXTS = [
     ('hermes', False, '<tool_call>{"name": "go_to", "arguments": {"a": NaN}}</tool_call>',
      '<tool_call>{"name": "go_to", "arguments": {"a": NaN}}</tool_call>', '', []),
     *(('hermes', False, text, text, '', []) for text in (
+        TAGGED.replace('"arguments"', '"parameters": {}, "arguments"'),
         TAGGED.replace('"hall"', '1e999'), TAGGED.replace('"hall"', '1, "room": 2'),
         TAGGED.replace('{"room": "hall"}', '"{\\"a\\": 1} {\\"a\\": 2}"'))),
     ('hermes', False, 'a < b <tool b\n', 'a < b <tool b\n', '', []),

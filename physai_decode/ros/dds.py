@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 
 PROFILES = Path(__file__).with_name('fastdds.xml')
-CHOICES = 'FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE'
+VARIABLE = 'FASTDDS_DEFAULT_PROFILES_FILE'      # of Fast DDS 3; version 2 needs no profile
 # Fast DDS also reads it, from the working directory.
 OWN_PROFILES = 'DEFAULT_FASTDDS_PROFILES.xml'
 
@@ -27,5 +27,5 @@ def configure() -> None:
     """Set the environment of this process for Fast DDS; call it before ``rclpy.init``."""
     # Fast DDS then sends from its own thread, and a slow network does not delay decoding.
     os.environ.setdefault('RMW_FASTRTPS_PUBLICATION_MODE', 'ASYNCHRONOUS')
-    if not any(map(os.environ.get, CHOICES)) and not os.path.exists(OWN_PROFILES):
-        os.environ[CHOICES[0]] = str(PROFILES)
+    if not os.environ.get(VARIABLE) and not os.path.exists(OWN_PROFILES):
+        os.environ[VARIABLE] = str(PROFILES)

@@ -27,6 +27,7 @@ from rclpy.task import Task
 
 MAX_FAILURES = 10               # consecutive failures of the wait for work
 POLL_S = 0.001
+WAITING = 'waiting for callbacks'
 
 
 class Executor(rclpy.executors.Executor):
@@ -93,7 +94,7 @@ class Executor(rclpy.executors.Executor):
                 self._failures += 1
                 if self._failures == MAX_FAILURES:
                     raise
-                self._note('waiting for callbacks', error)
+                self._note(WAITING, error)
                 return
             if task in self._running:
                 return
