@@ -268,8 +268,7 @@ def parse_value(text: str, name: str) -> Any:
     :raises RequestError: the text is not such JSON.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_float=_float,
-                          parse_constant=_no_number)
+        return json.loads(text, **STRICT_JSON)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise
@@ -612,3 +611,8 @@ def _float(text: str) -> float:
 
 def _no_number(text: str) -> NoReturn:
     raise RequestError(f'{text} is not a number in JSON')
+
+
+# Arguments of json's parsers that refuse duplicate fields and numbers that are not finite.
+STRICT_JSON: dict[str, Any] = {
+    'object_pairs_hook': _object, 'parse_float': _float, 'parse_constant': _no_number}

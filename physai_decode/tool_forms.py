@@ -24,11 +24,11 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 import json
-from math import isfinite
 import re
 from typing import Any
 from typing import NamedTuple
-from typing import NoReturn
+
+from physai_decode.request import STRICT_JSON
 
 _LONGEST_NAME = 200             # characters before [ARGS]
 _LONGEST_WORD = 12              # characters of a JSON literal or escape that may be incomplete
@@ -75,33 +75,7 @@ class ToolForm:
         return f'{self.opens}{self.between.join(each)}{self.closes}'
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise Unreadable(f'{text} is not a JSON number')
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:                  # Python's limit on the digits
-        raise Unreadable(f'a number has {len(text)} digits') from None
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):
-        raise Unreadable(f'{text:.40} is too large for a number')
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Unreadable('an object has a field twice')
-    return found
-
-
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_int=_integer,
-                            parse_float=_finite, object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(strict=False, **STRICT_JSON)
 
 
 def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:
@@ -121,6 +95,15 @@ def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:
         if complete or not truncated:
             raise Unreadable(f'it is not JSON: {error}') from None
         return None
+    except ValueError as error:         # of STRICT_JSON, or an integer with too many digits
+        raise Unreadable(f'it is not JSON: {error}') from None
+
+
+def _whole(text: str) -> Any:
+    value, end = _decoded(text, 0, True) or ({}, 0)
+    if end < len(text):
+        raise Unreadable('its arguments are more than one JSON value')
+    return value
 
 
 def _call(value: Any) -> tuple[str, Mapping[str, Any]]:
@@ -131,10 +114,7 @@ def _call(value: Any) -> tuple[str, Mapping[str, Any]]:
         raise Unreadable('it has both arguments and parameters')
     arguments = value.get('arguments', value.get('parameters', {}))
     if isinstance(arguments, str):
-        written = arguments.strip() or '{}'
-        arguments, end = _decoded(written, 0, True) or ({}, 0)
-        if end < len(written):
-            raise Unreadable('its arguments are more than one JSON value')
+        arguments = _whole(arguments.strip() or '{}')
     if not isinstance(arguments, dict):
         raise Unreadable('its arguments are not an object')
     return value['name'], arguments
@@ -186,7 +166,7 @@ def _python_call(node: ast.expr) -> tuple[str, Mapping[str, Any]]:
         for each in ast.walk(node):
             if isinstance(each, ast.Dict) and len(ast.literal_eval(each)) < len(each.keys):
                 raise Unreadable('an object has a field twice')
-        return node.func.id, _DECODER.decode(json.dumps(arguments, allow_nan=False))
+        return node.func.id, _whole(json.dumps(arguments, allow_nan=False))
     except TypeError as error:          # such as a list as the key of an object
         raise Unreadable(f'its arguments are not JSON: {error}') from None
 
