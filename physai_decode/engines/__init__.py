@@ -75,6 +75,7 @@ def build(model: Checkpoint, config: EngineConfig,
     progress(f'engine {name}, because {reason}')
     kind = getattr(_load(name), _CLASSES[name])
     engine: Engine
+    details = {}
     if passes and hasattr(kind, 'verify'):
         engine = kind(model, config, progress, passes=True)
     else:
@@ -82,11 +83,11 @@ def build(model: Checkpoint, config: EngineConfig,
         if passes:
             reason = f'off: the engine {name} takes no drafts; native does'
             progress(f'speculation is {reason}')
-            engine.footprint = replace(engine.footprint, details={
-                **engine.footprint.details, 'speculation': reason})
+            details['speculation'] = reason
     from physai_decode.engines import device
-    engine.footprint = replace(engine.footprint, details={
-        **engine.footprint.details, **device.in_force(config, engine.footprint.device)})
+    details.update(device.in_force(config, engine.footprint.device))
+    engine.footprint = replace(
+        engine.footprint, details={**engine.footprint.details, **details})
     return engine
 
 
