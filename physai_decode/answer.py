@@ -44,7 +44,6 @@ from physai_decode.delivery import Ended
 from physai_decode.delivery import LATE
 from physai_decode.delivery import Refused
 from physai_decode.delivery import with_parts
-from physai_decode.items import Items
 from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import Message
@@ -113,6 +112,8 @@ class TextCoder(Protocol):
 class Answer(Delivery):
     """The answer of an engine to one ticket."""
 
+    _hidden = _ESCAPED
+
     def __init__(self, loop: DecodeLoop, text: TextCoder, thought_tokens: int = 0,
                  **arguments: Any) -> None:
         """
@@ -124,8 +125,6 @@ class Answer(Delivery):
         super().__init__(**arguments)
         self._loop, self._text, self._thought_tokens = loop, text, thought_tokens
         self._manner = RAW if self._ticket.request.raw_prompt else text.manner
-        if self._items is not None:
-            self._items = Items(_ESCAPED)
         self._speech: Speech | None = None          # None: all text is the answer
         self._generated_ids: list[int] = []         # kept only if thoughts are limited
         self.times.engine = loop.engine.footprint.engine

@@ -21,6 +21,7 @@ It runs in the decode thread.
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import replace
+import re
 from typing import NamedTuple
 
 from physai_decode.config import SamplingConfig
@@ -66,6 +67,8 @@ LATE = End('deadline', 'deadline.request_ms has passed')
 class Delivery:
     """The base class of an answer."""
 
+    _hidden: re.Pattern[str] | None = None      # see `Items`
+
     def __init__(self, ticket: Ticket, conversation: Conversation, sampling: SamplingConfig,
                  times: RequestRecorder, emit: Callable[[TokenReport], None],
                  emit_item: Callable[[ItemReport], None], alive: Callable[[float], None],
@@ -89,7 +92,7 @@ class Delivery:
         self._form = form
         self._items: Items | None = None
         if form is not None and form.kind == 'json_schema':
-            self._items, times.items = Items(), 0
+            self._items, times.items = Items(self._hidden), 0
         self._tokens_per_s = tokens_per_s
         times.paced = tokens_per_s > 0
         self._pace: Pace | None = None              # None before the first step
