@@ -283,6 +283,7 @@ class _ToolCalls:
         self._names = names
         self._open: dict[int, list[Fragment]] = {}      # by the index of the call
         self._next = 0                                  # the smallest index of a further call
+        self._ids = {''}                                # of calls that have begun
 
     @property
     def are_open(self) -> bool:
@@ -293,15 +294,23 @@ class _ToolCalls:
         """
         Add fragments, and return the calls that they completed.
 
+        Some servers give each call the index 0. A name with a new id then begins another call.
+
         :raises ServerError: a call is invalid (see `take`), or a fragment comes after its end.
         """
         completed: list[Part] = []
         for each in fragments:
-            if each.place not in self._open:
+            begins = bool(each.name) and each.id not in self._ids
+            fragments_so_far = self._open.get(each.place, [])
+            if not fragments_so_far or begins and any(known.id for known in fragments_so_far):
                 completed += self.take()
-            if each.place < self._next:
-                raise ServerError('the server sent a fragment of a tool call after its end')
+                if each.place in self._open:
+                    raise ServerError('the server began a tool call before the end of another '
+                                      f'with the index {each.place}')
+                if each.place < self._next and not begins:
+                    raise ServerError('the server sent a fragment of a tool call after its end')
             self._open.setdefault(each.place, []).append(each)
+            self._ids.add(each.id)
         return completed
 
     def take(self, end: str = '') -> list[Part]:
@@ -309,8 +318,8 @@ class _ToolCalls:
         Remove and return the open calls up to the first whose arguments are incomplete.
 
         :param end: the finish reason of the answer; empty if it goes on. A call may have no
-            arguments, but only the end shows that, and not if it is ``length``.
-        :raises ServerError: a tool is not allowed, or a call is incomplete at the end.
+            arguments, but only the end shows that. The end ``length`` drops incomplete calls.
+        :raises ServerError: a tool is not allowed, or a call is incomplete at another end.
         """
         parts: list[Part] = []
         while self._open:
@@ -324,7 +333,9 @@ class _ToolCalls:
                 arguments = None
             if not end and not isinstance(arguments, dict):
                 break
-            fragments, self._next = self._open.pop(place), place + 1
+            fragments, self._next = self._open.pop(place), max(self._next, place + 1)
+            if end == 'length' and not isinstance(arguments, dict):
+                continue
             if name not in self._names:
                 raise ServerError(f'the server calls the tool {shown(name)}, but the request '
                                   f'allows {", ".join(sorted(self._names)) or "none"}')

@@ -101,7 +101,7 @@ def test_sends_the_options_with_the_request(rig):
     assert done.stdout.startswith('HE\n')
     assert 'length: max_tokens is 2' in done.stderr
     done = ask('hello', '--options', '{"max_token": 2}')
-    assert (done.returncode, done.stdout.splitlines()[0]) == (1, '')
+    assert (done.returncode, done.stdout) == (1, '')
     assert "'max_token' is not a field of a request" in done.stderr
     for options in ('{', '[1]'):
         done = ask('hello', '--options', options)
@@ -112,7 +112,7 @@ def test_sends_the_options_with_the_request(rig):
 def test_reports_a_rejected_request(rig):
     """The reason is on stderr, and the exit code is 1."""
     done = ask('')
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (1, '')
     assert 'the prompt is empty' in done.stderr
 
 
@@ -201,9 +201,9 @@ def test_rejects_wrong_ros_arguments(wrong):
     assert done.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize('arguments', [['hello'], [''], ['hello', '--json']])
+@pytest.mark.parametrize('arguments', [['hello'], ['hello', '--json']])
 def test_reports_a_closed_output_pipe(rig, arguments):
-    """It closes before an answer, before the figures of a rejected request, or before the JSON."""
+    """It closes before the answer or before the JSON."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

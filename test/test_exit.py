@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""SIGINT and SIGTERM end the process in every state; wrong arguments end it with a message."""
+"""Signals end the process in every state; wrong arguments end it with a message."""
 
 import os
 import re
@@ -23,6 +23,7 @@ import sys
 import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from physai_decode.ros import SIGNALS
 from physai_decode.ros.topics import stream_qos
 import pytest
 import rclpy
@@ -35,11 +36,12 @@ import sys
 import time
 sys.path.insert(0, {folder!r})
 from node_rig import Loader
+from physai_decode.ros import SIGNALS
 from physai_decode.ros.process import main
 
 class Slow(Loader):
     def __call__(self, config, progress):
-        for number in (signal.SIGINT, signal.SIGTERM):      # ignores both, as a GPU driver did
+        for number in SIGNALS:          # ignores them, as a GPU driver did
             ctypes.CDLL(None).signal(number, ctypes.c_void_p(1))
         progress('reading')         # last, because ignoring a signal discards a pending one
         if config.model.path == 'slow':
@@ -79,7 +81,7 @@ def probe():
     rclpy.shutdown()
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('signum', SIGNALS[:2], ids=lambda each: each.name)
 @pytest.mark.parametrize('state', PARAMETERS)
 def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
     """The exit code is 0, the node leaves the ROS graph, and stderr has only log lines."""
@@ -118,7 +120,7 @@ def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
     assert [line for line in stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('signum', SIGNALS, ids=lambda each: each.name)
 def test_requests_get_their_results_after_a_signal(probe, request, signum):
     """One request runs and two wait; the node publishes the end of each before it exits."""
     ends, pieces = [], []
@@ -153,7 +155,7 @@ def test_requests_get_their_results_after_a_signal(probe, request, signum):
         probe.destroy_publisher(prompt)
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('signum', SIGNALS, ids=lambda each: each.name)
 @pytest.mark.parametrize('hang', ['9 ** 9 ** 9', 'ctypes.PyDLL(None).pause()'])
 def test_a_signal_kills_a_process_whose_interpreter_is_locked(signum, hang):
     """Native code holds the interpreter's lock and never returns."""

@@ -348,8 +348,7 @@ def test_invalid_tool_call_is_an_error(fake, function, words):
     ({'type': 'function', 'function': {'name': 'go'}}, None, 'stop', 'keep to tool_choice'),
     ({'type': 'function', 'function': {'name': 'go'}}, 'turn', 'tool_calls', 'allows go'),
     ('auto', None, 'tool_calls', 'sent no call'),
-    ('auto', None, 'function_call', 'sent no call'),
-    ('auto', 'go', 'length', 'not a JSON object')])     # the arguments have not come yet
+    ('auto', None, 'function_call', 'sent no call')])
 def test_missing_call_is_an_error(fake, choice, called, reason, words):
     def answer(call, body):
         call.begin()
@@ -363,6 +362,48 @@ def test_missing_call_is_an_error(fake, choice, called, reason, words):
     report, _ = ask(fake, Request('x', tools=(TOOL, turn), tool_choice=choice))
     assert report.finish_reason == 'error' and words in report.message
     assert not report.tool_calls
+
+
+@pytest.mark.parametrize('arguments', ['', '{"to":', '{"to":"us'])
+def test_drops_a_call_that_a_length_limit_cuts_off(fake, arguments):
+    def answer(call, body):
+        call.begin()
+        for index, written in enumerate(('{"to":"a"}', arguments)):
+            call.delta({'tool_calls': [{'index': index, 'function': {
+                'name': 'go', 'arguments': written}}]})
+        call.end('length')
+
+    fake.answer = answer
+    report, _ = ask(fake, Request('x', tools=(TOOL,)))
+    assert report.finish_reason == 'length', report.message
+    assert [each.arguments for each in report.tool_calls] == [{'to': 'a'}]
+
+
+@pytest.mark.parametrize(('fragments', 'expected', 'words'), [
+    ([('c1', 'go', '{"to":'), ('', '', '1}'), ('c2', 'go', '{"to":2}')], [1, 2], ''),
+    ([('c1', 'go', '{"to":1}'), ('c1', 'go', '{"to":1}')], [], 'allows go'),
+    ([('c1', 'go', '{"to":1}'), None, ('c1', 'go', '{"to":1}')], [1], 'after its end'),
+    ([('c1', 'go', '{"to":1}'), None, ('c2', 'go', '{"to":2}')], [1, 2], ''),
+    ([('c1', 'go', '{"to":'), ('c2', 'go', '{"to":2}')], [], 'before the end of another'),
+    ([('c1', 'go', '{"to":'), ('c1', '', '1}')], [1], '')])
+def test_calls_with_the_same_index_differ_by_their_ids(fake, fragments, expected, words):
+    """A call that is sent twice is an error, not two calls; None is a piece of text."""
+    def answer(call, body):
+        call.begin()
+        for each in fragments:
+            if each is None:
+                call.say('well')
+                continue
+            id_, name, arguments = each
+            call.delta({'tool_calls': [{'index': 0, 'id': id_, 'function': {
+                'name': name, 'arguments': arguments}}]})
+        call.end('tool_calls')
+
+    fake.answer = answer
+    report, _ = ask(fake, Request('x', tools=(TOOL,)))
+    assert report.finish_reason == ('error' if words else 'tool_calls')
+    assert words in report.message
+    assert [each.arguments['to'] for each in report.tool_calls] == expected
 
 
 def test_interleaved_calls_keep_their_arguments(fake):

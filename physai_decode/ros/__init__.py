@@ -18,10 +18,15 @@ import signal
 
 from physai_decode.ros import memory
 
+# The signals that end the node. A terminal sends SIGHUP when it closes; nohup ignores it.
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    SIGNALS += signal.SIGHUP,
+
 memory.check_shared_memory()
 # numpy starts threads on import, as rclpy does. They have to block these signals too: otherwise
 # the kernel delivers a signal that the main thread blocks to one of them, and it is lost.
-_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 try:
     import numpy as numpy
 finally:

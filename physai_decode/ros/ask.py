@@ -202,7 +202,7 @@ def main(args: list[str] | None = None) -> int:
                 'tool_calls': asker.tool_calls, 'error': failure,
                 **{key: _number(value) for key, value in asker.stats.items()}},
                 ensure_ascii=False))
-        elif asker.stats:
+        elif asker.stats and asker.stats['finish_reason'] != 'rejected':
             print('\n' if asker.pieces else '', end='\n')
             for call in asker.tool_calls:
                 print(f'{call["function"]["name"]} {call["function"]["arguments"]}')

@@ -28,6 +28,7 @@ from physai_decode.ros import dds
 from physai_decode.ros import memory
 from physai_decode.ros import params_files
 from physai_decode.ros import responses
+from physai_decode.ros import SIGNALS
 from physai_decode.ros import watchdog
 from physai_decode.ros.executor import Executor
 from physai_decode.ros.launcher import Launcher
@@ -92,7 +93,7 @@ def replace_closed_streams() -> None:
 
 def main(args: list[str] | None = None, load: Load = load) -> int:
     """
-    Run the node until SIGINT or SIGTERM, then end the process; return only if it can't start.
+    Run the node until a signal, then end the process; return only if it can't start.
 
     The exit code is 0 after a signal or the end of the launcher, and 1 if the executor failed.
 
@@ -101,12 +102,11 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     memory.check_address_space()
     ending, launcher = Exit(), Launcher()
     args = sys.argv if args is None else args
-    signals = signal.SIGINT, signal.SIGTERM
     # New threads inherit this mask, so the signals stay pending, where the loop below and the
     # watchdog see them. A handler alone would not do, because libraries replace handlers. This one
     # is for threads that already run.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    for number in signals:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
         signal.signal(number, lambda *_: ending.request())
     replace_closed_streams()
     watchdog.start()
@@ -141,7 +141,7 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     thread = threading.Thread(target=spin, args=(executor, ending), name='executor')
     thread.start()
     while not ending.wait(POLL_S):
-        if signal.sigpending().intersection(signals):
+        if signal.sigpending().intersection(SIGNALS):
             ending.request()
         if launcher.ended():
             node.get_logger().warning('the process that launched this node has ended: ending too')

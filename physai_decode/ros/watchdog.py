@@ -16,8 +16,8 @@
 Kills the node's process if it does not react to a signal because native code holds the GIL.
 
 Native code that never releases the GIL stops every Python thread, including the one that polls for
-signals. A second process therefore runs this file as a script. The node keeps SIGINT and SIGTERM
-blocked, so they stay pending, and the kernel shows them in ``/proc``.
+signals. A second process therefore runs this file as a script. The node keeps the signals
+that end it blocked, so they stay pending, and the kernel shows them in ``/proc``.
 """
 
 import os
@@ -26,6 +26,7 @@ import subprocess
 import sys
 
 POLL_S = 0.1
+ENDING = 1 << 0 | 1 << 1 | 1 << 14       # the bits of SIGHUP, SIGINT and SIGTERM
 POLLS = 17                      # from the first sight of a signal to SIGKILL: 1.7 s
 
 
@@ -44,8 +45,8 @@ def start() -> 'subprocess.Popen[bytes]':
 
 
 def pending(status: bytes) -> bool:
-    """Return whether the text of ``/proc/PID/status`` shows SIGINT (2) or SIGTERM (15) pending."""
-    return any(int(status.partition(name)[2].split(None, 1)[0], 16) & (1 << 1 | 1 << 14)
+    """Return whether a signal that ends the node is pending, by ``/proc/PID/status``."""
+    return any(int(status.partition(name)[2].split(None, 1)[0], 16) & ENDING
                for name in (b'\nSigPnd:', b'\nShdPnd:'))
 
 
