@@ -140,7 +140,7 @@ def test_rejects_an_invalid_node_name():
 
 def test_times_out_without_a_node(rig):
     """The message names the node that it waits for, at first and at the end, and those found."""
-    for timeout_s in (6, 12, 60):       # until discovery is complete in time
+    for timeout_s in (4, 10, 60):       # until discovery is complete in time
         done = ask('hello', '--node', 'nobody', '--timeout', str(timeout_s))
         if 'found /decode' in done.stderr:
             break

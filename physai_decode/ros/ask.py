@@ -48,9 +48,7 @@ from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
 EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; otherwise 1
-# After this time, say what the command waits for. Fast DDS often takes 3 s to discover a node, and
-# diagnostics come once a second.
-NOTICE_S = 5.0
+NOTICE_S = 3.0                  # after this time without a node, say what the command waits for
 DIAGNOSTICS_HINT = (': wait longer (--timeout), or, if the node remaps that topic, remap it here '
                     'too (--ros-args -r /diagnostics:=...)')
 
