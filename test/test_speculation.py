@@ -553,6 +553,8 @@ def piped(native, monkeypatch):
 
     def make(folder, ops):
         monkeypatch.setattr(start, 'operations', lambda *_: ops)
+        monkeypatch.setattr(start, 'WARM_UP', start.WARM_UP[:1])        # slow in the interpreter
+        monkeypatch.setattr(start, 'pass_costs', lambda *_: {})
         loop = drafting(native, folder, replace(CPU, dtype='float32'))
         loop.engine.pipeline = Direct(loop.engine)
         return loop
