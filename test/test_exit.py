@@ -82,7 +82,7 @@ def probe():
     rclpy.shutdown()
 
 
-@pytest.mark.parametrize(('state', 'signum'), zip(PARAMETERS, cycle(SIGNALS)))
+@pytest.mark.parametrize(('state', 'signum'), [*zip(PARAMETERS, cycle(SIGNALS))])
 def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
     """The exit code is 0, the node leaves the ROS graph, and stderr has only log lines."""
     states = []

@@ -222,7 +222,7 @@ def restore_routers(folder, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq', 'awq'])
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'awq'])
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
     """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)

@@ -594,11 +594,8 @@ def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
     always_draft(monkeypatch)
     loop = piped(tmp_path, kernels.PassOps(torch.device('cpu'), splits=2))
     prompts = [[5, 6, 7, 5, 6, 7, 5, 6], [9] * 5]       # the second repeats itself
-    first = 3
-    if kind == 'gptq':      # several times as slow as dense weights
-        first = 4
-        del prompts[0]
-    assert check_same_answers(loop, prompts, 8, first) > 0
+    if kind == 'dense':     # int4 is several times as slow; its rows are compared below
+        assert check_same_answers(loop, prompts, 8, 3) > 0
     check_rows(loop.engine.transformer, 3, torch.Generator().manual_seed(1), places=(45,))
     loop.engine.close()
 
