@@ -212,6 +212,8 @@ class Answer(Delivery):
                     end = self._end_here(limit, None if surplus else constraint)
                     if end is not None or self._thought_tokens and self._thinks_too_long():
                         self._discard(surplus, constraint)
+                        if end is None:             # the answer goes on
+                            self._hold_pace(now_s, place)
                         return end
                 if self._is_late():
                     return LATE
@@ -283,6 +285,7 @@ class Answer(Delivery):
         in_request = 'max_tokens' in self._ticket.request.thinking
         self._remark(f'the thought was ended: thinking.max_tokens is {self._thought_tokens}'
                      + (' in the request' if in_request else ''))
+        self.times.added_tokens = len(manner.close_ids)
         return [*self._generated_ids, *manner.close_ids]
 
     def _encode(self) -> list[int]:

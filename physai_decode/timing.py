@@ -327,7 +327,8 @@ class RequestRecorder:
         self.energy_j: float | None = None
         self.reasoning_tokens = 0
         self.server_tokens: int | None = None
-        self.encoded_s: float | None = None         # when the prompt was token ids
+        self.encoded_s: float | None = None         # when the prompt was ids; not on a server
+        self.added_tokens = 0                       # fed in mid-answer, to end a thought
         self.sample_s: float | None = None          # duration of the first choice
         self.engine = self.fallback = ''
         self._overrides = deadline
@@ -363,7 +364,8 @@ class RequestRecorder:
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
-        context = None if token_id is None else (self.prompt_tokens or 0) + index
+        context = None if token_id is None else \
+            (self.prompt_tokens or 0) + self.added_tokens + index
         device_ms, mask_ms, wait_ms = (
             None if each is None else 1e3 * each / pass_tokens
             for each in (device_s, mask_s, waited_s))
@@ -472,9 +474,13 @@ class RequestRecorder:
             pass_tokens=(self._count - 1) / self._passes if self._passes else None)
 
     def _prompt_floor_s(self) -> float | None:
-        """Return the time to read what a prompt of any length reads at least, None if unknown."""
+        """
+        Return the time to read what a prompt of any length reads at least.
+
+        :returns: None if it is unknown, or if a server reads the prompt.
+        """
         roofline = self._recorder._roofline
-        if roofline is None or roofline.footprint.is_remote or self.prompt_tokens is None:
+        if roofline is None or self.encoded_s is None:
             return None
         return roofline.floor_s(self.cached_tokens or 0)
 

@@ -83,6 +83,15 @@ def test_request_without_tokens():
             report.encode_ms, report.ttft_floor_ms, report.r_ttft) == (None,) * 11
 
 
+def test_a_prompt_that_a_server_reads_has_no_floor():
+    """Also if a local engine is loaded, which answers if the server fails."""
+    request = recorder().request(1, 0.0, 0.0)
+    request.token(0.1, None, 'x')
+    request.prompt_tokens = 5
+    report = request.finish(0.2, 'stop')
+    assert (report.ttft_floor_ms, report.r_ttft, report.encode_ms) == (None, None, None)
+
+
 def test_unknown_peak_gives_no_floor_but_a_bandwidth():
     times = recorder(peak=None)
     request = times.request(1, 0.0, 0.0)
@@ -92,7 +101,7 @@ def test_unknown_peak_gives_no_floor_but_a_bandwidth():
     assert report.bandwidth_gb_s > 0
     window = times.window(0.2)
     assert (window.floor_ms, window.r_floor) == (None, None)
-    request.prompt_tokens = 5
+    request.prompt_tokens, request.encoded_s = 5, 0.05
     assert request.finish(0.3, 'stop').ttft_floor_ms is None
     assert window.bandwidth_gb_s == report.bandwidth_gb_s
 

@@ -213,6 +213,18 @@ def test_thought_ends_at_its_token_limit(make, thinking, parameter, limit):
         'x' + ('<think>' + 'so ' * 99)[:limit] + '\n</think>\n\n'
 
 
+def test_figures_after_a_thought_that_reached_its_limit(make):
+    """The pace holds, its delay is not part of a latency, and the context has the added tokens."""
+    *_, tokens, _ = ask(
+        make, '', text_of(thinks=True), FakeEngine(thinker, max_context=1000, vocab_size=256),
+        thinking={'max_tokens': 10}, pace={'tokens_per_s': 100.0})
+    assert all(token.itl_ms >= 0 for token in tokens[1:])
+    assert sum(token.itl_ms + token.wait_ms for token in tokens[1:]) > 9.9 * (len(tokens) - 1)
+    added = len('\n</think>\n\n')
+    assert [token.context_tokens for token in tokens] == \
+        [1 + index + (added if index >= 10 else 0) for index in range(len(tokens))]
+
+
 def test_max_tokens_0_does_not_limit_the_thought(make):
     report, *_ = ask(make, '<think>' + 'so ' * 30 + '</think>a', text_of(thinks=True),
                        groups={'thinking': ThinkingConfig(5)}, thinking={'max_tokens': 0})
