@@ -25,6 +25,7 @@ import time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.ros import SIGNALS
+from physai_decode.ros import watchdog
 from physai_decode.ros.topics import stream_qos
 import pytest
 import rclpy
@@ -171,17 +172,25 @@ def test_a_signal_kills_a_process_whose_interpreter_is_locked(hang, signum):
         process.communicate()
 
 
+@pytest.mark.parametrize('name', ['SigPnd', 'ShdPnd'])
+def test_the_watchdog_knows_the_signals_that_end_the_node(name):
+    for number in signal.valid_signals():
+        status = f'Name:\tx\nSigPnd:\t{0:016x}\nShdPnd:\t{0:016x}\n'.replace(
+            f'{name}:\t{0:016x}', f'{name}:\t{1 << number - 1:016x}')
+        assert watchdog.pending(status.encode()) == (number in {*SIGNALS, signal.SIGHUP})
+
+
 def test_the_watchdog_ends_if_its_process_is_killed():
     """SIGKILL leaves the process no time to stop it."""
     script = ('from physai_decode.ros import watchdog\n'
               'print(watchdog.start().pid, flush=True)\nimport time; time.sleep(60)')
     process = subprocess.Popen(
         [sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
-    watchdog = os.pidfd_open(int(process.stdout.readline()))
+    pidfd = os.pidfd_open(int(process.stdout.readline()))
     process.kill()
     process.communicate()
-    ended, _, _ = select.select([watchdog], [], [], 60)
-    os.close(watchdog)
+    ended, _, _ = select.select([pidfd], [], [], 60)
+    os.close(pidfd)
     assert ended
 
 
