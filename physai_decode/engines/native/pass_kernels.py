@@ -23,16 +23,14 @@ For ``PDL``, see ``kernels``.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
+from physai_decode.engines.native.kernels import _block
 from physai_decode.engines.native.kernels import _fetch
-from physai_decode.engines.native.kernels import _grouped
-from physai_decode.engines.native.kernels import _input
 from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
@@ -161,81 +159,48 @@ def _store_rows(out, tile, n, rows, values, ADD: tl.constexpr):
     tl.store(at, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _blocks(result, second, x, sums, words, four, zero, words_2, four_2, zero_2, first, rows,
-            TILES: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-            ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of SPLIT blocks of one or two tiles to [SPLIT, 16, SIDE] each."""
-    for number in tl.static_range(4):
-        v, total = _input(x, sums, first, number, rows, K, GROUP, SPLIT, False)
-        result += _grouped(words, v, total, four, zero, number, ZEROS, ASSEMBLY)
-        if TILES == 2:
-            second += _grouped(words_2, v, total, four_2, zero_2, number, ZEROS, ASSEMBLY)
-    return result, second
-
-
 @triton.jit(do_not_specialize=['rows'])
 def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: tl.constexpr,
-               TILES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-               SPLIT: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
-               ADD: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
+               BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+               AHEAD: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+               BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
                PDL: tl.constexpr):
     """
-    Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; TILES of 16 rows a program.
+    Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
     If AHEAD, the next words are requested before the current ones are multiplied, which takes
     twice the registers.
     """
-    tile = tl.program_id(0).to(tl.int64) * TILES
+    program = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
-    second = tl.zeros((SPLIT, 16, SIDE), tl.float32)
-    # Two tiles share the loads of the input. With one, the compiler removes the second.
-    other = tl.minimum(tile + TILES - 1, (n + 15) // 16 - 1)
     if AHEAD:
-        words, four, zero = _tile(packed, scales, zeros, packed, tile, 0, BLOCKS, BLOCKS, 0, GROUP,
-                                  SPLIT, ZEROS)
-        words_2, four_2, zero_2 = _tile(packed, scales, zeros, packed, other, 0, BLOCKS, BLOCKS, 0,
-                                        GROUP, SPLIT, ZEROS)
+        words, four, zero = _tile(packed, scales, zeros, packed, program, block, BLOCKS, BLOCKS,
+                                  0, GROUP, SPLIT, ZEROS)
         if PDL:
             gdc_wait()
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         for first in tl.range(0, LAST, SPLIT, num_stages=1):
             next_words, next_four, next_zero = _tile(
-                packed, scales, zeros, packed, tile, first + SPLIT, BLOCKS, BLOCKS, 0, GROUP,
-                SPLIT, ZEROS)
-            next_words_2, next_four_2, next_zero_2 = _tile(
-                packed, scales, zeros, packed, other, first + SPLIT, BLOCKS, BLOCKS, 0, GROUP,
-                SPLIT, ZEROS)
-            result, second = _blocks(result, second, x, sums, words, four, zero, words_2, four_2,
-                                     zero_2, first, rows, TILES, K, GROUP, SPLIT, ZEROS, ASSEMBLY)
+                packed, scales, zeros, packed, program, first + SPLIT + block, BLOCKS, BLOCKS, 0,
+                GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+                            False, ZEROS, ASSEMBLY)
             words, four, zero = next_words, next_four, next_zero
-            words_2, four_2, zero_2 = next_words_2, next_four_2, next_zero_2
-        result, second = _blocks(result, second, x, sums, words, four, zero, words_2, four_2,
-                                 zero_2, LAST, rows, TILES, K, GROUP, SPLIT, ZEROS, ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, LAST + block, rows, K, GROUP, False,
+                        ZEROS, ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
-            words, four, zero = _tile(packed, scales, zeros, packed, tile, first, BLOCKS, BLOCKS,
-                                      0, GROUP, SPLIT, ZEROS)
-            words_2, four_2, zero_2 = _tile(packed, scales, zeros, packed, other, first, BLOCKS,
-                                            BLOCKS, 0, GROUP, SPLIT, ZEROS)
-            result, second = _blocks(result, second, x, sums, words, four, zero, words_2, four_2,
-                                     zero_2, first, rows, TILES, K, GROUP, SPLIT, ZEROS, ASSEMBLY)
+            words, four, zero = _tile(packed, scales, zeros, packed, program, first + block,
+                                      BLOCKS, BLOCKS, 0, GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+                            False, ZEROS, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
-    number = tl.program_id(0) * TILES
-    _finish_rows(out, out_sums, bias, number, n, rows, tl.sum(result, 0), GATED, GELU, ADD, BIAS)
-    if TILES == 2:
-        _finish_rows(out, out_sums, bias, number + 1, n, rows, tl.sum(second, 0), GATED, GELU, ADD,
-                     BIAS)
-
-
-@triton.jit
-def _finish_rows(out, out_sums, bias, number, n, rows, values, GATED: tl.constexpr,
-                 GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr):
-    """Write the sums [16, SIDE] of a tile; gated: activated, and their own sums too."""
-    tile = number * 16 + tl.arange(0, 16)
+    values = tl.sum(result, 0)
+    tile = tl.program_id(0) * 16 + tl.arange(0, 16)
     if BIAS:
         values += tl.load(bias + tile, mask=tile < n, other=0.0).to(tl.float32)[:, None]
     if GATED:
@@ -243,9 +208,9 @@ def _finish_rows(out, out_sums, bias, number, n, rows, values, GATED: tl.constex
         values = _activated(gate, GELU) * up
         rounded = values.to(out.dtype.element_ty).to(tl.float32)
         each = tl.arange(0, SIDE)
-        tl.store(out_sums + each * (n // 16) + number, tl.sum(rounded, 0),
-                 mask=(each < rows) & (number * 16 < n))
-        half = number * 8 + tl.arange(0, 8)
+        tl.store(out_sums + each * (n // 16) + tl.program_id(0), tl.sum(rounded, 0),
+                 mask=each < rows)
+        half = tl.program_id(0) * 8 + tl.arange(0, 8)
         _store_rows(out, half, n // 2, rows, values, ADD)
     else:
         _store_rows(out, tile, n, rows, values, ADD)
@@ -363,17 +328,12 @@ DENSE_LAYOUTS = tuple(Layout(*each) for each in (
 if not compiler.PIPELINES:      # no three-dimensional loads
     DENSE_LAYOUTS = tuple(each for each in DENSE_LAYOUTS if each.split == 1)
 # With two stages, the next words are requested ahead.
-INT4_LAYOUTS = tuple(
-    Choice(tiles * TILE_ROWS, 0, warps, stages) for tiles, stages in ((1, 2), (1, 1), (2, 1))
-    for warps in ((4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
+INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, stages) for stages in (2, 1) for warps in (
+    (4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
 
 
 class PassOps(TritonOps):
     """The operations of passes as kernels, with the interface of `TorchOps`."""
-
-    def _tuned(self, transformer):
-        """See `TritonOps._tuned`."""
-        return transformer.step, partial(transformer.step, ROWS)
 
     def embed(self, table, token, x, scale=1.0):
         """See `TorchOps.embed`."""
@@ -440,13 +400,12 @@ class PassOps(TritonOps):
                 COLUMNS=layout.columns, SPLIT=layout.split, STAGES=layout.stages, **common)
             return
         tiles, blocks = weight.packed.shape[:2]
-        together = layout.rows // TILE_ROWS
-        _int4_rows[(triton.cdiv(tiles, together),)](
+        _int4_rows[(tiles,)](
             x, self._sums(x), weight.packed, weight.scales,
             x if weight.zeros is None else weight.zeros, bias, out,
-            self._sums(out) if gated else x, n, rows, K=k, TILES=together, BLOCKS=blocks,
-            GROUP=weight.group_size, SPLIT=layout.warps, AHEAD=layout.stages > 1,
-            ZEROS=weight.zeros is not None, ASSEMBLY=self._device.type == 'cuda', **common)
+            self._sums(out) if gated else x, n, rows, K=k, BLOCKS=blocks, GROUP=weight.group_size,
+            SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None,
+            ASSEMBLY=self._device.type == 'cuda', **common)
 
     def _prepared(self, x, order, gain, eps):
         k, rows = x.shape[-1], _rows(x)
