@@ -235,26 +235,26 @@ def _of(four, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _grouped(words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
+def _grouped(result, words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
     """
-    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, SIDE] to [SPLIT, 16, SIDE].
+    Multiply one group of each row of ``words`` by ``v`` [SPLIT, GROUP, SIDE]; add to ``result``.
 
-    Subtracts the zeros afterwards, times ``total`` [SPLIT, 1, 1], the sum of ``v``.
+    Subtracts the zeros afterwards, times ``total``, the sum of ``v``. The compiler may fuse a
+    multiplication with an addition in some columns only, so `tl.fma` does it in all.
     """
-    weights = _matrix(_nibble(words, NUMBER, v.dtype, ASSEMBLY))
-    inner = tl.dot(weights, v, input_precision='ieee')
+    inner = tl.dot(_matrix(_nibble(words, NUMBER, v.dtype, ASSEMBLY)), v, input_precision='ieee')
+    scale = _of(scales, NUMBER)[:, :, None]
     zero = 8.0
     if ZEROS:
         zero = _of(zeros, NUMBER)[:, :, None]
     if ASSEMBLY and v.dtype == tl.bfloat16:
-        inner -= total * (zero + 128.0)
+        zero += 128.0
     elif ASSEMBLY and v.dtype == tl.float16:
-        FACTOR: tl.constexpr = 1.0 / 16 if NUMBER % 2 else 1.0
-        inner = inner * FACTOR - total * (zero + 1024.0 * FACTOR)
-    else:
-        inner -= total * zero
-    return inner * _of(scales, NUMBER)[:, :, None]
+        FACTOR: tl.constexpr = 16.0 if NUMBER % 2 else 1.0
+        zero = zero * FACTOR + 1024.0
+        scale *= 1.0 / FACTOR
+    return tl.fma(tl.fma(-total, zero, inner), scale, result)
 
 
 @triton.jit
@@ -270,79 +270,115 @@ def _matrix(words):
 
 
 @triton.jit
-def _tile(packed, scales, zeros, ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+def _tile(packed, scales, zeros, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
           STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr):
-    """Load a tile's fragments of blocks [SPLIT, 1], with four scales and zeros for each row."""
-    inside = block < BLOCKS if BLOCKS % SPLIT else tl.full((SPLIT, 1), True, tl.int1)
-    at = tile * SIZE + block
-    if STACK:
-        base = tl.load(ids + block // SIZE, mask=inside, other=0) * STACK
-        at = base + tile * SIZE + block % SIZE
+    """
+    Load a tile's fragments of SPLIT blocks, and four scales and zeros for each of their rows.
+
+    The words have two dimensions, so that each warp loads its own block: for more, the layout
+    depends on the version of Triton.
+    """
+    number = tl.arange(0, GROUP // 16 * SPLIT)
+    at, inside = _places(ids, tile, first + number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
     words = tl.load(
-        packed + at[:, :, None] * (16 * GROUP) + tl.arange(0, GROUP // 16)[None, :, None] * 256
-        + tl.arange(0, 256)[None, None, :], mask=inside[:, :, None], other=0,
+        packed + at[:, None] * (16 * GROUP) + (number // SPLIT * 256)[:, None]
+        + tl.arange(0, 256)[None, :], mask=inside[:, None], other=0,
         eviction_policy='evict_first')
+    words = tl.permute(tl.reshape(words, (GROUP // 16, SPLIT, 256)), (1, 0, 2))
     # Four float16 are read as one number.
-    rows = at * 16 + tl.arange(0, 16)[None, :]
-    four = tl.load(scales.to(tl.pointer_type(tl.int64)) + rows, mask=inside, other=0)
+    at, inside = _places(ids, tile, first + tl.arange(0, SPLIT), BLOCKS, SIZE, STACK, SPLIT)
+    rows = at[:, None] * 16 + tl.arange(0, 16)[None, :]
+    four = tl.load(scales.to(tl.pointer_type(tl.int64)) + rows, mask=inside[:, None], other=0)
     zero = four
     if ZEROS:
-        zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + rows, mask=inside, other=0)
+        zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + rows, mask=inside[:, None], other=0)
     return words, four, zero
 
 
 @triton.jit
-def _input(x, sums, column, rows, K: tl.constexpr, GROUP: tl.constexpr, COPIED: tl.constexpr):
+def _places(ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
+            SPLIT: tl.constexpr):
+    """Return where the blocks of a tile are, and which of them exist."""
+    inside = block < BLOCKS if BLOCKS % SPLIT else tl.full(block.shape, True, tl.int1)
+    at = tile * SIZE + block
+    if STACK:
+        base = tl.load(ids + block // SIZE, mask=inside, other=0) * STACK
+        at = base + tile * SIZE + block % SIZE
+    return at, inside
+
+
+@triton.jit
+def _input(x, sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+           SPLIT: tl.constexpr, COPIED: tl.constexpr):
     """
-    Load x at ``column`` [SPLIT, 1] and the GROUP - 1 after it, and their sum [SPLIT, 1, 1].
+    Load x for group NUMBER of SPLIT blocks from ``first`` on, and its sums [SPLIT, 1, 1].
 
     The matrix units need a matrix, so x is repeated in SIDE columns, in the order of the words:
     [SPLIT, GROUP, SIDE]. If COPIED, it is loaded once, through shared memory. Otherwise every lane
     loads what it multiplies. If ``rows`` is not None, x is that of a pass, [rows, K]: each column
-    has one row, or repeats the last, and the sum is [SPLIT, 1, SIDE].
+    has one row, or repeats the last, and the sums are [SPLIT, 1, SIDE].
     """
-    SPLIT: tl.constexpr = column.shape[0]
     if rows is None:
-        eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
+        eighth = (((first + tl.arange(0, SPLIT)) * 4 + NUMBER) * (GROUP // 8))[:, None] \
+            + tl.arange(0, GROUP // 8)[None, :]
         parts = tl.load(sums + eighth, mask=eighth * 8 < K, other=0.0)
         total = tl.sum(parts, 1)[:, None, None]
     else:
-        row = tl.minimum(tl.arange(0, SIDE), rows - 1)
-        eighth = column // 8 + tl.arange(0, GROUP // 8)[None, :]
-        parts = tl.load(sums + eighth[:, :, None] + row[None, None, :] * ((K + 7) // 8),
-                        mask=(eighth * 8 < K)[:, :, None], other=0.0)
-        total = tl.sum(parts, 1)[:, None, :]
-        x += row[None, :, None, None, None] * K
+        total = _row_sums(sums, first, rows, NUMBER, K, GROUP, SPLIT)
     if COPIED:
+        column = ((first + tl.arange(0, SPLIT)) * 4 + NUMBER) * GROUP
         at = tl.arange(0, GROUP)[None, :]       # pair, operand, high, lane, low
-        columns = column + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4 + at // 8 % 2 * 2
-                            + at % 2)
+        columns = column[:, None] + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4
+                                     + at // 8 % 2 * 2 + at % 2)
         v = tl.load(x + columns, mask=columns < K, other=0.0)
         return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE)), total
-    within = (tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, GROUP // 32)[None, :, None] * 32
-              + tl.arange(0, 8)[None, None, :])[:, None, None, :, :]
-    columns = tl.broadcast_to(column[None, None, :, :, None] + within,
-                              (4, SIDE, SPLIT, GROUP // 32, 8))
+    # Four lanes load one column of x; after the lanes come the warps, and then the registers.
+    number = tl.arange(0, GROUP // 32 * SPLIT * SIDE * 4)
+    column = ((first + number // (4 * SIDE) % SPLIT) * 4 + NUMBER) * GROUP \
+        + number // (4 * SIDE * SPLIT) * 32 + number % 4 * 8
+    columns = column[:, None] + tl.arange(0, 8)[None, :]
+    if rows is not None:
+        x += (tl.minimum(number // 4 % SIDE, rows - 1) * K)[:, None]
     v = tl.load(x + columns, mask=columns < K, other=0.0)
-    v = tl.permute(tl.reshape(v, (4, SIDE, SPLIT, GROUP // 32, 2, 2, 2)), (2, 3, 4, 5, 0, 6, 1))
+    v = tl.permute(tl.reshape(v, (GROUP // 32, SPLIT, SIDE, 4, 2, 2, 2)), (1, 0, 4, 5, 3, 6, 2))
     return tl.reshape(v, (SPLIT, GROUP, SIDE)), total
 
 
 @triton.jit
-def _block(result, x, sums, words, four, zero, block, rows, K: tl.constexpr,
-           GROUP: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
+def _row_sums(sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+              SPLIT: tl.constexpr):
+    """
+    Add the sums of a group for each row of a pass, [SPLIT, 1, SIDE].
+
+    Each lane loads and keeps what it needs for its columns of the product.
+    """
+    PARTS: tl.constexpr = GROUP // 8
+    WIDTH: tl.constexpr = PARTS // 8 if PARTS > 8 else 1
+    number = tl.arange(0, SIDE * SPLIT * 8)     # a lane's columns, blocks, parts, columns
+    column = number // (32 * SPLIT)
+    row = tl.minimum(column // 2 * 8 + number % 4 * 2 + column % 2, rows - 1)
+    part = ((first + number // 32 % SPLIT) * 4 + NUMBER) * PARTS + number // 4 % 8 * WIDTH % PARTS
+    parts = part[:, None] + tl.arange(0, WIDTH)[None, :]
+    values = tl.load(sums + (row * ((K + 7) // 8))[:, None] + parts, mask=parts * 8 < K, other=0.0)
+    total = tl.sum(tl.reshape(tl.sum(values, 1), (SIDE // 8, 2, SPLIT, 8, 4)), 3)
+    if PARTS < 8:       # eight lanes share them, so some are added repeatedly
+        total *= PARTS / 8
+    return tl.reshape(tl.permute(total, (2, 0, 3, 1)), (SPLIT, SIDE))[:, None, :]
+
+
+@triton.jit
+def _block(result, x, sums, words, four, zero, first, rows, K: tl.constexpr, GROUP: tl.constexpr,
+           SPLIT: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
            ASSEMBLY: tl.constexpr):
-    """Add the products of the blocks [SPLIT, 1] that `_tile` loaded to [SPLIT, 16, SIDE]."""
-    column = block * (4 * GROUP)
-    v0, total0 = _input(x, sums, column, rows, K, GROUP, COPIED)
-    v1, total1 = _input(x, sums, column + GROUP, rows, K, GROUP, COPIED)
-    v2, total2 = _input(x, sums, column + 2 * GROUP, rows, K, GROUP, COPIED)
-    v3, total3 = _input(x, sums, column + 3 * GROUP, rows, K, GROUP, COPIED)
-    result += _grouped(words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
-    result += _grouped(words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
-    result += _grouped(words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
-    result += _grouped(words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
-    return result
+    """Add the products of the blocks that `_tile` loaded to [SPLIT, 16, SIDE]."""
+    v0, total0 = _input(x, sums, first, rows, 0, K, GROUP, SPLIT, COPIED)
+    v1, total1 = _input(x, sums, first, rows, 1, K, GROUP, SPLIT, COPIED)
+    v2, total2 = _input(x, sums, first, rows, 2, K, GROUP, SPLIT, COPIED)
+    v3, total3 = _input(x, sums, first, rows, 3, K, GROUP, SPLIT, COPIED)
+    result = _grouped(result, words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
+    result = _grouped(result, words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
+    result = _grouped(result, words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
+    return _grouped(result, words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
 
 
 @triton.jit
@@ -363,7 +399,6 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
     if GATED and STACK:
         if PDL:
@@ -372,27 +407,25 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
         out += tl.program_id(1) * stride
         out_sums += tl.program_id(1) * (stride // 8)
     if BLOCKS <= 2 * SPLIT and not COPIED:
-        words, four, zero = _tile(packed, scales, zeros, ids, tile, block, BLOCKS, SIZE, STACK,
-                                  GROUP, SPLIT, ZEROS)
+        words, four, zero = _tile(packed, scales, zeros, ids, tile, 0, BLOCKS, SIZE, STACK, GROUP,
+                                  SPLIT, ZEROS)
         if BLOCKS > SPLIT:
-            more, more_four, more_zero = _tile(
-                packed, scales, zeros, ids, tile, block + SPLIT, BLOCKS, SIZE, STACK, GROUP,
-                SPLIT, ZEROS)
+            more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, SPLIT, BLOCKS,
+                                               SIZE, STACK, GROUP, SPLIT, ZEROS)
         if PDL:
             gdc_wait()
-        result = _block(result, x, sums, words, four, zero, block, None, K, GROUP, COPIED, ZEROS,
-                        ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, 0, None, K, GROUP, SPLIT,
+                        COPIED, ZEROS, ASSEMBLY)
         if BLOCKS > SPLIT:
-            result = _block(result, x, sums, more, more_four, more_zero, block + SPLIT, None, K,
-                            GROUP, COPIED, ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, more, more_four, more_zero, SPLIT, None, K, GROUP,
+                            SPLIT, COPIED, ZEROS, ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
-            words, four, zero = _tile(
-                packed, scales, zeros, ids, tile, first + block, BLOCKS, SIZE, STACK, GROUP,
-                SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, first + block, None, K, GROUP,
+            words, four, zero = _tile(packed, scales, zeros, ids, tile, first, BLOCKS, SIZE, STACK,
+                                      GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first, None, K, GROUP, SPLIT,
                             COPIED, ZEROS, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
@@ -413,9 +446,8 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
                 GROUP: tl.constexpr, ZEROS: tl.constexpr):
     """Write a block of a tile of an `Int4` to ``out`` [rows, K], row 0 being ``first`` tile's."""
     tile = first + tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
-    words, four, zero = _tile(packed, scales, zeros, packed, tile, block, BLOCKS, BLOCKS, 0,
-                              GROUP, 1, ZEROS)
+    words, four, zero = _tile(packed, scales, zeros, packed, tile, tl.program_id(1), BLOCKS,
+                              BLOCKS, 0, GROUP, 1, ZEROS)
     parts = tl.reshape(words, (GROUP // 32, 2, 8, 4, 2, 2, 2))
     words = tl.reshape(tl.permute(parts, (5, 2, 0, 3, 1, 4, 6)), (16, GROUP)).to(tl.int32)
     row = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
@@ -810,13 +842,13 @@ class TritonOps(TorchOps):
             torch.cuda.get_device_name(self._device), self.name, f'kernels {version}',
             str(transformer.keys.dtype), f'at {place}')))
         transformer.position.fill_(place)
+        steps = self._tuned(transformer)
         for name, product in transformer.products():
             shape = _shape(*product)
-            self._tune(name, shape, self._choices, self._candidates(shape), cache,
-                       transformer.step, progress)
+            self._tune(name, shape, self._choices, self._candidates(shape), cache, steps, progress)
         for layer in transformer.attention:
-            self._tune('attention', _heads(layer), self._sharings, SHARING_CHOICES, cache,
-                       transformer.step, progress)
+            self._tune('attention', _heads(layer), self._sharings, SHARING_CHOICES, cache, steps,
+                       progress)
         transformer.position.zero_()
 
     @classmethod
@@ -825,7 +857,11 @@ class TritonOps(TorchOps):
         files = (Path(getfile(each)) for each in cls.__mro__ if issubclass(each, TritonOps))
         return sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]
 
-    def _tune(self, name, shape, chosen, choices, cache, step, progress):
+    def _tuned(self, transformer):
+        """Return the steps whose times are added to compare layouts."""
+        return (transformer.step,)
+
+    def _tune(self, name, shape, chosen, choices, cache, steps, progress):
         """Choose the layout of one kernel, unless it is known."""
         if shape in chosen:
             return
@@ -837,7 +873,7 @@ class TritonOps(TorchOps):
             for each in choices:
                 chosen[shape] = each
                 try:
-                    times[each] = timed(step)
+                    times[each] = sum(map(timed, steps))
                 except triton.runtime.errors.OutOfResources:
                     continue     # this chip has too little shared memory for it
             choice = min(times, key=times.__getitem__)

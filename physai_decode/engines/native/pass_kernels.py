@@ -15,14 +15,16 @@
 """
 The operations of a pass of several rows as Triton kernels; the reference of each is in ``ops``.
 
-A step is a pass of one row. The number of rows is an argument of the same compiled kernel, so the
-bits of a row can not depend on it. Products use the tensor cores, with a row of the pass in each
-column, so the weights are read once for all rows. Unused columns repeat the last row.
+A step is a pass of one row. The bits of a row do not depend on the number of rows: it is an
+argument of the same compiled kernel, in which only `tl.fma` fuses multiplications with additions,
+as the compiler might do so for some rows only. Products use the tensor cores, with a row of the
+pass in each column, so the weights are read once for all rows. Unused columns repeat the last row.
 
 For ``PDL``, see ``kernels``.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
@@ -172,30 +174,29 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
     twice the registers.
     """
     program = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, SPLIT)[:, None]
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
     if AHEAD:
-        words, four, zero = _tile(packed, scales, zeros, packed, program, block, BLOCKS, BLOCKS,
-                                  0, GROUP, SPLIT, ZEROS)
+        words, four, zero = _tile(packed, scales, zeros, packed, program, 0, BLOCKS, BLOCKS, 0,
+                                  GROUP, SPLIT, ZEROS)
         if PDL:
             gdc_wait()
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         for first in tl.range(0, LAST, SPLIT, num_stages=1):
             next_words, next_four, next_zero = _tile(
-                packed, scales, zeros, packed, program, first + SPLIT + block, BLOCKS, BLOCKS, 0,
-                GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+                packed, scales, zeros, packed, program, first + SPLIT, BLOCKS, BLOCKS, 0, GROUP,
+                SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
                             False, ZEROS, ASSEMBLY)
             words, four, zero = next_words, next_four, next_zero
-        result = _block(result, x, sums, words, four, zero, LAST + block, rows, K, GROUP, False,
+        result = _block(result, x, sums, words, four, zero, LAST, rows, K, GROUP, SPLIT, False,
                         ZEROS, ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
-            words, four, zero = _tile(packed, scales, zeros, packed, program, first + block,
-                                      BLOCKS, BLOCKS, 0, GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, first + block, rows, K, GROUP,
+            words, four, zero = _tile(packed, scales, zeros, packed, program, first, BLOCKS,
+                                      BLOCKS, 0, GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
                             False, ZEROS, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
@@ -335,6 +336,10 @@ INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, stages) for stages in (2, 1) fo
 class PassOps(TritonOps):
     """The operations of passes as kernels, with the interface of `TorchOps`."""
 
+    def _tuned(self, transformer):
+        """See `TritonOps._tuned`."""
+        return transformer.step, partial(transformer.step, ROWS)
+
     def embed(self, table, token, x, scale=1.0):
         """See `TorchOps.embed`."""
         hidden = x.shape[-1]
@@ -406,6 +411,10 @@ class PassOps(TritonOps):
             self._sums(out) if gated else x, n, rows, K=k, BLOCKS=blocks, GROUP=weight.group_size,
             SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None,
             ASSEMBLY=self._device.type == 'cuda', **common)
+
+    def _launch(self, warps):
+        """See `TritonOps._launch`; the compiler must not fuse operations for some rows only."""
+        return {**super()._launch(warps), 'enable_fp_fusion': False}
 
     def _prepared(self, x, order, gain, eps):
         k, rows = x.shape[-1], _rows(x)
