@@ -121,7 +121,7 @@ class RequestReport:
     paced: bool = False               # whether pacing delayed steps; itl_ms is without the delay
     energy_j: float | None = None     # used by the device, including all other programs on it
     j_per_token: float | None = None  # including the energy of the prompt
-    power_w: float | None = None      # mean since the start of the request
+    power_w: float | None = None      # mean while the engine that answered ran
     reasoning_tokens: int = 0         # the part of output_tokens that belongs to a thought
     reasoning: str = ''               # the thought
     tool_calls: tuple[Call, ...] = ()
@@ -306,6 +306,7 @@ class RequestRecorder:
         self._client_id = client_id
         self._received_s = received_s
         self._taken_s = taken_s
+        self._begun_s = taken_s                     # when the engine that answers took over
         self._first_s: float | None = None
         self._last_s: float | None = None           # when the newest pass ended
         self._share_s = 0.0                         # each token's part of its time
@@ -411,6 +412,16 @@ class RequestRecorder:
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
             mask_ms, wait_ms, pass_tokens=None if token_id is None else pass_tokens)
 
+    def fall_back(self, now_s: float, reason: str) -> None:
+        """
+        Start again with the local engine, because the server failed before its first piece.
+
+        :param now_s: when the local engine takes over.
+        :param reason: how the server failed.
+        """
+        self._begun_s, self.fallback = now_s, reason
+        self.prompt_tokens = self.cached_tokens = self.server_tokens = None
+
     def item(self, now_s: float, path: str, index: int, value: str) -> ItemReport:
         """
         Record one element of the answer.
@@ -439,11 +450,12 @@ class RequestRecorder:
             self._add_overrun(total_ms - request_ms)
             self._recorder._add_request_overrun(total_ms - request_ms)
         itl = self._itl_ms.summary()
-        first_s, last_s, taken_s = self._first_s, self._last_s, self._taken_s
+        first_s, last_s = self._first_s, self._last_s
+        taken_s, begun_s = self._taken_s, self._begun_s
         prefill_s = None if first_s is None or taken_s is None else first_s - taken_s
         floor_s = None if prefill_s is None else self._prompt_floor_s()
         energy_j = self.energy_j
-        busy_s = 0.0 if taken_s is None else now_s - taken_s
+        busy_s = 0.0 if begun_s is None else now_s - begun_s
         decode_s = 0.0 if first_s is None or last_s is None else last_s - first_s
         return RequestReport(
             request_id=self._id, finish_reason=finish_reason, message=message,
@@ -467,8 +479,8 @@ class RequestRecorder:
             power_w=None if energy_j is None or not busy_s else energy_j / busy_s,
             reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback,
             server_tokens=self.server_tokens,
-            encode_ms=None if self.encoded_s is None or taken_s is None
-            else 1e3 * (self.encoded_s - taken_s),
+            encode_ms=None if self.encoded_s is None or begun_s is None
+            else 1e3 * (self.encoded_s - begun_s),
             sample_ms=_to_ms(self.sample_s), ttft_floor_ms=_to_ms(floor_s),
             r_ttft=floor_ratio(floor_s, prefill_s),
             pass_tokens=(self._count - 1) / self._passes if self._passes else None)

@@ -578,7 +578,8 @@ class Worker:
 
     def _fall_back(self, answer: Delivery, reason: str) -> Delivery:
         """Replace the server's answer with the engine's."""
-        answer.times.fallback = self._fallback = reason
+        answer.times.fall_back(self._clock(), reason)
+        self._fallback = reason
         with self._wake:
             self._answer = answer
             self._fallbacks += 1

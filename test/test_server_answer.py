@@ -65,13 +65,13 @@ def fake():
 
 @contextmanager
 def remote_worker(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
-                  token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
+                  token_ms=1e3 * PATIENCE_S, checkpoint=None, energy_j=lambda: None, **groups):
     """Start a worker for a server, with an optional local engine; yield it with its sink."""
     remote = RemoteConfig(url, MODEL, first_ms, token_ms)
     sink = Sink()
     worker = Worker(local, local and CharacterText(), DecodeConfig(remote=remote, **groups), sink,
                     peak=Peak(1e6, 'parameter'), form=form, checkpoint_sampling=checkpoint or {},
-                    server=Server(remote, key))
+                    energy_j=energy_j, server=Server(remote, key))
     worker.start()
     yield worker, sink
     assert worker.stop(TIMEOUT_S)
@@ -529,6 +529,33 @@ def test_local_engine_answers_if_the_server_fails(fake, name):
             report, text = sink.end(worker.submit(Request('where?')))
             assert (text, report.engine, report.fallback) == ('far away.', 'openai', '')
             assert worker.fallback == '' and worker.fallbacks == 1
+
+
+def hang_after_the_usage(call, body):
+    """Send token counts, then nothing."""
+    call.begin()
+    call.event({'choices': [], 'usage': {'prompt_tokens': 99, 'completion_tokens': 1}})
+    call.wait_for_client_to_go()
+
+
+def test_figures_of_a_fallback_are_those_of_the_local_engine(fake):
+    """Neither the wait for the server nor its counts are part of them."""
+    fake.answer = hang_after_the_usage
+    joules = iter((100.0, 150.0))
+    with remote_worker(fake.url, local=FakeEngine(), first_ms=SHORT_MS,
+                       energy_j=lambda: next(joules)) as (worker, sink):
+        report, _ = sink.end(worker.submit(Request('say here')))
+    assert (report.engine, report.prompt_tokens, report.server_tokens) == ('fake', 8, None)
+    assert report.encode_ms < report.prefill_ms - SHORT_MS
+    assert report.energy_j == 50.0
+    assert report.power_w > 50e3 / (report.total_ms - report.queue_ms - SHORT_MS)
+
+
+def test_a_refused_fallback_has_no_counts_of_the_server(fake):
+    fake.answer = hang_after_the_usage
+    report, _ = ask(fake, Request('x' * 100), local=FakeEngine(), first_ms=SHORT_MS)
+    assert (report.finish_reason, report.prompt_tokens, report.server_tokens) == (
+        'rejected', None, None)
 
 
 def test_reports_a_refused_connection():
