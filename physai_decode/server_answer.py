@@ -157,7 +157,8 @@ class ServerAnswer(Delivery):
             if delta.finish_reason:
                 self._release('', self._calls.take(delta.finish_reason))
                 end = self._end(delta.finish_reason)
-                self._await_usage(exchange)
+                if delta.usage is None:
+                    self._await_usage(exchange)
                 return end
             if delta.is_piece:
                 self._look_for_end()
@@ -187,13 +188,13 @@ class ServerAnswer(Delivery):
     def _await_usage(self, exchange: Exchange) -> None:
         """Wait for the token counts, which may follow the end; the answer does not need them."""
         end_s = self._clock() + USAGE_TIMEOUT_S
-        while self._clock() < end_s and self.times.server_tokens is None:
+        while self._clock() < end_s:
             try:
                 delta = exchange.get(POLL_S)
             except ServerError:
                 return
             if delta is not None and delta.usage is not None:
-                self._count(delta.usage)
+                return self._count(delta.usage)
             if delta is not None and delta.over or self._ticket.end_reason or self._is_late():
                 return
 

@@ -46,6 +46,7 @@ from physai_decode.request import Form
 from physai_decode.request import Message
 from physai_decode.request import Request
 from physai_decode.roofline import Peak
+from physai_decode.server_answer import USAGE_TIMEOUT_S
 from physai_decode.worker import Worker
 import pytest
 from worker_rig import Sink
@@ -139,6 +140,32 @@ def test_counts_pieces_if_the_server_sends_no_usage(fake):
     fake.answer = answer
     report, _ = ask(fake)
     assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
+
+
+def test_the_last_counts_of_the_server_win(fake):
+    """Some servers send the counts so far with each piece, and the final ones after the end."""
+    def answer(call, body):
+        call.begin()
+        for count, piece in enumerate(('a', 'b'), 1):
+            call.event({'choices': [{'index': 0, 'delta': {'content': piece}}],
+                        'usage': {'prompt_tokens': 7, 'completion_tokens': count}})
+        call.end(usage={'prompt_tokens': 7, 'completion_tokens': 3})
+
+    fake.answer = answer
+    assert ask(fake)[0].server_tokens == 3
+
+
+def test_counts_with_the_finish_reason_are_final(fake):
+    """The node waits for no others."""
+    def answer(call, body):
+        call.begin()
+        call.event({'choices': [{'index': 0, 'delta': {'content': 'a'}, 'finish_reason': 'stop'}],
+                    'usage': {'prompt_tokens': 7, 'completion_tokens': 1}})
+        call.wait_for_client_to_go()
+
+    fake.answer = answer
+    report, _ = ask(fake)
+    assert report.server_tokens == 1 and report.total_ms < 1e3 * USAGE_TIMEOUT_S
 
 
 def test_sends_all_fields_of_a_request(fake):
