@@ -48,7 +48,7 @@ DESCRIPTIONS = {
                 'answers since activation',
     'engine_reason': 'why this engine was chosen',
     'engine': 'engine that runs the model; before a model is loaded, the parameter; in '
-              '~/request_stats the engine that answered',
+              '~/request_stats the engine that answered, n/a if none did',
     'fallback': 'why the local model answered instead of the server, see offboard.md; in '
                 '~/model_info the name of the local model',
     'fallbacks': 'requests that the local model answered instead of the server',

@@ -76,7 +76,6 @@ class ServerAnswer(Delivery):
         super().__init__(**arguments)
         self._server, self._config, self._thought_tokens = server, config, thought_tokens
         self.local = local
-        self.times.engine = server.footprint.engine
         request = self._ticket.request
         self._calls = _ToolCalls(
             {tool['function']['name'] for tool in request.forced or request.offered})
@@ -103,6 +102,7 @@ class ServerAnswer(Delivery):
     def _give(self) -> End:
         self._look_for_end()
         options, turn = self._options(), self._ticket.turn
+        self.times.engine = self._server.footprint.engine
         end_s = self._clock() + 1e-3 * self._config.first_token_timeout_ms
         self._alive(self._clock())
         if turn is None:

@@ -419,7 +419,7 @@ class RequestRecorder:
         :param now_s: when the local engine takes over.
         :param reason: how the server failed.
         """
-        self._begun_s, self.fallback = now_s, reason
+        self._begun_s, self.engine, self.fallback = now_s, '', reason
         self.prompt_tokens = self.cached_tokens = self.server_tokens = None
 
     def item(self, now_s: float, path: str, index: int, value: str) -> ItemReport:

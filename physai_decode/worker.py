@@ -596,7 +596,7 @@ class Worker:
         if answer.reasoning or answer.calls:
             report = replace(report, reasoning=answer.reasoning, tool_calls=tuple(answer.calls))
         if end.reason == 'rejected':
-            report = replace(report, refusal='invalid')
+            report = replace(report, refusal='invalid', engine='')
         self._notify_end(ticket, report, answer.text)
 
     def _run_task(self) -> None:
