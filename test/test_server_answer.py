@@ -45,6 +45,7 @@ from physai_decode.engines.openai import Server
 from physai_decode.request import Form
 from physai_decode.request import Message
 from physai_decode.request import Request
+from physai_decode.result import chat_completion
 from physai_decode.roofline import Peak
 from physai_decode.server_answer import USAGE_TIMEOUT_S
 from physai_decode.worker import Worker
@@ -138,8 +139,27 @@ def test_counts_pieces_if_the_server_sends_no_usage(fake):
         call.end()
 
     fake.answer = answer
-    report, _ = ask(fake)
+    report, text = ask(fake)
     assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
+    usage = chat_completion(report, text, MODEL)['usage']
+    assert [usage[f'{name}_tokens'] for name in ('prompt', 'completion', 'total')] == 3 * [None]
+    assert usage['prompt_tokens_details'] == {'cached_tokens': None}
+
+
+def test_usage_counts_tokens_not_pieces(fake):
+    def answer(call, body):
+        call.begin()
+        call.delta({'reasoning': 'well'})
+        call.say('a')
+        call.end(usage={'prompt_tokens': 7, 'completion_tokens': 5})
+
+    fake.answer = answer
+    report, text = ask(fake)
+    assert (report.output_tokens, report.reasoning_tokens) == (2, 1)
+    assert chat_completion(report, text, MODEL)['usage'] == {
+        'prompt_tokens': 7, 'completion_tokens': 5, 'total_tokens': 12,
+        'prompt_tokens_details': {'cached_tokens': None},
+        'completion_tokens_details': {'reasoning_tokens': None}}
 
 
 def test_the_last_counts_of_the_server_win(fake):
