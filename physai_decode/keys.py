@@ -140,7 +140,7 @@ DESCRIPTIONS = {
                  'why',
     'total_ms': 'from received to the end',
     'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, if it is set',
-    'ttft_last_ms': 'time to first token of the last request',
+    'ttft_last_ms': 'time to first token of the newest answer that had a token, since activation',
     'ttft_floor_ms': 'floor of prefill_ms by the memory bus: the time to read the weights, and '
                      'the keys and values of cached_tokens, once. A long prompt is limited by '
                      'arithmetic instead',

@@ -147,7 +147,7 @@ class WindowReport:
     itl_p99_ms: float | None
     itl_max_ms: float | None
     jitter_ms: float | None           # standard deviation of itl_ms
-    ttft_last_ms: float | None
+    ttft_last_ms: float | None        # of the newest answer that had a token
     ttft_deadline_ms: float | None    # None: no deadline
     token_deadline_ms: float | None
     request_deadline_ms: float | None

@@ -84,7 +84,7 @@ def text_of(value: Any) -> str:
         ``n/a`` for None, an empty word, infinity and NaN.
     """
     if isinstance(value, float):
-        if 1e-4 <= value < 1e6:
+        if 1e-4 <= value < 999999.5:            # .6g would write 999999.5 as 1e+06
             return f'{value:.6g}'
         return f'{value:.9f}'.rstrip('0').rstrip('.') if isfinite(value) else NOT_KNOWN
     if value is None or value == '' or value == ():
