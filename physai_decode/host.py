@@ -52,6 +52,7 @@ from physai_decode.request_queue import notify_end
 from physai_decode.roofline import at_clock
 from physai_decode.roofline import observed_peak
 from physai_decode.roofline import Peak
+from physai_decode.roofline import TOLERANCE
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
@@ -286,13 +287,15 @@ class Host:
 
         :return: a warning if steps exceeded the peak, otherwise empty.
         """
-        loaded, worker, peak, telemetry = self.loaded, self.worker, self.peak, self.telemetry
-        if loaded is None or worker is None or peak is None or window.count < BEST_COUNT:
+        worker, peak, telemetry = self.worker, self.peak, self.telemetry
+        if worker is None or peak is None:
             return ''
-        if telemetry is not None and (part := telemetry.memory_clock_part) is not None:
+        if telemetry is not None and (part := telemetry.memory_clock_part) is not None \
+                and worker.state == 'generating':       # an idle board lowers the clock
             worker.peak = at_clock(peak, part)
         found = observed_peak(worker.peak, window.bandwidth_gb_s)
-        if found is None:
+        # The steps have to exceed their own peak too, because the clock may have changed since.
+        if found is None or window.count < BEST_COUNT or (window.r_floor or 0.0) <= TOLERANCE:
             return ''
         before, self.peak, worker.peak = worker.peak, found, found
         return (f'the floor is updated: {window.count} steps read at '
