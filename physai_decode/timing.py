@@ -164,7 +164,7 @@ class WindowReport:
     host_gap_ms: float | None
     wait_ms: float | None             # None: no token of the window was paced
     paced: bool                       # whether the newest token in the window was paced
-    best_r_floor: float | None        # the best of all windows reported so far
+    best_r_floor: float | None        # the best of all windows since the peak last changed
     mask_ms: float | None             # median of the constrained tokens
 
 
@@ -202,6 +202,8 @@ class Recorder:
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
         self._best_r_floor: float | None = None
+        self._best_peak = roofline and roofline.peak
+        self._best_from_s = -math.inf               # earlier windows have tokens of another peak
 
     def request(self, request_id: int, received_s: float, taken_s: float | None,
                 client_id: str = '',
@@ -243,12 +245,17 @@ class Recorder:
             context_tokens=context if itl.ordered else None,
             kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
             paced=paced and bool(itl.ordered),
-            best_r_floor=self._update_best(medians['r_floor'], len(itl.ordered)), **medians)
+            best_r_floor=self._update_best(now_s, medians['r_floor'], len(itl.ordered)),
+            **medians)
 
-    def _update_best(self, r_floor: float | None, count: int) -> float | None:
+    def _update_best(self, now_s: float, r_floor: float | None, count: int) -> float | None:
         """Update the best r_floor with that of a window, and return it."""
+        peak = self._roofline and self._roofline.peak
         with self._lock:
-            if r_floor is not None and count >= BEST_COUNT:
+            if peak != self._best_peak:
+                self._best_peak, self._best_r_floor = peak, None
+                self._best_from_s = now_s + self._window_s
+            if r_floor is not None and count >= BEST_COUNT and now_s > self._best_from_s:
                 self._best_r_floor = _larger(self._best_r_floor, r_floor)
             return self._best_r_floor
 

@@ -707,6 +707,14 @@ def test_cancels_a_request_with_too_many_unsent_pieces():
     assert asyncio.run(fill()) == [(7, 'its HTTP client has not read 3 tokens')]
 
 
+def test_metrics_keep_a_corrected_peak():
+    with opened() as rig:
+        rig.host.peak = rig.host.worker.peak = Peak(5e9, 'observed in steps')
+        assert rig.metrics()['physai_decode_peak_bandwidth_gb_s',] == 5.0
+        assert rig.host.stop(TIMEOUT_S)
+        assert rig.metrics()['physai_decode_peak_bandwidth_gb_s',] == 5.0
+
+
 def test_metrics():
     with opened() as rig:
         rig.chat()

@@ -153,6 +153,24 @@ def test_window_forgets():
     assert later.itl_max_activation_ms == pytest.approx(100.0)
 
 
+def test_the_best_r_floor_counts_from_the_last_change_of_the_peak():
+    """And only windows without tokens from before, which have another floor."""
+    roofline = Roofline(footprint(), Peak(1e6, 'parameter'))
+    times = Recorder(1.0, DeadlineConfig(), roofline)
+    request = times.request(1, 0.0, 0.0)
+    ends_s = [0.01 * (tick + 1) for tick in range(400)]
+    for end_s in ends_s[:100]:
+        request.token(end_s, 1, '')
+    assert times.window(1.0).best_r_floor == pytest.approx(times.window(1.0).r_floor)
+    roofline.peak = Peak(2e6, 'observed in steps')
+    for end_s in ends_s[100:]:
+        request.token(end_s, 1, '')
+        if end_s in (1.01, 1.5, 2.0):
+            assert times.window(end_s).best_r_floor is None
+    window = times.window(ends_s[-1])
+    assert window.best_r_floor == pytest.approx(window.r_floor)
+
+
 def test_busy_window_is_accurate_to_half_a_percent():
     times = recorder(window_s=10.0)
     request = times.request(1, 0.0, 0.0)

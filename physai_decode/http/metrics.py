@@ -92,7 +92,7 @@ class Metrics(Collector):
                 figures['weight_gb'] = shape.read_weight_bytes / 1e9
             if shape.max_context:
                 figures['max_context'] = shape.max_context
-            peak = worker.peak if worker else loaded.peak
+            peak = worker.peak if worker else host.peak or loaded.peak
             if peak.bytes_per_s is not None:
                 figures['peak_bandwidth_gb_s'] = peak.bytes_per_s / 1e9
             model = GaugeMetricFamily(
