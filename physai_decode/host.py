@@ -201,7 +201,8 @@ class Host:
         self.closed = False                         # no further model will be loaded
         self._numbers = count(1)                    # request numbers, including refused requests
         self._counting = threading.Lock()           # guards _earlier and changes of worker
-        self._earlier = dict.fromkeys(COUNTS, 0)    # counts without those of the current worker
+        # Counts without those of the current worker.
+        self._earlier = dict.fromkeys((*COUNTS, 'deadline_misses'), 0)
 
     def load(self, config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         """
@@ -269,7 +270,7 @@ class Host:
             return False
         with self._counting:
             self.worker = None
-            for name in COUNTS:
+            for name in self._earlier:
                 self._earlier[name] += getattr(worker, name)
         return True
 
@@ -359,15 +360,22 @@ class Host:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Requests, tokens and refusals since the process began."""
-        worker = self.worker
-        return {name: earlier + (0 if worker is None else getattr(worker, name))
-                for name, earlier in self._earlier.items()}
+        """Requests, tokens, refusals and fallbacks since the process began."""
+        return {name: self._count(name) for name in COUNTS}
+
+    @property
+    def deadline_misses(self) -> int:
+        """Deadline misses since the process began."""
+        return self._count('deadline_misses')
 
     @property
     def ends(self) -> dict[str, int]:
         """Requests that ended since the process began, by finish reason."""
         return self._sink.ends()
+
+    def _count(self, name: str) -> int:
+        with self._counting:
+            return self._earlier[name] + getattr(self.worker, name, 0)
 
     @property
     def state(self) -> str:

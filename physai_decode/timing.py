@@ -219,6 +219,11 @@ class Recorder:
         """
         return RequestRecorder(self, request_id, received_s, taken_s, client_id, deadline or {})
 
+    @property
+    def deadline_misses(self) -> int:
+        """Number of missed deadlines so far."""
+        return self._misses
+
     def window(self, now_s: float) -> WindowReport:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:

@@ -438,6 +438,11 @@ class Worker:
         """Number of tokens so far."""
         return self._tokens
 
+    @property
+    def deadline_misses(self) -> int:
+        """Number of missed deadlines so far."""
+        return self._recorder.deadline_misses
+
     def _oversize(self, request: Request) -> Refusal | None:
         """Return the refusal of a request that is too large to process, or None."""
         limit = self._max_request_bytes

@@ -14,6 +14,9 @@
 
 """The figures that the host keeps: the peak bandwidth, and counts over activations."""
 
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ from physai_decode.config import DecodeConfig
 from physai_decode.config import ModelConfig
 from physai_decode.host import Host
 from physai_decode.host import Loaded
+from physai_decode.request import Request
 from physai_decode.roofline import at_clock
 from physai_decode.roofline import Peak
 from physai_decode.worker import Worker
@@ -41,15 +45,22 @@ class ClosableText(CharacterText):
         """Do nothing."""
 
 
-@pytest.fixture
-def host():
-    """Return an active host."""
+@contextmanager
+def active():
+    """Yield an active host."""
     host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), ClosableText(), SHEET))
     host.load(CONFIG, lambda text: None)
     host.start(CONFIG)
     yield host
     assert host.stop(TIMEOUT_S)
     host.unload()
+
+
+@pytest.fixture
+def host():
+    """Return an active host."""
+    with active() as host:
+        yield host
 
 
 def window(host, gb_s, peak):
@@ -92,3 +103,19 @@ def test_an_idle_board_keeps_the_floor_of_its_last_answer(host, board):
     assert host.worker.state == 'idle'
     assert host.follow_peak(window(host, 180.0, SHEET)) == ''
     assert host.peak == host.worker.peak == SHEET
+
+
+def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):
+    host.submit(Request(''))
+    with ThreadPoolExecutor() as readers:
+        read = []
+
+        def requests(worker):
+            """Return the count of the worker, which `stop` reads; another thread reads too."""
+            read.append(readers.submit(lambda: host.counts['requests']))
+            wait(read, 0.2)
+            return 1
+
+        monkeypatch.setattr(Worker, 'requests', property(requests))
+        assert host.stop(TIMEOUT_S)
+        assert [each.result(TIMEOUT_S) for each in read] == [1]

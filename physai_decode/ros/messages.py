@@ -181,9 +181,12 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
     name, level, message = status_name(node, 'latency'), OK, ''
     if window is None:
         return status(name, LATENCY_KEYS, {'window_s': settings.window_s},
-                      message='not active', hardware_id=hardware_id)
+                      message='not active; deadlines were missed before' if late else 'not active',
+                      level=WARN if late else OK, hardware_id=hardware_id)
     if late or window.consecutive_misses:
         level, message = WARN, f'deadlines missed since activation: {window.deadline_misses}'
+        if not window.deadline_misses:
+            message = 'deadlines were missed before activation'
     if window.miss_limit_reached:
         level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
         if window.itl_p50_ms is not None and window.token_deadline_ms is not None:

@@ -72,8 +72,8 @@ class Status:
         settings, hardware_id = self._host.config.diagnostics, self._hardware_id()
         loaded, worker, node = self._host.loaded, self._host.worker, self._topics.node_name
         window = worker.window() if worker is not None else None
-        late = window is not None and window.deadline_misses > self._misses
-        self._misses = window.deadline_misses if window is not None else 0
+        misses_before, self._misses = self._misses, self._host.deadline_misses
+        late = self._misses > misses_before
         note = self._host.follow_peak(window) if window is not None else ''
         if note:
             self._warn(note)
