@@ -53,7 +53,7 @@ def latency(host):
     return publish
 
 
-def miss(host):   
+def miss(host):
     """Answer a request that misses its deadline."""
     host.update(LATE)
     count = host.deadline_misses
@@ -80,7 +80,7 @@ def test_a_reactivation_does_not_hide_a_miss(host, latency, misses_after):
     assert latency().level == OK
 
 
-def test_a_deactivation_does_not_hide_a_miss(host, latency):  
+def test_a_deactivation_does_not_hide_a_miss(host, latency):
     miss(host)
     assert host.stop(TIMEOUT_S)
     status = latency()
