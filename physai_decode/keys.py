@@ -76,7 +76,7 @@ DESCRIPTIONS = {
     'layers': 'layers of the model',
     'max_consecutive_misses': 'longest run of deadline misses in a row',
     'mask_ms': 'host time for the mask of a constrained answer, see requests.md; on /diagnostics '
-               'the median of the window',
+               'the median of the constrained tokens in the window',
     'max_context': 'size of the KV cache in tokens, prompt and answer together',
     'memory_clock_mhz': 'clock of the memory',
     'memory_locked': '1 if the memory of the process is locked against paging, else 0',
@@ -150,7 +150,7 @@ DESCRIPTIONS = {
                'neighbour, pacing), by how much, and which setting to change; see tuning.md',
     'vocab_size': 'size of the vocabulary',
     'wait_ms': 'how long `pace.tokens_per_s` delayed the step; on /diagnostics the median of the '
-               'window',
+               'paced tokens in the window',
     'weight_gb': 'size of the weights that one step actually reads',
     'window_s': 'length of the window in seconds',
     'worst_overrun_ms': 'largest overrun of a deadline; on /diagnostics since activation',

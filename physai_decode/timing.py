@@ -166,6 +166,7 @@ class WindowReport:
     paced: bool                       # whether the newest token in the window was paced
     best_r_floor: float | None        # the best of all windows since the peak last changed
     mask_ms: float | None             # median of the constrained tokens
+    shared_passes: bool               # whether a pass in the window had several tokens
 
 
 class Recorder:
@@ -195,6 +196,7 @@ class Recorder:
         # _lock guards everything below.
         self._context_tokens: int | None = None     # of the newest token in the window
         self._paced = False                         # whether that token was paced
+        self._shared_s = -math.inf                  # when the last pass of several tokens ended
         self._ttft_last_ms: float | None = None
         self._misses = 0
         self._consecutive_misses = 0
@@ -228,6 +230,7 @@ class Recorder:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:
             context, paced = self._context_tokens, self._paced
+            shared_passes = self._shared_s >= now_s - self._window_s
             ttft_last_ms, misses = self._ttft_last_ms, self._misses
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
             consecutive_misses = 0 if self._is_stale(now_s) else self._consecutive_misses
@@ -249,7 +252,7 @@ class Recorder:
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
             kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
-            paced=paced and bool(itl.ordered),
+            paced=paced and bool(itl.ordered), shared_passes=shared_passes,
             best_r_floor=self._update_best(now_s, medians['r_floor'], len(itl.ordered)),
             **medians)
 
@@ -272,12 +275,14 @@ class Recorder:
                 self._consecutive_misses = 0
 
     def _add_next(self, now_s: float, context_tokens: int | None, itl_ms: float,
-                  figures: tuple[float | None, ...]) -> None:
+                  pass_tokens: int, figures: tuple[float | None, ...]) -> None:
         """Add a token after the first, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
             self._context_tokens, self._paced = context_tokens, figures[_WAIT] is not None
             self._itl_max_ms = _larger(self._itl_max_ms, itl_ms)
+            if pass_tokens > 1:
+                self._shared_s = now_s
 
     def _add_token_overrun(self, now_s: float, overrun_ms: float) -> None:
         """Add the overrun of a token that has a deadline; the token is late if it is positive."""
@@ -406,7 +411,7 @@ class RequestRecorder:
                 floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
-            recorder._add_next(now_s, context, itl_ms, (
+            recorder._add_next(now_s, context, itl_ms, pass_tokens, (
                 itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, wait_ms, mask_ms))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:

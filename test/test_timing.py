@@ -131,6 +131,18 @@ def test_tokens_of_one_pass_share_its_times_and_its_floor():
     assert recorder().request(2, 0.0, 0.0).finish(1.0, 'stop').pass_tokens is None
 
 
+def test_window_knows_of_passes_with_several_tokens():
+    times = recorder(window_s=1.0)
+    request = times.request(1, 0.0, 0.0)
+    request.token(0.1, 1, '')
+    request.token(0.2, 1, '')
+    assert not times.window(0.2).shared_passes
+    for _ in range(2):
+        request.token(0.3, 1, '', pass_tokens=2)
+    assert times.window(1.25).shared_passes
+    assert not times.window(1.35).shared_passes
+
+
 def test_window_forgets():
     times = recorder(window_s=1.0)
     request = times.request(1, 0.0, 0.0)

@@ -35,7 +35,8 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('unconfigured', 'inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
-_INTERNAL = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')  # not keys
+_INTERNAL = (                           # not keys
+    'miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes', 'shared_passes')
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
 
