@@ -296,10 +296,11 @@ class Host:
             worker.peak = at_clock(peak, part)
         found = observed_peak(worker.peak, window.bandwidth_gb_s)
         # The steps have to exceed their own peak too, because the clock may have changed since.
-        if found is None or window.count < BEST_COUNT or (window.r_floor or 0.0) <= TOLERANCE:
+        if found is None or window.r_floor is None or window.r_floor <= TOLERANCE \
+                or window.floor_count < BEST_COUNT:
             return ''
         before, self.peak, worker.peak = worker.peak, found, found
-        return (f'the floor is updated: {window.count} steps read at '
+        return (f'the floor is updated: {window.floor_count} steps read at '
                 f'{window.bandwidth_gb_s:.4g} GB/s, more than the peak of '
                 f'{(before.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({before.source}); if that is a '
                 'parameter, correct roofline.peak_bandwidth_gb_s')

@@ -39,7 +39,7 @@ from physai_decode.roofline import Roofline
 # The fields of `TokenReport` that the window keeps; `itl_ms` has to be the first.
 WINDOW_FIGURES = (
     'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
-_WAIT = WINDOW_FIGURES.index('wait_ms')
+_BANDWIDTH, _WAIT = map(WINDOW_FIGURES.index, ('bandwidth_gb_s', 'wait_ms'))
 
 BEST_COUNT = 30                 # tokens that a window needs to count as the best
 
@@ -167,6 +167,7 @@ class WindowReport:
     best_r_floor: float | None        # the best of all windows since the peak last changed
     mask_ms: float | None             # median of the constrained tokens
     shared_passes: bool               # whether a pass in the window had several tokens
+    floor_count: int                  # tokens of the local engine with an itl_ms in the window
 
 
 class Recorder:
@@ -237,6 +238,7 @@ class Recorder:
         itl, *summaries = self._tokens.read(now_s)
         medians = {name: percentile(each.ordered, 50)
                    for name, each in zip(WINDOW_FIGURES[1:], summaries, strict=True)}
+        floor_count = len(summaries[_BANDWIDTH - 1].ordered)
         deadline = self.deadline
         roofline = self._roofline if itl.ordered else None
         return WindowReport(
@@ -253,8 +255,8 @@ class Recorder:
             context_tokens=context if itl.ordered else None,
             kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
             paced=paced and bool(itl.ordered), shared_passes=shared_passes,
-            best_r_floor=self._update_best(now_s, medians['r_floor'], len(itl.ordered)),
-            **medians)
+            floor_count=floor_count,
+            best_r_floor=self._update_best(now_s, medians['r_floor'], floor_count), **medians)
 
     def _update_best(self, now_s: float, r_floor: float | None, count: int) -> float | None:
         """Update the best r_floor with that of a window, and return it."""

@@ -65,7 +65,7 @@ def host():
 
 def window(host, gb_s, peak):
     """Return the window of 100 steps that read at this rate, recorded with this peak."""
-    return replace(host.worker.window(), count=100, bandwidth_gb_s=gb_s,
+    return replace(host.worker.window(), count=100, floor_count=100, bandwidth_gb_s=gb_s,
                    r_floor=gb_s * 1e9 / peak.bytes_per_s)
 
 
@@ -77,6 +77,11 @@ def test_steps_above_the_peak_correct_it(host):
     assert host.stop(TIMEOUT_S)
     host.start(CONFIG)
     assert host.worker.peak == Peak(210e9, 'observed in steps')
+
+
+def test_few_steps_among_the_pieces_of_a_server_do_not_correct_the_peak(host):
+    assert host.follow_peak(replace(window(host, 400.0, SHEET), floor_count=2)) == ''
+    assert host.peak == SHEET
 
 
 @pytest.fixture

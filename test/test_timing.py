@@ -131,6 +131,15 @@ def test_tokens_of_one_pass_share_its_times_and_its_floor():
     assert recorder().request(2, 0.0, 0.0).finish(1.0, 'stop').pass_tokens is None
 
 
+def test_window_counts_the_steps_of_the_local_engine():
+    times = recorder()
+    request = times.request(1, 0.0, 0.0)
+    for tick, token_id in enumerate((None, None, None, 1, 1)):
+        request.token(0.1 * tick, token_id, '')
+    window = times.window(0.5)
+    assert (window.count, window.floor_count) == (4, 2)
+
+
 def test_window_knows_of_passes_with_several_tokens():
     times = recorder(window_s=1.0)
     request = times.request(1, 0.0, 0.0)

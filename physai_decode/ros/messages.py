@@ -58,7 +58,7 @@ BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
     'peak_source', 'host_gap_ms', 'verdict', 'no_floor', 'mask_ms')
 LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
-                     'best_r_floor', 'shared_passes', *BANDWIDTH_KEYS)
+                     'best_r_floor', 'shared_passes', 'floor_count', *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
