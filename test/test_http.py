@@ -736,7 +736,7 @@ def test_metrics():
                  'none'] == 1
     for name in ('itl_p50_ms', 'itl_p99_ms', 'r_floor', 'mask_ms', 'ttft_last_ms'):
         assert found[f'physai_decode_{name}',] > 0, name
-    assert found['physai_decode_queue_depth',] == 0
+    assert found['physai_decode_queue_depth',] == found['physai_decode_memory_locked',] == 0
 
 
 def test_internal_error_is_reported_and_the_server_continues(monkeypatch):

@@ -86,6 +86,8 @@ class Metrics(Collector):
                            j_per_token=worker.j_per_token)
             if (kv_bytes := figures['kv_bytes']) is not None:
                 figures['kv_gb'] = kv_bytes / 1e9
+            if (in_force := worker.in_force) is not None:
+                figures['memory_locked'] = in_force.memory_locked
         if telemetry is not None:
             figures.update(telemetry.read())
         if loaded is not None:
