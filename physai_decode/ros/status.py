@@ -71,9 +71,9 @@ class Status:
         """Publish the three statuses of `/diagnostics`."""
         settings, hardware_id = self._host.config.diagnostics, self._hardware_id()
         loaded, worker, node = self._host.loaded, self._host.worker, self._topics.node_name
-        window = worker.window() if worker is not None else None
         misses_before, self._misses = self._misses, self._host.deadline_misses
         late = self._misses > misses_before
+        window = worker.window() if worker is not None else None    # has these misses
         note = self._host.follow_peak(window) if window is not None else ''
         if note:
             self._warn(note)
