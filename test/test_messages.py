@@ -210,6 +210,9 @@ def test_latency_tells_misses_by_its_level(window):
     assert messages.latency_status('/decode', late, settings, True, 'x').message == (
         '3 tokens in a row were late: itl_p50_ms is 15, deadline.token_ms 15 unless the request '
         'sets its own')
+    slow = replace(late, itl_p50_ms=1234.5, token_deadline_ms=1000.0)
+    assert 'itl_p50_ms is 1234, deadline.token_ms 1000 unless' in messages.latency_status(
+        '/decode', slow, settings, True, 'x').message
 
 
 def test_bandwidth_warns_below_the_limit(window):

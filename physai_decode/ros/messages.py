@@ -38,6 +38,7 @@ from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
+from physai_decode.verdict import short
 
 OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
@@ -190,8 +191,8 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
     if window.miss_limit_reached:
         level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
         if window.itl_p50_ms is not None and window.token_deadline_ms is not None:
-            message += (f': itl_p50_ms is {window.itl_p50_ms:.3g}, deadline.token_ms '
-                        f'{window.token_deadline_ms:.3g} unless the request sets its own')
+            message += (f': itl_p50_ms is {short(window.itl_p50_ms)}, deadline.token_ms '
+                        f'{short(window.token_deadline_ms)} unless the request sets its own')
     return status(name, LATENCY_KEYS, window, message=message, level=level,
                   hardware_id=hardware_id)
 
