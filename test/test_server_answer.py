@@ -30,6 +30,7 @@ from fake_server import MODEL
 from fake_server import PATIENCE_S
 from fake_server import serving
 from fake_server import well
+from physai_decode import server_answer
 from physai_decode.config import ChatConfig
 from physai_decode.config import ConfigError
 from physai_decode.config import DeadlineConfig
@@ -47,7 +48,6 @@ from physai_decode.request import Message
 from physai_decode.request import Request
 from physai_decode.result import chat_completion
 from physai_decode.roofline import Peak
-from physai_decode.server_answer import USAGE_TIMEOUT_S
 from physai_decode.worker import Worker
 import pytest
 from worker_rig import Sink
@@ -175,8 +175,10 @@ def test_the_last_counts_of_the_server_win(fake):
     assert ask(fake)[0].server_tokens == 3
 
 
-def test_counts_with_the_finish_reason_are_final(fake):
+def test_counts_with_the_finish_reason_are_final(fake, monkeypatch):
     """The node waits for no others."""
+    monkeypatch.setattr(server_answer, 'USAGE_TIMEOUT_S', PATIENCE_S)
+
     def answer(call, body):
         call.begin()
         call.event({'choices': [{'index': 0, 'delta': {'content': 'a'}, 'finish_reason': 'stop'}],
@@ -185,7 +187,7 @@ def test_counts_with_the_finish_reason_are_final(fake):
 
     fake.answer = answer
     report, _ = ask(fake)
-    assert report.server_tokens == 1 and report.total_ms < 1e3 * USAGE_TIMEOUT_S
+    assert report.server_tokens == 1 and report.total_ms < 1e3 * PATIENCE_S
 
 
 def test_sends_all_fields_of_a_request(fake):
