@@ -127,7 +127,6 @@ class Answer(Delivery):
         self._manner = RAW if self._ticket.request.raw_prompt else text.manner
         self._speech: Speech | None = None          # None: all text is the answer
         self._generated_ids: list[int] = []         # kept only if thoughts are limited
-        self.times.engine = loop.engine.footprint.engine
 
     def give(self) -> End:
         """
@@ -178,7 +177,7 @@ class Answer(Delivery):
         self.times.encoded_s, self.times.prompt_tokens = self._clock(), len(prompt_ids)
         thought = self._start_speech(prompt_ids)
         constraint = None if form is None else self._constraint(form, thought)
-        sampling = self._sampling
+        self.times.engine, sampling = self._loop.engine.footprint.engine, self._sampling
         while (end := self._decode_after(prompt_ids, sampling, constraint)) is None:
             prompt_ids = [*prompt_ids, *self._end_thought()]
             constraint = None if form is None else self._constraint(form, None)

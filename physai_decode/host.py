@@ -52,6 +52,7 @@ from physai_decode.request_queue import notify_end
 from physai_decode.roofline import at_clock
 from physai_decode.roofline import observed_peak
 from physai_decode.roofline import Peak
+from physai_decode.roofline import TOLERANCE
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
@@ -200,7 +201,8 @@ class Host:
         self.closed = False                         # no further model will be loaded
         self._numbers = count(1)                    # request numbers, including refused requests
         self._counting = threading.Lock()           # guards _earlier and changes of worker
-        self._earlier = dict.fromkeys(COUNTS, 0)    # counts without those of the current worker
+        # Counts without those of the current worker.
+        self._earlier = dict.fromkeys((*COUNTS, 'deadline_misses'), 0)
 
     def load(self, config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         """
@@ -268,7 +270,7 @@ class Host:
             return False
         with self._counting:
             self.worker = None
-            for name in COUNTS:
+            for name in self._earlier:
                 self._earlier[name] += getattr(worker, name)
         return True
 
@@ -286,16 +288,19 @@ class Host:
 
         :return: a warning if steps exceeded the peak, otherwise empty.
         """
-        loaded, worker, peak, telemetry = self.loaded, self.worker, self.peak, self.telemetry
-        if loaded is None or worker is None or peak is None or window.count < BEST_COUNT:
+        worker, peak, telemetry = self.worker, self.peak, self.telemetry
+        if worker is None or peak is None:
             return ''
-        if telemetry is not None and (part := telemetry.memory_clock_part) is not None:
+        if telemetry is not None and (part := telemetry.memory_clock_part) is not None \
+                and worker.state == 'generating':       # an idle board lowers the clock
             worker.peak = at_clock(peak, part)
         found = observed_peak(worker.peak, window.bandwidth_gb_s)
-        if found is None:
+        # The steps have to exceed their own peak too, because the clock may have changed since.
+        if found is None or window.r_floor is None or window.r_floor <= TOLERANCE \
+                or window.floor_count < BEST_COUNT:
             return ''
         before, self.peak, worker.peak = worker.peak, found, found
-        return (f'the floor is updated: {window.count} steps read at '
+        return (f'the floor is updated: {window.floor_count} steps read at '
                 f'{window.bandwidth_gb_s:.4g} GB/s, more than the peak of '
                 f'{(before.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({before.source}); if that is a '
                 'parameter, correct roofline.peak_bandwidth_gb_s')
@@ -356,15 +361,22 @@ class Host:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Requests, tokens and refusals since the process began."""
-        worker = self.worker
-        return {name: earlier + (0 if worker is None else getattr(worker, name))
-                for name, earlier in self._earlier.items()}
+        """Requests, tokens, refusals and fallbacks since the process began."""
+        return {name: self._count(name) for name in COUNTS}
+
+    @property
+    def deadline_misses(self) -> int:
+        """Deadline misses since the process began."""
+        return self._count('deadline_misses')
 
     @property
     def ends(self) -> dict[str, int]:
         """Requests that ended since the process began, by finish reason."""
         return self._sink.ends()
+
+    def _count(self, name: str) -> int:
+        with self._counting:
+            return self._earlier[name] + getattr(self.worker, name, 0)
 
     @property
     def state(self) -> str:

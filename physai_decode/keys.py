@@ -48,7 +48,7 @@ DESCRIPTIONS = {
                 'answers since activation',
     'engine_reason': 'why this engine was chosen',
     'engine': 'engine that runs the model; before a model is loaded, the parameter; in '
-              '~/request_stats the engine that answered',
+              '~/request_stats the engine that answered, n/a if none did',
     'fallback': 'why the local model answered instead of the server, see offboard.md; in '
                 '~/model_info the name of the local model',
     'fallbacks': 'requests that the local model answered instead of the server',
@@ -76,7 +76,7 @@ DESCRIPTIONS = {
     'layers': 'layers of the model',
     'max_consecutive_misses': 'longest run of deadline misses in a row',
     'mask_ms': 'host time for the mask of a constrained answer, see requests.md; on /diagnostics '
-               'the median of the window',
+               'the median of the constrained tokens in the window',
     'max_context': 'size of the KV cache in tokens, prompt and answer together',
     'memory_clock_mhz': 'clock of the memory',
     'memory_locked': '1 if the memory of the process is locked against paging, else 0',
@@ -95,7 +95,8 @@ DESCRIPTIONS = {
                    'measured, observed in steps (they exceeded the previous peak), or unknown',
     'power_mode': 'power mode of a Jetson, from jetson-stats',
     'power_w': 'power draw of the device; in ~/request_stats the mean over the answer',
-    'prefill_ms': 'from dequeued to the first known token, including encode_ms and sample_ms',
+    'prefill_ms': 'from dequeued to the first known token, including encode_ms, sample_ms, and '
+                  'the wait for a server that failed',
     'prompt_tokens': 'tokens of the prompt, including template and history',
     'publish_ms': 'time to publish the previous token',
     'quantization': 'quantisation of the weights, or none',
@@ -139,7 +140,7 @@ DESCRIPTIONS = {
                  'why',
     'total_ms': 'from received to the end',
     'ttft_deadline_ms': 'the parameter `deadline.ttft_ms`, if it is set',
-    'ttft_last_ms': 'time to first token of the last request',
+    'ttft_last_ms': 'time to first token of the newest answer that had a token, since activation',
     'ttft_floor_ms': 'floor of prefill_ms by the memory bus: the time to read the weights, and '
                      'the keys and values of cached_tokens, once. A long prompt is limited by '
                      'arithmetic instead',
@@ -149,7 +150,7 @@ DESCRIPTIONS = {
                'neighbour, pacing), by how much, and which setting to change; see tuning.md',
     'vocab_size': 'size of the vocabulary',
     'wait_ms': 'how long `pace.tokens_per_s` delayed the step; on /diagnostics the median of the '
-               'window',
+               'paced tokens in the window',
     'weight_gb': 'size of the weights that one step actually reads',
     'window_s': 'length of the window in seconds',
     'worst_overrun_ms': 'largest overrun of a deadline; on /diagnostics since activation',

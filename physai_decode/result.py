@@ -32,7 +32,7 @@ ANSWERED = ('stop', 'length', 'tool_calls')     # those that OpenAI defines; oth
 def chat_completion(report: RequestReport, text: str, model: str,
                     created_s: float | None = None) -> dict[str, Any]:
     """
-    Return the result of a request, which may have been refused.
+    Return the result of a request, which may have been refused; unknown figures are None.
 
     :param text: the whole answer; empty for a refused request.
     :param model: the name of the model, as in ``model.path``.
@@ -41,9 +41,8 @@ def chat_completion(report: RequestReport, text: str, model: str,
     figures = asdict(report)
     reasoning, reason = figures.pop('reasoning'), report.finish_reason
     del figures['tool_calls']
-    prompt, output = report.prompt_tokens or 0, report.output_tokens
-    if report.server_tokens is not None:
-        output = report.server_tokens
+    pieces = report.engine == 'openai'          # a server's, which the report counts as tokens
+    prompt, output = report.prompt_tokens, report.server_tokens if pieces else report.output_tokens
     return {
         'id': figures.pop('client_id') or None, 'object': 'chat.completion',
         'created': int(time.time() if created_s is None else created_s), 'model': model,
@@ -55,7 +54,8 @@ def chat_completion(report: RequestReport, text: str, model: str,
             'finish_reason': reason if reason in ANSWERED else None}],
         'usage': {
             'prompt_tokens': prompt, 'completion_tokens': output,
-            'total_tokens': prompt + output,
-            'prompt_tokens_details': {'cached_tokens': report.cached_tokens or 0},
-            'completion_tokens_details': {'reasoning_tokens': report.reasoning_tokens}},
+            'total_tokens': None if prompt is None or output is None else prompt + output,
+            'prompt_tokens_details': {'cached_tokens': report.cached_tokens},
+            'completion_tokens_details': {
+                'reasoning_tokens': None if pieces else report.reasoning_tokens}},
         'physai': figures}

@@ -235,7 +235,7 @@ def at_clock(peak: Peak, part: float | None) -> Peak:
 
     :param part: the current over the highest memory clock, None if unknown.
     """
-    if peak.bytes_per_s is None or part is None or not peak.source.endswith('datasheet'):
+    if peak.bytes_per_s is None or part is None or 'datasheet' not in peak.source:
         return peak
     part = min(part, 1.0)
     return replace(peak, bytes_per_s=part * peak.bytes_per_s)

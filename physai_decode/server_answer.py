@@ -76,7 +76,6 @@ class ServerAnswer(Delivery):
         super().__init__(**arguments)
         self._server, self._config, self._thought_tokens = server, config, thought_tokens
         self.local = local
-        self.times.engine = server.footprint.engine
         request = self._ticket.request
         self._calls = _ToolCalls(
             {tool['function']['name'] for tool in request.forced or request.offered})
@@ -103,6 +102,7 @@ class ServerAnswer(Delivery):
     def _give(self) -> End:
         self._look_for_end()
         options, turn = self._options(), self._ticket.turn
+        self.times.engine = self._server.footprint.engine
         end_s = self._clock() + 1e-3 * self._config.first_token_timeout_ms
         self._alive(self._clock())
         if turn is None:
@@ -157,7 +157,8 @@ class ServerAnswer(Delivery):
             if delta.finish_reason:
                 self._release('', self._calls.take(delta.finish_reason))
                 end = self._end(delta.finish_reason)
-                self._await_usage(exchange)
+                if delta.usage is None:
+                    self._await_usage(exchange)
                 return end
             if delta.is_piece:
                 self._look_for_end()
@@ -187,13 +188,13 @@ class ServerAnswer(Delivery):
     def _await_usage(self, exchange: Exchange) -> None:
         """Wait for the token counts, which may follow the end; the answer does not need them."""
         end_s = self._clock() + USAGE_TIMEOUT_S
-        while self._clock() < end_s and self.times.server_tokens is None:
+        while self._clock() < end_s:
             try:
                 delta = exchange.get(POLL_S)
             except ServerError:
                 return
             if delta is not None and delta.usage is not None:
-                self._count(delta.usage)
+                return self._count(delta.usage)
             if delta is not None and delta.over or self._ticket.end_reason or self._is_late():
                 return
 

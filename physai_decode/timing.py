@@ -39,7 +39,7 @@ from physai_decode.roofline import Roofline
 # The fields of `TokenReport` that the window keeps; `itl_ms` has to be the first.
 WINDOW_FIGURES = (
     'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
-_WAIT = WINDOW_FIGURES.index('wait_ms')
+_BANDWIDTH, _WAIT = map(WINDOW_FIGURES.index, ('bandwidth_gb_s', 'wait_ms'))
 
 BEST_COUNT = 30                 # tokens that a window needs to count as the best
 
@@ -121,7 +121,7 @@ class RequestReport:
     paced: bool = False               # whether pacing delayed steps; itl_ms is without the delay
     energy_j: float | None = None     # used by the device, including all other programs on it
     j_per_token: float | None = None  # including the energy of the prompt
-    power_w: float | None = None      # mean since the start of the request
+    power_w: float | None = None      # mean while the engine that answered ran
     reasoning_tokens: int = 0         # the part of output_tokens that belongs to a thought
     reasoning: str = ''               # the thought
     tool_calls: tuple[Call, ...] = ()
@@ -147,7 +147,7 @@ class WindowReport:
     itl_p99_ms: float | None
     itl_max_ms: float | None
     jitter_ms: float | None           # standard deviation of itl_ms
-    ttft_last_ms: float | None
+    ttft_last_ms: float | None        # of the newest answer that had a token
     ttft_deadline_ms: float | None    # None: no deadline
     token_deadline_ms: float | None
     request_deadline_ms: float | None
@@ -164,8 +164,10 @@ class WindowReport:
     host_gap_ms: float | None
     wait_ms: float | None             # None: no token of the window was paced
     paced: bool                       # whether the newest token in the window was paced
-    best_r_floor: float | None        # the best of all windows reported so far
+    best_r_floor: float | None        # the best of all windows since the peak last changed
     mask_ms: float | None             # median of the constrained tokens
+    shared_passes: bool               # whether a pass in the window had several tokens
+    floor_count: int                  # tokens of the local engine with an itl_ms in the window
 
 
 class Recorder:
@@ -195,6 +197,7 @@ class Recorder:
         # _lock guards everything below.
         self._context_tokens: int | None = None     # of the newest token in the window
         self._paced = False                         # whether that token was paced
+        self._shared_s = -math.inf                  # when the last pass of several tokens ended
         self._ttft_last_ms: float | None = None
         self._misses = 0
         self._consecutive_misses = 0
@@ -202,6 +205,8 @@ class Recorder:
         self._worst_overrun_ms: float | None = None
         self._itl_max_ms: float | None = None
         self._best_r_floor: float | None = None
+        self._best_peak = roofline and roofline.peak
+        self._best_from_s = -math.inf               # earlier windows have tokens of another peak
 
     def request(self, request_id: int, received_s: float, taken_s: float | None,
                 client_id: str = '',
@@ -217,16 +222,23 @@ class Recorder:
         """
         return RequestRecorder(self, request_id, received_s, taken_s, client_id, deadline or {})
 
+    @property
+    def deadline_misses(self) -> int:
+        """Number of missed deadlines so far."""
+        return self._misses
+
     def window(self, now_s: float) -> WindowReport:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:
             context, paced = self._context_tokens, self._paced
+            shared_passes = self._shared_s >= now_s - self._window_s
             ttft_last_ms, misses = self._ttft_last_ms, self._misses
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
             consecutive_misses = 0 if self._is_stale(now_s) else self._consecutive_misses
         itl, *summaries = self._tokens.read(now_s)
         medians = {name: percentile(each.ordered, 50)
                    for name, each in zip(WINDOW_FIGURES[1:], summaries, strict=True)}
+        floor_count = len(summaries[_BANDWIDTH - 1].ordered)
         deadline = self.deadline
         roofline = self._roofline if itl.ordered else None
         return WindowReport(
@@ -242,13 +254,18 @@ class Recorder:
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
             kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
-            paced=paced and bool(itl.ordered),
-            best_r_floor=self._update_best(medians['r_floor'], len(itl.ordered)), **medians)
+            paced=paced and bool(itl.ordered), shared_passes=shared_passes,
+            floor_count=floor_count,
+            best_r_floor=self._update_best(now_s, medians['r_floor'], floor_count), **medians)
 
-    def _update_best(self, r_floor: float | None, count: int) -> float | None:
+    def _update_best(self, now_s: float, r_floor: float | None, count: int) -> float | None:
         """Update the best r_floor with that of a window, and return it."""
+        peak = self._roofline and self._roofline.peak
         with self._lock:
-            if r_floor is not None and count >= BEST_COUNT:
+            if peak != self._best_peak:
+                self._best_peak, self._best_r_floor = peak, None
+                self._best_from_s = now_s + self._window_s
+            if r_floor is not None and count >= BEST_COUNT and now_s > self._best_from_s:
                 self._best_r_floor = _larger(self._best_r_floor, r_floor)
             return self._best_r_floor
 
@@ -260,12 +277,14 @@ class Recorder:
                 self._consecutive_misses = 0
 
     def _add_next(self, now_s: float, context_tokens: int | None, itl_ms: float,
-                  figures: tuple[float | None, ...]) -> None:
+                  pass_tokens: int, figures: tuple[float | None, ...]) -> None:
         """Add a token after the first, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
             self._context_tokens, self._paced = context_tokens, figures[_WAIT] is not None
             self._itl_max_ms = _larger(self._itl_max_ms, itl_ms)
+            if pass_tokens > 1:
+                self._shared_s = now_s
 
     def _add_token_overrun(self, now_s: float, overrun_ms: float) -> None:
         """Add the overrun of a token that has a deadline; the token is late if it is positive."""
@@ -306,6 +325,7 @@ class RequestRecorder:
         self._client_id = client_id
         self._received_s = received_s
         self._taken_s = taken_s
+        self._begun_s = taken_s                     # when the engine that answers took over
         self._first_s: float | None = None
         self._last_s: float | None = None           # when the newest pass ended
         self._share_s = 0.0                         # each token's part of its time
@@ -393,7 +413,7 @@ class RequestRecorder:
                 floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
-            recorder._add_next(now_s, context, itl_ms, (
+            recorder._add_next(now_s, context, itl_ms, pass_tokens, (
                 itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, wait_ms, mask_ms))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:
@@ -410,6 +430,16 @@ class RequestRecorder:
             self._id, index, token_id, text, context, itl_ms, device_ms, gap_ms,
             _to_ms(publish_s), floor_ms, r_floor, bandwidth_gb_s, missed, self._client_id,
             mask_ms, wait_ms, pass_tokens=None if token_id is None else pass_tokens)
+
+    def fall_back(self, now_s: float, reason: str) -> None:
+        """
+        Start again with the local engine, because the server failed before its first piece.
+
+        :param now_s: when the local engine takes over.
+        :param reason: how the server failed.
+        """
+        self._begun_s, self.engine, self.fallback = now_s, '', reason
+        self.prompt_tokens = self.cached_tokens = self.server_tokens = None
 
     def item(self, now_s: float, path: str, index: int, value: str) -> ItemReport:
         """
@@ -439,11 +469,12 @@ class RequestRecorder:
             self._add_overrun(total_ms - request_ms)
             self._recorder._add_request_overrun(total_ms - request_ms)
         itl = self._itl_ms.summary()
-        first_s, last_s, taken_s = self._first_s, self._last_s, self._taken_s
+        first_s, last_s = self._first_s, self._last_s
+        taken_s, begun_s = self._taken_s, self._begun_s
         prefill_s = None if first_s is None or taken_s is None else first_s - taken_s
         floor_s = None if prefill_s is None else self._prompt_floor_s()
         energy_j = self.energy_j
-        busy_s = 0.0 if taken_s is None else now_s - taken_s
+        busy_s = 0.0 if begun_s is None else now_s - begun_s
         decode_s = 0.0 if first_s is None or last_s is None else last_s - first_s
         return RequestReport(
             request_id=self._id, finish_reason=finish_reason, message=message,
@@ -467,8 +498,8 @@ class RequestRecorder:
             power_w=None if energy_j is None or not busy_s else energy_j / busy_s,
             reasoning_tokens=self.reasoning_tokens, engine=self.engine, fallback=self.fallback,
             server_tokens=self.server_tokens,
-            encode_ms=None if self.encoded_s is None or taken_s is None
-            else 1e3 * (self.encoded_s - taken_s),
+            encode_ms=None if self.encoded_s is None or begun_s is None
+            else 1e3 * (self.encoded_s - begun_s),
             sample_ms=_to_ms(self.sample_s), ttft_floor_ms=_to_ms(floor_s),
             r_ttft=floor_ratio(floor_s, prefill_s),
             pass_tokens=(self._count - 1) / self._passes if self._passes else None)

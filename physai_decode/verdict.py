@@ -57,8 +57,13 @@ class Verdict:
 
     def __str__(self) -> str:
         """Format the verdict as one line."""
-        return (f'{self.cause}: {self.part_ms:.3g} of {self.whole_ms:.3g} ms '
+        return (f'{self.cause}: {short(self.part_ms)} of {short(self.whole_ms)} ms '
                 f'({100 * self.part_ms / self.whole_ms:.0f} %); {self.advice}')
+
+
+def short(value: float) -> str:
+    """Format a positive number with three digits, or all digits of an integer above 999."""
+    return f'{value:.3g}' if value < 999.5 else f'{value:.0f}'
 
 
 _ADVICE = {
@@ -87,7 +92,7 @@ def judge(figures: Figures) -> Verdict | None:
     if figures.wait_ms is not None and figures.wait_ms > step_ms:
         return Verdict('pacing', figures.wait_ms, figures.wait_ms + step_ms,
                        'pace.tokens_per_s sets it: without it, about '
-                       f'{1e3 / step_ms:.3g} tokens per s are possible')
+                       f'{short(1e3 / step_ms)} tokens per s are possible')
     parts = _parts(figures, step_ms)
     if not parts:
         return None

@@ -438,6 +438,11 @@ class Worker:
         """Number of tokens so far."""
         return self._tokens
 
+    @property
+    def deadline_misses(self) -> int:
+        """Number of missed deadlines so far."""
+        return self._recorder.deadline_misses
+
     def _oversize(self, request: Request) -> Refusal | None:
         """Return the refusal of a request that is too large to process, or None."""
         limit = self._max_request_bytes
@@ -578,7 +583,8 @@ class Worker:
 
     def _fall_back(self, answer: Delivery, reason: str) -> Delivery:
         """Replace the server's answer with the engine's."""
-        answer.times.fallback = self._fallback = reason
+        answer.times.fall_back(self._clock(), reason)
+        self._fallback = reason
         with self._wake:
             self._answer = answer
             self._fallbacks += 1
@@ -595,7 +601,7 @@ class Worker:
         if answer.reasoning or answer.calls:
             report = replace(report, reasoning=answer.reasoning, tool_calls=tuple(answer.calls))
         if end.reason == 'rejected':
-            report = replace(report, refusal='invalid')
+            report = replace(report, refusal='invalid', engine='')
         self._notify_end(ticket, report, answer.text)
 
     def _run_task(self) -> None:

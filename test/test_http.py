@@ -48,8 +48,10 @@ from physai_decode.http import KEY_VARIABLE
 from physai_decode.http import server
 from physai_decode.http import start_server
 from physai_decode.http.exchange import Exchange
+from physai_decode.http.openai import Format
 from physai_decode.roofline import Peak
 from physai_decode.speech import Manner
+from physai_decode.timing import RequestReport
 from physai_decode.tool_forms import FORMS
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -189,6 +191,21 @@ def test_stream(rig):
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 14
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in rig.chat(stream=True))
+
+
+@pytest.mark.parametrize('prompt', [None, 7])
+@pytest.mark.parametrize('output', [None, 5])
+def test_usage_is_left_out_unless_all_counts_are_known(prompt, output):
+    """Clients add them up."""
+    report = RequestReport(1, 'stop', '', prompt, output_tokens=3, server_tokens=output,
+                           engine='openai')
+    format_ = Format('id', MODEL, 0, True, True)
+    *_, last = format_.end(report, 'hi')
+    assert last['usage'] == format_.complete(report, 'hi')['usage']
+    if None in (prompt, output):
+        assert last['usage'] is None and last['choices'][0]['finish_reason'] == 'stop'
+    else:
+        assert last['usage']['total_tokens'] == 12 and last['choices'] == []
 
 
 def test_text_completion(rig):
@@ -690,6 +707,14 @@ def test_cancels_a_request_with_too_many_unsent_pieces():
     assert asyncio.run(fill()) == [(7, 'its HTTP client has not read 3 tokens')]
 
 
+def test_metrics_keep_a_corrected_peak():
+    with opened() as rig:
+        rig.host.peak = rig.host.worker.peak = Peak(5e9, 'observed in steps')
+        assert rig.metrics()['physai_decode_peak_bandwidth_gb_s',] == 5.0
+        assert rig.host.stop(TIMEOUT_S)
+        assert rig.metrics()['physai_decode_peak_bandwidth_gb_s',] == 5.0
+
+
 def test_metrics():
     with opened() as rig:
         rig.chat()
@@ -711,7 +736,7 @@ def test_metrics():
                  'none'] == 1
     for name in ('itl_p50_ms', 'itl_p99_ms', 'r_floor', 'mask_ms', 'ttft_last_ms'):
         assert found[f'physai_decode_{name}',] > 0, name
-    assert found['physai_decode_queue_depth',] == 0
+    assert found['physai_decode_queue_depth',] == found['physai_decode_memory_locked',] == 0
 
 
 def test_internal_error_is_reported_and_the_server_continues(monkeypatch):

@@ -53,6 +53,8 @@ TOKEN = TokenReport(
     (None, 'n/a'), ('', 'n/a'), ('word', 'word'), (0, '0'), (7, '7'), (10**12, '1000000000000'),
     (True, '1'), (False, '0'), (0.0, '0'), (1.0, '1'), (12.3456789, '12.3457'), (-0.25, '-0.25'),
     (0.0000123, '0.0000123'), (1e-12, '0'), (123456789.5, '123456789.5'),
+    (999999.4, '999999'), (999999.5, '999999.5'), (999999.99, '999999.99'), (1e6, '1000000'),
+    (0.00009999999, '0.0001'), (-1234567.5, '-1234567.5'),
     (float('nan'), 'n/a'), (float('inf'), 'n/a'), (-float('inf'), 'n/a'), ('a\0b', 'a\ufffdb'),
     ((), 'n/a'), (CALLS, json.dumps([CALLS[0].to_json()]))])
 def test_values_are_bare_decimal_numbers(value, text):
@@ -208,6 +210,9 @@ def test_latency_tells_misses_by_its_level(window):
     assert messages.latency_status('/decode', late, settings, True, 'x').message == (
         '3 tokens in a row were late: itl_p50_ms is 15, deadline.token_ms 15 unless the request '
         'sets its own')
+    slow = replace(late, itl_p50_ms=1234.5, token_deadline_ms=1000.0)
+    assert 'itl_p50_ms is 1234, deadline.token_ms 1000 unless' in messages.latency_status(
+        '/decode', slow, settings, True, 'x').message
 
 
 def test_bandwidth_warns_below_the_limit(window):
@@ -231,6 +236,20 @@ def test_bandwidth_warns_below_the_limit(window):
     nothing = values(status(None, None, Peak(None, 'unknown')))
     assert nothing.pop('peak_source') == 'unknown'
     assert set(nothing.values()) == {'n/a'}
+
+
+@pytest.mark.parametrize(('changes', 'cause'), [
+    ({'wait_ms': 90.0, 'paced': True}, 'pacing'), ({'wait_ms': 90.0, 'paced': False}, 'bytes'),
+    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'shared_passes': True}, 'bytes'),
+    ({'best_r_floor': 3.0}, 'a neighbour'),
+    ({'best_r_floor': 3.0, 'shared_passes': True}, 'bytes')])
+def test_verdict_is_about_the_current_pace_and_about_single_steps(window, changes, cause):
+    """The tokens of one pass have a part of its time, and passes take longer than steps."""
+    window = replace(window, count=100, floor_ms=0.6 * window.itl_p50_ms,
+                     host_gap_ms=0.0, **changes)
+    verdict = values(messages.bandwidth_status(
+        '/decode', window, FOOTPRINT, PEAK, DiagnosticsConfig(), 'x'))['verdict']
+    assert verdict.startswith(f'{cause}: ')
 
 
 @pytest.mark.parametrize(('footprint', 'advice'), [

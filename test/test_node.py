@@ -455,6 +455,22 @@ def test_diagnostics_in_every_state(make):
         assert state() == after
 
 
+def test_a_correction_of_the_peak_reaches_every_topic(make):
+    rig = make(load=lambda config, progress: Loaded(
+        EchoEngine(), Letters(), Peak(1e6, 'parameter')))
+    assert rig.change('configure', 'activate')
+    assert rig.values(rig.received['model_info'][-1].status[0])['peak_source'] == 'parameter'
+    rig.ask(100 * 'a')
+    rig.wait(lambda: rig.diagnostics('decode: bandwidth')['peak_source'] == 'observed in steps')
+    for transition in ('deactivate', 'activate'):
+        assert rig.change(transition)
+        bandwidth = rig.diagnostics('decode: bandwidth')
+        model = rig.values(rig.received['model_info'][-1].status[0])
+        for key in ('peak_source', 'peak_bandwidth_gb_s'):
+            assert model[key] == bandwidth[key]
+        assert float(model['peak_bandwidth_gb_s']) > 1e-3
+
+
 def test_services_and_parameters_work_while_a_model_loads(make):
     """Prompts are rejected meanwhile."""
     rig = make()

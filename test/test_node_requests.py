@@ -110,6 +110,10 @@ def test_result_of_a_wrong_request_has_the_reason(active, value, id_, message):
 def test_rejection_by_an_inactive_node_has_the_id(rig):
     result = send(rig, {'id': 'x', 'prompt': 'a'})
     assert (result['id'], result['physai']['finish_reason']) == ('x', 'rejected')
+    assert result['usage'] == {
+        'prompt_tokens': None, 'completion_tokens': 0, 'total_tokens': None,
+        'prompt_tokens_details': {'cached_tokens': None},
+        'completion_tokens_details': {'reasoning_tokens': 0}}
     assert 'the node is unconfigured' in result['physai']['message']
 
 

@@ -149,6 +149,8 @@ def test_memory_clock_can_only_lower_the_peak_of_a_data_sheet():
     """It does not change a peak from another source."""
     sheet = roofline.datasheet('NVIDIA Jetson AGX Orin')
     assert roofline.at_clock(sheet, 0.5).bytes_per_s == 102.4e9
+    nano = roofline.datasheet('NVIDIA Jetson Orin Nano Developer Kit')
+    assert roofline.at_clock(nano, 0.5).bytes_per_s == 34e9
     assert roofline.at_clock(sheet, 1.5) == roofline.at_clock(sheet, None) == sheet
     peak = roofline.Peak(100e9, 'parameter')
     assert roofline.at_clock(peak, 0.5) == peak

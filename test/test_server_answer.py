@@ -30,6 +30,7 @@ from fake_server import MODEL
 from fake_server import PATIENCE_S
 from fake_server import serving
 from fake_server import well
+from physai_decode import server_answer
 from physai_decode.config import ChatConfig
 from physai_decode.config import ConfigError
 from physai_decode.config import DeadlineConfig
@@ -45,6 +46,7 @@ from physai_decode.engines.openai import Server
 from physai_decode.request import Form
 from physai_decode.request import Message
 from physai_decode.request import Request
+from physai_decode.result import chat_completion
 from physai_decode.roofline import Peak
 from physai_decode.worker import Worker
 import pytest
@@ -65,13 +67,13 @@ def fake():
 
 @contextmanager
 def remote_worker(url, key='', local=None, form=None, first_ms=1e3 * PATIENCE_S,
-                  token_ms=1e3 * PATIENCE_S, checkpoint=None, **groups):
+                  token_ms=1e3 * PATIENCE_S, checkpoint=None, energy_j=lambda: None, **groups):
     """Start a worker for a server, with an optional local engine; yield it with its sink."""
     remote = RemoteConfig(url, MODEL, first_ms, token_ms)
     sink = Sink()
     worker = Worker(local, local and CharacterText(), DecodeConfig(remote=remote, **groups), sink,
                     peak=Peak(1e6, 'parameter'), form=form, checkpoint_sampling=checkpoint or {},
-                    server=Server(remote, key))
+                    energy_j=energy_j, server=Server(remote, key))
     worker.start()
     yield worker, sink
     assert worker.stop(TIMEOUT_S)
@@ -137,8 +139,55 @@ def test_counts_pieces_if_the_server_sends_no_usage(fake):
         call.end()
 
     fake.answer = answer
-    report, _ = ask(fake)
+    report, text = ask(fake)
     assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
+    usage = chat_completion(report, text, MODEL)['usage']
+    assert [usage[f'{name}_tokens'] for name in ('prompt', 'completion', 'total')] == 3 * [None]
+    assert usage['prompt_tokens_details'] == {'cached_tokens': None}
+
+
+def test_usage_counts_tokens_not_pieces(fake):
+    def answer(call, body):
+        call.begin()
+        call.delta({'reasoning': 'well'})
+        call.say('a')
+        call.end(usage={'prompt_tokens': 7, 'completion_tokens': 5})
+
+    fake.answer = answer
+    report, text = ask(fake)
+    assert (report.output_tokens, report.reasoning_tokens) == (2, 1)
+    assert chat_completion(report, text, MODEL)['usage'] == {
+        'prompt_tokens': 7, 'completion_tokens': 5, 'total_tokens': 12,
+        'prompt_tokens_details': {'cached_tokens': None},
+        'completion_tokens_details': {'reasoning_tokens': None}}
+
+
+def test_the_last_counts_of_the_server_win(fake):
+    """Some servers send the counts so far with each piece, and the final ones after the end."""
+    def answer(call, body):
+        call.begin()
+        for count, piece in enumerate(('a', 'b'), 1):
+            call.event({'choices': [{'index': 0, 'delta': {'content': piece}}],
+                        'usage': {'prompt_tokens': 7, 'completion_tokens': count}})
+        call.end(usage={'prompt_tokens': 7, 'completion_tokens': 3})
+
+    fake.answer = answer
+    assert ask(fake)[0].server_tokens == 3
+
+
+def test_counts_with_the_finish_reason_are_final(fake, monkeypatch):
+    """The node waits for no others."""
+    monkeypatch.setattr(server_answer, 'USAGE_TIMEOUT_S', PATIENCE_S)
+
+    def answer(call, body):
+        call.begin()
+        call.event({'choices': [{'index': 0, 'delta': {'content': 'a'}, 'finish_reason': 'stop'}],
+                    'usage': {'prompt_tokens': 7, 'completion_tokens': 1}})
+        call.wait_for_client_to_go()
+
+    fake.answer = answer
+    report, _ = ask(fake)
+    assert report.server_tokens == 1 and report.total_ms < 1e3 * PATIENCE_S
 
 
 def test_sends_all_fields_of_a_request(fake):
@@ -273,7 +322,7 @@ def test_sends_a_raw_prompt_to_completions(fake):
 def test_rejects_requests_that_no_server_supports(fake, request_, settings, words):
     report, _ = ask(fake, request_, **settings)
     assert report.finish_reason == 'rejected' and words in report.message
-    assert not fake.asked
+    assert report.engine == '' and not fake.asked
 
 
 def test_sends_the_conversation_as_messages(fake):
@@ -529,6 +578,33 @@ def test_local_engine_answers_if_the_server_fails(fake, name):
             report, text = sink.end(worker.submit(Request('where?')))
             assert (text, report.engine, report.fallback) == ('far away.', 'openai', '')
             assert worker.fallback == '' and worker.fallbacks == 1
+
+
+def hang_after_the_usage(call, body):
+    """Send token counts, then nothing."""
+    call.begin()
+    call.event({'choices': [], 'usage': {'prompt_tokens': 99, 'completion_tokens': 1}})
+    call.wait_for_client_to_go()
+
+
+def test_figures_of_a_fallback_are_those_of_the_local_engine(fake):
+    """Neither the wait for the server nor its counts are part of them."""
+    fake.answer = hang_after_the_usage
+    joules = iter((100.0, 150.0))
+    with remote_worker(fake.url, local=FakeEngine(), first_ms=SHORT_MS,
+                       energy_j=lambda: next(joules)) as (worker, sink):
+        report, _ = sink.end(worker.submit(Request('say here')))
+    assert (report.engine, report.prompt_tokens, report.server_tokens) == ('fake', 8, None)
+    assert report.encode_ms < report.prefill_ms - SHORT_MS
+    assert report.energy_j == 50.0
+    assert report.power_w > 50e3 / (report.total_ms - report.queue_ms - SHORT_MS)
+
+
+def test_a_refused_fallback_has_no_counts_of_the_server(fake):
+    fake.answer = hang_after_the_usage
+    report, _ = ask(fake, Request('x' * 100), local=FakeEngine(), first_ms=SHORT_MS)
+    assert (report.finish_reason, report.engine) == ('rejected', '')
+    assert report.prompt_tokens is report.server_tokens is None
 
 
 def test_reports_a_refused_connection():

@@ -131,6 +131,27 @@ def test_tokens_of_one_pass_share_its_times_and_its_floor():
     assert recorder().request(2, 0.0, 0.0).finish(1.0, 'stop').pass_tokens is None
 
 
+def test_window_counts_the_steps_of_the_local_engine():
+    times = recorder()
+    request = times.request(1, 0.0, 0.0)
+    for tick, token_id in enumerate((None, None, None, 1, 1)):
+        request.token(0.1 * tick, token_id, '')
+    window = times.window(0.5)
+    assert (window.count, window.floor_count) == (4, 2)
+
+
+def test_window_knows_of_passes_with_several_tokens():
+    times = recorder(window_s=1.0)
+    request = times.request(1, 0.0, 0.0)
+    request.token(0.1, 1, '')
+    request.token(0.2, 1, '')
+    assert not times.window(0.2).shared_passes
+    for _ in range(2):
+        request.token(0.3, 1, '', pass_tokens=2)
+    assert times.window(1.25).shared_passes
+    assert not times.window(1.35).shared_passes
+
+
 def test_window_forgets():
     times = recorder(window_s=1.0)
     request = times.request(1, 0.0, 0.0)
@@ -151,6 +172,24 @@ def test_window_forgets():
     assert (later.itl_p50_ms, later.itl_max_ms, later.jitter_ms, later.context_tokens,
             later.kv_bytes, later.floor_ms, later.host_gap_ms) == (None,) * 7
     assert later.itl_max_activation_ms == pytest.approx(100.0)
+
+
+def test_the_best_r_floor_counts_from_the_last_change_of_the_peak():
+    """And only windows without tokens from before, which have another floor."""
+    roofline = Roofline(footprint(), Peak(1e6, 'parameter'))
+    times = Recorder(1.0, DeadlineConfig(), roofline)
+    request = times.request(1, 0.0, 0.0)
+    ends_s = [0.01 * (tick + 1) for tick in range(400)]
+    for end_s in ends_s[:100]:
+        request.token(end_s, 1, '')
+    assert times.window(1.0).best_r_floor == pytest.approx(times.window(1.0).r_floor)
+    roofline.peak = Peak(2e6, 'observed in steps')
+    for end_s in ends_s[100:]:
+        request.token(end_s, 1, '')
+        if end_s in (1.01, 1.5, 2.0):
+            assert times.window(end_s).best_r_floor is None
+    window = times.window(ends_s[-1])
+    assert window.best_r_floor == pytest.approx(window.r_floor)
 
 
 def test_busy_window_is_accurate_to_half_a_percent():

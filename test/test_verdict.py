@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
+from physai_decode.verdict import Verdict
 import pytest
 
 # Measured: medians of docs/h200, docs/h100 and docs/performance.md, and of an L4 in the_gap.md.
@@ -97,6 +98,7 @@ def test_text_has_cause_part_share_and_advice():
     assert str(judge(CAPTURED)) == (
         'kernels: 7.12 of 11.8 ms (60 %); use another engine, such as engine.name: native with '
         'Triton')
+    assert str(Verdict('host', 999.7, 12345.6, 'do')) == 'host: 1000 of 12346 ms (8 %); do'
     assert str(judge(BUSY)).startswith('a neighbour: 10.5 of 16 ms (65 %); set realtime.priority')
 
 

@@ -278,6 +278,7 @@ def test_reports_a_closed_output_pipe(rig):
 
 def test_number_rounds_to_four_digits():
     """It returns words unchanged."""
+    assert number('9999.7') == '10000'
     assert [number(value) for value in ('3.14159265', '123456.7', '0.000012', 'n/a', 'none')] == [
         '3.142', '123457', '1.2e-05', 'n/a', 'none']
 

@@ -215,6 +215,19 @@ def test_empty_answer(make):
     assert report.ttft_ms is None
 
 
+def test_only_a_request_that_an_engine_took_names_one(make):
+    gate = Gate()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
+    first = worker.submit(Request('a'))
+    second = worker.submit(Request('b', deadline={'request_ms': 1.0, 'action': 'truncate'}))
+    assert gate.waiting.wait(TIMEOUT_S)
+    time.sleep(0.002)
+    gate.open(9)
+    assert sink.end(first)[0].engine == 'fake'
+    report, _ = sink.end(second)
+    assert (report.finish_reason, report.engine) == ('deadline', '')
+
+
 def test_rejects_an_empty_prompt_at_once(make):
     worker, sink = make()
     request_id = worker.submit(Request(''))
@@ -239,7 +252,7 @@ def test_rejects_a_long_prompt_with_its_length(make):
     engine = FakeEngine(max_context=16)
     worker, sink = make(engine)
     report, _ = sink.end(worker.submit(Request('p' * 16)))
-    assert report.finish_reason == 'rejected'
+    assert (report.finish_reason, report.engine) == ('rejected', '')
     assert '16 tokens long' in report.message
     assert 'context holds 16 tokens' in report.message
     assert engine.prompts == []

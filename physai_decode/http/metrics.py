@@ -35,7 +35,9 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('unconfigured', 'inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
-_INTERNAL = ('miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes')  # not keys
+_INTERNAL = (                           # not keys
+    'miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes', 'shared_passes',
+    'floor_count')
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
 
@@ -84,6 +86,8 @@ class Metrics(Collector):
                            j_per_token=worker.j_per_token)
             if (kv_bytes := figures['kv_bytes']) is not None:
                 figures['kv_gb'] = kv_bytes / 1e9
+            if (in_force := worker.in_force) is not None:
+                figures['memory_locked'] = in_force.memory_locked
         if telemetry is not None:
             figures.update(telemetry.read())
         if loaded is not None:
@@ -92,7 +96,7 @@ class Metrics(Collector):
                 figures['weight_gb'] = shape.read_weight_bytes / 1e9
             if shape.max_context:
                 figures['max_context'] = shape.max_context
-            peak = worker.peak if worker else loaded.peak
+            peak = worker.peak if worker else host.peak or loaded.peak
             if peak.bytes_per_s is not None:
                 figures['peak_bandwidth_gb_s'] = peak.bytes_per_s / 1e9
             model = GaugeMetricFamily(

@@ -100,12 +100,14 @@ class Format(NamedTuple):
     model: str
     created: int                    # Unix time
     chat: bool                      # a chat completion; otherwise a text completion
-    usage: bool                     # whether the stream ends with the token counts
+    usage: bool                     # whether the stream ends with the token counts, if known
 
     def complete(self, report: RequestReport, text: str) -> dict[str, Any]:
         """Return the object of a complete answer."""
         completion = chat_completion(report, text, self.model, self.created)
         completion['id'] = self.id
+        if completion['usage']['total_tokens'] is None:     # clients expect integers
+            completion['usage'] = None
         if not self.chat:
             (choice,) = completion['choices']
             completion['object'] = 'text_completion'
@@ -132,7 +134,7 @@ class Format(NamedTuple):
         completion = self.complete(report, text)
         reason = completion['choices'][0]['finish_reason']
         yield self._chunk({'delta': {}} if self.chat else {'text': ''}, reason)
-        if self.usage:
+        if self.usage and completion['usage']:
             yield {**self._chunk({}), 'choices': [], 'usage': completion['usage']}
 
     def _chunk(self, content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
 from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
+from physai_decode.verdict import short
 
 OK = DiagnosticStatus.OK
 WARN = DiagnosticStatus.WARN
@@ -58,7 +59,7 @@ BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
     'peak_source', 'host_gap_ms', 'verdict', 'no_floor', 'mask_ms')
 LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
-                     'best_r_floor', *BANDWIDTH_KEYS)
+                     'best_r_floor', 'shared_passes', 'floor_count', *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
@@ -84,7 +85,7 @@ def text_of(value: Any) -> str:
         ``n/a`` for None, an empty word, infinity and NaN.
     """
     if isinstance(value, float):
-        if 1e-4 <= value < 1e6:
+        if 1e-4 <= value < 999999.5:            # .6g would write 999999.5 as 1e+06
             return f'{value:.6g}'
         return f'{value:.9f}'.rstrip('0').rstrip('.') if isfinite(value) else NOT_KNOWN
     if value is None or value == '' or value == ():
@@ -181,14 +182,17 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
     name, level, message = status_name(node, 'latency'), OK, ''
     if window is None:
         return status(name, LATENCY_KEYS, {'window_s': settings.window_s},
-                      message='not active', hardware_id=hardware_id)
+                      message='not active; deadlines were missed before' if late else 'not active',
+                      level=WARN if late else OK, hardware_id=hardware_id)
     if late or window.consecutive_misses:
         level, message = WARN, f'deadlines missed since activation: {window.deadline_misses}'
+        if not window.deadline_misses:
+            message = 'deadlines were missed before activation'
     if window.miss_limit_reached:
         level, message = ERROR, f'{window.consecutive_misses} tokens in a row were late'
         if window.itl_p50_ms is not None and window.token_deadline_ms is not None:
-            message += (f': itl_p50_ms is {window.itl_p50_ms:.3g}, deadline.token_ms '
-                        f'{window.token_deadline_ms:.3g} unless the request sets its own')
+            message += (f': itl_p50_ms is {short(window.itl_p50_ms)}, deadline.token_ms '
+                        f'{short(window.token_deadline_ms)} unless the request sets its own')
     return status(name, LATENCY_KEYS, window, message=message, level=level,
                   hardware_id=hardware_id)
 
@@ -230,10 +234,12 @@ def _figures(window: WindowReport, footprint: Footprint | None,
              throttle_reasons: str | None) -> Figures:
     """Return the figures of a verdict."""
     itl_ms, gap_ms = window.itl_p50_ms, window.host_gap_ms
+    comparable = not window.shared_passes       # a pass takes longer, and its tokens share it
     figures = Figures(
         itl_ms, None if itl_ms is None or gap_ms is None else itl_ms - gap_ms, window.floor_ms,
-        window.itl_p99_ms, window.count, window.wait_ms, throttle_reasons=throttle_reasons,
-        best_r_floor=window.best_r_floor)
+        window.itl_p99_ms if comparable else None, window.count,
+        window.wait_ms if window.paced else None, throttle_reasons=throttle_reasons,
+        best_r_floor=window.best_r_floor if comparable else None)
     return figures if footprint is None else replace(
         figures, cuda_graph=footprint.cuda_graph, engine=footprint.engine,
         kernels=footprint.details.get('kernels', ''), quantization=footprint.quantization)

@@ -17,6 +17,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import threading
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus
@@ -48,32 +49,35 @@ class Status:
         self._params_problems, self._duplicates = params_problems, duplicates
         self._faults = faults
         self._unknown = ' '.join(unknown_parameters)
+        self._latch = threading.Lock()
         self._misses = 0                        # deadline misses at the last publish
 
     def model_info(self) -> None:
         """Publish the loaded model on ``~/model_info``, which is latched."""
-        loaded, node = self._host.loaded, self._topics.node_name
-        if loaded is None:
-            status = messages.status(
-                messages.status_name(node, 'model'), messages.MODEL_KEYS,
-                {'generate_action': messages.GENERATE_ACTION}, message='nothing is loaded',
-                hardware_id=messages.NOT_KNOWN)
-        else:
-            status = messages.model_status(
-                node, self._host.config.model_name, loaded.footprint, loaded.peak,
-                self._hardware_id(), loaded.facts)
-        self._topics.model_info(status)
+        with self._latch:                       # the last message is the newest
+            loaded, node = self._host.loaded, self._topics.node_name
+            if loaded is None:
+                status = messages.status(
+                    messages.status_name(node, 'model'), messages.MODEL_KEYS,
+                    {'generate_action': messages.GENERATE_ACTION}, message='nothing is loaded',
+                    hardware_id=messages.NOT_KNOWN)
+            else:
+                status = messages.model_status(
+                    node, self._host.config.model_name, loaded.footprint,
+                    self._host.peak or loaded.peak, self._hardware_id(), loaded.facts)
+            self._topics.model_info(status)
 
     def publish(self) -> None:
         """Publish the three statuses of `/diagnostics`."""
         settings, hardware_id = self._host.config.diagnostics, self._hardware_id()
         loaded, worker, node = self._host.loaded, self._host.worker, self._topics.node_name
-        window = worker.window() if worker is not None else None
-        late = window is not None and window.deadline_misses > self._misses
-        self._misses = window.deadline_misses if window is not None else 0
+        misses_before, self._misses = self._misses, self._host.deadline_misses
+        late = self._misses > misses_before
+        window = worker.window() if worker is not None else None    # has these misses
         note = self._host.follow_peak(window) if window is not None else ''
         if note:
             self._warn(note)
+            self.model_info()
         telemetry = self._host.telemetry
         device = telemetry.read() if telemetry is not None else {}
         throttle_reasons = device.get('throttle_reasons')

@@ -164,7 +164,7 @@ def printable(text: str) -> str:
 def number(value: str) -> str:
     """Shorten a number to four digits; return other words unchanged."""
     try:
-        return f'{float(value):.4g}' if abs(float(value)) < 1e4 else f'{float(value):.0f}'
+        return f'{float(value):.4g}' if abs(float(value)) < 9999.5 else f'{float(value):.0f}'
     except ValueError:
         return value
 

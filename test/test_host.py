@@ -1,0 +1,126 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The figures that the host keeps: the peak bandwidth, and counts over activations."""
+
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+from fake_engine import CharacterText
+from fake_engine import FakeEngine
+from physai_decode.config import DecodeConfig
+from physai_decode.config import ModelConfig
+from physai_decode.host import Host
+from physai_decode.host import Loaded
+from physai_decode.request import Request
+from physai_decode.roofline import at_clock
+from physai_decode.roofline import Peak
+from physai_decode.worker import Worker
+import pytest
+from worker_rig import Sink
+from worker_rig import TIMEOUT_S
+
+CONFIG = DecodeConfig(model=ModelConfig(path='folder/model'))
+SHEET = Peak(200e9, 'NVIDIA Jetson AGX Orin datasheet')
+
+
+class ClosableText(CharacterText):
+    """A text object that the host closes."""
+
+    def close(self):
+        """Do nothing."""
+
+
+@contextmanager
+def active():
+    """Yield an active host."""
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), ClosableText(), SHEET))
+    host.load(CONFIG, lambda text: None)
+    host.start(CONFIG)
+    yield host
+    assert host.stop(TIMEOUT_S)
+    host.unload()
+
+
+@pytest.fixture
+def host():
+    """Return an active host."""
+    with active() as host:
+        yield host
+
+
+def window(host, gb_s, peak):
+    """Return the window of 100 steps that read at this rate, recorded with this peak."""
+    return replace(host.worker.window(), count=100, floor_count=100, bandwidth_gb_s=gb_s,
+                   r_floor=gb_s * 1e9 / peak.bytes_per_s)
+
+
+def test_steps_above_the_peak_correct_it(host):
+    assert host.follow_peak(window(host, 205.0, SHEET)) == ''
+    assert '210 GB/s, more than the peak of 200' in host.follow_peak(window(host, 210.0, SHEET))
+    assert host.peak == host.worker.peak == Peak(210e9, 'observed in steps')
+    assert host.follow_peak(window(host, 210.0, SHEET)) == ''
+    assert host.stop(TIMEOUT_S)
+    host.start(CONFIG)
+    assert host.worker.peak == Peak(210e9, 'observed in steps')
+
+
+def test_few_steps_among_the_pieces_of_a_server_do_not_correct_the_peak(host):
+    assert host.follow_peak(replace(window(host, 400.0, SHEET), floor_count=2)) == ''
+    assert host.peak == SHEET
+
+
+@pytest.fixture
+def board(host, monkeypatch):
+    """Return the telemetry of a Jetson, at half its highest memory clock."""
+    board = SimpleNamespace(memory_clock_part=0.5, close=lambda: None)
+    monkeypatch.setattr(host, 'telemetry', board)
+    return board
+
+
+@pytest.mark.parametrize(('recorded', 'now'), [(1.0, 0.5), (0.5, 1.0)])
+def test_a_change_of_the_memory_clock_does_not_refute_the_peak(
+        host, board, monkeypatch, recorded, now):
+    """These steps ran at the highest clock, before it fell, or after an unnoticed rise."""
+    monkeypatch.setattr(Worker, 'state', 'generating')
+    board.memory_clock_part = now
+    assert host.follow_peak(window(host, 180.0, at_clock(SHEET, recorded))) == ''
+    assert host.peak == SHEET
+    assert host.worker.peak == at_clock(SHEET, now)
+
+
+def test_an_idle_board_keeps_the_floor_of_its_last_answer(host, board):
+    """It lowers the clock, but the next answer raises it again."""
+    assert host.worker.state == 'idle'
+    assert host.follow_peak(window(host, 180.0, SHEET)) == ''
+    assert host.peak == host.worker.peak == SHEET
+
+
+def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):
+    host.submit(Request(''))
+    with ThreadPoolExecutor() as readers:
+        read = []
+
+        def requests(worker):
+            """Return the count of the worker, which `stop` reads; another thread reads too."""
+            read.append(readers.submit(lambda: host.counts['requests']))
+            wait(read, 0.2)
+            return 1
+
+        monkeypatch.setattr(Worker, 'requests', property(requests))
+        assert host.stop(TIMEOUT_S)
+        assert [each.result(TIMEOUT_S) for each in read] == [1]
