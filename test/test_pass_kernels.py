@@ -133,6 +133,25 @@ def test_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # n
                keys, values, relative=CLOSE[dtype])
 
 
+def test_overflow_of_a_value_does_not_reach_previous_rows(make):  # noqa: F811
+    keys, values = (make(1, 128, 64, dtype=torch.float16) for _ in range(2))
+    angles, layer = make(128, 32), Attention(2, 1, 64, 0, 0.1, EPS, None, None, Growth())
+    qkv = make(8, 4 * 64)
+    qkv[3, -5] = 1e6
+
+    def attended(rows, place):
+        out = make(*rows.shape[:-1], 2 * 64)
+        PassOps(DEVICE, splits=2).attend(
+            rows, keys, values, torch.tensor([place], device=DEVICE), angles.cos(), angles.sin(),
+            layer, out)
+        return out
+
+    together, single = attended(qkv, 31), [attended(qkv[row], 31 + row) for row in range(8)]
+    assert together[:3].isfinite().all()
+    assert torch.equal(together[:3], torch.stack(single[:3]))
+    assert not any(row.isfinite().any() for row in (*together[3:], *single[3:]))
+
+
 def test_add_normed(make):  # noqa: F811
     branch, gain = make(3, 700), make(700)
     check_rows(lambda ops, at, outs: ops.add_normed(branch[at], gain, EPS, outs[0][at]), 3,

@@ -170,23 +170,31 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
     """
     Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
-    If AHEAD, the next words are requested before the current ones are multiplied, which takes
-    twice the registers.
+    If AHEAD, the next words are requested before the current ones are multiplied, and the first two
+    before the previous kernel ends, which takes twice the registers.
     """
     program = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
     if AHEAD:
+        LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         words, four, zero = _tile(packed, scales, zeros, packed, program, 0, BLOCKS, BLOCKS, 0,
                                   GROUP, SPLIT, ZEROS)
+        if LAST > 0:
+            next_words, next_four, next_zero = _tile(
+                packed, scales, zeros, packed, program, SPLIT, BLOCKS, BLOCKS, 0, GROUP, SPLIT,
+                ZEROS)
         if PDL:
             gdc_wait()
-        LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
-        for first in tl.range(0, LAST, SPLIT, num_stages=1):
-            next_words, next_four, next_zero = _tile(
-                packed, scales, zeros, packed, program, first + SPLIT, BLOCKS, BLOCKS, 0, GROUP,
-                SPLIT, ZEROS)
+        for first in tl.range(0, LAST - SPLIT, SPLIT, num_stages=1):
             result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
                             False, ZEROS, ASSEMBLY)
+            words, four, zero = next_words, next_four, next_zero
+            next_words, next_four, next_zero = _tile(
+                packed, scales, zeros, packed, program, first + 2 * SPLIT, BLOCKS, BLOCKS, 0,
+                GROUP, SPLIT, ZEROS)
+        if LAST > 0:
+            result = _block(result, x, sums, words, four, zero, LAST - SPLIT, rows, K, GROUP,
+                            SPLIT, False, ZEROS, ASSEMBLY)
             words, four, zero = next_words, next_four, next_zero
         result = _block(result, x, sums, words, four, zero, LAST, rows, K, GROUP, SPLIT, False,
                         ZEROS, ASSEMBLY)
@@ -234,8 +242,11 @@ def _write_cache(qkv, keys, values, position, cos, sin, gain, max_context, eps,
     k = _rotated(k_head, gain, cos + angles, sin + angles, dims[None, :], D, eps, inside, NORM)
     v = tl.load(k_head + KV_HEADS * D + dims[None, :], mask=inside, other=0.0)
     new = kv_head.to(tl.int64) * max_context * D + place * D + dims[None, :]
-    tl.store(keys + new, k.to(keys.dtype.element_ty), mask=inside)
-    tl.store(values + new, v.to(values.dtype.element_ty), mask=inside)
+    k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
+    # A value that overflowed would reach previous rows as 0 * inf. The key tells those that see it.
+    finite = tl.sum((v - v).to(tl.float32), 1)[:, None] == 0
+    tl.store(keys + new, tl.where(finite, k, float('nan')), mask=inside)
+    tl.store(values + new, tl.where(finite, v, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=['rows'])
@@ -359,11 +370,12 @@ class PassOps(TritonOps):
         """See `TorchOps.attend`."""
         kv_heads, max_context, dim = keys.shape
         group, rows = layer.heads // layer.kv_heads, _rows(qkv)
-        padded = max(16, triton.next_power_of_2(group))
         dims = triton.next_power_of_2(dim)
-        # Rows that share a tile of queries; one in float16, as an overflow would reach them all.
-        together = 1 if keys.dtype == torch.float16 else min(ROWS, padded // group)
         warps, splits, parts = self._split_attention(layer, dims, ROWS)
+        # Each warp takes 16 queries, so that rows share the loads of keys and values.
+        padded = max(16, triton.next_power_of_2(group),
+                     min(16 * warps, triton.next_power_of_2(group * ROWS)))
+        together = min(ROWS, padded // group)
         norm = layer.q_norm is not None
         q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)
         sizes = {'KV_HEADS': kv_heads, 'GROUP': group, 'D': dim, 'DIMS': dims, 'NORM': norm,
