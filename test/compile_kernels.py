@@ -259,13 +259,13 @@ def passes(build, half, capability):
                          GATED=gated, GELU=False, ADD=not gated, BIAS=gated)
             if capability >= 80:
                 assert all(word in made.asm['ptx'] for word in ('mma.sync', 'cp.async'))
-    for gated in (True, False):
-        made = build(own._int4_rows, warps=4, x=half, out=half if gated else 'fp32', K=3584,
-                     BLOCKS=7, GROUP=128, SPLIT=4, AHEAD=gated, GATED=gated, GELU=False,
+    for gated, ahead, warps in ((True, True, 4), (False, False, 4), (False, True, 8)):
+        made = build(own._int4_rows, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
+                     BLOCKS=7, GROUP=128, SPLIT=warps, AHEAD=ahead, GATED=gated, GELU=False,
                      ADD=not gated, BIAS=False, ZEROS=not gated, ASSEMBLY=True)
         assert 'mma.sync' in made.asm['ptx'] or capability < 80
         if capability >= 80 and compiler.VERSION >= (3, 3):
-            assert made.metadata.shared <= 512 * 4      # the sums of warps, as in a step
+            assert made.metadata.shared <= 512 * warps      # the sums of warps, as in a step
 
 
 def sampling(capability, **layout):

@@ -170,8 +170,8 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
     """
     Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
-    If AHEAD, the next words are requested before the current ones are multiplied, and the first two
-    before the previous kernel ends, which takes twice the registers.
+    If AHEAD, the next words are requested before the current ones are multiplied, which takes twice
+    the registers. Two iterations' words are both requested before the previous kernel has ended.
     """
     program = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
@@ -179,23 +179,24 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         words, four, zero = _tile(packed, scales, zeros, packed, program, 0, BLOCKS, BLOCKS, 0,
                                   GROUP, SPLIT, ZEROS)
-        if LAST > 0:
+        if LAST == SPLIT:
             next_words, next_four, next_zero = _tile(
                 packed, scales, zeros, packed, program, SPLIT, BLOCKS, BLOCKS, 0, GROUP, SPLIT,
                 ZEROS)
         if PDL:
             gdc_wait()
-        for first in tl.range(0, LAST - SPLIT, SPLIT, num_stages=1):
-            result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
-                            False, ZEROS, ASSEMBLY)
+        if LAST == SPLIT:
+            result = _block(result, x, sums, words, four, zero, 0, rows, K, GROUP, SPLIT, False,
+                            ZEROS, ASSEMBLY)
             words, four, zero = next_words, next_four, next_zero
-            next_words, next_four, next_zero = _tile(
-                packed, scales, zeros, packed, program, first + 2 * SPLIT, BLOCKS, BLOCKS, 0,
-                GROUP, SPLIT, ZEROS)
-        if LAST > 0:
-            result = _block(result, x, sums, words, four, zero, LAST - SPLIT, rows, K, GROUP,
-                            SPLIT, False, ZEROS, ASSEMBLY)
-            words, four, zero = next_words, next_four, next_zero
+        else:
+            for first in tl.range(0, LAST, SPLIT, num_stages=1):
+                next_words, next_four, next_zero = _tile(
+                    packed, scales, zeros, packed, program, first + SPLIT, BLOCKS, BLOCKS, 0,
+                    GROUP, SPLIT, ZEROS)
+                result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
+                                False, ZEROS, ASSEMBLY)
+                words, four, zero = next_words, next_four, next_zero
         result = _block(result, x, sums, words, four, zero, LAST, rows, K, GROUP, SPLIT, False,
                         ZEROS, ASSEMBLY)
     else:
