@@ -170,8 +170,9 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
     """
     Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
-    If AHEAD, the next words are requested before the current ones are multiplied, which takes twice
-    the registers. Two iterations' words are both requested before the previous kernel has ended.
+    If AHEAD, the next words are requested before the current ones are multiplied, which takes
+    twice the registers. If there are two tiles of words, both are requested before the previous
+    kernel has ended.
     """
     program = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
@@ -244,7 +245,7 @@ def _write_cache(qkv, keys, values, position, cos, sin, gain, max_context, eps,
     v = tl.load(k_head + KV_HEADS * D + dims[None, :], mask=inside, other=0.0)
     new = kv_head.to(tl.int64) * max_context * D + place * D + dims[None, :]
     k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
-    # A value that overflowed would reach previous rows as 0 * inf. The key tells those that see it.
+    # A value that overflowed would reach previous rows as 0 * inf; its key tells those that see it.
     finite = tl.sum((v - v).to(tl.float32), 1)[:, None] == 0
     tl.store(keys + new, tl.where(finite, k, float('nan')), mask=inside)
     tl.store(values + new, tl.where(finite, v, 0.0), mask=inside)
