@@ -245,7 +245,7 @@ def _write_cache(qkv, keys, values, position, cos, sin, gain, max_context, eps,
     v = tl.load(k_head + KV_HEADS * D + dims[None, :], mask=inside, other=0.0)
     new = kv_head.to(tl.int64) * max_context * D + place * D + dims[None, :]
     k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
-    # A value that overflowed would reach previous rows as 0 * inf; its key tells those that see it.
+    # A value that overflowed would reach earlier rows as 0 * inf; its key tells the rows after it.
     finite = tl.sum((v - v).to(tl.float32), 1)[:, None] == 0
     tl.store(keys + new, tl.where(finite, k, float('nan')), mask=inside)
     tl.store(values + new, tl.where(finite, v, 0.0), mask=inside)
