@@ -547,21 +547,21 @@ def test_reports_an_engine_that_hangs(make, monkeypatch):
 
 
 class Endless(EchoEngine):
-    """Emits a letter per step until the request is cancelled."""
+    """Emits a letter every 10 ms until the request is cancelled."""
 
-    def __init__(self, step_s):
-        super().__init__(step_s)
+    def __init__(self):
+        super().__init__()
         self.footprint = replace(self.footprint, max_context=LONG)
 
     def _echo_upper(self, prompt_ids):
         while True:
-            time.sleep(self.step_s)
+            time.sleep(0.01)
             yield Step((ord('x'),), device_s=1e-6)
 
 
 def test_deadlines_reach_diagnostics(make):
     """A late token is a WARN, several in a row an ERROR; the limits are set at run time."""
-    engine = Endless(step_s=0.01)
+    engine = Endless()
     rig = make(load=lambda config, progress: Loaded(engine, Letters(), Peak(1e9, 'parameter')),
                **{'sampling.max_new_tokens': LONG})
     assert rig.change('configure', 'activate')
