@@ -45,7 +45,7 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
     zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
         0, 16, (groups, n), generator=generator)
     # 4.61 is the standard deviation of uniform 4-bit values.
-    scales = ((torch.rand(groups, n, generator=generator) + 0.5) * 1.5 / 4.61 / k**0.5).half()
+    scales = random_formats.draw_scales(generator, (groups, n), k, 4.61).half()
     g_idx = torch.arange(k) // size
     if act_order:
         g_idx = g_idx[torch.randperm(k, generator=generator)]
