@@ -135,6 +135,7 @@ def _build(case: Case, cells: list[dict[str, Any]], note: Callable[[str], None],
     if case.engine.name != 'auto':
         with contextlib.suppress(ImportError):      # `build` reports it
             importlib.import_module(f'physai_decode.engines.{case.engine.name}')
+    gc.freeze()         # the modules stay, so that collections before each measurement are short
     import_s = time.monotonic() - started_s
     for count in range(len(case.contexts), 0, -1):
         largest = case.contexts[count - 1]
