@@ -104,6 +104,7 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
         if engine is not None:
             engine.close()
         return {**result, 'status': 'unavailable', 'error': str(error)}
+    gc.freeze()         # until the engine closes: collections before each measurement are short
     try:
         footprint = engine.footprint
         peak = find_engine_peak(footprint, _settings(case, max(case.contexts)))
@@ -122,6 +123,7 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
         result['machine'] = machine.describe(footprint)
     finally:
         engine.close()
+        gc.unfreeze()
     if case.kernels and footprint.device.startswith('cuda'):
         keep(result)
         note('kernel by kernel')
@@ -135,7 +137,6 @@ def _build(case: Case, cells: list[dict[str, Any]], note: Callable[[str], None],
     if case.engine.name != 'auto':
         with contextlib.suppress(ImportError):      # `build` reports it
             importlib.import_module(f'physai_decode.engines.{case.engine.name}')
-    gc.freeze()         # the modules stay, so that collections before each measurement are short
     import_s = time.monotonic() - started_s
     for count in range(len(case.contexts), 0, -1):
         largest = case.contexts[count - 1]
