@@ -37,6 +37,7 @@ from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from physai_decode.speech import Manner
+from physai_decode.worker import Cancelled
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
 import rclpy
@@ -156,7 +157,7 @@ class Rig:
             Parameter(name, value=value) for name, value in overrides.items()])
         self._counting = threading.Lock()
         self.in_flight: Counter[str] = Counter()        # messages by topic
-        self.cancels: list[str] = []            # results of the calls of host.cancel
+        self.cancels: list[Cancelled] = []      # results of the calls of host.cancel
         self.errors: list[Exception] = []       # of the probe's callbacks
         self._cancel, self.node._host.cancel = self.node._host.cancel, self._note_cancel
         self.probe = Node('probe')
@@ -213,7 +214,7 @@ class Rig:
             'diagnostics', 'model_info')]
         self.wait(lambda: not any(self.in_flight[topic] for topic in streams))
 
-    def _note_cancel(self, *arguments, **named) -> str:
+    def _note_cancel(self, *arguments, **named) -> Cancelled:
         self.cancels.append(self._cancel(*arguments, **named))
         return self.cancels[-1]
 

@@ -41,6 +41,7 @@ from physai_decode.engine import EngineError
 from physai_decode.request import Request
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
+from physai_decode.worker import Cancelled
 from physai_decode.worker import Worker
 import pytest
 from worker_rig import making
@@ -292,12 +293,12 @@ def test_cancel_ends_running_and_queued_requests(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine)
-    assert worker.cancel() == 'nothing running'
+    assert worker.cancel() == Cancelled()
     running = worker.submit(Request('a'))
     gate.open(3)
     sink.wait_tokens(3)
     waiting = [worker.submit(Request('b')), worker.submit(Request('c'))]
-    assert worker.cancel() == 'cancelled request 1, removed 2 waiting'
+    assert str(worker.cancel()) == 'cancelled request 1, removed 2 waiting'
     for request_id in waiting:
         report, text = sink.end(request_id)
         assert (report.finish_reason, text) == ('cancelled', '')
@@ -315,7 +316,7 @@ def test_cancel_at_the_last_token(make):
         def token(self, report):
             super().token(report)
             if report.index == 1:
-                assert worker.cancel() == 'cancelled request 1'
+                assert worker.cancel() == Cancelled(1)
 
     worker, sink = make(sink=Canceller(), sampling=SamplingConfig(max_new_tokens=2))
     report, text = sink.end(worker.submit(Request('abc')))
@@ -772,7 +773,7 @@ def test_cancel_does_not_end_a_task(make):
     worker, sink = make()
     task = Task(worker)
     waiting = worker.submit(Request('one'))
-    assert worker.cancel() == 'removed 1 waiting'
+    assert worker.cancel() == Cancelled(waiting=1)
     assert sink.end(waiting)[0].finish_reason == 'cancelled'
     task.go.set()
     assert task.end() == 'done'

@@ -30,6 +30,7 @@ from physai_decode.config import QueueConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.request import Message
 from physai_decode.request import Request
+from physai_decode.worker import Cancelled
 import pytest
 from worker_rig import making
 from worker_rig import Sink
@@ -157,10 +158,10 @@ def test_cancel_by_client_id(make):
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     numbers = {name: worker.submit(Request('a', client_id=name)) for name in 'abc'}
     assert gate.waiting.wait(TIMEOUT_S)
-    assert worker.cancel(client_id='nobody') == 'nothing running'
-    assert worker.cancel(client_id='b') == 'removed 1 waiting'
+    assert worker.cancel(client_id='nobody') == Cancelled()
+    assert worker.cancel(client_id='b') == Cancelled(waiting=1)
     assert sink.end(numbers['b'])[0].finish_reason == 'cancelled'
-    assert worker.cancel(client_id='a') == 'cancelled request 1'
+    assert worker.cancel(client_id='a') == Cancelled(1)
     gate.open(9)
     assert sink.end(numbers['a'])[0].finish_reason == 'cancelled'
     assert sink.end(numbers['c'])[0].finish_reason == 'stop'
