@@ -46,6 +46,7 @@ from physai_decode.worker import Worker
 import pytest
 from worker_rig import making
 from worker_rig import Sink
+from worker_rig import slowly
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
@@ -468,12 +469,7 @@ def test_error_of_the_detokenizer_ends_only_its_request(make):
 def test_deadline_with_truncate_ends_the_answer(make):
     now = [0.0]
 
-    def steps(prompt_ids):
-        for step in forever():
-            now[0] += 0.04
-            yield step
-
-    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+    worker, sink = make(FakeEngine(lambda ids: slowly(forever(), now)), clock=lambda: now[0],
                         deadline=DeadlineConfig(request_ms=100.0, action='truncate'))
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text) == ('deadline', 'xxx')
@@ -487,12 +483,7 @@ def test_deadline_with_truncate_ends_the_answer(make):
 def test_deadline_with_report_only_counts_the_miss(make):
     now = [0.0]
 
-    def steps(prompt_ids):
-        for step in say('abc'):
-            now[0] += 0.04
-            yield step
-
-    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+    worker, sink = make(FakeEngine(lambda ids: slowly(say('abc'), now)), clock=lambda: now[0],
                         deadline=DeadlineConfig(request_ms=100.0))
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text, report.deadline_misses) == ('stop', 'abc', 1)
