@@ -463,7 +463,9 @@ def test_services_and_parameters_work_while_a_model_loads(make):
     rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'loading')
     assert not rig.change('configure')
     assert not rig.change('cleanup')
-    assert 'loading' in rig.ask('a')['message']
+    refused = rig.ask('a')
+    assert refused['refusal'] == 'inactive'
+    assert 'the node is loading (reading): try again when it is active' in refused['message']
     assert rig.set(sampling__top_k=5) == (True, '')
     successful, reason = rig.set(model__path='other')
     assert not successful
@@ -485,7 +487,9 @@ def test_configures_another_model_after_a_failed_load(make):
     assert status['state'] == 'failed'
     assert status['level'] == messages.ERROR
     assert 'bad is no model' in status['message']
-    assert 'bad is no model' in rig.ask('a')['message']
+    refused = rig.ask('a')
+    assert refused['refusal'] == 'inactive'
+    assert 'bad is no model; fix this, then configure and activate' in refused['message']
     assert rig.set(model__path='good') == (True, '')
     assert rig.change('configure', 'activate')
     assert rig.diagnostics('decode: engine')['state'] == 'idle'
