@@ -15,11 +15,15 @@
 """A node with a fake engine, and a probe that uses all its topics and services."""
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import closing
 from contextlib import contextmanager
+from contextlib import ExitStack
 import faulthandler
 import threading
 import time
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from fake_engine import byte_tokenizer
@@ -38,6 +42,7 @@ from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from physai_decode.speech import Manner
 from physai_decode.worker import Cancelled
+import pytest
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
 import rclpy
@@ -303,6 +308,24 @@ class Rig:
         """Return the values of a status, with its message and level."""
         return {**{pair.key: pair.value for pair in status.values},
                 'message': status.message, 'level': status.level}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Initialise rclpy once for all tests of a module that imports this fixture."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@contextmanager
+def rigs(kind: type) -> Iterator[Callable[..., Any]]:
+    """Yield a factory of rigs of this class; close them all, whatever fails in the test."""
+    with ExitStack() as made:
+        def make(**arguments):
+            return made.enter_context(closing(kind(**arguments)))
+
+        yield make
 
 
 @contextmanager

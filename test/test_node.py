@@ -27,6 +27,8 @@ from node_rig import EchoEngine
 from node_rig import Letters
 from node_rig import PATIENCE_S
 from node_rig import Rig
+from node_rig import rigs
+from node_rig import ros  # noqa: F401
 from physai_decode.config import ConfigError
 from physai_decode.decode_loop import Step
 from physai_decode.gap import TOKENS
@@ -37,33 +39,17 @@ from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from physai_decode.worker import Worker
 import pytest
-import rclpy
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 
 LONG = 10**6                    # tokens
 
 
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
-
-
 @pytest.fixture
 def make():
     """Return a factory of rigs, which are closed after the test."""
-    rigs = []
-
-    def build(**overrides):
-        rigs.append(Rig(**overrides))
-        return rigs[-1]
-
-    yield build
-    for rig in rigs:
-        rig.close()
+    with rigs(Rig) as make:
+        yield make
 
 
 @pytest.fixture
