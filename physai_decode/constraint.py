@@ -49,6 +49,7 @@ KEPT = 8                        # compiled constraints in the cache
 # Whitespace between two parts of JSON. Without a limit, a model can write blanks forever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
 AFTER_THOUGHT = r'[ \t\n\r]{1,4}'
+_TEXTS = frozenset(('choice', 'grammar', 'regex'))     # forms whose answers can begin with blanks
 _JSON = {'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}
 _ARGUMENTS = {**_JSON, 'whitespace_pattern': ' '}
 _COMBINING = frozenset(('$ref', 'additionalProperties', 'allOf', 'anyOf', 'oneOf',
@@ -90,7 +91,8 @@ class Vocabulary:
                 f'an answer can not be constrained: {error}: pip install llguidance') from error
         self._library: Any = llguidance
         self._size, self._end_ids = size, tuple(end_ids)
-        self._kept: dict[str, Constraint] = {}      # in order of use, the latest last
+        # In order of use, the latest last.
+        self._kept: dict[tuple[Thought | None, str], Constraint] = {}
         self._added = {token.content: id_
                        for id_, token in tokenizer.get_added_tokens_decoder().items()}
         least = max(tokenizer.get_vocab().values(), default=0) + 1      # may exceed ``size``
@@ -114,12 +116,19 @@ class Vocabulary:
         """
         matcher = self._library.LLMatcher
         try:
-            grammar = self._after(thought, self._grammar(form))
-            constraint = self._kept.pop(grammar, None)
+            grammar = self._grammar(form)
+            key = thought, grammar
+            constraint = self._kept.pop(key, None)
             if constraint is not None and constraint.reset():
-                self._kept[grammar] = constraint
+                self._kept[key] = constraint
                 return constraint
-            compiled = matcher(self._tokenizer, grammar, log_level=0)
+            exact = False
+            if form.kind in _TEXTS:
+                compiled = matcher(self._tokenizer, grammar, log_level=0)
+                exact = not compiled.is_error() and self._may_begin_blank(compiled)
+            if thought is not None or form.kind not in _TEXTS:
+                compiled = matcher(
+                    self._tokenizer, self._after(thought, grammar, exact), log_level=0)
         except ConstraintError:
             raise
         except Exception as error:          # of the library's parsers in Python and Rust
@@ -127,7 +136,7 @@ class Vocabulary:
         reason = compiled.get_error() or '; '.join(compiled.get_grammar_warnings())
         if reason:
             raise ConstraintError(f'{form.name} can not be used: {" ".join(reason.split())}')
-        self._kept[grammar] = constraint = Constraint(compiled, self._size, self._end_ids)
+        self._kept[key] = constraint = Constraint(compiled, self._size, self._end_ids, exact)
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
         return constraint
@@ -177,8 +186,13 @@ class Vocabulary:
         """Write a text for a grammar: as a token id if it is an added token, else as a string."""
         return f'<[{self._added[text]}]>' if text in self._added else json.dumps(text)
 
-    def _after(self, thought: Thought | None, grammar: str) -> str:
-        """Extend a grammar by a thought that may come first."""
+    def _may_begin_blank(self, compiled: Any) -> bool:
+        """Whether an answer may begin with a blank."""
+        return any(compiled.validate_tokens(self._tokenizer.tokenize_bytes(blank))
+                   for blank in (b' ', b'\t', b'\n', b'\r'))
+
+    def _after(self, thought: Thought | None, grammar: str, exact: bool) -> str:
+        """Extend a grammar by a thought that may come first, and by blanks unless ``exact``."""
         if thought is None:
             return grammar
         answer = json.loads(grammar)['grammars'] if grammar.startswith('{') else [
@@ -187,7 +201,8 @@ class Vocabulary:
         # A thought also ends if the model writes the marker in letters, as for `Speech`.
         text = json.dumps(thought.closes)
         body = 'body' if close is None else f'(body | TEXT? <[{close}]>)'
-        rules = [f'thought: {body} /{AFTER_THOUGHT}/?', 'start: ' + (
+        blanks = '' if exact else f' /{AFTER_THOUGHT}/?'
+        rules = [f'thought: {body}{blanks}', 'start: ' + (
             'thought @answer' if thought.inside else
             f'({self._marker(thought.opens)} thought)? @answer'),
             f'body[suffix={text}]: /(?s:.*)/',
@@ -204,12 +219,15 @@ class Constraint:
     Its state follows from the accepted tokens.
     """
 
-    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int]) -> None:
+    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int],
+                 exact: bool = False) -> None:
         """
         Wrap a compiled grammar.
 
         :param matcher: an ``llguidance.LLMatcher``.
+        :param exact: whether blanks after a thought belong to the answer.
         """
+        self.exact = exact
         self._matcher, self._bytes = matcher, (size + 7) // 8
         self._ends = [(id_, id_ >> 3, 1 << (id_ & 7)) for id_ in end_ids]
         self._end_ids = frozenset(end_ids)
