@@ -63,6 +63,7 @@ ENFORCED = frozenset((
 ANNOTATIONS = frozenset((
     '$comment', '$defs', '$id', '$schema', 'default', 'definitions', 'deprecated', 'description',
     'examples', 'readOnly', 'title', 'writeOnly'))
+TYPES = 'array', 'boolean', 'integer', 'null', 'number', 'object', 'string'
 _BY_NAME = '$defs', 'definitions', 'patternProperties', 'properties'
 _LISTS = 'allOf', 'anyOf', 'items', 'oneOf', 'prefixItems'
 _SINGLE = 'additionalItems', 'additionalProperties', 'items'
@@ -357,38 +358,46 @@ def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_schema(schema: Any, name: str) -> None:
     """
-    Refuse a JSON Schema with keywords that are not enforced.
+    Refuse a JSON Schema with keywords that are not enforced, or with wrong types.
 
     :param name: path of the schema in the request, for the message.
-    :raises ConstraintError: a keyword is not enforced; the message names it and its path.
+    :raises ConstraintError: a keyword is not enforced, or a type does not exist; the message names
+        it and its place, a JSON Pointer.
     """
     if not isinstance(schema, Mapping):
         raise ConstraintError(f'{name} is {shown(schema)}: expected an object')
-    found = [(schema, name)]
+    found = [(schema, '')]
     while found:
-        each, place = found.pop()
+        each, pointer = found.pop()
+        where = f'{name} at {pointer}' if pointer else name
         for keyword in each:
             if keyword not in ENFORCED | ANNOTATIONS:
                 raise ConstraintError(
-                    f'{place} has the keyword {shown(keyword)}, which is not enforced: remove '
+                    f'{where} has the keyword {shown(keyword)}, which is not enforced: remove '
                     f'it; enforced are {", ".join(sorted(ENFORCED))}')
-        found += _subschemas(each, place)
+        kind = each.get('type', 'object')
+        kinds = kind if isinstance(kind, list) else [kind]
+        if not kinds or not all(isinstance(one, str) and one in TYPES for one in kinds):
+            raise ConstraintError(f'{where} has the type {shown(kind)}: allowed are '
+                                  f'{", ".join(TYPES)}, or a list of these')
+        found += _subschemas(each, pointer)
 
 
 def _subschemas(schema: Mapping[str, Any],
-                place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the direct subschemas of a schema and their paths."""
+                pointer: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the direct subschemas of a schema and their JSON Pointers."""
     for keyword, value in schema.items():
         parts: list[tuple[str, Any]] = []
         if keyword in _BY_NAME and isinstance(value, Mapping):
-            parts = [(f'{place}.{keyword}.{name}', part) for name, part in value.items()]
+            parts = [(f'{keyword}/{name.replace("~", "~0").replace("/", "~1")}', part)
+                     for name, part in value.items()]
         elif keyword in _LISTS and isinstance(value, list):
-            parts = [(f'{place}.{keyword}[{index}]', part) for index, part in enumerate(value)]
+            parts = [(f'{keyword}/{index}', part) for index, part in enumerate(value)]
         elif keyword in _SINGLE:
-            parts = [(f'{place}.{keyword}', value)]
-        for name, part in parts:
+            parts = [(keyword, value)]
+        for place, part in parts:
             if isinstance(part, Mapping):
-                yield part, name
+                yield part, f'{pointer}/{place}'
 
 
 def _read(name: str, path: str) -> str:
