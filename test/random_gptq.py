@@ -65,15 +65,13 @@ def read(stored: Mapping[str, Tensor], n: int, k: int, group_size: int,
 
 
 def dense(stored: dict[str, Tensor], layout: str) -> Tensor:
-    """Dequantise stored tensors to float32 [n, k], column by column."""
+    """Dequantise stored tensors to float32 [n, k]."""
     qweight, qzeros, scales, g_idx = (
         stored[part] for part in ('qweight', 'qzeros', 'scales', 'g_idx'))
-    columns = []
-    for column, group in enumerate(g_idx.tolist()):
-        q = (qweight[column // 8] >> 4 * (column % 8)) & 15
-        zero = ((qzeros[group].unsqueeze(1) >> SHIFTS) + int(layout == 'gptq')) & 15
-        columns.append(scales[group].float() * (q - zero.flatten()))
-    return torch.stack(columns, 1)
+    columns = torch.arange(len(g_idx)).unsqueeze(1)
+    q = (qweight[columns // 8].squeeze(1) >> 4 * (columns % 8)) & 15
+    zeros = ((qzeros.unsqueeze(2) >> SHIFTS) + int(layout == 'gptq')) & 15
+    return (scales.float()[g_idx] * (q - zeros.flatten(1)[g_idx])).t().contiguous()
 
 
 def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool = False,
