@@ -43,7 +43,7 @@ from std_srvs.srv import Trigger
 
 PATIENCE_S = 120.0              # against hangs only
 STEP_S = 0.002
-GOALS = 200
+GOALS = 100
 needs_msgs = pytest.mark.skipif(bool(generate.unavailable), reason=generate.unavailable)
 if not generate.unavailable:
     from physai_decode_msgs.action import Generate
