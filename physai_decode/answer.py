@@ -268,6 +268,8 @@ class Answer(Delivery):
         constraint = self._text.vocabulary(
             footprint.vocab_size, footprint.eos_token_ids).constraint(form, thought)
         self._heartbeat()
+        if self._speech is not None:
+            self._speech.exact = constraint.exact
         return constraint
 
     def _thinks_too_long(self) -> bool:
@@ -279,8 +281,9 @@ class Answer(Delivery):
         """End the thought for the model; return the tokens after the prompt."""
         manner = self._manner
         assert self._speech is not None
+        blanks = '' if self._speech.exact else '\n\n'
         self._release(*_split(self._speech.push(
-            f'{self._detokenizer.flush()}\n{manner.closes}\n\n')))
+            f'{self._detokenizer.flush()}\n{manner.closes}{blanks}')))
         in_request = 'max_tokens' in self._ticket.request.thinking
         self._remark(f'the thought was ended: thinking.max_tokens is {self._thought_tokens}'
                      + (' in the request' if in_request else ''))

@@ -27,6 +27,8 @@ from dataclasses import fields
 import reprlib
 from typing import Any
 
+MAX_ITEMS = 64                  # of a list
+
 
 class ConfigError(ValueError):
     """A setting is invalid; the message has its name, its value and what is allowed."""
@@ -34,7 +36,7 @@ class ConfigError(ValueError):
 
 def _option(default: Any, description: str, *, low: float | None = None,
             high: float | None = None, unless_0: float = 0, choices: tuple[str, ...] = (),
-            others: str = '', dynamic: bool = False, characters: int = 4096, texts: int = 64,
+            others: str = '', dynamic: bool = False, characters: int = 4096,
             items: type = str) -> Any:
     """
     Declare one field.
@@ -44,13 +46,12 @@ def _option(default: Any, description: str, *, low: float | None = None,
     :param others: description of further values that are allowed besides ``choices``.
     :param dynamic: whether the value may change while the node runs.
     :param characters: limit on the length of a text.
-    :param texts: limit on the number of items of a list.
     :param items: type of the items of a list, str or int.
     """
     return field(default=default, metadata={
         'description': description, 'low': low, 'high': high, 'unless_0': unless_0,
         'choices': tuple(choices), 'others': others, 'dynamic': dynamic,
-        'characters': characters, 'texts': texts, 'items': items})
+        'characters': characters, 'items': items})
 
 
 @dataclass(frozen=True)
@@ -392,9 +393,9 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     least = spec.metadata['unless_0']
     if least and 0 < value < least:
         raise ConfigError(f'{name} is {shown(value)}: allowed are 0 and {least} to {high}')
-    characters, most = spec.metadata['characters'], spec.metadata['texts']
-    if kind is tuple and len(value) > most:
-        raise ConfigError(f'{name} has {len(value)} {_ITEMS[items]}: allowed are {most}')
+    if kind is tuple and len(value) > MAX_ITEMS:
+        raise ConfigError(f'{name} has {len(value)} {_ITEMS[items]}: allowed are {MAX_ITEMS}')
+    characters = spec.metadata['characters']
     for text in each:
         if type(text) is str and len(text) > characters:
             raise ConfigError(f'{name} is {shown(value)}, a text of {len(text)} characters: '

@@ -49,6 +49,7 @@ KEPT = 8                        # compiled constraints in the cache
 # Whitespace between two parts of JSON. Without a limit, a model can write blanks forever.
 WHITESPACE = r'[ \t\n\r]{1,32}'
 AFTER_THOUGHT = r'[ \t\n\r]{1,4}'
+_TEXTS = frozenset(('choice', 'grammar', 'regex'))     # forms whose answers can begin with blanks
 _JSON = {'lenient': False, 'coerce_one_of': False, 'whitespace_pattern': WHITESPACE}
 _ARGUMENTS = {**_JSON, 'whitespace_pattern': ' '}
 _COMBINING = frozenset(('$ref', 'additionalProperties', 'allOf', 'anyOf', 'oneOf',
@@ -62,6 +63,7 @@ ENFORCED = frozenset((
 ANNOTATIONS = frozenset((
     '$comment', '$defs', '$id', '$schema', 'default', 'definitions', 'deprecated', 'description',
     'examples', 'readOnly', 'title', 'writeOnly'))
+TYPES = 'array', 'boolean', 'integer', 'null', 'number', 'object', 'string'
 _BY_NAME = '$defs', 'definitions', 'patternProperties', 'properties'
 _LISTS = 'allOf', 'anyOf', 'items', 'oneOf', 'prefixItems'
 _SINGLE = 'additionalItems', 'additionalProperties', 'items'
@@ -90,7 +92,8 @@ class Vocabulary:
                 f'an answer can not be constrained: {error}: pip install llguidance') from error
         self._library: Any = llguidance
         self._size, self._end_ids = size, tuple(end_ids)
-        self._kept: dict[str, Constraint] = {}      # in order of use, the latest last
+        # In order of use, the latest last.
+        self._kept: dict[tuple[Thought | None, str], Constraint] = {}
         self._added = {token.content: id_
                        for id_, token in tokenizer.get_added_tokens_decoder().items()}
         least = max(tokenizer.get_vocab().values(), default=0) + 1      # may exceed ``size``
@@ -114,12 +117,19 @@ class Vocabulary:
         """
         matcher = self._library.LLMatcher
         try:
-            grammar = self._after(thought, self._grammar(form))
-            constraint = self._kept.pop(grammar, None)
+            grammar = self._grammar(form)
+            key = thought, grammar
+            constraint = self._kept.pop(key, None)
             if constraint is not None and constraint.reset():
-                self._kept[grammar] = constraint
+                self._kept[key] = constraint
                 return constraint
-            compiled = matcher(self._tokenizer, grammar, log_level=0)
+            exact = False
+            if form.kind in _TEXTS:
+                compiled = matcher(self._tokenizer, grammar, log_level=0)
+                exact = not compiled.is_error() and self._may_begin_blank(compiled)
+            if thought is not None or form.kind not in _TEXTS:
+                compiled = matcher(
+                    self._tokenizer, self._after(thought, grammar, exact), log_level=0)
         except ConstraintError:
             raise
         except Exception as error:          # of the library's parsers in Python and Rust
@@ -127,7 +137,7 @@ class Vocabulary:
         reason = compiled.get_error() or '; '.join(compiled.get_grammar_warnings())
         if reason:
             raise ConstraintError(f'{form.name} can not be used: {" ".join(reason.split())}')
-        self._kept[grammar] = constraint = Constraint(compiled, self._size, self._end_ids)
+        self._kept[key] = constraint = Constraint(compiled, self._size, self._end_ids, exact)
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
         return constraint
@@ -177,8 +187,13 @@ class Vocabulary:
         """Write a text for a grammar: as a token id if it is an added token, else as a string."""
         return f'<[{self._added[text]}]>' if text in self._added else json.dumps(text)
 
-    def _after(self, thought: Thought | None, grammar: str) -> str:
-        """Extend a grammar by a thought that may come first."""
+    def _may_begin_blank(self, compiled: Any) -> bool:
+        """Whether an answer may begin with a blank."""
+        return any(compiled.validate_tokens(self._tokenizer.tokenize_bytes(blank))
+                   for blank in (b' ', b'\t', b'\n', b'\r'))
+
+    def _after(self, thought: Thought | None, grammar: str, exact: bool) -> str:
+        """Extend a grammar by a thought that may come first, and by blanks unless ``exact``."""
         if thought is None:
             return grammar
         answer = json.loads(grammar)['grammars'] if grammar.startswith('{') else [
@@ -187,7 +202,8 @@ class Vocabulary:
         # A thought also ends if the model writes the marker in letters, as for `Speech`.
         text = json.dumps(thought.closes)
         body = 'body' if close is None else f'(body | TEXT? <[{close}]>)'
-        rules = [f'thought: {body} /{AFTER_THOUGHT}/?', 'start: ' + (
+        blanks = '' if exact else f' /{AFTER_THOUGHT}/?'
+        rules = [f'thought: {body}{blanks}', 'start: ' + (
             'thought @answer' if thought.inside else
             f'({self._marker(thought.opens)} thought)? @answer'),
             f'body[suffix={text}]: /(?s:.*)/',
@@ -204,12 +220,15 @@ class Constraint:
     Its state follows from the accepted tokens.
     """
 
-    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int]) -> None:
+    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int],
+                 exact: bool = False) -> None:
         """
         Wrap a compiled grammar.
 
         :param matcher: an ``llguidance.LLMatcher``.
+        :param exact: whether blanks after a thought belong to the answer.
         """
+        self.exact = exact
         self._matcher, self._bytes = matcher, (size + 7) // 8
         self._ends = [(id_, id_ >> 3, 1 << (id_ & 7)) for id_ in end_ids]
         self._end_ids = frozenset(end_ids)
@@ -339,38 +358,46 @@ def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_schema(schema: Any, name: str) -> None:
     """
-    Refuse a JSON Schema with keywords that are not enforced.
+    Refuse a JSON Schema with keywords that are not enforced, or with wrong types.
 
     :param name: path of the schema in the request, for the message.
-    :raises ConstraintError: a keyword is not enforced; the message names it and its path.
+    :raises ConstraintError: a keyword is not enforced, or a type does not exist; the message names
+        it and its place, a JSON Pointer.
     """
     if not isinstance(schema, Mapping):
         raise ConstraintError(f'{name} is {shown(schema)}: expected an object')
-    found = [(schema, name)]
+    found = [(schema, '')]
     while found:
-        each, place = found.pop()
+        each, pointer = found.pop()
+        where = f'{name} at {pointer}' if pointer else name
         for keyword in each:
             if keyword not in ENFORCED | ANNOTATIONS:
                 raise ConstraintError(
-                    f'{place} has the keyword {shown(keyword)}, which is not enforced: remove '
+                    f'{where} has the keyword {shown(keyword)}, which is not enforced: remove '
                     f'it; enforced are {", ".join(sorted(ENFORCED))}')
-        found += _subschemas(each, place)
+        kind = each.get('type', 'object')
+        kinds = kind if isinstance(kind, list) else [kind]
+        if not kinds or not all(isinstance(one, str) and one in TYPES for one in kinds):
+            raise ConstraintError(f'{where} has the type {shown(kind)}: allowed are '
+                                  f'{", ".join(TYPES)}, or a list of these')
+        found += _subschemas(each, pointer)
 
 
 def _subschemas(schema: Mapping[str, Any],
-                place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the direct subschemas of a schema and their paths."""
+                pointer: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the direct subschemas of a schema and their JSON Pointers."""
     for keyword, value in schema.items():
         parts: list[tuple[str, Any]] = []
         if keyword in _BY_NAME and isinstance(value, Mapping):
-            parts = [(f'{place}.{keyword}.{name}', part) for name, part in value.items()]
+            parts = [(f'{keyword}/{name.replace("~", "~0").replace("/", "~1")}', part)
+                     for name, part in value.items()]
         elif keyword in _LISTS and isinstance(value, list):
-            parts = [(f'{place}.{keyword}[{index}]', part) for index, part in enumerate(value)]
+            parts = [(f'{keyword}/{index}', part) for index, part in enumerate(value)]
         elif keyword in _SINGLE:
-            parts = [(f'{place}.{keyword}', value)]
-        for name, part in parts:
+            parts = [(keyword, value)]
+        for place, part in parts:
             if isinstance(part, Mapping):
-                yield part, name
+                yield part, f'{pointer}/{place}'
 
 
 def _read(name: str, path: str) -> str:

@@ -61,7 +61,7 @@ from physai_decode.timing import RequestReport
 from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
-from physai_decode.worker import NOTHING_RUNNING
+from physai_decode.worker import Cancelled
 from physai_decode.worker import Sink
 from physai_decode.worker import Worker
 
@@ -329,10 +329,11 @@ class Host:
         notify_end((self._sink, listener), report, '')
         return number
 
-    def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
-        """End requests and return what was done; see `Worker.cancel`."""
+    def cancel(self, number: int | None = None, client_id: str = '',
+               message: str = '') -> Cancelled:
+        """End requests and return which; see `Worker.cancel`."""
         worker = self.worker
-        return NOTHING_RUNNING if worker is None else worker.cancel(number, client_id, message)
+        return Cancelled() if worker is None else worker.cancel(number, client_id, message)
 
     def reset(self) -> str:
         """Forget the conversation and return what was forgotten."""

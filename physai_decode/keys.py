@@ -113,7 +113,8 @@ DESCRIPTIONS = {
                         'permit them',
     'refusal': 'why a request was rejected: `invalid`; `too_large`; `duplicate`: a request with '
                'this id runs or waits, and goes on; `full`: send it again later; `inactive`: no '
-               'model is active',
+               'model is active, and the message says whether one loads, its load failed, or '
+               'the node needs a transition',
     'refusals': 'requests refused so far',
     'request_deadline_ms': 'the parameter `deadline.request_ms`, if it is set',
     'request_id': 'number of the request, from 1; it continues across activations',

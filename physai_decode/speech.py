@@ -103,6 +103,7 @@ class Speech:
         """
         self.thinking = thinking        # whether the output is inside a thought
         self.ended = False              # whether the answer is over
+        self.exact = False              # whether blanks after a thought belong to the answer
         self._single = single
         self.problem = ''               # why something that looks like a call is text
         self._opens, self._closes = manner.opens, manner.closes
@@ -158,7 +159,7 @@ class Speech:
         thought = text[:at].rstrip()
         parts += [Part(Kind.REASONING, thought)] if thought else []
         self._text = text[at + len(self._closes):]
-        self.thinking, self._trims, self._blank = False, True, True
+        self.thinking, self._trims, self._blank = False, not self.exact, True
         return True
 
     def _call(self, parts: list[Part], complete: bool) -> bool:

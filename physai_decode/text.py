@@ -91,12 +91,13 @@ class Text:
         self._reserved = {'messages', *tokenizer.special_tokens_map,
                           *signature(type(tokenizer).apply_chat_template).parameters}
         self._nonce = secrets.token_hex(8)
-        added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
+        tokens = backend.get_added_tokens_decoder()
+        added = {id_: token.content for id_, token in tokens.items()}
         # Runs of blanks keep their names: they are ordinary text in many vocabularies.
         names = {name: id_ for id_, name in added.items() if name.strip(_BLANKS)}
         named = {each for each in tokenizer.special_tokens_map.values() if isinstance(each, str)}
         self.special_ids = frozenset(
-            id_ for id_, token in backend.get_added_tokens_decoder().items()
+            id_ for id_, token in tokens.items()
             if token.special or token.content in named)
         self._name_pattern, self._word_pattern = _matcher(names), _matcher(())
         own_ends = self._find_end_ids(tokenizer.eos_token_id)
@@ -115,11 +116,6 @@ class Text:
         # Raises if the template refuses the system prompt.
         ids = self.encode(Conversation(chat.system_prompt).messages([], '?'))
         _check_ids(backend, ids, vocab_size)
-
-    @property
-    def has_template(self) -> bool:
-        """Whether a chat template is used."""
-        return bool(self._source)
 
     def encode(self, messages: Sequence[Message],
                chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),

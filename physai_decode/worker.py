@@ -36,6 +36,7 @@ import time
 from types import MappingProxyType
 from typing import Any
 from typing import cast
+from typing import NamedTuple
 from typing import Protocol
 from typing import TypeVar
 
@@ -81,7 +82,6 @@ from physai_decode.tokenizer_files import TextError
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # their turns stay in the conversation
 JOIN_PARTS = 10                 # a wait in parts; a process that SIGSTOP stops loses only one
 SEEDS = 2**31                   # random seeds are below this
-NOTHING_RUNNING = 'nothing running'     # what a cancel returns that ended no request
 
 Result = TypeVar('Result')
 # A task receives the decode loop and a heartbeat to call after each step.
@@ -107,6 +107,20 @@ class _Task:
 
 class Busy(RuntimeError):
     """The engine is busy; the message says why."""
+
+
+class Cancelled(NamedTuple):
+    """The requests that a cancel ended."""
+
+    running: int | None = None  # its number
+    waiting: int = 0            # how many
+
+    def __str__(self) -> str:
+        """Return what was done, for people."""
+        parts = [f'cancelled request {self.running}'] if self.running is not None else []
+        if self.waiting:
+            parts.append(f'removed {self.waiting} waiting')
+        return ', '.join(parts) or 'nothing running'
 
 
 class Worker:
@@ -245,9 +259,10 @@ class Worker:
             self._report_removed(removed)
         return ticket.number
 
-    def cancel(self, number: int | None = None, client_id: str = '', message: str = '') -> str:
+    def cancel(self, number: int | None = None, client_id: str = '',
+               message: str = '') -> Cancelled:
         """
-        End requests within one step, and return what was done.
+        End requests within one step, and return which.
 
         Without a number or a client id, the running request ends and the queue is emptied.
 
@@ -262,11 +277,8 @@ class Worker:
                        and client_id in ('', each.request.client_id)]
             removed = self._end(tickets, 'cancelled', message)
         self._report_removed(removed)
-        done = [f'cancelled request {running.number}'] \
-            if running is not None and running in tickets else []
-        if removed:
-            done.append(f'removed {len(removed)} waiting')
-        return ', '.join(done) or NOTHING_RUNNING
+        return Cancelled(
+            running.number if running is not None and running in tickets else None, len(removed))
 
     def reset(self) -> str:
         """Forget the conversation, including the running turn, and return what was forgotten."""

@@ -49,9 +49,12 @@ os.environ.pop('ROS_LOCALHOST_ONLY', None)      # later distributions warn of it
 if os.environ.get('ROS_DISTRO') == 'humble':    # its name there
     os.environ['ROS_LOCALHOST_ONLY'] = '1'
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-# Background jobs of a shell ignore SIGINT, and so would the programs that tests interrupt.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Background jobs of a shell ignore SIGINT, those of nohup SIGHUP, and so would the programs that
+# tests interrupt.
+for signum, handler in ((signal.SIGINT, signal.default_int_handler),
+                        (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, handler)
 dds.configure()
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')

@@ -144,9 +144,9 @@ def well(call: Call, body: dict[str, Any]) -> None:
 
 
 @contextmanager
-def serving(answer: Callable[[Call, dict[str, Any]], None] = well) -> Iterator[FakeServer]:
+def serving() -> Iterator[FakeServer]:
     """Run a server inside ``with``."""
-    fake = FakeServer(answer)
+    fake = FakeServer(well)
     try:
         yield fake
     finally:

@@ -15,11 +15,15 @@
 """A node with a fake engine, and a probe that uses all its topics and services."""
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import closing
 from contextlib import contextmanager
+from contextlib import ExitStack
 import faulthandler
 import threading
 import time
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from fake_engine import byte_tokenizer
@@ -37,6 +41,8 @@ from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from physai_decode.speech import Manner
+from physai_decode.worker import Cancelled
+import pytest
 from rcl_interfaces.srv import SetParameters
 from rcl_interfaces.srv import SetParametersAtomically
 import rclpy
@@ -156,7 +162,7 @@ class Rig:
             Parameter(name, value=value) for name, value in overrides.items()])
         self._counting = threading.Lock()
         self.in_flight: Counter[str] = Counter()        # messages by topic
-        self.cancels: list[str] = []            # results of the calls of host.cancel
+        self.cancels: list[Cancelled] = []      # results of the calls of host.cancel
         self.errors: list[Exception] = []       # of the probe's callbacks
         self._cancel, self.node._host.cancel = self.node._host.cancel, self._note_cancel
         self.probe = Node('probe')
@@ -213,7 +219,7 @@ class Rig:
             'diagnostics', 'model_info')]
         self.wait(lambda: not any(self.in_flight[topic] for topic in streams))
 
-    def _note_cancel(self, *arguments, **named) -> str:
+    def _note_cancel(self, *arguments, **named) -> Cancelled:
         self.cancels.append(self._cancel(*arguments, **named))
         return self.cancels[-1]
 
@@ -302,6 +308,24 @@ class Rig:
         """Return the values of a status, with its message and level."""
         return {**{pair.key: pair.value for pair in status.values},
                 'message': status.message, 'level': status.level}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def ros():
+    """Initialise rclpy once for all tests of a module that imports this fixture."""
+    rclpy.init()
+    yield
+    rclpy.shutdown()
+
+
+@contextmanager
+def rigs(kind: type) -> Iterator[Callable[..., Any]]:
+    """Yield a factory of rigs of this class; close them all, whatever fails in the test."""
+    with ExitStack() as made:
+        def make(**arguments):
+            return made.enter_context(closing(kind(**arguments)))
+
+        yield make
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def awq(group_size: int) -> tuple[dict[str, Any], Draw]:
         groups = 1 if group_size == -1 else k // group_size
         q = torch.randint(0, 16, (k, n), generator=generator)
         zeros = torch.randint(0, 16, (groups, n), generator=generator)
-        scales = _scales(generator, (groups, n), k, 4.61).half()
+        scales = draw_scales(generator, (groups, n), k, 4.61).half()
 
         def packed(numbers):
             words = torch.zeros(len(numbers), n // 8, dtype=torch.int64)
@@ -109,7 +109,7 @@ def packed(bits: int, group_size: int, symmetric: bool = True, act_order: bool =
         zeros = torch.zeros(high, groups, dtype=torch.int64)
         if not symmetric:
             zeros = torch.randint(least, -least, (high, groups), generator=generator)
-        scales = _scales(generator, (high, groups), k, 2 ** bits / 12**0.5).to(dtype)
+        scales = draw_scales(generator, (high, groups), k, 2 ** bits / 12**0.5).to(dtype)
         g_idx = torch.arange(k) // (k // groups)
         if act_order:
             # Modules of the same width have the same order, as if they shared their input.
@@ -147,7 +147,7 @@ def int8(group_size: int, symmetric: bool = True, act: dict[str, Any] | None = N
         groups = 1 if group_size == -1 else k // group_size
         high = 1 if strategy == 'tensor' else n
         q = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
-        scales = _scales(generator, (high, groups), k, 74).bfloat16()
+        scales = draw_scales(generator, (high, groups), k, 74).bfloat16()
         zeros = torch.randint(-99, 99, (high, groups), generator=generator, dtype=torch.int8)
         if symmetric:
             zeros.zero_()
@@ -174,7 +174,7 @@ def float8(strategy: str, method: str = 'compressed-tensors',
     def draw(generator, n, k):
         values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
         shape = {'tensor': (), 'channel': (n, 1), 'block': (-(-n // 128), -(-k // 128))}[strategy]
-        scales = _scales(generator, shape, k, 1)
+        scales = draw_scales(generator, shape, k, 1)
         scales = scales.bfloat16() if method == 'compressed-tensors' else scales
         wide = scales.double()
         if strategy == 'block':
@@ -203,7 +203,7 @@ def gptq8(group_size: int, symmetric: bool = True,
         zeros = torch.full((groups, n), 128)
         if not symmetric:
             zeros = torch.randint(1, 256, (groups, n), generator=generator)
-        scales = _scales(generator, (groups, n), k, 74).half()
+        scales = draw_scales(generator, (groups, n), k, 74).half()
         g_idx = torch.arange(k) // (k // groups)
         if act_order:
             g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
@@ -240,21 +240,21 @@ def bitsandbytes(kind: str, block: int = 64, double: bool = False,
     """
     def draw_int8(generator, n, k):
         q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
-        scales = _scales(generator, (n,), k, 74 / 127)
+        scales = draw_scales(generator, (n,), k, 74 / 127)
         return ({'weight': q, 'SCB': scales, 'weight_format': torch.zeros((), dtype=torch.uint8)},
                 q.double() * scales.double()[:, None] / 127)
 
     def draw_4bit(generator, n, k):
         codes = torch.randint(0, 16, (n * k,), generator=generator, dtype=torch.uint8)
         blocks = -(-n * k // block)
-        scales = _scales(generator, (blocks,), k, 0.5)
+        scales = draw_scales(generator, (blocks,), k, 0.5)
         state = {'quant_type': kind, 'blocksize': block, 'dtype': 'bfloat16', 'shape': [n, k]}
         stored = {'weight.absmax': scales}
         wide = scales.double()
         if double:
             indices = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
             table = torch.linspace(-1, 1, 256)
-            nested = _scales(generator, (-(-blocks // 256),), k, 2)
+            nested = draw_scales(generator, (-(-blocks // 256),), k, 2)
             state.update(nested_blocksize=256, nested_dtype='float32',
                          nested_offset=scales.mean().item())
             wide = (table.double()[indices.long()]
@@ -354,7 +354,7 @@ def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int
     return state
 
 
-def _scales(generator, shape, k, deviation):
+def draw_scales(generator, shape, k, deviation):
     """Draw scales for values of this deviation; products keep the magnitude of their input."""
     return (torch.rand(shape, generator=generator) + 0.5) * 1.5 / deviation / k**0.5
 

@@ -45,7 +45,7 @@ def tensors(seed: int, n: int, k: int, group_size: int, act_order: bool = False,
     zeros = torch.full((groups, n), 8) if symmetric else torch.randint(
         0, 16, (groups, n), generator=generator)
     # 4.61 is the standard deviation of uniform 4-bit values.
-    scales = ((torch.rand(groups, n, generator=generator) + 0.5) * 1.5 / 4.61 / k**0.5).half()
+    scales = random_formats.draw_scales(generator, (groups, n), k, 4.61).half()
     g_idx = torch.arange(k) // size
     if act_order:
         g_idx = g_idx[torch.randperm(k, generator=generator)]
@@ -65,15 +65,13 @@ def read(stored: Mapping[str, Tensor], n: int, k: int, group_size: int,
 
 
 def dense(stored: dict[str, Tensor], layout: str) -> Tensor:
-    """Dequantise stored tensors to float32 [n, k], column by column."""
+    """Dequantise stored tensors to float32 [n, k]."""
     qweight, qzeros, scales, g_idx = (
         stored[part] for part in ('qweight', 'qzeros', 'scales', 'g_idx'))
-    columns = []
-    for column, group in enumerate(g_idx.tolist()):
-        q = (qweight[column // 8] >> 4 * (column % 8)) & 15
-        zero = ((qzeros[group].unsqueeze(1) >> SHIFTS) + int(layout == 'gptq')) & 15
-        columns.append(scales[group].float() * (q - zero.flatten()))
-    return torch.stack(columns, 1)
+    columns = torch.arange(len(g_idx)).unsqueeze(1)
+    q = (qweight[columns // 8].squeeze(1) >> 4 * (columns % 8)) & 15
+    zeros = ((qzeros.unsqueeze(2) >> SHIFTS) + int(layout == 'gptq')) & 15
+    return (scales.float()[g_idx] * (q - zeros.flatten(1)[g_idx])).t().contiguous()
 
 
 def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool = False,

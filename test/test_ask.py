@@ -38,7 +38,7 @@ def rig():
 
 
 def ask(*arguments):
-    """Run `decode_ask` to its end; keep the notices that a busy machine causes out of stderr."""
+    """Run `decode_ask` to its end; keep its notices out of stderr."""
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=2 * PATIENCE_S)
     done.notices, done.stderr = split(done.stderr)
@@ -46,7 +46,7 @@ def ask(*arguments):
 
 
 def split(stderr):
-    """Return the notices that the command waits, and the rest."""
+    """Return the notices that the command waits, as on a busy machine, and the rest."""
     lines = stderr.splitlines(keepends=True)
     notices = [line for line in lines if line.startswith('decode_ask: waiting up to ')]
     return notices, ''.join(line for line in lines if line not in notices)

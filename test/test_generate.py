@@ -24,6 +24,8 @@ import threading
 import time
 
 from action_msgs.msg import GoalStatus
+from node_rig import rigs
+from node_rig import ros  # noqa: F401
 from physai_decode.config import DecodeConfig
 from physai_decode.request import RequestError
 from physai_decode.ros import generate
@@ -32,7 +34,6 @@ from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 import pytest
-import rclpy
 from rclpy.action import ActionClient
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.executors import SingleThreadedExecutor
@@ -42,7 +43,7 @@ from std_srvs.srv import Trigger
 
 PATIENCE_S = 120.0              # against hangs only
 STEP_S = 0.002
-GOALS = 200
+GOALS = 100
 needs_msgs = pytest.mark.skipif(bool(generate.unavailable), reason=generate.unavailable)
 if not generate.unavailable:
     from physai_decode_msgs.action import Generate
@@ -259,26 +260,11 @@ class Rig:
         self.node.destroy_node()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
-
-
 @pytest.fixture
 def make():
     """Return a factory of rigs, which are closed after the test."""
-    rigs = []
-
-    def build(**arguments):
-        rigs.append(Rig(**arguments))
-        return rigs[-1]
-
-    yield build
-    for rig in rigs:
-        rig.close()
+    with rigs(Rig) as make:
+        yield make
 
 
 @needs_msgs

@@ -73,15 +73,23 @@ def pip_names(requirements: Iterable[str]) -> set[str]:
     return {re.sub(r'[-_.]+', '-', match[0]).lower() for match in found if match}
 
 
-@pytest.mark.parametrize('module', CORE)
-def test_core_imports_neither_ros_nor_torch(module):
-    """Importing the module in a fresh interpreter loads none of the heavy libraries."""
-    command = (
-        f'import sys, physai_decode.{module}\n'
-        f'print(sorted({HEAVY!r} & set(sys.modules)))')
+def assert_not_imported(names: set[str], module: str):
+    """Assert that importing a module in a fresh interpreter loads none of these."""
+    command = f'import sys, physai_decode.{module}\nprint(sorted({names!r} & set(sys.modules)))'
     result = subprocess.run(
         [sys.executable, '-c', command], capture_output=True, text=True, timeout=120)
     assert result.stdout == '[]\n', result.stderr
+
+
+@pytest.mark.parametrize('module', CORE)
+def test_core_imports_neither_ros_nor_torch(module):
+    assert_not_imported(HEAVY, module)
+
+
+def test_native_engine_does_not_import_the_compiler_of_torch():
+    """It takes as long as the rest of torch, each time that a node starts."""
+    pytest.importorskip('torch')
+    assert_not_imported({'torch._dynamo'}, 'engines.native')
 
 
 def test_only_files_in_ros_import_ros():

@@ -27,6 +27,8 @@ from node_rig import EchoEngine
 from node_rig import Letters
 from node_rig import PATIENCE_S
 from node_rig import Rig
+from node_rig import rigs
+from node_rig import ros  # noqa: F401
 from physai_decode.config import ConfigError
 from physai_decode.decode_loop import Step
 from physai_decode.gap import TOKENS
@@ -37,33 +39,17 @@ from physai_decode.ros.topics import latched_qos
 from physai_decode.ros.topics import stream_qos
 from physai_decode.worker import Worker
 import pytest
-import rclpy
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 
 LONG = 10**6                    # tokens
 
 
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
-
-
 @pytest.fixture
 def make():
     """Return a factory of rigs, which are closed after the test."""
-    rigs = []
-
-    def build(**overrides):
-        rigs.append(Rig(**overrides))
-        return rigs[-1]
-
-    yield build
-    for rig in rigs:
-        rig.close()
+    with rigs(Rig) as make:
+        yield make
 
 
 @pytest.fixture
@@ -479,7 +465,9 @@ def test_services_and_parameters_work_while_a_model_loads(make):
     rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'loading')
     assert not rig.change('configure')
     assert not rig.change('cleanup')
-    assert 'loading' in rig.ask('a')['message']
+    refused = rig.ask('a')
+    assert refused['refusal'] == 'inactive'
+    assert 'the node is loading (reading): try again when it is active' in refused['message']
     assert rig.set(sampling__top_k=5) == (True, '')
     successful, reason = rig.set(model__path='other')
     assert not successful
@@ -501,7 +489,9 @@ def test_configures_another_model_after_a_failed_load(make):
     assert status['state'] == 'failed'
     assert status['level'] == messages.ERROR
     assert 'bad is no model' in status['message']
-    assert 'bad is no model' in rig.ask('a')['message']
+    refused = rig.ask('a')
+    assert refused['refusal'] == 'inactive'
+    assert 'bad is no model; fix this, then configure and activate' in refused['message']
     assert rig.set(model__path='good') == (True, '')
     assert rig.change('configure', 'activate')
     assert rig.diagnostics('decode: engine')['state'] == 'idle'
@@ -563,21 +553,21 @@ def test_reports_an_engine_that_hangs(make, monkeypatch):
 
 
 class Endless(EchoEngine):
-    """Emits a letter per step until the request is cancelled."""
+    """Emits a letter every 10 ms until the request is cancelled."""
 
-    def __init__(self, step_s):
-        super().__init__(step_s)
+    def __init__(self):
+        super().__init__()
         self.footprint = replace(self.footprint, max_context=LONG)
 
     def _echo_upper(self, prompt_ids):
         while True:
-            time.sleep(self.step_s)
+            time.sleep(0.01)
             yield Step((ord('x'),), device_s=1e-6)
 
 
 def test_deadlines_reach_diagnostics(make):
     """A late token is a WARN, several in a row an ERROR; the limits are set at run time."""
-    engine = Endless(step_s=0.01)
+    engine = Endless()
     rig = make(load=lambda config, progress: Loaded(engine, Letters(), Peak(1e9, 'parameter')),
                **{'sampling.max_new_tokens': LONG})
     assert rig.change('configure', 'activate')

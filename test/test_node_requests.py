@@ -20,6 +20,7 @@ from node_rig import new_rig
 from physai_decode.request import parse
 from physai_decode.request import Request
 from physai_decode.ros.topics import stream_qos
+from physai_decode.worker import Cancelled
 import pytest
 from rclpy.action.server import RCLError
 from std_msgs.msg import String
@@ -132,7 +133,7 @@ def test_logs_a_cancel_of_an_unknown_id(active, capfd):
     active.cancels.clear()
     active.request.publish(String(data=json.dumps({'id': 'nobody', 'cancel': True})))
     assert send(active, {'id': 'next', 'prompt': 'a'})['id'] == 'next'
-    assert active.cancels == ['nothing running']
+    assert active.cancels == [Cancelled()]
     assert "nothing to cancel: no request 'nobody' runs or waits" in capfd.readouterr().err
 
 

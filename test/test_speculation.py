@@ -379,7 +379,7 @@ def test_random_models_answer_the_same(native, family, tmp_path, monkeypatch):
     loop = drafting(native, random_model.save(tmp_path, family, 1))
     draw = Random(family)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
-                for _ in range(draw.randint(2, 70))] for _ in range(36)]
+                for _ in range(draw.randint(2, 70))] for _ in range(18)]
     assert check_same_answers(loop, prompts, 30) > 0
     loop.engine.close()
 
@@ -393,8 +393,8 @@ def test_embedded_model_answers_the_same(native):
     prompts = [tokenizer.apply_chat_template(
         [{'role': 'user', 'content': f'{verb} the {thing}{rest}'}],
         add_generation_prompt=True, tokenize=True, return_dict=False)
-        for verb in ('Bring me', 'Find', 'Throw away', 'Put down')
-        for thing in ('red cup', 'box', 'small screwdriver')
+        for verb in ('Bring me', 'Find', 'Throw away')
+        for thing in ('red cup', 'small screwdriver')
         for rest in ('.', ' from the kitchen table, then close the box and go to the door.')]
     saved = check_same_answers(loop, prompts, 60)
     assert saved > 0
@@ -549,11 +549,15 @@ class Direct:
 @pytest.fixture
 def piped(native, monkeypatch):
     """Return a factory of engines whose steps run ahead of the host, as on a GPU."""
+    from physai_decode.engines import logits
+    from physai_decode.engines.native import self_check
     from physai_decode.engines.native import start
 
     def make(folder, ops):
         monkeypatch.setattr(start, 'operations', lambda *_: ops)
-        monkeypatch.setattr(start, 'WARM_UP', start.WARM_UP[:1])        # slow in the interpreter
+        # Steps at the load, which are slow in the interpreter.
+        for module, name in ((start, 'warm_up'), (logits, 'check'), (self_check, 'check')):
+            monkeypatch.setattr(module, name, lambda *_: None)
         monkeypatch.setattr(start, 'pass_costs', lambda *_: {})
         loop = drafting(native, folder, replace(CPU, dtype='float32'))
         loop.engine.pipeline = Direct(loop.engine)

@@ -344,7 +344,6 @@ def test_uses_added_tokens_of_blanks():
 def test_encodes_without_a_template():
     tokenizer = llama_like()
     plain = Text(tokenizer, ChatConfig(template='off'))
-    assert not plain.has_template
     assert encode(plain, 'Pick up') == tokenizer('Pick up')['input_ids']
     assert encode(plain, 'Pick up')[0] == tokenizer.bos_token_id
     assert encode(plain, 'c', [('a', 'b')]) == tokenizer('abc')['input_ids']

@@ -190,6 +190,28 @@ def test_constraint_begins_after_the_thought(make):
         assert content in ('yes', 'no')
 
 
+@pytest.mark.parametrize(('form', 'answer'), [
+    ({'choice': [' yes', 'yes']}, ' yes'), ({'choice': [' yes', 'yes']}, 'yes'),
+    ({'regex': ' {2}yes'}, '  yes'), ({'grammar': r'root ::= "\nyes"'}, '\nyes')])
+@pytest.mark.parametrize(('said', 'prompt'), [
+    ('<think>a</think>', 'x'), ('a</think>', 'x<think>'), ('', 'x')])
+def test_blanks_that_begin_a_constrained_answer_stay(make, form, answer, said, prompt):
+    """After a thought, and without one."""
+    report, content, *_ = ask(
+        make, said + answer, text_of(thinks=True), structured_outputs=form,
+        messages=[{'role': 'user', 'content': prompt}])
+    assert (report.reasoning, report.finish_reason) == ('a' if said else '', 'stop')
+    assert content == answer
+
+
+def test_blanks_that_begin_an_answer_stay_after_a_thought_that_reached_its_limit(make):
+    report, content, *_ = ask(
+        make, '', text_of(thinks=True), FakeEngine(thinker, max_context=1000, vocab_size=256),
+        thinking={'max_tokens': 20}, structured_outputs={'choice': [' yes', ' no']})
+    assert (report.finish_reason, report.reasoning_tokens) == ('stop', 20)
+    assert content in (' yes', ' no')
+
+
 def thinker(prompt):
     """Think for a long time, unless the prompt ends the thought."""
     text = ''.join(map(chr, prompt))

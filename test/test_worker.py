@@ -41,10 +41,12 @@ from physai_decode.engine import EngineError
 from physai_decode.request import Request
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
+from physai_decode.worker import Cancelled
 from physai_decode.worker import Worker
 import pytest
 from worker_rig import making
 from worker_rig import Sink
+from worker_rig import slowly
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
@@ -305,12 +307,12 @@ def test_cancel_ends_running_and_queued_requests(make):
     gate = Gate()
     engine = FakeEngine(lambda ids: gate.steps(forever()))
     worker, sink = make(engine)
-    assert worker.cancel() == 'nothing running'
+    assert worker.cancel() == Cancelled()
     running = worker.submit(Request('a'))
     gate.open(3)
     sink.wait_tokens(3)
     waiting = [worker.submit(Request('b')), worker.submit(Request('c'))]
-    assert worker.cancel() == 'cancelled request 1, removed 2 waiting'
+    assert str(worker.cancel()) == 'cancelled request 1, removed 2 waiting'
     for request_id in waiting:
         report, text = sink.end(request_id)
         assert (report.finish_reason, text) == ('cancelled', '')
@@ -328,7 +330,7 @@ def test_cancel_at_the_last_token(make):
         def token(self, report):
             super().token(report)
             if report.index == 1:
-                assert worker.cancel() == 'cancelled request 1'
+                assert worker.cancel() == Cancelled(1)
 
     worker, sink = make(sink=Canceller(), sampling=SamplingConfig(max_new_tokens=2))
     report, text = sink.end(worker.submit(Request('abc')))
@@ -480,12 +482,7 @@ def test_error_of_the_detokenizer_ends_only_its_request(make):
 def test_deadline_with_truncate_ends_the_answer(make):
     now = [0.0]
 
-    def steps(prompt_ids):
-        for step in forever():
-            now[0] += 0.04
-            yield step
-
-    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+    worker, sink = make(FakeEngine(lambda ids: slowly(forever(), now)), clock=lambda: now[0],
                         deadline=DeadlineConfig(request_ms=100.0, action='truncate'))
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text) == ('deadline', 'xxx')
@@ -499,12 +496,7 @@ def test_deadline_with_truncate_ends_the_answer(make):
 def test_deadline_with_report_only_counts_the_miss(make):
     now = [0.0]
 
-    def steps(prompt_ids):
-        for step in say('abc'):
-            now[0] += 0.04
-            yield step
-
-    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+    worker, sink = make(FakeEngine(lambda ids: slowly(say('abc'), now)), clock=lambda: now[0],
                         deadline=DeadlineConfig(request_ms=100.0))
     report, text = sink.end(worker.submit(Request('go')))
     assert (report.finish_reason, text, report.deadline_misses) == ('stop', 'abc', 1)
@@ -785,7 +777,7 @@ def test_cancel_does_not_end_a_task(make):
     worker, sink = make()
     task = Task(worker)
     waiting = worker.submit(Request('one'))
-    assert worker.cancel() == 'removed 1 waiting'
+    assert worker.cancel() == Cancelled(waiting=1)
     assert sink.end(waiting)[0].finish_reason == 'cancelled'
     task.go.set()
     assert task.end() == 'done'

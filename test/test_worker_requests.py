@@ -30,9 +30,11 @@ from physai_decode.config import QueueConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.request import Message
 from physai_decode.request import Request
+from physai_decode.worker import Cancelled
 import pytest
 from worker_rig import making
 from worker_rig import Sink
+from worker_rig import slowly
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
@@ -65,12 +67,7 @@ def test_each_request_has_its_own_sampling(make):
 def test_each_request_has_its_own_deadline(make):
     now = [0.0]
 
-    def steps(prompt_ids):
-        for step in forever():
-            now[0] += 0.04
-            yield step
-
-    worker, sink = make(FakeEngine(steps), clock=lambda: now[0],
+    worker, sink = make(FakeEngine(lambda ids: slowly(forever(), now)), clock=lambda: now[0],
                         deadline=DeadlineConfig(request_ms=100.0, action='truncate'))
     for options, count in (({}, 3), ({'request_ms': 200.0}, 6), ({'action': 'report'}, 9)):
         report, text = sink.end(worker.submit(Request(
@@ -157,10 +154,10 @@ def test_cancel_by_client_id(make):
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     numbers = {name: worker.submit(Request('a', client_id=name)) for name in 'abc'}
     assert gate.waiting.wait(TIMEOUT_S)
-    assert worker.cancel(client_id='nobody') == 'nothing running'
-    assert worker.cancel(client_id='b') == 'removed 1 waiting'
+    assert worker.cancel(client_id='nobody') == Cancelled()
+    assert worker.cancel(client_id='b') == Cancelled(waiting=1)
     assert sink.end(numbers['b'])[0].finish_reason == 'cancelled'
-    assert worker.cancel(client_id='a') == 'cancelled request 1'
+    assert worker.cancel(client_id='a') == Cancelled(1)
     gate.open(9)
     assert sink.end(numbers['a'])[0].finish_reason == 'cancelled'
     assert sink.end(numbers['c'])[0].finish_reason == 'stop'
@@ -230,12 +227,7 @@ def test_truncated_answer_stays_in_the_conversation(make):
     """It stays after a limit of tokens and after a deadline."""
     now = [0.0]
 
-    def steps(prompt_ids):
-        for step in say('abcd'):
-            now[0] += 0.04
-            yield step
-
-    engine = FakeEngine(steps)
+    engine = FakeEngine(lambda ids: slowly(say('abcd'), now))
     worker, sink = make(engine, clock=lambda: now[0], chat=ChatConfig(keep_history=True))
     sink.end(worker.submit(Request('one', sampling={'max_new_tokens': 1})))
     report, _ = sink.end(worker.submit(Request(

@@ -99,6 +99,13 @@ def making():
         assert worker.stop(TIMEOUT_S)
 
 
+def slowly(steps, now):
+    """Yield steps, each of which takes 40 ms of a clock that shows ``now[0]`` seconds."""
+    for step in steps:
+        now[0] += 0.04
+        yield step
+
+
 def wait_for(condition):
     until_s = time.monotonic() + TIMEOUT_S
     while not condition():

@@ -68,7 +68,7 @@ def chat(role: str, content: str) -> str:
     return f'<|im_start|>{role}\n{content}<|im_end|>\n'
 
 
-def train_tokenizer(seed: int, turns: int = 20000) -> Tokenizer:
+def train_tokenizer(seed: int) -> Tokenizer:
     """Train a byte-level BPE of 1024 tokens on commands and answers: it encodes any text."""
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
@@ -81,7 +81,7 @@ def train_tokenizer(seed: int, turns: int = 20000) -> Tokenizer:
     rng = Random(f'{seed} tokenizer')
     drawn = conversation(rng)
     texts = []
-    for _ in range(turns):
+    for _ in range(20000):
         turn = next(drawn)
         texts += [
             f'user\n{turn.text}', f'assistant\n{turn.answer}', f'system\n{system_prompt(rng)}']

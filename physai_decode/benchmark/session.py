@@ -94,18 +94,17 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
     result: dict[str, Any] = {
         'case': case.to_dict(), 'status': 'done', 'contexts': cells,
         'date': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+    engine = None
     try:
         engine, startup = _build(case, cells, note, started_s)
         if case.captured and engine.footprint.cuda_graph != 'captured':
-            engine.close()
             raise EngineError(f'{engine.footprint.device_name} has no CUDA graphs')
-    except EngineError as error:
-        return {**result, 'status': 'unavailable', 'error': str(error)}
-    try:
         compiled = compile_schema(case, engine.footprint) if case.schema else None
-    except TextError as error:
-        engine.close()
+    except (EngineError, TextError) as error:
+        if engine is not None:
+            engine.close()
         return {**result, 'status': 'unavailable', 'error': str(error)}
+    gc.freeze()         # until the engine closes: collections before each measurement are short
     try:
         footprint = engine.footprint
         peak = find_engine_peak(footprint, _settings(case, max(case.contexts)))
@@ -124,6 +123,7 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
         result['machine'] = machine.describe(footprint)
     finally:
         engine.close()
+        gc.unfreeze()
     if case.kernels and footprint.device.startswith('cuda'):
         keep(result)
         note('kernel by kernel')

@@ -42,16 +42,16 @@ def missing(method: str) -> tuple[str, ...]:
     :param method: ``quant_method`` in config.json.
     """
     needed = _NEEDED.get(method, ())
-    if method == 'awq' and _major('transformers') < 5:
+    if method == 'awq' and _transformers_major() < 5:
         needed = ('awq',)
-    if method == 'eetq' and _major('transformers') >= 5:
+    if method == 'eetq' and _transformers_major() >= 5:
         needed = ('kernels',)
     return tuple(_PIP.get(name, name) for name in (*needed, 'accelerate')
                  if find_spec(name) is None)
 
 
-def _major(name: str) -> int:
+def _transformers_major() -> int:
     try:
-        return int(version(name).partition('.')[0])
+        return int(version('transformers').partition('.')[0])
     except PackageNotFoundError:
         return 0

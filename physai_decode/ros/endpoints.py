@@ -31,7 +31,6 @@ from physai_decode.request import RequestError
 from physai_decode.ros.topics import POLICIES
 from physai_decode.ros.topics import stream_qos
 from physai_decode.worker import Busy
-from physai_decode.worker import NOTHING_RUNNING
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -82,7 +81,7 @@ class Endpoints:
                 self._logger.warning(
                     f'the cancel of {parsed.client_id!r} ignores {", ".join(parsed.surplus)}',
                     throttle_duration_sec=1.0)
-            if self._host.cancel(client_id=parsed.client_id) == NOTHING_RUNNING:
+            if not any(self._host.cancel(client_id=parsed.client_id)):
                 self._logger.info(
                     f'nothing to cancel: no request {parsed.client_id!r} runs or waits',
                     throttle_duration_sec=1.0)
@@ -90,7 +89,7 @@ class Endpoints:
             self._host.submit(parsed, received_s)
 
     def _on_cancel(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success, response.message = True, self._host.cancel()
+        response.success, response.message = True, str(self._host.cancel())
         return response
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:

@@ -33,6 +33,7 @@ from typing import Any
 from physai_decode.config import check
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.config import MAX_ITEMS
 from rcl_interfaces.msg import FloatingPointRange
 from rcl_interfaces.msg import IntegerRange
 from rcl_interfaces.msg import Parameter as ParameterMessage
@@ -148,10 +149,10 @@ def fixed(parameters: Iterable[Parameter]) -> list[str]:
 def length_limit(field: Field[Any]) -> str:
     """Describe the longest allowed value; empty if the field is neither a text nor a list."""
     meta = field.metadata
-    characters, texts = meta['characters'], meta['texts']
+    characters = meta['characters']
     if type(field.default) is tuple:
-        return f'up to {texts} numbers of {meta["low"]} to {meta["high"]}' \
-            if meta['items'] is int else f'up to {texts} texts of {characters} characters'
+        return f'up to {MAX_ITEMS} numbers of {meta["low"]} to {meta["high"]}' \
+            if meta['items'] is int else f'up to {MAX_ITEMS} texts of {characters} characters'
     return f'up to {characters} characters' if type(field.default) is str else ''
 
 

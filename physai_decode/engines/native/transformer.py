@@ -22,6 +22,7 @@ once, a token and a draft: the logits of each row are bit for bit those of a sep
 
 from collections.abc import Iterator
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 from typing import NamedTuple
 
@@ -43,7 +44,6 @@ from physai_decode.engines.native.weights import Layer
 from physai_decode.engines.native.weights import Weights
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 import torch.nn.functional as F
 
 # The start of the kernel's name for each weight format; unknown for products of PyTorch.
@@ -80,6 +80,8 @@ class Transformer:
         :param rows: the largest number of rows of a pass; more than 1 requires that each MLP is an
             `Mlp`.
         """
+        if device.type != 'cpu':
+            import_module('torch.nn.attention.bias')    # takes seconds; `_attend` needs it later
         a = self.architecture = architecture
         self.weights = weights
         self.max_context = max_context
@@ -261,15 +263,15 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, layer: Attention) -> Tensor
     window = layer.window
     mask: Tensor | None = None
     causal = tokens == stop and not window
-    if not causal:
-        mask = causal_lower_right(tokens, stop)
-    if window or (mask is not None and q.device.type == 'cpu'):
+    if window or (not causal and q.device.type == 'cpu'):
         # SDPA needs a mask for a window and, on a CPU, for an offset.
         places = torch.arange(stop, device=q.device)
         own = places[stop - tokens:].unsqueeze(1)
         mask = places <= own
         if window:
             mask &= places > own - window
+    elif not causal:
+        mask = import_module('torch.nn.attention.bias').causal_lower_right(tokens, stop)
     with devices.attention_backends(q.device):
         return F.scaled_dot_product_attention(
             q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask,
