@@ -291,9 +291,9 @@ class Host:
         worker, peak, telemetry = self.worker, self.peak, self.telemetry
         if worker is None or peak is None:
             return ''
-        if telemetry is not None and (part := telemetry.memory_clock_part) is not None \
+        if telemetry is not None and (clocks := telemetry.memory_clocks_mhz) is not None \
                 and worker.state == 'generating':       # an idle board lowers the clock
-            worker.peak = at_clock(peak, part)
+            worker.peak = at_clock(peak, clocks)
         found = observed_peak(worker.peak, window.bandwidth_gb_s)
         # The steps have to exceed their own peak too, because the clock may have changed since.
         if found is None or window.r_floor is None or window.r_floor <= TOLERANCE \

@@ -25,6 +25,8 @@ import time
 from typing import Any
 
 INTERVAL_S = 0.2
+LOW = 0.95                      # a clock below this part of its maximum is low
+BUSY_PERCENT = 50               # load of the GPU; an idle one lowers its clock
 
 
 class Jetson:
@@ -56,10 +58,10 @@ class Jetson:
             return self._energy_j + self._power_w * (self._clock() - self._since_s)
 
     @property
-    def memory_clock_part(self) -> float | None:
-        """The current over the highest memory clock, None if the board does not report them."""
+    def memory_clocks_mhz(self) -> tuple[float, float] | None:
+        """The current and the highest memory clock, None if the board does not report them."""
         current, highest = (_value(self._board, 'memory', 'EMC', key) for key in ('cur', 'max'))
-        return current / highest if current and highest else None
+        return (1e-3 * current, 1e-3 * highest) if current and highest else None
 
     def read(self) -> dict[str, float | str | None]:
         """Return the last report by keys of `telemetry.KEYS`; None means unknown."""
@@ -71,7 +73,19 @@ class Jetson:
             'power_w': self._power_w,
             'sm_clock_mhz': _scaled(_nested(gpu, 'freq', 'cur'), 1e-3),
             'memory_clock_mhz': _scaled(_value(board, 'memory', 'EMC', 'cur'), 1e-3),
+            'throttle_reasons': self._low_clocks(gpu),
             'power_mode': None if mode is None else str(getattr(mode, 'name', mode))}
+
+    def _low_clocks(self, gpu: Any) -> str | None:
+        """Name the clocks below their maximum while the GPU is busy; None if that is unknown."""
+        load = _nested(gpu, 'status', 'load')
+        clocks = {'low_gpu_clock': tuple(_nested(gpu, 'freq', key) for key in ('cur', 'max')),
+                  'low_memory_clock': self.memory_clocks_mhz or (None, None)}
+        known = {name: pair for name, pair in clocks.items() if all(pair)}
+        if load is None or not known:
+            return None
+        low = [name for name, (current, highest) in known.items() if current < LOW * highest]
+        return ' '.join(low) if low and load >= BUSY_PERCENT else 'none'
 
     def close(self) -> None:
         """Unsubscribe."""
@@ -91,9 +105,9 @@ def _value(board: Any, name: str, *keys: str) -> Any:
 
 
 def _nested(value: Any, *keys: str) -> Any:
-    """Return a value in nested dictionaries, None if this board does not have it."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
+    """Return a value in nested mappings, None if this board does not have it."""
+    for key in keys:        # some are classes of jetson-stats, which only resemble a dict
+        value = value.get(key) if hasattr(value, 'get') else None
     return value
 
 

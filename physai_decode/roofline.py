@@ -67,6 +67,13 @@ _DATASHEETS = (
     (r'\bOrin Nano\b', 68.0, 'NVIDIA Jetson Orin Nano datasheet, 8GB'),
 )
 
+# The memory clock in MHz for which the peak of a data sheet holds. The bus transfers twice per clock.
+_RATED_MHZ = {
+    'NVIDIA Jetson AGX Orin datasheet': 3200, 'NVIDIA Jetson Orin NX datasheet': 3200,
+    'NVIDIA Jetson Orin Nano datasheet, 4GB Super': 3200,
+    'NVIDIA Jetson Orin Nano datasheet, 8GB Super': 3200,
+    'NVIDIA Jetson Orin Nano datasheet, 4GB': 2133, 'NVIDIA Jetson Orin Nano datasheet, 8GB': 2133}
+
 # GPUs that share the board's memory. For them, CUDA does not report the clock of the DRAM.
 _INTEGRATED = re.compile(r'\b(Orin|Thor|GB10|Xavier|Tegra)\b', re.IGNORECASE)
 
@@ -229,15 +236,17 @@ def observed_peak(peak: Peak, bandwidth_gb_s: float | None) -> Peak | None:
     return Peak(bandwidth_gb_s * 1e9, 'observed in steps')
 
 
-def at_clock(peak: Peak, part: float | None) -> Peak:
+def at_clock(peak: Peak, clocks_mhz: tuple[float, float] | None) -> Peak:
     """
-    Scale the peak of a data sheet, which is for the highest memory clock, to the current clock.
+    Scale the peak of a data sheet, which is for the rated memory clock, to the current clock.
 
-    :param part: the current over the highest memory clock, None if unknown.
+    :param clocks_mhz: the current and the highest memory clock, None if unknown. A power mode can
+        limit the highest one, so it is used only for boards whose rated clock is unknown.
     """
-    if peak.bytes_per_s is None or part is None or 'datasheet' not in peak.source:
+    if peak.bytes_per_s is None or clocks_mhz is None or 'datasheet' not in peak.source:
         return peak
-    part = min(part, 1.0)
+    current, highest = clocks_mhz
+    part = min(current / _RATED_MHZ.get(peak.source, highest), 1.0)
     return replace(peak, bytes_per_s=part * peak.bytes_per_s)
 
 

@@ -39,6 +39,10 @@ from physai_decode.roofline import Peak
 
 KEYS = ('memory_used_gb', 'memory_free_gb', 'temperature_c', 'power_w', 'sm_clock_mhz',
         'memory_clock_mhz', 'throttle_reasons', 'power_mode')
+# Bits of nvmlClocksThrottleReasons in nvml.h.
+_THROTTLE_REASONS = {
+    'sw_power_cap': 0x04, 'hw_slowdown': 0x08, 'sync_boost': 0x10, 'sw_thermal': 0x20,
+    'hw_thermal': 0x40, 'hw_power_brake': 0x80}
 
 
 class Telemetry:
@@ -92,10 +96,10 @@ class Telemetry:
         return None if board is None else board.energy_j
 
     @property
-    def memory_clock_part(self) -> float | None:
-        """A Jetson's current over its highest memory clock, None if unknown."""
+    def memory_clocks_mhz(self) -> tuple[float, float] | None:
+        """A Jetson's current and highest memory clock, None if unknown."""
         board = self._board
-        return None if board is None else board.memory_clock_part
+        return None if board is None else board.memory_clocks_mhz
 
     def close(self) -> None:
         """Close NVML and jetson-stats."""
@@ -150,18 +154,13 @@ def _query(nvml: Any, query: Callable[[], Any]) -> Any:
         return query()
     except nvml.NVMLError:              # the device does not support it, or NVML was just closed
         return None
+    except AttributeError:              # an old pynvml, such as that of Ubuntu 22.04, lacks it
+        return None
 
 
 def _throttle_reasons(nvml: Any, handle: Any) -> str:
     bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    names = {
-        'sw_power_cap': nvml.nvmlClocksThrottleReasonSwPowerCap,
-        'hw_slowdown': nvml.nvmlClocksThrottleReasonHwSlowdown,
-        'sync_boost': nvml.nvmlClocksThrottleReasonSyncBoost,
-        'sw_thermal': nvml.nvmlClocksThrottleReasonSwThermalSlowdown,
-        'hw_thermal': nvml.nvmlClocksThrottleReasonHwThermalSlowdown,
-        'hw_power_brake': nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown}
-    return ' '.join(name for name, bit in names.items() if bits & bit) or 'none'
+    return ' '.join(name for name, bit in _THROTTLE_REASONS.items() if bits & bit) or 'none'
 
 
 def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:

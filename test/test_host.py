@@ -87,17 +87,18 @@ def test_few_steps_among_the_pieces_of_a_server_do_not_correct_the_peak(host):
 @pytest.fixture
 def board(host, monkeypatch):
     """Return the telemetry of a Jetson, at half its highest memory clock."""
-    board = SimpleNamespace(memory_clock_part=0.5, close=lambda: None)
+    board = SimpleNamespace(memory_clocks_mhz=(1600.0, 3200.0), close=lambda: None)
     monkeypatch.setattr(host, 'telemetry', board)
     return board
 
 
-@pytest.mark.parametrize(('recorded', 'now'), [(1.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize(('recorded', 'now'), [
+    ((3200.0, 3200.0), (1600.0, 3200.0)), ((1600.0, 3200.0), (3200.0, 3200.0))])
 def test_a_change_of_the_memory_clock_does_not_refute_the_peak(
         host, board, monkeypatch, recorded, now):
     """These steps ran at the highest clock, before it fell, or after an unnoticed rise."""
     monkeypatch.setattr(Worker, 'state', 'generating')
-    board.memory_clock_part = now
+    board.memory_clocks_mhz = now
     assert host.follow_peak(window(host, 180.0, at_clock(SHEET, recorded))) == ''
     assert host.peak == SHEET
     assert host.worker.peak == at_clock(SHEET, now)

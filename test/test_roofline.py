@@ -148,12 +148,24 @@ def test_observed_bandwidth_above_the_tolerance_corrects_the_peak():
 def test_memory_clock_can_only_lower_the_peak_of_a_data_sheet():
     """It does not change a peak from another source."""
     sheet = roofline.datasheet('NVIDIA Jetson AGX Orin')
-    assert roofline.at_clock(sheet, 0.5).bytes_per_s == 102.4e9
+    assert roofline.at_clock(sheet, (1600.0, 3200.0)).bytes_per_s == 102.4e9
     nano = roofline.datasheet('NVIDIA Jetson Orin Nano Developer Kit')
-    assert roofline.at_clock(nano, 0.5).bytes_per_s == 34e9
-    assert roofline.at_clock(sheet, 1.5) == roofline.at_clock(sheet, None) == sheet
+    assert roofline.at_clock(nano, (1066.5, 2133.0)).bytes_per_s == 34e9
+    thor = roofline.datasheet('NVIDIA Jetson AGX Thor Developer Kit')
+    assert roofline.at_clock(thor, (2000.0, 4000.0)).bytes_per_s == 136.5e9
+    assert roofline.at_clock(sheet, (3201.0, 3201.0)) == roofline.at_clock(sheet, None) == sheet
     peak = roofline.Peak(100e9, 'parameter')
-    assert roofline.at_clock(peak, 0.5) == peak
+    assert roofline.at_clock(peak, (1600.0, 3200.0)) == peak
+
+
+def test_a_power_mode_that_limits_the_memory_clock_lowers_the_peak():
+    """jetson-stats then reports that limit as the highest clock."""
+    sheet = roofline.datasheet('NVIDIA Jetson AGX Orin')
+    assert roofline.at_clock(sheet, (1600.0, 1600.0)).bytes_per_s == 102.4e9
+
+
+def test_rated_clocks_are_of_boards_in_the_table():
+    assert set(roofline._RATED_MHZ) <= {source for _, _, source in roofline._DATASHEETS}
 
 
 def test_peak_of_a_mig_slice_is_measured():

@@ -54,10 +54,6 @@ def nvml(monkeypatch):
     calls = []
     module = SimpleNamespace(
         NVMLError=NVMLError, NVML_TEMPERATURE_GPU=0, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2,
-        nvmlClocksThrottleReasonSwPowerCap=4, nvmlClocksThrottleReasonHwSlowdown=8,
-        nvmlClocksThrottleReasonSyncBoost=16, nvmlClocksThrottleReasonSwThermalSlowdown=32,
-        nvmlClocksThrottleReasonHwThermalSlowdown=64,
-        nvmlClocksThrottleReasonHwPowerBrakeSlowdown=128,
         nvmlInit=lambda: calls.append('init'), nvmlShutdown=lambda: calls.append('shutdown'),
         nvmlDeviceGetHandleByUUID=by_uuid, nvmlDeviceGetPowerUsage=unsupported,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: 123456,
@@ -81,6 +77,17 @@ def test_reads_a_gpu_through_nvml(nvml):
     telemetry.close()
     telemetry.close()
     assert nvml == ['init', 'shutdown']
+
+
+def test_an_old_pynvml_lacks_functions(nvml, monkeypatch):
+    """Ubuntu 22.04 has one without the energy counter and the names of most throttle reasons."""
+    for name in ('nvmlDeviceGetTotalEnergyConsumption', 'nvmlDeviceGetTemperature'):
+        monkeypatch.delattr(sys.modules['pynvml'], name, raising=False)
+    telemetry = Telemetry(GPU)
+    assert telemetry.energy_j() is None
+    figures = telemetry.read()
+    assert (figures['temperature_c'], figures['sm_clock_mhz']) == (None, 2040)
+    assert figures['throttle_reasons'] == 'sw_power_cap sw_thermal'
 
 
 def test_close_ignores_errors_of_nvml(nvml, monkeypatch):
@@ -176,16 +183,33 @@ def test_reads_the_energy_of_a_gpu(nvml, monkeypatch):
     assert Telemetry(CPU).energy_j() is None
 
 
+class Fields:
+    """A part of jetson-stats' report, which has some methods of a dict, but is none."""
+
+    def __init__(self, **fields):
+        self._fields = fields
+
+    def get(self, key, default=None):
+        return self._fields.get(key, default)
+
+    def values(self):
+        return self._fields.values()
+
+    def __len__(self):
+        return len(self._fields)
+
+
 class FakeBoard:
-    """The `jtop` class of jetson-stats 4 with the figures of an AGX Orin."""
+    """The `jtop` class of jetson-stats 4 and newer with the figures of an AGX Orin."""
 
     def __init__(self, interval):
         self.observers = []
         self.closed = False
         self.power = {'rail': {'VDD_GPU_SOC': {'power': 9000}}, 'tot': {'power': 20000}}
         self.temperature = {'cpu': {'temp': 48.0}, 'gpu': {'temp': 51.5, 'online': True}}
-        self.memory = {'EMC': {'cur': 3199000, 'max': 3199000}}
-        self.gpu = {'ga10b': {'freq': {'cur': 1300500}, 'status': {'load': 99.0}}}
+        self.memory = Fields(EMC={'cur': 3199000, 'max': 3199000})
+        self.gpu = Fields(
+            ga10b={'freq': {'cur': 1300500, 'max': 1300500}, 'status': {'load': 99.0}})
         self.nvpmodel = SimpleNamespace(name='MAXN')
 
     def attach(self, observer):
@@ -215,15 +239,29 @@ def test_reads_a_jetson_through_jetson_stats(monkeypatch):
     assert tuple(figures) == KEYS
     assert {key: value for key, value in figures.items() if value is not None} == {
         'temperature_c': 51.5, 'power_w': 20.0, 'sm_clock_mhz': 1300.5,
-        'memory_clock_mhz': 3199.0, 'power_mode': 'MAXN'}
-    board.memory, board.temperature, board.gpu, board.nvpmodel = {}, None, {}, None
+        'memory_clock_mhz': 3199.0, 'throttle_reasons': 'none', 'power_mode': 'MAXN'}
+    board.memory, board.temperature, board.gpu, board.nvpmodel = Fields(), None, Fields(), None
     assert {key for key, value in telemetry.read().items() if value is not None} == {'power_w'}
-    assert telemetry.memory_clock_part is None
-    board.memory = {'EMC': {'cur': 1600000, 'max': 3200000}}
-    assert telemetry.memory_clock_part == 0.5
+    assert telemetry.memory_clocks_mhz is None
+    board.memory = Fields(EMC={'cur': 1600000, 'max': 3200000})
+    assert telemetry.memory_clocks_mhz == (1600.0, 3200.0)
     telemetry.close()
-    assert telemetry.memory_clock_part is None
+    assert telemetry.memory_clocks_mhz is None
     assert board.closed and not board.observers
+
+
+@pytest.mark.parametrize(('gpu_khz', 'memory_khz', 'load', 'reasons'), [
+    (1300500, 3199000, 99.0, 'none'), (800000, 3199000, 99.0, 'low_gpu_clock'),
+    (800000, 2133000, 99.0, 'low_gpu_clock low_memory_clock'), (306000, 665600, 3.0, 'none'),
+    (306000, 665600, None, None)])
+def test_low_clocks_of_a_busy_board(gpu_khz, memory_khz, load, reasons):
+    """A Jetson does not report why; an idle one lowers its clocks."""
+    jetson = Jetson(FakeBoard)
+    gpu = {'freq': {'cur': gpu_khz, 'max': 1300500}, 'status': {'load': load}}
+    jetson._board.gpu = Fields(ga10b=gpu)
+    jetson._board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
+    assert jetson.read()['throttle_reasons'] == reasons
+    jetson.close()
 
 
 def test_energy_of_a_board_is_its_power_over_time():
