@@ -85,3 +85,25 @@ def test_only_compiler_py_depends_on_the_version_of_triton():
     newer = re.compile(r'triton\.language\.extra|constexpr_function|\bgdc\b')
     found = {path.name for path in package.rglob('*.py') if newer.search(path.read_text())}
     assert found == {'compiler.py'}
+
+
+@pytest.mark.parametrize('error', [
+    RuntimeError('ptxas fatal: Value sm_110a is not defined'),
+    FileNotFoundError('Failed to find C compiler')])
+def test_tells_if_triton_can_not_compile_for_the_chip(monkeypatch, error):
+    """The step then runs with PyTorch's operations."""
+    compiler = pytest.importorskip('physai_decode.engines.compiler')
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self.start
+
+        def start(self, number):
+            raise error
+
+    monkeypatch.setattr(torch, 'empty', lambda *sizes, **options: None)
+    monkeypatch.setattr(compiler, '_write', Kernel())
+    problem = compiler.problem(DEVICE)
+    assert 'can not compile for compute capability 9.0' in problem
+    assert str(error) in problem
+    assert 'pip install -U triton' in problem and 'gcc' in problem

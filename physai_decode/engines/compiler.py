@@ -25,6 +25,7 @@ import re
 from physai_decode.engines import chip
 import torch
 import triton
+import triton.language as tl
 
 LEAST = (3, 1)          # the oldest version that compiles all kernels
 LEAST_CAPABILITY = (9, 0)       # for programmatic dependent launch (PDL)
