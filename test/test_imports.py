@@ -39,14 +39,15 @@ HEAVY = ROS_LIBRARIES | {'torch', 'transformers', 'triton', 'tokenizers', 'safet
 PIP_NAMES = {'pynvml': 'nvidia-ml-py', 'yaml': 'pyyaml'}
 ROSDEP_NAMES = {
     'jinja2': 'python3-jinja2', 'matplotlib': 'python3-matplotlib', 'numpy': 'python3-numpy',
-    'pynvml': 'python3-pynvml', 'rich': 'python3-rich', 'torch': 'python3-pytorch-pip',
+    'rich': 'python3-rich', 'torch': 'python3-pytorch-pip',
     'transformers': 'python3-transformers-pip', 'yaml': 'python3-yaml',
     # These come with one of the above.
     'huggingface_hub': 'python3-transformers-pip', 'safetensors': 'python3-transformers-pip',
     'tokenizers': 'python3-transformers-pip', 'triton': 'python3-pytorch-pip'}
 # Without them the node names what to install, or publishes n/a.
 OPTIONAL = {'bondpy', 'exllamav2', 'jtop', 'physai_decode_msgs'}
-NO_ROSDEP = {'llguidance', 'prometheus_client', 'uvicorn'}      # rosdep has no key for them
+# rosdep has no key for them, or one that fails on a Jetson.
+NO_ROSDEP = {'llguidance', 'prometheus_client', 'pynvml', 'uvicorn'}
 
 
 def imported(path: Path) -> set[str]:
