@@ -291,18 +291,17 @@ class Host:
         worker, peak, telemetry = self.worker, self.peak, self.telemetry
         if worker is None or peak is None:
             return ''
-        if telemetry is not None and (clocks := telemetry.memory_clocks_mhz) is not None \
-                and worker.state == 'generating':       # an idle board lowers the clock
+        if telemetry is not None and (clocks := telemetry.memory_clocks_mhz) is not None:
             worker.peak = at_clock(peak, clocks)
-        found = observed_peak(worker.peak, window.bandwidth_gb_s)
-        # The steps have to exceed their own peak too, because the clock may have changed since.
+        # A peak at a lower clock is not refuted: the clock may have risen since.
+        found = observed_peak(peak, window.bandwidth_gb_s)
         if found is None or window.r_floor is None or window.r_floor <= TOLERANCE \
                 or window.floor_count < BEST_COUNT:
             return ''
-        before, self.peak, worker.peak = worker.peak, found, found
+        self.peak = worker.peak = found
         return (f'the floor is updated: {window.floor_count} steps read at '
                 f'{window.bandwidth_gb_s:.4g} GB/s, more than the peak of '
-                f'{(before.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({before.source}); if that is a '
+                f'{(peak.bytes_per_s or 0.0) / 1e9:.4g} GB/s ({peak.source}); if that is a '
                 'parameter, correct roofline.peak_bandwidth_gb_s')
 
     def submit(self, request: Request, received_s: float | None = None,

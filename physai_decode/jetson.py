@@ -15,8 +15,8 @@
 """
 Reads a Jetson's telemetry from jetson-stats, if it is installed and its service runs.
 
-jetson-stats reports the power periodically. The energy counter assumes that it is constant between
-two reports.
+jetson-stats reports periodically. The energy counter assumes that the power is constant between
+two reports. An idle board lowers its clocks, so the memory clock is that of a busy GPU.
 """
 
 from collections.abc import Callable
@@ -37,13 +37,14 @@ class Jetson:
         """
         Subscribe to jetson-stats.
 
-        :param jtop: the class ``jtop`` of jetson-stats 4.
+        :param jtop: the class ``jtop`` of jetson-stats 4 or newer.
         :param clock: a monotonic clock in seconds.
         :raises Exception: the service of jetson-stats does not run.
         """
         self._clock = clock
         self._lock = threading.Lock()
         self._power_w: float | None = None
+        self._busy_clocks_mhz: tuple[float, float] | None = None
         self._energy_j, self._since_s = 0.0, clock()
         self._board = jtop(interval=INTERVAL_S)
         self._board.attach(self._on_update)
@@ -59,15 +60,15 @@ class Jetson:
 
     @property
     def memory_clocks_mhz(self) -> tuple[float, float] | None:
-        """The current and the highest memory clock, None if the board does not report them."""
-        current, highest = (_value(self._board, 'memory', 'EMC', key) for key in ('cur', 'max'))
-        return (1e-3 * current, 1e-3 * highest) if current and highest else None
+        """The memory clock while the GPU was last busy, and the highest; None if unknown."""
+        with self._lock:
+            return self._busy_clocks_mhz
 
     def read(self) -> dict[str, float | str | None]:
         """Return the last report by keys of `telemetry.KEYS`; None means unknown."""
         board = self._board
         mode = getattr(board, 'nvpmodel', None)
-        gpu = next(iter((_value(board, 'gpu') or {}).values()), None)
+        gpu = _gpu(board)
         return {
             'temperature_c': _value(board, 'temperature', 'gpu', 'temp'),
             'power_w': self._power_w,
@@ -78,10 +79,12 @@ class Jetson:
 
     def _low_clocks(self, gpu: Any) -> str | None:
         """Name the clocks below their maximum while the GPU is busy; None if that is unknown."""
+        clocks = {'low_gpu_clock': _nested(gpu, 'freq'),
+                  'low_memory_clock': _value(self._board, 'memory', 'EMC')}
+        pairs = {name: (_nested(each, 'cur'), _nested(each, 'max'))
+                 for name, each in clocks.items()}
+        known = {name: pair for name, pair in pairs.items() if all(pair)}
         load = _nested(gpu, 'status', 'load')
-        clocks = {'low_gpu_clock': tuple(_nested(gpu, 'freq', key) for key in ('cur', 'max')),
-                  'low_memory_clock': self.memory_clocks_mhz or (None, None)}
-        known = {name: pair for name, pair in clocks.items() if all(pair)}
         if load is None or not known:
             return None
         low = [name for name, (current, highest) in known.items() if current < LOW * highest]
@@ -95,9 +98,19 @@ class Jetson:
     def _on_update(self, board: Any) -> None:
         """Add the energy since the last report; called in a thread of jetson-stats."""
         power_w, now_s = _scaled(_value(board, 'power', 'tot', 'power'), 1e-3), self._clock()
+        current, highest = (
+            _scaled(_value(board, 'memory', 'EMC', key), 1e-3) for key in ('cur', 'max'))
+        load = _nested(_gpu(board), 'status', 'load')
         with self._lock:
             self._energy_j += (self._power_w or 0.0) * (now_s - self._since_s)
             self._power_w, self._since_s = power_w, now_s
+            if current and highest and load is not None and load >= BUSY_PERCENT:
+                self._busy_clocks_mhz = current, highest
+
+
+def _gpu(board: Any) -> Any:
+    """Return the report on the GPU, of which a Jetson has one."""
+    return next(iter((_value(board, 'gpu') or {}).values()), None)
 
 
 def _value(board: Any, name: str, *keys: str) -> Any:

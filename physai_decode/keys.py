@@ -130,8 +130,8 @@ DESCRIPTIONS = {
     'state': 'unconfigured (no model is loaded), inactive (one is loaded), loading, idle, '
              'generating (also during a measurement), stalled, failed or finalized',
     'temperature_c': 'temperature of the device',
-    'throttle_reasons': 'why the clocks are throttled, or none; on a Jetson with jetson-stats, the '
-                        'clocks below their maximum while the GPU is busy',
+    'throttle_reasons': 'why the clocks are throttled, or none; on a Jetson with jetson-stats, '
+                        'the clocks below their maximum while the GPU is busy',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, if it is set',
     'token_id': 'id of the token in the vocabulary; n/a if a server sent it as text',
     'thought_markers': "texts that begin and end the model's thoughts, or none",

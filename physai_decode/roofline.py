@@ -67,7 +67,7 @@ _DATASHEETS = (
     (r'\bOrin Nano\b', 68.0, 'NVIDIA Jetson Orin Nano datasheet, 8GB'),
 )
 
-# The memory clock in MHz for which the peak of a data sheet holds. The bus transfers twice per clock.
+# The memory clock in MHz for which the peak of a data sheet holds.
 _RATED_MHZ = {
     'NVIDIA Jetson AGX Orin datasheet': 3200, 'NVIDIA Jetson Orin NX datasheet': 3200,
     'NVIDIA Jetson Orin Nano datasheet, 4GB Super': 3200,

@@ -97,7 +97,7 @@ class Telemetry:
 
     @property
     def memory_clocks_mhz(self) -> tuple[float, float] | None:
-        """A Jetson's current and highest memory clock, None if unknown."""
+        """A Jetson's memory clock, see `Jetson.memory_clocks_mhz`; None if unknown."""
         board = self._board
         return None if board is None else board.memory_clocks_mhz
 

@@ -84,31 +84,16 @@ def test_few_steps_among_the_pieces_of_a_server_do_not_correct_the_peak(host):
     assert host.peak == SHEET
 
 
-@pytest.fixture
-def board(host, monkeypatch):
-    """Return the telemetry of a Jetson, at half its highest memory clock."""
-    board = SimpleNamespace(memory_clocks_mhz=(1600.0, 3200.0), close=lambda: None)
+@pytest.mark.parametrize('gb_s', [107.0, 180.0])
+@pytest.mark.parametrize(('recorded', 'now'), [(1.0, 0.5), (0.5, 1.0), (0.5, 0.5)])
+def test_a_lower_memory_clock_does_not_refute_the_peak(host, monkeypatch, gb_s, recorded, now):
+    """The steps ran at a higher clock, before it fell, or after a rise that is not known yet."""
+    board = SimpleNamespace(memory_clocks_mhz=(now * 3200, 3200.0), close=lambda: None)
     monkeypatch.setattr(host, 'telemetry', board)
-    return board
-
-
-@pytest.mark.parametrize(('recorded', 'now'), [
-    ((3200.0, 3200.0), (1600.0, 3200.0)), ((1600.0, 3200.0), (3200.0, 3200.0))])
-def test_a_change_of_the_memory_clock_does_not_refute_the_peak(
-        host, board, monkeypatch, recorded, now):
-    """These steps ran at the highest clock, before it fell, or after an unnoticed rise."""
-    monkeypatch.setattr(Worker, 'state', 'generating')
-    board.memory_clocks_mhz = now
-    assert host.follow_peak(window(host, 180.0, at_clock(SHEET, recorded))) == ''
+    steps = window(host, gb_s, at_clock(SHEET, (recorded * 3200, 3200.0)))
+    assert host.follow_peak(steps) == ''
     assert host.peak == SHEET
-    assert host.worker.peak == at_clock(SHEET, now)
-
-
-def test_an_idle_board_keeps_the_floor_of_its_last_answer(host, board):
-    """It lowers the clock, but the next answer raises it again."""
-    assert host.worker.state == 'idle'
-    assert host.follow_peak(window(host, 180.0, SHEET)) == ''
-    assert host.peak == host.worker.peak == SHEET
+    assert host.worker.peak == at_clock(SHEET, board.memory_clocks_mhz)
 
 
 def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):

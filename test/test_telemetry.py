@@ -242,9 +242,7 @@ def test_reads_a_jetson_through_jetson_stats(monkeypatch):
         'memory_clock_mhz': 3199.0, 'throttle_reasons': 'none', 'power_mode': 'MAXN'}
     board.memory, board.temperature, board.gpu, board.nvpmodel = Fields(), None, Fields(), None
     assert {key for key, value in telemetry.read().items() if value is not None} == {'power_w'}
-    assert telemetry.memory_clocks_mhz is None
-    board.memory = Fields(EMC={'cur': 1600000, 'max': 3200000})
-    assert telemetry.memory_clocks_mhz == (1600.0, 3200.0)
+    assert telemetry.memory_clocks_mhz == (3199.0, 3199.0)
     telemetry.close()
     assert telemetry.memory_clocks_mhz is None
     assert board.closed and not board.observers
@@ -262,6 +260,20 @@ def test_low_clocks_of_a_busy_board(gpu_khz, memory_khz, load, reasons):
     jetson._board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
     assert jetson.read()['throttle_reasons'] == reasons
     jetson.close()
+
+
+def test_memory_clock_of_a_board_is_that_of_its_busy_gpu():
+    """Answers may be shorter than the time between two messages on /diagnostics."""
+    jetson = Jetson(FakeBoard)
+    board = jetson._board
+    assert jetson.memory_clocks_mhz is None
+    for memory_khz, load, expected in (
+            (665600, 2.0, None), (2133000, 98.0, (2133.0, 3199.0)),
+            (665600, 0.0, (2133.0, 3199.0)), (3199000, 90.0, (3199.0, 3199.0))):
+        board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
+        board.gpu.get('ga10b')['status']['load'] = load
+        board.observers[0](board)
+        assert jetson.memory_clocks_mhz == expected
 
 
 def test_energy_of_a_board_is_its_power_over_time():
