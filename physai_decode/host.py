@@ -251,14 +251,14 @@ class Host:
         """Start to answer requests."""
         assert self.loaded is not None
         self.config = config
+        telemetry = self.telemetry
+        worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
+                        peak=self.peak or self.loaded.peak, numbers=self._numbers,
+                        checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
+                        energy_j=telemetry.energy_j if telemetry else lambda: None,
+                        server=self.loaded.server)
+        worker.start()
         with self._counting:
-            telemetry = self.telemetry
-            worker = Worker(self.loaded.engine, self.loaded.text, config, self._sink,
-                            peak=self.peak or self.loaded.peak, numbers=self._numbers,
-                            checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
-                            energy_j=telemetry.energy_j if telemetry else lambda: None,
-                            server=self.loaded.server)
-            worker.start()
             self.worker = worker
 
     def stop(self, timeout_s: float) -> bool:
@@ -362,12 +362,14 @@ class Host:
     @property
     def counts(self) -> dict[str, int]:
         """Requests, tokens, refusals and fallbacks since the process began."""
-        return {name: self._count(name) for name in COUNTS}
+        with self._counting:
+            return {name: self._count(name) for name in COUNTS}
 
     @property
     def deadline_misses(self) -> int:
         """Deadline misses since the process began."""
-        return self._count('deadline_misses')
+        with self._counting:
+            return self._count('deadline_misses')
 
     @property
     def ends(self) -> dict[str, int]:
@@ -375,8 +377,8 @@ class Host:
         return self._sink.ends()
 
     def _count(self, name: str) -> int:
-        with self._counting:
-            return self._earlier[name] + getattr(self.worker, name, 0)
+        """Return one count; the caller holds _counting."""
+        return self._earlier[name] + getattr(self.worker, name, 0)
 
     @property
     def state(self) -> str:

@@ -194,7 +194,8 @@ class ServerAnswer(Delivery):
             except ServerError:
                 return
             if delta is not None and delta.usage is not None:
-                return self._count(delta.usage)
+                self._count(delta.usage)
+                return
             if delta is not None and delta.over or self._ticket.end_reason or self._is_late():
                 return
 

@@ -31,6 +31,8 @@ from physai_decode.tool_forms import FORMS
 from physai_decode.tool_forms import ToolForm
 from physai_decode.tool_forms import Unreadable
 
+_BLANKS = ' \t\n\r'             # a constraint allows these between a thought and the answer
+
 TAIL = 8                        # tokens at the end of a prompt that may open a thought
 
 
@@ -194,9 +196,9 @@ class Speech:
         """Parse the text of the answer, up to the beginning of a thought or a call."""
         text = self._text
         if self._blank:
-            rest = text.lstrip()
+            rest = text.lstrip(_BLANKS)
             if self._trims and self._form is not None and self._form.parts:
-                rest = rest.removeprefix(self._form.parts).lstrip()
+                rest = rest.removeprefix(self._form.parts).lstrip(_BLANKS)
             if self._trims:
                 text = self._text = rest
             if self._may_think and (rest or not complete):

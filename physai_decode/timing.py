@@ -39,7 +39,7 @@ from physai_decode.roofline import Roofline
 # The fields of `TokenReport` that the window keeps; `itl_ms` has to be the first.
 WINDOW_FIGURES = (
     'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
-_BANDWIDTH, _WAIT = map(WINDOW_FIGURES.index, ('bandwidth_gb_s', 'wait_ms'))
+_R_FLOOR, _WAIT = map(WINDOW_FIGURES.index, ('r_floor', 'wait_ms'))
 
 BEST_COUNT = 30                 # tokens that a window needs to count as the best
 
@@ -167,7 +167,7 @@ class WindowReport:
     best_r_floor: float | None        # the best of all windows since the peak last changed
     mask_ms: float | None             # median of the constrained tokens
     shared_passes: bool               # whether a pass in the window had several tokens
-    floor_count: int                  # tokens of the local engine with an itl_ms in the window
+    floor_count: int                  # tokens in the window with an r_floor
 
 
 class Recorder:
@@ -225,7 +225,8 @@ class Recorder:
     @property
     def deadline_misses(self) -> int:
         """Number of missed deadlines so far."""
-        return self._misses
+        with self._lock:
+            return self._misses
 
     def window(self, now_s: float) -> WindowReport:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
@@ -238,7 +239,7 @@ class Recorder:
         itl, *summaries = self._tokens.read(now_s)
         medians = {name: percentile(each.ordered, 50)
                    for name, each in zip(WINDOW_FIGURES[1:], summaries, strict=True)}
-        floor_count = len(summaries[_BANDWIDTH - 1].ordered)
+        floor_count = len(summaries[_R_FLOOR - 1].ordered)
         deadline = self.deadline
         roofline = self._roofline if itl.ordered else None
         return WindowReport(

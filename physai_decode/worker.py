@@ -112,8 +112,12 @@ class Busy(RuntimeError):
 class Cancelled(NamedTuple):
     """The requests that a cancel ended."""
 
-    running: int | None = None  # its number
-    waiting: int = 0            # how many
+    running: int | None = None  # number of the running request that ended
+    waiting: int = 0            # number of waiting requests that were removed
+
+    def __bool__(self) -> bool:
+        """Whether any request ended."""
+        return self.running is not None or self.waiting > 0
 
     def __str__(self) -> str:
         """Return what was done, for people."""

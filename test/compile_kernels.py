@@ -75,7 +75,8 @@ def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp3
             attributes[(index,)] = [['tt.divisibility', 16]]
     assert not constants, f'{kernel} has no {", ".join(constants)}'
     source = ASTSource(kernel, *_described(kernel, signature, values, attributes))
-    options = {'num_warps': warps, **({'launch_pdl': True} if supports_pdl(capability) else {})}
+    options = {'num_warps': warps, **({'launch_pdl': True} if supports_pdl(capability) else {}),
+               'enable_fp_fusion': kernel.fn.__module__ != pass_kernels.__name__}
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
@@ -249,8 +250,9 @@ def passes(build, half, capability):
     for norm, window in ((True, 0), (False, 64)):
         sizes = {'KV_HEADS': 4, 'GROUP': 7, 'D': 128, 'DIMS': 128, 'NORM': norm}
         build(own._write_cache, warps=1, **sizes)
-        build(own._attend_rows, warps=1 if norm else 4, **sizes, PADDED=16, SPLITS=8, TOKENS=32,
-              TOGETHER=2, WINDOW=window, BETA=0.0, LENGTH=1)
+        for warps, together in ((1, 2), (4, 8)):
+            build(own._attend_rows, warps=warps, **sizes, PADDED=16 * warps, SPLITS=8, TOKENS=32,
+                  TOGETHER=together, WINDOW=window, BETA=0.0, LENGTH=1)
     for layout in own.DENSE_LAYOUTS[::5]:
         for gated in (True, False):
             made = build(own._dense_rows, warps=layout.warps, x=half,

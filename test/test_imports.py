@@ -74,9 +74,10 @@ def pip_names(requirements: Iterable[str]) -> set[str]:
     return {re.sub(r'[-_.]+', '-', match[0]).lower() for match in found if match}
 
 
-def assert_not_imported(names: set[str], module: str):
-    """Assert that importing a module in a fresh interpreter loads none of these."""
-    command = f'import sys, physai_decode.{module}\nprint(sorted({names!r} & set(sys.modules)))'
+def assert_not_imported(names: set[str], module: str, use: str = ''):
+    """Assert that a fresh interpreter that imports and uses a module loads none of these."""
+    command = (f'import sys, physai_decode.{module}\n{use}\n'
+               f'print(sorted({names!r} & set(sys.modules)))')
     result = subprocess.run(
         [sys.executable, '-c', command], capture_output=True, text=True, timeout=120)
     assert result.stdout == '[]\n', result.stderr
@@ -87,10 +88,21 @@ def test_core_imports_neither_ros_nor_torch(module):
     assert_not_imported(HEAVY, module)
 
 
-def test_native_engine_does_not_import_the_compiler_of_torch():
+def test_native_engine_on_a_cpu_does_not_import_the_compiler_of_torch():
     """It takes as long as the rest of torch, each time that a node starts."""
     pytest.importorskip('torch')
-    assert_not_imported({'torch._dynamo'}, 'engines.native')
+    assert_not_imported({'torch._dynamo'}, 'engines.native', """
+import torch
+from physai_decode import checkpoint
+from physai_decode.config import EngineConfig
+engine = physai_decode.engines.native.NativeEngine(
+    checkpoint.open('builtin:tiny_planner'), EngineConfig(device='cpu'))
+with torch.inference_mode():
+    engine.transformer.prefill(torch.tensor([1, 2, 3]), 0)
+    engine.transformer.prefill(torch.tensor([4, 5]), 3)
+    engine.transformer.step()
+engine.close()
+""")
 
 
 def test_only_files_in_ros_import_ros():

@@ -81,7 +81,7 @@ class Endpoints:
                 self._logger.warning(
                     f'the cancel of {parsed.client_id!r} ignores {", ".join(parsed.surplus)}',
                     throttle_duration_sec=1.0)
-            if not any(self._host.cancel(client_id=parsed.client_id)):
+            if not self._host.cancel(client_id=parsed.client_id):
                 self._logger.info(
                     f'nothing to cancel: no request {parsed.client_id!r} runs or waits',
                     throttle_duration_sec=1.0)

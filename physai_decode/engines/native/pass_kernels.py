@@ -374,9 +374,10 @@ class PassOps(TritonOps):
         group, rows = layer.heads // layer.kv_heads, _rows(qkv)
         dims = triton.next_power_of_2(dim)
         warps, splits, parts = self._split_attention(layer, dims, ROWS)
-        # Each warp takes 16 queries, so that rows share the loads of keys and values.
+        # Each warp takes 16 queries, so that rows share the loads of keys and values. More queries
+        # of a wide head would not fit the shared memory of small chips.
         padded = max(16, triton.next_power_of_2(group),
-                     min(16 * warps, triton.next_power_of_2(group * ROWS)))
+                     min(16 * warps, 8192 // dims, triton.next_power_of_2(group * ROWS)))
         together = min(ROWS, padded // group)
         norm = layer.q_norm is not None
         q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)

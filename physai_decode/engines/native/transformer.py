@@ -80,8 +80,6 @@ class Transformer:
         :param rows: the largest number of rows of a pass; more than 1 requires that each MLP is an
             `Mlp`.
         """
-        if device.type != 'cpu':
-            import_module('torch.nn.attention.bias')    # takes seconds; `_attend` needs it later
         a = self.architecture = architecture
         self.weights = weights
         self.max_context = max_context
@@ -229,6 +227,8 @@ class EagerPrefill:
 
     def __init__(self, transformer: Transformer):
         """Wrap a transformer."""
+        if transformer.token.device.type != 'cpu':
+            import_module('torch.nn.attention.bias')    # takes seconds; `_attend` needs it later
         self._transformer = transformer
         self._logits = transformer.logits
 
