@@ -91,7 +91,7 @@ class Speech:
     The parser of one answer.
 
     The result does not depend on how the text was cut into pieces. Blanks around thoughts and tool
-    calls are removed.
+    calls are removed, except before an answer that is ``exact``.
     """
 
     def __init__(self, manner: Manner, tools: Iterable[str] = (), thinking: bool = False,
