@@ -192,7 +192,8 @@ def test_constraint_begins_after_the_thought(make):
 
 @pytest.mark.parametrize(('form', 'answer'), [
     ({'choice': [' yes', 'yes']}, ' yes'), ({'choice': [' yes', 'yes']}, 'yes'),
-    ({'choice': ['\xa0yes', 'no']}, '\xa0yes'), ({'regex': ' {2}yes'}, '  yes'), ({'grammar': r'root ::= "\nyes"'}, '\nyes')])
+    ({'choice': ['\fyes', 'no']}, '\fyes'), ({'regex': ' {2}yes'}, '  yes'),
+    ({'grammar': r'root ::= "\nyes"'}, '\nyes')])
 @pytest.mark.parametrize(('said', 'prompt'), [
     ('<think>a</think>', 'x'), ('a</think>', 'x<think>'), ('', 'x')])
 def test_blanks_that_begin_a_constrained_answer_stay(make, form, answer, said, prompt):
