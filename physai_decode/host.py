@@ -197,6 +197,7 @@ class Host:
         self.peak: Peak | None = None               # of the loaded model, the latest value
         self.worker: Worker | None = None           # from start until its thread has ended
         self.loading = ''                           # current step of a load; empty if none runs
+        self.params_problems: list[str] = []        # params files without a section for the node
         self.failure = ''                           # why the last load failed
         self.closed = False                         # no further model will be loaded
         self._numbers = count(1)                    # request numbers, including refused requests
@@ -393,6 +394,11 @@ class Host:
             return 'failed'
         return 'unconfigured' if self.loaded is None else 'inactive'
 
+    @property
+    def reason(self) -> str:
+        """Why the last load failed, after what is wrong with the params files."""
+        return '; '.join([*self.params_problems, self.failure])
+
     def inactive_reason(self) -> str:
         """Return why requests are refused while there is no worker, and what to do."""
         if self.loading:
@@ -400,7 +406,8 @@ class Host:
         if self.closed:
             return 'the node is shut down: restart its process'
         if self.failure:
-            return f'no model is loaded: {self.failure}; fix this, then configure and activate'
+            return (f'no model is loaded: {self.reason}; fix this and restart the node (or, for a '
+                    'parameter, set it, then configure and activate)')
         if self.loaded is None:
             return 'the node is unconfigured: configure and activate it first'
         return 'the node is inactive: activate it first'

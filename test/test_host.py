@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 from fake_engine import CharacterText
 from fake_engine import FakeEngine
+from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import ModelConfig
 from physai_decode.host import Host
@@ -108,6 +109,15 @@ def test_an_idle_board_keeps_the_floor_of_its_last_answer(host, board):
     assert host.worker.state == 'idle'
     assert host.follow_peak(window(host, 180.0, SHEET)) == ''
     assert host.peak == host.worker.peak == SHEET
+
+
+def test_a_refusal_names_a_wrong_params_file_before_its_consequence():
+    host = Host(Sink(), lambda config, progress: None)
+    host.params_problems = ['a.yaml has no section']
+    with pytest.raises(ConfigError):
+        host.load(DecodeConfig(model=ModelConfig(path='')), print)
+    assert host.inactive_reason().startswith(
+        'no model is loaded: a.yaml has no section; model.path is empty')
 
 
 def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):

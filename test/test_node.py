@@ -491,7 +491,9 @@ def test_configures_another_model_after_a_failed_load(make):
     assert 'bad is no model' in status['message']
     refused = rig.ask('a')
     assert refused['refusal'] == 'inactive'
-    assert 'bad is no model; fix this, then configure and activate' in refused['message']
+    assert refused['message'].endswith(
+        'bad is no model; fix this and restart the node (or, for a parameter, set it, then '
+        'configure and activate)')
     assert rig.set(model__path='good') == (True, '')
     assert rig.change('configure', 'activate')
     assert rig.diagnostics('decode: engine')['state'] == 'idle'

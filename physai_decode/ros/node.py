@@ -137,15 +137,15 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         for each in unknown:
             self.get_logger().warning(parameters.unknown_message(each))
         full_name = self.get_fully_qualified_name()
-        params_problems = [f'the params file {file} has no section for {full_name}: begin one '
-                           f'with {full_name}: or /**:'
-                           for file in files.without_section(params_files, full_name)]
-        for each in params_problems:
+        host.params_problems = [
+            f'the params file {file} has no section for {full_name}: begin one with {full_name}: '
+            'or /**:' for file in files.without_section(params_files, full_name)]
+        for each in host.params_problems:
             self.get_logger().error(each)
         self._bond = Bond(self)
-        self._status = Status(host, self._topics, unknown, params_problems,
-                              Duplicates(self, self._topics.tokens), self.faults,
-                              self.get_logger().warning)
+        self._status = Status(
+            host, self._topics, unknown, Duplicates(self, self._topics.tokens), self.faults,
+            self.get_logger().warning)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             config.diagnostics.period_s, self._status.publish, clock=steady)
