@@ -35,6 +35,7 @@ from physai_decode.config import ConstraintConfig
 from physai_decode.config import shown
 from physai_decode.engine import described
 from physai_decode.engine import EngineError
+from physai_decode.pip_command import install
 from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import parse_value
@@ -89,7 +90,7 @@ class Vocabulary:
             import llguidance
         except ImportError as error:
             raise ConstraintError(
-                f'an answer can not be constrained: {error}: pip install llguidance') from error
+                f'an answer can not be constrained: {error}: {install("llguidance")}') from error
         self._library: Any = llguidance
         self._size, self._end_ids = size, tuple(end_ids)
         # In order of use, the latest last.

@@ -40,6 +40,7 @@ from typing import Any
 from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
+from physai_decode.pip_command import install
 from physai_decode.request import Call
 from physai_decode.request import Message
 from physai_decode.speech import Manner
@@ -479,7 +480,7 @@ def _check_sandbox() -> None:
         wanted = '.'.join(map(str, SANDBOX))
         raise TextError(
             f'a chat template can escape from the sandbox of jinja2 {installed}: '
-            f"pip install 'jinja2>={wanted}', or set chat.template to off")
+            f'{install(f"jinja2>={wanted}")}, or set chat.template to off')
 
 
 def _check(name: str, content: str) -> None:

@@ -111,15 +111,6 @@ def test_an_idle_board_keeps_the_floor_of_its_last_answer(host, board):
     assert host.peak == host.worker.peak == SHEET
 
 
-def test_a_refusal_names_a_wrong_params_file_before_its_consequence():
-    host = Host(Sink(), lambda config, progress: None)
-    host.params_problems = ['a.yaml has no section']
-    with pytest.raises(ConfigError):
-        host.load(DecodeConfig(model=ModelConfig(path='')), print)
-    assert host.inactive_reason().startswith(
-        'no model is loaded: a.yaml has no section; model.path is empty')
-
-
 def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):
     host.submit(Request(''))
     with ThreadPoolExecutor() as readers:
@@ -134,3 +125,12 @@ def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):
         monkeypatch.setattr(Worker, 'requests', property(requests))
         assert host.stop(TIMEOUT_S)
         assert [each.result(TIMEOUT_S) for each in read] == [1]
+
+
+def test_a_refusal_names_a_wrong_params_file_before_its_consequence():
+    host = Host(Sink(), lambda config, progress: None)
+    host.params_problems = ['a.yaml has no section']
+    with pytest.raises(ConfigError):
+        host.load(DecodeConfig(model=ModelConfig(path='')), print)
+    assert host.inactive_reason().startswith(
+        'no model is loaded: a.yaml has no section; model.path is empty')

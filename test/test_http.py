@@ -752,5 +752,7 @@ def test_internal_error_is_reported_and_the_server_continues(monkeypatch):
 
 def test_names_the_missing_package(monkeypatch, rig):
     monkeypatch.setitem(sys.modules, 'physai_decode.http.server', None)
-    with pytest.raises(HttpError, match='pip install uvicorn prometheus_client, or'):
+    with pytest.raises(HttpError) as raised:
         start_server(rig.host, HttpConfig(port=1), print, int)
+    assert str(raised.value).endswith(
+        f': {sys.executable} -m pip install uvicorn prometheus_client, or set http.port to 0')
