@@ -151,7 +151,8 @@ class Answer(Delivery):
     def _generate(self) -> End:
         manner, tools = self._manner, self._ticket.request.offered
         if tools and not manner.form:
-            raise Refused(f'tools can not be used: {manner.reason}')
+            raise Refused(f'tools cannot be used: {RAW.reason}' if manner is RAW
+                          else manner.tools_problem)
         seen = manner.markers(bool(tools))
         self._detokenizer = self._text.detokenizer(self._sampling.stop, seen) if seen else \
             self._text.detokenizer(self._sampling.stop)

@@ -140,7 +140,7 @@ class Text:
             _check(message.role or 'raw', message.content)
             _check(f'{message.role} reasoning', message.reasoning_content)
         if tools and not self.manner.form:
-            raise TextError(f'tools can not be used: {self.manner.reason}')
+            raise TextError(self.manner.tools_problem)
         if not self._source or any(not message.role for message in messages):
             calls = any(message.tool_calls for message in messages)
             if chat_template_kwargs or calls:

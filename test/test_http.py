@@ -317,7 +317,7 @@ def test_answer_to_a_raw_prompt_is_not_parsed(agent):
     assert answer.choices[0].text.startswith('<think>far</think>I go.<tool_call>')
     status, _, answer = agent.request('POST', TEXT, {
         'model': MODEL, 'prompt': 'x', 'tools': [TOOL]})
-    assert status == 400 and 'tools can not be used: raw_prompt' in answer['error']['message']
+    assert status == 400 and 'tools cannot be used: raw_prompt' in answer['error']['message']
 
 
 def test_constrains_to_a_schema(rig):
