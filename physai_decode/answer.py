@@ -134,7 +134,7 @@ class Answer(Delivery):
 
         :raises Refused: the prompt is empty or too long, or the model does not support tools or
             the constraint.
-        :raises TextError: the prompt can not be encoded.
+        :raises TextError: the prompt cannot be encoded.
         """
         end = self._generate()
         if self._speech is not None and self._speech.problem:
@@ -348,7 +348,7 @@ class Answer(Delivery):
 
     @property
     def _far_too_long(self) -> int:
-        """The count in pieces is slightly high; a prompt above this limit can not fit."""
+        """The count in pieces is slightly high; a prompt above this limit cannot fit."""
         return self._loop.engine.footprint.max_context * 9 // 8
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:

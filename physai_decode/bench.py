@@ -208,7 +208,7 @@ def _runner(options: argparse.Namespace) -> Runner:
         return Runner(out, options.models or out / 'models', options.session_timeout_s,
                       options.budget_s, lambda message: print(message, flush=True))
     except OSError as error:
-        raise ValueError(f'--out {out}: can not create the folder: {error}') from None
+        raise ValueError(f'--out {out}: cannot create the folder: {error}') from None
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:

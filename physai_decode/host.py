@@ -101,8 +101,8 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     Load the model that the settings name; after an error, nothing stays loaded.
 
     :param progress: called with a line of text at each step.
-    :raises EngineError: the model can not be loaded; the message says why and what to do.
-    :raises TextError: the tokenizer can not be loaded, or the constraint can not be compiled.
+    :raises EngineError: the model cannot be loaded; the message says why and what to do.
+    :raises TextError: the tokenizer cannot be loaded, or the constraint cannot be compiled.
     :raises ConfigError: the server's address or key is invalid.
     """
     if config.engine.name == openai.NAME:
@@ -318,7 +318,7 @@ class Host:
     def refuse(self, message: str, client_id: str = '', listener: Listener | None = None,
                kind: str = 'invalid') -> int:
         """
-        Refuse a request, such as one that can not be parsed, and return its number.
+        Refuse a request, such as one that cannot be parsed, and return its number.
 
         :param kind: see `Refusal`.
         """
@@ -346,13 +346,13 @@ class Host:
         Time the decode step in two ways, between two requests; see `gap`.
 
         :raises Busy: the engine is not free.
-        :raises EngineError: the engine can not run the step in two ways, or timed out.
+        :raises EngineError: the engine cannot run the step in two ways, or timed out.
         """
         loaded, worker = self.loaded, self.worker
         if loaded is None or worker is None:
             raise Busy(self.inactive_reason())
         if loaded.engine is None or loaded.server is not None:
-            raise EngineError("a server's step can not be timed from here: see itl_ms on "
+            raise EngineError("a server's step cannot be timed from here: see itl_ms on "
                               '~/token_stats, which includes the network')
         if worker.busy_reason:
             raise Busy(worker.busy_reason)

@@ -74,7 +74,7 @@ class Text:
         :param vocab_size: vocabulary size of the model; None if unknown.
         :param end_ids: ids in the model's config that end an answer.
         :raises TextError: the tokenizer is not fast or does not fit the model, the template does
-            not exist or refuses the system prompt, or the installed jinja2 can not confine it.
+            not exist or refuses the system prompt, or the installed jinja2 cannot confine it.
         """
         backend = getattr(tokenizer, 'backend_tokenizer', None)
         if backend is None:
@@ -144,7 +144,7 @@ class Text:
         if not self._source or any(not message.role for message in messages):
             calls = any(message.tool_calls for message in messages)
             if chat_template_kwargs or calls:
-                raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} can not be '
+                raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} cannot be '
                                 'used without a chat template: leave it out')
             whole = ''.join(message.content for message in messages)
             return self._ids(whole, add_special_tokens=True)
@@ -194,7 +194,7 @@ class Text:
         content, calls = message.content, message.tool_calls
         if calls and not self._template_writes_calls:
             if not self.manner.form:
-                raise TextError(f'tool_calls can not be used: {self.manner.reason}')
+                raise TextError(f'tool_calls cannot be used: {self.manner.reason}')
             written = FORMS[self.manner.form].written(call[1:] for call in calls)
             content, calls = f'{content}\n{written}' if content else written, ()
         found: dict[str, Any] = {
@@ -259,7 +259,7 @@ class Text:
         special = next((name for name, value in kwargs.items()
                         if type(value) is str and self._name_pattern.search(value)), None)
         if reserved or special:
-            raise TextError(f'chat_template_kwargs.{special or reserved[0]} can not be set: it '
+            raise TextError(f'chat_template_kwargs.{special or reserved[0]} cannot be set: it '
                             + ('contains a special token' if special else
                                'is not a variable of the chat template itself'))
         for name, value in kwargs.items():
@@ -484,7 +484,7 @@ def _check_sandbox() -> None:
 
 
 def _check(name: str, content: str) -> None:
-    """Refuse a text that UTF-8 can not encode."""
+    """Refuse a text that UTF-8 cannot encode."""
     try:
         content.encode()
     except UnicodeEncodeError as error:

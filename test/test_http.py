@@ -468,7 +468,7 @@ def test_rejects_requests_without_a_model():
 
 
 def test_port_in_use_is_an_error(rig):
-    with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. can not be opened'):
+    with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. cannot be opened'):
         start_server(rig.host, rig.config.http, print, int)
     with pytest.raises(HttpError, match='http.host'):
         start_server(rig.host, HttpConfig(port=free_port(), host='no.such.host.invalid'), print,

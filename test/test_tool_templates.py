@@ -122,7 +122,7 @@ def test_rejects_tool_calls_without_a_template():
     text = Text(model(QWEN), ChatConfig(template='off'))
     assert 'no chat template presents' in text.manner.reason
     assert (text.manner.opens, text.manner.markers(False)) == ('', ())
-    with pytest.raises(TextError, match='tool_calls can not be used'):
+    with pytest.raises(TextError, match='tool_calls cannot be used'):
         text.encode(conversation())
 
 

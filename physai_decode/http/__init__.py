@@ -54,6 +54,6 @@ def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseExcept
             f'{install("uvicorn", "prometheus_client")}, or set http.port to 0') from error
     key = os.environ.get(KEY_VARIABLE, '')
     if not (key.isascii() and key.isprintable()) or ' ' in key:
-        raise HttpError(f'{KEY_VARIABLE} has characters that a header can not contain: use '
+        raise HttpError(f'{KEY_VARIABLE} has characters that a header cannot contain: use '
                         'printable ASCII without spaces')
     return Server(host, config, key, note, errors)

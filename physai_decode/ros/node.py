@@ -401,7 +401,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                 continue
             if locked and parameters.affects_load(name):
                 raise ConfigError(
-                    f'{name} can not be set to {shown(value)} while the node runs: model.locked '
+                    f'{name} cannot be set to {shown(value)} while the node runs: model.locked '
                     'is true; change it in the params file and restart the node')
             if configured:
                 plain = list(value) if isinstance(value, array) else value
@@ -409,7 +409,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                           'inactive': 'clean up first'}.get(
                               host.state, 'deactivate and clean up first')
                 raise ConfigError(
-                    f'{name} can not be set to {shown(plain)} now: it {parameters.FIXED} '
+                    f'{name} cannot be set to {shown(plain)} now: it {parameters.FIXED} '
                     f'(now: {host.state}); {remedy}')
 
     def _log_end(self, report: RequestReport) -> None:
