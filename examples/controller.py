@@ -32,6 +32,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import latched_qos
+from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
 from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
@@ -91,7 +92,8 @@ class Controller(Node):
             return f'{self.target} has no model: configure and activate it'
         names = [name for name in decode_nodes(self) if name != self.target]
         return (f'no node {self.target} was found within {self.plan_s:g} s'
-                + (f'; found {" ".join(names)}: choose one with --node' if names else ''))
+                + (f'; found {" ".join(names)}: choose one with --node' if names
+                   else start_advice(self)))
 
     def ask(self) -> None:
         # An action that is sent before its subscriber is discovered would be lost.

@@ -134,7 +134,7 @@ class Answer(Delivery):
 
         :raises Refused: the prompt is empty or too long, or the model does not support tools or
             the constraint.
-        :raises TextError: the prompt can not be encoded.
+        :raises TextError: the prompt cannot be encoded.
         """
         end = self._generate()
         if self._speech is not None and self._speech.problem:
@@ -151,7 +151,8 @@ class Answer(Delivery):
     def _generate(self) -> End:
         manner, tools = self._manner, self._ticket.request.offered
         if tools and not manner.form:
-            raise Refused(f'tools can not be used: {manner.reason}')
+            raise Refused(f'tools cannot be used: {RAW.reason}' if manner is RAW
+                          else manner.tools_problem)
         seen = manner.markers(bool(tools))
         self._detokenizer = self._text.detokenizer(self._sampling.stop, seen) if seen else \
             self._text.detokenizer(self._sampling.stop)
@@ -347,7 +348,7 @@ class Answer(Delivery):
 
     @property
     def _far_too_long(self) -> int:
-        """The count in pieces is slightly high; a prompt above this limit can not fit."""
+        """The count in pieces is slightly high; a prompt above this limit cannot fit."""
         return self._loop.engine.footprint.max_context * 9 // 8
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:

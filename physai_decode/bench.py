@@ -46,6 +46,7 @@ from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
 from physai_decode.constraint import check_schema
 from physai_decode.constraint import ConstraintError
+from physai_decode.pip_command import install
 
 PROMPTS = (16, 128, 512, 2048)
 CONTEXTS = (2048, 4096, 8192, 16384)
@@ -207,7 +208,7 @@ def _runner(options: argparse.Namespace) -> Runner:
         return Runner(out, options.models or out / 'models', options.session_timeout_s,
                       options.budget_s, lambda message: print(message, flush=True))
     except OSError as error:
-        raise ValueError(f'--out {out}: can not create the folder: {error}') from None
+        raise ValueError(f'--out {out}: cannot create the folder: {error}') from None
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
@@ -338,7 +339,7 @@ def _plots(results: Sequence[Result], out: Path) -> list[Path]:
         from physai_decode.benchmark import plots
         return plots.draw(results, out)
     except ImportError as error:
-        print(f'no plots: {error} (pip install matplotlib)', file=sys.stderr)
+        print(f'no plots: {error} ({install("matplotlib")})', file=sys.stderr)
         return []
 
 

@@ -403,7 +403,7 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     choices = spec.metadata['choices']
     if choices and value not in choices and not spec.metadata['others']:
         raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
-    return float(value) if kind is float else value     # now in range: float() can not overflow
+    return float(value) if kind is float else value     # now in range: float() cannot overflow
 
 
 def shown(value: Any) -> str:

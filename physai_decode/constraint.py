@@ -35,6 +35,7 @@ from physai_decode.config import ConstraintConfig
 from physai_decode.config import shown
 from physai_decode.engine import described
 from physai_decode.engine import EngineError
+from physai_decode.pip_command import install
 from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import parse_value
@@ -70,7 +71,7 @@ _SINGLE = 'additionalItems', 'additionalProperties', 'items'
 
 
 class ConstraintError(TextError):
-    """A constraint can not be compiled or enforced; the message says why."""
+    """A constraint cannot be compiled or enforced; the message says why."""
 
 
 class Vocabulary:
@@ -83,13 +84,13 @@ class Vocabulary:
         :param tokenizer: the ``tokenizers.Tokenizer`` of the model.
         :param size: vocabulary size of the model; ids that the tokenizer lacks are never allowed.
         :param end_ids: ids that end an answer.
-        :raises ConstraintError: llguidance is not installed, or can not read the tokenizer.
+        :raises ConstraintError: llguidance is not installed, or cannot read the tokenizer.
         """
         try:
             import llguidance
         except ImportError as error:
             raise ConstraintError(
-                f'an answer can not be constrained: {error}: pip install llguidance') from error
+                f'an answer cannot be constrained: {error}: {install("llguidance")}') from error
         self._library: Any = llguidance
         self._size, self._end_ids = size, tuple(end_ids)
         # In order of use, the latest last.
@@ -102,7 +103,7 @@ class Vocabulary:
                 tokenizer.to_str(), n_vocab=max(size, least), eos_token=list(end_ids) or None)
         except Exception as error:          # the library raises no narrower type
             raise ConstraintError(
-                'an answer can not be constrained: llguidance can not read the tokenizer: '
+                'an answer cannot be constrained: llguidance cannot read the tokenizer: '
                 f'{described(error)}; remove the constraint, or choose another model') from error
 
     def constraint(self, form: Form, thought: Thought | None = None) -> 'Constraint':
@@ -133,10 +134,10 @@ class Vocabulary:
         except ConstraintError:
             raise
         except Exception as error:          # of the library's parsers in Python and Rust
-            raise ConstraintError(f'{form.name} can not be used: {error}') from error
+            raise ConstraintError(f'{form.name} cannot be used: {error}') from error
         reason = compiled.get_error() or '; '.join(compiled.get_grammar_warnings())
         if reason:
-            raise ConstraintError(f'{form.name} can not be used: {" ".join(reason.split())}')
+            raise ConstraintError(f'{form.name} cannot be used: {" ".join(reason.split())}')
         self._kept[key] = constraint = Constraint(compiled, self._size, self._end_ids, exact)
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
@@ -265,7 +266,7 @@ class Constraint:
         if self._matcher.is_error():
             raise self._error()
         if bits == self._nothing:
-            raise ConstraintError('the constraint can not be enforced any further: no token of '
+            raise ConstraintError('the constraint cannot be enforced any further: no token of '
                                   'the vocabulary can follow')
         return bits
 
@@ -319,20 +320,20 @@ class Constraint:
             raise self._error()
 
     def reset(self) -> bool:
-        """Return to the initial state; False if the library can not, after exceeding a limit."""
+        """Return to the initial state; False if the library cannot, after exceeding a limit."""
         self._end_taken = False
         return bool(self._matcher.reset())
 
     def _error(self) -> ConstraintError:
         reason = ' '.join(self._matcher.get_error().split())
-        return ConstraintError(f'the constraint can not be enforced any further: {reason}')
+        return ConstraintError(f'the constraint cannot be enforced any further: {reason}')
 
 
 def configured(config: ConstraintConfig) -> Form | None:
     """
     Return the constraint that the parameters set, or None.
 
-    :raises ConstraintError: more than one is set, or a file can not be read.
+    :raises ConstraintError: more than one is set, or a file cannot be read.
     """
     given = {name: value for name, value in vars(config).items() if value}
     if len(given) > 1:
@@ -405,7 +406,7 @@ def _read(name: str, path: str) -> str:
         return regular_file.read(Path(path).absolute(), MAX_BYTES).decode()
     except (OSError, EngineError, UnicodeDecodeError) as error:
         raise ConstraintError(
-            f'{name} is {shown(path)}, which can not be read: {error}') from error
+            f'{name} is {shown(path)}, which cannot be read: {error}') from error
 
 
 def _parsed(name: str, text: str) -> Any:

@@ -132,7 +132,7 @@ class Delivery:
         """
         form = self._form
         if self._ticket.request.offered and form is not None:
-            raise Refused(f'{form.name} constrains every answer, so the model can not call a '
+            raise Refused(f'{form.name} constrains every answer, so the model cannot call a '
                           'tool: set "response_format" to {"type": "text"} in the request')
         if form is not None:
             self._refuse_stop(form)
@@ -142,7 +142,7 @@ class Delivery:
         if self._sampling.stop:
             name = self._named('stop')
             remedy = '' if name == JSON_NAMES['stop'] else f'clear {name}, or '
-            raise Refused(f'{name} can not be used with {form.name}, which defines where the '
+            raise Refused(f'{name} cannot be used with {form.name}, which defines where the '
                           f'answer ends: {remedy}set "stop" to [] in the request')
 
     def _remark(self, text: str) -> None:

@@ -34,7 +34,7 @@ from physai_decode.config import SamplingConfig
 
 
 class EngineError(RuntimeError):
-    """An engine can not start or continue; the message says why and what to do."""
+    """An engine cannot start or continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Engine(Protocol):
         Truncate the cache to at most ``length`` tokens, and discard steps in flight.
 
         :param length: 0 to the number of tokens in the cache.
-        :returns: the tokens kept; 0 if the state can not be truncated.
+        :returns: the tokens kept; 0 if the state cannot be truncated.
         """
         ...
 
@@ -194,7 +194,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Free all memory on the device; the engine can not be used afterwards."""
+        """Free all memory on the device; the engine cannot be used afterwards."""
         ...
 
 

@@ -66,7 +66,7 @@ class Measurable(Engine, Protocol):
         Prepare to time greedy steps after the cached tokens, inside ``with``.
 
         :param captured: whether steps replay a CUDA graph; None keeps the current mode.
-        :raises EngineError: the engine can not run steps in this mode.
+        :raises EngineError: the engine cannot run steps in this mode.
         """
         ...
 
@@ -128,7 +128,7 @@ def baseline(engine: Engine, config: DecodeConfig,
     shape = engine.footprint
     if not isinstance(engine, Measurable):
         raise EngineError(
-            f'the engine {shape.engine} can not be timed in the running node; without the node, '
+            f'the engine {shape.engine} cannot be timed in the running node; without the node, '
             + _command(config, shape.engine, f'{shape.engine}:cuda_graph=false'))
     if shape.max_context <= TOKENS:
         raise EngineError(
@@ -165,7 +165,7 @@ def measure(loop: DecodeLoop, other: Engine | None, peak: Peak,
     :param other: the engine from `baseline`, or None.
     :param peak: peak memory bandwidth, for the floor.
     :param heartbeat: called after each step; its exceptions end the measurement.
-    :raises EngineError: the engine can not run its step in the other way.
+    :raises EngineError: the engine cannot run its step in the other way.
     """
     engine = cast(Measurable, loop.engine)
     shape = engine.footprint

@@ -101,8 +101,8 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     Load the model that the settings name; after an error, nothing stays loaded.
 
     :param progress: called with a line of text at each step.
-    :raises EngineError: the model can not be loaded; the message says why and what to do.
-    :raises TextError: the tokenizer can not be loaded, or the constraint can not be compiled.
+    :raises EngineError: the model cannot be loaded; the message says why and what to do.
+    :raises TextError: the tokenizer cannot be loaded, or the constraint cannot be compiled.
     :raises ConfigError: the server's address or key is invalid.
     """
     if config.engine.name == openai.NAME:
@@ -197,6 +197,7 @@ class Host:
         self.peak: Peak | None = None               # of the loaded model, the latest value
         self.worker: Worker | None = None           # from start until its thread has ended
         self.loading = ''                           # current step of a load; empty if none runs
+        self.params_problems: list[str] = []        # params files without a section for the node
         self.failure = ''                           # why the last load failed
         self.closed = False                         # no further model will be loaded
         self._numbers = count(1)                    # request numbers, including refused requests
@@ -316,7 +317,7 @@ class Host:
     def refuse(self, message: str, client_id: str = '', listener: Listener | None = None,
                kind: str = 'invalid') -> int:
         """
-        Refuse a request, such as one that can not be parsed, and return its number.
+        Refuse a request, such as one that cannot be parsed, and return its number.
 
         :param kind: see `Refusal`.
         """
@@ -344,13 +345,13 @@ class Host:
         Time the decode step in two ways, between two requests; see `gap`.
 
         :raises Busy: the engine is not free.
-        :raises EngineError: the engine can not run the step in two ways, or timed out.
+        :raises EngineError: the engine cannot run the step in two ways, or timed out.
         """
         loaded, worker = self.loaded, self.worker
         if loaded is None or worker is None:
             raise Busy(self.inactive_reason())
         if loaded.engine is None or loaded.server is not None:
-            raise EngineError("a server's step can not be timed from here: see itl_ms on "
+            raise EngineError("a server's step cannot be timed from here: see itl_ms on "
                               '~/token_stats, which includes the network')
         if worker.busy_reason:
             raise Busy(worker.busy_reason)
@@ -394,6 +395,11 @@ class Host:
             return 'failed'
         return 'unconfigured' if self.loaded is None else 'inactive'
 
+    @property
+    def reason(self) -> str:
+        """Why the last load failed, after what is wrong with the params files."""
+        return '; '.join([*self.params_problems, self.failure])
+
     def inactive_reason(self) -> str:
         """Return why requests are refused while there is no worker, and what to do."""
         if self.loading:
@@ -401,7 +407,8 @@ class Host:
         if self.closed:
             return 'the node is shut down: restart its process'
         if self.failure:
-            return f'no model is loaded: {self.failure}; fix this, then configure and activate'
+            return (f'no model is loaded: {self.reason}; fix this and restart the node (or, for a '
+                    'parameter, set it, then configure and activate)')
         if self.loaded is None:
             return 'the node is unconfigured: configure and activate it first'
         return 'the node is inactive: activate it first'

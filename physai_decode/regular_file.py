@@ -16,7 +16,7 @@
 Open data files so that no FIFO can block the reader and no device can fill the memory.
 
 Opening a FIFO blocks, and a device such as ``/dev/zero`` has no end. A path is therefore opened
-without blocking, and the type of the open file is checked, so that it can not be swapped between
+without blocking, and the type of the open file is checked, so that it cannot be swapped between
 check and read. Symbolic links are followed, because model caches consist of them.
 """
 
@@ -39,7 +39,7 @@ def check(path: Path, most_bytes: int | None = None) -> None:
 
     :param most_bytes: size limit; None for no limit.
     :raises EngineError: the path is not a regular file, or the file is larger.
-    :raises OSError: the path can not be accessed.
+    :raises OSError: the path cannot be accessed.
     """
     _check(path, path.stat(), most_bytes)
 
@@ -51,7 +51,7 @@ def opened(path: Path, most_bytes: int | None = None) -> Iterator[BufferedReader
 
     :param most_bytes: size limit; None for no limit.
     :raises EngineError: the path is not a regular file, or the file is larger.
-    :raises OSError: the file can not be opened.
+    :raises OSError: the file cannot be opened.
     """
     with open(path, 'rb', opener=_open) as file:
         _check(path, os.fstat(file.fileno()), most_bytes)
@@ -63,7 +63,7 @@ def read(path: Path, most_bytes: int) -> bytes:
     Read a regular file.
 
     :raises EngineError: the path is not a regular file, or larger than ``most_bytes``.
-    :raises OSError: the file can not be read.
+    :raises OSError: the file cannot be read.
     """
     with opened(path, most_bytes) as file:
         content = file.read(most_bytes + 1)

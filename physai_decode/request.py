@@ -337,7 +337,7 @@ def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
                            'has to call a tool: set tool_choice to required, or remove strict')
     format_ = found.get('response_format', _TEXT)
     if choice != 'none' and (format_.get('type') != 'text' or found.get('structured_outputs')):
-        raise RequestError('an answer can not be constrained and call tools: remove '
+        raise RequestError('an answer cannot be constrained and call tools: remove '
                            'response_format and structured_outputs, or set tool_choice to none')
     return found
 

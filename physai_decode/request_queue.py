@@ -115,7 +115,7 @@ class RequestQueue:
         return self._config.policy == 'preempt'
 
     def refusal(self, request: Request) -> Refusal | None:
-        """Return why a request can not be queued, or None if it can."""
+        """Return why a request cannot be queued, or None if it can."""
         if not request.text:
             return Refusal('invalid', 'the prompt is empty: send some text')
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):

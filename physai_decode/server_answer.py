@@ -256,7 +256,7 @@ class ServerAnswer(Delivery):
                           'support: set it to 0')
         form = self._checked_form()
         if request.raw_prompt and request.offered:
-            raise Refused('tools can not be used: raw_prompt bypasses the chat template')
+            raise Refused('tools cannot be used: raw_prompt bypasses the chat template')
         options: dict[str, Any] = {
             'temperature': sampling.temperature, 'top_p': sampling.top_p,
             'max_tokens': sampling.max_new_tokens, 'seed': sampling.seed}

@@ -46,6 +46,12 @@ class Manner:
     form: str = ''                  # of tool calls, in `FORMS`; empty: no support for tools
     reason: str = 'the model has no chat template'      # for this form, or for none
 
+    @property
+    def tools_problem(self) -> str:
+        """The message that refuses tools if there is no form."""
+        return (f'this model cannot use tools: {self.reason}; choose a model whose chat template '
+                'accepts tools')
+
     def markers(self, tools: bool) -> tuple[str, ...]:
         """Return the markers to look for; none if all output is the answer."""
         thoughts = (self.opens, self.closes) if self.opens else ()

@@ -40,6 +40,7 @@ from typing import Any
 from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
+from physai_decode.pip_command import install
 from physai_decode.request import Call
 from physai_decode.request import Message
 from physai_decode.speech import Manner
@@ -73,7 +74,7 @@ class Text:
         :param vocab_size: vocabulary size of the model; None if unknown.
         :param end_ids: ids in the model's config that end an answer.
         :raises TextError: the tokenizer is not fast or does not fit the model, the template does
-            not exist or refuses the system prompt, or the installed jinja2 can not confine it.
+            not exist or refuses the system prompt, or the installed jinja2 cannot confine it.
         """
         backend = getattr(tokenizer, 'backend_tokenizer', None)
         if backend is None:
@@ -139,11 +140,11 @@ class Text:
             _check(message.role or 'raw', message.content)
             _check(f'{message.role} reasoning', message.reasoning_content)
         if tools and not self.manner.form:
-            raise TextError(f'tools can not be used: {self.manner.reason}')
+            raise TextError(self.manner.tools_problem)
         if not self._source or any(not message.role for message in messages):
             calls = any(message.tool_calls for message in messages)
             if chat_template_kwargs or calls:
-                raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} can not be '
+                raise TextError(f'{"tool_calls" if calls else "chat_template_kwargs"} cannot be '
                                 'used without a chat template: leave it out')
             whole = ''.join(message.content for message in messages)
             return self._ids(whole, add_special_tokens=True)
@@ -193,7 +194,7 @@ class Text:
         content, calls = message.content, message.tool_calls
         if calls and not self._template_writes_calls:
             if not self.manner.form:
-                raise TextError(f'tool_calls can not be used: {self.manner.reason}')
+                raise TextError(f'tool_calls cannot be used: {self.manner.reason}')
             written = FORMS[self.manner.form].written(call[1:] for call in calls)
             content, calls = f'{content}\n{written}' if content else written, ()
         found: dict[str, Any] = {
@@ -258,7 +259,7 @@ class Text:
         special = next((name for name, value in kwargs.items()
                         if type(value) is str and self._name_pattern.search(value)), None)
         if reserved or special:
-            raise TextError(f'chat_template_kwargs.{special or reserved[0]} can not be set: it '
+            raise TextError(f'chat_template_kwargs.{special or reserved[0]} cannot be set: it '
                             + ('contains a special token' if special else
                                'is not a variable of the chat template itself'))
         for name, value in kwargs.items():
@@ -479,11 +480,11 @@ def _check_sandbox() -> None:
         wanted = '.'.join(map(str, SANDBOX))
         raise TextError(
             f'a chat template can escape from the sandbox of jinja2 {installed}: '
-            f"pip install 'jinja2>={wanted}', or set chat.template to off")
+            f'{install(f"jinja2>={wanted}")}, or set chat.template to off')
 
 
 def _check(name: str, content: str) -> None:
-    """Refuse a text that UTF-8 can not encode."""
+    """Refuse a text that UTF-8 cannot encode."""
     try:
         content.encode()
     except UnicodeEncodeError as error:

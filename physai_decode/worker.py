@@ -226,7 +226,7 @@ class Worker:
         """
         Queue a request and return its number.
 
-        A request that can not be queued is refused before this method returns. The decode thread
+        A request that cannot be queued is refused before this method returns. The decode thread
         refuses a prompt that turns out to be too long for the context.
 
         :param received_s: time of receipt by the worker's clock; None for now.

@@ -152,6 +152,22 @@ def test_times_out_without_a_node(rig):
         f'decode_ask: waiting up to {timeout_s} s: no node /nobody was found')
 
 
+@pytest.mark.parametrize(('command', 'problem'), [
+    (['ask', 'hello'], 'no node /decode was found'),
+    (['watch', '--once'], 'no node published on /diagnostics')])
+def test_says_what_to_do_in_a_domain_without_a_node(command, problem):
+    """No test runs a node in this domain; see conftest.py."""
+    name, *arguments = command
+    done = subprocess.run(
+        [sys.executable, '-m', f'physai_decode.ros.{name}', *arguments, '--timeout', '1'],
+        capture_output=True, text=True, timeout=PATIENCE_S,
+        env={**os.environ, 'ROS_DOMAIN_ID': '101'})
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == (
+        f'decode_{name}: {problem} within 1 s: start decode_node, or set ROS_DOMAIN_ID (here 101) '
+        'as in its terminal\n')
+
+
 def test_node_that_remaps_its_diagnostics(rig):
     """The message says how to remap the topic; with the remapping, the command works."""
     remapped = ('--ros-args', '-r', '/diagnostics:=/arm/diagnostics')

@@ -1291,7 +1291,7 @@ def test_expands_the_home_folder_in_a_path(monkeypatch, tmp_path):
 def test_reports_a_result_folder_that_can_not_be_created(out, capsys, tmp_path):
     (tmp_path / 'file').write_text('content')
     assert bench.main(['--out', str(tmp_path / out)]) == 2
-    assert f'--out {tmp_path / out}: can not create the folder' in capsys.readouterr().err
+    assert f'--out {tmp_path / out}: cannot create the folder' in capsys.readouterr().err
     assert (tmp_path / 'file').read_text() == 'content'
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+import time
 
 from node_rig import active_rig
 from node_rig import EchoEngine
@@ -33,7 +34,8 @@ ANSWERS = {'request': 'stop BRING ME THE RED CUP.\n', 'generate': 'stop BRING ME
            'prompt': 'BRING ME THE RED CUP.\n',
            'item': "{'action': 'go', 'to': 'table'}\n{'action': 'stop'}\nstop\n",
            'services': 'active\n'}
-NAMED = dict(zip(ANSWERS, CLIENTS, strict=True))
+FIGURES = r'\nstate=\w+  itl_p50_ms=\S+  verdict=.*\n'
+NAMED = dict(zip([*list(ANSWERS)[:4], 'figures', 'services'], CLIENTS, strict=True))
 
 
 class Planner(EchoEngine):
@@ -67,7 +69,7 @@ def start(name):
     if 'physai_decode_msgs' in NAMED[name] and unavailable:
         pytest.skip(unavailable)
     return subprocess.Popen(
-        [sys.executable, '-c', f'{SETUP}\n{NAMED[name]}'], stdout=subprocess.PIPE,
+        [sys.executable, '-uc', f'{SETUP}\n{NAMED[name]}'], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -80,6 +82,21 @@ def test_each_client_prints_the_answer(rig, name):
     if name == 'services':
         assert len(rig.loader.engines) == 2         # it loaded a model
         assert rig.node.get_parameter('sampling.max_new_tokens').value == 200
+
+
+def test_prints_the_text_and_the_figures(rig):
+    """Figures may come between two tokens, and the first ones show that tokens arrive too."""
+    with start('figures') as process:
+        try:
+            output = process.stdout.readline() + process.stdout.readline()
+            assert re.fullmatch(FIGURES, output)
+            assert rig.ask('Bring me the red cup.')['finish_reason'] == 'stop'
+            end_s = time.monotonic() + PATIENCE_S
+            while 'BRING ME THE RED CUP.' not in re.sub(FIGURES, '', output):
+                assert time.monotonic() < end_s and process.poll() is None, output
+                output += process.stdout.readline()
+        finally:
+            process.kill()
 
 
 def test_the_action_client_waits_for_the_model(rig):

@@ -346,17 +346,17 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
     ('json_schema', {'type': [['string']]}, 'has the type'),
     ('json_schema', {'type': 'string', 'format': 'phone'}, 'phone'),
     ('json_schema', {'type': 'integer', 'minimum': 3, 'maximum': 2}, 'minimum'),
-    ('json_schema', {'type': 'integer', 'minimum': 10**400}, 'can not be used'),
+    ('json_schema', {'type': 'integer', 'minimum': 10**400}, 'cannot be used'),
     ('json_schema', {'$ref': 'http://example.org/it.json'}, 'example.org'),
     ('json_schema', {'type': 'string', 'pattern': '(?=a)b'}, 'look'),
     ('json_schema', {'oneOf': [{'type': 'string'}, {'maxLength': 3}]}, 'oneOf'),
     ('json_schema', {'enum': ['x' * 300_000]}, 'allowed are 65536'),
     ('json_schema', {'allOf': [{'anyOf': [record({f'{a}{b}': WORD}) for b in range(9)]}
-                               for a in range(9)]}, 'can not be used'),
+                               for a in range(9)]}, 'cannot be used'),
     ('json_schema', {'type': 'integer', 'multipleOf': 10**9 + 7}, 'fuel'),
-    ('regex', '(a', 'can not be used'),
+    ('regex', '(a', 'cannot be used'),
     ('regex', r'(a)\1', 'backreferences'),
-    ('grammar', 'root ::= (', 'can not be used'),
+    ('grammar', 'root ::= (', 'cannot be used'),
     ('grammar', 'start: ' + '(' * 5000 + '"a"' + ')' * 5000, 'nested'),
     ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not')])
 def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
@@ -475,8 +475,8 @@ def test_elements_with_a_name_in_escapes_are_not_published():
 @pytest.mark.parametrize(('options', 'words'), [
     ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'not': {}}}}},
      'response_format.json_schema.schema has the keyword'),
-    ({'structured_outputs': {'regex': '('}}, 'structured_outputs.regex can not be used'),
-    ({'structured_outputs': {'regex': 'a'}, 'sampling': {'stop': ('x',)}}, 'stop can not be used'),
+    ({'structured_outputs': {'regex': '('}}, 'structured_outputs.regex cannot be used'),
+    ({'structured_outputs': {'regex': 'a'}, 'sampling': {'stop': ('x',)}}, 'stop cannot be used'),
 ])
 def test_worker_rejects_a_constraint_and_goes_on(options, words):
     with making() as make:

@@ -14,12 +14,14 @@
 
 """`make demo` runs tools/demo.py: its output, and its end by a signal."""
 
+import os
 from pathlib import Path
 import re
 import signal
 import subprocess
 import sys
 
+from node_rig import active_rig
 import psutil
 import pytest
 from test_ask import split
@@ -42,6 +44,19 @@ def test_prints_figures_of_the_answer_and_of_the_diagnostics():
     r_floor = re.search(r' r_floor=(\S+) ', result.stdout)[1]
     assert r_floor == 'n/a' or float(r_floor) > 0     # n/a if the weights fit into the cache
     assert result.stdout.endswith('The node ended with code 0.\n')
+
+
+def test_refuses_a_domain_that_has_a_node():
+    """It would show that node as its own, and the prompt would have two receivers."""
+    with active_rig() as rig:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / 'tools' / 'demo.py')], capture_output=True, text=True,
+            timeout=60)
+        assert rig.diagnostics('decode: engine')['requests'] == '0'
+    assert (result.returncode, result.stdout) == (1, '')
+    assert result.stderr == (
+        f'demo: a node /decode already runs in domain {os.environ["ROS_DOMAIN_ID"]}: end it, or '
+        'set another ROS_DOMAIN_ID\n')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGHUP])

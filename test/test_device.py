@@ -53,7 +53,7 @@ def test_zero_cpu_threads_restores_the_default_of_torch():
 
 
 def test_gpu_share_must_be_set_before_the_first_use(monkeypatch, tmp_path):
-    """It takes effect only if the MPS daemon runs, and can not be changed later."""
+    """It takes effect only if the MPS daemon runs, and cannot be changed later."""
     monkeypatch.setenv('CUDA_MPS_PIPE_DIRECTORY', str(tmp_path))
     monkeypatch.delenv(device._SHARE, raising=False)
     config = EngineConfig(device='cpu', gpu_share_percent=40)

@@ -213,7 +213,8 @@ def wait(probe, done):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['-p', 'sampling.top_p:=7.0'], 'sampling.top_p is 7.0: allowed are 0.0 to 1.0'),
-    (['--params-file', '/logging/none.yaml'], '/logging/none.yaml'),
+    (['--params-file', '/logging/none.yaml'],
+     'decode_node: there is no params file /logging/none.yaml: correct the path'),
     (['-p', 'use_sim_time:=7'], 'use_sim_time'),
     (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'], 'foo'),
     (['-r', '__node:=\udcff'], 'decode_node: ')])
@@ -225,6 +226,19 @@ def test_rejects_wrong_ros_arguments(arguments, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert 'Traceback' not in done.stderr and 'ROS_LOG_DIR' not in done.stderr
+
+
+@pytest.mark.parametrize('content', ['model.path: a', 'decode: [', 'a: {ros__parameters: 7}'])
+def test_says_how_a_params_file_begins(tmp_path, content):
+    """The parser of ROS 2 refuses these with a line of its own."""
+    file = tmp_path / 'params.yaml'
+    file.write_text(content)
+    done = subprocess.run(
+        [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--params-file',
+         str(file)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        ': a params file begins with `/**:` and `ros__parameters:`, as in config/decode.yaml\n')
 
 
 def test_names_the_variable_if_the_log_folder_can_not_be_created():

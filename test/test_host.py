@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 from fake_engine import CharacterText
 from fake_engine import FakeEngine
+from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import ModelConfig
 from physai_decode.host import Host
@@ -110,3 +111,12 @@ def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):
         monkeypatch.setattr(Worker, 'requests', property(requests))
         assert host.stop(TIMEOUT_S)
         assert [each.result(TIMEOUT_S) for each in read] == [1]
+
+
+def test_a_refusal_names_a_wrong_params_file_before_its_consequence():
+    host = Host(Sink(), lambda config, progress: None)
+    host.params_problems = ['a.yaml has no section']
+    with pytest.raises(ConfigError):
+        host.load(DecodeConfig(model=ModelConfig(path='')), print)
+    assert host.inactive_reason().startswith(
+        'no model is loaded: a.yaml has no section; model.path is empty')

@@ -317,7 +317,7 @@ def test_answer_to_a_raw_prompt_is_not_parsed(agent):
     assert answer.choices[0].text.startswith('<think>far</think>I go.<tool_call>')
     status, _, answer = agent.request('POST', TEXT, {
         'model': MODEL, 'prompt': 'x', 'tools': [TOOL]})
-    assert status == 400 and 'tools can not be used: raw_prompt' in answer['error']['message']
+    assert status == 400 and 'tools cannot be used: raw_prompt' in answer['error']['message']
 
 
 def test_constrains_to_a_schema(rig):
@@ -468,7 +468,7 @@ def test_rejects_requests_without_a_model():
 
 
 def test_port_in_use_is_an_error(rig):
-    with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. can not be opened'):
+    with pytest.raises(HttpError, match=f'port {rig.port} of .127.0.0.1. cannot be opened'):
         start_server(rig.host, rig.config.http, print, int)
     with pytest.raises(HttpError, match='http.host'):
         start_server(rig.host, HttpConfig(port=free_port(), host='no.such.host.invalid'), print,
@@ -752,5 +752,7 @@ def test_internal_error_is_reported_and_the_server_continues(monkeypatch):
 
 def test_names_the_missing_package(monkeypatch, rig):
     monkeypatch.setitem(sys.modules, 'physai_decode.http.server', None)
-    with pytest.raises(HttpError, match='pip install uvicorn prometheus_client, or'):
+    with pytest.raises(HttpError) as raised:
         start_server(rig.host, HttpConfig(port=1), print, int)
+    assert str(raised.value).endswith(
+        f': {sys.executable} -m pip install uvicorn prometheus_client, or set http.port to 0')

@@ -118,7 +118,7 @@ def test_a_goal_has_every_option_of_a_request():
     assert set(pace) == set(PACE)
     for given, specs in ((sampling, SAMPLING), (deadline, DEADLINE), (pace, PACE)):
         for name, (kind, default) in given.items():
-            if kind in ('float64', 'int64'):    # a value that can not be asked for
+            if kind in ('float64', 'int64'):    # a value that cannot be asked for
                 assert float(default) < specs[name].metadata['low']
             else:
                 assert default == ''

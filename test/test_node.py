@@ -191,7 +191,7 @@ def test_publishes_text_of_any_script(rig, text):
 
 
 def test_a_nul_from_the_engine_does_not_cut_the_text(rig):
-    """A ROS string can not contain NUL, so U+FFFD replaces it."""
+    """A ROS string cannot contain NUL, so U+FFFD replaces it."""
     rig.ask('a\x01b')
     rig.wait(lambda: rig.received['response'] and len(rig.received['tokens']) == 3)
     assert rig.received['response'][0].data == 'A\ufffdB'
@@ -491,7 +491,9 @@ def test_configures_another_model_after_a_failed_load(make):
     assert 'bad is no model' in status['message']
     refused = rig.ask('a')
     assert refused['refusal'] == 'inactive'
-    assert 'bad is no model; fix this, then configure and activate' in refused['message']
+    assert refused['message'].endswith(
+        'bad is no model; fix this and restart the node (or, for a parameter, set it, then '
+        'configure and activate)')
     assert rig.set(model__path='good') == (True, '')
     assert rig.change('configure', 'activate')
     assert rig.diagnostics('decode: engine')['state'] == 'idle'
@@ -606,7 +608,7 @@ def test_applies_all_parameters_of_a_call_or_none(rig):
 
 
 def test_locked_model_cannot_be_changed(make):
-    """Parameters that select the model, and the lock itself, can not be set in any state."""
+    """Parameters that select the model, and the lock itself, cannot be set in any state."""
     rig = make(**{'model.locked': True, 'model.path': 'mine'})
     locked = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
               'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
@@ -618,7 +620,7 @@ def test_locked_model_cannot_be_changed(make):
                 done, reason = rig.set(service, **{name: value})
                 assert not done
                 assert reason == (
-                    f'{name} can not be set to {value!r} while the node runs: model.locked is '
+                    f'{name} cannot be set to {value!r} while the node runs: model.locked is '
                     'true; change it in the params file and restart the node')
             assert rig.node.get_parameter(name).value == before
         assert rig.set('set_parameters_atomically', model__locked=False, model__path='bad')[1]

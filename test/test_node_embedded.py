@@ -99,7 +99,7 @@ def test_embedded_model_answers(rig):
 
 
 def test_constraint_parameters_apply_to_prompts(rig, tmp_path):
-    """A schema that can not be enforced fails the load; another one constrains each answer."""
+    """A schema that cannot be enforced fails the load; another one constrains each answer."""
     file = tmp_path / 'schema.json'
     file.write_text('{"uniqueItems": true}')
     assert rig.set(constraint__schema_file=str(file)) == (True, '')

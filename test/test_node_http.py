@@ -25,6 +25,7 @@ import sys
 from node_rig import active_rig
 from node_rig import new_rig
 from node_rig import PATIENCE_S
+from physai_decode.ros.interfaces import unavailable
 import pytest
 from test_exit import LOG_LINE
 from test_exit import SCRIPT
@@ -89,6 +90,13 @@ def test_listens_while_the_node_is_configured(rig):
     assert health(rig.port) == 0
     assert rig.set(model__path=MODEL)[0] and rig.change('configure', 'shutdown')
     assert health(rig.port) == 0
+
+
+def test_the_log_lists_the_open_doors(rig, capfd):
+    assert rig.change('configure', 'activate')
+    action = '' if unavailable else ', /decode/generate'
+    assert (f'active: accepts requests on /decode/prompt, /decode/request{action}, '
+            f'http://127.0.0.1:{rig.port}/v1\n') in capfd.readouterr().err
 
 
 def test_configure_fails_if_the_port_is_in_use(rig):

@@ -356,7 +356,7 @@ def test_reports_a_params_file_for_another_node(probe, start, tmp_path):
         assert status.level == DiagnosticStatus.WARN
         assert status.message == message
         status = diagnostics.next()
-    assert status.message.startswith('model.path is empty') and status.message.endswith(message)
+    assert status.message.startswith(f'{message}; model.path is empty')
     assert status.level == DiagnosticStatus.ERROR
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE_S)

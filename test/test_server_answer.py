@@ -742,7 +742,7 @@ def test_paces_an_answer(fake):
 
 
 def test_replaces_an_unpaired_surrogate():
-    """A ROS message can not contain it."""
+    """A ROS message cannot contain it."""
     delta = read('server', json.dumps(
         {'choices': [{'delta': {'content': 'a\ud83d\U0001f600'}}]}).encode())
     assert delta.content == 'a\ufffd\U0001f600'

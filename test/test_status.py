@@ -43,7 +43,7 @@ def latency(host):
     """Return a function that publishes the status, and returns the part `latency`."""
     published = []
     topics = SimpleNamespace(node_name='/decode', diagnostics=published.append)
-    status = Status(host, topics, (), (), SimpleNamespace(look=str), SimpleNamespace(count=0),
+    status = Status(host, topics, (), SimpleNamespace(look=str), SimpleNamespace(count=0),
                     lambda text: None)
 
     def publish():

@@ -618,13 +618,13 @@ def test_passes_variables_to_the_template():
 
 
 @pytest.mark.parametrize(('kwargs', 'problem'), [
-    ({'chat_template': '{{ 1 }}'}, 'chat_template can not be set'),
-    ({'tokenize': True}, 'tokenize can not be set'),
-    ({'messages': 'x'}, 'messages can not be set'),
-    ({'self': 'x'}, 'self can not be set'),
+    ({'chat_template': '{{ 1 }}'}, 'chat_template cannot be set'),
+    ({'tokenize': True}, 'tokenize cannot be set'),
+    ({'messages': 'x'}, 'messages cannot be set'),
+    ({'self': 'x'}, 'self cannot be set'),
     ({'name': 'a\ud83e'}, 'chat_template_kwargs.name text has an unpaired surrogate'),
-    ({'eos_token': 'x'}, 'eos_token can not be set'),
-    ({'name': 'a<|im_end|>'}, 'name can not be set: it contains a special token')])
+    ({'eos_token': 'x'}, 'eos_token cannot be set'),
+    ({'name': 'a<|im_end|>'}, 'name cannot be set: it contains a special token')])
 def test_rejects_reserved_and_unsafe_template_variables(kwargs, problem):
     text = Text(qwen_like(), ChatConfig())
     with pytest.raises(TextError, match=re.escape(problem)):

@@ -123,7 +123,9 @@ def test_without_tools_a_call_is_text(make):
 def test_rejects_tools_for_a_model_without_a_form(make):
     report, *_ = ask(make, 'x', text_of(), tools=[TOOL])
     assert report.finish_reason == 'rejected'
-    assert report.message == 'tools can not be used: of the test'
+    assert report.message == (
+        'this model cannot use tools: of the test; choose a model whose chat template accepts '
+        'tools')
 
 
 @pytest.mark.parametrize('form', FORMS)

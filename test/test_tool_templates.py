@@ -114,7 +114,7 @@ def test_rejects_tools_that_the_template_does_not_present(template, reason):
     text = Text(model(template), ChatConfig())
     assert text.manner.form == ''
     assert reason in text.manner.reason
-    with pytest.raises(TextError, match='tools can not be used: the chat template'):
+    with pytest.raises(TextError, match='this model cannot use tools: the chat template'):
         text.encode([Message('user', 'go')], tools=[TOOL])
 
 
@@ -122,7 +122,7 @@ def test_rejects_tool_calls_without_a_template():
     text = Text(model(QWEN), ChatConfig(template='off'))
     assert 'no chat template presents' in text.manner.reason
     assert (text.manner.opens, text.manner.markers(False)) == ('', ())
-    with pytest.raises(TextError, match='tool_calls can not be used'):
+    with pytest.raises(TextError, match='tool_calls cannot be used'):
         text.encode(conversation())
 
 

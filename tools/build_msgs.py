@@ -93,7 +93,7 @@ def main() -> int:
         return 1
     packages = missing()
     if packages:
-        print(f'{NAME} can not be built here: install what is missing by '
+        print(f'{NAME} cannot be built here: install what is missing by '
               f"'apt install {' '.join(packages)}', then 'make msgs'.", file=sys.stderr)
         return 1
     if sys.argv[1:] == ['--check']:

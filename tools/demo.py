@@ -36,6 +36,7 @@ from rclpy.signals import SignalHandlerOptions
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 START_S = 180.0     # a first start compiles Python and reads torch from a cold disk
+LISTEN_S = 3        # for a node that already runs; it is heard once a second
 ASK_S = 60.0
 END_S = 10.0
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -43,7 +44,7 @@ came = []           # signals
 
 
 class Diagnostics:
-    """The latest message on /diagnostics."""
+    """The latest message of /decode on /diagnostics."""
 
     def __init__(self) -> None:
         self._node = rclpy.create_node('decode_demo')
@@ -63,9 +64,10 @@ class Diagnostics:
         self._node.destroy_node()
 
     def _store(self, array):
-        self._statuses = {
-            status.name: {pair.key: pair.value for pair in status.values}
-            for status in array.status}
+        if array.header.frame_id == '/decode':
+            self._statuses = {
+                status.name: {pair.key: pair.value for pair in status.values}
+                for status in array.status}
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
@@ -168,6 +170,10 @@ def main() -> int:
     try:
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         diagnostics = Diagnostics()
+        if any(diagnostics.next() for _ in range(LISTEN_S)):
+            print(f'demo: a node /decode already runs in domain {os.environ["ROS_DOMAIN_ID"]}: '
+                  'end it, or set another ROS_DOMAIN_ID', file=sys.stderr)
+            return 1
         process = start(
             [str(BIN / 'decode_node'), '--ros-args', '--params-file',
              str(ROOT / 'config' / 'decode.yaml'),

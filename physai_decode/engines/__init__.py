@@ -24,15 +24,16 @@ from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
+from physai_decode.pip_command import install
 
 _CLASSES = {
     'native': 'NativeEngine', 'transformers': 'TransformersEngine', 'exllamav2': 'ExLlamaV2Engine'}
 _INSTALL = {
-    'torch': 'PyTorch (pip install torch; on a Jetson the wheel for its JetPack)',
-    'transformers': 'transformers (pip install -U transformers)',
-    'safetensors': 'safetensors (pip install safetensors)',
-    'triton': 'Triton (pip install triton)',
-    'exllamav2': 'ExLlamaV2 (pip install exllamav2; it also needs a CUDA toolkit)'}
+    'torch': f'PyTorch ({install("torch")}; on a Jetson the wheel for its JetPack)',
+    'transformers': f'transformers ({install("-U", "transformers")})',
+    'safetensors': f'safetensors ({install("safetensors")})',
+    'triton': f'Triton ({install("triton")})',
+    'exllamav2': f'ExLlamaV2 ({install("exllamav2")}; it also needs a CUDA toolkit)'}
 
 
 class Chosen(NamedTuple):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from physai_decode.config import HttpConfig
 from physai_decode.host import Host
+from physai_decode.pip_command import install
 
 if TYPE_CHECKING:
     from physai_decode.http.server import Server
@@ -49,10 +50,10 @@ def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseExcept
         from physai_decode.http.server import Server
     except ImportError as error:
         raise HttpError(
-            f'http.port is {config.port}, and {error}: pip install uvicorn prometheus_client, or '
-            'set http.port to 0') from error
+            f'http.port is {config.port}, and {error}: '
+            f'{install("uvicorn", "prometheus_client")}, or set http.port to 0') from error
     key = os.environ.get(KEY_VARIABLE, '')
     if not (key.isascii() and key.isprintable()) or ' ' in key:
-        raise HttpError(f'{KEY_VARIABLE} has characters that a header can not contain: use '
+        raise HttpError(f'{KEY_VARIABLE} has characters that a header cannot contain: use '
                         'printable ASCII without spaces')
     return Server(host, config, key, note, errors)

@@ -177,7 +177,7 @@ def _listen(config: HttpConfig) -> socket.socket:
         return opened
     except (OSError, UnicodeError) as error:
         raise HttpError(
-            f'port {config.port} of {config.host!r} can not be opened: {error}; set http.port and '
+            f'port {config.port} of {config.host!r} cannot be opened: {error}; set http.port and '
             'http.host to a free address of this machine') from error
 
 

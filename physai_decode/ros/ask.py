@@ -37,6 +37,7 @@ from physai_decode.ros import dds
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import decode_nodes
+from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -148,7 +149,7 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
 
     def found() -> str:
         names = [name for name in decode_nodes(asker) if name != asker.target]
-        return f'; found {" ".join(names)}' if names else ''
+        return f'; found {" ".join(names)}' if names else start_advice(asker)
 
     try:
         wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)

@@ -137,15 +137,15 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         for each in unknown:
             self.get_logger().warning(parameters.unknown_message(each))
         full_name = self.get_fully_qualified_name()
-        params_problems = [f'the params file {file} has no section for {full_name}: begin one '
-                           f'with {full_name}: or /**:'
-                           for file in files.without_section(params_files, full_name)]
-        for each in params_problems:
+        host.params_problems = [
+            f'the params file {file} has no section for {full_name}: begin one with {full_name}: '
+            'or /**:' for file in files.without_section(params_files, full_name)]
+        for each in host.params_problems:
             self.get_logger().error(each)
         self._bond = Bond(self)
-        self._status = Status(host, self._topics, unknown, params_problems,
-                              Duplicates(self, self._topics.tokens), self.faults,
-                              self.get_logger().warning)
+        self._status = Status(
+            host, self._topics, unknown, Duplicates(self, self._topics.tokens), self.faults,
+            self.get_logger().warning)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
             config.diagnostics.period_s, self._status.publish, clock=steady)
@@ -221,8 +221,12 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         if in_force is not None and in_force.realtime_refused:
             self.get_logger().warning(in_force.realtime_refused)
         self._bond.form(self._host.config.bond.heartbeat_period_s)
-        self.get_logger().info(f'active: accepts {self._endpoints.prompt.topic_name} and '
-                               f'{self._endpoints.request.topic_name}')
+        doors = [self._endpoints.prompt.topic_name, self._endpoints.request.topic_name]
+        if self._generate is not None:
+            doors.append(f'{self.get_fully_qualified_name()}/generate')
+        if self._http is not None:
+            doors.append(self._http.address)
+        self.get_logger().info(f'active: accepts requests on {", ".join(doors)}')
         return TransitionCallbackReturn.SUCCESS
 
     @_logged
@@ -397,7 +401,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                 continue
             if locked and parameters.affects_load(name):
                 raise ConfigError(
-                    f'{name} can not be set to {shown(value)} while the node runs: model.locked '
+                    f'{name} cannot be set to {shown(value)} while the node runs: model.locked '
                     'is true; change it in the params file and restart the node')
             if configured:
                 plain = list(value) if isinstance(value, array) else value
@@ -405,7 +409,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                           'inactive': 'clean up first'}.get(
                               host.state, 'deactivate and clean up first')
                 raise ConfigError(
-                    f'{name} can not be set to {shown(plain)} now: it {parameters.FIXED} '
+                    f'{name} cannot be set to {shown(plain)} now: it {parameters.FIXED} '
                     f'(now: {host.state}); {remedy}')
 
     def _log_end(self, report: RequestReport) -> None:

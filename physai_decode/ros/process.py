@@ -16,6 +16,7 @@
 
 from contextlib import suppress
 import os
+from pathlib import Path
 import signal
 import sys
 import threading
@@ -43,6 +44,10 @@ FLUSH_S = 0.4                   # of EXIT_LIMIT_S, to send the last messages
 DESTROY_S = 0.1                 # of EXIT_LIMIT_S, to destroy the node
 POLL_S = 0.1                    # period at which the main thread checks signals and the launcher
 THREADS = 3                     # of the executor; node.py describes their use
+ADVICE = {                      # by words in an error of rclpy
+    'failed to initialize logging': ': set ROS_LOG_DIR to a folder that can be written',
+    "Couldn't parse params file": ': a params file begins with `/**:` and `ros__parameters:`, as '
+                                  'in config/decode.yaml'}
 USAGE = 'decode_node [--ros-args [--params-file FILE] [-p NAME:=VALUE] [-r OLD:=NEW] ...]'
 HELP = """Run a language model on ROS topics, until SIGINT or SIGTERM.
 
@@ -112,13 +117,18 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
     watchdog.start()
     dds.configure()
     responses.release_lock()
+    files = params_files.from_arguments(args)
+    for file in files:
+        if not Path(file).exists():
+            print(f'decode_node: there is no params file {file}: correct the path after '
+                  '--params-file', file=sys.stderr)
+            return 1
     try:
         # rclpy's signal handlers would shut down the context before the last messages are sent.
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         unexpected = remove_ros_args(args)[1:]
-    except (RuntimeError, ValueError) as error:     # such as a params file that does not exist
-        advice = ': set ROS_LOG_DIR to a folder that can be written' if str(error).startswith(
-            'failed to initialize logging') else ''
+    except (RuntimeError, ValueError) as error:     # such as a params file that can't be parsed
+        advice = next((advice for words, advice in ADVICE.items() if words in str(error)), '')
         print(f'decode_node: {type(error).__name__}: {error}{advice}', file=sys.stderr)
         return 1
     if unexpected and unexpected[0] in ('-h', '--help'):
@@ -130,7 +140,7 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         rclpy.shutdown()
         return 2
     try:
-        node = DecodeNode(load, params_files=params_files.from_arguments(args))
+        node = DecodeNode(load, params_files=files)
     except Exception as error:          # rclpy raises many types for its own parameters
         kind = '' if isinstance(error, ConfigError) else f'{type(error).__name__}: '
         rclpy.logging.get_logger('decode').fatal(f'{kind}{error}')

@@ -83,7 +83,7 @@ def _replace(kind: Any, name: str, send: Any, reset_error: Callable[[], object])
         message = create()
         try:
             if not (message and convert(response, message)):
-                raise RCLError(f'{response!r:.200} can not be converted')
+                raise RCLError(f'{response!r:.200} cannot be converted')
             with self:          # it is not destroyed meanwhile
                 code = send(self.pointer, address, message)
         finally:

@@ -35,19 +35,16 @@ class Status:
     """Builds the statuses from the host's figures and publishes them."""
 
     def __init__(self, host: Host, topics: Topics, unknown_parameters: Sequence[str],
-                 params_problems: Sequence[str], duplicates: Duplicates, faults: Faults,
-                 warn: Callable[[str], object]) -> None:
+                 duplicates: Duplicates, faults: Faults, warn: Callable[[str], object]) -> None:
         """
         Publish nothing yet.
 
         :param unknown_parameters: the names given at start that the node does not declare.
-        :param params_problems: the problems with params files, for the status `engine`.
         :param warn: logs a warning.
         """
         self._host, self._topics = host, topics
         self._warn = warn
-        self._params_problems, self._duplicates = params_problems, duplicates
-        self._faults = faults
+        self._duplicates, self._faults = duplicates, faults
         self._unknown = ' '.join(unknown_parameters)
         self._latch = threading.Lock()
         self._misses = 0                        # deadline misses at the last publish
@@ -123,8 +120,8 @@ class Status:
             level, message = messages.WARN, f'the local model answers: {worker.fallback}'
         if self._unknown:
             level, message = messages.WARN, f'unknown parameters: {self._unknown}'
-        if self._params_problems:
-            level, message = messages.WARN, '; '.join(self._params_problems)
+        if host.params_problems:
+            level, message = messages.WARN, '; '.join(host.params_problems)
         if problem := self._duplicates.look():
             level, message = messages.ERROR, problem
         if state == 'stalled':
@@ -132,8 +129,7 @@ class Status:
             message = f'no token for more than {config.diagnostics.stall_timeout_s:g} s'
         if state == 'failed':
             level = messages.ERROR
-            message = worker.last_error if worker is not None else '; '.join(
-                [host.failure, *self._params_problems])
+            message = worker.last_error if worker is not None else host.reason
         return messages.status(
             messages.status_name(self._topics.node_name, 'engine'), messages.ENGINE_KEYS, values,
             message=message, level=level, hardware_id=hardware_id)

@@ -71,6 +71,12 @@ def decode_nodes(node: Node) -> list[str]:
         and node.count_publishers(topic))
 
 
+def start_advice(node: Node) -> str:
+    """Say what to do if there is no decode node in the ROS graph."""
+    return (f': start decode_node, or set ROS_DOMAIN_ID (here {node.context.get_domain_id()}) as '
+            'in its terminal')
+
+
 class Topics:
     """
     All topics that the node publishes.

@@ -37,6 +37,7 @@ from physai_decode.ros.ask import stop_on_signal
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
 from physai_decode.ros.topics import decode_nodes
+from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
@@ -319,7 +320,7 @@ def _once(watcher: Watcher, executor: SingleThreadedExecutor, stop: threading.Ev
             raise WatchError(
                 f'{watcher.target or "no node"} published {"nothing " if named else ""}on '
                 f'{watcher.diagnostics.topic_name} within {timeout_s:g} s'
-                + (f'; found {" ".join(names)}{hint}' if names else ''))
+                + (f'; found {" ".join(names)}{hint}' if names else start_advice(watcher)))
         _spin(executor, stop, min(0.05, left_s))
     names = decode_nodes(watcher)
     if not named and len(names) > 1:

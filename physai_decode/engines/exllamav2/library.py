@@ -29,6 +29,7 @@ from typing import Any
 
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
+from physai_decode.pip_command import install
 import torch
 from torch.utils import cpp_extension
 
@@ -55,10 +56,11 @@ def library(progress: Callable[[str], None]) -> Any:
             import_module('exllamav2.generator')
             return import_module('exllamav2')
         except ImportError as error:
+            package = [error.name] if error.name else ['-U', 'exllamav2']
             raise EngineError(
                 f'ExLlamaV2 can not be imported ({first_line(error)}): install '
-                f'{error.name or "it"} (pip install {error.name or "-U exllamav2"}), or choose '
-                'another engine.name') from None
+                f'{error.name or "it"} ({install(*package)}), or choose another engine.name'
+            ) from None
         except (OSError, RuntimeError) as error:
             raise EngineError(
                 f"ExLlamaV2's extension could not be compiled for PyTorch {torch.__version__} "
@@ -77,7 +79,7 @@ def _check_tools() -> None:
     if not shutil.which(compiler):
         missing.append(f'{compiler} (apt install g++)')
     if not cpp_extension.is_ninja_available():
-        missing.append('ninja (pip install ninja)')
+        missing.append(f'ninja ({install("ninja")})')
     if not Path(sysconfig.get_path('include'), 'Python.h').exists():
         missing.append('Python.h (apt install python3-dev)')
     if missing:

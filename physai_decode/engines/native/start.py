@@ -48,6 +48,7 @@ from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 from physai_decode.engines.native.tuning import timed
 from physai_decode.engines.sampling import ROWS
+from physai_decode.pip_command import install
 import torch
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _problem(device):
         from physai_decode.engines import compiler
         from physai_decode.engines.native import coded_kernels  # noqa: F401
     except ImportError as error:
-        return f'Triton can not be used ({error}): pip install -U triton'
+        return f'Triton can not be used ({error}): {install("-U", "triton")}'
     return compiler.problem(device)
 
 

@@ -1,0 +1,27 @@
+# Copyright 2026 physai_decode developers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The command that installs packages for the running Python, for error messages."""
+
+import shlex
+import sys
+
+
+def install(*packages: str) -> str:
+    """
+    Return the command line, such as ``/home/me/.venv/bin/python -m pip install triton``.
+
+    A plain ``pip`` may belong to another Python, and Debian's refuses to install.
+    """
+    return shlex.join([sys.executable, '-m', 'pip', 'install', *packages])
