@@ -77,7 +77,7 @@ def test_reports_that_triton_can_not_compile_for_the_gpu(monkeypatch):
     assert start.operations(DEVICE, torch.float16, messages.append).name == 'torch'
     assert messages[0] == (
         'PHYSAI_DECODE_CAPABILITY is set: H runs as if it had compute capability 7.5')
-    assert 'can not compile attention for compute capability 7.5' in messages[1]
+    assert 'cannot compile attention for compute capability 7.5' in messages[1]
 
 
 def test_only_compiler_py_depends_on_the_version_of_triton():
@@ -104,6 +104,6 @@ def test_tells_if_triton_can_not_compile_for_the_chip(monkeypatch, error):
     monkeypatch.setattr(torch, 'empty', lambda *sizes, **options: None)
     monkeypatch.setattr(compiler, '_write', Kernel())
     problem = compiler.problem(DEVICE)
-    assert 'can not compile for compute capability 9.0' in problem
+    assert 'cannot compile for compute capability 9.0' in problem
     assert str(error) in problem
     assert 'pip install -U triton' in problem and 'gcc' in problem

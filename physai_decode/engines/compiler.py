@@ -57,16 +57,16 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 def problem(device: torch.device) -> str | None:
-    """Return why this Triton can not compile the kernels for a device; None if it can."""
+    """Return why this Triton cannot compile the kernels for a device; None if it can."""
     major, minor = chip.capability(device)
     if VERSION == (3, 3) and major < 8:
-        return (f'Triton {triton.__version__} can not compile attention for compute capability '
+        return (f'Triton {triton.__version__} cannot compile attention for compute capability '
                 f'{major}.{minor}: install another version')
     try:
         _write[(1,)](torch.empty(1, dtype=torch.int32, device=device))
     except Exception as error:          # of ptxas for a newer chip, or of the C compiler
         reason = ' '.join(str(error).split())[:200]
-        return (f'Triton {triton.__version__} can not compile for compute capability '
+        return (f'Triton {triton.__version__} cannot compile for compute capability '
                 f'{major}.{minor} ({type(error).__name__}: {reason}): pip install -U triton, and '
                 'apt install gcc python3-dev')
     return None
