@@ -236,6 +236,11 @@ def _inspect(folder: Path) -> Checkpoint:
             raise EngineError(
                 f'{path} lacks {len(absent)} tensors that the index lists in it, such as '
                 f'{absent[0]}: copy or download the model again')
+        twice = min(tensors.keys() & header.keys(), default=None)
+        if twice is not None:
+            raise EngineError(
+                f'{tensors[twice].path} and {path.name} both have the tensor {twice}: remove the '
+                'files that are not of this model, or download the model into an empty folder')
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):

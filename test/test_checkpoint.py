@@ -243,6 +243,29 @@ def test_rejects_a_shard_without_its_tensor(shards):
     assert 'b.weight' in error_of(shards)
 
 
+@pytest.mark.parametrize('index', [True, False])
+def test_rejects_a_tensor_in_two_files(shards, index):
+    second = shards / 'model-00002-of-00002.safetensors'
+    write_safetensors(second, {'b.weight': ('BF16', (4,)), 'a.weight': ('F32', (2, 3))})
+    if not index:
+        (shards / 'model.safetensors.index.json').unlink()
+    message = error_of(shards)
+    assert f'{shards / "model-00001-of-00002.safetensors"} and {second.name}' in message
+    assert 'a.weight' in message and 'remove' in message
+
+
+def test_rejects_a_further_file_without_an_index(shards):
+    (shards / 'model.safetensors.index.json').unlink()
+    write_safetensors(shards / 'z.safetensors', {'b.weight': ('BF16', (4,))})
+    assert 'z.safetensors both have the tensor b.weight' in error_of(shards)
+
+
+def test_reads_only_the_files_of_the_index(shards):
+    write_safetensors(shards / 'z.safetensors', {'b.weight': ('BF16', (4,))})
+    path = checkpoint.inspect(shards).tensors['b.weight'].path
+    assert path.name == 'model-00002-of-00002.safetensors'
+
+
 def test_rejects_a_shard_outside_the_folder(shards):
     write_json(shards / 'model.safetensors.index.json', {
         'weight_map': {'a.weight': '../outside.safetensors'}})
