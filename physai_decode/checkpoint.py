@@ -51,8 +51,10 @@ _MAX_HEADER_BYTES = 100_000_000    # limit of the safetensors format
 _MAX_BYTES = {
     'config.json': 2**24, '*_config.json': 2**24, 'special_tokens_map.json': 2**24,
     'added_tokens.json': 2**24, '*.index.json': 2**26, '*.jinja': 2**22,
-    'chat_template.json': 2**22, 'tokenizer.json': 2**28, 'vocab.json': 2**28,
-    'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28, '*.tiktoken': 2**28}
+    'chat_template.json': 2**22, 'tokenizer.json': 2**28, 'tekken.json': 2**28,
+    'vocab.json': 2**28, 'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28,
+    '*.tiktoken': 2**28}
+_POINTER = b'version https://git-lfs'
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -259,7 +261,18 @@ def _check_files(folder: Path) -> None:
     for path in files:
         # A dangling link counts as a missing file.
         if path.exists() and not path.is_dir():
-            regular_file.check(path, _max_bytes(path))
+            limit = _max_bytes(path)
+            regular_file.check(path, limit)
+            if limit is not None:
+                with regular_file.opened(path) as file:
+                    _check_pulled(path, file.read(len(_POINTER)))
+
+
+def _check_pulled(path: Path, begin: bytes) -> None:
+    """Refuse a Git LFS pointer, by the beginning of the file."""
+    if begin == _POINTER:
+        raise EngineError(f'{path} is a Git LFS pointer, not the file itself: run "git lfs pull" '
+                          'in the folder')
 
 
 def _max_bytes(path: Path) -> int | None:
@@ -364,9 +377,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     with regular_file.opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        if prefix == b'version ':
-            raise EngineError(
-                f'{path} is a Git LFS pointer, not the weights: run "git lfs pull" in the folder')
+        _check_pulled(path, prefix + file.read(len(_POINTER) - 8))
+        file.seek(8)
         if len(prefix) < 8:
             raise EngineError(f'{path} is truncated to {size} bytes: {again}')
         length = struct.unpack('<Q', prefix)[0]

@@ -156,10 +156,15 @@ def test_rejects_a_tensor_whose_size_contradicts_its_shape(folder):
     assert 'tensor w' in error_of(folder)
 
 
-def test_rejects_a_git_lfs_pointer(folder):
-    (folder / 'model.safetensors').write_text(
+@pytest.mark.parametrize('name', [
+    'model.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json',
+    'merges.txt', 'tokenizer.model', 'qwen.tiktoken', 'tekken.json', 'chat_template.jinja',
+    'generation_config.json'])
+def test_rejects_a_git_lfs_pointer(folder, name):
+    (folder / name).write_text(
         'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n')
-    assert 'git lfs pull' in error_of(folder)
+    message = error_of(folder)
+    assert f'{folder / name} is a Git LFS pointer' in message and 'git lfs pull' in message
 
 
 def test_rejects_a_dangling_link(folder):

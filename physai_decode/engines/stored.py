@@ -36,7 +36,7 @@ _DTYPES = {
 if hasattr(torch, 'float8_e8m0fnu'):        # PyTorch 2.7
     _DTYPES['F8_E8M0'] = torch.float8_e8m0fnu
 FLOATS = ('F64', 'F32', 'F16', 'BF16')      # of unquantised weights
-# The methods whose checkpoints always have quantised tensors, and the dtypes that none of these has.
+# The methods whose checkpoints always have quantised tensors, and the dtypes of other tensors.
 _METHODS = ('gptq', 'awq', 'compressed-tensors', 'fp8', 'bitsandbytes', 'modelopt', 'exl2')
 _PLAIN = (*FLOATS, 'I64', 'BOOL')
 

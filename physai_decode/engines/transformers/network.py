@@ -31,6 +31,7 @@ import torch
 import transformers
 from transformers.utils import is_accelerate_available
 
+
 def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
                   dtype: torch.dtype) -> torch.dtype:
     """
