@@ -225,6 +225,7 @@ def parsing(path: Path | str) -> Iterator[None]:
 
 def _inspect(folder: Path) -> Checkpoint:
     _check_files(folder)
+    _check_adapter(folder)
     config = _read_json(folder / 'config.json')
     if not isinstance(config.get('model_type'), str):
         raise EngineError(
@@ -273,6 +274,18 @@ def _check_pulled(path: Path, begin: bytes) -> None:
     if begin == _POINTER:
         raise EngineError(f'{path} is a Git LFS pointer, not the file itself: run "git lfs pull" '
                           'in the folder')
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse a folder that has an adapter, such as LoRA, but no weights of a model."""
+    path = folder / 'adapter_config.json'
+    weights = [each for end in ('safetensors', 'bin') for each in folder.glob(f'*.{end}')]
+    if path.exists() and all(each.name.startswith('adapter') for each in weights):
+        base = _read_json(path).get('base_model_name_or_path') or 'its base model'
+        raise EngineError(
+            f'{folder} has an adapter (adapter_config.json), but not the weights of a model: '
+            f'merge it into {base} (with peft: merge_and_unload), save the result with its '
+            'tokenizer, and set model.path to that folder')
 
 
 def _max_bytes(path: Path) -> int | None:

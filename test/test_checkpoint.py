@@ -123,6 +123,22 @@ def test_rejects_a_config_that_is_not_an_object(folder, text):
     assert 'config.json' in error_of(folder)
 
 
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('weights', ['adapter_model.safetensors', 'adapter_model.bin', None])
+def test_rejects_an_adapter(folder, whole, weights):
+    """With or without a config.json."""
+    write_json(folder / 'adapter_config.json', {'base_model_name_or_path': 'org/base'})
+    checkpoint.inspect(folder)          # a merged model, whose adapter was left in the folder
+    (folder / 'model.safetensors').unlink()
+    if weights:
+        write_safetensors(folder / weights, TENSORS)
+    if not whole:
+        (folder / 'config.json').unlink()
+    message = error_of(folder)
+    assert f'{folder} has an adapter' in message and 'merge it into org/base' in message
+    assert 'model.path' in message
+
+
 def test_rejects_a_config_without_model_type(folder):
     write_json(folder / 'config.json', {'name': 'something'})
     assert 'model_type' in error_of(folder)
