@@ -213,6 +213,16 @@ def test_rejects_an_unused_tensor_that_would_change_the_logits(kind, tmp_path, t
     assert next(iter(tensors)).replace('__', '.') in error_of(kind, folder)
 
 
+@pytest.mark.parametrize(('key', 'value'), [
+    ('tie_word_embeddings', True), ('num_hidden_layers', 1), ('num_hidden_layers', 3)])
+def test_names_the_key_of_config_json_that_contradicts_the_weights(kind, tmp_path, key, value):
+    folder = random_model.save(tmp_path, 'llama', 0)
+    change_config(folder, **{key: value})
+    message = error_of(kind, folder)
+    assert str(folder) in message and key in message
+    assert key[0] == 't' or f'is {value}, but the weights have 2 layers' in message
+
+
 @pytest.mark.parametrize('family', ['gpt2', 'gemma2', 'phi3', 'mixtral', 'bloom', 'smollm3'])
 def test_accepts_all_tensors_that_transformers_writes(tmp_path, family):
     folder = random_model.save(tmp_path, family, 0, n_embd=128, n_head=2, n_layer=2)

@@ -129,6 +129,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
             'weights')
     absent = sorted(info['missing_keys'])
     if absent:
+        leftover.check_layers(model, absent[0])
         raise EngineError(
             f'{model.folder} lacks {len(absent)} of the weights that its config.json requires, '
             f'such as {absent[0]}: copy or download the model again')
