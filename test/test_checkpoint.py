@@ -302,6 +302,13 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
     ({'rope_scaling': YARN}, 'factor'), ({'rope_scaling': {**YARN, 'factor': '4'}}, 'factor'),
     ({'rope_scaling': {**YARN, 'factor': 4, 'original_max_position_embeddings': '64'}},
      'original_max_position_embeddings'),
+    ({'rope_theta': 5e5, 'rope_parameters': {'rope_theta': 1e4}},
+     'rope_theta is 500000.0, but 10000.0 in rope_parameters'),
+    ({'text_config': {'rope_theta': 5e5, 'rope_scaling': {'rope_theta': 1e4}}},
+     'rope_theta is 500000.0, but 10000.0 in rope_scaling'),
+    ({'architectures': ['BertModel']},
+     "architectures is ['BertModel'], but model_type is 'llama'"),
+    ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, "model_type is 'granite'"),
     ({'max_position_embeddings': '64'}, 'max_position_embeddings'),
     ({'max_position_embeddings': -1}, 'max_position_embeddings'),
     ({'text_config': 'llama', 'eos_token_id': None}, 'text_config'),
@@ -316,6 +323,25 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
 def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     write_json(folder / 'config.json', {**CONFIG, **fields})
     assert_damaged(folder, 'config.json', word)
+
+
+@pytest.mark.parametrize('fields', [
+    {'architectures': ['LlamaForCausalLM']}, {'architectures': ['LlamaModel']},
+    {'architectures': ['OwnForCausalLM']}, {'architectures': ['BertLlamaForCausalLM']},
+    {'architectures': ['LlamaForCausalLM'], 'model_type': 'mistral'},
+    {'architectures': ['Gemma3ForConditionalGeneration'], 'model_type': 'gemma3_text'},
+    {'architectures': ['Mistral3ForConditionalGeneration'], 'model_type': 'mistral3',
+     'text_config': {'model_type': 'mistral'}},
+    {'architectures': ['LlavaForConditionalGeneration'], 'model_type': 'llava',
+     'text_config': {'model_type': 'llama', 'architectures': ['LlamaForCausalLM']}},
+    {'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe'},
+    {'architectures': ['BertModel'], 'model_type': 'own'}, {'architectures': None},
+    {'architectures': 'llama'}, {'architectures': [3]},
+    {'rope_theta': 10000, 'rope_parameters': {'rope_theta': 1e4}},
+    {'rope_theta': 1e6, 'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}])
+def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
+    write_json(folder / 'config.json', {**CONFIG, **fields})
+    checkpoint.inspect(folder)
 
 
 DEEP = '[' * 100_000
