@@ -107,9 +107,10 @@ def test_rejects_weights_that_are_zero_or_not_finite(kind, tmp_path, change, wor
 
 @pytest.mark.parametrize(('dtype', 'name'), [
     (torch.int8, 'I8'), (torch.float8_e4m3fn, 'F8_E4M3'), (torch.float8_e5m2, 'F8_E5M2')])
-@pytest.mark.parametrize('ends', ['weight', 'down_proj.weight'])
-def test_rejects_weights_whose_quantisation_is_lost(kind, tmp_path, dtype, name, ends):
-    folder = random_model.save(tmp_path, 'qwen2', 0)
+@pytest.mark.parametrize(('family', 'ends'), [
+    ('qwen2', 'weight'), ('qwen2', 'down_proj.weight'), ('qwen3_moe', 'down_proj.weight')])
+def test_rejects_weights_whose_quantisation_is_lost(kind, tmp_path, dtype, name, family, ends):
+    folder = random_model.save(tmp_path, family, 0)
     change_tensors(folder, lambda tensor: (tensor * 100).to(dtype), ends)
     message = error_of(kind, folder)
     assert ends in message and f'is stored as {name}' in message
@@ -131,6 +132,9 @@ def test_rejects_a_quantisation_that_no_tensor_has(kind, tmp_path, settings, mon
     message = error_of(kind, folder)
     assert f'config.json says {settings["quant_method"]}, but no tensor is quantised' in message
     assert str(folder) in message and 'remove quantization_config' in message
+    if kind is NativeEngine:            # which knows the tensors of each format
+        add(folder, visual__indices=torch.zeros(3, dtype=torch.int32))
+        assert 'but no tensor is quantised' in error_of(kind, folder)
 
 
 def test_rejects_weights_of_another_shape(kind, tmp_path):

@@ -50,10 +50,15 @@ def check_quantised(model: Checkpoint) -> None:
     found = model.quantized
     if found and found.method in _METHODS and found.settings.get('format') != 'dense' and all(
             entry.dtype in _PLAIN for entry in model.tensors.values()):
-        raise EngineError(
-            f'{model.folder}: config.json says {found.method}, but no tensor is quantised: remove '
-            'quantization_config from config.json if the weights are unquantised, or download the '
-            'quantised model again')
+        raise not_quantised(model)
+
+
+def not_quantised(model: Checkpoint) -> EngineError:
+    """Return the error for a checkpoint that lacks the quantisation that its config names."""
+    return EngineError(
+        f'{model.folder}: config.json says {model.quantized and model.quantized.method}, but no '
+        'tensor is quantised that way: remove quantization_config from config.json if the weights '
+        'are unquantised, or download the quantised model again')
 
 
 def check_float(name: str, entry: TensorEntry) -> None:

@@ -178,8 +178,8 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     :param passes: whether to prepare passes of several rows.
     :returns: the transformer, and why it can not run such passes; empty if it can, or need not.
     """
-    stored.check_quantised(checkpoint)
     files = tensors(checkpoint, dtype, device)
+    _check_quantised(checkpoint, files)
     ops = operations(device, dtype, progress)
     forms = None
     if ops.name == 'torch':
@@ -203,6 +203,15 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
         made.ops.tune(made, progress)
         clock.end('tune_s')
     return made, reason
+
+
+def _check_quantised(checkpoint: Checkpoint, files: source.Source) -> None:
+    """Refuse a checkpoint if no module is stored in the format that config.json names."""
+    if checkpoint.quantized:
+        form = formats.parse(checkpoint.quantized)
+        modules = {name.rpartition('.')[0] for name in checkpoint.tensors}
+        if not any(form.holds(files, module) for module in modules):
+            raise stored.not_quantised(checkpoint)
 
 
 def _no_passes(loaded: weights.Weights, ops: TorchOps) -> str:

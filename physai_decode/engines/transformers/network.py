@@ -146,9 +146,10 @@ def _check_floats(model: Checkpoint, network: transformers.PreTrainedModel,
                   left: Iterable[str]) -> None:
     """Refuse integers and 8-bit floats for float parameters: config.json has no quantisation."""
     floats = {name for name, weight in network.named_parameters() if weight.is_floating_point()}
+    # The library stacks experts under other names; other integers are buffers.
     for name in sorted(model.tensors.keys() - set(left)):
         entry = model.tensors[name]
-        if name in floats or entry.dtype.startswith('F'):
+        if name in floats or entry.dtype.startswith('F') or name.endswith(('weight', '_proj')):
             stored.check_float(name, entry)
 
 
