@@ -216,7 +216,10 @@ def _set_templates(tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> N
     sources = dict.fromkeys(found, source)
     for path in files:
         name = 'default' if path == single else path.stem
-        found[name], sources[name] = path.read_text(encoding='utf-8'), path
+        try:
+            found[name], sources[name] = path.read_text(encoding='utf-8'), path
+        except UnicodeDecodeError:
+            raise TextError(f'{path.name} is damaged (it is not UTF-8): {_AGAIN}') from None
     for name, template in found.items():
         if not isinstance(template, str):
             raise TextError(f'its chat template {name!r} is {template!r}: expected a string; '

@@ -207,6 +207,11 @@ def test_names_the_file_of_a_template_with_a_syntax_error(folder, template):
     Text(load_tokenizer(str(folder)), ChatConfig(template='off'))
 
 
+def test_names_a_template_that_is_not_utf_8(folder):
+    (folder / 'chat_template.jinja').write_bytes(b'\xff')
+    assert 'chat_template.jinja is damaged' in error_of(folder)
+
+
 @pytest.mark.parametrize(('content', 'words'), [
     ('no', 'tokenizer.json is damaged'), ('{}', 'pip install -U tokenizers')])
 def test_names_a_tokenizer_json_that_can_not_be_read(folder, content, words):
