@@ -51,8 +51,10 @@ _MAX_HEADER_BYTES = 100_000_000    # limit of the safetensors format
 _MAX_BYTES = {
     'config.json': 2**24, '*_config.json': 2**24, 'special_tokens_map.json': 2**24,
     'added_tokens.json': 2**24, '*.index.json': 2**26, '*.jinja': 2**22,
-    'chat_template.json': 2**22, 'tokenizer.json': 2**28, 'vocab.json': 2**28,
-    'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28, '*.tiktoken': 2**28}
+    'chat_template.json': 2**22, 'tokenizer.json': 2**28, 'tekken.json': 2**28,
+    'vocab.json': 2**28, 'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28,
+    '*.tiktoken': 2**28}
+_POINTER = b'version https://git-lfs'
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -223,6 +225,7 @@ def parsing(path: Path | str) -> Iterator[None]:
 
 def _inspect(folder: Path) -> Checkpoint:
     _check_files(folder)
+    _check_adapter(folder)
     config = _read_json(folder / 'config.json')
     if not isinstance(config.get('model_type'), str):
         raise EngineError(
@@ -236,6 +239,11 @@ def _inspect(folder: Path) -> Checkpoint:
             raise EngineError(
                 f'{path} lacks {len(absent)} tensors that the index lists in it, such as '
                 f'{absent[0]}: copy or download the model again')
+        twice = min(tensors.keys() & header.keys(), default=None)
+        if twice is not None:
+            raise EngineError(
+                f'{tensors[twice].path} and {path.name} both have the tensor {twice}: remove the '
+                'files that are not of this model, or download the model into an empty folder')
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
@@ -254,7 +262,30 @@ def _check_files(folder: Path) -> None:
     for path in files:
         # A dangling link counts as a missing file.
         if path.exists() and not path.is_dir():
-            regular_file.check(path, _max_bytes(path))
+            limit = _max_bytes(path)
+            regular_file.check(path, limit)
+            if limit is not None:
+                with regular_file.opened(path) as file:
+                    _check_pulled(path, file.read(len(_POINTER)))
+
+
+def _check_pulled(path: Path, begin: bytes) -> None:
+    """Refuse a Git LFS pointer, by the beginning of the file."""
+    if begin == _POINTER:
+        raise EngineError(f'{path} is a Git LFS pointer, not the file itself: run "git lfs pull" '
+                          'in the folder')
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse a folder that has an adapter, such as LoRA, but no weights of a model."""
+    path = folder / 'adapter_config.json'
+    weights = [each for end in ('safetensors', 'bin') for each in folder.glob(f'*.{end}')]
+    if path.exists() and all(each.name.startswith('adapter') for each in weights):
+        base = _read_json(path).get('base_model_name_or_path') or 'its base model'
+        raise EngineError(
+            f'{folder} has an adapter (adapter_config.json), but not the weights of a model: '
+            f'merge it into {base} (with peft: merge_and_unload), save the result with its '
+            'tokenizer, and set model.path to that folder')
 
 
 def _max_bytes(path: Path) -> int | None:
@@ -359,9 +390,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     with regular_file.opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        if prefix == b'version ':
-            raise EngineError(
-                f'{path} is a Git LFS pointer, not the weights: run "git lfs pull" in the folder')
+        _check_pulled(path, prefix + file.read(len(_POINTER) - 8))
+        file.seek(8)
         if len(prefix) < 8:
             raise EngineError(f'{path} is truncated to {size} bytes: {again}')
         length = struct.unpack('<Q', prefix)[0]

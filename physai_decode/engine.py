@@ -92,10 +92,14 @@ NO_TOKEN = -1                       # sampled from logits with NaN or infinity
 
 def not_numbers(dtype: str) -> EngineError:
     """Return the error for logits with NaN or infinity; ``dtype`` as in `Footprint`."""
+    reason, more = 'damaged', ''
+    if dtype != 'float32':
+        wider = 'float32' if dtype == 'bfloat16' else 'float32 or bfloat16'
+        reason += ', or too large for this number format'
+        more = f', or set engine.dtype to {wider}'
     return EngineError(
         f"the model's logits are not numbers (NaN or infinite) in {dtype}: its weights are "
-        'damaged, or too large for this number format; copy or download the model again, or set '
-        'engine.dtype to float32 or bfloat16')
+        f'{reason}; copy or download the model again{more}')
 
 
 class Constraint(Protocol):

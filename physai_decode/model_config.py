@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields
 import math
+import re
 from reprlib import repr
 from typing import Any
 
@@ -61,19 +62,41 @@ _RANGES: dict[str, tuple[float, float]] = {
     'num_experts_per_tok': (1, 2**14), 'moe_intermediate_size': (1, 2**22),
     'decoder_sparse_step': (1, 10**4)}
 
+# Classes and model_types whose family is certain; fine-tunes may have classes of their own.
+_CLASS = re.compile(
+    r'(llama|mistral|ministral|qwen|gemma|phi|smollm|granite|bert|roberta|gpt2|t5)\d*'
+    r'(?:_text|(?:for(?:causallm|conditionalgeneration|maskedlm)|(?:lmhead)?model))?', re.I)
+_SAME = {'mistral': 'llama', 'ministral': 'llama'}     # their folders name each other's classes
+
 
 def check(config: Mapping[str, Any]) -> None:
     """
-    Validate the sizes of a model.
+    Validate the sizes of a model, its rope_theta, and the family that it names.
 
     A list has one number per layer, and null selects the default of the family; the engine
     validates both.
 
-    :raises ValueError: a size is out of range; the message names the key.
+    :raises ValueError: a size is out of range, or two keys contradict each other; the message
+        names the keys.
     """
     for key in (*SIZES, 'rms_norm_eps'):
         if not isinstance(config.get(key), (list, type(None))):
             number(config, key, int if key in SIZES else float)
+    for key in ('rope_parameters', 'rope_scaling'):
+        inner, outer = (each.get('rope_theta') for each in (part(config, key), config))
+        if inner is not None and outer is not None and inner != outer:
+            raise ValueError(f'rope_theta is {repr(outer)}, but {repr(inner)} in {key}')
+    family, classes = config.get('model_type'), config.get('architectures')
+    named = {_family(each) for each in classes if type(each) is str} - {''} \
+        if isinstance(classes, list) else set()
+    if named and type(family) is str and _family(family) not in ('', *named):
+        raise ValueError(f'architectures is {repr(classes)}, but model_type is {repr(family)}')
+
+
+def _family(name: str) -> str:
+    """Return the family of a class or a model_type; empty if it is not known for certain."""
+    found = _CLASS.fullmatch(name)
+    return _SAME.get(found[1].lower(), found[1].lower()) if found else ''
 
 
 def number(config: Mapping[str, Any], key: str, kind: type = int) -> Any:

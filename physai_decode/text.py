@@ -85,6 +85,7 @@ class Text:
         self.backend = backend
         self.template, self._source = _template(tokenizer, chat.template)
         self._tool_source = self._source
+        self._files: Mapping[str, str] = getattr(tokenizer, 'template_files', {})
         if self._source:
             _check_sandbox()
             if chat.template == 'auto' and isinstance(tokenizer.chat_template, dict):
@@ -107,7 +108,7 @@ class Text:
                        for name, id_ in names.items() if id_ in secret_ids}
         self._name_pattern = _matcher(self._names)
         self._word_pattern = _matcher({word for source in {self._source, self._tool_source}
-                                for word in _words(source, self._names)})
+                                for word in self._words(source)})
         self._encoder = _renamed(backend, self._names)
         # Ids that end an answer, by the config, the tokenizer and the template; no plain words.
         ends = dict.fromkeys((*end_ids, *own_ends))
@@ -284,11 +285,41 @@ class Text:
             raise
         except Exception as error:
             # A template is a program and can raise any exception.
+            self._check_syntax(error, self._tool_source if tools else self._source)
             roles = ', '.join(message['role'] for message in messages)
             raise TextError(
                 f"the model's chat template refuses a conversation of {roles}: {error}; leave "
                 'chat.system_prompt empty if that is the cause, or set chat.template to off'
             ) from error
+
+    def _check_syntax(self, error: Exception, source: str) -> None:
+        """Raise the error of a template that is not valid."""
+        from jinja2 import TemplateSyntaxError
+
+        if isinstance(error, TemplateSyntaxError):
+            raise TextError(
+                f'{self._files.get(source, "the model")} has a chat template with a syntax error '
+                f'in its line {error.lineno}: copy or download the model again, or set '
+                'chat.template to off') from error
+
+    def _words(self, source: str) -> set[str]:
+        """
+        Return the string literals in a template's source, which it may search messages for.
+
+        Literals that overlap with a control token are left out.
+        """
+        if not source:
+            return set()
+        from jinja2 import Environment
+
+        try:
+            words = {_unescaped(token[1:-1]) for _, kind, token in Environment().lex(source)
+                     if kind == 'string'}
+        except Exception as error:
+            self._check_syntax(error, source)
+            raise
+        return {word for word in words if len(word.strip()) > 1
+                and not any(_overlap(word, name) for name in self._names)}
 
     def _trial(self, *roles: str, answer: bool) -> str:
         """Render short messages of these roles; empty if the template refuses them."""
@@ -407,22 +438,6 @@ def _matcher(names: Iterable[str]) -> 're.Pattern[str]':
     """Compile a pattern that matches any of these, the longest first, as a tokenizer does."""
     return re.compile('|'.join(
         re.escape(name) for name in sorted(names, key=len, reverse=True)) or r'(?!)')
-
-
-def _words(source: str, names: Iterable[str]) -> set[str]:
-    """
-    Return the string literals in a template's source, which it may search messages for.
-
-    Literals that overlap with a control token are left out.
-    """
-    if not source:
-        return set()
-    from jinja2 import Environment
-
-    words = {_unescaped(token[1:-1]) for _, kind, token in Environment().lex(source)
-             if kind == 'string'}
-    return {word for word in words if len(word.strip()) > 1
-            and not any(_overlap(word, name) for name in names)}
 
 
 def _unescaped(token: str) -> str:

@@ -295,7 +295,7 @@ def _outcome(work: Callable[[], bytes]) -> bytes:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         reason = f'{_CULPRIT} takes more than {limit / 1e6:.0f} MB of memory: {_ADVICE}'
     except BaseException as error:      # such as a panic of the tokenizers library
-        reason = f"the model's tokenizer can not be used: {described(error)}"
+        reason = f'{_CULPRIT} can not be used ({described(error)}): {_ADVICE}'
     return _REFUSED + reason.encode(errors='backslashreplace')
 
 

@@ -29,8 +29,6 @@ from pathlib import Path
 import re
 from typing import Any
 
-from physai_decode.engine import first_line
-
 SAMPLE = 'Hello, world! What is 12 + 3?'    # letters, blanks, digits and punctuation
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
           'mask_token')
@@ -54,7 +52,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         exists = (path / 'tokenizer.json').is_file()
         tokenizer = _from_file(path) if exists else _converted(path)
-        _check_sample(tokenizer)
+        _check_sample(tokenizer, '' if exists else 'it has no tokenizer.json, and ')
         return tokenizer
     except MemoryError:
         raise
@@ -70,14 +68,13 @@ def load_tokenizer(folder: str) -> Any:
 
 def _from_file(folder: Path) -> Any:
     """Load tokenizer.json; take special tokens and the chat template from the config."""
-    from tokenizers import Tokenizer
     import transformers
 
     config = _read(folder / 'tokenizer_config.json')
     own_class = 'AutoTokenizer' in (config.get('auto_map') or {})
     if own_class and not hasattr(transformers, str(config.get('tokenizer_class'))):
         raise _own_code()
-    backend = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    backend = _backend(folder / 'tokenizer.json')
     _add(backend, config.get('added_tokens_decoder') or {})
     named = {**_read(folder / 'special_tokens_map.json'), **{
         key: value for key, value in config.items() if value is not None}}
@@ -89,9 +86,24 @@ def _from_file(folder: Path) -> Any:
                                 if backend.token_to_id(name) is not None])
     known = {key: name for key, name in special.items() if backend.token_to_id(name) is not None}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **known)
-    tokenizer.chat_template = _templates(folder, config)
+    _set_templates(tokenizer, folder, config)
     tokenizer.absent_tokens = {key: name for key, name in special.items() if key not in known}
     return tokenizer
+
+
+def _backend(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except MemoryError:
+        raise
+    # The library raises plain exceptions.
+    except Exception as error:
+        _read(path)                     # raises if it is not JSON
+        raise TextError(
+            f'tokenizer.json is damaged, or written for a version of tokenizers after '
+            f'{version("tokenizers")}: pip install -U tokenizers, or {_AGAIN}') from error
 
 
 def _converted(folder: Path) -> Any:
@@ -113,15 +125,15 @@ def _converted(folder: Path) -> Any:
         if 'trust_remote_code' in str(error):
             raise _own_code() from error
         raise TextError(
-            f'it has no tokenizer.json, and its other files can not be converted '
-            f'({first_line(error)}): {_AGAIN}, or save it with its fast tokenizer') from error
+            'it has no tokenizer.json, and no other files that can be converted to one: '
+            f'{_AGAIN}, or save it with its fast tokenizer') from error
     names = dict(getattr(tokenizer, 'vocab_files_names', {}))
     names.pop('tokenizer_file', None)
     absent = sorted(name for name in names.values() if not (folder / name).is_file())
     if absent and not (folder / 'tekken.json').is_file():
         raise TextError(f'it has no tokenizer.json, and no {" and no ".join(absent)} to convert: '
                         f'{_AGAIN}')
-    tokenizer.chat_template = _templates(folder, {'chat_template': tokenizer.chat_template})
+    _set_templates(tokenizer, folder, {'chat_template': tokenizer.chat_template})
     return tokenizer
 
 
@@ -143,7 +155,7 @@ def _own_code() -> TextError:
     return TextError('it needs code from that folder, which is never run: choose another model')
 
 
-def _check_sample(tokenizer: Any) -> None:
+def _check_sample(tokenizer: Any, lacks: str) -> None:
     """Refuse a vocabulary that lacks the tokens of ordinary text."""
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if backend is None:
@@ -152,7 +164,7 @@ def _check_sample(tokenizer: Any) -> None:
     unknown = tokenizer.unk_token_id
     if all(id_ == unknown for id_ in ids):
         raise TextError(
-            f'none of its {backend.get_vocab_size()} tokens is text (it can not encode '
+            f'{lacks}none of its {backend.get_vocab_size()} tokens is text (it can not encode '
             f'{SAMPLE!r}): {_AGAIN}')
 
 
@@ -183,11 +195,13 @@ def _content(token: Any, key: str) -> str:
     return name
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """Return the chat template, or several by name."""
+def _set_templates(tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """Set the chat template, or several by name, and the file of each."""
     found: dict[str, str] = {}
-    value = config.get('chat_template') or _read(folder / 'chat_template.json').get(
-        'chat_template')
+    value, source = config.get('chat_template'), folder / 'tokenizer_config.json'
+    if not value:
+        source = folder / 'chat_template.json'
+        value = _read(source).get('chat_template')
     if isinstance(value, list):
         found = {each['name']: each['template'] for each in value}
     elif isinstance(value, dict):
@@ -195,15 +209,23 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] 
     elif value:
         found = {'default': value}
     single = folder / 'chat_template.jinja'
-    more = sorted((folder / 'additional_chat_templates').glob('*.jinja'))
+    files = [*sorted((folder / 'additional_chat_templates').glob('*.jinja'))]
     if single.is_file():
-        found = {'default': single.read_text(encoding='utf-8')}
-    found |= {each.stem: each.read_text(encoding='utf-8') for each in more}
+        found = {}
+        files.insert(0, single)
+    sources = dict.fromkeys(found, source)
+    for path in files:
+        name = 'default' if path == single else path.stem
+        try:
+            found[name], sources[name] = path.read_text(encoding='utf-8'), path
+        except UnicodeDecodeError:
+            raise TextError(f'{path.name} is damaged (it is not UTF-8): {_AGAIN}') from None
     for name, template in found.items():
         if not isinstance(template, str):
             raise TextError(f'its chat template {name!r} is {template!r}: expected a string; '
                             f'{_AGAIN}')
-    return found['default'] if found.keys() == {'default'} else found or None
+    tokenizer.chat_template = found['default'] if found.keys() == {'default'} else found or None
+    tokenizer.template_files = {found[name]: str(path) for name, path in sources.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -123,6 +123,22 @@ def test_rejects_a_config_that_is_not_an_object(folder, text):
     assert 'config.json' in error_of(folder)
 
 
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('weights', ['adapter_model.safetensors', 'adapter_model.bin', None])
+def test_rejects_an_adapter(folder, whole, weights):
+    """With or without a config.json."""
+    write_json(folder / 'adapter_config.json', {'base_model_name_or_path': 'org/base'})
+    checkpoint.inspect(folder)          # a merged model, whose adapter was left in the folder
+    (folder / 'model.safetensors').unlink()
+    if weights:
+        write_safetensors(folder / weights, TENSORS)
+    if not whole:
+        (folder / 'config.json').unlink()
+    message = error_of(folder)
+    assert f'{folder} has an adapter' in message and 'merge it into org/base' in message
+    assert 'model.path' in message
+
+
 def test_rejects_a_config_without_model_type(folder):
     write_json(folder / 'config.json', {'name': 'something'})
     assert 'model_type' in error_of(folder)
@@ -156,10 +172,15 @@ def test_rejects_a_tensor_whose_size_contradicts_its_shape(folder):
     assert 'tensor w' in error_of(folder)
 
 
-def test_rejects_a_git_lfs_pointer(folder):
-    (folder / 'model.safetensors').write_text(
+@pytest.mark.parametrize('name', [
+    'model.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json',
+    'merges.txt', 'tokenizer.model', 'qwen.tiktoken', 'tekken.json', 'chat_template.jinja',
+    'generation_config.json'])
+def test_rejects_a_git_lfs_pointer(folder, name):
+    (folder / name).write_text(
         'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n')
-    assert 'git lfs pull' in error_of(folder)
+    message = error_of(folder)
+    assert f'{folder / name} is a Git LFS pointer' in message and 'git lfs pull' in message
 
 
 def test_rejects_a_dangling_link(folder):
@@ -243,6 +264,29 @@ def test_rejects_a_shard_without_its_tensor(shards):
     assert 'b.weight' in error_of(shards)
 
 
+@pytest.mark.parametrize('index', [True, False])
+def test_rejects_a_tensor_in_two_files(shards, index):
+    second = shards / 'model-00002-of-00002.safetensors'
+    write_safetensors(second, {'b.weight': ('BF16', (4,)), 'a.weight': ('F32', (2, 3))})
+    if not index:
+        (shards / 'model.safetensors.index.json').unlink()
+    message = error_of(shards)
+    assert f'{shards / "model-00001-of-00002.safetensors"} and {second.name}' in message
+    assert 'a.weight' in message and 'remove' in message
+
+
+def test_rejects_a_further_file_without_an_index(shards):
+    (shards / 'model.safetensors.index.json').unlink()
+    write_safetensors(shards / 'z.safetensors', {'b.weight': ('BF16', (4,))})
+    assert 'z.safetensors both have the tensor b.weight' in error_of(shards)
+
+
+def test_reads_only_the_files_of_the_index(shards):
+    write_safetensors(shards / 'z.safetensors', {'b.weight': ('BF16', (4,))})
+    path = checkpoint.inspect(shards).tensors['b.weight'].path
+    assert path.name == 'model-00002-of-00002.safetensors'
+
+
 def test_rejects_a_shard_outside_the_folder(shards):
     write_json(shards / 'model.safetensors.index.json', {
         'weight_map': {'a.weight': '../outside.safetensors'}})
@@ -258,6 +302,13 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
     ({'rope_scaling': YARN}, 'factor'), ({'rope_scaling': {**YARN, 'factor': '4'}}, 'factor'),
     ({'rope_scaling': {**YARN, 'factor': 4, 'original_max_position_embeddings': '64'}},
      'original_max_position_embeddings'),
+    ({'rope_theta': 5e5, 'rope_parameters': {'rope_theta': 1e4}},
+     'rope_theta is 500000.0, but 10000.0 in rope_parameters'),
+    ({'text_config': {'rope_theta': 5e5, 'rope_scaling': {'rope_theta': 1e4}}},
+     'rope_theta is 500000.0, but 10000.0 in rope_scaling'),
+    ({'architectures': ['BertModel']},
+     "architectures is ['BertModel'], but model_type is 'llama'"),
+    ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, "model_type is 'granite'"),
     ({'max_position_embeddings': '64'}, 'max_position_embeddings'),
     ({'max_position_embeddings': -1}, 'max_position_embeddings'),
     ({'text_config': 'llama', 'eos_token_id': None}, 'text_config'),
@@ -272,6 +323,25 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
 def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     write_json(folder / 'config.json', {**CONFIG, **fields})
     assert_damaged(folder, 'config.json', word)
+
+
+@pytest.mark.parametrize('fields', [
+    {'architectures': ['LlamaForCausalLM']}, {'architectures': ['LlamaModel']},
+    {'architectures': ['OwnForCausalLM']}, {'architectures': ['BertLlamaForCausalLM']},
+    {'architectures': ['LlamaForCausalLM'], 'model_type': 'mistral'},
+    {'architectures': ['Gemma3ForConditionalGeneration'], 'model_type': 'gemma3_text'},
+    {'architectures': ['Mistral3ForConditionalGeneration'], 'model_type': 'mistral3',
+     'text_config': {'model_type': 'mistral'}},
+    {'architectures': ['LlavaForConditionalGeneration'], 'model_type': 'llava',
+     'text_config': {'model_type': 'llama', 'architectures': ['LlamaForCausalLM']}},
+    {'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe'},
+    {'architectures': ['BertModel'], 'model_type': 'own'}, {'architectures': None},
+    {'architectures': 'llama'}, {'architectures': [3]},
+    {'rope_theta': 10000, 'rope_parameters': {'rope_theta': 1e4}},
+    {'rope_theta': 1e6, 'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}])
+def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
+    write_json(folder / 'config.json', {**CONFIG, **fields})
+    checkpoint.inspect(folder)
 
 
 DEEP = '[' * 100_000

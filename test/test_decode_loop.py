@@ -26,6 +26,7 @@ from physai_decode.decode_loop import DecodeLoop
 from physai_decode.decode_loop import Step
 from physai_decode.engine import EngineError
 from physai_decode.engine import NO_TOKEN
+from physai_decode.engine import not_numbers
 import pytest
 
 ONE = SamplingConfig(max_new_tokens=1)
@@ -237,8 +238,15 @@ def test_logits_that_are_not_numbers_are_an_error(place):
     loop = DecodeLoop(engine)
     stream = loop.stream([1, 2, 3], SamplingConfig())
     assert [next(stream).token_ids for _ in range(place)] == [(97,), (98,)][:place]
-    with pytest.raises(EngineError, match=r'logits are not numbers .* in float32.*engine\.dtype'):
+    with pytest.raises(EngineError, match='logits are not numbers .* in float32'):
         next(stream)
+
+
+@pytest.mark.parametrize(('dtype', 'advice'), [
+    ('float16', 'set engine.dtype to float32 or bfloat16'),
+    ('bfloat16', 'set engine.dtype to float32'), ('float32', 'copy or download the model again')])
+def test_logits_that_are_not_numbers_advise_another_dtype(dtype, advice):
+    assert str(not_numbers(dtype)).endswith(advice)
 
 
 def test_forget():

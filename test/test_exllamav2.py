@@ -314,6 +314,7 @@ def change(folder, quantization=None, **fields):
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     config.update(fields)
+    config.pop('architectures', None)
     config['quantization_config'].update(quantization or {})
     path.write_text(json.dumps(config))
 

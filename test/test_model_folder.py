@@ -17,12 +17,14 @@
 import json
 import math
 from pathlib import Path
+import re
 
 from engine_contract import decode
 from engine_contract import load
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
+from physai_decode.engines import libraries
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
@@ -44,10 +46,16 @@ def kind(request):
     return ENGINES[request.param]
 
 
-def change_tensors(folder, change):
-    """Replace each tensor of a folder by what ``change`` returns for it."""
+def change_tensors(folder, change, ends=''):
+    """Replace each tensor, or those whose name ends so, by what ``change`` returns for it."""
     path = folder / 'model.safetensors'
-    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+    save_file({name: change(tensor) if name.endswith(ends) else tensor
+               for name, tensor in load_file(path).items()}, path)
+
+
+def change_config(folder, **changes):
+    path = folder / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def error_of(kind, folder):
@@ -97,11 +105,54 @@ def test_rejects_weights_that_are_zero_or_not_finite(kind, tmp_path, change, wor
     assert words in error_of(kind, folder)
 
 
-def test_rejects_integer_weights(kind, tmp_path):
-    folder = random_model.save(tmp_path, 'qwen2', 0)
-    change_tensors(folder, lambda tensor: (tensor * 100).to(torch.int8))
+@pytest.mark.parametrize(('dtype', 'name'), [
+    (torch.int8, 'I8'), (torch.float8_e4m3fn, 'F8_E4M3'), (torch.float8_e5m2, 'F8_E5M2')])
+@pytest.mark.parametrize(('family', 'ends'), [
+    ('qwen2', 'weight'), ('qwen2', 'down_proj.weight'), ('qwen3_moe', 'down_proj.weight')])
+def test_rejects_weights_whose_quantisation_is_lost(kind, tmp_path, dtype, name, family, ends):
+    folder = random_model.save(tmp_path, family, 0)
+    change_tensors(folder, lambda tensor: (tensor * 100).to(dtype), ends)
     message = error_of(kind, folder)
-    assert 'embed_tokens.weight' in message and 'quantis' in message
+    assert ends in message and f'is stored as {name}' in message
+    assert str(folder) in message and 'quantization_config' in message
+
+
+@pytest.mark.parametrize('settings', [
+    {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'awq', 'bits': 4},
+    {'quant_method': 'fp8'}, {'quant_method': 'modelopt', 'quant_algo': 'FP8'},
+    {'quant_method': 'bitsandbytes', 'load_in_8bit': True},
+    {'quant_method': 'compressed-tensors', 'format': 'pack-quantized', 'config_groups': {'0': {
+        'targets': ['Linear'], 'weights': {
+            'num_bits': 4, 'strategy': 'group', 'group_size': 32}}}}],
+    ids=lambda each: each['quant_method'])
+def test_rejects_a_quantisation_that_no_tensor_has(kind, tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(libraries, 'missing', lambda method: ())
+    folder = random_model.save(tmp_path, 'llama', 0)
+    change_config(folder, quantization_config=settings)
+    message = error_of(kind, folder)
+    assert f'config.json says {settings["quant_method"]}, but no tensor is quantised' in message
+    assert str(folder) in message and 'remove quantization_config' in message
+    if kind is NativeEngine:            # which knows the tensors of each format
+        add(folder, visual__indices=torch.zeros(3, dtype=torch.int32))
+        assert 'but no tensor is quantised' in error_of(kind, folder)
+
+
+def test_rejects_weights_of_another_shape(kind, tmp_path):
+    folder = random_model.save(tmp_path, 'llama', 0)
+    change_config(folder, intermediate_size=128)
+    message = error_of(kind, folder)
+    assert re.search(r'mlp\.\w+_proj\.weight has shape \[.*256.*\], config.json implies '
+                     r'\[128, 128\]', message)
+    assert str(folder) in message and 'download' in message
+
+
+def test_names_the_folder_of_a_missing_tensor(kind, tmp_path):
+    folder = random_model.save(tmp_path, 'llama', 0)
+    tensors = load_file(folder / 'model.safetensors')
+    del tensors['model.layers.1.mlp.up_proj.weight']
+    save_file(tensors, folder / 'model.safetensors')
+    message = error_of(kind, folder)
+    assert str(folder) in message and 'up_proj.weight' in message and 'download' in message
 
 
 def test_accepts_an_embedding_of_zeros(kind, tmp_path):
@@ -164,6 +215,16 @@ def test_rejects_an_unused_tensor_that_would_change_the_logits(kind, tmp_path, t
     folder = random_model.save(tmp_path, 'llama_tied', 0)
     add(folder, **tensors)
     assert next(iter(tensors)).replace('__', '.') in error_of(kind, folder)
+
+
+@pytest.mark.parametrize(('key', 'value'), [
+    ('tie_word_embeddings', True), ('num_hidden_layers', 1), ('num_hidden_layers', 3)])
+def test_names_the_key_of_config_json_that_contradicts_the_weights(kind, tmp_path, key, value):
+    folder = random_model.save(tmp_path, 'llama', 0)
+    change_config(folder, **{key: value})
+    message = error_of(kind, folder)
+    assert str(folder) in message and key in message
+    assert key[0] == 't' or f'is {value}, but the weights have 2 layers' in message
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'gemma2', 'phi3', 'mixtral', 'bloom', 'smollm3'])

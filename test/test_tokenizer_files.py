@@ -118,7 +118,9 @@ def test_rejects_a_folder_without_tokenizer_json(folder, family, model_type):
     (folder / 'tokenizer.json').unlink()
     (folder / 'config.json').write_text(json.dumps({'model_type': model_type}))
     configure(folder, tokenizer_class=family)
-    assert 'copy or download the model again' in error_of(folder)
+    message = error_of(folder)
+    assert 'no tokenizer.json' in message and 'copy or download the model again' in message
+    assert 'one of:' not in message
 
 
 def test_needs_vocab_and_merges_without_tokenizer_json(folder):
@@ -181,6 +183,42 @@ def test_order_of_the_files_of_a_template(folder):
         (folder / name).write_text(content)
         assert load_tokenizer(str(folder)).chat_template == str(
             ['chat_template.json', 'tokenizer_config.json', 'chat_template.jinja'].index(name) + 1)
+
+
+@pytest.mark.parametrize('template', [
+    '\n{{ a }', '\n{% nope %}', '\n{{ a | nope }}', '\n{% if a %}'])
+def test_names_the_file_of_a_template_with_a_syntax_error(folder, template):
+    single = folder / 'chat_template.jinja'
+    single.write_text(template)
+    assert f'{single} has a chat template with a syntax error in its line 2' in error_of(folder)
+    assert 'nope' not in error_of(folder)
+    single.unlink()
+    configure(folder, chat_template=template)
+    assert f'{folder / "tokenizer_config.json"} has a chat template' in error_of(folder)
+    configure(folder, chat_template=None)
+    path = folder / 'chat_template.json'
+    path.write_text(json.dumps({'chat_template': template}))
+    assert f'{path} has a chat template' in error_of(folder)
+    more = folder / 'additional_chat_templates'
+    more.mkdir()
+    (more / 'loud.jinja').write_text(template)
+    message = error_of(folder, ChatConfig(template='loud'))
+    assert f'{more / "loud.jinja"} has a chat template' in message
+    Text(load_tokenizer(str(folder)), ChatConfig(template='off'))
+
+
+def test_names_a_template_that_is_not_utf_8(folder):
+    (folder / 'chat_template.jinja').write_bytes(b'\xff')
+    assert 'chat_template.jinja is damaged' in error_of(folder)
+
+
+@pytest.mark.parametrize(('content', 'words'), [
+    ('no', 'tokenizer.json is damaged'), ('{}', 'pip install -U tokenizers')])
+def test_names_a_tokenizer_json_that_can_not_be_read(folder, content, words):
+    (folder / 'tokenizer.json').write_text(content)
+    message = error_of(folder)
+    assert words in message and str(folder) in message
+    assert 'tokenizer_config.json' not in message
 
 
 def test_chooses_a_template_by_name(folder):

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Read the tensors of safetensors files into memory.
+Read the tensors of safetensors files into memory, and check how they are stored.
 
 Files are read, not memory-mapped: if a mapped file is truncated, even long after the load, SIGBUS
 kills the process.
@@ -22,6 +22,7 @@ kills the process.
 from typing import Any
 
 from physai_decode import regular_file
+from physai_decode.checkpoint import Checkpoint
 from physai_decode.checkpoint import TensorEntry
 from physai_decode.engine import EngineError
 import torch
@@ -34,6 +35,43 @@ _DTYPES = {
     'U64': torch.uint64, 'I64': torch.int64, 'F64': torch.float64, 'C64': torch.complex64}
 if hasattr(torch, 'float8_e8m0fnu'):        # PyTorch 2.7
     _DTYPES['F8_E8M0'] = torch.float8_e8m0fnu
+FLOATS = ('F64', 'F32', 'F16', 'BF16')      # of unquantised weights
+# The methods whose checkpoints always have quantised tensors, and the dtypes of other tensors.
+_METHODS = ('gptq', 'awq', 'compressed-tensors', 'fp8', 'bitsandbytes', 'modelopt', 'exl2')
+_PLAIN = (*FLOATS, 'I64', 'BOOL')
+
+
+def check_quantised(model: Checkpoint) -> None:
+    """
+    Check that a checkpoint whose config names a quantisation has quantised tensors.
+
+    :raises EngineError: it has none.
+    """
+    found = model.quantized
+    if found and found.method in _METHODS and found.settings.get('format') != 'dense' and all(
+            entry.dtype in _PLAIN for entry in model.tensors.values()):
+        raise not_quantised(model)
+
+
+def not_quantised(model: Checkpoint) -> EngineError:
+    """Return the error for a checkpoint that lacks the quantisation that its config names."""
+    return EngineError(
+        f'{model.folder}: config.json says {model.quantized and model.quantized.method}, but no '
+        'tensor is quantised that way: remove quantization_config from config.json if the weights '
+        'are unquantised, or download the quantised model again')
+
+
+def check_float(name: str, entry: TensorEntry) -> None:
+    """
+    Check that an unquantised weight is stored as floats of at least 16 bits.
+
+    :raises EngineError: it is stored otherwise, so its quantisation is unknown.
+    """
+    if entry.dtype not in FLOATS:
+        raise EngineError(
+            f'{entry.path}: tensor {name} is stored as {entry.dtype}, but config.json names no '
+            'quantisation with it: download the model again, with its quantization_config in '
+            'config.json')
 
 
 def read(entry: TensorEntry) -> Tensor:

@@ -71,6 +71,7 @@ def check(model: Checkpoint, limit: int) -> None:
         raise EngineError(
             f'{model.folder} only describes its weights, which ExLlamaV2 can not create at '
             'random: write them with decode_bench --write-checkpoint')
+    stored.check_quantised(model)
     kind = Rope(config).kind
     if kind not in ('default', 'linear', 'llama3'):
         raise EngineError(

@@ -21,6 +21,7 @@ from typing import Protocol
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.checkpoint import TensorEntry
 from physai_decode.engine import EngineError
+from physai_decode.engines import leftover
 from physai_decode.engines import stored
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Files:
     """Tensors from a checkpoint's safetensors files."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint = checkpoint
         self._entries = checkpoint.tensors
         self._device = device
         self.used: set[str] = set()
@@ -61,7 +63,7 @@ class Files:
             file can't be read.
         """
         self.used.add(name)
-        return stored.read(_checked(self._entries, name, shape)).to(self._device)
+        return stored.read(_checked(self._checkpoint, self._entries, name, shape)).to(self._device)
 
 
 class Random:
@@ -69,6 +71,7 @@ class Random:
 
     def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: torch.dtype,
                  device: torch.device) -> None:
+        self._checkpoint = checkpoint
         # Without g_idx, groups are contiguous.
         self._entries = {name: entry for name, entry in checkpoint.tensors.items()
                          if not name.endswith('g_idx')}
@@ -88,7 +91,7 @@ class Random:
         :raises EngineError: it is not described, or its shape differs from what config.json
             implies.
         """
-        entry = _checked(self._entries, name, shape)
+        entry = _checked(self._checkpoint, self._entries, name, shape)
         kind = name.rsplit('.', 1)[-1]
         if kind == 'qzeros':
             return torch.full(shape, self._zero, dtype=torch.int32, device=self._device)
@@ -128,14 +131,18 @@ class Random:
                              generator=self._generator)
 
 
-def _checked(entries: Mapping[str, TensorEntry], name: str,
+def _checked(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], name: str,
              shape: tuple[int, ...]) -> TensorEntry:
     """Return the entry of a tensor, whose shape must be as given."""
     entry = entries.get(name)
     if entry is None:
-        raise EngineError(f'the checkpoint has no tensor {name}: it is incomplete, or its '
-                          'config.json is of another architecture')
+        leftover.check_layers(checkpoint, name)
+        raise EngineError(
+            f'{checkpoint.folder} has no tensor {name}, which its config.json implies: copy or '
+            'download the model again, with the config.json of these weights')
     if entry.shape != shape:
-        raise EngineError(f'tensor {name} has shape {list(entry.shape)}, config.json implies '
-                          f'{list(shape)}: they do not belong together')
+        raise EngineError(
+            f'{checkpoint.folder}: tensor {name} has shape {list(entry.shape)}, config.json '
+            f'implies {list(shape)}: copy or download the model again, with the config.json of '
+            'these weights')
     return entry

@@ -33,6 +33,7 @@ from physai_decode.engine import Footprint
 from physai_decode.engines import chip
 from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
+from physai_decode.engines import stored
 from physai_decode.engines.native import families
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import source
@@ -54,7 +55,6 @@ import torch
 if TYPE_CHECKING:
     from physai_decode.engines.native.prefill import Prefill
 
-_FLOATS = ('F16', 'BF16', 'F32', 'F64')      # converted to the dtype of the engine
 PASS_ROWS = (1, 2, 4, ROWS)    # other sizes use the graph of the next larger one
 PASS_CONTEXT = 4096            # tokens before a pass that is timed, if they fit
 PASS_REPEATS = 20              # on a CPU; fewer if they take `PASS_S`
@@ -150,7 +150,7 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
     :raises EngineError: they are not free; the message says what would fit.
     """
     weight_bytes = sum(
-        dtype.itemsize * math.prod(entry.shape) if entry.dtype in _FLOATS else entry.bytes
+        dtype.itemsize * math.prod(entry.shape) if entry.dtype in stored.FLOATS else entry.bytes
         for entry in _own(checkpoint, shape))
     per_token = 2 * shape.layers * shape.kv_size * dtype.itemsize
     work = WORK_BYTES if device.type == 'cuda' else 0
@@ -180,6 +180,7 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     :returns: the transformer, and why it can not run such passes; empty if it can, or need not.
     """
     files = tensors(checkpoint, dtype, device)
+    _check_quantised(checkpoint, files)
     ops = operations(device, dtype, progress)
     forms = None
     if ops.name == 'torch':
@@ -203,6 +204,15 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
         made.ops.tune(made, progress)
         clock.end('tune_s')
     return made, reason
+
+
+def _check_quantised(checkpoint: Checkpoint, files: source.Source) -> None:
+    """Refuse a checkpoint if no module is stored in the format that config.json names."""
+    if checkpoint.quantized:
+        form = formats.parse(checkpoint.quantized)
+        modules = {name.rpartition('.')[0] for name in checkpoint.tensors}
+        if not any(form.holds(files, module) for module in modules):
+            raise stored.not_quantised(checkpoint)
 
 
 def _no_passes(loaded: weights.Weights, ops: TorchOps) -> str:

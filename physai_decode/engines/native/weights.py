@@ -26,6 +26,7 @@ import math
 from typing import TYPE_CHECKING
 
 from physai_decode.engine import EngineError
+from physai_decode.engines import stored
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native.architecture import Architecture
@@ -322,8 +323,7 @@ class _Loader:
 
     def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.get(name, shape)
-        if not tensor.is_floating_point():
-            raise EngineError(
-                f'tensor {name} holds integers ({tensor.dtype}), but config.json names no '
-                'quantisation with them: download a newer version of the model')
+        entry = self._source.entry(name)
+        assert entry is not None
+        stored.check_float(name, entry)
         return tensor.to(self._dtype)

@@ -31,8 +31,6 @@ import torch
 import transformers
 from transformers.utils import is_accelerate_available
 
-_FLOATS = ('F64', 'F32', 'F16', 'BF16')
-
 
 def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
                   dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +57,7 @@ def needed_bytes(model: Checkpoint, dtype: torch.dtype) -> int:
     if model.quantized:
         return model.weight_bytes
     return sum(
-        entry.bytes if entry.dtype not in _FLOATS
+        entry.bytes if entry.dtype not in stored.FLOATS
         else entry.bytes * dtype.itemsize // {'F64': 8, 'F32': 4}.get(entry.dtype, 2)
         for entry in model.tensors.values())
 
@@ -85,6 +83,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
         raise EngineError(
             f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
             f'pip install {" ".join(missing)}')
+    stored.check_quantised(model)
     placed = bool(model.quantized) or (
         device.type == 'cuda' and is_accelerate_available())
     try:
@@ -103,7 +102,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
             name: stored.Lazy(entry) for name, entry in model.tensors.items()})
         network, info = kind.from_pretrained(
             folder, config=config, state_dict=weights, dtype=dtype, use_safetensors=True,
-            attn_implementation=attention,
+            attn_implementation=attention, ignore_mismatched_sizes=True,
             device_map={'': device} if placed else None, output_loading_info=True)
     except EngineError:
         raise
@@ -122,13 +121,20 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
         raise EngineError(
             f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
             f'{reason}') from None
+    if info['mismatched_keys']:
+        name, found, implied = min(info['mismatched_keys'])
+        raise EngineError(
+            f'{model.folder}: tensor {name} has shape {list(found)}, config.json implies '
+            f'{list(implied)}: copy or download the model again, with the config.json of these '
+            'weights')
     absent = sorted(info['missing_keys'])
     if absent:
+        leftover.check_layers(model, absent[0])
         raise EngineError(
             f'{model.folder} lacks {len(absent)} of the weights that its config.json requires, '
             f'such as {absent[0]}: copy or download the model again')
     if not model.quantized:
-        _check_floats(model, network)
+        _check_floats(model, network, info['unexpected_keys'])
         _check_unused(model, network, info['unexpected_keys'])
     if not placed:
         network.to(device)
@@ -136,14 +142,15 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
     return loaded
 
 
-def _check_floats(model: Checkpoint, network: transformers.PreTrainedModel) -> None:
-    """Refuse integer tensors for float parameters: config.json omits their quantisation."""
-    for name, weight in network.named_parameters():
-        entry = model.tensors.get(name)
-        if entry and weight.is_floating_point() and entry.dtype not in _FLOATS:
-            raise EngineError(
-                f'tensor {name} holds integers ({entry.dtype}), but config.json names no '
-                'quantisation: download a newer version of the model')
+def _check_floats(model: Checkpoint, network: transformers.PreTrainedModel,
+                  left: Iterable[str]) -> None:
+    """Refuse integers and 8-bit floats for float parameters: config.json has no quantisation."""
+    floats = {name for name, weight in network.named_parameters() if weight.is_floating_point()}
+    # The library stacks experts under other names; other integers are buffers.
+    for name in sorted(model.tensors.keys() - set(left)):
+        entry = model.tensors[name]
+        if name in floats or entry.dtype.startswith('F') or name.endswith(('weight', '_proj')):
+            stored.check_float(name, entry)
 
 
 def _check_unused(model: Checkpoint, network: transformers.PreTrainedModel,
