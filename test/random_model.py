@@ -85,6 +85,12 @@ FAMILIES = {
                          'layer_types': ['full_attention', 'sliding_attention']}}
 
 
+def model_type(family: str) -> str:
+    """Return the model_type of a key of `FAMILIES`; a model_type of the library is its own."""
+    known = family if family in transformers.CONFIG_MAPPING else family.partition('_')[0]
+    return FAMILIES.get(family, {}).get('model_type', known)
+
+
 def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     """
     Write a model folder.
@@ -93,9 +99,8 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     :param overrides: fields of the config.
     :returns: the folder.
     """
-    known = family in transformers.CONFIG_MAPPING
-    settings = {'model_type': family if known else family.partition('_')[0], **_SHAPE,
-                **FAMILIES.get(family, {}), **overrides}
+    settings = {'model_type': model_type(family), **_SHAPE, **FAMILIES.get(family, {}),
+                **overrides}
     config = transformers.AutoConfig.for_model(**settings)
     return save_config(folder, config, seed)
 
