@@ -59,8 +59,8 @@ setup(
     maintainer='physai_decode developers',
     maintainer_email='physai_decode@example.org',
     description=(
-        'A ROS 2 node that decodes with a language model for one user at a time and tells, token '
-        'by token, how near it came to the memory floor.'),
+        'A ROS 2 node that decodes with a language model for one user at a time and reports for '
+        'each token how close it came to the limit of the memory bus.'),
     license='Apache-2.0',
     url='https://github.com/physai-decode/physai_decode',
     entry_points={

@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = runner.run(cases)
     except KeyboardInterrupt:
-        print(f'interrupted; to resume, run the same command with --out {out}', file=sys.stderr)
+        print(f'interrupted; to resume, run the same command with --out {out}'
+              f'{" and without --again" * options.again}', file=sys.stderr)
         return 130
     finally:
         if not options.keep_checkpoints:
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             'date': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}
     report.write(out, head, tables, results, _plots(results, out))
     print(f'written to {out}: results.json, report.md, report.html')
+    for warning in report.unsteady(results):
+        print(f'decode_bench: {warning}', file=sys.stderr)
     if report.cells(results):
         return 0
     reasons = dict.fromkeys(
@@ -176,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument('--out', type=_folder, default=Path('decode_bench_out'), metavar='DIR',
                      help='folder of the results; existing results are not measured again unless '
                           'the model, the code, the packages or the machine have changed')
+    how.add_argument('--again', action='store_true', help='measure existing results again')
     how.add_argument('--models', type=_folder, metavar='DIR',
                      help='folder for random weights (default: OUT/models)')
     how.add_argument('--keep-checkpoints', action='store_true',
@@ -206,7 +210,8 @@ def _runner(options: argparse.Namespace) -> Runner:
     out = options.out
     try:
         return Runner(out, options.models or out / 'models', options.session_timeout_s,
-                      options.budget_s, lambda message: print(message, flush=True))
+                      options.budget_s, lambda message: print(message, flush=True),
+                      options.again)
     except OSError as error:
         raise ValueError(f'--out {out}: cannot create the folder: {error}') from None
 
@@ -331,6 +336,7 @@ def _tables(options: argparse.Namespace, results: Sequence[Result]) -> list[Tabl
     tables = [table for table in tables if table.rows or table is tables[0]]
     if any(result['case']['source']['synthetic'] for result in results):
         tables[0].notes.append(report.RANDOM)
+    tables[0].notes[:0] = [*report.unsteady(results), *report.reused(results)]
     return tables
 
 

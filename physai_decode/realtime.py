@@ -40,8 +40,9 @@ _CAP_IPC_LOCK = 14
 # gets the GIL may still have to wait for a core.
 SWITCH_S = 1e-4
 _TASKS = '/proc/self/task'
-_PERMIT = ('permit it by "USER - {limit}" in /etc/security/limits.conf and a new login, by {unit} '
-           'in a systemd unit, or by docker run --ulimit {docker} or --cap-add {capability}')
+_PERMIT = ('to permit it, set "USER - {limit}" in /etc/security/limits.conf and log in again, set '
+           '{unit} in a systemd unit, or use docker run --ulimit {docker} or --cap-add '
+           '{capability}')
 PERMIT_PRIORITY = _PERMIT.format(limit='rtprio 99', unit='LimitRTPRIO=99', docker='rtprio=99',
                                  capability='SYS_NICE')
 PERMIT_MEMORY = _PERMIT.format(limit='memlock unlimited', unit='LimitMEMLOCK=infinity',

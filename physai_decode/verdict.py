@@ -73,8 +73,10 @@ _ADVICE = {
     'host, off': 'set engine.cuda_graph: true',
     'host, unavailable': 'set realtime.priority and realtime.cpu_affinity',
     'kernels, captured': 'use another engine, such as engine.name: native with Triton',
-    'kernels, unavailable': 'use engine.name: native, other engine.cpu_threads, or a GPU',
-    'kernels, native on a CPU': 'use another engine.cpu_threads, a smaller model, or a GPU',
+    'kernels, unavailable': 'try engine.name: native, another value of engine.cpu_threads, or a '
+                            'GPU',
+    'kernels, native on a CPU': 'try another value of engine.cpu_threads, a smaller model, or a '
+                                'GPU',
     'kernels, native without Triton': 'install a Triton that supports this GPU; the log says why '
                                       'none is used',
     'kernels, native': 'use a smaller model; decode_bench --kernels times each kernel',

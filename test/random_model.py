@@ -30,6 +30,7 @@ _SHAPE = {
     'num_attention_heads': 2, 'num_key_value_heads': 1, 'max_position_embeddings': 256,
     'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': None, 'tie_word_embeddings': False}
 _OLD_NAMES = {'yarn': 'yarn', 'longrope': 'su'}
+# Keyed by model_type, or by model_type_VARIANT; the settings can name the model_type instead.
 FAMILIES = {
     'llama': {},
     'llama_tied': {'tie_word_embeddings': True},
@@ -50,15 +51,15 @@ FAMILIES = {
     'qwen3': {'head_dim': 64},
     'qwen3_tied': {'head_dim': 64, 'num_key_value_heads': 2, 'tie_word_embeddings': True},
     'qwen3_moe': {
-        'model_type': 'qwen3_moe', 'head_dim': 64, 'num_experts': 8, 'num_experts_per_tok': 3,
-        'moe_intermediate_size': 64, 'norm_topk_prob': True},
+        'head_dim': 64, 'num_experts': 8, 'num_experts_per_tok': 3, 'moe_intermediate_size': 64,
+        'norm_topk_prob': True},
     'qwen3_moe_between': {      # some layers have plain MLPs; routing weights are not normalised
         'model_type': 'qwen3_moe', 'head_dim': 64, 'num_hidden_layers': 4, 'num_experts': 6,
         'num_experts_per_tok': 2, 'moe_intermediate_size': 96, 'decoder_sparse_step': 2,
         'mlp_only_layers': [3], 'tie_word_embeddings': True},
     'gemma3_text': {
-        'model_type': 'gemma3_text', 'head_dim': 64, 'num_hidden_layers': 3, 'sliding_window': 40,
-        'tie_word_embeddings': True, 'query_pre_attn_scalar': 100,
+        'head_dim': 64, 'num_hidden_layers': 3, 'sliding_window': 40, 'tie_word_embeddings': True,
+        'query_pre_attn_scalar': 100,
         'layer_types': ['sliding_attention'] * 2 + ['full_attention'],
         'rope_parameters': {
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
@@ -84,6 +85,12 @@ FAMILIES = {
                          'layer_types': ['full_attention', 'sliding_attention']}}
 
 
+def model_type(family: str) -> str:
+    """Return the model_type of a key of `FAMILIES`; a model_type of the library is its own."""
+    known = family if family in transformers.CONFIG_MAPPING else family.partition('_')[0]
+    return FAMILIES.get(family, {}).get('model_type', known)
+
+
 def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     """
     Write a model folder.
@@ -92,7 +99,7 @@ def save(folder: Path, family: str, seed: int, **overrides) -> Path:
     :param overrides: fields of the config.
     :returns: the folder.
     """
-    settings = {'model_type': family.partition('_')[0], **_SHAPE, **FAMILIES.get(family, {}),
+    settings = {'model_type': model_type(family), **_SHAPE, **FAMILIES.get(family, {}),
                 **overrides}
     config = transformers.AutoConfig.for_model(**settings)
     return save_config(folder, config, seed)

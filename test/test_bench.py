@@ -386,6 +386,17 @@ def test_session_writes_all_that_the_report_needs(monkeypatch):
     json.dumps(result)
 
 
+def test_load_average_is_that_before_the_engine_loads(monkeypatch):
+    loads = [(0.5, 0.25, 0.125)]
+
+    def build(model, config, progress):
+        loads[0] = (9.0, 9.0, 9.0)
+        return FakeEngine()
+    monkeypatch.setattr(machine.os, 'getloadavg', lambda: loads[0])
+    rows = report.machine([run_session(monkeypatch, build, case())]).rows
+    assert ['load_average_before', '1 min: 0.5, 5 min: 0.25, 15 min: 0.12'] in rows
+
+
 def test_machine_with_a_gpu_has_the_name_of_its_cpu(monkeypatch):
     pytest.importorskip('torch')
     monkeypatch.setattr('physai_decode.engines.device.cpu_name', lambda: 'Cortex')
@@ -865,6 +876,11 @@ def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
     assert again[:2] == [{**result, 'kept': True} for result in first]
     assert any('already measured' in line for line in lines)
     assert first[0]['case'] == json.loads(json.dumps(case('one').to_dict()))
+    runner.again = True
+    assert runner.run([case('one')]) == first[:1]
+    assert len(started) == 4
+    kept, = runner.sessions.glob('*.old')
+    assert json.loads(kept.read_text()) == first[0]
 
 
 def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
@@ -939,11 +955,11 @@ def test_repeats_only_a_session_that_died(runner, monkeypatch):
     fails.clear()
     results = runner.run(cases)
     assert [result['status'] for result in results] == ['done'] * 3
-    first, kept = report.sessions(results).rows
-    assert first[0] == 'two' and 'Segmentation fault' in first[1] and 'done' in first[2]
-    assert kept[0] == '2 of 3' and kept[2] == 'kept'
+    one, two, three = report.sessions(results).rows
+    assert two[0] == 'two' and 'Segmentation fault' in two[1] and 'done' in two[2]
+    assert (one[0], one[2]) == ('one', 'reused') and (three[0], three[2]) == ('three', 'reused')
     # A third run measures nothing, and still reports the session that died.
-    assert report.sessions(runner.run(cases)).rows[0] == first
+    assert report.sessions(runner.run(cases)).rows[1] == two
 
 
 @pytest.mark.parametrize('measured', [False, True])
@@ -1095,12 +1111,92 @@ def test_advice_of_the_verdict_fits_the_engine():
 
 def test_host_gap_is_the_time_without_a_kernel():
     results = [done(case(contexts=(2048,)), [0.010])]
+    on_cpu = report.parts(results)
+    assert on_cpu.columns[-2:] == ['host gap', '%'] and 'captured' not in on_cpu.text()
+    results[0]['footprint']['device'] = 'cuda:0'
     assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.004, 0.001])
     results[0]['contexts'][0]['kernels'] = [{'step_s': 0.004}, {'step_s': 0.002}]
     assert report.split(results[0]['contexts']) == pytest.approx([0.005, 0.001, 0.004])
     results.append(done(case(contexts=(2048,), session='02 B'), [0.020]))     # not profiled
     row, = report.parts(results).rows
     assert row[2:4] == ['15.000', '7.500'] and row[-1] == 'as a whole'
+
+
+def test_warns_if_the_steps_were_disturbed():
+    """A p95 of 1.5 times p50, or a step that is 5 % shorter in a longer context, is noise."""
+    results = [done(case('one', contexts=(64, 128)), [0.010, 0.0095], (64, 128)),
+               done(case('two', contexts=(64, 128), session='01 A'), [0.010, 0.010], (64, 128))]
+    results[1]['contexts'][1]['itl_p95_s'] = 0.015
+    assert report.unsteady(results) == []
+    results[0]['contexts'][1].update(itl_p50_s=0.008)
+    results[1]['contexts'][1]['itl_p95_s'] = 0.031
+    warning, = report.unsteady(results)
+    assert warning.startswith('Unsteady: one at 128 (growth is 0.80), '
+                              '01 A two at 128 (p95 is 3.1 times p50). The machine was busy')
+    many = [done(case(f'case {number}', contexts=(64,)), [0.010], (64,)) for number in range(9)]
+    for result in many:
+        result['contexts'][0]['itl_p95_s'] = 0.020
+    assert 'case 5 at 64 (p95 is 2.0 times p50), 3 more. The' in report.unsteady(many)[0]
+
+
+def test_says_why_there_is_no_floor_and_why_more_is_read_than_stored():
+    result = done(case(contexts=(2048,)), [0.010])
+    assert report.floors([result]).notes == [report.FLOORS]
+    result['peak'] = {'bytes_per_s': 1e9, 'source': 'measured', 'no_floor': 'the cache is faster'}
+    result['footprint'].update(read_weight_bytes=2, checkpoint_weight_bytes=1)
+    tables = [table([result]) for table in (report.steps, report.floors, report.parts)]
+    assert all('No floor: the cache is faster.' in table.notes for table in tables)
+    assert 'wider number format' in tables[1].notes[-1]
+    result['peak'] = vars(Peak(None, 'unknown'))
+    assert 'No floor: the peak bandwidth is unknown; set --peak-gb-s.' in report.steps(
+        [result]).notes
+
+
+def test_step_table_describes_the_device_that_ran():
+    result = done(case(contexts=(2048,)), [0.010])
+    assert 'the computation of the step' in report.steps([result]).notes[-1]
+    result['footprint']['device'] = 'cuda:0'
+    assert 'between two events' in report.steps([result]).notes[-1]
+
+
+def test_command_reports_disturbed_and_reused_results(monkeypatch, tmp_path, capsys):
+    results = [{**done(case(name, contexts=(64,)), [0.010], (64,)), 'date': date, 'kept': kept}
+               for name, date, kept in (('one', '2026-11-01T10:00:00Z', True),
+                                        ('two', '2026-11-02T10:00:00Z', False))]
+    results[1]['contexts'][0]['itl_p95_s'] = 0.020
+    seen = []
+    monkeypatch.setattr(Runner, 'run', lambda self, cases: seen.append(self.again) or results)
+    assert bench.main(['--again', '--out', str(tmp_path)]) == 0
+    assert seen == [True]
+    shown, markdown = capsys.readouterr(), (tmp_path / 'report.md').read_text()
+    assert shown.err.startswith('decode_bench: Unsteady: two at 64 (p95 is 2.0 times p50)')
+    for note in ('Unsteady: two at 64', '1 of 2 results are reused from an earlier run, of '
+                 '2026-11-01T10:00:00Z; --again measures', '| one | measured by an earlier run, '
+                 '2026-11-01T10:00:00Z | reused |'):
+        assert note in markdown
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_says_how_to_resume(again, monkeypatch, tmp_path, capsys):
+    def interrupt(self, cases):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Runner, 'run', interrupt)
+    assert bench.main(['--out', str(tmp_path), *['--again'] * again]) == 130
+    assert ('and without --again' in capsys.readouterr().err) == again
+
+
+@pytest.mark.parametrize(('tokens', 'line'), [(30, 'maximum'), (200, 'p99')])
+def test_plots_name_the_maximum_of_few_tokens_and_disturbed_steps(tokens, line, monkeypatch,
+                                                                  tmp_path):
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    result = done(case(contexts=(64,)), [0.010], (64,))
+    result['contexts'][0].update(itl_s=[0.010] * tokens, itl_p95_s=0.001 * tokens)
+    drawn = []
+    monkeypatch.setattr(pyplot, 'close', drawn.append)
+    plots.draw([result], tmp_path)
+    step_time, latencies = drawn[0].axes[0], drawn[2].axes[0]
+    assert [text.get_text() for text in latencies.texts] == ['p50', line]
+    assert 'unsteady' in step_time.texts[0].get_text()
 
 
 def test_session_that_dies_in_the_profiler_keeps_its_measurements(runner, monkeypatch):

@@ -17,6 +17,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import engine_contract
 from engine_contract import decode
@@ -132,6 +133,17 @@ def test_longrope(context, kind, tmp_path):
         # For a short prompt, the library uses the short factors in a long context too.
         assert same_logits(native, reference, prompt[:count]) == (
             count == length or kind == 'short')
+
+
+def test_each_family_has_a_random_model(monkeypatch):
+    """Here, and in the check on a GPU."""
+    pytest.importorskip('triton')
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / 'tools')
+    import gpu_check
+    assert random_model.model_type('qwen3_moe') == 'qwen3_moe'
+    for found in (set(map(random_model.model_type, random_model.FAMILIES)),
+                  {family for family, _ in gpu_check.MODELS.values()}):
+        assert not set(families.FAMILIES) - found
 
 
 @pytest.mark.parametrize('family', random_model.FAMILIES)

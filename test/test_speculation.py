@@ -485,7 +485,7 @@ def test_drafts_what_a_constraint_forces():
 
 @pytest.mark.parametrize(('family', 'name', 'reason'), [
     ('qwen3_moe', 'native', 'experts take their tokens one by one'),
-    ('qwen3', 'transformers', 'the engine transformers takes no drafts; native does')])
+    ('qwen3', 'transformers', 'the engine transformers does not support drafts; native does')])
 def test_reports_why_it_is_off(native, family, name, reason, tmp_path):
     """Answers are those without speculation."""
     import random_model

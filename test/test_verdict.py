@@ -39,7 +39,7 @@ BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two
     (GPTQ, 'bytes', 0.96, 'fewer bytes'),
     (EAGER, 'host', 18.305 - 2.97, 'engine.cuda_graph: true'),
     (CAPTURED, 'kernels', 11.7 - 4.58, 'engine.name: native with Triton'),
-    (CPU, 'kernels', 2.8, 'engine.name: native, other engine.cpu_threads'),
+    (CPU, 'kernels', 2.8, 'engine.name: native, another value of engine.cpu_threads'),
     (replace(CPU, engine='transformers'), 'kernels', 2.8, 'engine.name: native'),
     (BUSY, 'a neighbour', 10.47, 'realtime.priority and realtime.cpu_affinity'),
     (replace(NATIVE, itl_ms=9.0), 'host', 9.0 - 3.575, 'engine.steps_ahead'),
@@ -78,7 +78,7 @@ def test_names_the_largest_part(figures, cause, part_ms, advice):
     (replace(NATIVE_NF4, engine='exllamav2', kernels=''),
      'use another engine, such as engine.name: native with Triton'),
     (replace(CPU, engine='native', kernels='torch'),
-     'use another engine.cpu_threads, a smaller model, or a GPU')])
+     'try another value of engine.cpu_threads, a smaller model, or a GPU')])
 def test_advice_on_kernels_does_not_name_what_runs_already(figures, advice):
     verdict = judge(figures)
     assert (verdict.cause, verdict.advice) == ('kernels', advice)

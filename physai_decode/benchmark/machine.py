@@ -56,6 +56,12 @@ def describe(footprint: Footprint) -> dict[str, Any]:
     return facts
 
 
+def load_average() -> dict[str, float]:
+    """Return the mean number of processes that run or wait for a core, by period."""
+    return {f'{minutes} min:': round(load, 2)
+            for minutes, load in zip((1, 5, 15), os.getloadavg(), strict=True)}
+
+
 def packages() -> dict[str, str]:
     """Return the versions of the installed packages that a measurement depends on."""
     versions = {}

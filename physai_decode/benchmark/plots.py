@@ -27,6 +27,7 @@ from typing import Any
 from physai_decode.benchmark import report
 from physai_decode.benchmark.runner import Result
 
+LEAST_P99 = 200                 # tokens; of fewer, the 99th percentile is about the maximum
 # The palette of Okabe and Ito, safe for most kinds of colour blindness.
 _COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F', '#8B4513')
 Colours = dict[str, str]            # by label
@@ -173,6 +174,9 @@ def _step_time(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
         _log_scale(axes, axes.yaxis)
     else:
         axes.set_ylim(0, max(shown) * 1.08)
+    if report.unsteady(results):
+        axes.annotate('The steps were unsteady: see the warning in the report', (0.5, -0.17),
+                      xycoords='axes fraction', ha='center', color='#D55E00')
     axes.set_ylabel('step time, median [ms]')
     axes.set_title(f'Step time over context, batch 1, {_device(results)}')
     axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -213,7 +217,7 @@ def _latencies(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
     """Draw the cumulative distribution of token latencies at the smallest context."""
     context = min(cell['context'] for _, cell in report.cells(results))
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    low, high = float('inf'), 0.0
+    low, high, fewest = float('inf'), 0.0, LEAST_P99
     for name, colour in colours.items():
         found = _by_context(results, name).get(context, [])
         times = sorted(1e3 * time for cell in found for time in cell['itl_s'])
@@ -222,12 +226,12 @@ def _latencies(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
         shares = [100 * (i + 1) / len(times) for i in range(len(times))]
         axes.step([times[0], *times], [0, *shares], where='post', color=colour,
                   label=f'{name} ({len(times)} tokens)')
-        low, high = min(low, times[0]), max(high, times[-1])
+        low, high, fewest = min(low, times[0]), max(high, times[-1]), min(fewest, len(times))
     if high > 4 * low:
         _log_scale(axes, axes.xaxis)
-    for share in (50, 99):
+    for share, text in ((50, 'p50'), (99, 'p99') if fewest == LEAST_P99 else (100, 'maximum')):
         axes.axhline(share, color='gray', linewidth=0.8, linestyle='--')
-        axes.annotate(f'p{share}', (1, share), xycoords=('axes fraction', 'data'),
+        axes.annotate(text, (1, share), xycoords=('axes fraction', 'data'),
                       xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
     axes.set_ylim(0, 101)
     axes.set_xlabel('inter-token latency [ms]')

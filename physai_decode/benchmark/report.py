@@ -40,6 +40,8 @@ FLOORS = ('The floor is the time to read the bytes of one step at the peak bandw
           '"read" counts the bytes that the step reads, "ckpt" all weights of the checkpoint '
           'at their stored size. 1 is the limit.')
 RANDOM = 'The weights are random: times are those of the shape, the text has no meaning.'
+UNSTEADY, SHRUNK = 1.5, 0.95    # p95 / p50 and growth of steps that something else disturbed
+MOST_NAMED = 6
 
 
 def label(result: Result) -> str:
@@ -65,6 +67,63 @@ def grouped(results: Sequence[Result]) -> dict[tuple[str, int], list[dict[str, A
     for result, cell in cells(results):
         found.setdefault((label(result), cell['context']), []).append(cell)
     return found
+
+
+def full_label(result: Result) -> str:
+    """Return the session, if there are several, and the label of a case."""
+    return f'{result["case"]["session"]} {label(result)}'.strip()
+
+
+def first_cells(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the first measured cell of each label and session."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for result, cell in cells(results):
+        first.setdefault((label(result), result['case']['session']), cell)
+    return first
+
+
+def growth(result: Result, cell: dict[str, Any],
+           first: dict[tuple[str, str], dict[str, Any]]) -> float:
+    """Return the step relative to the first one of its label and session."""
+    return float(cell['itl_p50_s'] / first[label(result), result['case']['session']]['itl_p50_s'])
+
+
+def unsteady(results: Sequence[Result]) -> list[str]:
+    """Return a warning if some steps vary, or get shorter in a longer context."""
+    first, found = first_cells(results), []
+    for result, cell in cells(results):
+        spread, grown = cell['itl_p95_s'] / cell['itl_p50_s'], growth(result, cell, first)
+        signs = [f'p95 is {spread:.1f} times p50'] * (spread > UNSTEADY)
+        signs += [f'growth is {grown:.2f}'] * (grown < SHRUNK)
+        if signs:
+            found.append(f'{full_label(result)} at {cell["context"]} ({", ".join(signs)})')
+    if len(found) > MOST_NAMED:
+        found[MOST_NAMED:] = [f'{len(found) - MOST_NAMED} more']
+    return [f'Unsteady: {", ".join(found)}. The machine was busy or changed its clocks: stop '
+            'other programs, and measure again with --again.'] * bool(found)
+
+
+def reused(results: Sequence[Result]) -> list[str]:
+    """Return a note if some results are those of an earlier run."""
+    dates = [result['date'] for result in results if result.get('kept')]
+    return [f'{len(dates)} of {len(results)} results are reused from an earlier run, of '
+            f'{" to ".join(dict.fromkeys((min(dates), max(dates))))}; --again measures them '
+            'again.'] if dates else []
+
+
+def on_cpu(results: Sequence[Result]) -> bool:
+    """Whether all measured steps ran on a CPU."""
+    return not any(result['footprint']['device'].startswith('cuda')
+                   for result, _ in cells(results))
+
+
+def no_floor(results: Sequence[Result]) -> list[str]:
+    """Return notes that say why there is no floor."""
+    peaks = [result['peak'] for result in results if 'peak' in result]
+    reasons = dict.fromkeys(
+        peak.get('no_floor') or 'the peak bandwidth is unknown; set --peak-gb-s' for peak in peaks
+        if peak.get('no_floor') or not peak['bytes_per_s'])
+    return [f'No floor: {reason}.' for reason in reasons]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -110,14 +169,13 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
     """Create the main table; speeds are relative to the label ``reference``."""
     sessions = any(result['case']['session'] for result in results)
     columns = ['engine', 'graph', 'context', 'p50 ms', 'p95', 'p99', 'p99/p50', 'device',
-               'host gap', 'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth',
+               'step - device', 'tokens/s', 'of floor (read)', 'of floor (ckpt)', 'growth',
                'prefill ms']
-    table = Table('Step time', ['session', *columns] if sessions else columns, notes=[FLOORS])
+    table = Table('Step time', ['session', *columns] if sessions else columns,
+                  notes=[FLOORS, *no_floor(results)])
     if reference:
         table.columns = [*table.columns, f'speed / {reference}']
-    first: dict[tuple[str, str], dict[str, Any]] = {}
-    for result, cell in cells(results):
-        first.setdefault((label(result), result['case']['session']), cell)
+    first = first_cells(results)
     for result in results:
         graph = result['footprint']['cuda_graph'] if result['status'] == 'done' else ''
         lead = [*([result['case']['session']] if sessions else []), label(result), graph]
@@ -132,8 +190,7 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                    ms(cell['itl_p99_s']), number(cell['itl_p99_s'] / p50),
                    ms(cell['device_p50_s']), ms(cell['host_gap_p50_s']), number(1 / p50, 1),
                    number(cell['r_read'], 3), number(cell['r_checkpoint'], 3),
-                   number(p50 / first[label(result), result['case']['session']]['itl_p50_s']),
-                   ms(cell['prefill_s'], 1)]
+                   number(growth(result, cell, first)), ms(cell['prefill_s'], 1)]
             if reference:
                 base = find(results, reference, cell['context'])
                 row.append(number(base['itl_p50_s'] / p50) if base else 'n/a')
@@ -147,13 +204,14 @@ def steps(results: Sequence[Result], reference: str = '') -> Table:
                            for context in result['case']['contexts'] if context not in shown]
             note = f'{" ".join(filter(None, lead))}: {result["error"]}'
             table.notes += [note] * (note not in table.notes)
+    device = ('the computation of the step' if on_cpu(results) else
+              'between two events around the step; if the host launches each kernel, this '
+              'includes its work and the pauses')
     table.notes.append('Times are inter-token latencies of a reader of the stream, after warm-up. '
-                       'device: between two events around the step; if the host launches each '
-                       'kernel, this includes its work. host gap: the rest of the step; pauses '
-                       'between the events count as device. growth: the step relative to that of '
-                       'the same engine at its first context. prefill: on the host, from a random '
-                       'prompt to its first token, once, after another prompt of the same length. '
-                       'The prompt is the context without the steps, and none of it is cached.')
+                       f'device: {device}. growth: the step relative to that of the same engine '
+                       'at its first context. prefill: on the host, from a random prompt to its '
+                       'first token, once, after another prompt of the same length. The prompt is '
+                       'the context without the steps, and none of it is cached.')
     return table
 
 
@@ -161,7 +219,7 @@ def floors(results: Sequence[Result]) -> Table:
     """Show what a step of each engine reads, and its floors."""
     table = Table('What a step reads', [
         'engine', 'weights', 'context', 'read GB', 'ckpt GB', 'KV GB', 'floor (read) ms',
-        'floor (ckpt) ms', 'peak GB/s', 'peak from'], notes=[FLOORS])
+        'floor (ckpt) ms', 'peak GB/s', 'peak from'], notes=[FLOORS, *no_floor(results)])
     seen = set()
     for result, cell in cells(results):
         key = (label(result), cell['context'])
@@ -175,6 +233,10 @@ def floors(results: Sequence[Result]) -> Table:
             number(foot['checkpoint_weight_bytes'] / 1e9, 3), number(cell['kv_bytes'] / 1e9, 4),
             ms(cell['floor_read_s']), ms(cell['floor_checkpoint_s']),
             number(peak['bytes_per_s'] and peak['bytes_per_s'] / 1e9, 1), peak['source']])
+    footprints = [result['footprint'] for result, _ in cells(results)]
+    if any(foot['read_weight_bytes'] > foot['checkpoint_weight_bytes'] for foot in footprints):
+        table.notes.append('read GB exceeds ckpt GB where the engine converts the stored weights '
+                           'to a wider number format.')
     return table
 
 
@@ -182,19 +244,28 @@ def parts(results: Sequence[Result]) -> Table:
     """Split the step time into floor, kernel time beyond it, and host gap."""
     table = Table("Where a step's time goes", [
         'engine', 'context', 'step ms', 'floor (read)', '%', 'kernels - floor', '%',
-        'host gap', '%', 'kernels timed'], notes=[
+        'host gap', '%'], notes=no_floor(results))
+    cpu = on_cpu(results)
+    if cpu:
+        table.notes.append('kernels - floor: the computation beyond the floor. host gap: the rest '
+                           'of the step.')
+    else:
+        table.columns = [*table.columns, 'kernels timed']
+        table.notes.append(
             'kernels - floor: kernel time beyond the floor. host gap: the time without a running '
             'kernel, such as launches, host work and waits, and in a captured step the pauses '
             'between kernels. one by one: timed by the profiler (--kernels) over 20 steps. as a '
             'whole: timed from the first kernel of a step to the end of the last. Pauses then '
-            'count as kernels; if the host launches each kernel, they can be most of the time. '
-            'All values are medians, so the sum can differ slightly from the step.'])
+            'count as kernels; if the host launches each kernel, they can be most of the time.')
+    table.notes.append('All values are medians, so the sum can differ slightly from the step.')
     for (name, context), found in grouped(results).items():
         step = fmean(cell['itl_p50_s'] for cell in found)
         row = [name, str(context), ms(step)]
         for value in split(found):
             row += [ms(value), number(value and 100 * value / step, 1)]
-        table.rows.append([*row, 'one by one' if profiled(found) else 'as a whole'])
+        if not cpu:
+            row.append('one by one' if profiled(found) else 'as a whole')
+        table.rows.append(row)
     return table
 
 
@@ -314,7 +385,7 @@ def prompts(results: Sequence[Result]) -> Table:
         'engine', 'prompt', 'p50 ms', 'bytes ms', 'operations ms', '/ larger floor'], notes=[
             'Prompts of random tokens, none of them in the cache; medians. bytes: to read the '
             'weights once at the peak bandwidth. operations: to multiply by them at the rate of '
-            'a large matrix product on this machine.'])
+            'a large matrix product on this machine.', *no_floor(results)])
     for result in results:
         for each in result.get('prompts', ()):
             floors = [each['floor_bytes_s'], each['floor_operations_s']]
@@ -327,16 +398,15 @@ def prompts(results: Sequence[Result]) -> Table:
 
 def sessions(results: Sequence[Result]) -> Table:
     """List the lost sessions and their repetitions, and the sessions of earlier runs."""
-    table = Table('Sessions lost and resumed', ['session', 'what happened', 'then'])
+    table = Table('Sessions lost and reused', ['session', 'what happened', 'then'])
     for result in results:
-        name = f'{result["case"]["session"]} {label(result)}'.strip()
+        name = full_label(result)
         again = f'run again {result.get("date", "")}: {result["status"]}'
         table.rows += [[name, how, again] for how in result.get('lost', [])]
         if result['status'] == 'died':
             table.rows.append([name, result['error'], 'missing; the same command runs it again'])
-    if kept := [result['date'] for result in results if result.get('kept')]:
-        table.rows.append([f'{len(kept)} of {len(results)}',
-                           f'measured by an earlier run, {min(kept)} to {max(kept)}', 'kept'])
+        if result.get('kept'):
+            table.rows.append([name, f'measured by an earlier run, {result["date"]}', 'reused'])
     return table
 
 

@@ -16,8 +16,9 @@
 Run cases one at a time, each in a fresh process, and store their results in files.
 
 A result that is already in the folder is not measured again, so an interrupted run resumes where
-it stopped, unless the model, the code, the packages or the machine have changed. The next run
-repeats a session that died or was interrupted, and the result records how the session was lost.
+it stopped, unless the model, the code, the packages or the machine have changed, or the caller
+wants it ``again``. The next run repeats a session that died or was interrupted, and the result
+records how the session was lost.
 """
 
 from collections.abc import Callable
@@ -53,10 +54,12 @@ class Runner:
     :param session_timeout_s: time limit of a session; one that exceeds it is killed and counts as
         died.
     :param budget_s: time limit of the whole run; 0 sets none.
+    :param again: whether to measure also what is already in the folder.
     """
 
     def __init__(self, out: Path, models: Path, session_timeout_s: float = 3600.0,
-                 budget_s: float = 0.0, progress: Callable[[str], None] = print) -> None:
+                 budget_s: float = 0.0, progress: Callable[[str], None] = print,
+                 again: bool = False) -> None:
         self.sessions = out / 'sessions'
         self.sessions.mkdir(parents=True, exist_ok=True)
         self.models = models
@@ -64,6 +67,7 @@ class Runner:
         self.session_timeout_s = session_timeout_s
         self.end_s = time.monotonic() + budget_s if budget_s else float('inf')
         self.progress = progress
+        self.again = again
 
     def run(self, cases: Sequence[Case]) -> list[Result]:
         """Return one result per case, in order; the result of a failed case has the reason."""
@@ -81,11 +85,14 @@ class Runner:
         if path.is_file():
             kept = json.loads(path.read_text())
             changed = changes(kept.get('provenance', {}), own)
-            if kept['status'] == 'done' and not changed:
-                self.progress(f'  already measured: {path.name}')
+            done = kept['status'] == 'done'
+            if done and not changed and not self.again:
+                self.progress(f'  already measured, {kept["date"]} (--again measures it again): '
+                              f'{path.name}')
                 return {**kept, 'kept': True}
             if changed:
                 self.progress(f'  measured again, as these have changed: {", ".join(changed)}')
+            if changed or done:
                 path.rename(path.with_suffix('.old'))
             else:
                 lost = kept.get('lost', []) + [kept['error']] * (kept['status'] == 'died')

@@ -85,6 +85,7 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
     :return: the result; ``status`` is ``done``, or ``unavailable`` with ``error``.
     """
     notes: list[tuple[float, str]] = []
+    load = machine.load_average()
 
     def note(message: str) -> None:
         notes.append((time.monotonic() - started_s, str(message)))
@@ -120,7 +121,7 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
         cells.sort(key=lambda cell: cell['context'])
         result['memory'] = machine.memory(footprint)
         result['startup'] = {**startup, 'progress': notes}
-        result['machine'] = machine.describe(footprint)
+        result['machine'] = {**machine.describe(footprint), 'load_average_before': load}
     finally:
         engine.close()
         gc.unfreeze()

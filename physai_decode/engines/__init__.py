@@ -82,7 +82,7 @@ def build(model: Checkpoint, config: EngineConfig,
     else:
         engine = kind(model, config, progress)
         if passes:
-            reason = f'off: the engine {name} takes no drafts; native does'
+            reason = f'off: the engine {name} does not support drafts; native does'
             progress(f'speculation is {reason}')
             details['speculation'] = reason
     from physai_decode.engines import device
