@@ -105,6 +105,7 @@ def run(case: Case, started_s: float, progress: Callable[[str], None] = print,
         if engine is not None:
             engine.close()
         return {**result, 'status': 'unavailable', 'error': str(error)}
+    gc.collect()
     gc.freeze()         # until the engine closes: collections before each measurement are short
     try:
         footprint = engine.footprint
