@@ -257,7 +257,7 @@ def test_verdict_is_about_the_current_pace_and_about_single_steps(window, change
     (replace(FOOTPRINT, quantization='bitsandbytes-nf4'), 'such as GPTQ of four bits'),
     (replace(FOOTPRINT, details={'kernels': 'torch'}), 'install a Triton'),
     (replace(FOOTPRINT, engine='transformers', details={}), 'engine.name: native with Triton'),
-    (None, 'use engine.name: native')])
+    (None, 'try engine.name: native')])
 def test_advice_of_the_verdict_fits_the_engine(window, footprint, advice):
     slow = replace(window, floor_ms=0.1, best_r_floor=None, host_gap_ms=0.0)
     found = values(messages.bandwidth_status(
