@@ -40,6 +40,7 @@ from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import parse_value
 from physai_decode.request import RequestError
+from physai_decode.speech import BLANKS
 from physai_decode.speech import Thought
 from physai_decode.tokenizer_files import TextError
 from physai_decode.tool_forms import FORMS
@@ -190,8 +191,8 @@ class Vocabulary:
 
     def _may_begin_blank(self, compiled: Any) -> bool:
         """Whether an answer may begin with a blank."""
-        return any(compiled.validate_tokens(self._tokenizer.tokenize_bytes(blank))
-                   for blank in (b' ', b'\t', b'\n', b'\r'))
+        return any(compiled.validate_tokens(self._tokenizer.tokenize_bytes(blank.encode()))
+                   for blank in BLANKS)
 
     def _after(self, thought: Thought | None, grammar: str, exact: bool) -> str:
         """Extend a grammar by a thought that may come first, and by blanks unless ``exact``."""

@@ -31,7 +31,7 @@ from physai_decode.tool_forms import FORMS
 from physai_decode.tool_forms import ToolForm
 from physai_decode.tool_forms import Unreadable
 
-_BLANKS = ' \t\n\r'             # a constraint allows these between a thought and the answer
+BLANKS = ' \t\n\r'             # a constraint allows these between a thought and the answer
 
 TAIL = 8                        # tokens at the end of a prompt that may open a thought
 
@@ -202,9 +202,9 @@ class Speech:
         """Parse the text of the answer, up to the beginning of a thought or a call."""
         text = self._text
         if self._blank:
-            rest = text.lstrip(_BLANKS)
+            rest = text.lstrip(BLANKS)
             if self._trims and self._form is not None and self._form.parts:
-                rest = rest.removeprefix(self._form.parts).lstrip(_BLANKS)
+                rest = rest.removeprefix(self._form.parts).lstrip(BLANKS)
             if self._trims:
                 text = self._text = rest
             if self._may_think and (rest or not complete):

@@ -152,9 +152,9 @@ class Telemetry:
 def _query(nvml: Any, query: Callable[[], Any]) -> Any:
     try:
         return query()
-    except nvml.NVMLError:              # the device does not support it, or NVML was just closed
-        return None
-    except AttributeError:              # an old pynvml, such as that of Ubuntu 22.04, lacks it
+    # The device does not support it, NVML was just closed, or an old pynvml, such as that of
+    # Ubuntu 22.04, lacks it.
+    except (nvml.NVMLError, AttributeError):
         return None
 
 

@@ -29,6 +29,8 @@ from pathlib import Path
 import re
 from typing import Any
 
+from physai_decode.pip_command import install
+
 SAMPLE = 'Hello, world! What is 12 + 3?'    # letters, blanks, digits and punctuation
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
           'mask_token')
@@ -103,7 +105,7 @@ def _backend(path: Path) -> Any:
         _read(path)                     # raises if it is not JSON
         raise TextError(
             f'tokenizer.json is damaged, or written for a version of tokenizers after '
-            f'{version("tokenizers")}: pip install -U tokenizers, or {_AGAIN}') from error
+            f'{version("tokenizers")}: {install("-U", "tokenizers")}, or {_AGAIN}') from error
 
 
 def _converted(folder: Path) -> Any:
@@ -115,7 +117,7 @@ def _converted(folder: Path) -> Any:
         if missing:
             raise TextError(
                 f'it has {model.name} but no tokenizer.json: to convert the file, '
-                f'pip install {" ".join(missing)}, or save the model with its fast tokenizer')
+                f'{install(*missing)}, or save the model with its fast tokenizer')
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False)

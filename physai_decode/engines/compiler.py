@@ -23,6 +23,7 @@ Programmatic dependent launch (PDL) starts a kernel while the previous one ends.
 import re
 
 from physai_decode.engines import chip
+from physai_decode.pip_command import install
 import torch
 import triton
 import triton.language as tl
@@ -67,8 +68,8 @@ def problem(device: torch.device) -> str | None:
     except Exception as error:          # of ptxas for a newer chip, or of the C compiler
         reason = ' '.join(str(error).split())[:200]
         return (f'Triton {triton.__version__} cannot compile for compute capability '
-                f'{major}.{minor} ({type(error).__name__}: {reason}): pip install -U triton, and '
-                'apt install gcc python3-dev')
+                f'{major}.{minor} ({type(error).__name__}: {reason}): '
+                f'{install("-U", "triton")}, and apt install gcc python3-dev')
     return None
 
 

@@ -19,6 +19,7 @@ Files are read, not memory-mapped: if a mapped file is truncated, even long afte
 kills the process.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from physai_decode import regular_file
@@ -59,6 +60,15 @@ def not_quantised(model: Checkpoint) -> EngineError:
         f'{model.folder}: config.json says {model.quantized and model.quantized.method}, but no '
         'tensor is quantised that way: remove quantization_config from config.json if the weights '
         'are unquantised, or download the quantised model again')
+
+
+def wrong_shape(model: Checkpoint, name: str, found: Iterable[int],
+                implied: Iterable[int]) -> EngineError:
+    """Return the error for a tensor whose shape is not the one that config.json implies."""
+    return EngineError(
+        f'{model.folder}: tensor {name} has shape {list(found)}, config.json implies '
+        f'{list(implied)}: copy or download the model again, with the config.json of these '
+        'weights')
 
 
 def check_float(name: str, entry: TensorEntry) -> None:

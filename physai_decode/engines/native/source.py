@@ -141,8 +141,5 @@ def _checked(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], name: s
             f'{checkpoint.folder} has no tensor {name}, which its config.json implies: copy or '
             'download the model again, with the config.json of these weights')
     if entry.shape != shape:
-        raise EngineError(
-            f'{checkpoint.folder}: tensor {name} has shape {list(entry.shape)}, config.json '
-            f'implies {list(shape)}: copy or download the model again, with the config.json of '
-            'these weights')
+        raise stored.wrong_shape(checkpoint, name, entry.shape, shape)
     return entry

@@ -122,11 +122,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
             f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
             f'{reason}') from None
     if info['mismatched_keys']:
-        name, found, implied = min(info['mismatched_keys'])
-        raise EngineError(
-            f'{model.folder}: tensor {name} has shape {list(found)}, config.json implies '
-            f'{list(implied)}: copy or download the model again, with the config.json of these '
-            'weights')
+        raise stored.wrong_shape(model, *min(info['mismatched_keys']))
     absent = sorted(info['missing_keys'])
     if absent:
         leftover.check_layers(model, absent[0])
