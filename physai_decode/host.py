@@ -227,6 +227,8 @@ class Host:
             self.loaded = self._load(config, report)
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
+            if self.telemetry.problem:
+                report(self.telemetry.problem)
             return self.loaded
         except BaseException as error:
             known = isinstance(error, (ConfigError, EngineError, TextError))

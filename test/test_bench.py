@@ -244,6 +244,10 @@ def test_energy_of_decode_steps():
         return now_s[0]
 
     assert session.energy(FakeEngine(), 64, 8, lambda: None) == {}
+    for after_j in (None, 90.0, 100.0):         # the counter ended, was reset, or stood still
+        readings_j = iter((100.0, 100.0, after_j))
+        assert session.energy(FakeEngine(), 64, 8, lambda: next(readings_j), clock) == {}
+    now_s[0], used_j[0] = 0.0, 100.0
     figures = session.energy(FakeEngine(), 64, 8, energy_j, clock)
     assert figures['power_w'] == pytest.approx(100.0)
     steps = 7 * 3                               # three answers fit into 2 s of this clock

@@ -299,7 +299,7 @@ def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], flo
     while (spent_s := clock() - begin_s) < ENERGY_S:
         count += len(_stream(loop, prompt, tokens)[1])
     end_j = energy_j()
-    if begin_j is None or end_j is None:
+    if begin_j is None or end_j is None or end_j <= begin_j:    # it ended, or was reset
         return {}
     spent_j = end_j - begin_j
     return {'j_per_token': spent_j / count, 'power_w': spent_j / spent_s}

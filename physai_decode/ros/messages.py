@@ -209,7 +209,8 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
     values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source,
               'no_floor': peak.no_floor}
     level, message = (WARN, note) if note else (OK, '')
-    if footprint is not None and settings.warn_r_floor and (
+    measured = window is not None and window.r_floor is not None    # by a fallback, too
+    if footprint is not None and settings.warn_r_floor and not measured and (
             footprint.is_remote or peak.floor_bytes_per_s is None):
         level, message = WARN, 'diagnostics.warn_r_floor has no effect, there is no r_floor: ' + (
             'a server decodes' if footprint.is_remote else
