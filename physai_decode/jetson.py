@@ -16,7 +16,8 @@
 Reads a Jetson's telemetry from jetson-stats, if it is installed and its service runs.
 
 jetson-stats reports periodically. The energy counter assumes that the power is constant between
-two reports of it. If the reports end, the figures become unknown. An idle board lowers its clocks, so the memory clock is that of a busy GPU.
+two reports of it. If the reports end, the figures become unknown. An idle board lowers its clocks,
+so the memory clock is that of a busy GPU.
 """
 
 from collections.abc import Callable
@@ -135,9 +136,9 @@ def connect() -> tuple[Jetson | None, str]:
                   '-U jetson-stats') if isinstance(error, ImportError) else (
             'run sudo systemctl restart jtop, add this user to the group jtop, give the service '
             'and this Python the same version, and mount /run/jtop.sock in a container')
-        return None, (f'jetson-stats is not used ({" ".join(described(error).split())}), so power, '
-                      'energy and clocks may be unknown, and the floor does not follow the memory '
-                      f'clock: {advice}')
+        reason = ' '.join(described(error).split())
+        return None, (f'jetson-stats is not used ({reason}), so power, energy and clocks may be '
+                      f'unknown, and the floor does not follow the memory clock: {advice}')
 
 
 def _gpu(board: Any) -> Any:

@@ -47,10 +47,11 @@ PERMIT_PRIORITY = _PERMIT.format(limit='rtprio 99', unit='LimitRTPRIO=99', docke
                                  capability='SYS_NICE')
 PERMIT_MEMORY = _PERMIT.format(limit='memlock unlimited', unit='LimitMEMLOCK=infinity',
                                docker='memlock=-1', capability='IPC_LOCK')
-PERMIT_GROUP = ('run "sysctl kernel.sched_rt_runtime_us=-1" as root of the host, or write a share, '
-                'such as 950000, to cpu.rt_runtime_us of the control group and those above it')
+PERMIT_GROUP = ('run "sysctl kernel.sched_rt_runtime_us=-1" as root of the host, or write a '
+                'share, such as 950000, to cpu.rt_runtime_us of the control group and those above')
 _CPU_GROUP = re.compile(r'^\d+:(?:[^:\n]*,)?cpu(?:,[^:\n]*)?:(.*)$', re.M)
-_CPU_MOUNT = re.compile(r'^\S+ \S+ \S+ (\S+) (\S+) .* - cgroup \S+ (?:\S*,)?cpu(?:,\S*)?$', re.M)
+_CPU_MOUNT = re.compile(
+    r'^\S+ \S+ \S+ (\S+) (\S+) .* - cgroup \S+ (?:\S*,)?cpu(?:,\S*)?$', re.M)
 
 
 @dataclass(frozen=True)

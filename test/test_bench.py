@@ -246,7 +246,7 @@ def test_energy_of_decode_steps():
     assert session.energy(FakeEngine(), 64, 8, lambda: None) == {}
     for after_j in (None, 90.0, 100.0):         # the counter ended, was reset, or stood still
         readings_j = iter((100.0, 100.0, after_j))
-        assert session.energy(FakeEngine(), 64, 8, lambda: next(readings_j), clock) == {}
+        assert session.energy(FakeEngine(), 64, 8, readings_j.__next__, clock) == {}
     now_s[0], used_j[0] = 0.0, 100.0
     figures = session.energy(FakeEngine(), 64, 8, energy_j, clock)
     assert figures['power_w'] == pytest.approx(100.0)
@@ -1107,7 +1107,7 @@ def test_advice_of_the_verdict_fits_the_engine():
     result = done(case(contexts=(2048,)), [0.010])
     result['contexts'][0]['floor_read_s'] = 0.001
     result['footprint'].update(engine='native', details={'kernels': 'triton 3.6.0'},
-                               quantization='bitsandbytes-nf4')
+                               slow_format=True)
     (_, _, verdict), = report.verdicts([result]).rows
     assert verdict.startswith('kernels: 8 of 10 ms')
     assert verdict.endswith('such as GPTQ of four bits')

@@ -258,7 +258,7 @@ def test_verdict_is_about_the_current_pace_and_about_single_steps(window, change
 
 @pytest.mark.parametrize(('footprint', 'advice'), [
     (FOOTPRINT, 'use a smaller model'),
-    (replace(FOOTPRINT, quantization='bitsandbytes-nf4'), 'such as GPTQ of four bits'),
+    (replace(FOOTPRINT, slow_format=True), 'such as GPTQ of four bits'),
     (replace(FOOTPRINT, details={'kernels': 'torch'}), 'install a Triton'),
     (replace(FOOTPRINT, engine='transformers', details={}), 'engine.name: native with Triton'),
     (None, 'try engine.name: native')])

@@ -281,7 +281,7 @@ def verdicts(results: Sequence[Result]) -> Table:
         verdict = judge(Figures(
             itl_ms, device_ms, floor_ms, p99_ms, sum(len(cell['itl_s']) for cell in found),
             cuda_graph=foot['cuda_graph'], engine=foot['engine'],
-            kernels=foot['details'].get('kernels', ''), quantization=foot['quantization']))
+            kernels=foot['details'].get('kernels', ''), slow_format=foot['slow_format']))
         if verdict is not None:
             table.rows.append([name, str(context), str(verdict)])
     return table

@@ -243,7 +243,7 @@ def _figures(window: WindowReport, footprint: Footprint | None,
         best_r_floor=window.best_r_floor if comparable else None)
     return figures if footprint is None else replace(
         figures, cuda_graph=footprint.cuda_graph, engine=footprint.engine,
-        kernels=footprint.details.get('kernels', ''), quantization=footprint.quantization)
+        kernels=footprint.details.get('kernels', ''), slow_format=footprint.slow_format)
 
 
 def _giga(count: float | None) -> float | None:
