@@ -174,7 +174,8 @@ def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[s
             'tool_form': f'{text.manner.form or "none"}: {text.manner.reason}',
             'thought_markers': f'{text.manner.opens} {text.manner.closes}'.strip() or 'none',
             'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
-            'checkpoint_sampling': settings or 'none'}
+            'checkpoint_sampling': settings or 'none',
+            'config_notes': '; '.join(model.notes) or 'none'}
 
 
 class Host:

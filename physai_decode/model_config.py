@@ -95,6 +95,33 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f'architectures is {repr(classes)}, but model_type is {repr(family)}')
 
 
+def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """
+    Return what is uncertain in a config.json that `check` accepts, and what decides.
+
+    The library too builds the network that ``model_type`` names. The weights have dtypes of their
+    own, so that of the config is not used.
+    """
+    family, classes = str(config.get('model_type')), config.get('architectures')
+    found = []
+    if not isinstance(classes, list) or not any(
+            type(each) is str and _is_of(each, family) for each in classes):
+        named = 'there is no architectures' if classes is None else \
+            f'architectures is {repr(classes)}'
+        found.append(f'{named}: model_type {repr(family)} decides')
+    dtype, older = config.get('dtype'), config.get('torch_dtype')
+    if None not in (dtype, older) and dtype != older:
+        found.append(
+            f'dtype is {repr(dtype)}, but torch_dtype {repr(older)}: engine.dtype decides')
+    return tuple(found)
+
+
+def _is_of(name: str, family: str) -> bool:
+    """Return whether a class is certainly of the family of a model_type."""
+    return (_family(name) == _family(family) != ''
+            or name.lower().startswith(family.lower().replace('_', '')))
+
+
 def _family(name: str) -> str:
     """Return the family of a class or a model_type; empty if it is not known for certain."""
     found = _CLASS.fullmatch(name)

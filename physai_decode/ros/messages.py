@@ -71,7 +71,8 @@ MODEL_KEYS = (
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
     'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
-    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers', 'fallback')
+    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers', 'fallback',
+    'config_notes')
 GENERATE_ACTION = unavailable or 'available'
 WARN_REASONS = ('rejected', 'deadline')     # finish reasons with level WARN
 
