@@ -44,6 +44,7 @@ from physai_decode.benchmark.table import Table
 from physai_decode.config import check
 from physai_decode.config import ConfigError
 from physai_decode.config import EngineConfig
+from physai_decode.config import PaceConfig
 from physai_decode.constraint import check_schema
 from physai_decode.constraint import ConstraintError
 from physai_decode.pip_command import install
@@ -166,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument('--beside', nargs='+', default=[], metavar='NEIGHBOUR',
                       help='also time the step beside a neighbour: cpu for a busy loop on each '
                       'core, or gpu[:hz,batch] for a convolutional network in another process')
+    what.add_argument('--pace', type=float, default=0.0, metavar='TOKENS_PER_S',
+                      help='with --beside: also time the step beside the neighbour at this pace, '
+                      'as pace.tokens_per_s sets it')
     what.add_argument('--kernels', action='store_true',
                       help='also time each kernel (CUDA)')
     how = parser.add_argument_group('execution')
@@ -248,11 +252,15 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         parse_sampling(text)
     for text in options.beside:
         neighbour.parse(text)
+    check('pace', PaceConfig(options.pace))
+    if options.pace and not options.beside:
+        raise ValueError('--pace needs --beside NEIGHBOUR')
     prompts = () if options.prefill is None else tuple(sorted(set(options.prefill or PROMPTS)))
     if prompts and prompts[0] < 1:
         raise ValueError(f'--prefill {prompts[0]}: a prompt has at least 1 token')
     common = {'warmup': options.warmup, 'prompts': prompts, 'peak_gb_s': options.peak_gb_s,
               'samplings': tuple(options.sampling), 'beside': tuple(options.beside),
+              'pace': options.pace,
               'schema': _schema(options.constraint) if options.constraint else ''}
     if options.paper or options.targets:
         if options.model:

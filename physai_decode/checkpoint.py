@@ -39,6 +39,7 @@ from physai_decode import regular_file
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.model_config import Quantization
+from physai_decode.pip_command import install
 
 _MODELS = Path(__file__).parent / 'models'
 _ITEM_BITS = {
@@ -107,6 +108,11 @@ class Checkpoint:
     def model_type(self) -> str:
         """The model family: qwen2, llama, ..."""
         return str(self.config['model_type'])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is uncertain in config.json, and what decides."""
+        return model_config.notes(self.config)
 
     @property
     def quantized(self) -> Quantization | None:
@@ -300,7 +306,7 @@ def _download(path: str, revision: str) -> Path:
     except ImportError:
         raise EngineError(
             f'model.path {path!r} is not a local folder: to download it from the hub, '
-            'pip install huggingface_hub') from None
+            f'{install("huggingface_hub")}') from None
     disable_progress_bars()
     try:
         return Path(snapshot_download(

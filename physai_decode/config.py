@@ -28,6 +28,7 @@ import reprlib
 from typing import Any
 
 MAX_ITEMS = 64                  # of a list
+SERVER = 'openai'               # value of engine.name for a model on a server
 
 
 class ConfigError(ValueError):
@@ -76,7 +77,7 @@ class EngineConfig:
     name: str = _option(
         'auto', 'engine that runs the model; auto picks native if it can run the model. openai '
         'forwards requests to a server, see remote and offboard.md',
-        choices=('auto', 'native', 'transformers', 'exllamav2', 'openai'))
+        choices=('auto', 'native', 'transformers', 'exllamav2', SERVER))
     device: str = _option(
         'auto', 'auto, cpu, cuda or cuda:N; auto uses CUDA if there is a CUDA GPU')
     dtype: str = _option(
@@ -348,7 +349,7 @@ class DecodeConfig:
     @property
     def model_name(self) -> str:
         """The name of the model, on the server or as set in model.path."""
-        return self.remote.model if self.engine.name == 'openai' else self.model.path
+        return self.remote.model if self.engine.name == SERVER else self.model.path
 
 
 _KINDS: dict[type, str] = {

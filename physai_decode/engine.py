@@ -67,6 +67,7 @@ class Footprint:
     sliding_window: int = 0         # tokens that a layer with a window attends to; 0: all
     windowed_layers: int | None = None  # layers with the window; None: all
     layer_parameters: int = 0       # weights that each token is multiplied by; 0: unknown
+    slow_format: bool = False       # the weights are in a format without native's fastest kernels
     details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info
 
     @property

@@ -91,7 +91,7 @@ class Gap:
     model: str                      # its dtype, and the engine or the device
     engine: str = ''                # of the first way; see `Figures` for this and the next two
     kernels: str = ''
-    quantization: str = 'none'
+    slow_format: bool = False
 
     def __str__(self) -> str:
         """Format the result as one line."""
@@ -105,7 +105,7 @@ class Gap:
         verdict = judge(Figures(
             1e3 * self.first.step_s, None if device_s is None else 1e3 * device_s,
             None if floor_s is None else 1e3 * floor_s, cuda_graph=graph, engine=self.engine,
-            kernels=self.kernels, quantization=self.quantization))
+            kernels=self.kernels, slow_format=self.slow_format))
         r_floors = ' and '.join('n/a' if each is None else f'{each:.2f}' for each in fractions)
         return (f'{times} a token: {self.first.name} is {ratio:.2f} times as fast; floor {floor} '
                 f'(r_floor {r_floors}); {self.model}, context {self.context} tokens, medians of '
@@ -191,7 +191,7 @@ def measure(loop: DecodeLoop, other: Engine | None, peak: Peak,
     return Gap(first, second, Roofline(shape, peak).floor_s(context), context,
                f'{form} on {shape.device}' if other else f'{shape.engine}, {form}',
                'native' if other else shape.engine, shape.details.get('kernels', ''),
-               shape.quantization)
+               shape.slow_format)
 
 
 def _step_s(loop: DecodeLoop, prompt: list[int],

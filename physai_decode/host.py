@@ -39,6 +39,7 @@ from physai_decode.collector import give_back
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
+from physai_decode.config import SERVER
 from physai_decode.constraint import configured
 from physai_decode.engine import described
 from physai_decode.engine import Engine
@@ -105,7 +106,7 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     :raises TextError: the tokenizer cannot be loaded, or the constraint cannot be compiled.
     :raises ConfigError: the server's address or key is invalid.
     """
-    if config.engine.name == openai.NAME:
+    if config.engine.name == SERVER:
         return _load_server(config, progress)
     progress(f'looking for {config.model.path}')
     model = checkpoint.open(config.model.path, config.model.revision)
@@ -173,7 +174,8 @@ def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[s
             'tool_form': f'{text.manner.form or "none"}: {text.manner.reason}',
             'thought_markers': f'{text.manner.opens} {text.manner.closes}'.strip() or 'none',
             'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
-            'checkpoint_sampling': settings or 'none'}
+            'checkpoint_sampling': settings or 'none',
+            'config_notes': '; '.join(model.notes) or 'none'}
 
 
 class Host:
@@ -219,7 +221,7 @@ class Host:
         self.failure, self.loading = '', 'begin'
         try:
             self.config = config
-            if not config.model.path and config.engine.name != openai.NAME:
+            if not config.model.path and config.engine.name != SERVER:
                 raise ConfigError(
                     'model.path is empty: with a params file there is no default. Set '
                     'model.path in the file, or with -p model.path:=...; builtin:tiny_planner is '
@@ -227,6 +229,8 @@ class Host:
             self.loaded = self._load(config, report)
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
+            if self.telemetry.problem:
+                report(self.telemetry.problem)
             return self.loaded
         except BaseException as error:
             known = isinstance(error, (ConfigError, EngineError, TextError))

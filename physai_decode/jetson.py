@@ -16,17 +16,23 @@
 Reads a Jetson's telemetry from jetson-stats, if it is installed and its service runs.
 
 jetson-stats reports periodically. The energy counter assumes that the power is constant between
-two reports. An idle board lowers its clocks, so the memory clock is that of a busy GPU.
+two reports of it. If the reports end, the figures become unknown. An idle board lowers its clocks,
+so the memory clock is that of a busy GPU.
 """
 
 from collections.abc import Callable
+import math
 import threading
 import time
 from typing import Any
 
+from physai_decode.engine import described
+from physai_decode.pip_command import install
+
 INTERVAL_S = 0.2
 LOW = 0.95                      # a clock below this part of its maximum is low
 BUSY_PERCENT = 50               # load of the GPU; an idle one lowers its clock
+STALE_S = 5.0                   # a report that is older no longer counts
 
 
 class Jetson:
@@ -37,16 +43,19 @@ class Jetson:
         """
         Subscribe to jetson-stats.
 
-        :param jtop: the class ``jtop`` of jetson-stats 4 or newer.
+        :param jtop: the class ``jtop`` of jetson-stats.
         :param clock: a monotonic clock in seconds.
-        :raises Exception: the service of jetson-stats does not run.
+        :raises Exception: the service of jetson-stats does not run, or is older than version 4.
         """
         self._clock = clock
         self._lock = threading.Lock()
+        self._reported_s = -math.inf        # the last report, and the last one of the power
         self._power_w: float | None = None
         self._busy_clocks_mhz: tuple[float, float] | None = None
         self._energy_j, self._since_s = 0.0, clock()
         self._board = jtop(interval=INTERVAL_S)
+        if not hasattr(self._board, 'memory'):
+            raise RuntimeError('it is older than version 4')
         self._board.attach(self._on_update)
         self._board.start()
 
@@ -54,9 +63,10 @@ class Jetson:
     def energy_j(self) -> float | None:
         """The energy in joules since the start, None if the board does not report its power."""
         with self._lock:
-            if self._power_w is None:
+            after_s = self._clock() - self._since_s
+            if self._power_w is None or after_s > STALE_S:
                 return None
-            return self._energy_j + self._power_w * (self._clock() - self._since_s)
+            return self._energy_j + self._power_w * after_s
 
     @property
     def memory_clocks_mhz(self) -> tuple[float, float] | None:
@@ -65,15 +75,20 @@ class Jetson:
             return self._busy_clocks_mhz
 
     def read(self) -> dict[str, float | str | None]:
-        """Return the last report by keys of `telemetry.KEYS`; None means unknown."""
-        board = self._board
+        """Return the last report by keys of `telemetry.KEYS`; missing or None means unknown."""
+        now_s, board = self._clock(), self._board
+        with self._lock:
+            if now_s - self._reported_s > STALE_S:
+                return {}
+            power_w = None if now_s - self._since_s > STALE_S else self._power_w
         mode = getattr(board, 'nvpmodel', None)
         gpu = _gpu(board)
         return {
-            'temperature_c': _value(board, 'temperature', 'gpu', 'temp'),
-            'power_w': self._power_w,
+            'temperature_c': None if _value(board, 'temperature', 'gpu', 'online') is False
+            else _value(board, 'temperature', 'gpu', 'temp'),       # offline: -256
+            'power_w': power_w,
             'sm_clock_mhz': _scaled(_nested(gpu, 'freq', 'cur'), 1e-3),
-            'memory_clock_mhz': _scaled(_value(board, 'memory', 'EMC', 'cur'), 1e-3),
+            'memory_clock_mhz': _scaled(_value(board, 'memory', 'EMC', 'cur') or None, 1e-3),
             'throttle_reasons': self._low_clocks(gpu),
             'power_mode': None if mode is None else str(getattr(mode, 'name', mode))}
 
@@ -102,10 +117,28 @@ class Jetson:
             _scaled(_value(board, 'memory', 'EMC', key), 1e-3) for key in ('cur', 'max'))
         load = _nested(_gpu(board), 'status', 'load')
         with self._lock:
-            self._energy_j += (self._power_w or 0.0) * (now_s - self._since_s)
-            self._power_w, self._since_s = power_w, now_s
+            self._reported_s = now_s
+            if power_w is not None:
+                self._energy_j += (self._power_w or 0.0) * (now_s - self._since_s)
+                self._power_w, self._since_s = power_w, now_s
             if current and highest and load is not None and load >= BUSY_PERCENT:
                 self._busy_clocks_mhz = current, highest
+
+
+def connect() -> tuple[Jetson | None, str]:
+    """Subscribe to jetson-stats; return the board, or None with the reason and what to do."""
+    try:
+        from jtop import jtop
+        return Jetson(jtop), ''
+    # It is not installed, or raises an error of its own, without which the node can run.
+    except Exception as error:
+        advice = (f'install it with {install("jetson-stats")}, its service with sudo pip3 install '
+                  '-U jetson-stats') if isinstance(error, ImportError) else (
+            'run sudo systemctl restart jtop, add this user to the group jtop, give the service '
+            'and this Python the same version, and mount /run/jtop.sock in a container')
+        reason = ' '.join(described(error).split())
+        return None, (f'jetson-stats is not used ({reason}), so power, energy and clocks may be '
+                      f'unknown, and the floor does not follow the memory clock: {advice}')
 
 
 def _gpu(board: Any) -> Any:

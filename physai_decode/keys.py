@@ -26,6 +26,7 @@ DESCRIPTIONS = {
                            'only with `sampling.from_checkpoint`',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
     'client_id': "the client's id of the request",
+    'config_notes': 'what is uncertain in config.json, and what decides, or none',
     'consecutive_misses': 'deadline misses in a row, including the newest token',
     'context_tokens': 'tokens whose keys and values the step read',
     'count': 'tokens with a latency in the window',

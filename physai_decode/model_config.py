@@ -37,6 +37,8 @@ FIRST_WINDOW_LAYER = 28
 ROPE_THETA = 10000.0
 GPTQ_GROUP_SIZE = 128
 
+_OWN_NUMBERS = ('bitsandbytes', 'modelopt', 'exl2')     # quantisers whose bits are not integers
+
 # The range of each number. The lower bound is inclusive for a count and exclusive for a float; the
 # upper bound is several times the value in the largest models.
 _LAYERS, _HEADS, _WIDTH, _VOCAB, _CONTEXT = (
@@ -91,6 +93,33 @@ def check(config: Mapping[str, Any]) -> None:
         if isinstance(classes, list) else set()
     if named and type(family) is str and _family(family) not in ('', *named):
         raise ValueError(f'architectures is {repr(classes)}, but model_type is {repr(family)}')
+
+
+def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """
+    Return what is uncertain in a config.json that `check` accepts, and what decides.
+
+    The library too builds the network that ``model_type`` names. The weights have dtypes of their
+    own, so that of the config is not used.
+    """
+    family, classes = str(config.get('model_type')), config.get('architectures')
+    found = []
+    if not isinstance(classes, list) or not any(
+            type(each) is str and _is_of(each, family) for each in classes):
+        named = 'there is no architectures' if classes is None else \
+            f'architectures is {repr(classes)}'
+        found.append(f'{named}: model_type {repr(family)} decides')
+    dtype, older = config.get('dtype'), config.get('torch_dtype')
+    if None not in (dtype, older) and dtype != older:
+        found.append(
+            f'dtype is {repr(dtype)}, but torch_dtype {repr(older)}: engine.dtype decides')
+    return tuple(found)
+
+
+def _is_of(name: str, family: str) -> bool:
+    """Return whether a class is certainly of the family of a model_type."""
+    return (_family(name) == _family(family) != ''
+            or name.lower().startswith(family.lower().replace('_', '')))
 
 
 def _family(name: str) -> str:
@@ -334,10 +363,16 @@ class Quantization:
 
     name: str                   # gptq-int4-g128, bitsandbytes-nf4, ...
     method: str                 # gptq, awq, exl2, ...
+    kind: str                   # of the numbers: int, float; empty if the method defines it
     bits: Any                   # as in the config; None if absent
     group_size: int             # columns that share a scale; -1: all; 0: not set
     layout: str                 # of gptq: gptq, gptq_v2, or another name
     settings: Mapping[str, Any]     # the whole quantization_config
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether the weights are integers of four bits."""
+        return (self.kind, self.bits) == ('int', 4)
 
 
 def quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -354,15 +389,17 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
         return None
     method = str(found.get('quant_method', 'unknown'))
     bits, size = found.get('bits'), found.get('group_size')
+    kind = '' if method in _OWN_NUMBERS else 'int'
     if method == 'gptq':
         found = {'group_size': GPTQ_GROUP_SIZE, **found}
         size = found['group_size']
         if size != -1:
             number(found, 'group_size')
     if method == 'compressed-tensors':
-        bits, size = _shared(found, 'num_bits'), _shared(found, 'group_size')
+        kind, bits, size = (_shared(found, key) for key in ('type', 'num_bits', 'group_size'))
     return Quantization(
-        name=_quantization_name(found, method, bits, size), method=method, bits=bits,
+        name=_quantization_name(found, method, kind or '', bits, size), method=method,
+        kind=kind or '', bits=bits,
         group_size=size if isinstance(size, int) else 0,
         layout=str(found.get('checkpoint_format') or found.get('format') or 'gptq'),
         settings=found)
@@ -375,7 +412,8 @@ def _shared(found: Mapping[str, Any], key: str) -> Any:
     return values[0] if values and values.count(values[0]) == len(values) else None
 
 
-def _quantization_name(found: Mapping[str, Any], method: str, bits: Any, size: Any) -> str:
+def _quantization_name(found: Mapping[str, Any], method: str, kind: str, bits: Any,
+                       size: Any) -> str:
     if method == 'bitsandbytes':
         four_bit = found.get('load_in_4bit') or found.get('_load_in_4bit')
         return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
@@ -383,6 +421,5 @@ def _quantization_name(found: Mapping[str, Any], method: str, bits: Any, size: A
         return f'{method}-{str(found.get("quant_algo", "unknown")).lower()}'
     name = method
     if bits is not None:
-        kind = _shared(found, 'type') or '' if method == 'compressed-tensors' else 'int'
         name += f'-{bits}bpw' if method == 'exl2' else f'-{kind}{bits}'
     return f'{name}-g{size}' if isinstance(size, int) and size > 0 else name

@@ -40,7 +40,7 @@ POLICIES = {os.SCHED_OTHER: 'other', os.SCHED_FIFO: 'fifo', os.SCHED_RR: 'rr',
             os.SCHED_BATCH: 'batch', os.SCHED_IDLE: 'idle', 6: 'deadline'}
 _RESET_ON_FORK = 0x40000000
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4   # of sys/mman.h, except PowerPC and Alpha
-_CAP_IPC_LOCK = 14
+_CAP_IPC_LOCK, _CAP_SYS_NICE = 14, 23
 # How long a thread waits for the GIL before it asks the holder to release it; 5 ms by default.
 # Without a real-time priority, a shorter time costs more than it gains, because the thread that
 # gets the GIL may still have to wait for a core.
@@ -51,13 +51,18 @@ _ATTRIBUTES = struct.Struct('=IIQiIQQQII')      # struct sched_attr of linux/sch
 _SET_ATTRIBUTES, _GET_ATTRIBUTES = {
     'x86_64': (314, 315), 'aarch64': (274, 275)}.get(platform.machine(), (None, None))
 _TASKS = '/proc/self/task'
-_PERMIT = ('to permit it, set "USER - {limit}" in /etc/security/limits.conf and log in again, set '
+_PERMIT = ('set "USER - {limit}" in /etc/security/limits.conf and log in again, set '
            '{unit} in a systemd unit, or use docker run --ulimit {docker} or --cap-add '
            '{capability}')
 PERMIT_PRIORITY = _PERMIT.format(limit='rtprio 99', unit='LimitRTPRIO=99', docker='rtprio=99',
                                  capability='SYS_NICE')
 PERMIT_MEMORY = _PERMIT.format(limit='memlock unlimited', unit='LimitMEMLOCK=infinity',
                                docker='memlock=-1', capability='IPC_LOCK')
+PERMIT_GROUP = ('run "sysctl kernel.sched_rt_runtime_us=-1" as root of the host, or write a '
+                'share, such as 950000, to cpu.rt_runtime_us of the control group and those above')
+_CPU_GROUP = re.compile(r'^\d+:(?:[^:\n]*,)?cpu(?:,[^:\n]*)?:(.*)$', re.M)
+_CPU_MOUNT = re.compile(
+    r'^\S+ \S+ \S+ (\S+) (\S+) .* - cgroup \S+ (?:\S*,)?cpu(?:,\S*)?$', re.M)
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,8 @@ class Placement:
         try:
             os.sched_setscheduler(self._thread_id, os.SCHED_FIFO, os.sched_param(priority))
         except OSError as error:
-            limit = resource.getrlimit(resource.RLIMIT_RTPRIO)[0]
-            return (f'realtime.priority {priority} is not in force ({error.strerror}; the limit '
-                    f'rtprio is {limit}): {PERMIT_PRIORITY}')
+            return (f'realtime.priority {priority} is not in force ({error.strerror}; '
+                    f'{_priority_advice(priority)}')
         sys.setswitchinterval(SWITCH_S)
         return ''
 
@@ -156,10 +160,10 @@ class Placement:
         if limit != resource.RLIM_INFINITY and not _status('CapEff', 16) >> _CAP_IPC_LOCK & 1:
             # With a limit, the first allocation beyond it would kill the process later.
             return (f'realtime.lock_memory is not in force (the limit memlock is {limit} bytes, '
-                    f'not unlimited): {PERMIT_MEMORY}')
+                    f'not unlimited): to permit it, {PERMIT_MEMORY}')
         if _libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
             return (f'realtime.lock_memory is not in force ({os.strerror(ctypes.get_errno())}): '
-                    f'{PERMIT_MEMORY}')
+                    f'to permit it, {PERMIT_MEMORY}')
         self._locked = True
         return ''
 
@@ -217,6 +221,50 @@ def _status(name: str, base: int = 10) -> int:
         return 0
     match = re.search(rf'^{name}:\s*([0-9a-f]+)', status, re.M)
     return int(match[1], base) if match else 0
+
+
+def _priority_advice(priority: int) -> str:
+    """Return what may refuse a real-time priority, and how to permit it."""
+    limit = resource.getrlimit(resource.RLIMIT_RTPRIO)[0]
+    unlimited = limit == resource.RLIM_INFINITY
+    refused = group_refuses()
+    parts = [f'the limit rtprio is {"unlimited" if unlimited else limit}']
+    if refused:
+        parts.append('cpu.rt_runtime_us of the control group is 0')
+    allowed = (unlimited or limit >= priority
+               or _status('CapEff', 16) >> _CAP_SYS_NICE & 1 == 1)
+    advice = PERMIT_GROUP if refused and allowed else PERMIT_PRIORITY
+    if refused and not allowed:
+        advice += f'; also {PERMIT_GROUP}'
+    if refused is None:
+        advice += ('; if it is still refused, the kernel has CONFIG_RT_GROUP_SCHED, and the '
+                   f'control group has no share of real-time classes: {PERMIT_GROUP}')
+    return f'{", ".join(parts)}): to permit it, {advice}'
+
+
+def group_refuses(root: Path = Path('/')) -> bool | None:
+    """
+    Return whether the control group of this process has no share of real-time classes.
+
+    A kernel with CONFIG_RT_GROUP_SCHED checks this, even for root.
+
+    :param root: root of the file system.
+    :returns: None if it is unknown, because only version 1 of control groups shows the share.
+    """
+    proc = root / 'proc'
+    try:
+        if int((proc / 'sys/kernel/sched_rt_runtime_us').read_text()) < 0:
+            return False                # the kernel does not limit real-time classes
+        group = _CPU_GROUP.search((proc / 'self/cgroup').read_text())
+        mount = _CPU_MOUNT.search((proc / 'self/mountinfo').read_text())
+        if group is None or mount is None:
+            return None
+        # In a container, the mount begins at a group below the root.
+        folder = root / mount[2].lstrip('/') / os.path.relpath(group[1], mount[1])
+        share = folder / 'cpu.rt_runtime_us'
+        return share.name in os.listdir(folder) and int(share.read_text()) == 0
+    except (OSError, ValueError):
+        return None
 
 
 def _list(cores: Collection[int]) -> str:

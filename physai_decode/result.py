@@ -23,6 +23,7 @@ from dataclasses import asdict
 import time
 from typing import Any
 
+from physai_decode.config import SERVER
 from physai_decode.timing import RequestReport
 
 COMPLETE = ('stop', 'tool_calls')               # the finish reasons of a complete answer
@@ -41,7 +42,7 @@ def chat_completion(report: RequestReport, text: str, model: str,
     figures = asdict(report)
     reasoning, reason = figures.pop('reasoning'), report.finish_reason
     del figures['tool_calls']
-    pieces = report.engine == 'openai'          # a server's, which the report counts as tokens
+    pieces = report.engine == SERVER            # a server's, which the report counts as tokens
     prompt, output = report.prompt_tokens, report.server_tokens if pieces else report.output_tokens
     return {
         'id': figures.pop('client_id') or None, 'object': 'chat.completion',

@@ -75,7 +75,8 @@ _RATED_MHZ = {
     'NVIDIA Jetson Orin Nano datasheet, 4GB': 2133, 'NVIDIA Jetson Orin Nano datasheet, 8GB': 2133}
 
 # GPUs that share the board's memory. For them, CUDA does not report the clock of the DRAM.
-_INTEGRATED = re.compile(r'\b(Orin|Thor|GB10|Xavier|Tegra)\b', re.IGNORECASE)
+_JETSON = re.compile(r'\b(Orin|Thor|Xavier|Tegra)\b', re.IGNORECASE)
+_INTEGRATED = re.compile(rf'{_JETSON.pattern}|\bGB10\b', re.IGNORECASE)
 
 _SLICE = re.compile(r'\bMIG\b')
 TOLERANCE = 1.03                # a bandwidth above this many times the peak refutes the peak
@@ -125,6 +126,11 @@ def r_floor(floor_s: float | None, observed_s: float | None) -> float | None:
 def is_integrated(device_name: str) -> bool:
     """Return whether a GPU shares the board's memory, as on a Jetson."""
     return bool(_INTEGRATED.search(device_name))
+
+
+def is_jetson(device_name: str) -> bool:
+    """Return whether a GPU is that of a Jetson."""
+    return bool(_JETSON.search(device_name))
 
 
 class Roofline:

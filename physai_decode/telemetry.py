@@ -29,10 +29,12 @@ from typing import Any
 
 from physai_decode.config import DecodeConfig
 from physai_decode.engine import Footprint
+from physai_decode.jetson import connect
 from physai_decode.jetson import Jetson
 from physai_decode.roofline import find_peak
 from physai_decode.roofline import fits_cache
 from physai_decode.roofline import is_integrated
+from physai_decode.roofline import is_jetson
 from physai_decode.roofline import last_cache_bytes
 from physai_decode.roofline import measure_cpu_read_bandwidth
 from physai_decode.roofline import Peak
@@ -56,17 +58,23 @@ class Telemetry:
         self._board: Jetson | None = None
         if self._cuda and footprint.device_uuid:
             self._open(footprint.device_uuid)
+        # The counters of the two sources differ, so one of them is used throughout.
+        self._nvml_counts = self._nvml_energy_mj() is not None
         self._integrated = self._cuda and is_integrated(footprint.device_name)
+        self.problem = ''               # why a Jetson has no jetson-stats, and what to do
         if self._integrated:
-            self._open_board()
+            self._board, problem = connect()
+            if is_jetson(footprint.device_name):
+                self.problem = problem
 
     def read(self) -> dict[str, float | str | None]:
         """Read the device, which takes about a millisecond; the keys are always `KEYS`."""
         values: dict[str, float | str | None] = dict.fromkeys(KEYS)
-        nvml, handle = self._nvml, self._handle     # another thread may call close
+        # Another thread may call close.
+        nvml, handle, board = self._nvml, self._handle, self._board
         values['memory_used_gb'], values['memory_free_gb'] = self._memory(nvml, handle)
-        if self._board is not None:
-            values.update(self._board.read())
+        if board is not None:
+            values.update(board.read())
         if nvml is None:
             return values
         for key, query in (
@@ -88,11 +96,10 @@ class Telemetry:
 
         The counter includes all programs on the device, and on a Jetson the whole board.
         """
-        nvml, handle, board = self._nvml, self._handle, self._board
-        energy_mj = None if nvml is None else _query(
-            nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-        if energy_mj is not None:
-            return float(energy_mj) / 1e3
+        if self._nvml_counts:
+            energy_mj = self._nvml_energy_mj()
+            return None if energy_mj is None else energy_mj / 1e3
+        board = self._board
         return None if board is None else board.energy_j
 
     @property
@@ -122,12 +129,10 @@ class Telemetry:
         except pynvml.NVMLError:
             _query(pynvml, pynvml.nvmlShutdown)
 
-    def _open_board(self) -> None:
-        try:
-            from jtop import jtop
-            self._board = Jetson(jtop)
-        except Exception:               # not installed, or its service does not run
-            return
+    def _nvml_energy_mj(self) -> int | None:
+        nvml, handle = self._nvml, self._handle
+        return None if nvml is None else _query(
+            nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
 
     def _memory(self, nvml: Any, handle: Any) -> tuple[float | None, float | None]:
         """Return the used and the free memory in GB."""

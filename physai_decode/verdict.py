@@ -43,7 +43,7 @@ class Figures:
     best_r_floor: float | None = None   # the best r_floor so far
     engine: str = ''                    # native, transformers, ...; empty if unknown
     kernels: str = ''                   # of native: triton and its version, or torch
-    quantization: str = 'none'          # of the weights, as in `Footprint`
+    slow_format: bool = False           # of the weights, as in `Footprint`
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def _native_case(figures: Figures) -> str:
         return 'native on a CPU'
     if not figures.kernels.startswith('triton'):
         return 'native without Triton'
-    fast = figures.quantization == 'none' or '-int4' in figures.quantization
-    return 'native' if fast else 'native, slow format'
+    return 'native, slow format' if figures.slow_format else 'native'
 
 
 def _parts(figures: Figures, step_ms: float) -> dict[str, tuple[float, float]]:

@@ -412,7 +412,7 @@ class Worker:
     def j_per_token(self) -> float | None:
         """Energy per token of those answers; None if unknown."""
         energy_j, tokens = self._energy_j, self._energy_tokens
-        return None if energy_j is None or not tokens else energy_j / tokens
+        return energy_j / tokens if energy_j and tokens else None
 
     @property
     def in_force(self) -> InForce | None:
@@ -608,17 +608,24 @@ class Worker:
 
     def _report_end(self, ticket: Ticket, answer: Delivery, end: End) -> None:
         message = '; '.join(filter(None, (end.message, answer.note)))
-        if answer.energy_j is not None and (after_j := self._device_energy_j()) is not None:
-            answer.times.energy_j = after_j - answer.energy_j
+        spent_j = self._spent_j(answer.energy_j)
+        answer.times.energy_j = spent_j or None     # 0: the counter has not advanced meanwhile
         report = answer.times.finish(self._clock(), end.reason, message, ticket.end_requested_s)
-        if report.energy_j is not None:
-            self._energy_j = (self._energy_j or 0.0) + report.energy_j
+        if spent_j is not None:
+            self._energy_j = (self._energy_j or 0.0) + spent_j
             self._energy_tokens += report.output_tokens
         if answer.reasoning or answer.calls:
             report = replace(report, reasoning=answer.reasoning, tool_calls=tuple(answer.calls))
         if end.reason == 'rejected':
             report = replace(report, refusal='invalid', engine='')
         self._notify_end(ticket, report, answer.text)
+
+    def _spent_j(self, before_j: float | None) -> float | None:
+        """Return the energy since a reading of the counter; None if it is unknown."""
+        after_j = None if before_j is None else self._device_energy_j()
+        if before_j is None or after_j is None or after_j < before_j:     # it was reset
+            return None
+        return after_j - before_j
 
     def _run_task(self) -> None:
         """Run the task; `run` raises its exceptions."""

@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 from physai_decode import bench
 from physai_decode import checkpoint
@@ -244,6 +245,10 @@ def test_energy_of_decode_steps():
         return now_s[0]
 
     assert session.energy(FakeEngine(), 64, 8, lambda: None) == {}
+    for after_j in (None, 90.0, 100.0):         # the counter ended, was reset, or stood still
+        readings_j = iter((100.0, 100.0, after_j))
+        assert session.energy(FakeEngine(), 64, 8, readings_j.__next__, clock) == {}
+    now_s[0], used_j[0] = 0.0, 100.0
     figures = session.energy(FakeEngine(), 64, 8, energy_j, clock)
     assert figures['power_w'] == pytest.approx(100.0)
     steps = 7 * 3                               # three answers fit into 2 s of this clock
@@ -304,7 +309,9 @@ def test_times_the_step_beside_a_neighbour(monkeypatch, tmp_path):
 
     monkeypatch.setattr(neighbour, 'running', running)
     monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
+    monkeypatch.setattr(session, 'BESIDE_S', 0.05)
     times = session.beside(FakeEngine(), 64, 2, 'gpu:30,1')
+    assert 'paced' not in times and not times['pace']
     assert len(times['alone']) >= 40 and len(times['beside']) >= 40
     times.update(alone=[0.001] * 999 + [0.002], beside=[0.002] * 1000)
     results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, 'beside': [times]}]}]
@@ -319,6 +326,44 @@ def test_times_the_step_beside_a_neighbour(monkeypatch, tmp_path):
     pyplot.close(figure)
     empty = [{'case': {'label': 'a'}, 'contexts': []}]
     assert plots._beside(pyplot, empty, {'a': 'black'}) is None
+
+
+def test_times_a_paced_step_beside_a_neighbour(monkeypatch):
+    """The third row has the neighbour's times beside the paced steps, without their waits."""
+    phases = []
+
+    class Neighbour:
+        def collect(self, seconds):
+            phases.append(seconds)
+            return [0.001 * len(phases)]
+
+    @contextlib.contextmanager
+    def running(kind):
+        yield Neighbour()
+
+    monkeypatch.setattr(neighbour, 'running', running)
+    monkeypatch.setattr(session, 'BESIDE_ROUNDS', 1)
+    monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
+    monkeypatch.setattr(session, 'BESIDE_S', 0.3)
+    begin_s = time.monotonic()
+    times = session.beside(FakeEngine(), 64, 1, 'gpu:30,1', 20.0)
+    assert time.monotonic() - begin_s > 0.6 and phases == [0.3, 0.0, 0.0]
+    assert 1 <= len(times['paced']) <= 14 and min(times['paced']) < 0.05
+    results = [{'case': {'label': 'a'}, 'contexts': [{'context': 64, 'beside': [times]}]}]
+    rows = report.beside(results).rows
+    assert [row[3] for row in rows] == ['alone', 'beside', 'beside, 20 tokens/s']
+    assert [row[-1] for row in rows] == ['1.000', '2.000', '3.000']
+    assert 0 < float(rows[2][8]) <= 20.0 < float(rows[1][8])
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['--pace', '8'], '--pace needs --beside'),
+    (['--pace', '0.01', '--beside', 'cpu'], 'pace.tokens_per_s'),
+    (['--pace', '-1', '--beside', 'cpu'], 'pace.tokens_per_s'),
+    (['--pace', 'nan', '--beside', 'cpu'], 'pace.tokens_per_s')])
+def test_rejects_a_wrong_pace(arguments, words, capsys):
+    assert bench.main(arguments) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_prompts_have_floors_of_bytes_and_of_operations(monkeypatch):
@@ -1103,7 +1148,7 @@ def test_advice_of_the_verdict_fits_the_engine():
     result = done(case(contexts=(2048,)), [0.010])
     result['contexts'][0]['floor_read_s'] = 0.001
     result['footprint'].update(engine='native', details={'kernels': 'triton 3.6.0'},
-                               quantization='bitsandbytes-nf4')
+                               slow_format=True)
     (_, _, verdict), = report.verdicts([result]).rows
     assert verdict.startswith('kernels: 8 of 10 ms')
     assert verdict.endswith('such as GPTQ of four bits')
@@ -1249,7 +1294,8 @@ def test_reports_missing_packages_without_a_process(runner, monkeypatch):
     monkeypatch.setattr(runner_module.subprocess, 'Popen', None)
     result, = runner.run([case(requires=('no_such_module',))])
     assert result['status'] == 'unavailable'
-    assert 'not installed: no_such_module (pip install no_such_module)' in result['error']
+    assert result['error'] == (
+        f'not installed: no_such_module ({sys.executable} -m pip install no_such_module)')
 
 
 def test_starts_nothing_after_the_time_limit(tmp_path, lines, monkeypatch):

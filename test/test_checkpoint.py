@@ -17,6 +17,7 @@
 import json
 import os
 import struct
+import sys
 
 import huggingface_hub
 from physai_decode import checkpoint
@@ -344,6 +345,27 @@ def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
     checkpoint.inspect(folder)
 
 
+@pytest.mark.parametrize(('fields', 'notes'), [
+    ({'architectures': ['LlamaForCausalLM']}, ()), ({'architectures': ['MistralForCausalLM']}, ()),
+    ({'architectures': ['Gemma3ForConditionalGeneration'], 'model_type': 'gemma3_text'}, ()),
+    ({'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe'}, ()),
+    ({'architectures': ['OwnForCausalLM']},
+     ("architectures is ['OwnForCausalLM']: model_type 'llama' decides",)),
+    ({'architectures': ['BertModel'], 'model_type': 'own'},
+     ("architectures is ['BertModel']: model_type 'own' decides",)),
+    ({}, ("there is no architectures: model_type 'llama' decides",)),
+    ({'architectures': []}, ("architectures is []: model_type 'llama' decides",)),
+    ({'architectures': 'llama'}, ("architectures is 'llama': model_type 'llama' decides",)),
+    ({'architectures': ['LlamaForCausalLM'], 'dtype': 'float16', 'torch_dtype': 'float16'}, ()),
+    ({'architectures': ['LlamaForCausalLM'], 'dtype': None, 'torch_dtype': 'float16'}, ()),
+    ({'architectures': ['LlamaForCausalLM'], 'dtype': 'float16', 'torch_dtype': 'bfloat16'},
+     ("dtype is 'float16', but torch_dtype 'bfloat16': engine.dtype decides",))])
+def test_notes_what_is_uncertain_in_the_config(folder, fields, notes):
+    config = {key: value for key, value in CONFIG.items() if key != 'architectures'}
+    write_json(folder / 'config.json', {**config, **fields})
+    assert checkpoint.inspect(folder).notes == notes
+
+
 DEEP = '[' * 100_000
 
 
@@ -512,6 +534,14 @@ def test_hub_id_without_a_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', unreachable)
     with pytest.raises(EngineError, match='hf download some-org/some-model --local-dir'):
         checkpoint.locate('some-org/some-model')
+
+
+def test_hub_id_without_the_library_of_the_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(EngineError) as raised:
+        checkpoint.locate('some-org/some-model')
+    assert str(raised.value).endswith(
+        f' from the hub, {sys.executable} -m pip install huggingface_hub')
 
 
 def test_downloads_only_data_from_the_hub(monkeypatch, tmp_path):

@@ -102,7 +102,7 @@ def test_what_a_load_decided_is_told(template, told, form):
     assert loaded.facts == {
         'engine_reason': 'it supports llama with unquantised weights', 'chat_template': told,
         'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none', 'tool_form': form,
-        'thought_markers': 'none'}
+        'thought_markers': 'none', 'config_notes': 'none'}
     assert any('end_tokens: <|im_end|>' in line for line in said)
     loaded.engine.close()
     loaded.text.close()

@@ -28,7 +28,10 @@ from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
+from physai_decode.engines.native import families
 from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import weights as native_weights
+from physai_decode.engines.native.source import Files
 import random_formats
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -99,6 +102,16 @@ def test_each_format(tmp_path, name):
     assert 'dense_fallbacks' not in footprint.details
     unused = footprint.details.get('unused_tensors', 'input_')
     assert 'input_' in unused or 'activation_scale' in unused
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_slow_formats(tmp_path, name):
+    """Those without the kernels for unquantised weights or integers of four bits."""
+    random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
+    model = inspect(tmp_path)
+    loaded = native_weights.load(families.parse(model.config), Files(model, torch.device('cpu')),
+                                 model.quantized, torch.bfloat16, print)
+    assert loaded.slow_format is (name in EIGHT or name in FOUR)
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',

@@ -87,11 +87,11 @@ def test_gap_as_text():
 def test_advice_fits_the_engine():
     slow = measured_gap(first=gap.Way('captured', 3.651e-3, 3.6e-3), floor_s=0.95e-3,
                         engine='native', kernels='triton 3.6.0',
-                        quantization='bitsandbytes-nf4')
+                        slow_format=True)
     assert str(slow).endswith('use weights in another format, such as GPTQ of four bits')
     bare = gap.measure(DecodeLoop(GraphEngine(
-        engine='native', quantization='awq', details={'kernels': 'torch'})), None, PEAK)
-    assert (bare.engine, bare.kernels, bare.quantization) == ('native', 'torch', 'awq')
+        engine='native', slow_format=True, details={'kernels': 'torch'})), None, PEAK)
+    assert (bare.engine, bare.kernels, bare.slow_format) == ('native', 'torch', True)
 
 
 @pytest.mark.parametrize(('cached', 'reused'), [(0, 0), (5, 5), (27, 27), (28, 27), (63, 27)])

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 from fake_engine import CharacterText
 from fake_engine import FakeEngine
+from physai_decode import host as host_module
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import ModelConfig
@@ -62,6 +63,16 @@ def host():
     """Return an active host."""
     with active() as host:
         yield host
+
+
+def test_a_load_tells_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
+    told = []
+    problem = SimpleNamespace(problem='jetson-stats is not used', close=lambda: None)
+    monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: problem)
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), ClosableText(), SHEET))
+    host.load(CONFIG, told.append)
+    host.unload()
+    assert told == ['jetson-stats is not used']
 
 
 def window(host, gb_s, peak):

@@ -233,6 +233,10 @@ def test_bandwidth_warns_below_the_limit(window):
     warned = status(None, peak=no_floor, warn=0.5)
     assert warned.level == messages.WARN
     assert warned.message.endswith('there is no r_floor: the weights fit the cache')
+    remote = replace(FOOTPRINT, layers=0)
+    assert status(None, remote, warn=0.5).message.endswith('there is no r_floor: a server decodes')
+    assert status(window, remote, warn=0.5).level == messages.OK        # of the fallback
+    assert status(window, remote, warn=0.99).message == 'r_floor 0.750 is below 0.99'
     nothing = values(status(None, None, Peak(None, 'unknown')))
     assert nothing.pop('peak_source') == 'unknown'
     assert set(nothing.values()) == {'n/a'}
@@ -254,7 +258,7 @@ def test_verdict_is_about_the_current_pace_and_about_single_steps(window, change
 
 @pytest.mark.parametrize(('footprint', 'advice'), [
     (FOOTPRINT, 'use a smaller model'),
-    (replace(FOOTPRINT, quantization='bitsandbytes-nf4'), 'such as GPTQ of four bits'),
+    (replace(FOOTPRINT, slow_format=True), 'such as GPTQ of four bits'),
     (replace(FOOTPRINT, details={'kernels': 'torch'}), 'install a Triton'),
     (replace(FOOTPRINT, engine='transformers', details={}), 'engine.name: native with Triton'),
     (None, 'try engine.name: native')])

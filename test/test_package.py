@@ -168,6 +168,13 @@ def test_systemd_unit_grants_real_time_limits():
     assert command in COMMANDS
 
 
+def test_messages_name_the_pip_of_the_running_python():
+    """A plain ``pip`` may belong to another Python."""
+    plain = [str(path.relative_to(ROOT)) for path in (ROOT / 'physai_decode').rglob('*.py')
+             if path.name != 'pip_command.py' and 'pip install' in path.read_text()]
+    assert not plain, 'use pip_command.install in these files'
+
+
 def test_files_have_the_licence_header():
     """Each file has the first lines of setup.py near its top, as ament_copyright expects."""
     header = (ROOT / 'setup.py').read_text().partition('\n\n')[0]

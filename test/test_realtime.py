@@ -164,6 +164,59 @@ def test_reports_how_to_permit_what_the_system_denies(monkeypatch):
         assert words in in_force.realtime_refused
 
 
+SHARE = 'sys/fs/cgroup/cpu,cpuacct/robot/cpu.rt_runtime_us'
+GROUP_FILES = {
+    'proc/sys/kernel/sched_rt_runtime_us': '950000\n',
+    'proc/self/cgroup': '4:memory:/\n3:cpuset:/other\n2:cpu,cpuacct:/docker/ab/robot\n0::/\n',
+    'proc/self/mountinfo': (
+        '30 25 0:26 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755\n'
+        '31 30 0:27 / /sys/fs/cgroup/cpuset rw,relatime shared:9 - cgroup cgroup rw,cpuset\n'
+        '32 30 0:28 /docker/ab /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup '
+        'rw,cpu,cpuacct\n'),
+    SHARE: '0\n'}
+
+
+@pytest.mark.parametrize(('changes', 'refuses'), [
+    ({}, True), ({SHARE: '950000\n'}, False), ({SHARE: None}, None),
+    ({SHARE: None, SHARE.replace('rt_runtime_us', 'shares'): '1024\n'}, False),
+    ({'proc/sys/kernel/sched_rt_runtime_us': '-1\n'}, False),
+    ({'proc/sys/kernel/sched_rt_runtime_us': None}, None),
+    ({'proc/self/cgroup': '0::/docker/ab\n'}, None),
+    ({'proc/self/mountinfo': '29 25 0:25 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n'}, None)])
+def test_reads_whether_the_control_group_has_a_share(tmp_path, changes, refuses):
+    """A container mounts its own group; version 2 of control groups does not show the share."""
+    for name, text in {**GROUP_FILES, **changes}.items():
+        if text is not None:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+    assert realtime.group_refuses(tmp_path) is refuses
+
+
+@pytest.mark.parametrize(('limit', 'capabilities', 'refuses', 'words', 'absent'), [
+    (0, 0, False, 'the limit rtprio is 0): to permit it, set "USER - rtprio 99"', 'sysctl'),
+    (0, 0, None, 'rtprio is 0): to permit it, set "USER - rtprio 99"', 'cpu.rt_runtime_us of the '
+     'control group is 0'),
+    (0, 1 << 23, True, 'cpu.rt_runtime_us of the control group is 0): to permit it, run "sysctl '
+     'kernel.sched_rt_runtime_us=-1"', 'limits.conf'),
+    (80, 0, True, 'rtprio is 80, cpu.rt_runtime_us of the control group is 0): to permit it, run',
+     'limits.conf'),
+    (resource.RLIM_INFINITY, 0, True, 'rtprio is unlimited, cpu', 'limits.conf'),
+    (79, 0, True, 'SYS_NICE; also run "sysctl', 'still refused'),
+    (99, 0, None, 'if it is still refused, the kernel has CONFIG_RT_GROUP_SCHED', 'group is 0')])
+def test_names_what_refuses_a_priority(monkeypatch, limit, capabilities, refuses, words, absent):
+    """Without a share of its control group, even root can not use a real-time class."""
+    def refuse(*arguments):
+        raise PermissionError(1, 'Operation not permitted')
+
+    monkeypatch.setattr(os, 'sched_setscheduler', refuse)
+    monkeypatch.setattr(resource, 'getrlimit', lambda what: (limit, limit))
+    monkeypatch.setattr(realtime, '_status', lambda name, base=10: capabilities)
+    monkeypatch.setattr(realtime, 'group_refuses', lambda: refuses)
+    with waiting() as thread:
+        refused = Placement(thread.native_id, RealtimeConfig(priority=80)).refused
+    assert words in refused and absent not in refused
+
+
 def test_locks_and_unlocks_memory(monkeypatch):
     """The flags are MCL_CURRENT, MCL_FUTURE and MCL_ONFAULT; it unlocks once."""
     calls = []

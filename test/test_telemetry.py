@@ -22,6 +22,7 @@ from physai_decode.config import DecodeConfig
 from physai_decode.config import RooflineConfig
 from physai_decode.engine import Footprint
 from physai_decode.jetson import Jetson
+from physai_decode.jetson import STALE_S
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import KEYS
@@ -258,6 +259,7 @@ def test_low_clocks_of_a_busy_board(gpu_khz, memory_khz, load, reasons):
     gpu = {'freq': {'cur': gpu_khz, 'max': 1300500}, 'status': {'load': load}}
     jetson._board.gpu = Fields(ga10b=gpu)
     jetson._board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
+    jetson._board.observers[0](jetson._board)
     assert jetson.read()['throttle_reasons'] == reasons
     jetson.close()
 
@@ -292,15 +294,104 @@ def test_energy_of_a_board_is_its_power_over_time():
     assert jetson.energy_j == pytest.approx(45.0)
 
 
-def test_all_figures_are_none_without_jetson_stats(monkeypatch):
-    """It is not installed, or its service does not run."""
-    def fail(interval):
-        raise OSError('the service is not active')
+def test_energy_while_a_report_lacks_the_power():
+    """The last known power counts for that time, not 0."""
+    now = [100.0]
+    jetson = Jetson(FakeBoard, clock=lambda: now[0])
+    board = jetson._board
+    for seconds, power in ((0.0, {'tot': {'power': 20000}}), (1.0, None),
+                           (1.0, {'tot': {'power': 10000}}), (1.0, {'tot': {'power': 10000}})):
+        now[0] += seconds
+        board.power = power
+        board.observers[0](board)
+    assert jetson.energy_j == pytest.approx(2 * 20.0 + 10.0)
 
-    for module in (None, SimpleNamespace(jtop=fail)):
-        monkeypatch.setitem(sys.modules, 'pynvml', None)
-        monkeypatch.setitem(sys.modules, 'jtop', module)
-        monkeypatch.delitem(sys.modules, 'torch', raising=False)
-        telemetry = Telemetry(replace(GPU, device_name='Orin'))
+
+def test_figures_of_a_board_become_unknown_when_the_reports_end():
+    """The thread of jetson-stats ends if its service does."""
+    now = [100.0]
+    jetson = Jetson(FakeBoard, clock=lambda: now[0])
+    board = jetson._board
+    assert jetson.read() == {}              # there is no report yet
+    board.observers[0](board)
+    now[0] += STALE_S - 0.1
+    assert jetson.read()['power_w'] == 20.0 and jetson.energy_j == pytest.approx(98.0)
+    board.power = None
+    board.observers[0](board)
+    now[0] += 1.0
+    assert jetson.read()['power_w'] is None and jetson.read()['temperature_c'] == 51.5
+    assert jetson.energy_j is None
+    now[0] += STALE_S
+    assert jetson.read() == {}
+
+
+def test_a_sensor_and_a_clock_that_are_off_have_no_value():
+    """jetson-stats reports -256 °C for a GPU without power, and 0 for an unknown clock."""
+    jetson = Jetson(FakeBoard)
+    board = jetson._board
+    board.temperature = {'gpu': {'temp': -256, 'online': False}}
+    board.memory = Fields(EMC={'cur': 0, 'max': 3199000})
+    board.observers[0](board)
+    figures = jetson.read()
+    assert figures['temperature_c'] is figures['memory_clock_mhz'] is None
+    assert jetson.memory_clocks_mhz is None
+
+
+def test_energy_comes_from_one_source_throughout(nvml, monkeypatch):
+    """The counter of NVML began earlier than that of the board."""
+    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
+    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
+    board = telemetry._board._board
+    board.observers[0](board)
+    assert telemetry.energy_j() == pytest.approx(123.456)
+
+    def fail(handle):
+        raise NVMLError
+
+    monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption', fail)
+    assert telemetry.energy_j() is None
+    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
+    board = telemetry._board._board
+    board.observers[0](board)
+    monkeypatch.setattr(
+        sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption', lambda handle: 123456)
+    assert telemetry.energy_j() < 100
+
+
+class OldBoard:
+    """The `jtop` class of jetson-stats before version 4."""
+
+    def __init__(self, interval):
+        self.ram = {}
+
+
+def refuse(interval):
+    """Raise an error like that of jetson-stats."""
+    raise OSError("I can't access jtop.service.\nPlease logout or reboot this board.")
+
+
+@pytest.mark.parametrize(('module', 'words'), [
+    (None, ('import of jtop halted', f'{sys.executable} -m pip install jetson-stats')),
+    (SimpleNamespace(), ('ImportError', 'pip install jetson-stats')),
+    (SimpleNamespace(jtop=refuse), (
+        "(OSError: I can't access jtop.service. Please logout", 'group jtop',
+        'sudo systemctl restart jtop', 'the same version', '/run/jtop.sock')),
+    (SimpleNamespace(jtop=OldBoard), ('it is older than version 4', 'the same version'))])
+def test_a_jetson_without_jetson_stats_says_why(monkeypatch, module, words):
+    """All figures are None then; only a Jetson needs jetson-stats."""
+    monkeypatch.setitem(sys.modules, 'pynvml', None)
+    monkeypatch.setitem(sys.modules, 'jtop', module)
+    monkeypatch.delitem(sys.modules, 'torch', raising=False)
+    for name in ('Orin', 'NVIDIA Thor'):
+        telemetry = Telemetry(replace(GPU, device_name=name))
         assert set(telemetry.read().values()) == {None}
         assert telemetry.energy_j() is None
+        assert telemetry.problem.startswith('jetson-stats is not used (')
+        assert all(each in telemetry.problem for each in words)
+    for footprint in (CPU, GPU, replace(GPU, device_name='NVIDIA GB10')):
+        assert Telemetry(footprint).problem == ''
+
+
+def test_a_jetson_with_jetson_stats_has_no_problem(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
+    assert Telemetry(replace(GPU, device_name='Orin')).problem == ''

@@ -308,9 +308,8 @@ def test_runs_no_code_of_the_folder(folder, tmp_path, model_type):
 
 
 @pytest.mark.parametrize(('method', 'missing'), [
-    ('gptq', 'pip install gptqmodel optimum'), ('awq', 'pip install gptqmodel'),
-    ('bitsandbytes', 'pip install bitsandbytes'),
-    ('compressed-tensors', 'pip install compressed-tensors'), ('torchao', 'pip install torchao')])
+    ('gptq', 'gptqmodel optimum'), ('awq', 'gptqmodel'), ('bitsandbytes', 'bitsandbytes'),
+    ('compressed-tensors', 'compressed-tensors'), ('torchao', 'torchao')])
 def test_names_the_missing_library_of_a_quantisation(folder, method, missing, monkeypatch):
     monkeypatch.setattr(
         libraries, 'find_spec', lambda name: None if name != 'accelerate' else 'found')
@@ -318,7 +317,7 @@ def test_names_the_missing_library_of_a_quantisation(folder, method, missing, mo
         'quant_method': method, 'bits': 4, 'group_size': 128, 'load_in_4bit': True,
         'bnb_4bit_quant_type': 'nf4'})
     message = error_of(folder)
-    assert message.endswith(missing) and method in message
+    assert message.endswith(f': {sys.executable} -m pip install {missing}') and method in message
 
 
 @pytest.mark.parametrize('method', ['fp8', 'mxfp4', 'gptq', 'bitnet'])
@@ -326,8 +325,8 @@ def test_names_accelerate_if_it_is_missing(folder, method, monkeypatch):
     monkeypatch.setattr(
         libraries, 'find_spec', lambda name: None if name == 'accelerate' else 'found')
     change_config(folder, quantization_config={'quant_method': method})
-    assert error_of(folder).endswith(f'for {method} weights: pip install accelerate') or (
-        method == 'gptq')
+    assert error_of(folder).endswith(
+        f'for {method} weights: {sys.executable} -m pip install accelerate') or method == 'gptq'
 
 
 def test_rejects_missing_and_unknown_devices(folder, monkeypatch):

@@ -29,7 +29,7 @@ CAPTURED = Figures(11.776, device_ms=11.7, floor_ms=4.58, cuda_graph='captured')
 L4 = Figures(58.7, device_ms=58.5, floor_ms=47.53, cuda_graph='captured')
 CPU = Figures(3.1, device_ms=2.8, cuda_graph='unavailable')         # the embedded model
 NATIVE_NF4 = replace(CAPTURED, engine='native', kernels='triton 3.6.0',
-                     quantization='bitsandbytes-nf4')
+                     slow_format=True)
 BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two busy loops
 
 
@@ -65,13 +65,7 @@ def test_names_the_largest_part(figures, cause, part_ms, advice):
 
 @pytest.mark.parametrize(('figures', 'advice'), [
     (NATIVE_NF4, 'use weights in another format, such as GPTQ of four bits'),
-    (replace(NATIVE_NF4, quantization='modelopt-nvfp4'),
-     'use weights in another format, such as GPTQ of four bits'),
-    (replace(NATIVE_NF4, quantization='gptq-int8-g128'),
-     'use weights in another format, such as GPTQ of four bits'),
-    (replace(NATIVE_NF4, quantization='awq-int4-g128'),
-     'use a smaller model; decode_bench --kernels times each kernel'),
-    (replace(NATIVE_NF4, quantization='none'),
+    (replace(NATIVE_NF4, slow_format=False),
      'use a smaller model; decode_bench --kernels times each kernel'),
     (replace(NATIVE_NF4, kernels='torch'),
      'install a Triton that supports this GPU; the log says why none is used'),

@@ -889,3 +889,18 @@ def test_energy_of_each_answer():
     assert (worker.energy_j, worker.j_per_token) == (15.0, 3.75)
     assert sink.end(worker.submit(Request('')))[0].energy_j is None
     assert worker.stop(TIMEOUT_S)
+
+
+@pytest.mark.parametrize(('readings_j', 'expected_j'), [
+    ((100.0, 90.0), None), ((100.0, None), None), ((100.0, 100.0), 0.0)])
+def test_an_answer_without_a_plausible_energy_has_none(readings_j, expected_j):
+    """The counter was reset, ended, or did not advance during the short answer."""
+    readings_j = iter(readings_j)
+    sink = Sink()
+    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink,
+                    energy_j=lambda: next(readings_j))
+    worker.start()
+    report, _ = sink.end(worker.submit(Request('abc')))
+    assert report.energy_j is report.j_per_token is report.power_w is None
+    assert worker.energy_j == expected_j and worker.j_per_token is None
+    assert worker.stop(TIMEOUT_S)

@@ -281,7 +281,7 @@ def verdicts(results: Sequence[Result]) -> Table:
         verdict = judge(Figures(
             itl_ms, device_ms, floor_ms, p99_ms, sum(len(cell['itl_s']) for cell in found),
             cuda_graph=foot['cuda_graph'], engine=foot['engine'],
-            kernels=foot['details'].get('kernels', ''), quantization=foot['quantization']))
+            kernels=foot['details'].get('kernels', ''), slow_format=foot['slow_format']))
         if verdict is not None:
             table.rows.append([name, str(context), str(verdict)])
     return table
@@ -293,17 +293,21 @@ def beside(results: Sequence[Result]) -> Table:
         'engine', 'context', 'neighbour', '', 'p50 ms', 'p99', 'p99.9', 'worst', 'tokens/s',
         'neighbour p50 ms', 'neighbour p99'], notes=[
             'In turn, in one process, after the same prompt. cpu: a busy loop on each core; gpu: '
-            'a convolutional network like ResNet-50, alone and beside the steps.'])
+            'a convolutional network like ResNet-50, alone and beside the steps. With --pace, '
+            'step times exclude the wait for the next step.'])
     for (name, context), found in grouped(results).items():
         runs = [cell['beside'] for cell in found if cell.get('beside')]
         for same in zip(*runs):
-            for how in ('alone', 'beside'):
+            pace = same[0].get('pace')          # results of earlier versions have none
+            for how in ('alone', 'beside', *(['paced'] if pace else [])):
                 times = sorted(itl_s for each in same for itl_s in each[how])
                 neighbour_s = sorted(s for each in same for s in each[f'neighbour_{how}'])
                 table.rows.append([
-                    name, str(context), same[0]['neighbour'], how,
+                    name, str(context), same[0]['neighbour'],
+                    f'beside, {pace:g} tokens/s' if how == 'paced' else how,
                     *(ms(percentile(times, q)) for q in (50, 99, 99.9)), ms(times[-1]),
-                    number(len(times) / sum(times), 1),
+                    number(len(times) / sum(
+                        max(each, 1 / pace) if how == 'paced' else each for each in times), 1),
                     *(ms(percentile(neighbour_s, q)) for q in (50, 99))])
     return table
 

@@ -42,6 +42,7 @@ from physai_decode.benchmark.case import Case
 from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.provenance import changes
 from physai_decode.benchmark.provenance import provenance
+from physai_decode.pip_command import install
 
 Result = dict[str, Any]
 
@@ -106,8 +107,7 @@ class Runner:
         missing = [name for name in case.requires if importlib.util.find_spec(name) is None]
         if missing:
             return {'status': 'unavailable', 'contexts': [],
-                    'error': f'not installed: {", ".join(missing)} '
-                             f'(pip install {" ".join(missing)})'}
+                    'error': f'not installed: {", ".join(missing)} ({install(*missing)})'}
         left_s = min(self.session_timeout_s, self.end_s - time.monotonic())
         if left_s <= 0:
             return {'status': 'unavailable', 'contexts': [],

@@ -55,6 +55,7 @@ from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.histogram import percentile
+from physai_decode.pace import Pace
 from physai_decode.request import Form
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
@@ -70,7 +71,7 @@ MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # steps to time, in units of --steps
 MATRIX_CPU, MATRIX_CUDA, MATRIX_TRIES = 1024, 8192, 10
 PROMPT_ROUNDS = 5               # timed prompts of each length
 BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
-BESIDE_S = 1.0                  # time for which the neighbour runs alone
+BESIDE_S = 5.0                  # minimum time beside the neighbour, and for which it runs alone
 ENERGY_S = 2.0                  # devices update their energy counters a few times per second
 
 
@@ -208,7 +209,8 @@ def _cell(engine: Engine, case: Case, context: int, peak: Peak,
             cell['masked'] = masked(engine, context, case.warmup, case.steps, compiled)
         cell.update(_energy(engine, case, context))
         if case.beside:
-            cell['beside'] = [beside(engine, context, case.warmup, text) for text in case.beside]
+            cell['beside'] = [beside(engine, context, case.warmup, text, case.pace)
+                              for text in case.beside]
         return cell
     except (EngineError, RuntimeError, MemoryError, ValueError) as error:
         return {'context': context, 'error': f'{type(error).__name__}: {error}'}
@@ -299,7 +301,7 @@ def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], flo
     while (spent_s := clock() - begin_s) < ENERGY_S:
         count += len(_stream(loop, prompt, tokens)[1])
     end_j = energy_j()
-    if begin_j is None or end_j is None:
+    if begin_j is None or end_j is None or end_j <= begin_j:    # it ended, or was reset
         return {}
     spent_j = end_j - begin_j
     return {'j_per_token': spent_j / count, 'power_w': spent_j / spent_s}
@@ -422,33 +424,41 @@ def matrix_rate(device: str, dtype: str) -> float:
     return 2 * size**3 / best_s
 
 
-def beside(engine: Engine, context: int, warmup: int, text: str) -> dict[str, Any]:
+def beside(engine: Engine, context: int, warmup: int, text: str,
+           tokens_per_s: float = 0.0) -> dict[str, Any]:
     """
     Time the steps and a neighbour, each alone and both together, in turn.
 
     :param text: the neighbour; see `neighbour.parse`.
-    :return: the text, and the times of the steps and of the neighbour, alone and together, in
-        seconds.
+    :param tokens_per_s: a pace of the steps, which are then also timed at it beside the neighbour;
+        0 for none.
+    :return: the text, the pace, and the times of the steps and of the neighbour, alone and
+        together, in seconds.
     """
     kind = neighbour.parse(text)
     loop, tokens = DecodeLoop(engine), min(BESIDE_TOKENS, context - 2)
     prompt = random_prompt(engine, context - tokens, seed=context + 4)
 
-    def steps(count: int) -> list[float]:
+    def steps(count: int, seconds: float = 0.0, pace: float = 0.0) -> list[float]:
         times: list[float] = []
-        while len(times) < count:
-            times += _stream(loop, prompt, tokens)[1][min(warmup, tokens // 2):]
+        length = min(tokens, 2 + warmup + int(pace * seconds)) if pace else tokens
+        end_s = time.perf_counter() + seconds
+        while len(times) < count or time.perf_counter() < end_s:
+            times += _stream(loop, prompt, length, tokens_per_s=pace)[1][min(warmup, length // 2):]
         return times
 
     steps(1)
-    times: dict[str, Any] = {'neighbour': text, 'alone': [], 'beside': [],
-                             'neighbour_alone': [], 'neighbour_beside': []}
+    hows = ['beside', *(['paced'] if tokens_per_s else [])]
+    times: dict[str, Any] = {'neighbour': text, 'pace': tokens_per_s, **{
+        f'{whose}{how}': [] for whose in ('', 'neighbour_') for how in ('alone', *hows)}}
     for _ in range(BESIDE_ROUNDS):
         times['alone'] += steps(BESIDE_STEPS)
         with neighbour.running(kind) as running:
             times['neighbour_alone'] += running.collect(BESIDE_S)
-            times['beside'] += steps(BESIDE_STEPS)
-            times['neighbour_beside'] += running.collect(0.0)
+            for how in hows:
+                times[how] += (steps(1, BESIDE_S, tokens_per_s) if how == 'paced' else
+                               steps(BESIDE_STEPS, BESIDE_S))
+                times[f'neighbour_{how}'] += running.collect(0.0)
     return times
 
 
@@ -460,20 +470,22 @@ def random_prompt(engine: Engine, tokens: int, seed: int) -> list[int]:
 
 def _stream(loop: DecodeLoop, prompt: list[int], tokens: int,
             sampling: SamplingConfig | None = None, constraint: Constraint | None = None,
-            mask_s: list[float] | None = None) -> tuple[Any, list[float], list[float | None], Any]:
+            mask_s: list[float] | None = None,
+            tokens_per_s: float = 0.0) -> tuple[Any, list[float], list[float | None], Any]:
     """
     Return (prefill, [time of each later token], [its device time], cached tokens), in seconds.
 
     :param mask_s: receives the time of the mask of each later token.
+    :param tokens_per_s: the pace of the steps, whose times exclude the wait; 0 for full speed.
     """
     sampling = replace(sampling or SamplingConfig(), max_new_tokens=tokens)
     itl_s, device_s = list[float](), list[float | None]()
-    prefill_s = cached = None
+    prefill_s = cached = pace = None
     gc.collect()
     gc.disable()
     try:
         last_s = time.perf_counter()
-        for step in loop.stream(prompt, sampling, constraint):
+        for step in loop.stream(prompt, sampling, constraint, ahead=not tokens_per_s):
             now_s = time.perf_counter()
             if not step.token_ids:
                 continue
@@ -486,6 +498,10 @@ def _stream(loop: DecodeLoop, prompt: list[int], tokens: int,
                 if mask_s is not None and step.mask_s is not None:
                     mask_s.append(step.mask_s)
             last_s = now_s
+            if tokens_per_s:
+                pace = pace or Pace(tokens_per_s, now_s)
+                time.sleep(max(0.0, pace.due_s(now_s, len(step.token_ids)) - time.perf_counter()))
+                last_s = time.perf_counter()
     finally:
         gc.enable()
     return prefill_s, itl_s, device_s, cached

@@ -35,12 +35,12 @@ from urllib.parse import urlsplit
 
 from physai_decode.config import ConfigError
 from physai_decode.config import RemoteConfig
+from physai_decode.config import SERVER
 from physai_decode.config import shown
 from physai_decode.engine import first_line
 from physai_decode.engine import Footprint
 
 KEY_VARIABLE = 'PHYSAI_DECODE_REMOTE_API_KEY'
-NAME = 'openai'                 # value of engine.name
 PROBE_S = 3.0                   # limit on the time of a probe
 QUEUE_EVENTS = 1024             # unread events; if the queue is full, the thread stops reading
 MAX_BYTES = 1 << 22             # limit on an event, and on a response that is not a stream
@@ -121,7 +121,7 @@ class Server:
             self._headers['Authorization'] = f'Bearer {key}'
         self._tls = ssl.create_default_context() if self._url.scheme == 'https' else None
         self.footprint = Footprint(
-            engine=NAME, model_type=UNKNOWN, dtype=UNKNOWN, quantization=UNKNOWN, device=UNKNOWN,
+            engine=SERVER, model_type=UNKNOWN, dtype=UNKNOWN, quantization=UNKNOWN, device=UNKNOWN,
             device_name=self._url.netloc, device_uuid='', cuda_graph='unavailable', max_context=0,
             vocab_size=0, eos_token_ids=(), read_weight_bytes=0, checkpoint_weight_bytes=0,
             layers=0, kv_heads=0, head_dim=0, kv_element_bytes=0,

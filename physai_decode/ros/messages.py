@@ -71,7 +71,8 @@ MODEL_KEYS = (
     'device_uuid', 'cuda_graph', 'max_context', 'vocab_size', 'layers', 'kv_heads', 'head_dim',
     'sliding_window', 'read_weight_gb', 'checkpoint_weight_gb', 'kv_bytes_per_token',
     'peak_bandwidth_gb_s', 'peak_source', 'generate_action', 'engine_reason', 'chat_template',
-    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers', 'fallback')
+    'end_tokens', 'checkpoint_sampling', 'tool_form', 'thought_markers', 'fallback',
+    'config_notes')
 GENERATE_ACTION = unavailable or 'available'
 WARN_REASONS = ('rejected', 'deadline')     # finish reasons with level WARN
 
@@ -209,7 +210,8 @@ def bandwidth_status(node: str, window: WindowReport | None, footprint: Footprin
     values = {'peak_bandwidth_gb_s': _giga(peak.bytes_per_s), 'peak_source': peak.source,
               'no_floor': peak.no_floor}
     level, message = (WARN, note) if note else (OK, '')
-    if footprint is not None and settings.warn_r_floor and (
+    measured = window is not None and window.r_floor is not None    # by a fallback, too
+    if footprint is not None and settings.warn_r_floor and not measured and (
             footprint.is_remote or peak.floor_bytes_per_s is None):
         level, message = WARN, 'diagnostics.warn_r_floor has no effect, there is no r_floor: ' + (
             'a server decodes' if footprint.is_remote else
@@ -242,7 +244,7 @@ def _figures(window: WindowReport, footprint: Footprint | None,
         best_r_floor=window.best_r_floor if comparable else None)
     return figures if footprint is None else replace(
         figures, cuda_graph=footprint.cuda_graph, engine=footprint.engine,
-        kernels=footprint.details.get('kernels', ''), quantization=footprint.quantization)
+        kernels=footprint.details.get('kernels', ''), slow_format=footprint.slow_format)
 
 
 def _giga(count: float | None) -> float | None:

@@ -294,7 +294,7 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
         windowed_layers=sum(map(bool, shape.windows)) or None,
-        layer_parameters=loaded.layer_parameters, details=details)
+        layer_parameters=loaded.layer_parameters, slow_format=loaded.slow_format, details=details)
 
 
 def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:

@@ -33,9 +33,11 @@ from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Routing
 from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.families.refusal import unsupported
+from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.mlp import Mlp
@@ -104,6 +106,16 @@ class Weights:
             linears += layer.linears
         return (row + sum(gain.numel() * gain.element_size() for gain in norms)
                 + sum(linear.read_bytes for linear in linears))
+
+    @property
+    def slow_format(self) -> bool:
+        """Whether most of the layers' bytes are in formats with slower kernels than int4."""
+        read_bytes = {True: 0, False: 0}
+        for layer in self.layers:
+            for linear in layer.linears:
+                stored = linear.stacked if isinstance(linear, Stack) else linear
+                read_bytes[isinstance(stored, (Coded, Scaled))] += linear.read_bytes
+        return read_bytes[True] > read_bytes[False]
 
     @property
     def layer_parameters(self) -> int:

@@ -27,6 +27,7 @@ from physai_decode.engines import device as devices
 from physai_decode.engines import leftover
 from physai_decode.engines import libraries
 from physai_decode.engines import stored
+from physai_decode.pip_command import install
 import torch
 import transformers
 from transformers.utils import is_accelerate_available
@@ -82,7 +83,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
     if missing:
         raise EngineError(
             f'{model.folder}: transformers needs more libraries for {model.quantization} weights: '
-            f'pip install {" ".join(missing)}')
+            f'{install(*missing)}')
     stored.check_quantised(model)
     placed = bool(model.quantized) or (
         device.type == 'cuda' and is_accelerate_available())

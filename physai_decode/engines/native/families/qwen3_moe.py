@@ -40,7 +40,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     if config.get('use_sliding_window') and config['sliding_window'] is not None:
         window = number(config, 'sliding_window')
     quantized = quantization(config)
-    if quantized and ('int4' not in quantized.name or quantized.settings.get('desc_act')):
+    if quantized and (not quantized.is_int4 or quantized.settings.get('desc_act')):
         raise unsupported(f'experts of {quantized.name}'
                           f'{" with desc_act" * bool(quantized.settings.get("desc_act"))} '
                           '(it runs unquantised experts, and 4-bit integers without desc_act)')
