@@ -56,11 +56,12 @@ class Step:
     The tokens and times of one iteration.
 
     ``token_ids`` is empty between two chunks of a prompt, where the caller can close the iterator;
-    it has several ids if draft tokens were accepted. ``device_s`` is the time of the pass and its
-    draft on the device in seconds (on a CPU, the time on the host), None if unknown; for the first
-    token it is the time of the prefill. ``cached_tokens`` counts the tokens of the prompt that were in the
-    cache. ``mask_s`` is the time of the constraint's masks on the host, None without a constraint.
-    ``sample_s`` is the part of ``device_s`` that sampled the first token.
+    it has several ids if draft tokens were accepted. ``device_s`` is the time of the pass on the
+    device in seconds (on a CPU, the time on the host), with that of the draft model, None if
+    unknown; for the first token it is the time of the prefill. ``cached_tokens`` counts the tokens
+    of the prompt that were in the cache. ``mask_s`` is the time of the constraint's masks on the
+    host, None without a constraint. ``sample_s`` is the part of ``device_s`` that sampled the
+    first token.
     """
 
     token_ids: tuple[int, ...]
@@ -175,7 +176,7 @@ class DecodeLoop:
         speculation = Speculation(ids, self._experience[constraint is not None],
                                   engine.footprint.eos_token_ids, self._draft_model)
         while left and not (constraint is not None and constraint.ended):
-            draft, drafted_s, draft_device_s = [], 0.0, speculation.device_s
+            draft, drafted_s, draft_device_s = list[int](), 0.0, speculation.device_s
             begin_s = self._clock()
             rows = speculation.rows(left, constraint)
             if rows > 1 and engine.is_idle:

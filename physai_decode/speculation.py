@@ -413,7 +413,7 @@ class Speculation:
             if draft:
                 draft = draft[:constraint.fits(draft)]
         forced = len(self._forced)
-        gain, rows = self._policy.best(len(draft) + 1, forced)
+        gain, rows = self._policy.best(len(draft) + 1, forced) if draft else (MIN_GAIN, 1)
         self._draft, self._asked = draft[:rows - 1], 0
         if self._model is not None:
             most = min(most, self._model.room(len(ids)))
@@ -437,9 +437,9 @@ class Speculation:
             found = self._model.draft(self._lookup.ids, self._asked, self._forced)
             # The token that ended a shorter draft was computed, too.
             self._computed = min(self._asked, len(found) + 1)
-            self._draft = [*self._forced, *found]
-            if constraint is not None:
-                self._draft = self._draft[:constraint.fits(self._draft)]
+            draft = self._draft = [*self._forced, *found]
+            if draft and constraint is not None:
+                return draft[:constraint.fits(draft)]
         return self._draft
 
     @property
