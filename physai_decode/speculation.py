@@ -155,6 +155,8 @@ class DraftModel:
         :param most: size of a chunk.
         :returns: whether it did, so that there may be more chunks.
         """
+        if self._failed:
+            return False
         with self._enduring():
             missing = ids[self._rewind(ids, len(ids)):-1]
             if missing and (len(missing) > most or not self._has_prompt):

@@ -340,7 +340,7 @@ def always_draft(monkeypatch):
     """Verify each draft, with a random number of its tokens."""
     draw, source = Random(3), Random(4)
     monkeypatch.setattr(Policy, 'best', lambda self, most, forced=0, by_model=False: (
-        source.random(), draw.randint(1, max(1, most))))
+        1 + source.random(), draw.randint(1, max(1, most))))
 
 
 def drafting(kind, folder, config=None):
