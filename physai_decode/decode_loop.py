@@ -91,13 +91,13 @@ class DecodeLoop:
         self._draft_model: DraftModel | None = None
         if speculation.name != 'off' and isinstance(engine, Verifier) \
                 and len(engine.pass_costs) > 1:
-            self._verifier, drafter, shape = engine, engine.drafter, engine.footprint
-            self._experience = {
-                constrained: Experience(engine.pass_costs, drafter.cost if drafter else 0.0)
-                for constrained in (True, False)}
-            if speculation.name == 'model' and drafter is not None:
-                self._draft_model = DraftModel(
-                    drafter.engine, shape.vocab_size, shape.eos_token_ids, warn)
+            self._verifier, costs = engine, list[float]()
+            if speculation.name == 'model' and engine.drafter is not None:
+                drafter, *costs = engine.drafter
+                self._draft_model = DraftModel(drafter, engine.footprint.vocab_size,
+                                               engine.footprint.eos_token_ids, warn)
+            self._experience = {constrained: Experience(engine.pass_costs, *costs)
+                                for constrained in (True, False)}
         self._clock = clock
         self._cached: list[int] = []
         least, most = engine.chunk_tokens

@@ -207,10 +207,12 @@ class Drafter(NamedTuple):
     A smaller model, whose greedy tokens are drafts.
 
     ``cost`` is the time of one of its decode steps in those of the model that verifies them.
+    ``step_s`` is the time of the latter on the host in seconds, 0 if unknown.
     """
 
     engine: Engine
     cost: float
+    step_s: float = 0.0
 
 
 @runtime_checkable

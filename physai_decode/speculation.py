@@ -232,17 +232,19 @@ class Experience:
     constraint is no longer asked after tokens where it has mostly forced none.
     """
 
-    def __init__(self, costs: Mapping[int, float], draft_cost: float = 0.0) -> None:
+    def __init__(self, costs: Mapping[int, float], draft_cost: float = 0.0,
+                 step_s: float = 0.0) -> None:
         """
         Start with the given costs.
 
         :param costs: the cost of a pass by its rows; 1 for one row.
         :param draft_cost: of one token of a draft model.
+        :param step_s: time of a decode step on the host in seconds; 0 if unknown.
         """
         self.draft_cost = draft_cost
         self._costs = {rows: cost + VERIFY_OVERHEAD
                        for rows, cost in sorted(costs.items()) if rows > 1}
-        self._step_s = 0.0
+        self._step_s = step_s
         self._scores: dict[int, int] = {}       # by the token before
         self.most_rows = max(self._costs)
 

@@ -253,6 +253,9 @@ def test_cost_of_a_draft_follows_its_time():
     assert experience.draft_cost == pytest.approx(0.5, rel=0.01)
     experience.learn_draft(1, 99.0)
     assert experience.draft_cost == pytest.approx(0.5 + 0.5 / 8, rel=0.01)
+    experience = Experience(COSTS, 0.3, step_s=0.1)     # timed at the load
+    experience.learn_draft(1, 0.02)
+    assert experience.draft_cost == pytest.approx(0.3 - 0.1 / 8)
 
 
 # --- the loop -------------------------------------------------------------------------------
@@ -453,7 +456,7 @@ def test_loads_a_draft_model(native, monkeypatch):                      # noqa: 
     loaded = host.load(config_of(TINY), messages.append)
     loaded.text.close()
     drafter = loaded.engine.drafter
-    assert 0.2 < drafter.cost < 5
+    assert 0.2 < drafter.cost < 5 and 0 < drafter.step_s < 1
     details = loaded.engine.footprint.details['draft_model']
     assert details.endswith(f'a token costs {drafter.cost:.2f} steps')
     assert 'tiny_planner: ' in details and 'GB, float32, context 160' in details

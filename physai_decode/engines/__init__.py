@@ -119,11 +119,13 @@ def _with_draft(kind: Any, model: Checkpoint, draft: Checkpoint, config: EngineC
             raise EngineError(f'beside a draft model of {size}: {error}') from None
         if len(engine.pass_costs) == 1:
             return engine
+        undo.callback(engine.close)
+        step_s = _step_s(engine)
+        engine.drafter = Drafter(small, _step_s(small) / step_s, step_s)
+        report = (f'{draft.folder}: {size}, {small.footprint.dtype}, context '
+                  f'{small.footprint.max_context}, a token costs {engine.drafter.cost:.2f} steps')
+        progress(f'the draft model is {report}')
         undo.pop_all()
-        engine.drafter = Drafter(small, _step_s(small) / _step_s(engine))
-    report = (f'{draft.folder}: {size}, {small.footprint.dtype}, context '
-              f'{small.footprint.max_context}, a token costs {engine.drafter.cost:.2f} steps')
-    progress(f'the draft model is {report}')
     engine.footprint = replace(
         engine.footprint, details={**engine.footprint.details, 'draft_model': report})
     return engine
