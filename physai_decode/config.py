@@ -66,8 +66,8 @@ class ModelConfig:
     revision: str = _option(
         '', 'branch, tag or commit of a hub id; empty selects its default branch')
     locked: bool = _option(
-        False, 'true locks model, engine, remote and chat to their values at start, including '
-        'this parameter; to change them, edit the params file and restart the node')
+        False, 'true locks model, engine, remote, speculation and chat to their values at start, '
+        'including this parameter; to change them, edit the params file and restart the node')
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,14 @@ class SpeculationConfig:
     name: str = _option(
         'off', 'off: one token per decode step; lookup: one pass verifies draft tokens, which are '
         'those that a constraint forces, or those after the previous occurrence of the last few '
-        'tokens in the prompt or the answer. On a CPU, the text is the same. On a GPU, other '
-        'kernels compute all steps, so the text may differ by their rounding. Only the native '
-        'engine supports it; with others `~/model_info` says why it is off',
-        choices=('off', 'lookup'))
+        'tokens in the prompt or the answer; model: as lookup, or the tokens of '
+        'speculation.draft_model where they promise more. On a CPU, the text is the same. On a '
+        'GPU, other kernels compute all steps, so the text may differ by their rounding. Only the '
+        'native engine supports it; with others `~/model_info` says why it is off',
+        choices=('off', 'lookup', 'model'))
+    draft_model: str = _option(
+        '', 'a smaller model with the same tokenizer, named as in model.path, that makes drafts '
+        'if speculation.name is model. It is loaded on the same device')
 
 
 @dataclass(frozen=True)

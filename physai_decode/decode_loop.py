@@ -38,6 +38,7 @@ from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import not_numbers
 from physai_decode.engine import shared_prefix
 from physai_decode.engine import Verifier
+from physai_decode.speculation import DraftModel
 from physai_decode.speculation import Experience
 from physai_decode.speculation import Speculation
 
@@ -56,10 +57,11 @@ class Step:
 
     ``token_ids`` is empty between two chunks of a prompt, where the caller can close the iterator;
     it has several ids if draft tokens were accepted. ``device_s`` is the time of the pass on the
-    device in seconds (on a CPU, the time on the host), None if unknown; for the first token it is
-    the time of the prefill. ``cached_tokens`` counts the tokens of the prompt that were in the
-    cache. ``mask_s`` is the time of the constraint's masks on the host, None without a constraint.
-    ``sample_s`` is the part of ``device_s`` that sampled the first token.
+    device in seconds (on a CPU, the time on the host), with that of the draft model, None if
+    unknown; for the first token it is the time of the prefill. ``cached_tokens`` counts the tokens
+    of the prompt that were in the cache. ``mask_s`` is the time of the constraint's masks on the
+    host, None without a constraint. ``sample_s`` is the part of ``device_s`` that sampled the
+    first token.
     """
 
     token_ids: tuple[int, ...]
@@ -74,21 +76,28 @@ class DecodeLoop:
 
     def __init__(self, engine: Engine, chunk_ms: float = CHUNK_MS,
                  clock: Callable[[], float] = time.monotonic,
-                 speculation: SpeculationConfig = OFF) -> None:
+                 speculation: SpeculationConfig = OFF,
+                 warn: Callable[[str], object] = lambda message: None) -> None:
         """
         Wrap an engine whose cache is empty.
 
         :param chunk_ms: target time of a chunk of a prompt; 0 uses the engine's maximum chunk.
         :param clock: monotonic, in seconds.
         :param speculation: the source of drafts; only a `Verifier` uses it.
+        :param warn: receives an error of the draft model, which ends no answer.
         """
         self.engine = engine
         self._verifier: Verifier | None = None
+        self._draft_model: DraftModel | None = None
         if speculation.name != 'off' and isinstance(engine, Verifier) \
                 and len(engine.pass_costs) > 1:
-            self._verifier = engine
-            self._experience = {
-                constrained: Experience(engine.pass_costs) for constrained in (True, False)}
+            self._verifier, costs = engine, list[float]()
+            if speculation.name == 'model' and engine.drafter is not None:
+                drafter, *costs = engine.drafter
+                self._draft_model = DraftModel(drafter, engine.footprint.vocab_size,
+                                               engine.footprint.eos_token_ids, warn)
+            self._experience = {constrained: Experience(engine.pass_costs, *costs)
+                                for constrained in (True, False)}
         self._clock = clock
         self._cached: list[int] = []
         least, most = engine.chunk_tokens
@@ -164,18 +173,27 @@ class DecodeLoop:
                   constraint: Constraint | None, ahead: bool) -> Iterator[Step]:
         """Continue after the first token: verify a draft if there is one, else run a step."""
         last_id = ids[-1]
-        speculation = Speculation(
-            ids, self._experience[constraint is not None], engine.footprint.eos_token_ids)
+        speculation = Speculation(ids, self._experience[constraint is not None],
+                                  engine.footprint.eos_token_ids, self._draft_model)
         while left and not (constraint is not None and constraint.ended):
+            draft, drafted_s, draft_device_s = list[int](), 0.0, speculation.device_s
             begin_s = self._clock()
-            draft = speculation.draft(left, constraint)
+            rows = speculation.rows(left, constraint)
+            if rows > 1 and engine.is_idle:
+                chosen_s = self._clock()
+                while speculation.prefill(self._chunk.tokens):
+                    yield Step((), None, reused)
+                prefilled_s = self._clock()
+                draft = speculation.draft(constraint)
+                drafted_s = self._clock() - prefilled_s
+                begin_s += self._clock() - chosen_s
             with self._changing_cache() as cached:
-                if draft and engine.is_idle:
+                if draft:
                     token_ids, device_s = engine.verify(draft)
                 else:
                     # No step may be in flight during `verify`, so collect those that are.
-                    next_id, device_s = engine.step(left - 1 if ahead and not draft else 0)
-                    token_ids, draft = (next_id,), []
+                    next_id, device_s = engine.step(left - 1 if ahead and rows == 1 else 0)
+                    token_ids = (next_id,)
                 new_ids = token_ids[:-1] if token_ids[-1] == NO_TOKEN else token_ids
                 if constraint is not None:
                     new_ids = _accept(new_ids, constraint)
@@ -183,8 +201,10 @@ class DecodeLoop:
             if new_ids:
                 last_id = new_ids[-1]
                 left -= len(new_ids)
-                speculation.take(new_ids, 1 + len(draft), self._clock() - begin_s)
-                yield Step(new_ids, device_s, reused,
+                speculation.take(
+                    new_ids, 1 + len(draft), self._clock() - begin_s, drafted_s)
+                draft_device_s = speculation.device_s - draft_device_s
+                yield Step(new_ids, _sum(device_s, draft_device_s), reused,
                            None if constraint is None else constraint.mask_s)
             if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):
                 self._cached = []

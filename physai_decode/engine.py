@@ -203,12 +203,27 @@ class Engine(Protocol):
         ...
 
 
+class Drafter(NamedTuple):
+    """
+    A smaller model, whose greedy tokens are drafts.
+
+    ``cost`` is the time of one of its decode steps in those of the model that verifies them.
+    ``step_s`` is the time of the latter on the host in seconds, 0 if unknown.
+    """
+
+    engine: Engine
+    cost: float
+    step_s: float = 0.0
+
+
 @runtime_checkable
 class Verifier(Engine, Protocol):
     """An engine that can verify draft tokens: several rows in one pass."""
 
     pass_costs: Mapping[int, float]
     """The cost of a pass in decode steps, by its rows; without drafts, 1 is the only key."""
+    drafter: Drafter | None
+    """The draft model, which this engine closes; None if there is none."""
 
     @property
     def is_idle(self) -> bool:

@@ -22,6 +22,7 @@ reason. It depends on neither ROS nor torch.
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Mapping
+from contextlib import closing
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
@@ -36,6 +37,7 @@ from physai_decode import engines
 from physai_decode import gap
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.collector import give_back
+from physai_decode.config import ChatConfig
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
@@ -123,8 +125,9 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         progress('; '.join(f'{name}: {fact}' for name, fact in facts.items()
                            if name != 'engine_reason'))     # the engine logs it
         form = configured(config.constraint)
+        draft = _open_draft(config, text, progress) if config.speculation.name == 'model' else None
         engine = engines.build(
-            model, _engine_config(config), progress, config.speculation.name != 'off')
+            model, _engine_config(config), progress, config.speculation.name != 'off', draft)
         undo.callback(engine.close)
         progress('finding the peak memory bandwidth')
         peak = find_engine_peak(engine.footprint, config)
@@ -135,6 +138,34 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
         loaded = Loaded(engine, text, peak, facts, model.sampling, form)
         undo.pop_all()
         return loaded
+
+
+def _open_draft(config: DecodeConfig, text: TextProcess,
+                progress: Callable[[str], None]) -> Checkpoint:
+    """
+    Find the draft model, and check that its token ids mean the same as those of the model.
+
+    :raises ConfigError: no draft model is set.
+    :raises EngineError: it does not exist, or has another tokenizer.
+    """
+    path = config.speculation.draft_model
+    if not path:
+        raise ConfigError('speculation.name is model, but speculation.draft_model is empty: set '
+                          'it to a smaller model with the same tokenizer')
+    progress(f'looking for the draft model {path}')
+    try:
+        draft = checkpoint.open(path)
+    except EngineError as error:
+        raise EngineError(
+            str(error).replace('model.path', 'speculation.draft_model')) from None
+    with closing(TextProcess(str(draft.folder), ChatConfig('off'), draft.vocab_size,
+                             draft.eos_token_ids)) as other:
+        difference = text.difference(other)
+    if difference:
+        raise EngineError(
+            f'speculation.draft_model {path!r} has another tokenizer than the model: '
+            f'{difference}; set it to a smaller model of the same family')
+    return draft
 
 
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
@@ -186,13 +217,15 @@ class Host:
     thread. Everything else is thread-safe.
     """
 
-    def __init__(self, sink: Sink, load: Load = load) -> None:
+    def __init__(self, sink: Sink, load: Load = load,
+                 warn: Callable[[str], object] = lambda message: None) -> None:
         """
         Create a host without a model.
 
         :param sink: receives the reports of all requests, including refused ones.
+        :param warn: logs a warning; see `DecodeLoop`.
         """
-        self._sink, self._load = _CountingSink(sink), load
+        self._sink, self._load, self._warn = _CountingSink(sink), load, warn
         self.config = DecodeConfig()                # of the loaded model
         self.loaded: Loaded | None = None
         self.telemetry: Telemetry | None = None     # of the loaded model
@@ -261,7 +294,7 @@ class Host:
                         peak=self.peak or self.loaded.peak, numbers=self._numbers,
                         checkpoint_sampling=self.loaded.sampling, form=self.loaded.form,
                         energy_j=telemetry.energy_j if telemetry else lambda: None,
-                        server=self.loaded.server)
+                        server=self.loaded.server, warn=self._warn)
         worker.start()
         with self._counting:
             self.worker = worker

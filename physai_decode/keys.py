@@ -97,7 +97,8 @@ DESCRIPTIONS = {
     'power_mode': 'power mode of a Jetson, from jetson-stats',
     'power_w': 'power draw of the device; in ~/request_stats the mean over the answer',
     'prefill_ms': 'from dequeued to the first known token, including encode_ms, sample_ms, and '
-                  'the wait for a server that failed',
+                  'the wait for a server that failed. A draft model reads the prompt after that, '
+                  'in itl_ms of a later token',
     'prompt_tokens': 'tokens of the prompt, including template and history',
     'publish_ms': 'time to publish the previous token',
     'quantization': 'quantisation of the weights, or none',

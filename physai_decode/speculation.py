@@ -15,19 +15,30 @@
 """
 Drafts for speculative decoding, which one pass of the engine verifies.
 
-The draft tokens are those that a constraint forces, or come from prompt lookup: the tokens that
-followed the last few tokens at their previous occurrence in the prompt or the answer (Saxena 2023;
-Fu et al., arXiv 2402.02057, compare such drafts). A draft never changes the answer, only the
-number of passes. This module knows token ids, but neither engines nor text.
+The draft tokens are those that a constraint forces, come from prompt lookup, or are the greedy
+tokens of a smaller model (Leviathan et al., arXiv 2211.17192). Prompt lookup predicts the tokens
+that followed the last few tokens at their previous occurrence in the prompt or the answer (Saxena
+2023; Fu et al., arXiv 2402.02057, compare such drafts). A draft never changes the answer, only the
+number of passes. This module knows token ids, but neither devices nor text.
 """
 
+from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 
+from physai_decode.config import SamplingConfig
 from physai_decode.engine import Constraint
+from physai_decode.engine import described
+from physai_decode.engine import Engine
+from physai_decode.engine import EngineError
+from physai_decode.engine import NO_TOKEN
+from physai_decode.engine import not_numbers
+from physai_decode.engine import shared_prefix
 
 NGRAM_SIZES = (3, 2)        # tokens of a match, the longest first
 MAX_OVERHEAD = 0.02         # fraction of all steps that rejected drafts may cost
@@ -37,6 +48,8 @@ VERIFY_OVERHEAD = 0.03      # steps, beside the pass: no step can run ahead of t
 MIN_GAIN = 1.2              # least expected tokens per step of cost
 INITIAL_RATE = 0.5          # acceptance rate of draft tokens before any is known
 INITIAL_FORCED_RATE = 0.9   # of forced ones: a model may split the same text differently
+INITIAL_MODEL_RATE = 0.8    # of those of a draft model
+RECOVERY = 1 / 64           # of that rate towards its initial value, per token without a draft
 SMOOTHING = 1 / 8           # weight of the newest value in acceptance rates and costs
 MISSES = 4                  # times that a constraint may force nothing after a token
 
@@ -63,9 +76,9 @@ class Lookup:
         self._find()
 
     @property
-    def last_id(self) -> int:
-        """The newest id."""
-        return self._ids[-1]
+    def ids(self) -> Sequence[int]:
+        """The prompt and the answer so far."""
+        return self._ids
 
     def add(self, token_id: int) -> bool | None:
         """Append a token; return whether the draft had predicted it, None without a draft."""
@@ -102,6 +115,114 @@ class Lookup:
                 return
 
 
+class DraftModel:
+    """
+    The greedy tokens of a smaller model, whose KV cache follows the answers of another one.
+
+    It reads a prompt when its first draft is requested, so after the first token of the answer.
+    After an error, it makes no more drafts for the same answer.
+    """
+
+    def __init__(self, engine: Engine, vocab_size: int, ends: Collection[int],
+                 warn: Callable[[str], object]) -> None:
+        """
+        Wrap an engine whose cache is empty.
+
+        :param vocab_size: of the model that verifies the drafts.
+        :param ends: ids that no draft contains.
+        :param warn: receives the error after which an answer continues without drafts.
+        """
+        self._engine, self._warn = engine, warn
+        self._vocab_size, self._ends = vocab_size, frozenset(ends)
+        self._cached: list[int] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an answer, which reuses the prefix that is in the cache."""
+        self._same = 0              # cached ids that are known to be those of the answer
+        self._has_prompt = self._failed = False
+        self.device_s = 0.0         # time on the device for this answer
+
+    def room(self, length: int) -> int:
+        """Return how many tokens it can draft after this many ids; 0 or less if none."""
+        return 0 if self._failed else self._engine.footprint.max_context - length
+
+    def prefill(self, ids: Sequence[int], most: int) -> bool:
+        """
+        Prefill a chunk of the ids before the last, unless `draft` can read what is missing.
+
+        :param ids: the prompt and the answer so far.
+        :param most: size of a chunk.
+        :returns: whether it did, so that there may be more chunks.
+        """
+        if self._failed:
+            return False
+        with self._enduring():
+            missing = ids[self._rewind(ids, len(ids)):-1]
+            if missing and (len(missing) > most or not self._has_prompt):
+                self._feed(missing[:most])
+                return True
+        self._has_prompt = True
+        return False
+
+    def draft(self, ids: Sequence[int], count: int, forced: Sequence[int] = ()) -> list[int]:
+        """
+        Return at most ``count`` greedy tokens, stopping before an id that ends an answer.
+
+        :param ids: the prompt and the answer so far.
+        :param count: at least 1; at most `room` after ``ids`` and ``forced``.
+        :param forced: the draft tokens before these.
+        """
+        draft: list[int] = []
+        if self._failed:
+            return draft
+        engine, known = self._engine, [*ids, *forced]
+        with self._enduring():
+            self._feed(known[self._rewind(known, len(ids)):])
+            # A greedy choice without a repetition penalty does not depend on the other ids.
+            token_id, device_s = engine.first(SamplingConfig(), known[-1:])
+            for remaining in reversed(range(count)):
+                self.device_s += device_s or 0.0
+                if token_id == NO_TOKEN:
+                    raise not_numbers(engine.footprint.dtype)
+                if token_id in self._ends or token_id >= self._vocab_size:
+                    break
+                draft.append(token_id)
+                if remaining:
+                    self._cached.append(token_id)
+                    token_id, device_s = engine.step(remaining - 1)
+        return draft
+
+    def _rewind(self, ids: Sequence[int], sure: int) -> int:
+        """
+        Truncate the cache to a prefix of ``ids`` without the last; return its length.
+
+        :param sure: the number of leading ids that belong to the answer, whatever follows.
+        """
+        same = self._same
+        same += shared_prefix(self._cached[same:], ids[same:-1])
+        del self._cached[self._engine.rewind(same):]
+        self._same = min(len(self._cached), sure)
+        return len(self._cached)
+
+    def _feed(self, ids: Sequence[int]) -> None:
+        size = self._engine.footprint.vocab_size
+        if max(ids) >= size:
+            raise EngineError(f'token id {max(ids)} is outside its vocabulary of {size}')
+        self.device_s += self._engine.feed(ids) or 0.0
+        self._cached += ids
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        """End the drafts of this answer if the draft model fails."""
+        try:
+            yield
+        except Exception as error:      # of any kind: the answer does not depend on it
+            self._failed, self._cached, self._same = True, [], 0
+            self._warn(f'the draft model failed, and an answer continues without it: '
+                       f'{described(error)}')
+
+
 class Experience:
     """
     The measured costs of passes, and the tokens after which constraints force others.
@@ -111,15 +232,19 @@ class Experience:
     constraint is no longer asked after tokens where it has mostly forced none.
     """
 
-    def __init__(self, costs: Mapping[int, float]) -> None:
+    def __init__(self, costs: Mapping[int, float], draft_cost: float = 0.0,
+                 step_s: float = 0.0) -> None:
         """
         Start with the given costs.
 
         :param costs: the cost of a pass by its rows; 1 for one row.
+        :param draft_cost: of one token of a draft model.
+        :param step_s: time of a decode step on the host in seconds; 0 if unknown.
         """
+        self.draft_cost = draft_cost
         self._costs = {rows: cost + VERIFY_OVERHEAD
                        for rows, cost in sorted(costs.items()) if rows > 1}
-        self._step_s = 0.0
+        self._step_s = step_s
         self._scores: dict[int, int] = {}       # by the token before
         self.most_rows = max(self._costs)
 
@@ -138,8 +263,12 @@ class Experience:
             self._step_s = known_s + SMOOTHING * (min(took_s, 2 * known_s) - known_s)
         elif self._step_s:
             size = self._size(rows)
-            known = self._costs[size]
-            self._costs[size] += SMOOTHING * (min(took_s / self._step_s, 2 * known) - known)
+            self._costs[size] = self._learned(self._costs[size], took_s)
+
+    def learn_draft(self, tokens: int, took_s: float) -> None:
+        """Update from the time of a draft model, like `learn`."""
+        if self._step_s:
+            self.draft_cost = self._learned(self.draft_cost, took_s / tokens)
 
     def asks(self, token_id: int) -> bool:
         """Return whether to ask a constraint what it forces after a token."""
@@ -149,6 +278,9 @@ class Experience:
         """Update from whether a constraint forced anything after a token."""
         score = self._scores.get(token_id, 0)
         self._scores[token_id] = min(score + MISSES, MISSES) if found else score - 1
+
+    def _learned(self, known: float, took_s: float) -> float:
+        return known + SMOOTHING * (min(took_s / self._step_s, 2 * known) - known)
 
     def _size(self, rows: int) -> int:
         return next(size for size in self._costs if size >= rows)
@@ -160,7 +292,8 @@ class Policy:
 
     Two figures decide: the acceptance rate of draft tokens, verified or not, and a balance of
     steps. The balance grows by `MAX_OVERHEAD` per token and by the steps that passes save, and
-    pays for passes that save none.
+    pays for passes that save none. The tokens of a draft model have their own rate and cost; the
+    rate recovers while there are none, so that they are tried again.
     """
 
     def __init__(self, experience: Experience) -> None:
@@ -168,35 +301,52 @@ class Policy:
         self._experience = experience
         self._rate = INITIAL_RATE
         self._forced_rate = INITIAL_FORCED_RATE
+        self._model_rate = INITIAL_MODEL_RATE
         self._balance = INITIAL_BALANCE
 
-    def learn(self, accepted: bool | None, forced: bool | None = None) -> None:
-        """Update from a token: whether the draft and the constraint predicted it, or None."""
+    def learn(self, accepted: bool | None, forced: bool | None = None,
+              drafted: bool | None = None) -> None:
+        """Update from a token: whether lookup, constraint and model predicted it, or None."""
         self._balance = min(MAX_BALANCE, self._balance + MAX_OVERHEAD)
         if accepted is not None:
             self._rate += SMOOTHING * (accepted - self._rate)
         if forced is not None:
             self._forced_rate += SMOOTHING * (forced - self._forced_rate)
+        if drafted is not None:
+            self._model_rate += SMOOTHING * (drafted - self._model_rate)
+        else:
+            self._model_rate += RECOVERY * (INITIAL_MODEL_RATE - self._model_rate)
 
-    def spend(self, rows: int, tokens: int) -> None:
-        """Update the balance from a pass with a draft and the tokens that it yielded."""
-        self._balance = min(MAX_BALANCE, self._balance + tokens - self._experience.of(rows))
-
-    def rows(self, most: int, forced: int = 0) -> int:
+    def spend(self, rows: int, tokens: int, drafted: int = 0) -> None:
         """
-        Return the rows of the next pass, at most ``most``; 1 means no draft.
+        Update the balance from a pass and the tokens that it yielded.
 
+        :param drafted: tokens that a draft model computed for it.
+        """
+        cost = drafted * self._experience.draft_cost + (
+            self._experience.of(rows) if rows > 1 else 1.0)
+        self._balance = min(MAX_BALANCE, self._balance + tokens - cost)
+
+    def best(self, most: int, forced: int = 0, by_model: bool = False) -> tuple[float, int]:
+        """
+        Return the expected tokens per step of cost, and the rows, of the best next pass.
+
+        :param most: maximum rows; 1 means no draft.
         :param forced: number of leading draft tokens that a constraint forces.
+        :param by_model: whether a draft model computes the others.
         """
-        best, gain = 1, MIN_GAIN
+        best = MIN_GAIN, 1
+        rate = self._model_rate if by_model else self._rate
         for rows, cost in self._experience.items():
+            count = min(rows, most)
+            if by_model:
+                cost += max(0, count - 1 - forced) * self._experience.draft_cost
             if cost - 1 > self._balance:
                 continue
-            count = min(rows, most)
-            tokens = sum(self._forced_rate**min(place, forced) * self._rate**max(0, place - forced)
+            tokens = sum(self._forced_rate**min(place, forced) * rate**max(0, place - forced)
                          for place in range(count))
-            if tokens / cost > gain:
-                best, gain = count, tokens / cost
+            if tokens / cost > best[0]:
+                best = tokens / cost, count
         return best
 
 
@@ -204,54 +354,99 @@ class Speculation:
     """The drafts of one answer: which tokens, and whether to verify them."""
 
     def __init__(self, prompt_ids: Sequence[int], experience: Experience,
-                 ends: Collection[int] = ()) -> None:
+                 ends: Collection[int] = (), model: DraftModel | None = None) -> None:
         """
         Start with a prompt; see `Lookup` and `Policy`.
 
         :param experience: of the engine; it is updated.
         :param ends: ids that end an answer.
+        :param model: drafts where that promises more than prompt lookup.
         """
-        self._source = Lookup(prompt_ids, ends)
+        self._lookup = Lookup(prompt_ids, ends)
         self._policy = Policy(experience)
         self._experience = experience
         self._ends = frozenset(ends)
+        self._model = model
+        if model is not None:
+            model.begin()
         self._forced: list[int] = []        # the forced tokens that come next
+        self._draft: list[int] = []
+        self._asked = 0                     # tokens of the draft that the model has to compute
+        self._computed = 0                  # tokens that it did compute
 
-    def take(self, token_ids: Sequence[int], rows: int = 1, took_s: float = 0.0) -> None:
+    def take(self, token_ids: Sequence[int], rows: int = 1, took_s: float = 0.0,
+             drafted_s: float = 0.0) -> None:
         """
         Append the tokens of a pass.
 
         :param rows: rows of the pass; 1 without a draft.
-        :param took_s: time on the host in seconds, including draft and masks; 0 if unknown.
+        :param took_s: time on the host in seconds, including masks; 0 if unknown.
+        :param drafted_s: time of the draft model before it, in seconds; 0 if unknown.
         """
         if took_s:
             self._experience.learn(rows, took_s)
-        forced, self._forced = self._forced, []
+        if drafted_s and self._computed:
+            self._experience.learn_draft(self._computed, drafted_s)
+        forced, first = self._forced, len(self._forced)
+        drafted = self._draft if self._computed else []
         for place, token_id in enumerate(token_ids):
-            self._policy.learn(self._source.add(token_id),
-                               forced[place] == token_id if place < len(forced) else None)
-        if rows > 1:
-            self._policy.spend(rows, len(token_ids))
+            self._policy.learn(
+                self._lookup.add(token_id),
+                forced[place] == token_id if place < first else None,
+                drafted[place] == token_id if first <= place < len(drafted) else None)
+        if rows > 1 or self._computed:
+            self._policy.spend(rows, len(token_ids), self._computed)
+        self._forced, self._draft, self._computed = [], [], 0
 
-    def draft(self, left: int, constraint: Constraint | None = None) -> list[int]:
+    def rows(self, left: int, constraint: Constraint | None = None) -> int:
         """
-        Return the draft to verify next; empty if there is none, or none is worth its cost.
+        Choose the source of the next draft; return the rows of its pass, 1 for no draft.
 
         :param left: remaining tokens of the answer.
-        :param constraint: allows all draft tokens; it has accepted the tokens so far.
+        :param constraint: it has accepted the tokens so far.
         """
-        most = min(self._experience.most_rows, left) - 1
-        draft = self._source.draft(most)
+        most, ids = min(self._experience.most_rows, left) - 1, self._lookup.ids
+        draft = self._lookup.draft(most)
         if constraint is not None:
-            if most and self._experience.asks(self._source.last_id):
+            if most and self._experience.asks(ids[-1]):
                 self._forced = list(takewhile(
                     lambda token_id: token_id not in self._ends, constraint.forced()))[:most]
-                self._experience.asked(self._source.last_id, bool(self._forced))
+                self._experience.asked(ids[-1], bool(self._forced))
             if draft[:len(self._forced)] != self._forced:
                 draft = self._forced
             if draft:
                 draft = draft[:constraint.fits(draft)]
-        if not draft:
-            return draft
-        rows = self._policy.rows(len(draft) + 1, len(self._forced))
-        return draft[:rows - 1]
+        forced = len(self._forced)
+        gain, rows = self._policy.best(len(draft) + 1, forced) if draft else (MIN_GAIN, 1)
+        self._draft, self._asked = draft[:rows - 1], 0
+        if self._model is not None:
+            most = min(most, self._model.room(len(ids)))
+            better, more = self._policy.best(most + 1, forced, by_model=True)
+            if more > forced + 1 and better > gain:
+                self._draft, self._asked, rows = self._forced, more - 1 - forced, more
+        return rows
+
+    def prefill(self, most: int) -> bool:
+        """See `DraftModel.prefill`; call it before `draft` until it returns False."""
+        return bool(self._asked) and self._model is not None \
+            and self._model.prefill(self._lookup.ids, most)
+
+    def draft(self, constraint: Constraint | None = None) -> list[int]:
+        """
+        Return the draft that `rows` chose, or the part of it that the model could compute.
+
+        :param constraint: allows all draft tokens.
+        """
+        if self._asked and self._model is not None:
+            found = self._model.draft(self._lookup.ids, self._asked, self._forced)
+            # The token that ended a shorter draft was computed, too.
+            self._computed = min(self._asked, len(found) + 1)
+            draft = self._draft = [*self._forced, *found]
+            if draft and constraint is not None:
+                return draft[:constraint.fits(draft)]
+        return self._draft
+
+    @property
+    def device_s(self) -> float:
+        """Time of the draft model on the device for this answer, in seconds."""
+        return self._model.device_s if self._model is not None else 0.0

@@ -31,6 +31,7 @@ import fcntl
 import json
 from math import ceil
 from multiprocessing.connection import Connection
+from operator import itemgetter
 import os
 from pathlib import Path
 import resource
@@ -154,6 +155,17 @@ class TextProcess:
     def named(self, ids: Iterable[int]) -> list[str]:
         """Return the names of tokens; an id that the tokenizer lacks stays a number."""
         return [self._backend.id_to_token(id_) or str(id_) for id_ in ids]
+
+    def difference(self, other: 'TextProcess') -> str:
+        """Describe the first id in both whose token differs, or token whose id does, or ''."""
+        ours, theirs = (each._backend.get_vocab(True) for each in (self, other))
+        for token, id_ in sorted(theirs.items(), key=itemgetter(1)):
+            known = self._backend.id_to_token(id_)
+            if known not in (token, None):
+                return f'id {id_} is {token!r}, in the model {known!r}'
+            if ours.get(token, id_) != id_:
+                return f'{token!r} is id {id_}, in the model {ours[token]}'
+        return ''
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:
         """

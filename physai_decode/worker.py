@@ -144,7 +144,8 @@ class Worker:
                  checkpoint_sampling: Mapping[str, Any] = MappingProxyType({}),
                  form: Form | None = None,
                  energy_j: Callable[[], float | None] = lambda: None,
-                 server: Server | None = None) -> None:
+                 server: Server | None = None,
+                 warn: Callable[[str], object] = lambda message: None) -> None:
         """
         Create a worker; `start` starts its thread.
 
@@ -156,6 +157,7 @@ class Worker:
         :param checkpoint_sampling: settings for ``sampling.from_checkpoint``.
         :param form: constraint on answers whose request sets none.
         :param energy_j: returns the energy that the device has used so far, in joules.
+        :param warn: see `DecodeLoop`.
         """
         self._device_energy_j = energy_j
         self._energy_j: float | None = None         # of all answers
@@ -164,7 +166,7 @@ class Worker:
         self._local: tuple[DecodeLoop, TextCoder] | None = None
         if engine is not None and text is not None:
             self._local = DecodeLoop(
-                engine, config.engine.prefill_chunk_ms, clock, config.speculation), text
+                engine, config.engine.prefill_chunk_ms, clock, config.speculation, warn), text
         self._sink = sink
         self._clock = clock
         self._numbers = numbers or count(1)

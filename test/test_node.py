@@ -612,7 +612,7 @@ def test_locked_model_cannot_be_changed(make):
     rig = make(**{'model.locked': True, 'model.path': 'mine'})
     locked = {'model.path': 'bad', 'model.revision': 'next', 'model.locked': False,
               'engine.name': 'native', 'engine.max_context': 64, 'chat.system_prompt': 'x',
-              'chat.template': 'off'}
+              'chat.template': 'off', 'speculation.draft_model': 'bad'}
     for transition in ('configure', 'activate', 'deactivate', 'cleanup'):
         for name, value in locked.items():
             before = rig.node.get_parameter(name).value

@@ -108,7 +108,7 @@ def cost_of(policy, accepted):
     """Return an answer's cost in steps, and its tokens; ``accepted`` tells which drafts are."""
     steps, tokens = 0.0, 0
     for right in accepted:
-        rows = policy.rows(8)
+        rows = policy.best(8)[1]
         brought = rows if right else 1
         for place in range(brought):
             policy.learn(right or place < brought - 1)
@@ -141,25 +141,25 @@ def test_cost_is_bounded_in_any_order_of_acceptance(period):
 def test_accepted_drafts_grow():
     policy = Policy(Experience(COSTS))
     steps, tokens = cost_of(policy, [True] * 30)
-    assert policy.rows(8) == 8
+    assert policy.best(8)[1] == 8
     assert tokens / steps > 6
-    assert policy.rows(3) == 3          # where the answer has room for no more
+    assert policy.best(3)[1] == 3          # where the answer has room for no more
 
 
 def test_avoids_passes_that_cost_more_than_they_bring():
     policy = Policy(Experience({1: 1.0, 2: 1.1, 4: 4.5}))
     for _ in range(100):
         policy.learn(True)
-    assert policy.rows(8) == 2
+    assert policy.best(8)[1] == 2
 
 
 def test_resumes_when_drafts_would_have_been_accepted():
     policy = Policy(Experience(COSTS))
     cost_of(policy, [False] * 200)
-    assert policy.rows(8) == 1
+    assert policy.best(8)[1] == 1
     for _ in range(30):
         policy.learn(True)
-    assert policy.rows(8) > 1
+    assert policy.best(8)[1] > 1
 
 
 def test_drafts_are_repeatable():
@@ -170,7 +170,8 @@ def test_drafts_are_repeatable():
         speculation = Speculation(ids[:50], Experience(COSTS))
         drafts.append([])
         for token_id in ids[50:]:
-            drafts[-1].append(speculation.draft(9))
+            speculation.rows(9)
+            drafts[-1].append(speculation.draft())
             speculation.take((token_id,), 1 + len(drafts[-1][-1]))
     assert drafts[0] == drafts[1] and any(drafts[0])
 
@@ -210,7 +211,7 @@ class VerifyingEngine(FakeEngine):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.pass_costs = COSTS
+        self.pass_costs, self.drafter = COSTS, None
         self.drafts, self.announced, self.flying = [], [], 0
 
     @property
@@ -337,8 +338,9 @@ def answers(loop, prompts, count, first=0):
 
 def always_draft(monkeypatch):
     """Verify each draft, with a random number of its tokens."""
-    draw = Random(3)
-    monkeypatch.setattr(Policy, 'rows', lambda self, most, forced=0: draw.randint(1, most))
+    draw, source = Random(3), Random(4)
+    monkeypatch.setattr(Policy, 'best', lambda self, most, forced=0, by_model=False: (
+        1 + source.random(), draw.randint(1, max(1, most))))
 
 
 def drafting(kind, folder, config=None):
@@ -471,7 +473,8 @@ def test_drafts_what_a_constraint_forces():
     constraint.accept(ids[0])
     assert constraint.forced() == ids[1:]
     speculation = Speculation([1, ids[0]], Experience(COSTS), model.eos_token_ids)
-    assert speculation.draft(9, constraint) == ids[1:]
+    assert speculation.rows(9, constraint) == len(ids)
+    assert speculation.draft(constraint) == ids[1:]
     wrong = [ids[1], ids[1]]
     assert constraint.fits(wrong) == 1
     masks = [bytes(mask) for mask in constraint.walk(ids[1:])]

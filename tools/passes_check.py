@@ -129,9 +129,9 @@ def texts(engine, count, tokens, every):
                 for _ in range(draw.randint(2, 70))] for _ in range(count)]
     plain, drafting = (DecodeLoop(engine, 0.0, speculation=SpeculationConfig(name))
                        for name in ('off', 'lookup'))
-    own = Policy.rows
+    own = Policy.best
     if every:
-        Policy.rows = lambda self, most, forced=0: draw.randint(1, most)
+        Policy.best = lambda self, most, forced=0: (1.0, draw.randint(1, most))
     try:
         results = []
         for loop in (plain, drafting, plain, drafting):
@@ -139,7 +139,7 @@ def texts(engine, count, tokens, every):
             loop.forget()
             results.append(answers(loop, prompts, tokens))
     finally:
-        Policy.rows = own
+        Policy.best = own
     found = [result[0] for result in results]
     total = sum(len(each) - 1 for each in found[0])
     (_, _, without_s), (_, passes, with_s) = results[2:]

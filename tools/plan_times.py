@@ -22,7 +22,8 @@ action in the text. A different command precedes each request, so that only the 
 the prompts is cached. The output is a Markdown table of medians.
 
 With --speculation, only the engine runs, alternately with drafts and without. It also answers each
-command a second time, with the first plan in the conversation to copy.
+command a second time, with the first plan in the conversation to copy. With --draft-model, it also
+runs with drafts of that model.
 
 With --shape, only the engine runs, with random weights of that shape and without ROS. Such a model
 writes no free plan, so its free answer is text with the number of tokens of the constrained one.
@@ -202,6 +203,8 @@ def main() -> int:
                         help='plans of each kind (%(default)s)')
     parser.add_argument('--speculation', action='store_true',
                         help='the engine alone, with drafts and without')
+    parser.add_argument('--draft-model', default='', metavar='MODEL',
+                        help='with --speculation: as the parameter speculation.draft_model')
     arguments = parser.parse_args()
     if arguments.speculation:
         return drafted_plans(arguments)
@@ -249,8 +252,9 @@ def drafted_plans(arguments: argparse.Namespace) -> int:
         'name': 'plan', 'schema': json.loads(arguments.schema.read_text())}}}
     table, limit, same = Table(), config.sampling.max_new_tokens, True
     with ExitStack() as undo:
-        ways = {name: Alone(replace(config, speculation=SpeculationConfig(name)))
-                for name in ('off', 'lookup')}
+        names = ('off', 'lookup', 'model') if arguments.draft_model else ('off', 'lookup')
+        ways = {name: Alone(replace(config, speculation=SpeculationConfig(
+            name, arguments.draft_model))) for name in names}
         for way in ways.values():
             undo.callback(way.end)
         head(ways['off'], arguments.model, arguments.rounds)
@@ -268,8 +272,10 @@ def drafted_plans(arguments: argparse.Namespace) -> int:
                     if number:
                         table.add(f'speculation {name}', kind, plan)
                 same &= len(said) == 1
-        print(f'speculation is {ways["lookup"].details["speculation"]}; all answers are the same: '
-              f'{same}\n')
+        for name in names[1:]:
+            found = ways[name].details
+            print(f'speculation {name} is {found["speculation"]}', found.get('draft_model', ''))
+        print(f'all answers are the same: {same}\n')
     table.show(PASS_TITLES)
     return not same
 

@@ -15,16 +15,23 @@
 """Choose and build an engine by name; its module is imported only then."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
+import time
 from types import ModuleType
+from typing import Any
 from typing import NamedTuple
 
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
+from physai_decode.config import SamplingConfig
+from physai_decode.engine import Drafter
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.pip_command import install
+
+TIMED_STEPS, TIMED_S = 8, 0.5       # of each model, to find the cost of a draft
 
 _CLASSES = {
     'native': 'NativeEngine', 'transformers': 'TransformersEngine', 'exllamav2': 'ExLlamaV2Engine'}
@@ -62,13 +69,15 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
 
 
 def build(model: Checkpoint, config: EngineConfig,
-          progress: Callable[[str], None] = lambda text: None, passes: bool = False) -> Engine:
+          progress: Callable[[str], None] = lambda text: None, passes: bool = False,
+          draft: Checkpoint | None = None) -> Engine:
     """
     Load a model into the engine that `choose` returns.
 
     :param progress: called with a line of text at each step of the load.
     :param passes: prepare to verify drafts, if the engine is a `physai_decode.engine.Verifier`;
         the details of its footprint say whether it can.
+    :param draft: a smaller model to make drafts, if the engine can verify them.
     :raises EngineError: the engine is not installed, or can not run the model; all memory is
         freed.
     """
@@ -77,7 +86,9 @@ def build(model: Checkpoint, config: EngineConfig,
     kind = getattr(_load(name), _CLASSES[name])
     engine: Engine
     details = {}
-    if passes and hasattr(kind, 'verify'):
+    if passes and draft is not None and hasattr(kind, 'verify'):
+        engine = _with_draft(kind, model, draft, config, progress)
+    elif passes and hasattr(kind, 'verify'):
         engine = kind(model, config, progress, passes=True)
     else:
         engine = kind(model, config, progress)
@@ -90,6 +101,48 @@ def build(model: Checkpoint, config: EngineConfig,
     engine.footprint = replace(
         engine.footprint, details={**engine.footprint.details, **details})
     return engine
+
+
+def _with_draft(kind: Any, model: Checkpoint, draft: Checkpoint, config: EngineConfig,
+                progress: Callable[[str], None]) -> Engine:
+    """Load a model and its draft model; drop the latter if the engine can't verify drafts."""
+    with ExitStack() as undo:
+        try:
+            small = kind(draft, config, lambda text: progress(f'draft model: {text}'))
+        except EngineError as error:
+            raise EngineError(f'the draft model {draft.folder} can not be used: {error}') from None
+        undo.callback(small.close)
+        size = f'{small.footprint.checkpoint_weight_bytes / 1e9:.3g} GB'
+        try:
+            engine = kind(model, config, progress, passes=True)
+        except EngineError as error:
+            raise EngineError(f'beside a draft model of {size}: {error}') from None
+        if len(engine.pass_costs) == 1:
+            return engine
+        undo.callback(engine.close)
+        step_s = _step_s(engine)
+        engine.drafter = Drafter(small, _step_s(small) / step_s, step_s)
+        report = (f'{draft.folder}: {size}, {small.footprint.dtype}, context '
+                  f'{small.footprint.max_context}, a token costs {engine.drafter.cost:.2f} steps')
+        progress(f'the draft model is {report}')
+        undo.pop_all()
+    engine.footprint = replace(
+        engine.footprint, details={**engine.footprint.details, 'draft_model': report})
+    return engine
+
+
+def _step_s(engine: Engine) -> float:
+    """Return the minimum time of a decode step on the host, in seconds."""
+    prompt, times_s = [0], list[float]()
+    engine.rewind(0)
+    engine.feed(prompt)
+    engine.first(SamplingConfig(), prompt)
+    while len(times_s) < TIMED_STEPS and sum(times_s) < TIMED_S:
+        begin_s = time.perf_counter()
+        engine.step(0)
+        times_s.append(time.perf_counter() - begin_s)
+    engine.rewind(0)
+    return min(times_s)
 
 
 def _choose(model: Checkpoint) -> Chosen:

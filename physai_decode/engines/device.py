@@ -169,8 +169,13 @@ def use(device: torch.device, stream: 'torch.cuda.Stream | None' = None) -> None
         torch.cuda.set_stream(stream or torch.cuda.default_stream(device))
 
 
+@cache
 def stream(device: torch.device, priority: int) -> 'torch.cuda.Stream | None':
-    """Create a stream for a priority below 0; None for 0, which the default stream has."""
+    """
+    Return the stream of a priority below 0; None for 0, which the default stream has.
+
+    All engines share it, so that a draft model can run between the steps of another model.
+    """
     if device.type != 'cuda' or not priority:
         return None
     return torch.cuda.Stream(device, priority=priority)

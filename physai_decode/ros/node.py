@@ -126,7 +126,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             elif service.srv_type is SetParametersAtomically:
                 service.callback = self._on_set_parameters_atomically
         self._topics = Topics(self, lambda: self._host.config.model_name, self._log_end)
-        self._host = host = Host(self._topics, load)
+        self._host = host = Host(self._topics, load, self.get_logger().warning)
         host.config = config
         self._ready = True
         self._endpoints = Endpoints(self, host)

@@ -46,7 +46,7 @@ TYPES = {
     str: Parameter.Type.STRING}
 LISTS = {str: Parameter.Type.STRING_ARRAY, int: Parameter.Type.INTEGER_ARRAY}
 FIXED = 'can be set only while the node is unconfigured'
-LOAD_GROUPS = ('model', 'engine', 'remote', 'chat')     # these decide what is loaded
+LOAD_GROUPS = 'model', 'engine', 'remote', 'speculation', 'chat'    # these decide what is loaded
 
 
 def specs() -> dict[str, Field[Any]]:

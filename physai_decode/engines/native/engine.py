@@ -29,6 +29,7 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
 from physai_decode.engine import Choices
 from physai_decode.engine import Constraint
+from physai_decode.engine import Drafter
 from physai_decode.engines import device as devices
 from physai_decode.engines import logits
 from physai_decode.engines.native import families
@@ -49,6 +50,7 @@ class NativeEngine:
     chunk_tokens = (1, 2048)
     pipeline: Pipeline | None = None        # runs the steps; None on a CPU
     pass_costs: Mapping[int, float] = {1: 1.0}
+    drafter: Drafter | None = None
 
     def __init__(self, model: Checkpoint, config: EngineConfig,
                  progress: Callable[[str], None] = lambda message: None, passes: bool = False):
@@ -197,6 +199,8 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `physai_decode.engine.Engine.close`."""
+        if self.drafter is not None:
+            self.drafter.engine.close()
         for name in ('pipeline', '_prefill', 'transformer', '_sampler', '_history'):
             vars(self).pop(name, None)
         devices.give_back(self._device)
