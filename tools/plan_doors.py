@@ -55,6 +55,7 @@ class Node:
             sys.executable, '-m', 'physai_decode.ros.process',
             '--ros-args', '--log-level', 'error', '-p', f'model.path:={self.model}',
             '-p', f'engine.cpu_threads:={config.engine.cpu_threads}',
+            '-p', f'engine.max_context:={config.engine.max_context}',
             '-p', f'http.port:={self.port}'])
         try:
             waited(self._is_healthy, 'the node', lambda: time.sleep(0.1))

@@ -25,12 +25,14 @@ With --speculation, only the engine runs, alternately with drafts and without. I
 command a second time, with the first plan in the conversation to copy. With --draft-model, it also
 runs with drafts of that model.
 
-With --shape, only the engine runs, with random weights of that shape and without ROS. Such a model
-writes no free plan, so its free answer is text with the number of tokens of the constrained one.
+With --shape, the weights are random, and only the engine runs, without ROS; with --doors the node
+does, too. Such a model writes no free plan, so its free answer is text with the number of tokens
+of the constrained one. A regex constrains it, so the client finds the first action in the text.
 """
 
 import argparse
 from collections import defaultdict
+from contextlib import closing
 from contextlib import ExitStack
 from dataclasses import replace
 import gc
@@ -191,6 +193,8 @@ def main() -> int:
     parser.add_argument('--model', default=ModelConfig.path, help='as the parameter model.path')
     parser.add_argument('--shape', default='', choices=['', *synthetic.SHAPES], metavar='SHAPE',
                         help='instead: random weights, and the engine alone')
+    parser.add_argument('--doors', action='store_true',
+                        help='with --shape: the endpoints of a node, too')
     parser.add_argument('--quantization', default='none', choices=synthetic.DESCRIBED,
                         metavar='FORMAT', help=f'of them: {", ".join(synthetic.DESCRIBED)}')
     parser.add_argument('--schema', type=Path, default=ROOT / 'config' / 'plan.schema.json',
@@ -285,9 +289,10 @@ def random_plans(arguments: argparse.Namespace) -> int:
     table = Table()
     with TemporaryDirectory() as folder, ExitStack() as undo:
         synthetic.describe(Path(folder), arguments.shape, arguments.quantization)
-        alone = Alone(DecodeConfig(
+        config = DecodeConfig(
             model=ModelConfig(path=folder),
-            engine=EngineConfig(cpu_threads=arguments.cpu_threads, max_context=CONTEXT)))
+            engine=EngineConfig(cpu_threads=arguments.cpu_threads, max_context=CONTEXT))
+        alone = Alone(config)
         undo.callback(alone.end)
         head(alone, f'{arguments.shape} {arguments.quantization}, random weights',
              arguments.rounds)
@@ -300,9 +305,29 @@ def random_plans(arguments: argparse.Namespace) -> int:
             if number:
                 table.add(alone.name, 'text', text)
                 table.add(alone.name, 'constrained', plan)
+        if arguments.doors:
+            random_doors(config, arguments, tokens['whole plan'], table)
     table.show()
     print('\ntokens: ' + ', '.join(f'{count} to the {name}' for name, count in tokens.items()))
     return 0
+
+
+def random_doors(config: DecodeConfig, arguments: argparse.Namespace, tokens: int,
+                 table: Table) -> None:
+    """Time the same behind each endpoint of a node."""
+    from plan_doors import DOORS
+    from plan_doors import Node
+
+    with closing(Node(config)) as node:
+        for way in (door(node) for door in DOORS):
+            way.open()
+            for number in range(arguments.rounds + 1):
+                for kind, form, limit in (('text', {}, tokens), ('constrained', RANDOM, CONTEXT)):
+                    way.ask(OTHER, 'free', {}, 1)
+                    plan = way.ask(arguments.prompt, 'free', form, limit)
+                    if number:
+                        table.add(way.name, kind, plan)
+            way.close()
 
 
 def head(alone: Alone, model: str, rounds: int) -> None:
