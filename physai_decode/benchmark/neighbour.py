@@ -116,7 +116,7 @@ def running(kind: Kind) -> Iterator[Neighbour]:
     """
     Run a neighbour inside ``with``.
 
-    :raises RuntimeError: the neighbour can not run.
+    :raises RuntimeError: the neighbour cannot run.
     """
     with ExitStack() as ending:
         def start(*arguments: str) -> 'subprocess.Popen[str]':

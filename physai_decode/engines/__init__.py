@@ -69,7 +69,7 @@ def build(model: Checkpoint, config: EngineConfig,
     :param progress: called with a line of text at each step of the load.
     :param passes: prepare to verify drafts, if the engine is a `physai_decode.engine.Verifier`;
         the details of its footprint say whether it can.
-    :raises EngineError: the engine is not installed, or can not run the model; all memory is
+    :raises EngineError: the engine is not installed, or cannot run the model; all memory is
         freed.
     """
     name, reason = choose(model, config)

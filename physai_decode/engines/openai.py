@@ -276,7 +276,7 @@ def read(address: str, data: bytes) -> Delta:
     Parse one event of a stream.
 
     :param address: address of the server, for messages.
-    :raises ServerError: the event reports an error, or can not be parsed.
+    :raises ServerError: the event reports an error, or cannot be parsed.
     """
     value = _object(address, data)
     if value.get('error'):
@@ -363,7 +363,7 @@ def _fragment(value: Mapping[str, Any]) -> Fragment:
 
 
 def _text(value: Any) -> str:
-    """Replace unpaired surrogates, which UTF-8 can not encode, with U+FFFD."""
+    """Replace unpaired surrogates, which UTF-8 cannot encode, with U+FFFD."""
     if type(value) is not str:
         raise TypeError
     return value if value.isascii() else \
@@ -424,4 +424,4 @@ def _network_error(address: str, error: Exception) -> str:
         return f'{address} ended the stream too early'
     if isinstance(error, client.HTTPException) and not isinstance(error, OSError):
         return f'{address} does not speak HTTP ({type(error).__name__}): check remote.base_url'
-    return f'{address} can not be reached ({first_line(error)})'
+    return f'{address} cannot be reached ({first_line(error)})'
