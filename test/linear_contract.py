@@ -61,11 +61,11 @@ def check_product(make, ops, form, n, k):
     assert_close(out, dense @ normed + biased.bias)
 
 
-def check_layout(make, ops, form, choice):
+def check_layout(make, ops, form, layout):
     """Compare a product in one kernel layout to the dense one."""
     weight, dense = random_weight(form, 24, 1280)
     x, out, ops = make(1280), make(24), ops(DEVICE)
-    ops._choices[kernels.Shape(24, 1280, weight.kind, False, False)] = choice
+    ops._layouts[kernels.Shape(24, 1280, weight.kind, False, False)] = layout
     ops.linear(x, weight, out)
     assert_close(out, dense @ x)
 

@@ -61,9 +61,9 @@ def test_product(make, name, n, k):
 
 
 @pytest.mark.parametrize('name', ['nf4', 'nvfp4'])
-@pytest.mark.parametrize('choice', kernels.CODED_CHOICES)
-def test_each_layout(make, name, choice):
-    check_layout(make, CodedOps, FORMS[name], choice)
+@pytest.mark.parametrize('layout', kernels.CODED_LAYOUTS)
+def test_each_layout(make, name, layout):
+    check_layout(make, CodedOps, FORMS[name], layout)
 
 
 @pytest.mark.parametrize('name', FORMS)

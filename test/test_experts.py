@@ -119,7 +119,7 @@ def test_routing_weights_of_nan_logits_are_nan(make):
 @pytest.mark.parametrize('size, columns', [(40, 512), (96, 64), (512, 256)])
 def test_dense(make, routed, size, columns, monkeypatch):
     """With and without partial tiles."""
-    monkeypatch.setattr(kernels, 'DENSE_CHOICES', (kernels.Choice(16, columns, 1, 1),))
+    monkeypatch.setattr(kernels, 'DENSE_LAYOUTS', (kernels.Layout(16, columns, 1, 1),))
     gate_up = stack_of(Dense(make(2 * size, 100)) for _ in range(COUNT))
     down = stack_of(Dense(make(33, size)) for _ in range(COUNT))
     check_products(make, routed, gate_up, down, size)

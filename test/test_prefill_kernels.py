@@ -29,10 +29,9 @@ from physai_decode.engines.native import fusion
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import ACTIVATIONS
-from physai_decode.engines.native.prefill import Choice
-from physai_decode.engines.native.prefill import key
 from physai_decode.engines.native.prefill import LIBRARY
 from physai_decode.engines.native.prefill import rule
+from physai_decode.engines.native.prefill import Tiling
 import random_gptq
 import torch.nn.functional as F
 
@@ -170,14 +169,13 @@ def test_attention(make, start, count, window, splits):
 @pytest.mark.parametrize('gated', [False, True])
 def test_tiles_fit_in_shared_memory(chip, tokens, gated):
     for weight in (Dense(torch.empty(4608, 3584, device='meta')), packed(1, 64, 1024, 32)[0]):
-        choice = rule(weight, tokens, gated, *chip)
-        assert isinstance(choice, Choice)
-        if choice == LIBRARY:
+        tiling = rule(weight, tokens, gated, *chip)
+        assert isinstance(tiling, Tiling)
+        if tiling == LIBRARY:
             assert tokens > 32
             continue
         wide = 1 if isinstance(weight, Dense) else 4
-        room = choice.columns * wide * (2 * choice.tokens + 2 * choice.rows // wide)
-        assert choice.stages * room <= chip[1]
-        assert not gated or choice.splits == 1
-        assert tokens % choice.tokens == 0
-    assert key(weight, tokens, gated) != key(weight, tokens, not gated)
+        room = tiling.columns * wide * (2 * tiling.tokens + 2 * tiling.rows // wide)
+        assert tiling.stages * room <= chip[1]
+        assert not gated or tiling.splits == 1
+        assert tokens % tiling.tokens == 0

@@ -67,9 +67,9 @@ def test_partial_last_block(make):
 
 
 @pytest.mark.parametrize('name', ['int8', 'float8-block'])
-@pytest.mark.parametrize('choice', kernels.DENSE_CHOICES[::3])
-def test_each_layout(make, name, choice):
-    check_layout(make, ScaledOps, FORMS[name], choice)
+@pytest.mark.parametrize('layout', kernels.DENSE_LAYOUTS[::3])
+def test_each_layout(make, name, layout):
+    check_layout(make, ScaledOps, FORMS[name], layout)
 
 
 @pytest.mark.parametrize('name', FORMS)
