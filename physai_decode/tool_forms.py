@@ -15,7 +15,7 @@
 """
 The formats in which models write tool calls, and their parsers.
 
-A format is data and a parser. To add one, add an entry to `FORMS`.
+A format is data and a parser. To add one, add an entry to `TOOL_FORMS`.
 """
 
 import ast
@@ -214,7 +214,7 @@ _TAGS = '<tool_call>', '</tool_call>'
 _TAGGED = {'before': '<tool_call>\n{"name": "NAME", "arguments": ', 'after': '}\n</tool_call>',
            'between': '\n'}
 # In order of preference: the node picks the first that can parse what the template writes.
-FORMS = {form.name: form for form in (
+TOOL_FORMS = {form.name: form for form in (
     ToolForm('hermes', _TAGS[:1], read=_read_tagged, markers=_TAGS, **_TAGGED),
     ToolForm('smollm3', ('<tool_call>', '<code>'), read=_read_tagged_or_code,
              markers=(*_TAGS, '<code>', '</code>'), **_TAGGED),

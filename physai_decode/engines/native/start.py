@@ -209,9 +209,9 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
 def _check_quantised(checkpoint: Checkpoint, files: source.Source) -> None:
     """Refuse a checkpoint if no module is stored in the format that config.json names."""
     if checkpoint.quantized:
-        form = formats.parse(checkpoint.quantized)
+        format_ = formats.parse(checkpoint.quantized)
         modules = {name.rpartition('.')[0] for name in checkpoint.tensors}
-        if not any(form.holds(files, module) for module in modules):
+        if not any(format_.holds(files, module) for module in modules):
             raise stored.not_quantised(checkpoint)
 
 
