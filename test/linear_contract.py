@@ -29,9 +29,13 @@ EPS = 1e-6
 
 
 def maker():
-    """Return a function that draws random tensors of a shape."""
+    """Return a function that draws a random tensor of a shape."""
     generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    return normal
 
 
 def assert_close(got, expected, relative=1e-5):

@@ -45,9 +45,7 @@ FORMATS = {
     **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')}}
 
 
-@pytest.fixture
-def make():
-    return linear_contract.maker()
+make = pytest.fixture(linear_contract.maker)
 
 
 def random_weight(name, n, k, seed=1):

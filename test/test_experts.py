@@ -26,6 +26,7 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from engine_contract import load
+from linear_contract import maker
 from physai_decode import engines
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
@@ -59,15 +60,7 @@ COUNT, TOP_K = 5, 3
 IDS = (4, 0, 3)
 
 
-@pytest.fixture
-def make():
-    """Return a function that draws a random tensor of a shape."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return normal
+make = pytest.fixture(maker)
 
 
 @pytest.fixture

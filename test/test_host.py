@@ -16,7 +16,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,29 +38,15 @@ CONFIG = DecodeConfig(model=ModelConfig(path='folder/model'))
 SHEET = Peak(200e9, 'NVIDIA Jetson AGX Orin datasheet')
 
 
-class ClosableText(CharacterText):
-    """A text object that the host closes."""
-
-    def close(self):
-        """Do nothing."""
-
-
-@contextmanager
-def active():
-    """Yield an active host."""
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), ClosableText(), SHEET))
+@pytest.fixture
+def host():
+    """Return an active host."""
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET))
     host.load(CONFIG, lambda text: None)
     host.start(CONFIG)
     yield host
     assert host.stop(TIMEOUT_S)
     host.unload()
-
-
-@pytest.fixture
-def host():
-    """Return an active host."""
-    with active() as host:
-        yield host
 
 
 def window(host, gb_s, peak):

@@ -37,6 +37,7 @@ openai = pytest.importorskip('openai')
 pytest.importorskip('uvicorn')
 pytest.importorskip('prometheus_client')
 
+from fake_server import free_port
 from physai_decode.config import DecodeConfig
 from physai_decode.config import HttpConfig
 from physai_decode.config import ModelConfig
@@ -60,19 +61,6 @@ CHAT, TEXT = '/v1/chat/completions', '/v1/completions'
 HELLO = [{'role': 'user', 'content': 'say hello'}]
 
 
-class ClosableText(CharacterText):
-    """A text object that the host closes."""
-
-    def close(self):
-        """Do nothing."""
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.create_server(('127.0.0.1', 0)) as found:
-        return found.getsockname()[1]
-
-
 class Rig:
     """A host with its HTTP server, and the reports of requests."""
 
@@ -80,7 +68,7 @@ class Rig:
         self.engine = engine or FakeEngine(max_context=4096, vocab_size=256)
         self.sink, self.errors = Sink(), []
         self.host = Host(self.sink, lambda config, progress: Loaded(
-            self.engine, ClosableText(), Peak(1e6, 'parameter'), sampling={}))
+            self.engine, CharacterText(), Peak(1e6, 'parameter'), sampling={}))
         self.config = DecodeConfig(
             model=ModelConfig(path=MODEL), queue=queue or QueueConfig(),
             http=HttpConfig(port=free_port(), **http))

@@ -27,6 +27,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 triton = pytest.importorskip('triton')
 
+from linear_contract import assert_close
+from linear_contract import maker
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.architecture import Growth
@@ -43,20 +45,7 @@ REFERENCE = TorchOps(on_host=False)
 EPS = 1e-6
 
 
-@pytest.fixture
-def make():
-    """Return a function that draws a random tensor of a shape."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape, dtype=torch.float32):
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-    return normal
-
-
-def assert_close(got, expected, relative=1e-5):
-    error = (got.float() - expected.float()).norm() / expected.float().norm()
-    assert error < relative     # a NaN does not pass
+make = pytest.fixture(maker)
 
 
 def packed(seed, n, k, group_size, act_order=False, symmetric=True):

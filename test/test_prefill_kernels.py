@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 triton = pytest.importorskip('triton')
 
+from linear_contract import assert_close
+from linear_contract import maker
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
@@ -41,19 +43,7 @@ H100 = 132, 232448
 L4 = 58, 101376
 
 
-@pytest.fixture
-def make():
-    """Return a function that draws a random tensor of a shape."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return normal
-
-
-def assert_close(got, expected, relative=1e-5):
-    assert (got - expected).norm() / expected.norm() < relative     # a NaN does not pass
+make = pytest.fixture(maker)
 
 
 def nans(*shape):

@@ -43,9 +43,7 @@ FORMATS = {
     'float8-block': random_formats.float8('block')}
 
 
-@pytest.fixture
-def make():
-    return linear_contract.maker()
+make = pytest.fixture(linear_contract.maker)
 
 
 def random_weight(name, n, k, seed=1):
