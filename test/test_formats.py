@@ -14,6 +14,7 @@
 
 """The native engine runs each format of quantised weights, and rejects damaged checkpoints."""
 
+from itertools import product
 import json
 
 import pytest
@@ -28,8 +29,10 @@ from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
+from physai_decode.engines.native import families
 from physai_decode.engines.native import NativeEngine
 import random_formats
+import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from test_gptq import assert_close
@@ -107,9 +110,10 @@ def test_biases_and_quantised_head(tmp_path, name):
     check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMATS[name], dense=()))
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4',
-                                  'nvfp4', 'mxfp4'])
-@pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
+@pytest.mark.parametrize(('family', 'name'), [
+    *((family, 'awq-g64') for family in families.FAMILIES if family in random_model.DENSE),
+    *product(('phi3_part', 'gemma3_text'), (
+        'packed4-order', 'int8-rows', 'fp8-block', 'nf4', 'nvfp4', 'mxfp4'))])
 def test_other_families(tmp_path, family, name):
     """Phi-3 stores projections fused, and the engine reorders their rows."""
     footprint = check(tmp_path, random_formats.save(tmp_path, family, FORMATS[name], **WIDE))
