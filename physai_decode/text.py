@@ -330,7 +330,7 @@ class Text:
             return ''
 
     def _find_manner(self, added: Mapping[int, str]) -> Manner:
-        """Find the markers of thoughts and the format of tool calls."""
+        """Find the markers of thoughts and the syntax of tool calls."""
         if not self._source:
             return Manner(reason='no chat template presents them to the model')
         names = set(added.values())
@@ -341,7 +341,7 @@ class Text:
         return Manner(opens, closes, tuple(ids) if opens else (), form, reason)
 
     def _find_form(self) -> tuple[str, str]:
-        """Return the format of tool calls, empty if tools are not supported, and the reason."""
+        """Return the syntax of tool calls, empty if tools are not supported, and the reason."""
         prompt = {'role': 'user', 'content': 'Go.'}
         try:
             rendered = self._render([prompt], {}, tools=[_TRIAL_TOOL])
@@ -364,17 +364,17 @@ class Text:
                      and not _is_excluded(name, self._tool_source)]
             if known:
                 self._template_writes_calls = True
-                return known[0], 'the chat template writes calls in this format'
+                return known[0], 'the chat template writes calls in this syntax'
             if 'trial_value' in rendered:
-                return '', ('the chat template writes calls in an unknown format: '
+                return '', ('the chat template writes calls in an unknown syntax: '
                             f'known are {", ".join(TOOL_FORMS)}')
         known = [name for name, form in TOOL_FORMS.items()
                  if not _is_excluded(name, self._tool_source)
                  and any(begin in self._tool_source for begin in form.begins)]
         if not known:
-            return '', ('the chat template names no known format of calls: known are '
+            return '', ('the chat template names no known syntax of calls: known are '
                         f'{", ".join(TOOL_FORMS)}')
-        return known[0], 'the chat template asks for calls in this format'
+        return known[0], 'the chat template asks for calls in this syntax'
 
     def _find_end_ids(self, eos_id: int | None) -> tuple[int, ...]:
         """Return the end token of the tokenizer, and that of the template's assistant turns."""

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The formats in which models write tool calls, and their parsers.
+The syntaxes in which models write tool calls, and their parsers.
 
-A format is data and a parser. To add one, add an entry to `TOOL_FORMS`.
+A syntax is data and a parser. To add one, add an entry to `TOOL_FORMS`.
 """
 
 import ast
@@ -48,7 +48,7 @@ class Unreadable(ValueError):
 @dataclass(frozen=True)
 class ToolForm:
     """
-    One format.
+    One syntax.
 
     A model writes ``opens``, its calls separated by ``between``, and ``closes``. A call is
     ``before``, in which ``NAME`` stands for the name of the tool, then the arguments as JSON, then
@@ -227,7 +227,7 @@ TOOL_FORMS = {form.name: form for form in (
 
 
 def reads(form: ToolForm, text: str, call: tuple[str, Mapping[str, Any]]) -> bool:
-    """Return whether a format can parse a call anywhere in a text."""
+    """Return whether a syntax can parse a call anywhere in a text."""
     starts = (match.start() for begin in (*form.begins, form.bare) if begin
               for match in re.finditer(re.escape(begin), text))
     for start in starts:
