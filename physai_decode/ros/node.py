@@ -221,12 +221,12 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         if in_force is not None and in_force.realtime_refused:
             self.get_logger().warning(in_force.realtime_refused)
         self._bond.form(self._host.config.bond.heartbeat_period_s)
-        doors = [self._endpoints.prompt.topic_name, self._endpoints.request.topic_name]
+        interfaces = [self._endpoints.prompt.topic_name, self._endpoints.request.topic_name]
         if self._generate is not None:
-            doors.append(f'{self.get_fully_qualified_name()}/generate')
+            interfaces.append(f'{self.get_fully_qualified_name()}/generate')
         if self._http is not None:
-            doors.append(self._http.address)
-        self.get_logger().info(f'active: accepts requests on {", ".join(doors)}')
+            interfaces.append(self._http.address)
+        self.get_logger().info(f'active: accepts requests on {", ".join(interfaces)}')
         return TransitionCallbackReturn.SUCCESS
 
     @_logged
