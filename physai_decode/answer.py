@@ -47,9 +47,9 @@ from physai_decode.delivery import with_parts
 from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import Message
-from physai_decode.speech import Kind
 from physai_decode.speech import Manner
 from physai_decode.speech import Part
+from physai_decode.speech import PartKind
 from physai_decode.speech import Speech
 from physai_decode.speech import Thought
 
@@ -401,5 +401,5 @@ class Answer(Delivery):
 
 def _split(parts: Sequence[Part]) -> tuple[str, list[Part]]:
     """Separate the text of the answer from thoughts and tool calls."""
-    return (''.join(part.text for part in parts if part.kind is Kind.CONTENT),
-            [part for part in parts if part.kind is not Kind.CONTENT])
+    return (''.join(part.text for part in parts if part.kind is PartKind.CONTENT),
+            [part for part in parts if part.kind is not PartKind.CONTENT])

@@ -35,9 +35,9 @@ from physai_decode.benchmark import report
 from physai_decode.benchmark import suites
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.case import ModelSource
 from physai_decode.benchmark.case import parse_engine
 from physai_decode.benchmark.case import parse_sampling
-from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
@@ -311,13 +311,13 @@ def _engine(text: str, base: EngineConfig) -> EngineConfig:
 
 
 def _source(options: argparse.Namespace, quantization: str,
-            engines: Sequence[EngineConfig]) -> Source:
+            engines: Sequence[EngineConfig]) -> ModelSource:
     if not options.synthetic:
-        return Source(path=options.model or 'builtin:tiny_planner')
+        return ModelSource(path=options.model or 'builtin:tiny_planner')
     # Only the native engine creates quantised weights on the device.
     written = quantization != 'none' and any(engine.name != 'native' for engine in engines)
     written = written or any(engine.name == 'exllamav2' for engine in engines)
-    return Source(synthetic=options.synthetic, quantization=quantization, seed=options.seed,
+    return ModelSource(synthetic=options.synthetic, quantization=quantization, seed=options.seed,
                   written=written or quantization in ('awq', 'nf4'))
 
 

@@ -148,7 +148,7 @@ def locate(path: str, revision: str = '') -> Path:
     :param path: ``builtin:NAME``, a folder, or a hub id such as ``ORG/NAME``.
     :param revision: branch, tag or commit of a hub id; empty for its default branch.
     :returns: the folder; a hub id that is not in the local cache is downloaded first.
-    :raises EngineError: the model does not exist, or can not be downloaded.
+    :raises EngineError: the model does not exist, or cannot be downloaded.
     """
     if path.startswith('builtin:'):
         name = path[len('builtin:'):]
@@ -164,7 +164,7 @@ def locate(path: str, revision: str = '') -> Path:
     # The home of an unknown user, a name that is too long, or a folder without permission.
     except (OSError, RuntimeError) as error:
         raise EngineError(
-            f'model.path {path!r} can not be accessed ({error}): set it to a folder that this '
+            f'model.path {path!r} cannot be accessed ({error}): set it to a folder that this '
             'user can read') from None
     if is_folder:
         return folder
@@ -210,7 +210,7 @@ def inspect(folder: Path) -> Checkpoint:
     except OSError as error:
         advice = 'correct its permissions' if isinstance(error, PermissionError) else \
             'copy or download the model again'
-        raise EngineError(f'{folder} can not be read ({error}): {advice}') from None
+        raise EngineError(f'{folder} cannot be read ({error}): {advice}') from None
 
 
 @contextmanager
@@ -426,7 +426,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
         bits = _ITEM_BITS.get(entry.dtype)
         if bits is not None and math.prod(entry.shape) * bits != entry.bytes * 8:
             raise EngineError(
-                f'{path}: tensor {name} of shape {entry.shape} and dtype {entry.dtype} can not '
+                f'{path}: tensor {name} of shape {entry.shape} and dtype {entry.dtype} cannot '
                 f'have {entry.bytes} bytes: {again}')
     return entries
 

@@ -93,7 +93,7 @@ class EngineConfig:
         0, 'threads that torch uses on a CPU; 0 leaves the choice to torch', low=0, high=1024)
     steps_ahead: int = _option(
         0, 'decode steps that native keeps in flight on a GPU; a cancel waits for them. 0 keeps '
-        '2, and up to 8 while the host is too late for 2', low=0, high=8)
+        '2, and up to 8 while the host falls behind', low=0, high=8)
     stream_priority: int = _option(
         0, "priority of native's kernels over other streams of the node's process on a GPU; 0 is "
         'the lowest, negative values run first', low=-5, high=0)
@@ -157,8 +157,8 @@ class SamplingConfig:
         dynamic=True, characters=256)
     from_checkpoint: bool = _option(
         False, 'true takes temperature, top_k, top_p, min_p and repetition_penalty from the '
-        "model's generation_config.json, as far as it sets them; the values of a request still "
-        'win', dynamic=True)
+        "model's generation_config.json, as far as it sets them; the values of a request take "
+        'precedence', dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class ChatConfig:
     """How a prompt becomes the input of the model."""
 
     template: str = _option(
-        'auto', "auto applies the model's chat template, if it has one, and its default one if "
-        'it has several; off sends the prompt as it is',
+        'auto', "auto applies the model's chat template, or the default one of several, if it "
+        'has any; off sends the prompt as it is',
         choices=('auto', 'off'), others="the name of one of the model's templates",
         characters=256)
     system_prompt: str = _option(
@@ -195,7 +195,7 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class ConstraintConfig:
-    """The form of an answer whose request does not set one; at most one of these is set."""
+    """The constraint on answers whose request sets none; at most one of these is set."""
 
     schema_file: str = _option(
         '', 'file with a JSON Schema that every answer conforms to, unless its request has its '
@@ -253,7 +253,8 @@ class DeadlineConfig:
         'report', 'report: a late request continues; truncate: request_ms ends the request and '
         'delivers the answer so far', choices=('report', 'truncate'), dynamic=True)
     max_consecutive_misses: int = _option(
-        3, 'this many late tokens in a row are an ERROR', low=1, high=1000000, dynamic=True)
+        3, 'this many late tokens in a row set the status to ERROR', low=1, high=1000000,
+        dynamic=True)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from physai_decode.request import RequestError
 from physai_decode.speech import BLANKS
 from physai_decode.speech import Thought
 from physai_decode.tokenizer_files import TextError
-from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import TOOL_FORMS
 
 MAX_BYTES = 65_536              # limit on a schema or a grammar
 MAX_CALLS = 8                   # limit on the tool calls of one answer, if calls are required
@@ -166,7 +166,7 @@ class Vocabulary:
 
     def _lark(self, calls: Calls) -> str:
         """Write a grammar of tool calls, with fixed text around the arguments."""
-        form, rules = FORMS[calls.form], []
+        form, rules = TOOL_FORMS[calls.form], []
 
         def literal(text: str) -> str:
             parts = re.split(f'({"|".join(map(re.escape, form.markers))})', text)

@@ -96,7 +96,7 @@ DESCRIPTIONS = {
                    'measured, observed in steps (they exceeded the previous peak), or unknown',
     'power_mode': 'power mode of a Jetson, from jetson-stats',
     'power_w': 'power draw of the device; in ~/request_stats the mean over the answer',
-    'prefill_ms': 'from dequeued to the first known token, including encode_ms, sample_ms, and '
+    'prefill_ms': 'from dequeued to the first token, including encode_ms, sample_ms, and '
                   'the wait for a server that failed. A draft model reads the prompt after that, '
                   'in itl_ms of a later token',
     'prompt_tokens': 'tokens of the prompt, including template and history',

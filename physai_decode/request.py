@@ -121,7 +121,7 @@ class Form(NamedTuple):
 class Calls(NamedTuple):
     """Tool calls that an answer has to consist of."""
 
-    form: str                       # a key of `physai_decode.tool_forms.FORMS`
+    form: str                       # a key of `physai_decode.tool_forms.TOOL_FORMS`
     tools: tuple[Mapping[str, Any], ...]
     single: bool                    # exactly one call; otherwise one or more
 

@@ -39,17 +39,17 @@ from physai_decode.delivery import POLL_S
 from physai_decode.delivery import Refused
 from physai_decode.delivery import with_parts
 from physai_decode.engines.openai import Delta
-from physai_decode.engines.openai import Exchange
 from physai_decode.engines.openai import Fragment
 from physai_decode.engines.openai import Server
 from physai_decode.engines.openai import ServerError
+from physai_decode.engines.openai import ServerRequest
 from physai_decode.engines.openai import Usage
 from physai_decode.request import Call
 from physai_decode.request import Form
 from physai_decode.request import parse_value
 from physai_decode.request import RequestError
-from physai_decode.speech import Kind
 from physai_decode.speech import Part
+from physai_decode.speech import PartKind
 
 USAGE_TIMEOUT_S = 1.0           # for the token counts after the end of the answer
 TOO_LONG = (400, 413)           # the status of servers for a conversation beyond the context
@@ -138,7 +138,7 @@ class ServerAnswer(Delivery):
         with closing(self._server.ask(path, {**body, **options})) as exchange:
             return self._receive(exchange, end_s)
 
-    def _receive(self, exchange: Exchange, end_s: float) -> End:
+    def _receive(self, exchange: ServerRequest, end_s: float) -> End:
         """Emit the answer piece by piece, until its end."""
         limit = self._sampling.max_new_tokens
         while True:
@@ -165,7 +165,7 @@ class ServerAnswer(Delivery):
                 self._hold_pace(now_s, 1)
                 end_s = self._clock() + 1e-3 * self._config.token_timeout_ms
 
-    def _next(self, exchange: Exchange, end_s: float) -> Delta:
+    def _next(self, exchange: ServerRequest, end_s: float) -> Delta:
         """
         Wait for the next delta.
 
@@ -185,7 +185,7 @@ class ServerAnswer(Delivery):
                 assert isinstance(delta, Delta)
                 return delta
 
-    def _await_usage(self, exchange: Exchange) -> None:
+    def _await_usage(self, exchange: ServerRequest) -> None:
         """Wait for the token counts, which may follow the end; the answer does not need them."""
         end_s = self._clock() + USAGE_TIMEOUT_S
         while self._clock() < end_s:
@@ -345,7 +345,7 @@ class _ToolCalls:
                 raise ServerError(f'the server calls the tool {name} with {shown(written)}, which '
                                   'is not a JSON object')
             id_ = next((each.id for each in fragments if each.id), '')
-            parts.append(Part(Kind.CALL, call=Call(
+            parts.append(Part(PartKind.CALL, call=Call(
                 id_ or f'call_{secrets.token_hex(12)}', name, arguments)))
         return parts
 

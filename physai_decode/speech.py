@@ -27,7 +27,7 @@ import secrets
 from typing import NamedTuple
 
 from physai_decode.request import Call
-from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import TOOL_FORMS
 from physai_decode.tool_forms import ToolForm
 from physai_decode.tool_forms import Unreadable
 
@@ -43,7 +43,7 @@ class Manner:
     opens: str = ''                 # begins a thought; empty: the model does not think
     closes: str = ''
     close_ids: tuple[int, ...] = () # tokens that the node feeds to end a thought
-    form: str = ''                  # of tool calls, in `FORMS`; empty: no support for tools
+    form: str = ''                  # of tool calls, in `TOOL_FORMS`; empty: no support for tools
     reason: str = 'the model has no chat template'      # for this form, or for none
 
     @property
@@ -55,7 +55,7 @@ class Manner:
     def markers(self, tools: bool) -> tuple[str, ...]:
         """Return the markers to look for; none if all output is the answer."""
         thoughts = (self.opens, self.closes) if self.opens else ()
-        return thoughts + (FORMS[self.form].markers if tools else ())
+        return thoughts + (TOOL_FORMS[self.form].markers if tools else ())
 
     def is_inside(self, tail: str) -> bool | None:
         """
@@ -76,7 +76,7 @@ class Thought(NamedTuple):
     inside: bool                    # whether the prompt has opened it
 
 
-class Kind(Enum):
+class PartKind(Enum):
     """The kind of a part."""
 
     CONTENT = 'content'
@@ -87,7 +87,7 @@ class Kind(Enum):
 class Part(NamedTuple):
     """A part of the output; a tool call is always complete."""
 
-    kind: Kind
+    kind: PartKind
     text: str = ''
     call: Call | None = None
 
@@ -116,7 +116,7 @@ class Speech:
         self.problem = ''               # why something that looks like a call is text
         self._opens, self._closes = manner.opens, manner.closes
         self._names = frozenset(tools)
-        self._form: ToolForm | None = FORMS[manner.form] if self._names else None
+        self._form: ToolForm | None = TOOL_FORMS[manner.form] if self._names else None
         begins = self._form.begins if self._form is not None else ()
         self._begins = re.compile('|'.join(map(re.escape, begins)) or r'(?!)')
         self._begins_texts: Sequence[str] = begins
@@ -162,10 +162,10 @@ class Speech:
             cut = len(text) if complete else len(text) - _partial_length(text, (self._closes,))
             end = len(text[:cut].rstrip())
             self._text = '' if complete else text[end:]
-            parts += [Part(Kind.REASONING, text[:end])] if end else []
+            parts += [Part(PartKind.REASONING, text[:end])] if end else []
             return False
         thought = text[:at].rstrip()
-        parts += [Part(Kind.REASONING, thought)] if thought else []
+        parts += [Part(PartKind.REASONING, thought)] if thought else []
         self._text = text[at + len(self._closes):]
         self.thinking, self._trims, self._blank = False, not self.exact, True
         return True
@@ -187,10 +187,10 @@ class Speech:
                 self.problem = f'a text that looks like a tool call is not one: {error}'
             begin = self._begins.match(self._text)
             length = begin.end() if begin else len(self._form.bare)
-            parts.append(Part(Kind.CONTENT, self._before + self._text[:length]))
+            parts.append(Part(PartKind.CONTENT, self._before + self._text[:length]))
             self._text, self._blank = self._text[length:], False
         else:
-            parts += [Part(Kind.CALL, call=Call(f'call_{secrets.token_hex(12)}', *each))
+            parts += [Part(PartKind.CALL, call=Call(f'call_{secrets.token_hex(12)}', *each))
                       for each in parsed.calls[:1 if self._single else None]]
             self.ended = self._single
             self._text = '' if self.ended else self._text[parsed.length:]
@@ -224,7 +224,7 @@ class Speech:
         at = self._begins.search(text)
         if at is not None:
             content = text[:at.start()].rstrip()
-            parts += [Part(Kind.CONTENT, content)] if content else []
+            parts += [Part(PartKind.CONTENT, content)] if content else []
             self._before = text[len(content):at.start()]
             self._text, self._calling = text[at.start():], True
             self._may_think = False
@@ -233,7 +233,7 @@ class Speech:
         if not complete and self._form is not None:
             end -= _partial_length(text, self._begins_texts)
             end = len(text[:end].rstrip())          # a call may follow, which removes blanks
-        parts += [Part(Kind.CONTENT, text[:end])] if end else []
+        parts += [Part(PartKind.CONTENT, text[:end])] if end else []
         self._text = text[end:]
         if text[:end].strip():
             self._blank = self._trims = self._may_think = False

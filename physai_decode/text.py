@@ -45,8 +45,8 @@ from physai_decode.request import Call
 from physai_decode.request import Message
 from physai_decode.speech import Manner
 from physai_decode.tokenizer_files import TextError
-from physai_decode.tool_forms import FORMS
 from physai_decode.tool_forms import reads
+from physai_decode.tool_forms import TOOL_FORMS
 
 SANDBOX = (3, 1, 6)             # the first jinja2 without a published escape from its sandbox
 _BLANKS = ' \t\n\r\u2581'
@@ -196,7 +196,7 @@ class Text:
         if calls and not self._template_writes_calls:
             if not self.manner.form:
                 raise TextError(f'tool_calls cannot be used: {self.manner.reason}')
-            written = FORMS[self.manner.form].written(call[1:] for call in calls)
+            written = TOOL_FORMS[self.manner.form].written(call[1:] for call in calls)
             content, calls = f'{content}\n{written}' if content else written, ()
         found: dict[str, Any] = {
             'role': message.role, 'content': self._shown(content, texts)}
@@ -330,7 +330,7 @@ class Text:
             return ''
 
     def _find_manner(self, added: Mapping[int, str]) -> Manner:
-        """Find the markers of thoughts and the form of tool calls."""
+        """Find the markers of thoughts and the syntax of tool calls."""
         if not self._source:
             return Manner(reason='no chat template presents them to the model')
         names = set(added.values())
@@ -341,7 +341,7 @@ class Text:
         return Manner(opens, closes, tuple(ids) if opens else (), form, reason)
 
     def _find_form(self) -> tuple[str, str]:
-        """Return the form of tool calls, empty if tools are not supported, and the reason."""
+        """Return the syntax of tool calls, empty if tools are not supported, and the reason."""
         prompt = {'role': 'user', 'content': 'Go.'}
         try:
             rendered = self._render([prompt], {}, tools=[_TRIAL_TOOL])
@@ -360,20 +360,21 @@ class Text:
                     tools=[_TRIAL_TOOL])
             except TextError:
                 continue
-            known = [name for name, form in FORMS.items() if reads(form, rendered, _TRIAL[1:])
+            known = [name for name, form in TOOL_FORMS.items() if reads(form, rendered, _TRIAL[1:])
                      and not _is_excluded(name, self._tool_source)]
             if known:
                 self._template_writes_calls = True
-                return known[0], 'the chat template writes calls in this form'
+                return known[0], 'the chat template writes calls in this syntax'
             if 'trial_value' in rendered:
-                return '', ('the chat template writes calls in an unknown form: '
-                            f'known are {", ".join(FORMS)}')
-        known = [name for name, form in FORMS.items()
+                return '', ('the chat template writes calls in an unknown syntax: '
+                            f'known are {", ".join(TOOL_FORMS)}')
+        known = [name for name, form in TOOL_FORMS.items()
                  if not _is_excluded(name, self._tool_source)
                  and any(begin in self._tool_source for begin in form.begins)]
         if not known:
-            return '', f'the chat template names no form of calls: known are {", ".join(FORMS)}'
-        return known[0], 'the chat template asks for calls in this form'
+            return '', ('the chat template names no known syntax of calls: known are '
+                        f'{", ".join(TOOL_FORMS)}')
+        return known[0], 'the chat template asks for calls in this syntax'
 
     def _find_end_ids(self, eos_id: int | None) -> tuple[int, ...]:
         """Return the end token of the tokenizer, and that of the template's assistant turns."""

@@ -92,7 +92,7 @@ class TextProcess:
         :param chat: template and system prompt.
         :param vocab_size: vocabulary size of the model; None if unknown.
         :param end_ids: ids in the model's config that end an answer.
-        :raises TextError: the tokenizer can not be loaded, or takes too much time or memory; the
+        :raises TextError: the tokenizer cannot be loaded, or takes too much time or memory; the
             message names the folder and the reason.
         """
         from tokenizers import Tokenizer
@@ -196,7 +196,7 @@ class TextProcess:
             if not self._ready:
                 self._await_load(heartbeat)
             return array('I', self._reply(
-                'the prompt can not be encoded', memory, cpu_s, heartbeat, request))
+                'the prompt cannot be encoded', memory, cpu_s, heartbeat, request))
         finally:
             if self._process.returncode is not None:
                 self._start()
@@ -307,7 +307,7 @@ def _outcome(work: Callable[[], bytes]) -> bytes:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         reason = f'{_CULPRIT} takes more than {limit / 1e6:.0f} MB of memory: {_ADVICE}'
     except BaseException as error:      # such as a panic of the tokenizers library
-        reason = f'{_CULPRIT} can not be used ({described(error)}): {_ADVICE}'
+        reason = f'{_CULPRIT} cannot be used ({described(error)}): {_ADVICE}'
     return _REFUSED + reason.encode(errors='backslashreplace')
 
 

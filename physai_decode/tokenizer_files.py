@@ -39,7 +39,7 @@ _AGAIN = 'copy or download the model again'
 
 
 class TextError(ValueError):
-    """A prompt can not be encoded, or a tokenizer can not be loaded; the message says why."""
+    """A prompt cannot be encoded, or a tokenizer cannot be loaded; the message says why."""
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -48,7 +48,7 @@ def load_tokenizer(folder: str) -> Any:
 
     :param folder: a folder in Hugging Face layout. No code from it runs; nothing is downloaded.
     :returns: a fast tokenizer of the transformers library.
-    :raises TextError: it can not be loaded; the message names the folder and the reason.
+    :raises TextError: it cannot be loaded; the message names the folder and the reason.
     """
     path = Path(folder)
     try:
@@ -166,7 +166,7 @@ def _check_sample(tokenizer: Any, lacks: str) -> None:
     unknown = tokenizer.unk_token_id
     if all(id_ == unknown for id_ in ids):
         raise TextError(
-            f'{lacks}none of its {backend.get_vocab_size()} tokens is text (it can not encode '
+            f'{lacks}none of its {backend.get_vocab_size()} tokens is text (it cannot encode '
             f'{SAMPLE!r}): {_AGAIN}')
 
 

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The formats in which models write tool calls, and their parsers.
+The syntaxes in which models write tool calls, and their parsers.
 
-A format is data and a parser. To add one, add an entry to `FORMS`.
+A syntax is data and a parser. To add one, add an entry to `TOOL_FORMS`.
 """
 
 import ast
@@ -48,7 +48,7 @@ class Unreadable(ValueError):
 @dataclass(frozen=True)
 class ToolForm:
     """
-    One format.
+    One syntax.
 
     A model writes ``opens``, its calls separated by ``between``, and ``closes``. A call is
     ``before``, in which ``NAME`` stands for the name of the tool, then the arguments as JSON, then
@@ -214,7 +214,7 @@ _TAGS = '<tool_call>', '</tool_call>'
 _TAGGED = {'before': '<tool_call>\n{"name": "NAME", "arguments": ', 'after': '}\n</tool_call>',
            'between': '\n'}
 # In order of preference: the node picks the first that can parse what the template writes.
-FORMS = {form.name: form for form in (
+TOOL_FORMS = {form.name: form for form in (
     ToolForm('hermes', _TAGS[:1], read=_read_tagged, markers=_TAGS, **_TAGGED),
     ToolForm('smollm3', ('<tool_call>', '<code>'), read=_read_tagged_or_code,
              markers=(*_TAGS, '<code>', '</code>'), **_TAGGED),
@@ -227,7 +227,7 @@ FORMS = {form.name: form for form in (
 
 
 def reads(form: ToolForm, text: str, call: tuple[str, Mapping[str, Any]]) -> bool:
-    """Return whether a format can parse a call anywhere in a text."""
+    """Return whether a syntax can parse a call anywhere in a text."""
     starts = (match.start() for begin in (*form.begins, form.bare) if begin
               for match in re.finditer(re.escape(begin), text))
     for start in starts:

@@ -123,13 +123,13 @@ def main():
                   DIMS=dim, SPLITS=8, TOKENS=32, WINDOW=0, NORM=norm, BETA=0.1 * norm,
                   LENGTH=16384)
         build(kernels._select, COUNT=100, WIDE=128, BLOCK=128, TOP_K=8, NORMALISED=True)
-        for gated, choice, selected in (
-                (True, kernels.DENSE_CHOICES[0], 0), (False, kernels.DENSE_CHOICES[6], 0),
-                (True, kernels.DENSE_CHOICES[2], 1), (False, kernels.DENSE_CHOICES[5], 8)):
-            made = build(kernels._dense, warps=choice.warps, x='fp32' if gated else half,
+        for gated, layout, selected in (
+                (True, kernels.DENSE_LAYOUTS[0], 0), (False, kernels.DENSE_LAYOUTS[6], 0),
+                (True, kernels.DENSE_LAYOUTS[2], 1), (False, kernels.DENSE_LAYOUTS[5], 8)):
+            made = build(kernels._dense, warps=layout.warps, x='fp32' if gated else half,
                          out=half if gated else 'fp32', K=3584 * max(1, selected), SIZE=3584,
-                         STACK=7 * 2**20 * bool(selected), ROWS=choice.rows,
-                         COLUMNS=choice.columns, STAGES=choice.stages, NORM=gated, GATED=gated,
+                         STACK=7 * 2**20 * bool(selected), ROWS=layout.rows,
+                         COLUMNS=layout.columns, STAGES=layout.stages, NORM=gated, GATED=gated,
                          GELU=gated, ADD=not gated, BIAS=gated)
             assert not re.search(NARROW, made.asm['ptx'])
             if pdl and not (gated and selected):
@@ -166,11 +166,11 @@ def main():
 def scaled(build, half, capability, pdl):
     """Compile the kernels for 8-bit weights, with scales per row and per group."""
     for gated, by_row in ((True, True), (False, False)):
-        choice = kernels.DENSE_CHOICES[0 if gated else 2]
+        layout = kernels.DENSE_LAYOUTS[0 if gated else 2]
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
-                     warps=choice.warps, out=half if gated else 'fp32', K=3584,
-                     GROUP=3584 if by_row else 128, ROWS=choice.rows, COLUMNS=choice.columns,
-                     STAGES=choice.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
+                     warps=layout.warps, out=half if gated else 'fp32', K=3584,
+                     GROUP=3584 if by_row else 128, ROWS=layout.rows, COLUMNS=layout.columns,
+                     STAGES=layout.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
                      ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, GELU=False,
                      ADD=not gated, BIAS=gated, ASSEMBLY=True)
         assert by_row or 'prmt.b32' in made.asm['ptx']
@@ -185,10 +185,10 @@ def scaled(build, half, capability, pdl):
 def coded(build, half, capability, pdl):
     """Compile the kernels for 4-bit codes, with scales of each type."""
     for gated, scales, group in ((True, 'fp32', 64), (False, 'i8', 16), (True, 'u8', 32)):
-        choice = kernels.CODED_CHOICES[0]
+        layout = kernels.CODED_LAYOUTS[0]
         made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
-                     warps=choice.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
-                     ROWS=choice.rows, COLUMNS=choice.columns, NORM=gated, GATED=gated,
+                     warps=layout.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
+                     ROWS=layout.rows, COLUMNS=layout.columns, NORM=gated, GATED=gated,
                      GELU=gated, ADD=not gated, BIAS=gated, E2M1=not gated)
         assert gated or 'lop3.b32' in made.asm['ptx']
         # A lane loads 16 bytes of codes at a time.
@@ -253,7 +253,7 @@ def passes(build, half, capability):
         for warps, together in ((1, 2), (4, 8)):
             build(own._attend_rows, warps=warps, **sizes, PADDED=16 * warps, SPLITS=8, TOKENS=32,
                   TOGETHER=together, WINDOW=window, BETA=0.0, LENGTH=1)
-    for layout in own.DENSE_LAYOUTS[::5]:
+    for layout in own.PASS_DENSE_LAYOUTS[::5]:
         for gated in (True, False):
             made = build(own._dense_rows, warps=layout.warps, x=half,
                          out=half if gated else 'fp32', K=3584, TILE=layout.rows,

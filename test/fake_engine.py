@@ -193,6 +193,9 @@ class CharacterText:
         """Return a vocabulary that compiles constraints for characters below 128."""
         return Vocabulary(byte_tokenizer(), size, end_ids)
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 def byte_tokenizer() -> Tokenizer:
     """Return a tokenizer of 256 tokens, each the byte of its id."""

@@ -20,12 +20,19 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
 import json
+import socket
 import ssl
 import threading
 from typing import Any
 
 MODEL = 'far/model'
 PATIENCE_S = 60.0               # against hangs only
+
+
+def free_port() -> int:
+    """Return a free port."""
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        return found.getsockname()[1]
 
 
 class Call(BaseHTTPRequestHandler):

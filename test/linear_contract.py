@@ -29,9 +29,13 @@ EPS = 1e-6
 
 
 def maker():
-    """Return a function that draws random tensors of a shape."""
+    """Return a function that draws a random tensor of a shape."""
     generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    return normal
 
 
 def assert_close(got, expected, relative=1e-5):
@@ -39,16 +43,16 @@ def assert_close(got, expected, relative=1e-5):
     assert error < relative     # a NaN does not pass
 
 
-def random_weight(form, n, k, seed=1):
-    """Return a random weight in a form of `random_formats`, and its float32 values [n, k]."""
-    config, draw = form
+def random_weight(format_, n, k, seed=1):
+    """Return a random weight in a format of `random_formats`, and its float32 values [n, k]."""
+    config, draw = format_
     stored, exact = draw(torch.Generator().manual_seed(seed), n, k)
     return random_formats.read(config, stored, n, k, DEVICE), exact.float().to(DEVICE)
 
 
-def check_product(make, ops, form, n, k):
+def check_product(make, ops, format_, n, k):
     """Compare products with a norm, added to the output, and with a bias to dense ones."""
-    weight, dense = random_weight(form, n, k)
+    weight, dense = random_weight(format_, n, k)
     x, gain, out = make(k), make(k), make(n)
     normed = x * torch.rsqrt(x.square().mean() + EPS) * gain
     assert_close(weight.apply(normed), dense @ normed)
@@ -61,18 +65,18 @@ def check_product(make, ops, form, n, k):
     assert_close(out, dense @ normed + biased.bias)
 
 
-def check_layout(make, ops, form, choice):
+def check_layout(make, ops, format_, layout):
     """Compare a product in one kernel layout to the dense one."""
-    weight, dense = random_weight(form, 24, 1280)
+    weight, dense = random_weight(format_, 24, 1280)
     x, out, ops = make(1280), make(24), ops(DEVICE)
-    ops._choices[kernels.Shape(24, 1280, weight.kind, False, False)] = choice
+    ops._layouts[kernels.Shape(24, 1280, weight.kind, False, False)] = layout
     ops.linear(x, weight, out)
     assert_close(out, dense @ x)
 
 
-def check_gated(make, ops, form, bias):
+def check_gated(make, ops, format_, bias):
     """Compare fused gate and up to dense ones, with the kernels and with the reference."""
-    parts = [random_weight(form, 24, 640, seed) for seed in (2, 3)]
+    parts = [random_weight(format_, 24, 640, seed) for seed in (2, 3)]
     dense = Dense(torch.cat([each for _, each in parts]), make(48) if bias else None)
     weight = fusion.fuse([replace(each, bias=half) for (each, _), half in zip(
         parts, dense.bias.chunk(2) if bias else (None, None), strict=True)], paired=True)
@@ -85,9 +89,9 @@ def check_gated(make, ops, form, bias):
     assert_close(out, expected)
 
 
-def check_fused(make, ops, form):
+def check_fused(make, ops, format_):
     """Compare fused projections of one input to dense ones."""
-    parts = [random_weight(form, rows, 640, seed) for seed, rows in enumerate((7, 24))]
+    parts = [random_weight(format_, rows, 640, seed) for seed, rows in enumerate((7, 24))]
     weight = fusion.fuse([each for each, _ in parts])
     x, out = make(640), make(31)
     ops(DEVICE).linear(x, weight, out)

@@ -43,9 +43,9 @@ from physai_decode.benchmark import session
 from physai_decode.benchmark import suites
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
+from physai_decode.benchmark.case import ModelSource
 from physai_decode.benchmark.case import parse_engine
 from physai_decode.benchmark.case import parse_sampling
-from physai_decode.benchmark.case import Source
 from physai_decode.benchmark.runner import Runner
 from physai_decode.benchmark.table import Table
 from physai_decode.config import ConfigError
@@ -103,7 +103,7 @@ class FakeEngine:
 
 def case(label='fake', contexts=(64, 128), **more):
     defaults = {'engine': EngineConfig(name='native', cpu_threads=1), 'steps': 5, 'warmup': 2,
-                'source': Source(synthetic='tiny')}
+                'source': ModelSource(synthetic='tiny')}
     return Case(label, contexts=contexts, **{**defaults, **more})
 
 
@@ -260,8 +260,9 @@ def test_energy_of_decode_steps():
 
 
 @pytest.mark.parametrize(('text', 'kind'), [
-    ('cpu', neighbour.Kind('cpu')), ('gpu', neighbour.Kind('gpu', 30.0, 1)),
-    ('gpu:60', neighbour.Kind('gpu', 60.0, 1)), ('gpu:10,4', neighbour.Kind('gpu', 10.0, 4))])
+    ('cpu', neighbour.NeighbourKind('cpu')), ('gpu', neighbour.NeighbourKind('gpu', 30.0, 1)),
+    ('gpu:60', neighbour.NeighbourKind('gpu', 60.0, 1)),
+    ('gpu:10,4', neighbour.NeighbourKind('gpu', 10.0, 4))])
 def test_parses_a_neighbour(text, kind):
     assert neighbour.parse(text) == kind
 
@@ -283,7 +284,7 @@ def test_neighbour_processes_end_with_the_context_manager(monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
-    with neighbour.running(neighbour.Kind('cpu')) as other:
+    with neighbour.running(neighbour.NeighbourKind('cpu')) as other:
         assert len(started) == len(neighbour.os.sched_getaffinity(0))
         assert all(process.poll() is None for process in started)
         assert other.collect(0.0) == []
@@ -293,7 +294,7 @@ def test_neighbour_processes_end_with_the_context_manager(monkeypatch):
 def test_reports_a_neighbour_that_can_not_run(monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     with pytest.raises(RuntimeError, match='the neighbour on the GPU does not run'):
-        with neighbour.running(neighbour.Kind('gpu')):
+        with neighbour.running(neighbour.NeighbourKind('gpu')):
             pass
 
 
@@ -932,7 +933,7 @@ def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
     folder = tmp_path / 'model'
     folder.mkdir()
     (folder / 'config.json').write_text('{}')
-    of = case('one', source=Source(path=str(folder)))
+    of = case('one', source=ModelSource(path=str(folder)))
     started = []
 
     def process(self, case_path, result_path, log_path, timeout_s):
@@ -1284,7 +1285,7 @@ def test_reports_the_signal_of_a_killed_checkpoint_writer(runner, monkeypatch, w
     run = subprocess.run
     monkeypatch.setattr(runner_module.subprocess, 'run', lambda command, **more: run(
         ['sh', '-c', f'echo "{words}"; kill -9 $$'], **more))
-    result, = runner.run([case(source=Source(synthetic='tiny', written=True))])
+    result, = runner.run([case(source=ModelSource(synthetic='tiny', written=True))])
     assert result['status'] == 'unavailable'
     assert result['error'] == ('no checkpoint: its writer was killed by SIGKILL; its last line: '
                                + (words or '(empty)'))
@@ -1385,9 +1386,9 @@ def test_paper_plots_distinguish_all_paths(tmp_path, monkeypatch):
 
 
 def test_realised_saving_is_time_over_traffic():
-    bf16 = done(Case(suites.NATIVE, EngineConfig(), Source(synthetic='tiny'), (2048,)), [0.010])
-    int4 = done(Case(suites.GPTQ, EngineConfig(), Source(synthetic='tiny', quantization='gptq'),
-                     (2048,)), [0.007])
+    dense, gptq = (ModelSource(synthetic='tiny', quantization=name) for name in ('none', 'gptq'))
+    bf16 = done(Case(suites.NATIVE, EngineConfig(), dense, (2048,)), [0.010])
+    int4 = done(Case(suites.GPTQ, EngineConfig(), gptq, (2048,)), [0.007])
     bf16['footprint']['read_weight_bytes'] = 4_000_000
     int4['footprint']['read_weight_bytes'] = 1_000_000
     first, row = suites.quantized_table([bf16, int4], 2048).rows

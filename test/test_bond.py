@@ -15,16 +15,8 @@
 """The bond to nav2's lifecycle manager, over a stand-in for bondpy."""
 
 from node_rig import Rig
+from node_rig import ros  # noqa: F401
 import pytest
-import rclpy
-
-
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
 
 
 class Heartbeat:

@@ -39,43 +39,41 @@ from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.coded_kernels import CodedOps
 import random_formats
 
-FORMS = {
+FORMATS = {
     'nf4': random_formats.bitsandbytes('nf4'),
     'fp4-double-g128': random_formats.bitsandbytes('fp4', block=128, double=True),
     **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')}}
 
 
-@pytest.fixture
-def make():
-    return linear_contract.maker()
+make = pytest.fixture(linear_contract.maker)
 
 
 def random_weight(name, n, k, seed=1):
-    return linear_contract.random_weight(FORMS[name], n, k, seed)
+    return linear_contract.random_weight(FORMATS[name], n, k, seed)
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('n, k', [(7, 640), (24, 1024), (16, 144)])
 def test_product(make, name, n, k):
-    check_product(make, CodedOps, FORMS[name], n, k)
+    check_product(make, CodedOps, FORMATS[name], n, k)
 
 
 @pytest.mark.parametrize('name', ['nf4', 'nvfp4'])
-@pytest.mark.parametrize('choice', kernels.CODED_CHOICES)
-def test_each_layout(make, name, choice):
-    check_layout(make, CodedOps, FORMS[name], choice)
+@pytest.mark.parametrize('layout', kernels.CODED_LAYOUTS)
+def test_each_layout(make, name, layout):
+    check_layout(make, CodedOps, FORMATS[name], layout)
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('bias', [False, True])
 def test_gated(make, name, bias):
-    check_gated(make, CodedOps, FORMS[name], bias)
+    check_gated(make, CodedOps, FORMATS[name], bias)
 
 
 @pytest.mark.parametrize('name', ['nvfp4', 'mxfp4'])
 def test_fused_projections(make, name):
     """Each projection has its own factor."""
-    check_fused(make, CodedOps, FORMS[name])
+    check_fused(make, CodedOps, FORMATS[name])
 
 
 def test_does_not_fuse_different_layouts():
@@ -87,7 +85,7 @@ def test_does_not_fuse_different_layouts():
     assert fusion.fuse([random_weight('nf4', 12, 640)[0]] * 2, paired=True) is None
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('k', [1280, 144])
 def test_dequantises_rows(name, k):
     weight, dense = random_weight(name, 24, k)

@@ -493,7 +493,7 @@ def test_both_models_have_to_fit(native, tmp_path, monkeypatch):        # noqa: 
     import random_model
     model = checkpoint.open(str(random_model.save(tmp_path, 'qwen3', 0)))
     monkeypatch.setattr(device, 'free_bytes', lambda device: 10)
-    with pytest.raises(EngineError, match='draft model .* can not be used: not enough memory'):
+    with pytest.raises(EngineError, match='draft model .* cannot be used: not enough memory'):
         engines.build(model, CPU, passes=True, draft=model)
     free = [10**9]
     monkeypatch.setattr(device, 'free_bytes', lambda device: free[0])

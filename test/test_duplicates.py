@@ -18,20 +18,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from node_rig import Rig
+from node_rig import ros  # noqa: F401
 from physai_decode.ros import messages
 from physai_decode.ros.duplicates import GHOST_S
 import pytest
-import rclpy
 from rclpy.node import Node
 from std_msgs.msg import String
-
-
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from engine_contract import load
+from linear_contract import maker
 from physai_decode import engines
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
@@ -59,15 +60,7 @@ COUNT, TOP_K = 5, 3
 IDS = (4, 0, 3)
 
 
-@pytest.fixture
-def make():
-    """Return a function that draws a random tensor of a shape."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return normal
+make = pytest.fixture(maker)
 
 
 @pytest.fixture
@@ -119,7 +112,7 @@ def test_routing_weights_of_nan_logits_are_nan(make):
 @pytest.mark.parametrize('size, columns', [(40, 512), (96, 64), (512, 256)])
 def test_dense(make, routed, size, columns, monkeypatch):
     """With and without partial tiles."""
-    monkeypatch.setattr(kernels, 'DENSE_CHOICES', (kernels.Choice(16, columns, 1, 1),))
+    monkeypatch.setattr(kernels, 'DENSE_LAYOUTS', (kernels.Layout(16, columns, 1, 1),))
     gate_up = stack_of(Dense(make(2 * size, 100)) for _ in range(COUNT))
     down = stack_of(Dense(make(33, size)) for _ in range(COUNT))
     check_products(make, routed, gate_up, down, size)

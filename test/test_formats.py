@@ -14,6 +14,7 @@
 
 """The native engine runs each format of quantised weights, and rejects damaged checkpoints."""
 
+from itertools import product
 import json
 
 import pytest
@@ -33,6 +34,7 @@ from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.native import weights as native_weights
 from physai_decode.engines.native.source import Files
 import random_formats
+import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from test_gptq import assert_close
@@ -41,7 +43,7 @@ from test_gptq import library_logits
 CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
 IDS = [(3 + 7 * index) % 512 for index in range(40)]
 WIDE = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4}
-FORMS = {
+FORMATS = {
     **{f'awq-g{size}': random_formats.awq(size) for size in (32, 64, 128, -1)},
     **{f'packed4-g{size}': random_formats.packed(4, size) for size in (32, 64, 128, -1)},
     'packed4-zeros': random_formats.packed(4, 64, symmetric=False),
@@ -75,8 +77,8 @@ FOUR = {
     'bnb-int8': random_formats.bitsandbytes('int8'),
     **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')},
     'modelopt-fp8': random_formats.float8('tensor', 'modelopt')}
-FORMS.update(EIGHT)
-FORMS.update(FOUR)
+FORMATS.update(EIGHT)
+FORMATS.update(FOUR)
 NAMES = {'awq-g64': 'awq-int4-g64', 'packed4-g128': 'compressed-tensors-int4-g128',
          'packed4-g-1': 'compressed-tensors-int4', 'nf4': 'bitsandbytes-nf4',
          'nvfp4': 'compressed-tensors-float4-g16', 'modelopt': 'modelopt-nvfp4'}
@@ -94,9 +96,9 @@ def check(folder, state):
     return engine.footprint
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_each_format(tmp_path, name):
-    state = random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
+    state = random_formats.save(tmp_path, 'llama', FORMATS[name], **WIDE)
     footprint = check(tmp_path, state)
     assert footprint.quantization == NAMES.get(name, footprint.quantization)
     assert 'dense_fallbacks' not in footprint.details
@@ -104,10 +106,10 @@ def test_each_format(tmp_path, name):
     assert 'input_' in unused or 'activation_scale' in unused
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_slow_formats(tmp_path, name):
     """Those without the kernels for unquantised weights or integers of four bits."""
-    random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
+    random_formats.save(tmp_path, 'llama', FORMATS[name], **WIDE)
     model = inspect(tmp_path)
     loaded = native_weights.load(families.parse(model.config), Files(model, torch.device('cpu')),
                                  model.quantized, torch.bfloat16, print)
@@ -117,20 +119,21 @@ def test_slow_formats(tmp_path, name):
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',
                                   'nf4-double', 'nvfp4'])
 def test_biases_and_quantised_head(tmp_path, name):
-    check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMS[name], dense=()))
+    check(tmp_path, random_formats.save(tmp_path, 'qwen2', FORMATS[name], dense=()))
 
 
-@pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4',
-                                  'nvfp4', 'mxfp4'])
-@pytest.mark.parametrize('family', ['phi3_part', 'gemma3_text'])
+@pytest.mark.parametrize(('family', 'name'), [
+    *((family, 'awq-g64') for family in families.FAMILIES if family in random_model.DENSE),
+    *product(('phi3_part', 'gemma3_text'), (
+        'packed4-order', 'int8-rows', 'fp8-block', 'nf4', 'nvfp4', 'mxfp4'))])
 def test_other_families(tmp_path, family, name):
     """Phi-3 stores projections fused, and the engine reorders their rows."""
-    footprint = check(tmp_path, random_formats.save(tmp_path, family, FORMS[name], **WIDE))
+    footprint = check(tmp_path, random_formats.save(tmp_path, family, FORMATS[name], **WIDE))
     assert 'dense_fallbacks' not in footprint.details
 
 
 def test_fused_gate_and_up_that_do_not_fill_tiles_become_dense(tmp_path):
-    state = random_formats.save(tmp_path, 'phi3', FORMS['packed4-g-1'], intermediate_size=260,
+    state = random_formats.save(tmp_path, 'phi3', FORMATS['packed4-g-1'], intermediate_size=260,
                                 dense=('lm_head', 'down'))
     assert check(tmp_path, state).details['dense_fallbacks'] == '2'
 
@@ -138,18 +141,18 @@ def test_fused_gate_and_up_that_do_not_fill_tiles_become_dense(tmp_path):
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-order', 'float8-channel', 'nf4', 'mxfp4'])
 def test_dense_module_beside_quantised_ones(tmp_path, name):
     """If one of several projections that the engine fuses is dense, all of them become dense."""
-    state = random_formats.save(tmp_path, 'llama', FORMS[name],
+    state = random_formats.save(tmp_path, 'llama', FORMATS[name],
                                 dense=('lm_head', '0.mlp.down', '1.self_attn.k_proj'), **WIDE)
     assert check(tmp_path, state).details['dense_fallbacks'] == '1'
 
 
 def test_group_size_differs_between_modules(tmp_path):
     """Projections that the engine fuses become dense if their group sizes differ."""
-    form, other = random_formats.packed(4, 32), random_formats.packed(4, 128)
-    groups = form[0]['config_groups']
+    format_, other = random_formats.packed(4, 32), random_formats.packed(4, 128)
+    groups = format_[0]['config_groups']
     groups['group_1'] = {**other[0]['config_groups']['group_0'], 'targets': [
         're:.*down_proj', 'model.layers.0.self_attn.v_proj']}
-    state = random_formats.save(tmp_path, 'llama', form, **WIDE,
+    state = random_formats.save(tmp_path, 'llama', format_, **WIDE,
                                 other={'down_proj': other[1], '0.self_attn.v': other[1]})
     footprint = check(tmp_path, state)
     assert footprint.details['dense_fallbacks'] == '1'
@@ -161,7 +164,7 @@ def test_group_size_differs_between_modules(tmp_path):
     lambda it: it['config_groups']['group_0'].update(targets=['model.layers.1.mlp.up_proj']),
     lambda it: it.update(ignore=['lm_head', 'model.layers.0.mlp.gate_proj'])])
 def test_rejects_a_quantised_module_that_no_group_targets(tmp_path, change_config):
-    random_formats.save(tmp_path, 'llama', FORMS['packed4-g64'])
+    random_formats.save(tmp_path, 'llama', FORMATS['packed4-g64'])
     change(tmp_path, change_config)
     with pytest.raises(EngineError, match='layers.0.* stored quantised, but .*ignore.*targets'):
         load(NativeEngine, tmp_path, CPU)
@@ -170,13 +173,13 @@ def test_rejects_a_quantised_module_that_no_group_targets(tmp_path, change_confi
 def test_nf4_blocks_that_span_rows(tmp_path):
     """With rows of 144 columns and blocks of 64, the engine uses groups of 16 columns."""
     check(tmp_path, random_formats.save(
-        tmp_path, 'llama', FORMS['nf4-double'], hidden_size=144, intermediate_size=48,
+        tmp_path, 'llama', FORMATS['nf4-double'], hidden_size=144, intermediate_size=48,
         num_attention_heads=2, num_key_value_heads=1, head_dim=64))
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-g64', 'nf4', 'nvfp4'])
 def test_auto_selects_native(tmp_path, name):
-    random_formats.save(tmp_path, 'llama', FORMS[name])
+    random_formats.save(tmp_path, 'llama', FORMATS[name])
     engine = build(inspect(tmp_path), EngineConfig(device='cpu', cpu_threads=1))
     assert engine.footprint.engine == 'native'
     engine.close()
@@ -323,7 +326,7 @@ def weights(**changed):
     ('bnb-int8', {'replace': {'weight': lambda it: it.view(torch.uint8)}}, (MODULE, 'uint8')),
     ('bnb-int8', {'replace': {'weight_format': filled(2)}}, (MODULE, 'plain rows'))])
 def test_rejects_damaged_or_unsupported_checkpoints(tmp_path, name, changes, message):
-    random_formats.save(tmp_path, 'llama', FORMS[name])
+    random_formats.save(tmp_path, 'llama', FORMATS[name])
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
         load(NativeEngine, tmp_path, CPU)
@@ -333,7 +336,7 @@ def test_rejects_damaged_or_unsupported_checkpoints(tmp_path, name, changes, mes
 
 
 def test_rejects_quantised_weights_without_quantization_config(tmp_path):
-    random_formats.save(tmp_path, 'llama', FORMS['awq-g64'])
+    random_formats.save(tmp_path, 'llama', FORMATS['awq-g64'])
     path = tmp_path / 'config.json'
     config = json.loads(path.read_text())
     del config['quantization_config']

@@ -16,7 +16,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -40,17 +39,10 @@ CONFIG = DecodeConfig(model=ModelConfig(path='folder/model'))
 SHEET = Peak(200e9, 'NVIDIA Jetson AGX Orin datasheet')
 
 
-class ClosableText(CharacterText):
-    """A text object that the host closes."""
-
-    def close(self):
-        """Do nothing."""
-
-
-@contextmanager
-def active():
-    """Yield an active host."""
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), ClosableText(), SHEET))
+@pytest.fixture
+def host():
+    """Return an active host."""
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET))
     host.load(CONFIG, lambda text: None)
     host.start(CONFIG)
     yield host
@@ -58,18 +50,11 @@ def active():
     host.unload()
 
 
-@pytest.fixture
-def host():
-    """Return an active host."""
-    with active() as host:
-        yield host
-
-
 def test_a_load_tells_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
     told = []
     problem = SimpleNamespace(problem='jetson-stats is not used', close=lambda: None)
     monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: problem)
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), ClosableText(), SHEET))
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET))
     host.load(CONFIG, told.append)
     host.unload()
     assert told == ['jetson-stats is not used']

@@ -37,6 +37,7 @@ openai = pytest.importorskip('openai')
 pytest.importorskip('uvicorn')
 pytest.importorskip('prometheus_client')
 
+from fake_server import free_port
 from physai_decode.config import DecodeConfig
 from physai_decode.config import HttpConfig
 from physai_decode.config import ModelConfig
@@ -48,29 +49,16 @@ from physai_decode.http import KEY_VARIABLE
 from physai_decode.http import server
 from physai_decode.http import start_server
 from physai_decode.http.exchange import Exchange
-from physai_decode.http.openai import Format
+from physai_decode.http.openai import Formatter
 from physai_decode.roofline import Peak
 from physai_decode.speech import Manner
 from physai_decode.timing import RequestReport
-from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import TOOL_FORMS
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = 'folder/model'
 CHAT, TEXT = '/v1/chat/completions', '/v1/completions'
 HELLO = [{'role': 'user', 'content': 'say hello'}]
-
-
-class ClosableText(CharacterText):
-    """A text object that the host closes."""
-
-    def close(self):
-        """Do nothing."""
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.create_server(('127.0.0.1', 0)) as found:
-        return found.getsockname()[1]
 
 
 class Rig:
@@ -80,7 +68,7 @@ class Rig:
         self.engine = engine or FakeEngine(max_context=4096, vocab_size=256)
         self.sink, self.errors = Sink(), []
         self.host = Host(self.sink, lambda config, progress: Loaded(
-            self.engine, ClosableText(), Peak(1e6, 'parameter'), sampling={}))
+            self.engine, CharacterText(), Peak(1e6, 'parameter'), sampling={}))
         self.config = DecodeConfig(
             model=ModelConfig(path=MODEL), queue=queue or QueueConfig(),
             http=HttpConfig(port=free_port(), **http))
@@ -199,9 +187,9 @@ def test_usage_is_left_out_unless_all_counts_are_known(prompt, output):
     """Clients add them up."""
     report = RequestReport(1, 'stop', '', prompt, output_tokens=3, server_tokens=output,
                            engine='openai')
-    format_ = Format('id', MODEL, 0, True, True)
-    *_, last = format_.end(report, 'hi')
-    assert last['usage'] == format_.complete(report, 'hi')['usage']
+    formatter = Formatter('id', MODEL, 0, True, True)
+    *_, last = formatter.end(report, 'hi')
+    assert last['usage'] == formatter.complete(report, 'hi')['usage']
     if None in (prompt, output):
         assert last['usage'] is None and last['choices'][0]['finish_reason'] == 'stop'
     else:
@@ -251,7 +239,7 @@ CALLS = [('go_to', {'room': 'hall'}), ('go_to', {'room': 'kitchen'})]
 @pytest.fixture
 def agent():
     """Yield a rig whose model thinks, answers and calls a tool twice."""
-    answer = f'<think>far</think>I go.{FORMS["hermes"].written(CALLS)}'
+    answer = f'<think>far</think>I go.{TOOL_FORMS["hermes"].written(CALLS)}'
     with opened(FakeEngine(lambda prompt: say(answer), max_context=4096, vocab_size=256)) as rig:
         rig.host.loaded.text.manner = Manner('<think>', '</think>', form='hermes')
         yield rig
@@ -296,7 +284,7 @@ def test_stream_has_tool_calls_and_thoughts(agent):
 @pytest.mark.parametrize(('begin', 'rest', 'fields'), [
     ('[{"a":1},', '{"a":2}]', {'response_format': {'type': 'json_schema', 'json_schema': {
         'name': 'plan', 'schema': {'type': 'array', 'items': {'type': 'object'}}}}}),
-    (f'I go.{FORMS["hermes"].written(CALLS[:1])}', ' ...', {'tools': [TOOL]})])
+    (f'I go.{TOOL_FORMS["hermes"].written(CALLS[:1])}', ' ...', {'tools': [TOOL]})])
 def test_sends_complete_elements_and_calls_at_once(gate, monkeypatch, begin, rest, fields):
     monkeypatch.setattr('physai_decode.http.exchange.PERIOD_S', 1e6)
     engine = FakeEngine(lambda prompt: gate.steps(say(begin + rest)), max_context=4096,

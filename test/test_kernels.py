@@ -27,6 +27,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 triton = pytest.importorskip('triton')
 
+from linear_contract import assert_close
+from linear_contract import maker
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.architecture import Growth
@@ -43,20 +45,7 @@ REFERENCE = TorchOps(on_host=False)
 EPS = 1e-6
 
 
-@pytest.fixture
-def make():
-    """Return a function that draws a random tensor of a shape."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape, dtype=torch.float32):
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-    return normal
-
-
-def assert_close(got, expected, relative=1e-5):
-    error = (got.float() - expected.float()).norm() / expected.float().norm()
-    assert error < relative     # a NaN does not pass
+make = pytest.fixture(maker)
 
 
 def packed(seed, n, k, group_size, act_order=False, symmetric=True):
@@ -161,13 +150,13 @@ def test_int4_with_partial_tiles(make, n, k, group_size, act_order):
 
 
 @pytest.mark.parametrize(
-    'choice', kernels.INT4_CHOICES, ids=lambda each: f'{each.warps}-{each.stages}')
+    'layout', kernels.INT4_LAYOUTS, ids=lambda each: f'{each.warps}-{each.stages}')
 @pytest.mark.parametrize('k', [384, 1280])
-def test_int4_in_each_layout(make, choice, k):
+def test_int4_in_each_layout(make, layout, k):
     """With 3 or 10 blocks: a tile fits in registers or not, and some warps have fewer blocks."""
     weight, dense = packed(7, 24, k, 32, symmetric=False)
     x, out, ops = make(k), make(24), TritonOps(DEVICE)
-    ops._choices[kernels.Shape(24, k, 'int4-g32', False, False)] = choice
+    ops._layouts[kernels.Shape(24, k, 'int4-g32', False, False)] = layout
     ops.linear(x, weight, out)
     assert_close(out, dense @ x, 1e-4)
 
@@ -205,11 +194,11 @@ def test_int4_gated(make, group_size, bias):
     check_gated(make, weight, dense, bias, TritonOps(DEVICE))
 
 
-@pytest.mark.parametrize('choice', [(4, 3), (1, 1)])
-def test_int4_gated_in_other_layouts(make, choice):
+@pytest.mark.parametrize('layout', [(4, 3), (1, 1)])
+def test_int4_gated_in_other_layouts(make, layout):
     weight, dense = gate_up(2, 32, 640, 64)
     ops = TritonOps(DEVICE)
-    ops._choices[kernels.Shape(64, 640, 'int4-g64', True, True)] = kernels.Choice(16, 0, *choice)
+    ops._layouts[kernels.Shape(64, 640, 'int4-g64', True, True)] = kernels.Layout(16, 0, *layout)
     check_gated(make, weight, dense, None, ops)
 
 
@@ -289,7 +278,7 @@ def fake_transformer(products, step=lambda: None):
 
 @pytest.mark.parametrize('cached', [[8, 512, 4], [3, 512, 4, 1], 5])
 def test_replaces_an_invalid_layout_in_the_cache(make, monkeypatch, tmp_path, cached):
-    """Another version of the kernels may have written it. The new choice is stored."""
+    """Another version of the kernels may have written it. The new layout is stored."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
     monkeypatch.setattr(kernels, 'timed', lambda step: 1e-3)
@@ -304,7 +293,7 @@ def test_replaces_an_invalid_layout_in_the_cache(make, monkeypatch, tmp_path, ca
     for _ in range(2):
         TritonOps(DEVICE).tune(transformer, messages.append)
         assert messages == ['tuning the kernel for out'] * 2
-        assert TuningCache(owner).get(shape) == list(astuple(kernels.DENSE_CHOICES[0]))
+        assert TuningCache(owner).get(shape) == list(astuple(kernels.DENSE_LAYOUTS[0]))
 
 
 def test_selects_the_layout_with_the_fastest_step(make, monkeypatch, tmp_path):
@@ -317,7 +306,7 @@ def test_selects_the_layout_with_the_fastest_step(make, monkeypatch, tmp_path):
     def timed(step):
         assert transformer.position.item() == 500
         step()
-        tried.append(ops._choices[kernels.Shape(8, 1024, 'float32', False, False)])
+        tried.append(ops._layouts[kernels.Shape(8, 1024, 'float32', False, False)])
         if len(tried) == 2:
             raise triton.runtime.errors.OutOfResources(2, 1, 'shared memory')
         return abs(len(tried) - 5.0)
@@ -326,6 +315,6 @@ def test_selects_the_layout_with_the_fastest_step(make, monkeypatch, tmp_path):
     transformer = fake_transformer(
         [('out', Product(weight, None))], lambda: ops.linear(x, weight, out))
     ops.tune(transformer, lambda line: None)
-    assert tried == list(kernels.DENSE_CHOICES)
-    assert list(ops._choices.values()) == [tried[4]]
+    assert tried == list(kernels.DENSE_LAYOUTS)
+    assert list(ops._layouts.values()) == [tried[4]]
     assert transformer.position.item() == 0

@@ -22,6 +22,7 @@ import struct
 from builtin_interfaces.msg import Time
 from node_rig import PATIENCE_S
 from node_rig import Rig
+from node_rig import ros  # noqa: F401
 from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.topics import stream_qos
@@ -29,7 +30,6 @@ import pytest
 from rcl_interfaces.msg import Parameter
 from rcl_interfaces.msg import ParameterValue
 from rcl_interfaces.srv import GetParameters
-import rclpy
 from rosgraph_msgs.msg import Clock
 from rosidl_parser import definition
 from std_msgs.msg import String
@@ -84,16 +84,8 @@ RAW = [
     serialized(b'{' * 10_000 + b'\0')]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
-
-
 @pytest.fixture(scope='module')
-def rig(ros):
+def rig(ros):  # noqa: F811
     """Start an active node in simulated time."""
     rig = Rig(use_sim_time=True)
     assert rig.change('configure', 'activate')

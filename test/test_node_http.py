@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 
+from fake_server import free_port
 from node_rig import active_rig
 from node_rig import new_rig
 from node_rig import PATIENCE_S
@@ -36,12 +37,6 @@ pytest.importorskip('prometheus_client')
 
 MODEL = 'builtin:tiny_planner'
 HELLO = [{'role': 'user', 'content': 'hello'}]
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.create_server(('127.0.0.1', 0)) as found:
-        return found.getsockname()[1]
 
 
 def client(port):

@@ -16,24 +16,16 @@
 
 from pathlib import Path
 
+from node_rig import ros  # noqa: F401
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.ros import parameters
 import pytest
-import rclpy
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[1] / 'config').glob('*.yaml')
                  if '/**:' in path.read_text().splitlines())
-
-
-@pytest.fixture(scope='module', autouse=True)
-def ros():
-    """Initialise rclpy once for all tests."""
-    rclpy.init()
-    yield
-    rclpy.shutdown()
 
 
 @pytest.fixture

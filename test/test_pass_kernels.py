@@ -24,10 +24,10 @@ pytest.importorskip('triton')
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.kernels import _heads
-from physai_decode.engines.native.kernels import Choice
+from physai_decode.engines.native.kernels import ATTENTION_LAYOUTS
+from physai_decode.engines.native.kernels import AttentionLayout
+from physai_decode.engines.native.kernels import Layout
 from physai_decode.engines.native.kernels import Shape
-from physai_decode.engines.native.kernels import Sharing
-from physai_decode.engines.native.kernels import SHARING_CHOICES
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.pass_kernels import PassOps
@@ -82,11 +82,11 @@ def test_dense(make, rows, dtype, n, k, norm, add, gated):  # noqa: F811
     check_rows(run, rows, PassOps(DEVICE), make(rows, n), relative=CLOSE[dtype])
 
 
-@pytest.mark.parametrize('layout', pass_kernels.DENSE_LAYOUTS[1::3])
+@pytest.mark.parametrize('layout', pass_kernels.PASS_DENSE_LAYOUTS[1::3])
 def test_dense_in_other_layouts(make, layout):  # noqa: F811
     weight, x = Dense(make(24, 1000)), make(8, 1000)
     ops = PassOps(DEVICE)
-    ops._choices[Shape(24, 1000, 'float32', False, False)] = layout
+    ops._layouts[Shape(24, 1000, 'float32', False, False)] = layout
     check_rows(lambda ops, at, outs: ops.linear(x[at], weight, outs[0][at]), 8, ops, make(8, 24))
 
 
@@ -103,8 +103,8 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # no
     x, gain = make(rows, 384), make(384, dtype=dtype)
     ops = PassOps(DEVICE)
     for shape in ((24, 384, False, True), (24, 384, False, False), (128, 384, True, True)):
-        ops._choices[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
-            Choice(16, 0, warps, stages)
+        ops._layouts[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
+            Layout(16, 0, warps, stages)
 
     def run(ops, at, outs):
         normed, plain, hidden, added = (out[at] for out in outs)
@@ -136,11 +136,11 @@ def test_attention(make, rows, dtype, case):  # noqa: F811
     (4, ATTENTION[1], 64), (4, ATTENTION[5], 64), (2, (31, 9, 1, 0, False, Growth()), 128),
     (4, (31, 5, 1, 0, False, Growth()), 256)])
 def test_attention_of_more_rows_per_program(make, warps, case, dim):  # noqa: F811
-    check_attention(make, 8, torch.float32, *case, dim=dim, sharing=Sharing(2, warps))
+    check_attention(make, 8, torch.float32, *case, dim=dim, layout=AttentionLayout(2, warps))
 
 
 def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # noqa: F811
-                    growth, dim=64, sharing=SHARING_CHOICES[0]):
+                    growth, dim=64, layout=ATTENTION_LAYOUTS[0]):
     keys, values = (make(kv_heads, 128, dim, dtype=dtype) for _ in range(2))
     angles = make(128, dim // 2)
     gains = (make(dim), make(dim)) if norm else (None, None)
@@ -153,7 +153,7 @@ def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # 
         ops.attend(qkv[at], *cache, position, angles.cos(), angles.sin(), layer, out[at])
 
     ops = PassOps(DEVICE, splits=4 if window else 2)
-    ops._sharings[_heads(layer)] = sharing
+    ops._attention_layouts[_heads(layer)] = layout
     check_rows(run, rows, ops, make(rows, heads * dim), keys, values, relative=CLOSE[dtype])
 
 

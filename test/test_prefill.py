@@ -31,8 +31,8 @@ from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.coded_kernels import CodedOps
 from physai_decode.engines.native.ops import TorchOps
-from physai_decode.engines.native.prefill import Choice
 from physai_decode.engines.native.prefill import Prefill
+from physai_decode.engines.native.prefill import Tiling
 from physai_decode.engines.native.transformer import Transformer
 import random_formats
 import random_gptq
@@ -161,8 +161,8 @@ def test_splits(tmp_path, monkeypatch):
     """Attention without splits, products with and without them, and partial tiles."""
     monkeypatch.setattr(Prefill, '_splits', lambda self, tokens: 1)
     folder = random_model.save(tmp_path, 'llama_biases', 3, **ONE_LAYER)
-    for choice in (Choice(64, 32, 16, 4, 2, 3), Choice(128, 64, 16, 4, 2, 1)):
-        monkeypatch.setattr(prefill, 'rule', lambda *_, choice=choice: choice)
+    for tiling in (Tiling(64, 32, 16, 4, 2, 3), Tiling(128, 64, 16, 4, 2, 1)):
+        monkeypatch.setattr(prefill, 'rule', lambda *_, tiling=tiling: tiling)
         check_chunks(folder, (40,))
 
 
@@ -188,6 +188,6 @@ def test_splits_the_last_tiles_of_gate_and_up(tmp_path, form, monkeypatch):
         random_gptq.save(folder, 'qwen2', 0, **form, intermediate_size=288, **ONE_LAYER)
     else:
         random_model.save(folder, 'qwen2', 0, intermediate_size=288, **ONE_LAYER)
-    choices = {16: Choice(64, 32, 16, 4, 2, 1), 32: Choice(128, 32, 16, 4, 2, 1)}
-    monkeypatch.setattr(prefill, 'rule', lambda weight, tokens, *_: choices[tokens])
+    tilings = {16: Tiling(64, 32, 16, 4, 2, 1), 32: Tiling(128, 32, 16, 4, 2, 1)}
+    monkeypatch.setattr(prefill, 'rule', lambda weight, tokens, *_: tilings[tokens])
     check_chunks(folder, (9, 20), 2e-5)

@@ -25,14 +25,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 triton = pytest.importorskip('triton')
 
+from linear_contract import assert_close
+from linear_contract import maker
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import ACTIVATIONS
-from physai_decode.engines.native.prefill import Choice
-from physai_decode.engines.native.prefill import key
 from physai_decode.engines.native.prefill import LIBRARY
 from physai_decode.engines.native.prefill import rule
+from physai_decode.engines.native.prefill import Tiling
 import random_gptq
 import torch.nn.functional as F
 
@@ -42,19 +43,7 @@ H100 = 132, 232448
 L4 = 58, 101376
 
 
-@pytest.fixture
-def make():
-    """Return a function that draws a random tensor of a shape."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return normal
-
-
-def assert_close(got, expected, relative=1e-5):
-    assert (got - expected).norm() / expected.norm() < relative     # a NaN does not pass
+make = pytest.fixture(maker)
 
 
 def nans(*shape):
@@ -170,14 +159,13 @@ def test_attention(make, start, count, window, splits):
 @pytest.mark.parametrize('gated', [False, True])
 def test_tiles_fit_in_shared_memory(chip, tokens, gated):
     for weight in (Dense(torch.empty(4608, 3584, device='meta')), packed(1, 64, 1024, 32)[0]):
-        choice = rule(weight, tokens, gated, *chip)
-        assert isinstance(choice, Choice)
-        if choice == LIBRARY:
+        tiling = rule(weight, tokens, gated, *chip)
+        assert isinstance(tiling, Tiling)
+        if tiling == LIBRARY:
             assert tokens > 32
             continue
         wide = 1 if isinstance(weight, Dense) else 4
-        room = choice.columns * wide * (2 * choice.tokens + 2 * choice.rows // wide)
-        assert choice.stages * room <= chip[1]
-        assert not gated or choice.splits == 1
-        assert tokens % choice.tokens == 0
-    assert key(weight, tokens, gated) != key(weight, tokens, not gated)
+        room = tiling.columns * wide * (2 * tiling.tokens + 2 * tiling.rows // wide)
+        assert tiling.stages * room <= chip[1]
+        assert not gated or tiling.splits == 1
+        assert tokens % tiling.tokens == 0

@@ -19,11 +19,11 @@ from importlib.util import find_spec
 import os
 from pathlib import Path
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+from fake_server import free_port
 import physai_decode
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
@@ -41,12 +41,6 @@ BUILTIN = 'builtin:tiny_planner'
 FOLDER = Path(physai_decode.__file__).parent / 'models' / 'tiny_planner'
 PROMPT = 'Bring me the red cup from the kitchen table, no, the blue one. Then close the box.'
 PATIENCE_S = 180.0              # against hangs only
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.create_server(('127.0.0.1', 0)) as found:
-        return found.getsockname()[1]
 
 
 def start(config) -> tuple[Host, Sink]:

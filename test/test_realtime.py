@@ -204,7 +204,7 @@ def test_reads_whether_the_control_group_has_a_share(tmp_path, changes, refuses)
     (79, 0, True, 'SYS_NICE; also run "sysctl', 'still refused'),
     (99, 0, None, 'if it is still refused, the kernel has CONFIG_RT_GROUP_SCHED', 'group is 0')])
 def test_names_what_refuses_a_priority(monkeypatch, limit, capabilities, refuses, words, absent):
-    """Without a share of its control group, even root can not use a real-time class."""
+    """Without a share of its control group, even root cannot use a real-time class."""
     def refuse(*arguments):
         raise PermissionError(1, 'Operation not permitted')
 

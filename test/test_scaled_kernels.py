@@ -36,26 +36,24 @@ from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.scaled_kernels import ScaledOps
 import random_formats
 
-FORMS = {
+FORMATS = {
     'int8': random_formats.int8(-1), 'int8-zeros': random_formats.int8(-1, symmetric=False),
     'int8-g32': random_formats.packed(8, 32, symmetric=False, act_order=True),
     'int8-g128': random_formats.int8(128), 'float8': random_formats.float8('channel'),
     'float8-block': random_formats.float8('block')}
 
 
-@pytest.fixture
-def make():
-    return linear_contract.maker()
+make = pytest.fixture(linear_contract.maker)
 
 
 def random_weight(name, n, k, seed=1):
-    return linear_contract.random_weight(FORMS[name], n, k, seed)
+    return linear_contract.random_weight(FORMATS[name], n, k, seed)
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('n, k', [(7, 640), (24, 1024)])
 def test_product(make, name, n, k):
-    check_product(make, ScaledOps, FORMS[name], n, k)
+    check_product(make, ScaledOps, FORMATS[name], n, k)
 
 
 def test_partial_last_block(make):
@@ -67,22 +65,22 @@ def test_partial_last_block(make):
 
 
 @pytest.mark.parametrize('name', ['int8', 'float8-block'])
-@pytest.mark.parametrize('choice', kernels.DENSE_CHOICES[::3])
-def test_each_layout(make, name, choice):
-    check_layout(make, ScaledOps, FORMS[name], choice)
+@pytest.mark.parametrize('layout', kernels.DENSE_LAYOUTS[::3])
+def test_each_layout(make, name, layout):
+    check_layout(make, ScaledOps, FORMATS[name], layout)
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('bias', [False, True])
 def test_gated(make, name, bias):
-    check_gated(make, ScaledOps, FORMS[name], bias)
+    check_gated(make, ScaledOps, FORMATS[name], bias)
 
 
 def test_fused_projections(make):
-    check_fused(make, ScaledOps, FORMS['int8-g32'])
+    check_fused(make, ScaledOps, FORMATS['int8-g32'])
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_dequantises_rows(name):
     weight, _ = random_weight(name, 24, 1280)
     out = torch.full((8, 1280), float('nan'), device=DEVICE)

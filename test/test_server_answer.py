@@ -542,7 +542,7 @@ FAILURES = {
         "'content_filter'"),
     'ends an empty stream': (streaming(), 'ended the stream too early'),
     'closes the connection': (lambda call, body: call.connection.shutdown(socket.SHUT_RDWR),
-                              'can not be reached'),
+                              'cannot be reached'),
     'hangs': (hang, 'remote.first_token_timeout_ms, which is 300'),
     'hangs but sends comments': (keep_alive, 'remote.first_token_timeout_ms, which is 300')}
 

@@ -18,10 +18,10 @@ import itertools
 import json
 import random
 
-from physai_decode.speech import Kind
 from physai_decode.speech import Manner
+from physai_decode.speech import PartKind
 from physai_decode.speech import Speech
-from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import TOOL_FORMS
 import pytest
 
 NAMES = 'go_to', 'pick'
@@ -103,8 +103,8 @@ def separate(form, thinks, pieces, thinking=False):
     parts = [part for piece in pieces for part in speech.push(piece)] + speech.flush()
     assert not speech.held
     texts = [''.join(part.text for part in parts if part.kind is kind)
-             for kind in (Kind.CONTENT, Kind.REASONING)]
-    return *texts, [part.call for part in parts if part.kind is Kind.CALL]
+             for kind in (PartKind.CONTENT, PartKind.REASONING)]
+    return *texts, [part.call for part in parts if part.kind is PartKind.CALL]
 
 
 def check(form, thinks, pieces, content, reasoning, calls):
@@ -130,7 +130,7 @@ def test_parts_of_random_text_do_not_depend_on_its_split():
              '\n', 'go', '"', '[TOOL_CALLS]', '[ARGS]', '[', ']', ';', '<|python_tag|>', '<code>',
              'go_to(a=1)', '</code>', '<', 'nan', ':', '\\']
     draw = random.Random(5)
-    for form in FORMS:
+    for form in TOOL_FORMS:
         for _ in range(300):
             text = ''.join(draw.choices(parts, k=draw.randrange(1, 9)))
             expected = separate(form, True, [text])
@@ -141,9 +141,9 @@ def test_parts_of_random_text_do_not_depend_on_its_split():
                 assert calls == wanted, text
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', TOOL_FORMS)
 def test_parses_the_calls_that_its_form_writes(form):
-    written = FORMS[form].written([GO, PICK])
+    written = TOOL_FORMS[form].written([GO, PICK])
     check(form, False, written, '', '', [GO, PICK])
 
 

@@ -23,8 +23,8 @@ from physai_decode.ros.messages import OK
 from physai_decode.ros.messages import WARN
 from physai_decode.ros.status import Status
 import pytest
-from test_host import active
 from test_host import CONFIG
+from test_host import host  # noqa: F401
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
@@ -32,14 +32,7 @@ LATE = replace(CONFIG, deadline=DeadlineConfig(request_ms=1e-6))
 
 
 @pytest.fixture
-def host():
-    """Return an active host."""
-    with active() as host:
-        yield host
-
-
-@pytest.fixture
-def latency(host):
+def latency(host):  # noqa: F811
     """Return a function that publishes the status, and returns the part `latency`."""
     published = []
     topics = SimpleNamespace(node_name='/decode', diagnostics=published.append)
@@ -53,7 +46,7 @@ def latency(host):
     return publish
 
 
-def miss(host):
+def miss(host):  # noqa: F811
     """Answer a request that misses its deadline."""
     host.update(LATE)
     count = host.deadline_misses
@@ -62,7 +55,7 @@ def miss(host):
 
 
 @pytest.mark.parametrize('misses_after', [0, 1])
-def test_a_reactivation_does_not_hide_a_miss(host, latency, misses_after):
+def test_a_reactivation_does_not_hide_a_miss(host, latency, misses_after):  # noqa: F811
     """Neither one before it nor one after it, whatever the count since activation."""
     miss(host)
     assert latency().level == WARN
@@ -80,7 +73,7 @@ def test_a_reactivation_does_not_hide_a_miss(host, latency, misses_after):
     assert latency().level == OK
 
 
-def test_a_deactivation_does_not_hide_a_miss(host, latency):
+def test_a_deactivation_does_not_hide_a_miss(host, latency):  # noqa: F811
     miss(host)
     assert host.stop(TIMEOUT_S)
     status = latency()

@@ -164,7 +164,7 @@ def test_replaces_a_child_that_was_killed(text):
 
 def test_says_that_a_child_was_killed_while_it_works(text):
     """As the kernel does if the machine has no memory left."""
-    with pytest.raises(TextError, match='can not be encoded: its process was killed: try again'):
+    with pytest.raises(TextError, match='cannot be encoded: its process was killed: try again'):
         text.encode(MESSAGES, {'bomb': 'hang'}, lambda: text._process.kill())
     assert text.encode(MESSAGES)
 

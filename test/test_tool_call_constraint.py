@@ -26,11 +26,11 @@ from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engines.native.engine import NativeEngine
 from physai_decode.request import Calls
 from physai_decode.request import Form
-from physai_decode.speech import Kind
 from physai_decode.speech import Manner
+from physai_decode.speech import PartKind
 from physai_decode.speech import Speech
 from physai_decode.speech import Thought
-from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import TOOL_FORMS
 import pytest
 import random_model
 from tokenizers import AddedToken
@@ -77,7 +77,7 @@ def decode(loop, tokenizer, form, sampling, prompt, thought=None):
 
 
 @pytest.mark.parametrize('added', [(), CALL_MARKERS], ids=['text', 'tokens'])
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', TOOL_FORMS)
 def test_required_call_is_valid(loop, form, added):
     tokenizer, ends = tokenizer_with(*added), 0
     for index, sampling in enumerate(SAMPLINGS * 3):
@@ -87,7 +87,7 @@ def test_required_call_is_valid(loop, form, added):
                                  (5, 6, 7 + index))
             speech = Speech(Manner(form=form), [each['function']['name'] for each in TOOLS])
             parts = speech.push(text) + speech.flush()
-            found = [part.call for part in parts if part.kind is Kind.CALL]
+            found = [part.call for part in parts if part.kind is PartKind.CALL]
             schemas = {each['function']['name']: each['function']['parameters']
                        for each in calls.tools}
             for call in found:
@@ -97,7 +97,7 @@ def test_required_call_is_valid(loop, form, added):
                 assert len(found) == 1
             if ended:
                 assert found
-                assert {part.kind for part in parts} == {Kind.CALL}
+                assert {part.kind for part in parts} == {PartKind.CALL}
             ends += ended
     assert ends >= 18
 

@@ -27,7 +27,7 @@ from physai_decode.constraint import configured
 from physai_decode.request import Request
 from physai_decode.result import chat_completion
 from physai_decode.speech import Manner
-from physai_decode.tool_forms import FORMS
+from physai_decode.tool_forms import TOOL_FORMS
 import pytest
 from worker_rig import making
 
@@ -64,10 +64,10 @@ def ask(make, answer, text, engine=None, groups=None, **fields):
     return report, content, tokens, chat_completion(report, content, 'm')['choices'][0]
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', TOOL_FORMS)
 @pytest.mark.parametrize('choice', ['auto', 'required'])
 def test_first_call_ends_the_answer_without_parallel_tool_calls(make, form, choice):
-    answer = FORMS[form].written([GO, GO]) + ' and more'
+    answer = TOOL_FORMS[form].written([GO, GO]) + ' and more'
     report, content, tokens, result = ask(
         make, answer, text_of(form), tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
     assert result['finish_reason'] == 'tool_calls'
@@ -76,13 +76,13 @@ def test_first_call_ends_the_answer_without_parallel_tool_calls(make, form, choi
     assert content == ''
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', TOOL_FORMS)
 def test_call_is_not_part_of_the_text(make, form):
-    answer = FORMS[form].written([GO])
-    if not FORMS[form].bare:
+    answer = TOOL_FORMS[form].written([GO])
+    if not TOOL_FORMS[form].bare:
         answer = f'I go.\n{answer}'
     report, content, tokens, choice = ask(make, answer, text_of(form), tools=[TOOL])
-    assert content == ('' if FORMS[form].bare else 'I go.')
+    assert content == ('' if TOOL_FORMS[form].bare else 'I go.')
     assert (report.finish_reason, choice['finish_reason']) == ('tool_calls', 'tool_calls')
     call, = choice['message']['tool_calls']
     assert call['id'].startswith('call_')
@@ -96,7 +96,7 @@ def test_call_is_not_part_of_the_text(make, form):
 
 
 def test_publishes_a_call_before_the_answer_ends(make):
-    answer = f'{FORMS["hermes"].written([GO])} Then more text follows.'
+    answer = f'{TOOL_FORMS["hermes"].written([GO])} Then more text follows.'
     _, content, tokens, _ = ask(make, answer, text_of('hermes'), tools=[TOOL])
     at = next(index for index, token in enumerate(tokens) if token.tool_calls)
     assert at == answer.index('</tool_call>') + len('</tool_call>') - 1
@@ -112,7 +112,7 @@ def test_invalid_call_stays_text(make):
 
 
 def test_without_tools_a_call_is_text(make):
-    answer = FORMS['hermes'].written([GO])
+    answer = TOOL_FORMS['hermes'].written([GO])
     for fields in ({}, {'tools': [TOOL], 'tool_choice': 'none'}):
         text = text_of('hermes')
         report, content, _, _ = ask(make, answer, text, **fields)
@@ -128,7 +128,7 @@ def test_rejects_tools_for_a_model_without_a_form(make):
         'tools')
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', TOOL_FORMS)
 @pytest.mark.parametrize('choice', ['required', {'type': 'function', 'function': {
     'name': 'go_to'}}])
 @pytest.mark.parametrize('thinks', [False, True])
@@ -150,8 +150,8 @@ def test_required_call_that_is_unreadable_is_an_error(make):
     """A schema allows numbers that JSON parsers do not represent."""
     tool = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
         'type': 'object', 'properties': {'x': {'type': 'number'}}, 'required': ['x']}}}
-    report, *_ = ask(make, FORMS['hermes'].written([('go_to', {'x': 9})]).replace('9', '9e999'),
-                     text_of('hermes'), tools=[tool], tool_choice='required')
+    answer = TOOL_FORMS['hermes'].written([('go_to', {'x': 9})]).replace('9', '9e999')
+    report, *_ = ask(make, answer, text_of('hermes'), tools=[tool], tool_choice='required')
     assert report.finish_reason == 'error' and not report.tool_calls
     assert 'tool_choice requires' in report.message and 'too large' in report.message
 
@@ -287,7 +287,7 @@ def test_context_that_is_full_after_the_thought(make):
 
 def test_keeps_no_turn_with_a_tool_call(make):
     """The history could not contain the tool's result, which comes in messages."""
-    answer = iter([FORMS['hermes'].written([GO]), 'b'])
+    answer = iter([TOOL_FORMS['hermes'].written([GO]), 'b'])
     engine = FakeEngine(lambda prompt: say(next(answer)), max_context=1000, vocab_size=256)
     worker, sink = make(engine, text_of('hermes'), sampling=LONG)
     for fields in ({'tools': [TOOL]}, {}):

@@ -44,7 +44,7 @@ from physai_decode.engines.native.torch_linear import TorchInt4
 import random_formats
 import random_gptq
 import random_model
-from test_formats import FORMS
+from test_formats import FORMATS
 from test_formats import WIDE
 
 CPU = torch.device('cpu')
@@ -205,7 +205,7 @@ def test_load_frees_the_stored_form(tmp_path, monkeypatch):
         return pack(weight)
 
     monkeypatch.setattr(torch_forms, '_packed', record)
-    random_formats.save(tmp_path, 'llama', FORMS['awq-g64'], **WIDE)
+    random_formats.save(tmp_path, 'llama', FORMATS['awq-g64'], **WIDE)
     engine = load(NativeEngine, tmp_path, replace(CONFIG, device='cpu')).engine
     gc.collect()
     assert stored_weights and not any(weight() for weight in stored_weights)
@@ -216,7 +216,7 @@ def test_load_frees_the_stored_form(tmp_path, monkeypatch):
     'awq-g64', 'packed4-order', 'int8-rows', 'fp8-block', 'nf4', 'nvfp4', 'modelopt'])
 def test_engine_runs_each_format(tmp_path, name):
     """The load's self-check compares prompt and steps; int4 weights stay packed on a CPU."""
-    random_formats.save(tmp_path, 'llama', FORMS[name], **WIDE)
+    random_formats.save(tmp_path, 'llama', FORMATS[name], **WIDE)
     loop = load(NativeEngine, tmp_path, CONFIG)
     footprint = loop.engine.footprint
     packed = name in ('awq-g64', 'packed4-order') and torch_forms.has_int4(DEVICE)

@@ -206,7 +206,8 @@ def large(shape, quantization, contexts, tuned):
     engine = built(shape, quantization, max(contexts) + 64, tuned)
     t = engine.transformer
     print(f'{shape}, {quantization}, {engine.footprint.dtype}, ready after '
-          f'{time.perf_counter() - begin_s:.0f} s: {t.ops._choices} {t.ops._sharings}', flush=True)
+          f'{time.perf_counter() - begin_s:.0f} s: {t.ops._layouts} '
+          f'{t.ops._attention_layouts}', flush=True)
     wrong = rows_differ(t, (0, 100, *contexts))
     print('  rows are bit for bit steps' if not wrong else f'  DIFFER {wrong[:12]}', flush=True)
     for context, step_s in zip(contexts, steps_s):
@@ -233,17 +234,17 @@ def layouts(shape, quantization, dtype):
     ops, good = engine.transformer.ops, True
     shapes = [kernels._shape(*product) for _, product in engine.transformer.products()]
     heads, = {kernels._heads(layer) for layer in engine.transformer.attention}
-    tried = [({each: choice for each in shapes if choice in ops._candidates(each)}, sharing)
-             for choice, sharing in (
-                 *((choice, kernels.SHARING_CHOICES[0])
-                   for choice in dict.fromkeys(chain.from_iterable(
+    tried = [({each: layout for each in shapes if layout in ops._candidates(each)}, attention)
+             for layout, attention in (
+                 *((layout, kernels.ATTENTION_LAYOUTS[0])
+                   for layout in dict.fromkeys(chain.from_iterable(
                        map(ops._candidates, shapes)))),
-                 *((None, sharing) for sharing in kernels.SHARING_CHOICES[1:]))]
-    for choices, sharing in tried:
-        ops._choices, ops._sharings = choices, {heads: sharing}
+                 *((None, attention) for attention in kernels.ATTENTION_LAYOUTS[1:]))]
+    for products, attention in tried:
+        ops._layouts, ops._attention_layouts = products, {heads: attention}
         wrong = rows_differ(engine.transformer, (0, 200), (ROWS,))
         good &= not wrong
-        print(f'{quantization}, {dtype}, {set(choices.values()) or sharing}: '
+        print(f'{quantization}, {dtype}, {set(products.values()) or attention}: '
               f'{f"DIFFER {wrong[:6]}" if wrong else "rows are bit for bit steps"}', flush=True)
     engine.close()
     return good

@@ -121,13 +121,13 @@ def compare(folder: Path, text: str) -> dict[str, float]:
         library = GPTQModel.load(
             scratch, backend=BACKEND.GPTQ_TORCH, device='cpu', dtype=torch.float16).model
     found = inspect(folder)
-    form, stored = formats.parse(found.quantized), source.Files(found, torch.device('cpu'))
+    format_, stored = formats.parse(found.quantized), source.Files(found, torch.device('cpu'))
     linears, worst, largest = 0, 0.0, 0.0
     for name, module in library.named_modules():
-        if not form.holds(stored, name):
+        if not format_.holds(stored, name):
             continue
         theirs = module.dequantize_weight().t()
-        weight = fusion.dense_weight(form.read(stored, name, *theirs.shape), torch.float16)
+        weight = fusion.dense_weight(format_.read(stored, name, *theirs.shape), torch.float16)
         linears += 1
         worst = max(worst, float((weight - theirs).abs().max()))
         largest = max(largest, float(theirs.abs().max()))

@@ -32,7 +32,7 @@ GREEDY = 'greedy'                   # a sampling without settings
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The model: a ``path``, or random weights of the shape ``synthetic``."""
 
     path: str = ''                  # builtin:NAME, a folder or a hub id
@@ -54,7 +54,7 @@ class Case:
 
     label: str
     engine: EngineConfig
-    source: Source
+    source: ModelSource
     contexts: tuple[int, ...]
     steps: int = 30                 # measured steps, after `warmup`
     warmup: int = 5
@@ -77,7 +77,7 @@ class Case:
     def from_dict(cls, data: dict[str, Any]) -> 'Case':
         """Create a case from the data of ``to_dict``."""
         return cls(**{**data, 'engine': EngineConfig(**data['engine']),
-                      'source': Source(**data['source']), 'contexts': tuple(data['contexts']),
+                      'source': ModelSource(**data['source']), 'contexts': tuple(data['contexts']),
                       'requires': tuple(data['requires']),
                       'samplings': tuple(data['samplings']), 'beside': tuple(data['beside']),
                       'prompts': tuple(data.get('prompts', ()))})

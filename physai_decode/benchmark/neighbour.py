@@ -40,7 +40,7 @@ START_S = 120.0                 # limit on the time to the first pass of the net
 
 
 @dataclass(frozen=True)
-class Kind:
+class NeighbourKind:
     """A kind of neighbour: one busy loop per core, or a network on the GPU."""
 
     where: str                  # cpu, gpu
@@ -48,7 +48,7 @@ class Kind:
     batch: int = BATCH
 
 
-def parse(text: str) -> Kind:
+def parse(text: str) -> NeighbourKind:
     """
     Read ``cpu`` or ``gpu[:hz,batch]``, such as ``gpu:30,1``.
 
@@ -58,7 +58,7 @@ def parse(text: str) -> Kind:
     try:
         values = [float(each) for each in rest.split(',')] if rest else []
         hz, batch, *surplus = values + [HZ, BATCH][len(values):]
-        kind = Kind(where, hz, int(batch))
+        kind = NeighbourKind(where, hz, int(batch))
         if where not in ('cpu', 'gpu') or rest and where == 'cpu' or surplus \
                 or not 0 < kind.hz <= 10000 or not 1 <= kind.batch <= 1024:
             raise ValueError
@@ -112,11 +112,11 @@ class Neighbour:
 
 
 @contextmanager
-def running(kind: Kind) -> Iterator[Neighbour]:
+def running(kind: NeighbourKind) -> Iterator[Neighbour]:
     """
     Run a neighbour inside ``with``.
 
-    :raises RuntimeError: the neighbour can not run.
+    :raises RuntimeError: the neighbour cannot run.
     """
     with ExitStack() as ending:
         def start(*arguments: str) -> 'subprocess.Popen[str]':

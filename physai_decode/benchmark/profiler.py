@@ -52,7 +52,7 @@ class Itemized(Engine, Protocol):
 
 
 def prepare() -> None:
-    """Load the profiler; it can not see kernels of a CUDA graph that was captured earlier."""
+    """Load the profiler; it cannot see kernels of a CUDA graph that was captured earlier."""
     import torch
     from torch.profiler import ProfilerActivity
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]):

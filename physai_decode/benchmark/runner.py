@@ -39,7 +39,7 @@ from typing import Any
 
 from physai_decode.benchmark import synthetic
 from physai_decode.benchmark.case import Case
-from physai_decode.benchmark.case import Source
+from physai_decode.benchmark.case import ModelSource
 from physai_decode.benchmark.provenance import changes
 from physai_decode.benchmark.provenance import provenance
 from physai_decode.pip_command import install
@@ -160,7 +160,7 @@ class Runner:
         for line in lines:
             self.progress(f'  {line.rstrip()}')
 
-    def _folder(self, source: Source) -> str:
+    def _folder(self, source: ModelSource) -> str:
         """Return the path of the model; create a folder with random weights if necessary."""
         if source.path:
             return source.path
@@ -174,7 +174,7 @@ class Runner:
                 synthetic.describe(folder, source.synthetic, source.quantization, source.seed)
         return str(folder)
 
-    def _write(self, source: Source, folder: Path) -> None:
+    def _write(self, source: ModelSource, folder: Path) -> None:
         """Write a checkpoint in a separate process, which frees the device when it ends."""
         synthetic.config(source.synthetic, source.quantization)
         command = [sys.executable, '-m', 'physai_decode.bench', '--synthetic', source.synthetic,

@@ -339,7 +339,7 @@ def compile_schema(case: Case, footprint: Footprint) -> Compiled:
     """
     Compile the JSON Schema of a case for the vocabulary of its model.
 
-    :raises TextError: the schema is not supported, or the tokenizer can not be loaded.
+    :raises TextError: the schema is not supported, or the tokenizer cannot be loaded.
     """
     model = checkpoint.open(case.source.path)
     form = Form('json_schema', json.loads(case.schema), '--constraint')

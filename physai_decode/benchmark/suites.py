@@ -24,7 +24,7 @@ from typing import Any
 
 from physai_decode.benchmark import report
 from physai_decode.benchmark.case import Case
-from physai_decode.benchmark.case import Source
+from physai_decode.benchmark.case import ModelSource
 from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.table import Table
 from physai_decode.config import EngineConfig
@@ -75,7 +75,7 @@ def paper(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int = 0
 
     :param seed: of the random weights.
     """
-    half = Source(synthetic=shape, seed=seed)
+    half = ModelSource(synthetic=shape, seed=seed)
     cases = []
     for label, name, graph in ((EAGER, 'transformers', False), (CAPTURED, 'transformers', True),
                                (NATIVE, 'native', True)):
@@ -96,7 +96,7 @@ def targets(shape: str, contexts: Sequence[int], base: EngineConfig, seed: int =
 
     :param seed: of the random weights.
     """
-    half = Source(synthetic=shape, seed=seed)
+    half = ModelSource(synthetic=shape, seed=seed)
     gptq = replace(half, quantization='gptq')
     first = tuple(contexts[:1])
     native = replace(base, name='native', cuda_graph=True)

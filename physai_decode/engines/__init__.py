@@ -78,7 +78,7 @@ def build(model: Checkpoint, config: EngineConfig,
     :param passes: prepare to verify drafts, if the engine is a `physai_decode.engine.Verifier`;
         the details of its footprint say whether it can.
     :param draft: a smaller model to make drafts, if the engine can verify them.
-    :raises EngineError: the engine is not installed, or can not run the model; all memory is
+    :raises EngineError: the engine is not installed, or cannot run the model; all memory is
         freed.
     """
     name, reason = choose(model, config)
@@ -110,7 +110,7 @@ def _with_draft(kind: Any, model: Checkpoint, draft: Checkpoint, config: EngineC
         try:
             small = kind(draft, config, lambda text: progress(f'draft model: {text}'))
         except EngineError as error:
-            raise EngineError(f'the draft model {draft.folder} can not be used: {error}') from None
+            raise EngineError(f'the draft model {draft.folder} cannot be used: {error}') from None
         undo.callback(small.close)
         size = f'{small.footprint.checkpoint_weight_bytes / 1e9:.3g} GB'
         try:

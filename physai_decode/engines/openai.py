@@ -15,7 +15,7 @@
 """
 Client of a server with OpenAI's API: it sends messages and receives pieces of text.
 
-Each exchange has a thread that does everything that may wait for the network. It puts events into
+Each request has a thread that does everything that may wait for the network. It puts events into
 a bounded queue, so that the reader can stop waiting at any time.
 """
 
@@ -133,9 +133,9 @@ class Server:
 
         :returns: the problem; empty if there is none.
         """
-        exchange = Exchange(self, 'models', None)
+        request = ServerRequest(self, 'models', None)
         try:
-            listing = exchange.get(PROBE_S)
+            listing = request.get(PROBE_S)
             if listing is None:
                 return f'{self.address} does not answer within {PROBE_S:g} s'
             assert isinstance(listing, dict)
@@ -152,16 +152,16 @@ class Server:
         except (LookupError, TypeError, AttributeError):
             return f'{self.address}/models is not a list of models: check remote.base_url'
         finally:
-            exchange.close()
+            request.close()
 
-    def ask(self, endpoint: str, body: Mapping[str, Any]) -> 'Exchange':
+    def ask(self, endpoint: str, body: Mapping[str, Any]) -> 'ServerRequest':
         """
         Request an answer as a stream.
 
         :param endpoint: ``chat/completions`` or ``completions``.
         :param body: the JSON body, without the name of the model and the options of the stream.
         """
-        return Exchange(self, endpoint, json.dumps({
+        return ServerRequest(self, endpoint, json.dumps({
             'model': self.model, **body, 'stream': True,
             'stream_options': {'include_usage': True}}).encode())
 
@@ -178,7 +178,7 @@ class Server:
                            f'{self._url.path.rstrip("/")}/{endpoint}', body, self._headers)
 
 
-class Exchange:
+class ServerRequest:
     """A request to a server, and its response."""
 
     def __init__(self, server: Server, endpoint: str, body: bytes | None) -> None:
@@ -218,7 +218,7 @@ class Exchange:
             except OSError:             # already closed
                 pass
 
-    # The thread of the exchange runs everything below.
+    # The thread of the request runs everything below.
 
     def _run(self) -> None:
         connection = self._server.connect()
@@ -276,7 +276,7 @@ def read(address: str, data: bytes) -> Delta:
     Parse one event of a stream.
 
     :param address: address of the server, for messages.
-    :raises ServerError: the event reports an error, or can not be parsed.
+    :raises ServerError: the event reports an error, or cannot be parsed.
     """
     value = _object(address, data)
     if value.get('error'):
@@ -363,7 +363,7 @@ def _fragment(value: Mapping[str, Any]) -> Fragment:
 
 
 def _text(value: Any) -> str:
-    """Replace unpaired surrogates, which UTF-8 can not encode, with U+FFFD."""
+    """Replace unpaired surrogates, which UTF-8 cannot encode, with U+FFFD."""
     if type(value) is not str:
         raise TypeError
     return value if value.isascii() else \
@@ -424,4 +424,4 @@ def _network_error(address: str, error: Exception) -> str:
         return f'{address} ended the stream too early'
     if isinstance(error, client.HTTPException) and not isinstance(error, OSError):
         return f'{address} does not speak HTTP ({type(error).__name__}): check remote.base_url'
-    return f'{address} can not be reached ({first_line(error)})'
+    return f'{address} cannot be reached ({first_line(error)})'

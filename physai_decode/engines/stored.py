@@ -89,7 +89,7 @@ def read(entry: TensorEntry) -> Tensor:
     Read one tensor.
 
     :returns: the tensor on the CPU, in the stored dtype and shape. It owns its memory.
-    :raises EngineError: the file changed since it was inspected, can not be read, or has a dtype
+    :raises EngineError: the file changed since it was inspected, cannot be read, or has a dtype
         that PyTorch lacks.
     """
     if entry.dtype not in _DTYPES:
@@ -102,7 +102,7 @@ def read(entry: TensorEntry) -> Tensor:
             file.seek(entry.start)
             count = file.readinto(content.numpy().data)
     except OSError as error:
-        raise EngineError(f'{entry.path} can not be read ({error}): copy or download the model '
+        raise EngineError(f'{entry.path} cannot be read ({error}): copy or download the model '
                           'again') from None
     if count < entry.bytes:
         raise EngineError(f'{entry.path} was truncated while it was read: copy or download the '

@@ -28,7 +28,7 @@ from physai_decode.host import Host
 from physai_decode.pip_command import install
 
 if TYPE_CHECKING:
-    from physai_decode.http.server import Server
+    from physai_decode.http.server import HttpServer
 
 KEY_VARIABLE = 'PHYSAI_DECODE_API_KEY'      # of the environment
 
@@ -38,7 +38,7 @@ class HttpError(RuntimeError):
 
 
 def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseException], None],
-              errors: Callable[[], int]) -> 'Server':
+              errors: Callable[[], int]) -> 'HttpServer':
     """
     Serve the host's model on a port until the server is closed.
 
@@ -47,7 +47,7 @@ def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseExcept
     :raises HttpError: a library is missing, the API key is invalid, or the port can't be opened.
     """
     try:
-        from physai_decode.http.server import Server
+        from physai_decode.http.server import HttpServer
     except ImportError as error:
         raise HttpError(
             f'http.port is {config.port}, and {error}: '
@@ -56,4 +56,4 @@ def start_server(host: Host, config: HttpConfig, note: Callable[[str, BaseExcept
     if not (key.isascii() and key.isprintable()) or ' ' in key:
         raise HttpError(f'{KEY_VARIABLE} has characters that a header cannot contain: use '
                         'printable ASCII without spaces')
-    return Server(host, config, key, note, errors)
+    return HttpServer(host, config, key, note, errors)

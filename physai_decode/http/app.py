@@ -225,7 +225,7 @@ async def _reply(completion: Completion, exchange: Exchange, send: Send) -> None
 
     :raises ApiError: the request was refused, or failed.
     """
-    format_ = completion.format
+    formatter = completion.formatter
     if completion.stream:
         pieces = exchange.pieces()
         first = await anext(pieces, None)
@@ -234,17 +234,17 @@ async def _reply(completion: Completion, exchange: Exchange, send: Send) -> None
         raise error
     if not completion.stream:
         assert report is not None
-        await _send_json(send, 200, format_.complete(report, text))
+        await _send_json(send, 200, formatter.complete(report, text))
         return
     await send(_start(200, 'text/event-stream; charset=utf-8', {'cache-control': 'no-cache'}))
-    begin = [*format_.begin(), *([format_.piece(first)] if first else [])]
+    begin = [*formatter.begin(), *([formatter.piece(first)] if first else [])]
     await send(_body(b''.join(map(openai.event, begin)), more=True))
     async for piece in pieces:
-        await send(_body(openai.event(format_.piece(piece)), more=True))
+        await send(_body(openai.event(formatter.piece(piece)), more=True))
     report, text = await exchange.end()
     if error := openai.failure(report, text):
         raise error
-    await send(_body(b''.join(map(openai.event, format_.end(report, text))) + openai.DONE))
+    await send(_body(b''.join(map(openai.event, formatter.end(report, text))) + openai.DONE))
 
 
 def _start(status: int, kind: str, headers: Mapping[str, str]) -> dict[str, Any]:

@@ -89,11 +89,11 @@ class Completion(NamedTuple):
     """A parsed body."""
 
     request: Request                # with an id
-    format: 'Format'
+    formatter: 'Formatter'
     stream: bool
 
 
-class Format(NamedTuple):
+class Formatter(NamedTuple):
     """Formats one answer as OpenAI's objects."""
 
     id: str
@@ -183,7 +183,7 @@ def read(body: Any, model: str, chat: bool) -> Completion:
         request = replace(
             request, client_id=f'{"chatcmpl" if chat else "cmpl"}-{uuid4().hex}')
     return Completion(
-        request, Format(request.client_id, model, int(time.time()), chat, usage), stream)
+        request, Formatter(request.client_id, model, int(time.time()), chat, usage), stream)
 
 
 def client_id(body: Any) -> str:

@@ -42,7 +42,7 @@ GRACE_S = 0.2                   # for streams to end when the server closes
 _SILENT = logging.Logger('http', logging.CRITICAL + 1)      # `App` reports errors itself
 
 
-class Server:
+class HttpServer:
     """The HTTP server of one host, which runs until `close`."""
 
     def __init__(self, host: Host, config: HttpConfig, key: str,

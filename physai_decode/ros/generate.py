@@ -226,8 +226,8 @@ class GenerateServer:
         now_ns = self._clock.now().nanoseconds if simulated else 0
         calls = [json.dumps(call.to_json()) for _, report in tokens for call in report.tool_calls]
         return Generate.Feedback(items_json=items, tool_calls_json=calls, tokens=[
-            token(report, now_ns if simulated else known_ns, self._source)
-            for known_ns, report in tokens])
+            token(report, now_ns if simulated else queued_ns, self._source)
+            for queued_ns, report in tokens])
 
 
 class _Server(ActionServer):
@@ -386,11 +386,11 @@ def _set_fields(message: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value != getattr(default, name)}
 
 
-def token(report: TokenReport, known_ns: int, source: str) -> Any:
+def token(report: TokenReport, stamp_ns: int, source: str) -> Any:
     """
     Build the message of a token.
 
-    :param known_ns: when the token was known, in nanoseconds of the node's clock.
+    :param stamp_ns: the stamp of the header, in nanoseconds.
     :param source: the node's fully qualified name.
     """
     message = Token(
@@ -399,7 +399,7 @@ def token(report: TokenReport, known_ns: int, source: str) -> Any:
         reasoning=sendable(report.reasoning), itl_ms=_number(report.itl_ms),
         device_ms=_number(report.device_ms), r_floor=_number(report.r_floor),
         deadline_missed=report.deadline_missed)
-    message.header.stamp.sec, message.header.stamp.nanosec = divmod(known_ns, 10**9)
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
     message.header.frame_id = source
     return message
 

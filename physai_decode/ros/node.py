@@ -67,7 +67,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
 if TYPE_CHECKING:
-    from physai_decode.http.server import Server
+    from physai_decode.http.server import HttpServer
 
 STOP_TIMEOUT_S = 5.0            # an engine whose decode step takes longer is considered hung
 EXIT_TIMEOUT_S = 0.8            # the same when the process ends
@@ -110,7 +110,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         """
         self._ready = False                         # whether there is a host
         self._generate: GenerateServer | None = None    # rclpy also destroys incomplete nodes
-        self._http: Server | None = None            # while the node is configured
+        self._http: HttpServer | None = None            # while the node is configured
         self._transition = threading.Lock()         # held during a transition
         self._exiting = False                       # the process is about to end
         transitions = ReentrantCallbackGroup()
@@ -221,12 +221,12 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         if in_force is not None and in_force.realtime_refused:
             self.get_logger().warning(in_force.realtime_refused)
         self._bond.form(self._host.config.bond.heartbeat_period_s)
-        doors = [self._endpoints.prompt.topic_name, self._endpoints.request.topic_name]
+        interfaces = [self._endpoints.prompt.topic_name, self._endpoints.request.topic_name]
         if self._generate is not None:
-            doors.append(f'{self.get_fully_qualified_name()}/generate')
+            interfaces.append(f'{self.get_fully_qualified_name()}/generate')
         if self._http is not None:
-            doors.append(self._http.address)
-        self.get_logger().info(f'active: accepts requests on {", ".join(doors)}')
+            interfaces.append(self._http.address)
+        self.get_logger().info(f'active: accepts requests on {", ".join(interfaces)}')
         return TransitionCallbackReturn.SUCCESS
 
     @_logged

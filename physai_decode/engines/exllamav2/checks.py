@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The settings of ExLlamaV2, and the checks for models that it can not run correctly."""
+"""The settings of ExLlamaV2, and the checks for models that it cannot run correctly."""
 
 from dataclasses import replace
 from typing import Any
@@ -55,7 +55,7 @@ def check(model: Checkpoint, limit: int) -> None:
     Check that the library can run a model correctly.
 
     :param limit: the context in tokens.
-    :raises EngineError: it can not; the message says why and what to do.
+    :raises EngineError: it cannot; the message says why and what to do.
     """
     config, quantized = model.text_config, model.quantized
     method = quantized and quantized.method
@@ -69,7 +69,7 @@ def check(model: Checkpoint, limit: int) -> None:
             f'{method or "unquantised ones"}: set engine.name to auto')
     if model.random_weights is not None:
         raise EngineError(
-            f'{model.folder} only describes its weights, which ExLlamaV2 can not create at '
+            f'{model.folder} only describes its weights, which ExLlamaV2 cannot create at '
             'random: write them with decode_bench --write-checkpoint')
     stored.check_quantised(model)
     kind = Rope(config).kind
@@ -121,7 +121,7 @@ def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) 
     """
     Return the library's config for a folder.
 
-    :raises EngineError: the library can not read the folder.
+    :raises EngineError: the library cannot read the folder.
     """
     quantized = model.quantized
     assert quantized is not None        # as `check` ensures
@@ -129,7 +129,7 @@ def settings(library: Any, model: Checkpoint, config: EngineConfig, limit: int) 
         made = library.ExLlamaV2Config(str(model.folder))
     except Exception as error:
         raise EngineError(
-            f'{model.folder} can not be read by ExLlamaV2 {library.__version__}: '
+            f'{model.folder} cannot be read by ExLlamaV2 {library.__version__}: '
             f'{first_line(error)}') from None
     made.max_seq_len = limit
     made.max_input_len = min(CHUNK_TOKENS, limit)

@@ -60,7 +60,7 @@ class ExLlamaV2Engine:
         Compile the library's extension if necessary, load, and warm up.
 
         :param progress: called from another thread while the extension compiles.
-        :raises EngineError: the library or the model can not be loaded on this device; all memory
+        :raises EngineError: the library or the model cannot be loaded on this device; all memory
             is freed.
         """
         self._device = checks.device(config)

@@ -41,7 +41,7 @@ def library(progress: Callable[[str], None]) -> Any:
     Import the library, which compiles its extension at first use.
 
     :param progress: called every few seconds, from another thread; its exceptions end the import.
-    :raises EngineError: the library is missing, or its extension can not be compiled.
+    :raises EngineError: the library is missing, or its extension cannot be compiled.
     """
     doing = "loading ExLlamaV2's kernels"
     if find_spec('exllamav2_ext') is None:
@@ -58,7 +58,7 @@ def library(progress: Callable[[str], None]) -> Any:
         except ImportError as error:
             package = [error.name] if error.name else ['-U', 'exllamav2']
             raise EngineError(
-                f'ExLlamaV2 can not be imported ({first_line(error)}): install '
+                f'ExLlamaV2 cannot be imported ({first_line(error)}): install '
                 f'{error.name or "it"} ({install(*package)}), or choose another engine.name'
             ) from None
         except (OSError, RuntimeError) as error:

@@ -40,7 +40,7 @@ class Network:
         """
         Load all weights to one device.
 
-        :raises EngineError: the library can not load the model.
+        :raises EngineError: the library cannot load the model.
         """
         self._library, self._settings, self._device = library, settings, device
         torch.cuda.set_device(device)
@@ -66,7 +66,7 @@ class Network:
             if not isinstance(error, Exception) or devices.is_out_of_memory(error):
                 raise
             raise EngineError(
-                f'{model.folder} can not be loaded by ExLlamaV2 {library.__version__}: '
+                f'{model.folder} cannot be loaded by ExLlamaV2 {library.__version__}: '
                 f'{first_line(error)}') from None
         self._params = import_module('exllamav2.attn').ExLlamaV2Attention.Params
 

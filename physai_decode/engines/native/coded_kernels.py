@@ -202,15 +202,15 @@ class CodedOps(ScaledOps):
         if not isinstance(weight, Coded):
             super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
-        shape, choice = self._layout(weight, gain, gated)
+        shape, layout = self._layout(weight, gain, gated)
         self._current.discard(out.data_ptr())
         n, bias = out.shape[0], weight.bias
-        _coded[(triton.cdiv(n, choice.rows),)](
+        _coded[(triton.cdiv(n, layout.rows),)](
             x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
-            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows, COLUMNS=choice.columns,
+            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=layout.rows, COLUMNS=layout.columns,
             NORM=gain is not None, GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
             E2M1=weight.is_e2m1 and self._device.type == 'cuda', PDL=self._pdl,
-            **self._launch(choice.warps))
+            **self._launch(layout.warps))
 
 
 def _pointers(weight: Coded) -> tuple[Tensor, ...]:

@@ -676,50 +676,53 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Layout:
     """
     The layout of a product's kernel; ``rows`` and ``columns`` are those of a tile of weights.
 
     An `Int4` has columns 0: its tiles are as wide as its blocks, with one block per warp.
+    ``split`` is the number of warps that share the columns of a dense pass.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    split: int = 1
 
 
 TUNING_CONTEXT = 8192   # tokens; layouts are timed behind half as many, if there is room
 # Layouts that were fast for some shape; see docs/performance.md. The first fits every chip.
-DENSE_CHOICES = tuple(Choice(*each) for each in (
+DENSE_LAYOUTS = tuple(Layout(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 512, 2, 4), (4, 512, 4, 1), (4, 512, 4, 4),
     (8, 256, 2, 4), (8, 256, 4, 1), (8, 512, 2, 1), (16, 256, 8, 1), (4, 1024, 4, 1),
     (2, 1024, 4, 1), (1, 2048, 4, 1), (2, 2048, 4, 1), (2, 2048, 8, 1), (4, 2048, 4, 1),
     (4, 2048, 8, 1)))
 # A lane loads 16 weights of 8 bits at once.
-SCALED_CHOICES = DENSE_CHOICES + tuple(Choice(*each) for each in (
+SCALED_LAYOUTS = DENSE_LAYOUTS + tuple(Layout(*each) for each in (
     (8, 1024, 4, 1), (16, 512, 4, 1), (16, 1024, 8, 1), (8, 2048, 8, 1), (4, 1024, 2, 1),
     (8, 1024, 8, 1), (4, 4096, 8, 1)))
 # The columns of codes are whole blocks of 32. One stage, because codes only index a table.
-CODED_CHOICES = tuple(Choice(*each) for each in (
+CODED_LAYOUTS = tuple(Layout(*each) for each in (
     (8, 512, 4, 1), (4, 512, 2, 1), (4, 1024, 2, 1), (4, 1024, 4, 1), (8, 1024, 4, 1),
     (2, 2048, 4, 1), (4, 2048, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (2, 1024, 2, 1),
     (1, 2048, 2, 1), (16, 1024, 8, 1), (8, 2048, 8, 1)))
-INT4_CHOICES = tuple(Choice(TILE_ROWS, 0, *each) for each in (
+INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
 if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
-    INT4_CHOICES = tuple(sorted(INT4_CHOICES, key=lambda choice: choice.warps))
+    INT4_LAYOUTS = tuple(sorted(INT4_LAYOUTS, key=lambda layout: layout.warps))
 
 
 @dataclass(frozen=True)
-class Sharing:
+class AttentionLayout:
     """The layout of attention: programs for each 128 or so SMs, and warps per program."""
 
     programs: int
     warps: int
 
 
-SHARING_CHOICES = tuple(Sharing(*each) for each in ((2, 1), (4, 1), (1, 4), (2, 4), (2, 2)))
+ATTENTION_LAYOUTS = tuple(
+    AttentionLayout(*each) for each in ((2, 1), (4, 1), (1, 4), (2, 4), (2, 2)))
 
 
 class TritonOps(TorchOps):
@@ -745,8 +748,8 @@ class TritonOps(TorchOps):
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._programs = 2 ** int(math.log2(self._processors))
         self._splits = splits
-        self._choices: dict[Shape, Choice] = {}
-        self._sharings: dict[tuple[int, ...], Sharing] = {}     # by the attention's shape
+        self._layouts: dict[Shape, Layout] = {}
+        self._attention_layouts: dict[tuple[int, ...], AttentionLayout] = {}    # by `_heads`
         self._scratch: dict[tuple[object, ...], Tensor] = {}
         self._summed: dict[int, tuple[Tensor, Tensor]] = {}     # by address: see _sums
         self._current: set[int] = set()     # addresses of the vectors whose sums are up to date
@@ -818,10 +821,10 @@ class TritonOps(TorchOps):
 
     def _split_attention(self, layer, dims, rows=1):
         """Return the warps and splits of a layer's attention, and the splits' buffers."""
-        sharing = self._sharings.get(_heads(layer), SHARING_CHOICES[0])
+        layout = self._attention_layouts.get(_heads(layer), ATTENTION_LAYOUTS[0])
         splits = self._splits or max(
-            1, sharing.programs * self._programs // triton.next_power_of_2(layer.kv_heads))
-        return sharing.warps, splits, [
+            1, layout.programs * self._programs // triton.next_power_of_2(layer.kv_heads))
+        return layout.warps, splits, [
             self._buffer(f'attention {part}', rows * layer.heads * splits * width, torch.float32)
             for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]
 
@@ -845,10 +848,10 @@ class TritonOps(TorchOps):
         steps = self._tuned(transformer)
         for name, product in transformer.products():
             shape = _shape(*product)
-            self._tune(name, shape, self._choices, self._candidates(shape), cache, steps, progress)
+            self._tune(name, shape, self._layouts, self._candidates(shape), cache, steps, progress)
         for layer in transformer.attention:
-            self._tune('attention', _heads(layer), self._sharings, SHARING_CHOICES, cache, steps,
-                       progress)
+            self._tune('attention', _heads(layer), self._attention_layouts, ATTENTION_LAYOUTS,
+                       cache, steps, progress)
         transformer.position.zero_()
 
     @classmethod
@@ -861,36 +864,41 @@ class TritonOps(TorchOps):
         """Return the steps whose times are added to compare layouts."""
         return (transformer.step,)
 
-    def _tune(self, name, shape, chosen, choices, cache, steps, progress):
-        """Choose the layout of one kernel, unless it is known."""
+    def _tune(self, name, shape, chosen, candidates, cache, steps, progress):
+        """Select the layout of one kernel, unless it is known."""
         if shape in chosen:
             return
         kept = cache.get(str(shape))
-        choice = next((each for each in choices if list(astuple(each)) == kept), None)
-        if choice is None:
+        layout = next((each for each in candidates if list(astuple(each)) == kept), None)
+        if layout is None:
             progress(f'tuning the kernel for {name}')
             times = {}
-            for each in choices:
+            for each in candidates:
                 chosen[shape] = each
                 try:
                     times[each] = sum(map(timed, steps))
                 except triton.runtime.errors.OutOfResources:
                     continue     # this chip has too little shared memory for it
-            choice = min(times, key=times.__getitem__)
-            cache.put(str(shape), list(astuple(choice)))
-        chosen[shape] = choice
+            layout = min(times, key=times.__getitem__)
+            cache.put(str(shape), list(astuple(layout)))
+        chosen[shape] = layout
 
     def _layout(self, weight, gain, gated):
         """Return the shape of a product, and the layout of its kernel."""
         shape = _shape(weight, gain, gated)
-        return shape, self._choices.get(shape) or self._candidates(shape)[0]
+        return shape, self._layouts.get(shape) or self._candidates(shape)[0]
 
     def _candidates(self, shape):
         """Return the possible layouts of a product's kernel; the first fits every chip."""
-        return _choices(shape)
+        number = shape.kind.partition('-')[0]
+        layouts = {'int4': INT4_LAYOUTS, 'coded': CODED_LAYOUTS, 'int8': SCALED_LAYOUTS,
+                   'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
+        if not compiler.PIPELINES and number in ('int8', 'float8', 'coded'):
+            layouts = tuple(layout for layout in layouts if layout.stages == 1)
+        return layouts
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
-        shape, choice = self._layout(weight, gain, gated)
+        shape, layout = self._layout(weight, gain, gated)
         # Triton requires a valid pointer even for unused arguments.
         ids, routing, whole, joined, each = x, x, weight, 1, 1
         if routed is not None:
@@ -899,15 +907,15 @@ class TritonOps(TorchOps):
             weight = weight[0]
         bias = weight.bias
         common = {
-            'ROWS': choice.rows, 'STAGES': choice.stages, 'GATED': gated, 'GELU': gelu,
+            'ROWS': layout.rows, 'STAGES': layout.stages, 'GATED': gated, 'GELU': gelu,
             'ADD': add, 'BIAS': bias is not None, 'PDL': self._pdl,
-            **self._launch(choice.warps)}
+            **self._launch(layout.warps)}
         bias = x if bias is None else bias
         if isinstance(weight, Dense):
             self._current.discard(out.data_ptr())
             n = shape.n // 2 if gated else shape.n
-            columns = math.gcd(choice.columns, shape.k) if joined > 1 else choice.columns
-            _dense[(triton.cdiv(n, choice.rows), each)](
+            columns = math.gcd(layout.columns, shape.k) if joined > 1 else layout.columns
+            _dense[(triton.cdiv(n, layout.rows), each)](
                 x, whole.weight, bias, x if gain is None else gain, ids, routing, out, n,
                 out.stride(0), eps, K=joined * shape.k, SIZE=shape.k,
                 STACK=0 if routed is None else weight.weight.numel(), COLUMNS=columns,
@@ -921,7 +929,7 @@ class TritonOps(TorchOps):
             x if whole.zeros is None else whole.zeros, bias, ids, routing, out,
             self._sums(out) if gated else x, shape.n, out.stride(0), K=x.numel(),
             BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if routed is None else tiles * blocks,
-            GROUP=weight.group_size, SPLIT=choice.warps, ZEROS=whole.zeros is not None,
+            GROUP=weight.group_size, SPLIT=layout.warps, ZEROS=whole.zeros is not None,
             ASSEMBLY=self._device.type == 'cuda', **common)
 
     def _unpack(self, weight, tiles, dtype):
@@ -980,12 +988,3 @@ def _shape(weight, gain, gated):
 def _heads(layer):
     """Return the shape that the layout of attention depends on."""
     return layer.heads, layer.kv_heads, layer.head_dim, layer.window
-
-
-def _choices(shape):
-    form = shape.kind.partition('-')[0]
-    choices = {'int4': INT4_CHOICES, 'coded': CODED_CHOICES, 'int8': SCALED_CHOICES,
-               'float8': SCALED_CHOICES}.get(form, DENSE_CHOICES)
-    if not compiler.PIPELINES and form in ('int8', 'float8', 'coded'):
-        choices = tuple(choice for choice in choices if choice.stages == 1)
-    return choices

@@ -23,7 +23,6 @@ pass in each column, so the weights are read once for all rows. Unused columns r
 For ``PDL``, see ``kernels``.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 from physai_decode.engines import compiler
@@ -37,7 +36,7 @@ from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
 from physai_decode.engines.native.kernels import _tile
-from physai_decode.engines.native.kernels import Choice
+from physai_decode.engines.native.kernels import Layout
 from physai_decode.engines.native.kernels import SIDE
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
@@ -322,27 +321,16 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
     tl.store(part_sums + slot[:, None] * DIMS + dims[None, :], sums, mask=inside[:, None])
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The layout of a dense product: a tile, the warps that split its columns, and stages."""
-
-    rows: int
-    columns: int
-    split: int
-    stages: int
-    warps: int
-
-
 # The first fits every chip.
-DENSE_LAYOUTS = tuple(Layout(*each) for each in (
-    (16, 128, 1, 3, 1), (16, 128, 1, 4, 1), (16, 256, 1, 3, 1), (16, 256, 1, 4, 1),
-    (32, 128, 1, 3, 2), (32, 128, 1, 4, 2), (32, 256, 1, 3, 2), (64, 64, 1, 4, 4),
-    (64, 128, 1, 3, 4), (64, 128, 1, 4, 4), (16, 128, 2, 3, 2), (16, 128, 2, 4, 2),
-    (16, 128, 4, 3, 4), (16, 128, 4, 4, 4), (32, 128, 2, 3, 2), (32, 64, 4, 4, 4)))
+PASS_DENSE_LAYOUTS = tuple(Layout(*each) for each in (
+    (16, 128, 1, 3), (16, 128, 1, 4), (16, 256, 1, 3), (16, 256, 1, 4), (32, 128, 2, 3),
+    (32, 128, 2, 4), (32, 256, 2, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4),
+    (16, 128, 2, 3, 2), (16, 128, 2, 4, 2), (16, 128, 4, 3, 4), (16, 128, 4, 4, 4),
+    (32, 128, 2, 3, 2), (32, 64, 4, 4, 4)))
 if not compiler.PIPELINES:      # no three-dimensional loads
-    DENSE_LAYOUTS = tuple(each for each in DENSE_LAYOUTS if each.split == 1)
+    PASS_DENSE_LAYOUTS = tuple(each for each in PASS_DENSE_LAYOUTS if each.split == 1)
 # With two stages, the next words are requested ahead.
-INT4_LAYOUTS = tuple(Choice(TILE_ROWS, 0, warps, stages) for stages in (2, 1) for warps in (
+PASS_INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, warps, stages) for stages in (2, 1) for warps in (
     (4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
 
 
@@ -397,7 +385,7 @@ class PassOps(TritonOps):
 
     def _candidates(self, shape):
         """See `TritonOps._candidates`."""
-        return INT4_LAYOUTS if shape.kind.startswith('int4') else DENSE_LAYOUTS
+        return PASS_INT4_LAYOUTS if shape.kind.startswith('int4') else PASS_DENSE_LAYOUTS
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         assert routed is None       # experts run token by token

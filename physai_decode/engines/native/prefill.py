@@ -61,9 +61,9 @@ CAPABILITY = (8, 0)                     # the lowest for which Triton uses tenso
 
 
 @dataclass(frozen=True)
-class Choice:
+class Tiling:
     """
-    How a product is computed: by a kernel of `prefill_kernels`; if ``rows`` is 0, by the library.
+    The tiling of a product by a kernel of `prefill_kernels`; with ``rows`` 0, the library runs it.
 
     ``rows`` and ``columns`` are the size of a tile of weights; for an `Int4`, ``columns`` counts
     those of each of four groups. ``tokens`` are the tokens of a tile, and ``splits`` the programs
@@ -78,14 +78,14 @@ class Choice:
     splits: int = 1
 
 
-LIBRARY = Choice()
+LIBRARY = Tiling()
 
 
 class Prefill:
     """Prefills a transformer in chunks, captured if ``capture`` is set."""
 
     def __init__(self, transformer: Transformer, sizes: Sequence[int] = SIZES,
-                 capture: bool = True, choices: dict[object, Choice] | None = None,
+                 capture: bool = True,
                  progress: Callable[[str], None] = lambda message: None):
         """
         Allocate the buffers, which all sizes share, and capture.
@@ -94,14 +94,12 @@ class Prefill:
             the smallest is used.
         :param capture: on CUDA, false only in tests: `_tail` begins with a kernel that starts
             early and relies on results from two kernels before.
-        :param choices: how to compute products, by `key`; others are chosen by `rule`.
         """
         t = self._t = transformer
         a = t.architecture
         device, dtype = t.keys.device, t.keys.dtype
         enough = next((size for size in sizes if size >= t.max_context), sizes[-1])
         self.sizes = tuple(size for size in sizes if size <= enough)
-        self._choices = dict(choices or {})
         self._cuda = device.type == 'cuda'
         self._pdl = compiler.supports_pdl(device)
         self._processors, self._shared = 4, 2**30
@@ -293,28 +291,28 @@ class Prefill:
         """Multiply; return the partial sums [splits, tokens, n] without bias, and their number."""
         n, k = weight.shape
         x = self._in_order(x, weight, tokens)
-        choice = self._choice(weight, tokens, False)
-        if not choice.rows:
+        tiling = self._tiling(weight, tokens, False)
+        if not tiling.rows:
             out = self._parts.view(x.dtype)[:tokens * n].view(tokens, n)
             for weights, rows in self._pieces(weight):
                 torch.mm(x[:tokens * k].view(tokens, k), weights.t(), out=out[:, rows])
             return out, 1
-        self._by_kernel(x, weight, tokens, choice, self._parts)
-        return self._parts, choice.splits
+        self._by_kernel(x, weight, tokens, tiling, self._parts)
+        return self._parts, tiling.splits
 
     def _gated(self, x, mlp, tokens):
         """Write activation(gate) * up to ``_hidden``."""
         weight, placed = mlp.gate_up, self._is_placed(mlp.down, tokens)
         gelu = mlp.activation == 'gelu_tanh'
         x = self._in_order(x, weight, tokens, True)
-        choice = self._choice(weight, tokens, True)
+        tiling = self._tiling(weight, tokens, True)
         n, k = weight.shape
-        if choice.rows:
-            full, splits = self._full_waves(weight, tokens, choice)
-            self._by_kernel(x, weight, tokens, choice, self._hidden, slice(0, full), placed=placed,
+        if tiling.rows:
+            full, splits = self._full_waves(weight, tokens, tiling)
+            self._by_kernel(x, weight, tokens, tiling, self._hidden, slice(0, full), placed=placed,
                             gated=True, gelu=gelu)
             if full < n:
-                rest = replace(choice, splits=splits)
+                rest = replace(tiling, splits=splits)
                 self._by_kernel(x, weight, tokens, rest, self._parts, slice(full, n), paired=True)
                 self._gate_up(self._parts, splits, tokens, weight, slice(full, n), True, placed,
                               gelu)
@@ -334,7 +332,7 @@ class Prefill:
             BIAS=bias is not None, PAIRED=paired, GELU=gelu, PLACED=placed,
             **self._launch(4))
 
-    def _full_waves(self, weight, tokens, choice):
+    def _full_waves(self, weight, tokens, tiling):
         """
         Return the rows of gate and up that fill whole waves of all processors.
 
@@ -342,15 +340,15 @@ class Prefill:
         few tiles would keep few processors busy for a whole wave.
         """
         n, k = weight.shape
-        blocks = tokens // choice.tokens
-        tiles = triton.cdiv(n, choice.rows)
+        blocks = tokens // tiling.tokens
+        tiles = triton.cdiv(n, tiling.rows)
         full = tiles * blocks // self._processors * self._processors // blocks
         rest = (tiles - full) * blocks
-        steps = k // ((4 if isinstance(weight, Int4) else 1) * choice.columns)
+        steps = k // ((4 if isinstance(weight, Int4) else 1) * tiling.columns)
         if (tokens < 128 or not full or not rest or rest > TAIL * self._processors
                 or (isinstance(weight, Dense) and weight.bias is not None)):
             return n, 1
-        return full * choice.rows, max(1, min(8, steps // 2, self._processors // rest))
+        return full * tiling.rows, max(1, min(8, steps // 2, self._processors // rest))
 
     def _pieces(self, weight):
         """
@@ -396,7 +394,7 @@ class Prefill:
             TILES=UNPACKING, ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda,
             num_warps=UNPACKING)
 
-    def _by_kernel(self, x, weight, tokens, choice, out, rows=None, gated=False, paired=False,
+    def _by_kernel(self, x, weight, tokens, tiling, out, rows=None, gated=False, paired=False,
                    placed=False, gelu=False):
         """Multiply by some rows of a weight, by default all."""
         n, k = weight.shape
@@ -404,28 +402,28 @@ class Prefill:
         bias = weight.bias if gated else None
         width = n // 2 if gated else rows.stop - rows.start
         common = {
-            'TOKENS': choice.tokens, 'STAGES': choice.stages, 'GATED': gated,
-            'GELU': gelu, 'BIAS': bias is not None, 'PLACED': placed, **self._launch(choice.warps)}
+            'TOKENS': tiling.tokens, 'STAGES': tiling.stages, 'GATED': gated,
+            'GELU': gelu, 'BIAS': bias is not None, 'PLACED': placed, **self._launch(tiling.warps)}
         bias = x if bias is None else bias
-        grid = (triton.cdiv(rows.stop - rows.start, choice.rows) * (tokens // choice.tokens),
-                1 if gated else choice.splits)
+        grid = (triton.cdiv(rows.stop - rows.start, tiling.rows) * (tokens // tiling.tokens),
+                1 if gated else tiling.splits)
         if isinstance(weight, Dense):
             kernels._dense[grid](
-                x, weight.weight, bias, out, rows.start, n, k, tokens, width, ROWS=choice.rows,
-                COLUMNS=choice.columns, PAIRED=gated or paired, **common)
+                x, weight.weight, bias, out, rows.start, n, k, tokens, width, ROWS=tiling.rows,
+                COLUMNS=tiling.columns, PAIRED=gated or paired, **common)
             return
         group = weight.group_size
         kernels._int4[grid](
             x, weight.packed, weight.scales,
             weight.scales if weight.zeros is None else weight.zeros, bias, out, rows.start, n, k,
-            weight.packed.shape[1], tokens, width, GROUP=group, TILES=choice.rows // TILE_ROWS,
+            weight.packed.shape[1], tokens, width, GROUP=group, TILES=tiling.rows // TILE_ROWS,
             EXACT=k % (4 * group) == 0,
             ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda, **common)
 
     def _is_placed(self, weight, tokens, gated=False):
         """Return whether the previous kernel writes the input in the layout of this product."""
         return (isinstance(weight, Int4) and weight.order is None
-                and self._choice(weight, tokens, gated).rows > 0)
+                and self._tiling(weight, tokens, gated).rows > 0)
 
     def _in_order(self, x, weight, tokens, gated=False):
         """Reorder the input for the columns of a weight, if they have an order."""
@@ -434,7 +432,7 @@ class Prefill:
         k = weight.in_features
         kernels._reorder[(tokens, triton.cdiv(k, 1024))](
             x, weight.order, self._ordered, K=k, BLOCK=1024,
-            PLACED=self._choice(weight, tokens, gated).rows > 0, **self._launch(4))
+            PLACED=self._tiling(weight, tokens, gated).rows > 0, **self._launch(4))
         return self._ordered
 
     def _add(self, weight, parts, count, tokens, own_gain, gain, placed):
@@ -511,11 +509,8 @@ class Prefill:
             options['launch_pdl'] = True
         return options
 
-    def _choice(self, weight, tokens, gated):
-        found = self._choices.get(key(weight, tokens, gated))
-        if found is None:
-            found = rule(weight, tokens, gated, self._processors, self._shared)
-        return found
+    def _tiling(self, weight, tokens, gated):
+        return rule(weight, tokens, gated, self._processors, self._shared)
 
     def _most_parts(self):
         """Return the size of the largest product in float32 elements."""
@@ -525,12 +520,12 @@ class Prefill:
             for weight in layer.linears:
                 gated = weight is layer.mlp.gate_up
                 for tokens in self.sizes:
-                    choice = self._choice(weight, tokens, gated)
+                    tiling = self._tiling(weight, tokens, gated)
                     rows = weight.shape[0]
-                    if choice.rows:
-                        splits = choice.splits
+                    if tiling.rows:
+                        splits = tiling.splits
                         if gated:
-                            full, splits = self._full_waves(weight, tokens, choice)
+                            full, splits = self._full_waves(weight, tokens, tiling)
                             rows -= full
                         most = max(most, tokens * rows * splits)
                         continue
@@ -544,7 +539,7 @@ class Prefill:
         return max((self._unpacked_rows(weight) * weight.shape[1]
                     for layer in self._t.weights.layers for weight in layer.linears
                     if not isinstance(weight, Dense) and any(
-                        not self._choice(weight, tokens, weight is layer.mlp.gate_up).rows
+                        not self._tiling(weight, tokens, weight is layer.mlp.gate_up).rows
                         for tokens in self.sizes)), default=0)
 
     def _unpacked_rows(self, weight):
@@ -562,13 +557,7 @@ def _now():
     return event
 
 
-def key(weight: Linear, tokens: int, gated: bool) -> object:
-    """Return the key of a product in ``choices``."""
-    kind = 'dense' if isinstance(weight, Dense) else weight.kind
-    return (*weight.shape, kind, gated, tokens)
-
-
-def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int) -> Choice:
+def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int) -> Tiling:
     """
     Choose how to compute a product, by measurements on an H100; see docs/performance.md.
 
@@ -599,7 +588,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
             steps = k // ((4 if packed else 1) * columns)
             tiles = triton.cdiv(n, rows) * (tokens // wide)
             splits = 1 if gated else min(9, steps // 2, round(programs * processors / tiles))
-            return Choice(rows, columns, wide, warps, stages, max(1, splits))
+            return Tiling(rows, columns, wide, warps, stages, max(1, splits))
     return LIBRARY
 
 

@@ -218,19 +218,19 @@ class ScaledOps(TritonOps):
         if not isinstance(weight, Scaled):
             super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
-        shape, choice = self._layout(weight, gain, gated)
+        shape, layout = self._layout(weight, gain, gated)
         if weight.order is not None:
             x, gain = self._prepared(x, weight, gain, eps), None
         self._current.discard(out.data_ptr())
         n, bias = out.shape[0], weight.bias
-        _multiply[(triton.cdiv(n, choice.rows),)](
+        _multiply[(triton.cdiv(n, layout.rows),)](
             x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
-            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=choice.rows,
-            COLUMNS=choice.columns, STAGES=choice.stages, FLOAT=weight.is_float,
+            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=layout.rows,
+            COLUMNS=layout.columns, STAGES=layout.stages, FLOAT=weight.is_float,
             ZEROS=weight.zeros is not None,
             BY_ROW=weight.scales.shape[1] == 1 and weight.zeros is None, NORM=gain is not None,
             GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
-            ASSEMBLY=self._device.type == 'cuda', PDL=self._pdl, **self._launch(choice.warps))
+            ASSEMBLY=self._device.type == 'cuda', PDL=self._pdl, **self._launch(layout.warps))
 
 
 def _pointers(weight: Scaled) -> tuple[Tensor, ...]:

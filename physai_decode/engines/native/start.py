@@ -114,12 +114,12 @@ def operations(device: torch.device, dtype: torch.dtype,
 
 
 def _problem(device):
-    """Return why a GPU can not run the kernels; None if it can."""
+    """Return why a GPU cannot run the kernels; None if it can."""
     try:
         from physai_decode.engines import compiler
         from physai_decode.engines.native import coded_kernels  # noqa: F401
     except ImportError as error:
-        return f'Triton can not be used ({error}): {install("-U", "triton")}'
+        return f'Triton cannot be used ({error}): {install("-U", "triton")}'
     return compiler.problem(device)
 
 
@@ -177,7 +177,7 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     :param places: capacity of the cache in tokens.
     :param needed_bytes: the size of the stored weights and the cache.
     :param passes: whether to prepare passes of several rows.
-    :returns: the transformer, and why it can not run such passes; empty if it can, or need not.
+    :returns: the transformer, and why it cannot run such passes; empty if it can, or need not.
     """
     files = tensors(checkpoint, dtype, device)
     _check_quantised(checkpoint, files)
@@ -209,9 +209,9 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
 def _check_quantised(checkpoint: Checkpoint, files: source.Source) -> None:
     """Refuse a checkpoint if no module is stored in the format that config.json names."""
     if checkpoint.quantized:
-        form = formats.parse(checkpoint.quantized)
+        format_ = formats.parse(checkpoint.quantized)
         modules = {name.rpartition('.')[0] for name in checkpoint.tensors}
-        if not any(form.holds(files, module) for module in modules):
+        if not any(format_.holds(files, module) for module in modules):
             raise stored.not_quantised(checkpoint)
 
 

@@ -312,13 +312,13 @@ class _Loader:
     def _module(self, module: str, rows: int, columns: int, bias: bool) -> Stored:
         """Read one projection, quantised or not."""
         # Some writers of quantised checkpoints add an all-zero bias.
-        form = self._format if self._is_quantised(module) else None
-        bias = bias or form is not None and self._source.entry(f'{module}.bias') is not None
+        format_ = self._format if self._is_quantised(module) else None
+        bias = bias or format_ is not None and self._source.entry(f'{module}.bias') is not None
         numbers = self._float(f'{module}.bias', (rows,)) if bias else None
-        if form is None:
+        if format_ is None:
             return Dense(self._float(f'{module}.weight', (rows, columns)), numbers)
         try:
-            return replace(form.read(self._source, module, rows, columns), bias=numbers)
+            return replace(format_.read(self._source, module, rows, columns), bias=numbers)
         except EngineError as error:
             text = str(error)
             raise EngineError(text if module in text else f'{module}: {text}') from None

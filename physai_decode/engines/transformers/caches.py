@@ -62,7 +62,7 @@ class CachedNetwork:
         Create the cache and warm up.
 
         :param limit: capacity of the cache in tokens.
-        :raises EngineError: transformers can not decode the model token by token.
+        :raises EngineError: transformers cannot decode the model token by token.
         """
         self.network = network
         self.length = 0                     # tokens in the cache
@@ -74,14 +74,14 @@ class CachedNetwork:
         if not self._cache_name:
             raise EngineError(
                 f'{network.config.model_type}: its forward pass in transformers '
-                f'{transformers.__version__} takes no cache, so it can not be decoded token by '
+                f'{transformers.__version__} takes no cache, so it cannot be decoded token by '
                 'token: choose another model')
         self._options: dict[str, int] = {'use_cache': True}
         if 'logits_to_keep' in parameters:
             self._options['logits_to_keep'] = 1
         self._takes_positions = 'position_ids' in parameters
         # The library's models raise exceptions of any type.
-        with self._explaining(Exception, f'transformers {transformers.__version__} can not '
+        with self._explaining(Exception, f'transformers {transformers.__version__} cannot '
                               'decode it token by token with this cache'):
             self.cache: Any = self._new_cache()     # the types of its layers vary by version
             self.attends = all(
@@ -196,11 +196,11 @@ class CapturedNetwork(CachedNetwork):
         """
         Create the cache, warm up, capture the step, and compare it with the uncaptured one.
 
-        :raises EngineError: the step can not be captured, or the captured one gives other logits.
+        :raises EngineError: the step cannot be captured, or the captured one gives other logits.
         """
         super().__init__(network, device, limit)
         with self._explaining(
-                RuntimeError, "transformers' decode step can not be captured in a CUDA graph"):
+                RuntimeError, "transformers' decode step cannot be captured in a CUDA graph"):
             self._compare()
             self._capture()
         self.rewind(0)
@@ -284,6 +284,6 @@ def whole_cache(config: transformers.PretrainedConfig, limit: int) -> Cache:
                         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)), None)
     if unsupported:
         raise EngineError(
-            f'{config.model_type}: its cache ({unsupported}) can not be captured in a CUDA graph: '
+            f'{config.model_type}: its cache ({unsupported}) cannot be captured in a CUDA graph: '
             'set engine.cuda_graph to false')
     return Cache(layers=[StaticLayer(limit) for _ in layers])

@@ -56,7 +56,7 @@ class TransformersEngine:
         """
         Load, warm up and, with ``cuda_graph`` on a GPU, capture the decode step.
 
-        :raises EngineError: the model can not be loaded on this device; all memory is freed.
+        :raises EngineError: the model cannot be loaded on this device; all memory is freed.
         """
         self._device, dtype = devices.select(config)
         devices.use(self._device)

@@ -68,7 +68,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
     """
     Load a network without running code from the model folder.
 
-    :raises EngineError: the model can not be loaded; the message says why and what to do.
+    :raises EngineError: the model cannot be loaded; the message says why and what to do.
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -120,7 +120,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
             reason += (' (a library wanted to download something: connect this machine for one '
                      'start, or choose another engine.name)')
         raise EngineError(
-            f'{model.folder} can not be loaded by transformers {transformers.__version__}: '
+            f'{model.folder} cannot be loaded by transformers {transformers.__version__}: '
             f'{reason}') from None
     if info['mismatched_keys']:
         raise stored.wrong_shape(model, *min(info['mismatched_keys']))
@@ -171,8 +171,8 @@ def _random(model: Checkpoint, config: transformers.PretrainedConfig, attention:
     """Create random weights on the device for a folder that only describes their shapes."""
     if model.quantized:
         raise EngineError(
-            f'{model.folder} only describes {model.quantization} weights, which transformers can '
-            'not create at random: write them with decode_bench --write-checkpoint')
+            f'{model.folder} only describes {model.quantization} weights, which transformers '
+            'cannot create at random: write them with decode_bench --write-checkpoint')
     assert model.random_weights is not None
 
     def create() -> transformers.PreTrainedModel:
