@@ -150,9 +150,9 @@ def folder(tmp_path_factory):
     return random_model.save(tmp_path_factory.mktemp('model'), 'llama', 5, vocab_size=1030)
 
 
-def loop_of(kind, folder):
-    return DecodeLoop(kind(checkpoint.inspect(folder), EngineConfig(device='cpu', dtype='float32'),
-                           lambda text: None))
+def loop_of(kind, folder, **settings):
+    config = EngineConfig(device='cpu', dtype='float32', **settings)
+    return DecodeLoop(kind(checkpoint.inspect(folder), config, lambda text: None))
 
 
 def decode(loop, vocabulary, tokenizer, form, sampling, prompt=(5, 6, 7)):
@@ -225,8 +225,8 @@ class Event:
 
     now_ms = 0.0
 
-    def __init__(self, enable_timing=False):
-        pass
+    def __init__(self, enable_timing=False, blocking=False):
+        self.blocking = blocking
 
     def record(self, stream):
         self.at_ms = Event.now_ms
@@ -251,8 +251,8 @@ def piped(folder, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
     loops = []
 
-    def made(steps_ahead=0):
-        loop = loop_of(NativeEngine, folder)
+    def made(steps_ahead=0, **settings):
+        loop = loop_of(NativeEngine, folder, **settings)
         loop.engine._ahead = steps_ahead
         loop.engine.pipeline = loop.engine.piped(False)
         loops.append(loop)
@@ -261,6 +261,14 @@ def piped(folder, monkeypatch):
     yield made
     for loop in loops:
         loop.engine.close()
+
+
+@pytest.mark.parametrize('blocking', [False, True])
+def test_host_polls_or_sleeps_until_a_token_is_copied(piped, blocking):
+    """`engine.blocking_wait`; the other events are only timed."""
+    slots = piped(blocking_wait=blocking).engine.pipeline._free
+    assert slots and all(slot.copied.blocking is blocking for slot in slots)
+    assert not any(slot.end.blocking for slot in slots)
 
 
 FORM = Form('json_schema', {'type': 'object'}, 'name')

@@ -67,6 +67,7 @@ class NativeEngine:
         shape = families.parse(model.config).within(limit)
         needed_bytes = start.check_memory(model, shape, limit, dtype, self._device)
         self._ahead, self._priority = config.steps_ahead, config.stream_priority
+        self._blocking = config.blocking_wait
         self._stream = devices.stream(self._device, self._priority)
         devices.use(self._device, self._stream)
         with devices.enough_memory(self._device, needed_bytes), torch.inference_mode():
@@ -222,7 +223,7 @@ class NativeEngine:
         """Return a pipeline of this engine's step."""
         devices.use(self._device, self._stream)
         return Pipeline(self.transformer.step, self._draw, self._history, captured, self._ahead,
-                        self._priority)
+                        self._priority, self._blocking)
 
     @torch.inference_mode()
     def prefill_logits(self, prompt_ids: Sequence[int]) -> torch.Tensor:

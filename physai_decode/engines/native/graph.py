@@ -44,12 +44,12 @@ CALM_STEPS = 256     # steps in time after which one step less is in flight
 class _Slot:
     """One step in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocking: bool) -> None:
         self.tokens = torch.zeros(ROWS, dtype=torch.int64).pin_memory()
         # With a mask, sampling waits for the host between forwarded and restricted.
         self.begin, self.forwarded, self.restricted, self.end = (
             torch.cuda.Event(enable_timing=True) for _ in range(4))
-        self.copied = torch.cuda.Event()
+        self.copied = torch.cuda.Event(blocking=blocking)
         self.masked = False
 
 
@@ -94,7 +94,8 @@ class Pipeline:
     sizes: tuple[int, ...] = (1,)           # rows of the passes to prepare
 
     def __init__(self, forward: Callable[[int], None], draw: Callable[[Plan, int], None],
-                 history: Tensor, capture: bool, ahead: int = 0, priority: int = 0):
+                 history: Tensor, capture: bool, ahead: int = 0, priority: int = 0,
+                 blocking: bool = False):
         """
         Wrap the two parts of a step.
 
@@ -104,12 +105,13 @@ class Pipeline:
         :param capture: whether to capture CUDA graphs, one per plan and number of rows.
         :param ahead: steps in flight; 0 means `AHEAD`, and more while the host is late.
         :param priority: of the stream for copies; below 0 is higher.
+        :param blocking: whether the host sleeps while it waits, instead of polling.
         """
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._depth = Depth(ahead)
         self._copies = torch.cuda.Stream(history.device, priority=priority)
         # One more than can be in flight, for the step of `begin`.
-        self._free = deque(_Slot() for _ in range(self._depth.most + 1))
+        self._free = deque(_Slot(blocking) for _ in range(self._depth.most + 1))
         self._flying: deque[_Slot] = deque()
         self._begun = False         # whether the forward pass of the next step is launched
         self._graphs: dict[_Part, torch.cuda.CUDAGraph] = {}
