@@ -15,10 +15,6 @@
 """
 The scheduling of the decode thread: its real-time priority, its cores, and locked memory.
 
-Without a real-time priority, the thread asks for a short time slice: Linux 6.12 and newer then run
-it soon after a token is ready, even if other programs keep all cores busy. This needs no
-permission, and leaves the thread's share of a core unchanged (`sched_setattr(2)`).
-
 A setting that the system does not permit is reported with the way to permit it, and the thread
 runs without it. The effective settings are read back from the kernel.
 """
@@ -28,10 +24,8 @@ import ctypes
 from dataclasses import dataclass
 import os
 from pathlib import Path
-import platform
 import re
 import resource
-import struct
 import sys
 
 from physai_decode.config import RealtimeConfig
@@ -45,11 +39,6 @@ _CAP_IPC_LOCK, _CAP_SYS_NICE = 14, 23
 # Without a real-time priority, a shorter time costs more than it gains, because the thread that
 # gets the GIL may still have to wait for a core.
 SWITCH_S = 1e-4
-SLICE_NS = 100_000      # the shortest that Linux grants
-_ATTRIBUTES = struct.Struct('=IIQiIQQQII')      # struct sched_attr of linux/sched/types.h
-# Numbers of the system calls sched_setattr and sched_getattr; the C library lacks them.
-_SET_ATTRIBUTES, _GET_ATTRIBUTES = {
-    'x86_64': (314, 315), 'aarch64': (274, 275)}.get(platform.machine(), (None, None))
 _TASKS = '/proc/self/task'
 _PERMIT = ('set "USER - {limit}" in /etc/security/limits.conf and log in again, set '
            '{unit} in a systemd unit, or use docker run --ulimit {docker} or --cap-add '
@@ -69,8 +58,7 @@ _CPU_MOUNT = re.compile(
 class InForce:
     """The effective scheduling of a thread, read from the kernel."""
 
-    # other, with a time slice that it was granted, or fifo and its priority; None: it has ended
-    scheduling: str | None
+    scheduling: str | None          # other, or fifo and its priority; None: the thread has ended
     decode_cores: str | None        # numbers of cores, such as 2 3
     memory_locked: bool
     realtime_refused: str           # the settings that are not in force, and why
@@ -95,8 +83,6 @@ class Placement:
             self._lock() if config.lock_memory else '',
             self._pin(set(config.cpu_affinity)) if config.cpu_affinity else '',
             self._raise(config.priority) if config.priority else '') if text]
-        if os.sched_getscheduler(thread_id) == os.SCHED_OTHER:
-            _set_slice(thread_id, SLICE_NS)
 
     @property
     def refused(self) -> str:
@@ -110,8 +96,6 @@ class Placement:
             policy = os.sched_getscheduler(self._thread_id) & ~_RESET_ON_FORK
             priority = os.sched_getparam(self._thread_id).sched_priority
             scheduling = POLICIES.get(policy, str(policy)) + (f' {priority}' if priority else '')
-            if policy == os.SCHED_OTHER and _slice_ns(self._thread_id) == SLICE_NS:
-                scheduling += f', slice {1e-6 * SLICE_NS:g} ms'
             cores = ' '.join(map(str, sorted(os.sched_getaffinity(self._thread_id))))
         except ProcessLookupError:
             pass
@@ -175,23 +159,6 @@ def follow(pid: int) -> None:
         os.sched_setaffinity(0, os.sched_getaffinity(pid))
     except OSError:                     # it has ended, or this is not permitted
         pass
-
-
-def _set_slice(thread_id: int, slice_ns: int) -> None:
-    """Ask for a time slice for a thread of the class other; older kernels ignore it."""
-    if _SET_ATTRIBUTES is not None:
-        nice = os.getpriority(os.PRIO_PROCESS, thread_id)
-        _libc().syscall(_SET_ATTRIBUTES, thread_id, _ATTRIBUTES.pack(
-            _ATTRIBUTES.size, os.SCHED_OTHER, 0, nice, 0, slice_ns, 0, 0, 0, 0), 0)
-
-
-def _slice_ns(thread_id: int) -> int:
-    """Return a thread's time slice, 0 if the kernel does not report it."""
-    attributes = ctypes.create_string_buffer(_ATTRIBUTES.size)
-    if _GET_ATTRIBUTES is None or _libc().syscall(
-            _GET_ATTRIBUTES, thread_id, attributes, _ATTRIBUTES.size, 0):
-        return 0
-    return int(_ATTRIBUTES.unpack(attributes)[5])
 
 
 def _move(cores: set[int], spared: Collection[int], only: set[int] | None = None) -> None:

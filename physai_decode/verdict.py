@@ -69,7 +69,8 @@ def short(value: float) -> str:
 _ADVICE = {
     'bytes': 'read fewer bytes: four-bit weights, a smaller model, a shorter context',
     'clocks': 'improve power or cooling; on a Jetson, nvpmodel and jetson_clocks',
-    'host, captured': 'set realtime.priority, realtime.cpu_affinity and engine.steps_ahead',
+    'host, captured': 'set realtime.priority and engine.steps_ahead: 0, or try '
+                      'engine.blocking_wait: true',
     'host, off': 'set engine.cuda_graph: true',
     'host, unavailable': 'set realtime.priority and realtime.cpu_affinity',
     'kernels, captured': 'use another engine, such as engine.name: native with Triton',

@@ -164,7 +164,7 @@ def test_no_floor_without_a_peak():
 
 def test_counts_each_token_of_a_step():
     class Loop:
-        def stream(self, prompt_ids, sampling, constraint=None):
+        def stream(self, prompt_ids, sampling, constraint=None, ahead=True):
             yield Step(())
             yield Step((1,), 0.5, cached_tokens=3)
             for _ in range(sampling.max_new_tokens // 2):
