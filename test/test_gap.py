@@ -197,7 +197,7 @@ class FakePipeline:
 
     captures: list[bool] = []       # for each pipeline, whether it captures
 
-    def __init__(self, forward, draw, history, capture, ahead, priority):
+    def __init__(self, forward, draw, history, capture, *options):
         self.captures.append(capture)
         self._forward, self._draw, self._history, self._capture = forward, draw, history, capture
         self._flying = deque()
