@@ -73,7 +73,7 @@ _SAME = {'mistral': 'llama', 'ministral': 'llama'}     # their folders name each
 
 def check(config: Mapping[str, Any]) -> None:
     """
-    Validate the sizes of a model, its rope_theta, and the family that it names.
+    Validate the sizes of a model, its rotary embedding, and the family that it names.
 
     A list has one number per layer, and null selects the default of the family; the engine
     validates both.
@@ -88,6 +88,11 @@ def check(config: Mapping[str, Any]) -> None:
         inner, outer = (each.get('rope_theta') for each in (part(config, key), config))
         if inner is not None and outer is not None and inner != outer:
             raise ValueError(f'rope_theta is {repr(outer)}, but {repr(inner)} in {key}')
+    newer, older = (part(config, key) for key in ('rope_parameters', 'rope_scaling'))
+    for key in newer.keys() & older.keys():
+        if newer[key] != older[key]:
+            raise ValueError(f'{key} is {repr(newer[key])} in rope_parameters, but '
+                             f'{repr(older[key])} in rope_scaling')
     family, classes = config.get('model_type'), config.get('architectures')
     named = {_family(each) for each in classes if type(each) is str} - {''} \
         if isinstance(classes, list) else set()

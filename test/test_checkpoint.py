@@ -307,6 +307,9 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
      'rope_theta is 500000.0, but 10000.0 in rope_parameters'),
     ({'text_config': {'rope_theta': 5e5, 'rope_scaling': {'rope_theta': 1e4}}},
      'rope_theta is 500000.0, but 10000.0 in rope_scaling'),
+    ({'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0},
+      'rope_scaling': {'rope_type': 'yarn', 'factor': 8.0}},
+     'factor is 4.0 in rope_parameters, but 8.0 in rope_scaling'),
     ({'architectures': ['BertModel']},
      "architectures is ['BertModel'], but model_type is 'llama'"),
     ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, "model_type is 'granite'"),
@@ -339,6 +342,7 @@ def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     {'architectures': ['BertModel'], 'model_type': 'own'}, {'architectures': None},
     {'architectures': 'llama'}, {'architectures': [3]},
     {'rope_theta': 10000, 'rope_parameters': {'rope_theta': 1e4}},
+    {'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {'factor': 8.0}},
     {'rope_theta': 1e6, 'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}])
 def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
     write_json(folder / 'config.json', {**CONFIG, **fields})
