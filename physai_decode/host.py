@@ -175,17 +175,17 @@ def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loade
     if config.speculation.name != 'off':
         facts['speculation'] = 'off: a server decides that itself'
         progress(f'speculation is {facts["speculation"]}')
-    if path:
+    progress(f'asking {server.address} for its models')
+    problem = server.probe()
+    progress(f'the server is not ready: {problem}' if problem else
+             f'{server.address} has {server.model}')
+    if path:                            # last, because nothing may fail while it is loaded
         loaded = load(replace(config, model=replace(config.model, path=path),
                               engine=replace(config.engine, name='auto')), progress)
         shape = loaded.device_footprint
         facts['fallback'] = f'{path}: {shape.engine}, {shape.dtype}, {shape.device}'
     else:
         loaded = Loaded(None, None, Peak(None, 'unknown'), form=configured(config.constraint))
-    progress(f'asking {server.address} for its models')
-    problem = server.probe()
-    progress(f'the server is not ready: {problem}' if problem else
-             f'{server.address} has {server.model}')
     return loaded._replace(server=server, facts=facts)
 
 
@@ -268,6 +268,7 @@ class Host:
         except BaseException as error:
             known = isinstance(error, (ConfigError, EngineError, TextError))
             self.failure = str(error) if known else described(error)
+            self.unload()
             raise
         finally:
             self.loading = ''

@@ -140,12 +140,13 @@ class DraftModel:
     def begin(self) -> None:
         """Begin an answer, which reuses the prefix that is in the cache."""
         self._same = 0              # cached ids that are known to be those of the answer
-        self._has_prompt = self._failed = False
+        self._has_prompt = False
+        self.failed = False         # whether an error ended the drafts of this answer
         self.device_s = 0.0         # time on the device for this answer
 
     def room(self, length: int) -> int:
         """Return how many tokens it can draft after this many ids; 0 or less if none."""
-        return 0 if self._failed else self._engine.footprint.max_context - length
+        return 0 if self.failed else self._engine.footprint.max_context - length
 
     def prefill(self, ids: Sequence[int], most: int) -> bool:
         """
@@ -155,7 +156,7 @@ class DraftModel:
         :param most: size of a chunk.
         :returns: whether it did, so that there may be more chunks.
         """
-        if self._failed:
+        if self.failed:
             return False
         with self._enduring():
             missing = ids[self._rewind(ids, len(ids)):-1]
@@ -174,7 +175,7 @@ class DraftModel:
         :param forced: the draft tokens before these.
         """
         draft: list[int] = []
-        if self._failed:
+        if self.failed:
             return draft
         engine, known = self._engine, [*ids, *forced]
         with self._enduring():
@@ -218,7 +219,7 @@ class DraftModel:
         try:
             yield
         except Exception as error:      # of any kind: the answer does not depend on it
-            self._failed, self._cached, self._same = True, [], 0
+            self.failed, self._cached, self._same = True, [], 0
             self._warn(f'the draft model failed, and an answer continues without it: '
                        f'{described(error)}')
 
@@ -439,8 +440,9 @@ class Speculation:
         """
         if self._asked and self._model is not None:
             found = self._model.draft(self._lookup.ids, self._asked, self._forced)
-            # The token that ended a shorter draft was computed, too.
-            self._computed = min(self._asked, len(found) + 1)
+            if not self._model.failed:          # the time of an error is not that of a draft
+                # The token that ended a shorter draft was computed, too.
+                self._computed = min(self._asked, len(found) + 1)
             draft = self._draft = [*self._forced, *found]
             if draft and constraint is not None:
                 return draft[:constraint.fits(draft)]

@@ -357,6 +357,17 @@ def test_times_a_paced_step_beside_a_neighbour(monkeypatch):
     assert 0 < float(rows[2][8]) <= 20.0 < float(rows[1][8])
 
 
+@pytest.mark.parametrize(('times', 'rate'), [
+    ([0.001] * 100, '10.0'), ([0.2] * 100, '5.0'), ([0.15, 0.05] * 500, '10.0')])
+def test_rate_of_paced_steps(times, rate):
+    """A step that is late is caught up, as far as the pace permits it."""
+    cell = {'context': 64, 'beside': [{
+        'neighbour': 'cpu', 'pace': 10.0, 'alone': [1.0], 'beside': [1.0], 'paced': times,
+        'neighbour_alone': [1.0], 'neighbour_beside': [1.0], 'neighbour_paced': [1.0]}]}
+    rows = report.beside([{'case': {'label': 'a'}, 'contexts': [cell]}]).rows
+    assert rows[2][8] == rate
+
+
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['--pace', '8'], '--pace needs --beside'),
     (['--pace', '0.01', '--beside', 'cpu'], 'pace.tokens_per_s'),

@@ -271,11 +271,12 @@ def follows(answer):
     return rule
 
 
-def loop_with(small, kind=VerifyingEngine, cost=0.1, chunk_ms=0.0, warn=print, **changes):
-    """Return a loop whose clock stands still, and whose engine has a draft model."""
+def loop_with(small, kind=VerifyingEngine, cost=0.1, chunk_ms=0.0, warn=print,
+              clock=lambda: 0.0, step_s=0.0, **changes):
+    """Return a loop whose engine has a draft model, and whose clock stands still by default."""
     engine = kind(lambda ids: say(ANSWER, end=False), **{'max_context': 200, **changes})
-    engine.drafter = Drafter(small, cost)
-    return DecodeLoop(engine, chunk_ms, lambda: 0.0, MODEL, warn)
+    engine.drafter = Drafter(small, cost, step_s)
+    return DecodeLoop(engine, chunk_ms, clock, MODEL, warn)
 
 
 DIGITS = [ord(each) for each in '0123456789']
@@ -322,6 +323,14 @@ def test_failing_draft_model_ends_no_answer():
     loop = loop_with(small, warn=warnings.append)
     assert text_of(list(loop.stream(DIGITS, ALL))) == ANSWER
     assert len(warnings) == 1 and 'an answer continues without it' in warnings[0]
+
+
+def test_an_error_does_not_change_the_cost_of_drafts():
+    small = Small(broken, max_context=200)
+    loop = loop_with(small, warn=lambda message: None, clock=iter(range(10**6)).__next__,
+                     step_s=1.0)
+    assert text_of(list(loop.stream(DIGITS, ALL))) == ANSWER
+    assert small.fed and {each.draft_cost for each in loop._experience.values()} == {0.1}
 
 
 def test_cancel_takes_effect_between_chunks_of_the_draft_model():
@@ -493,7 +502,8 @@ def test_both_models_have_to_fit(native, tmp_path, monkeypatch):        # noqa: 
     import random_model
     model = checkpoint.open(str(random_model.save(tmp_path, 'qwen3', 0)))
     monkeypatch.setattr(device, 'free_bytes', lambda device: 10)
-    with pytest.raises(EngineError, match='draft model .* cannot be used: not enough memory'):
+    with pytest.raises(EngineError, match='draft model .* cannot be used: not enough memory.*; or '
+                                          'set speculation.draft_model'):
         engines.build(model, CPU, passes=True, draft=model)
     free = [10**9]
     monkeypatch.setattr(device, 'free_bytes', lambda device: free[0])

@@ -21,15 +21,20 @@ from types import SimpleNamespace
 
 from fake_engine import CharacterText
 from fake_engine import FakeEngine
+from physai_decode import engines
 from physai_decode import host as host_module
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
+from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
+from physai_decode.config import RemoteConfig
+from physai_decode.config import RooflineConfig
 from physai_decode.host import Host
 from physai_decode.host import Loaded
 from physai_decode.request import Request
 from physai_decode.roofline import at_clock
 from physai_decode.roofline import Peak
+from physai_decode.text_process import TextProcess
 from physai_decode.worker import Worker
 import pytest
 from worker_rig import Sink
@@ -58,6 +63,49 @@ def test_a_load_tells_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
     host.load(CONFIG, told.append)
     host.unload()
     assert told == ['jetson-stats is not used']
+
+
+class Opened:
+    """Counts what is open: engines and tokenizers."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        monkeypatch.setattr(engines, 'build', lambda *arguments: self.of(FakeEngine()))
+        monkeypatch.setattr(
+            host_module, 'TextProcess', lambda *arguments: self.of(TextProcess(*arguments)))
+
+    def of(self, opened):
+        """Count it until it is closed."""
+        close, self.count = opened.close, self.count + 1
+
+        def closed():
+            self.count -= 1
+            close()
+
+        opened.close = closed
+        return opened
+
+
+@pytest.mark.parametrize('config', [
+    DecodeConfig(roofline=RooflineConfig(100.0)),
+    DecodeConfig(
+        engine=EngineConfig('openai'), roofline=RooflineConfig(100.0),
+        remote=RemoteConfig('http://127.0.0.1:9/v1', 'far/model', fallback=ModelConfig.path))],
+    ids=['model', 'server'])
+def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, config):
+    """Such as that of a node that has to exit."""
+    opened, told = Opened(monkeypatch), []
+    monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: SimpleNamespace(
+        problem='jetson-stats is not used', close=lambda: None))
+    host = Host(Sink())
+    host.load(config, told.append)
+    assert opened.count == 2
+    host.unload()
+    for number in range(len(told)):
+        left = iter(range(number))
+        with pytest.raises(StopIteration):
+            host.load(config, lambda text, left=left: next(left))
+        assert host.loaded is host.telemetry is None and not opened.count, told[number]
 
 
 def window(host, gb_s, peak):

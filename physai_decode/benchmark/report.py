@@ -33,6 +33,7 @@ from physai_decode.benchmark.compare import Comparison
 from physai_decode.benchmark.runner import Result
 from physai_decode.benchmark.table import Table
 from physai_decode.histogram import percentile
+from physai_decode.pace import Pace
 from physai_decode.verdict import Figures
 from physai_decode.verdict import judge
 
@@ -298,18 +299,27 @@ def beside(results: Sequence[Result]) -> Table:
     for (name, context), found in grouped(results).items():
         runs = [cell['beside'] for cell in found if cell.get('beside')]
         for same in zip(*runs):
-            pace = same[0].get('pace')          # results of earlier versions have none
+            pace = same[0]['pace']
             for how in ('alone', 'beside', *(['paced'] if pace else [])):
-                times = sorted(itl_s for each in same for itl_s in each[how])
+                times = [itl_s for each in same for itl_s in each[how]]
+                took_s = _paced_s(times, pace) if how == 'paced' else sum(times)
+                times.sort()
                 neighbour_s = sorted(s for each in same for s in each[f'neighbour_{how}'])
                 table.rows.append([
                     name, str(context), same[0]['neighbour'],
                     f'beside, {pace:g} tokens/s' if how == 'paced' else how,
                     *(ms(percentile(times, q)) for q in (50, 99, 99.9)), ms(times[-1]),
-                    number(len(times) / sum(
-                        max(each, 1 / pace) if how == 'paced' else each for each in times), 1),
+                    number(len(times) / took_s, 1),
                     *(ms(percentile(neighbour_s, q)) for q in (50, 99))])
     return table
+
+
+def _paced_s(times: Sequence[float], tokens_per_s: float) -> float:
+    """Return how long steps take at a pace, with the waits that their times exclude."""
+    pace, now_s = Pace(tokens_per_s, 0.0), 0.0
+    for step_s in times:
+        now_s = max(now_s, pace.due_s(now_s)) + step_s
+    return now_s
 
 
 def profiled(found: Sequence[dict[str, Any]]) -> bool:

@@ -110,7 +110,9 @@ def _with_draft(kind: Any, model: Checkpoint, draft: Checkpoint, config: EngineC
         try:
             small = kind(draft, config, lambda text: progress(f'draft model: {text}'))
         except EngineError as error:
-            raise EngineError(f'the draft model {draft.folder} cannot be used: {error}') from None
+            raise EngineError(
+                f'the draft model {draft.folder} cannot be used: {error}; or set '
+                'speculation.draft_model to another model') from None
         undo.callback(small.close)
         size = f'{small.footprint.checkpoint_weight_bytes / 1e9:.3g} GB'
         try:
