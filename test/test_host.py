@@ -16,11 +16,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
 from fake_engine import CharacterText
 from fake_engine import FakeEngine
+from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import host as host_module
 from physai_decode.config import ConfigError
@@ -65,47 +67,37 @@ def test_a_load_tells_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
     assert told == ['jetson-stats is not used']
 
 
-class Opened:
-    """Counts what is open: engines and tokenizers."""
-
-    def __init__(self, monkeypatch):
-        self.count = 0
-        monkeypatch.setattr(engines, 'build', lambda *arguments: self.of(FakeEngine()))
-        monkeypatch.setattr(
-            host_module, 'TextProcess', lambda *arguments: self.of(TextProcess(*arguments)))
-
-    def of(self, opened):
-        """Count it until it is closed."""
-        close, self.count = opened.close, self.count + 1
-
-        def closed():
-            self.count -= 1
-            close()
-
-        opened.close = closed
-        return opened
-
-
-@pytest.mark.parametrize('config', [
-    DecodeConfig(roofline=RooflineConfig(100.0)),
-    DecodeConfig(
-        engine=EngineConfig('openai'), roofline=RooflineConfig(100.0),
-        remote=RemoteConfig('http://127.0.0.1:9/v1', 'far/model', fallback=ModelConfig.path))],
-    ids=['model', 'server'])
-def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, config):
+@pytest.mark.parametrize('remote', [
+    {}, {'engine': EngineConfig('openai'),
+         'remote': RemoteConfig('http://127.0.0.1:9/v1', 'a/model', fallback=ModelConfig.path)}],
+    ids=['local', 'server'])
+def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, remote):
     """Such as that of a node that has to exit."""
-    opened, told = Opened(monkeypatch), []
-    monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: SimpleNamespace(
-        problem='jetson-stats is not used', close=lambda: None))
-    host = Host(Sink())
-    host.load(config, told.append)
-    assert opened.count == 2
-    host.unload()
-    for number in range(len(told)):
-        left = iter(range(number))
-        with pytest.raises(StopIteration):
-            host.load(config, lambda text, left=left: next(left))
-        assert host.loaded is host.telemetry is None and not opened.count, told[number]
+    config = DecodeConfig(roofline=RooflineConfig(100.0), **remote)
+    opened, told = [], []
+
+    def counted(thing):
+        opened.append(thing)
+        monkeypatch.setattr(thing, 'close', lambda: opened.remove(thing))
+        return thing
+
+    model = checkpoint.open(config.model.path)
+    with closing(TextProcess(
+            str(model.folder), config.chat, model.vocab_size, model.eos_token_ids)) as text:
+        monkeypatch.setattr(engines, 'build', lambda *arguments: counted(FakeEngine()))
+        monkeypatch.setattr(host_module, 'TextProcess', lambda *arguments: counted(text))
+        monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: SimpleNamespace(
+            problem='jetson-stats is not used', close=lambda: None))
+        host = Host(Sink())
+        host.load(config, told.append)
+        assert len(opened) == 2
+        host.unload()
+        for number, step in enumerate(told):
+            left = iter(range(number))
+            with pytest.raises(StopIteration):
+                host.load(config, lambda text, left=left: next(left))
+            assert host.loaded is host.telemetry is None and not opened, step
+        monkeypatch.undo()          # of text.close
 
 
 def window(host, gb_s, peak):
