@@ -69,6 +69,8 @@ ACTION = r'\{"action":"(find|open|close|pick)","object":"[^"\\\x00-\x1f]{8,16}"\
 RANDOM = {'structured_outputs': {'regex': rf'\[{ACTION}(,{ACTION}){{4}}\]'}}
 TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
 PASS_TITLES = 'first action', 'whole plan', 'each token', 'tokens a pass'
+# By the name of a kind of answer: what `ask` takes, namely how to read it, the form, the limit.
+Answers = dict[str, tuple[str, dict[str, Any], int]]
 
 
 class Plan:
@@ -222,10 +224,9 @@ def plans(arguments: argparse.Namespace) -> int:
 
     config = DecodeConfig(model=ModelConfig(path=arguments.model),
                           engine=EngineConfig(cpu_threads=arguments.cpu_threads))
-    forms: dict[str, dict[str, Any]] = {
-        'free': {}, 'constrained': {'response_format': {'type': 'json_schema', 'json_schema': {
-            'name': 'plan', 'schema': json.loads(arguments.schema.read_text())}}}}
     table, limit = Table(), config.sampling.max_new_tokens
+    form = plan_form(arguments.schema)
+    answers: Answers = {'free': ('free', {}, limit), 'constrained': ('constrained', form, limit)}
     with ExitStack() as undo:
         alone = Alone(config)
         undo.callback(alone.end)
@@ -236,24 +237,34 @@ def plans(arguments: argparse.Namespace) -> int:
         ways = [alone, *(door(node) for door in DOORS)]
         for begin in range(0, arguments.rounds, BLOCK):
             for way in ways:
-                way.open()
-                for number in range(min(BLOCK, arguments.rounds - begin) + 1):
-                    for kind, form in forms.items():
-                        way.ask(OTHER, 'free', {}, 1)
-                        plan = way.ask(arguments.prompt, kind, form, limit)
-                        if number:              # the first one of a block warms up
-                            table.add(way.name, kind, plan)
-                way.close()
+                block(way, answers, arguments.prompt, min(BLOCK, arguments.rounds - begin), table)
     table.show()
     return 0
+
+
+def plan_form(schema: Path) -> dict[str, Any]:
+    """Return the fields of a request that constrain the answer to the JSON Schema of a file."""
+    return {'response_format': {'type': 'json_schema', 'json_schema': {
+        'name': 'plan', 'schema': json.loads(schema.read_text())}}}
+
+
+def block(way: Any, answers: Answers, prompt: str, count: int, table: Table) -> None:
+    """Add the times of ``count`` answers of each kind to a table; one before them warms up."""
+    way.open()
+    for number in range(count + 1):
+        for name, (kind, form, limit) in answers.items():
+            way.ask(OTHER, 'free', {}, 1)
+            plan = way.ask(prompt, kind, form, limit)
+            if number:
+                table.add(way.name, name, plan)
+    way.close()
 
 
 def drafted_plans(arguments: argparse.Namespace) -> int:
     """Time plans with drafts and without, and plans that copy one in the prompt."""
     config = DecodeConfig(model=ModelConfig(path=arguments.model),
                           engine=EngineConfig(cpu_threads=arguments.cpu_threads))
-    form = {'response_format': {'type': 'json_schema', 'json_schema': {
-        'name': 'plan', 'schema': json.loads(arguments.schema.read_text())}}}
+    form = plan_form(arguments.schema)
     table, limit, same = Table(), config.sampling.max_new_tokens, True
     with ExitStack() as undo:
         names = ('off', 'lookup', 'model') if arguments.draft_model else ('off', 'lookup')
@@ -318,16 +329,11 @@ def random_doors(config: DecodeConfig, arguments: argparse.Namespace, tokens: in
     from plan_doors import DOORS
     from plan_doors import Node
 
+    answers: Answers = {
+        'text': ('free', {}, tokens), 'constrained': ('free', RANDOM, CONTEXT)}
     with closing(Node(config)) as node:
-        for way in (door(node) for door in DOORS):
-            way.open()
-            for number in range(arguments.rounds + 1):
-                for kind, form, limit in (('text', {}, tokens), ('constrained', RANDOM, CONTEXT)):
-                    way.ask(OTHER, 'free', {}, 1)
-                    plan = way.ask(arguments.prompt, 'free', form, limit)
-                    if number:
-                        table.add(way.name, kind, plan)
-            way.close()
+        for door in DOORS:
+            block(door(node), answers, arguments.prompt, arguments.rounds, table)
 
 
 def head(alone: Alone, model: str, rounds: int) -> None:
