@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 from physai_decode import bench
 from physai_decode import checkpoint
@@ -298,17 +299,15 @@ def test_reports_a_neighbour_that_can_not_run(monkeypatch):
             pass
 
 
+def run_beside(monkeypatch, collect):
+    """Replace the neighbour by one whose times ``collect`` returns."""
+    monkeypatch.setattr(neighbour, 'running', lambda kind: contextlib.nullcontext(
+        SimpleNamespace(collect=collect)))
+
+
 def test_times_the_step_beside_a_neighbour(monkeypatch, tmp_path):
     """Rounds alternate with the step alone; the table also has the times of the neighbour."""
-    class Neighbour:
-        def collect(self, seconds):
-            return [0.002 if seconds else 0.004]
-
-    @contextlib.contextmanager
-    def running(kind):
-        yield Neighbour()
-
-    monkeypatch.setattr(neighbour, 'running', running)
+    run_beside(monkeypatch, lambda seconds: [0.002 if seconds else 0.004])
     monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
     monkeypatch.setattr(session, 'BESIDE_S', 0.05)
     times = session.beside(FakeEngine(), 64, 2, 'gpu:30,1')
@@ -333,16 +332,11 @@ def test_times_a_paced_step_beside_a_neighbour(monkeypatch):
     """The third row has the neighbour's times beside the paced steps, without their waits."""
     phases = []
 
-    class Neighbour:
-        def collect(self, seconds):
-            phases.append(seconds)
-            return [0.001 * len(phases)]
+    def collect(seconds):
+        phases.append(seconds)
+        return [0.001 * len(phases)]
 
-    @contextlib.contextmanager
-    def running(kind):
-        yield Neighbour()
-
-    monkeypatch.setattr(neighbour, 'running', running)
+    run_beside(monkeypatch, collect)
     monkeypatch.setattr(session, 'BESIDE_ROUNDS', 1)
     monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
     monkeypatch.setattr(session, 'BESIDE_S', 0.3)
