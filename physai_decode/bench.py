@@ -318,7 +318,7 @@ def _source(options: argparse.Namespace, quantization: str,
     written = quantization != 'none' and any(engine.name != 'native' for engine in engines)
     written = written or any(engine.name == 'exllamav2' for engine in engines)
     return ModelSource(synthetic=options.synthetic, quantization=quantization, seed=options.seed,
-                  written=written or quantization in ('awq', 'nf4'))
+                       written=written or quantization in ('awq', 'nf4'))
 
 
 def _tables(options: argparse.Namespace, results: Sequence[Result]) -> list[Table]:

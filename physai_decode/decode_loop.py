@@ -176,7 +176,7 @@ class DecodeLoop:
         speculation = Speculation(ids, self._experience[constraint is not None],
                                   engine.footprint.eos_token_ids, self._draft_model)
         while left and not (constraint is not None and constraint.ended):
-            draft, drafted_s, draft_device_s = list[int](), 0.0, speculation.device_s
+            draft, drafted_s, before_s = list[int](), 0.0, speculation.device_s
             begin_s = self._clock()
             rows = speculation.rows(left, constraint)
             if rows > 1 and engine.is_idle:
@@ -203,8 +203,7 @@ class DecodeLoop:
                 left -= len(new_ids)
                 speculation.take(
                     new_ids, 1 + len(draft), self._clock() - begin_s, drafted_s)
-                draft_device_s = speculation.device_s - draft_device_s
-                yield Step(new_ids, _sum(device_s, draft_device_s), reused,
+                yield Step(new_ids, _sum(device_s, speculation.device_s - before_s), reused,
                            None if constraint is None else constraint.mask_s)
             if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):
                 self._cached = []

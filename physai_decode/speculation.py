@@ -254,8 +254,8 @@ class Experience:
         return self._costs.items()
 
     def of(self, rows: int) -> float:
-        """Return the cost of a pass, which runs as the next larger size."""
-        return self._costs[self._size(rows)]
+        """Return the cost of a pass, which runs as the next larger size; 1 for one row."""
+        return self._costs[self._size(rows)] if rows > 1 else 1.0
 
     def learn(self, rows: int, took_s: float) -> None:
         """Update from the time of a pass; one that was delayed counts at most double."""
@@ -324,8 +324,7 @@ class Policy:
 
         :param drafted: tokens that a draft model computed for it.
         """
-        cost = drafted * self._experience.draft_cost + (
-            self._experience.of(rows) if rows > 1 else 1.0)
+        cost = drafted * self._experience.draft_cost + self._experience.of(rows)
         self._balance = min(MAX_BALANCE, self._balance + tokens - cost)
 
     def best(self, most: int, forced: int = 0, by_model: bool = False) -> tuple[float, int]:

@@ -214,7 +214,7 @@ def cost_of(policy, draft_cost, accepted):
             policy.learn(None, None, drafted)
         if rows > 1:
             policy.spend(rows, brought, rows - 1)
-        steps += (policy._experience.of(rows) if rows > 1 else 1.0) + (rows - 1) * draft_cost
+        steps += policy._experience.of(rows) + (rows - 1) * draft_cost
         tokens += brought
     return steps, tokens
 

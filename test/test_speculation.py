@@ -122,7 +122,7 @@ def cost_of(policy, accepted):
             policy.learn(right or place < brought - 1)
         if rows > 1:
             policy.spend(rows, brought)
-        steps += policy._experience.of(rows) if rows > 1 else 1.0
+        steps += policy._experience.of(rows)
         tokens += brought
     return steps, tokens
 

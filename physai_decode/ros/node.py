@@ -110,7 +110,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         """
         self._ready = False                         # whether there is a host
         self._generate: GenerateServer | None = None    # rclpy also destroys incomplete nodes
-        self._http: HttpServer | None = None            # while the node is configured
+        self._http: HttpServer | None = None        # while the node is configured
         self._transition = threading.Lock()         # held during a transition
         self._exiting = False                       # the process is about to end
         transitions = ReentrantCallbackGroup()
