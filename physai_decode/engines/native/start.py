@@ -41,6 +41,7 @@ from physai_decode.engines.native import torch_forms
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.ops import TorchOps
@@ -219,7 +220,8 @@ def _no_passes(loaded: weights.Weights, ops: TorchOps) -> str:
     """Return why passes of several rows are not supported; empty if they are."""
     if not all(isinstance(layer.mlp, Mlp) for layer in loaded.layers):
         return 'experts take their tokens one by one'
-    kinds = {weight.kind for weight in _products(loaded) if not isinstance(weight, Dense | Int4)}
+    kinds = {weight.kind for weight in _products(loaded)
+             if not isinstance(weight, Dense | Int4 | Fp4)}
     if kinds and ops.name != 'torch':
         return f'the kernels of {", ".join(sorted(kinds))} weights take one row'
     return ''

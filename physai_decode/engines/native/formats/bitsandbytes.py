@@ -132,8 +132,7 @@ class BitsAndBytes:
         scales = _numbers(f'{module}.weight.absmax', absmax.float())[first].view(rows, -1)
         packed = self._packed(source, f'{module}.weight', rows * columns // 2)
         swapped = (packed >> 4 | packed << 4).view(rows, -1)
-        return packing.code(packing.halves(swapped), scales,
-                            torch.ones((), device=packed.device), table, size)
+        return packing.code(packing.halves(swapped), scales, table, size)
 
     def _state(self, source: Source, module: str) -> Mapping[str, Any]:
         """Read the JSON of a module's quant_state."""
