@@ -295,7 +295,10 @@ def test_accepted_drafts_take_few_passes(kind):
     passes = [step for step in steps if step.token_ids]
     assert len(passes) < len(ANSWER) / 2
     computed = len(small.fed) - len(DIGITS) - 1
-    assert sum(step.device_s for step in passes[1:]) > 0.001 * (computed + len(passes) - 1)
+    drafted_s = sum(step.draft_s or 0.0 for step in passes)
+    assert drafted_s > 0.001 * computed
+    assert sum(step.device_s for step in passes[1:]) > drafted_s
+    assert first.draft_s is None
 
 
 def test_wrong_and_expensive_drafts_leave_the_text():

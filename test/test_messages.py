@@ -244,13 +244,14 @@ def test_bandwidth_warns_below_the_limit(window):
 
 @pytest.mark.parametrize(('changes', 'cause'), [
     ({'wait_ms': 90.0, 'paced': True}, 'pacing'), ({'wait_ms': 90.0, 'paced': False}, 'bytes'),
-    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'shared_passes': True}, 'bytes'),
+    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'drafted': True}, 'bytes'),
     ({'best_r_floor': 3.0}, 'a neighbour'),
-    ({'best_r_floor': 3.0, 'shared_passes': True}, 'bytes')])
+    ({'best_r_floor': 3.0, 'drafted': True}, 'bytes'),
+    ({'floor_ms': 1.0, 'draft_ms': 8.0, 'drafted': True}, 'drafts')])
 def test_verdict_is_about_the_current_pace_and_about_single_steps(window, changes, cause):
     """The tokens of one pass have a part of its time, and passes take longer than steps."""
-    window = replace(window, count=100, floor_ms=0.6 * window.itl_p50_ms,
-                     host_gap_ms=0.0, **changes)
+    window = replace(window, **{'count': 100, 'floor_ms': 0.6 * window.itl_p50_ms,
+                                'host_gap_ms': 0.0, **changes})
     verdict = values(messages.bandwidth_status(
         '/decode', window, FOOTPRINT, PEAK, DiagnosticsConfig(), 'x'))['verdict']
     assert verdict.startswith(f'{cause}: ')
