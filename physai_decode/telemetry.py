@@ -47,6 +47,13 @@ _THROTTLE_REASONS = {
     'hw_thermal': 0x40, 'hw_power_brake': 0x80}
 
 
+def spent_j(before_j: float | None, after_j: float | None) -> float | None:
+    """Return the energy between two readings of a counter; None if it is unknown."""
+    if before_j is None or after_j is None or after_j < before_j:      # it was reset
+        return None
+    return after_j - before_j
+
+
 class Telemetry:
     """The telemetry of one device until `close`."""
 
