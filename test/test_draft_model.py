@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
+import json
 from random import Random
 import shutil
 from types import SimpleNamespace
@@ -530,7 +531,8 @@ def test_another_tokenizer_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"!": ', '"~~": '))
     with closing(host.TextProcess(str(checkpoint.open(TINY).folder), DecodeConfig().chat)) as text:
         with pytest.raises(EngineError, match=(
-                "has another tokenizer than the model: id 3 is '~~', in the model '!'; set it")):
+                "^the draft model .* cannot be used: it has another tokenizer than the model: "
+                "id 3 is '~~', in the model '!'; take")):
             host._open_draft(config_of(folder), text, print)
 
 
@@ -549,5 +551,27 @@ def test_tokens_and_ids_have_to_agree_where_both_have_them(theirs, difference):
 def test_draft_model_has_to_exist(tmp_path):
     with pytest.raises(ConfigError, match=r'speculation\.draft_model is empty: set it'):
         host._open_draft(config_of(''), None, print)
-    with pytest.raises(EngineError, match=r"^speculation\.draft_model '.*none': no such folder"):
+    with pytest.raises(EngineError, match=r"speculation\.draft_model '.*none': no such folder"):
         host._open_draft(config_of(tmp_path / 'none'), None, print)
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'config.json', 'model.safetensors'])
+def test_error_names_the_draft_model(tmp_path, name):
+    folder = tmp_path / 'draft'
+    shutil.copytree(checkpoint.open(TINY).folder, folder)
+    (folder / name).write_text('{')
+    with pytest.raises(engines.DraftError, match=f'^the draft model {folder} cannot be used: .*'
+                                                 f'{name}.*; or set speculation'):
+        host._open_draft(config_of(folder), None, print)
+
+
+def test_load_tells_the_notes_of_a_draft_model(tmp_path):
+    folder, told = tmp_path / 'draft', []
+    shutil.copytree(checkpoint.open(TINY).folder, folder)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, 'architectures': ['Strange']}))
+    with closing(host.TextProcess(str(folder), DecodeConfig().chat)) as text:
+        host._open_draft(config_of(folder), text, told.append)
+    assert len(told) == 2 and told[1].startswith('draft model: config_notes: ')
+    assert 'Strange' in told[1]

@@ -177,6 +177,13 @@ def test_model_info_has_the_engine_s_details_too():
     assert (found['peak_bandwidth_gb_s'], found['peak_source']) == ('300', 'datasheet')
 
 
+def test_model_info_has_all_facts():
+    """Also those that are not keys, such as the speculation of a fallback."""
+    facts = {'fallback': 'builtin:x: native', 'speculation': 'off: a server', 'kernels': 'other'}
+    found = values(messages.model_status('/decode', 'x', FOOTPRINT, PEAK, '', facts))
+    assert facts.items() <= found.items()
+
+
 @pytest.fixture
 def window():
     """Return the window of a request with one late token, 20 ms apart at a floor of 10 ms."""

@@ -164,8 +164,8 @@ def _build(case: Case, cells: list[dict[str, Any]], note: Callable[[str], None],
 def _engine(case: Case, context: int, note: Callable[[str], None]) -> Engine:
     from physai_decode import engines
     note(f'looking for {case.source.path}')
-    return engines.build(
-        checkpoint.open(case.source.path), _settings(case, context).engine, note)
+    model = checkpoint.open(case.source.path, parameter='--model')
+    return engines.build(model, _settings(case, context).engine, note)
 
 
 def _settings(case: Case, context: int) -> DecodeConfig:
@@ -339,7 +339,7 @@ def compile_schema(case: Case, footprint: Footprint) -> Compiled:
 
     :raises TextError: the schema is not supported, or the tokenizer cannot be loaded.
     """
-    model = checkpoint.open(case.source.path)
+    model = checkpoint.open(case.source.path, parameter='--model')
     form = Form('json_schema', json.loads(case.schema), '--constraint')
     with contextlib.closing(TextProcess(
             str(model.folder), ChatConfig(), model.vocab_size, model.eos_token_ids)) as text:

@@ -164,11 +164,10 @@ def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardwa
             kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
                                 * footprint.kv_element_bytes),
             peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source)
-    values.update(
-        model=model, generate_action=GENERATE_ACTION, **facts,
-        **{key: value for key, value in footprint.details.items() if key not in MODEL_KEYS})
-    details = tuple(key for key in footprint.details if key not in MODEL_KEYS)
-    return status(status_name(node, 'model'), MODEL_KEYS + details, values,
+    details = {key: value for key, value in {**footprint.details, **facts}.items()
+               if key not in MODEL_KEYS}
+    values.update({**facts, **details}, model=model, generate_action=GENERATE_ACTION)
+    return status(status_name(node, 'model'), (*MODEL_KEYS, *details), values,
                   hardware_id=hardware_id)
 
 
