@@ -35,7 +35,6 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import Constraint
 from physai_decode.engine import described
 from physai_decode.engine import Engine
-from physai_decode.engine import EngineError
 from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import not_numbers
 from physai_decode.engine import shared_prefix
@@ -120,7 +119,7 @@ class DraftModel:
     The greedy tokens of a smaller model, whose KV cache follows the answers of another one.
 
     It reads a prompt when its first draft is requested, so after the first token of the answer.
-    After an error, it makes no more drafts for the same answer.
+    After an error, it makes no more drafts; after an id that it lacks, none for the same answer.
     """
 
     def __init__(self, engine: Engine, vocab_size: int, ends: Collection[int],
@@ -130,18 +129,19 @@ class DraftModel:
 
         :param vocab_size: of the model that verifies the drafts.
         :param ends: ids that no draft contains.
-        :param warn: receives the error after which an answer continues without drafts.
+        :param warn: receives why answers continue without drafts, once for each reason.
         """
         self._engine, self._warn = engine, warn
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
         self._cached: list[int] = []
+        self._broken = self._lacks = False      # whether an error, or an unknown id, was told
         self.begin()
 
     def begin(self) -> None:
         """Begin an answer, which reuses the prefix that is in the cache."""
         self._same = 0              # cached ids that are known to be those of the answer
         self._has_prompt = False
-        self.failed = False         # whether an error ended the drafts of this answer
+        self.failed = self._broken  # whether there are no more drafts for this answer
         self.device_s = 0.0         # time on the device for this answer
 
     def room(self, length: int) -> int:
@@ -161,7 +161,7 @@ class DraftModel:
         with self._enduring():
             missing = ids[self._rewind(ids, len(ids)):-1]
             if missing and (len(missing) > most or not self._has_prompt):
-                self._feed(missing[:most])
+                self._feed(missing, most)
                 return True
         self._has_prompt = True
         return False
@@ -206,22 +206,31 @@ class DraftModel:
         self._same = min(len(self._cached), sure)
         return len(self._cached)
 
-    def _feed(self, ids: Sequence[int]) -> None:
-        size = self._engine.footprint.vocab_size
-        if max(ids) >= size:
-            raise EngineError(f'token id {max(ids)} is outside its vocabulary of {size}')
-        self.device_s += self._engine.feed(ids) or 0.0
-        self._cached += ids
+    def _feed(self, ids: Sequence[int], most: int | None = None) -> None:
+        if max(ids) >= self._engine.footprint.vocab_size:
+            raise _UnknownId(max(ids))
+        self.device_s += self._engine.feed(ids[:most]) or 0.0
+        self._cached += ids[:most]
 
     @contextmanager
     def _enduring(self) -> Iterator[None]:
-        """End the drafts of this answer if the draft model fails."""
+        """End the drafts if the draft model fails, or those of this answer at an unknown id."""
         try:
             yield
+        except _UnknownId as error:
+            self.failed = True
+            if not self._lacks:
+                self._lacks = True
+                self._warn('the draft model makes no drafts for an answer whose token ids, such '
+                           f'as {error}, are outside its vocabulary')
         except Exception as error:      # of any kind: the answer does not depend on it
-            self.failed, self._cached, self._same = True, [], 0
-            self._warn(f'the draft model failed, and an answer continues without it: '
+            self.failed = self._broken = True
+            self._warn('the draft model is off until the node is activated again: '
                        f'{described(error)}')
+
+
+class _UnknownId(Exception):
+    """A draft model lacks the id."""
 
 
 class Experience:
