@@ -49,6 +49,7 @@ INITIAL_RATE = 0.5          # acceptance rate of draft tokens before any is know
 INITIAL_FORCED_RATE = 0.9   # of forced ones: a model may split the same text differently
 INITIAL_MODEL_RATE = 0.8    # of those of a draft model
 RECOVERY = 1 / 64           # of that rate towards its initial value, per token without a draft
+COST_RECOVERY = 1 / 8192    # of costs towards their initial values, per step of one row
 SMOOTHING = 1 / 8           # weight of the newest value in acceptance rates and costs
 MISSES = 4                  # times that a constraint may force nothing after a token
 
@@ -238,8 +239,10 @@ class Experience:
     The measured costs of passes, and the tokens after which constraints force others.
 
     It is shared by the answers of one engine. The costs are in decode steps, by the rows of a
-    pass: those given at first, then those measured. Forced tokens take time to compute, so a
-    constraint is no longer asked after tokens where it has mostly forced none.
+    pass: those given at first, then those measured. A device that becomes slow while no steps of
+    one row are measured makes them too high, so they recover with each such step. Forced tokens
+    take time to compute, so a constraint is no longer asked after tokens where it has mostly
+    forced none.
     """
 
     def __init__(self, costs: Mapping[int, float], draft_cost: float = 0.0,
@@ -254,6 +257,7 @@ class Experience:
         self.draft_cost = draft_cost
         self._costs = {rows: cost + VERIFY_OVERHEAD
                        for rows, cost in sorted(costs.items()) if rows > 1}
+        self._initial = draft_cost, dict(self._costs)
         self._step_s = step_s
         self._scores: dict[int, int] = {}       # by the token before
         self.most_rows = max(self._costs)
@@ -271,6 +275,10 @@ class Experience:
         if rows == 1:
             known_s = self._step_s or took_s
             self._step_s = known_s + SMOOTHING * (min(took_s, 2 * known_s) - known_s)
+            draft_cost, costs = self._initial
+            self.draft_cost += COST_RECOVERY * (draft_cost - self.draft_cost)
+            for size, cost in costs.items():
+                self._costs[size] += COST_RECOVERY * (cost - self._costs[size])
         elif self._step_s:
             size = self._size(rows)
             self._costs[size] = self._learned(self._costs[size], took_s)
