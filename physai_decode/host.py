@@ -422,7 +422,8 @@ class Host:
                               '~/token_stats, which includes the network')
         if worker.busy_reason:
             raise Busy(worker.busy_reason)
-        with gap.baseline(loaded.engine, self.config, progress) as baseline:
+        config = replace(self.config, engine=_engine_config(self.config))
+        with gap.baseline(loaded.engine, config, progress) as baseline:
             return worker.run(
                 lambda loop, heartbeat: gap.measure(loop, baseline, worker.peak, heartbeat),
                 GAP_TIMEOUT_S)

@@ -127,8 +127,6 @@ def _parts(figures: Figures, step_ms: float) -> dict[str, tuple[float, float]]:
     slowdown_ms = 0.0 if throttled else _slowdown_ms(figures, step_ms)
     if floor_ms is not None:
         parts['bytes'] = min(floor_ms, step_ms), step_ms
-    if draft_ms:
-        parts['drafts'] = draft_ms, step_ms
     if figures.cuda_graph == 'off':
         # The host launches each kernel, so its time is included between the two events.
         if floor_ms is not None:
@@ -137,6 +135,8 @@ def _parts(figures: Figures, step_ms: float) -> dict[str, tuple[float, float]]:
         parts['host'] = max(step_ms - device_ms, 0.0), step_ms
         excess_ms = min(device_ms, step_ms) - (floor_ms or 0.0) - draft_ms - slowdown_ms
         parts['clocks' if throttled else 'kernels'] = max(excess_ms, 0.0), step_ms
+    if draft_ms and 'host' in parts:
+        parts['drafts'] = draft_ms, step_ms
     tail_ms = (figures.itl_p99_ms or 0.0) - step_ms
     if figures.count >= TAIL_COUNT and tail_ms > (TAIL - 1) * step_ms and tail_ms > slowdown_ms:
         parts['a neighbour'] = tail_ms, tail_ms + step_ms

@@ -30,6 +30,7 @@ from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
+from physai_decode.config import RealtimeConfig
 from physai_decode.config import RemoteConfig
 from physai_decode.config import RooflineConfig
 from physai_decode.config import SpeculationConfig
@@ -213,6 +214,19 @@ def test_a_lower_memory_clock_does_not_refute_the_peak(host, monkeypatch, gb_s, 
     assert host.follow_peak(steps) == ''
     assert host.peak == SHEET
     assert host.worker.peak == at_clock(SHEET, board.memory_clocks_mhz)
+
+
+def test_the_gap_is_measured_with_the_threads_of_the_node(host, monkeypatch):
+    """Their number applies to the whole process."""
+    def baseline(engine, config, progress):
+        raise EngineError(f'{config.engine.cpu_threads} threads')
+
+    monkeypatch.setattr(host_module.gap, 'baseline', baseline)
+    for cores, threads, expected in (((0, 1, 2), 0, 3), ((0, 1, 2), 2, 2), ((), 0, 0)):
+        host.config = replace(CONFIG, realtime=RealtimeConfig(cpu_affinity=cores),
+                              engine=EngineConfig(cpu_threads=threads))
+        with pytest.raises(EngineError, match=f'^{expected} threads'):
+            host.measure_gap(print)
 
 
 def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):

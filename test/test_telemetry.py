@@ -415,6 +415,20 @@ def test_energy_comes_from_one_source_throughout(nvml, monkeypatch):
     assert telemetry.energy_j() < 100
 
 
+@pytest.mark.parametrize(('bits', 'memory_khz', 'reasons'), [
+    (4, 3199000, 'sw_power_cap'), (4, 2133000, 'sw_power_cap low_memory_clock'),
+    (0, 3199000, 'none'), (0, 2133000, 'low_memory_clock')])
+def test_throttle_reasons_of_both_sources(nvml, monkeypatch, bits, memory_khz, reasons):
+    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
+    monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetCurrentClocksThrottleReasons',
+                        lambda handle: bits)
+    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
+    board = telemetry._board._board
+    board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
+    board.observers[0](board)
+    assert telemetry.read()['throttle_reasons'] == reasons
+
+
 class OldBoard:
     """The `jtop` class of jetson-stats before version 4."""
 

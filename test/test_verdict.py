@@ -103,7 +103,8 @@ def test_text_has_cause_part_share_and_advice():
 
 
 @pytest.mark.parametrize('figures', [
-    Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9)])
+    Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9),
+    Figures(3.0, cuda_graph='off', device_ms=2.9, draft_ms=0.1), Figures(3.0, draft_ms=0.1)])
 def test_gives_no_verdict_from_too_few_figures(figures):
     assert judge(figures) is None
 
