@@ -48,7 +48,8 @@ MIN_GAIN = 1.2              # least expected tokens per step of cost
 INITIAL_RATE = 0.5          # acceptance rate of draft tokens before any is known
 INITIAL_FORCED_RATE = 0.9   # of forced ones: a model may split the same text differently
 INITIAL_MODEL_RATE = 0.8    # of those of a draft model
-RECOVERY = 1 / 64           # of that rate towards its initial value, per token without a draft
+RECOVERY = 1 / 64           # of that rate towards its initial value, per token without a draft;
+                            # of the score of a token, each time a constraint is not asked
 COST_RECOVERY = 1 / 8192    # of costs towards their initial values, per step of one row
 SMOOTHING = 1 / 8           # weight of the newest value in acceptance rates and costs
 MISSES = 4                  # times that a constraint may force nothing after a token
@@ -241,8 +242,8 @@ class Experience:
     It is shared by the answers of one engine. The costs are in decode steps, by the rows of a
     pass: those given at first, then those measured. A device that becomes slow while no steps of
     one row are measured makes them too high, so they recover with each such step. Forced tokens
-    take time to compute, so a constraint is no longer asked after tokens where it has mostly
-    forced none.
+    take time to compute, so a constraint is rarely asked after tokens where it has mostly forced
+    none.
     """
 
     def __init__(self, costs: Mapping[int, float], draft_cost: float = 0.0,
@@ -259,7 +260,7 @@ class Experience:
                        for rows, cost in sorted(costs.items()) if rows > 1}
         self._initial = draft_cost, dict(self._costs)
         self._step_s = step_s
-        self._scores: dict[int, int] = {}       # by the token before
+        self._scores: dict[int, float] = {}     # by the token before
         self.most_rows = max(self._costs)
 
     def items(self) -> Iterable[tuple[int, float]]:
@@ -290,7 +291,10 @@ class Experience:
 
     def asks(self, token_id: int) -> bool:
         """Return whether to ask a constraint what it forces after a token."""
-        return self._scores.get(token_id, 0) > -MISSES
+        score = self._scores.get(token_id, 0)
+        if score <= -MISSES:                    # another constraint may force something
+            self._scores[token_id] = score + RECOVERY
+        return score > -MISSES
 
     def asked(self, token_id: int, found: bool) -> None:
         """Update from whether a constraint forced anything after a token."""

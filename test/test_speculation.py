@@ -232,6 +232,20 @@ def test_asks_a_constraint_only_after_tokens_that_led_to_forced_ones():
         assert experience.asks(8)
 
 
+def test_asks_again_now_and_then():
+    """Another constraint may force tokens where those before have not."""
+    experience, asked = Experience(COSTS), 0
+    for _ in range(1000):
+        if experience.asks(7):
+            experience.asked(7, False)
+            asked += 1
+    assert 10 < asked < 30
+    while not experience.asks(7):
+        pass
+    experience.asked(7, True)
+    assert experience.asks(7)
+
+
 # --- the loop -----------------------------------------------------------------------------------
 
 class VerifyingEngine(FakeEngine):
