@@ -318,13 +318,13 @@ class Policy:
     rate recovers while there are none, so that they are tried again.
     """
 
-    def __init__(self, experience: Experience) -> None:
-        """Start with the initial rates and balance; use the experience as it changes."""
+    def __init__(self, experience: Experience, balance: float = INITIAL_BALANCE) -> None:
+        """Start with the initial rates; use the experience as it changes."""
         self._experience = experience
         self._rate = INITIAL_RATE
         self._forced_rate = INITIAL_FORCED_RATE
         self._model_rate = INITIAL_MODEL_RATE
-        self._balance = INITIAL_BALANCE
+        self._balance = balance
 
     def learn(self, accepted: bool | None, forced: bool | None = None,
               drafted: bool | None = None) -> None:
@@ -369,6 +369,17 @@ class Policy:
             if tokens / cost > best[0]:
                 best = tokens / cost, count
         return best
+
+
+def pays(costs: Mapping[int, float], draft_cost: float) -> bool:
+    """
+    Return whether a draft model promises enough to be used.
+
+    :param costs: see `Experience`.
+    :param draft_cost: of one token.
+    """
+    policy = Policy(Experience(costs, draft_cost), MAX_BALANCE)
+    return policy.best(max(costs), by_model=True)[1] > 1
 
 
 class Speculation:

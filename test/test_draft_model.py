@@ -487,12 +487,29 @@ def test_loads_a_draft_model(native, monkeypatch):                      # noqa: 
     drafter = loaded.engine.drafter
     assert 0.2 < drafter.cost < 5 and 0 < drafter.step_s < 1
     details = loaded.engine.footprint.details['draft_model']
-    assert details.endswith(f'a token costs {drafter.cost:.2f} steps')
+    assert f'a token costs {drafter.cost:.2f} steps' in details
     assert 'tiny_planner: ' in details and 'GB, float32, context 160' in details
     assert f'the draft model is {details}' in messages
     loaded.engine.close()
     assert not hasattr(loaded.engine, 'transformer')
     assert not hasattr(drafter.engine, 'transformer')
+
+
+@pytest.mark.parametrize(('cost', 'used'), [(0.1, True), (0.4, True), (0.9, False), (2.0, False)])
+def test_load_tells_a_draft_model_that_is_never_used(native, monkeypatch, cost, used):  # noqa: F811
+    from physai_decode.engines.native import start
+    monkeypatch.setattr(start, 'pass_costs', lambda *_: COSTS)
+    times_s = iter((0.01, 0.01 * cost))
+    monkeypatch.setattr(engines, '_step_s', lambda engine: next(times_s))
+    model = checkpoint.open(TINY)
+    engine = engines.build(model, CPU, passes=True, draft=model)
+    assert engine.footprint.details['draft_model'].endswith(
+        f'a token costs {cost:.2f} steps' + ('' if used else ', too many to use it'))
+    policy = Policy(Experience(COSTS, cost))
+    for _ in range(1000):
+        policy.learn(None)
+    assert (policy.best(8, by_model=True)[1] > 1) == used
+    engine.close()
 
 
 def test_draft_model_is_closed_if_drafts_can_not_be_verified(
