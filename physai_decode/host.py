@@ -21,6 +21,7 @@ reason. It depends on neither ROS nor torch.
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import closing
 from contextlib import ExitStack
@@ -48,6 +49,7 @@ from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
+from physai_decode.engine import Verifier
 from physai_decode.engines import openai
 from physai_decode.request import Form
 from physai_decode.request import Request
@@ -57,6 +59,7 @@ from physai_decode.roofline import at_clock
 from physai_decode.roofline import observed_peak
 from physai_decode.roofline import Peak
 from physai_decode.roofline import TOLERANCE
+from physai_decode.speculation import pays
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
@@ -147,7 +150,8 @@ def _load_local(config: DecodeConfig, progress: Callable[[str], None],
             progress(f'compiling {form.name}')
             shape = engine.footprint
             text.vocabulary(shape.vocab_size, shape.eos_token_ids).constraint(form)
-        loaded = Loaded(engine, text, peak, facts, model.sampling, form)
+        loaded = Loaded(engine, text, peak, facts, model.sampling, form,
+                        warnings=tuple(_idle_draft(engine, config.speculation.draft_model)))
         undo.pop_all()
         return loaded
 
@@ -175,6 +179,15 @@ def _open_draft(config: DecodeConfig, text: TextProcess,
     if draft.notes:
         progress(f'draft model: config_notes: {"; ".join(draft.notes)}')
     return draft
+
+
+def _idle_draft(engine: Engine, path: str) -> Iterator[str]:
+    """Yield a warning if the engine has a draft model that is too slow to be used."""
+    if isinstance(engine, Verifier) and (drafter := engine.drafter) is not None \
+            and not pays(engine.pass_costs, drafter.cost):
+        yield (f'the draft model {path} is never used, because a token of it costs '
+               f'{drafter.cost:.2f} decode steps: set speculation.draft_model to a smaller model, '
+               'or speculation.name to lookup')
 
 
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:

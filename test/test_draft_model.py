@@ -485,9 +485,10 @@ def test_loads_a_draft_model(native, monkeypatch):                      # noqa: 
     loaded = host.load(config_of(TINY), messages.append)
     loaded.text.close()
     drafter = loaded.engine.drafter
+    assert loaded.warnings == tuple(host._idle_draft(loaded.engine, TINY))
     assert 0.2 < drafter.cost < 5 and 0 < drafter.step_s < 1
     details = loaded.engine.footprint.details['draft_model']
-    assert f'a token costs {drafter.cost:.2f} steps' in details
+    assert details.endswith(f'a token costs {drafter.cost:.2f} steps')
     assert 'tiny_planner: ' in details and 'GB, float32, context 160' in details
     assert f'the draft model is {details}' in messages
     loaded.engine.close()
@@ -496,20 +497,16 @@ def test_loads_a_draft_model(native, monkeypatch):                      # noqa: 
 
 
 @pytest.mark.parametrize(('cost', 'used'), [(0.1, True), (0.4, True), (0.9, False), (2.0, False)])
-def test_load_tells_a_draft_model_that_is_never_used(native, monkeypatch, cost, used):  # noqa: F811
-    from physai_decode.engines.native import start
-    monkeypatch.setattr(start, 'pass_costs', lambda *_: COSTS)
-    times_s = iter((0.01, 0.01 * cost))
-    monkeypatch.setattr(engines, '_step_s', lambda engine: next(times_s))
-    model = checkpoint.open(TINY)
-    engine = engines.build(model, CPU, passes=True, draft=model)
-    assert engine.footprint.details['draft_model'].endswith(
-        f'a token costs {cost:.2f} steps' + ('' if used else ', too many to use it'))
+def test_load_warns_of_a_draft_model_that_is_never_used(cost, used):
+    engine = VerifyingEngine()
+    engine.drafter = Drafter(FakeEngine(), cost)
+    warnings = list(host._idle_draft(engine, 'small'))
+    assert all(f'small is never used, because a token of it costs {cost:.2f} ' in each
+               for each in warnings)
     policy = Policy(Experience(COSTS, cost))
     for _ in range(1000):
         policy.learn(None)
-    assert (policy.best(8, by_model=True)[1] > 1) == used
-    engine.close()
+    assert (policy.best(8, by_model=True)[1] > 1) == (not warnings) == used
 
 
 def test_draft_model_is_closed_if_drafts_can_not_be_verified(

@@ -33,7 +33,6 @@ from physai_decode.engine import Drafter
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.pip_command import install
-from physai_decode.speculation import pays
 
 TIMED_STEPS, TIMED_S = 8, 0.5       # of each model, to find the cost of a draft
 
@@ -147,9 +146,7 @@ def _with_draft(kind: Any, model: Checkpoint, draft: Checkpoint, config: EngineC
         with naming_draft(str(draft.folder)):
             engine.drafter = Drafter(small, _step_s(small) / step_s, step_s)
         report = (f'{draft.folder}: {size}, {small.footprint.dtype}, context '
-                  f'{small.footprint.max_context}, a token costs {engine.drafter.cost:.2f} steps'
-                  + ('' if pays(engine.pass_costs, engine.drafter.cost) else
-                     ', too many to use it'))
+                  f'{small.footprint.max_context}, a token costs {engine.drafter.cost:.2f} steps')
         progress(f'the draft model is {report}')
         undo.pop_all()
     engine.footprint = replace(
