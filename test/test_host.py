@@ -183,6 +183,16 @@ def test_errors_of_a_fallback_name_its_parameter(monkeypatch):
         load(replace(REMOTE, remote=remote), None, monkeypatch)
 
 
+def test_revision_applies_to_a_fallback_too(monkeypatch):
+    def find(path, revision, parameter):
+        raise EngineError(f'{parameter} {path} {revision}')
+
+    monkeypatch.setattr(checkpoint, 'open', find)
+    remote = replace(REMOTE.remote, fallback='org/name')
+    with pytest.raises(EngineError, match='^remote.fallback org/name abc$'):
+        load(replace(REMOTE, remote=remote, model=ModelConfig('', 'abc')), None, monkeypatch)
+
+
 def window(host, gb_s, peak):
     """Return the window of 100 steps that read at this rate, recorded with this peak."""
     return replace(host.worker.window(), count=100, floor_count=100, bandwidth_gb_s=gb_s,
