@@ -319,12 +319,11 @@ class Host:
         """Unload the model and free its memory."""
         loaded, telemetry = self.loaded, self.telemetry
         self.loaded = self.telemetry = self.peak = None
-        if telemetry is not None:
-            telemetry.close()
-        if loaded is not None:
-            for each in (loaded.engine, loaded.text):
+        with ExitStack() as calls:                  # runs all, even if one raises
+            for each in (telemetry, loaded and loaded.text, loaded and loaded.engine):
                 if each is not None:
-                    each.close()
+                    calls.callback(each.close)
+        if loaded is not None:
             del loaded, each
             give_back()
 

@@ -226,6 +226,25 @@ def test_a_lower_memory_clock_does_not_refute_the_peak(host, monkeypatch, gb_s, 
     assert host.worker.peak == at_clock(SHEET, board.memory_clocks_mhz)
 
 
+def test_unload_closes_everything_if_the_engine_fails_to_close(monkeypatch):
+    """Such as the process of the tokenizer."""
+    closed = []
+
+    def lost():
+        closed.append('engine')
+        raise RuntimeError('device lost')
+
+    monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: SimpleNamespace(
+        problem='', close=lambda: closed.append('telemetry')))
+    engine, text = FakeEngine(), CharacterText()
+    engine.close, text.close = lost, lambda: closed.append('text')
+    host = Host(Sink(), lambda config, progress: Loaded(engine, text, SHEET))
+    host.load(CONFIG, print)
+    with pytest.raises(RuntimeError, match='device lost'):
+        host.unload()
+    assert sorted(closed) == ['engine', 'telemetry', 'text'] and host.loaded is None
+
+
 def test_the_gap_is_measured_with_the_threads_of_the_node(host, monkeypatch):
     """Their number applies to the whole process."""
     def baseline(engine, config, progress):
