@@ -390,7 +390,7 @@ class Answer(Delivery):
         self._release('')
         report = self.times.token(
             now_s, token_id, piece, step.device_s, self._publish_s, step.mask_s, self._waited_s,
-            len(step.token_ids))
+            len(step.token_ids), step.draft_s)
         if parts:
             report = with_parts(report, parts)
         if held:

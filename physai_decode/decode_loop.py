@@ -58,7 +58,8 @@ class Step:
     ``token_ids`` is empty between two chunks of a prompt, where the caller can close the iterator;
     it has several ids if draft tokens were accepted. ``device_s`` is the time of the pass on the
     device in seconds (on a CPU, the time on the host), with that of the draft model, None if
-    unknown; for the first token it is the time of the prefill. ``cached_tokens`` counts the tokens
+    unknown; for the first token it is the time of the prefill. ``draft_s`` is the part of it in
+    which the draft model ran, None if the pass had no draft. ``cached_tokens`` counts the tokens
     of the prompt that were in the cache. ``mask_s`` is the time of the constraint's masks on the
     host, None without a constraint. ``sample_s`` is the part of ``device_s`` that sampled the
     first token.
@@ -69,6 +70,7 @@ class Step:
     cached_tokens: int = 0
     mask_s: float | None = None
     sample_s: float | None = None
+    draft_s: float | None = None
 
 
 class DecodeLoop:
@@ -203,8 +205,10 @@ class DecodeLoop:
                 left -= len(new_ids)
                 speculation.take(
                     new_ids, 1 + len(draft), self._clock() - begin_s, drafted_s)
-                yield Step(new_ids, _sum(device_s, speculation.device_s - before_s), reused,
-                           None if constraint is None else constraint.mask_s)
+                model_s = speculation.device_s - before_s
+                yield Step(new_ids, _sum(device_s, model_s), reused,
+                           None if constraint is None else constraint.mask_s,
+                           draft_s=model_s if draft or model_s else None)
             if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):
                 self._cached = []
                 raise not_numbers(engine.footprint.dtype)

@@ -150,8 +150,8 @@ DESCRIPTIONS = {
                      'arithmetic instead',
     'ttft_ms': 'time to first token: queue_ms plus prefill_ms',
     'unknown_parameters': 'names in the parameters at start that the node does not know',
-    'verdict': 'what limits the steps of the window most (bytes, kernels, host, clocks, a '
-               'neighbour, pacing), by how much, and which setting to change; see tuning.md',
+    'verdict': 'what limits the steps of the window most (bytes, drafts, kernels, host, clocks, '
+               'a neighbour, pacing), by how much, and which setting to change; see tuning.md',
     'vocab_size': 'size of the vocabulary',
     'wait_ms': 'how long `pace.tokens_per_s` delayed the step; on /diagnostics the median of the '
                'paced tokens in the window',

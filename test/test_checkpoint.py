@@ -524,6 +524,21 @@ def test_does_not_locate_an_impossible_path(path):
         checkpoint.locate(path)
 
 
+def test_errors_name_the_parameter_of_the_model(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    for path in ('/none', 'builtin:none', 'a' * 5000, str(folder / 'config.json'), 'some/model'):
+        with pytest.raises(EngineError) as raised:
+            checkpoint.open(path, parameter='the.setting')
+        assert str(raised.value).startswith('the.setting ')
+    write_json(folder / 'config.json', {'name': 'something'})
+    with pytest.raises(EngineError, match=r'set the\.setting to such a folder'):
+        checkpoint.open(str(folder), parameter='the.setting')
+    write_json(folder / 'adapter_config.json', {})
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(EngineError, match=r'set the\.setting to that folder'):
+        checkpoint.open(str(folder), parameter='the.setting')
+
+
 @pytest.mark.parametrize('name', ['no_such_model', '..', '../models', ''])
 def test_does_not_locate_an_unknown_builtin_model(name):
     with pytest.raises(EngineError, match='the package does not contain this model'):

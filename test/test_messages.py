@@ -177,6 +177,13 @@ def test_model_info_has_the_engine_s_details_too():
     assert (found['peak_bandwidth_gb_s'], found['peak_source']) == ('300', 'datasheet')
 
 
+def test_model_info_has_all_facts():
+    """Also those that are not keys, such as the speculation of a fallback."""
+    facts = {'fallback': 'builtin:x: native', 'speculation': 'off: a server', 'kernels': 'other'}
+    found = values(messages.model_status('/decode', 'x', FOOTPRINT, PEAK, '', facts))
+    assert facts.items() <= found.items()
+
+
 @pytest.fixture
 def window():
     """Return the window of a request with one late token, 20 ms apart at a floor of 10 ms."""
@@ -244,13 +251,14 @@ def test_bandwidth_warns_below_the_limit(window):
 
 @pytest.mark.parametrize(('changes', 'cause'), [
     ({'wait_ms': 90.0, 'paced': True}, 'pacing'), ({'wait_ms': 90.0, 'paced': False}, 'bytes'),
-    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'shared_passes': True}, 'bytes'),
+    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'drafted': True}, 'bytes'),
     ({'best_r_floor': 3.0}, 'a neighbour'),
-    ({'best_r_floor': 3.0, 'shared_passes': True}, 'bytes')])
+    ({'best_r_floor': 3.0, 'drafted': True}, 'bytes'),
+    ({'floor_ms': 1.0, 'draft_ms': 8.0, 'drafted': True}, 'drafts')])
 def test_verdict_is_about_the_current_pace_and_about_single_steps(window, changes, cause):
     """The tokens of one pass have a part of its time, and passes take longer than steps."""
-    window = replace(window, count=100, floor_ms=0.6 * window.itl_p50_ms,
-                     host_gap_ms=0.0, **changes)
+    window = replace(window, **{'count': 100, 'floor_ms': 0.6 * window.itl_p50_ms,
+                                'host_gap_ms': 0.0, **changes})
     verdict = values(messages.bandwidth_status(
         '/decode', window, FOOTPRINT, PEAK, DiagnosticsConfig(), 'x'))['verdict']
     assert verdict.startswith(f'{cause}: ')
