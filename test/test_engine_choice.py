@@ -83,7 +83,7 @@ def test_what_native_does_not_run(model, monkeypatch, changes, name, word):
 def test_a_name_that_is_given_is_kept(model):
     assert engines.choose(model, replace(CPU, name='transformers')) == (
         'transformers', 'engine.name says so')
-    with pytest.raises(EngineError, match="engine.name is 'fast': allowed are auto, native"):
+    with pytest.raises(EngineError, match="engine.name is 'fast': expected one of auto, native"):
         engines.choose(model, replace(CPU, name='fast'))
 
 

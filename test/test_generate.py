@@ -353,7 +353,7 @@ def test_aborts_a_wrong_goal_with_the_reason(make):
     rig = make()
     goal = rig.client.ask(id='mine', prompt='x', sampling=Sampling(temperature=-0.5))
     assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_ABORTED, 'rejected')
-    assert goal.result.message == 'temperature is -0.5: allowed are 0.0 to 10.0'
+    assert goal.result.message == 'temperature is -0.5: expected 0.0 to 10.0'
     assert goal.result.prompt_tokens == -1
     assert rig.host.refused == [(goal.result.message, 'mine')] and not rig.host.submitted
 

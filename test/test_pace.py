@@ -154,7 +154,7 @@ def test_json_form():
     request = parse('{"prompt": "x", "pace": {"tokens_per_s": 8}}')
     assert request.pace == {'tokens_per_s': 8.0}
     assert request.to_json() == {'prompt': 'x', 'pace': {'tokens_per_s': 8.0}}
-    with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: allowed are 0\.0 to'):
+    with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: expected 0\.0 to'):
         parse('{"prompt": "x", "pace": {"tokens_per_s": -1}}')
     with pytest.raises(RequestError, match=r"'pace\.hz' is not a field"):
         parse('{"prompt": "x", "pace": {"hz": 8}}')

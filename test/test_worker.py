@@ -574,7 +574,7 @@ def test_drops_the_oldest_turns(make):
         'aaaa', 'aaaa\nok\nbbbb', 'cccc', 'cccc\nok\ndddd', 'd' * 14]
     assert [report.finish_reason for report in reports] == ['stop'] * 5
     assert [report.message.partition(': ')[2] for report in reports] == [
-        '', '', 'its oldest 2 turns dropped', '', 'its oldest 2 turns dropped']
+        '', '', 'dropped its oldest 2 turns', '', 'dropped its oldest 2 turns']
     assert '16 tokens' in reports[2].message
 
 

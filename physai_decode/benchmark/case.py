@@ -128,7 +128,7 @@ def _settings(text: str, pairs: str, group: str, config: Any,
     for setting in filter(None, pairs.split(',')):
         key, _, value = setting.partition('=')
         if key not in kinds:
-            raise ConfigError(f'{text}: there is no {group} setting {key!r}: allowed are '
+            raise ConfigError(f'{text}: there is no {group} setting {key!r}: expected one of '
                               f'{", ".join(sorted(kinds))}')
         settings[key] = _read(text, key, value, kinds[key])
     return settings

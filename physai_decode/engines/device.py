@@ -281,7 +281,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _device(name: str) -> torch.device:
     if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', name):
-        raise EngineError(f'engine.device is {name!r}: allowed are auto, cpu, cuda and cuda:N')
+        raise EngineError(f'engine.device is {name!r}: expected auto, cpu, cuda or cuda:N')
     if name == 'cpu' or (name == 'auto' and not torch.cuda.is_available()):
         return torch.device('cpu')
     if not torch.cuda.is_available():
@@ -295,7 +295,7 @@ def _device(name: str) -> torch.device:
     if index >= count:
         raise EngineError(
             f'engine.device is {name!r}, but this machine has {count} CUDA '
-            f'device{"s" if count > 1 else ""}: allowed are cuda:0 to cuda:{count - 1}')
+            f'device{"s" if count > 1 else ""}: expected cuda:0 to cuda:{count - 1}')
     return torch.device('cuda', index)
 
 
@@ -307,7 +307,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if name not in ('bfloat16', 'float16', 'float32'):
         raise EngineError(
-            f'engine.dtype is {name!r}: allowed are auto, bfloat16, float16 and float32')
+            f'engine.dtype is {name!r}: expected auto, bfloat16, float16 or float32')
     if name == 'bfloat16' and not has_bfloat16:
         raise EngineError(
             f'engine.dtype is bfloat16, which {describe(device)[0]} does not support: set it to '

@@ -244,7 +244,7 @@ def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
     for name in options:
         if name not in _STREAM_OPTIONS:
             raise RequestError(f'{shown(f"stream_options.{name}")} is not a field of a body: '
-                               f'allowed are {", ".join(_STREAM_OPTIONS)}')
+                               f'the fields are {", ".join(_STREAM_OPTIONS)}')
     flags = {name: value for name, value in options.items() if value is not None}
     _flag(flags, 'include_obfuscation', 'stream_options.')
     return _flag(flags, 'include_usage', 'stream_options.')
