@@ -91,4 +91,4 @@ def test_a_second_publisher_of_tokens(rig):
     with second_node('impostor') as node:
         node.create_publisher(String, '/decode/tokens', 10)
         assert engine(rig, messages.ERROR) == (
-            '2 publishers are on /decode/tokens, of /decode, /impostor: their streams mix')
+            '/decode/tokens has 2 publishers, /decode, /impostor: their streams mix')

@@ -511,7 +511,7 @@ def test_reports_the_exception_of_a_transition(make, monkeypatch, capfd):
         assert not rig.change('configure', 'activate')
     status = rig.diagnostics('decode: engine')
     assert status['state'] == 'failed' and "can't start new thread" in status['message']
-    assert "on_activate failed, the node continues: RuntimeError: can't start new thread" in \
+    assert "on_activate failed; the node continues: RuntimeError: can't start new thread" in \
         capfd.readouterr().err
     assert rig.change('configure', 'activate')
     assert rig.ask('x')['finish_reason'] == 'stop'

@@ -256,7 +256,7 @@ def test_reports_a_library_that_needs_a_download(folder, monkeypatch):
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, 'from_pretrained', refused)
     message = error_of(folder)
-    assert 'Connection refused' in message and 'connect this machine for one start' in message
+    assert 'Connection refused' in message and 'connect this machine to the network' in message
 
 
 def test_rejects_missing_weights(folder):
