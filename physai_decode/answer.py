@@ -16,7 +16,7 @@
 The answer of an engine to one request, on the decode thread.
 
 It encodes the prompt, decodes tokens, converts them to text, and emits their reports. It ends at
-an end token, a stop text, a limit or a deadline, or if the request is cancelled or preempted.
+an end token, a stop string, a limit or a deadline, or if the request is cancelled or preempted.
 """
 
 from collections.abc import Callable
@@ -223,7 +223,7 @@ class Answer(Delivery):
     def _end_here(self, limit: int, constraint: Constraint | None) -> End | None:
         """Return the end that the newest token causes, or None; ``constraint`` has accepted it."""
         if self._detokenizer.stopped:
-            return End('stop', f'a text in {self._named("stop")} matched')
+            return End('stop', f'a string in {self._named("stop")} matched')
         if constraint is not None and constraint.ended:
             return End('stop', '')
         if self._speech is not None and self._speech.ended:

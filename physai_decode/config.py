@@ -46,7 +46,7 @@ def _option(default: Any, description: str, *, low: float | None = None,
     :param unless_0: minimum of a value other than 0.
     :param others: description of further values that are allowed besides ``choices``.
     :param dynamic: whether the value may change while the node runs.
-    :param characters: limit on the length of a text.
+    :param characters: limit on the length of a string.
     :param items: type of the items of a list, str or int.
     """
     return field(default=default, metadata={
@@ -156,7 +156,7 @@ class SamplingConfig:
     max_new_tokens: int = _option(
         256, 'maximum number of tokens in an answer', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
-        (), 'texts that end an answer; the answer does not contain them',
+        (), 'strings that end an answer; the answer does not contain them',
         dynamic=True, characters=256)
     from_checkpoint: bool = _option(
         False, 'true takes temperature, top_k, top_p, min_p and repetition_penalty from the '
@@ -209,7 +209,7 @@ class ConstraintConfig:
         '', 'regular expression that the whole answer matches, unless its request has its own '
         'constraint; empty for none')
     choice: tuple[str, ...] = _option(
-        (), 'list of texts, of which the answer is one, unless its request has its own '
+        (), 'list of strings, one of which is the answer, unless its request has its own '
         'constraint; empty for none')
     grammar_file: str = _option(
         '', 'file with a grammar of the answer, in GBNF or Lark syntax, unless its request has '
@@ -364,7 +364,7 @@ class DecodeConfig:
 _KINDS: dict[type, str] = {
     bool: 'true or false', int: 'an integer', float: 'a number', str: 'a string'}
 _LISTS = {str: 'a list of strings', int: 'a list of integers'}
-_ITEMS = {str: 'texts', int: 'numbers'}
+_ITEMS = {str: 'strings', int: 'numbers'}
 
 
 def check(group: str, instance: Any) -> None:
@@ -409,7 +409,7 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     characters = spec.metadata['characters']
     for text in each:
         if type(text) is str and len(text) > characters:
-            raise ConfigError(f'{name} is {shown(value)}, a text of {len(text)} characters: '
+            raise ConfigError(f'{name} is {shown(value)}, a string of {len(text)} characters: '
                               f'at most {characters} are allowed')
     choices = spec.metadata['choices']
     if choices and value not in choices and not spec.metadata['others']:

@@ -136,7 +136,7 @@ DESCRIPTIONS = {
                         'the clocks below their maximum while the GPU is busy',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, if it is set',
     'token_id': 'id of the token in the vocabulary; n/a if a server sent it as text',
-    'thought_markers': "texts that begin and end the model's thoughts, or none",
+    'thought_markers': "strings that begin and end the model's thoughts, or none",
     'tokens': 'tokens so far',
     'tokens_per_s': 'tokens after the first divided by their time',
     'tool_calls': 'tool calls that this token completed, as a JSON list',

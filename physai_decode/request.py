@@ -44,7 +44,7 @@ from physai_decode.config import ThinkingConfig
 MAX_ID_CHARACTERS = 128
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS = 64
-MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text
+MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a string
 MAX_TEMPLATE_NUMBER = 2**53         # of the absolute value
 ROLES = ('system', 'user', 'assistant', 'tool')
 MAX_TOOLS = 128
@@ -361,7 +361,7 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
         given = value.get(name)
         if given is None:
             continue
-        if type(spec.default) is tuple:             # OpenAI allows a text instead of a list
+        if type(spec.default) is tuple:             # OpenAI allows a string instead of a list
             given = (given,) if type(given) is str else \
                 tuple(given) if type(given) is list else given
         found[spec.name] = check_value(prefix + name, given, spec)
@@ -565,7 +565,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
     choice = found.get('choice')
     if choice is not None and not (choice and all(type(each) is str and each for each in choice)):
         raise RequestError(f'structured_outputs.choice is {shown(choice)}: expected a list of at '
-                           'least one text, without empty ones')
+                           'least one string, none of them empty')
     return found
 
 

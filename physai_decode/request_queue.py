@@ -50,7 +50,7 @@ class Listener(Protocol):
         """
         Receive a new token.
 
-        A token with an incomplete character, or with text that may begin a stop text, is delayed
+        A token with an incomplete character, or with text that may begin a stop string, is delayed
         until the next token or the end of the answer decides its text.
         """
         ...

@@ -178,7 +178,7 @@ class Text:
         return len(self._ids(text.encode(errors='replace').decode(), add_special_tokens=False))
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """Create a detokenizer for one answer, which any of the texts in ``stop`` ends."""
+        """Create a detokenizer for one answer, which any of the strings in ``stop`` ends."""
         return Detokenizer(self.backend, self.special_ids, stop)
 
     def _message(self, message: Message, texts: list[str],

@@ -142,7 +142,7 @@ class TextProcess:
         """
         Create a detokenizer for one answer.
 
-        :param stop: texts that end the answer.
+        :param stop: strings that end the answer.
         :param seen: special tokens to keep in the text.
         """
         hidden = self._special_ids.difference(map(self._backend.token_to_id, seen))

@@ -495,7 +495,7 @@ def test_worker_rejects_a_constraint_and_goes_on(options, words):
         assert worker.state == 'idle' and not worker.last_error
 
 
-def test_a_parameter_with_stop_texts_is_named():
+def test_a_parameter_with_stop_strings_is_named():
     """A plain prompt has no field to override it, so the message names the parameter too."""
     with making() as make:
         worker, sink = make(FakeEngine(vocab_size=128), sampling=SamplingConfig(stop=('x',)))

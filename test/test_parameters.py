@@ -119,7 +119,7 @@ def test_accepts_an_empty_list_of_any_type(make, parameter):
     ('sampling.top_p: .nan', r'sampling\.top_p is nan: expected 0\.0 to 1\.0'),
     ('sampling.stop: "a"', r"sampling\.stop is 'a': expected a list of strings"),
     ('sampling.stop: [1, 2]', r'sampling\.stop is .*: expected a list of strings'),
-    (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'stop has 65 texts: at most 64 are allowed'),
+    (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'stop has 65 strings: at most 64 are allowed'),
     (f'sampling.stop: [{"a" * 257}]', r'stop is .* 257 characters: at most 256 are allowed'),
     (f'model.path: {"a" * 4097}', r'model\.path is .* 4097 characters: at most 4096 are allowed'),
     ('realtime.cpu_affinity: [a]', r'realtime\.cpu_affinity is .*: expected a list of integers'),

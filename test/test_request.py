@@ -84,7 +84,7 @@ def test_null_is_absent():
     assert parse('{"id": "x", "metadata": null, "prompt": null, "cancel": true}') == Cancel('x')
 
 
-def test_one_stop_text_is_a_list_of_one():
+def test_one_stop_string_is_a_list_of_one():
     assert read(stop='END').sampling == {'stop': ('END',)}
 
 
@@ -124,8 +124,8 @@ def test_invalid_cancel_is_no_end_of_a_running_request(text):
     ({'max_new_tokens': 5}, "'max_new_tokens' is not a field of a request"),
     ({'stop': [1]}, 'stop is (1,): expected a list of strings'),
     ({'stop': {}}, 'stop is {}: expected a list of strings'),
-    ({'stop': ['x'] * 65}, 'stop has 65 texts: at most 64 are allowed'),
-    ({'stop': ['', 'x' * 257]}, 'a text of 257 characters: at most 256 are allowed'),
+    ({'stop': ['x'] * 65}, 'stop has 65 strings: at most 64 are allowed'),
+    ({'stop': ['', 'x' * 257]}, 'a string of 257 characters: at most 256 are allowed'),
     ({'stop': 'x' * 257}, "stop is ('xxx"),
     ({'prompt': 7}, 'prompt is 7: expected a string'),
     ({'prompt': None}, 'and raw_prompt (a string): none was given'),

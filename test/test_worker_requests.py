@@ -60,7 +60,7 @@ def test_each_request_has_its_own_sampling(make):
         (0.5, 4), (0.9, 2), (0.5, 4), (0.5, 4)]
     assert [text for _, text in sink.ends] == ['abcd', 'ab', 'ab', 'abcd']
     assert [report.message for report, _ in sink.ends] == [     # named as the client set it
-        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a text in stop matched',
+        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a string in stop matched',
         'sampling.max_new_tokens is 4']
 
 

@@ -267,7 +267,7 @@ def _convert_input(fields: dict[str, Any], chat: bool) -> None:
     if type(prompt) is list and len(prompt) == 1:
         prompt = prompt[0]
     if type(prompt) is not str:
-        raise RequestError(f'prompt is {shown(prompt)}: expected one text')
+        raise RequestError(f'prompt is {shown(prompt)}: expected one string')
     if not prompt:
         raise RequestError("prompt is '': send some text")
     fields['raw_prompt'] = prompt
