@@ -93,7 +93,7 @@ class Batches(Dataset):
     """
     Batch ``index`` of a run: whole conversations in rows of one length, drawn from seed and index.
 
-    Each batch has ``tokens`` tokens, in rows of one length; batches take ``lengths`` in turn. Items
+    Each batch has ``tokens`` tokens in rows of one length; batches take ``lengths`` in turn. Items
     are input ids and labels, int64 (rows, length); only the answers and the tokens that end them
     have labels.
     """
