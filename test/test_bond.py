@@ -20,7 +20,7 @@ import pytest
 
 
 class Heartbeat:
-    """As bondpy's Bond is called; keeps what happens to it."""
+    """Replaces the Bond of bondpy, and records its calls."""
 
     made = []
 

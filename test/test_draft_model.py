@@ -132,7 +132,7 @@ def test_cache_follows_the_answer():
 
 
 def test_cache_is_right_in_any_order():
-    """Of answers, forced tokens and rejected drafts, with few ids so that wrong ones coincide."""
+    """Answers, forced tokens and rejected drafts are mixed; with few ids, wrong ones coincide."""
     draw = Random(2)
     model, engine, warnings = draft_model(
         lambda ids: 1 + sum(place * id_ for place, id_ in enumerate(ids, 1)) % 3, vocab_size=9)
@@ -222,7 +222,7 @@ def cost_of(policy, draft_cost, accepted):
 @pytest.mark.parametrize('draft_cost', [0.05, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize('count', [20, 3000])
 def test_rejected_drafts_cost_little(draft_cost, count):
-    """With the cost of the draft model."""
+    """The cost includes that of the draft model."""
     steps, tokens = cost_of(
         Policy(Experience(COSTS, draft_cost)), draft_cost, [False] * count)
     assert tokens == count
@@ -381,7 +381,7 @@ def conversations(seed, count):
 
 @pytest.mark.parametrize('steps', ['on the host', 'in a pipeline'])
 def test_another_model_drafts(native, steps, tmp_path, monkeypatch):    # noqa: F811
-    """Of another family and shape, with fewer ids and a shorter context."""
+    """It has another family and shape, fewer ids, and a shorter context."""
     import random_model
     always_draft(monkeypatch)
     target = random_model.save(tmp_path / 'target', 'qwen3', 1)

@@ -93,7 +93,7 @@ def test_latency_of_a_paced_token_excludes_the_wait():
 
 
 def test_answers_at_the_pace(make):
-    """Of the node or of the request."""
+    """The pace is that of the node or of the request."""
     worker, sink = make(pace=PaceConfig(tokens_per_s=100.0))
     report, text = sink.end(worker.submit(Request('abcd')))
     assert text == 'abcd' and report.paced

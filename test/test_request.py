@@ -105,8 +105,8 @@ def test_cancel():
 @pytest.mark.parametrize('text', [
     '{"id": "x", "cancel": "true"}', '{"id": "x", "prompt": "go", "cancel": false}',
     '{"cancel": true}'])
-def test_invalid_cancel_is_no_end_of_a_running_request(text):
-    """A result with the id would look like the end of the request, which goes on."""
+def test_refusal_of_an_invalid_cancel_has_no_id(text):
+    """A result with the id would look like the end of the request, which continues."""
     with pytest.raises(RequestError, match='to cancel, send') as caught:
         parse(text)
     assert caught.value.client_id == ''
@@ -220,7 +220,7 @@ def test_tools_and_their_calls():
     assert asked.size > len(json.dumps(TOOL)) + len('go where? {"room": "hall"} done')
 
 
-def test_which_tools_are_told_of_and_which_have_to_be_called():
+def test_which_tools_are_offered_and_which_are_forced():
     other = {'type': 'function', 'function': {'name': 'other'}}
     tools = [TOOL, other]
     assert read(tools=tools).offered == (TOOL, other)
@@ -243,7 +243,7 @@ def test_rejects_a_wrong_id(value, place):
     assert raised.value.client_id == ''
 
 
-def test_two_ids():
+def test_rejects_two_different_ids():
     with pytest.raises(RequestError, match="id is 'a', but metadata.id is 'b'"):
         read(id='a', metadata={'id': 'b'})
     with pytest.raises(RequestError, match='metadata is 7'):
@@ -255,7 +255,7 @@ def test_two_ids():
     '[' * 100_000, '{"a":' * 100_000, '{"temperature": 1e999, "prompt": "a"}',
     '{"prompt": "a", "chat_template_kwargs": {"x": -1e999}}',
     '{"prompt": "a", "prompt": "b"}', '{"seed": 1' + '0' * 5000 + ', "prompt": "a"}'])
-def test_rejects_what_is_no_request(text):
+def test_rejects_text_that_is_not_a_request(text):
     with pytest.raises(RequestError):
         parse(text)
 
