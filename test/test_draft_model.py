@@ -153,7 +153,7 @@ def test_cache_is_right_in_any_order():
 
 
 def test_prompt_is_prefilled_in_chunks():
-    """Later, drafts read what is missing by themselves, unless it is more than a chunk."""
+    """Later, a draft first feeds the missing tokens, unless they are more than a chunk."""
     model, engine, _ = draft_model()
     ids = list(range(1, 12))
     assert [model.prefill(ids, 4) for _ in range(4)] == [True, True, True, False]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which engine `auto` takes, and what it says of that."""
+"""Which engine `auto` picks, and what the load reports."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_auto_picks_native_if_it_can_run_the_model(model, monkeypatch):
     everything = ('gptqmodel', 'optimum', 'accelerate')
     assert chosen(model, monkeypatch) == (
         'native', 'it supports llama with unquantised weights')
-    # Also beside GPTQModel, which transformers calls on a CPU.
+    # Even if GPTQModel is installed, which transformers calls on a CPU.
     assert chosen(model, monkeypatch, everything, quantization_config=GPTQ).name == 'native'
 
 

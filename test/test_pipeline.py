@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How many steps are in flight."""
+"""`Depth`: the number of steps in flight."""
 
 from physai_decode.engines.native.graph import AHEAD
 from physai_decode.engines.native.graph import CALM_STEPS

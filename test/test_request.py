@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Requests in JSON: what is taken, and how each wrong field is named."""
+"""Requests in JSON: the accepted fields, and the error for each wrong one."""
 
 import json
 import re
@@ -50,7 +50,7 @@ WITH_TOOLS = {
 
 
 def read(**fields):
-    """Read a request with these fields, and a prompt where it has none."""
+    """Read a request with these fields, and a prompt if it has none."""
     return parse(json.dumps(fields if 'messages' in fields else {'prompt': 'go', **fields}))
 
 
@@ -270,7 +270,7 @@ def test_finds_duplicate_fields_in_linear_time():
     begin_s = time.thread_time()        # of this thread alone, however busy the machine is
     with pytest.raises(RequestError, match="'7' is given twice"):
         parse(f'{{{many},"7":0}}')
-    assert time.thread_time() - begin_s < 5     # 47 s where each field looks through all before it
+    assert time.thread_time() - begin_s < 5     # quadratic time would be 47 s
 
 
 def test_shortens_long_values_in_messages():
