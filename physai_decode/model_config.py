@@ -261,31 +261,31 @@ class Rope:
 
     @property
     def low_freq_factor(self) -> float:
-        """Of llama3: frequencies with fewer turns in the original context are scaled."""
+        """For llama3: frequencies with fewer turns in the original context are scaled."""
         return number(self._rope, 'low_freq_factor', float)
 
     @property
     def high_freq_factor(self) -> float:
-        """Of llama3: frequencies with more turns in the original context are kept."""
+        """For llama3: frequencies with more turns in the original context are kept."""
         return number(self._rope, 'high_freq_factor', float)
 
     @property
     def beta_fast(self) -> float:
-        """Of yarn: frequencies with at least this many turns in the original context are kept."""
+        """For yarn: frequencies with at least this many turns in the original context are kept."""
         return self._optional('beta_fast', 32.0)
 
     @property
     def beta_slow(self) -> float:
-        """Of yarn: frequencies with at most this many turns in the original context are scaled."""
+        """For yarn: frequencies with up to this many turns in the original context are scaled."""
         return self._optional('beta_slow', 1.0)
 
     @property
     def truncate(self) -> bool:
-        """Of yarn: whether the bounds of beta_fast and beta_slow are rounded to dimensions."""
+        """For yarn: whether the bounds of beta_fast and beta_slow are rounded to dimensions."""
         return bool(self._rope.get('truncate', True))
 
     def by_wave(self, key: str, count: int) -> tuple[float, ...]:
-        """Of longrope: the scale of each frequency, from ``short_factor`` or ``long_factor``."""
+        """For longrope: the scale of each frequency, from ``short_factor`` or ``long_factor``."""
         factors = self._rope.get(key)
         if not isinstance(factors, list) or len(factors) != count:
             raise ValueError(f'{key} is {repr(factors)}, not a list of {count} numbers')
@@ -293,7 +293,7 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """Of yarn and longrope: the factor on cosine and sine."""
+        """For yarn and longrope: the factor on cosine and sine."""
         if self._rope.get('attention_factor') is not None:
             return number(self._rope, 'attention_factor', float)
         if self.kind == 'longrope':
