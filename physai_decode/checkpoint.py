@@ -112,7 +112,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is uncertain in config.json, and what decides."""
+        """Ambiguities in config.json, and how they are resolved."""
         return model_config.notes(self.config)
 
     @property
@@ -175,13 +175,13 @@ def locate(path: str, revision: str = '', parameter: str = MODEL_PATH) -> Path:
             f'{parameter} {path!r} is a file: set it to the folder that contains config.json')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', path):
         raise EngineError(
-            f'{parameter} {path!r}: no such folder; allowed are builtin:NAME, a folder in Hugging '
+            f'{parameter} {path!r}: no such folder; expected builtin:NAME, a folder in Hugging '
             'Face layout, or a hub id ORG/NAME')
     return _download(path, revision, parameter)
 
 
 def local_folder(path: str) -> Path | None:
-    """Find the folder of a model like `locate`, but download nothing; None if it is not here."""
+    """Find the folder of a model like `locate`, but download nothing; None if it is not found."""
     try:
         if path.startswith('builtin:') or Path(path).expanduser().exists():
             return locate(path)
@@ -246,13 +246,13 @@ def _inspect(folder: Path, parameter: str) -> Checkpoint:
         absent = sorted(expected - header.keys())
         if absent:
             raise EngineError(
-                f'{path} lacks {len(absent)} tensors that the index lists in it, such as '
+                f'{path} lacks {len(absent)} tensors that the index assigns to it, such as '
                 f'{absent[0]}: copy or download the model again')
         twice = min(tensors.keys() & header.keys(), default=None)
         if twice is not None:
             raise EngineError(
                 f'{tensors[twice].path} and {path.name} both have the tensor {twice}: remove the '
-                'files that are not of this model, or download the model into an empty folder')
+                'files of another model, or download the model into an empty folder')
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
@@ -264,7 +264,7 @@ def _inspect(folder: Path, parameter: str) -> Checkpoint:
 
 
 def _check_files(folder: Path) -> None:
-    """Check every file, because libraries read some of them by themselves."""
+    """Check every file, because libraries also open some of them directly."""
     files = [*folder.iterdir(), *(folder / 'additional_chat_templates').glob('*')]
     if not files:
         raise EngineError(f'{folder} is empty: copy or download the model into it')
@@ -279,7 +279,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_pulled(path: Path, begin: bytes) -> None:
-    """Refuse a Git LFS pointer, by the beginning of the file."""
+    """Refuse a Git LFS pointer, which the beginning of the file reveals."""
     if begin == _POINTER:
         raise EngineError(f'{path} is a Git LFS pointer, not the file itself: run "git lfs pull" '
                           'in the folder')
@@ -408,8 +408,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             raise EngineError(f'{path} is not a safetensors file: {again}')
         if 8 + length > size:
             raise EngineError(
-                f'{path} is truncated: its header ends at byte {8 + length}, but the file at '
-                f'byte {size}; {again}')
+                f'{path} is truncated: its header ends at byte {8 + length}, but the file ends '
+                f'at byte {size}; {again}')
         with parsing(path):
             header = json.loads(file.read(length))
             header.pop('__metadata__', None)
@@ -424,7 +424,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     if end != size:
         problem = 'is truncated' if end > size else 'has bytes that belong to no tensor'
         raise EngineError(
-            f'{path} {problem}: its tensors end at byte {end}, the file at byte {size}; {again}')
+            f'{path} {problem}: its tensors end at byte {end}, but the file ends at byte '
+            f'{size}; {again}')
     for name, entry in entries.items():
         bits = _ITEM_BITS.get(entry.dtype)
         if bits is not None and math.prod(entry.shape) * bits != entry.bytes * 8:

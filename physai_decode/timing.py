@@ -330,8 +330,8 @@ class RequestRecorder:
         self._begun_s = taken_s                     # when the engine that answers took over
         self._first_s: float | None = None
         self._last_s: float | None = None           # when the newest pass ended
-        self._share_s = 0.0                         # each token's part of its time
-        self._due = 0                               # tokens of it that are still to come
+        self._share_s = 0.0                         # each token's share of the time of that pass
+        self._due = 0                               # tokens of that pass that are still to come
         self._passes = 0                            # after the first token
         self._count = 0
         self._itl_ms = Distribution()
@@ -511,9 +511,9 @@ class RequestRecorder:
 
     def _prompt_floor_s(self) -> float | None:
         """
-        Return the time to read what a prompt of any length reads at least.
+        Return the least time to prefill a prompt of any length: that of a decode step.
 
-        :returns: None if it is unknown, or if a server reads the prompt.
+        :returns: None if it is unknown, or if a server prefills.
         """
         roofline = self._recorder._roofline
         if roofline is None or self.encoded_s is None:

@@ -81,7 +81,7 @@ from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # their turns stay in the conversation
-JOIN_PARTS = 10                 # a wait in parts; a process that SIGSTOP stops loses only one
+JOIN_PARTS = 10                 # the wait is split, so that a SIGSTOP costs only one part of it
 SEEDS = 2**31                   # random seeds are below this
 
 Result = TypeVar('Result')

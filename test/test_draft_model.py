@@ -133,7 +133,7 @@ def test_cache_follows_the_answer():
 
 
 def test_cache_is_right_in_any_order():
-    """Of answers, forced tokens and rejected drafts, with few ids so that wrong ones coincide."""
+    """Answers, forced tokens and rejected drafts are mixed; with few ids, wrong ones coincide."""
     draw = Random(2)
     model, engine, warnings = draft_model(
         lambda ids: 1 + sum(place * id_ for place, id_ in enumerate(ids, 1)) % 3, vocab_size=9)
@@ -154,7 +154,7 @@ def test_cache_is_right_in_any_order():
 
 
 def test_prompt_is_prefilled_in_chunks():
-    """Later, drafts read what is missing by themselves, unless it is more than a chunk."""
+    """Later, a draft first feeds the missing tokens, unless they are more than a chunk."""
     model, engine, _ = draft_model()
     ids = list(range(1, 12))
     assert [model.prefill(ids, 4) for _ in range(4)] == [True, True, True, False]
@@ -238,7 +238,7 @@ def cost_of(policy, draft_cost, accepted):
 @pytest.mark.parametrize('draft_cost', [0.05, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize('count', [20, 3000])
 def test_rejected_drafts_cost_little(draft_cost, count):
-    """With the cost of the draft model."""
+    """The cost includes that of the draft model."""
     steps, tokens = cost_of(
         Policy(Experience(COSTS, draft_cost)), draft_cost, [False] * count)
     assert tokens == count
@@ -401,7 +401,7 @@ def conversations(seed, count):
 
 @pytest.mark.parametrize('steps', ['on the host', 'in a pipeline'])
 def test_another_model_drafts(native, steps, tmp_path, monkeypatch):    # noqa: F811
-    """Of another family and shape, with fewer ids and a shorter context."""
+    """It has another family and shape, fewer ids, and a shorter context."""
     import random_model
     always_draft(monkeypatch)
     target = random_model.save(tmp_path / 'target', 'qwen3', 1)
@@ -562,15 +562,15 @@ def test_another_tokenizer_is_refused(tmp_path):
     with closing(host.TextProcess(str(checkpoint.open(TINY).folder), DecodeConfig().chat)) as text:
         with pytest.raises(EngineError, match=(
                 "^the draft model .* cannot be used: it has another tokenizer than the model: "
-                "id 3 is '~~', in the model '!'; take")):
+                "id 3 is '~~', but in the model it is '!'; take")):
             host._open_draft(config_of(folder), text, print)
 
 
 @pytest.mark.parametrize(('theirs', 'difference'), [
     ({'a': 0, 'b': 1, 'c': 2}, ''), ({'a': 0, 'b': 1}, ''), ({'a': 0, 'b': 1, 'c': 2, 'x': 3}, ''),
-    ({'a': 0, 'c': 1, 'b': 2}, "id 1 is 'c', in the model 'b'"),
-    ({'a': 0, 'b': 1, 'x': 2}, "id 2 is 'x', in the model 'c'"),
-    ({'a': 0, 'b': 1, 'c': 7}, "'c' is id 7, in the model 2")])
+    ({'a': 0, 'c': 1, 'b': 2}, "id 1 is 'c', but in the model it is 'b'"),
+    ({'a': 0, 'b': 1, 'x': 2}, "id 2 is 'x', but in the model it is 'c'"),
+    ({'a': 0, 'b': 1, 'c': 7}, "'c' is id 7, but in the model it is 2")])
 def test_tokens_and_ids_have_to_agree_where_both_have_them(theirs, difference):
     """Sizes may differ."""
     ours, other = (SimpleNamespace(_backend=Tokenizer(WordLevel(vocab, 'a')))

@@ -77,7 +77,7 @@ def test_a_load_warns_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
          'remote': RemoteConfig('http://127.0.0.1:9/v1', 'a/model', fallback=ModelConfig.path)}],
     ids=['local', 'server'])
 def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, remote):
-    """Such as that of a node that has to exit."""
+    """A node that exits can end a load at any step."""
     config = DecodeConfig(roofline=RooflineConfig(100.0), **remote)
     opened, told = [], []
 

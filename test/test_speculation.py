@@ -430,7 +430,7 @@ def test_random_models_answer_the_same(native, family, tmp_path, monkeypatch):
 
 
 def test_embedded_model_answers_the_same(native):
-    """In fewer passes."""
+    """It needs fewer passes."""
     from physai_decode.tokenizer_files import load_tokenizer
     folder = checkpoint.open('builtin:tiny_planner').folder
     loop = drafting(native, folder, replace(CPU, max_context=512))

@@ -107,7 +107,7 @@ def test_unknown_peak_gives_no_floor_but_a_bandwidth():
 
 
 def test_tokens_of_one_pass_share_its_times_and_its_floor():
-    """So that none is above the limit, and a deadline of a token is that of its share."""
+    """No token exceeds the limit, and the deadline of a token applies to its share."""
     request = recorder(token_ms=30.0).request(1, 0.0, 0.0)
     request.prompt_tokens = 10
     assert request.token(0.1, 1, '').pass_tokens == 1
@@ -190,7 +190,7 @@ def test_window_forgets():
 
 
 def test_the_best_r_floor_counts_from_the_last_change_of_the_peak():
-    """And only windows without tokens from before, which have another floor."""
+    """Windows with earlier tokens, which have another floor, do not count."""
     roofline = Roofline(footprint(), Peak(1e6, 'parameter'))
     times = Recorder(1.0, DeadlineConfig(), roofline)
     request = times.request(1, 0.0, 0.0)

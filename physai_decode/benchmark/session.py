@@ -72,7 +72,7 @@ MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # steps to time, in units of --steps
 MATRIX_CPU, MATRIX_CUDA, MATRIX_TRIES = 1024, 8192, 10
 PROMPT_ROUNDS = 5               # timed prompts of each length
 BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
-BESIDE_S = 5.0                  # minimum time beside the neighbour, and for which it runs alone
+BESIDE_S = 5.0                  # minimum time beside the neighbour; it runs alone for as long
 ENERGY_S = 2.0                  # devices update their energy counters a few times per second
 
 
@@ -428,8 +428,7 @@ def beside(engine: Engine, context: int, warmup: int, text: str,
     Time the steps and a neighbour, each alone and both together, in turn.
 
     :param text: the neighbour; see `neighbour.parse`.
-    :param tokens_per_s: a pace of the steps, which are then also timed at it beside the neighbour;
-        0 for none.
+    :param tokens_per_s: if above 0, the steps are also timed beside the neighbour at this pace.
     :return: the text, the pace, and the times of the steps and of the neighbour, alone and
         together, in seconds.
     """

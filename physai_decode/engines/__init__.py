@@ -87,7 +87,7 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
         return _choose(model)
     if name not in _CLASSES:
         raise EngineError(
-            f'engine.name is {name!r}: allowed are auto, {", ".join(_CLASSES)}')
+            f'engine.name is {name!r}: expected one of auto, {", ".join(_CLASSES)}')
     return Chosen(name, 'engine.name says so')
 
 
