@@ -48,8 +48,8 @@ def _scale_words(scales, tile, first, BLOCKS: tl.constexpr, SPLIT: tl.constexpr)
     """
     Load the scales of SPLIT blocks from ``first`` on, [SPLIT, GROUP / 32, 64].
 
-    Each lane of a fragment has two words of four: those of its row and of that 8 rows below, for
-    a word's first or last two weights. Two lanes share them.
+    Each lane of a fragment has two words of four scales: those of a word's weights in its row, and
+    in the row 8 below. Two lanes share them.
     """
     number = tl.arange(0, GROUP // 32 * SPLIT)
     at, inside = _places(scales, tile, first + number % SPLIT, BLOCKS, BLOCKS, 0, SPLIT)
@@ -62,28 +62,14 @@ def _scale_words(scales, tile, first, BLOCKS: tl.constexpr, SPLIT: tl.constexpr)
 
 
 @triton.jit
-def _pair(scales, NUMBER: tl.constexpr):
-    """Return the words with the scales of weight NUMBER, in bytes NUMBER % 2 and 2 higher."""
-    low, high = tl.split(tl.reshape(scales, (scales.shape[0], scales.shape[1], 32, 2)))
-    if NUMBER < 2:
-        return low
-    else:
-        return high
-
-
-@triton.jit
 def _weights(words, scales, NUMBER: tl.constexpr, KIND: tl.constexpr):
     """Return weight NUMBER of each word times its scale, as KIND."""
-    SIGN: tl.constexpr = 16 - NUMBER if NUMBER > 1 else 15 - 3 * NUMBER
-    LOW: tl.constexpr = 9 if NUMBER == 3 else 6 - 3 * NUMBER
+    SIGN: tl.constexpr = 16 - NUMBER if NUMBER > 1 else 15 - 3 * NUMBER     # `FP4_SIGNS`
+    LOW: tl.constexpr = 9 if NUMBER == 3 else 6 - 3 * NUMBER                # `FP4_BITS`
     wide = words.to(tl.int32)
     numbers = _float32(((wide >> LOW) & 7) << 22 | ((wide >> SIGN) & 1) << 31, 126)
-    SHAPE: tl.constexpr = (words.shape[0], scales.shape[1], 1, 32, 1, 2, 1)
-    WIDE: tl.constexpr = (words.shape[0], scales.shape[1], 2, 32, 2, 2, 2)
-    half = tl.arange(0, 2)[None, None, None, :] * 16
-    own = (_pair(scales, NUMBER)[:, :, :, None] >> (half + NUMBER % 2 * 8)) & 0x7F
-    spread = tl.broadcast_to(tl.reshape(_float32(own << 20, 120), SHAPE), WIDE)
-    return (numbers * tl.reshape(spread, words.shape)).to(KIND)
+    own = _float32(((scales >> 8 * NUMBER) & 0x7F) << 20, 120)
+    return (numbers * _spread(own, words)).to(KIND)
 
 
 @triton.jit
@@ -93,53 +79,48 @@ def _float32(bits, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _fast_weights(words, scales, NUMBER: tl.constexpr, KIND: tl.constexpr):
-    """
-    Return what `_weights` does, for 16-bit floats on CUDA: times 2^-14 (float16) or 2^-8.
+def _spread(scales, words):
+    """Repeat scales for all words, without moving data between lanes."""
+    SPLIT: tl.constexpr = words.shape[0]
+    PAIRS: tl.constexpr = scales.shape[1]
+    # pair, operand, lane, high, half, low
+    parts = tl.reshape(scales, (SPLIT, PAIRS, 1, 32, 1, 2, 1))
+    return tl.reshape(tl.broadcast_to(parts, (SPLIT, PAIRS, 2, 32, 2, 2, 2)), words.shape)
 
-    A register has two weights, and a lane's four registers alternate between two rows.
-    """
-    own = _pair(scales, NUMBER)
-    # Move the scales into two 16-bit floats. To multiply bfloat16, older chips can only fuse.
+
+@triton.jit
+def _fast_weights(words, scales, NUMBER: tl.constexpr, KIND: tl.constexpr):
+    """Return what `_weights` does, for 16-bit floats on CUDA: times 2^-14 (float16) or 2^-8."""
+    # Two copies of a scale in a register, as 16-bit floats. The bias of bfloat16 is too large to
+    # make up for in one step, and older chips can only multiply it by fused operations.
+    COPY: tl.constexpr = 0x4040 + 0x101 * NUMBER
+    SIGN: tl.constexpr = NUMBER - 1 if NUMBER > 1 else 3 * NUMBER       # to bit 15
     if KIND == tl.float16:
-        MOVE: tl.constexpr = 'shr.b32 t, $1, 1' if NUMBER % 2 else 'shl.b32 t, $1, 7'
         own = tl.inline_asm_elementwise(
-            f'{{ .reg .b32 c, t; {MOVE}; and.b32 t, t, 0x3F803F80; mov.b32 c, 0x5C005C00; '
-            f'mul.f16x2 $0, t, c; }}', '=r,r', [own], dtype=tl.int32, is_pure=True, pack=1)
+            f'{{ .reg .b32 c, t; prmt.b32 t, $1, 0, {COPY}; shl.b32 t, t, 7; '
+            f'mov.b32 c, 0x5C005C00; mul.f16x2 $0, t, c; }}',
+            '=r,r', [scales], dtype=tl.int32, is_pure=True, pack=1)
+        BITS: tl.constexpr = 0 if NUMBER == 3 else 3 + 3 * NUMBER       # to bits 9 to 11
+        return tl.inline_asm_elementwise(
+            f'{{ .reg .b32 s, t, u; shl.b32 t, $1, {BITS}; and.b32 t, t, 0x0E000E00; '
+            f'shl.b32 s, $1, {SIGN}; lop3.b32 t, s, 0x80008000, t, 0xEA; '
+            f'prmt.b32 u, $2, $3, 0x7610; mul.f16x2 $0, t, u; }}',
+            '=r,r,r,r', [words, _spread(own, words)], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        SHIFT: tl.constexpr = 'shr.b32 t, $1, 4' if NUMBER % 2 else 'shl.b32 t, $1, 4'
         own = tl.inline_asm_elementwise(
-            f'{{ .reg .b32 c, t, z; {SHIFT}; and.b32 t, t, 0x07F007F0; mov.b32 z, 0x80008000; '
-            f'mov.b32 c, 0x7F007F00; fma.rn.bf16x2 t, t, c, z; mov.b32 c, 0x77007700; '
-            f'fma.rn.bf16x2 $0, t, c, z; }}', '=r,r', [own], dtype=tl.int32, is_pure=True, pack=1)
-    SHAPE: tl.constexpr = (words.shape[0], scales.shape[1], 1, 32, 1)
-    WIDE: tl.constexpr = (words.shape[0], scales.shape[1], 2, 32, 8)
-    spread = tl.reshape(tl.broadcast_to(tl.reshape(own, SHAPE), WIDE), words.shape)
-    # Move the bits of a code, then its sign, unless one instruction moves both.
-    SIGN: tl.constexpr = NUMBER - 1 if NUMBER > 1 else 3 * NUMBER
-    TO: tl.constexpr = 9 if KIND == tl.float16 else 6
-    LEFT: tl.constexpr = TO - (9 if NUMBER == 3 else 6 - 3 * NUMBER)
-    RIGHT: tl.constexpr = -LEFT if LEFT < 0 else 0
-    MASK: tl.constexpr = (7 << TO) * 0x10001 + (0x80008000 if LEFT == SIGN else 0)
-    A: tl.constexpr = 'shr.b32 t, ' if LEFT < 0 else 'shl.b32 t, '
-    B: tl.constexpr = f', {RIGHT if LEFT < 0 else LEFT}; and.b32 t, t, {MASK}; shl.b32 s, '
-    C: tl.constexpr = f', {SIGN}; ' + (
-        '' if LEFT == SIGN else 'lop3.b32 t, s, 0x80008000, t, 0xEA; ')
-    if KIND == tl.float16:
+            f'{{ .reg .b32 c, t, z; prmt.b32 t, $1, 0, {COPY}; shl.b32 t, t, 4; '
+            f'mov.b32 z, 0x80008000; mov.b32 c, 0x7F007F00; fma.rn.bf16x2 t, t, c, z; '
+            f'mov.b32 c, 0x77007700; fma.rn.bf16x2 $0, t, c, z; }}',
+            '=r,r', [scales], dtype=tl.int32, is_pure=True, pack=1)
+        # To bits 6 to 8; the sign of the first two weights moves with them.
+        TO: tl.constexpr = 'shr.b32 t, $1, 3' if NUMBER == 3 else f'shl.b32 t, $1, {3 * NUMBER}'
+        CODE: tl.constexpr = 'and.b32 t, t, 0x81C081C0' if NUMBER < 2 else (
+            f'and.b32 t, t, 0x01C001C0; shl.b32 s, $1, {SIGN}; '
+            f'lop3.b32 t, s, 0x80008000, t, 0xEA')
         return tl.inline_asm_elementwise(
-            f'{{ .reg .b32 u, v, s, t; prmt.b32 u, $8, 0, 0x1010; prmt.b32 v, $8, 0, 0x3232; '
-            f'{A}$4{B}$4{C}mul.f16x2 $0, t, u; {A}$5{B}$5{C}mul.f16x2 $1, t, v; '
-            f'{A}$6{B}$6{C}mul.f16x2 $2, t, u; {A}$7{B}$7{C}mul.f16x2 $3, t, v; }}',
-            '=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r', [words, spread], dtype=tl.float16,
-            is_pure=True, pack=8)
-    else:
-        return tl.inline_asm_elementwise(
-            f'{{ .reg .b32 u, v, s, t, z; prmt.b32 u, $8, 0, 0x1010; prmt.b32 v, $8, 0, 0x3232; '
-            f'mov.b32 z, 0x80008000; '
-            f'{A}$4{B}$4{C}fma.rn.bf16x2 $0, t, u, z; {A}$5{B}$5{C}fma.rn.bf16x2 $1, t, v, z; '
-            f'{A}$6{B}$6{C}fma.rn.bf16x2 $2, t, u, z; {A}$7{B}$7{C}fma.rn.bf16x2 $3, t, v, z; }}',
-            '=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r', [words, spread], dtype=tl.bfloat16,
-            is_pure=True, pack=8)
+            f'{{ .reg .b32 s, t, u, z; {TO}; {CODE}; prmt.b32 u, $2, $3, 0x7610; '
+            f'mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, t, u, z; }}',
+            '=r,r,r,r', [words, _spread(own, words)], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -176,14 +157,16 @@ def _sums(x, packed, scales, tile, rows, K: tl.constexpr, BLOCKS: tl.constexpr,
             own = _scale_words(scales, tile, first, BLOCKS, SPLIT)
             result = _block(result, x, words, own, first, rows, K, SPLIT, rows is None, ASSEMBLY)
     else:
-        words = _words(packed, packed, tile, 0, BLOCKS, BLOCKS, 0, GROUP, SPLIT)
+        # Scales come first, because the compiler gives their product with words the layout of the
+        # last load: that of the scales would cost two permutations for each register of words.
         own = _scale_words(scales, tile, 0, BLOCKS, SPLIT)
+        words = _words(packed, packed, tile, 0, BLOCKS, BLOCKS, 0, GROUP, SPLIT)
         if PDL:
             gdc_wait()
         for first in tl.range(0, LAST, SPLIT, num_stages=1):
+            next_own = _scale_words(scales, tile, first + SPLIT, BLOCKS, SPLIT)
             next_words = _words(packed, packed, tile, first + SPLIT, BLOCKS, BLOCKS, 0, GROUP,
                                 SPLIT)
-            next_own = _scale_words(scales, tile, first + SPLIT, BLOCKS, SPLIT)
             result = _block(result, x, words, own, first, rows, K, SPLIT, False, ASSEMBLY)
             words, own = next_words, next_own
         result = _block(result, x, words, own, LAST, rows, K, SPLIT, False, ASSEMBLY)

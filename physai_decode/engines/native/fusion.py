@@ -109,16 +109,16 @@ def _fp4(parts: list[Fp4], paired: bool) -> Fp4 | None:
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
 
-    def concatenate(tensors: list[Tensor]) -> Tensor:
-        # The halves of a tile alternate every two elements.
-        return _interleave(tensors[0], tensors[1], 2) if paired else torch.cat(tensors)
+    def concatenate(tensors: list[Tensor], width: int) -> Tensor:
+        return _interleave(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
 
     bias = None
     if first.bias is not None:
         bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
     return replace(
-        first, packed=concatenate([part.packed for part in parts]),
-        scales=concatenate([part.scales for part in parts]),
+        # In `fragments`, the halves of a tile alternate every two words; every four scales.
+        first, packed=concatenate([part.packed for part in parts], 2),
+        scales=concatenate([part.scales for part in parts], 4),
         factors=_by_rows([part.factors for part in parts], paired), bias=bias,
         out_features=sum(part.out_features for part in parts))
 

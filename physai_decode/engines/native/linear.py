@@ -501,18 +501,17 @@ def scale_fragments(scales: Tensor) -> Tensor:
     Permute scales [tiles, blocks, 16, 4, FP4_GROUP / 16]; returns [tiles, blocks, 4 * FP4_GROUP].
 
     The last two dimensions are the weight of a word and the group of its columns. A lane reads the
-    8 scales of its two rows for one group at once: word by word those of two weights, and within a
-    word row by row.
+    8 scales of its two rows for one group at once, row by row.
     """
-    parts = scales.unflatten(4, (-1, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 8))
-    # half, row, high, low, pair, group -> pair, row, group, high, half, low
-    return parts.permute(0, 1, 6, 3, 7, 4, 2, 5).flatten(2)
+    parts = scales.unflatten(4, (-1, 2)).unflatten(2, (2, 8))
+    # half, row, weight, pair, group -> pair, row, group, half, weight
+    return parts.permute(0, 1, 5, 3, 6, 2, 4).flatten(2)
 
 
 def _scale_rows(scales: Tensor) -> Tensor:
     """Invert `scale_fragments`, to [tiles, 16, blocks, 4, FP4_GROUP / 16]."""
-    parts = scales.unflatten(2, (-1, 8, 2, 2, 2, 2)).permute(0, 6, 3, 1, 5, 7, 2, 4)
-    return parts.flatten(6).flatten(4, 5).flatten(1, 2)
+    parts = scales.unflatten(2, (-1, 8, 2, 2, 4)).permute(0, 5, 3, 1, 6, 2, 4)
+    return parts.flatten(5).flatten(1, 2)
 
 
 def _deinterleaved(product: Tensor) -> tuple[Tensor, Tensor]:
