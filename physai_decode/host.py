@@ -193,7 +193,7 @@ def _idle_draft(engine: Engine, path: str) -> Iterator[str]:
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
-    path, facts = config.remote.fallback, {'engine_reason': 'engine.name says so'}
+    path, facts = config.remote.fallback, {'engine_reason': 'engine.name is set to it'}
     if config.speculation.name != 'off' and not path:
         facts['speculation'] = 'off: a server decides that itself'
         progress(f'speculation is {facts["speculation"]}')
@@ -245,7 +245,7 @@ def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[s
             'chat_template': text.template,
             'tool_form': f'{text.manner.form or "none"}: {text.manner.reason}',
             'thought_markers': f'{text.manner.opens} {text.manner.closes}'.strip() or 'none',
-            'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
+            'end_tokens': ' '.join(ends) or 'none: only a length or a stop string ends an answer',
             'checkpoint_sampling': settings or 'none',
             'config_notes': '; '.join(model.notes) or 'none'}
 

@@ -82,7 +82,7 @@ def test_auto_picks_another_engine_for_unsupported_models(model, monkeypatch, ch
 
 def test_engine_name_takes_precedence(model):
     assert engines.choose(model, replace(CPU, name='transformers')) == (
-        'transformers', 'engine.name says so')
+        'transformers', 'engine.name is set to it')
     with pytest.raises(EngineError, match="engine.name is 'fast': expected one of auto, native"):
         engines.choose(model, replace(CPU, name='fast'))
 

@@ -88,7 +88,7 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
     if name not in _CLASSES:
         raise EngineError(
             f'engine.name is {name!r}: expected one of auto, {", ".join(_CLASSES)}')
-    return Chosen(name, 'engine.name says so')
+    return Chosen(name, 'engine.name is set to it')
 
 
 def build(model: Checkpoint, config: EngineConfig,
