@@ -203,23 +203,26 @@ def coded(build, half, capability, pdl):
 
 def fp4(build, half, capability, pdl):
     """Compile the kernels for 4-bit floats."""
-    for gated, warps, stages in ((True, 4, 1), (False, 1, 3), (True, 1, 1), (False, 8, 1)):
-        sizes = {'K': 3584, 'BLOCKS': 14, 'SPLIT': warps, 'STAGES': stages, 'GATED': gated,
-                 'GELU': gated, 'ADD': not gated, 'BIAS': gated, 'ASSEMBLY': True}
+    for gated, warps, stages, selected in ((True, 4, 1, 0), (False, 1, 3, 0), (False, 8, 1, 0),
+                                           (True, 1, 1, 1), (False, 4, 1, 8)):
+        sizes = {'K': 3584 * max(1, selected), 'BLOCKS': 14 * max(1, selected), 'SPLIT': warps,
+                 'STAGES': stages, 'GATED': gated, 'GELU': gated, 'ADD': not gated,
+                 'BIAS': gated and not selected, 'ASSEMBLY': True}
         out = half if gated else 'fp32'
         if not compiler.PIPELINES and stages > 1:
             continue
-        made = build(fp4_kernels._fp4, warps=warps, x=half, scales='i32', out=out, **sizes)
+        made = build(fp4_kernels._fp4, warps=warps, x=half, scales='i32', out=out, SIZE=14,
+                     STACK=2**13 * bool(selected), **sizes)
         assert 'lop3.b32' in made.asm['ptx']
         assert not re.search(NARROW, made.asm['ptx'])
         if compiler.VERSION >= (3, 6):      # words stay as they are loaded
             assert not re.search(r'convert_layout.*xi16', made.asm['ttgir'])
         if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
             assert made.metadata.shared <= 64 * warps       # only the sums of warps
-        if pdl and stages == 1:
+        if pdl and stages == 1 and not (gated and selected):
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
-        if stages == 1:
+        if stages == 1 and not selected:
             build(pass_kernels._fp4_rows, warps=warps, x=half, scales='i32', out=out,
                   passes=True, **sizes)
     compiled(fp4_kernels._widen, capability, half, warps=1, scales='i32', out=half, K=3584,

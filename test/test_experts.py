@@ -26,6 +26,7 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from engine_contract import load
+import linear_contract
 from linear_contract import maker
 from physai_decode import engines
 from physai_decode.checkpoint import inspect
@@ -58,6 +59,7 @@ REFERENCE = TorchOps(on_host=False)
 EPS = 1e-6
 COUNT, TOP_K = 5, 3
 IDS = (4, 0, 3)
+NVFP4 = random_formats.float4('nvfp4')
 
 
 make = pytest.fixture(maker)
@@ -134,6 +136,20 @@ def test_int4(make, routed, size, symmetric):
     assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
 
 
+@pytest.mark.parametrize('size', [48, 256, 304])
+def test_fp4(make, routed, size):
+    """Some sizes have partial blocks of 256 columns; each projection has its own factor."""
+    parts = [[linear_contract.random_weight(NVFP4, *shape, 3 * number + at) for at, shape in (
+        (0, (size, 256)), (1, (size, 256)), (2, (32, size)))] for number in range(COUNT)]
+    gate_up = stack_of(fusion.fuse([gate[0], up[0]], paired=True) for gate, up, _ in parts)
+    down = stack_of(down[0] for *_, down in parts)
+    hidden, out = check_products(make, routed, gate_up, down, size, 256, 32)
+    plain = stack_of(Dense(torch.cat([gate[1], up[1]])) for gate, up, _ in parts), stack_of(
+        Dense(down[1]) for *_, down in parts)
+    expected = run(REFERENCE, make, routed, *plain, size)
+    assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
+
+
 def test_int4_with_zero_points_in_one_expert(make, routed):
     """The zero points of the others are 8."""
     downs = [int4(number, 32, 96, symmetric=number != 3) for number in range(COUNT)]
@@ -201,6 +217,8 @@ def save(folder, kind):
     elif kind == 'awq':
         random_formats.save(folder, 'qwen3_moe', random_formats.awq(32), dense=(
             'lm_head', '0.mlp.gate'), **small)
+    elif kind == 'nvfp4':
+        random_formats.save(folder, 'qwen3_moe', NVFP4, dense=('lm_head', '0.mlp.gate'), **small)
     else:
         random_model.save(folder, kind, 0, vocab_size=64)
     return folder
@@ -217,7 +235,7 @@ def restore_routers(folder, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'awq'])
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'awq', 'nvfp4'])
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
     """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)
@@ -320,8 +338,7 @@ def test_order_of_sums_is_fixed(tmp_path):
 
 @pytest.mark.parametrize('form, what', [
     (random_formats.int8(-1), 'experts of compressed-tensors-int8'),
-    (random_formats.float8('block'), 'experts of compressed-tensors-float8'),
-    (random_formats.float4('nvfp4'), 'experts of compressed-tensors-float4')])
+    (random_formats.float8('block'), 'experts of compressed-tensors-float8')])
 def test_rejects_formats(tmp_path, form, what):
     """``auto`` selects the engine that the error names."""
     random_formats.save(tmp_path, 'qwen3_moe', form)

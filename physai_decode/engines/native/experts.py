@@ -21,6 +21,7 @@ Their results are added up, each times its routing weight: the softmax of the ro
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Stack
@@ -67,7 +68,7 @@ class Experts:
         """See `Mlp.scratch`; ``rows`` must be 1."""
         assert rows == 1
         one, count = self.down[0], self.down.top_k
-        columns = one.padded_features if isinstance(one, Int4) else one.shape[1]
+        columns = one.padded_features if isinstance(one, (Fp4, Int4)) else one.shape[1]
         return [Scratch(
             torch.zeros(self.down.count, dtype=torch.float32, device=device),
             Routed(torch.zeros(count, dtype=torch.int64, device=device),

@@ -44,7 +44,8 @@ GROUP = tl.constexpr(FP4_GROUP)
 
 
 @triton.jit
-def _scale_words(scales, tile, first, BLOCKS: tl.constexpr, SPLIT: tl.constexpr):
+def _scale_words(scales, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+                 STACK: tl.constexpr, SPLIT: tl.constexpr):
     """
     Load the scales of SPLIT blocks from ``first`` on, [SPLIT, GROUP / 32, 64].
 
@@ -52,7 +53,7 @@ def _scale_words(scales, tile, first, BLOCKS: tl.constexpr, SPLIT: tl.constexpr)
     in the row 8 below. Two lanes share them.
     """
     number = tl.arange(0, GROUP // 32 * SPLIT)
-    at, inside = _places(scales, tile, first + number % SPLIT, BLOCKS, BLOCKS, 0, SPLIT)
+    at, inside = _places(ids, tile, first + number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
     own = tl.arange(0, 64)
     words = tl.load(
         scales + at[:, None] * GROUP + (number // SPLIT * 32)[:, None]
@@ -124,9 +125,13 @@ def _fast_weights(words, scales, NUMBER: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _block(result, x, words, scales, first, rows, K: tl.constexpr, SPLIT: tl.constexpr,
+def _block(result, x, words, scales, factors, ids, first, rows, n, K: tl.constexpr,
+           BLOCKS: tl.constexpr, SIZE: tl.constexpr, JOINED: tl.constexpr, SPLIT: tl.constexpr,
            COPIED: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of SPLIT blocks to [SPLIT, 16, SIDE]."""
+    """Add the products of SPLIT blocks to [SPLIT, 16, SIDE]; if JOINED, times their factors."""
+    before = result
+    if JOINED:
+        result = tl.zeros(before.shape, tl.float32)
     for number in tl.static_range(4):
         v = _input(x, first, rows, number, K, GROUP, SPLIT, COPIED)
         if ASSEMBLY and v.dtype != tl.float32:
@@ -134,42 +139,54 @@ def _block(result, x, words, scales, first, rows, K: tl.constexpr, SPLIT: tl.con
         else:
             w = _weights(words, scales, number, v.dtype)
         result = tl.dot(_matrix(w), v, result, input_precision='ieee')
+    if JOINED:
+        block = first + tl.arange(0, SPLIT)
+        inside = (block < BLOCKS)[:, None]
+        expert = tl.load(ids + block // SIZE, mask=block < BLOCKS, other=0)[:, None]
+        row = tl.program_id(0) * 16 + tl.arange(0, 16)[None, :]
+        factor = tl.load(factors + expert * n + row, mask=inside & (row < n), other=0.0)
+        result = tl.fma(result, factor[:, :, None], before)
     return result
 
 
 @triton.jit
-def _sums(x, packed, scales, tile, rows, K: tl.constexpr, BLOCKS: tl.constexpr,
-          SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
+def _sums(x, packed, scales, factors, ids, rows, n, K: tl.constexpr, BLOCKS: tl.constexpr,
+          SIZE: tl.constexpr, STACK: tl.constexpr, JOINED: tl.constexpr, SPLIT: tl.constexpr,
+          STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
-    Multiply a tile by ``x`` [K], or the rows of a pass; returns [SPLIT, 16, SIDE].
+    Multiply a program's tile by ``x`` [K], or the rows of a pass; returns [SPLIT, 16, SIDE].
 
     SPLIT warps take turns at the blocks. With one stage, the next words are requested before the
     current ones are multiplied, and the first before the previous kernel has ended. With more,
     words are prefetched to shared memory.
     """
     LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
+    tile = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
     if STAGES > 1:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
-            words = _words(packed, packed, tile, first, BLOCKS, BLOCKS, 0, GROUP, SPLIT)
-            own = _scale_words(scales, tile, first, BLOCKS, SPLIT)
-            result = _block(result, x, words, own, first, rows, K, SPLIT, rows is None, ASSEMBLY)
+            words = _words(packed, ids, tile, first, BLOCKS, SIZE, STACK, GROUP, SPLIT)
+            own = _scale_words(scales, ids, tile, first, BLOCKS, SIZE, STACK, SPLIT)
+            result = _block(result, x, words, own, factors, ids, first, rows, n, K, BLOCKS, SIZE,
+                            JOINED, SPLIT, rows is None, ASSEMBLY)
     else:
         # Scales come first, because the compiler gives their product with words the layout of the
         # last load: that of the scales would cost two permutations for each register of words.
-        own = _scale_words(scales, tile, 0, BLOCKS, SPLIT)
-        words = _words(packed, packed, tile, 0, BLOCKS, BLOCKS, 0, GROUP, SPLIT)
+        own = _scale_words(scales, ids, tile, 0, BLOCKS, SIZE, STACK, SPLIT)
+        words = _words(packed, ids, tile, 0, BLOCKS, SIZE, STACK, GROUP, SPLIT)
         if PDL:
             gdc_wait()
         for first in tl.range(0, LAST, SPLIT, num_stages=1):
-            next_own = _scale_words(scales, tile, first + SPLIT, BLOCKS, SPLIT)
-            next_words = _words(packed, packed, tile, first + SPLIT, BLOCKS, BLOCKS, 0, GROUP,
+            next_own = _scale_words(scales, ids, tile, first + SPLIT, BLOCKS, SIZE, STACK, SPLIT)
+            next_words = _words(packed, ids, tile, first + SPLIT, BLOCKS, SIZE, STACK, GROUP,
                                 SPLIT)
-            result = _block(result, x, words, own, first, rows, K, SPLIT, False, ASSEMBLY)
+            result = _block(result, x, words, own, factors, ids, first, rows, n, K, BLOCKS, SIZE,
+                            JOINED, SPLIT, False, ASSEMBLY)
             words, own = next_words, next_own
-        result = _block(result, x, words, own, LAST, rows, K, SPLIT, False, ASSEMBLY)
+        result = _block(result, x, words, own, factors, ids, LAST, rows, n, K, BLOCKS, SIZE,
+                        JOINED, SPLIT, False, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
     if ASSEMBLY and x.dtype.element_ty == tl.float16:
@@ -180,18 +197,31 @@ def _sums(x, packed, scales, tile, rows, K: tl.constexpr, BLOCKS: tl.constexpr,
 
 
 @triton.jit
-def _fp4(x, packed, scales, factors, bias, out, n, K: tl.constexpr, BLOCKS: tl.constexpr,
-         SPLIT: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
-         ADD: tl.constexpr, BIAS: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
-    """Multiply an `Fp4` [n, K] by ``x`` [K]; a tile per program."""
+def _fp4(x, packed, scales, factors, bias, ids, routing, out, n, stride, K: tl.constexpr,
+         BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr, SPLIT: tl.constexpr,
+         STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+         BIAS: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
+    """Multiply an `Fp4` [n, K] by ``x`` [K]; a tile per program. For a stack, see `_int4`."""
+    JOINED: tl.constexpr = STACK > 0 and not GATED
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
-    sums = _sums(x, packed, scales, tl.program_id(0).to(tl.int64), None, K, BLOCKS, SPLIT, STAGES,
-                 ASSEMBLY, PDL)
-    factor = tl.load(factors + rows, mask=rows < n, other=0.0)
-    result = _finish(tl.sum(tl.max(sums, 2), 0) * factor, 0.0, rows, n, K, 0.0, bias, False, BIAS)
+    own = factors
+    if GATED and STACK:
+        if PDL:
+            gdc_wait()
+        ids += tl.program_id(1)
+        out += tl.program_id(1) * stride
+        own += tl.load(ids) * n
+    sums = _sums(x, packed, scales, factors, ids, None, n, K, BLOCKS, SIZE, STACK, JOINED, SPLIT,
+                 STAGES, ASSEMBLY, PDL)
+    result = tl.sum(tl.max(sums, 2), 0)
+    if not JOINED:
+        result *= tl.load(own + rows, mask=rows < n, other=0.0)
+    result = _finish(result, 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(result, (2, 8))))
         result = _activated(gate, GELU) * up
+        if STACK:
+            result *= tl.load(routing + tl.program_id(1))
         rows = tl.program_id(0) * 8 + tl.arange(0, 8)
     _store(out, rows, n, result, ADD)
 
@@ -201,7 +231,7 @@ def _widen(packed, scales, factors, out, first, rows, K: tl.constexpr, BLOCKS: t
     """Dequantise a block of a tile of an `Fp4` to ``out`` [rows, K], from tile ``first`` on."""
     tile = first + tl.program_id(0).to(tl.int64)
     words = _words(packed, packed, tile, tl.program_id(1), BLOCKS, BLOCKS, 0, GROUP, 1)
-    own = _scale_words(scales, tile, tl.program_id(1), BLOCKS, 1)
+    own = _scale_words(scales, packed, tile, tl.program_id(1), BLOCKS, BLOCKS, 0, 1)
     PAIRS: tl.constexpr = GROUP // 32
     row = (tl.arange(0, 2)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :, None]
     factor = tl.load(factors + tile * 16 + row, mask=tl.program_id(0) * 16 + row < rows, other=0.0)
@@ -229,18 +259,25 @@ class Fp4Ops(ScaledOps):
     """The step's operations as kernels, for 4-bit floats too."""
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
-        if not isinstance(weight, Fp4):
+        one = weight if routed is None else weight[0]
+        if not isinstance(one, Fp4):
             super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
         shape, layout = self._layout(weight, gain, gated)
         if gain is not None:
-            x = self._prepared(x, weight, gain, eps)
+            x = self._prepared(x, one, gain, eps)
         self._current.discard(out.data_ptr())
-        tiles, blocks = weight.packed.shape[:2]
-        bias = weight.bias
-        _fp4[(tiles,)](
-            x, weight.packed, weight.scales.view(torch.int32), weight.factors,
-            x if bias is None else bias, out, shape.n, K=shape.k, BLOCKS=blocks,
+        tiles, blocks = one.packed.shape[:2]
+        # Triton requires a valid pointer even for unused arguments.
+        ids, routing, whole, joined, each = x, x, weight, 1, 1
+        if routed is not None:
+            ids, routing, whole = routed.ids, routed.weights, weight.stacked
+            joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
+        bias = one.bias
+        _fp4[(tiles, each)](
+            x, whole.packed, whole.scales.view(torch.int32), whole.factors,
+            x if bias is None else bias, ids, routing, out, shape.n, out.stride(0), K=x.numel(),
+            BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if routed is None else tiles * blocks,
             SPLIT=layout.warps, STAGES=layout.stages, GATED=gated, GELU=gelu, ADD=add,
             BIAS=bias is not None, ASSEMBLY=self._device.type == 'cuda', PDL=self._pdl,
             **self._launch(layout.warps))

@@ -230,6 +230,11 @@ class Fp4:
         return self.out_features, self.in_features
 
     @property
+    def padded_features(self) -> int:
+        """Columns of all blocks."""
+        return self.packed.shape[1] * 4 * FP4_GROUP
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that one matrix-vector product reads."""
         return _bytes(self.packed, self.scales, self.factors, self.bias)

@@ -221,7 +221,7 @@ def _fp4_rows(x, packed, scales, factors, bias, out, n, rows, K: tl.constexpr,
               GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
               ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """Multiply an `Fp4` [n, K] by ``x`` [rows, K], like `fp4_kernels._fp4`."""
-    result = _sums(x, packed, scales, tl.program_id(0).to(tl.int64), rows, K, BLOCKS, SPLIT,
+    result = _sums(x, packed, scales, factors, packed, rows, n, K, BLOCKS, BLOCKS, 0, False, SPLIT,
                    STAGES, ASSEMBLY, PDL)
     tile = tl.program_id(0) * 16 + tl.arange(0, 16)
     factor = tl.load(factors + tile, mask=tile < n, other=0.0)
