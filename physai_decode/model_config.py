@@ -380,11 +380,6 @@ class Quantization:
         """Whether the weights are integers of four bits."""
         return (self.kind, self.bits) == ('int', 4)
 
-    @property
-    def is_fp4(self) -> bool:
-        """Whether all weights are floats of 4 bits."""
-        return (self.kind, self.bits) == ('float', 4) or self.name == 'modelopt-nvfp4'
-
 
 def quantization(config: Mapping[str, Any]) -> Quantization | None:
     """

@@ -167,16 +167,18 @@ def main():
 
 def scaled(build, half, capability, pdl):
     """Compile the kernels for 8-bit weights, with scales per row and per group."""
-    for gated, by_row in ((True, True), (False, False)):
+    for gated, by_row, selected in ((True, True, 0), (False, False, 0), (True, False, 1),
+                                    (False, True, 8)):
         layout = kernels.DENSE_LAYOUTS[0 if gated else 2]
         made = build(scaled_kernels._multiply, values='i8', scales='fp32', zeros='fp32',
-                     warps=layout.warps, out=half if gated else 'fp32', K=3584,
+                     warps=layout.warps, out=half if gated else 'fp32',
+                     K=3584 * max(1, selected), SIZE=3584, STACK=7 * 2**20 * bool(selected),
                      GROUP=3584 if by_row else 128, ROWS=layout.rows, COLUMNS=layout.columns,
                      STAGES=layout.stages if compiler.PIPELINES else 1, FLOAT=not by_row,
                      ZEROS=False, BY_ROW=by_row, NORM=gated, GATED=gated, GELU=False,
-                     ADD=not gated, BIAS=gated, ASSEMBLY=True)
+                     ADD=not gated, BIAS=gated and not selected, ASSEMBLY=True)
         assert by_row or 'prmt.b32' in made.asm['ptx']
-        if pdl:
+        if pdl and not (gated and selected):
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
     compiled(scaled_kernels._widen, capability, half, values='i8', scales='fp32', zeros='fp32',
@@ -215,7 +217,7 @@ def fp4(build, half, capability, pdl):
                      STACK=2**13 * bool(selected), **sizes)
         assert 'lop3.b32' in made.asm['ptx']
         assert not re.search(NARROW, made.asm['ptx'])
-        if compiler.VERSION >= (3, 6):      # words stay as they are loaded
+        if compiler.VERSION >= (3, 6) and capability >= 80:     # words stay as they are loaded
             assert not re.search(r'convert_layout.*xi16', made.asm['ttgir'])
         if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
             assert made.metadata.shared <= 64 * warps       # only the sums of warps

@@ -150,6 +150,21 @@ def test_fp4(make, routed, size):
     assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
 
 
+@pytest.mark.parametrize('form, size', [
+    (random_formats.int8(-1), 96), (random_formats.packed(8, 32, symmetric=False), 96),
+    (random_formats.float8('block'), 128), (random_formats.float8('channel'), 64)])
+def test_8_bits(make, routed, form, size):
+    parts = [[linear_contract.random_weight(form, *shape, 3 * number + at) for at, shape in (
+        (0, (size, 256)), (1, (size, 256)), (2, (32, size)))] for number in range(COUNT)]
+    gate_up = stack_of(fusion.fuse([gate[0], up[0]], paired=True) for gate, up, _ in parts)
+    down = stack_of(down[0] for *_, down in parts)
+    hidden, out = check_products(make, routed, gate_up, down, size)
+    plain = stack_of(Dense(torch.cat([gate[1], up[1]])) for gate, up, _ in parts), stack_of(
+        Dense(down[1]) for *_, down in parts)
+    expected = run(REFERENCE, make, routed, *plain, size)
+    assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
+
+
 def test_int4_with_zero_points_in_one_expert(make, routed):
     """The zero points of the others are 8."""
     downs = [int4(number, 32, 96, symmetric=number != 3) for number in range(COUNT)]
@@ -178,7 +193,7 @@ def run(ops, make, routed, gate_up, down, size, columns=None):
 
 def check_products(make, routed, gate_up, down, size, k=100, n=33):
     """Compare all operations; return the outputs of the kernels."""
-    columns = down[0].padded_features if n == 32 else size
+    columns = getattr(down[0], 'padded_features', size)
     every = [run(ops, make, routed, gate_up, down, size, columns)
              for ops in (TorchOps(on_host=True), REFERENCE, CodedOps(DEVICE))]
     for got in every[1:]:
@@ -219,6 +234,9 @@ def save(folder, kind):
             'lm_head', '0.mlp.gate'), **small)
     elif kind == 'nvfp4':
         random_formats.save(folder, 'qwen3_moe', NVFP4, dense=('lm_head', '0.mlp.gate'), **small)
+    elif kind == 'fp8':
+        random_formats.save(folder, 'qwen3_moe', random_formats.float8('block'),
+                            dense=('lm_head', '0.mlp.gate'), **small)
     else:
         random_model.save(folder, kind, 0, vocab_size=64)
     return folder
@@ -235,7 +253,7 @@ def restore_routers(folder, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'awq', 'nvfp4'])
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'awq', 'nvfp4', 'fp8'])
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
     """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)
@@ -337,8 +355,7 @@ def test_order_of_sums_is_fixed(tmp_path):
 
 
 @pytest.mark.parametrize('form, what', [
-    (random_formats.int8(-1), 'experts of compressed-tensors-int8'),
-    (random_formats.float8('block'), 'experts of compressed-tensors-float8')])
+    (random_formats.bitsandbytes('nf4'), 'experts of bitsandbytes-nf4')])
 def test_rejects_formats(tmp_path, form, what):
     """``auto`` selects the engine that the error names."""
     random_formats.save(tmp_path, 'qwen3_moe', form)

@@ -118,16 +118,6 @@ def test_int4_is_a_property_of_the_numbers_not_of_the_name(settings, is_int4):
     assert model_config.quantization({'quantization_config': settings}).is_int4 is is_int4
 
 
-@pytest.mark.parametrize(('settings', 'is_fp4'), [
-    ({'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}, True),
-    ({'quant_method': 'modelopt', 'quant_algo': 'FP8'}, False),
-    *(({'quant_method': 'compressed-tensors', 'config_groups': {
-        '0': {'weights': {'type': kind, 'num_bits': bits}}}}, (kind, bits) == ('float', 4))
-      for kind in ('int', 'float') for bits in (4, 8))])
-def test_fp4_is_a_property_of_the_numbers(settings, is_fp4):
-    assert model_config.quantization({'quantization_config': settings}).is_fp4 is is_fp4
-
-
 @pytest.mark.parametrize(('fields', 'layout'), [
     ({'checkpoint_format': 'gptq_v2'}, 'gptq_v2'), ({'format': 'gptq_v2'}, 'gptq_v2'),
     ({'checkpoint_format': None, 'format': 'marlin'}, 'marlin')])

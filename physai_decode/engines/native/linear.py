@@ -457,7 +457,12 @@ class Stack:
 
     def copied(self, number: Tensor) -> Stored:
         """Copy the weight of expert ``number`` int64 [1], which stays on the device."""
-        return self._map(lambda tensor: tensor.index_select(0, number)[0])
+        def select(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.float8_e4m3fn:     # not every operation supports it
+                return tensor.view(torch.int8).index_select(0, number)[0].view(tensor.dtype)
+            return tensor.index_select(0, number)[0]
+
+        return self._map(select)
 
     def _map(self, select: Callable[[Tensor], Tensor]) -> Stored:
         tensors: dict[str, Any] = {

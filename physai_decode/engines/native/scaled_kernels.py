@@ -20,6 +20,8 @@ previous kernel still runs. An E4M3 float is converted by moving its bits to the
 float16, which is the value times 2^-8. So older GPUs need no instruction for 8-bit floats.
 """
 
+import math
+
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
@@ -120,65 +122,100 @@ def _row_sums(sums, scales, rows, FLOAT: tl.constexpr, BY_ROW: tl.constexpr):
 
 
 @triton.jit
-def _multiply(x, values, scales, zeros, bias, gain, out, n, eps, K: tl.constexpr,
-              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              STAGES: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr,
-              BY_ROW: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-              GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
-              PDL: tl.constexpr):
-    """Multiply a `Scaled` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows."""
+def _expert(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
+            COLUMNS: tl.constexpr):
+    """Return the number of the weight in a stack that has column ``k``, and the column in it."""
+    if STACK == 0:
+        return 0, k
+    elif K == SIZE:
+        return tl.load(ids), k
+    else:
+        # Without this, Triton does not see the divisibility, and loads single numbers.
+        return tl.load(ids + k // SIZE), k % SIZE // COLUMNS * COLUMNS
+
+
+@triton.jit
+def _multiply(x, values, scales, zeros, bias, gain, ids, routing, out, n, stride, eps,
+              K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr, GROUP: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+              FLOAT: tl.constexpr, ZEROS: tl.constexpr, BY_ROW: tl.constexpr, NORM: tl.constexpr,
+              GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+              ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
+    """
+    Multiply a `Scaled` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows.
+
+    For a stack of weights with STACK elements each, see `kernels._dense`.
+    """
     LENGTH: tl.constexpr = COLUMNS if BY_ROW else GROUP
-    GROUPS: tl.constexpr = 1 if BY_ROW else (K + GROUP - 1) // GROUP
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    GROUPS: tl.constexpr = 1 if BY_ROW else (SIZE + GROUP - 1) // GROUP
+    # The scales of rows apply to their sums, but not if the columns are those of several experts.
+    LATE: tl.constexpr = BY_ROW and K == SIZE
     part = tl.arange(0, COLUMNS // LENGTH)
     columns = part[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # Rows past the end are clamped to the last row, so the loop needs no row mask.
     own = tl.minimum(rows, n - 1)
     up = own
+    stored = n * GROUPS         # scales of a weight in the stack
     if GATED:
         own = own // 8 * 16 + own % 8
         up = own + 8
-    place = own.to(tl.int64)[:, None, None] * K + columns[None, :, :]
-    up_place = up.to(tl.int64)[:, None, None] * K + columns[None, :, :]
+        stored *= 2
+        if STACK:
+            if PDL:
+                gdc_wait()      # for the router; without gate it ran two kernels before
+            ids += tl.program_id(1)
+            out += tl.program_id(1) * stride
+    place = own.to(tl.int64)[:, None, None] * SIZE + columns[None, :, :]
+    up_place = up.to(tl.int64)[:, None, None] * SIZE + columns[None, :, :]
     group = own[:, None] * GROUPS + part[None, :]
     up_group = up[:, None] * GROUPS + part[None, :]
     sums = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH // RUN), tl.float32)
     more = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH // RUN), tl.float32)
     squares = tl.zeros((COLUMNS // LENGTH, LENGTH), tl.float32)
+    expert, local = _expert(ids, 0, K, SIZE, STACK, COLUMNS)
     tile, scale, zero = _load_tile(
-        values + place, scales + group, zeros + group, part, columns, 0, K, GROUP, COLUMNS, ZEROS,
-        BY_ROW)
+        values + expert * STACK + place, scales + expert * stored + group,
+        zeros + expert * stored + group, part, columns, local, SIZE, GROUP, COLUMNS, ZEROS, LATE)
     up_tile, up_scale, up_zero = tile, scale, zero
     if GATED:
         up_tile, up_scale, up_zero = _load_tile(
-            values + up_place, scales + up_group, zeros + up_group, part, columns, 0, K, GROUP,
-            COLUMNS, ZEROS, BY_ROW)
+            values + expert * STACK + up_place, scales + expert * stored + up_group,
+            zeros + expert * stored + up_group, part, columns, local, SIZE, GROUP, COLUMNS, ZEROS,
+            LATE)
     if PDL:
         gdc_wait()
     v, squares = _load_input(x, gain, squares, columns, 0, K, COLUMNS, NORM)
-    sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
+    sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
     if GATED:
-        more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
+        more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
     for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
+        expert, local = _expert(ids, k, K, SIZE, STACK, COLUMNS)
         tile, scale, zero = _load_tile(
-            values + place, scales + group, zeros + group, part, columns, k, K, GROUP, COLUMNS,
-            ZEROS, BY_ROW)
+            values + expert * STACK + place, scales + expert * stored + group,
+            zeros + expert * stored + group, part, columns, local, SIZE, GROUP, COLUMNS, ZEROS,
+            LATE)
         v, squares = _load_input(x, gain, squares, columns, k, K, COLUMNS, NORM)
-        sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
+        sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
         if GATED:
             up_tile, up_scale, up_zero = _load_tile(
-                values + up_place, scales + up_group, zeros + up_group, part, columns, k, K, GROUP,
-                COLUMNS, ZEROS, BY_ROW)
-            more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, BY_ROW, ASSEMBLY)
+                values + expert * STACK + up_place, scales + expert * stored + up_group,
+                zeros + expert * stored + up_group, part, columns, local, SIZE, GROUP, COLUMNS,
+                ZEROS, LATE)
+            more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
     square = tl.sum(tl.sum(squares, 1), 0)
-    sums = _row_sums(sums, scales, own, FLOAT, BY_ROW)
+    if LATE and STACK:
+        scales += tl.load(ids) * stored
+    sums = _row_sums(sums, scales, own, FLOAT, LATE)
     result = _finish(sums, square, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
-        more = _row_sums(more, scales, up, FLOAT, BY_ROW)
+        more = _row_sums(more, scales, up, FLOAT, LATE)
         result = _activated(result, GELU)
         result *= _finish(more, square, up, 2 * n, K, eps, bias, NORM, BIAS)
+        if STACK:
+            result *= tl.load(routing + tl.program_id(1))
     _store(out, rows, n, result, ADD)
 
 
@@ -215,20 +252,28 @@ class ScaledOps(TritonOps):
     """The step's operations as kernels, for 8-bit weights too."""
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
-        if not isinstance(weight, Scaled):
+        one = weight if routed is None else weight[0]
+        if not isinstance(one, Scaled):
             super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
         shape, layout = self._layout(weight, gain, gated)
-        if weight.order is not None:
-            x, gain = self._prepared(x, weight, gain, eps), None
+        if one.order is not None:
+            x, gain = self._prepared(x, one, gain, eps), None
         self._current.discard(out.data_ptr())
-        n, bias = out.shape[0], weight.bias
-        _multiply[(triton.cdiv(n, layout.rows),)](
-            x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
-            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=layout.rows,
-            COLUMNS=layout.columns, STAGES=layout.stages, FLOAT=weight.is_float,
-            ZEROS=weight.zeros is not None,
-            BY_ROW=weight.scales.shape[1] == 1 and weight.zeros is None, NORM=gain is not None,
+        # Triton requires a valid pointer even for unused arguments.
+        ids, routing, whole, joined, each = x, x, weight, 1, 1
+        if routed is not None:
+            ids, routing, whole = routed.ids, routed.weights, weight.stacked
+            joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
+        n, bias = shape.n // 2 if gated else shape.n, one.bias
+        _multiply[(triton.cdiv(n, layout.rows), each)](
+            x, *_pointers(whole), x if bias is None else bias, x if gain is None else gain, ids,
+            routing, out, n, out.stride(0), eps, K=joined * shape.k, SIZE=shape.k,
+            STACK=0 if routed is None else one.values.numel(), GROUP=one.group_size,
+            ROWS=layout.rows,
+            COLUMNS=math.gcd(layout.columns, shape.k) if joined > 1 else layout.columns,
+            STAGES=layout.stages, FLOAT=one.is_float, ZEROS=whole.zeros is not None,
+            BY_ROW=one.scales.shape[1] == 1 and whole.zeros is None, NORM=gain is not None,
             GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
             ASSEMBLY=self._device.type == 'cuda', PDL=self._pdl, **self._launch(layout.warps))
 

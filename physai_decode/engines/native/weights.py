@@ -35,8 +35,6 @@ from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
-from physai_decode.engines.native.linear import Fp4
-from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stack
@@ -231,9 +229,12 @@ class _Loader:
             stack = Stack.from_parts(parts, routing.count, routing.top_k)
         except ValueError as error:
             raise unsupported(f'{prefix[:-1]} as stored: {error}') from None
-        if not isinstance(stack.stacked, (Dense, Int4, Fp4)):
-            raise unsupported(f'experts of {stack[0].kind} (it runs unquantised experts, and '
-                              'integers and floats of 4 bits)')
+        one = stack[0]
+        if isinstance(one, Coded):
+            raise unsupported(f'{prefix[:-1]} as stored: codes of a table')
+        if isinstance(one, Scaled) and one.in_features % one.group_size:
+            raise unsupported(f'{prefix[:-1]} as stored: {one.in_features} columns in groups of '
+                              f'{one.group_size}')
         bias = stack.stacked.bias
         if bias is not None and bias.any():
             raise unsupported(f'{prefix[:-1]} with biases')

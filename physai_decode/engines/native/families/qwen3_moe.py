@@ -40,12 +40,10 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     if config.get('use_sliding_window') and config['sliding_window'] is not None:
         window = number(config, 'sliding_window')
     quantized = quantization(config)
-    if quantized and (not (quantized.is_int4 or quantized.is_fp4)
-                      or quantized.settings.get('desc_act')):
-        raise unsupported(f'experts of {quantized.name}'
-                          f'{" with desc_act" * bool(quantized.settings.get("desc_act"))} '
-                          '(it runs unquantised experts, floats of 4 bits, and integers of 4 '
-                          'bits without desc_act)')
+    if quantized and quantized.settings.get('desc_act'):
+        raise unsupported(f'experts of {quantized.name} with desc_act')
+    if quantized and quantized.method == 'bitsandbytes':
+        raise unsupported(f'experts of {quantized.name}')
     return shared.read(config, {}, qk_norm=True, qkv_bias=bias, out_bias=bias,
                        windows=(window,) * layers, routing=_routing(config, layers))
 
