@@ -58,6 +58,8 @@ for signum, handler in ((signal.SIGINT, signal.default_int_handler),
 dds.configure()
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
+freeze = gc.freeze
+gc.freeze = gc.unfreeze = lambda: None          # see leave_out_of_garbage_collection
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -68,22 +70,21 @@ def shut_down_ros():
         sys.modules['rclpy'].try_shutdown()
 
 
-def pytest_collection_finish(session):
-    """Do two things once that each test would repeat, and make the interpreter exact."""
-    leave_out_of_garbage_collection()
-    patch_language_once()
-    round_products_once()
-
-
+@pytest.fixture(scope='module', autouse=True)
 def leave_out_of_garbage_collection():
     """
-    Exclude torch and other modules from the garbage collections of each load and request.
+    Exclude torch and all other modules so far from the collections of each load and request.
 
-    A worker that ends would include them again, so this disables ``gc.unfreeze``.
+    A worker that ends would include them again, so only this can freeze.
     """
     gc.collect()
-    gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None
+    freeze()
+
+
+def pytest_collection_finish(session):
+    """Patch the interpreter once, and make it exact."""
+    patch_language_once()
+    round_products_once()
 
 
 def patch_language_once():
