@@ -14,6 +14,7 @@
 
 """Returns each test process a ROS domain of its own on the loopback, and speeds up all tests."""
 
+from dataclasses import replace
 import gc
 from glob import glob
 from itertools import chain
@@ -82,9 +83,19 @@ def leave_out_of_garbage_collection():
 
 
 def pytest_collection_finish(session):
-    """Patch the interpreter once, and make it exact."""
+    """Speed up Triton's interpreter, and make it exact."""
+    skip_unused_checks()
     patch_language_once()
     round_products_once()
+
+
+def skip_unused_checks():
+    """Skip the checks for overflow, which take half the time of a kernel and report nothing."""
+    interpreter = sys.modules.get('triton.runtime.interpreter')
+    if interpreter:
+        builder = interpreter.interpreter_builder
+        assert not builder.options.debug        # with which the checks would report
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 def patch_language_once():
