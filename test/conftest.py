@@ -83,31 +83,43 @@ def leave_out_of_garbage_collection():
 
 
 def pytest_collection_finish(session):
-    """Speed up Triton's interpreter, and make it exact."""
-    skip_unused_checks()
-    patch_language_once()
-    round_products_once()
-
-
-def skip_unused_checks():
-    """Skip the checks for overflow, which take half the time of a kernel and report nothing."""
+    """Speed up Triton's interpreter, and make its matrix products exact."""
     interpreter = sys.modules.get('triton.runtime.interpreter')
     if interpreter:
-        builder = interpreter.interpreter_builder
-        assert not builder.options.debug        # with which the checks would report
-        builder.options = replace(builder.options, sanitize_overflow=False)
+        skip_unused_checks(interpreter)
+        look_up_types(interpreter)
+        patch_language_once(interpreter)
+        round_products_once(interpreter)
 
 
-def patch_language_once():
+def skip_unused_checks(interpreter):
+    """Skip the checks for overflow, which take half the time of a kernel and report nothing."""
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug            # with which the checks would report
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def look_up_types(interpreter):
+    """Look up the types of NumPy and of blocks, which each operation would make again."""
+    known, numpy_type = {}, interpreter._get_np_dtype
+
+    def look_up(kind):
+        found = known.get(kind.name)
+        if found is None:
+            found = known[kind.name] = numpy_type(kind)
+        return found
+
+    interpreter._get_np_dtype = look_up
+    interpreter.tl.block_type.to_ir = lambda self, builder: self
+
+
+def patch_language_once(interpreter):
     """
-    Let Triton's interpreter patch the language once per module.
+    Patch the language once per module.
 
-    It patches it in each call of a device function, which takes half the time of a kernel. It also
-    patches it for each kernel, so nothing stays unpatched.
+    Otherwise, each call of a device function patches it, which takes half the time of a kernel.
+    Each kernel also patches it, so nothing stays unpatched.
     """
-    interpreter = sys.modules.get('triton.runtime.interpreter')
-    if not interpreter:
-        return
     patched, call = set(), interpreter.InterpretedFunction.__call__
 
     def call_patched(function, *arguments, **named):
@@ -120,15 +132,12 @@ def patch_language_once():
     interpreter.InterpretedFunction.__call__ = call_patched
 
 
-def round_products_once():
+def round_products_once(interpreter):
     """
-    Let Triton's interpreter compute matrix products in float64.
+    Compute matrix products in float64.
 
     Otherwise, the last bits of a row depend on its place in the matrix, on some processors.
     """
-    interpreter = sys.modules.get('triton.runtime.interpreter')
-    if not interpreter:
-        return
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     create_dot = builder.create_dot
 
