@@ -59,7 +59,7 @@ for signum, handler in ((signal.SIGINT, signal.default_int_handler),
 dds.configure()
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
-freeze = gc.freeze
+modules, freeze = 0, gc.freeze
 gc.freeze = gc.unfreeze = lambda: None          # see leave_out_of_garbage_collection
 
 
@@ -71,15 +71,18 @@ def shut_down_ros():
         sys.modules['rclpy'].try_shutdown()
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(autouse=True)
 def leave_out_of_garbage_collection():
     """
     Exclude torch and all other modules so far from the collections of each load and request.
 
     A worker that ends would include them again, so only this can freeze.
     """
-    gc.collect()
-    freeze()
+    global modules
+    if modules != len(sys.modules):
+        gc.collect()
+        freeze()
+        modules = len(sys.modules)
 
 
 def pytest_collection_finish(session):
