@@ -14,6 +14,7 @@
 
 """Returns each test process a ROS domain of its own on the loopback, and speeds up all tests."""
 
+from collections import Counter
 from dataclasses import replace
 import gc
 from glob import glob
@@ -83,6 +84,18 @@ def leave_out_of_garbage_collection():
         gc.collect()
         freeze()
         modules = len(sys.modules)
+
+
+def pytest_configure(config):
+    """Let several processes take the modules in the order that follows."""
+    config.option.loadscopereorder = False      # of pytest-xdist
+
+
+def pytest_collection_modifyitems(items):
+    """Run the modules with slow tests first, so that none is left to one process at the end."""
+    counts = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: (-slow[item.path], -counts[item.path]))
 
 
 def pytest_collection_finish(session):
