@@ -1,12 +1,12 @@
 # make demo   install into .venv and watch the node answer one prompt
 # make msgs   build the action and messages of physai_decode_msgs into .venv; needs a C++ compiler
-# make test   the same environment plus the test tools; lint, types and all tests
+# make test   install the test tools into .venv; run lint, type checks and all tests
 # make docs   build the documentation into site/
-# make coverage  the tests once more, and which lines they reach
-# make test-jazzy   the node's tests on the Python client of ROS 2 Jazzy; the rest is .venv's
-# make compat the kernels with each Triton for each GPU, as a table; an hour, no GPU
-# make real   native against transformers on real weights from PyPI, then through the node
-# make clean  remove all environments and what the tools left behind
+# make coverage  run the tests and report the lines that they cover
+# make test-jazzy   run the node's tests with the Python client of ROS 2 Jazzy
+# make compat compile the kernels with each Triton for each GPU; takes an hour, needs no GPU
+# make real   compare native with transformers on real weights from PyPI, then ask the node
+# make clean  remove all environments and generated files
 
 PYTHON ?= python3
 MACHINE ?= $(shell uname -m)
@@ -19,7 +19,7 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 NODE_TESTS = $(filter-out test/test_bench.py test/test_imports.py test/test_package.py, \
 	$(shell grep -l rclpy test/test_*.py))
 
-# The tests start some 300 processes, which start faster with bytecode.
+# The tests start about 300 processes, which start faster with bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo msgs test docs coverage test-jazzy compat real lint clean supported
@@ -31,14 +31,14 @@ msgs: .venv/msgs.stamp
 
 test: .venv/test.stamp
 	@if .venv/bin/python tools/build_msgs.py --check; then $(MAKE) --no-print-directory msgs; \
-	else echo 'Going on without physai_decode_msgs: the tests that need it are skipped.'; fi
+	else echo 'Continuing without physai_decode_msgs: the tests that need it are skipped.'; fi
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	.venv/bin/python -m pytest -n 3 --dist loadfile || status=1; exit $$status
 
 docs: .venv/test.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
 
-# Also in the processes that the tests start, but in those that they kill.
+# This includes the processes that the tests start, except those that they kill.
 coverage: .venv/test.stamp
 	.venv/bin/python -m pytest -n 3 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
@@ -56,7 +56,7 @@ lint: .venv/test.stamp
 	.venv/bin/mypy
 
 .venv/run.stamp: .venv/bin/pip requirements.txt constraints.txt setup.py setup.cfg | supported
-	@echo 'Installing into .venv; the first time this loads about 3 GB, most of it torch with CUDA.'
+	@echo 'Installing into .venv; the first time, this downloads about 3 GB, most of it torch with CUDA.'
 	$(PIP) install -c constraints.txt setuptools -r requirements.txt
 	$(PIP) install -c constraints.txt --no-build-isolation --use-pep517 -e .
 	@touch $@
@@ -71,8 +71,8 @@ lint: .venv/test.stamp
 	@.venv/bin/python tools/build_msgs.py
 	@touch $@
 
-# What it has of its own comes first on its path; torch, pytest and the others come from .venv, but
-# physai_decode_msgs, which is built for the other distribution there.
+# Its own packages come first on its path; torch, pytest and others come from .venv. The exception is
+# physai_decode_msgs, which is built for another distribution there.
 .venv-jazzy/test.stamp: .venv/test.stamp requirements-jazzy.txt constraints-jazzy.txt
 	.venv/bin/python -m venv --clear .venv-jazzy
 	$(JAZZY_PIP) install -c constraints-jazzy.txt -r requirements-jazzy.txt
@@ -82,11 +82,11 @@ lint: .venv/test.stamp
 
 .venv/bin/pip: | supported
 	@$(FAIL) command -v '$(PYTHON)' >/dev/null || \
-	fail "there is no $(PYTHON): install python3, or name a Python by 'make PYTHON=...'."; \
+	fail "there is no $(PYTHON): install python3, or name a Python with 'make PYTHON=...'."; \
 	'$(PYTHON)' -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
-	fail "this needs Python 3.10 to 3.14, not $$('$(PYTHON)' --version): name one by 'make PYTHON=...'."; \
+	fail "this needs Python 3.10 to 3.14, not $$('$(PYTHON)' --version): name one with 'make PYTHON=...'."; \
 	'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
-	fail "$(PYTHON) can't make virtual environments: install the package python3-venv."
+	fail "$(PYTHON) can't create virtual environments: install the package python3-venv."
 	'$(PYTHON)' -m venv .venv
 
 supported:

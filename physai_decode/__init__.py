@@ -23,12 +23,12 @@ _COMMAND = os.path.basename((getattr(sys, 'argv', None) or [''])[0])
 
 
 def _say_interrupted(kind, error, trace):
-    """Say in one line that Ctrl-C ended a command, also while it still imports its libraries."""
+    """Report Ctrl-C in one line, even while a command still imports its libraries."""
     if issubclass(kind, KeyboardInterrupt):
         print(f'{_COMMAND}: interrupted', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-if _COMMAND.startswith('decode_'):      # a command of this package, of which this is loaded first
+if _COMMAND.startswith('decode_'):      # this module is imported before any other of the command
     sys.excepthook = _say_interrupted

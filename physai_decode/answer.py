@@ -16,7 +16,7 @@
 The answer of an engine to one request, on the decode thread.
 
 It encodes the prompt, decodes tokens, converts them to text, and emits their reports. It ends at
-an end token, a stop text, a limit or a deadline, or if the request is cancelled or preempted.
+an end token, a stop string, a limit or a deadline, or if the request is cancelled or preempted.
 """
 
 from collections.abc import Callable
@@ -54,9 +54,9 @@ from physai_decode.speech import Speech
 from physai_decode.speech import Thought
 
 RAW = Manner(reason='raw_prompt bypasses the chat template')
-PIECE = 32768           # characters that are tokenised at a time, in about 0.03 s
-# An escape that JSON does not need, such as \u0061 for a. llguidance allows it only in a name, and
-# does not see that the schema lists the name.
+PIECE = 32768           # characters per call of the tokenizer; takes about 0.03 s
+# An unnecessary JSON escape, such as \u0061 for a. llguidance allows it only in the name of a
+# property, and then does not recognise the name as one that the schema lists.
 _ESCAPED = re.compile(r'(?<!\\)(?:\\\\)*\\u(?!00(?:[01]|7[Ff]))')
 SHORTEN = "shorten the prompt, or raise engine.max_context if the model's own limit is higher"
 
@@ -89,7 +89,7 @@ class TextCoder(Protocol):
     def encode(self, messages: Sequence[Message], chat_template_kwargs: Mapping[str, Any] = ...,
                heartbeat: Callable[[], None] = ..., tools: Sequence[Mapping[str, Any]] = ...
                ) -> list[int]:
-        """Encode a conversation; an exception of ``heartbeat`` ends the call."""
+        """Encode a conversation; an exception from ``heartbeat`` ends the call."""
         ...
 
     def count(self, text: str) -> int:
@@ -144,8 +144,8 @@ class Answer(Delivery):
         if end.reason == 'stop' and self._ticket.request.forced:
             return End('error', 'the answer is not the tool call that tool_choice requires')
         if end.reason == 'stop' and self._items is not None and _ESCAPED.search(self.text):
-            return End('error', 'the answer escapes a character of a name, which may be that of a '
-                       'property in the schema: set additionalProperties to false')
+            return End('error', 'the answer escapes a character in the name of a property, which '
+                       'the schema may list: set additionalProperties to false')
         return end
 
     def _generate(self) -> End:
@@ -221,9 +221,9 @@ class Answer(Delivery):
         return self._full()
 
     def _end_here(self, limit: int, constraint: Constraint | None) -> End | None:
-        """Return the end due to the newest token, the last that ``constraint`` accepted."""
+        """Return the end that the newest token causes, or None; ``constraint`` has accepted it."""
         if self._detokenizer.stopped:
-            return End('stop', f'a text in {self._named("stop")} matched')
+            return End('stop', f'a string in {self._named("stop")} matched')
         if constraint is not None and constraint.ended:
             return End('stop', '')
         if self._speech is not None and self._speech.ended:
@@ -279,7 +279,7 @@ class Answer(Delivery):
                 and self._given >= self._thought_tokens)
 
     def _end_thought(self) -> list[int]:
-        """End the thought for the model; return the tokens after the prompt."""
+        """Close the thought in the model's place; return all tokens after the prompt."""
         manner = self._manner
         assert self._speech is not None
         blanks = '' if self._speech.exact else '\n\n'
@@ -319,8 +319,8 @@ class Answer(Delivery):
         dropped = known[:len(known) - len(turns)]
         self._conversation.drop(dropped)
         if count := lost + len(dropped):
-            self.note = (f'the conversation no longer fits {room} tokens: its oldest {count} '
-                         f'turn{"" if count == 1 else "s"} dropped')
+            self.note = (f'the conversation no longer fits into {room} tokens: dropped its oldest '
+                         f'{count} turn{"" if count == 1 else "s"}')
         return prompt_ids
 
     def _newest(self, turns: list[Turn], room: int) -> list[Turn]:
@@ -348,7 +348,7 @@ class Answer(Delivery):
 
     @property
     def _far_too_long(self) -> int:
-        """The count in pieces is slightly high; a prompt above this limit cannot fit."""
+        """The count above which a prompt cannot fit; counting in pieces overestimates slightly."""
         return self._loop.engine.footprint.max_context * 9 // 8
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
@@ -390,7 +390,7 @@ class Answer(Delivery):
         self._release('')
         report = self.times.token(
             now_s, token_id, piece, step.device_s, self._publish_s, step.mask_s, self._waited_s,
-            len(step.token_ids))
+            len(step.token_ids), step.draft_s)
         if parts:
             report = with_parts(report, parts)
         if held:

@@ -234,7 +234,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     for name, least in (('peak_gb_s', 0), ('session_timeout_s', 1), ('budget_s', 0)):
         value = getattr(options, name)
         if not least <= value <= 1e6:
-            raise ValueError(f'--{name.replace("_", "-")} {value:g}: allowed are {least} to 1e6')
+            raise ValueError(f'--{name.replace("_", "-")} {value:g}: expected {least} to 1e6')
     contexts = tuple(sorted(set(options.contexts or CONTEXTS)))
     least = options.warmup + options.steps + 2
     if options.steps < 1 or options.warmup < 0 or options.sessions < 1:

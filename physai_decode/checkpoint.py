@@ -41,6 +41,7 @@ from physai_decode.engine import first_line
 from physai_decode.model_config import Quantization
 from physai_decode.pip_command import install
 
+MODEL_PATH = 'model.path'      # the setting that names the model, unless another does
 _MODELS = Path(__file__).parent / 'models'
 _ITEM_BITS = {
     'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E4M3': 8, 'F8_E5M2': 8, 'F8_E8M0': 8, 'U16': 16, 'I16': 16,
@@ -111,7 +112,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is uncertain in config.json, and what decides."""
+        """Ambiguities in config.json, and how they are resolved."""
         return model_config.notes(self.config)
 
     @property
@@ -141,12 +142,13 @@ class Checkpoint:
         return model_config.context_limit(self.text_config)
 
 
-def locate(path: str, revision: str = '') -> Path:
+def locate(path: str, revision: str = '', parameter: str = MODEL_PATH) -> Path:
     """
     Find the folder of a model.
 
     :param path: ``builtin:NAME``, a folder, or a hub id such as ``ORG/NAME``.
     :param revision: branch, tag or commit of a hub id; empty for its default branch.
+    :param parameter: the setting that names the model, for errors.
     :returns: the folder; a hub id that is not in the local cache is downloaded first.
     :raises EngineError: the model does not exist, or cannot be downloaded.
     """
@@ -155,7 +157,7 @@ def locate(path: str, revision: str = '') -> Path:
         known = sorted(each.parent.name for each in _MODELS.glob('*/config.json'))
         if name not in known:
             raise EngineError(
-                f'model.path {path!r}: the package does not contain this model; it has '
+                f'{parameter} {path!r}: the package does not contain this model; it has '
                 f'{", ".join("builtin:" + each for each in known) or "none"}')
         return _MODELS / name
     try:
@@ -164,22 +166,22 @@ def locate(path: str, revision: str = '') -> Path:
     # The home of an unknown user, a name that is too long, or a folder without permission.
     except (OSError, RuntimeError) as error:
         raise EngineError(
-            f'model.path {path!r} cannot be accessed ({error}): set it to a folder that this '
+            f'{parameter} {path!r} cannot be accessed ({error}): set it to a folder that this '
             'user can read') from None
     if is_folder:
         return folder
     if exists:
         raise EngineError(
-            f'model.path {path!r} is a file: set it to the folder that contains config.json')
+            f'{parameter} {path!r} is a file: set it to the folder that contains config.json')
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', path):
         raise EngineError(
-            f'model.path {path!r}: no such folder; allowed are builtin:NAME, a folder in Hugging '
+            f'{parameter} {path!r}: no such folder; expected builtin:NAME, a folder in Hugging '
             'Face layout, or a hub id ORG/NAME')
-    return _download(path, revision)
+    return _download(path, revision, parameter)
 
 
 def local_folder(path: str) -> Path | None:
-    """Find the folder of a model like `locate`, but download nothing; None if it is not here."""
+    """Find the folder of a model like `locate`, but download nothing; None if it is not found."""
     try:
         if path.startswith('builtin:') or Path(path).expanduser().exists():
             return locate(path)
@@ -190,23 +192,24 @@ def local_folder(path: str) -> Path | None:
         return None
 
 
-def open(path: str, revision: str = '') -> Checkpoint:
+def open(path: str, revision: str = '', parameter: str = MODEL_PATH) -> Checkpoint:
     """Find a model and inspect its folder; see `locate` and `inspect`."""
-    return inspect(locate(path, revision))
+    return inspect(locate(path, revision, parameter), parameter)
 
 
-def inspect(folder: Path) -> Checkpoint:
+def inspect(folder: Path, parameter: str = MODEL_PATH) -> Checkpoint:
     """
     Inspect a model folder without loading the weights.
 
     :param folder: a folder in Hugging Face layout.
+    :param parameter: see `locate`.
     :raises EngineError: the folder is missing, empty or incomplete, is not a model, or has an
         unsupported format; the message names the file and says what to do.
     """
     try:
         if not folder.is_dir():
             raise EngineError(f'{folder}: no such folder')
-        return _inspect(folder)
+        return _inspect(folder, parameter)
     except OSError as error:
         advice = 'correct its permissions' if isinstance(error, PermissionError) else \
             'copy or download the model again'
@@ -229,27 +232,27 @@ def parsing(path: Path | str) -> Iterator[None]:
             f'{path} is damaged ({reason}): copy or download the model again') from error
 
 
-def _inspect(folder: Path) -> Checkpoint:
+def _inspect(folder: Path, parameter: str) -> Checkpoint:
     _check_files(folder)
-    _check_adapter(folder)
+    _check_adapter(folder, parameter)
     config = _read_json(folder / 'config.json')
     if not isinstance(config.get('model_type'), str):
         raise EngineError(
             f'{folder / "config.json"} has no model_type, so it is not a model in Hugging Face '
-            'layout: set model.path to such a folder')
+            f'layout: set {parameter} to such a folder')
     tensors: dict[str, TensorEntry] = {}
     for path, expected in _weight_files(folder).items():
         header = _read_header(path)
         absent = sorted(expected - header.keys())
         if absent:
             raise EngineError(
-                f'{path} lacks {len(absent)} tensors that the index lists in it, such as '
+                f'{path} lacks {len(absent)} tensors that the index assigns to it, such as '
                 f'{absent[0]}: copy or download the model again')
         twice = min(tensors.keys() & header.keys(), default=None)
         if twice is not None:
             raise EngineError(
                 f'{tensors[twice].path} and {path.name} both have the tensor {twice}: remove the '
-                'files that are not of this model, or download the model into an empty folder')
+                'files of another model, or download the model into an empty folder')
         tensors.update(header)
     model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
     with parsing(folder / 'config.json'):
@@ -261,7 +264,7 @@ def _inspect(folder: Path) -> Checkpoint:
 
 
 def _check_files(folder: Path) -> None:
-    """Check every file, because libraries read some of them by themselves."""
+    """Check every file, because libraries also open some of them directly."""
     files = [*folder.iterdir(), *(folder / 'additional_chat_templates').glob('*')]
     if not files:
         raise EngineError(f'{folder} is empty: copy or download the model into it')
@@ -276,13 +279,13 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_pulled(path: Path, begin: bytes) -> None:
-    """Refuse a Git LFS pointer, by the beginning of the file."""
+    """Refuse a Git LFS pointer, which the beginning of the file reveals."""
     if begin == _POINTER:
         raise EngineError(f'{path} is a Git LFS pointer, not the file itself: run "git lfs pull" '
                           'in the folder')
 
 
-def _check_adapter(folder: Path) -> None:
+def _check_adapter(folder: Path, parameter: str) -> None:
     """Refuse a folder that has an adapter, such as LoRA, but no weights of a model."""
     path = folder / 'adapter_config.json'
     weights = [each for end in ('safetensors', 'bin') for each in folder.glob(f'*.{end}')]
@@ -291,7 +294,7 @@ def _check_adapter(folder: Path) -> None:
         raise EngineError(
             f'{folder} has an adapter (adapter_config.json), but not the weights of a model: '
             f'merge it into {base} (with peft: merge_and_unload), save the result with its '
-            'tokenizer, and set model.path to that folder')
+            f'tokenizer, and set {parameter} to that folder')
 
 
 def _max_bytes(path: Path) -> int | None:
@@ -299,13 +302,13 @@ def _max_bytes(path: Path) -> int | None:
                 None)
 
 
-def _download(path: str, revision: str) -> Path:
+def _download(path: str, revision: str, parameter: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise EngineError(
-            f'model.path {path!r} is not a local folder: to download it from the hub, '
+            f'{parameter} {path!r} is not a local folder: to download it from the hub, '
             f'{install("huggingface_hub")}') from None
     disable_progress_bars()
     try:
@@ -314,10 +317,10 @@ def _download(path: str, revision: str) -> Path:
     # The client raises its own errors and those of its HTTP library and the operating system.
     except Exception as error:
         raise EngineError(
-            f'model.path {path!r} is not a local folder and could not be downloaded from the hub '
+            f'{parameter} {path!r} is not a local folder and could not be downloaded from the hub '
             f'({first_line(error)}): on a machine with network access, run '
             f'"hf download {path} --local-dir FOLDER", copy the folder to this '
-            'machine, and set model.path to it') from None
+            f'machine, and set {parameter} to it') from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -405,8 +408,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             raise EngineError(f'{path} is not a safetensors file: {again}')
         if 8 + length > size:
             raise EngineError(
-                f'{path} is truncated: its header ends at byte {8 + length}, but the file at '
-                f'byte {size}; {again}')
+                f'{path} is truncated: its header ends at byte {8 + length}, but the file ends '
+                f'at byte {size}; {again}')
         with parsing(path):
             header = json.loads(file.read(length))
             header.pop('__metadata__', None)
@@ -421,7 +424,8 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     if end != size:
         problem = 'is truncated' if end > size else 'has bytes that belong to no tensor'
         raise EngineError(
-            f'{path} {problem}: its tensors end at byte {end}, the file at byte {size}; {again}')
+            f'{path} {problem}: its tensors end at byte {end}, but the file ends at byte '
+            f'{size}; {again}')
     for name, entry in entries.items():
         bits = _ITEM_BITS.get(entry.dtype)
         if bits is not None and math.prod(entry.shape) * bits != entry.bytes * 8:

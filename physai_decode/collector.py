@@ -24,8 +24,8 @@ import time
 
 FULL_EVERY_S = 10.0             # a full collection is due after this time
 FULL_EVERY_OBJECTS = 20000      # or after this many objects survived young collections
-FULL_SHARE = 0.01               # of the time, at most, for full collections
-OVERLAP_S = 30.0                # without a collection, after which the end of any answer does one
+FULL_SHARE = 0.01               # maximum share of the time for full collections
+OVERLAP_S = 30.0                # time without a collection, after which any answer's end runs one
 
 
 class Collector:
@@ -39,7 +39,7 @@ class Collector:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """
-        Start without a pause.
+        Start with garbage collection unpaused.
 
         :param clock: a monotonic clock in seconds.
         """

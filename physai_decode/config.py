@@ -46,7 +46,7 @@ def _option(default: Any, description: str, *, low: float | None = None,
     :param unless_0: minimum of a value other than 0.
     :param others: description of further values that are allowed besides ``choices``.
     :param dynamic: whether the value may change while the node runs.
-    :param characters: limit on the length of a text.
+    :param characters: limit on the length of a string.
     :param items: type of the items of a list, str or int.
     """
     return field(default=default, metadata={
@@ -102,7 +102,7 @@ class EngineConfig:
         'the lowest, negative values run first', low=-5, high=0)
     gpu_share_percent: int = _option(
         0, "limit on the share of the GPU's multiprocessors that the process uses, in percent; "
-        'in force only with the MPS daemon. 0 sets no limit', low=0, high=100)
+        'takes effect only with the MPS daemon. 0 sets no limit', low=0, high=100)
     prefill_chunk_ms: float = _option(
         100.0, 'prefill runs in chunks of about this duration, of at least 32 tokens each; a '
         'cancel, a preemption or a deadline takes effect after a chunk. 0 uses the largest '
@@ -156,7 +156,7 @@ class SamplingConfig:
     max_new_tokens: int = _option(
         256, 'maximum number of tokens in an answer', low=1, high=1048576, dynamic=True)
     stop: tuple[str, ...] = _option(
-        (), 'texts that end an answer; the answer does not contain them',
+        (), 'strings that end an answer; the answer does not contain them',
         dynamic=True, characters=256)
     from_checkpoint: bool = _option(
         False, 'true takes temperature, top_k, top_p, min_p and repetition_penalty from the '
@@ -169,12 +169,13 @@ class SpeculationConfig:
     """Speculative decoding: one pass of the model verifies several draft tokens."""
 
     name: str = _option(
-        'off', 'off: one token per decode step; lookup: one pass verifies draft tokens, which are '
-        'those that a constraint forces, or those after the previous occurrence of the last few '
-        'tokens in the prompt or the answer; model: as lookup, or the tokens of '
-        'speculation.draft_model where they promise more. On a CPU, the text is the same. On a '
-        'GPU, other kernels compute all steps, so the text may differ by their rounding. Only the '
-        'native engine supports it; with others `~/model_info` says why it is off',
+        'off', 'off: one token per decode step; lookup: one pass verifies several draft tokens, '
+        'those that a constraint forces, or those that followed the last few tokens '
+        'earlier in the prompt or the answer; model: as lookup, but speculation.draft_model '
+        'makes the draft where its tokens are expected to save more time. On a CPU, the text is '
+        'the same as without drafts. On a GPU, all steps use other kernels, whose rounding may '
+        'change the text. Only the native engine supports drafts; with others, `~/model_info` '
+        'says why they are off',
         choices=('off', 'lookup', 'model'))
     draft_model: str = _option(
         '', 'a smaller model with the same tokenizer, named as in model.path, that makes drafts '
@@ -208,7 +209,7 @@ class ConstraintConfig:
         '', 'regular expression that the whole answer matches, unless its request has its own '
         'constraint; empty for none')
     choice: tuple[str, ...] = _option(
-        (), 'list of texts, of which the answer is one, unless its request has its own '
+        (), 'list of strings, one of which is the answer, unless its request has its own '
         'constraint; empty for none')
     grammar_file: str = _option(
         '', 'file with a grammar of the answer, in GBNF or Lark syntax, unless its request has '
@@ -325,8 +326,8 @@ class HttpConfig:
         0, "TCP port of OpenAI's API, open while the node is configured; 0 disables it. Needs "
         'uvicorn and prometheus_client', low=0, high=65535)
     host: str = _option(
-        '127.0.0.1', 'address that the port listens on; 0.0.0.0 and :: admit other machines: set '
-        'PHYSAI_DECODE_API_KEY then', characters=256)
+        '127.0.0.1', 'address that the port listens on; 0.0.0.0 and :: accept requests from other '
+        'machines, so also set PHYSAI_DECODE_API_KEY', characters=256)
     max_connections: int = _option(
         128, 'limit on simultaneous connections; requests on further ones are refused',
         low=1, high=4096)
@@ -334,7 +335,7 @@ class HttpConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """All settings of the node; each group is the parameters' prefix."""
+    """All settings of the node; the name of a group is the prefix of its parameters."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
@@ -363,7 +364,7 @@ class DecodeConfig:
 _KINDS: dict[type, str] = {
     bool: 'true or false', int: 'an integer', float: 'a number', str: 'a string'}
 _LISTS = {str: 'a list of strings', int: 'a list of integers'}
-_ITEMS = {str: 'texts', int: 'numbers'}
+_ITEMS = {str: 'strings', int: 'numbers'}
 
 
 def check(group: str, instance: Any) -> None:
@@ -398,20 +399,21 @@ def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
     each = value if kind is tuple else (value,)
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not all(low <= item <= high for item in each):
-        raise ConfigError(f'{name} is {shown(value)}: allowed are {low} to {high}')
+        raise ConfigError(f'{name} is {shown(value)}: expected {low} to {high}')
     least = spec.metadata['unless_0']
     if least and 0 < value < least:
-        raise ConfigError(f'{name} is {shown(value)}: allowed are 0 and {least} to {high}')
+        raise ConfigError(f'{name} is {shown(value)}: expected 0, or {least} to {high}')
     if kind is tuple and len(value) > MAX_ITEMS:
-        raise ConfigError(f'{name} has {len(value)} {_ITEMS[items]}: allowed are {MAX_ITEMS}')
+        raise ConfigError(
+            f'{name} has {len(value)} {_ITEMS[items]}: at most {MAX_ITEMS} are allowed')
     characters = spec.metadata['characters']
     for text in each:
         if type(text) is str and len(text) > characters:
-            raise ConfigError(f'{name} is {shown(value)}, a text of {len(text)} characters: '
-                              f'allowed are {characters}')
+            raise ConfigError(f'{name} is {shown(value)}, a string of {len(text)} characters: '
+                              f'at most {characters} are allowed')
     choices = spec.metadata['choices']
     if choices and value not in choices and not spec.metadata['others']:
-        raise ConfigError(f'{name} is {shown(value)}: allowed are {", ".join(choices)}')
+        raise ConfigError(f'{name} is {shown(value)}: expected one of {", ".join(choices)}')
     return float(value) if kind is float else value     # now in range: float() cannot overflow
 
 

@@ -80,7 +80,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any, size: int, end_ids: Sequence[int]) -> None:
         """
-        Read the tokens, which takes a second for 150 000 tokens.
+        Read the tokens, which takes a second for 150,000 tokens.
 
         :param tokenizer: the ``tokenizers.Tokenizer`` of the model.
         :param size: vocabulary size of the model; ids that the tokenizer lacks are never allowed.
@@ -94,7 +94,7 @@ class Vocabulary:
                 f'an answer cannot be constrained: {error}: {install("llguidance")}') from error
         self._library: Any = llguidance
         self._size, self._end_ids = size, tuple(end_ids)
-        # In order of use, the latest last.
+        # The most recently used one is last.
         self._kept: dict[tuple[Thought | None, str], Constraint] = {}
         self._added = {token.content: id_
                        for id_, token in tokenizer.get_added_tokens_decoder().items()}
@@ -154,7 +154,7 @@ class Vocabulary:
             content = json.dumps(form.content)
         if len(content) > MAX_BYTES:
             raise ConstraintError(
-                f'{form.name} has {len(content)} bytes: allowed are {MAX_BYTES}')
+                f'{form.name} has {len(content)} bytes: at most {MAX_BYTES} are allowed')
         matcher = self._library.LLMatcher
         if form.kind == 'json_schema':
             check_schema(form.content, form.name)
@@ -201,7 +201,7 @@ class Vocabulary:
         answer = json.loads(grammar)['grammars'] if grammar.startswith('{') else [
             {'lark_grammar': grammar}]
         close = self._added.get(thought.closes)
-        # A thought also ends if the model writes the marker in letters, as for `Speech`.
+        # As in `Speech`, a thought also ends if ordinary tokens spell out the marker.
         text = json.dumps(thought.closes)
         body = 'body' if close is None else f'(body | TEXT? <[{close}]>)'
         blanks = '' if exact else f' /{AFTER_THOUGHT}/?'
@@ -252,7 +252,7 @@ class Constraint:
         """
         Compute the mask of allowed tokens: bit ``id % 8`` of byte ``id // 8``.
 
-        End tokens are allowed exactly if the answer may end here.
+        End tokens are allowed if and only if the answer may end here.
 
         :raises ConstraintError: no token is allowed, or a limit of the library was exceeded.
         """
@@ -321,7 +321,7 @@ class Constraint:
             raise self._error()
 
     def reset(self) -> bool:
-        """Return to the initial state; False if the library cannot, after exceeding a limit."""
+        """Return to the initial state; False if it cannot because a limit was exceeded."""
         self._end_taken = False
         return bool(self._matcher.reset())
 
@@ -376,11 +376,11 @@ def check_schema(schema: Any, name: str) -> None:
             if keyword not in ENFORCED | ANNOTATIONS:
                 raise ConstraintError(
                     f'{where} has the keyword {shown(keyword)}, which is not enforced: remove '
-                    f'it; enforced are {", ".join(sorted(ENFORCED))}')
+                    f'it; the enforced keywords are {", ".join(sorted(ENFORCED))}')
         kind = each.get('type', 'object')
         kinds = kind if isinstance(kind, list) else [kind]
         if not kinds or not all(isinstance(one, str) and one in TYPES for one in kinds):
-            raise ConstraintError(f'{where} has the type {shown(kind)}: allowed are '
+            raise ConstraintError(f'{where} has the type {shown(kind)}: expected one of '
                                   f'{", ".join(TYPES)}, or a list of these')
         found += _subschemas(each, pointer)
 

@@ -16,7 +16,7 @@
 The decode loop of all engines, from the ids of a prompt to the tokens of the answer.
 
 It reuses the prefix that is still in the KV cache and prefills the rest in chunks of about equal
-time; a cancel takes effect between two of them. It ends when the context is full. It knows neither
+time; a cancel takes effect between two chunks. It ends when the context is full. It knows neither
 text nor deadlines: the caller stops it. With a `Verifier` it can speculate, and get several tokens
 from one pass.
 """
@@ -42,12 +42,12 @@ from physai_decode.speculation import DraftModel
 from physai_decode.speculation import Experience
 from physai_decode.speculation import Speculation
 
-FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # before a chunk was timed
+FIRST_CHUNK_TOKENS = {'cpu': 32, 'cuda': 512}       # until a chunk has been timed
 # Each chunk reads all weights once, so a shorter one would take hardly less time.
 LEAST_CHUNK_TOKENS = 32
 CHUNK_MS = 100.0
 OFF = SpeculationConfig('off')
-LARGEST_CHANGE = 4          # factor between two chunks; one slow chunk may be an outlier
+LARGEST_CHANGE = 4          # factor between successive chunks; one slow chunk may be an outlier
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Step:
 
     ``token_ids`` is empty between two chunks of a prompt, where the caller can close the iterator;
     it has several ids if draft tokens were accepted. ``device_s`` is the time of the pass on the
-    device in seconds (on a CPU, the time on the host), with that of the draft model, None if
-    unknown; for the first token it is the time of the prefill. ``cached_tokens`` counts the tokens
+    device in seconds (on a CPU, the time on the host), including the draft model, None if
+    unknown; for the first token it is the time of the prefill. ``draft_s`` is the part of it in
+    which the draft model ran, None if the pass had no draft. ``cached_tokens`` counts the tokens
     of the prompt that were in the cache. ``mask_s`` is the time of the constraint's masks on the
     host, None without a constraint. ``sample_s`` is the part of ``device_s`` that sampled the
     first token.
@@ -69,6 +70,7 @@ class Step:
     cached_tokens: int = 0
     mask_s: float | None = None
     sample_s: float | None = None
+    draft_s: float | None = None
 
 
 class DecodeLoop:
@@ -84,7 +86,7 @@ class DecodeLoop:
         :param chunk_ms: target time of a chunk of a prompt; 0 uses the engine's maximum chunk.
         :param clock: monotonic, in seconds.
         :param speculation: the source of drafts; only a `Verifier` uses it.
-        :param warn: receives an error of the draft model, which ends no answer.
+        :param warn: called with an error of the draft model; the answer continues without drafts.
         """
         self.engine = engine
         self._verifier: Verifier | None = None
@@ -127,7 +129,7 @@ class DecodeLoop:
         :param constraint: a constraint in its initial state, which receives each token; if it
             ends, the iterator does too.
         :param ahead: whether the engine may launch steps ahead.
-        :param drafts: whether to speculate, if the loop can.
+        :param drafts: whether to speculate, if the engine supports it.
         :raises ValueError: the prompt is empty or too long, or an id is outside the vocabulary.
         :raises EngineError: while iterating: the logits are not finite.
         """
@@ -203,8 +205,10 @@ class DecodeLoop:
                 left -= len(new_ids)
                 speculation.take(
                     new_ids, 1 + len(draft), self._clock() - begin_s, drafted_s)
-                yield Step(new_ids, _sum(device_s, speculation.device_s - before_s), reused,
-                           None if constraint is None else constraint.mask_s)
+                model_s = speculation.device_s - before_s
+                yield Step(new_ids, _sum(device_s, model_s), reused,
+                           None if constraint is None else constraint.mask_s,
+                           draft_s=model_s if draft or model_s else None)
             if token_ids[-1] == NO_TOKEN and not (constraint is not None and constraint.ended):
                 self._cached = []
                 raise not_numbers(engine.footprint.dtype)
@@ -244,7 +248,7 @@ class ChunkSize:
         self.tokens = min(max(first, self._least), most) if chunk_ms else most
 
     def learn(self, tokens: int, took_s: float) -> None:
-        """Update from the time of a chunk; a chunk below ``tokens`` can only shrink the next."""
+        """Update from the time of a chunk; one below ``self.tokens`` can only shrink the next."""
         if not self._chunk_s or took_s <= 0:
             return
         if took_s > self._chunk_s or tokens >= self.tokens:

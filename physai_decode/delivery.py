@@ -81,7 +81,7 @@ class Delivery:
         :param times: records the tokens.
         :param emit: called with the report of each token.
         :param emit_item: called with the report of each element of a JSON answer.
-        :param alive: called on progress, with the earliest time at which the next one is expected.
+        :param alive: called on progress with the time from which a stall is counted.
         :param form: the constraint on the answer, None for none.
         :param tokens_per_s: the highest rate of tokens; 0 for no limit.
         """

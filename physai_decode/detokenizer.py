@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Convert token ids to text one by one, with complete characters, and find stop texts."""
+"""Convert token ids to text one by one, with complete characters, and find stop strings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class Detokenizer:
     Converts the ids of one answer to pieces of text and never splits a character.
 
     The joined pieces equal the text that the tokenizer decodes from all ids at once, without
-    special tokens, up to the first stop text. Only for invalid UTF-8 can the number of U+FFFD
+    special tokens, up to the first stop string. Only for invalid UTF-8 can the number of U+FFFD
     differ. The time per token does not grow with the answer.
     """
 
@@ -36,16 +36,16 @@ class Detokenizer:
 
         :param backend: a ``tokenizers.Tokenizer``.
         :param special_ids: ids to leave out of the text.
-        :param stop: texts that end the answer and do not belong to it; empty ones are ignored.
+        :param stop: strings that end the answer and do not belong to it; empty ones are ignored.
         """
-        self.stopped = False            # a stop text matched; the pieces so far are the answer
+        self.stopped = False            # a stop string matched; the pieces so far are the answer
         self._backend = backend
         self._special_ids = special_ids
         self._stop = tuple(text for text in stop if text)
         self._window: list[int] = []    # the last complete group of ids, then the open group
         self._open = 0                  # start of the open group in the window
         self._done = ''                 # text of the window that was already returned
-        self._held = ''                 # text that may begin a stop text
+        self._held = ''                 # text that may begin a stop string
 
     @property
     def held(self) -> bool:
@@ -94,7 +94,7 @@ class Detokenizer:
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def _until_stop(self, piece: str) -> str:
-        """Return the text up to a stop text, and hold back an end that may begin one."""
+        """Return the text up to a stop string, and hold back an end that may begin one."""
         if not self._stop:
             return piece
         text = self._held + piece

@@ -207,8 +207,8 @@ class Drafter(NamedTuple):
     """
     A smaller model, whose greedy tokens are drafts.
 
-    ``cost`` is the time of one of its decode steps in those of the model that verifies them.
-    ``step_s`` is the time of the latter on the host in seconds, 0 if unknown.
+    ``cost`` is the time of one of its decode steps, in steps of the verifying model. ``step_s`` is
+    the time of a step of the verifying model on the host in seconds, 0 if unknown.
     """
 
     engine: Engine
@@ -221,7 +221,7 @@ class Verifier(Engine, Protocol):
     """An engine that can verify draft tokens: several rows in one pass."""
 
     pass_costs: Mapping[int, float]
-    """The cost of a pass in decode steps, by its rows; without drafts, 1 is the only key."""
+    """The cost of a pass in decode steps, by its number of rows; without drafts, only for 1."""
     drafter: Drafter | None
     """The draft model, which this engine closes; None if there is none."""
 
@@ -234,7 +234,7 @@ class Verifier(Engine, Protocol):
         """
         Run the last sampled token and draft tokens behind it in one pass; sample after each.
 
-        The result is that of as many decode steps: the tokens, each bit of their logits, and the
+        The result is that of separate decode steps, bit for bit: the tokens, their logits, and the
         content of the cache. Requires `is_idle`. A constraint supplies a mask for each row.
 
         :param draft: ids of the vocabulary that fit into the context, fewer than the maximum rows
@@ -276,7 +276,7 @@ def checked_prompt(prompt_ids: Sequence[int], footprint: Footprint) -> list[int]
     if len(prompt) >= limit:
         raise ValueError(
             f'the prompt has {len(prompt)} tokens: at most {limit - 1} leave room for an '
-            'answer; shorten it, or raise engine.max_context where the model allows more')
+            'answer; shorten it, or raise engine.max_context if the model allows more')
     wrong = next((token for token in prompt if not 0 <= token < size), None)
     if wrong is not None:
         raise ValueError(f'token id {wrong} is outside the vocabulary of {size}')

@@ -21,6 +21,7 @@ reason. It depends on neither ROS nor torch.
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import closing
 from contextlib import ExitStack
@@ -42,11 +43,13 @@ from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import SERVER
+from physai_decode.config import SpeculationConfig
 from physai_decode.constraint import configured
 from physai_decode.engine import described
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
+from physai_decode.engine import Verifier
 from physai_decode.engines import openai
 from physai_decode.request import Form
 from physai_decode.request import Request
@@ -56,6 +59,7 @@ from physai_decode.roofline import at_clock
 from physai_decode.roofline import observed_peak
 from physai_decode.roofline import Peak
 from physai_decode.roofline import TOLERANCE
+from physai_decode.speculation import pays
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
@@ -82,6 +86,7 @@ class Loaded(NamedTuple):
     sampling: Mapping[str, Any] = MappingProxyType({})  # from generation_config.json
     form: Form | None = None        # constraint on every answer
     server: openai.Server | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def footprint(self) -> Footprint:
@@ -110,8 +115,18 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """
     if config.engine.name == SERVER:
         return _load_server(config, progress)
+    return _load_local(config, progress)
+
+
+def _load_local(config: DecodeConfig, progress: Callable[[str], None],
+                parameter: str = checkpoint.MODEL_PATH) -> Loaded:
+    """
+    Load the model at ``model.path``.
+
+    :param parameter: the setting that names it, for errors.
+    """
     progress(f'looking for {config.model.path}')
-    model = checkpoint.open(config.model.path, config.model.revision)
+    model = checkpoint.open(config.model.path, config.model.revision, parameter)
     with ExitStack() as undo:
         text = TextProcess(
             str(model.folder), config.chat, model.vocab_size, model.eos_token_ids)
@@ -135,7 +150,8 @@ def load(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
             progress(f'compiling {form.name}')
             shape = engine.footprint
             text.vocabulary(shape.vocab_size, shape.eos_token_ids).constraint(form)
-        loaded = Loaded(engine, text, peak, facts, model.sampling, form)
+        loaded = Loaded(engine, text, peak, facts, model.sampling, form,
+                        warnings=tuple(_idle_draft(engine, config.speculation.draft_model)))
         undo.pop_all()
         return loaded
 
@@ -146,47 +162,72 @@ def _open_draft(config: DecodeConfig, text: TextProcess,
     Find the draft model, and check that its token ids mean the same as those of the model.
 
     :raises ConfigError: no draft model is set.
-    :raises EngineError: it does not exist, or has another tokenizer.
+    :raises DraftError: it does not exist, is damaged, or has another tokenizer.
     """
     path = config.speculation.draft_model
     if not path:
         raise ConfigError('speculation.name is model, but speculation.draft_model is empty: set '
                           'it to a smaller model with the same tokenizer')
     progress(f'looking for the draft model {path}')
-    try:
-        draft = checkpoint.open(path)
-    except EngineError as error:
-        raise EngineError(
-            str(error).replace('model.path', 'speculation.draft_model')) from None
-    with closing(TextProcess(str(draft.folder), ChatConfig('off'), draft.vocab_size,
-                             draft.eos_token_ids)) as other:
-        difference = text.difference(other)
-    if difference:
-        raise EngineError(
-            f'speculation.draft_model {path!r} has another tokenizer than the model: '
-            f'{difference}; set it to a smaller model of the same family')
+    with engines.naming_draft(path):
+        draft = checkpoint.open(path, parameter='speculation.draft_model')
+        with closing(TextProcess(str(draft.folder), ChatConfig('off'), draft.vocab_size)) as other:
+            difference = text.difference(other)
+        if difference:
+            raise EngineError(f'it has another tokenizer than the model: {difference}; take a '
+                              'smaller model of the same family')
+    if draft.notes:
+        progress(f'draft model: config_notes: {"; ".join(draft.notes)}')
     return draft
+
+
+def _idle_draft(engine: Engine, path: str) -> Iterator[str]:
+    """Yield a warning if the engine has a draft model that is too slow to be used."""
+    if isinstance(engine, Verifier) and (drafter := engine.drafter) is not None \
+            and not pays(engine.pass_costs, drafter.cost):
+        yield (f'the draft model {path} is never used, because a token of it costs '
+               f'{drafter.cost:.2f} decode steps: set speculation.draft_model to a smaller model, '
+               'or speculation.name to lookup')
 
 
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
-    path, facts = config.remote.fallback, {'engine_reason': 'engine.name says so'}
-    if config.speculation.name != 'off':
+    path, facts = config.remote.fallback, {'engine_reason': 'engine.name is set to it'}
+    if config.speculation.name != 'off' and not path:
         facts['speculation'] = 'off: a server decides that itself'
         progress(f'speculation is {facts["speculation"]}')
     progress(f'asking {server.address} for its models')
-    problem = server.probe()
-    progress(f'the server is not ready: {problem}' if problem else
-             f'{server.address} has {server.model}')
-    if path:                            # last, because nothing may fail while it is loaded
-        loaded = load(replace(config, model=replace(config.model, path=path),
-                              engine=replace(config.engine, name='auto')), progress)
-        shape = loaded.device_footprint
-        facts['fallback'] = f'{path}: {shape.engine}, {shape.dtype}, {shape.device}'
+    warnings: tuple[str, ...] = ()
+    if problem := server.probe():
+        warnings = f'the server is not ready: {problem}',
     else:
-        loaded = Loaded(None, None, Peak(None, 'unknown'), form=configured(config.constraint))
-    return loaded._replace(server=server, facts=facts)
+        progress(f'{server.address} has {server.model}')
+    if not path:
+        return Loaded(None, None, Peak(None, 'unknown'), facts, server=server,
+                      form=configured(config.constraint), warnings=warnings)
+    loaded = _load_fallback(config, progress)       # last: nothing may fail while it is loaded
+    shape = loaded.device_footprint
+    facts['fallback'] = f'{path}: {shape.engine}, {shape.dtype}, {shape.device}'
+    facts.update((key, f'of the fallback: {value}') for key, value in shape.details.items()
+                 if key in ('speculation', 'draft_model'))
+    if loaded.warnings:
+        facts['draft_model'] = loaded.warnings[0]
+    return loaded._replace(server=server, facts=facts, warnings=(*warnings, *loaded.warnings))
+
+
+def _load_fallback(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
+    """Load the fallback engine; without its draft model if that cannot be used."""
+    config = replace(config, model=replace(config.model, path=config.remote.fallback),
+                     engine=replace(config.engine, name='auto'))
+    try:
+        return _load_local(config, progress, 'remote.fallback')
+    except engines.DraftError as error:
+        warning = f'the fallback uses prompt lookup alone: {error}'
+    progress('loading the fallback without its draft model')
+    loaded = _load_local(replace(config, speculation=SpeculationConfig('lookup')), progress,
+                         'remote.fallback')
+    return loaded._replace(warnings=(warning,))
 
 
 def _engine_config(config: DecodeConfig) -> EngineConfig:
@@ -204,7 +245,7 @@ def _facts(model: Checkpoint, text: TextProcess, config: DecodeConfig) -> dict[s
             'chat_template': text.template,
             'tool_form': f'{text.manner.form or "none"}: {text.manner.reason}',
             'thought_markers': f'{text.manner.opens} {text.manner.closes}'.strip() or 'none',
-            'end_tokens': ' '.join(ends) or 'none: only a length or a stop text ends an answer',
+            'end_tokens': ' '.join(ends) or 'none: only a length or a stop string ends an answer',
             'checkpoint_sampling': settings or 'none',
             'config_notes': '; '.join(model.notes) or 'none'}
 
@@ -262,8 +303,9 @@ class Host:
             self.loaded = self._load(config, report)
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
-            if self.telemetry.problem:
-                report(self.telemetry.problem)
+            for each in (*self.loaded.warnings, self.telemetry.problem):
+                if each:
+                    self._warn(each)
             return self.loaded
         except BaseException as error:
             known = isinstance(error, (ConfigError, EngineError, TextError))
@@ -277,12 +319,11 @@ class Host:
         """Unload the model and free its memory."""
         loaded, telemetry = self.loaded, self.telemetry
         self.loaded = self.telemetry = self.peak = None
-        if telemetry is not None:
-            telemetry.close()
-        if loaded is not None:
-            for each in (loaded.engine, loaded.text):
+        with ExitStack() as calls:                  # runs all, even if one raises
+            for each in (telemetry, loaded and loaded.text, loaded and loaded.engine):
                 if each is not None:
-                    each.close()
+                    calls.callback(each.close)
+        if loaded is not None:
             del loaded, each
             give_back()
 
@@ -393,7 +434,8 @@ class Host:
                               '~/token_stats, which includes the network')
         if worker.busy_reason:
             raise Busy(worker.busy_reason)
-        with gap.baseline(loaded.engine, self.config, progress) as baseline:
+        config = replace(self.config, engine=_engine_config(self.config))
+        with gap.baseline(loaded.engine, config, progress) as baseline:
             return worker.run(
                 lambda loop, heartbeat: gap.measure(loop, baseline, worker.peak, heartbeat),
                 GAP_TIMEOUT_S)

@@ -16,8 +16,9 @@
 Reads a Jetson's telemetry from jetson-stats, if it is installed and its service runs.
 
 jetson-stats reports periodically. The energy counter assumes that the power is constant between
-two reports of it. If the reports end, the figures become unknown. An idle board lowers its clocks,
-so the memory clock is that of a busy GPU.
+two reports of it. If the reports end, the figures become unknown. If they continue, the counter
+has been reset, because the energy in between is unknown. An idle board lowers its clocks, so the
+memory clock is that of a busy GPU.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,7 @@ INTERVAL_S = 0.2
 LOW = 0.95                      # a clock below this part of its maximum is low
 BUSY_PERCENT = 50               # load of the GPU; an idle one lowers its clock
 STALE_S = 5.0                   # a report that is older no longer counts
+RESET_J = 1e9                   # by which a reset lowers the counter, below any earlier reading
 
 
 class Jetson:
@@ -50,6 +52,7 @@ class Jetson:
         self._clock = clock
         self._lock = threading.Lock()
         self._reported_s = -math.inf        # the last report, and the last one of the power
+        self._uptime: Any = None            # of the board at that report
         self._power_w: float | None = None
         self._busy_clocks_mhz: tuple[float, float] | None = None
         self._energy_j, self._since_s = 0.0, clock()
@@ -57,11 +60,15 @@ class Jetson:
         if not hasattr(self._board, 'memory'):
             raise RuntimeError('it is older than version 4')
         self._board.attach(self._on_update)
-        self._board.start()
+        try:
+            self._board.start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def energy_j(self) -> float | None:
-        """The energy in joules since the start, None if the board does not report its power."""
+        """The energy counter in joules, None if the board does not report its power."""
         with self._lock:
             after_s = self._clock() - self._since_s
             if self._power_w is None or after_s > STALE_S:
@@ -112,14 +119,19 @@ class Jetson:
 
     def _on_update(self, board: Any) -> None:
         """Add the energy since the last report; called in a thread of jetson-stats."""
+        uptime = getattr(board, 'uptime', None)
+        if uptime is not None and uptime == self._uptime:
+            return          # its service has no new report, so it gives the last one again
         power_w, now_s = _scaled(_value(board, 'power', 'tot', 'power'), 1e-3), self._clock()
         current, highest = (
             _scaled(_value(board, 'memory', 'EMC', key), 1e-3) for key in ('cur', 'max'))
         load = _nested(_gpu(board), 'status', 'load')
         with self._lock:
-            self._reported_s = now_s
+            self._reported_s, self._uptime = now_s, uptime
             if power_w is not None:
-                self._energy_j += (self._power_w or 0.0) * (now_s - self._since_s)
+                after_s = now_s - self._since_s
+                self._energy_j += (self._power_w or 0.0) * after_s \
+                    if after_s <= STALE_S else -RESET_J
                 self._power_w, self._since_s = power_w, now_s
             if current and highest and load is not None and load >= BUSY_PERCENT:
                 self._busy_clocks_mhz = current, highest

@@ -15,7 +15,7 @@
 """What the keys of `/diagnostics` and of the other statuses mean."""
 
 DESCRIPTIONS = {
-    'bandwidth_gb_s': 'bytes that the step read, over its time, in 1e9 bytes per second',
+    'bandwidth_gb_s': 'bytes that the step read divided by its time, in 1e9 bytes per second',
     'cached_tokens': 'tokens of the prompt that were already in the KV cache',
     'cancel_ms': 'from the cancel to the end of the request',
     'callback_errors': 'errors in callbacks since the process started, such as messages that '
@@ -25,8 +25,8 @@ DESCRIPTIONS = {
     'checkpoint_sampling': 'settings of `sampling` in generation_config.json; they take effect '
                            'only with `sampling.from_checkpoint`',
     'checkpoint_weight_gb': 'all weights of the checkpoint at their stored size',
-    'client_id': "the client's id of the request",
-    'config_notes': 'what is uncertain in config.json, and what decides, or none',
+    'client_id': 'id that the client gave the request',
+    'config_notes': 'ambiguities in config.json and how they are resolved, or none',
     'consecutive_misses': 'deadline misses in a row, including the newest token',
     'context_tokens': 'tokens whose keys and values the step read',
     'count': 'tokens with a latency in the window',
@@ -44,8 +44,8 @@ DESCRIPTIONS = {
                  'process',
     'end_tokens': 'tokens that end an answer, from the config, the generation config, the '
                   'tokenizer and the chat template',
-    'energy_j': 'energy in joules that the device used during the answer, for all programs on '
-                'it; on a Jetson, that of the whole board; on /diagnostics the sum over all '
+    'energy_j': 'energy in joules that the device used during the answer, including other '
+                'programs; on a Jetson, that of the whole board; on /diagnostics the sum over all '
                 'answers since activation',
     'engine_reason': 'why this engine was chosen',
     'engine': 'engine that runs the model; before a model is loaded, the parameter; in '
@@ -71,7 +71,7 @@ DESCRIPTIONS = {
     'itl_p99_ms': '99th percentile of the latency',
     'j_per_token': 'energy_j over the tokens of the answer',
     'jitter_ms': 'standard deviation of the latency',
-    'kv_bytes_per_token': 'bytes of keys and values that each token adds to what a step reads',
+    'kv_bytes_per_token': 'bytes of keys and values that a step reads per token of context',
     'kv_gb': 'size of the keys and values that a step reads at the newest context',
     'kv_heads': 'KV heads',
     'layers': 'layers of the model',
@@ -97,8 +97,8 @@ DESCRIPTIONS = {
     'power_mode': 'power mode of a Jetson, from jetson-stats',
     'power_w': 'power draw of the device; in ~/request_stats the mean over the answer',
     'prefill_ms': 'from dequeued to the first token, including encode_ms, sample_ms, and '
-                  'the wait for a server that failed. A draft model reads the prompt after that, '
-                  'in itl_ms of a later token',
+                  'the wait for a server that failed. A draft model reads the prompt later; '
+                  'itl_ms of a later token includes that',
     'prompt_tokens': 'tokens of the prompt, including template and history',
     'publish_ms': 'time to publish the previous token',
     'quantization': 'quantisation of the weights, or none',
@@ -114,9 +114,9 @@ DESCRIPTIONS = {
     'realtime_refused': 'settings of `realtime` that the system does not permit, and how to '
                         'permit them',
     'refusal': 'why a request was rejected: `invalid`; `too_large`; `duplicate`: a request with '
-               'this id runs or waits, and goes on; `full`: send it again later; `inactive`: no '
-               'model is active, and the message says whether one loads, its load failed, or '
-               'the node needs a transition',
+               'this id is already running or waiting; `full`: send it again later; `inactive`: '
+               'no model is active, and the message says whether one is loading, its load failed, '
+               'or the node needs a transition',
     'refusals': 'requests refused so far',
     'request_deadline_ms': 'the parameter `deadline.request_ms`, if it is set',
     'request_id': 'number of the request, from 1; it continues across activations',
@@ -136,9 +136,9 @@ DESCRIPTIONS = {
                         'the clocks below their maximum while the GPU is busy',
     'token_deadline_ms': 'the parameter `deadline.token_ms`, if it is set',
     'token_id': 'id of the token in the vocabulary; n/a if a server sent it as text',
-    'thought_markers': "texts that begin and end the model's thoughts, or none",
+    'thought_markers': "strings that begin and end the model's thoughts, or none",
     'tokens': 'tokens so far',
-    'tokens_per_s': 'tokens after the first, over their time',
+    'tokens_per_s': 'tokens after the first divided by their time',
     'tool_calls': 'tool calls that this token completed, as a JSON list',
     'tool_form': 'the syntax of the tool calls of this model and why it was chosen; or none, and '
                  'why',
@@ -149,9 +149,9 @@ DESCRIPTIONS = {
                      'the keys and values of cached_tokens, once. A long prompt is limited by '
                      'arithmetic instead',
     'ttft_ms': 'time to first token: queue_ms plus prefill_ms',
-    'unknown_parameters': 'names in the parameters at start that the node does not know',
-    'verdict': 'what limits the steps of the window most (bytes, kernels, host, clocks, a '
-               'neighbour, pacing), by how much, and which setting to change; see tuning.md',
+    'unknown_parameters': 'parameters given at start that the node does not have',
+    'verdict': 'what limits the steps of the window most (bytes, drafts, kernels, host, clocks, '
+               'a neighbour, pacing), by how much, and which setting to change; see tuning.md',
     'vocab_size': 'size of the vocabulary',
     'wait_ms': 'how long `pace.tokens_per_s` delayed the step; on /diagnostics the median of the '
                'paced tokens in the window',

@@ -16,8 +16,9 @@
 Read RoPE, sliding windows, context and quantisation from a config.json.
 
 This module knows the keys that the versions of transformers and the quantisers write, their
-defaults, and the range of each number. `check` validates the sizes that every engine allocates by.
-Other numbers are validated when they are read, so that an unused one may have any value.
+defaults, and the range of each number. `check` validates the sizes that determine
+the memory of every engine. Other numbers are validated when they are read, so that an unused one
+may have any value.
 """
 
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _CLASS = re.compile(
     r'(llama|mistral|ministral|qwen|gemma|phi|smollm|granite|bert|roberta|gpt2|t5)\d*'
     r'(?:_text|(?:for(?:causallm|conditionalgeneration|maskedlm)|(?:lmhead)?model))?', re.I)
-_SAME = {'mistral': 'llama', 'ministral': 'llama'}     # their folders name each other's classes
+_SAME = {'mistral': 'llama', 'ministral': 'llama'}     # either may name a class of the other
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -102,16 +103,16 @@ def check(config: Mapping[str, Any]) -> None:
 
 def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
-    Return what is uncertain in a config.json that `check` accepts, and what decides.
+    Return the ambiguities in a config.json that `check` accepts, and how they are resolved.
 
-    The library too builds the network that ``model_type`` names. The weights have dtypes of their
-    own, so that of the config is not used.
+    ``model_type`` selects the network, as in the transformers library. The dtype in the config is
+    not used, because each tensor of the weights has its own.
     """
     family, classes = str(config.get('model_type')), config.get('architectures')
     found = []
     if not isinstance(classes, list) or not any(
             type(each) is str and _is_of(each, family) for each in classes):
-        named = 'there is no architectures' if classes is None else \
+        named = 'architectures is missing' if classes is None else \
             f'architectures is {repr(classes)}'
         found.append(f'{named}: model_type {repr(family)} decides')
     dtype, older = config.get('dtype'), config.get('torch_dtype')
@@ -210,8 +211,8 @@ class Rope:
     """
     Rotary position embeddings (Su et al. 2021) and their extensions.
 
-    A property raises ValueError if the config lacks its number or has it out of range. Read only
-    the properties that belong to `kind`.
+    A property raises ValueError if its number is missing or out of range. Read only the properties
+    that belong to `kind`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -260,31 +261,31 @@ class Rope:
 
     @property
     def low_freq_factor(self) -> float:
-        """Of llama3: frequencies with fewer turns in the original context are scaled."""
+        """For llama3: frequencies with fewer turns in the original context are scaled."""
         return number(self._rope, 'low_freq_factor', float)
 
     @property
     def high_freq_factor(self) -> float:
-        """Of llama3: frequencies with more turns in the original context are kept."""
+        """For llama3: frequencies with more turns in the original context are kept."""
         return number(self._rope, 'high_freq_factor', float)
 
     @property
     def beta_fast(self) -> float:
-        """Of yarn: frequencies with at least this many turns in the original context are kept."""
+        """For yarn: frequencies with at least this many turns in the original context are kept."""
         return self._optional('beta_fast', 32.0)
 
     @property
     def beta_slow(self) -> float:
-        """Of yarn: frequencies with at most this many turns in the original context are scaled."""
+        """For yarn: frequencies with up to this many turns in the original context are scaled."""
         return self._optional('beta_slow', 1.0)
 
     @property
     def truncate(self) -> bool:
-        """Of yarn: whether the bounds of beta_fast and beta_slow are rounded to dimensions."""
+        """For yarn: whether the bounds of beta_fast and beta_slow are rounded to dimensions."""
         return bool(self._rope.get('truncate', True))
 
     def by_wave(self, key: str, count: int) -> tuple[float, ...]:
-        """Of longrope: the scale of each frequency, from ``short_factor`` or ``long_factor``."""
+        """For longrope: the scale of each frequency, from ``short_factor`` or ``long_factor``."""
         factors = self._rope.get(key)
         if not isinstance(factors, list) or len(factors) != count:
             raise ValueError(f'{key} is {repr(factors)}, not a list of {count} numbers')
@@ -292,7 +293,7 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """Of yarn and longrope: the factor on cosine and sine."""
+        """For yarn and longrope: the factor on cosine and sine."""
         if self._rope.get('attention_factor') is not None:
             return number(self._rope, 'attention_factor', float)
         if self.kind == 'longrope':
@@ -343,7 +344,7 @@ def windows_by_kind(kinds: Any, layers: int, window: int) -> tuple[int, ...]:
     known = {'sliding_attention': window, 'full_attention': 0}
     unknown = next((kind for kind in kinds if type(kind) is not str or kind not in known), None)
     if unknown is not None:
-        raise ValueError(f'layer_types has {repr(unknown)}: allowed are {", ".join(known)}')
+        raise ValueError(f'layer_types has {repr(unknown)}: expected one of {", ".join(known)}')
     return tuple(known[kind] for kind in kinds)
 
 

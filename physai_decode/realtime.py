@@ -191,7 +191,7 @@ def _status(name: str, base: int = 10) -> int:
 
 
 def _priority_advice(priority: int) -> str:
-    """Return what may refuse a real-time priority, and how to permit it."""
+    """Return what may forbid a real-time priority, and how to permit it."""
     limit = resource.getrlimit(resource.RLIMIT_RTPRIO)[0]
     unlimited = limit == resource.RLIM_INFINITY
     refused = group_refuses()

@@ -44,7 +44,7 @@ from physai_decode.config import ThinkingConfig
 MAX_ID_CHARACTERS = 128
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS = 64
-MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a text
+MAX_TEMPLATE_CHARACTERS = 4096      # of a name or a string
 MAX_TEMPLATE_NUMBER = 2**53         # of the absolute value
 ROLES = ('system', 'user', 'assistant', 'tool')
 MAX_TOOLS = 128
@@ -304,7 +304,7 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
     known = ('id', 'metadata', *_READ, *SAMPLING)
     for name in value:
         if name not in known:
-            raise RequestError(f'{shown(name)} is not a field of a request: allowed are '
+            raise RequestError(f'{shown(name)} is not a field of a request: the fields are '
                                f'{", ".join(known)}')
     given = [name for name in _TEXTS if name in value]
     if len(given) != 1:
@@ -354,14 +354,14 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
     if prefix:
         for name in value:
             if name not in specs:
-                raise RequestError(f'{shown(prefix + name)} is not a field of a request: allowed '
-                                   f'are {", ".join(prefix + each for each in specs)}')
+                raise RequestError(f'{shown(prefix + name)} is not a field of a request: the '
+                                   f'fields are {", ".join(prefix + each for each in specs)}')
     found = {}
     for name, spec in specs.items():
         given = value.get(name)
         if given is None:
             continue
-        if type(spec.default) is tuple:             # OpenAI allows a text instead of a list
+        if type(spec.default) is tuple:             # OpenAI allows a string instead of a list
             given = (given,) if type(given) is str else \
                 tuple(given) if type(given) is list else given
         found[spec.name] = check_value(prefix + name, given, spec)
@@ -382,7 +382,8 @@ def _messages(value: Any) -> tuple[Message, ...]:
     if type(value) is not list or not value:
         raise RequestError(f'messages is {shown(value)}: expected a list of at least one message')
     if len(value) > MAX_MESSAGES:
-        raise RequestError(f'messages has {len(value)} messages: allowed are {MAX_MESSAGES}')
+        raise RequestError(f'messages has {len(value)} messages: at most {MAX_MESSAGES} are '
+                           'allowed')
     return tuple(_message(each, f'messages[{index}]') for index, each in enumerate(value))
 
 
@@ -391,12 +392,12 @@ def _message(value: Any, name: str) -> Message:
         raise RequestError(f'{name} is {shown(value)}: expected an object with role and content')
     role = value.get('role')
     if role not in ROLES:
-        raise RequestError(f'{name}.role is {shown(role)}: allowed are {", ".join(ROLES)}')
+        raise RequestError(f'{name}.role is {shown(role)}: expected one of {", ".join(ROLES)}')
     fields = 'role', 'content', *_OF_ROLE.get(role, ())
     for key in value:
         if key not in fields:
-            raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a message: allowed '
-                               f'are {", ".join(fields)}')
+            raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a message: the '
+                               f'fields are {", ".join(fields)}')
     found: dict[str, Any] = {
         key: _named_text(value[key], f'{name}.{key}')
         for key in ('reasoning_content', 'tool_call_id') if value.get(key)}
@@ -426,12 +427,12 @@ def _call(value: Any, name: str) -> Call:
     """Parse a call of an earlier answer, in the form of a result."""
     value = _typed(_mapping(value, name), name, {'id': str, 'type': str, 'function': dict})
     if value.get('type', 'function') != 'function':
-        raise RequestError(f'{name}.type is {shown(value["type"])}: allowed is function')
+        raise RequestError(f'{name}.type is {shown(value["type"])}: expected function')
     function = value.get('function', {})
     for key in function:
         if key not in ('name', 'arguments'):
             raise RequestError(f'{shown(f"{name}.function.{key}")} is not a field of a call: '
-                               'allowed are name and arguments')
+                               'the fields are name and arguments')
     place, arguments = f'{name}.function.arguments', function.get('arguments', {})
     if type(arguments) is str:
         arguments = parse_value(arguments, place) if arguments.strip() else {}
@@ -452,7 +453,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     if type(value) is not list:
         raise RequestError(f'tools is {shown(value)}: expected a list of tools')
     if len(value) > MAX_TOOLS:
-        raise RequestError(f'tools has {len(value)} tools: allowed are {MAX_TOOLS}')
+        raise RequestError(f'tools has {len(value)} tools: at most {MAX_TOOLS} are allowed')
     tools = tuple(_tool(each, f'tools[{index}]') for index, each in enumerate(value))
     twice = [name for name, count in Counter(
         tool['function']['name'] for tool in tools).items() if count > 1]
@@ -482,7 +483,7 @@ def _tool_choice(value: Any) -> str | dict[str, Any]:
         return str(value)
     if not isinstance(value, Mapping) or value.get('type') != 'function' or value.keys() != {
             'type', 'function'}:
-        raise RequestError(f'tool_choice is {shown(value)}: allowed are none, auto, required and '
+        raise RequestError(f'tool_choice is {shown(value)}: expected none, auto, required or '
                            '{"type": "function", "function": {"name": "..."}}')
     function = _typed(_mapping(value['function'], 'tool_choice.function'), 'tool_choice.function',
                       {'name': str})
@@ -525,8 +526,8 @@ def _pace(value: Any) -> dict[str, Any]:
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
     if len(_mapping(value, 'chat_template_kwargs')) > MAX_TEMPLATE_KWARGS:
-        raise RequestError(f'chat_template_kwargs has {len(value)} variables: allowed are '
-                           f'{MAX_TEMPLATE_KWARGS}')
+        raise RequestError(f'chat_template_kwargs has {len(value)} variables: at most '
+                           f'{MAX_TEMPLATE_KWARGS} are allowed')
     for name, each in value.items():
         if not name.isidentifier() or type(each) not in (bool, int, float, str):
             raise RequestError(
@@ -535,18 +536,18 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
         longest = max(len(name), len(each) if type(each) is str else 0)
         if longest > MAX_TEMPLATE_CHARACTERS:
             raise RequestError(f'{shown("chat_template_kwargs." + name)} has {longest} '
-                               f'characters: allowed are {MAX_TEMPLATE_CHARACTERS}')
+                               f'characters: at most {MAX_TEMPLATE_CHARACTERS} are allowed')
         if type(each) in (int, float) and abs(each) > MAX_TEMPLATE_NUMBER:
             raise RequestError(f'{shown("chat_template_kwargs." + name)} is {shown(each)}: '
-                               f'allowed are {-MAX_TEMPLATE_NUMBER} to {MAX_TEMPLATE_NUMBER}')
+                               f'expected {-MAX_TEMPLATE_NUMBER} to {MAX_TEMPLATE_NUMBER}')
     return dict(value)
 
 
 def _response_format(value: Any) -> dict[str, Any]:
     kind = _mapping(value, 'response_format').get('type')
     if kind not in ('text', 'json_object', 'json_schema'):
-        raise RequestError(f'response_format.type is {shown(kind)}: allowed are text, '
-                           'json_object, json_schema')
+        raise RequestError(f'response_format.type is {shown(kind)}: expected text, '
+                           'json_object or json_schema')
     found = _typed(value, 'response_format',
                    {'type': str} | ({'json_schema': dict} if kind == 'json_schema' else {}))
     if kind == 'json_schema':
@@ -564,7 +565,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
     choice = found.get('choice')
     if choice is not None and not (choice and all(type(each) is str and each for each in choice)):
         raise RequestError(f'structured_outputs.choice is {shown(choice)}: expected a list of at '
-                           'least one text, without empty ones')
+                           'least one string, none of them empty')
     return found
 
 
@@ -573,8 +574,8 @@ def _typed(value: Mapping[str, Any], name: str, kinds: Mapping[str, type]) -> di
     value = _given(value)
     for key, each in value.items():
         if key not in kinds:
-            raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a request: allowed '
-                               f'are {", ".join(f"{name}.{kind}" for kind in kinds)}')
+            raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a request: the '
+                               f'fields are {", ".join(f"{name}.{kind}" for kind in kinds)}')
         if type(each) is not kinds[key]:
             raise RequestError(f'{name}.{key} is {shown(each)}: expected {_KINDS[kinds[key]]}')
     return value

@@ -50,7 +50,7 @@ class Listener(Protocol):
         """
         Receive a new token.
 
-        A token with an incomplete character, or with text that may begin a stop text, is delayed
+        A token with an incomplete character, or with text that may begin a stop string, is delayed
         until the next token or the end of the answer decides its text.
         """
         ...
@@ -119,8 +119,8 @@ class RequestQueue:
         if not request.text:
             return Refusal('invalid', 'the prompt is empty: send some text')
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):
-            return Refusal('duplicate', f'id {request.client_id!r} belongs to a request that has '
-                           'not ended, and goes on: give each request its own id')
+            return Refusal('duplicate', f'id {request.client_id!r} belongs to a request that is '
+                           'still running or waiting: give each request its own id')
         if self.preempts or not self:
             return None
         if len(self) >= self._config.size:
@@ -128,7 +128,7 @@ class RequestQueue:
                            'it again later, or raise queue.size')
         size = sum(ticket.request.size for ticket in self._tickets)
         if size + request.size > self._config.max_waiting_bytes:
-            return Refusal('full', f'the queue is full with {size} bytes, and the request has '
+            return Refusal('full', f'the queue is full with {size} bytes, and the request adds '
                            f'{request.size}: send it again later, or raise '
                            'queue.max_waiting_bytes')
         return None

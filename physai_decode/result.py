@@ -42,7 +42,7 @@ def chat_completion(report: RequestReport, text: str, model: str,
     figures = asdict(report)
     reasoning, reason = figures.pop('reasoning'), report.finish_reason
     del figures['tool_calls']
-    pieces = report.engine == SERVER            # a server's, which the report counts as tokens
+    pieces = report.engine == SERVER            # output_tokens counts pieces of text, not tokens
     prompt, output = report.prompt_tokens, report.server_tokens if pieces else report.output_tokens
     return {
         'id': figures.pop('client_id') or None, 'object': 'chat.completion',

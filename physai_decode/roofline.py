@@ -163,7 +163,7 @@ class Roofline:
         :raises ValueError: the convention is not one of these.
         """
         if convention not in CONVENTIONS:
-            raise ValueError(f'convention is {convention!r}: allowed are {", ".join(CONVENTIONS)}')
+            raise ValueError(f'convention is {convention!r}: expected {" or ".join(CONVENTIONS)}')
         weights = (self.footprint.read_weight_bytes if convention == 'read'
                    else self.footprint.checkpoint_weight_bytes)
         return weights + self.kv_bytes(context)

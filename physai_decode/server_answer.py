@@ -120,8 +120,8 @@ class ServerAnswer(Delivery):
             dropped = known[:len(known) - len(turns)]
             self._conversation.drop(dropped)
             if count := lost + len(dropped):
-                self._remark('the server accepted no longer conversation: its oldest '
-                             f'{count} turn{"" if count == 1 else "s"} dropped')
+                self._remark('the conversation is too long for the server: dropped its oldest '
+                             f'{count} turn{"" if count == 1 else "s"}')
             return end
 
     def _ask(self, options: Mapping[str, Any], turns: list[Turn], end_s: float) -> End:
@@ -151,8 +151,8 @@ class ServerAnswer(Delivery):
             if delta.is_piece:
                 self._alive(now_s)
                 if self._given >= 2 * limit:        # a piece is at least one token
-                    raise ServerError(f'{self._server.address} does not keep to max_tokens, which '
-                                      f'is {limit}')
+                    raise ServerError(
+                        f'{self._server.address} exceeds max_tokens, which is {limit}')
                 self._emit_piece(now_s, delta)
             if delta.finish_reason:
                 self._release('', self._calls.take(delta.finish_reason))
@@ -179,7 +179,7 @@ class ServerAnswer(Delivery):
             if is_empty and self._clock() > end_s:
                 name = 'token' if self._given else 'first_token'
                 timeout_ms = getattr(self._config, f'{name}_timeout_ms')
-                raise ServerError(f'{self._server.address} sends no token within '
+                raise ServerError(f'{self._server.address} sent no token within '
                                   f'remote.{name}_timeout_ms, which is {timeout_ms:g}')
             if delta is not None:
                 assert isinstance(delta, Delta)
@@ -230,12 +230,12 @@ class ServerAnswer(Delivery):
         if reason in ('stop', 'tool_calls', 'function_call'):
             request, address = self._ticket.request, self._server.address
             if self._form is not None and not _is_plausible(self.text, self._form):
-                raise ServerError(f'{address} does not keep to {self._form.name}')
+                raise ServerError(f'{address} violates {self._form.name}')
             if len(self.calls) > 1 and not request.parallel_tool_calls:
-                raise ServerError(f'{address} does not keep to parallel_tool_calls, '
-                                  f'which is false: it made {len(self.calls)} calls')
+                raise ServerError(f'{address} ignores parallel_tool_calls, which is '
+                                  f'false: it made {len(self.calls)} calls')
             if request.forced and not self.calls:
-                raise ServerError(f'{address} does not keep to tool_choice: it called no tool')
+                raise ServerError(f'{address} ignores tool_choice: it called no tool')
             if reason != 'stop' and not self.calls:
                 raise ServerError(f'{address} ended the answer with {reason}, but sent no call')
             return End('stop', '')

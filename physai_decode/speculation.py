@@ -35,7 +35,6 @@ from physai_decode.config import SamplingConfig
 from physai_decode.engine import Constraint
 from physai_decode.engine import described
 from physai_decode.engine import Engine
-from physai_decode.engine import EngineError
 from physai_decode.engine import NO_TOKEN
 from physai_decode.engine import not_numbers
 from physai_decode.engine import shared_prefix
@@ -49,7 +48,9 @@ MIN_GAIN = 1.2              # least expected tokens per step of cost
 INITIAL_RATE = 0.5          # acceptance rate of draft tokens before any is known
 INITIAL_FORCED_RATE = 0.9   # of forced ones: a model may split the same text differently
 INITIAL_MODEL_RATE = 0.8    # of those of a draft model
-RECOVERY = 1 / 64           # of that rate towards its initial value, per token without a draft
+RECOVERY = 1 / 64           # of that rate towards its initial value, per token without a draft;
+                            # of the score of a token, each time a constraint is not asked
+COST_RECOVERY = 1 / 8192    # of costs towards their initial values, per step of one row
 SMOOTHING = 1 / 8           # weight of the newest value in acceptance rates and costs
 MISSES = 4                  # times that a constraint may force nothing after a token
 
@@ -120,7 +121,7 @@ class DraftModel:
     The greedy tokens of a smaller model, whose KV cache follows the answers of another one.
 
     It reads a prompt when its first draft is requested, so after the first token of the answer.
-    After an error, it makes no more drafts for the same answer.
+    After an error, it makes no more drafts; after an id that it lacks, none for the same answer.
     """
 
     def __init__(self, engine: Engine, vocab_size: int, ends: Collection[int],
@@ -130,18 +131,19 @@ class DraftModel:
 
         :param vocab_size: of the model that verifies the drafts.
         :param ends: ids that no draft contains.
-        :param warn: receives the error after which an answer continues without drafts.
+        :param warn: receives why answers continue without drafts, once for each reason.
         """
         self._engine, self._warn = engine, warn
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
         self._cached: list[int] = []
+        self._broken = self._lacks = False      # whether an error, or an unknown id, was told
         self.begin()
 
     def begin(self) -> None:
         """Begin an answer, which reuses the prefix that is in the cache."""
         self._same = 0              # cached ids that are known to be those of the answer
         self._has_prompt = False
-        self.failed = False         # whether an error ended the drafts of this answer
+        self.failed = self._broken  # whether there are no more drafts for this answer
         self.device_s = 0.0         # time on the device for this answer
 
     def room(self, length: int) -> int:
@@ -161,7 +163,7 @@ class DraftModel:
         with self._enduring():
             missing = ids[self._rewind(ids, len(ids)):-1]
             if missing and (len(missing) > most or not self._has_prompt):
-                self._feed(missing[:most])
+                self._feed(missing, most)
                 return True
         self._has_prompt = True
         return False
@@ -206,22 +208,31 @@ class DraftModel:
         self._same = min(len(self._cached), sure)
         return len(self._cached)
 
-    def _feed(self, ids: Sequence[int]) -> None:
-        size = self._engine.footprint.vocab_size
-        if max(ids) >= size:
-            raise EngineError(f'token id {max(ids)} is outside its vocabulary of {size}')
-        self.device_s += self._engine.feed(ids) or 0.0
-        self._cached += ids
+    def _feed(self, ids: Sequence[int], most: int | None = None) -> None:
+        if max(ids) >= self._engine.footprint.vocab_size:
+            raise _UnknownId(max(ids))
+        self.device_s += self._engine.feed(ids[:most]) or 0.0
+        self._cached += ids[:most]
 
     @contextmanager
     def _enduring(self) -> Iterator[None]:
-        """End the drafts of this answer if the draft model fails."""
+        """End the drafts if the draft model fails, or those of this answer at an unknown id."""
         try:
             yield
+        except _UnknownId as error:
+            self.failed = True
+            if not self._lacks:
+                self._lacks = True
+                self._warn('the draft model makes no drafts for an answer whose token ids, such '
+                           f'as {error}, are outside its vocabulary')
         except Exception as error:      # of any kind: the answer does not depend on it
-            self.failed, self._cached, self._same = True, [], 0
-            self._warn(f'the draft model failed, and an answer continues without it: '
+            self.failed = self._broken = True
+            self._warn('the draft model is off until the node is activated again: '
                        f'{described(error)}')
+
+
+class _UnknownId(Exception):
+    """A draft model lacks the id."""
 
 
 class Experience:
@@ -229,8 +240,10 @@ class Experience:
     The measured costs of passes, and the tokens after which constraints force others.
 
     It is shared by the answers of one engine. The costs are in decode steps, by the rows of a
-    pass: those given at first, then those measured. Forced tokens take time to compute, so a
-    constraint is no longer asked after tokens where it has mostly forced none.
+    pass: those given at first, then those measured. A device that becomes slow while no steps of
+    one row are measured makes them too high, so they recover with each such step. Forced tokens
+    take time to compute, so a constraint is rarely asked after tokens where it has mostly forced
+    none.
     """
 
     def __init__(self, costs: Mapping[int, float], draft_cost: float = 0.0,
@@ -245,8 +258,9 @@ class Experience:
         self.draft_cost = draft_cost
         self._costs = {rows: cost + VERIFY_OVERHEAD
                        for rows, cost in sorted(costs.items()) if rows > 1}
+        self._initial = draft_cost, dict(self._costs)
         self._step_s = step_s
-        self._scores: dict[int, int] = {}       # by the token before
+        self._scores: dict[int, float] = {}     # by the token before
         self.most_rows = max(self._costs)
 
     def items(self) -> Iterable[tuple[int, float]]:
@@ -262,6 +276,10 @@ class Experience:
         if rows == 1:
             known_s = self._step_s or took_s
             self._step_s = known_s + SMOOTHING * (min(took_s, 2 * known_s) - known_s)
+            draft_cost, costs = self._initial
+            self.draft_cost += COST_RECOVERY * (draft_cost - self.draft_cost)
+            for size, cost in costs.items():
+                self._costs[size] += COST_RECOVERY * (cost - self._costs[size])
         elif self._step_s:
             size = self._size(rows)
             self._costs[size] = self._learned(self._costs[size], took_s)
@@ -273,7 +291,10 @@ class Experience:
 
     def asks(self, token_id: int) -> bool:
         """Return whether to ask a constraint what it forces after a token."""
-        return self._scores.get(token_id, 0) > -MISSES
+        score = self._scores.get(token_id, 0)
+        if score <= -MISSES:                    # another constraint may force something
+            self._scores[token_id] = score + RECOVERY
+        return score > -MISSES
 
     def asked(self, token_id: int, found: bool) -> None:
         """Update from whether a constraint forced anything after a token."""
@@ -297,13 +318,13 @@ class Policy:
     rate recovers while there are none, so that they are tried again.
     """
 
-    def __init__(self, experience: Experience) -> None:
-        """Start with the initial rates and balance; use the experience as it changes."""
+    def __init__(self, experience: Experience, balance: float = INITIAL_BALANCE) -> None:
+        """Start with the initial rates; use the experience as it changes."""
         self._experience = experience
         self._rate = INITIAL_RATE
         self._forced_rate = INITIAL_FORCED_RATE
         self._model_rate = INITIAL_MODEL_RATE
-        self._balance = INITIAL_BALANCE
+        self._balance = balance
 
     def learn(self, accepted: bool | None, forced: bool | None = None,
               drafted: bool | None = None) -> None:
@@ -348,6 +369,17 @@ class Policy:
             if tokens / cost > best[0]:
                 best = tokens / cost, count
         return best
+
+
+def pays(costs: Mapping[int, float], draft_cost: float) -> bool:
+    """
+    Return whether a draft model promises enough to be used.
+
+    :param costs: see `Experience`.
+    :param draft_cost: of one token.
+    """
+    policy = Policy(Experience(costs, draft_cost), MAX_BALANCE)
+    return policy.best(max(costs), by_model=True)[1] > 1
 
 
 class Speculation:

@@ -232,7 +232,7 @@ class Speech:
         end = len(text)
         if not complete and self._form is not None:
             end -= _partial_length(text, self._begins_texts)
-            end = len(text[:end].rstrip())          # a call may follow, which removes blanks
+            end = len(text[:end].rstrip())          # if a call follows, these blanks are removed
         parts += [Part(PartKind.CONTENT, text[:end])] if end else []
         self._text = text[end:]
         if text[:end].strip():

@@ -47,6 +47,13 @@ _THROTTLE_REASONS = {
     'hw_thermal': 0x40, 'hw_power_brake': 0x80}
 
 
+def spent_j(before_j: float | None, after_j: float | None) -> float | None:
+    """Return the energy between two readings of a counter; None if it is unknown."""
+    if before_j is None or after_j is None or after_j < before_j:      # it was reset
+        return None
+    return after_j - before_j
+
+
 class Telemetry:
     """The telemetry of one device until `close`."""
 
@@ -85,7 +92,8 @@ class Telemetry:
                  lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
                 ('memory_clock_mhz',
                  lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
-                ('throttle_reasons', lambda: _throttle_reasons(nvml, handle))):
+                ('throttle_reasons',
+                 lambda: _throttle_reasons(nvml, handle, values['throttle_reasons']))):
             if (value := _query(nvml, query)) is not None:
                 values[key] = value
         return values
@@ -163,9 +171,13 @@ def _query(nvml: Any, query: Callable[[], Any]) -> Any:
         return None
 
 
-def _throttle_reasons(nvml: Any, handle: Any) -> str:
+def _throttle_reasons(nvml: Any, handle: Any, of_board: Any) -> str:
+    """Return NVML's reasons, and the low clocks of a Jetson, which NVML does not report."""
     bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    return ' '.join(name for name, bit in _THROTTLE_REASONS.items() if bits & bit) or 'none'
+    names = [name for name, bit in _THROTTLE_REASONS.items() if bits & bit]
+    if of_board not in (None, 'none'):
+        names.append(of_board)
+    return ' '.join(names) or 'none'
 
 
 def find_engine_peak(footprint: Footprint, config: DecodeConfig) -> Peak:

@@ -20,8 +20,8 @@ begins or ends a turn, so no prompt can close its own turn. For this, the encode
 model's tokenizer in which these tokens have secret names. The control tokens that the chat
 template writes are renamed first, then the user's texts are inserted, and the whole is encoded at
 once, so that the ids are those that the model was trained on. Other added tokens, such as
-`<tool_call>`, are encoded anywhere, as in the library. Tools that contain a control token are
-refused.
+`<tool_call>`, are encoded wherever they occur, as in the library. Tools that contain a control
+token are refused.
 
 A model's files run without limits here; `TextProcess` sets them.
 """
@@ -110,7 +110,7 @@ class Text:
         self._word_pattern = _matcher({word for source in {self._source, self._tool_source}
                                 for word in self._words(source)})
         self._encoder = _renamed(backend, self._names)
-        # Ids that end an answer, by the config, the tokenizer and the template; no plain words.
+        # Ids that end an answer, from the config, the tokenizer and the template; no plain words.
         ends = dict.fromkeys((*end_ids, *own_ends))
         self.end_ids = tuple(id_ for id_ in ends if id_ in added) or tuple(ends)
         self._template_writes_calls = self._arguments_as_text = False
@@ -178,7 +178,7 @@ class Text:
         return len(self._ids(text.encode(errors='replace').decode(), add_special_tokens=False))
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """Create a detokenizer for one answer, which any of the texts in ``stop`` ends."""
+        """Create a detokenizer for one answer, which any of the strings in ``stop`` ends."""
         return Detokenizer(self.backend, self.special_ids, stop)
 
     def _message(self, message: Message, texts: list[str],
@@ -299,7 +299,7 @@ class Text:
         if isinstance(error, TemplateSyntaxError):
             raise TextError(
                 f'{self._files.get(source, "the model")} has a chat template with a syntax error '
-                f'in its line {error.lineno}: copy or download the model again, or set '
+                f'in line {error.lineno}: copy or download the model again, or set '
                 'chat.template to off') from error
 
     def _words(self, source: str) -> set[str]:
@@ -366,13 +366,13 @@ class Text:
                 self._template_writes_calls = True
                 return known[0], 'the chat template writes calls in this syntax'
             if 'trial_value' in rendered:
-                return '', ('the chat template writes calls in an unknown syntax: '
-                            f'known are {", ".join(TOOL_FORMS)}')
+                return '', ('the chat template writes calls in an unknown syntax; '
+                            f'the known ones are {", ".join(TOOL_FORMS)}')
         known = [name for name, form in TOOL_FORMS.items()
                  if not _is_excluded(name, self._tool_source)
                  and any(begin in self._tool_source for begin in form.begins)]
         if not known:
-            return '', ('the chat template names no known syntax of calls: known are '
+            return '', ('the chat template names no known syntax of calls, which are '
                         f'{", ".join(TOOL_FORMS)}')
         return known[0], 'the chat template asks for calls in this syntax'
 

@@ -113,7 +113,7 @@ class TextProcess:
         self._backend = Tokenizer.from_str(state['backend'])
         self._special_ids = frozenset(state['special_ids'])
         self.template: str = state['template']          # its name, none or off
-        # Ids that end an answer, by the config, the tokenizer and the template; no plain words.
+        # Ids that end an answer, from the config, the tokenizer and the template; no plain words.
         self.end_ids: tuple[int, ...] = tuple(state['end_ids'])
         manner = state['manner']
         self.manner = Manner(**manner | {'close_ids': tuple(manner['close_ids'])})
@@ -142,7 +142,7 @@ class TextProcess:
         """
         Create a detokenizer for one answer.
 
-        :param stop: texts that end the answer.
+        :param stop: strings that end the answer.
         :param seen: special tokens to keep in the text.
         """
         hidden = self._special_ids.difference(map(self._backend.token_to_id, seen))
@@ -157,14 +157,14 @@ class TextProcess:
         return [self._backend.id_to_token(id_) or str(id_) for id_ in ids]
 
     def difference(self, other: 'TextProcess') -> str:
-        """Describe the first id in both whose token differs, or token whose id does, or ''."""
+        """Describe the first id or token that the vocabularies map differently; '' if none."""
         ours, theirs = (each._backend.get_vocab(True) for each in (self, other))
         for token, id_ in sorted(theirs.items(), key=itemgetter(1)):
             known = self._backend.id_to_token(id_)
             if known not in (token, None):
-                return f'id {id_} is {token!r}, in the model {known!r}'
+                return f'id {id_} is {token!r}, but in the model it is {known!r}'
             if ours.get(token, id_) != id_:
-                return f'{token!r} is id {id_}, in the model {ours[token]}'
+                return f'{token!r} is id {id_}, but in the model it is {ours[token]}'
         return ''
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:

@@ -36,9 +36,9 @@ from physai_decode.roofline import floor_s as least_s
 from physai_decode.roofline import r_floor as floor_ratio
 from physai_decode.roofline import Roofline
 
-# The fields of `TokenReport` that the window keeps; `itl_ms` has to be the first.
-WINDOW_FIGURES = (
-    'itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms', 'mask_ms')
+# The figures of a token that the window keeps; `itl_ms` has to be the first.
+WINDOW_FIGURES = ('itl_ms', 'host_gap_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'wait_ms',
+                  'mask_ms', 'draft_ms')
 _R_FLOOR, _WAIT = map(WINDOW_FIGURES.index, ('r_floor', 'wait_ms'))
 
 BEST_COUNT = 30                 # tokens that a window needs to count as the best
@@ -166,7 +166,8 @@ class WindowReport:
     paced: bool                       # whether the newest token in the window was paced
     best_r_floor: float | None        # the best of all windows since the peak last changed
     mask_ms: float | None             # median of the constrained tokens
-    shared_passes: bool               # whether a pass in the window had several tokens
+    drafted: bool                     # whether a pass in the window had a draft
+    draft_ms: float | None            # median time of the draft model, 0 for a token without it
     floor_count: int                  # tokens in the window with an r_floor
 
 
@@ -197,7 +198,7 @@ class Recorder:
         # _lock guards everything below.
         self._context_tokens: int | None = None     # of the newest token in the window
         self._paced = False                         # whether that token was paced
-        self._shared_s = -math.inf                  # when the last pass of several tokens ended
+        self._drafted_s = -math.inf                 # when the last pass with a draft ended
         self._ttft_last_ms: float | None = None
         self._misses = 0
         self._consecutive_misses = 0
@@ -232,7 +233,7 @@ class Recorder:
         """Report on the tokens of the last ``window_s`` seconds before ``now_s``."""
         with self._lock:
             context, paced = self._context_tokens, self._paced
-            shared_passes = self._shared_s >= now_s - self._window_s
+            drafted = self._drafted_s >= now_s - self._window_s
             ttft_last_ms, misses = self._ttft_last_ms, self._misses
             worst_overrun_ms, itl_max_ms = self._worst_overrun_ms, self._itl_max_ms
             consecutive_misses = 0 if self._is_stale(now_s) else self._consecutive_misses
@@ -255,7 +256,7 @@ class Recorder:
             worst_overrun_ms=worst_overrun_ms, itl_max_activation_ms=itl_max_ms,
             context_tokens=context if itl.ordered else None,
             kv_bytes=None if roofline is None or context is None else roofline.kv_bytes(context),
-            paced=paced and bool(itl.ordered), shared_passes=shared_passes,
+            paced=paced and bool(itl.ordered), drafted=drafted,
             floor_count=floor_count,
             best_r_floor=self._update_best(now_s, medians['r_floor'], floor_count), **medians)
 
@@ -278,14 +279,14 @@ class Recorder:
                 self._consecutive_misses = 0
 
     def _add_next(self, now_s: float, context_tokens: int | None, itl_ms: float,
-                  pass_tokens: int, figures: tuple[float | None, ...]) -> None:
+                  drafted: bool, figures: tuple[float | None, ...]) -> None:
         """Add a token after the first, with its `WINDOW_FIGURES`."""
         self._tokens.add(now_s, figures)
         with self._lock:
             self._context_tokens, self._paced = context_tokens, figures[_WAIT] is not None
             self._itl_max_ms = _larger(self._itl_max_ms, itl_ms)
-            if pass_tokens > 1:
-                self._shared_s = now_s
+            if drafted:
+                self._drafted_s = now_s
 
     def _add_token_overrun(self, now_s: float, overrun_ms: float) -> None:
         """Add the overrun of a token that has a deadline; the token is late if it is positive."""
@@ -329,8 +330,8 @@ class RequestRecorder:
         self._begun_s = taken_s                     # when the engine that answers took over
         self._first_s: float | None = None
         self._last_s: float | None = None           # when the newest pass ended
-        self._share_s = 0.0                         # each token's part of its time
-        self._due = 0                               # tokens of it that are still to come
+        self._share_s = 0.0                         # each token's share of the time of that pass
+        self._due = 0                               # tokens of that pass that are still to come
         self._passes = 0                            # after the first token
         self._count = 0
         self._itl_ms = Distribution()
@@ -368,7 +369,7 @@ class RequestRecorder:
     def token(self, now_s: float, token_id: int | None, text: str,
               device_s: float | None = None, publish_s: float | None = None,
               mask_s: float | None = None, waited_s: float | None = None,
-              pass_tokens: int = 1) -> TokenReport:
+              pass_tokens: int = 1, draft_s: float | None = None) -> TokenReport:
         """
         Record one token.
 
@@ -382,14 +383,16 @@ class RequestRecorder:
             None if not paced.
         :param pass_tokens: number of tokens of the pass, reported one by one; they share its times
             and floor evenly.
+        :param draft_s: the part of ``device_s`` in which a draft model ran; None if the pass had
+            no draft.
         """
         recorder, index = self._recorder, self._count
         deadline = self.deadline
         context = None if token_id is None else \
             (self.prompt_tokens or 0) + self.added_tokens + index
-        device_ms, mask_ms, wait_ms = (
+        device_ms, mask_ms, wait_ms, draft_ms = (
             None if each is None else 1e3 * each / pass_tokens
-            for each in (device_s, mask_s, waited_s))
+            for each in (device_s, mask_s, waited_s, draft_s))
         itl_ms = gap_ms = floor_ms = r_floor = bandwidth_gb_s = None
         if self._last_s is None:
             self._first_s = self._last_s = now_s
@@ -414,8 +417,9 @@ class RequestRecorder:
                 floor_s = least_s(step_bytes, 0, roofline.peak.floor_bytes_per_s)
                 floor_ms, r_floor = _to_ms(floor_s), floor_ratio(floor_s, itl_s)
                 bandwidth_gb_s = step_bytes / itl_s / 1e9
-            recorder._add_next(now_s, context, itl_ms, pass_tokens, (
-                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, wait_ms, mask_ms))
+            recorder._add_next(now_s, context, itl_ms, draft_ms is not None, (
+                itl_ms, gap_ms, floor_ms, r_floor, bandwidth_gb_s, wait_ms, mask_ms,
+                draft_ms or 0.0))
             self._itl_ms.add(itl_ms)
             if r_floor is not None:
                 self._r_floor.add(r_floor)
@@ -507,9 +511,9 @@ class RequestRecorder:
 
     def _prompt_floor_s(self) -> float | None:
         """
-        Return the time to read what a prompt of any length reads at least.
+        Return the least time to prefill a prompt of any length: that of a decode step.
 
-        :returns: None if it is unknown, or if a server reads the prompt.
+        :returns: None if it is unknown, or if a server prefills.
         """
         roofline = self._recorder._roofline
         if roofline is None or self.encoded_s is None:

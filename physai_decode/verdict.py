@@ -15,10 +15,10 @@
 """
 Names what limits a decode step most, by how much, and which setting to change.
 
-The time of a step has three parts: the floor of its bytes, the excess of its kernels over the
-floor, and the gap of the host. Without a floor, the kernels' part includes the bytes. Other
-candidates are a neighbour, which is another program that delays the slowest steps, and pacing. The
-verdict is the largest part.
+The time of a step has four parts: the floor of its bytes, the draft model, the excess of its
+kernels over the floor, and the gap of the host. Without a floor, the kernels' part includes the
+bytes. Other candidates are a neighbour, which is another program that delays the slowest steps,
+and pacing. The verdict is the largest part.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,14 @@ class Figures:
     engine: str = ''                    # native, transformers, ...; empty if unknown
     kernels: str = ''                   # of native: triton and its version, or torch
     slow_format: bool = False           # of the weights, as in `Footprint`
+    draft_ms: float = 0.0               # the part of device_ms in which a draft model ran
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What limits a step most."""
 
-    cause: str                  # bytes, kernels, host, clocks, a neighbour, pacing
+    cause: str                  # bytes, drafts, kernels, host, clocks, a neighbour, pacing
     part_ms: float              # its part
     whole_ms: float             # of this time
     advice: str                 # which setting to change
@@ -68,6 +69,7 @@ def short(value: float) -> str:
 
 _ADVICE = {
     'bytes': 'read fewer bytes: four-bit weights, a smaller model, a shorter context',
+    'drafts': 'use a smaller draft model, or set speculation.name: lookup',
     'clocks': 'improve power or cooling; on a Jetson, nvpmodel and jetson_clocks',
     'host, captured': 'set realtime.priority and engine.steps_ahead: 0, or try '
                       'engine.blocking_wait: true',
@@ -120,6 +122,7 @@ def _parts(figures: Figures, step_ms: float) -> dict[str, tuple[float, float]]:
     """Return the part of each cause, with the time that it is a part of."""
     parts: dict[str, tuple[float, float]] = {}
     floor_ms, device_ms = figures.floor_ms, figures.device_ms
+    draft_ms = min(figures.draft_ms, step_ms)
     throttled = figures.throttle_reasons not in (None, 'none', 'n/a')
     slowdown_ms = 0.0 if throttled else _slowdown_ms(figures, step_ms)
     if floor_ms is not None:
@@ -127,11 +130,13 @@ def _parts(figures: Figures, step_ms: float) -> dict[str, tuple[float, float]]:
     if figures.cuda_graph == 'off':
         # The host launches each kernel, so its time is included between the two events.
         if floor_ms is not None:
-            parts['host'] = max(step_ms - floor_ms, 0.0), step_ms
+            parts['host'] = max(step_ms - floor_ms - draft_ms, 0.0), step_ms
     elif device_ms is not None:
         parts['host'] = max(step_ms - device_ms, 0.0), step_ms
-        excess_ms = min(device_ms, step_ms) - (floor_ms or 0.0) - slowdown_ms
+        excess_ms = min(device_ms, step_ms) - (floor_ms or 0.0) - draft_ms - slowdown_ms
         parts['clocks' if throttled else 'kernels'] = max(excess_ms, 0.0), step_ms
+    if draft_ms and 'host' in parts:
+        parts['drafts'] = draft_ms, step_ms
     tail_ms = (figures.itl_p99_ms or 0.0) - step_ms
     if figures.count >= TAIL_COUNT and tail_ms > (TAIL - 1) * step_ms and tail_ms > slowdown_ms:
         parts['a neighbour'] = tail_ms, tail_ms + step_ms

@@ -72,6 +72,7 @@ from physai_decode.result import ANSWERED
 from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 from physai_decode.server_answer import ServerAnswer
+from physai_decode.telemetry import spent_j
 from physai_decode.timing import ItemReport
 from physai_decode.timing import Recorder
 from physai_decode.timing import RequestReport
@@ -80,7 +81,7 @@ from physai_decode.timing import WindowReport
 from physai_decode.tokenizer_files import TextError
 
 KEPT = ('stop', 'length', 'deadline', 'preempted')  # their turns stay in the conversation
-JOIN_PARTS = 10                 # a wait in parts; a process that SIGSTOP stops loses only one
+JOIN_PARTS = 10                 # the wait is split, so that a SIGSTOP costs only one part of it
 SEEDS = 2**31                   # random seeds are below this
 
 Result = TypeVar('Result')
@@ -610,24 +611,18 @@ class Worker:
 
     def _report_end(self, ticket: Ticket, answer: Delivery, end: End) -> None:
         message = '; '.join(filter(None, (end.message, answer.note)))
-        spent_j = self._spent_j(answer.energy_j)
-        answer.times.energy_j = spent_j or None     # 0: the counter has not advanced meanwhile
+        before_j = answer.energy_j
+        used_j = None if before_j is None else spent_j(before_j, self._device_energy_j())
+        answer.times.energy_j = used_j or None      # 0: the counter has not advanced meanwhile
         report = answer.times.finish(self._clock(), end.reason, message, ticket.end_requested_s)
-        if spent_j is not None:
-            self._energy_j = (self._energy_j or 0.0) + spent_j
+        if used_j is not None:
+            self._energy_j = (self._energy_j or 0.0) + used_j
             self._energy_tokens += report.output_tokens
         if answer.reasoning or answer.calls:
             report = replace(report, reasoning=answer.reasoning, tool_calls=tuple(answer.calls))
         if end.reason == 'rejected':
             report = replace(report, refusal='invalid', engine='')
         self._notify_end(ticket, report, answer.text)
-
-    def _spent_j(self, before_j: float | None) -> float | None:
-        """Return the energy since a reading of the counter; None if it is unknown."""
-        after_j = None if before_j is None else self._device_energy_j()
-        if before_j is None or after_j is None or after_j < before_j:     # it was reset
-            return None
-        return after_j - before_j
 
     def _run_task(self) -> None:
         """Run the task; `run` raises its exceptions."""

@@ -25,6 +25,7 @@ import sys
 from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import coded_kernels
+from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import prefill_kernels
@@ -159,6 +160,7 @@ def main():
         passes(build, half, capability)
         scaled(build, half, capability, pdl)
         coded(build, half, capability, pdl)
+        fp4(build, half, capability, pdl)
         if capability >= 80:
             prefill(build, half, capability)
     sampling(capability, BLOCK=1024, PROGRAMS=149, PENALTY=True, PDL=pdl)
@@ -185,21 +187,45 @@ def scaled(build, half, capability, pdl):
 
 
 def coded(build, half, capability, pdl):
-    """Compile the kernels for 4-bit codes, with scales of each type."""
-    for gated, scales, group in ((True, 'fp32', 64), (False, 'i8', 16), (True, 'u8', 32)):
+    """Compile the kernels for 4-bit codes."""
+    for gated, group in ((True, 64), (False, 16)):
         layout = kernels.CODED_LAYOUTS[0]
-        made = build(coded_kernels._coded, codes='u8', table='fp32', scales=scales,
+        made = build(coded_kernels._coded, codes='u8', table='fp32', scales='fp32',
                      warps=layout.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
                      ROWS=layout.rows, COLUMNS=layout.columns, NORM=gated, GATED=gated,
-                     GELU=gated, ADD=not gated, BIAS=gated, E2M1=not gated)
-        assert gated or 'lop3.b32' in made.asm['ptx']
+                     GELU=gated, ADD=not gated, BIAS=gated)
         # A lane loads 16 bytes of codes at a time.
         assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
         if pdl:
             ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
             assert 'evict_first' in ahead
-    compiled(coded_kernels._widen, capability, half, codes='u8', table='fp32', scales='i8',
+    compiled(coded_kernels._widen, capability, half, codes='u8', table='fp32', scales='fp32',
              out=half, K=3584, GROUP=16, BLOCK=1024)
+
+
+def fp4(build, half, capability, pdl):
+    """Compile the kernels for 4-bit floats."""
+    for gated, warps, stages in ((True, 4, 1), (False, 1, 3), (True, 1, 1), (False, 8, 1)):
+        sizes = {'K': 3584, 'BLOCKS': 14, 'SPLIT': warps, 'STAGES': stages, 'GATED': gated,
+                 'GELU': gated, 'ADD': not gated, 'BIAS': gated, 'ASSEMBLY': True}
+        out = half if gated else 'fp32'
+        if not compiler.PIPELINES and stages > 1:
+            continue
+        made = build(fp4_kernels._fp4, warps=warps, x=half, scales='i32', out=out, **sizes)
+        assert 'lop3.b32' in made.asm['ptx']
+        assert not re.search(NARROW, made.asm['ptx'])
+        if compiler.VERSION >= (3, 6):      # words stay as they are loaded
+            assert not re.search(r'convert_layout.*xi16', made.asm['ttgir'])
+        if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 3):
+            assert made.metadata.shared <= 64 * warps       # only the sums of warps
+        if pdl and stages == 1:
+            ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
+            assert 'evict_first' in ahead
+        if stages == 1:
+            build(pass_kernels._fp4_rows, warps=warps, x=half, scales='i32', out=out,
+                  passes=True, **sizes)
+    compiled(fp4_kernels._widen, capability, half, warps=1, scales='i32', out=half, K=3584,
+             BLOCKS=14)
 
 
 def prefill(build, half, capability):

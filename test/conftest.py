@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Returns each test process a ROS domain of its own on the loopback, and speeds up all tests."""
+"""Gives each test process its own ROS domain on the loopback, and speeds up all tests."""
 
 from collections import Counter
 from dataclasses import replace
@@ -47,12 +47,12 @@ def claim_domain() -> tuple[int, socket.socket]:
 domain, reservation = claim_domain()
 os.environ['ROS_DOMAIN_ID'] = str(domain)
 os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
-os.environ.pop('ROS_LOCALHOST_ONLY', None)      # later distributions warn of it
-if os.environ.get('ROS_DISTRO') == 'humble':    # its name there
+os.environ.pop('ROS_LOCALHOST_ONLY', None)      # deprecated in later distributions
+if os.environ.get('ROS_DISTRO') == 'humble':    # the variable of Humble
     os.environ['ROS_LOCALHOST_ONLY'] = '1'
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-# Background jobs of a shell ignore SIGINT, those of nohup SIGHUP, and so would the programs that
-# tests interrupt.
+# A shell's background jobs ignore SIGINT, and nohup's SIGHUP. The programs that tests interrupt
+# would inherit this.
 for signum, handler in ((signal.SIGINT, signal.default_int_handler),
                         (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(signum) == signal.SIG_IGN:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What every engine must do, whatever it runs: see `physai_decode.engine.Engine`.
+Checks that every engine must pass; see `physai_decode.engine.Engine`.
 
 Each check takes the `DecodeLoop` of a loaded engine of at least 64 tokens of context, and leaves
 it usable. An engine's tests parametrise over `CHECKS`.
@@ -37,13 +37,13 @@ def decode(loop, prompt, sampling=GREEDY):
 
 
 def first_step(loop, prompt):
-    """Return the step that brings the first token."""
+    """Return the step with the first token."""
     stream = loop.stream(prompt, SamplingConfig(max_new_tokens=1))
     return next(step for step in stream if step.token_ids)
 
 
 def prompt_of(loop, length, start=3):
-    """Return ids of the vocabulary, without repetition where it is large enough."""
+    """Return ids of the vocabulary, without repetition if it is large enough."""
     return [(start + 7 * index) % loop.engine.footprint.vocab_size for index in range(length)]
 
 
@@ -110,7 +110,7 @@ def check_prefix_reuse(loop):
     fresh = decode(loop, shared + other)
     decode(loop, shared)
     step = first_step(loop, shared + other)
-    assert step.cached_tokens in (0, len(shared))     # 0 where the state can't be cut back
+    assert step.cached_tokens in (0, len(shared))     # 0 if the state cannot be truncated
     assert step.token_ids == (fresh[0],)
     forget(loop)
     decode(loop, shared)
@@ -195,7 +195,7 @@ def check_device_times(loop):
 
 
 def check_the_protocol(loop):
-    """Hold what the decode loop does not show: the cache is cut as asked, and no further."""
+    """Check what the loop does not show: `rewind` truncates the cache to the given length."""
     engine, prompt = loop.engine, prompt_of(loop, 10)
     loop.forget()
     least, most = engine.chunk_tokens
@@ -215,7 +215,7 @@ def check_the_protocol(loop):
 
 
 def check_the_chunks_of_a_prompt(loop):
-    """Hold that an answer does not depend on the chunks of its prompt."""
+    """Check that an answer does not depend on the chunks of its prompt."""
     prompt = prompt_of(loop, 50)
     answers = []
     for chunk_ms in (0.0, 1e-6):
@@ -239,10 +239,10 @@ CHECKS = [value for name, value in list(globals().items()) if name.startswith('c
 
 def check_footprint(footprint, model):
     """
-    Hold a footprint against its checkpoint.
+    Compare a footprint with its checkpoint.
 
-    :param model: the `physai_decode.checkpoint.Checkpoint`, not quantised, of a network whose
-        every weight a step reads, but for an input embedding and experts that it does not take.
+    :param model: an unquantised `physai_decode.checkpoint.Checkpoint`; a step has to read all its
+        weights, except for an input embedding and experts that are not selected.
     """
     config = model.text_config
     stored = {'BF16': 2, 'F16': 2, 'F32': 4}[model.tensors['model.norm.weight'].dtype]

@@ -74,13 +74,13 @@ def check_layout(make, ops, format_, layout):
     assert_close(out, dense @ x)
 
 
-def check_gated(make, ops, format_, bias):
+def check_gated(make, ops, format_, bias, rows=24):
     """Compare fused gate and up to dense ones, with the kernels and with the reference."""
-    parts = [random_weight(format_, 24, 640, seed) for seed in (2, 3)]
-    dense = Dense(torch.cat([each for _, each in parts]), make(48) if bias else None)
+    parts = [random_weight(format_, rows, 640, seed) for seed in (2, 3)]
+    dense = Dense(torch.cat([each for _, each in parts]), make(2 * rows) if bias else None)
     weight = fusion.fuse([replace(each, bias=half) for (each, _), half in zip(
         parts, dense.bias.chunk(2) if bias else (None, None), strict=True)], paired=True)
-    x, gain, out = make(640), make(640), make(24)
+    x, gain, out = make(640), make(640), make(rows)
     expected, reference = out.clone(), out.clone()
     REFERENCE.gated(x, dense, expected, gain, EPS)
     REFERENCE.gated(x, weight, reference, gain, EPS)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The bond to nav2's lifecycle manager, over a stand-in for bondpy."""
+"""The bond to nav2's lifecycle manager, with a fake of bondpy."""
 
 from node_rig import Rig
 from node_rig import ros  # noqa: F401
@@ -20,7 +20,7 @@ import pytest
 
 
 class Heartbeat:
-    """As bondpy's Bond is called; keeps what happens to it."""
+    """Replaces the Bond of bondpy, and records its calls."""
 
     made = []
 
@@ -62,7 +62,7 @@ def make(monkeypatch):
 
 
 def test_a_bond_from_activation_to_deactivation(make):
-    """On the topic and by the name that nav2 takes; a new one for each activation."""
+    """It has the topic and the id that nav2 expects; each activation has a new one."""
     rig = make(**{'bond.heartbeat_period_s': 0.5})
     assert rig.change('configure')
     assert Heartbeat.made == []
@@ -74,13 +74,13 @@ def test_a_bond_from_activation_to_deactivation(make):
     assert [each.said[-1] for each in Heartbeat.made] == 2 * ['shutdown']
 
 
-def test_no_bond_where_it_is_off(make):
-    """A period of 0 sends none."""
+def test_no_bond_if_it_is_off(make):
+    """A period of 0 turns it off."""
     assert make(**{'bond.heartbeat_period_s': 0.0}).change('configure', 'activate', 'deactivate')
     assert Heartbeat.made == []
 
 
 def test_no_bond_without_bondpy(make, monkeypatch):
-    """The node is active all the same."""
+    """The node becomes active nevertheless."""
     monkeypatch.setattr('physai_decode.ros.bond.Heartbeat', None)
     assert make().change('configure', 'activate', 'deactivate')

@@ -357,7 +357,7 @@ def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
      ("architectures is ['OwnForCausalLM']: model_type 'llama' decides",)),
     ({'architectures': ['BertModel'], 'model_type': 'own'},
      ("architectures is ['BertModel']: model_type 'own' decides",)),
-    ({}, ("there is no architectures: model_type 'llama' decides",)),
+    ({}, ("architectures is missing: model_type 'llama' decides",)),
     ({'architectures': []}, ("architectures is []: model_type 'llama' decides",)),
     ({'architectures': 'llama'}, ("architectures is 'llama': model_type 'llama' decides",)),
     ({'architectures': ['LlamaForCausalLM'], 'dtype': 'float16', 'torch_dtype': 'float16'}, ()),
@@ -520,8 +520,23 @@ def test_does_not_locate_a_missing_folder(path):
 
 @pytest.mark.parametrize('path', ['~no_such_user/model', '/' + 'a' * 300, 'a' * 5000])
 def test_does_not_locate_an_impossible_path(path):
-    with pytest.raises(EngineError, match=r'model\.path .*(set it to a|allowed are)'):
+    with pytest.raises(EngineError, match=r'model\.path .*(set it to a|expected builtin)'):
         checkpoint.locate(path)
+
+
+def test_errors_name_the_parameter_of_the_model(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    for path in ('/none', 'builtin:none', 'a' * 5000, str(folder / 'config.json'), 'some/model'):
+        with pytest.raises(EngineError) as raised:
+            checkpoint.open(path, parameter='the.setting')
+        assert str(raised.value).startswith('the.setting ')
+    write_json(folder / 'config.json', {'name': 'something'})
+    with pytest.raises(EngineError, match=r'set the\.setting to such a folder'):
+        checkpoint.open(str(folder), parameter='the.setting')
+    write_json(folder / 'adapter_config.json', {})
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(EngineError, match=r'set the\.setting to that folder'):
+        checkpoint.open(str(folder), parameter='the.setting')
 
 
 @pytest.mark.parametrize('name', ['no_such_model', '..', '../models', ''])

@@ -33,6 +33,7 @@ from linear_contract import check_layout
 from linear_contract import check_product
 from linear_contract import DEVICE
 from physai_decode.engines.native import coded_kernels
+from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import scaled_kernels
@@ -41,8 +42,7 @@ import random_formats
 
 FORMATS = {
     'nf4': random_formats.bitsandbytes('nf4'),
-    'fp4-double-g128': random_formats.bitsandbytes('fp4', block=128, double=True),
-    **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')}}
+    'fp4-double-g128': random_formats.bitsandbytes('fp4', block=128, double=True)}
 
 
 make = pytest.fixture(linear_contract.maker)
@@ -58,7 +58,7 @@ def test_product(make, name, n, k):
     check_product(make, CodedOps, FORMATS[name], n, k)
 
 
-@pytest.mark.parametrize('name', ['nf4', 'nvfp4'])
+@pytest.mark.parametrize('name', ['nf4'])
 @pytest.mark.parametrize('layout', kernels.CODED_LAYOUTS)
 def test_each_layout(make, name, layout):
     check_layout(make, CodedOps, FORMATS[name], layout)
@@ -70,18 +70,15 @@ def test_gated(make, name, bias):
     check_gated(make, CodedOps, FORMATS[name], bias)
 
 
-@pytest.mark.parametrize('name', ['nvfp4', 'mxfp4'])
+@pytest.mark.parametrize('name', FORMATS)
 def test_fused_projections(make, name):
-    """Each projection has its own factor."""
     check_fused(make, CodedOps, FORMATS[name])
 
 
 def test_does_not_fuse_different_layouts():
-    parts = [random_weight(name, 24, 640)[0]
-             for name in ('nf4', 'fp4-double-g128', 'nvfp4', 'mxfp4')]
-    nf4 = parts[0]
-    for other in (*parts[1:], replace(nf4, table=nf4.table.flip(0))):
-        assert fusion.fuse([nf4, other]) is None
+    nf4, other = (random_weight(name, 24, 640)[0] for name in FORMATS)
+    for another in (other, replace(nf4, table=nf4.table.flip(0))):
+        assert fusion.fuse([nf4, another]) is None
     assert fusion.fuse([random_weight('nf4', 12, 640)[0]] * 2, paired=True) is None
 
 
@@ -95,25 +92,7 @@ def test_dequantises_rows(name, k):
     assert_close(out, dense[8:16])
 
 
-def test_each_8_bit_scale(make):
-    """NVFP4 has float8 scales. MXFP4 has powers of 2; 2^-127 is treated as 0."""
-    bits = torch.arange(256, dtype=torch.uint8, device=DEVICE)
-    for name, numbers in (('nvfp4', bits[bits & 0x7F != 0x7F].view(torch.float8_e4m3fn)),
-                          ('mxfp4', bits[:-1])):
-        weight, _ = random_weight(name, len(numbers), 32)
-        scales = numbers.view(torch.uint8)[:, None].repeat(1, weight.scales.shape[1])
-        weight = replace(weight, scales=scales.view(weight.scales.dtype),
-                         factors=torch.ones(len(numbers), device=DEVICE),
-                         codes=torch.full_like(weight.codes, 0x22))     # all 1.0
-        exact = numbers.double() if name == 'nvfp4' else 2.0 ** (numbers.double() - 127)
-        exact[exact < 2.0 ** -126] *= name == 'nvfp4'
-        out = torch.empty(len(numbers), 32, device=DEVICE)
-        coded_kernels.widen(weight, slice(0, len(numbers)), out)
-        for got in (out, weight.dequantise(slice(None), torch.float32)):
-            assert torch.equal(got, exact.float()[:, None].expand(-1, 32))
-
-
-@pytest.mark.parametrize('file', [kernels, scaled_kernels, coded_kernels])
+@pytest.mark.parametrize('file', [kernels, scaled_kernels, fp4_kernels, coded_kernels])
 def test_kernel_version_depends_on_each_source_file(monkeypatch, file):
     """A new version tunes its layouts again."""
     before, read = CodedOps._version(), Path.read_bytes

@@ -346,11 +346,11 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
     ('json_schema', {'x-guidance': {'lenient': True}}, 'x-guidance'),
     ('json_schema', {'type': 'object', 'minProperties': 2}, 'minProperties'),
     ('json_schema', {'minLenght': 3}, 'minLenght'),
-    ('json_schema', {'type': 'text'}, "^name has the type 'text': allowed are array, .*string"),
+    ('json_schema', {'type': 'text'}, "^name has the type 'text': expected one of array, .*str"),
     ('json_schema', {'properties': {'a/b~': {'items': {'type': ['null', 'int']}}}},
      r"name at /properties/a~1b~0/items has the type \['null', 'int'\]"),
     ('json_schema', {'anyOf': [{'type': 'null'}, {'type': None}]}, 'at /anyOf/1 has the type'),
-    ('json_schema', {'type': []}, r'has the type \[\]: allowed'),
+    ('json_schema', {'type': []}, r'has the type \[\]: expected'),
     ('json_schema', {'type': [['string']]}, 'has the type'),
     ('json_schema', {'type': 'string', 'format': 'phone'}, 'phone'),
     ('json_schema', {'type': 'integer', 'minimum': 3, 'maximum': 2}, 'minimum'),
@@ -358,7 +358,7 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
     ('json_schema', {'$ref': 'http://example.org/it.json'}, 'example.org'),
     ('json_schema', {'type': 'string', 'pattern': '(?=a)b'}, 'look'),
     ('json_schema', {'oneOf': [{'type': 'string'}, {'maxLength': 3}]}, 'oneOf'),
-    ('json_schema', {'enum': ['x' * 300_000]}, 'allowed are 65536'),
+    ('json_schema', {'enum': ['x' * 300_000]}, 'at most 65536 are allowed'),
     ('json_schema', {'allOf': [{'anyOf': [record({f'{a}{b}': WORD}) for b in range(9)]}
                                for a in range(9)]}, 'cannot be used'),
     ('json_schema', {'type': 'integer', 'multipleOf': 10**9 + 7}, 'fuel'),
@@ -495,7 +495,7 @@ def test_worker_rejects_a_constraint_and_goes_on(options, words):
         assert worker.state == 'idle' and not worker.last_error
 
 
-def test_a_parameter_with_stop_texts_is_named():
+def test_a_parameter_with_stop_strings_is_named():
     """A plain prompt has no field to override it, so the message names the parameter too."""
     with making() as make:
         worker, sink = make(FakeEngine(vocab_size=128), sampling=SamplingConfig(stop=('x',)))

@@ -63,7 +63,7 @@ def test_clients_find_the_node_after_one_was_killed(monkeypatch):
 
 
 def test_keeps_the_profiles_of_the_user(monkeypatch, tmp_path):
-    """Those of the environment, and a file in the working directory."""
+    """They come from the environment, or from a file in the working directory."""
     monkeypatch.setenv(dds.VARIABLE, 'mine.xml')
     dds.configure()
     assert os.environ[dds.VARIABLE] == 'mine.xml'

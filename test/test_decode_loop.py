@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The decode loop: what it reuses, how it cuts a prompt, and what is left after an error."""
+"""The decode loop: reuse of the cache, chunks of prompts, and the cache after an error."""
 
 from engine_contract import CHECKS
 from engine_contract import decode
@@ -33,14 +33,14 @@ ONE = SamplingConfig(max_new_tokens=1)
 
 
 class Timed(FakeEngine):
-    """Takes a time by its own clock for each prompt token, and notes its chunks."""
+    """Advances its own clock for each prompt token, and records its chunks."""
 
     def __init__(self, token_s=0.0, fails_at=None, **options):
         super().__init__(lambda ids: forever(), max_context=10_000, **options)
         self.token_s, self.now_s, self.chunks, self.fails_at = token_s, 0.0, [], fails_at
 
     def feed(self, token_ids):
-        """Take the time of a chunk."""
+        """Advance the clock by the time of a chunk."""
         self.chunks.append(len(token_ids))
         self.now_s += len(token_ids) * self.token_s
         if len(self.chunks) == self.fails_at:
@@ -53,12 +53,12 @@ def loop_of(engine, chunk_ms=100.0):
 
 
 def feed(loop, tokens, start=0):
-    """Feed a prompt that shares nothing with another start's; give its steps."""
+    """Feed a prompt, of which other values of ``start`` share no prefix; return its steps."""
     return list(loop.stream([start + 1000 + index for index in range(tokens)], ONE))
 
 
 class Repeatable(FakeEngine):
-    """Says what depends on the prompt, the seed and the place alone."""
+    """Answers with tokens that depend only on the prompt, the seed and the position."""
 
     def __init__(self):
         super().__init__(self._words, vocab_size=200, eos_token_ids=tuple(range(50)))
@@ -75,7 +75,7 @@ class Repeatable(FakeEngine):
 
 @pytest.mark.parametrize('check', CHECKS, ids=lambda check: check.__name__)
 def test_contract(check):
-    """The fake engine is held to what the others are."""
+    """The fake engine passes the same checks as the real ones."""
     check(DecodeLoop(Repeatable()))
 
 
@@ -85,7 +85,7 @@ def test_chunks_grow_to_the_time_they_may_take():
     feed(loop, 600)
     assert engine.chunks == [32, 128, 128, 128, 128, 56]
     engine.chunks.clear()
-    feed(loop, 250, start=5000)             # it was learned for good
+    feed(loop, 250, start=5000)             # the size is kept for later prompts
     assert engine.chunks == [128, 122]
 
 
@@ -96,7 +96,7 @@ def test_chunks_grow_no_faster_than_fourfold():
 
 
 def test_slow_device_gets_small_chunks():
-    """But not so small that a chunk mostly reads weights."""
+    """They are not so small that a chunk mostly reads weights."""
     engine = Timed(token_s=2.0**-10)
     loop = loop_of(engine, chunk_ms=500.0)
     feed(loop, 1000)
@@ -121,7 +121,7 @@ def test_chunks_respect_the_limits_of_the_engine():
 
 
 def test_prompt_in_one_chunk():
-    """If the engine can't take chunks, or no time is set."""
+    """This is so if the engine does not support chunks, or if no time is set."""
     engine = Timed(token_s=1.0, chunk_tokens=(10_000, 10_000))
     feed(loop_of(engine), 500)
     assert engine.chunks == [500]
@@ -134,9 +134,9 @@ def test_short_chunk_does_not_enlarge_the_next():
     size = ChunkSize(1, 1000, 100, 100.0)
     size.learn(10, 0.0001)
     assert size.tokens == 100
-    size.learn(10, 1.0)                     # but that it is slow
+    size.learn(10, 1.0)                     # only a slow one shrinks it
     assert size.tokens == 32
-    size.learn(32, 0.0)                     # a clock that did not move
+    size.learn(32, 0.0)                     # the clock did not advance
     assert size.tokens == 32
 
 
@@ -180,7 +180,7 @@ def test_failed_chunk_empties_the_cache(fails_at):
 
 @pytest.mark.parametrize('said', ['', 'ab'])
 def test_failed_step_empties_the_cache(said):
-    """For the first token of an answer, or a later one."""
+    """The step samples the first token of an answer, or a later one."""
     def steps(ids):
         yield from say(said, end=False)
         if len(ids) == 3:
@@ -207,7 +207,7 @@ def test_failed_rewind_empties_the_cache():
 @pytest.mark.parametrize(('length', 'limit', 'count'), [
     (10, 3, 3), (10, 1, 1), (13, 99, 3), (15, 99, 1)])
 def test_ends_at_the_limit_or_the_end_of_the_context(length, limit, count):
-    """It announces no step beyond."""
+    """The engine is told that no further step follows."""
     asked = []
 
     class Listening(FakeEngine):
@@ -233,7 +233,7 @@ def test_sum_with_an_unknown_time_is_unknown():
 
 @pytest.mark.parametrize('place', [0, 2])
 def test_logits_that_are_not_numbers_are_an_error(place):
-    """Whether the first token's or a later one's."""
+    """They are those of the first token, or of a later one."""
     engine = FakeEngine(lambda ids: [*say('abc'[:place], end=False), Step((NO_TOKEN,))])
     loop = DecodeLoop(engine)
     stream = loop.stream([1, 2, 3], SamplingConfig())

@@ -168,5 +168,5 @@ def test_requests_page_is_complete():
     fields = re.findall(r'`(\w+)`', ''.join(re.findall(r'^\| (`.+?) \|', page, re.MULTILINE)))
     with pytest.raises(RequestError) as raised:
         parse('{"nothing": 1}')
-    allowed = str(raised.value).partition('allowed are ')[2].split(', ')
+    allowed = str(raised.value).partition('the fields are ')[2].split(', ')
     assert sorted([*fields, 'metadata']) == sorted(allowed)

@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
+import json
 from random import Random
 import shutil
 from types import SimpleNamespace
@@ -132,7 +133,7 @@ def test_cache_follows_the_answer():
 
 
 def test_cache_is_right_in_any_order():
-    """Of answers, forced tokens and rejected drafts, with few ids so that wrong ones coincide."""
+    """Answers, forced tokens and rejected drafts are mixed; with few ids, wrong ones coincide."""
     draw = Random(2)
     model, engine, warnings = draft_model(
         lambda ids: 1 + sum(place * id_ for place, id_ in enumerate(ids, 1)) % 3, vocab_size=9)
@@ -153,7 +154,7 @@ def test_cache_is_right_in_any_order():
 
 
 def test_prompt_is_prefilled_in_chunks():
-    """Later, drafts read what is missing by themselves, unless it is more than a chunk."""
+    """Later, a draft first feeds the missing tokens, unless they are more than a chunk."""
     model, engine, _ = draft_model()
     ids = list(range(1, 12))
     assert [model.prefill(ids, 4) for _ in range(4)] == [True, True, True, False]
@@ -184,21 +185,36 @@ def broken(ids):
     raise RuntimeError('device lost')
 
 
-@pytest.mark.parametrize(('rule', 'ids', 'reason'), [
-    (not_a_number, [6], 'not numbers'), (broken, [6], 'RuntimeError: device lost'),
-    (successor, [6, 300], 'token id 300 is outside its vocabulary of 256')])
-def test_error_ends_the_drafts_of_one_answer(rule, ids, reason):
-    model, engine, warnings = draft_model(rule, vocab_size=256)
-    engine.footprint = replace(engine.footprint, vocab_size=256)
-    model.draft(ids, 3)
+@pytest.mark.parametrize(('rule', 'reason'), [
+    (not_a_number, 'not numbers'), (broken, 'RuntimeError: device lost')])
+def test_error_switches_the_draft_model_off(rule, reason):
+    """It would fail again, so one warning says so."""
+    model, engine, warnings = draft_model(rule)
+    model.draft([6], 3)
+    for _ in range(3):
+        assert model.room(1) == 0 and model.draft([6], 3) == []
+        assert not model.prefill([6, 9, 9, 9], 1)
+        model.begin()
     assert len(warnings) == 1 and reason in warnings[0]
-    assert model.room(len(ids)) == 0 and model.draft(ids, 3) == []
-    assert not model.prefill([*ids, 9, 9, 9], 1)
-    engine.rule = successor
+    assert warnings[0].startswith('the draft model is off until the node is activated again')
+
+
+def test_unknown_id_ends_the_drafts_of_one_answer():
+    """Before the draft model computes anything, so it can reuse its cache; one warning says so."""
+    model, engine, warnings = draft_model(vocab_size=256)
+    engine.footprint = replace(engine.footprint, vocab_size=256)
+    assert model.draft([6, 7], 1) == [8]
+    for _ in range(3):
+        model.begin()
+        assert not model.prefill([6, 7, 9, 300, 9], 1)
+        assert model.room(5) == 0 and model.draft([6, 7, 9, 300, 9], 3) == []
+    assert engine.feeds == [[6, 7]]
+    assert len(warnings) == 1 and 'such as 300, are outside its vocabulary' in warnings[0]
     model.begin()
-    assert model.draft([6, 7], 2) == [8, 9]
-    assert engine.fed == [6, 7, 8]
-    assert len(warnings) == 1
+    assert model.draft([6, 7, 20], 2) == [21, 22]
+    assert engine.feeds == [[6, 7], [20]]
+    model.begin()
+    assert model.draft([6, 300], 2) == [] and len(warnings) == 1
 
 
 # --- its cost -------------------------------------------------------------------------------
@@ -222,7 +238,7 @@ def cost_of(policy, draft_cost, accepted):
 @pytest.mark.parametrize('draft_cost', [0.05, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize('count', [20, 3000])
 def test_rejected_drafts_cost_little(draft_cost, count):
-    """With the cost of the draft model."""
+    """The cost includes that of the draft model."""
     steps, tokens = cost_of(
         Policy(Experience(COSTS, draft_cost)), draft_cost, [False] * count)
     assert tokens == count
@@ -295,7 +311,10 @@ def test_accepted_drafts_take_few_passes(kind):
     passes = [step for step in steps if step.token_ids]
     assert len(passes) < len(ANSWER) / 2
     computed = len(small.fed) - len(DIGITS) - 1
-    assert sum(step.device_s for step in passes[1:]) > 0.001 * (computed + len(passes) - 1)
+    drafted_s = sum(step.draft_s or 0.0 for step in passes)
+    assert drafted_s > 0.001 * computed
+    assert sum(step.device_s for step in passes[1:]) > drafted_s
+    assert first.draft_s is None
 
 
 def test_wrong_and_expensive_drafts_leave_the_text():
@@ -321,8 +340,9 @@ def test_failing_draft_model_ends_no_answer():
     warnings = []
     small = Small(lambda ids: NO_TOKEN, max_context=200)
     loop = loop_with(small, warn=warnings.append)
-    assert text_of(list(loop.stream(DIGITS, ALL))) == ANSWER
-    assert len(warnings) == 1 and 'an answer continues without it' in warnings[0]
+    for _ in range(2):
+        assert text_of(list(loop.stream(DIGITS, ALL))) == ANSWER
+    assert len(warnings) == 1 and 'the draft model is off' in warnings[0]
 
 
 def test_an_error_does_not_change_the_cost_of_drafts():
@@ -357,7 +377,7 @@ def check_same_answers(loop, prompts, count, decode=answers):
             loop.engine, 0.0, lambda: 0.0, speculation, warnings.append), prompts, count))
     (expected, steps), (got, passes) = results
     assert got == expected
-    assert all('outside its vocabulary of 500' in each for each in warnings)
+    assert all('outside its vocabulary' in each for each in warnings)
     return steps - passes
 
 
@@ -381,7 +401,7 @@ def conversations(seed, count):
 
 @pytest.mark.parametrize('steps', ['on the host', 'in a pipeline'])
 def test_another_model_drafts(native, steps, tmp_path, monkeypatch):    # noqa: F811
-    """Of another family and shape, with fewer ids and a shorter context."""
+    """It has another family and shape, fewer ids, and a shorter context."""
     import random_model
     always_draft(monkeypatch)
     target = random_model.save(tmp_path / 'target', 'qwen3', 1)
@@ -465,6 +485,7 @@ def test_loads_a_draft_model(native, monkeypatch):                      # noqa: 
     loaded = host.load(config_of(TINY), messages.append)
     loaded.text.close()
     drafter = loaded.engine.drafter
+    assert loaded.warnings == tuple(host._idle_draft(loaded.engine, TINY))
     assert 0.2 < drafter.cost < 5 and 0 < drafter.step_s < 1
     details = loaded.engine.footprint.details['draft_model']
     assert details.endswith(f'a token costs {drafter.cost:.2f} steps')
@@ -473,6 +494,19 @@ def test_loads_a_draft_model(native, monkeypatch):                      # noqa: 
     loaded.engine.close()
     assert not hasattr(loaded.engine, 'transformer')
     assert not hasattr(drafter.engine, 'transformer')
+
+
+@pytest.mark.parametrize(('cost', 'used'), [(0.1, True), (0.4, True), (0.9, False), (2.0, False)])
+def test_load_warns_of_a_draft_model_that_is_never_used(cost, used):
+    engine = VerifyingEngine()
+    engine.drafter = Drafter(FakeEngine(), cost)
+    warnings = list(host._idle_draft(engine, 'small'))
+    assert all(f'small is never used, because a token of it costs {cost:.2f} ' in each
+               for each in warnings)
+    policy = Policy(Experience(COSTS, cost))
+    for _ in range(1000):
+        policy.learn(None)
+    assert (policy.best(8, by_model=True)[1] > 1) == (not warnings) == used
 
 
 def test_draft_model_is_closed_if_drafts_can_not_be_verified(
@@ -527,15 +561,16 @@ def test_another_tokenizer_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"!": ', '"~~": '))
     with closing(host.TextProcess(str(checkpoint.open(TINY).folder), DecodeConfig().chat)) as text:
         with pytest.raises(EngineError, match=(
-                "has another tokenizer than the model: id 3 is '~~', in the model '!'; set it")):
+                "^the draft model .* cannot be used: it has another tokenizer than the model: "
+                "id 3 is '~~', but in the model it is '!'; take")):
             host._open_draft(config_of(folder), text, print)
 
 
 @pytest.mark.parametrize(('theirs', 'difference'), [
     ({'a': 0, 'b': 1, 'c': 2}, ''), ({'a': 0, 'b': 1}, ''), ({'a': 0, 'b': 1, 'c': 2, 'x': 3}, ''),
-    ({'a': 0, 'c': 1, 'b': 2}, "id 1 is 'c', in the model 'b'"),
-    ({'a': 0, 'b': 1, 'x': 2}, "id 2 is 'x', in the model 'c'"),
-    ({'a': 0, 'b': 1, 'c': 7}, "'c' is id 7, in the model 2")])
+    ({'a': 0, 'c': 1, 'b': 2}, "id 1 is 'c', but in the model it is 'b'"),
+    ({'a': 0, 'b': 1, 'x': 2}, "id 2 is 'x', but in the model it is 'c'"),
+    ({'a': 0, 'b': 1, 'c': 7}, "'c' is id 7, but in the model it is 2")])
 def test_tokens_and_ids_have_to_agree_where_both_have_them(theirs, difference):
     """Sizes may differ."""
     ours, other = (SimpleNamespace(_backend=Tokenizer(WordLevel(vocab, 'a')))
@@ -546,5 +581,27 @@ def test_tokens_and_ids_have_to_agree_where_both_have_them(theirs, difference):
 def test_draft_model_has_to_exist(tmp_path):
     with pytest.raises(ConfigError, match=r'speculation\.draft_model is empty: set it'):
         host._open_draft(config_of(''), None, print)
-    with pytest.raises(EngineError, match=r"^speculation\.draft_model '.*none': no such folder"):
+    with pytest.raises(EngineError, match=r"speculation\.draft_model '.*none': no such folder"):
         host._open_draft(config_of(tmp_path / 'none'), None, print)
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'config.json', 'model.safetensors'])
+def test_error_names_the_draft_model(tmp_path, name):
+    folder = tmp_path / 'draft'
+    shutil.copytree(checkpoint.open(TINY).folder, folder)
+    (folder / name).write_text('{')
+    with pytest.raises(engines.DraftError, match=f'^the draft model {folder} cannot be used: .*'
+                                                 f'{name}.*; or set speculation'):
+        host._open_draft(config_of(folder), None, print)
+
+
+def test_load_tells_the_notes_of_a_draft_model(tmp_path):
+    folder, told = tmp_path / 'draft', []
+    shutil.copytree(checkpoint.open(TINY).folder, folder)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, 'architectures': ['Strange']}))
+    with closing(host.TextProcess(str(folder), DecodeConfig().chat)) as text:
+        host._open_draft(config_of(folder), text, told.append)
+    assert len(told) == 2 and told[1].startswith('draft model: config_notes: ')
+    assert 'Strange' in told[1]

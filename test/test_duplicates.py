@@ -28,7 +28,7 @@ from std_msgs.msg import String
 
 @pytest.fixture
 def rig(monkeypatch):
-    """Return a node that looks at the graph at every message on /diagnostics."""
+    """Return a node that polls the graph for every message on /diagnostics."""
     monkeypatch.setattr('physai_decode.ros.duplicates.PERIOD_S', 0.0)
     monkeypatch.setattr('physai_decode.ros.duplicates.DISCOVERY_S', 0.0)
     rig = Rig()
@@ -47,7 +47,7 @@ def second_node(name):
 
 
 def engine(rig, level):
-    """Wait for an engine status of this level; gives its message."""
+    """Wait for an engine status with this level; return its message."""
     status = {}
 
     def found():
@@ -59,7 +59,7 @@ def engine(rig, level):
 
 
 def test_a_second_node_of_the_name(rig, capfd):
-    """The status is an ERROR while the other node exists, and the log has it once."""
+    """The status is an ERROR while the other node exists, and the log reports it once."""
     assert engine(rig, messages.OK) == 'unconfigured'
     with second_node('decode'):
         assert engine(rig, messages.ERROR).startswith('2 nodes are called /decode: ')
@@ -91,4 +91,4 @@ def test_a_second_publisher_of_tokens(rig):
     with second_node('impostor') as node:
         node.create_publisher(String, '/decode/tokens', 10)
         assert engine(rig, messages.ERROR) == (
-            '2 publishers are on /decode/tokens, of /decode, /impostor: their streams mix')
+            '/decode/tokens has 2 publishers, /decode, /impostor: their streams mix')

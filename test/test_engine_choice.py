@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which engine `auto` takes, and what it says of that."""
+"""Which engine `auto` picks, and what the load reports."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,11 +47,11 @@ def chosen(model, monkeypatch, installed=(), **changes):
     return engines.choose(replace(model, config={**model.config, **changes}), CPU)
 
 
-def test_the_fastest_that_can_run_it(model, monkeypatch):
+def test_auto_picks_native_if_it_can_run_the_model(model, monkeypatch):
     everything = ('gptqmodel', 'optimum', 'accelerate')
     assert chosen(model, monkeypatch) == (
         'native', 'it supports llama with unquantised weights')
-    # Also beside GPTQModel, which transformers calls on a CPU.
+    # Even if GPTQModel is installed, which transformers calls on a CPU.
     assert chosen(model, monkeypatch, everything, quantization_config=GPTQ).name == 'native'
 
 
@@ -59,7 +59,7 @@ def test_the_fastest_that_can_run_it(model, monkeypatch):
     {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
     {'quant_method': 'modelopt', 'quant_algo': 'NVFP4'}])
 @pytest.mark.parametrize('installed', [(), ('bitsandbytes', 'accelerate')])
-def test_four_bits_without_their_library(model, monkeypatch, quantization, installed):
+def test_auto_picks_native_for_four_bits(model, monkeypatch, quantization, installed):
     found = chosen(model, monkeypatch, installed, quantization_config=quantization)
     assert found.name == 'native'
     assert found.reason.endswith('4 weights')
@@ -74,16 +74,16 @@ def test_four_bits_without_their_library(model, monkeypatch, quantization, insta
     ({'quantization_config': {'quant_method': 'awq', 'bits': 4, 'zero_point': False}},
      'transformers', 'zero points'),
     ({'quantization_config': {'quant_method': 'exl2', 'bits': 4.0}}, 'exllamav2', 'exl2')])
-def test_what_native_does_not_run(model, monkeypatch, changes, name, word):
+def test_auto_picks_another_engine_for_unsupported_models(model, monkeypatch, changes, name, word):
     found = chosen(model, monkeypatch, **changes)
     assert found.name == name
     assert word in found.reason
 
 
-def test_a_name_that_is_given_is_kept(model):
+def test_engine_name_takes_precedence(model):
     assert engines.choose(model, replace(CPU, name='transformers')) == (
-        'transformers', 'engine.name says so')
-    with pytest.raises(EngineError, match="engine.name is 'fast': allowed are auto, native"):
+        'transformers', 'engine.name is set to it')
+    with pytest.raises(EngineError, match="engine.name is 'fast': expected one of auto, native"):
         engines.choose(model, replace(CPU, name='fast'))
 
 
@@ -93,14 +93,14 @@ def settings(**changes):
         roofline=RooflineConfig(peak_bandwidth_gb_s=10.0)), **changes)
 
 
-@pytest.mark.parametrize(('template', 'told', 'form'), [
+@pytest.mark.parametrize(('template', 'shown', 'form'), [
     ('auto', 'default', 'none: the chat template omits them'),
     ('off', 'off', 'none: no chat template presents them to the model')])
-def test_what_a_load_decided_is_told(template, told, form):
+def test_load_reports_its_decisions(template, shown, form):
     said = []
     loaded = load(settings(chat=ChatConfig(template=template)), said.append)
     assert loaded.facts == {
-        'engine_reason': 'it supports llama with unquantised weights', 'chat_template': told,
+        'engine_reason': 'it supports llama with unquantised weights', 'chat_template': shown,
         'end_tokens': '<|im_end|>', 'checkpoint_sampling': 'none', 'tool_form': form,
         'thought_markers': 'none', 'config_notes': 'none'}
     assert any('end_tokens: <|im_end|>' in line for line in said)
@@ -108,8 +108,8 @@ def test_what_a_load_decided_is_told(template, told, form):
     loaded.text.close()
 
 
-def test_an_end_that_only_the_template_names(tmp_path):
-    """The config ends an answer elsewhere: the model would go on into a turn of the user."""
+def test_end_token_that_only_the_template_has(tmp_path):
+    """With those of the config alone, the model would continue with a turn of the user."""
     import json
     import shutil
 
@@ -127,7 +127,7 @@ def test_an_end_that_only_the_template_names(tmp_path):
     loaded.text.close()
 
 
-def test_an_end_that_the_tokenizer_has_as_text_is_told(tmp_path):
+def test_reports_an_end_token_that_is_plain_text(tmp_path):
     import json
     import shutil
 

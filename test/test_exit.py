@@ -213,7 +213,7 @@ def wait(probe, done):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['-p', 'sampling.top_p:=7.0'], 'sampling.top_p is 7.0: allowed are 0.0 to 1.0'),
+    (['-p', 'sampling.top_p:=7.0'], 'sampling.top_p is 7.0: expected 0.0 to 1.0'),
     (['--params-file', '/logging/none.yaml'],
      'decode_node: there is no params file /logging/none.yaml: correct the path'),
     (['-p', 'use_sim_time:=7'], 'use_sim_time'),

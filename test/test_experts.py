@@ -111,7 +111,7 @@ def test_routing_weights_of_nan_logits_are_nan(make):
 
 @pytest.mark.parametrize('size, columns', [(40, 512), (96, 64), (512, 256)])
 def test_dense(make, routed, size, columns, monkeypatch):
-    """With and without partial tiles."""
+    """Some sizes have partial tiles."""
     monkeypatch.setattr(kernels, 'DENSE_LAYOUTS', (kernels.Layout(16, columns, 1, 1),))
     gate_up = stack_of(Dense(make(2 * size, 100)) for _ in range(COUNT))
     down = stack_of(Dense(make(33, size)) for _ in range(COUNT))
@@ -121,7 +121,7 @@ def test_dense(make, routed, size, columns, monkeypatch):
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('size', [64, 96])
 def test_int4(make, routed, size, symmetric):
-    """With partial blocks of 128 columns."""
+    """Some sizes have partial blocks of 128 columns."""
     pairs = [[int4(2 * number + at, size, 256, symmetric) for at in range(2)]
              for number in range(COUNT)]
     gate_up = stack_of(fusion.fuse([gate[0], up[0]], paired=True) for gate, up in pairs)

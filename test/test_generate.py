@@ -62,10 +62,10 @@ def wait(done) -> None:
 
 class ScriptedHost:
     """
-    Says each prompt again, a token for each character, in a thread of its own.
+    Repeats each prompt, one token per character, in its own thread.
 
     A prompt such as ``deadline: abc`` ends with that finish reason, ``rejected: abc`` before
-    ``submit`` returns. A ``*`` is an element too, behind which it waits for `go`.
+    ``submit`` returns. A ``*`` is also an element, after which it waits for `go`.
     """
 
     def __init__(self, step_s: float = STEP_S) -> None:
@@ -211,7 +211,7 @@ class Client:
 
     def tokens(self, goal: Goal, count: int) -> list:
         """
-        Give all tokens of a goal that has ended, as they were on the topic.
+        Return all tokens of a goal that has ended, as published on the topic.
 
         rclpy's own client drops the feedback that it has not handled when a result comes.
         """
@@ -353,7 +353,7 @@ def test_aborts_a_wrong_goal_with_the_reason(make):
     rig = make()
     goal = rig.client.ask(id='mine', prompt='x', sampling=Sampling(temperature=-0.5))
     assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_ABORTED, 'rejected')
-    assert goal.result.message == 'temperature is -0.5: allowed are 0.0 to 10.0'
+    assert goal.result.message == 'temperature is -0.5: expected 0.0 to 10.0'
     assert goal.result.prompt_tokens == -1
     assert rig.host.refused == [(goal.result.message, 'mine')] and not rig.host.submitted
 

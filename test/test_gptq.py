@@ -129,7 +129,7 @@ def test_footprint(folder, engine):
     assert 'dense_fallbacks' not in engine.footprint.details
 
 
-def test_auto_takes_native(folder):
+def test_auto_picks_native(folder):
     engine = build(inspect(folder), EngineConfig(device='cpu', cpu_threads=1))
     assert engine.footprint.engine == 'native'
     engine.close()
@@ -154,7 +154,7 @@ def check_random(folder, family, group_size, **form):
     return engine
 
 
-def test_bias_of_only_one_part(tmp_path):
+def test_bias_of_only_one_fused_projection(tmp_path):
     random_gptq.save(tmp_path, 'llama', 1, 64)
     stored = load_file(tmp_path / 'model.safetensors')
     plain = load(NativeEngine, tmp_path, CPU).engine.prefill_logits(IDS)
@@ -171,19 +171,19 @@ def test_bias_of_only_one_part(tmp_path):
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('act_order', [False, True])
 @pytest.mark.parametrize('group_size', [32, 64, 128, -1])
-def test_every_form(tmp_path, group_size, act_order, symmetric, layout):
+def test_each_layout(tmp_path, group_size, act_order, symmetric, layout):
     engine = check_random(tmp_path, 'llama', group_size, act_order=act_order,
                           symmetric=symmetric, layout=layout)
     assert 'dense_fallbacks' not in engine.footprint.details
 
 
 @pytest.mark.parametrize('group_size', [96, 160, 192, 256])
-def test_groups_of_several_of_the_kernels(tmp_path, group_size):
+def test_group_sizes_that_are_split_for_the_kernels(tmp_path, group_size):
     check_random(tmp_path, 'llama', group_size, act_order=True, symmetric=False)
 
 
 @pytest.mark.parametrize('family', ['llama_biases', 'mistral', 'qwen2', 'qwen2_tied', 'qwen3'])
-def test_every_family(tmp_path, family):
+def test_each_family(tmp_path, family):
     check_random(tmp_path, family, 64, act_order=True, symmetric=False)
 
 
@@ -191,19 +191,19 @@ def test_quantised_head(tmp_path):
     check_random(tmp_path, 'llama', 128, head=True)
 
 
-def test_orders_that_differ(tmp_path):
+def test_projections_with_different_column_orders_are_not_fused(tmp_path):
     engine = check_random(tmp_path, 'llama', 64, act_order=True, one_order=False)
     assert engine.footprint.details['dense_fallbacks'] == '4'   # QKV, gate and up, of 2 layers
 
 
-def test_rows_that_fill_no_tile(tmp_path):
-    """And inputs that fill no group."""
+def test_rows_that_do_not_fill_tiles(tmp_path):
+    """The columns of `down` do not fill groups either."""
     engine = check_random(tmp_path, 'llama', 64, symmetric=False, intermediate_size=392)
     assert engine.footprint.details['dense_fallbacks'] == '2'   # gate and up, of 2 layers
 
 
-def test_rules_for_modules(tmp_path):
-    """GPTQModel's: single modules of another group size, or dense."""
+def test_rules_for_single_modules(tmp_path):
+    """A rule of GPTQModel sets another group size for a module, or leaves it dense."""
     state = random_gptq.save(tmp_path, 'llama', 2, 64)
     tensors = load_file(tmp_path / 'model.safetensors')
     other, dense = random_gptq.tensors(5, 128, 256, 32)
@@ -269,7 +269,7 @@ def change(folder, drop='', replace=None, **quantization):
     ({'replace': {'qzeros': lambda tensor: tensor[:, 1:].contiguous()}},
      (f'{PROJECTION}.qzeros', '[4, 15]')),
     ({'replace': {'g_idx': lambda tensor: tensor[:-1]}}, (f'{PROJECTION}.g_idx', '[255]'))])
-def test_rejections(tmp_path, changes, message):
+def test_rejects_damaged_or_unsupported_checkpoints(tmp_path, changes, message):
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, **changes)
     with pytest.raises(EngineError) as error:
@@ -278,8 +278,8 @@ def test_rejections(tmp_path, changes, message):
         assert part in str(error.value)
 
 
-def test_settings_in_a_file_of_their_own(tmp_path):
-    """As older writers have them; a rule for what was left dense is no matter."""
+def test_rejects_a_config_without_quantization_config(tmp_path):
+    """Older writers put the settings into a file of their own."""
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, dynamic={'-:.*nothing': {}})
     load(NativeEngine, tmp_path, CPU).engine.close()

@@ -35,7 +35,7 @@ PERCENTS = (0, 1, 50, 95, 99, 100)
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 10, 101, 1000])
-def test_percentiles_are_numpys(count):
+def test_percentiles_equal_those_of_numpy(count):
     source = random.Random(count)
     values = [source.expovariate(1.0) for _ in range(count)]
     for percent in PERCENTS:
@@ -45,7 +45,7 @@ def test_percentiles_are_numpys(count):
         assert deviation(values) == pytest.approx(statistics.pstdev(values))
 
 
-def test_nothing_is_none():
+def test_statistics_without_values_are_none():
     assert percentile([], 50) is None
     assert deviation([]) is None
     assert deviation([1.0]) is None
@@ -56,8 +56,8 @@ def test_nothing_is_none():
 
 @pytest.mark.parametrize('size', [1e-8, 1e-3, 0.5, 1.0, 3.3, 1e6, 1e12])
 @pytest.mark.parametrize('sign', [1, -1])
-def test_a_bin_is_narrow(size, sign):
-    """At any size, and on both sides of 0, in the order of the values."""
+def test_bins_are_narrow_and_in_order(size, sign):
+    """This holds for any magnitude and either sign."""
     source = random.Random(7)
     values = sorted(sign * size * source.uniform(1, 10) for _ in range(500))
     for value in values:
@@ -67,7 +67,7 @@ def test_a_bin_is_narrow(size, sign):
     assert value_of(bin_of(0.0)) == 0.0
 
 
-def test_ranked_counts_as_if_written_out():
+def test_ranked_has_the_values_of_its_bins_in_order():
     values = [-2.0, 0.0, 0.0, 1.0, 1.0, 1.0, 5.0]
     bins = {}
     for value in values:
@@ -79,8 +79,8 @@ def test_ranked_counts_as_if_written_out():
 
 
 @pytest.mark.parametrize('count', [100, histogram.EXACT_VALUES, 50000])
-def test_a_distribution(count):
-    """Exact for few values, within 0.5 % for many; sums and the largest always exact."""
+def test_distribution_is_accurate(count):
+    """It is exact for few values, and within 0.5 % for many; sums and maximum are always exact."""
     source = random.Random(1)
     values = [source.lognormvariate(1.0, 0.5) for _ in range(count)]
     distribution = Distribution()
@@ -99,7 +99,7 @@ def test_a_distribution(count):
 
 
 def size_of(value, known) -> int:
-    """Count the bytes of a value and all that it holds."""
+    """Count the bytes of a value and of all that it refers to."""
     if id(value) in known:
         return 0
     known.add(id(value))
@@ -113,8 +113,8 @@ def size_of(value, known) -> int:
     return sys.getsizeof(value) + sum(size_of(each, known) for each in inner)
 
 
-def test_a_distribution_is_bounded():
-    """A request of 200,000 tokens takes no more memory than one of a tenth."""
+def test_memory_of_a_distribution_is_bounded():
+    """200,000 values take hardly more memory than 20,000."""
     source, distribution, sizes = random.Random(2), Distribution(), []
     for _ in range(2):
         for _ in range(20000 if not sizes else 180000):
@@ -133,8 +133,8 @@ def feed(window, rows, step_s, read_every=0):
 
 
 @pytest.mark.parametrize('read_every', [0, 100, 3000])
-def test_a_window_of_many(read_every):
-    """It covers its time and up to a slice more; what is in there is told within 0.5 %."""
+def test_window_with_many_rows_is_accurate(read_every):
+    """It is up to one slice too long, and its percentiles are within 0.5 %."""
     source = random.Random(3)
     rows = [(source.lognormvariate(1.0, 0.3), None if index % 2 else source.gauss(0.0, 1.0))
             for index in range(20000)]
@@ -156,8 +156,8 @@ def test_a_window_of_many(read_every):
     assert percentile(second.ordered, 5) == pytest.approx(percentile(others, 5), rel=0.0051)
 
 
-def test_a_window_of_few_is_exact():
-    """Also one of few after one of many."""
+def test_window_with_few_rows_is_exact():
+    """This holds even after a time with many rows."""
     window = SlidingWindow(1.0, 1)
     now_s = feed(window, [(float(index),) for index in range(5000)], 0.0001)
     assert len(window.read(now_s)[0].ordered) == 5000
@@ -170,8 +170,8 @@ def test_a_window_of_few_is_exact():
 
 
 @pytest.mark.parametrize('read_every', [0, 333])
-def test_a_window_is_bounded(read_every):
-    """Ten times the rate takes no more memory, whether it is read or not."""
+def test_memory_of_a_window_is_bounded(read_every):
+    """Ten times the rate takes less than twice the memory, with and without readers."""
     sizes = []
     for count in (20000, 200000):
         source, window = random.Random(4), SlidingWindow(3600.0, 2)
@@ -182,8 +182,8 @@ def test_a_window_is_bounded(read_every):
     assert sizes[1] < 4e6
 
 
-def test_who_adds_never_waits():
-    """Not even for a reader that holds the lock for long."""
+def test_writer_never_waits_for_a_reader():
+    """It does not wait even if a reader holds the lock for a long time."""
     window = SlidingWindow(3600.0, 1)
     with window._lock:
         adder = threading.Thread(target=feed, args=(window, [(1.0,)] * 10000, 0.001))
@@ -193,8 +193,8 @@ def test_who_adds_never_waits():
     assert len(window.read(10.0)[0].ordered) == 10000
 
 
-def test_a_long_window_is_read_at_once():
-    """An hour at 333 tokens per second; sorting them all took more than a second."""
+def test_reading_a_long_window_is_fast():
+    """It has an hour of tokens at 333 per second; sorting them took more than a second."""
     source, window = random.Random(5), SlidingWindow(3600.0, 5)
     values = [source.lognormvariate(1.0, 0.3) for _ in range(1000)]
     rows = [(value, 0.1, 1.0, 1.0 / value, 300.0 / value) for value in values]

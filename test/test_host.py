@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
+import re
 from types import SimpleNamespace
 
 from fake_engine import CharacterText
@@ -29,8 +30,11 @@ from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
 from physai_decode.config import ModelConfig
+from physai_decode.config import RealtimeConfig
 from physai_decode.config import RemoteConfig
 from physai_decode.config import RooflineConfig
+from physai_decode.config import SpeculationConfig
+from physai_decode.engine import EngineError
 from physai_decode.host import Host
 from physai_decode.host import Loaded
 from physai_decode.request import Request
@@ -57,12 +61,13 @@ def host():
     host.unload()
 
 
-def test_a_load_tells_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
+def test_a_load_warns_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
     told = []
     problem = SimpleNamespace(problem='jetson-stats is not used', close=lambda: None)
     monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: problem)
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET))
-    host.load(CONFIG, told.append)
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET),
+                told.append)
+    host.load(CONFIG, print)
     host.unload()
     assert told == ['jetson-stats is not used']
 
@@ -72,7 +77,7 @@ def test_a_load_tells_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
          'remote': RemoteConfig('http://127.0.0.1:9/v1', 'a/model', fallback=ModelConfig.path)}],
     ids=['local', 'server'])
 def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, remote):
-    """Such as that of a node that has to exit."""
+    """A node that exits can end a load at any step."""
     config = DecodeConfig(roofline=RooflineConfig(100.0), **remote)
     opened, told = [], []
 
@@ -87,7 +92,7 @@ def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, remote)
         monkeypatch.setattr(engines, 'build', lambda *arguments: counted(FakeEngine()))
         monkeypatch.setattr(host_module, 'TextProcess', lambda *arguments: counted(text))
         monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: SimpleNamespace(
-            problem='jetson-stats is not used', close=lambda: None))
+            problem='', close=lambda: None))
         host = Host(Sink())
         host.load(config, told.append)
         assert len(opened) == 2
@@ -98,6 +103,94 @@ def test_a_load_that_ends_at_any_step_leaves_nothing_loaded(monkeypatch, remote)
                 host.load(config, lambda text, left=left: next(left))
             assert host.loaded is host.telemetry is None and not opened, step
         monkeypatch.undo()          # of text.close
+
+
+REMOTE = DecodeConfig(engine=EngineConfig('openai'), remote=RemoteConfig(
+    'http://127.0.0.1:9/v1', 'a/model', fallback=ModelConfig.path),
+    roofline=RooflineConfig(100.0))
+NO_DRAFT = SpeculationConfig('model', '/none')
+
+
+def load(config, build, monkeypatch):
+    """Load with engines of ``build``; return what was loaded, and the warnings."""
+    warnings = []
+    monkeypatch.setattr(engines, 'build', build)
+    host = Host(Sink(), warn=warnings.append)
+    try:
+        return host.load(config, print), warnings
+    finally:
+        host.unload()
+
+
+@pytest.mark.parametrize('drafts', [True, False])
+def test_facts_tell_the_speculation_of_a_fallback(monkeypatch, drafts):
+    def build(model, config, progress, passes, draft):
+        assert passes and draft is not None
+        details = {'speculation': 'on: a pass', 'draft_model': 'small'} if drafts else {
+            'speculation': 'off: experts'}
+        return FakeEngine(details=details)
+
+    loaded, warnings = load(replace(REMOTE, speculation=SpeculationConfig(
+        'model', ModelConfig.path)), build, monkeypatch)
+    expected = {'speculation': 'of the fallback: on: a pass',
+                'draft_model': 'of the fallback: small'} if drafts else {
+                    'speculation': 'of the fallback: off: experts'}
+    assert {key: loaded.facts.get(key) for key in expected} == expected
+    assert drafts == ('draft_model' in loaded.facts)
+    warning, = warnings
+    assert warning.startswith('the server is not ready: http://127.0.0.1:9/v1 cannot be reached')
+    alone, _ = load(replace(REMOTE, remote=replace(REMOTE.remote, fallback=''),
+                            speculation=NO_DRAFT), build, monkeypatch)
+    assert alone.facts['speculation'] == 'off: a server decides that itself'
+
+
+@pytest.mark.parametrize('place', ['at once', 'while it loads', 'beside the model'])
+def test_a_server_does_not_need_the_draft_model_of_its_fallback(monkeypatch, place):
+    """A warning says why the fallback has none; without a server, the load fails."""
+    def build(model, config, progress, passes, draft):
+        if draft is not None:
+            raise engines.DraftError('beside a draft model')
+        assert passes
+        return FakeEngine(details={'speculation': 'on: a pass'})
+
+    def broken(model, config, progress, passes=False):
+        if not passes:
+            raise RuntimeError('device lost')
+        return FakeEngine(details={'speculation': 'on: a pass'})
+
+    broken.verify = None
+    if place == 'while it loads':
+        monkeypatch.setattr(engines, '_load', lambda name: SimpleNamespace(NativeEngine=broken))
+        monkeypatch.setattr(engines, 'choose', lambda *_: engines.Chosen('native', 'a test'))
+        build = engines.build
+    draft, reason = {
+        'at once': ('/none', "speculation.draft_model '/none': no such folder"),
+        'while it loads': (ModelConfig.path, 'cannot be used: RuntimeError: device lost'),
+        'beside the model': (ModelConfig.path, 'beside a draft model')}[place]
+    speculation = SpeculationConfig('model', draft)
+    loaded, (_, warning) = load(replace(REMOTE, speculation=speculation), build, monkeypatch)
+    assert warning.startswith('the fallback uses prompt lookup alone: ') and reason in warning
+    assert loaded.facts['draft_model'] == warning
+    assert loaded.facts['speculation'] == 'of the fallback: on: a pass'
+    with pytest.raises(engines.DraftError, match=re.escape(reason)):
+        load(DecodeConfig(roofline=RooflineConfig(100.0), speculation=speculation), build,
+             monkeypatch)
+
+
+def test_errors_of_a_fallback_name_its_parameter(monkeypatch):
+    remote = replace(REMOTE.remote, fallback='/none')
+    with pytest.raises(EngineError, match="^remote.fallback '/none': no such folder"):
+        load(replace(REMOTE, remote=remote), None, monkeypatch)
+
+
+def test_revision_applies_to_a_fallback_too(monkeypatch):
+    def find(path, revision, parameter):
+        raise EngineError(f'{parameter} {path} {revision}')
+
+    monkeypatch.setattr(checkpoint, 'open', find)
+    remote = replace(REMOTE.remote, fallback='org/name')
+    with pytest.raises(EngineError, match='^remote.fallback org/name abc$'):
+        load(replace(REMOTE, remote=remote, model=ModelConfig('', 'abc')), None, monkeypatch)
 
 
 def window(host, gb_s, peak):
@@ -131,6 +224,38 @@ def test_a_lower_memory_clock_does_not_refute_the_peak(host, monkeypatch, gb_s, 
     assert host.follow_peak(steps) == ''
     assert host.peak == SHEET
     assert host.worker.peak == at_clock(SHEET, board.memory_clocks_mhz)
+
+
+def test_unload_closes_everything_if_the_engine_fails_to_close(monkeypatch):
+    """Such as the process of the tokenizer."""
+    closed = []
+
+    def lost():
+        closed.append('engine')
+        raise RuntimeError('device lost')
+
+    monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: SimpleNamespace(
+        problem='', close=lambda: closed.append('telemetry')))
+    engine, text = FakeEngine(), CharacterText()
+    engine.close, text.close = lost, lambda: closed.append('text')
+    host = Host(Sink(), lambda config, progress: Loaded(engine, text, SHEET))
+    host.load(CONFIG, print)
+    with pytest.raises(RuntimeError, match='device lost'):
+        host.unload()
+    assert sorted(closed) == ['engine', 'telemetry', 'text'] and host.loaded is None
+
+
+def test_the_gap_is_measured_with_the_threads_of_the_node(host, monkeypatch):
+    """Their number applies to the whole process."""
+    def baseline(engine, config, progress):
+        raise EngineError(f'{config.engine.cpu_threads} threads')
+
+    monkeypatch.setattr(host_module.gap, 'baseline', baseline)
+    for cores, threads, expected in (((0, 1, 2), 0, 3), ((0, 1, 2), 2, 2), ((), 0, 0)):
+        host.config = replace(CONFIG, realtime=RealtimeConfig(cpu_affinity=cores),
+                              engine=EngineConfig(cpu_threads=threads))
+        with pytest.raises(EngineError, match=f'^{expected} threads'):
+            host.measure_gap(print)
 
 
 def test_counts_never_go_back_while_the_host_stops(host, monkeypatch):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""An answer's elements: the same however its text is cut, and none before it is complete."""
+"""The elements of an answer do not depend on how its text is split, and are always complete."""
 
 import json
 
@@ -38,7 +38,7 @@ def given(*pieces) -> list[Item]:
 
 
 def elements(text) -> list[tuple]:
-    """Return what is to come of a whole answer, by the library's own reading of it."""
+    """Return the expected elements of a whole answer, as parsed by json."""
     value = json.loads(text)
     arrays = {'': value} if isinstance(value, list) else {
         '/' + name.replace('~', '~0').replace('/', '~1'): each for name, each in value.items()
@@ -59,8 +59,8 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize('text', ANSWERS)
-def test_every_split(text):
-    """In two, in three, and character by character; empty pieces change nothing."""
+def test_elements_do_not_depend_on_the_split_of_the_text(text):
+    """The text is split in two, in three, and into characters; empty pieces change nothing."""
     expected = elements(text)
     whole = given(text)
     assert [(path, index, json.loads(value)) for path, index, value in whole] == expected
@@ -71,8 +71,8 @@ def test_every_split(text):
 
 
 @pytest.mark.parametrize('text', ANSWERS)
-def test_a_cut_answer_gives_the_elements_that_are_complete(text):
-    """A beginning of an answer gives a beginning of its elements, each as it will stay."""
+def test_truncated_answer_has_its_complete_elements(text):
+    """They are the first elements of the whole answer, unchanged."""
     whole, before = given(text), 0
     for length in range(len(text) + 1):
         found = given(text[:length])
@@ -84,23 +84,23 @@ def test_a_cut_answer_gives_the_elements_that_are_complete(text):
 @pytest.mark.parametrize(('text', 'sign'), [
     ('[12, 3]', ','), ('[12]', ']'), ('[12 ]', ']'), ('[true]', ']'), ('["a" ]', '"'),
     ('[{"a": {}} ]', '}'), ('[[[]] ]', ']'), ('{"a": [{"b": 1}]}', '}')])
-def test_an_element_comes_at_once(text, sign):
-    """A number and a word wait for what follows, all else for nothing."""
+def test_element_is_complete_as_early_as_possible(text, sign):
+    """A number or a literal ends with the next character, any other element with its own last."""
     items = Items()
     came = next(length for length, each in enumerate(text, 1) if items.feed(each))
     assert text[came - 1] == sign
     assert given(text[:came - 1]) == []
 
 
-def test_an_element_is_as_it_was_written():
-    """Numbers keep their digits; a name that comes twice is not lost."""
+def test_element_keeps_the_text_of_the_model():
+    """Numbers keep their digits, and a duplicate name stays."""
     text = '[ 1.00, {"a":1, "a":2}, 12345678901234567890123 ]'
     assert [item.text for item in given(text)] == [
         '1.00', '{"a":1, "a":2}', '12345678901234567890123']
 
 
 def test_nesting_has_no_limit():
-    """It counts, and calls nothing within itself."""
+    """The parser counts the depth, and is not recursive."""
     deep = '[' * 100_000 + ']' * 100_000
     assert [item.text for item in given(f'[{deep}]')] == [deep]
 
@@ -111,8 +111,8 @@ def broken(text):
     raise RuntimeError('the engine broke')
 
 
-def test_the_worker_gives_each_element_after_its_token():
-    """To the sink and to the request's own listener; the end counts them."""
+def test_worker_reports_each_element_after_its_token():
+    """The sink and the listener of the request receive it, and the report counts elements."""
     with making() as make:
         worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128), form=FORM)
         mine = Sink()
@@ -134,8 +134,8 @@ def test_the_worker_gives_each_element_after_its_token():
     ({'response_format': {'type': 'json_object'}}, 3),
     ({'response_format': {'type': 'text'}}, None),
     ({'structured_outputs': {'choice': [PLAN, 'no']}}, None)])
-def test_only_what_is_json_by_its_form_has_elements(options, items):
-    """Of any other answer the end says that there could be none."""
+def test_only_answers_constrained_to_json_have_elements(options, items):
+    """The report of any other answer has no count of elements."""
     with making() as make:
         worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128))
         report, text = sink.end(worker.submit(Request('go', **options)))
@@ -146,8 +146,8 @@ def test_only_what_is_json_by_its_form_has_elements(options, items):
 
 @pytest.mark.parametrize(('said', 'limit', 'reason'), [
     (lambda text: broken(text[:-7]), 99, 'error'), (say, len(PLAN) - 7, 'length')])
-def test_what_was_given_before_a_fault_stays_given(said, limit, reason):
-    """Twelve is not complete: it might have become a hundred and twenty."""
+def test_elements_before_an_error_or_a_limit_are_reported(said, limit, reason):
+    """The 12 at the end is not complete, because another digit could follow."""
     with making() as make:
         worker, sink = make(FakeEngine(lambda ids: said(PLAN), vocab_size=128), form=FORM)
         report, text = sink.end(worker.submit(
@@ -158,8 +158,8 @@ def test_what_was_given_before_a_fault_stays_given(said, limit, reason):
         assert (report.items, report.first_item_ms) == (0, None)
 
 
-def test_the_json_form_has_the_value_as_it_was_written():
-    """And no id where the client gave none."""
+def test_json_form_keeps_the_text_of_the_value():
+    """The id is null if the client gave none."""
     text = ItemReport(7, '', 0, '/plan', 12.34567, '{"n": 1.00, "s": "\\u0000ä"}').to_json()
     assert text == ('{"request_id": 7, "id": null, "index": 0, "path": "/plan", "t_ms": 12.346, '
                     '"value": {"n": 1.00, "s": "\\u0000ä"}}')

@@ -57,13 +57,13 @@ TOKEN = TokenReport(
     (0.00009999999, '0.0001'), (-1234567.5, '-1234567.5'),
     (float('nan'), 'n/a'), (float('inf'), 'n/a'), (-float('inf'), 'n/a'), ('a\0b', 'a\ufffdb'),
     ((), 'n/a'), (CALLS, json.dumps([CALLS[0].to_json()]))])
-def test_values_are_bare_decimal_numbers(value, text):
-    """No exponent, no unit, no infinity."""
+def test_values_are_plain_decimal_numbers(value, text):
+    """They have no exponent and no unit; infinity is n/a."""
     assert messages.text_of(value) == text
 
 
-def test_keys():
-    """Each is a report's field, and what is new comes at the end: others count on the order."""
+def test_keys_keep_their_order():
+    """Each is a field of a report. Append new ones, because clients rely on the order."""
     assert messages.TOKEN_KEYS == (
         'request_id', 'index', 'token_id', 'context_tokens', 'itl_ms', 'device_ms', 'host_gap_ms',
         'publish_ms', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'deadline_missed', 'client_id',
@@ -84,8 +84,8 @@ def test_keys():
 
 
 @pytest.mark.parametrize('node', ['decode', 'planner', 'arm/decode'])
-def test_a_status_is_named_for_its_node(node, window):
-    """Two nodes' statuses on one topic can be told apart, as with diagnostic_updater."""
+def test_name_of_a_status_begins_with_the_node(node, window):
+    """As with diagnostic_updater, this distinguishes the statuses of two nodes on one topic."""
     array = deserialize_message(
         cdr.TokenStats(f'/{node}').write(TOKEN, '', 0), DiagnosticArray)
     settings = DiagnosticsConfig()
@@ -106,8 +106,7 @@ def values(status):
     return {pair.key: pair.value for pair in status.values}
 
 
-def test_a_token_s_figures_read_back():
-    """All keys, each with its value."""
+def test_token_status_has_all_keys_and_values():
     write = cdr.TokenStats('/decode').write
     array = deserialize_message(write(TOKEN, 'a', 5 * 10**9 + 7), DiagnosticArray)
     assert (array.header.stamp.sec, array.header.stamp.nanosec) == (5, 7)
@@ -130,8 +129,8 @@ def test_a_token_s_figures_read_back():
 
 
 @pytest.mark.parametrize('text', ['', 'a', 'ab', 'abc', 'abcd', 'é', '🙂 ж中', 'x' * 70000])
-def test_cdr_is_what_rclpy_writes(text):
-    """At every length modulo the padding; bytes that only pad may differ."""
+def test_cdr_equals_that_of_rclpy(text):
+    """The text has every length modulo the padding; padding bytes may differ."""
     assert deserialize_message(cdr.string(text), String) == String(data=text)
     report = replace(TOKEN, token_id=len(text), reasoning=text,
                      tool_calls=CALLS if len(text) > 2 else ())
@@ -145,8 +144,7 @@ def test_cdr_is_what_rclpy_writes(text):
 
 
 @pytest.mark.parametrize('value', [0.0, -1.5, 1e300, 3.14159])
-def test_numbers_in_cdr(value):
-    """As rclpy writes them."""
+def test_numbers_in_cdr_equal_those_of_rclpy(value):
     assert cdr.float64(value) == serialize_message(Float64(data=value))
 
 
@@ -154,8 +152,8 @@ def test_numbers_in_cdr(value):
     ('stop', messages.OK), ('length', messages.OK), ('cancelled', messages.OK),
     ('preempted', messages.OK), ('deadline', messages.WARN), ('rejected', messages.WARN),
     ('error', messages.ERROR)])
-def test_a_request_s_level_follows_its_end(reason, level):
-    """The message is the reason, and why."""
+def test_level_of_a_request_follows_its_finish_reason(reason, level):
+    """The message is the finish reason and its explanation."""
     status = messages.request_status('/decode', RequestReport(7, reason, 'so it is'))
     assert status.level == level
     assert status.message == f'{reason}: so it is'
@@ -165,8 +163,8 @@ def test_a_request_s_level_follows_its_end(reason, level):
     assert values(status)['output_tokens'] == '0'
 
 
-def test_model_info_has_the_engine_s_details_too():
-    """A detail never takes the place of a key."""
+def test_model_info_has_the_details_of_the_engine():
+    """A detail never replaces a key."""
     status = messages.model_status('/decode', 'builtin:x', FOOTPRINT, PEAK, 'NVIDIA L4 GPU-1')
     assert tuple(pair.key for pair in status.values) == (*messages.MODEL_KEYS, 'kernels')
     found = values(status)
@@ -175,6 +173,13 @@ def test_model_info_has_the_engine_s_details_too():
     assert found['kv_bytes_per_token'] == str(2 * 2 * 4 * 64 * 2)
     assert (found['read_weight_gb'], found['checkpoint_weight_gb']) == ('3', '4')
     assert (found['peak_bandwidth_gb_s'], found['peak_source']) == ('300', 'datasheet')
+
+
+def test_model_info_has_all_facts():
+    """Also those that are not keys, such as the speculation of a fallback."""
+    facts = {'fallback': 'builtin:x: native', 'speculation': 'off: a server', 'kernels': 'other'}
+    found = values(messages.model_status('/decode', 'x', FOOTPRINT, PEAK, '', facts))
+    assert facts.items() <= found.items()
 
 
 @pytest.fixture
@@ -189,8 +194,8 @@ def window():
     return recorder.window(1.03)
 
 
-def test_latency_tells_misses_by_its_level(window):
-    """A miss since the last message is a WARN, too many in a row an ERROR."""
+def test_level_of_latency_shows_misses(window):
+    """A miss since the last message is a WARN; too many in a row are an ERROR."""
     settings = DiagnosticsConfig()
 
     def level(window, late=False):
@@ -216,7 +221,7 @@ def test_latency_tells_misses_by_its_level(window):
 
 
 def test_bandwidth_warns_below_the_limit(window):
-    """The floor's figures, and n/a where nothing is known."""
+    """Unknown figures are n/a."""
     def status(window, footprint=FOOTPRINT, peak=PEAK, warn=0.0):
         status = messages.bandwidth_status(
             '/decode', window, footprint, peak, DiagnosticsConfig(warn_r_floor=warn), 'x')
@@ -244,13 +249,14 @@ def test_bandwidth_warns_below_the_limit(window):
 
 @pytest.mark.parametrize(('changes', 'cause'), [
     ({'wait_ms': 90.0, 'paced': True}, 'pacing'), ({'wait_ms': 90.0, 'paced': False}, 'bytes'),
-    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'shared_passes': True}, 'bytes'),
+    ({'itl_p99_ms': 90.0}, 'a neighbour'), ({'itl_p99_ms': 90.0, 'drafted': True}, 'bytes'),
     ({'best_r_floor': 3.0}, 'a neighbour'),
-    ({'best_r_floor': 3.0, 'shared_passes': True}, 'bytes')])
+    ({'best_r_floor': 3.0, 'drafted': True}, 'bytes'),
+    ({'floor_ms': 1.0, 'draft_ms': 8.0, 'drafted': True}, 'drafts')])
 def test_verdict_is_about_the_current_pace_and_about_single_steps(window, changes, cause):
     """The tokens of one pass have a part of its time, and passes take longer than steps."""
-    window = replace(window, count=100, floor_ms=0.6 * window.itl_p50_ms,
-                     host_gap_ms=0.0, **changes)
+    window = replace(window, **{'count': 100, 'floor_ms': 0.6 * window.itl_p50_ms,
+                                'host_gap_ms': 0.0, **changes})
     verdict = values(messages.bandwidth_status(
         '/decode', window, FOOTPRINT, PEAK, DiagnosticsConfig(), 'x'))['verdict']
     assert verdict.startswith(f'{cause}: ')

@@ -141,7 +141,7 @@ def test_rejects_weights_of_another_shape(kind, tmp_path):
     folder = random_model.save(tmp_path, 'llama', 0)
     change_config(folder, intermediate_size=128)
     message = error_of(kind, folder)
-    assert re.search(r'mlp\.\w+_proj\.weight has shape \[.*256.*\], config.json implies '
+    assert re.search(r'mlp\.\w+_proj\.weight has shape \[.*256.*\], but config.json implies '
                      r'\[128, 128\]', message)
     assert str(folder) in message and 'download' in message
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The interface package: its files, by themselves and beside the code, and its types, if built."""
+"""The files of the interface package match each other and the code; so do its types, if built."""
 
 import ast
 import fnmatch
@@ -55,7 +55,7 @@ built = pytest.mark.skipif(bool(why_not), reason=why_not)
 
 
 def parts(name: str) -> list[list[str]]:
-    """Return the lines of an interface file, for an action those of goal, result and feedback."""
+    """Return the lines of an interface file; for an action, of goal, result and feedback."""
     return [part.splitlines() for part in (PACKAGE / name).read_text().split('---\n')]
 
 
@@ -73,8 +73,8 @@ def constants(lines: list[str]) -> set[str]:
 GOAL, RESULT, FEEDBACK = parts('action/Generate.action')
 
 
-def test_cmake_builds_every_file_and_the_manifest_names_what_it_finds():
-    """A file that CMakeLists.txt does not name would be missing without an error."""
+def test_cmake_builds_every_file_and_package_xml_has_every_dependency():
+    """A file that is not in CMakeLists.txt would be missing without an error."""
     cmake = (PACKAGE / 'CMakeLists.txt').read_text()
     assert re.findall(r'"(\w+/\w+\.\w+)"', cmake) == [str(name) for name in FILES]
     manifest = ElementTree.parse(PACKAGE / 'package.xml').getroot()
@@ -89,8 +89,8 @@ def test_cmake_builds_every_file_and_the_manifest_names_what_it_finds():
 
 
 @pytest.mark.parametrize('name', FILES, ids=str)
-def test_every_line_is_understood_and_every_field_explained(name):
-    """A comment stands behind a field or above it and those that follow without a gap."""
+def test_every_field_has_a_comment(name):
+    """It is on the same line, or above a block of fields without a blank line."""
     for lines in parts(name):
         explained = False
         for line in lines:
@@ -106,7 +106,7 @@ def test_every_line_is_understood_and_every_field_explained(name):
 
 def test_a_goal_has_every_option_of_a_request():
     """
-    Sampling and deadline bear the names of the JSON form; what is left out means not set.
+    Typed fields have the names of the JSON form, and defaults that mean "not set".
 
     A parameter without a typed field is set by options_json.
     """
@@ -118,7 +118,7 @@ def test_a_goal_has_every_option_of_a_request():
     assert set(pace) == set(PACE)
     for given, specs in ((sampling, SAMPLING), (deadline, DEADLINE), (pace, PACE)):
         for name, (kind, default) in given.items():
-            if kind in ('float64', 'int64'):    # a value that cannot be asked for
+            if kind in ('float64', 'int64'):    # a value that no request can have
                 assert float(default) < specs[name].metadata['low']
             else:
                 assert default == ''
@@ -130,7 +130,7 @@ def test_a_goal_has_every_option_of_a_request():
 
 
 def test_a_result_has_every_figure_of_a_request():
-    """And the finish reasons as constants."""
+    """The finish reasons are constants."""
     result = fields(RESULT)
     others = {'client_id', 'reasoning', 'tool_calls'}       # result_json has them
     assert set(result) == (set(RequestReport.__dataclass_fields__) - others) | {
@@ -140,8 +140,8 @@ def test_a_result_has_every_figure_of_a_request():
         name for name in result if name.endswith('_ms')}
 
 
-def test_a_token_has_figures_of_a_token():
-    """Under the names of ~/token_stats; feedback is a batch of them, and of elements."""
+def test_token_fields_have_the_names_of_token_stats():
+    """Feedback has batches of tokens, elements and tool calls."""
     token, = map(fields, parts('msg/Token.msg'))
     assert set(token) - set(TokenReport.__dataclass_fields__) == {'header'}
     assert {'header', 'request_id', 'client_id', 'index', 'text', 'itl_ms', 'r_floor'} < set(token)
@@ -149,8 +149,8 @@ def test_a_token_has_figures_of_a_token():
                                 'tool_calls_json': ('string[]', '')}
 
 
-def test_setup_leaves_the_package_alone():
-    """The Python package of this repository is physai_decode alone."""
+def test_setup_does_not_install_the_interface_package():
+    """The only Python package of this repository is physai_decode."""
     tree = ast.parse((ROOT / 'setup.py').read_text())
     call, = (part for part in ast.walk(tree)
              if isinstance(part, ast.Call) and getattr(part.func, 'id', '') == 'find_packages')
@@ -160,7 +160,7 @@ def test_setup_leaves_the_package_alone():
 
 
 def test_build_tools_are_pinned():
-    """So that `make msgs` installs the versions that belong to the other wheels."""
+    """`make msgs` installs the versions that belong to the other wheels."""
     pinned = {line.partition('==')[0]
               for line in (ROOT / 'constraints.txt').read_text().splitlines()}
     for line in (ROOT / 'requirements-msgs.txt').read_text().splitlines():
@@ -168,8 +168,8 @@ def test_build_tools_are_pinned():
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason='not in a virtual environment')
-def test_a_machine_without_compiler_is_told(tmp_path):
-    """`make test` asks this first, and goes on without the package."""
+def test_check_names_a_missing_compiler(tmp_path):
+    """`make test` runs this check first, and continues without the package."""
     environment = {name: value for name, value in os.environ.items() if name not in ('CC', 'CXX')}
     result = subprocess.run(
         [sys.executable, ROOT / 'tools' / 'build_msgs.py', '--check'], text=True,
@@ -179,8 +179,8 @@ def test_a_machine_without_compiler_is_told(tmp_path):
 
 
 @built
-def test_built_from_these_files():
-    """What is installed is not an older build; if this fails, make msgs."""
+def test_installed_package_is_current():
+    """If this fails, run `make msgs`."""
     share = next(parent / 'share' / PACKAGE.name
                  for parent in Path(sys.modules[Generate.__module__].__file__).parents
                  if (parent / 'share' / PACKAGE.name).is_dir())
@@ -189,8 +189,7 @@ def test_built_from_these_files():
 
 
 @built
-def test_defaults():
-    """A goal that is made from nothing has nothing set."""
+def test_defaults_mean_not_set():
     goal = Generate.Goal()
     assert goal.sampling.temperature == goal.sampling.top_p == -1.0
     assert goal.sampling.top_k == goal.sampling.max_tokens == -1
@@ -207,14 +206,12 @@ def test_defaults():
     lambda: Generate.Result(text='ü', finish_reason='stop', request_id=2**40, itl_p50_ms=2.5),
     lambda: Generate.Feedback(tokens=[Token(index=1, text='ü', r_floor=0.5), Token(index=2)],
                               items_json=['{}', '"ü"'])])
-def test_round_trip(message):
-    """Each comes through DDS's form as it was."""
+def test_serialisation_keeps_all_fields(message):
     message = message()
     assert deserialize_message(serialize_message(message), type(message)) == message
 
 
 @built
-def test_what_is_not_known_is_nan():
-    """NaN comes through as NaN."""
+def test_serialisation_keeps_nan():
     token = deserialize_message(serialize_message(Token(itl_ms=math.nan)), Token)
     assert math.isnan(token.itl_ms)

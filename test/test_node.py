@@ -511,7 +511,7 @@ def test_reports_the_exception_of_a_transition(make, monkeypatch, capfd):
         assert not rig.change('configure', 'activate')
     status = rig.diagnostics('decode: engine')
     assert status['state'] == 'failed' and "can't start new thread" in status['message']
-    assert "on_activate failed, the node continues: RuntimeError: can't start new thread" in \
+    assert "on_activate failed; the node continues: RuntimeError: can't start new thread" in \
         capfd.readouterr().err
     assert rig.change('configure', 'activate')
     assert rig.ask('x')['finish_reason'] == 'stop'
@@ -593,10 +593,10 @@ def test_applies_all_parameters_of_a_call_or_none(rig):
     successful, reason = rig.set('set_parameters_atomically',
                                  sampling__temperature=0.5, sampling__top_p=1.5)
     assert not successful
-    assert reason == 'sampling.top_p is 1.5: allowed are 0.0 to 1.0'
+    assert reason == 'sampling.top_p is 1.5: expected 0.0 to 1.0'
     assert rig.node.get_parameter('sampling.temperature').value == 0.0
     assert 'expected a number' in rig.set(sampling__temperature='warm')[1]
-    assert 'allowed are report, truncate' in rig.set(deadline__action='panic')[1]
+    assert 'expected one of report, truncate' in rig.set(deadline__action='panic')[1]
     assert 'did you mean sampling.temperature?' in rig.set(sampling__temprature=0.5)[1]
     assert '(now: idle); deactivate and clean up first' in rig.set(engine__max_context=64)[1]
     assert rig.set(engine__max_context=4096) == (True, '')       # the current value
@@ -679,7 +679,7 @@ def test_reports_unknown_parameters(make):
 
 
 def test_wrong_parameter_at_start_is_an_error():
-    with pytest.raises(ConfigError, match='sampling.top_p is 7.0: allowed are 0.0 to 1.0'):
+    with pytest.raises(ConfigError, match='sampling.top_p is 7.0: expected 0.0 to 1.0'):
         Rig(**{'sampling.top_p': 7.0})
     gc.collect()                    # free the incomplete node
 

@@ -134,7 +134,7 @@ def test_logs_a_cancel_of_an_unknown_id(active, capfd):
     active.request.publish(String(data=json.dumps({'id': 'nobody', 'cancel': True})))
     assert send(active, {'id': 'next', 'prompt': 'a'})['id'] == 'next'
     assert active.cancels == [Cancelled()]
-    assert "nothing to cancel: no request 'nobody' runs or waits" in capfd.readouterr().err
+    assert "nothing to cancel: no request 'nobody' is running" in capfd.readouterr().err
 
 
 def test_cancels_by_id(active):

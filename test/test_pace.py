@@ -93,7 +93,7 @@ def test_latency_of_a_paced_token_excludes_the_wait():
 
 
 def test_answers_at_the_pace(make):
-    """Of the node or of the request."""
+    """The pace is that of the node or of the request."""
     worker, sink = make(pace=PaceConfig(tokens_per_s=100.0))
     report, text = sink.end(worker.submit(Request('abcd')))
     assert text == 'abcd' and report.paced
@@ -154,7 +154,7 @@ def test_json_form():
     request = parse('{"prompt": "x", "pace": {"tokens_per_s": 8}}')
     assert request.pace == {'tokens_per_s': 8.0}
     assert request.to_json() == {'prompt': 'x', 'pace': {'tokens_per_s': 8.0}}
-    with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: allowed are 0\.0 to'):
+    with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: expected 0\.0 to'):
         parse('{"prompt": "x", "pace": {"tokens_per_s": -1}}')
     with pytest.raises(RequestError, match=r"'pace\.hz' is not a field"):
         parse('{"prompt": "x", "pace": {"hz": 8}}')

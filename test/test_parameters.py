@@ -112,22 +112,22 @@ def test_accepts_an_empty_list_of_any_type(make, parameter):
 
 
 @pytest.mark.parametrize(('yaml', 'message'), [
-    ('sampling.top_p: 1.5', r'sampling\.top_p is 1\.5: allowed are 0\.0 to 1\.0'),
-    ('sampling.top_k: -1', r'sampling\.top_k is -1: allowed are 0 to 1000000'),
+    ('sampling.top_p: 1.5', r'sampling\.top_p is 1\.5: expected 0\.0 to 1\.0'),
+    ('sampling.top_k: -1', r'sampling\.top_k is -1: expected 0 to 1000000'),
     ('sampling.top_k: 2.5', r'sampling\.top_k is 2\.5: expected an integer'),
     ('sampling.top_p: high', r"sampling\.top_p is 'high': expected a number"),
-    ('sampling.top_p: .nan', r'sampling\.top_p is nan: allowed are 0\.0 to 1\.0'),
+    ('sampling.top_p: .nan', r'sampling\.top_p is nan: expected 0\.0 to 1\.0'),
     ('sampling.stop: "a"', r"sampling\.stop is 'a': expected a list of strings"),
     ('sampling.stop: [1, 2]', r'sampling\.stop is .*: expected a list of strings'),
-    (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'sampling\.stop has 65 texts: allowed are 64'),
-    (f'sampling.stop: [{"a" * 257}]', r'sampling\.stop is .* 257 characters: allowed are 256'),
-    (f'model.path: {"a" * 4097}', r'model\.path is .* 4097 characters: allowed are 4096'),
+    (f'sampling.stop: [{", ".join(["a"] * 65)}]', r'stop has 65 strings: at most 64 are allowed'),
+    (f'sampling.stop: [{"a" * 257}]', r'stop is .* 257 characters: at most 256 are allowed'),
+    (f'model.path: {"a" * 4097}', r'model\.path is .* 4097 characters: at most 4096 are allowed'),
     ('realtime.cpu_affinity: [a]', r'realtime\.cpu_affinity is .*: expected a list of integers'),
-    ('realtime.cpu_affinity: [1, -1]', r'realtime\.cpu_affinity is .*: allowed are 0 to 4095'),
-    (f'realtime.cpu_affinity: {[1] * 65}', r'cpu_affinity has 65 numbers: allowed are 64'),
-    ('queue.size: 1000000000', r'queue\.size is 1000000000: allowed are 1 to 10000'),
-    ('deadline.request_ms: 1.0e+308', r'deadline\.request_ms is 1e\+308: allowed are 0\.0 to'),
-    ('engine.name: fast', r"engine\.name is 'fast': allowed are auto, native"),
+    ('realtime.cpu_affinity: [1, -1]', r'realtime\.cpu_affinity is .*: expected 0 to 4095'),
+    (f'realtime.cpu_affinity: {[1] * 65}', r'cpu_affinity has 65 numbers: at most 64 are allowed'),
+    ('queue.size: 1000000000', r'queue\.size is 1000000000: expected 1 to 10000'),
+    ('deadline.request_ms: 1.0e+308', r'deadline\.request_ms is 1e\+308: expected 0\.0 to'),
+    ('engine.name: fast', r"engine\.name is 'fast': expected one of auto, native"),
     ('engine.cuda_graph: 1', r'engine\.cuda_graph is 1: expected true or false'),
     ('autostart: 1', r'autostart is 1: expected true or false')])
 def test_error_has_the_name_the_value_and_what_is_allowed(make, yaml, message):

@@ -21,8 +21,10 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('triton')
 
+import linear_contract
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native.architecture import Growth
+from physai_decode.engines.native.fusion import fuse
 from physai_decode.engines.native.kernels import _heads
 from physai_decode.engines.native.kernels import ATTENTION_LAYOUTS
 from physai_decode.engines.native.kernels import AttentionLayout
@@ -31,6 +33,7 @@ from physai_decode.engines.native.kernels import Shape
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.pass_kernels import PassOps
+import random_formats
 from test_kernels import assert_close
 from test_kernels import DEVICE
 from test_kernels import EPS
@@ -39,6 +42,7 @@ from test_kernels import make  # noqa: F401
 from test_kernels import packed
 from test_kernels import REFERENCE
 
+NVFP4 = random_formats.float4('nvfp4')
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 
@@ -105,6 +109,30 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # no
     for shape in ((24, 384, False, True), (24, 384, False, False), (128, 384, True, True)):
         ops._layouts[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
             Layout(16, 0, warps, stages)
+
+    def run(ops, at, outs):
+        normed, plain, hidden, added = (out[at] for out in outs)
+        ops.linear(x[at], weight, normed, gain=gain, eps=EPS)
+        ops.linear(x.to(dtype)[at], weight, plain)
+        ops.gated(x[at], both, hidden, gain, EPS)
+        ops.linear(hidden, down, added, add=True)
+
+    check_rows(run, rows, ops, make(rows, 24), make(rows, 24), make(rows, 64, dtype=dtype),
+               make(rows, 32), relative=CLOSE[dtype], alone=sorted({0, rows // 2, rows - 1}))
+
+
+@pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
+@pytest.mark.parametrize('warps', [1, 4])
+def test_fp4(make, rows, dtype, warps):  # noqa: F811
+    """With and without a norm, and gated, followed by another product."""
+    shapes = (24, 640), (64, 640), (64, 640), (32, 64)
+    weight, gate, up, down = (linear_contract.random_weight(NVFP4, *shape, seed)[0]
+                              for seed, shape in enumerate(shapes))
+    weight, both = replace(weight, bias=make(24, dtype=dtype)), fuse([gate, up], paired=True)
+    x, gain = make(rows, 640), make(640, dtype=dtype)
+    ops = PassOps(DEVICE)
+    for shape in ((24, 640, False, True), (24, 640, False, False), (128, 640, True, True)):
+        ops._layouts[Shape(*shape[:2], 'fp4-g16', *shape[2:])] = Layout(16, 0, warps, 1)
 
     def run(ops, at, outs):
         normed, plain, hidden, added = (out[at] for out in outs)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How many steps are in flight."""
+"""`Depth`: the number of steps in flight."""
 
 from physai_decode.engines.native.graph import AHEAD
 from physai_decode.engines.native.graph import CALM_STEPS
@@ -21,8 +21,8 @@ from physai_decode.engines.native.graph import MOST_AHEAD
 import pytest
 
 
-def test_it_follows_the_host():
-    """A late step is one more in flight, many that are not late are one less."""
+def test_depth_adapts_to_the_host():
+    """A late host adds a step in flight; many steps in time remove one."""
     depth = Depth()
     assert depth.steps == AHEAD and depth.most == MOST_AHEAD
     depth.learn(late=True)
@@ -34,8 +34,8 @@ def test_it_follows_the_host():
     assert depth.steps == AHEAD
 
 
-def test_it_has_bounds():
-    """From two to eight."""
+def test_depth_has_bounds():
+    """It stays from `AHEAD` to `MOST_AHEAD`."""
     depth = Depth()
     for _ in range(2 * MOST_AHEAD):
         depth.learn(late=True)
@@ -46,7 +46,7 @@ def test_it_has_bounds():
 
 
 @pytest.mark.parametrize('fixed', [1, 2, 5])
-def test_a_number_that_was_set_stays(fixed):
+def test_fixed_depth_does_not_adapt(fixed):
     depth = Depth(fixed)
     for late in [True] * MOST_AHEAD + [False] * CALM_STEPS:
         depth.learn(late)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Requests in JSON: what is taken, and how each wrong field is named."""
+"""Requests in JSON: the accepted fields, and the error for each wrong one."""
 
 import json
 import re
@@ -50,7 +50,7 @@ WITH_TOOLS = {
 
 
 def read(**fields):
-    """Read a request with these fields, and a prompt where it has none."""
+    """Read a request with these fields, and a prompt if it has none."""
     return parse(json.dumps(fields if 'messages' in fields else {'prompt': 'go', **fields}))
 
 
@@ -84,7 +84,7 @@ def test_null_is_absent():
     assert parse('{"id": "x", "metadata": null, "prompt": null, "cancel": true}') == Cancel('x')
 
 
-def test_one_stop_text_is_a_list_of_one():
+def test_one_stop_string_is_a_list_of_one():
     assert read(stop='END').sampling == {'stop': ('END',)}
 
 
@@ -105,27 +105,27 @@ def test_cancel():
 @pytest.mark.parametrize('text', [
     '{"id": "x", "cancel": "true"}', '{"id": "x", "prompt": "go", "cancel": false}',
     '{"cancel": true}'])
-def test_invalid_cancel_is_no_end_of_a_running_request(text):
-    """A result with the id would look like the end of the request, which goes on."""
+def test_refusal_of_an_invalid_cancel_has_no_id(text):
+    """A result with the id would look like the end of the request, which continues."""
     with pytest.raises(RequestError, match='to cancel, send') as caught:
         parse(text)
     assert caught.value.client_id == ''
 
 
 @pytest.mark.parametrize(('fields', 'message'), [
-    ({'temprature': 1}, "'temprature' is not a field of a request: allowed are id, metadata,"),
+    ({'temprature': 1}, "'temprature' is not a field of a request: the fields are id, metadata,"),
     ({'temperature': 'hot'}, "temperature is 'hot': expected a number"),
     ({'temperature': True}, 'temperature is True: expected a number'),
-    ({'temperature': -1}, 'temperature is -1: allowed are 0.0 to 10.0'),
-    ({'temperature': 11}, 'temperature is 11: allowed are 0.0 to 10.0'),
+    ({'temperature': -1}, 'temperature is -1: expected 0.0 to 10.0'),
+    ({'temperature': 11}, 'temperature is 11: expected 0.0 to 10.0'),
     ({'temperature': 10**400}, 'temperature is 1000'), ({'top_k': 10**400}, 'top_k is 1000'),
     ({'top_k': 1.5}, 'top_k is 1.5: expected an integer'),
-    ({'max_tokens': 0}, 'max_tokens is 0: allowed are 1 to'),
+    ({'max_tokens': 0}, 'max_tokens is 0: expected 1 to'),
     ({'max_new_tokens': 5}, "'max_new_tokens' is not a field of a request"),
     ({'stop': [1]}, 'stop is (1,): expected a list of strings'),
     ({'stop': {}}, 'stop is {}: expected a list of strings'),
-    ({'stop': ['x'] * 65}, 'stop has 65 texts: allowed are 64'),
-    ({'stop': ['', 'x' * 257]}, 'a text of 257 characters: allowed are 256'),
+    ({'stop': ['x'] * 65}, 'stop has 65 strings: at most 64 are allowed'),
+    ({'stop': ['', 'x' * 257]}, 'a string of 257 characters: at most 256 are allowed'),
     ({'stop': 'x' * 257}, "stop is ('xxx"),
     ({'prompt': 7}, 'prompt is 7: expected a string'),
     ({'prompt': None}, 'and raw_prompt (a string): none was given'),
@@ -143,26 +143,26 @@ def test_invalid_cancel_is_no_end_of_a_running_request(text):
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}]},
      'messages[0].content[0] is'),
     ({'messages': [{'role': 'user', 'content': ''}] * 4097},
-     'messages has 4097 messages: allowed are 4096'),
+     'messages has 4097 messages: at most 4096 are allowed'),
     ({'deadline': 5}, 'deadline is 5: expected an object'),
-    ({'deadline': {'ms': 5}}, "'deadline.ms' is not a field of a request: allowed are deadline."),
+    ({'deadline': {'ms': 5}}, "'deadline.ms' is not a field of a request: the fields are deadl"),
     ({'deadline': {'\ud800': 5}}, r"'deadline.\ud800' is not a field of a request"),
     ({'deadline': {'x' * 9999: 5}}, "'deadline.xxx"),
     ({'deadline': {'token_ms': 10**400}}, 'deadline.token_ms is 1000'),
-    ({'deadline': {'action': 'shout'}}, "deadline.action is 'shout': allowed are report, trunc"),
-    ({'deadline': {'token_ms': -1}}, 'deadline.token_ms is -1: allowed are 0.0 to'),
+    ({'deadline': {'action': 'shout'}}, "deadline.action is 'shout': expected one of report, tr"),
+    ({'deadline': {'token_ms': -1}}, 'deadline.token_ms is -1: expected 0.0 to'),
     ({'chat_template_kwargs': []}, 'chat_template_kwargs is []: expected an object'),
     ({'chat_template_kwargs': {'a': [1]}}, "'chat_template_kwargs.a' is [1]: expected true"),
     ({'chat_template_kwargs': {'a b': 1}}, "'chat_template_kwargs.a b' is 1: expected"),
     ({'chat_template_kwargs': {'\0\ud800': 1}}, r"'chat_template_kwargs.\x00\ud800' is 1"),
     ({'chat_template_kwargs': {f'a{index}': 1 for index in range(65)}},
-     'chat_template_kwargs has 65 variables: allowed are 64'),
+     'chat_template_kwargs has 65 variables: at most 64 are allowed'),
     ({'chat_template_kwargs': {'a': 'x' * 4097}},
-     "'chat_template_kwargs.a' has 4097 characters: allowed are 4096"),
-    ({'chat_template_kwargs': {'x' * 4097: 1}}, 'has 4097 characters: allowed are 4096'),
+     "'chat_template_kwargs.a' has 4097 characters: at most 4096 are"),
+    ({'chat_template_kwargs': {'x' * 4097: 1}}, 'has 4097 characters: at most 4096 are allowed'),
     ({'chat_template_kwargs': {'a': 2**53 + 1}},
-     "'chat_template_kwargs.a' is 9007199254740993: allowed are -9007199254740992 to 900"),
-    ({'chat_template_kwargs': {'a': -1e300}}, "'chat_template_kwargs.a' is -1e+300: allowed"),
+     "'chat_template_kwargs.a' is 9007199254740993: expected -9007199254740992 to 900"),
+    ({'chat_template_kwargs': {'a': -1e300}}, "'chat_template_kwargs.a' is -1e+300: expected"),
     ({'response_format': 'json_object'}, 'response_format is'),
     ({'response_format': {'type': 'xml'}}, "response_format.type is 'xml'"),
     ({'response_format': {'type': 'json_object', 'schema': {}}}, 'response_format.schema'),
@@ -177,7 +177,7 @@ def test_invalid_cancel_is_no_end_of_a_running_request(text):
     ({'structured_outputs': {'regex': 'a'}, 'response_format': {'type': 'json_object'}},
      'were both given'),
     ({'tools': {}}, 'tools is {}: expected a list'), ({'tools': [{}]}, 'tools[0] is {}: expected'),
-    ({'tools': [TOOL] * 129}, 'tools has 129 tools: allowed are 128'),
+    ({'tools': [TOOL] * 129}, 'tools has 129 tools: at most 128 are allowed'),
     ({'tools': [TOOL, TOOL]}, 'tools has go_to twice'),
     ({'tools': [{'type': 'function', 'function': {'name': 'a b'}}]},
      "tools[0].function.name is 'a b': expected 1 to 64 letters"),
@@ -186,21 +186,21 @@ def test_invalid_cancel_is_no_end_of_a_running_request(text):
     ({'tools': [{'type': 'function', 'function': {'name': 'a', 'strict': True}}]},
      'the tool a is strict, which is enforced only if'),
     ({'tool_choice': 'required'}, "tool_choice is 'required', but there are no tools"),
-    ({'tools': [TOOL], 'tool_choice': 'always'}, "tool_choice is 'always': allowed are none, au"),
+    ({'tools': [TOOL], 'tool_choice': 'always'}, "tool_choice is 'always': expected none, au"),
     ({'tools': [TOOL], 'tool_choice': {'type': 'function', 'function': {'name': 'fly'}}},
      "tool_choice.function.name is 'fly': the tools are go_to"),
     ({'tools': [TOOL], 'response_format': {'type': 'json_object'}}, 'be constrained and call'),
     ({'messages': [{'role': 'user', 'content': 'x', 'tool_calls': []}]},
-     "'messages[0].tool_calls' is not a field of a message: allowed are role, content"),
+     "'messages[0].tool_calls' is not a field of a message: the fields are role, content"),
     ({'messages': [{'role': 'assistant', 'content': None, 'tool_calls': [CALL | {'type': 'x'}]}]},
-     "messages[0].tool_calls[0].type is 'x': allowed is function"),
+     "messages[0].tool_calls[0].type is 'x': expected function"),
     ({'messages': [{'role': 'assistant', 'tool_calls': [
         {'function': {'name': 'a', 'arguments': '[1]'}}]}]},
      'messages[0].tool_calls[0].function.arguments is [1]: expected a JSON object, in a string'),
     ({'messages': [{'role': 'assistant', 'tool_calls': [
         {'function': {'name': 'a', 'arguments': '{'}}]}]},
      'messages[0].tool_calls[0].function.arguments is not valid JSON'),
-    ({'thinking': {'max_tokens': -1}}, 'thinking.max_tokens is -1: allowed are 0 to'),
+    ({'thinking': {'max_tokens': -1}}, 'thinking.max_tokens is -1: expected 0 to'),
     ({'thinking': {'tokens': 1}}, "'thinking.tokens' is not a field of a request")])
 def test_rejects_wrong_fields(fields, message):
     with pytest.raises(RequestError, match=re.escape(message)) as raised:
@@ -220,7 +220,7 @@ def test_tools_and_their_calls():
     assert asked.size > len(json.dumps(TOOL)) + len('go where? {"room": "hall"} done')
 
 
-def test_which_tools_are_told_of_and_which_have_to_be_called():
+def test_which_tools_are_offered_and_which_are_forced():
     other = {'type': 'function', 'function': {'name': 'other'}}
     tools = [TOOL, other]
     assert read(tools=tools).offered == (TOOL, other)
@@ -243,7 +243,7 @@ def test_rejects_a_wrong_id(value, place):
     assert raised.value.client_id == ''
 
 
-def test_two_ids():
+def test_rejects_two_different_ids():
     with pytest.raises(RequestError, match="id is 'a', but metadata.id is 'b'"):
         read(id='a', metadata={'id': 'b'})
     with pytest.raises(RequestError, match='metadata is 7'):
@@ -255,7 +255,7 @@ def test_two_ids():
     '[' * 100_000, '{"a":' * 100_000, '{"temperature": 1e999, "prompt": "a"}',
     '{"prompt": "a", "chat_template_kwargs": {"x": -1e999}}',
     '{"prompt": "a", "prompt": "b"}', '{"seed": 1' + '0' * 5000 + ', "prompt": "a"}'])
-def test_rejects_what_is_no_request(text):
+def test_rejects_text_that_is_not_a_request(text):
     with pytest.raises(RequestError):
         parse(text)
 
@@ -270,7 +270,7 @@ def test_finds_duplicate_fields_in_linear_time():
     begin_s = time.thread_time()        # of this thread alone, however busy the machine is
     with pytest.raises(RequestError, match="'7' is given twice"):
         parse(f'{{{many},"7":0}}')
-    assert time.thread_time() - begin_s < 5     # 47 s where each field looks through all before it
+    assert time.thread_time() - begin_s < 5     # quadratic time would be 47 s
 
 
 def test_shortens_long_values_in_messages():

@@ -54,7 +54,7 @@ def test_floor_by_each_convention():
     assert line.step_bytes(10, 'checkpoint') == 1820
     assert line.floor_s(10) == pytest.approx(1.32e-3)
     assert line.floor_s(10, 'checkpoint') == pytest.approx(1.82e-3)
-    with pytest.raises(ValueError, match="convention is 'paper'.*read, checkpoint"):
+    with pytest.raises(ValueError, match="convention is 'paper'.*read or checkpoint"):
         line.step_bytes(10, 'paper')
 
 

@@ -33,7 +33,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def differences(engine):
-    """Return by how much of their size keys and values differ from the plain ones."""
+    """Return the relative errors of keys and values."""
     t = engine.transformer
     limit = self_check.ROUNDINGS * torch.finfo(t.keys.dtype).eps
     with torch.inference_mode():
@@ -112,8 +112,8 @@ def test_rejects_a_step_with_other_routing_weights(tmp_path, monkeypatch):
         NativeEngine(model, CPU)
 
 
-def test_tokens_whose_experts_are_a_matter_of_rounding_are_not_held(tmp_path):
-    """Two experts whose products are the same: whichever is taken is right."""
+def test_ignores_tokens_whose_experts_depend_on_rounding(tmp_path):
+    """If two experts have the same logits, either choice is right."""
     t = NativeEngine(inspect(random_model.save(tmp_path, 'qwen3_moe', 0)), CPU).transformer
     with torch.inference_mode():
         for held in (True, False):

@@ -199,6 +199,28 @@ def test_costs_of_passes_follow_their_times():
     assert experience.of(3) == experience.of(8)
 
 
+def test_costs_that_a_busy_device_raised_fall_again():
+    """It is slow for passes and steps alike, but there are no steps to compare with."""
+    experience = Experience(COSTS, 0.1, step_s=0.01)
+
+    def rows_of(**source):
+        policy = Policy(experience)
+        for _ in range(100):
+            policy.learn(True, None, True)
+        return policy.best(8, **source)[1]
+
+    while (rows := rows_of()) > 1:
+        experience.learn(rows, 0.01 * 8 * COSTS[rows])
+    for _ in range(2000):
+        experience.learn(1, 0.01)
+    assert rows_of() > 1
+    while rows_of(by_model=True) > 1:
+        experience.learn_draft(1, 0.01 * 80 * 0.1)
+    for _ in range(2000):
+        experience.learn(1, 0.01)
+    assert rows_of(by_model=True) > 1
+
+
 def test_asks_a_constraint_only_after_tokens_that_led_to_forced_ones():
     experience = Experience(COSTS)
     for _ in range(4):
@@ -208,6 +230,20 @@ def test_asks_a_constraint_only_after_tokens_that_led_to_forced_ones():
     for found in (True, False, False, False, False):
         experience.asked(8, found)
         assert experience.asks(8)
+
+
+def test_asks_again_now_and_then():
+    """Another constraint may force tokens where those before have not."""
+    experience, asked = Experience(COSTS), 0
+    for _ in range(1000):
+        if experience.asks(7):
+            experience.asked(7, False)
+            asked += 1
+    assert 10 < asked < 30
+    while not experience.asks(7):
+        pass
+    experience.asked(7, True)
+    assert experience.asks(7)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -394,7 +430,7 @@ def test_random_models_answer_the_same(native, family, tmp_path, monkeypatch):
 
 
 def test_embedded_model_answers_the_same(native):
-    """In fewer passes."""
+    """It needs fewer passes."""
     from physai_decode.tokenizer_files import load_tokenizer
     folder = checkpoint.open('builtin:tiny_planner').folder
     loop = drafting(native, folder, replace(CPU, max_context=512))

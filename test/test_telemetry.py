@@ -15,6 +15,7 @@
 """`Telemetry` and `find_engine_peak`: figures of the device from NVML, jetson-stats or torch."""
 
 from dataclasses import replace
+from datetime import timedelta
 import sys
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from physai_decode.jetson import STALE_S
 from physai_decode.roofline import Peak
 from physai_decode.telemetry import find_engine_peak
 from physai_decode.telemetry import KEYS
+from physai_decode.telemetry import spent_j
 from physai_decode.telemetry import Telemetry
 import pytest
 
@@ -325,6 +327,61 @@ def test_figures_of_a_board_become_unknown_when_the_reports_end():
     assert jetson.read() == {}
 
 
+def on_board(now):
+    """Return a `Jetson` by a clock, and a function that reports after some seconds."""
+    jetson = Jetson(FakeBoard, clock=lambda: now[0])
+
+    def report(after_s):
+        now[0] += after_s
+        jetson._board.observers[0](jetson._board)
+
+    return jetson, report
+
+
+@pytest.mark.parametrize('silent_s', [STALE_S + 0.1, 100.0])
+def test_energy_across_a_gap_in_the_reports_is_unknown(silent_s):
+    """Also if the answer then continues for longer than the board was known before."""
+    jetson, report = on_board([100.0])
+    report(0.0)
+    report(1.0)
+    before_j = jetson.energy_j
+    report(silent_s)
+    resumed_j = jetson.energy_j
+    for _ in range(50):
+        report(1.0)
+    assert spent_j(before_j, resumed_j) is spent_j(before_j, jetson.energy_j) is None
+    assert spent_j(resumed_j, jetson.energy_j) == pytest.approx(50 * 20.0)
+
+
+def test_a_repeated_report_is_none():
+    """jetson-stats gives the last report again if its service reads no new one."""
+    now = [100.0]
+    jetson, report = on_board(now)
+    for uptime_s in (7.0, 7.2):
+        jetson._board.uptime = timedelta(seconds=uptime_s)
+        report(0.2)
+    assert jetson.read()['power_w'] == 20.0
+    for _ in range(10):
+        report(0.6)
+    assert jetson.read() == {} and jetson.energy_j is None
+    jetson._board.uptime = timedelta(seconds=14.0)
+    report(0.2)
+    assert jetson.read()['power_w'] == 20.0
+
+
+def test_a_board_that_cannot_start_is_closed(monkeypatch):
+    boards = []
+
+    class Unstartable(FakeBoard):
+        def start(self):
+            boards.append(self)
+            raise OSError('the service ends')
+
+    with pytest.raises(OSError, match='the service ends'):
+        Jetson(Unstartable)
+    assert boards[0].closed and not boards[0].observers
+
+
 def test_a_sensor_and_a_clock_that_are_off_have_no_value():
     """jetson-stats reports -256 °C for a GPU without power, and 0 for an unknown clock."""
     jetson = Jetson(FakeBoard)
@@ -356,6 +413,20 @@ def test_energy_comes_from_one_source_throughout(nvml, monkeypatch):
     monkeypatch.setattr(
         sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption', lambda handle: 123456)
     assert telemetry.energy_j() < 100
+
+
+@pytest.mark.parametrize(('bits', 'memory_khz', 'reasons'), [
+    (4, 3199000, 'sw_power_cap'), (4, 2133000, 'sw_power_cap low_memory_clock'),
+    (0, 3199000, 'none'), (0, 2133000, 'low_memory_clock')])
+def test_throttle_reasons_of_both_sources(nvml, monkeypatch, bits, memory_khz, reasons):
+    monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
+    monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetCurrentClocksThrottleReasons',
+                        lambda handle: bits)
+    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
+    board = telemetry._board._board
+    board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
+    board.observers[0](board)
+    assert telemetry.read()['throttle_reasons'] == reasons
 
 
 class OldBoard:

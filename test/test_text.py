@@ -535,12 +535,12 @@ def test_decodes_a_bounded_number_of_ids_per_token():
     ('a🤖b', ['🤖'], 'a'),
     ('a\n\nb', ['\n\n'], 'a'),
     ('x</tool>y', ['</tool>', '>'], 'x')])
-def test_stops_at_a_stop_text(tokenizer, written, stop, expected):
+def test_stops_at_a_stop_string(tokenizer, written, stop, expected):
     ids = tokenizer(written, add_special_tokens=False)['input_ids']
     assert ''.join(decode(Text(tokenizer, ChatConfig()), ids, stop)) == expected
 
 
-def test_holds_back_the_beginning_of_a_stop_text():
+def test_holds_back_the_beginning_of_a_stop_string():
     text = Text(qwen_like(), ChatConfig())
     detokenizer = text.detokenizer(['END'])
     pieces = ''
@@ -551,7 +551,7 @@ def test_holds_back_the_beginning_of_a_stop_text():
     assert detokenizer.flush() == 'EN'
 
 
-def test_stop_texts_agree_with_a_search_of_the_whole_text():
+def test_stop_strings_agree_with_a_search_of_the_whole_text():
     tokenizer = qwen_like()
     text = Text(tokenizer, ChatConfig())
     for seed in range(300):
@@ -564,7 +564,7 @@ def test_stop_texts_agree_with_a_search_of_the_whole_text():
         assert written.startswith(decoded)
         assert not any(one in decoded for one in stop)
         ends = [written.find(one) + len(one) for one in stop if one in written]
-        if ends:                # the text ended in the token that completed the first stop text
+        if ends:                # the text ended in the token that completed the first stop string
             assert any(written[len(decoded):].startswith(one) for one in stop)
         else:
             assert decoded == written

@@ -107,7 +107,7 @@ def test_unknown_peak_gives_no_floor_but_a_bandwidth():
 
 
 def test_tokens_of_one_pass_share_its_times_and_its_floor():
-    """So that none is above the limit, and a deadline of a token is that of its share."""
+    """No token exceeds the limit, and the deadline of a token applies to its share."""
     request = recorder(token_ms=30.0).request(1, 0.0, 0.0)
     request.prompt_tokens = 10
     assert request.token(0.1, 1, '').pass_tokens == 1
@@ -140,16 +140,31 @@ def test_window_counts_the_steps_of_the_local_engine():
     assert (window.count, window.floor_count) == (4, 2)
 
 
-def test_window_knows_of_passes_with_several_tokens():
+@pytest.mark.parametrize('count', [1, 2])
+def test_window_knows_of_passes_with_a_draft(count):
+    """Also of rejected ones, which bring one token."""
     times = recorder(window_s=1.0)
     request = times.request(1, 0.0, 0.0)
     request.token(0.1, 1, '')
     request.token(0.2, 1, '')
-    assert not times.window(0.2).shared_passes
-    for _ in range(2):
-        request.token(0.3, 1, '', pass_tokens=2)
-    assert times.window(1.25).shared_passes
-    assert not times.window(1.35).shared_passes
+    assert not times.window(0.2).drafted
+    for _ in range(count):
+        request.token(0.3, 1, '', pass_tokens=count, draft_s=0.0)
+    assert times.window(1.25).drafted
+    assert not times.window(1.35).drafted
+
+
+def test_window_has_the_time_of_the_draft_model():
+    """The tokens of a pass share it."""
+    times = recorder()
+    request = times.request(1, 0.0, 0.0)
+    request.token(0.1, 1, '')
+    assert times.window(0.1).draft_ms is None
+    request.token(0.2, 1, '', device_s=0.1)
+    assert times.window(0.2).draft_ms == 0.0
+    for _ in range(4):
+        request.token(0.3, 1, '', device_s=0.1, pass_tokens=4, draft_s=0.08)
+    assert times.window(0.3).draft_ms == pytest.approx(20.0)
 
 
 def test_window_forgets():
@@ -175,7 +190,7 @@ def test_window_forgets():
 
 
 def test_the_best_r_floor_counts_from_the_last_change_of_the_peak():
-    """And only windows without tokens from before, which have another floor."""
+    """Windows with earlier tokens, which have another floor, do not count."""
     roofline = Roofline(footprint(), Peak(1e6, 'parameter'))
     times = Recorder(1.0, DeadlineConfig(), roofline)
     request = times.request(1, 0.0, 0.0)

@@ -109,7 +109,7 @@ def test_detects_the_form_of_calls(family):
 @pytest.mark.parametrize(('template', 'reason'), [
     (SMOLLM.replace('if tools', 'if nothing'), 'the chat template omits them'),
     (QWEN.replace('# Tools', "{{ raise_exception('no tools') }}"), 'refuses tools: no tools'),
-    (OTHER, 'in an unknown syntax: known are hermes')])
+    (OTHER, 'in an unknown syntax; the known ones are hermes')])
 def test_rejects_tools_that_the_template_does_not_present(template, reason):
     text = Text(model(template), ChatConfig())
     assert text.manner.form == ''

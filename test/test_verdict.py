@@ -55,7 +55,13 @@ BUSY = Figures(5.53, device_ms=5.2, itl_p99_ms=16.0, count=975)     # beside two
     (Figures(12.0, 11.9, 2.97, best_r_floor=0.26, cuda_graph='captured'), 'kernels', 8.93,
      'native'),
     (Figures(60.0, 11.9, 2.97, best_r_floor=0.83, cuda_graph='captured'), 'a neighbour',
-     60 - 2.97 / 0.83, 'share by MPS')])
+     60 - 2.97 / 0.83, 'share by MPS'),
+    (replace(CAPTURED, draft_ms=5.0), 'drafts', 5.0, 'smaller draft model'),
+    (replace(CAPTURED, draft_ms=1.0), 'kernels', 11.7 - 4.58 - 1.0, 'native'),
+    (replace(NATIVE, draft_ms=0.5), 'bytes', 2.97, 'fewer bytes'),
+    (replace(EAGER, draft_ms=10.0), 'drafts', 10.0, 'smaller draft model'),
+    (replace(EAGER, draft_ms=1.0), 'host', 18.305 - 2.97 - 1.0, 'engine.cuda_graph: true'),
+    (replace(CPU, draft_ms=1.5), 'drafts', 1.5, 'speculation.name: lookup')])
 def test_names_the_largest_part(figures, cause, part_ms, advice):
     verdict = judge(figures)
     assert verdict.cause == cause
@@ -97,7 +103,8 @@ def test_text_has_cause_part_share_and_advice():
 
 
 @pytest.mark.parametrize('figures', [
-    Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9)])
+    Figures(None), Figures(0.0), Figures(3.0), Figures(3.0, cuda_graph='off', device_ms=2.9),
+    Figures(3.0, cuda_graph='off', device_ms=2.9, draft_ms=0.1), Figures(3.0, draft_ms=0.1)])
 def test_gives_no_verdict_from_too_few_figures(figures):
     assert judge(figures) is None
 
@@ -109,5 +116,6 @@ def test_no_combination_of_figures_raises():
                 for throttled in (None, 'none', 'hw_thermal'):
                     for best in (None, 0.9):
                         for p99_ms in (None, 100.0):
-                            judge(Figures(10.0, device_ms, floor_ms, p99_ms, 1000, None,
-                                          cuda_graph, throttled, best))
+                            for draft_ms in (0.0, 20.0):
+                                judge(Figures(10.0, device_ms, floor_ms, p99_ms, 1000, None,
+                                              cuda_graph, throttled, best, draft_ms=draft_ms))

@@ -154,6 +154,7 @@ def test_text_of_the_model_can_not_control_the_terminal(rig, screen):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('rig')      # it initialises rclpy
 @pytest.mark.parametrize('name', ['/restarted', '/arm/decode'])
 def test_keeps_running_when_the_node_restarts(screen, name):
     """A node starts, ends and starts again under the same name."""

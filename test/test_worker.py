@@ -158,8 +158,8 @@ def test_steps_of_several_tokens(make, monkeypatch):
     assert sink.tokens[2].itl_ms > 0.0
 
 
-def test_drops_tokens_of_a_pass_after_a_stop_text(make, monkeypatch):
-    """The KV cache keeps the tokens up to the stop text, as it would with single steps."""
+def test_drops_tokens_of_a_pass_after_a_stop_string(make, monkeypatch):
+    """The KV cache keeps the tokens up to the stop string, as it would with single steps."""
     lengths = []
 
     class Passes(DecodeLoop):
@@ -179,7 +179,7 @@ def test_drops_tokens_of_a_pass_after_a_stop_text(make, monkeypatch):
     assert lengths == [7]
 
 
-def test_stop_text_ends_the_answer(make):
+def test_stop_string_ends_the_answer(make):
     engine = FakeEngine(lambda ids: say('one. two.'))
     worker, sink = make(engine, sampling=SamplingConfig(stop=('.',)))
     report, text = sink.end(worker.submit(Request('count')))
@@ -574,7 +574,7 @@ def test_drops_the_oldest_turns(make):
         'aaaa', 'aaaa\nok\nbbbb', 'cccc', 'cccc\nok\ndddd', 'd' * 14]
     assert [report.finish_reason for report in reports] == ['stop'] * 5
     assert [report.message.partition(': ')[2] for report in reports] == [
-        '', '', 'its oldest 2 turns dropped', '', 'its oldest 2 turns dropped']
+        '', '', 'dropped its oldest 2 turns', '', 'dropped its oldest 2 turns']
     assert '16 tokens' in reports[2].message
 
 

@@ -60,7 +60,7 @@ def test_each_request_has_its_own_sampling(make):
         (0.5, 4), (0.9, 2), (0.5, 4), (0.5, 4)]
     assert [text for _, text in sink.ends] == ['abcd', 'ab', 'ab', 'abcd']
     assert [report.message for report, _ in sink.ends] == [     # named as the client set it
-        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a text in stop matched',
+        'sampling.max_new_tokens is 4', 'max_tokens is 2', 'a string in stop matched',
         'sampling.max_new_tokens is 4']
 
 
@@ -142,7 +142,7 @@ def test_id_is_unique_until_its_request_ends(make):
     for client_id in 'xy':
         report, _ = sink.end(worker.submit(Request('b', client_id=client_id)))
         assert (report.finish_reason, report.refusal) == ('rejected', 'duplicate')
-        assert f"id '{client_id}' belongs to a request that has not ended" in report.message
+        assert f"id '{client_id}' belongs to a request that is still running" in report.message
     gate.open(9)
     for number in (running, waiting):
         assert sink.end(number)[0].finish_reason == 'stop'
@@ -287,7 +287,7 @@ def test_full_conversation_keeps_most_of_its_cache(make):
     reports = [sink.end(worker.submit(Request(f'{index:06}')))[0] for index in range(100)]
     uncached = [report for report in reports[1:] if report.cached_tokens < 6]
     assert 0 < len(uncached) < 15       # not each prompt once the context is full
-    assert all('turns dropped' in report.message for report in uncached)
+    assert all('dropped its oldest' in report.message for report in uncached)
 
 
 def test_rejected_long_prompt_keeps_the_conversation(make):
@@ -422,7 +422,7 @@ def test_drops_preempted_turns_that_can_not_fit_without_counting_them(make):
     report, _ = sink.end(number)
     assert report.finish_reason == 'stop'
     assert report.message == (
-        'the conversation no longer fits 59744 tokens: its oldest 31 turns dropped')
+        'the conversation no longer fits into 59744 tokens: dropped its oldest 31 turns')
     assert len(text.counted) == 4               # two turns, two pieces each
     assert max(text.encoded) < 60000
     sink.end(worker.submit(Request('again')))
@@ -461,7 +461,7 @@ def test_limits_the_bytes_of_all_queued_requests(make):
     assert gate.waiting.wait(TIMEOUT_S)
     numbers.append(worker.submit(Request('b' * 150)))     # accepted, as the queue is empty
     report, _ = sink.end(worker.submit(Request('c')))
-    assert report.message.startswith('the queue is full with 150 bytes, and the request has 1:')
+    assert report.message.startswith('the queue is full with 150 bytes, and the request adds 1:')
     worker.cancel(numbers[1])
     for text in ('ä' * 40, 'd' * 20, 'e'):
         numbers.append(worker.submit(Request(text)))
@@ -485,7 +485,7 @@ def test_limits_the_characters_of_the_conversation(make, monkeypatch):
     gate.open(9)
     report, _ = sink.end(number)
     assert texts(engine)[-1] == '997\n\n998\n\n999\n\nlast'
-    assert 'its oldest 998 turns dropped' in report.message
+    assert 'dropped its oldest 998 turns' in report.message
 
 
 def test_rejection_has_its_kind(make):

@@ -170,7 +170,7 @@ def described(texts, found) -> None:
     :raises SystemExit: a description is missing, or its name does not exist.
     """
     if differ := set(texts) ^ set(found):
-        sys.exit(f'described or there, but not both: {", ".join(sorted(differ))}')
+        sys.exit(f'without a description, or described but missing: {", ".join(sorted(differ))}')
 
 
 def page() -> str:
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> int:
     if '--check' not in arguments:
         PAGE.write_text(text)
     elif not PAGE.exists() or PAGE.read_text() != text:
-        print(f'{PAGE.name} is not what the code says: run tools/make_interface_reference.py',
+        print(f'{PAGE.name} is out of date: run tools/make_interface_reference.py',
               file=sys.stderr)
         return 1
     return 0

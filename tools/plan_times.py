@@ -25,8 +25,8 @@ With --speculation, only the engine runs, alternately with drafts and without. I
 command a second time, with the first plan in the conversation to copy. With --draft-model, it also
 runs with drafts of that model.
 
-With --shape, the weights are random, and only the engine runs, without ROS; with --doors the node
-does, too. Such a model writes no free plan, so its free answer is text with the number of tokens
+With --shape, the weights are random, and only the engine runs, without ROS; with --doors, so does
+the node. Such a model writes no free plan, so its free answer is text with the number of tokens
 of the constrained one. A regex constrains it, so the client finds the first action in the text.
 """
 
@@ -64,12 +64,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHER = 'Put the green book on the shelf.'
 BLOCK = 5                       # plans of each kind per block
 CONTEXT = 4096                  # of random weights: room for a prompt and a plan
-# A plan of five actions for random weights, which would otherwise fill it up with blanks.
+# A plan of five actions for random weights, which would otherwise fill it with whitespace.
 ACTION = r'\{"action":"(find|open|close|pick)","object":"[^"\\\x00-\x1f]{8,16}"\}'
 RANDOM = {'structured_outputs': {'regex': rf'\[{ACTION}(,{ACTION}){{4}}\]'}}
 TITLES = 'first token', 'first action', 'whole plan', 'mask, each token'
 PASS_TITLES = 'first action', 'whole plan', 'each token', 'tokens a pass'
-# By the name of a kind of answer: what `ask` takes, namely how to read it, the form, the limit.
+# The arguments of `ask` by the name of an answer: how to read it, its form and its token limit.
 Answers = dict[str, tuple[str, dict[str, Any], int]]
 
 

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-Commands to a robot in plain words, and the plan each of them means.
+Commands to a robot in plain words, and their plans.
 
-The only source of the embedded model's data: a grammar over a small vocabulary, drawn from by a
-seeded generator. Pairs of words that occur together in a command (adjective and noun, noun and
-place, room and furniture) are split by a hash: a command for training has no held-out pair in
-it, a held-out command has at least one. It knows nothing of tokens or models.
+This is the only source of the embedded model's data: a seeded generator draws from a grammar over
+a small vocabulary. Pairs of words that occur together in a command (adjective and noun, noun and
+place, room and furniture) are split by a hash: a training command has no held-out pair, and a
+held-out command has at least one. This module does not depend on tokens or models.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ MESSAGES = (
 
 VOCABULARY = frozenset(NOUNS + ROOMS + FURNITURE + SITES + NUMBERED + FIXTURES + DEVICES)
 
-# What can be asked for: how often, in which words, and the plan it means.
+# Requests: their weights, phrasings and plans.
 TASKS = (
     (6, ('go to {goal}', 'drive to {goal}', 'move to {goal}', 'head over to {goal}',
          'come to {goal}', 'walk to {goal}'),
@@ -146,7 +146,7 @@ TASKS = (
     (1, ('go and charge', 'recharge your battery', 'go back to your charger'), 'charge'),
     (1, ('stop', 'halt', 'stop right there'), 'stop'),
 )
-# What can be asked about the object of the clause before, which the robot then holds.
+# Requests about the object of the previous clause, which the robot then holds.
 TASKS_WITH_IT = (
     (4, ('put it {at_goal}', 'place it {at_goal}', 'take it to {goal}', 'drop it {at_goal}',
          'leave it {at_goal}'),
@@ -227,7 +227,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Clause:
-    """One thing asked for: the slots that its words and its plan are filled from."""
+    """One request: a phrase, a plan, and the slots that fill both."""
 
     phrase: str
     steps: str
@@ -240,8 +240,8 @@ class Turn:
     """
     One command and its answer.
 
-    ``pairs`` are the pairs of words that the split is made by; ``clause`` is what a next turn may
-    correct or call `it`, or None.
+    ``pairs`` are the pairs of words that decide the split; ``clause`` is what the next turn may
+    correct or refer to as `it`, or None.
     """
 
     text: str
@@ -256,7 +256,7 @@ class Turn:
 
     @property
     def held_out(self) -> bool:
-        """True where at least one pair of the command is never trained on."""
+        """Whether at least one pair of the command is held out of training."""
         return any(is_held_out(pair) for pair in self.pairs)
 
 
@@ -355,7 +355,7 @@ def _plan(steps, slots):
 
 
 def _pairs(slots):
-    """All pairs of words that the split looks at; numbers and invented nouns are in none."""
+    """Return the pairs of words that decide the split, without numbers and invented nouns."""
     things = [value for value in slots.values() if isinstance(value, Thing)]
     places = [value for value in slots.values() if isinstance(value, Place)]
     pairs = {(thing.adjective, _kind(thing.noun)) for thing in things}
@@ -389,7 +389,7 @@ def _clause(rng, held=None):
 
 
 def _other(rng, clause, name):
-    """Draw the slot anew for a correction; also return the words that say so."""
+    """Draw a new value of a slot for a correction; also return the words that express it."""
     old = clause.slots[name]
     while True:
         new = DRAW[name](rng)
@@ -458,7 +458,7 @@ def _command(rng, previous):
 
 
 def _decorated(rng, text):
-    """Put manners and sloppiness around a command."""
+    """Add an opening and an ending to a command, and vary its case."""
     text = rng.choice(OPENINGS) + text + rng.choice(ENDINGS)
     style = rng.random()
     if style < 0.6:
@@ -508,7 +508,7 @@ def _correction_turn(rng, previous):
 
 
 def _other_turn(rng):
-    """Draw something that is no command; its plan is empty."""
+    """Draw text that is not a command; its plan is empty."""
     if rng.random() < 0.35:
         symbols = rng.sample(SYMBOLS, rng.randint(1, 3))
         text = ''.join(rng.choice(rng.choice(symbols)) for _ in range(rng.randint(1, 30)))

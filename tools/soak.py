@@ -60,7 +60,7 @@ from std_srvs.srv import Trigger
 
 CLIENTS = 4
 BURST = 16              # requests of a client at once, at most
-QUEUE = 8               # of which this many may wait
+QUEUE = 8               # requests that may wait
 MAX_BYTES = 20_000      # of a request
 PATIENCE_S = 120.0      # against hangs
 FLAT = 0.03             # resident memory may grow by this fraction after the first tenth
@@ -69,19 +69,19 @@ VERBS = ('bring', 'fetch', 'take', 'put')
 THINGS = ('cup', 'box', 'bottle', 'book')
 STATUS = {'stop': 4, 'cancelled': 5}       # of a goal; any other end: 6
 DOORS = ('~/prompt', '~/request', '~/generate', 'HTTP')
-BY_HTTP = 'a'           # the client that has the last one
+BY_HTTP = 'a'           # the only client that sends HTTP requests
 MODEL = 'builtin:tiny_planner'
-# Each status of the action tells of all goals of the last seconds: to read it is most of what a
-# client does, and grows with the square of their rate.
+# Weights of `DOORS`. Goals are few: each status message of the action lists all goals of the last
+# seconds, and the time to read these messages grows with the square of the goal rate.
 SHARES = (2, 2, 1, 3)
-ANSWERED = {'stop', 'length'}           # what HTTP has an answer for; any other end is its code
+ANSWERED = {'stop', 'length'}           # these ends have an HTTP answer; others have an error code
 
 
 class Sent(NamedTuple):
     """A request that a client sent, and the result of its goal."""
 
     door: str
-    id: str | None              # that the result is to bear
+    id: str | None              # that the result must have
     wrong: bool                 # it must be refused
     goal: tuple[int, int, str, str] | None = None   # status, request_id, finish reason, text
     http: 'HttpAnswer | None' = None
@@ -159,7 +159,7 @@ class Client:
             text = chance.choice(('', 'x' * (MAX_BYTES + 1))) if chance.random() < 0.05 else text
             self._prompt.publish(String(data=text))
             return Sent(door, None, len(text) > MAX_BYTES or not text), None
-        if chance.random() > 0.05:              # else a twin of the one before
+        if chance.random() > 0.05:              # otherwise a duplicate of the previous one
             self._count += 1
         id_ = f'{self._name}-{self._count}'
         if door == 'HTTP':                      # an answer is found by its id
@@ -250,7 +250,7 @@ class Probe:
         self._executor.add_node(self._node)
         self.last = 0                           # number of the last request
         self.sent, self.reasons = Counter(), Counter()      # by door; by finish reason
-        self.done = Counter()                   # to the node, by what it was
+        self.done = Counter()                   # actions on the node, by kind
         self.tokens: list[str] = []
         self.responses: list[str] = []
         self.pieces: dict[int, list[str]] = defaultdict(list)
@@ -400,7 +400,7 @@ class Probe:
             if each.goal is not None:
                 status, number, reason, text = each.goal
                 equal(f'goal {each.id}', each.goal, (
-                    # What others cancelled was not cancelled by the goal's client.
+                    # A goal that another client cancelled is ABORTED, not CANCELED.
                     status if (status, reason) == (6, 'cancelled') else STATUS.get(reason, 6),
                     number, reasons.get(number), texts.get(number)))
                 equal(f'id of goal {number}', results.get(number, {}).get('id'), each.id)
@@ -409,7 +409,7 @@ class Probe:
         return wrong
 
     def _check_http(self, id_: str, heard: HttpAnswer) -> list[str]:
-        """Compare an HTTP answer with the result; a client that left has its beginning."""
+        """Compare an HTTP answer with the result; a client that left has only its beginning."""
         found = [result for result in self.results if result['id'] == id_]
         if len(found) != 1:
             return [f'{len(found)} results of {id_}, which came by HTTP']

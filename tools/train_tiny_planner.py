@@ -15,7 +15,7 @@
 """
 Train the model that ships with the package, `builtin:tiny_planner`, and write its folder.
 
-A seeded run makes everything from nothing: the data (planner_data.py), the tokenizer and the
+A seeded run creates everything from scratch: the data (planner_data.py), the tokenizer and the
 weights. It needs no network. On a GPU the sums of a training step have no fixed order, so two runs
 with one seed give models that are equally good but not equal bit for bit.
 """
@@ -93,8 +93,9 @@ class Batches(Dataset):
     """
     Batch ``index`` of a run: whole conversations in rows of one length, drawn from seed and index.
 
-    Each batch is ``tokens`` in all, in rows of one of ``lengths`` in turn. Items are input ids and
-    labels, int64 (rows, length); only the answers and the tokens that end them have labels.
+    Each batch has ``tokens`` tokens in rows of one length; batches take ``lengths`` in turn. Items
+    are input ids and labels, int64 (rows, length); only the answers and the tokens that end them
+    have labels.
     """
 
     def __init__(self, tokenizer, seed, steps, tokens, lengths):
@@ -223,7 +224,7 @@ def write_card(folder: Path, model, done: int, args) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument('folder', type=Path, help='where the model goes; made if missing')
+    parser.add_argument('folder', type=Path, help='where the model goes; created if missing')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
     parser.add_argument('--steps', type=int, default=6000)
     parser.add_argument('--minutes', type=float, default=60.0,
@@ -233,7 +234,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help='tokens of a row; the steps take them in turn')
     parser.add_argument('--lr', type=float, default=2e-3)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--workers', type=int, default=0, help='processes that make the data')
+    parser.add_argument('--workers', type=int, default=0, help='processes that create the data')
     parser.add_argument('--evaluate', type=int, default=1000,
                         help="held-out commands that the card's figures are measured on")
     args = parser.parse_args(arguments)

@@ -64,7 +64,7 @@ class Case:
     samplings: tuple[str, ...] = ()  # also time the step with these; see `parse_sampling`
     captured: bool = False          # needs a step that is captured in a CUDA graph
     beside: tuple[str, ...] = ()    # also time the step beside these; see `neighbour.parse`
-    pace: float = 0.0               # also beside these at so many tokens per second; 0: not
+    pace: float = 0.0               # also beside these, at this many tokens per second; 0: no
     schema: str = ''                # also time the step under this JSON Schema
     prompts: tuple[int, ...] = ()   # also measure the time to the first token at these lengths
     session: str = ''               # name of a repeated session of an A/B
@@ -128,7 +128,7 @@ def _settings(text: str, pairs: str, group: str, config: Any,
     for setting in filter(None, pairs.split(',')):
         key, _, value = setting.partition('=')
         if key not in kinds:
-            raise ConfigError(f'{text}: there is no {group} setting {key!r}: allowed are '
+            raise ConfigError(f'{text}: there is no {group} setting {key!r}: expected one of '
                               f'{", ".join(sorted(kinds))}')
         settings[key] = _read(text, key, value, kinds[key])
     return settings

@@ -97,7 +97,7 @@ class Neighbour:
                                'finds a CUDA device with free memory')
 
     def collect(self, seconds: float) -> list[float]:
-        """Wait for so many seconds; return the times of all passes since the last call."""
+        """Wait for this many seconds; return the times of all passes since the last call."""
         if self._process is not None:
             time.sleep(seconds)
         times, self._times = self._times, []

@@ -61,7 +61,7 @@ def prepare() -> None:
 
 def profile(engine: Engine, prompt: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """
-    Profile that many decode steps.
+    Profile ``steps`` decode steps.
 
     :param engine: an engine on CUDA that was built after ``prepare``.
     :return: see ``summarize``.

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a measurement depends on besides its settings, as hashes to compare."""
+"""Hashes of what a measurement depends on besides its settings."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def provenance(model: str) -> dict[str, str]:
     """
     Return a hash for each of model, code, packages and machine.
 
-    The files of a checkpoint are compared by name, size and time of change.
+    The files of a checkpoint are compared by name, size and modification time.
 
     :param model: as `checkpoint.locate` takes it; empty for random weights, which follow from the
         settings and the code. A model of the hub is compared only if it is in the local cache.

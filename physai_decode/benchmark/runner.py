@@ -16,8 +16,8 @@
 Run cases one at a time, each in a fresh process, and store their results in files.
 
 A result that is already in the folder is not measured again, so an interrupted run resumes where
-it stopped, unless the model, the code, the packages or the machine have changed, or the caller
-wants it ``again``. The next run repeats a session that died or was interrupted, and the result
+it stopped. It is measured again if the model, the code, the packages or the machine have changed,
+or if ``again`` is set. The next run repeats a session that died or was interrupted, and the result
 records how the session was lost.
 """
 
@@ -55,7 +55,7 @@ class Runner:
     :param session_timeout_s: time limit of a session; one that exceeds it is killed and counts as
         died.
     :param budget_s: time limit of the whole run; 0 sets none.
-    :param again: whether to measure also what is already in the folder.
+    :param again: whether to measure existing results again.
     """
 
     def __init__(self, out: Path, models: Path, session_timeout_s: float = 3600.0,
@@ -103,7 +103,7 @@ class Runner:
         return result
 
     def _measure(self, case: Case, path: Path, record: Result) -> Result:
-        """Run a session and return its result; meanwhile, the file says that it was lost."""
+        """Run a session and return its result; until it ends, the file reports it as lost."""
         missing = [name for name in case.requires if importlib.util.find_spec(name) is None]
         if missing:
             return {'status': 'unavailable', 'contexts': [],

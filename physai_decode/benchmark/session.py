@@ -61,6 +61,7 @@ from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
 from physai_decode.roofline import Roofline
 from physai_decode.telemetry import find_engine_peak
+from physai_decode.telemetry import spent_j
 from physai_decode.telemetry import Telemetry
 from physai_decode.text_process import TextProcess
 from physai_decode.tokenizer_files import TextError
@@ -71,7 +72,7 @@ MASKED_ROUNDS, MASKED_ANSWERS = 10, 100     # steps to time, in units of --steps
 MATRIX_CPU, MATRIX_CUDA, MATRIX_TRIES = 1024, 8192, 10
 PROMPT_ROUNDS = 5               # timed prompts of each length
 BESIDE_ROUNDS, BESIDE_STEPS, BESIDE_TOKENS = 4, 250, 64
-BESIDE_S = 5.0                  # minimum time beside the neighbour, and for which it runs alone
+BESIDE_S = 5.0                  # minimum time beside the neighbour; it runs alone for as long
 ENERGY_S = 2.0                  # devices update their energy counters a few times per second
 
 
@@ -163,8 +164,8 @@ def _build(case: Case, cells: list[dict[str, Any]], note: Callable[[str], None],
 def _engine(case: Case, context: int, note: Callable[[str], None]) -> Engine:
     from physai_decode import engines
     note(f'looking for {case.source.path}')
-    return engines.build(
-        checkpoint.open(case.source.path), _settings(case, context).engine, note)
+    model = checkpoint.open(case.source.path, parameter='--model')
+    return engines.build(model, _settings(case, context).engine, note)
 
 
 def _settings(case: Case, context: int) -> DecodeConfig:
@@ -300,11 +301,8 @@ def energy(engine: Engine, context: int, tokens: int, energy_j: Callable[[], flo
     begin_s, begin_j = clock(), energy_j()
     while (spent_s := clock() - begin_s) < ENERGY_S:
         count += len(_stream(loop, prompt, tokens)[1])
-    end_j = energy_j()
-    if begin_j is None or end_j is None or end_j <= begin_j:    # it ended, or was reset
-        return {}
-    spent_j = end_j - begin_j
-    return {'j_per_token': spent_j / count, 'power_w': spent_j / spent_s}
+    used_j = spent_j(begin_j, energy_j())
+    return {'j_per_token': used_j / count, 'power_w': used_j / spent_s} if used_j else {}
 
 
 def compare_samplings(engine: Engine, context: int, warmup: int, steps: int,
@@ -341,7 +339,7 @@ def compile_schema(case: Case, footprint: Footprint) -> Compiled:
 
     :raises TextError: the schema is not supported, or the tokenizer cannot be loaded.
     """
-    model = checkpoint.open(case.source.path)
+    model = checkpoint.open(case.source.path, parameter='--model')
     form = Form('json_schema', json.loads(case.schema), '--constraint')
     with contextlib.closing(TextProcess(
             str(model.folder), ChatConfig(), model.vocab_size, model.eos_token_ids)) as text:
@@ -430,8 +428,7 @@ def beside(engine: Engine, context: int, warmup: int, text: str,
     Time the steps and a neighbour, each alone and both together, in turn.
 
     :param text: the neighbour; see `neighbour.parse`.
-    :param tokens_per_s: a pace of the steps, which are then also timed at it beside the neighbour;
-        0 for none.
+    :param tokens_per_s: if above 0, the steps are also timed beside the neighbour at this pace.
     :return: the text, the pace, and the times of the steps and of the neighbour, alone and
         together, in seconds.
     """

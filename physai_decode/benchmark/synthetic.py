@@ -186,7 +186,7 @@ def config(shape: str, quantization: str = 'none') -> dict[str, Any]:
     for what, value, known in (('shape', shape, SHAPES),
                                ('quantisation', quantization, QUANTIZATIONS)):
         if value not in known:
-            raise ValueError(f'unknown {what} {value!r}: allowed are {", ".join(known)}')
+            raise ValueError(f'unknown {what} {value!r}: expected one of {", ".join(known)}')
     half = 'float16' if quantization in ('gptq', 'awq', 'w4a16') else 'bfloat16'
     made: dict[str, Any] = {**_COMMON, **SHAPES[shape], 'torch_dtype': half}
     if quantization != 'none':

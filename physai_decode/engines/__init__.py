@@ -15,6 +15,8 @@
 """Choose and build an engine by name; its module is imported only then."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -26,6 +28,7 @@ from typing import NamedTuple
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
+from physai_decode.engine import described
 from physai_decode.engine import Drafter
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
@@ -41,6 +44,26 @@ _INSTALL = {
     'safetensors': f'safetensors ({install("safetensors")})',
     'triton': f'Triton ({install("triton")})',
     'exllamav2': f'ExLlamaV2 ({install("exllamav2")}; it also needs a CUDA toolkit)'}
+
+
+class DraftError(EngineError):
+    """A draft model cannot be used; without it, the model may be."""
+
+
+@contextmanager
+def naming_draft(path: str) -> Iterator[None]:
+    """
+    Convert errors inside ``with`` into one that names the draft model.
+
+    :raises DraftError: for any error.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = error if isinstance(error, EngineError) else described(error)
+        raise DraftError(
+            f'the draft model {path} cannot be used: {reason}; or set speculation.draft_model to '
+            'another model, or speculation.name to lookup') from error
 
 
 class Chosen(NamedTuple):
@@ -64,8 +87,8 @@ def choose(model: Checkpoint, config: EngineConfig) -> Chosen:
         return _choose(model)
     if name not in _CLASSES:
         raise EngineError(
-            f'engine.name is {name!r}: allowed are auto, {", ".join(_CLASSES)}')
-    return Chosen(name, 'engine.name says so')
+            f'engine.name is {name!r}: expected one of auto, {", ".join(_CLASSES)}')
+    return Chosen(name, 'engine.name is set to it')
 
 
 def build(model: Checkpoint, config: EngineConfig,
@@ -80,6 +103,7 @@ def build(model: Checkpoint, config: EngineConfig,
     :param draft: a smaller model to make drafts, if the engine can verify them.
     :raises EngineError: the engine is not installed, or cannot run the model; all memory is
         freed.
+    :raises DraftError: the draft model cannot be used, or the model does not fit beside it.
     """
     name, reason = choose(model, config)
     progress(f'engine {name}, because {reason}')
@@ -107,23 +131,20 @@ def _with_draft(kind: Any, model: Checkpoint, draft: Checkpoint, config: EngineC
                 progress: Callable[[str], None]) -> Engine:
     """Load a model and its draft model; drop the latter if the engine can't verify drafts."""
     with ExitStack() as undo:
-        try:
+        with naming_draft(str(draft.folder)):
             small = kind(draft, config, lambda text: progress(f'draft model: {text}'))
-        except EngineError as error:
-            raise EngineError(
-                f'the draft model {draft.folder} cannot be used: {error}; or set '
-                'speculation.draft_model to another model') from None
         undo.callback(small.close)
         size = f'{small.footprint.checkpoint_weight_bytes / 1e9:.3g} GB'
         try:
             engine = kind(model, config, progress, passes=True)
         except EngineError as error:
-            raise EngineError(f'beside a draft model of {size}: {error}') from None
+            raise DraftError(f'beside a draft model of {size}: {error}') from None
         if len(engine.pass_costs) == 1:
             return engine
         undo.callback(engine.close)
         step_s = _step_s(engine)
-        engine.drafter = Drafter(small, _step_s(small) / step_s, step_s)
+        with naming_draft(str(draft.folder)):
+            engine.drafter = Drafter(small, _step_s(small) / step_s, step_s)
         report = (f'{draft.folder}: {size}, {small.footprint.dtype}, context '
                   f'{small.footprint.max_context}, a token costs {engine.drafter.cost:.2f} steps')
         progress(f'the draft model is {report}')

@@ -66,7 +66,7 @@ def wrong_shape(model: Checkpoint, name: str, found: Iterable[int],
                 implied: Iterable[int]) -> EngineError:
     """Return the error for a tensor whose shape is not the one that config.json implies."""
     return EngineError(
-        f'{model.folder}: tensor {name} has shape {list(found)}, config.json implies '
+        f'{model.folder}: tensor {name} has shape {list(found)}, but config.json implies '
         f'{list(implied)}: copy or download the model again, with the config.json of these '
         'weights')
 

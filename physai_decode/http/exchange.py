@@ -85,7 +85,7 @@ class Exchange:
             self._news.clear()
             self._urgent.clear()
             self._woken = False
-            ended = self._end is not None       # read first: all pieces are there before the end
+            ended = self._end is not None       # read first: all pieces arrive before it
             reports = [self._pieces.popleft() for _ in range(len(self._pieces))]
             if any(each.text or each.reasoning or each.tool_calls for each in reports):
                 yield self._piece(reports)

@@ -36,8 +36,8 @@ CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('unconfigured', 'inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
 _INTERNAL = (                           # not keys
-    'miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes', 'shared_passes',
-    'floor_count')
+    'miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes', 'drafted',
+    'draft_ms', 'floor_count')
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
 

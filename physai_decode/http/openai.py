@@ -244,7 +244,7 @@ def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
     for name in options:
         if name not in _STREAM_OPTIONS:
             raise RequestError(f'{shown(f"stream_options.{name}")} is not a field of a body: '
-                               f'allowed are {", ".join(_STREAM_OPTIONS)}')
+                               f'the fields are {", ".join(_STREAM_OPTIONS)}')
     flags = {name: value for name, value in options.items() if value is not None}
     _flag(flags, 'include_obfuscation', 'stream_options.')
     return _flag(flags, 'include_usage', 'stream_options.')
@@ -267,7 +267,7 @@ def _convert_input(fields: dict[str, Any], chat: bool) -> None:
     if type(prompt) is list and len(prompt) == 1:
         prompt = prompt[0]
     if type(prompt) is not str:
-        raise RequestError(f'prompt is {shown(prompt)}: expected one text')
+        raise RequestError(f'prompt is {shown(prompt)}: expected one string')
     if not prompt:
         raise RequestError("prompt is '': send some text")
     fields['raw_prompt'] = prompt

@@ -81,7 +81,7 @@ class Duplicates:
         if node.count_publishers(topic) > 1:
             publishers = sorted(_full_name(info.node_name, info.node_namespace)
                                 for info in node.get_publishers_info_by_topic(topic))
-            found.append(f'{len(publishers)} publishers are on {topic}, of '
+            found.append(f'{topic} has {len(publishers)} publishers, '
                          f'{", ".join(publishers)}: their streams mix')
         return '; '.join(found)
 

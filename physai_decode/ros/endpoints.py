@@ -83,7 +83,7 @@ class Endpoints:
                     throttle_duration_sec=1.0)
             if not self._host.cancel(client_id=parsed.client_id):
                 self._logger.info(
-                    f'nothing to cancel: no request {parsed.client_id!r} runs or waits',
+                    f'nothing to cancel: no request {parsed.client_id!r} is running or waiting',
                     throttle_duration_sec=1.0)
         else:
             self._host.submit(parsed, received_s)

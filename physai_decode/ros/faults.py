@@ -46,5 +46,5 @@ class Faults:
         line = '' if trace is None else \
             f' ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})'
         self._logger.error(
-            f'{where} failed, the node continues: {described(error)}{line}; callback_errors: '
+            f'{where} failed; the node continues: {described(error)}{line}; callback_errors: '
             f'{count}', throttle_duration_sec=LOG_PERIOD_S)

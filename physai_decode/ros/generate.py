@@ -203,7 +203,7 @@ class GenerateServer:
 
     def _send_goal(self, goal: '_Goal') -> bool:
         """Send the news of a goal; return True if its cancel is still pending."""
-        # In this order: all tokens are there before the end is, and those of an item before it.
+        # In reverse order of arrival: tokens arrive before their items, and both before the end.
         end = goal.end
         items = goal.take_items()
         tokens = goal.take()

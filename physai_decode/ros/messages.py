@@ -59,7 +59,7 @@ BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
     'peak_source', 'host_gap_ms', 'verdict', 'no_floor', 'mask_ms')
 LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
-                     'best_r_floor', 'shared_passes', 'floor_count', *BANDWIDTH_KEYS)
+                     'best_r_floor', 'drafted', 'draft_ms', 'floor_count', *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
@@ -164,11 +164,10 @@ def model_status(node: str, model: str, footprint: Footprint, peak: Peak, hardwa
             kv_bytes_per_token=(2 * footprint.layers * footprint.kv_heads * footprint.head_dim
                                 * footprint.kv_element_bytes),
             peak_bandwidth_gb_s=_giga(peak.bytes_per_s), peak_source=peak.source)
-    values.update(
-        model=model, generate_action=GENERATE_ACTION, **facts,
-        **{key: value for key, value in footprint.details.items() if key not in MODEL_KEYS})
-    details = tuple(key for key in footprint.details if key not in MODEL_KEYS)
-    return status(status_name(node, 'model'), MODEL_KEYS + details, values,
+    details = {key: value for key, value in {**footprint.details, **facts}.items()
+               if key not in MODEL_KEYS}
+    values.update({**facts, **details}, model=model, generate_action=GENERATE_ACTION)
+    return status(status_name(node, 'model'), (*MODEL_KEYS, *details), values,
                   hardware_id=hardware_id)
 
 
@@ -236,12 +235,13 @@ def _figures(window: WindowReport, footprint: Footprint | None,
              throttle_reasons: str | None) -> Figures:
     """Return the figures of a verdict."""
     itl_ms, gap_ms = window.itl_p50_ms, window.host_gap_ms
-    comparable = not window.shared_passes       # a pass takes longer, and its tokens share it
+    comparable = not window.drafted     # a pass with a draft takes longer, and its tokens share it
     figures = Figures(
         itl_ms, None if itl_ms is None or gap_ms is None else itl_ms - gap_ms, window.floor_ms,
         window.itl_p99_ms if comparable else None, window.count,
         window.wait_ms if window.paced else None, throttle_reasons=throttle_reasons,
-        best_r_floor=window.best_r_floor if comparable else None)
+        best_r_floor=window.best_r_floor if comparable else None,
+        draft_ms=window.draft_ms or 0.0)
     return figures if footprint is None else replace(
         figures, cuda_graph=footprint.cuda_graph, engine=footprint.engine,
         kernels=footprint.details.get('kernels', ''), slow_format=footprint.slow_format)

@@ -74,7 +74,7 @@ EXIT_TIMEOUT_S = 0.8            # the same when the process ends
 GOALS_TIMEOUT_S = 0.2           # to send the results of goals
 
 
-class _Exiting(Exception):
+class _Exiting(BaseException):
     """The process ends while a model loads."""
 
 
@@ -194,7 +194,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         try:
             self._open_http(config)
             loaded = host.load(config, self._progress)
-        except Exception:
+        except (Exception, _Exiting):
             message = f'configure failed: {host.failure}'
             if self._exiting:
                 self.get_logger().info(message)

@@ -147,12 +147,12 @@ def fixed(parameters: Iterable[Parameter]) -> list[str]:
 
 
 def length_limit(field: Field[Any]) -> str:
-    """Describe the longest allowed value; empty if the field is neither a text nor a list."""
+    """Describe the longest allowed value; empty if the field is neither a string nor a list."""
     meta = field.metadata
     characters = meta['characters']
     if type(field.default) is tuple:
         return f'up to {MAX_ITEMS} numbers of {meta["low"]} to {meta["high"]}' \
-            if meta['items'] is int else f'up to {MAX_ITEMS} texts of {characters} characters'
+            if meta['items'] is int else f'up to {MAX_ITEMS} strings of {characters} characters'
     return f'up to {characters} characters' if type(field.default) is str else ''
 
 

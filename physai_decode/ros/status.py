@@ -51,7 +51,7 @@ class Status:
 
     def model_info(self) -> None:
         """Publish the loaded model on ``~/model_info``, which is latched."""
-        with self._latch:                       # the last message is the newest
+        with self._latch:                       # so that the latched message is the newest
             loaded, node = self._host.loaded, self._topics.node_name
             if loaded is None:
                 status = messages.status(

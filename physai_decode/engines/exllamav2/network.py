@@ -88,8 +88,8 @@ class Network:
         tokens, past = ids.shape[1], self._cache.current_seq_len
         form = self._params(1, tokens, past)
         if tokens > 1:
-            # Without flash-attn, the library does not mask later tokens in prefill. This mask,
-            # which it has for block-diagonal attention, does.
+            # Without flash-attn, the library does not mask later tokens in prefill. The
+            # mask that it has for block-diagonal attention does.
             form.block_diag_mask = torch.full(
                 (tokens, past + tokens), float('-inf'), dtype=torch.float16,
                 device=self._device).triu_(past + 1)

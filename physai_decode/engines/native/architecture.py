@@ -34,7 +34,7 @@ class Rotary:
 
     inverse_frequencies: tuple[float, ...]     # radians per position
     scale: float = 1.0                         # multiplies cosine and sine
-    reach: int = 0                             # longest context of these, tokens; 0: any
+    reach: int = 0                             # longest context for these, in tokens; 0: any
     beyond: tuple[float, ...] = ()             # inverse frequencies in longer contexts
 
     def within(self, context: int) -> 'Rotary':

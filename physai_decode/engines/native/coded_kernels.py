@@ -22,35 +22,14 @@ previous kernel still runs. The table has 64 bytes, so look-ups hit the L1 cache
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
-from physai_decode.engines.native import scaled_kernels
+from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.scaled_kernels import BLOCK
-from physai_decode.engines.native.scaled_kernels import ScaledOps
-import torch
 from torch import Tensor
 import triton
 import triton.language as tl
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
-_numbers = scaled_kernels._numbers
-# Convert the E2M1 codes in the low (or high) nibbles of a word's four bytes to float16 * 2^-14:
-# move sign, exponent and mantissa bit to their positions there, two values at a time.
-_E2M1_LOW, _E2M1_HIGH = (tl.constexpr(
-    '{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; ' + ''.join(
-        f'{shift}.b32 t, {half}, {places}; shl.b32 s, {half}, {sign}; and.b32 s, s, 0x80008000; '
-        f'lop3.b32 {out}, t, 0x0E000E00, s, 0xEA; ' for half, out in (('a', '$0'), ('b', '$1')))
-    + '}') for shift, places, sign in (('shl', 1, 4), ('shr', 3, 0)))
-
-
-@triton.jit
-def _scale(scales):
-    """Convert scales to float32; int8 has the bits of an E4M3 float, uint8 a biased exponent."""
-    if scales.dtype == tl.float32:
-        return scales
-    elif scales.dtype == tl.int8:
-        return _numbers(scales, True, False) * 256.0
-    else:
-        return (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -88,35 +67,22 @@ def _load_input(x, gain, block, half: tl.constexpr, K: tl.constexpr, NORM: tl.co
 
 
 @triton.jit
-def _decode(tile, table, HIGH: tl.constexpr, E2M1: tl.constexpr):
-    """Decode the low (or HIGH) nibbles of bytes to float32; of E2M1, times 2^-14."""
-    if E2M1 and HIGH:
-        return tl.inline_asm_elementwise(_E2M1_HIGH, '=r,=r,r', [tile], dtype=tl.float16,
-                                         is_pure=True, pack=4).to(tl.float32)
-    elif E2M1:
-        return tl.inline_asm_elementwise(_E2M1_LOW, '=r,=r,r', [tile], dtype=tl.float16,
-                                         is_pure=True, pack=4).to(tl.float32)
-    else:
-        codes = tile.to(tl.int32)
-        return tl.load(table + (codes >> 4 if HIGH else codes & 0xF))
-
-
-@triton.jit
-def _products(tile, low, high, table, v, w, GROUP: tl.constexpr, E2M1: tl.constexpr):
+def _products(tile, low, high, table, v, w, GROUP: tl.constexpr):
     """Multiply a tile by the halves of its input, ``v`` and ``w``; returns [ROWS, PARTS]."""
-    first = tl.sum(_decode(tile, table, False, E2M1) * v[None, :, :], 2)
-    second = tl.sum(_decode(tile, table, True, E2M1) * w[None, :, :], 2)
+    codes = tile.to(tl.int32)
+    first = tl.sum(tl.load(table + (codes & 0xF)) * v[None, :, :], 2)
+    second = tl.sum(tl.load(table + (codes >> 4)) * w[None, :, :], 2)
     if GROUP % 32 == 0:
-        return (first + second) * _scale(low)
+        return (first + second) * low
     else:
-        return first * _scale(low) + second * _scale(high)
+        return first * low + second * high
 
 
 @triton.jit
-def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.constexpr,
+def _coded(x, codes, scales, table, bias, gain, out, n, eps, K: tl.constexpr,
            GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
            GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-           E2M1: tl.constexpr, PDL: tl.constexpr):
+           PDL: tl.constexpr):
     """Multiply a `Coded` [n, K], if GATED [2 n, K], by ``x`` [K]; a program has ROWS rows."""
     PARTS: tl.constexpr = COLUMNS // 32
     BLOCKS: tl.constexpr = (K + 31) // 32
@@ -145,34 +111,31 @@ def _coded(x, codes, scales, factors, table, bias, gain, out, n, eps, K: tl.cons
     v, square = _load_input(x, gain, block, 0, K, NORM)
     w, squared = _load_input(x, gain, block, 1, K, NORM)
     squares += square + squared
-    sums += _products(tile, low, high, table, v, w, GROUP, E2M1)
+    sums += _products(tile, low, high, table, v, w, GROUP)
     if GATED:
-        more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
+        more += _products(up_tile, up_low, up_high, table, v, w, GROUP)
     for first in tl.range(PARTS, BLOCKS, PARTS, num_stages=1):
         tile, low, high = _load_tile(row, groups, first + block, K, GROUP, COLUMNS)
         v, square = _load_input(x, gain, first + block, 0, K, NORM)
         w, squared = _load_input(x, gain, first + block, 1, K, NORM)
         squares += square + squared
-        sums += _products(tile, low, high, table, v, w, GROUP, E2M1)
+        sums += _products(tile, low, high, table, v, w, GROUP)
         if GATED:
             up_tile, up_low, up_high = _load_tile(
                 up_row, up_groups, first + block, K, GROUP, COLUMNS)
-            more += _products(up_tile, up_low, up_high, table, v, w, GROUP, E2M1)
+            more += _products(up_tile, up_low, up_high, table, v, w, GROUP)
     if PDL:
         gdc_launch_dependents()
     total = tl.sum(tl.sum(squares, 1), 0)
-    factor: tl.constexpr = 16384.0 if E2M1 else 1.0
-    result = tl.sum(sums, 1) * (tl.load(factors + own) * factor)
-    result = _finish(result, total, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
+    result = _finish(tl.sum(sums, 1), total, own, 2 * n if GATED else n, K, eps, bias, NORM, BIAS)
     if GATED:
-        other = tl.sum(more, 1) * (tl.load(factors + up) * factor)
         result = _activated(result, GELU)
-        result *= _finish(other, total, up, 2 * n, K, eps, bias, NORM, BIAS)
+        result *= _finish(tl.sum(more, 1), total, up, 2 * n, K, eps, bias, NORM, BIAS)
     _store(out, rows, n, result, ADD)
 
 
 @triton.jit
-def _widen(codes, scales, factors, table, out, first, K: tl.constexpr, GROUP: tl.constexpr,
+def _widen(codes, scales, table, out, first, K: tl.constexpr, GROUP: tl.constexpr,
            BLOCK: tl.constexpr):
     """Dequantise BLOCK columns of a row of a `Coded` to ``out`` [rows, K]; row 0 is ``first``."""
     row = (first + tl.program_id(0)).to(tl.int64)
@@ -182,7 +145,7 @@ def _widen(codes, scales, factors, table, out, first, K: tl.constexpr, GROUP: tl
     packed = tl.load(codes + row * ((K + 31) // 32 * 16) + place, mask=inside, other=0)
     numbers = tl.load(table + (packed.to(tl.int32) >> (columns // 16 % 2 * 4) & 0xF))
     group = row * ((K + GROUP - 1) // GROUP) + columns // GROUP
-    scale = _scale(tl.load(scales + group, mask=inside, other=0)) * tl.load(factors + row)
+    scale = tl.load(scales + group, mask=inside, other=0)
     tl.store(out + tl.program_id(0).to(tl.int64) * K + columns,
              (numbers * scale).to(out.dtype.element_ty), mask=inside)
 
@@ -191,11 +154,11 @@ def widen(weight: Coded, rows: slice, out: Tensor) -> None:
     """Dequantise some rows of a weight to ``out`` [rows, K]."""
     k = weight.in_features
     _widen[(rows.stop - rows.start, triton.cdiv(k, BLOCK))](
-        *_pointers(weight), out, rows.start, K=k, GROUP=weight.group_size, BLOCK=BLOCK,
-        num_warps=4)
+        weight.codes, weight.scales, weight.table, out, rows.start, K=k, GROUP=weight.group_size,
+        BLOCK=BLOCK, num_warps=4)
 
 
-class CodedOps(ScaledOps):
+class CodedOps(Fp4Ops):
     """The step's operations as kernels, for weights of all layouts."""
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
@@ -206,14 +169,8 @@ class CodedOps(ScaledOps):
         self._current.discard(out.data_ptr())
         n, bias = out.shape[0], weight.bias
         _coded[(triton.cdiv(n, layout.rows),)](
-            x, *_pointers(weight), x if bias is None else bias, x if gain is None else gain, out,
-            n, eps, K=shape.k, GROUP=weight.group_size, ROWS=layout.rows, COLUMNS=layout.columns,
-            NORM=gain is not None, GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
-            E2M1=weight.is_e2m1 and self._device.type == 'cuda', PDL=self._pdl,
+            x, weight.codes, weight.scales, weight.table, x if bias is None else bias,
+            x if gain is None else gain, out, n, eps, K=shape.k, GROUP=weight.group_size,
+            ROWS=layout.rows, COLUMNS=layout.columns, NORM=gain is not None, GATED=gated,
+            GELU=gelu, ADD=add, BIAS=bias is not None, PDL=self._pdl,
             **self._launch(layout.warps))
-
-
-def _pointers(weight: Coded) -> tuple[Tensor, ...]:
-    scales = weight.scales
-    return (weight.codes, scales.view(torch.int8) if scales.dtype == torch.float8_e4m3fn else
-            scales, weight.factors, weight.table)

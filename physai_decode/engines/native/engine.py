@@ -246,7 +246,7 @@ class NativeEngine:
         costs = start.pass_costs(self.transformer, run)
         report = ', '.join(f'{rows} tokens {cost:.2f}' for rows, cost in costs.items() if rows > 1)
         if all(cost >= rows for rows, cost in costs.items()):
-            return f'off: a pass costs as much as steps of its tokens do (of {report} steps)'
+            return f'off: a pass costs as much as separate steps (of {report} steps)'
         self.pass_costs = costs
         if pipeline:
             pipeline.sizes = tuple(costs)

@@ -31,7 +31,7 @@ from physai_decode.engines.native.ops import TorchOps
 import torch
 from torch import Tensor
 
-FEW = 16            # up to so many tokens run one by one: most experts would have one or none
+FEW = 16            # up to this many tokens run one by one: most experts would get one or none
 
 
 @dataclass(frozen=True)

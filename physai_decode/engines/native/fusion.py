@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stored
@@ -42,6 +43,9 @@ def fuse(parts: list[Stored], paired: bool = False) -> Stored | None:
     int4 = [part for part in parts if isinstance(part, Int4)]
     if len(int4) == len(parts):
         return _int4(int4, paired)
+    fp4 = [part for part in parts if isinstance(part, Fp4)]
+    if len(fp4) == len(parts):
+        return _fp4(fp4, paired)
     scaled = [part for part in parts if isinstance(part, Scaled)]
     if len(scaled) == len(parts):
         return _scaled(scaled, paired)
@@ -99,6 +103,26 @@ def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
         in_features=first.in_features)
 
 
+def _fp4(parts: list[Fp4], paired: bool) -> Fp4 | None:
+    """Concatenate; if ``paired``, each tile has 8 rows of gate and 8 of up."""
+    first = parts[0]
+    if any(part.out_features % TILE_ROWS for part in parts):
+        return None
+
+    def concatenate(tensors: list[Tensor], width: int) -> Tensor:
+        return _interleave(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
+
+    bias = None
+    if first.bias is not None:
+        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
+    return replace(
+        # In `fragments`, the halves of a tile alternate every two words; every four scales.
+        first, packed=concatenate([part.packed for part in parts], 2),
+        scales=concatenate([part.scales for part in parts], 4),
+        factors=_by_rows([part.factors for part in parts], paired), bias=bias,
+        out_features=sum(part.out_features for part in parts))
+
+
 def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
     """Concatenate; if ``paired``, interleave 8 rows of each."""
     first = parts[0]
@@ -127,10 +151,8 @@ def _coded(parts: list[Coded], paired: bool) -> Coded | None:
     bias = None
     if first.bias is not None:
         bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
-    scales = _by_rows([part.scales.view(torch.uint8) for part in parts], paired)
     return replace(first, codes=_by_rows([part.codes for part in parts], paired),
-                   scales=scales.view(first.scales.dtype),
-                   factors=_by_rows([part.factors for part in parts], paired), bias=bias)
+                   scales=_by_rows([part.scales for part in parts], paired), bias=bias)
 
 
 def _fusible(parts: list[Scaled] | list[Coded], paired: bool) -> bool:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 AHEAD = 2            # steps in flight
 MOST_AHEAD = 8       # maximum, while the host is late
-CALM_STEPS = 256     # steps in time after which one step less is in flight
+CALM_STEPS = 256     # steps without a late host, after which one fewer is in flight
 
 
 class _Slot:
@@ -58,7 +58,7 @@ class _Part(NamedTuple):
 
     rows: int                   # of the pass
     forward: bool               # whether it has the forward pass
-    plan: Plan | None           # of the sampling, None without
+    plan: Plan | None           # of the sampling; None if it does not sample
 
 
 class Depth:
@@ -76,7 +76,7 @@ class Depth:
         self._calm = 0              # steps since the host was last late
 
     def learn(self, late: bool) -> None:
-        """Update from whether the host was late, so that the device was idle."""
+        """Update after a step; ``late``: the host was late, so the device was idle."""
         self._calm = 0 if late else self._calm + 1
         if late and self.steps < self.most:
             self.steps += 1
@@ -194,7 +194,7 @@ class Pipeline:
         return slot.tokens, device_ms * 1e-3
 
     def drain(self) -> None:
-        """Wait for the steps in flight and discard their tokens, and a forward pass of `begin`."""
+        """Wait for the steps in flight; discard them and a forward pass that `begin` launched."""
         while self._flying:
             self.collect()
         self._begun = False

@@ -272,19 +272,8 @@ def _matrix(words):
 @triton.jit
 def _tile(packed, scales, zeros, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
           STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr):
-    """
-    Load a tile's fragments of SPLIT blocks, and four scales and zeros for each of their rows.
-
-    The words have two dimensions, so that each warp loads its own block: for more, the layout
-    depends on the version of Triton.
-    """
-    number = tl.arange(0, GROUP // 16 * SPLIT)
-    at, inside = _places(ids, tile, first + number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
-    words = tl.load(
-        packed + at[:, None] * (16 * GROUP) + (number // SPLIT * 256)[:, None]
-        + tl.arange(0, 256)[None, :], mask=inside[:, None], other=0,
-        eviction_policy='evict_first')
-    words = tl.permute(tl.reshape(words, (GROUP // 16, SPLIT, 256)), (1, 0, 2))
+    """Load a tile's fragments of SPLIT blocks, and four scales and zeros for each row of them."""
+    words = _words(packed, ids, tile, first, BLOCKS, SIZE, STACK, GROUP, SPLIT)
     # Four float16 are read as one number.
     at, inside = _places(ids, tile, first + tl.arange(0, SPLIT), BLOCKS, SIZE, STACK, SPLIT)
     rows = at[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -293,6 +282,24 @@ def _tile(packed, scales, zeros, ids, tile, first, BLOCKS: tl.constexpr, SIZE: t
     if ZEROS:
         zero = tl.load(zeros.to(tl.pointer_type(tl.int64)) + rows, mask=inside[:, None], other=0)
     return words, four, zero
+
+
+@triton.jit
+def _words(packed, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+           STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr):
+    """
+    Load a tile's fragments of SPLIT blocks from ``first`` on, [SPLIT, GROUP / 16, 256].
+
+    They are loaded in two dimensions, so that each warp loads its own block: for more, the layout
+    depends on the version of Triton.
+    """
+    number = tl.arange(0, GROUP // 16 * SPLIT)
+    at, inside = _places(ids, tile, first + number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
+    words = tl.load(
+        packed + at[:, None] * (16 * GROUP) + (number // SPLIT * 256)[:, None]
+        + tl.arange(0, 256)[None, :], mask=inside[:, None], other=0,
+        eviction_policy='evict_first')
+    return tl.permute(tl.reshape(words, (GROUP // 16, SPLIT, 256)), (1, 0, 2))
 
 
 @triton.jit
@@ -308,30 +315,23 @@ def _places(ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: t
 
 
 @triton.jit
-def _input(x, sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+def _input(x, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
            SPLIT: tl.constexpr, COPIED: tl.constexpr):
     """
-    Load x for group NUMBER of SPLIT blocks from ``first`` on, and its sums [SPLIT, 1, 1].
+    Load x for group NUMBER of SPLIT blocks from ``first`` on.
 
     The matrix units need a matrix, so x is repeated in SIDE columns, in the order of the words:
     [SPLIT, GROUP, SIDE]. If COPIED, it is loaded once, through shared memory. Otherwise every lane
     loads what it multiplies. If ``rows`` is not None, x is that of a pass, [rows, K]: each column
-    has one row, or repeats the last, and the sums are [SPLIT, 1, SIDE].
+    has one row, or repeats the last.
     """
-    if rows is None:
-        eighth = (((first + tl.arange(0, SPLIT)) * 4 + NUMBER) * (GROUP // 8))[:, None] \
-            + tl.arange(0, GROUP // 8)[None, :]
-        parts = tl.load(sums + eighth, mask=eighth * 8 < K, other=0.0)
-        total = tl.sum(parts, 1)[:, None, None]
-    else:
-        total = _row_sums(sums, first, rows, NUMBER, K, GROUP, SPLIT)
     if COPIED:
         column = ((first + tl.arange(0, SPLIT)) * 4 + NUMBER) * GROUP
         at = tl.arange(0, GROUP)[None, :]       # pair, operand, high, lane, low
         columns = column[:, None] + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4
                                      + at // 8 % 2 * 2 + at % 2)
         v = tl.load(x + columns, mask=columns < K, other=0.0)
-        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE)), total
+        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE))
     # Four lanes load one column of x; after the lanes come the warps, and then the registers.
     number = tl.arange(0, GROUP // 32 * SPLIT * SIDE * 4)
     column = ((first + number // (4 * SIDE) % SPLIT) * 4 + NUMBER) * GROUP \
@@ -341,7 +341,20 @@ def _input(x, sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: t
         x += (tl.minimum(number // 4 % SIDE, rows - 1) * K)[:, None]
     v = tl.load(x + columns, mask=columns < K, other=0.0)
     v = tl.permute(tl.reshape(v, (GROUP // 32, SPLIT, SIDE, 4, 2, 2, 2)), (1, 0, 4, 5, 3, 6, 2))
-    return tl.reshape(v, (SPLIT, GROUP, SIDE)), total
+    return tl.reshape(v, (SPLIT, GROUP, SIDE))
+
+
+@triton.jit
+def _input_sums(sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                SPLIT: tl.constexpr):
+    """Add the sums of x for group NUMBER of SPLIT blocks, [SPLIT, 1, 1]; [SPLIT, 1, SIDE] rows."""
+    if rows is None:
+        eighth = (((first + tl.arange(0, SPLIT)) * 4 + NUMBER) * (GROUP // 8))[:, None] \
+            + tl.arange(0, GROUP // 8)[None, :]
+        parts = tl.load(sums + eighth, mask=eighth * 8 < K, other=0.0)
+        return tl.sum(parts, 1)[:, None, None]
+    else:
+        return _row_sums(sums, first, rows, NUMBER, K, GROUP, SPLIT)
 
 
 @triton.jit
@@ -371,10 +384,14 @@ def _block(result, x, sums, words, four, zero, first, rows, K: tl.constexpr, GRO
            SPLIT: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
            ASSEMBLY: tl.constexpr):
     """Add the products of the blocks that `_tile` loaded to [SPLIT, 16, SIDE]."""
-    v0, total0 = _input(x, sums, first, rows, 0, K, GROUP, SPLIT, COPIED)
-    v1, total1 = _input(x, sums, first, rows, 1, K, GROUP, SPLIT, COPIED)
-    v2, total2 = _input(x, sums, first, rows, 2, K, GROUP, SPLIT, COPIED)
-    v3, total3 = _input(x, sums, first, rows, 3, K, GROUP, SPLIT, COPIED)
+    v0 = _input(x, first, rows, 0, K, GROUP, SPLIT, COPIED)
+    v1 = _input(x, first, rows, 1, K, GROUP, SPLIT, COPIED)
+    v2 = _input(x, first, rows, 2, K, GROUP, SPLIT, COPIED)
+    v3 = _input(x, first, rows, 3, K, GROUP, SPLIT, COPIED)
+    total0 = _input_sums(sums, first, rows, 0, K, GROUP, SPLIT)
+    total1 = _input_sums(sums, first, rows, 1, K, GROUP, SPLIT)
+    total2 = _input_sums(sums, first, rows, 2, K, GROUP, SPLIT)
+    total3 = _input_sums(sums, first, rows, 3, K, GROUP, SPLIT)
     result = _grouped(result, words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
     result = _grouped(result, words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
     result = _grouped(result, words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
@@ -680,7 +697,7 @@ class Layout:
     """
     The layout of a product's kernel; ``rows`` and ``columns`` are those of a tile of weights.
 
-    An `Int4` has columns 0: its tiles are as wide as its blocks, with one block per warp.
+    An `Int4` or `Fp4` has columns 0: its tiles are as wide as its blocks, with one block per warp.
     ``split`` is the number of warps that share the columns of a dense pass.
     """
 
@@ -709,8 +726,12 @@ CODED_LAYOUTS = tuple(Layout(*each) for each in (
     (1, 2048, 2, 1), (16, 1024, 8, 1), (8, 2048, 8, 1)))
 INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
+FP4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
+    (4, 1), (8, 1), (2, 1), (1, 1), (1, 2), (2, 2), (2, 3), (4, 3), (4, 4)))
 if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
-    INT4_LAYOUTS = tuple(sorted(INT4_LAYOUTS, key=lambda layout: layout.warps))
+    INT4_LAYOUTS, FP4_LAYOUTS = (
+        tuple(sorted(each, key=lambda layout: layout.warps))
+        for each in (INT4_LAYOUTS, FP4_LAYOUTS))
 
 
 @dataclass(frozen=True)
@@ -891,9 +912,9 @@ class TritonOps(TorchOps):
     def _candidates(self, shape):
         """Return the possible layouts of a product's kernel; the first fits every chip."""
         number = shape.kind.partition('-')[0]
-        layouts = {'int4': INT4_LAYOUTS, 'coded': CODED_LAYOUTS, 'int8': SCALED_LAYOUTS,
-                   'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
-        if not compiler.PIPELINES and number in ('int8', 'float8', 'coded'):
+        layouts = {'int4': INT4_LAYOUTS, 'fp4': FP4_LAYOUTS, 'coded': CODED_LAYOUTS,
+                   'int8': SCALED_LAYOUTS, 'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
+        if not compiler.PIPELINES and number in ('fp4', 'int8', 'float8', 'coded'):
             layouts = tuple(layout for layout in layouts if layout.stages == 1)
         return layouts
 

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The layouts of a projection's weights: dense, or quantised in one of three ways.
+The layouts of a projection's weights: dense, or quantised in one of four ways.
 
 The engine's own kernels read these; `torch_linear` has two more, for PyTorch's kernels. A fused
 projection has the rows of all its parts. ``apply`` is the matrix product of the prefill and, for
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 DEQUANTISE_BYTES = 128 * 2**20   # limit of the weights that a prefill dequantises at once
 TILE_ROWS = 16                   # rows of a tensor core's tile
+FP4_GROUP = 64                   # columns of each of a word's four weights, see `Fp4`
+FP4_SIGNS = 15, 12, 14, 13       # the sign bit of each weight in a word
+FP4_BITS = 6, 3, 0, 9            # the lowest of its other three bits
+FP4_COLUMNS = 16                 # that share a scale
 CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
 # On x86, oneDNN multiplies float32 matrices of at least ONEDNN_ELEMENTS faster than F.linear. For
 # smaller ones, it loses more time at each new number of rows than it saves.
@@ -193,14 +197,75 @@ class Int4:
         """
         if self.order is not None:
             x = x[..., self.order]
-        piece = max(1, DEQUANTISE_BYTES // (4 * TILE_ROWS * self.in_features))
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.packed.shape[0], piece):
-            rows = slice(TILE_ROWS * start, TILE_ROWS * (start + piece))
-            bias = None if self.bias is None else self.bias[rows]
-            weight = dequantise(self, slice(start, start + piece), x.dtype)
-            out[..., rows] = _product(x, weight, bias)
-        return out
+        return _apply_by_tiles(self, x, dequantise)
+
+
+@dataclass(frozen=True)
+class Fp4:
+    """
+    4-bit floats, E2M1, with a scale per row and `FP4_COLUMNS` columns, for the tensor cores.
+
+    A weight is code * scale * factor. Tiles, blocks and fragments are those of an `Int4` with
+    groups of `FP4_GROUP` columns. The bits of a word's four codes are placed so that the kernels
+    need few instructions to move them into 16-bit floats: see `FP4_SIGNS` and `FP4_BITS`. A fused
+    gate and up interleave 8 rows of each in a tile.
+
+    ``packed`` int16 [tiles, blocks, 16 * FP4_GROUP]; ``scales`` uint8 [tiles, blocks, 4 *
+    FP4_GROUP], the bits of float8_e4m3fn without sign, in the order of `scale_fragments`;
+    ``factors`` float32 [N]; ``bias`` [N] or None.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    factors: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+    order: ClassVar[None] = None        # columns are in the order of the input
+    kind: ClassVar[str] = 'fp4-g16'     # the properties that a kernel's speed depends on
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.out_features, self.in_features
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one matrix-vector product reads."""
+        return _bytes(self.packed, self.scales, self.factors, self.bias)
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
+        return _deinterleaved(product)
+
+    def rows(self, index: Tensor) -> 'Fp4':
+        """Return the weight, of whole tiles, with its rows permuted by ``index`` int64 [N]."""
+        def permuted(values: Tensor) -> Tensor:
+            """Permute [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
+            return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
+
+        return replace(
+            self, packed=fragments(permuted(_rows(self.packed))),
+            scales=scale_fragments(permuted(_scale_rows(self.scales))),
+            factors=self.factors[index], bias=None if self.bias is None else self.bias[index])
+
+    def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
+        """Dequantise some tiles; returns [rows, K]."""
+        words = _rows(self.packed[tiles])                   # [tiles, 16, blocks, FP4_GROUP]
+        signs, bits = (torch.tensor(each, dtype=torch.int16, device=words.device).view(4, 1)
+                       for each in (FP4_SIGNS, FP4_BITS))
+        words = words.unsqueeze(3)
+        codes = words >> bits & 7 | (words >> signs & 1) << 3
+        numbers = torch.tensor(E2M1, device=words.device)[codes.int()]
+        scales = _scale_rows(self.scales[tiles]).view(torch.float8_e4m3fn).float()
+        numbers.unflatten(4, (-1, FP4_COLUMNS)).mul_(scales.unsqueeze(5))
+        first = (tiles.start or 0) * TILE_ROWS
+        dense = numbers.flatten(2).flatten(0, 1)[:self.out_features - first, :self.in_features]
+        return dense.mul_(self.factors[first:first + len(dense), None]).to(dtype)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
+        return _apply_by_tiles(self, x, Fp4.dequantise)
 
 
 @dataclass(frozen=True)
@@ -285,24 +350,21 @@ class Coded:
     """
     4-bit codes, which index a table, with a scale per row and group of columns.
 
-    A weight is table[code] * scale * factor. In a block of 32 columns, byte i has the code of
+    A weight is table[code] * scale. In a block of 32 columns, byte i has the code of
     column i in its low bits and that of column 16 + i in its high bits: a lane that loads 16 bytes
     multiplies two runs of the input. The last block is padded. A fused gate and up interleave 8
     rows of each, as in an `Int4`.
 
-    ``codes`` uint8 [N, 16 * blocks]; ``scales`` [N, groups]: float32, float8_e4m3fn, or uint8
-    exponents of 2 with a bias of 127 (0: the scale is 0); ``factors`` float32 [N]; ``table``
-    float32 [16]; ``bias`` [N] or None.
+    ``codes`` uint8 [N, 16 * blocks]; ``scales`` float32 [N, groups]; ``table`` float32 [16];
+    ``bias`` [N] or None.
     """
 
     codes: Tensor
     scales: Tensor
-    factors: Tensor
     table: Tensor
     bias: Tensor | None
     in_features: int
     group_size: int         # columns that share a scale: a multiple of 16
-    is_e2m1: bool           # whether the table is `E2M1`
     order: ClassVar[None] = None        # columns are in the order of the input
 
     @property
@@ -313,12 +375,12 @@ class Coded:
     @property
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
-        return f'coded-g{self.group_size}-{str(self.scales.dtype).removeprefix("torch.")}'
+        return f'coded-g{self.group_size}'
 
     @property
     def read_bytes(self) -> int:
         """Bytes that one matrix-vector product reads."""
-        return _bytes(self.codes, self.scales, self.factors, self.table, self.bias)
+        return _bytes(self.codes, self.scales, self.table, self.bias)
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
@@ -326,22 +388,15 @@ class Coded:
 
     def rows(self, index: Tensor) -> 'Coded':
         """Return the weight with its rows permuted by ``index`` int64 [N]."""
-        scales, kind = self.scales, self.scales.dtype
-        return replace(
-            self, codes=self.codes[index], factors=self.factors[index],
-            scales=scales.view(torch.uint8)[index].view(kind) if kind.itemsize == 1 else
-            scales[index], bias=None if self.bias is None else self.bias[index])
+        return replace(self, codes=self.codes[index], scales=self.scales[index],
+                       bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantise some rows; returns [rows, K]."""
         blocks = self.codes[rows].unflatten(1, (-1, CODE_COLUMNS // 2))
         codes = torch.stack((blocks & 0xF, blocks >> 4), 2).flatten(1)[:, :self.in_features]
-        scales = self.scales[rows]
-        if scales.dtype == torch.uint8:
-            scales = (scales.int() << 23).view(torch.float32)
-        scales = scales.float() * self.factors[rows, None]
         numbers = self.table.index_select(0, codes.flatten().int()).view(codes.shape)
-        wide = scales.repeat_interleave(self.group_size, 1)[:, :self.in_features]
+        wide = self.scales[rows].repeat_interleave(self.group_size, 1)[:, :self.in_features]
         return numbers.mul_(wide).to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -349,7 +404,7 @@ class Coded:
         return _apply_by_rows(self, x)
 
 
-Stored = Dense | Int4 | Scaled | Coded
+Stored = Dense | Int4 | Fp4 | Scaled | Coded
 Linear = Union[Stored, 'Reordered', 'TorchInt4']
 
 
@@ -441,10 +496,42 @@ def _rows(packed: Tensor) -> Tensor:
     return parts.reshape(packed.shape[0], TILE_ROWS, packed.shape[1], -1)
 
 
+def scale_fragments(scales: Tensor) -> Tensor:
+    """
+    Permute scales [tiles, blocks, 16, 4, FP4_GROUP / 16]; returns [tiles, blocks, 4 * FP4_GROUP].
+
+    The last two dimensions are the weight of a word and the group of its columns. A lane reads the
+    8 scales of its two rows for one group at once, row by row.
+    """
+    parts = scales.unflatten(4, (-1, 2)).unflatten(2, (2, 8))
+    # half, row, weight, pair, group -> pair, row, group, half, weight
+    return parts.permute(0, 1, 5, 3, 6, 2, 4).flatten(2)
+
+
+def _scale_rows(scales: Tensor) -> Tensor:
+    """Invert `scale_fragments`, to [tiles, 16, blocks, 4, FP4_GROUP / 16]."""
+    parts = scales.unflatten(2, (-1, 8, 2, 2, 4)).permute(0, 5, 3, 1, 6, 2, 4)
+    return parts.flatten(5).flatten(1, 2)
+
+
 def _deinterleaved(product: Tensor) -> tuple[Tensor, Tensor]:
     """Split [..., N], in which gate and up alternate every 8 rows; see ``halves``."""
     gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
     return gate, up
+
+
+def _apply_by_tiles(weight: Any, x: Tensor,
+                    dequantise: Callable[[Any, slice, torch.dtype], Tensor]) -> Tensor:
+    """Multiply ``x`` [..., K], in the weight's order of columns, some tiles at a time."""
+    rows, columns = weight.shape
+    piece = max(1, DEQUANTISE_BYTES // (4 * TILE_ROWS * columns))
+    out = x.new_empty(*x.shape[:-1], rows)
+    for start in range(0, weight.packed.shape[0], piece):
+        some = slice(TILE_ROWS * start, TILE_ROWS * (start + piece))
+        bias = None if weight.bias is None else weight.bias[some]
+        out[..., some] = _product(x, dequantise(weight, slice(start, start + piece), x.dtype),
+                                  bias)
+    return out
 
 
 def _apply_by_rows(weight: Scaled | Coded, x: Tensor) -> Tensor:

@@ -21,9 +21,14 @@ The input is independent of the checkpoint's format: one weight per element.
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import CODE_COLUMNS
 from physai_decode.engines.native.linear import Coded
-from physai_decode.engines.native.linear import E2M1
+from physai_decode.engines.native.linear import Fp4
+from physai_decode.engines.native.linear import FP4_BITS
+from physai_decode.engines.native.linear import FP4_COLUMNS
+from physai_decode.engines.native.linear import FP4_GROUP
+from physai_decode.engines.native.linear import FP4_SIGNS
 from physai_decode.engines.native.linear import fragments
 from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.linear import scale_fragments
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import TILE_ROWS
 import torch
@@ -107,13 +112,45 @@ def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
         None if zeros is None else zeros[:, :groups].contiguous(), order, None, kernel_group)
 
 
-def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: int) -> Coded:
+def fp4(codes: Tensor, scales: Tensor, factors: Tensor) -> Fp4:
     """
-    Repack a projection of 4-bit codes; a weight is table[code] * scale * factor.
+    Repack a projection of 4-bit floats; a weight is code * scale * factor.
+
+    :param codes: uint8 [N, K], the bits of E2M1.
+    :param scales: float8_e4m3fn [N, K / 16, rounded up].
+    :param factors: float32, a scalar or [N].
+    :raises EngineError: a scale is NaN or infinite.
+    """
+    rows, columns = codes.shape
+    _check_scales(scales, factors)
+    bits = scales.view(torch.uint8)
+    # A scale has no sign in the kernels: the codes take it.
+    negative = (bits >> 7).repeat_interleave(FP4_COLUMNS, 1)[:, :columns]
+    codes = codes ^ negative << 3
+    blocks, tiles = -(-columns // (4 * FP4_GROUP)), -(-rows // TILE_ROWS)
+
+    def tiled(values: Tensor, length: int) -> Tensor:
+        """Pad [rows, columns] and reshape it to [tiles, 16, blocks, 4, length]."""
+        full = values.new_zeros(TILE_ROWS * tiles, 4 * length * blocks)
+        full[:rows, :values.shape[1]] = values
+        return full.view(tiles, TILE_ROWS, blocks, 4, length)
+
+    packed = torch.zeros((), dtype=torch.int16, device=codes.device)
+    planes = tiled(codes.to(torch.int16), FP4_GROUP).unbind(3)
+    for plane, sign, low in zip(planes, FP4_SIGNS, FP4_BITS, strict=True):
+        packed = packed | (plane & 7) << low | (plane >> 3) << sign
+    return Fp4(
+        fragments(packed.transpose(1, 2)),
+        scale_fragments(tiled(bits & 0x7F, FP4_GROUP // FP4_COLUMNS).transpose(1, 2)),
+        factors.expand(rows).contiguous(), None, rows, columns)
+
+
+def code(codes: Tensor, scales: Tensor, table: Tensor, size: int) -> Coded:
+    """
+    Repack a projection of 4-bit codes; a weight is table[code] * scale.
 
     :param codes: uint8 [N, K], from 0 to 15.
-    :param scales: [N, groups]; float32, float8_e4m3fn, or uint8 exponents of 2 with a bias of 127.
-    :param factors: float32, a scalar or [N].
+    :param scales: float32 [N, groups].
     :param table: float32 [16].
     :param size: columns per group.
     :raises EngineError: the kernel does not support the groups, or a scale is NaN or infinite.
@@ -122,15 +159,17 @@ def code(codes: Tensor, scales: Tensor, factors: Tensor, table: Tensor, size: in
     if size % (CODE_COLUMNS // 2):
         raise EngineError(f'its groups of {size} columns are not a multiple of '
                           f'{CODE_COLUMNS // 2}; set engine.name to transformers')
-    bad = scales == 255 if scales.dtype == torch.uint8 else ~scales.float().isfinite()
-    if bool(bad.any()) or not bool(factors.isfinite().all()):
-        raise EngineError('it has scales that are NaN or infinite: download the model again')
+    _check_scales(scales)
     full = codes.new_zeros(rows, -(-columns // CODE_COLUMNS) * CODE_COLUMNS)
     full[:, :columns] = codes
     low, high = full.unflatten(1, (-1, 2, CODE_COLUMNS // 2)).unbind(2)
-    return Coded(
-        (low | high << 4).flatten(1), scales.contiguous(), factors.expand(rows).contiguous(),
-        table.to(codes.device), None, columns, size, tuple(table.tolist()) == E2M1)
+    return Coded((low | high << 4).flatten(1), scales.contiguous(), table.to(codes.device), None,
+                 columns, size)
+
+
+def _check_scales(*scales: Tensor) -> None:
+    if not all(bool(each.float().isfinite().all()) for each in scales):
+        raise EngineError('it has scales that are NaN or infinite: download the model again')
 
 
 def halves(packed: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from functools import partial
 from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native.fp4_kernels import _sums
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
 from physai_decode.engines.native.kernels import _block
@@ -36,10 +37,12 @@ from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
 from physai_decode.engines.native.kernels import _tile
+from physai_decode.engines.native.kernels import FP4_LAYOUTS
 from physai_decode.engines.native.kernels import Layout
 from physai_decode.engines.native.kernels import SIDE
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.sampling import ROWS
 import torch
@@ -209,17 +212,38 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
                             False, ZEROS, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
-    values = tl.sum(result, 0)
+    _store_tile(tl.sum(result, 0), bias, out, out_sums, n, rows, GATED, GELU, ADD, BIAS)
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _fp4_rows(x, packed, scales, factors, bias, out, n, rows, K: tl.constexpr,
+              BLOCKS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+              GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+              ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
+    """Multiply an `Fp4` [n, K] by ``x`` [rows, K], like `fp4_kernels._fp4`."""
+    result = _sums(x, packed, scales, tl.program_id(0).to(tl.int64), rows, K, BLOCKS, SPLIT,
+                   STAGES, ASSEMBLY, PDL)
+    tile = tl.program_id(0) * 16 + tl.arange(0, 16)
+    factor = tl.load(factors + tile, mask=tile < n, other=0.0)
+    _store_tile(tl.sum(result, 0) * factor[:, None], bias, out, None, n, rows, GATED, GELU, ADD,
+                BIAS)
+
+
+@triton.jit
+def _store_tile(values, bias, out, out_sums, n, rows, GATED: tl.constexpr, GELU: tl.constexpr,
+                ADD: tl.constexpr, BIAS: tl.constexpr):
+    """Finish and store a program's product, [16, SIDE], and if gated the sums of every 8."""
     tile = tl.program_id(0) * 16 + tl.arange(0, 16)
     if BIAS:
         values += tl.load(bias + tile, mask=tile < n, other=0.0).to(tl.float32)[:, None]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(values, (2, 8, SIDE)), (1, 2, 0)))
         values = _activated(gate, GELU) * up
-        rounded = values.to(out.dtype.element_ty).to(tl.float32)
-        each = tl.arange(0, SIDE)
-        tl.store(out_sums + each * (n // 16) + tl.program_id(0), tl.sum(rounded, 0),
-                 mask=each < rows)
+        if out_sums is not None:
+            rounded = values.to(out.dtype.element_ty).to(tl.float32)
+            each = tl.arange(0, SIDE)
+            tl.store(out_sums + each * (n // 16) + tl.program_id(0), tl.sum(rounded, 0),
+                     mask=each < rows)
         half = tl.program_id(0) * 8 + tl.arange(0, 8)
         _store_rows(out, half, n // 2, rows, values, ADD)
     else:
@@ -332,6 +356,7 @@ if not compiler.PIPELINES:      # no three-dimensional loads
 # With two stages, the next words are requested ahead.
 PASS_INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, warps, stages) for stages in (2, 1) for warps in (
     (4, 2, 1, 8) if compiler.PIPELINES else (1, 2, 4, 8)))
+PASS_FP4_LAYOUTS = tuple(each for each in FP4_LAYOUTS if each.stages == 1)
 
 
 class PassOps(TritonOps):
@@ -385,14 +410,17 @@ class PassOps(TritonOps):
 
     def _candidates(self, shape):
         """See `TritonOps._candidates`."""
-        return PASS_INT4_LAYOUTS if shape.kind.startswith('int4') else PASS_DENSE_LAYOUTS
+        number = shape.kind.partition('-')[0]
+        return {'int4': PASS_INT4_LAYOUTS, 'fp4': PASS_FP4_LAYOUTS}.get(number, PASS_DENSE_LAYOUTS)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         assert routed is None       # experts run token by token
         shape, layout = self._layout(weight, gain, gated)
         n, rows, bias = shape.n, _rows(x), weight.bias
         dense = isinstance(weight, Dense)
-        ordered = not dense and (weight.order is not None or x.data_ptr() not in self._current)
+        fp4 = isinstance(weight, Fp4)
+        ordered = not dense and not fp4 and (
+            weight.order is not None or x.data_ptr() not in self._current)
         if gain is not None or ordered:
             x = self._prepared(x, None if dense else weight.order, gain, eps)
         k = x.shape[-1]
@@ -408,12 +436,18 @@ class PassOps(TritonOps):
                 COLUMNS=layout.columns, SPLIT=layout.split, STAGES=layout.stages, **common)
             return
         tiles, blocks = weight.packed.shape[:2]
+        common['ASSEMBLY'] = self._device.type == 'cuda'
+        if fp4:
+            self._current.discard(out.data_ptr())
+            _fp4_rows[(tiles,)](
+                x, weight.packed, weight.scales.view(torch.int32), weight.factors, bias, out, n,
+                rows, K=k, BLOCKS=blocks, SPLIT=layout.warps, STAGES=layout.stages, **common)
+            return
         _int4_rows[(tiles,)](
             x, self._sums(x), weight.packed, weight.scales,
             x if weight.zeros is None else weight.zeros, bias, out,
             self._sums(out) if gated else x, n, rows, K=k, BLOCKS=blocks, GROUP=weight.group_size,
-            SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None,
-            ASSEMBLY=self._device.type == 'cuda', **common)
+            SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None, **common)
 
     def _launch(self, warps):
         """See `TritonOps._launch`; the compiler must not fuse operations for some rows only."""

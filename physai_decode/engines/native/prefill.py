@@ -33,10 +33,12 @@ from physai_decode.engines import chip
 from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import coded_kernels
+from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
@@ -51,7 +53,7 @@ UPLOADS = 4                             # chunks whose ids may be in transfer to
 UNPACKED_BYTES = 32 * 2**20             # of an int4 weight that are unpacked at a time
 UNPACKED_ROWS = 1792                    # minimum; fewer leave processors idle
 SLOTS = 2                               # buffers for unpacking while the library multiplies
-TAIL = 0.5                              # of the processors, see `_full_waves`
+TAIL = 0.5                              # share of the processors, see `_full_waves`
 ROW_WARPS = 16                          # of a program that reads a row, if there are few rows
 ROTATED_HEADS = 4                       # heads that a program rotates, if there are few tokens
 SPLITS = 8                              # maximum splits of a context
@@ -386,6 +388,9 @@ class Prefill:
         if isinstance(weight, Coded):
             coded_kernels.widen(weight, rows, part)
             return
+        if isinstance(weight, Fp4):
+            fp4_kernels.widen(weight, rows, part)
+            return
         blocks = weight.packed.shape[1]
         kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
             weight.packed, weight.scales,
@@ -567,7 +572,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
     n, k = weight.shape
     group = weight.group_size if isinstance(weight, Int4) else 0
     packed = bool(group)
-    if isinstance(weight, (Scaled, Coded)):
+    if isinstance(weight, (Fp4, Scaled, Coded)):
         return LIBRARY
     if not packed and (tokens > 128 or not gated and (
             tokens == 64 and n > k or tokens == 128 and n >= k)):

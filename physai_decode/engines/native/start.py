@@ -41,6 +41,7 @@ from physai_decode.engines.native import torch_forms
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.ops import TorchOps
@@ -59,9 +60,9 @@ PASS_ROWS = (1, 2, 4, ROWS)    # other sizes use the graph of the next larger on
 PASS_CONTEXT = 4096            # tokens before a pass that is timed, if they fit
 PASS_REPEATS = 20              # on a CPU; fewer if they take `PASS_S`
 PASS_S = 0.5
-SLOW_PASS_S = 0.1              # larger passes than one that takes longer are not timed
-USELESS_COST = 0.9             # if each of its rows costs more than that, in steps
-NAMED = 8                      # unused tensors that are named
+SLOW_PASS_S = 0.1              # if a pass takes longer, larger ones may be skipped
+USELESS_COST = 0.9             # a pass is useless if each of its rows costs more steps than this
+NAMED = 8                      # maximum unused tensors to name
 WORK_BYTES = 2**30             # in addition to weights and cache, on a GPU
 # The settings whose steps are captured at the start; others are captured at first use.
 WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
@@ -106,7 +107,7 @@ def operations(device: torch.device, dtype: torch.dtype,
         progress(f'{chip.VARIABLE} is set: {devices.describe(device)[0]} runs as if it had '
                  f'compute capability {held}')
     if problem := _problem(device):
-        progress(f"{problem}. Until then the step runs by PyTorch's operations, several times "
+        progress(f"{problem}. Until then, the step runs with PyTorch's operations, several times "
                  'more slowly')
         return TorchOps(on_host=False, dtype=dtype)
     from physai_decode.engines.native.coded_kernels import CodedOps
@@ -219,7 +220,8 @@ def _no_passes(loaded: weights.Weights, ops: TorchOps) -> str:
     """Return why passes of several rows are not supported; empty if they are."""
     if not all(isinstance(layer.mlp, Mlp) for layer in loaded.layers):
         return 'experts take their tokens one by one'
-    kinds = {weight.kind for weight in _products(loaded) if not isinstance(weight, Dense | Int4)}
+    kinds = {weight.kind for weight in _products(loaded)
+             if not isinstance(weight, Dense | Int4 | Fp4)}
     if kinds and ops.name != 'torch':
         return f'the kernels of {", ".join(sorted(kinds))} weights take one row'
     return ''
@@ -255,7 +257,7 @@ def pass_costs(transformer: Transformer, run: Callable[[int], None]) -> dict[int
 
 
 def _host_times_s(once):
-    """Return the minimum time of passes by their rows; sizes alternate, for busy cores."""
+    """Return the minimum time of passes by rows; sizes alternate, as other programs may run."""
     times_s = dict.fromkeys(PASS_ROWS, math.inf)
     end_s = time.perf_counter() + PASS_S
     for number in range(PASS_REPEATS):

@@ -16,7 +16,7 @@
 The layouts of weights for PyTorch's own kernels: on a CPU, and without Triton.
 
 4-bit integers stay packed if PyTorch has a kernel for them. Other quantised weights are
-dequantised once, when they are loaded, as far as memory allows: to dequantise them at each step
+dequantised once, when they are loaded, as far as memory allows: dequantising them at each step
 takes tens of times as long as the product. On a CPU, dense weights get the memory layout that is
 read fastest.
 """

@@ -272,7 +272,7 @@ class _Loader:
         return Dense(fusion.dense_weight(fused, self._dtype), fused.bias)
 
     def _gain(self, module: str, size: int) -> Tensor:
-        """Read a norm's gains; with an offset they stay in float32, to not round the sum."""
+        """Read a norm's gains; with an offset, they stay in float32 to avoid rounding."""
         stored = self._float(f'{module}.weight', (size,))
         return stored.float() + self._a.gain_offset if self._a.gain_offset else stored
 

@@ -109,16 +109,16 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
         raise
     except ImportError as error:
         raise EngineError(
-            f'{model.folder}: {model.quantization} weights need a library that is not here: '
-            f'{first_line(error)}') from None
+            f'{model.folder}: {model.quantization} weights need a library that cannot be '
+            f'imported: {first_line(error)}') from None
     # The library and its dependencies raise exceptions of any type.
     except Exception as error:
         if devices.is_out_of_memory(error):
             raise
         reason = first_line(error)
         if isinstance(error, URLError):
-            reason += (' (a library wanted to download something: connect this machine for one '
-                     'start, or choose another engine.name)')
+            reason += (' (a library wanted to download something: connect this machine to '
+                     'the network for one start, or choose another engine.name)')
         raise EngineError(
             f'{model.folder} cannot be loaded by transformers {transformers.__version__}: '
             f'{reason}') from None

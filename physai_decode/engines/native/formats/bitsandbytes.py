@@ -95,7 +95,7 @@ class BitsAndBytes:
     def _eight(self, source: Source, module: str, rows: int, columns: int) -> Scaled:
         values = source.get(f'{module}.weight', (rows, columns))
         if values.dtype != torch.int8:
-            raise EngineError(f'its weight is stored as {values.dtype}, config.json implies '
+            raise EngineError(f'its weight is stored as {values.dtype}, but config.json implies '
                               'torch.int8: they do not belong together')
         name = f'{module}.weight_format'
         layout = source.entry(name)
@@ -108,7 +108,7 @@ class BitsAndBytes:
         state = self._state(source, module)
         if state.get('shape') != [rows, columns]:
             raise EngineError(f'its quant_state has the shape {state.get("shape")!r}, '
-                              f'config.json implies {[rows, columns]}: they do not belong '
+                              f'but config.json implies {[rows, columns]}: they do not belong '
                               'together')
         block = _whole(state, 'blocksize')
         size = math.gcd(block, columns)
@@ -132,8 +132,7 @@ class BitsAndBytes:
         scales = _numbers(f'{module}.weight.absmax', absmax.float())[first].view(rows, -1)
         packed = self._packed(source, f'{module}.weight', rows * columns // 2)
         swapped = (packed >> 4 | packed << 4).view(rows, -1)
-        return packing.code(packing.halves(swapped), scales,
-                            torch.ones((), device=packed.device), table, size)
+        return packing.code(packing.halves(swapped), scales, table, size)
 
     def _state(self, source: Source, module: str) -> Mapping[str, Any]:
         """Read the JSON of a module's quant_state."""
@@ -155,8 +154,8 @@ class BitsAndBytes:
         stored = source.get(name, entry.shape if entry else (count, 1)).contiguous()
         packed = stored.flatten().view(torch.uint8)
         if len(packed) != count:
-            raise EngineError(f'tensor {name} has {len(packed)} bytes, config.json implies '
-                              f'{count}: they do not belong together')
+            raise EngineError(f'tensor {name} has {len(packed)} bytes, but config.json '
+                              f'implies {count}: they do not belong together')
         return packed
 
 

@@ -16,7 +16,7 @@
 Checkpoints of the library compressed-tensors, as LLM Compressor writes them.
 
 Activations stay in half precision, even if the config quantises them. A module's name determines
-its group in the config, and its tensors how many groups of columns it has. The formats:
+its group in the config; its tensors determine how many groups of columns it has. The formats:
 
 ``pack-quantized``: ``weight_packed`` int32 [N, K / 8], unsigned values; ``weight_scale``
 [N, groups]; ``weight_zero_point`` int32 [N / 8, groups], unsigned too; ``weight_g_idx`` int32 [K];
@@ -122,8 +122,9 @@ class CompressedTensors:
                     for target in group.targets if (fit := _fit(target, module))]
             if fits:
                 return self._groups[min(fits)[1]]
-        raise EngineError('it is stored quantised, but quantization_config in config.json has it '
-                          'in ignore, or no group has it in targets: they do not belong together')
+        raise EngineError('it is stored quantised, but quantization_config in config.json lists '
+                          'it in ignore, or in the targets of no group: they do not belong '
+                          'together')
 
 
 def _packed(source: Source, module: str, rows: int, columns: int,
@@ -131,7 +132,7 @@ def _packed(source: Source, module: str, rows: int, columns: int,
     """Read integers packed in words."""
     shape = source.get(f'{module}.weight_shape', (2,)).tolist()
     if shape != [rows, columns]:
-        raise EngineError(f'weight_shape is {shape}, config.json implies {[rows, columns]}: '
+        raise EngineError(f'weight_shape is {shape}, but config.json implies {[rows, columns]}: '
                           'they do not belong together')
     bits, offset = group.bits, 1 << group.bits - 1
     per_word = 32 // bits
@@ -165,7 +166,7 @@ def _eight(source: Source, module: str, rows: int, columns: int, group: _Group) 
     weight = source.entry(f'{module}.weight')
     stored = weight and weight.dtype
     if stored != _STORED[group.layout]:
-        raise EngineError(f'its weight is stored as {stored}, config.json implies '
+        raise EngineError(f'its weight is stored as {stored}, but config.json implies '
                           f'{_STORED[group.layout]}: they do not belong together')
     name = f'{module}.weight_scale'
     entry = source.entry(name)
@@ -203,7 +204,7 @@ def _columns(source: Source, module: str, columns: int, group: _Group) -> tuple[
     groups = entry.shape[-1] if entry and len(entry.shape) == 2 else 1
     size = -(-columns // max(1, groups))
     if groups != 1 and size != group.size:
-        raise EngineError(f'its weight_scale has groups of {size} columns, config.json says '
+        raise EngineError(f'its weight_scale has groups of {size} columns, but config.json says '
                           f'{group.size}: they do not belong together')
     return groups, size
 

@@ -23,29 +23,50 @@ from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import E2M1
+from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.source import Source
 import torch
 from torch import Tensor
+import torch.nn.functional as F
 
 GROUP = {'nvfp4': 16, 'mxfp4': 32}      # columns that share a scale
+E4M3_EXPONENTS = -9, 8                  # of the powers of 2 that float8_e4m3fn has
 
 
 def nvfp4(source: Source, packed: str, scales: str, factor: Tensor, rows: int,
-          columns: int) -> Coded:
+          columns: int) -> Fp4:
     """
     Read a projection whose scales are float8_e4m3fn times ``factor``.
 
     :param packed: and ``scales``, the names of the tensors.
     :raises EngineError: a tensor is missing, or has another dtype or shape.
     """
-    return _read(source, packed, scales, torch.float8_e4m3fn, factor, rows, columns,
-                 GROUP['nvfp4'])
+    codes, found = _read(source, packed, scales, torch.float8_e4m3fn, rows, columns,
+                         GROUP['nvfp4'])
+    return packing.fp4(codes, found, factor.to(codes.device))
 
 
-def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> Coded:
-    """Read a projection whose scales are biased exponents of 2, uint8; see `nvfp4`."""
-    return _read(source, packed, scales, torch.uint8, torch.ones(()), rows, columns,
-                 GROUP['mxfp4'])
+def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> Fp4 | Coded:
+    """
+    Read a projection whose scales are exponents of 2, uint8 with a bias of 127; see `nvfp4`.
+
+    :returns: an `Fp4`, unless the scales of a row differ by more than float8_e4m3fn can hold.
+    """
+    size = GROUP['mxfp4']
+    codes, found = _read(source, packed, scales, torch.uint8, rows, columns, size)
+    if bool((found == 255).any()):
+        raise EngineError(f'tensor {scales} has scales that are NaN: download the model again')
+    # The scale of zeros does not matter.
+    used = F.pad((codes & 7).bool(), (0, -columns % size)).unflatten(1, (-1, size)).any(2)
+    exponents = torch.where(used, found.int(), 0) - 127
+    lowest, highest = E4M3_EXPONENTS
+    top = exponents.amax(1, keepdim=True) - highest
+    relative = torch.where(used, exponents - top, 0)
+    if bool((relative < lowest).any()):
+        return packing.code(codes, torch.exp2(exponents.float()), torch.tensor(E2M1), size)
+    wide = torch.exp2(relative.float()).to(torch.float8_e4m3fn).view(torch.uint8)
+    wide = wide.repeat_interleave(size // GROUP['nvfp4'], 1)[:, :-(-columns // GROUP['nvfp4'])]
+    return packing.fp4(codes, wide.view(torch.float8_e4m3fn), torch.exp2(top.float()).squeeze(1))
 
 
 def factor(source: Source, name: str) -> Tensor:
@@ -63,13 +84,13 @@ def factor(source: Source, name: str) -> Tensor:
     return number
 
 
-def _read(source: Source, packed: str, scales: str, kind: torch.dtype, factor: Tensor,
-          rows: int, columns: int, size: int) -> Coded:
+def _read(source: Source, packed: str, scales: str, kind: torch.dtype, rows: int, columns: int,
+          size: int) -> tuple[Tensor, Tensor]:
+    """Read codes uint8 [rows, columns] and their scales."""
     words = source.get(packed, (rows, -(-columns // 2)))
     found = source.get(scales, (rows, -(-columns // size)))
     for name, tensor, wanted in ((packed, words, torch.uint8), (scales, found, kind)):
         if tensor.dtype != wanted:
             raise EngineError(f'tensor {name} is stored as {tensor.dtype}, config.json implies '
                               f'{wanted}: they do not belong together')
-    return packing.code(packing.halves(words)[:, :columns], found, factor.to(words.device),
-                        torch.tensor(E2M1), size)
+    return packing.halves(words)[:, :columns], found

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-8-bit floats of the quant_method fp8: with a scale per block (Qwen, DeepSeek), or as of AutoFP8.
+8-bit floats of the quant_method fp8, with a scale per block (Qwen, DeepSeek) or as from AutoFP8.
 
 ``weight`` float8_e4m3fn [N, K]. With blocks, ``weight_scale_inv`` [N / block, K / block], which
 multiplies the weights despite its name. Without, ``weight_scale`` per tensor or row, which the
@@ -84,7 +84,7 @@ def of_rows(source: Source, name: str, rows: int) -> Tensor:
     entry = source.entry(name)
     shape = entry.shape if entry else (rows, 1)
     if shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
-        raise EngineError(f'tensor {name} has shape {list(shape)}, config.json implies '
+        raise EngineError(f'tensor {name} has shape {list(shape)}, but config.json implies '
                           f'{[rows, 1]} or one number: they do not belong together')
     return source.get(name, shape).reshape(-1, 1).expand(rows, 1)
 
