@@ -136,9 +136,11 @@ def main():
             if pdl and not (gated and selected):
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
-        for gated, zeros, selected in ((True, False, 0), (False, True, 0), (True, True, 1),
-                                    (False, False, 8)):
-            for warps, stages in ((4, 1), (4, 3), (1, 1)):
+        # Each form in the usual layout and another; each layout with and without gates and zeros.
+        for gated, zeros, selected, other in (
+                (True, False, 0, (4, 3)), (False, True, 0, (4, 3)), (True, True, 1, (1, 1)),
+                (False, False, 8, (1, 1))):
+            for warps, stages in ((4, 1), other):
                 made = build(
                     kernels._int4, warps=warps, x=half, out=half if gated else 'fp32',
                     K=3584 * max(1, selected), BLOCKS=7 * max(1, selected), SIZE=7,
@@ -278,12 +280,11 @@ def passes(build, half, capability):
     build(own._embed_rows, BLOCK=1024, SCALE=1.0)
     build(own._add_normed_rows, K=1152, WIDE=2048, BLOCK=512)
     build(own._prepare_rows, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=False)
-    for norm, window in ((True, 0), (False, 64)):
+    for norm, window, warps, together in ((True, 0, 1, 2), (False, 64, 4, 8)):
         sizes = {'KV_HEADS': 4, 'GROUP': 7, 'D': 128, 'DIMS': 128, 'NORM': norm}
         build(own._write_cache, warps=1, **sizes)
-        for warps, together in ((1, 2), (4, 8)):
-            build(own._attend_rows, warps=warps, **sizes, PADDED=16 * warps, SPLITS=8, TOKENS=32,
-                  TOGETHER=together, WINDOW=window, BETA=0.0, LENGTH=1)
+        build(own._attend_rows, warps=warps, **sizes, PADDED=16 * warps, SPLITS=8, TOKENS=32,
+              TOGETHER=together, WINDOW=window, BETA=0.0, LENGTH=1)
     for layout in own.PASS_DENSE_LAYOUTS[::5]:
         for gated in (True, False):
             made = build(own._dense_rows, warps=layout.warps, x=half,

@@ -14,6 +14,8 @@
 
 """Gives each test process its own ROS domain on the loopback, and speeds up all tests."""
 
+from collections import Counter
+from dataclasses import replace
 import gc
 from glob import glob
 from itertools import chain
@@ -58,6 +60,8 @@ for signum, handler in ((signal.SIGINT, signal.default_int_handler),
 dds.configure()
 if not glob('/dev/nvidia[0-9]*'):               # before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
+modules, freeze = 0, gc.freeze
+gc.freeze = gc.unfreeze = lambda: None          # see leave_out_of_garbage_collection
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -68,34 +72,70 @@ def shut_down_ros():
         sys.modules['rclpy'].try_shutdown()
 
 
-def pytest_collection_finish(session):
-    """Do once what each test would repeat, and make Triton's interpreter exact."""
-    leave_out_of_garbage_collection()
-    patch_language_once()
-    round_products_once()
-
-
+@pytest.fixture(autouse=True)
 def leave_out_of_garbage_collection():
     """
-    Exclude torch and other modules from the garbage collections of each load and request.
+    Exclude torch and all other modules so far from the collections of each load and request.
 
-    A worker that ends would include them again, so this disables ``gc.unfreeze``.
+    A worker that ends would include them again, so only this can freeze.
     """
-    gc.collect()
-    gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None
+    global modules
+    if modules != len(sys.modules):
+        gc.collect()
+        freeze()
+        modules = len(sys.modules)
 
 
-def patch_language_once():
-    """
-    Let Triton's interpreter patch the language once per module.
+def pytest_configure(config):
+    """Let several processes take the modules in the order that follows."""
+    config.option.loadscopereorder = False      # of pytest-xdist
 
-    It patches it in each call of a device function, which takes half the time of a kernel. It also
-    patches it for each kernel, so nothing stays unpatched.
-    """
+
+def pytest_collection_modifyitems(items):
+    """Run the modules with slow tests first, so that none is left to one process at the end."""
+    counts = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: (-slow[item.path], -counts[item.path]))
+
+
+def pytest_collection_finish(session):
+    """Speed up Triton's interpreter, and make its matrix products exact."""
     interpreter = sys.modules.get('triton.runtime.interpreter')
-    if not interpreter:
-        return
+    if interpreter:
+        skip_unused_checks(interpreter)
+        look_up_types(interpreter)
+        patch_language_once(interpreter)
+        round_products_once(interpreter)
+
+
+def skip_unused_checks(interpreter):
+    """Skip the checks for overflow, which take half the time of a kernel and report nothing."""
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug            # with which the checks would report
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def look_up_types(interpreter):
+    """Look up the types of NumPy and of blocks, which each operation would make again."""
+    known, numpy_type = {}, interpreter._get_np_dtype
+
+    def look_up(kind):
+        found = known.get(kind.name)
+        if found is None:
+            found = known[kind.name] = numpy_type(kind)
+        return found
+
+    interpreter._get_np_dtype = look_up
+    interpreter.tl.block_type.to_ir = lambda self, builder: self
+
+
+def patch_language_once(interpreter):
+    """
+    Patch the language once per module.
+
+    Otherwise, each call of a device function patches it, which takes half the time of a kernel.
+    Each kernel also patches it, so nothing stays unpatched.
+    """
     patched, call = set(), interpreter.InterpretedFunction.__call__
 
     def call_patched(function, *arguments, **named):
@@ -108,15 +148,12 @@ def patch_language_once():
     interpreter.InterpretedFunction.__call__ = call_patched
 
 
-def round_products_once():
+def round_products_once(interpreter):
     """
-    Let Triton's interpreter compute matrix products in float64.
+    Compute matrix products in float64.
 
     Otherwise, the last bits of a row depend on its place in the matrix, on some processors.
     """
-    interpreter = sys.modules.get('triton.runtime.interpreter')
-    if not interpreter:
-        return
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     create_dot = builder.create_dot
 

@@ -99,6 +99,7 @@ def test_prints_the_text_and_the_figures(rig):
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_action_client_waits_for_the_model(rig):
     """It sends its goal again after a refusal."""
     assert rig.change('deactivate')

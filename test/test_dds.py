@@ -22,6 +22,7 @@ import sys
 from node_rig import active_rig
 from node_rig import PATIENCE_S
 from physai_decode.ros import dds
+import pytest
 
 CLIENT = f"""
 import sys, time
@@ -45,6 +46,7 @@ def start_client():
                             stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_clients_find_the_node_after_one_was_killed(monkeypatch):
     """Fast DDS waits 20 s for the acknowledgements of a killed client."""
     with active_rig():

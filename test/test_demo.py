@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(
     reason='the commands are not installed beside this Python')
 
 
+@pytest.mark.slow
 def test_prints_figures_of_the_answer_and_of_the_diagnostics():
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'demo.py')], capture_output=True, text=True,
@@ -59,6 +60,7 @@ def test_refuses_a_domain_that_has_a_node():
         'set another ROS_DOMAIN_ID\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGHUP])
 def test_signal_ends_the_demo_and_its_node(signum):
     """Ctrl-C, `kill` and a closing terminal leave no process and print no traceback."""

@@ -194,6 +194,7 @@ def test_the_watchdog_ends_if_its_process_is_killed():
     assert ended
 
 
+@pytest.mark.slow
 def test_no_result_is_lost_at_exit(request):
     """tools/ends.py counts the lost results of requests and goals on busy cores."""
     tool = request.path.parent.parent / 'tools' / 'ends.py'

@@ -28,6 +28,7 @@ LIMIT_S = 850
 SCRIPT = Path(__file__).with_name('compile_kernels.py')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('capability', [75, 80, 90])
 def test_kernels_compile(capability):
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}

@@ -231,6 +231,7 @@ def test_sigstop_and_sigcont_do_not_end_the_node(probe, start):
     assert process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.slow
 def test_figures_include_a_sigstop_during_an_answer(probe, start, request):
     """The latency of one token includes the pause, and the node continues after it."""
     diagnostics = probe('paused')
@@ -259,6 +260,7 @@ def test_figures_include_a_sigstop_during_an_answer(probe, start, request):
     assert ends[1]['finish_reason'] == 'stop'
 
 
+@pytest.mark.slow
 def test_deactivates_after_a_sigstop(probe, start, request):
     """The pause is longer than `STOP_TIMEOUT_S`, but the engine is not reported to hang."""
     diagnostics = probe('parked')

@@ -624,6 +624,7 @@ def test_captured_passes_answer_the_same(piped, family, tmp_path, monkeypatch):
     loop.engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['dense', 'gptq'])
 def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
     """In Triton's interpreter, with the kernels of the sampler."""

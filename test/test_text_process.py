@@ -104,6 +104,7 @@ def test_returns_what_text_returns(text, tmp_path):
     assert [ours.push(id_) for id_ in ids] == [theirs.push(id_) for id_ in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bomb', ['power', 'memory'])
 def test_rejects_a_template_that_exceeds_a_limit_at_the_load(tmp_path, bomb):
     with pytest.raises(TextError, match='chat template takes more than .* chat.template to off'):

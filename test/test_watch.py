@@ -153,6 +153,7 @@ def test_text_of_the_model_can_not_control_the_terminal(rig, screen):
     assert terminal.end(signal.SIGTERM) == (0, '')
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('rig')      # it initialises rclpy
 @pytest.mark.parametrize('name', ['/restarted', '/arm/decode'])
 def test_keeps_running_when_the_node_restarts(screen, name):
