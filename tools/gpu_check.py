@@ -176,7 +176,7 @@ def dense(name, folder):
         torch.tensor([ids], device='cuda')).logits[0])
 
 
-def packed(folder, quantization, dtype):
+def packed(folder, quantization, dtype, name='qwen2.5-7b', **settings):
     """Check random quantised weights against PyTorch's products of the dequantised ones."""
     def reference(engine, ids):
         transformer = engine.transformer
@@ -185,11 +185,12 @@ def packed(folder, quantization, dtype):
         transformer.ops = own
         return logits
 
-    shape = {**synthetic.SHAPES['qwen2.5-7b'], 'num_hidden_layers': 2}
+    shape = {**synthetic.SHAPES[name], 'num_hidden_layers': 2, **settings}
     synthetic.SHAPES['check'] = shape
     make = synthetic.describe if quantization in synthetic.DESCRIBED else synthetic.write
     make(folder, 'check', quantization)
-    return compare(f'{quantization}, 2 layers', folder, reference, dtype)
+    experts = ' with experts' * ('num_experts' in shape)
+    return compare(f'{quantization}, 2 layers{experts}', folder, reference, dtype)
 
 
 def main() -> int:
@@ -207,6 +208,10 @@ def main() -> int:
         for dtype in ('float16', 'bfloat16'):
             with tempfile.TemporaryDirectory() as folder:
                 good.append(packed(Path(folder) / 'model', quantization, dtype))
+    for quantization in ('gptq', 'w8a16', 'fp8', 'nvfp4'):
+        with tempfile.TemporaryDirectory() as folder:
+            good.append(packed(Path(folder) / 'model', quantization, 'bfloat16', 'qwen3-30b-a3b',
+                               num_experts=16))
     return not all(good)
 
 
