@@ -56,6 +56,7 @@ def check_product(make, ops, format_, n, k):
     x, gain, out = make(k), make(k), make(n)
     normed = x * torch.rsqrt(x.square().mean() + EPS) * gain
     assert_close(weight.apply(normed), dense @ normed)
+    assert_close(ops(DEVICE).apply(normed[None], weight)[0], dense @ normed)
     ops(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
     assert_close(out, dense @ normed)
     start, biased = out.clone(), replace(weight, bias=make(n))

@@ -255,8 +255,21 @@ def widen(weight: Fp4, rows: slice, out: Tensor) -> None:
         rows.start // TILE_ROWS, count, K=k, BLOCKS=blocks, num_warps=1)
 
 
+def _dequantise(weight: Fp4, tiles: slice, dtype: torch.dtype) -> Tensor:
+    rows = slice(TILE_ROWS * tiles.start, min(TILE_ROWS * tiles.stop, weight.out_features))
+    out = weight.factors.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
+    widen(weight, rows, out)
+    return out
+
+
 class Fp4Ops(ScaledOps):
     """The step's operations as kernels, for 4-bit floats too."""
+
+    def apply(self, x, weight):
+        """See `TorchOps.apply`."""
+        if isinstance(weight, Fp4):
+            return weight.apply(x, _dequantise)
+        return super().apply(x, weight)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         one = weight if routed is None else weight[0]

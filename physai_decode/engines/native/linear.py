@@ -268,9 +268,10 @@ class Fp4:
         dense = numbers.flatten(2).flatten(0, 1)[:self.out_features - first, :self.in_features]
         return dense.mul_(self.factors[first:first + len(dense), None]).to(dtype)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
-        return _apply_by_tiles(self, x, Fp4.dequantise)
+    def apply(self, x: Tensor,
+              dequantise: Callable[['Fp4', slice, torch.dtype], Tensor] = dequantise) -> Tensor:
+        """See `Int4.apply`."""
+        return _apply_by_tiles(self, x, dequantise)
 
 
 @dataclass(frozen=True)
@@ -339,11 +340,17 @@ class Scaled:
             dense.sub_(by_column(self.zeros))
         return dense.mul_(by_column(self.scales)).to(dtype)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
+    def apply(self, x: Tensor,
+              dequantise: Callable[['Scaled', slice, torch.dtype], Tensor] = dequantise
+              ) -> Tensor:
+        """
+        Multiply ``x`` [..., K] by the transposed weight; returns [..., N].
+
+        :param dequantise: dequantises some rows, as `dequantise` does.
+        """
         if self.order is not None:
             x = x[..., self.order]
-        return _apply_by_rows(self, x)
+        return _apply_by_rows(self, x, dequantise)
 
 
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -406,7 +413,7 @@ class Coded:
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
-        return _apply_by_rows(self, x)
+        return _apply_by_rows(self, x, Coded.dequantise)
 
 
 Stored = Dense | Int4 | Fp4 | Scaled | Coded
@@ -544,15 +551,16 @@ def _apply_by_tiles(weight: Any, x: Tensor,
     return out
 
 
-def _apply_by_rows(weight: Scaled | Coded, x: Tensor) -> Tensor:
+def _apply_by_rows(weight: Any, x: Tensor,
+                   dequantise: Callable[[Any, slice, torch.dtype], Tensor]) -> Tensor:
     """Multiply ``x`` [..., K], in the weight's order of columns, a slice of rows at a time."""
     rows, columns = weight.shape
     piece = max(1, DEQUANTISE_BYTES // (4 * columns))
     out = x.new_empty(*x.shape[:-1], rows)
     for start in range(0, rows, piece):
-        some = slice(start, start + piece)
+        some = slice(start, min(rows, start + piece))
         bias = None if weight.bias is None else weight.bias[some]
-        out[..., some] = F.linear(x, weight.dequantise(some, x.dtype), bias)
+        out[..., some] = F.linear(x, dequantise(weight, some, x.dtype), bias)
     return out
 
 

@@ -248,8 +248,20 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
         ZEROS=weight.zeros is not None, ASSEMBLY=out.device.type == 'cuda', num_warps=4)
 
 
+def _dequantise(weight: Scaled, rows: slice, dtype: torch.dtype) -> Tensor:
+    out = weight.scales.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
+    widen(weight, rows, out)
+    return out
+
+
 class ScaledOps(TritonOps):
     """The step's operations as kernels, for 8-bit weights too."""
+
+    def apply(self, x, weight):
+        """See `TorchOps.apply`."""
+        if isinstance(weight, Scaled):
+            return weight.apply(x, _dequantise)
+        return super().apply(x, weight)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         one = weight if routed is None else weight[0]
