@@ -421,7 +421,7 @@ def test_measures_the_rate_of_a_matrix_product(monkeypatch):
 
 def run_session(monkeypatch, build, of, save=lambda result: None):
     monkeypatch.setattr('physai_decode.engines.build', build)
-    monkeypatch.setattr(checkpoint, 'open', lambda path: None)
+    monkeypatch.setattr(checkpoint, 'open', lambda path, parameter: None)
     monkeypatch.setattr('physai_decode.telemetry.measure_cpu_read_bandwidth', lambda: 2e9)
     return session.run(of, 0.0, lambda message: None, save)
 

@@ -190,7 +190,7 @@ def test_order_of_the_files_of_a_template(folder):
 def test_names_the_file_of_a_template_with_a_syntax_error(folder, template):
     single = folder / 'chat_template.jinja'
     single.write_text(template)
-    assert f'{single} has a chat template with a syntax error in its line 2' in error_of(folder)
+    assert f'{single} has a chat template with a syntax error in line 2' in error_of(folder)
     assert 'nope' not in error_of(folder)
     single.unlink()
     configure(folder, chat_template=template)
