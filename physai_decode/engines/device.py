@@ -105,9 +105,11 @@ def _kilobytes(path: str, name: str) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, on the device or the host."""
+    # The last one is of PyTorch's allocator on a Jetson, whose NVML does not report the memory.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
-        isinstance(error, RuntimeError)
-        and re.search("can't allocate memory|out of memory", str(error)))
+        isinstance(error, RuntimeError) and re.search(
+            "can't allocate memory|out of memory|NVML_SUCCESS == r .*CUDACachingAllocator",
+            str(error)))
 
 
 @contextmanager
