@@ -84,7 +84,7 @@ def free_bytes(device: torch.device) -> int | None:
     For the host, a limit on the address space (ulimit -v) counts too.
     """
     # An integrated GPU reports the page cache as used, although it can be reclaimed.
-    if device.type == 'cuda' and not torch.cuda.get_device_properties(device).is_integrated:
+    if not shares_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     available = _kilobytes('/proc/meminfo', 'MemAvailable')
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -93,6 +93,11 @@ def free_bytes(device: torch.device) -> int | None:
     if limit != resource.RLIM_INFINITY and used is not None:
         limits.append(max(0, limit - used * 1024))
     return min(limits, default=None)
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether the memory of the device is that of the host, as on a CPU or a Jetson."""
+    return device.type != 'cuda' or bool(torch.cuda.get_device_properties(device).is_integrated)
 
 
 def _kilobytes(path: str, name: str) -> int | None:
