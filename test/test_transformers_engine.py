@@ -332,7 +332,8 @@ def test_names_accelerate_if_it_is_missing(folder, method, monkeypatch):
 def test_rejects_missing_and_unknown_devices(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for name in ('cuda', 'cuda:0'):
-        assert 'set engine.device to cpu' in error_of(folder, device=name)
+        message = error_of(folder, device=name)
+        assert 'set engine.device to cpu' in message and 'PyTorch for its JetPack' in message
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     assert 'this machine has 1 CUDA device' in error_of(folder, device='cuda:7')

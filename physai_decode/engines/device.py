@@ -295,8 +295,8 @@ def _device(name: str) -> torch.device:
         reason = 'finds no CUDA device: check the driver (nvidia-smi)' if torch.version.cuda \
             else 'is built without CUDA: install a build of PyTorch with CUDA'
         raise EngineError(
-            f'engine.device is {name!r}, but PyTorch {torch.__version__} {reason}, or set '
-            'engine.device to cpu')
+            f'engine.device is {name!r}, but PyTorch {torch.__version__} {reason} (on a Jetson, '
+            'install the PyTorch for its JetPack), or set engine.device to cpu')
     index = int(name[5:]) if ':' in name else 0
     count = torch.cuda.device_count()
     if index >= count:
