@@ -141,6 +141,9 @@ def enough_memory(device: torch.device, needed_bytes: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
+        if device.type == 'cuda' and shares_memory(device):
+            message += ('; if as much is free, run "sudo sysctl vm.drop_caches=3", because the '
+                        'driver may not get the memory of the page cache')
         raise EngineError(message) from None
 
 
