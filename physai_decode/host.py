@@ -73,6 +73,7 @@ from physai_decode.worker import Sink
 from physai_decode.worker import Worker
 
 GAP_TIMEOUT_S = 60.0            # limit on a measurement
+GPU_FILES = '/dev/nvidia0', '/dev/nvhost-gpu'      # the latter of an Orin
 COUNTS = ('requests', 'tokens', 'refusals', 'fallbacks')
 
 
@@ -190,6 +191,16 @@ def _idle_draft(engine: Engine, path: str) -> Iterator[str]:
                'or speculation.name to lookup')
 
 
+def _unused_gpu(config: DecodeConfig, footprint: Footprint) -> str:
+    """Return a warning if an engine found no GPU, although the machine has one of NVIDIA."""
+    if footprint.device != 'cpu' or config.engine.device != 'auto' \
+            or 'CUDA_VISIBLE_DEVICES' in os.environ or not any(map(os.path.exists, GPU_FILES)):
+        return ''
+    return ('the model runs on the CPU, because PyTorch cannot use the NVIDIA GPU of this '
+            'machine: install a PyTorch for its driver (on a Jetson, that for its JetPack), or '
+            'set engine.device to cpu')
+
+
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
@@ -303,7 +314,8 @@ class Host:
             self.loaded = self._load(config, report)
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
-            for each in (*self.loaded.warnings, self.telemetry.problem):
+            unused = _unused_gpu(config, self.loaded.device_footprint)
+            for each in (*self.loaded.warnings, self.telemetry.problem, unused):
                 if each:
                     self._warn(each)
             return self.loaded

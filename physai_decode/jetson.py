@@ -33,6 +33,7 @@ from physai_decode.pip_command import install
 INTERVAL_S = 0.2
 LOW = 0.95                      # a clock below this part of its maximum is low
 BUSY_PERCENT = 50               # load of the GPU; an idle one lowers its clock
+KHZ_FROM = 10_000               # a clock from this value on is in kHz, a lower one in MHz
 STALE_S = 5.0                   # a report that is older no longer counts
 RESET_J = 1e9                   # by which a reset lowers the counter, below any earlier reading
 
@@ -94,8 +95,8 @@ class Jetson:
             'temperature_c': None if _value(board, 'temperature', 'gpu', 'online') is False
             else _value(board, 'temperature', 'gpu', 'temp'),       # offline: -256
             'power_w': power_w,
-            'sm_clock_mhz': _scaled(_nested(gpu, 'freq', 'cur'), 1e-3),
-            'memory_clock_mhz': _scaled(_value(board, 'memory', 'EMC', 'cur') or None, 1e-3),
+            'sm_clock_mhz': _clock_mhz(_nested(gpu, 'freq', 'cur')),
+            'memory_clock_mhz': _clock_mhz(_value(board, 'memory', 'EMC', 'cur')),
             'throttle_reasons': self._low_clocks(gpu),
             'power_mode': None if mode is None else str(getattr(mode, 'name', mode))}
 
@@ -103,9 +104,10 @@ class Jetson:
         """Name the clocks below their maximum while the GPU is busy; None if that is unknown."""
         clocks = {'low_gpu_clock': _nested(gpu, 'freq'),
                   'low_memory_clock': _value(self._board, 'memory', 'EMC')}
-        pairs = {name: (_nested(each, 'cur'), _nested(each, 'max'))
+        pairs = {name: (_clock_mhz(_nested(each, 'cur')), _clock_mhz(_nested(each, 'max')))
                  for name, each in clocks.items()}
-        known = {name: pair for name, pair in pairs.items() if all(pair)}
+        known = {name: (current, highest) for name, (current, highest) in pairs.items()
+                 if current is not None and highest is not None}
         load = _nested(gpu, 'status', 'load')
         if load is None or not known:
             return None
@@ -124,7 +126,7 @@ class Jetson:
             return          # its service has no new report, so it gives the last one again
         power_w, now_s = _scaled(_value(board, 'power', 'tot', 'power'), 1e-3), self._clock()
         current, highest = (
-            _scaled(_value(board, 'memory', 'EMC', key), 1e-3) for key in ('cur', 'max'))
+            _clock_mhz(_value(board, 'memory', 'EMC', key)) for key in ('cur', 'max'))
         load = _nested(_gpu(board), 'status', 'load')
         with self._lock:
             self._reported_s, self._uptime = now_s, uptime
@@ -167,6 +169,16 @@ def _nested(value: Any, *keys: str) -> Any:
     for key in keys:        # some are classes of jetson-stats, which only resemble a dict
         value = value.get(key) if hasattr(value, 'get') else None
     return value
+
+
+def _clock_mhz(value: Any) -> float | None:
+    """
+    Return a clock of jetson-stats in MHz; None if it is unknown, for which it reports 0 or 1.
+
+    Its clocks are in kHz, but those of a Thor's GPU are in MHz where NVML reports them.
+    """
+    clock = float(value or 0)
+    return None if clock <= 1 else clock * 1e-3 if clock >= KHZ_FROM else clock
 
 
 def _scaled(value: Any, factor: float) -> float | None:

@@ -78,6 +78,12 @@ _RATED_MHZ = {
 _JETSON = re.compile(r'\b(Orin|Thor|Xavier|Tegra)\b', re.IGNORECASE)
 _INTEGRATED = re.compile(rf'{_JETSON.pattern}|\bGB10\b', re.IGNORECASE)
 
+# Jetson modules by the number that /proc/device-tree/compatible has, because a board of another
+# vendor can have any name.
+_MODULES = (
+    ('p3834', 'AGX Thor'), ('p3701', 'AGX Orin'), (r'p3767-000[01]', 'Orin NX'),
+    (r'p3767-000[345]\S*-super', 'Orin Nano Super'), (r'p3767-000[345]', 'Orin Nano'))
+
 _SLICE = re.compile(r'\bMIG\b')
 TOLERANCE = 1.03                # a bandwidth above this many times the peak refutes the peak
 
@@ -215,19 +221,29 @@ def datasheet(device_name: str) -> Peak | None:
     return None
 
 
-def board_name(path: str = '/proc/device-tree/model') -> str:
+def board_name(folder: str = '/proc/device-tree') -> str:
     """
     Return the name of the board, such as ``NVIDIA Jetson AGX Orin Developer Kit``, or ''.
 
-    The GPU of every Orin board is called Orin. The name of an Orin Nano gets its memory size as a
-    suffix, because its two modules have the same name.
+    The GPU of every Orin board is called Orin. If the board's own name is in no data sheet, that
+    of its module is added. The name of an Orin Nano gets its memory size as a suffix, because its
+    two modules have the same name.
     """
-    try:
-        name = Path(path).read_bytes().decode('utf-8', 'replace').strip('\0\n ')
-    except OSError:
-        return ''
+    name, compatible = (_text(Path(folder) / file) for file in ('model', 'compatible'))
+    if datasheet(name) is None:
+        module = next((module for number, module in _MODULES
+                       if re.search(rf'\b{number}', compatible)), '')
+        name = f'{name} {module}'.strip()
     memory_bytes = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     return f'{name} 4GB' if 'Orin Nano' in name and memory_bytes < 6e9 else name
+
+
+def _text(path: Path) -> str:
+    """Return a property of the device tree, with spaces between its strings; '' if missing."""
+    try:
+        return path.read_bytes().decode('utf-8', 'replace').replace('\0', ' ').strip()
+    except OSError:
+        return ''
 
 
 def observed_peak(peak: Peak, bandwidth_gb_s: float | None) -> Peak | None:

@@ -76,3 +76,17 @@ def test_free_memory_is_within_the_limit_of_the_address_space(monkeypatch):
     assert device.free_bytes(torch.device('cpu')) <= min(free, 2 * 10**9)
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (1, 1))
     assert device.free_bytes(torch.device('cpu')) == 0
+
+
+def test_an_assertion_of_the_allocator_on_a_jetson_means_out_of_memory(monkeypatch):
+    message = ('NVML_SUCCESS == r INTERNAL ASSERT FAILED at '
+               '"/opt/pytorch/pytorch/c10/cuda/CUDACachingAllocator.cpp":838, please report a bug '
+               'to PyTorch. ')
+    with pytest.raises(EngineError, match='not enough memory on cpu'):
+        with device.enough_memory(torch.device('cpu'), 0):
+            raise RuntimeError(message)
+    assert not device.is_out_of_memory(RuntimeError('another INTERNAL ASSERT FAILED'))
+    monkeypatch.setattr(device, 'shares_memory', lambda which: True)
+    with pytest.raises(EngineError, match=r'not enough memory on cuda.* vm\.drop_caches=3'):
+        with device.enough_memory(torch.device('cuda'), 0):
+            raise RuntimeError(message)

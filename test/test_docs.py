@@ -99,14 +99,21 @@ def test_imports_follow_the_layers():
             assert own <= layers.get(name, -1), f'{path} imports {name}'
 
 
-def step_bytes(folder) -> int:
-    """Return the bytes of weights that a step reads, which include one row of the embedding."""
+def tensor_bytes(folder) -> dict[str, int]:
+    """Return the size of each tensor of a checkpoint."""
     header = {}
     for path in folder.glob('*.safetensors'):
         with path.open('rb') as file:
             header.update(json.loads(file.read(struct.unpack('<Q', file.read(8))[0])))
-    sizes = {name: entry['data_offsets'][1] - entry['data_offsets'][0]
-             for name, entry in header.items() if name != '__metadata__'}
+    return {name: entry['data_offsets'][1] - entry['data_offsets'][0]
+            for name, entry in header.items() if name != '__metadata__'}
+
+
+def step_bytes(folder) -> int:
+    """Return the bytes of weights that a step reads, with one row of an embedding without head."""
+    sizes = tensor_bytes(folder)
+    if 'lm_head.weight' not in sizes:
+        return sum(sizes.values())
     return sum(sizes.values()) - sizes['model.embed_tokens.weight'] + 2 * HIDDEN
 
 
@@ -158,6 +165,28 @@ def test_tuning_guide_has_the_bandwidths_of_the_data_sheets(machine, name):
     rows = {row[0]: float(row[1])
             for row in ROW.findall((ROOT / 'docs' / 'tuning.md').read_text())}
     assert rows[machine] * 1e9 == roofline.datasheet(name).bytes_per_s
+
+
+def test_jetson_page_has_the_computed_sizes_and_floors(tmp_path):
+    """The table has those of the random weights of each shape, at 4,096 tokens."""
+    page = (ROOT / 'docs' / 'howto' / 'jetson.md').read_text()
+    rows = re.findall(r'^\| ((?:Qwen|Llama)\S+) \|(.+)\|$', page, re.MULTILINE)
+    assert len(rows) >= 7
+    for model, row in rows:
+        folders = [tmp_path / model / kind for kind in ('gptq', 'none')]
+        for folder in folders:
+            synthetic.describe(folder, model.lower(), folder.name)
+        sizes = [f'{sum(tensor_bytes(folder).values()) / 1e9:.1f}' for folder in folders]
+        shape = json.loads((folders[0] / 'config.json').read_text())
+        head_dim = shape.get('head_dim') or shape['hidden_size'] // shape['num_attention_heads']
+        kv_bytes = roofline.kv_bytes(
+            shape['num_hidden_layers'], shape['num_key_value_heads'], head_dim, 4096, 2)
+        read_bytes = step_bytes(folders[0])
+        floors_s = [
+            roofline.floor_s(read_bytes, kv_bytes, roofline.datasheet(name).bytes_per_s)
+            for name in ('Orin NX', 'AGX Orin', 'AGX Thor')]
+        assert [cell.strip() for cell in row.split('|')] == [
+            *sizes, f'{kv_bytes / 1e9:.2f}', *(f'{1e3 * each:.1f}' for each in floors_s)], model
 
 
 def test_requests_page_is_complete():

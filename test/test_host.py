@@ -72,6 +72,25 @@ def test_a_load_warns_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
     assert told == ['jetson-stats is not used']
 
 
+@pytest.mark.parametrize(('found', 'visible', 'device', 'warns'), [
+    (True, None, 'auto', True), (False, None, 'auto', False), (True, '', 'auto', False),
+    (True, None, 'cpu', False)])
+def test_a_load_warns_of_a_gpu_that_pytorch_cannot_use(
+        monkeypatch, tmp_path, found, visible, device, warns):
+    """On a Jetson, the PyTorch of PyPI finds no GPU."""
+    told = []
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    monkeypatch.setattr(host_module, 'GPU_FILES', (str(tmp_path if found else tmp_path / 'none'),))
+    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET),
+                told.append)
+    host.load(replace(CONFIG, engine=EngineConfig(device=device)), print)
+    host.unload()
+    assert len(told) == warns
+    assert all('the model runs on the CPU, because' in text for text in told)
+
+
 @pytest.mark.parametrize('remote', [
     {}, {'engine': EngineConfig('openai'),
          'remote': RemoteConfig('http://127.0.0.1:9/v1', 'a/model', fallback=ModelConfig.path)}],

@@ -164,6 +164,7 @@ def test_systemd_unit_grants_real_time_limits():
     limits = {f'{key}={value}' for key, value in unit['Service'].items()}
     for text in (realtime.PERMIT_PRIORITY, realtime.PERMIT_MEMORY):
         assert re.search(r'(\w+=\w+) in a systemd unit', text)[1] in limits
+    assert 'jtop.service' in unit['Unit']['After'].split()      # is looked for only once
     command = re.search(r'/lib/physai_decode/(\w+)', unit['Service']['ExecStart'])[1]
     assert command in COMMANDS
 

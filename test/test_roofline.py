@@ -117,19 +117,34 @@ def test_data_sheet_of_a_jetson_is_found_by_its_board_name(monkeypatch):
 
 
 def test_reads_the_board_name(tmp_path):
-    model = tmp_path / 'model'
-    model.write_bytes(b'NVIDIA Jetson AGX Orin Developer Kit\0')
-    assert roofline.board_name(str(model)) == 'NVIDIA Jetson AGX Orin Developer Kit'
+    (tmp_path / 'model').write_bytes(b'NVIDIA Jetson AGX Orin Developer Kit\0')
+    assert roofline.board_name(str(tmp_path)) == 'NVIDIA Jetson AGX Orin Developer Kit'
     assert roofline.board_name(str(tmp_path / 'none')) == ''
 
 
 def test_distinguishes_orin_nano_modules_by_memory_size(tmp_path, monkeypatch):
-    model = tmp_path / 'model'
-    model.write_bytes(b'NVIDIA Orin Nano Developer Kit\0')
+    (tmp_path / 'model').write_bytes(b'NVIDIA Orin Nano Developer Kit\0')
     for gigabytes, gb_s in ((4, 34), (8, 68)):
         monkeypatch.setattr(roofline.os, 'sysconf', lambda name, count=gigabytes: {
             'SC_PHYS_PAGES': count * 10**9 // 4096, 'SC_PAGE_SIZE': 4096}[name])
-        assert roofline.datasheet(roofline.board_name(str(model))).bytes_per_s == gb_s * 1e9
+        assert roofline.datasheet(roofline.board_name(str(tmp_path))).bytes_per_s == gb_s * 1e9
+
+
+@pytest.mark.parametrize(('compatible', 'gb_s'), [
+    (b'nvidia,p3768-0000+p3767-0000-super\0nvidia,p3767-0000\0nvidia,tegra234\0', 102.4),
+    (b'nvidia,p3768-0000+p3767-0001\0nvidia,p3767-0001\0nvidia,tegra234\0', 102.4),
+    (b'nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0', 102),
+    (b'nvidia,p3768-0000+p3767-0003\0nvidia,p3767-0003\0nvidia,tegra234\0', 68),
+    (b'nvidia,p3737-0000+p3701-0008\0nvidia,p3701-0008\0nvidia,tegra234\0', 204.8),
+    (b'nvidia,p4071-0000+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0', 273)])
+def test_recognises_the_module_on_a_board_of_another_vendor(
+        tmp_path, monkeypatch, compatible, gb_s):
+    monkeypatch.setattr(roofline.os, 'sysconf', lambda name: {
+        'SC_PHYS_PAGES': 8 * 10**9 // 4096, 'SC_PAGE_SIZE': 4096}[name])
+    (tmp_path / 'model').write_bytes(b'Vendor Robot Carrier 2\0')
+    assert roofline.datasheet(roofline.board_name(str(tmp_path))) is None
+    (tmp_path / 'compatible').write_bytes(compatible)
+    assert roofline.datasheet(roofline.board_name(str(tmp_path))).bytes_per_s == gb_s * 1e9
 
 
 def test_measures_the_read_bandwidth_of_the_cpu():

@@ -254,7 +254,7 @@ def test_reads_a_jetson_through_jetson_stats(monkeypatch):
 @pytest.mark.parametrize(('gpu_khz', 'memory_khz', 'load', 'reasons'), [
     (1300500, 3199000, 99.0, 'none'), (800000, 3199000, 99.0, 'low_gpu_clock'),
     (800000, 2133000, 99.0, 'low_gpu_clock low_memory_clock'), (306000, 665600, 3.0, 'none'),
-    (306000, 665600, None, None)])
+    (306000, 665600, None, None), (800000, 1, 99.0, 'low_gpu_clock')])
 def test_low_clocks_of_a_busy_board(gpu_khz, memory_khz, load, reasons):
     """A Jetson does not report why; an idle one lowers its clocks."""
     jetson = Jetson(FakeBoard)
@@ -392,6 +392,18 @@ def test_a_sensor_and_a_clock_that_are_off_have_no_value():
     figures = jetson.read()
     assert figures['temperature_c'] is figures['memory_clock_mhz'] is None
     assert jetson.memory_clocks_mhz is None
+
+
+def test_clocks_of_a_thor_can_be_in_mhz():
+    """jetson-stats mixes those of NVML in MHz and its own in kHz; 1 stands for an unknown one."""
+    jetson = Jetson(FakeBoard)
+    board = jetson._board
+    board.memory = Fields(EMC={'cur': 1, 'max': 4266000})
+    board.gpu = Fields(Thor={'freq': {'cur': 1575, 'max': 1575000}, 'status': {'load': 99.0}})
+    board.observers[0](board)
+    figures = jetson.read()
+    assert figures['sm_clock_mhz'] == 1575.0 and figures['memory_clock_mhz'] is None
+    assert figures['throttle_reasons'] == 'none' and jetson.memory_clocks_mhz is None
 
 
 def test_energy_comes_from_one_source_throughout(nvml, monkeypatch):

@@ -29,11 +29,13 @@ from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
+from physai_decode.engines import device
 from physai_decode.engines import stored
 from physai_decode.engines.native import families
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.native import source
+from physai_decode.engines.native import start
 from physai_decode.engines.native import torch_forms
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.linear import Dense
@@ -105,6 +107,17 @@ def test_unpacks_gate_and_up_without_interleaving(dtype):
             forms(fused, paired=True).apply(x)), fused.halves(fused.apply(x)), strict=True):
         assert relative_error(got, expected.flatten(1)) < 0.01
     assert 'unpacked' in forms.report
+
+
+@pytest.mark.parametrize(('shared', 'spare'), [(True, 2**30), (False, 0)])
+def test_unpacked_weights_leave_memory_to_other_programs(monkeypatch, shared, spare):
+    """On a Jetson without Triton, they would otherwise take all memory of the board."""
+    assert device.shares_memory(CPU)
+    monkeypatch.setattr(device, 'free_bytes', lambda which: 8 * 2**30)
+    monkeypatch.setattr(device, 'shares_memory', lambda which: shared)
+    assert start.unpacked_limit(CPU, 3 * 2**30) == 5 * 2**30 - spare
+    monkeypatch.setattr(device, 'free_bytes', lambda which: None)
+    assert start.unpacked_limit(CPU, 3 * 2**30) == math.inf
 
 
 @pytest.mark.parametrize('rows, columns', [(256, 640), (1280, 256)])

@@ -332,7 +332,8 @@ def test_names_accelerate_if_it_is_missing(folder, method, monkeypatch):
 def test_rejects_missing_and_unknown_devices(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for name in ('cuda', 'cuda:0'):
-        assert 'set engine.device to cpu' in error_of(folder, device=name)
+        message = error_of(folder, device=name)
+        assert 'set engine.device to cpu' in message and 'PyTorch for its JetPack' in message
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     assert 'this machine has 1 CUDA device' in error_of(folder, device='cuda:7')
@@ -404,6 +405,14 @@ def test_reports_that_exllamav2_is_not_installed(folder, monkeypatch):
 
 def test_rejects_an_unknown_engine(folder):
     assert 'expected one of auto, native' in error_of(folder, name='vllm')
+
+
+def test_reports_a_pytorch_that_the_library_does_not_use(folder, monkeypatch):
+    """It treats a pre-release, such as 2.5.0a0 for a Jetson, as older than the release."""
+    monkeypatch.setattr(transformers, 'is_torch_available', lambda: False)
+    message = error_of(folder)
+    assert f'considers PyTorch {torch.__version__} too old' in message
+    assert message.endswith("'transformers<5.15'")
 
 
 def test_reports_progress(folder):

@@ -84,7 +84,7 @@ def free_bytes(device: torch.device) -> int | None:
     For the host, a limit on the address space (ulimit -v) counts too.
     """
     # An integrated GPU reports the page cache as used, although it can be reclaimed.
-    if device.type == 'cuda' and not torch.cuda.get_device_properties(device).is_integrated:
+    if not shares_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     available = _kilobytes('/proc/meminfo', 'MemAvailable')
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -93,6 +93,11 @@ def free_bytes(device: torch.device) -> int | None:
     if limit != resource.RLIM_INFINITY and used is not None:
         limits.append(max(0, limit - used * 1024))
     return min(limits, default=None)
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether the memory of the device is that of the host, as on a CPU or a Jetson."""
+    return device.type != 'cuda' or bool(torch.cuda.get_device_properties(device).is_integrated)
 
 
 def _kilobytes(path: str, name: str) -> int | None:
@@ -105,9 +110,11 @@ def _kilobytes(path: str, name: str) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, on the device or the host."""
+    # The last one is of PyTorch's allocator on a Jetson, whose NVML does not report the memory.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
-        isinstance(error, RuntimeError)
-        and re.search("can't allocate memory|out of memory", str(error)))
+        isinstance(error, RuntimeError) and re.search(
+            "can't allocate memory|out of memory|NVML_SUCCESS == r .*CUDACachingAllocator",
+            str(error)))
 
 
 @contextmanager
@@ -134,6 +141,9 @@ def enough_memory(device: torch.device, needed_bytes: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
+        if device.type == 'cuda' and shares_memory(device):
+            message += ('; if as much is free, run "sudo sysctl vm.drop_caches=3", because the '
+                        'driver may not get the memory of the page cache')
         raise EngineError(message) from None
 
 
@@ -288,8 +298,8 @@ def _device(name: str) -> torch.device:
         reason = 'finds no CUDA device: check the driver (nvidia-smi)' if torch.version.cuda \
             else 'is built without CUDA: install a build of PyTorch with CUDA'
         raise EngineError(
-            f'engine.device is {name!r}, but PyTorch {torch.__version__} {reason}, or set '
-            'engine.device to cpu')
+            f'engine.device is {name!r}, but PyTorch {torch.__version__} {reason} (on a Jetson, '
+            'install the PyTorch for its JetPack), or set engine.device to cpu')
     index = int(name[5:]) if ':' in name else 0
     count = torch.cuda.device_count()
     if index >= count:

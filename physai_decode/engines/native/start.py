@@ -64,6 +64,7 @@ SLOW_PASS_S = 0.1              # if a pass takes longer, larger ones may be skip
 USELESS_COST = 0.9             # a pass is useless if each of its rows costs more steps than this
 NAMED = 8                      # maximum unused tensors to name
 WORK_BYTES = 2**30             # in addition to weights and cache, on a GPU
+SPARE_BYTES = 2**30            # what unpacked weights leave of memory that other programs use
 # The settings whose steps are captured at the start; others are captured at first use.
 WARM_UP = (SamplingConfig(), SamplingConfig(temperature=1.0),
            SamplingConfig(temperature=1.0, top_k=50, top_p=0.9))
@@ -168,6 +169,14 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
         f'{work / 1e9:.2f}), {free / 1e9:.2f} GB are free; {advice}')
 
 
+def unpacked_limit(device: torch.device, needed_bytes: int) -> float:
+    """Return the bytes of memory that unpacked weights may use, in addition to those needed."""
+    free = devices.free_bytes(device)
+    if free is None:
+        return math.inf
+    return free - needed_bytes - (SPARE_BYTES if devices.shares_memory(device) else 0)
+
+
 def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype: torch.dtype,
                 device: torch.device, progress: Callable[[str], None],
                 clock: PartTimes, needed_bytes: int,
@@ -185,8 +194,7 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     ops = operations(device, dtype, progress)
     forms = None
     if ops.name == 'torch':
-        free = devices.free_bytes(device)
-        forms = TorchForms(dtype, device, math.inf if free is None else free - needed_bytes)
+        forms = TorchForms(dtype, device, unpacked_limit(device, needed_bytes))
     loaded = weights.load(shape, files, checkpoint.quantized, dtype, progress, forms)
     if forms and forms.report:
         progress(forms.report)

@@ -72,6 +72,11 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if not transformers.is_torch_available():
+        raise EngineError(
+            f'transformers {transformers.__version__} considers PyTorch {torch.__version__} too '
+            'old: install a newer PyTorch, or choose another engine.name, or, for PyTorch 2.5 '
+            f'and its pre-releases, {install("transformers<5.15")}')
     if model.model_type not in transformers.CONFIG_MAPPING:
         folder_code = ' (the folder brings its own code, which is never run)' \
             if 'auto_map' in model.config else ''
