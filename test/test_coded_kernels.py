@@ -79,7 +79,8 @@ def test_fused_projections(make, name):
 
 def test_does_not_fuse_different_layouts():
     nf4, other = (random_weight(name, 24, 640)[0] for name in FORMATS)
-    for another in (other, replace(nf4, table=nf4.table.flip(0))):
+    fp4, _ = linear_contract.random_weight(random_formats.float4('mxfp4'), 24, 640)
+    for another in (other, replace(nf4, table=nf4.table.flip(0)), fp4):
         assert fusion.fuse([nf4, another]) is None
     assert fusion.fuse([random_weight('nf4', 12, 640)[0]] * 2, paired=True) is None
 
