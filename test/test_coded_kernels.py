@@ -36,8 +36,10 @@ from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.coded_kernels import CodedOps
+from physai_decode.engines.native.pass_kernels import PassOps
 import random_formats
 
 FORMATS = {
@@ -77,7 +79,8 @@ def test_fused_projections(make, name):
 
 def test_does_not_fuse_different_layouts():
     nf4, other = (random_weight(name, 24, 640)[0] for name in FORMATS)
-    for another in (other, replace(nf4, table=nf4.table.flip(0))):
+    fp4, _ = linear_contract.random_weight(random_formats.float4('mxfp4'), 24, 640)
+    for another in (other, replace(nf4, table=nf4.table.flip(0)), fp4):
         assert fusion.fuse([nf4, another]) is None
     assert fusion.fuse([random_weight('nf4', 12, 640)[0]] * 2, paired=True) is None
 
@@ -92,10 +95,12 @@ def test_dequantises_rows(name, k):
     assert_close(out, dense[8:16])
 
 
-@pytest.mark.parametrize('file', [kernels, scaled_kernels, fp4_kernels, coded_kernels])
-def test_kernel_version_depends_on_each_source_file(monkeypatch, file):
+@pytest.mark.parametrize('ops, file', [
+    *((CodedOps, file) for file in (kernels, scaled_kernels, fp4_kernels, coded_kernels)),
+    *((PassOps, file) for file in (kernels, fp4_kernels, pass_kernels))])
+def test_kernel_version_depends_on_each_source_file(monkeypatch, ops, file):
     """A new version tunes its layouts again."""
-    before, read = CodedOps._version(), Path.read_bytes
+    before, read = ops._version(), Path.read_bytes
     monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path) + (
         b'#' if path == Path(file.__file__) else b''))
-    assert CodedOps._version() != before
+    assert ops._version() != before

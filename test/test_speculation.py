@@ -625,9 +625,10 @@ def test_captured_passes_answer_the_same(piped, family, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['dense', 'gptq'])
+@pytest.mark.parametrize('kind', ['dense', 'gptq', 'nvfp4'])
 def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
     """In Triton's interpreter, with the kernels of the sampler."""
+    import random_formats
     import random_gptq
     import torch
     if torch.cuda.is_available():
@@ -637,6 +638,8 @@ def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
              'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 64}
     if kind == 'gptq':
         random_gptq.save(tmp_path, 'qwen3', 0, 32, **small)
+    elif kind == 'nvfp4':
+        random_formats.save(tmp_path, 'qwen3', random_formats.float4('nvfp4'), 0, **small)
     else:
         random_model.save(tmp_path, 'qwen3', 0, **small)
     always_draft(monkeypatch)

@@ -18,6 +18,8 @@ Fuses projections of the same input, so that one kernel computes all of them.
 Projections whose layouts do not fit together are not fused; the caller dequantises them.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from physai_decode.engines.native.linear import Coded
@@ -40,17 +42,9 @@ def fuse(parts: list[Stored], paired: bool = False) -> Stored | None:
     """
     if len(parts) == 1:
         return parts[0]
-    int4 = [part for part in parts if isinstance(part, Int4)]
-    if len(int4) == len(parts):
-        return _int4(int4, paired)
-    fp4 = [part for part in parts if isinstance(part, Fp4)]
-    if len(fp4) == len(parts):
-        return _fp4(fp4, paired)
-    scaled = [part for part in parts if isinstance(part, Scaled)]
-    if len(scaled) == len(parts):
-        return _scaled(scaled, paired)
-    coded = [part for part in parts if isinstance(part, Coded)]
-    return _coded(coded, paired) if len(coded) == len(parts) else None
+    kinds = {type(part) for part in parts}
+    fused = _FUSED.get(kinds.pop()) if len(kinds) == 1 else None
+    return fused(parts, paired) if fused else None
 
 
 def interleaved(rows: int, device: torch.device) -> Tensor | None:
@@ -84,23 +78,15 @@ def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
     if not _same_order(parts) or any(part.group_size != first.group_size for part in parts):
         return None
 
-    def concatenate(tensors: list[Tensor], width: int) -> Tensor:
-        return _interleave(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
-
-    half = TILE_ROWS // 2
-    zeros = bias = None
-    if any(p.zeros is not None for p in parts):
-        zeros = concatenate([torch.full_like(p.scales, 8) if p.zeros is None else p.zeros
-                             for p in parts], 4 * half)
-    if first.bias is not None:
-        bias = concatenate([p.bias.view(-1, 1, TILE_ROWS) for p in parts if p.bias is not None],
-                           half).flatten()
-    return Int4(
+    width, zeros = 4 * TILE_ROWS // 2, None
+    if any(part.zeros is not None for part in parts):
+        zeros = _by_tiles([torch.full_like(part.scales, 8) if part.zeros is None else part.zeros
+                           for part in parts], paired, width)
+    return replace(
         # In `fragments`, the halves of a tile alternate every two words.
-        packed=concatenate([p.packed for p in parts], 2),
-        scales=concatenate([p.scales for p in parts], 4 * half), zeros=zeros,
-        order=first.order, bias=bias, out_features=sum(p.out_features for p in parts),
-        in_features=first.in_features)
+        first, packed=_by_tiles([part.packed for part in parts], paired, 2),
+        scales=_by_tiles([part.scales for part in parts], paired, width), zeros=zeros,
+        bias=_biases(parts, paired), out_features=sum(part.out_features for part in parts))
 
 
 def _fp4(parts: list[Fp4], paired: bool) -> Fp4 | None:
@@ -109,18 +95,12 @@ def _fp4(parts: list[Fp4], paired: bool) -> Fp4 | None:
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
 
-    def concatenate(tensors: list[Tensor], width: int) -> Tensor:
-        return _interleave(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
-
-    bias = None
-    if first.bias is not None:
-        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
     return replace(
         # In `fragments`, the halves of a tile alternate every two words; every four scales.
-        first, packed=concatenate([part.packed for part in parts], 2),
-        scales=concatenate([part.scales for part in parts], 4),
-        factors=_by_rows([part.factors for part in parts], paired), bias=bias,
-        out_features=sum(part.out_features for part in parts))
+        first, packed=_by_tiles([part.packed for part in parts], paired, 2),
+        scales=_by_tiles([part.scales for part in parts], paired, 4),
+        factors=_by_rows([part.factors for part in parts], paired),
+        bias=_biases(parts, paired), out_features=sum(part.out_features for part in parts))
 
 
 def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
@@ -129,17 +109,15 @@ def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
     if not _same_order(parts) or not _fusible(parts, paired):
         return None
 
-    zeros = bias = None
+    zeros = None
     if any(part.zeros is not None for part in parts):
         zeros = _by_rows([torch.zeros_like(part.scales) if part.zeros is None else part.zeros
                           for part in parts], paired)
-    if first.bias is not None:
-        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
     # Concatenated as int8: not every operation supports float8.
     values = _by_rows([part.values.view(torch.int8) for part in parts], paired)
     return replace(first, values=values.view(first.values.dtype),
                    scales=_by_rows([part.scales for part in parts], paired), zeros=zeros,
-                   bias=bias)
+                   bias=_biases(parts, paired))
 
 
 def _coded(parts: list[Coded], paired: bool) -> Coded | None:
@@ -148,11 +126,13 @@ def _coded(parts: list[Coded], paired: bool) -> Coded | None:
     if not _fusible(parts, paired) or any(
             not torch.equal(part.table, first.table) for part in parts):
         return None
-    bias = None
-    if first.bias is not None:
-        bias = _by_rows([part.bias for part in parts if part.bias is not None], paired)
     return replace(first, codes=_by_rows([part.codes for part in parts], paired),
-                   scales=_by_rows([part.scales for part in parts], paired), bias=bias)
+                   scales=_by_rows([part.scales for part in parts], paired),
+                   bias=_biases(parts, paired))
+
+
+_FUSED: dict[type, Callable[..., Stored | None]] = {
+    Int4: _int4, Fp4: _fp4, Scaled: _scaled, Coded: _coded}
 
 
 def _fusible(parts: list[Scaled] | list[Coded], paired: bool) -> bool:
@@ -166,6 +146,17 @@ def _by_rows(tensors: list[Tensor], paired: bool) -> Tensor:
         return torch.cat(tensors)
     return torch.stack([each.unflatten(0, (-1, TILE_ROWS // 2)) for each in tensors],
                        1).flatten(0, 2)
+
+
+def _biases(parts: Sequence[Stored], paired: bool) -> Tensor | None:
+    """Concatenate the biases, which all parts have or none; see `_by_rows`."""
+    found = [part.bias for part in parts if part.bias is not None]
+    return _by_rows(found, paired) if found else None
+
+
+def _by_tiles(tensors: list[Tensor], paired: bool, width: int) -> Tensor:
+    """Concatenate [tiles, ...]; if ``paired``, interleave half tiles, see `_interleave`."""
+    return _interleave(tensors[0], tensors[1], width) if paired else torch.cat(tensors)
 
 
 def _same_order(parts: list[Int4] | list[Scaled]) -> bool:

@@ -332,15 +332,17 @@ def _input(x, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.cons
                                      + at // 8 % 2 * 2 + at % 2)
         v = tl.load(x + columns, mask=columns < K, other=0.0)
         return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE))
-    # Four lanes load one column of x; after the lanes come the warps, and then the registers.
+    # Four lanes load one column of 8; after the lanes come the warps, and then the registers.
     number = tl.arange(0, GROUP // 32 * SPLIT * SIDE * 4)
-    column = ((first + number // (4 * SIDE) % SPLIT) * 4 + NUMBER) * GROUP \
+    column = ((first + number // 32 % SPLIT) * 4 + NUMBER) * GROUP \
         + number // (4 * SIDE * SPLIT) * 32 + number % 4 * 8
     columns = column[:, None] + tl.arange(0, 8)[None, :]
     if rows is not None:
-        x += (tl.minimum(number // 4 % SIDE, rows - 1) * K)[:, None]
+        row = number // (32 * SPLIT) % (SIDE // 8) * 8 + number // 4 % 8
+        x += (tl.minimum(row, rows - 1) * K)[:, None]
     v = tl.load(x + columns, mask=columns < K, other=0.0)
-    v = tl.permute(tl.reshape(v, (GROUP // 32, SPLIT, SIDE, 4, 2, 2, 2)), (1, 0, 4, 5, 3, 6, 2))
+    v = tl.reshape(v, (GROUP // 32, SIDE // 8, SPLIT, 8, 4, 2, 2, 2))
+    v = tl.permute(v, (2, 0, 5, 6, 4, 7, 1, 3))
     return tl.reshape(v, (SPLIT, GROUP, SIDE))
 
 

@@ -45,6 +45,8 @@ FP4_GROUP = 64                   # columns of each of a word's four weights, see
 FP4_SIGNS = 15, 12, 14, 13       # the sign bit of each weight in a word
 FP4_BITS = 6, 3, 0, 9            # the lowest of its other three bits
 FP4_COLUMNS = 16                 # that share a scale
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # 4-bit floats, indexed by their bits
 CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
 # On x86, oneDNN multiplies float32 matrices of at least ONEDNN_ELEMENTS faster than F.linear. For
 # smaller ones, it loses more time at each new number of rows than it saves.
@@ -162,15 +164,12 @@ class Int4:
 
     def rows(self, index: Tensor) -> 'Int4':
         """Return the weight, of whole tiles, with its rows permuted by ``index`` int64 [N]."""
-        def permuted(values: Tensor) -> Tensor:
-            """Permute [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
-            return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
-
         def by_row(values: Tensor) -> Tensor:
-            return permuted(values.transpose(1, 2)).contiguous()
+            return _permuted(values.transpose(1, 2), index).contiguous()
 
         return replace(
-            self, packed=fragments(permuted(_rows(self.packed))), scales=by_row(self.scales),
+            self, packed=fragments(_permuted(_rows(self.packed), index)),
+            scales=by_row(self.scales),
             zeros=None if self.zeros is None else by_row(self.zeros),
             bias=None if self.bias is None else self.bias[index])
 
@@ -245,13 +244,9 @@ class Fp4:
 
     def rows(self, index: Tensor) -> 'Fp4':
         """Return the weight, of whole tiles, with its rows permuted by ``index`` int64 [N]."""
-        def permuted(values: Tensor) -> Tensor:
-            """Permute [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
-            return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
-
         return replace(
-            self, packed=fragments(permuted(_rows(self.packed))),
-            scales=scale_fragments(permuted(_scale_rows(self.scales))),
+            self, packed=fragments(_permuted(_rows(self.packed), index)),
+            scales=scale_fragments(_permuted(_scale_rows(self.scales), index)),
             factors=self.factors[index], bias=None if self.bias is None else self.bias[index])
 
     def dequantise(self, tiles: slice, dtype: torch.dtype) -> Tensor:
@@ -351,10 +346,6 @@ class Scaled:
         if self.order is not None:
             x = x[..., self.order]
         return _apply_by_rows(self, x, dequantise)
-
-
-_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # 4-bit floats, indexed by their bits
 
 
 @dataclass(frozen=True)
@@ -529,6 +520,11 @@ def _scale_rows(scales: Tensor) -> Tensor:
     """Invert `scale_fragments`, to [tiles, 16, blocks, 4, FP4_GROUP / 16]."""
     parts = scales.unflatten(2, (-1, 8, 2, 2, 4)).permute(0, 5, 3, 1, 6, 2, 4)
     return parts.flatten(5).flatten(1, 2)
+
+
+def _permuted(values: Tensor, index: Tensor) -> Tensor:
+    """Permute the rows of [tiles, 16, blocks, ...]; returns [tiles, blocks, 16, ...]."""
+    return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
 
 
 def _deinterleaved(product: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,8 +125,7 @@ def fp4(codes: Tensor, scales: Tensor, factors: Tensor) -> Fp4:
     _check_scales(scales, factors)
     bits = scales.view(torch.uint8)
     # A scale has no sign in the kernels: the codes take it.
-    negative = (bits >> 7).repeat_interleave(FP4_COLUMNS, 1)[:, :columns]
-    codes = codes ^ negative << 3
+    codes = codes ^ (bits >> 7 << 3).repeat_interleave(FP4_COLUMNS, 1)[:, :columns]
     blocks, tiles = -(-columns // (4 * FP4_GROUP)), -(-rows // TILE_ROWS)
 
     def tiled(values: Tensor, length: int) -> Tensor:
@@ -136,9 +135,10 @@ def fp4(codes: Tensor, scales: Tensor, factors: Tensor) -> Fp4:
         return full.view(tiles, TILE_ROWS, blocks, 4, length)
 
     packed = torch.zeros((), dtype=torch.int16, device=codes.device)
-    planes = tiled(codes.to(torch.int16), FP4_GROUP).unbind(3)
+    planes = tiled(codes, FP4_GROUP).unbind(3)
     for plane, sign, low in zip(planes, FP4_SIGNS, FP4_BITS, strict=True):
-        packed = packed | (plane & 7) << low | (plane >> 3) << sign
+        wide = plane.to(torch.int16)
+        packed = packed | (wide & 7) << low | (wide >> 3) << sign
     return Fp4(
         fragments(packed.transpose(1, 2)),
         scale_fragments(tiled(bits & 0x7F, FP4_GROUP // FP4_COLUMNS).transpose(1, 2)),

@@ -29,6 +29,7 @@ from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.fp4_kernels import _sums
+from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
 from physai_decode.engines.native.kernels import _block
@@ -40,7 +41,6 @@ from physai_decode.engines.native.kernels import _tile
 from physai_decode.engines.native.kernels import FP4_LAYOUTS
 from physai_decode.engines.native.kernels import Layout
 from physai_decode.engines.native.kernels import SIDE
-from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -359,7 +359,7 @@ PASS_INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, warps, stages) for stages in (2, 
 PASS_FP4_LAYOUTS = tuple(each for each in FP4_LAYOUTS if each.stages == 1)
 
 
-class PassOps(TritonOps):
+class PassOps(Fp4Ops):
     """The operations of passes as kernels, with the interface of `TorchOps`."""
 
     def _tuned(self, transformer):

@@ -24,6 +24,7 @@ from physai_decode.engines.native import packing
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import E2M1
 from physai_decode.engines.native.linear import Fp4
+from physai_decode.engines.native.linear import FP4_COLUMNS
 from physai_decode.engines.native.source import Source
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> 
     if bool((relative < lowest).any()):
         return packing.code(codes, torch.exp2(exponents.float()), torch.tensor(E2M1), size)
     wide = torch.exp2(relative.float()).to(torch.float8_e4m3fn).view(torch.uint8)
-    wide = wide.repeat_interleave(size // GROUP['nvfp4'], 1)[:, :-(-columns // GROUP['nvfp4'])]
+    wide = wide.repeat_interleave(size // FP4_COLUMNS, 1)[:, :-(-columns // FP4_COLUMNS)]
     return packing.fp4(codes, wide.view(torch.float8_e4m3fn), torch.exp2(top.float()).squeeze(1))
 
 
