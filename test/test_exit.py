@@ -229,8 +229,16 @@ def test_rejects_wrong_ros_arguments(arguments, message):
     assert 'Traceback' not in done.stderr and 'ROS_LOG_DIR' not in done.stderr
 
 
-@pytest.mark.parametrize('content', ['model.path: a', 'decode: [', 'a: {ros__parameters: 7}'])
-def test_says_how_a_params_file_begins(tmp_path, content):
+FORM = ('a params file begins with `/**:` and `ros__parameters:`, as in config/decode.yaml; '
+        'between { and }, put quotes around a value with a colon')
+
+
+@pytest.mark.parametrize(('content', 'advice'), [
+    ('model.path: a', FORM), ('a: {ros__parameters: 7}', FORM),
+    ('/**:\n  ros__parameters:\n    model: {path: builtin:tiny_planner}', FORM),
+    ('/**:\n  ros__parameters:\n    autostart: true\n\tchat: off',
+     "FILE, line 4: found character '\\t' that cannot start any token")])
+def test_says_what_is_wrong_in_a_params_file(tmp_path, content, advice):
     """The parser of ROS 2 refuses these with a line of its own."""
     file = tmp_path / 'params.yaml'
     file.write_text(content)
@@ -238,8 +246,7 @@ def test_says_how_a_params_file_begins(tmp_path, content):
         [sys.executable, '-m', 'physai_decode.ros.process', '--ros-args', '--params-file',
          str(file)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.endswith(
-        ': a params file begins with `/**:` and `ros__parameters:`, as in config/decode.yaml\n')
+    assert done.stderr.endswith(f': {advice.replace("FILE", str(file))}\n')
 
 
 def test_names_the_variable_if_the_log_folder_can_not_be_created():

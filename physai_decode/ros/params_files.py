@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The params files on a command line, and whether they have a section for this node."""
+"""The params files on a command line, their errors, and the sections for this node."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -46,6 +46,20 @@ def without_section(files: Iterable[str], node: str) -> list[str]:
     """
     return [file for file in files if not any(
         re.fullmatch(pattern, node) for pattern in _patterns(Path(file)))]
+
+
+def advice(files: Iterable[str]) -> str:
+    """Say what to change in params files that ROS can't parse; its own message hardly does."""
+    for file in files:
+        try:
+            yaml.safe_load(Path(file).read_text())
+        except yaml.MarkedYAMLError as error:
+            line = f', line {error.problem_mark.line + 1}' if error.problem_mark else ''
+            return f'{file}{line}: {error.problem}'
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            return f'{file}: {error}'
+    return ('a params file begins with `/**:` and `ros__parameters:`, as in config/decode.yaml; '
+            'between { and }, put quotes around a value with a colon')
 
 
 def _patterns(file: Path) -> Iterator[str]:

@@ -44,10 +44,6 @@ FLUSH_S = 0.4                   # of EXIT_LIMIT_S, to send the last messages
 DESTROY_S = 0.1                 # of EXIT_LIMIT_S, to destroy the node
 POLL_S = 0.1                    # period at which the main thread checks signals and the launcher
 THREADS = 3                     # of the executor; node.py describes their use
-ADVICE = {                      # by words in an error of rclpy
-    'failed to initialize logging': ': set ROS_LOG_DIR to a folder that can be written',
-    "Couldn't parse params file": ': a params file begins with `/**:` and `ros__parameters:`, as '
-                                  'in config/decode.yaml'}
 USAGE = 'decode_node [--ros-args [--params-file FILE] [-p NAME:=VALUE] [-r OLD:=NEW] ...]'
 HELP = """Run a language model on ROS topics, until SIGINT or SIGTERM.
 
@@ -96,6 +92,15 @@ def replace_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
 
 
+def _advice(error: Exception, files: list[str]) -> str:
+    """Say what to do about an error of rclpy, if that is known."""
+    if 'failed to initialize logging' in str(error):
+        return ': set ROS_LOG_DIR to a folder that can be written'
+    if "Couldn't parse params file" in str(error):
+        return f': {params_files.advice(files)}'
+    return ''
+
+
 def main(args: list[str] | None = None, load: Load = load) -> int:
     """
     Run the node until a signal, then end the process; return only if it can't start.
@@ -128,8 +133,8 @@ def main(args: list[str] | None = None, load: Load = load) -> int:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         unexpected = remove_ros_args(args)[1:]
     except (RuntimeError, ValueError) as error:     # such as a params file that can't be parsed
-        advice = next((advice for words, advice in ADVICE.items() if words in str(error)), '')
-        print(f'decode_node: {type(error).__name__}: {error}{advice}', file=sys.stderr)
+        print(f'decode_node: {type(error).__name__}: {error}{_advice(error, files)}',
+              file=sys.stderr)
         return 1
     if unexpected and unexpected[0] in ('-h', '--help'):
         print(f'usage: {USAGE}\n\n{HELP}')
