@@ -26,6 +26,7 @@ from node_rig import active_rig
 from node_rig import PATIENCE_S
 from physai_decode.ros import ask as module
 import pytest
+from std_msgs.msg import String
 
 COMMAND = [sys.executable, '-m', 'physai_decode.ros.ask', '--timeout', str(PATIENCE_S)]
 
@@ -187,6 +188,29 @@ def test_node_that_remaps_its_diagnostics(rig):
     finally:
         rig.probe.destroy_subscription(relay)
         rig.probe.destroy_publisher(arm)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('HELLO\n')
+
+
+def test_node_that_remaps_its_requests(rig):
+    """The message names the topic; with the remapping, the command works."""
+    remapped = ('--ros-args', '-r', '/decode/request:=/llm/request')
+    for timeout_s in (3, 10, 60):       # until discovery is complete in time
+        done = ask('hello', '--timeout', str(timeout_s), *remapped)
+        if 'token_stats' not in done.stderr and 'not with' in done.stderr:
+            break
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'decode_ask: no node /decode was found within {timeout_s} s; a node of this name runs, '
+        'but not with /llm/request: if it remaps a topic, remap it here too (--ros-args -r '
+        'OLD:=NEW)\n')
+    request = rig.probe.create_publisher(String, '/decode/request', 100)
+    relay = rig.probe.create_subscription(String, '/llm/request', request.publish, 100)
+    try:
+        done = ask('hello', *remapped)
+    finally:
+        rig.probe.destroy_subscription(relay)
+        rig.probe.destroy_publisher(request)
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.startswith('HELLO\n')
 

@@ -217,6 +217,13 @@ def test_times_out_without_the_named_node(rig):
         'found /decode\n')
 
 
+def test_finds_a_node_that_remaps_a_topic(rig):
+    """The name of the node does not depend on that of the topic."""
+    done = once('--node', '/decode', '--ros-args', '-r', '/decode/token_stats:=/arm/figures')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.splitlines()[0].split() == ['node', '/decode']
+
+
 @pytest.mark.parametrize('node', [[], ['--node', '/decode']])
 def test_reports_a_node_without_diagnostics_on_the_topic(rig, node):
     """The message says how to remap the topic."""

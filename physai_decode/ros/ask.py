@@ -42,6 +42,7 @@ from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rclpy.signals import SignalHandlerOptions
@@ -70,7 +71,8 @@ class Asker(Node):
         super().__init__(f'decode_ask_{os.getpid()}')
         self.id = str(uuid.uuid4())
         self.request = self.create_publisher(String, f'{target}/request', QoSProfile(depth=10))
-        self.target = self.request.topic_name.removesuffix('/request')
+        # Not from the topic's name, which may be remapped.
+        self.target = expand_topic_name(target, self.get_name(), self.get_namespace())
         self.token_stats = self.create_subscription(
             DiagnosticArray, f'{target}/token_stats', self._on_token, stream_qos())
         self.create_subscription(
@@ -91,6 +93,12 @@ class Asker(Node):
         """Send a prompt with further fields of the request."""
         self.request.publish(String(data=json.dumps(
             {**options, 'id': self.id, 'prompt': text})))
+
+    def unmatched(self) -> list[str]:
+        """List the topics that no node publishes or subscribes to, but a decode node does."""
+        return ([] if self.request.get_subscription_count() else [self.request.topic_name]) + (
+            [] if self.count_publishers(self.token_stats.topic_name)
+            else [self.token_stats.topic_name])
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         if message.header.frame_id == self.target:
@@ -148,13 +156,15 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
             executor.spin_once(timeout_sec=0.1)
 
     def found() -> str:
+        if asker.target in (f'{space.rstrip("/")}/{name}' for name, space
+                            in asker.get_node_names_and_namespaces()):
+            return (f'; a node of this name runs, but not with {" and ".join(asker.unmatched())}: '
+                    'if it remaps a topic, remap it here too (--ros-args -r OLD:=NEW)')
         names = [name for name in decode_nodes(asker) if name != asker.target]
         return f'; found {" ".join(names)}' if names else start_advice(asker)
 
     try:
-        wait_until(lambda: asker.count_publishers(asker.token_stats.topic_name)
-                   and asker.request.get_subscription_count(),
-                   f'no node {asker.target} was found', found)
+        wait_until(lambda: not asker.unmatched(), f'no node {asker.target} was found', found)
         wait_until(lambda: asker.state, f'{asker.target} exists, but published nothing on '
                    f'{asker.diagnostics.topic_name}', lambda: DIAGNOSTICS_HINT)
         wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')

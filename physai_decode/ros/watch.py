@@ -42,6 +42,7 @@ from physai_decode.ros.topics import stream_qos
 import rclpy
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rich.console import Console
@@ -102,9 +103,10 @@ class Watcher(Node):
         return now_s - self.received_s
 
     def _follow(self, name: str) -> None:
-        stream = self.create_subscription(
+        self.create_subscription(
             DiagnosticArray, f'{name}/token_stats', self._on_token, stream_qos())
-        self.target = stream.topic_name[:-len('/token_stats')]
+        # Not from the topic's name, which may be remapped.
+        self.target = expand_topic_name(name, self.get_name(), self.get_namespace())
         self.create_subscription(
             DiagnosticArray, f'{name}/request_stats', self._on_request, QoSProfile(depth=100))
 
