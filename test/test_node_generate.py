@@ -19,17 +19,20 @@ import math
 
 from node_rig import active_rig
 from node_rig import Letters
+from node_rig import Loader
 from node_rig import PATIENCE_S
 from physai_decode.ros import cdr
 from physai_decode.ros import messages
 from physai_decode.ros.interfaces import Generate
 from physai_decode.ros.interfaces import Token
 from physai_decode.ros.interfaces import unavailable
+from physai_decode.ros.node import DecodeNode
 from physai_decode.ros.topics import stream_qos
 from physai_decode.speech import Manner
 from physai_decode.timing import TokenReport
 import pytest
 from rclpy.action import ActionClient
+from rclpy.parameter import Parameter
 from rclpy.serialization import deserialize_message
 
 pytestmark = pytest.mark.skipif(bool(unavailable), reason=unavailable)
@@ -143,6 +146,21 @@ def test_separates_thoughts_and_tool_calls(rig, monkeypatch):
     assert [json.loads(each['tool_calls']) for each in figures
             if each['tool_calls'] != 'n/a'] == [[call]]
     assert rig.values(rig.received['request_stats'][-1].status[0])['finish_reason'] == 'tool_calls'
+
+
+def test_names_the_action_as_it_is_remapped(rig):
+    """The log shows this name. Up to Jazzy, ROS 2 can't remap an action by its name."""
+    node = DecodeNode(
+        Loader(), name='other', cli_args=['--ros-args', '-r', '~/generate:=/plan/generate'],
+        parameter_overrides=[Parameter('autostart', value=False)])
+    try:
+        name = node._generate.name
+        assert name in ('/plan/generate', '/other/generate')
+        assert f'{name}/_action/send_goal' in dict(
+            node.get_service_names_and_types_by_node('other', '/'))
+    finally:
+        assert node.close(PATIENCE_S)
+        node.destroy_node()
 
 
 def test_publishes_stamped_tokens(rig):

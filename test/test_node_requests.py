@@ -89,7 +89,7 @@ def test_prompt_has_a_result_without_an_id(active):
 
 
 @pytest.mark.parametrize(('value', 'id_', 'message'), [
-    ('hello', None, 'the request is not valid JSON'),
+    ('hello', None, 'the request is not valid JSON'), ('hello', None, '; plain text goes to ~/p'),
     ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', "temperature is 'hot'"),
     ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is not a field of a request"),
     ({'id': 'x', 'prompt': 'a', 'temperature': 10**400}, 'x', 'temperature is 1000'),
@@ -106,6 +106,17 @@ def test_result_of_a_wrong_request_has_the_reason(active, value, id_, message):
     assert message in result['physai']['message']
     assert send(active, {'id': 'x', 'prompt': 'ok'})['choices'][0]['message']['content'] == 'OK'
     assert len(active.received['result']) == 2
+
+
+def test_the_log_has_the_id_of_a_refused_request(rig, capfd):
+    """It has at most one line a second."""
+    rig.wait(lambda: send(rig, {'id': 'x', 'prompt': 'a'}) and (
+        "a request 'x' is refused: the node is unconfigured" in capfd.readouterr().err))
+
+
+def test_the_log_has_the_id_of_a_failed_request(active, capfd):
+    send(active, {'id': 'x', 'prompt': 'a!'})
+    active.wait(lambda: "a request 'x' failed: " in capfd.readouterr().err)
 
 
 def test_rejection_by_an_inactive_node_has_the_id(rig):

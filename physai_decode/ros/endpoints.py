@@ -74,7 +74,8 @@ class Endpoints:
         try:
             parsed = parse(message.data)
         except RequestError as error:
-            self._host.refuse(str(error), error.client_id)
+            hint = '' if message.data.lstrip().startswith('{') else '; plain text goes to ~/prompt'
+            self._host.refuse(f'{error}{hint}', error.client_id)
             return
         if isinstance(parsed, Cancel):
             if parsed.surplus:

@@ -50,6 +50,7 @@ from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.action import ActionServer
 from rclpy.action import CancelResponse
+from rclpy.action import get_action_server_names_and_types_by_node
 from rclpy.action.server import RCLError
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -60,6 +61,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSDurabilityPolicy
 from rclpy.qos import QoSProfile
 
+KIND = 'physai_decode_msgs/action/Generate'
 FEEDBACK_PERIOD_S = 0.02        # a message costs as much as several tokens, so they are batched
 POLL_S = 0.001
 ACCEPTED = 1                    # of action_msgs/GoalStatus
@@ -82,7 +84,7 @@ class GenerateServer:
         """
         if unavailable:
             raise RuntimeError(unavailable)
-        self._host = host
+        self._host, self._node = host, node
         self._clock = cast(ROSClock, node.get_clock())
         self._logger = node.get_logger()
         self._source = node.get_fully_qualified_name()
@@ -106,6 +108,14 @@ class GenerateServer:
             **arguments)
         self._thread = threading.Thread(target=self._send, name='generate', daemon=True)
         self._thread.start()
+
+    @property
+    def name(self) -> str:
+        """The name of the action, which a remapping can change from Kilted on."""
+        found = [name for name, kinds in get_action_server_names_and_types_by_node(
+            self._node, self._node.get_name(), self._node.get_namespace())
+            if KIND in kinds]
+        return found[0] if found else f'{self._source}/generate'
 
     def finish(self, timeout_s: float) -> None:
         """

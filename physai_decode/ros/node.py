@@ -223,7 +223,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         self._bond.form(self._host.config.bond.heartbeat_period_s)
         interfaces = [self._endpoints.prompt.topic_name, self._endpoints.request.topic_name]
         if self._generate is not None:
-            interfaces.append(f'{self.get_fully_qualified_name()}/generate')
+            interfaces.append(self._generate.name)
         if self._http is not None:
             interfaces.append(self._http.address)
         self.get_logger().info(f'active: accepts requests on {", ".join(interfaces)}')
@@ -413,11 +413,12 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
                     f'(now: {host.state}); {remedy}')
 
     def _log_end(self, report: RequestReport) -> None:
+        who = f' {report.client_id!r}' if report.client_id else ''
         if report.finish_reason == 'rejected':
-            self.get_logger().warning(f'a request is refused: {report.message}',
+            self.get_logger().warning(f'a request{who} is refused: {report.message}',
                                       throttle_duration_sec=1.0)
         elif report.finish_reason == 'error':
-            self.get_logger().error(f'a request failed: {report.message}')
+            self.get_logger().error(f'a request{who} failed: {report.message}')
         elif report.fallback:
             self.get_logger().warning(f'the local model answered: {report.fallback}',
                                       throttle_duration_sec=1.0)
