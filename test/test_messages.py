@@ -215,6 +215,9 @@ def test_level_of_latency_shows_misses(window):
     assert messages.latency_status('/decode', late, settings, True, 'x').message == (
         '3 tokens in a row were late: itl_p50_ms is 15, deadline.token_ms 15 unless the request '
         'sets its own')
+    own = replace(late, token_deadline_ms=None)
+    assert messages.latency_status('/decode', own, settings, True, 'x').message == (
+        '3 tokens in a row were late, by the deadlines of their requests')
     slow = replace(late, itl_p50_ms=1234.5, token_deadline_ms=1000.0)
     assert 'itl_p50_ms is 1234, deadline.token_ms 1000 unless' in messages.latency_status(
         '/decode', slow, settings, True, 'x').message

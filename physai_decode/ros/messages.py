@@ -193,6 +193,8 @@ def latency_status(node: str, window: WindowReport | None, settings: Diagnostics
         if window.itl_p50_ms is not None and window.token_deadline_ms is not None:
             message += (f': itl_p50_ms is {short(window.itl_p50_ms)}, deadline.token_ms '
                         f'{short(window.token_deadline_ms)} unless the request sets its own')
+        elif window.token_deadline_ms is None and window.ttft_deadline_ms is None:
+            message += ', by the deadlines of their requests'
     return status(name, LATENCY_KEYS, window, message=message, level=level,
                   hardware_id=hardware_id)
 
