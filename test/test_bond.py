@@ -80,7 +80,8 @@ def test_no_bond_if_it_is_off(make):
     assert Heartbeat.made == []
 
 
-def test_no_bond_without_bondpy(make, monkeypatch):
-    """The node becomes active nevertheless."""
+def test_no_bond_without_bondpy(make, monkeypatch, capfd):
+    """The node becomes active nevertheless, and says what nav2 needs."""
     monkeypatch.setattr('physai_decode.ros.bond.Heartbeat', None)
     assert make().change('configure', 'activate', 'deactivate')
+    assert 'needs bond_timeout: 0.0' in capfd.readouterr().err

@@ -43,7 +43,10 @@ class Bond:
         if period_s <= 0:
             return
         if Heartbeat is None:
-            self._node.get_logger().debug('no bond: bondpy is not installed')
+            if not self._node.get_parameter('autostart').value:     # perhaps nav2 activates it
+                self._node.get_logger().info(
+                    "no bond, because bondpy is not installed: nav2's lifecycle manager needs "
+                    'bond_timeout: 0.0, see docs/howto/nav2.md')
             return
         heartbeat = Heartbeat(self._node, TOPIC, self._node.get_name())
         heartbeat.set_heartbeat_period(period_s)
