@@ -257,7 +257,8 @@ class DeadlineConfig:
         'report', 'report: a late request continues; truncate: request_ms ends the request and '
         'delivers the answer so far', choices=('report', 'truncate'), dynamic=True)
     max_consecutive_misses: int = _option(
-        3, 'this many late tokens in a row set the status to ERROR', low=1, high=1000000,
+        3, 'this many late tokens in a row set the status to ERROR; tokens without a deadline do '
+        'not count', low=1, high=1000000,
         dynamic=True)
 
 
