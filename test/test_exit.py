@@ -218,6 +218,8 @@ def wait(probe, done):
      'decode_node: there is no params file /logging/none.yaml: correct the path'),
     (['-p', 'use_sim_time:=7'], 'use_sim_time'),
     (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'], 'foo'),
+    (['-p', 'model.path=x'], ': expected -p NAME:=VALUE\n'),
+    (['-r', '__ns:=arm'], ': expected -r OLD:=NEW; a namespace begins with /, and names'),
     (['-r', '__node:=\udcff'], 'decode_node: ')])
 def test_rejects_wrong_ros_arguments(arguments, message):
     """The exit code is 1, and stderr has the reason without a traceback."""

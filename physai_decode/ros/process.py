@@ -98,6 +98,11 @@ def _advice(error: Exception, files: list[str]) -> str:
         return ': set ROS_LOG_DIR to a folder that can be written'
     if "Couldn't parse params file" in str(error):
         return f': {params_files.advice(files)}'
+    if "Couldn't parse parameter override rule" in str(error):
+        return ': expected -p NAME:=VALUE'
+    if "Couldn't parse remap rule" in str(error):
+        return (': expected -r OLD:=NEW; a namespace begins with /, and names consist of letters, '
+                'digits and _')
     return ''
 
 
