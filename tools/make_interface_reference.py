@@ -191,7 +191,8 @@ def page() -> str:
         "`~/` stands for the node's full name, `/decode` by default.",
         '## Topics', table(('name', 'type', 'QoS', 'description'), topic_rows),
         'To change history, depth, reliability or durability of a topic, set the parameters '
-        '`qos_overrides.<topic>.publisher.<policy>` and `.subscription.<policy>` at start.',
+        '`qos_overrides.<topic>.publisher.<policy>` and `.subscription.<policy>` at start. '
+        '`<topic>` is its full name after remapping, such as `/decode/tokens`.',
         'If the package `physai_decode_msgs` is built (`make msgs` or colcon), there are also:',
         table(('name', 'type', 'description'), TYPED),
         '## Services', table(('name', 'type', 'description'), service_rows),
