@@ -409,7 +409,9 @@ def test_rejects_an_unknown_engine(folder):
 
 def test_reports_a_pytorch_that_the_library_does_not_use(folder, monkeypatch):
     """It treats a pre-release, such as 2.5.0a0 for a Jetson, as older than the release."""
-    monkeypatch.setattr(transformers, 'is_torch_available', lambda: False)
+    # Of the engine in use: tests that hide the library may have imported it again.
+    used = engines._load('transformers').TransformersEngine.__init__.__globals__['network']
+    monkeypatch.setattr(used.transformers, 'is_torch_available', lambda: False)
     message = error_of(folder)
     assert f'considers PyTorch {torch.__version__} too old' in message
     assert message.endswith("'transformers<5.15'")
