@@ -15,11 +15,11 @@
 """
 Check passes of several rows on a CUDA device, and time them.
 
-For a 7B shape in bf16 and GPTQ int4, check whether the logits, keys and values of each row equal
-those of a step bit for bit, and whether answers, greedy and sampled, are the same with and without
-drafts. Print the tokens per pass, the time of a step without speculation, and the times of passes
-of 1, 2, 4 and 8 rows behind a few contexts. Then check small random models of several families,
-untuned. The part ``layouts`` compares rows with steps for each layout of each kernel.
+For a 7B shape in bf16, GPTQ int4 and NVFP4, check whether the logits, keys and values of each row
+equal those of a step bit for bit, and whether answers, greedy and sampled, are the same with and
+without drafts. Print the tokens per pass, the time of a step without speculation, and the times of
+passes of 1, 2, 4 and 8 rows behind a few contexts. Then check small random models of several
+families, untuned. The part ``layouts`` compares rows with steps for each layout of each kernel.
 """
 
 import argparse
@@ -256,12 +256,12 @@ def main() -> int:
     parser.add_argument('--shape', default='qwen2.5-7b', choices=synthetic.SHAPES)
     parser.add_argument('--contexts', type=int, nargs='+', default=[2048, 8192])
     parser.add_argument('--untuned', action='store_true', help='the large shape too')
-    parser.add_argument('--parts', nargs='+', default=['bf16', 'int4', 'small'],
-                        choices=('bf16', 'int4', 'small', 'layouts'))
+    parser.add_argument('--parts', nargs='+', default=['bf16', 'int4', 'fp4', 'small'],
+                        choices=('bf16', 'int4', 'fp4', 'small', 'layouts'))
     options = parser.parse_args()
     torch.manual_seed(0)
     good = []
-    for part, quantization in (('bf16', 'none'), ('int4', 'gptq')):
+    for part, quantization in (('bf16', 'none'), ('int4', 'gptq'), ('fp4', 'nvfp4')):
         if part in options.parts:
             good.append(large(options.shape, quantization, options.contexts, not options.untuned))
     if 'small' in options.parts:
@@ -269,7 +269,8 @@ def main() -> int:
             good += [small(model) for model in SMALL]
     if 'layouts' in options.parts:
         good += [layouts(options.shape, *kind) for kind in (
-            ('none', 'bfloat16'), ('gptq', 'float16'), ('gptq', 'bfloat16'))]
+            ('none', 'bfloat16'), ('gptq', 'float16'), ('gptq', 'bfloat16'),
+            ('nvfp4', 'float16'), ('nvfp4', 'bfloat16'))]
     print('all right' if all(good) else 'WRONG')
     return not all(good)
 
