@@ -88,6 +88,15 @@ def test_prompt_has_a_result_without_an_id(active):
     assert (result['id'], result['choices'][0]['message']['content']) == (None, 'HELLO')
 
 
+def test_warns_of_a_json_request_on_the_wrong_topic(active, capfd):
+    """It is plain text there, so the model reads the braces."""
+    active.ask('{"prompt": "a"}')
+    active.wait(lambda: active.received['result'])
+    result = json.loads(active.received['result'][0].data)
+    assert result['choices'][0]['message']['content'] == '{"PROMPT": "A"}'
+    active.wait(lambda: 'send requests to ~/request' in capfd.readouterr().err)
+
+
 @pytest.mark.parametrize(('value', 'id_', 'message'), [
     ('hello', None, 'the request is not valid JSON'), ('hello', None, '; plain text goes to ~/p'),
     ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', "temperature is 'hot'"),

@@ -64,6 +64,11 @@ class Endpoints:
 
     def _on_prompt(self, message: String) -> None:
         self._host.submit(Request(message.data), time.monotonic())
+        begin = message.data[:1000]
+        if begin.startswith('{') and ('"prompt"' in begin or '"messages"' in begin):
+            self._logger.warning(
+                'a text on ~/prompt looks like a JSON request, but the model reads it as plain '
+                'text: send requests to ~/request', throttle_duration_sec=1.0)
 
     def _on_request(self, message: String) -> None:
         received_s, limit = time.monotonic(), self._max_bytes()
