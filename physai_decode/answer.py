@@ -47,6 +47,7 @@ from physai_decode.delivery import with_parts
 from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import Message
+from physai_decode.request_queue import LATE_IN_QUEUE
 from physai_decode.speech import Manner
 from physai_decode.speech import Part
 from physai_decode.speech import PartKind
@@ -172,7 +173,7 @@ class Answer(Delivery):
 
     def _decode(self) -> End:
         if self._is_late():
-            return End('deadline', 'deadline.request_ms passed while the request waited')
+            return End('deadline', LATE_IN_QUEUE)
         form = self._checked_form()
         prompt_ids = self._encode()
         self.times.encoded_s, self.times.prompt_tokens = self._clock(), len(prompt_ids)

@@ -72,8 +72,8 @@ class Delivery:
     def __init__(self, ticket: Ticket, conversation: Conversation, sampling: SamplingConfig,
                  times: RequestRecorder, emit: Callable[[TokenReport], None],
                  emit_item: Callable[[ItemReport], None], alive: Callable[[float], None],
-                 clock: Callable[[], float], form: Form | None = None,
-                 tokens_per_s: float = 0.0) -> None:
+                 end_late: Callable[[], None], clock: Callable[[], float],
+                 form: Form | None = None, tokens_per_s: float = 0.0) -> None:
         """
         Prepare an answer; `give` starts it.
 
@@ -82,13 +82,14 @@ class Delivery:
         :param emit: called with the report of each token.
         :param emit_item: called with the report of each element of a JSON answer.
         :param alive: called on progress with the time from which a stall is counted.
+        :param end_late: called often; ends the waiting requests whose deadline has passed.
         :param form: the constraint on the answer, None for none.
         :param tokens_per_s: the highest rate of tokens; 0 for no limit.
         """
         self._ticket, self._conversation = ticket, conversation
         self._sampling, self.times = sampling, times
         self._emit, self._emit_item = emit, emit_item
-        self._alive, self._clock = alive, clock
+        self._alive, self._end_late, self._clock = alive, end_late, clock
         self._form = form
         self._items: Items | None = None
         if form is not None and form.kind == 'json_schema':
@@ -183,6 +184,7 @@ class Delivery:
             raise Ended(LATE)
 
     def _check_end(self) -> None:
+        self._end_late()
         if self._ticket.end_reason:
             raise Ended(CANCELLED)
 

@@ -19,10 +19,12 @@ Nothing here locks. The worker holds its lock while it uses a queue or changes a
 """
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import field
+import math
 import threading
 from typing import Protocol
 
@@ -34,6 +36,8 @@ from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 
+LATE_IN_QUEUE = 'deadline.request_ms passed while the request waited'
+
 
 class Listener(Protocol):
     """
@@ -41,8 +45,9 @@ class Listener(Protocol):
 
     Only the decode thread calls ``token`` and ``item``. ``finished`` is called exactly once per
     request. For a request that ends before the decode thread takes it (refused, or cancelled,
-    stopped or preempted while it waits), the thread that ended it calls ``finished``, before its
-    own call returns; otherwise the decode thread does. ``finished`` must therefore be thread-safe.
+    stopped, preempted or late while it waits), the thread that ended it calls ``finished``, before
+    its own call returns; otherwise the decode thread does. ``finished`` must therefore be
+    thread-safe.
     An exception from one of these methods ends the request that it was called for.
     """
 
@@ -85,7 +90,8 @@ class Ticket:
     received_s: float
     listener: Listener | None = None
     turn: Turn | None = None        # in the node's conversation; None for messages
-    end_reason: str = ''            # cancelled or preempted, as soon as that is requested
+    late_s: float = math.inf        # when its deadline ends it, even while it waits
+    end_reason: str = ''            # cancelled, preempted or (in the queue) deadline, if requested
     end_message: str = ''
     end_requested_s: float | None = None
     ending: threading.Event = field(default_factory=threading.Event)    # set with end_reason
@@ -104,6 +110,7 @@ class RequestQueue:
     def __init__(self, config: QueueConfig) -> None:
         self._config = config
         self._tickets: deque[Ticket] = deque()
+        self._next_late_s = math.inf    # no waiting ticket is late until then
         self.running: Ticket | None = None          # taken but not finished
 
     def __len__(self) -> int:
@@ -136,6 +143,21 @@ class RequestQueue:
     def add(self, ticket: Ticket) -> None:
         """Append a ticket."""
         self._tickets.append(ticket)
+        self._next_late_s = min(self._next_late_s, ticket.late_s)
+
+    def set_late_s(self, late_s: Callable[[Ticket], float]) -> None:
+        """Compute again when each waiting ticket is late."""
+        for ticket in self._tickets:
+            ticket.late_s = late_s(ticket)
+        self._next_late_s = min((each.late_s for each in self._tickets), default=math.inf)
+
+    def late(self, now_s: float) -> list[Ticket]:
+        """Return the waiting tickets whose deadline has passed."""
+        if now_s <= self._next_late_s:
+            return []
+        self._next_late_s = min(
+            (each.late_s for each in self._tickets if each.late_s >= now_s), default=math.inf)
+        return [each for each in self._tickets if each.late_s < now_s]
 
     def take(self) -> Ticket:
         """Remove the oldest ticket and mark it as running."""

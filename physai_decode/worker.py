@@ -30,6 +30,7 @@ from dataclasses import replace
 from functools import partial
 import gc
 from itertools import count
+import math
 import secrets
 import threading
 import time
@@ -64,6 +65,7 @@ from physai_decode.realtime import Placement
 from physai_decode.request import Form
 from physai_decode.request import Refusal
 from physai_decode.request import Request
+from physai_decode.request_queue import LATE_IN_QUEUE
 from physai_decode.request_queue import Listener
 from physai_decode.request_queue import notify_end
 from physai_decode.request_queue import RequestQueue
@@ -251,6 +253,7 @@ class Worker:
                 if self._queue.preempts:
                     removed = self._end(self._queue.unfinished(), 'preempted',
                                         f'request {ticket.number} arrived')
+                ticket.late_s = self._late_s(ticket)
                 if request.prompt:
                     ticket.turn = self._conversation.open(request.prompt)
                 self._queue.add(ticket)
@@ -365,6 +368,8 @@ class Worker:
             self._thinking = thinking
         if deadline is not None:
             self._recorder.deadline = deadline
+            with self._wake:
+                self._queue.set_late_s(self._late_s)
 
     def window(self) -> WindowReport:
         """Report on the last ``diagnostics.window_s`` seconds and on the time since ``start``."""
@@ -477,6 +482,13 @@ class Worker:
             self._close_turn(ticket, ticket.end_reason, '')
         return removed
 
+    def _late_s(self, ticket: Ticket) -> float:
+        """Return when the deadline of a request ends it."""
+        deadline = replace(self._recorder.deadline, **ticket.request.deadline)
+        if deadline.action != 'truncate' or not deadline.request_ms:
+            return math.inf
+        return ticket.received_s + 1e-3 * deadline.request_ms
+
     def _close_turn(self, ticket: Ticket, reason: str, answer: str) -> None:
         """End the turn of a request. Call with the lock held: the next request reads it."""
         if ticket.turn is not None:
@@ -491,8 +503,9 @@ class Worker:
     def _report_one_removed(self, ticket: Ticket) -> None:
         times = self._recorder.request(ticket.number, ticket.received_s, None,
                                        ticket.request.client_id, ticket.request.deadline)
+        cancelled_s = None if ticket.end_reason == 'deadline' else ticket.end_requested_s
         self._notify_end(ticket, times.finish(
-            self._clock(), ticket.end_reason, ticket.end_message, ticket.end_requested_s), '')
+            self._clock(), ticket.end_reason, ticket.end_message, cancelled_s), '')
 
     def _notify_end(self, ticket: Ticket, report: RequestReport, text: str) -> None:
         notify_end((self._sink, ticket.listener), report, text)
@@ -548,7 +561,8 @@ class Worker:
         arguments: dict[str, Any] = {
             'ticket': ticket, 'conversation': self._conversation, 'sampling': sampling,
             'times': times, 'emit': emit, 'emit_item': emit_item, 'alive': self._record_heartbeat,
-            'clock': self._clock, 'form': None if request.is_free else request.form or self._form,
+            'end_late': self._end_late, 'clock': self._clock,
+            'form': None if request.is_free else request.form or self._form,
             'tokens_per_s': replace(self._pace, **request.pace).tokens_per_s,
             'thought_tokens': request.thinking.get('max_tokens', self._thinking.max_tokens)}
         local = self._local and partial(Answer, *self._local, **arguments)
@@ -645,6 +659,7 @@ class Worker:
     def _heartbeat(self) -> None:
         """Record that the task is alive; raise `Busy` if it has to end."""
         self._record_heartbeat(self._clock())
+        self._end_late()
         with self._wake:
             message = cast(_Task, self._task).end_message
         if message:
@@ -652,6 +667,17 @@ class Worker:
 
     def _record_heartbeat(self, now_s: float) -> None:
         self._last_heartbeat_s = now_s
+
+    def _end_late(self) -> None:
+        """End the waiting requests whose deadline has passed."""
+        if not self._queue:
+            return
+        with self._wake:
+            removed = self._end(self._queue.late(self._clock()), 'deadline', LATE_IN_QUEUE)
+        try:
+            self._report_removed(removed)
+        except Exception as error:      # of a listener; it must not end the running request
+            self._fail(described(error))
 
     def _fail(self, message: str) -> None:
         with self._wake:

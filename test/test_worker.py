@@ -493,6 +493,35 @@ def test_deadline_with_truncate_ends_the_answer(make):
     assert (report.finish_reason, report.output_tokens) == ('deadline', 0)
 
 
+def test_deadline_ends_a_waiting_request_while_another_runs(make):
+    """It does not wait for its turn. A new deadline of the node applies to it, too."""
+    class Faulty(Sink):
+        def finished(self, report, text):
+            super().finished(report, text)
+            raise ValueError('a listener')
+
+    now, gate, faulty = [0.0], Gate(), Faulty()
+    worker, sink = make(FakeEngine(lambda ids: gate.steps(forever())), clock=lambda: now[0],
+                        sampling=SamplingConfig(max_new_tokens=4))
+    running = worker.submit(Request('a'))
+    assert gate.waiting.wait(TIMEOUT_S)
+    own = worker.submit(Request('b', deadline={'request_ms': 100.0, 'action': 'truncate'}),
+                        listener=faulty)
+    common = worker.submit(Request('c'))
+    now[0] = 0.2
+    gate.open()
+    report, text = sink.end(own)
+    assert (report.finish_reason, text, worker.queue_depth) == ('deadline', '', 1)
+    assert report.message == 'deadline.request_ms passed while the request waited'
+    assert (report.deadline_misses, report.cancel_ms, len(faulty.ends)) == (1, None, 1)
+    worker.update(deadline=DeadlineConfig(request_ms=300.0, action='truncate'))
+    now[0] = 0.31
+    gate.open()
+    assert [sink.end(number)[0].finish_reason for number in (common, running)] == [
+        'deadline', 'deadline']
+    assert len(sink.tokens) == 2
+
+
 def test_deadline_with_report_only_counts_the_miss(make):
     now = [0.0]
 
