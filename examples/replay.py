@@ -46,7 +46,9 @@ class Replay(Node):
 def main() -> None:
     rclpy.init()
     try:
-        rclpy.spin(Replay())
+        replay = Replay()
+        while rclpy.ok():       # a wait without a timeout can miss a signal in an idle graph
+            rclpy.spin_once(replay, timeout_sec=0.5)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:

@@ -132,13 +132,34 @@ def bag(tmp_path_factory):
     return messages
 
 
-def test_replay_sends_the_recorded_request(bag):
-    """examples/replay.py turns a message on `~/accepted` into the same request."""
+@pytest.fixture
+def example():
+    """Return the module examples/replay.py."""
     spec = importlib.util.spec_from_file_location('replay', ROOT / 'examples' / 'replay.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_replay_limits_each_wait(example, monkeypatch):
+    """A signal that arrives as rclpy begins to wait can be missed, and the wait never ends."""
+    limits = []
+
+    def wait(node, timeout_sec=None):
+        limits.append(timeout_sec)
+        node.destroy_node()
+        raise KeyboardInterrupt
+
+    for name in ('spin', 'spin_once'):
+        monkeypatch.setattr(rclpy, name, wait)
+    example.main()
+    assert limits == [0.5]
+
+
+def test_replay_sends_the_recorded_request(bag, example):
+    """examples/replay.py turns a message on `~/accepted` into the same request."""
     rclpy.init()
-    replay = module.Replay()
+    replay = example.Replay()
     try:
         sent = []
         replay.request.publish = sent.append
