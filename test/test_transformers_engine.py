@@ -33,6 +33,7 @@ from physai_decode.engines import device
 from physai_decode.engines import libraries
 from physai_decode.engines.transformers import caches
 from physai_decode.engines.transformers import engine as module
+from physai_decode.engines.transformers import network
 from physai_decode.engines.transformers import TransformersEngine
 import pytest
 import random_model
@@ -318,6 +319,22 @@ def test_names_the_missing_library_of_a_quantisation(folder, method, missing, mo
         'bnb_4bit_quant_type': 'nf4'})
     message = error_of(folder)
     assert message.endswith(f': {sys.executable} -m pip install {missing}') and method in message
+
+
+def test_rejects_quantised_weights_that_the_library_does_not_read(folder):
+    path = folder / 'model.safetensors'
+    save_file({name: tensor.to(torch.float8_e4m3fn) if name.endswith('proj.weight') else tensor
+               for name, tensor in load_file(path).items()}, path)
+    change_config(folder, quantization_config={'quant_method': 'modelopt', 'quant_algo': 'FP8'})
+    assert 'does not read modelopt-fp8 weights: set engine.name to native' in error_of(folder)
+
+
+def test_rejects_scales_that_the_library_did_not_read(folder):
+    change_config(folder, quantization_config={'quant_method': 'fp8'})
+    model = checkpoint.open(str(folder))
+    network._check_scales(model, ['model.layers.0.mlp.up_proj.input_scale'])
+    with pytest.raises(EngineError, match=r'mlp\.up_proj\.weight_scale, so its fp8 weights'):
+        network._check_scales(model, ['model.layers.0.mlp.up_proj.weight_scale'])
 
 
 @pytest.mark.parametrize('method', ['fp8', 'mxfp4', 'gptq', 'bitnet'])

@@ -15,6 +15,7 @@
 """Load a transformers network from a model folder to one device."""
 
 from collections.abc import Iterable
+from collections.abc import Mapping
 import math
 from typing import Any
 from urllib.error import URLError
@@ -30,7 +31,11 @@ from physai_decode.engines import stored
 from physai_decode.pip_command import install
 import torch
 import transformers
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import is_accelerate_available
+
+# The ends of the names of scales, without which quantised weights are wrong.
+_SCALES = ('.weight_scale', '.weight_scale_inv', '.weight_scale_2', '.weight_global_scale')
 
 
 def number_format(model: Checkpoint, config: EngineConfig, device: torch.device,
@@ -84,6 +89,12 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
             f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
             f'{transformers.__version__}{folder_code}: choose another model, or a version of '
             'transformers that has it')
+    if model.quantized and not _supports(model.quantized.settings):
+        stored.check_quantised(model)
+        raise EngineError(
+            f'{model.folder}: transformers {transformers.__version__} does not read '
+            f'{model.quantization} weights: set engine.name to native if it runs this '
+            'architecture, or choose another format of the model')
     missing = libraries.missing(model.quantized.method) if model.quantized else ()
     if missing:
         raise EngineError(
@@ -135,13 +146,33 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
         raise EngineError(
             f'{model.folder} lacks {len(absent)} of the weights that its config.json requires, '
             f'such as {absent[0]}: copy or download the model again')
-    if not model.quantized:
+    if model.quantized:
+        _check_scales(model, info['unexpected_keys'])
+    else:
         _check_floats(model, network, info['unexpected_keys'])
         _check_unused(model, network, info['unexpected_keys'])
     if not placed:
         network.to(device)
     loaded: transformers.PreTrainedModel = network.eval()
     return loaded
+
+
+def _supports(settings: Mapping[str, Any]) -> bool:
+    """Return whether the library reads a format; it loads any other without its scales."""
+    if 'quant_method' not in settings:
+        return True         # the library reads the oldest formats, or says what it lacks
+    return bool(AutoHfQuantizer.supports_quant_method(dict(settings)))
+
+
+def _check_scales(model: Checkpoint, left: Iterable[str]) -> None:
+    """Refuse quantised weights whose scales the library did not read."""
+    for name in sorted(left):
+        if name.endswith(_SCALES):
+            raise EngineError(
+                f'{model.folder}: transformers {transformers.__version__} does not read the '
+                f'tensor {name}, so its {model.quantization} weights would be wrong: set '
+                'engine.name to native if it runs this architecture, or choose another format '
+                'of the model')
 
 
 def _check_floats(model: Checkpoint, network: transformers.PreTrainedModel,
