@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group('model')
     model.add_argument('--model', default='', help='builtin:NAME, a folder or a hub id '
                        '(default: builtin:tiny_planner)')
-    model.add_argument('--synthetic', default='', choices=['', *synthetic.SHAPES], metavar='SHAPE',
+    model.add_argument('--synthetic', default='', choices=synthetic.SHAPES, metavar='SHAPE',
                        help=f'random weights of a shape: {", ".join(synthetic.SHAPES)} '
                        f'(default of --paper and --targets: {suites.SHAPE})')
     model.add_argument('--quantization', nargs='+', default=['none'], metavar='FORMAT',
@@ -297,6 +297,8 @@ def _schema(name: str) -> str:
         path = next((place for place in places if place.is_file()), places[0])
     try:
         schema = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f'--constraint {name}: {path} cannot be read ({error})') from None
     except ValueError as error:
         raise ValueError(f'--constraint {name}: {path} is not valid JSON: {error}') from None
     check_schema(schema, f'--constraint {name}')

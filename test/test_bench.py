@@ -16,6 +16,7 @@
 
 import contextlib
 from dataclasses import replace
+import hashlib
 from html.parser import HTMLParser
 import json
 import math
@@ -1173,6 +1174,27 @@ def test_host_gap_is_the_time_without_a_kernel():
     assert row[2:4] == ['15.000', '7.500'] and row[-1] == 'as a whole'
 
 
+def test_counts_the_wait_for_a_core():
+    """Threads that share one core wait for it half of the time."""
+    if machine.waited_s() is None:
+        pytest.skip('this kernel does not count it')
+    core = min(os.sched_getaffinity(0))
+    end_s, before_s = time.monotonic() + 0.5, machine.waited_s()
+
+    def loop():
+        os.sched_setaffinity(0, {core})
+        while time.monotonic() < end_s:
+            hashlib.sha256(bytes(2**20))        # without the interpreter's lock
+
+    threads = [threading.Thread(target=loop) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.45)
+    assert machine.waited_s() - before_s > 0.1
+    for thread in threads:
+        thread.join()
+
+
 def test_warns_if_the_steps_were_disturbed():
     """A p95 of 1.5 times p50, or a step that is 5 % shorter in a longer context, is noise."""
     results = [done(case('one', contexts=(64, 128)), [0.010, 0.0095], (64, 128)),
@@ -1184,6 +1206,12 @@ def test_warns_if_the_steps_were_disturbed():
     warning, = report.unsteady(results)
     assert warning.startswith('Unsteady: one at 128 (growth is 0.80), '
                               '01 A two at 128 (p95 is 3.1 times p50). The machine was busy')
+    results = results[:1]
+    results[0]['contexts'][1].update(itl_p50_s=0.010, waited=0.1)
+    assert report.unsteady(results) == []
+    results[0]['contexts'][1]['waited'] = 1.234         # two threads
+    warning, = report.unsteady(results)
+    assert warning.startswith('Unsteady: one at 128 (waited for a core 123 % of the time). The')
     many = [done(case(f'case {number}', contexts=(64,)), [0.010], (64,)) for number in range(9)]
     for result in many:
         result['contexts'][0]['itl_p95_s'] = 0.020
@@ -1417,7 +1445,7 @@ def test_realised_saving_is_time_over_traffic():
       for value in ('0', '-1', 'nan', 'inf')),
     (['--budget-s', '-1'], '--budget-s -1: expected 0 to'),
     (['--paper', '--cpu-threads', '-1'], 'engine.cpu_threads is -1'),
-    (['--constraint', 'no/such/file'], 'no/such/file'),
+    (['--constraint', 'no/such/file'], '--constraint no/such/file: '),
     (['--constraint', __file__], 'is not valid JSON'),
     (['--write-checkpoint', 'x'], 'needs --synthetic'), (['--steps', '0'], '--steps')])
 def test_rejects_wrong_arguments(arguments, wrong, capsys, tmp_path):

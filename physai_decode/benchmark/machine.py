@@ -22,6 +22,7 @@ from collections.abc import Callable
 import contextlib
 from importlib import metadata
 import os
+from pathlib import Path
 import platform
 import resource
 import sys
@@ -60,6 +61,18 @@ def load_average() -> dict[str, float]:
     """Return the mean number of processes that run or wait for a core, by period."""
     return {f'{minutes} min:': round(load, 2)
             for minutes, load in zip((1, 5, 15), os.getloadavg(), strict=True)}
+
+
+def waited_s() -> float | None:
+    """Return how long the threads of this process have waited for a core; None if unknown."""
+    total_ns = 0
+    try:
+        for thread in Path('/proc/self/task').iterdir():
+            with contextlib.suppress(FileNotFoundError):        # the thread has ended
+                total_ns += int((thread / 'schedstat').read_text().split()[1])
+    except (IndexError, OSError, ValueError):
+        return None
+    return total_ns * 1e-9
 
 
 def packages() -> dict[str, str]:

@@ -42,6 +42,7 @@ FLOORS = ('The floor is the time to read the bytes of one step at the peak bandw
           'at their stored size. 1 is the limit.')
 RANDOM = 'The weights are random: times are those of the shape, the text has no meaning.'
 UNSTEADY, SHRUNK = 1.5, 0.95    # p95 / p50 and growth of steps that something else disturbed
+WAITED = 0.2        # of the time, that threads waited for a core which something else used
 MOST_NAMED = 6
 
 
@@ -90,12 +91,14 @@ def growth(result: Result, cell: dict[str, Any],
 
 
 def unsteady(results: Sequence[Result]) -> list[str]:
-    """Return a warning if some steps vary, or get shorter in a longer context."""
+    """Return a warning if steps vary, get shorter in a longer context, or wait for a core."""
     first, found = first_cells(results), []
     for result, cell in cells(results):
         spread, grown = cell['itl_p95_s'] / cell['itl_p50_s'], growth(result, cell, first)
         signs = [f'p95 is {spread:.1f} times p50'] * (spread > UNSTEADY)
         signs += [f'growth is {grown:.2f}'] * (grown < SHRUNK)
+        waited = cell.get('waited') or 0.0          # absent in results of older versions
+        signs += [f'waited for a core {100 * waited:.0f} % of the time'] * (waited > WAITED)
         if signs:
             found.append(f'{full_label(result)} at {cell["context"]} ({", ".join(signs)})')
     if len(found) > MOST_NAMED:

@@ -250,7 +250,9 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
     loop = DecodeLoop(engine)
     first_s = _stream(loop, random_prompt(engine, prompt_tokens, seed=context), 2)[0]
     prompt = random_prompt(engine, prompt_tokens, seed=context + 1)
+    begin_s, waited_s = time.perf_counter(), machine.waited_s()
     prefill_s, itl_s, device_s, cached = _stream(loop, prompt, warmup + steps + 1)
+    spent_s, end_s = time.perf_counter() - begin_s, machine.waited_s()
     if len(itl_s) < warmup + steps:
         raise EngineError(f'the engine ended after {len(itl_s)} of {warmup + steps} steps')
     itl_s, device_s = itl_s[warmup:], device_s[warmup:]
@@ -263,6 +265,8 @@ def measure(engine: Engine, context: int, warmup: int, steps: int, peak: Peak) -
         'kv_bytes': line.kv_bytes(middle)}
     cell.update({f'itl_p{q}_s': percentile(sorted(itl_s), q) for q in (50, 95, 99)})
     cell['itl_max_s'] = max(itl_s)
+    cell['waited'] = None if waited_s is None or end_s is None else \
+        max(0.0, end_s - waited_s) / spent_s
     known = [(wall, device) for wall, device in zip(itl_s, device_s, strict=True)
              if device is not None]
     cell['device_p50_s'] = statistics.median(d for _, d in known) if known else None
