@@ -57,6 +57,8 @@ _MAX_BYTES = {
     'vocab.json': 2**28, 'vocab.txt': 2**28, 'merges.txt': 2**28, '*.model': 2**28,
     '*.tiktoken': 2**28}
 _POINTER = b'version https://git-lfs'
+_NO_GGUF = ('get the model in Hugging Face layout, with safetensors, or serve the file with '
+            'llama-server and set engine.name to openai')
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -170,6 +172,9 @@ def locate(path: str, revision: str = '', parameter: str = MODEL_PATH) -> Path:
             'user can read') from None
     if is_folder:
         return folder
+    if exists and path.lower().endswith('.gguf'):
+        raise EngineError(
+            f'{parameter} {path!r} is a GGUF file, which no engine reads: {_NO_GGUF}')
     if exists:
         raise EngineError(
             f'{parameter} {path!r} is a file: set it to the folder that contains config.json')
@@ -235,7 +240,11 @@ def parsing(path: Path | str) -> Iterator[None]:
 def _inspect(folder: Path, parameter: str) -> Checkpoint:
     _check_files(folder)
     _check_adapter(folder, parameter)
-    config = _read_json(folder / 'config.json')
+    # A folder of another format often has no config.json either.
+    if not (folder / 'config.json').exists() and not any(folder.glob('*.safetensors')):
+        if error := _foreign_weights(folder):
+            raise error
+    config = _with_quantization(folder, _read_json(folder / 'config.json'))
     if not isinstance(config.get('model_type'), str):
         raise EngineError(
             f'{folder / "config.json"} has no model_type, so it is not a model in Hugging Face '
@@ -371,11 +380,25 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         return expected
     paths = [single] if single.exists() else sorted(folder.glob('*.safetensors'))
     if not paths:
-        raise _format_error(folder)
+        raise _foreign_weights(folder) or EngineError(
+            f'{folder} has no weights (no *.safetensors file): copy or download the model again')
     return {path: set() for path in paths}
 
 
-def _format_error(folder: Path) -> EngineError:
+def _with_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Add the quantisation from the file of its own in which ModelOpt may have written it."""
+    path = folder / 'hf_quant_config.json'
+    if config.get('quantization_config') or not path.exists():
+        return config
+    with parsing(path):
+        found = model_config.part(_read_json(path), 'quantization')
+    if not found.get('quant_algo'):
+        return config
+    return {**config, 'quantization_config': {'quant_method': 'modelopt', **found}}
+
+
+def _foreign_weights(folder: Path) -> EngineError | None:
+    """Return the error for weights in another format than safetensors; None if there are none."""
     for pattern, kind in (
             ('*.bin', 'pickle'), ('*.pt', 'pickle'), ('*.pth', 'pickle'), ('*.gguf', 'GGUF'),
             ('*.h5', 'HDF5'), ('*.msgpack', 'Flax'), ('*.onnx', 'ONNX')):
@@ -387,10 +410,9 @@ def _format_error(folder: Path) -> EngineError:
                 f'{folder} has only pickle weights ({found[0].name}), which can run code when '
                 'they are opened: convert them to safetensors')
         return EngineError(
-            f'{folder} has only {kind} weights ({found[0].name}), which are not supported: get '
-            'the model in safetensors format')
-    return EngineError(
-        f'{folder} has no weights (no *.safetensors file): copy or download the model again')
+            f'{folder} has only {kind} weights ({found[0].name}), which no engine reads: '
+            f'{_NO_GGUF if kind == "GGUF" else "get the model in safetensors format"}')
+    return None
 
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:

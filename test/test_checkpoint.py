@@ -418,6 +418,9 @@ def test_rejects_other_formats_of_weights(folder, name, word):
     (folder / 'model.safetensors').rename(folder / name)
     message = error_of(folder)
     assert word in message
+    if 'no weights' not in word:
+        (folder / 'config.json').unlink()           # which folders of GGUF files do not have
+        assert error_of(folder) == message
 
 
 def test_never_loads_a_pickle(folder):
@@ -505,6 +508,26 @@ def test_names_the_quantization(folder, quantization, name):
 
 def test_locates_a_folder(folder):
     assert checkpoint.locate(str(folder)) == folder
+
+
+def test_reads_the_quantization_from_the_file_of_modelopt(folder):
+    path = folder / 'hf_quant_config.json'
+    write_json(path, {'quantization': {'quant_algo': None, 'kv_cache_quant_algo': 'FP8'}})
+    assert checkpoint.inspect(folder).quantized is None
+    write_json(path, {'quantization': {'quant_algo': 'NVFP4', 'exclude_modules': ['lm_head']}})
+    assert checkpoint.inspect(folder).quantization == 'modelopt-nvfp4'
+    write_json(folder / 'config.json', {**CONFIG, 'quantization_config': {'quant_method': 'fp8'}})
+    assert checkpoint.inspect(folder).quantization == 'fp8'
+    write_json(folder / 'config.json', CONFIG)
+    write_json(path, {'quantization': []})
+    assert_damaged(folder, path.name)
+
+
+def test_locates_no_gguf_file(folder):
+    path = folder / 'model.gguf'
+    path.touch()
+    with pytest.raises(EngineError, match='GGUF file.* llama-server'):
+        checkpoint.locate(str(path))
 
 
 def test_does_not_locate_a_file(folder):

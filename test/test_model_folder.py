@@ -117,6 +117,13 @@ def test_rejects_weights_whose_quantisation_is_lost(kind, tmp_path, dtype, name,
     assert str(folder) in message and 'quantization_config' in message
 
 
+def test_names_the_lost_quantisation_of_packed_weights(tmp_path):
+    folder = random_model.save(tmp_path, 'qwen2', 0)
+    change_tensors(folder, lambda tensor: tensor[:, ::2].to(torch.uint8), 'down_proj.weight')
+    message = error_of(NativeEngine, folder)
+    assert 'down_proj.weight is stored as U8' in message and 'quantization_config' in message
+
+
 @pytest.mark.parametrize('settings', [
     {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'awq', 'bits': 4},
     {'quant_method': 'fp8'}, {'quant_method': 'modelopt', 'quant_algo': 'FP8'},
@@ -130,11 +137,15 @@ def test_rejects_a_quantisation_that_no_tensor_has(kind, tmp_path, settings, mon
     folder = random_model.save(tmp_path, 'llama', 0)
     change_config(folder, quantization_config=settings)
     message = error_of(kind, folder)
-    assert f'config.json says {settings["quant_method"]}, but no tensor is quantised' in message
+    assert f'config.json says {settings["quant_method"]}' in message
+    assert 'but no tensor is quantised' in message
     assert str(folder) in message and 'remove quantization_config' in message
     if kind is NativeEngine:            # which knows the tensors of each format
         add(folder, visual__indices=torch.zeros(3, dtype=torch.int32))
         assert 'but no tensor is quantised' in error_of(kind, folder)
+        add(folder, scale=torch.zeros(1, dtype=torch.float8_e5m2))
+        message = error_of(kind, folder)
+        assert 'stored as F8_E5M2' in message and 'remove' not in message
 
 
 def test_rejects_weights_of_another_shape(kind, tmp_path):

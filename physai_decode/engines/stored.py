@@ -56,10 +56,15 @@ def check_quantised(model: Checkpoint) -> None:
 
 def not_quantised(model: Checkpoint) -> EngineError:
     """Return the error for a checkpoint that lacks the quantisation that its config names."""
+    said = f'{model.folder}: config.json says {model.quantization}, but no tensor is quantised'
+    others = sorted({entry.dtype for entry in model.tensors.values()} - {*_PLAIN, 'I32'})
+    if others:
+        return EngineError(
+            f'{said} that way (some are stored as {", ".join(others)}): copy or download the '
+            'model again, with the config.json of these weights')
     return EngineError(
-        f'{model.folder}: config.json says {model.quantized and model.quantized.method}, but no '
-        'tensor is quantised that way: remove quantization_config from config.json if the weights '
-        'are unquantised, or download the quantised model again')
+        f'{said} that way: remove quantization_config from config.json if the weights are '
+        'unquantised, or download the quantised model again')
 
 
 def wrong_shape(model: Checkpoint, name: str, found: Iterable[int],

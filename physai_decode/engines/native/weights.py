@@ -336,8 +336,7 @@ class _Loader:
         return False
 
     def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._source.get(name, shape)
         entry = self._source.entry(name)
-        assert entry is not None
-        stored.check_float(name, entry)
-        return tensor.to(self._dtype)
+        if entry is not None:           # before its shape, which depends on how it is stored
+            stored.check_float(name, entry)
+        return self._source.get(name, shape).to(self._dtype)

@@ -64,7 +64,7 @@ class Fp8:
         values = source.get(f'{module}.weight', (rows, columns))
         if self._block is None:
             name = f'{module}.weight_scale'
-            if source.entry(name) is None:
+            if source.entry(f'{name}_inv') is not None:
                 name += '_inv'
             scales = of_rows(source, name, rows)
             return packing.scale(values, scales, None, columns)
