@@ -201,6 +201,14 @@ def _unused_gpu(config: DecodeConfig, footprint: Footprint) -> str:
             'set engine.device to cpu')
 
 
+def _endless(engine: Engine | None) -> str:
+    """Return a warning if no token ends an answer of an engine."""
+    if engine is None or engine.footprint.eos_token_ids:
+        return ''
+    return ('no token ends an answer, so each runs until sampling.max_new_tokens or a stop '
+            'string: the model folder names no end token; copy or download its JSON files again')
+
+
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
@@ -315,7 +323,8 @@ class Host:
             self.peak = self.loaded.peak
             self.telemetry = Telemetry(self.loaded.device_footprint)
             unused = _unused_gpu(config, self.loaded.device_footprint)
-            for each in (*self.loaded.warnings, self.telemetry.problem, unused):
+            for each in (*self.loaded.warnings, self.telemetry.problem, unused,
+                         _endless(self.loaded.engine)):
                 if each:
                     self._warn(each)
             return self.loaded

@@ -141,6 +141,17 @@ def load(config, build, monkeypatch):
         host.unload()
 
 
+@pytest.mark.parametrize('ends', [(2,), ()])
+def test_warns_if_no_token_ends_an_answer(monkeypatch, ends):
+    def build(model, config, progress, passes, draft):
+        return FakeEngine(eos_token_ids=ends)
+
+    warnings = load(DecodeConfig(model=ModelConfig(ModelConfig.path), engine=EngineConfig(
+        device='cpu'), roofline=RooflineConfig(100.0)), build, monkeypatch)[1]
+    assert [each.partition(',')[0] for each in warnings] == [
+        'no token ends an answer'] * (not ends)
+
+
 @pytest.mark.parametrize('drafts', [True, False])
 def test_facts_tell_the_speculation_of_a_fallback(monkeypatch, drafts):
     def build(model, config, progress, passes, draft):
