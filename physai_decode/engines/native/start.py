@@ -111,6 +111,8 @@ def operations(device: torch.device, dtype: torch.dtype,
         progress(f"{problem}. Until then, the step runs with PyTorch's operations, several times "
                  'more slowly')
         return TorchOps(on_host=False, dtype=dtype)
+    # The last of a chain, each of which adds the kernels of a form to the one before: TritonOps
+    # (Dense, Int4), ScaledOps, Fp4Ops, CodedOps.
     from physai_decode.engines.native.coded_kernels import CodedOps
     return CodedOps(device, dtype=dtype)
 
