@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
                       help='with --beside: also time the step beside the neighbour at this pace, '
                       'as pace.tokens_per_s sets it')
     what.add_argument('--kernels', action='store_true',
-                      help='also time each kernel (CUDA)')
+                      help='also time each kernel; only on a GPU (CUDA)')
     how = parser.add_argument_group('execution')
     base = EngineConfig()
     how.add_argument('--device', default=base.device, help='auto, cpu, cuda or cuda:N')
@@ -346,6 +346,9 @@ def _tables(options: argparse.Namespace, results: Sequence[Result]) -> list[Tabl
     tables = [table for table in tables if table.rows or table is tables[0]]
     if any(result['case']['source']['synthetic'] for result in results):
         tables[0].notes.append(report.RANDOM)
+    devices = {result['footprint']['device'] for result, _ in report.cells(results)}
+    if options.kernels and devices == {'cpu'}:
+        tables[0].notes.append('--kernels has no effect on a CPU: it times the kernels of a GPU.')
     tables[0].notes[:0] = [*report.unsteady(results), *report.reused(results)]
     return tables
 

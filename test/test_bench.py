@@ -1174,6 +1174,15 @@ def test_host_gap_is_the_time_without_a_kernel():
     assert row[2:4] == ['15.000', '7.500'] and row[-1] == 'as a whole'
 
 
+@pytest.mark.parametrize('device', ['cpu', 'cuda:0'])
+def test_tells_that_kernels_are_not_timed_on_a_cpu(device):
+    result = done(case('native'), [0.010])
+    result['footprint']['device'] = device
+    options = bench._parser().parse_args(['--kernels', '--contexts', '2048'])
+    notes = bench._tables(options, [result])[0].notes
+    assert any('--kernels has no effect' in note for note in notes) == (device == 'cpu')
+
+
 def test_counts_the_wait_for_a_core():
     """Threads that share one core wait for it half of the time."""
     if machine.waited_s() is None:
