@@ -82,7 +82,7 @@ def check_float(name: str, entry: TensorEntry) -> None:
 
     :raises EngineError: it is stored otherwise, so its quantisation is unknown.
     """
-    if entry.dtype not in FLOATS:
+    if entry.dtype not in FLOATS and entry.dtype in _DTYPES:    # `read` refuses unknown types
         raise EngineError(
             f'{entry.path}: tensor {name} is stored as {entry.dtype}, but config.json names no '
             'quantisation with it: download the model again, with its quantization_config in '
