@@ -367,6 +367,15 @@ def test_rejects_formats(tmp_path, form, what):
     assert engines.choose(inspect(tmp_path), EngineConfig(device='cpu')).name == 'transformers'
 
 
+@pytest.mark.parametrize('form, size, multiple', [
+    (random_formats.float8('channel'), 40, 16), (random_formats.float8('block'), 192, 128)])
+def test_rejects_experts_of_which_a_tile_would_have_two(tmp_path, form, size, multiple):
+    random_formats.save(tmp_path, 'qwen3_moe', form, moe_intermediate_size=size)
+    with pytest.raises(EngineError, match=(
+            f'experts as stored: {size} columns, not a multiple of {multiple}; set engine.name')):
+        NativeEngine(inspect(tmp_path), CPU)
+
+
 def test_experts_with_separate_column_orders(tmp_path):
     random_gptq.save(tmp_path, 'qwen3_moe', 0, 32, act_order=True)
     with pytest.raises(EngineError, match='experts of gptq-int4-g32 with desc_act'):

@@ -47,6 +47,7 @@ FP4_BITS = 6, 3, 0, 9            # the lowest of its other three bits
 FP4_COLUMNS = 16                 # that share a scale
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # 4-bit floats, indexed by their bits
+LOADED_COLUMNS = 16              # of a `Scaled`, that a thread loads at once
 CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
 # On x86, oneDNN multiplies float32 matrices of at least ONEDNN_ELEMENTS faster than F.linear. For
 # smaller ones, it loses more time at each new number of rows than it saves.

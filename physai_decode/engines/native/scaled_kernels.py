@@ -26,6 +26,7 @@ from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.kernels import TritonOps
+from physai_decode.engines.native.linear import LOADED_COLUMNS
 from physai_decode.engines.native.linear import Scaled
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ import triton.language as tl
 
 _activated, _finish, _store = kernels._activated, kernels._finish, kernels._store
 BLOCK = 1024                # columns that a program dequantises
-RUN = tl.constexpr(16)      # adjacent values that a thread loads at once
+RUN = tl.constexpr(LOADED_COLUMNS)
 # Spread a word's four bytes to the high bytes of float16s; shift all bits but the sign right by 1.
 _FLOATS = tl.constexpr(
     '{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; '

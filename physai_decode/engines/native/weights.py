@@ -36,6 +36,7 @@ from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import LOADED_COLUMNS
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.linear import Stored
@@ -232,9 +233,11 @@ class _Loader:
         one = stack[0]
         if isinstance(one, Coded):
             raise unsupported(f'{prefix[:-1]} as stored: codes of a table')
-        if isinstance(one, Scaled) and one.in_features % one.group_size:
-            raise unsupported(f'{prefix[:-1]} as stored: {one.in_features} columns in groups of '
-                              f'{one.group_size}')
+        if isinstance(one, Scaled):
+            size = one.group_size if one.scales.shape[1] > 1 else LOADED_COLUMNS
+            if one.in_features % size:
+                raise unsupported(f'{prefix[:-1]} as stored: {one.in_features} columns, not a '
+                                  f'multiple of {size}')
         bias = stack.stacked.bias
         if bias is not None and bias.any():
             raise unsupported(f'{prefix[:-1]} with biases')
