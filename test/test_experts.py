@@ -358,7 +358,9 @@ def test_order_of_sums_is_fixed(tmp_path):
 
 
 @pytest.mark.parametrize('form, what', [
-    (random_formats.bitsandbytes('nf4'), 'experts of bitsandbytes-nf4')])
+    (random_formats.bitsandbytes('nf4'), 'experts of bitsandbytes-nf4'),
+    (random_formats.packed(8, 32, act_order=True),
+     'experts of compressed-tensors-int8-g32 with actorder group')])
 def test_rejects_formats(tmp_path, form, what):
     """``auto`` selects the engine that the error names."""
     random_formats.save(tmp_path, 'qwen3_moe', form)

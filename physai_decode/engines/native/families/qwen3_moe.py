@@ -23,6 +23,8 @@ from physai_decode.engines.native.architecture import Routing
 from physai_decode.engines.native.families import shared
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import number
+from physai_decode.model_config import part
+from physai_decode.model_config import Quantization
 from physai_decode.model_config import quantization
 from physai_decode.model_config import SLIDING_WINDOW
 
@@ -40,12 +42,21 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     if config.get('use_sliding_window') and config['sliding_window'] is not None:
         window = number(config, 'sliding_window')
     quantized = quantization(config)
-    if quantized and quantized.settings.get('desc_act'):
-        raise unsupported(f'experts of {quantized.name} with desc_act')
-    if quantized and quantized.method == 'bitsandbytes':
-        raise unsupported(f'experts of {quantized.name}')
+    if quantized:
+        _check(quantized)
     return shared.read(config, {}, qk_norm=True, qkv_bias=bias, out_bias=bias,
                        windows=(window,) * layers, routing=_routing(config, layers))
+
+
+def _check(quantized: Quantization) -> None:
+    """Refuse formats in which experts do not stack."""
+    if quantized.settings.get('desc_act'):
+        raise unsupported(f'experts of {quantized.name} with desc_act')
+    groups = part(quantized.settings, 'config_groups')
+    if any(part(part(groups, name), 'weights').get('actorder') == 'group' for name in groups):
+        raise unsupported(f'experts of {quantized.name} with actorder group')
+    if quantized.method == 'bitsandbytes':
+        raise unsupported(f'experts of {quantized.name}')
 
 
 def _routing(config: Mapping[str, Any], layers: int) -> Routing:
