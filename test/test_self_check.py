@@ -19,6 +19,7 @@ from dataclasses import replace
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
+from physai_decode.engines.logits import warm_up_ids
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.native import self_check
 from physai_decode.engines.native.ops import TorchOps
@@ -108,6 +109,21 @@ def test_rejects_a_step_with_other_routing_weights(tmp_path, monkeypatch):
     model = inspect(random_model.save(tmp_path, 'qwen3_moe', 0))
     NativeEngine(model, CPU).close()
     wrong_experts(monkeypatch)
+    with pytest.raises(EngineError, match='computes a decode step wrongly'):
+        NativeEngine(model, CPU)
+
+
+def test_compares_further_steps_if_the_experts_of_some_depend_on_rounding(tmp_path, monkeypatch):
+    model = inspect(random_model.save(tmp_path, 'qwen3_moe', 0))
+    wrong_experts(monkeypatch)
+    mlp, prompt = self_check._mlp, len(warm_up_ids(512, 64))
+
+    def unclear(x, *rest):
+        out, clear = mlp(x, *rest)
+        clear[prompt:prompt + 2] = False
+        return out, clear
+
+    monkeypatch.setattr(self_check, '_mlp', unclear)
     with pytest.raises(EngineError, match='computes a decode step wrongly'):
         NativeEngine(model, CPU)
 

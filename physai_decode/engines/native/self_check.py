@@ -15,12 +15,12 @@
 """
 Checks a loaded engine against a float32 reference.
 
-The engine prefills a prompt and decodes two tokens as for any request, with the kernels that were
-tuned and captured. Then a float32 reference with the same weights computes the keys and values of
-these tokens in the first two layers, and up to the first layer of each kind of rotary embedding: a
-layer's keys and values depend on all that the layers before it compute. Last, it computes the
-logits from the engine's last hidden state. Further layers run the same code. How weights were
-loaded is not checked.
+The engine prefills a prompt and decodes two tokens (with experts, as many as the prompt has) as
+for any request, with the kernels that were tuned and captured. Then a float32 reference with the
+same weights computes the keys and values of these tokens in the first two layers, and up to the
+first layer of each kind of rotary embedding: a layer's keys and values depend on all that the
+layers before it compute. Last, it computes the logits from the engine's last hidden state. Further
+layers run the same code. How weights were loaded is not checked.
 """
 
 from collections.abc import Sequence
@@ -48,15 +48,18 @@ NEAR = 0.25                     # and in a router's logits, as a fraction of tha
 
 def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> None:
     """
-    Compare the engine's state after a prompt and two steps with the float32 reference.
+    Compare the engine's state after a prompt and some steps with the float32 reference.
 
     :raises EngineError: they differ by more than rounding.
     """
     t, greedy = transformer, SamplingConfig()
     engine.rewind(0)
     engine.feed(prompt)
-    ids = [*prompt, engine.first(greedy, prompt).token_id, engine.step(1).token_id]
-    engine.step(0)                  # computes the keys and values of the second token
+    has_experts = any(isinstance(layer.mlp, Experts) for layer in t.weights.layers)
+    tokens = max(2, len(prompt)) if has_experts else 2      # not all may be comparable
+    ids = [*prompt, engine.first(greedy, prompt).token_id]
+    ids += [engine.step(remaining).token_id for remaining in range(tokens - 1, 0, -1)]
+    engine.step(0)                  # computes the keys and values of the last token
     limit = max(LEAST, ROUNDINGS * torch.finfo(t.keys.dtype).eps)
     for index, (expected, sure) in enumerate(_keys_and_values(t, ids, limit)):
         got = torch.cat((t.keys[index, :, :len(ids)], t.values[index, :, :len(ids)])).float()
