@@ -30,6 +30,7 @@ from physai_decode.engines.native.kernels import _matrix
 from physai_decode.engines.native.kernels import _places
 from physai_decode.engines.native.kernels import _store
 from physai_decode.engines.native.kernels import _words
+from physai_decode.engines.native.kernels import operand
 from physai_decode.engines.native.kernels import SIDE
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import FP4_GROUP
@@ -265,14 +266,10 @@ def _dequantise(weight: Fp4, tiles: slice, dtype: torch.dtype) -> Tensor:
 class Fp4Ops(ScaledOps):
     """The step's operations as kernels, for 4-bit floats too."""
 
-    def apply(self, x, weight):
-        """See `TorchOps.apply`."""
-        if isinstance(weight, Fp4):
-            return weight.apply(x, _dequantise)
-        return super().apply(x, weight)
+    _dequantisers = {**ScaledOps._dequantisers, Fp4: _dequantise}
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
-        one = weight if routed is None else weight[0]
+        one, whole, ids, routing, joined, each = operand(x, weight, routed, gated)
         if not isinstance(one, Fp4):
             super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
@@ -281,11 +278,6 @@ class Fp4Ops(ScaledOps):
             x = self._prepared(x, one, gain, eps)
         self._current.discard(out.data_ptr())
         tiles, blocks = one.packed.shape[:2]
-        # Triton requires a valid pointer even for unused arguments.
-        ids, routing, whole, joined, each = x, x, weight, 1, 1
-        if routed is not None:
-            ids, routing, whole = routed.ids, routed.weights, weight.stacked
-            joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
         bias = one.bias
         _fp4[(tiles, each)](
             x, whole.packed, whole.scales.view(torch.int32), whole.factors,

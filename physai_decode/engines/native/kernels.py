@@ -24,12 +24,15 @@ own main loop, unless it is small: earlier, the next one's blocks pile up on whi
 free.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple
 from dataclasses import dataclass
 from hashlib import sha256
 from inspect import getfile
 import math
 from pathlib import Path
+from typing import Any
+from typing import NamedTuple
 
 from physai_decode.engines import chip
 from physai_decode.engines import compiler
@@ -748,10 +751,44 @@ ATTENTION_LAYOUTS = tuple(
     AttentionLayout(*each) for each in ((2, 1), (4, 1), (1, 4), (2, 4), (2, 2)))
 
 
+class Operand(NamedTuple):
+    """The weight of a product, or a stack of weights of which a step selects some."""
+
+    one: Any            # the weight, or the first of the stack
+    whole: Any          # the weight, or the whole stack
+    ids: Tensor         # of the selected
+    routing: Tensor     # weights of the selected
+    joined: int         # selected weights whose columns are side by side
+    each: int           # selected weights with programs of their own
+
+
+def operand(x, weight, routed, gated):
+    """Return the operand of a product of `TorchOps`; ``routed`` is None without experts."""
+    if routed is None:      # Triton requires a valid pointer even for unused arguments
+        return Operand(weight, weight, x, x, 1, 1)
+    joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
+    return Operand(weight[0], weight.stacked, routed.ids, routed.weights, joined, each)
+
+
+def _unpack(weight, tiles, dtype):
+    """Dequantise some tiles of an `Int4` as its own method does."""
+    rows, columns = weight.shape
+    first, last = tiles.start, min(tiles.stop, weight.packed.shape[0])
+    out = torch.empty(min(rows, TILE_ROWS * last) - TILE_ROWS * first, columns, dtype=dtype,
+                      device=weight.packed.device)
+    _dequantise[(last - first, weight.packed.shape[1])](
+        weight.packed, weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros, out, first, out.shape[0],
+        K=columns, BLOCKS=weight.packed.shape[1], GROUP=weight.group_size,
+        ZEROS=weight.zeros is not None, num_warps=1)
+    return out
+
+
 class TritonOps(TorchOps):
     """The operations of a decode step as kernels, with the interface of `TorchOps`."""
 
     name = f'triton {triton.__version__}'
+    _dequantisers: dict[type, Callable[..., Tensor]] = {Int4: _unpack}      # of `apply`
 
     def __init__(self, device: torch.device, splits: int | None = None,
                  dtype: torch.dtype | None = None):
@@ -821,7 +858,8 @@ class TritonOps(TorchOps):
 
     def apply(self, x, weight):
         """See `TorchOps.apply`."""
-        return weight.apply(x, self._unpack) if isinstance(weight, Int4) else weight.apply(x)
+        dequantise = self._dequantisers.get(type(weight))
+        return weight.apply(x, dequantise) if dequantise else weight.apply(x)
 
     def attend(self, qkv, keys, values, position, cos, sin, layer, out):
         """See `TorchOps.attend`."""
@@ -922,12 +960,7 @@ class TritonOps(TorchOps):
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         shape, layout = self._layout(weight, gain, gated)
-        # Triton requires a valid pointer even for unused arguments.
-        ids, routing, whole, joined, each = x, x, weight, 1, 1
-        if routed is not None:
-            ids, routing, whole = routed.ids, routed.weights, weight.stacked
-            joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
-            weight = weight[0]
+        weight, whole, ids, routing, joined, each = operand(x, weight, routed, gated)
         bias = weight.bias
         common = {
             'ROWS': layout.rows, 'STAGES': layout.stages, 'GATED': gated, 'GELU': gelu,
@@ -954,18 +987,6 @@ class TritonOps(TorchOps):
             BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if routed is None else tiles * blocks,
             GROUP=weight.group_size, SPLIT=layout.warps, ZEROS=whole.zeros is not None,
             ASSEMBLY=self._device.type == 'cuda', **common)
-
-    def _unpack(self, weight, tiles, dtype):
-        rows, columns = weight.shape
-        first, last = tiles.start, min(tiles.stop, weight.packed.shape[0])
-        out = torch.empty(min(rows, TILE_ROWS * last) - TILE_ROWS * first, columns, dtype=dtype,
-                          device=self._device)
-        _dequantise[(last - first, weight.packed.shape[1])](
-            weight.packed, weight.scales,
-            weight.scales if weight.zeros is None else weight.zeros, out, first, out.shape[0],
-            K=columns, BLOCKS=weight.packed.shape[1], GROUP=weight.group_size,
-            ZEROS=weight.zeros is not None, num_warps=1)
-        return out
 
     def _prepared(self, x, weight, gain, eps):
         k = x.numel()

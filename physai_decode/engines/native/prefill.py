@@ -60,6 +60,9 @@ SPLITS = 8                              # maximum splits of a context
 SHORT_CONTEXT = 512                     # tokens up to which attention does not split it
 UNPACKING = 4                           # tiles of 16 rows, and warps, per program that unpacks
 CAPABILITY = (8, 0)                     # the lowest for which Triton uses tensor cores
+# Unpack the rows of a weight that only the library can multiply.
+_WIDEN: dict[type, Callable[[Any, slice, Tensor], None]] = {
+    Scaled: scaled_kernels.widen, Coded: coded_kernels.widen, Fp4: fp4_kernels.widen}
 
 
 @dataclass(frozen=True)
@@ -382,14 +385,8 @@ class Prefill:
             self._free[self._slot] = _now()
 
     def _unpack(self, weight, part, rows):
-        if isinstance(weight, Scaled):
-            scaled_kernels.widen(weight, rows, part)
-            return
-        if isinstance(weight, Coded):
-            coded_kernels.widen(weight, rows, part)
-            return
-        if isinstance(weight, Fp4):
-            fp4_kernels.widen(weight, rows, part)
+        if widen := _WIDEN.get(type(weight)):
+            widen(weight, rows, part)
             return
         blocks = weight.packed.shape[1]
         kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
@@ -572,7 +569,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
     n, k = weight.shape
     group = weight.group_size if isinstance(weight, Int4) else 0
     packed = bool(group)
-    if isinstance(weight, (Fp4, Scaled, Coded)):
+    if type(weight) in _WIDEN:
         return LIBRARY
     if not packed and (tokens > 128 or not gated and (
             tokens == 64 and n > k or tokens == 128 and n >= k)):

@@ -258,14 +258,10 @@ def _dequantise(weight: Scaled, rows: slice, dtype: torch.dtype) -> Tensor:
 class ScaledOps(TritonOps):
     """The step's operations as kernels, for 8-bit weights too."""
 
-    def apply(self, x, weight):
-        """See `TorchOps.apply`."""
-        if isinstance(weight, Scaled):
-            return weight.apply(x, _dequantise)
-        return super().apply(x, weight)
+    _dequantisers = {**TritonOps._dequantisers, Scaled: _dequantise}
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
-        one = weight if routed is None else weight[0]
+        one, whole, ids, routing, joined, each = kernels.operand(x, weight, routed, gated)
         if not isinstance(one, Scaled):
             super()._product(x, weight, out, gain, eps, add, gated, gelu, routed)
             return
@@ -273,11 +269,6 @@ class ScaledOps(TritonOps):
         if one.order is not None:
             x, gain = self._prepared(x, one, gain, eps), None
         self._current.discard(out.data_ptr())
-        # Triton requires a valid pointer even for unused arguments.
-        ids, routing, whole, joined, each = x, x, weight, 1, 1
-        if routed is not None:
-            ids, routing, whole = routed.ids, routed.weights, weight.stacked
-            joined, each = (1, weight.top_k) if gated else (weight.top_k, 1)
         n, bias = shape.n // 2 if gated else shape.n, one.bias
         _multiply[(triton.cdiv(n, layout.rows), each)](
             x, *_pointers(whole), x if bias is None else bias, x if gain is None else gain, ids,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-GROUP = {'nvfp4': 16, 'mxfp4': 32}      # columns that share a scale
+GROUP = {'nvfp4': FP4_COLUMNS, 'mxfp4': 32}      # columns that share a scale
 E4M3_EXPONENTS = -9, 8                  # of the powers of 2 that float8_e4m3fn has
 
 
