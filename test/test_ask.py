@@ -169,50 +169,52 @@ def test_says_what_to_do_in_a_domain_without_a_node(command, problem):
         'as in its terminal\n')
 
 
+def ask_in_time(remapped, is_complete):
+    """Ask until discovery is complete in time; return the process that ended, and its timeout."""
+    for timeout_s in (3, 10, 60):
+        done = ask('hello', '--timeout', str(timeout_s), *remapped)
+        if is_complete(done.stderr):
+            break
+    return done, timeout_s
+
+
+def check_relayed(rig, kind, heard, sent, remapped):
+    """Check that the command works with its remapping while messages on ``heard`` are sent on."""
+    publisher = rig.probe.create_publisher(kind, sent, 100)
+    relay = rig.probe.create_subscription(kind, heard, publisher.publish, 100)
+    try:
+        done = ask('hello', *remapped)
+    finally:
+        rig.probe.destroy_subscription(relay)
+        rig.probe.destroy_publisher(publisher)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('HELLO\n')
+
+
 def test_node_that_remaps_its_diagnostics(rig):
     """The message says how to remap the topic; with the remapping, the command works."""
     remapped = ('--ros-args', '-r', '/diagnostics:=/arm/diagnostics')
-    for timeout_s in (3, 10, 60):       # until discovery is complete in time
-        done = ask('hello', '--timeout', str(timeout_s), *remapped)
-        if 'no node /decode was found' not in done.stderr:
-            break
+    done, timeout_s = ask_in_time(
+        remapped, lambda error: 'no node /decode was found' not in error)
     assert done.returncode == 1
     assert done.stderr == (
         'decode_ask: /decode exists, but published nothing on /arm/diagnostics within '
         f'{timeout_s} s: wait longer (--timeout), or, if the node remaps that topic, remap it '
         'here too (--ros-args -r /diagnostics:=...)\n')
-    arm = rig.probe.create_publisher(DiagnosticArray, '/arm/diagnostics', 100)
-    relay = rig.probe.create_subscription(DiagnosticArray, '/diagnostics', arm.publish, 100)
-    try:
-        done = ask('hello', *remapped)
-    finally:
-        rig.probe.destroy_subscription(relay)
-        rig.probe.destroy_publisher(arm)
-    assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout.startswith('HELLO\n')
+    check_relayed(rig, DiagnosticArray, '/diagnostics', '/arm/diagnostics', remapped)
 
 
 def test_node_that_remaps_its_requests(rig):
     """The message names the topic; with the remapping, the command works."""
     remapped = ('--ros-args', '-r', '/decode/request:=/llm/request')
-    for timeout_s in (3, 10, 60):       # until discovery is complete in time
-        done = ask('hello', '--timeout', str(timeout_s), *remapped)
-        if 'token_stats' not in done.stderr and 'not with' in done.stderr:
-            break
+    done, timeout_s = ask_in_time(
+        remapped, lambda error: 'token_stats' not in error and 'not with' in error)
     assert done.returncode == 1
     assert done.stderr == (
         f'decode_ask: no node /decode was found within {timeout_s} s; a node of this name runs, '
         'but not with /llm/request: if it remaps a topic, remap it here too (--ros-args -r '
         'OLD:=NEW)\n')
-    request = rig.probe.create_publisher(String, '/decode/request', 100)
-    relay = rig.probe.create_subscription(String, '/llm/request', request.publish, 100)
-    try:
-        done = ask('hello', *remapped)
-    finally:
-        rig.probe.destroy_subscription(relay)
-        rig.probe.destroy_publisher(request)
-    assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout.startswith('HELLO\n')
+    check_relayed(rig, String, '/llm/request', '/decode/request', remapped)
 
 
 def test_times_out_when_the_engine_hangs(rig, monkeypatch):

@@ -94,21 +94,20 @@ def test_dense_in_other_layouts(make, layout):  # noqa: F811
     check_rows(lambda ops, at, outs: ops.linear(x[at], weight, outs[0][at]), 8, ops, make(8, 24))
 
 
-@pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
-@pytest.mark.parametrize('group_size, act_order, symmetric, warps, stages', [
-    (32, False, True, 4, 2), (128, True, False, 2, 1), (64, False, False, 1, 2)])
-def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # noqa: F811
-              stages):
-    """With and without a norm, and gated, followed by another product."""
-    weight, _ = packed(1, 24, 384, group_size, act_order, symmetric)
+def check_products(make, rows, dtype, weight, both, down, layout):  # noqa: F811
+    """
+    Check products with and without a norm, and gated, followed by another one.
+
+    :param weight: [24, k]; ``both``, gate and up, [128, k]; ``down`` [32, 64].
+    :param layout: of the first two.
+    """
+    k = weight.shape[1]
     weight = replace(weight, bias=make(24, dtype=dtype))
-    both, _ = gate_up(2, 64, 384, group_size, symmetric=symmetric)
-    down, _ = packed(4, 32, 64, 32)
-    x, gain = make(rows, 384), make(384, dtype=dtype)
+    x, gain = make(rows, k), make(k, dtype=dtype)
     ops = PassOps(DEVICE)
-    for shape in ((24, 384, False, True), (24, 384, False, False), (128, 384, True, True)):
-        ops._layouts[Shape(*shape[:2], f'int4-g{group_size}', *shape[2:])] = \
-            Layout(16, 0, warps, stages)
+    for shape in ((24, k, weight.kind, False, True), (24, k, weight.kind, False, False),
+                  (128, k, weight.kind, True, True)):
+        ops._layouts[Shape(*shape)] = layout
 
     def run(ops, at, outs):
         normed, plain, hidden, added = (out[at] for out in outs)
@@ -119,6 +118,18 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # no
 
     check_rows(run, rows, ops, make(rows, 24), make(rows, 24), make(rows, 64, dtype=dtype),
                make(rows, 32), relative=CLOSE[dtype], alone=sorted({0, rows // 2, rows - 1}))
+
+
+@pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
+@pytest.mark.parametrize('group_size, act_order, symmetric, warps, stages', [
+    (32, False, True, 4, 2), (128, True, False, 2, 1), (64, False, False, 1, 2)])
+def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # noqa: F811
+              stages):
+    """With and without a norm, and gated, followed by another product."""
+    weight, _ = packed(1, 24, 384, group_size, act_order, symmetric)
+    both, _ = gate_up(2, 64, 384, group_size, symmetric=symmetric)
+    down, _ = packed(4, 32, 64, 32)
+    check_products(make, rows, dtype, weight, both, down, Layout(16, 0, warps, stages))
 
 
 @pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
@@ -128,21 +139,8 @@ def test_fp4(make, rows, dtype, warps):  # noqa: F811
     shapes = (24, 640), (64, 640), (64, 640), (32, 64)
     weight, gate, up, down = (linear_contract.random_weight(NVFP4, *shape, seed)[0]
                               for seed, shape in enumerate(shapes))
-    weight, both = replace(weight, bias=make(24, dtype=dtype)), fuse([gate, up], paired=True)
-    x, gain = make(rows, 640), make(640, dtype=dtype)
-    ops = PassOps(DEVICE)
-    for shape in ((24, 640, False, True), (24, 640, False, False), (128, 640, True, True)):
-        ops._layouts[Shape(*shape[:2], 'fp4-g16', *shape[2:])] = Layout(16, 0, warps, 1)
-
-    def run(ops, at, outs):
-        normed, plain, hidden, added = (out[at] for out in outs)
-        ops.linear(x[at], weight, normed, gain=gain, eps=EPS)
-        ops.linear(x.to(dtype)[at], weight, plain)
-        ops.gated(x[at], both, hidden, gain, EPS)
-        ops.linear(hidden, down, added, add=True)
-
-    check_rows(run, rows, ops, make(rows, 24), make(rows, 24), make(rows, 64, dtype=dtype),
-               make(rows, 32), relative=CLOSE[dtype], alone=sorted({0, rows // 2, rows - 1}))
+    check_products(make, rows, dtype, weight, fuse([gate, up], paired=True), down,
+                   Layout(16, 0, warps, 1))
 
 
 ATTENTION = [
