@@ -24,7 +24,6 @@ import sys
 
 from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
-from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import pass_kernels
@@ -117,7 +116,7 @@ def main():
         build(kernels._add_normed, K=1152, WIDE=2048, BLOCK=512)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
-                 GROUP=128, ZEROS=True)
+                 GROUP=128, ZEROS=True, TABLE=False, table='i64')
         build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
         for norm, dim in ((True, 128), (False, 128), (True, 256)):
             build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
@@ -137,17 +136,20 @@ def main():
                 ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
                 assert 'evict_first' in ahead
         # Each form in the usual layout and another; each layout with and without gates and zeros.
-        for gated, zeros, selected, other in (
-                (True, False, 0, (4, 3)), (False, True, 0, (4, 3)), (True, True, 1, (1, 1)),
-                (False, False, 8, (1, 1))):
+        for gated, zeros, selected, other, has_table in (
+                (True, False, 0, (4, 3), False), (False, True, 0, (4, 3), False),
+                (True, True, 1, (1, 1), False), (False, False, 8, (1, 1), False),
+                (True, False, 0, (4, 3), True), (False, False, 8, (1, 1), True)):
             for warps, stages in ((4, 1), other):
                 made = build(
                     kernels._int4, warps=warps, x=half, out=half if gated else 'fp32',
                     K=3584 * max(1, selected), BLOCKS=7 * max(1, selected), SIZE=7,
                     STACK=2**13 * bool(selected), GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages,
-                    GATED=gated, GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros, ASSEMBLY=True)
+                    GATED=gated, GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros,
+                    TABLE=has_table, ASSEMBLY=True, table='i64')
                 # Triton uses tensor cores from 8.0 on, and fused multiply-adds before.
-                wanted = ('lop3.b32', 'mma.sync' if capability >= 80 else 'fma.rn.f32')
+                wanted = ('prmt.b32' if has_table else 'lop3.b32',
+                          'mma.sync' if capability >= 80 else 'fma.rn.f32')
                 assert all(word in made.asm['ptx'] for word in wanted)
                 if capability >= 80 and stages == 1 and compiler.VERSION >= (3, 5):
                     # Lanes load what they multiply, so shared memory holds only the sums of warps.
@@ -159,7 +161,6 @@ def main():
                     assert 'evict_first' in ahead and 'evict_first' not in after
         passes(build, half, capability)
         scaled(build, half, capability, pdl)
-        coded(build, half, capability, pdl)
         fp4(build, half, capability, pdl)
         if capability >= 80:
             prefill(build, half, capability)
@@ -186,23 +187,6 @@ def scaled(build, half, capability, pdl):
     compiled(scaled_kernels._widen, capability, half, values='i8', scales='fp32', zeros='fp32',
              out=half, K=3584, GROUP=128, GROUPS=28, BLOCK=1024, FLOAT=True, ZEROS=False,
              ASSEMBLY=True)
-
-
-def coded(build, half, capability, pdl):
-    """Compile the kernels for 4-bit codes."""
-    for gated, group in ((True, 64), (False, 16)):
-        layout = kernels.CODED_LAYOUTS[0]
-        made = build(coded_kernels._coded, codes='u8', table='fp32', scales='fp32',
-                     warps=layout.warps, out=half if gated else 'fp32', K=3584, GROUP=group,
-                     ROWS=layout.rows, COLUMNS=layout.columns, NORM=gated, GATED=gated,
-                     GELU=gated, ADD=not gated, BIAS=gated)
-        # A lane loads 16 bytes of codes at a time.
-        assert re.search(r'ld\.global\S*evict_first\S*v4\.b32', made.asm['ptx'])
-        if pdl:
-            ahead, _, _ = made.asm['ptx'].partition('griddepcontrol.wait')
-            assert 'evict_first' in ahead
-    compiled(coded_kernels._widen, capability, half, codes='u8', table='fp32', scales='fp32',
-             out=half, K=3584, GROUP=16, BLOCK=1024)
 
 
 def fp4(build, half, capability, pdl):
@@ -296,7 +280,8 @@ def passes(build, half, capability):
     for gated, ahead, warps in ((True, True, 4), (False, False, 4), (False, True, 8)):
         made = build(own._int4_rows, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
                      BLOCKS=7, GROUP=128, SPLIT=warps, AHEAD=ahead, GATED=gated, GELU=False,
-                     ADD=not gated, BIAS=False, ZEROS=not gated, ASSEMBLY=True)
+                     ADD=not gated, BIAS=False, ZEROS=False, TABLE=not gated,
+                     ASSEMBLY=True, table='i64')
         assert 'mma.sync' in made.asm['ptx'] or capability < 80
         if capability >= 80 and compiler.VERSION >= (3, 5):
             assert made.metadata.shared <= 512 * warps      # the sums of warps, as in a step

@@ -19,6 +19,7 @@ from dataclasses import replace
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.ops import TorchOps
 import random_formats
 import torch
@@ -47,7 +48,12 @@ def random_weight(format_, n, k, seed=1):
     """Return a random weight in a format of `random_formats`, and its float32 values [n, k]."""
     config, draw = format_
     stored, exact = draw(torch.Generator().manual_seed(seed), n, k)
-    return random_formats.read(config, stored, n, k, DEVICE), exact.float().to(DEVICE)
+    weight, dense = random_formats.read(config, stored, n, k, DEVICE), exact.float().to(DEVICE)
+    if isinstance(weight, Int4) and weight.table:       # it rounds its scales to float16
+        rounded = weight.dequantise(slice(None), torch.float32)
+        assert_close(rounded, dense, 3e-4)
+        return weight, rounded
+    return weight, dense
 
 
 def check_product(make, ops, format_, n, k):

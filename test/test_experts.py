@@ -39,7 +39,7 @@ from physai_decode.engines.native import kernels
 from physai_decode.engines.native import NativeEngine
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
-from physai_decode.engines.native.coded_kernels import CodedOps
+from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.ops import Routed
@@ -90,7 +90,7 @@ def int4(seed, n, k, symmetric=True):
 def test_selects_experts(make, count, normalised):
     logits = make(count)
     routings = [Routed(torch.full((4,), 99, device=DEVICE), make(4)) for _ in range(2)]
-    for ops, into in zip((REFERENCE, CodedOps(DEVICE)), routings):
+    for ops, into in zip((REFERENCE, Fp4Ops(DEVICE)), routings):
         ops.select(logits, into, normalised)
     assert routings[0].ids.tolist() == routings[1].ids.tolist() == logits.topk(4).indices.tolist()
     assert error(routings[1].weights, routings[0].weights) < 1e-6
@@ -99,14 +99,14 @@ def test_selects_experts(make, count, normalised):
 
 def test_selects_equal_experts_once(make):
     into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
-    CodedOps(DEVICE).select(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0], device=DEVICE), into, True)
+    Fp4Ops(DEVICE).select(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0], device=DEVICE), into, True)
     assert into.ids.tolist() == [4, 1, 2]
 
 
 def test_routing_weights_of_nan_logits_are_nan(make):
     """The ids are valid, because kernels use them as indices."""
     into = Routed(torch.zeros(3, dtype=torch.int64, device=DEVICE), make(3))
-    CodedOps(DEVICE).select(torch.full((6,), float('nan'), device=DEVICE), into, True)
+    Fp4Ops(DEVICE).select(torch.full((6,), float('nan'), device=DEVICE), into, True)
     assert into.weights.isnan().any()
     assert all(0 <= number < 6 for number in into.ids.tolist())
 
@@ -172,7 +172,7 @@ def test_int4_with_zero_points_in_one_expert(make, routed):
     x, out = torch.zeros(TOP_K, 128, device=DEVICE), make(32)
     x[:, :96] = make(TOP_K, 96)
     expected = sum(downs[number][1] @ row[:96] for number, row in zip(IDS, x))
-    for ops in (REFERENCE, CodedOps(DEVICE)):
+    for ops in (REFERENCE, Fp4Ops(DEVICE)):
         ops.summed_experts(x, stack, routed, out)
         assert error(out, expected) < 1e-4
 
@@ -195,7 +195,7 @@ def check_products(make, routed, gate_up, down, size, k=100, n=33):
     """Compare all operations; return the outputs of the kernels."""
     columns = getattr(down[0], 'padded_features', size)
     every = [run(ops, make, routed, gate_up, down, size, columns)
-             for ops in (TorchOps(on_host=True), REFERENCE, CodedOps(DEVICE))]
+             for ops in (TorchOps(on_host=True), REFERENCE, Fp4Ops(DEVICE))]
     for got in every[1:]:
         for one, expected in zip(got, every[0]):
             assert error(one, expected) < 1e-4
@@ -222,7 +222,7 @@ def transformers(folder):
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE), checkpoint.quantized,
                           torch.float32, lambda message: None)
     return [Transformer(shape, loaded, 64, torch.float32, DEVICE, ops)
-            for ops in (CodedOps(DEVICE, splits=2), REFERENCE, TorchOps(on_host=True))]
+            for ops in (Fp4Ops(DEVICE, splits=2), REFERENCE, TorchOps(on_host=True))]
 
 
 def save(folder, kind):
@@ -309,13 +309,13 @@ def test_step_reads_only_the_selected_experts(tmp_path, kind, monkeypatch):
     """The weights of the others are NaN."""
     t = transformers(save(tmp_path / 'model', kind))[0]
     t.token.fill_(9)
-    selected, select = [], CodedOps.select
+    selected, select = [], Fp4Ops.select
 
     def record(self, logits, into, normalised):
         select(self, logits, into, normalised)
         selected.append(into.ids.tolist())
 
-    monkeypatch.setattr(CodedOps, 'select', record)
+    monkeypatch.setattr(Fp4Ops, 'select', record)
     t.step()
     expected = t.logits.clone()
     layers = [layer for layer in t.weights.layers if isinstance(layer.mlp, experts.Experts)]

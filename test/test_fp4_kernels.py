@@ -34,7 +34,7 @@ from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import packing
-from physai_decode.engines.native.coded_kernels import CodedOps
+from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Fp4
 import random_formats
@@ -65,19 +65,19 @@ def each_number():
 @pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('n, k', [(7, 640), (24, 1024), (16, 144)])
 def test_product(make, name, n, k):
-    check_product(make, CodedOps, FORMATS[name], n, k)
+    check_product(make, Fp4Ops, FORMATS[name], n, k)
 
 
 @pytest.mark.parametrize('layout', kernels.FP4_LAYOUTS)
 def test_each_layout(make, layout):
-    check_layout(make, CodedOps, FORMATS['nvfp4'], layout)
+    check_layout(make, Fp4Ops, FORMATS['nvfp4'], layout)
 
 
 @pytest.mark.parametrize('layout', kernels.FP4_LAYOUTS)
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_each_layout_in_16_bits(make, layout, dtype):
     weight, dense = random_weight('nvfp4', 24, 1280)
-    x, out, ops = make(1280, dtype=dtype), make(24), CodedOps(DEVICE)
+    x, out, ops = make(1280, dtype=dtype), make(24), Fp4Ops(DEVICE)
     ops._layouts[kernels.Shape(24, 1280, weight.kind, False, False)] = layout
     ops.linear(x, weight, out)
     assert_close(out, dense @ x.float())
@@ -85,7 +85,7 @@ def test_each_layout_in_16_bits(make, layout, dtype):
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_gated(make, bias):
-    check_gated(make, CodedOps, FORMATS['nvfp4'], bias, rows=32)
+    check_gated(make, Fp4Ops, FORMATS['nvfp4'], bias, rows=32)
 
 
 def test_fused_projections_have_their_own_factors(make):
@@ -93,7 +93,7 @@ def test_fused_projections_have_their_own_factors(make):
     weight = fusion.fuse([each for each, _ in parts])
     assert len(set(weight.factors.tolist())) == 2
     x, out = make(640), make(48)
-    CodedOps(DEVICE).linear(x, weight, out)
+    Fp4Ops(DEVICE).linear(x, weight, out)
     assert_close(out, torch.cat([dense for _, dense in parts]) @ x)
     assert fusion.fuse([random_weight('nvfp4', 24, 640)[0]] * 2) is None    # no whole tiles
 
@@ -117,7 +117,7 @@ def test_each_code_with_each_scale_is_exact(dtype):
         x = torch.zeros(exact.shape[1], dtype=dtype, device=DEVICE)
         x[column] = 1.0
         product = torch.empty(16, device=DEVICE)
-        CodedOps(DEVICE).linear(x, weight, product)
+        Fp4Ops(DEVICE).linear(x, weight, product)
         assert torch.equal(product.double(), exact[:, column])
 
 
@@ -163,5 +163,5 @@ def test_a_negative_scale_is_the_same_as_negative_codes():
 def test_rows_past_the_end_of_a_tile_are_not_written(make):
     weight, _ = random_weight('nvfp4', 7, 640)
     out = torch.full((16,), 5.0, device=DEVICE)
-    CodedOps(DEVICE).linear(make(640), weight, out[:7])
+    Fp4Ops(DEVICE).linear(make(640), weight, out[:7])
     assert out[7:].eq(5).all() and replace(weight, bias=None).shape == (7, 640)

@@ -29,7 +29,7 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import prefill
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
-from physai_decode.engines.native.coded_kernels import CodedOps
+from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
 from physai_decode.engines.native.prefill import Tiling
@@ -62,7 +62,7 @@ def load(folder, dtype=torch.float32):
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
                           checkpoint.quantized, dtype, lambda message: None)
     return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
-            for ops in (CodedOps(DEVICE, splits=2), TorchOps(on_host=False))]
+            for ops in (Fp4Ops(DEVICE, splits=2), TorchOps(on_host=False))]
 
 
 def error(got, expected):

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import replace
 
-from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
@@ -75,7 +74,8 @@ def _int4(parts: list[Int4], paired: bool) -> Int4 | None:
     first = parts[0]
     if any(part.out_features % TILE_ROWS for part in parts):
         return None
-    if not _same_order(parts) or any(part.group_size != first.group_size for part in parts):
+    if not _same_order(parts) or any(
+            (part.group_size, part.table) != (first.group_size, first.table) for part in parts):
         return None
 
     width, zeros = 4 * TILE_ROWS // 2, None
@@ -120,22 +120,11 @@ def _scaled(parts: list[Scaled], paired: bool) -> Scaled | None:
                    bias=_biases(parts, paired))
 
 
-def _coded(parts: list[Coded], paired: bool) -> Coded | None:
-    """Concatenate; if ``paired``, interleave 8 rows of each."""
-    first = parts[0]
-    if not _fusible(parts, paired) or any(
-            not torch.equal(part.table, first.table) for part in parts):
-        return None
-    return replace(first, codes=_by_rows([part.codes for part in parts], paired),
-                   scales=_by_rows([part.scales for part in parts], paired),
-                   bias=_biases(parts, paired))
-
-
 _FUSED: dict[type, Callable[..., Stored | None]] = {
-    Int4: _int4, Fp4: _fp4, Scaled: _scaled, Coded: _coded}
+    Int4: _int4, Fp4: _fp4, Scaled: _scaled}
 
 
-def _fusible(parts: list[Scaled] | list[Coded], paired: bool) -> bool:
+def _fusible(parts: list[Scaled], paired: bool) -> bool:
     return len({part.kind for part in parts}) == 1 and not (
         paired and any(part.shape[0] % (TILE_ROWS // 2) for part in parts))
 

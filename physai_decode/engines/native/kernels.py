@@ -38,6 +38,7 @@ from physai_decode.engines import chip
 from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native import lookup
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -52,6 +53,7 @@ import triton.language as tl
 
 # Columns in which the vector of a product with an `Int4` stands, see `_input`.
 SIDE = tl.constexpr(compiler.LEAST_COLUMNS)
+LOOKUP = tl.constexpr(lookup.ASSEMBLY)
 
 
 @triton.jit
@@ -232,6 +234,39 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
 
 
 @triton.jit
+def _bytes(table, TABLE: tl.constexpr):
+    """Load the bytes of the numbers of a table, see `lookup.table`: low and high, two each."""
+    if TABLE:
+        return (tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3))
+    else:
+        return 0, 0, 0, 0
+
+
+@triton.jit
+def _looked_up(words, table, low, more_low, high, more_high, KIND: tl.constexpr,
+               ASSEMBLY: tl.constexpr):
+    """Return the numbers of a table for the four nibbles of each of ``words``, as KIND."""
+    if ASSEMBLY and KIND == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            LOOKUP, '=r,=r,=r,=r,r,l,l,l,l,l,l,l,l', [words, low, more_low, high, more_high],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
+    elif ASSEMBLY and KIND == tl.float16:
+        return tl.inline_asm_elementwise(
+            LOOKUP, '=r,=r,=r,=r,r,l,l,l,l,l,l,l,l', [words, low, more_low, high, more_high],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        return (_number(words, table, 0).to(KIND), _number(words, table, 1).to(KIND),
+                _number(words, table, 2).to(KIND), _number(words, table, 3).to(KIND))
+
+
+@triton.jit
+def _number(words, table, NUMBER: tl.constexpr):
+    """Return the number of a table for nibble NUMBER of ``words``, as float32."""
+    numbers = (table + 4).to(tl.pointer_type(tl.float32))
+    return tl.load(numbers + ((words.to(tl.int32) >> (4 * NUMBER)) & 0xF))
+
+
+@triton.jit
 def _of(four, NUMBER: tl.constexpr):
     """Return float16 NUMBER of the four in an int64, as float32."""
     return (four >> (16 * NUMBER)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -258,6 +293,13 @@ def _grouped(result, words, v, total, scales, zeros, NUMBER: tl.constexpr, ZEROS
         zero = zero * FACTOR + 1024.0
         scale *= 1.0 / FACTOR
     return tl.fma(tl.fma(-total, zero, inner), scale, result)
+
+
+@triton.jit
+def _added(result, numbers, v, scales, NUMBER: tl.constexpr):
+    """Multiply one group of ``numbers`` by ``v``, as `_grouped` does, without zeros."""
+    inner = tl.dot(_matrix(numbers), v, input_precision='ieee')
+    return tl.fma(inner, _of(scales, NUMBER)[:, :, None], result)
 
 
 @triton.jit
@@ -385,14 +427,21 @@ def _row_sums(sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def _block(result, x, sums, words, four, zero, first, rows, K: tl.constexpr, GROUP: tl.constexpr,
-           SPLIT: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
-           ASSEMBLY: tl.constexpr):
+def _block(result, x, sums, words, four, zero, table, low, more_low, high, more_high, first, rows,
+           K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, COPIED: tl.constexpr,
+           ZEROS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Add the products of the blocks that `_tile` loaded to [SPLIT, 16, SIDE]."""
     v0 = _input(x, first, rows, 0, K, GROUP, SPLIT, COPIED)
     v1 = _input(x, first, rows, 1, K, GROUP, SPLIT, COPIED)
     v2 = _input(x, first, rows, 2, K, GROUP, SPLIT, COPIED)
     v3 = _input(x, first, rows, 3, K, GROUP, SPLIT, COPIED)
+    if TABLE:
+        w0, w1, w2, w3 = _looked_up(words, table, low, more_low, high, more_high, v0.dtype,
+                                    ASSEMBLY)
+        result = _added(result, w0, v0, four, 0)
+        result = _added(result, w1, v1, four, 1)
+        result = _added(result, w2, v2, four, 2)
+        return _added(result, w3, v3, four, 3)
     total0 = _input_sums(sums, first, rows, 0, K, GROUP, SPLIT)
     total1 = _input_sums(sums, first, rows, 1, K, GROUP, SPLIT)
     total2 = _input_sums(sums, first, rows, 2, K, GROUP, SPLIT)
@@ -404,24 +453,26 @@ def _block(result, x, sums, words, four, zero, first, rows, K: tl.constexpr, GRO
 
 
 @triton.jit
-def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, stride,
+def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_sums, n, stride,
           K: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
           GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
           GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
+          ZEROS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
 
     SPLIT warps take turns at the blocks and add up their sums at the end. The words go straight to
     registers or, with more than one of STAGES, are prefetched to shared memory. If the registers
     can hold all words of a tile, they are requested while the previous kernel still runs. ``sums``
-    has the sum of every 8 of ``x``; a gated product also writes those of ``out``. For a stack, see
-    `_dense`; SIZE and STACK are in blocks.
+    has the sum of every 8 of ``x``; a gated product also writes those of ``out``. If TABLE,
+    nibbles are looked up in ``table``, see `lookup`. For a stack, see `_dense`; SIZE and STACK are
+    in blocks.
     """
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
+    low, more_low, high, more_high = _bytes(table, TABLE)
     if GATED and STACK:
         if PDL:
             gdc_wait()
@@ -436,19 +487,21 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
                                                SIZE, STACK, GROUP, SPLIT, ZEROS)
         if PDL:
             gdc_wait()
-        result = _block(result, x, sums, words, four, zero, 0, None, K, GROUP, SPLIT,
-                        COPIED, ZEROS, ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, table, low, more_low, high, more_high,
+                        0, None, K, GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
         if BLOCKS > SPLIT:
-            result = _block(result, x, sums, more, more_four, more_zero, SPLIT, None, K, GROUP,
-                            SPLIT, COPIED, ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, more, more_four, more_zero, table, low, more_low,
+                            high, more_high, SPLIT, None, K, GROUP, SPLIT, COPIED, ZEROS, TABLE,
+                            ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
             words, four, zero = _tile(packed, scales, zeros, ids, tile, first, BLOCKS, SIZE, STACK,
                                       GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, first, None, K, GROUP, SPLIT,
-                            COPIED, ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
+                            more_high, first, None, K, GROUP, SPLIT, COPIED, ZEROS, TABLE,
+                            ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
@@ -464,8 +517,9 @@ def _int4(x, sums, packed, scales, zeros, bias, ids, routing, out, out_sums, n, 
 
 
 @triton.jit
-def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS: tl.constexpr,
-                GROUP: tl.constexpr, ZEROS: tl.constexpr):
+def _dequantise(packed, scales, zeros, table, out, first, rows, K: tl.constexpr,
+                BLOCKS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+                TABLE: tl.constexpr):
     """Write a block of a tile of an `Int4` to ``out`` [rows, K], row 0 being ``first`` tile's."""
     tile = first + tl.program_id(0).to(tl.int64)
     words, four, zero = _tile(packed, scales, zeros, packed, tile, tl.program_id(1), BLOCKS,
@@ -475,11 +529,12 @@ def _dequantise(packed, scales, zeros, out, first, rows, K: tl.constexpr, BLOCKS
     row = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
     for number in tl.static_range(4):
         column = (tl.program_id(1) * 4 + number) * GROUP + tl.arange(0, GROUP)[None, :]
-        values = ((words >> (4 * number)) & 0xF).to(tl.float32)
-        if ZEROS:
-            values -= tl.reshape(_of(zero, number), (16, 1))
+        if TABLE:
+            values = _number(words, table, number)
+        elif ZEROS:
+            values = ((words >> (4 * number)) & 0xF) - tl.reshape(_of(zero, number), (16, 1))
         else:
-            values -= 8.0
+            values = ((words >> (4 * number)) & 0xF).to(tl.float32) - 8.0
         values *= tl.reshape(_of(four, number), (16, 1))
         tl.store(out + row.to(tl.int64) * K + column, values.to(out.dtype.element_ty),
                  mask=(row < rows) & (column < K))
@@ -724,11 +779,6 @@ DENSE_LAYOUTS = tuple(Layout(*each) for each in (
 SCALED_LAYOUTS = DENSE_LAYOUTS + tuple(Layout(*each) for each in (
     (8, 1024, 4, 1), (16, 512, 4, 1), (16, 1024, 8, 1), (8, 2048, 8, 1), (4, 1024, 2, 1),
     (8, 1024, 8, 1), (4, 4096, 8, 1)))
-# The columns of codes are whole blocks of 32. One stage, because codes only index a table.
-CODED_LAYOUTS = tuple(Layout(*each) for each in (
-    (8, 512, 4, 1), (4, 512, 2, 1), (4, 1024, 2, 1), (4, 1024, 4, 1), (8, 1024, 4, 1),
-    (2, 2048, 4, 1), (4, 2048, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1), (2, 1024, 2, 1),
-    (1, 2048, 2, 1), (16, 1024, 8, 1), (8, 2048, 8, 1)))
 INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
 FP4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
@@ -770,17 +820,22 @@ def operand(x, weight, routed, gated):
     return Operand(weight[0], weight.stacked, routed.ids, routed.weights, joined, each)
 
 
+def unpack(weight: Int4, rows: slice, out: Tensor) -> None:
+    """Dequantise some rows of a weight, from a whole tile on, to ``out`` [rows, K]."""
+    count, k = out.shape
+    blocks = weight.packed.shape[1]
+    _dequantise[(triton.cdiv(count, TILE_ROWS), blocks)](
+        weight.packed, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
+        lookup.table(weight, out.dtype), out, rows.start // TILE_ROWS, count, K=k, BLOCKS=blocks,
+        GROUP=weight.group_size, ZEROS=weight.zeros is not None, TABLE=weight.table is not None,
+        num_warps=1)
+
+
 def _unpack(weight, tiles, dtype):
     """Dequantise some tiles of an `Int4` as its own method does."""
-    rows, columns = weight.shape
-    first, last = tiles.start, min(tiles.stop, weight.packed.shape[0])
-    out = torch.empty(min(rows, TILE_ROWS * last) - TILE_ROWS * first, columns, dtype=dtype,
-                      device=weight.packed.device)
-    _dequantise[(last - first, weight.packed.shape[1])](
-        weight.packed, weight.scales,
-        weight.scales if weight.zeros is None else weight.zeros, out, first, out.shape[0],
-        K=columns, BLOCKS=weight.packed.shape[1], GROUP=weight.group_size,
-        ZEROS=weight.zeros is not None, num_warps=1)
+    rows = slice(TILE_ROWS * tiles.start, min(TILE_ROWS * tiles.stop, weight.out_features))
+    out = weight.scales.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
+    unpack(weight, rows, out)
     return out
 
 
@@ -952,9 +1007,9 @@ class TritonOps(TorchOps):
     def _candidates(self, shape):
         """Return the possible layouts of a product's kernel; the first fits every chip."""
         number = shape.kind.partition('-')[0]
-        layouts = {'int4': INT4_LAYOUTS, 'fp4': FP4_LAYOUTS, 'coded': CODED_LAYOUTS,
-                   'int8': SCALED_LAYOUTS, 'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
-        if not compiler.PIPELINES and number in ('fp4', 'int8', 'float8', 'coded'):
+        layouts = {'int4': INT4_LAYOUTS, 'fp4': FP4_LAYOUTS, 'int8': SCALED_LAYOUTS,
+                   'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
+        if not compiler.PIPELINES and number in ('fp4', 'int8', 'float8'):
             layouts = tuple(layout for layout in layouts if layout.stages == 1)
         return layouts
 
@@ -982,11 +1037,11 @@ class TritonOps(TorchOps):
         tiles, blocks = weight.packed.shape[:2]
         _int4[(tiles, each)](
             x, self._sums(x), whole.packed, whole.scales,
-            x if whole.zeros is None else whole.zeros, bias, ids, routing, out,
-            self._sums(out) if gated else x, shape.n, out.stride(0), K=x.numel(),
+            x if whole.zeros is None else whole.zeros, lookup.table(whole, x.dtype), bias, ids,
+            routing, out, self._sums(out) if gated else x, shape.n, out.stride(0), K=x.numel(),
             BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if routed is None else tiles * blocks,
             GROUP=weight.group_size, SPLIT=layout.warps, ZEROS=whole.zeros is not None,
-            ASSEMBLY=self._device.type == 'cuda', **common)
+            TABLE=whole.table is not None, ASSEMBLY=self._device.type == 'cuda', **common)
 
     def _prepared(self, x, weight, gain, eps):
         k = x.numel()

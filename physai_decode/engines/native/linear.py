@@ -48,7 +48,6 @@ FP4_COLUMNS = 16                 # that share a scale
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))     # 4-bit floats, indexed by their bits
 LOADED_COLUMNS = 16              # of a `Scaled`, that a thread loads at once
-CODE_COLUMNS = 32                # per block of 16 bytes, see `Coded`
 # On x86, oneDNN multiplies float32 matrices of at least ONEDNN_ELEMENTS faster than F.linear. For
 # smaller ones, it loses more time at each new number of rows than it saves.
 ONEDNN_ELEMENTS = 2**19
@@ -115,6 +114,8 @@ class Int4:
     """
     4-bit integers in groups, repacked for the tensor cores in tiles of 16 rows.
 
+    A weight is scale * (nibble - zero) or, with a table, scale * table[nibble].
+
     Columns are sorted by group (``order`` has each one's place in the input) and padded to whole
     blocks of four groups; rows are padded to whole tiles. In a block, nibble j of word i belongs
     to column ``j * group_size + i``: one load serves four groups, and the columns of one nibble
@@ -133,6 +134,7 @@ class Int4:
     bias: Tensor | None
     out_features: int
     in_features: int
+    table: tuple[float, ...] | None = None      # of 16 numbers; then there are no zeros
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -152,7 +154,7 @@ class Int4:
     @property
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
-        return f'int4-g{self.group_size}'
+        return f'int4-g{self.group_size}' + ('-table' if self.table else '')
 
     @property
     def read_bytes(self) -> int:
@@ -178,13 +180,16 @@ class Int4:
         """Dequantise some tiles; returns [rows, K], columns sorted by group."""
         packed = _rows(self.packed[tiles]).unsqueeze(3)     # [tiles, 16, blocks, 1, group_size]
         shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16)
-        nibbles = ((packed >> shifts.unsqueeze(1)) & 0xF).float()
+        nibbles = (packed >> shifts.unsqueeze(1)) & 0xF
 
         def by_group(values: Tensor) -> Tensor:
             return values[tiles].transpose(1, 2).unsqueeze(4).float()
 
-        zeros = 8.0 if self.zeros is None else by_group(self.zeros)
-        dense = nibbles.sub_(zeros).mul_(by_group(self.scales)).flatten(2).flatten(0, 1)
+        if self.table:
+            numbers = torch.tensor(self.table, device=packed.device)[nibbles.int()]
+        else:
+            numbers = nibbles.float().sub_(8.0 if self.zeros is None else by_group(self.zeros))
+        dense = numbers.mul_(by_group(self.scales)).flatten(2).flatten(0, 1)
         rows = self.out_features - (tiles.start or 0) * TILE_ROWS
         return dense[:rows, :self.in_features].to(dtype)
 
@@ -349,66 +354,7 @@ class Scaled:
         return _apply_by_rows(self, x, dequantise)
 
 
-@dataclass(frozen=True)
-class Coded:
-    """
-    4-bit codes, which index a table, with a scale per row and group of columns.
-
-    A weight is table[code] * scale. In a block of 32 columns, byte i has the code of
-    column i in its low bits and that of column 16 + i in its high bits: a lane that loads 16 bytes
-    multiplies two runs of the input. The last block is padded. A fused gate and up interleave 8
-    rows of each, as in an `Int4`.
-
-    ``codes`` uint8 [N, 16 * blocks]; ``scales`` float32 [N, groups]; ``table`` float32 [16];
-    ``bias`` [N] or None.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    table: Tensor
-    bias: Tensor | None
-    in_features: int
-    group_size: int         # columns that share a scale: a multiple of 16
-    order: ClassVar[None] = None        # columns are in the order of the input
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.codes.shape[0], self.in_features
-
-    @property
-    def kind(self) -> str:
-        """The properties of the layout that a kernel's speed depends on."""
-        return f'coded-g{self.group_size}'
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return _bytes(self.codes, self.scales, self.table, self.bias)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
-        return _deinterleaved(product)
-
-    def rows(self, index: Tensor) -> 'Coded':
-        """Return the weight with its rows permuted by ``index`` int64 [N]."""
-        return replace(self, codes=self.codes[index], scales=self.scales[index],
-                       bias=None if self.bias is None else self.bias[index])
-
-    def dequantise(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Dequantise some rows; returns [rows, K]."""
-        blocks = self.codes[rows].unflatten(1, (-1, CODE_COLUMNS // 2))
-        codes = torch.stack((blocks & 0xF, blocks >> 4), 2).flatten(1)[:, :self.in_features]
-        numbers = self.table.index_select(0, codes.flatten().int()).view(codes.shape)
-        wide = self.scales[rows].repeat_interleave(self.group_size, 1)[:, :self.in_features]
-        return numbers.mul_(wide).to(dtype)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., K] by the transposed weight; returns [..., N]."""
-        return _apply_by_rows(self, x, Coded.dequantise)
-
-
-Stored = Dense | Int4 | Fp4 | Scaled | Coded
+Stored = Dense | Int4 | Fp4 | Scaled
 Linear = Union[Stored, 'Reordered', 'TorchInt4']
 
 

@@ -19,8 +19,6 @@ The input is independent of the checkpoint's format: one weight per element.
 """
 
 from physai_decode.engine import EngineError
-from physai_decode.engines.native.linear import CODE_COLUMNS
-from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import FP4_BITS
 from physai_decode.engines.native.linear import FP4_COLUMNS
@@ -39,7 +37,7 @@ ROUNDING = 1e-3                 # relative error allowed for scales in float16, 
 
 
 def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
-         g_idx: Tensor | None = None) -> Int4:
+         g_idx: Tensor | None = None, table: tuple[float, ...] | None = None) -> Int4:
     """
     Repack a 4-bit projection of N rows and K columns; a weight is scale * (nibble - zero).
 
@@ -48,6 +46,7 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     :param zeros: zero points, integers [groups, N]; None: all are 8.
     :param size: columns per group.
     :param g_idx: group of each column, int [K]; None: groups are contiguous.
+    :param table: 16 numbers; a weight is then scale * table[nibble].
     :raises EngineError: the groups do not match the shapes, or the scales do not fit float16.
     """
     columns, rows = nibbles.shape
@@ -76,7 +75,7 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     return Int4(
         packed=fragments(packed.transpose(1, 2)), scales=by_group(half),
         zeros=None if zeros is None or bool((zeros == 8).all()) else by_group(zeros),
-        order=order, bias=None, out_features=rows, in_features=columns)
+        order=order, bias=None, out_features=rows, in_features=columns, table=table)
 
 
 def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
@@ -143,28 +142,6 @@ def fp4(codes: Tensor, scales: Tensor, factors: Tensor) -> Fp4:
         fragments(packed.transpose(1, 2)),
         scale_fragments(tiled(bits & 0x7F, FP4_GROUP // FP4_COLUMNS).transpose(1, 2)),
         factors.expand(rows).contiguous(), None, rows, columns)
-
-
-def code(codes: Tensor, scales: Tensor, table: Tensor, size: int) -> Coded:
-    """
-    Repack a projection of 4-bit codes; a weight is table[code] * scale.
-
-    :param codes: uint8 [N, K], from 0 to 15.
-    :param scales: float32 [N, groups].
-    :param table: float32 [16].
-    :param size: columns per group.
-    :raises EngineError: the kernel does not support the groups, or a scale is NaN or infinite.
-    """
-    rows, columns = codes.shape
-    if size % (CODE_COLUMNS // 2):
-        raise EngineError(f'its groups of {size} columns are not a multiple of '
-                          f'{CODE_COLUMNS // 2}; set engine.name to transformers')
-    _check_scales(scales)
-    full = codes.new_zeros(rows, -(-columns // CODE_COLUMNS) * CODE_COLUMNS)
-    full[:, :columns] = codes
-    low, high = full.unflatten(1, (-1, 2, CODE_COLUMNS // 2)).unbind(2)
-    return Coded((low | high << 4).flatten(1), scales.contiguous(), table.to(codes.device), None,
-                 columns, size)
 
 
 def _check_scales(*scales: Tensor) -> None:

@@ -28,11 +28,13 @@ from functools import partial
 from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native import lookup
 from physai_decode.engines.native.fp4_kernels import _sums
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
 from physai_decode.engines.native.kernels import _block
+from physai_decode.engines.native.kernels import _bytes
 from physai_decode.engines.native.kernels import _fetch
 from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
@@ -164,11 +166,11 @@ def _store_rows(out, tile, n, rows, values, ADD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=['rows'])
-def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: tl.constexpr,
-               BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, rows,
+               K: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
                AHEAD: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-               BIAS: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
-               PDL: tl.constexpr):
+               BIAS: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
+               ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
 
@@ -178,6 +180,7 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
     """
     program = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
+    low, more_low, high, more_high = _bytes(table, TABLE)
     if AHEAD:
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         words, four, zero = _tile(packed, scales, zeros, packed, program, 0, BLOCKS, BLOCKS, 0,
@@ -189,27 +192,28 @@ def _int4_rows(x, sums, packed, scales, zeros, bias, out, out_sums, n, rows, K: 
         if PDL:
             gdc_wait()
         if LAST == SPLIT:
-            result = _block(result, x, sums, words, four, zero, 0, rows, K, GROUP, SPLIT, False,
-                            ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
+                            more_high, 0, rows, K, GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
             words, four, zero = next_words, next_four, next_zero
         else:
             for first in tl.range(0, LAST, SPLIT, num_stages=1):
                 next_words, next_four, next_zero = _tile(
                     packed, scales, zeros, packed, program, first + SPLIT, BLOCKS, BLOCKS, 0,
                     GROUP, SPLIT, ZEROS)
-                result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
-                                False, ZEROS, ASSEMBLY)
+                result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
+                                more_high, first, rows, K, GROUP, SPLIT, False, ZEROS, TABLE,
+                                ASSEMBLY)
                 words, four, zero = next_words, next_four, next_zero
-        result = _block(result, x, sums, words, four, zero, LAST, rows, K, GROUP, SPLIT, False,
-                        ZEROS, ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, table, low, more_low, high, more_high,
+                        LAST, rows, K, GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
             words, four, zero = _tile(packed, scales, zeros, packed, program, first, BLOCKS,
                                       BLOCKS, 0, GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, first, rows, K, GROUP, SPLIT,
-                            False, ZEROS, ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
+                            more_high, first, rows, K, GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
     _store_tile(tl.sum(result, 0), bias, out, out_sums, n, rows, GATED, GELU, ADD, BIAS)
@@ -445,9 +449,10 @@ class PassOps(Fp4Ops):
             return
         _int4_rows[(tiles,)](
             x, self._sums(x), weight.packed, weight.scales,
-            x if weight.zeros is None else weight.zeros, bias, out,
+            x if weight.zeros is None else weight.zeros, lookup.table(weight, x.dtype), bias, out,
             self._sums(out) if gated else x, n, rows, K=k, BLOCKS=blocks, GROUP=weight.group_size,
-            SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None, **common)
+            SPLIT=layout.warps, AHEAD=layout.stages > 1, ZEROS=weight.zeros is not None,
+            TABLE=weight.table is not None, **common)
 
     def _launch(self, warps):
         """See `TritonOps._launch`; the compiler must not fuse operations for some rows only."""

@@ -32,11 +32,10 @@ from typing import Any
 from physai_decode.engines import chip
 from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
-from physai_decode.engines.native import coded_kernels
 from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native import scaled_kernels
-from physai_decode.engines.native.linear import Coded
+from physai_decode.engines.native.kernels import unpack
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
@@ -60,9 +59,6 @@ SPLITS = 8                              # maximum splits of a context
 SHORT_CONTEXT = 512                     # tokens up to which attention does not split it
 UNPACKING = 4                           # tiles of 16 rows, and warps, per program that unpacks
 CAPABILITY = (8, 0)                     # the lowest for which Triton uses tensor cores
-# Unpack the rows of a weight that only the library can multiply.
-_WIDEN: dict[type, Callable[[Any, slice, Tensor], None]] = {
-    Scaled: scaled_kernels.widen, Coded: coded_kernels.widen, Fp4: fp4_kernels.widen}
 
 
 @dataclass(frozen=True)
@@ -385,7 +381,7 @@ class Prefill:
             self._free[self._slot] = _now()
 
     def _unpack(self, weight, part, rows):
-        if widen := _WIDEN.get(type(weight)):
+        if widen := _widener(weight):
             widen(weight, rows, part)
             return
         blocks = weight.packed.shape[1]
@@ -569,7 +565,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
     n, k = weight.shape
     group = weight.group_size if isinstance(weight, Int4) else 0
     packed = bool(group)
-    if type(weight) in _WIDEN:
+    if _widener(weight):
         return LIBRARY
     if not packed and (tokens > 128 or not gated and (
             tokens == 64 and n > k or tokens == 128 and n >= k)):
@@ -611,6 +607,15 @@ def _int4_layouts(n, k, tokens, gated):
     if gated and tokens >= 64:
         return ((128, 32, 8, 4), (128, 32, 8, 2), *small), 1
     return ((128, 32, 4, 4), *small), 1 if tokens == 128 and k <= n else 2
+
+
+def _widener(weight: Linear) -> Callable[[Any, slice, Tensor], None] | None:
+    """Return what unpacks rows of a weight that only the library can multiply; else None."""
+    if isinstance(weight, Int4):
+        return unpack if weight.table else None
+    widen: dict[type, Callable[[Any, slice, Tensor], None]] = {
+        Scaled: scaled_kernels.widen, Fp4: fp4_kernels.widen}
+    return widen.get(type(weight))
 
 
 def _is_ordered(weight):

@@ -112,16 +112,16 @@ def operations(device: torch.device, dtype: torch.dtype,
                  'more slowly')
         return TorchOps(on_host=False, dtype=dtype)
     # The last of a chain, each of which adds the kernels of a form to the one before: TritonOps
-    # (Dense, Int4), ScaledOps, Fp4Ops, CodedOps.
-    from physai_decode.engines.native.coded_kernels import CodedOps
-    return CodedOps(device, dtype=dtype)
+    # (Dense, Int4), ScaledOps, Fp4Ops.
+    from physai_decode.engines.native.fp4_kernels import Fp4Ops
+    return Fp4Ops(device, dtype=dtype)
 
 
 def _problem(device):
     """Return why a GPU cannot run the kernels; None if it can."""
     try:
         from physai_decode.engines import compiler
-        from physai_decode.engines.native import coded_kernels  # noqa: F401
+        from physai_decode.engines.native import fp4_kernels  # noqa: F401
     except ImportError as error:
         return f'Triton cannot be used ({error}): {install("-U", "triton")}'
     return compiler.problem(device)

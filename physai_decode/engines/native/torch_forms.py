@@ -168,7 +168,8 @@ def _packed(weight: Int4) -> TorchInt4 | None:
     (rows, columns), size = weight.shape, weight.group_size
     on_host = weight.packed.device.type == 'cpu'
     inner = next((tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0), None)
-    if size not in GROUP_SIZES or columns % size or rows % TILE_ROWS or not (on_host or inner):
+    if (weight.table or size not in GROUP_SIZES or columns % size or rows % TILE_ROWS
+            or not (on_host or inner)):
         return None
 
     def by_group(values: Tensor) -> Tensor:

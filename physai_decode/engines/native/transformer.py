@@ -29,7 +29,6 @@ from typing import NamedTuple
 from physai_decode.engines import device as devices
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Rotary
-from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
@@ -48,7 +47,7 @@ from torch import Tensor
 import torch.nn.functional as F
 
 # The start of the kernel's name for each weight format; unknown for products of PyTorch.
-_KERNELS = {Dense: '_dense', Int4: '_int4', Fp4: '_fp4', Scaled: '_multiply', Coded: '_coded'}
+_KERNELS = {Dense: '_dense', Int4: '_int4', Fp4: '_fp4', Scaled: '_multiply'}
 
 
 class Product(NamedTuple):

@@ -33,7 +33,6 @@ from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Routing
 from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.families.refusal import unsupported
-from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import LOADED_COLUMNS
@@ -114,7 +113,7 @@ class Weights:
         for layer in self.layers:
             for linear in layer.linears:
                 stored = linear.stacked if isinstance(linear, Stack) else linear
-                read_bytes[isinstance(stored, (Coded, Scaled))] += linear.read_bytes
+                read_bytes[isinstance(stored, Scaled)] += linear.read_bytes
         return read_bytes[True] > read_bytes[False]
 
     @property
@@ -231,8 +230,6 @@ class _Loader:
         except ValueError as error:
             raise unsupported(f'{prefix[:-1]} as stored: {error}') from None
         one = stack[0]
-        if isinstance(one, Coded):
-            raise unsupported(f'{prefix[:-1]} as stored: codes of a table')
         if isinstance(one, Scaled):
             size = one.group_size if one.scales.shape[1] > 1 else LOADED_COLUMNS
             if one.in_features % size:

@@ -34,8 +34,7 @@ from physai_decode.checkpoint import parsing
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import refusal
-from physai_decode.engines.native.linear import CODE_COLUMNS
-from physai_decode.engines.native.linear import Coded
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stored
 from physai_decode.engines.native.source import Source
@@ -104,7 +103,7 @@ class BitsAndBytes:
         scales = source.get(f'{module}.SCB', (rows,)).float() / 127
         return packing.scale(values, _numbers(f'{module}.SCB', scales).unsqueeze(1), None, columns)
 
-    def _four(self, source: Source, module: str, rows: int, columns: int) -> Coded:
+    def _four(self, source: Source, module: str, rows: int, columns: int) -> Int4:
         state = self._state(source, module)
         if state.get('shape') != [rows, columns]:
             raise EngineError(f'its quant_state has the shape {state.get("shape")!r}, '
@@ -112,9 +111,9 @@ class BitsAndBytes:
                               'together')
         block = _whole(state, 'blocksize')
         size = math.gcd(block, columns)
-        if size % (CODE_COLUMNS // 2):
+        if size % packing.GROUP_SIZES[0]:
             raise refusal(f'bitsandbytes in blocks of {block} over rows of {columns} columns',
-                          f'multiples of {CODE_COLUMNS // 2}')
+                          f'multiples of {packing.GROUP_SIZES[0]}')
         blocks = -(-rows * columns // block)
         absmax = source.get(f'{module}.weight.absmax', (blocks,))
         if source.entry(f'{module}.weight.nested_absmax') is not None:
@@ -132,7 +131,8 @@ class BitsAndBytes:
         scales = _numbers(f'{module}.weight.absmax', absmax.float())[first].view(rows, -1)
         packed = self._packed(source, f'{module}.weight', rows * columns // 2)
         swapped = (packed >> 4 | packed << 4).view(rows, -1)
-        return packing.code(packing.halves(swapped), scales, table, size)
+        return packing.pack(packing.halves(swapped).t(), scales.t(), None, size,
+                            table=TABLES[self._kind])
 
     def _state(self, source: Source, module: str) -> Mapping[str, Any]:
         """Read the JSON of a module's quant_state."""

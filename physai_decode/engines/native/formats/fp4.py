@@ -21,10 +21,10 @@ Specification 1.0, sections 5.3.3 and 5.4.1.
 
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
-from physai_decode.engines.native.linear import Coded
 from physai_decode.engines.native.linear import E2M1
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import FP4_COLUMNS
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.source import Source
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def nvfp4(source: Source, packed: str, scales: str, factor: Tensor, rows: int,
     return packing.fp4(codes, found, factor.to(codes.device))
 
 
-def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> Fp4 | Coded:
+def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> Fp4 | Int4:
     """
     Read a projection whose scales are exponents of 2, uint8 with a bias of 127; see `nvfp4`.
 
@@ -64,7 +64,7 @@ def mxfp4(source: Source, packed: str, scales: str, rows: int, columns: int) -> 
     top = exponents.amax(1, keepdim=True) - highest
     relative = torch.where(used, exponents - top, 0)
     if bool((relative < lowest).any()):
-        return packing.code(codes, torch.exp2(exponents.float()), torch.tensor(E2M1), size)
+        return packing.pack(codes.t(), torch.exp2(exponents.float()).t(), None, size, table=E2M1)
     wide = torch.exp2(relative.float()).to(torch.float8_e4m3fn).view(torch.uint8)
     wide = wide.repeat_interleave(size // FP4_COLUMNS, 1)[:, :-(-columns // FP4_COLUMNS)]
     return packing.fp4(codes, wide.view(torch.float8_e4m3fn), torch.exp2(top.float()).squeeze(1))
