@@ -178,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument('--dtype', default=base.dtype, help='auto, bfloat16, float16 or float32')
     how.add_argument('--cpu-threads', type=int, default=base.cpu_threads, metavar='N',
                      help='threads of torch on a CPU; 0 leaves the choice to torch')
+    how.add_argument('--blocking-wait', action='store_true',
+                     help='let native sleep until a token of a GPU is ready, as '
+                     'engine.blocking_wait does')
     how.add_argument('--peak-gb-s', type=float, default=0.0, metavar='GB_S',
                      help='peak memory bandwidth; 0 detects it')
     how.add_argument('--out', type=_folder, default=Path('decode_bench_out'), metavar='DIR',
@@ -229,7 +232,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     :raises ValueError: another argument is invalid.
     """
     base = replace(EngineConfig(), device=options.device, dtype=options.dtype,
-                   cpu_threads=options.cpu_threads)
+                   cpu_threads=options.cpu_threads, blocking_wait=options.blocking_wait)
     check('engine', base)
     for name, least in (('peak_gb_s', 0), ('session_timeout_s', 1), ('budget_s', 0)):
         value = getattr(options, name)
@@ -347,8 +350,11 @@ def _tables(options: argparse.Namespace, results: Sequence[Result]) -> list[Tabl
     if any(result['case']['source']['synthetic'] for result in results):
         tables[0].notes.append(report.RANDOM)
     devices = {result['footprint']['device'] for result, _ in report.cells(results)}
-    if options.kernels and devices == {'cpu'}:
-        tables[0].notes.append('--kernels has no effect on a CPU: it times the kernels of a GPU.')
+    for name, why in (('kernels', 'it times the kernels of a GPU'),
+                      ('blocking_wait', 'only the wait for a GPU can sleep')):
+        if getattr(options, name) and devices == {'cpu'}:
+            tables[0].notes.append(
+                f'--{name.replace("_", "-")} has no effect on a CPU: {why}.')
     tables[0].notes[:0] = [*report.unsteady(results), *report.reused(results)]
     return tables
 

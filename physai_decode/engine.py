@@ -68,6 +68,7 @@ class Footprint:
     windowed_layers: int | None = None  # layers with the window; None: all
     layer_parameters: int = 0       # weights that each token is multiplied by; 0: unknown
     slow_format: bool = False       # the weights are in a format without native's fastest kernels
+    sleeps: bool = False            # whether the host sleeps until a token of a GPU is ready
     details: Mapping[str, str] = field(default_factory=dict)  # shown in ~/model_info
 
     @property

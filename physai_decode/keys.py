@@ -122,8 +122,8 @@ DESCRIPTIONS = {
     'request_id': 'number of the request, from 1; it continues across activations',
     'requests': 'requests so far',
     'sample_ms': 'time on the device to choose the first token (on a CPU on the host)',
-    'scheduling': 'scheduling class of the decode thread, as the kernel reports: other, or fifo '
-                  'with its priority',
+    'scheduling': 'scheduling class of the decode thread, as the kernel reports: other, with its '
+                  'time slice if `engine.blocking_wait` shortens it, or fifo with its priority',
     'seed': 'seed that the tokens were sampled with',
     'server_tokens': 'tokens of the answer as the server counts them; `output_tokens` counts the '
                      'pieces of text that it sent',

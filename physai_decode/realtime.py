@@ -13,19 +13,23 @@
 # limitations under the License.
 
 """
-The scheduling of the decode thread: its real-time priority, its cores, and locked memory.
+The scheduling of the decode thread: priority or time slice, cores, and locked memory.
 
 A setting that the system does not permit is reported with the way to permit it, and the thread
 runs without it. The effective settings are read back from the kernel.
 """
 
 from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
 import ctypes
 from dataclasses import dataclass
 import os
 from pathlib import Path
+import platform
 import re
 import resource
+import struct
 import sys
 
 from physai_decode.config import RealtimeConfig
@@ -39,6 +43,16 @@ _CAP_IPC_LOCK, _CAP_SYS_NICE = 14, 23
 # Without a real-time priority, a shorter time costs more than it gains, because the thread that
 # gets the GIL may still have to wait for a core.
 SWITCH_S = 1e-4
+# The time slice of a thread that sleeps until a token is ready. From Linux 6.12 on, a thread that
+# wakes up preempts one with a longer slice; the default is 0.7 to 3 ms, by the number of cores.
+# The slice has to be longer than the host's work on a token, or else a timer tick during that work
+# gives the core away until the next tick.
+SLICE_NS = 500_000
+_ATTRIBUTES = struct.Struct('=IIQiIQQQ')    # sched_attr of linux/sched/types.h, first version
+_POLICY, _RUNTIME = 1, 5                    # fields of it
+# Numbers of the system calls sched_setattr and sched_getattr, which the C library may lack.
+_CALLS = {('x86_64', 8): (314, 315), ('aarch64', 8): (274, 275)}.get(
+    (platform.machine(), struct.calcsize('P')))
 _TASKS = '/proc/self/task'
 _PERMIT = ('set "USER - {limit}" in /etc/security/limits.conf and log in again, set '
            '{unit} in a systemd unit, or use docker run --ulimit {docker} or --cap-add '
@@ -58,7 +72,7 @@ _CPU_MOUNT = re.compile(
 class InForce:
     """The effective scheduling of a thread, read from the kernel."""
 
-    scheduling: str | None          # other, or fifo and its priority; None: the thread has ended
+    scheduling: str | None          # class, priority and slice; None: the thread has ended
     decode_cores: str | None        # numbers of cores, such as 2 3
     memory_locked: bool
     realtime_refused: str           # the settings that are not in force, and why
@@ -67,12 +81,14 @@ class InForce:
 class Placement:
     """The scheduling of a thread until `end`; all other threads move off its cores."""
 
-    def __init__(self, thread_id: int, config: RealtimeConfig) -> None:
+    def __init__(self, thread_id: int, config: RealtimeConfig, sleeps: bool = False) -> None:
         """
         Apply the settings that the system permits.
 
         :param thread_id: the kernel's id of the thread, which must not have started threads yet.
-            Those that it starts later inherit its scheduling class and its cores.
+            Those that it starts later inherit its scheduling class, its slice and its cores.
+        :param sleeps: whether the thread sleeps until a token is ready; if so, it gets a slice of
+            `SLICE_NS`, unless it has a priority or the kernel has no slices.
         """
         self._thread_id = thread_id
         self._before = os.sched_getaffinity(0)
@@ -83,6 +99,7 @@ class Placement:
             self._lock() if config.lock_memory else '',
             self._pin(set(config.cpu_affinity)) if config.cpu_affinity else '',
             self._raise(config.priority) if config.priority else '') if text]
+        self._has_slice = sleeps and _set_slice(thread_id, SLICE_NS)
 
     @property
     def refused(self) -> str:
@@ -96,6 +113,8 @@ class Placement:
             policy = os.sched_getscheduler(self._thread_id) & ~_RESET_ON_FORK
             priority = os.sched_getparam(self._thread_id).sched_priority
             scheduling = POLICIES.get(policy, str(policy)) + (f' {priority}' if priority else '')
+            if self._has_slice and (slice_ns := _slice_ns(self._thread_id)):
+                scheduling += f', slice {1e-6 * slice_ns:g} ms'
             cores = ' '.join(map(str, sorted(os.sched_getaffinity(self._thread_id))))
         except ProcessLookupError:
             pass
@@ -153,12 +172,56 @@ class Placement:
 
 
 def follow(pid: int) -> None:
-    """Give the calling thread the scheduling class and cores of a process's main thread."""
+    """Give the calling thread the class, slice and cores of a process's main thread."""
     try:
         os.sched_setscheduler(0, os.sched_getscheduler(pid), os.sched_getparam(pid))
+        _set_slice(0, _slice_ns(pid))
         os.sched_setaffinity(0, os.sched_getaffinity(pid))
     except OSError:                     # it has ended, or this is not permitted
         pass
+
+
+@contextmanager
+def short_slice(sleeps: bool) -> Iterator[bool]:
+    """
+    Give the calling thread a slice of `SLICE_NS` inside ``with``, as `Placement` does.
+
+    Processes and threads that it starts there inherit the slice.
+
+    :param sleeps: whether the thread sleeps until a token is ready; if not, nothing changes.
+    :return: whether the slice is in force.
+    """
+    before_ns = _slice_ns(0)
+    granted = sleeps and _set_slice(0, SLICE_NS)
+    try:
+        yield granted
+    finally:
+        if granted:
+            _set_slice(0, before_ns)
+
+
+def _set_slice(thread_id: int, slice_ns: int) -> bool:
+    """Set the time slice of a thread without a priority; return whether it is in force."""
+    attributes = _attributes(thread_id)
+    if _CALLS is None or not attributes or attributes[_POLICY] not in (
+            os.SCHED_OTHER, os.SCHED_BATCH):
+        return False
+    attributes[_RUNTIME] = slice_ns
+    _libc().syscall(_CALLS[0], thread_id, _ATTRIBUTES.pack(*attributes), 0)
+    return _slice_ns(thread_id) == slice_ns         # older kernels ignore it
+
+
+def _slice_ns(thread_id: int) -> int:
+    """Return the time slice of a thread, 0 if it is unknown."""
+    return (_attributes(thread_id) or [0] * 8)[_RUNTIME]
+
+
+def _attributes(thread_id: int) -> list[int]:
+    """Return the fields of the thread's sched_attr; empty if the system does not tell them."""
+    data = ctypes.create_string_buffer(_ATTRIBUTES.size)
+    if _CALLS is None or _libc().syscall(_CALLS[1], thread_id, data, _ATTRIBUTES.size, 0):
+        return []
+    return list(_ATTRIBUTES.unpack(data))
 
 
 def _move(cores: set[int], spared: Collection[int], only: set[int] | None = None) -> None:

@@ -176,6 +176,7 @@ class Worker:
         runs = engine or server
         assert runs is not None
         self._roofline = Roofline(runs.footprint, peak)
+        self._sleeps = runs.footprint.sleeps
         self._max_request_bytes = config.queue.max_request_bytes
         self._window_s = config.diagnostics.window_s
         self._stall_timeout_s = config.diagnostics.stall_timeout_s
@@ -224,7 +225,7 @@ class Worker:
         with self._wake:            # the thread takes no request before it has its scheduling
             self._thread.start()
             assert self._thread.native_id is not None
-            self._placement = Placement(self._thread.native_id, self._realtime)
+            self._placement = Placement(self._thread.native_id, self._realtime, self._sleeps)
 
     def submit(self, request: Request, received_s: float | None = None,
                listener: Listener | None = None) -> int:

@@ -33,6 +33,7 @@ from types import SimpleNamespace
 
 from physai_decode import bench
 from physai_decode import checkpoint
+from physai_decode import realtime
 from physai_decode.benchmark import compare
 from physai_decode.benchmark import machine
 from physai_decode.benchmark import neighbour
@@ -166,6 +167,8 @@ def test_no_floor_without_a_peak():
 
 def test_counts_each_token_of_a_step():
     class Loop:
+        engine = FakeEngine()
+
         def stream(self, prompt_ids, sampling, constraint=None, ahead=True):
             yield Step(())
             yield Step((1,), 0.5, cached_tokens=3)
@@ -173,6 +176,35 @@ def test_counts_each_token_of_a_step():
                 yield Step((1, 2), 0.004)
     _, itl_s, device_s, cached = session._stream(Loop(), [5], 6)
     assert len(itl_s) == 6 and device_s == [0.002] * 6 and cached == 3
+
+
+@pytest.mark.skipif(not realtime._slice_ns(0), reason='this system has no time slices')
+@pytest.mark.parametrize('sleeps', [False, True])
+def test_steps_have_the_time_slice_of_a_decode_thread(monkeypatch, sleeps):
+    """Busy loops beside them have the default, and the result tells what is in force."""
+    engine, before_ns, own, others = FakeEngine(), realtime._slice_ns(0), set(), set()
+    engine.footprint = replace(engine.footprint, sleeps=sleeps)
+    started, popen = [], subprocess.Popen
+
+    def step(remaining, inner=engine.step):
+        own.add(realtime._slice_ns(0))
+        others.update(realtime._slice_ns(process.pid) for process in started)
+        return inner(remaining)
+
+    def start(*arguments, **keywords):
+        started.append(popen(*arguments, **keywords))
+        return started[-1]
+
+    monkeypatch.setattr(engine, 'step', step)
+    monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
+    monkeypatch.setattr(session, 'BESIDE_ROUNDS', 1)
+    monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
+    monkeypatch.setattr(session, 'BESIDE_S', 0.05)
+    session.beside(engine, 64, 2, 'cpu')
+    assert own == {realtime.SLICE_NS if sleeps else before_ns}
+    assert others == {before_ns} and realtime._slice_ns(0) == before_ns
+    told = machine.describe(engine.footprint).get('time_slice')
+    assert told == ('0.5 ms' if sleeps else None)
 
 
 def test_sampling_settings_alternate_after_one_prompt():
@@ -913,6 +945,15 @@ def runner(tmp_path, lines):
     return Runner(tmp_path / 'out', tmp_path / 'models', progress=lines.append)
 
 
+def test_blocking_wait_is_another_case():
+    """A run that is resumed with or without it does not take the results of the other."""
+    polls, sleeps = (bench._cases(bench._parser().parse_args(options))[0]
+                     for options in ([], ['--blocking-wait']))
+    assert not polls.engine.blocking_wait and sleeps.engine.blocking_wait
+    assert polls.key() != sleeps.key()
+    assert Case.from_dict(sleeps.to_dict()) == sleeps
+
+
 def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
     started = []
 
@@ -1175,12 +1216,13 @@ def test_host_gap_is_the_time_without_a_kernel():
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda:0'])
-def test_tells_that_kernels_are_not_timed_on_a_cpu(device):
+@pytest.mark.parametrize('name', ['--kernels', '--blocking-wait'])
+def test_tells_that_an_option_has_no_effect_on_a_cpu(name, device):
     result = done(case('native'), [0.010])
     result['footprint']['device'] = device
-    options = bench._parser().parse_args(['--kernels', '--contexts', '2048'])
+    options = bench._parser().parse_args([name, '--contexts', '2048'])
     notes = bench._tables(options, [result])[0].notes
-    assert any('--kernels has no effect' in note for note in notes) == (device == 'cpu')
+    assert any(f'{name} has no effect on a CPU' in note for note in notes) == (device == 'cpu')
 
 
 def test_counts_the_wait_for_a_core():

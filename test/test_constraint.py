@@ -20,6 +20,7 @@ from itertools import product
 import json
 from pathlib import Path
 import re
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 from fake_engine import byte_tokenizer
@@ -35,6 +36,8 @@ from physai_decode.constraint import configured
 from physai_decode.constraint import ConstraintError
 from physai_decode.constraint import Vocabulary
 from physai_decode.decode_loop import DecodeLoop
+from physai_decode.engines import device as devices
+from physai_decode.engines.native import start
 from physai_decode.engines.native.engine import NativeEngine
 from physai_decode.engines.transformers.engine import TransformersEngine
 from physai_decode.request import Form
@@ -264,9 +267,16 @@ def piped(folder, monkeypatch):
 
 
 @pytest.mark.parametrize('blocking', [False, True])
-def test_host_polls_or_sleeps_until_a_token_is_copied(piped, blocking):
-    """`engine.blocking_wait`; the other events are only timed."""
-    slots = piped(blocking_wait=blocking).engine.pipeline._free
+def test_host_polls_or_sleeps_until_a_token_is_copied(piped, blocking, folder, monkeypatch):
+    """`engine.blocking_wait`; the other events are only timed. A CPU computes meanwhile."""
+    engine = piped(blocking_wait=blocking).engine
+    assert not engine.footprint.sleeps
+    monkeypatch.setattr(devices, 'describe', lambda device: ('', ''))
+    monkeypatch.setattr(engine.transformer, 'keys', SimpleNamespace(
+        dtype=torch.float32, device=torch.device('cuda', 0)))
+    assert start.footprint(checkpoint.inspect(folder), engine.transformer, 64, EngineConfig(
+        blocking_wait=blocking), {}).sleeps is blocking
+    slots = engine.pipeline._free
     assert slots and all(slot.copied.blocking is blocking for slot in slots)
     assert not any(slot.end.blocking for slot in slots)
 

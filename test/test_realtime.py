@@ -20,6 +20,7 @@ import resource
 import sys
 import threading
 
+from fake_engine import FakeEngine
 from physai_decode import realtime
 from physai_decode.config import RealtimeConfig
 from physai_decode.realtime import Placement
@@ -28,6 +29,8 @@ from worker_rig import making
 from worker_rig import wait_for
 
 CORES = os.sched_getaffinity(0)
+sliced = pytest.mark.skipif(
+    not realtime._slice_ns(0), reason='this system has no time slices, or does not tell them')
 several_cores = pytest.mark.skipif(len(CORES) < 2, reason='needs two cores')
 
 
@@ -70,6 +73,63 @@ def test_without_settings_nothing_changes():
         assert in_force.decode_cores == ' '.join(map(str, sorted(CORES)))
         placement.end()
     wait_for(lambda: placement.in_force().scheduling is None)       # the thread has ended
+
+
+@sliced
+def test_a_thread_that_sleeps_has_a_short_slice():
+    """It keeps its class and its nice value, and other threads keep their slice."""
+    with waiting() as thread, waiting() as other:
+        os.sched_setscheduler(thread.native_id, os.SCHED_BATCH, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, thread.native_id, 3)
+        placement = Placement(thread.native_id, RealtimeConfig(), sleeps=True)
+        assert placement.in_force().scheduling == 'batch, slice 0.5 ms' and not placement.refused
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 3
+        assert realtime._slice_ns(thread.native_id) == realtime.SLICE_NS
+        assert realtime._slice_ns(other.native_id) == realtime._slice_ns(0) > realtime.SLICE_NS
+
+
+@pytest.mark.parametrize('fifo', [False, pytest.param(True, marks=pytest.mark.skipif(
+    not permitted(), reason='this user may not use a real-time class'))])
+def test_a_thread_of_another_class_has_no_slice(fifo):
+    """`sched_setattr` would refuse the slice, or give the thread another class."""
+    with waiting() as thread:
+        if not fifo:
+            os.sched_setscheduler(thread.native_id, os.SCHED_IDLE, os.sched_param(0))
+        placement = Placement(thread.native_id, RealtimeConfig(priority=int(fifo)), sleeps=True)
+        assert placement.in_force().scheduling == ('fifo 1' if fifo else 'idle')
+        placement.end()
+
+
+class Kernel:
+    """A C library whose ``sched_setattr`` and ``sched_getattr`` return 0 and do nothing."""
+
+    def syscall(self, *arguments):
+        return 0
+
+
+@pytest.mark.parametrize('calls', [None, (-1, 315), (-1, -1), (314, 315)])
+def test_a_system_without_slices_is_no_problem(monkeypatch, calls):
+    """Another processor, a container that refuses the calls, and a kernel older than 6.12."""
+    monkeypatch.setattr(realtime, '_CALLS', calls)
+    if calls == (314, 315):
+        monkeypatch.setattr(realtime, '_libc', Kernel)
+    with waiting() as thread:
+        placement = Placement(thread.native_id, RealtimeConfig(), sleeps=True)
+        assert placement.in_force().scheduling == 'other' and not placement.refused
+    with realtime.short_slice(True) as granted:
+        assert not granted
+
+
+@sliced
+def test_a_short_slice_ends_with_its_block():
+    """Processes that the thread starts later have the slice that it had before."""
+    before_ns = realtime._slice_ns(0)
+    with realtime.short_slice(False) as granted:
+        assert not granted and realtime._slice_ns(0) == before_ns
+    with pytest.raises(KeyError), realtime.short_slice(True) as granted:
+        assert granted and realtime._slice_ns(0) == realtime.SLICE_NS
+        raise KeyError
+    assert realtime._slice_ns(0) == before_ns
 
 
 @pytest.mark.skipif(not permitted(), reason='this user may not use a real-time class')
@@ -231,6 +291,25 @@ def test_follow_moves_a_process_to_the_cores_of_the_main_thread():
     thread.start()
     thread.join()
     assert cores == [CORES]
+
+
+@sliced
+def test_follow_takes_the_slice_of_the_main_thread():
+    with waiting() as thread:
+        Placement(thread.native_id, RealtimeConfig(), sleeps=True)
+        before_ns = realtime._slice_ns(0)
+        realtime.follow(thread.native_id)
+        assert realtime._slice_ns(0) == realtime.SLICE_NS
+    realtime._set_slice(0, before_ns)
+
+
+@sliced
+@pytest.mark.parametrize('sleeps', [False, True])
+def test_worker_gives_its_thread_a_slice_if_it_sleeps(sleeps):
+    """Only on a GPU: threads that compute on a CPU would inherit the slice."""
+    with making() as make:
+        worker, _ = make(FakeEngine(sleeps=sleeps))
+        assert worker.in_force.scheduling == ('other, slice 0.5 ms' if sleeps else 'other')
 
 
 @several_cores

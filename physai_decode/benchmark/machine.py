@@ -30,6 +30,8 @@ from typing import Any
 
 from physai_decode import __version__
 from physai_decode.engine import Footprint
+from physai_decode.realtime import short_slice
+from physai_decode.realtime import SLICE_NS
 from physai_decode.telemetry import Telemetry
 
 _PACKAGES = ('torch', 'triton', 'transformers', 'safetensors', 'numpy', 'bitsandbytes',
@@ -47,6 +49,9 @@ def describe(footprint: Footprint) -> dict[str, Any]:
         'memory_gb': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9, 1),
         'packages': packages(),
     }
+    if footprint.sleeps:
+        with short_slice(True) as granted:
+            facts['time_slice'] = f'{1e-6 * SLICE_NS:g} ms' if granted else 'default'
     torch = sys.modules.get('torch')
     if torch is not None:
         facts['torch_threads'] = torch.get_num_threads()

@@ -21,6 +21,7 @@ and the start-up time is that of a node.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 from dataclasses import replace
@@ -56,6 +57,7 @@ from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.histogram import percentile
 from physai_decode.pace import Pace
+from physai_decode.realtime import short_slice
 from physai_decode.request import Form
 from physai_decode.roofline import Peak
 from physai_decode.roofline import r_floor
@@ -482,9 +484,7 @@ def _stream(loop: DecodeLoop, prompt: list[int], tokens: int,
     sampling = replace(sampling or SamplingConfig(), max_new_tokens=tokens)
     itl_s, device_s = list[float](), list[float | None]()
     prefill_s = cached = pace = None
-    gc.collect()
-    gc.disable()
-    try:
+    with _undisturbed(loop.engine):
         last_s = time.perf_counter()
         for step in loop.stream(prompt, sampling, constraint, ahead=not tokens_per_s):
             now_s = time.perf_counter()
@@ -503,9 +503,23 @@ def _stream(loop: DecodeLoop, prompt: list[int], tokens: int,
                 pace = pace or Pace(tokens_per_s, now_s)
                 time.sleep(max(0.0, pace.due_s(now_s, len(step.token_ids)) - time.perf_counter()))
                 last_s = time.perf_counter()
+    return prefill_s, itl_s, device_s, cached
+
+
+@contextlib.contextmanager
+def _undisturbed(engine: Engine) -> Iterator[None]:
+    """
+    Run steps without garbage collections, and with the time slice of a decode thread.
+
+    A neighbour starts outside ``with``, because it would inherit the slice.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with short_slice(engine.footprint.sleeps):
+            yield
     finally:
         gc.enable()
-    return prefill_s, itl_s, device_s, cached
 
 
 def main() -> int:

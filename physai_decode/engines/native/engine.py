@@ -97,7 +97,7 @@ class NativeEngine:
                 clock.end('passes_s')
         stream = {'stream_priority': str(self._priority)} if self.pipeline else {}
         self.footprint = start.footprint(
-            model, t, limit, config.cuda_graph,
+            model, t, limit, config,
             {**stream, **self._prefill.details, **drafts, **clock.parts})
 
     def rewind(self, length: int) -> int:

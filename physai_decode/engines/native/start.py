@@ -283,8 +283,8 @@ def _host_times_s(once):
     return times_s
 
 
-def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int, captured: bool,
-              details: Mapping[str, str]) -> Footprint:
+def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int,
+              config: EngineConfig, details: Mapping[str, str]) -> Footprint:
     """Describe the loaded model, and what one of its steps reads."""
     shape, loaded = transformer.architecture, transformer.weights
     dtype, device = transformer.keys.dtype, transformer.keys.device
@@ -299,14 +299,16 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         engine='native', model_type=shape.model_type, dtype=str(dtype).removeprefix('torch.'),
         quantization=checkpoint.quantization, device=str(device), device_name=name,
         device_uuid=uuid, cuda_graph='unavailable' if device.type == 'cpu' else
-        'captured' if captured else 'off', max_context=max_context, vocab_size=shape.vocab_size,
-        eos_token_ids=checkpoint.eos_token_ids, read_weight_bytes=loaded.read_bytes,
+        'captured' if config.cuda_graph else 'off', max_context=max_context,
+        vocab_size=shape.vocab_size, eos_token_ids=checkpoint.eos_token_ids,
+        read_weight_bytes=loaded.read_bytes,
         checkpoint_weight_bytes=sum(
             entry.bytes for entry in _own(checkpoint, shape)), layers=shape.layers,
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
         windowed_layers=sum(map(bool, shape.windows)) or None,
-        layer_parameters=loaded.layer_parameters, slow_format=loaded.slow_format, details=details)
+        layer_parameters=loaded.layer_parameters, slow_format=loaded.slow_format,
+        sleeps=config.blocking_wait and device.type == 'cuda', details=details)
 
 
 def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:
