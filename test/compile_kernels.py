@@ -116,7 +116,7 @@ def main():
         build(kernels._add_normed, K=1152, WIDE=2048, BLOCK=512)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
         compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
-                 GROUP=128, ZEROS=True, TABLE=False, table='i64')
+                 GROUP=128, ZEROS=True, TABLE=False, table='i32')
         build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
         for norm, dim in ((True, 128), (False, 128), (True, 256)):
             build(kernels._attend, warps=4 if norm else 1, KV_HEADS=4, GROUP=7, PADDED=16, D=dim,
@@ -146,7 +146,7 @@ def main():
                     K=3584 * max(1, selected), BLOCKS=7 * max(1, selected), SIZE=7,
                     STACK=2**13 * bool(selected), GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages,
                     GATED=gated, GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros,
-                    TABLE=has_table, ASSEMBLY=True, table='i64')
+                    TABLE=has_table, ASSEMBLY=True, table='i32')
                 # Triton uses tensor cores from 8.0 on, and fused multiply-adds before.
                 wanted = ('prmt.b32' if has_table else 'lop3.b32',
                           'mma.sync' if capability >= 80 else 'fma.rn.f32')
@@ -281,7 +281,7 @@ def passes(build, half, capability):
         made = build(own._int4_rows, warps=warps, x=half, out=half if gated else 'fp32', K=3584,
                      BLOCKS=7, GROUP=128, SPLIT=warps, AHEAD=ahead, GATED=gated, GELU=False,
                      ADD=not gated, BIAS=False, ZEROS=False, TABLE=not gated,
-                     ASSEMBLY=True, table='i64')
+                     ASSEMBLY=True, table='i32')
         assert 'mma.sync' in made.asm['ptx'] or capability < 80
         if capability >= 80 and compiler.VERSION >= (3, 5):
             assert made.metadata.shared <= 512 * warps      # the sums of warps, as in a step

@@ -53,7 +53,8 @@ import triton.language as tl
 
 # Columns in which the vector of a product with an `Int4` stands, see `_input`.
 SIDE = tl.constexpr(compiler.LEAST_COLUMNS)
-LOOKUP = tl.constexpr(lookup.ASSEMBLY)
+LOOKUP = tl.constexpr(lookup.LOOKUP)
+FILL_1, FILL_2, FILL_4, FILL_8 = (tl.constexpr(lookup.FILL[warps]) for warps in (1, 2, 4, 8))
 
 
 @triton.jit
@@ -234,25 +235,27 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
 
 
 @triton.jit
-def _bytes(table, TABLE: tl.constexpr):
-    """Load the bytes of the numbers of a table, see `lookup.table`: low and high, two each."""
-    if TABLE:
-        return (tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3))
+def _pairs(table, WARPS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Copy the pairs of a table to shared memory; returns the address of a lane's copy."""
+    if TABLE and ASSEMBLY:
+        FILL: tl.constexpr = FILL_1 if WARPS == 1 else FILL_2 if WARPS == 2 else (
+            FILL_4 if WARPS == 4 else FILL_8)
+        return tl.inline_asm_elementwise(FILL, '=r,l', [(table + 16).to(tl.int64)],
+                                         dtype=tl.int32, is_pure=False, pack=1)
     else:
-        return 0, 0, 0, 0
+        return 0
 
 
 @triton.jit
-def _looked_up(words, table, low, more_low, high, more_high, KIND: tl.constexpr,
-               ASSEMBLY: tl.constexpr):
+def _looked_up(words, table, pairs, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return the numbers of a table for the four nibbles of each of ``words``, as KIND."""
     if ASSEMBLY and KIND == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            LOOKUP, '=r,=r,=r,=r,r,l,l,l,l,l,l,l,l', [words, low, more_low, high, more_high],
+            LOOKUP, '=r,=r,=r,=r,r,r,r', [words, pairs],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
     elif ASSEMBLY and KIND == tl.float16:
         return tl.inline_asm_elementwise(
-            LOOKUP, '=r,=r,=r,=r,r,l,l,l,l,l,l,l,l', [words, low, more_low, high, more_high],
+            LOOKUP, '=r,=r,=r,=r,r,r,r', [words, pairs],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
     else:
         return (_number(words, table, 0).to(KIND), _number(words, table, 1).to(KIND),
@@ -262,7 +265,7 @@ def _looked_up(words, table, low, more_low, high, more_high, KIND: tl.constexpr,
 @triton.jit
 def _number(words, table, NUMBER: tl.constexpr):
     """Return the number of a table for nibble NUMBER of ``words``, as float32."""
-    numbers = (table + 4).to(tl.pointer_type(tl.float32))
+    numbers = table.to(tl.pointer_type(tl.float32))
     return tl.load(numbers + ((words.to(tl.int32) >> (4 * NUMBER)) & 0xF))
 
 
@@ -427,17 +430,16 @@ def _row_sums(sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def _block(result, x, sums, words, four, zero, table, low, more_low, high, more_high, first, rows,
-           K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, COPIED: tl.constexpr,
-           ZEROS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _block(result, x, sums, words, four, zero, table, pairs, first, rows, K: tl.constexpr,
+           GROUP: tl.constexpr, SPLIT: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
+           TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Add the products of the blocks that `_tile` loaded to [SPLIT, 16, SIDE]."""
     v0 = _input(x, first, rows, 0, K, GROUP, SPLIT, COPIED)
     v1 = _input(x, first, rows, 1, K, GROUP, SPLIT, COPIED)
     v2 = _input(x, first, rows, 2, K, GROUP, SPLIT, COPIED)
     v3 = _input(x, first, rows, 3, K, GROUP, SPLIT, COPIED)
     if TABLE:
-        w0, w1, w2, w3 = _looked_up(words, table, low, more_low, high, more_high, v0.dtype,
-                                    ASSEMBLY)
+        w0, w1, w2, w3 = _looked_up(words, table, pairs, v0.dtype, ASSEMBLY)
         result = _added(result, w0, v0, four, 0)
         result = _added(result, w1, v1, four, 1)
         result = _added(result, w2, v2, four, 2)
@@ -472,7 +474,7 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
-    low, more_low, high, more_high = _bytes(table, TABLE)
+    pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
     if GATED and STACK:
         if PDL:
             gdc_wait()
@@ -487,21 +489,19 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
                                                SIZE, STACK, GROUP, SPLIT, ZEROS)
         if PDL:
             gdc_wait()
-        result = _block(result, x, sums, words, four, zero, table, low, more_low, high, more_high,
-                        0, None, K, GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, table, pairs, 0, None, K, GROUP, SPLIT,
+                        COPIED, ZEROS, TABLE, ASSEMBLY)
         if BLOCKS > SPLIT:
-            result = _block(result, x, sums, more, more_four, more_zero, table, low, more_low,
-                            high, more_high, SPLIT, None, K, GROUP, SPLIT, COPIED, ZEROS, TABLE,
-                            ASSEMBLY)
+            result = _block(result, x, sums, more, more_four, more_zero, table, pairs, SPLIT, None,
+                            K, GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
             words, four, zero = _tile(packed, scales, zeros, ids, tile, first, BLOCKS, SIZE, STACK,
                                       GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
-                            more_high, first, None, K, GROUP, SPLIT, COPIED, ZEROS, TABLE,
-                            ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, table, pairs, first, None, K,
+                            GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
     result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)

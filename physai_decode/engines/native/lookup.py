@@ -12,7 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The table of an `Int4` as the kernels read it."""
+"""
+The table of an `Int4`, as the kernels read it, and the assembly that looks up nibbles in it.
+
+A lookup has the index of two nibbles, and its result is a pair of 16-bit floats, so a program
+keeps all 256 pairs in shared memory: 32 times, one for each lane, because lanes that read one bank
+wait for each other.
+"""
 
 from functools import cache
 
@@ -20,23 +26,36 @@ from physai_decode.engines.native.linear import Int4
 import torch
 from torch import Tensor
 
-# Looks up the nibbles of two words, $4, in the 16-bit floats of `table`: $5 and $7 have their low
-# bytes, $9 and $11 their high ones. An instruction selects four of 8 bytes, by bits 0 to 2 of four
-# nibbles. Bit 3 of each nibble then selects between the results for the halves of the table.
-ASSEMBLY = """{
-.reg .b32 a, b, c, d, f, g, h, i, k, l, m, n, s, t, u;
-mov.b64 {a, b}, $5; mov.b64 {c, d}, $7; mov.b64 {f, g}, $9; mov.b64 {h, i}, $11;
-prmt.b32 u, $4, 0, 0x3120;
-and.b32 n, u, 0x77777777; shl.b32 t, u, 4;
-prmt.b32 s, u, t, 0x9D8C;
-prmt.b32 k, a, b, n; prmt.b32 l, c, d, n; lop3.b32 k, s, l, k, 0xCA;
-prmt.b32 l, f, g, n; prmt.b32 m, h, i, n; lop3.b32 l, s, m, l, 0xCA;
-prmt.b32 $0, k, l, 0x6240; prmt.b32 $1, k, l, 0x7351;
-shr.b32 n, n, 16;
-prmt.b32 s, u, t, 0xBFAE;
-prmt.b32 k, a, b, n; prmt.b32 l, c, d, n; lop3.b32 k, s, l, k, 0xCA;
-prmt.b32 l, f, g, n; prmt.b32 m, h, i, n; lop3.b32 l, s, m, l, 0xCA;
-prmt.b32 $2, k, l, 0x6240; prmt.b32 $3, k, l, 0x7351;
+PAIRS = 256
+
+
+def _fill(warps: int) -> str:
+    """Return the assembly that copies the pairs at $1 to shared memory; $0 is a lane's copy."""
+    rows = '\n'.join(f"""
+ld.global.nc.b32 v, [p + {row * 128 * warps}];""" + ''.join(f"""
+add.u32 c, l, {16 * turn}; and.b32 c, c, 112; add.u32 c, c, s;
+st.shared.v4.b32 [c + {row * 4096 * warps}], {{v, v, v, v}};""" for turn in range(8))
+        for row in range(PAIRS // (32 * warps)))
+    return f"""{{
+.shared .align 16 .b8 pairs[{128 * PAIRS}];
+.reg .b32 c, l, s, t, v; .reg .b64 p;
+mov.u32 t, %tid.x; mov.u32 s, pairs;
+mad.wide.u32 p, t, 4, $1; and.b32 l, t, 31; mad.lo.u32 $0, l, 4, s;
+mad.lo.u32 s, t, 128, s; shl.b32 l, l, 4;{rows}
+bar.sync 0;
+}}""".replace('\n', ' ')
+
+
+FILL = {warps: _fill(warps) for warps in (1, 2, 4, 8)}
+LOOKUP = """{
+.reg .b32 a, b, c, d;
+prmt.b32 a, $4, 0, 0x4440; prmt.b32 b, $4, 0, 0x4441;
+prmt.b32 c, $4, 0, 0x4442; prmt.b32 d, $4, 0, 0x4443;
+mad.lo.u32 a, a, 128, $5; mad.lo.u32 b, b, 128, $5;
+mad.lo.u32 c, c, 128, $5; mad.lo.u32 d, d, 128, $5;
+ld.shared.b32 a, [a]; ld.shared.b32 b, [b]; ld.shared.b32 c, [c]; ld.shared.b32 d, [d];
+prmt.b32 $0, a, c, 0x5410; prmt.b32 $1, a, c, 0x7632;
+prmt.b32 $2, b, d, 0x5410; prmt.b32 $3, b, d, 0x7632;
 }""".replace('\n', ' ')
 
 
@@ -45,8 +64,8 @@ def table(weight: Int4, dtype: torch.dtype) -> Tensor:
     Return what the kernels read of a weight's table; without one, another tensor.
 
     :param dtype: of the product's input.
-    :returns: int64 [12]: the low and the high bytes of 16 numbers of ``dtype``, two each, and 16
-        float32. For a ``dtype`` of 32 bits, the bytes are not used.
+    :returns: int32 [272]: 16 float32, and the pairs of ``dtype``, whose low half is the number of
+        the low nibble. For a ``dtype`` of 32 bits, the pairs are not used.
     """
     if weight.table is None:        # Triton requires a valid pointer even for unused arguments
         return weight.scales
@@ -57,5 +76,5 @@ def table(weight: Int4, dtype: torch.dtype) -> Tensor:
 def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     exact = torch.tensor(numbers)
     half = exact.to(dtype if dtype.itemsize == 2 else torch.bfloat16)
-    low_high = half.view(torch.uint8).view(16, 2).t().contiguous()
-    return torch.cat((low_high.flatten().view(torch.int64), exact.view(torch.int64))).to(device)
+    pairs = torch.stack((half.repeat(16), half.repeat_interleave(16)), 1)
+    return torch.cat((exact.view(torch.int32), pairs.view(torch.int32).flatten())).to(device)

@@ -34,9 +34,9 @@ from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
 from physai_decode.engines.native.kernels import _block
-from physai_decode.engines.native.kernels import _bytes
 from physai_decode.engines.native.kernels import _fetch
 from physai_decode.engines.native.kernels import _join
+from physai_decode.engines.native.kernels import _pairs
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
 from physai_decode.engines.native.kernels import _tile
@@ -180,7 +180,7 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
     """
     program = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
-    low, more_low, high, more_high = _bytes(table, TABLE)
+    pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
     if AHEAD:
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         words, four, zero = _tile(packed, scales, zeros, packed, program, 0, BLOCKS, BLOCKS, 0,
@@ -192,28 +192,27 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
         if PDL:
             gdc_wait()
         if LAST == SPLIT:
-            result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
-                            more_high, 0, rows, K, GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, table, pairs, 0, rows, K, GROUP,
+                            SPLIT, False, ZEROS, TABLE, ASSEMBLY)
             words, four, zero = next_words, next_four, next_zero
         else:
             for first in tl.range(0, LAST, SPLIT, num_stages=1):
                 next_words, next_four, next_zero = _tile(
                     packed, scales, zeros, packed, program, first + SPLIT, BLOCKS, BLOCKS, 0,
                     GROUP, SPLIT, ZEROS)
-                result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
-                                more_high, first, rows, K, GROUP, SPLIT, False, ZEROS, TABLE,
-                                ASSEMBLY)
+                result = _block(result, x, sums, words, four, zero, table, pairs, first, rows, K,
+                                GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
                 words, four, zero = next_words, next_four, next_zero
-        result = _block(result, x, sums, words, four, zero, table, low, more_low, high, more_high,
-                        LAST, rows, K, GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
+        result = _block(result, x, sums, words, four, zero, table, pairs, LAST, rows, K, GROUP,
+                        SPLIT, False, ZEROS, TABLE, ASSEMBLY)
     else:
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
             words, four, zero = _tile(packed, scales, zeros, packed, program, first, BLOCKS,
                                       BLOCKS, 0, GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, table, low, more_low, high,
-                            more_high, first, rows, K, GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
+            result = _block(result, x, sums, words, four, zero, table, pairs, first, rows, K,
+                            GROUP, SPLIT, False, ZEROS, TABLE, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()
     _store_tile(tl.sum(result, 0), bias, out, out_sums, n, rows, GATED, GELU, ADD, BIAS)
