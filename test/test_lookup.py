@@ -34,7 +34,6 @@ from linear_contract import DEVICE
 from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
-from physai_decode.engines.native import lookup
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
@@ -62,13 +61,13 @@ def test_product(make, name, n, k):
 
 
 @pytest.mark.parametrize('name', ['nf4'])
-@pytest.mark.parametrize('layout', kernels.INT4_LAYOUTS)
+@pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
 def test_each_layout(make, name, layout):
     check_layout(make, Fp4Ops, FORMATS[name], layout)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('layout', kernels.INT4_LAYOUTS)
+@pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
 def test_numbers_are_rounded_to_the_input(make, dtype, layout):
     weight, _ = random_weight('nf4', 40, 1280)
     table = torch.tensor(weight.table).to(dtype).tolist()
@@ -99,59 +98,6 @@ def test_dequantises_rows(name, k):
     out = torch.full((20, k), float('nan'), device=DEVICE)
     kernels.unpack(weight, slice(16, 36), out)
     assert_close(out, dense[16:36], 1e-6)
-
-
-@pytest.mark.parametrize('name', FORMATS)
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def _off(name, dtype):
-    """Emulates its instructions, for all pairs of adjacent nibbles."""
-    weight, _ = random_weight(name, 16, 640)
-    numbers = torch.tensor(weight.table).to(dtype).view(torch.int16)
-    table = lookup.table(weight, dtype).tolist()[:4]
-    for word in range(0, 2**16, 257):
-        both = word | (word * 40503 & 0xFFFF) << 16
-        found = emulated(lookup.ASSEMBLY, {'$4': both, **{
-            f'${5 + 2 * at}': number for at, number in enumerate(table)}})
-        for number in range(4):
-            pair = [numbers[both >> shift + 4 * number & 0xF].item() & 0xFFFF for shift in (0, 16)]
-            assert found[f'${number}'] == pair[0] | pair[1] << 16
-
-
-def emulated(text, registers):
-    """Run PTX instructions; returns the registers by name."""
-    def value(operand):
-        return registers[operand] if operand in registers else int(operand, 0)
-
-    for line in text[1:-1].split(';'):
-        name, _, rest = line.strip().partition(' ')
-        if name in ('', '.reg'):
-            continue
-        if name == 'mov.b64':
-            target, _, source = rest.strip('{ ').partition('}')
-            low, high = target.split(', ')
-            number = registers[source.strip(', ')]
-            registers[low], registers[high] = number & 0xFFFFFFFF, number >> 32 & 0xFFFFFFFF
-            continue
-        target, *operands = (each.strip() for each in rest.split(','))
-        numbers = [value(each) for each in operands]
-        if name == 'prmt.b32':
-            both, result = numbers[0] | numbers[1] << 32, 0
-            for place in range(4):
-                selector = numbers[2] >> 4 * place & 0xF
-                byte = both >> 8 * (selector & 7) & 0xFF
-                if selector & 8:
-                    byte = 0xFF if byte & 0x80 else 0
-                result |= byte << 8 * place
-        elif name == 'lop3.b32':
-            a, b, c, table = numbers
-            assert table == 0xCA        # a selects b or c
-            result = a & b | ~a & c
-        else:
-            result = {'and.b32': lambda a, b: a & b,
-                      'shl.b32': lambda a, b: a << b, 'shr.b32': lambda a, b: a >> b}[name](
-                          *numbers)
-        registers[target] = result & 0xFFFFFFFF
-    return registers
 
 
 @pytest.mark.parametrize('ops, file', [

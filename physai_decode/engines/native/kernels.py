@@ -465,16 +465,18 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
 
     SPLIT warps take turns at the blocks and add up their sums at the end. The words go straight to
     registers or, with more than one of STAGES, are prefetched to shared memory. If the registers
-    can hold all words of a tile, they are requested while the previous kernel still runs. ``sums``
-    has the sum of every 8 of ``x``; a gated product also writes those of ``out``. If TABLE,
-    nibbles are looked up in ``table``, see `lookup`. For a stack, see `_dense`; SIZE and STACK are
-    in blocks.
+    can hold all words of a tile, they are requested while the previous kernel still runs. With no
+    STAGES, that holds for the first words, and the next words are requested before the current
+    ones are multiplied.
+
+    ``sums`` has the sum of every 8 of ``x``; a gated product also writes those of ``out``. If
+    TABLE, nibbles are looked up in ``table``, see `lookup`. For a stack, see `_dense`; SIZE and
+    STACK are in blocks.
     """
     COPIED: tl.constexpr = STAGES > 1
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
-    pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
     if GATED and STACK:
         if PDL:
             gdc_wait()
@@ -487,6 +489,7 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
         if BLOCKS > SPLIT:
             more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, SPLIT, BLOCKS,
                                                SIZE, STACK, GROUP, SPLIT, ZEROS)
+        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         result = _block(result, x, sums, words, four, zero, table, pairs, 0, None, K, GROUP, SPLIT,
@@ -494,7 +497,23 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
         if BLOCKS > SPLIT:
             result = _block(result, x, sums, more, more_four, more_zero, table, pairs, SPLIT, None,
                             K, GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
+    elif STAGES == 0:
+        LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
+        words, four, zero = _tile(packed, scales, zeros, ids, tile, 0, BLOCKS, SIZE, STACK, GROUP,
+                                  SPLIT, ZEROS)
+        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
+        if PDL:
+            gdc_wait()
+        for first in tl.range(0, LAST, SPLIT, num_stages=1):
+            more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, first + SPLIT,
+                                               BLOCKS, SIZE, STACK, GROUP, SPLIT, ZEROS)
+            result = _block(result, x, sums, words, four, zero, table, pairs, first, None, K,
+                            GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
+            words, four, zero = more, more_four, more_zero
+        result = _block(result, x, sums, words, four, zero, table, pairs, LAST, None, K, GROUP,
+                        SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
     else:
+        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
@@ -783,10 +802,13 @@ INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
 FP4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (8, 1), (2, 1), (1, 1), (1, 2), (2, 2), (2, 3), (4, 3), (4, 4)))
+# Of an `Int4` with a table: its shared memory fits into 48 KiB; with more, a launch would fail.
+TABLE_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
+    (4, 1), (8, 1), (2, 1), (1, 1), (8, 0), (4, 0), (2, 3), (2, 4), (1, 3)))
 if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
-    INT4_LAYOUTS, FP4_LAYOUTS = (
+    INT4_LAYOUTS, FP4_LAYOUTS, TABLE_LAYOUTS = (
         tuple(sorted(each, key=lambda layout: layout.warps))
-        for each in (INT4_LAYOUTS, FP4_LAYOUTS))
+        for each in (INT4_LAYOUTS, FP4_LAYOUTS, TABLE_LAYOUTS))
 
 
 @dataclass(frozen=True)
@@ -995,6 +1017,9 @@ class TritonOps(TorchOps):
                     times[each] = sum(map(timed, steps))
                 except triton.runtime.errors.OutOfResources:
                     continue     # this chip has too little shared memory for it
+                except RuntimeError as error:       # ... and Triton does not count all of it
+                    if 'invalid argument' not in str(error):
+                        raise
             layout = min(times, key=times.__getitem__)
             cache.put(str(shape), list(astuple(layout)))
         chosen[shape] = layout
@@ -1007,9 +1032,9 @@ class TritonOps(TorchOps):
     def _candidates(self, shape):
         """Return the possible layouts of a product's kernel; the first fits every chip."""
         number = shape.kind.partition('-')[0]
-        layouts = {'int4': INT4_LAYOUTS, 'fp4': FP4_LAYOUTS, 'int8': SCALED_LAYOUTS,
-                   'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
-        if not compiler.PIPELINES and number in ('fp4', 'int8', 'float8'):
+        layouts = {'int4': INT4_LAYOUTS, 'table4': TABLE_LAYOUTS, 'fp4': FP4_LAYOUTS,
+                   'int8': SCALED_LAYOUTS, 'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
+        if not compiler.PIPELINES and number in ('table4', 'fp4', 'int8', 'float8'):
             layouts = tuple(layout for layout in layouts if layout.stages == 1)
         return layouts
 

@@ -154,7 +154,7 @@ class Int4:
     @property
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
-        return f'int4-g{self.group_size}' + ('-table' if self.table else '')
+        return f'{"table" if self.table else "int"}4-g{self.group_size}'
 
     @property
     def read_bytes(self) -> int:

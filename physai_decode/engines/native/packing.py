@@ -18,6 +18,8 @@ Repacks 4-bit and 8-bit weights into the layouts that the kernels read.
 The input is independent of the checkpoint's format: one weight per element.
 """
 
+import math
+
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import FP4_BITS
@@ -53,7 +55,8 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     order = group_order(g_idx, size, columns)
     if order is not None:
         nibbles = nibbles[order.long()]
-    kernel_group = _kernel_group(size)
+    # With groups of 128, the kernel for tables would need too many registers and shared memory.
+    kernel_group = _kernel_group(size if table is None else math.gcd(size, 64))
     half = scales.half()
     if not (half.float() - scales.float()).norm() <= ROUNDING * scales.float().norm():
         raise EngineError(f'its scales, {scales.abs().min():g} to {scales.abs().max():g}, are not '

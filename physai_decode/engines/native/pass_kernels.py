@@ -180,7 +180,6 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
     """
     program = tl.program_id(0).to(tl.int64)
     result = tl.zeros((SPLIT, 16, SIDE), tl.float32)
-    pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
     if AHEAD:
         LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
         words, four, zero = _tile(packed, scales, zeros, packed, program, 0, BLOCKS, BLOCKS, 0,
@@ -189,6 +188,7 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
             next_words, next_four, next_zero = _tile(
                 packed, scales, zeros, packed, program, SPLIT, BLOCKS, BLOCKS, 0, GROUP, SPLIT,
                 ZEROS)
+        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         if LAST == SPLIT:
@@ -206,6 +206,7 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
         result = _block(result, x, sums, words, four, zero, table, pairs, LAST, rows, K, GROUP,
                         SPLIT, False, ZEROS, TABLE, ASSEMBLY)
     else:
+        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
@@ -414,7 +415,8 @@ class PassOps(Fp4Ops):
     def _candidates(self, shape):
         """See `TritonOps._candidates`."""
         number = shape.kind.partition('-')[0]
-        return {'int4': PASS_INT4_LAYOUTS, 'fp4': PASS_FP4_LAYOUTS}.get(number, PASS_DENSE_LAYOUTS)
+        return {'int4': PASS_INT4_LAYOUTS, 'table4': PASS_INT4_LAYOUTS,
+                'fp4': PASS_FP4_LAYOUTS}.get(number, PASS_DENSE_LAYOUTS)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         assert routed is None       # experts run token by token
