@@ -29,8 +29,10 @@ from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
+from physai_decode.engines import device
 from physai_decode.engines.native import families
 from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import start
 from physai_decode.engines.native import weights as native_weights
 from physai_decode.engines.native.source import Files
 from physai_decode.engines.native.weight_size import weight_bytes
@@ -135,6 +137,19 @@ def test_estimates_the_memory_of_the_weights(tmp_path, name):
     estimate = weight_bytes(model.tensors, model.quantized, torch.bfloat16)
     # Blocks of nf4 may continue from row to row; only a tensor's content tells.
     assert (0.98 if name == 'nf4-blocks' else 1.0) <= estimate / taken < 1.02
+
+
+@pytest.mark.parametrize('name', ['fp8-block', 'mxfp4'])
+def test_refuses_what_fits_only_as_stored(tmp_path, monkeypatch, name):
+    random_formats.save(tmp_path, 'llama', FORMATS[name], **WIDE)
+    model = inspect(tmp_path)
+    shape = families.parse(model.config)
+    cache_bytes = 4 * 2 * shape.layers * shape.kv_size * 64
+    needed = start.check_memory(model, shape, 64, torch.float32, torch.device('cpu'))
+    assert needed > 1.004 * (model.weight_bytes + cache_bytes)
+    monkeypatch.setattr(device, 'free_bytes', lambda device: needed - 1)
+    with pytest.raises(EngineError, match='not enough memory on cpu'):
+        start.check_memory(model, shape, 64, torch.float32, torch.device('cpu'))
 
 
 def _tensors(weight):
