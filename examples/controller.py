@@ -25,6 +25,7 @@ import argparse
 import json
 from pathlib import Path
 import sys
+import time
 from typing import Any
 import uuid
 
@@ -39,11 +40,13 @@ import rclpy
 from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
 from rclpy.node import Node
+from rclpy.publisher import Publisher
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
 LATE_LIMIT = 3                          # late tokens in a row
 POLL_S, PATIENCE_S = 0.02, 1.0          # to wait for a subscriber of ~/action
+ACKNOWLEDGE_S = 0.3                     # Fast DDS asks for acknowledgements only every 3 s
 SCHEMA = Path(__file__).resolve().parent.parent / 'config' / 'plan.schema.json'
 
 
@@ -151,6 +154,16 @@ class Controller(Node):
         self.request.publish(String(data=json.dumps({'id': self.id, **fields})))
 
 
+def flush(*publishers: Publisher) -> None:
+    """Give subscribers `ACKNOWLEDGE_S` to receive the last messages of all publishers."""
+    end_s = time.monotonic() + ACKNOWLEDGE_S
+    for publisher in publishers:
+        try:
+            publisher.wait_for_all_acked(Duration(seconds=max(0.0, end_s - time.monotonic())))
+        except RuntimeError:            # this middleware does not report acknowledgements
+            return
+
+
 def main() -> int:
     """Run until the plan is done or the robot holds; return 0 for a complete plan, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -166,8 +179,7 @@ def main() -> int:
         rclpy.spin_once(controller)
     controller.get_logger().info(
         f'{controller.outcome}; sent {controller.sent} actions to {controller.action.topic_name}')
-    for publisher in controller.action, controller.request:
-        publisher.wait_for_all_acked(Duration(seconds=1))
+    flush(controller.action, controller.request)
     controller.destroy_node()
     rclpy.shutdown()
     return 0 if controller.outcome == 'done' else 1

@@ -20,10 +20,12 @@ a description, a range or choices, and whether the field may change while the no
 module imports neither ROS nor torch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import Field
 from dataclasses import field
 from dataclasses import fields
+import json
 import reprlib
 from typing import Any
 
@@ -382,48 +384,86 @@ def check(group: str, instance: Any) -> None:
         check_value(f'{group}.{spec.name}', getattr(instance, spec.name), spec)
 
 
-def check_value(name: str, value: Any, spec: 'Field[Any]') -> Any:
+def check_value(name: str, value: Any, spec: 'Field[Any]',
+                show: Callable[[Any], str] | None = None) -> Any:
     """
     Check the value of a field.
 
     :param name: name of the field for the message.
     :param spec: the field.
+    :param show: formats the value for the message; None: as `shown` does.
     :returns: the value, converted to the type of the field.
     :raises ConfigError: the value is invalid; the message has the name, the value and what is
         allowed.
     """
+    show = show or shown
     kind, items = type(spec.default), spec.metadata['items']
     accepted: Any = (int, float) if kind is float else (kind,)
     if type(value) not in accepted or \
             kind is tuple and not all(type(item) is items for item in value):
-        raise ConfigError(f'{name} is {shown(value)}: expected '
+        raise ConfigError(f'{name} is {show(value)}: expected '
                           f'{_LISTS[items] if kind is tuple else _KINDS[kind]}')
     each = value if kind is tuple else (value,)
     low, high = spec.metadata['low'], spec.metadata['high']
     if low is not None and not all(low <= item <= high for item in each):
-        raise ConfigError(f'{name} is {shown(value)}: expected {low} to {high}')
+        raise ConfigError(f'{name} is {show(value)}: expected {low} to {high}')
     least = spec.metadata['unless_0']
     if least and 0 < value < least:
-        raise ConfigError(f'{name} is {shown(value)}: expected 0, or {least} to {high}')
+        raise ConfigError(f'{name} is {show(value)}: expected 0, or {least} to {high}')
     if kind is tuple and len(value) > MAX_ITEMS:
         raise ConfigError(
             f'{name} has {len(value)} {_ITEMS[items]}: at most {MAX_ITEMS} are allowed')
     characters = spec.metadata['characters']
     for text in each:
         if type(text) is str and len(text) > characters:
-            raise ConfigError(f'{name} is {shown(value)}, a string of {len(text)} characters: '
+            raise ConfigError(f'{name} is {show(value)}, a string of {len(text)} characters: '
                               f'at most {characters} are allowed')
     choices = spec.metadata['choices']
     if choices and value not in choices and not spec.metadata['others']:
-        raise ConfigError(f'{name} is {shown(value)}: expected one of {", ".join(choices)}')
+        raise ConfigError(f'{name} is {show(value)}: expected one of {", ".join(choices)}')
     return float(value) if kind is float else value     # now in range: float() cannot overflow
 
 
+class _Yaml(reprlib.Repr):
+    """Formats a value in bounded time, in YAML's spelling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlong = self.maxother = 80
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return 'true' if value else 'false'
+
+    def repr_NoneType(self, value: None, level: int) -> str:    # noqa: N802
+        return 'null'
+
+    def repr_str(self, value: str, level: int) -> str:
+        return repr(value[:80])
+
+    def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
+        return self.repr_list(list(value), level)
+
+
+class _Json(_Yaml):
+    """The same in JSON's spelling, with escapes for characters that cannot be printed."""
+
+    def repr_str(self, value: str, level: int) -> str:
+        text = json.dumps(value[:80], ensure_ascii=False)
+        return ''.join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
 def shown(value: Any) -> str:
-    """Format a value for a message, with at most 80 characters and in bounded time."""
-    text = repr(value[:80]) if type(value) is str else _SHORT.repr(value)
+    """Format a parameter for a message, with at most 80 characters and in bounded time."""
+    return _shortened(_YAML.repr(value))
+
+
+def shown_json(value: Any) -> str:
+    """Format a value that came as JSON, as `shown` does."""
+    return _shortened(_JSON.repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxlong = _SHORT.maxother = _SHORT.maxstring = 80
+_YAML, _JSON = _Yaml(), _Json()

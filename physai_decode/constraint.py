@@ -33,6 +33,7 @@ from typing import Any
 from physai_decode import regular_file
 from physai_decode.config import ConstraintConfig
 from physai_decode.config import shown
+from physai_decode.config import shown_json
 from physai_decode.engine import described
 from physai_decode.engine import EngineError
 from physai_decode.pip_command import install
@@ -367,7 +368,7 @@ def check_schema(schema: Any, name: str) -> None:
         it and its place, a JSON Pointer.
     """
     if not isinstance(schema, Mapping):
-        raise ConstraintError(f'{name} is {shown(schema)}: expected an object')
+        raise ConstraintError(f'{name} is {shown_json(schema)}: expected an object')
     found = [(schema, '')]
     while found:
         each, pointer = found.pop()
@@ -375,12 +376,12 @@ def check_schema(schema: Any, name: str) -> None:
         for keyword in each:
             if keyword not in ENFORCED | ANNOTATIONS:
                 raise ConstraintError(
-                    f'{where} has the keyword {shown(keyword)}, which is not enforced: remove '
-                    f'it; the enforced keywords are {", ".join(sorted(ENFORCED))}')
+                    f'{where} has the keyword {shown_json(keyword)}, which is not enforced: '
+                    f'remove it; the enforced keywords are {", ".join(sorted(ENFORCED))}')
         kind = each.get('type', 'object')
         kinds = kind if isinstance(kind, list) else [kind]
         if not kinds or not all(isinstance(one, str) and one in TYPES for one in kinds):
-            raise ConstraintError(f'{where} has the type {shown(kind)}: expected one of '
+            raise ConstraintError(f'{where} has the type {shown_json(kind)}: expected one of '
                                   f'{", ".join(TYPES)}, or a list of these')
         found += _subschemas(each, pointer)
 

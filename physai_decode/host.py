@@ -88,6 +88,7 @@ class Loaded(NamedTuple):
     form: Form | None = None        # constraint on every answer
     server: openai.Server | None = None
     warnings: tuple[str, ...] = ()
+    ready: bool = True              # False: the server does not have the model, or not yet
 
     @property
     def footprint(self) -> Footprint:
@@ -219,12 +220,14 @@ def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loade
     progress(f'asking {server.address} for its models')
     warnings: tuple[str, ...] = ()
     if problem := server.probe():
-        warnings = f'the server is not ready: {problem}',
+        warnings = f'the server is not ready: {problem}; until it is, ' + (
+            f'{path} answers' if path else 'requests end with an error'),
     else:
         progress(f'{server.address} has {server.model}')
     if not path:
         return Loaded(None, None, Peak(None, 'unknown'), facts, server=server,
-                      form=configured(config.constraint), warnings=warnings)
+                      form=configured(config.constraint), warnings=warnings,
+                      ready=not problem)
     loaded = _load_fallback(config, progress)       # last: nothing may fail while it is loaded
     shape = loaded.device_footprint
     facts['fallback'] = f'{path}: {shape.engine}, {shape.dtype}, {shape.device}'
@@ -232,7 +235,8 @@ def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loade
                  if key in ('speculation', 'draft_model'))
     if loaded.warnings:
         facts['draft_model'] = loaded.warnings[0]
-    return loaded._replace(server=server, facts=facts, warnings=(*warnings, *loaded.warnings))
+    return loaded._replace(server=server, facts=facts, warnings=(*warnings, *loaded.warnings),
+                           ready=not problem)
 
 
 def _load_fallback(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:

@@ -38,7 +38,7 @@ from physai_decode.config import ConfigError
 from physai_decode.config import DeadlineConfig
 from physai_decode.config import PaceConfig
 from physai_decode.config import SamplingConfig
-from physai_decode.config import shown
+from physai_decode.config import shown_json as shown
 from physai_decode.config import ThinkingConfig
 
 MAX_ID_CHARACTERS = 128
@@ -255,7 +255,7 @@ def parse(text: str) -> Request | Cancel:
     client_id = _client_id(value)
     if value['cancel'] is not True or not client_id:
         # Without an id: a result with the id would look like the end of that request.
-        named = f'; request {client_id!r} goes on' if client_id else ''
+        named = f'; request {shown(client_id)} goes on' if client_id else ''
         raise RequestError(f'to cancel, send {{"id": "...", "cancel": true}}{named}')
     return Cancel(client_id, tuple(sorted(value.keys() - {'id', 'metadata', 'cancel'})))
 
@@ -364,7 +364,7 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
         if type(spec.default) is tuple:             # OpenAI allows a string instead of a list
             given = (given,) if type(given) is str else \
                 tuple(given) if type(given) is list else given
-        found[spec.name] = check_value(prefix + name, given, spec)
+        found[spec.name] = check_value(prefix + name, given, spec, shown)
     return found
 
 

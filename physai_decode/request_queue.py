@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import field
+import json
 import math
 import threading
 from typing import Protocol
@@ -126,8 +127,9 @@ class RequestQueue:
         if not request.text:
             return Refusal('invalid', 'the prompt is empty: send some text')
         if any(each.request.client_id == request.client_id != '' for each in self.unfinished()):
-            return Refusal('duplicate', f'id {request.client_id!r} belongs to a request that is '
-                           'still running or waiting: give each request its own id')
+            return Refusal('duplicate', f'id {json.dumps(request.client_id, ensure_ascii=False)} '
+                           'belongs to a request that is still running or waiting: give each '
+                           'request its own id')
         if self.preempts or not self:
             return None
         if len(self) >= self._config.size:

@@ -30,7 +30,7 @@ from typing import Any
 
 from physai_decode.config import RemoteConfig
 from physai_decode.config import SamplingConfig
-from physai_decode.config import shown
+from physai_decode.config import shown_json as shown
 from physai_decode.conversation import Turn
 from physai_decode.delivery import Delivery
 from physai_decode.delivery import End

@@ -271,8 +271,8 @@ class Text:
         text = json.dumps(tools, ensure_ascii=False)
         _check('tools', text)
         if special := self._name_pattern.search(text):
-            raise TextError(f'tools contain {special[0]!r}, a special token of the model: remove '
-                            'it')
+            shown = json.dumps(special[0], ensure_ascii=False)
+            raise TextError(f'tools contain {shown}, a special token of the model: remove it')
 
     def _render(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any],
                 answer: bool = True, tools: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -103,7 +103,7 @@ def test_sends_the_options_with_the_request(rig):
     assert 'length: max_tokens is 2' in done.stderr
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout) == (1, '')
-    assert "'max_token' is not a field of a request" in done.stderr
+    assert '"max_token" is not a field of a request' in done.stderr
     for options in ('{', '[1]'):
         done = ask('hello', '--options', options)
         assert (done.returncode, done.stdout) == (2, '')

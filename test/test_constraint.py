@@ -349,17 +349,17 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
 
 
 @pytest.mark.parametrize(('kind', 'content', 'words'), [
-    ('json_schema', {'not': {}}, "the keyword 'not', which is not enforced"),
+    ('json_schema', {'not': {}}, 'the keyword "not", which is not enforced'),
     ('json_schema', {'properties': {'a': {'items': {'uniqueItems': True}}}},
-     "name at /properties/a/items has the keyword 'uniqueItems'"),
+     'name at /properties/a/items has the keyword "uniqueItems"'),
     ('json_schema', {'anyOf': [{'type': 'null'}, {'contains': {}}]}, 'at /anyOf/1 has'),
     ('json_schema', {'x-guidance': {'lenient': True}}, 'x-guidance'),
     ('json_schema', {'type': 'object', 'minProperties': 2}, 'minProperties'),
     ('json_schema', {'minLenght': 3}, 'minLenght'),
-    ('json_schema', {'type': 'text'}, "^name has the type 'text': expected one of array, .*str"),
+    ('json_schema', {'type': 'text'}, '^name has the type "text": expected one of array, .*str'),
     ('json_schema', {'properties': {'a/b~': {'items': {'type': ['null', 'int']}}}},
-     r"name at /properties/a~1b~0/items has the type \['null', 'int'\]"),
-    ('json_schema', {'anyOf': [{'type': 'null'}, {'type': None}]}, 'at /anyOf/1 has the type'),
+     r'name at /properties/a~1b~0/items has the type \["null", "int"\]'),
+    ('json_schema', {'anyOf': [{'type': 'null'}, {'type': None}]}, '1 has the type null'),
     ('json_schema', {'type': []}, r'has the type \[\]: expected'),
     ('json_schema', {'type': [['string']]}, 'has the type'),
     ('json_schema', {'type': 'string', 'format': 'phone'}, 'phone'),

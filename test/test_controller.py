@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 from node_rig import active_rig
 from node_rig import EchoEngine
@@ -300,6 +301,23 @@ def test_uses_the_topics_of_the_named_node(rig, monkeypatch):
         controller.destroy_node()
     assert topics >= {f'/arm/decode/{name}' for name in (
         'request', 'token_stats', 'item', 'result', 'model_info')}
+
+
+@pytest.mark.parametrize('reports', [True, False])
+def test_waits_briefly_for_subscribers_that_do_not_acknowledge(monkeypatch, reports):
+    """The publishers share the limit; some middlewares report no acknowledgements."""
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    waits_s = []
+
+    def wait(duration):
+        if not reports:
+            raise RuntimeError('unsupported')
+        waits_s.append(duration.nanoseconds / 1e9)
+        time.sleep(waits_s[-1])
+
+    publisher = SimpleNamespace(wait_for_all_acked=wait)
+    importlib.import_module('controller').flush(publisher, publisher)
+    assert len(waits_s) == 2 * reports and sum(waits_s) < 0.5
 
 
 def test_rejects_an_invalid_node_name():

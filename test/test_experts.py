@@ -37,6 +37,7 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import self_check
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
@@ -253,6 +254,36 @@ def restore_routers(folder, plain):
     tensors |= {name: tensor for name, tensor in load_file(
         plain / 'model.safetensors').items() if '.mlp.gate.' in name}
     save_file(tensors, path, metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('name', ['gate and up', 'down'])
+@pytest.mark.parametrize('kind', ['gptq', 'awq', 'nvfp4', 'fp8'])
+def test_check_finds_a_wrong_dequantisation(tmp_path, monkeypatch, kind, name):
+    """Only prompts of more tokens than that of the check dequantise experts."""
+    t = transformers(save(tmp_path, kind))[0]
+    self_check._check_stacks(t, 1e-5)
+    mlp = t.weights.layers[0].mlp
+    wrong = (mlp.gate_up if name == 'gate and up' else mlp.down)[0]
+    right = t.ops.dequantiser(wrong)
+
+    def dequantise(weight, part, dtype):
+        dense = right(weight, part, dtype)
+        return dense.roll(1, 0) if weight.shape == wrong.shape else dense
+
+    monkeypatch.setattr(CodedOps, '_dequantisers', {type(wrong): dequantise})
+    with pytest.raises(EngineError, match=rf'a long prompt wrongly.*experts \({name}, '
+                                          rf'{wrong.kind}\) in layer 1'):
+        self_check._check_stacks(t, 1e-5)
+
+
+def test_load_refuses_a_wrong_dequantisation(tmp_path, monkeypatch):
+    model = inspect(save(tmp_path, 'awq'))
+    NativeEngine(model, CPU).close()
+    monkeypatch.setattr(TorchOps, 'dequantiser', lambda self, weight: (
+        lambda one, part, dtype: -one.dequantise(part, dtype)))
+    monkeypatch.setattr(TorchForms, 'layer', lambda self, layer: layer)     # as on a GPU
+    with pytest.raises(EngineError, match='computes a long prompt wrongly.*in layer 1'):
+        NativeEngine(model, CPU)
 
 
 @pytest.mark.slow

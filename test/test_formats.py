@@ -29,10 +29,13 @@ from physai_decode.config import SamplingConfig
 from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
+from physai_decode.engines import device
 from physai_decode.engines.native import families
 from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import start
 from physai_decode.engines.native import weights as native_weights
 from physai_decode.engines.native.source import Files
+from physai_decode.engines.native.weight_size import weight_bytes
 import random_formats
 import random_model
 from safetensors.torch import load_file
@@ -115,6 +118,42 @@ def test_slow_formats(tmp_path, name):
                                  model.quantized, torch.bfloat16, print)
     assert loaded.slow_format is (
         name in {*EIGHT, *FOUR} - {'nvfp4', 'mxfp4', 'modelopt'})
+
+
+@pytest.mark.parametrize('name', [None, *FORMATS])
+def test_estimates_the_memory_of_the_weights(tmp_path, name):
+    """Layouts widen the scales: those of FP8 blocks take 3 %, and those of MXFP4 twice as much."""
+    if name:
+        random_formats.save(tmp_path, 'llama', FORMATS[name], **WIDE)
+    else:
+        random_model.save(tmp_path, 'llama', 1)
+    model = inspect(tmp_path)
+    loaded = native_weights.load(families.parse(model.config), Files(model, torch.device('cpu')),
+                                 model.quantized, torch.bfloat16, print)
+    tensors = [loaded.embedding, loaded.norm, *_tensors(loaded.head)]
+    for layer in loaded.layers:
+        tensors += [*layer.norms, *(each for weight in layer.linears for each in _tensors(weight))]
+    taken = sum(each.numel() * each.element_size() for each in tensors)
+    estimate = weight_bytes(model.tensors, model.quantized, torch.bfloat16)
+    # Blocks of nf4 may continue from row to row; only a tensor's content tells.
+    assert (0.98 if name == 'nf4-blocks' else 1.0) <= estimate / taken < 1.02
+
+
+@pytest.mark.parametrize('name', ['fp8-block', 'mxfp4'])
+def test_refuses_what_fits_only_as_stored(tmp_path, monkeypatch, name):
+    random_formats.save(tmp_path, 'llama', FORMATS[name], **WIDE)
+    model = inspect(tmp_path)
+    shape = families.parse(model.config)
+    cache_bytes = 4 * 2 * shape.layers * shape.kv_size * 64
+    needed = start.check_memory(model, shape, 64, torch.float32, torch.device('cpu'))
+    assert needed > 1.004 * (model.weight_bytes + cache_bytes)
+    monkeypatch.setattr(device, 'free_bytes', lambda device: needed - 1)
+    with pytest.raises(EngineError, match='not enough memory on cpu'):
+        start.check_memory(model, shape, 64, torch.float32, torch.device('cpu'))
+
+
+def _tensors(weight):
+    return [each for each in vars(weight).values() if isinstance(each, torch.Tensor)]
 
 
 @pytest.mark.parametrize('name', ['awq-g64', 'packed4-zeros', 'int8-rows', 'fp8-block',

@@ -300,6 +300,15 @@ def test_sends_complete_elements_and_calls_at_once(gate, monkeypatch, begin, res
         list(stream)
 
 
+def test_names_the_tools_if_the_schema_of_one_is_wrong(agent):
+    tool = {'type': 'function', 'function': {'name': 'a', 'parameters': {'not': True}}}
+    status, _, answer = agent.request('POST', CHAT, {
+        'model': MODEL, 'messages': HELLO, 'tools': [tool], 'tool_choice': 'required'})
+    assert (status, answer['error']['param']) == (400, 'tools')
+    assert answer['error']['message'].startswith(
+        'tools[0].function.parameters has the keyword "not"')
+
+
 def test_answer_to_a_raw_prompt_is_not_parsed(agent):
     answer = agent.client().completions.create(model=MODEL, prompt='x')
     assert answer.choices[0].text.startswith('<think>far</think>I go.<tool_call>')
@@ -334,8 +343,8 @@ def test_constrains_to_a_schema(rig):
     ({'temperature': 99}, 'temperature', 'temperature is 99'),
     ({'temperature': '1'}, 'temperature', 'expected a number'),
     ({'parallel_tool_calls': 0, 'tools': [TOOL]}, 'parallel_tool_calls', 'true or false'),
-    ({'n': 2}, 'n', 'n is 2'), ({'n': True}, 'n', 'n is True'),
-    ({'logprobs': True}, 'logprobs', 'logprobs is True'),
+    ({'n': 2}, 'n', 'n is 2'), ({'n': True}, 'n', 'n is true'),
+    ({'logprobs': True}, 'logprobs', 'logprobs is true'),
     ({'logprobs': 0}, 'logprobs', 'logprobs is 0'),
     ({'presence_penalty': 0.5}, 'presence_penalty', 'does not support'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty', 'does not support'),
@@ -353,7 +362,9 @@ def test_constrains_to_a_schema(rig):
     ({'stream_options': 1}, 'stream_options', 'expected an object'),
     ({'response_format': {'type': 'xml'}}, 'response_format', 'response_format.type'),
     ({'response_format': {'type': 'json_schema', 'json_schema': {
-        'name': 'x', 'schema': {'type': 'object', 'not': {}}}}}, None, "'not'"),
+        'name': 'x', 'schema': {'type': 'object', 'not': {}}}}}, 'response_format', '"not"'),
+    ({'structured_outputs': {'regex': '(a'}}, 'structured_outputs', 'regex cannot be used'),
+    ({'max_completion_tokens': 0}, 'max_completion_tokens', 'max_completion_tokens is 0'),
     ({'deadline': {'soon': 1}}, 'deadline', 'deadline.soon'),
     ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, None, '5000 tokens')])
 @pytest.mark.parametrize('stream', [False, True])
@@ -366,6 +377,16 @@ def test_rejects_a_wrong_body(rig, fields, param, message, stream):
     assert answer['error']['type'] == 'invalid_request_error'
     assert (answer['error']['param'], answer['error']['code']) == (param, 'invalid_request')
     assert rig.host.counts['refusals'] == before + 1
+
+
+@pytest.mark.parametrize(('path', 'name'), [
+    (CHAT, 'model'), (CHAT, 'messages'), (TEXT, 'model'), (TEXT, 'prompt')])
+def test_names_a_missing_field(rig, path, name):
+    body = {'model': MODEL, 'prompt' if path == TEXT else 'messages': HELLO}
+    del body[name]
+    status, _, answer = rig.request('POST', path, body)
+    assert (status, answer['error']['param']) == (400, name)
+    assert answer['error']['message'].startswith(f'{name} is missing')
 
 
 @pytest.mark.parametrize('fields', [

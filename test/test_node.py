@@ -30,6 +30,7 @@ from node_rig import Rig
 from node_rig import rigs
 from node_rig import ros  # noqa: F401
 from physai_decode.config import ConfigError
+from physai_decode.config import shown
 from physai_decode.decode_loop import Step
 from physai_decode.gap import TOKENS
 from physai_decode.host import Loaded
@@ -620,7 +621,7 @@ def test_locked_model_cannot_be_changed(make):
                 done, reason = rig.set(service, **{name: value})
                 assert not done
                 assert reason == (
-                    f'{name} cannot be set to {value!r} while the node runs: model.locked is '
+                    f'{name} cannot be set to {shown(value)} while the node runs: model.locked is '
                     'true; change it in the params file and restart the node')
             assert rig.node.get_parameter(name).value == before
         assert rig.set('set_parameters_atomically', model__locked=False, model__path='bad')[1]

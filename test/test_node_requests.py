@@ -99,10 +99,10 @@ def test_warns_of_a_json_request_on_the_wrong_topic(active, capfd):
 
 @pytest.mark.parametrize(('value', 'id_', 'message'), [
     ('hello', None, 'the request is not valid JSON'), ('hello', None, '; plain text goes to ~/p'),
-    ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', "temperature is 'hot'"),
-    ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', "'top' is not a field of a request"),
+    ({'id': 'x', 'prompt': 'a', 'temperature': 'hot'}, 'x', 'temperature is "hot"'),
+    ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', '"top" is not a field of a request'),
     ({'id': 'x', 'prompt': 'a', 'temperature': 10**400}, 'x', 'temperature is 1000'),
-    ({'id': 'x', 'prompt': 'a', 'deadline': {'\ud800': 1}}, 'x', r"'deadline.\ud800' is no"),
+    ({'id': 'x', 'prompt': 'a', 'deadline': {'\ud800': 1}}, 'x', r'"deadline.\ud800" is no'),
     ({'id': 'x'}, 'x', 'none was given'),
     ({'prompt': 'a' * 6000}, None, 'the request has more than 5000 bytes'),
     ({'id': 'x', 'prompt': ''}, 'x', 'the prompt is empty'),

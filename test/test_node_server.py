@@ -74,6 +74,25 @@ def fail(call, body):
     call.whole(500, {'error': {'message': 'out of memory'}})
 
 
+@pytest.mark.parametrize(('fallback', 'until'), [
+    ('', 'requests end with an error'), (BUILTIN, f'{BUILTIN} answers')])
+def test_log_tells_a_server_without_the_model(fake, make, capfd, fallback, until):
+    """The node configures nevertheless, because the server may load it later."""
+    known, fake.models = fake.models, [{'id': 'a/model'}, {'id': 'b'}]
+    rig = make(remote__fallback=fallback)
+    assert rig.change('configure')
+    logged = capfd.readouterr().err
+    assert (f"the server is not ready: {fake.url} has no model '{MODEL}': it has 'a/model', 'b': "
+            'set remote.model to one of them, or load it there; until it is, ' + until) in logged
+    assert f'is not ready to run {MODEL}' in logged and f'loaded {MODEL}' not in logged
+    assert rig.change('cleanup')
+    fake.models = known
+    assert rig.change('configure', 'activate')
+    logged = capfd.readouterr().err
+    assert f'loaded {MODEL}' in logged and 'not ready' not in logged
+    assert rig.ask('where?')['finish_reason'] == 'stop'
+
+
 def test_publishes_the_same_topics(fake, make, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, 'secret')
     rig = make(model__path='')

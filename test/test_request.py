@@ -113,58 +113,58 @@ def test_refusal_of_an_invalid_cancel_has_no_id(text):
 
 
 @pytest.mark.parametrize(('fields', 'message'), [
-    ({'temprature': 1}, "'temprature' is not a field of a request: the fields are id, metadata,"),
-    ({'temperature': 'hot'}, "temperature is 'hot': expected a number"),
-    ({'temperature': True}, 'temperature is True: expected a number'),
+    ({'temprature': 1}, '"temprature" is not a field of a request: the fields are id, metadata,'),
+    ({'temperature': 'hot'}, 'temperature is "hot": expected a number'),
+    ({'temperature': True}, 'temperature is true: expected a number'),
     ({'temperature': -1}, 'temperature is -1: expected 0.0 to 10.0'),
     ({'temperature': 11}, 'temperature is 11: expected 0.0 to 10.0'),
     ({'temperature': 10**400}, 'temperature is 1000'), ({'top_k': 10**400}, 'top_k is 1000'),
     ({'top_k': 1.5}, 'top_k is 1.5: expected an integer'),
     ({'max_tokens': 0}, 'max_tokens is 0: expected 1 to'),
-    ({'max_new_tokens': 5}, "'max_new_tokens' is not a field of a request"),
-    ({'stop': [1]}, 'stop is (1,): expected a list of strings'),
+    ({'max_new_tokens': 5}, '"max_new_tokens" is not a field of a request'),
+    ({'stop': [1]}, 'stop is [1]: expected a list of strings'),
     ({'stop': {}}, 'stop is {}: expected a list of strings'),
     ({'stop': ['x'] * 65}, 'stop has 65 strings: at most 64 are allowed'),
     ({'stop': ['', 'x' * 257]}, 'a string of 257 characters: at most 256 are allowed'),
-    ({'stop': 'x' * 257}, "stop is ('xxx"),
+    ({'stop': 'x' * 257}, 'stop is ["xxx'),
     ({'prompt': 7}, 'prompt is 7: expected a string'),
     ({'prompt': None}, 'and raw_prompt (a string): none was given'),
     ({'messages': [], 'prompt': 'go'}, 'raw_prompt (a string): prompt and messages were given'),
     ({'raw_prompt': 7, 'prompt': None}, 'raw_prompt is 7: expected a string'),
     ({'messages': []}, 'messages is []: expected a list of at least one message'),
-    ({'messages': 'go'}, "messages is 'go': expected a list"),
-    ({'messages': ['go']}, "messages[0] is 'go': expected an object"),
-    ({'messages': [{'role': 'robot', 'content': ''}]}, "messages[0].role is 'robot'"),
-    ({'messages': [{'role': 'user'}]}, 'messages[0].content is None: expected a string'),
+    ({'messages': 'go'}, 'messages is "go": expected a list'),
+    ({'messages': ['go']}, 'messages[0] is "go": expected an object'),
+    ({'messages': [{'role': 'robot', 'content': ''}]}, 'messages[0].role is "robot"'),
+    ({'messages': [{'role': 'user'}]}, 'messages[0].content is null: expected a string'),
     ({'messages': [{'role': 'user', 'content': 'x', 'name': 'y'}]},
-     "'messages[0].name' is not a field of a message"),
+     '"messages[0].name" is not a field of a message'),
     ({'messages': [{'role': 'user', 'content': 'x', '\ud800': 'y'}]},
-     r"'messages[0].\ud800' is not a field of a message"),
+     r'"messages[0].\ud800" is not a field of a message'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}]},
-     'messages[0].content[0] is'),
+     'messages[0].content[0] is {"image_url": {}, "type": "image_url"}'),
     ({'messages': [{'role': 'user', 'content': ''}] * 4097},
      'messages has 4097 messages: at most 4096 are allowed'),
     ({'deadline': 5}, 'deadline is 5: expected an object'),
-    ({'deadline': {'ms': 5}}, "'deadline.ms' is not a field of a request: the fields are deadl"),
-    ({'deadline': {'\ud800': 5}}, r"'deadline.\ud800' is not a field of a request"),
-    ({'deadline': {'x' * 9999: 5}}, "'deadline.xxx"),
+    ({'deadline': {'ms': 5}}, '"deadline.ms" is not a field of a request: the fields are deadl'),
+    ({'deadline': {'\ud800': 5}}, r'"deadline.\ud800" is not a field of a request'),
+    ({'deadline': {'x' * 9999: 5}}, '"deadline.xxx'),
     ({'deadline': {'token_ms': 10**400}}, 'deadline.token_ms is 1000'),
-    ({'deadline': {'action': 'shout'}}, "deadline.action is 'shout': expected one of report, tr"),
+    ({'deadline': {'action': 'shout'}}, 'deadline.action is "shout": expected one of report, tr'),
     ({'deadline': {'token_ms': -1}}, 'deadline.token_ms is -1: expected 0.0 to'),
     ({'chat_template_kwargs': []}, 'chat_template_kwargs is []: expected an object'),
-    ({'chat_template_kwargs': {'a': [1]}}, "'chat_template_kwargs.a' is [1]: expected true"),
-    ({'chat_template_kwargs': {'a b': 1}}, "'chat_template_kwargs.a b' is 1: expected"),
-    ({'chat_template_kwargs': {'\0\ud800': 1}}, r"'chat_template_kwargs.\x00\ud800' is 1"),
+    ({'chat_template_kwargs': {'a': [1]}}, '"chat_template_kwargs.a" is [1]: expected true'),
+    ({'chat_template_kwargs': {'a b': 1}}, '"chat_template_kwargs.a b" is 1: expected'),
+    ({'chat_template_kwargs': {'\0\ud800': 1}}, r'"chat_template_kwargs.\u0000\ud800" is 1'),
     ({'chat_template_kwargs': {f'a{index}': 1 for index in range(65)}},
      'chat_template_kwargs has 65 variables: at most 64 are allowed'),
     ({'chat_template_kwargs': {'a': 'x' * 4097}},
-     "'chat_template_kwargs.a' has 4097 characters: at most 4096 are"),
+     '"chat_template_kwargs.a" has 4097 characters: at most 4096 are'),
     ({'chat_template_kwargs': {'x' * 4097: 1}}, 'has 4097 characters: at most 4096 are allowed'),
     ({'chat_template_kwargs': {'a': 2**53 + 1}},
-     "'chat_template_kwargs.a' is 9007199254740993: expected -9007199254740992 to 900"),
-    ({'chat_template_kwargs': {'a': -1e300}}, "'chat_template_kwargs.a' is -1e+300: expected"),
+     '"chat_template_kwargs.a" is 9007199254740993: expected -9007199254740992 to 900'),
+    ({'chat_template_kwargs': {'a': -1e300}}, '"chat_template_kwargs.a" is -1e+300: expected'),
     ({'response_format': 'json_object'}, 'response_format is'),
-    ({'response_format': {'type': 'xml'}}, "response_format.type is 'xml'"),
+    ({'response_format': {'type': 'xml'}}, 'response_format.type is "xml"'),
     ({'response_format': {'type': 'json_object', 'schema': {}}}, 'response_format.schema'),
     ({'response_format': {'type': 'json_schema'}}, 'response_format.json_schema.schema is'),
     ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': []}}},
@@ -172,7 +172,7 @@ def test_refusal_of_an_invalid_cancel_has_no_id(text):
     ({'structured_outputs': {'regex': 7}}, 'structured_outputs.regex is'),
     ({'structured_outputs': {'regexp': 'a'}}, 'structured_outputs.regexp'),
     ({'structured_outputs': {'choice': []}}, 'structured_outputs.choice is'),
-    ({'structured_outputs': {'choice': ['a', 1]}}, 'structured_outputs.choice is'),
+    ({'structured_outputs': {'choice': ['a', 1]}}, 'structured_outputs.choice is ["a", 1]'),
     ({'structured_outputs': {'regex': 'a', 'grammar': 'b'}}, 'regex and grammar'),
     ({'structured_outputs': {'regex': 'a'}, 'response_format': {'type': 'json_object'}},
      'were both given'),
@@ -180,20 +180,20 @@ def test_refusal_of_an_invalid_cancel_has_no_id(text):
     ({'tools': [TOOL] * 129}, 'tools has 129 tools: at most 128 are allowed'),
     ({'tools': [TOOL, TOOL]}, 'tools has go_to twice'),
     ({'tools': [{'type': 'function', 'function': {'name': 'a b'}}]},
-     "tools[0].function.name is 'a b': expected 1 to 64 letters"),
+     'tools[0].function.name is "a b": expected 1 to 64 letters'),
     ({'tools': [{'type': 'function', 'function': {'name': 'a', 'parameters': []}}]},
      'tools[0].function.parameters is []: expected an object'),
     ({'tools': [{'type': 'function', 'function': {'name': 'a', 'strict': True}}]},
      'the tool a is strict, which is enforced only if'),
-    ({'tool_choice': 'required'}, "tool_choice is 'required', but there are no tools"),
-    ({'tools': [TOOL], 'tool_choice': 'always'}, "tool_choice is 'always': expected none, au"),
+    ({'tool_choice': 'required'}, 'tool_choice is "required", but there are no tools'),
+    ({'tools': [TOOL], 'tool_choice': 'always'}, 'tool_choice is "always": expected none, au'),
     ({'tools': [TOOL], 'tool_choice': {'type': 'function', 'function': {'name': 'fly'}}},
-     "tool_choice.function.name is 'fly': the tools are go_to"),
+     'tool_choice.function.name is "fly": the tools are go_to'),
     ({'tools': [TOOL], 'response_format': {'type': 'json_object'}}, 'be constrained and call'),
     ({'messages': [{'role': 'user', 'content': 'x', 'tool_calls': []}]},
-     "'messages[0].tool_calls' is not a field of a message: the fields are role, content"),
+     '"messages[0].tool_calls" is not a field of a message: the fields are role, content'),
     ({'messages': [{'role': 'assistant', 'content': None, 'tool_calls': [CALL | {'type': 'x'}]}]},
-     "messages[0].tool_calls[0].type is 'x': expected function"),
+     'messages[0].tool_calls[0].type is "x": expected function'),
     ({'messages': [{'role': 'assistant', 'tool_calls': [
         {'function': {'name': 'a', 'arguments': '[1]'}}]}]},
      'messages[0].tool_calls[0].function.arguments is [1]: expected a JSON object, in a string'),
@@ -201,7 +201,7 @@ def test_refusal_of_an_invalid_cancel_has_no_id(text):
         {'function': {'name': 'a', 'arguments': '{'}}]}]},
      'messages[0].tool_calls[0].function.arguments is not valid JSON'),
     ({'thinking': {'max_tokens': -1}}, 'thinking.max_tokens is -1: expected 0 to'),
-    ({'thinking': {'tokens': 1}}, "'thinking.tokens' is not a field of a request")])
+    ({'thinking': {'tokens': 1}}, '"thinking.tokens" is not a field of a request')])
 def test_rejects_wrong_fields(fields, message):
     with pytest.raises(RequestError, match=re.escape(message)) as raised:
         read(id='mine', **fields)
@@ -244,7 +244,7 @@ def test_rejects_a_wrong_id(value, place):
 
 
 def test_rejects_two_different_ids():
-    with pytest.raises(RequestError, match="id is 'a', but metadata.id is 'b'"):
+    with pytest.raises(RequestError, match='id is "a", but metadata.id is "b"'):
         read(id='a', metadata={'id': 'b'})
     with pytest.raises(RequestError, match='metadata is 7'):
         read(metadata=7)
@@ -261,14 +261,14 @@ def test_rejects_text_that_is_not_a_request(text):
 
 
 def test_rejects_duplicate_fields():
-    with pytest.raises(RequestError, match="'prompt' is given twice"):
+    with pytest.raises(RequestError, match='"prompt" is given twice'):
         parse('{"prompt": "a", "prompt": "b"}')
 
 
 def test_finds_duplicate_fields_in_linear_time():
     many = ','.join(f'"{index}":0' for index in range(30_000))
     begin_s = time.thread_time()        # of this thread alone, however busy the machine is
-    with pytest.raises(RequestError, match="'7' is given twice"):
+    with pytest.raises(RequestError, match='"7" is given twice'):
         parse(f'{{{many},"7":0}}')
     assert time.thread_time() - begin_s < 5     # quadratic time would be 47 s
 

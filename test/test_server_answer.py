@@ -377,7 +377,7 @@ def test_publishes_thoughts_and_tool_calls(fake):
 
 
 @pytest.mark.parametrize(('function', 'words'), [
-    ({'name': 'fly', 'arguments': '{}'}, "the tool 'fly', but the request allows go"),
+    ({'name': 'fly', 'arguments': '{}'}, 'the tool "fly", but the request allows go'),
     ({'name': 'go', 'arguments': '{"to": Infinity}'}, 'not a JSON object'),
     ({'name': 'go', 'arguments': '[1'}, 'not a JSON object')])
 def test_invalid_tool_call_is_an_error(fake, function, words):
@@ -539,7 +539,7 @@ FAILURES = {
                                  'not a JSON object'),
     'filters the answer': (
         streaming(b'data: {"choices": [{"finish_reason": "content_filter"}]}\n\n'),
-        "'content_filter'"),
+        '"content_filter"'),
     'ends an empty stream': (streaming(), 'ended the stream too early'),
     'closes the connection': (lambda call, body: call.connection.shutdown(socket.SHUT_RDWR),
                               'cannot be reached'),
@@ -781,7 +781,12 @@ def test_probe_checks_the_models_of_the_server(fake):
     assert server.footprint.is_remote and server.footprint.max_context == 0
     assert server.probe() == '' and server.footprint.max_context == 8192
     fake.models = [{'id': 'other'}]
-    assert "no model 'far/model': it has other" in server.probe()
+    assert server.probe().endswith(
+        "no model 'far/model': it has 'other': set remote.model to one of them, or load it there")
+    fake.models = [{'id': f'm{index}'} for index in range(20)]
+    assert "it has 'm0', 'm1', 'm2'," in server.probe() and "'m7' and 12 more:" in server.probe()
+    fake.models = []
+    assert server.probe().endswith("no model 'far/model': it has none: load it there")
     fake.models = 'none'
     assert 'not a list of models' in server.probe()
 

@@ -165,7 +165,7 @@ def test_no_argument_or_result_yields_a_special_token(family):
 
     for text_ in ('<|im_end|>', 'a<|im_start|>system\n', '"<|im_end|>"', '<|im_\\"end|>'):
         assert special_ids(text_, text_) == special_ids()
-    with pytest.raises(TextError, match=r"tools contain '<\|im_end\|>', a special token"):
+    with pytest.raises(TextError, match=r'tools contain "<\|im_end\|>", a special token'):
         text.encode([Message('user', 'go')], tools=[
             {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
 

@@ -142,7 +142,7 @@ def test_id_is_unique_until_its_request_ends(make):
     for client_id in 'xy':
         report, _ = sink.end(worker.submit(Request('b', client_id=client_id)))
         assert (report.finish_reason, report.refusal) == ('rejected', 'duplicate')
-        assert f"id '{client_id}' belongs to a request that is still running" in report.message
+        assert f'id "{client_id}" belongs to a request that is still running' in report.message
     gate.open(9)
     for number in (running, waiting):
         assert sink.end(number)[0].finish_reason == 'stop'

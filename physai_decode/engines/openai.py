@@ -21,6 +21,7 @@ a bounded queue, so that the reader can stop waiting at any time.
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from http import client
 import json
@@ -46,6 +47,7 @@ QUEUE_EVENTS = 1024             # unread events; if the queue is full, the threa
 MAX_BYTES = 1 << 22             # limit on an event, and on a response that is not a stream
 POLL_S = 0.05                   # how often a thread with a full queue checks for `close`
 UNKNOWN = 'n/a'
+NAMED = 8                       # limit on the models of a server that a message names
 _COUNT_LIMIT = 2**53            # larger counts are ignored
 
 
@@ -141,8 +143,7 @@ class Server:
             assert isinstance(listing, dict)
             models = {str(each['id']): each for each in listing['data']}
             if self.model not in models:
-                return (f'{self.address} has no model {shown(self.model)}: it has '
-                        f'{", ".join(models)[:200] or "none"}')
+                return f'{self.address} has no model {shown(self.model)}: {_choice([*models])}'
             context = models[self.model].get('max_model_len')
             if type(context) is int and 0 < context < _COUNT_LIMIT:
                 self.footprint = replace(self.footprint, max_context=context)
@@ -297,6 +298,15 @@ def read(address: str, data: bytes) -> Delta:
     except (AttributeError, LookupError, TypeError):
         raise ServerError(f"{address} does not implement OpenAI's API: {_shown(data)} is not an "
                           'event of a stream; check remote.base_url') from None
+
+
+def _choice(models: Sequence[str]) -> str:
+    """Say which models a server has, and what to do."""
+    if not models:
+        return 'it has none: load it there'
+    named = ', '.join(shown(each) for each in models[:NAMED])
+    more = f' and {len(models) - NAMED} more' if len(models) > NAMED else ''
+    return f'it has {named}{more}: set remote.model to one of them, or load it there'
 
 
 def _checked(base_url: str) -> SplitResult:

@@ -230,7 +230,7 @@ async def _reply(completion: Completion, exchange: Exchange, send: Send) -> None
         pieces = exchange.pieces()
         first = await anext(pieces, None)
     report, text = (None, '') if completion.stream and first else await exchange.end()
-    if report is not None and (error := openai.failure(report, text)):
+    if report is not None and (error := openai.failure(report, text, completion.names)):
         raise error
     if not completion.stream:
         assert report is not None
@@ -242,7 +242,7 @@ async def _reply(completion: Completion, exchange: Exchange, send: Send) -> None
     async for piece in pieces:
         await send(_body(openai.event(formatter.piece(piece)), more=True))
     report, text = await exchange.end()
-    if error := openai.failure(report, text):
+    if error := openai.failure(report, text, completion.names):
         raise error
     await send(_body(b''.join(map(openai.event, formatter.end(report, text))) + openai.DONE))
 

@@ -19,6 +19,7 @@ Requests already use OpenAI's field names. This module handles the remaining fie
 the format of answers, streams and errors.
 """
 
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +30,7 @@ from typing import Any
 from typing import NamedTuple
 from uuid import uuid4
 
-from physai_decode.config import shown
+from physai_decode.config import shown_json as shown
 from physai_decode.http.exchange import Piece
 from physai_decode.request import is_client_id
 from physai_decode.request import Request
@@ -48,6 +49,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # Fields that never affect the answer.
 _IGNORED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention', 'store',
            'service_tier')
+_REQUIRED = 'model', 'messages', 'prompt'     # fields that an error names if they are missing
 _STREAM_OPTIONS = ('include_usage', 'include_obfuscation')
 # HTTP status and OpenAI's code, by the kind of a refusal or by finish reason.
 _REFUSALS = {'invalid': (400, 'invalid_request'), 'too_large': (413, 'request_too_large'),
@@ -89,6 +91,7 @@ class Completion(NamedTuple):
     """A parsed body."""
 
     request: Request                # with an id
+    names: frozenset[str]           # of the fields of the body
     formatter: 'Formatter'
     stream: bool
 
@@ -161,10 +164,10 @@ def read(body: Any, model: str, chat: bool) -> Completion:
     named = fields.pop('model', None)
     if type(named) is not str:
         problem = 'missing' if named is None else shown(named)
-        raise RequestError(f'model is {problem}: expected {model!r}, as in /v1/models')
+        raise RequestError(f'model is {problem}: expected {shown(model)}, as in /v1/models')
     if named != model:
-        raise ApiError(404, 'model_not_found', f'model is {shown(named)}: the node has {model!r}',
-                       'model')
+        raise ApiError(404, 'model_not_found',
+                       f'model is {shown(named)}: the node has {shown(model)}', 'model')
     for name, accepted in _UNSUPPORTED.items():
         value = fields.pop(name, accepted[0])
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool)
@@ -178,12 +181,19 @@ def read(body: Any, model: str, chat: bool) -> Completion:
             raise RequestError('max_completion_tokens and max_tokens are both set: set one')
         fields['max_tokens'] = fields.pop('max_completion_tokens')
     _convert_input(fields, chat)
-    request = Request.from_json(fields)
+    try:
+        request = Request.from_json(fields)
+    except RequestError as error:
+        if 'max_completion_tokens' not in body:
+            raise
+        message = re.sub(r'^max_tokens\b', 'max_completion_tokens', str(error))
+        raise RequestError(message, error.client_id) from None
     if not request.client_id:
         request = replace(
             request, client_id=f'{"chatcmpl" if chat else "cmpl"}-{uuid4().hex}')
     return Completion(
-        request, Formatter(request.client_id, model, int(time.time()), chat, usage), stream)
+        request, frozenset(body),
+        Formatter(request.client_id, model, int(time.time()), chat, usage), stream)
 
 
 def client_id(body: Any) -> str:
@@ -195,16 +205,21 @@ def client_id(body: Any) -> str:
 def invalid(error: RequestError, body: Any) -> ApiError:
     """Return the response to an invalid body."""
     status, code = _REFUSALS['invalid']
-    return ApiError(status, code, str(error), _param(str(error), body))
+    names = (*body, *_REQUIRED) if isinstance(body, dict) else ()
+    return ApiError(status, code, str(error), _param(str(error), names))
 
 
-def failure(report: RequestReport, text: str) -> ApiError | None:
-    """Return the error response of a request that failed, None if it was answered."""
+def failure(report: RequestReport, text: str, names: Collection[str]) -> ApiError | None:
+    """
+    Return the error response of a request that failed, None if it was answered.
+
+    :param names: of the fields of the body.
+    """
     if report.finish_reason in ANSWERED:
         return None
     if report.finish_reason == 'rejected':
         status, code = _REFUSALS[report.refusal or 'invalid']
-        return ApiError(status, code, report.message)
+        return ApiError(status, code, report.message, _param(report.message, names))
     status, code = _ENDS[report.finish_reason]
     message = report.message or f'the request was {report.finish_reason}'
     # Clients retry after such a status, and the robot would execute the request twice.
@@ -269,7 +284,7 @@ def _convert_input(fields: dict[str, Any], chat: bool) -> None:
     if type(prompt) is not str:
         raise RequestError(f'prompt is {shown(prompt)}: expected one string')
     if not prompt:
-        raise RequestError("prompt is '': send some text")
+        raise RequestError('prompt is "": send some text')
     fields['raw_prompt'] = prompt
 
 
@@ -286,7 +301,7 @@ def _message(value: Any) -> Any:
     return message
 
 
-def _param(message: str, body: Any) -> str | None:
-    """Return the first word of a message if it is a field of the body."""
-    word = re.match(r"'?(\w+)", message)
-    return word[1] if word and isinstance(body, dict) and word[1] in body else None
+def _param(message: str, names: Collection[str]) -> str | None:
+    """Return the first word of a message if it names a field."""
+    word = re.match(r'"?(\w+)', message)
+    return word[1] if word and word[1] in names else None

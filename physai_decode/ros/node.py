@@ -204,9 +204,12 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
             return TransitionCallbackReturn.FAILURE
         footprint = loaded.footprint
         self._status.model_info()
+        duration = f'in {time.monotonic() - begin_s:.1f} s'
         self.get_logger().info(
-            f'loaded {config.model_name} in {time.monotonic() - begin_s:.1f} s: engine '
-            f'{footprint.engine}, {footprint.dtype}, {footprint.device_name}')
+            f'loaded {config.model_name} {duration}: engine {footprint.engine}, '
+            f'{footprint.dtype}, {footprint.device_name}' if loaded.ready else
+            f'configured {duration}, but {footprint.device_name} is not ready to run '
+            f'{config.model_name}')
         return TransitionCallbackReturn.SUCCESS
 
     @_logged

@@ -34,6 +34,7 @@ from physai_decode.config import check
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import MAX_ITEMS
+from physai_decode.config import shown
 from rcl_interfaces.msg import FloatingPointRange
 from rcl_interfaces.msg import IntegerRange
 from rcl_interfaces.msg import Parameter as ParameterMessage
@@ -103,7 +104,7 @@ def merge(config: DecodeConfig, parameters: Iterable[Parameter]) -> DecodeConfig
                 tuple(value) if type(value) in (list, array) else value
     top = groups.pop('', {})
     if type(top.get('autostart', True)) is not bool:
-        raise ConfigError(f'autostart is {top["autostart"]!r}: expected true or false')
+        raise ConfigError(f'autostart is {shown(top["autostart"])}: expected true or false')
     for group, values in groups.items():
         top[group] = replace(getattr(config, group), **values)
         check(group, top[group])

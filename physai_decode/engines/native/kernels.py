@@ -935,8 +935,12 @@ class TritonOps(TorchOps):
 
     def apply(self, x, weight):
         """See `TorchOps.apply`."""
-        dequantise = self._dequantisers.get(type(weight))
+        dequantise = self.dequantiser(weight)
         return weight.apply(x, dequantise) if dequantise else weight.apply(x)
+
+    def dequantiser(self, weight):
+        """See `TorchOps.dequantiser`."""
+        return self._dequantisers.get(type(weight))
 
     def attend(self, qkv, keys, values, position, cos, sin, layer, out):
         """See `TorchOps.attend`."""

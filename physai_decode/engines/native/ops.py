@@ -212,6 +212,10 @@ class TorchOps:
         """Multiply ``x`` [tokens, K], or [K], by ``weight`` in one large product; [tokens, N]."""
         return weight.apply(x)
 
+    def dequantiser(self, weight: Linear) -> Callable[..., Tensor] | None:
+        """Return the function that `apply` dequantises with; None: the method of the weight."""
+        return None
+
     def attend(self, qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cos: Tensor,
                sin: Tensor, layer: Attention, out: Tensor) -> None:
         """

@@ -21,18 +21,25 @@ same weights computes the keys and values of these tokens in the first two layer
 first layer of each kind of rotary embedding: a layer's keys and values depend on all that the
 layers before it compute. Last, it computes the logits from the engine's last hidden state. Further
 layers run the same code. How weights were loaded is not checked.
+
+A prompt of more tokens dequantises the experts instead, which is compared for a few rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 import math
+from typing import Any
 
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.linear import Dense
+from physai_decode.engines.native.linear import Fp4
+from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
+from physai_decode.engines.native.linear import Stack
+from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.transformer import Transformer
 import torch
@@ -73,6 +80,30 @@ def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> No
     known = logits.isfinite()       # NaN in a row of the head fails a request, not the load
     _compare('a decode step', 'logits', t.logits[known], logits[known], limit)
     engine.rewind(0)
+    _check_stacks(t, limit)
+
+
+def _check_stacks(t: Transformer, limit: float) -> None:
+    """Compare the last rows of an expert of each layout, dequantised as for a long prompt."""
+    checked = set()
+    for number, layer in enumerate(t.weights.layers, 1):
+        for name, stack, *_ in layer.mlp.products():
+            if not isinstance(stack, Stack) or (stack.kind, stack.shape) in checked:
+                continue
+            checked.add((stack.kind, stack.shape))
+            one: Any = stack[stack.count - 1]
+            dequantise = t.ops.dequantiser(one)
+            if dequantise is None:
+                continue
+            # The rows of `Int4` and `Fp4` come in tiles.
+            end, count = (one.packed.shape[0], 1) if isinstance(one, Int4 | Fp4) else (
+                one.shape[0], min(TILE_ROWS, one.shape[0]))
+            part = slice(end - count, end)
+            got, expected = (found.float() for found in (
+                dequantise(one, part, t.keys.dtype), one.dequantise(part, t.keys.dtype)))
+            known = expected.isfinite()     # NaN fails a request, not the load
+            _compare('a long prompt', f'experts ({name}, {one.kind}) in layer {number}',
+                     got[known], expected[known], limit)
 
 
 def _compare(what: str, quantity: str, got: Tensor, expected: Tensor, limit: float) -> None:

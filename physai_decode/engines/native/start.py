@@ -38,6 +38,7 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import formats
 from physai_decode.engines.native import source
 from physai_decode.engines.native import torch_forms
+from physai_decode.engines.native import weight_size
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.linear import Dense
@@ -153,9 +154,7 @@ def check_memory(checkpoint: Checkpoint, shape: Architecture, max_context: int,
     :param max_context: capacity of the cache in tokens.
     :raises EngineError: they are not free; the message says what would fit.
     """
-    weight_bytes = sum(
-        dtype.itemsize * math.prod(entry.shape) if entry.dtype in stored.FLOATS else entry.bytes
-        for entry in _own(checkpoint, shape))
+    weight_bytes = weight_size.weight_bytes(_own(checkpoint, shape), checkpoint.quantized, dtype)
     per_token = 2 * shape.layers * shape.kv_size * dtype.itemsize
     work = WORK_BYTES if device.type == 'cuda' else 0
     needed = weight_bytes + work + per_token * max_context
@@ -303,7 +302,7 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         vocab_size=shape.vocab_size, eos_token_ids=checkpoint.eos_token_ids,
         read_weight_bytes=loaded.read_bytes,
         checkpoint_weight_bytes=sum(
-            entry.bytes for entry in _own(checkpoint, shape)), layers=shape.layers,
+            entry.bytes for entry in _own(checkpoint, shape).values()), layers=shape.layers,
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_element_bytes=dtype.itemsize,
         sliding_window=max(shape.windows),
         windowed_layers=sum(map(bool, shape.windows)) or None,
@@ -311,11 +310,11 @@ def footprint(checkpoint: Checkpoint, transformer: Transformer, max_context: int
         sleeps=config.blocking_wait and device.type == 'cuda', details=details)
 
 
-def _own(checkpoint: Checkpoint, shape: Architecture) -> list[TensorEntry]:
+def _own(checkpoint: Checkpoint, shape: Architecture) -> dict[str, TensorEntry]:
     """Return the tensors of the language model, without those of a vision tower."""
     trunk, head = weights.prefixes(shape, checkpoint.tensors.get)
-    return [entry for name, entry in checkpoint.tensors.items()
-            if name.startswith((trunk, f'{head}.'))]
+    return {name: entry for name, entry in checkpoint.tensors.items()
+            if name.startswith((trunk, f'{head}.'))}
 
 
 def warm_up(engine: Engine, prompt: Sequence[int]) -> None:
