@@ -61,6 +61,8 @@ EPS = 1e-6
 COUNT, TOP_K = 5, 3
 IDS = (4, 0, 3)
 NVFP4 = random_formats.float4('nvfp4')
+EXPERTS = {'awq': random_formats.awq(32), 'nf4': random_formats.bitsandbytes('nf4', block=32),
+           'nvfp4': NVFP4, 'fp8': random_formats.float8('block')}      # by format
 
 
 make = pytest.fixture(maker)
@@ -233,14 +235,9 @@ def save(folder, kind):
         random_gptq.save(folder, 'qwen3_moe', 0, 32, symmetric=False, **small)
         plain = random_model.save(folder.with_name('plain'), 'qwen3_moe', 0, **small)
         restore_routers(folder, plain)
-    elif kind == 'awq':
-        random_formats.save(folder, 'qwen3_moe', random_formats.awq(32), dense=(
-            'lm_head', '0.mlp.gate'), **small)
-    elif kind == 'nvfp4':
-        random_formats.save(folder, 'qwen3_moe', NVFP4, dense=('lm_head', '0.mlp.gate'), **small)
-    elif kind == 'fp8':
-        random_formats.save(folder, 'qwen3_moe', random_formats.float8('block'),
-                            dense=('lm_head', '0.mlp.gate'), **small)
+    elif kind in EXPERTS:
+        random_formats.save(folder, 'qwen3_moe', EXPERTS[kind], dense=('lm_head', '0.mlp.gate'),
+                            **small)
     else:
         random_model.save(folder, kind, 0, vocab_size=64)
     return folder
@@ -257,7 +254,7 @@ def restore_routers(folder, plain):
 
 
 @pytest.mark.parametrize('name', ['gate and up', 'down'])
-@pytest.mark.parametrize('kind', ['gptq', 'awq', 'nvfp4', 'fp8'])
+@pytest.mark.parametrize('kind', ['gptq', *EXPERTS])
 def test_check_finds_a_wrong_dequantisation(tmp_path, monkeypatch, kind, name):
     """Only prompts of more tokens than that of the check dequantise experts."""
     t = transformers(save(tmp_path, kind))[0]
@@ -270,7 +267,7 @@ def test_check_finds_a_wrong_dequantisation(tmp_path, monkeypatch, kind, name):
         dense = right(weight, part, dtype)
         return dense.roll(1, 0) if weight.shape == wrong.shape else dense
 
-    monkeypatch.setattr(CodedOps, '_dequantisers', {type(wrong): dequantise})
+    monkeypatch.setattr(Fp4Ops, '_dequantisers', {type(wrong): dequantise})
     with pytest.raises(EngineError, match=rf'a long prompt wrongly.*experts \({name}, '
                                           rf'{wrong.kind}\) in layer 1'):
         self_check._check_stacks(t, 1e-5)
@@ -287,7 +284,7 @@ def test_load_refuses_a_wrong_dequantisation(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'awq', 'nvfp4', 'fp8'])
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', *EXPERTS])
 def test_prompts_and_steps(tmp_path, kind, monkeypatch):
     """A short prompt, a step after it, and the same tokens sorted by expert."""
     monkeypatch.setattr(experts, 'FEW', 2)
@@ -389,7 +386,6 @@ def test_order_of_sums_is_fixed(tmp_path):
 
 
 @pytest.mark.parametrize('form, what', [
-    (random_formats.bitsandbytes('nf4'), 'experts of bitsandbytes-nf4'),
     (random_formats.packed(8, 32, act_order=True),
      'experts of compressed-tensors-int8-g32 with actorder group')])
 def test_rejects_formats(tmp_path, form, what):

@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file
 from test_gptq import assert_close
 from test_gptq import library_logits
+from test_gptq import RELATIVE
 
 CPU = EngineConfig(device='cpu', dtype='float32', cpu_threads=1)
 IDS = [(3 + 7 * index) % 512 for index in range(40)]
@@ -90,7 +91,10 @@ NAMES = {'awq-g64': 'awq-int4-g64', 'packed4-g128': 'compressed-tensors-int4-g12
 def check(folder, state):
     """Compare logits and answer with the library's model of ``state``; returns the footprint."""
     engine = load(NativeEngine, folder, CPU).engine
-    assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS))
+    # The scales of bitsandbytes with 4 bits are float32, and become float16.
+    near = 3e-3 if engine.footprint.quantization in ('bitsandbytes-nf4', 'bitsandbytes-fp4') \
+        else RELATIVE
+    assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS), near)
     steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
     answer = [token for step in steps for token in step.token_ids]
     expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
@@ -116,8 +120,7 @@ def test_slow_formats(tmp_path, name):
     model = inspect(tmp_path)
     loaded = native_weights.load(families.parse(model.config), Files(model, torch.device('cpu')),
                                  model.quantized, torch.bfloat16, print)
-    assert loaded.slow_format is (
-        name in {*EIGHT, *FOUR} - {'nvfp4', 'mxfp4', 'modelopt'})
+    assert loaded.slow_format is (name in {*EIGHT, 'bnb-int8', 'modelopt-fp8'})
 
 
 @pytest.mark.parametrize('name', [None, *FORMATS])
@@ -135,8 +138,9 @@ def test_estimates_the_memory_of_the_weights(tmp_path, name):
         tensors += [*layer.norms, *(each for weight in layer.linears for each in _tensors(weight))]
     taken = sum(each.numel() * each.element_size() for each in tensors)
     estimate = weight_bytes(model.tensors, model.quantized, torch.bfloat16)
-    # Blocks of nf4 may continue from row to row; only a tensor's content tells.
-    assert (0.98 if name == 'nf4-blocks' else 1.0) <= estimate / taken < 1.02
+    # The rows of bitsandbytes with 4 bits, and so their padding, are only in a tensor's content.
+    unknown = name in ('nf4', 'fp4', 'nf4-double', 'nf4-blocks')
+    assert (0.96 if unknown else 1.0) <= estimate / taken < 1.02
 
 
 @pytest.mark.parametrize('name', ['fp8-block', 'mxfp4'])
@@ -211,9 +215,9 @@ def test_rejects_a_quantised_module_that_no_group_targets(tmp_path, change_confi
 
 
 def test_nf4_blocks_that_span_rows(tmp_path):
-    """With rows of 144 columns and blocks of 64, the engine uses groups of 16 columns."""
+    """With rows of 160 columns and blocks of 64, the engine uses groups of 32 columns."""
     check(tmp_path, random_formats.save(
-        tmp_path, 'llama', FORMATS['nf4-double'], hidden_size=144, intermediate_size=48,
+        tmp_path, 'llama', FORMATS['nf4-double'], hidden_size=160, intermediate_size=96,
         num_attention_heads=2, num_key_value_heads=1, head_dim=64))
 
 

@@ -549,11 +549,11 @@ def test_reports_why_it_is_off(native, family, name, reason, tmp_path):
 def test_kernels_of_other_forms_take_one_row(native):
     from physai_decode.engines.native import start
     from physai_decode.engines.native.mlp import Mlp
-    weight = SimpleNamespace(kind='coded-g32-uint8')
+    weight = SimpleNamespace(kind='int8-g32')
     layer = SimpleNamespace(qkv=weight, out=weight, mlp=Mlp(weight, weight))
     loaded = SimpleNamespace(layers=[layer], head=weight)
     reason = start._no_passes(loaded, SimpleNamespace(name='triton 3.7'))
-    assert reason == 'the kernels of coded-g32-uint8 weights take one row'
+    assert reason == 'the kernels of int8-g32 weights take one row'
     assert not start._no_passes(loaded, SimpleNamespace(name='torch'))
 
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)     # of the kernels; other multiples of 32 are split into these
+TABLE_GROUP = 64                # with a table, more need too many registers and shared memory
 ROUNDING = 1e-3                 # relative error allowed for scales in float16, about 2^-10
 
 
@@ -55,8 +56,7 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     order = group_order(g_idx, size, columns)
     if order is not None:
         nibbles = nibbles[order.long()]
-    # With groups of 128, the kernel for tables would need too many registers and shared memory.
-    kernel_group = _kernel_group(size if table is None else math.gcd(size, 64))
+    kernel_group = _kernel_group(math.gcd(size, TABLE_GROUP) if table else size)
     half = scales.half()
     if not (half.float() - scales.float()).norm() <= ROUNDING * scales.float().norm():
         raise EngineError(f'its scales, {scales.abs().min():g} to {scales.abs().max():g}, are not '

@@ -24,6 +24,7 @@ from physai_decode.engines.native.linear import FP4_COLUMNS
 from physai_decode.engines.native.linear import FP4_GROUP
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.packing import GROUP_SIZES
+from physai_decode.engines.native.packing import TABLE_GROUP
 from physai_decode.model_config import Quantization
 import torch
 
@@ -61,7 +62,9 @@ def _module_bytes(found: Mapping[str, TensorEntry], quantized: Quantization | No
     rows, columns = weight.shape
     has_zeros = zeros is not None and not quantized.settings.get('sym')
     if 'absmax' in found:               # per block of codes, two of which are a byte
-        return rest + weight.bytes + 4 * math.prod(scales.shape)
+        codes = 2 * weight.bytes
+        size = min(TABLE_GROUP, codes // math.prod(scales.shape))
+        return rest + weight.bytes + 2 * (codes // size)
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
     if weight.dtype == 'U8':
         return rest + _fp4_bytes(rows, 2 * columns)

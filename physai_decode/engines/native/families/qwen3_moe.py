@@ -55,8 +55,6 @@ def _check(quantized: Quantization) -> None:
     groups = part(quantized.settings, 'config_groups')
     if any(part(part(groups, name), 'weights').get('actorder') == 'group' for name in groups):
         raise unsupported(f'experts of {quantized.name} with actorder group')
-    if quantized.method == 'bitsandbytes':
-        raise unsupported(f'experts of {quantized.name}')
 
 
 def _routing(config: Mapping[str, Any], layers: int) -> Routing:
