@@ -165,9 +165,10 @@ def main():
                 gated = at % 2 == 0
                 made = build(
                     kernels._int4, warps=layout.warps, x=half, out=half if gated else 'fp32',
-                    K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64, ROWS=16, SPLIT=layout.warps,
-                    STAGES=layout.stages, GATED=gated, GELU=False, ADD=not gated, BIAS=False,
-                    ZEROS=False, TABLE=True, ASSEMBLY=True, table='i32')
+                    K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64, ROWS=layout.rows,
+                    SPLIT=layout.warps * 16 // layout.rows, STAGES=layout.stages, GATED=gated,
+                    GELU=False, ADD=not gated, BIAS=False, ZEROS=False, TABLE=True, ASSEMBLY=True,
+                    table='i32')
                 # Before 8.0, products use shared memory too, so only the first layout must fit.
                 assert made.metadata.shared + lookup.STATIC_BYTES <= 48 * 2**10 or (
                     at and capability < 80)

@@ -28,9 +28,10 @@ pytest.importorskip('triton')
 import linear_contract
 from linear_contract import assert_close
 from linear_contract import check_gated
-from linear_contract import check_layout
 from linear_contract import check_product
 from linear_contract import DEVICE
+from linear_contract import EPS
+from linear_contract import REFERENCE
 from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
@@ -44,7 +45,7 @@ FORMATS = {
     'nf4': random_formats.bitsandbytes('nf4'),
     'fp4-double-g128': random_formats.bitsandbytes('fp4', block=128, double=True)}
 # The interpreter multiplies the bits of bfloat16.
-DTYPES = [torch.float16] if DEVICE.type == 'cpu' else [torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type != 'cpu')
 
 
 make = pytest.fixture(linear_contract.maker)
@@ -60,22 +61,36 @@ def test_product(make, name, n, k):
     check_product(make, Fp4Ops, FORMATS[name], n, k)
 
 
-@pytest.mark.parametrize('name', ['nf4'])
-@pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
-def test_each_layout(make, name, layout):
-    check_layout(make, Fp4Ops, FORMATS[name], layout)
-
-
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
-def test_numbers_are_rounded_to_the_input(make, dtype, layout):
-    weight, _ = random_weight('nf4', 40, 1280)
+def test_each_layout_rounds_numbers_to_the_input(make, dtype, layout):
+    weight, _ = random_weight('nf4', 56, 1280)
     table = torch.tensor(weight.table).to(dtype).tolist()
     rounded = replace(weight, table=tuple(table)).dequantise(slice(None), torch.float32)
-    x, out, ops = make(1280, dtype=dtype), make(40), Fp4Ops(DEVICE)
-    ops._layouts[kernels.Shape(40, 1280, weight.kind, False, False)] = layout
+    x, out, ops = make(1280, dtype=dtype), make(56), Fp4Ops(DEVICE)
+    ops._layouts[kernels.Shape(56, 1280, weight.kind, False, False)] = layout
     ops.linear(x, weight, out)
     assert_close(out, rounded @ x.float())
+
+
+@pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
+def test_each_layout_gated(make, layout):
+    """Also the sums of the output, which a product with integers would need."""
+    weight = fusion.fuse([random_weight('nf4', 64, 640, seed)[0] for seed in (2, 3)], paired=True)
+    x, gain, out, ops = make(640), make(640), make(64), Fp4Ops(DEVICE)
+    expected = out.clone()
+    REFERENCE.gated(x, weight, expected, gain, EPS)
+    ops._layouts[kernels.Shape(128, 640, weight.kind, True, True)] = layout
+    ops.gated(x, weight, out, gain, EPS)
+    assert_close(out, expected)
+    assert_close(ops._sums(out), out.view(-1, 8).sum(1))
+
+
+@pytest.mark.parametrize('n, fits', [(64, 14), (32, 13), (16, 9)])
+def test_layouts_have_whole_tiles(n, fits):
+    weight, _ = random_weight('nf4', n, 640)
+    shape = kernels.Shape(n, 640, weight.kind, False, False)
+    assert len(Fp4Ops(DEVICE)._candidates(shape)) == fits
 
 
 @pytest.mark.parametrize('name', FORMATS)

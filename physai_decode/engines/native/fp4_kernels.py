@@ -54,7 +54,7 @@ def _scale_words(scales, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.conste
     in the row 8 below. Two lanes share them.
     """
     number = tl.arange(0, GROUP // 32 * SPLIT)
-    at, inside = _places(ids, tile, first + number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
+    at, inside = _places(ids, tile, first, number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
     own = tl.arange(0, 64)
     words = tl.load(
         scales + at[:, None] * GROUP + (number // SPLIT * 32)[:, None]

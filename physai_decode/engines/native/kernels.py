@@ -319,11 +319,13 @@ def _matrix(words):
 
 @triton.jit
 def _tile(packed, scales, zeros, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
-          STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr):
-    """Load a tile's fragments of SPLIT blocks, and four scales and zeros for each row of them."""
-    words = _words(packed, ids, tile, first, BLOCKS, SIZE, STACK, GROUP, SPLIT)
+          STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ZEROS: tl.constexpr,
+          TILES: tl.constexpr = 1):
+    """Load what `_words` loads, and four scales and zeros for each row of the blocks."""
+    words = _words(packed, ids, tile, first, BLOCKS, SIZE, STACK, GROUP, SPLIT, TILES)
     # Four float16 are read as one number.
-    at, inside = _places(ids, tile, first + tl.arange(0, SPLIT), BLOCKS, SIZE, STACK, SPLIT)
+    warp = tl.arange(0, TILES * SPLIT)
+    at, inside = _places(ids, tile, first, warp, BLOCKS, SIZE, STACK, SPLIT, TILES)
     rows = at[:, None] * 16 + tl.arange(0, 16)[None, :]
     four = tl.load(scales.to(tl.pointer_type(tl.int64)) + rows, mask=inside[:, None], other=0)
     zero = four
@@ -334,26 +336,32 @@ def _tile(packed, scales, zeros, ids, tile, first, BLOCKS: tl.constexpr, SIZE: t
 
 @triton.jit
 def _words(packed, ids, tile, first, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
-           STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr):
+           STACK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+           TILES: tl.constexpr = 1):
     """
-    Load a tile's fragments of SPLIT blocks from ``first`` on, [SPLIT, GROUP / 16, 256].
+    Load the fragments of SPLIT blocks of TILES tiles from ``first`` on, [warps, GROUP / 16, 256].
 
     They are loaded in two dimensions, so that each warp loads its own block: for more, the layout
     depends on the version of Triton.
     """
-    number = tl.arange(0, GROUP // 16 * SPLIT)
-    at, inside = _places(ids, tile, first + number % SPLIT, BLOCKS, SIZE, STACK, SPLIT)
+    WARPS: tl.constexpr = TILES * SPLIT
+    number = tl.arange(0, GROUP // 16 * WARPS)
+    at, inside = _places(ids, tile, first, number % WARPS, BLOCKS, SIZE, STACK, SPLIT, TILES)
     words = tl.load(
-        packed + at[:, None] * (16 * GROUP) + (number // SPLIT * 256)[:, None]
+        packed + at[:, None] * (16 * GROUP) + (number // WARPS * 256)[:, None]
         + tl.arange(0, 256)[None, :], mask=inside[:, None], other=0,
         eviction_policy='evict_first')
-    return tl.permute(tl.reshape(words, (GROUP // 16, SPLIT, 256)), (1, 0, 2))
+    return tl.permute(tl.reshape(words, (GROUP // 16, WARPS, 256)), (1, 0, 2))
 
 
 @triton.jit
-def _places(ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
-            SPLIT: tl.constexpr):
-    """Return where the blocks of a tile are, and which of them exist."""
+def _places(ids, tile, first, warp, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+            STACK: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr = 1):
+    """Return where the blocks of warps are, from block ``first`` on, and which of them exist."""
+    block = first + warp
+    if TILES > 1:
+        block = first + warp % SPLIT
+        tile += warp // SPLIT
     inside = block < BLOCKS if BLOCKS % SPLIT else tl.full(block.shape, True, tl.int1)
     at = tile * SIZE + block
     if STACK:
@@ -364,34 +372,36 @@ def _places(ids, tile, block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, STACK: t
 
 @triton.jit
 def _input(x, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-           SPLIT: tl.constexpr, COPIED: tl.constexpr):
+           SPLIT: tl.constexpr, COPIED: tl.constexpr, TILES: tl.constexpr = 1):
     """
     Load x for group NUMBER of SPLIT blocks from ``first`` on.
 
     The matrix units need a matrix, so x is repeated in SIDE columns, in the order of the words:
-    [SPLIT, GROUP, SIDE]. If COPIED, it is loaded once, through shared memory. Otherwise every lane
+    [warps, GROUP, SIDE]. If COPIED, it is loaded once, through shared memory. Otherwise every lane
     loads what it multiplies. If ``rows`` is not None, x is that of a pass, [rows, K]: each column
     has one row, or repeats the last.
     """
+    WARPS: tl.constexpr = TILES * SPLIT
     if COPIED:
-        column = ((first + tl.arange(0, SPLIT)) * 4 + NUMBER) * GROUP
+        warp = tl.arange(0, WARPS)
+        column = ((first + (warp % SPLIT if TILES > 1 else warp)) * 4 + NUMBER) * GROUP
         at = tl.arange(0, GROUP)[None, :]       # pair, operand, high, lane, low
         columns = column[:, None] + (at // 32 * 32 + at // 2 % 4 * 8 + at // 16 % 2 * 4
                                      + at // 8 % 2 * 2 + at % 2)
         v = tl.load(x + columns, mask=columns < K, other=0.0)
-        return tl.broadcast_to(v[:, :, None], (SPLIT, GROUP, SIDE))
+        return tl.broadcast_to(v[:, :, None], (WARPS, GROUP, SIDE))
     # Four lanes load one column of 8; after the lanes come the warps, and then the registers.
-    number = tl.arange(0, GROUP // 32 * SPLIT * SIDE * 4)
+    number = tl.arange(0, GROUP // 32 * WARPS * SIDE * 4)
     column = ((first + number // 32 % SPLIT) * 4 + NUMBER) * GROUP \
-        + number // (4 * SIDE * SPLIT) * 32 + number % 4 * 8
+        + number // (4 * SIDE * WARPS) * 32 + number % 4 * 8
     columns = column[:, None] + tl.arange(0, 8)[None, :]
     if rows is not None:
-        row = number // (32 * SPLIT) % (SIDE // 8) * 8 + number // 4 % 8
+        row = number // (32 * WARPS) % (SIDE // 8) * 8 + number // 4 % 8
         x += (tl.minimum(row, rows - 1) * K)[:, None]
     v = tl.load(x + columns, mask=columns < K, other=0.0)
-    v = tl.reshape(v, (GROUP // 32, SIDE // 8, SPLIT, 8, 4, 2, 2, 2))
+    v = tl.reshape(v, (GROUP // 32, SIDE // 8, WARPS, 8, 4, 2, 2, 2))
     v = tl.permute(v, (2, 0, 5, 6, 4, 7, 1, 3))
-    return tl.reshape(v, (SPLIT, GROUP, SIDE))
+    return tl.reshape(v, (WARPS, GROUP, SIDE))
 
 
 @triton.jit
@@ -432,26 +442,28 @@ def _row_sums(sums, first, rows, NUMBER: tl.constexpr, K: tl.constexpr, GROUP: t
 @triton.jit
 def _block(result, x, sums, words, four, zero, table, pairs, first, rows, K: tl.constexpr,
            GROUP: tl.constexpr, SPLIT: tl.constexpr, COPIED: tl.constexpr, ZEROS: tl.constexpr,
-           TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Add the products of the blocks that `_tile` loaded to [SPLIT, 16, SIDE]."""
-    v0 = _input(x, first, rows, 0, K, GROUP, SPLIT, COPIED)
-    v1 = _input(x, first, rows, 1, K, GROUP, SPLIT, COPIED)
-    v2 = _input(x, first, rows, 2, K, GROUP, SPLIT, COPIED)
-    v3 = _input(x, first, rows, 3, K, GROUP, SPLIT, COPIED)
+           TABLE: tl.constexpr, ASSEMBLY: tl.constexpr, TILES: tl.constexpr = 1):
+    """Add the products of the blocks that `_tile` loaded to [warps, 16, SIDE]."""
+    v0 = _input(x, first, rows, 0, K, GROUP, SPLIT, COPIED, TILES)
+    v1 = _input(x, first, rows, 1, K, GROUP, SPLIT, COPIED, TILES)
+    v2 = _input(x, first, rows, 2, K, GROUP, SPLIT, COPIED, TILES)
+    v3 = _input(x, first, rows, 3, K, GROUP, SPLIT, COPIED, TILES)
     if TABLE:
         w0, w1, w2, w3 = _looked_up(words, table, pairs, v0.dtype, ASSEMBLY)
         result = _added(result, w0, v0, four, 0)
         result = _added(result, w1, v1, four, 1)
         result = _added(result, w2, v2, four, 2)
-        return _added(result, w3, v3, four, 3)
-    total0 = _input_sums(sums, first, rows, 0, K, GROUP, SPLIT)
-    total1 = _input_sums(sums, first, rows, 1, K, GROUP, SPLIT)
-    total2 = _input_sums(sums, first, rows, 2, K, GROUP, SPLIT)
-    total3 = _input_sums(sums, first, rows, 3, K, GROUP, SPLIT)
-    result = _grouped(result, words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
-    result = _grouped(result, words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
-    result = _grouped(result, words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
-    return _grouped(result, words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
+        result = _added(result, w3, v3, four, 3)
+    else:
+        total0 = _input_sums(sums, first, rows, 0, K, GROUP, SPLIT)
+        total1 = _input_sums(sums, first, rows, 1, K, GROUP, SPLIT)
+        total2 = _input_sums(sums, first, rows, 2, K, GROUP, SPLIT)
+        total3 = _input_sums(sums, first, rows, 3, K, GROUP, SPLIT)
+        result = _grouped(result, words, v0, total0, four, zero, 0, ZEROS, ASSEMBLY)
+        result = _grouped(result, words, v1, total1, four, zero, 1, ZEROS, ASSEMBLY)
+        result = _grouped(result, words, v2, total2, four, zero, 2, ZEROS, ASSEMBLY)
+        result = _grouped(result, words, v3, total3, four, zero, 3, ZEROS, ASSEMBLY)
+    return result
 
 
 @triton.jit
@@ -461,76 +473,73 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
           GATED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
           ZEROS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
-    Multiply an `Int4` [n, K] by ``x`` [K]; a tile of ROWS rows a program.
+    Multiply an `Int4` [n, K] by ``x`` [K]; a program has tiles of 16 rows, ROWS in all.
 
-    SPLIT warps take turns at the blocks and add up their sums at the end. The words go straight to
-    registers or, with more than one of STAGES, are prefetched to shared memory. If the registers
-    can hold all words of a tile, they are requested while the previous kernel still runs. With no
-    STAGES, that holds for the first words, and the next words are requested before the current
-    ones are multiplied.
+    SPLIT warps a tile take turns at the blocks and add up their sums at the end. The words go
+    straight to registers or, with more than one of STAGES, are prefetched to shared memory. If the
+    registers can hold all words of a tile, they are requested while the previous kernel still
+    runs. With no STAGES, that holds for the first words, and the next words are requested before
+    the current ones are multiplied.
 
     ``sums`` has the sum of every 8 of ``x``; a gated product also writes those of ``out``. If
     TABLE, nibbles are looked up in ``table``, see `lookup`. For a stack, see `_dense`; SIZE and
     STACK are in blocks.
     """
     COPIED: tl.constexpr = STAGES > 1
-    tile = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = ROWS // 16
+    LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
+    tile = tl.program_id(0).to(tl.int64) * TILES
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    result = tl.zeros((SPLIT, ROWS, SIDE), tl.float32)
+    result = tl.zeros((TILES * SPLIT, 16, SIDE), tl.float32)
     if GATED and STACK:
         if PDL:
             gdc_wait()
         ids += tl.program_id(1)
         out += tl.program_id(1) * stride
         out_sums += tl.program_id(1) * (stride // 8)
-    if BLOCKS <= 2 * SPLIT and not COPIED:
+    if BLOCKS <= 2 * SPLIT and not COPIED or STAGES == 0:
         words, four, zero = _tile(packed, scales, zeros, ids, tile, 0, BLOCKS, SIZE, STACK, GROUP,
-                                  SPLIT, ZEROS)
-        if BLOCKS > SPLIT:
+                                  SPLIT, ZEROS, TILES)
+        if LAST == SPLIT:
             more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, SPLIT, BLOCKS,
-                                               SIZE, STACK, GROUP, SPLIT, ZEROS)
-        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
+                                               SIZE, STACK, GROUP, SPLIT, ZEROS, TILES)
+        pairs = _pairs(table, TILES * SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
-        result = _block(result, x, sums, words, four, zero, table, pairs, 0, None, K, GROUP, SPLIT,
-                        COPIED, ZEROS, TABLE, ASSEMBLY)
-        if BLOCKS > SPLIT:
-            result = _block(result, x, sums, more, more_four, more_zero, table, pairs, SPLIT, None,
-                            K, GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
-    elif STAGES == 0:
-        LAST: tl.constexpr = (BLOCKS - 1) // SPLIT * SPLIT
-        words, four, zero = _tile(packed, scales, zeros, ids, tile, 0, BLOCKS, SIZE, STACK, GROUP,
-                                  SPLIT, ZEROS)
-        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
-        if PDL:
-            gdc_wait()
-        for first in tl.range(0, LAST, SPLIT, num_stages=1):
-            more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, first + SPLIT,
-                                               BLOCKS, SIZE, STACK, GROUP, SPLIT, ZEROS)
-            result = _block(result, x, sums, words, four, zero, table, pairs, first, None, K,
-                            GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
+        if LAST == SPLIT:
+            result = _block(result, x, sums, words, four, zero, table, pairs, 0, None, K, GROUP,
+                            SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY, TILES)
             words, four, zero = more, more_four, more_zero
+        else:
+            for first in tl.range(0, LAST, SPLIT, num_stages=1):
+                more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, first + SPLIT,
+                                                   BLOCKS, SIZE, STACK, GROUP, SPLIT, ZEROS, TILES)
+                result = _block(result, x, sums, words, four, zero, table, pairs, first, None, K,
+                                GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY, TILES)
+                words, four, zero = more, more_four, more_zero
         result = _block(result, x, sums, words, four, zero, table, pairs, LAST, None, K, GROUP,
-                        SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
+                        SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY, TILES)
     else:
-        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
+        pairs = _pairs(table, TILES * SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):
             words, four, zero = _tile(packed, scales, zeros, ids, tile, first, BLOCKS, SIZE, STACK,
-                                      GROUP, SPLIT, ZEROS)
+                                      GROUP, SPLIT, ZEROS, TILES)
             result = _block(result, x, sums, words, four, zero, table, pairs, first, None, K,
-                            GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY)
+                            GROUP, SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY, TILES)
     if PDL:
         gdc_launch_dependents()
-    result = _finish(tl.sum(tl.max(result, 2), 0), 0.0, rows, n, K, 0.0, bias, False, BIAS)
+    result = tl.reshape(tl.sum(tl.reshape(tl.max(result, 2), (TILES, SPLIT, 16)), 1), (ROWS,))
+    result = _finish(result, 0.0, rows, n, K, 0.0, bias, False, BIAS)
     if GATED:
-        gate, up = tl.split(tl.trans(tl.reshape(result, (2, ROWS // 2))))
+        gate, up = tl.split(tl.permute(tl.reshape(result, (TILES, 2, 8)), (0, 2, 1)))
         result = _activated(gate, GELU) * up
         if STACK:
             result *= tl.load(routing + tl.program_id(1))
         rounded = result.to(out.dtype.element_ty).to(tl.float32)
-        tl.store(out_sums + tl.program_id(0), tl.sum(rounded))
+        tl.store(out_sums + tl.program_id(0) * TILES + tl.arange(0, TILES), tl.sum(rounded, 1))
+        result = tl.reshape(result, (ROWS // 2,))
         rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     _store(out, rows, n, result, ADD)
 
@@ -803,8 +812,9 @@ INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
 FP4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (8, 1), (2, 1), (1, 1), (1, 2), (2, 2), (2, 3), (4, 3), (4, 4)))
 # Of an `Int4` with a table: its shared memory fits into 48 KiB; with more, a launch would fail.
-TABLE_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
-    (4, 1), (8, 1), (2, 1), (1, 1), (8, 0), (4, 0), (2, 3), (2, 4), (1, 3)))
+TABLE_LAYOUTS = tuple(Layout(tiles * TILE_ROWS, 0, *each) for tiles, *each in (
+    (1, 4, 1), (1, 8, 1), (1, 2, 1), (1, 1, 1), (1, 8, 0), (1, 4, 0), (1, 2, 3), (1, 2, 4),
+    (1, 1, 3), (2, 4, 1), (2, 8, 1), (4, 8, 1), (2, 8, 0), (2, 4, 2)))
 if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
     INT4_LAYOUTS, FP4_LAYOUTS, TABLE_LAYOUTS = (
         tuple(sorted(each, key=lambda layout: layout.warps))
@@ -1040,6 +1050,9 @@ class TritonOps(TorchOps):
                    'int8': SCALED_LAYOUTS, 'float8': SCALED_LAYOUTS}.get(number, DENSE_LAYOUTS)
         if not compiler.PIPELINES and number in ('table4', 'fp4', 'int8', 'float8'):
             layouts = tuple(layout for layout in layouts if layout.stages == 1)
+        if number == 'table4':
+            tiles = triton.cdiv(shape.n, TILE_ROWS)
+            layouts = tuple(each for each in layouts if tiles % (each.rows // TILE_ROWS) == 0)
         return layouts
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
@@ -1064,12 +1077,13 @@ class TritonOps(TorchOps):
         if gain is not None or weight.order is not None or x.data_ptr() not in self._current:
             x = self._prepared(x, weight, gain, eps)
         tiles, blocks = weight.packed.shape[:2]
-        _int4[(tiles, each)](
+        own = layout.rows // TILE_ROWS
+        _int4[(tiles // own, each)](
             x, self._sums(x), whole.packed, whole.scales,
             x if whole.zeros is None else whole.zeros, lookup.table(whole, x.dtype), bias, ids,
             routing, out, self._sums(out) if gated else x, shape.n, out.stride(0), K=x.numel(),
             BLOCKS=joined * blocks, SIZE=blocks, STACK=0 if routed is None else tiles * blocks,
-            GROUP=weight.group_size, SPLIT=layout.warps, ZEROS=whole.zeros is not None,
+            GROUP=weight.group_size, SPLIT=layout.warps // own, ZEROS=whole.zeros is not None,
             TABLE=whole.table is not None, ASSEMBLY=self._device.type == 'cuda', **common)
 
     def _prepared(self, x, weight, gain, eps):
