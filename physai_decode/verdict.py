@@ -86,7 +86,8 @@ _ADVICE = {
     'kernels, native, slow format': 'use weights in another format, such as GPTQ of four bits',
     'a neighbour, unavailable': 'set realtime.priority and realtime.cpu_affinity',
     'a neighbour': 'set engine.stream_priority if it is in this process, a share by MPS if it is '
-                   'in another, realtime.priority if it is on the CPU'}
+                   'in another, realtime.priority or engine.blocking_wait: true if it is on the '
+                   'CPU'}
 
 
 def judge(figures: Figures) -> Verdict | None:
