@@ -38,6 +38,7 @@ if VERSION < LEAST:
 KNOWS_PDL = VERSION >= (3, 5)
 LEAST_COLUMNS = 8 if VERSION >= (3, 5) else 16      # of a product on the tensor cores
 PIPELINES = VERSION >= (3, 3)       # three-dimensional loads; older versions abort the process
+TUPLES = VERSION >= (3, 3)          # several results of assembly, likewise
 
 if KNOWS_PDL:
     from triton.language.extra.cuda import gdc_launch_dependents

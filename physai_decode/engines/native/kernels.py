@@ -53,6 +53,7 @@ import triton.language as tl
 
 # Columns in which the vector of a product with an `Int4` stands, see `_input`.
 SIDE = tl.constexpr(compiler.LEAST_COLUMNS)
+TUPLES = tl.constexpr(compiler.TUPLES)
 LOOKUP = tl.constexpr(lookup.LOOKUP)
 FILL_1, FILL_2, FILL_4, FILL_8 = (tl.constexpr(lookup.FILL[warps]) for warps in (1, 2, 4, 8))
 
@@ -237,7 +238,7 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
 @triton.jit
 def _pairs(table, WARPS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Copy the pairs of a table to shared memory; returns the address of a lane's copy."""
-    if TABLE and ASSEMBLY:
+    if TABLE and (ASSEMBLY and TUPLES):
         FILL: tl.constexpr = FILL_1 if WARPS == 1 else FILL_2 if WARPS == 2 else (
             FILL_4 if WARPS == 4 else FILL_8)
         return tl.inline_asm_elementwise(FILL, '=r,l', [(table + 16).to(tl.int64)],
@@ -249,11 +250,11 @@ def _pairs(table, WARPS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constex
 @triton.jit
 def _looked_up(words, table, pairs, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return the numbers of a table for the four nibbles of each of ``words``, as KIND."""
-    if ASSEMBLY and KIND == tl.bfloat16:
+    if (ASSEMBLY and TUPLES) and KIND == tl.bfloat16:
         return tl.inline_asm_elementwise(
             LOOKUP, '=r,=r,=r,=r,r,r,r', [words, pairs],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
-    elif ASSEMBLY and KIND == tl.float16:
+    elif (ASSEMBLY and TUPLES) and KIND == tl.float16:
         return tl.inline_asm_elementwise(
             LOOKUP, '=r,=r,=r,=r,r,r,r', [words, pairs],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
