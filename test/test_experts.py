@@ -211,6 +211,9 @@ def test_does_not_stack_weights_of_several_layouts(make):
     with pytest.raises(ValueError, match='layouts differ'):
         stack_of(linear_contract.random_weight(form, 32, 64)[0] for form in (
             random_formats.int8(-1), random_formats.float8('channel')))
+    with pytest.raises(ValueError, match='layouts differ'):
+        stack_of(linear_contract.random_weight(random_formats.bitsandbytes(kind), 32, 64)[0]
+                 for kind in ('nf4', 'fp4'))
     stored, _ = random_gptq.tensors(0, 32, 64, 32, act_order=True)
     with pytest.raises(ValueError, match='own order of columns'):
         stack_of([random_gptq.read(stored, 32, 64, 32, device=DEVICE)])

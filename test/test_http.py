@@ -365,6 +365,7 @@ def test_constrains_to_a_schema(rig):
         'name': 'x', 'schema': {'type': 'object', 'not': {}}}}}, 'response_format', '"not"'),
     ({'structured_outputs': {'regex': '(a'}}, 'structured_outputs', 'regex cannot be used'),
     ({'max_completion_tokens': 0}, 'max_completion_tokens', 'max_completion_tokens is 0'),
+    ({'max_completion_tokens': None, 'max_tokens': 0}, 'max_tokens', 'max_tokens is 0'),
     ({'deadline': {'soon': 1}}, 'deadline', 'deadline.soon'),
     ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, None, '5000 tokens')])
 @pytest.mark.parametrize('stream', [False, True])

@@ -184,7 +184,7 @@ def read(body: Any, model: str, chat: bool) -> Completion:
     try:
         request = Request.from_json(fields)
     except RequestError as error:
-        if 'max_completion_tokens' not in body:
+        if body.get('max_completion_tokens') is None:
             raise
         message = re.sub(r'^max_tokens\b', 'max_completion_tokens', str(error))
         raise RequestError(message, error.client_id) from None

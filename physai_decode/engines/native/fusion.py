@@ -164,4 +164,5 @@ def _interleave(gate: Tensor, up: Tensor, width: int) -> Tensor:
     """
     both = torch.stack([each.flatten(2).unflatten(2, (-1, 2, width)) for each in (gate, up)], 4)
     # tile, block, place | half, part, low -> tile, half | block | place, part, low
-    return both.permute(0, 3, 1, 2, 4, 5).reshape(-1, *gate.shape[1:])
+    # With one tile, `reshape` may return a view, which kernels would misread.
+    return both.permute(0, 3, 1, 2, 4, 5).reshape(-1, *gate.shape[1:]).contiguous()

@@ -381,7 +381,7 @@ class Stack:
         forms = set()
         for index, part in enumerate(parts):
             tensors = _tensors(part)
-            forms.add((part.kind, part.shape))
+            forms.add((part.kind, part.shape, getattr(part, 'table', None)))
             if len(forms) > 1:
                 raise ValueError('their layouts differ')
             if 'order' in tensors:

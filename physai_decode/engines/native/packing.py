@@ -57,8 +57,8 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     if order is not None:
         nibbles = nibbles[order.long()]
     kernel_group = _kernel_group(math.gcd(size, TABLE_GROUP) if table else size)
-    half = scales.half()
-    if not (half.float() - scales.float()).norm() <= ROUNDING * scales.float().norm():
+    half, exact = scales.half(), scales.double()        # float32 has no room for all squares
+    if not (half.double() - exact).norm() <= ROUNDING * exact.norm():
         raise EngineError(f'its scales, {scales.abs().min():g} to {scales.abs().max():g}, are not '
                           'in the range of float16; set engine.name to transformers')
     blocks, tiles = -(-columns // (4 * kernel_group)), -(-rows // TILE_ROWS)
