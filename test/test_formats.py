@@ -353,6 +353,7 @@ def weights(**changed):
     ('nf4', {'replace': {STATE: lambda it: None}}, (MODULE, 'no tensor')),
     ('nf4', {'replace': {STATE: state_fields(blocksize=8)}}, (MODULE, 'blocks of 8')),
     ('nf4', {'replace': {'weight.absmax': lambda it: None}}, (MODULE, 'no tensor')),
+    ('nf4', {'replace': {'weight.absmax': lambda it: it.repeat(99)}}, (MODULE, 'absmax')),
     ('nf4', {'replace': {'weight.absmax': filled(float('inf'))}}, (MODULE, 'NaN')),
     ('nf4', {'replace': {'weight.absmax': lambda it: it.to(torch.uint8)}}, (MODULE, 'nested')),
     ('nf4', {'replace': {'weight.quant_map': filled(0.0)}}, (MODULE, 'not that of nf4')),

@@ -63,7 +63,7 @@ def _module_bytes(found: Mapping[str, TensorEntry], quantized: Quantization | No
     has_zeros = zeros is not None and not quantized.settings.get('sym')
     if 'absmax' in found:               # per block of codes, two of which are a byte
         codes = 2 * weight.bytes
-        size = min(TABLE_GROUP, codes // math.prod(scales.shape))
+        size = max(1, min(TABLE_GROUP, codes // math.prod(scales.shape)))
         return rest + weight.bytes + 2 * (codes // size)
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
     if weight.dtype == 'U8':
