@@ -236,9 +236,13 @@ def _nibble(words, NUMBER: tl.constexpr, KIND: tl.constexpr, ASSEMBLY: tl.conste
 
 
 @triton.jit
-def _pairs(table, WARPS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Copy the pairs of a table to shared memory; returns the address of a lane's copy."""
-    if TABLE and (ASSEMBLY and TUPLES):
+def _pairs(x, table, WARPS: tl.constexpr, TABLE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """
+    Copy the pairs of a table to shared memory; returns the address of a lane's copy.
+
+    An ``x`` of float32 does not use them, and its product needs the shared memory.
+    """
+    if TABLE and (ASSEMBLY and (TUPLES and x.dtype.element_ty != tl.float32)):
         FILL: tl.constexpr = FILL_1 if WARPS == 1 else FILL_2 if WARPS == 2 else (
             FILL_4 if WARPS == 4 else FILL_8)
         return tl.inline_asm_elementwise(FILL, '=r,l', [(table + 16).to(tl.int64)],
@@ -504,7 +508,7 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
         if LAST == SPLIT:
             more, more_four, more_zero = _tile(packed, scales, zeros, ids, tile, SPLIT, BLOCKS,
                                                SIZE, STACK, GROUP, SPLIT, ZEROS, TILES)
-        pairs = _pairs(table, TILES * SPLIT, TABLE, ASSEMBLY)
+        pairs = _pairs(x, table, TILES * SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         if LAST == SPLIT:
@@ -521,7 +525,7 @@ def _int4(x, sums, packed, scales, zeros, table, bias, ids, routing, out, out_su
         result = _block(result, x, sums, words, four, zero, table, pairs, LAST, None, K, GROUP,
                         SPLIT, COPIED, ZEROS, TABLE, ASSEMBLY, TILES)
     else:
-        pairs = _pairs(table, TILES * SPLIT, TABLE, ASSEMBLY)
+        pairs = _pairs(x, table, TILES * SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=STAGES):

@@ -188,7 +188,7 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
             next_words, next_four, next_zero = _tile(
                 packed, scales, zeros, packed, program, SPLIT, BLOCKS, BLOCKS, 0, GROUP, SPLIT,
                 ZEROS)
-        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
+        pairs = _pairs(x, table, SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         if LAST == SPLIT:
@@ -206,7 +206,7 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
         result = _block(result, x, sums, words, four, zero, table, pairs, LAST, rows, K, GROUP,
                         SPLIT, False, ZEROS, TABLE, ASSEMBLY)
     else:
-        pairs = _pairs(table, SPLIT, TABLE, ASSEMBLY)
+        pairs = _pairs(x, table, SPLIT, TABLE, ASSEMBLY)
         if PDL:
             gdc_wait()
         for first in tl.range(0, BLOCKS, SPLIT, num_stages=1):
