@@ -25,6 +25,7 @@ import sys
 from physai_decode.engines import compiler
 from physai_decode.engines import sampling_kernels
 from physai_decode.engines.native import fp4_kernels
+from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import lookup
 from physai_decode.engines.native import pass_kernels
@@ -116,7 +117,7 @@ def main():
         build(kernels._embed, BLOCK=1024, SCALE=1.0)
         build(kernels._add_normed, K=1152, WIDE=2048, BLOCK=512)
         build(kernels._join, out=half, D=96, DIMS=128, SPLITS=8, BLOCK=32)
-        compiled(kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
+        compiled(int4_kernels._dequantise, capability, half, warps=1, out=half, K=3584, BLOCKS=7,
                  GROUP=128, ZEROS=True, TABLE=False, table='i32')
         build(kernels._prepare, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=True)
         for norm, dim in ((True, 128), (False, 128), (True, 256)):
@@ -143,7 +144,7 @@ def main():
                 (False, False, 8, (1, 1), True)):
             for warps, stages in ((4, 1), other):
                 made = build(
-                    kernels._int4, warps=warps, x=half, out=half if gated else 'fp32',
+                    int4_kernels._int4, warps=warps, x=half, out=half if gated else 'fp32',
                     K=3584 * max(1, selected), BLOCKS=7 * max(1, selected), SIZE=7,
                     STACK=2**13 * bool(selected), GROUP=128, ROWS=16, SPLIT=warps, STAGES=stages,
                     GATED=gated, GELU=gated, ADD=not gated, BIAS=False, ZEROS=zeros,
@@ -159,24 +160,22 @@ def main():
                     # All words are requested while the previous kernel still runs.
                     ahead, _, after = made.asm['ptx'].partition('griddepcontrol.wait')
                     assert 'evict_first' in ahead and 'evict_first' not in after
-        for at, layout in enumerate(kernels.TABLE_LAYOUTS):
-            if compiler.PIPELINES or layout.stages == 1:
-                gated = at % 2 == 0
-                made = build(
-                    kernels._int4, warps=layout.warps, x=half, out=half if gated else 'fp32',
-                    K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64, ROWS=layout.rows,
-                    SPLIT=layout.warps * 16 // layout.rows, STAGES=layout.stages, GATED=gated,
-                    GELU=False, ADD=not gated, BIAS=False, ZEROS=False, TABLE=True, ASSEMBLY=True,
-                    table='i32')
-                assert ('dp4a.u32.u32' in made.asm['ptx']) is compiler.TUPLES
-                if compiler.TUPLES and (capability >= 80 or at == 0):
-                    # Before 8.0, products use shared memory too, so only the first must fit.
-                    assert made.metadata.shared + lookup.STATIC_BYTES <= 48 * 2**10
-        # A product in float32 needs the shared memory of the pairs.
-        made = build(kernels._int4, warps=4, K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64, ROWS=16,
-                     SPLIT=4, STAGES=1, GATED=False, GELU=False, ADD=True, BIAS=False, ZEROS=False,
-                     TABLE=True, ASSEMBLY=True, table='i32')
-        assert '.shared .align 16 .b8 pairs' not in made.asm['ptx']
+        for at, layout in enumerate(int4_kernels.TABLE_LAYOUTS):
+            gated = at % 2 == 0
+            made = build(
+                int4_kernels._int4, warps=layout.warps, x=half, out=half if gated else 'fp32',
+                K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64, ROWS=layout.rows,
+                SPLIT=layout.warps * 16 // layout.rows, STAGES=layout.stages, GATED=gated,
+                GELU=False, ADD=not gated, BIAS=False, ZEROS=False, TABLE=True, ASSEMBLY=True,
+                table='i32')
+            assert ('dp4a.u32.u32' in made.asm['ptx']) is compiler.TUPLES
+            if compiler.TUPLES and (capability >= 80 or at == 0):
+                # Before 8.0, products use shared memory too, so only the first must fit.
+                assert made.metadata.shared + lookup.STATIC_BYTES <= 48 * 2**10
+        made = build(int4_kernels._int4, warps=4, K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64,
+                     ROWS=16, SPLIT=4, STAGES=1, GATED=False, GELU=False, ADD=True, BIAS=False,
+                     ZEROS=False, TABLE=True, ASSEMBLY=True, table='i32')
+        assert ' pairs[' not in made.asm['ptx']     # in float32, they would not fit
         passes(build, half, capability)
         scaled(build, half, capability, pdl)
         fp4(build, half, capability, pdl)

@@ -68,12 +68,12 @@ def test_product(make, name, n, k):
     check_product(make, Fp4Ops, FORMATS[name], n, k)
 
 
-@pytest.mark.parametrize('layout', kernels.FP4_LAYOUTS)
+@pytest.mark.parametrize('layout', fp4_kernels.FP4_LAYOUTS)
 def test_each_layout(make, layout):
     check_layout(make, Fp4Ops, FORMATS['nvfp4'], layout)
 
 
-@pytest.mark.parametrize('layout', kernels.FP4_LAYOUTS)
+@pytest.mark.parametrize('layout', fp4_kernels.FP4_LAYOUTS)
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_each_layout_in_16_bits(make, layout, dtype):
     weight, dense = random_weight('nvfp4', 24, 1280)

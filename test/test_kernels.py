@@ -30,8 +30,10 @@ triton = pytest.importorskip('triton')
 from linear_contract import assert_close
 from linear_contract import maker
 from physai_decode.engines.native import fusion
+from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native.architecture import Growth
+from physai_decode.engines.native.int4_kernels import Int4Ops
 from physai_decode.engines.native.kernels import TritonOps
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
@@ -128,10 +130,10 @@ def test_int4(make, group_size, act_order, symmetric, k):
     normed = x * torch.rsqrt(x.square().mean() + EPS) * gain
     expected = dense @ normed
     assert_close(weight.apply(normed), expected)
-    TritonOps(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
+    Int4Ops(DEVICE).linear(x, weight, out, gain=gain, eps=EPS)
     assert_close(out, expected, 1e-4)
     start = out.clone()
-    TritonOps(DEVICE).linear(normed, weight, out, add=True)
+    Int4Ops(DEVICE).linear(normed, weight, out, add=True)
     assert_close(out, start + expected, 1e-4)
 
 
@@ -144,18 +146,18 @@ def test_int4_with_partial_tiles(make, n, k, group_size, act_order):
     x, out = make(3, k), make(n)
     expected = x @ dense.t() + weight.bias
     assert_close(weight.apply(x), expected)
-    assert_close(TritonOps(DEVICE).apply(x, weight), expected)
-    TritonOps(DEVICE).linear(x[1], weight, out)
+    assert_close(Int4Ops(DEVICE).apply(x, weight), expected)
+    Int4Ops(DEVICE).linear(x[1], weight, out)
     assert_close(out, expected[1], 1e-4)
 
 
 @pytest.mark.parametrize(
-    'layout', kernels.INT4_LAYOUTS, ids=lambda each: f'{each.warps}-{each.stages}')
+    'layout', int4_kernels.INT4_LAYOUTS, ids=lambda each: f'{each.warps}-{each.stages}')
 @pytest.mark.parametrize('k', [384, 1280])
 def test_int4_in_each_layout(make, layout, k):
     """With 3 or 10 blocks: a tile fits in registers or not, and some warps have fewer blocks."""
     weight, dense = packed(7, 24, k, 32, symmetric=False)
-    x, out, ops = make(k), make(24), TritonOps(DEVICE)
+    x, out, ops = make(k), make(24), Int4Ops(DEVICE)
     ops._layouts[kernels.Shape(24, k, 'int4-g32', False, False)] = layout
     ops.linear(x, weight, out)
     assert_close(out, dense @ x, 1e-4)
@@ -165,8 +167,8 @@ def test_int4_in_each_layout(make, layout, k):
 def test_int4_with_several_tokens(make, group_size, symmetric):
     weight, dense = packed(3, 40, 384, group_size, True, symmetric)
     x = make(5, 384)
-    assert_close(TritonOps(DEVICE).apply(x, weight), x @ dense.t())
-    half = TritonOps(DEVICE).apply(x.half(), weight)
+    assert_close(Int4Ops(DEVICE).apply(x, weight), x @ dense.t())
+    half = Int4Ops(DEVICE).apply(x.half(), weight)
     assert_close(half, x @ dense.t(), 2e-3)
 
 
@@ -176,7 +178,7 @@ def test_successive_int4_products(make):
     down, down_dense = packed(4, 32, 64, 32)
     x, gain, hidden, out = make(256), make(256), make(64), make(32)
     expected = out.clone()
-    ops = TritonOps(DEVICE)
+    ops = Int4Ops(DEVICE)
     for _ in range(2):
         ops.gated(x, gated, hidden, gain, EPS)
         ops.linear(hidden, down, out, add=True)
@@ -191,13 +193,13 @@ def test_successive_int4_products(make):
 def test_int4_gated(make, group_size, bias):
     bias = make(64) if bias else None
     weight, dense = gate_up(2, 32, 640, group_size, bias, symmetric=False)
-    check_gated(make, weight, dense, bias, TritonOps(DEVICE))
+    check_gated(make, weight, dense, bias, Int4Ops(DEVICE))
 
 
 @pytest.mark.parametrize('layout', [(4, 3), (1, 1)])
 def test_int4_gated_in_other_layouts(make, layout):
     weight, dense = gate_up(2, 32, 640, 64)
-    ops = TritonOps(DEVICE)
+    ops = Int4Ops(DEVICE)
     ops._layouts[kernels.Shape(64, 640, 'int4-g64', True, True)] = kernels.Layout(16, 0, *layout)
     check_gated(make, weight, dense, None, ops)
 
@@ -206,13 +208,13 @@ def test_int4_gated_with_zero_points_in_up_only(make):
     gate, up = packed(2, 32, 640, 64), packed(3, 32, 640, 64, symmetric=False)
     assert gate[0].zeros is None and up[0].zeros is not None
     weight = fusion.fuse([gate[0], up[0]], paired=True)
-    check_gated(make, weight, torch.cat([gate[1], up[1]]), None, TritonOps(DEVICE))
+    check_gated(make, weight, torch.cat([gate[1], up[1]]), None, Int4Ops(DEVICE))
 
 
 def test_norm_with_float32_gains(make, dtype=torch.float16):
     """Its output has the engine's dtype."""
     weight, dense = packed(5, 32, 640, 64)
-    x, gain, ops = make(640), make(640), TritonOps(DEVICE, dtype=dtype)
+    x, gain, ops = make(640), make(640), Int4Ops(DEVICE, dtype=dtype)
     normed = (x * torch.rsqrt(x.square().mean() + EPS) * gain).to(dtype)
     assert ops._prepared(x, weight, gain, EPS).dtype == dtype
     for each in (ops, TorchOps(on_host=True, dtype=dtype), TorchOps(False, dtype)):

@@ -34,6 +34,7 @@ from linear_contract import EPS
 from linear_contract import REFERENCE
 from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
+from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import scaled_kernels
@@ -62,7 +63,7 @@ def test_product(make, name, n, k):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
+@pytest.mark.parametrize('layout', int4_kernels.TABLE_LAYOUTS)
 def test_each_layout_rounds_numbers_to_the_input(make, dtype, layout):
     weight, _ = random_weight('nf4', 56, 1280)
     table = torch.tensor(weight.table).to(dtype).tolist()
@@ -73,7 +74,7 @@ def test_each_layout_rounds_numbers_to_the_input(make, dtype, layout):
     assert_close(out, rounded @ x.float())
 
 
-@pytest.mark.parametrize('layout', kernels.TABLE_LAYOUTS)
+@pytest.mark.parametrize('layout', int4_kernels.TABLE_LAYOUTS)
 def test_each_layout_gated(make, layout):
     """Also the sums of the output, which a product with integers would need."""
     weight = fusion.fuse([random_weight('nf4', 64, 640, seed)[0] for seed in (2, 3)], paired=True)
@@ -111,13 +112,13 @@ def test_does_not_fuse_different_tables_or_groups():
 def test_dequantises_rows(name, k):
     weight, dense = random_weight(name, 40, k)
     out = torch.full((20, k), float('nan'), device=DEVICE)
-    kernels.unpack(weight, slice(16, 36), out)
+    int4_kernels.unpack(weight, slice(16, 36), out)
     assert_close(out, dense[16:36], 1e-6)
 
 
 @pytest.mark.parametrize('ops, file', [
-    *((Fp4Ops, file) for file in (kernels, scaled_kernels, fp4_kernels)),
-    *((PassOps, file) for file in (kernels, fp4_kernels, pass_kernels))])
+    *((Fp4Ops, file) for file in (kernels, int4_kernels, scaled_kernels, fp4_kernels)),
+    *((PassOps, file) for file in (kernels, int4_kernels, fp4_kernels, pass_kernels))])
 def test_kernel_version_depends_on_each_source_file(monkeypatch, ops, file):
     """A new version tunes its layouts again."""
     before, read = ops._version(), Path.read_bytes

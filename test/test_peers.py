@@ -59,8 +59,12 @@ test "$*" = "-m a.gguf -p 0 -n 8 -d 16 -r 2 -o json" || exit 3
 echo '[{"build_commit": "b1", "n_gen": 8, "n_depth": 16, "samples_ts": [250.0, 200.0]}]'
 """
 GPT_FAST = """
-print('Time for inference 1: 0.10 sec total, 100.00 tokens/sec')
-print('Time for inference 2: 0.20 sec total, 50.00 tokens/sec')
+import sys
+count = int(sys.argv[sys.argv.index('--max_new_tokens') + 1])
+for token_s in (0.01, 0.02):
+    total_s = 0.1 + count * token_s
+    print(f'Time for inference 1: {total_s:.02f} sec total, {count / total_s} tokens/sec')
+print('Average tokens/sec: 1.00')
 """
 
 
@@ -101,7 +105,10 @@ def test_measures_each_peer_with_its_own_command(peers, run, tmp_path, monkeypat
     assert [(row['name'], row['version']) for row in rows] == [
         ('native', '1.0'), ('vLLM', '9.8'), ('llama.cpp', 'b1'), ('gpt-fast', '')]
     assert rows[1]['token_ms'] == pytest.approx([1.0, 1.0])
-    assert [row['token_ms'] for row in rows[2:]] == [[4.0, 5.0], [10.0, 20.0]]
+    assert rows[2]['token_ms'] == [4.0, 5.0]
+    # The fastest short answer takes 0.12 s, the long ones 0.2 and 0.3.
+    assert rows[3]['token_ms'] == pytest.approx([80 / 8, 180 / 8])
+    assert '--max_new_tokens 10' in rows[3]['command']
     assert '| llama.cpp | b1 | 4.500 | 1.50 |' in printed
     assert (tmp_path / 'out' / 'peers.png').stat().st_size > 1000
 

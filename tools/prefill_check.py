@@ -74,7 +74,7 @@ def _check(name):
     from physai_decode.engines.native import families
     from physai_decode.engines.native import source
     from physai_decode.engines.native import weights
-    from physai_decode.engines.native.kernels import TritonOps
+    from physai_decode.engines.native.int4_kernels import Int4Ops
     from physai_decode.engines.native.ops import TorchOps
     from physai_decode.engines.native.prefill import Prefill
     from physai_decode.engines.native.transformer import Transformer
@@ -97,7 +97,7 @@ def _check(name):
                                each, lambda message: None) for each in (dtype, torch.float32)]
     own, half, full = (
         Transformer(shape, loaded[at], CONTEXT, each, device, ops) for at, each, ops in (
-            (0, dtype, TritonOps(device)), (0, dtype, TorchOps(False)),
+            (0, dtype, Int4Ops(device)), (0, dtype, TorchOps(False)),
             (1, torch.float32, TorchOps(False))))
     for each in (own, half, full):
         each.keys.fill_(3.0)

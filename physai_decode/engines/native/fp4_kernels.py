@@ -21,17 +21,19 @@ by a power of 2. Scales make up for a part of it, so that products are exact, an
 rest.
 """
 
+from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native.int4_kernels import _input
+from physai_decode.engines.native.int4_kernels import _matrix
+from physai_decode.engines.native.int4_kernels import _places
+from physai_decode.engines.native.int4_kernels import _words
+from physai_decode.engines.native.int4_kernels import SIDE
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _finish
-from physai_decode.engines.native.kernels import _input
-from physai_decode.engines.native.kernels import _matrix
-from physai_decode.engines.native.kernels import _places
 from physai_decode.engines.native.kernels import _store
-from physai_decode.engines.native.kernels import _words
+from physai_decode.engines.native.kernels import Layout
 from physai_decode.engines.native.kernels import operand
-from physai_decode.engines.native.kernels import SIDE
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import FP4_GROUP
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -247,6 +249,14 @@ def _widen(packed, scales, factors, out, first, rows, K: tl.constexpr, BLOCKS: t
                  mask=(row < rows) & (columns < K))
 
 
+# The first fits every chip.
+FP4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
+    (4, 1), (8, 1), (2, 1), (1, 1), (1, 2), (2, 2), (2, 3), (4, 3), (4, 4)))
+if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
+    FP4_LAYOUTS = tuple(sorted((each for each in FP4_LAYOUTS if each.stages == 1),
+                               key=lambda layout: layout.warps))
+
+
 def widen(weight: Fp4, rows: slice, out: Tensor) -> None:
     """Dequantise some rows of a weight, from a whole tile on, to ``out`` [rows, K]."""
     count, k = out.shape
@@ -267,6 +277,7 @@ class Fp4Ops(ScaledOps):
     """The step's operations as kernels, for 4-bit floats too."""
 
     _dequantisers = {**ScaledOps._dequantisers, Fp4: _dequantise}
+    _form_layouts = {**ScaledOps._form_layouts, 'fp4': FP4_LAYOUTS}
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         one, whole, ids, routing, joined, each = operand(x, weight, routed, gated)

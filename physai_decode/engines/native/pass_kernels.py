@@ -30,19 +30,19 @@ from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import lookup
 from physai_decode.engines.native.fp4_kernels import _sums
+from physai_decode.engines.native.fp4_kernels import FP4_LAYOUTS
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
+from physai_decode.engines.native.int4_kernels import _block
+from physai_decode.engines.native.int4_kernels import _pairs
+from physai_decode.engines.native.int4_kernels import _tile
+from physai_decode.engines.native.int4_kernels import SIDE
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _add_normed
-from physai_decode.engines.native.kernels import _block
 from physai_decode.engines.native.kernels import _fetch
 from physai_decode.engines.native.kernels import _join
-from physai_decode.engines.native.kernels import _pairs
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
-from physai_decode.engines.native.kernels import _tile
-from physai_decode.engines.native.kernels import FP4_LAYOUTS
 from physai_decode.engines.native.kernels import Layout
-from physai_decode.engines.native.kernels import SIDE
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -172,7 +172,7 @@ def _int4_rows(x, sums, packed, scales, zeros, table, bias, out, out_sums, n, ro
                BIAS: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
                ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
     """
-    Multiply an `Int4` [n, K] by ``x`` [rows, K], like `kernels._int4`; 16 rows per program.
+    Multiply an `Int4` [n, K] by ``x`` [rows, K], like `int4_kernels._int4`; 16 rows per program.
 
     If AHEAD, the next words are requested before the current ones are multiplied, which takes
     twice the registers. If there are two tiles of words, both are requested before the previous

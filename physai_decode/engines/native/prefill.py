@@ -33,9 +33,9 @@ from physai_decode.engines import chip
 from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import fp4_kernels
+from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native import scaled_kernels
-from physai_decode.engines.native.kernels import unpack
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
@@ -612,7 +612,7 @@ def _int4_layouts(n, k, tokens, gated):
 def _widener(weight: Linear) -> Callable[[Any, slice, Tensor], None] | None:
     """Return what unpacks rows of a weight that only the library can multiply; else None."""
     if isinstance(weight, Int4):
-        return unpack if weight.table else None
+        return int4_kernels.unpack if weight.table else None
     widen: dict[type, Callable[[Any, slice, Tensor], None]] = {
         Scaled: scaled_kernels.widen, Fp4: fp4_kernels.widen}
     return widen.get(type(weight))

@@ -26,9 +26,9 @@ The input of a product with an `Int4` is permuted to its fragment order, see `_p
 
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native.int4_kernels import _nibble
+from physai_decode.engines.native.int4_kernels import _of
 from physai_decode.engines.native.kernels import _activated
-from physai_decode.engines.native.kernels import _nibble
-from physai_decode.engines.native.kernels import _of
 import triton
 import triton.language as tl
 

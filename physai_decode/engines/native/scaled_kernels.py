@@ -22,10 +22,11 @@ float16, which is the value times 2^-8. So older GPUs need no instruction for 8-
 
 import math
 
+from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native import kernels
-from physai_decode.engines.native.kernels import TritonOps
+from physai_decode.engines.native.int4_kernels import Int4Ops
 from physai_decode.engines.native.linear import LOADED_COLUMNS
 from physai_decode.engines.native.linear import Scaled
 import torch
@@ -240,6 +241,14 @@ def _widen(values, scales, zeros, out, first, K: tl.constexpr, GROUP: tl.constex
              numbers.to(out.dtype.element_ty), mask=inside)
 
 
+# A lane loads 16 weights of 8 bits at once.
+SCALED_LAYOUTS = kernels.DENSE_LAYOUTS + tuple(kernels.Layout(*each) for each in (
+    (8, 1024, 4, 1), (16, 512, 4, 1), (16, 1024, 8, 1), (8, 2048, 8, 1), (4, 1024, 2, 1),
+    (8, 1024, 8, 1), (4, 4096, 8, 1)))
+if not compiler.PIPELINES:      # no three-dimensional loads
+    SCALED_LAYOUTS = tuple(each for each in SCALED_LAYOUTS if each.stages == 1)
+
+
 def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
     """Dequantise some rows of a weight to ``out`` [rows, K], columns sorted by group."""
     k = weight.in_features
@@ -255,10 +264,12 @@ def _dequantise(weight: Scaled, rows: slice, dtype: torch.dtype) -> Tensor:
     return out
 
 
-class ScaledOps(TritonOps):
+class ScaledOps(Int4Ops):
     """The step's operations as kernels, for 8-bit weights too."""
 
-    _dequantisers = {**TritonOps._dequantisers, Scaled: _dequantise}
+    _dequantisers = {**Int4Ops._dequantisers, Scaled: _dequantise}
+    _form_layouts = {
+        **Int4Ops._form_layouts, 'int8': SCALED_LAYOUTS, 'float8': SCALED_LAYOUTS}
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         one, whole, ids, routing, joined, each = kernels.operand(x, weight, routed, gated)

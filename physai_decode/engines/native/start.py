@@ -113,7 +113,7 @@ def operations(device: torch.device, dtype: torch.dtype,
                  'more slowly')
         return TorchOps(on_host=False, dtype=dtype)
     # The last of a chain, each of which adds the kernels of a form to the one before: TritonOps
-    # (Dense, Int4), ScaledOps, Fp4Ops.
+    # (Dense), Int4Ops, ScaledOps, Fp4Ops.
     from physai_decode.engines.native.fp4_kernels import Fp4Ops
     return Fp4Ops(device, dtype=dtype)
 
