@@ -320,3 +320,16 @@ def test_selects_the_layout_with_the_fastest_step(make, monkeypatch, tmp_path):
     assert tried == list(kernels.DENSE_LAYOUTS)
     assert list(ops._layouts.values()) == [tried[4]]
     assert transformer.position.item() == 0
+
+
+def test_a_step_that_no_layout_can_run_tells_why(make, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'chip')
+
+    def timed(step):
+        raise RuntimeError('Triton Error [CUDA]: invalid argument')
+
+    monkeypatch.setattr(kernels, 'timed', timed)
+    transformer = fake_transformer([('out', Product(Dense(make(8, 1024)), None))], None)
+    with pytest.raises(RuntimeError, match='invalid argument'):
+        TritonOps(DEVICE).tune(transformer, lambda line: None)

@@ -624,16 +624,19 @@ class TritonOps(TorchOps):
         layout = next((each for each in candidates if list(astuple(each)) == kept), None)
         if layout is None:
             progress(f'tuning the kernel for {name}')
-            times = {}
+            times, problem = {}, None
             for each in candidates:
                 chosen[shape] = each
                 try:
                     times[each] = sum(map(timed, steps))
-                except triton.runtime.errors.OutOfResources:
-                    continue     # this chip has too little shared memory for it
+                except triton.runtime.errors.OutOfResources as error:
+                    problem = error     # this chip has too little shared memory for it
                 except RuntimeError as error:       # ... and Triton does not count all of it
                     if 'invalid argument' not in str(error):
                         raise
+                    problem = error
+            if not times:
+                raise problem
             layout = min(times, key=times.__getitem__)
             cache.put(str(shape), list(astuple(layout)))
         chosen[shape] = layout
