@@ -624,7 +624,8 @@ class TritonOps(TorchOps):
         layout = next((each for each in candidates if list(astuple(each)) == kept), None)
         if layout is None:
             progress(f'tuning the kernel for {name}')
-            times, problem = {}, None
+            times: dict[Any, float] = {}
+            problem: Any = None
             for each in candidates:
                 chosen[shape] = each
                 try:
