@@ -156,7 +156,7 @@ def test_json_form():
     assert request.to_json() == {'prompt': 'x', 'pace': {'tokens_per_s': 8.0}}
     with pytest.raises(RequestError, match=r'pace\.tokens_per_s is -1: expected 0\.0 to'):
         parse('{"prompt": "x", "pace": {"tokens_per_s": -1}}')
-    with pytest.raises(RequestError, match=r"'pace\.hz' is not a field"):
+    with pytest.raises(RequestError, match=r'"pace\.hz" is not a field'):
         parse('{"prompt": "x", "pace": {"hz": 8}}')
 
 
