@@ -36,6 +36,7 @@ from physai_decode.engines.native import fp4_kernels
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import kernels
+from physai_decode.engines.native import lookup
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
@@ -117,8 +118,8 @@ def test_dequantises_rows(name, k):
 
 
 @pytest.mark.parametrize('ops, file', [
-    *((Fp4Ops, file) for file in (kernels, int4_kernels, scaled_kernels, fp4_kernels)),
-    *((PassOps, file) for file in (kernels, int4_kernels, fp4_kernels, pass_kernels))])
+    *((Fp4Ops, file) for file in (kernels, lookup, int4_kernels, scaled_kernels, fp4_kernels)),
+    *((PassOps, file) for file in (kernels, lookup, int4_kernels, fp4_kernels, pass_kernels))])
 def test_kernel_version_depends_on_each_source_file(monkeypatch, ops, file):
     """A new version tunes its layouts again."""
     before, read = ops._version(), Path.read_bytes

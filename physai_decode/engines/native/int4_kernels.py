@@ -443,6 +443,7 @@ class Int4Ops(TritonOps):
     """The step's operations as kernels, for 4-bit integers and tables too."""
 
     _dequantisers = {**TritonOps._dequantisers, Int4: _unpack}
+    _sources = (lookup.__file__,)
     _form_layouts = {
         **TritonOps._form_layouts, 'int4': INT4_LAYOUTS, 'table4': TABLE_LAYOUTS}
 

@@ -476,6 +476,7 @@ class TritonOps(TorchOps):
     # Of other forms than `Dense`; each class adds its own.
     _dequantisers: dict[type, Callable[..., Tensor]] = {}       # of `apply`
     _form_layouts: dict[str, tuple[Layout, ...]] = {}   # by a weight's kind, up to the first '-'
+    _sources: tuple[str, ...] = ()      # files of the kernels, besides those of the classes
 
     def __init__(self, device: torch.device, splits: int | None = None,
                  dtype: torch.dtype | None = None):
@@ -608,9 +609,10 @@ class TritonOps(TorchOps):
 
     @classmethod
     def _version(cls):
-        """Hash the source files of the kernels: of this class and its bases."""
-        files = (Path(getfile(each)) for each in cls.__mro__ if issubclass(each, TritonOps))
-        return sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]
+        """Hash the source files of the kernels: of this class, its bases, and `_sources`."""
+        files = [getfile(each) for each in cls.__mro__ if issubclass(each, TritonOps)]
+        text = b''.join(Path(file).read_bytes() for file in (*files, *cls._sources))
+        return sha256(text).hexdigest()[:8]
 
     def _tuned(self, transformer):
         """Return the steps whose times are added to compare layouts."""
