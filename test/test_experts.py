@@ -270,7 +270,8 @@ def test_check_finds_a_wrong_dequantisation(tmp_path, monkeypatch, kind, name):
         dense = right(weight, part, dtype)
         return dense.roll(1, 0) if weight.shape == wrong.shape else dense
 
-    monkeypatch.setattr(Fp4Ops, '_dequantisers', {type(wrong): dequantise})
+    monkeypatch.setattr(Fp4Ops, 'dequantiser', lambda self, weight: (
+        dequantise if type(weight) is type(wrong) else None))
     with pytest.raises(EngineError, match=rf'a long prompt wrongly.*experts \({name}, '
                                           rf'{wrong.kind}\) in layer 1'):
         self_check._check_stacks(t, 1e-5)

@@ -266,17 +266,10 @@ def widen(weight: Fp4, rows: slice, out: Tensor) -> None:
         rows.start // TILE_ROWS, count, K=k, BLOCKS=blocks, num_warps=1)
 
 
-def _dequantise(weight: Fp4, tiles: slice, dtype: torch.dtype) -> Tensor:
-    rows = slice(TILE_ROWS * tiles.start, min(TILE_ROWS * tiles.stop, weight.out_features))
-    out = weight.factors.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
-    widen(weight, rows, out)
-    return out
-
-
 class Fp4Ops(ScaledOps):
     """The step's operations as kernels, for 4-bit floats too."""
 
-    _dequantisers = {**ScaledOps._dequantisers, Fp4: _dequantise}
+    wideners = {**ScaledOps.wideners, Fp4: widen}
     _form_layouts = {**ScaledOps._form_layouts, 'fp4': FP4_LAYOUTS}
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):

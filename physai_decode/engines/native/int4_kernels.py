@@ -420,7 +420,7 @@ if not compiler.PIPELINES:      # older versions need shared memory for each war
                                  key=lambda layout: layout.warps))
 
 
-def unpack(weight: Int4, rows: slice, out: Tensor) -> None:
+def widen(weight: Int4, rows: slice, out: Tensor) -> None:
     """Dequantise some rows of a weight, from a whole tile on, to ``out`` [rows, K]."""
     count, k = out.shape
     blocks = weight.packed.shape[1]
@@ -431,18 +431,10 @@ def unpack(weight: Int4, rows: slice, out: Tensor) -> None:
         num_warps=1)
 
 
-def _unpack(weight, tiles, dtype):
-    """Dequantise some tiles of an `Int4` as its own method does."""
-    rows = slice(TILE_ROWS * tiles.start, min(TILE_ROWS * tiles.stop, weight.out_features))
-    out = weight.scales.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
-    unpack(weight, rows, out)
-    return out
-
-
 class Int4Ops(TritonOps):
     """The step's operations as kernels, for 4-bit integers and tables too."""
 
-    _dequantisers = {**TritonOps._dequantisers, Int4: _unpack}
+    wideners = {**TritonOps.wideners, Int4: widen}
     _sources = (lookup.__file__,)
     _form_layouts = {
         **TritonOps._form_layouts, 'int4': INT4_LAYOUTS, 'table4': TABLE_LAYOUTS}

@@ -29,6 +29,7 @@ Products here are those of dense weights; each other form of weights has a file 
 from collections.abc import Callable
 from dataclasses import astuple
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from inspect import getfile
 import math
@@ -469,13 +470,23 @@ def operand(x, weight, routed, gated):
     return Operand(weight[0], weight.stacked, routed.ids, routed.weights, joined, each)
 
 
+def _dequantise(widen, weight, part, dtype):
+    """Dequantise a part of a weight as its own method does."""
+    unit = weight.part_rows
+    rows = slice(unit * part.start, min(unit * part.stop, weight.shape[0]))
+    out = weight.scales.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
+    widen(weight, rows, out)
+    return out
+
+
 class TritonOps(TorchOps):
     """The operations of a decode step as kernels, with the interface of `TorchOps`."""
 
     name = f'triton {triton.__version__}'
     # Of other forms than `Dense`; each class adds its own.
-    _dequantisers: dict[type, Callable[..., Tensor]] = {}       # of `apply`
+    wideners: dict[type, Callable[[Any, slice, Tensor], None]] = {}     # dequantise rows
     _form_layouts: dict[str, tuple[Layout, ...]] = {}   # by a weight's kind, up to the first '-'
+    _dense_layouts = DENSE_LAYOUTS
     _sources: tuple[str, ...] = ()      # files of the kernels, besides those of the classes
 
     def __init__(self, device: torch.device, splits: int | None = None,
@@ -551,7 +562,8 @@ class TritonOps(TorchOps):
 
     def dequantiser(self, weight):
         """See `TorchOps.dequantiser`."""
-        return self._dequantisers.get(type(weight))
+        widen = self.wideners.get(type(weight))
+        return widen and partial(_dequantise, widen)
 
     def attend(self, qkv, keys, values, position, cos, sin, layer, out):
         """See `TorchOps.attend`."""
@@ -651,7 +663,7 @@ class TritonOps(TorchOps):
 
     def _candidates(self, shape):
         """Return the possible layouts of a product's kernel; the first fits every chip."""
-        return self._form_layouts.get(shape.kind.partition('-')[0], DENSE_LAYOUTS)
+        return self._form_layouts.get(shape.kind.partition('-')[0], self._dense_layouts)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         shape, layout = self._layout(weight, gain, gated)

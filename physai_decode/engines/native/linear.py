@@ -135,6 +135,7 @@ class Int4:
     out_features: int
     in_features: int
     table: tuple[float, ...] | None = None      # of 16 numbers; then there are no zeros
+    part_rows: ClassVar[int] = TILE_ROWS        # that `dequantise` counts as one
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -202,7 +203,7 @@ class Int4:
         """
         if self.order is not None:
             x = x[..., self.order]
-        return _apply_by_tiles(self, x, dequantise)
+        return _apply(self, x, dequantise)
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class Fp4:
     in_features: int
     order: ClassVar[None] = None        # columns are in the order of the input
     kind: ClassVar[str] = 'fp4-g16'     # the properties that a kernel's speed depends on
+    part_rows: ClassVar[int] = TILE_ROWS        # that `dequantise` counts as one
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -272,7 +274,7 @@ class Fp4:
     def apply(self, x: Tensor,
               dequantise: Callable[['Fp4', slice, torch.dtype], Tensor] = dequantise) -> Tensor:
         """See `Int4.apply`."""
-        return _apply_by_tiles(self, x, dequantise)
+        return _apply(self, x, dequantise)
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,7 @@ class Scaled:
     order: Tensor | None
     bias: Tensor | None
     group_size: int         # columns that share a scale: 32, 64, 128, or all
+    part_rows: ClassVar[int] = 1        # that `dequantise` counts as one
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -351,7 +354,7 @@ class Scaled:
         """
         if self.order is not None:
             x = x[..., self.order]
-        return _apply_by_rows(self, x, dequantise)
+        return _apply(self, x, dequantise, F.linear)
 
 
 Stored = Dense | Int4 | Fp4 | Scaled
@@ -479,30 +482,16 @@ def _deinterleaved(product: Tensor) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _apply_by_tiles(weight: Any, x: Tensor,
-                    dequantise: Callable[[Any, slice, torch.dtype], Tensor]) -> Tensor:
-    """Multiply ``x`` [..., K], in the weight's order of columns, some tiles at a time."""
-    rows, columns = weight.shape
-    piece = max(1, DEQUANTISE_BYTES // (4 * TILE_ROWS * columns))
+def _apply(weight: Any, x: Tensor, dequantise: Callable[[Any, slice, torch.dtype], Tensor],
+           product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _product) -> Tensor:
+    """Multiply ``x`` [..., K], in the weight's order of columns, some ``part_rows`` at a time."""
+    (rows, columns), unit = weight.shape, weight.part_rows
+    piece = max(1, DEQUANTISE_BYTES // (4 * unit * columns))
     out = x.new_empty(*x.shape[:-1], rows)
-    for start in range(0, weight.packed.shape[0], piece):
-        some = slice(TILE_ROWS * start, TILE_ROWS * (start + piece))
+    for start in range(0, -(-rows // unit), piece):
+        some = slice(unit * start, unit * (start + piece))
         bias = None if weight.bias is None else weight.bias[some]
-        out[..., some] = _product(x, dequantise(weight, slice(start, start + piece), x.dtype),
-                                  bias)
-    return out
-
-
-def _apply_by_rows(weight: Any, x: Tensor,
-                   dequantise: Callable[[Any, slice, torch.dtype], Tensor]) -> Tensor:
-    """Multiply ``x`` [..., K], in the weight's order of columns, a slice of rows at a time."""
-    rows, columns = weight.shape
-    piece = max(1, DEQUANTISE_BYTES // (4 * columns))
-    out = x.new_empty(*x.shape[:-1], rows)
-    for start in range(0, rows, piece):
-        some = slice(start, min(rows, start + piece))
-        bias = None if weight.bias is None else weight.bias[some]
-        out[..., some] = F.linear(x, dequantise(weight, some, x.dtype), bias)
+        out[..., some] = product(x, dequantise(weight, slice(start, start + piece), x.dtype), bias)
     return out
 
 

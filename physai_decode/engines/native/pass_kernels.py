@@ -366,6 +366,10 @@ PASS_FP4_LAYOUTS = tuple(each for each in FP4_LAYOUTS if each.stages == 1)
 class PassOps(Fp4Ops):
     """The operations of passes as kernels, with the interface of `TorchOps`."""
 
+    _form_layouts = {'int4': PASS_INT4_LAYOUTS, 'table4': PASS_INT4_LAYOUTS,
+                     'fp4': PASS_FP4_LAYOUTS}
+    _dense_layouts = PASS_DENSE_LAYOUTS
+
     def _tuned(self, transformer):
         """See `TritonOps._tuned`."""
         return transformer.step, partial(transformer.step, ROWS)
@@ -411,12 +415,6 @@ class PassOps(Fp4Ops):
         _join[(rows * layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             PDL=self._pdl, **self._launch(1))
-
-    def _candidates(self, shape):
-        """See `TritonOps._candidates`."""
-        number = shape.kind.partition('-')[0]
-        return {'int4': PASS_INT4_LAYOUTS, 'table4': PASS_INT4_LAYOUTS,
-                'fp4': PASS_FP4_LAYOUTS}.get(number, PASS_DENSE_LAYOUTS)
 
     def _product(self, x, weight, out, gain, eps, add, gated, gelu=False, routed=None):
         assert routed is None       # experts run token by token

@@ -32,10 +32,8 @@ from typing import Any
 from physai_decode.engines import chip
 from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
-from physai_decode.engines.native import fp4_kernels
-from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import prefill_kernels as kernels
-from physai_decode.engines.native import scaled_kernels
+from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
@@ -381,8 +379,8 @@ class Prefill:
             self._free[self._slot] = _now()
 
     def _unpack(self, weight, part, rows):
-        if widen := _widener(weight):
-            widen(weight, rows, part)
+        if _is_unpacked(weight):
+            Fp4Ops.wideners[type(weight)](weight, rows, part)
             return
         blocks = weight.packed.shape[1]
         kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
@@ -565,7 +563,7 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
     n, k = weight.shape
     group = weight.group_size if isinstance(weight, Int4) else 0
     packed = bool(group)
-    if _widener(weight):
+    if _is_unpacked(weight):
         return LIBRARY
     if not packed and (tokens > 128 or not gated and (
             tokens == 64 and n > k or tokens == 128 and n >= k)):
@@ -609,13 +607,9 @@ def _int4_layouts(n, k, tokens, gated):
     return ((128, 32, 4, 4), *small), 1 if tokens == 128 and k <= n else 2
 
 
-def _widener(weight: Linear) -> Callable[[Any, slice, Tensor], None] | None:
-    """Return what unpacks rows of a weight that only the library can multiply; else None."""
-    if isinstance(weight, Int4):
-        return int4_kernels.unpack if weight.table else None
-    widen: dict[type, Callable[[Any, slice, Tensor], None]] = {
-        Scaled: scaled_kernels.widen, Fp4: fp4_kernels.widen}
-    return widen.get(type(weight))
+def _is_unpacked(weight: Linear) -> bool:
+    """Whether only the library can multiply by a quantised weight, after unpacking."""
+    return isinstance(weight, (Fp4, Scaled)) or isinstance(weight, Int4) and bool(weight.table)
 
 
 def _is_ordered(weight):

@@ -258,16 +258,10 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
         ZEROS=weight.zeros is not None, ASSEMBLY=out.device.type == 'cuda', num_warps=4)
 
 
-def _dequantise(weight: Scaled, rows: slice, dtype: torch.dtype) -> Tensor:
-    out = weight.scales.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
-    widen(weight, rows, out)
-    return out
-
-
 class ScaledOps(Int4Ops):
     """The step's operations as kernels, for 8-bit weights too."""
 
-    _dequantisers = {**Int4Ops._dequantisers, Scaled: _dequantise}
+    wideners = {**Int4Ops.wideners, Scaled: widen}
     _form_layouts = {
         **Int4Ops._form_layouts, 'int8': SCALED_LAYOUTS, 'float8': SCALED_LAYOUTS}
 

@@ -35,8 +35,6 @@ from physai_decode.engine import Engine
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.linear import Dense
-from physai_decode.engines.native.linear import Fp4
-from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -95,10 +93,8 @@ def _check_stacks(t: Transformer, limit: float) -> None:
             dequantise = t.ops.dequantiser(one)
             if dequantise is None:
                 continue
-            # The rows of `Int4` and `Fp4` come in tiles.
-            end, count = (one.packed.shape[0], 1) if isinstance(one, Int4 | Fp4) else (
-                one.shape[0], min(TILE_ROWS, one.shape[0]))
-            part = slice(end - count, end)
+            end = -(-one.shape[0] // one.part_rows)
+            part = slice(max(0, end - TILE_ROWS // one.part_rows), end)
             got, expected = (found.float() for found in (
                 dequantise(one, part, t.keys.dtype), one.dequantise(part, t.keys.dtype)))
             known = expected.isfinite()     # NaN fails a request, not the load
