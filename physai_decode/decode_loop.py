@@ -143,17 +143,18 @@ class DecodeLoop:
         prefill_s: float | None = 0.0
         while fed < len(prompt):
             chunk = prompt[fed:fed + self._chunk.tokens]
-            begin_s = self._clock()
-            with self._changing_cache() as cached:
-                device_s = self.engine.feed(chunk)
-                cached += chunk
-            self._chunk.learn(len(chunk), self._clock() - begin_s)
-            prefill_s = _sum(prefill_s, device_s)
             fed += len(chunk)
-            if fed < len(prompt):
+            last = fed == len(prompt)
+            with self._changing_cache() as cached:
+                elapsed = self.engine.feed(chunk)
+                if last:        # the host prepares the first token while the device computes
+                    token_id, device_s = self.engine.first(sampling, prompt, constraint)
+                chunk_s = elapsed()
+                cached += chunk
+            prefill_s = _sum(prefill_s, chunk_s)
+            self._chunk.learn(len(chunk), chunk_s or 0.0)
+            if not last:
                 yield Step((), None, reused)
-        with self._changing_cache():
-            token_id, device_s = self.engine.first(sampling, prompt, constraint)
         first = self._step(token_id, _sum(prefill_s, device_s), reused, constraint)
         yield replace(first, sample_s=device_s)
         room = self.engine.footprint.max_context - len(prompt)

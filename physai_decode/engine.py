@@ -20,6 +20,7 @@ drives every engine, so that engines can be compared token for token. The constr
 up and captures: there is no half-loaded engine.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -89,6 +90,8 @@ class Choice(NamedTuple):
     device_s: float | None
 
 
+# Waits for work, and returns its time on the device in seconds, None if unknown.
+Elapsed = Callable[[], float | None]
 NO_TOKEN = -1                       # sampled from logits with NaN or infinity
 
 
@@ -169,12 +172,12 @@ class Engine(Protocol):
         """
         ...
 
-    def feed(self, token_ids: Sequence[int]) -> float | None:
+    def feed(self, token_ids: Sequence[int]) -> 'Elapsed':
         """
-        Prefill a chunk of a prompt, behind the tokens in the cache.
+        Prefill a chunk of a prompt, behind the tokens in the cache, without waiting for a device.
 
         :param token_ids: ids of the vocabulary that fit into the context.
-        :returns: the time on the device in seconds, None if unknown.
+        :returns: a function to call before the next chunk: it waits for this one.
         """
         ...
 

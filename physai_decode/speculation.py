@@ -211,7 +211,7 @@ class DraftModel:
     def _feed(self, ids: Sequence[int], most: int | None = None) -> None:
         if max(ids) >= self._engine.footprint.vocab_size:
             raise _UnknownId(max(ids))
-        self.device_s += self._engine.feed(ids[:most]) or 0.0
+        self.device_s += self._engine.feed(ids[:most])() or 0.0
         self._cached += ids[:most]
 
     @contextmanager

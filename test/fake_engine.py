@@ -27,6 +27,7 @@ from physai_decode.constraint import Vocabulary
 from physai_decode.decode_loop import Step
 from physai_decode.engine import Choice
 from physai_decode.engine import Constraint
+from physai_decode.engine import Elapsed
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.request import Message
@@ -75,10 +76,10 @@ class FakeEngine:
         del self.fed[length:]
         return length
 
-    def feed(self, token_ids: Sequence[int]) -> float:
+    def feed(self, token_ids: Sequence[int]) -> Elapsed:
         """Append a chunk to the cache."""
         self.fed += token_ids
-        return 0.0
+        return lambda: 0.0
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constraint: Constraint | None = None) -> Choice:

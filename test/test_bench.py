@@ -88,7 +88,7 @@ class FakeEngine:
         return length
 
     def feed(self, token_ids):
-        return 0.25
+        return lambda: 0.25
 
     def first(self, sampling, prompt_ids, constraint=None):
         self.prompts.append(list(prompt_ids))

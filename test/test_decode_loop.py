@@ -33,23 +33,23 @@ ONE = SamplingConfig(max_new_tokens=1)
 
 
 class Timed(FakeEngine):
-    """Advances its own clock for each prompt token, and records its chunks."""
+    """Takes a time for each prompt token, and records its chunks."""
 
     def __init__(self, token_s=0.0, fails_at=None, **options):
         super().__init__(lambda ids: forever(), max_context=10_000, **options)
-        self.token_s, self.now_s, self.chunks, self.fails_at = token_s, 0.0, [], fails_at
+        self.token_s, self.chunks, self.fails_at = token_s, [], fails_at
 
     def feed(self, token_ids):
-        """Advance the clock by the time of a chunk."""
+        """Record the chunk."""
         self.chunks.append(len(token_ids))
-        self.now_s += len(token_ids) * self.token_s
         if len(self.chunks) == self.fails_at:
             raise RuntimeError('broken')
-        return super().feed(token_ids)
+        super().feed(token_ids)
+        return lambda: len(token_ids) * self.token_s
 
 
 def loop_of(engine, chunk_ms=100.0):
-    return DecodeLoop(engine, chunk_ms, clock=lambda: engine.now_s)
+    return DecodeLoop(engine, chunk_ms)
 
 
 def feed(loop, tokens, start=0):
@@ -225,6 +225,7 @@ def test_sum_with_an_unknown_time_is_unknown():
     class Untimed(FakeEngine):
         def feed(self, token_ids):
             super().feed(token_ids)
+            return lambda: None
 
     steps = list(DecodeLoop(Untimed(lambda ids: say('ab'))).stream(
         [1, 2], SamplingConfig(max_new_tokens=2)))

@@ -84,7 +84,7 @@ class Small(FakeEngine):
         self.feeds.append(list(token_ids))
         self.fed += token_ids
         assert len(self.fed) < self.footprint.max_context
-        return 0.001
+        return lambda: 0.001
 
     def first(self, sampling, prompt_ids, constraint=None):
         """Choose by the rule; only greedy choices are drafts."""

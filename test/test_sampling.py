@@ -152,7 +152,7 @@ class State:
 def begin(kind, sampling, vocab=VOCAB, prompt=PROMPT, device=CPU):
     """Begin a request; return the sampler and its plan."""
     sampler = kind(vocab, device)
-    return sampler, sampler.begin(sampling, torch.tensor(prompt, device=device))
+    return sampler, sampler.begin(sampling, prompt)
 
 
 def draw_at(sampler, plan, logits, place):
@@ -179,7 +179,7 @@ class OnDevice:
 
     def begin(self, sampling, prompt_ids, constrained=False):
         """See `Sampler.begin`."""
-        return self.sampler.begin(sampling, prompt_ids.cuda(), constrained)
+        return self.sampler.begin(sampling, prompt_ids, constrained)
 
     def restrict(self, mask):
         """See `Sampler.restrict`."""
@@ -271,7 +271,7 @@ def test_kernels_keep_and_draw_the_tokens_of_their_reference(shape, vocab):
         border = int(sampler._state[-1])
         for _ in range(2):
             assert one.draw(reference, plan, logits) == other.draw(sampler, plan, logits), sampling
-        sampler.begin(sampling, torch.tensor(PROMPT, device=device))
+        sampler.begin(sampling, PROMPT)
         got = kept_by_kernels(sampler, plan, logits, border)
         assert torch.equal(got, expected), sampling
 
@@ -317,7 +317,7 @@ def test_draws_of_many_seeds_follow_the_probabilities(library):
     sampler = HostSampler(VOCAB, CPU)
     tokens = []
     for seed in range(DRAWS):
-        plan = sampler.begin(replace(PLAIN, seed=seed), torch.tensor(PROMPT))
+        plan = sampler.begin(replace(PLAIN, seed=seed), PROMPT)
         tokens.append(draw_at(sampler, plan, logits, len(PROMPT)))
     assert_drawn_from(histogram(tokens), library(logits, PLAIN, PROMPT).softmax(0).double())
 

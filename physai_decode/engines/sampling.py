@@ -141,27 +141,34 @@ class Sampler:
         self._biases = torch.where(bits.bool(), 0.0, -math.inf).to(device)
         self._active = torch.ones(1, dtype=torch.int32, device=device)    # whether a `Row` is
 
-    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
+    def begin(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constrained: bool = False) -> Plan:
         """
         Write the settings of a request to the tensors that the step reads.
 
-        :param prompt_ids: int64 [tokens], for the repetition penalty.
+        :param prompt_ids: for the repetition penalty.
         :param constrained: whether `restrict` is called before each draw.
         """
         plan = Plan.of(sampling, constrained)
         if plan.temperature:
-            self._floats.copy_(torch.tensor([
+            self._floats.copy_(self._sent([
                 max(sampling.temperature, COLDEST), 1 - sampling.top_p, sampling.min_p,
                 sampling.repetition_penalty]))
-            self._integers.copy_(torch.tensor([
+            self._integers.copy_(self._sent([
                 min(sampling.top_k, len(self._ids)), sampling.seed]))
         elif plan.repetition_penalty:
             self._floats[3] = sampling.repetition_penalty
         if plan.repetition_penalty:
             self._seen.zero_()
-            self._seen[prompt_ids] = True
+            self._seen[self._sent(prompt_ids)] = True
         return plan
+
+    def _sent(self, numbers: Sequence[float]) -> Tensor:
+        """Return numbers on the device, without waiting for its work."""
+        sent = torch.tensor(numbers)
+        if self._seen.is_cuda:
+            return sent.pin_memory().to(self._seen.device, non_blocking=True)
+        return sent
 
     def restrict(self, mask: bytearray, row: int = 0) -> None:
         """
@@ -271,13 +278,13 @@ class HostSampler(Sampler):
         self._allowed = torch.empty(vocab_size)
         self._mixed_ids = self._mixed.numpy()
 
-    def begin(self, sampling: SamplingConfig, prompt_ids: Tensor,
+    def begin(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constrained: bool = False) -> Plan:
         """See `Sampler.begin`."""
         self._sampling = sampling
         plan = super().begin(sampling, prompt_ids, constrained)
         if plan.repetition_penalty:
-            ids = prompt_ids.unique()
+            ids = torch.tensor(prompt_ids).unique()
             self._seen_count = len(ids)
             self._seen_ids[:len(ids)] = ids
         return plan
@@ -371,8 +378,7 @@ class Drawer:
         """Start a request with its settings, prompt and constraint."""
         self._position.fill_(len(prompt_ids) - 1)
         self._constraint = constraint
-        self._plan = self._sampler.begin(
-            sampling, torch.tensor(prompt_ids, device=self.token.device), constraint is not None)
+        self._plan = self._sampler.begin(sampling, prompt_ids, constraint is not None)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, place: int) -> Tensor:

@@ -36,6 +36,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
 from physai_decode.engine import Constraint
+from physai_decode.engine import Elapsed
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
 from physai_decode.engines.exllamav2 import checks
@@ -106,13 +107,13 @@ class ExLlamaV2Engine:
         self._length = length
         return length
 
-    def feed(self, token_ids: Sequence[int]) -> float:
+    def feed(self, token_ids: Sequence[int]) -> Elapsed:
         """See `physai_decode.engine.Engine.feed`."""
         self._watch.start()
         self._logits = self.network.feed(list(token_ids))
         self._watch.stop()
         self._length += len(token_ids)
-        return self._watch.read_s()
+        return self._watch.read_s
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constraint: Constraint | None = None) -> Choice:

@@ -30,6 +30,7 @@ from physai_decode.engine import Choice
 from physai_decode.engine import Choices
 from physai_decode.engine import Constraint
 from physai_decode.engine import Drafter
+from physai_decode.engine import Elapsed
 from physai_decode.engines import device as devices
 from physai_decode.engines import logits
 from physai_decode.engines.native import families
@@ -78,7 +79,7 @@ class NativeEngine:
             t = self.transformer
             self._sampler = t.ops.sampler(shape.vocab_size, self._device)
             self._history = torch.zeros(t.max_context + 1, dtype=torch.int64, device=self._device)
-            self._watch = devices.Stopwatch(self._device)
+            self._watch, self._fed = (devices.Stopwatch(self._device) for _ in range(2))
             self._length = 0                    # tokens in the cache
             if self._device.type == 'cuda':
                 self.pipeline = self.piped(config.cuda_graph)
@@ -109,13 +110,13 @@ class NativeEngine:
         return length
 
     @torch.inference_mode()
-    def feed(self, token_ids: Sequence[int]) -> float:
+    def feed(self, token_ids: Sequence[int]) -> Elapsed:
         """See `physai_decode.engine.Engine.feed`."""
-        self._watch.start()
+        self._fed.start()
         self._prefill.feed(token_ids, self._length)
-        self._watch.stop()
+        self._fed.stop()
         self._length += len(token_ids)
-        return self._watch.read_s()
+        return self._fed.read_s
 
     @torch.inference_mode()
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
@@ -127,8 +128,7 @@ class NativeEngine:
         if self.pipeline:
             self._capture(self.pipeline, Plan.of(sampling, constraint is not None))
         t.position.fill_(self._length - 1)
-        prompt = torch.tensor(prompt_ids, device=self._device)
-        self._plan = self._sampler.begin(sampling, prompt, constraint is not None)
+        self._plan = self._sampler.begin(sampling, prompt_ids, constraint is not None)
         self._constraint = constraint
         return self._sampled(last)
 

@@ -32,6 +32,7 @@ from physai_decode.config import EngineConfig
 from physai_decode.config import SamplingConfig
 from physai_decode.engine import Choice
 from physai_decode.engine import Constraint
+from physai_decode.engine import Elapsed
 from physai_decode.engine import EngineError
 from physai_decode.engine import Footprint
 from physai_decode.engines import device as devices
@@ -76,7 +77,7 @@ class TransformersEngine:
             traceback.clear_frames(error.__traceback__)
             self.close()
             raise
-        self._watch = devices.Stopwatch(self._device)
+        self._watch, self._fed = (devices.Stopwatch(self._device) for _ in range(2))
         # A recurrent state needs the whole prompt in one chunk.
         self.chunk_tokens = (1, CHUNK_TOKENS) if self.cached.attends else (limit, limit)
 
@@ -85,12 +86,12 @@ class TransformersEngine:
         devices.use(self._device)
         return self.cached.rewind(length)
 
-    def feed(self, token_ids: Sequence[int]) -> float:
+    def feed(self, token_ids: Sequence[int]) -> Elapsed:
         """See `physai_decode.engine.Engine.feed`."""
-        self._watch.start()
+        self._fed.start()
         self._logits = self.cached.feed(list(token_ids))
-        self._watch.stop()
-        return self._watch.read_s()
+        self._fed.stop()
+        return self._fed.read_s
 
     def first(self, sampling: SamplingConfig, prompt_ids: Sequence[int],
               constraint: Constraint | None = None) -> Choice:
