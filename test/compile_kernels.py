@@ -172,10 +172,11 @@ def main():
             if compiler.TUPLES and (capability >= 80 or at == 0):
                 # Before 8.0, products use shared memory too, so only the first must fit.
                 assert made.metadata.shared + lookup.STATIC_BYTES <= 48 * 2**10
-        made = build(int4_kernels._int4, warps=4, K=3584, BLOCKS=14, SIZE=14, STACK=0, GROUP=64,
-                     ROWS=16, SPLIT=4, STAGES=1, GATED=False, GELU=False, ADD=True, BIAS=False,
-                     ZEROS=False, TABLE=True, ASSEMBLY=True, table='i32')
-        assert ' pairs[' not in made.asm['ptx']     # in float32, they would not fit
+        if compiler.VERSION >= (3, 3):      # see compiler.problem
+            made = build(int4_kernels._int4, warps=4, K=3584, BLOCKS=14, SIZE=14, STACK=0,
+                         GROUP=64, ROWS=16, SPLIT=4, STAGES=1, GATED=False, GELU=False, ADD=True,
+                         BIAS=False, ZEROS=False, TABLE=True, ASSEMBLY=True, table='i32')
+            assert ' pairs[' not in made.asm['ptx']     # in float32, they would not fit
         passes(build, half, capability)
         scaled(build, half, capability, pdl)
         fp4(build, half, capability, pdl)

@@ -80,6 +80,15 @@ def test_reports_that_triton_can_not_compile_for_the_gpu(monkeypatch):
     assert 'cannot compile attention for compute capability 7.5' in messages[1]
 
 
+def test_old_triton_does_not_multiply_quantised_weights_in_float32(monkeypatch):
+    compiler = pytest.importorskip('physai_decode.engines.compiler')
+    start = pytest.importorskip('physai_decode.engines.native.start')
+    monkeypatch.setattr(compiler, 'VERSION', (3, 2))
+    messages = []
+    assert start.operations(DEVICE, torch.float32, messages.append, True).name == 'torch'
+    assert 'set engine.dtype to auto, or install Triton 3.3' in messages[0]
+
+
 def test_only_compiler_py_depends_on_the_version_of_triton():
     package = Path(chip.__file__).parents[1]
     newer = re.compile(r'triton\.language\.extra|constexpr_function|\bgdc\b')

@@ -58,9 +58,16 @@ def supports_pdl(device: torch.device) -> bool:
     return KNOWS_PDL and device.type == 'cuda' and chip.capability(device) >= LEAST_CAPABILITY
 
 
-def problem(device: torch.device) -> str | None:
-    """Return why this Triton cannot compile the kernels for a device; None if it can."""
+def problem(device: torch.device, float32: bool = False) -> str | None:
+    """
+    Return why this Triton cannot compile the kernels for a device; None if it can.
+
+    :param float32: whether quantised weights are multiplied in float32.
+    """
     major, minor = chip.capability(device)
+    if VERSION < (3, 3) and float32:        # it would abort the process
+        return (f'Triton {triton.__version__} cannot compile products of 4-bit weights in '
+                'float32: set engine.dtype to auto, or install Triton 3.3 or newer')
     if VERSION == (3, 3) and major < 8:
         return (f'Triton {triton.__version__} cannot compile attention for compute capability '
                 f'{major}.{minor}: install another version')

@@ -409,7 +409,7 @@ def _dequantise(packed, scales, zeros, table, out, first, rows, K: tl.constexpr,
 
 # The first of each fits every chip.
 INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
-    (4, 1), (4, 3), (4, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (8, 1)))
+    (4, 1), (4, 3), (4, 2), (4, 0), (8, 0), (8, 1), (8, 2), (2, 3), (2, 4), (1, 1), (1, 3)))
 # Of an `Int4` with a table. Its shared memory fits into 48 KiB; with more, a launch would fail.
 TABLE_LAYOUTS = tuple(Layout(tiles * TILE_ROWS, 0, *each) for tiles, *each in (
     (1, 4, 1), (1, 8, 1), (1, 2, 1), (1, 1, 1), (1, 8, 0), (1, 4, 0), (1, 2, 3), (1, 2, 4),

@@ -137,6 +137,26 @@ def _expert(ids, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
 
 
 @triton.jit
+def _load_tiles(values, scales, zeros, place, group, up_place, up_group, part, columns, ids,
+                stored, k, K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr,
+                GROUP: tl.constexpr, COLUMNS: tl.constexpr, ZEROS: tl.constexpr,
+                BY_ROW: tl.constexpr, GATED: tl.constexpr):
+    """Load a program's tile at column ``k``, and if GATED that of up, else the same again."""
+    expert, local = _expert(ids, k, K, SIZE, STACK, COLUMNS)
+    values += expert * STACK
+    scales += expert * stored
+    zeros += expert * stored
+    tile, scale, zero = _load_tile(values + place, scales + group, zeros + group, part, columns,
+                                   local, SIZE, GROUP, COLUMNS, ZEROS, BY_ROW)
+    up_tile, up_scale, up_zero = tile, scale, zero
+    if GATED:
+        up_tile, up_scale, up_zero = _load_tile(
+            values + up_place, scales + up_group, zeros + up_group, part, columns, local, SIZE,
+            GROUP, COLUMNS, ZEROS, BY_ROW)
+    return tile, scale, zero, up_tile, up_scale, up_zero
+
+
+@triton.jit
 def _multiply(x, values, scales, zeros, bias, gain, ids, routing, out, n, stride, eps,
               K: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr, GROUP: tl.constexpr,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -175,16 +195,9 @@ def _multiply(x, values, scales, zeros, bias, gain, ids, routing, out, n, stride
     sums = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH // RUN), tl.float32)
     more = tl.zeros((ROWS, COLUMNS // LENGTH, LENGTH // RUN), tl.float32)
     squares = tl.zeros((COLUMNS // LENGTH, LENGTH), tl.float32)
-    expert, local = _expert(ids, 0, K, SIZE, STACK, COLUMNS)
-    tile, scale, zero = _load_tile(
-        values + expert * STACK + place, scales + expert * stored + group,
-        zeros + expert * stored + group, part, columns, local, SIZE, GROUP, COLUMNS, ZEROS, LATE)
-    up_tile, up_scale, up_zero = tile, scale, zero
-    if GATED:
-        up_tile, up_scale, up_zero = _load_tile(
-            values + expert * STACK + up_place, scales + expert * stored + up_group,
-            zeros + expert * stored + up_group, part, columns, local, SIZE, GROUP, COLUMNS, ZEROS,
-            LATE)
+    tile, scale, zero, up_tile, up_scale, up_zero = _load_tiles(
+        values, scales, zeros, place, group, up_place, up_group, part, columns, ids, stored, 0, K,
+        SIZE, STACK, GROUP, COLUMNS, ZEROS, LATE, GATED)
     if PDL:
         gdc_wait()
     v, squares = _load_input(x, gain, squares, columns, 0, K, COLUMNS, NORM)
@@ -192,18 +205,12 @@ def _multiply(x, values, scales, zeros, bias, gain, ids, routing, out, n, stride
     if GATED:
         more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
     for k in tl.range(COLUMNS, K, COLUMNS, num_stages=STAGES):
-        expert, local = _expert(ids, k, K, SIZE, STACK, COLUMNS)
-        tile, scale, zero = _load_tile(
-            values + expert * STACK + place, scales + expert * stored + group,
-            zeros + expert * stored + group, part, columns, local, SIZE, GROUP, COLUMNS, ZEROS,
-            LATE)
+        tile, scale, zero, up_tile, up_scale, up_zero = _load_tiles(
+            values, scales, zeros, place, group, up_place, up_group, part, columns, ids,
+            stored, k, K, SIZE, STACK, GROUP, COLUMNS, ZEROS, LATE, GATED)
         v, squares = _load_input(x, gain, squares, columns, k, K, COLUMNS, NORM)
         sums += _scaled(tile, scale, zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
         if GATED:
-            up_tile, up_scale, up_zero = _load_tile(
-                values + expert * STACK + up_place, scales + expert * stored + up_group,
-                zeros + expert * stored + up_group, part, columns, local, SIZE, GROUP, COLUMNS,
-                ZEROS, LATE)
             more += _scaled(up_tile, up_scale, up_zero, v, FLOAT, ZEROS, LATE, ASSEMBLY)
     if PDL:
         gdc_launch_dependents()

@@ -100,15 +100,15 @@ def select(checkpoint: Checkpoint, config: EngineConfig) -> tuple[torch.device, 
     return device, dtype if wide else fastest
 
 
-def operations(device: torch.device, dtype: torch.dtype,
-               progress: Callable[[str], None]) -> TorchOps:
-    """Return the operations for a device and a dtype."""
+def operations(device: torch.device, dtype: torch.dtype, progress: Callable[[str], None],
+               quantized: bool = False) -> TorchOps:
+    """Return the operations for a device, a dtype, and weights that may be quantised."""
     if device.type == 'cpu':
         return TorchOps(on_host=True, dtype=dtype)
     if held := chip.pretended(device):
         progress(f'{chip.VARIABLE} is set: {devices.describe(device)[0]} runs as if it had '
                  f'compute capability {held}')
-    if problem := _problem(device):
+    if problem := _problem(device, quantized and dtype == torch.float32):
         progress(f"{problem}. Until then, the step runs with PyTorch's operations, several times "
                  'more slowly')
         return TorchOps(on_host=False, dtype=dtype)
@@ -118,14 +118,14 @@ def operations(device: torch.device, dtype: torch.dtype,
     return Fp4Ops(device, dtype=dtype)
 
 
-def _problem(device):
-    """Return why a GPU cannot run the kernels; None if it can."""
+def _problem(device, float32=False):
+    """Return why a GPU cannot run the kernels; None if it can; see `compiler.problem`."""
     try:
         from physai_decode.engines import compiler
         from physai_decode.engines.native import fp4_kernels  # noqa: F401
     except ImportError as error:
         return f'Triton cannot be used ({error}): {install("-U", "triton")}'
-    return compiler.problem(device)
+    return compiler.problem(device, float32)
 
 
 def prefill(transformer: Transformer, capture: bool,
@@ -192,7 +192,7 @@ def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype:
     """
     files = tensors(checkpoint, dtype, device)
     _check_quantised(checkpoint, files)
-    ops = operations(device, dtype, progress)
+    ops = operations(device, dtype, progress, checkpoint.quantized is not None)
     forms = None
     if ops.name == 'torch':
         forms = TorchForms(dtype, device, unpacked_limit(device, needed_bytes))
