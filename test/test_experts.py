@@ -47,6 +47,7 @@ from physai_decode.engines.native.ops import Routed
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
 from physai_decode.engines.native.torch_forms import TorchForms
+from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 import random_formats
 import random_gptq
@@ -258,29 +259,31 @@ def restore_routers(folder, plain):
 
 @pytest.mark.parametrize('name', ['gate and up', 'down'])
 @pytest.mark.parametrize('kind', ['gptq', *EXPERTS])
-def test_check_finds_a_wrong_dequantisation(tmp_path, monkeypatch, kind, name):
+def test_check_finds_a_wrong_dequantisation(tmp_path, kind, name):
     """Only prompts of more tokens than that of the check dequantise experts."""
     t = transformers(save(tmp_path, kind))[0]
-    self_check._check_stacks(t, 1e-5)
+    self_check._check_dequantisers(t, t.ops.dequantiser, 1e-5)
     mlp = t.weights.layers[0].mlp
     wrong = (mlp.gate_up if name == 'gate and up' else mlp.down)[0]
-    right = t.ops.dequantiser(wrong)
 
-    def dequantise(weight, part, dtype):
-        dense = right(weight, part, dtype)
-        return dense.roll(1, 0) if weight.shape == wrong.shape else dense
+    def is_wrong(weight):
+        return (not isinstance(weight, Dense) and weight.scales.untyped_storage().data_ptr()
+                == wrong.scales.untyped_storage().data_ptr())
 
-    monkeypatch.setattr(Fp4Ops, 'dequantiser', lambda self, weight: (
-        dequantise if type(weight) is type(wrong) else None))
+    def dequantiser(weight):
+        right = t.ops.dequantiser(weight)
+        return (lambda *some: right(*some).roll(1, 0)) if is_wrong(weight) else right
+
     with pytest.raises(EngineError, match=rf'a long prompt wrongly.*experts \({name}, '
                                           rf'{wrong.kind}\) in layer 1'):
-        self_check._check_stacks(t, 1e-5)
+        self_check._check_dequantisers(t, dequantiser, 1e-5)
 
 
 def test_load_refuses_a_wrong_dequantisation(tmp_path, monkeypatch):
     model = inspect(save(tmp_path, 'awq'))
     NativeEngine(model, CPU).close()
-    monkeypatch.setattr(TorchOps, 'dequantiser', lambda self, weight: (
+    monkeypatch.setattr(EagerPrefill, 'dequantiser', lambda self, weight: (
+        None if isinstance(weight, Dense) else
         lambda one, part, dtype: -one.dequantise(part, dtype)))
     monkeypatch.setattr(TorchForms, 'layer', lambda self, layer: layer)     # as on a GPU
     with pytest.raises(EngineError, match='computes a long prompt wrongly.*in layer 1'):
