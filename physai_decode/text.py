@@ -138,8 +138,8 @@ class Text:
             omits it.
         """
         for message in messages:
-            _check(message.role or 'raw', message.content)
-            _check(f'{message.role} reasoning', message.reasoning_content)
+            _check(f'the {message.role or "raw"} text', message.content)
+            _check(f'the {message.role} reasoning text', message.reasoning_content)
         if tools and not self.manner.form:
             raise TextError(self.manner.tools_problem)
         if not self._source or any(not message.role for message in messages):
@@ -218,7 +218,7 @@ class Text:
     def _hidden_texts(self, value: Any, texts: list[str]) -> Any:
         """Replace all texts of a JSON value, keys included, with what the template sees."""
         if isinstance(value, str):
-            _check('arguments', value)
+            _check('the arguments text', value)
             return self._shown(value, texts)
         if isinstance(value, Mapping):
             return {self._hidden_texts(key, texts): self._hidden_texts(each, texts)
@@ -504,7 +504,7 @@ def _check(name: str, content: str) -> None:
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise TextError(f'the {name} text has an unpaired surrogate at character {error.start}: '
+        raise TextError(f'{name} has an unpaired surrogate at character {error.start}: '
                         'send valid UTF-8') from None
 
 
