@@ -447,12 +447,12 @@ def test_layouts_of_experts_for_pytorch(tmp_path, room, dtype):
 @pytest.mark.parametrize('fields, what', [
     ({'num_experts_per_tok': 9}, 'num_experts_per_tok 9, more than its 8 experts'),
     ({'num_experts_per_tok': 0}, 'num_experts_per_tok is 0'),
-    ({'num_local_experts': '8'}, "num_local_experts is '8'"),
-    ({'moe_intermediate_size': None}, 'moe_intermediate_size is None'),
+    ({'num_local_experts': '8'}, 'num_local_experts is "8"'),
+    ({'moe_intermediate_size': None}, 'moe_intermediate_size is null'),
     ({'decoder_sparse_step': 0}, 'decoder_sparse_step is 0'),
     ({'mlp_only_layers': 1}, 'mlp_only_layers is 1'),
     ({'mlp_only_layers': ['1']}, 'mlp_only_layers is'),
-    ({'hidden_act': 'gelu'}, "does not run hidden_act 'gelu'")])
+    ({'hidden_act': 'gelu'}, 'does not run hidden_act "gelu"')])
 def test_rejects_configs(tmp_path, fields, what):
     config = json.loads((random_model.save(tmp_path, 'qwen3_moe', 0) / 'config.json').read_text())
     families.parse(config)
