@@ -36,6 +36,7 @@ from typing import Any
 
 from physai_decode import model_config
 from physai_decode import regular_file
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.model_config import Quantization
@@ -461,5 +462,5 @@ def _entry(value: Mapping[str, Any], path: Path, begin: int) -> TensorEntry:
     dtype, shape, (start, stop) = value['dtype'], tuple(value['shape']), value['data_offsets']
     if not isinstance(dtype, str) or any(
             type(number) is not int or number < 0 for number in (*shape, start, stop)):
-        raise ValueError(f'{value} does not describe a tensor')
+        raise ValueError(f'{shown(value)} does not describe a tensor')
     return TensorEntry(dtype, shape, path, begin + start, begin + stop)

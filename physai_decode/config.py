@@ -447,6 +447,9 @@ class _Yaml(reprlib.Repr):
 class _Json(_Yaml):
     """The same in JSON's spelling, with escapes for characters that cannot be printed."""
 
+    def repr_float(self, value: float, level: int) -> str:
+        return json.dumps(value)            # NaN, Infinity
+
     def repr_str(self, value: str, level: int) -> str:
         text = json.dumps(value[:80], ensure_ascii=False)
         return ''.join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)

@@ -133,8 +133,8 @@ class Delivery:
         """
         form = self._form
         if self._ticket.request.offered and form is not None:
-            raise Refused(f'{form.name} constrains every answer, so the model cannot call a '
-                          'tool: set "response_format" to {"type": "text"} in the request')
+            raise Refused(f'tools cannot be used, because {form.name} constrains every answer: '
+                          'set "response_format" to {"type": "text"} in the request')
         if form is not None:
             self._refuse_stop(form)
         return form
@@ -142,9 +142,11 @@ class Delivery:
     def _refuse_stop(self, form: Form) -> None:
         if self._sampling.stop:
             name = self._named('stop')
-            remedy = '' if name == JSON_NAMES['stop'] else f'clear {name}, or '
-            raise Refused(f'{name} cannot be used with {form.name}, which defines where the '
-                          f'answer ends: {remedy}set "stop" to [] in the request')
+            is_own = name == JSON_NAMES['stop']         # the message begins with a field
+            first, other = (name, form.name) if is_own else (form.name, name)
+            remedy = '' if is_own else f'clear {name}, or '
+            raise Refused(f'{first} cannot be used with {other}, because {form.name} defines '
+                          f'where the answer ends: {remedy}set "stop" to [] in the request')
 
     def _remark(self, text: str) -> None:
         """Add a note for the report."""

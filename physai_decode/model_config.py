@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from dataclasses import fields
 import math
 import re
-from reprlib import repr
 from typing import Any
 
 from physai_decode.config import check_value
 from physai_decode.config import SamplingConfig
+from physai_decode.config import shown_json as shown
 
 # Defaults of the transformers library for absent keys; a null window means none.
 SLIDING_WINDOW = 4096
@@ -88,17 +88,17 @@ def check(config: Mapping[str, Any]) -> None:
     for key in ('rope_parameters', 'rope_scaling'):
         inner, outer = (each.get('rope_theta') for each in (part(config, key), config))
         if inner is not None and outer is not None and inner != outer:
-            raise ValueError(f'rope_theta is {repr(outer)}, but {repr(inner)} in {key}')
+            raise ValueError(f'rope_theta is {shown(outer)}, but {shown(inner)} in {key}')
     newer, older = (part(config, key) for key in ('rope_parameters', 'rope_scaling'))
     for key in newer.keys() & older.keys():
         if newer[key] != older[key]:
-            raise ValueError(f'{key} is {repr(newer[key])} in rope_parameters, but '
-                             f'{repr(older[key])} in rope_scaling')
+            raise ValueError(f'{key} is {shown(newer[key])} in rope_parameters, but '
+                             f'{shown(older[key])} in rope_scaling')
     family, classes = config.get('model_type'), config.get('architectures')
     named = {_family(each) for each in classes if type(each) is str} - {''} \
         if isinstance(classes, list) else set()
     if named and type(family) is str and _family(family) not in ('', *named):
-        raise ValueError(f'architectures is {repr(classes)}, but model_type is {repr(family)}')
+        raise ValueError(f'architectures is {shown(classes)}, but model_type is {shown(family)}')
 
 
 def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -113,12 +113,12 @@ def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(classes, list) or not any(
             type(each) is str and _is_of(each, family) for each in classes):
         named = 'architectures is missing' if classes is None else \
-            f'architectures is {repr(classes)}'
-        found.append(f'{named}: model_type {repr(family)} decides')
+            f'architectures is {shown(classes)}'
+        found.append(f'{named}: model_type {shown(family)} decides')
     dtype, older = config.get('dtype'), config.get('torch_dtype')
     if None not in (dtype, older) and dtype != older:
         found.append(
-            f'dtype is {repr(dtype)}, but torch_dtype {repr(older)}: engine.dtype decides')
+            f'dtype is {shown(dtype)}, but torch_dtype {shown(older)}: engine.dtype decides')
     return tuple(found)
 
 
@@ -145,9 +145,9 @@ def number(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
         raise ValueError(f'there is no {key}')
     value, (low, high) = config[key], _RANGES[key]
     if kind is int and (type(value) is not int or not low <= value <= high):
-        raise ValueError(f'{key} is {repr(value)}, not an integer from {low} to {high}')
+        raise ValueError(f'{key} is {shown(value)}, not an integer from {low} to {high}')
     if kind is float and (type(value) not in (int, float) or not low < value <= high):
-        raise ValueError(f'{key} is {repr(value)}, not a number above {low:g}, up to {high:g}')
+        raise ValueError(f'{key} is {shown(value)}, not a number above {low:g}, up to {high:g}')
     return value
 
 
@@ -159,7 +159,7 @@ def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """
     value = config.get(key)
     if not isinstance(value, (dict, type(None))):
-        raise ValueError(f'{key} is {repr(value)}, not an object')
+        raise ValueError(f'{key} is {shown(value)}, not an object')
     return value or {}
 
 
@@ -172,7 +172,7 @@ def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     value = config.get('eos_token_id')
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(each) is not int or each < 0 for each in ids):
-        raise ValueError(f'eos_token_id is {repr(value)}, not a token id or a list of token ids')
+        raise ValueError(f'eos_token_id is {shown(value)}, not a token id or a list of token ids')
     return tuple(ids)
 
 
@@ -188,7 +188,7 @@ def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
     names = ('repetition_penalty', *(
         ('temperature', 'top_k', 'top_p', 'min_p') if config.get('do_sample') else ()))
     given = {name: config[name] for name in names if config.get(name) is not None}
-    return {spec.name: check_value(spec.name, given[spec.name], spec)
+    return {spec.name: check_value(spec.name, given[spec.name], spec, shown)
             for spec in fields(SamplingConfig) if spec.name in given}
 
 
@@ -203,7 +203,7 @@ def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     seed = part(config, key).get('seed', 0)
     if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f'{key} has the seed {repr(seed)}, not an integer from 0 to 2**63 - 1')
+        raise ValueError(f'{key} has the seed {shown(seed)}, not an integer from 0 to 2**63 - 1')
     return part(config, key)
 
 
@@ -288,7 +288,7 @@ class Rope:
         """For longrope: the scale of each frequency, from ``short_factor`` or ``long_factor``."""
         factors = self._rope.get(key)
         if not isinstance(factors, list) or len(factors) != count:
-            raise ValueError(f'{key} is {repr(factors)}, not a list of {count} numbers')
+            raise ValueError(f'{key} is {shown(factors)}, not a list of {count} numbers')
         return tuple(number({'factor': each}, 'factor', float) for each in factors)
 
     @property
@@ -340,11 +340,11 @@ def windows_by_kind(kinds: Any, layers: int, window: int) -> tuple[int, ...]:
     :raises ValueError: ``kinds`` is not a list of ``layers`` known types.
     """
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ValueError(f'layer_types is {repr(kinds)}, not a list for {layers} layers')
+        raise ValueError(f'layer_types is {shown(kinds)}, not a list for {layers} layers')
     known = {'sliding_attention': window, 'full_attention': 0}
     unknown = next((kind for kind in kinds if type(kind) is not str or kind not in known), None)
     if unknown is not None:
-        raise ValueError(f'layer_types has {repr(unknown)}: expected one of {", ".join(known)}')
+        raise ValueError(f'layer_types has {shown(unknown)}: expected one of {", ".join(known)}')
     return tuple(known[kind] for kind in kinds)
 
 
@@ -393,7 +393,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
     found = part(config, 'quantization_config')
     if not found:
         return None
-    method = str(found.get('quant_method', 'unknown'))
+    method = str(found.get('quant_method') or 'unknown')
     bits, size = found.get('bits'), found.get('group_size')
     kind = '' if method in _OWN_NUMBERS else 'int'
     if method == 'gptq':
@@ -424,7 +424,7 @@ def _quantization_name(found: Mapping[str, Any], method: str, kind: str, bits: A
         four_bit = found.get('load_in_4bit') or found.get('_load_in_4bit')
         return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
     if method == 'modelopt':
-        return f'{method}-{str(found.get("quant_algo", "unknown")).lower()}'
+        return f'{method}-{str(found.get("quant_algo") or "unknown").lower()}'
     name = method
     if bits is not None:
         name += f'-{bits}bpw' if method == 'exl2' else f'-{kind}{bits}'

@@ -331,14 +331,16 @@ def _checked_tools(found: dict[str, Any]) -> dict[str, Any]:
     if isinstance(choice, Mapping) and choice['function']['name'] not in names:
         raise RequestError(f'tool_choice.function.name is {shown(choice["function"]["name"])}: '
                            f'the tools are {", ".join(names)}')
-    strict = [name for name, tool in zip(names, tools) if tool['function'].get('strict')]
+    strict = [index for index, tool in enumerate(tools) if tool['function'].get('strict')]
     if strict and choice == 'auto':
-        raise RequestError(f'the tool {strict[0]} is strict, which is enforced only if the answer '
-                           'has to call a tool: set tool_choice to required, or remove strict')
+        raise RequestError(f'tools[{strict[0]}].function.strict is true, which is enforced only '
+                           'if the answer has to call a tool: set tool_choice to required, or '
+                           'remove strict')
     format_ = found.get('response_format', _TEXT)
     if choice != 'none' and (format_.get('type') != 'text' or found.get('structured_outputs')):
-        raise RequestError('an answer cannot be constrained and call tools: remove '
-                           'response_format and structured_outputs, or set tool_choice to none')
+        name = 'structured_outputs' if found.get('structured_outputs') else 'response_format'
+        raise RequestError(f'{name} constrains the answer, so it cannot call tools: remove '
+                           f'{name}, or set tool_choice to none')
     return found
 
 

@@ -49,8 +49,8 @@ class Manner:
     @property
     def tools_problem(self) -> str:
         """The message that refuses tools if there is no form."""
-        return (f'this model cannot use tools: {self.reason}; choose a model whose chat template '
-                'accepts tools')
+        return (f'tools cannot be used with this model: {self.reason}; choose a model whose chat '
+                'template accepts tools')
 
     def markers(self, tools: bool) -> tuple[str, ...]:
         """Return the markers to look for; none if all output is the answer."""

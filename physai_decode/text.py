@@ -38,6 +38,7 @@ from types import MappingProxyType
 from typing import Any
 
 from physai_decode.config import ChatConfig
+from physai_decode.config import shown_json
 from physai_decode.conversation import Conversation
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.pip_command import install
@@ -138,8 +139,8 @@ class Text:
             omits it.
         """
         for message in messages:
-            _check(message.role or 'raw', message.content)
-            _check(f'{message.role} reasoning', message.reasoning_content)
+            _check(f'the {message.role or "raw"} text', message.content)
+            _check(f'the {message.role} reasoning text', message.reasoning_content)
         if tools and not self.manner.form:
             raise TextError(self.manner.tools_problem)
         if not self._source or any(not message.role for message in messages):
@@ -218,7 +219,7 @@ class Text:
     def _hidden_texts(self, value: Any, texts: list[str]) -> Any:
         """Replace all texts of a JSON value, keys included, with what the template sees."""
         if isinstance(value, str):
-            _check('arguments', value)
+            _check('the arguments text', value)
             return self._shown(value, texts)
         if isinstance(value, Mapping):
             return {self._hidden_texts(key, texts): self._hidden_texts(each, texts)
@@ -415,9 +416,9 @@ def _template(tokenizer: Any, choice: str) -> tuple[str, str]:
     for key, token in getattr(tokenizer, 'absent_tokens', {}).items():
         if key in source:
             raise TextError(
-                f'the chat template uses {key}, which tokenizer_config.json sets to {token!r}, '
-                'but tokenizer.json lacks this token: copy or download the model again, or set '
-                'chat.template to off')
+                f'the chat template uses {key}, which tokenizer_config.json sets to '
+                f'{shown_json(token)}, but tokenizer.json lacks this token: copy or download the '
+                'model again, or set chat.template to off')
     return name, source
 
 
@@ -474,8 +475,8 @@ def _check_ids(backend: Any, ids: Sequence[int], vocab_size: int | None) -> None
     beyond = next((id_ for id_ in ids if id_ >= vocab_size), None)
     if beyond is not None:
         raise TextError(
-            f'the chat template writes {backend.id_to_token(beyond)!r}, token {beyond}, but the '
-            f"model has {vocab_size}: the tokenizer's files and config.json do not belong "
+            f'the chat template writes {shown_json(backend.id_to_token(beyond))}, token {beyond}, '
+            f"but the model has {vocab_size}: the tokenizer's files and config.json do not belong "
             'together; copy or download the model again')
     added = backend.get_added_tokens_decoder().keys()
     last = max(backend.get_vocab(with_added_tokens=True).values())
@@ -504,7 +505,7 @@ def _check(name: str, content: str) -> None:
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise TextError(f'the {name} text has an unpaired surrogate at character {error.start}: '
+        raise TextError(f'{name} has an unpaired surrogate at character {error.start}: '
                         'send valid UTF-8') from None
 
 
@@ -536,6 +537,6 @@ def _renamed(backend: Any, names: Mapping[str, str]) -> Any:
                         ) from error
     for name, secret in names.items():
         if copy.token_to_id(secret) != backend.token_to_id(name):
-            raise TextError(f'tokenizer.json gives {name!r} two ids: copy or download the model '
-                            'again')
+            raise TextError(f'tokenizer.json gives {shown_json(name)} two ids: copy or download '
+                            'the model again')
     return copy

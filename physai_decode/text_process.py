@@ -45,6 +45,7 @@ from types import MappingProxyType
 from typing import Any
 
 from physai_decode.config import ChatConfig
+from physai_decode.config import shown_json as shown
 from physai_decode.constraint import Vocabulary
 from physai_decode.detokenizer import Detokenizer
 from physai_decode.engine import described
@@ -162,9 +163,9 @@ class TextProcess:
         for token, id_ in sorted(theirs.items(), key=itemgetter(1)):
             known = self._backend.id_to_token(id_)
             if known not in (token, None):
-                return f'id {id_} is {token!r}, but in the model it is {known!r}'
+                return f'id {id_} is {shown(token)}, but in the model it is {shown(known)}'
             if ours.get(token, id_) != id_:
-                return f'{token!r} is id {id_}, but in the model it is {ours[token]}'
+                return f'{shown(token)} is id {id_}, but in the model it is {ours[token]}'
         return ''
 
     def vocabulary(self, size: int, end_ids: Sequence[int]) -> Vocabulary:

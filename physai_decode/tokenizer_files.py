@@ -29,6 +29,7 @@ from pathlib import Path
 import re
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.pip_command import install
 
 SAMPLE = 'Hello, world! What is 12 + 3?'    # letters, blanks, digits and punctuation
@@ -181,7 +182,7 @@ def _add(backend: Any, listed: Mapping[str, Any]) -> None:
                 key: value for key, value in token.items() if key != '__type'})])
         if backend.token_to_id(name) != id_:
             raise TextError(
-                f'tokenizer_config.json gives {name!r} the id {id_}, tokenizer.json gives it '
+                f'tokenizer_config.json gives {shown(name)} the id {id_}, tokenizer.json gives it '
                 f'{backend.token_to_id(name)}: {_AGAIN}')
 
 
@@ -192,7 +193,7 @@ def _listed(value: Any) -> Iterable[Any]:
 def _content(token: Any, key: str) -> str:
     name = token.get('content') if isinstance(token, dict) else token
     if not isinstance(name, str):
-        raise TextError(f'tokenizer_config.json has {name!r} as {key}: expected a string; '
+        raise TextError(f'tokenizer_config.json has {shown(name)} as {key}: expected a string; '
                         f'{_AGAIN}')
     return name
 
@@ -224,8 +225,8 @@ def _set_templates(tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> N
             raise TextError(f'{path.name} is damaged (it is not UTF-8): {_AGAIN}') from None
     for name, template in found.items():
         if not isinstance(template, str):
-            raise TextError(f'its chat template {name!r} is {template!r}: expected a string; '
-                            f'{_AGAIN}')
+            raise TextError(f'its chat template {shown(name)} is {shown(template)}: expected a '
+                            f'string; {_AGAIN}')
     tokenizer.chat_template = found['default'] if found.keys() == {'default'} else found or None
     tokenizer.template_files = {found[name]: str(path) for name, path in sources.items()}
 

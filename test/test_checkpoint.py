@@ -299,7 +299,8 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
 
 
 @pytest.mark.parametrize(('fields', 'word'), [
-    ({'rope_scaling': 'yarn'}, 'rope_scaling'), ({'rope_parameters': ['yarn']}, 'rope_parameters'),
+    ({'rope_scaling': 'yarn'}, 'rope_scaling'),
+    ({'rope_parameters': ['yarn', None]}, 'rope_parameters is ["yarn", null]'),
     ({'rope_scaling': YARN}, 'factor'), ({'rope_scaling': {**YARN, 'factor': '4'}}, 'factor'),
     ({'rope_scaling': {**YARN, 'factor': 4, 'original_max_position_embeddings': '64'}},
      'original_max_position_embeddings'),
@@ -311,18 +312,19 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
       'rope_scaling': {'rope_type': 'yarn', 'factor': 8.0}},
      'factor is 4.0 in rope_parameters, but 8.0 in rope_scaling'),
     ({'architectures': ['BertModel']},
-     "architectures is ['BertModel'], but model_type is 'llama'"),
-    ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, "model_type is 'granite'"),
+     'architectures is ["BertModel"], but model_type is "llama"'),
+    ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, 'model_type is "granite"'),
     ({'max_position_embeddings': '64'}, 'max_position_embeddings'),
     ({'max_position_embeddings': -1}, 'max_position_embeddings'),
     ({'text_config': 'llama', 'eos_token_id': None}, 'text_config'),
     ({'text_config': {'num_hidden_layers': 10**9}}, 'num_hidden_layers is 1000000000'),
     ({'num_attention_heads': 0}, 'num_attention_heads is 0'), ({'n_layer': 1e308}, 'n_layer'),
-    ({'hidden_size': '64'}, 'hidden_size'), ({'head_dim': True}, 'head_dim'),
-    ({'rms_norm_eps': 1e308}, 'rms_norm_eps'), ({'rms_norm_eps': float('nan')}, 'rms_norm_eps'),
-    ({'eos_token_id': 'end'}, 'eos_token_id'), ({'eos_token_id': [[2]]}, 'eos_token_id'),
+    ({'hidden_size': '64'}, 'hidden_size'), ({'head_dim': True}, 'head_dim is true'),
+    ({'rms_norm_eps': 1e308}, 'rms_norm_eps'),
+    ({'rms_norm_eps': float('nan')}, 'rms_norm_eps is NaN'),
+    ({'eos_token_id': 'end'}, 'eos_token_id is "end"'), ({'eos_token_id': [[2]]}, 'eos_token_id'),
     ({'physai_decode_random_weights': [0]}, 'physai_decode_random_weights'),
-    ({'physai_decode_random_weights': {'seed': '0'}}, 'seed'),
+    ({'physai_decode_random_weights': {'seed': '0'}}, 'seed "0"'),
     ({'quantization_config': 'gptq'}, 'quantization_config')])
 def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     write_json(folder / 'config.json', {**CONFIG, **fields})
@@ -354,16 +356,16 @@ def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
     ({'architectures': ['Gemma3ForConditionalGeneration'], 'model_type': 'gemma3_text'}, ()),
     ({'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe'}, ()),
     ({'architectures': ['OwnForCausalLM']},
-     ("architectures is ['OwnForCausalLM']: model_type 'llama' decides",)),
+     ('architectures is ["OwnForCausalLM"]: model_type "llama" decides',)),
     ({'architectures': ['BertModel'], 'model_type': 'own'},
-     ("architectures is ['BertModel']: model_type 'own' decides",)),
-    ({}, ("architectures is missing: model_type 'llama' decides",)),
-    ({'architectures': []}, ("architectures is []: model_type 'llama' decides",)),
-    ({'architectures': 'llama'}, ("architectures is 'llama': model_type 'llama' decides",)),
+     ('architectures is ["BertModel"]: model_type "own" decides',)),
+    ({}, ('architectures is missing: model_type "llama" decides',)),
+    ({'architectures': []}, ('architectures is []: model_type "llama" decides',)),
+    ({'architectures': 'llama'}, ('architectures is "llama": model_type "llama" decides',)),
     ({'architectures': ['LlamaForCausalLM'], 'dtype': 'float16', 'torch_dtype': 'float16'}, ()),
     ({'architectures': ['LlamaForCausalLM'], 'dtype': None, 'torch_dtype': 'float16'}, ()),
     ({'architectures': ['LlamaForCausalLM'], 'dtype': 'float16', 'torch_dtype': 'bfloat16'},
-     ("dtype is 'float16', but torch_dtype 'bfloat16': engine.dtype decides",))])
+     ('dtype is "float16", but torch_dtype "bfloat16": engine.dtype decides',))])
 def test_notes_what_is_uncertain_in_the_config(folder, fields, notes):
     config = {key: value for key, value in CONFIG.items() if key != 'architectures'}
     write_json(folder / 'config.json', {**config, **fields})
@@ -455,10 +457,11 @@ def test_sampling_of_the_checkpoint(folder, generation, expected):
     assert checkpoint.inspect(folder).sampling == expected
 
 
-@pytest.mark.parametrize('value', [-1.0, 'warm', [0.5], 1e9])
+@pytest.mark.parametrize('value', [-1.0, 'warm', [0.5], 1e9, True])
 def test_rejects_a_sampling_setting_out_of_range(folder, value):
     write_json(folder / 'generation_config.json', {'do_sample': True, 'temperature': value})
-    assert 'generation_config.json is damaged (temperature is' in error_of(folder)
+    assert (f'generation_config.json is damaged (temperature is {json.dumps(value)}:'
+            in error_of(folder))
 
 
 @pytest.mark.parametrize('value', [-1, True, 2.0, {'id': 2}])

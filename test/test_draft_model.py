@@ -561,16 +561,16 @@ def test_another_tokenizer_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"!": ', '"~~": '))
     with closing(host.TextProcess(str(checkpoint.open(TINY).folder), DecodeConfig().chat)) as text:
         with pytest.raises(EngineError, match=(
-                "^the draft model .* cannot be used: it has another tokenizer than the model: "
-                "id 3 is '~~', but in the model it is '!'; take")):
+                '^the draft model .* cannot be used: it has another tokenizer than the model: '
+                'id 3 is "~~", but in the model it is "!"; take')):
             host._open_draft(config_of(folder), text, print)
 
 
 @pytest.mark.parametrize(('theirs', 'difference'), [
     ({'a': 0, 'b': 1, 'c': 2}, ''), ({'a': 0, 'b': 1}, ''), ({'a': 0, 'b': 1, 'c': 2, 'x': 3}, ''),
-    ({'a': 0, 'c': 1, 'b': 2}, "id 1 is 'c', but in the model it is 'b'"),
-    ({'a': 0, 'b': 1, 'x': 2}, "id 2 is 'x', but in the model it is 'c'"),
-    ({'a': 0, 'b': 1, 'c': 7}, "'c' is id 7, but in the model it is 2")])
+    ({'a': 0, 'c': 1, 'b': 2}, 'id 1 is "c", but in the model it is "b"'),
+    ({'a': 0, 'b': 1, 'x': 2}, 'id 2 is "x", but in the model it is "c"'),
+    ({'a': 0, 'b': 1, 'c': 7}, '"c" is id 7, but in the model it is 2')])
 def test_tokens_and_ids_have_to_agree_where_both_have_them(theirs, difference):
     """Sizes may differ."""
     ours, other = (SimpleNamespace(_backend=Tokenizer(WordLevel(vocab, 'a')))

@@ -169,7 +169,7 @@ def test_defaults_of_missing_config_fields(family, fields, tmp_path):
              'num_hidden_layers': 30, 'num_attention_heads': 64, 'pad_token_id': None, **fields}
     (tmp_path / 'config.json').write_text(json.dumps(given))
     if family == 'gemma3_text' and 'sliding_window' in fields:
-        with pytest.raises(EngineError, match='sliding_window is None'):
+        with pytest.raises(EngineError, match='sliding_window is null'):
             families.parse(given)
         return
     ours = families.parse(given)

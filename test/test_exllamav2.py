@@ -320,9 +320,10 @@ def change(folder, quantization=None, **fields):
 
 
 @pytest.mark.parametrize('form, changes, message', [
-    ({}, {'model_type': 'gpt2'}, ("'gpt2'", 'llama', 'transformers')),
+    ({}, {'model_type': 'gpt2'}, ('"gpt2"', 'llama', 'transformers')),
     ({}, {'quantization': {'quant_method': 'awq'}}, ('awq', 'auto')),
     ({}, {'quantization': {'bits': 8}}, ('8-bit', 'transformers')),
+    ({}, {'quantization': {'bits': None}}, ('null-bit', 'transformers')),
     ({}, {'quantization': {'checkpoint_format': 'marlin'}}, ('marlin', 'transformers')),
     ({}, {'quantization': {'group_size': 96}}, ('not 96', 'transformers')),
     ({}, {'quantization': {'group_size': 128}}, ('.g_idx', 'inconsistent')),

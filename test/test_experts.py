@@ -47,6 +47,7 @@ from physai_decode.engines.native.ops import Routed
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
 from physai_decode.engines.native.torch_forms import TorchForms
+from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 import random_formats
 import random_gptq
@@ -258,29 +259,31 @@ def restore_routers(folder, plain):
 
 @pytest.mark.parametrize('name', ['gate and up', 'down'])
 @pytest.mark.parametrize('kind', ['gptq', *EXPERTS])
-def test_check_finds_a_wrong_dequantisation(tmp_path, monkeypatch, kind, name):
+def test_check_finds_a_wrong_dequantisation(tmp_path, kind, name):
     """Only prompts of more tokens than that of the check dequantise experts."""
     t = transformers(save(tmp_path, kind))[0]
-    self_check._check_stacks(t, 1e-5)
+    self_check._check_dequantisers(t, t.ops.dequantiser, 1e-5)
     mlp = t.weights.layers[0].mlp
     wrong = (mlp.gate_up if name == 'gate and up' else mlp.down)[0]
-    right = t.ops.dequantiser(wrong)
 
-    def dequantise(weight, part, dtype):
-        dense = right(weight, part, dtype)
-        return dense.roll(1, 0) if weight.shape == wrong.shape else dense
+    def is_wrong(weight):
+        return (not isinstance(weight, Dense) and weight.scales.untyped_storage().data_ptr()
+                == wrong.scales.untyped_storage().data_ptr())
 
-    monkeypatch.setattr(Fp4Ops, 'dequantiser', lambda self, weight: (
-        dequantise if type(weight) is type(wrong) else None))
+    def dequantiser(weight):
+        right = t.ops.dequantiser(weight)
+        return (lambda *some: right(*some).roll(1, 0)) if is_wrong(weight) else right
+
     with pytest.raises(EngineError, match=rf'a long prompt wrongly.*experts \({name}, '
                                           rf'{wrong.kind}\) in layer 1'):
-        self_check._check_stacks(t, 1e-5)
+        self_check._check_dequantisers(t, dequantiser, 1e-5)
 
 
 def test_load_refuses_a_wrong_dequantisation(tmp_path, monkeypatch):
     model = inspect(save(tmp_path, 'awq'))
     NativeEngine(model, CPU).close()
-    monkeypatch.setattr(TorchOps, 'dequantiser', lambda self, weight: (
+    monkeypatch.setattr(EagerPrefill, 'dequantiser', lambda self, weight: (
+        None if isinstance(weight, Dense) else
         lambda one, part, dtype: -one.dequantise(part, dtype)))
     monkeypatch.setattr(TorchForms, 'layer', lambda self, layer: layer)     # as on a GPU
     with pytest.raises(EngineError, match='computes a long prompt wrongly.*in layer 1'):
@@ -444,12 +447,12 @@ def test_layouts_of_experts_for_pytorch(tmp_path, room, dtype):
 @pytest.mark.parametrize('fields, what', [
     ({'num_experts_per_tok': 9}, 'num_experts_per_tok 9, more than its 8 experts'),
     ({'num_experts_per_tok': 0}, 'num_experts_per_tok is 0'),
-    ({'num_local_experts': '8'}, "num_local_experts is '8'"),
-    ({'moe_intermediate_size': None}, 'moe_intermediate_size is None'),
+    ({'num_local_experts': '8'}, 'num_local_experts is "8"'),
+    ({'moe_intermediate_size': None}, 'moe_intermediate_size is null'),
     ({'decoder_sparse_step': 0}, 'decoder_sparse_step is 0'),
     ({'mlp_only_layers': 1}, 'mlp_only_layers is 1'),
     ({'mlp_only_layers': ['1']}, 'mlp_only_layers is'),
-    ({'hidden_act': 'gelu'}, "does not run hidden_act 'gelu'")])
+    ({'hidden_act': 'gelu'}, 'does not run hidden_act "gelu"')])
 def test_rejects_configs(tmp_path, fields, what):
     config = json.loads((random_model.save(tmp_path, 'qwen3_moe', 0) / 'config.json').read_text())
     families.parse(config)

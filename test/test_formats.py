@@ -54,7 +54,11 @@ FORMATS = {
     'packed4-zeros-rows': random_formats.packed(4, -1, symmetric=False),
     'packed4-order': random_formats.packed(4, 32, symmetric=False, act_order=True),
     'packed4-tensor': random_formats.packed(4, -1, symmetric=False, strategy='tensor'),
-    'packed4-half': random_formats.packed(4, 128, dtype=torch.float16)}
+    'packed4-half': random_formats.packed(4, 128, dtype=torch.float16),
+    'nf4': random_formats.bitsandbytes('nf4'), 'fp4': random_formats.bitsandbytes('fp4'),
+    'nf4-double': random_formats.bitsandbytes('nf4', double=True),
+    'nf4-blocks': random_formats.bitsandbytes('nf4', block=4096, storage=torch.bfloat16),
+    **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')}}
 EIGHT = {
     'packed8-g128': random_formats.packed(8, 128),
     'packed8-zeros': random_formats.packed(8, 64, symmetric=False),
@@ -73,16 +77,10 @@ EIGHT = {
         'tensor', 'fp8', ('weight_scale_inv', 'activation_scale')),
     'gptq8-g128': random_formats.gptq8(128),
     'gptq8-rows': random_formats.gptq8(-1),
-    'gptq8-zeros-order': random_formats.gptq8(32, symmetric=False, act_order=True)}
-FOUR = {
-    'nf4': random_formats.bitsandbytes('nf4'), 'fp4': random_formats.bitsandbytes('fp4'),
-    'nf4-double': random_formats.bitsandbytes('nf4', double=True),
-    'nf4-blocks': random_formats.bitsandbytes('nf4', block=4096, storage=torch.bfloat16),
+    'gptq8-zeros-order': random_formats.gptq8(32, symmetric=False, act_order=True),
     'bnb-int8': random_formats.bitsandbytes('int8'),
-    **{name: random_formats.float4(name) for name in ('nvfp4', 'mxfp4', 'modelopt')},
     'modelopt-fp8': random_formats.float8('tensor', 'modelopt')}
 FORMATS.update(EIGHT)
-FORMATS.update(FOUR)
 NAMES = {'awq-g64': 'awq-int4-g64', 'packed4-g128': 'compressed-tensors-int4-g128',
          'packed4-g-1': 'compressed-tensors-int4', 'nf4': 'bitsandbytes-nf4',
          'nvfp4': 'compressed-tensors-float4-g16', 'modelopt': 'modelopt-nvfp4'}
@@ -120,7 +118,7 @@ def test_slow_formats(tmp_path, name):
     model = inspect(tmp_path)
     loaded = native_weights.load(families.parse(model.config), Files(model, torch.device('cpu')),
                                  model.quantized, torch.bfloat16, print)
-    assert loaded.slow_format is (name in {*EIGHT, 'bnb-int8', 'modelopt-fp8'})
+    assert loaded.slow_format is (name in EIGHT)
 
 
 @pytest.mark.parametrize('name', [None, *FORMATS])
@@ -278,21 +276,25 @@ def weights(**changed):
 
 @pytest.mark.parametrize('name, changes, message', [
     ('awq-g64', {'config': lambda it: it.update(bits=3)}, ('AWQ of 3 bits', 'runs 4')),
-    ('awq-g64', {'config': lambda it: it.update(version='gemv')}, ("'gemv'", 'runs gemm')),
+    ('awq-g64', {'config': lambda it: it.update(version='gemv')}, ('"gemv"', 'runs gemm')),
     *(('awq-g64', {'config': lambda it, size=size: it.update(group_size=size)},
-       (f'groups of {size!r}', 'multiples of 32')) for size in (48, '64', None, 0, True)),
+       (f'groups of {json.dumps(size)} ', 'multiples of 32'))
+      for size in (48, '64', None, 0, True)),
     ('awq-g64', {'config': lambda it: it.update(group_size=128)}, ('q_proj', '[2, ', '[1, ')),
     ('awq-g64', {'replace': {'qzeros': lambda it: None}}, (f'{MODULE}.qzeros', 'no tensor')),
-    ('packed4-g64', {'config': weights(num_bits=3)}, ('int of 3 bits', 'int of 4 and 8')),
-    ('packed4-g64', {'config': weights(type='float')}, ('float of 4 bits', 'int of 4 and 8')),
+    ('packed4-g64', {'config': weights(num_bits=3)}, ('"int" of 3 bits', 'int of 4 and 8')),
+    ('packed4-g64', {'config': weights(type='float')}, ('"float" of 4 bits', 'int of 4 and 8')),
+    ('packed4-g64', {'config': weights(type=None)}, ('null of 4 bits',)),
+    ('packed4-g64', {'config': weights(strategy=None)}, ('weights by null',)),
+    ('packed4-g64', {'config': lambda it: it.update(ignore=[True, 'a'])}, ('[true, "a"]',)),
     ('packed4-g64', {'config': weights(group_size=16)}, ('groups of 16', 'multiples of 32')),
     ('packed4-g64', {'config': weights(group_size=32)}, ('q_proj', 'groups of 64', '32')),
-    ('packed4-g64', {'config': weights(strategy='token')}, ("'token'", 'group, channel')),
-    ('packed4-g64', {'config': lambda it: it.update(format='marlin-24')}, ("'marlin-24'",)),
+    ('packed4-g64', {'config': weights(strategy='token')}, ('"token"', 'group, channel')),
+    ('packed4-g64', {'config': lambda it: it.update(format='marlin-24')}, ('"marlin-24"',)),
     ('packed4-g64', {'config': lambda it: it.update(config_groups={})}, ('config_groups',)),
     ('packed4-g64', {'config': lambda it: it.update(config_groups=3)}, ('damaged', 'again')),
     ('packed4-g64', {'config': lambda it: it.update(sparsity_config={'format': 'sparse-24'})},
-     ("'sparse-24'", 'dense')),
+     ('"sparse-24"', 'dense')),
     ('packed4-g64', {'config': lambda it: it.update(transform_config={'config_groups': {'R1': {
         'type': 'hadamard'}}})}, ('transform_config',)),
     ('packed4-g64', {'replace': {'weight_shape': lambda it: it + 1}}, (MODULE, '[129, 257]')),
@@ -301,7 +303,7 @@ def weights(**changed):
      (MODULE, 'weight_scale')),
     *(('packed4-g64', {'replace': {'weight_scale': lambda it, by=by: it * by}},
        (MODULE, 'float16')) for by in (1e-30, 1e-8, 1e30)),
-    ('fp8-block', {'config': lambda it: it.update(fmt='e5m2')}, ("'e5m2'", 'runs e4m3')),
+    ('fp8-block', {'config': lambda it: it.update(fmt='e5m2')}, ('"e5m2"', 'runs e4m3')),
     ('fp8-block', {'config': lambda it: it.update(weight_block_size=[128, 48])}, ('of 48',)),
     ('fp8-block', {'config': lambda it: it.update(weight_block_size=[128, 64])},
      ('weight_scale_inv', '[1, 1]', '[1, 2]')),
@@ -315,13 +317,13 @@ def weights(**changed):
      (MODULE, 'stored as I8')),
     ('int8-rows', {'replace': {'weight': lambda it: it.clamp(-9, 9).view(torch.float8_e4m3fn)}},
      (MODULE, 'stored as F8_E4M3')),
-    ('float8-channel', {'config': weights(num_bits=4)}, ('float of 4 bits', 'float of 8')),
+    ('float8-channel', {'config': weights(num_bits=4)}, ('"float" of 4 bits', 'float of 8')),
     ('packed4-order', {'replace': {'weight_g_idx': lambda it: it * 0}}, (MODULE, 'g_idx')),
     *(('packed4-g64', {'config': lambda it, bad=bad: it.update(ignore=bad)}, ('ignore', 'damaged'))
       for bad in (3, ['re:('], [7])),
     ('nvfp4', {'config': weights(group_size=32)}, ('groups of 32', 'runs 16')),
-    ('nvfp4', {'config': weights(strategy='group')}, ("'group'", 'tensor_group')),
-    ('nvfp4', {'config': weights(num_bits=8)}, ('float of 8 bits', 'float of 4')),
+    ('nvfp4', {'config': weights(strategy='group')}, ('"group"', 'tensor_group')),
+    ('nvfp4', {'config': weights(num_bits=8)}, ('"float" of 8 bits', 'float of 4')),
     ('mxfp4', {'config': weights(group_size=16)}, ('groups of 16', 'runs 32')),
     *(('nvfp4', {'replace': {'weight_global_scale': filled(number)}},
        (MODULE, 'weight_global_scale', 'above 0')) for number in (0.0, -1.0, float('nan'))),
@@ -334,11 +336,12 @@ def weights(**changed):
      (MODULE, 'weight_packed', '[128, 64]')),
     ('mxfp4', {'replace': {'weight_scale': filled(255)}}, (MODULE, 'NaN')),
     ('mxfp4', {'replace': {'weight_scale': lambda it: it.float()}}, (MODULE, 'float32')),
-    ('modelopt', {'config': lambda it: it.update(quant_algo='W4A8_AWQ')}, ("'W4A8_AWQ'", 'NVFP4')),
+    ('modelopt', {'config': lambda it: it.update(quant_algo=None)}, ('null', 'NVFP4')),
+    ('modelopt', {'config': lambda it: it.update(quant_algo='W4A8_AWQ')}, ('"W4A8_AWQ"', 'NVFP4')),
     ('modelopt', {'replace': {'weight_scale_2': lambda it: None}}, (MODULE, 'no tensor')),
     ('modelopt-fp8', {'replace': {'weight_scale': lambda it: None}}, (MODULE, 'no tensor')),
     ('modelopt-fp8', {'replace': {'weight': lambda it: it.view(torch.int8)}}, (MODULE,)),
-    ('nf4', {'config': lambda it: it.update(bnb_4bit_quant_type='int4')}, ("'int4'", 'nf4, fp4')),
+    ('nf4', {'config': lambda it: it.update(bnb_4bit_quant_type='int4')}, ('"int4"', 'nf4, fp4')),
     ('nf4', {'config': lambda it: it.update(bnb_4bit_quant_type='fp4')}, ('q_proj', '__fp4')),
     ('nf4', {'config': lambda it: it.update(load_in_8bit=True)}, ('both', 'with one')),
     ('nf4', {'config': lambda it: it.update(load_in_4bit=False)}, ('none', 'with one')),
@@ -347,7 +350,7 @@ def weights(**changed):
     *(('nf4', {'replace': {STATE: state_fields(**{key: bad})}}, (MODULE, key)) for key, bad in (
         ('blocksize', 0), ('blocksize', 64.0), ('blocksize', True), ('blocksize', None),
         ('blocksize', 1 << 70), ('shape', [1, 2]), ('shape', None), ('shape', 'no'))),
-    ('nf4', {'replace': {STATE: state_fields(quant_type='fp4')}}, (MODULE, "'fp4'")),
+    ('nf4', {'replace': {STATE: state_fields(quant_type='fp4')}}, (MODULE, '"fp4"')),
     ('nf4', {'replace': {STATE: state_fields(blocksize=128)}}, (MODULE, 'absmax', '[512]')),
     ('nf4', {'replace': {STATE: lambda it: it.float()}}, (MODULE, 'damaged')),
     ('nf4', {'replace': {STATE: lambda it: None}}, (MODULE, 'no tensor')),

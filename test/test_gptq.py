@@ -250,12 +250,13 @@ def change(folder, drop='', replace=None, **quantization):
 @pytest.mark.parametrize('changes, message', [
     ({'bits': 3}, ('3 bits', 'transformers')),
     ({'bits': 8}, ('q_proj.qweight', '[16, ', '[32, ')),
-    ({'bits': '4'}, ("'4' bits", 'runs 4 and 8', 'transformers')),
-    ({'checkpoint_format': 'marlin'}, ("'marlin'", 'transformers')),
+    ({'bits': '4'}, ('"4" bits', 'runs 4 and 8', 'transformers')),
+    ({'checkpoint_format': 'marlin'}, ('"marlin"', 'transformers')),
     ({'group_size': 48}, ('groups of 48', 'multiples of 32', 'transformers')),
-    *(({'group_size': size}, ('config.json', 'group_size', repr(size), 'again'))
+    *(({'group_size': size}, ('config.json', f'group_size is {json.dumps(size)},', 'again'))
       for size in (None, '32', 0, -32, 64.5)),
     ({'quant_method': 'exl2'}, ('exl2', 'exllamav2')),
+    ({'quant_method': None}, ('unknown checkpoints', 'transformers')),
     ({'dynamic': {'-:.*head': {}, '+:.*down.*': {'bits': 3}}}, ('3 bits', 'transformers')),
     ({'dynamic': {'+:.*down.*': 3}}, ('quantization_config', 'damaged')),
     ({'drop': '0.self_attn.q_proj.qweight'}, ('q_proj.weight', 'no tensor')),

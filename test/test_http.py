@@ -17,6 +17,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 import http.client
 import json
 import socket
@@ -42,6 +43,7 @@ from physai_decode.config import DecodeConfig
 from physai_decode.config import HttpConfig
 from physai_decode.config import ModelConfig
 from physai_decode.config import QueueConfig
+from physai_decode.config import SamplingConfig
 from physai_decode.host import Host
 from physai_decode.host import Loaded
 from physai_decode.http import HttpError
@@ -49,6 +51,7 @@ from physai_decode.http import KEY_VARIABLE
 from physai_decode.http import server
 from physai_decode.http import start_server
 from physai_decode.http.exchange import Exchange
+from physai_decode.http.openai import failure
 from physai_decode.http.openai import Formatter
 from physai_decode.roofline import Peak
 from physai_decode.speech import Manner
@@ -367,7 +370,18 @@ def test_constrains_to_a_schema(rig):
     ({'max_completion_tokens': 0}, 'max_completion_tokens', 'max_completion_tokens is 0'),
     ({'max_completion_tokens': None, 'max_tokens': 0}, 'max_tokens', 'max_tokens is 0'),
     ({'deadline': {'soon': 1}}, 'deadline', 'deadline.soon'),
-    ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, None, '5000 tokens')])
+    ({'tools': [{**TOOL, 'function': {**TOOL['function'], 'strict': True}}]}, 'tools',
+     'tools[0].function.strict is true'),
+    ({'tools': [TOOL]}, 'tools', 'tools cannot be used with this model'),
+    ({'tools': [TOOL], 'response_format': {'type': 'json_object'}}, 'response_format',
+     'cannot call tools: remove response_format'),
+    ({'tools': [TOOL], 'structured_outputs': {'regex': 'a'}}, 'structured_outputs',
+     'cannot call tools: remove structured_outputs'),
+    ({'stop': ['x'], 'structured_outputs': {'regex': 'a'}}, 'stop',
+     'stop cannot be used with structured_outputs.regex'),
+    ({'messages': [{'role': 'user', 'content': ''}], 'prompt': None}, 'messages',
+     'the prompt is empty'),
+    ({'messages': [{'role': 'user', 'content': 'a' * 5000}]}, 'messages', '5000 tokens')])
 @pytest.mark.parametrize('stream', [False, True])
 def test_rejects_a_wrong_body(rig, fields, param, message, stream):
     """The status is 400 even if a stream was requested, and the rejection is counted."""
@@ -388,6 +402,39 @@ def test_names_a_missing_field(rig, path, name):
     status, _, answer = rig.request('POST', path, body)
     assert (status, answer['error']['param']) == (400, name)
     assert answer['error']['message'].startswith(f'{name} is missing')
+
+
+def test_names_the_constraint_that_the_stop_of_a_parameter_prevents():
+    with opened(start=False) as rig:
+        config = replace(rig.config, sampling=SamplingConfig(stop=('x',)))
+        rig.host.load(config, lambda text: None)
+        rig.host.start(config)
+        status, _, answer = rig.request('POST', CHAT, {
+            'model': MODEL, 'messages': HELLO, 'structured_outputs': {'regex': 'a'}})
+    assert (status, answer['error']['param']) == (400, 'structured_outputs')
+    assert 'with sampling.stop, because' in answer['error']['message']
+
+
+def test_names_the_prompt_that_is_too_long(rig):
+    status, _, answer = rig.request(
+        'POST', TEXT, {'model': MODEL, 'prompt': 'a' * 5000, 'messages': None})
+    assert (status, answer['error']['param']) == (400, 'prompt')
+
+
+@pytest.mark.parametrize(('message', 'names', 'param'), [
+    ('id "a" belongs to a request', {'id', 'messages'}, 'id'),
+    ('id "a" belongs to a request', {'metadata', 'messages'}, 'metadata'),
+    ("the model's chat template omits the last message", {'model', 'messages'}, 'messages'),
+    ('the assistant reasoning text has an unpaired surrogate', {'messages'}, 'messages'),
+    ('the raw text has an unpaired surrogate', {'prompt'}, 'prompt'),
+    ('tool_calls cannot be used without a chat template', {'messages'}, 'messages'),
+    ('chat_template_kwargs.a cannot be set', {'messages', 'chat_template_kwargs'},
+     'chat_template_kwargs'),
+    ('the model has a chat template with a syntax error', {'model', 'messages'}, None),
+    ('the queue is full', {'model', 'messages'}, None)])
+def test_names_the_field_of_a_refusal(message, names, param):
+    report = RequestReport(1, 'rejected', message)
+    assert failure(report, '', names).body['error']['param'] == param
 
 
 @pytest.mark.parametrize('fields', [

@@ -14,7 +14,9 @@
 
 """`Prefill` with padded chunks against `Transformer.prefill`; on a CPU in Triton's interpreter."""
 
+from importlib import import_module
 import os
+from pkgutil import iter_modules
 
 import pytest
 
@@ -25,14 +27,18 @@ pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from physai_decode.checkpoint import inspect
+from physai_decode.engine import EngineError
+from physai_decode.engines import native
 from physai_decode.engines.native import families
 from physai_decode.engines.native import prefill
+from physai_decode.engines.native import self_check
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
 from physai_decode.engines.native.prefill import Tiling
+from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 import random_formats
 import random_gptq
@@ -135,6 +141,81 @@ def test_other_formats(tmp_path, form, monkeypatch):
     monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     random_formats.save(tmp_path / 'model', 'qwen2', form, **ONE_LAYER)
     check_chunks(tmp_path / 'model', (9,), 2e-5)
+
+
+class Spoiled:
+    """A kernel that swaps two columns of its output."""
+
+    def __init__(self, kernel):
+        self._kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches += 1
+            self._kernel[grid](*arguments, **options)
+            out = arguments[self._kernel.arg_names.index('out')]
+            out[:, :2] = out[:, :2].flip(1)
+        return launch
+
+
+def dequantising_kernels():
+    """Return the module and name of each kernel that has the scales of weights, but no input."""
+    modules = [import_module(f'{native.__name__}.{each.name}')
+               for each in iter_modules(native.__path__) if each.name.endswith('kernels')]
+    return {(module, name) for module in modules for name, each in vars(module).items()
+            if {'scales', 'out'} <= {*getattr(each, 'arg_names', ())}
+            and 'x' not in each.arg_names}
+
+
+FORMS = (random_formats.packed(4, 32), random_formats.packed(4, 32, symmetric=False),
+         random_formats.int8(-1), random_formats.bitsandbytes('nf4'),
+         random_formats.float4('nvfp4'))
+
+
+def test_check_finds_each_wrong_dequantisation(tmp_path, monkeypatch):
+    """In the prefill with chunks and the one without, which have different kernels."""
+    spoiled = {(module, name): Spoiled(getattr(module, name))
+               for module, name in dequantising_kernels()}
+    assert {name for _, name in spoiled} == {'_unpack', '_dequantise', '_widen'}
+    assert len(spoiled) == 4
+    for number, form in enumerate(FORMS):
+        folder = tmp_path / str(number)
+        random_formats.save(folder, 'qwen2', form, **ONE_LAYER)
+        t = load(folder)[0]
+        for dequantiser in (Prefill(t, (16,), capture=False).dequantiser,
+                            EagerPrefill(t).dequantiser):
+            self_check._check_dequantisers(t, dequantiser, LIMIT)
+            with monkeypatch.context() as patch:
+                for (module, name), kernel in spoiled.items():
+                    patch.setattr(module, name, kernel)
+                with pytest.raises(EngineError, match=r'a long prompt wrongly.* qkv \('):
+                    self_check._check_dequantisers(t, dequantiser, LIMIT)
+    assert all(each.launches for each in spoiled.values())
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_check_dequantises_as_long_chunks_do(tmp_path, monkeypatch, form):
+    """Each function that writes dequantised weights is one that the check calls."""
+    called = {'check': set(), 'chunk': set()}
+    now = 'check'
+
+    def noted(widen):
+        def call(*arguments):
+            called[now].add(widen)
+            widen(*arguments)
+        return call
+
+    monkeypatch.setattr(prefill, '_unpack', noted(prefill._unpack))
+    monkeypatch.setattr(Fp4Ops, 'wideners', {
+        kind: noted(widen) for kind, widen in Fp4Ops.wideners.items()})
+    monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+    random_formats.save(tmp_path / 'model', 'qwen2', form, **ONE_LAYER)
+    t = load(tmp_path / 'model')[0]
+    chunks = Prefill(t, (16,), capture=False)
+    self_check._check_dequantisers(t, chunks.dequantiser, LIMIT)
+    now = 'chunk'
+    chunks([1, 2, 3], 0)
+    assert called['check'] == called['chunk'] != set()
 
 
 @pytest.mark.parametrize('form', [random_formats.int8(-1), random_formats.float4('nvfp4')])

@@ -622,7 +622,7 @@ def test_passes_variables_to_the_template():
     ({'tokenize': True}, 'tokenize cannot be set'),
     ({'messages': 'x'}, 'messages cannot be set'),
     ({'self': 'x'}, 'self cannot be set'),
-    ({'name': 'a\ud83e'}, 'chat_template_kwargs.name text has an unpaired surrogate'),
+    ({'name': 'a\ud83e'}, 'chat_template_kwargs.name has an unpaired surrogate'),
     ({'eos_token': 'x'}, 'eos_token cannot be set'),
     ({'name': 'a<|im_end|>'}, 'name cannot be set: it contains a special token')])
 def test_rejects_reserved_and_unsafe_template_variables(kwargs, problem):

@@ -73,7 +73,7 @@ def test_reads_tokenizer_json_whatever_class_the_config_names(tmp_path, make, fa
 def test_rejects_a_token_with_two_ids(folder):
     configure(folder, added_tokens_decoder={'7': {'content': '<|im_end|>'}})
     message = error_of(folder)
-    assert "gives '<|im_end|>' the id 7, tokenizer.json gives it 411" in message
+    assert 'gives "<|im_end|>" the id 7, tokenizer.json gives it 411' in message
     assert str(folder) in message
 
 
@@ -100,14 +100,15 @@ def test_named_tokens_are_special_although_tokenizer_json_denies_it(folder):
 @pytest.mark.parametrize('value', [5, ['a'], {'content': None}])
 def test_rejects_a_special_token_that_is_not_text(folder, value):
     configure(folder, eos_token=value)
-    assert 'tokenizer_config.json has' in error_of(folder)
+    shown = json.dumps(value['content'] if isinstance(value, dict) else value)
+    assert f'tokenizer_config.json has {shown} as eos_token' in error_of(folder)
 
 
 def test_rejects_a_template_that_uses_a_missing_token(folder):
     configure(folder, bos_token='<bos>')
     Text(load_tokenizer(str(folder)), ChatConfig())             # nothing uses it yet
     (folder / 'chat_template.jinja').write_text('{{ bos_token }}' + CHATML)
-    assert "uses bos_token, which tokenizer_config.json sets to '<bos>'" in error_of(folder)
+    assert 'uses bos_token, which tokenizer_config.json sets to "<bos>"' in error_of(folder)
     Text(load_tokenizer(str(folder)), ChatConfig(template='off'))
 
 
@@ -161,7 +162,7 @@ def test_names_a_missing_library(folder, monkeypatch, name, content, library):
 
 def test_rejects_a_template_with_a_token_beyond_the_model_s_vocabulary(folder):
     """Chat tokens may have been added to the tokenizer, but not to the model."""
-    assert "writes '<|im_start|>', token 410, but the model has 410" in error_of(
+    assert 'writes "<|im_start|>", token 410, but the model has 410' in error_of(
         folder, vocab_size=410)
     Text(load_tokenizer(str(folder)), ChatConfig(), vocab_size=415)
     # Without the template, the tokens are never used.

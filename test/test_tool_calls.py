@@ -124,8 +124,8 @@ def test_rejects_tools_for_a_model_without_a_form(make):
     report, *_ = ask(make, 'x', text_of(), tools=[TOOL])
     assert report.finish_reason == 'rejected'
     assert report.message == (
-        'this model cannot use tools: of the test; choose a model whose chat template accepts '
-        'tools')
+        'tools cannot be used with this model: of the test; choose a model whose chat template '
+        'accepts tools')
 
 
 @pytest.mark.parametrize('form', TOOL_FORMS)

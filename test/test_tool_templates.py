@@ -114,7 +114,7 @@ def test_rejects_tools_that_the_template_does_not_present(template, reason):
     text = Text(model(template), ChatConfig())
     assert text.manner.form == ''
     assert reason in text.manner.reason
-    with pytest.raises(TextError, match='this model cannot use tools: the chat template'):
+    with pytest.raises(TextError, match='tools cannot be used with this model: the chat template'):
         text.encode([Message('user', 'go')], tools=[TOOL])
 
 

@@ -51,6 +51,9 @@ _IGNORED = ('user', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_reten
            'service_tier')
 _REQUIRED = 'model', 'messages', 'prompt'     # fields that an error names if they are missing
 _STREAM_OPTIONS = ('include_usage', 'include_obfuscation')
+# The beginning of a message about the input text, whatever field of the body it came in.
+_OF_INPUT = re.compile(
+    r"(the prompt|the model's chat template|the \w+( reasoning)? text|tool_calls)\b")
 # HTTP status and OpenAI's code, by the kind of a refusal or by finish reason.
 _REFUSALS = {'invalid': (400, 'invalid_request'), 'too_large': (413, 'request_too_large'),
              'duplicate': (409, 'duplicate_id'), 'full': (429, 'queue_full'),
@@ -91,7 +94,7 @@ class Completion(NamedTuple):
     """A parsed body."""
 
     request: Request                # with an id
-    names: frozenset[str]           # of the fields of the body
+    names: frozenset[str]           # of the fields of the body that are not null
     formatter: 'Formatter'
     stream: bool
 
@@ -192,7 +195,7 @@ def read(body: Any, model: str, chat: bool) -> Completion:
         request = replace(
             request, client_id=f'{"chatcmpl" if chat else "cmpl"}-{uuid4().hex}')
     return Completion(
-        request, frozenset(body),
+        request, frozenset(name for name, value in body.items() if value is not None),
         Formatter(request.client_id, model, int(time.time()), chat, usage), stream)
 
 
@@ -302,6 +305,10 @@ def _message(value: Any) -> Any:
 
 
 def _param(message: str, names: Collection[str]) -> str | None:
-    """Return the first word of a message if it names a field."""
+    """Return the field that a message is about, by its beginning, or None."""
+    if _OF_INPUT.match(message):
+        return next((name for name in ('messages', 'prompt') if name in names), None)
+    if message.startswith('id ') and 'id' not in names:
+        return 'metadata'                       # which has the id
     word = re.match(r'"?(\w+)', message)
     return word[1] if word and word[1] in names else None

@@ -20,6 +20,7 @@ from typing import Any
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.checkpoint import parsing
 from physai_decode.config import EngineConfig
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
@@ -61,7 +62,7 @@ def check(model: Checkpoint, limit: int) -> None:
     method = quantized and quantized.method
     if model.model_type not in _FAMILIES:
         raise EngineError(
-            f'{model.folder}: the exllamav2 engine does not support {model.model_type!r} (it '
+            f'{model.folder}: the exllamav2 engine does not support {shown(model.model_type)} (it '
             f'supports {", ".join(_FAMILIES)}): set engine.name to transformers')
     if quantized is None or method not in ('gptq', 'exl2'):
         raise EngineError(
@@ -75,7 +76,7 @@ def check(model: Checkpoint, limit: int) -> None:
     kind = Rope(config).kind
     if kind not in ('default', 'linear', 'llama3'):
         raise EngineError(
-            f'{model.folder}: ExLlamaV2 does not support the RoPE scaling {kind}, which '
+            f'{model.folder}: ExLlamaV2 does not support the RoPE scaling {shown(kind)}, which '
             'config.json selects: set engine.name to native or transformers')
     window = max(windows(config, number(config, 'num_hidden_layers')))
     if 0 < window < limit:
@@ -93,7 +94,7 @@ def _check_gptq(model: Checkpoint, quantized: Quantization) -> None:
     if bits != 4 or layout not in ('gptq', 'gptq_v2'):
         raise EngineError(
             f'{model.folder}: ExLlamaV2 supports 4-bit GPTQ in the formats gptq and gptq_v2, '
-            f'not {bits}-bit {layout}: set engine.name to transformers')
+            f'not {shown(bits)}-bit {layout}: set engine.name to transformers')
     if size != -1 and (size < 32 or size & (size - 1)):
         raise EngineError(f'{model.folder}: ExLlamaV2 supports a GPTQ group_size of -1 or a power '
                           f'of two from 32 on, not {size}: set engine.name to transformers')

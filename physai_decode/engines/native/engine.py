@@ -89,7 +89,7 @@ class NativeEngine:
             prompt = logits.warm_up_ids(shape.vocab_size, limit)
             start.warm_up(self, prompt)
             logits.check(t.logits, dtype)
-            self_check.check(self, t, prompt)
+            self_check.check(self, t, self._prefill.dequantiser, prompt)
             clock.end('warm_up_s')
             if passes:
                 drafts = {'speculation': f'off: {no_passes}' if no_passes else

@@ -470,8 +470,9 @@ def operand(x, weight, routed, gated):
     return Operand(weight[0], weight.stacked, routed.ids, routed.weights, joined, each)
 
 
-def _dequantise(widen, weight, part, dtype):
-    """Dequantise a part of a weight as its own method does."""
+def dequantised(widen: Callable[[Any, slice, Tensor], None], weight: Any, part: slice,
+                dtype: torch.dtype) -> Tensor:
+    """Dequantise a part of a weight as its own method does, by an entry of ``wideners``."""
     unit = weight.part_rows
     rows = slice(unit * part.start, min(unit * part.stop, weight.shape[0]))
     out = weight.scales.new_empty(rows.stop - rows.start, weight.in_features, dtype=dtype)
@@ -563,7 +564,7 @@ class TritonOps(TorchOps):
     def dequantiser(self, weight):
         """See `TorchOps.dequantiser`."""
         widen = self.wideners.get(type(weight))
-        return widen and partial(_dequantise, widen)
+        return widen and partial(dequantised, widen)
 
     def attend(self, qkv, keys, values, position, cos, sin, layer, out):
         """See `TorchOps.attend`."""

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The layouts of a projection's weights: dense, or quantised in one of four ways.
+The layouts of a projection's weights: dense, or quantised in one of three ways.
 
 The engine's own kernels read these; `torch_linear` has two more, for PyTorch's kernels. A fused
 projection has the rows of all its parts. ``apply`` is the matrix product of the prefill and, for

@@ -34,6 +34,7 @@ from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
+from physai_decode.engines.native.kernels import dequantised
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import Int4
@@ -212,6 +213,11 @@ class Prefill:
         self._finish()
         return self._logits
 
+    @staticmethod
+    def dequantiser(weight: Linear) -> Callable[..., Tensor] | None:
+        """Return the function that long chunks dequantise with; see `TorchOps.dequantiser`."""
+        return None if isinstance(weight, Dense) else partial(dequantised, _widener(weight))
+
     def _upload(self, ids, start):
         count = len(ids)
         if isinstance(ids, Tensor):
@@ -367,28 +373,16 @@ class Prefill:
             count = rows.stop - first
             part = self._slots[self._slot][:count * k].view(count, k)
             if not self._side:
-                self._unpack(weight, part, rows)
+                _widener(weight)(weight, rows, part)
                 yield part, rows
                 continue
             self._side.wait_event(self._free.get(self._slot, self._begun))
             with torch.cuda.stream(self._side):
-                self._unpack(weight, part, rows)
+                _widener(weight)(weight, rows, part)
                 ready = _now()
             torch.cuda.current_stream().wait_event(ready)
             yield part, rows
             self._free[self._slot] = _now()
-
-    def _unpack(self, weight, part, rows):
-        if _is_unpacked(weight):
-            Fp4Ops.wideners[type(weight)](weight, rows, part)
-            return
-        blocks = weight.packed.shape[1]
-        kernels._unpack[(triton.cdiv(part.shape[0], UNPACKING * TILE_ROWS), blocks)](
-            weight.packed, weight.scales,
-            weight.scales if weight.zeros is None else weight.zeros, part,
-            rows.start // TILE_ROWS, *part.shape, blocks, GROUP=weight.group_size,
-            TILES=UNPACKING, ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda,
-            num_warps=UNPACKING)
 
     def _by_kernel(self, x, weight, tokens, tiling, out, rows=None, gated=False, paired=False,
                    placed=False, gelu=False):
@@ -610,6 +604,21 @@ def _int4_layouts(n, k, tokens, gated):
 def _is_unpacked(weight: Linear) -> bool:
     """Whether only the library can multiply by a quantised weight, after unpacking."""
     return isinstance(weight, (Fp4, Scaled)) or isinstance(weight, Int4) and bool(weight.table)
+
+
+def _widener(weight: Linear) -> Callable[[Any, slice, Tensor], None]:
+    """Return the function that dequantises rows of a quantised weight."""
+    return Fp4Ops.wideners[type(weight)] if _is_unpacked(weight) else _unpack
+
+
+def _unpack(weight: Int4, rows: slice, out: Tensor) -> None:
+    """Dequantise some rows of a weight without table, from a whole tile on, to ``out``."""
+    blocks = weight.packed.shape[1]
+    kernels._unpack[(triton.cdiv(out.shape[0], UNPACKING * TILE_ROWS), blocks)](
+        weight.packed, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
+        out, rows.start // TILE_ROWS, *out.shape, blocks, GROUP=weight.group_size,
+        TILES=UNPACKING, ZEROS=weight.zeros is not None, ASSEMBLY=out.device.type == 'cuda',
+        num_warps=UNPACKING)
 
 
 def _is_ordered(weight):

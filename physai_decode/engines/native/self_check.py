@@ -22,9 +22,11 @@ first layer of each kind of rotary embedding: a layer's keys and values depend o
 layers before it compute. Last, it computes the logits from the engine's last hidden state. Further
 layers run the same code. How weights were loaded is not checked.
 
-A prompt of more tokens dequantises the experts instead, which is compared for a few rows.
+A longer prompt can dequantise weights by other kernels than this one. Each of them is compared for
+a few rows of every layout and shape of weights that it dequantises.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import replace
 import math
@@ -37,7 +39,6 @@ from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Stack
-from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.mlp import Mlp
 from physai_decode.engines.native.transformer import Transformer
 import torch
@@ -49,12 +50,17 @@ PIECE = 4096                    # rows of a weight that are in float32 at once
 LEAST = 1e-3                    # relative error allowed in float32
 ROUNDINGS = 16                  # and in other dtypes, in units of their epsilon
 NEAR = 0.25                     # and in a router's logits, as a fraction of that
+ROWS = 80                       # compared if dequantised: more than one program of a kernel has
+
+Dequantiser = Callable[[Any], Callable[..., Tensor] | None]
 
 
-def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> None:
+def check(engine: Engine, transformer: Transformer, dequantiser: Dequantiser,
+          prompt: Sequence[int]) -> None:
     """
     Compare the engine's state after a prompt and some steps with the float32 reference.
 
+    :param dequantiser: of the engine's prefill; see `TorchOps.dequantiser`.
     :raises EngineError: they differ by more than rounding.
     """
     t, greedy = transformer, SamplingConfig()
@@ -78,28 +84,31 @@ def check(engine: Engine, transformer: Transformer, prompt: Sequence[int]) -> No
     known = logits.isfinite()       # NaN in a row of the head fails a request, not the load
     _compare('a decode step', 'logits', t.logits[known], logits[known], limit)
     engine.rewind(0)
-    _check_stacks(t, limit)
+    _check_dequantisers(t, dequantiser, limit)
 
 
-def _check_stacks(t: Transformer, limit: float) -> None:
-    """Compare the last rows of an expert of each layout, dequantised as for a long prompt."""
+def _check_dequantisers(t: Transformer, dequantiser: Dequantiser, limit: float) -> None:
+    """Compare the last rows of a weight of each layout, dequantised as for a long prompt."""
     checked = set()
     for number, layer in enumerate(t.weights.layers, 1):
-        for name, stack, *_ in layer.mlp.products():
-            if not isinstance(stack, Stack) or (stack.kind, stack.shape) in checked:
+        products: list[tuple[Any, ...]] = [
+            ('qkv', layer.qkv), ('out', layer.out), *layer.mlp.products()]
+        for name, weight, *_ in products:
+            is_stack = isinstance(weight, Stack)
+            one = weight[weight.count - 1] if is_stack else weight
+            dequantise = dequantiser(one)
+            layout = is_stack, one.kind, one.shape, getattr(one, 'zeros', None) is None
+            if dequantise is None or layout in checked:
                 continue
-            checked.add((stack.kind, stack.shape))
-            one: Any = stack[stack.count - 1]
-            dequantise = t.ops.dequantiser(one)
-            if dequantise is None:
-                continue
+            checked.add(layout)
             end = -(-one.shape[0] // one.part_rows)
-            part = slice(max(0, end - TILE_ROWS // one.part_rows), end)
+            part = slice(max(0, end - ROWS // one.part_rows), end)
             got, expected = (found.float() for found in (
                 dequantise(one, part, t.keys.dtype), one.dequantise(part, t.keys.dtype)))
             known = expected.isfinite()     # NaN fails a request, not the load
-            _compare('a long prompt', f'experts ({name}, {one.kind}) in layer {number}',
-                     got[known], expected[known], limit)
+            what = f'experts ({name}, {one.kind})' if is_stack else f'{name} ({one.kind})'
+            _compare('a long prompt', f'{what} in layer {number}', got[known], expected[known],
+                     limit)
 
 
 def _compare(what: str, quantity: str, got: Tensor, expected: Tensor, limit: float) -> None:

@@ -20,6 +20,7 @@ the same function runs on a CPU, and on a GPU inside a captured graph. It can ru
 once, a token and a draft: the logits of each row are bit for bit those of a separate step.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from importlib import import_module
@@ -245,6 +246,10 @@ class EagerPrefill:
     def logits(self) -> Tensor:
         """Return the logits after the last token, float32 [vocab]."""
         return self._logits
+
+    def dequantiser(self, weight: Linear) -> Callable[..., Tensor] | None:
+        """See `TorchOps.dequantiser`."""
+        return self._transformer.ops.dequantiser(weight)
 
 
 def _angles(rotary: Rotary, places: int, dim: int,

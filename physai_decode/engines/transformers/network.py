@@ -22,6 +22,7 @@ from urllib.error import URLError
 
 from physai_decode.checkpoint import Checkpoint
 from physai_decode.config import EngineConfig
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engine import first_line
 from physai_decode.engines import device as devices
@@ -86,7 +87,7 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
         folder_code = ' (the folder brings its own code, which is never run)' \
             if 'auto_map' in model.config else ''
         raise EngineError(
-            f'{model.folder}: the architecture {model.model_type!r} is not in transformers '
+            f'{model.folder}: the architecture {shown(model.model_type)} is not in transformers '
             f'{transformers.__version__}{folder_code}: choose another model, or a version of '
             'transformers that has it')
     if model.quantized and not _supports(model.quantized.settings):
@@ -108,8 +109,8 @@ def load(model: Checkpoint, device: torch.device, dtype: torch.dtype
         known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if config.is_encoder_decoder or type(config) not in known:
             raise EngineError(
-                f'{model.folder}: {model.model_type!r} is not a causal language model: choose '
-                'another model')
+                f'{model.folder}: {shown(model.model_type)} is not a causal language model: '
+                'choose another model')
         kind: Any = known[type(config)]
         attention = 'sdpa' if kind._supports_sdpa else 'eager'
         if model.random_weights is not None:

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from physai_decode.checkpoint import parsing
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families import gemma3
 from physai_decode.engines.native.families import granite
@@ -66,5 +67,5 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     """
     name, known = config.get('model_type'), {**FAMILIES, **TEXT_PARTS}
     if name not in known:
-        raise unsupported(f'model_type {name!r} (it runs {", ".join(known)})')
+        raise unsupported(f'model_type {shown(name)} (it runs {", ".join(known)})')
     return known[name](config)

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Names
 from physai_decode.engines.native.architecture import Rotary
@@ -47,12 +48,12 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     """See `families.Family`."""
     config = {**_DEFAULTS, **config}
     if config['hidden_activation'] != 'gelu_pytorch_tanh':
-        raise unsupported(f'hidden_activation {config["hidden_activation"]!r} '
+        raise unsupported(f'hidden_activation {shown(config["hidden_activation"])} '
                           '(it runs gemma3 with gelu_pytorch_tanh)')
     for key in ('attn_logit_softcapping', 'final_logit_softcapping',
                 'use_bidirectional_attention'):
         if config.get(key):
-            raise unsupported(f'{key} {config[key]!r} (it runs gemma3 without)')
+            raise unsupported(f'{key} {shown(config[key])} (it runs gemma3 without)')
     windows = _windows(config)
     local, whole = (_rotary(config, kind) for kind in ('sliding_attention', 'full_attention'))
     bias = bool(config.get('attention_bias', False))

@@ -17,6 +17,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Names
 from physai_decode.engines.native.architecture import Rotary
@@ -54,7 +55,7 @@ def _rotary(config: Mapping[str, Any]) -> Rotary:
         'rope_type': _LONGROPE.get(kind, kind),
         'original_max_position_embeddings': config['original_max_position_embeddings']}})
     if rope.kind not in ('default', 'longrope'):
-        raise unsupported(f'rope type {rope.kind!r} (it runs phi3 with default, longrope)')
+        raise unsupported(f'rope type {shown(rope.kind)} (it runs phi3 with default, longrope)')
     head_dim = config.get('head_dim') or number(config, 'hidden_size') // number(
         config, 'num_attention_heads')
     rotary_dim = int(head_dim * rope.partial)

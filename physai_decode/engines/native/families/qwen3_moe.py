@@ -17,6 +17,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Routing
@@ -66,7 +67,7 @@ def _routing(config: Mapping[str, Any], layers: int) -> Routing:
                           'experts: download the model again')
     plain = config.get('mlp_only_layers') or []
     if not isinstance(plain, list) or any(type(each) is not int for each in plain):
-        raise ValueError(f'mlp_only_layers is {plain!r}, not a list of layers')
+        raise ValueError(f'mlp_only_layers is {shown(plain)}, not a list of layers')
     return Routing(
         count, top_k, number(config, 'moe_intermediate_size'),
         bool(config.get('norm_topk_prob', False)),

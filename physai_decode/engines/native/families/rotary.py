@@ -16,6 +16,7 @@
 
 import math
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import Rope
@@ -53,7 +54,7 @@ def of_part(rope: Rope, head_dim: int) -> Rotary:
         short, long = (tuple(f / factor for f, factor in zip(
             inverse, rope.by_wave(key, len(inverse)))) for key in ('short_factor', 'long_factor'))
         return Rotary(short, rope.attention_factor, int(rope.original_context), long)
-    raise unsupported(f'rope type {rope.kind!r} (it runs {", ".join(KINDS)})')
+    raise unsupported(f'rope type {shown(rope.kind)} (it runs {", ".join(KINDS)})')
 
 
 def _llama3(frequency: float, rope: Rope) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families import rotary
@@ -42,7 +43,7 @@ def read(config: Mapping[str, Any], defaults: Mapping[str, Any], **differs: Any)
     """
     config = {**_DEFAULTS, **defaults, **config}
     if differs.get('activation', 'silu') == 'silu' and config['hidden_act'] != 'silu':
-        raise unsupported(f'hidden_act {config["hidden_act"]!r} (it runs silu)')
+        raise unsupported(f'hidden_act {shown(config["hidden_act"])} (it runs silu)')
     heads, hidden, layers = (number(config, key) for key in (
         'num_attention_heads', 'hidden_size', 'num_hidden_layers'))
     kv_heads = heads if config['num_key_value_heads'] is None else number(

@@ -17,6 +17,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Rotary
 from physai_decode.engines.native.families import rotary
@@ -41,7 +42,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         interval = number(config, 'no_rope_layer_interval')
         rotates = [int((index + 1) % interval != 0) for index in range(layers)]
     if not isinstance(rotates, list) or len(rotates) < layers:
-        raise ValueError(f'no_rope_layers is {rotates!r}, not a list for {layers} layers')
+        raise ValueError(f'no_rope_layers is {shown(rotates)}, not a list for {layers} layers')
     rotates = rotates[:layers]
     head_dim = config.get('head_dim') or number(config, 'hidden_size') // number(
         config, 'num_attention_heads')

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import part
@@ -49,7 +50,7 @@ def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], defa
         name = text.get('model_type') if 'text_config' in config else None
         name = name or default or next(iter(families))
         if name not in families:
-            raise unsupported(f'model_type {name!r} of the text_config (it runs '
+            raise unsupported(f'model_type {shown(name)} of the text_config (it runs '
                               f'{config["model_type"]} with {", ".join(families)})')
         ties = [each['tie_word_embeddings'] for each in (config, text)
                 if each.get('tie_word_embeddings') is not None]

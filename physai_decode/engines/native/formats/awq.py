@@ -19,6 +19,7 @@ AWQ checkpoints in the layout "gemm", as AutoAWQ and GPTQModel write them.
 a word belongs to the word's column ``ORDER[i]``. Lin et al., arXiv 2306.00978.
 """
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
@@ -49,9 +50,9 @@ class Awq:
         layout = settings.get('version') or settings.get('checkpoint_format') \
             or settings.get('format') or 'gemm'
         if bits != 4:
-            raise refusal(f'AWQ of {bits!r} bits', '4')
+            raise refusal(f'AWQ of {shown(bits)} bits', '4')
         if str(layout).lower() != 'gemm':
-            raise refusal(f'the AWQ version {layout!r}', 'gemm')
+            raise refusal(f'the AWQ version {shown(layout)}', 'gemm')
         if not settings.get('zero_point', True):
             raise refusal('AWQ without zero points', 'AWQ with zero points')
         check_group('AWQ', self._size)

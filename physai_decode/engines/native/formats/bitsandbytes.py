@@ -31,6 +31,7 @@ import math
 from typing import Any
 
 from physai_decode.checkpoint import parsing
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import refusal
@@ -76,7 +77,7 @@ class BitsAndBytes:
         if four:
             self._kind = settings.get('bnb_4bit_quant_type', 'fp4')
             if self._kind not in TABLES:
-                raise refusal(f'bitsandbytes of type {self._kind!r}', ', '.join(TABLES))
+                raise refusal(f'bitsandbytes of type {shown(self._kind)}', ', '.join(TABLES))
 
     def holds(self, source: Source, module: str) -> bool:
         """See `Format`."""
@@ -106,7 +107,7 @@ class BitsAndBytes:
     def _four(self, source: Source, module: str, rows: int, columns: int) -> Int4:
         state = self._state(source, module)
         if state.get('shape') != [rows, columns]:
-            raise EngineError(f'its quant_state has the shape {state.get("shape")!r}, '
+            raise EngineError(f'its quant_state has the shape {shown(state.get("shape"))}, '
                               f'but config.json implies {[rows, columns]}: they do not belong '
                               'together')
         block = _whole(state, 'blocksize')
@@ -144,8 +145,8 @@ class BitsAndBytes:
             if not isinstance(found, dict):
                 raise ValueError('it is not a JSON object')
         if found.get('quant_type', self._kind) != self._kind:
-            raise EngineError(f'tensor {name} has the type {found["quant_type"]!r}: download the '
-                              'model again')
+            raise EngineError(f'tensor {name} has the type {shown(found["quant_type"])}: download '
+                              'the model again')
         return found
 
     def _packed(self, source: Source, name: str, count: int) -> Tensor:
@@ -167,8 +168,8 @@ def _nested(source: Source, module: str, state: Mapping[str, Any], codes: Tensor
     block = _whole(state, 'nested_blocksize')
     offset: Any = state.get('nested_offset')
     if type(offset) not in (int, float) or not abs(offset) < _MOST:
-        raise EngineError(f'its quant_state has the nested_offset {offset!r}: download the model '
-                          'again')
+        raise EngineError(f'its quant_state has the nested_offset {shown(offset)}: download the '
+                          'model again')
     scales = source.get(f'{module}.weight.nested_absmax', (-(-len(codes) // block),)).float()
     table = source.get(f'{module}.weight.nested_quant_map', (256,)).float()
     numbers = table[codes.long()] * scales.repeat_interleave(block)[:len(codes)]
@@ -179,7 +180,8 @@ def _whole(state: Mapping[str, Any], key: str) -> int:
     """Return a positive integer of a quant_state."""
     number = state.get(key)
     if type(number) is not int or not 0 < number <= 2**24:
-        raise EngineError(f'its quant_state has the {key} {number!r}: download the model again')
+        raise EngineError(f'its quant_state has the {key} {shown(number)}: download the model '
+                          'again')
     return number
 
 

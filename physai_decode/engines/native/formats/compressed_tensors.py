@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import re
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats import fp4
@@ -86,7 +87,7 @@ class CompressedTensors:
             raise refusal(f'{_NAME} with a transform_config', f'{_NAME} without')
         if part(settings, 'sparsity_config').get('format', 'dense') != 'dense':
             raise refusal(f'{_NAME} with the sparsity_config '
-                          f'{settings["sparsity_config"]["format"]!r}', 'dense')
+                          f'{shown(settings["sparsity_config"]["format"])}', 'dense')
         groups = part(settings, 'config_groups')
         if not groups:
             raise refusal(f'{_NAME} without config_groups', f'{_NAME} with config_groups')
@@ -224,12 +225,12 @@ def _names(settings: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """
     names = settings.get(key) or []
     if not isinstance(names, list) or any(type(name) is not str for name in names):
-        raise ValueError(f'{key} is {names!r}, not a list of names')
+        raise ValueError(f'{key} is {shown(names)}, not a list of names')
     for name in names:
         try:
             _fit(name, '')
         except re.error as error:
-            raise ValueError(f'{key} has the invalid pattern {name!r} ({error})') from None
+            raise ValueError(f'{key} has the invalid pattern {shown(name)} ({error})') from None
     return tuple(names)
 
 
@@ -242,15 +243,16 @@ def _group(settings: Mapping[str, Any], found: Mapping[str, Any]) -> _Group:
     """
     layout = found.get('format') or settings.get('format')
     if layout not in _RUN:
-        raise refusal(f'the {_NAME} format {layout!r}', ', '.join(_RUN))
+        raise refusal(f'the {_NAME} format {shown(layout)}', ', '.join(_RUN))
     kind, bits, strategies = _RUN[layout]
     weights: dict[str, Any] = {'type': 'int', **part(found, 'weights')}
-    strategy, said = weights.get('strategy'), f'{weights["type"]} of {weights.get("num_bits")!r}'
+    strategy = weights.get('strategy')
+    said = f'{shown(weights["type"])} of {shown(weights.get("num_bits"))}'
     if weights['type'] != kind or weights.get('num_bits') not in bits:
         raise refusal(f'{_NAME} {layout} weights as {said} bits',
                       f'{kind} of {" and ".join(map(str, bits))}')
     if strategy not in strategies:
-        raise refusal(f'{_NAME} {layout} weights by {strategy!r}', ', '.join(strategies))
+        raise refusal(f'{_NAME} {layout} weights by {shown(strategy)}', ', '.join(strategies))
     size: Any = -1
     block = None
     if strategy in ('group', 'tensor_group'):
@@ -259,11 +261,11 @@ def _group(settings: Mapping[str, Any], found: Mapping[str, Any]) -> _Group:
         if own is None:
             check_group(_NAME, size)
         elif size != own:
-            raise refusal(f'{_NAME} {layout} groups of {size!r}', str(own))
+            raise refusal(f'{_NAME} {layout} groups of {shown(size)}', str(own))
     if strategy == 'block':
         high, wide = weights['block_structure']
         check_group(_NAME, wide)
         if type(high) is not int or high < 1:
-            raise refusal(f'{_NAME} blocks of {high!r} rows', 'positive integers')
+            raise refusal(f'{_NAME} blocks of {shown(high)} rows', 'positive integers')
         block = high, wide
     return _Group(_names(found, 'targets'), layout, weights['num_bits'], size, block)

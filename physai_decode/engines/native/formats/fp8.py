@@ -22,6 +22,7 @@ transformers library calls ``weight_scale_inv`` too.
 Activations stay in half precision, even if the config quantises them.
 """
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import check_group
@@ -47,11 +48,12 @@ class Fp8:
         """
         kind = quantized.settings.get('fmt', 'e4m3')
         if str(kind).lower() not in ('e4m3', 'float8_e4m3fn'):
-            raise refusal(f'fp8 with fmt {kind!r}', 'e4m3')
+            raise refusal(f'fp8 with fmt {shown(kind)}', 'e4m3')
         self._block = quantized.settings.get('weight_block_size')
         if self._block is not None:
             if len(self._block) != 2 or type(self._block[0]) is not int or self._block[0] < 1:
-                raise refusal(f'fp8 with weight_block_size {self._block!r}', 'rows and columns')
+                raise refusal(f'fp8 with weight_block_size {shown(self._block)}',
+                              'rows and columns')
             check_group('fp8', self._block[1])
 
     def holds(self, source: Source, module: str) -> bool:

@@ -20,6 +20,7 @@ GPTQ checkpoints, as AutoGPTQ and GPTQModel write them.
 points minus 1, ``gptq_v2`` stores them unchanged. Frantar et al., arXiv 2210.17323.
 """
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats.refusal import check_group
 from physai_decode.engines.native.formats.refusal import refusal
@@ -42,7 +43,7 @@ class Gptq:
         :raises EngineError: the native engine does not run it.
         """
         if quantized.layout not in ('gptq', 'gptq_v2'):
-            raise refusal(f'the GPTQ format {quantized.layout!r}', 'gptq and gptq_v2')
+            raise refusal(f'the GPTQ format {shown(quantized.layout)}', 'gptq and gptq_v2')
         # The shapes of a module's tensors tell which setting it has.
         self._settings = [(quantized.bits, quantized.group_size)]
         rules = part(quantized.settings, 'dynamic')
@@ -51,7 +52,7 @@ class Gptq:
                                    changed.get('group_size', quantized.group_size)))
         for bits, size in self._settings:
             if bits not in BITS:
-                raise refusal(f'GPTQ of {bits!r} bits', ' and '.join(map(str, BITS)))
+                raise refusal(f'GPTQ of {shown(bits)} bits', ' and '.join(map(str, BITS)))
             check_group('GPTQ', size)
         # With 4 bits, scales are float16, and the kernel is fastest in it.
         self.dtype = torch.float16 if quantized.bits == 4 else None

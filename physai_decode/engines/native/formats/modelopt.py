@@ -20,6 +20,9 @@ NVFP4: ``weight`` uint8 [N, K / 2]; ``weight_scale`` float8_e4m3fn [N, K / 16], 
 tensor or row. Activations stay in half precision, even if the config quantises them.
 """
 
+from typing import Any
+
+from physai_decode.config import shown_json as shown
 from physai_decode.engines.native import packing
 from physai_decode.engines.native.formats import fp4
 from physai_decode.engines.native.formats.fp8 import FLOAT8
@@ -43,9 +46,9 @@ class ModelOpt:
 
         :raises EngineError: the native engine does not run it.
         """
-        self._kind = quantized.settings.get('quant_algo') or ''
+        self._kind: Any = quantized.settings.get('quant_algo')
         if self._kind not in _STORED:
-            raise refusal(f'modelopt with the quant_algo {self._kind!r}', ', '.join(_STORED))
+            raise refusal(f'modelopt with the quant_algo {shown(self._kind)}', ', '.join(_STORED))
 
     def holds(self, source: Source, module: str) -> bool:
         """See `Format`."""

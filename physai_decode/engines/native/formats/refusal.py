@@ -16,6 +16,7 @@
 
 from typing import Any
 
+from physai_decode.config import shown_json as shown
 from physai_decode.engine import EngineError
 
 
@@ -33,4 +34,4 @@ def check_group(name: str, size: Any) -> None:
     :raises EngineError: it is neither -1 nor a positive multiple of 32.
     """
     if type(size) is not int or (size != -1 and (size <= 0 or size % 32)):
-        raise refusal(f'{name} groups of {size!r}', 'multiples of 32, and -1')
+        raise refusal(f'{name} groups of {shown(size)}', 'multiples of 32, and -1')
