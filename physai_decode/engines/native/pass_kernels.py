@@ -51,6 +51,8 @@ import torch
 import triton
 import triton.language as tl
 
+MOST_ROWS = tl.constexpr(ROWS)
+
 
 @triton.jit
 def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
@@ -263,7 +265,7 @@ def _write_cache(qkv, keys, values, begin, last, cos, sin, gain, cache, eps,
 
     ``cache`` is the offset of the program's key-value head in the cache.
     """
-    place = tl.minimum(begin + tl.arange(0, SIDE), last)[:, None]
+    place = tl.minimum(begin + tl.arange(0, MOST_ROWS), last)[:, None]
     dims = tl.arange(0, DIMS)[None, :]
     inside = (place // TOKENS % SPLITS == tl.program_id(1)) & (dims < D)
     angles = place * (D // 2)
@@ -290,8 +292,8 @@ def _attend_rows(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sum
     Attend over one split of the context, for one key-value head and TOGETHER rows.
 
     The splits interleave in tiles of TOKENS positions, so that the split and the tile of a
-    position are the same for all rows. A program writes the keys and values of the pass in its own
-    tiles to the cache, also those of earlier rows: the programs of these might not have yet.
+    position are the same for all rows. A program itself writes each key and value of the pass that
+    it reads, also those of earlier rows, because the programs of these run at the same time.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
     first = tl.program_id(2) * TOGETHER
@@ -300,12 +302,12 @@ def _attend_rows(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sum
     row = first + queries // GROUP
     inside = (queries < TOGETHER * GROUP) & (row < rows)
     row = tl.minimum(row, rows - 1)
-    begin = tl.load(position).to(tl.int32)
-    place = begin + row
-    last = begin + tl.minimum(first + TOGETHER, rows) - 1
+    begin = tl.load(position).to(tl.int32) + first
+    place = begin - first + row
+    last = begin + tl.minimum(TOGETHER, rows - first) - 1
     tile = 0
     if WINDOW > 0:
-        tile = tl.maximum(0, begin + first + 1 - WINDOW) // TOKENS
+        tile = tl.maximum(0, begin + 1 - WINDOW) // TOKENS
     start = (tile + (split + SPLITS - tile % SPLITS) % SPLITS) * TOKENS
     cache = kv_head.to(tl.int64) * max_context * D
     if PDL:
@@ -316,10 +318,6 @@ def _attend_rows(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sum
         _fetch(values + lines)
         gdc_launch_dependents()
         gdc_wait()
-    # The positions of the pass are in two tiles at most.
-    if (begin // TOKENS % SPLITS == split) | (last // TOKENS % SPLITS == split):
-        _write_cache(qkv, keys, values, begin, last, cos, sin, k_gain, cache, eps, KV_HEADS, GROUP,
-                     D, DIMS, SPLITS, TOKENS, NORM)
     angles = place[:, None] * (D // 2)
     factor = tl.zeros((PADDED,), tl.float32) + scale
     if BETA > 0:
@@ -328,6 +326,10 @@ def _attend_rows(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sum
     kind = keys.dtype.element_ty
     q = _rotated(qkv + head[:, None] * D, q_gain, cos + angles, sin + angles, dims[None, :], D,
                 eps, inside[:, None] & (dims < D)[None, :], NORM).to(kind)
+    # The positions of the pass are in two tiles at most.
+    if ((begin - first) // TOKENS % SPLITS == split) | (last // TOKENS % SPLITS == split):
+        _write_cache(qkv, keys, values, begin - first, last, cos, sin, k_gain, cache, eps,
+                     KV_HEADS, GROUP, D, DIMS, SPLITS, TOKENS, NORM)
     maxima = tl.full((PADDED,), float('-inf'), tl.float32)
     totals = tl.zeros((PADDED,), tl.float32)
     sums = tl.zeros((PADDED, DIMS), tl.float32)
