@@ -15,7 +15,6 @@
 """Kernels of passes against their references; each row has the bits of a pass of its own."""
 
 from dataclasses import replace
-import importlib
 
 import pytest
 
@@ -42,6 +41,7 @@ from test_kernels import gate_up
 from test_kernels import make  # noqa: F401
 from test_kernels import packed
 from test_kernels import REFERENCE
+from triton.runtime.interpreter import interpreter_builder
 
 NVFP4 = random_formats.float4('nvfp4')
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -192,15 +192,14 @@ def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # 
 @pytest.mark.parametrize('case', [ATTENTION[1], ATTENTION[5]])
 def test_programs_of_later_rows_can_be_first(make, monkeypatch, case):  # noqa: F811
     """A program may not need keys and values that another one writes."""
-    interpreter = importlib.import_module('triton.runtime.interpreter').interpreter_builder
-    forward, programs = interpreter.set_grid_idx, []
+    forward, programs = interpreter_builder.set_grid_idx, []
 
     def backward(*program):
-        programs.append(tuple(size - 1 - each for size, each in zip(
-            interpreter.grid_dim, program)))
+        programs.append([size - 1 - each for size, each in zip(
+            interpreter_builder.grid_dim, program)])
         forward(*programs[-1])
 
-    monkeypatch.setattr(interpreter, 'set_grid_idx', backward)
+    monkeypatch.setattr(interpreter_builder, 'set_grid_idx', backward)
     check_attention(make, 8, torch.float32, *case)
     assert any(row > 0 for _, _, row in programs)
 
