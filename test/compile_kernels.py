@@ -284,9 +284,12 @@ def passes(build, half, capability):
     build(own._prepare_rows, out=half, K=3584, WIDE=4096, BLOCK=512, NORM=True, ORDERED=False)
     for norm, window, warps, together in ((True, 0, 1, 2), (False, 64, 4, 8)):
         sizes = {'KV_HEADS': 4, 'GROUP': 7, 'D': 128, 'DIMS': 128, 'NORM': norm}
-        build(own._write_cache, warps=1, **sizes)
-        build(own._attend_rows, warps=warps, **sizes, PADDED=16 * warps, SPLITS=8, TOKENS=32,
-              TOGETHER=together, WINDOW=window, BETA=0.0, LENGTH=1)
+        made = build(own._attend_rows, warps=warps, **sizes, PADDED=16 * warps, SPLITS=8,
+                     TOKENS=32, TOGETHER=together, WINDOW=window, BETA=0.0, LENGTH=1)
+        # Between the new keys and values and the loop that reads them.
+        between = re.search(r'st\.global((?!st\.global).)*?(ld\.global|cp\.async)',
+                            made.asm['ptx'], re.DOTALL)
+        assert 'bar.sync' in between[0]
     for layout in own.PASS_DENSE_LAYOUTS[::5]:
         for gated in (True, False):
             made = build(own._dense_rows, warps=layout.warps, x=half,

@@ -41,6 +41,7 @@ from test_kernels import gate_up
 from test_kernels import make  # noqa: F401
 from test_kernels import packed
 from test_kernels import REFERENCE
+from triton.runtime.interpreter import interpreter_builder
 
 NVFP4 = random_formats.float4('nvfp4')
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -147,14 +148,18 @@ ATTENTION = [
     (0, 7, 1, 0, False, Growth()), (31, 7, 1, 0, False, Growth()),
     (100, 7, 1, 0, False, Growth()), (0, 6, 2, 40, False, Growth(0.5, 16)),
     (31, 4, 4, 0, True, Growth()), (100, 6, 2, 40, False, Growth(0.5, 16)),
-    (31, 28, 1, 0, False, Growth())]
+    (31, 28, 1, 0, False, Growth()), (120, 7, 1, 3, True, Growth())]
 
 
 @pytest.mark.parametrize('rows, dtype, case', [
     *((3, torch.float32, case) for case in ATTENTION),
     *((8, torch.float16, case) for case in ATTENTION[4:])])
 def test_attention(make, rows, dtype, case):  # noqa: F811
-    """With splits that are empty for a row, and rows on both sides of a tile's border."""
+    """
+    With splits that are empty for a row, and rows on both sides of a tile's border.
+
+    Also with a window of fewer positions than rows, at the end of the context.
+    """
     check_attention(make, rows, dtype, *case)
 
 
@@ -181,6 +186,22 @@ def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # 
     ops = PassOps(DEVICE, splits=4 if window else 2)
     ops._attention_layouts[_heads(layer)] = layout
     check_rows(run, rows, ops, make(rows, heads * dim), keys, values, relative=CLOSE[dtype])
+
+
+@pytest.mark.skipif(DEVICE.type == 'cuda', reason='there the programs have no order')
+@pytest.mark.parametrize('case', [ATTENTION[1], ATTENTION[5]])
+def test_programs_of_later_rows_can_be_first(make, monkeypatch, case):  # noqa: F811
+    """A program may not need keys and values that another one writes."""
+    forward, programs = interpreter_builder.set_grid_idx, []
+
+    def backward(*program):
+        programs.append([size - 1 - each for size, each in zip(
+            interpreter_builder.grid_dim, program)])
+        forward(*programs[-1])
+
+    monkeypatch.setattr(interpreter_builder, 'set_grid_idx', backward)
+    check_attention(make, 8, torch.float32, *case)
+    assert any(row > 0 for _, _, row in programs)
 
 
 def test_compiler_may_not_fuse_operations():

@@ -51,6 +51,8 @@ import torch
 import triton
 import triton.language as tl
 
+MOST_ROWS = tl.constexpr(ROWS)
+
 
 @triton.jit
 def _embed_rows(table, token, x, hidden, BLOCK: tl.constexpr, SCALE: tl.constexpr,
@@ -255,41 +257,43 @@ def _store_tile(values, bias, out, out_sums, n, rows, GATED: tl.constexpr, GELU:
 
 
 @triton.jit
-def _write_cache(qkv, keys, values, position, cos, sin, gain, max_context, eps,
+def _write_cache(qkv, keys, values, begin, last, cos, sin, gain, cache, eps,
                  KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-                 NORM: tl.constexpr, PDL: tl.constexpr):
-    """Write the key and value of one row and key-value head to the cache."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    kv_head, row = tl.program_id(0), tl.program_id(1)
-    place = tl.load(position).to(tl.int32) + row
-    dims = tl.arange(0, DIMS)
-    inside = (dims < D)[None, :]
+                 SPLITS: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr):
+    """
+    Write the program's share of the keys and values from position ``begin`` to ``last``.
+
+    ``cache`` is the offset of the program's key-value head in the cache.
+    """
+    place = tl.minimum(begin + tl.arange(0, MOST_ROWS), last)[:, None]
+    dims = tl.arange(0, DIMS)[None, :]
+    inside = (place // TOKENS % SPLITS == tl.program_id(1)) & (dims < D)
     angles = place * (D // 2)
-    k_head = qkv + (row * (GROUP + 2) * KV_HEADS + KV_HEADS * GROUP + kv_head) * D
-    k = _rotated(k_head, gain, cos + angles, sin + angles, dims[None, :], D, eps, inside, NORM)
-    v = tl.load(k_head + KV_HEADS * D + dims[None, :], mask=inside, other=0.0)
-    new = kv_head.to(tl.int64) * max_context * D + place * D + dims[None, :]
+    head = (place - begin) * ((GROUP + 2) * KV_HEADS) + KV_HEADS * GROUP + tl.program_id(0)
+    k = _rotated(qkv + head * D, gain, cos + angles, sin + angles, dims, D, eps, inside, NORM)
+    v = tl.load(qkv + (head + KV_HEADS) * D + dims, mask=inside, other=0.0)
     k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
     # A value that overflowed would reach earlier rows as 0 * inf; its key tells the rows after it.
-    finite = tl.sum((v - v).to(tl.float32), 1)[:, None] == 0
+    finite = tl.sum((v - v).to(tl.float32), 1, keep_dims=True) == 0
+    new = cache + place * D + dims
     tl.store(keys + new, tl.where(finite, k, float('nan')), mask=inside)
     tl.store(values + new, tl.where(finite, v, 0.0), mask=inside)
+    tl.debug_barrier()      # other threads of the program read them
 
 
 @triton.jit(do_not_specialize=['rows'])
-def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_maxima, part_totals,
-                 max_context, scale, eps, rows, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                 PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
-                 TOKENS: tl.constexpr, TOGETHER: tl.constexpr, WINDOW: tl.constexpr,
-                 NORM: tl.constexpr, BETA: tl.constexpr, LENGTH: tl.constexpr,
-                 PDL: tl.constexpr):
+def _attend_rows(qkv, keys, values, position, cos, sin, q_gain, k_gain, part_sums, part_maxima,
+                 part_totals, max_context, scale, eps, rows, KV_HEADS: tl.constexpr,
+                 GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+                 SPLITS: tl.constexpr, TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
+                 WINDOW: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
+                 LENGTH: tl.constexpr, PDL: tl.constexpr):
     """
     Attend over one split of the context, for one key-value head and TOGETHER rows.
 
     The splits interleave in tiles of TOKENS positions, so that the split and the tile of a
-    position are the same for all rows. The keys and values of the pass are in the cache.
+    position are the same for all rows. A program itself writes each key and value of the pass that
+    it reads, also those of earlier rows, because the programs of these run at the same time.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
     first = tl.program_id(2) * TOGETHER
@@ -320,8 +324,12 @@ def _attend_rows(qkv, keys, values, position, cos, sin, gain, part_sums, part_ma
         factor *= 1.0 + BETA * tl.log(1.0 + place // LENGTH)
     head = row * ((GROUP + 2) * KV_HEADS) + kv_head * GROUP + queries % GROUP
     kind = keys.dtype.element_ty
-    q = _rotated(qkv + head[:, None] * D, gain, cos + angles, sin + angles, dims[None, :], D, eps,
-                inside[:, None] & (dims < D)[None, :], NORM).to(kind)
+    q = _rotated(qkv + head[:, None] * D, q_gain, cos + angles, sin + angles, dims[None, :], D,
+                eps, inside[:, None] & (dims < D)[None, :], NORM).to(kind)
+    # The positions of the pass are in two tiles at most.
+    if ((begin - first) // TOKENS % SPLITS == split) | (last // TOKENS % SPLITS == split):
+        _write_cache(qkv, keys, values, begin - first, last, cos, sin, k_gain, cache, eps,
+                     KV_HEADS, GROUP, D, DIMS, SPLITS, TOKENS, NORM)
     maxima = tl.full((PADDED,), float('-inf'), tl.float32)
     totals = tl.zeros((PADDED,), tl.float32)
     sums = tl.zeros((PADDED, DIMS), tl.float32)
@@ -402,15 +410,11 @@ class PassOps(Fp4Ops):
         together = min(ROWS, padded // group)
         norm = layer.q_norm is not None
         q_gain, k_gain = (layer.q_norm, layer.k_norm) if norm else (qkv, qkv)
-        sizes = {'KV_HEADS': kv_heads, 'GROUP': group, 'D': dim, 'DIMS': dims, 'NORM': norm,
-                 'PDL': self._pdl}
-        _write_cache[(kv_heads, rows)](
-            qkv, keys, values, position, cos, sin, k_gain, max_context, layer.norm_eps, **sizes,
-            **self._launch(1))
         _attend_rows[(kv_heads, splits, triton.cdiv(rows, together))](
-            qkv, keys, values, position, cos, sin, q_gain, *parts, max_context, layer.scale,
-            layer.norm_eps, rows, PADDED=padded, SPLITS=splits, TOKENS=32, TOGETHER=together,
-            WINDOW=layer.window, BETA=layer.growth.beta, LENGTH=layer.growth.context, **sizes,
+            qkv, keys, values, position, cos, sin, q_gain, k_gain, *parts, max_context,
+            layer.scale, layer.norm_eps, rows, KV_HEADS=kv_heads, GROUP=group, PADDED=padded,
+            D=dim, DIMS=dims, SPLITS=splits, TOKENS=32, TOGETHER=together, WINDOW=layer.window,
+            NORM=norm, BETA=layer.growth.beta, LENGTH=layer.growth.context, PDL=self._pdl,
             **self._launch(warps))
         _join[(rows * layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
