@@ -413,7 +413,7 @@ INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
 # Of an `Int4` with a table. Its shared memory fits into 48 KiB; with more, a launch would fail.
 TABLE_LAYOUTS = tuple(Layout(tiles * TILE_ROWS, 0, *each) for tiles, *each in (
     (1, 4, 1), (1, 8, 1), (1, 2, 1), (1, 1, 1), (1, 8, 0), (1, 4, 0), (1, 2, 3), (1, 2, 4),
-    (1, 1, 3), (2, 4, 1), (2, 8, 1), (4, 8, 1), (2, 8, 0), (2, 4, 2)))
+    (1, 1, 3), (2, 4, 1), (4, 4, 1), (2, 8, 1), (2, 8, 0), (2, 4, 2)))
 if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
     INT4_LAYOUTS = tuple(sorted(INT4_LAYOUTS, key=lambda layout: layout.warps))
     TABLE_LAYOUTS = tuple(sorted((each for each in TABLE_LAYOUTS if each.stages == 1),
