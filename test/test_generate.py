@@ -525,7 +525,7 @@ def sampled(**values):
      'prompt is set in a field of the goal and in options_json'),
     (lambda: Generate.Goal(prompt='x', options_json='{"cancel": true}'), 'is not a field'),
     (lambda: Generate.Goal(prompt='x', id='\n'), 'id is '),
-    (lambda: sampled(temperature=math.nan), 'temperature is nan'),
+    (lambda: sampled(temperature=math.nan), 'temperature is NaN'),
     (lambda: sampled(max_tokens=0), 'max_tokens is 0'),
     (lambda: Generate.Goal(prompt='x', deadline=Deadline(action='no')), 'deadline.action is'),
     (lambda: Generate.Goal(prompt='x' * 1001), 'more than 1000 bytes'),

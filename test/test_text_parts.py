@@ -151,7 +151,7 @@ def test_rejects_a_missing_tensor_of_the_language_model(tmp_path):
 
 def test_rejects_a_language_model_of_an_unsupported_family(tmp_path):
     config = {'model_type': 'mistral3', 'text_config': {'model_type': 'mamba'}}
-    with pytest.raises(EngineError, match="'mamba' of the text_config.*it runs mistral"):
+    with pytest.raises(EngineError, match='"mamba" of the text_config.*it runs mistral'):
         families.parse(config)
 
 
