@@ -145,6 +145,7 @@ class DecodeLoop:
             chunk = prompt[fed:fed + self._chunk.tokens]
             fed += len(chunk)
             last = fed == len(prompt)
+            begin_s = self._clock()
             with self._changing_cache() as cached:
                 elapsed = self.engine.feed(chunk)
                 if last:        # the host prepares the first token while the device computes
@@ -152,6 +153,8 @@ class DecodeLoop:
                 chunk_s = elapsed()
                 cached += chunk
             prefill_s = _sum(prefill_s, chunk_s)
+            if chunk_s is None and not last:    # the last one includes the first token
+                chunk_s = self._clock() - begin_s
             self._chunk.learn(len(chunk), chunk_s or 0.0)
             if not last:
                 yield Step((), None, reused)

@@ -172,12 +172,15 @@ class Engine(Protocol):
         """
         ...
 
-    def feed(self, token_ids: Sequence[int]) -> 'Elapsed':
+    def feed(self, token_ids: Sequence[int]) -> Elapsed:
         """
-        Prefill a chunk of a prompt, behind the tokens in the cache, without waiting for a device.
+        Prefill a chunk of a prompt, behind the tokens in the cache.
+
+        An engine on a GPU need not wait for it.
 
         :param token_ids: ids of the vocabulary that fit into the context.
-        :returns: a function to call before the next chunk: it waits for this one.
+        :returns: a function that waits for the chunk, to call before the next one; for the last
+            chunk, it can be called after ``first``.
         """
         ...
 

@@ -140,6 +140,7 @@ def main():
         # Each form in the usual layout and another; each layout with and without gates and zeros.
         for gated, zeros, selected, other, has_table in (
                 (True, False, 0, (4, 3), False), (False, True, 0, (4, 3), False),
+                (True, True, 0, (8, 0), False),
                 (True, True, 1, (1, 1), False), (False, False, 8, (1, 1), False),
                 (False, False, 8, (1, 1), True)):
             for warps, stages in ((4, 1), other):

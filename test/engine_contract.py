@@ -201,14 +201,17 @@ def check_the_protocol(loop):
     least, most = engine.chunk_tokens
     assert 1 <= least <= most
     for chunk in (prompt[:6], prompt[6:]) if least == 1 else (prompt,):
-        engine.feed(chunk)
+        elapsed = engine.feed(chunk)
+        took_s = elapsed()
     first = engine.first(GREEDY, prompt).token_id
+    assert elapsed() == took_s          # not the time of the first token
     # A caller may cancel however many steps were announced.
     second = engine.step(5).token_id
     assert engine.rewind(len(prompt)) in (0, len(prompt))
     assert engine.rewind(0) == 0
-    engine.feed([*prompt, first])
+    elapsed = engine.feed([*prompt, first])     # which need not be called before `first`
     assert engine.first(GREEDY, [*prompt, first]).token_id == second
+    elapsed()
     ids = [first, second, *(engine.step(remaining).token_id for remaining in (1, 0))]
     assert engine.rewind(0) == 0
     assert decode(loop, prompt, SamplingConfig(max_new_tokens=4)) == ids

@@ -86,7 +86,7 @@ def test_old_triton_does_not_multiply_quantised_weights_in_float32(monkeypatch):
     monkeypatch.setattr(compiler, 'VERSION', (3, 2))
     messages = []
     assert start.operations(DEVICE, torch.float32, messages.append, True).name == 'torch'
-    assert 'set engine.dtype to auto, or install Triton 3.3' in messages[0]
+    assert 'quantised weights in float32: set engine.dtype to auto, or install' in messages[0]
 
 
 def test_only_compiler_py_depends_on_the_version_of_triton():

@@ -48,6 +48,26 @@ class Timed(FakeEngine):
         return lambda: len(token_ids) * self.token_s
 
 
+class ByClock(Timed):
+    """Does not know how long a chunk takes, while its own clock shows it."""
+
+    now_s = 0.0
+
+    def feed(self, token_ids):
+        """Advance the clock while the caller waits."""
+        elapsed = super().feed(token_ids)
+
+        def wait():
+            self.now_s += elapsed()
+
+        return wait
+
+    def first(self, *arguments):
+        """Take long, which no chunk does."""
+        self.now_s += 10.0
+        return super().first(*arguments)
+
+
 def loop_of(engine, chunk_ms=100.0):
     return DecodeLoop(engine, chunk_ms)
 
@@ -87,6 +107,62 @@ def test_chunks_grow_to_the_time_they_may_take():
     engine.chunks.clear()
     feed(loop, 250, start=5000)             # the size is kept for later prompts
     assert engine.chunks == [128, 122]
+
+
+def test_chunks_of_an_engine_that_does_not_time_them():
+    engine = ByClock(token_s=2.0**-10)
+    loop = DecodeLoop(engine, 125.0, clock=lambda: engine.now_s)
+    feed(loop, 600)
+    assert engine.chunks == [32, 128, 128, 128, 128, 56]
+    engine.chunks.clear()
+    feed(loop, 250, start=5000)             # the first token did not count
+    assert engine.chunks == [128, 122]
+
+
+def test_waits_for_the_last_chunk_after_the_first_token():
+    """The host prepares the token meanwhile; no other chunks are computed at the same time."""
+    calls = []
+
+    class Recorded(Timed):
+        def feed(self, token_ids):
+            calls.append('feed')
+            super().feed(token_ids)
+            return lambda: calls.append('wait')
+
+        def first(self, *arguments):
+            calls.append('first')
+            return super().first(*arguments)
+
+    feed(loop_of(Recorded(chunk_tokens=(1, 32))), 50)
+    assert calls == ['feed', 'wait', 'feed', 'first', 'wait']
+
+
+def test_reuses_nothing_after_the_last_chunk_or_the_first_token_failed():
+    class Failing(FakeEngine):
+        fails = ''
+
+        def feed(self, token_ids):
+            super().feed(token_ids)
+            return lambda: self._fail('wait')
+
+        def first(self, *arguments):
+            self._fail('first')
+            return super().first(*arguments)
+
+        def _fail(self, what):
+            if self.fails == what:
+                raise RuntimeError('broken')
+
+    engine = Failing()
+    loop = DecodeLoop(engine)
+    prompt = [ord(each) for each in 'go ab']
+    expected = decode(loop, prompt)
+    for engine.fails in ('first', 'wait'):
+        with pytest.raises(RuntimeError, match='broken'):
+            decode(loop, prompt)
+        assert loop.cached_ids == []
+        engine.fails = ''
+        assert decode(loop, prompt) == expected
 
 
 def test_chunks_grow_no_faster_than_fourfold():

@@ -196,7 +196,7 @@ def test_int4_gated(make, group_size, bias):
     check_gated(make, weight, dense, bias, Int4Ops(DEVICE))
 
 
-@pytest.mark.parametrize('layout', [(4, 3), (1, 1)])
+@pytest.mark.parametrize('layout', [(4, 3), (1, 1), (8, 0)])
 def test_int4_gated_in_other_layouts(make, layout):
     weight, dense = gate_up(2, 32, 640, 64)
     ops = Int4Ops(DEVICE)

@@ -65,8 +65,8 @@ def problem(device: torch.device, float32: bool = False) -> str | None:
     :param float32: whether quantised weights are multiplied in float32.
     """
     major, minor = chip.capability(device)
-    if VERSION < (3, 3) and float32:        # it would abort the process
-        return (f'Triton {triton.__version__} cannot compile products of 4-bit weights in '
+    if VERSION < (3, 3) and float32:        # products of 4-bit weights would abort the process
+        return (f'Triton {triton.__version__} cannot compile all products of quantised weights in '
                 'float32: set engine.dtype to auto, or install Triton 3.3 or newer')
     if VERSION == (3, 3) and major < 8:
         return (f'Triton {triton.__version__} cannot compile attention for compute capability '
