@@ -234,6 +234,8 @@ def parsing(path: Path | str) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
             ValueError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)
+        if isinstance(error, KeyError):
+            reason = f'{shown(error.args[0])} is missing'
         raise EngineError(
             f'{path} is damaged ({reason}): copy or download the model again') from error
 

@@ -422,7 +422,8 @@ def _quantization_name(found: Mapping[str, Any], method: str, kind: str, bits: A
                        size: Any) -> str:
     if method == 'bitsandbytes':
         four_bit = found.get('load_in_4bit') or found.get('_load_in_4bit')
-        return f'{method}-{found.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"}'
+        kind = found.get('bnb_4bit_quant_type', 'fp4') or 'unknown'
+        return f'{method}-{kind if four_bit else "int8"}'
     if method == 'modelopt':
         return f'{method}-{str(found.get("quant_algo") or "unknown").lower()}'
     name = method

@@ -464,6 +464,12 @@ def test_rejects_a_sampling_setting_out_of_range(folder, value):
             in error_of(folder))
 
 
+def test_names_a_missing_key():
+    with pytest.raises(EngineError, match=r'x.json is damaged \("size" is missing\): copy'):
+        with checkpoint.parsing('x.json'):
+            {}['size']
+
+
 @pytest.mark.parametrize('value', [-1, True, 2.0, {'id': 2}])
 def test_rejects_an_end_token_that_is_not_an_id(folder, value):
     for name in ('config.json', 'generation_config.json'):
@@ -496,6 +502,8 @@ def test_context_limit(folder, config, limit):
     ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
      'bitsandbytes-nf4'),
     ({'quant_method': 'bitsandbytes', 'load_in_8bit': True}, 'bitsandbytes-int8'),
+    ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': None},
+     'bitsandbytes-unknown'),
     *(({'quant_method': 'compressed-tensors', 'config_groups': {
         name: {'weights': {'num_bits': bits, 'type': kind, 'group_size': size}}
         for name, (kind, bits, size) in groups.items()}}, f'compressed-tensors{suffix}')
