@@ -284,7 +284,7 @@ class HostSampler(Sampler):
         self._sampling = sampling
         plan = super().begin(sampling, prompt_ids, constrained)
         if plan.repetition_penalty:
-            ids = torch.tensor(prompt_ids).unique()
+            ids = self._seen.nonzero().view(-1)
             self._seen_count = len(ids)
             self._seen_ids[:len(ids)] = ids
         return plan

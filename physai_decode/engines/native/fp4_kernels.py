@@ -21,13 +21,13 @@ by a power of 2. Scales make up for a part of it, so that products are exact, an
 rest.
 """
 
-from physai_decode.engines import compiler
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
 from physai_decode.engines.native.int4_kernels import _input
 from physai_decode.engines.native.int4_kernels import _matrix
 from physai_decode.engines.native.int4_kernels import _places
 from physai_decode.engines.native.int4_kernels import _words
+from physai_decode.engines.native.int4_kernels import compilable
 from physai_decode.engines.native.int4_kernels import SIDE
 from physai_decode.engines.native.kernels import _activated
 from physai_decode.engines.native.kernels import _finish
@@ -250,11 +250,8 @@ def _widen(packed, scales, factors, out, first, rows, K: tl.constexpr, BLOCKS: t
 
 
 # The first fits every chip.
-FP4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
-    (4, 1), (8, 1), (2, 1), (1, 1), (1, 2), (2, 2), (2, 3), (4, 3), (4, 4)))
-if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
-    FP4_LAYOUTS = tuple(sorted((each for each in FP4_LAYOUTS if each.stages == 1),
-                               key=lambda layout: layout.warps))
+FP4_LAYOUTS = compilable(tuple(Layout(TILE_ROWS, 0, *each) for each in (
+    (4, 1), (8, 1), (2, 1), (1, 1), (1, 2), (2, 2), (2, 3), (4, 3), (4, 4))))
 
 
 def widen(weight: Fp4, rows: slice, out: Tensor) -> None:

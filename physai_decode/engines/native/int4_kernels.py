@@ -407,17 +407,24 @@ def _dequantise(packed, scales, zeros, table, out, first, rows, K: tl.constexpr,
                  mask=(row < rows) & (column < K))
 
 
+def compilable(layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
+    """Return the layouts, of a kernel that copies ahead, that this Triton can compile."""
+    if compiler.PIPELINES:
+        return layouts
+    # Older versions need shared memory for each warp: few fit.
+    return tuple(sorted((each for each in layouts if each.stages == 1),
+                        key=lambda layout: layout.warps))
+
+
 # The first of each fits every chip.
 INT4_LAYOUTS = tuple(Layout(TILE_ROWS, 0, *each) for each in (
     (4, 1), (4, 3), (4, 2), (4, 0), (8, 0), (8, 1), (8, 2), (2, 3), (2, 4), (1, 1), (1, 3)))
 # Of an `Int4` with a table. Its shared memory fits into 48 KiB; with more, a launch would fail.
-TABLE_LAYOUTS = tuple(Layout(tiles * TILE_ROWS, 0, *each) for tiles, *each in (
+TABLE_LAYOUTS = compilable(tuple(Layout(tiles * TILE_ROWS, 0, *each) for tiles, *each in (
     (1, 4, 1), (1, 8, 1), (1, 2, 1), (1, 1, 1), (1, 8, 0), (1, 4, 0), (1, 2, 3), (1, 2, 4),
-    (1, 1, 3), (2, 4, 1), (4, 4, 1), (2, 8, 1), (2, 8, 0), (2, 4, 2)))
-if not compiler.PIPELINES:      # older versions need shared memory for each warp: few fit
+    (1, 1, 3), (2, 4, 1), (4, 4, 1), (2, 8, 1), (2, 8, 0), (2, 4, 2))))
+if not compiler.PIPELINES:      # with few warps first, as in `compilable`
     INT4_LAYOUTS = tuple(sorted(INT4_LAYOUTS, key=lambda layout: layout.warps))
-    TABLE_LAYOUTS = tuple(sorted((each for each in TABLE_LAYOUTS if each.stages == 1),
-                                 key=lambda layout: layout.warps))
 
 
 def widen(weight: Int4, rows: slice, out: Tensor) -> None:
