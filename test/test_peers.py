@@ -17,6 +17,8 @@
 import importlib
 import json
 from pathlib import Path
+import re
+import subprocess
 import sys
 
 import pytest
@@ -96,14 +98,18 @@ def test_measures_each_peer_with_its_own_command(peers, run, tmp_path, monkeypat
     (tmp_path / 'llama-bench').write_text(LLAMA_BENCH)
     (tmp_path / 'llama-bench').chmod(0o755)
     (tmp_path / 'generate.py').write_text(GPT_FAST)
+    git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@localhost']
+    subprocess.run([*git, 'init', '-q'], check=True)
+    subprocess.run([*git, 'commit', '-q', '--allow-empty', '-m', 'first'], check=True)
     monkeypatch.setattr(peers, 'ours', lambda options: [
         peers.Row('native', '1.0', 'decode_bench', [2.0, 4.0])])
     code, rows, printed = run(
         '--vllm', sys.executable, '--llama-bench', str(tmp_path / 'llama-bench'), '--gguf',
         'a.gguf', '--gpt-fast', str(tmp_path), '--gpt-fast-model', 'model.pth')
     assert code == 0, rows
-    assert [(row['name'], row['version']) for row in rows] == [
-        ('native', '1.0'), ('vLLM', '9.8'), ('llama.cpp', 'b1'), ('gpt-fast', '')]
+    assert [(row['name'], row['version']) for row in rows[:3]] == [
+        ('native', '1.0'), ('vLLM', '9.8'), ('llama.cpp', 'b1')]
+    assert rows[3]['name'] == 'gpt-fast' and re.fullmatch('[0-9a-f]{7,}', rows[3]['version'])
     assert rows[1]['token_ms'] == pytest.approx([1.0, 1.0])
     assert rows[2]['token_ms'] == [4.0, 5.0]
     # The fastest short answer takes 0.12 s, the long ones 0.2 and 0.3.

@@ -138,6 +138,7 @@ def gpt_fast(options: argparse.Namespace) -> Row:
         start_ms = least * min(short.token_ms)      # the first may compile more
         row.token_ms = [((least + options.tokens) * each - start_ms) / options.tokens
                         for each in row.token_ms]
+        row.version = _commit(options.gpt_fast)
     return row if short.token_ms else short
 
 
@@ -154,6 +155,15 @@ def _run(name: str, command: list[str], read: Callable[[str], tuple[str, list[fl
         return Row(name, '', shown, [], f'{type(error).__name__}: {error}')
 
 
+def _commit(clone: str) -> str:
+    try:
+        return subprocess.run(
+            ['git', '--git-dir', str(Path(clone) / '.git'), 'rev-parse', '--short', 'HEAD'],
+            capture_output=True, text=True).stdout.strip()
+    except OSError:     # there is no git
+        return ''
+
+
 def _of_python(text: str) -> tuple[str, list[float]]:
     found = json.loads(text.rpartition('PEER ')[2].partition('\n')[0])
     return found['version'], found['token_ms']
@@ -168,13 +178,13 @@ def _of_gpt_fast(text: str) -> tuple[str, list[float]]:
     rates = [float(each) for each in re.findall(r'([\d.]+) tokens/sec', text)]
     if not rates:
         raise ValueError('it printed no tokens/sec')
-    return '', [1e3 / rate for rate in rates]
+    return '', [1e3 / rate for rate in rates]      # it prints no version
 
 
 def tabulate(rows: list[Row], context: int) -> Table:
     """Create the table, with ratios to the fastest engine of this package."""
     known = [median(row.token_ms) for row in rows if row.token_ms]
-    table = Table(f'Batch 1 behind {context} tokens',
+    table = Table(f'Batch 1 behind {context:,} tokens',
                   ['decoder', 'version', 'ms per token', 'to the first row'])
     for row in rows:
         if not row.token_ms:
@@ -202,7 +212,7 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
                      color='#0072B2')
     axes.bar_label(bars, fmt='%.2f', padding=3)
     axes.invert_yaxis()
-    axes.set_xlabel(f'ms per token, batch 1, behind {options.context} tokens')
+    axes.set_xlabel(f'ms per token, batch 1, behind {options.context:,} tokens')
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)
     figure.savefig(options.out / 'peers.png', dpi=130, bbox_inches='tight')

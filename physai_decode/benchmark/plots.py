@@ -100,12 +100,13 @@ def _prompts(pyplot: Any, results: Sequence[Result], colours: Colours) -> Any:
         lengths = [each['tokens'] for each in found]
         axes.plot(lengths, [1e3 * each['ttft_p50_s'] for each in found], 'o-',
                   color=colours[name], label=name)
-        for key, style, floor in (
-                ('floor_bytes_s', '--', f'bytes, {report.weights(result["footprint"])}'),
-                ('floor_operations_s', ':', 'operations')):
+        weights = report.weights(result['footprint'])
+        for key, style, colour, floor in (
+                ('floor_bytes_s', '--', colours[name], f'bytes, {weights}'),
+                ('floor_operations_s', ':', 'black', 'operations')):
             if found[0][key] is not None and floor not in drawn:
                 drawn.add(floor)
-                axes.plot(lengths, [1e3 * each[key] for each in found], style, color='black',
+                axes.plot(lengths, [1e3 * each[key] for each in found], style, color=colour,
                           label=f'floor ({floor})')
     axes.set_xscale('log', base=2)
     axes.set_xticks(lengths, [f'{length:,}' for length in lengths])
