@@ -170,7 +170,7 @@ def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def rope_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    Merge the settings of the rotary embedding, which versions of transformers write in two objects.
+    Merge the rotary embedding's settings, which versions of transformers write in two objects.
 
     :raises ValueError: one of these is not an object.
     """
