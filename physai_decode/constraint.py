@@ -66,6 +66,8 @@ ENFORCED = frozenset((
 ANNOTATIONS = frozenset((
     '$comment', '$defs', '$id', '$schema', 'default', 'definitions', 'deprecated', 'description',
     'examples', 'readOnly', 'title', 'writeOnly'))
+_BOUNDS = 'exclusiveMaximum', 'exclusiveMinimum', 'maximum', 'minimum', 'multipleOf'
+_EXACT = 2**53                  # the library computes with numbers of 64-bit floating point
 TYPES = 'array', 'boolean', 'integer', 'null', 'number', 'object', 'string'
 _BY_NAME = '$defs', 'definitions', 'patternProperties', 'properties'
 _LISTS = 'allOf', 'anyOf', 'items', 'oneOf', 'prefixItems'
@@ -159,7 +161,8 @@ class Vocabulary:
         matcher = self._library.LLMatcher
         if form.kind == 'json_schema':
             check_schema(form.content, form.name)
-            return str(matcher.grammar_from_json_schema(content, overrides=_JSON))
+            return str(matcher.grammar_from_json_schema(
+                json.dumps(_without_draft(form.content)), overrides=_JSON))
         if form.kind == 'regex':
             return str(matcher.grammar_from_regex(content))
         kind = 'lark' if form.kind == 'calls' else form.kind
@@ -178,9 +181,9 @@ class Vocabulary:
             name = f'tools[{index}].function.parameters'
             schema = _arguments(function.get('parameters', {}))
             check_schema(schema, name)
+            schema = _without_draft(schema) | {'x-guidance': _ARGUMENTS}
             rules.append(f'call_{index}: {literal(form.before.replace("NAME", function["name"]))} '
-                         f'%json {json.dumps(schema | {"x-guidance": _ARGUMENTS})} '
-                         f'{literal(form.after)}')
+                         f'%json {json.dumps(schema)} {literal(form.after)}')
         more = '' if calls.single else f'({literal(form.between)} call){{0,{MAX_CALLS - 1}}}'
         choice = ' | '.join(f'call_{index}' for index in range(len(rules)))
         return '\n'.join((f'start: {literal(form.opens)} call {more} {literal(form.closes)}',
@@ -359,13 +362,18 @@ def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {'type': 'object', **closed, **schema}
 
 
+def _without_draft(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema without its draft, as the library ignores keywords that the draft lacks."""
+    return {keyword: value for keyword, value in schema.items() if keyword != '$schema'}
+
+
 def check_schema(schema: Any, name: str) -> None:
     """
-    Refuse a JSON Schema with keywords that are not enforced, or with wrong types.
+    Refuse a JSON Schema with keywords that are not enforced, wrong types, or rounded numbers.
 
     :param name: path of the schema in the request, for the message.
-    :raises ConstraintError: a keyword is not enforced, or a type does not exist; the message names
-        it and its place, a JSON Pointer.
+    :raises ConstraintError: a keyword is not enforced, a type does not exist, or an integer would
+        be rounded; the message names it and its place, a JSON Pointer.
     """
     if not isinstance(schema, Mapping):
         raise ConstraintError(f'{name} is {shown_json(schema)}: expected an object')
@@ -373,17 +381,39 @@ def check_schema(schema: Any, name: str) -> None:
     while found:
         each, pointer = found.pop()
         where = f'{name} at {pointer}' if pointer else name
-        for keyword in each:
-            if keyword not in ENFORCED | ANNOTATIONS:
+        for keyword, value in each.items():
+            if keyword not in ENFORCED | ANNOTATIONS or keyword == '$schema' and pointer:
                 raise ConstraintError(
                     f'{where} has the keyword {shown_json(keyword)}, which is not enforced: '
                     f'remove it; the enforced keywords are {", ".join(sorted(ENFORCED))}')
+            rounded = _rounded(keyword, value)
+            if rounded is not None:
+                raise ConstraintError(
+                    f'{where} has {rounded} in {keyword}, but integers beyond {_EXACT} would be '
+                    'rounded: use a smaller one, or a string')
+        if 'additionalItems' in each and 'prefixItems' in each:
+            raise ConstraintError(f'{where} has additionalItems beside prefixItems, which is not '
+                                  'enforced: use items instead')
         kind = each.get('type', 'object')
         kinds = kind if isinstance(kind, list) else [kind]
         if not kinds or not all(isinstance(one, str) and one in TYPES for one in kinds):
             raise ConstraintError(f'{where} has the type {shown_json(kind)}: expected one of '
                                   f'{", ".join(TYPES)}, or a list of these')
         found += _subschemas(each, pointer)
+
+
+def _rounded(keyword: str, value: Any) -> int | None:
+    """Return an integer of a keyword's value that the library would round; None without one."""
+    if keyword in _BOUNDS:      # it cuts greater ones off at 64 bits
+        return value if type(value) is int and _EXACT < abs(value) < 2**63 - 1 else None
+    found = [value] if keyword in ('const', 'enum') else []
+    while found:
+        each = found.pop()
+        if type(each) is int and abs(each) > _EXACT:
+            return each
+        found += each.values() if isinstance(each, Mapping) else \
+            each if isinstance(each, list) else ()
+    return None
 
 
 def _subschemas(schema: Mapping[str, Any],

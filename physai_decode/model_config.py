@@ -89,11 +89,16 @@ def check(config: Mapping[str, Any]) -> None:
         inner, outer = (each.get('rope_theta') for each in (part(config, key), config))
         if inner is not None and outer is not None and inner != outer:
             raise ValueError(f'rope_theta is {shown(outer)}, but {shown(inner)} in {key}')
-    newer, older = (part(config, key) for key in ('rope_parameters', 'rope_scaling'))
+    newer, older = ({**each, **_typed(each)} for each in (
+        part(config, 'rope_parameters'), part(config, 'rope_scaling')))
     for key in newer.keys() & older.keys():
         if newer[key] != older[key]:
             raise ValueError(f'{key} is {shown(newer[key])} in rope_parameters, but '
                              f'{shown(older[key])} in rope_scaling')
+    key = 'original_max_position_embeddings'
+    inner, outer = rope_settings(config).get(key), config.get(key)
+    if inner is not None and outer is not None and inner != outer:
+        raise ValueError(f'{key} is {shown(outer)}, but {shown(inner)} for the rotary embedding')
     family, classes = config.get('model_type'), config.get('architectures')
     named = {_family(each) for each in classes if type(each) is str} - {''} \
         if isinstance(classes, list) else set()
@@ -163,6 +168,22 @@ def part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value or {}
 
 
+def rope_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Merge the rotary embedding's settings, which versions of transformers write in two objects.
+
+    :raises ValueError: one of these is not an object.
+    """
+    found = {**part(config, 'rope_scaling'), **part(config, 'rope_parameters')}
+    return {**found, **_typed(found)}
+
+
+def _typed(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of a rotary embedding under its newer key; empty if it is not set."""
+    kind = rope.get('rope_type') or rope.get('type')
+    return {'rope_type': kind} if kind else {}
+
+
 def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
     Read the ids that end an answer; empty if the config sets none.
@@ -222,8 +243,10 @@ class Rope:
         :param config: of a language model.
         """
         self._config = config
-        self._rope = part(config, 'rope_parameters') or part(config, 'rope_scaling')
-        self.kind: str = self._rope.get('rope_type') or self._rope.get('type') or 'default'
+        key = 'original_max_position_embeddings'
+        outer = {} if config.get(key) is None else {key: config[key]}
+        self._rope = {**outer, **rope_settings(config)}
+        self.kind: str = self._rope.get('rope_type') or 'default'
 
     @property
     def theta(self) -> float:
@@ -322,14 +345,11 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     config = {'sliding_window': SLIDING_WINDOW, 'max_window_layers': FIRST_WINDOW_LAYER, **config}
     if not slides or config['sliding_window'] is None:
         return (0,) * layers
-    window = number(config, 'sliding_window')
-    if family == 'mistral':
-        return (window,) * layers
-    kinds = config.get('layer_types')
-    if kinds is None:
-        first = number(config, 'max_window_layers')
-        return tuple(window if index >= first else 0 for index in range(layers))
-    return windows_by_kind(kinds, layers, window)
+    window, kinds = number(config, 'sliding_window'), config.get('layer_types')
+    if kinds is not None:
+        return windows_by_kind(kinds, layers, window)
+    first = 0 if family == 'mistral' else number(config, 'max_window_layers')
+    return tuple(window if index >= first else 0 for index in range(layers))
 
 
 def windows_by_kind(kinds: Any, layers: int, window: int) -> tuple[int, ...]:

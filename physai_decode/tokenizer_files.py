@@ -85,8 +85,7 @@ def _from_file(folder: Path) -> Any:
     further = [_content(token, key) for key in _LISTS for token in _listed(named.get(key))]
     # A token that the config names is special, even if the file says otherwise. If the file lacks
     # it, it stays text.
-    backend.add_special_tokens([name for name in dict.fromkeys((*special.values(), *further))
-                                if backend.token_to_id(name) is not None])
+    _make_special(backend, (*special.values(), *further))
     known = {key: name for key, name in special.items() if backend.token_to_id(name) is not None}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **known)
     _set_templates(tokenizer, folder, config)
@@ -172,18 +171,32 @@ def _check_sample(tokenizer: Any, lacks: str) -> None:
 
 
 def _add(backend: Any, listed: Mapping[str, Any]) -> None:
-    """Add tokens that only the config has, and check that both agree on all ids."""
+    """Add the tokens of the config, whose flags take precedence, and check that the ids agree."""
     from tokenizers import AddedToken
 
-    for id_, token in sorted((int(id_), token) for id_, token in listed.items()):
-        name = token['content']
-        if backend.token_to_id(name) is None:
-            backend.add_tokens([AddedToken(**{
-                key: value for key, value in token.items() if key != '__type'})])
-        if backend.token_to_id(name) != id_:
+    known, tokens = backend.get_added_tokens_decoder(), {
+        int(id_): AddedToken(**{key: value for key, value in token.items() if key != '__type'})
+        for id_, token in sorted(listed.items(), key=lambda item: int(item[0]))}
+    # Two are equal if their contents are, whatever their flags.
+    backend.add_tokens([token for id_, token in tokens.items()
+                        if repr(token) != repr(known.get(id_))])
+    for id_, token in tokens.items():
+        if backend.token_to_id(token.content) != id_:
             raise TextError(
-                f'tokenizer_config.json gives {shown(name)} the id {id_}, tokenizer.json gives it '
-                f'{backend.token_to_id(name)}: {_AGAIN}')
+                f'tokenizer_config.json gives {shown(token.content)} the id {id_}, tokenizer.json '
+                f'gives it {backend.token_to_id(token.content)}: {_AGAIN}')
+
+
+def _make_special(backend: Any, names: Iterable[str]) -> None:
+    """Make tokens special if the vocabulary has them; their other flags stay as they are."""
+    from tokenizers import AddedToken
+
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    tokens = [known.get(name) or AddedToken(name, normalized=False)
+              for name in dict.fromkeys(names) if backend.token_to_id(name) is not None]
+    for token in tokens:
+        token.special = True
+    backend.add_special_tokens(tokens)
 
 
 def _listed(value: Any) -> Iterable[Any]:

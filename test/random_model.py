@@ -40,6 +40,8 @@ FAMILIES = {
         'high_freq_factor': 4.0, 'original_max_position_embeddings': 64}},
     'mistral': {'sliding_window': None},
     'mistral_window': {'sliding_window': 48},
+    'mistral_between': {        # the library loads it as a ministral
+        'sliding_window': 48, 'layer_types': ['full_attention', 'sliding_attention']},
     'qwen2': {},
     'qwen2_tied': {'tie_word_embeddings': True},
     'qwen2_window': {

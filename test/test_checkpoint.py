@@ -311,6 +311,8 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
     ({'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0},
       'rope_scaling': {'rope_type': 'yarn', 'factor': 8.0}},
      'factor is 4.0 in rope_parameters, but 8.0 in rope_scaling'),
+    ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'type': 'yarn'}},
+     'rope_type is "default" in rope_parameters, but "yarn" in rope_scaling'),
     ({'architectures': ['BertModel']},
      'architectures is ["BertModel"], but model_type is "llama"'),
     ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, 'model_type is "granite"'),

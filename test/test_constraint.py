@@ -40,6 +40,7 @@ from physai_decode.engines import device as devices
 from physai_decode.engines.native import start
 from physai_decode.engines.native.engine import NativeEngine
 from physai_decode.engines.transformers.engine import TransformersEngine
+from physai_decode.request import Calls
 from physai_decode.request import Form
 from physai_decode.request import Request
 import pytest
@@ -372,6 +373,13 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
     ('json_schema', {'allOf': [{'anyOf': [record({f'{a}{b}': WORD}) for b in range(9)]}
                                for a in range(9)]}, 'cannot be used'),
     ('json_schema', {'type': 'integer', 'multipleOf': 10**9 + 7}, 'fuel'),
+    *(('json_schema', schema, '9007199254740993 in .* would be rounded')
+      for schema in ({'const': 2**53 + 1}, {'enum': [1, {'a': [2**53 + 1]}]},
+                     {'type': 'integer', 'minimum': 2**53 + 1})),
+    ('json_schema', {'items': {'enum': [-2**60]}}, 'at /items has -1152921504606846976 in enum'),
+    ('json_schema', {'type': 'array', 'prefixItems': [{'const': 1}], 'additionalItems': False},
+     'additionalItems beside prefixItems'),
+    ('json_schema', {'items': {'$schema': 'http://json-schema.org/draft-07/schema#'}}, 'schema'),
     ('regex', '(a', 'cannot be used'),
     ('regex', r'(a)\1', 'backreferences'),
     ('grammar', 'root ::= (', 'cannot be used'),
@@ -380,6 +388,28 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
 def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
     with pytest.raises(ConstraintError, match=words):
         vocabulary.constraint(Form(kind, content, 'name'))
+
+
+@pytest.mark.parametrize('draft', [
+    'http://json-schema.org/draft-04/schema#', 'http://json-schema.org/draft-07/schema#',
+    'https://json-schema.org/draft/2019-09/schema'])
+@pytest.mark.parametrize(('schema', 'good', 'bad'), [
+    ({'const': 1}, '1', '2'), ({'type': 'array', 'prefixItems': [{'const': 1}]}, '[1]', '[2]'),
+    ({'type': 'array', 'items': [{'enum': [1]}], 'additionalItems': False}, '[1]', '[1,1]')],
+    ids=str)
+@pytest.mark.parametrize('tool', [False, True])
+def test_enforces_keywords_that_the_draft_lacks(schema, good, bad, draft, tool, vocabulary,
+                                                tokenizer):
+    form = Form('json_schema', {'$schema': draft, **schema}, 'name')
+    if tool:
+        tools = ({'type': 'function', 'function': {'name': 'go', 'parameters': {
+            '$schema': draft, 'properties': {'a': schema}, 'required': ['a']}}},)
+        form = Form('calls', Calls('hermes', tools, True), 'tools')
+        good, bad = (f'<tool_call>\n{{"name": "go", "arguments": {{"a": {each}'
+                     for each in (good, bad))
+    for text, fits in ((good, True), (bad, False)):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert (vocabulary.constraint(form).fits(ids) == len(ids)) == fits
 
 
 def test_allows_the_end_token_only_if_the_answer_is_complete(vocabulary, tokenizer):

@@ -241,9 +241,9 @@ def state_fields(**changed):
     return lambda it: quant_state({**json.loads(bytes(it.tolist())), **changed})(it)
 
 
-def filled(number):
-    """Return a change that fills a tensor with a number."""
-    return lambda it: torch.full_like(it.float(), number).to(it.dtype)
+def filled(number, dtype=None):
+    """Return a change that fills a tensor with a number, stored as another dtype if given."""
+    return lambda it: torch.full_like(it.float(), number).to(dtype or it.dtype)
 
 
 MODULE = 'model.layers.1.mlp.down_proj'
@@ -307,6 +307,9 @@ def weights(**changed):
     ('fp8-block', {'config': lambda it: it.update(weight_block_size=[128, 48])}, ('of 48',)),
     ('fp8-block', {'config': lambda it: it.update(weight_block_size=[128, 64])},
      ('weight_scale_inv', '[1, 1]', '[1, 2]')),
+    *((name, {'replace': {end: filled(120, torch.uint8)}}, (MODULE, 'scales', 'torch.uint8'))
+      for name, end in (('fp8-block', 'weight_scale_inv'), ('modelopt-fp8', 'weight_scale'),
+                        ('awq-g64', 'scales'))),
     ('fp8-tensor', {'replace': {'weight_scale': lambda it: None}},
      (MODULE, 'no tensor', 'weight_scale,')),
     ('fp8-tensor', {'replace': {'weight_scale': lambda it: torch.ones(3)}}, (MODULE, '[3]')),

@@ -29,7 +29,9 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 2}}, 'linear', 5e5),
     ({'rope_theta': 5e5, 'rope_scaling': LLAMA3}, 'llama3', 5e5),
     ({'rope_parameters': {**LLAMA3, 'rope_theta': 5e5}}, 'llama3', 5e5),
-    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, 'default', 5e5)])
+    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, 'default', 5e5),
+    ({'rope_parameters': {'rope_theta': 5e5}, 'rope_scaling': LLAMA3}, 'llama3', 5e5),
+    ({'rope_parameters': {'rope_theta': 5e5}, 'rope_scaling': {'type': 'yarn'}}, 'yarn', 5e5)])
 def test_reads_rope_in_old_and_new_spellings(config, kind, theta):
     rope = Rope(config)
     assert (rope.kind, rope.theta, rope.partial) == (kind, theta, 1.0)
@@ -79,10 +81,22 @@ def test_rejects_a_wrong_number_when_it_is_read(rope, name):
         getattr(read, attribute)
 
 
+def test_original_context_may_be_outside_the_rope_settings():
+    key = 'original_max_position_embeddings'
+    config = {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}, key: 64}
+    assert (Rope(config).original_context, Rope(config).stretched_context) == (64, 256)
+    model_config.check({'rope_scaling': YARN, key: 64})
+    with pytest.raises(ValueError, match=f'{key} is 128, but 64'):
+        model_config.check({'rope_scaling': YARN, key: 128})
+
+
 @pytest.mark.parametrize(('config', 'expected'), [
     ({'model_type': 'llama', 'use_sliding_window': True, 'sliding_window': 8}, (0, 0, 0)),
     ({'model_type': 'mistral'}, (4096,) * 3),
     ({'model_type': 'mistral', 'sliding_window': None}, (0, 0, 0)),
+    ({'model_type': 'mistral', 'layer_types': None}, (4096,) * 3),
+    ({'model_type': 'mistral', 'sliding_window': 8,
+      'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention']}, (0, 8, 8)),
     ({'model_type': 'qwen2', 'sliding_window': 8}, (0, 0, 0)),
     ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True}, (0, 0, 0)),
     ({'model_type': 'qwen3', 'sliding_window': 8, 'use_sliding_window': True,

@@ -27,6 +27,7 @@ from test_text import CHATML
 from test_text import llama_like
 from test_text import qwen_like
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 AUTO = ChatConfig()
 SENTENCE = 'Pick up the red cube.'
@@ -81,6 +82,29 @@ def test_adds_a_token_that_only_the_config_has(folder):
     size = Tokenizer.from_file(str(folder / 'tokenizer.json')).get_vocab_size()
     configure(folder, added_tokens_decoder={str(size): {'content': '<x>', 'special': True}})
     assert load_tokenizer(str(folder)).backend_tokenizer.token_to_id('<x>') == size
+
+
+@pytest.mark.parametrize('by_config', [False, True])
+@pytest.mark.parametrize('flags', [{'rstrip': True}, {'lstrip': True}, {'single_word': True}])
+@pytest.mark.parametrize('token', ['<|im_start|>', '<|im_end|>'])       # the second is named
+def test_flags_of_added_tokens_are_those_of_the_library(folder, token, flags, by_config):
+    """Those in the config take precedence."""
+    path = folder / 'tokenizer.json'
+    state = json.loads(path.read_text())
+    found = next(each for each in state['added_tokens'] if each['content'] == token)
+    if not by_config:
+        found.update(flags)
+        path.write_text(json.dumps(state))
+    configure(folder, tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', **({
+        'added_tokens_decoder': {str(found['id']): {
+            key: value for key, value in {**found, **flags}.items() if key != 'id'}}}
+        if by_config else {}))
+    ours, expected = (load(folder).backend_tokenizer for load in (
+        lambda folder: load_tokenizer(str(folder)), AutoTokenizer.from_pretrained))
+    for text in (f'a {token} \n b', f'a{token}b {token}'):
+        assert ours.encode(text).ids == expected.encode(text).ids
+    added = ours.get_added_tokens_decoder()[found['id']]
+    assert all(getattr(added, key) is value for key, value in flags.items())
 
 
 def test_named_tokens_are_special_although_tokenizer_json_denies_it(folder):

@@ -50,9 +50,11 @@ def pack(nibbles: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     :param size: columns per group.
     :param g_idx: group of each column, int [K]; None: groups are contiguous.
     :param table: 16 numbers; a weight is then scale * table[nibble].
-    :raises EngineError: the groups do not match the shapes, or the scales do not fit float16.
+    :raises EngineError: the groups do not match the shapes, or the scales are not floats or do
+        not fit float16.
     """
     columns, rows = nibbles.shape
+    _check_floats(scales)
     order = group_order(g_idx, size, columns)
     if order is not None:
         nibbles = nibbles[order.long()]
@@ -91,9 +93,11 @@ def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, size: int,
     :param zeros: zero points, integers [N, groups]; None: all are 0.
     :param size: columns per group.
     :param g_idx: group of each column, int [K]; None: groups are contiguous.
-    :raises EngineError: the groups do not match the shapes, or a value is NaN.
+    :raises EngineError: the groups do not match the shapes, the scales are not floats, or a value
+        is NaN.
     """
     columns = values.shape[1]
+    _check_floats(scales)
     if values.is_floating_point() and bool((values.view(torch.int8) & 0x7F == 0x7F).any()):
         raise EngineError('it has weights that are NaN: download the model again')
     order = group_order(g_idx, size, columns)
@@ -145,6 +149,13 @@ def fp4(codes: Tensor, scales: Tensor, factors: Tensor) -> Fp4:
         fragments(packed.transpose(1, 2)),
         scale_fragments(tiled(bits & 0x7F, FP4_GROUP // FP4_COLUMNS).transpose(1, 2)),
         factors.expand(rows).contiguous(), None, rows, columns)
+
+
+def _check_floats(scales: Tensor) -> None:
+    """Refuse integers, which may be exponents: bytes of the type E8M0."""
+    if not scales.is_floating_point():
+        raise EngineError(f'its scales are stored as {scales.dtype}, not as floats: download the '
+                          'model again, or set engine.name to transformers')
 
 
 def _check_scales(*scales: Tensor) -> None:

@@ -80,4 +80,5 @@ def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
     said = {'rope_theta': config['rope_theta' if whole else 'rope_local_base_freq'],
             **part(part(config, 'rope_parameters'), kind),
             **(part(config, 'rope_scaling') if whole else {})}
-    return rotary.read(Rope({**config, 'rope_parameters': said}), number(config, 'head_dim'))
+    return rotary.read(Rope({**config, 'rope_parameters': said, 'rope_scaling': None}),
+                       number(config, 'head_dim'))

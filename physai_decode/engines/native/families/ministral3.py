@@ -21,8 +21,8 @@ from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.families import shared
 from physai_decode.model_config import number
-from physai_decode.model_config import part
 from physai_decode.model_config import Rope
+from physai_decode.model_config import rope_settings
 
 _DEFAULTS: dict[str, Any] = {
     'vocab_size': 131072, 'hidden_size': 4096, 'intermediate_size': 14336,
@@ -36,7 +36,7 @@ _ROPE = {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 16.0, 'beta_fast': 32
 def parse(config: Mapping[str, Any]) -> Architecture:
     """See `families.Family`."""
     config = {**_DEFAULTS, **config}
-    said = part(config, 'rope_parameters') or part(config, 'rope_scaling') or _ROPE
+    said = rope_settings(config) or _ROPE
     config['rope_parameters'] = said
     window = config['sliding_window']
     if window is not None:

@@ -25,8 +25,8 @@ from physai_decode.engines.native.families import rotary
 from physai_decode.engines.native.families import shared
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import number
-from physai_decode.model_config import part
 from physai_decode.model_config import Rope
+from physai_decode.model_config import rope_settings
 
 _DEFAULTS: dict[str, Any] = {
     'vocab_size': 32064, 'hidden_size': 3072, 'intermediate_size': 8192, 'num_hidden_layers': 32,
@@ -47,8 +47,8 @@ def parse(config: Mapping[str, Any]) -> Architecture:
 
 
 def _rotary(config: Mapping[str, Any]) -> Rotary:
-    said = part(config, 'rope_scaling') or part(config, 'rope_parameters')
-    kind = said.get('rope_type') or said.get('type') or 'default'
+    said = rope_settings(config)
+    kind = said.get('rope_type', 'default')
     rope = Rope({**config, 'rope_parameters': {
         'rope_theta': config.get('rope_theta'),
         'partial_rotary_factor': config.get('partial_rotary_factor', 1.0), **said,

@@ -28,6 +28,7 @@ from physai_decode.config import shown_json as shown
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families.refusal import unsupported
 from physai_decode.model_config import part
+from physai_decode.model_config import rope_settings
 
 _NESTED = (('model.language_model.', 'lm_head'), ('model.', 'lm_head'),
            ('language_model.model.', 'language_model.lm_head'))
@@ -64,8 +65,7 @@ def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], defa
 
 def _one_axis(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return the overrides that reduce multi-axis positions (mrope) to plain ones."""
-    key = 'rope_scaling' if part(text, 'rope_scaling') else 'rope_parameters'
-    rope = part(text, key)
-    if 'mrope' not in (rope.get('rope_type'), rope.get('type')):
+    rope = rope_settings(text)
+    if rope.get('rope_type') != 'mrope':
         return {}
-    return {key: {**rope, 'rope_type': 'default', 'type': 'default'}}
+    return {'rope_parameters': {**rope, 'rope_type': 'default'}, 'rope_scaling': None}
