@@ -86,11 +86,20 @@ def probe():
 @pytest.mark.parametrize(('state', 'signum'), [*zip(PARAMETERS, cycle(SIGNALS))])
 def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
     """The exit code is 0, the node leaves the ROS graph, and stderr has only log lines."""
+    end_node(probe, request, state, signum, f'decode_{state}')
+    if state not in ('loading', 'generating', 'stalled'):       # there, a thread still hangs
+        # On a busy machine, the message that a node leaves can be lost, but not twice.
+        assert leaves(probe, f'decode_{state}') or (
+            end_node(probe, request, state, signum, f'decode_{state}_again')
+            and leaves(probe, f'decode_{state}_again'))
+
+
+def end_node(probe, request, state, signum, name):
+    """Bring a node into a state, send a signal, and check how it ends."""
     states = []
     subscription = probe.create_subscription(
         DiagnosticArray, '/diagnostics',
         lambda message: states.append(message.status[2].values[0].value), 10)
-    name = f'decode_{state}_{signum.name}'
     prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
     process = subprocess.Popen(
         [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
@@ -112,13 +121,17 @@ def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
         probe.destroy_subscription(subscription)
         probe.destroy_publisher(prompt)
     assert process.returncode == 0
-    if state not in ('loading', 'generating', 'stalled'):       # there, a thread still hangs
-        for _ in range(100):
-            if name not in probe.get_node_names():
-                break
-            rclpy.spin_once(probe, timeout_sec=0.1)
-        assert name not in probe.get_node_names()
     assert [line for line in stderr.splitlines() if not LOG_LINE.match(line)] == []
+    return True
+
+
+def leaves(probe, name):
+    """Whether a node leaves the ROS graph before its lease ends, which takes 20 s."""
+    for _ in range(100):
+        if name not in probe.get_node_names():
+            return True
+        rclpy.spin_once(probe, timeout_sec=0.1)
+    return False
 
 
 @pytest.mark.parametrize('signum', SIGNALS, ids=lambda each: each.name)
