@@ -215,8 +215,8 @@ def _untemplated(template: str) -> str:
     if template != 'none':
         return ''
     return ('the model has no chat template, so it continues prompts as they are: copy or '
-            'download its JSON files and chat_template.jinja again, or, if it was not trained for chat, '
-            'set chat.template to off')
+            'download its JSON files and chat_template.jinja again, or, if it was not trained for '
+            'chat, set chat.template to off')
 
 
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
