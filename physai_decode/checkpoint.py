@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+import errno
 from fnmatch import fnmatch
 from functools import cached_property
 import json
@@ -60,6 +61,9 @@ _MAX_BYTES = {
 _POINTER = b'version https://git-lfs'
 _NO_GGUF = ('get the model in Hugging Face layout, with safetensors, or serve the file with '
             'llama-server and set engine.name to openai')
+# Of a folder that cannot be written.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
+                errno.ENOTDIR)
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -328,6 +332,11 @@ def _download(path: str, revision: str, parameter: str) -> Path:
             path, revision=revision or None, allow_patterns=_DOWNLOADED, ignore_patterns=['*/*']))
     # The client raises its own errors and those of its HTTP library and the operating system.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise EngineError(
+                f'{parameter} {path!r} could not be downloaded from the hub '
+                f'({first_line(error)}): set HF_HOME in the environment to a folder that can be '
+                'written, with space for the model') from None
         raise EngineError(
             f'{parameter} {path!r} is not a local folder and could not be downloaded from the hub '
             f'({first_line(error)}): on a machine with network access, run '

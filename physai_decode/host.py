@@ -210,6 +210,15 @@ def _endless(engine: Engine | None) -> str:
             'string: the model folder names no end token; copy or download its JSON files again')
 
 
+def _untemplated(template: str) -> str:
+    """Return a warning if the model has no chat template, as in a folder without its file."""
+    if template != 'none':
+        return ''
+    return ('the model has no chat template, so it continues prompts as they are: copy or '
+            'download its JSON files and chat_template.jinja again, or, if it was not trained for '
+            'chat, set chat.template to off')
+
+
 def _load_server(config: DecodeConfig, progress: Callable[[str], None]) -> Loaded:
     """Set up a server, which need not answer yet, and load the fallback engine."""
     server = openai.Server(config.remote, os.environ.get(openai.KEY_VARIABLE, ''))
@@ -328,7 +337,8 @@ class Host:
             self.telemetry = Telemetry(self.loaded.device_footprint)
             unused = _unused_gpu(config, self.loaded.device_footprint)
             for each in (*self.loaded.warnings, self.telemetry.problem, unused,
-                         _endless(self.loaded.engine)):
+                         _endless(self.loaded.engine),
+                         _untemplated(self.loaded.facts.get('chat_template', ''))):
                 if each:
                     self._warn(each)
             return self.loaded

@@ -269,7 +269,9 @@ def parse_value(text: str, name: str) -> Any:
     """
     try:
         return json.loads(text, **STRICT_JSON)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise RequestError(f'{name} is nested too deeply') from None
+    except ValueError as error:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f'{name} is not valid JSON: {error}') from None
@@ -612,10 +614,18 @@ def _float(text: str) -> float:
     return value
 
 
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:                  # more digits than Python converts
+        raise RequestError(f'{shown(text)} is too large for a number') from None
+
+
 def _no_number(text: str) -> NoReturn:
     raise RequestError(f'{text} is not a number in JSON')
 
 
 # Arguments of json's parsers that refuse duplicate fields and numbers that are not finite.
 STRICT_JSON: dict[str, Any] = {
-    'object_pairs_hook': _object, 'parse_float': _float, 'parse_constant': _no_number}
+    'object_pairs_hook': _object, 'parse_float': _float, 'parse_int': _int,
+    'parse_constant': _no_number}

@@ -95,7 +95,7 @@ def _decoded(text: str, begin: int, complete: bool) -> tuple[Any, int] | None:
         if complete or not truncated:
             raise Unreadable(f'it is not JSON: {error}') from None
         return None
-    except ValueError as error:         # of STRICT_JSON, or an integer with too many digits
+    except ValueError as error:         # of STRICT_JSON
         raise Unreadable(f'it is not JSON: {error}') from None
 
 

@@ -104,7 +104,7 @@ def test_sends_the_options_with_the_request(rig):
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout) == (1, '')
     assert '"max_token" is not a field of a request' in done.stderr
-    for options in ('{', '[1]'):
+    for options in ('{', '[1]', '[' * 50_000):
         done = ask('hello', '--options', options)
         assert (done.returncode, done.stdout) == (2, '')
         assert 'is not ' in done.stderr

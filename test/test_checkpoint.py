@@ -14,6 +14,7 @@
 
 """`checkpoint.inspect` and `checkpoint.locate`: valid model folders, and the errors for others."""
 
+import errno
 import json
 import os
 import struct
@@ -588,6 +589,16 @@ def test_hub_id_without_a_network(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', unreachable)
     with pytest.raises(EngineError, match='hf download some-org/some-model --local-dir'):
+        checkpoint.locate('some-org/some-model')
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_hub_id_without_a_folder_for_the_download(monkeypatch, number):
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', full)
+    with pytest.raises(EngineError, match=f'{os.strerror(number)}.: set HF_HOME in the envir'):
         checkpoint.locate('some-org/some-model')
 
 

@@ -249,6 +249,8 @@ FORM = ('a params file begins with `/**:` and `ros__parameters:`, as in config/d
 
 
 @pytest.mark.parametrize(('content', 'advice'), [
+    ('/**: {ros__parameters: {realtime: {cpu_affinity: [0, 1.5]}}}',
+     'give all values of the list one type, such as [0.0, 1.5]'),
     ('model.path: a', FORM), ('a: {ros__parameters: 7}', FORM),
     ('/**:\n  ros__parameters:\n    model: {path: builtin:tiny_planner}', FORM),
     ('/**:\n  ros__parameters:\n    autostart: true\n\tchat: off',

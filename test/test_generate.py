@@ -515,7 +515,8 @@ def sampled(**values):
 
 @needs_msgs
 @pytest.mark.parametrize(('goal', 'message'), [
-    (lambda: Generate.Goal(), r'one of prompt \(a string\), messages'),
+    (lambda: Generate.Goal(), 'the goal has no prompt: set prompt, messages_json, or raw_prompt'),
+    (lambda: Generate.Goal(options_json='{"top_k": 1}'), 'the goal has no prompt'),
     (lambda: Generate.Goal(prompt='x', messages_json='[]'), 'prompt and messages were given'),
     (lambda: Generate.Goal(messages_json='[}'), 'messages_json is not valid JSON'),
     (lambda: Generate.Goal(messages_json='{}'), 'messages is {}'),

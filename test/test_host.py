@@ -19,6 +19,7 @@ from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
 import re
+import shutil
 from types import SimpleNamespace
 
 from fake_engine import CharacterText
@@ -26,6 +27,7 @@ from fake_engine import FakeEngine
 from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import host as host_module
+from physai_decode.config import ChatConfig
 from physai_decode.config import ConfigError
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
@@ -150,6 +152,20 @@ def test_warns_if_no_token_ends_an_answer(monkeypatch, ends):
         device='cpu'), roofline=RooflineConfig(100.0)), build, monkeypatch)[1]
     assert [each.partition(',')[0] for each in warnings] == [
         'no token ends an answer'] * (not ends)
+
+
+@pytest.mark.parametrize(('template', 'lacks'), [('auto', True), ('off', True), ('auto', False)])
+def test_warns_of_a_folder_without_a_chat_template(monkeypatch, tmp_path, template, lacks):
+    folder = tmp_path / 'model'
+    shutil.copytree(checkpoint.locate(ModelConfig.path), folder)
+    if lacks:
+        (folder / 'tokenizer_config.json').unlink()
+    _, warnings = load(DecodeConfig(
+        model=ModelConfig(str(folder)), engine=EngineConfig(device='cpu'),
+        chat=ChatConfig(template), roofline=RooflineConfig(100.0)),
+        lambda *arguments: FakeEngine(), monkeypatch)
+    warned = [each for each in warnings if each.startswith('the model has no chat template, so ')]
+    assert len(warned) == (lacks and template == 'auto')
 
 
 @pytest.mark.parametrize('drafts', [True, False])

@@ -450,7 +450,8 @@ def test_rejection_keeps_the_id(rig, fields):
 @pytest.mark.parametrize(('body', 'message'), [
     (b'', 'is not valid JSON'), (b'{', 'is not valid JSON'), (b'[]', 'expected a JSON object'),
     (b'\xff', 'not UTF-8'), (b'{"a": 1, "a": 2}', 'given twice'), (b'{"n": NaN}', 'NaN'),
-    (b'[' * 100000, 'is not valid JSON')])
+    (b'[' * 100000, 'the body is nested too deeply'),
+    (b'{"n": ' + b'9' * 5000 + b'}', 'is too large for a number')])
 def test_rejects_a_body_that_is_not_an_object(rig, body, message):
     status, _, answer = rig.request('POST', CHAT, body)
     assert status == 400 and message in answer['error']['message']

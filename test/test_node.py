@@ -589,6 +589,12 @@ def test_deadlines_reach_diagnostics(make):
     assert rig.requests()[0]['finish_reason'] == 'deadline'
 
 
+def test_refusal_by_rclpy_names_the_parameter(rig, capfd):
+    successful, reason = rig.set(use_sim_time='yes')
+    assert not successful and reason.startswith('use_sim_time: ')
+    rig.wait(lambda: 'parameter refused: use_sim_time: ' in capfd.readouterr().err)
+
+
 def test_applies_all_parameters_of_a_call_or_none(rig):
     """The message for a wrong one has its name, its value and the allowed values."""
     successful, reason = rig.set('set_parameters_atomically',

@@ -103,6 +103,7 @@ def test_warns_of_a_json_request_on_the_wrong_topic(active, capfd):
     ({'id': 'x', 'prompt': 'a', 'top': 1}, 'x', '"top" is not a field of a request'),
     ({'id': 'x', 'prompt': 'a', 'temperature': 10**400}, 'x', 'temperature is 1000'),
     ({'id': 'x', 'prompt': 'a', 'deadline': {'\ud800': 1}}, 'x', r'"deadline.\ud800" is no'),
+    ('{"seed": ' + '9' * 4500 + '}', None, 'is too large for a number'),
     ({'id': 'x'}, 'x', 'none was given'),
     ({'prompt': 'a' * 6000}, None, 'the request has more than 5000 bytes'),
     ({'id': 'x', 'prompt': ''}, 'x', 'the prompt is empty'),

@@ -283,8 +283,8 @@ def _parser() -> argparse.ArgumentParser:
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f'{text!r:.200} is not JSON: {error}') from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object')
     return value

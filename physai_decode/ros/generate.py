@@ -382,6 +382,9 @@ def _fields(goal: Any) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise RequestError('options_json is not a JSON object: expected one such as '
                            '{"response_format": {"type": "json_object"}}')
+    if not {**fields, **options}.keys() & {'prompt', 'messages', 'raw_prompt'}:
+        raise RequestError('the goal has no prompt: set prompt, messages_json, or raw_prompt in '
+                           'options_json')
     for name in options:
         if name in fields:
             raise RequestError(f'{name} is set in a field of the goal and in options_json: '

@@ -378,7 +378,10 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         except ConfigError as error:
             return self._refused(error)
         result = super().set_parameters_atomically(parameter_list)
-        if result.successful and self._ready and self._host.worker is not None:
+        if not result.successful:       # by rclpy, whose reason does not always have the name
+            names = ', '.join(parameter.name for parameter in parameter_list)
+            return self._refused(ConfigError(f'{names}: {result.reason}'))
+        if self._ready and self._host.worker is not None:
             self._host.update(parameters.read(self))
         return result
 

@@ -96,6 +96,8 @@ def _advice(error: Exception, files: list[str]) -> str:
     """Say what to do about an error of rclpy, if that is known."""
     if 'failed to initialize logging' in str(error):
         return ': set ROS_LOG_DIR to a folder that can be written'
+    if 'Sequence should be of same type' in str(error):
+        return ': give all values of the list one type, such as [0.0, 1.5]'
     if "Couldn't parse params file" in str(error):
         return f': {params_files.advice(files)}'
     if "Couldn't parse parameter override rule" in str(error):
