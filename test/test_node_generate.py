@@ -105,7 +105,7 @@ def test_cancels_a_goal_within_a_step(rig):
 
 
 @pytest.mark.parametrize(('fields', 'message'), [
-    ({'prompt': ''}, 'none was given'), ({'prompt': 'a' * 300}, '300 tokens long'),
+    ({'prompt': ''}, 'the goal has no prompt'), ({'prompt': 'a' * 300}, '300 tokens long'),
     ({'prompt': 'a', 'options_json': '{"top": 1}'}, '"top" is not a field'),
     ({'prompt': 'a', 'messages_json': '[]'}, 'prompt and messages were given')])
 def test_rejects_goals_that_it_cannot_serve(rig, fields, message):
