@@ -19,6 +19,7 @@ Run ``python compile_kernels.py 90`` in a process of its own, because the other 
 interpreter.
 """
 
+from itertools import product
 import re
 import sys
 
@@ -31,6 +32,9 @@ from physai_decode.engines.native import lookup
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import prefill_kernels
 from physai_decode.engines.native import scaled_kernels
+from physai_decode.engines.native.linear import Int4
+from physai_decode.engines.native.prefill import rule
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -273,6 +277,16 @@ def prefill(build, half, capability):
         assert all(word in made.asm['ptx'] for word in ('lop3.b32', matrix))
         # The next iteration overwrites the weights' registers, so it must wait for all products.
         assert not re.search(r'wgmma.wait_group.sync.aligned [^0]', made.asm['ptx'])
+    if capability // 10 in (10, 11):    # with more tensor memory, a kernel cannot be loaded
+        weight = Int4(torch.empty(1, 1, 16 * 128), *(None,) * 4, 37888, 3584)
+        for tokens, gated in product((16, 64, 128, 256, 512), (False, True)):
+            tiling = rule(weight, tokens, gated, 20, 232448, True)
+            if tiling.rows:
+                made = build(own._int4, warps=tiling.warps, x=half, out=half if gated else 'fp32',
+                             GROUP=128, TILES=tiling.rows // 16, TOKENS=tiling.tokens,
+                             STAGES=tiling.stages, EXACT=True, GATED=gated, GELU=False,
+                             BIAS=False, ZEROS=False, PLACED=False, ASSEMBLY=True)
+                assert made.metadata.tmem_size <= 512
     compiled(own._unpack, capability, half, out=half, GROUP=128, TILES=4, ZEROS=True,
              ASSEMBLY=True)
 

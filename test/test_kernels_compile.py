@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Each kernel compiles for compute capabilities 7.5 (the oldest supported), 8.0 and 9.0."""
+"""Each kernel compiles for compute capabilities 7.5 (the oldest supported), 8.0, 9.0 and 11.0."""
 
 import os
 from pathlib import Path
@@ -21,15 +21,17 @@ import sys
 
 import pytest
 
-pytest.importorskip('triton')
+triton = pytest.importorskip('triton')
 # This limit only catches hangs: a capability takes a minute of a core, and much longer on a busy
 # machine. It is below pytest's limit in setup.cfg, which would end all tests.
 LIMIT_S = 850
 SCRIPT = Path(__file__).with_name('compile_kernels.py')
+VERSION = tuple(int(number) for number in triton.__version__.split('.')[:2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('capability', [75, 80, 90])
+@pytest.mark.parametrize('capability', [75, 80, 90, pytest.param(
+    110, marks=pytest.mark.skipif(VERSION < (3, 7), reason='Triton 3.7 is the first to know it'))])
 def test_kernels_compile(capability):
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, str(SCRIPT), str(capability)], env=environment,

@@ -41,6 +41,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
 H100 = 132, 232448
 L4 = 58, 101376
+THOR = 20, 232448, True
 
 
 make = pytest.fixture(maker)
@@ -154,7 +155,7 @@ def test_attention(make, start, count, window, splits):
     assert_close(out[:count], expected)
 
 
-@pytest.mark.parametrize('chip', [H100, L4])
+@pytest.mark.parametrize('chip', [H100, L4, THOR])
 @pytest.mark.parametrize('tokens', [16, 64, 128, 512, 2048])
 @pytest.mark.parametrize('gated', [False, True])
 def test_tiles_fit_in_shared_memory(chip, tokens, gated):
@@ -169,3 +170,5 @@ def test_tiles_fit_in_shared_memory(chip, tokens, gated):
         assert tiling.stages * room <= chip[1]
         assert not gated or tiling.splits == 1
         assert tokens % tiling.tokens == 0
+        if chip is THOR and wide == 4:
+            assert tiling.rows * tiling.tokens <= 8192

@@ -60,6 +60,11 @@ def shared_bytes(device: torch.device) -> int:
     return actual if pretended(device) is None else min(actual, listed)
 
 
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether the tensor cores add up in a memory of their own, as in a B200 and a Jetson Thor."""
+    return capability(device)[0] in (10, 11)
+
+
 @cache
 def _forced(value: str | None) -> tuple[int, int] | None:
     if not value:

@@ -57,6 +57,7 @@ ROTATED_HEADS = 4                       # heads that a program rotates, if there
 SPLITS = 8                              # maximum splits of a context
 SHORT_CONTEXT = 512                     # tokens up to which attention does not split it
 UNPACKING = 4                           # tiles of 16 rows, and warps, per program that unpacks
+TENSOR_MEMORY = 128 * 64                # sums of an int4 tile that fit into it, for four groups
 CAPABILITY = (8, 0)                     # the lowest for which Triton uses tensor cores
 
 
@@ -102,8 +103,9 @@ class Prefill:
         self.sizes = tuple(size for size in sizes if size <= enough)
         self._cuda = device.type == 'cuda'
         self._pdl = compiler.supports_pdl(device)
-        self._processors, self._shared = 4, 2**30
+        self._processors, self._shared, self._tensor_memory = 4, 2**30, False
         if self._cuda:
+            self._tensor_memory = chip.has_tensor_memory(device)
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
             self._shared = chip.shared_bytes(device)
         largest = self.sizes[-1]
@@ -500,7 +502,7 @@ class Prefill:
         return options
 
     def _tiling(self, weight, tokens, gated):
-        return rule(weight, tokens, gated, self._processors, self._shared)
+        return rule(weight, tokens, gated, self._processors, self._shared, self._tensor_memory)
 
     def _most_parts(self):
         """Return the size of the largest product in float32 elements."""
@@ -547,12 +549,14 @@ def _now():
     return event
 
 
-def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int) -> Tiling:
+def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
+         tensor_memory: bool = False) -> Tiling:
     """
     Choose how to compute a product, by measurements on an H100; see docs/performance.md.
 
     :param processors: of the chip.
     :param shared: maximum shared memory per block in bytes.
+    :param tensor_memory: see `chip.has_tensor_memory`.
     """
     n, k = weight.shape
     group = weight.group_size if isinstance(weight, Int4) else 0
@@ -569,7 +573,8 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int)
         layouts, programs = _DENSE[gated + (gated and tokens >= 64)], 1
     for rows, columns, warps, stages in layouts:
         if packed:
-            fits = group % columns == 0
+            fits = group % columns == 0 and (
+                not tensor_memory or rows * wide <= TENSOR_MEMORY)
             step = 4 * columns * (rows // 2 + 2 * wide) + 8 * rows
         else:
             fits = k % columns == 0
