@@ -28,6 +28,7 @@ triton = pytest.importorskip('triton')
 from linear_contract import assert_close
 from linear_contract import maker
 from physai_decode.engines.native import fusion
+from physai_decode.engines.native import prefill
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import ACTIVATIONS
@@ -41,6 +42,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
 H100 = 132, 232448
 L4 = 58, 101376
+ORIN = 16, 166912
 THOR = 20, 232448, True
 
 
@@ -153,6 +155,16 @@ def test_attention(make, start, count, window, splits):
         q[:count].view(count, heads, dim).transpose(0, 1)[None], keys[None], values[None],
         attn_mask=mask, enable_gqa=True)[0].transpose(0, 1).flatten(1)
     assert_close(out[:count], expected)
+
+
+@pytest.mark.parametrize('chip', [H100, L4, ORIN])
+def test_tiles_fit_with_older_compilers(chip, monkeypatch):
+    """They take 8 bytes of shared memory per element of a tile to part gate and up."""
+    monkeypatch.setattr(prefill.compiler, 'PIPELINES', False)
+    for weight in (Dense(torch.empty(4608, 3584, device='meta')), packed(1, 64, 1024, 32)[0]):
+        for tokens in prefill.SIZES:
+            tiling = rule(weight, tokens, True, *chip)
+            assert 8 * tiling.rows * tiling.tokens <= chip[1]
 
 
 @pytest.mark.parametrize('chip', [H100, L4, THOR])

@@ -572,6 +572,9 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
     else:
         layouts, programs = _DENSE[gated + (gated and tokens >= 64)], 1
     for rows, columns, warps, stages in layouts:
+        # Older compilers take that much shared memory to part gate and up.
+        if gated and not compiler.PIPELINES and 8 * rows * wide > shared:
+            continue
         if packed:
             fits = group % columns == 0 and (
                 not tensor_memory or rows * wide <= TENSOR_MEMORY)
