@@ -89,8 +89,7 @@ def check(config: Mapping[str, Any]) -> None:
         inner, outer = (each.get('rope_theta') for each in (part(config, key), config))
         if inner is not None and outer is not None and inner != outer:
             raise ValueError(f'rope_theta is {shown(outer)}, but {shown(inner)} in {key}')
-    newer, older = ({**each, **_typed(each)} for each in (
-        part(config, 'rope_parameters'), part(config, 'rope_scaling')))
+    newer, older = (_typed(part(config, key)) for key in ('rope_parameters', 'rope_scaling'))
     for key in newer.keys() & older.keys():
         if newer[key] != older[key]:
             raise ValueError(f'{key} is {shown(newer[key])} in rope_parameters, but '
@@ -174,14 +173,13 @@ def rope_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     :raises ValueError: one of these is not an object.
     """
-    found = {**part(config, 'rope_scaling'), **part(config, 'rope_parameters')}
-    return {**found, **_typed(found)}
+    return _typed({**part(config, 'rope_scaling'), **part(config, 'rope_parameters')})
 
 
-def _typed(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the type of a rotary embedding under its newer key; empty if it is not set."""
+def _typed(rope: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a rotary embedding's settings with the type, if it is set, under its newer key."""
     kind = rope.get('rope_type') or rope.get('type')
-    return {'rope_type': kind} if kind else {}
+    return {**rope, 'rope_type': kind} if kind else rope
 
 
 def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:

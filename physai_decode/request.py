@@ -195,7 +195,7 @@ class Request:
         if not self.parallel_tool_calls:
             value['parallel_tool_calls'] = False
         return value | {name: _plain(getattr(self, name)) for name in _READ
-                        if name not in (*_TEXTS, 'parallel_tool_calls') and getattr(self, name)}
+                        if name not in (*TEXTS, 'parallel_tool_calls') and getattr(self, name)}
 
     @property
     def is_free(self) -> bool:
@@ -308,7 +308,7 @@ def _read(value: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise RequestError(f'{shown(name)} is not a field of a request: the fields are '
                                f'{", ".join(known)}')
-    given = [name for name in _TEXTS if name in value]
+    given = [name for name in TEXTS if name in value]
     if len(given) != 1:
         raise RequestError('expected one of prompt (a string), messages (a list) and raw_prompt '
                            f'(a string): {" and ".join(given) + " were" if given else "none was"} '
@@ -588,7 +588,7 @@ def _typed(value: Mapping[str, Any], name: str, kinds: Mapping[str, type]) -> di
 _KINDS: dict[type, str] = {str: 'a string', dict: 'an object', list: 'a list of strings',
                            bool: 'true or false'}
 _TEXT = {'type': 'text'}
-_TEXTS = ('prompt', 'messages', 'raw_prompt')       # a request has exactly one
+TEXTS = ('prompt', 'messages', 'raw_prompt')        # a request has exactly one
 # Field of `Request` and of its JSON form to its parser, which raises RequestError.
 _READ: dict[str, Callable[[Any], Any]] = {
     'prompt': _prompt, 'messages': _messages, 'raw_prompt': _raw_prompt,

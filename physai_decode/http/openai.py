@@ -35,6 +35,7 @@ from physai_decode.http.exchange import Piece
 from physai_decode.request import is_client_id
 from physai_decode.request import Request
 from physai_decode.request import RequestError
+from physai_decode.request import TEXTS
 from physai_decode.result import ANSWERED
 from physai_decode.result import chat_completion
 from physai_decode.timing import RequestReport
@@ -271,7 +272,7 @@ def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
 def _convert_input(fields: dict[str, Any], chat: bool) -> None:
     """Replace the input text of a body by that of a request."""
     expected = 'messages' if chat else 'prompt'
-    for name in ('messages', 'prompt', 'raw_prompt'):
+    for name in TEXTS:
         if name in fields and name != expected:
             raise RequestError(f'{name} is not a field of this body: set {expected}')
     if expected not in fields:

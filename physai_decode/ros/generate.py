@@ -37,6 +37,7 @@ from physai_decode.request import is_client_id
 from physai_decode.request import parse_value
 from physai_decode.request import Request
 from physai_decode.request import RequestError
+from physai_decode.request import TEXTS
 from physai_decode.result import chat_completion
 from physai_decode.result import COMPLETE
 from physai_decode.ros.interfaces import Generate
@@ -382,7 +383,7 @@ def _fields(goal: Any) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise RequestError('options_json is not a JSON object: expected one such as '
                            '{"response_format": {"type": "json_object"}}')
-    if not {**fields, **options}.keys() & {'prompt', 'messages', 'raw_prompt'}:
+    if not any(name in fields or name in options for name in TEXTS):
         raise RequestError('the goal has no prompt: set prompt, messages_json, or raw_prompt in '
                            'options_json')
     for name in options:

@@ -575,9 +575,10 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
         # Older compilers take that much shared memory to part gate and up.
         if gated and not compiler.PIPELINES and 8 * rows * wide > shared:
             continue
+        if packed and tensor_memory and rows * wide > TENSOR_MEMORY:
+            continue
         if packed:
-            fits = group % columns == 0 and (
-                not tensor_memory or rows * wide <= TENSOR_MEMORY)
+            fits = group % columns == 0
             step = 4 * columns * (rows // 2 + 2 * wide) + 8 * rows
         else:
             fits = k % columns == 0
