@@ -44,25 +44,27 @@ POINTERS = {
     'bias': '{half}', 'gain': '{half}', 'q_gain': '{half}', 'k_gain': '{half}', 'keys': '{half}',
     'values': '{half}', 'packed': 'i16', 'scales': 'fp16', 'zeros': 'fp16', 'order': 'i32',
     'places': 'i32', 'arrived': 'i32', 'seen': 'u8', 'integers': 'i64', 'counts': 'i32',
-    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32', 'ids': 'i64',
-    'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}',
+    'masses': 'i64', 'state': 'i64', 'found': 'i32', 'number': 'i32',
+    'slots': 'i32', 'owners': 'i32', 'start': 'i64', 'count': 'i64', 'place': 'i64', 'q': '{half}',
     'mask': 'u8'}      # all others are fp32
 # Pointers in passes, otherwise None.
 IN_PASSES = {'active': 'i32', 'draft_token': 'i64', 'next_active': 'i32'}
 NUMBERS = {'n': 'i32', 'vocab': 'i32', 'hidden': 'i32', 'max_context': 'i32',
            'eps': 'fp32', 'scale': 'fp32', 'first': 'i32', 'rows': 'i32', 'k': 'i32',
-           'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32'}
+           'blocks': 'i32', 'tokens': 'i32', 'stride': 'i32', 'width': 'i32', 'held': 'i32',
+           'total': 'i32'}
+UNFINISHED = r'wgmma.wait_group.sync.aligned [^0]'
 NARROW = r'ld\.global\S*evict_first\S*\.b16'       # loads weights one by one
 MULTIPLES = ('n', 'k', 'tokens', 'hidden', 'stride', 'width')      # of 16 in the engine
 
 
 def compiled(kernel, capability, half, warps=4, x='fp32', out='fp32', parts='fp32', values=None,
-             scales='fp16', zeros='fp16', codes='u8', table=None, passes=False,
+             scales='fp16', zeros='fp16', codes='u8', table=None, ids='i64', passes=False,
              **constants):
     """Compile one kernel; ``half`` is bf16 or fp16."""
     kinds = {**POINTERS, **IN_PASSES, 'x': x, 'out': out, 'parts': parts, 'scales': scales,
              'zeros': zeros, 'values': values or POINTERS['values'],
-             'codes': codes, 'table': table or POINTERS['table']}
+             'codes': codes, 'table': table or POINTERS['table'], 'ids': ids}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -266,26 +268,45 @@ def prefill(build, half, capability):
         assert matrix in made.asm['ptx']
         if dim == 256:      # every supported chip has that much
             assert made.metadata.shared <= 99 * 1024
-    for gated in (False, True):
+    build(own._route, ids='i32', EXPERTS=128, WIDE=128, BLOCK=16, TOP_K=8, NORMALISED=True,
+          PARTS=2)
+    build(own._count, ids='i32', BLOCK=1024)
+    build(own._arrange, ids='i32', EXPERTS=128, WIDE=128, TOKENS=16, BLOCK=1024, MOST=256)
+    for gated, experts in product((False, True), repeat=2):
         common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'GELU': gated,
-                  'BIAS': gated}
+                  'BIAS': gated and not experts, 'EXPERTS': experts}
         made = build(own._dense, ROWS=64, COLUMNS=64, TOKENS=32, STAGES=4, PAIRED=gated,
                      PLACED=False, **common)
         assert matrix in made.asm['ptx']
-        made = build(own._int4, GROUP=128, TILES=4, TOKENS=32, STAGES=4, EXACT=gated,
-                     ZEROS=not gated, PLACED=gated, ASSEMBLY=True, **common)
-        assert all(word in made.asm['ptx'] for word in ('lop3.b32', matrix))
-        # The next iteration overwrites the weights' registers, so it must wait for all products.
-        assert not re.search(r'wgmma.wait_group.sync.aligned [^0]', made.asm['ptx'])
+        packed = {'TILES': 4, 'TOKENS': 32, 'STAGES': 4, 'EXACT': gated, 'PLACED': gated,
+                  'ASSEMBLY': True, **common}
+        for made in (
+                build(own._int4, GROUP=128, WARPS=4, ZEROS=not gated, TABLE=False, **packed),
+                build(own._int4, GROUP=64, WARPS=4, ZEROS=False, TABLE=True, table='i32',
+                      **{**packed, 'STAGES': 5}),
+                build(own._fp4, scales='i32', GROUP=64, **packed)):
+            assert matrix in made.asm['ptx']
+            assert any(word in made.asm['ptx'] for word in ('lop3.b32', 'dp4a', 'ld.global'))
+            # The next iteration overwrites the weights' registers, so it must wait.
+            assert not re.search(UNFINISHED, made.asm['ptx'])
+            if '.b8 pairs[' in made.asm['ptx']:     # otherwise a launch fails, see `_takes`
+                assert made.metadata.shared > 48 * 2**10
+        for real, by_row in product((False, True), repeat=2):
+            made = build(own._scaled, values='i8', scales='fp32', zeros='fp32', GROUP=128,
+                         ROWS=64, COLUMNS=128, TOKENS=64, STAGES=4, FLOAT=real,
+                         ZEROS=not by_row and not real, BY_ROW=by_row, PLACED=False,
+                         ASSEMBLY=True, **common)
+            assert matrix in made.asm['ptx'] and not re.search(UNFINISHED, made.asm['ptx'])
     if capability // 10 in (10, 11):    # with more tensor memory, a kernel cannot be loaded
         weight = Int4(torch.empty(1, 1, 16 * 128), *(None,) * 4, 37888, 3584)
         for tokens, gated in product((16, 64, 128, 256, 512), (False, True)):
             tiling = rule(weight, tokens, gated, 20, 232448, True)
             if tiling.rows:
                 made = build(own._int4, warps=tiling.warps, x=half, out=half if gated else 'fp32',
-                             GROUP=128, TILES=tiling.rows // 16, TOKENS=tiling.tokens,
-                             STAGES=tiling.stages, EXACT=True, GATED=gated, GELU=False,
-                             BIAS=False, ZEROS=False, PLACED=False, ASSEMBLY=True)
+                             GROUP=128, TILES=tiling.rows // 16, WARPS=tiling.warps,
+                             TOKENS=tiling.tokens, STAGES=tiling.stages, EXACT=True, GATED=gated,
+                             GELU=False, BIAS=False, ZEROS=False, TABLE=False, PLACED=False,
+                             EXPERTS=False, ASSEMBLY=True)
                 assert made.metadata.tmem_size <= 512
     compiled(own._unpack, capability, half, out=half, GROUP=128, TILES=4, ZEROS=True,
              ASSEMBLY=True)

@@ -14,6 +14,7 @@
 
 """Experts: kernels against their references, checkpoint formats, and what a step reads."""
 
+from dataclasses import replace
 import json
 import os
 
@@ -22,7 +23,7 @@ import pytest
 torch = pytest.importorskip('torch')
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
-pytest.importorskip('triton')
+triton = pytest.importorskip('triton')
 pytest.importorskip('transformers')
 
 from engine_contract import load
@@ -37,6 +38,8 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import NativeEngine
+from physai_decode.engines.native import prefill
+from physai_decode.engines.native import prefill_kernels
 from physai_decode.engines.native import self_check
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
@@ -44,6 +47,7 @@ from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.ops import Routed
+from physai_decode.engines.native.ops import top_k
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
 from physai_decode.engines.native.torch_forms import TorchForms
@@ -222,26 +226,26 @@ def test_does_not_stack_weights_of_several_layouts(make):
 
 # --- a whole model ------------------------------------------------------------------------------
 
-def transformers(folder):
+def transformers(folder, dtype=torch.float32):
     """Return transformers with the same weights: kernels, torch as on a GPU, and as on a CPU."""
     checkpoint = inspect(folder)
     shape = families.parse(checkpoint.config)
     loaded = weights.load(shape, source.Files(checkpoint, DEVICE), checkpoint.quantized,
-                          torch.float32, lambda message: None)
-    return [Transformer(shape, loaded, 64, torch.float32, DEVICE, ops)
+                          dtype, lambda message: None)
+    return [Transformer(shape, loaded, 64, dtype, DEVICE, ops)
             for ops in (Fp4Ops(DEVICE, splits=2), REFERENCE, TorchOps(on_host=True))]
 
 
-def save(folder, kind):
-    """Write a model of few tokens; a quantised one has one layer."""
-    small = {'vocab_size': 64, 'num_hidden_layers': 1}
+def save(folder, kind, layers=1):
+    """Write a model of few tokens; a quantised one has one layer, or ``layers``."""
+    small = {'vocab_size': 64, 'num_hidden_layers': layers}
     if kind == 'gptq':
         random_gptq.save(folder, 'qwen3_moe', 0, 32, symmetric=False, **small)
         plain = random_model.save(folder.with_name('plain'), 'qwen3_moe', 0, **small)
         restore_routers(folder, plain)
     elif kind in EXPERTS:
-        random_formats.save(folder, 'qwen3_moe', EXPERTS[kind], dense=('lm_head', '0.mlp.gate'),
-                            **small)
+        random_formats.save(folder, 'qwen3_moe', EXPERTS[kind], dense=(
+            'lm_head', *(f'{layer}.mlp.gate' for layer in range(layers))), **small)
     else:
         random_model.save(folder, kind, 0, vocab_size=64)
     return folder
@@ -380,8 +384,84 @@ def test_step_reads_only_the_selected_experts(tmp_path, kind, monkeypatch):
     assert sum(read) == t.weights.read_bytes - norms - 4 * t.weights.norm.numel() - row
 
 
-def test_does_not_capture_prompts(tmp_path):
-    assert not Prefill.runs(transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[0])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('kind', ['qwen3_moe', 'qwen3_moe_between', 'gptq', *EXPERTS])
+def test_chunks(tmp_path, kind, dtype):
+    """
+    In chunks, the device assigns tokens to experts; a chunk has 4 tokens that pad it.
+
+    Chunks run all layers but the MLP of the last.
+    """
+    own, reference, _ = transformers(save(tmp_path / 'model', kind, layers=2), dtype)
+    fed = Prefill(own, (16, 32), capture=DEVICE.type == 'cuda')
+    ids = torch.arange(1, 41, device=DEVICE)
+    for start, stop in ((0, 12), (12, 40)):
+        fed.feed(ids[start:stop].tolist(), start)
+        expected = reference.prefill(ids[start:stop], start)
+    limit = 1e-4 if dtype == torch.float32 else 0.02
+    assert error(fed.logits(), expected) < limit
+    for cache in ('keys', 'values'):
+        assert error(getattr(own, cache)[:, :, :40], getattr(reference, cache)[:, :, :40]) < limit
+
+
+@pytest.mark.parametrize('count, normalised, splits', [(6, True, 1), (40, False, 3)])
+def test_routes_tokens(make, count, normalised, splits):
+    parts = make(splits, 16, count)
+    parts[:, 3] = float('nan')
+    ids, routing = (torch.full((2, 16), 99, dtype=kind, device=DEVICE)
+                    for kind in (torch.int32, torch.float32))
+    prefill_kernels._route[(16,)](
+        parts, torch.tensor([9], device=DEVICE), ids, routing, 16, 16 * count, EXPERTS=count,
+        WIDE=triton.next_power_of_2(count), BLOCK=8, TOP_K=2, NORMALISED=normalised, PARTS=splits,
+        PDL=False)
+    expected, weights = top_k(parts.sum(0), 2, normalised)
+    for token in range(16):
+        if token >= 9:
+            assert ids[:, token].tolist() == [-1, -1]
+        elif token == 3:
+            assert routing[:, token].isnan().all() and 0 <= ids[:, token].min() < count
+        else:
+            assert ids[:, token].tolist() == expected[token].tolist()
+            assert error(routing[:, token], weights[token]) < 1e-6
+
+
+@pytest.mark.parametrize('count, tokens, size', [(5, 16, 16), (5, 64, 16), (130, 32, 16)])
+def test_assigns_blocks(count, tokens, size):
+    """Each place that has an expert is in one slot of its blocks, in order."""
+    total = 3 * tokens
+    generator = torch.Generator().manual_seed(count)
+    ids = torch.randint(-1, count - 1, (total,), generator=generator, dtype=torch.int32)
+    ids = ids.to(DEVICE)
+    blocks = total // size + min(count, total)
+    counts, slots, owners = (torch.full((each,), 77, dtype=torch.int32, device=DEVICE)
+                             for each in (count, blocks * size, blocks))
+    prefill_kernels._count[(count,)](ids, counts, total, BLOCK=32, PDL=False)
+    assert counts.tolist() == [(ids == expert).sum() for expert in range(count)]
+    prefill_kernels._arrange[(count,)](
+        ids, counts, slots, owners, total, blocks, EXPERTS=count,
+        WIDE=triton.next_power_of_2(count), TOKENS=size, BLOCK=32,
+        MOST=triton.next_power_of_2(blocks), PDL=False)
+    places = []
+    for owner, block in zip(owners.tolist(), slots.view(-1, size).tolist()):
+        if owner < 0:
+            continue
+        own = [slot for slot in block if slot >= 0]
+        assert own == block[:len(own)] and own
+        assert all(ids[slot] == owner for slot in own)
+        places += own
+    assert sorted(places) == [place for place in range(total) if ids[place] >= 0]
+    assert owners.tolist() == sorted(owner for owner in owners.tolist() if owner >= 0) + [
+        -1] * owners.tolist().count(-1)
+
+
+def test_runs_what_fits(tmp_path, monkeypatch):
+    """Chunks need a router without groups, and tiles that fit."""
+    t = transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[0]
+    mlp = t.weights.layers[-1].mlp
+    assert prefill._runs_experts(mlp, 200_000)
+    assert not prefill._runs_experts(mlp, 5_000)
+    biased = replace(mlp, router=replace(mlp.router, bias=torch.zeros(6)))
+    assert not prefill._runs_experts(biased, 200_000)
 
 
 def test_order_of_sums_is_fixed(tmp_path):

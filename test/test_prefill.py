@@ -50,8 +50,8 @@ LIMIT = 1e-5
 # The kernels of a layer do not depend on the number of layers, which test_families varies.
 ONE_LAYER = {'num_hidden_layers': 1, 'vocab_size': 64}
 ONE_LAYER_OF = {'gemma3_text': {**ONE_LAYER, 'layer_types': ['sliding_attention']}}
-# Experts have no chunks. A chunk of another of these families is like that of one not in this set.
-NOT_HERE = {'qwen3_moe', 'qwen3_moe_between', 'llama', 'llama_scaled', 'mistral', 'qwen2',
+# A chunk of one of these families is like that of another that is not in this set.
+NOT_HERE = {'llama', 'llama_scaled', 'mistral', 'qwen2',
             'qwen2_tied', 'qwen2_yarn', 'qwen3_tied', 'smollm3_window', 'phi3'}
 
 
@@ -62,13 +62,16 @@ def short_context(monkeypatch):
 
 
 def load(folder, dtype=torch.float32):
-    """Return two transformers with the same weights, by kernels and by the reference in torch."""
+    """Return a transformer by kernels, and the reference in torch and float32."""
     checkpoint = inspect(folder)
     shape = families.parse(checkpoint.config)
-    loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
-                          checkpoint.quantized, dtype, lambda message: None)
-    return [Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
-            for ops in (Fp4Ops(DEVICE, splits=2), TorchOps(on_host=False))]
+
+    def build(dtype, ops):
+        loaded = weights.load(shape, source.Files(checkpoint, DEVICE),
+                              checkpoint.quantized, dtype, lambda message: None)
+        return Transformer(shape, loaded, CONTEXT, dtype, DEVICE, ops)
+
+    return build(dtype, Fp4Ops(DEVICE, splits=2)), build(torch.float32, TorchOps(on_host=False))
 
 
 def error(got, expected):
@@ -136,11 +139,26 @@ def test_gptq_of_other_families(tmp_path, family, library, monkeypatch):
     random_formats.int8(-1, symmetric=False), random_formats.float8('block'),
     random_formats.packed(8, 32, act_order=True), random_formats.bitsandbytes('nf4', double=True),
     random_formats.float4('nvfp4')])
-def test_other_formats(tmp_path, form, monkeypatch):
+@pytest.mark.parametrize('library', [False, True])
+def test_other_formats(tmp_path, form, library, monkeypatch):
+    if library:
+        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
     monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
     monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     random_formats.save(tmp_path / 'model', 'qwen2', form, **ONE_LAYER)
     check_chunks(tmp_path / 'model', (9,), 2e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16] + [torch.bfloat16] * (DEVICE.type == 'cuda'))
+@pytest.mark.parametrize('form', [
+    random_formats.packed(4, 32, symmetric=False), random_formats.int8(-1),
+    random_formats.packed(8, 32, symmetric=False), random_formats.float8('channel'),
+    random_formats.float8('block'), random_formats.bitsandbytes('nf4'),
+    random_formats.float4('nvfp4')])
+def test_16_bits(tmp_path, form, dtype):
+    """On a GPU, kernels convert weights to 16 bits with instructions of their own."""
+    random_formats.save(tmp_path / 'model', 'qwen2', form, **ONE_LAYER)
+    check_chunks(tmp_path / 'model', (9, 20), 0.02, dtype)
 
 
 class Spoiled:

@@ -313,6 +313,11 @@ class Scaled:
         return self.values.is_floating_point()
 
     @property
+    def by_row(self) -> bool:
+        """Whether each row has one scale, and no zero point."""
+        return self.scales.shape[1] == 1 and self.zeros is None
+
+    @property
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
         return f'{"float8" if self.is_float else "int8"}-g{self.group_size}'

@@ -32,15 +32,22 @@ from typing import Any
 from physai_decode.engines import chip
 from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
+from physai_decode.engines.native import lookup
 from physai_decode.engines.native import prefill_kernels as kernels
+from physai_decode.engines.native.architecture import Routing
+from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.kernels import dequantised
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
+from physai_decode.engines.native.linear import FP4_GROUP
 from physai_decode.engines.native.linear import Int4
 from physai_decode.engines.native.linear import Linear
 from physai_decode.engines.native.linear import Scaled
+from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.linear import TILE_ROWS
+from physai_decode.engines.native.mlp import Mlp
+from physai_decode.engines.native.scaled_kernels import pointers
 from physai_decode.engines.native.transformer import Transformer
 import torch
 from torch import Tensor
@@ -57,7 +64,8 @@ ROTATED_HEADS = 4                       # heads that a program rotates, if there
 SPLITS = 8                              # maximum splits of a context
 SHORT_CONTEXT = 512                     # tokens up to which attention does not split it
 UNPACKING = 4                           # tiles of 16 rows, and warps, per program that unpacks
-TENSOR_MEMORY = 128 * 64                # sums of an int4 tile that fit into it, for four groups
+DEFAULT_SHARED = 48 * 2**10             # bytes of shared memory that every kernel may use
+TENSOR_MEMORY = 128 * 64                # sums of a 4-bit tile that fit into it, for four groups
 CAPABILITY = (8, 0)                     # the lowest for which Triton uses tensor cores
 
 
@@ -66,9 +74,9 @@ class Tiling:
     """
     The tiling of a product by a kernel of `prefill_kernels`; with ``rows`` 0, the library runs it.
 
-    ``rows`` and ``columns`` are the size of a tile of weights; for an `Int4`, ``columns`` counts
-    those of each of four groups. ``tokens`` are the tokens of a tile, and ``splits`` the programs
-    that split the columns.
+    ``rows`` and ``columns`` are the size of a tile of weights; for an `Int4` and an `Fp4`,
+    ``columns`` counts those of each of four groups. ``tokens`` are the tokens of a tile, and
+    ``splits`` the programs that split the columns.
     """
 
     rows: int = 0
@@ -118,14 +126,18 @@ class Prefill:
         def rows(width, kind=dtype):
             return torch.zeros(largest * width, dtype=kind, device=device)
 
-        layers = t.weights.layers
+        layers, routing = t.weights.layers, a.routing
         self._x = rows(a.hidden_size, torch.float32)
         self._normed = rows(a.hidden_size)
         self._q, self._attended = rows(a.q_size), rows(a.q_size)
-        self._hidden = rows(a.intermediate_size)
+        self._hidden = rows(max(a.intermediate_size, routing.top_k * routing.size)
+                            if routing else a.intermediate_size)
         ordered = max((weight.shape[1] for layer in layers for weight in layer.linears
-                       if _is_ordered(weight)), default=0)
+                       if _is_ordered(weight) or isinstance(weight, Stack)), default=0)
         self._ordered = rows(ordered)
+        self._assigned: Any = None
+        if routing:
+            self._assigned = _Assigned.allocate(routing, self.sizes, a.hidden_size, device)
         self._parts = torch.zeros(self._most_parts(), dtype=torch.float32, device=device)
         unpacked = self._most_unpacked()
         self._slots = [torch.zeros(unpacked, dtype=dtype, device=device)
@@ -141,7 +153,8 @@ class Prefill:
         self.buffer_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in (
                 self._inputs, self._logits, self._x, self._normed, self._q, self._attended,
-                self._hidden, self._ordered, self._parts, *self._slots, *self._partials))
+                self._hidden, self._ordered, self._parts, *self._slots, *self._partials,
+                *(vars(self._assigned).values() if self._assigned else ())))
         self.graph_bytes = 0
         self._uploads = [
             (torch.zeros(2 + largest, dtype=torch.int64).pin_memory(), torch.cuda.Event())
@@ -164,11 +177,12 @@ class Prefill:
             return False
         if not transformer.ops.name.startswith('triton'):
             return False
-        if transformer.architecture.routing:        # the host counts an expert's tokens
-            return False
-        return all(weight.in_features % 32 == 0 and weight.out_features % TILE_ROWS == 0
-                   for layer in transformer.weights.layers for weight in layer.linears
-                   if isinstance(weight, Int4))
+        layers = transformer.weights.layers
+        shared = chip.shared_bytes(keys.device)
+        return all(_runs_experts(layer.mlp, shared)
+                   for layer in layers if isinstance(layer.mlp, Experts)) and all(
+            weight.in_features % 32 == 0 and weight.out_features % TILE_ROWS == 0
+            for layer in layers for weight in layer.linears if isinstance(weight, Int4))
 
     @property
     def details(self) -> dict[str, str]:
@@ -271,12 +285,18 @@ class Prefill:
                 break
             self._attend(index, tokens, short, self._is_placed(layer.out, tokens))
             parts, count = self._product(self._attended, layer.out, tokens)
-            self._add(layer.out, parts, count, tokens, layer.out_norm, layer.mlp_norm,
-                      self._is_placed(layer.mlp.gate_up, tokens, True))
-            self._gated(normed, layer.mlp, tokens)
-            parts, count = self._product(self._hidden, layer.mlp.down, tokens)
+            self._add(layer.out.bias, parts, count, tokens, layer.out_norm, layer.mlp_norm,
+                      isinstance(layer.mlp, Mlp)
+                      and self._is_placed(layer.mlp.gate_up, tokens, True))
+            bias = None
+            if isinstance(layer.mlp, Experts):
+                parts, count = self._experts(normed, layer.mlp, tokens)
+            else:
+                self._gated(normed, layer.mlp, tokens)
+                parts, count = self._product(self._hidden, layer.mlp.down, tokens)
+                bias = layer.mlp.down.bias
             after = layers[index + 1]
-            self._add(layer.mlp.down, parts, count, tokens, layer.down_norm, after.input_norm,
+            self._add(bias, parts, count, tokens, layer.down_norm, after.input_norm,
                       self._is_placed(after.qkv, tokens))
         size = max(a.hidden_size, layer.qkv.shape[0])
         bias = layer.qkv.bias
@@ -331,6 +351,35 @@ class Prefill:
             self._gate_up(out, 1, tokens, weight, rows, not isinstance(weight, Dense), placed,
                           gelu)
 
+    def _experts(self, x, mlp, tokens):
+        """
+        Run each token through its experts; the host does not know which.
+
+        :returns: the results [top_k, tokens, n], each times its routing weight, and top_k.
+        """
+        parts, count = self._product(x, mlp.router, tokens)
+        to, routing = self._assigned, mlp.down
+        most, total = routing.count, routing.top_k * tokens
+        size, blocks = _block_tokens(tokens, routing), _blocks(tokens, routing)
+        common = {'EXPERTS': most, 'WIDE': triton.next_power_of_2(most), **self._launch(4)}
+        kernels._route[(tokens,)](
+            parts, self._count, to.ids, to.weights, tokens, tokens * most, BLOCK=16,
+            TOP_K=routing.top_k, NORMALISED=mlp.normalised, PARTS=count, **common)
+        kernels._count[(most,)](to.ids, to.counts, total, BLOCK=1024, **self._launch(4))
+        kernels._arrange[(most,)](
+            to.ids, to.counts, to.slots, to.owners, total, blocks, TOKENS=size, BLOCK=1024,
+            MOST=triton.next_power_of_2(blocks), **common)
+        if _is_packed(mlp.gate_up[0]):
+            x = self._reordered(x, to.identity, tokens, True)
+        for weight, held, out, gated in ((mlp.gate_up, tokens, self._hidden, True),
+                                         (mlp.down, total, self._parts, False)):
+            tiling = _expert_tiling(weight, size, gated, self._shared)
+            self._by_kernel(x, weight, blocks * size, tiling, out, gated=gated,
+                            placed=gated and _is_packed(mlp.down[0]),
+                            gelu=mlp.activation == 'gelu_tanh', held=held)
+            x = out
+        return self._parts, routing.top_k
+
     def _gate_up(self, parts, splits, tokens, weight, rows, paired, placed, gelu):
         width, bias = (rows.stop - rows.start) // 2, weight.bias
         kernels._gate_up[(tokens, triton.cdiv(width, 1024))](
@@ -351,7 +400,7 @@ class Prefill:
         tiles = triton.cdiv(n, tiling.rows)
         full = tiles * blocks // self._processors * self._processors // blocks
         rest = (tiles - full) * blocks
-        steps = k // ((4 if isinstance(weight, Int4) else 1) * tiling.columns)
+        steps = k // ((4 if _is_packed(weight) else 1) * tiling.columns)
         if (tokens < 128 or not full or not rest or rest > TAIL * self._processors
                 or (isinstance(weight, Dense) and weight.bias is not None)):
             return n, 1
@@ -387,49 +436,74 @@ class Prefill:
             self._free[self._slot] = _now()
 
     def _by_kernel(self, x, weight, tokens, tiling, out, rows=None, gated=False, paired=False,
-                   placed=False, gelu=False):
-        """Multiply by some rows of a weight, by default all."""
+                   placed=False, gelu=False, held=0):
+        """
+        Multiply by some rows of a weight, by default all.
+
+        Of a `Stack`, multiply the experts that are assigned; ``held`` is the rows of ``x``.
+        """
         n, k = weight.shape
         rows = rows or slice(0, n)
+        to, one = (x, x, x), weight
+        if experts := isinstance(weight, Stack):
+            to = self._assigned.slots, self._assigned.owners, self._assigned.weights
+            weight, one = weight.stacked, weight[0]
         bias = weight.bias if gated else None
         width = n // 2 if gated else rows.stop - rows.start
         common = {
-            'TOKENS': tiling.tokens, 'STAGES': tiling.stages, 'GATED': gated,
+            'EXPERTS': experts, 'TOKENS': tiling.tokens, 'STAGES': tiling.stages, 'GATED': gated,
             'GELU': gelu, 'BIAS': bias is not None, 'PLACED': placed, **self._launch(tiling.warps)}
         bias = x if bias is None else bias
         grid = (triton.cdiv(rows.stop - rows.start, tiling.rows) * (tokens // tiling.tokens),
                 1 if gated else tiling.splits)
         if isinstance(weight, Dense):
             kernels._dense[grid](
-                x, weight.weight, bias, out, rows.start, n, k, tokens, width, ROWS=tiling.rows,
-                COLUMNS=tiling.columns, PAIRED=gated or paired, **common)
+                x, weight.weight, bias, out, *to, rows.start, n, k, tokens, held, width,
+                ROWS=tiling.rows, COLUMNS=tiling.columns, PAIRED=gated or paired, **common)
             return
-        group = weight.group_size
+        if isinstance(weight, Scaled):
+            kernels._scaled[grid](
+                x, *pointers(weight), bias, out, *to, rows.start, n, k, tokens, held, width,
+                GROUP=weight.group_size, ROWS=tiling.rows, COLUMNS=tiling.columns,
+                FLOAT=weight.is_float, ZEROS=weight.zeros is not None, BY_ROW=one.by_row,
+                ASSEMBLY=self._cuda, **common)
+            return
+        blocks = one.packed.shape[1]
+        common |= {'TILES': tiling.rows // TILE_ROWS, 'EXACT': k == one.padded_features,
+                   'ASSEMBLY': self._cuda}
+        if isinstance(weight, Fp4):
+            kernels._fp4[grid](
+                x, weight.packed, weight.scales.view(torch.int32), weight.factors, bias, out, *to,
+                rows.start, n, k, blocks, tokens, held, width, GROUP=FP4_GROUP, **common)
+            return
         kernels._int4[grid](
             x, weight.packed, weight.scales,
-            weight.scales if weight.zeros is None else weight.zeros, bias, out, rows.start, n, k,
-            weight.packed.shape[1], tokens, width, GROUP=group, TILES=tiling.rows // TILE_ROWS,
-            EXACT=k % (4 * group) == 0,
-            ZEROS=weight.zeros is not None, ASSEMBLY=self._cuda, **common)
+            weight.scales if weight.zeros is None else weight.zeros,
+            lookup.table(weight, x.dtype), bias, out, *to, rows.start, n, k, blocks, tokens, held,
+            width, GROUP=one.group_size, WARPS=tiling.warps, ZEROS=weight.zeros is not None,
+            TABLE=weight.table is not None, **common)
 
     def _is_placed(self, weight, tokens, gated=False):
         """Return whether the previous kernel writes the input in the layout of this product."""
-        return (isinstance(weight, Int4) and weight.order is None
+        return (_is_packed(weight) and weight.order is None
                 and self._tiling(weight, tokens, gated).rows > 0)
 
     def _in_order(self, x, weight, tokens, gated=False):
         """Reorder the input for the columns of a weight, if they have an order."""
         if not _is_ordered(weight):
             return x
-        k = weight.in_features
+        return self._reordered(
+            x, weight.order, tokens,
+            _is_packed(weight) and self._tiling(weight, tokens, gated).rows > 0)
+
+    def _reordered(self, x, order, tokens, placed):
+        k = order.shape[0]
         kernels._reorder[(tokens, triton.cdiv(k, 1024))](
-            x, weight.order, self._ordered, K=k, BLOCK=1024,
-            PLACED=self._tiling(weight, tokens, gated).rows > 0, **self._launch(4))
+            x, order, self._ordered, K=k, BLOCK=1024, PLACED=placed, **self._launch(4))
         return self._ordered
 
-    def _add(self, weight, parts, count, tokens, own_gain, gain, placed):
+    def _add(self, bias, parts, count, tokens, own_gain, gain, placed):
         a = self._t.architecture
-        bias = weight.bias
         kernels._add[(tokens,)](
             self._x, parts, parts if bias is None else bias,
             gain if own_gain is None else own_gain, gain, self._normed,
@@ -510,6 +584,10 @@ class Prefill:
         element = self._t.keys.element_size()
         for layer in self._t.weights.layers:
             for weight in layer.linears:
+                if isinstance(weight, Stack):
+                    rows = weight.top_k * weight.shape[0] if weight is layer.mlp.down else 0
+                    most = max(most, self.sizes[-1] * rows)
+                    continue
                 gated = weight is layer.mlp.gate_up
                 for tokens in self.sizes:
                     tiling = self._tiling(weight, tokens, gated)
@@ -530,7 +608,7 @@ class Prefill:
         """Return the size of the largest unpacked piece in elements."""
         return max((self._unpacked_rows(weight) * weight.shape[1]
                     for layer in self._t.weights.layers for weight in layer.linears
-                    if not isinstance(weight, Dense) and any(
+                    if not isinstance(weight, (Dense, Stack)) and any(
                         not self._tiling(weight, tokens, weight is layer.mlp.gate_up).rows
                         for tokens in self.sizes)), default=0)
 
@@ -549,6 +627,64 @@ def _now():
     return event
 
 
+@dataclass(frozen=True)
+class _Assigned:
+    """
+    The experts of the tokens of a chunk, and which of them a program multiplies.
+
+    ``ids`` int32 and ``weights`` float32 [top_k, tokens]; for the others, see `kernels._arrange`.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    counts: Tensor
+    slots: Tensor
+    owners: Tensor
+    identity: Tensor            # int32 [hidden_size], the order of columns of an input
+
+    @classmethod
+    def allocate(cls, routing: Routing, sizes: Sequence[int], hidden_size: int,
+                 device: torch.device) -> '_Assigned':
+        """Allocate for chunks of these sizes."""
+        total = routing.top_k * sizes[-1]
+        blocks = max(_blocks(size, routing) for size in sizes)
+        slots = max(_blocks(size, routing) * _block_tokens(size, routing) for size in sizes)
+        ids, counts, slots, owners = (
+            torch.zeros(size, dtype=torch.int32, device=device)
+            for size in (total, routing.count, slots, blocks))
+        return cls(ids, torch.zeros(total, device=device), counts, slots, owners,
+                   torch.arange(hidden_size, dtype=torch.int32, device=device))
+
+
+def _block_tokens(tokens, routing):
+    """Return the tokens of a block, about half of an expert's: larger blocks are emptier."""
+    half = tokens * routing.top_k // (2 * routing.count)
+    return min(64, max(16, triton.next_power_of_2(half)))
+
+
+def _blocks(tokens, routing):
+    """Return the largest number of blocks of the experts of a chunk."""
+    total = tokens * routing.top_k
+    return total // _block_tokens(tokens, routing) + min(routing.count, total)
+
+
+def _expert_tiling(stack, tokens, gated, shared):
+    """Return the tiling of a product by the experts of blocks of ``tokens``."""
+    weight = stack[0]
+    for rows, columns, warps, stages in _kernel_layouts(weight, tokens, gated)[0]:
+        if _takes(weight, rows, columns, tokens, stages, shared):
+            return Tiling(rows, columns, tokens, warps, stages)
+    return LIBRARY
+
+
+def _runs_experts(mlp, shared):
+    """Whether kernels can run all experts in chunks."""
+    return isinstance(mlp.router, Dense) and mlp.router.bias is None and all(
+        stack.stacked.bias is None and stack.shape[0] % TILE_ROWS == 0
+        and all(_expert_tiling(stack, tokens, gated, shared).rows for tokens in (16, 32, 64))
+        for stack, gated in ((mlp.gate_up, True), (mlp.down, False)))
+
+
 def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
          tensor_memory: bool = False) -> Tiling:
     """
@@ -559,36 +695,43 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
     :param tensor_memory: see `chip.has_tensor_memory`.
     """
     n, k = weight.shape
-    group = weight.group_size if isinstance(weight, Int4) else 0
-    packed = bool(group)
-    if _is_unpacked(weight):
-        return LIBRARY
-    if not packed and (tokens > 128 or not gated and (
-            tokens == 64 and n > k or tokens == 128 and n >= k)):
-        return LIBRARY
     wide = min(tokens, 128)
-    if packed:
-        layouts, programs = _int4_layouts(n, k, tokens, gated)
-    else:
-        layouts, programs = _DENSE[gated + (gated and tokens >= 64)], 1
+    if not _is_packed(weight) and tokens > 128:
+        return LIBRARY
+    if isinstance(weight, Dense) and not gated and (
+            tokens == 64 and n > k or tokens == 128 and n >= k):
+        return LIBRARY
+    layouts, programs = _kernel_layouts(weight, tokens, gated)
     for rows, columns, warps, stages in layouts:
-        # Older compilers take that much shared memory to part gate and up.
-        if gated and not compiler.PIPELINES and 8 * rows * wide > shared:
+        if tensor_memory and _is_packed(weight) and rows * wide > TENSOR_MEMORY:
             continue
-        if packed and tensor_memory and rows * wide > TENSOR_MEMORY:
-            continue
-        if packed:
-            fits = group % columns == 0
-            step = 4 * columns * (rows // 2 + 2 * wide) + 8 * rows
-        else:
-            fits = k % columns == 0
-            step = 2 * columns * (rows + wide)
-        if fits and step * stages <= shared:
-            steps = k // ((4 if packed else 1) * columns)
+        if _takes(weight, rows, columns, wide, stages, shared):
+            steps = k // ((4 if _is_packed(weight) else 1) * columns)
             tiles = triton.cdiv(n, rows) * (tokens // wide)
             splits = 1 if gated else min(9, steps // 2, round(programs * processors / tiles))
             return Tiling(rows, columns, wide, warps, stages, max(1, splits))
     return LIBRARY
+
+
+def _takes(weight, rows, columns, tokens, stages, shared):
+    """Whether tiles fit into the weight, its groups and the shared memory."""
+    k = weight.shape[1]
+    if not compiler.PIPELINES and 8 * rows * tokens > shared:
+        return False        # older versions take that to part gate and up
+    if isinstance(weight, Dense):
+        return k % columns == 0 and stages * 2 * columns * (rows + tokens) <= shared
+    if isinstance(weight, Scaled):
+        step = columns * (rows + 2 * tokens) + 8 * rows
+        return k % columns == 0 and stages * step <= shared and (
+            weight.by_row or weight.group_size % columns == 0)
+    group = FP4_GROUP if isinstance(weight, Fp4) else weight.group_size
+    step = 4 * columns * (rows // 2 + 2 * tokens) + (
+        columns * rows // 4 if isinstance(weight, Fp4) else 8 * rows)
+    if _has_table(weight):
+        # Beside the pairs, a launch fails unless Triton itself allocates more than the default. It
+        # may have a buffer less than stages.
+        shared = shared - lookup.STATIC_BYTES if (stages - 1) * step > DEFAULT_SHARED else 0
+    return k % 32 == 0 and group % columns == 0 and stages * step <= shared
 
 
 # Rows, columns, warps, stages: the first that fits is taken. Dense: not gated, gated, gated of 64
@@ -596,28 +739,40 @@ def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
 _DENSE = (((64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
           ((64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
           ((128, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)))
+# Of 8-bit weights: not gated or of less than 64 tokens, and gated of more.
+_SCALED = (((64, 128, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4), (64, 32, 4, 3)),
+           ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)))
 
 
-def _int4_layouts(n, k, tokens, gated):
-    """Return the layouts of the product of an `Int4`, and its programs per processor."""
-    if tokens > (512 if gated else 256) or (tokens == 256 and n > k and not gated):
+def _kernel_layouts(weight, tokens, gated):
+    """Return the layouts of a product, and its programs per processor."""
+    if _is_packed(weight):
+        return _packed_layouts(weight, tokens, gated)
+    if isinstance(weight, Scaled):
+        return _SCALED[gated and tokens >= 64], 1
+    return _DENSE[gated + (gated and tokens >= 64)], 1
+
+
+def _packed_layouts(weight, tokens, gated):
+    """Return the layouts of the product of 4-bit weights, and its programs per processor."""
+    n, k = weight.shape
+    largest = 512 if gated and not _has_table(weight) else 256
+    if tokens > largest or (tokens == 256 and n > k and not gated):
         return (), 1        # the library is faster, with unpacking
-    small = (64, 32, 4, 4), (64, 32, 4, 3), (64, 32, 4, 2)
+    # Five stages only fit a table, see `_takes`.
+    small = (64, 32, 4, 4), (64, 32, 4, 5), (64, 32, 4, 3), (64, 32, 4, 2)
     if tokens >= 256:
         return ((256, 32, 8, 3) if gated else (128, 32, 8, 4), (128, 32, 8, 2), *small), 1
     if gated and tokens >= 64:
         return ((128, 32, 8, 4), (128, 32, 8, 2), *small), 1
-    return ((128, 32, 4, 4), *small), 1 if tokens == 128 and k <= n else 2
-
-
-def _is_unpacked(weight: Linear) -> bool:
-    """Whether only the library can multiply by a quantised weight, after unpacking."""
-    return isinstance(weight, (Fp4, Scaled)) or isinstance(weight, Int4) and bool(weight.table)
+    return ((128, 32, 4, 4), (128, 32, 4, 5), *small), 1 if tokens == 128 and k <= n else 2
 
 
 def _widener(weight: Linear) -> Callable[[Any, slice, Tensor], None]:
     """Return the function that dequantises rows of a quantised weight."""
-    return Fp4Ops.wideners[type(weight)] if _is_unpacked(weight) else _unpack
+    if isinstance(weight, Int4) and not _has_table(weight):
+        return _unpack
+    return Fp4Ops.wideners[type(weight)]
 
 
 def _unpack(weight: Int4, rows: slice, out: Tensor) -> None:
@@ -630,6 +785,15 @@ def _unpack(weight: Int4, rows: slice, out: Tensor) -> None:
         num_warps=UNPACKING)
 
 
+def _is_packed(weight):
+    """Whether the weights are fragments of four bits, whose input is in fragment order."""
+    return isinstance(weight, (Int4, Fp4))
+
+
+def _has_table(weight):
+    return isinstance(weight, Int4) and weight.table is not None
+
+
 def _is_ordered(weight):
-    return not isinstance(weight, Dense) and weight.order is not None
+    return not isinstance(weight, (Dense, Stack)) and weight.order is not None
 

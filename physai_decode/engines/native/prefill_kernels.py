@@ -21,24 +21,30 @@ core's tile, tokens the short one, and each weight is read once. If the output h
 saturate memory bandwidth, the columns are split over programs too (split-K), and the kernel that
 reads a product sums the splits: ``parts`` is [splits, tokens, n] in all kernels.
 
-The input of a product with an `Int4` is permuted to its fragment order, see `_placed`.
+The input of a product with an `Int4` or an `Fp4` is permuted to its fragment order, see `_placed`.
 """
 
 from physai_decode.engines.compiler import gdc_launch_dependents
 from physai_decode.engines.compiler import gdc_wait
+from physai_decode.engines.native import fp4_kernels
+from physai_decode.engines.native.int4_kernels import _looked_up
+from physai_decode.engines.native.int4_kernels import _matrix
 from physai_decode.engines.native.int4_kernels import _nibble
 from physai_decode.engines.native.int4_kernels import _of
+from physai_decode.engines.native.int4_kernels import _pairs
 from physai_decode.engines.native.kernels import _activated
+from physai_decode.engines.native.scaled_kernels import _numbers
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)        # below all scores; unlike for -inf, x - x is 0
+_exact_weights, _fast_weights = fp4_kernels._weights, fp4_kernels._fast_weights
 
 
 @triton.jit
 def _placed(columns):
     """
-    Return the position of each input column in an `Int4`'s fragment order; see `linear.fragments`.
+    Return the position of each input column in fragment order; see `linear.fragments`.
 
     Within 32 columns, lane * 8 + operand * 4 + high * 2 + low moves to
     operand * 16 + high * 8 + lane * 2 + low, as the tensor cores expect it.
@@ -165,6 +171,123 @@ def _gate_up(parts, bias, out, first, width, stride, N: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+def _route(parts, count, ids, routing, tokens, stride, EXPERTS: tl.constexpr, WIDE: tl.constexpr,
+           BLOCK: tl.constexpr, TOP_K: tl.constexpr, NORMALISED: tl.constexpr,
+           PARTS: tl.constexpr, PDL: tl.constexpr):
+    """
+    Select a token's experts by its logits ``parts`` [PARTS, tokens, EXPERTS]; see `ops.top_k`.
+
+    ``ids`` and ``routing`` are [TOP_K, tokens]. Tokens that pad the chunk get no experts. If all
+    logits are NaN, so are the weights.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    every = tl.arange(0, WIDE)
+    own = _logits(parts + token * EXPERTS, every, stride, EXPERTS, PARTS)
+    ranked = tl.where(own == own, own, float('-inf'))
+    rank = tl.zeros((WIDE,), tl.int32)
+    for first in tl.static_range(0, WIDE, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        others = _logits(parts + token * EXPERTS, other, stride, EXPERTS, PARTS)
+        others = tl.where(others == others, others, float('-inf'))
+        before = (others[None, :] > ranked[:, None]) | (
+            (others[None, :] == ranked[:, None]) & (other[None, :] < every[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+    weight = tl.exp(own - tl.max(ranked, 0))
+    taken = (rank < TOP_K) & (every < EXPERTS)
+    total = tl.sum(tl.where(taken, weight, 0.0) if NORMALISED else weight, 0)
+    place = rank * tokens + token
+    real = token < tl.load(count)
+    tl.store(ids + place, tl.where(real, every, -1), mask=taken)
+    tl.store(routing + place, weight / total, mask=taken)
+
+
+@triton.jit
+def _logits(parts, every, stride, EXPERTS: tl.constexpr, PARTS: tl.constexpr):
+    """Add the parts of the logits of experts; of others, -inf."""
+    logits = tl.zeros(every.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        logits += tl.load(parts + part * stride + every, mask=every < EXPERTS,
+                          other=float('-inf')).to(tl.float32)
+    return logits
+
+
+@triton.jit
+def _count(ids, counts, total, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Count how often each expert is among ``ids`` [total]; a program for each expert."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    found = tl.zeros((BLOCK,), tl.int32)
+    for first in tl.range(0, total, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        chosen = tl.load(ids + place, mask=place < total, other=-1)
+        found += (chosen == tl.program_id(0)).to(tl.int32)
+    tl.store(counts + tl.program_id(0), tl.sum(found, 0))
+
+
+@triton.jit
+def _arrange(ids, counts, slots, owners, total, blocks, EXPERTS: tl.constexpr, WIDE: tl.constexpr,
+             TOKENS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr):
+    """
+    Assign the places of ``ids`` [total] to blocks of TOKENS; a program for each expert.
+
+    An expert has whole blocks, in which ``slots`` are its places in order, and -1 behind them.
+    ``owners`` is the expert of each of the ``blocks``, and -1 of those that are left; MOST is
+    their number rounded up.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    every = tl.arange(0, WIDE)
+    need = tl.cdiv(tl.load(counts + every, mask=every < EXPERTS, other=0), TOKENS)
+    begin = tl.sum(tl.where(every < expert, need, 0), 0)
+    own = tl.sum(tl.where(every == expert, need, 0), 0)
+    each = tl.arange(0, MOST)
+    tl.store(owners + begin + each, tl.zeros((MOST,), tl.int32) + expert, mask=each < own)
+    free = tl.sum(need, 0) + each
+    tl.store(owners + free, tl.full((MOST,), -1, tl.int32), mask=(free < blocks) & (expert == 0))
+    slots += begin * TOKENS
+    seen = 0
+    for first in tl.range(0, total, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        mine = tl.load(ids + place, mask=place < total, other=-1) == expert
+        number = seen + tl.cumsum(mine.to(tl.int32), 0)
+        tl.store(slots + number - 1, place, mask=mine)
+        seen += tl.sum(mine.to(tl.int32), 0)
+    last = (own - 1) * TOKENS + tl.arange(0, TOKENS)
+    tl.store(slots + last, tl.full((TOKENS,), -1, tl.int32), mask=(last >= seen) & (own > 0))
+
+
+@triton.jit
+def _place(slots, owners, tokens, held, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+           PDL: tl.constexpr):
+    """
+    Return a program's tile of weights, and its rows of the input and of the output.
+
+    If EXPERTS, ``tokens`` are those of all blocks, see `_arrange`; a slot is a row of the output,
+    and modulo ``held``, the rows of the input, one of the input. Also return the expert, and
+    whether there is one; a row of the output below 0 is none.
+    """
+    # Programs that share a tile of weights have adjacent ids, so that they run together.
+    blocks = tl.cdiv(tokens, TOKENS)
+    block = tl.program_id(0) % blocks
+    at = block * TOKENS + tl.arange(0, TOKENS)
+    if EXPERTS:
+        if PDL:
+            gdc_wait()
+        expert = tl.load(owners + block)
+        slot = tl.where(expert < 0, -1, tl.load(slots + at))
+        return (tl.program_id(0) // blocks, tl.maximum(slot, 0) % held, slot,
+                tl.maximum(expert, 0).to(tl.int64), expert >= 0)
+    else:
+        return tl.program_id(0) // blocks, at, at, 0, True
+
+
+@triton.jit
 def _split_range(steps):
     """Return the range of steps of this program's split."""
     each = tl.cdiv(steps, tl.num_programs(1))
@@ -173,21 +296,23 @@ def _split_range(steps):
 
 
 @triton.jit
-def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
-           COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+def _dense(x, weight, bias, out, slots, owners, routing, first, n, k, tokens, held, width,
+           ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
            PAIRED: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-           PLACED: tl.constexpr, PDL: tl.constexpr):
+           PLACED: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr):
     """
     Multiply ``x`` [tokens, k] by rows of ``weight`` [n, k], from ``first`` on.
 
     ``k`` is a multiple of COLUMNS. ``out`` is [splits, tokens, width]. If PAIRED, a tile
     interleaves 8 rows of the first half (gate) and 8 of the second (up). If GATED, ``out`` is
-    activation(gate) * up, after ``bias`` is added.
+    activation(gate) * up, after ``bias`` is added. If EXPERTS, ``weight`` is a stack, and a row of
+    ``x`` is multiplied by those that `_arrange` assigns; see `_place`.
     """
-    # Programs that share a tile of weights have adjacent ids, so that they run together.
-    block = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
-    at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
+    block, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
     begin, end = _split_range(k // COLUMNS)
+    if EXPERTS:
+        end = tl.where(used, end, begin)
+        weight += expert * n * k
     rows = first + block * ROWS + tl.arange(0, ROWS)
     # Rows past the end are clamped to the last row, so the loop needs no row mask.
     source = tl.minimum(rows, n - 1)
@@ -207,7 +332,63 @@ def _dense(x, weight, bias, out, first, n, k, tokens, width, ROWS: tl.constexpr,
         gdc_launch_dependents()
     if BIAS:
         result += tl.load(bias + source).to(tl.float32)[:, None]
-    _store(out, result, block, at, n - first, tokens, width, GATED, GELU, PLACED)
+    _store(out, result, block, place, routing, n - first, tokens, width, GATED, GELU, PLACED,
+           EXPERTS)
+
+
+@triton.jit
+def _scaled(x, values, scales, zeros, bias, out, slots, owners, routing, first, n, k, tokens, held,
+            width, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+            TOKENS: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr,
+            BY_ROW: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
+            PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EXPERTS: tl.constexpr,
+            PDL: tl.constexpr):
+    """
+    Multiply ``x`` [tokens, k] by rows of a `Scaled` [n, k]; see `_dense`.
+
+    GROUP is a multiple of COLUMNS. BY_ROW, there is one scale per row, and no zeros.
+    """
+    block, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
+    begin, end = _split_range(k // COLUMNS)
+    own = tl.minimum(first + block * ROWS + tl.arange(0, ROWS), n - 1)
+    if EXPERTS:
+        end = tl.where(used, end, begin)
+        own += expert * n
+    columns = tl.arange(0, COLUMNS)
+    row = values + own.to(tl.int64)[:, None] * k + columns[None, :]
+    column = x + at[None, :] * k + columns[:, None]
+    group = own * tl.cdiv(k, GROUP)
+    scale = tl.load(scales + group)
+    result = tl.zeros((ROWS, TOKENS), tl.float32)
+    if PDL:
+        gdc_wait()
+    for step in tl.range(begin, end, num_stages=STAGES):
+        w = _whole_numbers(tl.load(row + step * COLUMNS), x.dtype.element_ty, FLOAT, ASSEMBLY)
+        v = tl.load(column + step * COLUMNS)
+        if not BY_ROW:
+            scale = tl.load(scales + group + step * COLUMNS // GROUP)
+            if ZEROS:
+                w -= tl.load(zeros + group + step * COLUMNS // GROUP).to(w.dtype)[:, None]
+        # Scaled at each step: Triton would leave half of a product that is only added up in
+        # flight, while the next step overwrites the registers of its weights.
+        result += tl.dot(w, v, input_precision='ieee') * scale[:, None]
+    if PDL:
+        gdc_launch_dependents()
+    if FLOAT:
+        result *= 256.0
+    if BIAS:
+        result += tl.load(bias + own).to(tl.float32)[:, None]
+    _store(out, result, block, place, routing, n - first, tokens, width, GATED, GELU, PLACED,
+           EXPERTS)
+
+
+@triton.jit
+def _whole_numbers(values, KIND: tl.constexpr, FLOAT: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Convert int8 to KIND; if FLOAT, from the bits of E4M3 floats, times 2^-8. All are exact."""
+    if FLOAT:
+        return _numbers(values, FLOAT, ASSEMBLY).to(KIND)
+    else:
+        return values.to(KIND)
 
 
 @triton.jit
@@ -221,35 +402,48 @@ def _gated(result, GELU: tl.constexpr):
 
 
 @triton.jit
-def _store(out, result, block, at, n, tokens, width, GATED: tl.constexpr, GELU: tl.constexpr,
-           PLACED: tl.constexpr):
-    """Write tile ``block`` [rows, tokens], of n rows, to ``out`` [splits, tokens, width]."""
+def _store(out, result, block, at, routing, n, tokens, width, GATED: tl.constexpr,
+           GELU: tl.constexpr, PLACED: tl.constexpr, EXPERTS: tl.constexpr):
+    """
+    Write tile ``block`` [rows, tokens], of n rows, to ``out`` [splits, tokens, width].
+
+    If EXPERTS, rows of ``out`` below 0 are left out, and gated ones are times ``routing``.
+    """
     if GATED:
         result = _gated(result, GELU)
         n = n // 2
     rows = block * result.shape[0] + tl.arange(0, result.shape[0])
-    inside = rows < n
+    inside = (rows < n)[None, :]
+    if EXPERTS:
+        inside &= (at >= 0)[:, None]
+        if GATED:
+            result *= tl.load(routing + at, mask=at >= 0, other=0.0)[None, :]
     if PLACED:
         rows = _placed(rows)
     place = out + (tl.program_id(1) * tokens + at).to(tl.int64)[:, None] * width + rows[None, :]
-    tl.store(place, tl.trans(result).to(out.dtype.element_ty), mask=inside[None, :])
+    tl.store(place, tl.trans(result).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _weights(words, four, zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
              ASSEMBLY: tl.constexpr):
+    """Dequantise nibble NUMBER of words [2, TILES, 256] to [16 * TILES, 32] of KIND."""
+    w = _fragments(_nibble(words, NUMBER, KIND, ASSEMBLY))
+    point = _zero_point(zero, NUMBER, KIND, ZEROS, ASSEMBLY)
+    w = _whole(w, NUMBER, KIND, ASSEMBLY) - point[:, None]
+    return w * _of(four, NUMBER).to(KIND)[:, None]
+
+
+@triton.jit
+def _fragments(words):
     """
-    Dequantise nibble NUMBER of words [2, TILES, 256] to [16 * TILES, 32] of KIND.
+    Reshape fragments [2, TILES, 256] to [16 * TILES, 32].
 
     No data moves between lanes: a lane's words are its fragments for the tensor cores.
     """
     TILES: tl.constexpr = words.shape[1]
-    w = _nibble(words, NUMBER, KIND, ASSEMBLY)
-    w = tl.reshape(w, (2, TILES, 8, 4, 2, 2, 2))
-    w = tl.reshape(tl.permute(w, (1, 5, 2, 0, 4, 3, 6)), (16 * TILES, 32))
-    point = _zero_point(zero, NUMBER, KIND, ZEROS, ASSEMBLY)
-    w = _whole(w, NUMBER, KIND, ASSEMBLY) - point[:, None]
-    return w * _of(four, NUMBER).to(KIND)[:, None]
+    w = tl.reshape(words, (2, TILES, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (1, 5, 2, 0, 4, 3, 6)), (16 * TILES, 32))
 
 
 @triton.jit
@@ -276,33 +470,42 @@ def _zero_point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.conste
 
 
 @triton.jit
-def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, width,
-          GROUP: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-          EXACT: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-          ZEROS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr):
+def _int4(x, packed, scales, zeros, table, bias, out, slots, owners, routing, first, n, k, blocks,
+          tokens, held, width, GROUP: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+          TOKENS: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr,
+          GELU: tl.constexpr, BIAS: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
+          PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EXPERTS: tl.constexpr,
+          PDL: tl.constexpr):
     """
     Multiply ``x`` [tokens, k], in fragment order, by rows of an `Int4` [n, k]; see `_dense`.
 
     A step reads the words of 32 columns of each of a block's four groups. If EXACT, all blocks are
-    full.
+    full. For TABLE and WARPS, see `int4_kernels._int4` and `int4_kernels._pairs`.
     """
     STEPS: tl.constexpr = GROUP // 32
-    turn = tl.program_id(0) // tl.cdiv(tokens, TOKENS)
+    turn, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
     last = tl.cdiv(n, 16) - 1
     tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
-    at = tl.program_id(0) % tl.cdiv(tokens, TOKENS) * TOKENS + tl.arange(0, TOKENS)
     begin, end = _split_range(blocks * STEPS)
+    if EXPERTS:
+        end = tl.where(used, end, begin)
+        tiles += expert * (last + 1)
     columns = tl.arange(0, 32)
     word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
             + tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
     each = tl.arange(0, 16 * TILES)
     tile = tl.minimum(first // 16 + turn * TILES + each // 16, last).to(tl.int64)
+    if EXPERTS:
+        tile += expert * (last + 1)
     row = tile * blocks * 16 + each % 16
     result = tl.zeros((16 * TILES, TOKENS), tl.float32)
+    pairs = _pairs(x, table, WARPS, TABLE, ASSEMBLY)
     if PDL:
         gdc_wait()
     for step in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(word + step * 512)
+        if TABLE:
+            w0, w1, w2, w3 = _looked_up(words, table, pairs, x.dtype.element_ty, ASSEMBLY)
         # Load four float16 as one int64.
         block = step // STEPS
         four = tl.load(scales.to(tl.pointer_type(tl.int64)) + row + block * 16)
@@ -318,14 +521,76 @@ def _int4(x, packed, scales, zeros, bias, out, first, n, k, blocks, tokens, widt
             else:
                 v = tl.load(x + at[None, :] * k + column[:, None], mask=(column < k)[:, None],
                             other=0.0)
-            w = _weights(words, four, zero, number, v.dtype, ZEROS, ASSEMBLY)
+            if TABLE:
+                w = w0 if number == 0 else w1 if number == 1 else w2 if number == 2 else w3
+                w = _fragments(w) * _of(four, number).to(v.dtype)[:, None]
+            else:
+                w = _weights(words, four, zero, number, v.dtype, ZEROS, ASSEMBLY)
             result = tl.dot(w, v, result, input_precision='ieee')
     if PDL:
         gdc_launch_dependents()
     if BIAS:
         own = first + turn * (16 * TILES) + each
         result += tl.load(bias + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
-    _store(out, result, turn, at, n - first, tokens, width, GATED, GELU, PLACED)
+    _store(out, result, turn, place, routing, n - first, tokens, width, GATED, GELU, PLACED,
+           EXPERTS)
+
+
+@triton.jit
+def _fp4(x, packed, scales, factors, bias, out, slots, owners, routing, first, n, k, blocks,
+         tokens, held, width, GROUP: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
+         STAGES: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
+         BIAS: tl.constexpr, PLACED: tl.constexpr, ASSEMBLY: tl.constexpr, EXPERTS: tl.constexpr,
+         PDL: tl.constexpr):
+    """Multiply ``x`` [tokens, k], in fragment order, by rows of an `Fp4` [n, k]; see `_int4`."""
+    STEPS: tl.constexpr = GROUP // 32
+    turn, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
+    last = tl.cdiv(n, 16) - 1
+    tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
+    begin, end = _split_range(blocks * STEPS)
+    if EXPERTS:
+        end = tl.where(used, end, begin)
+        tiles += expert * (last + 1)
+    columns = tl.arange(0, 32)
+    lane = tl.arange(0, 64)
+    word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
+            + tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
+    scale = (scales + tiles[None, :, None] * blocks * GROUP
+             + (lane // 4 * 2 + lane % 2)[None, None, :])
+    result = tl.zeros((16 * TILES, TOKENS), tl.float32)
+    if PDL:
+        gdc_wait()
+    for step in tl.range(begin, end, num_stages=STAGES):
+        own = tl.permute(tl.load(scale + step * 32), (1, 0, 2))
+        words = tl.permute(tl.load(word + step * 512), (1, 0, 2))
+        for number in tl.static_range(4):       # one product at a time, as in `_int4`
+            column = (step // STEPS * 4 + number) * GROUP + step % STEPS * 32 + columns
+            if EXACT:
+                v = tl.load(x + at[None, :] * k + column[:, None])
+            else:
+                v = tl.load(x + at[None, :] * k + column[:, None], mask=(column < k)[:, None],
+                            other=0.0)
+            if ASSEMBLY and v.dtype != tl.float32:
+                w = _fast_weights(words, own, number, v.dtype)
+            else:
+                w = _exact_weights(words, own, number, v.dtype)
+            w = tl.reshape(_matrix(w), (16 * TILES, 32))
+            result = tl.dot(w, v, result, input_precision='ieee')
+    if PDL:
+        gdc_launch_dependents()
+    own = first + turn * (16 * TILES) + tl.arange(0, 16 * TILES)
+    if EXPERTS:
+        factors += expert * n
+    factor = tl.load(factors + own, mask=own < n, other=0.0)
+    if ASSEMBLY and x.dtype.element_ty == tl.float16:       # what `_fast_weights` leaves
+        factor *= 2.0 ** 14
+    elif ASSEMBLY and x.dtype.element_ty == tl.bfloat16:
+        factor *= 2.0 ** 8
+    result *= factor[:, None]
+    if BIAS:
+        result += tl.load(bias + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
+    _store(out, result, turn, place, routing, n - first, tokens, width, GATED, GELU, PLACED,
+           EXPERTS)
 
 
 @triton.jit

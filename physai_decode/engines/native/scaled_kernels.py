@@ -260,7 +260,7 @@ def widen(weight: Scaled, rows: slice, out: Tensor) -> None:
     """Dequantise some rows of a weight to ``out`` [rows, K], columns sorted by group."""
     k = weight.in_features
     _widen[(rows.stop - rows.start, triton.cdiv(k, BLOCK))](
-        *_pointers(weight), out, rows.start, K=k, GROUP=weight.group_size,
+        *pointers(weight), out, rows.start, K=k, GROUP=weight.group_size,
         GROUPS=weight.scales.shape[1], BLOCK=BLOCK, FLOAT=weight.is_float,
         ZEROS=weight.zeros is not None, ASSEMBLY=out.device.type == 'cuda', num_warps=4)
 
@@ -283,18 +283,18 @@ class ScaledOps(Int4Ops):
         self._current.discard(out.data_ptr())
         n, bias = shape.n // 2 if gated else shape.n, one.bias
         _multiply[(triton.cdiv(n, layout.rows), each)](
-            x, *_pointers(whole), x if bias is None else bias, x if gain is None else gain, ids,
+            x, *pointers(whole), x if bias is None else bias, x if gain is None else gain, ids,
             routing, out, n, out.stride(0), eps, K=joined * shape.k, SIZE=shape.k,
             STACK=0 if routed is None else one.values.numel(), GROUP=one.group_size,
             ROWS=layout.rows,
             COLUMNS=math.gcd(layout.columns, shape.k) if joined > 1 else layout.columns,
             STAGES=layout.stages, FLOAT=one.is_float, ZEROS=whole.zeros is not None,
-            BY_ROW=one.scales.shape[1] == 1 and whole.zeros is None, NORM=gain is not None,
+            BY_ROW=one.by_row, NORM=gain is not None,
             GATED=gated, GELU=gelu, ADD=add, BIAS=bias is not None,
             ASSEMBLY=self._device.type == 'cuda', PDL=self._pdl, **self._launch(layout.warps))
 
 
-def _pointers(weight: Scaled) -> tuple[Tensor, ...]:
+def pointers(weight: Scaled) -> tuple[Tensor, ...]:
     """Return values, scales and zeros; Triton requires a valid pointer even if unused."""
     return (weight.values.view(torch.int8), weight.scales,
             weight.scales if weight.zeros is None else weight.zeros)
