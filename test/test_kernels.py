@@ -240,8 +240,9 @@ def test_attend(make, dim, place):
 
 
 @pytest.mark.parametrize('window', [1, 20, 200])
-def test_attend_with_a_window(make, window):
-    check_attend(make, 64, 100, heads=4, kv_heads=4, window=window)
+@pytest.mark.parametrize('splits', [4, None])
+def test_attend_with_a_window(make, window, splits):
+    check_attend(make, 64, 100, heads=2, kv_heads=1, window=window, splits=splits)
 
 
 def test_attend_with_normed_heads(make):
@@ -253,7 +254,7 @@ def test_attend_with_scaled_queries(make, place):
     check_attend(make, 64, place, heads=2, kv_heads=1, growth=Growth(0.5, 10))
 
 
-def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth=None):
+def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth=None, splits=4):
     keys, values = make(kv_heads, 128, dim), make(kv_heads, 128, dim)
     angles = make(128, dim // 2)
     layer = Attention(heads, kv_heads, dim, window, 0.9 / dim**0.5, EPS,
@@ -261,7 +262,7 @@ def check_attend(make, dim, place, heads, kv_heads, window=0, norm=False, growth
     qkv = make((heads + 2 * kv_heads) * dim)
     position = torch.tensor([place], device=DEVICE)
     results = []
-    ops = TritonOps(DEVICE, splits=4)
+    ops = TritonOps(DEVICE, splits)
     for each in (REFERENCE, ops, ops):
         cache = keys.clone(), values.clone()
         out = torch.full((heads * dim,), float('nan'), device=DEVICE)

@@ -447,6 +447,7 @@ class AttentionLayout:
     warps: int
 
 
+TILE_TOKENS = 32        # keys and values that attention loads at once
 ATTENTION_LAYOUTS = tuple(
     AttentionLayout(*each) for each in ((2, 1), (4, 1), (1, 4), (2, 4), (2, 2)))
 
@@ -578,7 +579,7 @@ class TritonOps(TorchOps):
             layer.q_norm if layer.q_norm is not None else qkv,
             layer.k_norm if layer.k_norm is not None else qkv,
             *parts, max_context, layer.scale, layer.norm_eps, KV_HEADS=kv_heads,
-            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=32,
+            GROUP=group, PADDED=padded, D=dim, DIMS=dims, SPLITS=splits, TOKENS=TILE_TOKENS,
             WINDOW=layer.window, NORM=layer.q_norm is not None, BETA=layer.growth.beta,
             LENGTH=layer.growth.context, PDL=self._pdl, **self._launch(warps))
         _join[(layer.heads, dim // 32)](
@@ -588,8 +589,12 @@ class TritonOps(TorchOps):
     def _split_attention(self, layer, dims, rows=1):
         """Return the warps and splits of a layer's attention, and the splits' buffers."""
         layout = self._attention_layouts.get(_heads(layer), ATTENTION_LAYOUTS[0])
-        splits = self._splits or max(
+        splits = max(
             1, layout.programs * self._programs // triton.next_power_of_2(layer.kv_heads))
+        if layer.window:        # more splits would have nothing to do
+            tiles = triton.cdiv(layer.window, TILE_TOKENS)
+            splits = min(splits, triton.next_power_of_2(tiles))
+        splits = self._splits or splits
         return layout.warps, splits, [
             self._buffer(f'attention {part}', rows * layer.heads * splits * width, torch.float32)
             for part, width in (('sums', dims), ('maxima', 1), ('totals', 1))]

@@ -43,6 +43,7 @@ from physai_decode.engines.native.kernels import _join
 from physai_decode.engines.native.kernels import _prepare
 from physai_decode.engines.native.kernels import _rotated
 from physai_decode.engines.native.kernels import Layout
+from physai_decode.engines.native.kernels import TILE_TOKENS
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.linear import Fp4
 from physai_decode.engines.native.linear import TILE_ROWS
@@ -413,9 +414,9 @@ class PassOps(Fp4Ops):
         _attend_rows[(kv_heads, splits, triton.cdiv(rows, together))](
             qkv, keys, values, position, cos, sin, q_gain, k_gain, *parts, max_context,
             layer.scale, layer.norm_eps, rows, KV_HEADS=kv_heads, GROUP=group, PADDED=padded,
-            D=dim, DIMS=dims, SPLITS=splits, TOKENS=32, TOGETHER=together, WINDOW=layer.window,
-            NORM=norm, BETA=layer.growth.beta, LENGTH=layer.growth.context, PDL=self._pdl,
-            **self._launch(warps))
+            D=dim, DIMS=dims, SPLITS=splits, TOKENS=TILE_TOKENS, TOGETHER=together,
+            WINDOW=layer.window, NORM=norm, BETA=layer.growth.beta, LENGTH=layer.growth.context,
+            PDL=self._pdl, **self._launch(warps))
         _join[(rows * layer.heads, dim // 32)](
             *parts, out, self._sums(out), D=dim, DIMS=dims, SPLITS=splits, BLOCK=32,
             PDL=self._pdl, **self._launch(1))
