@@ -31,9 +31,10 @@ from physai_decode.engines.native import kernels
 from physai_decode.engines.native import lookup
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native import prefill_kernels
+from physai_decode.engines.native import routing_kernels
 from physai_decode.engines.native import scaled_kernels
 from physai_decode.engines.native.linear import Int4
-from physai_decode.engines.native.prefill import rule
+from physai_decode.engines.native.prefill_tiling import rule
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -268,10 +269,11 @@ def prefill(build, half, capability):
         assert matrix in made.asm['ptx']
         if dim == 256:      # every supported chip has that much
             assert made.metadata.shared <= 99 * 1024
-    build(own._route, ids='i32', EXPERTS=128, WIDE=128, BLOCK=16, TOP_K=8, NORMALISED=True,
-          PARTS=2)
-    build(own._count, ids='i32', BLOCK=1024)
-    build(own._arrange, ids='i32', EXPERTS=128, WIDE=128, TOKENS=16, BLOCK=1024, MOST=256)
+    build(routing_kernels._route, ids='i32', EXPERTS=128, WIDE=128, BLOCK=16, TOP_K=8,
+          NORMALISED=True, PARTS=2)
+    build(routing_kernels._count, ids='i32', BLOCK=1024)
+    build(routing_kernels._arrange, ids='i32', EXPERTS=128, WIDE=128, TOKENS=16, BLOCK=1024,
+          MOST=256)
     for gated, experts in product((False, True), repeat=2):
         common = {'x': half, 'out': half if gated else 'fp32', 'GATED': gated, 'GELU': gated,
                   'BIAS': gated and not experts, 'EXPERTS': experts}

@@ -38,8 +38,7 @@ from physai_decode.engines.native import families
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import kernels
 from physai_decode.engines.native import NativeEngine
-from physai_decode.engines.native import prefill
-from physai_decode.engines.native import prefill_kernels
+from physai_decode.engines.native import routing_kernels
 from physai_decode.engines.native import self_check
 from physai_decode.engines.native import source
 from physai_decode.engines.native import weights
@@ -50,6 +49,7 @@ from physai_decode.engines.native.ops import Routed
 from physai_decode.engines.native.ops import top_k
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
+from physai_decode.engines.native.prefill_tiling import runs_experts
 from physai_decode.engines.native.torch_forms import TorchForms
 from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
@@ -410,7 +410,7 @@ def test_routes_tokens(make, count, normalised, splits):
     parts[:, 3] = float('nan')
     ids, routing = (torch.full((2, 16), 99, dtype=kind, device=DEVICE)
                     for kind in (torch.int32, torch.float32))
-    prefill_kernels._route[(16,)](
+    routing_kernels._route[(16,)](
         parts, torch.tensor([9], device=DEVICE), ids, routing, 16, 16 * count, EXPERTS=count,
         WIDE=triton.next_power_of_2(count), BLOCK=8, TOP_K=2, NORMALISED=normalised, PARTS=splits,
         PDL=False)
@@ -435,9 +435,9 @@ def test_assigns_blocks(count, tokens, size):
     blocks = total // size + min(count, total)
     counts, slots, owners = (torch.full((each,), 77, dtype=torch.int32, device=DEVICE)
                              for each in (count, blocks * size, blocks))
-    prefill_kernels._count[(count,)](ids, counts, total, BLOCK=32, PDL=False)
+    routing_kernels._count[(count,)](ids, counts, total, BLOCK=32, PDL=False)
     assert counts.tolist() == [(ids == expert).sum() for expert in range(count)]
-    prefill_kernels._arrange[(count,)](
+    routing_kernels._arrange[(count,)](
         ids, counts, slots, owners, total, blocks, EXPERTS=count,
         WIDE=triton.next_power_of_2(count), TOKENS=size, BLOCK=32,
         MOST=triton.next_power_of_2(blocks), PDL=False)
@@ -458,10 +458,10 @@ def test_runs_what_fits(tmp_path, monkeypatch):
     """Chunks need a router without groups, and tiles that fit."""
     t = transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[0]
     mlp = t.weights.layers[-1].mlp
-    assert prefill._runs_experts(mlp, 200_000)
-    assert not prefill._runs_experts(mlp, 5_000)
+    assert runs_experts(mlp, 200_000)
+    assert not runs_experts(mlp, 5_000)
     biased = replace(mlp, router=replace(mlp.router, bias=torch.zeros(6)))
-    assert not prefill._runs_experts(biased, 200_000)
+    assert not runs_experts(biased, 200_000)
 
 
 def test_order_of_sums_is_fixed(tmp_path):

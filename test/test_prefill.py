@@ -37,7 +37,8 @@ from physai_decode.engines.native import weights
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
 from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.prefill import Prefill
-from physai_decode.engines.native.prefill import Tiling
+from physai_decode.engines.native.prefill_tiling import LIBRARY
+from physai_decode.engines.native.prefill_tiling import Tiling
 from physai_decode.engines.native.transformer import EagerPrefill
 from physai_decode.engines.native.transformer import Transformer
 import random_formats
@@ -116,7 +117,7 @@ def test_families(tmp_path, family):
     (False, {'group_size': 32, 'act_order': True, 'symmetric': False, 'one_order': False})])
 def test_gptq(tmp_path, form, library, monkeypatch):
     if library:
-        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+        monkeypatch.setattr(prefill, 'rule', lambda *_: LIBRARY)
         monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
         monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     folder = tmp_path / 'model'
@@ -128,7 +129,7 @@ def test_gptq(tmp_path, form, library, monkeypatch):
 @pytest.mark.parametrize('library', [False, True])
 def test_gptq_of_other_families(tmp_path, family, library, monkeypatch):
     if library:
-        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+        monkeypatch.setattr(prefill, 'rule', lambda *_: LIBRARY)
     random_gptq.save(tmp_path / 'model', family, 0, 32, symmetric=False,
                      **ONE_LAYER_OF.get(family, ONE_LAYER))
     check_chunks(tmp_path / 'model', (9,), 2e-5)
@@ -142,7 +143,7 @@ def test_gptq_of_other_families(tmp_path, family, library, monkeypatch):
 @pytest.mark.parametrize('library', [False, True])
 def test_other_formats(tmp_path, form, library, monkeypatch):
     if library:
-        monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+        monkeypatch.setattr(prefill, 'rule', lambda *_: LIBRARY)
     monkeypatch.setattr(prefill, 'UNPACKED_BYTES', 0)
     monkeypatch.setattr(prefill, 'UNPACKED_ROWS', 128)
     random_formats.save(tmp_path / 'model', 'qwen2', form, **ONE_LAYER)
@@ -226,7 +227,7 @@ def test_check_dequantises_as_long_chunks_do(tmp_path, monkeypatch, form):
     monkeypatch.setattr(prefill, '_unpack', noted(prefill._unpack))
     monkeypatch.setattr(Fp4Ops, 'wideners', {
         kind: noted(widen) for kind, widen in Fp4Ops.wideners.items()})
-    monkeypatch.setattr(prefill, 'rule', lambda *_: prefill.LIBRARY)
+    monkeypatch.setattr(prefill, 'rule', lambda *_: LIBRARY)
     random_formats.save(tmp_path / 'model', 'qwen2', form, **ONE_LAYER)
     t = load(tmp_path / 'model')[0]
     chunks = Prefill(t, (16,), capture=False)

@@ -32,9 +32,9 @@ from physai_decode.engines.native import prefill
 from physai_decode.engines.native import prefill_kernels as kernels
 from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import ACTIVATIONS
-from physai_decode.engines.native.prefill import LIBRARY
-from physai_decode.engines.native.prefill import rule
-from physai_decode.engines.native.prefill import Tiling
+from physai_decode.engines.native.prefill_tiling import LIBRARY
+from physai_decode.engines.native.prefill_tiling import rule
+from physai_decode.engines.native.prefill_tiling import Tiling
 import random_gptq
 import torch.nn.functional as F
 

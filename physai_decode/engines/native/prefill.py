@@ -34,6 +34,7 @@ from physai_decode.engines import compiler
 from physai_decode.engines import device as devices
 from physai_decode.engines.native import lookup
 from physai_decode.engines.native import prefill_kernels as kernels
+from physai_decode.engines.native import routing_kernels
 from physai_decode.engines.native.architecture import Routing
 from physai_decode.engines.native.experts import Experts
 from physai_decode.engines.native.fp4_kernels import Fp4Ops
@@ -47,6 +48,11 @@ from physai_decode.engines.native.linear import Scaled
 from physai_decode.engines.native.linear import Stack
 from physai_decode.engines.native.linear import TILE_ROWS
 from physai_decode.engines.native.mlp import Mlp
+from physai_decode.engines.native.prefill_tiling import expert_rule
+from physai_decode.engines.native.prefill_tiling import has_table
+from physai_decode.engines.native.prefill_tiling import is_packed
+from physai_decode.engines.native.prefill_tiling import rule
+from physai_decode.engines.native.prefill_tiling import runs_experts
 from physai_decode.engines.native.scaled_kernels import pointers
 from physai_decode.engines.native.transformer import Transformer
 import torch
@@ -64,30 +70,7 @@ ROTATED_HEADS = 4                       # heads that a program rotates, if there
 SPLITS = 8                              # maximum splits of a context
 SHORT_CONTEXT = 512                     # tokens up to which attention does not split it
 UNPACKING = 4                           # tiles of 16 rows, and warps, per program that unpacks
-DEFAULT_SHARED = 48 * 2**10             # bytes of shared memory that every kernel may use
-TENSOR_MEMORY = 128 * 64                # sums of a 4-bit tile that fit into it, for four groups
 CAPABILITY = (8, 0)                     # the lowest for which Triton uses tensor cores
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """
-    The tiling of a product by a kernel of `prefill_kernels`; with ``rows`` 0, the library runs it.
-
-    ``rows`` and ``columns`` are the size of a tile of weights; for an `Int4` and an `Fp4`,
-    ``columns`` counts those of each of four groups. ``tokens`` are the tokens of a tile, and
-    ``splits`` the programs that split the columns.
-    """
-
-    rows: int = 0
-    columns: int = 0
-    tokens: int = 0
-    warps: int = 0
-    stages: int = 0
-    splits: int = 1
-
-
-LIBRARY = Tiling()
 
 
 class Prefill:
@@ -179,7 +162,7 @@ class Prefill:
             return False
         layers = transformer.weights.layers
         shared = chip.shared_bytes(keys.device)
-        return all(_runs_experts(layer.mlp, shared)
+        return all(runs_experts(layer.mlp, shared)
                    for layer in layers if isinstance(layer.mlp, Experts)) and all(
             weight.in_features % 32 == 0 and weight.out_features % TILE_ROWS == 0
             for layer in layers for weight in layer.linears if isinstance(weight, Int4))
@@ -362,20 +345,20 @@ class Prefill:
         most, total = routing.count, routing.top_k * tokens
         size, blocks = _block_tokens(tokens, routing), _blocks(tokens, routing)
         common = {'EXPERTS': most, 'WIDE': triton.next_power_of_2(most), **self._launch(4)}
-        kernels._route[(tokens,)](
+        routing_kernels._route[(tokens,)](
             parts, self._count, to.ids, to.weights, tokens, tokens * most, BLOCK=16,
             TOP_K=routing.top_k, NORMALISED=mlp.normalised, PARTS=count, **common)
-        kernels._count[(most,)](to.ids, to.counts, total, BLOCK=1024, **self._launch(4))
-        kernels._arrange[(most,)](
+        routing_kernels._count[(most,)](to.ids, to.counts, total, BLOCK=1024, **self._launch(4))
+        routing_kernels._arrange[(most,)](
             to.ids, to.counts, to.slots, to.owners, total, blocks, TOKENS=size, BLOCK=1024,
             MOST=triton.next_power_of_2(blocks), **common)
-        if _is_packed(mlp.gate_up[0]):
+        if is_packed(mlp.gate_up[0]):
             x = self._reordered(x, to.identity, tokens, True)
         for weight, held, out, gated in ((mlp.gate_up, tokens, self._hidden, True),
                                          (mlp.down, total, self._parts, False)):
-            tiling = _expert_tiling(weight, size, gated, self._shared)
+            tiling = expert_rule(weight, size, gated, self._shared)
             self._by_kernel(x, weight, blocks * size, tiling, out, gated=gated,
-                            placed=gated and _is_packed(mlp.down[0]),
+                            placed=gated and is_packed(mlp.down[0]),
                             gelu=mlp.activation == 'gelu_tanh', held=held)
             x = out
         return self._parts, routing.top_k
@@ -400,7 +383,7 @@ class Prefill:
         tiles = triton.cdiv(n, tiling.rows)
         full = tiles * blocks // self._processors * self._processors // blocks
         rest = (tiles - full) * blocks
-        steps = k // ((4 if _is_packed(weight) else 1) * tiling.columns)
+        steps = k // ((4 if is_packed(weight) else 1) * tiling.columns)
         if (tokens < 128 or not full or not rest or rest > TAIL * self._processors
                 or (isinstance(weight, Dense) and weight.bias is not None)):
             return n, 1
@@ -485,7 +468,7 @@ class Prefill:
 
     def _is_placed(self, weight, tokens, gated=False):
         """Return whether the previous kernel writes the input in the layout of this product."""
-        return (_is_packed(weight) and weight.order is None
+        return (is_packed(weight) and weight.order is None
                 and self._tiling(weight, tokens, gated).rows > 0)
 
     def _in_order(self, x, weight, tokens, gated=False):
@@ -494,7 +477,7 @@ class Prefill:
             return x
         return self._reordered(
             x, weight.order, tokens,
-            _is_packed(weight) and self._tiling(weight, tokens, gated).rows > 0)
+            is_packed(weight) and self._tiling(weight, tokens, gated).rows > 0)
 
     def _reordered(self, x, order, tokens, placed):
         k = order.shape[0]
@@ -632,7 +615,8 @@ class _Assigned:
     """
     The experts of the tokens of a chunk, and which of them a program multiplies.
 
-    ``ids`` int32 and ``weights`` float32 [top_k, tokens]; for the others, see `kernels._arrange`.
+    ``ids`` int32 and ``weights`` float32 [top_k, tokens]; for the others, see
+    `routing_kernels._arrange`.
     """
 
     ids: Tensor
@@ -668,109 +652,9 @@ def _blocks(tokens, routing):
     return total // _block_tokens(tokens, routing) + min(routing.count, total)
 
 
-def _expert_tiling(stack, tokens, gated, shared):
-    """Return the tiling of a product by the experts of blocks of ``tokens``."""
-    weight = stack[0]
-    for rows, columns, warps, stages in _kernel_layouts(weight, tokens, gated)[0]:
-        if _takes(weight, rows, columns, tokens, stages, shared):
-            return Tiling(rows, columns, tokens, warps, stages)
-    return LIBRARY
-
-
-def _runs_experts(mlp, shared):
-    """Whether kernels can run all experts in chunks."""
-    return isinstance(mlp.router, Dense) and mlp.router.bias is None and all(
-        stack.stacked.bias is None and stack.shape[0] % TILE_ROWS == 0
-        and all(_expert_tiling(stack, tokens, gated, shared).rows for tokens in (16, 32, 64))
-        for stack, gated in ((mlp.gate_up, True), (mlp.down, False)))
-
-
-def rule(weight: Linear, tokens: int, gated: bool, processors: int, shared: int,
-         tensor_memory: bool = False) -> Tiling:
-    """
-    Choose how to compute a product, by measurements on an H100; see docs/performance.md.
-
-    :param processors: of the chip.
-    :param shared: maximum shared memory per block in bytes.
-    :param tensor_memory: see `chip.has_tensor_memory`.
-    """
-    n, k = weight.shape
-    wide = min(tokens, 128)
-    if not _is_packed(weight) and tokens > 128:
-        return LIBRARY
-    if isinstance(weight, Dense) and not gated and (
-            tokens == 64 and n > k or tokens == 128 and n >= k):
-        return LIBRARY
-    layouts, programs = _kernel_layouts(weight, tokens, gated)
-    for rows, columns, warps, stages in layouts:
-        if tensor_memory and _is_packed(weight) and rows * wide > TENSOR_MEMORY:
-            continue
-        if _takes(weight, rows, columns, wide, stages, shared):
-            steps = k // ((4 if _is_packed(weight) else 1) * columns)
-            tiles = triton.cdiv(n, rows) * (tokens // wide)
-            splits = 1 if gated else min(9, steps // 2, round(programs * processors / tiles))
-            return Tiling(rows, columns, wide, warps, stages, max(1, splits))
-    return LIBRARY
-
-
-def _takes(weight, rows, columns, tokens, stages, shared):
-    """Whether tiles fit into the weight, its groups and the shared memory."""
-    k = weight.shape[1]
-    if not compiler.PIPELINES and 8 * rows * tokens > shared:
-        return False        # older versions take that to part gate and up
-    if isinstance(weight, Dense):
-        return k % columns == 0 and stages * 2 * columns * (rows + tokens) <= shared
-    if isinstance(weight, Scaled):
-        step = columns * (rows + 2 * tokens) + 8 * rows
-        return k % columns == 0 and stages * step <= shared and (
-            weight.by_row or weight.group_size % columns == 0)
-    group = FP4_GROUP if isinstance(weight, Fp4) else weight.group_size
-    step = 4 * columns * (rows // 2 + 2 * tokens) + (
-        columns * rows // 4 if isinstance(weight, Fp4) else 8 * rows)
-    if _has_table(weight):
-        # Beside the pairs, a launch fails unless Triton itself allocates more than the default. It
-        # may have a buffer less than stages.
-        shared = shared - lookup.STATIC_BYTES if (stages - 1) * step > DEFAULT_SHARED else 0
-    return k % 32 == 0 and group % columns == 0 and stages * step <= shared
-
-
-# Rows, columns, warps, stages: the first that fits is taken. Dense: not gated, gated, gated of 64
-# tokens and more.
-_DENSE = (((64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
-          ((64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3)),
-          ((128, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)))
-# Of 8-bit weights: not gated or of less than 64 tokens, and gated of more.
-_SCALED = (((64, 128, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4), (64, 32, 4, 3)),
-           ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)))
-
-
-def _kernel_layouts(weight, tokens, gated):
-    """Return the layouts of a product, and its programs per processor."""
-    if _is_packed(weight):
-        return _packed_layouts(weight, tokens, gated)
-    if isinstance(weight, Scaled):
-        return _SCALED[gated and tokens >= 64], 1
-    return _DENSE[gated + (gated and tokens >= 64)], 1
-
-
-def _packed_layouts(weight, tokens, gated):
-    """Return the layouts of the product of 4-bit weights, and its programs per processor."""
-    n, k = weight.shape
-    largest = 512 if gated and not _has_table(weight) else 256
-    if tokens > largest or (tokens == 256 and n > k and not gated):
-        return (), 1        # the library is faster, with unpacking
-    # Five stages only fit a table, see `_takes`.
-    small = (64, 32, 4, 4), (64, 32, 4, 5), (64, 32, 4, 3), (64, 32, 4, 2)
-    if tokens >= 256:
-        return ((256, 32, 8, 3) if gated else (128, 32, 8, 4), (128, 32, 8, 2), *small), 1
-    if gated and tokens >= 64:
-        return ((128, 32, 8, 4), (128, 32, 8, 2), *small), 1
-    return ((128, 32, 4, 4), (128, 32, 4, 5), *small), 1 if tokens == 128 and k <= n else 2
-
-
 def _widener(weight: Linear) -> Callable[[Any, slice, Tensor], None]:
     """Return the function that dequantises rows of a quantised weight."""
-    if isinstance(weight, Int4) and not _has_table(weight):
+    if isinstance(weight, Int4) and not has_table(weight):
         return _unpack
     return Fp4Ops.wideners[type(weight)]
 
@@ -783,15 +667,6 @@ def _unpack(weight: Int4, rows: slice, out: Tensor) -> None:
         out, rows.start // TILE_ROWS, *out.shape, blocks, GROUP=weight.group_size,
         TILES=UNPACKING, ZEROS=weight.zeros is not None, ASSEMBLY=out.device.type == 'cuda',
         num_warps=UNPACKING)
-
-
-def _is_packed(weight):
-    """Whether the weights are fragments of four bits, whose input is in fragment order."""
-    return isinstance(weight, (Int4, Fp4))
-
-
-def _has_table(weight):
-    return isinstance(weight, Int4) and weight.table is not None
 
 
 def _is_ordered(weight):
