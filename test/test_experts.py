@@ -454,7 +454,7 @@ def test_assigns_blocks(count, tokens, size):
         -1] * owners.tolist().count(-1)
 
 
-def test_runs_what_fits(tmp_path, monkeypatch):
+def test_runs_what_fits(tmp_path):
     """Chunks need a router without groups, and tiles that fit."""
     t = transformers(random_model.save(tmp_path, 'qwen3_moe', 0))[0]
     mlp = t.weights.layers[-1].mlp
