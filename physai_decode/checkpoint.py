@@ -64,6 +64,7 @@ _NO_GGUF = ('get the model in Hugging Face layout, with safetensors, or serve th
 # Of a folder that cannot be written.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
                 errno.ENOTDIR)
+_GENERATION = 'generation_config.json'
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -100,11 +101,18 @@ class Checkpoint:
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
         """Sampling settings in generation_config.json, by field of `SamplingConfig`."""
-        path = self.folder / 'generation_config.json'
-        if not path.exists():
-            return {}
-        with parsing(path):
-            return model_config.sampling(_read_json(path))
+        with parsing(self.folder / _GENERATION):
+            return model_config.sampling(self._generation)
+
+    @property
+    def unapplied(self) -> tuple[str, ...]:
+        """Settings in generation_config.json that change the text, but that no engine applies."""
+        return model_config.unapplied(self._generation)
+
+    @cached_property
+    def _generation(self) -> Mapping[str, Any]:
+        path = self.folder / _GENERATION
+        return _read_json(path) if path.exists() else {}
 
     @property
     def vocab_size(self) -> int | None:
@@ -361,7 +369,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Collect the end tokens of all files, as one of them may be out of date."""
-    path = folder / 'generation_config.json'
+    path = folder / _GENERATION
     found: list[int] = []
     if path.exists():
         with parsing(path):

@@ -38,6 +38,20 @@ FIRST_WINDOW_LAYER = 28
 ROPE_THETA = 10000.0
 GPTQ_GROUP_SIZE = 128
 
+# Settings of a generation_config.json that change the text, but that no engine applies. The value
+# of each has no effect, nor do null and empty ones. The second group takes effect with do_sample.
+_UNAPPLIED: dict[str, Any] = {
+    **dict.fromkeys((
+        'bad_words_ids', 'begin_suppress_tokens', 'dola_layers',
+        'exponential_decay_length_penalty', 'force_words_ids', 'forced_bos_token_id',
+        'forced_decoder_ids', 'forced_eos_token_id', 'max_time', 'sequence_bias', 'stop_strings',
+        'suppress_tokens', 'watermarking_config')),
+    'encoder_no_repeat_ngram_size': 0, 'encoder_repetition_penalty': 1, 'guidance_scale': 1,
+    'min_length': 0, 'min_new_tokens': 0, 'no_repeat_ngram_size': 0, 'num_beams': 1,
+    'penalty_alpha': 0, 'token_healing': False}
+_UNAPPLIED_WARPERS: dict[str, Any] = {
+    'epsilon_cutoff': 0, 'eta_cutoff': 0, 'top_h': None, 'typical_p': 1}
+
 _OWN_NUMBERS = ('bitsandbytes', 'modelopt', 'exl2')     # quantisers whose bits are not integers
 
 # The range of each number. The lower bound is inclusive for a count and exclusive for a float; the
@@ -209,6 +223,13 @@ def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
     given = {name: config[name] for name in names if config.get(name) is not None}
     return {spec.name: check_value(spec.name, given[spec.name], spec, shown)
             for spec in fields(SamplingConfig) if spec.name in given}
+
+
+def unapplied(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings of a generation_config.json that change the text but are not applied."""
+    known = {**_UNAPPLIED, **(_UNAPPLIED_WARPERS if config.get('do_sample') else {})}
+    return tuple(sorted(key for key, idle in known.items()
+                        if config.get(key) not in (None, [], {}, idle)))
 
 
 def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -460,6 +460,23 @@ def test_sampling_of_the_checkpoint(folder, generation, expected):
     assert checkpoint.inspect(folder).sampling == expected
 
 
+@pytest.mark.parametrize(('generation', 'expected'), [
+    ({}, ()), ({'do_sample': True, 'top_k': 5, 'typical_p': 1.0, 'num_beams': 1, 'max_length': 9,
+               'min_new_tokens': 0, 'suppress_tokens': [], 'guidance_scale': 1.0}, ()),
+    ({'suppress_tokens': [7], 'bad_words_ids': [[3]], 'forced_bos_token_id': 0},
+     ('bad_words_ids', 'forced_bos_token_id', 'suppress_tokens')),
+    ({'num_beams': 4, 'no_repeat_ngram_size': 3, 'typical_p': 0.5},
+     ('no_repeat_ngram_size', 'num_beams')),
+    ({'do_sample': True, 'typical_p': 0.5, 'begin_suppress_tokens': None}, ('typical_p',)),
+    ({'exponential_decay_length_penalty': [9, 1.1], 'min_new_tokens': 1, 'guidance_scale': 1.5,
+      'sequence_bias': [[[7], 2.0]]}, (
+         'exponential_decay_length_penalty', 'guidance_scale', 'min_new_tokens',
+         'sequence_bias'))])
+def test_settings_of_the_checkpoint_that_are_not_applied(folder, generation, expected):
+    write_json(folder / 'generation_config.json', generation)
+    assert checkpoint.inspect(folder).unapplied == expected
+
+
 @pytest.mark.parametrize('value', [-1.0, 'warm', [0.5], 1e9, True])
 def test_rejects_a_sampling_setting_out_of_range(folder, value):
     write_json(folder / 'generation_config.json', {'do_sample': True, 'temperature': value})
