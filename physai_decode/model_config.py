@@ -362,9 +362,13 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     family = config['model_type']
     slides = family == 'mistral' or (family != 'llama' and config.get('use_sliding_window'))
     config = {'sliding_window': SLIDING_WINDOW, 'max_window_layers': FIRST_WINDOW_LAYER, **config}
+    kinds = config.get('layer_types')
     if not slides or config['sliding_window'] is None:
+        if family != 'llama' and isinstance(kinds, list) and 'sliding_attention' in kinds:
+            raise ValueError('layer_types has sliding_attention, but sliding_window is null or '
+                             'use_sliding_window is not true')
         return (0,) * layers
-    window, kinds = number(config, 'sliding_window'), config.get('layer_types')
+    window = number(config, 'sliding_window')
     if kinds is not None:
         return windows_by_kind(kinds, layers, window)
     first = 0 if family == 'mistral' else number(config, 'max_window_layers')

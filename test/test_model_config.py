@@ -107,6 +107,17 @@ def test_sliding_window_of_each_layer(config, expected):
     assert model_config.windows(config, 3) == expected
 
 
+@pytest.mark.parametrize('fields', [
+    {'model_type': 'mistral', 'sliding_window': None}, {'model_type': 'qwen2'},
+    {'model_type': 'qwen3', 'use_sliding_window': True, 'sliding_window': None}])
+def test_rejects_sliding_layers_without_a_window(fields):
+    """The library loads such a model, but can't run it."""
+    kinds = ['full_attention', 'sliding_attention', 'full_attention']
+    with pytest.raises(ValueError, match='layer_types has sliding_attention, but'):
+        model_config.windows({**fields, 'layer_types': kinds}, 3)
+    assert model_config.windows({**fields, 'layer_types': ['full_attention'] * 3}, 3) == (0, 0, 0)
+
+
 def test_config_without_quantisation():
     assert model_config.quantization({}) is None
     assert model_config.quantization({'quantization_config': None}) is None

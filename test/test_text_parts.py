@@ -160,7 +160,7 @@ def test_qwen3_vl_has_no_sliding_window(tmp_path):
     path = tmp_path / 'config.json'
     config = json.loads(path.read_text())
     config['text_config'] |= {'use_sliding_window': True, 'sliding_window': 8,
-                              'max_window_layers': 0}
+                              'max_window_layers': 0, 'layer_types': ['sliding_attention'] * 2}
     path.write_text(json.dumps(config))
     check(tmp_path, network)
 

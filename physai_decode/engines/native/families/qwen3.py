@@ -33,4 +33,4 @@ def parse(config: Mapping[str, Any]) -> Architecture:
 
 def parse_whole(config: Mapping[str, Any]) -> Architecture:
     """See `families.Family`; for Qwen3-VL, which ignores the keys of sliding windows."""
-    return parse({**config, 'use_sliding_window': False})
+    return parse({**config, 'use_sliding_window': False, 'layer_types': None})
