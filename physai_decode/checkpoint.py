@@ -283,6 +283,10 @@ def _inspect(folder: Path, parameter: str) -> Checkpoint:
         model_config.check(config)
         model_config.check(model.text_config)
         _ = model.quantization, model.context_limit, model.random_weights
+    if model.text_config.get('is_causal') is False:
+        raise EngineError(
+            f'{folder}: is_causal is false in config.json, so the model reads text in both '
+            'directions, as embedding models do, and cannot generate it: choose another model')
     _ = model.sampling
     return model
 

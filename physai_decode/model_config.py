@@ -108,6 +108,12 @@ def check(config: Mapping[str, Any]) -> None:
         if newer[key] != older[key]:
             raise ValueError(f'{key} is {shown(newer[key])} in rope_parameters, but '
                              f'{shown(older[key])} in rope_scaling')
+    # Those by layer type, of gemma3, are merged by the library.
+    for key, value in newer.items() if older else ():
+        if key not in older and not isinstance(value, dict) and value not in (
+                None, 'default', config.get(key)):
+            raise ValueError(f'{key} is in rope_parameters, but not in rope_scaling, beside which '
+                             'the transformers library does not read it')
     key = 'original_max_position_embeddings'
     inner, outer = rope_settings(config).get(key), config.get(key)
     if inner is not None and outer is not None and inner != outer:
@@ -270,6 +276,8 @@ class Rope:
     @property
     def theta(self) -> float:
         """The base of the frequencies."""
+        if any(isinstance(value, dict) for value in self._rope.values()):
+            raise ValueError('rope_parameters has settings by layer type, which this family lacks')
         theta = self._rope.get('rope_theta') or self._config.get('rope_theta') or ROPE_THETA
         return number({'rope_theta': theta}, 'rope_theta', float)
 

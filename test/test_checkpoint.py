@@ -314,6 +314,10 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
      'factor is 4.0 in rope_parameters, but 8.0 in rope_scaling'),
     ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'type': 'yarn'}},
      'rope_type is "default" in rope_parameters, but "yarn" in rope_scaling'),
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {'factor': 8.0}},
+     'rope_type is in rope_parameters, but not in rope_scaling'),
+    ({'rope_parameters': {'rope_theta': 5e5}, 'rope_scaling': {
+        'rope_type': 'linear', 'factor': 2.0}}, 'rope_theta is in rope_parameters, but not in'),
     ({'architectures': ['BertModel']},
      'architectures is ["BertModel"], but model_type is "llama"'),
     ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, 'model_type is "granite"'),
@@ -335,6 +339,13 @@ def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
 
 
 @pytest.mark.parametrize('fields', [
+    {'is_causal': False}, {'text_config': {'model_type': 'qwen2', 'is_causal': False}}])
+def test_rejects_a_model_that_reads_in_both_directions(folder, fields):
+    write_json(folder / 'config.json', {**CONFIG, **fields})
+    assert 'is_causal is false in config.json, so' in error_of(folder)
+
+
+@pytest.mark.parametrize('fields', [
     {'architectures': ['LlamaForCausalLM']}, {'architectures': ['LlamaModel']},
     {'architectures': ['OwnForCausalLM']}, {'architectures': ['BertLlamaForCausalLM']},
     {'architectures': ['LlamaForCausalLM'], 'model_type': 'mistral'},
@@ -347,7 +358,12 @@ def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     {'architectures': ['BertModel'], 'model_type': 'own'}, {'architectures': None},
     {'architectures': 'llama'}, {'architectures': [3]},
     {'rope_theta': 10000, 'rope_parameters': {'rope_theta': 1e4}},
-    {'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {'factor': 8.0}},
+    {'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {
+        'type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0}},
+    {'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+     'rope_scaling': {'rope_theta': 1e6}},
+    {'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 1e6}, 'rope_scaling': {
+        'rope_type': 'linear', 'factor': 2.0}}, {'is_causal': True}, {'is_causal': None},
     {'rope_theta': 1e6, 'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}])
 def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
     write_json(folder / 'config.json', {**CONFIG, **fields})

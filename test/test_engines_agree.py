@@ -243,6 +243,16 @@ def test_rejects_invalid_config_fields(fields):
         families.parse({**config, **fields})
 
 
+def test_the_original_context_of_ministral3_may_be_all_that_is_set(tmp_path):
+    folder = random_model.save(tmp_path, 'ministral3', 1)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config |= {'rope_parameters': None, 'original_max_position_embeddings': 40}
+    path.write_text(json.dumps(config))
+    native, reference = (load(kind, folder, CPU) for kind in ENGINES.values())
+    assert all(same_logits(native, reference, prompt) for prompt in random_prompts(1))
+
+
 @pytest.mark.parametrize(('fields', 'word'), [
     ({'rope_scaling': {'type': 'linear', 'factor': 8.0}}, 'rename type to rope_type'),
     ({'rope_scaling': {**YARN, 'factor': 4.0, 'truncate': False}}, 'delete truncate'),

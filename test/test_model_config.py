@@ -81,6 +81,13 @@ def test_rejects_a_wrong_number_when_it_is_read(rope, name):
         getattr(read, attribute)
 
 
+def test_rejects_settings_by_layer_type_in_other_families():
+    settings = {'rope_type': 'default', 'rope_theta': 5e5}
+    rope = Rope({'rope_parameters': {'full_attention': settings, 'sliding_attention': settings}})
+    with pytest.raises(ValueError, match='rope_parameters has settings by layer type'):
+        _ = rope.theta
+
+
 def test_original_context_may_be_outside_the_rope_settings():
     key = 'original_max_position_embeddings'
     config = {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}, key: 64}
