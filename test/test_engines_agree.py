@@ -255,6 +255,7 @@ def test_the_original_context_of_ministral3_may_be_all_that_is_set(tmp_path):
 
 @pytest.mark.parametrize(('fields', 'word'), [
     ({'rope_scaling': {'type': 'linear', 'factor': 8.0}}, 'rename type to rope_type'),
+    ({'rope_parameters': {'rope_theta': 5e5}}, 'rope_parameters has neither full_attention nor'),
     ({'rope_scaling': {**YARN, 'factor': 4.0, 'truncate': False}}, 'delete truncate'),
     ({'rope_scaling': {'type': 'default'}}, ''),
     ({'rope_scaling': {'rope_type': 'linear', 'type': 'linear', 'factor': 8.0}}, ''),

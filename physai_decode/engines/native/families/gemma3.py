@@ -78,6 +78,9 @@ def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
 def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
     """Read the rotary embedding of a layer type; rope_scaling applies to full attention only."""
     whole, scaling = kind == 'full_attention', part(config, 'rope_scaling')
+    by_kind = part(config, 'rope_parameters')
+    if by_kind and not any(name in by_kind for name in ('full_attention', 'sliding_attention')):
+        raise ValueError('rope_parameters has neither full_attention nor sliding_attention')
     older = scaling.get('type') or 'default'
     if older != 'default' and not scaling.get('rope_type'):
         raise EngineError(
@@ -85,7 +88,7 @@ def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
             'transformers library apply to gemma3, and others ignore: rename type to rope_type '
             'to apply it, or set rope_scaling to null')
     said = {'rope_theta': config['rope_theta' if whole else 'rope_local_base_freq'],
-            **part(part(config, 'rope_parameters'), kind),
+            **part(by_kind, kind),
             **(scaling if whole else {})}
     rope = Rope({**config, 'rope_parameters': said, 'rope_scaling': None})
     if rope.kind == 'yarn' and not rope.truncate:
