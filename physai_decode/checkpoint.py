@@ -64,6 +64,7 @@ _NO_GGUF = ('get the model in Hugging Face layout, with safetensors, or serve th
 # Of a folder that cannot be written.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
                 errno.ENOTDIR)
+_GENERATION = 'generation_config.json'
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -100,11 +101,18 @@ class Checkpoint:
     @cached_property
     def sampling(self) -> Mapping[str, Any]:
         """Sampling settings in generation_config.json, by field of `SamplingConfig`."""
-        path = self.folder / 'generation_config.json'
-        if not path.exists():
-            return {}
-        with parsing(path):
-            return model_config.sampling(_read_json(path))
+        with parsing(self.folder / _GENERATION):
+            return model_config.sampling(self._generation)
+
+    @property
+    def unapplied(self) -> tuple[str, ...]:
+        """Settings in generation_config.json that change the text, but that no engine applies."""
+        return model_config.unapplied(self._generation)
+
+    @cached_property
+    def _generation(self) -> Mapping[str, Any]:
+        path = self.folder / _GENERATION
+        return _read_json(path) if path.exists() else {}
 
     @property
     def vocab_size(self) -> int | None:
@@ -275,6 +283,10 @@ def _inspect(folder: Path, parameter: str) -> Checkpoint:
         model_config.check(config)
         model_config.check(model.text_config)
         _ = model.quantization, model.context_limit, model.random_weights
+    if model.text_config.get('is_causal') is False:
+        raise EngineError(
+            f'{folder}: is_causal is false in config.json, so the model reads text in both '
+            'directions, as embedding models do, and cannot generate it: choose another model')
     _ = model.sampling
     return model
 
@@ -361,7 +373,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Collect the end tokens of all files, as one of them may be out of date."""
-    path = folder / 'generation_config.json'
+    path = folder / _GENERATION
     found: list[int] = []
     if path.exists():
         with parsing(path):

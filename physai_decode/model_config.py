@@ -38,6 +38,20 @@ FIRST_WINDOW_LAYER = 28
 ROPE_THETA = 10000.0
 GPTQ_GROUP_SIZE = 128
 
+# Settings of a generation_config.json that change the text, but that no engine applies. The value
+# of each has no effect, nor do null and empty ones. The second group takes effect with do_sample.
+_UNAPPLIED: dict[str, Any] = {
+    **dict.fromkeys((
+        'bad_words_ids', 'begin_suppress_tokens', 'dola_layers',
+        'exponential_decay_length_penalty', 'force_words_ids', 'forced_bos_token_id',
+        'forced_decoder_ids', 'forced_eos_token_id', 'max_time', 'sequence_bias', 'stop_strings',
+        'suppress_tokens', 'watermarking_config')),
+    'encoder_no_repeat_ngram_size': 0, 'encoder_repetition_penalty': 1, 'guidance_scale': 1,
+    'min_length': 0, 'min_new_tokens': 0, 'no_repeat_ngram_size': 0, 'num_beams': 1,
+    'penalty_alpha': 0, 'token_healing': False}
+_UNAPPLIED_WARPERS: dict[str, Any] = {
+    'epsilon_cutoff': 0, 'eta_cutoff': 0, 'top_h': None, 'typical_p': 1}
+
 _OWN_NUMBERS = ('bitsandbytes', 'modelopt', 'exl2')     # quantisers whose bits are not integers
 
 # The range of each number. The lower bound is inclusive for a count and exclusive for a float; the
@@ -94,6 +108,12 @@ def check(config: Mapping[str, Any]) -> None:
         if newer[key] != older[key]:
             raise ValueError(f'{key} is {shown(newer[key])} in rope_parameters, but '
                              f'{shown(older[key])} in rope_scaling')
+    # Those by layer type, of gemma3, are merged by the library.
+    for key, value in newer.items() if older else ():
+        if key not in older and not isinstance(value, dict) and value not in (
+                None, 'default', config.get(key)):
+            raise ValueError(f'{key} is in rope_parameters, but not in rope_scaling, beside which '
+                             'the transformers library does not read it')
     key = 'original_max_position_embeddings'
     inner, outer = rope_settings(config).get(key), config.get(key)
     if inner is not None and outer is not None and inner != outer:
@@ -211,6 +231,13 @@ def sampling(config: Mapping[str, Any]) -> Mapping[str, Any]:
             for spec in fields(SamplingConfig) if spec.name in given}
 
 
+def unapplied(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings of a generation_config.json that change the text but are not applied."""
+    known = {**_UNAPPLIED, **(_UNAPPLIED_WARPERS if config.get('do_sample') else {})}
+    return tuple(sorted(key for key, idle in known.items()
+                        if config.get(key) not in (None, [], {}, idle)))
+
+
 def random_weights(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """
     Read how to create random weights, for a folder that only describes its weights; else None.
@@ -249,6 +276,8 @@ class Rope:
     @property
     def theta(self) -> float:
         """The base of the frequencies."""
+        if any(isinstance(value, dict) for value in self._rope.values()):
+            raise ValueError('rope_parameters has settings by layer type, which this family lacks')
         theta = self._rope.get('rope_theta') or self._config.get('rope_theta') or ROPE_THETA
         return number({'rope_theta': theta}, 'rope_theta', float)
 
@@ -341,9 +370,13 @@ def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     family = config['model_type']
     slides = family == 'mistral' or (family != 'llama' and config.get('use_sliding_window'))
     config = {'sliding_window': SLIDING_WINDOW, 'max_window_layers': FIRST_WINDOW_LAYER, **config}
+    kinds = config.get('layer_types')
     if not slides or config['sliding_window'] is None:
+        if family != 'llama' and isinstance(kinds, list) and 'sliding_attention' in kinds:
+            raise ValueError('layer_types has sliding_attention, but sliding_window is null or '
+                             'use_sliding_window is not true')
         return (0,) * layers
-    window, kinds = number(config, 'sliding_window'), config.get('layer_types')
+    window = number(config, 'sliding_window')
     if kinds is not None:
         return windows_by_kind(kinds, layers, window)
     first = 0 if family == 'mistral' else number(config, 'max_window_layers')

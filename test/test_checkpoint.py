@@ -314,6 +314,10 @@ YARN = {'rope_type': 'yarn', 'original_max_position_embeddings': 64}
      'factor is 4.0 in rope_parameters, but 8.0 in rope_scaling'),
     ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'type': 'yarn'}},
      'rope_type is "default" in rope_parameters, but "yarn" in rope_scaling'),
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {'factor': 8.0}},
+     'rope_type is in rope_parameters, but not in rope_scaling'),
+    ({'rope_parameters': {'rope_theta': 5e5}, 'rope_scaling': {
+        'rope_type': 'linear', 'factor': 2.0}}, 'rope_theta is in rope_parameters, but not in'),
     ({'architectures': ['BertModel']},
      'architectures is ["BertModel"], but model_type is "llama"'),
     ({'architectures': ['LlamaForCausalLM'], 'model_type': 'granite'}, 'model_type is "granite"'),
@@ -335,6 +339,13 @@ def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
 
 
 @pytest.mark.parametrize('fields', [
+    {'is_causal': False}, {'text_config': {'model_type': 'qwen2', 'is_causal': False}}])
+def test_rejects_a_model_that_reads_in_both_directions(folder, fields):
+    write_json(folder / 'config.json', {**CONFIG, **fields})
+    assert 'is_causal is false in config.json, so' in error_of(folder)
+
+
+@pytest.mark.parametrize('fields', [
     {'architectures': ['LlamaForCausalLM']}, {'architectures': ['LlamaModel']},
     {'architectures': ['OwnForCausalLM']}, {'architectures': ['BertLlamaForCausalLM']},
     {'architectures': ['LlamaForCausalLM'], 'model_type': 'mistral'},
@@ -347,7 +358,12 @@ def test_rejects_a_wrong_value_in_the_config(folder, fields, word):
     {'architectures': ['BertModel'], 'model_type': 'own'}, {'architectures': None},
     {'architectures': 'llama'}, {'architectures': [3]},
     {'rope_theta': 10000, 'rope_parameters': {'rope_theta': 1e4}},
-    {'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {'factor': 8.0}},
+    {'rope_parameters': {'rope_type': 'llama3', 'factor': 8}, 'rope_scaling': {
+        'type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0}},
+    {'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+     'rope_scaling': {'rope_theta': 1e6}},
+    {'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 1e6}, 'rope_scaling': {
+        'rope_type': 'linear', 'factor': 2.0}}, {'is_causal': True}, {'is_causal': None},
     {'rope_theta': 1e6, 'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}])
 def test_accepts_a_config_without_a_certain_contradiction(folder, fields):
     write_json(folder / 'config.json', {**CONFIG, **fields})
@@ -458,6 +474,23 @@ def test_end_token_ids_of_config_and_generation_config(folder, generation, confi
 def test_sampling_of_the_checkpoint(folder, generation, expected):
     write_json(folder / 'generation_config.json', generation)
     assert checkpoint.inspect(folder).sampling == expected
+
+
+@pytest.mark.parametrize(('generation', 'expected'), [
+    ({}, ()), ({'do_sample': True, 'top_k': 5, 'typical_p': 1.0, 'num_beams': 1, 'max_length': 9,
+               'min_new_tokens': 0, 'suppress_tokens': [], 'guidance_scale': 1.0}, ()),
+    ({'suppress_tokens': [7], 'bad_words_ids': [[3]], 'forced_bos_token_id': 0},
+     ('bad_words_ids', 'forced_bos_token_id', 'suppress_tokens')),
+    ({'num_beams': 4, 'no_repeat_ngram_size': 3, 'typical_p': 0.5},
+     ('no_repeat_ngram_size', 'num_beams')),
+    ({'do_sample': True, 'typical_p': 0.5, 'begin_suppress_tokens': None}, ('typical_p',)),
+    ({'exponential_decay_length_penalty': [9, 1.1], 'min_new_tokens': 1, 'guidance_scale': 1.5,
+      'sequence_bias': [[[7], 2.0]]}, (
+         'exponential_decay_length_penalty', 'guidance_scale', 'min_new_tokens',
+         'sequence_bias'))])
+def test_settings_of_the_checkpoint_that_are_not_applied(folder, generation, expected):
+    write_json(folder / 'generation_config.json', generation)
+    assert checkpoint.inspect(folder).unapplied == expected
 
 
 @pytest.mark.parametrize('value', [-1.0, 'warm', [0.5], 1e9, True])

@@ -243,6 +243,37 @@ def test_rejects_invalid_config_fields(fields):
         families.parse({**config, **fields})
 
 
+def test_the_original_context_of_ministral3_may_be_all_that_is_set(tmp_path):
+    folder = random_model.save(tmp_path, 'ministral3', 1)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config |= {'rope_parameters': None, 'original_max_position_embeddings': 40}
+    path.write_text(json.dumps(config))
+    native, reference = (load(kind, folder, CPU) for kind in ENGINES.values())
+    assert all(same_logits(native, reference, prompt) for prompt in random_prompts(1))
+
+
+@pytest.mark.parametrize(('fields', 'word'), [
+    ({'rope_scaling': {'type': 'linear', 'factor': 8.0}}, 'rename type to rope_type'),
+    ({'rope_parameters': {'rope_theta': 5e5}}, 'rope_parameters has neither full_attention nor'),
+    ({'rope_scaling': {**YARN, 'factor': 4.0, 'truncate': False}}, 'delete truncate'),
+    ({'rope_scaling': {'type': 'default'}}, ''),
+    ({'rope_scaling': {'rope_type': 'linear', 'type': 'linear', 'factor': 8.0}}, ''),
+    ({'rope_scaling': {**YARN, 'factor': 4.0, 'truncate': True}}, '')])
+def test_gemma3_rejects_what_the_library_ignores(fields, word, tmp_path):
+    """It would run another rotary embedding than the library."""
+    folder = random_model.save(tmp_path, 'gemma3_text', 1)
+    path = folder / 'config.json'
+    config = {**json.loads(path.read_text()), 'rope_parameters': None, **fields}
+    path.write_text(json.dumps(config))
+    if word:
+        with pytest.raises(EngineError, match=word):
+            families.parse(config)
+        return
+    native, reference = (load(kind, folder, CPU) for kind in ENGINES.values())
+    assert same_logits(native, reference, random_prompts(1)[2])
+
+
 @pytest.mark.parametrize('length', [1, 254, 255])
 def test_agreement_at_the_end_of_the_context(length, tmp_path):
     folder = random_model.save(tmp_path, 'qwen2', 3)

@@ -188,10 +188,17 @@ def test_dense_module_beside_quantised_ones(tmp_path, name):
     assert check(tmp_path, state).details['dense_fallbacks'] == '1'
 
 
-def test_group_size_differs_between_modules(tmp_path):
-    """Projections that the engine fuses become dense if their group sizes differ."""
+@pytest.mark.parametrize('targets', [
+    ['Linear'], ['Linear', 're:.*proj'], ['Linear', 're:.*down_proj']])
+def test_group_size_differs_between_modules(tmp_path, targets):
+    """
+    Projections that the engine fuses become dense if their group sizes differ.
+
+    As in the library, the alphabetical order of patterns decides, and not that of groups.
+    """
     format_, other = random_formats.packed(4, 32), random_formats.packed(4, 128)
     groups = format_[0]['config_groups']
+    groups['group_0']['targets'] = targets
     groups['group_1'] = {**other[0]['config_groups']['group_0'], 'targets': [
         're:.*down_proj', 'model.layers.0.self_attn.v_proj']}
     state = random_formats.save(tmp_path, 'llama', format_, **WIDE,

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -166,6 +167,18 @@ def test_warns_of_a_folder_without_a_chat_template(monkeypatch, tmp_path, templa
         lambda *arguments: FakeEngine(), monkeypatch)
     warned = [each for each in warnings if each.startswith('the model has no chat template, so ')]
     assert len(warned) == (lacks and template == 'auto')
+
+
+@pytest.mark.parametrize('settings', [{}, {'suppress_tokens': [7], 'num_beams': 4}])
+def test_warns_of_settings_that_are_not_applied(monkeypatch, tmp_path, settings):
+    folder = tmp_path / 'model'
+    shutil.copytree(checkpoint.locate(ModelConfig.path), folder)
+    (folder / 'generation_config.json').write_text(json.dumps(settings))
+    _, warnings = load(DecodeConfig(
+        model=ModelConfig(str(folder)), engine=EngineConfig(device='cpu'),
+        roofline=RooflineConfig(100.0)), lambda *arguments: FakeEngine(), monkeypatch)
+    warned = [each for each in warnings if 'sets num_beams, suppress_tokens, which no' in each]
+    assert len(warned) == bool(settings)
 
 
 @pytest.mark.parametrize('drafts', [True, False])

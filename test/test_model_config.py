@@ -81,6 +81,13 @@ def test_rejects_a_wrong_number_when_it_is_read(rope, name):
         getattr(read, attribute)
 
 
+def test_rejects_settings_by_layer_type_in_other_families():
+    settings = {'rope_type': 'default', 'rope_theta': 5e5}
+    rope = Rope({'rope_parameters': {'full_attention': settings, 'sliding_attention': settings}})
+    with pytest.raises(ValueError, match='rope_parameters has settings by layer type'):
+        _ = rope.theta
+
+
 def test_original_context_may_be_outside_the_rope_settings():
     key = 'original_max_position_embeddings'
     config = {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}, key: 64}
@@ -105,6 +112,17 @@ def test_original_context_may_be_outside_the_rope_settings():
       'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']}, (8, 0, 8))])
 def test_sliding_window_of_each_layer(config, expected):
     assert model_config.windows(config, 3) == expected
+
+
+@pytest.mark.parametrize('fields', [
+    {'model_type': 'mistral', 'sliding_window': None}, {'model_type': 'qwen2'},
+    {'model_type': 'qwen3', 'use_sliding_window': True, 'sliding_window': None}])
+def test_rejects_sliding_layers_without_a_window(fields):
+    """The library loads such a model, but can't run it."""
+    kinds = ['full_attention', 'sliding_attention', 'full_attention']
+    with pytest.raises(ValueError, match='layer_types has sliding_attention, but'):
+        model_config.windows({**fields, 'layer_types': kinds}, 3)
+    assert model_config.windows({**fields, 'layer_types': ['full_attention'] * 3}, 3) == (0, 0, 0)
 
 
 def test_config_without_quantisation():

@@ -155,6 +155,37 @@ def test_rejects_a_language_model_of_an_unsupported_family(tmp_path):
         families.parse(config)
 
 
+def test_qwen3_vl_has_no_sliding_window(tmp_path):
+    network = save(tmp_path, 'qwen3_vl')
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    config['text_config'] |= {'use_sliding_window': True, 'sliding_window': 8,
+                              'max_window_layers': 0, 'layer_types': ['sliding_attention'] * 2}
+    path.write_text(json.dumps(config))
+    check(tmp_path, network)
+
+
+@pytest.mark.parametrize(('window', 'kinds', 'runs'), [
+    (30, ['full_attention', 'sliding_attention'], False), (30, ['full_attention'] * 2, False),
+    (30, ['sliding_attention'] * 2, True), (None, ['full_attention'] * 2, True)])
+def test_rejects_layer_types_that_the_library_ignores(tmp_path, window, kinds, runs):
+    """The library applies them to a mistral, but not to one that is nested in a mistral3."""
+    settings = MODELS['mistral3']
+    text = {**settings['text_config'], 'sliding_window': window, 'layer_types': kinds}
+    config = transformers.AutoConfig.for_model('mistral3', **{**settings, 'text_config': text})
+    network = random_model.save_network(
+        tmp_path, config, 0, transformers.AutoModelForImageTextToText)
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    config['text_config']['layer_types'] = kinds
+    path.write_text(json.dumps(config))
+    if runs:
+        check(tmp_path, network)
+        return
+    with pytest.raises(EngineError, match='layer_types .* in its text_config.*: delete layer_ty'):
+        load(NativeEngine, tmp_path, CPU)
+
+
 def test_memory_check_ignores_the_vision_tower(tmp_path, monkeypatch):
     from physai_decode.engines import device
 

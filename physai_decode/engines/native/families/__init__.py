@@ -53,9 +53,9 @@ TEXT_PARTS: dict[str, Family] = {
     'qwen2_5_vl': text_part.of(
         {'qwen2_5_vl_text': qwen2.parse}, num_key_value_heads=8, rms_norm_eps=1e-5,
         rope_theta=1e6, max_window_layers=80),
-    'qwen3_vl': text_part.of({'qwen3_vl_text': qwen3.parse}, rope_theta=5e5),
+    'qwen3_vl': text_part.of({'qwen3_vl_text': qwen3.parse_whole}, rope_theta=5e5),
     'mistral3': text_part.of(
-        {'mistral': mistral.parse, 'ministral3': ministral3.parse}, tied=None)}
+        {'mistral': mistral.parse_nested, 'ministral3': ministral3.parse}, tied=None)}
 
 
 @parsing('config.json')

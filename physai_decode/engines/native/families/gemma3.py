@@ -23,6 +23,7 @@ import math
 from typing import Any
 
 from physai_decode.config import shown_json as shown
+from physai_decode.engine import EngineError
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.architecture import Names
 from physai_decode.engines.native.architecture import Rotary
@@ -76,9 +77,22 @@ def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
     """Read the rotary embedding of a layer type; rope_scaling applies to full attention only."""
-    whole = kind == 'full_attention'
+    whole, scaling = kind == 'full_attention', part(config, 'rope_scaling')
+    by_kind = part(config, 'rope_parameters')
+    if by_kind and not any(name in by_kind for name in ('full_attention', 'sliding_attention')):
+        raise ValueError('rope_parameters has neither full_attention nor sliding_attention')
+    older = scaling.get('type') or 'default'
+    if older != 'default' and not scaling.get('rope_type'):
+        raise EngineError(
+            f'config.json has rope_scaling of type {shown(older)}, which some versions of the '
+            'transformers library apply to gemma3, and others ignore: rename type to rope_type '
+            'to apply it, or set rope_scaling to null')
     said = {'rope_theta': config['rope_theta' if whole else 'rope_local_base_freq'],
-            **part(part(config, 'rope_parameters'), kind),
-            **(part(config, 'rope_scaling') if whole else {})}
-    return rotary.read(Rope({**config, 'rope_parameters': said, 'rope_scaling': None}),
-                       number(config, 'head_dim'))
+            **part(by_kind, kind),
+            **(scaling if whole else {})}
+    rope = Rope({**config, 'rope_parameters': said, 'rope_scaling': None})
+    if rope.kind == 'yarn' and not rope.truncate:
+        raise EngineError(
+            'config.json has truncate false in the rotary embedding of a gemma3, which the '
+            'transformers library ignores: delete truncate to get the same answers')
+    return rotary.read(rope, number(config, 'head_dim'))

@@ -17,6 +17,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from physai_decode.config import shown_json as shown
+from physai_decode.engine import EngineError
 from physai_decode.engines.native.architecture import Architecture
 from physai_decode.engines.native.families import shared
 from physai_decode.model_config import number
@@ -27,3 +29,14 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     """See `families.Family`."""
     layers = number(config, 'num_hidden_layers')
     return shared.read(config, {'num_key_value_heads': 8}, windows=windows(config, layers))
+
+
+def parse_nested(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`; for a nested config, in which the library ignores ``layer_types``."""
+    found = parse(config)
+    if found.windows != parse({**config, 'layer_types': None}).windows:
+        raise EngineError(
+            f'config.json has layer_types {shown(config["layer_types"])} in its text_config, '
+            'which the transformers library ignores: delete layer_types, so that all layers '
+            'have the sliding_window, or also set sliding_window to null, so that none has one')
+    return found

@@ -29,3 +29,8 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     bias = bool(config.get('attention_bias', False))
     return shared.read(config, {'num_key_value_heads': 32, 'head_dim': 128}, qk_norm=True,
                        qkv_bias=bias, out_bias=bias, windows=windows(config, layers))
+
+
+def parse_whole(config: Mapping[str, Any]) -> Architecture:
+    """See `families.Family`; for Qwen3-VL, which ignores the keys of sliding windows."""
+    return parse({**config, 'use_sliding_window': False, 'layer_types': None})

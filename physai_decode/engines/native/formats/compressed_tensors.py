@@ -117,12 +117,16 @@ class CompressedTensors:
         return read(source, module, rows, columns, group)
 
     def _of(self, module: str) -> _Group:
-        """Return the group of a module: by name, else by pattern, else by class."""
+        """
+        Return the group of a module: by name, else by pattern, else by class.
+
+        The alphabetical order decides between patterns, and the last group between equal targets.
+        """
         if not any(_fit(name, module) for name in self._ignored):
-            fits = [(fit, index) for index, group in enumerate(self._groups)
+            fits = [(fit, target, -index) for index, group in enumerate(self._groups)
                     for target in group.targets if (fit := _fit(target, module))]
             if fits:
-                return self._groups[min(fits)[1]]
+                return self._groups[-min(fits)[2]]
         raise EngineError('it is stored quantised, but quantization_config in config.json lists '
                           'it in ignore, or in the targets of no group: they do not belong '
                           'together')
