@@ -31,6 +31,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+from json_file import editing
 from physai_decode import bench
 from physai_decode import checkpoint
 from physai_decode import realtime
@@ -1007,9 +1008,8 @@ def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
     assert run() == (4, ['  measured again, as these have changed: code'])
     result, = runner.sessions.glob('*.json')
     assert json.loads(result.with_suffix('.old').read_text())['status'] == 'done'
-    older = json.loads(result.read_text())
-    del older['provenance']             # as an earlier version wrote it
-    result.write_text(json.dumps(older))
+    with editing(result) as older:
+        del older['provenance']         # as an earlier version wrote it
     assert run() == (5, ['  measured again, as these have changed: model, code, packages, '
                          'machine'])
 

@@ -18,13 +18,13 @@ from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
-import json
 from random import Random
 import shutil
 from types import SimpleNamespace
 
 from fake_engine import FakeEngine
 from fake_engine import say
+from json_file import editing
 from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import host
@@ -598,9 +598,8 @@ def test_error_names_the_draft_model(tmp_path, name):
 def test_load_tells_the_notes_of_a_draft_model(tmp_path):
     folder, told = tmp_path / 'draft', []
     shutil.copytree(checkpoint.open(TINY).folder, folder)
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, 'architectures': ['Strange']}))
+    with editing(folder / 'config.json') as config:
+        config['architectures'] = ['Strange']
     with closing(host.TextProcess(str(folder), DecodeConfig().chat)) as text:
         host._open_draft(config_of(folder), text, told.append)
     assert len(told) == 2 and told[1].startswith('draft model: config_notes: ')

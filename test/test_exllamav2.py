@@ -16,7 +16,6 @@
 
 from dataclasses import replace
 from importlib import import_module
-import json
 import sys
 import time
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from types import SimpleNamespace
 import engine_contract
 from engine_contract import decode
 from engine_contract import load
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -311,12 +311,10 @@ def test_layout_of_zero_points(installed, tmp_path, layout, fields):
 
 
 def change(folder, quantization=None, **fields):
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config.update(fields)
-    config.pop('architectures', None)
-    config['quantization_config'].update(quantization or {})
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config.update(fields)
+        config.pop('architectures', None)
+        config['quantization_config'].update(quantization or {})
 
 
 @pytest.mark.parametrize('form, changes, message', [

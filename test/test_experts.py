@@ -18,6 +18,7 @@ from dataclasses import replace
 import json
 import os
 
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -496,10 +497,8 @@ def test_experts_with_separate_column_orders(tmp_path):
     random_gptq.save(tmp_path, 'qwen3_moe', 0, 32, act_order=True)
     with pytest.raises(EngineError, match='experts of gptq-int4-g32 with desc_act'):
         NativeEngine(inspect(tmp_path), CPU)
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    config['quantization_config'].pop('desc_act')
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        config['quantization_config'].pop('desc_act')
     what = r'layers\.0\.mlp\.experts as stored: each has its own order of columns'
     with pytest.raises(EngineError, match=f'{what}; set engine.name to transformers'):
         NativeEngine(inspect(tmp_path), CPU)

@@ -17,6 +17,7 @@
 from itertools import product
 import json
 
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -263,10 +264,9 @@ def change(folder, config=None, replace=None):
         if made is None:
             del tensors[f'{MODULE}.{end}']
     save_file(tensors, path, metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    content = json.loads(path.read_text())
-    (config or (lambda settings: None))(content['quantization_config'])
-    path.write_text(json.dumps(content))
+    if config:
+        with editing(folder / 'config.json') as content:
+            config(content['quantization_config'])
 
 
 def weights(**changed):
@@ -390,9 +390,7 @@ def test_rejects_damaged_or_unsupported_checkpoints(tmp_path, name, changes, mes
 
 def test_rejects_quantised_weights_without_quantization_config(tmp_path):
     random_formats.save(tmp_path, 'llama', FORMATS['awq-g64'])
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    del config['quantization_config']
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        del config['quantization_config']
     with pytest.raises(EngineError, match='quantised, but config.json has no quantization_config'):
         load(NativeEngine, tmp_path, CPU)

@@ -20,6 +20,7 @@ import shutil
 import struct
 import sys
 
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -241,10 +242,8 @@ def change(folder, drop='', replace=None, **quantization):
         tensors[f'{PROJECTION}.{name}'] = make(tensors[f'{PROJECTION}.{name}'])
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path,
               metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config['quantization_config'].update(quantization)
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config['quantization_config'].update(quantization)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -284,10 +283,8 @@ def test_rejects_a_config_without_quantization_config(tmp_path):
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, dynamic={'-:.*nothing': {}})
     load(NativeEngine, tmp_path, CPU).engine.close()
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    del config['quantization_config']
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        del config['quantization_config']
     with pytest.raises(EngineError, match='quantised, but config.json has no quantization_conf'):
         load(NativeEngine, tmp_path, CPU)
 
