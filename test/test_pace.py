@@ -30,15 +30,10 @@ from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 from physai_decode.timing import Recorder
 import pytest
-from worker_rig import making
+from worker_rig import maker
 from worker_rig import wait_for
 
-
-@pytest.fixture
-def make():
-    """Return a factory of workers, which are stopped after the test."""
-    with making() as made:
-        yield made
+make = pytest.fixture(maker)
 
 
 @pytest.mark.parametrize('slow', [5e-324, 0.05])

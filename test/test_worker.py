@@ -31,7 +31,6 @@ from fake_engine import Gate
 from fake_engine import say
 from physai_decode.config import ChatConfig
 from physai_decode.config import DeadlineConfig
-from physai_decode.config import DecodeConfig
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.config import QueueConfig
 from physai_decode.config import SamplingConfig
@@ -42,20 +41,14 @@ from physai_decode.request import Request
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Cancelled
-from physai_decode.worker import Worker
 import pytest
-from worker_rig import making
+from worker_rig import maker
 from worker_rig import Sink
 from worker_rig import slowly
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
-
-@pytest.fixture
-def make():
-    """Return a factory of started workers and their sinks; all are stopped after the test."""
-    with making() as make:
-        yield make
+make = pytest.fixture(maker)
 
 
 def test_answers_a_prompt(make):
@@ -108,7 +101,7 @@ def test_times_by_the_given_clock(make):
     assert worker.window().itl_max_activation_ms == pytest.approx(20.0)
 
 
-def test_publish_ms_is_of_the_previous_token():
+def test_publish_ms_is_of_the_previous_token(make):
     now = [0.0]
 
     class SlowSink(Sink):
@@ -116,11 +109,8 @@ def test_publish_ms_is_of_the_previous_token():
             now[0] += 0.001 * (1 + report.index)
             super().token(report)
 
-    sink = SlowSink()
-    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0])
-    worker.start()
+    worker, sink = make(sink=SlowSink(), clock=lambda: now[0])
     sink.end(worker.submit(Request('abc')))
-    assert worker.stop(TIMEOUT_S)
     assert [token.publish_ms for token in sink.tokens] == [
         None, pytest.approx(1.0), pytest.approx(2.0)]
 
@@ -896,7 +886,7 @@ def test_second_start_is_an_error(make):
         worker.start()
 
 
-def test_energy_of_each_answer():
+def test_energy_of_each_answer(make):
     """It is measured from the start to the end of a request; a rejected one has none."""
     readings_j = iter((100.0, 112.0, 200.0, 203.0))
     now = [0.0]
@@ -906,30 +896,21 @@ def test_energy_of_each_answer():
             now[0] += 1.0
             super().token(report)
 
-    sink = SlowSink()
-    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0],
-                    energy_j=lambda: next(readings_j))
+    worker, sink = make(sink=SlowSink(), clock=lambda: now[0], energy_j=lambda: next(readings_j))
     assert worker.energy_j is worker.j_per_token is None
-    worker.start()
     report, _ = sink.end(worker.submit(Request('abc')))
     assert (report.energy_j, report.j_per_token, report.power_w) == (12.0, 4.0, 4.0)
     report, _ = sink.end(worker.submit(Request('d')))
     assert (report.energy_j, report.j_per_token, report.power_w) == (3.0, 3.0, 3.0)
     assert (worker.energy_j, worker.j_per_token) == (15.0, 3.75)
     assert sink.end(worker.submit(Request('')))[0].energy_j is None
-    assert worker.stop(TIMEOUT_S)
 
 
 @pytest.mark.parametrize(('readings_j', 'expected_j'), [
     ((100.0, 90.0), None), ((100.0, None), None), ((100.0, 100.0), 0.0)])
-def test_an_answer_without_a_plausible_energy_has_none(readings_j, expected_j):
+def test_an_answer_without_a_plausible_energy_has_none(make, readings_j, expected_j):
     """The counter was reset, ended, or did not advance during the short answer."""
-    readings_j = iter(readings_j)
-    sink = Sink()
-    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink,
-                    energy_j=lambda: next(readings_j))
-    worker.start()
+    worker, sink = make(energy_j=iter(readings_j).__next__)
     report, _ = sink.end(worker.submit(Request('abc')))
     assert report.energy_j is report.j_per_token is report.power_w is None
     assert worker.energy_j == expected_j and worker.j_per_token is None
-    assert worker.stop(TIMEOUT_S)

@@ -32,7 +32,7 @@ from physai_decode.request import Message
 from physai_decode.request import Request
 from physai_decode.worker import Cancelled
 import pytest
-from worker_rig import making
+from worker_rig import maker
 from worker_rig import Sink
 from worker_rig import slowly
 from worker_rig import TIMEOUT_S
@@ -44,11 +44,7 @@ def texts(engine):
     return [''.join(map(chr, ids)) for ids in engine.prompts]
 
 
-@pytest.fixture
-def make():
-    """Return a factory of started workers and their sinks; all are stopped after the test."""
-    with making() as make:
-        yield make
+make = pytest.fixture(maker)
 
 
 def test_each_request_has_its_own_sampling(make):

@@ -14,7 +14,6 @@
 
 """A worker with a fake engine, and a sink that records all reports."""
 
-from contextlib import contextmanager
 import threading
 import time
 from types import MappingProxyType
@@ -78,17 +77,16 @@ class Sink:
             assert self._changed.wait_for(lambda: len(self.tokens) >= count, TIMEOUT_S)
 
 
-@contextmanager
-def making():
+def maker():
     """Yield a function that returns a started worker and its sink; stop all workers at the end."""
     workers = []
 
     def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True,
-             checkpoint=MappingProxyType({}), form=None, **groups):
+             checkpoint=MappingProxyType({}), form=None, energy_j=lambda: None, **groups):
         sink = sink or Sink()
         worker = Worker(engine or FakeEngine(), text or CharacterText(), DecodeConfig(**groups),
                         sink, clock=clock, peak=Peak(1e6, 'parameter'),
-                        checkpoint_sampling=checkpoint, form=form)
+                        checkpoint_sampling=checkpoint, form=form, energy_j=energy_j)
         workers.append(worker)
         if start:
             worker.start()
