@@ -955,14 +955,19 @@ def test_blocking_wait_is_another_case():
     assert Case.from_dict(sleeps.to_dict()) == sleeps
 
 
+def finish(case_path, result_path):
+    """Write the result of a case, as its session does."""
+    of = Case.from_dict(json.loads(case_path.read_text()))
+    result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+
+
 def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
     started = []
 
     def process(self, case_path, result_path, log_path, timeout_s):
         started.append(case_path)
         log_path.write_text('')
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
     monkeypatch.setattr(Runner, '_process', process)
     first = runner.run([case('one'), case('two')])
     again = runner.run([case('one'), case('two'), case('three')])
@@ -987,7 +992,7 @@ def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
     def process(self, case_path, result_path, log_path, timeout_s):
         started.append(case_path)
         log_path.write_text('')
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
     monkeypatch.setattr(Runner, '_process', process)
 
     def run():
@@ -1033,8 +1038,7 @@ def test_repeats_only_a_session_that_died(runner, monkeypatch):
         log_path.write_text('first line\nSegmentation fault\n\n')
         if 'two' in case_path.name and fails:
             return f'ended with code {-11}'
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
         return None
     monkeypatch.setattr(Runner, '_process', process)
     cases = [case('one'), case('two'), case('three')]
@@ -1061,8 +1065,7 @@ def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measure
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
         if measured or end == 'done':       # a session saves its result before it times kernels
-            of = Case.from_dict(json.loads(case_path.read_text()))
-            result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+            finish(case_path, result_path)
         if end == 'interrupted':
             raise KeyboardInterrupt
     ends = ['interrupted', 'interrupted', 'done']
@@ -1083,8 +1086,7 @@ def test_reports_a_session_that_died_and_was_then_interrupted(runner, monkeypatc
         if end == 'interrupted':
             raise KeyboardInterrupt
         if end == 'done':
-            of = Case.from_dict(json.loads(case_path.read_text()))
-            result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+            finish(case_path, result_path)
     ends = ['died', 'interrupted', 'done']
     monkeypatch.setattr(Runner, '_process', process)
     runner.run([case('one')])
@@ -1332,8 +1334,7 @@ def test_plots_name_the_maximum_of_few_tokens_and_disturbed_steps(tokens, line, 
 def test_session_that_dies_in_the_profiler_keeps_its_measurements(runner, monkeypatch):
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('')
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
         return 'was killed after 600 s'
     monkeypatch.setattr(Runner, '_process', process)
     result, = runner.run([case('one')])

@@ -42,9 +42,11 @@ from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Cancelled
 import pytest
+from worker_rig import FailingSink
 from worker_rig import maker
 from worker_rig import Sink
 from worker_rig import slowly
+from worker_rig import texts
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
@@ -485,12 +487,7 @@ def test_deadline_with_truncate_ends_the_answer(make):
 
 def test_deadline_ends_a_waiting_request_while_another_runs(make):
     """It does not wait for its turn. A new deadline of the node applies to it, too."""
-    class Faulty(Sink):
-        def finished(self, report, text):
-            super().finished(report, text)
-            raise ValueError('a listener')
-
-    now, gate, faulty = [0.0], Gate(), Faulty()
+    now, gate, faulty = [0.0], Gate(), FailingSink()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(forever())), clock=lambda: now[0],
                         sampling=SamplingConfig(max_new_tokens=4))
     running = worker.submit(Request('a'))
@@ -542,7 +539,7 @@ def test_prompt_has_no_earlier_turns_without_history(make):
     worker, sink = make(engine)
     for prompt in ('one', 'two'):
         sink.end(worker.submit(Request(prompt)))
-    assert engine.prompts[1] == [ord(letter) for letter in 'two']
+    assert texts(engine) == ['one', 'two']
 
 
 def test_prompt_has_the_earlier_turns_until_reset(make):
@@ -550,11 +547,10 @@ def test_prompt_has_the_earlier_turns_until_reset(make):
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
     for prompt in ('one', 'two', 'p' * 64, 'three'):
         sink.end(worker.submit(Request(prompt)))
-    prompts = [''.join(map(chr, ids)) for ids in engine.prompts]
-    assert prompts == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
+    assert texts(engine) == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
     assert worker.reset() == 'forgot 3 turns'
     sink.end(worker.submit(Request('four')))
-    assert ''.join(map(chr, engine.prompts[-1])) == 'four'
+    assert texts(engine)[-1] == 'four'
 
 
 def test_history_has_only_answered_prompts(make):
@@ -567,7 +563,7 @@ def test_history_has_only_answered_prompts(make):
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
     for prompt in ('a', 'b!', 'c'):
         sink.end(worker.submit(Request(prompt)))
-    assert ''.join(map(chr, engine.prompts[-1])) == 'a\nok\nc'
+    assert texts(engine)[-1] == 'a\nok\nc'
 
 
 def test_reset_while_answering_drops_that_turn_too(make):
@@ -580,7 +576,7 @@ def test_reset_while_answering_drops_that_turn_too(make):
     gate.open(9)
     sink.end(request_id)
     sink.end(worker.submit(Request('b')))
-    assert engine.prompts[-1] == [ord('b')]
+    assert texts(engine)[-1] == 'b'
 
 
 def test_drops_the_oldest_turns(make):
@@ -589,7 +585,7 @@ def test_drops_the_oldest_turns(make):
                         sampling=SamplingConfig(max_new_tokens=8))
     reports = [sink.end(worker.submit(Request(prompt)))[0]
                for prompt in ('aaaa', 'bbbb', 'cccc', 'dddd', 'd' * 14)]
-    assert [''.join(map(chr, ids)) for ids in engine.prompts] == [
+    assert texts(engine) == [
         'aaaa', 'aaaa\nok\nbbbb', 'cccc', 'cccc\nok\ndddd', 'd' * 14]
     assert [report.finish_reason for report in reports] == ['stop'] * 5
     assert [report.message.partition(': ')[2] for report in reports] == [

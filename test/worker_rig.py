@@ -77,6 +77,19 @@ class Sink:
             assert self._changed.wait_for(lambda: len(self.tokens) >= count, TIMEOUT_S)
 
 
+class FailingSink(Sink):
+    """Raises at the end of each request."""
+
+    def finished(self, report, text):
+        super().finished(report, text)
+        raise ValueError('broken')
+
+
+def texts(engine):
+    """Return the prompts of an engine as text."""
+    return [''.join(map(chr, ids)) for ids in engine.prompts]
+
+
 def maker():
     """Yield a function that returns a started worker and its sink; stop all workers at the end."""
     workers = []
