@@ -86,6 +86,14 @@ def leave_out_of_garbage_collection():
         modules = len(sys.modules)
 
 
+@pytest.fixture
+def native():
+    """Return the class of the native engine, which needs torch."""
+    pytest.importorskip('torch')
+    from physai_decode.engines.native import NativeEngine
+    return NativeEngine
+
+
 def pytest_configure(config):
     """Let several processes take the modules in the order that follows."""
     config.option.loadscopereorder = False      # of pytest-xdist

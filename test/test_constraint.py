@@ -246,14 +246,19 @@ class Event:
         return True
 
 
-@pytest.fixture
-def piped(folder, monkeypatch):
-    """Return a factory of decode loops whose steps run in a pipeline, on a CPU."""
+def replace_cuda(monkeypatch):
+    """Replace what a pipeline needs of CUDA, so that it runs on a CPU."""
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+
+
+@pytest.fixture
+def piped(folder, monkeypatch):
+    """Return a factory of decode loops whose steps run in a pipeline, on a CPU."""
+    replace_cuda(monkeypatch)
     loops = []
 
     def made(steps_ahead=0, **settings):

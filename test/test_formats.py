@@ -26,8 +26,6 @@ transformers = pytest.importorskip('transformers')
 from engine_contract import load
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
-from physai_decode.config import SamplingConfig
-from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
 from physai_decode.engines import device
@@ -42,6 +40,7 @@ import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from test_gptq import assert_close
+from test_gptq import check_answer
 from test_gptq import library_logits
 from test_gptq import RELATIVE
 
@@ -94,11 +93,7 @@ def check(folder, state):
     near = 3e-3 if engine.footprint.quantization in ('bitsandbytes-nf4', 'bitsandbytes-fp4') \
         else RELATIVE
     assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS), near)
-    steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
-    answer = [token for step in steps for token in step.token_ids]
-    expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
-    assert answer == expected.argmax(-1).tolist()
-    engine.close()
+    check_answer(engine, folder, state)
     return engine.footprint
 
 

@@ -139,19 +139,21 @@ def test_auto_picks_native(folder):
 IDS = [(3 + 7 * index) % 512 for index in range(40)]
 
 
-def check_random(folder, family, group_size, **form):
-    form = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4, **form}
-    state = random_gptq.save(folder, family, 1, group_size, **form)
-    engine = load(NativeEngine, folder, CPU).engine
-    logits = engine.prefill_logits(IDS)
-    expected = library_logits(folder, state, IDS)
-    assert_close(logits, expected)
-    # The step's own arithmetic, not only the prefill's.
+def check_answer(engine, folder, state):
+    """Compare an answer with the library's model of ``state``: steps have own arithmetic."""
     steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
     answer = [token for step in steps for token in step.token_ids]
     expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
     assert answer == expected.argmax(-1).tolist()
     engine.close()
+
+
+def check_random(folder, family, group_size, **form):
+    form = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4, **form}
+    state = random_gptq.save(folder, family, 1, group_size, **form)
+    engine = load(NativeEngine, folder, CPU).engine
+    assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS))
+    check_answer(engine, folder, state)
     return engine
 
 
