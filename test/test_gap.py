@@ -55,7 +55,7 @@ class GraphEngine(FakeEngine):
         self.captured_by_answer: list[bool | None] = []
 
     @contextmanager
-    def trial(self, captured=None):
+    def trial(self, captured):
         """Set the mode inside ``with``."""
         before, self.captured = self.captured, captured
         yield

@@ -45,6 +45,8 @@ from triton.runtime.interpreter import interpreter_builder
 NVFP4 = random_formats.float4('nvfp4')
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
 
+make = pytest.fixture(linear_contract.maker)
+
 
 def check_rows(run, rows, ops, *outs, relative=1e-5, alone=None):
     """
