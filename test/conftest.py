@@ -94,6 +94,15 @@ def native():
     return NativeEngine
 
 
+@pytest.fixture
+def no_transformers(monkeypatch):
+    """Let imports of transformers fail, as if it were not installed."""
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    for name in [name for name in sys.modules
+                 if name.startswith('physai_decode.engines.transformers')]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def pytest_configure(config):
     """Let several processes take the modules in the order that follows."""
     config.option.loadscopereorder = False      # of pytest-xdist

@@ -72,13 +72,12 @@ def check_product(make, ops, format_, n, k):
     assert_close(out, dense @ normed + biased.bias)
 
 
-def check_layout(make, ops, format_, layout):
-    """Compare a product in one kernel layout to the dense one."""
-    weight, dense = random_weight(format_, 24, 1280)
-    x, out, ops = make(1280), make(24), ops(DEVICE)
-    ops._layouts[kernels.Shape(24, 1280, weight.kind, False, False)] = layout
+def check_layout(make, ops, weight, dense, layout, dtype=torch.float32):
+    """Compare a product in one kernel layout, with an input in a dtype, to the dense one."""
+    x, out, ops = make(1280, dtype=dtype), make(len(dense)), ops(DEVICE)
+    ops._layouts[kernels.Shape(*dense.shape, weight.kind, False, False)] = layout
     ops.linear(x, weight, out)
-    assert_close(out, dense @ x)
+    assert_close(out, dense @ x.float())
 
 
 def check_gated(make, ops, format_, bias, rows=24):

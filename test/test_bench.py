@@ -179,25 +179,32 @@ def test_counts_each_token_of_a_step():
     assert len(itl_s) == 6 and device_s == [0.002] * 6 and cached == 3
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Return a list of the processes that were started."""
+    started, popen = [], subprocess.Popen
+
+    def start(*arguments, **more):
+        started.append(popen(*arguments, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, 'Popen', start)
+    return started
+
+
 @pytest.mark.skipif(not realtime._slice_ns(0), reason='this system has no time slices')
 @pytest.mark.parametrize('sleeps', [False, True])
-def test_steps_have_the_time_slice_of_a_decode_thread(monkeypatch, sleeps):
+def test_steps_have_the_time_slice_of_a_decode_thread(monkeypatch, processes, sleeps):
     """Busy loops beside them have the default, and the result tells what is in force."""
     engine, before_ns, own, others = FakeEngine(), realtime._slice_ns(0), set(), set()
     engine.footprint = replace(engine.footprint, sleeps=sleeps)
-    started, popen = [], subprocess.Popen
 
     def step(remaining, inner=engine.step):
         own.add(realtime._slice_ns(0))
-        others.update(realtime._slice_ns(process.pid) for process in started)
+        others.update(realtime._slice_ns(process.pid) for process in processes)
         return inner(remaining)
 
-    def start(*arguments, **keywords):
-        started.append(popen(*arguments, **keywords))
-        return started[-1]
-
     monkeypatch.setattr(engine, 'step', step)
-    monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
     monkeypatch.setattr(session, 'BESIDE_ROUNDS', 1)
     monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
     monkeypatch.setattr(session, 'BESIDE_S', 0.05)
@@ -310,20 +317,12 @@ def test_rejects_a_wrong_neighbour(text):
         neighbour.parse(text)
 
 
-def test_neighbour_processes_end_with_the_context_manager(monkeypatch):
-    started = []
-    popen = neighbour.subprocess.Popen
-
-    def start(*arguments, **options):
-        started.append(popen(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
+def test_neighbour_processes_end_with_the_context_manager(processes):
     with neighbour.running(neighbour.NeighbourKind('cpu')) as other:
-        assert len(started) == len(neighbour.os.sched_getaffinity(0))
-        assert all(process.poll() is None for process in started)
+        assert len(processes) == len(neighbour.os.sched_getaffinity(0))
+        assert all(process.poll() is None for process in processes)
         assert other.collect(0.0) == []
-    assert all(process.poll() is not None for process in started)
+    assert all(process.poll() is not None for process in processes)
 
 
 def test_reports_a_neighbour_that_can_not_run(monkeypatch):
@@ -961,14 +960,19 @@ def finish(case_path, result_path):
     result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
 
 
-def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
-    started = []
-
+@pytest.fixture
+def started(monkeypatch):
+    """Let each session end at once; return a list of the cases of those that started."""
     def process(self, case_path, result_path, log_path, timeout_s):
         started.append(case_path)
         log_path.write_text('')
         finish(case_path, result_path)
+    started = []
     monkeypatch.setattr(Runner, '_process', process)
+    return started
+
+
+def test_does_not_repeat_a_measured_case(runner, lines, started):
     first = runner.run([case('one'), case('two')])
     again = runner.run([case('one'), case('two'), case('three')])
     assert len(started) == 3
@@ -982,18 +986,11 @@ def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
     assert json.loads(kept.read_text()) == first[0]
 
 
-def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
+def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path, started):
     folder = tmp_path / 'model'
     folder.mkdir()
     (folder / 'config.json').write_text('{}')
     of = case('one', source=ModelSource(path=str(folder)))
-    started = []
-
-    def process(self, case_path, result_path, log_path, timeout_s):
-        started.append(case_path)
-        log_path.write_text('')
-        finish(case_path, result_path)
-    monkeypatch.setattr(Runner, '_process', process)
 
     def run():
         lines.clear()
@@ -1059,8 +1056,8 @@ def test_repeats_only_a_session_that_died(runner, monkeypatch):
     assert report.sessions(runner.run(cases)).rows[1] == two
 
 
-@pytest.mark.parametrize('measured', [False, True])
-def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measured):
+def end_sessions(monkeypatch, ends, measured=False):
+    """Let each session end as the next of ``ends`` says."""
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
@@ -1068,8 +1065,13 @@ def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measure
             finish(case_path, result_path)
         if end == 'interrupted':
             raise KeyboardInterrupt
-    ends = ['interrupted', 'interrupted', 'done']
     monkeypatch.setattr(Runner, '_process', process)
+
+
+@pytest.mark.parametrize('measured', [False, True])
+def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measured):
+    ends = ['interrupted', 'interrupted', 'done']
+    end_sessions(monkeypatch, ends, measured)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             runner.run([case('one')])
@@ -1080,15 +1082,7 @@ def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measure
 
 
 def test_reports_a_session_that_died_and_was_then_interrupted(runner, monkeypatch):
-    def process(self, case_path, result_path, log_path, timeout_s):
-        log_path.write_text('Segmentation fault')
-        end = ends.pop(0)
-        if end == 'interrupted':
-            raise KeyboardInterrupt
-        if end == 'done':
-            finish(case_path, result_path)
-    ends = ['died', 'interrupted', 'done']
-    monkeypatch.setattr(Runner, '_process', process)
+    end_sessions(monkeypatch, ['died', 'interrupted', 'done'])
     runner.run([case('one')])
     with pytest.raises(KeyboardInterrupt):
         runner.run([case('one')])
@@ -1350,16 +1344,10 @@ def test_ends_a_real_session_at_its_time_limit(tmp_path, lines):
     assert result['status'] == 'died' and 'was killed after' in result['error']
 
 
-def test_reports_the_signal_of_a_killed_session(runner, monkeypatch):
+def test_reports_the_signal_of_a_killed_session(runner, processes):
     def kill():
-        process, = children
+        process, = processes
         process.kill()
-    children, popen = [], subprocess.Popen
-
-    def start(*arguments, **more):
-        children.append(popen(*arguments, **more))
-        return children[-1]
-    monkeypatch.setattr(runner_module.subprocess, 'Popen', start)
     runner.progress = lambda line: kill() if 'looking for' in line else None
     result, = runner.run([case()])
     assert result['status'] == 'died' and 'was killed by SIGKILL' in result['error']
