@@ -56,7 +56,7 @@ GREEDY = SamplingConfig(max_new_tokens=TOKENS)
 SAMPLED = SamplingConfig(max_new_tokens=TOKENS, temperature=1.0, top_p=0.95, seed=3)
 
 
-def array(items, most=3, **others):
+def array(items, most, **others):
     return {'type': 'array', 'items': items, 'maxItems': most, **others}
 
 

@@ -289,12 +289,12 @@ def follows(answer):
     return rule
 
 
-def loop_with(small, kind=VerifyingEngine, cost=0.1, chunk_ms=0.0, warn=print,
-              clock=lambda: 0.0, step_s=0.0, **changes):
+def loop_with(small, kind=VerifyingEngine, cost=0.1, warn=print, clock=lambda: 0.0, step_s=0.0,
+              **changes):
     """Return a loop whose engine has a draft model, and whose clock stands still by default."""
     engine = kind(lambda ids: say(ANSWER, end=False), **{'max_context': 200, **changes})
     engine.drafter = Drafter(small, cost, step_s)
-    return DecodeLoop(engine, chunk_ms, clock, MODEL, warn)
+    return DecodeLoop(engine, 0.0, clock, MODEL, warn)
 
 
 DIGITS = [ord(each) for each in '0123456789']
@@ -378,11 +378,10 @@ def saved_passes(loop, prompts, count, decode=answers):
     return saved
 
 
-def pair(kind, folder, draft, cost=0.1, **changes):
+def pair(kind, folder, draft):
     """Return the loop of an engine with a draft model, whatever they cost."""
     loop = drafting(kind, folder)
-    loop.engine.drafter = Drafter(
-        kind(checkpoint.open(str(draft)), replace(CPU, **changes)), cost)
+    loop.engine.drafter = Drafter(kind(checkpoint.open(str(draft)), CPU), 0.1)
     return loop
 
 

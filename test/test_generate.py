@@ -61,7 +61,7 @@ class ScriptedHost:
     ``submit`` returns. A ``*`` is also an element, after which it waits for `go`.
     """
 
-    def __init__(self, step_s: float = STEP_S) -> None:
+    def __init__(self, step_s: float) -> None:
         self.config = DecodeConfig()
         self.step_s = step_s
         self.go = threading.Event()             # a step waits for it
