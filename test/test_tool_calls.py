@@ -30,10 +30,8 @@ from physai_decode.speech import Manner
 from physai_decode.tool_forms import TOOL_FORMS
 import pytest
 from worker_rig import maker
+from worker_rig import TOOL
 
-TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
-    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
-    'required': ['room']}}}
 GO = ('go_to', {'room': 'hall'})
 THINKS = {'opens': '<think>', 'closes': '</think>', 'close_ids': tuple(map(ord, '\n</think>\n\n'))}
 LONG = SamplingConfig(max_new_tokens=900)

@@ -25,6 +25,9 @@ from physai_decode.roofline import Peak
 from physai_decode.worker import Worker
 
 TIMEOUT_S = 60
+TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
+    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
+    'required': ['room']}}}
 
 
 class Sink:
