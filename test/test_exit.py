@@ -95,6 +95,13 @@ def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
     assert left
 
 
+def start_node(request, name, *arguments, **options):
+    """Start a node in a process, with ROS arguments."""
+    return subprocess.Popen(
+        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
+         '-r', f'__node:={name}', *arguments], text=True, env=NUMPY_THREADS, **options)
+
+
 def end_node(probe, request, state, signum, name):
     """Bring a node into a state, send a signal, and check how it ends."""
     states = []
@@ -102,10 +109,8 @@ def end_node(probe, request, state, signum, name):
         DiagnosticArray, '/diagnostics',
         lambda message: states.append(message.status[2].values[0].value), 10)
     prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
-    process = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
-         '-r', f'__node:={name}', '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state]],
-        stderr=subprocess.PIPE, text=True, env=NUMPY_THREADS)
+    process = start_node(request, name, '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state],
+                         stderr=subprocess.PIPE)
     try:
         for _ in range(600):
             rclpy.spin_once(probe, timeout_sec=0.1)
@@ -145,9 +150,7 @@ def test_requests_get_their_results_after_a_signal(probe, request, signum):
             lambda message: ends.append(message.status[0].message), stream_qos()),
         probe.create_subscription(String, f'/{name}/tokens', pieces.append, stream_qos())]
     prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
-    process = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
-         '-r', f'__node:={name}', '--log-level', 'error'])
+    process = start_node(request, name, '--log-level', 'error')
     try:
         spin(probe, lambda: prompt.get_subscription_count()
              and all(probe.count_publishers(each.topic_name) for each in subscriptions))
