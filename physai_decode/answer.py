@@ -317,11 +317,8 @@ class Answer(Delivery):
                 turns = turns[len(turns) // 2 or 1:]
                 prompt_ids = self._ids(self._conversation.messages(turns, turn.prompt))
         self._checked(prompt_ids)
-        dropped = known[:len(known) - len(turns)]
-        self._conversation.drop(dropped)
-        if count := lost + len(dropped):
-            self.note = (f'the conversation no longer fits into {room} tokens: dropped its oldest '
-                         f'{count} turn{"" if count == 1 else "s"}')
+        self._drop(known[:len(known) - len(turns)], lost,
+                   f'the conversation no longer fits into {room} tokens')
         return prompt_ids
 
     def _newest(self, turns: list[Turn], room: int) -> list[Turn]:

@@ -53,7 +53,7 @@ def _option(default: Any, description: str, *, low: float | None = None,
     """
     return field(default=default, metadata={
         'description': description, 'low': low, 'high': high, 'unless_0': unless_0,
-        'choices': tuple(choices), 'others': others, 'dynamic': dynamic,
+        'choices': choices, 'others': others, 'dynamic': dynamic,
         'characters': characters, 'items': items})
 
 

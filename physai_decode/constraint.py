@@ -226,8 +226,7 @@ class Constraint:
     Its state follows from the accepted tokens.
     """
 
-    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int],
-                 exact: bool = False) -> None:
+    def __init__(self, matcher: Any, size: int, end_ids: Sequence[int], exact: bool) -> None:
         """
         Wrap a compiled grammar.
 

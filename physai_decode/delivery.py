@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from physai_decode.config import SamplingConfig
 from physai_decode.conversation import Conversation
+from physai_decode.conversation import Turn
 from physai_decode.items import Items
 from physai_decode.pace import Pace
 from physai_decode.request import Call
@@ -147,6 +148,12 @@ class Delivery:
             remedy = '' if is_own else f'clear {name}, or '
             raise Refused(f'{first} cannot be used with {other}, because {form.name} defines '
                           f'where the answer ends: {remedy}set "stop" to [] in the request')
+
+    def _drop(self, turns: list[Turn], lost: int, why: str) -> None:
+        """Drop the oldest turns of the conversation, and say so; ``lost`` were dropped before."""
+        self._conversation.drop(turns)
+        if count := lost + len(turns):
+            self._remark(f'{why}: dropped its oldest {count} turn{"" if count == 1 else "s"}')
 
     def _remark(self, text: str) -> None:
         """Add a note for the report."""

@@ -61,11 +61,11 @@ _BASELINES = {'native': 'transformers', 'transformers': 'native'}
 class Measurable(Engine, Protocol):
     """An engine whose step can be timed in the running node."""
 
-    def trial(self, captured: bool | None = None) -> AbstractContextManager[None]:
+    def trial(self, captured: bool) -> AbstractContextManager[None]:
         """
         Prepare to time greedy steps after the cached tokens, inside ``with``.
 
-        :param captured: whether steps replay a CUDA graph; None keeps the current mode.
+        :param captured: whether steps replay a CUDA graph.
         :raises EngineError: the engine cannot run steps in this mode.
         """
         ...

@@ -420,16 +420,10 @@ class Quantization:
 
     name: str                   # gptq-int4-g128, bitsandbytes-nf4, ...
     method: str                 # gptq, awq, exl2, ...
-    kind: str                   # of the numbers: int, float; empty if the method defines it
     bits: Any                   # as in the config; None if absent
     group_size: int             # columns that share a scale; -1: all; 0: not set
     layout: str                 # of gptq: gptq, gptq_v2, or another name
     settings: Mapping[str, Any]     # the whole quantization_config
-
-    @property
-    def is_int4(self) -> bool:
-        """Whether the weights are integers of four bits."""
-        return (self.kind, self.bits) == ('int', 4)
 
 
 def quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -446,7 +440,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
         return None
     method = str(found.get('quant_method') or 'unknown')
     bits, size = found.get('bits'), found.get('group_size')
-    kind = '' if method in _OWN_NUMBERS else 'int'
+    kind: Any = '' if method in _OWN_NUMBERS else 'int'     # of numbers
     if method == 'gptq':
         found = {'group_size': GPTQ_GROUP_SIZE, **found}
         size = found['group_size']
@@ -455,8 +449,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
     if method == 'compressed-tensors':
         kind, bits, size = (_shared(found, key) for key in ('type', 'num_bits', 'group_size'))
     return Quantization(
-        name=_quantization_name(found, method, kind or '', bits, size), method=method,
-        kind=kind or '', bits=bits,
+        name=_quantization_name(found, method, kind or '', bits, size), method=method, bits=bits,
         group_size=size if isinstance(size, int) else 0,
         layout=str(found.get('checkpoint_format') or found.get('format') or 'gptq'),
         settings=found)

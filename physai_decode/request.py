@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
 from functools import cached_property
+from functools import partial
 import json
 from math import isfinite
 import re
@@ -372,14 +373,15 @@ def _options(value: Mapping[str, Any], specs: Mapping[str, Any],
     return found
 
 
-def _prompt(value: Any, name: str = 'prompt') -> str:
+def _group(value: Any, name: str, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse an object whose fields override the settings of a group."""
+    return _options(_mapping(value, name), specs, f'{name}.')
+
+
+def _text(value: Any, name: str) -> str:
     if type(value) is not str:
         raise RequestError(f'{name} is {shown(value)}: expected a string')
     return value
-
-
-def _raw_prompt(value: Any) -> str:
-    return _prompt(value, 'raw_prompt')
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -403,7 +405,7 @@ def _message(value: Any, name: str) -> Message:
             raise RequestError(f'{shown(f"{name}.{key}")} is not a field of a message: the '
                                f'fields are {", ".join(fields)}')
     found: dict[str, Any] = {
-        key: _named_text(value[key], f'{name}.{key}')
+        key: _text(value[key], f'{name}.{key}')
         for key in ('reasoning_content', 'tool_call_id') if value.get(key)}
     if value.get('name'):
         found['name'] = _function_name(value['name'], f'{name}.name')
@@ -418,13 +420,7 @@ def _message(value: Any, name: str) -> Message:
     if type(content) is list:
         content = ''.join(_part(each, f'{name}.content[{index}]')
                           for index, each in enumerate(content))
-    return Message(role, _named_text(content, f'{name}.content'), **found)
-
-
-def _named_text(value: Any, name: str) -> str:
-    if type(value) is not str:
-        raise RequestError(f'{name} is {shown(value)}: expected a string')
-    return value
+    return Message(role, _text(content, f'{name}.content'), **found)
 
 
 def _call(value: Any, name: str) -> Call:
@@ -495,10 +491,6 @@ def _tool_choice(value: Any) -> str | dict[str, Any]:
         'name': _function_name(function.get('name'), 'tool_choice.function.name')}}
 
 
-def _thinking(value: Any) -> dict[str, Any]:
-    return _options(_mapping(value, 'thinking'), THINKING, 'thinking.')
-
-
 def _text_of(message: Message) -> str:
     """Join all texts of a message."""
     calls = (json.dumps(call.arguments, ensure_ascii=False) for call in message.tool_calls)
@@ -518,14 +510,6 @@ def _part(value: Any, name: str) -> str:
         raise RequestError(f'{name} is {shown(value)}: expected '
                            '{"type": "text", "text": "..."}, as the node accepts only text')
     return str(value['text'])
-
-
-def _deadline(value: Any) -> dict[str, Any]:
-    return _options(_mapping(value, 'deadline'), DEADLINE, 'deadline.')
-
-
-def _pace(value: Any) -> dict[str, Any]:
-    return _options(_mapping(value, 'pace'), PACE, 'pace.')
 
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
@@ -591,11 +575,13 @@ _TEXT = {'type': 'text'}
 TEXTS = ('prompt', 'messages', 'raw_prompt')        # a request has exactly one
 # Field of `Request` and of its JSON form to its parser, which raises RequestError.
 _READ: dict[str, Callable[[Any], Any]] = {
-    'prompt': _prompt, 'messages': _messages, 'raw_prompt': _raw_prompt,
-    'chat_template_kwargs': _template_kwargs, 'deadline': _deadline, 'pace': _pace,
-    'response_format': _response_format, 'structured_outputs': _structured_outputs,
-    'thinking': _thinking, 'tools': _tools, 'tool_choice': _tool_choice,
-    'parallel_tool_calls': _parallel_tool_calls}
+    'prompt': partial(_text, name='prompt'), 'messages': _messages,
+    'raw_prompt': partial(_text, name='raw_prompt'), 'chat_template_kwargs': _template_kwargs,
+    'deadline': partial(_group, name='deadline', specs=DEADLINE),
+    'pace': partial(_group, name='pace', specs=PACE), 'response_format': _response_format,
+    'structured_outputs': _structured_outputs,
+    'thinking': partial(_group, name='thinking', specs=THINKING), 'tools': _tools,
+    'tool_choice': _tool_choice, 'parallel_tool_calls': _parallel_tool_calls}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -117,11 +117,8 @@ class ServerAnswer(Delivery):
                     raise
                 turns = turns[len(turns) // 2 or 1:]
                 continue
-            dropped = known[:len(known) - len(turns)]
-            self._conversation.drop(dropped)
-            if count := lost + len(dropped):
-                self._remark('the conversation is too long for the server: dropped its oldest '
-                             f'{count} turn{"" if count == 1 else "s"}')
+            self._drop(known[:len(known) - len(turns)], lost,
+                       'the conversation is too long for the server')
             return end
 
     def _ask(self, options: Mapping[str, Any], turns: list[Turn], end_s: float) -> End:

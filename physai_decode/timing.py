@@ -136,6 +136,11 @@ class RequestReport:
     pass_tokens: float | None = None  # mean tokens of a pass, after the first token
 
 
+# Fields of a `WindowReport` that are not keys of ``/diagnostics``.
+INTERNAL = ('miss_limit_reached', 'context_tokens', 'kv_bytes', 'best_r_floor', 'drafted',
+            'draft_ms', 'floor_count')
+
+
 @dataclass(frozen=True)
 class WindowReport:
     """The tokens of the last ``window_s`` seconds, and counts since activation."""

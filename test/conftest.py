@@ -86,6 +86,23 @@ def leave_out_of_garbage_collection():
         modules = len(sys.modules)
 
 
+@pytest.fixture
+def native():
+    """Return the class of the native engine, which needs torch."""
+    pytest.importorskip('torch')
+    from physai_decode.engines.native import NativeEngine
+    return NativeEngine
+
+
+@pytest.fixture
+def no_transformers(monkeypatch):
+    """Let imports of transformers fail, as if it were not installed."""
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    for name in [name for name in sys.modules
+                 if name.startswith('physai_decode.engines.transformers')]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def pytest_configure(config):
     """Let several processes take the modules in the order that follows."""
     config.option.loadscopereorder = False      # of pytest-xdist

@@ -67,6 +67,7 @@ class FakeEngine:
         self.prompts: list[list[int]] = []
         self.samplings: list[SamplingConfig] = []
         self.fed: list[int] = []    # the ids in the cache
+        self.asked: list[int] = []      # by each step, how many follow
         self.closed = False
         self._steps = steps or self._echo
         self._script: Iterator[Choice] = iter(())
@@ -93,6 +94,7 @@ class FakeEngine:
 
     def step(self, remaining: int) -> Choice:
         """Take the next step of the script."""
+        self.asked.append(remaining)
         self.fed.append(self._last)
         return self._choose()
 

@@ -72,13 +72,12 @@ def check_product(make, ops, format_, n, k):
     assert_close(out, dense @ normed + biased.bias)
 
 
-def check_layout(make, ops, format_, layout):
-    """Compare a product in one kernel layout to the dense one."""
-    weight, dense = random_weight(format_, 24, 1280)
-    x, out, ops = make(1280), make(24), ops(DEVICE)
-    ops._layouts[kernels.Shape(24, 1280, weight.kind, False, False)] = layout
+def check_layout(make, ops, weight, dense, layout, dtype=torch.float32):
+    """Compare a product in one kernel layout, with an input in a dtype, to the dense one."""
+    x, out, ops = make(1280, dtype=dtype), make(len(dense)), ops(DEVICE)
+    ops._layouts[kernels.Shape(*dense.shape, weight.kind, False, False)] = layout
     ops.linear(x, weight, out)
-    assert_close(out, dense @ x)
+    assert_close(out, dense @ x.float())
 
 
 def check_gated(make, ops, format_, bias, rows=24):
@@ -87,13 +86,18 @@ def check_gated(make, ops, format_, bias, rows=24):
     dense = Dense(torch.cat([each for _, each in parts]), make(2 * rows) if bias else None)
     weight = fusion.fuse([replace(each, bias=half) for (each, _), half in zip(
         parts, dense.bias.chunk(2) if bias else (None, None), strict=True)], paired=True)
+    compare_gated(make, ops(DEVICE), weight, dense, rows)
+
+
+def compare_gated(make, ops, weight, dense, rows, relative=1e-5):
+    """Compare a fused gate and up [2 rows, 640] to a dense one."""
     x, gain, out = make(640), make(640), make(rows)
     expected, reference = out.clone(), out.clone()
     REFERENCE.gated(x, dense, expected, gain, EPS)
     REFERENCE.gated(x, weight, reference, gain, EPS)
     assert_close(reference, expected)
-    ops(DEVICE).gated(x, weight, out, gain, EPS)
-    assert_close(out, expected)
+    ops.gated(x, weight, out, gain, EPS)
+    assert_close(out, expected, relative)
 
 
 def check_fused(make, ops, format_):

@@ -310,6 +310,14 @@ class Rig:
                 'message': status.message, 'level': status.level}
 
 
+def spin(node, done) -> None:
+    """Spin a node until ``done`` returns true."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end_s, 'waited too long'
+        rclpy.spin_once(node, timeout_sec=0.1)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def ros():
     """Initialise rclpy once for all tests of a module that imports this fixture."""

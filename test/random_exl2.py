@@ -20,9 +20,9 @@ words. A scale is the square of a number from 1 to 16, times the group's largest
 in the middle.
 """
 
-import json
 from pathlib import Path
 
+from json_file import editing
 from random_formats import as_int32
 import random_model
 from safetensors.torch import load_file
@@ -82,11 +82,9 @@ def save(folder: Path, family: str, seed: int, **overrides) -> dict[str, Tensor]
             parts, state[name] = tensors(1000 * seed + number, n, k, order)
             stored.update({f'{name[:-len("weight")]}{end}': part for end, part in parts.items()})
     save_file(stored, path, metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config['quantization_config'] = {
-        'quant_method': 'exl2', 'version': '0.3.2', 'bits': 4.5, 'head_bits': 16}
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config['quantization_config'] = {
+            'quant_method': 'exl2', 'version': '0.3.2', 'bits': 4.5, 'head_bits': 16}
     return state
 
 

@@ -26,6 +26,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from json_file import editing
 from physai_decode.checkpoint import TensorEntry
 from physai_decode.engines.native import formats
 from physai_decode.model_config import quantization
@@ -347,10 +348,11 @@ def save(folder: Path, family: str, form: tuple[dict[str, Any], Draw], seed: int
                        for end, tensor in tensors.items()})
         state[name] = exact.float()
     save_file(stored, folder / 'model.safetensors', metadata={'format': 'pt'})
-    path, config = folder / 'config.json', dict(form[0])
-    if 'ignore' in config:
-        config['ignore'] = [f're:.*{part}' for part in dense]
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'quantization_config': config}))
+    settings = dict(form[0])
+    if 'ignore' in settings:
+        settings['ignore'] = [f're:.*{part}' for part in dense]
+    with editing(folder / 'config.json') as config:
+        config['quantization_config'] = settings
     return state
 
 

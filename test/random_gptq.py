@@ -15,9 +15,9 @@
 """Random GPTQ tensors as quantisers write them, with their dequantised weights."""
 
 from collections.abc import Mapping
-import json
 from pathlib import Path
 
+from json_file import editing
 from physai_decode.engines.native.linear import Int4
 import random_formats
 import random_model
@@ -100,10 +100,8 @@ def save(folder: Path, family: str, seed: int, group_size: int, act_order: bool 
             state[name] = dense(parts, layout)
         stored.update({f'{name[:-len("weight")]}{end}': part for end, part in parts.items()})
     save_file(stored, folder / 'model.safetensors', metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config['quantization_config'] = {
-        'quant_method': 'gptq', 'bits': 4, 'group_size': group_size, 'desc_act': act_order,
-        'sym': symmetric, 'checkpoint_format': layout, 'lm_head': head}
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config['quantization_config'] = {
+            'quant_method': 'gptq', 'bits': 4, 'group_size': group_size, 'desc_act': act_order,
+            'sym': symmetric, 'checkpoint_format': layout, 'lm_head': head}
     return state

@@ -18,10 +18,10 @@ Small random models of each family, written as model folders by the transformers
 All weights are random, also biases and norms, so omitting one changes the logits.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from json_file import editing
 import torch
 import transformers
 
@@ -139,19 +139,17 @@ def save_network(folder: Path, config: transformers.PretrainedConfig, seed: int,
 
 def rewrite_config_as_before(folder: Path) -> None:
     """Rewrite config.json in the format of earlier versions of the library, as in most folders."""
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    rope = config.pop('rope_parameters')
-    if 'full_attention' in rope:
-        config['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
-        config['sliding_window_pattern'] = 1 + config['layer_types'].index('full_attention')
-        rope = rope['full_attention']
-    if rope['rope_type'] == 'longrope':
-        config['partial_rotary_factor'] = rope.pop('partial_rotary_factor')
-    config['rope_theta'] = rope.pop('rope_theta')
-    config['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
-    if rope['rope_type'] in _OLD_NAMES:
-        rope['type'] = _OLD_NAMES[rope.pop('rope_type')]
-    config.pop('layer_types', None)
-    config['torch_dtype'] = config.pop('dtype')
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        rope = config.pop('rope_parameters')
+        if 'full_attention' in rope:
+            config['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
+            config['sliding_window_pattern'] = 1 + config['layer_types'].index('full_attention')
+            rope = rope['full_attention']
+        if rope['rope_type'] == 'longrope':
+            config['partial_rotary_factor'] = rope.pop('partial_rotary_factor')
+        config['rope_theta'] = rope.pop('rope_theta')
+        config['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
+        if rope['rope_type'] in _OLD_NAMES:
+            rope['type'] = _OLD_NAMES[rope.pop('rope_type')]
+        config.pop('layer_types', None)
+        config['torch_dtype'] = config.pop('dtype')

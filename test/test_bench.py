@@ -31,6 +31,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+from json_file import editing
 from physai_decode import bench
 from physai_decode import checkpoint
 from physai_decode import realtime
@@ -178,25 +179,32 @@ def test_counts_each_token_of_a_step():
     assert len(itl_s) == 6 and device_s == [0.002] * 6 and cached == 3
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Return a list of the processes that were started."""
+    started, popen = [], subprocess.Popen
+
+    def start(*arguments, **more):
+        started.append(popen(*arguments, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, 'Popen', start)
+    return started
+
+
 @pytest.mark.skipif(not realtime._slice_ns(0), reason='this system has no time slices')
 @pytest.mark.parametrize('sleeps', [False, True])
-def test_steps_have_the_time_slice_of_a_decode_thread(monkeypatch, sleeps):
+def test_steps_have_the_time_slice_of_a_decode_thread(monkeypatch, processes, sleeps):
     """Busy loops beside them have the default, and the result tells what is in force."""
     engine, before_ns, own, others = FakeEngine(), realtime._slice_ns(0), set(), set()
     engine.footprint = replace(engine.footprint, sleeps=sleeps)
-    started, popen = [], subprocess.Popen
 
     def step(remaining, inner=engine.step):
         own.add(realtime._slice_ns(0))
-        others.update(realtime._slice_ns(process.pid) for process in started)
+        others.update(realtime._slice_ns(process.pid) for process in processes)
         return inner(remaining)
 
-    def start(*arguments, **keywords):
-        started.append(popen(*arguments, **keywords))
-        return started[-1]
-
     monkeypatch.setattr(engine, 'step', step)
-    monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
     monkeypatch.setattr(session, 'BESIDE_ROUNDS', 1)
     monkeypatch.setattr(session, 'BESIDE_STEPS', 10)
     monkeypatch.setattr(session, 'BESIDE_S', 0.05)
@@ -309,20 +317,12 @@ def test_rejects_a_wrong_neighbour(text):
         neighbour.parse(text)
 
 
-def test_neighbour_processes_end_with_the_context_manager(monkeypatch):
-    started = []
-    popen = neighbour.subprocess.Popen
-
-    def start(*arguments, **options):
-        started.append(popen(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(neighbour.subprocess, 'Popen', start)
+def test_neighbour_processes_end_with_the_context_manager(processes):
     with neighbour.running(neighbour.NeighbourKind('cpu')) as other:
-        assert len(started) == len(neighbour.os.sched_getaffinity(0))
-        assert all(process.poll() is None for process in started)
+        assert len(processes) == len(neighbour.os.sched_getaffinity(0))
+        assert all(process.poll() is None for process in processes)
         assert other.collect(0.0) == []
-    assert all(process.poll() is not None for process in started)
+    assert all(process.poll() is not None for process in processes)
 
 
 def test_reports_a_neighbour_that_can_not_run(monkeypatch):
@@ -954,15 +954,25 @@ def test_blocking_wait_is_another_case():
     assert Case.from_dict(sleeps.to_dict()) == sleeps
 
 
-def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
-    started = []
+def finish(case_path, result_path):
+    """Write the result of a case, as its session does."""
+    of = Case.from_dict(json.loads(case_path.read_text()))
+    result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
 
+
+@pytest.fixture
+def started(monkeypatch):
+    """Let each session end at once; return a list of the cases of those that started."""
     def process(self, case_path, result_path, log_path, timeout_s):
         started.append(case_path)
         log_path.write_text('')
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
+    started = []
     monkeypatch.setattr(Runner, '_process', process)
+    return started
+
+
+def test_does_not_repeat_a_measured_case(runner, lines, started):
     first = runner.run([case('one'), case('two')])
     again = runner.run([case('one'), case('two'), case('three')])
     assert len(started) == 3
@@ -976,18 +986,11 @@ def test_does_not_repeat_a_measured_case(runner, lines, monkeypatch):
     assert json.loads(kept.read_text()) == first[0]
 
 
-def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
+def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path, started):
     folder = tmp_path / 'model'
     folder.mkdir()
     (folder / 'config.json').write_text('{}')
     of = case('one', source=ModelSource(path=str(folder)))
-    started = []
-
-    def process(self, case_path, result_path, log_path, timeout_s):
-        started.append(case_path)
-        log_path.write_text('')
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
-    monkeypatch.setattr(Runner, '_process', process)
 
     def run():
         lines.clear()
@@ -1007,9 +1010,8 @@ def test_measures_again_after_a_change(runner, lines, monkeypatch, tmp_path):
     assert run() == (4, ['  measured again, as these have changed: code'])
     result, = runner.sessions.glob('*.json')
     assert json.loads(result.with_suffix('.old').read_text())['status'] == 'done'
-    older = json.loads(result.read_text())
-    del older['provenance']             # as an earlier version wrote it
-    result.write_text(json.dumps(older))
+    with editing(result) as older:
+        del older['provenance']         # as an earlier version wrote it
     assert run() == (5, ['  measured again, as these have changed: model, code, packages, '
                          'machine'])
 
@@ -1033,8 +1035,7 @@ def test_repeats_only_a_session_that_died(runner, monkeypatch):
         log_path.write_text('first line\nSegmentation fault\n\n')
         if 'two' in case_path.name and fails:
             return f'ended with code {-11}'
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
         return None
     monkeypatch.setattr(Runner, '_process', process)
     cases = [case('one'), case('two'), case('three')]
@@ -1055,18 +1056,22 @@ def test_repeats_only_a_session_that_died(runner, monkeypatch):
     assert report.sessions(runner.run(cases)).rows[1] == two
 
 
-@pytest.mark.parametrize('measured', [False, True])
-def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measured):
+def end_sessions(monkeypatch, ends, measured=False):
+    """Let each session end as the next of ``ends`` says."""
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('Segmentation fault')
         end = ends.pop(0)
         if measured or end == 'done':       # a session saves its result before it times kernels
-            of = Case.from_dict(json.loads(case_path.read_text()))
-            result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+            finish(case_path, result_path)
         if end == 'interrupted':
             raise KeyboardInterrupt
-    ends = ['interrupted', 'interrupted', 'done']
     monkeypatch.setattr(Runner, '_process', process)
+
+
+@pytest.mark.parametrize('measured', [False, True])
+def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measured):
+    ends = ['interrupted', 'interrupted', 'done']
+    end_sessions(monkeypatch, ends, measured)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             runner.run([case('one')])
@@ -1077,16 +1082,7 @@ def test_reports_a_session_interrupted_with_its_run(runner, monkeypatch, measure
 
 
 def test_reports_a_session_that_died_and_was_then_interrupted(runner, monkeypatch):
-    def process(self, case_path, result_path, log_path, timeout_s):
-        log_path.write_text('Segmentation fault')
-        end = ends.pop(0)
-        if end == 'interrupted':
-            raise KeyboardInterrupt
-        if end == 'done':
-            of = Case.from_dict(json.loads(case_path.read_text()))
-            result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
-    ends = ['died', 'interrupted', 'done']
-    monkeypatch.setattr(Runner, '_process', process)
+    end_sessions(monkeypatch, ['died', 'interrupted', 'done'])
     runner.run([case('one')])
     with pytest.raises(KeyboardInterrupt):
         runner.run([case('one')])
@@ -1332,8 +1328,7 @@ def test_plots_name_the_maximum_of_few_tokens_and_disturbed_steps(tokens, line, 
 def test_session_that_dies_in_the_profiler_keeps_its_measurements(runner, monkeypatch):
     def process(self, case_path, result_path, log_path, timeout_s):
         log_path.write_text('')
-        of = Case.from_dict(json.loads(case_path.read_text()))
-        result_path.write_text(json.dumps(done(of, [0.001, 0.002], of.contexts)))
+        finish(case_path, result_path)
         return 'was killed after 600 s'
     monkeypatch.setattr(Runner, '_process', process)
     result, = runner.run([case('one')])
@@ -1349,16 +1344,10 @@ def test_ends_a_real_session_at_its_time_limit(tmp_path, lines):
     assert result['status'] == 'died' and 'was killed after' in result['error']
 
 
-def test_reports_the_signal_of_a_killed_session(runner, monkeypatch):
+def test_reports_the_signal_of_a_killed_session(runner, processes):
     def kill():
-        process, = children
+        process, = processes
         process.kill()
-    children, popen = [], subprocess.Popen
-
-    def start(*arguments, **more):
-        children.append(popen(*arguments, **more))
-        return children[-1]
-    monkeypatch.setattr(runner_module.subprocess, 'Popen', start)
     runner.progress = lambda line: kill() if 'looking for' in line else None
     result, = runner.run([case()])
     assert result['status'] == 'died' and 'was killed by SIGKILL' in result['error']

@@ -47,7 +47,7 @@ import pytest
 import random_model
 from tokenizers import Tokenizer
 import torch
-from worker_rig import making
+from worker_rig import maker
 
 TOKENIZER = Path(checkpoint.__file__).parent / 'models' / 'tiny_planner' / 'tokenizer.json'
 END = 2
@@ -56,7 +56,7 @@ GREEDY = SamplingConfig(max_new_tokens=TOKENS)
 SAMPLED = SamplingConfig(max_new_tokens=TOKENS, temperature=1.0, top_p=0.95, seed=3)
 
 
-def array(items, most=3, **others):
+def array(items, most, **others):
     return {'type': 'array', 'items': items, 'maxItems': most, **others}
 
 
@@ -136,6 +136,7 @@ NESTED = [
      .META_SCHEMA['$id'], 'default': 1, 'examples': [1], **PARTS[0]},
     {'type': 'object', 'maxProperties': 0}, {'enum': [[], {}]}]
 SCHEMAS = SIMPLE + NESTED
+make = pytest.fixture(maker)
 
 
 @pytest.fixture(scope='module')
@@ -245,14 +246,19 @@ class Event:
         return True
 
 
-@pytest.fixture
-def piped(folder, monkeypatch):
-    """Return a factory of decode loops whose steps run in a pipeline, on a CPU."""
+def replace_cuda(monkeypatch):
+    """Replace what a pipeline needs of CUDA, so that it runs on a CPU."""
     monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+
+
+@pytest.fixture
+def piped(folder, monkeypatch):
+    """Return a factory of decode loops whose steps run in a pipeline, on a CPU."""
+    replace_cuda(monkeypatch)
     loops = []
 
     def made(steps_ahead=0, **settings):
@@ -477,44 +483,41 @@ def quotes(prompt):
     yield from forever('"')
 
 
-def test_worker_constrains_answers():
-    with making() as make:
-        worker, sink = make(FakeEngine(quotes, vocab_size=128))
-        number = worker.submit(Request('go', structured_outputs={'choice': ['go', 'stop']}))
-        report, text = sink.end(number)
-        assert (report.finish_reason, text) == ('stop', 'go')
-        assert all(token.mask_ms > 0 for token in sink.tokens)
-        number = worker.submit(Request('go', sampling={'max_new_tokens': 4}))
-        assert sink.end(number)[1] == '""""'
-        assert sink.tokens[-1].mask_ms is None
-        number = worker.submit(Request(
-            'go', structured_outputs={'regex': '"{40}'}, sampling={'max_new_tokens': 4}))
-        assert sink.end(number)[0].finish_reason == 'length'
+def test_worker_constrains_answers(make):
+    worker, sink = make(FakeEngine(quotes, vocab_size=128))
+    number = worker.submit(Request('go', structured_outputs={'choice': ['go', 'stop']}))
+    report, text = sink.end(number)
+    assert (report.finish_reason, text) == ('stop', 'go')
+    assert all(token.mask_ms > 0 for token in sink.tokens)
+    number = worker.submit(Request('go', sampling={'max_new_tokens': 4}))
+    assert sink.end(number)[1] == '""""'
+    assert sink.tokens[-1].mask_ms is None
+    number = worker.submit(Request(
+        'go', structured_outputs={'regex': '"{40}'}, sampling={'max_new_tokens': 4}))
+    assert sink.end(number)[0].finish_reason == 'length'
 
 
-def test_listed_name_in_escapes_is_an_error():
+def test_listed_name_in_escapes_is_an_error(make):
     schema = {'properties': {'a': {'type': 'integer'}}, 'required': ['a']}
     form = Form('json_schema', {'type': 'object', **schema}, 'schema')
     for text, reason in ((r'{"a":1,"\u0061":"x"}', 'error'), (r'{"a":1,"b":"\\u0061"}', 'stop')):
-        with making() as make:
-            worker, sink = make(FakeEngine(lambda _, text=text: say(text), vocab_size=128),
-                                form=form)
-            report, got = sink.end(worker.submit(Request('go')))
-            assert (report.finish_reason, got) == (reason, text)
+        worker, sink = make(FakeEngine(lambda _, text=text: say(text), vocab_size=128),
+                            form=form)
+        report, got = sink.end(worker.submit(Request('go')))
+        assert (report.finish_reason, got) == (reason, text)
 
 
-def test_elements_with_a_name_in_escapes_are_not_published():
+def test_elements_with_a_name_in_escapes_are_not_published(make):
     """The schema does not constrain them, and their path or name may look like a listed one."""
     action = {'properties': {'a': {'enum': ['go']}}, 'type': 'object'}
     form = Form('json_schema', {
         'type': 'object', 'properties': {'plan': {'type': 'array', 'items': action}}}, 'schema')
     text = (r'{"plan":[{"a":"go"},{"a":"go","\u0061":"hit"},{"b":"\\u0061"}],'
             r'"\u0070lan":[{"a":"hit"}]}')
-    with making() as make:
-        worker, sink = make(FakeEngine(lambda _: say(text), max_context=400, vocab_size=128),
-                            form=form)
-        request = Request('go', sampling={'max_new_tokens': 2 * len(text)})
-        report, got = sink.end(worker.submit(request))
+    worker, sink = make(FakeEngine(lambda _: say(text), max_context=400, vocab_size=128),
+                        form=form)
+    request = Request('go', sampling={'max_new_tokens': 2 * len(text)})
+    report, got = sink.end(worker.submit(request))
     assert (report.finish_reason, got) == ('error', text)
     assert [(item.path, item.index, item.value) for _, item in sink.items] == [
         ('/plan', 0, '{"a":"go"}'), ('/plan', 2, r'{"b":"\\u0061"}')]
@@ -526,27 +529,25 @@ def test_elements_with_a_name_in_escapes_are_not_published():
     ({'structured_outputs': {'regex': '('}}, 'structured_outputs.regex cannot be used'),
     ({'structured_outputs': {'regex': 'a'}, 'sampling': {'stop': ('x',)}}, 'stop cannot be used'),
 ])
-def test_worker_rejects_a_constraint_and_goes_on(options, words):
-    with making() as make:
-        worker, sink = make(FakeEngine(vocab_size=128))
-        report, text = sink.end(worker.submit(Request('go', **options)))
-        assert report.finish_reason == 'rejected' and words in report.message and not text
-        assert sink.end(worker.submit(Request('go')))[1] == 'go'
-        assert worker.state == 'idle' and not worker.last_error
+def test_worker_rejects_a_constraint_and_goes_on(make, options, words):
+    worker, sink = make(FakeEngine(vocab_size=128))
+    report, text = sink.end(worker.submit(Request('go', **options)))
+    assert report.finish_reason == 'rejected' and words in report.message and not text
+    assert sink.end(worker.submit(Request('go')))[1] == 'go'
+    assert worker.state == 'idle' and not worker.last_error
 
 
-def test_a_parameter_with_stop_strings_is_named():
+def test_a_parameter_with_stop_strings_is_named(make):
     """A plain prompt has no field to override it, so the message names the parameter too."""
-    with making() as make:
-        worker, sink = make(FakeEngine(vocab_size=128), sampling=SamplingConfig(stop=('x',)))
-        request = Request('go', structured_outputs={'regex': 'a'})
-        report = sink.end(worker.submit(request))[0]
-        assert 'clear sampling.stop, or set "stop" to []' in report.message
-        request = replace(request, sampling={'stop': ()})
-        assert sink.end(worker.submit(request))[0].refusal == ''
+    worker, sink = make(FakeEngine(vocab_size=128), sampling=SamplingConfig(stop=('x',)))
+    request = Request('go', structured_outputs={'regex': 'a'})
+    report = sink.end(worker.submit(request))[0]
+    assert 'clear sampling.stop, or set "stop" to []' in report.message
+    request = replace(request, sampling={'stop': ()})
+    assert sink.end(worker.submit(request))[0].refusal == ''
 
 
-def test_parameters_constrain_requests_without_a_constraint(tmp_path, monkeypatch):
+def test_parameters_constrain_requests_without_a_constraint(make, tmp_path, monkeypatch):
     file = tmp_path / 'answer.json'
     file.write_text('{"enum": [1, 22]}')
     assert configured(ConstraintConfig()) is None
@@ -567,9 +568,8 @@ def test_parameters_constrain_requests_without_a_constraint(tmp_path, monkeypatc
         configured(ConstraintConfig(schema_file='sub/none'))
     file.write_text('{"enum": [1, 22]}')
     assert configured(ConstraintConfig(schema_file='answer.json')) == form
-    with making() as make:
-        worker, sink = make(FakeEngine(quotes, vocab_size=128), form=form)
-        assert sink.end(worker.submit(Request('go')))[1] in ('1', '22')
-        unconstrained = Request(
-            'go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
-        assert sink.end(worker.submit(unconstrained))[1] == '""'
+    worker, sink = make(FakeEngine(quotes, vocab_size=128), form=form)
+    assert sink.end(worker.submit(Request('go')))[1] in ('1', '22')
+    unconstrained = Request(
+        'go', response_format={'type': 'text'}, sampling={'max_new_tokens': 2})
+    assert sink.end(worker.submit(unconstrained))[1] == '""'

@@ -26,11 +26,11 @@ from types import SimpleNamespace
 from node_rig import active_rig
 from node_rig import EchoEngine
 from node_rig import PATIENCE_S
+from node_rig import spin
 from physai_decode.result import chat_completion
 from physai_decode.timing import ItemReport
 from physai_decode.timing import RequestReport
 import pytest
-import rclpy
 from std_msgs.msg import String
 
 EXAMPLE = Path(__file__).resolve().parent.parent / 'examples' / 'controller.py'
@@ -168,14 +168,6 @@ def expire(controller, timer):
     timer.timer_period_ns = 10**8
     timer.reset()
     spin(controller, lambda: controller.outcome)
-
-
-def spin(controller, done):
-    """Spin the controller until `done` returns true."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < end_s, 'waited too long'
-        rclpy.spin_once(controller, timeout_sec=0.1)
 
 
 def item(controller, index):

@@ -35,6 +35,8 @@ ONE = SamplingConfig(max_new_tokens=1)
 class Timed(FakeEngine):
     """Takes a time for each prompt token, and records its chunks."""
 
+    now_s = 0.0
+
     def __init__(self, token_s=0.0, fails_at=None, **options):
         super().__init__(lambda ids: forever(), max_context=10_000, **options)
         self.token_s, self.chunks, self.fails_at = token_s, [], fails_at
@@ -50,8 +52,6 @@ class Timed(FakeEngine):
 
 class ByClock(Timed):
     """Does not know how long a chunk takes, while its own clock shows it."""
-
-    now_s = 0.0
 
     def feed(self, token_ids):
         """Advance the clock while the caller waits."""
@@ -99,23 +99,14 @@ def test_contract(check):
     check(DecodeLoop(Repeatable()))
 
 
-def test_chunks_grow_to_the_time_they_may_take():
-    engine = Timed(token_s=2.0**-10)
-    loop = loop_of(engine, chunk_ms=125.0)
-    feed(loop, 600)
-    assert engine.chunks == [32, 128, 128, 128, 128, 56]
-    engine.chunks.clear()
-    feed(loop, 250, start=5000)             # the size is kept for later prompts
-    assert engine.chunks == [128, 122]
-
-
-def test_chunks_of_an_engine_that_does_not_time_them():
-    engine = ByClock(token_s=2.0**-10)
+@pytest.mark.parametrize('kind', [Timed, ByClock])
+def test_chunks_grow_to_the_time_they_may_take(kind):
+    engine = kind(token_s=2.0**-10)
     loop = DecodeLoop(engine, 125.0, clock=lambda: engine.now_s)
     feed(loop, 600)
     assert engine.chunks == [32, 128, 128, 128, 128, 56]
     engine.chunks.clear()
-    feed(loop, 250, start=5000)             # the first token did not count
+    feed(loop, 250, start=5000)     # the size is kept for later prompts; the token did not count
     assert engine.chunks == [128, 122]
 
 
@@ -284,17 +275,11 @@ def test_failed_rewind_empties_the_cache():
     (10, 3, 3), (10, 1, 1), (13, 99, 3), (15, 99, 1)])
 def test_ends_at_the_limit_or_the_end_of_the_context(length, limit, count):
     """The engine is told that no further step follows."""
-    asked = []
-
-    class Listening(FakeEngine):
-        def step(self, remaining):
-            asked.append(remaining)
-            return super().step(remaining)
-
-    loop = DecodeLoop(Listening(lambda ids: forever(), max_context=16))
+    engine = FakeEngine(lambda ids: forever(), max_context=16)
+    loop = DecodeLoop(engine)
     prompt = list(range(1, length + 1))
     assert len(decode(loop, prompt, SamplingConfig(max_new_tokens=limit))) == count
-    assert asked == list(reversed(range(count - 1)))
+    assert engine.asked == list(reversed(range(count - 1)))
 
 
 def test_sum_with_an_unknown_time_is_unknown():

@@ -17,14 +17,15 @@
 from collections import deque
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
-import json
 from random import Random
 import shutil
 from types import SimpleNamespace
 
 from fake_engine import FakeEngine
 from fake_engine import say
+from json_file import editing
 from physai_decode import checkpoint
 from physai_decode import engines
 from physai_decode import host
@@ -47,15 +48,16 @@ from physai_decode.speculation import Policy
 import pytest
 from test_speculation import always_draft
 from test_speculation import answers
+from test_speculation import check_same_answers
 from test_speculation import constrained
 from test_speculation import COSTS
 from test_speculation import CPU
 from test_speculation import Direct
 from test_speculation import drafting
-from test_speculation import native  # noqa: F401
 from test_speculation import PipelinedEngine
 from test_speculation import text_of
 from test_speculation import VerifyingEngine
+from test_speculation import vocabulary_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -287,12 +289,12 @@ def follows(answer):
     return rule
 
 
-def loop_with(small, kind=VerifyingEngine, cost=0.1, chunk_ms=0.0, warn=print,
-              clock=lambda: 0.0, step_s=0.0, **changes):
+def loop_with(small, kind=VerifyingEngine, cost=0.1, warn=print, clock=lambda: 0.0, step_s=0.0,
+              **changes):
     """Return a loop whose engine has a draft model, and whose clock stands still by default."""
     engine = kind(lambda ids: say(ANSWER, end=False), **{'max_context': 200, **changes})
     engine.drafter = Drafter(small, cost, step_s)
-    return DecodeLoop(engine, chunk_ms, clock, MODEL, warn)
+    return DecodeLoop(engine, 0.0, clock, MODEL, warn)
 
 
 DIGITS = [ord(each) for each in '0123456789']
@@ -368,24 +370,18 @@ def test_cancel_takes_effect_between_chunks_of_the_draft_model():
 
 # --- the native engine ----------------------------------------------------------------------
 
-def check_same_answers(loop, prompts, count, decode=answers):
-    """Assert the same answers with and without drafts; returns the number of saved passes."""
-    results, warnings = [], []
-    for speculation in (SpeculationConfig(), MODEL):
-        loop.engine.rewind(0)
-        results.append(decode(DecodeLoop(
-            loop.engine, 0.0, lambda: 0.0, speculation, warnings.append), prompts, count))
-    (expected, steps), (got, passes) = results
-    assert got == expected
+def saved_passes(loop, prompts, count, decode=answers):
+    """Return the number of passes that drafts save, after checking that answers are the same."""
+    warnings = []
+    saved = check_same_answers(loop, prompts, count, decode, MODEL, warnings.append)
     assert all('outside its vocabulary' in each for each in warnings)
-    return steps - passes
+    return saved
 
 
-def pair(kind, folder, draft, cost=0.1, **changes):
+def pair(kind, folder, draft):
     """Return the loop of an engine with a draft model, whatever they cost."""
     loop = drafting(kind, folder)
-    loop.engine.drafter = Drafter(
-        kind(checkpoint.open(str(draft)), replace(CPU, **changes)), cost)
+    loop.engine.drafter = Drafter(kind(checkpoint.open(str(draft)), CPU), 0.1)
     return loop
 
 
@@ -400,7 +396,7 @@ def conversations(seed, count):
 
 
 @pytest.mark.parametrize('steps', ['on the host', 'in a pipeline'])
-def test_another_model_drafts(native, steps, tmp_path, monkeypatch):    # noqa: F811
+def test_another_model_drafts(native, steps, tmp_path, monkeypatch):
     """It has another family and shape, fewer ids, and a shorter context."""
     import random_model
     always_draft(monkeypatch)
@@ -416,7 +412,7 @@ def test_another_model_drafts(native, steps, tmp_path, monkeypatch):    # noqa: 
             t.ops = TorchOps(on_host=False)
             engine._sampler = t.ops.sampler(t.architecture.vocab_size, t.token.device)
             engine.pipeline = Direct(engine)
-    check_same_answers(loop, conversations(3, 12), 20)
+    saved_passes(loop, conversations(3, 12), 20)
     assert loop.engine.drafter.engine._length       # it drafted
     loop.engine.close()
 
@@ -429,7 +425,7 @@ def greedy(loop, prompts, count):
     return list(chain(*steps)), len(steps)
 
 
-def test_both_engines_share_a_stream(native, monkeypatch):              # noqa: F811
+def test_both_engines_share_a_stream(native, monkeypatch):
     """Work of one is ordered behind that of the other."""
     from physai_decode.engines import device
     import torch
@@ -441,30 +437,24 @@ def test_both_engines_share_a_stream(native, monkeypatch):              # noqa: 
 
 @pytest.mark.parametrize('family', ['qwen2_window', 'gemma3_text'])
 def test_model_that_drafts_for_itself_saves_most_passes(
-        native, family, tmp_path, monkeypatch):                         # noqa: F811
+        native, family, tmp_path, monkeypatch):
     """Over turns that share prefixes, so its cache is that of the answer."""
     import random_model
     always_draft(monkeypatch)
     folder = random_model.save(tmp_path, family, 1)
     loop, prompts = pair(native, folder, folder), conversations(4, 8)
-    saved = check_same_answers(loop, prompts, 20, greedy)
+    saved = saved_passes(loop, prompts, 20, greedy)
     assert saved > 0.5 * 20 * len(prompts)
     loop.engine.close()
 
 
-def test_drafts_follow_a_constraint(native, monkeypatch):               # noqa: F811
+def test_drafts_follow_a_constraint(native, monkeypatch):
     pytest.importorskip('llguidance')
-    from physai_decode.constraint import Vocabulary
-    from physai_decode.tokenizer_files import load_tokenizer
     always_draft(monkeypatch)
     model = checkpoint.open(TINY)
-    vocabulary = Vocabulary(load_tokenizer(str(model.folder)).backend_tokenizer, model.vocab_size,
-                            model.eos_token_ids)
     loop = pair(native, model.folder, model.folder)
-    saved = check_same_answers(
-        loop, conversations(5, 18), 40,
-        lambda loop, prompts, count: constrained(loop, vocabulary, prompts, count))
-    assert saved > 0
+    assert saved_passes(
+        loop, conversations(5, 18), 40, partial(constrained, vocabulary_of(model))) > 0
     loop.engine.close()
 
 
@@ -476,7 +466,7 @@ def config_of(draft, path=TINY, **engine):
                         speculation=SpeculationConfig('model', str(draft)))
 
 
-def test_loads_a_draft_model(native, monkeypatch):                      # noqa: F811
+def test_loads_a_draft_model(native, monkeypatch):
     """Its details are in ~/model_info; it is closed with the other model."""
     from physai_decode.engines.native import start
     monkeypatch.setattr(start, 'pass_costs', lambda *_: COSTS)
@@ -510,7 +500,7 @@ def test_load_warns_of_a_draft_model_that_is_never_used(cost, used):
 
 
 def test_draft_model_is_closed_if_drafts_can_not_be_verified(
-        native, tmp_path, monkeypatch):                                 # noqa: F811
+        native, tmp_path, monkeypatch):
     import random_model
     small = checkpoint.open(str(random_model.save(tmp_path / 'small', 'qwen3', 0)))
     experts = checkpoint.open(str(random_model.save(tmp_path / 'experts', 'qwen3_moe', 0)))
@@ -531,7 +521,7 @@ def test_draft_model_is_closed_if_drafts_can_not_be_verified(
     other.close()
 
 
-def test_both_models_have_to_fit(native, tmp_path, monkeypatch):        # noqa: F811
+def test_both_models_have_to_fit(native, tmp_path, monkeypatch):
     from physai_decode.engines import device
     import random_model
     model = checkpoint.open(str(random_model.save(tmp_path, 'qwen3', 0)))
@@ -555,8 +545,7 @@ def test_both_models_have_to_fit(native, tmp_path, monkeypatch):        # noqa: 
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    folder = tmp_path / 'draft'
-    shutil.copytree(checkpoint.open(TINY).folder, folder)
+    folder = shutil.copytree(checkpoint.open(TINY).folder, tmp_path / 'draft')
     path = folder / 'tokenizer.json'
     path.write_text(path.read_text().replace('"!": ', '"~~": '))
     with closing(host.TextProcess(str(checkpoint.open(TINY).folder), DecodeConfig().chat)) as text:
@@ -587,8 +576,7 @@ def test_draft_model_has_to_exist(tmp_path):
 
 @pytest.mark.parametrize('name', ['tokenizer.json', 'config.json', 'model.safetensors'])
 def test_error_names_the_draft_model(tmp_path, name):
-    folder = tmp_path / 'draft'
-    shutil.copytree(checkpoint.open(TINY).folder, folder)
+    folder = shutil.copytree(checkpoint.open(TINY).folder, tmp_path / 'draft')
     (folder / name).write_text('{')
     with pytest.raises(engines.DraftError, match=f'^the draft model {folder} cannot be used: .*'
                                                  f'{name}.*; or set speculation'):
@@ -596,11 +584,9 @@ def test_error_names_the_draft_model(tmp_path, name):
 
 
 def test_load_tells_the_notes_of_a_draft_model(tmp_path):
-    folder, told = tmp_path / 'draft', []
-    shutil.copytree(checkpoint.open(TINY).folder, folder)
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, 'architectures': ['Strange']}))
+    folder, told = shutil.copytree(checkpoint.open(TINY).folder, tmp_path / 'draft'), []
+    with editing(folder / 'config.json') as config:
+        config['architectures'] = ['Strange']
     with closing(host.TextProcess(str(folder), DecodeConfig().chat)) as text:
         host._open_draft(config_of(folder), text, told.append)
     assert len(told) == 2 and told[1].startswith('draft model: config_notes: ')

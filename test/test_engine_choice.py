@@ -15,9 +15,11 @@
 """Which engine `auto` picks, and what the load reports."""
 
 from dataclasses import replace
-from pathlib import Path
+import shutil
 
+from json_file import editing
 from physai_decode import engines
+from physai_decode.checkpoint import locate
 from physai_decode.config import ChatConfig
 from physai_decode.config import DecodeConfig
 from physai_decode.config import EngineConfig
@@ -110,16 +112,12 @@ def test_load_reports_its_decisions(template, shown, form):
 
 def test_end_token_that_only_the_template_has(tmp_path):
     """With those of the config alone, the model would continue with a turn of the user."""
-    import json
-    import shutil
-
-    source = Path(engines.__file__).parents[1] / 'models' / 'tiny_planner'
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(locate(ModelConfig.path), tmp_path, dirs_exist_ok=True)
     for name, change in (('config.json', {'eos_token_id': 0}),
                          ('generation_config.json', {'eos_token_id': 0}),
                          ('tokenizer_config.json', {'eos_token': '<|endoftext|>'})):
-        path = tmp_path / name
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with editing(tmp_path / name) as content:
+            content.update(change)
     loaded = load(settings(model=ModelConfig(path=str(tmp_path))), lambda text: None)
     assert loaded.facts['end_tokens'] == '<|endoftext|> <|im_end|>'
     assert loaded.engine.footprint.eos_token_ids == (0, 2)
@@ -128,13 +126,9 @@ def test_end_token_that_only_the_template_has(tmp_path):
 
 
 def test_reports_an_end_token_that_is_plain_text(tmp_path):
-    import json
-    import shutil
-
-    source = Path(engines.__file__).parents[1] / 'models' / 'tiny_planner'
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / 'config.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'eos_token_id': [2, 70]}))
+    shutil.copytree(locate(ModelConfig.path), tmp_path, dirs_exist_ok=True)
+    with editing(tmp_path / 'config.json') as config:
+        config['eos_token_id'] = [2, 70]
     said = []
     loaded = load(settings(model=ModelConfig(path=str(tmp_path))), said.append)
     assert loaded.engine.footprint.eos_token_ids == (2,)

@@ -21,9 +21,9 @@ import select
 import signal
 import subprocess
 import sys
-import time
 
 from diagnostic_msgs.msg import DiagnosticArray
+from node_rig import spin
 from physai_decode.ros import SIGNALS
 from physai_decode.ros import watchdog
 from physai_decode.ros.topics import stream_qos
@@ -95,6 +95,13 @@ def test_a_signal_ends_the_node_in_each_state(probe, request, state, signum):
     assert left
 
 
+def start_node(request, name, *arguments, **options):
+    """Start a node in a process, with ROS arguments."""
+    return subprocess.Popen(
+        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
+         '-r', f'__node:={name}', *arguments], text=True, env=NUMPY_THREADS, **options)
+
+
 def end_node(probe, request, state, signum, name):
     """Bring a node into a state, send a signal, and check how it ends."""
     states = []
@@ -102,10 +109,8 @@ def end_node(probe, request, state, signum, name):
         DiagnosticArray, '/diagnostics',
         lambda message: states.append(message.status[2].values[0].value), 10)
     prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
-    process = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
-         '-r', f'__node:={name}', '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state]],
-        stderr=subprocess.PIPE, text=True, env=NUMPY_THREADS)
+    process = start_node(request, name, '-p', 'diagnostics.period_s:=0.05', *PARAMETERS[state],
+                         stderr=subprocess.PIPE)
     try:
         for _ in range(600):
             rclpy.spin_once(probe, timeout_sec=0.1)
@@ -145,21 +150,19 @@ def test_requests_get_their_results_after_a_signal(probe, request, signum):
             lambda message: ends.append(message.status[0].message), stream_qos()),
         probe.create_subscription(String, f'/{name}/tokens', pieces.append, stream_qos())]
     prompt = probe.create_publisher(String, f'/{name}/prompt', 10)
-    process = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
-         '-r', f'__node:={name}', '--log-level', 'error'])
+    process = start_node(request, name, '--log-level', 'error')
     try:
-        wait(probe, lambda: prompt.get_subscription_count()
+        spin(probe, lambda: prompt.get_subscription_count()
              and all(probe.count_publishers(each.topic_name) for each in subscriptions))
         while len(pieces) < 4:      # the node rejects prompts until it is active
             ends.clear()
             pieces.clear()
             for text in (60 * 'a', 'b', 'c'):
                 prompt.publish(String(data=text))
-            wait(probe, lambda: len(pieces) == 4 or len(ends) == 3)
+            spin(probe, lambda: len(pieces) == 4 or len(ends) == 3)
         process.send_signal(signum)
         assert process.wait(30) == 0
-        wait(probe, lambda: len(ends) == 3)
+        spin(probe, lambda: len(ends) == 3)
         assert ends == 3 * ['cancelled: the node stops answering']
     finally:
         process.kill()
@@ -215,14 +218,6 @@ def test_no_result_is_lost_at_exit(request):
         [sys.executable, str(tool), '--runs', '4', '--busy', '2', '--limit', '60'],
         capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def wait(probe, done):
-    """Spin the probe until `done` returns true."""
-    end_s = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < end_s, 'waited too long'
-        rclpy.spin_once(probe, timeout_sec=0.1)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

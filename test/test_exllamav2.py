@@ -16,14 +16,13 @@
 
 from dataclasses import replace
 from importlib import import_module
-import json
 import sys
-import time
 from types import SimpleNamespace
 
 import engine_contract
 from engine_contract import decode
 from engine_contract import load
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -38,6 +37,7 @@ import random_exl2
 import random_gptq
 from safetensors.torch import load_file
 from safetensors.torch import save_file
+from worker_rig import wait_for
 
 MODULE = 'physai_decode.engines.exllamav2'
 SHAPE = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4}
@@ -311,12 +311,10 @@ def test_layout_of_zero_points(installed, tmp_path, layout, fields):
 
 
 def change(folder, quantization=None, **fields):
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config.update(fields)
-    config.pop('architectures', None)
-    config['quantization_config'].update(quantization or {})
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config.update(fields)
+        config.pop('architectures', None)
+        config['quantization_config'].update(quantization or {})
 
 
 @pytest.mark.parametrize('form, changes, message', [
@@ -422,12 +420,6 @@ def test_logs_that_it_compiles(installed, tmp_path, monkeypatch, locked):
         assert f'delete {tmp_path}/lock), 0 s so far' in lines[0]
     else:
         assert lines[0] == "compiling ExLlamaV2's kernels, 0 s so far"
-
-
-def wait_for(condition):
-    until_s = time.monotonic() + 60.0
-    while not condition() and time.monotonic() < until_s:
-        time.sleep(0.005)
 
 
 def test_progress_that_raises_ends_the_load(installed, monkeypatch):

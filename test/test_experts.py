@@ -18,6 +18,7 @@ from dataclasses import replace
 import json
 import os
 
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -144,33 +145,30 @@ def test_int4(make, routed, size, symmetric):
     assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
 
 
-@pytest.mark.parametrize('size', [48, 256, 304])
-def test_fp4(make, routed, size):
-    """Some sizes have partial blocks of 256 columns; each projection has its own factor."""
-    parts = [[linear_contract.random_weight(NVFP4, *shape, 3 * number + at) for at, shape in (
+def check_form(make, routed, form, size, *blocks):
+    """Compare stacks of gates, ups and downs in a format with the same weights dense."""
+    parts = [[linear_contract.random_weight(form, *shape, 3 * number + at) for at, shape in (
         (0, (size, 256)), (1, (size, 256)), (2, (32, size)))] for number in range(COUNT)]
     gate_up = stack_of(fusion.fuse([gate[0], up[0]], paired=True) for gate, up, _ in parts)
     down = stack_of(down[0] for *_, down in parts)
-    hidden, out = check_products(make, routed, gate_up, down, size, 256, 32)
+    hidden, out = check_products(make, routed, gate_up, down, size, *blocks)
     plain = stack_of(Dense(torch.cat([gate[1], up[1]])) for gate, up, _ in parts), stack_of(
         Dense(down[1]) for *_, down in parts)
     expected = run(REFERENCE, make, routed, *plain, size)
     assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
+
+
+@pytest.mark.parametrize('size', [48, 256, 304])
+def test_fp4(make, routed, size):
+    """Some sizes have partial blocks of 256 columns; each projection has its own factor."""
+    check_form(make, routed, NVFP4, size, 256, 32)
 
 
 @pytest.mark.parametrize('form, size', [
     (random_formats.int8(-1), 96), (random_formats.packed(8, 32, symmetric=False), 96),
     (random_formats.float8('block'), 128), (random_formats.float8('channel'), 64)])
 def test_8_bits(make, routed, form, size):
-    parts = [[linear_contract.random_weight(form, *shape, 3 * number + at) for at, shape in (
-        (0, (size, 256)), (1, (size, 256)), (2, (32, size)))] for number in range(COUNT)]
-    gate_up = stack_of(fusion.fuse([gate[0], up[0]], paired=True) for gate, up, _ in parts)
-    down = stack_of(down[0] for *_, down in parts)
-    hidden, out = check_products(make, routed, gate_up, down, size)
-    plain = stack_of(Dense(torch.cat([gate[1], up[1]])) for gate, up, _ in parts), stack_of(
-        Dense(down[1]) for *_, down in parts)
-    expected = run(REFERENCE, make, routed, *plain, size)
-    assert error(hidden, expected[0]) < 1e-4 and error(out, expected[1]) < 1e-4
+    check_form(make, routed, form, size)
 
 
 def test_int4_with_zero_points_in_one_expert(make, routed):
@@ -496,10 +494,8 @@ def test_experts_with_separate_column_orders(tmp_path):
     random_gptq.save(tmp_path, 'qwen3_moe', 0, 32, act_order=True)
     with pytest.raises(EngineError, match='experts of gptq-int4-g32 with desc_act'):
         NativeEngine(inspect(tmp_path), CPU)
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    config['quantization_config'].pop('desc_act')
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        config['quantization_config'].pop('desc_act')
     what = r'layers\.0\.mlp\.experts as stored: each has its own order of columns'
     with pytest.raises(EngineError, match=f'{what}; set engine.name to transformers'):
         NativeEngine(inspect(tmp_path), CPU)

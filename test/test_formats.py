@@ -17,6 +17,7 @@
 from itertools import product
 import json
 
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -25,8 +26,6 @@ transformers = pytest.importorskip('transformers')
 from engine_contract import load
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
-from physai_decode.config import SamplingConfig
-from physai_decode.decode_loop import DecodeLoop
 from physai_decode.engine import EngineError
 from physai_decode.engines import build
 from physai_decode.engines import device
@@ -41,6 +40,7 @@ import random_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from test_gptq import assert_close
+from test_gptq import check_answer
 from test_gptq import library_logits
 from test_gptq import RELATIVE
 
@@ -93,11 +93,7 @@ def check(folder, state):
     near = 3e-3 if engine.footprint.quantization in ('bitsandbytes-nf4', 'bitsandbytes-fp4') \
         else RELATIVE
     assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS), near)
-    steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
-    answer = [token for step in steps for token in step.token_ids]
-    expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
-    assert answer == expected.argmax(-1).tolist()
-    engine.close()
+    check_answer(engine, folder, state)
     return engine.footprint
 
 
@@ -270,10 +266,9 @@ def change(folder, config=None, replace=None):
         if made is None:
             del tensors[f'{MODULE}.{end}']
     save_file(tensors, path, metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    content = json.loads(path.read_text())
-    (config or (lambda settings: None))(content['quantization_config'])
-    path.write_text(json.dumps(content))
+    if config:
+        with editing(folder / 'config.json') as content:
+            config(content['quantization_config'])
 
 
 def weights(**changed):
@@ -397,9 +392,7 @@ def test_rejects_damaged_or_unsupported_checkpoints(tmp_path, name, changes, mes
 
 def test_rejects_quantised_weights_without_quantization_config(tmp_path):
     random_formats.save(tmp_path, 'llama', FORMATS['awq-g64'])
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    del config['quantization_config']
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        del config['quantization_config']
     with pytest.raises(EngineError, match='quantised, but config.json has no quantization_config'):
         load(NativeEngine, tmp_path, CPU)

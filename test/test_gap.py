@@ -18,7 +18,6 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 import gc
-import sys
 
 from engine_contract import decode
 from engine_contract import first_step
@@ -55,7 +54,7 @@ class GraphEngine(FakeEngine):
         self.captured_by_answer: list[bool | None] = []
 
     @contextmanager
-    def trial(self, captured=None):
+    def trial(self, captured):
         """Set the mode inside ``with``."""
         before, self.captured = self.captured, captured
         yield
@@ -144,11 +143,7 @@ def test_needs_no_second_engine_with_a_cuda_graph():
         assert other is None
 
 
-def test_reports_that_transformers_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'transformers', None)
-    for name in [name for name in sys.modules
-                 if name.startswith('physai_decode.engines.transformers')]:
-        monkeypatch.delitem(sys.modules, name)
+def test_reports_that_transformers_is_not_installed(no_transformers):
     with pytest.raises(EngineError, match='pip install -U transformers'):
         with gap.baseline(GraphEngine(cuda_graph='unavailable', engine='native'), CONFIG):
             pass

@@ -40,6 +40,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from std_srvs.srv import Trigger
+from worker_rig import wait_for
 
 PATIENCE_S = 120.0              # against hangs only
 STEP_S = 0.002
@@ -52,14 +53,6 @@ if not generate.unavailable:
     from physai_decode_msgs.msg import Sampling
 
 
-def wait(done) -> None:
-    """Wait until ``done`` returns true."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < end_s, 'waited too long'
-        time.sleep(0.001)
-
-
 class ScriptedHost:
     """
     Repeats each prompt, one token per character, in its own thread.
@@ -68,7 +61,7 @@ class ScriptedHost:
     ``submit`` returns. A ``*`` is also an element, after which it waits for `go`.
     """
 
-    def __init__(self, step_s: float = STEP_S) -> None:
+    def __init__(self, step_s: float) -> None:
         self.config = DecodeConfig()
         self.step_s = step_s
         self.go = threading.Event()             # a step waits for it
@@ -175,7 +168,7 @@ class Client:
         self.executor.add_node(self.node)
         self.thread = threading.Thread(target=self.executor.spin)
         self.thread.start()
-        wait(self.client.server_is_ready)
+        wait_for(self.client.server_is_ready)
 
     def _hear(self, message):
         self.sent.setdefault(bytes(message.goal_id.uuid), []).extend(message.feedback.tokens)
@@ -206,7 +199,7 @@ class Client:
     def ask(self, **fields) -> Goal:
         """Send a goal and wait for its end."""
         goal = self.send(**fields)
-        wait(lambda: goal.result)
+        wait_for(lambda: goal.result)
         return goal
 
     def tokens(self, goal: Goal, count: int) -> list:
@@ -216,12 +209,12 @@ class Client:
         rclpy's own client drops the feedback that it has not handled when a result comes.
         """
         key = bytes(goal.handle.goal_id.uuid)
-        wait(lambda: len(self.sent.get(key, [])) >= count)
+        wait_for(lambda: len(self.sent.get(key, [])) >= count)
         return self.sent.pop(key)
 
     def cancel(self, goal: Goal) -> None:
         """Cancel a goal that was accepted."""
-        wait(lambda: goal.handle)
+        wait_for(lambda: goal.handle)
         self.executor.create_task(goal.handle.cancel_goal_async)
 
     def close(self) -> None:
@@ -247,7 +240,7 @@ class Rig:
         self.thread.start()
         self.clients = [Client(f'client_{index}') for index in range(2)]
         self.client = self.clients[0]
-        wait(lambda: self.node.count_subscribers('/decode/generate/_action/feedback') == 4)
+        wait_for(lambda: self.node.count_subscribers('/decode/generate/_action/feedback') == 4)
 
     def close(self) -> None:
         """End all."""
@@ -334,8 +327,8 @@ def test_a_goal_ends_if_its_client_does_not_receive_the_response(make, monkeypat
     rig = make(result_timeout=1)
     monkeypatch.setattr(type(rig.server._server._handle), 'send_goal_response', fail)
     rig.client.send(prompt='abc')
-    wait(lambda: rig.host.submitted)
-    wait(lambda: not rig.server._server._goal_handles)
+    wait_for(lambda: rig.host.submitted)
+    wait_for(lambda: not rig.server._server._goal_handles)
 
 
 @needs_msgs
@@ -344,7 +337,7 @@ def test_results_expire_while_simulated_time_stands_still(make):
     rig = make(result_timeout=1)
     rig.node.set_parameters([Parameter('use_sim_time', value=True)])
     assert rig.client.ask(prompt='abc').result.text == 'abc'
-    wait(lambda: not rig.server._server._goal_handles)
+    wait_for(lambda: not rig.server._server._goal_handles)
 
 
 @needs_msgs
@@ -363,12 +356,12 @@ def test_cancels_a_running_goal_within_one_step(make):
     """The status is CANCELED, and the result has the text so far."""
     rig = make(step_s=0.05)
     goal = rig.client.send(prompt='a' * 1000)
-    wait(lambda: goal.batches)
+    wait_for(lambda: goal.batches)
     rig.host.go.clear()
     rig.client.cancel(goal)
-    wait(lambda: rig.host.cancelled == [1])     # while the model is in a step
+    wait_for(lambda: rig.host.cancelled == [1])     # while the model is in a step
     rig.host.go.set()
-    wait(lambda: goal.result)
+    wait_for(lambda: goal.result)
     assert (goal.status, goal.result.finish_reason) == (GoalStatus.STATUS_CANCELED, 'cancelled')
     assert goal.result.text == 'a' * len(goal.result.text) != ''
     assert rig.host.cancelled == [1]
@@ -380,11 +373,11 @@ def test_cancels_a_queued_goal_alone(make):
     rig = make()
     rig.host.go.clear()
     goals = [rig.client.send(prompt=prompt) for prompt in ('one', 'two', 'three')]
-    wait(lambda: len(rig.host.submitted) == 3)
+    wait_for(lambda: len(rig.host.submitted) == 3)
     rig.client.cancel(goals[1])
-    wait(lambda: goals[1].result)
+    wait_for(lambda: goals[1].result)
     rig.host.go.set()
-    wait(lambda: all(goal.result for goal in goals))
+    wait_for(lambda: all(goal.result for goal in goals))
     assert [goal.result.text for goal in goals] == ['one', '', 'three']
     assert [goal.status for goal in goals] == [
         GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_SUCCEEDED]
@@ -397,10 +390,10 @@ def test_cancels_at_any_moment(make):
     states = set()
     for number in range(50):
         goal = rig.client.send(prompt='x' * (1 + number % 10))
-        wait(lambda goal=goal: goal.handle)
+        wait_for(lambda goal=goal: goal.handle)
         time.sleep(number * 1e-4)
         rig.client.cancel(goal)
-        wait(lambda goal=goal: goal.result)
+        wait_for(lambda goal=goal: goal.result)
         states.add((goal.status, goal.result.finish_reason))
     assert states <= {(GoalStatus.STATUS_SUCCEEDED, 'stop'),
                       (GoalStatus.STATUS_CANCELED, 'cancelled')}
@@ -416,7 +409,7 @@ def test_two_clients_and_many_goals(make):
         for number in range(10):
             for name, client in enumerate(rig.clients):
                 goals.append(client.send(prompt=f'client {name} goal {number} ' + 'x' * 20))
-        wait(lambda goals=goals: all(goal.result for goal in goals))
+        wait_for(lambda goals=goals: all(goal.result for goal in goals))
         for index, goal in enumerate(goals):
             want = f'client {index % 2} goal {index // 2} ' + 'x' * 20
             assert (goal.result.text, goal.status) == (want, GoalStatus.STATUS_SUCCEEDED)
@@ -425,8 +418,8 @@ def test_two_clients_and_many_goals(make):
             assert [token.index for token in sent] == list(range(len(want)))
             assert want.startswith(goal.text)
     assert len(rig.host.submitted) == GOALS
-    wait(lambda: not rig.server._goals)
-    wait(lambda: not rig.server._server._goal_handles)      # rclpy's own: they have expired
+    wait_for(lambda: not rig.server._goals)
+    wait_for(lambda: not rig.server._server._goal_handles)      # rclpy's own: they have expired
 
 
 @needs_msgs
@@ -444,10 +437,10 @@ def test_sends_a_complete_element_at_once(make):
     rig = make(step_s=0.0, feedback_period_s=PATIENCE_S)
     goal = rig.client.send(id='mine', prompt='a*bc*d')
     for number, said in ((1, 'a*'), (2, 'a*bc*')):
-        wait(lambda number=number: len(goal.items) == number)
+        wait_for(lambda number=number: len(goal.items) == number)
         assert goal.text == said
         rig.host.go.set()
-    wait(lambda: goal.result)
+    wait_for(lambda: goal.result)
     assert goal.items[1] == {
         'request_id': 1, 'id': 'mine', 'index': 4, 'path': '', 't_ms': 1.5, 'value': 'ü'}
     assert goal.result.text == 'a*bc*d'
@@ -459,11 +452,11 @@ def test_goals_occupy_no_thread_of_the_executor(make):
     rig = make(threads=1)
     rig.host.go.clear()
     goals = [rig.client.send(prompt='x') for _ in range(5)]
-    wait(lambda: len(rig.host.submitted) == 5)
+    wait_for(lambda: len(rig.host.submitted) == 5)
     ping = rig.client.trigger.call_async(Trigger.Request())
-    wait(ping.done)
+    wait_for(ping.done)
     rig.host.go.set()
-    wait(lambda: all(goal.result for goal in goals))
+    wait_for(lambda: all(goal.result for goal in goals))
 
 
 @needs_msgs
@@ -472,7 +465,7 @@ def test_goals_that_end_at_shutdown_get_results(make):
     rig = make()
     rig.host.go.clear()
     goals = [rig.client.send(prompt='x') for _ in range(5)]
-    wait(lambda: len(rig.host.submitted) == 5)
+    wait_for(lambda: len(rig.host.submitted) == 5)
     rig.host.go.set()
     rig.server.finish(PATIENCE_S)
     rig.server.close()

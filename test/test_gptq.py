@@ -20,6 +20,7 @@ import shutil
 import struct
 import sys
 
+from json_file import editing
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -138,19 +139,21 @@ def test_auto_picks_native(folder):
 IDS = [(3 + 7 * index) % 512 for index in range(40)]
 
 
-def check_random(folder, family, group_size, **form):
-    form = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4, **form}
-    state = random_gptq.save(folder, family, 1, group_size, **form)
-    engine = load(NativeEngine, folder, CPU).engine
-    logits = engine.prefill_logits(IDS)
-    expected = library_logits(folder, state, IDS)
-    assert_close(logits, expected)
-    # The step's own arithmetic, not only the prefill's.
+def check_answer(engine, folder, state):
+    """Compare an answer with the library's model of ``state``: steps have own arithmetic."""
     steps = DecodeLoop(engine).stream(IDS, SamplingConfig(max_new_tokens=5))
     answer = [token for step in steps for token in step.token_ids]
     expected = library_logits(folder, state, IDS + answer)[len(IDS) - 1:-1]
     assert answer == expected.argmax(-1).tolist()
     engine.close()
+
+
+def check_random(folder, family, group_size, **form):
+    form = {'hidden_size': 256, 'intermediate_size': 384, 'num_attention_heads': 4, **form}
+    state = random_gptq.save(folder, family, 1, group_size, **form)
+    engine = load(NativeEngine, folder, CPU).engine
+    assert_close(engine.prefill_logits(IDS), library_logits(folder, state, IDS))
+    check_answer(engine, folder, state)
     return engine
 
 
@@ -241,10 +244,8 @@ def change(folder, drop='', replace=None, **quantization):
         tensors[f'{PROJECTION}.{name}'] = make(tensors[f'{PROJECTION}.{name}'])
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path,
               metadata={'format': 'pt'})
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config['quantization_config'].update(quantization)
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config['quantization_config'].update(quantization)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -284,10 +285,8 @@ def test_rejects_a_config_without_quantization_config(tmp_path):
     random_gptq.save(tmp_path, 'llama', 2, 64)
     change(tmp_path, dynamic={'-:.*nothing': {}})
     load(NativeEngine, tmp_path, CPU).engine.close()
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    del config['quantization_config']
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        del config['quantization_config']
     with pytest.raises(EngineError, match='quantised, but config.json has no quantization_conf'):
         load(NativeEngine, tmp_path, CPU)
 

@@ -53,10 +53,16 @@ CONFIG = DecodeConfig(model=ModelConfig(path='folder/model'))
 SHEET = Peak(200e9, 'NVIDIA Jetson AGX Orin datasheet')
 
 
+def hosting(warn):
+    """Return a host that loads a fake engine."""
+    return Host(
+        Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET), warn)
+
+
 @pytest.fixture
 def host():
     """Return an active host."""
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET))
+    host = hosting(print)
     host.load(CONFIG, lambda text: None)
     host.start(CONFIG)
     yield host
@@ -68,8 +74,7 @@ def test_a_load_warns_once_that_a_jetson_lacks_jetson_stats(monkeypatch):
     told = []
     problem = SimpleNamespace(problem='jetson-stats is not used', close=lambda: None)
     monkeypatch.setattr(host_module, 'Telemetry', lambda footprint: problem)
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET),
-                told.append)
+    host = hosting(told.append)
     host.load(CONFIG, print)
     host.unload()
     assert told == ['jetson-stats is not used']
@@ -86,8 +91,7 @@ def test_a_load_warns_of_a_gpu_that_pytorch_cannot_use(
     if visible is not None:
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
     monkeypatch.setattr(host_module, 'GPU_FILES', (str(tmp_path if found else tmp_path / 'none'),))
-    host = Host(Sink(), lambda config, progress: Loaded(FakeEngine(), CharacterText(), SHEET),
-                told.append)
+    host = hosting(told.append)
     host.load(replace(CONFIG, engine=EngineConfig(device=device)), print)
     host.unload()
     assert len(told) == warns

@@ -32,6 +32,7 @@ from fake_engine import say
 import pytest
 from worker_rig import Sink
 from worker_rig import TIMEOUT_S
+from worker_rig import TOOL
 from worker_rig import wait_for
 
 openai = pytest.importorskip('openai')
@@ -233,9 +234,6 @@ def test_accepts_an_answer_as_a_message(rig):
     assert messages[-1].content == 'goon'
 
 
-TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
-    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
-    'required': ['room']}}}
 CALLS = [('go_to', {'room': 'hall'}), ('go_to', {'room': 'kitchen'})]
 
 

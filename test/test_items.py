@@ -24,11 +24,12 @@ from physai_decode.request import Form
 from physai_decode.request import Request
 from physai_decode.timing import ItemReport
 import pytest
-from worker_rig import making
+from worker_rig import maker
 from worker_rig import Sink
 
 PLAN = '{"plan": [{"go": "a^b"}, 12, "x"]}'
 FORM = Form('json_schema', {'type': 'object'}, 'it')
+make = pytest.fixture(maker)
 
 
 def given(*pieces) -> list[Item]:
@@ -111,51 +112,48 @@ def broken(text):
     raise RuntimeError('the engine broke')
 
 
-def test_worker_reports_each_element_after_its_token():
+def test_worker_reports_each_element_after_its_token(make):
     """The sink and the listener of the request receive it, and the report counts elements."""
-    with making() as make:
-        worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128), form=FORM)
-        mine = Sink()
-        report, text = sink.end(worker.submit(Request('go', client_id='me'), listener=mine))
-        assert (report.finish_reason, text) == ('stop', PLAN)
-        mine.end(report.request_id)
-        found = [item for _, item in sink.items]
-        assert [item for _, item in mine.items] == found
-        assert [(item.path, item.index, item.value) for item in found] == [
-            ('/plan', 0, '{"go": "a^b"}'), ('/plan', 1, '12'), ('/plan', 2, '"x"')]
-        assert [text[:tokens][-1] for tokens, _ in sink.items] == ['}', ',', '"']
-        assert {(item.request_id, item.client_id) for item in found} == {(1, 'me')}
-        times = [report.ttft_ms, *(item.t_ms for item in found), report.total_ms]
-        assert times == sorted(times)
-        assert (report.items, report.first_item_ms) == (3, found[0].t_ms)
+    worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128), form=FORM)
+    mine = Sink()
+    report, text = sink.end(worker.submit(Request('go', client_id='me'), listener=mine))
+    assert (report.finish_reason, text) == ('stop', PLAN)
+    mine.end(report.request_id)
+    found = [item for _, item in sink.items]
+    assert [item for _, item in mine.items] == found
+    assert [(item.path, item.index, item.value) for item in found] == [
+        ('/plan', 0, '{"go": "a^b"}'), ('/plan', 1, '12'), ('/plan', 2, '"x"')]
+    assert [text[:tokens][-1] for tokens, _ in sink.items] == ['}', ',', '"']
+    assert {(item.request_id, item.client_id) for item in found} == {(1, 'me')}
+    times = [report.ttft_ms, *(item.t_ms for item in found), report.total_ms]
+    assert times == sorted(times)
+    assert (report.items, report.first_item_ms) == (3, found[0].t_ms)
 
 
 @pytest.mark.parametrize(('options', 'items'), [
     ({'response_format': {'type': 'json_object'}}, 3),
     ({'response_format': {'type': 'text'}}, None),
     ({'structured_outputs': {'choice': [PLAN, 'no']}}, None)])
-def test_only_answers_constrained_to_json_have_elements(options, items):
+def test_only_answers_constrained_to_json_have_elements(make, options, items):
     """The report of any other answer has no count of elements."""
-    with making() as make:
-        worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128))
-        report, text = sink.end(worker.submit(Request('go', **options)))
-        assert (report.finish_reason, text) == ('stop', PLAN)
-        assert (report.items, len(sink.items)) == (items, items or 0)
-        assert (report.first_item_ms is None) == (items is None)
+    worker, sink = make(FakeEngine(lambda ids: say(PLAN), vocab_size=128))
+    report, text = sink.end(worker.submit(Request('go', **options)))
+    assert (report.finish_reason, text) == ('stop', PLAN)
+    assert (report.items, len(sink.items)) == (items, items or 0)
+    assert (report.first_item_ms is None) == (items is None)
 
 
 @pytest.mark.parametrize(('said', 'limit', 'reason'), [
     (lambda text: broken(text[:-7]), 99, 'error'), (say, len(PLAN) - 7, 'length')])
-def test_elements_before_an_error_or_a_limit_are_reported(said, limit, reason):
+def test_elements_before_an_error_or_a_limit_are_reported(make, said, limit, reason):
     """The 12 at the end is not complete, because another digit could follow."""
-    with making() as make:
-        worker, sink = make(FakeEngine(lambda ids: said(PLAN), vocab_size=128), form=FORM)
-        report, text = sink.end(worker.submit(
-            Request('go', sampling={'max_new_tokens': limit})))
-        assert (report.finish_reason, text[-2:], report.items) == (reason, '12', 1)
-        assert [item.value for _, item in sink.items] == ['{"go": "a^b"}']
-        report, _ = sink.end(worker.submit(Request('go', sampling={'max_new_tokens': 2})))
-        assert (report.items, report.first_item_ms) == (0, None)
+    worker, sink = make(FakeEngine(lambda ids: said(PLAN), vocab_size=128), form=FORM)
+    report, text = sink.end(worker.submit(
+        Request('go', sampling={'max_new_tokens': limit})))
+    assert (report.finish_reason, text[-2:], report.items) == (reason, '12', 1)
+    assert [item.value for _, item in sink.items] == ['{"go": "a^b"}']
+    report, _ = sink.end(worker.submit(Request('go', sampling={'max_new_tokens': 2})))
+    assert (report.items, report.first_item_ms) == (0, None)
 
 
 def test_json_form_keeps_the_text_of_the_value():

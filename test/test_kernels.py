@@ -28,7 +28,11 @@ if not torch.cuda.is_available():
 triton = pytest.importorskip('triton')
 
 from linear_contract import assert_close
+from linear_contract import compare_gated
+from linear_contract import DEVICE
+from linear_contract import EPS
 from linear_contract import maker
+from linear_contract import REFERENCE
 from physai_decode.engines.native import fusion
 from physai_decode.engines.native import int4_kernels
 from physai_decode.engines.native import kernels
@@ -41,11 +45,6 @@ from physai_decode.engines.native.ops import TorchOps
 from physai_decode.engines.native.transformer import Product
 from physai_decode.engines.native.tuning import TuningCache
 import random_gptq
-
-DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-REFERENCE = TorchOps(on_host=False)
-EPS = 1e-6
-
 
 make = pytest.fixture(maker)
 
@@ -193,7 +192,7 @@ def test_successive_int4_products(make):
 def test_int4_gated(make, group_size, bias):
     bias = make(64) if bias else None
     weight, dense = gate_up(2, 32, 640, group_size, bias, symmetric=False)
-    check_gated(make, weight, dense, bias, Int4Ops(DEVICE))
+    compare_gated(make, Int4Ops(DEVICE), weight, Dense(dense, bias), 32, 1e-4)
 
 
 @pytest.mark.parametrize('layout', [(4, 3), (1, 1), (8, 0)])
@@ -201,14 +200,15 @@ def test_int4_gated_in_other_layouts(make, layout):
     weight, dense = gate_up(2, 32, 640, 64)
     ops = Int4Ops(DEVICE)
     ops._layouts[kernels.Shape(64, 640, 'int4-g64', True, True)] = kernels.Layout(16, 0, *layout)
-    check_gated(make, weight, dense, None, ops)
+    compare_gated(make, ops, weight, Dense(dense), 32, 1e-4)
 
 
 def test_int4_gated_with_zero_points_in_up_only(make):
     gate, up = packed(2, 32, 640, 64), packed(3, 32, 640, 64, symmetric=False)
     assert gate[0].zeros is None and up[0].zeros is not None
     weight = fusion.fuse([gate[0], up[0]], paired=True)
-    check_gated(make, weight, torch.cat([gate[1], up[1]]), None, Int4Ops(DEVICE))
+    compare_gated(
+        make, Int4Ops(DEVICE), weight, Dense(torch.cat([gate[1], up[1]])), 32, 1e-4)
 
 
 def test_norm_with_float32_gains(make, dtype=torch.float16):
@@ -221,16 +221,6 @@ def test_norm_with_float32_gains(make, dtype=torch.float16):
         out = make(32)
         each.linear(x, weight, out, gain=gain, eps=EPS)
         assert_close(out, dense @ normed.float(), 2e-2)
-
-
-def check_gated(make, weight, dense, bias, ops):
-    x, gain, out = make(640), make(640), make(32)
-    expected, reference = out.clone(), out.clone()
-    REFERENCE.gated(x, Dense(dense, bias), expected, gain, EPS)
-    REFERENCE.gated(x, weight, reference, gain, EPS)
-    assert_close(reference, expected)
-    ops.gated(x, weight, out, gain, EPS)
-    assert_close(out, expected, 1e-4)
 
 
 @pytest.mark.parametrize('dim', [64, 96, 128, 256])

@@ -35,21 +35,14 @@ from launch.actions import GroupAction
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch_ros.actions import PushROSNamespace
+from node_rig import PATIENCE_S
+from node_rig import spin
 from rcl_interfaces.srv import GetParameters
 import rclpy
 from std_msgs.msg import String
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / 'launch' / 'decode.launch.py'
-PATIENCE_S = 120.0              # against hangs only
-
-
-def spin(node, done):
-    """Spin a node until `done` returns true."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < end_s, 'waited too long'
-        rclpy.spin_once(node, timeout_sec=0.1)
 
 
 @pytest.fixture(scope='module')

@@ -28,6 +28,7 @@ pytest.importorskip('triton')
 import linear_contract
 from linear_contract import assert_close
 from linear_contract import check_gated
+from linear_contract import check_layout
 from linear_contract import check_product
 from linear_contract import DEVICE
 from linear_contract import EPS
@@ -69,10 +70,7 @@ def test_each_layout_rounds_numbers_to_the_input(make, dtype, layout):
     weight, _ = random_weight('nf4', 56, 1280)
     table = torch.tensor(weight.table).to(dtype).tolist()
     rounded = replace(weight, table=tuple(table)).dequantise(slice(None), torch.float32)
-    x, out, ops = make(1280, dtype=dtype), make(56), Fp4Ops(DEVICE)
-    ops._layouts[kernels.Shape(56, 1280, weight.kind, False, False)] = layout
-    ops.linear(x, weight, out)
-    assert_close(out, rounded @ x.float())
+    check_layout(make, Fp4Ops, weight, rounded, layout, dtype)
 
 
 @pytest.mark.parametrize('layout', int4_kernels.TABLE_LAYOUTS)

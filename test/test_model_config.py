@@ -134,20 +134,8 @@ def test_gptq_defaults_for_missing_keys():
     quantization = model_config.quantization({
         'quantization_config': {'quant_method': 'gptq', 'bits': 4}})
     assert quantization == model_config.Quantization(
-        'gptq-int4-g128', 'gptq', 'int', 4, 128, 'gptq',
+        'gptq-int4-g128', 'gptq', 4, 128, 'gptq',
         {'quant_method': 'gptq', 'bits': 4, 'group_size': 128})
-
-
-@pytest.mark.parametrize(('settings', 'is_int4'), [
-    ({'quant_method': 'gptq', 'bits': 4}, True), ({'quant_method': 'gptq', 'bits': 8}, False),
-    ({'quant_method': 'awq', 'bits': 4}, True), ({'quant_method': 'exl2', 'bits': 4}, False),
-    ({'quant_method': 'my-int4', 'bits': 8}, False),
-    ({'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'int4'}, False),
-    *(({'quant_method': 'compressed-tensors', 'config_groups': {
-        '0': {'weights': {'type': kind, 'num_bits': bits}}}}, (kind, bits) == ('int', 4))
-      for kind in ('int', 'float') for bits in (4, 8))])
-def test_int4_is_a_property_of_the_numbers_not_of_the_name(settings, is_int4):
-    assert model_config.quantization({'quantization_config': settings}).is_int4 is is_int4
 
 
 @pytest.mark.parametrize(('fields', 'layout'), [

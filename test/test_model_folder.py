@@ -21,6 +21,7 @@ import re
 
 from engine_contract import decode
 from engine_contract import load
+from json_file import editing
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
 from physai_decode.engine import EngineError
@@ -51,11 +52,6 @@ def change_tensors(folder, change, ends=''):
     path = folder / 'model.safetensors'
     save_file({name: change(tensor) if name.endswith(ends) else tensor
                for name, tensor in load_file(path).items()}, path)
-
-
-def change_config(folder, **changes):
-    path = folder / 'config.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def error_of(kind, folder):
@@ -135,7 +131,8 @@ def test_names_the_lost_quantisation_of_packed_weights(tmp_path):
 def test_rejects_a_quantisation_that_no_tensor_has(kind, tmp_path, settings, monkeypatch):
     monkeypatch.setattr(libraries, 'missing', lambda method: ())
     folder = random_model.save(tmp_path, 'llama', 0)
-    change_config(folder, quantization_config=settings)
+    with editing(folder / 'config.json') as config:
+        config['quantization_config'] = settings
     message = error_of(kind, folder)
     assert f'config.json says {settings["quant_method"]}' in message
     assert 'but no tensor is quantised' in message
@@ -150,7 +147,8 @@ def test_rejects_a_quantisation_that_no_tensor_has(kind, tmp_path, settings, mon
 
 def test_rejects_weights_of_another_shape(kind, tmp_path):
     folder = random_model.save(tmp_path, 'llama', 0)
-    change_config(folder, intermediate_size=128)
+    with editing(folder / 'config.json') as config:
+        config['intermediate_size'] = 128
     message = error_of(kind, folder)
     assert re.search(r'mlp\.\w+_proj\.weight has shape \[.*256.*\], but config.json implies '
                      r'\[128, 128\]', message)
@@ -202,11 +200,11 @@ def test_wrong_values_in_config_json(kind, tmp_path):
 def test_rejects_random_weights_of_another_shape(engine, tmp_path):
     """config.json must imply the shapes in the header, so no other size is allocated."""
     folder = random_model.save(tmp_path, 'llama', 0)
-    path = folder / 'config.json'
-    config = {**json.loads(path.read_text()), 'physai_decode_random_weights': {}}
-    path.write_text(json.dumps(config))
+    with editing(folder / 'config.json') as config:
+        config['physai_decode_random_weights'] = {}
     load(ENGINES[engine], folder, CPU).engine.close()
-    path.write_text(json.dumps({**config, 'vocab_size': 2**24, 'hidden_size': 2**20}))
+    with editing(folder / 'config.json') as config:
+        config.update(vocab_size=2**24, hidden_size=2**20)
     assert 'config.json implies' in error_of(ENGINES[engine], folder)
 
 
@@ -232,7 +230,8 @@ def test_rejects_an_unused_tensor_that_would_change_the_logits(kind, tmp_path, t
     ('tie_word_embeddings', True), ('num_hidden_layers', 1), ('num_hidden_layers', 3)])
 def test_names_the_key_of_config_json_that_contradicts_the_weights(kind, tmp_path, key, value):
     folder = random_model.save(tmp_path, 'llama', 0)
-    change_config(folder, **{key: value})
+    with editing(folder / 'config.json') as config:
+        config[key] = value
     message = error_of(kind, folder)
     assert str(folder) in message and key in message
     assert key[0] == 't' or f'is {value}, but the weights have 2 layers' in message

@@ -258,7 +258,7 @@ class GraphEngine(EchoEngine):
         self.go = threading.Event()
 
     @contextmanager
-    def trial(self, captured=None):
+    def trial(self, captured):
         """Wait for `go` if the steps are not to be captured."""
         if not captured:
             self.begun.set()

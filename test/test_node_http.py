@@ -16,11 +16,9 @@
 
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 
 from fake_server import free_port
 from node_rig import active_rig
@@ -29,7 +27,7 @@ from node_rig import PATIENCE_S
 from physai_decode.ros.interfaces import unavailable
 import pytest
 from test_exit import LOG_LINE
-from test_exit import SCRIPT
+from test_exit import start_node
 
 openai = pytest.importorskip('openai')
 pytest.importorskip('uvicorn')
@@ -149,10 +147,8 @@ def test_does_not_listen_by_default():
 def test_signal_ends_a_node_with_open_connections(request):
     """Each stream ends with an error, and idle connections do not delay the exit."""
     port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT.format(folder=str(request.path.parent)), '--ros-args',
-         '-r', '__node:=decode_http', '-p', f'http.port:={port}'],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '2'})
+    process = start_node(
+        request, 'decode_http', '-p', f'http.port:={port}', stderr=subprocess.PIPE)
     connections = []
     try:
         while health(port) != 200:

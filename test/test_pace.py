@@ -30,15 +30,10 @@ from physai_decode.roofline import Peak
 from physai_decode.roofline import Roofline
 from physai_decode.timing import Recorder
 import pytest
-from worker_rig import making
+from worker_rig import maker
 from worker_rig import wait_for
 
-
-@pytest.fixture
-def make():
-    """Return a factory of workers, which are stopped after the test."""
-    with making() as made:
-        yield made
+make = pytest.fixture(maker)
 
 
 @pytest.mark.parametrize('slow', [5e-324, 0.05])
@@ -108,17 +103,10 @@ def test_answers_at_the_pace(make):
 
 def test_starts_no_step_early():
     """A paced answer requests only the step that is due."""
-    asked = []
-
-    class Noting(FakeEngine):
-        def step(self, remaining):
-            asked.append(remaining)
-            return super().step(remaining)
-
-    for ahead in (True, False):
-        loop = DecodeLoop(Noting(lambda ids: forever()))
-        list(loop.stream([65], SamplingConfig(max_new_tokens=4), ahead=ahead))
-    assert asked == [2, 1, 0] + [0, 0, 0]
+    for ahead, asked in ((True, [2, 1, 0]), (False, [0, 0, 0])):
+        engine = FakeEngine(lambda ids: forever())
+        list(DecodeLoop(engine).stream([65], SamplingConfig(max_new_tokens=4), ahead=ahead))
+        assert engine.asked == asked
 
 
 def test_cancels_while_a_step_waits(make):

@@ -22,6 +22,10 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('triton')
 
 import linear_contract
+from linear_contract import assert_close
+from linear_contract import DEVICE
+from linear_contract import EPS
+from linear_contract import REFERENCE
 from physai_decode.engines.native import pass_kernels
 from physai_decode.engines.native.architecture import Growth
 from physai_decode.engines.native.fusion import fuse
@@ -34,17 +38,14 @@ from physai_decode.engines.native.linear import Dense
 from physai_decode.engines.native.ops import Attention
 from physai_decode.engines.native.pass_kernels import PassOps
 import random_formats
-from test_kernels import assert_close
-from test_kernels import DEVICE
-from test_kernels import EPS
 from test_kernels import gate_up
-from test_kernels import make  # noqa: F401
 from test_kernels import packed
-from test_kernels import REFERENCE
 from triton.runtime.interpreter import interpreter_builder
 
 NVFP4 = random_formats.float4('nvfp4')
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3}
+
+make = pytest.fixture(linear_contract.maker)
 
 
 def check_rows(run, rows, ops, *outs, relative=1e-5, alone=None):
@@ -73,7 +74,7 @@ def check_rows(run, rows, ops, *outs, relative=1e-5, alone=None):
     (2, torch.float32), (8, torch.float32), (5, torch.float16), (8, torch.float16)])
 @pytest.mark.parametrize('n, k, norm, add, gated', [
     (33, 513, True, False, False), (24, 1024, False, True, False), (21, 640, True, False, True)])
-def test_dense(make, rows, dtype, n, k, norm, add, gated):  # noqa: F811
+def test_dense(make, rows, dtype, n, k, norm, add, gated):
     x, gain = make(rows, k, dtype=torch.float32 if norm else dtype), make(k, dtype=dtype)
     weight = Dense(make(2 * n if gated else n, k, dtype=dtype), None if add else make(
         2 * n if gated else n, dtype=dtype))
@@ -88,14 +89,14 @@ def test_dense(make, rows, dtype, n, k, norm, add, gated):  # noqa: F811
 
 
 @pytest.mark.parametrize('layout', pass_kernels.PASS_DENSE_LAYOUTS[1::3])
-def test_dense_in_other_layouts(make, layout):  # noqa: F811
+def test_dense_in_other_layouts(make, layout):
     weight, x = Dense(make(24, 1000)), make(8, 1000)
     ops = PassOps(DEVICE)
     ops._layouts[Shape(24, 1000, 'float32', False, False)] = layout
     check_rows(lambda ops, at, outs: ops.linear(x[at], weight, outs[0][at]), 8, ops, make(8, 24))
 
 
-def check_products(make, rows, dtype, weight, both, down, layout):  # noqa: F811
+def check_products(make, rows, dtype, weight, both, down, layout):
     """
     Check products with and without a norm, and gated, followed by another one.
 
@@ -124,7 +125,7 @@ def check_products(make, rows, dtype, weight, both, down, layout):  # noqa: F811
 @pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
 @pytest.mark.parametrize('group_size, act_order, symmetric, warps, stages', [
     (32, False, True, 4, 2), (128, True, False, 2, 1), (64, False, False, 1, 2)])
-def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # noqa: F811
+def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,
               stages):
     """With and without a norm, and gated, followed by another product."""
     weight, _ = packed(1, 24, 384, group_size, act_order, symmetric)
@@ -135,7 +136,7 @@ def test_int4(make, rows, dtype, group_size, act_order, symmetric, warps,   # no
 
 @pytest.mark.parametrize('rows, dtype', [(2, torch.float32), (8, torch.float16)])
 @pytest.mark.parametrize('warps', [1, 4])
-def test_fp4(make, rows, dtype, warps):  # noqa: F811
+def test_fp4(make, rows, dtype, warps):
     """With and without a norm, and gated, followed by another product."""
     shapes = (24, 640), (64, 640), (64, 640), (32, 64)
     weight, gate, up, down = (linear_contract.random_weight(NVFP4, *shape, seed)[0]
@@ -154,7 +155,7 @@ ATTENTION = [
 @pytest.mark.parametrize('rows, dtype, case', [
     *((3, torch.float32, case) for case in ATTENTION),
     *((8, torch.float16, case) for case in ATTENTION[4:])])
-def test_attention(make, rows, dtype, case):  # noqa: F811
+def test_attention(make, rows, dtype, case):
     """
     With splits that are empty for a row, and rows on both sides of a tile's border.
 
@@ -166,11 +167,11 @@ def test_attention(make, rows, dtype, case):  # noqa: F811
 @pytest.mark.parametrize('warps, case, dim', [
     (4, ATTENTION[1], 64), (4, ATTENTION[5], 64), (2, (31, 9, 1, 0, False, Growth()), 128),
     (4, (31, 5, 1, 0, False, Growth()), 256)])
-def test_attention_of_more_rows_per_program(make, warps, case, dim):  # noqa: F811
+def test_attention_of_more_rows_per_program(make, warps, case, dim):
     check_attention(make, 8, torch.float32, *case, dim=dim, layout=AttentionLayout(2, warps))
 
 
-def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # noqa: F811
+def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,
                     growth, dim=64, layout=ATTENTION_LAYOUTS[0]):
     keys, values = (make(kv_heads, 128, dim, dtype=dtype) for _ in range(2))
     angles = make(128, dim // 2)
@@ -190,7 +191,7 @@ def check_attention(make, rows, dtype, place, heads, kv_heads, window, norm,  # 
 
 @pytest.mark.skipif(DEVICE.type == 'cuda', reason='there the programs have no order')
 @pytest.mark.parametrize('case', [ATTENTION[1], ATTENTION[5]])
-def test_programs_of_later_rows_can_be_first(make, monkeypatch, case):  # noqa: F811
+def test_programs_of_later_rows_can_be_first(make, monkeypatch, case):
     """A program may not need keys and values that another one writes."""
     forward, programs = interpreter_builder.set_grid_idx, []
 
@@ -209,7 +210,7 @@ def test_compiler_may_not_fuse_operations():
     assert PassOps(DEVICE)._launch(1)['enable_fp_fusion'] is False
 
 
-def test_overflow_of_a_value_does_not_reach_previous_rows(make):  # noqa: F811
+def test_overflow_of_a_value_does_not_reach_previous_rows(make):
     keys, values = (make(1, 128, 64, dtype=torch.float16) for _ in range(2))
     angles, layer = make(128, 32), Attention(2, 1, 64, 0, 0.1, EPS, None, None, Growth())
     qkv = make(8, 4 * 64)
@@ -228,13 +229,13 @@ def test_overflow_of_a_value_does_not_reach_previous_rows(make):  # noqa: F811
     assert not any(row.isfinite().any() for row in (*together[3:], *single[3:]))
 
 
-def test_add_normed(make):  # noqa: F811
+def test_add_normed(make):
     branch, gain = make(3, 700), make(700)
     check_rows(lambda ops, at, outs: ops.add_normed(branch[at], gain, EPS, outs[0][at]), 3,
                PassOps(DEVICE), make(3, 700))
 
 
-def test_embed(make):  # noqa: F811
+def test_embed(make):
     """A row of padding (token -1) reads a valid row of the table."""
     table, tokens = make(7, 200), torch.tensor([3, 5, -1, 6], device=DEVICE)
     x = torch.full((4, 200), float('nan'), device=DEVICE)

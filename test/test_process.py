@@ -24,6 +24,7 @@ import time
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState
+from node_rig import spin
 from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.node import STOP_TIMEOUT_S
 from physai_decode.ros.topics import stream_qos
@@ -121,10 +122,7 @@ class StatusProbe:
     def next(self) -> DiagnosticStatus:
         """Wait for the next engine status, and return it."""
         self.statuses.clear()
-        end_s = time.monotonic() + PATIENCE_S
-        while not self.statuses:
-            assert time.monotonic() < end_s, f'no status of {self.name}'
-            rclpy.spin_once(self.node, timeout_sec=0.1)
+        self.until(lambda: self.statuses)
         return self.statuses[-1]
 
     def value(self, key) -> str:
@@ -133,10 +131,7 @@ class StatusProbe:
 
     def until(self, done) -> None:
         """Spin until `done` returns true."""
-        end_s = time.monotonic() + PATIENCE_S
-        while not done():
-            assert time.monotonic() < end_s, 'waited too long'
-            rclpy.spin_once(self.node, timeout_sec=0.1)
+        spin(self.node, done)
 
 
 @pytest.fixture

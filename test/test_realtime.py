@@ -25,10 +25,11 @@ from physai_decode import realtime
 from physai_decode.config import RealtimeConfig
 from physai_decode.realtime import Placement
 import pytest
-from worker_rig import making
+from worker_rig import maker
 from worker_rig import wait_for
 
 CORES = os.sched_getaffinity(0)
+make = pytest.fixture(maker)
 sliced = pytest.mark.skipif(
     not realtime._slice_ns(0), reason='this system has no time slices, or does not tell them')
 several_cores = pytest.mark.skipif(len(CORES) < 2, reason='needs two cores')
@@ -305,25 +306,23 @@ def test_follow_takes_the_slice_of_the_main_thread():
 
 @sliced
 @pytest.mark.parametrize('sleeps', [False, True])
-def test_worker_gives_its_thread_a_slice_if_it_sleeps(sleeps):
+def test_worker_gives_its_thread_a_slice_if_it_sleeps(make, sleeps):
     """Only on a GPU: threads that compute on a CPU would inherit the slice."""
-    with making() as make:
-        worker, _ = make(FakeEngine(sleeps=sleeps))
-        assert worker.in_force.scheduling == ('other, slice 0.5 ms' if sleeps else 'other')
+    worker, _ = make(FakeEngine(sleeps=sleeps))
+    assert worker.in_force.scheduling == ('other, slice 0.5 ms' if sleeps else 'other')
 
 
 @several_cores
-def test_worker_places_its_thread_from_start_to_stop():
+def test_worker_places_its_thread_from_start_to_stop(make):
     """A worker that is restarted does so again."""
     own = min(CORES)
-    with making() as make:
-        worker, _ = make(realtime=RealtimeConfig(cpu_affinity=(own,)))
-        for _ in range(2):
-            assert worker.in_force.decode_cores == str(own)
-            assert os.sched_getaffinity(0) == CORES - {own}
-            assert worker.stop(10.0)
-            assert os.sched_getaffinity(0) == CORES
-            worker.start()
+    worker, _ = make(realtime=RealtimeConfig(cpu_affinity=(own,)))
+    for _ in range(2):
+        assert worker.in_force.decode_cores == str(own)
+        assert os.sched_getaffinity(0) == CORES - {own}
+        assert worker.stop(10.0)
+        assert os.sched_getaffinity(0) == CORES
+        worker.start()
 
 
 def test_a_status_without_proc_is_0(monkeypatch):

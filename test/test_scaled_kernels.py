@@ -67,7 +67,7 @@ def test_partial_last_block(make):
 @pytest.mark.parametrize('name', ['int8', 'float8-block'])
 @pytest.mark.parametrize('layout', kernels.DENSE_LAYOUTS[::3])
 def test_each_layout(make, name, layout):
-    check_layout(make, ScaledOps, FORMATS[name], layout)
+    check_layout(make, ScaledOps, *random_weight(name, 24, 1280), layout)
 
 
 @pytest.mark.parametrize('name', FORMATS)

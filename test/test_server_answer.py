@@ -16,6 +16,7 @@
 
 from contextlib import contextmanager
 from contextlib import ExitStack
+from itertools import chain
 import json
 from shutil import which
 import socket
@@ -85,6 +86,22 @@ def ask(fake, request=None, **settings):
         return sink.end(worker.submit(request or Request('where?')))
 
 
+def answering(*deltas, reason='stop'):
+    """Return a handler that sends these deltas, of which a string is a piece of text."""
+    def answer(call, body):
+        call.begin()
+        for each in deltas:
+            call.delta({'content': each} if isinstance(each, str) else each)
+        call.end(reason)
+    return answer
+
+
+def fragment(index, name='go', arguments='{}', **more):
+    """Return the delta of a part of a tool call."""
+    return {'tool_calls': [
+        {'index': index, 'function': {'name': name, 'arguments': arguments}, **more}]}
+
+
 def close_in_mid_answer(call, body):
     """Send some text, then close the connection."""
     call.begin()
@@ -133,12 +150,7 @@ def test_publishes_each_piece_as_a_token(fake):
 
 
 def test_counts_pieces_if_the_server_sends_no_usage(fake):
-    def answer(call, body):
-        call.begin()
-        call.say('a', 'b')
-        call.end()
-
-    fake.answer = answer
+    fake.answer = answering('a', 'b')
     report, text = ask(fake)
     assert (report.prompt_tokens, report.output_tokens, report.server_tokens) == (None, 2, None)
     usage = chat_completion(report, text, MODEL)['usage']
@@ -210,14 +222,8 @@ def test_sends_all_fields_of_a_request(fake):
 
 
 def test_ends_with_an_error_after_a_second_parallel_call(fake):
-    def answer(call, body):
-        call.begin()
-        for index in range(2):
-            call.delta({'tool_calls': [{'index': index, 'id': f'c{index}', 'function': {
-                'name': 'go', 'arguments': '{}'}}]})
-        call.end('tool_calls')
-
-    fake.answer = answer
+    fake.answer = answering(
+        fragment(0, id='c0'), fragment(1, id='c1'), reason='tool_calls')
     report, _ = ask(fake, Request('x', tools=(TOOL,), parallel_tool_calls=False))
     assert fake.asked[0][2]['parallel_tool_calls'] is False
     assert report.finish_reason == 'error'
@@ -267,12 +273,7 @@ def test_sends_the_constraint(fake, fields, sent):
     ({'structured_outputs': {'choice': ['yes', 'no']}}, 'yes', 'stop')])
 def test_checks_the_answer_against_the_constraint(fake, fields, content, reason):
     """A server may ignore the constraint; an answer that violates it ends with an error."""
-    def answer(call, body):
-        call.begin()
-        call.say(content)
-        call.end()
-
-    fake.answer = answer
+    fake.answer = answering(content)
     report, text = ask(fake, Request('where?', **fields))
     assert (report.finish_reason, text) == (reason, content)
     if reason == 'error':
@@ -285,12 +286,7 @@ def test_sends_the_constraint_of_the_parameters(fake):
 
 
 def test_publishes_items_as_they_complete(fake):
-    def answer(call, body):
-        call.begin()
-        call.say('[{"a"', ':1},', '2', ']')
-        call.end()
-
-    fake.answer = answer
+    fake.answer = answering('[{"a"', ':1},', '2', ']')
     with remote_worker(fake.url) as (worker, sink):
         report, _ = sink.end(worker.submit(Request(
             'plan', response_format={'type': 'json_object'})))
@@ -350,20 +346,12 @@ def test_drops_the_oldest_turns_of_a_conversation_that_is_too_long(fake):
 
 
 def test_publishes_thoughts_and_tool_calls(fake):
-    def answer(call, body):
-        call.begin()
-        call.delta({'reasoning_content': 'hm'})
-        call.delta({'reasoning': 'm'})
-        call.say('ok')
-        call.delta({'tool_calls': [{'index': 0, 'id': 'c1', 'type': 'function',
-                                    'function': {'name': 'go', 'arguments': ''}}]})
-        call.delta({'tool_calls': [{'index': 0, 'function': {'arguments': '{"to":'}}]})
-        call.delta({'tool_calls': [{'index': 0, 'function': {'arguments': '"user"}'}}]})
-        call.delta({'tool_calls': [{'index': 1, 'id': 'c2', 'function': {'name': 'go',
-                                                                         'arguments': '{}'}}]})
-        call.end('tool_calls')
-
-    fake.answer = answer
+    fake.answer = answering(
+        {'reasoning_content': 'hm'}, {'reasoning': 'm'}, 'ok',
+        fragment(0, arguments='', id='c1', type='function'),
+        {'tool_calls': [{'index': 0, 'function': {'arguments': '{"to":'}}]},
+        {'tool_calls': [{'index': 0, 'function': {'arguments': '"user"}'}}]},
+        fragment(1, id='c2'), reason='tool_calls')
     with remote_worker(fake.url) as (worker, sink):
         report, text = sink.end(worker.submit(Request('where?', tools=(TOOL,))))
         tokens = [(token.text, token.reasoning, [(each.id, each.name, each.arguments)
@@ -376,17 +364,11 @@ def test_publishes_thoughts_and_tool_calls(fake):
     assert report.reasoning_tokens == 2
 
 
-@pytest.mark.parametrize(('function', 'words'), [
-    ({'name': 'fly', 'arguments': '{}'}, 'the tool "fly", but the request allows go'),
-    ({'name': 'go', 'arguments': '{"to": Infinity}'}, 'not a JSON object'),
-    ({'name': 'go', 'arguments': '[1'}, 'not a JSON object')])
-def test_invalid_tool_call_is_an_error(fake, function, words):
-    def answer(call, body):
-        call.begin()
-        call.delta({'tool_calls': [{'index': 0, 'id': 'c1', 'function': function}]})
-        call.end('tool_calls')
-
-    fake.answer = answer
+@pytest.mark.parametrize(('name', 'arguments', 'words'), [
+    ('fly', '{}', 'the tool "fly", but the request allows go'),
+    ('go', '{"to": Infinity}', 'not a JSON object'), ('go', '[1', 'not a JSON object')])
+def test_invalid_tool_call_is_an_error(fake, name, arguments, words):
+    fake.answer = answering(fragment(0, name, arguments, id='c1'), reason='tool_calls')
     report, _ = ask(fake, Request('where?', tools=(TOOL,)))
     assert report.finish_reason == 'error' and words in report.message
     assert not report.tool_calls
@@ -399,15 +381,9 @@ def test_invalid_tool_call_is_an_error(fake, function, words):
     ('auto', None, 'tool_calls', 'sent no call'),
     ('auto', None, 'function_call', 'sent no call')])
 def test_missing_call_is_an_error(fake, choice, called, reason, words):
-    def answer(call, body):
-        call.begin()
-        call.say('well')
-        if called:
-            call.delta({'tool_calls': [{'index': 0, 'function': {'name': called}}]})
-        call.end(reason)
-
     turn = {'type': 'function', 'function': {'name': 'turn', 'parameters': {}}}
-    fake.answer = answer
+    calls = [{'tool_calls': [{'index': 0, 'function': {'name': called}}]}] if called else []
+    fake.answer = answering('well', *calls, reason=reason)
     report, _ = ask(fake, Request('x', tools=(TOOL, turn), tool_choice=choice))
     assert report.finish_reason == 'error' and words in report.message
     assert not report.tool_calls
@@ -415,14 +391,8 @@ def test_missing_call_is_an_error(fake, choice, called, reason, words):
 
 @pytest.mark.parametrize('arguments', ['', '{"to":', '{"to":"us'])
 def test_drops_a_call_that_a_length_limit_cuts_off(fake, arguments):
-    def answer(call, body):
-        call.begin()
-        for index, written in enumerate(('{"to":"a"}', arguments)):
-            call.delta({'tool_calls': [{'index': index, 'function': {
-                'name': 'go', 'arguments': written}}]})
-        call.end('length')
-
-    fake.answer = answer
+    fake.answer = answering(
+        fragment(0, arguments='{"to":"a"}'), fragment(1, arguments=arguments), reason='length')
     report, _ = ask(fake, Request('x', tools=(TOOL,)))
     assert report.finish_reason == 'length', report.message
     assert [each.arguments for each in report.tool_calls] == [{'to': 'a'}]
@@ -437,18 +407,8 @@ def test_drops_a_call_that_a_length_limit_cuts_off(fake, arguments):
     ([('c1', 'go', '{"to":'), ('c1', '', '1}')], [1], '')])
 def test_calls_with_the_same_index_differ_by_their_ids(fake, fragments, expected, words):
     """A call that is sent twice is an error, not two calls; None is a piece of text."""
-    def answer(call, body):
-        call.begin()
-        for each in fragments:
-            if each is None:
-                call.say('well')
-                continue
-            id_, name, arguments = each
-            call.delta({'tool_calls': [{'index': 0, 'id': id_, 'function': {
-                'name': name, 'arguments': arguments}}]})
-        call.end('tool_calls')
-
-    fake.answer = answer
+    fake.answer = answering(*('well' if each is None else fragment(0, *each[1:], id=each[0])
+                              for each in fragments), reason='tool_calls')
     report, _ = ask(fake, Request('x', tools=(TOOL,)))
     assert report.finish_reason == ('error' if words else 'tool_calls')
     assert words in report.message
@@ -457,32 +417,18 @@ def test_calls_with_the_same_index_differ_by_their_ids(fake, fragments, expected
 
 def test_interleaved_calls_keep_their_arguments(fake):
     """No call is published before its arguments are complete."""
-    def answer(call, body):
-        call.begin()
-        for index, name, arguments in (
-                (0, 'go', ''), (1, 'go', '{"to":'), (0, '', '{"to":"a"}'), (1, '', '"b"}'),
-                (2, 'go', ''), (3, 'go', '{}')):
-            call.delta({'tool_calls': [{'index': index, 'function': {
-                'name': name, 'arguments': arguments}}]})
-            call.say(' ')
-        call.end('tool_calls')
-
-    fake.answer = answer
+    fake.answer = answering(*chain.from_iterable((fragment(*each), ' ') for each in (
+        (0, 'go', ''), (1, 'go', '{"to":'), (0, '', '{"to":"a"}'), (1, '', '"b"}'),
+        (2, 'go', ''), (3, 'go', '{}'))), reason='tool_calls')
     report, _ = ask(fake, Request('x', tools=(TOOL,)))
     assert report.finish_reason == 'tool_calls', report.message
     assert [each.arguments for each in report.tool_calls] == [{'to': 'a'}, {'to': 'b'}, {}, {}]
 
 
 def test_several_calls_in_one_event(fake):
-    def answer(call, body):
-        call.begin()
-        call.say('ok')
-        call.delta({'tool_calls': [
-            {'index': index, 'function': {'name': 'go', 'arguments': f'{{"to":{index}}}'}}
-            for index in range(3)]})
-        call.end('tool_calls')
-
-    fake.answer = answer
+    fake.answer = answering('ok', {'tool_calls': [
+        {'index': index, 'function': {'name': 'go', 'arguments': f'{{"to":{index}}}'}}
+        for index in range(3)]}, reason='tool_calls')
     report, text = ask(fake, Request('x', tools=(TOOL,)))
     assert (report.finish_reason, text) == ('tool_calls', 'ok')
     assert [each.arguments for each in report.tool_calls] == [{'to': 0}, {'to': 1}, {'to': 2}]

@@ -14,13 +14,12 @@
 
 """Speculation: drafts, the policy that limits their cost, and unchanged answers."""
 
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from itertools import product
 from random import Random
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 from fake_engine import FakeEngine
 from fake_engine import forever
@@ -56,9 +55,9 @@ LOOKUP = SpeculationConfig('lookup')
 COSTS = {1: 1.0, 2: 1.02, 4: 1.05, 8: 1.1}
 
 
-def drafting_loop(engine, speculation=LOOKUP):
+def drafting_loop(engine, speculation=LOOKUP, warn=print):
     """Return a loop whose clock stands still, so that the costs of passes stay as given."""
-    return DecodeLoop(engine, 0.0, lambda: 0.0, speculation)
+    return DecodeLoop(engine, 0.0, lambda: 0.0, speculation, warn)
 
 
 # --- drafts ----------------------------------------------------------------------------
@@ -394,23 +393,19 @@ def drafting(kind, folder, config=None):
     return DecodeLoop(engine)
 
 
-def check_same_answers(loop, prompts, count, first=0):
-    """Assert the same answers with and without drafts; returns the number of saved passes."""
+def check_same_answers(loop, prompts, count, decode=answers, speculation=LOOKUP, warn=print):
+    """
+    Assert the same answers with and without drafts; returns the number of saved passes.
+
+    :param decode: returns the answers of a loop, and its passes.
+    """
     results = []
-    for speculation in (SpeculationConfig(), LOOKUP):
+    for each in (SpeculationConfig(), speculation):
         loop.engine.rewind(0)
-        results.append(answers(
-            drafting_loop(loop.engine, speculation), prompts, count, first))
+        results.append(decode(drafting_loop(loop.engine, each, warn), prompts, count))
     (expected, steps), (got, passes) = results
     assert got == expected
     return steps - passes
-
-
-@pytest.fixture
-def native():
-    pytest.importorskip('torch')
-    from physai_decode.engines.native import NativeEngine
-    return NativeEngine
 
 
 CPU = EngineConfig(device='cpu', cpu_threads=1, max_context=160)
@@ -425,7 +420,7 @@ def test_random_models_answer_the_same(native, family, tmp_path, monkeypatch):
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
                 for _ in range(draw.randint(2, 70))] for _ in range(6)]
     first = FAMILIES.index(family)     # to test all sampling settings
-    assert check_same_answers(loop, prompts, 30, first) > 0, (
+    assert check_same_answers(loop, prompts, 30, partial(answers, first=first)) > 0, (
         'no draft was accepted: with random weights, that can be chance; change the settings of '
         'the family in random_model.py, or add it at the end')
     loop.engine.close()
@@ -455,7 +450,15 @@ FORMS = (Form('json_schema', PLAN, 'schema'), Form('regex', '(ab|ac){2,9}[0-9]{3
          Form('choice', ['open the door', 'open the window', 'close'], 'choice'))
 
 
-def constrained(loop, vocabulary, prompts, count):
+def vocabulary_of(model):
+    """Return the vocabulary that compiles constraints for a model."""
+    from physai_decode.constraint import Vocabulary
+    from physai_decode.tokenizer_files import load_tokenizer
+    return Vocabulary(load_tokenizer(str(model.folder)).backend_tokenizer, model.vocab_size,
+                      model.eos_token_ids)
+
+
+def constrained(vocabulary, loop, prompts, count):
     """Return the constrained answer to each prompt, and the number of passes."""
     ids, passes = [], 0
     for number, prompt in enumerate(prompts):
@@ -473,47 +476,30 @@ def constrained(loop, vocabulary, prompts, count):
 def test_passes_follow_a_constraint(native, kind, tmp_path, monkeypatch):
     """Forced tokens are drafted; each row has its mask, on the host and in a captured draw."""
     pytest.importorskip('llguidance')
-    from physai_decode.constraint import Vocabulary
-    from physai_decode.tokenizer_files import load_tokenizer
-    from test_constraint import Event
-    import torch
+    from test_constraint import replace_cuda
     always_draft(monkeypatch)
     model = checkpoint.open('builtin:tiny_planner')
     loop = drafting(native, model.folder, replace(CPU, max_context=200))
     if kind == 'piped':
-        monkeypatch.setattr(torch.cuda, 'Event', Event)
-        monkeypatch.setattr(torch.cuda, 'Stream', lambda device, priority: MagicMock())
-        monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
-        monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
-        monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+        replace_cuda(monkeypatch)
         loop.engine.pipeline = loop.engine.piped(False)
         loop.engine.transformer.ops._on_host = False
         loop.engine._sampler = loop.engine.transformer.ops.sampler(
             model.vocab_size, loop.engine.transformer.token.device)
-    vocabulary = Vocabulary(load_tokenizer(str(model.folder)).backend_tokenizer, model.vocab_size,
-                            model.eos_token_ids)
     draw = Random(7)
     prompts = [[draw.randrange(3, 3 + draw.choice((2, 9, 500)))
                 for _ in range(draw.randint(2, 60))] for _ in range(36 if kind == 'host' else 12)]
-    results = []
-    for speculation in (SpeculationConfig(), LOOKUP):
-        loop.engine.rewind(0)
-        results.append(constrained(drafting_loop(loop.engine, speculation),
-                                   vocabulary, prompts, 50))
-    (expected, steps), (got, passes) = results
-    assert got == expected
-    assert passes < steps
+    assert check_same_answers(loop, prompts, 50, partial(constrained, vocabulary_of(model))) > 0
     loop.engine.close()
 
 
 def test_drafts_what_a_constraint_forces():
     pytest.importorskip('llguidance')
-    from physai_decode.constraint import Vocabulary
     from physai_decode.tokenizer_files import load_tokenizer
     model = checkpoint.open('builtin:tiny_planner')
     tokenizer = load_tokenizer(str(model.folder)).backend_tokenizer
-    vocabulary = Vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
-    constraint = vocabulary.constraint(Form('choice', ['open the door', 'close'], 'choice'))
+    constraint = vocabulary_of(model).constraint(
+        Form('choice', ['open the door', 'close'], 'choice'))
     ids = tokenizer.encode('open the door', add_special_tokens=False).ids
     constraint.accept(ids[0])
     assert constraint.forced() == ids[1:]
@@ -648,7 +634,7 @@ def test_kernels_answer_the_same(piped, kind, tmp_path, monkeypatch):
     loop = piped(tmp_path, kernels.PassOps(torch.device('cpu'), splits=2))
     prompts = [[5, 6, 7, 5, 6, 7, 5, 6], [9] * 5]       # the second repeats itself
     if kind == 'dense':     # int4 is several times as slow; its rows are compared below
-        assert check_same_answers(loop, prompts, 8, 3) > 0
+        assert check_same_answers(loop, prompts, 8, partial(answers, first=3)) > 0
     check_rows(loop.engine.transformer, 3, torch.Generator().manual_seed(1), places=(45,))
     loop.engine.close()
 

@@ -227,16 +227,36 @@ class FakeBoard:
     def close(self):
         self.closed = True
 
+    def report(self):
+        observer, = self.observers
+        observer(self)
+
+
+def on_board(now):
+    """Return a `Jetson` by a clock, its board, and a function that reports after some seconds."""
+    jetson = Jetson(FakeBoard, clock=lambda: now[0])
+
+    def report(after_s):
+        now[0] += after_s
+        jetson._board.report()
+
+    return jetson, jetson._board, report
+
+
+def telemetry_of(name):
+    """Return the telemetry of a Jetson, and its board."""
+    telemetry = Telemetry(replace(GPU, device_name=name))
+    return telemetry, telemetry._board._board
+
 
 def test_reads_a_jetson_through_jetson_stats(monkeypatch):
     """A figure that the board does not report is None."""
     monkeypatch.setitem(sys.modules, 'pynvml', None)
     monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
     monkeypatch.delitem(sys.modules, 'torch', raising=False)
-    telemetry = Telemetry(replace(GPU, device_name='Orin'))
-    board = telemetry._board._board
+    telemetry, board = telemetry_of('Orin')
     assert telemetry.energy_j() is None
-    board.observers[0](board)
+    board.report()
     assert telemetry.energy_j() >= 0
     figures = telemetry.read()
     assert tuple(figures) == KEYS
@@ -257,69 +277,62 @@ def test_reads_a_jetson_through_jetson_stats(monkeypatch):
     (306000, 665600, None, None), (800000, 1, 99.0, 'low_gpu_clock')])
 def test_low_clocks_of_a_busy_board(gpu_khz, memory_khz, load, reasons):
     """A Jetson does not report why; an idle one lowers its clocks."""
-    jetson = Jetson(FakeBoard)
+    jetson, board, report = on_board([100.0])
     gpu = {'freq': {'cur': gpu_khz, 'max': 1300500}, 'status': {'load': load}}
-    jetson._board.gpu = Fields(ga10b=gpu)
-    jetson._board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
-    jetson._board.observers[0](jetson._board)
+    board.gpu = Fields(ga10b=gpu)
+    board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
+    report(0.0)
     assert jetson.read()['throttle_reasons'] == reasons
     jetson.close()
 
 
 def test_memory_clock_of_a_board_is_that_of_its_busy_gpu():
     """Answers may be shorter than the time between two messages on /diagnostics."""
-    jetson = Jetson(FakeBoard)
-    board = jetson._board
+    jetson, board, report = on_board([100.0])
     assert jetson.memory_clocks_mhz is None
     for memory_khz, load, expected in (
             (665600, 2.0, None), (2133000, 98.0, (2133.0, 3199.0)),
             (665600, 0.0, (2133.0, 3199.0)), (3199000, 90.0, (3199.0, 3199.0))):
         board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
         board.gpu.get('ga10b')['status']['load'] = load
-        board.observers[0](board)
+        report(0.0)
         assert jetson.memory_clocks_mhz == expected
 
 
 def test_energy_of_a_board_is_its_power_over_time():
     """The power is taken as constant until the next update."""
     now = [100.0]
-    jetson = Jetson(FakeBoard, clock=lambda: now[0])
-    board = jetson._board
-    now[0] = 101.0
-    board.observers[0](board)           # 20 W until the next update
-    now[0] = 103.0
+    jetson, board, report = on_board(now)
+    report(1.0)                 # 20 W until the next update
+    now[0] += 2.0
     assert jetson.energy_j == pytest.approx(40.0)
     board.power['tot']['power'] = 5000
-    board.observers[0](board)
+    report(0.0)
     assert jetson.energy_j == pytest.approx(40.0)
-    now[0] = 104.0
+    now[0] += 1.0
     assert jetson.energy_j == pytest.approx(45.0)
 
 
 def test_energy_while_a_report_lacks_the_power():
     """The last known power counts for that time, not 0."""
-    now = [100.0]
-    jetson = Jetson(FakeBoard, clock=lambda: now[0])
-    board = jetson._board
+    jetson, board, report = on_board([100.0])
     for seconds, power in ((0.0, {'tot': {'power': 20000}}), (1.0, None),
                            (1.0, {'tot': {'power': 10000}}), (1.0, {'tot': {'power': 10000}})):
-        now[0] += seconds
         board.power = power
-        board.observers[0](board)
+        report(seconds)
     assert jetson.energy_j == pytest.approx(2 * 20.0 + 10.0)
 
 
 def test_figures_of_a_board_become_unknown_when_the_reports_end():
     """The thread of jetson-stats ends if its service does."""
     now = [100.0]
-    jetson = Jetson(FakeBoard, clock=lambda: now[0])
-    board = jetson._board
+    jetson, board, report = on_board(now)
     assert jetson.read() == {}              # there is no report yet
-    board.observers[0](board)
+    report(0.0)
     now[0] += STALE_S - 0.1
     assert jetson.read()['power_w'] == 20.0 and jetson.energy_j == pytest.approx(98.0)
     board.power = None
-    board.observers[0](board)
+    report(0.0)
     now[0] += 1.0
     assert jetson.read()['power_w'] is None and jetson.read()['temperature_c'] == 51.5
     assert jetson.energy_j is None
@@ -327,21 +340,10 @@ def test_figures_of_a_board_become_unknown_when_the_reports_end():
     assert jetson.read() == {}
 
 
-def on_board(now):
-    """Return a `Jetson` by a clock, and a function that reports after some seconds."""
-    jetson = Jetson(FakeBoard, clock=lambda: now[0])
-
-    def report(after_s):
-        now[0] += after_s
-        jetson._board.observers[0](jetson._board)
-
-    return jetson, report
-
-
 @pytest.mark.parametrize('silent_s', [STALE_S + 0.1, 100.0])
 def test_energy_across_a_gap_in_the_reports_is_unknown(silent_s):
     """Also if the answer then continues for longer than the board was known before."""
-    jetson, report = on_board([100.0])
+    jetson, _, report = on_board([100.0])
     report(0.0)
     report(1.0)
     before_j = jetson.energy_j
@@ -355,16 +357,15 @@ def test_energy_across_a_gap_in_the_reports_is_unknown(silent_s):
 
 def test_a_repeated_report_is_none():
     """jetson-stats gives the last report again if its service reads no new one."""
-    now = [100.0]
-    jetson, report = on_board(now)
+    jetson, board, report = on_board([100.0])
     for uptime_s in (7.0, 7.2):
-        jetson._board.uptime = timedelta(seconds=uptime_s)
+        board.uptime = timedelta(seconds=uptime_s)
         report(0.2)
     assert jetson.read()['power_w'] == 20.0
     for _ in range(10):
         report(0.6)
     assert jetson.read() == {} and jetson.energy_j is None
-    jetson._board.uptime = timedelta(seconds=14.0)
+    board.uptime = timedelta(seconds=14.0)
     report(0.2)
     assert jetson.read()['power_w'] == 20.0
 
@@ -384,11 +385,10 @@ def test_a_board_that_cannot_start_is_closed(monkeypatch):
 
 def test_a_sensor_and_a_clock_that_are_off_have_no_value():
     """jetson-stats reports -256 °C for a GPU without power, and 0 for an unknown clock."""
-    jetson = Jetson(FakeBoard)
-    board = jetson._board
+    jetson, board, report = on_board([100.0])
     board.temperature = {'gpu': {'temp': -256, 'online': False}}
     board.memory = Fields(EMC={'cur': 0, 'max': 3199000})
-    board.observers[0](board)
+    report(0.0)
     figures = jetson.read()
     assert figures['temperature_c'] is figures['memory_clock_mhz'] is None
     assert jetson.memory_clocks_mhz is None
@@ -396,11 +396,10 @@ def test_a_sensor_and_a_clock_that_are_off_have_no_value():
 
 def test_clocks_of_a_thor_can_be_in_mhz():
     """jetson-stats mixes those of NVML in MHz and its own in kHz; 1 stands for an unknown one."""
-    jetson = Jetson(FakeBoard)
-    board = jetson._board
+    jetson, board, report = on_board([100.0])
     board.memory = Fields(EMC={'cur': 1, 'max': 4266000})
     board.gpu = Fields(Thor={'freq': {'cur': 1575, 'max': 1575000}, 'status': {'load': 99.0}})
-    board.observers[0](board)
+    report(0.0)
     figures = jetson.read()
     assert figures['sm_clock_mhz'] == 1575.0 and figures['memory_clock_mhz'] is None
     assert figures['throttle_reasons'] == 'none' and jetson.memory_clocks_mhz is None
@@ -409,9 +408,8 @@ def test_clocks_of_a_thor_can_be_in_mhz():
 def test_energy_comes_from_one_source_throughout(nvml, monkeypatch):
     """The counter of NVML began earlier than that of the board."""
     monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
-    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
-    board = telemetry._board._board
-    board.observers[0](board)
+    telemetry, board = telemetry_of('NVIDIA Thor')
+    board.report()
     assert telemetry.energy_j() == pytest.approx(123.456)
 
     def fail(handle):
@@ -419,9 +417,8 @@ def test_energy_comes_from_one_source_throughout(nvml, monkeypatch):
 
     monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption', fail)
     assert telemetry.energy_j() is None
-    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
-    board = telemetry._board._board
-    board.observers[0](board)
+    telemetry, board = telemetry_of('NVIDIA Thor')
+    board.report()
     monkeypatch.setattr(
         sys.modules['pynvml'], 'nvmlDeviceGetTotalEnergyConsumption', lambda handle: 123456)
     assert telemetry.energy_j() < 100
@@ -434,10 +431,9 @@ def test_throttle_reasons_of_both_sources(nvml, monkeypatch, bits, memory_khz, r
     monkeypatch.setitem(sys.modules, 'jtop', SimpleNamespace(jtop=FakeBoard))
     monkeypatch.setattr(sys.modules['pynvml'], 'nvmlDeviceGetCurrentClocksThrottleReasons',
                         lambda handle: bits)
-    telemetry = Telemetry(replace(GPU, device_name='NVIDIA Thor'))
-    board = telemetry._board._board
+    telemetry, board = telemetry_of('NVIDIA Thor')
     board.memory = Fields(EMC={'cur': memory_khz, 'max': 3199000})
-    board.observers[0](board)
+    board.report()
     assert telemetry.read()['throttle_reasons'] == reasons
 
 

@@ -20,6 +20,7 @@ import re
 import threading
 import time
 
+from json_file import editing
 from physai_decode.config import ChatConfig
 from physai_decode.conversation import Conversation
 from physai_decode.conversation import Turn
@@ -589,10 +590,9 @@ def test_loading_runs_no_code_of_the_folder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     trace = tmp_path / 'executed'
     (tmp_path / 'code.py').write_text(f"open({str(trace)!r}, 'w').close()\n")
-    settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
-    settings['auto_map'] = {'AutoTokenizer': ['code.Tokenizer', 'code.Tokenizer']}
-    settings['tokenizer_class'] = 'Tokenizer'
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    with editing(tmp_path / 'tokenizer_config.json') as settings:
+        settings['auto_map'] = {'AutoTokenizer': ['code.Tokenizer', 'code.Tokenizer']}
+        settings['tokenizer_class'] = 'Tokenizer'
     with pytest.raises(TextError, match=f'{tmp_path}: it needs code from that folder'):
         load_tokenizer(str(tmp_path))
     assert not trace.exists()

@@ -15,9 +15,9 @@
 """The native engine runs the language model of vision-language models, without images."""
 
 import dataclasses
-import json
 
 from engine_contract import load
+from json_file import editing
 from physai_decode import engines
 from physai_decode.checkpoint import inspect
 from physai_decode.config import EngineConfig
@@ -131,13 +131,11 @@ def test_tensor_names_of_other_versions(tmp_path, name, trunk, head):
 def test_flat_config(tmp_path):
     """The first folders of Qwen2.5-VL have one, with rope type mrope."""
     network = save(tmp_path, 'qwen2_5_vl')
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    text = config.pop('text_config')
-    text.pop('rope_parameters')
-    path.write_text(json.dumps({
-        **text, **config, 'rope_theta': 1e6,
-        'rope_scaling': {'type': 'mrope', 'mrope_section': [8, 12, 12]}}))
+    with editing(tmp_path / 'config.json') as config:
+        text = config.pop('text_config')
+        text.pop('rope_parameters')
+        config.update(**{**text, **config}, rope_theta=1e6,
+                      rope_scaling={'type': 'mrope', 'mrope_section': [8, 12, 12]})
     check(tmp_path, network)
 
 

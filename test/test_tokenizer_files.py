@@ -17,6 +17,7 @@
 import json
 import shutil
 
+from json_file import editing
 from physai_decode.config import ChatConfig
 from physai_decode.request import Message
 from physai_decode.text import Text
@@ -44,10 +45,10 @@ def folder(tmp_path):
 
 def configure(folder, **changes):
     """Change tokenizer_config.json; None removes a key."""
-    path = folder / 'tokenizer_config.json'
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({
-        key: value for key, value in config.items() if value is not None}))
+    with editing(folder / 'tokenizer_config.json') as config:
+        config.update(changes)
+        for key in [key for key, value in config.items() if value is None]:
+            del config[key]
 
 
 def error_of(folder, chat=AUTO, vocab_size=None):
@@ -89,12 +90,9 @@ def test_adds_a_token_that_only_the_config_has(folder):
 @pytest.mark.parametrize('token', ['<|im_start|>', '<|im_end|>'])       # the second is named
 def test_flags_of_added_tokens_are_those_of_the_library(folder, token, flags, by_config):
     """Those in the config take precedence."""
-    path = folder / 'tokenizer.json'
-    state = json.loads(path.read_text())
-    found = next(each for each in state['added_tokens'] if each['content'] == token)
-    if not by_config:
-        found.update(flags)
-        path.write_text(json.dumps(state))
+    with editing(folder / 'tokenizer.json') as state:
+        found = next(each for each in state['added_tokens'] if each['content'] == token)
+        found.update({} if by_config else flags)
     configure(folder, tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', **({
         'added_tokens_decoder': {str(found['id']): {
             key: value for key, value in {**found, **flags}.items() if key != 'id'}}}
@@ -108,10 +106,9 @@ def test_flags_of_added_tokens_are_those_of_the_library(folder, token, flags, by
 
 
 def test_named_tokens_are_special_although_tokenizer_json_denies_it(folder):
-    state = json.loads((folder / 'tokenizer.json').read_text())
-    for token in state['added_tokens']:
-        token['special'] = False
-    (folder / 'tokenizer.json').write_text(json.dumps(state))
+    with editing(folder / 'tokenizer.json') as state:
+        for token in state['added_tokens']:
+            token['special'] = False
     text = Text(load_tokenizer(str(folder)), ChatConfig())
     end = text.backend.token_to_id('<|im_end|>')
     assert end in text.special_ids
@@ -163,9 +160,8 @@ def test_needs_vocab_and_merges_without_tokenizer_json(folder):
 
 
 def test_rejects_an_empty_vocabulary(folder):
-    state = json.loads((folder / 'tokenizer.json').read_text())
-    state['model'].update(vocab={}, merges=[])
-    (folder / 'tokenizer.json').write_text(json.dumps(state))
+    with editing(folder / 'tokenizer.json') as state:
+        state['model'].update(vocab={}, merges=[])
     assert 'tokens is text' in error_of(folder)
 
 

@@ -29,20 +29,15 @@ from physai_decode.result import chat_completion
 from physai_decode.speech import Manner
 from physai_decode.tool_forms import TOOL_FORMS
 import pytest
-from worker_rig import making
+from worker_rig import maker
+from worker_rig import TOOL
 
-TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
-    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
-    'required': ['room']}}}
 GO = ('go_to', {'room': 'hall'})
 THINKS = {'opens': '<think>', 'closes': '</think>', 'close_ids': tuple(map(ord, '\n</think>\n\n'))}
 LONG = SamplingConfig(max_new_tokens=900)
 
 
-@pytest.fixture
-def make():
-    with making() as make:
-        yield make
+make = pytest.fixture(maker)
 
 
 def text_of(form='', thinks=False):

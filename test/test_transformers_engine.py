@@ -406,11 +406,7 @@ def test_native_rejects_unsupported_architectures(tmp_path):
     assert 'gpt2' in message and 'transformers' in message
 
 
-def test_reports_an_engine_that_is_not_installed(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'transformers', None)
-    for name in [name for name in sys.modules
-                 if name.startswith('physai_decode.engines.transformers')]:
-        monkeypatch.delitem(sys.modules, name)
+def test_reports_an_engine_that_is_not_installed(folder, no_transformers):
     assert 'pip install -U transformers' in error_of(folder)
 
 

@@ -31,7 +31,6 @@ from fake_engine import Gate
 from fake_engine import say
 from physai_decode.config import ChatConfig
 from physai_decode.config import DeadlineConfig
-from physai_decode.config import DecodeConfig
 from physai_decode.config import DiagnosticsConfig
 from physai_decode.config import QueueConfig
 from physai_decode.config import SamplingConfig
@@ -42,20 +41,16 @@ from physai_decode.request import Request
 from physai_decode.tokenizer_files import TextError
 from physai_decode.worker import Busy
 from physai_decode.worker import Cancelled
-from physai_decode.worker import Worker
 import pytest
-from worker_rig import making
+from worker_rig import FailingSink
+from worker_rig import maker
 from worker_rig import Sink
 from worker_rig import slowly
+from worker_rig import texts
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
-
-@pytest.fixture
-def make():
-    """Return a factory of started workers and their sinks; all are stopped after the test."""
-    with making() as make:
-        yield make
+make = pytest.fixture(maker)
 
 
 def test_answers_a_prompt(make):
@@ -108,7 +103,7 @@ def test_times_by_the_given_clock(make):
     assert worker.window().itl_max_activation_ms == pytest.approx(20.0)
 
 
-def test_publish_ms_is_of_the_previous_token():
+def test_publish_ms_is_of_the_previous_token(make):
     now = [0.0]
 
     class SlowSink(Sink):
@@ -116,11 +111,8 @@ def test_publish_ms_is_of_the_previous_token():
             now[0] += 0.001 * (1 + report.index)
             super().token(report)
 
-    sink = SlowSink()
-    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0])
-    worker.start()
+    worker, sink = make(sink=SlowSink(), clock=lambda: now[0])
     sink.end(worker.submit(Request('abc')))
-    assert worker.stop(TIMEOUT_S)
     assert [token.publish_ms for token in sink.tokens] == [
         None, pytest.approx(1.0), pytest.approx(2.0)]
 
@@ -495,12 +487,7 @@ def test_deadline_with_truncate_ends_the_answer(make):
 
 def test_deadline_ends_a_waiting_request_while_another_runs(make):
     """It does not wait for its turn. A new deadline of the node applies to it, too."""
-    class Faulty(Sink):
-        def finished(self, report, text):
-            super().finished(report, text)
-            raise ValueError('a listener')
-
-    now, gate, faulty = [0.0], Gate(), Faulty()
+    now, gate, faulty = [0.0], Gate(), FailingSink()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(forever())), clock=lambda: now[0],
                         sampling=SamplingConfig(max_new_tokens=4))
     running = worker.submit(Request('a'))
@@ -552,7 +539,7 @@ def test_prompt_has_no_earlier_turns_without_history(make):
     worker, sink = make(engine)
     for prompt in ('one', 'two'):
         sink.end(worker.submit(Request(prompt)))
-    assert engine.prompts[1] == [ord(letter) for letter in 'two']
+    assert texts(engine) == ['one', 'two']
 
 
 def test_prompt_has_the_earlier_turns_until_reset(make):
@@ -560,11 +547,10 @@ def test_prompt_has_the_earlier_turns_until_reset(make):
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
     for prompt in ('one', 'two', 'p' * 64, 'three'):
         sink.end(worker.submit(Request(prompt)))
-    prompts = [''.join(map(chr, ids)) for ids in engine.prompts]
-    assert prompts == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
+    assert texts(engine) == ['one', 'one\none\ntwo', 'one\none\ntwo\ntwo\nthree']
     assert worker.reset() == 'forgot 3 turns'
     sink.end(worker.submit(Request('four')))
-    assert ''.join(map(chr, engine.prompts[-1])) == 'four'
+    assert texts(engine)[-1] == 'four'
 
 
 def test_history_has_only_answered_prompts(make):
@@ -577,7 +563,7 @@ def test_history_has_only_answered_prompts(make):
     worker, sink = make(engine, chat=ChatConfig(keep_history=True))
     for prompt in ('a', 'b!', 'c'):
         sink.end(worker.submit(Request(prompt)))
-    assert ''.join(map(chr, engine.prompts[-1])) == 'a\nok\nc'
+    assert texts(engine)[-1] == 'a\nok\nc'
 
 
 def test_reset_while_answering_drops_that_turn_too(make):
@@ -590,7 +576,7 @@ def test_reset_while_answering_drops_that_turn_too(make):
     gate.open(9)
     sink.end(request_id)
     sink.end(worker.submit(Request('b')))
-    assert engine.prompts[-1] == [ord('b')]
+    assert texts(engine)[-1] == 'b'
 
 
 def test_drops_the_oldest_turns(make):
@@ -599,7 +585,7 @@ def test_drops_the_oldest_turns(make):
                         sampling=SamplingConfig(max_new_tokens=8))
     reports = [sink.end(worker.submit(Request(prompt)))[0]
                for prompt in ('aaaa', 'bbbb', 'cccc', 'dddd', 'd' * 14)]
-    assert [''.join(map(chr, ids)) for ids in engine.prompts] == [
+    assert texts(engine) == [
         'aaaa', 'aaaa\nok\nbbbb', 'cccc', 'cccc\nok\ndddd', 'd' * 14]
     assert [report.finish_reason for report in reports] == ['stop'] * 5
     assert [report.message.partition(': ')[2] for report in reports] == [
@@ -896,7 +882,7 @@ def test_second_start_is_an_error(make):
         worker.start()
 
 
-def test_energy_of_each_answer():
+def test_energy_of_each_answer(make):
     """It is measured from the start to the end of a request; a rejected one has none."""
     readings_j = iter((100.0, 112.0, 200.0, 203.0))
     now = [0.0]
@@ -906,30 +892,21 @@ def test_energy_of_each_answer():
             now[0] += 1.0
             super().token(report)
 
-    sink = SlowSink()
-    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink, clock=lambda: now[0],
-                    energy_j=lambda: next(readings_j))
+    worker, sink = make(sink=SlowSink(), clock=lambda: now[0], energy_j=lambda: next(readings_j))
     assert worker.energy_j is worker.j_per_token is None
-    worker.start()
     report, _ = sink.end(worker.submit(Request('abc')))
     assert (report.energy_j, report.j_per_token, report.power_w) == (12.0, 4.0, 4.0)
     report, _ = sink.end(worker.submit(Request('d')))
     assert (report.energy_j, report.j_per_token, report.power_w) == (3.0, 3.0, 3.0)
     assert (worker.energy_j, worker.j_per_token) == (15.0, 3.75)
     assert sink.end(worker.submit(Request('')))[0].energy_j is None
-    assert worker.stop(TIMEOUT_S)
 
 
 @pytest.mark.parametrize(('readings_j', 'expected_j'), [
     ((100.0, 90.0), None), ((100.0, None), None), ((100.0, 100.0), 0.0)])
-def test_an_answer_without_a_plausible_energy_has_none(readings_j, expected_j):
+def test_an_answer_without_a_plausible_energy_has_none(make, readings_j, expected_j):
     """The counter was reset, ended, or did not advance during the short answer."""
-    readings_j = iter(readings_j)
-    sink = Sink()
-    worker = Worker(FakeEngine(), CharacterText(), DecodeConfig(), sink,
-                    energy_j=lambda: next(readings_j))
-    worker.start()
+    worker, sink = make(energy_j=iter(readings_j).__next__)
     report, _ = sink.end(worker.submit(Request('abc')))
     assert report.energy_j is report.j_per_token is report.power_w is None
     assert worker.energy_j == expected_j and worker.j_per_token is None
-    assert worker.stop(TIMEOUT_S)

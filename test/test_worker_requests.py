@@ -32,23 +32,15 @@ from physai_decode.request import Message
 from physai_decode.request import Request
 from physai_decode.worker import Cancelled
 import pytest
-from worker_rig import making
+from worker_rig import FailingSink
+from worker_rig import maker
 from worker_rig import Sink
 from worker_rig import slowly
+from worker_rig import texts
 from worker_rig import TIMEOUT_S
 from worker_rig import wait_for
 
-
-def texts(engine):
-    """Return the prompts of an engine as text."""
-    return [''.join(map(chr, ids)) for ids in engine.prompts]
-
-
-@pytest.fixture
-def make():
-    """Return a factory of started workers and their sinks; all are stopped after the test."""
-    with making() as make:
-        yield make
+make = pytest.fixture(maker)
 
 
 def test_each_request_has_its_own_sampling(make):
@@ -238,11 +230,6 @@ def test_truncated_answer_stays_in_the_conversation(make):
 
 
 def test_all_requests_end_if_a_listener_raises(make):
-    class FailingSink(Sink):
-        def finished(self, report, text):
-            super().finished(report, text)
-            raise ValueError('broken')
-
     gate = Gate()
     worker, sink = make(FakeEngine(lambda ids: gate.steps(say('ok'))))
     numbers = [worker.submit(Request('a'), listener=FailingSink() if index % 2 else None)
@@ -255,10 +242,6 @@ def test_all_requests_end_if_a_listener_raises(make):
 
 
 def test_listener_receives_the_end_if_the_sink_raises(make):
-    class FailingSink(Sink):
-        def finished(self, report, text):
-            raise ValueError('broken')
-
     mine = Sink()
     worker, _ = make(sink=FailingSink())
     assert mine.end(worker.submit(Request('a'), listener=mine))[1] == 'a'
@@ -519,4 +502,4 @@ def test_raw_prompt_does_not_join_the_conversation(make):
     worker, sink = make(engine, chat=ChatConfig(system_prompt='be brief', keep_history=True))
     assert sink.end(worker.submit(Request(raw_prompt='say hello')))[1] == 'hello'
     assert worker.reset() == 'forgot 0 turns'
-    assert ''.join(map(chr, engine.prompts[0])) == 'say hello'
+    assert texts(engine) == ['say hello']

@@ -14,7 +14,6 @@
 
 """A worker with a fake engine, and a sink that records all reports."""
 
-from contextlib import contextmanager
 import threading
 import time
 from types import MappingProxyType
@@ -26,6 +25,9 @@ from physai_decode.roofline import Peak
 from physai_decode.worker import Worker
 
 TIMEOUT_S = 60
+TOOL = {'type': 'function', 'function': {'name': 'go_to', 'parameters': {
+    'type': 'object', 'properties': {'room': {'enum': ['hall', 'kitchen']}},
+    'required': ['room']}}}
 
 
 class Sink:
@@ -78,17 +80,29 @@ class Sink:
             assert self._changed.wait_for(lambda: len(self.tokens) >= count, TIMEOUT_S)
 
 
-@contextmanager
-def making():
+class FailingSink(Sink):
+    """Raises at the end of each request."""
+
+    def finished(self, report, text):
+        super().finished(report, text)
+        raise ValueError('broken')
+
+
+def texts(engine):
+    """Return the prompts of an engine as text."""
+    return [''.join(map(chr, ids)) for ids in engine.prompts]
+
+
+def maker():
     """Yield a function that returns a started worker and its sink; stop all workers at the end."""
     workers = []
 
     def make(engine=None, text=None, clock=time.monotonic, sink=None, start=True,
-             checkpoint=MappingProxyType({}), form=None, **groups):
+             checkpoint=MappingProxyType({}), form=None, energy_j=lambda: None, **groups):
         sink = sink or Sink()
         worker = Worker(engine or FakeEngine(), text or CharacterText(), DecodeConfig(**groups),
                         sink, clock=clock, peak=Peak(1e6, 'parameter'),
-                        checkpoint_sampling=checkpoint, form=form)
+                        checkpoint_sampling=checkpoint, form=form, energy_j=energy_j)
         workers.append(worker)
         if start:
             worker.start()

@@ -377,7 +377,7 @@ def _slot_names(text):
     return {name for name in DRAW if f'{name}}}' in text}
 
 
-def _clause(rng, held=None):
+def _clause(rng, held):
     """Draw one clause; with the slot `held`, one about the object that the robot holds."""
     tasks = TASKS if held is None else TASKS_WITH_IT
     _, phrases, steps = rng.choices(tasks, [task[0] for task in tasks])[0]

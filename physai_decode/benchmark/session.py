@@ -197,7 +197,7 @@ def _is_number(value: str) -> bool:
 
 
 def _cell(engine: Engine, case: Case, context: int, peak: Peak,
-          compiled: 'Compiled | None' = None) -> dict[str, Any]:
+          compiled: 'Compiled | None') -> dict[str, Any]:
     """Measure one context; a failure becomes the ``error`` of the cell."""
     limit = engine.footprint.max_context
     if context > limit:

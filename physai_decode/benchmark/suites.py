@@ -123,13 +123,9 @@ def target_table(results: Sequence[Result], contexts: Sequence[int]) -> Table:
         cell = report.find(results, name, context)
         return cell and cell[key]
 
-    def ratio(above: str, below: str, key: str = 'itl_p50_s', context: int = near) -> Any:
-        top, bottom = of(above, context, key), of(below, context, key)
+    def ratio(above: str, below: str) -> Any:
+        top, bottom = of(above, near, 'itl_p50_s'), of(below, near, 'itl_p50_s')
         return top / bottom if top and bottom else None
-
-    def jitter(name: str) -> Any:
-        cell = report.find(results, name, near)
-        return cell and cell['itl_p99_s'] / cell['itl_p50_s']
 
     table = Table('Targets', ['what', 'asked', 'measured', 'met'], notes=[report.FLOORS])
     for what, least, value in (
@@ -141,8 +137,8 @@ def target_table(results: Sequence[Result], contexts: Sequence[int]) -> Table:
             (f'{GPTQ} at {near}: read floor / step', 0.42, of(GPTQ, near, 'r_read'))):
         table.rows.append([what, f'>= {least}', report.number(value, 3), _met(value, least)])
     for name in (LONG, GPTQ_LONG):
-        value = jitter(name)
         cell = report.find(results, name, near)
+        value = cell['itl_p99_s'] / cell['itl_p50_s'] if cell else None
         count = len(cell['itl_s']) if cell else 0
         table.rows.append([f'{name}: p99 / p50 over {count} tokens', '<= 1.05',
                            report.number(value, 3), _met(value and -value, -1.05)])

@@ -169,13 +169,6 @@ def _group(made: dict[str, Any]) -> int:
     """Return the number of columns per scale."""
     return math.gcd(GROUP, made['hidden_size'], made['intermediate_size'])
 
-# The sixteen values of the nf4 data type: quantiles of a normal distribution, scaled to -1 to 1
-# (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E).
-_NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-
 
 def config(shape: str, quantization: str = 'none') -> dict[str, Any]:
     """
@@ -387,6 +380,7 @@ def _shards(all_specs: Iterable[Spec]) -> Iterator[list[Spec]]:
 
 def _make(spec: Spec, generator: 'torch.Generator') -> 'torch.Tensor':
     """Create a tensor on the generator's device, and move it to the CPU."""
+    from physai_decode.engines.native.formats.bitsandbytes import TABLES
     import torch
 
     dtype = {'U8': torch.uint8, 'I8': torch.int8, 'F8_E4M3': torch.float8_e4m3fn,
@@ -425,9 +419,9 @@ def _make(spec: Spec, generator: 'torch.Generator') -> 'torch.Tensor':
     elif spec.fill.startswith('groups of'):
         made = torch.arange(len(empty), dtype=dtype) // int(spec.fill.split()[-1])
     elif spec.fill == 'nf4':
-        made = torch.tensor(_NF4)
+        made = torch.tensor(TABLES['nf4'])
     elif spec.fill == 'absmax':         # as with scales
-        spread = torch.tensor(_NF4).square().mean().sqrt().item()
+        spread = torch.tensor(TABLES['nf4']).square().mean().sqrt().item()
         made = empty.uniform_(0.9, 1.1, generator=generator) * (STD / spread)
     else:
         made = torch.tensor(list(spec.fill.encode()), dtype=dtype)

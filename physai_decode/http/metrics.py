@@ -25,6 +25,7 @@ from typing import Any
 
 from physai_decode.host import Host
 from physai_decode.keys import DESCRIPTIONS
+from physai_decode.timing import INTERNAL
 from prometheus_client import CollectorRegistry
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -35,9 +36,6 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 STATES = ('unconfigured', 'inactive', 'loading', 'idle', 'generating', 'stalled', 'failed')
 ENDS = ('stop', 'tool_calls', 'length', 'deadline', 'cancelled', 'preempted', 'rejected', 'error')
-_INTERNAL = (                           # not keys
-    'miss_limit_reached', 'best_r_floor', 'context_tokens', 'kv_bytes', 'drafted',
-    'draft_ms', 'floor_count')
 _MODEL = ('engine', 'dtype', 'quantization', 'device', 'device_name', 'cuda_graph')
 
 
@@ -105,6 +103,6 @@ class Metrics(Collector):
                                                         for name in _MODEL)], 1)
             yield model
         for name, value in figures.items():
-            if isinstance(value, (int, float)) and name not in _INTERNAL:
+            if isinstance(value, (int, float)) and name not in INTERNAL:
                 yield GaugeMetricFamily(f'physai_decode_{name}', DESCRIPTIONS[name],
                                         float(value))

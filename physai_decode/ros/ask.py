@@ -32,10 +32,10 @@ from typing import Any
 import uuid
 
 from diagnostic_msgs.msg import DiagnosticArray
-from diagnostic_msgs.msg import DiagnosticStatus
 from physai_decode.ros import dds
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
+from physai_decode.ros.messages import values_of
 from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
@@ -104,11 +104,11 @@ class Asker(Node):
         if message.header.frame_id == self.target:
             for status in message.status:
                 if status.name == status_name(self.target, 'engine'):
-                    self.state = _values(status)['state']
+                    self.state = values_of(status)['state']
 
     def _on_token(self, message: DiagnosticArray) -> None:
         status = message.status[0]
-        values = _values(status)
+        values = values_of(status)
         if values['client_id'] == self.id:
             if int(values['index']) != len(self.pieces):
                 raise AskError(f'token {len(self.pieces)} of the answer was lost')
@@ -121,7 +121,7 @@ class Asker(Node):
 
     def _on_request(self, message: DiagnosticArray) -> None:
         status = message.status[0]
-        values = _values(status)
+        values = values_of(status)
         if values['client_id'] == self.id:
             self.stats, self.reason = values, status.message
 
@@ -288,10 +288,6 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object')
     return value
-
-
-def _values(status: DiagnosticStatus) -> dict[str, str]:
-    return {pair.key: pair.value for pair in status.values}
 
 
 def _number(value: str) -> int | float | str | None:

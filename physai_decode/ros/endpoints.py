@@ -46,7 +46,6 @@ class Endpoints:
         """Create the subscriptions and services."""
         self._host = host
         self._logger = node.get_logger()
-        self._max_bytes = lambda: host.config.queue.max_request_bytes
 
         def subscribe(topic: str, callback: Callable[[String], None]) -> Subscription:
             return node.create_subscription(
@@ -71,7 +70,7 @@ class Endpoints:
                 'text: send requests to ~/request', throttle_duration_sec=1.0)
 
     def _on_request(self, message: String) -> None:
-        received_s, limit = time.monotonic(), self._max_bytes()
+        received_s, limit = time.monotonic(), self._host.config.queue.max_request_bytes
         if len(message.data) > limit:
             self._host.refuse(f'the request has more than {limit} bytes: shorten it, or raise '
                               'queue.max_request_bytes', kind='too_large')

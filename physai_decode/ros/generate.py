@@ -191,7 +191,7 @@ class GenerateServer:
 
     # In the thread of this object
 
-    def _wake(self, urgent: bool = False) -> None:
+    def _wake(self, urgent: bool) -> None:
         """Wake the sending thread; from any thread."""
         if not self._work.is_set():
             self._work.set()

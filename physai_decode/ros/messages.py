@@ -33,6 +33,7 @@ from physai_decode.config import DiagnosticsConfig
 from physai_decode.engine import Footprint
 from physai_decode.roofline import Peak
 from physai_decode.ros.interfaces import unavailable
+from physai_decode.timing import INTERNAL
 from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from physai_decode.timing import WindowReport
@@ -58,8 +59,7 @@ REQUEST_KEYS = _keys(RequestReport, 'message', 'reasoning', 'tool_calls')
 BANDWIDTH_KEYS = (
     'weight_gb', 'kv_gb', 'floor_ms', 'r_floor', 'bandwidth_gb_s', 'peak_bandwidth_gb_s',
     'peak_source', 'host_gap_ms', 'verdict', 'no_floor', 'mask_ms')
-LATENCY_KEYS = _keys(WindowReport, 'miss_limit_reached', 'context_tokens', 'kv_bytes',
-                     'best_r_floor', 'drafted', 'draft_ms', 'floor_count', *BANDWIDTH_KEYS)
+LATENCY_KEYS = _keys(WindowReport, *INTERNAL, *BANDWIDTH_KEYS)
 ENGINE_KEYS = (
     'state', 'engine', 'model', 'dtype', 'quantization', 'device', 'cuda_graph', 'queue_depth',
     'queue_capacity', 'requests', 'tokens', 'refusals', 'memory_used_gb', 'memory_free_gb',
@@ -131,6 +131,11 @@ def status(name: str, keys: tuple[str, ...], values: Mapping[str, Any] | Any, *,
         level=level, name=name, message=message, hardware_id=hardware_id,
         values=[KeyValue(key=key, value=text_of(value))
                 for key, value in zip(keys, ordered, strict=True)])
+
+
+def values_of(status: DiagnosticStatus) -> dict[str, str]:
+    """Return the values of a status by their keys."""
+    return {pair.key: pair.value for pair in status.values}
 
 
 def request_status(node: str, report: RequestReport) -> DiagnosticStatus:

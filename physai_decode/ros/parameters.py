@@ -178,7 +178,7 @@ def _typed(parameter: Parameter, field: Field[Any]) -> Parameter:
     if type(field.default) is float and type(parameter.value) is int:
         return Parameter(parameter.name, Parameter.Type.DOUBLE, float(parameter.value))
     # YAML reads off as false, in a file and on the command line.
-    if parameter.value is False and 'off' in (field.metadata['choices'] or ()):
+    if parameter.value is False and 'off' in field.metadata['choices']:
         return Parameter(parameter.name, Parameter.Type.STRING, 'off')
     given = parameter.type_
     if type(field.default) is tuple and (given == Parameter.Type.NOT_SET or (

@@ -36,6 +36,7 @@ from physai_decode.ros.ask import start
 from physai_decode.ros.ask import stop_on_signal
 from physai_decode.ros.messages import NOT_KNOWN
 from physai_decode.ros.messages import status_name
+from physai_decode.ros.messages import values_of
 from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
@@ -139,7 +140,7 @@ class Watcher(Node):
     def _on_token(self, message: DiagnosticArray) -> None:
         self.received_s = time.monotonic()
         status = message.status[0]
-        values = {pair.key: pair.value for pair in status.values}
+        values = values_of(status)
         if values['request_id'] != self.request_id:
             self.request_id, self.text = values['request_id'], ''
         self.text = (self.text + printable(status.message))[-KEPT_CHARACTERS:]
@@ -148,7 +149,7 @@ class Watcher(Node):
 
     def _on_request(self, message: DiagnosticArray) -> None:
         status = message.status[0]
-        values = {pair.key: pair.value for pair in status.values}
+        values = values_of(status)
         items = '' if values.get('first_item_ms', NOT_KNOWN) == NOT_KNOWN else (
             f'; {values["items"]} items, first after {number(values["first_item_ms"])} ms')
         self.last_request = printable(

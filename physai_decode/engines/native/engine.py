@@ -207,11 +207,11 @@ class NativeEngine:
         devices.give_back(self._device)
 
     @contextmanager
-    def trial(self, captured: bool | None = None) -> Iterator[None]:
+    def trial(self, captured: bool) -> Iterator[None]:
         """See `physai_decode.gap.Measurable.trial`."""
         own = self.pipeline
-        if captured not in (None, self.footprint.cuda_graph == 'captured'):
-            self.pipeline = self.piped(bool(captured))
+        if captured != (self.footprint.cuda_graph == 'captured'):
+            self.pipeline = self.piped(captured)
         try:
             yield
         finally:

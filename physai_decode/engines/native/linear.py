@@ -55,8 +55,31 @@ HAS_ONEDNN = (platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldn
               and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
 
 
+class Split:
+    """The layouts whose fused gate and up have their rows one after the other."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one matrix-vector product reads."""
+        return sum(each.numel() * each.element_size() for each in _tensors(self).values())
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 2] each."""
+        gate, up = product.chunk(2, -1)
+        return gate, up
+
+
+class Interleaved(Split):
+    """The layouts whose fused gate and up alternate every 8 rows."""
+
+    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
+        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
+        return gate, up
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Split):
     """``weight`` [N, K] and ``bias`` [N] or None, in the engine's dtype."""
 
     weight: Tensor
@@ -71,16 +94,6 @@ class Dense:
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
         return str(self.weight.dtype).removeprefix('torch.')
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return _bytes(self.weight, self.bias)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 2] each."""
-        gate, up = product.chunk(2, -1)
-        return gate, up
 
     def rows(self, index: Tensor) -> 'Dense':
         """Return the weight with its rows permuted by ``index`` int64 [N]."""
@@ -110,7 +123,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(Interleaved):
     """
     4-bit integers in groups, repacked for the tensor cores in tiles of 16 rows.
 
@@ -157,15 +170,6 @@ class Int4:
         """The properties of the layout that a kernel's speed depends on."""
         return f'{"table" if self.table else "int"}4-g{self.group_size}'
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return _bytes(self.packed, self.scales, self.zeros, self.order, self.bias)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
-        return _deinterleaved(product)
-
     def rows(self, index: Tensor) -> 'Int4':
         """Return the weight, of whole tiles, with its rows permuted by ``index`` int64 [N]."""
         def by_row(values: Tensor) -> Tensor:
@@ -207,7 +211,7 @@ class Int4:
 
 
 @dataclass(frozen=True)
-class Fp4:
+class Fp4(Interleaved):
     """
     4-bit floats, E2M1, with a scale per row and `FP4_COLUMNS` columns, for the tensor cores.
 
@@ -241,15 +245,6 @@ class Fp4:
         """Columns of all blocks."""
         return self.packed.shape[1] * 4 * FP4_GROUP
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return _bytes(self.packed, self.scales, self.factors, self.bias)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
-        return _deinterleaved(product)
-
     def rows(self, index: Tensor) -> 'Fp4':
         """Return the weight, of whole tiles, with its rows permuted by ``index`` int64 [N]."""
         return replace(
@@ -278,7 +273,7 @@ class Fp4:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Interleaved):
     """
     8-bit weights with a scale per row and group of columns.
 
@@ -321,15 +316,6 @@ class Scaled:
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
         return f'{"float8" if self.is_float else "int8"}-g{self.group_size}'
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return _bytes(self.values, self.scales, self.zeros, self.order, self.bias)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
-        return _deinterleaved(product)
 
     def rows(self, index: Tensor) -> 'Scaled':
         """Return the weight with its rows permuted by ``index`` int64 [N]."""
@@ -481,12 +467,6 @@ def _permuted(values: Tensor, index: Tensor) -> Tensor:
     return values.flatten(0, 1)[index].unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
 
 
-def _deinterleaved(product: Tensor) -> tuple[Tensor, Tensor]:
-    """Split [..., N], in which gate and up alternate every 8 rows; see ``halves``."""
-    gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
-    return gate, up
-
-
 def _apply(weight: Any, x: Tensor, dequantise: Callable[[Any, slice, torch.dtype], Tensor],
            product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _product) -> Tensor:
     """Multiply ``x`` [..., K], in the weight's order of columns, some ``part_rows`` at a time."""
@@ -500,11 +480,7 @@ def _apply(weight: Any, x: Tensor, dequantise: Callable[[Any, slice, torch.dtype
     return out
 
 
-def _tensors(weight: Stored) -> dict[str, Any]:
+def _tensors(weight: Any) -> dict[str, Any]:
     """Return a weight's tensors by field name."""
     found = {each.name: getattr(weight, each.name) for each in fields(weight)}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -103,8 +103,7 @@ class Random:
         if entry.dtype == 'I8':
             return self._integers(-127, 128, shape, torch.int8)
         if entry.dtype == 'U8':
-            return torch.randint(0, 256, shape, dtype=torch.uint8, device=self._device,
-                                 generator=self._generator)
+            return self._integers(0, 256, shape, torch.uint8)
         if kind == 'weight_global_scale':       # for E2M1 floats with scales about 1
             return torch.full(shape, _DEVIATION['U8'] / 0.02, device=self._device)
         if kind == 'weight_scale' and entry.dtype == 'F8_E4M3':

@@ -180,8 +180,7 @@ def unpacked_limit(device: torch.device, needed_bytes: int) -> float:
 
 def transformer(checkpoint: Checkpoint, shape: Architecture, places: int, dtype: torch.dtype,
                 device: torch.device, progress: Callable[[str], None],
-                clock: PartTimes, needed_bytes: int,
-                passes: bool = False) -> tuple[Transformer, str]:
+                clock: PartTimes, needed_bytes: int, passes: bool) -> tuple[Transformer, str]:
     """
     Load the weights, and on a GPU tune the step.
 

@@ -20,7 +20,8 @@ The layouts of a projection's weights for PyTorch's own kernels; see `linear` fo
 
 from dataclasses import dataclass
 
-from physai_decode.engines.native.linear import TILE_ROWS
+from physai_decode.engines.native.linear import Interleaved
+from physai_decode.engines.native.linear import Split
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ PIECE = 4096        # rows of a weight that are in another dtype at once
 
 
 @dataclass(frozen=True)
-class Reordered:
+class Reordered(Split):
     """
     A dense projection in oneDNN's memory layout, for a CPU.
 
@@ -51,17 +52,6 @@ class Reordered:
         """The properties of the layout that a kernel's speed depends on."""
         return f'reordered-{str(self.weight.dtype).removeprefix("torch.")}'
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return sum(each.numel() * each.element_size() for each in (self.weight, self.bias)
-                   if each is not None)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 2] each."""
-        gate, up = product.chunk(2, -1)
-        return gate, up
-
     def apply(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K] by the transposed weight, in the dtype of ``x``."""
         if x.dtype == self.weight.dtype:
@@ -74,7 +64,7 @@ class Reordered:
 
 
 @dataclass(frozen=True)
-class TorchInt4:
+class TorchInt4(Interleaved):
     """
     4-bit integers in groups, for PyTorch's kernel; rows and columns are as in an `Int4`.
 
@@ -100,18 +90,6 @@ class TorchInt4:
     def kind(self) -> str:
         """The properties of the layout that a kernel's speed depends on."""
         return f'torch-int4-g{self.group_size}'
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one matrix-vector product reads."""
-        return sum(each.numel() * each.element_size()
-                   for each in (self.packed, self.scales_and_zeros, self.order, self.bias)
-                   if each is not None)
-
-    def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
-        gate, up = product.unflatten(-1, (-1, 2, TILE_ROWS // 2)).unbind(-2)
-        return gate, up
 
     def apply(self, x: Tensor) -> Tensor:
         """

@@ -114,13 +114,13 @@ class TransformersEngine:
         devices.give_back(self._device)
 
     @contextmanager
-    def trial(self, captured: bool | None = None) -> Iterator[None]:
+    def trial(self, captured: bool) -> Iterator[None]:
         """See `physai_decode.gap.Measurable.trial`."""
-        if captured is not None and not self.cached.captured:
+        if not self.cached.captured:
             raise EngineError(
                 'transformers was loaded without a CUDA graph, which needs a static cache: '
                 'clean up, set engine.cuda_graph to true, and configure again')
-        with self.cached.uncaptured() if captured is False else nullcontext():
+        with nullcontext() if captured else self.cached.uncaptured():
             yield
 
     @torch.inference_mode()

@@ -34,14 +34,14 @@ _NESTED = (('model.language_model.', 'lm_head'), ('model.', 'lm_head'),
            ('language_model.model.', 'language_model.lm_head'))
 
 
-def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], default: str = '',
+def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]],
        tied: bool | None = False,
        **defaults: Any) -> Callable[[Mapping[str, Any]], Architecture]:
     """
     Return the family of a vision-language model.
 
-    :param families: the families of its language model, by the nested ``model_type``.
-    :param default: the family if the nested config has no ``model_type``; else the first.
+    :param families: the families of its language model, by the nested ``model_type``; the first
+        is that of a config without one.
     :param tied: whether the head shares the embedding if the config does not say; None: it does
         if the checkpoint has no head.
     :param defaults: defaults for keys of the nested config that differ from its family's.
@@ -49,7 +49,7 @@ def of(families: Mapping[str, Callable[[Mapping[str, Any]], Architecture]], defa
     def parse(config: Mapping[str, Any]) -> Architecture:
         text = {**defaults, **(part(config, 'text_config') or config)}
         name = text.get('model_type') if 'text_config' in config else None
-        name = name or default or next(iter(families))
+        name = name or next(iter(families))
         if name not in families:
             raise unsupported(f'model_type {shown(name)} of the text_config (it runs '
                               f'{config["model_type"]} with {", ".join(families)})')
