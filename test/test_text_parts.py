@@ -155,11 +155,10 @@ def test_rejects_a_language_model_of_an_unsupported_family(tmp_path):
 
 def test_qwen3_vl_has_no_sliding_window(tmp_path):
     network = save(tmp_path, 'qwen3_vl')
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    config['text_config'] |= {'use_sliding_window': True, 'sliding_window': 8,
-                              'max_window_layers': 0, 'layer_types': ['sliding_attention'] * 2}
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        config['text_config'] |= {
+            'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 0,
+            'layer_types': ['sliding_attention'] * 2}
     check(tmp_path, network)
 
 
@@ -173,10 +172,8 @@ def test_rejects_layer_types_that_the_library_ignores(tmp_path, window, kinds, r
     config = transformers.AutoConfig.for_model('mistral3', **{**settings, 'text_config': text})
     network = random_model.save_network(
         tmp_path, config, 0, transformers.AutoModelForImageTextToText)
-    path = tmp_path / 'config.json'
-    config = json.loads(path.read_text())
-    config['text_config']['layer_types'] = kinds
-    path.write_text(json.dumps(config))
+    with editing(tmp_path / 'config.json') as config:
+        config['text_config']['layer_types'] = kinds
     if runs:
         check(tmp_path, network)
         return

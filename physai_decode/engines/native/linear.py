@@ -55,8 +55,8 @@ HAS_ONEDNN = (platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldn
               and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
 
 
-class Split:
-    """The layouts whose fused gate and up have their rows one after the other."""
+class Weight:
+    """A projection; of a fused gate and up, all rows of the gate come first."""
 
     @property
     def read_bytes(self) -> int:
@@ -69,8 +69,8 @@ class Split:
         return gate, up
 
 
-class Interleaved(Split):
-    """The layouts whose fused gate and up alternate every 8 rows."""
+class Interleaved(Weight):
+    """A projection; gate and up, if fused, alternate every 8 rows."""
 
     def halves(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Split a product [..., N] of a fused gate and up; returns [..., N / 16, 8] each."""
@@ -79,7 +79,7 @@ class Interleaved(Split):
 
 
 @dataclass(frozen=True)
-class Dense(Split):
+class Dense(Weight):
     """``weight`` [N, K] and ``bias`` [N] or None, in the engine's dtype."""
 
     weight: Tensor

@@ -21,7 +21,7 @@ The layouts of a projection's weights for PyTorch's own kernels; see `linear` fo
 from dataclasses import dataclass
 
 from physai_decode.engines.native.linear import Interleaved
-from physai_decode.engines.native.linear import Split
+from physai_decode.engines.native.linear import Weight
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ PIECE = 4096        # rows of a weight that are in another dtype at once
 
 
 @dataclass(frozen=True)
-class Reordered(Split):
+class Reordered(Weight):
     """
     A dense projection in oneDNN's memory layout, for a CPU.
 
