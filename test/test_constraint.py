@@ -384,7 +384,16 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
     ('regex', r'(a)\1', 'backreferences'),
     ('grammar', 'root ::= (', 'cannot be used'),
     ('grammar', 'start: ' + '(' * 5000 + '"a"' + ')' * 5000, 'nested'),
-    ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not')])
+    ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not'),
+    ('grammar', f'start: "a"\n | %json {{"items": {{"const": {2**53 + 1}}}}}',
+     '^the %json in line 2 of name at /items has 9007199254740993 in const'),
+    ('grammar', 'start: %json{"const": 1, "const": 2}', 'line 1 of name.*const'),
+    ('grammar', 'start: %json 7', 'expected an object'),
+    ('grammar', 'start: %json ' + '[' * 30_000, 'nested'),
+    *(('grammar', f'%llguidance {{}}\n{hidden} %json {{"const": {2**60}}}\n{after}', 'rounded')
+      for hidden, after in (('start: <a"b>', 'b: <a"b>'), ('start: /"\\//', 'a: /"/'),
+                            ('start: "\\""', 'a: "b"'), ('# "\nstart:', '# "'),
+                            ('// /\nstart:', '// /'), ('start: %regex {"a": "#"}', '')))])
 def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
     with pytest.raises(ConstraintError, match=words):
         vocabulary.constraint(Form(kind, content, 'name'))
@@ -397,11 +406,15 @@ def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
     ({'const': 1}, '1', '2'), ({'type': 'array', 'prefixItems': [{'const': 1}]}, '[1]', '[2]'),
     ({'type': 'array', 'items': [{'enum': [1]}], 'additionalItems': False}, '[1]', '[1,1]')],
     ids=str)
-@pytest.mark.parametrize('tool', [False, True])
-def test_enforces_keywords_that_the_draft_lacks(schema, good, bad, draft, tool, vocabulary,
+@pytest.mark.parametrize('kind', ['json_schema', 'grammar', 'calls'])
+def test_enforces_keywords_that_the_draft_lacks(schema, good, bad, draft, kind, vocabulary,
                                                 tokenizer):
-    form = Form('json_schema', {'$schema': draft, **schema}, 'name')
-    if tool:
+    form = Form(kind, {'$schema': draft, **schema}, 'name')
+    if kind == 'grammar':
+        lark = f'# %json\nstart: a "%json"\na: %json {json.dumps(form.content)}\n'
+        form = Form(kind, lark, 'name')
+        good, bad = f'{good}%json', f'{bad}%json'
+    if kind == 'calls':
         tools = ({'type': 'function', 'function': {'name': 'go', 'parameters': {
             '$schema': draft, 'properties': {'a': schema}, 'required': ['a']}}},)
         form = Form('calls', Calls('hermes', tools, True), 'tools')
