@@ -231,7 +231,7 @@ def wait(probe, done):
      'decode_node: there is no params file /logging/none.yaml: correct the path'),
     (['-p', 'use_sim_time:=7'], 'use_sim_time'),
     (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'],
-     "qos_overrides./decode/tokens.publisher.reliability is 'foo': expected one of system_default"),
+     "qos_overrides./decode/tokens.publisher.reliability is 'foo': expected one of system_"),
     (['-p', 'qos_overrides./decode/prompt.subscription.history:=7'], 'history is 7: expected one'),
     (['-p', 'qos_overrides./decode/tokens.publisher.depth:=-1'], 'depth is -1: expected 0 to 2'),
     (['-p', 'model.path=x'], ': expected -p NAME:=VALUE\n'),
