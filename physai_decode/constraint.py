@@ -74,6 +74,7 @@ TYPES = 'array', 'boolean', 'integer', 'null', 'number', 'object', 'string'
 _BY_NAME = '$defs', 'definitions', 'patternProperties', 'properties'
 _LISTS = 'allOf', 'anyOf', 'items', 'oneOf', 'prefixItems'
 _SINGLE = 'additionalItems', 'additionalProperties', 'items'
+_NOTHING = 'no token of the vocabulary can follow'
 # What %json can occur in without meaning: comments, strings, regexes and names of special tokens.
 _LARK = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/|<[^<>\s]+>|%json\s*')
 
@@ -277,8 +278,7 @@ class Constraint:
         if self._matcher.is_error():
             raise self._error()
         if bits == self._nothing:
-            raise ConstraintError('the constraint cannot be enforced any further: no token of '
-                                  'the vocabulary can follow')
+            raise ConstraintError(f'the constraint cannot be enforced any further: {_NOTHING}')
         return bits
 
     def forced(self) -> list[int]:
@@ -336,8 +336,10 @@ class Constraint:
         return bool(self._matcher.reset())
 
     def _error(self) -> ConstraintError:
-        reason = ' '.join(self._matcher.get_error().split())
-        return ConstraintError(f'the constraint cannot be enforced any further: {reason}')
+        # What follows is the state of the library and the whole grammar.
+        reason = ' '.join(self._matcher.get_error().partition('<state>')[0].split())
+        return ConstraintError('the constraint cannot be enforced any further: '
+                               + (_NOTHING if reason == 'NoExtensionBias' else reason))
 
 
 def configured(config: ConstraintConfig) -> Form | None:

@@ -465,6 +465,19 @@ def test_end_token_that_is_also_text_only_ends(tokenizer):
         constraint.mask()
 
 
+@pytest.mark.parametrize(('grammar', 'reason'), [
+    ('start: start', 'no token of the vocabulary can follow'),
+    ('start: "a" start', 'Too many items .*short lexemes')])
+def test_says_briefly_why_a_constraint_ends(grammar, reason, vocabulary, tokenizer):
+    """The library adds its state and the whole grammar."""
+    constraint = vocabulary.constraint(Form('grammar', grammar, 'name'))
+    with pytest.raises(ConstraintError, match=f'any further: [^<]*{reason}$'):
+        while True:
+            constraint.mask()
+            constraint.accept(tokenizer.token_to_id('a'))
+            constraint.forced()
+
+
 def test_reuses_compiled_constraints(vocabulary, tokenizer):
     form = Form('regex', 'a{3}', 'name')
     constraint = vocabulary.constraint(form)
