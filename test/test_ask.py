@@ -104,10 +104,12 @@ def test_sends_the_options_with_the_request(rig):
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout) == (1, '')
     assert '"max_token" is not a field of a request' in done.stderr
-    for options in ('{', '[1]', '[' * 50_000):
+    for options, problem in (
+            ('{', 'is not '), ('[1]', 'is not '), ('[' * 50_000, 'is not '),
+            ('{"prompt": "", "cancel": true}', 'has cancel and prompt, which the command sets')):
         done = ask('hello', '--options', options)
         assert (done.returncode, done.stdout) == (2, '')
-        assert 'is not ' in done.stderr
+        assert problem in done.stderr
 
 
 def test_reports_a_rejected_request(rig):
@@ -254,6 +256,15 @@ def test_reports_a_closed_output_pipe(rig, arguments):
     os.close(writer)
     assert (done.returncode, split(done.stderr)[1]) == (
         1, 'decode_ask: the reader of the output has closed it\n')
+
+
+@pytest.mark.parametrize('arguments', [['hello'], ['hello', '--json']])
+def test_reports_a_full_disk(rig, arguments):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE,
+                              text=True, timeout=2 * PATIENCE_S)
+    assert (done.returncode, split(done.stderr)[1]) == (
+        1, 'decode_ask: the output cannot be written: [Errno 28] No space left on device\n')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])

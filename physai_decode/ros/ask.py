@@ -49,6 +49,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
+OWN = {'cancel', 'id', 'metadata', 'prompt'}    # fields that cannot be an option
 EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; otherwise 1
 NOTICE_S = 3.0                  # after this time without a node, say what the command waits for
 DIAGNOSTICS_HINT = (': wait longer (--timeout), or, if the node remaps that topic, remap it here '
@@ -199,8 +200,8 @@ def main(args: list[str] | None = None) -> int:
         failure = asker.reason if code else ''
     except AskError as error:
         failure = str(error)
-    except BrokenPipeError:
-        failure = discard_output()
+    except OSError as error:
+        failure = discard_output(error)
     finally:
         asker.destroy_node()
         rclpy.shutdown()
@@ -218,8 +219,8 @@ def main(args: list[str] | None = None) -> int:
             for key, value in asker.stats.items():
                 print(f'{key:24}{value}')
         sys.stdout.flush()
-    except BrokenPipeError:
-        code, failure = 1, discard_output()
+    except OSError as error:
+        code, failure = 1, discard_output(error)
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
     return code
@@ -257,14 +258,15 @@ def start(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.N
     return arguments
 
 
-def discard_output() -> str:
+def discard_output(error: OSError) -> str:
     """
     Redirect stdout to /dev/null, because Python flushes it again at exit.
 
-    :returns: the error message for a closed output.
+    :returns: the message for an output that failed with this error.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 'the reader of the output has closed it'
+    return 'the reader of the output has closed it' if isinstance(error, BrokenPipeError) else \
+        f'the output cannot be written: {error}'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -287,6 +289,10 @@ def _object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f'{text!r:.200} is not JSON: {error}') from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object')
+    if own := sorted(value.keys() & OWN):
+        raise argparse.ArgumentTypeError(
+            f'{text!r:.200} has {" and ".join(own)}, which the command sets or does not support: '
+            'leave it out')
     return value
 
 

@@ -266,8 +266,15 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         """Configure and activate once, as soon as the executor runs."""
         self._autostart.cancel()
         with self._try_transition() as acquired:
-            if acquired and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-                self.trigger_activate()
+            if not acquired:
+                return
+            host = self._host
+            host.next_step = 'activating'       # clients wait while the node is loading
+            try:
+                if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+                    self.trigger_activate()
+            finally:
+                host.next_step = host.loading = ''
 
     def _guarded(self, change_state: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Wrap the change_state service so that it refuses a transition during another."""
