@@ -466,7 +466,7 @@ def _subschemas(schema: Mapping[str, Any],
 
 def _read(name: str, path: str) -> str:
     try:
-        return regular_file.read(Path(path).absolute(), MAX_BYTES).decode()
+        return regular_file.read(Path(path).absolute(), MAX_BYTES, '').decode('utf-8-sig')
     except (OSError, EngineError, UnicodeDecodeError) as error:
         raise ConstraintError(
             f'{name} is {shown(path)}, which cannot be read: {error}') from error

@@ -585,9 +585,13 @@ def test_parameters_constrain_requests_without_a_constraint(tmp_path, monkeypatc
         file.write_text(content)
         with pytest.raises(ConstraintError, match=r'constraint\.schema_file'):
             configured(ConstraintConfig(schema_file=str(file)))
-    for path in ('/dev/zero', str(tmp_path), str(tmp_path / 'none')):
-        with pytest.raises(ConstraintError, match=r'constraint\.grammar_file'):
+    file.write_text('\ufeff"a"')         # as some editors do
+    assert configured(ConstraintConfig(schema_file=str(file))).content == 'a'
+    file.write_text('a' * 65_537)
+    for path in ('/dev/zero', str(tmp_path), str(tmp_path / 'none'), str(file)):
+        with pytest.raises(ConstraintError, match=r'constraint\.grammar_file') as raised:
             configured(ConstraintConfig(grammar_file=path))
+        assert 'model' not in str(raised.value)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConstraintError, match=re.escape(f"'{tmp_path}/sub/none'")):
         configured(ConstraintConfig(schema_file='sub/none'))
