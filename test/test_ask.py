@@ -269,17 +269,20 @@ def test_reports_a_full_disk(rig, arguments):
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_without_a_traceback(rig, signum):
-    """The signal comes in the middle of an answer; stderr has no traceback, and the code is 1."""
-    engine = rig.loader.engines[0]
+    """The signal comes in the middle of an answer, which is cancelled; the exit code is 1."""
+    engine, count = rig.loader.engines[0], len(rig.cancels)
     process = subprocess.Popen(
         [*COMMAND, 'a?'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.read(1) == 'A'
         os.kill(process.pid, signum)
         _, errors = process.communicate(timeout=PATIENCE_S)
+        rig.wait(lambda: len(rig.cancels) > count)
     finally:
         process.kill()
         engine.answer.set()
         rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'idle')
         engine.answer.clear()
     assert (process.returncode, split(errors)[1]) == (1, 'decode_ask: interrupted\n')
+    rig.settle()
+    assert rig.requests()[-1]['finish_reason'] == 'cancelled'

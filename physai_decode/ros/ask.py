@@ -40,6 +40,7 @@ from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
 import rclpy
+from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.expand_topic_name import expand_topic_name
@@ -51,6 +52,7 @@ from std_msgs.msg import String
 
 OWN = {'cancel', 'id', 'metadata', 'prompt'}    # fields that cannot be an option
 EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; otherwise 1
+ACK_S = 0.5                     # limit on the delivery of a cancel
 NOTICE_S = 3.0                  # after this time without a node, say what the command waits for
 DIAGNOSTICS_HINT = (': wait longer (--timeout), or, if the node remaps that topic, remap it here '
                     'too (--ros-args -r /diagnostics:=...)')
@@ -94,6 +96,11 @@ class Asker(Node):
         """Send a prompt with further fields of the request."""
         self.request.publish(String(data=json.dumps(
             {**options, 'id': self.id, 'prompt': text})))
+
+    def cancel(self) -> None:
+        """End the request, of which nobody will read the rest."""
+        self.request.publish(String(data=json.dumps({'id': self.id, 'cancel': True})))
+        self.request.wait_for_all_acked(Duration(seconds=ACK_S))
 
     def unmatched(self) -> list[str]:
         """List the topics that no node publishes or subscribes to, but a decode node does."""
@@ -171,9 +178,13 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
         wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')
         asker.show, notice_s = show, math.inf
         asker.send(text, options or {})
-        wait_until(lambda: asker.stats
-                   and len(asker.pieces) >= int(asker.stats['output_tokens']),
-                   f'{asker.target} did not finish its answer')
+        try:
+            wait_until(lambda: asker.stats
+                       and len(asker.pieces) >= int(asker.stats['output_tokens']),
+                       f'{asker.target} did not finish its answer')
+        except (AskError, OSError):
+            asker.cancel()
+            raise
     finally:
         executor.shutdown()
 
